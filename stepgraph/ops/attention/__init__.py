@@ -1,0 +1,181 @@
+"""Paged causal attention over any composition of rows, in one launch of a constant grid.
+
+Query lengths from 1 to T mix freely. `attention_plan` lists, on the device and once per step, the pieces of work this
+batch has; `paged_attention` runs a fixed number of programs that loop over the list, once per layer. The list, the grid and
+the buffers of partial results are sized by `AttentionGeometry`, which depends on the StepShape only.
+
+Source of the split and its combination: Dao et al., "Flash-Decoding" (2023); online softmax: Milakov and Gimelshein (2018).
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from stepgraph.ops.attention import cpu
+from stepgraph.ops.attention.geometry import AttentionGeometry, attention_geometry, max_tiles
+from stepgraph.ops.registry import register
+
+__all__ = [
+    "AttentionGeometry",
+    "AttentionPlan",
+    "attention_geometry",
+    "attention_plan",
+    "max_tiles",
+    "paged_attention",
+]
+
+
+class AttentionPlan(NamedTuple):
+    """The work of one step's attention; shared by all layers, which run one after the other.
+
+    On CPU all four are empty: the CPU kernel reads the row arrays directly, as an opaque operator may.
+    """
+
+    items: Tensor  # [max_items, 4] int32: row, tile within the row, KV split, first partial of the tile or -1 if unsplit
+    header: Tensor  # [2] int32: number of items, keys per KV split
+    partials: Tensor  # [max_partials, G, tile, D + 2] float32 scratch: unnormalised output, row maximum, row sum
+    counters: Tensor  # [max_partials, G] int32 scratch, zero before and after each layer: splits of a tile that are done
+
+
+def _plan_fake(
+    query_start: Tensor,
+    kv_len: Tensor,
+    num_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    tile: int,
+    split_target: int,
+    max_items: int,
+    max_partials: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    if query_start.device.type == "cpu":
+        return cpu.attention_plan(
+            query_start, kv_len, num_heads, num_kv_heads, head_dim, tile, split_target, max_items, max_partials
+        )
+    new = query_start.new_empty
+    return (
+        new(max_items, 4, dtype=torch.int32),
+        new(2, dtype=torch.int32),
+        new(max_partials, num_kv_heads, tile, head_dim + 2, dtype=torch.float32),
+        new(max_partials, num_kv_heads, dtype=torch.int32),
+    )
+
+
+_attention_plan = register(
+    "attention_plan(Tensor query_start, Tensor kv_len, int num_heads, int num_kv_heads, int head_dim, int tile, "
+    "int split_target, int max_items, int max_partials) -> (Tensor, Tensor, Tensor, Tensor)",
+    cpu=cpu.attention_plan,
+    fake=_plan_fake,
+    cuda="stepgraph.ops.attention.triton:attention_plan",
+)
+
+
+def attention_plan(
+    query_start: Tensor, kv_len: Tensor, num_heads: int, num_kv_heads: int, head_dim: int, geometry: AttentionGeometry
+) -> AttentionPlan:
+    """List the attention work of a batch. Runs inside the graph.
+
+    Row r has ``tiles_r = ceil(query_len_r · group / tile)`` tiles. With W = Σ tiles_r · kv_len_r, KV is split every
+    ``max(KV_BLOCK, ceil(W / split_target) rounded up to KV_BLOCK)`` keys, so that no item is much longer than an even
+    share of the work. Row r contributes ``tiles_r · ceil(kv_len_r / split)`` items (rows of query length 0: none); items
+    whose keys lie wholly after their tile's last query exit early. Since Σ tiles_r · kv_len_r / split ≤ split_target, there
+    are at most ``max_tiles + split_target`` items, and at most ``2 · split_target`` of split rows.
+
+    Args:
+        query_start: [R + 1] int32.
+        kv_len: [R] int32, keys of each row, this step's included.
+        num_heads, num_kv_heads, head_dim: of the model.
+        geometry: sizes for this StepShape.
+    """
+    return AttentionPlan(
+        *_attention_plan(
+            query_start,
+            kv_len,
+            num_heads,
+            num_kv_heads,
+            head_dim,
+            geometry.tile,
+            geometry.split_target,
+            geometry.max_items,
+            geometry.max_partials,
+        )
+    )
+
+
+def _attention_fake(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    block_table: Tensor,
+    row_slot: Tensor,
+    query_start: Tensor,
+    kv_len: Tensor,
+    items: Tensor,
+    header: Tensor,
+    partials: Tensor,
+    counters: Tensor,
+    scale: float,
+    tile: int,
+    num_programs: int,
+) -> Tensor:
+    return q.new_empty(q.shape[0], q.shape[1] * q.shape[2])
+
+
+_paged_attention = register(
+    "paged_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor block_table, Tensor row_slot, Tensor query_start, "
+    "Tensor kv_len, Tensor items, Tensor header, Tensor(a!) partials, Tensor(b!) counters, float scale, int tile, "
+    "int num_programs) -> Tensor",
+    cpu=cpu.paged_attention,
+    fake=_attention_fake,
+    cuda="stepgraph.ops.attention.triton:paged_attention",
+)
+
+
+def paged_attention(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    block_table: Tensor,
+    row_slot: Tensor,
+    query_start: Tensor,
+    kv_len: Tensor,
+    plan: AttentionPlan,
+    geometry: AttentionGeometry,
+    scale: float,
+) -> Tensor:
+    """Causal attention of every row's queries over its cached keys. Runs inside the graph.
+
+    Token j of row r (query length n, kv_len m) is at position ``m - n + j`` and sees keys 0 … that position. Each group
+    of H/G consecutive query heads shares one key/value head. Softmax and accumulation are in float32. Keys outside a
+    row's `kv_len` may hold anything, NaN included.
+
+    Args:
+        q: [T, H, D], contiguous.
+        k_cache, v_cache: [blocks, B, G, D], this step's keys and values already written.
+        block_table: [slots, max blocks] int32.
+        row_slot, kv_len: [R] int32.
+        query_start: [R + 1] int32.
+        plan: this step's `attention_plan`; its scratch buffers are written.
+        geometry: as given to `attention_plan`.
+        scale: multiplies q·k.
+
+    Returns:
+        [T, H·D], dtype of `q`. Padding tokens get unspecified values.
+    """
+    return _paged_attention(
+        q,
+        k_cache,
+        v_cache,
+        block_table,
+        row_slot,
+        query_start,
+        kv_len,
+        plan.items,
+        plan.header,
+        plan.partials,
+        plan.counters,
+        scale,
+        geometry.tile,
+        geometry.num_programs,
+    )

@@ -1,0 +1,81 @@
+"""Static sizes of one attention launch: all that a graph bakes in, none of it dependent on the batch."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+
+KV_BLOCK = 64
+"""Keys one inner iteration of the attention kernel reads; KV splits are multiples of it."""
+
+
+@dataclass(frozen=True)
+class AttentionGeometry:
+    """Sizes of the attention launch at one StepShape.
+
+    A *tile* is `tile` consecutive (token, query head of one group) pairs of one row; an *item* is one tile against one KV
+    range; a unit of work is an item for one KV head.
+    """
+
+    tile: int  # rows of (token, query head) pairs per tile
+    split_target: int  # items per KV head that fill the machine once; long rows are split over KV until they do
+    max_items: int  # bound on the item list
+    max_partials: int  # bound on the items of split tiles, which keep a partial result until the last of them combines
+    num_programs: int  # the constant grid; each program loops over units of work
+
+
+@lru_cache(maxsize=4096)
+def max_tiles(num_tokens: int, num_rows: int, group: int, tile: int) -> int:
+    """Most query tiles that any batch of `num_tokens` tokens in at most `num_rows` rows can need.
+
+    The maximum of Σ ceil(n_i · group / tile) over all n_i ≥ 1 with Σ n_i = num_tokens, at most num_rows of them. It is
+    exact: every row's first tile costs one token; a row's further tiles cost floor(k · tile / group) tokens for k of
+    them, which repeats with period ``group`` (in lowest terms), so a knapsack over one period per row plus whole periods
+    finds the best split.
+
+    >>> max_tiles(160, 2, group=5, tile=64)
+    14
+    """
+    rows = min(num_rows, num_tokens)
+    if rows <= 0:
+        return 0
+    spare = num_tokens - rows
+    divisor = math.gcd(group, tile)
+    group, tile = group // divisor, tile // divisor
+    costs = [k * tile // group for k in range(1, group)]
+    most = np.zeros(spare + 1, dtype=np.int64)  # extra tiles that `index` spare tokens buy with less than a period per row
+    for _ in range(rows if costs else 0):
+        better = most.copy()
+        for k, cost in enumerate(costs, start=1):
+            if cost <= spare:
+                np.maximum(better[cost:], most[: spare + 1 - cost] + k, out=better[cost:])
+        if np.array_equal(better, most):
+            break
+        most = better
+    whole_periods = np.arange(0, spare // tile + 1)
+    return rows + int((most[spare - whole_periods * tile] + whole_periods * group).max())
+
+
+def attention_geometry(
+    num_tokens: int, num_rows: int, num_heads: int, num_kv_heads: int, multiprocessors: int
+) -> AttentionGeometry:
+    """Choose the sizes for a step of `num_tokens` tokens in `num_rows` rows.
+
+    Splitting adds at most ``target`` items to the tiles, and at most ``2 · target`` of all items belong to a split tile
+    (see `attention_plan`), which bounds the item list and the partial results whatever the batch.
+    """
+    group = num_heads // num_kv_heads
+    tile = 16 if num_tokens * group <= 16 * num_rows else 64
+    resident = multiprocessors * 2
+    target = max(1, resident // num_kv_heads)
+    max_items = max_tiles(num_tokens, num_rows, group, tile) + target
+    return AttentionGeometry(
+        tile=tile,
+        split_target=target,
+        max_items=max_items,
+        max_partials=2 * target,
+        num_programs=min(max_items * num_kv_heads, resident),
+    )

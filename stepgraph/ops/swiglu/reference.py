@@ -1,0 +1,10 @@
+"""Plain torch definition of `swiglu`; also its CPU kernel."""
+
+from torch import Tensor
+from torch.nn import functional as F
+
+
+def swiglu(gate_up: Tensor) -> Tensor:
+    """See `stepgraph.ops.swiglu.swiglu`."""
+    gate, up = gate_up.chunk(2, dim=-1)
+    return F.silu(gate) * up
