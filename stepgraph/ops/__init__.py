@@ -1,6 +1,12 @@
 """Operators of a step. One folder each: schema and docs, torch reference, Triton kernel. See `registry`."""
 
-from stepgraph.ops.attention import AttentionGeometry, AttentionPlan, attention_geometry, attention_plan, paged_attention
+from stepgraph.ops.attention import (
+    AttentionGeometry,
+    AttentionPlan,
+    attention_geometry,
+    attention_plan,
+    paged_attention,
+)
 from stepgraph.ops.build import BuiltStep, build_step
 from stepgraph.ops.commit import commit
 from stepgraph.ops.rms_norm import add_rms_norm, rms_norm

@@ -32,10 +32,14 @@ class AttentionPlan(NamedTuple):
     On CPU all four are empty: the CPU kernel reads the row arrays directly, as an opaque operator may.
     """
 
-    items: Tensor  # [max_items, 4] int32: row, tile within the row, KV split, first partial of the tile or -1 if unsplit
+    items: (
+        Tensor  # [max_items, 4] int32: row, tile within the row, KV split, first partial of the tile or -1 if unsplit
+    )
     header: Tensor  # [2] int32: number of items, keys per KV split
     partials: Tensor  # [max_partials, G, tile, D + 2] float32 scratch: unnormalised output, row maximum, row sum
-    counters: Tensor  # [max_partials, G] int32 scratch, zero before and after each layer: splits of a tile that are done
+    counters: (
+        Tensor  # [max_partials, G] int32 scratch, zero before and after each layer: splits of a tile that are done
+    )
 
 
 def _plan_fake(

@@ -46,7 +46,9 @@ def max_tiles(num_tokens: int, num_rows: int, group: int, tile: int) -> int:
     divisor = math.gcd(group, tile)
     group, tile = group // divisor, tile // divisor
     costs = [k * tile // group for k in range(1, group)]
-    most = np.zeros(spare + 1, dtype=np.int64)  # extra tiles that `index` spare tokens buy with less than a period per row
+    most = np.zeros(
+        spare + 1, dtype=np.int64
+    )  # extra tiles that `index` spare tokens buy with less than a period per row
     for _ in range(rows if costs else 0):
         better = most.copy()
         for k, cost in enumerate(costs, start=1):

@@ -3,20 +3,20 @@
 A token is drawn by the Gumbel-max trick (Gumbel 1954; Maddison et al. 2014): the arg-max over the vocabulary of
 ``logit / temperature + gumbel``, where the Gumbel noise of vocabulary entry v comes from Philox4x32-10 (Salmon et al.,
 "Parallel random numbers: as easy as 1, 2, 3", 2011) keyed by the request's seed, with counter (v // 4, position, 0, 0) and
-output lane v % 4. So a request draws the same numbers alone or batched, in a graph or eagerly, and no generator state
-exists that a graph could bake in.
+output lane v % 4: ``u = (word // 2⁹ + 1/2) / 2²³``, ``gumbel = -log(-log u)``. Every such u is exact in float32 and none
+is 0 or 1, so no noise is infinite and no token wins by rounding. A request draws the same numbers alone or batched, in a
+graph or eagerly, and no generator state exists that a graph could bake in.
 """
 
-import torch
 from torch import Tensor
 
 from stepgraph.ops.registry import register
-from stepgraph.ops.sample import reference
+from stepgraph.ops.sample import cpu
 
 _sample = register(
     "sample(Tensor logits, Tensor row_slot, Tensor lines) -> Tensor",
-    cpu=reference.sample,
-    fake=lambda logits, row_slot, lines: logits.new_empty(logits.shape[0], dtype=torch.int32),
+    cpu=cpu.sample,
+    fake=lambda logits, row_slot, lines: row_slot.new_empty(logits.shape[0]),
     cuda="stepgraph.ops.sample.triton:sample",
 )
 

@@ -1,8 +1,36 @@
-"""Placeholder until the sampler lands."""
+"""Plain torch definition of `sample`: every row sorts and draws over its whole vocabulary. Shapes: R rows, V entries."""
 
 import torch
 from torch import Tensor
 
+from stepgraph.ops import slot_line as line
+from stepgraph.ops.sample.philox import gumbel
+
+
+def keep_mask(x_V: Tensor, top_k: int, top_p: float) -> Tensor:
+    """Which entries `top_k` and then `top_p` keep. x_V: [V] float32 without NaN. Returns [V] bool. Masses in float64."""
+    keep_V = torch.ones_like(x_V, dtype=torch.bool)
+    if 0 < top_k < len(x_V):
+        keep_V = x_V >= x_V.sort(descending=True).values[top_k - 1]
+    if top_p < 1:
+        mass_V = x_V.double().masked_fill(~keep_V, -torch.inf).softmax(0)
+        sorted_V = mass_V.sort(descending=True).values
+        last = int((sorted_V.cumsum(0) < top_p).sum())
+        keep_V &= mass_V >= sorted_V[min(last, len(x_V) - 1)]
+    return keep_V
+
 
 def sample(logits: Tensor, row_slot: Tensor, lines: Tensor) -> Tensor:
-    return logits.argmax(-1).to(torch.int32)
+    """See `stepgraph.ops.sample.sample`."""
+    logits_RV = logits.float().masked_fill(logits.isnan(), -torch.inf)
+    tokens = []
+    for logits_V, line_L in zip(logits_RV, lines[row_slot.long()], strict=True):
+        temperature, top_p = line_L[[line.TEMPERATURE, line.TOP_P]].view(torch.float32).tolist()
+        score_V = logits_V
+        if temperature > 0:
+            x_V = logits_V / temperature
+            keep_V = keep_mask(x_V, int(line_L[line.TOP_K]), top_p)
+            noise_V = gumbel(line_L[line.SEED_LOW], line_L[line.SEED_HIGH], line_L[line.LENGTH], len(x_V))
+            score_V = (x_V + noise_V).masked_fill(~keep_V, -torch.inf)
+        tokens.append(score_V.argmax())
+    return torch.stack(tokens).to(torch.int32)

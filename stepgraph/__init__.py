@@ -1,0 +1,33 @@
+"""stepgraph: LLM inference in which every step is one launch of one captured graph."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+__all__ = ["LLM", "AsyncEngine", "CompletionOutput", "EngineConfig", "RequestOutput", "SamplingParams", "__version__"]
+
+if TYPE_CHECKING:
+    from stepgraph.api import LLM
+    from stepgraph.config import EngineConfig
+    from stepgraph.engine.async_engine import AsyncEngine
+    from stepgraph.engine.outputs import CompletionOutput, RequestOutput
+    from stepgraph.engine.sampling_params import SamplingParams
+
+_HOMES = {
+    "LLM": "stepgraph.api",
+    "AsyncEngine": "stepgraph.engine.async_engine",
+    "CompletionOutput": "stepgraph.engine.outputs",
+    "EngineConfig": "stepgraph.config",
+    "RequestOutput": "stepgraph.engine.outputs",
+    "SamplingParams": "stepgraph.engine.sampling_params",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import on first use, so that `import stepgraph` and `stepgraph --help` do not wait for torch."""
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    import importlib
+
+    return getattr(importlib.import_module(_HOMES[name]), name)

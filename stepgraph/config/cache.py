@@ -1,0 +1,24 @@
+"""How much memory keys and values get."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from stepgraph.config.fields import check, setting
+from stepgraph.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class CacheConfig:
+    """Size of the paged KV cache."""
+
+    block_size: int = setting(16, "tokens per KV block; a power of two", minimum=1)
+    num_kv_blocks: int | None = setting(None, "KV blocks; default: chosen from free memory", minimum=2)
+    gpu_memory_utilization: float = setting(0.9, "share of the device's memory the engine may fill", minimum=0.01)
+
+    def __post_init__(self) -> None:
+        check(self)
+        if self.block_size & (self.block_size - 1):
+            raise ConfigError(f"block_size={self.block_size} is not a power of two; use e.g. 16")
+        if self.gpu_memory_utilization > 1:
+            raise ConfigError(f"gpu_memory_utilization={self.gpu_memory_utilization} is above 1; use e.g. 0.9")

@@ -1,0 +1,28 @@
+"""Which model runs, in what precision."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from stepgraph.config.fields import check, setting
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Which model runs, in what precision, over how long a context."""
+
+    model: str = setting("smollm2", "model: smollm2, a .gguf file, a Hugging Face folder or hub name, or a named shape")
+    dtype: str = setting(
+        "auto",
+        "weights and activations; auto is float32 on CPU and bfloat16 on CUDA",
+        choices=("auto", "float32", "bfloat16", "float16"),
+    )
+    load_format: str = setting("auto", "dummy gives random weights, for benchmarks", choices=("auto", "dummy"))
+    max_model_len: int | None = setting(None, "tokens of prompt and answer together; default: the model's", minimum=2)
+    seed: int = setting(
+        0, "seed of everything random: dummy weights and requests without a seed of their own", minimum=0
+    )
+    device: str = setting("auto", "auto takes CUDA if there is one", choices=("auto", "cpu", "cuda"))
+
+    def __post_init__(self) -> None:
+        check(self)

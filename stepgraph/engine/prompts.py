@@ -1,0 +1,57 @@
+"""What users may give as a prompt, and its one inner form."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+from stepgraph.errors import ConfigError, RequestError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+Prompt: TypeAlias = str | Sequence[int] | Mapping[str, Any]
+"""Text, token ids, ``{"prompt": text}`` or ``{"prompt_token_ids": ids}``."""
+Message: TypeAlias = Mapping[str, Any]
+"""``{"role": ..., "content": ...}``."""
+
+
+def tokenize(prompt: Prompt, tokenizer: PreTrainedTokenizerFast | None) -> tuple[str | None, list[int]]:
+    """The prompt's text, if it was given as text, and its token ids.
+
+    Raises:
+        RequestError: the prompt is none of the accepted forms.
+    """
+    if isinstance(prompt, Mapping):
+        if "prompt_token_ids" in prompt:
+            return prompt.get("prompt"), list(prompt["prompt_token_ids"])
+        if "prompt" not in prompt:
+            raise RequestError(f"a prompt given as a dict needs 'prompt' or 'prompt_token_ids', not {sorted(prompt)}")
+        prompt = prompt["prompt"]
+    if isinstance(prompt, str):
+        return prompt, list(require_tokenizer(tokenizer).encode(prompt))
+    if isinstance(prompt, Sequence) and all(isinstance(token, int) for token in prompt):
+        return None, list(prompt)
+    raise RequestError(f"a prompt is text or a list of token ids, not {type(prompt).__name__}")
+
+
+def render_chat(messages: Sequence[Message], tokenizer: PreTrainedTokenizerFast | None) -> str:
+    """The text of a conversation, up to where the assistant's answer starts.
+
+    Raises:
+        RequestError: the messages do not fit the model's chat template, or it has none.
+    """
+    tokenizer = require_tokenizer(tokenizer)
+    if not tokenizer.chat_template:
+        raise RequestError("this model has no chat template; use generate with the whole prompt as text")
+    try:
+        return str(tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True))
+    except Exception as error:
+        raise RequestError(f"the messages do not fit the model's chat template: {error}") from error
+
+
+def require_tokenizer(tokenizer: PreTrainedTokenizerFast | None) -> PreTrainedTokenizerFast:
+    """The tokenizer, or a ConfigError that says what to do without one."""
+    if tokenizer is None:
+        raise ConfigError("this model comes without a tokenizer; give prompts as token ids")
+    return tokenizer

@@ -1,0 +1,82 @@
+"""What a user may ask of one request's sampling."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import Any
+
+from stepgraph.errors import RequestError
+from stepgraph.ops import slot_line
+
+_NOT_YET: dict[str, Any] = {
+    "n": 1,
+    "min_p": 0.0,
+    "presence_penalty": 0.0,
+    "frequency_penalty": 0.0,
+    "repetition_penalty": 1.0,
+    "min_tokens": 0,
+    "stop": None,
+    "logit_bias": None,
+    "bad_words": None,
+    "allowed_token_ids": None,
+    "logprobs": None,
+    "prompt_logprobs": None,
+}
+"""Fields that other engines have and this one refuses; each with the value that asks for nothing."""
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How to choose a request's tokens. Names and defaults follow vLLM.
+
+    Raises:
+        RequestError: a value outside its range, or a field that is not supported yet.
+    """
+
+    temperature: float = 1.0  # 0 is greedy
+    top_p: float = 1.0  # keep the smallest set of tokens with this probability
+    top_k: int = 0  # keep the k most likely tokens; 0 or -1 keeps all
+    max_tokens: int | None = 16  # None: as many as fit the context
+    seed: int | None = None  # None: chosen by the engine from its own seed
+    stop_token_ids: tuple[int, ...] = ()  # the answer ends after one of these
+    ignore_eos: bool = False  # do not end at the model's end token
+    detokenize: bool = True
+    skip_special_tokens: bool = True
+    n: int = 1
+    min_p: float = 0.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    min_tokens: int = 0
+    stop: str | list[str] | None = None
+    logit_bias: dict[int, float] | None = None
+    bad_words: list[str] | None = None
+    allowed_token_ids: list[int] | None = None
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
+
+    def __post_init__(self) -> None:
+        for f in fields(self):
+            value = getattr(self, f.name)
+            if f.name in _NOT_YET and value != _NOT_YET[f.name] and value not in ([], {}):
+                raise RequestError(f"{f.name}={value!r} is not supported yet; leave it at {_NOT_YET[f.name]!r}")
+        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids or ()))
+        object.__setattr__(self, "top_k", max(self.top_k, 0) if self.top_k >= -1 else self.top_k)
+        self._require("temperature", 0 <= self.temperature <= 100, "between 0 (greedy) and 100")
+        self._require("top_p", 0 < self.top_p <= 1, "above 0 and at most 1")
+        self._require("top_k", 0 <= self.top_k < 2**31, "0 or -1 (all tokens), or a positive count")
+        self._require("max_tokens", self.max_tokens is None or self.max_tokens >= 1, "at least 1, or None")
+        self._require("seed", self.seed is None or 0 <= self.seed < 2**64, "between 0 and 2**64 - 1, or None")
+        self._require(
+            "stop_token_ids",
+            all(isinstance(token, int) and token >= 0 for token in self.stop_token_ids),
+            "token ids, which are 0 or larger",
+        )
+        if len(self.stop_token_ids) > slot_line.MAX_STOP_TOKENS:
+            raise RequestError(
+                f"stop_token_ids has {len(self.stop_token_ids)} entries; at most {slot_line.MAX_STOP_TOKENS} fit"
+            )
+
+    def _require(self, name: str, holds: bool, expected: str) -> None:
+        if not holds:
+            raise RequestError(f"{name}={getattr(self, name)!r} must be {expected}")

@@ -1,0 +1,57 @@
+"""CUDA graphs: one launch for the whole step.
+
+All graphs share one memory pool: only one step runs at a time, so each may overwrite the intermediate tensors of the
+others, and the pool grows to the need of the largest (captured first, the others fit into its memory).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Generic
+
+import torch
+
+from stepgraph.errors import CaptureError
+from stepgraph.graph.base import Output
+
+
+@dataclass(frozen=True)
+class CudaGraph(Generic[Output]):
+    """A captured CUDA graph and the tensors it leaves its results in."""
+
+    graph: torch.cuda.CUDAGraph
+    output: Output
+
+    def replay(self) -> Output:
+        self.graph.replay()
+        return self.output
+
+
+class CudaBackend:
+    """See `stepgraph.graph.base.GraphBackend`."""
+
+    name = "cuda"
+
+    def __init__(self) -> None:
+        self._pool = torch.cuda.graph_pool_handle()
+        self._stream = torch.cuda.Stream()
+
+    def capture(self, program: Callable[[], Output], warmups: int) -> CudaGraph[Output]:
+        with torch.no_grad():
+            # Warm-up on the capture stream compiles kernels and makes libraries allocate their workspaces there.
+            self._stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self._stream):
+                for _ in range(warmups):
+                    program()
+            torch.cuda.current_stream().wait_stream(self._stream)
+            graph = torch.cuda.CUDAGraph()
+            try:
+                with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
+                    output = program()
+            except (torch.AcceleratorError, RuntimeError) as error:
+                raise CaptureError(
+                    f"the step cannot be captured as a CUDA graph: {str(error).splitlines()[0]}; something in the program "
+                    "waits for the device or reads a value from it"
+                ) from error
+        return CudaGraph(graph, output)

@@ -1,0 +1,271 @@
+"""GraphPool: the captured graphs, which one serves a step, and the record of every use."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import time
+from bisect import bisect_left
+from collections import Counter, deque
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Generic
+
+from tqdm import tqdm
+
+from stepgraph.config import GraphConfig
+from stepgraph.errors import ConfigError
+from stepgraph.graph.base import Graph, GraphBackend, Output
+from stepgraph.graph.eager import EagerBackend
+from stepgraph.step.plan import StepKind, StepPlan
+from stepgraph.step.shape import StepShape, row_sizes, token_sizes
+
+logger = logging.getLogger(__name__)
+
+
+class EagerReason(StrEnum):
+    """Why a step left the graph. Closed: a step that ran eagerly has one of these."""
+
+    GRAPHS_OFF = "graphs_off"  # graph_backend=eager
+    NOT_PURE_PREFILL = "not_pure_prefill"  # cudagraph_only_prefill, and the step decodes
+    MEMORY_BUDGET = "memory_budget"  # no captured graph fits and graph_memory_mib is used up
+
+
+@dataclass(frozen=True)
+class StepRecord:
+    """What one step ran."""
+
+    kind: StepKind
+    shape: StepShape
+    num_tokens: int
+    num_rows: int
+    eager_reason: EagerReason | None
+
+
+@dataclass
+class GraphRecord:
+    """One captured graph and its use."""
+
+    shape: StepShape
+    capture_ms: float
+    bytes: int
+    uses: int = 0
+    real_tokens: int = 0
+
+    @property
+    def padding_tokens(self) -> int:
+        """Tokens computed for nothing over all uses."""
+        return self.uses * self.shape.num_tokens - self.real_tokens
+
+
+@dataclass
+class PoolStatistics:
+    """Counts over the life of the pool."""
+
+    steps: Counter[tuple[StepKind, EagerReason | None]] = field(default_factory=Counter)
+    real_tokens: int = 0
+    padding_tokens: int = 0
+    recent: deque[StepRecord] = field(default_factory=lambda: deque(maxlen=1024))
+
+    def add(self, record: StepRecord) -> None:
+        self.steps[record.kind, record.eager_reason] += 1
+        self.real_tokens += record.num_tokens
+        self.padding_tokens += record.shape.num_tokens - record.num_tokens
+        self.recent.append(record)
+
+    @property
+    def num_steps(self) -> int:
+        return self.steps.total()
+
+    @property
+    def num_eager_steps(self) -> int:
+        return sum(count for (_, reason), count in self.steps.items() if reason is not None)
+
+
+@dataclass(frozen=True)
+class _Entry(Generic[Output]):
+    graph: Graph[Output]
+    record: GraphRecord
+
+
+class GraphPool(Generic[Output]):
+    """Serves every step with a graph of the smallest captured shape that holds it.
+
+    Args:
+        config: what to capture, when, in how much memory.
+        backend: how to capture.
+        create_program: makes the program of a shape.
+        capture_context: entered around each capture, so that it leaves no trace.
+        trial: launches the first captured graph at the largest context, leaving no trace.
+        used_memory_bytes: what the process holds on the device; differences are the graphs' cost.
+        max_tokens, max_rows: largest step the scheduler may plan.
+        lazy: capture at first use rather than all at once.
+    """
+
+    def __init__(
+        self,
+        config: GraphConfig,
+        backend: GraphBackend,
+        create_program: Callable[[StepShape], Callable[[], Output]],
+        capture_context: Callable[[], AbstractContextManager[None]],
+        trial: Callable[[Graph[Output]], None],
+        used_memory_bytes: Callable[[], int],
+        *,
+        max_tokens: int,
+        max_rows: int,
+        lazy: bool,
+    ):
+        self.backend_name = backend.name
+        self.lazy = lazy
+        self.statistics = PoolStatistics()
+        self._config = config
+        self._backend = backend
+        self._create_program = create_program
+        self._capture_context = capture_context
+        self._trial = trial
+        self._used_memory_bytes = used_memory_bytes
+        self._token_sizes, self._row_sizes = _ladder(config, max_tokens, max_rows)
+        self._entries: dict[StepShape, _Entry[Output]] = {}
+        self._eager: dict[StepShape, Graph[Output]] = {}
+        self._over_budget: set[StepShape] = set()
+
+    @property
+    def max_tokens(self) -> int:
+        """Most tokens of a step."""
+        return self._token_sizes[-1]
+
+    @property
+    def max_shape(self) -> StepShape:
+        return StepShape(self._token_sizes[-1], self._row_sizes[self._token_sizes[-1]][-1])
+
+    @property
+    def bytes(self) -> int:
+        """Memory all captured graphs took."""
+        return sum(entry.record.bytes for entry in self._entries.values())
+
+    def shapes(self) -> list[StepShape]:
+        """All shapes that may be captured, largest first."""
+        return sorted(
+            (StepShape(tokens, rows) for tokens in self._token_sizes for rows in self._row_sizes[tokens]), reverse=True
+        )
+
+    def records(self) -> list[GraphRecord]:
+        """Captured graphs, smallest first."""
+        return [entry.record for _, entry in sorted(self._entries.items())]
+
+    def round_up(self, num_tokens: int, num_rows: int) -> StepShape:
+        """The smallest capturable shape that holds so many tokens in so many rows."""
+        assert num_tokens <= self.max_tokens, (num_tokens, self.max_tokens)
+        for tokens in self._token_sizes[bisect_left(self._token_sizes, max(num_tokens, num_rows, 1)) :]:
+            rows = self._row_sizes[tokens]
+            if num_rows <= rows[-1]:
+                return StepShape(tokens, rows[bisect_left(rows, num_rows)])
+        raise AssertionError(f"{num_rows} rows fit no captured shape")
+
+    def graph_for(self, plan: StepPlan) -> tuple[StepShape, Graph[Output]]:
+        """The graph that runs `plan`, captured now if need be, and its shape. Records the use."""
+        shape = self.round_up(plan.num_tokens, len(plan.rows))
+        reason: EagerReason | None = None
+        entry: _Entry[Output] | None = None
+        if self._backend.name == "eager":
+            reason = EagerReason.GRAPHS_OFF
+        elif self._config.cudagraph_only_prefill and plan.kind is not StepKind.PREFILL:
+            reason = EagerReason.NOT_PURE_PREFILL
+        else:
+            entry = self._entries.get(shape) or self._capture(shape) or self._covering(shape)
+            reason = EagerReason.MEMORY_BUDGET if entry is None else None
+        if entry is not None:
+            shape = entry.record.shape
+            entry.record.uses += 1
+            entry.record.real_tokens += plan.num_tokens
+        self.statistics.add(StepRecord(plan.kind, shape, plan.num_tokens, len(plan.rows), reason))
+        return shape, entry.graph if entry is not None else self.eager_twin(shape)
+
+    def graph(self, shape: StepShape) -> Graph[Output] | None:
+        """The captured graph of exactly this shape, captured now if need be; None if the budget forbids it."""
+        entry = self._entries.get(shape) or self._capture(shape)
+        return entry.graph if entry else None
+
+    def eager_twin(self, shape: StepShape) -> Graph[Output]:
+        """The same program at the same shape, run without a graph."""
+        if shape not in self._eager:
+            self._eager[shape] = EagerBackend().capture(self._create_program(shape), 0)
+        return self._eager[shape]
+
+    def capture_all(self, *, progress: bool) -> None:
+        """Capture every shape, largest first, until the memory budget is used up."""
+        if self._backend.name == "eager":
+            return
+        shapes = tqdm(
+            self.shapes(), desc="capturing graphs", unit="graph", disable=not progress, leave=False, file=sys.stderr
+        )
+        started = time.perf_counter()
+        for shape in shapes:
+            self.graph(shape)
+        captured, asked = len(self._entries), len(self.shapes())
+        logger.info(
+            "captured %d of %d graphs in %.2f s, %.1f MiB",
+            captured,
+            asked,
+            time.perf_counter() - started,
+            self.bytes / 2**20,
+        )
+        if captured < asked:
+            logger.warning(
+                "graph_memory_mib=%s holds %d of %d graphs; other shapes run in a larger graph, or eagerly if none fits",
+                self._config.graph_memory_mib,
+                captured,
+                asked,
+            )
+
+    def _capture(self, shape: StepShape) -> _Entry[Output] | None:
+        budget = self._config.graph_memory_mib
+        if shape in self._over_budget:
+            return None
+        before, started = self._used_memory_bytes(), time.perf_counter()
+        with self._capture_context():
+            graph = self._backend.capture(self._create_program(shape), self._config.capture_warmups)
+        elapsed_ms = (time.perf_counter() - started) * 1e3
+        if not self._entries:
+            self._trial(graph)
+        record = GraphRecord(shape, elapsed_ms, max(0, self._used_memory_bytes() - before))
+        if budget is not None and self.bytes + record.bytes > budget * 2**20:
+            self._over_budget.add(shape)
+            return None
+        entry = self._entries[shape] = _Entry(graph, record)
+        logger.debug("captured %s in %.1f ms, %d bytes", shape, elapsed_ms, record.bytes)
+        return entry
+
+    def _covering(self, shape: StepShape) -> _Entry[Output] | None:
+        """The smallest captured graph that holds `shape`."""
+        fitting = [s for s in self._entries if s.num_tokens >= shape.num_tokens and s.num_rows >= shape.num_rows]
+        return self._entries[min(fitting)] if fitting else None
+
+
+def _ladder(config: GraphConfig, max_tokens: int, max_rows: int) -> tuple[list[int], dict[int, list[int]]]:
+    """Token counts to capture, and for each the row counts."""
+    largest = min(config.max_capture_size or max_tokens, max_tokens)
+    sizes = set(config.capture_sizes or token_sizes(largest))
+    too_large = sorted(size for size in sizes if size > max_tokens)
+    if too_large:
+        raise ConfigError(
+            f"capture_sizes={too_large} are above max_num_batched_tokens={max_tokens}, so no step could use them; drop "
+            "them or raise max_num_batched_tokens"
+        )
+    sizes = {size for size in sizes if size <= largest}
+    if not sizes or max(sizes) < max_rows:
+        raise ConfigError(
+            f"the largest captured size {max(sizes, default=0)} is below max_num_seqs={max_rows}, so a decode step of all "
+            "running requests would fit no graph; capture a size of at least that, or lower max_num_seqs"
+        )
+    rows = {
+        tokens: sorted(
+            {min(r, tokens, max_rows) for r in config.capture_rows} | {min(tokens, max_rows)}
+            if config.capture_rows
+            else set(row_sizes(tokens, max_rows))
+        )
+        for tokens in sizes
+    }
+    return sorted(sizes), rows

@@ -1,0 +1,1 @@
+"""Building blocks of native models: thin modules over `stepgraph.ops`."""

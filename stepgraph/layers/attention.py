@@ -1,0 +1,90 @@
+"""Grouped-query attention over the paged KV cache.
+
+Shapes: T tokens, E hidden size, H query heads, G key/value heads, D head size, B tokens per KV block.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from stepgraph.layers.inputs import StepInputs
+from stepgraph.layers.linear import Linear, MergedLinear
+from stepgraph.layers.norm import RMSNorm
+from stepgraph.ops import paged_attention, rope_cache
+
+
+class Attention(nn.Module):
+    """Project, rotate, cache, attend, project. May run inside a graph.
+
+    Source: Ainslie et al., "GQA" (2023); the optional RMS norm of every query and key head is Qwen3's.
+    """
+
+    q_norm: RMSNorm | None
+    k_norm: RMSNorm | None
+
+    def __init__(
+        self,
+        hidden_size: int,
+        num_heads: int,
+        num_kv_heads: int,
+        head_dim: int,
+        *,
+        qkv_bias: bool,
+        output_bias: bool,
+        qk_norm: bool,
+        eps: float,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        super().__init__()
+        self.num_heads, self.head_dim, self.eps = num_heads, head_dim, eps
+        self.qkv_proj = MergedLinear(
+            hidden_size,
+            {"q_proj": num_heads * head_dim, "k_proj": num_kv_heads * head_dim, "v_proj": num_kv_heads * head_dim},
+            bias=qkv_bias,
+            dtype=dtype,
+            device=device,
+        )
+        self.o_proj = Linear(num_heads * head_dim, hidden_size, bias=output_bias, dtype=dtype, device=device)
+        self.q_norm = RMSNorm(head_dim, eps, dtype=dtype, device=device) if qk_norm else None
+        self.k_norm = RMSNorm(head_dim, eps, dtype=dtype, device=device) if qk_norm else None
+
+    def forward(self, x_TE: Tensor, cos_sin: Tensor, cache: tuple[Tensor, Tensor], inputs: StepInputs) -> Tensor:
+        """Attend, writing this step's keys and values.
+
+        Args:
+            x_TE: [T, E], normalised.
+            cos_sin: [max positions, D] float32, see `stepgraph.layers.rotary`.
+            cache: this layer's keys and values, each [blocks, B, G, D].
+            inputs: of the step.
+
+        Returns:
+            [T, E], dtype of `x_TE`.
+        """
+        built, (k_cache, v_cache) = inputs.built, cache
+        q_THD = rope_cache(
+            self.qkv_proj(x_TE),
+            built.positions,
+            built.kv_slots,
+            cos_sin,
+            self.q_norm.weight if self.q_norm is not None else None,
+            self.k_norm.weight if self.k_norm is not None else None,
+            k_cache,
+            v_cache,
+            self.num_heads,
+            self.eps,
+        )
+        attended_TF = paged_attention(
+            q_THD,
+            k_cache,
+            v_cache,
+            inputs.block_table,
+            built.row_slot,
+            built.query_start,
+            built.kv_len,
+            inputs.attention_plan,
+            inputs.geometry,
+            self.head_dim**-0.5,
+        )
+        return self.o_proj(attended_TF)

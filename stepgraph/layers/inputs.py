@@ -1,0 +1,20 @@
+"""What a model sees of a step. Nothing else about the batch exists for it: no phase, no global context."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from stepgraph.ops import AttentionGeometry, AttentionPlan, BuiltStep
+
+
+@dataclass(frozen=True)
+class StepInputs:
+    """One step's tensors, built on the device inside the graph."""
+
+    built: BuiltStep
+    attention_plan: AttentionPlan
+    geometry: AttentionGeometry
+    block_table: Tensor  # [slots, max blocks] int32
+    kv_caches: tuple[tuple[Tensor, Tensor], ...]  # per layer: keys, values, each [blocks, block_size, G, D]

@@ -1,0 +1,31 @@
+"""What a loader sees of a checkpoint, whatever file format it has."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+import torch
+from torch import Tensor
+
+
+class CheckpointTensor(ABC):
+    """One stored tensor. Nothing is read before `load` or `packed`."""
+
+    name: str
+    """In the naming of transformers' checkpoints, e.g. ``model.layers.0.self_attn.q_proj.weight``."""
+    shape: tuple[int, ...]
+    """Of the tensor that `load` returns."""
+    quantization: str | None = None
+    """Name of the block format that `packed` returns (``"Q4_1"``, …); None for plain floating point."""
+
+    @abstractmethod
+    def load(self, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """Return the values, dequantised if need be, as `dtype` on `device`.
+
+        Raises:
+            ModelError: the file cannot be read.
+        """
+
+    def packed(self) -> Tensor:
+        """Return the stored bytes of a quantised tensor: [rows, bytes per row] uint8 on the CPU, rows as in `shape`."""
+        raise AssertionError(f"{self.name} is not quantised")

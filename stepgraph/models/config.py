@@ -1,0 +1,134 @@
+"""What a native decoder needs to know about itself, taken from a transformers config."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from stepgraph.errors import ModelError
+from stepgraph.layers.rotary import RotaryFrequencies, rotary_frequencies
+
+
+@dataclass(frozen=True)
+class DecoderConfig:
+    """Sizes and options of a Llama-like decoder. The KV cache has `num_layers` pairs of [blocks, block_size,
+    `num_kv_heads`, `head_dim`]."""
+
+    architecture: str  # class name in transformers, e.g. "LlamaForCausalLM"
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    rms_norm_eps: float
+    rope: RotaryFrequencies
+    max_position_embeddings: int  # longest sequence the model was made for, in tokens
+    tie_word_embeddings: bool  # the output head is the embedding table
+    qkv_bias: bool
+    output_bias: bool  # of the attention's output projection
+    mlp_bias: bool
+    qk_norm: bool  # RMS norm of each query and key head
+    eos_token_ids: tuple[int, ...]
+    bos_token_id: int | None
+    dtype: torch.dtype  # of the checkpoint's matrices; bfloat16 for quantised ones
+
+    @classmethod
+    def from_hf(cls, hf_config: Any, *, qkv_bias: bool, output_bias: bool, qk_norm: bool = False) -> DecoderConfig:
+        """Read a transformers (>= 5.10) config object that passed `check_supported`.
+
+        Args:
+            hf_config: of the model.
+            qkv_bias, output_bias, qk_norm: what follows from the model's class and not from fields of its config.
+
+        Raises:
+            ModelError: the rope settings are unsupported.
+        """
+        head_dim = getattr(hf_config, "head_dim", None) or hf_config.hidden_size // hf_config.num_attention_heads
+        return cls(
+            architecture=architecture_of(hf_config),
+            vocab_size=hf_config.vocab_size,
+            hidden_size=hf_config.hidden_size,
+            intermediate_size=hf_config.intermediate_size,
+            num_layers=hf_config.num_hidden_layers,
+            num_heads=hf_config.num_attention_heads,
+            num_kv_heads=hf_config.num_key_value_heads,
+            head_dim=head_dim,
+            rms_norm_eps=hf_config.rms_norm_eps,
+            rope=rotary_frequencies(hf_config, head_dim),
+            max_position_embeddings=hf_config.max_position_embeddings,
+            tie_word_embeddings=hf_config.tie_word_embeddings,
+            qkv_bias=qkv_bias,
+            output_bias=output_bias,
+            mlp_bias=getattr(hf_config, "mlp_bias", False),
+            qk_norm=qk_norm,
+            eos_token_ids=as_token_ids(hf_config.eos_token_id),
+            bos_token_id=hf_config.bos_token_id,
+            dtype=_as_dtype(getattr(hf_config, "dtype", None)),
+        )
+
+
+def architecture_of(hf_config: Any) -> str:
+    """Name of the transformers class that a config belongs to; ModelError if it names none."""
+    if not hf_config.architectures:
+        raise ModelError(
+            'The model\'s config.json has no "architectures", so its model class is unknown; add the class name, '
+            'e.g. "architectures": ["LlamaForCausalLM"].'
+        )
+    return str(hf_config.architectures[0])
+
+
+def as_token_ids(value: int | Iterable[int] | None) -> tuple[int, ...]:
+    """A config's token id field, which may be absent, one id, or a list."""
+    if value is None:
+        return ()
+    return (value,) if isinstance(value, int) else tuple(value)
+
+
+def check_supported(hf_config: Any) -> None:
+    """Raise ModelError, saying what, why and what works instead, if native decoders cannot run this model."""
+
+    def field(name: str) -> Any:
+        return getattr(hf_config, name, None)
+
+    def refuse(what: str, instead: str) -> None:
+        raise ModelError(f"{field('model_type') or 'This'} model cannot run: {what}. {instead}")
+
+    if quantization := field("quantization_config"):
+        method = quantization.get("quant_method", "unknown") if isinstance(quantization, dict) else quantization
+        refuse(
+            f'its checkpoint is quantised with method "{method}", which needs kernels of its own',
+            "Use the unquantised checkpoint, or a GGUF file of the model.",
+        )
+    if field("vision_config") or field("audio_config") or field("text_config"):
+        refuse("it is multimodal", "Text-only decoders are supported.")
+    for name in ("num_local_experts", "num_experts", "n_routed_experts"):
+        if field(name):
+            refuse(f"it is a mixture of experts ({name} = {field(name)})", "Dense decoders are supported.")
+    if field("kv_lora_rank"):
+        refuse(
+            "it uses multi-head latent attention, whose cache differs",
+            "Multi-head and grouped-query attention are supported.",
+        )
+    if field("is_encoder_decoder") or field("use_bidirectional_attention") or field("is_causal") is False:
+        refuse("its attention is not causal", "Decoder-only causal models are supported.")
+    window, longest = field("sliding_window"), field("max_position_embeddings")
+    if window and window < longest:
+        refuse(
+            f"it attends over a sliding window of {window} tokens (context {longest})",
+            "Models with full attention in every layer are supported.",
+        )
+    if odd := sorted(set(field("layer_types") or ()) - {"full_attention", "sliding_attention"}):
+        refuse(f"it has layers of type {', '.join(odd)}", "Models with full attention in every layer are supported.")
+    if (activation := field("hidden_act")) not in (None, "silu"):
+        refuse(f'its feed-forward activation is "{activation}"', "silu (SwiGLU) is supported.")
+
+
+def _as_dtype(value: torch.dtype | str | None) -> torch.dtype:
+    if isinstance(value, str):
+        value = getattr(torch, value.removeprefix("torch."), None)
+    return value if isinstance(value, torch.dtype) else torch.float32

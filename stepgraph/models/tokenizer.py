@@ -1,0 +1,128 @@
+"""Tokenizers, always as transformers' fast class: read from a folder, or built from the metadata of a GGUF file."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_tokenizers, processors
+from tokenizers.models import BPE
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from stepgraph.errors import ModelError
+from stepgraph.models.gguf import GGUFFile
+
+_UNKNOWN, _CONTROL, _USER_DEFINED = 2, 3, 4
+"""Values of ``tokenizer.ggml.token_type`` that are found in a text before it is split into words."""
+
+
+def tokenizer_from_folder(folder: Path) -> PreTrainedTokenizerFast:
+    """Load the tokenizer files in a checkpoint folder; ModelError if there are none that transformers can read."""
+    try:
+        return AutoTokenizer.from_pretrained(folder)
+    except Exception as error:  # transformers raises many types here, ImportError and bare Exception among them
+        raise ModelError(f"{folder} holds no tokenizer that transformers can read: {error}") from error
+
+
+def tokenizer_from_gguf(file: GGUFFile) -> PreTrainedTokenizerFast:
+    """Build the byte-level BPE tokenizer that a GGUF file describes.
+
+    Raises:
+        ModelError: the tokenizer is of another kind, or splits words in a way that is not known here.
+    """
+    kind = file.value("tokenizer.ggml.model")
+    if kind != "gpt2":
+        raise ModelError(
+            f'{file.path} has a tokenizer of kind "{kind}"; byte-level BPE ("gpt2") can be built from GGUF metadata. '
+            "Use the folder of the original model, with its tokenizer files, instead."
+        )
+    splitting_name = file.value("tokenizer.ggml.pre", "default")
+    if splitting_name not in _WORD_SPLITTING:
+        raise ModelError(
+            f'{file.path} splits words by "{splitting_name}"; known are {", ".join(_WORD_SPLITTING)}. '
+            "Use the folder of the original model, with its tokenizer files, instead."
+        )
+    splitting = _WORD_SPLITTING[splitting_name]
+
+    tokens = file.value("tokenizer.ggml.tokens")
+    tokenizer = Tokenizer(
+        BPE(
+            {token: index for index, token in enumerate(tokens)},
+            [tuple(merge.split(" ", 1)) for merge in file.value("tokenizer.ggml.merges")],
+            ignore_merges=splitting.ignore_merges,
+        )
+    )
+    if splitting.nfc:
+        tokenizer.normalizer = normalizers.NFC()
+    tokenizer.pre_tokenizer = splitting.pre_tokenizer()
+    tokenizer.decoder = decoders.ByteLevel()
+    types = file.value("tokenizer.ggml.token_type", [])
+    tokenizer.add_tokens(
+        [
+            AddedToken(token, special=type_ != _USER_DEFINED, normalized=False)
+            for token, type_ in zip(tokens, types, strict=False)
+            if type_ in (_UNKNOWN, _CONTROL, _USER_DEFINED)
+        ]
+    )
+
+    names = {"bos": "bos", "eos": "eos", "pad": "padding", "unk": "unknown"}
+    ids = {short: file.value(f"tokenizer.ggml.{long}_token_id", None) for short, long in names.items()}
+    special = {f"{short}_token": tokens[index] for short, index in ids.items() if index is not None}
+    if ids["bos"] is not None and file.value("tokenizer.ggml.add_bos_token", splitting.adds_bos):
+        bos = special["bos_token"]
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single=f"{bos} $A", pair=f"{bos} $A {bos} $B", special_tokens=[(bos, ids["bos"])]
+        )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        chat_template=file.value("tokenizer.chat_template", None),
+        model_max_length=file.value(file.value("general.architecture") + ".context_length"),
+        clean_up_tokenization_spaces=False,
+        **special,
+    )
+
+
+@dataclass(frozen=True)
+class _WordSplitting:
+    """What llama.cpp's name of a pre-tokenizer stands for."""
+
+    pre_tokenizer: Callable[[], Any]
+    nfc: bool = False  # text is normalised to NFC first
+    ignore_merges: bool = False  # a word that is a token stays whole even if the merges do not lead to it
+    adds_bos: bool = False  # where the file does not say
+
+
+def _gpt2() -> Any:
+    return pre_tokenizers.ByteLevel(add_prefix_space=False)
+
+
+def _smollm() -> Any:
+    return pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), _gpt2()])
+
+
+def _by_regex(digits: str) -> Callable[[], Any]:
+    """The word pattern that Llama 3 and Qwen2 share but for the number of digits that stay together."""
+    pattern = (
+        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
+        + digits
+        + r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    )
+    return lambda: pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(pattern), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+
+
+_LLAMA3 = _WordSplitting(_by_regex(r"\p{N}{1,3}"), ignore_merges=True, adds_bos=True)
+_WORD_SPLITTING = {
+    "default": _WordSplitting(_gpt2),
+    "gpt-2": _WordSplitting(_gpt2),
+    "smollm": _WordSplitting(_smollm),
+    "llama-bpe": _LLAMA3,
+    "llama3": _LLAMA3,
+    "qwen2": _WordSplitting(_by_regex(r"\p{N}"), nfc=True),
+}

@@ -1,0 +1,353 @@
+"""Triton kernels of `attention_plan` and `paged_attention`.
+
+Shapes in the kernels: R rows, I items, M (token, query head) pairs of a tile, K keys of one inner iteration, D head size
+padded to a power of two, S splits combined at once.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from stepgraph.ops.attention.geometry import KV_BLOCK
+
+LOG2_E = 1.4426950408889634
+KEY_BYTES = 16 * 1024
+"""Bytes of keys read by one inner iteration, and as many of values. The pipeline holds two iterations in shared memory,
+and two programs shall fit a multiprocessor."""
+
+
+@triton.jit(do_not_specialize=["num_rows", "split_target", "num_counters"])
+def _plan_kernel(
+    query_start_ptr,
+    kv_len_ptr,
+    items_ptr,
+    header_ptr,
+    counters_ptr,
+    num_rows,
+    split_target,
+    num_counters,
+    GROUP: tl.constexpr,
+    TILE: tl.constexpr,
+    KV_BLOCK: tl.constexpr,
+    ROWS: tl.constexpr,  # num_rows padded to a power of two
+    BLOCK: tl.constexpr,  # items or counters written at once
+):
+    """One program per row. Each looks at all rows, which spares it every exchange with the others."""
+    row = tl.program_id(0)
+    row_R = tl.arange(0, ROWS)
+    real_R = row_R < num_rows
+    start_R = tl.load(query_start_ptr + row_R, mask=real_R, other=0)
+    end_R = tl.load(query_start_ptr + row_R + 1, mask=real_R, other=0)
+    kv_len_R = tl.load(kv_len_ptr + row_R, mask=real_R, other=0)
+    tiles_R = tl.cdiv((end_R - start_R) * GROUP, TILE)
+    share = tl.cdiv(tl.sum(tiles_R.to(tl.int64) * kv_len_R, axis=0), split_target)
+    keys_per_split = tl.maximum(tl.cdiv(share, KV_BLOCK), 1).to(tl.int32) * KV_BLOCK
+    splits_R = tl.cdiv(kv_len_R, keys_per_split)
+    items_R = tiles_R * splits_R
+
+    if row == 0:
+        tl.store(header_ptr, tl.sum(items_R, axis=0))
+        tl.store(header_ptr + 1, keys_per_split)
+    for first in range(row * BLOCK, num_counters, tl.num_programs(0) * BLOCK):
+        counter = first + tl.arange(0, BLOCK)
+        tl.store(counters_ptr + counter, 0, mask=counter < num_counters)
+
+    first_item = tl.sum(tl.where(row_R < row, items_R, 0), axis=0)
+    first_partial = tl.sum(tl.where((row_R < row) & (splits_R > 1), items_R, 0), axis=0)
+    tiles = tl.sum(tl.where(row_R == row, tiles_R, 0), axis=0)
+    splits = tl.sum(tl.where(row_R == row, splits_R, 0), axis=0)
+    for first in range(0, tiles * splits, BLOCK):
+        item_I = first + tl.arange(0, BLOCK)
+        inside_I = item_I < tiles * splits
+        # The last tile of a row sees the most keys: heaviest first.
+        tile_I = item_I // splits
+        partial_I = tl.where(splits > 1, first_partial + tile_I * splits, -1)
+        target_I = items_ptr + (first_item + item_I) * 4
+        tl.store(target_I, row, mask=inside_I)
+        tl.store(target_I + 1, tiles - 1 - tile_I, mask=inside_I)
+        tl.store(target_I + 2, item_I % splits, mask=inside_I)
+        tl.store(target_I + 3, partial_I, mask=inside_I)
+
+
+def attention_plan(
+    query_start: Tensor,
+    kv_len: Tensor,
+    num_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    tile: int,
+    split_target: int,
+    max_items: int,
+    max_partials: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """See `stepgraph.ops.attention.attention_plan`."""
+    num_rows = kv_len.shape[0]
+    items = kv_len.new_empty(max_items, 4)
+    header = kv_len.new_empty(2)
+    partials = kv_len.new_empty(max_partials, num_kv_heads, tile, head_dim + 2, dtype=torch.float32)
+    counters = kv_len.new_empty(max_partials, num_kv_heads)
+    _plan_kernel[(num_rows,)](
+        query_start,
+        kv_len,
+        items,
+        header,
+        counters,
+        num_rows,
+        split_target,
+        counters.numel(),
+        GROUP=num_heads // num_kv_heads,
+        TILE=tile,
+        KV_BLOCK=KV_BLOCK,
+        ROWS=triton.next_power_of_2(num_rows),
+        BLOCK=128,
+        num_warps=4,
+    )
+    return items, header, partials, counters
+
+
+@triton.jit
+def _load_keys(
+    head_ptr, slot_K, key_K, end, LINE: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, MASKED: tl.constexpr
+):
+    """[K, D] keys or values at the cache slots `slot_K`; zeros from key `end` on, whatever the cache holds there."""
+    dim_D = tl.arange(0, BLOCK_D)
+    source_KD = head_ptr + slot_K[:, None] * LINE + dim_D[None, :]
+    if MASKED:
+        return tl.load(source_KD, mask=(key_K < end)[:, None] & (dim_D < D)[None, :], other=0.0)
+    if D < BLOCK_D:
+        return tl.load(source_KD, mask=(dim_D < D)[None, :], other=0.0)
+    return tl.load(source_KD)
+
+
+@triton.jit
+def _attend(
+    q_MD,
+    acc_MD,
+    max_M,
+    sum_M,
+    position_M,
+    begin,
+    end,
+    table_ptr,
+    k_head_ptr,
+    v_head_ptr,
+    scale_log2,
+    LINE: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    KEYS: tl.constexpr,
+    MASKED: tl.constexpr,  # some keys are unseen by some queries, or `end - begin` is no multiple of KEYS
+):
+    """Online softmax over keys begin … end-1; scores are in units of log 2."""
+    for start in range(begin, end, KEYS):
+        key_K = start + tl.arange(0, KEYS)
+        if MASKED:
+            block_K = tl.load(table_ptr + key_K // BLOCK_SIZE, mask=key_K < end, other=0)
+        else:
+            block_K = tl.load(table_ptr + key_K // BLOCK_SIZE)
+        slot_K = block_K.to(tl.int64) * BLOCK_SIZE + key_K % BLOCK_SIZE
+        k_KD = _load_keys(k_head_ptr, slot_K, key_K, end, LINE, D, BLOCK_D, MASKED)
+        score_MK = tl.dot(q_MD, tl.trans(k_KD), input_precision="ieee")
+        if MASKED:
+            score_MK = tl.where(key_K[None, :] <= position_M[:, None], score_MK, float("-inf"))
+        new_max_M = tl.maximum(max_M, tl.max(score_MK, axis=1) * scale_log2)
+        # A query that has seen no key yet: any finite reference gives it weights of 0 instead of NaN.
+        reference_M = tl.where(new_max_M == float("-inf"), 0.0, new_max_M) if MASKED else new_max_M
+        weight_MK = tl.exp2(score_MK * scale_log2 - reference_M[:, None])
+        decay_M = tl.exp2(max_M - reference_M)
+        sum_M = sum_M * decay_M + tl.sum(weight_MK, axis=1)
+        v_KD = _load_keys(v_head_ptr, slot_K, key_K, end, LINE, D, BLOCK_D, MASKED)
+        acc_MD = tl.dot(weight_MK.to(v_KD.dtype), v_KD, acc=acc_MD * decay_M[:, None], input_precision="ieee")
+        max_M = new_max_M
+    return acc_MD, max_M, sum_M
+
+
+@triton.jit
+def _combine(
+    tile_ptr,
+    part_stride,
+    num_parts,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    TILE: tl.constexpr,
+    SPLITS: tl.constexpr,
+):
+    """Normalised output [M, D] of a tile from its partial results, in split order whatever order they were made in.
+
+    Other multiprocessors wrote them: reads bypass L1 (.cg), which rules out the pipeliner's asynchronous copies too.
+    """
+    row_M = tl.arange(0, TILE)
+    dim_D = tl.arange(0, BLOCK_D)
+    max_M = tl.full([TILE], float("-inf"), tl.float32)
+    sum_M = tl.zeros([TILE], tl.float32)
+    acc_MD = tl.zeros([TILE, BLOCK_D], tl.float32)
+    for first in tl.range(0, num_parts, SPLITS, num_stages=1):
+        part_S = first + tl.arange(0, SPLITS)
+        inside_S1 = (part_S < num_parts)[:, None]
+        row_SM = tile_ptr + part_S[:, None] * part_stride + row_M[None, :] * (D + 2)
+        part_max_SM = tl.load(row_SM + D, mask=inside_S1, other=float("-inf"), cache_modifier=".cg")
+        part_sum_SM = tl.load(row_SM + D + 1, mask=inside_S1, other=0.0, cache_modifier=".cg")
+        part_SMD = tl.load(
+            row_SM[:, :, None] + dim_D[None, None, :],
+            mask=inside_S1[:, :, None] & (dim_D < D)[None, None, :],
+            other=0.0,
+            cache_modifier=".cg",
+        )
+        new_max_M = tl.maximum(max_M, tl.max(part_max_SM, axis=0))  # finite: every query sees key 0, in the first split
+        decay_M = tl.exp2(max_M - new_max_M)
+        weight_SM = tl.exp2(part_max_SM - new_max_M[None, :])
+        sum_M = sum_M * decay_M + tl.sum(part_sum_SM * weight_SM, axis=0)
+        acc_MD = acc_MD * decay_M[:, None] + tl.sum(part_SMD * weight_SM[:, :, None], axis=0)
+        max_M = new_max_M
+    return acc_MD / sum_M[:, None]
+
+
+@triton.jit(do_not_specialize=["table_width"])
+def _attention_kernel(
+    q_ptr,
+    k_cache_ptr,
+    v_cache_ptr,
+    block_table_ptr,
+    row_slot_ptr,
+    query_start_ptr,
+    kv_len_ptr,
+    items_ptr,
+    header_ptr,
+    partials_ptr,
+    counters_ptr,
+    out_ptr,
+    table_width,
+    scale_log2,
+    G: tl.constexpr,
+    GROUP: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    TILE: tl.constexpr,
+    KEYS: tl.constexpr,  # of one inner iteration
+):
+    program = tl.program_id(0)
+    num_programs = tl.num_programs(0)
+    num_work = tl.load(header_ptr) * G
+    keys_per_split = tl.load(header_ptr + 1)
+    row_M = tl.arange(0, TILE)
+    dim_D = tl.arange(0, BLOCK_D)
+    for turn in range(tl.cdiv(num_work, num_programs)):
+        # Items come heaviest first: going back and forth gives who had the heaviest the lightest next.
+        work = turn * num_programs + tl.where(turn % 2 == 0, program, num_programs - 1 - program)
+        if work < num_work:
+            kv_head = work % G
+            item_ptr = items_ptr + work // G * 4
+            row = tl.load(item_ptr)
+            tile = tl.load(item_ptr + 1)
+            split = tl.load(item_ptr + 2)
+            first_partial = tl.load(item_ptr + 3)
+            query_start = tl.load(query_start_ptr + row)
+            query_len = tl.load(query_start_ptr + row + 1) - query_start
+            context_len = tl.load(kv_len_ptr + row) - query_len
+
+            first_token = tile * TILE // GROUP
+            last_token = tl.minimum((tile * TILE + TILE - 1) // GROUP, query_len - 1)
+            visible = context_len + last_token + 1
+            begin = split * keys_per_split
+            if begin < visible:
+                end = tl.minimum(begin + keys_per_split, visible)
+
+                pair_M = tile * TILE + row_M
+                token_M = pair_M // GROUP
+                position_M = context_len + token_M
+                line_M = (query_start + token_M).to(tl.int64) * (G * GROUP) + kv_head * GROUP + pair_M % GROUP
+                inside_MD = (token_M < query_len)[:, None] & (dim_D < D)[None, :]
+                offset_MD = line_M[:, None] * D + dim_D[None, :]
+                q_MD = tl.load(q_ptr + offset_MD, mask=inside_MD, other=0.0)
+
+                table_ptr = block_table_ptr + tl.load(row_slot_ptr + row).to(tl.int64) * table_width
+                k_head_ptr = k_cache_ptr + kv_head * D
+                v_head_ptr = v_cache_ptr + kv_head * D
+                acc_MD = tl.zeros([TILE, BLOCK_D], tl.float32)
+                max_M = tl.full([TILE], float("-inf"), tl.float32)
+                sum_M = tl.zeros([TILE], tl.float32)
+                masked_from = begin
+                if (
+                    TILE > 16
+                ):  # a decode tile waits for memory: masks are free, draining the pipeline between two loops is not
+                    seen_by_all = tl.maximum(tl.minimum(end, context_len + first_token + 1), begin)
+                    masked_from = begin + (seen_by_all - begin) // KEYS * KEYS
+                    acc_MD, max_M, sum_M = _attend(
+                        q_MD, acc_MD, max_M, sum_M, position_M, begin, masked_from, table_ptr, k_head_ptr, v_head_ptr,
+                        scale_log2, G * D, D, BLOCK_D, BLOCK_SIZE, KEYS, MASKED=False,
+                    )  # fmt: skip
+                acc_MD, max_M, sum_M = _attend(
+                    q_MD, acc_MD, max_M, sum_M, position_M, masked_from, end, table_ptr, k_head_ptr, v_head_ptr,
+                    scale_log2, G * D, D, BLOCK_D, BLOCK_SIZE, KEYS, MASKED=True,
+                )  # fmt: skip
+
+                num_parts = tl.cdiv(visible, keys_per_split)
+                if num_parts == 1:
+                    out_MD = acc_MD / sum_M[:, None]
+                    tl.store(out_ptr + offset_MD, out_MD.to(out_ptr.dtype.element_ty), mask=inside_MD)
+                else:
+                    part_stride = G * TILE * (D + 2)
+                    tile_ptr = partials_ptr + (first_partial * G + kv_head).to(tl.int64) * (TILE * (D + 2))
+                    part_M = tile_ptr + split * part_stride + row_M * (D + 2)
+                    tl.store(part_M[:, None] + dim_D[None, :], acc_MD, mask=(dim_D < D)[None, :])
+                    tl.store(part_M + D, max_M)
+                    tl.store(part_M + D + 1, sum_M)
+                    tl.debug_barrier()  # all threads have stored before one of them says so
+                    counter_ptr = counters_ptr + first_partial * G + kv_head
+                    if tl.atomic_add(counter_ptr, 1, sem="acq_rel", scope="gpu") == num_parts - 1:
+                        tl.store(counter_ptr, 0)
+                        out_MD = _combine(tile_ptr, part_stride, num_parts, D, BLOCK_D, TILE, SPLITS=64 // TILE)
+                        tl.store(out_ptr + offset_MD, out_MD.to(out_ptr.dtype.element_ty), mask=inside_MD)
+
+
+def paged_attention(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    block_table: Tensor,
+    row_slot: Tensor,
+    query_start: Tensor,
+    kv_len: Tensor,
+    items: Tensor,
+    header: Tensor,
+    partials: Tensor,
+    counters: Tensor,
+    scale: float,
+    tile: int,
+    num_programs: int,
+) -> Tensor:
+    """See `stepgraph.ops.attention.paged_attention`."""
+    num_tokens, num_heads, head_dim = q.shape
+    block_size, num_kv_heads = k_cache.shape[1:3]
+    out = q.new_empty(num_tokens, num_heads * head_dim)
+    block_dim = max(16, triton.next_power_of_2(head_dim))
+    keys = max(16, min(KV_BLOCK, KEY_BYTES // (block_dim * k_cache.element_size())))
+    _attention_kernel[(num_programs,)](
+        q,
+        k_cache,
+        v_cache,
+        block_table,
+        row_slot,
+        query_start,
+        kv_len,
+        items,
+        header,
+        partials,
+        counters,
+        out,
+        block_table.stride(0),
+        scale * LOG2_E,
+        G=num_kv_heads,
+        GROUP=num_heads // num_kv_heads,
+        D=head_dim,
+        BLOCK_D=block_dim,
+        BLOCK_SIZE=block_size,
+        TILE=tile,
+        KEYS=keys,
+        num_warps=8 if tile > 16 and (block_dim > 128 or q.dtype == torch.float32) else 4,
+        num_stages=5 if tile == 16 else 3,
+    )
+    return out

@@ -1,0 +1,123 @@
+"""Triton kernel of `rope_cache`: one program per token and a few heads of one kind (query, key or value).
+
+Shapes: T tokens, H query heads, G key/value heads, D head size; tensors in the kernel are [heads, D/2], the two halves
+of a head apart. `_NH` is such a block of N heads and half a head size H.
+"""
+
+import math
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from stepgraph.ops.rms_norm.triton import scale_rounded
+
+MAX_HEADS_PER_PROGRAM = 4
+"""Enough work to pay for a program, few enough that one token of a small model still fills many multiprocessors."""
+
+
+@triton.jit
+def _normalise_rotate(low_NH, high_NH, norm_ptr, cos_H, sin_H, eps, half_H, HALF: tl.constexpr):
+    """Both halves of each head, RMS-normalised if `norm_ptr` is given, then rotated: float32 [heads, D/2] each."""
+    low32_NH, high32_NH = low_NH.to(tl.float32), high_NH.to(tl.float32)
+    if norm_ptr is not None:
+        inside_H = half_H < HALF
+        weight_low_H = tl.load(norm_ptr + half_H, mask=inside_H, other=0.0)
+        weight_high_H = tl.load(norm_ptr + HALF + half_H, mask=inside_H, other=0.0)
+        square_N = tl.sum(low32_NH * low32_NH, axis=1) + tl.sum(high32_NH * high32_NH, axis=1)
+        inverse_rms_N = tl.rsqrt(square_N / (2 * HALF) + eps)
+        low32_NH = scale_rounded(low32_NH, inverse_rms_N[:, None], weight_low_H[None, :]).to(tl.float32)
+        high32_NH = scale_rounded(high32_NH, inverse_rms_N[:, None], weight_high_H[None, :]).to(tl.float32)
+    return (
+        low32_NH * cos_H[None, :] - high32_NH * sin_H[None, :],
+        high32_NH * cos_H[None, :] + low32_NH * sin_H[None, :],
+    )
+
+
+@triton.jit
+def _rope_cache_kernel(
+    qkv_ptr,
+    positions_ptr,
+    kv_slots_ptr,
+    cos_sin_ptr,
+    q_norm_ptr,  # None: no norm
+    k_norm_ptr,
+    k_cache_ptr,
+    v_cache_ptr,
+    out_ptr,
+    eps,
+    H: tl.constexpr,
+    G: tl.constexpr,
+    HALF: tl.constexpr,
+    HEADS: tl.constexpr,  # heads per program; divides H and G
+    BLOCK_HALF: tl.constexpr,
+):
+    D: tl.constexpr = 2 * HALF
+    token = tl.program_id(0).to(tl.int64)
+    head = tl.program_id(1) * HEADS
+    half_H = tl.arange(0, BLOCK_HALF)
+    offset_NH = tl.arange(0, HEADS)[:, None] * D + half_H[None, :]
+    inside_H = half_H < HALF
+    inside_NH = inside_H[None, :]
+
+    source_NH = qkv_ptr + (token * (H + 2 * G) + head) * D + offset_NH
+    low_NH = tl.load(source_NH, mask=inside_NH, other=0.0)
+    high_NH = tl.load(source_NH + HALF, mask=inside_NH, other=0.0)
+
+    angle_H = cos_sin_ptr + tl.load(positions_ptr + token).to(tl.int64) * D + half_H
+    cos_H = tl.load(angle_H, mask=inside_H, other=0.0)
+    sin_H = tl.load(angle_H + HALF, mask=inside_H, other=0.0)
+    cache_line = tl.load(kv_slots_ptr + token).to(tl.int64) * G
+
+    if head < H:
+        low32_NH, high32_NH = _normalise_rotate(low_NH, high_NH, q_norm_ptr, cos_H, sin_H, eps, half_H, HALF)
+        target_NH = out_ptr + (token * H + head) * D + offset_NH
+        tl.store(target_NH, low32_NH.to(out_ptr.dtype.element_ty), mask=inside_NH)
+        tl.store(target_NH + HALF, high32_NH.to(out_ptr.dtype.element_ty), mask=inside_NH)
+    elif head < H + G:
+        low32_NH, high32_NH = _normalise_rotate(low_NH, high_NH, k_norm_ptr, cos_H, sin_H, eps, half_H, HALF)
+        target_NH = k_cache_ptr + (cache_line + head - H) * D + offset_NH
+        tl.store(target_NH, low32_NH.to(k_cache_ptr.dtype.element_ty), mask=inside_NH)
+        tl.store(target_NH + HALF, high32_NH.to(k_cache_ptr.dtype.element_ty), mask=inside_NH)
+    else:
+        target_NH = v_cache_ptr + (cache_line + head - H - G) * D + offset_NH
+        tl.store(target_NH, low_NH.to(v_cache_ptr.dtype.element_ty), mask=inside_NH)
+        tl.store(target_NH + HALF, high_NH.to(v_cache_ptr.dtype.element_ty), mask=inside_NH)
+
+
+def rope_cache(
+    qkv: Tensor,
+    positions: Tensor,
+    kv_slots: Tensor,
+    cos_sin: Tensor,
+    q_norm: Tensor | None,
+    k_norm: Tensor | None,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    num_heads: int,
+    eps: float,
+) -> Tensor:
+    """See `stepgraph.ops.rope_cache.rope_cache`."""
+    num_tokens = qkv.shape[0]
+    num_kv_heads, head_dim = k_cache.shape[-2:]
+    heads = math.gcd(num_heads, num_kv_heads, MAX_HEADS_PER_PROGRAM)
+    out = qkv.new_empty(num_tokens, num_heads, head_dim)
+    _rope_cache_kernel[(num_tokens, (num_heads + 2 * num_kv_heads) // heads)](
+        qkv,
+        positions,
+        kv_slots,
+        cos_sin,
+        q_norm,
+        k_norm,
+        k_cache,
+        v_cache,
+        out,
+        eps,
+        H=num_heads,
+        G=num_kv_heads,
+        HALF=head_dim // 2,
+        HEADS=heads,
+        BLOCK_HALF=triton.next_power_of_2(head_dim // 2),
+        num_warps=2 if heads > 1 else 1,
+    )
+    return out

@@ -1,0 +1,79 @@
+"""`sample` on the CPU. Rows pay only for what their settings ask: greedy ones an arg-max, `top_k` a selection, `top_p` a
+sort of the entries that can matter, and noise is drawn only where it can decide.
+
+Shapes: R rows, S rows that draw, V vocabulary entries, C groups of 4 of them, M groups that need noise.
+"""
+
+import torch
+from torch import Tensor
+
+from stepgraph.ops import slot_line as line
+from stepgraph.ops.sample.philox import LANES, gumbel_lanes
+
+_NOISE_SPAN = 20.0
+"""More than largest minus smallest Gumbel noise: an entry further than this below the row's largest cannot win."""
+
+
+def sample(logits: Tensor, row_slot: Tensor, lines: Tensor) -> Tensor:
+    """See `stepgraph.ops.sample.sample`. Reads tensor values: opaque to a trace."""
+    x_RV = logits.float()
+    token_R = _argmax(x_RV)
+    if x_RV.gather(1, token_R.unsqueeze(1)).isnan().any():
+        x_RV = x_RV.masked_fill(x_RV.isnan(), -torch.inf)
+        token_R = _argmax(x_RV)
+    lines_RL = lines.index_select(0, row_slot)
+    draws_S = (_floats(lines_RL, line.TEMPERATURE) > 0).nonzero().squeeze(1)
+    if len(draws_S):
+        token_R[draws_S] = _draw(x_RV[draws_S], lines_RL[draws_S])
+    return token_R.to(torch.int32)
+
+
+def _argmax(x_RV: Tensor) -> Tensor:
+    """First index of the maximum, NaN counting as one. numpy's is some ten times faster than torch's on CPU."""
+    return torch.from_numpy(x_RV.numpy().argmax(-1))
+
+
+def _floats(lines_RL: Tensor, column: int) -> Tensor:
+    return lines_RL[:, column].view(torch.float32)
+
+
+def _draw(logits_SV: Tensor, lines_SL: Tensor) -> Tensor:
+    """Draw one token per row. logits_SV: [S, V] float32 without NaN. Returns [S] int64."""
+    x_SV = logits_SV / _floats(lines_SL, line.TEMPERATURE).unsqueeze(1)
+    settings = zip(lines_SL[:, line.TOP_K].tolist(), _floats(lines_SL, line.TOP_P).tolist(), strict=True)
+    kept_S = torch.tensor([_threshold(x_V, *top_k_p) for x_V, top_k_p in zip(x_SV, settings, strict=True)])
+    threshold_S = torch.maximum(kept_S, x_SV.amax(1) - _NOISE_SPAN)
+
+    x_SC4 = torch.nn.functional.pad(x_SV, (0, -x_SV.shape[1] % LANES), value=-torch.inf).unflatten(1, (-1, LANES))
+    row_M, group_M = (x_SC4.amax(2) >= threshold_S.unsqueeze(1)).nonzero(as_tuple=True)
+    seed_low_M, seed_high_M, position_M = (
+        lines_SL[:, column][row_M] for column in (line.SEED_LOW, line.SEED_HIGH, line.LENGTH)
+    )
+    x_M4 = x_SC4[row_M, group_M]
+    noisy_M4 = x_M4 + gumbel_lanes(seed_low_M, seed_high_M, position_M, group_M)
+    score_SC4 = torch.full_like(x_SC4, -torch.inf)
+    score_SC4[row_M, group_M] = noisy_M4.masked_fill_(x_M4 < threshold_S[row_M].unsqueeze(1), -torch.inf)
+    return _argmax(score_SC4.flatten(1))
+
+
+def _threshold(x_V: Tensor, top_k: int, top_p: float) -> float:
+    """The smallest value that `top_k` and then `top_p` keep; -inf if they keep all."""
+    threshold = -torch.inf
+    if 0 < top_k < len(x_V):
+        threshold = float(x_V.topk(top_k).values[-1])
+        x_V = x_V[x_V >= threshold]
+    if top_p < 1:
+        peak = x_V.amax()
+        mass_V = _mass(x_V, peak)
+        total = float(mass_V.sum(dtype=torch.float64))
+        # The entries below this floor sum to less than 1 - top_p, so the set is complete before it reaches them.
+        likely_N = x_V[mass_V >= (1 - top_p) * total / len(x_V)].sort(descending=True).values
+        cumulative_N = _mass(likely_N, peak).cumsum(0, dtype=torch.float64)
+        last = int(torch.searchsorted(cumulative_N, top_p * total))
+        threshold = float(likely_N[min(last, len(likely_N) - 1)])
+    return threshold
+
+
+def _mass(x: Tensor, peak: Tensor) -> Tensor:
+    """exp(x - peak), also where both are the same infinity."""
+    return (x - peak).exp_().nan_to_num_(1.0)

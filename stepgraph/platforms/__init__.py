@@ -1,0 +1,28 @@
+"""Accelerator families."""
+
+import torch
+
+from stepgraph.errors import ConfigError
+from stepgraph.platforms.base import Completion, Platform
+from stepgraph.platforms.cpu import CpuPlatform
+from stepgraph.platforms.cuda import CudaPlatform
+
+__all__ = ["Completion", "Platform", "create_platform"]
+
+
+def create_platform(device: str) -> Platform:
+    """The platform of ``"cpu"``, ``"cuda"``, or ``"auto"`` (CUDA if there is one).
+
+    Raises:
+        ConfigError: CUDA was asked for and torch sees none.
+    """
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cpu":
+        return CpuPlatform()
+    if not torch.cuda.is_available():
+        raise ConfigError(
+            f"device={device!r}, but torch {torch.__version__} sees no CUDA device; use device='cpu', or check the driver "
+            "and that torch was installed with CUDA"
+        )
+    return CudaPlatform()

@@ -1,0 +1,51 @@
+"""The host's own cores. Work is done when the call returns, so there is nothing to run ahead of or to wait for."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+
+class _Done:
+    def record(self) -> None:
+        pass
+
+    def wait(self) -> None:
+        pass
+
+
+class CpuPlatform:
+    """See `stepgraph.platforms.base.Platform`."""
+
+    name = "cpu"
+    device = torch.device("cpu")
+    default_dtype = torch.float32
+    default_graph_backend = "fx"
+    captures_all_by_default = False
+    run_ahead = 0
+    multiprocessors = 1
+
+    def free_memory_bytes(self) -> int:
+        meminfo = Path("/proc/meminfo")
+        if not meminfo.exists():  # macOS does not say; half of all memory is a cautious guess
+            return self.total_memory_bytes() // 2
+        available = next(line for line in meminfo.read_text().splitlines() if line.startswith("MemAvailable:"))
+        return int(available.split()[1]) * 1024
+
+    def total_memory_bytes(self) -> int:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+    def used_memory_bytes(self) -> int:
+        return 0  # a CPU graph holds no memory of its own: operators allocate as they run
+
+    def host_buffer(self, *size: int) -> Tensor:
+        return torch.zeros(*size, dtype=torch.int32)
+
+    def completion(self) -> _Done:
+        return _Done()
+
+    def synchronize(self) -> None:
+        pass

@@ -1,0 +1,50 @@
+"""NVIDIA GPUs through torch.cuda."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+class _Event:
+    def __init__(self) -> None:
+        self._event = torch.cuda.Event()
+
+    def record(self) -> None:
+        self._event.record()
+
+    def wait(self) -> None:
+        self._event.synchronize()
+
+
+class CudaPlatform:
+    """See `stepgraph.platforms.base.Platform`."""
+
+    name = "cuda"
+    default_dtype = torch.bfloat16
+    default_graph_backend = "cuda"
+    captures_all_by_default = True
+    run_ahead = 1
+
+    def __init__(self) -> None:
+        self.device = torch.device("cuda", torch.cuda.current_device())
+        self.multiprocessors = torch.cuda.get_device_properties(self.device).multi_processor_count
+
+    def free_memory_bytes(self) -> int:
+        return torch.cuda.mem_get_info(self.device)[0]
+
+    def total_memory_bytes(self) -> int:
+        return torch.cuda.mem_get_info(self.device)[1]
+
+    def used_memory_bytes(self) -> int:
+        free, total = torch.cuda.mem_get_info(self.device)
+        return total - free
+
+    def host_buffer(self, *size: int) -> Tensor:
+        return torch.zeros(*size, dtype=torch.int32, pin_memory=True)
+
+    def completion(self) -> _Event:
+        return _Event()
+
+    def synchronize(self) -> None:
+        torch.cuda.synchronize(self.device)

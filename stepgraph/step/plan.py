@@ -1,0 +1,64 @@
+"""What the scheduler decides for one step. Host objects, complete at birth."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+from functools import cached_property
+
+import numpy as np
+import numpy.typing as npt
+
+from stepgraph.ops import slot_line
+from stepgraph.step.shape import StepShape
+
+
+class StepKind(StrEnum):
+    """What a step's rows do; for people and metrics, never for the program."""
+
+    PREFILL = "prefill"
+    DECODE = "decode"
+    MIXED = "mixed"
+
+
+@dataclass(frozen=True)
+class StepPlan:
+    """One step: which slots run, and at most how many tokens each."""
+
+    rows: tuple[tuple[int, int], ...]
+    """(slot, query length bound); a slot appears once."""
+    deltas: tuple[tuple[int, int, int], ...]
+    """Block-table entries to set before the step: (slot, index, block)."""
+    num_prefill_rows: int
+    """Rows that compute prompt tokens."""
+
+    @cached_property
+    def num_tokens(self) -> int:
+        """Upper bound of the tokens the step runs."""
+        return sum(query_len for _, query_len in self.rows)
+
+    @property
+    def kind(self) -> StepKind:
+        if self.num_prefill_rows == 0:
+            return StepKind.DECODE
+        return StepKind.PREFILL if self.num_prefill_rows == len(self.rows) else StepKind.MIXED
+
+    def pack(self, shape: StepShape, block_size: int, out: npt.NDArray[np.int32]) -> None:
+        """Write the plan for the device: rows, then deltas, each padded with zeros (null slot, null block).
+
+        Args:
+            shape: captured sizes the plan fits into.
+            block_size: tokens per KV block.
+            out: [plan_length] int32, overwritten.
+        """
+        assert self.num_tokens <= shape.num_tokens, (self.num_tokens, shape)
+        assert len(self.rows) <= shape.num_rows, (len(self.rows), shape)
+        assert len(self.deltas) <= shape.num_deltas(block_size), (len(self.deltas), shape)
+        rows_end = slot_line.ROW_WIDTH * shape.num_rows
+        out.fill(0)
+        if self.rows:
+            flat_rows = np.asarray(self.rows, dtype=np.int32).ravel()
+            out[: flat_rows.size] = flat_rows
+        if self.deltas:
+            flat_deltas = np.asarray(self.deltas, dtype=np.int32).ravel()
+            out[rows_end : rows_end + flat_deltas.size] = flat_deltas

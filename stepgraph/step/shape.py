@@ -1,0 +1,53 @@
+"""The static sizes of a step: the only key of a graph."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from stepgraph.ops import slot_line
+
+
+@dataclass(frozen=True, order=True)
+class StepShape:
+    """Sizes that a captured graph bakes in. Which requests fill them, and how, is data."""
+
+    num_tokens: int
+    num_rows: int
+
+    def num_deltas(self, block_size: int) -> int:
+        """Most KV blocks a step of this shape can newly need.
+
+        A row of n tokens crosses at most ``n // block_size + 1`` block borders, summed over the rows.
+        """
+        return self.num_tokens // block_size + self.num_rows
+
+    def plan_length(self, block_size: int) -> int:
+        """Length of the packed plan, in int32."""
+        return slot_line.ROW_WIDTH * self.num_rows + slot_line.DELTA_WIDTH * self.num_deltas(block_size)
+
+    def __str__(self) -> str:
+        return f"{self.num_tokens}x{self.num_rows}"
+
+
+def token_sizes(max_tokens: int) -> Iterator[int]:
+    """Token counts to capture: four per doubling from 16 up, so padding stays below a quarter; `max_tokens` last.
+
+    Below 16 tokens a step costs about the same whatever its size, so powers of two do.
+    """
+    size = 1
+    while size < max_tokens:
+        yield size
+        size += size if size < 16 else max(8, 1 << (size.bit_length() - 3))
+    yield max_tokens
+
+
+def row_sizes(num_tokens: int, max_rows: int) -> Iterator[int]:
+    """Row counts to capture beside `num_tokens` tokens: factors of 8, so that the few rows of a prompt do not pay for the
+    logits of many, and the most rows these tokens can have, so that a pure decode step has no padding rows."""
+    most = min(num_tokens, max_rows)
+    size = 8
+    while size < most:
+        yield size
+        size *= 8
+    yield most

@@ -1,0 +1,60 @@
+"""Runs a Decoder on one sequence without an engine: identity block table, plain zero caches, inputs built by hand."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from stepgraph.layers.inputs import StepInputs
+from stepgraph.models import Decoder
+from stepgraph.ops import BuiltStep, attention_geometry, attention_plan
+
+BLOCK_SIZE = 16
+
+
+class Stepper:
+    """One sequence in slot 1, whose KV block i is block i + 1."""
+
+    def __init__(self, model: Decoder, max_len: int) -> None:
+        config, weight = model.config, model.embed_tokens.weight
+        num_blocks = -(-max_len // BLOCK_SIZE)
+        shape = (num_blocks + 1, BLOCK_SIZE, config.num_kv_heads, config.head_dim)
+        self.model = model
+        self.caches = tuple((weight.new_zeros(shape), weight.new_zeros(shape)) for _ in range(config.num_layers))
+        self.block_table = torch.zeros(2, num_blocks, dtype=torch.int32)
+        self.block_table[1] = torch.arange(1, num_blocks + 1)
+        self.computed = 0
+
+    def step(self, token_ids: list[int]) -> Tensor:
+        """Feed the sequence's next tokens; return the logits at each of them, [tokens, vocabulary]."""
+        config, n = self.model.config, len(token_ids)
+        positions = torch.arange(self.computed, self.computed + n, dtype=torch.int32)
+        self.computed += n
+        built = BuiltStep(
+            token_ids=torch.tensor(token_ids, dtype=torch.int32),
+            positions=positions,
+            kv_slots=positions + BLOCK_SIZE,
+            row_slot=torch.tensor([1], dtype=torch.int32),
+            query_start=torch.tensor([0, n], dtype=torch.int32),
+            kv_len=torch.tensor([self.computed], dtype=torch.int32),
+            logit_index=torch.tensor([n - 1], dtype=torch.int32),
+        )
+        geometry = attention_geometry(n, 1, config.num_heads, config.num_kv_heads, multiprocessors=1)
+        plan = attention_plan(
+            built.query_start, built.kv_len, config.num_heads, config.num_kv_heads, config.head_dim, geometry
+        )
+        hidden = self.model(StepInputs(built, plan, geometry, self.block_table, self.caches))
+        return self.model.logits(hidden)
+
+
+def greedy(model: Decoder, prompt: list[int], num_tokens: int) -> list[int]:
+    """Return the `num_tokens` tokens that follow `prompt`, fewer if an end token comes first."""
+    stepper = Stepper(model, len(prompt) + num_tokens)
+    tokens, fed = [], prompt
+    for _ in range(num_tokens):
+        token = int(stepper.step(fed)[-1].argmax())
+        if token in model.config.eos_token_ids:
+            break
+        tokens.append(token)
+        fed = [token]
+    return tokens
