@@ -1,4 +1,4 @@
-"""Fixtures of all tests. Without a GPU, Triton kernels run under Triton's interpreter; set before anything imports it."""
+"""Fixtures of all tests. Without a GPU, Triton kernels run under its interpreter, chosen before anything imports it."""
 
 import os
 

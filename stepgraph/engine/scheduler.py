@@ -61,6 +61,10 @@ class Scheduler:
     def num_running(self) -> int:
         return len(self._running)
 
+    def running(self) -> tuple[Request, ...]:
+        """Requests that hold a slot, oldest first."""
+        return tuple(self._running.values())
+
     @property
     def num_free_blocks(self) -> int:
         return self._blocks.num_free

@@ -5,7 +5,7 @@ Source: Su et al., "RoFormer" (2021); the scaled variants are transformers' own.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -23,7 +23,7 @@ sequence, so keys cached early in a request would carry other angles than keys c
 class RotaryFrequencies:
     """What a model's rope settings come down to."""
 
-    inv_freq: tuple[float, ...]  # D/2 angles per position, in radians
+    inv_freq: tuple[float, ...] = field(repr=False)  # D/2 angles per position, in radians
     scale: float = 1.0  # multiplies cosines and sines (YaRN's attention scaling)
 
 

@@ -161,13 +161,16 @@ class GGUFFile:
     def _rope_parameters(self) -> dict[str, Any]:
         prefix = self.value("general.architecture") + ".rope."
         rope = {"rope_type": "default", "rope_theta": self.value(f"{prefix}freq_base", 10000.0)}
-        scaling = {key.removeprefix(f"{prefix}scaling."): key for key in self._fields if f"{prefix}scaling." in key}
-        if self.value(f"{prefix}scaling.type", "none") == "none":
+        scaling_type = self.value(f"{prefix}scaling.type", "none")
+        if scaling_type == "none":
             return rope
-        if unknown := sorted(set(scaling) - {"type", "factor", "original_context_length", "finetuned"}):
+        if scaling_type not in ("linear", "yarn"):
+            raise ModelError(f'{self.path} has the rope scaling type "{scaling_type}"; supported are linear, yarn.')
+        known = {f"{prefix}scaling.{key}" for key in ("type", "factor", "original_context_length", "finetuned")}
+        if unknown := [key for key in self._fields if key.startswith(f"{prefix}scaling.") and key not in known]:
             raise ModelError(f"{self.path} has rope settings that are not supported: {', '.join(unknown)}.")
-        rope |= {"rope_type": self.value(scaling["type"]), "factor": self.value(f"{prefix}scaling.factor")}
-        if rope["rope_type"] == "yarn":
+        rope |= {"rope_type": scaling_type, "factor": self.value(f"{prefix}scaling.factor")}
+        if scaling_type == "yarn":
             rope["original_max_position_embeddings"] = self.value(f"{prefix}scaling.original_context_length")
         return rope
 

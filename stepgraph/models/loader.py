@@ -46,7 +46,8 @@ def load_model(
     if load_format == "dummy":
         _fill_randomly(model, device)
     else:
-        bar = tqdm(source.tensors(), f"Loading {source.name}", unit=" tensors", disable=not progress, leave=False)
+        tensors = list(source.tensors())  # handles: nothing is read yet, and the bar knows its length
+        bar = tqdm(tensors, f"Loading {source.name}", unit=" tensors", disable=not progress, leave=False)
         _fill(model, bar, source.description)
     return model.eval()
 

@@ -57,7 +57,8 @@ class StepRunner:
         self.platform = platform
         self.max_model_len = max_model_len
         self.block_size = config.cache.block_size
-        self._model = model
+        self.vocab_size = model.config.vocab_size
+        self.model = model
         self._multiprocessors = platform.multiprocessors
         scheduler, graph = config.scheduler, config.graph
         backend = create_backend(
@@ -112,17 +113,22 @@ class StepRunner:
         self._completions[entry].wait()
         return [RowResult(*row) for row in self._ring[entry, : ticket.num_rows].tolist()]
 
-    def capture_all(self, *, progress: bool) -> None:
-        """Capture every graph of the pool."""
-        self.pool.capture_all(progress=progress)
+    def replay_for_check(self, graph: Graph[StepOutput], plan: StepPlan, shape: StepShape) -> StepOutput:
+        """Run one step of `plan` on a graph of the caller's choice and wait for it; not counted as a step."""
+        self._loaded = None
+        self._load(plan, shape)
+        output = graph.replay()
+        self.platform.synchronize()
+        self._loaded = None
+        return output
 
     def create_program(self, shape: StepShape) -> StepProgram:
         """The program of `shape` over this runner's buffers."""
-        config = self._model.config
+        config = self.model.config
         geometry = ops.attention_geometry(
             shape.num_tokens, shape.num_rows, config.num_heads, config.num_kv_heads, self._multiprocessors
         )
-        return StepProgram(self._model, self.state, self.kv_caches, shape, geometry)
+        return StepProgram(self.model, self.state, self.kv_caches, shape, geometry)
 
     def _load(self, plan: StepPlan, shape: StepShape) -> None:
         # Deltas are idempotent, so rows that repeat without new ones can run on the plan as it lies on the device.

@@ -25,12 +25,12 @@ class Stepper:
         self.block_table[1] = torch.arange(1, num_blocks + 1)
         self.computed = 0
 
-    def step(self, token_ids: list[int]) -> Tensor:
-        """Feed the sequence's next tokens; return the logits at each of them, [tokens, vocabulary]."""
-        config, n = self.model.config, len(token_ids)
+    def build(self, token_ids: list[int]) -> BuiltStep:
+        """What `build_step` makes of the sequence's next tokens."""
+        n = len(token_ids)
         positions = torch.arange(self.computed, self.computed + n, dtype=torch.int32)
         self.computed += n
-        built = BuiltStep(
+        return BuiltStep(
             token_ids=torch.tensor(token_ids, dtype=torch.int32),
             positions=positions,
             kv_slots=positions + BLOCK_SIZE,
@@ -39,12 +39,20 @@ class Stepper:
             kv_len=torch.tensor([self.computed], dtype=torch.int32),
             logit_index=torch.tensor([n - 1], dtype=torch.int32),
         )
+
+    def run(self, built: BuiltStep) -> Tensor:
+        """The logits at every token, [tokens, vocabulary]."""
+        config, n = self.model.config, built.token_ids.shape[0]
         geometry = attention_geometry(n, 1, config.num_heads, config.num_kv_heads, multiprocessors=1)
         plan = attention_plan(
             built.query_start, built.kv_len, config.num_heads, config.num_kv_heads, config.head_dim, geometry
         )
         hidden = self.model(StepInputs(built, plan, geometry, self.block_table, self.caches))
         return self.model.logits(hidden)
+
+    def step(self, token_ids: list[int]) -> Tensor:
+        """Feed the sequence's next tokens; return the logits at each of them."""
+        return self.run(self.build(token_ids))
 
 
 def greedy(model: Decoder, prompt: list[int], num_tokens: int) -> list[int]:

@@ -1,7 +1,7 @@
 """Triton kernels of `attention_plan` and `paged_attention`.
 
-Shapes in the kernels: R rows, I items, M (token, query head) pairs of a tile, K keys of one inner iteration, D head size
-padded to a power of two, S splits combined at once.
+Shapes in the kernels: R rows, I items, M (token, query head) pairs of a tile, K keys of one inner iteration, D head
+size padded to a power of two, S splits combined at once.
 """
 
 import torch

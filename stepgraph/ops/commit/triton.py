@@ -1,4 +1,4 @@
-"""Triton kernel of `commit`: a single program over all rows, as the step counter is read by every row and written once."""
+"""Triton kernel of `commit`: a single program over all rows, as every row reads the step counter and one writes it."""
 
 import triton
 import triton.language as tl

@@ -1,5 +1,5 @@
-"""`sample` on the CPU. Rows pay only for what their settings ask: greedy ones an arg-max, `top_k` a selection, `top_p` a
-sort of the entries that can matter, and noise is drawn only where it can decide.
+"""`sample` on the CPU. Rows pay only for what their settings ask: greedy ones an arg-max, `top_k` a selection, `top_p`
+a sort of the entries that can matter, and noise is drawn only where it can decide.
 
 Shapes: R rows, S rows that draw, V vocabulary entries, C groups of 4 of them, M groups that need noise.
 """
@@ -41,8 +41,8 @@ def _draw(logits_SV: Tensor, lines_SL: Tensor) -> Tensor:
     """Draw one token per row. logits_SV: [S, V] float32 without NaN. Returns [S] int64."""
     x_SV = logits_SV / _floats(lines_SL, line.TEMPERATURE).unsqueeze(1)
     settings = zip(lines_SL[:, line.TOP_K].tolist(), _floats(lines_SL, line.TOP_P).tolist(), strict=True)
-    kept_S = torch.tensor([_threshold(x_V, *top_k_p) for x_V, top_k_p in zip(x_SV, settings, strict=True)])
-    threshold_S = torch.maximum(kept_S, x_SV.amax(1) - _NOISE_SPAN)
+    lowest_kept = [_threshold(x_V, top_k, top_p) for x_V, (top_k, top_p) in zip(x_SV, settings, strict=True)]
+    threshold_S = torch.maximum(x_SV.new_tensor(lowest_kept), x_SV.amax(1) - _NOISE_SPAN)
 
     x_SC4 = torch.nn.functional.pad(x_SV, (0, -x_SV.shape[1] % LANES), value=-torch.inf).unflatten(1, (-1, LANES))
     row_M, group_M = (x_SC4.amax(2) >= threshold_S.unsqueeze(1)).nonzero(as_tuple=True)

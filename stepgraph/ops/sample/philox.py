@@ -35,6 +35,12 @@ def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[Tensor, Te
     return c0, c1 & _WORD, c2, c3 & _WORD
 
 
+def word_to_gumbel(word: Tensor) -> Tensor:
+    """Standard Gumbel noise of a random 32-bit word: float32, finite for every word."""
+    uniform = (word >> 9).float().add_(0.5).mul_(2.0**-23)
+    return uniform.log_().neg_().log_().neg_()
+
+
 def gumbel_lanes(seed_low: Tensor, seed_high: Tensor, position: Tensor, group: Tensor) -> Tensor:
     """Gumbel noise of the vocabulary entries 4·group … 4·group + 3.
 
@@ -45,9 +51,7 @@ def gumbel_lanes(seed_low: Tensor, seed_high: Tensor, position: Tensor, group: T
         [..., 4] float32.
     """
     zero = torch.zeros((), dtype=torch.int64)
-    bits = torch.stack(philox((group, position, zero, zero), (seed_low, seed_high)), dim=-1)
-    uniform = (bits >> 9).float().add_(0.5).mul_(2.0**-23)
-    return uniform.log_().neg_().log_().neg_()
+    return word_to_gumbel(torch.stack(philox((group, position, zero, zero), (seed_low, seed_high)), dim=-1))
 
 
 def gumbel(seed_low: Tensor, seed_high: Tensor, position: Tensor, vocab_size: int) -> Tensor:

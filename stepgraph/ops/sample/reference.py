@@ -1,4 +1,4 @@
-"""Plain torch definition of `sample`: every row sorts and draws over its whole vocabulary. Shapes: R rows, V entries."""
+"""Plain torch definition of `sample`: every row sorts and draws over all of the vocabulary. R rows, V entries."""
 
 import torch
 from torch import Tensor
@@ -8,7 +8,7 @@ from stepgraph.ops.sample.philox import gumbel
 
 
 def keep_mask(x_V: Tensor, top_k: int, top_p: float) -> Tensor:
-    """Which entries `top_k` and then `top_p` keep. x_V: [V] float32 without NaN. Returns [V] bool. Masses in float64."""
+    """Which entries `top_k` and then `top_p` keep, masses in float64. x_V: [V] float32, no NaN. Returns [V] bool."""
     keep_V = torch.ones_like(x_V, dtype=torch.bool)
     if 0 < top_k < len(x_V):
         keep_V = x_V >= x_V.sort(descending=True).values[top_k - 1]

@@ -1,9 +1,9 @@
 """Triton kernels of `sample`: a first pass over all of the logits at once, then one program per row.
 
-The first kernel cuts every row into chunks, so that even one row keeps the whole chip busy, and leaves each chunk's best
-entry. The second takes the best of those. Only for rows with `top_k` or `top_p` does it return to the logits: it searches
-the value of the last entry to keep by counting (and weighing) the entries above several candidates per pass, which needs
-no sort and no memory, then draws from those kept.
+The first kernel cuts every row into chunks, so that even one row keeps the whole chip busy, and leaves each chunk's
+best entry. The second takes the best of those. Only for rows with `top_k` or `top_p` does it return to the logits: it
+searches the value of the last entry to keep by counting and weighing the entries above several candidates per pass,
+which needs no sort and no memory, then draws from those kept.
 
 Shapes: R rows, V vocabulary entries, N chunks of a row, B entries of a block, W candidates per pass.
 """
@@ -67,7 +67,9 @@ def _gumbel(line_ptr, start, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _chunks_kernel(logits_ptr, row_slot_ptr, lines_ptr, value_ptr, token_ptr, V: tl.constexpr, N: tl.constexpr, BLOCK: tl.constexpr):
+def _chunks_kernel(
+    logits_ptr, row_slot_ptr, lines_ptr, value_ptr, token_ptr, V: tl.constexpr, N: tl.constexpr, BLOCK: tl.constexpr
+):
     """Best entry of one chunk: of the noisy logits, or of the plain ones where the row is greedy or still to filter."""
     row = tl.program_id(0)
     chunk = tl.program_id(1)
@@ -123,6 +125,7 @@ def _search(logits_ptr, temperature, peak, low, need_count, need_mass, V: tl.con
         mass_W = tl.sum(mass_WB, 1)
         total = tl.maximum(total, tl.max(mass_W, 0))
         enough_W = (count_W >= need_count) & (mass_W >= need_mass * total) & (candidate_W < high)
+        enough_W |= candidate_W == low  # known from the passes before, however the sums are rounded
         count_low = tl.min(tl.where(enough_W, count_W, count_low), 0)
         count_high = tl.max(tl.where(enough_W, count_high, count_W), 0)
         num_enough = tl.sum(enough_W.to(tl.int32), 0)
@@ -154,7 +157,17 @@ def _draw_filtered(logits_ptr, line_ptr, peak, V: tl.constexpr):
 
 
 @triton.jit
-def _rows_kernel(logits_ptr, row_slot_ptr, lines_ptr, value_ptr, token_ptr, out_ptr, V: tl.constexpr, N: tl.constexpr, BLOCK_N: tl.constexpr):
+def _rows_kernel(
+    logits_ptr,
+    row_slot_ptr,
+    lines_ptr,
+    value_ptr,
+    token_ptr,
+    out_ptr,
+    V: tl.constexpr,
+    N: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
     """Best of the chunks' entries, or a draw from those kept."""
     row = tl.program_id(0)
     slot = tl.load(row_slot_ptr + row)

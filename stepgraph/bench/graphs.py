@@ -1,0 +1,303 @@
+"""``bench graphs``: what a captured graph saves, step by step, against the same step launched eagerly."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from stepgraph.bench.report import machine, table, write_json
+from stepgraph.bench.roofline import Limits, measure_limits, step_cost
+from stepgraph.config import EngineConfig, add_flags, settings_from_flags
+from stepgraph.engine.engine import Engine
+from stepgraph.engine.sampling_params import SamplingParams
+from stepgraph.graph.base import Graph
+from stepgraph.graph.eager import EagerGraph
+from stepgraph.ops import slot_line
+from stepgraph.step.plan import StepPlan
+from stepgraph.step.program import StepOutput
+from stepgraph.step.runner import StepRunner
+from stepgraph.step.shape import StepShape
+
+_CONTEXT = 128
+"""Tokens that a decoding request already has."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """One step: so many requests decode, beside prompts of these lengths."""
+
+    name: str
+    num_decodes: int
+    prompts: tuple[int, ...] = ()
+
+    @property
+    def rows(self) -> list[tuple[int, int]]:
+        """(query length, keys) of each row."""
+        return [(1, _CONTEXT + 1)] * self.num_decodes + [(n, n) for n in self.prompts]
+
+
+CASES = (
+    Case("prefill 10", 0, (10,)),
+    Case("prefill 80", 0, (80,)),
+    Case("prefill 481", 0, (481,)),
+    Case("prefill 2048", 0, (2048,)),
+    Case("decode 1", 1),
+    Case("decode 8", 8),
+    Case("decode 64", 64),
+    Case("mixed 1+80+80+80", 1, (80, 80, 80)),
+    Case("prefill 80+80+81", 0, (80, 80, 81)),
+    Case("mixed 63x1+80", 63, (80,)),
+)
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """Medians of one case."""
+
+    case: str
+    num_tokens: int
+    num_rows: int
+    graph_tokens: int
+    graph_rows: int
+    eager_ms: float  # the exact shape, launched operator by operator; launch to completion
+    graph_ms: float  # the captured shape, padding included; launch to completion
+    least_ms: float  # roofline of the unpadded step
+    engine_ms: (
+        float  # through the engine: from the requests' arrival (or the last token) to the next tokens on the host
+    )
+    host_us: float  # host work of the step in the engine, waiting excluded
+
+    @property
+    def ratio(self) -> float:
+        return self.eager_ms / self.graph_ms
+
+    @property
+    def padding(self) -> float:
+        """Share of the graph's tokens that are padding."""
+        return 1 - self.num_tokens / self.graph_tokens
+
+
+def add_parser(commands: Any) -> None:
+    """Register ``bench graphs``."""
+    parser = commands.add_parser(
+        "graphs",
+        help="eager against captured, per kind of step",
+        description="Time steps launched eagerly and as captured graphs, interleaved, with the roofline beside them.",
+    )
+    parser.add_argument("--repeats", type=int, default=30, metavar="N", help="timed runs per case (default: 30)")
+    parser.add_argument("--cases", metavar="TEXT", help="only cases whose name contains this")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the result as JSON")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="write a bar chart as PNG (needs matplotlib)")
+    add_flags(parser)
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Run the benchmark; returns the exit code."""
+    config = EngineConfig.from_settings(**settings_from_flags(arguments))
+    engine = Engine(config, progress=sys.stderr.isatty())
+    limits = measure_limits(engine.platform, engine.dtype)
+    cases = [c for c in CASES if _fits(c, engine) and (not arguments.cases or arguments.cases in c.name)]
+    skipped = [c.name for c in CASES if not _fits(c, engine)]
+    measured = [
+        measure(engine, case, limits, arguments.repeats)
+        for case in tqdm(cases, desc="measuring", file=sys.stderr, leave=False, disable=not sys.stderr.isatty())
+    ]
+    records = engine.runner.pool.records()
+    capture_s, pool_mib = sum(r.capture_ms for r in records) / 1e3, engine.runner.pool.bytes / 2**20
+    where = machine(engine.platform)
+    print(
+        f"{engine.source.name}, {str(engine.dtype).removeprefix('torch.')}, {engine.runner.pool.backend_name} graphs, "
+        f"{where['device']}; medians of {arguments.repeats} interleaved runs\n"
+        f"limits measured here: copy {limits.copy_bytes_per_s / 1e9:.0f} GB/s, "
+        f"matrix product {limits.flops_per_s / 1e12:.2f} TFLOP/s\n"
+    )
+    print(_table(measured))
+    print(f"\n{len(records)} graphs captured in {capture_s:.2f} s, {pool_mib:.0f} MiB")
+    if skipped:
+        print(f"left out, larger than max_num_seqs or max_num_batched_tokens or max_model_len: {', '.join(skipped)}")
+    if arguments.json:
+        write_json(
+            arguments.json,
+            {
+                "benchmark": "graphs",
+                "machine": where,
+                "settings": asdict(config),
+                "limits": asdict(limits),
+                "graphs": {"count": len(records), "capture_s": capture_s, "mib": pool_mib},
+                "cases": [
+                    asdict(m) | {"ratio": m.ratio, "padding": m.padding, "roofline": m.least_ms / m.graph_ms}
+                    for m in measured
+                ],
+            },
+        )
+    if arguments.plot:
+        _plot(arguments.plot, measured, f"{engine.source.name} on {where['device']}")
+    return 0
+
+
+def measure(engine: Engine, case: Case, limits: Limits, repeats: int) -> Measurement:
+    """Time one case."""
+    runner = engine.runner
+    plan = _lay_out(runner, case)
+    shape = runner.pool.round_up(plan.num_tokens, len(plan.rows))
+    exact = StepShape(plan.num_tokens, len(plan.rows))
+    captured = runner.pool.graph(shape)
+    eager_ms, graph_ms = _time_interleaved(
+        runner,
+        plan,
+        [
+            (exact, EagerGraph(runner.create_program(exact))),
+            (shape, captured if captured is not None else runner.pool.eager_twin(shape)),
+        ],
+        repeats,
+    )
+    runner.state.lines.zero_()
+    engine_ms, host_us = _time_engine(engine, case, repeats)
+    return Measurement(
+        case=case.name,
+        num_tokens=plan.num_tokens,
+        num_rows=len(plan.rows),
+        graph_tokens=shape.num_tokens,
+        graph_rows=shape.num_rows,
+        eager_ms=eager_ms,
+        graph_ms=graph_ms,
+        least_ms=step_cost(runner.model, case.rows).least_ms(limits),
+        engine_ms=engine_ms,
+        host_us=host_us,
+    )
+
+
+def _lay_out(runner: StepRunner, case: Case) -> StepPlan:
+    """Put the case's requests into slots and blocks by hand, so that one step of it can be run again and again."""
+    state, block_size = runner.state, runner.block_size
+    state.lines.zero_()
+    next_block = 1
+    rows = []
+    for slot, (query_len, kv_len) in enumerate(case.rows, start=1):
+        line = torch.zeros(slot_line.LINE_WIDTH, dtype=torch.int32)
+        line[slot_line.LENGTH], line[slot_line.COMPUTED] = kv_len, kv_len - query_len
+        line[slot_line.ACTIVE], line[slot_line.MAX_LENGTH] = 1, runner.max_model_len
+        line[slot_line.STOP_TOKENS :] = -1
+        state.lines[slot] = line.to(state.lines.device)
+        num_blocks = -(-kv_len // block_size)
+        state.block_table[slot, :num_blocks] = torch.arange(next_block, next_block + num_blocks, dtype=torch.int32)
+        state.tokens[slot].random_(0, runner.vocab_size)
+        next_block += num_blocks
+        rows.append((slot, query_len))
+    return StepPlan(tuple(rows), (), len(case.prompts))
+
+
+def _time_interleaved(
+    runner: StepRunner, plan: StepPlan, graphs: Sequence[tuple[StepShape, Graph[StepOutput]]], repeats: int
+) -> list[float]:
+    """Median ms from launch to completion of each graph, run in turn on the same state."""
+    lines = runner.state.lines.clone()
+    times: list[list[float]] = [[] for _ in graphs]
+    for turn in range(repeats + 3):
+        for (shape, graph), series in zip(graphs, times, strict=True):
+            runner.state.lines.copy_(lines)
+            elapsed = _elapsed(lambda s=shape, g=graph: runner.replay_for_check(g, plan, s))  # type: ignore[misc]
+            if turn >= 3:
+                series.append(elapsed)
+    return [1e3 * median(series) for series in times]
+
+
+def _elapsed(call: Callable[[], object]) -> float:
+    started = time.perf_counter()
+    call()
+    return time.perf_counter() - started
+
+
+def _time_engine(engine: Engine, case: Case, repeats: int) -> tuple[float, float]:
+    """Median ms per step and host µs per step of the case, with real requests through scheduler and runner."""
+    endless = SamplingParams(temperature=0, max_tokens=None, ignore_eos=True)
+    one = SamplingParams(temperature=0, max_tokens=1, ignore_eos=True)
+    vocab = engine.source.config.vocab_size
+    decoding = [f"decode-{i}" for i in range(case.num_decodes)]
+    for i, name in enumerate(decoding):
+        engine.add_request(name, [(i * 7 + j) % vocab for j in range(_CONTEXT)], endless)
+    while any(not r.output_token_ids for r in engine.scheduler.running()):
+        engine.step()
+    step_ms, host_us = [], []
+    for turn in range(repeats + 3):
+        steps, seconds = engine.host_time.steps, engine.host_time.seconds
+        started = time.perf_counter()
+        names = {f"prompt-{turn}-{i}" for i in range(len(case.prompts))}
+        for i, n in enumerate(case.prompts):
+            engine.add_request(f"prompt-{turn}-{i}", [(turn + i + j) % vocab for j in range(n)], one)
+        waiting = names or set(decoding[:1])
+        while waiting:
+            waiting -= {u.request.id for u in engine.step()}
+        if turn >= 3:
+            step_ms.append(1e3 * (time.perf_counter() - started))
+            host_us.append(1e6 * (engine.host_time.seconds - seconds) / (engine.host_time.steps - steps or 1))
+    for name in decoding:
+        engine.abort(name)
+    while engine.has_work:
+        engine.step()
+    return median(step_ms), median(host_us)
+
+
+def _fits(case: Case, engine: Engine) -> bool:
+    scheduler = engine.config.scheduler
+    return (
+        len(case.rows) <= scheduler.max_num_seqs
+        and sum(n for n, _ in case.rows) <= engine.runner.pool.max_tokens
+        and max(kv_len for _, kv_len in case.rows) < engine.max_model_len
+    )
+
+
+def _table(measured: Sequence[Measurement]) -> str:
+    header = ("step", "graph", "padding", "eager ms", "graph ms", "ratio", "roofline", "engine ms", "host us")
+    rows = [
+        (
+            m.case,
+            f"{m.graph_tokens}x{m.graph_rows}",
+            f"{m.padding:.0%}",
+            f"{m.eager_ms:.3f}",
+            f"{m.graph_ms:.3f}",
+            f"{m.ratio:.2f}x",
+            f"{m.least_ms / m.graph_ms:.0%}",
+            f"{m.engine_ms:.3f}",
+            f"{m.host_us:.0f}",
+        )
+        for m in measured
+    ]
+    return table(header, rows)
+
+
+def _plot(path: Path, measured: Sequence[Measurement], title: str) -> None:
+    try:
+        import matplotlib
+    except ImportError:
+        print(f"no plot: {path} needs matplotlib; pip install 'stepgraph[plot]'", file=sys.stderr)
+        return
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(9, 0.55 * len(measured) + 1.6), layout="constrained")
+    y = range(len(measured))
+    axes.barh([i - 0.2 for i in y], [m.eager_ms for m in measured], 0.38, label="eager", color="#b0b7c3")
+    axes.barh([i + 0.2 for i in y], [m.graph_ms for m in measured], 0.38, label="graph", color="#2f6fde")
+    axes.plot([m.least_ms for m in measured], [i + 0.2 for i in y], "k|", markersize=14, label="roofline")
+    for i, m in enumerate(measured):
+        axes.text(m.graph_ms, i + 0.2, f" {m.ratio:.1f}x", va="center", fontsize=8)
+    axes.set_yticks(list(y), [m.case for m in measured])
+    axes.invert_yaxis()
+    axes.set_xscale("log")
+    axes.set_xlabel("ms per step, launch to completion")
+    axes.set_title(title)
+    axes.legend()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=140)
+    print(f"wrote {path}")

@@ -1,0 +1,62 @@
+"""What every benchmark prints and writes."""
+
+from __future__ import annotations
+
+import json
+import platform
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+import stepgraph
+from stepgraph.platforms import Platform
+
+
+def machine(target: Platform) -> dict[str, Any]:
+    """Where and with what a result was measured."""
+    versions = {
+        "stepgraph": stepgraph.__version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
+    if target.device.type == "cuda":
+        import triton
+
+        versions |= {"triton": triton.__version__, "cuda": torch.version.cuda}
+        name = torch.cuda.get_device_name(target.device)
+    else:
+        name = _cpu_name()
+    return {"device": name, "threads": torch.get_num_threads(), "versions": versions}
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Columns as wide as their widest cell: the first to the left, the others to the right."""
+    widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
+
+    def line(cells: Sequence[str]) -> str:
+        first, *rest = (f"{cell:<{w}}" if i == 0 else f"{cell:>{w}}" for i, (cell, w) in enumerate(zip(cells, widths)))
+        return "  ".join([first, *rest]).rstrip()
+
+    return "\n".join([line(header), "  ".join("-" * w for w in widths), *(line(row) for row in rows)])
+
+
+def write_json(path: Path, result: Mapping[str, Any]) -> None:
+    """Write a result, with the command that made it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    command = " ".join(["python -m stepgraph.bench", *sys.argv[1:]])
+    path.write_text(json.dumps({"command": command, **result}, indent=2) + "\n")
+    print(f"wrote {path}")
+
+
+def _cpu_name() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        for text in cpuinfo.read_text().splitlines():
+            if text.startswith("model name"):
+                return f"{text.split(':', 1)[1].strip()} ({torch.backends.cpu.get_cpu_capability()})"
+    return platform.processor() or platform.machine()

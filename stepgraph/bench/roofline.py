@@ -1,0 +1,76 @@
+"""The least time a step can take: its bytes over the memory bandwidth, or its FLOPs over the arithmetic peak.
+
+Both limits are measured on the machine, in the run that uses them.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from statistics import median
+
+import torch
+
+from stepgraph.models.decoder import Decoder
+from stepgraph.platforms import Platform
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What the machine can do."""
+
+    copy_bytes_per_s: float  # a large copy, bytes read and written
+    flops_per_s: float  # a large matrix product in the model's dtype
+
+
+@dataclass(frozen=True)
+class StepCost:
+    """What a step must do at least: each weight read once, each cached key and value read once and written once."""
+
+    bytes: int
+    flops: int
+
+    def least_ms(self, limits: Limits) -> float:
+        """The larger of the two times, in ms."""
+        return 1e3 * max(self.bytes / limits.copy_bytes_per_s, self.flops / limits.flops_per_s)
+
+
+def measure_limits(platform: Platform, dtype: torch.dtype) -> Limits:
+    """Time a copy and a matrix product, both far larger than any cache and launch overhead."""
+    on_gpu = platform.device.type == "cuda"
+    source = torch.empty((2 << 30) if on_gpu else (128 << 20), dtype=torch.uint8, device=platform.device).random_()
+    target = torch.empty_like(source)
+    copy_s = _time(lambda: target.copy_(source), platform)
+    size = 8192 if on_gpu else 1024
+    a, b = (torch.randn(size, size, device=platform.device).to(dtype) for _ in range(2))
+    product_s = _time(lambda: a @ b, platform)
+    return Limits(2 * source.numel() / copy_s, 2 * size**3 / product_s)
+
+
+def step_cost(model: Decoder, rows: Sequence[tuple[int, int]]) -> StepCost:
+    """Cost of a step of `rows`, each (query length, cached keys including this step's)."""
+    config = model.config
+    num_tokens = sum(query_len for query_len, _ in rows)
+    embedding = model.embed_tokens.weight
+    weights = sum(p.numel() for p in model.parameters())
+    if model.lm_head is not None:  # the table is only looked up; a tied one is read whole as the head
+        weights -= embedding.numel()
+    head = embedding.numel()
+    kv_per_token = 2 * config.num_layers * config.num_kv_heads * config.head_dim
+    bytes_ = embedding.element_size() * (weights + kv_per_token * sum(kv_len + n for n, kv_len in rows))
+    # a query at distance d from the row's end sees kv_len - d keys
+    seen = sum(n * kv_len - n * (n - 1) // 2 for n, kv_len in rows)
+    attention = 4 * config.num_layers * config.num_heads * config.head_dim * seen
+    return StepCost(bytes_, 2 * num_tokens * (weights - head) + 2 * len(rows) * head + attention)
+
+
+def _time(call: Callable[[], object], platform: Platform) -> float:
+    times = []
+    for _ in range(8):
+        platform.synchronize()
+        started = time.perf_counter()
+        call()
+        platform.synchronize()
+        times.append(time.perf_counter() - started)
+    return median(times[2:])

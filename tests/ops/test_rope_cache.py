@@ -1,0 +1,136 @@
+"""Rotary embedding with the cache write: reference against complex rotation, Triton against the reference.
+
+Shapes: T tokens, H query heads, G key/value heads, D head size, B tokens per block.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from stepgraph.ops.rope_cache import reference
+from stepgraph.ops.rope_cache import triton as kernels
+
+EPS = 1e-6
+UNTOUCHED = -7.0
+
+
+@dataclass(frozen=True)
+class Inputs:
+    qkv: Tensor
+    positions: Tensor
+    kv_slots: Tensor
+    cos_sin: Tensor
+    q_norm: Tensor | None
+    k_norm: Tensor | None
+    k_cache: Tensor
+    v_cache: Tensor
+    num_heads: int
+
+    def to(self, device: str) -> Inputs:
+        """A copy on `device`, caches included."""
+        tensors = {name: t.to(device, copy=True) for name, t in vars(self).items() if isinstance(t, Tensor)}
+        return replace(self, **tensors)
+
+    def run(self, rope_cache) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, and the caches after the call."""
+        q = rope_cache(*vars(self).values(), EPS)
+        return q, self.k_cache, self.v_cache
+
+
+def make_inputs(
+    num_tokens: int = 5,
+    num_heads: int = 4,
+    num_kv_heads: int = 2,
+    head_dim: int = 16,
+    *,
+    norm: bool,
+    dtype: torch.dtype = torch.float32,
+) -> Inputs:
+    generator = torch.Generator().manual_seed(num_tokens * head_dim)
+    frequency = 10000.0 ** (-torch.arange(0, head_dim, 2) / head_dim)
+    angle = torch.arange(50)[:, None] * frequency
+    q_norm, k_norm = (1 + torch.rand(head_dim, generator=generator).to(dtype) for _ in range(2))
+    cache = torch.full((6, 4, num_kv_heads, head_dim), UNTOUCHED, dtype=dtype)
+    return Inputs(
+        qkv=torch.randn(num_tokens, (num_heads + 2 * num_kv_heads) * head_dim, generator=generator).to(dtype),
+        positions=torch.randint(0, 50, (num_tokens,), generator=generator, dtype=torch.int32),
+        kv_slots=4 + torch.randperm(20, generator=generator, dtype=torch.int32)[:num_tokens],
+        cos_sin=torch.cat((angle.cos(), angle.sin()), dim=1),
+        q_norm=q_norm if norm else None,
+        k_norm=k_norm if norm else None,
+        k_cache=cache,
+        v_cache=cache.clone(),
+        num_heads=num_heads,
+    )
+
+
+@pytest.mark.parametrize("norm", [False, True])
+def test_reference_rotates_each_pair_by_its_angle(norm: bool) -> None:
+    inputs = make_inputs(norm=norm)
+    H, G, D = 4, 2, 16
+    heads = inputs.qkv.double().view(-1, H + 2 * G, D)
+    q, k, v = heads.split([H, G, G], dim=1)
+    if inputs.q_norm is not None and inputs.k_norm is not None:
+        q, k = (
+            x / (x.square().mean(-1, keepdim=True) + EPS).sqrt() * weight
+            for x, weight in ((q, inputs.q_norm), (k, inputs.k_norm))
+        )
+    cos, sin = inputs.cos_sin.double()[inputs.positions.long()].chunk(2, dim=1)
+    turn = torch.complex(cos, sin)[:, None]
+
+    def rotated(x: Tensor) -> Tensor:
+        turned = torch.complex(x[..., : D // 2], x[..., D // 2 :]) * turn
+        return torch.cat((turned.real, turned.imag), dim=-1)
+
+    q_out, k_cache, v_cache = inputs.run(reference.rope_cache)
+    slots = inputs.kv_slots.long()
+    torch.testing.assert_close(q_out.double(), rotated(q), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(k_cache.view(-1, G, D)[slots].double(), rotated(k), rtol=1e-5, atol=1e-6)
+    assert torch.equal(v_cache.view(-1, G, D)[slots], v.float())
+
+
+@pytest.mark.parametrize("norm", [False, True])
+@pytest.mark.parametrize(
+    ("num_heads", "num_kv_heads", "head_dim"), [(4, 2, 16), (3, 1, 16), (6, 2, 10), (8, 8, 64), (5, 5, 80)]
+)
+def test_triton_matches_the_reference_and_writes_nowhere_else(
+    num_heads: int, num_kv_heads: int, head_dim: int, norm: bool, device: str
+) -> None:
+    inputs = make_inputs(3, num_heads, num_kv_heads, head_dim, norm=norm)
+    written = torch.zeros(24, dtype=torch.bool)
+    written[inputs.kv_slots.long()] = True
+    expected = inputs.to("cpu").run(reference.rope_cache)
+    q, k_cache, v_cache = (out.cpu() for out in inputs.to(device).run(kernels.rope_cache))
+    torch.testing.assert_close(q, expected[0], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(k_cache, expected[1], rtol=1e-5, atol=1e-6)
+    assert torch.equal(v_cache, expected[2])
+    for cache in (k_cache, v_cache):
+        assert (cache.view(24, -1)[~written] == UNTOUCHED).all()
+
+
+def test_padding_tokens_write_only_the_null_block(device: str) -> None:
+    inputs = make_inputs(4, norm=True)
+    inputs = replace(inputs, kv_slots=torch.tensor([9, 0, 0, 0], dtype=torch.int32))
+    _, k_cache, v_cache = (out.cpu() for out in inputs.to(device).run(kernels.rope_cache))
+    for cache in (k_cache, v_cache):
+        lines = cache.view(24, -1)
+        assert (lines[9] != UNTOUCHED).all()
+        assert (lines[1:9] == UNTOUCHED).all()
+        assert (lines[10:] == UNTOUCHED).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("norm", [False, True])
+def test_triton_rounds_as_the_reference_does(norm: bool, dtype: torch.dtype, device: str) -> None:
+    if dtype == torch.bfloat16 and device == "cpu":
+        pytest.skip("Triton's interpreter truncates to bfloat16 instead of rounding")
+    inputs = make_inputs(norm=norm, head_dim=64, dtype=dtype)
+    expected = inputs.to("cpu").run(reference.rope_cache)
+    unit = torch.finfo(dtype).eps
+    for out, wanted in zip(inputs.to(device).run(kernels.rope_cache), expected, strict=True):
+        torch.testing.assert_close(out.cpu(), wanted, rtol=unit, atol=unit / 8)
+        assert (out.cpu() == wanted).float().mean() > 0.9  # one unit only where float32 results differ
