@@ -1,7 +1,7 @@
 """The `stepgraph` command.
 
-Engine flags are derived from the dataclasses in `stepgraph.config`. What needs torch is imported by the command that needs
-it, so that help and usage errors are instant.
+Engine flags are derived from the dataclasses in `stepgraph.config`. What needs torch is imported by the command that
+needs it, so that help and usage errors are instant.
 """
 
 from __future__ import annotations

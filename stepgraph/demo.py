@@ -1,15 +1,16 @@
 """`stepgraph demo`: three prompts of different lengths arrive at different times; every step runs in a graph.
 
-Shows the answers as they grow, which graph ran each step, and what a step takes with and without graphs. Everything printed
-is measured or observed in this run.
+Shows the answers as they grow, which graph ran each step, and what a step takes with and without graphs. Everything it
+prints is measured or observed in this run.
 """
 
 from __future__ import annotations
 
+import textwrap
 import time
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 from statistics import median
 from typing import Any
@@ -43,27 +44,27 @@ ARRIVALS = (
     Arrival(
         "B",
         8,
-        "I have a small balcony that gets sun only in the morning and is quite windy. I would like to grow a few things "
-        "to eat there, but I travel for work and can water them only every third day. Which three herbs or vegetables "
-        "would you choose, and what should I look out for?",
+        "I have a small balcony that gets sun only in the morning and is quite windy. I would like to grow a few "
+        "things to eat there, but I travel for work and can water them only every third day. Which three herbs or "
+        "vegetables would you choose, and what should I look out for?",
     ),
     Arrival(
         "C",
         16,
         "Here is a report from the harbour. Please tell me in a few sentences what happened and why.\n\n"
-        "The ferry Marlin left the eastern pier at ten past six, about an hour later than planned, because a delivery of "
-        "bread and medicine for the islands had been held up by road works on the coast. The captain, who has sailed "
-        "this route for nineteen years, knew that the tide would turn before she reached the narrow channel behind the "
-        "lighthouse. She told the passengers over the loudspeaker that the crossing would take longer and that tea "
-        "would be served without charge. Halfway across, fog came in from the north, and the crew saw neither the buoys "
-        "nor the shore. The second officer went to the bow with a horn and a lamp, and the engine was slowed to walking "
-        "speed. A fishing boat answered the horn: its skipper had lost his way as well, and for the next two hours both "
-        "boats stayed within sight of each other's lights and shared what their instruments showed. When the fog "
-        "lifted, they were no more than three hundred metres from the island's old stone quay, which had been closed to "
-        "ships since the storm of last winter. The captain decided to wait for daylight rather than risk the damaged "
-        "wall. At half past five in the morning the Marlin moored at the new pier, with everyone on board safe, the "
-        "medicine dry, and the bread a little stale. The harbour office has since asked for a radar beacon in the "
-        "channel.",
+        "The ferry Marlin left the eastern pier at ten past six, about an hour later than planned, because a "
+        "delivery of bread and medicine for the islands had been held up by road works on the coast. The captain, "
+        "who has sailed this route for nineteen years, knew that the tide would turn before she reached the "
+        "narrow channel behind the lighthouse. She told the passengers over the loudspeaker that the crossing "
+        "would take longer and that tea would be served without charge. Halfway across, fog came in from the "
+        "north, and the crew saw neither the buoys nor the shore. The second officer went to the bow with a horn "
+        "and a lamp, and the engine was slowed to walking speed. A fishing boat answered the horn: its skipper "
+        "had lost his way as well, and for the next two hours both boats stayed within sight of each other's "
+        "lights and shared what their instruments showed. When the fog lifted, they were no more than three "
+        "hundred metres from the island's old stone quay, which had been closed to ships since the storm of last "
+        "winter. The captain decided to wait for daylight rather than risk the damaged wall. At half past five in "
+        "the morning the Marlin moored at the new pier, with everyone on board safe, the medicine dry, and the "
+        "bread a little stale. The harbour office has since asked for a radar beacon in the channel.",
     ),
 )
 
@@ -90,15 +91,17 @@ def main(settings: dict[str, Any], *, progress: bool) -> int:
     started = time.perf_counter()
     pool = engine.runner.pool
     pool.capture_all(progress=progress)
+    memory = f", {pool.bytes / 2**20:.0f} MiB" if pool.bytes else ""  # on CPU a graph holds none
     print(
-        f"captured {len(pool.records())} {pool.backend_name} graphs in {time.perf_counter() - started:.1f} s, "
-        f"{pool.bytes / 2**20:.0f} MiB: steps of up to {pool.max_tokens} tokens in up to {pool.max_shape.num_rows} rows",
+        f"captured {len(pool.records())} {pool.backend_name} graphs in {time.perf_counter() - started:.1f} s{memory}: "
+        f"steps of up to {pool.max_tokens} tokens in up to {pool.max_shape.num_rows} rows",
         flush=True,
     )
 
     prompts = _tokenize(engine)
     _show_answers(engine, prompts)
-    return _compare(engine, EngineConfig.from_settings(**settings, graph_backend="eager"), prompts, progress=progress)
+    eager_config = EngineConfig.from_settings(**{**settings, "graph_backend": "eager"})
+    return _compare(engine, eager_config, prompts, progress=progress)
 
 
 def _tokenize(engine: Engine) -> dict[str, list[int]]:
@@ -156,8 +159,8 @@ def _show_answers(engine: Engine, prompts: dict[str, list[int]]) -> None:
         index = workload.step_index
         for arrival in workload.arrive():
             prompt = prompts[arrival.name]
-            first_words = arrival.text.splitlines()[0][:48]
-            print(f"step {index:>3}  {arrival.name} > {first_words}… ({len(prompt)} tokens)", flush=True)
+            beginning = textwrap.shorten(arrival.text, 56, placeholder=" …")
+            print(f"step {index:>3}  {arrival.name} > {beginning} ({len(prompt)} tokens)", flush=True)
             sessions[arrival.name] = Session(workload.requests[arrival.name], None, tokenizer)
             printers[arrival.name] = LinePrinter(arrival.name)
         updates, record = workload.step()
@@ -235,8 +238,7 @@ def _compare(engine: Engine, eager_config: EngineConfig, prompts: dict[str, list
                 workload.engine.platform.synchronize()
                 elapsed_ms = (time.perf_counter() - started) * 1e3
                 if record is not None:
-                    step = StepRecord(record.kind, record.shape, record.num_tokens, record.num_rows, None)
-                    times_ms[step][turn].append(elapsed_ms)
+                    times_ms[replace(record, eager_reason=None)][turn].append(elapsed_ms)
         for name, request in pair[0].requests.items():
             pairs = zip(request.output_token_ids, pair[1].requests[name].output_token_ids, strict=False)
             same += sum(a == b for a, b in pairs)
@@ -246,14 +248,13 @@ def _compare(engine: Engine, eager_config: EngineConfig, prompts: dict[str, list
     for step, (graph_ms, eager_ms) in times_ms.items():
         if graph_ms and eager_ms:
             graph, eager = median(graph_ms), median(eager_ms)
-            lines.append(
-                [step.kind, str(step.num_tokens), str(step.num_rows), str(step.shape), str(len(graph_ms))]
-                + [f"{eager:.2f}", f"{graph:.2f}", f"{eager / graph:.2f}"]
-            )
+            sizes = [str(step.num_tokens), str(step.num_rows), str(step.shape)]
+            measured = [str(len(graph_ms)), f"{eager:.2f}", f"{graph:.2f}", f"{eager / graph:.2f}"]
+            lines.append([step.kind, *sizes, *measured])
     print(
-        f"\nThe same prompts {ROUNDS} more times, on this engine and on one without graphs, which run their steps in turn.\n"
-        "Eager is the same step at the same padded size, launched operator by operator. A step is timed from its\n"
-        "planning until the device is done; medians.\n"
+        f"\nThe same prompts {ROUNDS} more times, on this engine and on one without graphs, their steps in turn.\n"
+        "Eager is the same step at the same padded size, launched operator by operator.\n"
+        "A step is timed from its planning until the device is done; medians.\n"
     )
     print(table(["kind", "tokens", "rows", "graph", "steps", "eager ms", "graph ms", "eager / graph"], lines))
     print(f"\n{same} of {total} tokens are the same with and without graphs")

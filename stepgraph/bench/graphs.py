@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
@@ -148,20 +148,13 @@ def run(arguments: argparse.Namespace) -> int:
 def measure(engine: Engine, case: Case, limits: Limits, repeats: int) -> Measurement:
     """Time one case."""
     runner = engine.runner
-    plan = _lay_out(runner, case)
-    shape = runner.pool.round_up(plan.num_tokens, len(plan.rows))
-    exact = StepShape(plan.num_tokens, len(plan.rows))
-    captured = runner.pool.graph(shape)
-    eager_ms, graph_ms = _time_interleaved(
-        runner,
-        plan,
-        [
-            (exact, EagerGraph(runner.create_program(exact))),
-            (shape, captured if captured is not None else runner.pool.eager_twin(shape)),
-        ],
-        repeats,
-    )
-    runner.state.lines.zero_()
+    with runner.workbench():
+        plan = _lay_out(runner, case)
+        shape = runner.pool.round_up(plan.num_tokens, len(plan.rows))
+        exact = StepShape(plan.num_tokens, len(plan.rows))
+        eager = EagerGraph(runner.create_program(exact))
+        captured = runner.pool.graph(shape) or runner.pool.eager_twin(shape)
+        eager_ms, graph_ms = _time_interleaved(runner, plan, [(exact, eager), (shape, captured)], repeats)
     engine_ms, host_us = _time_engine(engine, case, repeats)
     return Measurement(
         case=case.name,
@@ -206,16 +199,14 @@ def _time_interleaved(
     for turn in range(repeats + 3):
         for (shape, graph), series in zip(graphs, times, strict=True):
             runner.state.lines.copy_(lines)
-            elapsed = _elapsed(lambda s=shape, g=graph: runner.replay_for_check(g, plan, s))  # type: ignore[misc]
+            runner.load(plan, shape)
+            runner.platform.synchronize()
+            started = time.perf_counter()
+            graph.replay()
+            runner.platform.synchronize()
             if turn >= 3:
-                series.append(elapsed)
+                series.append(time.perf_counter() - started)
     return [1e3 * median(series) for series in times]
-
-
-def _elapsed(call: Callable[[], object]) -> float:
-    started = time.perf_counter()
-    call()
-    return time.perf_counter() - started
 
 
 def _time_engine(engine: Engine, case: Case, repeats: int) -> tuple[float, float]:

@@ -6,6 +6,7 @@ others, and the pool grows to the need of the largest (captured first, the other
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Generic
@@ -38,20 +39,24 @@ class CudaBackend:
         self._stream = torch.cuda.Stream()
 
     def capture(self, program: Callable[[], Output], warmups: int) -> CudaGraph[Output]:
-        with torch.no_grad():
-            # Warm-up on the capture stream compiles kernels and makes libraries allocate their workspaces there.
-            self._stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(self._stream):
-                for _ in range(warmups):
-                    program()
-            torch.cuda.current_stream().wait_stream(self._stream)
-            graph = torch.cuda.CUDAGraph()
+        graph = torch.cuda.CUDAGraph()
+        self._stream.wait_stream(torch.cuda.current_stream())
+        # Warm-up on the capture stream compiles kernels and makes libraries allocate their workspaces there. The capture
+        # itself does not go through torch.cuda.graph, which collects garbage each time: seconds over a pool of graphs.
+        with torch.no_grad(), torch.cuda.stream(self._stream):
+            for _ in range(warmups):
+                program()
+            self._stream.synchronize()
+            graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
             try:
-                with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
-                    output = program()
-            except (torch.AcceleratorError, RuntimeError) as error:
+                output = program()
+            except RuntimeError as error:
+                with contextlib.suppress(RuntimeError):  # the failed capture must be ended before anything else can run
+                    graph.capture_end()
                 raise CaptureError(
                     f"the step cannot be captured as a CUDA graph: {str(error).splitlines()[0]}; something in the program "
                     "waits for the device or reads a value from it"
                 ) from error
+            graph.capture_end()
+        torch.cuda.current_stream().wait_stream(self._stream)
         return CudaGraph(graph, output)

@@ -168,11 +168,17 @@ def _run(
     runner: StepRunner, graph: Graph[StepOutput], shape: StepShape, composition: Composition, only: int | None = None
 ) -> _Result:
     """Lay a composition out in fresh state and run one step of it, or of one of its rows."""
+    with runner.workbench():
+        return _lay_out_and_run(runner, graph, shape, composition, only)
+
+
+def _lay_out_and_run(
+    runner: StepRunner, graph: Graph[StepOutput], shape: StepShape, composition: Composition, only: int | None
+) -> _Result:
     state, block_size, device = runner.state, runner.block_size, runner.platform.device
     generator = torch.Generator().manual_seed(composition.seed)
     vocab = runner.vocab_size
     state.lines.zero_()
-    state.counter.zero_()
     state.block_table.zero_()
     state.tokens.copy_(torch.randint(vocab, state.tokens.shape, generator=generator, dtype=torch.int32))
     for caches in runner.kv_caches:
@@ -213,7 +219,9 @@ def _run(
             flat[prefix] = values.to(device, cache.dtype)
 
     plan = StepPlan(tuple(plan_rows), tuple(deltas), 0)
-    output = runner.replay_for_check(graph, plan, shape)
+    runner.load(plan, shape)
+    output = graph.replay()
+    runner.platform.synchronize()
     written = torch.tensor(written_slots, device=device, dtype=torch.long)
     return _Result(
         logits=output.logits[emitting].float().clone(),

@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from stepgraph.layers.attention import Attention
 from stepgraph.layers.embedding import Embedding
@@ -114,11 +113,10 @@ class Decoder(nn.Module, ABC):
             x_TE = layer(x_TE, residual_TE, self.cos_sin, cache, inputs)
         return self.norm(x_TE, residual_TE)
 
-    def logits(self, hidden_RE: Tensor) -> Tensor:
-        """Return [R, V] logits, dtype of `hidden_RE`. Runs inside the graph."""
-        if self.lm_head is None:
-            return F.linear(hidden_RE, self.embed_tokens.weight)
-        return self.lm_head(hidden_RE)
+    def logits(self, hidden_RE: Tensor, out: Tensor) -> Tensor:
+        """Write logits into `out`, [R, V] of the dtype of `hidden_RE`, and return it. Runs inside the graph."""
+        head = self.embed_tokens if self.lm_head is None else self.lm_head
+        return torch.mm(hidden_RE, head.weight.t(), out=out)
 
     def checkpoint_tensors(self) -> dict[str, Tensor]:
         """Where each tensor of a checkpoint goes: checkpoint name → parameter, or view into a merged one."""

@@ -22,7 +22,7 @@ from stepgraph.step.state import SlotState
 
 
 class StepOutput(NamedTuple):
-    """Tensors of the step for checks. They live in graph memory: the next step of any graph overwrites them.
+    """Tensors of the step for checks; the next step of any graph overwrites them.
 
     What the engine reads is in `SlotState.ring`.
     """
@@ -38,6 +38,7 @@ class StepProgram:
     model: Decoder
     state: SlotState
     kv_caches: tuple[tuple[Tensor, Tensor], ...]
+    logits: Tensor  # [max rows, V], shared by all shapes: as graph memory it would be kept once per graph
     shape: StepShape
     geometry: ops.AttentionGeometry
 
@@ -65,7 +66,7 @@ class StepProgram:
         inputs = StepInputs(built, attention, self.geometry, state.block_table, self.kv_caches)
         hidden_TE = self.model(inputs)
         # 3 logits: for each row's last token only
-        logits_RV = self.model.logits(hidden_TE.index_select(0, built.logit_index))
+        logits_RV = self.model.logits(hidden_TE.index_select(0, built.logit_index), out=self.logits[:R])
         # 4 sample
         sampled_R = ops.sample(logits_RV, built.row_slot, state.lines)
         # 5 commit: append to history, advance, report

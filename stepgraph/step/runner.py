@@ -83,6 +83,9 @@ class StepRunner:
             platform=platform,
         )
         self.kv_caches = _allocate_kv(model.config, config, platform, next(model.parameters()).dtype, max_model_len)
+        self._logits = torch.empty(
+            scheduler.max_num_seqs, self.vocab_size, dtype=self.kv_caches[0][0].dtype, device=platform.device
+        )
         self.num_kv_blocks = self.kv_caches[0][0].shape[0]
 
         plan_length = self.state.plan.shape[0]
@@ -100,37 +103,14 @@ class StepRunner:
         At most RING_DEPTH - 1 steps may be launched and not collected.
         """
         shape, graph = self.pool.graph_for(plan)
-        self._load(plan, shape)
+        self.load(plan, shape)
         graph.replay()
         self._completions[self._launched % RING_DEPTH].record()
         self._launched += 1
         return Ticket(self._launched - 1, len(plan.rows))
 
-    def collect(self, ticket: Ticket) -> list[RowResult]:
-        """Wait for a launched step and return its rows' results, in the plan's order."""
-        assert self._launched - ticket.step <= RING_DEPTH, (ticket, self._launched)
-        entry = ticket.step % RING_DEPTH
-        self._completions[entry].wait()
-        return [RowResult(*row) for row in self._ring[entry, : ticket.num_rows].tolist()]
-
-    def replay_for_check(self, graph: Graph[StepOutput], plan: StepPlan, shape: StepShape) -> StepOutput:
-        """Run one step of `plan` on a graph of the caller's choice and wait for it; not counted as a step."""
-        self._loaded = None
-        self._load(plan, shape)
-        output = graph.replay()
-        self.platform.synchronize()
-        self._loaded = None
-        return output
-
-    def create_program(self, shape: StepShape) -> StepProgram:
-        """The program of `shape` over this runner's buffers."""
-        config = self.model.config
-        geometry = ops.attention_geometry(
-            shape.num_tokens, shape.num_rows, config.num_heads, config.num_kv_heads, self._multiprocessors
-        )
-        return StepProgram(self.model, self.state, self.kv_caches, shape, geometry)
-
-    def _load(self, plan: StepPlan, shape: StepShape) -> None:
+    def load(self, plan: StepPlan, shape: StepShape) -> None:
+        """Put `plan` where graphs of `shape` read it; nothing to do if it lies there already."""
         # Deltas are idempotent, so rows that repeat without new ones can run on the plan as it lies on the device.
         if self._loaded == (plan.rows, shape) and not plan.deltas:
             return
@@ -139,6 +119,39 @@ class StepRunner:
         plan.pack(shape, self.block_size, self._staging_arrays[turn][:length])
         self.state.plan[:length].copy_(self._staging[turn][:length], non_blocking=True)
         self._loaded = (plan.rows, shape)
+
+    def collect(self, ticket: Ticket) -> list[RowResult]:
+        """Wait for a launched step and return its rows' results, in the plan's order."""
+        assert self._launched - ticket.step <= RING_DEPTH, (ticket, self._launched)
+        entry = ticket.step % RING_DEPTH
+        self._completions[entry].wait()
+        return [RowResult(*row) for row in self._ring[entry, : ticket.num_rows].tolist()]
+
+    @contextmanager
+    def workbench(self) -> Iterator[None]:
+        """Borrow the buffers for checks and timings, while no request runs.
+
+        Inside, state may be laid out by hand, plans loaded and graphs replayed, from step 0 on; afterwards all slots are
+        empty and the engine's steps count on.
+        """
+        self.platform.synchronize()
+        self.state.counter.zero_()
+        self._loaded = None
+        try:
+            yield
+        finally:
+            self.platform.synchronize()
+            self.state.lines.zero_()
+            self.state.counter.fill_(self._launched)
+            self._loaded = None
+
+    def create_program(self, shape: StepShape) -> StepProgram:
+        """The program of `shape` over this runner's buffers."""
+        config = self.model.config
+        geometry = ops.attention_geometry(
+            shape.num_tokens, shape.num_rows, config.num_heads, config.num_kv_heads, self._multiprocessors
+        )
+        return StepProgram(self.model, self.state, self.kv_caches, self._logits, shape, geometry)
 
     @contextmanager
     def _leaving_no_trace(self) -> Iterator[None]:

@@ -48,7 +48,8 @@ class Stepper:
             built.query_start, built.kv_len, config.num_heads, config.num_kv_heads, config.head_dim, geometry
         )
         hidden = self.model(StepInputs(built, plan, geometry, self.block_table, self.caches))
-        return self.model.logits(hidden)
+        out = hidden.new_empty(hidden.shape[0], self.model.config.vocab_size)
+        return self.model.logits(hidden, out=out)
 
     def step(self, token_ids: list[int]) -> Tensor:
         """Feed the sequence's next tokens; return the logits at each of them."""

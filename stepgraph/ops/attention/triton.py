@@ -10,6 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from stepgraph.ops.attention.geometry import KV_BLOCK
+from stepgraph.ops.capacity import row_capacity
 
 LOG2_E = 1.4426950408889634
 KEY_BYTES = 16 * 1024
@@ -30,7 +31,7 @@ def _plan_kernel(
     GROUP: tl.constexpr,
     TILE: tl.constexpr,
     KV_BLOCK: tl.constexpr,
-    ROWS: tl.constexpr,  # num_rows padded to a power of two
+    ROWS: tl.constexpr,  # at least num_rows
     BLOCK: tl.constexpr,  # items or counters written at once
 ):
     """One program per row. Each looks at all rows, which spares it every exchange with the others."""
@@ -99,7 +100,7 @@ def attention_plan(
         GROUP=num_heads // num_kv_heads,
         TILE=tile,
         KV_BLOCK=KV_BLOCK,
-        ROWS=triton.next_power_of_2(num_rows),
+        ROWS=row_capacity(num_rows),
         BLOCK=128,
         num_warps=4,
     )

@@ -10,6 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from stepgraph.ops import slot_line as line
+from stepgraph.ops.capacity import row_capacity
 
 BLOCK_TOKENS = 256
 """Tokens per program."""
@@ -127,7 +128,7 @@ def build_step(
     token_ids, positions, kv_slots, row_slot, query_start, kv_len, logit_index = (
         plan.new_empty(size) for size in (T, T, T, R, R + 1, R, R)
     )
-    block_rows = triton.next_power_of_2(R)
+    block_rows = row_capacity(R)
     _rows_kernel[(1,)](
         plan,
         lines,

@@ -5,6 +5,7 @@ import triton.language as tl
 from torch import Tensor
 
 from stepgraph.ops import slot_line as line
+from stepgraph.ops.capacity import row_capacity
 
 _LINE_WIDTH = tl.constexpr(line.LINE_WIDTH)
 _LENGTH = tl.constexpr(line.LENGTH)
@@ -87,7 +88,7 @@ def commit(
     sampled: Tensor,
 ) -> None:
     """See `stepgraph.ops.commit.commit`."""
-    block_rows = triton.next_power_of_2(row_slot.shape[0])
+    block_rows = row_capacity(row_slot.shape[0])
     _commit_kernel[(1,)](
         lines,
         tokens,

@@ -204,7 +204,7 @@ def sample(logits: Tensor, row_slot: Tensor, lines: Tensor) -> Tensor:
         out_R,
         V=vocab_size,
         N=num_chunks,
-        BLOCK_N=triton.next_power_of_2(num_chunks),
+        BLOCK_N=max(16, triton.next_power_of_2(num_chunks)),
         num_warps=16,
     )
     return out_R

@@ -1,0 +1,71 @@
+# make demo   the main job on a fresh machine: set up .venv, install the embedded model, run `stepgraph demo`
+# make test   set up .venv with the development tools and run all tests
+#
+# Needs Python 3.11 or later and pip; choose another interpreter with make PYTHON=python3.12. Set-up happens once and again
+# when pyproject.toml or constraints.txt change.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+
+CREATED := $(VENV)/.created
+RUNTIME := $(VENV)/.runtime-installed
+DEV := $(VENV)/.dev-installed
+MODEL := $(VENV)/.model-installed
+
+.PHONY: help demo test lint format typecheck clean
+.NOTPARALLEL:  # two installations into one environment would get in each other's way
+
+help:
+	@echo "make demo       set up and run the demo"
+	@echo "make test       set up and run the tests (make test PYTEST_FLAGS='-k attention')"
+	@echo "make lint       ruff: check style and format"
+	@echo "make format     ruff: fix style and format"
+	@echo "make typecheck  mypy"
+	@echo "make clean      remove everything that was set up or built"
+
+demo: $(MODEL)
+	@$(BIN)/stepgraph demo
+
+test: $(DEV) $(MODEL)
+	@$(BIN)/python -m pytest $(PYTEST_FLAGS)
+
+lint: $(DEV)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: $(DEV)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+typecheck: $(DEV)
+	$(BIN)/mypy
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(CREATED):
+	@command -v $(PYTHON) > /dev/null || { echo "error: there is no $(PYTHON); install Python 3.11 or later, or" \
+		"choose another interpreter: make PYTHON=python3.12" >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "error: stepgraph needs Python 3.11 or later and \
+	$(PYTHON) is " + sys.version.split()[0] + "; choose another interpreter: make PYTHON=python3.12")'
+	@echo "Creating $(VENV)"
+	@$(PYTHON) -m venv $(VENV)
+	@touch $@
+
+$(RUNTIME): pyproject.toml constraints.txt | $(CREATED)
+	@echo "Installing stepgraph, torch and transformers (once; this can take some minutes)"
+	@$(INSTALL) --editable .
+	@touch $@
+
+$(DEV): $(RUNTIME)
+	@echo "Installing the development tools"
+	@$(INSTALL) --editable '.[dev]'
+	@touch $@
+
+$(MODEL): | $(RUNTIME)
+	@echo "Installing the model smollm2"
+	@$(BIN)/stepgraph pull smollm2
+	@touch $@

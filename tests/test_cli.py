@@ -1,0 +1,239 @@
+import io
+import os
+import pty
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from stepgraph import __version__
+from stepgraph.cli import main
+
+COMMANDS = (["generate"], ["chat"], ["pull"], ["graphs"], ["graphs", "list"], ["graphs", "verify"], ["demo"])
+CHAT_TEMPLATE = "{% for m in messages %}[{{ m['role'] }}]{{ m['content'] }}{% endfor %}[assistant]"
+
+
+@pytest.fixture(scope="module")
+def tiny_model(tmp_path_factory) -> str:
+    """Folder of a random two-layer model that knows every byte."""
+    folder = tmp_path_factory.mktemp("tiny-model")
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE({"<end>": 0} | {c: i for i, c in enumerate(alphabet, start=1)}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>", chat_template=CHAT_TEMPLATE)
+    fast.save_pretrained(folder)
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(alphabet) + 1,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=2048,
+        bos_token_id=None,
+        eos_token_id=0,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture
+def stdin(monkeypatch):
+    """Sets what is piped in."""
+    return lambda text: monkeypatch.setattr("sys.stdin", io.StringIO(text))
+
+
+def quick(model: str) -> list[str]:
+    return [
+        model,
+        "--device",
+        "cpu",
+        "--graph-backend",
+        "eager",
+        "--max-num-seqs",
+        "4",
+        "--max-num-batched-tokens",
+        "64",
+    ]
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
+def test_help_of_every_command_is_printed_without_waiting_for_torch(command):
+    code = (
+        "import sys\nfrom stepgraph.cli import main\ntry:\n    main(sys.argv[1:])\nexcept SystemExit as end:\n"
+        "    assert end.code == 0, end.code\nassert 'torch' not in sys.modules\n"
+    )
+    result = subprocess.run([sys.executable, "-c", code, *command, "--help"], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.startswith(f"usage: stepgraph {' '.join(command)} ")
+
+
+def test_version_is_that_of_the_package(capsys):
+    with pytest.raises(SystemExit, match="0"):
+        main(["--version"])
+    assert capsys.readouterr().out == f"stepgraph {__version__}\n"
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["generate", "--prompt", "x", "--block-size", "12"], "block_size=12 is not a power of two"),
+        (["generate", "--prompt", "x", "--temperature", "-1"], "temperature=-1.0 must be"),
+        (["generate", "no/such/model.gguf", "--prompt", "x"], "There is no file"),
+        (["generate", "--prompt", "x", "--graph-optimization-config", "{"], "graph_optimization_config is not JSON"),
+        (["pull", "qwen"], '"qwen" cannot be pulled'),
+        (["graphs", "list", "--graph-backend", "eager"], "captures no graphs"),
+        (["graphs", "list", "--max-num-seqs", "64", "--capture-sizes", "8"], "below max_num_seqs=64"),
+        (["graphs", "verify", "--rounds", "0"], "rounds=0"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_what_a_user_can_fix_is_one_line_on_stderr_and_exit_code_2(argv, message, capsys):
+    assert main(argv) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("error: ")
+    assert message in err
+    assert err.count("\n") == 1
+
+
+def test_a_default_model_that_is_not_installed_is_named_with_the_command_that_installs_it(monkeypatch, capsys):
+    monkeypatch.setattr("stepgraph.models.source.packaged_file", lambda name: None)
+    assert main(["generate", "--prompt", "x"]) == 2
+    assert "stepgraph pull smollm2" in capsys.readouterr().err
+
+
+def test_a_broken_engine_is_exit_code_1(monkeypatch, capsys):
+    from stepgraph.errors import EngineDeadError
+
+    def fail(*_, **__):
+        raise EngineDeadError("the engine stopped: no memory")
+
+    monkeypatch.setattr("stepgraph.api.LLM", fail)
+    assert main(["generate", "--prompt", "x"]) == 1
+    assert capsys.readouterr().err == "error: the engine stopped: no memory\n"
+
+
+def test_control_c_ends_quietly_with_exit_code_130(monkeypatch, capsys):
+    def interrupt(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("stepgraph.api.LLM", interrupt)
+    assert main(["generate", "--prompt", "x"]) == 130
+    assert capsys.readouterr() == ("", "")
+
+
+def test_a_reader_that_leaves_early_gets_no_traceback(tiny_model):
+    command = [sys.executable, "-m", "stepgraph", "generate", *quick(tiny_model), "--prompt", "x", "--max-tokens", "50"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process.stdout.close()
+    assert process.stderr.read() == ""
+    assert process.wait() == 1
+
+
+def test_streamed_answer_is_the_complete_one(tiny_model, capsys):
+    request = ["generate", *quick(tiny_model), "--prompt", "Once upon a time", "--max-tokens", "20"]
+    assert main(request) == 0
+    streamed = capsys.readouterr().out
+    assert main([*request, "--no-stream"]) == 0
+    assert capsys.readouterr().out == streamed
+    assert len(streamed.strip()) > 0
+
+
+def test_prompt_from_a_pipe_is_the_prompt_from_the_flag(tiny_model, stdin, capsys):
+    stdin("def main():\n")
+    assert main(["generate", *quick(tiny_model)]) == 0
+    piped = capsys.readouterr().out
+    assert main(["generate", *quick(tiny_model), "--prompt", "def main():"]) == 0
+    assert capsys.readouterr().out == piped
+
+
+def test_several_prompts_get_the_answers_that_each_gets_alone(tiny_model, capsys):
+    request = ["generate", *quick(tiny_model), "--max-tokens", "8"]
+    alone = []
+    for prompt in ("one", "two"):
+        assert main([*request, "--prompt", prompt]) == 0
+        alone.append(capsys.readouterr().out)
+    assert main([*request, "--prompt", "one", "--prompt", "two"]) == 0
+    assert capsys.readouterr().out == f"=== 'one'\n{alone[0]}=== 'two'\n{alone[1]}"
+
+
+def test_same_seed_gives_the_same_random_answer_and_another_seed_another(tiny_model, capsys):
+    answers = []
+    for seed in ("7", "7", "8"):
+        request = ["generate", *quick(tiny_model), "--prompt", "x", "--temperature", "1", "--seed", seed]
+        assert main([*request, "--max-tokens", "24"]) == 0
+        answers.append(capsys.readouterr().out)
+    assert answers[0] == answers[1] != answers[2]
+
+
+def test_chat_remembers_until_reset(tiny_model, stdin, capsys):
+    chat = ["chat", *quick(tiny_model), "--max-tokens", "6", "--system", "Be brief."]
+    stdin("Hello.\nAnd now?\n\n/reset\nAnd now?\n/exit\nnever asked\n")
+    assert main(chat) == 0
+    piped = capsys.readouterr().out
+    single = []
+    for message in ("Hello.", "And now?"):
+        assert main([*chat, "--message", message]) == 0
+        single.append(capsys.readouterr().out)
+    assert piped.startswith(single[0])
+    assert piped.endswith(single[1])
+    remembered = piped.removeprefix(single[0]).removesuffix(single[1])
+    assert remembered.strip()
+    assert remembered != single[1]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no pseudo-terminals")
+def test_chat_on_a_terminal_survives_a_message_that_does_not_fit(tiny_model):
+    terminal, user = pty.openpty()
+    command = [sys.executable, "-m", "stepgraph", "chat", *quick(tiny_model), "--max-tokens", "3"]
+    process = subprocess.Popen(
+        [*command, "--max-model-len", "64"], stdin=user, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    os.write(terminal, f"{'long ' * 20}\nshort\n/exit\n".encode())
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 0
+    assert "max_model_len is 64" in err
+    assert "Traceback" not in err
+    assert out.count("> ") == 3
+
+
+def test_graphs_list_shows_what_capture_then_captures(tiny_model, capsys):
+    settings = [tiny_model, "--device", "cpu", "--max-num-seqs", "2", "--max-num-batched-tokens", "4"]
+    assert main(["graphs", "list", *settings]) == 0
+    assert capsys.readouterr().out == "tokens  rows\n     1  1\n     2  2\n     4  2\n3 graphs\n"
+    assert main(["graphs", "list", *settings, "--capture-now"]) == 0
+    out = capsys.readouterr().out
+    assert re.findall(r"^(\dx\d) ", out, re.MULTILINE) == ["1x1", "2x2", "4x2"]
+    assert "3 fx graphs" in out
+
+
+def test_graphs_verify_checks_every_graph(tiny_model, capsys):
+    settings = [tiny_model, "--device", "cpu", "--max-num-seqs", "2", "--max-num-batched-tokens", "4"]
+    assert main(["graphs", "verify", *settings, "--rounds", "2"]) == 0
+    assert "3 graphs" in capsys.readouterr().out
+
+
+def test_demo_runs_every_step_in_a_graph_and_mixes_prefill_with_decode(tiny_model, capsys):
+    assert main(["demo", tiny_model, "--device", "cpu", "--max-model-len", "2048"]) == 0
+    out = capsys.readouterr().out
+    [(in_graphs, steps)] = re.findall(r"^(\d+) of (\d+) steps ran in a graph", out, re.MULTILINE)
+    assert in_graphs == steps
+    assert re.search(r"^\d+ +mixed ", out, re.MULTILINE)
+    [(same, total)] = re.findall(r"^(\d+) of (\d+) tokens are the same", out, re.MULTILINE)
+    assert same == total
+    for name in "ABC":
+        assert re.search(rf"^step +\d+  {name} > ", out, re.MULTILINE), name
+        assert re.search(rf"^step +\d+  {name}   \(\d+ tokens, ended by (length|stop)\)", out, re.MULTILINE), name
+
+
+def test_bench_gets_its_own_flags(capsys):
+    with pytest.raises(SystemExit, match="0"):
+        main(["bench", "graphs", "--help"])
+    assert capsys.readouterr().out.startswith("usage: stepgraph bench graphs")
