@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator, Sequence
 from itertools import count
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from tqdm import tqdm
 
@@ -16,9 +16,6 @@ from stepgraph.engine.prompts import Message, Prompt, render_chat, tokenize
 from stepgraph.engine.sampling_params import SamplingParams
 from stepgraph.engine.session import Session
 from stepgraph.errors import RequestError
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast
 
 
 class LLM:
@@ -44,7 +41,7 @@ class LLM:
 
     def __init__(self, model: str = "smollm2", *, progress: bool = True, **settings: Any):
         self.engine = Engine(EngineConfig.from_settings(model=model, **settings), progress=progress)
-        self.tokenizer: PreTrainedTokenizerFast | None = self.engine.source.tokenizer()
+        self.tokenizer = self.engine.tokenizer
         self._ids = (f"request-{number}" for number in count())
 
     def generate(
@@ -68,7 +65,12 @@ class LLM:
             RequestError: a prompt or parameter is unusable; nothing has run then.
         """
         several: Sequence[Prompt]
-        if isinstance(prompts, Sequence) and prompts and not isinstance(prompts, str) and not isinstance(prompts[0], int):
+        if (
+            isinstance(prompts, Sequence)
+            and prompts
+            and not isinstance(prompts, str)
+            and not isinstance(prompts[0], int)
+        ):
             several = prompts  # type: ignore[assignment]  # a sequence whose elements are not ints is one of prompts
         else:
             several = [prompts] if prompts else []  # type: ignore[list-item]  # the other case: one prompt

@@ -10,9 +10,11 @@ import argparse
 import contextlib
 import logging
 import os
+import signal
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
+from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from stepgraph import __version__
@@ -35,25 +37,49 @@ _INTERRUPTED = 130  # 128 + SIGINT, as shells report it
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code: 0, 1 (it failed), 2 (what was asked for cannot be done), 130 (Ctrl-C)."""
     argv = sys.argv[1:] if argv is None else argv
-    try:
-        if argv[:1] == ["bench"]:  # its flags are its own
-            from stepgraph import bench
+    with _noting_interrupts() as interrupted:
+        try:
+            return _run(argv)
+        except (KeyboardInterrupt, Exception) as error:
+            if isinstance(error, KeyboardInterrupt) or interrupted():
+                return _INTERRUPTED
+            if isinstance(error, BrokenPipeError):  # stdout's reader has left; else Python complains again at exit
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+                return _FAILURE
+            if not isinstance(error, StepgraphError):
+                raise
+            logger.debug("where the error was raised", exc_info=True)
+            print(f"error: {error}", file=sys.stderr)
+            return _USER_ERROR if isinstance(error, ConfigError | ModelError | RequestError) else _FAILURE
 
-            return bench.main(argv[1:])
-        arguments = _parser().parse_args(argv)
-        level = (logging.WARNING, logging.INFO, logging.DEBUG)[min(arguments.verbose, 2)]
-        logging.basicConfig(format="%(levelname)s %(name)s: %(message)s")
-        logging.getLogger("stepgraph").setLevel(level)
-        return int(arguments.run(arguments))
-    except StepgraphError as error:
-        logger.debug("where the error was raised", exc_info=True)
-        print(f"error: {error}", file=sys.stderr)
-        return _USER_ERROR if isinstance(error, ConfigError | ModelError | RequestError) else _FAILURE
-    except KeyboardInterrupt:
-        return _INTERRUPTED
-    except BrokenPipeError:  # the reader of stdout has left; without this, Python complains once more at exit
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return _FAILURE
+
+def _run(argv: Sequence[str]) -> int:
+    if argv[:1] == ["bench"]:  # its flags are its own
+        from stepgraph import bench
+
+        return bench.main(argv[1:])
+    arguments = _parser().parse_args(argv)
+    level = (logging.WARNING, logging.INFO, logging.DEBUG)[min(arguments.verbose, 2)]
+    logging.basicConfig(format="%(levelname)s %(name)s: %(message)s")
+    logging.getLogger("stepgraph").setLevel(level)
+    return int(arguments.run(arguments))
+
+
+@contextmanager
+def _noting_interrupts() -> Iterator[Callable[[], bool]]:
+    """Yields whether Ctrl-C was pressed: a KeyboardInterrupt that passes through TorchScript ends as another error."""
+    pressed = False
+
+    def note(number: int, frame: FrameType | None) -> None:
+        nonlocal pressed
+        pressed = True
+        raise KeyboardInterrupt
+
+    previous = signal.signal(signal.SIGINT, note)
+    try:
+        yield lambda: pressed
+    finally:
+        signal.signal(signal.SIGINT, previous)
 
 
 def _generate(arguments: argparse.Namespace) -> int:

@@ -5,6 +5,11 @@ import os
 import pytest
 import torch
 from hypothesis import settings
+from tiny import TINY_SETTINGS, save_tiny_model
+
+from stepgraph.config import EngineConfig
+from stepgraph.engine.engine import Engine
+from stepgraph.models.source import ModelSource, packaged_file, resolve
 
 settings.register_profile("stepgraph", deadline=None)  # no test asserts a time
 settings.load_profile("stepgraph")
@@ -28,3 +33,30 @@ if not torch.cuda.is_available():
 def device() -> str:
     """Where Triton kernels run: "cuda", or "cpu" under the interpreter."""
     return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> ModelSource:
+    """The embedded model, for the tests that need one that can speak."""
+    if packaged_file("smollm2") is None:
+        pytest.skip("the embedded model is not installed: run `stepgraph pull smollm2`")
+    pytest.importorskip("gguf", reason="the embedded model is a GGUF file, which needs the gguf package")
+    return resolve("smollm2")
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory) -> str:
+    """Folder of the random model of `tiny.py`."""
+    return save_tiny_model(tmp_path_factory.mktemp("tiny-model"))
+
+
+@pytest.fixture(scope="session")
+def create_engine(tiny_model, device):
+    """Makes engines of the tiny model: `create_engine(max_num_seqs=3)`."""
+
+    def create(**settings) -> Engine:
+        return Engine(
+            EngineConfig.from_settings(**({"model": tiny_model, "device": device} | TINY_SETTINGS | settings))
+        )
+
+    return create

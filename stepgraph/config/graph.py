@@ -104,8 +104,7 @@ def graph_config_from_json(text: str | dict[str, Any]) -> dict[str, Any]:
                 raise ConfigError(f"use_cudagraph={value!r} must be true or false")
             if not value:
                 settings["graph_backend"] = "eager"
-        elif key in _RENAMED or key in own:
-            name = _RENAMED.get(key, key)
+        elif (name := _RENAMED.get(key, key)) in own:
             if settings.get(name, value) != value:
                 raise ConfigError(f"{key}={value!r} contradicts {name}={settings[name]!r} given beside it")
             settings[name] = tuple(value) if isinstance(value, list) else value

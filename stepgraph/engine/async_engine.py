@@ -7,7 +7,7 @@ import threading
 from collections import deque
 from collections.abc import AsyncIterator, Callable
 from itertools import count
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from stepgraph.config import EngineConfig
 from stepgraph.engine.engine import Engine
@@ -17,9 +17,6 @@ from stepgraph.engine.request import RequestUpdate
 from stepgraph.engine.sampling_params import SamplingParams
 from stepgraph.engine.session import Session
 from stepgraph.errors import EngineDeadError
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast
 
 _Event = RequestUpdate | BaseException
 
@@ -38,7 +35,7 @@ class AsyncEngine:
 
     def __init__(self, config: EngineConfig, *, progress: bool = False):
         self.engine = Engine(config, progress=progress)
-        self.tokenizer: PreTrainedTokenizerFast | None = self.engine.source.tokenizer()
+        self.tokenizer = self.engine.tokenizer
         self._commands: deque[Callable[[], None]] = deque()
         self._wake = threading.Condition()
         self._stopping = False

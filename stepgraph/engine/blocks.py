@@ -37,4 +37,5 @@ class BlockAllocator:
         """Give back a request's blocks and its reservation."""
         self._free.extend(reversed(blocks))
         self._reserved -= reserved
-        assert self._reserved >= 0 and len(self._free) <= self.num_usable, (self._reserved, len(self._free))
+        assert self._reserved >= 0, self._reserved
+        assert len(self._free) <= self.num_usable, (len(self._free), self.num_usable)

@@ -8,6 +8,8 @@ import time
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -15,12 +17,15 @@ from stepgraph.config import EngineConfig
 from stepgraph.engine.request import Request, RequestUpdate
 from stepgraph.engine.sampling_params import SamplingParams
 from stepgraph.engine.scheduler import Scheduler
-from stepgraph.errors import ConfigError, EngineDeadError, RequestError, StepgraphError
+from stepgraph.errors import ConfigError, EngineDeadError, ModelError, RequestError, StepgraphError
 from stepgraph.models.loader import load_model
 from stepgraph.models.source import ModelSource, resolve
 from stepgraph.ops import slot_line
 from stepgraph.platforms import create_platform
 from stepgraph.step.runner import StepRunner, Ticket
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 logger = logging.getLogger(__name__)
 
@@ -48,7 +53,7 @@ class Engine:
 
     def __init__(self, config: EngineConfig, *, source: ModelSource | None = None, progress: bool = False):
         self.config = config
-        self.source = source or resolve(config.model.model)
+        self.source = source or resolve(config.model.model, weights=config.model.load_format != "dummy")
         self.platform = create_platform(config.model.device)
         self.max_model_len = _max_model_len(config, self.source)
         self.dtype: torch.dtype = (
@@ -75,6 +80,15 @@ class Engine:
         self._failure: BaseException | None = None
         if not self.runner.pool.lazy:
             self.runner.pool.capture_all(progress=progress)
+
+    @cached_property
+    def tokenizer(self) -> PreTrainedTokenizerFast | None:
+        """The model's tokenizer; None if it has none that can be read, which leaves prompts of token ids."""
+        try:
+            return self.source.tokenizer()
+        except ModelError as error:
+            logger.warning("%s", error)
+            return None
 
     @property
     def has_work(self) -> bool:

@@ -30,8 +30,10 @@ def tokenize(prompt: Prompt, tokenizer: PreTrainedTokenizerFast | None) -> tuple
         prompt = prompt["prompt"]
     if isinstance(prompt, str):
         return prompt, list(require_tokenizer(tokenizer).encode(prompt))
-    if isinstance(prompt, Sequence) and all(isinstance(token, int) for token in prompt):
-        return None, list(prompt)
+    if isinstance(prompt, Sequence):
+        token_ids = [token for token in prompt if isinstance(token, int)]
+        if len(token_ids) == len(prompt):
+            return None, token_ids
     raise RequestError(f"a prompt is text or a list of token ids, not {type(prompt).__name__}")
 
 

@@ -34,7 +34,7 @@ class FxGraph(Generic[Output]):
     output_type: Callable[..., Output]
 
     def replay(self) -> Output:
-        with torch.no_grad(), torch.jit.optimized_execution(False):
+        with torch.no_grad(), optimized_execution(False):
             return self.output_type(*self.traced(*self.buffers))
 
 
@@ -53,7 +53,7 @@ class FxBackend:
 
         module = trace(flat_program)
         buffers = _lift_buffers(module)
-        with torch.no_grad(), torch.jit.optimized_execution(False), warnings.catch_warnings():
+        with torch.no_grad(), optimized_execution(False), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # TorchScript announces its retirement; it is the floor, not the plan
             traced = torch.jit.trace(module, buffers, check_trace=False)
         graph: FxGraph[Output] = FxGraph(module.graph, traced, buffers, output_type[0])

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
+
+from stepgraph import ops
 
 
 class Linear(nn.Module):
@@ -24,7 +25,7 @@ class Linear(nn.Module):
 
     def forward(self, x_TI: Tensor) -> Tensor:
         """Return [T, O], dtype of `x_TI`."""
-        return F.linear(x_TI, self.weight, self.bias)
+        return ops.linear(x_TI, self.weight, self.bias)
 
 
 class MergedLinear(Linear):

@@ -9,6 +9,7 @@ from stepgraph.ops.attention import (
 )
 from stepgraph.ops.build import BuiltStep, build_step
 from stepgraph.ops.commit import commit
+from stepgraph.ops.linear import linear
 from stepgraph.ops.rms_norm import add_rms_norm, rms_norm
 from stepgraph.ops.rope_cache import rope_cache
 from stepgraph.ops.sample import sample
@@ -23,6 +24,7 @@ __all__ = [
     "attention_plan",
     "build_step",
     "commit",
+    "linear",
     "paged_attention",
     "rms_norm",
     "rope_cache",

@@ -7,11 +7,12 @@ from torch import Tensor
 
 
 class _Event:
-    def __init__(self) -> None:
+    def __init__(self, stream: torch.cuda.Stream) -> None:
         self._event = torch.cuda.Event()
+        self._stream = stream
 
     def record(self) -> None:
-        self._event.record()
+        self._event.record(self._stream)
 
     def wait(self) -> None:
         self._event.synchronize()
@@ -44,7 +45,7 @@ class CudaPlatform:
         return torch.zeros(*size, dtype=torch.int32, pin_memory=True)
 
     def completion(self) -> _Event:
-        return _Event()
+        return _Event(torch.cuda.current_stream(self.device))
 
     def synchronize(self) -> None:
         torch.cuda.synchronize(self.device)

@@ -27,12 +27,15 @@ class SlotState:
         self, *, max_num_seqs: int, max_model_len: int, block_size: int, max_shape: StepShape, platform: Platform
     ):
         slots = max_num_seqs + 1
-        zeros = {"dtype": torch.int32, "device": platform.device}
-        self.lines = torch.zeros(slots, slot_line.LINE_WIDTH, **zeros)  # see stepgraph.ops.slot_line
-        self.tokens = torch.zeros(slots, max_model_len, **zeros)  # token history
-        self.block_table = torch.zeros(slots, -(-max_model_len // block_size), **zeros)
-        self.plan = torch.zeros(max_shape.plan_length(block_size), **zeros)
-        self.counter = torch.zeros(1, **zeros)  # steps committed
+
+        def zeros(*size: int) -> Tensor:
+            return torch.zeros(*size, dtype=torch.int32, device=platform.device)
+
+        self.lines = zeros(slots, slot_line.LINE_WIDTH)  # see stepgraph.ops.slot_line
+        self.tokens = zeros(slots, max_model_len)  # token history
+        self.block_table = zeros(slots, -(-max_model_len // block_size))
+        self.plan = zeros(max_shape.plan_length(block_size))
+        self.counter = zeros(1)  # steps committed
         self.ring = platform.host_buffer(RING_DEPTH, max_shape.num_rows, slot_line.OUTPUT_WIDTH)
         self._platform = platform
 

@@ -1,0 +1,127 @@
+"""Greedy SmolLM2 in float32 says token for token what transformers says.
+
+What transformers says is in data/smollm2_greedy.json, made by scripts/make_reference_tokens.py.
+"""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from stepgraph.config import EngineConfig
+from stepgraph.engine import engine as engine_module
+from stepgraph.engine.engine import Engine
+from stepgraph.engine.sampling_params import SamplingParams
+from stepgraph.models.loader import load_model
+
+REFERENCE = json.loads((Path(__file__).parent / "data/smollm2_greedy.json").read_text())["answers"]
+BY_LENGTH = sorted(REFERENCE, key=lambda answer: len(answer["prompt"]))
+NUM_TOKENS = 64
+SETTINGS = {
+    "dtype": "float32",
+    "max_model_len": 1088,
+    "num_kv_blocks": 800,
+    "max_num_seqs": 64,
+    "max_num_batched_tokens": 256,
+    "capture_sizes": (8, 64, 256),
+    "capture_rows": (8,),
+}
+
+
+@pytest.fixture(scope="module")
+def decoder(smollm2, device):
+    return load_model(
+        smollm2, dtype=torch.float32, device=torch.device(device), max_model_len=SETTINGS["max_model_len"]
+    )
+
+
+@pytest.fixture(scope="module")
+def create_engine(smollm2, decoder, device):
+    """Makes engines that share one copy of the weights."""
+
+    def create(**settings) -> Engine:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(engine_module, "load_model", lambda *_, **__: decoder)
+            return Engine(EngineConfig.from_settings(device=device, **(SETTINGS | settings)), source=smollm2)
+
+    return create
+
+
+@pytest.fixture(scope="module")
+def engine(create_engine):
+    return create_engine()
+
+
+def assert_identical(engine: Engine, answers) -> None:
+    """Run the prompts of `answers` together and hold what they get against the reference."""
+    params = SamplingParams(temperature=0, max_tokens=NUM_TOKENS, ignore_eos=True)
+    requests = [engine.add_request(f"{i}", answer["prompt"], params) for i, answer in enumerate(answers)]
+    while engine.has_work:
+        engine.step()
+    for request, answer in zip(requests, answers, strict=True):
+        assert request.output_token_ids == answer["tokens"], (answer["kind"], len(answer["prompt"]), answer["margin"])
+
+
+def test_the_reference_has_chat_code_and_prose_from_3_to_1000_tokens() -> None:
+    assert len(REFERENCE) >= 40
+    assert {answer["kind"] for answer in REFERENCE} == {"chat", "code", "prose"}
+    assert (len(BY_LENGTH[0]["prompt"]), len(BY_LENGTH[-1]["prompt"])) == (3, 1000)
+    assert {len(answer["tokens"]) for answer in REFERENCE} == {NUM_TOKENS}
+
+
+def test_all_prompts_batched_in_graphs_match_transformers(engine) -> None:
+    assert_identical(engine, REFERENCE)
+    statistics = engine.runner.pool.statistics
+    assert statistics.num_steps > 0
+    assert statistics.num_eager_steps == 0
+
+
+@pytest.mark.parametrize("index", [0, len(BY_LENGTH) // 2, -6], ids=["short", "median", "long"])
+def test_a_prompt_alone_in_graphs_matches_transformers(engine, index) -> None:
+    assert_identical(engine, [BY_LENGTH[index]])
+
+
+def test_prompts_run_eagerly_match_transformers(create_engine) -> None:
+    engine = create_engine(graph_backend="eager", max_num_seqs=8, capture_sizes=None, capture_rows=None)
+    assert_identical(engine, BY_LENGTH[2:-1:7])
+    assert engine.runner.pool.statistics.num_eager_steps == engine.runner.pool.statistics.num_steps
+
+
+def test_prompts_in_chunks_of_at_most_64_tokens_match_transformers(create_engine) -> None:
+    engine = create_engine(max_num_seqs=8, max_num_batched_tokens=64, capture_sizes=(16, 64))
+    assert_identical(engine, BY_LENGTH[4::9] + BY_LENGTH[-1:])
+    assert engine.runner.pool.statistics.num_eager_steps == 0
+
+
+def test_transformers_as_installed_gives_the_same_tokens_now(engine, decoder) -> None:
+    """The stored reference is of one version; this compares with the one at hand, on the weights as they were loaded."""
+    c = decoder.config
+    config = LlamaConfig(
+        vocab_size=c.vocab_size,
+        hidden_size=c.hidden_size,
+        intermediate_size=c.intermediate_size,
+        num_hidden_layers=c.num_layers,
+        num_attention_heads=c.num_heads,
+        num_key_value_heads=c.num_kv_heads,
+        max_position_embeddings=c.max_position_embeddings,
+        rms_norm_eps=c.rms_norm_eps,
+        rope_theta=1e5,
+        tie_word_embeddings=True,
+        eos_token_id=None,
+        pad_token_id=0,
+    )
+    with torch.device("meta"):
+        reference = LlamaForCausalLM(config).eval()
+    state = {name: tensor.cpu() for name, tensor in decoder.checkpoint_tensors().items()}
+    reference.load_state_dict(state | {"lm_head.weight": state["model.embed_tokens.weight"]}, strict=True, assign=True)
+    reference.model.rotary_emb = type(reference.model.rotary_emb)(config)
+    answers = []
+    for answer in (BY_LENGTH[10], BY_LENGTH[-10]):
+        prompt = torch.tensor([answer["prompt"]])
+        output = reference.generate(
+            prompt, attention_mask=torch.ones_like(prompt), do_sample=False, max_new_tokens=NUM_TOKENS
+        )
+        answers.append(answer | {"tokens": output[0, prompt.shape[1] :].tolist()})
+    assert_identical(engine, answers)
