@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Generic
 
@@ -34,8 +35,13 @@ class FxGraph(Generic[Output]):
     output_type: Callable[..., Output]
 
     def replay(self) -> Output:
-        with torch.no_grad(), optimized_execution(False):
-            return self.output_type(*self.traced(*self.buffers))
+        with torch.no_grad(), _as_traced():
+            try:
+                return self.output_type(*self.traced(*self.buffers))
+            except RuntimeError as error:
+                if "KeyboardInterrupt" in str(error):  # TorchScript hides its type if it strikes in a Python kernel
+                    raise KeyboardInterrupt from error
+                raise
 
 
 class FxBackend:
@@ -53,13 +59,18 @@ class FxBackend:
 
         module = trace(flat_program)
         buffers = _lift_buffers(module)
-        with torch.no_grad(), optimized_execution(False), warnings.catch_warnings():
+        with torch.no_grad(), _as_traced(), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # TorchScript announces its retirement; it is the floor, not the plan
             traced = torch.jit.trace(module, buffers, check_trace=False)
         graph: FxGraph[Output] = FxGraph(module.graph, traced, buffers, output_type[0])
         for _ in range(warmups):
             graph.replay()
         return graph
+
+
+def _as_traced() -> AbstractContextManager[None]:
+    """TorchScript runs the graph as it is, without profiling runs that rewrite it."""
+    return torch.jit.optimized_execution(False)  # type: ignore[attr-defined,no-any-return]  # public, not exported
 
 
 def trace(function: Callable[[], Any]) -> fx.GraphModule:

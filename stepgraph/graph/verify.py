@@ -186,7 +186,11 @@ def _lay_out_and_run(
             cache.fill_(torch.nan)
 
     free_blocks = (torch.randperm(runner.num_kv_blocks - 1, generator=generator) + 1).tolist()
-    plan_rows, deltas, prefix_slots, written_slots, emitting = [], [], [], [], []
+    plan_rows: list[tuple[int, int]] = []
+    deltas: list[tuple[int, int, int]] = []
+    prefix_slots: list[int] = []
+    written_slots: list[int] = []
+    emitting: list[int] = []
     for index, row in enumerate(composition.rows):
         slot = index + 1
         line = torch.zeros(slot_line.LINE_WIDTH, dtype=torch.int32)
