@@ -16,19 +16,28 @@ def setting(default: Any, help: str, *, choices: Sequence[str] | None = None, mi
     return dataclasses.field(default=default, metadata={"help": help, "choices": choices, "minimum": minimum})
 
 
+_EXPECTED = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
+
+
 def check(config: Any) -> None:
-    """Raise ConfigError for a field outside its declared choices or below its minimum. Called at birth."""
+    """Raise ConfigError for a field of the wrong type, outside its choices or below its minimum. Called at birth."""
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
-        choices, minimum = field.metadata.get("choices"), field.metadata.get("minimum")
-        if choices is not None and value not in choices:
-            raise ConfigError(f"{field.name}={value!r} is not known; choose one of: {', '.join(choices)}")
-        if minimum is None or value is None:
+        if value is None and field.default is None:
             continue
-        for entry in value if isinstance(value, tuple) else (value,):
-            if isinstance(entry, bool) or not isinstance(entry, int | float):
-                raise ConfigError(f"{field.name}={value!r} must be a number ≥ {minimum}")
-            if entry < minimum:
+        kind, several = scalar_type(type(config), field.name)
+        if several and not isinstance(value, tuple):
+            raise ConfigError(f"{field.name}={value!r} must be a list")
+        if several and not value:
+            raise ConfigError(f"{field.name} is empty; give at least one value, or leave it unset")
+        choices, minimum = field.metadata["choices"], field.metadata["minimum"]
+        for entry in value if several else (value,):
+            if not isinstance(entry, int | float if kind is float else kind) or isinstance(entry, bool) != (kind is bool):
+                expected = f"a list of {_EXPECTED[kind]}s" if several else _EXPECTED[kind]
+                raise ConfigError(f"{field.name}={value!r} must be {expected}")
+            if choices is not None and entry not in choices:
+                raise ConfigError(f"{field.name}={value!r} is not known; choose one of: {', '.join(choices)}")
+            if minimum is not None and entry < minimum:
                 raise ConfigError(f"{field.name}={value!r} is too small; the smallest value is {minimum}")
 
 

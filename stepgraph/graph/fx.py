@@ -70,7 +70,7 @@ class FxBackend:
 
 def _as_traced() -> AbstractContextManager[None]:
     """TorchScript runs the graph as it is, without profiling runs that rewrite it."""
-    return torch.jit.optimized_execution(False)  # type: ignore[attr-defined,no-any-return]  # public, not exported
+    return torch.jit.optimized_execution(False)  # type: ignore[attr-defined]  # public, not exported
 
 
 def trace(function: Callable[[], Any]) -> fx.GraphModule:

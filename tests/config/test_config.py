@@ -1,0 +1,238 @@
+"""Settings: what they accept, what they refuse and in which words, and the forms derived from them."""
+
+import argparse
+import dataclasses
+import json
+
+import pytest
+
+from stepgraph.config import EngineConfig, GraphConfig, add_flags, settings_from_flags
+from stepgraph.config.engine import NOT_YET
+from stepgraph.errors import ConfigError
+
+PARTS = ("model", "cache", "scheduler", "graph")
+DEFAULT = EngineConfig()
+
+
+def graph_of(**keys) -> GraphConfig:
+    """The graph settings that keys of --graph-optimization-config come to."""
+    return EngineConfig.from_settings(graph_optimization_config=json.dumps(keys)).graph
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "name", "effect"),
+    [
+        ("use_cudagraph", False, "graph_backend", "eager"),
+        ("use_cudagraph", True, "graph_backend", "auto"),
+        ("cudagraph_capture_sizes", [64, 128], "capture_sizes", (64, 128)),
+        ("max_capture_size", 512, "max_capture_size", 512),
+        ("max_capture_shape_prefill", 512, "max_capture_size", 512),
+        ("cudagraph_only_prefill", True, "cudagraph_only_prefill", True),
+        ("cudagraph_num_of_warmups", 3, "capture_warmups", 3),
+        ("expected_decode_len", 4096, "capture_context_len", 4096),
+    ],
+)
+def test_a_key_of_fastdeploy_has_its_effect(key, value, name, effect) -> None:
+    assert graph_of(**{key: value}) == dataclasses.replace(GraphConfig(), **{name: effect})
+
+
+FIXED = {
+    "graph_opt_level": (0, 1, "no second, compiled form"),
+    "full_cuda_graph": (True, False, "always holds the whole step"),
+    "use_unique_memory_pool": (True, False, "share one memory pool"),
+    "draft_model_use_cudagraph": (True, False, "part of the step's graph"),
+    "cudagraph_copy_inputs": (False, True, "nothing to copy"),
+    "cudagraph_splitting_ops": ([], ["attention"], "not split"),
+    "sot_warmup_sizes": ([], [2, 4], "no symbolic tracer"),
+}
+
+
+@pytest.mark.parametrize("key", FIXED)
+def test_a_key_of_fastdeploy_that_is_always_on_or_off_is_accepted_as_that_and_refused_as_anything_else(key) -> None:
+    accepted, refused, reason = FIXED[key]
+    assert graph_of(**{key: accepted}) == GraphConfig()
+    with pytest.raises(ConfigError, match=f"{key}=.*{reason}.*use {json.dumps(accepted)}".replace("[]", r"\[\]")):
+        graph_of(**{key: refused})
+
+
+def test_a_switch_is_not_taken_for_a_level() -> None:
+    for key, value in (("graph_opt_level", False), ("full_cuda_graph", 1)):
+        with pytest.raises(ConfigError, match=key):
+            graph_of(**{key: value})
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        "real_shape_to_captured_size",
+        "real_bsz_to_captured_size",
+        "flag_cudagraph_replay",
+        "cudagraph_capture_sizes_prefill",
+    ],
+)
+def test_a_key_of_fastdeploy_that_cannot_be_set_is_refused_with_the_reason(key) -> None:
+    with pytest.raises(ConfigError, match=rf"^{key} cannot be set: \w+"):
+        graph_of(**{key: {}})
+
+
+def test_the_seeds_own_command_line_is_understood() -> None:
+    text = '{"use_cudagraph":true,"cudagraph_capture_sizes":[256,512],"cudagraph_only_prefill":false,"max_capture_size":512}'
+    assert EngineConfig.from_settings(graph_optimization_config=text).graph == GraphConfig(
+        capture_sizes=(256, 512), max_capture_size=512
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{use_cudagraph: true}", r"not JSON \(Expecting property name.*write e\.g\."),
+        ("", "not JSON"),
+        ("[64, 128]", "must be a JSON object, not list"),
+        ("true", "must be a JSON object, not bool"),
+        ('{"capture_size": [64]}', "no key 'capture_size'; known keys:.*capture_sizes"),
+        ('{"use_cudagraph": "yes"}', "use_cudagraph='yes' must be true or false"),
+        ('{"cudagraph_capture_sizes": 512}', "capture_sizes=512 must be a list"),
+        ('{"cudagraph_capture_sizes": []}', "capture_sizes.*empty"),
+        ('{"cudagraph_capture_sizes": [8, 16.5]}', r"capture_sizes=\(8, 16.5\) must be a list of whole numbers"),
+        ('{"cudagraph_capture_sizes": [0, 8]}', r"capture_sizes=\(0, 8\) is too small; the smallest value is 1"),
+        ('{"cudagraph_only_prefill": "yes"}', "cudagraph_only_prefill='yes' must be true or false"),
+        ('{"max_capture_size": true}', "max_capture_size=True must be a whole number"),
+        ('{"cudagraph_num_of_warmups": 0}', "capture_warmups=0 is too small; the smallest value is 1"),
+        ('{"max_capture_size": 64, "max_capture_shape_prefill": 128}', "max_capture_shape_prefill=128 contradicts"),
+        ('{"use_cudagraph": false, "graph_backend": "fx"}', "contradict"),
+        ('{"graph_backend": "fx", "use_cudagraph": false}', "contradict"),
+        ('{"graph_backend": "eager", "use_cudagraph": true}', "contradict"),
+    ],
+)
+def test_a_graph_optimization_config_that_makes_no_sense_is_refused_in_words(text, message) -> None:
+    with pytest.raises(ConfigError, match=message):
+        EngineConfig.from_settings(graph_optimization_config=text)
+
+
+def test_a_setting_given_twice_must_be_the_same_twice() -> None:
+    given = {"capture_sizes": [8, 16]}
+    assert EngineConfig.from_settings(**given, graph_optimization_config=given).graph.capture_sizes == (8, 16)
+    with pytest.raises(ConfigError, match=r"max_capture_size is 8 and, in graph_optimization_config, 16"):
+        EngineConfig.from_settings(max_capture_size=8, graph_optimization_config={"max_capture_size": 16})
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"max_num_seq": 8}, "unknown setting 'max_num_seq'; known settings:.*max_num_seqs"),
+        ({"dtype": "float8"}, "dtype='float8' is not known; choose one of: auto, float32, bfloat16, float16"),
+        ({"dtype": ["float32"]}, "dtype="),
+        ({"max_num_seqs": 0}, "max_num_seqs=0 is too small; the smallest value is 1"),
+        ({"max_num_seqs": "8"}, "max_num_seqs='8' must be a whole number"),
+        ({"max_num_seqs": 2.5}, "max_num_seqs=2.5 must be a whole number"),
+        ({"max_num_seqs": None}, "max_num_seqs=None must be a whole number"),
+        ({"max_num_seqs": 2000}, "max_num_seqs=2000 is above 1024"),
+        ({"max_num_seqs": 8, "max_num_batched_tokens": 4}, "max_num_batched_tokens=4 is below max_num_seqs=8.*raise"),
+        ({"block_size": 24}, "block_size=24 is not a power of two; use e.g. 16"),
+        ({"gpu_memory_utilization": 1.5}, "gpu_memory_utilization=1.5 is above 1; use e.g. 0.9"),
+        ({"gpu_memory_utilization": 0}, "gpu_memory_utilization=0 is too small; the smallest value is 0.01"),
+        ({"max_model_len": 1}, "max_model_len=1 is too small; the smallest value is 2"),
+        ({"seed": -1}, "seed=-1 is too small; the smallest value is 0"),
+        ({"capture": "some"}, "capture='some' is not known; choose one of: auto, lazy, all"),
+        ({"model": 7}, "model=7 must be text"),
+    ],
+)
+def test_a_bad_value_is_refused_with_the_value_and_the_limit(settings, message) -> None:
+    with pytest.raises(ConfigError, match=message):
+        EngineConfig.from_settings(**settings)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"tensor_parallel_size": 2}, "tensor_parallel_size=2 is not supported: the engine runs on one device"),
+        ({"pipeline_parallel_size": 2}, "pipeline_parallel_size=2 is not supported"),
+        ({"quantization": "awq"}, "quantization='awq' is not supported: weights run in float32"),
+        ({"enforce_eager": True}, "enforce_eager=True is not supported: use graph_backend='eager'"),
+        ({"trust_remote_code": True}, "trust_remote_code=True is not supported: models are run by stepgraph's own code"),
+    ],
+)
+def test_what_is_not_there_yet_is_refused_with_the_reason_and_accepted_when_off(settings, message) -> None:
+    with pytest.raises(ConfigError, match=message):
+        EngineConfig.from_settings(**settings)
+    [name] = settings
+    for off in NOT_YET[name][0]:
+        assert EngineConfig.from_settings(**{name: off}) == DEFAULT
+
+
+def test_a_limit_given_alone_makes_the_other_limits_default_yield() -> None:
+    assert EngineConfig.from_settings(max_num_batched_tokens=16).scheduler.max_num_seqs == 16
+    large = EngineConfig.from_settings(max_num_seqs=1024, max_num_batched_tokens=None or 4096)
+    assert large.scheduler.max_num_batched_tokens == 4096
+    assert EngineConfig.from_settings(max_num_seqs=1024).scheduler.max_num_batched_tokens == 2048
+
+
+NON_DEFAULT = {
+    "model": "some-folder",
+    "dtype": "bfloat16",
+    "load_format": "dummy",
+    "max_model_len": 100,
+    "seed": 7,
+    "device": "cpu",
+    "block_size": 32,
+    "num_kv_blocks": 50,
+    "gpu_memory_utilization": 0.5,
+    "max_num_seqs": 3,
+    "max_num_batched_tokens": 77,
+    "graph_backend": "fx",
+    "capture": "all",
+    "capture_sizes": (8, 16),
+    "capture_rows": (2, 4),
+    "max_capture_size": 16,
+    "cudagraph_only_prefill": True,
+    "graph_memory_mib": 100,
+    "capture_context_len": 90,
+    "capture_warmups": 2,
+}
+
+
+def parse(*arguments: str, positional_model: bool = True) -> EngineConfig:
+    parser = argparse.ArgumentParser()
+    add_flags(parser, positional_model=positional_model)
+    return EngineConfig.from_settings(**settings_from_flags(parser.parse_args(arguments)))
+
+
+def flags_of(config: EngineConfig) -> list[str]:
+    """The command line that asks for `config`, written from the dataclasses' fields alone."""
+    words = []
+    for part in PARTS:
+        for field in dataclasses.fields(getattr(config, part)):
+            value, flag = getattr(getattr(config, part), field.name), "--" + field.name.replace("_", "-")
+            if isinstance(value, bool):
+                words.append(flag if value else flag.replace("--", "--no-", 1))
+            elif isinstance(value, tuple):
+                words += [flag, *map(str, value)]
+            elif value is not None:
+                words += [flag, str(value)]
+    return words
+
+
+def test_every_setting_has_a_flag_that_gives_it_back() -> None:
+    assert set(NON_DEFAULT) == {field.name for part in PARTS for field in dataclasses.fields(getattr(DEFAULT, part))}
+    config = EngineConfig.from_settings(**NON_DEFAULT)
+    for part in PARTS:
+        for field in dataclasses.fields(getattr(config, part)):
+            assert getattr(getattr(config, part), field.name) != getattr(getattr(DEFAULT, part), field.name), field.name
+    assert parse(*flags_of(config), positional_model=False) == config
+    assert parse(*flags_of(DEFAULT), positional_model=False) == DEFAULT
+
+
+def test_no_flags_give_the_defaults_and_the_model_may_be_positional() -> None:
+    assert parse() == parse(positional_model=False) == DEFAULT
+    assert parse("some-folder").model.model == "some-folder"
+    assert parse("--graph-optimization-config", '{"use_cudagraph": false}').graph.graph_backend == "eager"
+
+
+def test_a_flag_with_a_value_outside_its_choices_is_refused_by_the_parser(capsys) -> None:
+    with pytest.raises(SystemExit):
+        parse("--dtype", "float8")
+    assert "bfloat16" in capsys.readouterr().err
+
+
+def test_settings_survive_json() -> None:
+    assert EngineConfig.from_settings(**json.loads(json.dumps(NON_DEFAULT))) == EngineConfig.from_settings(**NON_DEFAULT)
