@@ -34,6 +34,7 @@ class EngineConfig:
         Raises:
             ConfigError: unknown setting, bad value, or settings that contradict each other.
         """
+        settings = {name: tuple(value) if isinstance(value, list) else value for name, value in settings.items()}
         graph_json = settings.pop("graph_optimization_config", None)
         if graph_json is not None:
             for name, value in graph_config_from_json(graph_json).items():
@@ -49,13 +50,13 @@ class EngineConfig:
                 raise ConfigError(f"{name}={settings[name]!r} is not supported: {NOT_YET[name][1]}")
             raise ConfigError(f"unknown setting {name!r}; known settings: {', '.join(sorted(homes))}")
         rows, tokens = settings.get("max_num_seqs"), settings.get("max_num_batched_tokens")
-        if rows is not None and tokens is None:
+        if isinstance(rows, int) and tokens is None:
             settings["max_num_batched_tokens"] = max(rows, SchedulerConfig.max_num_batched_tokens)
-        if tokens is not None and rows is None:
+        if isinstance(tokens, int) and rows is None:
             settings["max_num_seqs"] = min(tokens, SchedulerConfig.max_num_seqs)
         grouped: dict[str, dict[str, Any]] = {part: {} for part in _PARTS}
         for name, value in settings.items():
-            grouped[homes[name]][name] = tuple(value) if isinstance(value, list) else value
+            grouped[homes[name]][name] = value
         return cls(**{part: part_type(**grouped[part]) for part, part_type in _PARTS.items()})
 
 

@@ -32,9 +32,11 @@ def check(config: Any) -> None:
             raise ConfigError(f"{field.name} is empty; give at least one value, or leave it unset")
         choices, minimum = field.metadata["choices"], field.metadata["minimum"]
         for entry in value if several else (value,):
-            if not isinstance(entry, int | float if kind is float else kind) or isinstance(entry, bool) != (kind is bool):
-                expected = f"a list of {_EXPECTED[kind]}s" if several else _EXPECTED[kind]
-                raise ConfigError(f"{field.name}={value!r} must be {expected}")
+            if not isinstance(entry, int | float if kind is float else kind) or isinstance(entry, bool) != (
+                kind is bool
+            ):
+                subject = "each entry of " if several else ""
+                raise ConfigError(f"{subject}{field.name}={value!r} must be {_EXPECTED[kind]}")
             if choices is not None and entry not in choices:
                 raise ConfigError(f"{field.name}={value!r} is not known; choose one of: {', '.join(choices)}")
             if minimum is not None and entry < minimum:

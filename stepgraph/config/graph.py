@@ -92,7 +92,7 @@ def graph_config_from_json(text: str | dict[str, Any]) -> dict[str, Any]:
                 f"graph_optimization_config is not JSON ({error}); write e.g. '{{\"use_cudagraph\": true}}'"
             ) from error
     else:
-        given = dict(text)
+        given = text
     if not isinstance(given, dict):
         raise ConfigError(f"graph_optimization_config must be a JSON object, not {type(given).__name__}")
 
@@ -102,19 +102,23 @@ def graph_config_from_json(text: str | dict[str, Any]) -> dict[str, Any]:
         if key == "use_cudagraph":
             if not isinstance(value, bool):
                 raise ConfigError(f"use_cudagraph={value!r} must be true or false")
-            if not value:
-                settings["graph_backend"] = "eager"
         elif (name := _RENAMED.get(key, key)) in own:
-            if settings.get(name, value) != value:
+            value = tuple(value) if isinstance(value, list) else value
+            if settings.setdefault(name, value) != value:
                 raise ConfigError(f"{key}={value!r} contradicts {name}={settings[name]!r} given beside it")
-            settings[name] = tuple(value) if isinstance(value, list) else value
         elif key in _FIXED:
             allowed, reason = _FIXED[key]
-            if value != allowed:
+            if value != allowed or isinstance(value, bool) != isinstance(allowed, bool):
                 raise ConfigError(f"{key}={json.dumps(value)} is not available: {reason}; use {json.dumps(allowed)}")
         elif key in _REFUSED:
             raise ConfigError(f"{key} cannot be set: {_REFUSED[key]}")
         else:
             known = sorted({"use_cudagraph", *_RENAMED, *_FIXED, *own})
             raise ConfigError(f"graph_optimization_config has no key {key!r}; known keys: {', '.join(known)}")
+    if "use_cudagraph" in given:
+        off, backend = not given["use_cudagraph"], settings.get("graph_backend")
+        if backend is not None and off != (backend == "eager"):
+            raise ConfigError(f"use_cudagraph={not off} contradicts graph_backend={backend!r} given beside it")
+        if off:
+            settings["graph_backend"] = "eager"
     return settings

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from stepgraph.ops.attention import AttentionGeometry, AttentionPlan, attention_geometry, cpu, max_tiles, reference
 from stepgraph.ops.attention import triton as kernels
-from stepgraph.ops.attention.geometry import KV_BLOCK
+from stepgraph.ops.attention.geometry import KV_BLOCK, MIN_SPLIT_KEYS
 
 MULTIPROCESSORS = 3  # few programs, so that each loops over many items and long rows are split
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
@@ -106,13 +106,14 @@ def make_batch(
 
 def geometry_of(batch: Batch, multiprocessors: int = MULTIPROCESSORS) -> AttentionGeometry:
     T, H, _ = batch.q.shape
-    return attention_geometry(T, len(batch.kv_len), H, batch.k_cache.shape[2], multiprocessors)
+    geometry = attention_geometry(T, len(batch.kv_len), H, batch.k_cache.shape[2], multiprocessors)
+    return replace(geometry, min_split_keys=KV_BLOCK)  # short rows are split too, which the interpreter can afford
 
 
 def plan_of(batch: Batch, geometry: AttentionGeometry) -> AttentionPlan:
     _, H, D = batch.q.shape
     G = batch.k_cache.shape[2]
-    sizes = (geometry.tile, geometry.split_target, geometry.max_items, geometry.max_partials)
+    sizes = (geometry.tile, geometry.min_split_keys, geometry.split_target, geometry.max_items, geometry.max_partials)
     return AttentionPlan(*kernels.attention_plan(batch.query_start, batch.kv_len, H, G, D, *sizes))
 
 
@@ -249,6 +250,7 @@ def test_cache_positions_of_no_row_change_nothing(rows: list[tuple[int, int]], d
     group=st.sampled_from([1, 2, 3, 5, 8]),
     num_kv_heads=st.sampled_from([1, 2, 8]),
     multiprocessors=st.integers(1, 80),
+    min_split_keys=st.sampled_from([KV_BLOCK, MIN_SPLIT_KEYS]),
     data=st.data(),
 )
 @settings(max_examples=60)
@@ -258,6 +260,7 @@ def test_items_cover_every_tile_and_key_once_within_the_bounds(
     group: int,
     num_kv_heads: int,
     multiprocessors: int,
+    min_split_keys: int,
     data: st.DataObject,
     device: str,
 ) -> None:
@@ -266,6 +269,7 @@ def test_items_cover_every_tile_and_key_once_within_the_bounds(
     kv_len = [n + c for n, c in zip(query_lens, computed, strict=True)]
     T = max(1, sum(query_lens) + spare_tokens)
     geometry = attention_geometry(T, R, num_kv_heads * group, num_kv_heads, multiprocessors)
+    geometry = replace(geometry, min_split_keys=min_split_keys)
     query_start = torch.tensor([0, *query_lens]).cumsum(0).int().to(device)
     plan = AttentionPlan(
         *kernels.attention_plan(
@@ -275,6 +279,7 @@ def test_items_cover_every_tile_and_key_once_within_the_bounds(
             num_kv_heads,
             8,
             geometry.tile,
+            geometry.min_split_keys,
             geometry.split_target,
             geometry.max_items,
             geometry.max_partials,
@@ -283,6 +288,7 @@ def test_items_cover_every_tile_and_key_once_within_the_bounds(
     num_items, keys_per_split = plan.header.tolist()
     assert num_items <= geometry.max_items
     assert keys_per_split % KV_BLOCK == 0
+    assert keys_per_split >= min_split_keys
     assert not plan.counters.any()
 
     listed = [tuple(item) for item in plan.items[:num_items].tolist()]

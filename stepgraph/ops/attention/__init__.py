@@ -49,13 +49,23 @@ def _plan_fake(
     num_kv_heads: int,
     head_dim: int,
     tile: int,
+    min_split_keys: int,
     split_target: int,
     max_items: int,
     max_partials: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     if query_start.device.type == "cpu":
         return cpu.attention_plan(
-            query_start, kv_len, num_heads, num_kv_heads, head_dim, tile, split_target, max_items, max_partials
+            query_start,
+            kv_len,
+            num_heads,
+            num_kv_heads,
+            head_dim,
+            tile,
+            min_split_keys,
+            split_target,
+            max_items,
+            max_partials,
         )
     new = query_start.new_empty
     return (
@@ -68,7 +78,7 @@ def _plan_fake(
 
 _attention_plan = register(
     "attention_plan(Tensor query_start, Tensor kv_len, int num_heads, int num_kv_heads, int head_dim, int tile, "
-    "int split_target, int max_items, int max_partials) -> (Tensor, Tensor, Tensor, Tensor)",
+    "int min_split_keys, int split_target, int max_items, int max_partials) -> (Tensor, Tensor, Tensor, Tensor)",
     cpu=cpu.attention_plan,
     fake=_plan_fake,
     cuda="stepgraph.ops.attention.triton:attention_plan",
@@ -81,7 +91,7 @@ def attention_plan(
     """List the attention work of a batch. Runs inside the graph.
 
     Row r has ``tiles_r = ceil(query_len_r · group / tile)`` tiles. With W = Σ tiles_r · kv_len_r, KV is split every
-    ``max(KV_BLOCK, ceil(W / split_target) rounded up to KV_BLOCK)`` keys, so that no item is much longer than an even
+    ``max(min_split_keys, ceil(W / split_target) rounded up to KV_BLOCK)`` keys, so that no item is much longer than an even
     share of the work. Row r contributes ``tiles_r · ceil(kv_len_r / split)`` items (rows of query length 0: none); items
     whose keys lie wholly after their tile's last query exit early. Since Σ tiles_r · kv_len_r / split ≤ split_target, there
     are at most ``max_tiles + split_target`` items, and at most ``2 · split_target`` of split rows.
@@ -100,6 +110,7 @@ def attention_plan(
             num_kv_heads,
             head_dim,
             geometry.tile,
+            geometry.min_split_keys,
             geometry.split_target,
             geometry.max_items,
             geometry.max_partials,

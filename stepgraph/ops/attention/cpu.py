@@ -18,6 +18,7 @@ def attention_plan(
     num_kv_heads: int,
     head_dim: int,
     tile: int,
+    min_split_keys: int,
     split_target: int,
     max_items: int,
     max_partials: int,

@@ -31,6 +31,7 @@ def _plan_kernel(
     GROUP: tl.constexpr,
     TILE: tl.constexpr,
     KV_BLOCK: tl.constexpr,
+    MIN_SPLIT_KEYS: tl.constexpr,
     ROWS: tl.constexpr,  # at least num_rows
     BLOCK: tl.constexpr,  # items or counters written at once
 ):
@@ -43,7 +44,7 @@ def _plan_kernel(
     kv_len_R = tl.load(kv_len_ptr + row_R, mask=real_R, other=0)
     tiles_R = tl.cdiv((end_R - start_R) * GROUP, TILE)
     share = tl.cdiv(tl.sum(tiles_R.to(tl.int64) * kv_len_R, axis=0), split_target)
-    keys_per_split = tl.maximum(tl.cdiv(share, KV_BLOCK), 1).to(tl.int32) * KV_BLOCK
+    keys_per_split = tl.maximum(tl.cdiv(share, KV_BLOCK).to(tl.int32) * KV_BLOCK, MIN_SPLIT_KEYS)
     splits_R = tl.cdiv(kv_len_R, keys_per_split)
     items_R = tiles_R * splits_R
 
@@ -78,6 +79,7 @@ def attention_plan(
     num_kv_heads: int,
     head_dim: int,
     tile: int,
+    min_split_keys: int,
     split_target: int,
     max_items: int,
     max_partials: int,
@@ -100,6 +102,7 @@ def attention_plan(
         GROUP=num_heads // num_kv_heads,
         TILE=tile,
         KV_BLOCK=KV_BLOCK,
+        MIN_SPLIT_KEYS=min_split_keys,
         ROWS=row_capacity(num_rows),
         BLOCK=128,
         num_warps=4,
