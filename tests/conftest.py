@@ -2,8 +2,13 @@
 
 import os
 
-import pytest
 import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # before the imports below, one of which imports Triton
+
+# ruff: noqa: E402
+import pytest
 from hypothesis import settings
 from tiny import TINY_SETTINGS, save_tiny_model
 
@@ -15,8 +20,6 @@ settings.register_profile("stepgraph", deadline=None)  # no test asserts a time
 settings.load_profile("stepgraph")
 
 if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"
-
     from triton.runtime import interpreter
 
     # Triton 3.6's interpreter cannot use a scalar as a loop bound with NumPy 2.4 or later (triton-lang/triton#9171).

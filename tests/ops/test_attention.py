@@ -135,7 +135,7 @@ def assert_triton_matches(batch: Batch, device: str, geometry: AttentionGeometry
 
 
 def assert_cpu_matches(batch: Batch) -> None:
-    nothing = cpu.attention_plan(batch.query_start, batch.kv_len, 0, 0, 0, 0, 0, 0, 0)
+    nothing = cpu.attention_plan(batch.query_start, batch.kv_len, 0, 0, 0, 0, 0, 0, 0, 0)
     out = cpu.paged_attention(*batch.inputs(), *nothing, batch.scale, 0, 0)
     assert_matches(out[: batch.num_real_tokens], batch)
 

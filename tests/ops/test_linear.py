@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from stepgraph.ops.linear import triton as kernel
 
 
