@@ -50,7 +50,7 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 def write_json(path: Path, result: Mapping[str, Any]) -> None:
     """Write a result, with the command that made it."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    command = " ".join(["python -m stepgraph.bench", *sys.argv[1:]])
+    command = " ".join(["python", *sys.orig_argv[1:]])
     path.write_text(json.dumps({"command": command, **result}, indent=2) + "\n")
     print(f"wrote {path}")
 

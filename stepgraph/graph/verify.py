@@ -8,6 +8,7 @@ Three runs of the same composition must agree:
   twin would get wrong together, such as a launch grid too small for the composition.
 
 Everything a step must not read is poisoned: every KV entry outside the rows' contexts, the null block's included, is NaN.
+And it must write to its own tokens' entries and to the null block only.
 """
 
 from __future__ import annotations
@@ -79,15 +80,27 @@ class _Result:
     lines: Tensor
     tokens: Tensor
     written: Tensor  # keys and values this step wrote, all layers
+    strays: int  # cache entries that changed beside those and the null block's
 
 
-def random_compositions(shape: StepShape, count: int, max_context: int, rng: random.Random) -> Iterator[Composition]:
-    """Compositions of up to `shape.num_rows` rows and up to `shape.num_tokens` tokens.
+def random_compositions(
+    shape: StepShape, count: int, rng: random.Random, *, max_len: int, num_blocks: int, block_size: int
+) -> Iterator[Composition]:
+    """Compositions of up to `shape.num_rows` rows and up to `shape.num_tokens` tokens, of sequences that an engine can hold.
 
     The first are adversarial: one row of everything; all rows one token and the last the rest; all rows one token. The
     others mix decodes, whole prompts and chunks at random, now and then with a row that the device has already ended.
+
+    Args:
+        shape: to fill.
+        count: how many.
+        rng: decides everything.
+        max_len: tokens of the longest sequence.
+        num_blocks: KV blocks for all rows together.
+        block_size: tokens per KV block.
     """
     T, R = shape.num_tokens, shape.num_rows
+    max_len = min(max_len, num_blocks * block_size)
     families = [[T], [1] * (R - 1) + [T - R + 1], [1] * R]
     for index in range(count):
         if index < len(families):
@@ -97,16 +110,21 @@ def random_compositions(shape: StepShape, count: int, max_context: int, rng: ran
             cuts = sorted(rng.sample(range(1, rng.randint(rows, T) + 1), rows))
             lengths = [b - a for a, b in zip([0, *cuts], cuts, strict=False)]
             rng.shuffle(lengths)
+        lengths = [min(n, max_len) for n in lengths]
+        while (spare := num_blocks - sum(-(-n // block_size) for n in lengths)) < 0:
+            lengths = lengths[1:]
+        max_computed = min(max_len // 2 // len(lengths), spare // len(lengths) * block_size)
         yield Composition(
-            tuple(_random_row(n, max_context // len(lengths), rng, may_end=index >= len(families)) for n in lengths),
+            tuple(_random_row(n, max_computed, max_len, rng, may_end=index >= len(families)) for n in lengths),
             seed=rng.getrandbits(32),
         )
 
 
-def _random_row(query_len: int, max_context: int, rng: random.Random, *, may_end: bool) -> Row:
-    computed = rng.choice((0, rng.randint(0, max(0, max_context - query_len))))
-    unread = rng.choice((0, 0, rng.randint(1, 64)))  # prompt left for later steps
-    return Row(computed, query_len, computed + query_len + unread, active=not may_end or rng.random() > 0.1)
+def _random_row(query_len: int, max_computed: int, max_len: int, rng: random.Random, *, may_end: bool) -> Row:
+    computed = rng.choice((0, rng.randint(0, min(max_computed, max_len - query_len))))
+    end = computed + query_len
+    unread = rng.choice((0, 0, rng.randint(0, min(64, max_len - end))))  # prompt left for later steps
+    return Row(computed, query_len, end + unread, active=not may_end or rng.random() > 0.1)
 
 
 def verify_shape(
@@ -130,6 +148,10 @@ def verify_shape(
         expected = _run(runner, twin, shape, composition)
         found = _run(runner, graph, shape, composition)
         report.worst_graph_difference = max(report.worst_graph_difference, _distance(found.logits, expected.logits))
+        if found.strays:
+            report.mismatches.append(
+                f"{found.strays} cache entries of no token of the step were written on rows {composition}"
+            )
         if problem := _disagreement(found, expected):
             report.mismatches.append(f"graph and eager differ in {problem} on rows {composition}")
         emitting = [i for i, row in enumerate(composition.rows) if row.emits]
@@ -153,14 +175,20 @@ def verify_shape(
 def verify_pool(
     runner: StepRunner, *, rounds: int, seed: int, alone_rows: int = 2, progress: bool = False
 ) -> list[ShapeReport]:
-    """Check every shape of the pool on `rounds` compositions each."""
+    """Check every shape of the pool that can be captured on `rounds` compositions each."""
     rng = random.Random(seed)
-    max_context = min(runner.max_model_len - 1, (runner.num_kv_blocks - 1) * runner.block_size) // 2
+    room = {
+        "max_len": runner.max_model_len - 1,
+        "num_blocks": runner.num_kv_blocks - 1,
+        "block_size": runner.block_size,
+    }
     reports = []
     for shape in tqdm(
         runner.pool.shapes(), desc="verifying graphs", unit="graph", disable=not progress, leave=False, file=sys.stderr
     ):
-        compositions = list(random_compositions(shape, rounds, max_context, rng))
+        if runner.pool.graph(shape) is None:
+            continue  # over the memory budget
+        compositions = list(random_compositions(shape, rounds, rng, **room))
         reports.append(verify_shape(runner, shape, compositions, alone_rows))
     return reports
 
@@ -225,9 +253,15 @@ def _lay_out_and_run(
 
     plan = StepPlan(tuple(plan_rows), tuple(deltas), 0)
     runner.load(plan, shape)
+    first_cache = runner.kv_caches[0][0].flatten(0, 1).flatten(1)  # one will do: all layers write to the same entries
+    prefix_before = first_cache[prefix]
     output = graph.replay()
     runner.platform.synchronize()
     written = torch.tensor(written_slots, device=device, dtype=torch.long)
+    changed = ~first_cache[:, 0].isnan()
+    changed[prefix] = (first_cache[prefix] != prefix_before).any(1)
+    changed[written] = False
+    changed[: block_size * (slot_line.NULL_BLOCK + 1)] = False
     return _Result(
         logits=output.logits[emitting].float().clone(),
         ring=state.ring[0, : len(plan_rows)].tolist(),
@@ -236,6 +270,7 @@ def _lay_out_and_run(
         written=torch.stack(
             [cache.view(-1, *cache.shape[2:])[written] for caches in runner.kv_caches for cache in caches]
         ),
+        strays=int(changed.sum()),
     )
 
 

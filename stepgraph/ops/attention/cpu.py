@@ -63,6 +63,17 @@ def paged_attention(
             cache.index_select(0, blocks).view(len(rows), num_blocks * block_size, G, D)[:, :longest]
             for cache in (k_cache, v_cache)
         )
+        tokens = [token for row in rows for token in range(starts[row], starts[row + 1])]
+        contiguous = tokens[-1] - tokens[0] + 1 == len(tokens)
+        q_n = q[tokens[0] : tokens[-1] + 1] if contiguous else q[tokens]
+        if len(rows) == 1 and query_len == longest > 1:  # a whole prompt: half of the scores need not be computed
+            q_nHqD = q_n.view(1, query_len, H, D).transpose(1, 2)
+            k_nGLD, v_nGLD = k_nLGD.transpose(1, 2), v_nLGD.transpose(1, 2)
+            attended = F.scaled_dot_product_attention(
+                q_nHqD, k_nGLD, v_nGLD, is_causal=True, scale=scale, enable_gqa=True
+            )
+            out[tokens[0] : tokens[-1] + 1] = attended.transpose(1, 2).reshape(query_len, H * D)
+            continue
         mask = None
         if len(rows) > 1 or query_len > 1:
             m_n1 = kv_len[rows].unsqueeze(1)
@@ -74,9 +85,7 @@ def paged_attention(
             beyond_nL11 = (key_L >= m_n1)[:, :, None, None]
             k_nLGD.masked_fill_(beyond_nL11, 0)
             v_nLGD.masked_fill_(beyond_nL11, 0)
-        tokens = [token for row in rows for token in range(starts[row], starts[row + 1])]
-        contiguous = tokens[-1] - tokens[0] + 1 == len(tokens)
-        q_nqGgD = (q[tokens[0] : tokens[-1] + 1] if contiguous else q[tokens]).view(len(rows), query_len, G, H // G, D)
+        q_nqGgD = q_n.view(len(rows), query_len, G, H // G, D)
         attended = F.scaled_dot_product_attention(
             q_nqGgD.permute(0, 2, 3, 1, 4).reshape(len(rows), G, -1, D),
             k_nLGD.transpose(1, 2),

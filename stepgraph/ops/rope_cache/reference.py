@@ -1,6 +1,6 @@
 """Plain torch definition of `rope_cache`; also its CPU kernel.
 
-Shapes: T tokens, H query heads, G key/value heads, D head size.
+Shapes: T tokens, H query heads, G key/value heads, N = H + G, D head size.
 """
 
 import torch
@@ -24,16 +24,23 @@ def rope_cache(
     """See `stepgraph.ops.rope_cache.rope_cache`."""
     T = qkv.shape[0]
     G, D = k_cache.shape[-2:]
-    q_THD, k_TGD, v_TGD = qkv.view(T, num_heads + 2 * G, D).split([num_heads, G, G], dim=1)
+    qk_TND, v_TGD = qkv.view(T, num_heads + 2 * G, D).split([num_heads + G, G], dim=1)
     if q_norm is not None and k_norm is not None:
-        q_THD, k_TGD = rms_norm(q_THD, q_norm, eps), rms_norm(k_TGD, k_norm, eps)
-    cos_T1D, sin_T1D = cos_sin.index_select(0, positions).unsqueeze(1).chunk(2, dim=-1)
+        q_THD, k_TGD = qk_TND.split([num_heads, G], dim=1)
+        qk_TND = torch.cat((rms_norm(q_THD, q_norm, eps), rms_norm(k_TGD, k_norm, eps)), dim=1)
+    rotated_TND = _rotate(qk_TND.float(), *cos_sin.index_select(0, positions).unsqueeze(1).chunk(2, dim=-1))
+    q_THD, k_TGD = rotated_TND.to(qkv.dtype).split([num_heads, G], dim=1)
     slots = kv_slots.long()
-    k_cache.view(-1, G, D).index_copy_(0, slots, _rotate(k_TGD, cos_T1D, sin_T1D).to(k_cache.dtype))
+    k_cache.view(-1, G, D).index_copy_(0, slots, k_TGD.to(k_cache.dtype))
     v_cache.view(-1, G, D).index_copy_(0, slots, v_TGD.to(v_cache.dtype))
-    return _rotate(q_THD, cos_T1D, sin_T1D).to(qkv.dtype)
+    return q_THD.contiguous()
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    low, high = x.float().chunk(2, dim=-1)
-    return torch.cat((low * cos - high * sin, high * cos + low * sin), dim=-1)
+    """Turn each pair (x_i, x_{i + D/2}) by its angle."""
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    low, high = x.chunk(2, dim=-1)
+    out_low, out_high = out.chunk(2, dim=-1)
+    torch.mul(low, cos, out=out_low).addcmul_(high, sin, value=-1)
+    torch.mul(high, cos, out=out_high).addcmul_(low, sin)
+    return out

@@ -1,0 +1,302 @@
+"""Which graph serves a step, what is captured when, and what is counted; with graphs that run nothing."""
+
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from stepgraph.config import GraphConfig
+from stepgraph.engine.sampling_params import SamplingParams
+from stepgraph.errors import ConfigError
+from stepgraph.graph.pool import EagerReason, GraphPool
+from stepgraph.step.plan import StepKind, StepPlan
+from stepgraph.step.shape import StepShape
+
+
+@dataclass
+class Device:
+    """Graph backend and memory in one: each captured graph takes as many bytes as `bytes_of` says."""
+
+    bytes_of: object = lambda shape: 0
+    name: str = "fake"
+    captured: list = field(default_factory=list)  # (shape, warm-ups, whether inside the capture context)
+    trials: list = field(default_factory=list)
+    used_bytes: int = 1000
+    inside: bool = False
+
+    def capture(self, program, warmups):
+        self.captured.append((program, warmups, self.inside))
+        self.used_bytes += self.bytes_of(program)
+        return ("graph", program)
+
+    @contextmanager
+    def context(self):
+        self.inside = True
+        yield
+        self.inside = False
+
+    def shapes(self):
+        return [str(shape) for shape, *_ in self.captured]
+
+
+def create_pool(device: Device, *, max_tokens=64, max_rows=8, lazy=True, **config) -> GraphPool:
+    config.setdefault("capture_sizes", (8, 16, 64))
+    config.setdefault("capture_rows", (2, 8))
+    return GraphPool(
+        GraphConfig(**config),
+        device,
+        lambda shape: shape,
+        device.context,
+        device.trials.append,
+        lambda: device.used_bytes,
+        max_tokens=max_tokens,
+        max_rows=max_rows,
+        lazy=lazy,
+    )
+
+
+def plan(*query_lens: int, prefill_rows: int = 0) -> StepPlan:
+    return StepPlan(tuple((slot, n) for slot, n in enumerate(query_lens, start=1)), (), prefill_rows)
+
+
+@pytest.mark.parametrize(
+    ("query_lens", "shape"),
+    [
+        ([1], "8x2"),
+        ([1] * 8, "8x8"),
+        ([4, 4], "8x2"),
+        ([1, 1, 1], "8x8"),
+        ([9], "16x2"),
+        ([15, 1], "16x2"),
+        ([17], "64x2"),
+        ([57] + [1] * 7, "64x8"),
+        ([], "8x2"),
+    ],
+)
+def test_the_smallest_captured_shape_that_holds_the_step_is_chosen(query_lens, shape) -> None:
+    chosen, graph = create_pool(Device()).graph_for(plan(*query_lens))
+    assert str(chosen) == shape
+    assert graph == ("graph", chosen)
+
+
+@given(
+    max_tokens=st.integers(1, 3000), max_rows=st.integers(1, 1024), tokens=st.integers(1, 3000), rows=st.integers(1, 1024)
+)
+def test_chosen_sizes_hold_every_step_with_less_than_a_quarter_of_padding_beyond_16_tokens(
+    max_tokens, max_rows, tokens, rows
+) -> None:
+    max_rows = min(max_rows, max_tokens)
+    tokens = min(tokens, max_tokens)
+    rows = min(rows, tokens, max_rows)
+    pool = create_pool(Device(), max_tokens=max_tokens, max_rows=max_rows, capture_sizes=None, capture_rows=None)
+    shape = pool.round_up(tokens, rows)
+    assert shape in pool.shapes()
+    assert tokens <= shape.num_tokens <= max(16, 4 / 3 * tokens)
+    assert rows <= shape.num_rows <= max(8, 8 * rows)
+    assert pool.max_tokens == max_tokens
+    assert len(pool.shapes()) <= 160
+
+
+def test_padding_is_counted_for_each_graph_and_for_all() -> None:
+    pool = create_pool(Device())
+    for query_lens in ([1], [3, 2], [9]):
+        pool.graph_for(plan(*query_lens))
+    small, large = pool.records()
+    assert (str(small.shape), small.uses, small.real_tokens, small.padding_tokens) == ("8x2", 2, 6, 10)
+    assert (str(large.shape), large.uses, large.real_tokens, large.padding_tokens) == ("16x2", 1, 9, 7)
+    assert (pool.statistics.real_tokens, pool.statistics.padding_tokens) == (15, 17)
+    assert [(r.num_tokens, r.num_rows) for r in pool.statistics.recent] == [(1, 1), (5, 2), (9, 1)]
+
+
+def test_lazy_captures_each_shape_once_at_its_first_use() -> None:
+    device = Device()
+    pool = create_pool(device)
+    assert device.captured == []
+    for query_lens in ([1], [2], [9], [1]):
+        pool.graph_for(plan(*query_lens))
+    assert device.shapes() == ["8x2", "16x2"]
+
+
+def test_all_captures_every_shape_largest_first_and_nothing_later() -> None:
+    device = Device()
+    pool = create_pool(device, lazy=False)
+    pool.capture_all(progress=False)
+    assert device.shapes() == ["64x8", "64x2", "16x8", "16x2", "8x8", "8x2"]
+    assert device.shapes() == [str(shape) for shape in pool.shapes()]
+    for query_lens in ([1], [64], [8] * 8):
+        pool.graph_for(plan(*query_lens))
+    assert len(device.captured) == 6
+
+
+def test_every_capture_is_warmed_up_inside_the_context_that_leaves_no_trace_and_one_graph_is_tried() -> None:
+    device = Device()
+    pool = create_pool(device, capture_warmups=3)
+    pool.capture_all(progress=False)
+    assert {(warmups, inside) for _, warmups, inside in device.captured} == {(3, True)}
+    assert device.trials == [("graph", StepShape(64, 8))]
+
+
+def test_max_capture_size_drops_larger_sizes_and_bounds_the_steps() -> None:
+    pool = create_pool(Device(), max_capture_size=16)
+    assert pool.max_tokens == 16
+    assert pool.max_shape == StepShape(16, 8)
+    assert create_pool(Device(), max_capture_size=512).max_tokens == 64
+    assert create_pool(Device(), capture_sizes=None, max_capture_size=20).max_tokens == 20
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"capture_sizes": (8, 128)}, r"capture_sizes=\[128\] are above max_num_batched_tokens=64.*drop them or raise"),
+        ({"capture_sizes": (4,)}, "largest captured size 4 is below max_num_seqs=8.*capture a size of at least that"),
+        ({"capture_sizes": (16,), "max_capture_size": 8}, "largest captured size 0 is below max_num_seqs=8"),
+    ],
+)
+def test_sizes_that_cannot_serve_the_engine_are_refused(config, message) -> None:
+    with pytest.raises(ConfigError, match=message):
+        create_pool(Device(), **config)
+
+
+MIB = 2**20
+
+
+def test_a_shape_over_the_byte_budget_runs_in_the_smallest_larger_graph_captured() -> None:
+    device = Device(bytes_of=lambda shape: 40 * MIB if shape.num_rows == 8 else 30 * MIB)
+    pool = create_pool(device, graph_memory_mib=100)
+    pool.capture_all(progress=False)
+    assert [str(record.shape) for record in pool.records()] == ["16x2", "64x2", "64x8"]
+    assert pool.bytes == 100 * MIB
+    assert [str(pool.graph_for(plan(*lens))[0]) for lens in ([1], [1] * 8, [40])] == ["16x2", "64x8", "64x2"]
+    assert pool.statistics.num_eager_steps == 0
+
+
+def test_a_shape_over_the_byte_budget_that_no_graph_holds_runs_eagerly_with_the_reason() -> None:
+    device = Device(bytes_of=lambda shape: shape.num_tokens * MIB)
+    pool = create_pool(device, graph_memory_mib=20)
+    assert pool.graph_for(plan(8))[1] == ("graph", StepShape(8, 2))
+    shape, graph = pool.graph_for(plan(64))
+    assert shape == StepShape(64, 2)
+    assert graph is pool.eager_twin(shape)
+    assert pool.statistics.steps == {(StepKind.DECODE, None): 1, (StepKind.DECODE, EagerReason.MEMORY_BUDGET): 1}
+    pool.graph_for(plan(64))
+    assert device.shapes().count("64x2") == 1  # a shape found too large is not captured again
+
+
+def test_a_budget_that_nothing_fits_runs_everything_eagerly() -> None:
+    pool = create_pool(Device(bytes_of=lambda shape: 5 * MIB), graph_memory_mib=1)
+    pool.capture_all(progress=False)
+    assert pool.records() == []
+    for query_lens in ([1], [64], [1]):
+        pool.graph_for(plan(*query_lens))
+    assert pool.statistics.steps == {(StepKind.DECODE, EagerReason.MEMORY_BUDGET): 3}
+
+
+def test_only_prefill_graphs_run_pure_prefills_and_all_else_runs_eagerly_with_the_reason() -> None:
+    device = Device()
+    pool = create_pool(device, cudagraph_only_prefill=True)
+    pool.graph_for(plan(1, 1))
+    pool.graph_for(plan(1, 9, prefill_rows=1))
+    assert device.captured == []
+    assert pool.graph_for(plan(9, 5, prefill_rows=2))[1] == ("graph", StepShape(16, 2))
+    assert pool.statistics.steps == {
+        (StepKind.DECODE, EagerReason.NOT_PURE_PREFILL): 1,
+        (StepKind.MIXED, EagerReason.NOT_PURE_PREFILL): 1,
+        (StepKind.PREFILL, None): 1,
+    }
+
+
+def test_graphs_off_runs_every_step_eagerly_at_its_padded_shape_with_the_reason() -> None:
+    device = Device(name="eager")
+    pool = create_pool(device)
+    pool.capture_all(progress=False)
+    shape, graph = pool.graph_for(plan(9))
+    assert graph is pool.eager_twin(StepShape(16, 2)) and shape == StepShape(16, 2)
+    assert device.captured == []
+    assert pool.statistics.steps == {(StepKind.DECODE, EagerReason.GRAPHS_OFF): 1}
+    assert pool.statistics.padding_tokens == 7
+
+
+@given(
+    steps=st.lists(st.tuples(st.lists(st.integers(1, 8), min_size=1, max_size=8), st.booleans()), max_size=20),
+    budget=st.sampled_from([None, 1, 30, 70]),
+    only_prefill=st.booleans(),
+    name=st.sampled_from(["fake", "eager"]),
+)
+def test_every_step_is_counted_and_every_eager_one_has_a_reason(steps, budget, only_prefill, name) -> None:
+    device = Device(bytes_of=lambda shape: shape.num_tokens * MIB, name=name)
+    pool = create_pool(device, graph_memory_mib=budget, cudagraph_only_prefill=only_prefill)
+    for query_lens, prefill in steps:
+        shape, graph = pool.graph_for(plan(*query_lens, prefill_rows=len(query_lens) if prefill else 0))
+        record = pool.statistics.recent[-1]
+        assert record.shape == shape and shape.num_tokens >= sum(query_lens) and shape.num_rows >= len(query_lens)
+        assert (graph == ("graph", shape)) == (record.eager_reason is None)
+    assert pool.statistics.num_steps == len(steps)
+    assert pool.statistics.num_eager_steps + sum(record.uses for record in pool.records()) == len(steps)
+    assert budget is None or pool.bytes <= budget * MIB
+
+
+# With the tiny model, whose graphs run.
+
+
+def test_a_graph_captured_in_the_middle_of_a_generation_does_not_change_its_tokens(create_engine) -> None:
+    """The second request's prompt needs a shape that is captured while the first request is decoding."""
+    params = SamplingParams(temperature=0, max_tokens=24, ignore_eos=True)
+    engine = create_engine(capture="lazy")
+    alone = engine.add_request("alone", range(5, 12), params)
+    while engine.has_work:
+        engine.step()
+
+    engine = create_engine(capture="lazy")
+    request = engine.add_request("first", range(5, 12), params)
+    for _ in range(6):
+        engine.step()
+    assert len(engine.runner.pool.records()) == 1
+    engine.add_request("second", range(100, 140), params)
+    while engine.has_work:
+        engine.step()
+    assert len(engine.runner.pool.records()) == 2
+    assert request.output_token_ids == alone.output_token_ids
+
+
+def test_capture_and_the_trial_at_the_largest_context_leave_no_trace(create_engine) -> None:
+    engine = create_engine(capture="lazy")
+    engine.add_request("running", range(60), SamplingParams(temperature=0, max_tokens=24, ignore_eos=True))
+    for _ in range(4):
+        engine.step()
+    runner = engine.runner
+    runner.pool._entries.clear()  # the next capture is the first again, which is tried at the largest context
+    runner.platform.synchronize()
+
+    def snapshot() -> list[torch.Tensor]:
+        state = runner.state
+        caches = [cache[1:] for pair in runner.kv_caches for cache in pair]  # of the null block nobody reads
+        return [t.clone() for t in (state.lines, state.tokens, state.block_table, state.counter, state.ring, *caches)]
+
+    before = snapshot()
+    assert before[0][1:, 0].any()
+    assert before[-1].any()
+    trials = []
+    trial = runner.pool._trial
+    runner.pool._trial = lambda graph: (trials.append(graph), trial(graph))
+    runner.pool.capture_all(progress=False)
+    assert len(trials) == 1
+    for old, new in zip(before, snapshot(), strict=True):
+        assert torch.equal(old, new)
+
+
+def test_the_trial_runs_one_row_at_the_largest_context(create_engine) -> None:
+    seen = []
+    engine = create_engine(capture="lazy", capture_context_len=300, graph_backend="eager")
+    runner = engine.runner
+
+    class Graph:
+        def replay(self) -> None:
+            line = runner.state.lines[0]
+            seen.append((runner.state.plan[:2].tolist(), line[:3].tolist()))
+
+    runner._try_largest_context(Graph())
+    assert seen == [([0, 1], [300, 299, 1])]
+    assert not runner.state.lines[0].any()

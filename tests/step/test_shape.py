@@ -1,0 +1,48 @@
+"""StepShape and the ladders of sizes."""
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from stepgraph.step.shape import StepShape, row_sizes, token_sizes
+
+
+@given(rows=st.lists(st.tuples(st.integers(0, 500), st.integers(1, 300)), min_size=1, max_size=20), log=st.integers(0, 7))
+def test_a_step_needs_no_more_new_blocks_than_its_shape_provides_for(rows, log) -> None:
+    """Rows (tokens cached, tokens added); a row newly needs the blocks that its added tokens are the first to touch."""
+    block_size = 1 << log
+    needed = sum(-(-(computed + n) // block_size) - -(-computed // block_size) for computed, n in rows)
+    shape = StepShape(sum(n for _, n in rows), len(rows))
+    assert needed <= shape.num_deltas(block_size)
+
+
+def test_the_packed_plan_is_rows_of_two_and_deltas_of_three() -> None:
+    assert StepShape(160, 8).num_deltas(16) == 18
+    assert StepShape(160, 8).plan_length(16) == 2 * 8 + 3 * 18
+
+
+def test_shapes_order_by_tokens_and_print_as_tokens_by_rows() -> None:
+    assert StepShape(8, 8) < StepShape(16, 2) < StepShape(16, 8)
+    assert str(StepShape(160, 8)) == "160x8"
+
+
+def test_token_sizes_are_powers_of_two_up_to_16_and_then_four_to_a_doubling() -> None:
+    assert list(token_sizes(160)) == [1, 2, 4, 8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 160]
+    assert list(token_sizes(100))[-2:] == [96, 100]
+    assert list(token_sizes(1)) == [1]
+
+
+@given(st.integers(1, 20000))
+def test_token_sizes_rise_to_the_largest_step_with_gaps_of_at_most_a_quarter_or_8_tokens(largest) -> None:
+    sizes = list(token_sizes(largest))
+    assert sizes[-1] == largest
+    assert sizes == sorted(set(sizes))
+    assert all(b - a <= max(8, a / 4) for a, b in zip(sizes, sizes[1:], strict=False))
+
+
+@given(st.integers(1, 5000), st.integers(1, 1024))
+def test_row_sizes_rise_to_the_most_rows_that_the_tokens_can_have(tokens, max_rows) -> None:
+    sizes = list(row_sizes(tokens, max_rows))
+    assert sizes[-1] == min(tokens, max_rows)
+    assert sizes == sorted(set(sizes))
+    assert all(b <= 8 * a for a, b in zip(sizes, sizes[1:], strict=False))
+    assert len(sizes) <= 4
