@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -60,17 +62,24 @@ class SamplingParams:
             value = getattr(self, f.name)
             if f.name in _NOT_YET and value != _NOT_YET[f.name] and value not in ([], {}):
                 raise RequestError(f"{f.name}={value!r} is not supported yet; leave it at {_NOT_YET[f.name]!r}")
-        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids or ()))
-        object.__setattr__(self, "top_k", max(self.top_k, 0) if self.top_k >= -1 else self.top_k)
-        self._require("temperature", 0 <= self.temperature <= 100, "between 0 (greedy) and 100")
-        self._require("top_p", 0 < self.top_p <= 1, "above 0 and at most 1")
-        self._require("top_k", 0 <= self.top_k < 2**31, "0 or -1 (all tokens), or a positive count")
-        self._require("max_tokens", self.max_tokens is None or self.max_tokens >= 1, "at least 1, or None")
-        self._require("seed", self.seed is None or 0 <= self.seed < 2**64, "between 0 and 2**64 - 1, or None")
+        if self.stop_token_ids is None or isinstance(self.stop_token_ids, Iterable):
+            object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids or ()))
+        if self.top_k == -1:
+            object.__setattr__(self, "top_k", 0)
+        number = (int, float)
+        self._require("temperature", _within(self.temperature, number, 0, 100), "between 0 (greedy) and 100")
+        self._require("top_p", _within(self.top_p, number, 0, 1) and self.top_p > 0, "above 0 and at most 1")
+        self._require("top_k", _within(self.top_k, int, 0, 2**31 - 1), "0 or -1 (all tokens), or a positive count")
+        self._require(
+            "max_tokens", self.max_tokens is None or _within(self.max_tokens, int, 1, math.inf), "at least 1, or None"
+        )
+        self._require(
+            "seed", self.seed is None or _within(self.seed, int, 0, 2**64 - 1), "between 0 and 2**64 - 1, or None"
+        )
         self._require(
             "stop_token_ids",
-            all(isinstance(token, int) and token >= 0 for token in self.stop_token_ids),
-            "token ids, which are 0 or larger",
+            isinstance(self.stop_token_ids, tuple) and all(_within(t, int, 0, 2**31 - 1) for t in self.stop_token_ids),
+            "token ids, which are whole numbers from 0 up",
         )
         if len(self.stop_token_ids) > slot_line.MAX_STOP_TOKENS:
             raise RequestError(
@@ -80,3 +89,7 @@ class SamplingParams:
     def _require(self, name: str, holds: bool, expected: str) -> None:
         if not holds:
             raise RequestError(f"{name}={getattr(self, name)!r} must be {expected}")
+
+
+def _within(value: Any, kind: type[Any] | tuple[type[Any], ...], low: float, high: float) -> bool:
+    return isinstance(value, kind) and low <= value <= high

@@ -67,7 +67,7 @@ class FxBackend:
             warnings.simplefilter("ignore")  # TorchScript announces its retirement; it is the floor, not the plan
             traced = torch.jit.trace(module, buffers, check_trace=False)
         graph: FxGraph[Output] = FxGraph(module.graph, traced, buffers, output_type[0])
-        for _ in range(warmups):
+        for _ in range(warmups - 1):  # tracing has run it once
             graph.replay()
         return graph
 

@@ -1,0 +1,179 @@
+"""The whole step: one captured program for every way to fill it, and the Triton kernels in it against the CPU's.
+
+The mutants that the first claim must catch (padding, baked values, reads past the end) are in tests/graph/test_verify.py; those
+of the tile bound are in tests/ops/test_attention.py.
+"""
+
+import importlib
+import random
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from itertools import permutations
+
+import pytest
+import torch
+
+from stepgraph.graph import verify
+from stepgraph.graph.eager import EagerGraph
+from stepgraph.graph.verify import Composition, Row, random_compositions, verify_shape
+from stepgraph.ops.attention import attention_geometry, max_tiles
+from stepgraph.step.shape import StepShape
+
+SHAPE = StepShape(160, 8)
+"""The shape of the seed's bug: 160 tokens as [160, 0] need 13 query tiles of 64 (group 5), as [80, 80] 14."""
+BLOCK_SIZE = 16
+
+
+@pytest.fixture(scope="module")
+def runner(create_engine):
+    """Of an engine that has one graph, of 160 tokens in 8 rows."""
+    engine = create_engine(max_num_batched_tokens=160, capture_sizes=(160,), num_kv_blocks=129)
+    assert engine.runner.pool.shapes() == [SHAPE]
+    return engine.runner
+
+
+def partitions(total: int, max_parts: int, largest: int | None = None) -> Iterator[tuple[int, ...]]:
+    """Every way to write `total` as a sum of at most `max_parts` positive parts, order aside."""
+    if total == 0:
+        yield ()
+    elif max_parts:
+        for first in range(min(total, largest or total), 0, -1):
+            for rest in partitions(total - first, max_parts - 1, first):
+                yield (first, *rest)
+
+
+PARTITIONS = list(partitions(160, 3))
+
+
+def composition(query_lens: Sequence[int], seed: int) -> Composition:
+    """Rows of these lengths in random order, each after a random number of cached tokens; few are chunks of a prompt."""
+    rng = random.Random(seed)
+    rows = []
+    for n in rng.sample(query_lens, len(query_lens)):
+        computed = rng.choice((0, rng.randrange(96), rng.randrange(350)))
+        rows.append(Row(computed, n, computed + n + (rng.random() < 0.1)))
+    return Composition(tuple(rows), seed)
+
+
+def assert_right(runner, compositions: Sequence[Composition]) -> None:
+    """The graph gives on each what the same program gives eagerly, and what one or two of its rows give alone."""
+    report = verify_shape(runner, SHAPE, compositions, alone_rows=1)
+    assert report.compositions == len(compositions)
+    assert report.mismatches == []
+    assert [str(record.shape) for record in runner.pool.records()] == ["160x8"]
+
+
+def test_there_are_2214_partitions_of_160_tokens_into_up_to_3_rows() -> None:
+    assert len(set(PARTITIONS)) == 2214
+    assert {sum(query_lens) for query_lens in PARTITIONS} == {160}
+
+
+@pytest.mark.parametrize("tile", [16, 64])
+@pytest.mark.parametrize("group", [1, 2, 3, 4, 5, 7, 8])
+def test_the_tile_bound_holds_on_every_partition_and_is_reached(group, tile) -> None:
+    tiles = [sum(-(-n * group // tile) for n in query_lens) for query_lens in PARTITIONS]
+    assert max(tiles) == max_tiles(160, 3, group, tile) <= max_tiles(160, 8, group, tile)
+
+
+def test_one_graph_is_right_on_every_partition_of_160_tokens_into_up_to_3_rows(runner) -> None:
+    assert_right(runner, [composition(query_lens, seed) for seed, query_lens in enumerate(PARTITIONS)])
+
+
+def test_one_graph_is_right_on_2000_random_compositions_of_up_to_8_rows(runner) -> None:
+    room = {"max_len": runner.max_model_len - 1, "num_blocks": runner.num_kv_blocks - 1, "block_size": BLOCK_SIZE}
+    assert_right(runner, list(random_compositions(SHAPE, 2000, random.Random(0), **room)))
+
+
+GROUP = 2
+TILE = attention_geometry(160, 8, 4, 2, multiprocessors=1).tile // GROUP
+"""Tokens of a query tile of the tiny model."""
+FAMILIES = {
+    "all ones and the rest": [[1] * (rows - 1) + [161 - rows] for rows in range(1, 9)],
+    "ones only": [[1] * rows for rows in range(1, 9)],
+    "tile borders": [
+        lens
+        for a in (-1, 0, 1)
+        for b in (-1, 0, 1)
+        for lens in ([TILE + a, TILE + b], [2 * TILE + a, TILE + b, 1], [TILE + a] * 2 + [TILE + b] * 2, [TILE + a] + [1] * 7)
+    ],
+    "one row": [[n] for n in (1, 2, TILE - 1, TILE, TILE + 1, 79, 80, 81, 159, 160)],
+    "even rows": [[160 // rows] * rows for rows in range(1, 9)],
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_one_graph_is_right_on_adversarial_compositions(runner, family) -> None:
+    assert_right(runner, [composition(lens, seed) for lens in FAMILIES[family] for seed in range(3)])
+
+
+@pytest.mark.parametrize("border", [BLOCK_SIZE, 64, 256])
+def test_one_graph_is_right_with_contexts_around_borders_of_blocks_and_key_ranges(runner, border) -> None:
+    assert_right(
+        runner,
+        [
+            Composition(tuple(Row(c, n, c + n) for c, n in zip(computed, query_lens, strict=False)), seed=len(query_lens))
+            for query_lens in ([1, 1, 1], [border % 100 + 1, 1, 2])
+            for computed in permutations((border - 2, border - 1, border))
+        ],
+    )
+
+
+LAUNCHERS = {
+    name: getattr(importlib.import_module(f"stepgraph.ops.{folder}.triton"), name)
+    for folder, names in {
+        "attention": ("attention_plan", "paged_attention"),
+        "build": ("build_step",),
+        "commit": ("commit",),
+        "linear": ("linear",),
+        "rms_norm": ("rms_norm", "add_rms_norm"),
+        "rope_cache": ("rope_cache",),
+        "sample": ("sample",),
+        "swiglu": ("swiglu",),
+    }.items()
+    for name in names
+}
+
+
+@pytest.fixture
+def use_triton(device):
+    """Makes all operators run their Triton kernels: on CUDA they do; on CPU the interpreter takes the CPU kernels' place."""
+    registered = {name for name in torch._C._dispatch_get_all_op_names() if name.startswith("stepgraph::")}
+    assert {f"stepgraph::{name}" for name in LAUNCHERS} == registered
+
+    @contextmanager
+    def use():
+        library = torch.library.Library("stepgraph", "IMPL")
+        if device == "cpu":
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # torch announces that a kernel is overridden, which is the purpose
+                for name, launcher in LAUNCHERS.items():
+                    library.impl(name, launcher, "CPU", allow_override=True)
+        try:
+            yield
+        finally:
+            library._destroy()
+
+    return use
+
+
+@pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")  # padding computes on what memory held
+@pytest.mark.parametrize("shape", [StepShape(12, 4), StepShape(40, 3)], ids=str)
+def test_a_step_of_triton_kernels_is_the_step_of_cpu_kernels(create_engine, use_triton, device, shape) -> None:
+    """On random compositions among poisoned entries: same tokens and state, same keys, values and logits up to rounding."""
+    settings = {"graph_backend": "eager", "num_kv_blocks": 40}
+    reference = create_engine(**settings, device="cpu").runner
+    runner = create_engine(**settings, device=device).runner
+    if device == "cpu":
+        runner._multiprocessors = 4  # enough programs for rows to be split over their keys
+    room = {"max_len": 450, "num_blocks": 39, "block_size": BLOCK_SIZE}
+    for composition in random_compositions(shape, 6, random.Random(shape.num_tokens), **room):
+        expected = verify._run(reference, EagerGraph(reference.create_program(shape)), shape, composition)
+        with use_triton():
+            found = verify._run(runner, EagerGraph(runner.create_program(shape)), shape, composition)
+        assert found.ring == expected.ring, composition
+        assert torch.equal(found.lines.cpu(), expected.lines)
+        assert torch.equal(found.tokens[1:].cpu(), expected.tokens[1:])  # what the null slot holds is nobody's
+        assert found.strays == expected.strays == 0
+        torch.testing.assert_close(found.written.cpu(), expected.written, atol=2e-4, rtol=2e-4)
+        torch.testing.assert_close(found.logits.cpu(), expected.logits, atol=2e-3, rtol=2e-3)
