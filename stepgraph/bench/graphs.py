@@ -280,7 +280,9 @@ def _plot(path: Path, measured: Sequence[Measurement], title: str) -> None:
     y = range(len(measured))
     axes.barh([i - 0.2 for i in y], [m.eager_ms for m in measured], 0.38, label="eager", color="#b0b7c3")
     axes.barh([i + 0.2 for i in y], [m.graph_ms for m in measured], 0.38, label="graph", color="#2f6fde")
-    axes.plot([m.least_ms for m in measured], [i + 0.2 for i in y], "k|", markersize=13, markeredgewidth=2, label="roofline")
+    axes.plot(
+        [m.least_ms for m in measured], [i + 0.2 for i in y], "k|", markersize=13, markeredgewidth=2, label="roofline"
+    )
     for i, m in enumerate(measured):
         axes.text(m.graph_ms, i + 0.2, f" {m.ratio:.1f}x", va="center", fontsize=8)
     axes.set_yticks(list(y), [m.case for m in measured])

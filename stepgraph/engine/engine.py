@@ -107,8 +107,8 @@ class Engine:
         vocab_size = self.source.config.vocab_size
         if not prompt:
             raise RequestError("the prompt is empty; give at least one token")
-        if bad := [t for t in prompt if not 0 <= t < vocab_size]:
-            raise RequestError(f"prompt token id {bad[0]} is outside the vocabulary of {vocab_size} tokens")
+        if bad := [t for t in prompt if not (isinstance(t, Integral) and 0 <= t < vocab_size)]:
+            raise RequestError(f"prompt token id {bad[0]!r} is outside the vocabulary of {vocab_size} tokens")
         if len(prompt) >= self.max_model_len:
             raise RequestError(
                 f"the prompt has {len(prompt)} tokens and max_model_len is {self.max_model_len}, which must hold the "

@@ -8,7 +8,15 @@ from transformers import PreTrainedTokenizerFast
 
 from stepgraph.engine.detokenizer import Detokenizer
 
-TEXTS = ["Hello, world!", "naïve café Ångström", "日本語のテキスト", "👩‍👩‍👧‍👦 🇩🇪 👍🏽 🤷", "e\u0301 \u200b\ufeff", "  two  spaces \n\n", "\ufffd"]
+TEXTS = [
+    "Hello, world!",
+    "naïve café Ångström",
+    "日本語のテキスト",
+    "👩‍👩‍👧‍👦 🇩🇪 👍🏽 🤷",
+    "e\u0301 \u200b\ufeff",
+    "  two  spaces \n\n",
+    "\ufffd",
+]
 
 
 def create_byte_tokenizer() -> PreTrainedTokenizerFast:

@@ -39,7 +39,9 @@ def random_requests(count: int = 24, seed: int = 0) -> list[tuple[list[int], Sam
     return [
         (
             [rng.randrange(VOCAB_SIZE) for _ in range(rng.choice((1, 2, rng.randint(3, 40), rng.randint(40, 120))))],
-            SamplingParams(seed=rng.getrandbits(64), max_tokens=rng.randint(1, 32), ignore_eos=True, **rng.choice(ways)),
+            SamplingParams(
+                seed=rng.getrandbits(64), max_tokens=rng.randint(1, 32), ignore_eos=True, **rng.choice(ways)
+            ),
         )
         for _ in range(count)
     ]
@@ -161,7 +163,9 @@ def test_an_answer_without_limit_ends_with_the_context(create_engine, prompt_len
     assert request.finish_reason is FinishReason.LENGTH
 
 
-def test_a_request_may_be_aborted_while_it_waits_prefills_or_decodes_and_the_others_do_not_notice(create_engine) -> None:
+def test_a_request_may_be_aborted_while_it_waits_prefills_or_decodes_and_the_others_do_not_notice(
+    create_engine,
+) -> None:
     engine = create_engine(max_num_seqs=2, max_num_batched_tokens=8, capture_sizes=(8,), capture_rows=(2,))
     expected = answer(engine, range(20)).output_token_ids
     bystander = engine.add_request("bystander", range(20), GREEDY)

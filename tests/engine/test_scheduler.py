@@ -213,7 +213,9 @@ def test_any_arrivals_get_the_tokens_they_get_alone_and_leave_nothing_behind(
     for id, request in added.items():
         expected = answer_alone(request)
         tokens = request.output_token_ids
-        assert [token for update in loop.updates if update.request is request for token in update.new_token_ids] == tokens
+        assert [
+            token for update in loop.updates if update.request is request for token in update.new_token_ids
+        ] == tokens
         if id in aborted:
             assert request.finish_reason is FinishReason.ABORT
             assert tokens == expected[: len(tokens)]

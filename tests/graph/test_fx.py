@@ -49,7 +49,9 @@ SHAPES_FROM_DATA = {
 @pytest.mark.parametrize("case", HOST_READS)
 def test_a_value_read_on_the_host_is_refused_by_name(case) -> None:
     function, name = HOST_READS[case]
-    with pytest.raises(CaptureError, match=rf"reads a tensor's value on the host \(.*{name}.*Keep the value on the device"):
+    with pytest.raises(
+        CaptureError, match=rf"reads a tensor's value on the host \(.*{name}.*Keep the value on the device"
+    ):
         capture(function)
 
 
@@ -65,7 +67,9 @@ def test_an_operator_may_read_lengths_that_the_program_may_not() -> None:
     logits, slots = torch.randn(2, 9), torch.tensor([1, 2], dtype=torch.int32)
     lines = torch.zeros(3, ops.slot_line.LINE_WIDTH, dtype=torch.int32)
     graph = capture(lambda: ops.sample(logits, slots, lines))
-    assert [node.target for node in graph.calls.nodes if node.op == "call_function"] == [torch.ops.stepgraph.sample.default]
+    assert [node.target for node in graph.calls.nodes if node.op == "call_function"] == [
+        torch.ops.stepgraph.sample.default
+    ]
     logits.copy_(torch.randn(2, 9))
     assert torch.equal(graph.replay().value, logits.argmax(1).int())
 

@@ -83,7 +83,10 @@ def test_the_smallest_captured_shape_that_holds_the_step_is_chosen(query_lens, s
 
 
 @given(
-    max_tokens=st.integers(1, 3000), max_rows=st.integers(1, 1024), tokens=st.integers(1, 3000), rows=st.integers(1, 1024)
+    max_tokens=st.integers(1, 3000),
+    max_rows=st.integers(1, 1024),
+    tokens=st.integers(1, 3000),
+    rows=st.integers(1, 1024),
 )
 def test_chosen_sizes_hold_every_step_with_less_than_a_quarter_of_padding_beyond_16_tokens(
     max_tokens, max_rows, tokens, rows

@@ -192,7 +192,9 @@ def test_the_command_exits_with_0_and_a_table_if_all_is_right(tiny_model, device
     assert "2 graphs, 6 compositions, 0 mismatches" in out
 
 
-def test_the_command_exits_with_1_and_names_the_rows_if_a_graph_is_wrong(tiny_model, device, capsys, monkeypatch) -> None:
+def test_the_command_exits_with_1_and_names_the_rows_if_a_graph_is_wrong(
+    tiny_model, device, capsys, monkeypatch
+) -> None:
     monkeypatch.setattr(ops, "build_step", padding_writes_to(lambda built: built.kv_slots[0]))
     config = EngineConfig.from_settings(model=tiny_model, device=device, **TINY_SETTINGS)
     assert main_verify(config, rounds=4, seed=0, progress=False) == 1

@@ -95,7 +95,12 @@ FAMILIES = {
         lens
         for a in (-1, 0, 1)
         for b in (-1, 0, 1)
-        for lens in ([TILE + a, TILE + b], [2 * TILE + a, TILE + b, 1], [TILE + a] * 2 + [TILE + b] * 2, [TILE + a] + [1] * 7)
+        for lens in (
+            [TILE + a, TILE + b],
+            [2 * TILE + a, TILE + b, 1],
+            [TILE + a] * 2 + [TILE + b] * 2,
+            [TILE + a] + [1] * 7,
+        )
     ],
     "one row": [[n] for n in (1, 2, TILE - 1, TILE, TILE + 1, 79, 80, 81, 159, 160)],
     "even rows": [[160 // rows] * rows for rows in range(1, 9)],
@@ -112,7 +117,9 @@ def test_one_graph_is_right_with_contexts_around_borders_of_blocks_and_key_range
     assert_right(
         runner,
         [
-            Composition(tuple(Row(c, n, c + n) for c, n in zip(computed, query_lens, strict=False)), seed=len(query_lens))
+            Composition(
+                tuple(Row(c, n, c + n) for c, n in zip(computed, query_lens, strict=False)), seed=len(query_lens)
+            )
             for query_lens in ([1, 1, 1], [border % 100 + 1, 1, 2])
             for computed in permutations((border - 2, border - 1, border))
         ],

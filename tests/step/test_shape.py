@@ -6,7 +6,9 @@ from hypothesis import strategies as st
 from stepgraph.step.shape import StepShape, row_sizes, token_sizes
 
 
-@given(rows=st.lists(st.tuples(st.integers(0, 500), st.integers(1, 300)), min_size=1, max_size=20), log=st.integers(0, 7))
+@given(
+    rows=st.lists(st.tuples(st.integers(0, 500), st.integers(1, 300)), min_size=1, max_size=20), log=st.integers(0, 7)
+)
 def test_a_step_needs_no_more_new_blocks_than_its_shape_provides_for(rows, log) -> None:
     """Rows (tokens cached, tokens added); a row newly needs the blocks that its added tokens are the first to touch."""
     block_size = 1 << log
