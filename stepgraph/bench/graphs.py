@@ -74,7 +74,7 @@ class Measurement:
     engine_ms: (
         float  # through the engine: from the requests' arrival (or the last token) to the next tokens on the host
     )
-    host_us: float  # host work of the step in the engine, waiting excluded
+    host_us: float | None  # host work of the step in the engine, waiting excluded; on CPU the launch is the step
 
     @property
     def ratio(self) -> float:
@@ -86,6 +86,18 @@ class Measurement:
         return 1 - self.num_tokens / self.graph_tokens
 
 
+@dataclass(frozen=True)
+class KernelTime:
+    """One kernel of a captured step (one operator, on CPU): all its calls together."""
+
+    name: str
+    calls: float
+    us: float
+
+    def cells(self) -> tuple[str, str, str, str]:
+        return self.name[:70], f"{self.calls:.0f}", f"{self.us:.1f}", f"{self.us / self.calls:.2f}"
+
+
 def add_parser(commands: Any) -> None:
     """Register ``bench graphs``."""
     parser = commands.add_parser(
@@ -95,6 +107,9 @@ def add_parser(commands: Any) -> None:
     )
     parser.add_argument("--repeats", type=int, default=30, metavar="N", help="timed runs per case (default: 30)")
     parser.add_argument("--cases", metavar="TEXT", help="only cases whose name contains this")
+    parser.add_argument(
+        "--kernels", type=int, default=0, metavar="N", help="also list each case's N longest kernels (operators on CPU)"
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the result as JSON")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="write a bar chart as PNG (needs matplotlib)")
     add_flags(parser)
@@ -122,6 +137,11 @@ def run(arguments: argparse.Namespace) -> int:
         f"matrix product {limits.flops_per_s / 1e12:.2f} TFLOP/s\n"
     )
     print(_table(measured))
+    kernels = {case.name: profile(engine, case) for case in cases} if arguments.kernels else {}
+    for name, times in kernels.items():
+        print(f"\n{name}: {sum(k.us for k in times):.0f} us in {sum(k.calls for k in times):.0f} kernels")
+        longest = times[: arguments.kernels]
+        print(table(("kernel", "calls", "us", "us each"), [k.cells() for k in longest]))
     print(f"\n{len(records)} graphs captured in {capture_s:.2f} s, {pool_mib:.0f} MiB")
     if skipped:
         print(f"left out, larger than max_num_seqs or max_num_batched_tokens or max_model_len: {', '.join(skipped)}")
@@ -138,6 +158,7 @@ def run(arguments: argparse.Namespace) -> int:
                     asdict(m) | {"ratio": m.ratio, "padding": m.padding, "roofline": m.least_ms / m.graph_ms}
                     for m in measured
                 ],
+                "kernels": {name: [asdict(k) for k in times] for name, times in kernels.items()},
             },
         )
     if arguments.plot:
@@ -168,6 +189,29 @@ def measure(engine: Engine, case: Case, limits: Limits, repeats: int) -> Measure
         engine_ms=engine_ms,
         host_us=host_us,
     )
+
+
+def profile(engine: Engine, case: Case, replays: int = 5) -> list[KernelTime]:
+    """Time of each kernel in the captured step of a case, longest first, means over some replays."""
+    runner = engine.runner
+    on_gpu = engine.platform.device.type == "cuda"
+    activity = torch.profiler.ProfilerActivity.CUDA if on_gpu else torch.profiler.ProfilerActivity.CPU
+    with runner.workbench():
+        plan = _lay_out(runner, case)
+        shape = runner.pool.round_up(plan.num_tokens, len(plan.rows))
+        graph = runner.pool.graph(shape) or runner.pool.eager_twin(shape)
+        lines = runner.state.lines.clone()
+        with torch.profiler.profile(activities=[activity]) as profiler:
+            for _ in range(replays):
+                runner.state.lines.copy_(lines)
+                runner.load(plan, shape)
+                graph.replay()
+                runner.platform.synchronize()
+    times = (
+        KernelTime(k.key, k.count / replays, (k.self_device_time_total if on_gpu else k.self_cpu_time_total) / replays)
+        for k in profiler.key_averages()
+    )
+    return sorted((t for t in times if t.us > 0), key=lambda t: -t.us)
 
 
 def _lay_out(runner: StepRunner, case: Case) -> StepPlan:
@@ -209,7 +253,7 @@ def _time_interleaved(
     return [1e3 * median(series) for series in times]
 
 
-def _time_engine(engine: Engine, case: Case, repeats: int) -> tuple[float, float]:
+def _time_engine(engine: Engine, case: Case, repeats: int) -> tuple[float, float | None]:
     """Median ms per step and host µs per step of the case, with real requests through scheduler and runner."""
     endless = SamplingParams(temperature=0, max_tokens=None, ignore_eos=True)
     one = SamplingParams(temperature=0, max_tokens=1, ignore_eos=True)
@@ -236,7 +280,7 @@ def _time_engine(engine: Engine, case: Case, repeats: int) -> tuple[float, float
         engine.abort(name)
     while engine.has_work:
         engine.step()
-    return median(step_ms), median(host_us)
+    return median(step_ms), median(host_us) if engine.platform.run_ahead else None
 
 
 def _fits(case: Case, engine: Engine) -> bool:
@@ -260,7 +304,7 @@ def _table(measured: Sequence[Measurement]) -> str:
             f"{m.ratio:.2f}x",
             f"{m.least_ms / m.graph_ms:.0%}",
             f"{m.engine_ms:.3f}",
-            f"{m.host_us:.0f}",
+            "-" if m.host_us is None else f"{m.host_us:.0f}",
         )
         for m in measured
     ]

@@ -40,7 +40,8 @@ class AsyncEngine:
         self._wake = threading.Condition()
         self._stopping = False
         self._failure: BaseException | None = None
-        self._listeners: dict[str, Callable[[_Event], None]] = {}
+        self._closed = False
+        self._listeners: dict[str, Callable[[_Event], bool]] = {}
         self._ids = (f"async-{number}" for number in count())
         self._thread = threading.Thread(target=self._run, name="stepgraph-engine", daemon=True)
         self._thread.start()
@@ -57,8 +58,8 @@ class AsyncEngine:
         loop = asyncio.get_running_loop()
         events: asyncio.Queue[_Event] = asyncio.Queue()
 
-        def listen(event: _Event) -> None:
-            loop.call_soon_threadsafe(events.put_nowait, event)
+        def listen(event: _Event) -> bool:
+            return _call_in(loop, lambda: events.put_nowait(event))
 
         text, token_ids = tokenize(prompt, self.tokenizer)
         request_id = request_id or next(self._ids)
@@ -75,6 +76,11 @@ class AsyncEngine:
             except BaseException as error:
                 _resolve(loop, started, error)
 
+        def leave() -> None:
+            if self._listeners.get(request_id) is listen:  # another caller's request may have this id
+                del self._listeners[request_id]
+                self.engine.abort(request_id)
+
         self._submit(start)
         finished = False
         try:
@@ -88,7 +94,7 @@ class AsyncEngine:
                 yield session.update(event)
         finally:
             if not finished:
-                self.abort(request_id)
+                self._submit(leave)
 
     def abort(self, request_id: str) -> None:
         """End a request; its `generate` call yields a last output with finish reason "abort"."""
@@ -111,7 +117,8 @@ class AsyncEngine:
         with self._wake:
             self._commands.append(command)
             self._wake.notify()
-        if not self._thread.is_alive():  # nobody else will run it
+            closed = self._closed
+        if closed:  # nobody else will run it
             self._run_commands()
 
     def _run(self) -> None:
@@ -128,6 +135,8 @@ class AsyncEngine:
             self._failure = EngineDeadError("it was shut down")
         except BaseException as error:
             self._failure = error
+        with self._wake:
+            self._closed = True
         self._run_commands()
         for listen in list(self._listeners.values()):
             listen(self._failure)
@@ -145,9 +154,10 @@ class AsyncEngine:
         listen = self._listeners.get(update.request.id)
         if listen is None:
             return
-        if update.finish_reason is not None:
+        if not listen(update):
+            self.engine.abort(update.request.id)
+        if update.request.finish_reason is not None:
             del self._listeners[update.request.id]
-        listen(update)
 
 
 def _resolve(loop: asyncio.AbstractEventLoop, future: asyncio.Future[Any], result: Any) -> None:
@@ -159,4 +169,15 @@ def _resolve(loop: asyncio.AbstractEventLoop, future: asyncio.Future[Any], resul
         else:
             future.set_result(result)
 
-    loop.call_soon_threadsafe(set_result)
+    _call_in(loop, set_result)
+
+
+def _call_in(loop: asyncio.AbstractEventLoop, callback: Callable[[], None]) -> bool:
+    """Run `callback` in a caller's event loop; False if that loop has ended, and with it the caller."""
+    try:
+        loop.call_soon_threadsafe(callback)
+    except RuntimeError:
+        if not loop.is_closed():
+            raise
+        return False
+    return True

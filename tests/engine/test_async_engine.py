@@ -1,0 +1,201 @@
+"""AsyncEngine: concurrent callers, callers that leave, and an engine that stops."""
+
+import asyncio
+from contextlib import aclosing
+
+import pytest
+from tiny import TINY_SETTINGS, VOCAB_SIZE
+
+from stepgraph.config import EngineConfig
+from stepgraph.engine.async_engine import AsyncEngine
+from stepgraph.engine.sampling_params import SamplingParams
+from stepgraph.errors import EngineDeadError, RequestError
+
+GREEDY = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
+LONG = SamplingParams(temperature=0, max_tokens=400, ignore_eos=True)
+PROMPTS = [list(range(n, 2 * n + 1)) for n in range(1, 9)]
+
+
+@pytest.fixture
+def engine(tiny_model, device):
+    engine = AsyncEngine(EngineConfig.from_settings(**({"model": tiny_model, "device": device} | TINY_SETTINGS)))
+    yield engine
+    engine.shutdown()
+
+
+def run(coroutine):
+    """A caller's event loop, which fails rather than waits for ever."""
+    return asyncio.run(asyncio.wait_for(coroutine, 60))
+
+
+async def collect(engine, prompt, params=GREEDY, **options):
+    return [output async for output in engine.generate(prompt, params, **options)]
+
+
+async def until_idle(engine) -> None:
+    while engine.engine.has_work:
+        await asyncio.sleep(0.001)
+
+
+def test_an_answer_grows_token_by_token_to_a_finished_one(engine) -> None:
+    outputs = run(collect(engine, PROMPTS[3], request_id="mine"))
+    assert [len(output.outputs[0].token_ids) for output in outputs] == list(range(1, 13))
+    assert [output.finished for output in outputs] == [False] * 11 + [True]
+    for shorter, longer in zip(outputs, outputs[1:], strict=False):
+        assert longer.outputs[0].token_ids[: len(shorter.outputs[0].token_ids)] == shorter.outputs[0].token_ids
+        assert longer.outputs[0].text.startswith(shorter.outputs[0].text)
+    last = outputs[-1]
+    assert (last.request_id, last.prompt, last.prompt_token_ids) == ("mine", None, tuple(PROMPTS[3]))
+    assert (last.outputs[0].finish_reason, last.outputs[0].index) == ("length", 0)
+
+
+def test_concurrent_callers_get_what_each_gets_alone(engine, create_engine) -> None:
+    async def all_at_once():
+        return await asyncio.gather(*(collect(engine, prompt) for prompt in PROMPTS))
+
+    found = [tuple(outputs[-1].outputs[0].token_ids) for outputs in run(all_at_once())]
+    alone = create_engine()
+    for prompt, tokens in zip(PROMPTS, found, strict=True):
+        request = alone.add_request("r", prompt, GREEDY)
+        while alone.has_work:
+            alone.step()
+        assert tuple(request.output_token_ids) == tokens
+    assert max(record.num_rows for record in engine.engine.runner.pool.statistics.recent) > 1  # they did run together
+
+
+def test_a_caller_that_leaves_early_ends_its_request_and_no_other(engine) -> None:
+    async def leave_beside_a_neighbour():
+        neighbour = asyncio.create_task(collect(engine, PROMPTS[2]))
+        async with aclosing(engine.generate(PROMPTS[1], LONG)) as outputs:
+            async for output in outputs:
+                if len(output.outputs[0].token_ids) == 3:
+                    break
+        tokens = (await neighbour)[-1].outputs[0].token_ids
+        await until_idle(engine)
+        return tokens
+
+    assert run(leave_beside_a_neighbour()) == run(collect(engine, PROMPTS[2]))[-1].outputs[0].token_ids
+    assert engine.engine.runner.pool.statistics.num_steps < 300
+    assert engine.engine.scheduler.num_running == 0
+
+
+def test_a_cancelled_task_ends_its_request(engine) -> None:
+    async def cancel():
+        task = asyncio.create_task(collect(engine, PROMPTS[1], LONG))
+        while not engine.engine.scheduler.num_running:
+            await asyncio.sleep(0.001)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        await until_idle(engine)
+
+    run(cancel())
+    assert engine.engine.runner.pool.statistics.num_steps < 300
+
+
+def test_abort_gives_the_caller_a_last_output_that_says_so(engine) -> None:
+    async def abort():
+        outputs = []
+        async for output in engine.generate(PROMPTS[1], LONG, request_id="long"):
+            outputs.append(output)
+            if len(outputs) == 3:
+                engine.abort("long")
+        return outputs
+
+    last = run(abort())[-1]
+    assert last.finished
+    assert last.outputs[0].finish_reason == "abort"
+    assert 3 <= len(last.outputs[0].token_ids) < 400
+    engine.abort("long")  # ended: nothing happens
+    engine.abort("never there")
+    assert len(run(collect(engine, PROMPTS[0]))) == 12
+
+
+@pytest.mark.parametrize(
+    ("prompt", "message"),
+    [
+        ([], "the prompt is empty"),
+        ([VOCAB_SIZE], "outside the vocabulary"),
+        ({"text": "hello"}, "needs 'prompt' or 'prompt_token_ids', not"),
+        (7, "a prompt is text or a list of token ids, not int"),
+    ],
+)
+def test_an_unusable_prompt_is_the_callers_error_and_nobody_elses(engine, prompt, message) -> None:
+    with pytest.raises(RequestError, match=message):
+        run(collect(engine, prompt))
+    assert len(run(collect(engine, PROMPTS[0]))) == 12
+
+
+def test_a_second_caller_with_the_same_id_is_refused_and_the_first_goes_on(engine) -> None:
+    async def two_with_one_id():
+        first = asyncio.create_task(collect(engine, PROMPTS[1], request_id="same"))
+        while not engine.engine.scheduler.has_requests:
+            await asyncio.sleep(0)
+        with pytest.raises(RequestError, match="request id 'same' is in use"):
+            await collect(engine, PROMPTS[2], request_id="same")
+        return await first
+
+    last = run(two_with_one_id())[-1]
+    assert (len(last.outputs[0].token_ids), last.outputs[0].finish_reason) == (12, "length")
+
+
+def test_a_caller_whose_event_loop_is_gone_harms_nobody(engine) -> None:
+    loop = asyncio.new_event_loop()
+    outputs = engine.generate(PROMPTS[1], LONG)
+    loop.run_until_complete(anext(outputs))
+    loop.close()
+    assert len(run(collect(engine, PROMPTS[0]))) == 12
+    run(until_idle(engine))
+    assert engine.engine.runner.pool.statistics.num_steps < 300
+
+
+def test_shutdown_ends_waiting_callers_and_refuses_later_ones(engine) -> None:
+    async def shut_down_under_a_caller():
+        caller = asyncio.create_task(collect(engine, PROMPTS[1], LONG))
+        while not engine.engine.scheduler.num_running:
+            await asyncio.sleep(0.001)
+        await asyncio.to_thread(engine.shutdown)
+        with pytest.raises(EngineDeadError, match="it was shut down"):
+            await caller
+        with pytest.raises(EngineDeadError, match="it was shut down"):
+            await collect(engine, PROMPTS[1])
+
+    run(shut_down_under_a_caller())
+    engine.shutdown()  # a second time does nothing
+
+
+def test_callers_that_arrive_during_shutdown_are_all_told(engine) -> None:
+    """None is left waiting for a thread that has ended."""
+
+    async def arrive_all_the_time():
+        async def caller() -> str:
+            try:
+                await collect(engine, PROMPTS[0])
+            except EngineDeadError:
+                return "told"
+            return "served"
+
+        callers = [asyncio.create_task(caller()) for _ in range(20)]
+        stopping = asyncio.create_task(asyncio.to_thread(engine.shutdown))
+        while not stopping.done():
+            callers.append(asyncio.create_task(caller()))
+            await asyncio.sleep(0)
+        callers += [asyncio.create_task(caller()) for _ in range(20)]
+        return await asyncio.gather(*callers)
+
+    results = run(arrive_all_the_time())
+    assert set(results[-20:]) == {"told"}
+
+
+def test_a_failed_step_is_reported_to_every_caller_and_all_later_ones(engine, monkeypatch) -> None:
+    def launch(plan):
+        raise RuntimeError("the device fell over")
+
+    monkeypatch.setattr(engine.engine.runner, "launch", launch)
+
+    async def many():
+        return await asyncio.gather(*(collect(engine, prompt) for prompt in PROMPTS), return_exceptions=True)
+
+    for results in (run(many()), run(many())):
+        assert {type(result) for result in results} == {EngineDeadError}
+        assert all("the device fell over" in str(result) for result in results)
