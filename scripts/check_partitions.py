@@ -1,0 +1,111 @@
+"""One captured graph of 160 tokens and 8 rows against every way to fill it.
+
+    python scripts/check_partitions.py [--device cuda]
+
+All 2,214 partitions of 160 into up to 3 rows, 2,000 random ones into up to 8, and adversarial ones (all ones and the rest, tile
+borders ± 1), each with random contexts, on a random two-layer model whose 5 query heads per KV head and tiles of 64 rows are
+those of the batch pair [160, 0] and [80, 80] that needs 13 and 14 tiles. See `stepgraph.graph.verify` for what is compared.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import sys
+import tempfile
+from pathlib import Path
+
+from tqdm import tqdm
+
+from stepgraph.config import EngineConfig
+from stepgraph.engine.engine import Engine
+from stepgraph.graph.verify import Composition, Row, verify_shape
+from stepgraph.step.shape import StepShape
+
+TOKENS, ROWS = 160, 8
+CONFIG = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "vocab_size": 257,
+    "hidden_size": 160,
+    "intermediate_size": 256,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 10,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "max_position_embeddings": 512,
+    "rms_norm_eps": 1e-5,
+    "tie_word_embeddings": False,
+    "eos_token_id": 0,
+    "bos_token_id": 1,
+}
+
+
+def query_lengths(rng: random.Random) -> dict[str, list[tuple[int, ...]]]:
+    """Row lengths that sum to TOKENS, by family."""
+    up_to_3 = {(TOKENS,)} | {tuple(sorted((a, TOKENS - a))) for a in range(1, TOKENS)}
+    up_to_3 |= {tuple(sorted((a, b, TOKENS - a - b))) for a in range(1, TOKENS) for b in range(1, TOKENS - a)}
+    at_random = []
+    for _ in range(2000):
+        cuts = sorted(rng.sample(range(1, TOKENS), rng.randint(1, ROWS) - 1))
+        at_random.append(tuple(b - a for a, b in zip([0, *cuts], [*cuts, TOKENS], strict=True)))
+    adversarial = []
+    for rows in range(1, ROWS + 1):
+        for length in (1, 11, 12, 13, 14, 25, 26, 27, 38, 39):  # 64 / 5 = 12.8 tokens fill a tile
+            rest = TOKENS - length * (rows - 1)
+            if rest > 0:
+                adversarial += [(*[length] * (rows - 1), rest), (rest, *[length] * (rows - 1))]
+    return {"up to 3 rows": sorted(up_to_3), "random": at_random, "adversarial": sorted(set(adversarial))}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "config.json").write_text(json.dumps(CONFIG))
+        engine = Engine(
+            EngineConfig.from_settings(
+                model=folder,
+                load_format="dummy",
+                dtype="float32",
+                device=arguments.device,
+                max_num_seqs=ROWS,
+                max_num_batched_tokens=TOKENS,
+                capture_sizes=(8, TOKENS),
+                capture_rows=(ROWS,),
+                num_kv_blocks=257,
+            )
+        )
+    for parameter in engine.runner.model.parameters():
+        if parameter.dim() > 1:
+            parameter.data.normal_(0, 0.3)  # large enough that every key and token matters
+    rng = random.Random(0)
+    failures = 0
+    for family, lengths in query_lengths(rng).items():
+        compositions = [
+            Composition(
+                tuple(Row(c, n, c + n) for n, c in ((n, rng.choice((0, rng.randint(0, 40)))) for n in row_lengths)),
+                seed=rng.getrandbits(32),
+            )
+            for row_lengths in lengths
+        ]
+        graph_difference = alone_difference = 0.0
+        mismatches: list[str] = []
+        for composition in tqdm(compositions, desc=family, leave=False, disable=not sys.stderr.isatty()):
+            report = verify_shape(engine.runner, StepShape(TOKENS, ROWS), [composition], alone_rows=0)
+            graph_difference = max(graph_difference, report.worst_graph_difference)
+            alone_difference = max(alone_difference, report.worst_alone_difference)
+            mismatches += report.mismatches
+        print(
+            f"{family}: {len(compositions)} compositions, {len(mismatches)} mismatches, "
+            f"graph - eager {graph_difference:.3g}, last row - alone {alone_difference:.3g} (relative)"
+        )
+        failures += len(mismatches)
+        print(*mismatches[:5], sep="\n", end="\n" if mismatches else "")
+    return 1 if failures else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

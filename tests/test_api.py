@@ -1,0 +1,166 @@
+"""LLM: prompts in every form, results shaped as vLLM's."""
+
+import pytest
+from tiny import MAX_MODEL_LEN, TINY_SETTINGS
+
+import stepgraph
+from stepgraph import LLM, CompletionOutput, RequestOutput, SamplingParams
+from stepgraph.errors import ConfigError, ModelError, RequestError
+
+GREEDY = SamplingParams(temperature=0, max_tokens=10, ignore_eos=True)
+CHAT = [{"role": "user", "content": "Hello"}]
+
+
+@pytest.fixture(scope="module")
+def llm(tiny_model, device) -> LLM:
+    return LLM(tiny_model, progress=False, device=device, **TINY_SETTINGS)
+
+
+def generate(llm: LLM, *args, **options) -> list[RequestOutput]:
+    return llm.generate(*args, **({"use_tqdm": False} | options))
+
+
+def tokens_of(outputs: list[RequestOutput]) -> list[tuple[int, ...]]:
+    return [output.outputs[0].token_ids for output in outputs]
+
+
+def test_a_prompt_may_be_text_ids_or_a_dict_and_there_may_be_several(llm) -> None:
+    ids = llm.tokenizer.encode("Hello")
+    forms = ["Hello", ids, tuple(ids), {"prompt": "Hello"}, {"prompt_token_ids": ids}]
+    [expected] = tokens_of(generate(llm, "Hello", GREEDY))
+    assert len(expected) == 10
+    for form in forms:
+        assert tokens_of(generate(llm, form, GREEDY)) == [expected]
+    assert tokens_of(generate(llm, forms, GREEDY)) == [expected] * len(forms)
+    assert generate(llm, []) == []
+
+
+def test_results_are_shaped_as_vllms(llm) -> None:
+    [output] = generate(llm, ["Hello"], GREEDY)
+    assert isinstance(output, RequestOutput)
+    assert output.prompt == "Hello"
+    assert list(output.prompt_token_ids) == llm.tokenizer.encode("Hello")
+    assert output.finished
+    [completion] = output.outputs
+    assert isinstance(completion, CompletionOutput)
+    assert (completion.index, completion.finish_reason, completion.stop_reason) == (0, "length", None)
+    assert (completion.logprobs, completion.cumulative_logprob) == (None, None)
+    assert completion.text == llm.tokenizer.decode(completion.token_ids, skip_special_tokens=True)
+    [from_ids] = generate(llm, [1, 2, 3], GREEDY)
+    assert from_ids.prompt is None
+    assert from_ids.prompt_token_ids == (1, 2, 3)
+
+
+def test_outputs_come_in_the_order_of_the_prompts_whatever_ends_first(llm) -> None:
+    lengths = (9, 1, 30, 4)
+    params = [SamplingParams(temperature=0, max_tokens=n, ignore_eos=True) for n in lengths]
+    outputs = generate(llm, [[n] for n in lengths], params)
+    assert [output.prompt_token_ids for output in outputs] == [(n,) for n in lengths]
+    assert [len(tokens) for tokens in tokens_of(outputs)] == list(lengths)
+    assert len({output.request_id for output in outputs}) == 4
+
+
+def test_more_prompts_than_fit_at_once_are_all_answered_as_alone(llm) -> None:
+    prompts = [[n, n + 1, n + 2] for n in range(30)]
+    assert tokens_of(generate(llm, prompts, GREEDY)) == [tokens_of(generate(llm, p, GREEDY))[0] for p in prompts]
+
+
+def test_the_stop_token_that_ended_an_answer_is_its_stop_reason(llm) -> None:
+    [tokens] = tokens_of(generate(llm, "Hello", GREEDY))
+    stop = next(token for i, token in enumerate(tokens) if i > 2 and token not in tokens[:i])
+    [output] = generate(llm, "Hello", SamplingParams(temperature=0, ignore_eos=True, stop_token_ids=[stop]))
+    [completion] = output.outputs
+    assert completion.token_ids == tokens[: tokens.index(stop) + 1]
+    assert (completion.finish_reason, completion.stop_reason) == ("stop", stop)
+
+
+def test_text_is_left_out_if_nobody_wants_it(llm) -> None:
+    params = SamplingParams(temperature=0, max_tokens=10, ignore_eos=True, detokenize=False)
+    [output] = generate(llm, "Hello", params)
+    assert output.outputs[0].text == ""
+    assert tokens_of([output]) == tokens_of(generate(llm, "Hello", GREEDY))
+
+
+@pytest.mark.parametrize(
+    ("prompts", "params", "message"),
+    [
+        (["a", "b"], [GREEDY], "1 sampling_params for 2 prompts; give one for all or one for each"),
+        (["a"], [GREEDY, GREEDY], "2 sampling_params for 1 prompts"),
+        (["a", [300]], GREEDY, "prompt token id 300 is outside the vocabulary"),
+        (["a", [1] * MAX_MODEL_LEN], GREEDY, f"the prompt has {MAX_MODEL_LEN} tokens and max_model_len is"),
+        ([{"text": "a"}], GREEDY, r"needs 'prompt' or 'prompt_token_ids', not \['text'\]"),
+        ([["a"]], GREEDY, "a prompt is text or a list of token ids, not list"),
+        (7, GREEDY, "a prompt is text or a list of token ids, not int"),
+    ],
+)
+def test_one_unusable_prompt_refuses_the_call_before_anything_runs(llm, prompts, params, message) -> None:
+    steps = llm.engine.runner.pool.statistics.num_steps
+    with pytest.raises(RequestError, match=message):
+        generate(llm, prompts, params)
+    assert llm.engine.runner.pool.statistics.num_steps == steps
+    assert not llm.engine.has_work
+
+
+def test_chat_is_generate_on_the_rendered_conversation(llm) -> None:
+    text = "[user]Hello[assistant]"
+    [output] = llm.chat(CHAT, GREEDY, use_tqdm=False)
+    assert output.prompt == text
+    assert tokens_of([output]) == tokens_of(generate(llm, text, GREEDY))
+    both = llm.chat([CHAT, [{"role": "user", "content": "Hi"}]], GREEDY, use_tqdm=False)
+    assert [output.prompt for output in both] == [text, "[user]Hi[assistant]"]
+    assert tokens_of(both[:1]) == tokens_of([output])
+
+
+def test_chat_without_a_template_or_with_odd_messages_is_refused(llm, monkeypatch) -> None:
+    monkeypatch.setattr(llm.tokenizer, "chat_template", "{{ raise_exception('roles must alternate') }}")
+    with pytest.raises(RequestError, match="do not fit the model's chat template: roles must alternate"):
+        llm.chat(CHAT, use_tqdm=False)
+    monkeypatch.setattr(llm.tokenizer, "chat_template", None)
+    with pytest.raises(RequestError, match="no chat template; use generate"):
+        llm.chat(CHAT, use_tqdm=False)
+
+
+def test_a_stream_yields_the_answer_so_far_and_ends_as_generate_does(llm) -> None:
+    outputs = list(llm.stream("Hello", GREEDY))
+    assert [len(output.outputs[0].token_ids) for output in outputs] == list(range(1, 11))
+    for shorter, longer in zip(outputs, outputs[1:], strict=False):
+        assert longer.outputs[0].text.startswith(shorter.outputs[0].text)
+        assert not shorter.finished
+    [expected] = generate(llm, "Hello", GREEDY)
+    assert outputs[-1].outputs == expected.outputs
+    assert outputs[-1].finished
+    assert list(llm.stream_chat(CHAT, GREEDY))[-1].outputs == llm.chat(CHAT, GREEDY, use_tqdm=False)[0].outputs
+
+
+def test_a_stream_left_early_ends_its_request(llm) -> None:
+    stream = llm.stream("Hello", SamplingParams(max_tokens=None, ignore_eos=True))
+    next(stream)
+    assert llm.engine.scheduler.num_running == 1
+    stream.close()
+    assert not llm.engine.has_work or llm.engine.scheduler.num_running == 0
+
+
+def test_settings_reach_the_engine_and_wrong_ones_are_refused(tiny_model) -> None:
+    with pytest.raises(ConfigError, match="unknown setting 'max_num_sequences'"):
+        LLM(tiny_model, max_num_sequences=8)
+    with pytest.raises(ConfigError, match="tensor_parallel_size=2 is not supported"):
+        LLM(tiny_model, tensor_parallel_size=2)
+    with pytest.raises(ModelError):
+        LLM(tiny_model + "/nowhere")
+
+
+def test_a_model_without_a_tokenizer_takes_token_ids_only(device) -> None:
+    settings = {**TINY_SETTINGS, "load_format": "dummy", "max_model_len": 64, "num_kv_blocks": 9}
+    llm = LLM("qwen3-0.6b", progress=False, device=device, **settings)
+    assert llm.tokenizer is None
+    [output] = generate(llm, [1, 2, 3], SamplingParams(temperature=0, max_tokens=2))
+    assert (len(output.outputs[0].token_ids), output.outputs[0].text) == (2, "")
+    with pytest.raises(ConfigError, match="comes without a tokenizer; give prompts as token ids"):
+        generate(llm, "Hello")
+
+
+def test_the_package_offers_its_faces_by_name() -> None:
+    for name in stepgraph.__all__:
+        assert getattr(stepgraph, name) is not None
+    with pytest.raises(AttributeError, match="has no attribute 'LMM'"):
+        _ = stepgraph.LMM
