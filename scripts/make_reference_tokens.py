@@ -3,8 +3,9 @@
     python scripts/make_reference_tokens.py tests/data/smollm2_greedy.json
 
 Every prompt runs alone, through transformers' own GGUF loader and tokenizer; nothing of stepgraph but the place of the file is
-used. transformers reads GGUF files only with its optional package accelerate (`pip install --no-deps accelerate`). A prompt whose two best tokens come closer than `MIN_MARGIN` anywhere is dropped: there the order of additions, and not
-the model, would decide. Needs the embedded model (`stepgraph pull smollm2`) and takes about three minutes on two cores.
+used. A prompt whose two best tokens come closer than `MIN_MARGIN` anywhere is dropped: there the order of additions, and not
+the model, would decide. Needs the embedded model (`stepgraph pull smollm2`) and accelerate, without which transformers reads
+no GGUF file (`pip install --no-deps accelerate`), and takes about three minutes on two cores.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from stepgraph.models.source import packaged_file
 
 NUM_TOKENS = 64
 MIN_MARGIN = 1e-3
-"""In logits; ten times what summing in another order changes in this model."""
+"""In logits."""
 
 CHATS = (
     "Hi",

@@ -7,7 +7,6 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before the imports below, one of which imports Triton
 
-# ruff: noqa: E402
 import pytest
 from hypothesis import settings
 from tiny import TINY_SETTINGS, save_tiny_model

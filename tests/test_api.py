@@ -1,5 +1,7 @@
 """LLM: prompts in every form, results shaped as vLLM's."""
 
+import itertools
+
 import pytest
 from tiny import MAX_MODEL_LEN, TINY_SETTINGS
 
@@ -123,7 +125,7 @@ def test_chat_without_a_template_or_with_odd_messages_is_refused(llm, monkeypatc
 def test_a_stream_yields_the_answer_so_far_and_ends_as_generate_does(llm) -> None:
     outputs = list(llm.stream("Hello", GREEDY))
     assert [len(output.outputs[0].token_ids) for output in outputs] == list(range(1, 11))
-    for shorter, longer in zip(outputs, outputs[1:], strict=False):
+    for shorter, longer in itertools.pairwise(outputs):
         assert longer.outputs[0].text.startswith(shorter.outputs[0].text)
         assert not shorter.finished
     [expected] = generate(llm, "Hello", GREEDY)

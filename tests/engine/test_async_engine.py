@@ -1,6 +1,7 @@
 """AsyncEngine: concurrent callers, callers that leave, and an engine that stops."""
 
 import asyncio
+import itertools
 from contextlib import aclosing
 
 import pytest
@@ -41,7 +42,7 @@ def test_an_answer_grows_token_by_token_to_a_finished_one(engine) -> None:
     outputs = run(collect(engine, PROMPTS[3], request_id="mine"))
     assert [len(output.outputs[0].token_ids) for output in outputs] == list(range(1, 13))
     assert [output.finished for output in outputs] == [False] * 11 + [True]
-    for shorter, longer in zip(outputs, outputs[1:], strict=False):
+    for shorter, longer in itertools.pairwise(outputs):
         assert longer.outputs[0].token_ids[: len(shorter.outputs[0].token_ids)] == shorter.outputs[0].token_ids
         assert longer.outputs[0].text.startswith(shorter.outputs[0].text)
     last = outputs[-1]

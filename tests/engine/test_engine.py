@@ -106,7 +106,7 @@ def test_the_depth_of_run_ahead_changes_no_token(create_engine, answers_alone, r
 def test_only_prefill_graphs_give_the_same_tokens_with_decodes_run_eagerly(create_engine, answers_alone) -> None:
     engine = create_engine(cudagraph_only_prefill=True)
     assert run_with_random_arrivals(engine) == answers_alone
-    reasons = {kind: reason for kind, reason in engine.runner.pool.statistics.steps}
+    reasons = dict(engine.runner.pool.statistics.steps)
     assert reasons == {"prefill": None, "decode": "not_pure_prefill", "mixed": "not_pure_prefill"}
 
 
@@ -178,7 +178,8 @@ def test_a_request_may_be_aborted_while_it_waits_prefills_or_decodes_and_the_oth
     prefilling = engine.add_request("prefilling", range(100), GREEDY)
     waiting = engine.add_request("waiting", [1], GREEDY)
     engine.step()
-    assert prefilling.slot is not None and waiting.slot is None
+    assert prefilling.slot is not None
+    assert waiting.slot is None
     for request in (prefilling, waiting):
         assert engine.abort(request.id).request is request
     drain(engine)

@@ -216,7 +216,8 @@ def test_graphs_off_runs_every_step_eagerly_at_its_padded_shape_with_the_reason(
     pool = create_pool(device)
     pool.capture_all(progress=False)
     shape, graph = pool.graph_for(plan(9))
-    assert graph is pool.eager_twin(StepShape(16, 2)) and shape == StepShape(16, 2)
+    assert graph is pool.eager_twin(StepShape(16, 2))
+    assert shape == StepShape(16, 2)
     assert device.captured == []
     assert pool.statistics.steps == {(StepKind.DECODE, EagerReason.GRAPHS_OFF): 1}
     assert pool.statistics.padding_tokens == 7
@@ -234,7 +235,9 @@ def test_every_step_is_counted_and_every_eager_one_has_a_reason(steps, budget, o
     for query_lens, prefill in steps:
         shape, graph = pool.graph_for(plan(*query_lens, prefill_rows=len(query_lens) if prefill else 0))
         record = pool.statistics.recent[-1]
-        assert record.shape == shape and shape.num_tokens >= sum(query_lens) and shape.num_rows >= len(query_lens)
+        assert record.shape == shape
+        assert shape.num_tokens >= sum(query_lens)
+        assert shape.num_rows >= len(query_lens)
         assert (graph == ("graph", shape)) == (record.eager_reason is None)
     assert pool.statistics.num_steps == len(steps)
     assert pool.statistics.num_eager_steps + sum(record.uses for record in pool.records()) == len(steps)

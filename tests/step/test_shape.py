@@ -1,5 +1,7 @@
 """StepShape and the ladders of sizes."""
 
+import itertools
+
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -38,7 +40,7 @@ def test_token_sizes_rise_to_the_largest_step_with_gaps_of_at_most_a_quarter_or_
     sizes = list(token_sizes(largest))
     assert sizes[-1] == largest
     assert sizes == sorted(set(sizes))
-    assert all(b - a <= max(8, a / 4) for a, b in zip(sizes, sizes[1:], strict=False))
+    assert all(b - a <= max(8, a / 4) for a, b in itertools.pairwise(sizes))
 
 
 @given(st.integers(1, 5000), st.integers(1, 1024))
@@ -46,5 +48,5 @@ def test_row_sizes_rise_to_the_most_rows_that_the_tokens_can_have(tokens, max_ro
     sizes = list(row_sizes(tokens, max_rows))
     assert sizes[-1] == min(tokens, max_rows)
     assert sizes == sorted(set(sizes))
-    assert all(b <= 8 * a for a, b in zip(sizes, sizes[1:], strict=False))
+    assert all(b <= 8 * a for a, b in itertools.pairwise(sizes))
     assert len(sizes) <= 4
