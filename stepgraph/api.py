@@ -64,28 +64,22 @@ class LLM:
         Raises:
             RequestError: a prompt or parameter is unusable; nothing has run then.
         """
-        several: Sequence[Prompt]
-        if (
-            isinstance(prompts, Sequence)
-            and prompts
-            and not isinstance(prompts, str)
-            and not isinstance(prompts[0], int)
-        ):
-            several = prompts  # type: ignore[assignment]  # a sequence whose elements are not ints is one of prompts
-        else:
-            several = [prompts] if prompts else []  # type: ignore[list-item]  # the other case: one prompt
+        one = (
+            not isinstance(prompts, Sequence)
+            or isinstance(prompts, str)
+            or (len(prompts) > 0 and isinstance(prompts[0], int))
+        )
+        several: Sequence[Any] = [prompts] if one else prompts  # type: ignore[assignment]  # not one prompt: several
         params = _one_each(sampling_params, len(several))
         sessions = self._start(several, params)
-        by_id = {session.request.id: session for session in sessions}
-        unfinished = len(sessions)
-        with tqdm(total=unfinished, desc="answers", disable=not use_tqdm, file=sys.stderr, leave=False) as bar:
-            while unfinished:
-                for update in self.engine.step():
-                    session = by_id.get(update.request.id)
-                    if session is not None and update.finish_reason is not None:
-                        unfinished -= 1
-                        bar.update()
-        return [session.complete() for session in sessions]
+        running = sessions
+        with tqdm(total=len(sessions), desc="answers", disable=not use_tqdm, file=sys.stderr, leave=False) as bar:
+            while running:
+                self.engine.step()
+                unfinished = [session for session in running if session.request.finish_reason is None]
+                bar.update(len(running) - len(unfinished))
+                running = unfinished
+        return [output for session in sessions if (output := session.poll()) is not None]
 
     def chat(
         self,
@@ -106,14 +100,19 @@ class LLM:
     def stream(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> Iterator[RequestOutput]:
         """Answer one prompt, token by token; each output holds the answer so far.
 
-        Leaving the iterator early aborts the request.
+        Leaving the iterator early aborts the request. Other calls may run between two outputs: the engine then works on
+        all of their requests.
         """
         [session] = self._start([prompt], [sampling_params or SamplingParams()])
         try:
-            while session.request.finish_reason is None:
-                for update in self.engine.step():
-                    if update.request is session.request:
-                        yield session.update(update)
+            finished = False
+            while not finished:
+                output = session.poll()
+                if output is None:
+                    self.engine.step()
+                else:
+                    yield output
+                    finished = output.finished
         finally:
             self.engine.abort(session.request.id)
 

@@ -87,12 +87,28 @@ def _generate(arguments: argparse.Namespace) -> int:
     llm, params = _start(arguments)
     if len(prompts) == 1 and not arguments.no_stream:
         _print_stream(llm.stream(prompts[0], params))
+        _log_steps(llm)
         return 0
     for prompt, output in zip(prompts, llm.generate(prompts, params, use_tqdm=_progress()), strict=True):
         if len(prompts) > 1:
             print(f"=== {prompt!r}")
         print(output.outputs[0].text)
+    _log_steps(llm)
     return 0
+
+
+def _log_steps(llm: LLM) -> None:
+    """With -v: how many steps ran in a graph, why others did not, and how much was padding."""
+    statistics = llm.engine.runner.pool.statistics
+    eager = {f"{kind} ({reason})": n for (kind, reason), n in statistics.steps.items() if reason is not None}
+    logger.info(
+        "%d of %d steps ran in a graph%s; %d tokens computed, %d more were padding",
+        statistics.num_steps - statistics.num_eager_steps,
+        statistics.num_steps,
+        "".join(f", {n} {what} eagerly" for what, n in eager.items()),
+        statistics.real_tokens,
+        statistics.padding_tokens,
+    )
 
 
 def _chat(arguments: argparse.Namespace) -> int:

@@ -18,7 +18,7 @@ from typing import Any
 from stepgraph.bench.report import machine, table
 from stepgraph.config import EngineConfig
 from stepgraph.engine.engine import Engine
-from stepgraph.engine.prompts import render_chat, tokenize
+from stepgraph.engine.prompts import render_chat
 from stepgraph.engine.request import Request, RequestUpdate
 from stepgraph.engine.sampling_params import SamplingParams
 from stepgraph.engine.session import Session
@@ -106,9 +106,9 @@ def main(settings: dict[str, Any], *, progress: bool) -> int:
 
 def _tokenize(engine: Engine) -> dict[str, list[int]]:
     """Token ids of each arrival, as one chat turn."""
-    tokenizer = engine.source.tokenizer()
+    tokenizer = engine.tokenizer
     return {
-        arrival.name: tokenize(render_chat([{"role": "user", "content": arrival.text}], tokenizer), tokenizer)[1]
+        arrival.name: render_chat([{"role": "user", "content": arrival.text}], tokenizer)["prompt_token_ids"]
         for arrival in ARRIVALS
     }
 

@@ -166,3 +166,14 @@ def test_the_package_offers_its_faces_by_name() -> None:
         assert getattr(stepgraph, name) is not None
     with pytest.raises(AttributeError, match="has no attribute 'LMM'"):
         _ = stepgraph.LMM
+
+
+def test_a_stream_loses_nothing_to_calls_made_between_its_outputs(llm) -> None:
+    params = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
+    [alone] = llm.generate([[5, 6, 7]], params, use_tqdm=False)
+    stream = llm.stream([5, 6, 7], params)
+    outputs = [next(stream)]
+    llm.generate([[8, 9]], SamplingParams(temperature=0, max_tokens=5, ignore_eos=True), use_tqdm=False)
+    outputs += stream
+    assert outputs[-1].outputs[0].token_ids == alone.outputs[0].token_ids
+    assert outputs[-1].finished

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiny import drain
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from stepgraph.config import EngineConfig
@@ -58,8 +59,7 @@ def assert_identical(engine: Engine, answers) -> None:
     """Run the prompts of `answers` together and hold what they get against the reference."""
     params = SamplingParams(temperature=0, max_tokens=NUM_TOKENS, ignore_eos=True)
     requests = [engine.add_request(f"{i}", answer["prompt"], params) for i, answer in enumerate(answers)]
-    while engine.has_work:
-        engine.step()
+    drain(engine)
     for request, answer in zip(requests, answers, strict=True):
         assert request.output_token_ids == answer["tokens"], (answer["kind"], len(answer["prompt"]), answer["margin"])
 

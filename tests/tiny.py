@@ -52,3 +52,12 @@ def save_tiny_model(folder: Path, *, num_layers: int = 2) -> str:
             parameter.normal_(1.0 if "norm" in name else 0.0, 0.3)
     model.save_pretrained(folder)
     return str(folder)
+
+
+def drain(engine) -> None:
+    """Step until every request has ended, which must happen."""
+    for _ in range(5000):
+        if not engine.has_work:
+            return
+        engine.step()
+    raise AssertionError("the requests never end")

@@ -19,6 +19,7 @@ from stepgraph.bench.roofline import Limits, measure_limits, step_cost
 from stepgraph.config import EngineConfig, add_flags, settings_from_flags
 from stepgraph.engine.engine import Engine
 from stepgraph.engine.sampling_params import SamplingParams
+from stepgraph.errors import ConfigError
 from stepgraph.graph.base import Graph
 from stepgraph.graph.eager import EagerGraph
 from stepgraph.ops import slot_line
@@ -118,11 +119,15 @@ def add_parser(commands: Any) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Run the benchmark; returns the exit code."""
+    if arguments.repeats < 1:
+        raise ConfigError(f"repeats={arguments.repeats} must be 1 or more")
     config = EngineConfig.from_settings(**settings_from_flags(arguments))
     engine = Engine(config, progress=sys.stderr.isatty())
     limits = measure_limits(engine.platform, engine.dtype)
-    cases = [c for c in CASES if _fits(c, engine) and (not arguments.cases or arguments.cases in c.name)]
-    skipped = [c.name for c in CASES if not _fits(c, engine)]
+    cases = [
+        c for c in CASES if _fits(c, engine, arguments.repeats) and (not arguments.cases or arguments.cases in c.name)
+    ]
+    skipped = [c.name for c in CASES if not _fits(c, engine, arguments.repeats)]
     measured = [
         measure(engine, case, limits, arguments.repeats)
         for case in tqdm(cases, desc="measuring", file=sys.stderr, leave=False, disable=not sys.stderr.isatty())
@@ -144,7 +149,9 @@ def run(arguments: argparse.Namespace) -> int:
         print(table(("kernel", "calls", "us", "us each"), [k.cells() for k in longest]))
     print(f"\n{len(records)} graphs captured in {capture_s:.2f} s, {pool_mib:.0f} MiB")
     if skipped:
-        print(f"left out, larger than max_num_seqs or max_num_batched_tokens or max_model_len: {', '.join(skipped)}")
+        print(
+            f"left out, larger than max_num_seqs, max_num_batched_tokens, max_model_len or the KV cache: {', '.join(skipped)}"
+        )
     if arguments.json:
         write_json(
             arguments.json,
@@ -255,14 +262,16 @@ def _time_interleaved(
 
 def _time_engine(engine: Engine, case: Case, repeats: int) -> tuple[float, float | None]:
     """Median ms per step and host µs per step of the case, with real requests through scheduler and runner."""
-    endless = SamplingParams(temperature=0, max_tokens=None, ignore_eos=True)
+    endless = SamplingParams(temperature=0, max_tokens=_steps_needed(repeats, case.num_decodes), ignore_eos=True)
     one = SamplingParams(temperature=0, max_tokens=1, ignore_eos=True)
     vocab = engine.source.config.vocab_size
     decoding = [f"decode-{i}" for i in range(case.num_decodes)]
+    decoding_requests = []
     for i, name in enumerate(decoding):
-        engine.add_request(name, [(i * 7 + j) % vocab for j in range(_CONTEXT)], endless)
-    while any(not r.output_token_ids for r in engine.scheduler.running()):
+        decoding_requests.append(engine.add_request(name, [(i * 7 + j) % vocab for j in range(_CONTEXT)], endless))
+    while any(not r.output_token_ids for r in decoding_requests):
         engine.step()
+    assert engine.scheduler.num_running == case.num_decodes, (engine.scheduler.num_running, case)
     step_ms, host_us = [], []
     for turn in range(repeats + 3):
         steps, seconds = engine.host_time.steps, engine.host_time.seconds
@@ -283,12 +292,20 @@ def _time_engine(engine: Engine, case: Case, repeats: int) -> tuple[float, float
     return median(step_ms), median(host_us) if engine.platform.run_ahead else None
 
 
-def _fits(case: Case, engine: Engine) -> bool:
-    scheduler = engine.config.scheduler
+def _steps_needed(repeats: int, num_decodes: int) -> int:
+    """Tokens a decoding request must be able to give while the others start and all runs are timed."""
+    return 4 * (repeats + 3) + 2 * num_decodes
+
+
+def _fits(case: Case, engine: Engine, repeats: int) -> bool:
+    scheduler, block_size = engine.config.scheduler, engine.runner.block_size
+    longest = _CONTEXT + _steps_needed(repeats, case.num_decodes)
+    tokens = [longest] * case.num_decodes + [n + 1 for n in case.prompts]
     return (
-        len(case.rows) <= scheduler.max_num_seqs
+        sum(-(-n // block_size) for n in tokens) < engine.runner.num_kv_blocks
+        and len(case.rows) <= scheduler.max_num_seqs
         and sum(n for n, _ in case.rows) <= engine.runner.pool.max_tokens
-        and max(kv_len for _, kv_len in case.rows) < engine.max_model_len
+        and max(tokens) <= engine.max_model_len
     )
 
 

@@ -150,7 +150,7 @@ class Engine:
             self._failure = error
             if isinstance(error, StepgraphError) or not isinstance(error, Exception):
                 raise
-            raise EngineDeadError(f"the engine stopped: {error}") from error
+            raise EngineDeadError(f"the engine stopped on an error: {error}") from error
 
     def _step(self) -> list[RequestUpdate]:
         started = time.perf_counter()

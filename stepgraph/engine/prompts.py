@@ -37,8 +37,10 @@ def tokenize(prompt: Prompt, tokenizer: PreTrainedTokenizerFast | None) -> tuple
     raise RequestError(f"a prompt is text or a list of token ids, not {type(prompt).__name__}")
 
 
-def render_chat(messages: Sequence[Message], tokenizer: PreTrainedTokenizerFast | None) -> str:
-    """The text of a conversation, up to where the assistant's answer starts.
+def render_chat(messages: Sequence[Message], tokenizer: PreTrainedTokenizerFast | None) -> dict[str, Any]:
+    """The prompt of a conversation, text and token ids, up to where the assistant's answer starts.
+
+    The template writes the special tokens itself, so the tokenizer must not add its own.
 
     Raises:
         RequestError: the messages do not fit the model's chat template, or it has none.
@@ -47,9 +49,10 @@ def render_chat(messages: Sequence[Message], tokenizer: PreTrainedTokenizerFast 
     if not tokenizer.chat_template:
         raise RequestError("this model has no chat template; use generate with the whole prompt as text")
     try:
-        return str(tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True))
+        text = str(tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True))
     except Exception as error:
         raise RequestError(f"the messages do not fit the model's chat template: {error}") from error
+    return {"prompt": text, "prompt_token_ids": tokenizer.encode(text, add_special_tokens=False)}
 
 
 def require_tokenizer(tokenizer: PreTrainedTokenizerFast | None) -> PreTrainedTokenizerFast:

@@ -23,6 +23,9 @@ _NOT_YET: dict[str, Any] = {
     "allowed_token_ids": None,
     "logprobs": None,
     "prompt_logprobs": None,
+    "structured_outputs": None,
+    "guided_decoding": None,
+    "include_stop_str_in_output": False,
 }
 """Fields that other engines have and this one refuses; each with the value that asks for nothing."""
 
@@ -56,6 +59,9 @@ class SamplingParams:
     allowed_token_ids: list[int] | None = None
     logprobs: int | None = None
     prompt_logprobs: int | None = None
+    structured_outputs: object = None
+    guided_decoding: object = None
+    include_stop_str_in_output: bool = False
 
     def __post_init__(self) -> None:
         for f in fields(self):
@@ -68,6 +74,8 @@ class SamplingParams:
             object.__setattr__(self, "top_k", 0)
         number = (int, float)
         self._require("temperature", _within(self.temperature, number, 0, 100), "between 0 (greedy) and 100")
+        if self.temperature < 1e-5:  # logits divided by it would overflow; the limit is greedy
+            object.__setattr__(self, "temperature", 0.0)
         self._require("top_p", _within(self.top_p, number, 0, 1) and self.top_p > 0, "above 0 and at most 1")
         self._require("top_k", _within(self.top_k, int, 0, 2**31 - 1), "0 or -1 (all tokens), or a positive count")
         self._require(

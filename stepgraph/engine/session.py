@@ -15,13 +15,14 @@ if TYPE_CHECKING:
 class Session:
     """Joins a request with its prompt's text and the text of its answer so far.
 
-    Either call `update` for each of its updates, or `complete` once at the end.
+    Either give it each of the request's updates, or `poll` it from the engine's thread.
     """
 
     def __init__(self, request: Request, prompt: str | None, tokenizer: PreTrainedTokenizerFast | None):
         self.request = request
         self._prompt = prompt
         self._token_ids: list[int] = []
+        self._ended = False
         self._detokenizer = (
             Detokenizer(tokenizer, skip_special_tokens=request.params.skip_special_tokens)
             if tokenizer is not None and request.params.detokenize
@@ -31,16 +32,20 @@ class Session:
     def update(self, update: RequestUpdate) -> RequestOutput:
         """Take in new tokens; returns the answer so far."""
         self._token_ids.extend(update.new_token_ids)
+        self._ended = update.finish_reason is not None
         if self._detokenizer is not None:
             self._detokenizer.append(update.new_token_ids)
             if update.finish_reason is not None:
                 self._detokenizer.finish()
         return self._output(self._detokenizer.text if self._detokenizer else "", update.finish_reason)
 
-    def complete(self) -> RequestOutput:
-        """The whole answer of a finished request."""
+    def poll(self) -> RequestOutput | None:
+        """The answer so far, if it has grown or ended since the last call."""
         request = self.request
-        return self.update(RequestUpdate(request, tuple(request.output_token_ids), request.finish_reason))
+        new = tuple(request.output_token_ids[len(self._token_ids) :])
+        if self._ended or (not new and request.finish_reason is None):
+            return None
+        return self.update(RequestUpdate(request, new, request.finish_reason))
 
     def _output(self, text: str, finish_reason: str | None) -> RequestOutput:
         stop = self.request.stop_token if finish_reason is not None else None

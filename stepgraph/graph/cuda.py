@@ -13,7 +13,7 @@ from typing import Generic
 
 import torch
 
-from stepgraph.errors import CaptureError
+from stepgraph.errors import CaptureError, ConfigError
 from stepgraph.graph.base import Output
 
 
@@ -50,9 +50,14 @@ class CudaBackend:
             graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
             try:
                 output = program()
-            except RuntimeError as error:
+            except (RuntimeError, torch.OutOfMemoryError) as error:
                 with contextlib.suppress(RuntimeError):  # the failed capture must be ended before anything else can run
                     graph.capture_end()
+                if isinstance(error, torch.OutOfMemoryError):
+                    raise ConfigError(
+                        f"the device's memory is too small to capture the step ({error}); lower gpu_memory_utilization, "
+                        "max_num_batched_tokens or max_num_seqs"
+                    ) from error
                 raise CaptureError(
                     f"the step cannot be captured as a CUDA graph: {str(error).splitlines()[0]}; something in the program "
                     "waits for the device or reads a value from it"

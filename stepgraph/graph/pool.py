@@ -130,6 +130,8 @@ class GraphPool(Generic[Output]):
         self._entries: dict[StepShape, _Entry[Output]] = {}
         self._eager: dict[StepShape, Graph[Output]] = {}
         self._over_budget: set[StepShape] = set()
+        # CUDA forgets a memory pool with its last graph, and cannot capture into it again: one graph over the budget is kept.
+        self._keeper: Graph[Output] | None = None
 
     @property
     def max_tokens(self) -> int:
@@ -233,6 +235,7 @@ class GraphPool(Generic[Output]):
         record = GraphRecord(shape, elapsed_ms, max(0, self._used_memory_bytes() - before))
         if budget is not None and self.bytes + record.bytes > budget * 2**20:
             self._over_budget.add(shape)
+            self._keeper = self._keeper or graph
             return None
         entry = self._entries[shape] = _Entry(graph, record)
         logger.debug("captured %s in %.1f ms, %d bytes", shape, elapsed_ms, record.bytes)

@@ -38,7 +38,7 @@ class Platform(Protocol):
         """Memory of the device."""
 
     def used_memory_bytes(self) -> int:
-        """Memory this process holds on the device, the driver's share for captured graphs included."""
+        """Memory in use on the device, by anyone, the driver's share for captured graphs included; differences are ours."""
 
     def host_buffer(self, *size: int) -> Tensor:
         """Zeroed int32 host memory that the device can read and write."""

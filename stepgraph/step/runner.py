@@ -142,7 +142,7 @@ class StepRunner:
         finally:
             self.platform.synchronize()
             self.state.lines.zero_()
-            self.state.counter.fill_(self._launched)
+            self.state.counter.fill_(self._launched % RING_DEPTH)
             self._loaded = None
 
     def create_program(self, shape: StepShape) -> StepProgram:
@@ -181,20 +181,26 @@ def _allocate_kv(
     block_bytes = 2 * model.num_layers * block_size * model.num_kv_heads * model.head_dim * dtype.itemsize
     blocks_per_request = -(-max_model_len // block_size)
     num_blocks = config.cache.num_kv_blocks
+    used = platform.total_memory_bytes() - platform.free_memory_bytes()
     if num_blocks is None:
         if platform.device.type == "cpu":
-            budget = max(_CPU_CACHE_BYTES, blocks_per_request * block_bytes)
+            budget = max(_CPU_CACHE_BYTES, (blocks_per_request + 1) * block_bytes)  # and the null block
         else:
-            used = platform.total_memory_bytes() - platform.free_memory_bytes()
             budget = int(platform.total_memory_bytes() * config.cache.gpu_memory_utilization) - used
             budget -= _MEMORY_RESERVE_BYTES
         num_blocks = min(budget // block_bytes, max_num_seqs * blocks_per_request + 1)
     needed = num_blocks * block_bytes
     free = platform.free_memory_bytes()
-    if num_blocks < 2 or needed > free:
+    if num_blocks < 2 and config.cache.num_kv_blocks is None:
         raise ConfigError(
-            f"the KV cache needs {max(needed, 2 * block_bytes) / 2**30:.2f} GiB and {free / 2**30:.2f} GiB are free; lower "
-            "num_kv_blocks or raise gpu_memory_utilization"
+            f"no memory is left for the KV cache: {used / 2**30:.2f} GiB of {platform.total_memory_bytes() / 2**30:.2f} are in "
+            f"use, {_MEMORY_RESERVE_BYTES / 2**30:.0f} GiB are kept for activations and graphs, and gpu_memory_utilization is "
+            f"{config.cache.gpu_memory_utilization}; free memory on the device, or set num_kv_blocks"
+        )
+    if needed > free:
+        raise ConfigError(
+            f"the KV cache needs {needed / 2**30:.2f} GiB and {free / 2**30:.2f} GiB are free; lower num_kv_blocks, "
+            "max_model_len or gpu_memory_utilization"
         )
     shape = (num_blocks, block_size, model.num_kv_heads, model.head_dim)
     logger.info(
@@ -204,6 +210,12 @@ def _allocate_kv(
         needed / 2**30,
         (num_blocks - 1) * block_size,
     )
+    if num_blocks <= blocks_per_request:
+        logger.warning(
+            "the KV cache holds %d tokens, less than one request of max_model_len=%d; longer requests will be refused",
+            (num_blocks - 1) * block_size,
+            max_model_len,
+        )
     return tuple(
         (
             torch.zeros(shape, dtype=dtype, device=platform.device),

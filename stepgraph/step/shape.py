@@ -31,9 +31,9 @@ class StepShape:
 
 
 def token_sizes(max_tokens: int) -> Iterator[int]:
-    """Token counts to capture: four per doubling from 16 up, so padding stays below a quarter; `max_tokens` last.
+    """Token counts to capture: four per doubling from 32 up, where padding stays below a fifth; `max_tokens` last.
 
-    Below 16 tokens a step costs about the same whatever its size, so powers of two do.
+    Smaller steps cost about the same whatever their size, so powers of two, and 24, do.
     """
     size = 1
     while size < max_tokens:

@@ -35,7 +35,7 @@ class SlotState:
         self.tokens = zeros(slots, max_model_len)  # token history
         self.block_table = zeros(slots, -(-max_model_len // block_size))
         self.plan = zeros(max_shape.plan_length(block_size))
-        self.counter = zeros(1)  # steps committed
+        self.counter = zeros(1)  # steps committed, modulo RING_DEPTH
         self.ring = platform.host_buffer(RING_DEPTH, max_shape.num_rows, slot_line.OUTPUT_WIDTH)
         self._platform = platform
 

@@ -5,7 +5,7 @@ import itertools
 from contextlib import aclosing
 
 import pytest
-from tiny import TINY_SETTINGS, VOCAB_SIZE
+from tiny import TINY_SETTINGS, VOCAB_SIZE, drain
 
 from stepgraph.config import EngineConfig
 from stepgraph.engine.async_engine import AsyncEngine
@@ -58,8 +58,7 @@ def test_concurrent_callers_get_what_each_gets_alone(engine, create_engine) -> N
     alone = create_engine()
     for prompt, tokens in zip(PROMPTS, found, strict=True):
         request = alone.add_request("r", prompt, GREEDY)
-        while alone.has_work:
-            alone.step()
+        drain(alone)
         assert tuple(request.output_token_ids) == tokens
     assert max(record.num_rows for record in engine.engine.runner.pool.statistics.recent) > 1  # they did run together
 

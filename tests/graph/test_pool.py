@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from tiny import drain
 
 from stepgraph.config import GraphConfig
 from stepgraph.engine.sampling_params import SamplingParams
@@ -247,22 +248,23 @@ def test_every_step_is_counted_and_every_eager_one_has_a_reason(steps, budget, o
 # With the tiny model, whose graphs run.
 
 
-def test_a_graph_captured_in_the_middle_of_a_generation_does_not_change_its_tokens(create_engine) -> None:
-    """The second request's prompt needs a shape that is captured while the first request is decoding."""
+@pytest.mark.parametrize("how", ["for a new prompt", "all, between two equal steps"])
+def test_graphs_captured_in_the_middle_of_a_generation_do_not_change_its_tokens(create_engine, how) -> None:
     params = SamplingParams(temperature=0, max_tokens=24, ignore_eos=True)
-    engine = create_engine(capture="lazy")
+    engine = create_engine(capture="lazy", block_size=64)
     alone = engine.add_request("alone", range(5, 12), params)
-    while engine.has_work:
-        engine.step()
+    drain(engine)
 
-    engine = create_engine(capture="lazy")
+    engine = create_engine(capture="lazy", block_size=64)
     request = engine.add_request("first", range(5, 12), params)
     for _ in range(6):
         engine.step()
     assert len(engine.runner.pool.records()) == 1
-    engine.add_request("second", range(100, 140), params)
-    while engine.has_work:
-        engine.step()
+    if how == "for a new prompt":
+        engine.add_request("second", range(100, 140), params)
+    else:
+        engine.runner.pool.capture_all(progress=False)
+    drain(engine)
     assert len(engine.runner.pool.records()) == 2
     assert request.output_token_ids == alone.output_token_ids
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny import TINY_SETTINGS
+from tiny import TINY_SETTINGS, drain
 
 from stepgraph import ops
 from stepgraph.config import EngineConfig
@@ -94,8 +94,7 @@ def test_the_check_leaves_an_engine_that_answers_as_before(create_engine) -> Non
     def answer() -> list[int]:
         params = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
         request = engine.add_request("r", range(30), params)
-        while engine.has_work:
-            engine.step()
+        drain(engine)
         return request.output_token_ids
 
     before = answer()

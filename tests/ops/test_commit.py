@@ -78,7 +78,7 @@ def _expected(case: Case) -> Case:
                     after.lines[slot, line.ACTIVE] = 0
         report = torch.tensor([slot, before[line.GENERATION], token, finish], dtype=torch.int32)
         after.ring[step % DEPTH, row] = report
-    after.counter.add_(1)
+    after.counter.add_(1).remainder_(after.ring.shape[0])
     return after
 
 

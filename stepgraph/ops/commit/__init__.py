@@ -35,7 +35,7 @@ def commit(
     Args:
         lines: [slots, LINE_WIDTH] int32; updated.
         tokens: [slots, max_model_len] int32; updated.
-        counter: [1] int32, steps committed so far; incremented.
+        counter: [1] int32, steps committed so far, modulo `depth`; incremented.
         ring: [depth, max rows, OUTPUT_WIDTH] int32; entry ``counter % depth`` receives (slot, generation, token or
             NO_TOKEN, finish code) for each of the R rows. On CUDA this is pinned host memory.
         row_slot, kv_len: [R] int32.

@@ -42,4 +42,6 @@ def commit(
     token_R = torch.where(emits_R, sampled, line.NO_TOKEN)
     report_1RO = torch.stack((row_slot, lines_RL[:, line.GENERATION], token_R, finish_R), dim=1).unsqueeze(0)
     ring[:, :num_rows].index_copy_(0, (counter % ring.shape[0]).long(), report_1RO)
-    counter.copy_(counter + 1)  # not add_(1): an in-place call on nothing but constants is run, not only traced
+    counter.copy_(
+        (counter + 1) % ring.shape[0]
+    )  # not add_(1): an in-place call on nothing but constants is run, not only traced

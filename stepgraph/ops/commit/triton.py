@@ -74,7 +74,7 @@ def _commit_kernel(
     tl.store(output_R + 1, generation_R, mask=inside_R)
     tl.store(output_R + 2, tl.where(emits_R, sampled_R, _NO_TOKEN), mask=inside_R)
     tl.store(output_R + 3, finish_R, mask=inside_R)
-    tl.store(counter_ptr, step + 1)
+    tl.store(counter_ptr, (step + 1) % DEPTH)
 
 
 def commit(
