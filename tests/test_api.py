@@ -142,6 +142,27 @@ def test_a_stream_left_early_ends_its_request(llm) -> None:
     assert not llm.engine.has_work or llm.engine.scheduler.num_running == 0
 
 
+def test_streams_and_calls_that_take_turns_get_all_their_tokens(llm) -> None:
+    """Each turn steps the engine for everybody."""
+    expected = [list(llm.stream(prompt, GREEDY))[-1].outputs for prompt in ("Hello", "World")]
+    first, second = llm.stream("Hello", GREEDY), llm.stream("World", GREEDY)
+    last = {}
+    for _ in range(3):
+        last["first"], last["second"] = next(first), next(second)
+    [between] = generate(llm, "Hello", GREEDY)
+    for output in first:
+        last["first"] = output
+    for output in second:
+        last["second"] = output
+    assert [last["first"].outputs, last["second"].outputs, between.outputs] == [*expected, expected[0]]
+
+
+def test_an_empty_text_is_refused_and_not_taken_for_no_prompt(llm) -> None:
+    for empty in ("", [""], {"prompt": ""}, {"prompt_token_ids": []}, [[]]):
+        with pytest.raises(RequestError, match="the prompt is empty"):
+            generate(llm, empty)
+
+
 def test_settings_reach_the_engine_and_wrong_ones_are_refused(tiny_model) -> None:
     with pytest.raises(ConfigError, match="unknown setting 'max_num_sequences'"):
         LLM(tiny_model, max_num_sequences=8)
