@@ -2,6 +2,8 @@
 
 import os
 
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # where cores are shared, waiting threads that spin cost minutes
+
 import torch
 
 if not torch.cuda.is_available():
@@ -17,7 +19,6 @@ from stepgraph.models.source import ModelSource, packaged_file, resolve
 
 settings.register_profile("stepgraph", deadline=None)  # no test asserts a time
 settings.load_profile("stepgraph")
-DEFAULT_THREADS = torch.get_num_threads()
 
 if not torch.cuda.is_available():
     from triton.runtime import interpreter
@@ -63,9 +64,3 @@ def create_engine(tiny_model, device):
         )
 
     return create
-
-
-@pytest.fixture(autouse=True)
-def threads(request) -> None:
-    """One thread but for the embedded model: tiny tensors gain nothing from two, and wait long where cores are shared."""
-    torch.set_num_threads(DEFAULT_THREADS if "smollm2" in request.fixturenames else 1)

@@ -1,6 +1,7 @@
 """LLM: prompts in every form, results shaped as vLLM's."""
 
 import itertools
+import shutil
 
 import pytest
 from tiny import MAX_MODEL_LEN, TINY_SETTINGS
@@ -172,9 +173,9 @@ def test_settings_reach_the_engine_and_wrong_ones_are_refused(tiny_model) -> Non
         LLM(tiny_model + "/nowhere")
 
 
-def test_a_model_without_a_tokenizer_takes_token_ids_only(device) -> None:
-    settings = {**TINY_SETTINGS, "load_format": "dummy", "max_model_len": 64, "num_kv_blocks": 9}
-    llm = LLM("qwen3-0.6b", progress=False, device=device, **settings)
+def test_a_model_without_a_tokenizer_takes_token_ids_only(tiny_model, tmp_path, device) -> None:
+    shutil.copy(f"{tiny_model}/config.json", tmp_path)
+    llm = LLM(str(tmp_path), progress=False, device=device, load_format="dummy", **TINY_SETTINGS)
     assert llm.tokenizer is None
     [output] = generate(llm, [1, 2, 3], SamplingParams(temperature=0, max_tokens=2))
     assert (len(output.outputs[0].token_ids), output.outputs[0].text) == (2, "")
