@@ -13,7 +13,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
@@ -208,24 +208,10 @@ def _config(arguments: argparse.Namespace) -> EngineConfig:
 
 def _shapes(config: EngineConfig) -> list[StepShape]:
     """The shapes a pool of these settings may capture; they depend on no model, so none is loaded."""
-    from stepgraph.graph import create_backend
-    from stepgraph.graph.pool import GraphPool
+    from stepgraph.graph.pool import capturable_shapes
 
-    def never(_: object) -> None:
-        raise AssertionError("this pool captures nothing")
-
-    pool: GraphPool[None] = GraphPool(
-        config.graph,
-        create_backend("eager"),
-        lambda shape: lambda: never(shape),
-        nullcontext,
-        never,
-        lambda: 0,
-        max_tokens=config.scheduler.max_num_batched_tokens,
-        max_rows=config.scheduler.max_num_seqs,
-        lazy=True,
-    )
-    return pool.shapes()
+    scheduler = config.scheduler
+    return capturable_shapes(config.graph, max_tokens=scheduler.max_num_batched_tokens, max_rows=scheduler.max_num_seqs)
 
 
 def _progress() -> bool:

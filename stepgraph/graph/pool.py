@@ -149,9 +149,7 @@ class GraphPool(Generic[Output]):
 
     def shapes(self) -> list[StepShape]:
         """All shapes that may be captured, largest first."""
-        return sorted(
-            (StepShape(tokens, rows) for tokens in self._token_sizes for rows in self._row_sizes[tokens]), reverse=True
-        )
+        return _shapes(self._token_sizes, self._row_sizes)
 
     def records(self) -> list[GraphRecord]:
         """Captured graphs, smallest first."""
@@ -245,6 +243,15 @@ class GraphPool(Generic[Output]):
         """The smallest captured graph that holds `shape`."""
         fitting = [s for s in self._entries if s.num_tokens >= shape.num_tokens and s.num_rows >= shape.num_rows]
         return self._entries[min(fitting)] if fitting else None
+
+
+def capturable_shapes(config: GraphConfig, *, max_tokens: int, max_rows: int) -> list[StepShape]:
+    """The shapes a pool of these settings may capture, largest first; ConfigError as for the pool."""
+    return _shapes(*_ladder(config, max_tokens, max_rows))
+
+
+def _shapes(token_sizes: list[int], row_sizes: dict[int, list[int]]) -> list[StepShape]:
+    return sorted((StepShape(tokens, rows) for tokens in token_sizes for rows in row_sizes[tokens]), reverse=True)
 
 
 def _ladder(config: GraphConfig, max_tokens: int, max_rows: int) -> tuple[list[int], dict[int, list[int]]]:
