@@ -5,16 +5,27 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
+from typing import NamedTuple
 
 from stepgraph.engine.sampling_params import SamplingParams
 
 
 class FinishReason(StrEnum):
-    """Why a request ended, in the words of the OpenAI API (`abort` is ours)."""
+    """Why a request ended, in the words of the OpenAI API (`abort` and `error` are ours)."""
 
-    STOP = "stop"  # a stop token
+    STOP = "stop"  # a stop token or stop string
     LENGTH = "length"  # max_tokens or the end of the context
     ABORT = "abort"
+    ERROR = "error"  # see `Request.error`
+
+
+class TokenLogprobs(NamedTuple):
+    """Log-probabilities at one position, of the model's raw logits."""
+
+    token: int
+    logprob: float
+    rank: int  # 1 is the most likely token
+    top: tuple[tuple[int, float], ...]  # (token, log-probability), most likely first
 
 
 @dataclass
@@ -29,9 +40,17 @@ class Request:
     """Tokens of prompt and answer at which it ends."""
     seed: int
     output_token_ids: list[int] = field(default_factory=list)
+    output_logprobs: list[TokenLogprobs] = field(default_factory=list)
+    """One per output token if `params.logprobs` is set, else empty."""
+    prompt_logprobs: list[TokenLogprobs | None] = field(default_factory=list)
+    """If `params.prompt_logprobs` is set: None for the first prompt token, then one per further prompt token."""
+    num_cached_tokens: int = 0
+    """Prompt tokens whose keys and values came from the prefix cache."""
     finish_reason: FinishReason | None = None
     stop_token: int | None = None
     """The stop token it ended on, also the last of `output_token_ids`."""
+    error: str | None = None
+    """What went wrong, if it ended with `FinishReason.ERROR`."""
 
     slot: int | None = None
     """Index of its device-side state while it runs."""

@@ -14,17 +14,44 @@ TEMPERATURE = 6  # float32 bits; 0 means greedy
 TOP_P = 7  # float32 bits; 1 keeps all
 SEED_LOW = 8  # low 32 bits of the request's seed
 SEED_HIGH = 9  # high 32 bits
-STOP_TOKENS = 16
+MIN_P = 10  # float32 bits; keep tokens at least this share of the most likely one's probability
+# Only graphs of an extended variant read the columns from here on, see `stepgraph.step.shape.Variant`.
+REPETITION_PENALTY = 11  # float32 bits; 0 and 1 change nothing
+PRESENCE_PENALTY = 12  # float32 bits
+FREQUENCY_PENALTY = 13  # float32 bits
+PROMPT_LENGTH = 14  # tokens of the user's prompt; what follows in the history was sampled
+MIN_LENGTH = 15  # no stop token can be sampled while `length` is below this
+NUM_BIASES = 16  # entries of the slot's logit biases in use
+NUM_BAD_WORDS = 17  # entries of the slot's bad words in use
+MASKED = 18  # 1: only tokens whose bit is set in the slot's token mask can be sampled
+NUM_LOGPROBS = 19  # 1 + n: report the sampled token's log-probability and the n highest
+NUM_PROMPT_LOGPROBS = 20  # likewise for each token of the prompt
+ADAPTER = 21  # LoRA adapter; 0 is none
+STOP_TOKENS = 32
 MAX_STOP_TOKENS = 16
 LINE_WIDTH = STOP_TOKENS + MAX_STOP_TOKENS
 
 NULL_SLOT = 0
 NULL_BLOCK = 0
 
+MAX_BIASES = 512
+"""Logit biases of a slot: [slots, MAX_BIASES, 2] int32, token id and float32 bits."""
+MAX_BAD_WORDS = 128
+BAD_WORD_WIDTH = 8
+"""Bad words of a slot: [slots, MAX_BAD_WORDS, BAD_WORD_WIDTH] int32 token ids, right-aligned, -1 before the first."""
+MASK_BITS = 32
+"""Token masks: [slots, 1, ceil(V / MASK_BITS)] int32; bit v % 32 of word v // 32 allows token v."""
+
 OUTPUT_WIDTH = 4
 """Columns of one row of the output ring: slot, generation, token (or NO_TOKEN), finish code."""
 NO_TOKEN = -1
-RUNNING, FINISHED_STOP, FINISHED_LENGTH = 0, 1, 2
+RUNNING, FINISHED_STOP, FINISHED_LENGTH, FINISHED_ERROR = 0, 1, 2, 3
+"""FINISHED_ERROR: no token could be sampled, because all logits were NaN or ruled out."""
+
+MAX_LOGPROBS = 20
+LOGPROB_WIDTH = 2 + 2 * MAX_LOGPROBS
+"""Columns of one line of a log-probability ring: the token's log-probability (float32 bits) and rank (1 is the most likely), then
+MAX_LOGPROBS pairs of token id and log-probability (float32 bits), most likely first."""
 
 ROW_WIDTH = 2
 """Columns of a plan row: slot, query length bound."""

@@ -4,8 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from enum import IntEnum
 
 from stepgraph.ops import slot_line
+
+
+class Variant(IntEnum):
+    """What a step's graph carries beside the plain step. Each level holds the ones before it, so that requests with
+    different settings share a step: it runs at the highest level any of them needs, and the others' tokens are the same."""
+
+    PLAIN = 0  # temperature, top-k, top-p, min-p, stop tokens
+    EXTENDED = 1  # + penalties, biases, bad words, min_tokens, token masks, log-probabilities of sampled tokens
+    PROMPT_LOGPROBS = 2  # + logits and log-probabilities of every token
 
 
 @dataclass(frozen=True, order=True)
@@ -14,6 +24,7 @@ class StepShape:
 
     num_tokens: int
     num_rows: int
+    variant: Variant = Variant.PLAIN
 
     def num_deltas(self, block_size: int) -> int:
         """Most KV blocks a step of this shape can newly need.
@@ -27,7 +38,8 @@ class StepShape:
         return slot_line.ROW_WIDTH * self.num_rows + slot_line.DELTA_WIDTH * self.num_deltas(block_size)
 
     def __str__(self) -> str:
-        return f"{self.num_tokens}x{self.num_rows}"
+        suffix = f" {self.variant.name.lower()}" if self.variant else ""
+        return f"{self.num_tokens}x{self.num_rows}{suffix}"
 
 
 def token_sizes(max_tokens: int) -> Iterator[int]:
