@@ -5,22 +5,34 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
-__all__ = ["LLM", "AsyncEngine", "CompletionOutput", "EngineConfig", "RequestOutput", "SamplingParams", "__version__"]
+__all__ = [
+    "LLM",
+    "AsyncEngine",
+    "CompletionOutput",
+    "EngineConfig",
+    "Logprob",
+    "RequestOutput",
+    "SamplingParams",
+    "StructuredOutputs",
+    "__version__",
+]
 
 if TYPE_CHECKING:
     from stepgraph.api import LLM
     from stepgraph.config import EngineConfig
     from stepgraph.engine.async_engine import AsyncEngine
-    from stepgraph.engine.outputs import CompletionOutput, RequestOutput
-    from stepgraph.engine.sampling_params import SamplingParams
+    from stepgraph.engine.outputs import CompletionOutput, Logprob, RequestOutput
+    from stepgraph.engine.sampling_params import SamplingParams, StructuredOutputs
 
 _HOMES = {
     "LLM": "stepgraph.api",
     "AsyncEngine": "stepgraph.engine.async_engine",
     "CompletionOutput": "stepgraph.engine.outputs",
     "EngineConfig": "stepgraph.config",
+    "Logprob": "stepgraph.engine.outputs",
     "RequestOutput": "stepgraph.engine.outputs",
     "SamplingParams": "stepgraph.engine.sampling_params",
+    "StructuredOutputs": "stepgraph.engine.sampling_params",
 }
 
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from itertools import count
-from typing import Any
+from typing import Any, TypeVar
 
 from tqdm import tqdm
 
@@ -13,9 +14,12 @@ from stepgraph.config import EngineConfig
 from stepgraph.engine.engine import Engine
 from stepgraph.engine.outputs import RequestOutput
 from stepgraph.engine.prompts import Message, Prompt, render_chat, tokenize
+from stepgraph.engine.request import RequestUpdate
 from stepgraph.engine.sampling_params import SamplingParams
 from stepgraph.engine.session import Session
 from stepgraph.errors import RequestError
+
+T = TypeVar("T")
 
 
 class LLM:
@@ -50,16 +54,19 @@ class LLM:
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
         use_tqdm: bool = True,
+        priority: int | Sequence[int] = 0,
     ) -> list[RequestOutput]:
         """Answer prompts, all at once; returns when the last is done.
 
         Args:
-            prompts: one prompt or several; a prompt is text, token ids, or a dict with ``prompt_token_ids``.
+            prompts: one prompt or several; a prompt is text, token ids, or a dict with ``prompt`` or ``prompt_token_ids``, and
+                perhaps ``cache_salt``: only prompts of the same salt share cached prefixes.
             sampling_params: for all prompts, or one for each; default `SamplingParams()`.
             use_tqdm: show a progress bar on stderr.
+            priority: for all prompts, or one for each; lower runs first.
 
         Returns:
-            One `RequestOutput` per prompt, in order.
+            One `RequestOutput` per prompt, in order; a request that failed by itself has finish_reason "error".
 
         Raises:
             RequestError: a prompt or parameter is unusable; nothing has run then.
@@ -70,16 +77,26 @@ class LLM:
             or (len(prompts) > 0 and isinstance(prompts[0], int))
         )
         several: Sequence[Any] = [prompts] if one else prompts  # type: ignore[assignment]  # not one prompt: several
-        params = _one_each(sampling_params, len(several))
-        sessions = self._start(several, params)
-        running = sessions
-        with tqdm(total=len(sessions), desc="answers", disable=not use_tqdm, file=sys.stderr, leave=False) as bar:
-            while running:
-                self.engine.step()
-                unfinished = [session for session in running if session.request.finish_reason is None]
-                bar.update(len(running) - len(unfinished))
-                running = unfinished
-        return [output for session in sessions if (output := session.poll()) is not None]
+        params = _one_each("sampling_params", SamplingParams(), sampling_params, len(several))
+        sessions = self._start(several, params, _one_each("priority", 0, priority, len(several)))
+        owners = {request.id: session for session in sessions for request in session.requests}
+        num_running = len(sessions)
+        try:
+            with tqdm(total=num_running, desc="answers", disable=not use_tqdm, file=sys.stderr, leave=False) as bar:
+                while num_running:
+                    for update in self._step():
+                        session = owners.get(update.request.id)
+                        if session is None or session.finished:
+                            continue
+                        if session.may_stop_early or update.finish_reason is not None:
+                            session.advance()
+                        if session.finished:
+                            num_running -= 1
+                            bar.update()
+        except BaseException:
+            _abort(sessions)
+            raise
+        return [session.output() for session in sessions]
 
     def chat(
         self,
@@ -103,18 +120,16 @@ class LLM:
         Leaving the iterator early aborts the request. Other calls may run between two outputs: the engine then works on
         all of their requests.
         """
-        [session] = self._start([prompt], [sampling_params or SamplingParams()])
+        [session] = self._start([prompt], [sampling_params or SamplingParams()], [0])
         try:
-            finished = False
-            while not finished:
+            while not session.finished:
                 output = session.poll()
                 if output is None:
-                    self.engine.step()
+                    self._step()
                 else:
                     yield output
-                    finished = output.finished
         finally:
-            self.engine.abort(session.request.id)
+            session.abort()
 
     def stream_chat(
         self, messages: Sequence[Message], sampling_params: SamplingParams | None = None
@@ -123,26 +138,39 @@ class LLM:
         prompt = render_chat(messages, self.tokenizer)
         return self.stream(prompt, sampling_params or SamplingParams(max_tokens=None))
 
-    def _start(self, prompts: Sequence[Prompt], params: Sequence[SamplingParams]) -> list[Session]:
+    def _start(
+        self, prompts: Sequence[Prompt], params: Sequence[SamplingParams], priorities: Sequence[int]
+    ) -> list[Session]:
         """Queue all requests, or none."""
         tokenized = [tokenize(prompt, self.tokenizer) for prompt in prompts]
         sessions: list[Session] = []
         try:
-            for (text, token_ids), p in zip(tokenized, params, strict=True):
-                request = self.engine.add_request(next(self._ids), token_ids, p)
-                sessions.append(Session(request, text, self.tokenizer))
-        except RequestError:
-            for session in sessions:
-                self.engine.abort(session.request.id)
+            for prompt, p, priority in zip(tokenized, params, priorities, strict=True):
+                sessions.append(Session.start(self.engine, next(self._ids), prompt, p, priority=priority))
+        except BaseException:
+            _abort(sessions)
             raise
         return sessions
 
+    def _step(self) -> list[RequestUpdate]:
+        """One step of the engine, when it has something to do."""
+        seconds = self.engine.seconds_until_work
+        if seconds is not None:
+            time.sleep(seconds)
+        return self.engine.step()
 
-def _one_each(params: SamplingParams | Sequence[SamplingParams] | None, count: int) -> Sequence[SamplingParams]:
-    if params is None:
-        params = SamplingParams()
-    if isinstance(params, SamplingParams):
-        return [params] * count
-    if len(params) != count:
-        raise RequestError(f"{len(params)} sampling_params for {count} prompts; give one for all or one for each")
-    return params
+
+def _abort(sessions: Sequence[Session]) -> None:
+    for session in sessions:
+        session.abort()
+
+
+def _one_each(what: str, default: T, values: T | Sequence[T] | None, count: int) -> Sequence[T]:
+    """`values`, or one value `count` times."""
+    if values is None:
+        values = default
+    if not isinstance(values, Sequence):
+        return [values] * count
+    if len(values) != count:
+        raise RequestError(f"{len(values)} {what} for {count} prompts; give one for all or one for each")
+    return values

@@ -89,12 +89,21 @@ def _generate(arguments: argparse.Namespace) -> int:
         _print_stream(llm.stream(prompts[0], params))
         _log_steps(llm)
         return 0
-    for prompt, output in zip(prompts, llm.generate(prompts, params, use_tqdm=_progress()), strict=True):
+    outputs = llm.generate(prompts, params, use_tqdm=_progress())
+    for prompt, output in zip(prompts, outputs, strict=True):
         if len(prompts) > 1:
             print(f"=== {prompt!r}")
         print(output.outputs[0].text)
     _log_steps(llm)
+    for output in outputs:
+        _require_answer(output)
     return 0
+
+
+def _require_answer(output: RequestOutput) -> None:
+    error = output.outputs[0].error
+    if error is not None:
+        raise StepgraphError(f"the answer ended early: {error}")
 
 
 def _log_steps(llm: LLM) -> None:
@@ -197,7 +206,12 @@ def _start(arguments: argparse.Namespace) -> tuple[LLM, SamplingParams]:
         temperature=arguments.temperature,
         top_p=arguments.top_p,
         top_k=arguments.top_k,
+        min_p=arguments.min_p,
+        presence_penalty=arguments.presence_penalty,
+        frequency_penalty=arguments.frequency_penalty,
+        repetition_penalty=arguments.repetition_penalty,
         max_tokens=arguments.max_tokens,
+        stop=arguments.stop,
     )
     return LLM(**settings_from_flags(arguments), progress=_progress()), params
 
@@ -226,7 +240,9 @@ def _print_stream(outputs: Iterable[RequestOutput]) -> str:
         whole = output.outputs[0].text
         print(whole[len(text) :], end="", flush=True)
         text = whole
-    print()
+        if output.finished:
+            print()
+            _require_answer(output)
     return text
 
 
@@ -328,3 +344,23 @@ def _add_sampling_flags(parser: argparse.ArgumentParser, *, max_tokens: int | No
         "--top-p", type=float, default=1.0, metavar="N", help="keep the smallest set of this probability (default: 1)"
     )
     group.add_argument("--top-k", type=int, default=0, metavar="N", help="keep the N likeliest; 0 is all (default: 0)")
+    group.add_argument(
+        "--min-p",
+        type=float,
+        default=0.0,
+        metavar="N",
+        help="keep tokens N times as likely as the likeliest (default: 0)",
+    )
+    for name, default_penalty, text in (
+        ("presence", 0.0, "taken from the logits of tokens the answer holds; -2 to 2"),
+        ("frequency", 0.0, "likewise, for each time it holds them; -2 to 2"),
+        ("repetition", 1.0, "above 1 makes tokens of prompt and answer less likely"),
+    ):
+        group.add_argument(
+            f"--{name}-penalty",
+            type=float,
+            default=default_penalty,
+            metavar="N",
+            help=f"{text} (default: {default_penalty:g})",
+        )
+    group.add_argument("--stop", action="append", metavar="TEXT", help="end the answer before TEXT; may be given again")

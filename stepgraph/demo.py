@@ -161,14 +161,16 @@ def _show_answers(engine: Engine, prompts: dict[str, list[int]]) -> None:
             prompt = prompts[arrival.name]
             beginning = textwrap.shorten(arrival.text, 56, placeholder=" …")
             print(f"step {index:>3}  {arrival.name} > {beginning} ({len(prompt)} tokens)", flush=True)
-            sessions[arrival.name] = Session(workload.requests[arrival.name], None, tokenizer)
+            sessions[arrival.name] = Session([workload.requests[arrival.name]], None, tokenizer, abort=engine.abort)
             printers[arrival.name] = LinePrinter(arrival.name)
         updates, record = workload.step()
         if record is not None:
             records.append((index, record))
         for update in updates:
             name = update.request.id
-            output = sessions[name].update(update).outputs[0]
+            answers = sessions[name].update(update)
+            assert answers is not None, "no stop string ends an answer before its request"
+            [output] = answers.outputs
             printers[name].show(output.text, index, complete=output.finished)
             if output.finished:
                 print(f"step {index:>3}  {name}   ({len(output.token_ids)} tokens, ended by {output.finish_reason})")

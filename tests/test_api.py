@@ -199,3 +199,132 @@ def test_a_stream_loses_nothing_to_calls_made_between_its_outputs(llm) -> None:
     outputs += stream
     assert outputs[-1].outputs[0].token_ids == alone.outputs[0].token_ids
     assert outputs[-1].finished
+
+
+def test_several_answers_to_one_prompt_are_those_of_their_seeds_alone(llm) -> None:
+    params = SamplingParams(n=3, seed=5, max_tokens=8, ignore_eos=True)
+    [output, other] = generate(llm, ["Hello", "World"], params)
+    assert [completion.index for completion in output.outputs] == [0, 1, 2]
+    assert output.finished
+    assert {completion.finish_reason for completion in output.outputs} == {"length"}
+    alone = [SamplingParams(seed=seed, max_tokens=8, ignore_eos=True) for seed in (5, 6, 7)]
+    for joined, prompt in ((output, "Hello"), (other, "World")):
+        assert [c.token_ids for c in joined.outputs] == tokens_of(generate(llm, [prompt] * 3, alone))
+    assert len({completion.token_ids for completion in output.outputs}) == 3
+    assert list(llm.stream("Hello", params))[-1].outputs == output.outputs
+    unseeded = generate(llm, "Hello", SamplingParams(n=3, max_tokens=8, ignore_eos=True))[0]
+    assert len({completion.token_ids for completion in unseeded.outputs}) == 3
+
+
+def test_an_answer_stops_at_a_stop_string_and_so_does_its_request(llm) -> None:
+    long = SamplingParams(temperature=0, max_tokens=400, ignore_eos=True)
+    [whole] = generate(llm, "Hello", long)
+    text, tokens = whole.outputs[0].text, whole.outputs[0].token_ids
+    stop = text[20:24]
+    start = text.index(stop)
+    stopping = SamplingParams(temperature=0, max_tokens=400, ignore_eos=True, stop=[stop, "never"])
+    steps = llm.engine.runner.pool.statistics.num_steps
+    [output] = generate(llm, "Hello", stopping)
+    [completion] = output.outputs
+    assert (completion.text, completion.finish_reason, completion.stop_reason) == (text[:start], "stop", stop)
+    assert completion.token_ids == tokens[: len(completion.token_ids)]
+    assert llm.engine.runner.pool.statistics.num_steps - steps < 100
+    assert not llm.engine.scheduler.has_requests
+    streamed = list(llm.stream("Hello", stopping))
+    assert streamed[-1].outputs == output.outputs
+    assert all(text[:start].startswith(partial.outputs[0].text) for partial in streamed)
+    assert not llm.engine.scheduler.has_requests
+
+
+def test_requests_with_and_without_stop_strings_share_a_call(llm) -> None:
+    [alone] = generate(llm, "Hello", GREEDY)
+    stop = alone.outputs[0].text[1:3]
+    params = [GREEDY, SamplingParams(temperature=0, max_tokens=10, ignore_eos=True, stop=stop), GREEDY]
+    outputs = generate(llm, ["Hello"] * 3, params)
+    assert [output.outputs[0].stop_reason for output in outputs] == [None, stop, None]
+    assert tokens_of(outputs)[::2] == tokens_of([alone]) * 2
+
+
+def test_a_call_that_an_exception_ends_leaves_no_request_behind(llm, monkeypatch) -> None:
+    step, calls = llm.engine.step, itertools.count()
+
+    def interrupted_step():
+        if next(calls) == 3:
+            raise KeyboardInterrupt
+        return step()
+
+    with monkeypatch.context() as patched:
+        patched.setattr(llm.engine, "step", interrupted_step)
+        with pytest.raises(KeyboardInterrupt):
+            generate(llm, ["Hello", "World"], SamplingParams(n=2, max_tokens=400, ignore_eos=True))
+    assert not llm.engine.scheduler.has_requests
+    assert len(tokens_of(generate(llm, "Hello", GREEDY))[0]) == 10
+
+
+def test_a_stream_of_several_answers_left_early_ends_them_all(llm) -> None:
+    stream = llm.stream("Hello", SamplingParams(n=3, max_tokens=None, ignore_eos=True))
+    next(stream)
+    assert llm.engine.scheduler.has_requests
+    stream.close()
+    assert not llm.engine.scheduler.has_requests
+
+
+def test_priorities_and_cache_salts_reach_the_engine(llm, monkeypatch) -> None:
+    add_request, seen = llm.engine.add_request, []
+
+    def add(*args, priority, cache_salt):
+        seen.append((priority, cache_salt))
+        return add_request(*args, priority=priority, cache_salt=cache_salt)
+
+    monkeypatch.setattr(llm.engine, "add_request", add)
+    prompts = [{"prompt": "a", "cache_salt": "me"}, {"prompt_token_ids": [1]}, "b"]
+    generate(llm, prompts, GREEDY, priority=[3, 2, 1])
+    generate(llm, prompts, GREEDY, priority=7)
+    assert seen == [(3, "me"), (2, None), (1, None), (7, "me"), (7, None), (7, None)]
+    with pytest.raises(RequestError, match="2 priority for 3 prompts; give one for all or one for each"):
+        generate(llm, prompts, GREEDY, priority=[1, 2])
+    with pytest.raises(RequestError, match="priority=None must be a whole number"):
+        generate(llm, prompts, GREEDY, priority=[1, 2, None])
+    with pytest.raises(RequestError, match="cache_salt=5 must be a text that is not empty, or None"):
+        generate(llm, {"prompt": "a", "cache_salt": 5})
+    assert not llm.engine.scheduler.has_requests
+
+
+def test_a_call_waits_for_work_that_becomes_due_later(llm, monkeypatch) -> None:
+    naps: list[float] = []
+    due = iter([0.25, 0.5])
+    monkeypatch.setattr(type(llm.engine), "seconds_until_work", property(lambda engine: next(due, None)))
+    monkeypatch.setattr("stepgraph.api.time.sleep", naps.append)
+    generate(llm, "Hello", GREEDY)
+    assert naps == [0.25, 0.5]
+
+
+def test_log_probabilities_of_an_answer_are_those_of_the_same_tokens_as_a_prompt(llm) -> None:
+    params = SamplingParams(n=2, seed=3, max_tokens=6, ignore_eos=True, logprobs=3, prompt_logprobs=2)
+    [output] = generate(llm, "Hello", params)
+    assert output.prompt_logprobs[0] is None
+    assert [next(iter(position)) for position in output.prompt_logprobs[1:]] == list(output.prompt_token_ids[1:])
+    assert all(2 <= len(position) <= 3 for position in output.prompt_logprobs[1:])
+    for completion in output.outputs:
+        assert [next(iter(position)) for position in completion.logprobs] == list(completion.token_ids)
+        own = [position[token] for position, token in zip(completion.logprobs, completion.token_ids, strict=True)]
+        assert completion.cumulative_logprob == pytest.approx(sum(entry.logprob for entry in own))
+        [again] = generate(llm, [*output.prompt_token_ids, *completion.token_ids], SamplingParams(prompt_logprobs=3))
+        found = again.prompt_logprobs[len(output.prompt_token_ids) :]
+        for expected, position in zip(completion.logprobs, found, strict=True):
+            assert list(position) == list(expected)
+            for token, entry in expected.items():
+                assert position[token].logprob == pytest.approx(entry.logprob, abs=1e-4)
+                assert (position[token].rank, position[token].decoded_token) == (
+                    entry.rank,
+                    llm.tokenizer.decode([token]),
+                )
+
+
+def test_a_stop_string_is_not_searched_before_min_tokens(llm) -> None:
+    [whole] = generate(llm, "Hello", SamplingParams(temperature=0, max_tokens=30, ignore_eos=True))
+    stop = whole.outputs[0].text[2]
+    params = SamplingParams(temperature=0, max_tokens=30, ignore_eos=True, stop=stop, min_tokens=12)
+    [completion] = generate(llm, "Hello", params)[0].outputs
+    assert len(completion.token_ids) >= 12
+    assert completion.token_ids == whole.outputs[0].token_ids[: len(completion.token_ids)]

@@ -11,11 +11,13 @@ from collections.abc import Sequence
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of ``python -m stepgraph.bench`` and ``stepgraph bench``; returns the exit code."""
-    from stepgraph.bench import graphs, tokens
+    from stepgraph.bench import graphs, sampling, scheduler, tokens
 
     parser = argparse.ArgumentParser(prog="stepgraph bench", description="Measure stepgraph on this machine.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     graphs.add_parser(commands)
     tokens.add_parser(commands)
+    sampling.add_parser(commands)
+    scheduler.add_parser(commands)
     arguments = parser.parse_args(argv)
     return int(arguments.run(arguments))

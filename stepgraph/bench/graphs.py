@@ -9,9 +9,10 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 from stepgraph.bench.report import machine, table, write_json
@@ -22,14 +23,15 @@ from stepgraph.engine.sampling_params import SamplingParams
 from stepgraph.errors import ConfigError
 from stepgraph.graph.base import Graph
 from stepgraph.graph.eager import EagerGraph
-from stepgraph.ops import slot_line
 from stepgraph.step.plan import StepPlan
 from stepgraph.step.program import StepOutput
 from stepgraph.step.runner import StepRunner
 from stepgraph.step.shape import StepShape
+from stepgraph.step.state import SlotSampling
 
-_CONTEXT = 128
+CONTEXT = 128
 """Tokens that a decoding request already has."""
+GREEDY = SlotSampling(seed=0)
 
 
 @dataclass(frozen=True)
@@ -43,7 +45,7 @@ class Case:
     @property
     def rows(self) -> list[tuple[int, int]]:
         """(query length, keys) of each row."""
-        return [(1, _CONTEXT + 1)] * self.num_decodes + [(n, n) for n in self.prompts]
+        return [(1, CONTEXT + 1)] * self.num_decodes + [(n, n) for n in self.prompts]
 
 
 CASES = (
@@ -121,7 +123,8 @@ def run(arguments: argparse.Namespace) -> int:
     """Run the benchmark; returns the exit code."""
     if arguments.repeats < 1:
         raise ConfigError(f"repeats={arguments.repeats} must be 1 or more")
-    config = EngineConfig.from_settings(**settings_from_flags(arguments))
+    # Prompts of repeated steps are alike, and shall be computed each time.
+    config = EngineConfig.from_settings(**({"enable_prefix_caching": False} | settings_from_flags(arguments)))
     engine = Engine(config, progress=sys.stderr.isatty())
     limits = measure_limits(engine.platform, engine.dtype)
     cases = [
@@ -177,12 +180,14 @@ def measure(engine: Engine, case: Case, limits: Limits, repeats: int) -> Measure
     """Time one case."""
     runner = engine.runner
     with runner.workbench():
-        plan = _lay_out(runner, case)
+        plan = lay_out(runner, case.rows, GREEDY)
         shape = runner.pool.round_up(plan.num_tokens, len(plan.rows))
         exact = StepShape(plan.num_tokens, len(plan.rows))
         eager = EagerGraph(runner.create_program(exact))
         captured = runner.pool.graph(shape) or runner.pool.eager_twin(shape)
-        eager_ms, graph_ms = _time_interleaved(runner, plan, [(exact, eager), (shape, captured)], repeats)
+        lines = runner.state.lines.clone()
+        contenders = [Contender(exact, eager, lines), Contender(shape, captured, lines)]
+        eager_ms, graph_ms = time_interleaved(runner, plan, contenders, repeats)
     engine_ms, host_us = _time_engine(engine, case, repeats)
     return Measurement(
         case=case.name,
@@ -204,7 +209,7 @@ def profile(engine: Engine, case: Case, replays: int = 5) -> list[KernelTime]:
     on_gpu = engine.platform.device.type == "cuda"
     activity = torch.profiler.ProfilerActivity.CUDA if on_gpu else torch.profiler.ProfilerActivity.CPU
     with runner.workbench():
-        plan = _lay_out(runner, case)
+        plan = lay_out(runner, case.rows, GREEDY)
         shape = runner.pool.round_up(plan.num_tokens, len(plan.rows))
         graph = runner.pool.graph(shape) or runner.pool.eager_twin(shape)
         lines = runner.state.lines.clone()
@@ -221,34 +226,47 @@ def profile(engine: Engine, case: Case, replays: int = 5) -> list[KernelTime]:
     return sorted((t for t in times if t.us > 0), key=lambda t: -t.us)
 
 
-def _lay_out(runner: StepRunner, case: Case) -> StepPlan:
-    """Put the case's requests into slots and blocks by hand, so that one step of it can be run again and again."""
-    state, block_size = runner.state, runner.block_size
-    state.lines.zero_()
+def lay_out(runner: StepRunner, rows: Sequence[tuple[int, int]], sampling: SlotSampling) -> StepPlan:
+    """Put requests into slots and blocks, so that one step of them can be run again and again.
+
+    Args:
+        runner: whose workbench is open.
+        rows: (query length, KV length) of each; KV entries before the query hold whatever the cache holds.
+        sampling: of every row.
+    """
+    generator = torch.Generator().manual_seed(0)
     next_block = 1
-    rows = []
-    for slot, (query_len, kv_len) in enumerate(case.rows, start=1):
-        line = torch.zeros(slot_line.LINE_WIDTH, dtype=torch.int32)
-        line[slot_line.LENGTH], line[slot_line.COMPUTED] = kv_len, kv_len - query_len
-        line[slot_line.ACTIVE], line[slot_line.MAX_LENGTH] = 1, runner.max_model_len
-        line[slot_line.STOP_TOKENS :] = -1
-        state.lines[slot] = line.to(state.lines.device)
-        num_blocks = -(-kv_len // block_size)
-        state.block_table[slot, :num_blocks] = torch.arange(next_block, next_block + num_blocks, dtype=torch.int32)
-        state.tokens[slot].random_(0, runner.vocab_size)
+    runner.state.lines.zero_()
+    for slot, (query_len, kv_len) in enumerate(rows, start=1):
+        num_blocks = -(-kv_len // runner.block_size)
+        runner.state.admit(
+            slot,
+            tokens=torch.randint(runner.vocab_size, (kv_len,), generator=generator).tolist(),
+            prompt_len=max(1, kv_len // 2),
+            blocks=range(next_block, next_block + num_blocks),
+            computed=kv_len - query_len,
+            generation=1,
+            max_length=runner.max_model_len,
+            sampling=sampling,
+        )
         next_block += num_blocks
-        rows.append((slot, query_len))
-    return StepPlan(tuple(rows), (), len(case.prompts))
+    plan_rows = tuple((slot, query_len) for slot, (query_len, _) in enumerate(rows, start=1))
+    return StepPlan(plan_rows, (), sum(query_len > 1 for query_len, _ in rows))
 
 
-def _time_interleaved(
-    runner: StepRunner, plan: StepPlan, graphs: Sequence[tuple[StepShape, Graph[StepOutput]]], repeats: int
-) -> list[float]:
-    """Median ms from launch to completion of each graph, run in turn on the same state."""
-    lines = runner.state.lines.clone()
-    times: list[list[float]] = [[] for _ in graphs]
+class Contender(NamedTuple):
+    """One of several ways to run a step, to be timed in turn."""
+
+    shape: StepShape
+    graph: Graph[StepOutput]
+    lines: Tensor  # SlotState's lines before the step
+
+
+def time_interleaved(runner: StepRunner, plan: StepPlan, contenders: Sequence[Contender], repeats: int) -> list[float]:
+    """Median ms from launch to completion of each contender, run in turn."""
+    times: list[list[float]] = [[] for _ in contenders]
     for turn in range(repeats + 3):
-        for (shape, graph), series in zip(graphs, times, strict=True):
+        for (shape, graph, lines), series in zip(contenders, times, strict=True):
             runner.state.lines.copy_(lines)
             runner.load(plan, shape)
             runner.platform.synchronize()
@@ -268,7 +286,7 @@ def _time_engine(engine: Engine, case: Case, repeats: int) -> tuple[float, float
     decoding = [f"decode-{i}" for i in range(case.num_decodes)]
     decoding_requests = []
     for i, name in enumerate(decoding):
-        decoding_requests.append(engine.add_request(name, [(i * 7 + j) % vocab for j in range(_CONTEXT)], endless))
+        decoding_requests.append(engine.add_request(name, [(i * 7 + j) % vocab for j in range(CONTEXT)], endless))
     while any(not r.output_token_ids for r in decoding_requests):
         engine.step()
     assert engine.scheduler.num_running == case.num_decodes, (engine.scheduler.num_running, case)
@@ -299,7 +317,7 @@ def _steps_needed(repeats: int, num_decodes: int) -> int:
 
 def _fits(case: Case, engine: Engine, repeats: int) -> bool:
     scheduler, block_size = engine.config.scheduler, engine.runner.block_size
-    longest = _CONTEXT + _steps_needed(repeats, case.num_decodes)
+    longest = CONTEXT + _steps_needed(repeats, case.num_decodes)
     tokens = [longest] * case.num_decodes + [n + 1 for n in case.prompts]
     return (
         sum(-(-n // block_size) for n in tokens) < engine.runner.num_kv_blocks

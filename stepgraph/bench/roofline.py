@@ -12,7 +12,7 @@ from statistics import median
 
 import torch
 
-from stepgraph.models.decoder import Decoder
+from stepgraph.models.language_model import LanguageModel
 from stepgraph.platforms import Platform
 
 
@@ -48,17 +48,17 @@ def measure_limits(platform: Platform, dtype: torch.dtype) -> Limits:
     return Limits(2 * source.numel() / copy_s, 2 * size**3 / product_s)
 
 
-def step_cost(model: Decoder, rows: Sequence[tuple[int, int]]) -> StepCost:
+def step_cost(model: LanguageModel, rows: Sequence[tuple[int, int]]) -> StepCost:
     """Cost of a step of `rows`, each (query length, cached keys including this step's)."""
     config = model.config
     num_tokens = sum(query_len for query_len, _ in rows)
-    embedding = model.embed_tokens.weight
     weights = sum(p.numel() for p in model.parameters())
-    if model.lm_head is not None:  # the table is only looked up; a tied one is read whole as the head
-        weights -= embedding.numel()
-    head = embedding.numel()
+    tables = [p for p in model.parameters() if p.shape == (config.vocab_size, config.hidden_size)]
+    head = config.vocab_size * config.hidden_size
+    if len(tables) > 1:  # the embedding is only looked up; a tied one is read whole as the head
+        weights -= head
     kv_per_token = 2 * config.num_layers * config.num_kv_heads * config.head_dim
-    bytes_ = embedding.element_size() * (weights + kv_per_token * sum(kv_len + n for n, kv_len in rows))
+    bytes_ = next(model.parameters()).element_size() * (weights + kv_per_token * sum(kv_len + n for n, kv_len in rows))
     # a query at distance d from the row's end sees kv_len - d keys
     seen = sum(n * kv_len - n * (n - 1) // 2 for n, kv_len in rows)
     attention = 4 * config.num_layers * config.num_heads * config.head_dim * seen

@@ -24,9 +24,9 @@ from stepgraph.bench.report import machine, table, write_json
 from stepgraph.config import EngineConfig, add_flags, settings_from_flags
 from stepgraph.engine.engine import Engine
 from stepgraph.engine.sampling_params import SamplingParams
-from stepgraph.ops import slot_line
 from stepgraph.step.plan import StepPlan
 from stepgraph.step.runner import StepRunner
+from stepgraph.step.state import SlotSampling
 
 
 @dataclass(frozen=True)
@@ -164,13 +164,15 @@ def _prompts(engine: Engine, count: int) -> list[list[int]]:
 def _next_log_probs(runner: StepRunner, prompt: Sequence[int]) -> Tensor:
     """Log-probabilities [V] of the token after a prompt, by one prefill step."""
     with runner.workbench():
-        state, num_blocks = runner.state, -(-len(prompt) // runner.block_size)
-        line = torch.zeros(slot_line.LINE_WIDTH, dtype=torch.int32)
-        line[slot_line.LENGTH], line[slot_line.ACTIVE] = len(prompt), 1
-        line[slot_line.MAX_LENGTH] = runner.max_model_len
-        state.lines[1] = line.to(state.lines.device)
-        state.tokens[1, : len(prompt)] = torch.tensor(prompt, dtype=torch.int32)
-        state.block_table[1, :num_blocks] = torch.arange(1, num_blocks + 1, dtype=torch.int32)
+        runner.state.admit(
+            1,
+            tokens=prompt,
+            prompt_len=len(prompt),
+            blocks=range(1, -(-len(prompt) // runner.block_size) + 1),
+            generation=1,
+            max_length=runner.max_model_len,
+            sampling=SlotSampling(seed=0),
+        )
         shape = runner.pool.round_up(len(prompt), 1)
         runner.load(StepPlan(((1, len(prompt)),), (), 1), shape)
         output = runner.pool.eager_twin(shape).replay()

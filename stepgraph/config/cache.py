@@ -15,6 +15,12 @@ class CacheConfig:
     block_size: int = setting(16, "tokens per KV block; a power of two", minimum=1)
     num_kv_blocks: int | None = setting(None, "KV blocks; default: chosen from free memory", minimum=2)
     gpu_memory_utilization: float = setting(0.9, "share of the device's memory the engine may fill", minimum=0.01)
+    enable_prefix_caching: bool = setting(True, "reuse the KV blocks of prompts that start alike")
+    kv_cache_dtype: str = setting(
+        "auto",
+        "keys and values; auto is the model's dtype, fp8 (e4m3, unscaled) holds twice as many tokens as 16 bits",
+        choices=("auto", "fp8"),
+    )
 
     def __post_init__(self) -> None:
         check(self)

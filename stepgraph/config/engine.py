@@ -71,10 +71,8 @@ NOT_YET: dict[str, tuple[tuple[Any, ...], str]] = {
     "tensor_parallel_size": ((None, 1), "the engine runs on one device; start it with 1"),
     "pipeline_parallel_size": ((None, 1), "the engine runs on one device; start it with 1"),
     "quantization": ((None,), "weights run in float32, bfloat16 or float16; leave it unset"),
-    "enable_prefix_caching": ((None, False), "there is no prefix cache yet; leave it unset"),
     "enable_lora": ((None, False), "there are no LoRA adapters yet; leave it unset"),
     "speculative_config": ((None,), "there is no speculative decoding yet; leave it unset"),
-    "kv_cache_dtype": ((None, "auto"), "keys and values are cached in the model's dtype; leave it unset"),
     "enforce_eager": ((None, False), "use graph_backend='eager'"),
     "trust_remote_code": ((None, False), "models are run by stepgraph's own code; leave it unset"),
 }

@@ -18,11 +18,19 @@ class ModelConfig:
         choices=("auto", "float32", "bfloat16", "float16"),
     )
     load_format: str = setting("auto", "dummy gives random weights, for benchmarks", choices=("auto", "dummy"))
+    model_impl: str = setting(
+        "auto",
+        "whose code runs the layers: native, transformers, or auto, which is native where there is a native model",
+        choices=("auto", "native", "transformers"),
+    )
     max_model_len: int | None = setting(None, "tokens of prompt and answer together; default: the model's", minimum=2)
     seed: int = setting(
         0, "seed of everything random: dummy weights and requests without a seed of their own", minimum=0
     )
     device: str = setting("auto", "auto takes CUDA if there is one", choices=("auto", "cpu", "cuda"))
+    deterministic: bool = setting(
+        False, "a request's tokens are bit for bit the same alone, in any batch and however its prompt is cut; slower"
+    )
 
     def __post_init__(self) -> None:
         check(self)

@@ -6,6 +6,8 @@ import asyncio
 import threading
 from collections import deque
 from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass
+from functools import partial
 from itertools import count
 from typing import Any
 
@@ -16,9 +18,19 @@ from stepgraph.engine.prompts import Prompt, tokenize
 from stepgraph.engine.request import RequestUpdate
 from stepgraph.engine.sampling_params import SamplingParams
 from stepgraph.engine.session import Session
-from stepgraph.errors import EngineDeadError
+from stepgraph.errors import EngineDeadError, RequestError
 
 _Event = RequestUpdate | BaseException
+
+
+@dataclass
+class _Call:
+    """A `generate` call that is being served."""
+
+    listen: Callable[[_Event], bool]
+    """Passes an event on; False if the caller has gone."""
+    running: set[str]
+    """Ids of its requests in the engine."""
 
 
 class AsyncEngine:
@@ -41,15 +53,27 @@ class AsyncEngine:
         self._stopping = False
         self._failure: BaseException | None = None
         self._closed = False
-        self._listeners: dict[str, Callable[[_Event], bool]] = {}
+        self._calls: dict[str, _Call] = {}
+        self._owners: dict[str, str] = {}  # of each of the engine's requests: the call it belongs to
         self._ids = (f"async-{number}" for number in count())
         self._thread = threading.Thread(target=self._run, name="stepgraph-engine", daemon=True)
         self._thread.start()
 
     async def generate(
-        self, prompt: Prompt, sampling_params: SamplingParams | None = None, *, request_id: str | None = None
+        self,
+        prompt: Prompt,
+        sampling_params: SamplingParams | None = None,
+        *,
+        request_id: str | None = None,
+        priority: int = 0,
     ) -> AsyncIterator[RequestOutput]:
-        """Answer one prompt, token by token; each output holds the answer so far. Leaving early aborts the request.
+        """Answer one prompt, token by token; each output holds the answers so far. Leaving early aborts the request.
+
+        Args:
+            prompt: text, token ids, or a dict, see `LLM.generate`.
+            sampling_params: default `SamplingParams()`.
+            request_id: names the request in its outputs and for `abort`; default: a new one.
+            priority: lower runs first.
 
         Raises:
             RequestError: the prompt or a parameter is unusable.
@@ -61,8 +85,8 @@ class AsyncEngine:
         def listen(event: _Event) -> bool:
             return _call_in(loop, lambda: events.put_nowait(event))
 
-        text, token_ids = tokenize(prompt, self.tokenizer)
-        request_id = request_id or next(self._ids)
+        tokenized = tokenize(prompt, self.tokenizer)
+        call_id = request_id or next(self._ids)
         params = sampling_params or SamplingParams()
         started: asyncio.Future[Session] = loop.create_future()
 
@@ -70,16 +94,23 @@ class AsyncEngine:
             try:
                 if self._failure is not None:
                     raise EngineDeadError(f"the engine stopped: {self._failure}") from self._failure
-                request = self.engine.add_request(request_id, token_ids, params)
-                self._listeners[request_id] = listen
-                _resolve(loop, started, Session(request, text, self.tokenizer))
+                if call_id in self._calls:
+                    raise RequestError(f"request id {call_id!r} is in use; give each request its own")
+                session = Session.start(self.engine, call_id, tokenized, params, priority=priority, abort=end)
+                self._calls[call_id] = _Call(listen, {request.id for request in session.requests})
+                self._owners.update((request.id, call_id) for request in session.requests)
+                _resolve(loop, started, session)
             except BaseException as error:
                 _resolve(loop, started, error)
 
+        def end(engine_id: str) -> None:
+            self._submit(lambda: self._end(engine_id, listen))
+
         def leave() -> None:
-            if self._listeners.get(request_id) is listen:  # another caller's request may have this id
-                del self._listeners[request_id]
-                self.engine.abort(request_id)
+            call = self._calls.get(call_id)
+            if call is not None and call.listen is listen:  # another caller's request may have this id
+                for engine_id in tuple(call.running):
+                    self._end(engine_id, listen)
 
         self._submit(start)
         finished = False
@@ -90,8 +121,10 @@ class AsyncEngine:
                 if isinstance(event, BaseException):
                     finished = True
                     raise EngineDeadError(f"the engine stopped: {event}") from event
-                finished = event.finish_reason is not None
-                yield session.update(event)
+                output = session.update(event)
+                finished = session.finished
+                if output is not None:
+                    yield output
         finally:
             if not finished:
                 self._submit(leave)
@@ -100,9 +133,11 @@ class AsyncEngine:
         """End a request; its `generate` call yields a last output with finish reason "abort"."""
 
         def stop() -> None:
-            update = self.engine.abort(request_id)
-            if update is not None:
-                self._deliver(update)
+            call = self._calls.get(request_id)
+            for engine_id in tuple(call.running) if call is not None else ():
+                update = self.engine.abort(engine_id)
+                if update is not None:
+                    self._deliver(update)
 
         self._submit(stop)
 
@@ -124,8 +159,9 @@ class AsyncEngine:
     def _run(self) -> None:
         try:
             while True:
+                due = self.engine.seconds_until_work
                 with self._wake:
-                    self._wake.wait_for(lambda: self._commands or self._stopping or self.engine.has_work)
+                    self._wake.wait_for(partial(self._has_something_to_do, due), timeout=due)
                     if self._stopping:
                         break
                 self._run_commands()
@@ -135,12 +171,16 @@ class AsyncEngine:
             self._failure = EngineDeadError("it was shut down")
         except BaseException as error:
             self._failure = error
-        with self._wake:
+        for call in self._calls.values():
+            call.listen(self._failure)
+        self._calls.clear()
+        self._owners.clear()
+        with self._wake:  # from here on, commands run in their callers' threads, and find the failure and no calls
             self._closed = True
         self._run_commands()
-        for listen in list(self._listeners.values()):
-            listen(self._failure)
-        self._listeners.clear()
+
+    def _has_something_to_do(self, due: float | None) -> bool:
+        return bool(self._commands) or self._stopping or (due is None and self.engine.has_work)
 
     def _run_commands(self) -> None:
         while True:
@@ -151,13 +191,24 @@ class AsyncEngine:
             command()
 
     def _deliver(self, update: RequestUpdate) -> None:
-        listen = self._listeners.get(update.request.id)
-        if listen is None:
+        engine_id = update.request.id
+        call_id = self._owners.get(engine_id)
+        if call_id is None:
             return
-        if not listen(update):
-            self.engine.abort(update.request.id)
-        if update.request.finish_reason is not None:
-            del self._listeners[update.request.id]
+        listen = self._calls[call_id].listen
+        if not listen(update) or update.request.finish_reason is not None:
+            self._end(engine_id, listen)
+
+    def _end(self, engine_id: str, listen: Callable[[_Event], bool]) -> None:
+        """Forget one of a call's requests, and end it if it still runs."""
+        call_id = self._owners.get(engine_id)
+        if call_id is None or self._calls[call_id].listen is not listen:  # it has ended; another's may have its id
+            return
+        del self._owners[engine_id]
+        self._calls[call_id].running.discard(engine_id)
+        if not self._calls[call_id].running:
+            del self._calls[call_id]
+        self.engine.abort(engine_id)
 
 
 def _resolve(loop: asyncio.AbstractEventLoop, future: asyncio.Future[Any], result: Any) -> None:

@@ -1,41 +1,106 @@
-"""The KV blocks of the paged cache."""
+"""The KV blocks of the paged cache: who holds them, and which of them hold a prefix that a later request can reuse."""
 
 from __future__ import annotations
+
+import hashlib
+from collections import OrderedDict
+from collections.abc import Iterable, Sequence
 
 from stepgraph.ops import slot_line
 
 
-class BlockAllocator:
-    """Hands out KV blocks. Block 0 is the null block, where padding points, and is never handed out.
+def block_key(parent: bytes, tokens: bytes) -> bytes:
+    """Name of a full block's content: its tokens and everything before them.
 
-    A request reserves at admission all it can ever need and takes blocks from its reservation as it grows, so a running
-    request never waits for memory.
+    Args:
+        parent: key of the block before it; for the first one `root_key`.
+        tokens: the block's token ids as int32.
+    """
+    return hashlib.sha256(parent + tokens).digest()
+
+
+def root_key(salt: str | None) -> bytes:
+    """What a chain of keys starts from. Requests with different salts never share a block."""
+    return b"" if salt is None else hashlib.sha256(salt.encode()).digest()
+
+
+class BlockPool:
+    """Reference-counted KV blocks with a prefix cache. Block 0 is the null block and is never handed out.
+
+    A block without holders keeps its content until it is handed out again, least recently released first, so a cached prefix
+    lives as long as memory allows and never stands in the way of a request.
+
+    Args:
+        num_blocks: the null block included.
     """
 
     def __init__(self, num_blocks: int):
-        self._free = list(range(num_blocks - 1, slot_line.NULL_BLOCK, -1))
-        self._reserved = 0
         self.num_usable = num_blocks - 1
+        self._free: OrderedDict[int, None] = OrderedDict.fromkeys(range(slot_line.NULL_BLOCK + 1, num_blocks))
+        self._holders = [0] * num_blocks
+        self._keys: list[bytes | None] = [None] * num_blocks
+        self._blocks_by_key: dict[bytes, int] = {}
 
     @property
     def num_free(self) -> int:
-        """Blocks nobody holds, reserved ones included."""
+        """Blocks nobody holds, those with cached content included."""
         return len(self._free)
 
-    def can_reserve(self, count: int) -> bool:
-        return self._reserved + count <= self.num_usable
-
-    def reserve(self, count: int) -> None:
-        assert self.can_reserve(count), (count, self._reserved, self.num_usable)
-        self._reserved += count
+    @property
+    def num_cached(self) -> int:
+        """Blocks whose content can be found by its key."""
+        return len(self._blocks_by_key)
 
     def take(self) -> int:
-        """One block of a reservation."""
-        return self._free.pop()
+        """A block for new content, held once. There must be a free one."""
+        block, _ = self._free.popitem(last=False)
+        key = self._keys[block]
+        if key is not None:
+            del self._blocks_by_key[key]
+            self._keys[block] = None
+        self._holders[block] = 1
+        return block
 
-    def release(self, blocks: list[int], reserved: int) -> None:
-        """Give back a request's blocks and its reservation."""
-        self._free.extend(reversed(blocks))
-        self._reserved -= reserved
-        assert self._reserved >= 0, self._reserved
-        assert len(self._free) <= self.num_usable, (len(self._free), self.num_usable)
+    def publish(self, block: int, key: bytes) -> None:
+        """Let `block`, which somebody holds, be found by `key`. If another block has that content already, it stays the one."""
+        assert self._holders[block] > 0, block
+        if self._keys[block] is None and key not in self._blocks_by_key:
+            self._keys[block] = key
+            self._blocks_by_key[key] = block
+
+    def find(self, keys: Iterable[bytes]) -> list[int]:
+        """The blocks of the longest cached prefix of a chain of keys; not yet held."""
+        found = []
+        for key in keys:
+            block = self._blocks_by_key.get(key)
+            if block is None:
+                break
+            found.append(block)
+        return found
+
+    def count_free(self, blocks: Sequence[int]) -> int:
+        """How many of `blocks` nobody holds: holding those takes them from the free ones."""
+        return sum(not self._holders[block] for block in blocks)
+
+    def hold(self, blocks: Sequence[int]) -> None:
+        """Add a holder to blocks that were found."""
+        for block in blocks:
+            if not self._holders[block]:
+                del self._free[block]
+            self._holders[block] += 1
+
+    def release(self, blocks: Sequence[int]) -> None:
+        """Drop a holder. The last block of a chain is reused first: without it the blocks before it are still a prefix."""
+        for block in reversed(blocks):
+            self._holders[block] -= 1
+            assert self._holders[block] >= 0, block
+            if not self._holders[block]:
+                self._free[block] = None
+                if self._keys[block] is None:
+                    self._free.move_to_end(block, last=False)
+
+    def forget(self) -> None:
+        """Drop all cached content; nobody may hold a block. For when the cache's memory or the weights change."""
+        assert len(self._free) == self.num_usable, (len(self._free), self.num_usable)
+        self._keys = [None] * len(self._keys)
+        self._blocks_by_key.clear()

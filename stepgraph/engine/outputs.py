@@ -3,6 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TypeAlias
+
+
+@dataclass(frozen=True, slots=True)
+class Logprob:
+    """How likely a token was, by the model's raw logits."""
+
+    logprob: float
+    rank: int  # 1 is the most likely token
+    decoded_token: str | None  # None if nobody wants text
+
+
+TokenProbabilities: TypeAlias = dict[int, Logprob]
+"""At one position: the token that is there, then the most likely ones, by token id."""
 
 
 @dataclass(frozen=True)
@@ -12,10 +26,11 @@ class CompletionOutput:
     index: int
     text: str
     token_ids: tuple[int, ...]
-    finish_reason: str | None = None  # "stop", "length", "abort"; None while it runs
-    stop_reason: int | None = None  # the stop token that ended it, if not the model's end token
-    logprobs: None = None
-    cumulative_logprob: None = None
+    finish_reason: str | None = None  # "stop", "length", "abort", "error"; None while it runs
+    stop_reason: int | str | None = None  # the stop token or string that ended it, if not the model's end token
+    logprobs: list[TokenProbabilities] | None = None  # one per token, if asked for
+    cumulative_logprob: float | None = None  # sum over the answer's tokens, with `logprobs`
+    error: str | None = None  # what went wrong, with finish_reason "error"
 
     @property
     def finished(self) -> bool:
@@ -31,3 +46,7 @@ class RequestOutput:
     prompt_token_ids: tuple[int, ...]
     outputs: tuple[CompletionOutput, ...]
     finished: bool
+    prompt_logprobs: list[TokenProbabilities | None] | None = (
+        None  # one per prompt token, None for the first; if asked for
+    )
+    num_cached_tokens: int = 0  # prompt tokens whose computation the prefix cache saved the first answer

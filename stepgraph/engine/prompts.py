@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 from stepgraph.errors import ConfigError, RequestError
 
@@ -11,29 +11,41 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 Prompt: TypeAlias = str | Sequence[int] | Mapping[str, Any]
-"""Text, token ids, ``{"prompt": text}`` or ``{"prompt_token_ids": ids}``."""
+"""Text, token ids, ``{"prompt": text}`` or ``{"prompt_token_ids": ids}``; a dict may have a ``"cache_salt"``."""
 Message: TypeAlias = Mapping[str, Any]
 """``{"role": ..., "content": ...}``."""
 
 
-def tokenize(prompt: Prompt, tokenizer: PreTrainedTokenizerFast | None) -> tuple[str | None, list[int]]:
-    """The prompt's text, if it was given as text, and its token ids.
+class TokenizedPrompt(NamedTuple):
+    """A prompt as the engine takes it."""
+
+    text: str | None  # if it was given as text
+    token_ids: list[int]
+    cache_salt: str | None = None  # only prompts of the same salt share cached prefixes
+
+
+def tokenize(prompt: Prompt, tokenizer: PreTrainedTokenizerFast | None) -> TokenizedPrompt:
+    """The inner form of a prompt.
 
     Raises:
         RequestError: the prompt is none of the accepted forms.
     """
+    cache_salt = None
     if isinstance(prompt, Mapping):
+        cache_salt = prompt.get("cache_salt")
+        if not (cache_salt is None or (isinstance(cache_salt, str) and cache_salt)):
+            raise RequestError(f"cache_salt={cache_salt!r} must be a text that is not empty, or None")
         if "prompt_token_ids" in prompt:
-            return prompt.get("prompt"), list(prompt["prompt_token_ids"])
+            return TokenizedPrompt(prompt.get("prompt"), list(prompt["prompt_token_ids"]), cache_salt)
         if "prompt" not in prompt:
             raise RequestError(f"a prompt given as a dict needs 'prompt' or 'prompt_token_ids', not {sorted(prompt)}")
         prompt = prompt["prompt"]
     if isinstance(prompt, str):
-        return prompt, list(require_tokenizer(tokenizer).encode(prompt))
+        return TokenizedPrompt(prompt, list(require_tokenizer(tokenizer).encode(prompt)), cache_salt)
     if isinstance(prompt, Sequence):
         token_ids = [token for token in prompt if isinstance(token, int)]
         if len(token_ids) == len(prompt):
-            return None, token_ids
+            return TokenizedPrompt(None, token_ids, cache_salt)
     raise RequestError(f"a prompt is text or a list of token ids, not {type(prompt).__name__}")
 
 

@@ -5,9 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from stepgraph.engine.sampling_params import SamplingParams
+from stepgraph.step.shape import Variant
+from stepgraph.step.state import SlotSampling
+
+if TYPE_CHECKING:
+    from stepgraph.engine.guidance import Guide
 
 
 class FinishReason(StrEnum):
@@ -28,17 +33,25 @@ class TokenLogprobs(NamedTuple):
     top: tuple[tuple[int, float], ...]  # (token, log-probability), most likely first
 
 
-@dataclass
+@dataclass(eq=False)
 class Request:
     """What a user asked for, and how far it has come. The device has its own view in SlotState."""
 
     id: str
     prompt_token_ids: Sequence[int]
     params: SamplingParams
-    stop_token_ids: Sequence[int]
     max_length: int
     """Tokens of prompt and answer at which it ends."""
-    seed: int
+    sampling: SlotSampling
+    """`params` as the device wants them."""
+    variant: Variant = Variant.PLAIN
+    """The least its steps need."""
+    priority: int = 0
+    """Lower runs first."""
+    cache_salt: str | None = None
+    """Only requests of the same salt share cached prefixes."""
+    guide: Guide | None = None
+    """Where it stands in its grammar, once that is compiled."""
     output_token_ids: list[int] = field(default_factory=list)
     output_logprobs: list[TokenLogprobs] = field(default_factory=list)
     """One per output token if `params.logprobs` is set, else empty."""
@@ -55,14 +68,43 @@ class Request:
     slot: int | None = None
     """Index of its device-side state while it runs."""
     generation: int = 0
+    prefill_len: int = 0
+    """Tokens known when it got its slot: the prompt, and after a preemption the answer so far."""
     planned: int = 0
     """Tokens whose computation is planned: the device has computed these, or will before anything planned later."""
     blocks: list[int] = field(default_factory=list)
     """KV blocks granted, in order."""
+    arrival: int = 0
+    """Its number in the order of arrivals."""
+    overtaken: int = 0
+    """Later arrivals that got a slot while it waited."""
+    num_preemptions: int = 0
+    block_keys: list[bytes] = field(default_factory=list)
+    """Prefix-cache keys of its full blocks, as far as computed."""
+    num_found: int = 0
+    """Of its granted blocks, the first so many were found in the prefix cache when it got its slot."""
+    num_published: int = 0
+    """Of its granted blocks, the first so many are in the prefix cache."""
+    awaits_host: bool = False
+    """It cannot run another token before the host has done something: compiled its grammar, prepared its token mask."""
+    was_snapped: bool = False
+    """A chunk of its prompt was cut to a captured size, which costs it one step; it happens once."""
 
     @property
     def prompt_len(self) -> int:
         return len(self.prompt_token_ids)
+
+    @property
+    def num_known(self) -> int:
+        """Tokens of prompt and answer that the host knows."""
+        return len(self.prompt_token_ids) + len(self.output_token_ids)
+
+    def tokens(self, start: int, end: int) -> list[int]:
+        """Known tokens start … end - 1."""
+        split = len(self.prompt_token_ids)
+        if end <= split:
+            return list(self.prompt_token_ids[start:end])
+        return [*self.prompt_token_ids[start:split], *self.output_token_ids[max(0, start - split) : end - split]]
 
 
 @dataclass(frozen=True)

@@ -2,40 +2,71 @@
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from stepgraph.errors import RequestError
 from stepgraph.ops import slot_line
+from stepgraph.step.shape import Variant
 
-_NOT_YET: dict[str, Any] = {
-    "n": 1,
-    "min_p": 0.0,
-    "presence_penalty": 0.0,
-    "frequency_penalty": 0.0,
-    "repetition_penalty": 1.0,
-    "min_tokens": 0,
-    "stop": None,
-    "logit_bias": None,
-    "bad_words": None,
-    "allowed_token_ids": None,
-    "logprobs": None,
-    "prompt_logprobs": None,
-    "structured_outputs": None,
-    "guided_decoding": None,
-    "include_stop_str_in_output": False,
-}
-"""Fields that other engines have and this one refuses; each with the value that asks for nothing."""
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+MAX_N = 64
+MAX_STOP_STRINGS = 16
+_NUMBER = (int, float)
+
+
+@dataclass(frozen=True)
+class StructuredOutputs:
+    """The form an answer must have: exactly one of the first five fields. Names follow vLLM's StructuredOutputsParams.
+
+    Raises:
+        RequestError: none or several are given, or one is of the wrong type.
+    """
+
+    json: Any = None
+    """JSON schema: text, a dict, or a pydantic model class. Kept as a dict."""
+    regex: str | None = None
+    choice: Sequence[str] | None = None  # one of these texts
+    grammar: str | None = None  # EBNF
+    json_object: bool = False  # any JSON object
+    disable_any_whitespace: bool = False  # JSON without spaces and line breaks between its parts
+
+    def __post_init__(self) -> None:
+        kinds = {"json": self.json, "regex": self.regex, "choice": self.choice, "grammar": self.grammar}
+        given = [kind for kind, value in kinds.items() if value is not None]
+        for name in ("json_object", "disable_any_whitespace"):
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, False)
+            _require(self, name, isinstance(getattr(self, name), bool), "True or False")
+        given += ["json_object"] if self.json_object else []
+        if len(given) != 1:
+            raise RequestError(
+                "structured_outputs needs exactly one of json, regex, choice, grammar, json_object; "
+                f"{' and '.join(given) or 'none'} given"
+            )
+        if self.json is not None:
+            object.__setattr__(self, "json", _schema_of(self.json))
+        for name in ("regex", "grammar"):
+            text = getattr(self, name)
+            _require(self, name, text is None or (isinstance(text, str) and text != ""), "a text that is not empty")
+        if self.choice is not None:
+            _require(self, "choice", _are_texts(self.choice) and len(self.choice) > 0, "a list of texts")
+            object.__setattr__(self, "choice", tuple(self.choice))
 
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How to choose a request's tokens. Names and defaults follow vLLM.
+    """How to choose a request's tokens. Names, defaults and meanings follow vLLM.
+
+    Lists are kept as tuples, and None in place of an empty one is accepted.
 
     Raises:
-        RequestError: a value outside its range, or a field that is not supported yet.
+        RequestError: a value outside its range.
     """
 
     temperature: float = 1.0  # 0 is greedy
@@ -47,57 +78,210 @@ class SamplingParams:
     ignore_eos: bool = False  # do not end at the model's end token
     detokenize: bool = True
     skip_special_tokens: bool = True
-    n: int = 1
-    min_p: float = 0.0
-    presence_penalty: float = 0.0
-    frequency_penalty: float = 0.0
-    repetition_penalty: float = 1.0
-    min_tokens: int = 0
-    stop: str | list[str] | None = None
-    logit_bias: dict[int, float] | None = None
-    bad_words: list[str] | None = None
-    allowed_token_ids: list[int] | None = None
-    logprobs: int | None = None
-    prompt_logprobs: int | None = None
-    structured_outputs: object = None
-    guided_decoding: object = None
-    include_stop_str_in_output: bool = False
+    n: int = 1  # answers to one prompt; with a seed, answer i draws from seed + i
+    min_p: float = 0.0  # keep tokens at least this share of the most likely one's probability
+    presence_penalty: float = 0.0  # taken from the logits of tokens that the answer holds
+    frequency_penalty: float = 0.0  # likewise, once for each time it holds them
+    repetition_penalty: float = 1.0  # divides positive logits of tokens that prompt or answer hold, multiplies negative
+    min_tokens: int = 0  # no stop token or stop string ends the answer before it has this many tokens
+    stop: Sequence[str] = ()  # one string or several; the answer ends before the first that appears in its text
+    include_stop_str_in_output: bool = False  # it ends after that string instead
+    logit_bias: Mapping[int, float] | None = None  # added to the logits of these tokens
+    bad_words: Sequence[str] = ()  # texts that cannot be completed, see `bad_word_token_ids`
+    allowed_token_ids: Sequence[int] | None = None  # no other token can be sampled
+    logprobs: int | None = None  # report the log-probability of each token and of this many most likely ones
+    prompt_logprobs: int | None = None  # likewise for the prompt's tokens
+    structured_outputs: StructuredOutputs | None = None  # also accepted as a dict
+    guided_decoding: None = None  # an older name that is refused
 
     def __post_init__(self) -> None:
+        if self.guided_decoding is not None:
+            raise RequestError("guided_decoding is not supported; use structured_outputs=StructuredOutputs(...)")
+        self._normalize()
         for f in fields(self):
-            value = getattr(self, f.name)
-            if f.name in _NOT_YET and value != _NOT_YET[f.name] and value not in ([], {}):
-                raise RequestError(f"{f.name}={value!r} is not supported yet; leave it at {_NOT_YET[f.name]!r}")
-        if self.stop_token_ids is None or isinstance(self.stop_token_ids, Iterable):
-            object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids or ()))
-        if self.top_k == -1:
-            object.__setattr__(self, "top_k", 0)
-        number = (int, float)
-        self._require("temperature", _within(self.temperature, number, 0, 100), "between 0 (greedy) and 100")
+            if isinstance(f.default, bool):
+                self._require(f.name, isinstance(getattr(self, f.name), bool), "True or False")
+        self._require("temperature", _within(self.temperature, _NUMBER, 0, 100), "between 0 (greedy) and 100")
         if self.temperature < 1e-5:  # logits divided by it would overflow; the limit is greedy
             object.__setattr__(self, "temperature", 0.0)
-        self._require("top_p", _within(self.top_p, number, 0, 1) and self.top_p > 0, "above 0 and at most 1")
+        self._require("top_p", _within(self.top_p, _NUMBER, 0, 1) and self.top_p > 0, "above 0 and at most 1")
         self._require("top_k", _within(self.top_k, int, 0, 2**31 - 1), "0 or -1 (all tokens), or a positive count")
+        self._require("min_p", _within(self.min_p, _NUMBER, 0, 1), "between 0 (all tokens) and 1")
+        for name in ("presence_penalty", "frequency_penalty"):
+            self._require(name, _within(getattr(self, name), _NUMBER, -2, 2), "between -2 and 2")
+        self._require(
+            "repetition_penalty",
+            _within(self.repetition_penalty, _NUMBER, 0.01, 10),
+            "between 0.01 and 10; 1 changes nothing",
+        )
+        self._require("n", _within(self.n, int, 1, MAX_N), f"between 1 and {MAX_N}")
         self._require(
             "max_tokens", self.max_tokens is None or _within(self.max_tokens, int, 1, math.inf), "at least 1, or None"
+        )
+        most = math.inf if self.max_tokens is None else self.max_tokens
+        self._require(
+            "min_tokens",
+            _within(self.min_tokens, int, 0, most),
+            f"between 0 and max_tokens, which is {self.max_tokens}",
         )
         self._require(
             "seed", self.seed is None or _within(self.seed, int, 0, 2**64 - 1), "between 0 and 2**64 - 1, or None"
         )
-        self._require(
-            "stop_token_ids",
-            isinstance(self.stop_token_ids, tuple) and all(_within(t, int, 0, 2**31 - 1) for t in self.stop_token_ids),
-            "token ids, which are whole numbers from 0 up",
-        )
-        if len(self.stop_token_ids) > slot_line.MAX_STOP_TOKENS:
-            raise RequestError(
-                f"stop_token_ids has {len(self.stop_token_ids)} entries; at most {slot_line.MAX_STOP_TOKENS} fit"
+        for name in ("logprobs", "prompt_logprobs"):
+            count = getattr(self, name)
+            self._require(
+                name,
+                count is None or _within(count, int, 0, slot_line.MAX_LOGPROBS),
+                f"between 0 and {slot_line.MAX_LOGPROBS}, or None",
             )
+        self._check_lists()
+
+    @property
+    def variant(self) -> Variant:
+        """The least a graph must carry to sample so."""
+        if self.prompt_logprobs is not None:
+            return Variant.PROMPT_LOGPROBS
+        extended = (
+            self.presence_penalty != 0
+            or self.frequency_penalty != 0
+            or self.repetition_penalty != 1
+            or self.min_tokens > 0
+            or self.logit_bias is not None
+            or len(self.bad_words) > 0
+            or self.allowed_token_ids is not None
+            or self.logprobs is not None
+            or self.structured_outputs is not None
+        )
+        return Variant.EXTENDED if extended else Variant.PLAIN
+
+    def _normalize(self) -> None:
+        """One form for what may be given in several."""
+        for name in ("stop_token_ids", "bad_words", "stop"):
+            value = getattr(self, name)
+            if name == "stop" and isinstance(value, str):
+                value = (value,)
+            if value is None or (isinstance(value, Iterable) and not isinstance(value, str)):
+                object.__setattr__(self, name, tuple(value or ()))
+        if isinstance(self.allowed_token_ids, Iterable) and not isinstance(self.allowed_token_ids, str):
+            object.__setattr__(self, "allowed_token_ids", tuple(self.allowed_token_ids))
+        if isinstance(self.logit_bias, Mapping):
+            biases = {_token_id_of(key): bias for key, bias in self.logit_bias.items()}
+            object.__setattr__(self, "logit_bias", biases or None)
+        if self.top_k == -1:
+            object.__setattr__(self, "top_k", 0)
+        if isinstance(self.structured_outputs, Mapping):
+            known = {f.name for f in fields(StructuredOutputs)}
+            if unknown := sorted(map(str, self.structured_outputs.keys() - known)):
+                raise RequestError(f"structured_outputs has no {unknown[0]!r}; it has {', '.join(sorted(known))}")
+            object.__setattr__(self, "structured_outputs", StructuredOutputs(**self.structured_outputs))
+
+    def _check_lists(self) -> None:
+        self._require("stop_token_ids", _are_token_ids(self.stop_token_ids), "token ids, whole numbers from 0 up")
+        self._require_room("stop_token_ids", slot_line.MAX_STOP_TOKENS)
+        for name in ("stop", "bad_words"):
+            texts = getattr(self, name)
+            self._require(name, _are_texts(texts) and all(texts), "a list of texts, none of them empty")
+        self._require_room("stop", MAX_STOP_STRINGS)
+        if self.stop and not self.detokenize:
+            raise RequestError(
+                "stop strings are searched in the text, which detokenize=False leaves out; set it to True"
+            )
+        self._require(
+            "allowed_token_ids",
+            self.allowed_token_ids is None
+            or (_are_token_ids(self.allowed_token_ids) and len(self.allowed_token_ids) > 0),
+            "a list of at least one token id, or None",
+        )
+        self._require(
+            "logit_bias",
+            self.logit_bias is None
+            or (
+                isinstance(self.logit_bias, dict)
+                and _are_token_ids(tuple(self.logit_bias))
+                and all(_within(bias, _NUMBER, -100, 100) for bias in self.logit_bias.values())
+            ),
+            "a dict of token ids and what to add to their logits, between -100 and 100",
+        )
+        if self.logit_bias is not None:
+            self._require_room("logit_bias", slot_line.MAX_BIASES)
+        self._require(
+            "structured_outputs",
+            self.structured_outputs is None or isinstance(self.structured_outputs, StructuredOutputs),
+            "a StructuredOutputs, a dict of its fields, or None",
+        )
 
     def _require(self, name: str, holds: bool, expected: str) -> None:
-        if not holds:
-            raise RequestError(f"{name}={getattr(self, name)!r} must be {expected}")
+        _require(self, name, holds, expected)
+
+    def _require_room(self, name: str, limit: int) -> None:
+        if len(getattr(self, name)) > limit:
+            raise RequestError(f"{name} has {len(getattr(self, name))} entries; at most {limit} fit")
+
+
+def bad_word_token_ids(words: Iterable[str], tokenizer: PreTrainedTokenizerFast) -> list[list[int]]:
+    """Token sequences of which the last token must not follow the others, for `SamplingParams.bad_words`.
+
+    A word is banned where it starts a text and where it follows a space: as vLLM does, each is spelled with and without a
+    leading space. The second is left out if it is the first behind tokens of its own for the space, and (unlike in vLLM) is
+    listed even if it has another number of tokens. A word of nothing but white space is taken as it is.
+
+    Raises:
+        RequestError: a word has no tokens or more than BAD_WORD_WIDTH, or all together are more than MAX_BAD_WORDS.
+    """
+    found: list[list[int]] = []
+    for word in dict.fromkeys(words):
+        bare = word.lstrip() or word
+        alone = tokenizer.encode(bare, add_special_tokens=False)
+        if not alone:
+            raise RequestError(f"bad_words holds {word!r}, which has no tokens; leave it out")
+        spaced = alone if bare.isspace() else tokenizer.encode(f" {bare}", add_special_tokens=False)
+        spellings = [alone] if spaced[-len(alone) :] == alone else [alone, spaced]
+        if (most := max(map(len, spellings))) > slot_line.BAD_WORD_WIDTH:
+            raise RequestError(
+                f"bad_words holds {word!r}, which has {most} tokens; at most {slot_line.BAD_WORD_WIDTH} fit: ban a "
+                "shorter part of it"
+            )
+        found += spellings
+    if len(found) > slot_line.MAX_BAD_WORDS:
+        raise RequestError(
+            f"bad_words becomes {len(found)} token sequences, with and without a space before each word; at most "
+            f"{slot_line.MAX_BAD_WORDS} fit"
+        )
+    return found
+
+
+def _schema_of(schema: object) -> dict[str, Any]:
+    if isinstance(schema, type) and hasattr(schema, "model_json_schema"):
+        schema = schema.model_json_schema()
+    if isinstance(schema, str):
+        try:
+            schema = json.loads(schema)
+        except (ValueError, RecursionError) as error:
+            raise RequestError(f"structured_outputs.json is not JSON: {error}") from error
+    if isinstance(schema, Mapping):
+        return dict(schema)
+    raise RequestError(
+        f"structured_outputs.json must be a JSON schema (text or dict) or a pydantic model class, not {schema!r:.80}"
+    )
+
+
+def _token_id_of(key: object) -> object:
+    """JSON knows only text as keys."""
+    return int(key) if isinstance(key, str) and key.isascii() and key.isdigit() and len(key) <= 10 else key
+
+
+def _are_token_ids(values: object) -> bool:
+    return isinstance(values, tuple) and all(_within(value, int, 0, 2**31 - 1) for value in values)
+
+
+def _are_texts(values: object) -> bool:
+    return isinstance(values, list | tuple) and all(isinstance(value, str) for value in values)
 
 
 def _within(value: Any, kind: type[Any] | tuple[type[Any], ...], low: float, high: float) -> bool:
-    return isinstance(value, kind) and low <= value <= high
+    return isinstance(value, kind) and not isinstance(value, bool) and low <= value <= high
+
+
+def _require(params: object, name: str, holds: bool, expected: str) -> None:
+    if not holds:
+        raise RequestError(f"{name}={getattr(params, name)!r} must be {expected}")

@@ -1,57 +1,155 @@
 """Which requests run in a step, and how many tokens of each.
 
-Every step gives each decoding request one token and fills the rest of the token budget with prompts, oldest first, several
-at once and in chunks where they do not fit. The scheduler plans ahead of what it knows: a request planned for a decode may
-have finished on the device in a step whose results are not read yet; the device then runs nothing for it.
+Every step gives each decoding request one token and fills the rest of the token budget with prompts, in chunks where they do
+not fit. Requests are served in the order of their rank: priority, then arrival. The scheduler plans ahead of what it knows: a
+request planned for a decode may have finished on the device in a step whose results are not read yet; the device then runs
+nothing for it.
+
+KV blocks are granted as requests grow. When there are none left, the running request of the lowest rank is preempted: it loses
+its blocks and its slot, waits in its old place, and is computed again later from the tokens known by then. The request of the
+highest rank can preempt all others and fits alone, so there is always progress.
+
+Waiting is bounded. A request can be overtaken, by higher priorities or by short prompts while long ones are limited, by at most
+`MAX_OVERTAKEN` later arrivals; then nothing passes it any more. So whatever arrives, it waits for the work of those before it
+and of a fixed number of others.
 """
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Iterable
-from dataclasses import dataclass
+import time
+from bisect import bisect_left, bisect_right, insort
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 
-from stepgraph.engine.blocks import BlockAllocator
-from stepgraph.engine.request import FinishReason, Request, RequestUpdate
+import numpy as np
+
+from stepgraph.config import SchedulerConfig
+from stepgraph.engine.blocks import BlockPool, block_key, root_key
+from stepgraph.engine.request import FinishReason, Request, RequestUpdate, TokenLogprobs
 from stepgraph.errors import RequestError
 from stepgraph.ops import slot_line
 from stepgraph.step.plan import StepPlan
-from stepgraph.step.runner import RowResult
+from stepgraph.step.runner import StepResults
+from stepgraph.step.shape import Variant
+
+MAX_OVERTAKEN = 256
+"""Later arrivals that may get a slot before a waiting request does."""
+WATERMARK = 0.01
+"""Share of the KV blocks that a new request leaves free for those that run, which would otherwise soon preempt it."""
+
+_POLL_S = 0.001
+"""How soon to look again for a request whose grammar is being compiled."""
 
 _FINISH_REASONS = {
     slot_line.FINISHED_STOP: FinishReason.STOP,
     slot_line.FINISHED_LENGTH: FinishReason.LENGTH,
+    slot_line.FINISHED_ERROR: FinishReason.ERROR,
 }
 
 
 @dataclass(frozen=True)
+class PromptSpan:
+    """Prompt tokens of one row whose log-probabilities a step reports."""
+
+    request: Request
+    generation: int
+    first_line: int  # of the row's tokens in the step
+    start: int  # position of its first token
+    num_tokens: int
+
+
+@dataclass(frozen=True)
 class ScheduledStep:
-    """A plan, and the requests whose device-side state must be written before it runs."""
+    """A plan, and what the engine does before and after it runs."""
 
     plan: StepPlan
     admitted: tuple[Request, ...]
+    """Requests whose device-side state must be written first."""
+    prompt_spans: tuple[PromptSpan, ...]
+
+
+@dataclass
+class SchedulerStatistics:
+    """Counts over the scheduler's life."""
+
+    preemptions: int = 0
+    prompt_tokens: int = 0
+    """Tokens of prompts that got a slot, those of preempted requests counted once."""
+    cached_prompt_tokens: int = 0
+    """Of these, tokens whose keys and values were found in the prefix cache."""
+
+
+@dataclass
+class _Row:
+    request: Request
+    slot: int
+    start: int  # position of its first token
+    num_tokens: int
+    deltas: list[tuple[int, int, int]]
+    is_prompt: bool
+
+
+@dataclass
+class _Draft:
+    """A step in the making."""
+
+    budget: int  # tokens left
+    rows: list[_Row] = field(default_factory=list)
+    admitted: list[Request] = field(default_factory=list)
+    short_of_blocks: bool = False
+    unpublished: _Row | None = None
+    """The last prompt row: its blocks become findable when the next prompt is looked at, as the row may still be cut."""
 
 
 class Scheduler:
     """Continuous batching of decodes and chunked prompts over slots and KV blocks.
 
     Args:
-        max_num_seqs: slots 1 … max_num_seqs.
-        max_tokens: tokens of one step; at least `max_num_seqs`.
+        config: limits and the insertion policy.
+        max_tokens: tokens of one step; at least `config.max_num_seqs`.
         num_kv_blocks: the null block included.
         block_size: tokens per KV block.
+        token_sizes: captured token counts, ascending.
+        prefix_caching: reuse blocks of equal prefixes.
+        pure_steps: a step either computes prompts or decodes; prompts and decodes take turns.
+        clock: seconds, monotonic.
     """
 
-    def __init__(self, *, max_num_seqs: int, max_tokens: int, num_kv_blocks: int, block_size: int):
-        assert max_tokens >= max_num_seqs, (max_tokens, max_num_seqs)
+    def __init__(
+        self,
+        config: SchedulerConfig,
+        *,
+        max_tokens: int,
+        num_kv_blocks: int,
+        block_size: int,
+        token_sizes: Sequence[int],
+        prefix_caching: bool = True,
+        pure_steps: bool = False,
+        clock: Callable[[], float] = time.monotonic,
+    ):
+        assert max_tokens >= config.max_num_seqs, (max_tokens, config)
+        self.statistics = SchedulerStatistics()
+        self._config = config
         self._max_tokens = max_tokens
         self._block_size = block_size
-        self._blocks = BlockAllocator(num_kv_blocks)
-        self._free_slots = list(range(max_num_seqs, 0, -1))
-        self._generations = [0] * (max_num_seqs + 1)
-        self._waiting: deque[Request] = deque()
-        self._running: dict[int, Request] = {}  # by slot, in order of admission
+        self._token_sizes = tuple(token_sizes)
+        self._prefix_caching = prefix_caching
+        self._pure_steps = pure_steps
+        self._clock = clock
+        self._blocks = BlockPool(num_kv_blocks)
+        self._watermark = int(self._blocks.num_usable * WATERMARK)
+        self._free_slots = list(range(config.max_num_seqs, 0, -1))
+        self._generations = [0] * (config.max_num_seqs + 1)
+        self._waiting: list[Request] = []  # by rank
+        self._running: list[Request] = []  # by rank
+        self._by_slot: dict[int, Request] = {}
         self._requests: dict[str, Request] = {}
+        self._priorities: Counter[int] = Counter()  # of waiting requests
+        self._num_arrived = 0
+        self._last_arrival = 0.0  # seconds
+        self._gathered = 0  # requests that arrived up to this number may enter
+        self._prefilled_last = False
 
     @property
     def num_waiting(self) -> int:
@@ -62,16 +160,33 @@ class Scheduler:
         return len(self._running)
 
     def running(self) -> tuple[Request, ...]:
-        """Requests that hold a slot, oldest first."""
-        return tuple(self._running.values())
+        """Requests that hold a slot, highest rank first."""
+        return tuple(self._running)
 
     @property
     def num_free_blocks(self) -> int:
         return self._blocks.num_free
 
     @property
+    def num_cached_blocks(self) -> int:
+        """Blocks that a later prompt can find."""
+        return self._blocks.num_cached
+
+    @property
     def has_requests(self) -> bool:
         return bool(self._requests)
+
+    @property
+    def seconds_until_work(self) -> float | None:
+        """How long `schedule` will have nothing to do unless a request arrives; None if it may have work now, or no request."""
+        if self._running or not self._waiting:
+            return None
+        self._open_gate()
+        if any(map(self._may_enter, self._waiting)):
+            return None
+        if any(request.awaits_host for request in self._waiting):
+            return _POLL_S
+        return max(0.0, self._last_arrival + self._config.prefill_gather_ms / 1e3 - self._clock())
 
     def add(self, request: Request) -> None:
         """Queue a request.
@@ -81,109 +196,406 @@ class Scheduler:
         """
         if request.id in self._requests:
             raise RequestError(f"request id {request.id!r} is in use; ids must differ while requests run")
-        needed = self._blocks_for(request)
+        needed = self._blocks_for(request.max_length - 1)  # the last token it may sample is never computed
         if needed > self._blocks.num_usable:
             raise RequestError(
                 f"the request needs KV blocks for {request.max_length - 1} tokens ({needed} blocks of {self._block_size}), "
                 f"and the cache has {self._blocks.num_usable}; lower max_tokens, shorten the prompt, or raise num_kv_blocks"
             )
+        self._num_arrived += 1
+        request.arrival = self._num_arrived
+        self._last_arrival = self._clock()
         self._requests[request.id] = request
-        self._waiting.append(request)
+        self._enqueue(request)
 
     def abort(self, request_id: str) -> RequestUpdate | None:
         """End a request now, waiting or running. None if it is not known (any more)."""
+        return self.end(request_id, FinishReason.ABORT)
+
+    def end(self, request_id: str, reason: FinishReason) -> RequestUpdate | None:
+        """End a request from the host's side, for `reason`. None if it is not known (any more)."""
         request = self._requests.get(request_id)
-        if request is None:
-            return None
-        if request.slot is None:
-            self._waiting.remove(request)
-        return self._finish(request, FinishReason.ABORT, ())
+        return None if request is None else self._finish(request, reason, ())
+
+    def preempt_all(self) -> None:
+        """Send every running request back to wait, and forget all cached content. For when the KV cache's content is lost."""
+        while self._running:
+            self._preempt(self._running[-1])
+        self._blocks.forget()
 
     def schedule(self) -> ScheduledStep | None:
-        """Plan one step; None if nothing can run until results arrive."""
-        rows: list[tuple[int, int]] = []
-        deltas: list[tuple[int, int, int]] = []
-        prefilling: list[Request] = []
-        for slot, request in self._running.items():
-            if request.planned < request.prompt_len:
-                prefilling.append(request)
-            elif request.planned < request.max_length - 1:
-                rows.append((slot, 1))
-                self._advance(request, 1, deltas)
-        num_decode_rows = len(rows)
-
-        budget = self._max_tokens - num_decode_rows
-        admitted: list[Request] = []
-        for request in prefilling:
-            budget -= self._plan_chunk(request, budget, rows, deltas)
-        while budget and self._waiting and self._admit(self._waiting[0]):
-            request = self._waiting.popleft()
-            admitted.append(request)
-            budget -= self._plan_chunk(request, budget, rows, deltas)
-
-        if not rows:
+        """Plan one step; None if nothing can run until results or requests arrive."""
+        if self._pure_steps:
+            decodes_first = self._prefilled_last
+            draft = self._draft(decodes=decodes_first, prompts=not decodes_first)
+            if not draft.rows:
+                draft = self._draft(decodes=not decodes_first, prompts=decodes_first)
+        else:
+            draft = self._draft(decodes=True, prompts=True)
+        self._publish_pending(draft)
+        if not draft.rows:
             return None
-        return ScheduledStep(StepPlan(tuple(rows), tuple(deltas), len(rows) - num_decode_rows), tuple(admitted))
+        self._prefilled_last = any(row.is_prompt for row in draft.rows)
+        return self._complete(draft)
 
-    def reconcile(self, results: Iterable[RowResult]) -> list[RequestUpdate]:
-        """Take in the results of a step; rows of requests that have ended since it was planned are dropped."""
+    def reconcile(self, step: ScheduledStep, results: StepResults) -> list[RequestUpdate]:
+        """Take in the results of a step; rows of requests that have left their slot since it was planned are dropped."""
         updates = []
-        for slot, generation, token, finish in results:
-            request = self._running.get(slot)
-            if token == slot_line.NO_TOKEN or request is None or request.generation != generation:
+        for index, (slot, generation, token, finish) in enumerate(results.rows):
+            request = self._by_slot.get(slot)
+            if request is None or request.generation != generation:
                 continue
-            request.output_token_ids.append(token)
-            if finish == slot_line.RUNNING:
-                updates.append(RequestUpdate(request, (token,), None))
-            else:
-                reason = _FINISH_REASONS[finish]
-                if reason is FinishReason.STOP:
-                    request.stop_token = token
-                updates.append(self._finish(request, reason, (token,)))
+            if finish == slot_line.FINISHED_ERROR:
+                request.error = "no token could be sampled: every logit was NaN or ruled out"
+                updates.append(self._finish(request, FinishReason.ERROR, ()))
+            elif token != slot_line.NO_TOKEN:
+                request.output_token_ids.append(token)
+                if request.sampling.num_logprobs:
+                    assert results.logprobs is not None
+                    request.output_logprobs.append(
+                        _read_logprobs(token, results.logprobs[index], request.sampling.num_logprobs)
+                    )
+                if (request.num_known - 1) % self._block_size == 0:
+                    self._publish(request, request.num_known - 1)
+                if finish == slot_line.RUNNING:
+                    updates.append(RequestUpdate(request, (token,), None))
+                else:
+                    reason = _FINISH_REASONS[finish]
+                    if reason is FinishReason.STOP:
+                        request.stop_token = token
+                    updates.append(self._finish(request, reason, (token,)))
+        for span in step.prompt_spans:
+            assert results.prompt_logprobs is not None
+            if span.request.generation == span.generation:
+                _read_prompt_logprobs(span, results.prompt_logprobs)
         return updates
 
-    def _plan_chunk(
-        self, request: Request, budget: int, rows: list[tuple[int, int]], deltas: list[tuple[int, int, int]]
-    ) -> int:
-        """Plan as much of a prompt as the budget allows; returns the number of tokens."""
-        chunk = min(request.prompt_len - request.planned, budget)
-        if chunk:
-            assert request.slot is not None
-            rows.append((request.slot, chunk))
-            self._advance(request, chunk, deltas)
-        return chunk
+    # Planning
 
-    def _advance(self, request: Request, num_tokens: int, deltas: list[tuple[int, int, int]]) -> None:
-        """Count tokens as planned and grant the KV blocks they go to."""
-        request.planned += num_tokens
-        while len(request.blocks) * self._block_size < request.planned:
+    def _draft(self, *, decodes: bool, prompts: bool) -> _Draft:
+        draft = _Draft(self._max_tokens)
+        self._plan_running(draft, decodes=decodes, prompts=prompts)
+        if prompts:
+            num_decodes = sum(not row.is_prompt for row in draft.rows)
+            self._open_gate()
+            if not draft.short_of_blocks:
+                self._admit_waiting(draft)
+            self._top_up(draft)
+            if num_decodes:
+                self._snap(draft)
+        return draft
+
+    def _plan_running(self, draft: _Draft, *, decodes: bool, prompts: bool) -> None:
+        """Rows of the requests that hold slots, highest rank first, so that whoever must be preempted has no row yet."""
+        decodes_left = sum(map(self._can_decode, self._running)) if decodes else 0
+        prefills_left = sum(_is_prefilling(request) for request in self._running)
+        newcomers = min(self._config.max_num_partial_prefills - prefills_left, len(self._waiting))
+        index = 0
+        while index < len(self._running):
+            request = self._running[index]
+            index += 1
+            if _is_prefilling(request):
+                if prompts:
+                    share = -(-(draft.budget - decodes_left) // (prefills_left + max(0, newcomers)))
+                    self._plan_chunk(request, share, draft)
+                prefills_left -= 1
+            elif decodes and self._can_decode(request):
+                decodes_left -= 1
+                self._plan_row(request, 1, draft)
+
+    def _admit_waiting(self, draft: _Draft) -> None:
+        """Give waiting requests slots and chunks of their prompts, highest rank first, while both and blocks are there."""
+        limits = self._config
+        num_partial = sum(_is_prefilling(request) for request in self._running)
+        num_long = sum(_is_prefilling(request) and self._is_long(request) for request in self._running)
+        for request in tuple(self._waiting):
+            if not self._free_slots or not draft.budget:
+                return
+            if not self._may_enter(request):
+                continue
+            if _is_overdue(self._waiting[0]) and request is not self._waiting[0]:
+                return
+            if self._is_long(request) and num_long >= limits.max_long_partial_prefills:
+                continue
+            self._publish_pending(draft)
+            hits = self._find_prefix(request)
+            num_cached = len(hits) * self._block_size
+            needed = self._blocks_for(request.num_known) - len(hits) + self._blocks.count_free(hits)
+            if needed > self._blocks.num_free - (self._watermark if self._running else 0):
+                return
+            rest = request.num_known - num_cached
+            partial_left = limits.max_num_partial_prefills - num_partial
+            share = -(-draft.budget // max(1, min(partial_left, len(self._waiting))))
+            if rest > draft.budget and partial_left <= 0:
+                return
+            self._admit(request, hits, draft)
+            self._plan_chunk(request, share if partial_left > 0 else draft.budget, draft)
+            if _is_prefilling(request):
+                num_partial += 1
+                num_long += self._is_long(request)
+
+    def _top_up(self, draft: _Draft) -> None:
+        """Give what the shares of short prompts left over to the longer ones."""
+        for row in draft.rows:
+            if draft.budget and row.is_prompt and _is_prefilling(row.request):
+                extra = min(row.request.prefill_len - row.request.planned, draft.budget)
+                self._extend(row, extra, draft)
+
+    def _snap(self, draft: _Draft) -> None:
+        """Cut the last prompt's chunk so that the step ends at a captured size, where that lowers padding.
+
+        What is cut off runs in the next step, which decodes anyway. That costs the prompt one step, so it happens to a
+        prompt once at most, and only if it would be complete: a prompt that fills the budget has no padding.
+        """
+        row = draft.unpublished
+        if row is None or row.request.was_snapped or _is_prefilling(row.request):
+            return
+        num_tokens = self._max_tokens - draft.budget
+        down = bisect_right(self._token_sizes, num_tokens) - 1
+        if down < 0 or not 0 < (cut := num_tokens - self._token_sizes[down]) < row.num_tokens:
+            return
+        next_decodes = sum(not _is_prefilling(r.request) for r in draft.rows)
+        whole = self._round_up(num_tokens) + self._round_up(next_decodes)
+        snapped = self._token_sizes[down] + self._round_up(next_decodes - 1 + cut)
+        if snapped < whole:
+            request = row.request
+            request.was_snapped = True
+            request.planned -= cut
+            request.awaits_host = False
+            row.num_tokens -= cut
+            draft.budget += cut
+            surplus = len(request.blocks) - self._blocks_for(request.planned)
+            if surplus:
+                self._blocks.release(request.blocks[-surplus:])
+                del request.blocks[-surplus:], row.deltas[-surplus:]
+
+    def _round_up(self, num_tokens: int) -> int:
+        """The smallest captured size that holds so many tokens."""
+        return self._token_sizes[min(bisect_left(self._token_sizes, num_tokens), len(self._token_sizes) - 1)]
+
+    def _complete(self, draft: _Draft) -> ScheduledStep:
+        # Rows that may come out empty on the device follow those that cannot, so that the host knows where tokens lie.
+        rows = (
+            sorted(draft.rows, key=lambda row: not row.is_prompt) if self._wants_prompt_logprobs(draft) else draft.rows
+        )
+        variant = Variant.PLAIN
+        spans = []
+        first_line = 0
+        for row in rows:
+            request = row.request
+            needed = request.variant
+            if needed is Variant.PROMPT_LOGPROBS:
+                if row.is_prompt and row.start < request.prompt_len - 1:
+                    spans.append(PromptSpan(request, request.generation, first_line, row.start, row.num_tokens))
+                else:
+                    needed = Variant.EXTENDED
+            variant = max(variant, needed)
+            first_line += row.num_tokens
+        plan = StepPlan(
+            rows=tuple((row.slot, row.num_tokens) for row in rows),
+            deltas=tuple(delta for row in rows for delta in row.deltas),
+            num_prefill_rows=sum(row.is_prompt for row in rows),
+            variant=variant,
+        )
+        return ScheduledStep(plan, tuple(draft.admitted), tuple(spans))
+
+    def _wants_prompt_logprobs(self, draft: _Draft) -> bool:
+        return any(row.is_prompt and row.request.variant is Variant.PROMPT_LOGPROBS for row in draft.rows)
+
+    def _plan_chunk(self, request: Request, limit: int, draft: _Draft) -> None:
+        """Plan up to `limit` tokens of a prompt."""
+        self._plan_row(request, min(request.prefill_len - request.planned, limit, draft.budget), draft)
+
+    def _plan_row(self, request: Request, num_tokens: int, draft: _Draft) -> None:
+        """Plan a row, as far as blocks can be had for it."""
+        assert request.slot is not None
+        row = _Row(request, request.slot, request.planned, 0, [], _is_prefilling(request))
+        self._extend(row, num_tokens, draft)
+        if row.num_tokens:
+            draft.rows.append(row)
+            if row.is_prompt:
+                self._publish_pending(draft)
+                draft.unpublished = row
+
+    def _extend(self, row: _Row, num_tokens: int, draft: _Draft) -> None:
+        """Add tokens to a row and grant the KV blocks they go to, preempting lower ranks that have no row yet."""
+        request = row.request
+        while len(request.blocks) * self._block_size < request.planned + num_tokens:
+            if not self._blocks.num_free:
+                draft.short_of_blocks = True
+                victim = self._running[-1]
+                if victim is request or any(other.request is victim for other in draft.rows):
+                    break
+                self._preempt(victim)
+                continue
             block = self._blocks.take()
-            assert request.slot is not None
-            deltas.append((request.slot, len(request.blocks), block))
+            row.deltas.append((row.slot, len(request.blocks), block))
             request.blocks.append(block)
+        num_tokens = min(num_tokens, len(request.blocks) * self._block_size - request.planned)
+        request.planned += num_tokens
+        row.num_tokens += num_tokens
+        draft.budget -= num_tokens
+        if request.guide is not None and num_tokens and not _is_prefilling(request):
+            request.awaits_host = True  # it samples a token that its grammar must see
 
-    def _admit(self, request: Request) -> bool:
-        """Give a request a slot and a reservation of blocks, if both are free."""
-        needed = self._blocks_for(request)
-        if not self._free_slots or not self._blocks.can_reserve(needed):
-            return False
-        self._blocks.reserve(needed)
+    def _can_decode(self, request: Request) -> bool:
+        return not (_is_prefilling(request) or request.awaits_host) and request.planned < request.max_length - 1
+
+    def _is_long(self, request: Request) -> bool:
+        return 0 < self._config.long_prefill_token_threshold < request.prompt_len
+
+    # Waiting
+
+    def _enqueue(self, request: Request) -> None:
+        insort(self._waiting, request, key=_rank)
+        self._priorities[request.priority] += 1
+
+    def _dequeue(self, request: Request) -> None:
+        self._waiting.remove(request)
+        self._priorities[request.priority] -= 1
+        if not self._priorities[request.priority]:
+            del self._priorities[request.priority]
+
+    def _may_enter(self, request: Request) -> bool:
+        """Whether nothing but room keeps it from running. A preempted request was let in before."""
+        return not request.awaits_host and (request.arrival <= self._gathered or request.num_preemptions > 0)
+
+    def _open_gate(self) -> None:
+        """Let those that wait enter, if the insertion policy says that it is time."""
+        config = self._config
+        if config.insertion_policy == "gather":
+            gathering = sum(request.arrival > self._gathered for request in self._waiting)
+            waited = self._clock() - self._last_arrival
+            if gathering < config.prefill_gather_size and waited < config.prefill_gather_ms / 1e3:
+                return
+        self._gathered = self._num_arrived
+
+    def _admit(self, request: Request, hits: list[int], draft: _Draft) -> None:
+        """Give a request a slot, and the cached blocks of its prefix."""
+        may_pass_others = len(self._priorities) > 1 or self._config.long_prefill_token_threshold
+        self._dequeue(request)
+        if may_pass_others:
+            self._count_overtaken(request)
         slot = self._free_slots.pop()
         self._generations[slot] += 1
+        self._blocks.hold(hits)
         request.slot, request.generation = slot, self._generations[slot]
-        self._running[slot] = request
-        return True
+        request.prefill_len = request.num_known
+        request.blocks = list(hits)
+        request.num_found = request.num_published = len(hits)
+        request.planned = len(hits) * self._block_size
+        if not request.num_preemptions:
+            request.num_cached_tokens = request.planned
+            self.statistics.prompt_tokens += request.prompt_len
+            self.statistics.cached_prompt_tokens += request.planned
+        self._by_slot[slot] = request
+        insort(self._running, request, key=_rank)
+        draft.admitted.append(request)
+
+    def _count_overtaken(self, admitted: Request) -> None:
+        for request in tuple(self._waiting):
+            if request.arrival < admitted.arrival and self._may_enter(request):
+                request.overtaken += 1
+                if request.overtaken == MAX_OVERTAKEN:
+                    self._waiting.remove(request)
+                    insort(self._waiting, request, key=_rank)
+
+    def _preempt(self, request: Request) -> None:
+        self._leave_slot(request)
+        request.num_preemptions += 1
+        request.awaits_host = False
+        self.statistics.preemptions += 1
+        self._enqueue(request)
 
     def _finish(self, request: Request, reason: FinishReason, tokens: tuple[int, ...]) -> RequestUpdate:
         request.finish_reason = reason
         del self._requests[request.id]
-        if request.slot is not None:
-            del self._running[request.slot]
-            self._free_slots.append(request.slot)
-            self._blocks.release(request.blocks, self._blocks_for(request))
-            request.slot, request.blocks = None, []
+        if request.slot is None:
+            self._dequeue(request)
+        else:
+            self._leave_slot(request)
         return RequestUpdate(request, tokens, reason)
 
-    def _blocks_for(self, request: Request) -> int:
-        """Blocks a request can need in all: the last token it may sample is never computed."""
-        return -(-(request.max_length - 1) // self._block_size)
+    def _leave_slot(self, request: Request) -> None:
+        assert request.slot is not None
+        self._running.remove(request)
+        del self._by_slot[request.slot]
+        self._free_slots.append(request.slot)
+        self._blocks.release(request.blocks)
+        request.slot, request.blocks, request.planned, request.num_published = None, [], 0, 0
+
+    # Blocks
+
+    def _blocks_for(self, num_tokens: int) -> int:
+        return -(-num_tokens // self._block_size)
+
+    def _find_prefix(self, request: Request) -> list[int]:
+        """Cached blocks that a request can start from. Its last known token is computed in any case, for its logits."""
+        if not self._prefix_caching or request.variant is Variant.PROMPT_LOGPROBS:
+            return []
+        num_blocks = (request.num_known - 1) // self._block_size
+        self._extend_keys(request, num_blocks)
+        return self._blocks.find(request.block_keys[:num_blocks])
+
+    def _publish_pending(self, draft: _Draft) -> None:
+        """Let others find the last prompt row's blocks. They will be full when the step has run, and every operator of a step
+        writes all rows' keys and values before it reads any: a prompt may share blocks with one before it in its step."""
+        if draft.unpublished is not None:
+            request = draft.unpublished.request
+            self._publish(request, min(request.planned, request.prefill_len))
+            draft.unpublished = None
+
+    def _publish(self, request: Request, num_tokens: int) -> None:
+        """Let others find a request's blocks that are full with its first `num_tokens` tokens."""
+        if not self._prefix_caching:
+            return
+        num_blocks = num_tokens // self._block_size
+        self._extend_keys(request, num_blocks)
+        for index in range(request.num_published, num_blocks):
+            self._blocks.publish(request.blocks[index], request.block_keys[index])
+        request.num_published = max(request.num_published, num_blocks)
+
+    def _extend_keys(self, request: Request, num_blocks: int) -> None:
+        keys, size = request.block_keys, self._block_size
+        if len(keys) >= num_blocks:
+            return
+        tokens = np.asarray(request.tokens(len(keys) * size, num_blocks * size), dtype=np.int32).reshape(-1, size)
+        parent = keys[-1] if keys else root_key(request.cache_salt)
+        for block in tokens:
+            parent = block_key(parent, block.tobytes())
+            keys.append(parent)
+
+
+def _rank(request: Request) -> tuple[bool, int, int]:
+    """Who comes first: those that were overtaken too often, then by priority and arrival."""
+    overdue = _is_overdue(request)
+    return not overdue, 0 if overdue else request.priority, request.arrival
+
+
+def _is_overdue(request: Request) -> bool:
+    return request.overtaken >= MAX_OVERTAKEN
+
+
+def _is_prefilling(request: Request) -> bool:
+    return request.planned < request.prefill_len
+
+
+def _read_logprobs(token: int, line: np.ndarray, count: int) -> TokenLogprobs:
+    """One line of a log-probability ring. `count`: 1 + the number of top tokens."""
+    floats = line.view(np.float32)
+    top = range(2, 2 * count, 2)
+    return TokenLogprobs(
+        token, float(floats[0]), int(line[1]), tuple((int(line[i]), float(floats[i + 1])) for i in top)
+    )
+
+
+def _read_prompt_logprobs(span: PromptSpan, lines: np.ndarray) -> None:
+    """Note what a step reports of a prompt: the logits at a position are about the token after it."""
+    request = span.request
+    if not request.prompt_logprobs:
+        request.prompt_logprobs = [None] * request.prompt_len
+    for offset in range(min(span.num_tokens, request.prompt_len - 1 - span.start)):
+        position = span.start + offset + 1
+        request.prompt_logprobs[position] = _read_logprobs(
+            request.prompt_token_ids[position], lines[span.first_line + offset], request.sampling.num_prompt_logprobs
+        )

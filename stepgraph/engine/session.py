@@ -1,65 +1,283 @@
-"""One request as its user sees it: tokens in, text out."""
+"""A prompt as its user sees it: tokens in, text out."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from stepgraph.engine.detokenizer import Detokenizer
-from stepgraph.engine.outputs import CompletionOutput, RequestOutput
-from stepgraph.engine.request import Request, RequestUpdate
+from stepgraph.engine.outputs import CompletionOutput, Logprob, RequestOutput, TokenProbabilities
+from stepgraph.engine.prompts import TokenizedPrompt
+from stepgraph.engine.request import FinishReason, Request, RequestUpdate, TokenLogprobs
+from stepgraph.engine.sampling_params import SamplingParams
+from stepgraph.engine.stop_strings import StopStrings
+from stepgraph.errors import RequestError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
+    from stepgraph.engine.engine import Engine
+
+Abort = Callable[[str], object]
+"""Ends the request of this id in the engine, if it still runs."""
+
 
 class Session:
-    """Joins a request with its prompt's text and the text of its answer so far.
+    """Joins a prompt with the text of its answers so far, one for each of its requests.
 
-    Either give it each of the request's updates, or `poll` it from the engine's thread.
+    Either give it each of the requests' updates, from any one thread, or `poll` it from the engine's thread. A session
+    ends an answer at a stop string: it aborts the request and drops what still comes from it.
     """
 
-    def __init__(self, request: Request, prompt: str | None, tokenizer: PreTrainedTokenizerFast | None):
-        self.request = request
+    def __init__(
+        self,
+        requests: Sequence[Request],
+        prompt: str | None,
+        tokenizer: PreTrainedTokenizerFast | None,
+        *,
+        abort: Abort,
+        id: str | None = None,
+    ):
+        """`id`: of the whole; default: the first request's."""
+        self.requests = requests
+        self.id = requests[0].id if id is None else id
         self._prompt = prompt
-        self._token_ids: list[int] = []
-        self._ended = False
-        self._detokenizer = (
-            Detokenizer(tokenizer, skip_special_tokens=request.params.skip_special_tokens)
-            if tokenizer is not None and request.params.detokenize
-            else None
-        )
+        self._prompt_token_ids = tuple(requests[0].prompt_token_ids)
+        self._abort = abort
+        self._token_texts = TokenTexts(tokenizer if requests[0].params.detokenize else None)
+        self._answers = {
+            request.id: Answer(index, request, tokenizer, self._token_texts) for index, request in enumerate(requests)
+        }
+        self._prompt_logprobs: list[TokenProbabilities | None] | None = None
 
-    def update(self, update: RequestUpdate) -> RequestOutput:
-        """Take in new tokens; returns the answer so far."""
-        self._token_ids.extend(update.new_token_ids)
-        self._ended = update.finish_reason is not None
-        if self._detokenizer is not None:
-            self._detokenizer.append(update.new_token_ids)
-            if update.finish_reason is not None:
-                self._detokenizer.finish()
-        return self._output(self._detokenizer.text if self._detokenizer else "", update.finish_reason)
+    @classmethod
+    def start(
+        cls,
+        engine: Engine,
+        id: str,
+        prompt: TokenizedPrompt,
+        params: SamplingParams,
+        *,
+        priority: int = 0,
+        abort: Abort | None = None,
+    ) -> Session:
+        """Queue `params.n` requests for one prompt, or none. For the engine's thread.
+
+        Answers i > 0 find the prompt in the prefix cache. `abort` is for sessions that get their updates in another thread.
+
+        Raises:
+            RequestError, ConfigError, EngineDeadError: as `Engine.add_request`.
+        """
+        if not isinstance(priority, int):
+            raise RequestError(f"priority={priority!r} must be a whole number; lower runs first")
+        requests: list[Request] = []
+        try:
+            for request_id, one in _requests_of(id, params):
+                requests.append(
+                    engine.add_request(
+                        request_id, prompt.token_ids, one, priority=priority, cache_salt=prompt.cache_salt
+                    )
+                )
+        except BaseException:
+            for request in requests:
+                engine.abort(request.id)
+            raise
+        return cls(requests, prompt.text, engine.tokenizer, abort=abort or engine.abort, id=id)
+
+    @property
+    def finished(self) -> bool:
+        """Whether all answers have ended."""
+        return all(answer.finished for answer in self._answers.values())
+
+    @property
+    def may_stop_early(self) -> bool:
+        """Whether an answer may end before its request, which takes an update or a poll."""
+        return len(self.requests[0].params.stop) > 0
+
+    def update(self, update: RequestUpdate) -> RequestOutput | None:
+        """Take in new tokens; returns the answers so far, or None if that answer has ended already."""
+        answer = self._answers[update.request.id]
+        if answer.finished:
+            return None
+        self._take(answer, update.new_token_ids, update.finish_reason)
+        return self.output()
 
     def poll(self) -> RequestOutput | None:
-        """The answer so far, if it has grown or ended since the last call."""
-        request = self.request
-        new = tuple(request.output_token_ids[len(self._token_ids) :])
-        if self._ended or (not new and request.finish_reason is None):
-            return None
-        return self.update(RequestUpdate(request, new, request.finish_reason))
+        """The answers so far, if one has grown or ended since the last call."""
+        return self.output() if self.advance() else None
 
-    def _output(self, text: str, finish_reason: str | None) -> RequestOutput:
-        stop = self.request.stop_token if finish_reason is not None else None
-        completion = CompletionOutput(
-            index=0,
-            text=text,
-            token_ids=tuple(self._token_ids),
-            finish_reason=str(finish_reason) if finish_reason is not None else None,
-            stop_reason=stop if stop in self.request.params.stop_token_ids else None,
-        )
+    def advance(self) -> bool:
+        """Take in what the requests have by now; returns whether an answer has grown or ended."""
+        changed = False
+        for answer in self._answers.values():
+            request = answer.request
+            new = request.output_token_ids[len(answer.token_ids) :]
+            if not answer.finished and (new or request.finish_reason is not None):
+                self._take(answer, new, request.finish_reason)
+                changed = True
+        return changed
+
+    def abort(self) -> None:
+        """End what still runs of it in the engine."""
+        for answer in self._answers.values():
+            if not answer.finished:
+                self._abort(answer.request.id)
+
+    def output(self) -> RequestOutput:
+        """The answers so far."""
+        first = self.requests[0]
+        if self._prompt_logprobs is None and first.params.prompt_logprobs is not None and first.output_token_ids:
+            self._prompt_logprobs = [
+                None if position is None else self._token_texts.describe(position) for position in first.prompt_logprobs
+            ]
         return RequestOutput(
-            request_id=self.request.id,
+            request_id=self.id,
             prompt=self._prompt,
-            prompt_token_ids=tuple(self.request.prompt_token_ids),
-            outputs=(completion,),
-            finished=finish_reason is not None,
+            prompt_token_ids=self._prompt_token_ids,
+            outputs=tuple(answer.output() for answer in self._answers.values()),
+            finished=self.finished,
+            prompt_logprobs=self._prompt_logprobs,
+            num_cached_tokens=first.num_cached_tokens,
         )
+
+    def _take(self, answer: Answer, token_ids: Sequence[int], finish_reason: FinishReason | None) -> None:
+        if answer.take(token_ids, finish_reason):
+            self._abort(answer.request.id)
+
+
+class Answer:
+    """One request's tokens, text and end."""
+
+    def __init__(
+        self, index: int, request: Request, tokenizer: PreTrainedTokenizerFast | None, token_texts: TokenTexts
+    ):
+        params = request.params
+        self.request = request
+        self.token_ids: list[int] = []
+        self._index = index
+        self._finish_reason: FinishReason | None = None
+        self._stop_string: str | None = None
+        self._text_end: int | None = None
+        self._token_texts = token_texts
+        self._logprobs: list[TokenProbabilities] | None = None if params.logprobs is None else []
+        self._cumulative_logprob = 0.0
+        self._detokenizer = (
+            Detokenizer(tokenizer, skip_special_tokens=params.skip_special_tokens)
+            if tokenizer is not None and params.detokenize
+            else None
+        )
+        self._stop_strings = StopStrings(params.stop) if params.stop else None
+        self._output: CompletionOutput | None = None
+
+    @property
+    def finished(self) -> bool:
+        return self._finish_reason is not None
+
+    def take(self, token_ids: Sequence[int], finish_reason: FinishReason | None) -> bool:
+        """Take in new tokens, and the request's end. Returns whether a stop string ended the answer before that."""
+        self._output = None
+        start = len(self.token_ids)
+        if self._stop_strings is None or self._detokenizer is None:
+            self.token_ids += token_ids
+            if self._detokenizer is not None:
+                self._detokenizer.append(token_ids)
+        else:
+            for token_id in token_ids:
+                self.token_ids.append(token_id)
+                if self._find_stop(self._detokenizer.append((token_id,))):
+                    break
+        ended_early = self.finished
+        if finish_reason is not None and not ended_early:
+            self._finish_reason = finish_reason
+            if self._detokenizer is not None:
+                self._find_stop(self._detokenizer.finish())
+        if self._logprobs is not None:
+            for position in self.request.output_logprobs[start : len(self.token_ids)]:
+                self._logprobs.append(self._token_texts.describe(position))
+                self._cumulative_logprob += position.logprob
+        return ended_early and finish_reason is None
+
+    def output(self) -> CompletionOutput:
+        """The answer so far."""
+        self._output = self._output or CompletionOutput(
+            index=self._index,
+            text=self._shown_text(),
+            token_ids=tuple(self.token_ids),
+            finish_reason=None if self._finish_reason is None else str(self._finish_reason),
+            stop_reason=self._stop_reason(),
+            logprobs=None if self._logprobs is None else list(self._logprobs),
+            cumulative_logprob=None if self._logprobs is None else self._cumulative_logprob,
+            error=self.request.error if self._finish_reason is FinishReason.ERROR else None,
+        )
+        return self._output
+
+    def _find_stop(self, added: str) -> bool:
+        """Search the text that was just added, and end the answer at a stop string in it."""
+        if self._stop_strings is None:
+            return False
+        params = self.request.params
+        match = self._stop_strings.feed(added, may_stop=len(self.token_ids) >= params.min_tokens)
+        if match is None:
+            return False
+        self._finish_reason = FinishReason.STOP
+        self._stop_string = match.string
+        self._text_end = match.end if params.include_stop_str_in_output else match.start
+        return True
+
+    def _shown_text(self) -> str:
+        """The text, without what may turn out to be the start of a stop string."""
+        if self._detokenizer is None:
+            return ""
+        text = self._detokenizer.text
+        if self.finished:
+            return text[: self._text_end]
+        if self._stop_strings is None or self.request.params.include_stop_str_in_output:
+            return text
+        return text[: len(text) - self._stop_strings.num_pending]
+
+    def _stop_reason(self) -> int | str | None:
+        if self._stop_string is not None or self._finish_reason is not FinishReason.STOP:
+            return self._stop_string
+        stop_token = self.request.stop_token
+        return stop_token if stop_token in self.request.params.stop_token_ids else None
+
+
+class TokenTexts:
+    """The text of single tokens, for the log-probabilities of one session."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerFast | None):
+        self._backend = None if tokenizer is None else tokenizer.backend_tokenizer
+        self._texts: dict[int, str] = {}
+
+    def describe(self, position: TokenLogprobs) -> TokenProbabilities:
+        """The log-probabilities at one position, by token id."""
+        found = {position.token: Logprob(position.logprob, position.rank, self._text_of(position.token))}
+        for rank, (token, logprob) in enumerate(position.top, start=1):
+            found.setdefault(token, Logprob(logprob, rank, self._text_of(token)))
+        return found
+
+    def _text_of(self, token: int) -> str | None:
+        if self._backend is None:
+            return None
+        if token not in self._texts:
+            self._texts[token] = self._backend.decode([token], skip_special_tokens=False)
+        return self._texts[token]
+
+
+def _requests_of(id: str, params: SamplingParams) -> list[tuple[str, SamplingParams]]:
+    """Ids and parameters of the requests that give `params.n` answers; one of them reports on the prompt."""
+    if params.n == 1:
+        return [(id, params)]
+    return [
+        (
+            f"{id}#{index}",
+            replace(
+                params,
+                n=1,
+                seed=None if params.seed is None else (params.seed + index) % 2**64,
+                prompt_logprobs=None if index else params.prompt_logprobs,
+            ),
+        )
+        for index in range(params.n)
+    ]

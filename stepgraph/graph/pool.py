@@ -9,7 +9,7 @@ from bisect import bisect_left
 from collections import Counter, deque
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import Generic
 
@@ -20,7 +20,7 @@ from stepgraph.errors import ConfigError
 from stepgraph.graph.base import Graph, GraphBackend, Output
 from stepgraph.graph.eager import EagerBackend
 from stepgraph.step.plan import StepKind, StepPlan
-from stepgraph.step.shape import StepShape, row_sizes, token_sizes
+from stepgraph.step.shape import StepShape, Variant, row_sizes, token_sizes
 
 logger = logging.getLogger(__name__)
 
@@ -147,26 +147,31 @@ class GraphPool(Generic[Output]):
         """Memory all captured graphs took."""
         return sum(entry.record.bytes for entry in self._entries.values())
 
-    def shapes(self) -> list[StepShape]:
-        """All shapes that may be captured, largest first."""
-        return _shapes(self._token_sizes, self._row_sizes)
+    @property
+    def token_sizes(self) -> tuple[int, ...]:
+        """Captured token counts, ascending."""
+        return tuple(self._token_sizes)
+
+    def shapes(self, variant: Variant = Variant.PLAIN) -> list[StepShape]:
+        """All shapes of a variant that may be captured, largest first."""
+        return [replace(shape, variant=variant) for shape in _shapes(self._token_sizes, self._row_sizes)]
 
     def records(self) -> list[GraphRecord]:
         """Captured graphs, smallest first."""
         return [entry.record for _, entry in sorted(self._entries.items())]
 
-    def round_up(self, num_tokens: int, num_rows: int) -> StepShape:
-        """The smallest capturable shape that holds so many tokens in so many rows."""
+    def round_up(self, num_tokens: int, num_rows: int, variant: Variant = Variant.PLAIN) -> StepShape:
+        """The smallest capturable shape of a variant that holds so many tokens in so many rows."""
         assert num_tokens <= self.max_tokens, (num_tokens, self.max_tokens)
         for tokens in self._token_sizes[bisect_left(self._token_sizes, max(num_tokens, num_rows, 1)) :]:
             rows = self._row_sizes[tokens]
             if num_rows <= rows[-1]:
-                return StepShape(tokens, rows[bisect_left(rows, num_rows)])
+                return StepShape(tokens, rows[bisect_left(rows, num_rows)], variant)
         raise AssertionError(f"{num_rows} rows fit no captured shape")
 
     def graph_for(self, plan: StepPlan) -> tuple[StepShape, Graph[Output]]:
         """The graph that runs `plan`, captured now if need be, and its shape. Records the use."""
-        shape = self.round_up(plan.num_tokens, len(plan.rows))
+        shape = self.round_up(plan.num_tokens, len(plan.rows), plan.variant)
         reason: EagerReason | None = None
         entry: _Entry[Output] | None = None
         if self._backend.name == "eager":
@@ -195,7 +200,7 @@ class GraphPool(Generic[Output]):
         return self._eager[shape]
 
     def capture_all(self, *, progress: bool) -> None:
-        """Capture every shape, largest first, until the memory budget is used up."""
+        """Capture every plain shape, largest first, until the memory budget is used up. Others wait for their first use."""
         if self._backend.name == "eager":
             return
         shapes = tqdm(
@@ -241,7 +246,11 @@ class GraphPool(Generic[Output]):
 
     def _covering(self, shape: StepShape) -> _Entry[Output] | None:
         """The smallest captured graph that holds `shape`."""
-        fitting = [s for s in self._entries if s.num_tokens >= shape.num_tokens and s.num_rows >= shape.num_rows]
+        fitting = [
+            s
+            for s in self._entries
+            if s.num_tokens >= shape.num_tokens and s.num_rows >= shape.num_rows and s.variant >= shape.variant
+        ]
         return self._entries[min(fitting)] if fitting else None
 
 

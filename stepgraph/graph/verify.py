@@ -16,8 +16,12 @@ from __future__ import annotations
 import random
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import TypeVar
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 from tqdm import tqdm
@@ -30,7 +34,10 @@ from stepgraph.ops import slot_line
 from stepgraph.step.plan import StepPlan
 from stepgraph.step.program import StepOutput
 from stepgraph.step.runner import StepRunner
-from stepgraph.step.shape import StepShape
+from stepgraph.step.shape import StepShape, Variant
+from stepgraph.step.state import SlotSampling
+
+Value = TypeVar("Value")
 
 _ROUNDING = 1e-3
 """Largest ‖difference‖ / ‖logits‖ that the order of additions may cause in float32. In 16 bits a deep model on random tokens
@@ -81,6 +88,7 @@ class _Result:
     tokens: Tensor
     written: Tensor  # keys and values this step wrote, all layers
     strays: int  # cache entries that changed beside those and the null block's
+    logprobs: Tensor  # what the step reported, bits
 
 
 def random_compositions(
@@ -125,6 +133,42 @@ def _random_row(query_len: int, max_computed: int, max_len: int, rng: random.Ran
     end = computed + query_len
     unread = rng.choice((0, 0, rng.randint(0, min(64, max_len - end))))  # prompt left for later steps
     return Row(computed, query_len, end + unread, active=not may_end or rng.random() > 0.1)
+
+
+def random_sampling(rng: random.Random, variant: Variant, vocab_size: int) -> SlotSampling:
+    """What a row may ask of a graph of `variant`, each feature with some chance."""
+
+    def maybe(value: Value, nothing: Value) -> Value:
+        return value if rng.random() < 0.4 else nothing
+
+    plain = SlotSampling(
+        seed=rng.getrandbits(64),
+        temperature=maybe(rng.uniform(0.2, 2.0), 0.0),
+        top_k=maybe(rng.randint(1, vocab_size), 0),
+        top_p=maybe(rng.uniform(0.1, 1.0), 1.0),
+        min_p=maybe(rng.uniform(0.0, 0.2), 0.0),
+    )
+    if variant is Variant.PLAIN:
+        return plain
+    token = partial(rng.randrange, vocab_size)
+    return replace(
+        plain,
+        repetition_penalty=maybe(rng.uniform(0.5, 2.0), 1.0),
+        presence_penalty=maybe(rng.uniform(-2.0, 2.0), 0.0),
+        frequency_penalty=maybe(rng.uniform(-2.0, 2.0), 0.0),
+        min_tokens=maybe(rng.randint(0, 40), 0),
+        logit_bias=maybe(tuple((token(), rng.uniform(-5, 5)) for _ in range(rng.randint(1, 9))), ()),
+        bad_words=maybe(tuple((token(),) for _ in range(rng.randint(1, 9))), ()),
+        masked=maybe(True, False),
+        num_logprobs=maybe(rng.randint(1, 1 + slot_line.MAX_LOGPROBS), 0),
+        num_prompt_logprobs=maybe(rng.randint(1, 1 + slot_line.MAX_LOGPROBS), 0),
+    )
+
+
+def _random_mask(rng: random.Random, vocab_size: int) -> npt.NDArray[np.int32]:
+    """Allows about half of the tokens."""
+    words = -(-vocab_size // slot_line.MASK_BITS)
+    return np.frombuffer(rng.randbytes(4 * words), dtype=np.int32)
 
 
 def verify_shape(
@@ -173,9 +217,15 @@ def verify_shape(
 
 
 def verify_pool(
-    runner: StepRunner, *, rounds: int, seed: int, alone_rows: int = 2, progress: bool = False
+    runner: StepRunner,
+    *,
+    rounds: int,
+    seed: int,
+    variants: Sequence[Variant] = (Variant.PLAIN,),
+    alone_rows: int = 2,
+    progress: bool = False,
 ) -> list[ShapeReport]:
-    """Check every shape of the pool that can be captured on `rounds` compositions each."""
+    """Check every shape of the pool that can be captured, in each of `variants`, on `rounds` compositions each."""
     rng = random.Random(seed)
     room = {
         "max_len": runner.max_model_len - 1,
@@ -183,8 +233,9 @@ def verify_pool(
         "block_size": runner.block_size,
     }
     reports = []
+    shapes = [shape for variant in variants for shape in runner.pool.shapes(variant)]
     for shape in tqdm(
-        runner.pool.shapes(), desc="verifying graphs", unit="graph", disable=not progress, leave=False, file=sys.stderr
+        shapes, desc="verifying graphs", unit="graph", disable=not progress, leave=False, file=sys.stderr
     ):
         if runner.pool.graph(shape) is None:
             continue  # over the memory budget
@@ -210,33 +261,41 @@ def _lay_out_and_run(
     state.lines.zero_()
     state.block_table.zero_()
     state.tokens.copy_(torch.randint(vocab, state.tokens.shape, generator=generator, dtype=torch.int32))
+    for ring in (state.logprob_ring, state.prompt_logprob_ring):
+        ring.zero_()
     for caches in runner.kv_caches:
         for cache in caches:
             cache.fill_(torch.nan)
 
     free_blocks = (torch.randperm(runner.num_kv_blocks - 1, generator=generator) + 1).tolist()
+    settings = random.Random(composition.seed)
     plan_rows: list[tuple[int, int]] = []
     deltas: list[tuple[int, int, int]] = []
     prefix_slots: list[int] = []
     written_slots: list[int] = []
     emitting: list[int] = []
-    for index, row in enumerate(composition.rows):
-        slot = index + 1
-        line = torch.zeros(slot_line.LINE_WIDTH, dtype=torch.int32)
-        line[slot_line.LENGTH], line[slot_line.COMPUTED] = row.length, row.computed
-        line[slot_line.ACTIVE], line[slot_line.GENERATION] = int(row.active), index
-        line[slot_line.MAX_LENGTH] = row.length + 100
-        line[slot_line.STOP_TOKENS :] = -1
-        state.lines[slot] = line.to(device)
+    for slot, row in enumerate(composition.rows, start=1):
         end = row.computed + row.query_len
         blocks = [free_blocks.pop() for _ in range(-(-end // block_size))]
         known = -(-row.computed // block_size)
-        state.block_table[slot, : len(blocks)] = torch.tensor(
-            blocks[:known] + [0] * (len(blocks) - known), dtype=torch.int32
+        sampling = random_sampling(settings, shape.variant, vocab)
+        state.admit(
+            slot,
+            tokens=state.tokens[slot, : row.length].tolist(),
+            prompt_len=settings.randint(1, row.length),
+            blocks=blocks[:known],
+            computed=row.computed,
+            generation=slot - 1,
+            max_length=row.length + 100,
+            sampling=sampling,
         )
+        if sampling.masked:
+            state.set_mask(slot, _random_mask(settings, vocab))
+        if not row.active:
+            state.lines[slot, slot_line.ACTIVE] = 0
         entries = [blocks[p // block_size] * block_size + p % block_size for p in range(end)]
         prefix_slots.extend(entries[: row.computed])
-        if only is None or index == only:
+        if only is None or slot - 1 == only:
             plan_rows.append((slot, row.query_len))
             deltas.extend((slot, i, blocks[i]) for i in range(known, len(blocks)))
             if row.active:
@@ -251,7 +310,7 @@ def _lay_out_and_run(
             flat = cache.view(-1, cache[0, 0].numel())
             flat[prefix] = values.to(device, cache.dtype)
 
-    plan = StepPlan(tuple(plan_rows), tuple(deltas), 0)
+    plan = StepPlan(tuple(plan_rows), tuple(deltas), 0, shape.variant)
     runner.load(plan, shape)
     first_cache = runner.kv_caches[0][0].flatten(0, 1).flatten(1)  # one will do: all layers write to the same entries
     prefix_before = first_cache[prefix]
@@ -271,6 +330,7 @@ def _lay_out_and_run(
             [cache.view(-1, *cache.shape[2:])[written] for caches in runner.kv_caches for cache in caches]
         ),
         strays=int(changed.sum()),
+        logprobs=torch.cat((state.logprob_ring[0], state.prompt_logprob_ring[0])),
     )
 
 
@@ -278,11 +338,11 @@ def _disagreement(found: _Result, expected: _Result) -> str | None:
     """The first part of two results that is not the same."""
     if found.ring != expected.ring:
         return f"tokens ({_first_difference(found.ring, expected.ring)})"
-    for name in ("lines", "tokens", "written", "logits"):
+    for name in ("lines", "tokens", "written", "logits", "logprobs"):
         if not torch.equal(getattr(found, name), getattr(expected, name)):
             if bool(getattr(expected, name).isnan().any()):
                 return f"{name}, which hold NaN: something read a poisoned entry"
-            return {"lines": "slot lines", "tokens": "token history", "written": "KV cache", "logits": "logits"}[name]
+            return {"lines": "slot lines", "tokens": "token history", "written": "KV cache"}.get(name, name)
     return None
 
 
@@ -299,7 +359,9 @@ def _nan_as_inf(value: float) -> float:
     return value if value == value else float("inf")
 
 
-def main_verify(config: EngineConfig, *, rounds: int, seed: int, progress: bool) -> int:
+def main_verify(
+    config: EngineConfig, *, rounds: int, seed: int, variants: Sequence[Variant] = (Variant.PLAIN,), progress: bool
+) -> int:
     """`stepgraph graphs verify`: build the engine's graphs, check them all, print a table.
 
     Returns:
@@ -311,11 +373,11 @@ def main_verify(config: EngineConfig, *, rounds: int, seed: int, progress: bool)
         f"{engine.source.name}, {str(engine.dtype).removeprefix('torch.')}, {runner.pool.backend_name} graphs on "
         f"{engine.platform.name}; {rounds} compositions a shape, seed {seed}"
     )
-    reports = verify_pool(runner, rounds=rounds, seed=seed, progress=progress)
-    print(f"{'tokens x rows':>14} {'compositions':>13} {'graph - eager':>14} {'batch - alone':>14}  result")
+    reports = verify_pool(runner, rounds=rounds, seed=seed, variants=variants, progress=progress)
+    print(f"{'tokens x rows':>24} {'compositions':>13} {'graph - eager':>14} {'batch - alone':>14}  result")
     for report in reports:
         print(
-            f"{report.shape!s:>14} {report.compositions:>13} {report.worst_graph_difference:>14.3g} "
+            f"{report.shape!s:>24} {report.compositions:>13} {report.worst_graph_difference:>14.3g} "
             f"{report.worst_alone_difference:>14.3g}  {'ok' if not report.mismatches else 'MISMATCH'}"
         )
     mismatches = [mismatch for report in reports for mismatch in report.mismatches]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Protocol
 
 import torch
@@ -39,6 +40,9 @@ class Platform(Protocol):
 
     def used_memory_bytes(self) -> int:
         """Memory in use on the device, by anyone, the driver's share for captured graphs included; differences are ours."""
+
+    def peak_memory_bytes(self, run: Callable[[], object]) -> int:
+        """Most device memory that `run` holds at a time beside what is allocated before it; 0 where that is not known."""
 
     def host_buffer(self, *size: int) -> Tensor:
         """Zeroed int32 host memory that the device can read and write."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -40,6 +41,9 @@ class CpuPlatform:
 
     def used_memory_bytes(self) -> int:
         return 0  # a CPU graph holds no memory of its own: operators allocate as they run
+
+    def peak_memory_bytes(self, run: Callable[[], object]) -> int:
+        return 0  # steps take what they need from the memory that the KV cache leaves
 
     def host_buffer(self, *size: int) -> Tensor:
         return torch.zeros(*size, dtype=torch.int32)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -40,6 +42,15 @@ class CudaPlatform:
     def used_memory_bytes(self) -> int:
         free, total = torch.cuda.mem_get_info(self.device)
         return total - free
+
+    def peak_memory_bytes(self, run: Callable[[], object]) -> int:
+        torch.cuda.reset_peak_memory_stats(self.device)
+        before = torch.cuda.memory_allocated(self.device)
+        run()
+        self.synchronize()
+        peak = torch.cuda.max_memory_allocated(self.device) - before
+        torch.cuda.empty_cache()
+        return peak
 
     def host_buffer(self, *size: int) -> Tensor:
         return torch.zeros(*size, dtype=torch.int32, pin_memory=True)

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from stepgraph.ops import slot_line
-from stepgraph.step.shape import StepShape
+from stepgraph.step.shape import StepShape, Variant
 
 
 class StepKind(StrEnum):
@@ -31,6 +31,8 @@ class StepPlan:
     """Block-table entries to set before the step: (slot, index, block)."""
     num_prefill_rows: int
     """Rows that compute prompt tokens."""
+    variant: Variant = Variant.PLAIN
+    """The least that its rows need."""
 
     @cached_property
     def num_tokens(self) -> int:

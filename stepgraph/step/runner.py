@@ -3,34 +3,30 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import numpy as np
+import numpy.typing as npt
 import torch
-from torch import Tensor
 
 from stepgraph import ops
 from stepgraph.config import EngineConfig
-from stepgraph.errors import ConfigError
 from stepgraph.graph import Graph, create_backend
+from stepgraph.graph.eager import EagerGraph
 from stepgraph.graph.pool import GraphPool
-from stepgraph.models.config import DecoderConfig
-from stepgraph.models.decoder import Decoder
+from stepgraph.models.language_model import LanguageModel
 from stepgraph.ops import slot_line
 from stepgraph.platforms import Platform
+from stepgraph.step.memory import KVLayout, choose_num_blocks
 from stepgraph.step.plan import StepPlan
-from stepgraph.step.program import StepOutput, StepProgram
-from stepgraph.step.shape import StepShape
+from stepgraph.step.program import LogitBuffers, StepOutput, StepProgram
+from stepgraph.step.shape import StepShape, Variant
 from stepgraph.step.state import RING_DEPTH, SlotState
 
 logger = logging.getLogger(__name__)
-
-_MEMORY_RESERVE_BYTES = 2 << 30
-"""Left free beside the KV cache on a GPU, for activations and captured graphs."""
-_CPU_CACHE_BYTES = 1 << 30
-"""KV cache on CPU unless num_kv_blocks says otherwise; grows to one request of max_model_len if that is more."""
 
 
 class RowResult(NamedTuple):
@@ -39,7 +35,17 @@ class RowResult(NamedTuple):
     slot: int
     generation: int
     token: int  # NO_TOKEN if the row was a chunk of a prompt, or did not run
-    finish: int  # RUNNING, FINISHED_STOP or FINISHED_LENGTH
+    finish: int  # RUNNING or one of the FINISHED codes
+
+
+class StepResults(NamedTuple):
+    """What one step produced, in the plan's order of rows and tokens."""
+
+    rows: list[RowResult]
+    logprobs: npt.NDArray[np.int32] | None = None
+    """[rows, LOGPROB_WIDTH], see `stepgraph.ops.slot_line`; lines of rows that did not ask are old. None in the plain variant."""
+    prompt_logprobs: npt.NDArray[np.int32] | None = None
+    """[tokens, LOGPROB_WIDTH], likewise; tokens lie where the plan puts them if every row before runs in full."""
 
 
 @dataclass(frozen=True)
@@ -47,19 +53,20 @@ class Ticket:
     """A launched step whose results have not been read."""
 
     step: int
-    num_rows: int
+    plan: StepPlan
 
 
 class StepRunner:
     """Owns the device side of an engine: SlotState, KV cache, graphs."""
 
-    def __init__(self, model: Decoder, config: EngineConfig, platform: Platform, *, max_model_len: int):
+    def __init__(self, model: LanguageModel, config: EngineConfig, platform: Platform, *, max_model_len: int):
         self.platform = platform
         self.max_model_len = max_model_len
         self.block_size = config.cache.block_size
         self.vocab_size = model.config.vocab_size
         self.model = model
         self._multiprocessors = platform.multiprocessors
+        self._deterministic = config.model.deterministic
         scheduler, graph = config.scheduler, config.graph
         backend = create_backend(
             platform.default_graph_backend if graph.graph_backend == "auto" else graph.graph_backend
@@ -79,23 +86,40 @@ class StepRunner:
             max_num_seqs=scheduler.max_num_seqs,
             max_model_len=max_model_len,
             block_size=self.block_size,
+            vocab_size=self.vocab_size,
             max_shape=self.pool.max_shape,
             platform=platform,
         )
-        self.kv_caches = _allocate_kv(model.config, config, platform, next(model.parameters()).dtype, max_model_len)
-        self._logits = torch.empty(
-            scheduler.max_num_seqs, self.vocab_size, dtype=self.kv_caches[0][0].dtype, device=platform.device
+        rows, dtype = scheduler.max_num_seqs, next(model.parameters()).dtype
+        self._buffers = LogitBuffers(
+            logits=torch.empty(rows, self.vocab_size, dtype=dtype, device=platform.device),
+            processed=torch.empty(rows, self.vocab_size, dtype=torch.float32, device=platform.device),
+            counts=torch.zeros(rows, self.vocab_size, dtype=torch.int32, device=platform.device),
         )
-        self.num_kv_blocks = self.kv_caches[0][0].shape[0]
+        self.cache_lost: Callable[[], None] = lambda: None
+        """Called when the KV cache no longer holds what was put there; whoever counts on its content sets it."""
+        self._launched = 0
+        self._loaded: tuple[tuple[tuple[int, int], ...], StepShape] | None = None
+        layout = KVLayout.of(model.config, config.cache, dtype)
+        self.kv_caches = layout.allocate(1, platform.device)  # the null block is all that a dry run touches
+        self.num_kv_blocks = choose_num_blocks(
+            layout,
+            config,
+            platform,
+            max_model_len=max_model_len,
+            num_graphs=len(self.pool.shapes()),
+            activation_bytes=platform.peak_memory_bytes(self._dry_run),
+        )
+        self.kv_caches = layout.allocate(self.num_kv_blocks, platform.device)
 
         plan_length = self.state.plan.shape[0]
         self._staging = [platform.host_buffer(plan_length) for _ in range(RING_DEPTH)]
         self._staging_arrays = [buffer.numpy() for buffer in self._staging]
         self._completions = [platform.completion() for _ in range(RING_DEPTH)]
         self._ring = self.state.ring.numpy()
+        self._logprob_ring = self.state.logprob_ring.numpy()
+        self._prompt_logprob_ring = self.state.prompt_logprob_ring.numpy()
         self._trial_context_len = min(graph.capture_context_len or max_model_len, max_model_len - 1)
-        self._launched = 0
-        self._loaded: tuple[tuple[tuple[int, int], ...], StepShape] | None = None
 
     def launch(self, plan: StepPlan) -> Ticket:
         """Launch one step: at most one copy (the plan, if it changed) and one graph.
@@ -107,7 +131,7 @@ class StepRunner:
         graph.replay()
         self._completions[self._launched % RING_DEPTH].record()
         self._launched += 1
-        return Ticket(self._launched - 1, len(plan.rows))
+        return Ticket(self._launched - 1, plan)
 
     def load(self, plan: StepPlan, shape: StepShape) -> None:
         """Put `plan` where graphs of `shape` read it; nothing to do if it lies there already."""
@@ -120,19 +144,24 @@ class StepRunner:
         self.state.plan[:length].copy_(self._staging[turn][:length], non_blocking=True)
         self._loaded = (plan.rows, shape)
 
-    def collect(self, ticket: Ticket) -> list[RowResult]:
-        """Wait for a launched step and return its rows' results, in the plan's order."""
+    def collect(self, ticket: Ticket) -> StepResults:
+        """Wait for a launched step and return its results. Arrays are valid until the next `RING_DEPTH - 1` launches."""
         assert self._launched - ticket.step <= RING_DEPTH, (ticket, self._launched)
         entry = ticket.step % RING_DEPTH
         self._completions[entry].wait()
-        return [RowResult(*row) for row in self._ring[entry, : ticket.num_rows].tolist()]
+        num_rows, variant = len(ticket.plan.rows), ticket.plan.variant
+        return StepResults(
+            [RowResult(*row) for row in self._ring[entry, :num_rows].tolist()],
+            self._logprob_ring[entry, :num_rows] if variant >= Variant.EXTENDED else None,
+            self._prompt_logprob_ring[entry] if variant >= Variant.PROMPT_LOGPROBS else None,
+        )
 
     @contextmanager
     def workbench(self) -> Iterator[None]:
         """Borrow the buffers for checks and timings, while no request runs.
 
-        Inside, state may be laid out by hand, plans loaded and graphs replayed, from step 0 on; afterwards all slots are
-        empty and the engine's steps count on.
+        Inside, state may be laid out at will, plans loaded and graphs replayed, from step 0 on; afterwards all slots are
+        empty, the KV cache's content is lost and the engine's steps count on.
         """
         self.platform.synchronize()
         self.state.counter.zero_()
@@ -144,14 +173,20 @@ class StepRunner:
             self.state.lines.zero_()
             self.state.counter.fill_(self._launched % RING_DEPTH)
             self._loaded = None
+            self.cache_lost()
 
     def create_program(self, shape: StepShape) -> StepProgram:
         """The program of `shape` over this runner's buffers."""
         config = self.model.config
         geometry = ops.attention_geometry(
-            shape.num_tokens, shape.num_rows, config.num_heads, config.num_kv_heads, self._multiprocessors
+            shape.num_tokens,
+            shape.num_rows,
+            config.num_heads,
+            config.num_kv_heads,
+            self._multiprocessors,
+            deterministic=self._deterministic,
         )
-        return StepProgram(self.model, self.state, self.kv_caches, self._logits, shape, geometry)
+        return StepProgram(self.model, self.state, self.kv_caches, self._buffers, shape, geometry)
 
     @contextmanager
     def _leaving_no_trace(self) -> Iterator[None]:
@@ -160,6 +195,11 @@ class StepRunner:
             self._loaded = None
             self.state.plan.zero_()
             yield
+
+    def _dry_run(self) -> None:
+        """Run the largest step on nothing."""
+        with self._leaving_no_trace():
+            EagerGraph(self.create_program(self.pool.max_shape)).replay()
 
     def _try_largest_context(self, graph: Graph[StepOutput]) -> None:
         """Launch `graph` on one decode row at the largest context, in the null slot and the null block."""
@@ -171,55 +211,3 @@ class StepRunner:
             graph.replay()
             line.zero_()
             self.state.tokens[slot_line.NULL_SLOT].zero_()
-
-
-def _allocate_kv(
-    model: DecoderConfig, config: EngineConfig, platform: Platform, dtype: torch.dtype, max_model_len: int
-) -> tuple[tuple[Tensor, Tensor], ...]:
-    """One cache of keys and one of values per layer, [blocks, block_size, G, D], block 0 being the null block."""
-    block_size, max_num_seqs = config.cache.block_size, config.scheduler.max_num_seqs
-    block_bytes = 2 * model.num_layers * block_size * model.num_kv_heads * model.head_dim * dtype.itemsize
-    blocks_per_request = -(-max_model_len // block_size)
-    num_blocks = config.cache.num_kv_blocks
-    used = platform.total_memory_bytes() - platform.free_memory_bytes()
-    if num_blocks is None:
-        if platform.device.type == "cpu":
-            budget = max(_CPU_CACHE_BYTES, (blocks_per_request + 1) * block_bytes)  # and the null block
-        else:
-            budget = int(platform.total_memory_bytes() * config.cache.gpu_memory_utilization) - used
-            budget -= _MEMORY_RESERVE_BYTES
-        num_blocks = min(budget // block_bytes, max_num_seqs * blocks_per_request + 1)
-    needed = num_blocks * block_bytes
-    free = platform.free_memory_bytes()
-    if num_blocks < 2 and config.cache.num_kv_blocks is None:
-        raise ConfigError(
-            f"no memory is left for the KV cache: {used / 2**30:.2f} GiB of {platform.total_memory_bytes() / 2**30:.2f} are in "
-            f"use, {_MEMORY_RESERVE_BYTES / 2**30:.0f} GiB are kept for activations and graphs, and gpu_memory_utilization is "
-            f"{config.cache.gpu_memory_utilization}; free memory on the device, or set num_kv_blocks"
-        )
-    if needed > free:
-        raise ConfigError(
-            f"the KV cache needs {needed / 2**30:.2f} GiB and {free / 2**30:.2f} GiB are free; lower num_kv_blocks, "
-            "max_model_len or gpu_memory_utilization"
-        )
-    shape = (num_blocks, block_size, model.num_kv_heads, model.head_dim)
-    logger.info(
-        "KV cache: %d blocks of %d tokens, %.2f GiB; %d tokens in all",
-        num_blocks,
-        block_size,
-        needed / 2**30,
-        (num_blocks - 1) * block_size,
-    )
-    if num_blocks <= blocks_per_request:
-        logger.warning(
-            "the KV cache holds %d tokens, less than one request of max_model_len=%d; longer requests will be refused",
-            (num_blocks - 1) * block_size,
-            max_model_len,
-        )
-    return tuple(
-        (
-            torch.zeros(shape, dtype=dtype, device=platform.device),
-            torch.zeros(shape, dtype=dtype, device=platform.device),
-        )
-        for _ in range(model.num_layers)
-    )

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -17,6 +19,27 @@ RING_DEPTH = 4
 """Steps whose output is kept; more than any platform runs ahead."""
 
 
+@dataclass(frozen=True)
+class SlotSampling:
+    """How a slot's tokens are chosen. Zeros and empty tuples ask for nothing."""
+
+    seed: int  # 64 bits
+    temperature: float = 0.0  # 0 is greedy
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    stop_token_ids: tuple[int, ...] = ()  # at most MAX_STOP_TOKENS
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    min_tokens: int = 0
+    logit_bias: tuple[tuple[int, float], ...] = ()  # at most MAX_BIASES
+    bad_words: tuple[tuple[int, ...], ...] = ()  # at most MAX_BAD_WORDS of at most BAD_WORD_WIDTH tokens
+    masked: bool = False  # only tokens of the slot's mask may be sampled; see `SlotState.set_mask`
+    num_logprobs: int = 0  # 1 + n; 0 is none
+    num_prompt_logprobs: int = 0
+
+
 class SlotState:
     """Device arrays with one line per slot, and the buffers that carry plans in and tokens out.
 
@@ -24,7 +47,14 @@ class SlotState:
     """
 
     def __init__(
-        self, *, max_num_seqs: int, max_model_len: int, block_size: int, max_shape: StepShape, platform: Platform
+        self,
+        *,
+        max_num_seqs: int,
+        max_model_len: int,
+        block_size: int,
+        vocab_size: int,
+        max_shape: StepShape,
+        platform: Platform,
     ):
         slots = max_num_seqs + 1
 
@@ -34,51 +64,73 @@ class SlotState:
         self.lines = zeros(slots, slot_line.LINE_WIDTH)  # see stepgraph.ops.slot_line
         self.tokens = zeros(slots, max_model_len)  # token history
         self.block_table = zeros(slots, -(-max_model_len // block_size))
+        self.biases = zeros(slots, slot_line.MAX_BIASES, 2)
+        self.bad_words = zeros(slots, slot_line.MAX_BAD_WORDS, slot_line.BAD_WORD_WIDTH)
+        self.masks = zeros(slots, 1, -(-vocab_size // slot_line.MASK_BITS))
         self.plan = zeros(max_shape.plan_length(block_size))
         self.counter = zeros(1)  # steps committed, modulo RING_DEPTH
         self.ring = platform.host_buffer(RING_DEPTH, max_shape.num_rows, slot_line.OUTPUT_WIDTH)
+        self.logprob_ring = platform.host_buffer(RING_DEPTH, max_shape.num_rows, slot_line.LOGPROB_WIDTH)
+        self.prompt_logprob_ring = platform.host_buffer(RING_DEPTH, max_shape.num_tokens, slot_line.LOGPROB_WIDTH)
         self._platform = platform
 
     def admit(
         self,
         slot: int,
         *,
-        prompt: Sequence[int],
+        tokens: Sequence[int],
+        prompt_len: int,
+        blocks: Sequence[int] = (),
+        computed: int = 0,
         generation: int,
         max_length: int,
-        temperature: float,
-        top_k: int,
-        top_p: float,
-        seed: int,
-        stop_token_ids: Sequence[int],
+        sampling: SlotSampling,
     ) -> None:
-        """Start a request in `slot`: two copies, ordered before the next step on the device's stream.
+        """Start a request in `slot`: a few copies, ordered before the next step on the device's stream.
 
         Args:
             slot: 1 … max_num_seqs.
-            prompt: token ids.
+            tokens: all known token ids, the prompt first.
+            prompt_len: how many of them are the prompt.
+            blocks: KV blocks of the first `computed` tokens.
+            computed: tokens whose keys and values are cached; fewer than `tokens`.
             generation: differs from that of the slot's previous request.
             max_length: tokens of prompt and answer at which the request ends.
-            temperature, top_k, top_p: as `stepgraph.ops.sample` defines them.
-            seed: 64 bits.
-            stop_token_ids: at most MAX_STOP_TOKENS.
+            sampling: how its tokens are chosen.
         """
         assert 0 < slot < self.lines.shape[0], slot
-        assert len(stop_token_ids) <= slot_line.MAX_STOP_TOKENS, stop_token_ids
-        line = np.zeros(slot_line.LINE_WIDTH, dtype=np.int32)
-        line[slot_line.LENGTH] = len(prompt)
+        assert computed < len(tokens), (computed, len(tokens))
+        self._copy(np.asarray(tokens, dtype=np.int32), self.tokens[slot])
+        if blocks:
+            self._copy(np.asarray(blocks, dtype=np.int32), self.block_table[slot])
+        if sampling.logit_bias:
+            biases = np.zeros((len(sampling.logit_bias), 2), dtype=np.int32)
+            biases[:, 0] = [token for token, _ in sampling.logit_bias]
+            biases.view(np.float32)[:, 1] = [bias for _, bias in sampling.logit_bias]
+            self._copy(biases.ravel(), self.biases[slot].view(-1))
+        if sampling.bad_words:
+            words = np.full((len(sampling.bad_words), slot_line.BAD_WORD_WIDTH), slot_line.NO_TOKEN, dtype=np.int32)
+            for row, word in zip(words, sampling.bad_words, strict=True):
+                row[-len(word) :] = word
+            self._copy(words.ravel(), self.bad_words[slot].view(-1))
+        line = _line(sampling)
+        line[slot_line.LENGTH] = len(tokens)
+        line[slot_line.COMPUTED] = computed
         line[slot_line.ACTIVE] = 1
         line[slot_line.GENERATION] = generation
         line[slot_line.MAX_LENGTH] = max_length
-        line[slot_line.TOP_K] = top_k
-        floats = line.view(np.float32)
-        floats[slot_line.TEMPERATURE] = temperature
-        floats[slot_line.TOP_P] = top_p
-        line.view(np.uint32)[[slot_line.SEED_LOW, slot_line.SEED_HIGH]] = (seed & 0xFFFFFFFF, seed >> 32 & 0xFFFFFFFF)
-        line[slot_line.STOP_TOKENS :] = -1
-        line[slot_line.STOP_TOKENS : slot_line.STOP_TOKENS + len(stop_token_ids)] = stop_token_ids
-        self._copy(np.asarray(prompt, dtype=np.int32), self.tokens[slot])
+        line[slot_line.PROMPT_LENGTH] = prompt_len
+        line[slot_line.MIN_LENGTH] = prompt_len + sampling.min_tokens if sampling.min_tokens else 0
         self._copy(line, self.lines[slot])
+
+    def set_mask(self, slot: int, mask: npt.NDArray[np.int32]) -> None:
+        """Say which tokens `slot` may sample from the next step on. One copy, ordered as in `admit`.
+
+        Args:
+            slot: admitted with `SlotSampling.masked`.
+            mask: [ceil(V / MASK_BITS)]; bit v % MASK_BITS of word v // MASK_BITS allows token v.
+        """
+        self._copy(mask, self.masks[slot, 0])
 
     def _copy(self, values: np.ndarray, target: Tensor) -> None:
         staging = self._platform.host_buffer(len(values))
@@ -87,12 +139,40 @@ class SlotState:
 
     @contextmanager
     def untraced(self) -> Iterator[None]:
-        """Put back what runs inside leave behind beside the null slot: the step counter and the output ring."""
+        """Put back what runs inside leave behind beside the null slot: the step counter and the output rings."""
         self._platform.synchronize()
-        counter, ring = self.counter.clone(), self.ring.clone()
+        written = (self.counter, self.ring, self.logprob_ring, self.prompt_logprob_ring)
+        before = [tensor.clone() for tensor in written]
         try:
             yield
         finally:
             self._platform.synchronize()
-            self.counter.copy_(counter)
-            self.ring.copy_(ring)
+            for tensor, value in zip(written, before, strict=True):
+                tensor.copy_(value)
+
+
+def _line(sampling: SlotSampling) -> npt.NDArray[np.int32]:
+    """A slot line with the columns of `sampling` filled in."""
+    assert len(sampling.stop_token_ids) <= slot_line.MAX_STOP_TOKENS, sampling
+    assert len(sampling.logit_bias) <= slot_line.MAX_BIASES, sampling
+    assert len(sampling.bad_words) <= slot_line.MAX_BAD_WORDS, sampling
+    line = np.zeros(slot_line.LINE_WIDTH, dtype=np.int32)
+    line[slot_line.TOP_K] = sampling.top_k
+    line[slot_line.NUM_BIASES] = len(sampling.logit_bias)
+    line[slot_line.NUM_BAD_WORDS] = len(sampling.bad_words)
+    line[slot_line.MASKED] = sampling.masked
+    line[slot_line.NUM_LOGPROBS] = sampling.num_logprobs
+    line[slot_line.NUM_PROMPT_LOGPROBS] = sampling.num_prompt_logprobs
+    floats = line.view(np.float32)
+    floats[slot_line.TEMPERATURE] = sampling.temperature
+    floats[slot_line.TOP_P] = sampling.top_p
+    floats[slot_line.MIN_P] = sampling.min_p
+    floats[slot_line.REPETITION_PENALTY] = sampling.repetition_penalty
+    floats[slot_line.PRESENCE_PENALTY] = sampling.presence_penalty
+    floats[slot_line.FREQUENCY_PENALTY] = sampling.frequency_penalty
+    seed = sampling.seed
+    line.view(np.uint32)[[slot_line.SEED_LOW, slot_line.SEED_HIGH]] = (seed & 0xFFFFFFFF, seed >> 32 & 0xFFFFFFFF)
+    stops = sampling.stop_token_ids
+    line[slot_line.STOP_TOKENS :] = slot_line.NO_TOKEN
+    line[slot_line.STOP_TOKENS : slot_line.STOP_TOKENS + len(stops)] = stops
+    return line

@@ -199,3 +199,134 @@ def test_a_failed_step_is_reported_to_every_caller_and_all_later_ones(engine, mo
     for results in (run(many()), run(many())):
         assert {type(result) for result in results} == {EngineDeadError}
         assert all("the device fell over" in str(result) for result in results)
+
+
+async def text_of(engine) -> str:
+    return (await collect(engine, PROMPTS[3], LONG))[-1].outputs[0].text
+
+
+def test_several_answers_are_streamed_together(engine) -> None:
+    params = SamplingParams(n=3, seed=5, max_tokens=12, ignore_eos=True)
+
+    async def together_and_alone():
+        together = await collect(engine, PROMPTS[3], params, request_id="mine")
+        alone = [
+            await collect(engine, PROMPTS[3], SamplingParams(seed=s, max_tokens=12, ignore_eos=True)) for s in (5, 6, 7)
+        ]
+        return together, [outputs[-1].outputs[0].token_ids for outputs in alone]
+
+    outputs, alone = run(together_and_alone())
+    assert [completion.token_ids for completion in outputs[-1].outputs] == alone
+    assert [output.finished for output in outputs] == [False] * (len(outputs) - 1) + [True]
+    assert {output.request_id for output in outputs} == {"mine"}
+    for shorter, longer in itertools.pairwise(outputs):
+        for before, after in zip(shorter.outputs, longer.outputs, strict=True):
+            assert after.token_ids[: len(before.token_ids)] == before.token_ids
+
+
+def test_abort_ends_all_answers_of_a_request(engine) -> None:
+    async def abort():
+        outputs = []
+        async for output in engine.generate(
+            PROMPTS[1], SamplingParams(n=3, max_tokens=400, ignore_eos=True), request_id="long"
+        ):
+            outputs.append(output)
+            if len(outputs) == 3:
+                engine.abort("long")
+        await until_idle(engine)
+        return outputs[-1]
+
+    last = run(abort())
+    assert [completion.finish_reason for completion in last.outputs] == ["abort"] * 3
+    assert engine.engine.runner.pool.statistics.num_steps < 300
+    assert len(run(collect(engine, PROMPTS[0], request_id="long"))) == 12  # its id is free again
+
+
+def test_a_caller_that_leaves_several_answers_ends_them_all(engine) -> None:
+    async def leave():
+        async with aclosing(
+            engine.generate(PROMPTS[1], SamplingParams(n=3, max_tokens=400, ignore_eos=True), request_id="left")
+        ) as outputs:
+            await anext(outputs)
+        await until_idle(engine)
+
+    run(leave())
+    assert engine.engine.runner.pool.statistics.num_steps < 300
+    assert len(run(collect(engine, PROMPTS[0], request_id="left"))) == 12
+
+
+def test_a_stop_string_ends_the_answer_and_its_request(engine) -> None:
+    text = run(text_of(engine))
+    stop = text[20:24]
+    params = SamplingParams(temperature=0, max_tokens=400, ignore_eos=True, stop=stop)
+    before = engine.engine.runner.pool.statistics.num_steps
+
+    async def stop_and_start_again():
+        outputs = await collect(engine, PROMPTS[3], params, request_id="mine")
+        again = await collect(engine, PROMPTS[3], params, request_id="mine")
+        await until_idle(engine)
+        return outputs, again
+
+    outputs, again = run(stop_and_start_again())
+    completion = outputs[-1].outputs[0]
+    assert (completion.text, completion.finish_reason, completion.stop_reason) == (
+        text[: text.index(stop)],
+        "stop",
+        stop,
+    )
+    assert all(completion.text.startswith(output.outputs[0].text) for output in outputs)
+    assert again[-1].outputs == outputs[-1].outputs
+    assert engine.engine.runner.pool.statistics.num_steps - before < 300
+
+
+def test_an_id_is_in_use_until_the_last_of_its_answers_has_ended(engine) -> None:
+    async def two_with_one_id():
+        first = asyncio.create_task(
+            collect(engine, PROMPTS[1], SamplingParams(n=2, max_tokens=400, ignore_eos=True), request_id="same")
+        )
+        while not engine.engine.scheduler.has_requests:
+            await asyncio.sleep(0)
+        with pytest.raises(RequestError, match="request id 'same' is in use"):
+            await collect(engine, PROMPTS[2], request_id="same")
+        engine.abort("same")
+        return await first
+
+    assert run(two_with_one_id())[-1].finished
+
+
+def test_priority_and_cache_salt_reach_the_engine(engine, monkeypatch) -> None:
+    add_request, seen = engine.engine.add_request, []
+
+    def add(*args, **options):
+        seen.append(options)
+        return add_request(*args, **options)
+
+    monkeypatch.setattr(engine.engine, "add_request", add)
+    run(collect(engine, {"prompt_token_ids": PROMPTS[1], "cache_salt": "me"}, priority=-3))
+    assert seen == [{"priority": -3, "cache_salt": "me"}]
+
+
+def test_work_that_becomes_due_later_is_waited_for_and_a_new_request_is_not_kept_waiting(engine, monkeypatch) -> None:
+    run(collect(engine, PROMPTS[1]))  # captures its graphs
+    statistics = engine.engine.runner.pool.statistics
+    before = statistics.num_steps
+    due: list[float | None] = [3600.0]
+    monkeypatch.setattr(type(engine.engine), "seconds_until_work", property(lambda _: due[0]))
+
+    async def second_arrival_makes_it_due():
+        first = asyncio.create_task(collect(engine, PROMPTS[1]))
+        await asyncio.sleep(0.3)
+        waited = statistics.num_steps - before
+        due[0] = None
+        second = await collect(engine, PROMPTS[2])
+        return waited, await first, second
+
+    waited, first, second = run(second_arrival_makes_it_due())
+    assert waited <= 1  # the one after the request was added
+    assert (len(first), len(second)) == (12, 12)
+
+
+def test_work_runs_when_it_is_due_though_nobody_calls(engine, monkeypatch) -> None:
+    pauses = iter([None, 0.01, 0.01])
+    monkeypatch.setattr(type(engine.engine), "seconds_until_work", property(lambda _: next(pauses, None)))
+    assert len(run(collect(engine, PROMPTS[1]))) == 12

