@@ -33,12 +33,25 @@ class Attention(nn.Module):
         qkv_bias: bool,
         output_bias: bool,
         qk_norm: bool,
+        window: int,
+        scale: float | None,
         eps: float,
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
+        """Args:
+        hidden_size: E.
+        num_heads, num_kv_heads, head_dim: H, G, D.
+        qkv_bias, output_bias: of the projections.
+        qk_norm: normalise every query and key head.
+        window: a token sees its last `window` keys, itself included; 0: all.
+        scale: multiplies q·k; None: D^-1/2.
+        eps: of the RMS norms.
+        dtype, device: of the parameters.
+        """
         super().__init__()
-        self.num_heads, self.head_dim, self.eps = num_heads, head_dim, eps
+        self.num_heads, self.window, self.eps = num_heads, window, eps
+        self.scale = head_dim**-0.5 if scale is None else scale
         self.qkv_proj = MergedLinear(
             hidden_size,
             {"q_proj": num_heads * head_dim, "k_proj": num_kv_heads * head_dim, "v_proj": num_kv_heads * head_dim},
@@ -83,8 +96,9 @@ class Attention(nn.Module):
             built.row_slot,
             built.query_start,
             built.kv_len,
-            inputs.attention_plan,
+            inputs.attention_plans[self.window],
             inputs.geometry,
-            self.head_dim**-0.5,
+            self.scale,
+            self.window,
         )
         return self.o_proj(attended_TF)

@@ -8,12 +8,29 @@ from torch.nn import functional as F
 
 
 class Embedding(nn.Module):
-    """Rows of a [V, E] table. May run inside a graph."""
+    """Rows of a [V, E] table, multiplied by a constant in some models. May run inside a graph."""
 
-    def __init__(self, vocab_size: int, hidden_size: int, *, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self,
+        vocab_size: int,
+        hidden_size: int,
+        *,
+        multiplier: float = 1.0,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        """Args:
+        vocab_size: V.
+        hidden_size: E.
+        multiplier: of the rows that `forward` returns, first rounded to `dtype`, as Gemma was trained with.
+        dtype: of the table.
+        device: of the table.
+        """
         super().__init__()
         self.weight = nn.Parameter(torch.empty(vocab_size, hidden_size, dtype=dtype, device=device), False)
+        self.multiplier = float(torch.tensor(multiplier, dtype=dtype))
 
     def forward(self, token_ids_T: Tensor) -> Tensor:
         """Return a fresh [T, E] tensor, which the caller may update in place."""
-        return F.embedding(token_ids_T, self.weight)
+        x_TE = F.embedding(token_ids_T, self.weight)
+        return x_TE if self.multiplier == 1.0 else x_TE * self.multiplier

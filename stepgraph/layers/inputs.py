@@ -14,7 +14,7 @@ class StepInputs:
     """One step's tensors, built on the device inside the graph."""
 
     built: BuiltStep
-    attention_plan: AttentionPlan
+    attention_plans: dict[int, AttentionPlan]  # by the sliding window of the layers that use it; 0: full attention
     geometry: AttentionGeometry
     block_table: Tensor  # [slots, max blocks] int32
     kv_caches: tuple[tuple[Tensor, Tensor], ...]  # per layer: keys, values, each [blocks, block_size, G, D]

@@ -9,12 +9,17 @@ import torch
 from torch import Tensor, nn
 
 from stepgraph import ops
+from stepgraph.layers.lora import LoRA
 
 
 class Linear(nn.Module):
     """`x @ weight.T + bias`. May run inside a graph."""
 
     bias: nn.Parameter | None
+    deterministic = False
+    """Whether a token's result may not depend on the tokens beside it; set at load, see `ops.linear_by_row`."""
+    lora: LoRA | None = None
+    """Updates of the requests' adapters; set at load, if the engine takes adapters."""
 
     def __init__(
         self, in_features: int, out_features: int, *, bias: bool = False, dtype: torch.dtype, device: torch.device
@@ -25,7 +30,11 @@ class Linear(nn.Module):
 
     def forward(self, x_TI: Tensor) -> Tensor:
         """Return [T, O], dtype of `x_TI`."""
-        return ops.linear(x_TI, self.weight, self.bias)
+        product = ops.linear_by_row if self.deterministic else ops.linear
+        out_TO = product(x_TI, self.weight, self.bias)
+        if self.lora is not None:
+            self.lora.update(x_TI, out_TO, deterministic=self.deterministic)
+        return out_TO
 
 
 class MergedLinear(Linear):
@@ -46,13 +55,13 @@ class MergedLinear(Linear):
         bias: whether every projection has one.
         """
         super().__init__(in_features, sum(parts.values()), bias=bias, dtype=dtype, device=device)
-        self._parts = parts
+        self.parts = parts
 
     def named_parts(self) -> dict[str, Tensor]:
         """Views into the merged parameters, by checkpoint name (``"q_proj.weight"``, ``"q_proj.bias"``, …)."""
-        sizes = list(self._parts.values())
+        sizes = list(self.parts.values())
         return {
             f"{part}.{name}": view
             for name, parameter in self.named_parameters()
-            for part, view in zip(self._parts, parameter.split(sizes), strict=True)
+            for part, view in zip(self.parts, parameter.split(sizes), strict=True)
         }

@@ -11,13 +11,32 @@ from stepgraph.ops import add_rms_norm, rms_norm
 class RMSNorm(nn.Module):
     """See `stepgraph.ops.rms_norm`. May run inside a graph."""
 
-    def __init__(self, width: int, eps: float, *, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self,
+        width: int,
+        eps: float,
+        *,
+        weight_offset: float = 0.0,
+        residual_multiplier: float = 1.0,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        """Args:
+        width: E.
+        eps: added to the mean square.
+        weight_offset: what the checkpoint's weights lack (1 in Gemma). `weight` holds the sum, then in float32, where it
+            loses nothing; so the result is rounded once, as Gemma does.
+        residual_multiplier: of what `forward` adds to the residual stream.
+        dtype: of the activations.
+        device: of the weight.
+        """
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(width, dtype=dtype, device=device), False)
-        self.eps = eps
+        weight = torch.empty(width, dtype=torch.float32 if weight_offset else dtype, device=device)
+        self.weight = nn.Parameter(weight, False)
+        self.eps, self.weight_offset, self.residual_multiplier = eps, weight_offset, residual_multiplier
 
     def forward(self, x_TE: Tensor, residual_TE: Tensor | None = None) -> Tensor:
         """Normalise `x_TE`; or, given the residual stream, add `x_TE` to it in place and normalise the sum."""
         if residual_TE is None:
             return rms_norm(x_TE, self.weight, self.eps)
-        return add_rms_norm(x_TE, residual_TE, self.weight, self.eps)
+        return add_rms_norm(x_TE, residual_TE, self.weight, self.eps, self.residual_multiplier)

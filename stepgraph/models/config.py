@@ -9,13 +9,17 @@ from typing import Any
 import torch
 
 from stepgraph.errors import ModelError
+from stepgraph.layers.mlp import Activation
 from stepgraph.layers.rotary import RotaryFrequencies, rotary_frequencies
+
+_FULL, _SLIDING = "full_attention", "sliding_attention"
+_ACTIVATIONS: dict[str, Activation] = {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
 
 
 @dataclass(frozen=True)
 class DecoderConfig:
-    """Sizes and options of a Llama-like decoder. The KV cache has `num_layers` pairs of [blocks, block_size,
-    `num_kv_heads`, `head_dim`]."""
+    """Sizes and options of a Llama-like decoder; those with a default are as in Llama. The KV cache has `num_layers` pairs of
+    [blocks, block_size, `num_kv_heads`, `head_dim`]."""
 
     architecture: str  # class name in transformers, e.g. "LlamaForCausalLM"
     vocab_size: int
@@ -26,29 +30,60 @@ class DecoderConfig:
     num_kv_heads: int
     head_dim: int
     rms_norm_eps: float
-    rope: RotaryFrequencies
+    ropes: tuple[RotaryFrequencies, ...]  # per layer
     max_position_embeddings: int  # longest sequence the model was made for, in tokens
     tie_word_embeddings: bool  # the output head is the embedding table
     qkv_bias: bool
     output_bias: bool  # of the attention's output projection
     mlp_bias: bool
     qk_norm: bool  # RMS norm of each query and key head
+    windows: tuple[int, ...]  # per layer: last keys a token sees, its own included; 0: all
     eos_token_ids: tuple[int, ...]
     bos_token_id: int | None
     dtype: torch.dtype  # of the checkpoint's matrices; bfloat16 for quantised ones
+    activation: Activation = "silu"  # of the feed-forward gate
+    attention_scale: float | None = None  # multiplies q·k; None: head_dim ** -0.5
+    norm_weight_offset: float = 0.0  # what the weights of norms lack in the checkpoint; see `RMSNorm`
+    output_norms: bool = False  # RMS norm of what attention and feed-forward add to the residual stream
+    embedding_multiplier: float = 1.0
+    residual_multiplier: float = 1.0  # of what attention and feed-forward add to the residual stream
+    logits_divisor: float = 1.0
+    interleaved_rope: bool = False  # the checkpoint rotates adjacent dimensions; see `rotary_order`
+    merged_projections: bool = False  # the checkpoint stores qkv_proj and gate_up_proj as one matrix each
 
     @classmethod
-    def from_hf(cls, hf_config: Any, *, qkv_bias: bool, output_bias: bool, qk_norm: bool = False) -> DecoderConfig:
+    def from_hf(
+        cls,
+        hf_config: Any,
+        *,
+        qkv_bias: bool,
+        output_bias: bool,
+        qk_norm: bool = False,
+        partial_rope: bool = False,
+    ) -> DecoderConfig:
         """Read a transformers (>= 5.10) config object that passed `check_supported`.
 
         Args:
             hf_config: of the model.
-            qkv_bias, output_bias, qk_norm: what follows from the model's class and not from fields of its config.
+            qkv_bias, output_bias, qk_norm: what follows from the model's class and not from fields of its config. Options
+                that have a default are set by `dataclasses.replace`.
+            partial_rope: whether the model's class rotates a part of each head where its config asks for it.
 
         Raises:
             ModelError: the rope settings are unsupported.
         """
         head_dim = getattr(hf_config, "head_dim", None) or hf_config.hidden_size // hf_config.num_attention_heads
+        layer_types = _layer_types_of(hf_config)
+        one_rope = "rope_theta" in hf_config.rope_parameters  # else one for each type of layer
+        ropes = {kind: rotary_frequencies(hf_config, head_dim, None if one_rope else kind) for kind in set(layer_types)}
+        if not partial_rope and any(2 * len(rope.inv_freq) != head_dim for rope in ropes.values()):
+            raise ModelError(
+                f"The config asks to rotate only a part of each head (partial_rotary_factor in {hf_config.rope_parameters}); "
+                f"a {architecture_of(hf_config)} rotates whole heads. Remove partial_rotary_factor from config.json."
+            )
+        window = getattr(hf_config, "sliding_window", None) or 0
+        if window >= hf_config.max_position_embeddings:
+            window = 0
         return cls(
             architecture=architecture_of(hf_config),
             vocab_size=hf_config.vocab_size,
@@ -59,16 +94,18 @@ class DecoderConfig:
             num_kv_heads=hf_config.num_key_value_heads,
             head_dim=head_dim,
             rms_norm_eps=hf_config.rms_norm_eps,
-            rope=rotary_frequencies(hf_config, head_dim),
+            ropes=tuple(ropes[kind] for kind in layer_types),
             max_position_embeddings=hf_config.max_position_embeddings,
             tie_word_embeddings=hf_config.tie_word_embeddings,
             qkv_bias=qkv_bias,
             output_bias=output_bias,
             mlp_bias=getattr(hf_config, "mlp_bias", False),
             qk_norm=qk_norm,
+            windows=tuple(window if kind == _SLIDING else 0 for kind in layer_types),
             eos_token_ids=as_token_ids(hf_config.eos_token_id),
             bos_token_id=hf_config.bos_token_id,
             dtype=_as_dtype(getattr(hf_config, "dtype", None)),
+            activation=_ACTIVATIONS[_activation_of(hf_config)],
         )
 
 
@@ -116,16 +153,35 @@ def check_supported(hf_config: Any) -> None:
         )
     if field("is_encoder_decoder") or field("use_bidirectional_attention") or field("is_causal") is False:
         refuse("its attention is not causal", "Decoder-only causal models are supported.")
-    window, longest = field("sliding_window"), field("max_position_embeddings")
-    if window and window < longest:
+    if odd := sorted(set(field("layer_types") or ()) - {_FULL, _SLIDING}):
+        refuse(f"it has layers of type {', '.join(odd)}", f"Layers of type {_FULL} and {_SLIDING} are supported.")
+    if _SLIDING in (field("layer_types") or ()) and not field("sliding_window"):
         refuse(
-            f"it attends over a sliding window of {window} tokens (context {longest})",
-            "Models with full attention in every layer are supported.",
+            f"it has layers of type {_SLIDING}, but its sliding_window is {field('sliding_window')}",
+            'Give "sliding_window" a number of tokens in config.json, or make all layers full_attention.',
         )
-    if odd := sorted(set(field("layer_types") or ()) - {"full_attention", "sliding_attention"}):
-        refuse(f"it has layers of type {', '.join(odd)}", "Models with full attention in every layer are supported.")
-    if (activation := field("hidden_act")) not in (None, "silu"):
-        refuse(f'its feed-forward activation is "{activation}"', "silu (SwiGLU) is supported.")
+    for name in ("attn_logit_softcapping", "final_logit_softcapping"):
+        if field(name):
+            refuse(f"it caps logits ({name} = {field(name)})", "Models without soft-capping are supported.")
+    if _activation_of(hf_config) not in _ACTIVATIONS:
+        refuse(
+            f'its feed-forward activation is "{_activation_of(hf_config)}"',
+            f"{' and '.join(_ACTIVATIONS)} are supported.",
+        )
+
+
+def _layer_types_of(hf_config: Any) -> list[str]:
+    """Whether each layer attends to all tokens or to a window, in transformers' words.
+
+    Where the config does not list it, all layers are alike: windowed if there is a window (Mistral, Phi-3).
+    """
+    kind = _SLIDING if getattr(hf_config, "sliding_window", None) else _FULL
+    return getattr(hf_config, "layer_types", None) or [kind] * hf_config.num_hidden_layers
+
+
+def _activation_of(hf_config: Any) -> str:
+    """Name of the feed-forward activation; Gemma has a field of its own for it."""
+    return getattr(hf_config, "hidden_activation", None) or getattr(hf_config, "hidden_act", None) or "silu"
 
 
 def _as_dtype(value: torch.dtype | str | None) -> torch.dtype:

@@ -1,4 +1,4 @@
-"""The decoder that Llama, Mistral, Qwen2 and Qwen3 share.
+"""The decoder that Llama and the models like it share.
 
 Shapes: T tokens, R rows, E hidden size, V vocabulary, D head size.
 """
@@ -6,6 +6,7 @@ Shapes: T tokens, R rows, E hidden size, V vocabulary, D head size.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -17,16 +18,25 @@ from stepgraph.layers.inputs import StepInputs
 from stepgraph.layers.linear import Linear, MergedLinear
 from stepgraph.layers.mlp import MLP
 from stepgraph.layers.norm import RMSNorm
-from stepgraph.layers.rotary import cos_sin_table
+from stepgraph.layers.rotary import cos_sin_table, rotary_order
 from stepgraph.models.config import DecoderConfig
+from stepgraph.models.conversion import Target, with_head_order, with_offset
+from stepgraph.ops import linear_by_row
 
 
 class DecoderLayer(nn.Module):
-    """Attention and feed-forward, each normalised before and added to the residual stream after."""
+    """Attention and feed-forward, each normalised before and added to the residual stream after.
 
-    def __init__(self, config: DecoderConfig, *, dtype: torch.dtype, device: torch.device) -> None:
+    Where `DecoderConfig.output_norms` asks for it, what they add is normalised too. As in the checkpoints,
+    `post_attention_layernorm` is then the norm of what attention adds, and `pre_feedforward_layernorm` has its usual place.
+    """
+
+    pre_feedforward_layernorm: RMSNorm | None
+    post_feedforward_layernorm: RMSNorm | None
+
+    def __init__(self, config: DecoderConfig, index: int, *, dtype: torch.dtype, device: torch.device) -> None:
         super().__init__()
-        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype=dtype, device=device)
+        self.input_layernorm = _norm(config, config.hidden_size, dtype, device)
         self.self_attn = Attention(
             config.hidden_size,
             config.num_heads,
@@ -35,12 +45,28 @@ class DecoderLayer(nn.Module):
             qkv_bias=config.qkv_bias,
             output_bias=config.output_bias,
             qk_norm=config.qk_norm,
+            window=config.windows[index],
+            scale=config.attention_scale,
             eps=config.rms_norm_eps,
             dtype=dtype,
             device=device,
         )
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype=dtype, device=device)
-        self.mlp = MLP(config.hidden_size, config.intermediate_size, bias=config.mlp_bias, dtype=dtype, device=device)
+        if config.qk_norm:
+            self.self_attn.q_norm = _norm(config, config.head_dim, dtype, device)
+            self.self_attn.k_norm = _norm(config, config.head_dim, dtype, device)
+        self.post_attention_layernorm = _norm(config, config.hidden_size, dtype, device)
+        self.mlp = MLP(
+            config.hidden_size,
+            config.intermediate_size,
+            activation=config.activation,
+            bias=config.mlp_bias,
+            dtype=dtype,
+            device=device,
+        )
+        self.pre_feedforward_layernorm = self.post_feedforward_layernorm = None
+        if config.output_norms:
+            self.pre_feedforward_layernorm = _norm(config, config.hidden_size, dtype, device)
+            self.post_feedforward_layernorm = _norm(config, config.hidden_size, dtype, device)
 
     def forward(
         self,
@@ -61,7 +87,21 @@ class DecoderLayer(nn.Module):
         """
         x_TE = self.input_layernorm(residual_TE) if x_TE is None else self.input_layernorm(x_TE, residual_TE)
         x_TE = self.self_attn(x_TE, cos_sin, cache, inputs)
-        return self.mlp(self.post_attention_layernorm(x_TE, residual_TE))
+        if self.pre_feedforward_layernorm is None or self.post_feedforward_layernorm is None:
+            return self.mlp(self.post_attention_layernorm(x_TE, residual_TE))
+        x_TE = self.pre_feedforward_layernorm(self.post_attention_layernorm(x_TE), residual_TE)
+        return self.post_feedforward_layernorm(self.mlp(x_TE))
+
+
+def _norm(config: DecoderConfig, width: int, dtype: torch.dtype, device: torch.device) -> RMSNorm:
+    return RMSNorm(
+        width,
+        config.rms_norm_eps,
+        weight_offset=config.norm_weight_offset,
+        residual_multiplier=config.residual_multiplier,
+        dtype=dtype,
+        device=device,
+    )
 
 
 class Decoder(nn.Module, ABC):
@@ -72,6 +112,7 @@ class Decoder(nn.Module, ABC):
     """
 
     lm_head: Linear | None
+    deterministic = False
 
     def __init__(self, config: DecoderConfig, *, max_model_len: int, dtype: torch.dtype, device: torch.device) -> None:
         """Args:
@@ -82,16 +123,23 @@ class Decoder(nn.Module, ABC):
         """
         super().__init__()
         self.config = config
-        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size, dtype=dtype, device=device)
-        self.layers = nn.ModuleList(DecoderLayer(config, dtype=dtype, device=device) for _ in range(config.num_layers))
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype=dtype, device=device)
+        self.embed_tokens = Embedding(
+            config.vocab_size, config.hidden_size, multiplier=config.embedding_multiplier, dtype=dtype, device=device
+        )
+        self.layers = nn.ModuleList(
+            DecoderLayer(config, index, dtype=dtype, device=device) for index in range(config.num_layers)
+        )
+        self.norm = _norm(config, config.hidden_size, dtype, device)
         self.lm_head = (
             None
             if config.tie_word_embeddings
             else Linear(config.hidden_size, config.vocab_size, dtype=dtype, device=device)
         )
-        self.cos_sin: Tensor
-        self.register_buffer("cos_sin", cos_sin_table(config.rope, max_model_len, device), persistent=False)
+        ropes = list(dict.fromkeys(config.ropes))
+        for i, rope in enumerate(ropes):
+            table = cos_sin_table(rope, config.head_dim, max_model_len, device)
+            self.register_buffer(f"cos_sin_{i}", table, persistent=False)
+        self._table_names = [f"cos_sin_{ropes.index(rope)}" for rope in config.ropes]
 
     @classmethod
     @abstractmethod
@@ -109,23 +157,52 @@ class Decoder(nn.Module, ABC):
         """
         residual_TE = self.embed_tokens(inputs.built.token_ids)
         x_TE = None
-        for layer, cache in zip(self.layers, inputs.kv_caches, strict=True):
-            x_TE = layer(x_TE, residual_TE, self.cos_sin, cache, inputs)
+        for layer, table, cache in zip(self.layers, self._table_names, inputs.kv_caches, strict=True):
+            x_TE = layer(x_TE, residual_TE, self.get_buffer(table), cache, inputs)
         return self.norm(x_TE, residual_TE)
 
     def logits(self, hidden_RE: Tensor, out: Tensor) -> Tensor:
         """Write logits into `out`, [R, V] of the dtype of `hidden_RE`, and return it. Runs inside the graph."""
         head = self.embed_tokens if self.lm_head is None else self.lm_head
+        if self.config.logits_divisor != 1.0:
+            hidden_RE = hidden_RE / self.config.logits_divisor
+        if self.deterministic:
+            return linear_by_row(hidden_RE, head.weight, None, out)
         return torch.mm(hidden_RE, head.weight.t(), out=out)
 
-    def checkpoint_tensors(self) -> dict[str, Tensor]:
-        """Where each tensor of a checkpoint goes: checkpoint name → parameter, or view into a merged one."""
-        targets: dict[str, Tensor] = {}
+    def make_deterministic(self) -> None:
+        """Have every matrix product give each token bits that do not depend on the tokens beside it."""
+        self.deterministic = True
+        for module in self.modules():
+            if isinstance(module, Linear):
+                module.deterministic = True
+
+    def checkpoint_tensors(self) -> dict[str, Target]:
+        """Where each tensor of a checkpoint goes: checkpoint name → parameter, view into a merged one, or one that is
+        converted as it is filled."""
+        targets: dict[str, Target] = {}
         for path, module in self.named_modules():
-            if isinstance(module, MergedLinear):
+            tensors: Mapping[str, Target] = dict(module.named_parameters(recurse=False))
+            if isinstance(module, MergedLinear) and not self.config.merged_projections:
                 path, tensors = path.rpartition(".")[0], module.named_parts()
-            else:
-                tensors = dict(module.named_parameters(recurse=False))
+            elif isinstance(module, RMSNorm) and module.weight_offset:
+                tensors = {name: with_offset(tensor, module.weight_offset) for name, tensor in tensors.items()}
             prefix = path if path == "lm_head" else f"model.{path}"
             targets |= {f"{prefix}.{name}": tensor for name, tensor in tensors.items()}
+        for index in range(self.config.num_layers):
+            self._reorder_heads(targets, index)
         return targets
+
+    def _reorder_heads(self, targets: dict[str, Target], index: int) -> None:
+        """Have layer `index` filled so that the dimensions its checkpoint rotates together meet; see `rotary_order`."""
+        config = self.config
+        order_D = rotary_order(config.ropes[index], config.head_dim, interleaved=config.interleaved_rope)
+        if torch.equal(order_D, torch.arange(config.head_dim)):
+            return
+        num_heads = {"q_proj": config.num_heads, "k_proj": config.num_kv_heads, "q_norm": 1, "k_norm": 1}
+        num_heads["qkv_proj"] = config.num_heads + config.num_kv_heads  # values stay
+        for part, heads in num_heads.items():
+            for kind in ("weight", "bias"):
+                name = f"model.layers.{index}.self_attn.{part}.{kind}"
+                if name in targets:
+                    targets[name] = with_head_order(targets[name], order_D, heads)

@@ -99,8 +99,9 @@ class GGUFFile:
         config = replace(read_config(self._hf_config()), dtype=self._dtype())
         if _ROPE_FACTORS in self._tensors:  # how llama.cpp stores Llama 3's scaling of the frequencies
             factors = self._tensors[_ROPE_FACTORS].data.tolist()
-            inv_freq = tuple(f / factor for f, factor in zip(config.rope.inv_freq, factors, strict=True))
-            config = replace(config, rope=RotaryFrequencies(inv_freq, config.rope.scale))
+            rope = config.ropes[0]
+            inv_freq = tuple(f / factor for f, factor in zip(rope.inv_freq, factors, strict=True))
+            config = replace(config, ropes=(RotaryFrequencies(inv_freq, rope.scale),) * config.num_layers)
         return config
 
     def tensors(self) -> Iterator[CheckpointTensor]:

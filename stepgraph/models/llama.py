@@ -1,4 +1,4 @@
-"""Llama, and Mistral as far as it is the same model: full attention, no biases unless the config asks for them.
+"""Llama, and Mistral and Ministral, which add sliding windows: no biases unless the config asks for them.
 
 Source: Touvron et al., "Llama 2" (2023); Jiang et al., "Mistral 7B" (2023).
 """

@@ -7,12 +7,15 @@ from collections.abc import Iterable
 import torch
 from tqdm import tqdm
 
-from stepgraph.errors import ModelError
+from stepgraph.errors import ConfigError, ModelError
 from stepgraph.layers.norm import RMSNorm
 from stepgraph.models.checkpoint import CheckpointTensor
+from stepgraph.models.config import DecoderConfig
 from stepgraph.models.decoder import Decoder
+from stepgraph.models.language_model import LanguageModel
 from stepgraph.models.registry import ARCHITECTURES
 from stepgraph.models.source import ModelSource
+from stepgraph.models.transformers_model import TransformersConfig, TransformersModel
 
 
 def load_model(
@@ -22,33 +25,47 @@ def load_model(
     device: torch.device,
     max_model_len: int,
     load_format: str = "auto",
+    deterministic: bool = False,
     progress: bool = False,
-) -> Decoder:
-    """Build a model and fill it.
+) -> LanguageModel:
+    """Build a model, native or transformers' as the source's config says, and fill it.
 
     Args:
         source: from `resolve`.
         dtype: of parameters and activations.
         device: of the parameters.
         max_model_len: longest sequence, in tokens.
-        load_format: "auto" reads the checkpoint; "dummy" draws weights of standard deviation 0.02 on the device, the
-            same ones every time, with norms at one.
+        load_format: "auto" reads the checkpoint; "dummy" draws weights on the device, the same ones every time: in native
+            models of standard deviation 0.02, with norms at one; in transformers' models as the class begins training.
+        deterministic: a token's result may not depend, bit for bit, on the tokens beside it.
         progress: show a bar on stderr.
 
     Raises:
         ModelError: the checkpoint's tensors are not those of the model (missing, left over, of another shape), or a
             file is damaged.
+        ConfigError: `deterministic` with a model that only transformers runs.
     """
-    model = ARCHITECTURES[source.config.architecture](
-        source.config, max_model_len=max_model_len, dtype=dtype, device=device
-    )
     assert load_format in ("auto", "dummy"), load_format
+    config = source.config
+    if isinstance(config, TransformersConfig):
+        if deterministic:
+            raise ConfigError(
+                f"deterministic=True needs a native model, and {config.architecture} would run through transformers, whose "
+                "matrix products depend on the batch; choose a native model, or leave deterministic off"
+            )
+        if load_format == "dummy":
+            return TransformersModel.with_random_weights(config, dtype=dtype, device=device)
+        return TransformersModel.from_folder(config, source.folder, dtype=dtype, device=device, progress=progress)
+    assert isinstance(config, DecoderConfig), config
+    model = ARCHITECTURES[config.architecture](config, max_model_len=max_model_len, dtype=dtype, device=device)
     if load_format == "dummy":
         _fill_randomly(model, device)
     else:
         tensors = list(source.tensors())  # handles: nothing is read yet, and the bar knows its length
         bar = tqdm(tensors, f"Loading {source.name}", unit=" tensors", disable=not progress, leave=False)
         _fill(model, bar, source.description)
+    if deterministic:
+        model.make_deterministic()
     return model.eval()
 
 

@@ -7,17 +7,50 @@ from typing import Any
 from stepgraph.errors import ModelError
 from stepgraph.models.config import DecoderConfig, architecture_of, check_supported
 from stepgraph.models.decoder import Decoder
+from stepgraph.models.ernie4_5 import Ernie45
+from stepgraph.models.gemma3 import Gemma3
+from stepgraph.models.granite import Granite
+from stepgraph.models.language_model import LanguageModelConfig
 from stepgraph.models.llama import Llama
+from stepgraph.models.phi3 import Phi3
 from stepgraph.models.qwen2 import Qwen2
 from stepgraph.models.qwen3 import Qwen3
+from stepgraph.models.smollm3 import SmolLM3
+from stepgraph.models.transformers_model import TransformersConfig
 
 ARCHITECTURES: dict[str, type[Decoder]] = {
     "LlamaForCausalLM": Llama,
     "MistralForCausalLM": Llama,
+    "MinistralForCausalLM": Llama,
     "Qwen2ForCausalLM": Qwen2,
     "Qwen3ForCausalLM": Qwen3,
+    "Ernie4_5ForCausalLM": Ernie45,
+    "Gemma3ForCausalLM": Gemma3,
+    "GraniteForCausalLM": Granite,
+    "Phi3ForCausalLM": Phi3,
+    "SmolLM3ForCausalLM": SmolLM3,
 }
 """Native models by the class name of their transformers counterpart."""
+
+
+def choose_config(hf_config: Any, model_impl: str = "auto") -> LanguageModelConfig:
+    """Turn a transformers config into that of the implementation which will run the model.
+
+    Args:
+        hf_config: config object.
+        model_impl: "native", "transformers", or "auto": native if a native model runs the architecture.
+
+    Raises:
+        ModelError: the model uses something that the implementation does not support.
+    """
+    if model_impl == "transformers" or (model_impl == "auto" and architecture_of(hf_config) not in ARCHITECTURES):
+        return TransformersConfig.from_hf(hf_config)
+    try:
+        return read_config(hf_config)
+    except ModelError as error:
+        if model_impl == "native":
+            raise
+        raise ModelError(f"{error} Or set model_impl to transformers, to try transformers' own code.") from error
 
 
 def read_config(hf_config: Any) -> DecoderConfig:
@@ -31,6 +64,6 @@ def read_config(hf_config: Any) -> DecoderConfig:
     if architecture not in ARCHITECTURES:
         raise ModelError(
             f"No native model runs the architecture {architecture}; there are {', '.join(ARCHITECTURES)}. "
-            "docs/adding-a-model.md shows how to add one."
+            "Set model_impl to auto to run transformers' own code, or add one: see docs/adding-a-model.md."
         )
     return ARCHITECTURES[architecture].config_from_hf(hf_config)

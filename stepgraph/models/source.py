@@ -5,16 +5,18 @@ from __future__ import annotations
 import importlib.util
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from transformers import AutoConfig, GenerationConfig, PreTrainedTokenizerFast
 
 from stepgraph.errors import ModelError
 from stepgraph.models.checkpoint import CheckpointTensor
-from stepgraph.models.config import DecoderConfig, as_token_ids
+from stepgraph.models.config import as_token_ids
 from stepgraph.models.gguf import GGUFFile
-from stepgraph.models.registry import read_config
+from stepgraph.models.language_model import LanguageModelConfig
+from stepgraph.models.registry import choose_config
 from stepgraph.models.safetensors import read_safetensors, weight_files
 from stepgraph.models.tokenizer import tokenizer_from_folder, tokenizer_from_gguf
 
@@ -39,11 +41,16 @@ class ModelSource(ABC):
 
     name: str  # as the user gave it
     description: str  # kind and place, for people
-    config: DecoderConfig
+    config: LanguageModelConfig
 
     @abstractmethod
     def tensors(self) -> Iterable[CheckpointTensor]:
         """The checkpoint's tensors, read when they are loaded; ModelError if there are none or a file is damaged."""
+
+    @property
+    def folder(self) -> Path:
+        """Where transformers finds the checkpoint; ModelError if there is none."""
+        raise AssertionError(f"{self.description} holds no files for transformers")
 
     @abstractmethod
     def tokenizer(self) -> PreTrainedTokenizerFast:
@@ -53,8 +60,13 @@ class ModelSource(ABC):
 class GGUFSource(ModelSource):
     """One GGUF file."""
 
-    def __init__(self, name: str, path: Path) -> None:
+    def __init__(self, name: str, path: Path, model_impl: str) -> None:
         self.name, self.description = name, f"GGUF file {path}"
+        if model_impl == "transformers":
+            raise ModelError(
+                f"{path} is a GGUF file, which native models read; set model_impl to auto or native, or give the model's "
+                "safetensors folder."
+            )
         self._file = GGUFFile(path)
         self.config = self._file.config()
 
@@ -70,15 +82,21 @@ class GGUFSource(ModelSource):
 class FolderSource(ModelSource):
     """A folder as transformers' `save_pretrained` writes it, and as the hub has it."""
 
-    def __init__(self, name: str, folder: Path) -> None:
+    def __init__(self, name: str, folder: Path, model_impl: str) -> None:
         self.name, self.description = name, f"safetensors folder {folder}"
         self._folder = folder
-        config = _read_config_json(folder / "config.json")
+        hf_config = _read_config_json(folder / "config.json")
         if (folder / "generation_config.json").is_file():  # chat models list their turn-ending tokens only here
             generation = GenerationConfig.from_pretrained(folder)
-            eos = as_token_ids(generation.eos_token_id) + config.eos_token_ids
-            config = replace(config, eos_token_ids=tuple(dict.fromkeys(eos)))
-        self.config = config
+            eos = as_token_ids(generation.eos_token_id) + as_token_ids(getattr(hf_config, "eos_token_id", None))
+            hf_config.eos_token_id = list(dict.fromkeys(eos))
+        self.config = choose_config(hf_config, model_impl)
+
+    @property
+    def folder(self) -> Path:
+        """See `ModelSource.folder`."""
+        weight_files(self._folder)
+        return self._folder
 
     def tensors(self) -> Iterable[CheckpointTensor]:
         """See `ModelSource.tensors`."""
@@ -92,13 +110,21 @@ class FolderSource(ModelSource):
 class ShapeSource(ModelSource):
     """The config of a well-known model, without weights or tokenizer: for measurements with random weights."""
 
-    def __init__(self, name: str, path: Path) -> None:
+    def __init__(self, name: str, path: Path, model_impl: str) -> None:
         self.name, self.description = name, f"shape of {name}, no weights"
-        self.config = _read_config_json(path)
+        self.config = choose_config(_read_config_json(path), model_impl)
 
     def tensors(self) -> Iterable[CheckpointTensor]:
         """Always a ModelError."""
-        raise ModelError(
+        raise self._no_weights()
+
+    @property
+    def folder(self) -> Path:
+        """Always a ModelError."""
+        raise self._no_weights()
+
+    def _no_weights(self) -> ModelError:
+        return ModelError(
             f'"{self.name}" names a shape without weights: use load_format "dummy" for random weights, or the '
             "hub id or folder of a checkpoint."
         )
@@ -116,7 +142,7 @@ def shape_names() -> list[str]:
     return sorted(path.stem for path in _SHAPES.glob("*.json"))
 
 
-def resolve(model: str, *, weights: bool = True) -> ModelSource:
+def resolve(model: str, *, weights: bool = True, model_impl: str = "auto") -> ModelSource:
     """Find a model.
 
     Args:
@@ -124,6 +150,7 @@ def resolve(model: str, *, weights: bool = True) -> ModelSource:
             config.json; a shape (``qwen3-8b``, see `shape_names`); a hub id (``Qwen/Qwen3-0.6B``), from the local
             cache, else online. Write ``./smollm2`` for a folder of that name.
         weights: False downloads a hub model without its weights, enough for load_format "dummy".
+        model_impl: whose code is to run the layers, see `choose_config`.
 
     Raises:
         ModelError: not found, or not supported; says what was tried and what to do.
@@ -132,23 +159,23 @@ def resolve(model: str, *, weights: bool = True) -> ModelSource:
         path = packaged_file(model)
         if path is None:
             raise ModelError(f'The model "{model}" is not installed: run `stepgraph pull {model}`.')
-        return GGUFSource(model, path)
+        return GGUFSource(model, path, model_impl)
     path = Path(model).expanduser()
     if path.is_file():
         if path.suffix != ".gguf":
             raise ModelError(
                 f"{path} is a file but not a .gguf file; give a .gguf file or a folder with a config.json."
             )
-        return GGUFSource(model, path)
+        return GGUFSource(model, path, model_impl)
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise ModelError(f"The folder {path} has no config.json; give a folder that save_pretrained wrote.")
-        return FolderSource(model, path)
+        return FolderSource(model, path, model_impl)
     if model in shape_names():
-        return ShapeSource(model, _SHAPES / f"{model}.json")
+        return ShapeSource(model, _SHAPES / f"{model}.json", model_impl)
     if path.suffix == ".gguf" or path.is_absolute() or model.startswith((".", "~")) or model.count("/") > 1:
         raise ModelError(f"There is no file or folder {path}.")
-    return FolderSource(model, _hub_folder(model, weights))
+    return FolderSource(model, _hub_folder(model, weights), model_impl)
 
 
 def packaged_file(name: str) -> Path | None:
@@ -162,12 +189,11 @@ def packaged_file(name: str) -> Path | None:
     return None
 
 
-def _read_config_json(path: Path) -> DecoderConfig:
+def _read_config_json(path: Path) -> Any:
     try:
-        hf_config = AutoConfig.from_pretrained(path)
+        return AutoConfig.from_pretrained(path, trust_remote_code=False)
     except Exception as error:  # transformers raises many types here, validation errors of its own among them
         raise ModelError(f"transformers cannot read {path}: {error}") from error
-    return read_config(hf_config)
 
 
 def _hub_folder(model: str, weights: bool) -> Path:

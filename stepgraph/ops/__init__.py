@@ -9,11 +9,16 @@ from stepgraph.ops.attention import (
 )
 from stepgraph.ops.build import BuiltStep, build_step
 from stepgraph.ops.commit import commit
-from stepgraph.ops.linear import linear
+from stepgraph.ops.grouped_linear import grouped_linear
+from stepgraph.ops.linear import linear, linear_by_row
+from stepgraph.ops.logprobs import logprobs
+from stepgraph.ops.lora import lora
+from stepgraph.ops.process_logits import process_logits
 from stepgraph.ops.rms_norm import add_rms_norm, rms_norm
 from stepgraph.ops.rope_cache import rope_cache
 from stepgraph.ops.sample import sample
-from stepgraph.ops.swiglu import swiglu
+from stepgraph.ops.swiglu import geglu, swiglu
+from stepgraph.ops.write_kv import write_kv
 
 __all__ = [
     "AttentionGeometry",
@@ -24,10 +29,17 @@ __all__ = [
     "attention_plan",
     "build_step",
     "commit",
+    "geglu",
+    "grouped_linear",
     "linear",
+    "linear_by_row",
+    "logprobs",
+    "lora",
     "paged_attention",
+    "process_logits",
     "rms_norm",
     "rope_cache",
     "sample",
     "swiglu",
+    "write_kv",
 ]

@@ -1,7 +1,19 @@
 """Tiny random models in the layouts that transformers writes."""
 
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
+from transformers import (
+    AutoModelForCausalLM,
+    Ernie4_5Config,
+    Gemma3TextConfig,
+    GraniteConfig,
+    LlamaConfig,
+    MinistralConfig,
+    MistralConfig,
+    Phi3Config,
+    Qwen2Config,
+    Qwen3Config,
+    SmolLM3Config,
+)
 
 SIZES = {
     "vocab_size": 96,
@@ -24,6 +36,19 @@ LLAMA3_ROPE = {
 }
 YARN_ROPE = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 64}
 LINEAR_ROPE = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 2.0}
+LONG_ROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 10000.0,
+    "partial_rotary_factor": 0.75,  # 12 of 16 dimensions
+    "short_factor": [1.0, 1.1, 1.2, 1.4, 1.7, 2.0],
+    "long_factor": [1.0, 1.5, 2.0, 3.0, 5.0, 8.0],
+}
+GEMMA3_ROPE = {
+    "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
+    "full_attention": {"rope_type": "linear", "rope_theta": 1000000.0, "factor": 8.0},
+}
+WINDOW = 24
+MIXED_LAYERS = {"num_hidden_layers": 3, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}
 
 HF_CONFIGS = {
     "llama": lambda: LlamaConfig(**SIZES),
@@ -32,10 +57,44 @@ HF_CONFIGS = {
     "llama with llama3 rope": lambda: LlamaConfig(**SIZES, rope_parameters=LLAMA3_ROPE),
     "llama with linear rope": lambda: LlamaConfig(**SIZES, rope_parameters=LINEAR_ROPE),
     "mistral without window": lambda: MistralConfig(**SIZES, sliding_window=None),
+    "mistral with windows": lambda: MistralConfig(**SIZES, sliding_window=WINDOW),
+    "ministral with windows in some layers": lambda: MinistralConfig(
+        **SIZES | MIXED_LAYERS, head_dim=32, sliding_window=WINDOW
+    ),
     "qwen2": lambda: Qwen2Config(**SIZES),
+    "qwen2 with windows in later layers": lambda: Qwen2Config(
+        **SIZES, use_sliding_window=True, sliding_window=WINDOW, max_window_layers=1
+    ),
     "qwen3": lambda: Qwen3Config(**SIZES, head_dim=32),
     "qwen3 tied": lambda: Qwen3Config(**SIZES, head_dim=32, tie_word_embeddings=True),
     "qwen3 with yarn rope": lambda: Qwen3Config(**SIZES, head_dim=32, rope_parameters=YARN_ROPE),
+    "qwen3 with windows in some layers": lambda: Qwen3Config(
+        **SIZES | MIXED_LAYERS, head_dim=32, use_sliding_window=True, sliding_window=WINDOW
+    ),
+    "ernie 4.5": lambda: Ernie4_5Config(**SIZES, head_dim=32),
+    "ernie 4.5 with every bias": lambda: Ernie4_5Config(**SIZES, head_dim=16, use_bias=True),
+    "gemma 3": lambda: Gemma3TextConfig(
+        **SIZES | MIXED_LAYERS,
+        head_dim=32,
+        query_pre_attn_scalar=24,
+        sliding_window=WINDOW,
+        rope_parameters=GEMMA3_ROPE,
+    ),
+    "granite": lambda: GraniteConfig(
+        **SIZES, embedding_multiplier=12.0, residual_multiplier=0.22, attention_multiplier=0.1, logits_scaling=6.0
+    ),
+    "phi 3 with windows": lambda: Phi3Config(**SIZES, pad_token_id=0, sliding_window=WINDOW),
+    "phi 4 with long rope": lambda: Phi3Config(
+        **SIZES, pad_token_id=0, rope_parameters=LONG_ROPE, original_max_position_embeddings=64
+    ),
+    "smollm 3": lambda: SmolLM3Config(**SIZES, pad_token_id=0, no_rope_layer_interval=2),
+    "smollm 3 with windows": lambda: SmolLM3Config(
+        **SIZES | {"num_hidden_layers": 3},
+        pad_token_id=0,
+        no_rope_layer_interval=2,
+        use_sliding_window=True,
+        sliding_window=WINDOW,
+    ),
 }
 
 

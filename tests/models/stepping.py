@@ -44,10 +44,12 @@ class Stepper:
         """The logits at every token, [tokens, vocabulary]."""
         config, n = self.model.config, built.token_ids.shape[0]
         geometry = attention_geometry(n, 1, config.num_heads, config.num_kv_heads, multiprocessors=1)
-        plan = attention_plan(
-            built.query_start, built.kv_len, config.num_heads, config.num_kv_heads, config.head_dim, geometry
-        )
-        hidden = self.model(StepInputs(built, plan, geometry, self.block_table, self.caches))
+        heads = config.num_heads, config.num_kv_heads, config.head_dim
+        plans = {
+            window: attention_plan(built.query_start, built.kv_len, *heads, geometry, window)
+            for window in set(config.windows)
+        }
+        hidden = self.model(StepInputs(built, plans, geometry, self.block_table, self.caches))
         out = hidden.new_empty(hidden.shape[0], self.model.config.vocab_size)
         return self.model.logits(hidden, out=out)
 

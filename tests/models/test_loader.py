@@ -44,7 +44,7 @@ def test_a_sharded_checkpoint_loads_the_same_weights_as_a_single_file(folder, sh
 def test_weights_are_rounded_to_the_wanted_dtype(folder) -> None:
     single, half = load(folder), load(folder, dtype=torch.bfloat16)
     assert torch.equal(single.norm.weight.bfloat16(), half.norm.weight)
-    assert half.cos_sin.dtype == torch.float32
+    assert half.get_buffer("cos_sin_0").dtype == torch.float32
     assert not any(parameter.requires_grad for parameter in half.parameters())
 
 

@@ -38,16 +38,29 @@ def offline(monkeypatch):
         ({"quantization_config": {"quant_method": "awq"}}, 'quantised with method "awq".*GGUF'),
         ({"model_type": "mixtral", "num_local_experts": 8}, "mixture of experts.*Dense decoders"),
         ({"model_type": "qwen3_moe", "num_experts": 8}, "mixture of experts"),
-        ({"model_type": "mistral", "sliding_window": 64}, "sliding window of 64 tokens.*full attention"),
-        ({"hidden_act": "gelu"}, 'activation is "gelu".*silu'),
+        ({"layer_types": ["chunked_attention"] * 2}, "layers of type chunked_attention.*full_attention and sliding"),
+        ({"layer_types": ["sliding_attention"] * 2}, "sliding_window is None.*Give"),
+        ({"attn_logit_softcapping": 50.0}, r"caps logits \(attn_logit_softcapping = 50.0\).*without soft-capping"),
+        ({"model_type": "gemma3_text", "final_logit_softcapping": 30.0}, "caps logits.*final_logit_softcapping = 30.0"),
+        ({"model_type": "gemma3_text", "use_bidirectional_attention": True}, "not causal"),
+        ({"hidden_act": "gelu"}, 'activation is "gelu".*silu and gelu_pytorch_tanh'),
         ({"kv_lora_rank": 64}, "latent attention"),
         ({"is_encoder_decoder": True}, "not causal"),
         ({"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}, '"dynamic".*default, linear'),
         (
             {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}},
-            "part of each",
+            "part of each head.*LlamaForCausalLM rotates whole heads",
         ),
-        ({"architectures": ["GPT2LMHeadModel"]}, "GPT2LMHeadModel.*LlamaForCausalLM, MistralForCausalLM"),
+        (
+            {
+                "model_type": "phi3",
+                "architectures": ["Phi3ForCausalLM"],
+                "pad_token_id": 0,
+                "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.7},
+            },
+            "rotates 11 of the 16 dimensions.*even",
+        ),
+        ({"architectures": ["GPT2LMHeadModel"]}, "GPT2LMHeadModel"),
         ({"architectures": None}, "architectures"),
         ({"model_type": "no_such_model"}, "no_such_model"),
     ],
@@ -58,8 +71,12 @@ def test_an_unsupported_model_is_refused_with_what_and_why(tmp_path, changes, me
 
 
 def test_a_window_no_shorter_than_the_context_is_no_window(tmp_path) -> None:
-    path = write_config(tmp_path, model_type="mistral", architectures=["MistralForCausalLM"], sliding_window=256)
-    assert resolve(path).config.max_position_embeddings == 256
+    def windows(length: int) -> tuple[int, ...]:
+        path = write_config(tmp_path, model_type="mistral", architectures=["MistralForCausalLM"], sliding_window=length)
+        return resolve(path).config.windows
+
+    assert windows(256) == (0, 0)
+    assert windows(255) == (255, 255)
 
 
 def test_end_tokens_come_from_the_generation_config_and_the_config(tmp_path) -> None:

@@ -66,7 +66,9 @@ def _expected(case: Case) -> Case:
         token, finish = line.NO_TOKEN, line.RUNNING
         if case.query_start[row + 1] > case.query_start[row]:
             after.lines[slot, line.COMPUTED] = kv_len
-            if kv_len == before[line.LENGTH]:
+            if kv_len == before[line.LENGTH] and sampled == line.NO_TOKEN:
+                finish = line.FINISHED_ERROR
+            elif kv_len == before[line.LENGTH]:
                 token, length = sampled, before[line.LENGTH] + 1
                 after.tokens[slot, length - 1] = token
                 after.lines[slot, line.LENGTH] = length
@@ -74,8 +76,8 @@ def _expected(case: Case) -> Case:
                     finish = line.FINISHED_STOP
                 elif length >= before[line.MAX_LENGTH]:
                     finish = line.FINISHED_LENGTH
-                if finish != line.RUNNING:
-                    after.lines[slot, line.ACTIVE] = 0
+            if finish != line.RUNNING:
+                after.lines[slot, line.ACTIVE] = 0
         report = torch.tensor([slot, before[line.GENERATION], token, finish], dtype=torch.int32)
         after.ring[step % DEPTH, row] = report
     after.counter.add_(1).remainder_(after.ring.shape[0])
@@ -116,7 +118,8 @@ def _cases(draw: st.DrawFn) -> Case:
                 stop_tokens=tuple(draw(st.lists(token, max_size=line.MAX_STOP_TOKENS))),
             )
         )
-        rows.append((slot, draw(st.integers(0, length - computed)) if active else 0, draw(token)))
+        query_len = draw(st.integers(0, length - computed)) if active else 0
+        rows.append((slot, query_len, draw(token | st.just(line.NO_TOKEN))))
     rows = draw(st.permutations(rows))[: draw(st.integers(0, len(rows)))]
     for _ in range(draw(st.integers(0 if rows else 1, 3))):  # padding, anywhere
         rows.insert(draw(st.integers(0, len(rows))), (0, 0, draw(token)))
@@ -148,6 +151,18 @@ def test_a_stop_token_finishes_even_in_the_last_column(check: Callable[[Case], N
 def test_the_last_token_allowed_finishes_and_a_stop_token_there_counts_as_stop(check: Callable[[Case], None]) -> None:
     lines = slot_lines(slot_line(length=5, max_length=6), slot_line(length=5, max_length=6, stop_tokens=(9,)))
     check(_case(lines, [(1, 1, 9), (2, 1, 9)]))
+
+
+def test_a_row_without_a_sample_ends_with_an_error_at_its_old_length(check: Callable[[Case], None]) -> None:
+    lines = slot_lines(
+        slot_line(length=5, max_length=5, stop_tokens=(3,)),  # neither its unused stop tokens nor its length end it
+        slot_line(length=12, computed=2),  # a chunk, whose sample does not matter
+    )
+    case = _case(lines, [(1, 1, line.NO_TOKEN), (2, 6, line.NO_TOKEN), (0, 0, line.NO_TOKEN)])
+    check(case)
+    after = _expected(case)
+    assert after.ring[0, :2, 2:].tolist() == [[line.NO_TOKEN, line.FINISHED_ERROR], [line.NO_TOKEN, line.RUNNING]]
+    assert after.lines[1, [line.LENGTH, line.COMPUTED, line.ACTIVE]].tolist() == [5, 5, 0]
 
 
 def test_a_row_without_tokens_reports_itself_and_changes_nothing(check: Callable[[Case], None]) -> None:

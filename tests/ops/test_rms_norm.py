@@ -36,12 +36,13 @@ def test_rms_norm_matches_the_formula_at_any_width(rows: int, width: int, device
 
 
 @pytest.mark.parametrize(("rows", "width"), SIZES)
-def test_add_rms_norm_adds_in_place_then_normalises(rows: int, width: int, device: str) -> None:
+@pytest.mark.parametrize("multiplier", [1.0, 0.22])
+def test_add_rms_norm_adds_in_place_then_normalises(rows: int, width: int, multiplier: float, device: str) -> None:
     x, residual, weight = make(rows, width)
-    total = x.double() + residual.double()
+    total = multiplier * x.double() + residual.double()
     for add_rms_norm, place in ((reference.add_rms_norm, "cpu"), (kernels.add_rms_norm, device)):
         updated = residual.to(place, copy=True)
-        out = add_rms_norm(x.to(place), updated, weight.to(place), EPS)
+        out = add_rms_norm(x.to(place), updated, weight.to(place), EPS, multiplier)
         torch.testing.assert_close(updated.cpu().double(), total, rtol=1e-6, atol=1e-7)
         torch.testing.assert_close(out.cpu().double(), formula(updated.cpu(), weight), rtol=2e-6, atol=1e-6)
 
@@ -54,13 +55,25 @@ def test_reference_rounds_to_the_dtype_before_the_weight(dtype: torch.dtype) -> 
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_float32_weight_is_multiplied_before_the_only_rounding(dtype: torch.dtype, device: str) -> None:
+    x, _, _ = make(4, 600, dtype)
+    weight = 1 + torch.rand(600, generator=torch.Generator().manual_seed(0)) / 64  # lost in a 16-bit weight
+    expected = formula(x, weight).to(dtype)
+    assert (reference.rms_norm(x, weight, EPS) == expected).float().mean() > 0.99
+    assert (reference.add_rms_norm(torch.zeros_like(x), x.clone(), weight, EPS, 1.0) == expected).float().mean() > 0.99
+    if dtype == torch.bfloat16 and device == "cpu":
+        pytest.skip("Triton's interpreter truncates to bfloat16 instead of rounding")
+    assert (kernels.rms_norm(x.to(device), weight.to(device), EPS).cpu() == expected).float().mean() > 0.99
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_triton_rounds_as_the_reference_does(dtype: torch.dtype, device: str) -> None:
     if dtype == torch.bfloat16 and device == "cpu":
         pytest.skip("Triton's interpreter truncates to bfloat16 instead of rounding")
     x, residual, weight = make(4, 200, dtype)
     on_device = [tensor.to(device, copy=True) for tensor in (x, residual, weight)]
-    out = kernels.add_rms_norm(*on_device, EPS)
-    expected = reference.add_rms_norm(x, residual, weight, EPS)
+    out = kernels.add_rms_norm(*on_device, EPS, 1.0)
+    expected = reference.add_rms_norm(x, residual, weight, EPS, 1.0)
     assert torch.equal(on_device[1].cpu(), residual)
     torch.testing.assert_close(out.cpu(), expected, rtol=torch.finfo(dtype).eps, atol=0)
     assert (out.cpu() == expected).float().mean() > 0.95  # one unit only where the float32 sums differ

@@ -49,12 +49,13 @@ def make_inputs(
     *,
     norm: bool,
     dtype: torch.dtype = torch.float32,
+    cache_dtype: torch.dtype | None = None,
 ) -> Inputs:
     generator = torch.Generator().manual_seed(num_tokens * head_dim)
     frequency = 10000.0 ** (-torch.arange(0, head_dim, 2) / head_dim)
     angle = torch.arange(50)[:, None] * frequency
     q_norm, k_norm = (1 + torch.rand(head_dim, generator=generator).to(dtype) for _ in range(2))
-    cache = torch.full((6, 4, num_kv_heads, head_dim), UNTOUCHED, dtype=dtype)
+    cache = torch.full((6, 4, num_kv_heads, head_dim), UNTOUCHED, dtype=cache_dtype or dtype)
     return Inputs(
         qkv=torch.randn(num_tokens, (num_heads + 2 * num_kv_heads) * head_dim, generator=generator).to(dtype),
         positions=torch.randint(0, 50, (num_tokens,), generator=generator, dtype=torch.int32),
@@ -134,3 +135,23 @@ def test_triton_rounds_as_the_reference_does(norm: bool, dtype: torch.dtype, dev
     for out, wanted in zip(inputs.to(device).run(kernels.rope_cache), expected, strict=True):
         torch.testing.assert_close(out.cpu(), wanted, rtol=unit, atol=unit / 8)
         assert (out.cpu() == wanted).float().mean() > 0.9  # one unit only where float32 results differ
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_a_float8_cache_gets_the_same_keys_and_values_rounded(dtype: torch.dtype, device: str) -> None:
+    settings = {"num_tokens": 7, "norm": False, "head_dim": 64, "dtype": dtype}
+    inputs, wide = (make_inputs(**settings, cache_dtype=cache_dtype) for cache_dtype in (torch.float8_e4m3fn, dtype))
+    inputs, wide = (replace(x, qkv=200 * x.qkv) for x in (inputs, wide))  # some beyond the largest float8, 448
+    expected_q, *expected = wide.run(reference.rope_cache)
+    assert expected[0].abs().max() > 448
+    for kernel, where in ((reference.rope_cache, "cpu"), (kernels.rope_cache, device)):
+        q, *caches = inputs.to(where).run(kernel)
+        torch.testing.assert_close(q.cpu(), expected_q, rtol=2 * torch.finfo(dtype).eps, atol=0.05)
+        for cache, wanted in zip(caches, expected, strict=True):
+            assert cache.dtype == torch.float8_e4m3fn
+            found, wanted = cache.cpu().float(), wanted.clamp(-448, 448).to(cache.dtype).float()
+            if kernel is kernels.rope_cache and device == "cpu":  # Triton's interpreter rounds to float8 wrongly
+                same = found.isclose(wanted, rtol=1 / 7, atol=2**-6)
+            else:
+                same = found == wanted
+            assert same.float().mean() > 0.98  # in the others, float32 results round differently

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from slot_fixtures import slot_line, slot_lines
 from torch import Tensor
 
+from stepgraph.ops import slot_line as line
 from stepgraph.ops.sample import cpu, reference
 from stepgraph.ops.sample import triton as kernels
 
@@ -21,6 +22,9 @@ SETTINGS = [
     {"temperature": 2.0, "top_k": 1},
     {"temperature": 1.0, "top_p": 0.0},
     {"temperature": 3.0, "top_k": 4, "top_p": 0.613},
+    {"temperature": 1.2, "min_p": 0.083},
+    {"temperature": 3.0, "min_p": 0.4, "top_k": 7, "top_p": 0.87},
+    {"temperature": 4.0, "min_p": 1.0},
 ]
 
 CHI_SQUARE_999 = {2: 13.82, 3: 16.27, 5: 20.52, 8: 26.12}
@@ -72,15 +76,18 @@ def test_kernels_keep_what_ties_with_the_last(sampler: Sampler) -> None:
         max_size=24,
     ),
     temperature=st.sampled_from([0.0, 0.3, 1.0, 4.0]),
+    min_p=st.sampled_from([0.0, 1e-6, 0.05, 0.5, 1.0]),
     top_k=st.integers(0, 26),
     top_p=st.sampled_from([0.0, 0.1234, 0.4567, 0.8901, 0.9876, 1.0]),
     seed=st.integers(0, 2**64 - 1),
     length=st.integers(1, 2**20),
 )
 def test_cpu_kernel_chooses_the_token_of_the_definition_for_all_settings(
-    logits: list[float], temperature: float, top_k: int, top_p: float, seed: int, length: int
+    logits: list[float], temperature: float, min_p: float, top_k: int, top_p: float, seed: int, length: int
 ) -> None:
-    lines = slot_lines(slot_line(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed, length=length))
+    lines = slot_lines(
+        slot_line(temperature=temperature, min_p=min_p, top_k=top_k, top_p=top_p, seed=seed, length=length)
+    )
     logits_1V = torch.tensor([logits])
     expected = reference.sample(logits_1V, _rows(1), lines).tolist()
     assert cpu.sample(logits_1V, _rows(1), lines).tolist() == expected
@@ -95,14 +102,18 @@ def test_greedy_takes_the_lowest_index_of_a_tie(sampler: Sampler) -> None:
     assert tokens.tolist() == [kernels.CHUNK - 1, vocab_size - 2]
 
 
-def test_nan_never_wins_and_a_row_of_only_nan_yields_token_0(sampler: Sampler) -> None:
+@pytest.mark.filterwarnings("ignore:invalid value encountered in subtract")  # numpy's, on an unused -inf - -inf
+def test_nan_never_wins_and_a_row_where_nothing_can_yields_no_token(sampler: Sampler) -> None:
     lines = _mixed_lines()
     rows = _rows(len(SETTINGS))
     one_number = torch.full((len(SETTINGS), 9), torch.nan)
     one_number[:, 6] = -40.0
     assert sampler(one_number, rows, lines).tolist() == [6] * len(SETTINGS)
-    only_nan = torch.full((len(SETTINGS), 9), torch.nan)
-    assert sampler(only_nan, rows, lines).tolist() == [0] * len(SETTINGS)
+    nothing = torch.full((len(SETTINGS), 9), torch.nan)
+    assert sampler(nothing, rows, lines).tolist() == [line.NO_TOKEN] * len(SETTINGS)
+    nothing[:, 3:] = -torch.inf
+    assert sampler(nothing, rows, lines).tolist() == [line.NO_TOKEN] * len(SETTINGS)
+    assert reference.sample(nothing, rows, lines).tolist() == [line.NO_TOKEN] * len(SETTINGS)
 
 
 @pytest.mark.filterwarnings("ignore:invalid value encountered in subtract")  # numpy's, on an unused inf - inf
@@ -117,21 +128,22 @@ def test_infinite_logits_win_and_excluded_ones_never_do(sampler: Sampler) -> Non
     assert sampler(logits, rows, lines).tolist() == [7] * len(SETTINGS)
 
 
-def test_null_rows_get_a_valid_token_whatever_their_logits(sampler: Sampler) -> None:
+def test_null_rows_get_a_token_or_none_whatever_their_logits(sampler: Sampler) -> None:
     logits = torch.stack([torch.full((9,), torch.nan), torch.arange(9.0), torch.full((9,), torch.inf)])
     tokens = sampler(logits, torch.tensor([0, 1, 0], dtype=torch.int32), slot_lines(slot_line()))
     assert tokens[1] == 8
-    assert ((tokens >= 0) & (tokens < 9)).all()
+    assert ((tokens >= line.NO_TOKEN) & (tokens < 9)).all()
 
 
 def test_keeping_one_entry_is_greedy(sampler: Sampler) -> None:
-    logits = torch.randn(3, 50, generator=torch.Generator().manual_seed(1))
+    logits = torch.randn(4, 50, generator=torch.Generator().manual_seed(1))
     lines = slot_lines(
         slot_line(temperature=5.0, top_k=1),
         slot_line(temperature=5.0, top_p=0.0),
         slot_line(temperature=5.0, top_p=1e-6),
+        slot_line(temperature=5.0, min_p=1.0),
     )
-    assert sampler(logits, _rows(3), lines).tolist() == logits.argmax(1).tolist()
+    assert sampler(logits, _rows(4), lines).tolist() == logits.argmax(1).tolist()
 
 
 def test_a_request_draws_the_same_token_alone_and_in_any_batch(sampler: Sampler) -> None:

@@ -27,7 +27,7 @@ __all__ = [
 
 
 class AttentionPlan(NamedTuple):
-    """The work of one step's attention; shared by all layers, which run one after the other.
+    """The work of one step's attention; shared by all layers of one window, which run one after the other.
 
     On CPU all four are empty: the CPU kernel reads the row arrays directly, as an opaque operator may.
     """
@@ -53,6 +53,7 @@ def _plan_fake(
     split_target: int,
     max_items: int,
     max_partials: int,
+    window: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     if query_start.device.type == "cpu":
         return cpu.attention_plan(
@@ -66,6 +67,7 @@ def _plan_fake(
             split_target,
             max_items,
             max_partials,
+            window,
         )
     new = query_start.new_empty
     return (
@@ -78,7 +80,7 @@ def _plan_fake(
 
 _attention_plan = register(
     "attention_plan(Tensor query_start, Tensor kv_len, int num_heads, int num_kv_heads, int head_dim, int tile, "
-    "int min_split_keys, int split_target, int max_items, int max_partials) -> (Tensor, Tensor, Tensor, Tensor)",
+    "int min_split_keys, int split_target, int max_items, int max_partials, int window) -> (Tensor, Tensor, Tensor, Tensor)",
     cpu=cpu.attention_plan,
     fake=_plan_fake,
     cuda="stepgraph.ops.attention.triton:attention_plan",
@@ -86,21 +88,35 @@ _attention_plan = register(
 
 
 def attention_plan(
-    query_start: Tensor, kv_len: Tensor, num_heads: int, num_kv_heads: int, head_dim: int, geometry: AttentionGeometry
+    query_start: Tensor,
+    kv_len: Tensor,
+    num_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    geometry: AttentionGeometry,
+    window: int = 0,
 ) -> AttentionPlan:
     """List the attention work of a batch. Runs inside the graph.
 
-    Row r has ``tiles_r = ceil(query_len_r · group / tile)`` tiles. With W = Σ tiles_r · kv_len_r, KV is split every
-    ``max(min_split_keys, ceil(W / split_target) rounded up to KV_BLOCK)`` keys, so that no item is much longer than an even
-    share of the work. Row r contributes ``tiles_r · ceil(kv_len_r / split)`` items (rows of query length 0: none); items
-    whose keys lie wholly after their tile's last query exit early. Since Σ tiles_r · kv_len_r / split ≤ split_target, there
-    are at most ``max_tiles + split_target`` items, and at most ``2 · split_target`` of split rows.
+    Row r has ``tiles_r = ceil(query_len_r · group / tile)`` tiles, each of which reads at most ``span_r`` keys: ``kv_len_r``
+    of them, or, under a window, the fewer of
+
+    - the row's keys from ``context_len_r - window + 1`` (rounded down to KV_BLOCK) on, and
+    - ``window`` keys for the tile's first token, one for each later token of a tile, and what rounding its start adds.
+
+    With W = Σ tiles_r · span_r, KV is split every ``max(min_split_keys, ceil(W / split_target) rounded up to KV_BLOCK)`` keys,
+    counted from the first that the tile reads, so that no item is much longer than an even share of the work. Row r
+    contributes ``tiles_r · ceil(span_r / split)`` items (rows of query length 0: none); items whose keys lie wholly after
+    their tile's last query exit early. Since Σ tiles_r · span_r / split ≤ split_target, there are at most
+    ``max_tiles + split_target`` items, and at most ``2 · split_target`` of split rows. A `min_split_keys` above every
+    `kv_len` leaves ``max_tiles`` items and none of split rows.
 
     Args:
         query_start: [R + 1] int32.
         kv_len: [R] int32, keys of each row, this step's included.
         num_heads, num_kv_heads, head_dim: of the model.
         geometry: sizes for this StepShape.
+        window: of the layers that use the plan: a token sees its last `window` keys, its own included; 0: all.
     """
     return AttentionPlan(
         *_attention_plan(
@@ -114,6 +130,7 @@ def attention_plan(
             geometry.split_target,
             geometry.max_items,
             geometry.max_partials,
+            window,
         )
     )
 
@@ -133,6 +150,8 @@ def _attention_fake(
     scale: float,
     tile: int,
     num_programs: int,
+    window: int,
+    deterministic: bool,
 ) -> Tensor:
     return q.new_empty(q.shape[0], q.shape[1] * q.shape[2])
 
@@ -140,7 +159,7 @@ def _attention_fake(
 _paged_attention = register(
     "paged_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor block_table, Tensor row_slot, Tensor query_start, "
     "Tensor kv_len, Tensor items, Tensor header, Tensor(a!) partials, Tensor(b!) counters, float scale, int tile, "
-    "int num_programs) -> Tensor",
+    "int num_programs, int window, bool deterministic) -> Tensor",
     cpu=cpu.paged_attention,
     fake=_attention_fake,
     cuda="stepgraph.ops.attention.triton:paged_attention",
@@ -158,22 +177,31 @@ def paged_attention(
     plan: AttentionPlan,
     geometry: AttentionGeometry,
     scale: float,
+    window: int = 0,
 ) -> Tensor:
     """Causal attention of every row's queries over its cached keys. Runs inside the graph.
 
-    Token j of row r (query length n, kv_len m) is at position ``m - n + j`` and sees keys 0 … that position. Each group
-    of H/G consecutive query heads shares one key/value head. Softmax and accumulation are in float32. Keys outside a
-    row's `kv_len` may hold anything, NaN included.
+    Token j of row r (query length n, kv_len m) is at position p = ``m - n + j`` and sees keys ``max(0, p - window + 1)`` … p,
+    or 0 … p without a window. Each group of H/G consecutive query heads shares one key/value head. Softmax and accumulation
+    are in float32. Keys outside a row's `kv_len`, and those before its first token's window, may hold anything, NaN included,
+    and their blocks may belong to others.
+
+    With a deterministic geometry, a token's result depends, bit for bit, on its query and the keys and values it sees only.
+    On CUDA: one tile height; no splits; keys in blocks at multiples of a fixed size; one masked loop, in which a block that
+    a query sees nothing of leaves its maximum, sum and output as they are; and rows of a tensor-core product do not depend
+    on each other or on their place in the tile. On CPU: see `stepgraph.ops.attention.cpu`.
 
     Args:
         q: [T, H, D], contiguous.
-        k_cache, v_cache: [blocks, B, G, D], this step's keys and values already written.
-        block_table: [slots, max blocks] int32.
+        k_cache, v_cache: [blocks, B, G, D] in the dtype of `q` or torch.float8_e4m3fn, whose values are taken as they are;
+            this step's keys and values already written.
+        block_table: [slots, max blocks] int32; entries of blocks before a row's window are not followed.
         row_slot, kv_len: [R] int32.
         query_start: [R + 1] int32.
-        plan: this step's `attention_plan`; its scratch buffers are written.
+        plan: this step's `attention_plan` for the same window; its scratch buffers are written.
         geometry: as given to `attention_plan`.
         scale: multiplies q·k.
+        window: a token sees its last `window` keys, its own included; 0: all.
 
     Returns:
         [T, H·D], dtype of `q`. Padding tokens get unspecified values.
@@ -193,4 +221,6 @@ def paged_attention(
         scale,
         geometry.tile,
         geometry.num_programs,
+        window,
+        geometry.deterministic,
     )

@@ -16,6 +16,13 @@ MIN_SPLIT_KEYS = 256
 """Below this a split costs more than it saves. On an H100 (8 KV heads of 128, bf16), one row of 129 keys takes 7.5 us
 unsplit and 8.5 us in splits of 64, eight such rows 7.8 and 10.9 us, one row of 1,024 keys 12.4 and 16.8 us."""
 
+UNSPLIT = 1 << 30
+"""As `min_split_keys`: more keys than any context has, so that no row is split."""
+
+DETERMINISTIC_TILE = 16
+"""Such tiles go through one masked loop over their keys, whatever they hold; taller ones also through an unmasked loop, of
+which nobody promises that it is compiled to the same arithmetic."""
+
 
 @dataclass(frozen=True)
 class AttentionGeometry:
@@ -31,6 +38,7 @@ class AttentionGeometry:
     max_items: int  # bound on the item list
     max_partials: int  # bound on the items of split tiles, which keep a partial result until the last of them combines
     num_programs: int  # the constant grid; each program loops over units of work
+    deterministic: bool = False  # a token's result has the same bits in every batch, chunk of its prompt and StepShape
 
 
 @lru_cache(maxsize=4096)
@@ -68,23 +76,37 @@ def max_tiles(num_tokens: int, num_rows: int, group: int, tile: int) -> int:
 
 
 def attention_geometry(
-    num_tokens: int, num_rows: int, num_heads: int, num_kv_heads: int, multiprocessors: int
+    num_tokens: int,
+    num_rows: int,
+    num_heads: int,
+    num_kv_heads: int,
+    multiprocessors: int,
+    *,
+    deterministic: bool = False,
 ) -> AttentionGeometry:
     """Choose the sizes for a step of `num_tokens` tokens in `num_rows` rows.
 
     Splitting adds at most ``target`` items to the tiles, and at most ``2 · target`` of all items belong to a split tile
     (see `attention_plan`), which bounds the item list and the partial results whatever the batch.
+
+    A deterministic geometry has one tile height for all shapes and never splits: what a split ends on, and so the order of
+    additions, would depend on the other rows.
     """
     group = num_heads // num_kv_heads
-    tile = 16 if num_tokens * group <= 16 * num_rows else 64
     resident = multiprocessors * 2
     target = max(1, resident // num_kv_heads)
-    max_items = max_tiles(num_tokens, num_rows, group, tile) + target
+    if deterministic:
+        tile = DETERMINISTIC_TILE
+        max_items = max_tiles(num_tokens, num_rows, group, tile)
+    else:
+        tile = 16 if num_tokens * group <= 16 * num_rows else 64
+        max_items = max_tiles(num_tokens, num_rows, group, tile) + target
     return AttentionGeometry(
         tile=tile,
-        min_split_keys=MIN_SPLIT_KEYS,
+        min_split_keys=UNSPLIT if deterministic else MIN_SPLIT_KEYS,
         split_target=target,
         max_items=max_items,
-        max_partials=2 * target,
+        max_partials=0 if deterministic else 2 * target,
         num_programs=min(max_items * num_kv_heads, resident),
+        deterministic=deterministic,
     )

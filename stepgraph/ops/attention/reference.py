@@ -13,6 +13,7 @@ def paged_attention(
     query_start: Tensor,
     kv_len: Tensor,
     scale: float,
+    window: int = 0,
 ) -> Tensor:
     """See `stepgraph.ops.attention.paged_attention`; padding tokens are zero. Give it float64 for a precise answer."""
     T, H, D = q.shape
@@ -22,12 +23,15 @@ def paged_attention(
         start, end, m = int(query_start[row]), int(query_start[row + 1]), int(kv_len[row])
         if start == end:
             continue
-        positions = torch.arange(m, device=q.device)
+        context_len = m - (end - start)
+        first_key = max(0, context_len - window + 1) if window else 0
+        positions = torch.arange(first_key, m, device=q.device)
         blocks = block_table[slot].long()[positions // block_size]
-        k_mHD = k_cache[blocks, positions % block_size].repeat_interleave(H // G, dim=1)
-        v_mHD = v_cache[blocks, positions % block_size].repeat_interleave(H // G, dim=1)
+        k_mHD = k_cache[blocks, positions % block_size].to(q.dtype).repeat_interleave(H // G, dim=1)
+        v_mHD = v_cache[blocks, positions % block_size].to(q.dtype).repeat_interleave(H // G, dim=1)
         scores_Hnm = torch.einsum("nhd,mhd->hnm", q[start:end], k_mHD) * scale
-        query_position = torch.arange(m - (end - start), m, device=q.device)
-        scores_Hnm.masked_fill_(positions[None, None, :] > query_position[None, :, None], float("-inf"))
+        distance_nm = torch.arange(context_len, m, device=q.device)[:, None] - positions
+        unseen_nm = (distance_nm < 0) | (distance_nm >= window) if window else distance_nm < 0
+        scores_Hnm.masked_fill_(unseen_nm, float("-inf"))
         out[start:end] = torch.einsum("hnm,mhd->nhd", scores_Hnm.softmax(-1), v_mHD)
     return out.view(T, H * D)

@@ -32,6 +32,7 @@ def _plan_kernel(
     TILE: tl.constexpr,
     KV_BLOCK: tl.constexpr,
     MIN_SPLIT_KEYS: tl.constexpr,
+    WINDOW: tl.constexpr,  # 0: full attention
     ROWS: tl.constexpr,  # at least num_rows
     BLOCK: tl.constexpr,  # items or counters written at once
 ):
@@ -42,10 +43,16 @@ def _plan_kernel(
     start_R = tl.load(query_start_ptr + row_R, mask=real_R, other=0)
     end_R = tl.load(query_start_ptr + row_R + 1, mask=real_R, other=0)
     kv_len_R = tl.load(kv_len_ptr + row_R, mask=real_R, other=0)
-    tiles_R = tl.cdiv((end_R - start_R) * GROUP, TILE)
-    share = tl.cdiv(tl.sum(tiles_R.to(tl.int64) * kv_len_R, axis=0), split_target)
+    query_len_R = end_R - start_R
+    tiles_R = tl.cdiv(query_len_R * GROUP, TILE)
+    span_R = kv_len_R
+    if WINDOW > 0:
+        first_key_R = tl.maximum(kv_len_R - query_len_R - WINDOW + 1, 0) // KV_BLOCK * KV_BLOCK
+        later_tokens_R = tl.minimum(query_len_R - 1, (TILE + GROUP - 2) // GROUP)  # of a tile, beside its first
+        span_R = tl.minimum(kv_len_R - first_key_R, KV_BLOCK - 1 + WINDOW + later_tokens_R)
+    share = tl.cdiv(tl.sum(tiles_R.to(tl.int64) * span_R, axis=0), split_target)
     keys_per_split = tl.maximum(tl.cdiv(share, KV_BLOCK).to(tl.int32) * KV_BLOCK, MIN_SPLIT_KEYS)
-    splits_R = tl.cdiv(kv_len_R, keys_per_split)
+    splits_R = tl.cdiv(span_R, keys_per_split)
     items_R = tiles_R * splits_R
 
     if row == 0:
@@ -83,6 +90,7 @@ def attention_plan(
     split_target: int,
     max_items: int,
     max_partials: int,
+    window: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """See `stepgraph.ops.attention.attention_plan`."""
     num_rows = kv_len.shape[0]
@@ -103,6 +111,7 @@ def attention_plan(
         TILE=tile,
         KV_BLOCK=KV_BLOCK,
         MIN_SPLIT_KEYS=min_split_keys,
+        WINDOW=window,
         ROWS=row_capacity(num_rows),
         BLOCK=128,
         num_warps=4,
@@ -112,13 +121,26 @@ def attention_plan(
 
 @triton.jit
 def _load_keys(
-    head_ptr, slot_K, key_K, end, LINE: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, MASKED: tl.constexpr
+    head_ptr,
+    slot_K,
+    key_K,
+    first_key,
+    end,
+    LINE: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    WINDOW: tl.constexpr,
+    MASKED: tl.constexpr,
 ):
-    """[K, D] keys or values at the cache slots `slot_K`; zeros from key `end` on, whatever the cache holds there."""
+    """[K, D] keys or values at the cache slots `slot_K`; zeros from key `end` on and, under a window, before `first_key`,
+    whatever the cache holds there."""
     dim_D = tl.arange(0, BLOCK_D)
     source_KD = head_ptr + slot_K[:, None] * LINE + dim_D[None, :]
     if MASKED:
-        return tl.load(source_KD, mask=(key_K < end)[:, None] & (dim_D < D)[None, :], other=0.0)
+        inside_K = key_K < end
+        if WINDOW > 0:
+            inside_K &= key_K >= first_key
+        return tl.load(source_KD, mask=inside_K[:, None] & (dim_D < D)[None, :], other=0.0)
     if D < BLOCK_D:
         return tl.load(source_KD, mask=(dim_D < D)[None, :], other=0.0)
     return tl.load(source_KD)
@@ -131,6 +153,7 @@ def _attend(
     max_M,
     sum_M,
     position_M,
+    first_key,
     begin,
     end,
     table_ptr,
@@ -142,6 +165,7 @@ def _attend(
     BLOCK_D: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     KEYS: tl.constexpr,
+    WINDOW: tl.constexpr,
     MASKED: tl.constexpr,  # some keys are unseen by some queries, or `end - begin` is no multiple of KEYS
 ):
     """Online softmax over keys begin … end-1; scores are in units of log 2."""
@@ -152,18 +176,23 @@ def _attend(
         else:
             block_K = tl.load(table_ptr + key_K // BLOCK_SIZE)
         slot_K = block_K.to(tl.int64) * BLOCK_SIZE + key_K % BLOCK_SIZE
-        k_KD = _load_keys(k_head_ptr, slot_K, key_K, end, LINE, D, BLOCK_D, MASKED)
-        score_MK = tl.dot(q_MD, tl.trans(k_KD), input_precision="ieee")
+        k_KD = _load_keys(k_head_ptr, slot_K, key_K, first_key, end, LINE, D, BLOCK_D, WINDOW, MASKED)
+        score_MK = tl.dot(q_MD, tl.trans(k_KD.to(q_MD.dtype)), input_precision="ieee")
         if MASKED:
-            score_MK = tl.where(key_K[None, :] <= position_M[:, None], score_MK, float("-inf"))
+            seen_MK = key_K[None, :] <= position_M[:, None]
+            if WINDOW > 0:
+                seen_MK &= key_K[None, :] > position_M[:, None] - WINDOW
+            score_MK = tl.where(seen_MK, score_MK, float("-inf"))
         new_max_M = tl.maximum(max_M, tl.max(score_MK, axis=1) * scale_log2)
         # A query that has seen no key yet: any finite reference gives it weights of 0 instead of NaN.
         reference_M = tl.where(new_max_M == float("-inf"), 0.0, new_max_M) if MASKED else new_max_M
         weight_MK = tl.exp2(score_MK * scale_log2 - reference_M[:, None])
         decay_M = tl.exp2(max_M - reference_M)
         sum_M = sum_M * decay_M + tl.sum(weight_MK, axis=1)
-        v_KD = _load_keys(v_head_ptr, slot_K, key_K, end, LINE, D, BLOCK_D, MASKED)
-        acc_MD = tl.dot(weight_MK.to(v_KD.dtype), v_KD, acc=acc_MD * decay_M[:, None], input_precision="ieee")
+        v_KD = _load_keys(v_head_ptr, slot_K, key_K, first_key, end, LINE, D, BLOCK_D, WINDOW, MASKED)
+        acc_MD = tl.dot(
+            weight_MK.to(q_MD.dtype), v_KD.to(q_MD.dtype), acc=acc_MD * decay_M[:, None], input_precision="ieee"
+        )
         max_M = new_max_M
     return acc_MD, max_M, sum_M
 
@@ -176,6 +205,7 @@ def _combine(
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
     TILE: tl.constexpr,
+    WINDOW: tl.constexpr,
     SPLITS: tl.constexpr,
 ):
     """Normalised output [M, D] of a tile from its partial results, in split order whatever order they were made in.
@@ -199,9 +229,12 @@ def _combine(
             other=0.0,
             cache_modifier=".cg",
         )
-        new_max_M = tl.maximum(max_M, tl.max(part_max_SM, axis=0))  # finite: every query sees key 0, in the first split
-        decay_M = tl.exp2(max_M - new_max_M)
-        weight_SM = tl.exp2(part_max_SM - new_max_M[None, :])
+        new_max_M = tl.maximum(max_M, tl.max(part_max_SM, axis=0))
+        reference_M = new_max_M  # finite without a window: every query sees key 0, in the first split
+        if WINDOW > 0:
+            reference_M = tl.where(new_max_M == float("-inf"), 0.0, new_max_M)
+        decay_M = tl.exp2(max_M - reference_M)
+        weight_SM = tl.exp2(part_max_SM - reference_M[None, :])
         sum_M = sum_M * decay_M + tl.sum(part_sum_SM * weight_SM, axis=0)
         acc_MD = acc_MD * decay_M[:, None] + tl.sum(part_SMD * weight_SM[:, :, None], axis=0)
         max_M = new_max_M
@@ -231,6 +264,7 @@ def _attention_kernel(
     BLOCK_SIZE: tl.constexpr,
     TILE: tl.constexpr,
     KEYS: tl.constexpr,  # of one inner iteration
+    WINDOW: tl.constexpr,  # 0: full attention
 ):
     program = tl.program_id(0)
     num_programs = tl.num_programs(0)
@@ -255,7 +289,11 @@ def _attention_kernel(
             first_token = tile * TILE // GROUP
             last_token = tl.minimum((tile * TILE + TILE - 1) // GROUP, query_len - 1)
             visible = context_len + last_token + 1
-            begin = split * keys_per_split
+            first_key = 0
+            if WINDOW > 0:
+                first_key = tl.maximum(context_len + first_token - WINDOW + 1, 0)
+            tile_begin = first_key // KEYS * KEYS
+            begin = tile_begin + split * keys_per_split
             if begin < visible:
                 end = tl.minimum(begin + keys_per_split, visible)
 
@@ -277,18 +315,27 @@ def _attention_kernel(
                 if (
                     TILE > 16
                 ):  # a decode tile waits for memory: masks are free, draining the pipeline between two loops is not
-                    seen_by_all = tl.maximum(tl.minimum(end, context_len + first_token + 1), begin)
-                    masked_from = begin + (seen_by_all - begin) // KEYS * KEYS
+                    unmasked_from = begin
+                    if WINDOW > 0:
+                        last_window = context_len + last_token - WINDOW + 1  # start of the last query's
+                        unmasked_from += tl.cdiv(tl.maximum(last_window - begin, 0), KEYS) * KEYS
+                        unmasked_from = tl.minimum(unmasked_from, end)
+                        acc_MD, max_M, sum_M = _attend(
+                            q_MD, acc_MD, max_M, sum_M, position_M, first_key, begin, unmasked_from, table_ptr, k_head_ptr,
+                            v_head_ptr, scale_log2, G * D, D, BLOCK_D, BLOCK_SIZE, KEYS, WINDOW, MASKED=True,
+                        )  # fmt: skip
+                    seen_by_all = tl.maximum(tl.minimum(end, context_len + first_token + 1), unmasked_from)
+                    masked_from = unmasked_from + (seen_by_all - unmasked_from) // KEYS * KEYS
                     acc_MD, max_M, sum_M = _attend(
-                        q_MD, acc_MD, max_M, sum_M, position_M, begin, masked_from, table_ptr, k_head_ptr, v_head_ptr,
-                        scale_log2, G * D, D, BLOCK_D, BLOCK_SIZE, KEYS, MASKED=False,
+                        q_MD, acc_MD, max_M, sum_M, position_M, first_key, unmasked_from, masked_from, table_ptr, k_head_ptr,
+                        v_head_ptr, scale_log2, G * D, D, BLOCK_D, BLOCK_SIZE, KEYS, WINDOW, MASKED=False,
                     )  # fmt: skip
                 acc_MD, max_M, sum_M = _attend(
-                    q_MD, acc_MD, max_M, sum_M, position_M, masked_from, end, table_ptr, k_head_ptr, v_head_ptr,
-                    scale_log2, G * D, D, BLOCK_D, BLOCK_SIZE, KEYS, MASKED=True,
+                    q_MD, acc_MD, max_M, sum_M, position_M, first_key, masked_from, end, table_ptr, k_head_ptr,
+                    v_head_ptr, scale_log2, G * D, D, BLOCK_D, BLOCK_SIZE, KEYS, WINDOW, MASKED=True,
                 )  # fmt: skip
 
-                num_parts = tl.cdiv(visible, keys_per_split)
+                num_parts = tl.cdiv(visible - tile_begin, keys_per_split)
                 if num_parts == 1:
                     out_MD = acc_MD / sum_M[:, None]
                     tl.store(out_ptr + offset_MD, out_MD.to(out_ptr.dtype.element_ty), mask=inside_MD)
@@ -303,7 +350,7 @@ def _attention_kernel(
                     counter_ptr = counters_ptr + first_partial * G + kv_head
                     if tl.atomic_add(counter_ptr, 1, sem="acq_rel", scope="gpu") == num_parts - 1:
                         tl.store(counter_ptr, 0)
-                        out_MD = _combine(tile_ptr, part_stride, num_parts, D, BLOCK_D, TILE, SPLITS=64 // TILE)
+                        out_MD = _combine(tile_ptr, part_stride, num_parts, D, BLOCK_D, TILE, WINDOW, SPLITS=64 // TILE)
                         tl.store(out_ptr + offset_MD, out_MD.to(out_ptr.dtype.element_ty), mask=inside_MD)
 
 
@@ -322,13 +369,15 @@ def paged_attention(
     scale: float,
     tile: int,
     num_programs: int,
+    window: int,
+    deterministic: bool,
 ) -> Tensor:
     """See `stepgraph.ops.attention.paged_attention`."""
     num_tokens, num_heads, head_dim = q.shape
     block_size, num_kv_heads = k_cache.shape[1:3]
     out = q.new_empty(num_tokens, num_heads * head_dim)
     block_dim = max(16, triton.next_power_of_2(head_dim))
-    keys = max(16, min(KV_BLOCK, KEY_BYTES // (block_dim * k_cache.element_size())))
+    keys = max(16, min(KV_BLOCK, KEY_BYTES // (block_dim * q.element_size())))
     _attention_kernel[(num_programs,)](
         q,
         k_cache,
@@ -351,6 +400,7 @@ def paged_attention(
         BLOCK_SIZE=block_size,
         TILE=tile,
         KEYS=keys,
+        WINDOW=window,
         num_warps=8 if tile > 16 and (block_dim > 128 or q.dtype == torch.float32) else 4,
         num_stages=5 if tile == 16 else 3,
     )

@@ -29,8 +29,9 @@ def commit(
 
     For a row with tokens: `computed = kv_len`. If that reaches the slot's `length`, the row's sample is a new token: it is
     appended to the history, `length` grows by one, and the slot becomes inactive when the token is one of its stop
-    tokens (FINISHED_STOP) or `length` reaches `max_length` (FINISHED_LENGTH). Otherwise the row was a chunk of a prompt
-    and its sample is dropped. A row without tokens changes nothing but reports itself with NO_TOKEN.
+    tokens (FINISHED_STOP) or `length` reaches `max_length` (FINISHED_LENGTH). A sample of NO_TOKEN is not appended: the
+    slot becomes inactive at its old `length` (FINISHED_ERROR). If `computed` stays below `length`, the row was a chunk of a
+    prompt and its sample is dropped. A row without tokens changes nothing but reports itself with NO_TOKEN.
 
     Args:
         lines: [slots, LINE_WIDTH] int32; updated.
@@ -40,6 +41,6 @@ def commit(
             NO_TOKEN, finish code) for each of the R rows. On CUDA this is pinned host memory.
         row_slot, kv_len: [R] int32.
         query_start: [R + 1] int32.
-        sampled: [R] int32.
+        sampled: [R] int32, a token or NO_TOKEN.
     """
     _commit(lines, tokens, counter, ring, row_slot, query_start, kv_len, sampled)

@@ -25,17 +25,16 @@ def commit(
     length_R = lines_RL[:, line.LENGTH]
     ran_R = query_start[1:] > query_start[:-1]
     emits_R = ran_R & (kv_len == length_R)
-    new_length_R = length_R + emits_R
+    appends_R = emits_R & (sampled != line.NO_TOKEN)
+    new_length_R = length_R + appends_R
     stops_RS = lines_RL[:, line.STOP_TOKENS : line.STOP_TOKENS + line.MAX_STOP_TOKENS]
     stopped_R = (stops_RS == sampled.unsqueeze(1)).any(1)
     full_R = new_length_R >= lines_RL[:, line.MAX_LENGTH]
-    finish_R = (
-        torch.where(stopped_R, line.FINISHED_STOP, torch.where(full_R, line.FINISHED_LENGTH, line.RUNNING)) * emits_R
-    ).to(torch.int32)
+    end_R = torch.where(stopped_R, line.FINISHED_STOP, torch.where(full_R, line.FINISHED_LENGTH, line.RUNNING))
+    finish_R = (torch.where(appends_R, end_R, line.FINISHED_ERROR) * emits_R).to(torch.int32)
     still_active_R = lines_RL[:, line.ACTIVE] * (finish_R == line.RUNNING)
 
-    emitting_slot_R = row_slot * emits_R
-    tokens.index_put_((emitting_slot_R, length_R * emits_R), sampled * emits_R)
+    tokens.index_put_((row_slot * appends_R, length_R * appends_R), sampled * appends_R)
     state_R3 = torch.stack((new_length_R, kv_len, still_active_R), dim=1) * ran_R.unsqueeze(1)
     lines[:, line.LENGTH : line.ACTIVE + 1].index_put_(((row_slot * ran_R),), state_R3.to(torch.int32))
 

@@ -20,6 +20,7 @@ _NO_TOKEN = tl.constexpr(line.NO_TOKEN)
 _RUNNING = tl.constexpr(line.RUNNING)
 _FINISHED_STOP = tl.constexpr(line.FINISHED_STOP)
 _FINISHED_LENGTH = tl.constexpr(line.FINISHED_LENGTH)
+_FINISHED_ERROR = tl.constexpr(line.FINISHED_ERROR)
 
 
 @triton.jit(do_not_specialize=["R"])
@@ -57,15 +58,17 @@ def _commit_kernel(
 
     ran_R = query_end_R > query_start_R
     emits_R = ran_R & (kv_len_R == length_R)
-    new_length_R = length_R + emits_R.to(tl.int32)
+    appends_R = emits_R & (sampled_R != _NO_TOKEN)
+    new_length_R = length_R + appends_R.to(tl.int32)
     finish_R = tl.where(new_length_R >= max_length_R, _FINISHED_LENGTH, _RUNNING)
     finish_R = tl.where(stopped_R, _FINISHED_STOP, finish_R)
+    finish_R = tl.where(appends_R, finish_R, _FINISHED_ERROR)
     finish_R = tl.where(emits_R, finish_R, _RUNNING)
 
     # A value may be loaded by several threads and is stored by one: all must have read before any writes.
     tl.debug_barrier()
-    tl.store(tokens_ptr + slot_R.to(tl.int64) * MAX_LEN + length_R, sampled_R, mask=emits_R)
-    tl.store(line_R + _LENGTH, new_length_R, mask=emits_R)
+    tl.store(tokens_ptr + slot_R.to(tl.int64) * MAX_LEN + length_R, sampled_R, mask=appends_R)
+    tl.store(line_R + _LENGTH, new_length_R, mask=appends_R)
     tl.store(line_R + _COMPUTED, kv_len_R, mask=ran_R)
     tl.store(line_R + _ACTIVE, tl.zeros_like(slot_R), mask=finish_R != _RUNNING)
 

@@ -1,7 +1,10 @@
-"""CUDA kernel of `linear`: streams the weight once for a few tokens; more tokens go to the library.
+"""CUDA kernels of `linear`, which streams the weight once for a few tokens and leaves more to the library, and of
+`linear_by_row`.
 
 Shapes: T tokens, N outputs, K inputs.
 """
+
+from dataclasses import dataclass
 
 import torch
 import triton
@@ -69,3 +72,96 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         num_warps=8,
     )
     return out
+
+
+@dataclass(frozen=True)
+class Tile:
+    """What one program of `linear_by_row` computes, and how."""
+
+    tokens: int
+    outputs: int
+    inputs: int  # per iteration
+    num_warps: int
+    num_stages: int
+
+
+SMALL_TILE = Tile(tokens=64, outputs=32, inputs=128, num_warps=4, num_stages=4)
+"""Many programs with 8 KiB of weight per stage: decodes wait for memory, whatever the 64 rows of a tensor-core instruction
+hold. Fewer tokens per tile would leave Hopper's wgmma, and with it the bits of the large tile."""
+LARGE_TILE = Tile(tokens=128, outputs=128, inputs=64, num_warps=8, num_stages=3)
+FLOAT32_TILE = Tile(tokens=32, outputs=32, inputs=32, num_warps=4, num_stages=2)
+"""Not on tensor cores, which round float32: for checks rather than speed."""
+MIN_LARGE_TILES = 128
+"""About one per multiprocessor."""
+
+
+@triton.jit(do_not_specialize=["T"])
+def _by_row_kernel(
+    x_ptr,
+    weight_ptr,
+    bias_ptr,
+    out_ptr,
+    T,
+    N: tl.constexpr,
+    K: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """One program per tile. Programs that share a block of the weight are neighbours, so that it is read once."""
+    blocks_T = tl.cdiv(T, BLOCK_T)
+    token_T = tl.program_id(0) % blocks_T * BLOCK_T + tl.arange(0, BLOCK_T)
+    output_N = tl.program_id(0) // blocks_T * BLOCK_N + tl.arange(0, BLOCK_N)
+    inside_T, inside_N = token_T < T, output_N < N
+    input_K = tl.arange(0, BLOCK_K)
+    x_TK = x_ptr + token_T.to(tl.int64)[:, None] * K + input_K[None, :]
+    weight_KN = weight_ptr + output_N.to(tl.int64)[None, :] * K + input_K[:, None]
+    sum_TN = tl.zeros([BLOCK_T, BLOCK_N], tl.float32)
+    for start in range(0, K, BLOCK_K):
+        inside_K = start + input_K < K
+        sum_TN = tl.dot(
+            tl.load(x_TK + start, mask=inside_T[:, None] & inside_K[None, :], other=0.0),
+            tl.load(weight_KN + start, mask=inside_K[:, None] & inside_N[None, :], other=0.0),
+            sum_TN,
+            input_precision="ieee",
+        )
+    if bias_ptr is not None:
+        sum_TN += tl.load(bias_ptr + output_N, mask=inside_N, other=0.0).to(tl.float32)[None, :]
+    out_TN = out_ptr + token_T.to(tl.int64)[:, None] * N + output_N[None, :]
+    tl.store(out_TN, sum_TN.to(out_ptr.dtype.element_ty), mask=inside_T[:, None] & inside_N[None, :])
+
+
+def linear_by_row(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
+    """See `stepgraph.ops.linear.linear_by_row`.
+
+    A row of a tensor-core product does not depend on the other rows, and the sum runs over K in order: no two programs share
+    one. The number of tokens chooses how many such instructions a program issues, but neither which instruction nor the
+    order of the sum, so both tiles give the same bits (`tests/ops/test_linear.py` holds them to it).
+    """
+    tokens, outputs = out.shape
+    if x.dtype == torch.float32:
+        tile = FLOAT32_TILE
+    elif triton.cdiv(tokens, LARGE_TILE.tokens) * triton.cdiv(outputs, LARGE_TILE.outputs) >= MIN_LARGE_TILES:
+        tile = LARGE_TILE
+    else:
+        tile = SMALL_TILE
+    launch_tiles(x, weight, bias, out, tile)
+
+
+def launch_tiles(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, tile: Tile) -> None:
+    """`linear_by_row` in tiles of this kind."""
+    (tokens, inputs), outputs = x.shape, weight.shape[0]
+    _by_row_kernel[(triton.cdiv(tokens, tile.tokens) * triton.cdiv(outputs, tile.outputs),)](
+        x,
+        weight,
+        bias,
+        out,
+        tokens,
+        N=outputs,
+        K=inputs,
+        BLOCK_T=tile.tokens,
+        BLOCK_N=tile.outputs,
+        BLOCK_K=tile.inputs,
+        num_warps=tile.num_warps,
+        num_stages=tile.num_stages,
+    )

@@ -1,7 +1,8 @@
 """RMS normalisation, alone and fused with the residual addition before it.
 
-Source: Zhang and Sennrich, "Root Mean Square Layer Normalization" (2019); rounding as in transformers' LlamaRMSNorm
-(normalise in float32, round to the activation dtype, then multiply by the weight).
+Source: Zhang and Sennrich, "Root Mean Square Layer Normalization" (2019). The dtype of the weight says where the result is
+rounded: a weight of the activations' dtype as in transformers' LlamaRMSNorm (normalise in float32, round, multiply), a
+float32 weight as in Gemma3RMSNorm (normalise and multiply in float32, round once).
 """
 
 import torch
@@ -18,9 +19,9 @@ _rms_norm = register(
     inline_on_cpu=True,
 )
 _add_rms_norm = register(
-    "add_rms_norm(Tensor x, Tensor(a!) residual, Tensor weight, float eps) -> Tensor",
+    "add_rms_norm(Tensor x, Tensor(a!) residual, Tensor weight, float eps, float multiplier) -> Tensor",
     cpu=reference.add_rms_norm,
-    fake=lambda x, residual, weight, eps: torch.empty_like(x),
+    fake=lambda x, residual, weight, eps, multiplier: torch.empty_like(x),
     cuda="stepgraph.ops.rms_norm.triton:add_rms_norm",
     inline_on_cpu=True,
 )
@@ -31,7 +32,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
     Args:
         x: [rows, width] bfloat16, float16 or float32, contiguous.
-        weight: [width], same dtype.
+        weight: [width], same dtype, or float32 for a product that is not rounded before.
         eps: added to the mean square.
 
     Returns:
@@ -40,16 +41,17 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return _rms_norm(x, weight, eps)
 
 
-def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """`residual += x` in place (rounded to its dtype), then `rms_norm(residual)`. May run inside a graph.
+def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float, multiplier: float = 1.0) -> Tensor:
+    """`residual += multiplier · x` in place (rounded to its dtype), then `rms_norm(residual)`. May run inside a graph.
 
     Args:
         x: [rows, width], contiguous.
         residual: [rows, width], same dtype, contiguous; updated.
-        weight: [width].
+        weight: [width], see `rms_norm`.
         eps: added to the mean square.
+        multiplier: of `x`, applied in float32.
 
     Returns:
         [rows, width], dtype of `x`.
     """
-    return _add_rms_norm(x, residual, weight, eps)
+    return _add_rms_norm(x, residual, weight, eps, multiplier)

@@ -10,10 +10,10 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
         return torch.nn.functional.rms_norm(x, (x.shape[-1],), weight, eps)
     x32 = x.float()
     normed = x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + eps)
-    return normed.to(x.dtype) * weight
+    return (normed.to(weight.dtype) * weight).to(x.dtype)
 
 
-def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Tensor:
+def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float, multiplier: float) -> Tensor:
     """See `stepgraph.ops.rms_norm.add_rms_norm`."""
-    residual.add_(x)
+    residual.add_(x, alpha=multiplier)
     return rms_norm(residual, weight, eps)

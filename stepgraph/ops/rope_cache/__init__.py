@@ -57,7 +57,8 @@ def rope_cache(
         kv_slots: [T] int32, `block · B + offset` of each token's cache entry; padding tokens name slot 0 (the null block).
         cos_sin: [max positions, D] float32; cosines of the D/2 frequencies, then sines.
         q_norm, k_norm: [D] weights of the per-head RMS norm, both or neither.
-        k_cache, v_cache: [blocks, B, G, D]; written at `kv_slots`.
+        k_cache, v_cache: [blocks, B, G, D] in the dtype of `qkv`, or torch.float8_e4m3fn: values are then rounded once more,
+            those beyond ±448 to ±448; written at `kv_slots`.
         num_heads: H.
         eps: of the RMS norm.
 

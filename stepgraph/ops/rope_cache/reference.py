@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from stepgraph.ops.rms_norm.reference import rms_norm
+from stepgraph.ops.write_kv.reference import write_kv
 
 
 def rope_cache(
@@ -30,9 +31,7 @@ def rope_cache(
         qk_TND = torch.cat((rms_norm(q_THD, q_norm, eps), rms_norm(k_TGD, k_norm, eps)), dim=1)
     rotated_TND = _rotate(qk_TND.float(), *cos_sin.index_select(0, positions).unsqueeze(1).chunk(2, dim=-1))
     q_THD, k_TGD = rotated_TND.to(qkv.dtype).split([num_heads, G], dim=1)
-    slots = kv_slots.long()
-    k_cache.view(-1, G, D).index_copy_(0, slots, k_TGD.to(k_cache.dtype))
-    v_cache.view(-1, G, D).index_copy_(0, slots, v_TGD.to(v_cache.dtype))
+    write_kv(k_TGD, v_TGD, kv_slots, k_cache, v_cache)
     return q_THD.contiguous()
 
 

@@ -11,6 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from stepgraph.ops.rms_norm.triton import scale_rounded
+from stepgraph.ops.write_kv.triton import round_to
 
 MAX_HEADS_PER_PROGRAM = 4
 """Enough work to pay for a program, few enough that one token of a small model still fills many multiprocessors."""
@@ -71,18 +72,19 @@ def _rope_cache_kernel(
 
     if head < H:
         low32_NH, high32_NH = _normalise_rotate(low_NH, high_NH, q_norm_ptr, cos_H, sin_H, eps, half_H, HALF)
-        target_NH = out_ptr + (token * H + head) * D + offset_NH
-        tl.store(target_NH, low32_NH.to(out_ptr.dtype.element_ty), mask=inside_NH)
-        tl.store(target_NH + HALF, high32_NH.to(out_ptr.dtype.element_ty), mask=inside_NH)
+        q_NH = out_ptr + (token * H + head) * D + offset_NH
+        tl.store(q_NH, low32_NH.to(out_ptr.dtype.element_ty), mask=inside_NH)
+        tl.store(q_NH + HALF, high32_NH.to(out_ptr.dtype.element_ty), mask=inside_NH)
     elif head < H + G:
         low32_NH, high32_NH = _normalise_rotate(low_NH, high_NH, k_norm_ptr, cos_H, sin_H, eps, half_H, HALF)
-        target_NH = k_cache_ptr + (cache_line + head - H) * D + offset_NH
-        tl.store(target_NH, low32_NH.to(k_cache_ptr.dtype.element_ty), mask=inside_NH)
-        tl.store(target_NH + HALF, high32_NH.to(k_cache_ptr.dtype.element_ty), mask=inside_NH)
+        low_NH, high_NH = low32_NH.to(out_ptr.dtype.element_ty), high32_NH.to(out_ptr.dtype.element_ty)
+        k_NH = k_cache_ptr + (cache_line + head - H) * D + offset_NH
+        tl.store(k_NH, round_to(low_NH, k_cache_ptr.dtype.element_ty), mask=inside_NH)
+        tl.store(k_NH + HALF, round_to(high_NH, k_cache_ptr.dtype.element_ty), mask=inside_NH)
     else:
-        target_NH = v_cache_ptr + (cache_line + head - H - G) * D + offset_NH
-        tl.store(target_NH, low_NH.to(v_cache_ptr.dtype.element_ty), mask=inside_NH)
-        tl.store(target_NH + HALF, high_NH.to(v_cache_ptr.dtype.element_ty), mask=inside_NH)
+        v_NH = v_cache_ptr + (cache_line + head - H - G) * D + offset_NH
+        tl.store(v_NH, round_to(low_NH, v_cache_ptr.dtype.element_ty), mask=inside_NH)
+        tl.store(v_NH + HALF, round_to(high_NH, v_cache_ptr.dtype.element_ty), mask=inside_NH)
 
 
 def rope_cache(

@@ -25,12 +25,14 @@ def sample(logits: Tensor, row_slot: Tensor, lines: Tensor) -> Tensor:
     """Draw one token per row from its slot's distribution. Runs inside the graph.
 
     Per row, from its slot's line: temperature 0 takes the arg-max of the raw logits (lowest index on a tie). Otherwise
-    logits are divided by the temperature in float32; `top_k` keeps the k largest (and all that tie with the k-th);
-    `top_p` keeps, of the distribution renormalised over those, the entries whose probability is at least that of the
-    last entry of the smallest most-likely-first set with mass ≥ top_p, and never fewer than one; one of those kept is
-    drawn. The position that keys the noise is the slot's `length`, i.e. the position the token will have.
+    logits are divided by the temperature in float32; `min_p` keeps the entries whose probability is at least min_p times
+    the largest, i.e. x ≥ max x + log min_p, also in float32; `top_k` keeps, of those, the k largest (and all that tie with
+    the k-th); `top_p` keeps, of the distribution renormalised over those, the entries whose probability is at least that
+    of the last entry of the smallest most-likely-first set with mass ≥ top_p, and never fewer than one; one of those kept
+    is drawn. This is vLLM's order. The position that keys the noise is the slot's `length`, i.e. the position the token
+    will have.
 
-    NaN logits never win; a row of only NaN yields token 0.
+    Logits of NaN or -inf never win. A row of nothing else yields NO_TOKEN.
 
     Args:
         logits: [R, V] float32, bfloat16 or float16, contiguous.
@@ -38,6 +40,6 @@ def sample(logits: Tensor, row_slot: Tensor, lines: Tensor) -> Tensor:
         lines: [slots, LINE_WIDTH] int32.
 
     Returns:
-        [R] int32. Rows of the null slot get any valid token.
+        [R] int32. Rows of the null slot get any token or NO_TOKEN.
     """
     return _sample(logits, row_slot, lines)

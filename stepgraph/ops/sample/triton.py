@@ -1,9 +1,9 @@
 """Triton kernels of `sample`: a first pass over all of the logits at once, then one program per row.
 
 The first kernel cuts every row into chunks, so that even one row keeps the whole chip busy, and leaves each chunk's
-best entry. The second takes the best of those. Only for rows with `top_k` or `top_p` does it return to the logits: it
-searches the value of the last entry to keep by counting and weighing the entries above several candidates per pass,
-which needs no sort and no memory, then draws from those kept.
+best entry. The second takes the best of those. Only for rows with `min_p`, `top_k` or `top_p` does it return to the
+logits: for the last two it searches the value of the last entry to keep by counting and weighing the entries above several
+candidates per pass, which needs no sort and no memory, then draws from those kept.
 
 Shapes: R rows, V vocabulary entries, N chunks of a row, B entries of a block, W candidates per pass.
 """
@@ -24,23 +24,26 @@ _LENGTH = tl.constexpr(line.LENGTH)
 _TOP_K = tl.constexpr(line.TOP_K)
 _TEMPERATURE = tl.constexpr(line.TEMPERATURE)
 _TOP_P = tl.constexpr(line.TOP_P)
+_MIN_P = tl.constexpr(line.MIN_P)
 _SEED_LOW = tl.constexpr(line.SEED_LOW)
 _SEED_HIGH = tl.constexpr(line.SEED_HIGH)
+_NO_TOKEN = tl.constexpr(line.NO_TOKEN)
 
 _BLOCK = tl.constexpr(2048)  # entries per iteration of the second kernel
 _WAYS = tl.constexpr(8)  # candidates per pass: 3 bits of the threshold
-_KEY_OUTSIDE = tl.constexpr(-(2**31))  # below the key of any float
-_KEY_LOWEST = tl.constexpr(-0x7F800001)  # `_key(-inf)`
+KEY_OUTSIDE = tl.constexpr(-(2**31))  # below the key of any float
+_KEY_LOWEST = tl.constexpr(-0x7F800001)  # `float_key(-inf)`
 
 
 @triton.jit
 def _settings(line_ptr, V: tl.constexpr):
-    """Temperature, top_k with 0 for all, top_p, and whether either of the last two keeps less than all."""
+    """Temperature, min_p, top_k with 0 for all, top_p, and whether any of the last three may keep less than all."""
     temperature = tl.load(line_ptr + _TEMPERATURE).to(tl.float32, bitcast=True)
     top_k = tl.load(line_ptr + _TOP_K)
     top_p = tl.load(line_ptr + _TOP_P).to(tl.float32, bitcast=True)
+    min_p = tl.load(line_ptr + _MIN_P).to(tl.float32, bitcast=True)
     top_k = tl.where(top_k < V, top_k, 0)
-    return temperature, top_k, top_p, (temperature > 0) & ((top_k > 0) | (top_p < 1))
+    return temperature, min_p, top_k, top_p, (temperature > 0) & ((min_p > 0) | (top_k > 0) | (top_p < 1))
 
 
 @triton.jit
@@ -76,7 +79,7 @@ def _chunks_kernel(
     slot = tl.load(row_slot_ptr + row)
     if slot != _NULL_SLOT:
         line_ptr = lines_ptr + slot * _LINE_WIDTH
-        temperature, _, _, filtered = _settings(line_ptr, V)
+        temperature, _, _, _, filtered = _settings(line_ptr, V)
         start = chunk * BLOCK
         score_B = _scaled(logits_ptr + row.to(tl.int64) * V, start, temperature, V, BLOCK)
         if (temperature > 0) & (filtered == 0):
@@ -87,8 +90,8 @@ def _chunks_kernel(
 
 
 @triton.jit
-def _key(x_B):
-    """int32 in the order of the floats; both zeros alike."""
+def float_key(x_B):
+    """int32 in the order of the floats; both zeros alike. The lowest, of -inf, is above KEY_OUTSIDE."""
     bits_B = tl.where(x_B == 0, 0.0, x_B).to(tl.int32, bitcast=True)
     return bits_B ^ ((bits_B >> 31) & 0x7FFFFFFF)
 
@@ -96,7 +99,7 @@ def _key(x_B):
 @triton.jit
 def _block_keys(logits_ptr, start, temperature, V: tl.constexpr):
     x_B = _scaled(logits_ptr, start, temperature, V, _BLOCK)
-    return x_B, tl.where(start + tl.arange(0, _BLOCK) < V, _key(x_B), _KEY_OUTSIDE)
+    return x_B, tl.where(start + tl.arange(0, _BLOCK) < V, float_key(x_B), KEY_OUTSIDE)
 
 
 @triton.jit
@@ -106,7 +109,7 @@ def _search(logits_ptr, temperature, peak, low, need_count, need_mass, V: tl.con
     Stops early at a lower key that keeps the same entries.
     """
     low = low.to(tl.int64)
-    high = _key(peak).to(tl.int64) + 1
+    high = float_key(peak).to(tl.int64) + 1
     count_low = V
     count_high = 0
     total = 0.0
@@ -136,9 +139,11 @@ def _search(logits_ptr, temperature, peak, low, need_count, need_mass, V: tl.con
 
 @triton.jit
 def _draw_filtered(logits_ptr, line_ptr, peak, V: tl.constexpr):
-    """Token of a row with `top_k` or `top_p`; `peak` is its largest logit / temperature."""
-    temperature, top_k, top_p, _ = _settings(line_ptr, V)
+    """Token of a row with `min_p`, `top_k` or `top_p`; `peak` is its largest logit / temperature, above -inf."""
+    temperature, min_p, top_k, top_p, _ = _settings(line_ptr, V)
     threshold = tl.full((), _KEY_LOWEST, tl.int32)
+    if min_p > 0:
+        threshold = float_key(peak + tl.log(min_p))
     if top_k > 0:
         threshold = _search(logits_ptr, temperature, peak, threshold, top_k, 0.0, V)
     if top_p < 1:
@@ -171,17 +176,18 @@ def _rows_kernel(
     """Best of the chunks' entries, or a draw from those kept."""
     row = tl.program_id(0)
     slot = tl.load(row_slot_ptr + row)
-    token = 0
+    token = tl.full((), _NO_TOKEN, tl.int32)
     if slot != _NULL_SLOT:
         line_ptr = lines_ptr + slot * _LINE_WIDTH
-        _, _, _, filtered = _settings(line_ptr, V)
+        _, _, _, _, filtered = _settings(line_ptr, V)
         chunk_N = tl.arange(0, BLOCK_N)
         value_N = tl.load(value_ptr + row * N + chunk_N, mask=chunk_N < N, other=-float("inf"))
         value, chunk = tl.max(value_N, 0, return_indices=True)
-        if filtered:
-            token = _draw_filtered(logits_ptr + row.to(tl.int64) * V, line_ptr, value, V)
-        else:
-            token = tl.load(token_ptr + row * N + chunk)
+        if value > -float("inf"):
+            if filtered:
+                token = _draw_filtered(logits_ptr + row.to(tl.int64) * V, line_ptr, value, V)
+            else:
+                token = tl.load(token_ptr + row * N + chunk)
     tl.store(out_ptr + row, token)
 
 

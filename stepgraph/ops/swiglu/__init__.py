@@ -1,15 +1,31 @@
-"""SwiGLU activation: silu(gate) · up. Source: Shazeer, "GLU Variants Improve Transformer" (2020)."""
+"""Gated activations of feed-forward layers: SwiGLU, silu(gate) · up, and GeGLU, gelu(gate) · up.
+
+Source: Shazeer, "GLU Variants Improve Transformer" (2020); the tanh form of gelu is that of Hendrycks and Gimpel, "Gaussian
+Error Linear Units" (2016).
+"""
 
 from torch import Tensor
 
 from stepgraph.ops.registry import register
 from stepgraph.ops.swiglu import reference
 
+
+def _fake(gate_up: Tensor) -> Tensor:
+    return gate_up.new_empty(gate_up.shape[0], gate_up.shape[1] // 2)
+
+
 _swiglu = register(
     "swiglu(Tensor gate_up) -> Tensor",
     cpu=reference.swiglu,
-    fake=lambda gate_up: gate_up.new_empty(gate_up.shape[0], gate_up.shape[1] // 2),
+    fake=_fake,
     cuda="stepgraph.ops.swiglu.triton:swiglu",
+    inline_on_cpu=True,
+)
+_geglu = register(
+    "geglu(Tensor gate_up) -> Tensor",
+    cpu=reference.geglu,
+    fake=_fake,
+    cuda="stepgraph.ops.swiglu.triton:geglu",
     inline_on_cpu=True,
 )
 
@@ -25,3 +41,8 @@ def swiglu(gate_up: Tensor) -> Tensor:
         [rows, width], dtype of `gate_up`.
     """
     return _swiglu(gate_up)
+
+
+def geglu(gate_up: Tensor) -> Tensor:
+    """Return gelu(gate) · up with gelu in its tanh form; arguments, rounding and result as in `swiglu`."""
+    return _geglu(gate_up)

@@ -1,4 +1,4 @@
-"""Triton kernel of `swiglu`: one program per row and block of columns."""
+"""Triton kernel of `swiglu` and `geglu`: one program per row and block of columns."""
 
 import triton
 import triton.language as tl
@@ -9,7 +9,7 @@ BLOCK = 1024
 
 
 @triton.jit
-def _swiglu_kernel(gate_up_ptr, out_ptr, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+def _gated_kernel(gate_up_ptr, out_ptr, GELU: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = column < WIDTH
@@ -17,13 +17,26 @@ def _swiglu_kernel(gate_up_ptr, out_ptr, WIDTH: tl.constexpr, BLOCK: tl.constexp
     gate = tl.load(gate_ptr, mask=inside, other=0.0)
     up = tl.load(gate_ptr + WIDTH, mask=inside, other=0.0).to(tl.float32)
     gate32 = gate.to(tl.float32)
-    silu = (gate32 / (1.0 + tl.exp(-gate32))).to(gate.dtype)
-    tl.store(out_ptr + row * WIDTH + column, (silu.to(tl.float32) * up).to(gate.dtype), mask=inside)
+    slope = gate32
+    if GELU:  # (1 + tanh(u)) / 2 is the sigmoid of 2u; the factor is 2 · sqrt(2 / pi)
+        slope = 1.5957691216057308 * (gate32 + 0.044715 * gate32 * gate32 * gate32)
+    activated = (gate32 / (1.0 + tl.exp(-slope))).to(gate.dtype)
+    tl.store(out_ptr + row * WIDTH + column, (activated.to(tl.float32) * up).to(gate.dtype), mask=inside)
+
+
+def _launch(gate_up: Tensor, gelu: bool) -> Tensor:
+    rows, width = gate_up.shape[0], gate_up.shape[1] // 2
+    out = gate_up.new_empty(rows, width)
+    grid = (rows, triton.cdiv(width, BLOCK))
+    _gated_kernel[grid](gate_up, out, GELU=gelu, WIDTH=width, BLOCK=BLOCK, num_warps=4)
+    return out
 
 
 def swiglu(gate_up: Tensor) -> Tensor:
     """See `stepgraph.ops.swiglu.swiglu`."""
-    rows, width = gate_up.shape[0], gate_up.shape[1] // 2
-    out = gate_up.new_empty(rows, width)
-    _swiglu_kernel[(rows, triton.cdiv(width, BLOCK))](gate_up, out, WIDTH=width, BLOCK=BLOCK, num_warps=4)
-    return out
+    return _launch(gate_up, gelu=False)
+
+
+def geglu(gate_up: Tensor) -> Tensor:
+    """See `stepgraph.ops.swiglu.geglu`."""
+    return _launch(gate_up, gelu=True)

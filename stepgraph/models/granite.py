@@ -1,0 +1,28 @@
+"""Granite 3, dense: Llama with a constant factor at the embedding, the residual stream, attention and the logits.
+
+Source: Granite Team, "Granite 3.0 Language Models" (2024); the factors are those of Yang et al., "Tensor Programs V" (2022).
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from stepgraph.models.config import DecoderConfig
+from stepgraph.models.decoder import Decoder
+
+
+class Granite(Decoder):
+    """The shared decoder with factors."""
+
+    @classmethod
+    def config_from_hf(cls, hf_config: Any) -> DecoderConfig:
+        """See `Decoder.config_from_hf`."""
+        bias = hf_config.attention_bias
+        return replace(
+            DecoderConfig.from_hf(hf_config, qkv_bias=bias, output_bias=bias),
+            attention_scale=hf_config.attention_multiplier,
+            embedding_multiplier=hf_config.embedding_multiplier,
+            residual_multiplier=hf_config.residual_multiplier,
+            logits_divisor=hf_config.logits_scaling,
+        )

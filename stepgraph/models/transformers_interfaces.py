@@ -1,0 +1,122 @@
+"""What transformers' layers call in place of its own attention and experts. Both are registered under one name, which a model
+asks for when it is built; no mask function goes by it, so transformers builds no masks.
+
+Shapes: T tokens, H query heads, G key/value heads, D head size, E hidden size, K experts of a token, S = T·K, M width of an
+expert.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface
+from transformers.integrations.moe import ExpertsInterface
+
+from stepgraph.errors import ModelError
+from stepgraph.ops import grouped_linear
+
+_NAME = "stepgraph"
+IMPLEMENTATIONS = {"attn_implementation": _NAME, "experts_implementation": _NAME}
+"""Arguments of transformers' `from_config` and `from_pretrained`."""
+
+REQUIREMENTS = (
+    "Supported are classes whose layers all call transformers' AttentionInterface with the model's keyword arguments."
+)
+_HARMLESS = {"dropout", "position_ids", "use_cache", "cache_position"}
+_UNSUPPORTED = {
+    "softcap": "it caps attention scores",
+    "s_aux": "it has attention sinks",
+    "position_bias": "it adds a bias to attention scores",
+}
+
+
+@dataclass(frozen=True)
+class AttentionCall:
+    """What a layer asks of attention, rotation done."""
+
+    layer: int
+    query: Tensor  # [1, H, T, D]
+    key: Tensor  # [1, G, T, D]
+    value: Tensor  # [1, G, T, D]
+    scale: float  # multiplies q·k
+    window: int  # 0: none, or not said by the layer
+
+
+Attend = Callable[[AttentionCall], Tensor]
+"""Answers with [1, T, H, D]. Given to a model as its keyword argument ``stepgraph_attend``."""
+
+
+def refuse(what: str, instead: str = REQUIREMENTS) -> NoReturn:
+    """Raise a ModelError that says what keeps a model from running and what is supported."""
+    raise ModelError(f"The model cannot run through transformers: {what}. {instead}")
+
+
+def _attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    is_causal: bool | None = None,
+    stepgraph_attend: Attend | None = None,
+    **others: Any,
+) -> tuple[Tensor, None]:
+    """An attention function of transformers: takes [1, heads, T, D] each, gives [1, T, H, D] and no weights.
+
+    Raises:
+        ModelError: the layer asks for something else than causal attention within its own sequence.
+    """
+    who = type(module).__name__
+    if stepgraph_attend is None:
+        refuse(f"{who} does not get the keyword arguments of its model, which carry the step")
+    if is_causal is False or not getattr(module, "is_causal", True) or attention_mask is not None:
+        refuse(f"{who} is not causal")
+    for name, argument in others.items():
+        if name not in _HARMLESS and argument is not None and argument is not False:
+            refuse(_UNSUPPORTED.get(name, f"{who} gives attention the argument {name}, which is not known here"))
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    layer: Any = module.layer_idx
+    return stepgraph_attend(AttentionCall(layer, query, key, value, scale, sliding_window or 0)), None
+
+
+def _experts(module: Any, hidden_TE: Tensor, expert_TK: Tensor, routing_TK: Tensor) -> Tensor:
+    """An experts function of transformers, of fixed shapes: a token's rows, one per expert, are sorted by expert, and each
+    expert's weights are read once.
+
+    Args:
+        module: with the weights of all experts, and attributes that transformers' `use_experts_implementation` sets.
+        hidden_TE: input.
+        expert_TK: chosen experts.
+        routing_TK: their weights.
+
+    Returns:
+        [T, E]
+    """
+    if getattr(module, "has_post_expert_norm", False):
+        refuse("its experts have norms of their own", "Experts of two or three matrices are supported.")
+    expert_S, order_S = expert_TK.reshape(-1).sort()
+    numbers_N = torch.arange(module.num_experts, dtype=expert_S.dtype, device=expert_S.device)
+    ends_N = torch.searchsorted(expert_S, numbers_N, right=True, out_int32=True)
+
+    def project(x: Tensor, name: str) -> Tensor:
+        weight = getattr(module, name)
+        y = grouped_linear(x, weight.transpose(1, 2) if module.is_transposed else weight, ends_N)
+        return y + getattr(module, f"{name}_bias")[expert_S] if module.has_bias else y
+
+    x_SE = hidden_TE[order_S // expert_TK.shape[1]]
+    gated = module.has_gate
+    x_SM = module._apply_gate(project(x_SE, "gate_up_proj")) if gated else module.act_fn(project(x_SE, "up_proj"))
+    y_SE = project(x_SM, "down_proj") * routing_TK.reshape(-1)[order_S].unsqueeze(-1)
+    y_TKE = torch.empty_like(y_SE).index_copy_(0, order_S, y_SE).view(*expert_TK.shape, -1)
+    return y_TKE.sum(1).to(hidden_TE.dtype)
+
+
+AttentionInterface.register(_NAME, _attention)
+ExpertsInterface.register(_NAME, _experts)

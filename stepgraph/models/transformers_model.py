@@ -1,0 +1,363 @@
+"""Any decoder-only model that transformers can run, as it stands, under the step program.
+
+transformers' class gets all tokens of the step as one sequence. Its layers treat tokens apart, but for attention, which is ours
+(`transformers_interfaces`): it alone knows of rows, caches and windows. The class's Python runs at capture only, or at every
+step without graphs.
+
+What a model needs is not read from its config, whose fields differ from class to class, but seen: the class is built and run
+once on fake tensors, which have shapes and no values, and its calls of attention are recorded. What cannot be captured or is
+not supported shows there, before any weight is read.
+
+Shapes: T tokens, R rows, E hidden size, V vocabulary, H query heads, G key/value heads, D head size.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM
+from transformers.utils import ModelOutput, logging
+
+from stepgraph import ops
+from stepgraph.errors import ModelError
+from stepgraph.layers.inputs import StepInputs
+from stepgraph.models.config import architecture_of, as_token_ids
+from stepgraph.models.transformers_interfaces import IMPLEMENTATIONS, REQUIREMENTS, Attend, AttentionCall, refuse
+
+_PROBE_TOKENS = 3
+
+
+@dataclass(frozen=True)
+class TransformersConfig:
+    """Sizes of a model that transformers runs; see `LanguageModelConfig`."""
+
+    architecture: str
+    vocab_size: int
+    hidden_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    windows: tuple[int, ...]
+    max_position_embeddings: int
+    tie_word_embeddings: bool
+    eos_token_ids: tuple[int, ...]
+    hf_config: Any = field(repr=False)
+
+    @classmethod
+    def from_hf(cls, hf_config: Any) -> TransformersConfig:
+        """Judge a transformers config object by running its model on fake tensors.
+
+        Raises:
+            ModelError: transformers has no class for it, or the class cannot run here; says what, why and what works.
+        """
+        _check_fields(hf_config)
+        calls, hidden_size, vocab_size = _probe(hf_config)
+        calls.sort(key=lambda call: call.layer)
+        _check_layers(hf_config, calls)
+        num_heads, head_dim = calls[0].query.shape[1], calls[0].query.shape[3]
+        return cls(
+            architecture=architecture_of(hf_config),
+            vocab_size=vocab_size,
+            hidden_size=hidden_size,
+            num_layers=len(calls),
+            num_heads=num_heads,
+            num_kv_heads=calls[0].key.shape[1],
+            head_dim=head_dim,
+            windows=tuple(_window(hf_config, call) for call in calls),
+            max_position_embeddings=hf_config.max_position_embeddings,
+            tie_word_embeddings=bool(getattr(hf_config, "tie_word_embeddings", False)),
+            eos_token_ids=as_token_ids(getattr(hf_config, "eos_token_id", None)),
+            hf_config=hf_config,
+        )
+
+
+class TransformersModel(nn.Module):
+    """A transformers class taken apart: its base model runs the layers, the rest of it makes logits. See `LanguageModel`."""
+
+    def __init__(self, config: TransformersConfig, hf_model: Any) -> None:
+        """Args:
+        config: of the model.
+        hf_model: built with our attention, and filled; must not be used elsewhere afterwards.
+
+        Raises:
+            ModelError: tokens meet outside attention.
+        """
+        super().__init__()
+        self.config = config
+        self.base, self.head = _take_apart(hf_model)
+        self.eval().requires_grad_(False)
+        for module in self.modules():
+            for name, buffer in module.named_buffers(recurse=False):
+                setattr(module, name, buffer.clone())  # loading leaves views, whose base a traced graph would not know
+        self._check_tokens_apart()
+
+    @classmethod
+    def from_folder(
+        cls, config: TransformersConfig, folder: Path, *, dtype: torch.dtype, device: torch.device, progress: bool
+    ) -> TransformersModel:
+        """Load a checkpoint the way transformers does, which renames and merges tensors where its class asks for it.
+
+        Args:
+            config: read from the folder.
+            folder: with safetensors files.
+            dtype: of parameters and activations.
+            device: of the parameters, which go there through host memory.
+            progress: show a bar on stderr.
+
+        Raises:
+            ModelError: the checkpoint's tensors are not those of the model, or a file is damaged.
+        """
+        with _progress_bars(progress):
+            try:
+                hf_model, report = AutoModelForCausalLM.from_pretrained(
+                    folder,
+                    config=copy.deepcopy(config.hf_config),
+                    dtype=dtype,
+                    use_safetensors=True,
+                    trust_remote_code=False,
+                    local_files_only=True,
+                    output_loading_info=True,
+                    ignore_mismatched_sizes=True,  # they are in the report, by name
+                    **IMPLEMENTATIONS,
+                )
+            except Exception as error:  # transformers raises many types here
+                raise ModelError(
+                    f"transformers cannot load the checkpoint in {folder}: {error} A file may be truncated, or of another "
+                    "model than config.json; download it again."
+                ) from error
+        if odd := [f"{kind}: {_some(sorted(map(str, names)))}" for kind, names in report.items() if names]:
+            raise ModelError(
+                f"The checkpoint in {folder} does not fit the {config.architecture} that its config describes "
+                f"({'; '.join(odd)}); config and weights are not of one model."
+            )
+        return cls(config, hf_model.to(device))
+
+    @classmethod
+    def with_random_weights(
+        cls, config: TransformersConfig, *, dtype: torch.dtype, device: torch.device
+    ) -> TransformersModel:
+        """Build a model with the weights that transformers begins training with, the same ones every time."""
+        with torch.random.fork_rng([device] if device.type == "cuda" else []), device:
+            torch.manual_seed(0)
+            hf_model = AutoModelForCausalLM.from_config(copy.deepcopy(config.hf_config), dtype=dtype, **IMPLEMENTATIONS)
+        return cls(config, hf_model)
+
+    @torch.no_grad()
+    def _check_tokens_apart(self) -> None:
+        """Refuse a model whose convolution, recurrence or token shift would mix the requests of a step, and miss what earlier
+        steps saw. With attention out of the way, a token's hidden state must not change with its neighbours."""
+        device = next(self.parameters()).device
+        positions_T = torch.arange(3, dtype=torch.int32, device=device)
+        vocab_size = self.config.vocab_size
+        one_E, other_E = (
+            _run_layers(
+                self.base,
+                torch.tensor(token_ids, dtype=torch.int32, device=device) % vocab_size,
+                positions_T,
+                lambda call: call.query.transpose(1, 2).contiguous(),
+            )[1].float()
+            for token_ids in ([1, 2, 3], [4, 2, 5])
+        )
+        if not (one_E - other_E).norm() <= 1e-2 * one_E.norm():  # not for NaN either
+            refuse("its tokens meet outside attention", "Layers of attention and feed-forward are supported.")
+
+    def forward(self, inputs: StepInputs) -> Tensor:
+        """See `LanguageModel.__call__`."""
+        built = inputs.built
+
+        def attend(call: AttentionCall) -> Tensor:
+            k_cache, v_cache = inputs.kv_caches[call.layer]
+            q_THD, k_TGD, v_TGD = (x.squeeze(0).transpose(0, 1) for x in (call.query, call.key, call.value))
+            k_TGD, v_TGD = (x if x.stride(-1) == 1 else x.contiguous() for x in (k_TGD, v_TGD))
+            ops.write_kv(k_TGD, v_TGD, built.kv_slots, k_cache, v_cache)
+            window = self.config.windows[call.layer]
+            attended_TF = ops.paged_attention(
+                q_THD.contiguous(),
+                k_cache,
+                v_cache,
+                inputs.block_table,
+                built.row_slot,
+                built.query_start,
+                built.kv_len,
+                inputs.attention_plans[window],
+                inputs.geometry,
+                call.scale,
+                window,
+            )
+            return attended_TF.view(1, *q_THD.shape)
+
+        return _run_layers(self.base, built.token_ids, built.positions, attend)
+
+    def logits(self, hidden_RE: Tensor, out: Tensor) -> Tensor:
+        """See `LanguageModel.logits`."""
+        return out.copy_(_run_head(self.head, hidden_RE))
+
+
+@dataclass
+class _Passed(ModelOutput):
+    """What base models of any kind return, of which only the hidden states are known."""
+
+    last_hidden_state: Tensor | None = None
+    past_key_values: None = None
+    hidden_states: None = None
+    attentions: None = None
+    cross_attentions: None = None
+    router_logits: None = None
+
+
+class _PassThrough(nn.Module):
+    """In place of a class's base model: gives the embeddings it is given as the last hidden states."""
+
+    def forward(self, *_: Any, inputs_embeds: Tensor, **__: Any) -> _Passed:
+        return _Passed(last_hidden_state=inputs_embeds)
+
+
+def _take_apart(hf_model: Any) -> tuple[nn.Module, nn.Module]:
+    """The base model, and its class without it: hidden states in, logits out, scaled and capped as the class does."""
+    base = getattr(hf_model, hf_model.base_model_prefix)
+    setattr(hf_model, hf_model.base_model_prefix, _PassThrough())
+    return base, hf_model
+
+
+def _run_layers(base: nn.Module, token_ids_T: Tensor, positions_T: Tensor, attend: Attend) -> Tensor:
+    output = base(
+        input_ids=token_ids_T.unsqueeze(0),
+        position_ids=positions_T.unsqueeze(0),
+        use_cache=False,
+        stepgraph_attend=attend,
+    )
+    hidden_TE: Tensor = output.last_hidden_state.squeeze(0)
+    return hidden_TE
+
+
+def _run_head(head: nn.Module, hidden_RE: Tensor) -> Tensor:
+    logits_RV: Tensor = head(inputs_embeds=hidden_RE.unsqueeze(0), use_cache=False).logits.squeeze(0)
+    return logits_RV
+
+
+def _check_fields(hf_config: Any) -> None:
+    """Refuse what a config says and a run on fake tensors does not show."""
+
+    def value(name: str) -> Any:
+        return getattr(hf_config, name, None)
+
+    if quantization := value("quantization_config"):
+        method = quantization.get("quant_method", "unknown") if isinstance(quantization, dict) else quantization
+        refuse(f'its checkpoint is quantised with method "{method}"', "Use the unquantised checkpoint.")
+    if value("vision_config") or value("audio_config") or value("text_config"):
+        refuse("it is multimodal", "Text-only decoders are supported.")
+    if value("is_encoder_decoder") or value("use_bidirectional_attention") or value("is_causal") is False:
+        refuse("its attention is not causal", "Decoder-only causal models are supported.")
+    if odd := sorted(set(value("layer_types") or ()) - {"full_attention", "sliding_attention"}):
+        refuse(f"it has layers of type {', '.join(odd)}", "Full and sliding attention are supported.")
+    ropes = value("rope_parameters") or {}
+    for rope in (ropes, *(part for part in ropes.values() if isinstance(part, dict))):
+        if rope.get("rope_type") in ("dynamic", "longrope"):
+            refuse(
+                f'its rope type is "{rope["rope_type"]}", whose angles change with the length of the longest sequence in a step',
+                "Where the checkpoint's card allows it, remove the scaling from config.json and stay within the original "
+                "context length.",
+            )
+    if not value("max_position_embeddings"):
+        refuse(
+            "its config has no max_position_embeddings",
+            'Add "max_position_embeddings", the longest sequence in tokens, to config.json.',
+        )
+    architecture = architecture_of(hf_config)
+    classes = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(hf_config), ())
+    names = [c.__name__ for c in (classes if isinstance(classes, tuple) else (classes,))]
+    if architecture not in names:
+        refuse(
+            f'transformers runs models of type "{value("model_type")}" as {", ".join(names) or "no causal language model"}, not '
+            f"as the {architecture} that its config names",
+            "Correct config.json; models with code of their own (trust_remote_code) are not run.",
+        )
+
+
+def _probe(hf_config: Any) -> tuple[list[AttentionCall], int, int]:
+    """Build the model and run it on fake tensors: its calls of attention, E and V. Reads no weights and takes no memory."""
+    calls: list[AttentionCall] = []
+
+    def record(call: AttentionCall) -> Tensor:
+        calls.append(call)
+        _, H, T, _ = call.query.shape
+        return call.query.new_empty(1, T, H, call.value.shape[-1])
+
+    try:
+        with FakeTensorMode(), torch.no_grad():
+            hf_model = AutoModelForCausalLM.from_config(
+                copy.deepcopy(hf_config), dtype=torch.bfloat16, **IMPLEMENTATIONS
+            ).eval()
+            base, head = _take_apart(hf_model)
+            token_ids_T = torch.zeros(_PROBE_TOKENS, dtype=torch.int32)
+            hidden_TE = _run_layers(base, token_ids_T, token_ids_T, record)
+            logits_TV = _run_head(head, hidden_TE)
+    except ModelError:
+        raise
+    except Exception as error:  # code of some hundred models, not written for this
+        reason = (str(error).strip().splitlines() or [""])[0]
+        raise ModelError(
+            f"{architecture_of(hf_config)} cannot run through transformers: its code fails on tensors without values or without "
+            f"our attention ({type(error).__name__}: {reason}). {REQUIREMENTS}"
+        ) from error
+    return calls, hidden_TE.shape[-1], logits_TV.shape[-1]
+
+
+def _check_layers(hf_config: Any, calls: list[AttentionCall]) -> None:
+    """Refuse a model whose layers are not all alike, or not all made of our attention."""
+    num_layers = hf_config.num_hidden_layers
+    if [call.layer for call in calls] != list(range(num_layers)):
+        refuse(
+            f"{len(calls)} calls of attention came from its {num_layers} layers, where each must make one",
+            REQUIREMENTS,
+        )
+    heads = {(call.query.shape, call.key.shape, call.value.shape) for call in calls}
+    if len(heads) > 1:
+        refuse("its layers differ in the number or size of their heads", "Layers with heads alike are supported.")
+    q_shape, k_shape, v_shape = heads.pop()
+    if k_shape != v_shape or q_shape[-1] != k_shape[-1]:
+        refuse(
+            f"its heads are of different sizes: queries {q_shape[-1]}, keys {k_shape[-1]}, values {v_shape[-1]}",
+            "Multi-head and grouped-query attention are supported, multi-head latent attention is not.",
+        )
+
+
+def _window(hf_config: Any, call: AttentionCall) -> int:
+    """Sliding window of a layer; 0 if it attends to all tokens. ModelError if layer and config disagree."""
+    layer_types = getattr(hf_config, "layer_types", None)
+    configured = getattr(hf_config, "sliding_window", None) or 0
+    if layer_types and layer_types[call.layer] != "sliding_attention":
+        configured = 0
+    declared, configured = (
+        window if window < hf_config.max_position_embeddings else 0 for window in (call.window, configured)
+    )
+    if declared != configured and (declared or not layer_types):  # some layers leave their window to the mask
+        refuse(
+            f"layer {call.layer} attends over a window of {declared} tokens, but its config says {configured} (0: no window)",
+            "Correct sliding_window or layer_types in config.json.",
+        )
+    return configured
+
+
+def _some(names: list[str]) -> str:
+    return f"{len(names)} ({', '.join(names[:3])}{', …' if len(names) > 3 else ''})"
+
+
+@contextmanager
+def _progress_bars(shown: bool) -> Iterator[None]:
+    """Have transformers show progress bars, or none."""
+    before = logging.is_progress_bar_enabled()
+    try:
+        (logging.enable_progress_bar if shown else logging.disable_progress_bar)()
+        yield
+    finally:
+        (logging.enable_progress_bar if before else logging.disable_progress_bar)()

@@ -1,0 +1,215 @@
+"""config.json as published with well-known models, often in the form that older transformers wrote."""
+
+import json
+
+import pytest
+import torch
+
+from stepgraph.models import resolve
+from stepgraph.models.registry import ARCHITECTURES
+
+SILU = {"hidden_act": "silu", "torch_dtype": "bfloat16"}
+PUBLISHED = {
+    "google/gemma-3-1b-it": (
+        999_885_952,
+        {
+            "architectures": ["Gemma3ForCausalLM"],
+            "model_type": "gemma3_text",
+            "attention_bias": False,
+            "attn_logit_softcapping": None,
+            "bos_token_id": 2,
+            "cache_implementation": "hybrid",
+            "eos_token_id": [1, 106],
+            "final_logit_softcapping": None,
+            "head_dim": 256,
+            "hidden_activation": "gelu_pytorch_tanh",
+            "hidden_size": 1152,
+            "intermediate_size": 6912,
+            "max_position_embeddings": 32768,
+            "num_attention_heads": 4,
+            "num_hidden_layers": 26,
+            "num_key_value_heads": 1,
+            "query_pre_attn_scalar": 256,
+            "rms_norm_eps": 1e-6,
+            "rope_local_base_freq": 10000,
+            "rope_scaling": None,
+            "rope_theta": 1000000,
+            "sliding_window": 512,
+            "sliding_window_pattern": 6,
+            "torch_dtype": "bfloat16",
+            "vocab_size": 262144,
+        },
+    ),
+    "microsoft/Phi-4-mini-instruct": (
+        3_836_021_760,
+        SILU
+        | {
+            "architectures": ["Phi3ForCausalLM"],
+            "model_type": "phi3",
+            "attention_bias": False,
+            "bos_token_id": 199999,
+            "eos_token_id": 199999,
+            "full_attn_mod": 1,
+            "hidden_size": 3072,
+            "intermediate_size": 8192,
+            "interpolate_factor": 1,
+            "lm_head_bias": False,
+            "max_position_embeddings": 131072,
+            "mlp_bias": False,
+            "num_attention_heads": 24,
+            "num_hidden_layers": 32,
+            "num_key_value_heads": 8,
+            "original_max_position_embeddings": 4096,
+            "pad_token_id": 199999,
+            "partial_rotary_factor": 0.75,
+            "rms_norm_eps": 1e-5,
+            "rope_scaling": {"long_factor": [2.0] * 48, "short_factor": [1.0] * 48, "type": "longrope"},  # shortened
+            "rope_theta": 10000.0,
+            "sliding_window": 262144,
+            "tie_word_embeddings": True,
+            "vocab_size": 200064,
+        },
+    ),
+    "baidu/ERNIE-4.5-0.3B-PT": (
+        360_748_032,
+        SILU
+        | {
+            "architectures": ["Ernie4_5ForCausalLM"],
+            "model_type": "ernie4_5",
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+            "head_dim": 128,
+            "hidden_size": 1024,
+            "intermediate_size": 3072,
+            "max_position_embeddings": 131072,
+            "num_attention_heads": 16,
+            "num_hidden_layers": 18,
+            "num_key_value_heads": 2,
+            "pad_token_id": 0,
+            "rms_norm_eps": 1e-5,
+            "rope_scaling": None,
+            "rope_theta": 500000.0,
+            "tie_word_embeddings": True,
+            "use_bias": False,
+            "vocab_size": 103424,
+        },
+    ),
+    "HuggingFaceTB/SmolLM3-3B": (
+        3_075_098_624,
+        SILU
+        | {
+            "architectures": ["SmolLM3ForCausalLM"],
+            "model_type": "smollm3",
+            "attention_bias": False,
+            "eos_token_id": 128012,
+            "hidden_size": 2048,
+            "intermediate_size": 11008,
+            "layer_types": ["full_attention"] * 36,
+            "max_position_embeddings": 65536,
+            "max_window_layers": 28,
+            "mlp_bias": False,
+            "no_rope_layer_interval": 4,
+            "no_rope_layers": [1, 1, 1, 0] * 9,
+            "num_attention_heads": 16,
+            "num_hidden_layers": 36,
+            "num_key_value_heads": 4,
+            "pad_token_id": 128004,
+            "rms_norm_eps": 1e-6,
+            "rope_scaling": None,
+            "rope_theta": 5000000.0,
+            "sliding_window": None,
+            "use_sliding_window": False,
+            "vocab_size": 128256,
+        },
+    ),
+    "ibm-granite/granite-3.3-2b-instruct": (
+        2_533_539_840,
+        SILU
+        | {
+            "architectures": ["GraniteForCausalLM"],
+            "model_type": "granite",
+            "attention_bias": False,
+            "attention_multiplier": 0.015625,
+            "bos_token_id": 0,
+            "embedding_multiplier": 12.0,
+            "eos_token_id": 0,
+            "hidden_size": 2048,
+            "intermediate_size": 8192,
+            "logits_scaling": 8.0,
+            "max_position_embeddings": 131072,
+            "mlp_bias": False,
+            "num_attention_heads": 32,
+            "num_hidden_layers": 40,
+            "num_key_value_heads": 8,
+            "pad_token_id": 0,
+            "residual_multiplier": 0.22,
+            "rms_norm_eps": 1e-5,
+            "rope_scaling": None,
+            "rope_theta": 10000000.0,
+            "tie_word_embeddings": True,
+            "vocab_size": 49159,
+        },
+    ),
+    "mistralai/Mistral-7B-v0.1": (
+        7_241_732_096,
+        SILU
+        | {
+            "architectures": ["MistralForCausalLM"],
+            "model_type": "mistral",
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+            "hidden_size": 4096,
+            "intermediate_size": 14336,
+            "max_position_embeddings": 32768,
+            "num_attention_heads": 32,
+            "num_hidden_layers": 32,
+            "num_key_value_heads": 8,
+            "rms_norm_eps": 1e-5,
+            "rope_theta": 10000.0,
+            "sliding_window": 4096,
+            "tie_word_embeddings": False,
+            "vocab_size": 32000,
+        },
+    ),
+}
+
+
+@pytest.fixture
+def config_of(tmp_path):
+    def read(name: str):
+        (tmp_path / "config.json").write_text(json.dumps(PUBLISHED[name][1]))
+        return resolve(str(tmp_path)).config
+
+    return read
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_the_model_has_as_many_parameters_as_the_published_one(config_of, name) -> None:
+    config = config_of(name)
+    model = ARCHITECTURES[config.architecture](config, max_model_len=8, dtype=config.dtype, device=torch.device("meta"))
+    assert config.dtype == torch.bfloat16
+    assert sum(parameter.numel() for parameter in model.parameters()) == PUBLISHED[name][0]
+
+
+def test_gemma_3_has_windows_and_another_rotary_base_in_five_of_six_layers(config_of) -> None:
+    config = config_of("google/gemma-3-1b-it")
+    assert config.windows == (*[512, 512, 512, 512, 512, 0] * 4, 512, 512)
+    bases = [rope.inv_freq[1] ** (-256 / 2) for rope in config.ropes]
+    assert bases == pytest.approx([1e4 if window else 1e6 for window in config.windows], rel=1e-3)
+    assert config.attention_scale == 1 / 16
+    assert config.eos_token_ids == (1, 106)
+
+
+def test_phi_4_mini_rotates_three_quarters_of_a_head_with_the_factors_of_the_context_length(config_of) -> None:
+    config = config_of("microsoft/Phi-4-mini-instruct")
+    (rope,) = set(config.ropes)
+    assert (len(rope.inv_freq), rope.original_length, config.head_dim) == (48, 4096, 128)
+    assert rope.long_inv_freq == tuple(f / 2 for f in rope.inv_freq)
+    assert rope.scale == pytest.approx((1 + 5 / 12) ** 0.5)  # sqrt(1 + ln 32 / ln 4096)
+    assert set(config.windows) == {0}
+
+
+def test_smollm_3_leaves_every_fourth_layer_without_positions(config_of) -> None:
+    config = config_of("HuggingFaceTB/SmolLM3-3B")
+    assert [bool(rope.inv_freq) for rope in config.ropes] == [True, True, True, False] * 9
+    assert set(config.windows) == {0}

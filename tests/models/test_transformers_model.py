@@ -1,0 +1,371 @@
+"""transformers' own classes under the step program, in float32: what runs, with which logits, and what is refused."""
+
+import copy
+
+import pytest
+import torch
+import transformers
+from checkpoints import SIZES, random_hf_model
+from safetensors.torch import load_file, save_file
+from tiny import TINY_SETTINGS, drain
+
+from stepgraph.config import EngineConfig
+from stepgraph.engine.engine import Engine
+from stepgraph.engine.sampling_params import SamplingParams
+from stepgraph.errors import ConfigError, ModelError
+from stepgraph.graph.verify import verify_pool
+from stepgraph.models import DecoderConfig, load_model, resolve
+from stepgraph.models.transformers_interfaces import IMPLEMENTATIONS
+from stepgraph.models.transformers_model import TransformersConfig, TransformersModel
+from stepgraph.ops import slot_line
+from stepgraph.platforms import create_platform
+from stepgraph.step.plan import StepPlan
+from stepgraph.step.runner import StepRunner
+
+MAX_MODEL_LEN = 128
+SETTINGS = {
+    "dtype": "float32",
+    "max_num_seqs": 4,
+    "max_num_batched_tokens": 48,
+    "capture_sizes": (8, 48),
+    "capture_rows": (4,),
+    "num_kv_blocks": 33,
+}
+GPT2_SIZES = {
+    "vocab_size": 96,
+    "n_embd": 64,
+    "n_layer": 2,
+    "n_head": 4,
+    "n_positions": 256,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+MOE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+ODD_SIZES = SIZES | {"pad_token_id": 0}
+
+SUPPORTED = {
+    "llama": lambda: transformers.LlamaConfig(**SIZES),
+    "qwen3": lambda: transformers.Qwen3Config(**SIZES, head_dim=32),
+    "mistral: a window in every layer": lambda: transformers.MistralConfig(**SIZES, sliding_window=20),
+    "gpt2: learned positions, biases": lambda: transformers.GPT2Config(**GPT2_SIZES),
+    "gpt_bigcode: one key head": lambda: transformers.GPTBigCodeConfig(**GPT2_SIZES),
+    "gpt_neox: parallel residual, part of each head rotated": lambda: transformers.GPTNeoXConfig(**SIZES),
+    "phi: head bias, part of each head rotated": lambda: transformers.PhiConfig(**SIZES),
+    "olmo2: norms after each part": lambda: transformers.Olmo2Config(**ODD_SIZES),
+    "granite: multipliers, divided logits": lambda: transformers.GraniteConfig(
+        **SIZES, logits_scaling=8.0, embedding_multiplier=3.0, attention_multiplier=0.1, residual_multiplier=0.5
+    ),
+    "cohere: scaled logits, interleaved rotation": lambda: transformers.CohereConfig(**ODD_SIZES, logit_scale=0.25),
+    "cohere2: windows in some layers": lambda: transformers.Cohere2Config(
+        **ODD_SIZES, sliding_window=20, layer_types=["sliding_attention", "full_attention"]
+    ),
+    "glm4: four norms": lambda: transformers.Glm4Config(**ODD_SIZES, head_dim=16),
+    "gemma3: two rotations": lambda: transformers.Gemma3TextConfig(
+        **SIZES, head_dim=16, sliding_window=20, layer_types=["sliding_attention", "full_attention"]
+    ),
+    "starcoder2: plain feed-forward": lambda: transformers.Starcoder2Config(**SIZES),
+    "smollm3: a layer without positions": lambda: transformers.SmolLM3Config(**ODD_SIZES, no_rope_layers=[1, 0]),
+    "nanochat: capped logits": lambda: transformers.NanoChatConfig(**SIZES),
+    "mixtral": lambda: transformers.MixtralConfig(**SIZES, num_local_experts=4, num_experts_per_tok=2),
+    "qwen2_moe: a shared expert": lambda: transformers.Qwen2MoeConfig(
+        **SIZES, **MOE, shared_expert_intermediate_size=48
+    ),
+    "qwen3_moe": lambda: transformers.Qwen3MoeConfig(**SIZES, **MOE, head_dim=16),
+    "glm4_moe: routing with a buffer, a dense layer": lambda: transformers.Glm4MoeConfig(
+        **SIZES | {"num_attention_heads": 4},
+        head_dim=16,
+        n_routed_experts=4,
+        num_experts_per_tok=2,
+        n_shared_experts=1,
+        moe_intermediate_size=32,
+        first_k_dense_replace=1,
+    ),
+}
+"""What runs, and what is particular about it."""
+
+
+def through_transformers(folder):
+    return resolve(str(folder), model_impl="transformers")
+
+
+def create_runner(source, device) -> StepRunner:
+    platform = create_platform(device)
+    model = load_model(source, dtype=torch.float32, device=platform.device, max_model_len=MAX_MODEL_LEN)
+    config = EngineConfig.from_settings(model=source.name, device=device, **SETTINGS)
+    return StepRunner(model, config, platform, max_model_len=MAX_MODEL_LEN)
+
+
+def logits_in_steps(runner, sequences, steps) -> dict[tuple[int, int], torch.Tensor]:
+    """Run known sequences through captured graphs: step by step, so many tokens of each. Returns the logits after the last token
+    of each row, by sequence and position."""
+    state, found = runner.state, {}
+    next_block = 1
+    with runner.workbench():
+        for i, tokens in enumerate(sequences):
+            line = state.lines[i + 1]
+            line.zero_()
+            line[slot_line.LENGTH], line[slot_line.ACTIVE] = len(tokens), 1
+            line[slot_line.MAX_LENGTH], line[slot_line.STOP_TOKENS :] = MAX_MODEL_LEN, -1
+            state.tokens[i + 1, : len(tokens)] = torch.tensor(tokens, dtype=torch.int32)
+            blocks = -(-len(tokens) // runner.block_size)
+            state.block_table[i + 1, :blocks] = torch.arange(next_block, next_block + blocks)
+            next_block += blocks
+        done = [0] * len(sequences)
+        for step in steps:
+            rows = [(i, n) for i, n in enumerate(step) if n]
+            plan = StepPlan(tuple((i + 1, n) for i, n in rows), (), 0)
+            shape, graph = runner.pool.graph_for(plan)
+            assert runner.pool.graph(shape) is not None
+            runner.load(plan, shape)
+            logits = graph.replay().logits
+            runner.platform.synchronize()
+            for row, (i, n) in enumerate(rows):
+                done[i] += n
+                found[i, done[i] - 1] = logits[row].float().cpu().clone()
+    assert done == [len(tokens) for tokens in sequences]
+    return found
+
+
+SEQUENCES = [
+    [(7 * i + 3) % 96 for i in range(70)],
+    [(5 * i + 1) % 96 for i in range(37)],
+    [(i * i) % 96 for i in range(9)],
+]
+STEPS = [(5, 0, 6), (1, 37, 1), (33, 0, 1), (30, 0, 1), (1, 0, 0)]
+"""Chunks, whole prompts and single tokens, side by side."""
+
+
+@pytest.mark.parametrize("name", SUPPORTED)
+def test_logits_in_graphs_match_transformers_in_batches_of_chunks_and_decodes(name, tmp_path, device) -> None:
+    hf_model = random_hf_model(SUPPORTED[name]())
+    hf_model.save_pretrained(tmp_path)
+    with torch.no_grad():
+        expected = [hf_model(torch.tensor([tokens])).logits[0] for tokens in SEQUENCES]
+    runner = create_runner(through_transformers(tmp_path), device)
+    found = logits_in_steps(runner, SEQUENCES, STEPS)
+    assert len(found) == 10
+    for (i, position), logits in found.items():
+        torch.testing.assert_close(logits, expected[i][position], atol=2e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3"])
+def test_logits_are_those_of_the_native_model(name, tmp_path, device) -> None:
+    random_hf_model(SUPPORTED[name]()).save_pretrained(tmp_path)
+    sources = resolve(str(tmp_path)), through_transformers(tmp_path)
+    native, found = (logits_in_steps(create_runner(source, device), SEQUENCES, STEPS) for source in sources)
+    for place, logits in native.items():
+        torch.testing.assert_close(found[place], logits, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["cohere2: windows in some layers", "qwen3_moe"])
+def test_graphs_are_right_on_random_compositions_with_poisoned_padding(name, tmp_path, device) -> None:
+    random_hf_model(SUPPORTED[name]()).save_pretrained(tmp_path)
+    runner = create_runner(through_transformers(tmp_path), device)
+    reports = verify_pool(runner, rounds=8, seed=0)
+    assert [report.mismatches for report in reports] == [[]] * len(runner.pool.shapes())
+
+
+def test_an_engine_gives_the_native_models_tokens(tiny_model, device) -> None:
+    params = SamplingParams(max_tokens=12, temperature=0.0, ignore_eos=True)
+    answers = []
+    for model_impl in ("native", "transformers"):
+        settings = {"model": tiny_model, "device": device, "model_impl": model_impl} | TINY_SETTINGS
+        engine = Engine(EngineConfig.from_settings(**settings), source=resolve(tiny_model, model_impl=model_impl))
+        requests = [engine.add_request(str(n), list(range(1, n)), params) for n in (3, 90, 17)]
+        drain(engine)
+        answers.append([request.output_token_ids for request in requests])
+    assert all(len(answer) == 12 for answer in answers[0])
+    assert answers[0] == answers[1]
+
+
+def refused_config(config, **changes):
+    config.architectures = [transformers.MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].__name__]
+    for name, value in changes.items():
+        setattr(config, name, value)
+    return config
+
+
+DYNAMIC = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}
+LATENT = {"kv_lora_rank": 16, "q_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8}
+REFUSED = {
+    "capped scores": (lambda: transformers.Gemma2Config(**SIZES), "caps attention scores"),
+    "sinks": (lambda: transformers.GptOssConfig(**SIZES, num_local_experts=4), "attention sinks"),
+    "heads of different sizes": (
+        lambda: transformers.DeepseekV3Config(**SIZES, **LATENT),
+        "queries 16, keys 16, values 8",
+    ),
+    "recurrent layers": (
+        lambda: transformers.MambaConfig(vocab_size=96, hidden_size=64, num_hidden_layers=2),
+        "Mamba|layers of type",
+    ),
+    "convolutions": (
+        lambda: transformers.Lfm2Config(**SIZES, layer_types=["conv", "full_attention"]),
+        "layers of type conv",
+    ),
+    "chunked attention": (
+        lambda: transformers.Llama4TextConfig(**SIZES, num_local_experts=2, layer_types=["chunked_attention"] * 2),
+        "layers of type chunked_attention",
+    ),
+    "attention of its own": (
+        lambda: transformers.BloomConfig(
+            vocab_size=96, hidden_size=64, n_layer=2, n_head=4, max_position_embeddings=64
+        ),
+        "0 calls of attention came from its 2 layers",
+    ),
+    "arguments not passed on": (
+        lambda: transformers.StableLmConfig(**SIZES),
+        "StableLmAttention does not get the keyword arguments",
+    ),
+    "routing on the host": (
+        lambda: transformers.JetMoeConfig(**SIZES, kv_channels=16, num_local_experts=4),
+        "fails on tensors without values",
+    ),
+    "rotation by length": (
+        lambda: transformers.LlamaConfig(**SIZES, rope_parameters=DYNAMIC),
+        '"dynamic", whose angles change',
+    ),
+    "no longest sequence": (
+        lambda: transformers.BloomConfig(vocab_size=96, hidden_size=64),
+        "no max_position_embeddings",
+    ),
+    "quantised": (
+        lambda: refused_config(transformers.LlamaConfig(**SIZES), quantization_config={"quant_method": "awq"}),
+        'method "awq"',
+    ),
+    "seen from both sides": (lambda: refused_config(transformers.LlamaConfig(**SIZES), is_causal=False), "not causal"),
+    "encoder and decoder": (
+        lambda: refused_config(transformers.LlamaConfig(**SIZES), is_encoder_decoder=True),
+        "not causal",
+    ),
+    "several modes": (lambda: refused_config(transformers.LlamaConfig(**SIZES), vision_config={"a": 1}), "multimodal"),
+    "a window that its layers ignore": (
+        lambda: refused_config(transformers.OlmoConfig(**ODD_SIZES), sliding_window=20),
+        "layer 0 attends over a window of 0 tokens, but its config says 20",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_cannot_run_is_refused_with_the_reason_before_weights_are_read(name) -> None:
+    config, message = REFUSED[name]
+    with pytest.raises(ModelError, match=message):
+        TransformersConfig.from_hf(refused_config(config()))
+
+
+def test_an_architecture_that_transformers_does_not_have_is_refused() -> None:
+    config = transformers.LlamaConfig(**SIZES, architectures=["OwnCodeForCausalLM"])
+    with pytest.raises(
+        ModelError, match=r'"llama" as LlamaForCausalLM, not as the OwnCodeForCausalLM.*trust_remote_code'
+    ):
+        TransformersConfig.from_hf(config)
+
+
+def test_a_model_whose_tokens_meet_outside_attention_is_refused() -> None:
+    config = TransformersConfig.from_hf(refused_config(transformers.LlamaConfig(**SIZES)))
+    hf_model = random_hf_model(copy.deepcopy(config.hf_config))
+    hf_model.set_attn_implementation(IMPLEMENTATIONS["attn_implementation"])
+    TransformersModel(config, copy.deepcopy(hf_model))
+    hf_model.model.layers[1].mlp.register_forward_pre_hook(lambda module, args: args[0] + 0.1 * args[0].roll(1, 1))
+    with pytest.raises(ModelError, match="tokens meet outside attention"):
+        TransformersModel(config, hf_model)
+
+
+def test_the_native_model_is_chosen_where_there_is_one(tmp_path) -> None:
+    for name, folder in (
+        ("llama", tmp_path / "llama"),
+        ("olmo2: norms after each part", tmp_path / "olmo2"),
+    ):
+        random_hf_model(SUPPORTED[name]()).save_pretrained(folder)
+    llama, olmo2 = str(tmp_path / "llama"), str(tmp_path / "olmo2")
+    assert isinstance(resolve(llama).config, DecoderConfig)
+    assert isinstance(resolve(olmo2).config, TransformersConfig)
+    assert isinstance(resolve(llama, model_impl="transformers").config, TransformersConfig)
+    with pytest.raises(ModelError, match="No native model runs the architecture Olmo2ForCausalLM"):
+        resolve(olmo2, model_impl="native")
+
+
+def test_a_refusal_of_the_native_model_points_to_transformers(tmp_path) -> None:
+    transformers.LlamaConfig(**SIZES, hidden_act="relu", architectures=["LlamaForCausalLM"]).save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match=r'"relu".*model_impl to transformers'):
+        resolve(str(tmp_path))
+    assert resolve(str(tmp_path), model_impl="transformers").config.num_layers == 2
+
+
+def test_a_gguf_file_runs_on_native_models_only(tmp_path) -> None:
+    (tmp_path / "model.gguf").touch()
+    with pytest.raises(ModelError, match="GGUF file, which native models read; set model_impl to auto"):
+        resolve(str(tmp_path / "model.gguf"), model_impl="transformers")
+
+
+def load(folder, **options):
+    return load_model(
+        through_transformers(folder), dtype=torch.float32, device=torch.device("cpu"), max_model_len=64, **options
+    )
+
+
+@pytest.fixture
+def folder(tmp_path):
+    random_hf_model(SUPPORTED["llama"]()).save_pretrained(tmp_path)
+    return tmp_path
+
+
+def edit_tensors(folder, edit) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    edit(tensors)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def test_tensors_that_are_missing_or_left_over_are_named(folder) -> None:
+    edit_tensors(folder, lambda tensors: tensors.pop("model.layers.1.self_attn.k_proj.weight"))
+    with pytest.raises(ModelError, match=r"missing_keys: 1 \(model\.layers\.1\.self_attn\.k_proj\.weight\)"):
+        load(folder)
+    random_hf_model(SUPPORTED["llama"]()).save_pretrained(folder)
+    edit_tensors(folder, lambda tensors: tensors.update({"model.layers.0.self_attn.q_proj.bias": torch.zeros(64)}))
+    with pytest.raises(ModelError, match=r"unexpected_keys: 1 \(model\.layers\.0\.self_attn\.q_proj\.bias\)"):
+        load(folder)
+
+
+def test_a_tensor_of_another_shape_is_named(folder) -> None:
+    edit_tensors(folder, lambda tensors: tensors.update({"model.norm.weight": torch.zeros(63)}))
+    with pytest.raises(ModelError, match=r"mismatched_keys: 1 .*model\.norm\.weight.*63.*64"):
+        load(folder)
+
+
+def test_a_truncated_file_and_one_that_is_absent_are_told(folder) -> None:
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(ModelError, match="truncated"):
+        load(folder)
+    path.unlink()
+    with pytest.raises(ModelError, match=r"holds neither model\.safetensors"):
+        load(folder)
+
+
+def test_dummy_weights_need_no_files_and_are_the_same_every_time(folder) -> None:
+    (folder / "model.safetensors").unlink()
+    torch.manual_seed(1)
+    before = torch.get_rng_state()
+    first, second = load(folder, load_format="dummy"), load(folder, load_format="dummy")
+    assert torch.equal(torch.get_rng_state(), before)
+    assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
+    assert not any(parameter.requires_grad for parameter in first.parameters())
+    assert 0.015 < next(first.parameters()).std() < 0.025
+
+
+def test_a_shape_without_weights_says_so() -> None:
+    with pytest.raises(ModelError, match='load_format "dummy"'):
+        load("qwen3-0.6b")
+
+
+def test_progress_goes_to_stderr_and_only_when_asked_for(folder, capfd) -> None:
+    load(folder)
+    assert "Loading" not in "".join(capfd.readouterr())
+    load(folder, progress=True)
+    out, err = capfd.readouterr()
+    assert "Loading" in err
+    assert out == ""
+
+
+def test_deterministic_mode_needs_a_native_model(folder) -> None:
+    with pytest.raises(ConfigError, match="needs a native model, and LlamaForCausalLM would run through transformers"):
+        load(folder, deterministic=True)
