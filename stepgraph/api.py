@@ -4,20 +4,25 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import count
+from pathlib import Path
+from types import TracebackType
 from typing import Any, TypeVar
 
+from torch import Tensor
 from tqdm import tqdm
 
 from stepgraph.config import EngineConfig
 from stepgraph.engine.engine import Engine
+from stepgraph.engine.interrupts import interrupts_held
 from stepgraph.engine.outputs import RequestOutput
 from stepgraph.engine.prompts import Message, Prompt, render_chat, tokenize
 from stepgraph.engine.request import RequestUpdate
 from stepgraph.engine.sampling_params import SamplingParams
 from stepgraph.engine.session import Session
 from stepgraph.errors import RequestError
+from stepgraph.models.source import ModelSource
 
 T = TypeVar("T")
 
@@ -138,6 +143,31 @@ class LLM:
         prompt = render_chat(messages, self.tokenizer)
         return self.stream(prompt, sampling_params or SamplingParams(max_tokens=None))
 
+    def sleep(self, level: int = 1) -> None:
+        """Give memory of the device back until `wake_up`. See `Engine.sleep`."""
+        self.engine.sleep(level)
+
+    def wake_up(self) -> None:
+        """Take the memory back that `sleep` gave up. See `Engine.wake_up`."""
+        self.engine.wake_up()
+
+    def update_weights(self, weights: str | Path | ModelSource | Iterable[tuple[str, Tensor]]) -> None:
+        """Replace the model's weights. See `Engine.update_weights`."""
+        self.engine.update_weights(weights)
+
+    def shutdown(self) -> None:
+        """Free the engine's memory and end its threads; every later call raises EngineDeadError. Leaving a ``with`` block does
+        so too."""
+        self.engine.shutdown()
+
+    def __enter__(self) -> LLM:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.shutdown()
+
     def _start(
         self, prompts: Sequence[Prompt], params: Sequence[SamplingParams], priorities: Sequence[int]
     ) -> list[Session]:
@@ -153,11 +183,14 @@ class LLM:
         return sessions
 
     def _step(self) -> list[RequestUpdate]:
-        """One step of the engine, when it has something to do."""
+        """One step of the engine, when it has something to do. Ctrl-C leaves it usable: a first one waits for the step's end."""
+        if self.engine.idle_reason is not None and not self.engine.has_work:
+            raise RequestError(f"the engine computes no answers now: {self.engine.idle_reason}")
         seconds = self.engine.seconds_until_work
         if seconds is not None:
             time.sleep(seconds)
-        return self.engine.step()
+        with interrupts_held():
+            return self.engine.step()
 
 
 def _abort(sessions: Sequence[Session]) -> None:

@@ -188,7 +188,10 @@ def _graphs_verify(arguments: argparse.Namespace) -> int:
     if arguments.rounds < 1:
         raise ConfigError(f"rounds={arguments.rounds} checks nothing; use at least 1")
     config = _config(arguments)
-    return main_verify(config, rounds=arguments.rounds, seed=config.model.seed, progress=_progress())
+    from stepgraph.step.shape import Variant
+
+    variants = [Variant[name.upper()] for name in arguments.variants]
+    return main_verify(config, rounds=arguments.rounds, seed=config.model.seed, variants=variants, progress=_progress())
 
 
 def _demo(arguments: argparse.Namespace) -> int:
@@ -304,6 +307,13 @@ def _parser() -> argparse.ArgumentParser:
         flags=True,
     )
     verify.add_argument("--rounds", type=int, default=8, metavar="N", help="compositions per graph (default: 8)")
+    verify.add_argument(
+        "--variants",
+        nargs="+",
+        default=["plain"],
+        choices=("plain", "extended", "prompt_logprobs"),
+        help="which graphs: of plain sampling (default), with penalties, masks and log-probabilities, with those of prompts",
+    )
 
     _add(
         commands,

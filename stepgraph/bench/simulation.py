@@ -60,6 +60,7 @@ class Ladder:
         """The smallest captured shape that holds so many tokens in so many rows."""
         key = num_tokens, num_rows
         if key not in self._chosen:
+            assert num_tokens <= self.token_sizes[-1], (num_tokens, self.token_sizes[-1])
             self._chosen[key] = next(
                 shape for shape in self._shapes if shape.num_tokens >= num_tokens and shape.num_rows >= num_rows
             )
@@ -110,6 +111,10 @@ class ShapeUse:
     planned_tokens: int = 0
     real_tokens: int = 0
     """Of the planned ones, those of requests that had not ended; the others were planned ahead of their end."""
+
+    def padding(self, size: int) -> float:
+        """Share of its tokens that are padding."""
+        return 1 - self.planned_tokens / (self.steps * size)
 
 
 @dataclass
@@ -378,24 +383,31 @@ class Watch:
     - every request gets its whole answer;
     - nobody is overtaken by more than `MAX_OVERTAKEN` later arrivals, and by none if there are neither priorities nor limits
       on long prompts;
-    - nobody waits where it could run: the next in turn has a slot, KV blocks and tokens within one step, or, while prompts
-      gather, once each but the last of those gathered has had `prefill_gather_ms` to wait for the next;
+    - nobody waits where it could run: the next in turn enters at once if a slot, KV blocks and tokens are left, and one step
+      later if the step itself left them over, by a preemption, a cut prompt, or the end of a long one; or, while prompts
+      gather, once each but the last of those gathered has had `prefill_gather_ms` (and a step) to wait for the next;
     - who runs has a row in every step, unless blocks, tokens or the results of its last token are lacking;
-    - no step is larger than the limits, and in the end all blocks are free.
+    - in the end all blocks are free.
     """
 
     def __init__(self, scheduler: Scheduler, scenario: Scenario, *, may_overtake: bool):
         self._scheduler, self._config = scheduler, scenario.config
         self._num_blocks = scenario.num_kv_blocks - 1
         self._watermark = int(self._num_blocks * WATERMARK)
+        config = self._config
+        step_s = scenario.step_time.seconds(config.max_num_batched_tokens, config.max_num_seqs)
+        # Each may arrive during the step before the one that would have let those before it enter.
+        self._longest_gathering_s = (config.prefill_gather_size - 1) * (config.prefill_gather_ms / 1e3 + step_s)
         self._bound = MAX_OVERTAKEN if may_overtake or self._config.long_prefill_token_threshold else 0
         self._waiting: dict[int, Request] = {}  # by number of arrival
         self._running: dict[int, Request] = {}
         self._overtaken: Counter[int] = Counter()
         self._snapped: set[int] = set()
+        self._partial: set[int] = set()
         self._preemptions = 0
         self._idle_since: float | None = None
-        self._idle_steps = 0
+        self._idle: Request | None = None
+        self._idle_steps = 0  # of that request
         self._longest_idle_s = 0.0
         self._longest_idle_steps = 0
         self._broken: Counter[str] = Counter()
@@ -419,13 +431,11 @@ class Watch:
                 if arrival < request.arrival:
                     self._overtaken[arrival] += 1
         tokens_left = self._config.max_num_batched_tokens - (scheduled.plan.num_tokens if scheduled else 0)
-        was_snapped = False
+        has_just_freed = was_preempted
         if scheduled is not None and scheduled.plan.num_prefill_rows:
-            snapped = {request.arrival for request in self._running.values() if request.was_snapped}
-            was_snapped = not snapped <= self._snapped
-            self._snapped |= snapped
+            has_just_freed |= self._note_prompts(scheduled)
         self._check_rows(scheduled, tokens_left, was_preempted)
-        self._check_waiting(tokens_left, was_preempted or was_snapped, now)
+        self._check_waiting(tokens_left, has_just_freed, now)
 
     def at_the_end(self, requests: Sequence[Request], result: Simulation) -> None:
         """Add what was seen to `result`."""
@@ -440,10 +450,20 @@ class Watch:
         result.longest_idle_s, result.longest_idle_steps = self._longest_idle_s, self._longest_idle_steps
         result.broken = [f"{what} ({count} times)" for what, count in self._broken.items()]
 
+    def _note_prompts(self, scheduled: ScheduledStep) -> bool:
+        """Whether a step with prompts made room that it cannot give away itself: it cut a prompt to a captured size, or
+        completed a long one that counted when others were refused."""
+        snapped = {request.arrival for request in self._running.values() if request.was_snapped}
+        partial = {r.arrival for r in self._running.values() if r.planned < r.prefill_len}
+        completed = (self._partial | {request.arrival for request in scheduled.admitted}) - partial
+        made_room = not snapped <= self._snapped or any(
+            self._is_long(self._running[arrival]) for arrival in completed if arrival in self._running
+        )
+        self._snapped, self._partial = self._snapped | snapped, partial
+        return made_room
+
     def _check_rows(self, scheduled: ScheduledStep | None, tokens_left: int, was_preempted: bool) -> None:
         rows = {slot for slot, _ in scheduled.plan.rows} if scheduled else set()
-        if tokens_left < 0 or len(rows) > self._config.max_num_seqs:
-            self._broken["a step is larger than the limits"] += 1
         if len(rows) == len(self._running) or was_preempted or not self._scheduler.num_free_blocks:
             return
         for request in self._running.values():
@@ -453,22 +473,19 @@ class Watch:
 
     def _check_waiting(self, tokens_left: int, has_just_freed: bool, now: float) -> None:
         """Whether the next in turn waits though it could run. `has_just_freed`: the step itself gave tokens or blocks back."""
-        if not (
-            self._waiting
-            and tokens_left
-            and len(self._running) < self._config.max_num_seqs
-            and self._next_could_run(tokens_left)
-        ):
-            self._idle_since, self._idle_steps = None, 0
+        has_room = tokens_left and len(self._running) < self._config.max_num_seqs
+        idle = self._next_that_could_run(tokens_left) if self._waiting and has_room else None
+        if idle is None:
+            self._idle, self._idle_since = None, None
             return
         if self._idle_since is None:
             self._idle_since = now
-        self._idle_steps += 1
+        self._idle_steps = self._idle_steps + 1 if idle is self._idle else 1
+        self._idle = idle
         idle_s = now - self._idle_since
         self._longest_idle_s = max(self._longest_idle_s, idle_s)
         if self._config.insertion_policy == "gather":
-            gathering_s = (self._config.prefill_gather_size - 1) * self._config.prefill_gather_ms / 1e3
-            if idle_s > gathering_s + _LEAST_WAIT_S and not has_just_freed:
+            if idle_s > self._longest_gathering_s and not has_just_freed:
                 self._broken["prompts gathered for longer than they may"] += 1
             return
         self._longest_idle_steps = max(self._longest_idle_steps, self._idle_steps)
@@ -477,7 +494,8 @@ class Watch:
         elif self._idle_steps > 1:
             self._broken["a request waits for more than one step though it could run"] += 1
 
-    def _next_could_run(self, tokens_left: int) -> bool:
+    def _next_that_could_run(self, tokens_left: int) -> Request | None:
+        """The next in turn, if nothing that can be seen keeps it from running."""
         config = self._config
         partial = [request for request in self._running.values() if request.planned < request.prefill_len]
         long_is_running = sum(map(self._is_long, partial)) >= config.max_long_partial_prefills
@@ -485,14 +503,14 @@ class Watch:
         if not self._is_overdue(in_turn):
             able = [r for r in self._waiting.values() if not (long_is_running and self._is_long(r))]
             if not able:
-                return False
+                return None
             in_turn = min(able, key=self._turn)
         elif long_is_running and self._is_long(in_turn):
-            return False
+            return None
         num_blocks = -(-in_turn.num_known // BLOCK_SIZE)  # without what the prefix cache may hold
         has_blocks = num_blocks <= self._scheduler.num_free_blocks - self._watermark
         may_start = in_turn.num_known <= tokens_left or len(partial) < config.max_num_partial_prefills
-        return has_blocks and may_start
+        return in_turn if has_blocks and may_start else None
 
     def _turn(self, request: Request) -> tuple[bool, int, int]:
         overdue = self._is_overdue(request)

@@ -7,6 +7,7 @@ import json
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -124,7 +125,7 @@ def _sharegpt_pairs() -> Iterator[tuple[int, int]]:
             return
         position = text.find("{", position)
         turns = [(turn["from"], len(turn["value"]) // _CHARACTERS_PER_TOKEN) for turn in record["conversations"]]
-        for (asking, prompt), (answering, answer) in zip(turns, turns[1:], strict=False):
+        for (asking, prompt), (answering, answer) in pairwise(turns):
             if (asking, answering) == ("human", "gpt") and prompt and answer:
                 if prompt + answer <= MAX_LENGTH:
                     yield prompt, answer

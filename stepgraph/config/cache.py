@@ -21,6 +21,11 @@ class CacheConfig:
         "keys and values; auto is the model's dtype, fp8 (e4m3, unscaled) holds twice as many tokens as 16 bits",
         choices=("auto", "fp8"),
     )
+    enable_sleep_mode: bool = setting(
+        False,
+        "keep weights and KV cache where sleep() can give their memory back and wake_up() can take it again; on CPU they "
+        "always are",
+    )
 
     def __post_init__(self) -> None:
         check(self)

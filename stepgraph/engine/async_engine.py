@@ -5,11 +5,14 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections import deque
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 from itertools import count
+from pathlib import Path
 from typing import Any
+
+from torch import Tensor
 
 from stepgraph.config import EngineConfig
 from stepgraph.engine.engine import Engine
@@ -19,6 +22,7 @@ from stepgraph.engine.request import RequestUpdate
 from stepgraph.engine.sampling_params import SamplingParams
 from stepgraph.engine.session import Session
 from stepgraph.errors import EngineDeadError, RequestError
+from stepgraph.models.source import ModelSource
 
 _Event = RequestUpdate | BaseException
 
@@ -141,12 +145,60 @@ class AsyncEngine:
 
         self._submit(stop)
 
+    @property
+    def is_paused(self) -> bool:
+        """See `Engine.is_paused`."""
+        return self.engine.is_paused
+
+    @property
+    def is_sleeping(self) -> bool:
+        """See `Engine.is_sleeping`."""
+        return self.engine.is_sleeping
+
+    async def pause(self) -> None:
+        """Launch no more steps until `resume`; calls of `generate` wait. See `Engine.pause`."""
+        await self._between_steps(self.engine.pause)
+
+    async def resume(self) -> None:
+        """Launch steps again."""
+        await self._between_steps(self.engine.resume)
+
+    async def sleep(self, level: int = 1) -> None:
+        """Give memory of the device back until `wake_up`; calls of `generate` wait. See `Engine.sleep`."""
+        await self._between_steps(partial(self.engine.sleep, level))
+
+    async def wake_up(self) -> None:
+        """Take the memory back that `sleep` gave up. See `Engine.wake_up`."""
+        await self._between_steps(self.engine.wake_up)
+
+    async def update_weights(self, weights: str | Path | ModelSource | Iterable[tuple[str, Tensor]]) -> None:
+        """Replace the model's weights between two steps. See `Engine.update_weights`."""
+        await self._between_steps(partial(self.engine.update_weights, weights))
+
     def shutdown(self) -> None:
-        """Stop the engine's thread; pending calls raise EngineDeadError."""
+        """Stop the engine and its thread, and free its memory; pending calls raise EngineDeadError."""
         with self._wake:
             self._stopping = True
             self._wake.notify()
         self._thread.join()
+        self.engine.shutdown()
+
+    async def _between_steps(self, action: Callable[[], None]) -> None:
+        """Have the engine's thread do something."""
+        loop = asyncio.get_running_loop()
+        done: asyncio.Future[None] = loop.create_future()
+
+        def act() -> None:
+            try:
+                if self._failure is not None:
+                    raise EngineDeadError(f"the engine stopped: {self._failure}") from self._failure
+                action()
+                _resolve(loop, done, None)
+            except BaseException as error:
+                _resolve(loop, done, error)
+
+        self._submit(act)
+        await done
 
     def _submit(self, command: Callable[[], None]) -> None:
         with self._wake:

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import random
 import time
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from numbers import Integral
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
 from stepgraph.config import EngineConfig
-from stepgraph.engine.guidance import GuidanceCompiler
+from stepgraph.engine.guidance import GuidanceCompiler, GuideError
 from stepgraph.engine.masks import TokenMasks
 from stepgraph.engine.prompts import require_tokenizer
 from stepgraph.engine.request import FinishReason, Request, RequestUpdate
@@ -24,8 +28,10 @@ from stepgraph.engine.scheduler import ScheduledStep, Scheduler
 from stepgraph.errors import ConfigError, EngineDeadError, ModelError, RequestError, StepgraphError
 from stepgraph.models.loader import load_model
 from stepgraph.models.source import ModelSource, resolve
+from stepgraph.models.update import plan_update, write
 from stepgraph.ops import slot_line
 from stepgraph.platforms import create_platform
+from stepgraph.step.memory import place_weights
 from stepgraph.step.runner import StepRunner, Ticket
 from stepgraph.step.state import SlotSampling
 
@@ -58,7 +64,9 @@ class Engine:
 
     def __init__(self, config: EngineConfig, *, source: ModelSource | None = None, progress: bool = False):
         self.config = config
-        self.source = source or resolve(config.model.model, weights=config.model.load_format != "dummy")
+        self.source = source or resolve(
+            config.model.model, weights=config.model.load_format != "dummy", model_impl=config.model.model_impl
+        )
         self.platform = create_platform(config.model.device)
         self.max_model_len = _max_model_len(config, self.source)
         self.dtype: torch.dtype = (
@@ -73,6 +81,7 @@ class Engine:
             deterministic=config.model.deterministic,
             progress=progress,
         )
+        self._weights = place_weights(model, config.cache, self.platform)
         self.runner = StepRunner(model, config, self.platform, max_model_len=self.max_model_len)
         self.scheduler = Scheduler(
             config.scheduler,
@@ -88,7 +97,12 @@ class Engine:
         self._masks = TokenMasks(self._create_compiler, self.source.config.vocab_size)
         self._seeds = random.Random(config.model.seed)
         self._in_flight: deque[tuple[ScheduledStep, Ticket]] = deque()
+        self._undelivered: list[RequestUpdate] = []
+        self._paused = False
+        self._sleep_level = 0
+        self._has_weights = True
         self._failure: BaseException | None = None
+        self._is_shut_down = False
         if not self.runner.pool.lazy:
             self.runner.pool.capture_all(progress=progress)
 
@@ -104,12 +118,124 @@ class Engine:
     @property
     def has_work(self) -> bool:
         """Whether a call of `step` can make progress, now or after `seconds_until_work`."""
-        return self.scheduler.has_requests or bool(self._in_flight)
+        may_launch = self.idle_reason is None and self.scheduler.has_requests
+        return may_launch or bool(self._in_flight) or bool(self._undelivered)
 
     @property
     def seconds_until_work(self) -> float | None:
         """How long `step` will have nothing to do unless a request arrives; None if it may have work now."""
-        return None if self._in_flight else self.scheduler.seconds_until_work
+        if self._in_flight or self._undelivered or self.idle_reason is not None:
+            return None
+        return self.scheduler.seconds_until_work
+
+    @property
+    def idle_reason(self) -> str | None:
+        """Why no step is launched whatever waits, and what ends that; None if steps are launched."""
+        if self._sleep_level:
+            return "it sleeps; call wake_up()"
+        if not self._has_weights:
+            return "it has no weights; call update_weights()"
+        return "it is paused; call resume()" if self._paused else None
+
+    @property
+    def is_paused(self) -> bool:
+        """Whether `pause` was called, and `resume` not since."""
+        return self._paused
+
+    @property
+    def is_sleeping(self) -> bool:
+        """Whether `sleep` was called, and `wake_up` not since."""
+        return self._sleep_level > 0
+
+    def pause(self) -> None:
+        """Launch no more steps until `resume`. Steps under way are finished and delivered by the next calls of `step`; requests
+        can be added, and wait, and aborted."""
+        self._check_alive()
+        self._paused = True
+
+    def resume(self) -> None:
+        """Launch steps again."""
+        self._check_alive()
+        self._paused = False
+
+    def sleep(self, level: int = 1) -> None:
+        """Give memory of the device back until `wake_up`, and launch no steps meanwhile. Captured graphs stay.
+
+        Requests are kept: those that run are computed again after `wake_up` from the tokens known by now, and get the answers
+        they would have got. What they got up to now is delivered by the next call of `step`.
+
+        Args:
+            level: 1 drops the KV cache and keeps the weights in host memory; 2 drops the weights too, and after `wake_up` no
+                step is launched before `update_weights`. From level 1, the engine can be sent to 2.
+
+        Raises:
+            ConfigError: another level, or `enable_sleep_mode` is off on a GPU.
+        """
+        self._check_alive()
+        if level not in (1, 2):
+            raise ConfigError(
+                f"sleep level {level!r} is unknown; use 1 to keep the weights in host memory, 2 to drop them"
+            )
+        if not self._weights.releasable:
+            raise ConfigError(
+                "sleep() needs memory that can be given back; start the engine with enable_sleep_mode=True"
+            )
+        self._stop_running()
+        self._weights.release(keep_content=level == 1 and self._has_weights)
+        self.runner.kv_memory.release(keep_content=False)
+        self.platform.release_cached_memory()
+        self._sleep_level = max(self._sleep_level, level)
+        self._has_weights = self._has_weights and level == 1
+
+    def wake_up(self) -> None:
+        """Take the memory back that `sleep` gave up, and go on with the requests.
+
+        Raises:
+            ConfigError: others use the memory now; the engine sleeps on, and this can be called again.
+        """
+        self._check_alive()
+        if self._sleep_level:
+            self._weights.restore()
+            self.runner.kv_memory.restore()
+            self._sleep_level = 0
+
+    def update_weights(self, weights: str | Path | ModelSource | Iterable[tuple[str, Tensor]]) -> None:
+        """Replace the model's weights; captured graphs stay. Requests that run go on, with the new weights from here on.
+
+        Args:
+            weights: a checkpoint of the same model, named as the setting `model`, or all of its tensors under their names in
+                transformers' checkpoints.
+
+        Raises:
+            ModelError: the weights do not fit the model, or cannot be read. If that shows only while they are written, no
+                step is launched before another call has succeeded.
+            ConfigError: the engine sleeps.
+        """
+        self._check_alive()
+        if self._sleep_level:
+            raise ConfigError("weights cannot be updated while the engine sleeps; call wake_up() first")
+        if isinstance(weights, str | Path):
+            weights = resolve(str(weights), model_impl=self.config.model.model_impl)
+        update = plan_update(self.runner.model, weights)
+        self._stop_running()
+        self._has_weights = False
+        write(update)
+        self._has_weights = True
+
+    def shutdown(self) -> None:
+        """End the engine: its threads stop, and graphs, KV cache and weights are freed. Requests get nothing more. Later calls,
+        except of this and `abort`, raise EngineDeadError."""
+        if self._is_shut_down:
+            return
+        self._is_shut_down = True
+        self._masks.shutdown()
+        self.platform.synchronize()
+        memories = self._weights, self.runner.kv_memory
+        del self.runner
+        gc.collect()  # graphs and their buffers are parts of cycles
+        for memory in memories:
+            memory.free()
+        self.platform.release_cached_memory()
 
     def add_request(
         self,
@@ -173,6 +299,7 @@ class Engine:
         update = self.scheduler.abort(request_id)
         if update is not None:
             self._masks.drop(update.request)
+            self._undelivered = [other for other in self._undelivered if other.request is not update.request]
         return update
 
     def step(self) -> list[RequestUpdate]:
@@ -182,8 +309,14 @@ class Engine:
             EngineDeadError: this or an earlier step failed.
         """
         self._check_alive()
-        try:
+        with self._noting_failure():
             return self._step()
+
+    @contextmanager
+    def _noting_failure(self) -> Iterator[None]:
+        """What fails inside leaves requests and the device in a state nobody knows: the engine ends."""
+        try:
+            yield
         except BaseException as error:
             self._failure = error
             if isinstance(error, StepgraphError) or not isinstance(error, Exception):
@@ -192,41 +325,71 @@ class Engine:
 
     def _step(self) -> list[RequestUpdate]:
         started = time.perf_counter()
-        updates = [self._fail(request) for request in self._masks.collect()]
-        scheduled = self.scheduler.schedule()
+        updates, self._undelivered = self._undelivered, []
+        scheduled = None
+        if self.idle_reason is None:
+            updates += [self._fail(request) for request in self._masks.collect()]
+            scheduled = self._schedule(updates)
         if scheduled is not None:
-            for request in scheduled.admitted:
-                self._admit(request)
             self._in_flight.append((scheduled, self.runner.launch(scheduled.plan)))
             self.host_time.steps += 1
-        launched = time.perf_counter()
-        self.host_time.seconds += launched - started
-        if not self._in_flight or (scheduled is not None and len(self._in_flight) <= self.platform.run_ahead):
-            return updates
+        self.host_time.seconds += time.perf_counter() - started
+        if self._in_flight and (scheduled is None or len(self._in_flight) > self.platform.run_ahead):
+            updates += self._collect()
+        return updates
+
+    def _schedule(self, updates: list[RequestUpdate]) -> ScheduledStep | None:
+        """Plan a step and write the device's view of the requests that it admits. Ends those for which that fails."""
+        while True:
+            scheduled = self.scheduler.schedule()
+            failed = (
+                [] if scheduled is None else [request for request in scheduled.admitted if not self._admit(request)]
+            )
+            if not failed:
+                return scheduled
+            self.platform.synchronize()  # a device that is broken fails all, and does so here
+            updates += [self._fail(request) for request in failed]
+            # A row that cannot run is planned, and rows after it may count on the blocks it was to fill: plan everything anew.
+            self.scheduler.preempt_all()
+
+    def _collect(self) -> list[RequestUpdate]:
+        """Take in the results of the oldest step under way."""
         step, ticket = self._in_flight.popleft()
         results = self.runner.collect(ticket)
         collected = time.perf_counter()
-        for update in self.scheduler.reconcile(step, results):
-            updates.append(update if update.request.guide is None else self._follow_grammar(update))
+        updates = [
+            update if update.request.guide is None else self._follow_grammar(update)
+            for update in self.scheduler.reconcile(step, results)
+        ]
         self.host_time.seconds += time.perf_counter() - collected
         return updates
 
-    def _admit(self, request: Request) -> None:
-        """Write the device's view of a request that got a slot, before its first step or after a preemption."""
+    def _stop_running(self) -> None:
+        """Finish the steps under way and send every running request back to wait; the KV cache holds nothing after that."""
+        with self._noting_failure():
+            while self._in_flight:
+                self._undelivered += self._collect()
+            self.scheduler.preempt_all()
+
+    def _admit(self, request: Request) -> bool:
+        """Write the device's view of a request that got a slot, before its first step or after a preemption. False if that
+        cannot be done; the request's `error` is set then."""
         assert request.slot is not None
         state = self.runner.state
-        state.admit(
-            request.slot,
-            tokens=request.tokens(0, request.num_known),
-            prompt_len=request.prompt_len,
-            blocks=request.blocks[: request.num_found],
-            computed=request.num_found * self.config.cache.block_size,
-            generation=request.generation,
-            max_length=request.max_length,
-            sampling=request.sampling,
-        )
-        if request.sampling.masked:
-            state.set_mask(request.slot, self._masks.mask(request))
+        with self._blaming(request):
+            state.admit(
+                request.slot,
+                tokens=request.tokens(0, request.num_known),
+                prompt_len=request.prompt_len,
+                blocks=request.blocks[: request.num_found],
+                computed=request.num_found * self.config.cache.block_size,
+                generation=request.generation,
+                max_length=request.max_length,
+                sampling=request.sampling,
+            )
+            if request.sampling.masked:
+                state.set_mask(request.slot, self._masks.mask(request))
+        return request.error is None
 
     def _follow_grammar(self, update: RequestUpdate) -> RequestUpdate:
         """Move a request on in its grammar, and send the device what may come next."""
@@ -235,19 +398,29 @@ class Engine:
             return update
         assert request.guide is not None
         assert request.slot is not None
-        try:
+        with self._blaming(request):
             for token in update.new_token_ids:
                 request.guide.accept(token)
-        except RequestError as error:
-            request.error = str(error)
+            if not request.guide.finished:
+                self.runner.state.set_mask(request.slot, self._masks.mask(request))
+        if request.error is not None:
             return replace(self._fail(request), new_token_ids=update.new_token_ids)
         if request.guide.finished:  # nothing may follow, not even a stop token
             ended = self.scheduler.end(request.id, FinishReason.STOP)
             assert ended is not None
             return RequestUpdate(request, update.new_token_ids, FinishReason.STOP)
-        self.runner.state.set_mask(request.slot, self._masks.mask(request))
         request.awaits_host = False
         return update
+
+    @contextmanager
+    def _blaming(self, request: Request) -> Iterator[None]:
+        """What fails inside is about one request: note it as its `error`, for the others do not suffer from it."""
+        try:
+            yield
+        except Exception as error:
+            if not isinstance(error, RequestError | GuideError):
+                logger.exception("request %s failed", request.id)
+            request.error = str(error) or repr(error)
 
     def _fail(self, request: Request) -> RequestUpdate:
         """End a request whose `error` is set; the others do not notice."""
@@ -298,6 +471,8 @@ class Engine:
         return self.source.config.eos_token_ids
 
     def _check_alive(self) -> None:
+        if self._is_shut_down:
+            raise EngineDeadError("the engine was shut down; create another one")
         if self._failure is not None:
             raise EngineDeadError(f"the engine stopped on an earlier error: {self._failure}") from self._failure
 

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
-from functools import cached_property
 from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
-from stepgraph.engine.guidance import CompiledGuide, GuidanceCompiler, Guide
+from stepgraph.engine.guidance import CompiledGuide, GuidanceCompiler, Guide, require_xgrammar
 from stepgraph.engine.request import Request
-from stepgraph.errors import RequestError
+from stepgraph.errors import ConfigError, RequestError
 from stepgraph.ops import slot_line
 
 if TYPE_CHECKING:
@@ -35,19 +35,24 @@ class TokenMasks:
         self._num_words = -(-vocab_size // slot_line.MASK_BITS)
         self._threads = ThreadPoolExecutor(_COMPILERS, thread_name_prefix="stepgraph-grammar")
         self._compiling: dict[Request, Future[CompiledGuide]] = {}
+        self._compiler: GuidanceCompiler | None = None  # made by the first thread that needs it, which takes seconds
+        self._creation = threading.Lock()
 
-    @cached_property
-    def _compiler(self) -> GuidanceCompiler:
-        return self._create_compiler()
+    def _compile(self, spec: StructuredOutputs) -> CompiledGuide:
+        with self._creation:
+            if self._compiler is None:
+                self._compiler = self._create_compiler()
+        return self._compiler.compile(spec)
 
     def start(self, request: Request, spec: StructuredOutputs) -> None:
         """Compile a request's grammar; it waits for `collect` until that is done.
 
         Raises:
-            ConfigError: grammars need something that is not installed.
+            ConfigError: xgrammar is not installed.
         """
+        require_xgrammar()
         request.awaits_host = True
-        self._compiling[request] = self._threads.submit(self._compiler.compile, spec)
+        self._compiling[request] = self._threads.submit(self._compile, spec)
 
     def collect(self) -> list[Request]:
         """Let requests go whose grammar is compiled; returns those whose grammar is unusable, their `error` set."""
@@ -56,7 +61,7 @@ class TokenMasks:
             future = self._compiling.pop(request)
             try:
                 request.guide = Guide(future.result())
-            except RequestError as error:
+            except (RequestError, ConfigError) as error:
                 request.error = str(error)
                 failed.append(request)
             request.awaits_host = False

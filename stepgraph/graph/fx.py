@@ -176,5 +176,8 @@ def _lift_buffers(module: fx.GraphModule, fakes: _FakeBuffers) -> tuple[Tensor, 
             buffers[id(tensor)] = (tensor, last)
         node.replace_all_uses_with(buffers[id(tensor)][1])
         module.graph.erase_node(node)
+    assert not any(isinstance(tensor, FakeTensor) for tensor, _ in buffers.values()), (
+        "a buffer is a view made in the trace"
+    )
     module.recompile()
     return tuple(tensor for tensor, _ in buffers.values())

@@ -165,6 +165,13 @@ def random_sampling(rng: random.Random, variant: Variant, vocab_size: int) -> Sl
     )
 
 
+def _poison(cache: Tensor) -> None:
+    if cache.dtype == torch.float8_e4m3fn:  # on CPU, torch cannot fill it
+        cache.view(torch.uint8).fill_(0x7F)
+    else:
+        cache.fill_(torch.nan)
+
+
 def _random_mask(rng: random.Random, vocab_size: int) -> npt.NDArray[np.int32]:
     """Allows about half of the tokens."""
     words = -(-vocab_size // slot_line.MASK_BITS)
@@ -265,7 +272,7 @@ def _lay_out_and_run(
         ring.zero_()
     for caches in runner.kv_caches:
         for cache in caches:
-            cache.fill_(torch.nan)
+            _poison(cache)
 
     free_blocks = (torch.randperm(runner.num_kv_blocks - 1, generator=generator) + 1).tolist()
     settings = random.Random(composition.seed)

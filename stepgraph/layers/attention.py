@@ -5,6 +5,8 @@ Shapes: T tokens, E hidden size, H query heads, G key/value heads, D head size, 
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor, nn
 
@@ -33,6 +35,7 @@ class Attention(nn.Module):
         qkv_bias: bool,
         output_bias: bool,
         qk_norm: bool,
+        norm_weight_offset: float,
         window: int,
         scale: float | None,
         eps: float,
@@ -60,8 +63,9 @@ class Attention(nn.Module):
             device=device,
         )
         self.o_proj = Linear(num_heads * head_dim, hidden_size, bias=output_bias, dtype=dtype, device=device)
-        self.q_norm = RMSNorm(head_dim, eps, dtype=dtype, device=device) if qk_norm else None
-        self.k_norm = RMSNorm(head_dim, eps, dtype=dtype, device=device) if qk_norm else None
+        norm = partial(RMSNorm, head_dim, eps, weight_offset=norm_weight_offset, dtype=dtype, device=device)
+        self.q_norm = norm() if qk_norm else None
+        self.k_norm = norm() if qk_norm else None
 
     def forward(self, x_TE: Tensor, cos_sin: Tensor, cache: tuple[Tensor, Tensor], inputs: StepInputs) -> Tensor:
         """Attend, writing this step's keys and values.

@@ -9,7 +9,7 @@ import json
 import math
 import re
 import secrets
-from collections import Counter
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -90,7 +90,7 @@ class Adapter:
 
 
 class AdapterStore:
-    """The adapters in the device's memory, and who uses them.
+    """The adapters in the device's memory.
 
     Makes the buffers of all projections of a model's layers, once; graphs are captured over them. Driven by the engine's
     thread; writes are ordered before the next step on the device's stream.
@@ -126,8 +126,7 @@ class AdapterStore:
                 for i, part in enumerate(module.parts):
                     name = f"{path.rpartition('.')[0]}.{part}"
                     self._places[name] = _Place(module.lora, i, 1, targets[f"{name}.weight"])
-        self._adapters: dict[Path, Adapter] = {}  # least recently used first
-        self._users: Counter[Path] = Counter()
+        self._adapters: dict[Path, Adapter] = {}  # least recently asked for first
 
     @property
     def bytes(self) -> int:
@@ -143,11 +142,12 @@ class AdapterStore:
         """
         self._index[: built.token_ids.shape[0]].copy_(token_adapters(built, lines))
 
-    def acquire(self, folder: str) -> Adapter:
-        """Bring an adapter into memory for one more request.
+    def load(self, folder: str, in_use: Collection[Adapter]) -> Adapter:
+        """Bring an adapter into memory, unless it is there, in place of the one that was asked for least recently.
 
-        It stays until as many calls of `release` have followed, and after that until its place is needed. A folder is read
-        when it comes into memory, and not again while it stays.
+        Args:
+            folder: of the adapter; read only when it comes into memory.
+            in_use: those that unfinished requests use. They stay.
 
         Raises:
             RequestError: the folder is not an adapter that this model can run, or `max_loras` others are in use.
@@ -156,24 +156,18 @@ class AdapterStore:
         adapter = self._adapters.pop(path, None)
         if adapter is None:
             tensors = self._read(path)
-            adapter = Adapter(path, self._free_number(), secrets.token_hex(16))
+            adapter = Adapter(path, self._free_number(in_use), secrets.token_hex(16))
             for lora in self._loras:
                 lora.b[adapter.number].zero_()
             for name, (a_rI, b_Or) in tensors.items():
                 self._places[name].fill(adapter.number, a_rI, b_Or)
         self._adapters[path] = adapter
-        self._users[path] += 1
         return adapter
 
-    def release(self, adapter: Adapter) -> None:
-        """A request that acquired `adapter` has ended."""
-        assert self._users[adapter.folder] > 0, adapter
-        self._users[adapter.folder] -= 1
-
-    def _free_number(self) -> int:
+    def _free_number(self, in_use: Collection[Adapter]) -> int:
         if len(self._adapters) < self._max_loras:
             return len(self._adapters) + 1
-        unused = next((path for path in self._adapters if not self._users[path]), None)
+        unused = next((path for path, adapter in self._adapters.items() if adapter not in in_use), None)
         if unused is None:
             raise RequestError(
                 f"unfinished requests use {self._max_loras} LoRA adapters, as many as max_loras={self._max_loras} keeps; wait "

@@ -45,15 +45,13 @@ class DecoderLayer(nn.Module):
             qkv_bias=config.qkv_bias,
             output_bias=config.output_bias,
             qk_norm=config.qk_norm,
+            norm_weight_offset=config.norm_weight_offset,
             window=config.windows[index],
             scale=config.attention_scale,
             eps=config.rms_norm_eps,
             dtype=dtype,
             device=device,
         )
-        if config.qk_norm:
-            self.self_attn.q_norm = _norm(config, config.head_dim, dtype, device)
-            self.self_attn.k_norm = _norm(config, config.head_dim, dtype, device)
         self.post_attention_layernorm = _norm(config, config.hidden_size, dtype, device)
         self.mlp = MLP(
             config.hidden_size,

@@ -51,10 +51,6 @@ class LanguageModelConfig(Protocol):
         """Longest sequence the model was made for, in tokens."""
 
     @property
-    def tie_word_embeddings(self) -> bool:
-        """Whether the output head is the embedding table."""
-
-    @property
     def eos_token_ids(self) -> tuple[int, ...]:
         """Tokens that end an answer."""
 

@@ -48,7 +48,6 @@ class TransformersConfig:
     head_dim: int
     windows: tuple[int, ...]
     max_position_embeddings: int
-    tie_word_embeddings: bool
     eos_token_ids: tuple[int, ...]
     hf_config: Any = field(repr=False)
 
@@ -74,7 +73,6 @@ class TransformersConfig:
             head_dim=head_dim,
             windows=tuple(_window(hf_config, call) for call in calls),
             max_position_embeddings=hf_config.max_position_embeddings,
-            tie_word_embeddings=bool(getattr(hf_config, "tie_word_embeddings", False)),
             eos_token_ids=as_token_ids(getattr(hf_config, "eos_token_id", None)),
             hf_config=hf_config,
         )

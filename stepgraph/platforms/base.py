@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Protocol
 
 import torch
@@ -17,6 +17,33 @@ class Completion(Protocol):
 
     def wait(self) -> None:
         """Block until the marked work is done."""
+
+
+class DeviceMemory(Protocol):
+    """Memory of some tensors that can be given up as a whole. Tensors in it stay, unusable until it is taken back."""
+
+    releasable: bool
+    """Whether `release` is allowed: captured graphs find the tensors again after `restore`."""
+
+    def zeros(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """A new tensor in it, zero, with a storage of its own."""
+
+    def adopt(self, tensors: Iterable[Tensor]) -> None:
+        """Take charge of existing tensors, which may be moved: call it before anything is captured over them or views of
+        them are kept. Tensors that share storage go on sharing it."""
+
+    def release(self, *, keep_content: bool) -> None:
+        """Give the memory up, once the device has done what was submitted. Can be called again, to drop kept content.
+
+        Args:
+            keep_content: keep the tensors' content in host memory; else it is undefined after `restore`.
+        """
+
+    def restore(self) -> None:
+        """Take the memory back, with the content that was kept. Nothing to do if it is there."""
+
+    def free(self) -> None:
+        """Give the memory up for good; the tensors must not be used any more."""
 
 
 class Platform(Protocol):
@@ -43,6 +70,20 @@ class Platform(Protocol):
 
     def peak_memory_bytes(self, run: Callable[[], object]) -> int:
         """Most device memory that `run` holds at a time beside what is allocated before it; 0 where that is not known."""
+
+    def memory(self, sizes: Iterable[int], *, sleepable: bool) -> DeviceMemory:
+        """New memory for tensors whose storages have `sizes` bytes.
+
+        Args:
+            sizes: of all storages it will hold.
+            sleepable: it will be released and restored.
+
+        Raises:
+            ConfigError: sleeping needs something that is not installed.
+        """
+
+    def release_cached_memory(self) -> None:
+        """Give memory that freed tensors left behind back to the system."""
 
     def host_buffer(self, *size: int) -> Tensor:
         """Zeroed int32 host memory that the device can read and write."""

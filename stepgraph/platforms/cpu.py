@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
 from torch import Tensor
+
+from stepgraph.platforms.torch_memory import TorchMemory
 
 
 class _Done:
@@ -44,6 +46,12 @@ class CpuPlatform:
 
     def peak_memory_bytes(self, run: Callable[[], object]) -> int:
         return 0  # steps take what they need from the memory that the KV cache leaves
+
+    def memory(self, sizes: Iterable[int], *, sleepable: bool) -> TorchMemory:
+        return TorchMemory(self.device, releasable=True)
+
+    def release_cached_memory(self) -> None:
+        pass
 
     def host_buffer(self, *size: int) -> Tensor:
         return torch.zeros(*size, dtype=torch.int32)

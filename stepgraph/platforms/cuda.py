@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
+
+from stepgraph.platforms.base import DeviceMemory
+from stepgraph.platforms.cuda_memory import SleepableMemory
+from stepgraph.platforms.torch_memory import TorchMemory
 
 
 class _Event:
@@ -51,6 +55,12 @@ class CudaPlatform:
         peak = torch.cuda.max_memory_allocated(self.device) - before
         torch.cuda.empty_cache()
         return peak
+
+    def memory(self, sizes: Iterable[int], *, sleepable: bool) -> DeviceMemory:
+        return SleepableMemory(sizes, self.device) if sleepable else TorchMemory(self.device, releasable=False)
+
+    def release_cached_memory(self) -> None:
+        torch.cuda.empty_cache()
 
     def host_buffer(self, *size: int) -> Tensor:
         return torch.zeros(*size, dtype=torch.int32, pin_memory=True)

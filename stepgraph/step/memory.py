@@ -10,8 +10,8 @@ from torch import Tensor
 
 from stepgraph.config import CacheConfig, EngineConfig
 from stepgraph.errors import ConfigError
-from stepgraph.models.language_model import LanguageModelConfig
-from stepgraph.platforms import Platform
+from stepgraph.models.language_model import LanguageModel, LanguageModelConfig
+from stepgraph.platforms import DeviceMemory, Platform
 
 logger = logging.getLogger(__name__)
 
@@ -46,14 +46,28 @@ class KVLayout:
         """Of all layers together."""
         return 2 * self.num_layers * self.block_size * self.num_kv_heads * self.head_dim * self.dtype.itemsize
 
-    def allocate(self, num_blocks: int, device: torch.device) -> tuple[tuple[Tensor, Tensor], ...]:
+    def sizes(self, num_blocks: int) -> list[int]:
+        """Bytes of each of the caches that `allocate` makes."""
+        return [num_blocks * self.block_bytes // (2 * self.num_layers)] * (2 * self.num_layers)
+
+    def allocate(self, num_blocks: int, memory: DeviceMemory) -> tuple[tuple[Tensor, Tensor], ...]:
         """One cache of keys and one of values per layer, [blocks, block_size, G, D], block 0 being the null block."""
         shape = (num_blocks, self.block_size, self.num_kv_heads, self.head_dim)
+        return tuple((memory.zeros(shape, self.dtype), memory.zeros(shape, self.dtype)) for _ in range(self.num_layers))
 
-        def cache() -> Tensor:
-            return torch.zeros(shape, dtype=self.dtype, device=device)
 
-        return tuple((cache(), cache()) for _ in range(self.num_layers))
+def place_weights(model: LanguageModel, config: CacheConfig, platform: Platform) -> DeviceMemory:
+    """Put a loaded model's parameters where the engine can give their memory up; returns that memory.
+
+    To be called before views of the parameters are kept: parameters may move. Buffers, such as rotary tables, stay where they
+    are: they are small, and no checkpoint would bring them back.
+    """
+    parameters = list(model.parameters())
+    sizes = [parameter.untyped_storage().nbytes() for parameter in parameters]
+    memory = platform.memory(sizes, sleepable=config.enable_sleep_mode)
+    memory.adopt(parameters)
+    platform.release_cached_memory()
+    return memory
 
 
 def choose_num_blocks(

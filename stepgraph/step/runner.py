@@ -101,7 +101,8 @@ class StepRunner:
         self._launched = 0
         self._loaded: tuple[tuple[tuple[int, int], ...], StepShape] | None = None
         layout = KVLayout.of(model.config, config.cache, dtype)
-        self.kv_caches = layout.allocate(1, platform.device)  # the null block is all that a dry run touches
+        memory = platform.memory(layout.sizes(1), sleepable=False)
+        self.kv_caches = layout.allocate(1, memory)  # the null block is all that a dry run touches
         self.num_kv_blocks = choose_num_blocks(
             layout,
             config,
@@ -110,7 +111,8 @@ class StepRunner:
             num_graphs=len(self.pool.shapes()),
             activation_bytes=platform.peak_memory_bytes(self._dry_run),
         )
-        self.kv_caches = layout.allocate(self.num_kv_blocks, platform.device)
+        self.kv_memory = platform.memory(layout.sizes(self.num_kv_blocks), sleepable=config.cache.enable_sleep_mode)
+        self.kv_caches = layout.allocate(self.num_kv_blocks, self.kv_memory)
 
         plan_length = self.state.plan.shape[0]
         self._staging = [platform.host_buffer(plan_length) for _ in range(RING_DEPTH)]

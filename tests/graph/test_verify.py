@@ -14,7 +14,7 @@ from stepgraph.engine.sampling_params import SamplingParams
 from stepgraph.graph.verify import Composition, Row, main_verify, random_compositions, verify_pool, verify_shape
 from stepgraph.layers import attention as attention_layer
 from stepgraph.ops import BuiltStep, build_step, paged_attention, slot_line
-from stepgraph.step.shape import StepShape
+from stepgraph.step.shape import StepShape, Variant
 
 SHAPE = StepShape(48, 8)
 MIXED = Composition((Row(20, 1, 21), Row(0, 17, 17), Row(33, 9, 50), Row(7, 1, 8, active=False), Row(0, 3, 3)), seed=1)
@@ -82,7 +82,7 @@ def test_sequences_longer_than_the_model_or_the_cache_allows_are_never_tried(cre
 
 
 def test_shapes_over_the_memory_budget_are_left_out(create_engine) -> None:
-    runner = create_engine(graph_memory_mib=1).runner
+    runner = create_engine(graph_memory_mib=1, capture="lazy").runner
     sizes = iter([0, 100, 100, 2**21, 2**21, 2**21])
     runner.pool._used_memory_bytes = lambda: next(sizes)
     assert [str(report.shape) for report in verify_pool(runner, rounds=2, seed=0)] == ["48x8"]
@@ -100,6 +100,25 @@ def test_the_check_leaves_an_engine_that_answers_as_before(create_engine) -> Non
     before = answer()
     verify_pool(engine.runner, rounds=3, seed=0)
     assert answer() == before
+
+
+def test_extended_graphs_agree_on_rows_with_any_sampling_features(create_engine) -> None:
+    reports = verify_pool(create_engine().runner, rounds=6, seed=0, variants=tuple(Variant))
+    assert [(str(report.shape), report.mismatches) for report in reports] == [
+        (f"{size}x8{variant}", []) for variant in ("", " extended", " prompt_logprobs") for size in (48, 8)
+    ]
+
+
+def test_mutant_log_probabilities_of_another_row_are_caught(create_engine, monkeypatch) -> None:
+    """The captured graph has the fault; the eager twin, made later, has not."""
+    engine = create_engine()
+    report = ops.logprobs
+    with monkeypatch.context() as patch:
+        patch.setattr(ops, "logprobs", lambda logits, target, *rest: report(logits, target.flip(0), *rest))
+        for shape in engine.runner.pool.shapes(Variant.EXTENDED):
+            engine.runner.pool.graph(shape)
+    reports = verify_pool(engine.runner, rounds=6, seed=0, variants=(Variant.EXTENDED,))
+    assert all(any("differ in logprobs" in mismatch for mismatch in report.mismatches) for report in reports)
 
 
 # Mutants of the step. The check must see each, whether graph and eager run get it wrong alike or differently.

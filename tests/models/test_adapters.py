@@ -103,7 +103,7 @@ def adapter(llama, tmp_path):
 def test_logits_match_transformers_with_the_adapter_merged(name, tmp_path):
     hf_model, model, store = make(name, tmp_path / "model")
     modules = matrices(hf_model, rank=5)
-    number = store.acquire(save_adapter(tmp_path / "adapter", modules)).number
+    number = store.load(save_adapter(tmp_path / "adapter", modules), ()).number
     found = AdaptedStepper(model, store, number).step(TOKENS)
     torch.testing.assert_close(found, merged_logits(hf_model, modules, ALPHA / 5), atol=3e-4, rtol=1e-4)
     without = AdaptedStepper(model, store, 0).step(TOKENS)
@@ -115,37 +115,32 @@ def test_logits_match_transformers_with_the_adapter_merged(name, tmp_path):
     ("ends_with", "config", "scale"), [("v_proj", {}, ALPHA / 4), ("down_proj", {"use_rslora": True}, ALPHA / 2)]
 )
 def test_an_adapter_may_leave_out_modules_and_scale_by_the_root_of_its_rank(llama, adapter, ends_with, config, scale):
-    hf_model, model, store = llama
-    acquired = store.acquire(adapter(ends_with=ends_with, **config))
-    found = AdaptedStepper(model, store, acquired.number).step(TOKENS)
+    hf_model, model, _ = llama
+    store = AdapterStore(model, LoRAConfig(), max_tokens=128)
+    number = store.load(adapter(ends_with=ends_with, **config), ()).number
+    found = AdaptedStepper(model, store, number).step(TOKENS)
     expected = merged_logits(hf_model, matrices(hf_model, 4, 0, ends_with), scale)
-    store.release(acquired)
     torch.testing.assert_close(found, expected, atol=3e-4, rtol=1e-4)
 
 
-def test_places_are_reused_least_recently_used_first_and_hold_nothing_of_the_adapter_before(llama, adapter):
-    hf_model, model, store = llama
+def test_an_adapter_in_use_stays_and_a_reused_place_holds_nothing_of_the_one_before(llama, adapter):
+    hf_model, model, _ = llama
+    store = AdapterStore(model, LoRAConfig(max_loras=2), max_tokens=128)
     everything, keys = adapter("all", rank=16), adapter("k", ends_with="k_proj")
     values = adapter("v", ends_with="v_proj")
-    first, second = store.acquire(everything), store.acquire(keys)
+    first, second = store.load(everything, ()), store.load(keys, ())
     assert {first.number, second.number} == {1, 2}
-    assert store.acquire(everything) == first
-    store.release(first)
     with pytest.raises(RequestError, match=r"unfinished requests use 2 LoRA adapters.*larger max_loras"):
-        store.acquire(values)
-    store.release(first)
-    third = store.acquire(values)
-    assert third.number == first.number
+        store.load(values, {first, second})
+    assert store.load(everything, {second}) == first, "the refused one has cost nobody's place"
+    third = store.load(values, {second})
+    assert third.number == first.number, "the other one is in use"
     found = AdaptedStepper(model, store, third.number).step(TOKENS)
     expected = merged_logits(hf_model, matrices(hf_model, 4, 0, "v_proj"), ALPHA / 4)
     torch.testing.assert_close(found, expected, atol=3e-4, rtol=1e-4)
-    store.release(third)
-    store.release(second)
-    store.release(store.acquire(keys))
-    again = store.acquire(everything)
-    assert again.number == third.number, "values were used before keys"
+    again = store.load(everything, ())
+    assert again.number == second.number, "values were asked for after keys"
     assert again.key != first.key, "it was read again"
-    store.release(again)
 
 
 def test_every_token_of_a_step_has_its_rows_adapter_and_padding_has_none():
@@ -181,7 +176,7 @@ def test_every_token_of_a_step_has_its_rows_adapter_and_padding_has_none():
 )
 def test_an_adapter_that_computes_something_else_is_refused(llama, adapter, config, message):
     with pytest.raises(RequestError) as error:
-        llama[2].acquire(adapter(**config))
+        llama[2].load(adapter(**config), ())
     assert message in str(error.value)
 
 
@@ -191,7 +186,7 @@ def test_folders_that_are_no_adapter_of_this_model_are_refused(llama, adapter, t
 
     def refused(folder, message):
         with pytest.raises(RequestError, match=message):
-            store.acquire(str(folder))
+            store.load(str(folder), ())
 
     refused(tmp_path / "nowhere", "holds no adapter_config.json")
     empty = tmp_path / "empty"

@@ -27,7 +27,7 @@ SETTINGS = {
     "dtype": "float32",
     "max_num_seqs": 4,
     "max_num_batched_tokens": 48,
-    "capture_sizes": (8, 48),
+    "capture_sizes": (48,),
     "capture_rows": (4,),
     "num_kv_blocks": 33,
 }
@@ -72,7 +72,7 @@ SUPPORTED = {
     ),
     "qwen3_moe": lambda: transformers.Qwen3MoeConfig(**SIZES, **MOE, head_dim=16),
     "glm4_moe: routing with a buffer, a dense layer": lambda: transformers.Glm4MoeConfig(
-        **SIZES | {"num_attention_heads": 4},
+        **SIZES,
         head_dim=16,
         n_routed_experts=4,
         num_experts_per_tok=2,
@@ -82,6 +82,8 @@ SUPPORTED = {
     ),
 }
 """What runs, and what is particular about it."""
+NATIVE = ["llama", "qwen3"]
+"""Compared with the native model, which other tests compare with transformers."""
 
 
 def through_transformers(folder):
@@ -135,7 +137,7 @@ STEPS = [(5, 0, 6), (1, 37, 1), (33, 0, 1), (30, 0, 1), (1, 0, 0)]
 """Chunks, whole prompts and single tokens, side by side."""
 
 
-@pytest.mark.parametrize("name", SUPPORTED)
+@pytest.mark.parametrize("name", [name for name in SUPPORTED if name not in NATIVE])
 def test_logits_in_graphs_match_transformers_in_batches_of_chunks_and_decodes(name, tmp_path, device) -> None:
     hf_model = random_hf_model(SUPPORTED[name]())
     hf_model.save_pretrained(tmp_path)
@@ -148,7 +150,7 @@ def test_logits_in_graphs_match_transformers_in_batches_of_chunks_and_decodes(na
         torch.testing.assert_close(logits, expected[i][position], atol=2e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen3"])
+@pytest.mark.parametrize("name", NATIVE)
 def test_logits_are_those_of_the_native_model(name, tmp_path, device) -> None:
     random_hf_model(SUPPORTED[name]()).save_pretrained(tmp_path)
     sources = resolve(str(tmp_path)), through_transformers(tmp_path)

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations
+from typing import Any
 
 import pytest
 import torch
@@ -297,6 +298,26 @@ def test_random_mixtures_under_a_window_match(data: st.DataObject, device: str) 
     assert_cpu_matches(batch)
 
 
+@pytest.mark.parametrize(("deterministic", "most_keys"), [(False, 96), (True, 128)])
+def test_work_on_cpu_grows_with_the_window_and_not_with_the_context(
+    deterministic: bool, most_keys: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A window of 32 keys, and what rounding to pieces of 64 tokens or to multiples of 64 keys adds."""
+    scores = 0
+    attention = torch.nn.functional.scaled_dot_product_attention
+
+    def counting(q_HMD: Tensor, k_GLD: Tensor, *args: Any, **settings: Any) -> Tensor:
+        nonlocal scores
+        scores += q_HMD.shape[:-1].numel() * k_GLD.shape[-2]
+        return attention(q_HMD, k_GLD, *args, **settings)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", counting)
+    batch = make_batch([(512, 300), (1, 900), (1, 700)], num_tokens=514, group=1, window=32, poisoned=True)
+    attend_on_cpu(batch, geometry_of(batch, deterministic=deterministic))
+    rows = 512 + 2 * 16  # a tile of a decode row may be padded to 16
+    assert 512 * 2 * 32 <= scores <= rows * 2 * most_keys
+
+
 def test_a_query_that_sees_no_key_of_its_tiles_first_splits_is_right(device: str) -> None:
     """Windows of 10 keys and splits of 64: a tile spans 64 tokens, so its last query sees nothing of the tile's first keys."""
     batch = make_batch([(200, 130)], num_tokens=200, group=1, window=10, poisoned=True)
@@ -331,7 +352,7 @@ def test_a_float8_cache_is_read_as_the_values_it_holds(rows: list[tuple[int, int
     window=st.one_of(st.just(0), st.integers(1, 300), st.integers(1, 6000)),
     data=st.data(),
 )
-@settings(max_examples=80)
+@settings(max_examples=50)
 def test_items_cover_every_tile_and_key_once_within_the_bounds(
     query_lens: list[int],
     spare_tokens: int,

@@ -55,6 +55,19 @@ def test_no_smaller_batch_needs_more_tiles(
     assert max_tiles(fewer_tokens, fewer_rows, group, tile) <= max_tiles(num_tokens, num_rows, group, tile)
 
 
+@given(num_tokens=st.integers(1, 4096), num_rows=st.integers(1, 256), group=st.sampled_from([1, 2, 3, 5, 8, 12]))
+def test_a_deterministic_geometry_tiles_alike_at_all_shapes_and_never_splits(
+    num_tokens: int, num_rows: int, group: int
+) -> None:
+    """Two tile heights are two kernels, and a split's end would depend on the other rows."""
+    geometry = attention_geometry(num_tokens, num_rows, 2 * group, 2, 132, deterministic=True)
+    assert geometry.deterministic
+    assert geometry.tile == attention_geometry(1, 1, 2, 2, 132, deterministic=True).tile
+    assert geometry.min_split_keys >= 2**30
+    assert geometry.max_partials == 0
+    assert geometry.max_items == max_tiles(num_tokens, num_rows, group, geometry.tile)
+
+
 @given(
     num_tokens=st.integers(1, 4096),
     num_rows=st.integers(1, 256),

@@ -6,6 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from slot_fixtures import slot_line, slot_lines
 from torch import Tensor
+from transformers.generation import logits_process
 
 from stepgraph.ops import slot_line as line
 from stepgraph.ops.sample import cpu, reference
@@ -91,6 +92,20 @@ def test_cpu_kernel_chooses_the_token_of_the_definition_for_all_settings(
     logits_1V = torch.tensor([logits])
     expected = reference.sample(logits_1V, _rows(1), lines).tolist()
     assert cpu.sample(logits_1V, _rows(1), lines).tolist() == expected
+
+
+@pytest.mark.parametrize(("min_p", "top_k", "top_p"), [(0.2, 0, 1.0), (0, 7, 1.0), (0, 0, 0.7), (0.05, 9, 0.8)])
+def test_what_is_kept_is_what_the_warpers_of_transformers_keep(min_p: float, top_k: int, top_p: float) -> None:
+    x_RV = 2 * torch.randn(20, 40, generator=torch.Generator().manual_seed(6))
+    warped_RV = x_RV
+    if min_p:
+        warped_RV = logits_process.MinPLogitsWarper(min_p)(None, warped_RV)
+    if top_k:
+        warped_RV = logits_process.TopKLogitsWarper(top_k)(None, warped_RV)
+    if top_p < 1:
+        warped_RV = logits_process.TopPLogitsWarper(top_p)(None, warped_RV)
+    for x_V, warped_V in zip(x_RV, warped_RV, strict=True):
+        assert torch.equal(reference.keep_mask(x_V, min_p, top_k, top_p), warped_V > -torch.inf)
 
 
 def test_greedy_takes_the_lowest_index_of_a_tie(sampler: Sampler) -> None:

@@ -132,11 +132,16 @@ LAUNCHERS = {
         "attention": ("attention_plan", "paged_attention"),
         "build": ("build_step",),
         "commit": ("commit",),
-        "linear": ("linear",),
+        "grouped_linear": ("grouped_linear",),
+        "linear": ("linear", "linear_by_row"),
+        "logprobs": ("logprobs",),
+        "lora": ("lora",),
+        "process_logits": ("process_logits",),
         "rms_norm": ("rms_norm", "add_rms_norm"),
         "rope_cache": ("rope_cache",),
         "sample": ("sample",),
-        "swiglu": ("swiglu",),
+        "swiglu": ("swiglu", "geglu"),
+        "write_kv": ("write_kv",),
     }.items()
     for name in names
 }

@@ -182,10 +182,7 @@ def _attend_batch(
 def _attend_tile(
     q_q: Tensor, piece: _Piece, k_cache: Tensor, v_cache: Tensor, table: Tensor, scale: float, window: int
 ) -> Tensor:
-    """Attention of one deterministic tile: [q, H · D].
-
-    Queries of the tile that this step lacks, and keys that none of the present ones sees, are zeros.
-    """
+    """Attention of one deterministic tile, whose queries that this step lacks are zeros: [q, H · D]."""
     (query_len, H, D), (block_size, G) = q_q.shape, k_cache.shape[1:3]
     offset = piece.context_len % TILE_TOKENS
     tile_start = piece.context_len - offset
@@ -197,16 +194,11 @@ def _attend_tile(
     seen_ML = key_L <= position_M.unsqueeze(1)
     if window:
         seen_ML &= key_L > position_M.unsqueeze(1) - window
-    outside_L = (key_L < piece.first_key) | (key_L >= piece.kv_len)
+    # A key that no present query sees may hold anything: one that is seen stands in its place, and gets weight 0.
     held_L = key_L.clamp(piece.first_key, piece.kv_len - 1)
     entry_L = table[held_L // block_size].long() * block_size + held_L % block_size
     k_GLD, v_GLD = (
-        cache.view(-1, G, D)
-        .index_select(0, entry_L)
-        .to(q_q.dtype)
-        .masked_fill_(outside_L[:, None, None], 0)
-        .transpose(0, 1)
-        for cache in (k_cache, v_cache)
+        cache.view(-1, G, D).index_select(0, entry_L).to(q_q.dtype).transpose(0, 1) for cache in (k_cache, v_cache)
     )
     q_MGgD = q_q.new_zeros(TILE_TOKENS, G, H // G, D)
     q_MGgD[offset : offset + query_len] = q_q.view(query_len, G, H // G, D)

@@ -1,0 +1,139 @@
+"""New weights for a model that is in use, written into its parameters: graphs captured over them stay valid."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from stepgraph.errors import ModelError
+from stepgraph.models.checkpoint import CheckpointTensor
+from stepgraph.models.conversion import Target
+from stepgraph.models.decoder import Decoder
+from stepgraph.models.language_model import LanguageModel, LanguageModelConfig
+from stepgraph.models.source import ModelSource
+from stepgraph.models.transformers_model import TransformersConfig, TransformersModel
+
+Update = Sequence[tuple[Target, CheckpointTensor]]
+"""Where each tensor goes; names and shapes are checked, values are not read."""
+
+
+class TensorInMemory(CheckpointTensor):
+    """A tensor that somebody else has read."""
+
+    def __init__(self, name: str, values: Tensor) -> None:
+        self.name, self.shape = name, tuple(values.shape)
+        self._values = values
+
+    def load(self, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """See `CheckpointTensor.load`."""
+        return self._values.to(device).to(dtype)
+
+
+def plan_update(model: LanguageModel, source: ModelSource | Iterable[tuple[str, Tensor]]) -> Update:
+    """Check that new weights fit a model, all of them, before any is written.
+
+    Args:
+        model: in use.
+        source: a checkpoint of the same model, or all of its tensors under their names in transformers' checkpoints.
+
+    Raises:
+        ModelError: the weights are of another model, incomplete or of other shapes, or cannot be read.
+    """
+    if isinstance(source, ModelSource):
+        if _without_ends(source.config) != _without_ends(model.config):
+            raise ModelError(
+                f"{source.description} is of another model than the one that runs ({model.config.architecture}): their "
+                "configs differ. Start another engine for it."
+            )
+        description = source.description
+        tensors = _read_with_transformers(model, source) if isinstance(model, TransformersModel) else source.tensors()
+    else:
+        description = "given as tensors"
+        tensors = (TensorInMemory(name, values) for name, values in source)
+        if isinstance(model, TransformersModel):
+            raise ModelError(
+                f"{model.config.architecture} runs through transformers, which renames and merges tensors as it reads a "
+                "checkpoint; save the weights with save_pretrained and give the folder."
+            )
+    return match_tensors(_targets(model), tensors, description)
+
+
+@torch.no_grad()
+def write(update: Update) -> None:
+    """Write checked weights. If it fails, the model holds some old weights and some new ones.
+
+    Raises:
+        ModelError: a file is damaged.
+    """
+    for target, tensor in update:
+        target.copy_(tensor.load(target.dtype, target.device))
+
+
+def match_tensors(targets: dict[str, Target], tensors: Iterable[CheckpointTensor], description: str) -> Update:
+    """Find the target of each tensor.
+
+    Args:
+        targets: all targets of a model, by the names of their tensors.
+        tensors: of a checkpoint.
+        description: of the checkpoint, for errors.
+
+    Raises:
+        ModelError: a tensor is missing, left over or of another shape.
+    """
+    missing = dict(targets)
+    matches, left_over = [], []
+    for tensor in tensors:
+        target = missing.pop(tensor.name, None)
+        if target is not None:
+            matches.append((target, tensor))
+        elif tensor.name in targets or not _is_redundant(tensor.name):
+            left_over.append(tensor.name)
+    if missing or left_over:
+        raise ModelError(
+            f"The checkpoint ({description}) does not fit the model: {_some(list(missing))} missing, {_some(left_over)} "
+            "left over; it must hold every tensor of the model, each once."
+        )
+    for target, tensor in matches:
+        if tensor.shape != tuple(target.shape):
+            raise ModelError(
+                f"{tensor.name} has shape {list(tensor.shape)} in the checkpoint ({description}), and the model has "
+                f"{list(target.shape)}; config and weights are not of one model."
+            )
+    return matches
+
+
+def _is_redundant(name: str) -> bool:
+    """Whether checkpoints may store a tensor that follows from others: a model without a head of its own uses its embedding."""
+    return name.endswith("rotary_emb.inv_freq") or name == "lm_head.weight"
+
+
+def _targets(model: LanguageModel) -> dict[str, Target]:
+    if isinstance(model, Decoder):
+        return model.checkpoint_tensors()
+    assert isinstance(model, TransformersModel), model
+    return {**dict(model.named_parameters()), **dict(model.named_buffers())}
+
+
+def _read_with_transformers(model: TransformersModel, source: ModelSource) -> list[CheckpointTensor]:
+    """The tensors of another model of the same class, under its own names."""
+    dtype = next(model.parameters()).dtype
+    new = TransformersModel.from_folder(
+        model.config, source.folder, dtype=dtype, device=torch.device("cpu"), progress=False
+    )
+    return [TensorInMemory(name, values) for name, values in (*new.named_parameters(), *new.named_buffers())]
+
+
+def _without_ends(config: LanguageModelConfig) -> LanguageModelConfig:
+    """What two checkpoints of one model have in common: trained further, a model may end its answers otherwise."""
+    if isinstance(config, TransformersConfig):
+        return replace(config, eos_token_ids=(), hf_config=None)  # which holds the folder's name, for one
+    return replace(config, eos_token_ids=())  # type: ignore[type-var]  # both implementations are dataclasses
+
+
+def _some(names: list[str]) -> str:
+    if not names:
+        return "none"
+    return f"{len(names)} ({', '.join(names[:3])}{', …' if len(names) > 3 else ''})"
