@@ -1,5 +1,6 @@
 """A random model small enough to run thousands of steps in a test, in the layout that transformers writes."""
 
+import time
 from pathlib import Path
 
 import torch
@@ -59,5 +60,6 @@ def drain(engine) -> None:
     for _ in range(5000):
         if not engine.has_work:
             return
+        time.sleep(engine.seconds_until_work or 0)
         engine.step()
     raise AssertionError("the requests never end")

@@ -384,21 +384,22 @@ class Watch:
     - nobody is overtaken by more than `MAX_OVERTAKEN` later arrivals, and by none if there are neither priorities nor limits
       on long prompts;
     - nobody waits where it could run: the next in turn enters at once if a slot, KV blocks and tokens are left, and one step
-      later if the step itself left them over, by a preemption, a cut prompt, or the end of a long one; or, while prompts
-      gather, once each but the last of those gathered has had `prefill_gather_ms` (and a step) to wait for the next;
+      later if only the step itself left them or made it the next: by a preemption, a cut prompt, the end of a long prompt,
+      or an admission that overtook it once too often;
+    - prompts gather no longer than each but the last may wait for the next: `prefill_gather_ms`, and a step;
     - who runs has a row in every step, unless blocks, tokens or the results of its last token are lacking;
     - in the end all blocks are free.
     """
 
     def __init__(self, scheduler: Scheduler, scenario: Scenario, *, may_overtake: bool):
-        self._scheduler, self._config = scheduler, scenario.config
+        config = scenario.config
+        self._scheduler, self._config = scheduler, config
         self._num_blocks = scenario.num_kv_blocks - 1
         self._watermark = int(self._num_blocks * WATERMARK)
-        config = self._config
         step_s = scenario.step_time.seconds(config.max_num_batched_tokens, config.max_num_seqs)
         # Each may arrive during the step before the one that would have let those before it enter.
         self._longest_gathering_s = (config.prefill_gather_size - 1) * (config.prefill_gather_ms / 1e3 + step_s)
-        self._bound = MAX_OVERTAKEN if may_overtake or self._config.long_prefill_token_threshold else 0
+        self._bound = MAX_OVERTAKEN if may_overtake or config.long_prefill_token_threshold else 0
         self._waiting: dict[int, Request] = {}  # by number of arrival
         self._running: dict[int, Request] = {}
         self._overtaken: Counter[int] = Counter()
@@ -425,17 +426,18 @@ class Watch:
         if was_preempted:
             for request in [r for r in self._running.values() if r.slot is None]:
                 self._waiting[request.arrival] = self._running.pop(request.arrival)
+        is_excused = was_preempted
         for request in scheduled.admitted if scheduled else ():
             self._running[request.arrival] = self._waiting.pop(request.arrival)
             for arrival in self._waiting:
                 if arrival < request.arrival:
                     self._overtaken[arrival] += 1
+                    is_excused |= self._overtaken[arrival] == MAX_OVERTAKEN
         tokens_left = self._config.max_num_batched_tokens - (scheduled.plan.num_tokens if scheduled else 0)
-        has_just_freed = was_preempted
         if scheduled is not None and scheduled.plan.num_prefill_rows:
-            has_just_freed |= self._note_prompts(scheduled)
+            is_excused |= self._note_prompts(scheduled)
         self._check_rows(scheduled, tokens_left, was_preempted)
-        self._check_waiting(tokens_left, has_just_freed, now)
+        self._check_waiting(tokens_left, is_excused, now)
 
     def at_the_end(self, requests: Sequence[Request], result: Simulation) -> None:
         """Add what was seen to `result`."""
@@ -471,8 +473,8 @@ class Watch:
             if request.slot not in rows and may_run and tokens_left:
                 self._broken["a running request was left out of a step that had room"] += 1
 
-    def _check_waiting(self, tokens_left: int, has_just_freed: bool, now: float) -> None:
-        """Whether the next in turn waits though it could run. `has_just_freed`: the step itself gave tokens or blocks back."""
+    def _check_waiting(self, tokens_left: int, is_excused: bool, now: float) -> None:
+        """Whether the next in turn waits though it could run. `is_excused`: only the step itself made that so."""
         has_room = tokens_left and len(self._running) < self._config.max_num_seqs
         idle = self._next_that_could_run(tokens_left) if self._waiting and has_room else None
         if idle is None:
@@ -485,11 +487,11 @@ class Watch:
         idle_s = now - self._idle_since
         self._longest_idle_s = max(self._longest_idle_s, idle_s)
         if self._config.insertion_policy == "gather":
-            if idle_s > self._longest_gathering_s and not has_just_freed:
+            if idle_s > self._longest_gathering_s and not is_excused:
                 self._broken["prompts gathered for longer than they may"] += 1
             return
         self._longest_idle_steps = max(self._longest_idle_steps, self._idle_steps)
-        if not has_just_freed:
+        if not is_excused:
             self._broken["a request waits though it could run"] += 1
         elif self._idle_steps > 1:
             self._broken["a request waits for more than one step though it could run"] += 1

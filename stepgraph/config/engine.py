@@ -10,6 +10,7 @@ from typing import Any
 from stepgraph.config.cache import CacheConfig
 from stepgraph.config.fields import scalar_type
 from stepgraph.config.graph import GraphConfig, graph_config_from_json
+from stepgraph.config.lora import LoRAConfig
 from stepgraph.config.model import ModelConfig
 from stepgraph.config.scheduler import SchedulerConfig
 from stepgraph.errors import ConfigError
@@ -23,6 +24,7 @@ class EngineConfig:
     cache: CacheConfig = field(default_factory=CacheConfig)
     scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
     graph: GraphConfig = field(default_factory=GraphConfig)
+    lora: LoRAConfig = field(default_factory=LoRAConfig)
 
     @classmethod
     def from_settings(cls, **settings: Any) -> EngineConfig:
@@ -65,13 +67,13 @@ _PARTS: dict[str, Any] = {
     "cache": CacheConfig,
     "scheduler": SchedulerConfig,
     "graph": GraphConfig,
+    "lora": LoRAConfig,
 }
 
 NOT_YET: dict[str, tuple[tuple[Any, ...], str]] = {
     "tensor_parallel_size": ((None, 1), "the engine runs on one device; start it with 1"),
     "pipeline_parallel_size": ((None, 1), "the engine runs on one device; start it with 1"),
     "quantization": ((None,), "weights run in float32, bfloat16 or float16; leave it unset"),
-    "enable_lora": ((None, False), "there are no LoRA adapters yet; leave it unset"),
     "speculative_config": ((None,), "there is no speculative decoding yet; leave it unset"),
     "enforce_eager": ((None, False), "use graph_backend='eager'"),
     "trust_remote_code": ((None, False), "models are run by stepgraph's own code; leave it unset"),

@@ -26,6 +26,9 @@ from stepgraph.engine.request import FinishReason, Request, RequestUpdate
 from stepgraph.engine.sampling_params import SamplingParams, bad_word_token_ids
 from stepgraph.engine.scheduler import ScheduledStep, Scheduler
 from stepgraph.errors import ConfigError, EngineDeadError, ModelError, RequestError, StepgraphError
+from stepgraph.models.adapters import Adapter, AdapterStore
+from stepgraph.models.decoder import Decoder
+from stepgraph.models.language_model import LanguageModel
 from stepgraph.models.loader import load_model
 from stepgraph.models.source import ModelSource, resolve
 from stepgraph.models.update import plan_update, write
@@ -82,7 +85,10 @@ class Engine:
             progress=progress,
         )
         self._weights = place_weights(model, config.cache, self.platform)
-        self.runner = StepRunner(model, config, self.platform, max_model_len=self.max_model_len)
+        self._adapters = self._create_adapters(model)
+        self.runner = StepRunner(
+            model, config, self.platform, max_model_len=self.max_model_len, adapters=self._adapters
+        )
         self.scheduler = Scheduler(
             config.scheduler,
             max_tokens=self.runner.pool.max_tokens,
@@ -245,6 +251,7 @@ class Engine:
         *,
         priority: int = 0,
         cache_salt: str | None = None,
+        adapter: str | None = None,
     ) -> Request:
         """Queue a request; it starts with the next step that has room.
 
@@ -254,6 +261,7 @@ class Engine:
             params: with `n` 1: a session makes several requests of several answers.
             priority: lower runs first.
             cache_salt: only requests of the same salt share cached prefixes.
+            adapter: folder of a LoRA adapter as PEFT saves it; needs `enable_lora`.
 
         Raises:
             RequestError: the prompt is empty, holds an id outside the vocabulary, is too long, a parameter does not fit the
@@ -275,15 +283,21 @@ class Engine:
                 f"prompt and at least one token of answer; shorten it to {self.max_model_len - 1} tokens or fewer"
             )
         room = self.max_model_len - len(prompt)
+        sampling, loaded = self._sampling_of(params), None
+        if adapter is not None:
+            loaded = self._load_adapter(adapter)
+            sampling = replace(sampling, adapter=loaded.number)
+            cache_salt = f"{loaded.key} {cache_salt or ''}"  # its keys and values are not those of the model alone
         request = Request(
             id=request_id,
             prompt_token_ids=prompt,
             params=params,
             max_length=len(prompt) + min(params.max_tokens or room, room),
-            sampling=self._sampling_of(params),
+            sampling=sampling,
             variant=params.variant,
             priority=priority,
             cache_salt=cache_salt,
+            adapter=loaded,
         )
         self.scheduler.add(request)
         if params.structured_outputs is not None:
@@ -454,6 +468,24 @@ class Engine:
             num_logprobs=0 if params.logprobs is None else 1 + params.logprobs,
             num_prompt_logprobs=0 if params.prompt_logprobs is None else 1 + params.prompt_logprobs,
         )
+
+    def _create_adapters(self, model: LanguageModel) -> AdapterStore | None:
+        if not self.config.lora.enable_lora:
+            return None
+        if not isinstance(model, Decoder):
+            raise ConfigError(
+                f"enable_lora=True needs a native model, and {model.config.architecture} runs through transformers; choose a "
+                "native model, or leave enable_lora off"
+            )
+        return AdapterStore(model, self.config.lora, max_tokens=self.config.scheduler.max_num_batched_tokens)
+
+    def _load_adapter(self, folder: str) -> Adapter:
+        if self._adapters is None:
+            raise RequestError(
+                f"the request names the LoRA adapter {folder}, and the engine takes none; start it with enable_lora=True"
+            )
+        in_use = {request.adapter for request in self.scheduler.requests if request.adapter is not None}
+        return self._adapters.load(folder, in_use)
 
     def _create_compiler(self) -> GuidanceCompiler:
         return GuidanceCompiler(

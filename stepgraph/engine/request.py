@@ -13,6 +13,7 @@ from stepgraph.step.state import SlotSampling
 
 if TYPE_CHECKING:
     from stepgraph.engine.guidance import Guide
+    from stepgraph.models.adapters import Adapter
 
 
 class FinishReason(StrEnum):
@@ -50,6 +51,8 @@ class Request:
     """Lower runs first."""
     cache_salt: str | None = None
     """Only requests of the same salt share cached prefixes."""
+    adapter: Adapter | None = None
+    """The LoRA adapter it uses, held in memory until it ends."""
     guide: Guide | None = None
     """Where it stands in its grammar, once that is compiled."""
     output_token_ids: list[int] = field(default_factory=list)

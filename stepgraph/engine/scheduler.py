@@ -152,6 +152,11 @@ class Scheduler:
         self._prefilled_last = False
 
     @property
+    def requests(self) -> tuple[Request, ...]:
+        """All that have not ended."""
+        return tuple(self._requests.values())
+
+    @property
     def num_waiting(self) -> int:
         return len(self._waiting)
 

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from stepgraph import ops
 from stepgraph.layers.inputs import StepInputs
+from stepgraph.models.adapters import AdapterStore
 from stepgraph.models.language_model import LanguageModel
 from stepgraph.ops import slot_line
 from stepgraph.step.shape import StepShape, Variant
@@ -51,6 +52,7 @@ class StepProgram:
     buffers: LogitBuffers
     shape: StepShape
     geometry: ops.AttentionGeometry
+    adapters: AdapterStore | None = None
 
     def __call__(self) -> StepOutput:
         """Run one step of the plan in `state.plan`."""
@@ -75,6 +77,8 @@ class StepProgram:
             for window in sorted(set(config.windows))
         }
         # 2 forward: layers over T tokens, keys and values written in place
+        if self.adapters is not None:
+            self.adapters.select(built, state.lines)
         inputs = StepInputs(built, attention, self.geometry, state.block_table, self.kv_caches)
         hidden_TE = self.model(inputs)
         # 3 logits: for each row's last token only, unless prompts' log-probabilities are asked for

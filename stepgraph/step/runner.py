@@ -17,6 +17,7 @@ from stepgraph.config import EngineConfig
 from stepgraph.graph import Graph, create_backend
 from stepgraph.graph.eager import EagerGraph
 from stepgraph.graph.pool import GraphPool
+from stepgraph.models.adapters import AdapterStore
 from stepgraph.models.language_model import LanguageModel
 from stepgraph.ops import slot_line
 from stepgraph.platforms import Platform
@@ -59,13 +60,22 @@ class Ticket:
 class StepRunner:
     """Owns the device side of an engine: SlotState, KV cache, graphs."""
 
-    def __init__(self, model: LanguageModel, config: EngineConfig, platform: Platform, *, max_model_len: int):
+    def __init__(
+        self,
+        model: LanguageModel,
+        config: EngineConfig,
+        platform: Platform,
+        *,
+        max_model_len: int,
+        adapters: AdapterStore | None = None,
+    ):
         self.platform = platform
         self.max_model_len = max_model_len
         self.block_size = config.cache.block_size
         self.vocab_size = model.config.vocab_size
         self.model = model
         self._multiprocessors = platform.multiprocessors
+        self._adapters = adapters
         self._deterministic = config.model.deterministic
         scheduler, graph = config.scheduler, config.graph
         backend = create_backend(
@@ -188,7 +198,7 @@ class StepRunner:
             self._multiprocessors,
             deterministic=self._deterministic,
         )
-        return StepProgram(self.model, self.state, self.kv_caches, self._buffers, shape, geometry)
+        return StepProgram(self.model, self.state, self.kv_caches, self._buffers, shape, geometry, self._adapters)
 
     @contextmanager
     def _leaving_no_trace(self) -> Iterator[None]:

@@ -38,6 +38,7 @@ class SlotSampling:
     masked: bool = False  # only tokens of the slot's mask may be sampled; see `SlotState.set_mask`
     num_logprobs: int = 0  # 1 + n; 0 is none
     num_prompt_logprobs: int = 0
+    adapter: int = 0  # number of a LoRA adapter, see `stepgraph.models.adapters`
 
 
 class SlotState:
@@ -161,6 +162,7 @@ def _line(sampling: SlotSampling) -> npt.NDArray[np.int32]:
     line[slot_line.NUM_BIASES] = len(sampling.logit_bias)
     line[slot_line.NUM_BAD_WORDS] = len(sampling.bad_words)
     line[slot_line.MASKED] = sampling.masked
+    line[slot_line.ADAPTER] = sampling.adapter
     line[slot_line.NUM_LOGPROBS] = sampling.num_logprobs
     line[slot_line.NUM_PROMPT_LOGPROBS] = sampling.num_prompt_logprobs
     floats = line.view(np.float32)

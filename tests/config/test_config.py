@@ -10,7 +10,7 @@ from stepgraph.config import EngineConfig, GraphConfig, add_flags, settings_from
 from stepgraph.config.engine import NOT_YET
 from stepgraph.errors import ConfigError
 
-PARTS = ("model", "cache", "scheduler", "graph")
+PARTS = ("model", "cache", "scheduler", "graph", "lora")
 DEFAULT = EngineConfig()
 
 
@@ -203,6 +203,9 @@ NON_DEFAULT = {
     "graph_memory_mib": 100,
     "capture_context_len": 90,
     "capture_warmups": 2,
+    "enable_lora": True,
+    "max_loras": 7,
+    "max_lora_rank": 32,
 }
 
 

@@ -179,6 +179,21 @@ def test_every_bit_of_a_mask_word_is_read(process: Process) -> None:
     assert {token for token, value in enumerate(row) if value == 0} == allowed
 
 
+def test_tokens_outside_the_vocabulary_are_passed_over_and_touch_no_other_row(process: Process) -> None:
+    for outside in (10, 11, kernels.CHUNK - 1, 2**31 - 1):
+        asked = SamplingSettings(
+            history=(1, outside),
+            biases=((outside, 5.0), (3, 1.0)),
+            bad_words=((outside,),),
+            stop_tokens=(outside,),
+            min_length=9,
+            frequency_penalty=1.0,
+        )
+        last_first = torch.tensor([2, 1], dtype=torch.int32)
+        row = [0, 0, 0, 1, 0, 0, 0, 0, 0, 0]
+        assert process(torch.zeros(2, 10), last_first, [asked, asked]).tolist() == [row, row]
+
+
 def test_a_history_of_many_blocks_is_counted(process: Process) -> None:
     length = kernels.COUNTERS * kernels.COUNT_BLOCK + 70
     history = torch.randint(0, 5, (length,), generator=torch.Generator().manual_seed(7))

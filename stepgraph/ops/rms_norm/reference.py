@@ -15,5 +15,5 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float, multiplier: float) -> Tensor:
     """See `stepgraph.ops.rms_norm.add_rms_norm`."""
-    residual.add_(x, alpha=multiplier)
+    residual.add_(x if multiplier == 1.0 else x.float() * multiplier)  # `alpha` of 16 bits rounds by position
     return rms_norm(residual, weight, eps)

@@ -1,0 +1,136 @@
+"""LoRA adapters in the engine: requests with different adapters share steps and graphs, and do not notice each other."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny import drain
+
+from stepgraph import SamplingParams
+from stepgraph.errors import RequestError
+
+SHAPES = {"q_proj": (64, 32), "v_proj": (32, 32), "o_proj": (32, 64), "gate_proj": (64, 32), "down_proj": (32, 64)}
+RANK, ALPHA = 4, 8
+PROMPTS = [[(5 * i + 3 * j) % 257 for j in range(length)] for i, length in enumerate((9, 30, 2, 60, 17, 5))]
+GREEDY = SamplingParams(max_tokens=10, temperature=0, ignore_eos=True)
+
+
+def matrices(seed):
+    """A and B of some modules of the tiny model."""
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        f"model.layers.{layer}.{'mlp' if name in ('gate_proj', 'down_proj') else 'self_attn'}.{name}": (
+            torch.randn(RANK, inputs, generator=generator) / inputs**0.5,
+            torch.randn(outputs, RANK, generator=generator) / 2,
+        )
+        for layer in range(2)
+        for name, (outputs, inputs) in SHAPES.items()
+    }
+
+
+@pytest.fixture(scope="module")
+def adapters(tmp_path_factory):
+    """Folders of three adapters of the tiny model."""
+    folders = []
+    for seed in range(3):
+        folder = tmp_path_factory.mktemp(f"adapter{seed}")
+        settings = {"peft_type": "LORA", "r": RANK, "lora_alpha": ALPHA}
+        (folder / "adapter_config.json").write_text(json.dumps(settings))
+        save_file(
+            {
+                f"base_model.model.{name}.lora_{side}.weight": matrix
+                for name, pair in matrices(seed).items()
+                for side, matrix in zip("AB", pair, strict=True)
+            },
+            folder / "adapter_model.safetensors",
+        )
+        folders.append(str(folder))
+    return folders
+
+
+@pytest.fixture(scope="module")
+def create_lora_engine(create_engine):
+    return lambda **settings: create_engine(**({"enable_lora": True, "max_loras": 3, "max_lora_rank": 4} | settings))
+
+
+def answers(engine, chosen, params=GREEDY):
+    """Tokens of every prompt, all in flight at once; prompt i uses the adapter `chosen[i]`."""
+    requests = [
+        engine.add_request(str(i), prompt, params, adapter=adapter)
+        for i, (prompt, adapter) in enumerate(zip(PROMPTS, chosen, strict=True))
+    ]
+    drain(engine)
+    return [list(request.output_token_ids) for request in requests]
+
+
+def test_rows_with_and_without_adapters_in_one_step_get_the_tokens_of_steps_of_their_own(create_lora_engine, adapters):
+    engine = create_lora_engine()
+    by_adapter = {adapter: answers(engine, [adapter] * len(PROMPTS)) for adapter in (None, *adapters)}
+    assert len({tuple(tokens[0]) for tokens in by_adapter.values()}) == 4, "the adapters change nothing"
+    first, second, third = adapters
+    chosen = [None, first, second, first, None, third]
+    assert answers(engine, chosen) == [by_adapter[adapter][i] for i, adapter in enumerate(chosen)]
+
+
+def test_answers_are_those_of_the_adapter_merged_into_the_model(
+    create_lora_engine, create_engine, adapters, tiny_model, tmp_path
+):
+    weights = load_file(f"{tiny_model}/model.safetensors")
+    for name, (a, b) in matrices(1).items():
+        weights[f"{name}.weight"] += ALPHA / RANK * b @ a
+    for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / name).write_bytes(Path(tiny_model, name).read_bytes())
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    plain = [None] * len(PROMPTS)
+    assert answers(create_lora_engine(), plain) == answers(create_engine(), plain)
+    merged = answers(create_engine(model=str(tmp_path)), plain)
+    assert answers(create_lora_engine(), [adapters[1]] * len(PROMPTS)) == merged
+
+
+def test_prefixes_cached_with_an_adapter_are_not_used_without_it(create_lora_engine, adapters):
+    engine = create_lora_engine()
+
+    def run(name, adapter):
+        request = engine.add_request(name, [i % 250 for i in range(64)], GREEDY, adapter=adapter)
+        drain(engine)
+        return request
+
+    adapted, plain, again = run("a", adapters[0]), run("b", None), run("c", adapters[0])
+    assert plain.num_cached_tokens == 0
+    assert adapted.output_token_ids != plain.output_token_ids
+    assert again.num_cached_tokens > 0
+    assert again.output_token_ids == adapted.output_token_ids
+
+
+def test_ended_and_aborted_and_refused_requests_make_room_for_other_adapters(create_lora_engine, adapters):
+    engine = create_lora_engine(max_loras=1)
+    engine.add_request("a", [1, 2], GREEDY, adapter=adapters[0])
+    with pytest.raises(RequestError, match="max_loras=1"):
+        engine.add_request("b", [1, 2], GREEDY, adapter=adapters[1])
+    drain(engine)
+    engine.add_request("b", [1, 2], GREEDY, adapter=adapters[1])
+    with pytest.raises(RequestError, match="in use"):
+        engine.add_request("b", [1, 2], GREEDY, adapter=adapters[1])  # the id is in use
+    engine.abort("b")
+    engine.add_request("c", [1, 2], GREEDY, adapter=adapters[2])
+    drain(engine)
+
+
+def test_an_engine_without_adapters_says_how_to_get_them(create_engine, adapters):
+    with pytest.raises(RequestError, match="start it with enable_lora=True"):
+        create_engine().add_request("a", [1], GREEDY, adapter=adapters[0])
+
+
+CHUNKS_OF_5 = {"capture_sizes": (5,), "max_num_batched_tokens": 5, "max_num_seqs": 3, "capture_rows": (3,)}
+
+
+@pytest.mark.parametrize("settings", [{"graph_backend": "eager"}, CHUNKS_OF_5], ids=["eager", "in chunks of 5"])
+def test_with_deterministic_mode_adapters_give_the_same_tokens_at_any_temperature(
+    settings, create_lora_engine, adapters
+):
+    params = SamplingParams(max_tokens=10, temperature=1.0, seed=5, ignore_eos=True)
+    chosen = [None, *adapters, adapters[0], None]
+    expected = answers(create_lora_engine(deterministic=True), chosen, params)
+    assert answers(create_lora_engine(deterministic=True, **settings), chosen, params) == expected
