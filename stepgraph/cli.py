@@ -156,6 +156,13 @@ def _pull(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _env(arguments: argparse.Namespace) -> int:
+    from stepgraph.collect_env import print_report
+
+    print_report(as_json=arguments.json)
+    return 0
+
+
 def _graphs_list(arguments: argparse.Namespace) -> int:
     config = _config(arguments)
     if config.graph.graph_backend == "eager":
@@ -322,6 +329,8 @@ def _parser() -> argparse.ArgumentParser:
         "answer three prompts and show which graph ran every step, and at what gain",
         flags=True,
     )
+    env = _add(commands, "env", _env, "show versions and the machine, to paste into a report of a problem")
+    env.add_argument("--json", action="store_true", help="print JSON")
     commands.add_parser("bench", help="measure; see stepgraph bench --help", add_help=False)
     return parser
 

@@ -418,7 +418,7 @@ class Engine:
             if not request.guide.finished:
                 self.runner.state.set_mask(request.slot, self._masks.mask(request))
         if request.error is not None:
-            return replace(self._fail(request), new_token_ids=update.new_token_ids)
+            return self._fail(request)._replace(new_token_ids=update.new_token_ids)
         if request.guide.finished:  # nothing may follow, not even a stop token
             ended = self.scheduler.end(request.id, FinishReason.STOP)
             assert ended is not None

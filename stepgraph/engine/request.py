@@ -110,8 +110,7 @@ class Request:
         return [*self.prompt_token_ids[start:split], *self.output_token_ids[max(0, start - split) : end - split]]
 
 
-@dataclass(frozen=True)
-class RequestUpdate:
+class RequestUpdate(NamedTuple):
     """A token of a request, or its end."""
 
     request: Request

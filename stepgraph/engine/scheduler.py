@@ -80,26 +80,30 @@ class SchedulerStatistics:
     """Of these, tokens whose keys and values were found in the prefix cache."""
 
 
-@dataclass
-class _Row:
+@dataclass(slots=True)
+class _Chunk:
+    """A row of prompt tokens."""
+
     request: Request
     slot: int
     start: int  # position of its first token
-    num_tokens: int
-    deltas: list[tuple[int, int, int]]
-    is_prompt: bool
+    num_tokens: int = 0
+    deltas: list[tuple[int, int, int]] = field(default_factory=list)
 
 
-@dataclass
+@dataclass(slots=True)
 class _Draft:
     """A step in the making."""
 
     budget: int  # tokens left
-    rows: list[_Row] = field(default_factory=list)
+    decodes: list[tuple[int, int]] = field(default_factory=list)  # rows of one token
+    decode_deltas: list[tuple[int, int, int]] = field(default_factory=list)
+    chunks: list[_Chunk] = field(default_factory=list)
     admitted: list[Request] = field(default_factory=list)
+    variant: Variant = Variant.PLAIN  # of the decodes
     short_of_blocks: bool = False
-    unpublished: _Row | None = None
-    """The last prompt row: its blocks become findable when the next prompt is looked at, as the row may still be cut."""
+    unpublished: _Chunk | None = None
+    """The last chunk: its blocks become findable when the next prompt is looked at, as the row may still be cut."""
 
 
 class Scheduler:
@@ -233,35 +237,37 @@ class Scheduler:
         if self._pure_steps:
             decodes_first = self._prefilled_last
             draft = self._draft(decodes=decodes_first, prompts=not decodes_first)
-            if not draft.rows:
+            if not (draft.decodes or draft.chunks):
                 draft = self._draft(decodes=not decodes_first, prompts=decodes_first)
         else:
             draft = self._draft(decodes=True, prompts=True)
         self._publish_pending(draft)
-        if not draft.rows:
+        if not (draft.decodes or draft.chunks):
             return None
-        self._prefilled_last = any(row.is_prompt for row in draft.rows)
+        self._prefilled_last = bool(draft.chunks)
         return self._complete(draft)
 
     def reconcile(self, step: ScheduledStep, results: StepResults) -> list[RequestUpdate]:
         """Take in the results of a step; rows of requests that have left their slot since it was planned are dropped."""
         updates = []
+        by_slot, block_size = self._by_slot, self._block_size
         for index, (slot, generation, token, finish) in enumerate(results.rows):
-            request = self._by_slot.get(slot)
+            request = by_slot.get(slot)
             if request is None or request.generation != generation:
                 continue
             if finish == slot_line.FINISHED_ERROR:
                 request.error = "no token could be sampled: every logit was NaN or ruled out"
                 updates.append(self._finish(request, FinishReason.ERROR, ()))
             elif token != slot_line.NO_TOKEN:
+                num_computed = request.num_known
                 request.output_token_ids.append(token)
                 if request.sampling.num_logprobs:
                     assert results.logprobs is not None
                     request.output_logprobs.append(
                         _read_logprobs(token, results.logprobs[index], request.sampling.num_logprobs)
                     )
-                if (request.num_known - 1) % self._block_size == 0:
-                    self._publish(request, request.num_known - 1)
+                if num_computed % block_size == 0:
+                    self._publish(request, num_computed)
                 if finish == slot_line.RUNNING:
                     updates.append(RequestUpdate(request, (token,), None))
                 else:
@@ -281,32 +287,32 @@ class Scheduler:
         draft = _Draft(self._max_tokens)
         self._plan_running(draft, decodes=decodes, prompts=prompts)
         if prompts:
-            num_decodes = sum(not row.is_prompt for row in draft.rows)
             self._open_gate()
-            if not draft.short_of_blocks:
+            if self._waiting and not draft.short_of_blocks:
                 self._admit_waiting(draft)
             self._top_up(draft)
-            if num_decodes:
+            if draft.decodes:
                 self._snap(draft)
         return draft
 
     def _plan_running(self, draft: _Draft, *, decodes: bool, prompts: bool) -> None:
         """Rows of the requests that hold slots, highest rank first, so that whoever must be preempted has no row yet."""
-        decodes_left = sum(map(self._can_decode, self._running)) if decodes else 0
-        prefills_left = sum(_is_prefilling(request) for request in self._running)
+        decodes_left = sum(map(_can_decode, self._running)) if decodes else 0
+        prefills_left = sum(map(_is_prefilling, self._running))
         newcomers = min(self._config.max_num_partial_prefills - prefills_left, len(self._waiting))
         index = 0
         while index < len(self._running):
             request = self._running[index]
             index += 1
-            if _is_prefilling(request):
+            if _can_decode(request):
+                if decodes:
+                    decodes_left -= 1
+                    self._plan_decode(request, draft)
+            elif _is_prefilling(request):
                 if prompts:
                     share = -(-(draft.budget - decodes_left) // (prefills_left + max(0, newcomers)))
                     self._plan_chunk(request, share, draft)
                 prefills_left -= 1
-            elif decodes and self._can_decode(request):
-                decodes_left -= 1
-                self._plan_row(request, 1, draft)
 
     def _admit_waiting(self, draft: _Draft) -> None:
         """Give waiting requests slots and chunks of their prompts, highest rank first, while both and blocks are there."""
@@ -340,11 +346,12 @@ class Scheduler:
                 num_long += self._is_long(request)
 
     def _top_up(self, draft: _Draft) -> None:
-        """Give what the shares of short prompts left over to the longer ones."""
-        for row in draft.rows:
-            if draft.budget and row.is_prompt and _is_prefilling(row.request):
-                extra = min(row.request.prefill_len - row.request.planned, draft.budget)
-                self._extend(row, extra, draft)
+        """Give what the shares of short prompts left over to the longer ones, as far as there are free blocks."""
+        for chunk in draft.chunks:
+            request = chunk.request
+            if draft.budget and _is_prefilling(request):
+                room = (len(request.blocks) + self._blocks.num_free) * self._block_size - request.planned
+                self._extend(chunk, min(request.prefill_len - request.planned, draft.budget, room), draft)
 
     def _snap(self, draft: _Draft) -> None:
         """Cut the last prompt's chunk so that the step ends at a captured size, where that lowers padding.
@@ -352,99 +359,106 @@ class Scheduler:
         What is cut off runs in the next step, which decodes anyway. That costs the prompt one step, so it happens to a
         prompt once at most, and only if it would be complete: a prompt that fills the budget has no padding.
         """
-        row = draft.unpublished
-        if row is None or row.request.was_snapped or _is_prefilling(row.request):
+        chunk = draft.unpublished
+        if chunk is None or chunk.request.was_snapped or _is_prefilling(chunk.request):
             return
         num_tokens = self._max_tokens - draft.budget
         down = bisect_right(self._token_sizes, num_tokens) - 1
-        if down < 0 or not 0 < (cut := num_tokens - self._token_sizes[down]) < row.num_tokens:
+        if down < 0 or not 0 < (cut := num_tokens - self._token_sizes[down]) < chunk.num_tokens:
             return
-        next_decodes = sum(not _is_prefilling(r.request) for r in draft.rows)
+        next_decodes = len(draft.decodes) + sum(not _is_prefilling(other.request) for other in draft.chunks)
         whole = self._round_up(num_tokens) + self._round_up(next_decodes)
         snapped = self._token_sizes[down] + self._round_up(next_decodes - 1 + cut)
         if snapped < whole:
-            request = row.request
+            request = chunk.request
             request.was_snapped = True
             request.planned -= cut
             request.awaits_host = False
-            row.num_tokens -= cut
+            chunk.num_tokens -= cut
             draft.budget += cut
             surplus = len(request.blocks) - self._blocks_for(request.planned)
             if surplus:
                 self._blocks.release(request.blocks[-surplus:])
-                del request.blocks[-surplus:], row.deltas[-surplus:]
+                del request.blocks[-surplus:], chunk.deltas[-surplus:]
 
     def _round_up(self, num_tokens: int) -> int:
         """The smallest captured size that holds so many tokens."""
         return self._token_sizes[min(bisect_left(self._token_sizes, num_tokens), len(self._token_sizes) - 1)]
 
     def _complete(self, draft: _Draft) -> ScheduledStep:
-        # Rows that may come out empty on the device follow those that cannot, so that the host knows where tokens lie.
-        rows = (
-            sorted(draft.rows, key=lambda row: not row.is_prompt) if self._wants_prompt_logprobs(draft) else draft.rows
-        )
-        variant = Variant.PLAIN
+        variant = draft.variant
         spans = []
         first_line = 0
-        for row in rows:
-            request = row.request
+        for chunk in draft.chunks:
+            request = chunk.request
             needed = request.variant
             if needed is Variant.PROMPT_LOGPROBS:
-                if row.is_prompt and row.start < request.prompt_len - 1:
-                    spans.append(PromptSpan(request, request.generation, first_line, row.start, row.num_tokens))
+                if chunk.start < request.prompt_len - 1:
+                    spans.append(PromptSpan(request, request.generation, first_line, chunk.start, chunk.num_tokens))
                 else:
                     needed = Variant.EXTENDED
             variant = max(variant, needed)
-            first_line += row.num_tokens
+            first_line += chunk.num_tokens
+        # Decodes come last: they may turn out empty on the device, and the host must know where a prompt's tokens lie.
         plan = StepPlan(
-            rows=tuple((row.slot, row.num_tokens) for row in rows),
-            deltas=tuple(delta for row in rows for delta in row.deltas),
-            num_prefill_rows=sum(row.is_prompt for row in rows),
+            rows=(*[(chunk.slot, chunk.num_tokens) for chunk in draft.chunks], *draft.decodes),
+            deltas=(*[delta for chunk in draft.chunks for delta in chunk.deltas], *draft.decode_deltas),
+            num_prefill_rows=len(draft.chunks),
             variant=variant,
         )
         return ScheduledStep(plan, tuple(draft.admitted), tuple(spans))
 
-    def _wants_prompt_logprobs(self, draft: _Draft) -> bool:
-        return any(row.is_prompt and row.request.variant is Variant.PROMPT_LOGPROBS for row in draft.rows)
+    def _plan_decode(self, request: Request, draft: _Draft) -> None:
+        """Plan a row of one token, if there is a block for it."""
+        slot = request.slot
+        assert slot is not None
+        if request.planned == len(request.blocks) * self._block_size and not self._grant(
+            request, slot, draft.decode_deltas, draft
+        ):
+            return
+        request.planned += 1
+        request.awaits_host = request.guide is not None
+        draft.decodes.append((slot, 1))
+        draft.budget -= 1
+        if request.variant > draft.variant:
+            draft.variant = Variant.EXTENDED
 
     def _plan_chunk(self, request: Request, limit: int, draft: _Draft) -> None:
-        """Plan up to `limit` tokens of a prompt."""
-        self._plan_row(request, min(request.prefill_len - request.planned, limit, draft.budget), draft)
-
-    def _plan_row(self, request: Request, num_tokens: int, draft: _Draft) -> None:
-        """Plan a row, as far as blocks can be had for it."""
+        """Plan up to `limit` tokens of a prompt, as far as blocks can be had for it."""
         assert request.slot is not None
-        row = _Row(request, request.slot, request.planned, 0, [], _is_prefilling(request))
-        self._extend(row, num_tokens, draft)
-        if row.num_tokens:
-            draft.rows.append(row)
-            if row.is_prompt:
-                self._publish_pending(draft)
-                draft.unpublished = row
+        chunk = _Chunk(request, request.slot, request.planned)
+        self._extend(chunk, min(request.prefill_len - request.planned, limit, draft.budget), draft)
+        if chunk.num_tokens:
+            draft.chunks.append(chunk)
+            self._publish_pending(draft)
+            draft.unpublished = chunk
 
-    def _extend(self, row: _Row, num_tokens: int, draft: _Draft) -> None:
-        """Add tokens to a row and grant the KV blocks they go to, preempting lower ranks that have no row yet."""
-        request = row.request
+    def _extend(self, chunk: _Chunk, num_tokens: int, draft: _Draft) -> None:
+        """Add tokens to a chunk, as far as blocks can be had for it."""
+        request = chunk.request
         while len(request.blocks) * self._block_size < request.planned + num_tokens:
-            if not self._blocks.num_free:
-                draft.short_of_blocks = True
-                victim = self._running[-1]
-                if victim is request or any(other.request is victim for other in draft.rows):
-                    break
-                self._preempt(victim)
-                continue
-            block = self._blocks.take()
-            row.deltas.append((row.slot, len(request.blocks), block))
-            request.blocks.append(block)
-        num_tokens = min(num_tokens, len(request.blocks) * self._block_size - request.planned)
+            if not self._grant(request, chunk.slot, chunk.deltas, draft):
+                num_tokens = len(request.blocks) * self._block_size - request.planned
         request.planned += num_tokens
-        row.num_tokens += num_tokens
+        chunk.num_tokens += num_tokens
         draft.budget -= num_tokens
-        if request.guide is not None and num_tokens and not _is_prefilling(request):
-            request.awaits_host = True  # it samples a token that its grammar must see
+        # The row that completes a prompt samples a token, which a grammar must see before the next.
+        request.awaits_host = request.guide is not None and not _is_prefilling(request)
 
-    def _can_decode(self, request: Request) -> bool:
-        return not (_is_prefilling(request) or request.awaits_host) and request.planned < request.max_length - 1
+    def _grant(self, request: Request, slot: int, deltas: list[tuple[int, int, int]], draft: _Draft) -> bool:
+        """Give a request one more block, preempting lower ranks if need be. False if none is left for it.
+
+        Requests are planned in the order of their rank, so whoever is preempted has no row yet.
+        """
+        while not self._blocks.num_free:
+            draft.short_of_blocks = True
+            if self._running[-1] is request:
+                return False
+            self._preempt(self._running[-1])
+        block = self._blocks.take()
+        deltas.append((slot, len(request.blocks), block))
+        request.blocks.append(block)
+        return True
 
     def _is_long(self, request: Request) -> bool:
         return 0 < self._config.long_prefill_token_threshold < request.prompt_len
@@ -583,6 +597,10 @@ def _is_overdue(request: Request) -> bool:
 
 def _is_prefilling(request: Request) -> bool:
     return request.planned < request.prefill_len
+
+
+def _can_decode(request: Request) -> bool:
+    return request.prefill_len <= request.planned < request.max_length - 1 and not request.awaits_host
 
 
 def _read_logprobs(token: int, line: np.ndarray, count: int) -> TokenLogprobs:

@@ -49,7 +49,7 @@ class SleepableMemory:
     def zeros(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         """See `DeviceMemory.zeros`."""
         bytes_B = self._take(torch.Size(shape).numel() * dtype.itemsize).zero_()
-        return bytes_B.view(dtype).view(tuple(shape))
+        return torch.empty(0, dtype=dtype, device=self._device).set_(bytes_B.untyped_storage()).resize_(tuple(shape))
 
     def adopt(self, tensors: Iterable[Tensor]) -> None:
         """See `DeviceMemory.adopt`. Copies one storage after the other, so that the peak is one storage more than before."""
@@ -74,7 +74,7 @@ class SleepableMemory:
             self._content = None
         elif self._mapped:
             # Not pinned: torch rounds pinned memory up to a power of two and never gives it back.
-            self._content = self._bytes(0, self._used).cpu()
+            self._content = torch.empty(self._used, dtype=torch.uint8).copy_(self._bytes(0, self._used))
         _unmap(self._driver, self._mapped)
 
     def restore(self) -> None:

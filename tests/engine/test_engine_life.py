@@ -105,7 +105,7 @@ def test_a_paused_engine_finishes_what_is_under_way_and_nothing_else(create_engi
 
 
 def test_a_paused_llm_says_so_rather_than_wait_for_ever(tiny_model) -> None:
-    with LLM(tiny_model, progress=False, **TINY_SETTINGS) as llm:
+    with LLM(tiny_model, progress=False, enable_sleep_mode=True, **TINY_SETTINGS) as llm:
         llm.engine.pause()
         with pytest.raises(RequestError, match=r"it is paused; call resume\(\)"):
             llm.generate([1, 2], GREEDY, use_tqdm=False)
@@ -182,6 +182,47 @@ def test_a_light_sleep_can_become_a_deep_one_and_a_deep_one_not_a_light_one(
     assert answers(requests) == expected
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="a GPU's memory and its captured graphs")
+@pytest.mark.parametrize("level", [1, 2])
+def test_a_gpus_memory_is_free_during_sleep_and_its_graphs_are_valid_after_it(level) -> None:
+    pytest.importorskip("cuda.bindings.driver", reason="needs the Python bindings of the CUDA driver")
+    settings = {
+        "model": "qwen3-0.6b",
+        "load_format": "dummy",
+        "device": "cuda",
+        "max_model_len": 2048,
+        "max_num_seqs": 8,
+    }
+    with LLM(
+        progress=False,
+        enable_sleep_mode=True,
+        num_kv_blocks=4096,
+        capture_sizes=(8, 128),
+        max_num_batched_tokens=128,
+        **settings,
+    ) as llm:
+        engine = llm.engine
+        weights = {name: t.detach().cpu() for name, t in engine.runner.model.checkpoint_tensors().items()}
+        weight_bytes = sum(parameter.nbytes for parameter in engine.runner.model.parameters())
+        cache_bytes = sum(cache.nbytes for cache in caches(engine))
+        prompts = [list(range(n, 3 * n)) for n in (5, 90, 200)]
+        expected = [output.outputs[0].token_ids for output in llm.generate(prompts, GREEDY, use_tqdm=False)]
+        requests = [engine.add_request(f"r{n}", prompt, GREEDY) for n, prompt in enumerate(prompts)]
+        steps(engine, 12)
+        captured, free = graphs(engine), engine.platform.free_memory_bytes()
+        addresses = [tensor.data_ptr() for tensor in (*engine.runner.model.parameters(), *caches(engine))]
+
+        engine.sleep(level)
+        assert engine.platform.free_memory_bytes() - free >= 0.99 * (weight_bytes + cache_bytes)
+        engine.wake_up()
+        if level == 2:
+            engine.update_weights(weights.items())
+        drain(engine)
+        assert [tuple(request.output_token_ids) for request in requests] == expected
+        assert graphs(engine) == captured
+        assert [tensor.data_ptr() for tensor in (*engine.runner.model.parameters(), *caches(engine))] == addresses
+
+
 def test_sleep_refuses_what_it_cannot_do(create_engine, tiny_model) -> None:
     engine = create_engine()
     with pytest.raises(ConfigError, match="sleep level 3 is unknown; use 1"):
@@ -242,7 +283,7 @@ def test_weights_of_another_model_are_refused_before_any_is_written(create_engin
     ):
         with pytest.raises(ModelError, match=message):
             engine.update_weights(bad.items())
-    with pytest.raises(ModelError, match="1 .* left over"):
+    with pytest.raises(ModelError, match=r"1 .* left over"):
         engine.update_weights([*zeros.items(), (name, zeros[name])])
     with pytest.raises(ModelError, match="is of another model than the one that runs"):
         engine.update_weights(save_tiny_model(tmp_path, num_layers=3))
@@ -471,7 +512,8 @@ def test_interrupts_are_held_for_whoever_handled_them_before_and_in_the_main_thr
 
 @pytest.fixture
 def async_engine(tiny_model, device):
-    engine = AsyncEngine(EngineConfig.from_settings(**({"model": tiny_model, "device": device} | TINY_SETTINGS)))
+    settings = {"model": tiny_model, "device": device, "enable_sleep_mode": True} | TINY_SETTINGS
+    engine = AsyncEngine(EngineConfig.from_settings(**settings))
     yield engine
     engine.shutdown()
 

@@ -143,14 +143,14 @@ def test_a_prompt_longer_than_a_step_is_cut_and_several_prompts_share_a_step() -
     assert [plan.kind for plan in loop.plans[:4]] == [StepKind.PREFILL] * 3 + [StepKind.DECODE]
 
 
-def test_decodes_come_first_and_prompts_fill_what_is_left_of_the_step() -> None:
+def test_every_decode_gets_its_token_and_prompts_fill_what_is_left_of_the_step() -> None:
     loop = Loop(max_tokens=16)
     loop.add("running", 3, 20)
     loop.step()
     loop.add("long", 40, 2)
     for _ in range(2):
         loop.step()
-    assert tokens_of(loop.plans[1:]) == [[1, 15], [1, 15]]
+    assert tokens_of(loop.plans[1:]) == [[15, 1], [15, 1]]
     assert loop.plans[1].kind is StepKind.MIXED
 
 
@@ -364,7 +364,7 @@ def test_a_chunk_is_cut_to_a_captured_size_where_that_saves_padding_and_only_onc
     for _ in range(3):
         loop.step()
     # 2 decodes and 36 tokens would pad 38 to 64; 30 of them make 32, the other 6 fill the next decode step to 8.
-    assert tokens_of(loop.plans[1:]) == [[1, 1, 30], [1, 1, 6], [1, 1, 1]]
+    assert tokens_of(loop.plans[1:]) == [[30, 1, 1], [6, 1, 1], [1, 1, 1]]
     loop.drain()
 
 

@@ -150,6 +150,11 @@ def test_a_bad_word_is_banned_where_it_would_be_completed(process: Process) -> N
     assert [token for token, value in enumerate(banned) if value == -torch.inf] == [0, 1, 4]
 
 
+def test_a_bad_word_longer_than_the_history_is_not_banned(process: Process) -> None:
+    words = tuple((token, 7, 0) for token in range(10))
+    assert _one(process, [0.0] * 10, history=(7,), bad_words=words) == [0.0] * 10
+
+
 def test_a_bad_word_of_full_width_and_the_last_of_all_are_seen(process: Process) -> None:
     history = tuple(range(10, 10 + line.BAD_WORD_WIDTH))
     words = tuple((30 + i % 7,) for i in range(line.MAX_BAD_WORDS - 2))

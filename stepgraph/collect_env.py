@@ -1,0 +1,175 @@
+"""What a report of a problem should say about the machine: ``stepgraph env``, or ``python -m stepgraph.collect_env``.
+
+Imports nothing but the standard library before it runs, so that it works where an installation is broken.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+from stepgraph import __version__
+
+Report = dict[str, dict[str, str]]
+"""Facts by section and name."""
+
+_PACKAGES = (
+    "torch",
+    "triton",
+    "transformers",
+    "tokenizers",
+    "safetensors",
+    "numpy",
+    "gguf",
+    "xgrammar",
+    "cuda-bindings",
+    "fastapi",
+    "uvicorn",
+)
+_CPU_FLAGS = (
+    *("avx2", "fma", "f16c", "avx512f", "avx512_vnni", "avx512_bf16", "avx512_fp16", "amx_bf16", "amx_int8"),  # x86
+    *("asimd", "asimdhp", "asimddp", "bf16", "i8mm", "sve", "sve2"),  # Arm
+)
+"""Those that decide which matrix products the CPU has."""
+_VARIABLES = ("CUDA_", "GOMP_", "KMP_", "LD_", "MKL_", "NCCL_", "NVIDIA_", "OMP_", "PYTORCH_", "TORCH", "TRITON_")
+"""Beginnings of names; with those below, none holds a secret."""
+_MORE_VARIABLES = (
+    "HF_HOME",
+    "HF_HUB_CACHE",
+    "HF_HUB_OFFLINE",
+    "TOKENIZERS_PARALLELISM",
+    "TRANSFORMERS_OFFLINE",
+    "VIRTUAL_ENV",
+)
+
+
+def collect() -> Report:
+    """Look at this process's installation and machine. Sections that do not apply are empty."""
+    return {
+        "stepgraph": _stepgraph(),
+        "packages": {name: _version(name) for name in _PACKAGES},
+        "system": _system(),
+        **_torch(),
+        "environment": {
+            name: value
+            for name, value in sorted(os.environ.items())
+            if name.startswith(_VARIABLES) or name in _MORE_VARIABLES
+        },
+    }
+
+
+def render(report: Report) -> str:
+    """The report as text to paste into an issue."""
+    width = max(len(name) for facts in report.values() for name in facts)
+    sections = (
+        "\n".join([section, *(f"  {name:<{width}}  {value}".rstrip() for name, value in facts.items())])
+        for section, facts in report.items()
+        if facts
+    )
+    return "\n\n".join(sections)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Print the report; returns 0."""
+    parser = argparse.ArgumentParser(
+        prog="python -m stepgraph.collect_env", description="Print what a report of a problem should say."
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    print_report(as_json=parser.parse_args(argv).json)
+    return 0
+
+
+def print_report(*, as_json: bool) -> None:
+    """Print `collect`'s report to stdout."""
+    report = collect()
+    print(json.dumps(report, indent=2) if as_json else render(report))
+
+
+def _stepgraph() -> dict[str, str]:
+    facts = {"version": __version__, "python": sys.version.replace("\n", " "), "executable": sys.executable}
+    root = Path(__file__).parent.parent
+    if (root / ".git").exists():
+        commit = _output("git", "-C", str(root), "rev-parse", "HEAD")
+        changed = _output("git", "-C", str(root), "status", "--porcelain")
+        facts["commit"] = (commit or "unknown") + (f", {len(changed.splitlines())} files changed" if changed else "")
+    return facts
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"
+
+
+def _system() -> dict[str, str]:
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    model, flags = _cpu()
+    facts = {
+        "platform": platform.platform(),
+        "cpu": model,
+        "cores": f"{os.cpu_count()}, {usable} usable",
+        "cpu flags": " ".join(flag for flag in _CPU_FLAGS if flag in flags) or "unknown",
+    }
+    if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
+        facts["memory"] = _gib(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+    return facts
+
+
+def _cpu() -> tuple[str, set[str]]:
+    """Model and flags of the first core."""
+    facts: dict[str, str] = {}
+    cpuinfo = Path("/proc/cpuinfo")
+    for line in cpuinfo.read_text().splitlines() if cpuinfo.exists() else ():
+        name, _, value = line.partition(":")
+        facts.setdefault(name.strip(), value.strip())
+    flags = facts.get("flags", facts.get("Features", ""))
+    return facts.get("model name") or platform.processor() or platform.machine(), set(flags.split())
+
+
+def _torch() -> Report:
+    """What torch says of itself and of the GPUs."""
+    try:
+        import torch
+    except Exception as error:  # a broken installation raises many types, and is what the report is for
+        return {"torch": {"error": f"cannot be imported: {error!r}"}, "gpus": {}}
+    facts = {
+        "cpu capability": torch.backends.cpu.get_cpu_capability(),
+        "threads": str(torch.get_num_threads()),
+        "cuda build": torch.version.cuda or "none",
+        "cuda available": str(torch.cuda.is_available()),
+    }
+    if driver := _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"):
+        facts["nvidia driver"] = driver.splitlines()[0]
+    gpus = {}
+    for index in range(torch.cuda.device_count()):
+        gpu = torch.cuda.get_device_properties(index)
+        gpus[str(index)] = (
+            f"{gpu.name}, compute capability {gpu.major}.{gpu.minor}, {gpu.multi_processor_count} multiprocessors, "
+            f"{_gib(gpu.total_memory)}"
+        )
+    return {"torch": facts, "gpus": gpus}
+
+
+def _output(*command: str) -> str | None:
+    """What a command prints; None if it is not installed or fails."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=20)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None
+
+
+def _gib(num_bytes: int) -> str:
+    return f"{num_bytes / 2**30:.1f} GiB"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

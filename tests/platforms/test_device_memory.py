@@ -1,0 +1,305 @@
+"""Memory that is given up and taken back: addresses stay, content is kept or lost as promised, and nothing leaks.
+
+`SleepableMemory` runs here on a driver that imitates CUDA's rules over host memory, and on a GPU with the real one.
+"""
+
+import ctypes
+import gc
+from types import SimpleNamespace
+
+import pytest
+import torch
+from tiny import TINY_SETTINGS, drain
+from torch import nn
+
+from stepgraph.config import EngineConfig
+from stepgraph.engine.engine import Engine
+from stepgraph.engine.sampling_params import SamplingParams
+from stepgraph.errors import ConfigError
+from stepgraph.platforms import cuda_memory
+from stepgraph.platforms.cpu import CpuPlatform
+from stepgraph.platforms.cuda_memory import SleepableMemory
+from stepgraph.platforms.torch_memory import TorchMemory
+
+MIB = 2**20
+GRANULARITY = 2 * MIB
+
+
+class ImitatedDriver:
+    """The virtual memory calls of cuda.bindings.driver; physical memory that is unmapped loses its content."""
+
+    CUresult = SimpleNamespace(CUDA_SUCCESS=0, CUDA_ERROR_OUT_OF_MEMORY=2)
+    CUmemAllocationType = SimpleNamespace(CU_MEM_ALLOCATION_TYPE_PINNED=1)
+    CUmemLocationType = SimpleNamespace(CU_MEM_LOCATION_TYPE_DEVICE=1)
+    CUmemAccess_flags = SimpleNamespace(CU_MEM_ACCESS_FLAGS_PROT_READWRITE=3)
+    CUmemAllocationGranularity_flags = SimpleNamespace(CU_MEM_ALLOC_GRANULARITY_MINIMUM=0)
+
+    def __init__(self):
+        self.budget = 64 * MIB
+        self.failing = ""
+        self.reserved: dict[int, int] = {}
+        self.handles: dict[int, int] = {}  # not released yet
+        self.mappings: dict[int, int] = {}
+        self._ranges = []
+
+    def CUmemAllocationProp(self):  # noqa: N802
+        return SimpleNamespace(type=None, location=SimpleNamespace(type=None, id=None))
+
+    def CUmemAccessDesc(self):  # noqa: N802
+        return SimpleNamespace(location=None, flags=None)
+
+    @property
+    def in_use(self) -> int:
+        return sum(self.mappings.values())
+
+    def cuMemGetAllocationGranularity(self, properties, option):  # noqa: N802
+        return 0, GRANULARITY
+
+    def cuMemAddressReserve(self, size, alignment, address, flags):  # noqa: N802
+        assert size % GRANULARITY == alignment == address == flags == 0
+        buffer = (ctypes.c_ubyte * (size + GRANULARITY))()
+        self._ranges.append(buffer)
+        start = -(-ctypes.addressof(buffer) // GRANULARITY) * GRANULARITY
+        self.reserved[start] = size
+        return 0, start
+
+    def cuMemAddressFree(self, address, size):  # noqa: N802
+        assert self.reserved.pop(address) == size
+        assert not any(address <= mapped < address + size for mapped in self.mappings)
+        return (0,)
+
+    def cuMemCreate(self, size, properties, flags):  # noqa: N802
+        assert size % GRANULARITY == flags == 0
+        if self.in_use + size > self.budget:
+            return 2, None
+        handle = 1 + max(self.handles, default=0)
+        self.handles[handle] = size
+        return 0, handle
+
+    def cuMemMap(self, address, size, offset, handle, flags):  # noqa: N802
+        assert (self.handles[handle], offset, flags) == (size, 0, 0)
+        assert any(start <= address and address + size <= start + length for start, length in self.reserved.items())
+        assert all(address + size <= start or start + length <= address for start, length in self.mappings.items())
+        self.mappings[address] = size
+        return (0,)
+
+    def cuMemSetAccess(self, address, size, descriptions, count):  # noqa: N802
+        assert self.mappings[address] == size
+        assert (len(descriptions), descriptions[0].flags, descriptions[0].location.type) == (count, 3, 1)
+        return (999 if self.failing == "access" else 0,)
+
+    def cuMemUnmap(self, address, size):  # noqa: N802
+        assert self.mappings.pop(address) == size
+        ctypes.memset(address, 0xDD, size)
+        return (0,)
+
+    def cuMemRelease(self, handle):  # noqa: N802
+        del self.handles[handle]
+        return (0,)
+
+
+@pytest.fixture
+def driver(monkeypatch) -> ImitatedDriver:
+    """SleepableMemory runs on it, on the CPU, within the test."""
+    driver = ImitatedDriver()
+    monkeypatch.setattr(cuda_memory.importlib, "import_module", {"cuda.bindings.driver": driver}.__getitem__)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (driver.budget - driver.in_use, driver.budget))
+
+    def as_tensor(span, device):
+        interface = span.__cuda_array_interface__
+        assert (interface["typestr"], interface["data"][1]) == ("|u1", False)
+        [length] = interface["shape"]
+        memory = (ctypes.c_ubyte * length).from_address(interface["data"][0])
+        memory.keeper = span
+        return torch.frombuffer(memory, dtype=torch.uint8)
+
+    monkeypatch.setattr(torch, "as_tensor", as_tensor)
+    return driver
+
+
+CPU = torch.device("cpu")
+
+
+def in_use_after_rounding(*sizes: int) -> int:
+    total = sum(-(-size // 512) * 512 for size in sizes)
+    return -(-total // GRANULARITY) * GRANULARITY
+
+
+def test_tensors_keep_their_addresses_and_lose_or_keep_their_content(driver) -> None:
+    sizes = [3 * MIB, 2 * 1000, 5 * MIB]
+    memory = SleepableMemory(sizes, CPU)
+    assert driver.in_use == 0
+    tensors = [
+        memory.zeros((3, MIB), torch.uint8),
+        memory.zeros((10, 100), torch.bfloat16),
+        memory.zeros((5 * MIB // 4,), torch.float32),
+    ]
+    assert all(not tensor.any() for tensor in tensors)
+    assert driver.in_use == in_use_after_rounding(*sizes)
+    assert [tensor.data_ptr() % 512 for tensor in tensors] == [0, 0, 0]
+    for number, tensor in enumerate(tensors, start=1):
+        tensor.fill_(number)
+    addresses = [tensor.data_ptr() for tensor in tensors]
+    for keep in (True, True, False):
+        memory.release(keep_content=keep)
+        assert driver.in_use == 0
+        memory.release(keep_content=keep)
+        memory.restore()
+        memory.restore()
+        assert driver.in_use == in_use_after_rounding(*sizes)
+        assert [tensor.data_ptr() for tensor in tensors] == addresses
+        assert [bool((t == number).all()) for number, t in enumerate(tensors, start=1)] == [keep] * 3
+    assert driver.handles == {}
+
+
+def test_kept_content_can_still_be_dropped(driver) -> None:
+    memory = SleepableMemory([100], CPU)
+    tensor = memory.zeros((100,), torch.uint8).fill_(7)
+    memory.release(keep_content=True)
+    memory.release(keep_content=False)
+    memory.restore()
+    assert (tensor == 0xDD).all()
+
+
+def test_adopted_parameters_stay_the_same_objects_with_the_same_values_and_share_as_before(driver) -> None:
+    merged, tied = torch.randn(64, 32), nn.Parameter(torch.randn(7, 5, dtype=torch.bfloat16), requires_grad=False)
+    parameters = [
+        tied,
+        nn.Parameter(merged[:16], requires_grad=False),
+        nn.Parameter(merged[16:].t(), requires_grad=False),
+        nn.Parameter(torch.empty(0), requires_grad=False),
+        nn.Parameter(tied.detach(), requires_grad=False),
+    ]
+    before = [parameter.clone() for parameter in parameters]
+    memory = SleepableMemory([parameter.untyped_storage().nbytes() for parameter in parameters], CPU)
+    memory.adopt(parameters)
+    [(start, size)] = driver.reserved.items()
+    for parameter, value in zip(parameters, before, strict=True):
+        assert isinstance(parameter, nn.Parameter)
+        assert torch.equal(parameter, value)
+        assert parameter.numel() == 0 or start <= parameter.data_ptr() < start + size
+    assert parameters[1].data_ptr() + 16 * 32 * 4 == parameters[2].data_ptr()
+    assert tied.data_ptr() == parameters[4].data_ptr()
+    assert parameters[2].stride() == (1, 32)
+    memory.release(keep_content=True)
+    memory.restore()
+    assert all(torch.equal(parameter, value) for parameter, value in zip(parameters, before, strict=True))
+
+
+def test_memory_that_others_took_is_asked_for_again_later(driver) -> None:
+    memory = SleepableMemory([4 * MIB, 4 * MIB], CPU)
+    tensors = [memory.zeros((4 * MIB,), torch.uint8).fill_(number) for number in (1, 2)]
+    memory.release(keep_content=True)
+    driver.budget = 5 * MIB
+    for _ in range(2):
+        with pytest.raises(ConfigError, match=r"4 MiB more of the device's memory are needed .* 1 MiB are free"):
+            memory.restore()
+    driver.budget = 8 * MIB
+    memory.restore()
+    assert [int(tensor.unique()) for tensor in tensors] == [1, 2]
+
+
+def test_memory_that_torch_keeps_for_later_is_used_before_giving_up(driver, monkeypatch) -> None:
+    driver.budget = 2 * MIB
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: setattr(driver, "budget", 8 * MIB))
+    memory = SleepableMemory([4 * MIB], CPU)
+    memory.zeros((4 * MIB,), torch.uint8)
+    assert driver.in_use == 4 * MIB
+
+
+def test_memory_goes_back_on_free_or_with_its_last_tensor(driver) -> None:
+    memory = SleepableMemory([100, 100], CPU)
+    tensors = [memory.zeros((100,), torch.uint8) for _ in range(2)]
+    memory.free()
+    memory.free()
+    assert driver.reserved == driver.mappings == {}
+    del memory, tensors
+
+    memory = SleepableMemory([100, 100], CPU)
+    first, second = (memory.zeros((100,), torch.uint8) for _ in range(2))
+    del memory, first
+    gc.collect()
+    assert driver.in_use == GRANULARITY
+    assert not second.any()
+    del second
+    gc.collect()
+    assert driver.reserved == driver.mappings == {}
+
+
+def test_a_driver_call_that_fails_is_named_and_leaks_nothing(driver) -> None:
+    driver.failing = "access"
+    memory = SleepableMemory([100], CPU)
+    with pytest.raises(RuntimeError, match="cuMemSetAccess failed: 999"):
+        memory.zeros((100,), torch.uint8)
+    assert driver.mappings == driver.handles == {}
+
+
+def test_sleep_mode_without_the_drivers_bindings_says_what_to_install(monkeypatch) -> None:
+    def missing(name: str):
+        raise ImportError("No module named 'cuda'")
+
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    monkeypatch.setattr(cuda_memory.importlib, "import_module", missing)
+    with pytest.raises(ConfigError, match="pip install cuda-bindings, or leave enable_sleep_mode off"):
+        SleepableMemory([1], CPU)
+
+
+def test_an_engine_in_such_memory_wakes_up_to_the_same_answers(driver, tiny_model, monkeypatch) -> None:
+    monkeypatch.setattr(CpuPlatform, "memory", lambda self, sizes, *, sleepable: SleepableMemory(sizes, CPU))
+    settings = {"model": tiny_model, "device": "cpu"} | TINY_SETTINGS
+    engine = Engine(EngineConfig.from_settings(**settings))
+    params = SamplingParams(temperature=0, max_tokens=20, ignore_eos=True)
+    expected = engine.add_request("a", [1, 2, 3], params)
+    drain(engine)
+    again = engine.add_request("b", [1, 2, 3], params)
+    for _ in range(7):
+        engine.step()
+    for level in (1, 2):
+        engine.sleep(level)
+        assert driver.in_use == 0
+        engine.wake_up()
+    engine.update_weights(tiny_model)
+    drain(engine)
+    assert again.output_token_ids == expected.output_token_ids
+    engine.shutdown()
+    assert driver.reserved == driver.mappings == {}
+
+
+def test_torchs_own_memory_is_given_up_through_its_storages() -> None:
+    memory = TorchMemory(CPU, releasable=True)
+    tensor, weight = memory.zeros((4, 100), torch.float16), torch.ones(10, 10)
+    memory.adopt([weight[:5], weight[5:]])
+    memory.release(keep_content=True)
+    assert weight.sum() == 100
+    memory.release(keep_content=False)
+    assert tensor.untyped_storage().nbytes() == weight.untyped_storage().nbytes() == 0
+    memory.restore()
+    weight.fill_(2)
+    assert weight.sum() == 200
+    assert tensor.fill_(1).sum() == 400
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="the real driver needs a GPU")
+def test_on_a_gpu_the_devices_memory_is_free_while_content_sleeps() -> None:
+    pytest.importorskip("cuda.bindings.driver", reason="needs the Python bindings of the CUDA driver")
+    device = torch.device("cuda", torch.cuda.current_device())
+    size = 512 * MIB
+    memory = SleepableMemory([size, size], device)
+    first, second = memory.zeros((size // 2,), torch.bfloat16), memory.zeros((size,), torch.uint8)
+    first.copy_(torch.arange(size // 2, device=device) % 251)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        second.add_(1)
+    torch.cuda.synchronize()
+    free = torch.cuda.mem_get_info(device)[0]
+    checksum, second_before = first.float().sum().item(), int(second[0])
+    torch.cuda.empty_cache()
+    memory.release(keep_content=True)
+    assert torch.cuda.mem_get_info(device)[0] >= free + 2 * size - 4 * MIB
+    memory.restore()
+    assert first.float().sum().item() == checksum
+    graph.replay()
+    assert (second == second_before + 1).all()
+    memory.free()

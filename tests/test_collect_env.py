@@ -1,0 +1,82 @@
+"""`stepgraph env`: what a report of a problem needs, whatever is installed, and no secrets."""
+
+import builtins
+import json
+import subprocess
+import sys
+from importlib.metadata import version
+
+import pytest
+import torch
+
+from stepgraph import __version__, cli, collect_env
+
+
+def test_the_report_names_versions_the_machine_and_the_environment(monkeypatch) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    report = collect_env.collect()
+    assert report["stepgraph"]["version"] == __version__
+    assert report["packages"]["torch"] == version("torch")
+    assert report["torch"]["cuda available"] == str(torch.cuda.is_available())
+    assert len(report["gpus"]) == torch.cuda.device_count()
+    assert report["system"]["cpu"]
+    assert report["environment"]["OMP_NUM_THREADS"] == "3"
+    assert "hf_secret" not in json.dumps(report)
+
+
+def test_a_checkout_says_its_commit_and_whether_it_was_changed(monkeypatch, tmp_path) -> None:
+    package = tmp_path / "stepgraph"
+    package.mkdir()
+    monkeypatch.setattr(collect_env, "__file__", str(package / "collect_env.py"))
+    assert "commit" not in collect_env.collect()["stepgraph"]
+
+    def git(*arguments: str) -> str:
+        names = ("-c", "user.name=a", "-c", "user.email=a@b")
+        return subprocess.run(
+            ["git", "-C", tmp_path, *names, *arguments], capture_output=True, text=True, check=True
+        ).stdout.strip()
+
+    git("init")
+    git("commit", "--allow-empty", "-m", "first")
+    commit = git("rev-parse", "HEAD")
+    assert collect_env.collect()["stepgraph"]["commit"] == commit
+    (package / "new.py").touch()
+    assert collect_env.collect()["stepgraph"]["commit"] == f"{commit}, 1 files changed"
+
+
+def test_missing_and_broken_packages_are_reported_rather_than_fatal(monkeypatch) -> None:
+    def refuse(name, *args, **kwargs):
+        if name == "torch":
+            raise OSError("libcudart.so.13: cannot open shared object file")
+        return import_(name, *args, **kwargs)
+
+    import_ = builtins.__import__
+    monkeypatch.setattr(collect_env, "_PACKAGES", ("numpy", "no-such-package"))
+    monkeypatch.delitem(sys.modules, "torch")
+    monkeypatch.setattr(builtins, "__import__", refuse)
+    monkeypatch.setenv("PATH", "")
+    report = collect_env.collect()
+    assert report["packages"] == {"numpy": version("numpy"), "no-such-package": "not installed"}
+    assert "libcudart.so.13" in report["torch"]["error"]
+    assert "libcudart.so.13" in collect_env.render(report)
+
+
+def test_text_shows_every_fact_in_columns_and_leaves_empty_sections_out() -> None:
+    text = collect_env.render(
+        {"packages": {"torch": "2.13", "numpy": "2.4"}, "gpus": {}, "system": {"cpu flags": "avx2"}}
+    )
+    assert text == "packages\n  torch      2.13\n  numpy      2.4\n\nsystem\n  cpu flags  avx2"
+
+
+@pytest.mark.parametrize("run", [lambda *flags: cli.main(["env", *flags]), lambda *flags: collect_env.main(flags)])
+def test_it_is_a_command_and_a_module(run, capsys) -> None:
+    assert run("--json") == 0
+    assert json.loads(capsys.readouterr().out).keys() == collect_env.collect().keys()
+    assert run() == 0
+    assert capsys.readouterr().out.startswith("stepgraph\n  version")
+
+
+def test_the_module_is_started_without_importing_torch_first() -> None:
+    code = "import sys, stepgraph.collect_env; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
