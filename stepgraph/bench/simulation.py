@@ -249,11 +249,21 @@ class _Slot:
     active: bool = False
 
 
+@dataclass
+class _Clock:
+    """Apart from the loop, so that a scheduler does not keep a whole trace alive."""
+
+    now: float = 0.0
+
+    def read(self) -> float:
+        return self.now
+
+
 class _Loop:
     def __init__(self, trace: Sequence[Arrival], scenario: Scenario, create_scheduler: type[Scheduler]):
         config = scenario.config
         self._trace, self._scenario = trace, scenario
-        self._now = 0.0
+        self._clock = _Clock()
         self._ladder = Ladder(config)
         self._scheduler = create_scheduler(
             config,
@@ -263,7 +273,7 @@ class _Loop:
             token_sizes=(
                 self._ladder.token_sizes if scenario.snapping else range(1, config.max_num_batched_tokens + 1)
             ),
-            clock=lambda: self._now,
+            clock=self._clock.read,
         )
         self._device = Device(config.max_num_seqs)
         self._result = Simulation()
@@ -281,21 +291,21 @@ class _Loop:
         while len(self._requests) < len(self._trace) or scheduler.has_requests or in_flight:
             self._add_arrived()
             scheduled = scheduler.schedule()
-            self._watch.after_schedule(scheduled, self._now)
+            self._watch.after_schedule(scheduled, self._clock.now)
             if scheduled is not None:
                 results, num_tokens = self._launch(scheduled)
-                device_free = max(self._now, device_free) + self._account(scheduled.plan, num_tokens)
+                device_free = max(self._clock.now, device_free) + self._account(scheduled.plan, num_tokens)
                 in_flight.append((scheduled, results, device_free))
             if in_flight and (scheduled is None or len(in_flight) > _RUN_AHEAD):
                 step, results, end = in_flight.popleft()
-                self._now = max(self._now, end)
+                self._clock.now = max(self._clock.now, end)
                 self._reconcile(step, results)
             elif scheduled is None and not self._sleep():
                 break
             if result.steps > most_steps:
                 break
         self._watch.at_the_end(self._requests, result)
-        result.seconds = self._now
+        result.seconds = self._clock.now
         result.snapped = sum(request.was_snapped for request in self._requests)
         statistics = scheduler.statistics
         result.preemptions = statistics.preemptions
@@ -303,7 +313,7 @@ class _Loop:
         return result
 
     def _add_arrived(self) -> None:
-        while len(self._requests) < len(self._trace) and self._trace[len(self._requests)].at_s <= self._now:
+        while len(self._requests) < len(self._trace) and self._trace[len(self._requests)].at_s <= self._clock.now:
             index = len(self._requests)
             arrival = self._trace[index]
             request = Request(
@@ -321,7 +331,7 @@ class _Loop:
 
     def _launch(self, scheduled: ScheduledStep) -> tuple[StepResults, int]:
         for request in scheduled.admitted:
-            self._first_slot.setdefault(request.id, self._now)
+            self._first_slot.setdefault(request.id, self._clock.now)
             self._device.admit(request, self._arrivals[request.id].answer_len)
         return self._device.run(scheduled.plan)
 
@@ -342,7 +352,7 @@ class _Loop:
     def _reconcile(self, step: ScheduledStep, results: StepResults) -> None:
         for update in self._scheduler.reconcile(step, results):
             request = update.request
-            self._first_token.setdefault(request.id, self._now)
+            self._first_token.setdefault(request.id, self._clock.now)
             if update.finish_reason is not None:
                 self._watch.after_finish(request)
                 arrival = self._arrivals[request.id]
@@ -350,7 +360,7 @@ class _Loop:
                     Served(
                         queue_s=self._first_slot[request.id] - arrival.at_s,
                         first_token_s=self._first_token[request.id] - arrival.at_s,
-                        total_s=self._now - arrival.at_s,
+                        total_s=self._clock.now - arrival.at_s,
                         alone_s=self._seconds_alone(request.prompt_len, arrival.answer_len),
                     )
                 )
@@ -370,10 +380,10 @@ class _Loop:
             times.append(self._trace[len(self._requests)].at_s)
         seconds = self._scheduler.seconds_until_work
         if seconds is not None:
-            times.append(self._now + max(seconds, _LEAST_WAIT_S))
+            times.append(self._clock.now + max(seconds, _LEAST_WAIT_S))
         if not times:
             return False
-        self._now = max(self._now, min(times))
+        self._clock.now = max(self._clock.now, min(times))
         return True
 
 

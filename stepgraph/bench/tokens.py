@@ -54,7 +54,13 @@ def add_parser(commands: Any) -> None:
     )
     parser.add_argument("--prompts", type=int, default=40, metavar="N", help="number of prompts (default: 40)")
     parser.add_argument("--tokens", type=int, default=64, metavar="N", help="tokens of each answer (default: 64)")
-    parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"], metavar="TEXT", help="float32 first")
+    parser.add_argument(
+        "--dtypes",
+        nargs="+",
+        default=["float32", "bfloat16"],
+        metavar="TEXT",
+        help="float32 first; DTYPE/fp8 keeps keys and values in FP8",
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the result as JSON")
     add_flags(parser)
     parser.set_defaults(run=run)
@@ -66,9 +72,11 @@ def run(arguments: argparse.Namespace) -> int:
     float32_tokens: list[list[int]] = []
     float32_log_probs = torch.empty(0)
     comparisons = []
-    for dtype in arguments.dtypes:
-        eager = _answer(settings | {"dtype": dtype, "graph_backend": "eager"}, arguments)
-        graphs = _answer(settings | {"dtype": dtype}, arguments)
+    for name in arguments.dtypes:
+        dtype, _, cache_dtype = name.partition("/")
+        precision = {"dtype": dtype, "kv_cache_dtype": cache_dtype or "auto"}
+        eager = _answer(settings | precision | {"graph_backend": "eager"}, arguments)
+        graphs = _answer(settings | precision, arguments)
         if not float32_tokens:
             float32_tokens, float32_log_probs = graphs.tokens, graphs.log_probs
         top = float32_log_probs.argmax(-1, keepdim=True)
@@ -80,7 +88,7 @@ def run(arguments: argparse.Namespace) -> int:
         ]
         comparisons.append(
             Comparison(
-                dtype=dtype,
+                dtype=name,
                 prompts=len(graphs.tokens),
                 tokens=sum(map(len, graphs.tokens)),
                 same_as_eager=sum(a == b for a, b in zip(graphs.tokens, eager.tokens, strict=True)),

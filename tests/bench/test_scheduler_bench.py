@@ -36,30 +36,51 @@ def test_the_scheduler_keeps_its_promises_on_random_traces(seed) -> None:
     assert len(simulation.served) == 60
 
 
-class LastComeFirstServed(Scheduler):
-    def _enqueue(self, request) -> None:
-        super()._enqueue(request)
-        self._waiting.sort(key=lambda r: -r.arrival)
+class Meddler(Scheduler):
+    """Holds requests back, as if each had to wait for the host."""
 
+    def __init__(self, *arguments, **options):
+        super().__init__(*arguments, **options)
+        self.alive, self.steps = [], 0
 
-class OneAtATime(Scheduler):
-    def _admit_waiting(self, draft) -> None:
-        if not self._running:
-            super()._admit_waiting(draft)
+    def holds_back(self, request) -> bool:
+        raise NotImplementedError
 
+    def add(self, request) -> None:
+        super().add(request)
+        self.alive.append(request)
 
-class EverySecondStep(Scheduler):
-    steps = 0
-
-    def _admit_waiting(self, draft) -> None:
+    def schedule(self):
         self.steps += 1
-        if self.steps % 2:
-            super()._admit_waiting(draft)
+        self.alive = [request for request in self.alive if request.finish_reason is None]
+        for request in self.alive:
+            request.awaits_host = self.holds_back(request)
+        scheduled = super().schedule()
+        for request in self.alive:
+            request.awaits_host = False
+        return scheduled
 
 
-class DecodesStall(Scheduler):
-    def _can_decode(self, request) -> bool:
-        return super()._can_decode(request) and (request.arrival % 2 == 0 or self.num_running < 3)
+class LastComeFirstServed(Meddler):
+    def holds_back(self, request) -> bool:
+        return request.slot is None and request is not max(
+            (other for other in self.alive if other.slot is None), key=lambda other: other.arrival
+        )
+
+
+class OneAtATime(Meddler):
+    def holds_back(self, request) -> bool:
+        return request.slot is None and self.num_running > 0
+
+
+class EverySecondStep(Meddler):
+    def holds_back(self, request) -> bool:
+        return request.slot is None and self.steps % 2 == 0
+
+
+class DecodesStall(Meddler):
+    def holds_back(self, request) -> bool:
+        return request.slot is not None and request.arrival % 2 == 0 and self.num_running > 2
 
 
 class Forgetful(Scheduler):
@@ -69,11 +90,10 @@ class Forgetful(Scheduler):
             self.abort(request.id)
 
 
-class NeverFreesAll(Scheduler):
-    def _leave_slot(self, request) -> None:
-        if request.arrival == 50:
-            request.blocks.pop()
-        super()._leave_slot(request)
+class KeepsABlock(Scheduler):
+    @property
+    def num_free_blocks(self) -> int:
+        return super().num_free_blocks - 1
 
 
 @pytest.mark.parametrize(
@@ -84,7 +104,7 @@ class NeverFreesAll(Scheduler):
         (EverySecondStep, "waits though it could run"),
         (DecodesStall, "left out of a step"),
         (Forgetful, "never got its whole answer"),
-        (NeverFreesAll, "held by nobody"),
+        (KeepsABlock, "held by nobody"),
     ],
 )
 def test_a_scheduler_that_breaks_a_promise_is_caught(create_scheduler, complaint) -> None:
@@ -96,9 +116,10 @@ def test_a_scheduler_that_breaks_a_promise_is_caught(create_scheduler, complaint
 
 
 def test_priorities_may_overtake_as_often_as_the_bound_and_no_more() -> None:
-    class WithoutBound(Scheduler):
-        def _count_overtaken(self, admitted) -> None:
-            pass
+    class WithoutBound(Meddler):
+        def holds_back(self, request) -> bool:
+            request.overtaken = 0
+            return False
 
     scenario = Scenario(SchedulerConfig(max_num_seqs=2))
     urgent = [Arrival(0.0, [1] * 4, 2, 2, priority=0) for _ in range(400)]
@@ -111,13 +132,8 @@ def test_priorities_may_overtake_as_often_as_the_bound_and_no_more() -> None:
 
 def test_gathering_has_a_bound_and_longer_gathering_is_caught() -> None:
     class Patient(Scheduler):
-        def _open_gate(self) -> None:
-            if self._clock() > 1:
-                super()._open_gate()
-
-        @property
-        def seconds_until_work(self):
-            return None if super().seconds_until_work is None else 0.1
+        def __init__(self, config, **options):
+            super().__init__(replace(config, prefill_gather_ms=1000.0), **options)
 
     limits = SchedulerConfig(insertion_policy="gather", prefill_gather_size=3, prefill_gather_ms=20.0)
     trace = [Arrival(at_s, [1], 60, 60, priority=0) for at_s in (0.0, 0.018, 0.03, 0.04)]

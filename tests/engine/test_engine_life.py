@@ -165,6 +165,19 @@ def test_sleep_gives_memory_up_and_wake_up_goes_on_with_the_same_graphs(
     assert not engine.is_sleeping
 
 
+def test_nothing_is_delivered_of_a_request_after_its_abort(create_engine) -> None:
+    engine = create_engine(enable_sleep_mode=True)
+    engine.platform.run_ahead = 1
+    request = engine.add_request("a", [1, 2, 3], GREEDY)
+    steps(engine, 5)
+    engine.sleep()
+    assert engine.has_work
+    engine.abort("a")
+    engine.wake_up()
+    assert engine.step() == []
+    assert request.finish_reason is FinishReason.ABORT
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="on CUDA, memory is given up below torch's storages")
 def test_a_light_sleep_can_become_a_deep_one_and_a_deep_one_not_a_light_one(
     create_engine, tiny_model, expected
