@@ -60,6 +60,7 @@ class LLM:
         *,
         use_tqdm: bool = True,
         priority: int | Sequence[int] = 0,
+        adapter: str | Sequence[str | None] | None = None,
     ) -> list[RequestOutput]:
         """Answer prompts, all at once; returns when the last is done.
 
@@ -69,6 +70,7 @@ class LLM:
             sampling_params: for all prompts, or one for each; default `SamplingParams()`.
             use_tqdm: show a progress bar on stderr.
             priority: for all prompts, or one for each; lower runs first.
+            adapter: folder of a LoRA adapter for all prompts, or one or None for each; needs ``enable_lora=True``.
 
         Returns:
             One `RequestOutput` per prompt, in order; a request that failed by itself has finish_reason "error".
@@ -83,7 +85,8 @@ class LLM:
         )
         several: Sequence[Any] = [prompts] if one else prompts  # type: ignore[assignment]  # not one prompt: several
         params = _one_each("sampling_params", SamplingParams(), sampling_params, len(several))
-        sessions = self._start(several, params, _one_each("priority", 0, priority, len(several)))
+        priorities = _one_each("priority", 0, priority, len(several))
+        sessions = self._start(several, params, priorities, _one_each("adapter", None, adapter, len(several)))
         owners = {request.id: session for session in sessions for request in session.requests}
         num_running = len(sessions)
         try:
@@ -109,6 +112,7 @@ class LLM:
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
         use_tqdm: bool = True,
+        adapter: str | Sequence[str | None] | None = None,
     ) -> list[RequestOutput]:
         """Answer one conversation, or several, through the model's chat template. See `generate`.
 
@@ -117,15 +121,18 @@ class LLM:
         one = bool(messages) and not isinstance(messages[0], Sequence)
         conversations: Sequence[Any] = [messages] if one else messages
         prompts = [render_chat(conversation, self.tokenizer) for conversation in conversations]
-        return self.generate(prompts, sampling_params or SamplingParams(max_tokens=None), use_tqdm=use_tqdm)
+        params = sampling_params or SamplingParams(max_tokens=None)
+        return self.generate(prompts, params, use_tqdm=use_tqdm, adapter=adapter)
 
-    def stream(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> Iterator[RequestOutput]:
+    def stream(
+        self, prompt: Prompt, sampling_params: SamplingParams | None = None, *, adapter: str | None = None
+    ) -> Iterator[RequestOutput]:
         """Answer one prompt, token by token; each output holds the answer so far.
 
         Leaving the iterator early aborts the request. Other calls may run between two outputs: the engine then works on
         all of their requests.
         """
-        [session] = self._start([prompt], [sampling_params or SamplingParams()], [0])
+        [session] = self._start([prompt], [sampling_params or SamplingParams()], [0], [adapter])
         try:
             while not session.finished:
                 output = session.poll()
@@ -137,11 +144,11 @@ class LLM:
             session.abort()
 
     def stream_chat(
-        self, messages: Sequence[Message], sampling_params: SamplingParams | None = None
+        self, messages: Sequence[Message], sampling_params: SamplingParams | None = None, *, adapter: str | None = None
     ) -> Iterator[RequestOutput]:
         """Answer one conversation, token by token. See `stream`."""
         prompt = render_chat(messages, self.tokenizer)
-        return self.stream(prompt, sampling_params or SamplingParams(max_tokens=None))
+        return self.stream(prompt, sampling_params or SamplingParams(max_tokens=None), adapter=adapter)
 
     def sleep(self, level: int = 1) -> None:
         """Give memory of the device back until `wake_up`. See `Engine.sleep`."""
@@ -169,14 +176,20 @@ class LLM:
         self.shutdown()
 
     def _start(
-        self, prompts: Sequence[Prompt], params: Sequence[SamplingParams], priorities: Sequence[int]
+        self,
+        prompts: Sequence[Prompt],
+        params: Sequence[SamplingParams],
+        priorities: Sequence[int],
+        adapters: Sequence[str | None],
     ) -> list[Session]:
         """Queue all requests, or none."""
         tokenized = [tokenize(prompt, self.tokenizer) for prompt in prompts]
         sessions: list[Session] = []
         try:
-            for prompt, p, priority in zip(tokenized, params, priorities, strict=True):
-                sessions.append(Session.start(self.engine, next(self._ids), prompt, p, priority=priority))
+            for prompt, p, priority, adapter in zip(tokenized, params, priorities, adapters, strict=True):
+                sessions.append(
+                    Session.start(self.engine, next(self._ids), prompt, p, priority=priority, adapter=adapter)
+                )
         except BaseException:
             _abort(sessions)
             raise
@@ -202,7 +215,7 @@ def _one_each(what: str, default: T, values: T | Sequence[T] | None, count: int)
     """`values`, or one value `count` times."""
     if values is None:
         values = default
-    if not isinstance(values, Sequence):
+    if not isinstance(values, Sequence) or isinstance(values, str):
         return [values] * count
     if len(values) != count:
         raise RequestError(f"{len(values)} {what} for {count} prompts; give one for all or one for each")

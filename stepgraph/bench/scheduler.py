@@ -243,17 +243,19 @@ def _cases(arguments: argparse.Namespace, config: SchedulerConfig) -> tuple[list
     ]
     below = [load for load in arguments.loads if load < 1]
     base = Case("steady", arguments.lengths[0], max(below or arguments.loads), config=config, **common)
+    small = replace(config, max_num_batched_tokens=max(config.max_num_seqs, config.max_num_batched_tokens // 16))
     variations = [
         base,
         replace(base, name="bursts of 32", burst=32),
         replace(base, name="3 priorities", num_priorities=3),
         replace(base, name="512 shared tokens", prefix_len=512),
         replace(base, name="little KV memory", scarce_memory=True),
-        replace(base, name="4 partial prompts", config=replace(config, max_num_partial_prefills=4)),
+        replace(base, name="small steps", config=small),
+        replace(base, name="small, 4 partial", config=replace(small, max_num_partial_prefills=4)),
         replace(
             base,
-            name="4 partial, 1 long",
-            config=replace(config, max_num_partial_prefills=4, long_prefill_token_threshold=512),
+            name="small, 4 partial, 1 long",
+            config=replace(small, max_num_partial_prefills=4, long_prefill_token_threshold=512),
         ),
     ]
     return loads, variations

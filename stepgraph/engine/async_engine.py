@@ -70,6 +70,7 @@ class AsyncEngine:
         *,
         request_id: str | None = None,
         priority: int = 0,
+        adapter: str | None = None,
     ) -> AsyncIterator[RequestOutput]:
         """Answer one prompt, token by token; each output holds the answers so far. Leaving early aborts the request.
 
@@ -78,6 +79,7 @@ class AsyncEngine:
             sampling_params: default `SamplingParams()`.
             request_id: names the request in its outputs and for `abort`; default: a new one.
             priority: lower runs first.
+            adapter: folder of a LoRA adapter; needs ``enable_lora=True``.
 
         Raises:
             RequestError: the prompt or a parameter is unusable.
@@ -100,7 +102,9 @@ class AsyncEngine:
                     raise EngineDeadError(f"the engine stopped: {self._failure}") from self._failure
                 if call_id in self._calls:
                     raise RequestError(f"request id {call_id!r} is in use; give each request its own")
-                session = Session.start(self.engine, call_id, tokenized, params, priority=priority, abort=end)
+                session = Session.start(
+                    self.engine, call_id, tokenized, params, priority=priority, adapter=adapter, abort=end
+                )
                 self._calls[call_id] = _Call(listen, {request.id for request in session.requests})
                 self._owners.update((request.id, call_id) for request in session.requests)
                 _resolve(loop, started, session)

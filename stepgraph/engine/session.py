@@ -60,6 +60,7 @@ class Session:
         params: SamplingParams,
         *,
         priority: int = 0,
+        adapter: str | None = None,
         abort: Abort | None = None,
     ) -> Session:
         """Queue `params.n` requests for one prompt, or none. For the engine's thread.
@@ -76,7 +77,12 @@ class Session:
             for request_id, one in _requests_of(id, params):
                 requests.append(
                     engine.add_request(
-                        request_id, prompt.token_ids, one, priority=priority, cache_salt=prompt.cache_salt
+                        request_id,
+                        prompt.token_ids,
+                        one,
+                        priority=priority,
+                        cache_salt=prompt.cache_salt,
+                        adapter=adapter,
                     )
                 )
         except BaseException:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
 import torch
@@ -16,8 +16,8 @@ from stepgraph.models.language_model import LanguageModel, LanguageModelConfig
 from stepgraph.models.source import ModelSource
 from stepgraph.models.transformers_model import TransformersConfig, TransformersModel
 
-Update = Sequence[tuple[Target, CheckpointTensor]]
-"""Where each tensor goes; names and shapes are checked, values are not read."""
+Update = Iterable[tuple[Target, CheckpointTensor]]
+"""Where each tensor goes; names and shapes are checked, values are not read yet."""
 
 
 class TensorInMemory(CheckpointTensor):
@@ -72,7 +72,9 @@ def write(update: Update) -> None:
         target.copy_(tensor.load(target.dtype, target.device))
 
 
-def match_tensors(targets: dict[str, Target], tensors: Iterable[CheckpointTensor], description: str) -> Update:
+def match_tensors(
+    targets: Mapping[str, Target], tensors: Iterable[CheckpointTensor], description: str
+) -> list[tuple[Target, CheckpointTensor]]:
     """Find the target of each tensor.
 
     Args:
@@ -93,13 +95,13 @@ def match_tensors(targets: dict[str, Target], tensors: Iterable[CheckpointTensor
             left_over.append(tensor.name)
     if missing or left_over:
         raise ModelError(
-            f"The checkpoint ({description}) does not fit the model: {_some(list(missing))} missing, {_some(left_over)} "
-            "left over; it must hold every tensor of the model, each once."
+            f"The checkpoint ({description}) does not fit the model, which needs each of its tensors once: "
+            f"{_some(list(missing))} missing, {_some(left_over)} left over."
         )
     for target, tensor in matches:
         if tensor.shape != tuple(target.shape):
             raise ModelError(
-                f"{tensor.name} has shape {list(tensor.shape)} in the checkpoint ({description}), and the model has "
+                f"{tensor.name} has shape {list(tensor.shape)} in the checkpoint ({description}), and in the model "
                 f"{list(target.shape)}; config and weights are not of one model."
             )
     return matches

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny import drain
 
-from stepgraph import SamplingParams
+from stepgraph import LLM, SamplingParams
 from stepgraph.errors import RequestError
 
 SHAPES = {"q_proj": (64, 32), "v_proj": (32, 32), "o_proj": (32, 64), "gate_proj": (64, 32), "down_proj": (32, 64)}
@@ -134,3 +134,16 @@ def test_with_deterministic_mode_adapters_give_the_same_tokens_at_any_temperatur
     chosen = [None, *adapters, adapters[0], None]
     expected = answers(create_lora_engine(deterministic=True), chosen, params)
     assert answers(create_lora_engine(deterministic=True, **settings), chosen, params) == expected
+
+
+def test_each_prompt_of_a_call_may_name_its_adapter(adapters, tiny_model, device):
+    prompts = [PROMPTS[0]] * 3
+    with LLM(
+        tiny_model, device=device, progress=False, enable_lora=True, max_lora_rank=4, num_kv_blocks=100, dtype="float32"
+    ) as llm:
+        mixed = llm.generate(prompts, GREEDY, adapter=[None, *adapters[:2]], use_tqdm=False)
+        [alone] = llm.generate([PROMPTS[0]], GREEDY, adapter=adapters[0], use_tqdm=False)
+        *_, streamed = llm.stream(PROMPTS[0], GREEDY, adapter=adapters[1])
+    assert len({output.outputs[0].token_ids for output in mixed}) == 3
+    assert mixed[1].outputs[0].token_ids == alone.outputs[0].token_ids
+    assert mixed[2].outputs[0].token_ids == streamed.outputs[0].token_ids
