@@ -272,9 +272,9 @@ def test_a_stream_of_several_answers_left_early_ends_them_all(llm) -> None:
 def test_priorities_and_cache_salts_reach_the_engine(llm, monkeypatch) -> None:
     add_request, seen = llm.engine.add_request, []
 
-    def add(*args, priority, cache_salt):
+    def add(*args, priority, cache_salt, **options):
         seen.append((priority, cache_salt))
-        return add_request(*args, priority=priority, cache_salt=cache_salt)
+        return add_request(*args, priority=priority, cache_salt=cache_salt, **options)
 
     monkeypatch.setattr(llm.engine, "add_request", add)
     prompts = [{"prompt": "a", "cache_salt": "me"}, {"prompt_token_ids": [1]}, "b"]
