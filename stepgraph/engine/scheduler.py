@@ -38,6 +38,9 @@ MAX_OVERTAKEN = 256
 WATERMARK = 0.01
 """Share of the KV blocks that a new request leaves free for those that run, which would otherwise soon preempt it."""
 
+SNAP_SAVING = 1 / 16
+"""Share of two steps' tokens that cutting a chunk to a captured size must save: it costs its prompt one step."""
+
 _POLL_S = 0.001
 """How soon to look again for a request whose grammar is being compiled."""
 
@@ -153,6 +156,7 @@ class Scheduler:
         self._num_arrived = 0
         self._last_arrival = 0.0  # seconds
         self._gathered = 0  # requests that arrived up to this number may enter
+        self._num_gathering = 0  # waiting requests beyond it
         self._prefilled_last = False
 
     @property
@@ -214,6 +218,7 @@ class Scheduler:
         self._num_arrived += 1
         request.arrival = self._num_arrived
         self._last_arrival = self._clock()
+        self._num_gathering += 1
         self._requests[request.id] = request
         self._enqueue(request)
 
@@ -251,24 +256,24 @@ class Scheduler:
         """Take in the results of a step; rows of requests that have left their slot since it was planned are dropped."""
         updates = []
         by_slot, block_size = self._by_slot, self._block_size
+        no_token, running, failed = slot_line.NO_TOKEN, slot_line.RUNNING, slot_line.FINISHED_ERROR
         for index, (slot, generation, token, finish) in enumerate(results.rows):
             request = by_slot.get(slot)
             if request is None or request.generation != generation:
                 continue
-            if finish == slot_line.FINISHED_ERROR:
+            if finish == failed:
                 request.error = "no token could be sampled: every logit was NaN or ruled out"
                 updates.append(self._finish(request, FinishReason.ERROR, ()))
-            elif token != slot_line.NO_TOKEN:
+            elif token != no_token:
                 num_computed = request.num_known
                 request.output_token_ids.append(token)
-                if request.sampling.num_logprobs:
-                    assert results.logprobs is not None
+                if results.logprobs is not None and request.sampling.num_logprobs:
                     request.output_logprobs.append(
                         _read_logprobs(token, results.logprobs[index], request.sampling.num_logprobs)
                     )
                 if num_computed % block_size == 0:
                     self._publish(request, num_computed)
-                if finish == slot_line.RUNNING:
+                if finish == running:
                     updates.append(RequestUpdate(request, (token,), None))
                 else:
                     reason = _FINISH_REASONS[finish]
@@ -299,7 +304,7 @@ class Scheduler:
         """Rows of the requests that hold slots, highest rank first, so that whoever must be preempted has no row yet."""
         decodes_left = sum(map(_can_decode, self._running)) if decodes else 0
         prefills_left = sum(map(_is_prefilling, self._running))
-        newcomers = min(self._config.max_num_partial_prefills - prefills_left, len(self._waiting))
+        newcomers = min(self._config.max_num_partial_prefills - prefills_left, self._num_admissible(prefills_left))
         index = 0
         while index < len(self._running):
             request = self._running[index]
@@ -316,6 +321,8 @@ class Scheduler:
 
     def _admit_waiting(self, draft: _Draft) -> None:
         """Give waiting requests slots and chunks of their prompts, highest rank first, while both and blocks are there."""
+        if not self._free_slots:
+            return
         limits = self._config
         num_partial = sum(_is_prefilling(request) for request in self._running)
         num_long = sum(_is_prefilling(request) and self._is_long(request) for request in self._running)
@@ -325,7 +332,7 @@ class Scheduler:
             if not self._may_enter(request):
                 continue
             if _is_overdue(self._waiting[0]) and request is not self._waiting[0]:
-                return
+                continue
             if self._is_long(request) and num_long >= limits.max_long_partial_prefills:
                 continue
             self._publish_pending(draft)
@@ -354,7 +361,7 @@ class Scheduler:
                 self._extend(chunk, min(request.prefill_len - request.planned, draft.budget, room), draft)
 
     def _snap(self, draft: _Draft) -> None:
-        """Cut the last prompt's chunk so that the step ends at a captured size, where that lowers padding.
+        """Cut the last prompt's chunk so that the step ends at a captured size, where that saves enough padding.
 
         What is cut off runs in the next step, which decodes anyway. That costs the prompt one step, so it happens to a
         prompt once at most, and only if it would be complete: a prompt that fills the budget has no padding.
@@ -369,7 +376,7 @@ class Scheduler:
         next_decodes = len(draft.decodes) + sum(not _is_prefilling(other.request) for other in draft.chunks)
         whole = self._round_up(num_tokens) + self._round_up(next_decodes)
         snapped = self._token_sizes[down] + self._round_up(next_decodes - 1 + cut)
-        if snapped < whole:
+        if whole - snapped >= whole * SNAP_SAVING:
             request = chunk.request
             request.was_snapped = True
             request.planned -= cut
@@ -460,6 +467,15 @@ class Scheduler:
         request.blocks.append(block)
         return True
 
+    def _num_admissible(self, num_prefilling: int) -> int:
+        """Waiting requests that the limit on long prompts lets in, as far as a step's shares need to know."""
+        if not num_prefilling or not self._config.long_prefill_token_threshold:
+            return len(self._waiting)
+        num_long = sum(_is_prefilling(request) and self._is_long(request) for request in self._running)
+        room = self._config.max_long_partial_prefills - num_long
+        longs = sum(map(self._is_long, self._waiting))
+        return len(self._waiting) - longs + min(longs, max(0, room))
+
     def _is_long(self, request: Request) -> bool:
         return 0 < self._config.long_prefill_token_threshold < request.prompt_len
 
@@ -483,11 +499,10 @@ class Scheduler:
         """Let those that wait enter, if the insertion policy says that it is time."""
         config = self._config
         if config.insertion_policy == "gather":
-            gathering = sum(request.arrival > self._gathered for request in self._waiting)
             waited = self._clock() - self._last_arrival
-            if gathering < config.prefill_gather_size and waited < config.prefill_gather_ms / 1e3:
+            if self._num_gathering < config.prefill_gather_size and waited < config.prefill_gather_ms / 1e3:
                 return
-        self._gathered = self._num_arrived
+        self._gathered, self._num_gathering = self._num_arrived, 0
 
     def _admit(self, request: Request, hits: list[int], draft: _Draft) -> None:
         """Give a request a slot, and the cached blocks of its prefix."""
@@ -531,6 +546,7 @@ class Scheduler:
         del self._requests[request.id]
         if request.slot is None:
             self._dequeue(request)
+            self._num_gathering -= request.arrival > self._gathered
         else:
             self._leave_slot(request)
         return RequestUpdate(request, tokens, reason)

@@ -145,7 +145,11 @@ class _FakeBuffers(TorchDispatchMode):
         if id(tensor) not in self._fakes:
             mode = detect_fake_mode()
             assert mode is not None
-            self._fakes[id(tensor)] = (tensor, mode.from_tensor(tensor, static_shapes=True))
+            fake = mode.from_tensor(tensor, static_shapes=True)
+            self._fakes[id(tensor)] = (tensor, fake)
+            if fake._base is not None:  # a view: the trace makes it from its base
+                assert tensor._base is not None
+                self._fakes[id(tensor._base)] = (tensor._base, fake._base)
         return self._fakes[id(tensor)][1]
 
 
@@ -176,8 +180,6 @@ def _lift_buffers(module: fx.GraphModule, fakes: _FakeBuffers) -> tuple[Tensor, 
             buffers[id(tensor)] = (tensor, last)
         node.replace_all_uses_with(buffers[id(tensor)][1])
         module.graph.erase_node(node)
-    assert not any(isinstance(tensor, FakeTensor) for tensor, _ in buffers.values()), (
-        "a buffer is a view made in the trace"
-    )
+    assert not any(isinstance(tensor, FakeTensor) for tensor, _ in buffers.values())
     module.recompile()
     return tuple(tensor for tensor, _ in buffers.values())

@@ -43,14 +43,17 @@ class StepShape:
 
 
 def token_sizes(max_tokens: int) -> Iterator[int]:
-    """Token counts to capture: four per doubling from 32 up, where padding stays below a fifth; `max_tokens` last.
+    """Token counts to capture: four per doubling from 32 up, where padding stays below a fifth, and two below; `max_tokens`
+    last.
 
-    Smaller steps cost about the same whatever their size, so powers of two, and 24, do.
+    Small steps cost about the same whatever their size, but at light load most steps are small: with powers of two alone,
+    15 % of all tokens computed on ShareGPT's lengths were padding.
     """
     size = 1
     while size < max_tokens:
         yield size
-        size += size if size < 16 else max(8, 1 << (size.bit_length() - 3))
+        doubling = 1 << (size.bit_length() - 1)
+        size += max(1, doubling // (2 if size < 32 else 4))
     yield max_tokens
 
 

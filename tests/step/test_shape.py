@@ -29,8 +29,9 @@ def test_shapes_order_by_tokens_and_print_as_tokens_by_rows() -> None:
     assert str(StepShape(160, 8)) == "160x8"
 
 
-def test_token_sizes_are_powers_of_two_up_to_16_and_then_four_to_a_doubling() -> None:
-    assert list(token_sizes(160)) == [1, 2, 4, 8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 160]
+def test_token_sizes_are_two_to_a_doubling_up_to_32_and_then_four() -> None:
+    sizes = [1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 160]
+    assert list(token_sizes(160)) == sizes
     assert list(token_sizes(100))[-2:] == [96, 100]
     assert list(token_sizes(1)) == [1]
 

@@ -1,11 +1,20 @@
 """Triton kernels of `sample`: a first pass over all of the logits at once, then one program per row.
 
-The first kernel cuts every row into chunks, so that even one row keeps the whole chip busy, and leaves each chunk's
-best entry. The second takes the best of those. Only for rows with `min_p`, `top_k` or `top_p` does it return to the
-logits: for the last two it searches the value of the last entry to keep by counting and weighing the entries above several
-candidates per pass, which needs no sort and no memory, then draws from those kept.
+The first kernel cuts every row into chunks, so that even one row keeps the whole chip busy, and leaves each chunk's best
+entry. The second takes the best of those. Of a row with `min_p`, `top_k` or `top_p` the first kernel leaves instead, for
+every segment of some 64 entries, the largest logit and the largest noisy one. They tell the second kernel which segments
+matter, so that it reads no others:
 
-Shapes: R rows, V vocabulary entries, N chunks of a row, B entries of a block, W candidates per pass.
+- The k-th largest of the segments' maxima has k entries at or above it. Segments whose maximum is lower hold none of
+  the k largest, which are searched among the few entries left.
+- The token is the arg-max of the noisy logits kept. Segments are opened from the highest noisy maximum, kept or not,
+  down to the best kept entry found. Some 1 / (share of the mass that is kept) are enough.
+- `top_p` keeps an entry if those above it weigh less than its share: this needs no sort, and is asked of the token drawn only.
+  If it is not kept, then nothing at or below it is, and the draw is repeated among those above; what is drawn in the end
+  is the arg-max of the entries kept.
+
+Shapes: R rows, V vocabulary entries, N chunks of a row, B entries of a block, S entries of a segment, M segments of a row,
+T segments of a tile, C candidates of the k largest.
 """
 
 import torch
@@ -17,6 +26,12 @@ from stepgraph.ops import slot_line as line
 
 CHUNK = 4096
 """Entries per program of the first kernel."""
+MAX_SEGMENTS = 4096
+"""Segments of a row that the second kernel holds in registers."""
+MIN_SEGMENT = 16
+"""Entries of a segment, at least."""
+CANDIDATES = 4096
+"""Candidates of the k largest entries that the second kernel holds in registers."""
 
 _NULL_SLOT = tl.constexpr(line.NULL_SLOT)
 _LINE_WIDTH = tl.constexpr(line.LINE_WIDTH)
@@ -29,8 +44,10 @@ _SEED_LOW = tl.constexpr(line.SEED_LOW)
 _SEED_HIGH = tl.constexpr(line.SEED_HIGH)
 _NO_TOKEN = tl.constexpr(line.NO_TOKEN)
 
-_BLOCK = tl.constexpr(2048)  # entries per iteration of the second kernel
-_WAYS = tl.constexpr(8)  # candidates per pass: 3 bits of the threshold
+_TILE = tl.constexpr(8192)  # entries that are counted or weighed at once
+_DRAW_TILE = tl.constexpr(2048)  # entries whose noise is drawn at once
+_DRAW_SPAN = tl.constexpr(3.0)  # segments within this of the highest noisy logit are opened at once: e³ or so
+_CANDIDATES = tl.constexpr(CANDIDATES)
 KEY_OUTSIDE = tl.constexpr(-(2**31))  # below the key of any float
 _KEY_LOWEST = tl.constexpr(-0x7F800001)  # `float_key(-inf)`
 
@@ -47,33 +64,48 @@ def _settings(line_ptr, V: tl.constexpr):
 
 
 @triton.jit
-def _scaled(logits_ptr, start, temperature, V: tl.constexpr, BLOCK: tl.constexpr):
-    """Block of logits / temperature (raw if 0) as float32, -inf for NaN and beyond V."""
-    entry_B = start + tl.arange(0, BLOCK)
-    x_B = tl.load(logits_ptr + entry_B, mask=entry_B < V, other=-float("inf")).to(tl.float32)
-    x_B = tl.where(x_B == x_B, x_B, -float("inf"))
-    return tl.div_rn(x_B, tl.where(temperature > 0, temperature, 1.0))
+def _scaled(logits_ptr, entry, temperature, V: tl.constexpr):
+    """Logits / temperature (raw if 0) of some entries as float32, -inf for NaN and beyond V."""
+    x = tl.load(logits_ptr + entry, mask=entry < V, other=-float("inf")).to(tl.float32)
+    x = tl.where(x == x, x, -float("inf"))
+    return tl.div_rn(x, tl.where(temperature > 0, temperature, 1.0))
 
 
 @triton.jit
-def _gumbel(line_ptr, start, BLOCK: tl.constexpr):
-    """Noise of the entries from `start`, a multiple of 4, on. One Philox counter serves four neighbours."""
+def _gumbel(line_ptr, group):
+    """Noise of the entries 4·group … 4·group + 3, side by side: [..., G] int32 to [..., 4·G] float32."""
     low = tl.load(line_ptr + _SEED_LOW).to(tl.uint32, bitcast=True).to(tl.uint64)
     high = tl.load(line_ptr + _SEED_HIGH).to(tl.uint32, bitcast=True).to(tl.uint64)
-    group = start // 4 + tl.arange(0, BLOCK // 4)
     position = tl.zeros_like(group) + tl.load(line_ptr + _LENGTH)
     zero = tl.zeros_like(group)
     w0, w1, w2, w3 = tl.philox(low | (high << 32), group, position, zero, zero)
-    bits_B = tl.interleave(tl.interleave(w0, w2), tl.interleave(w1, w3))
-    uniform_B = ((bits_B >> 9).to(tl.int32).to(tl.float32) + 0.5) * (2.0**-23)
-    return -tl.log(-tl.log(uniform_B))
+    bits = tl.interleave(tl.interleave(w0, w2), tl.interleave(w1, w3))
+    uniform = ((bits >> 9).to(tl.int32).to(tl.float32) + 0.5) * (2.0**-23)
+    return -tl.log(-tl.log(uniform))
+
+
+@triton.jit
+def _mass(x, peak):
+    """exp(x - peak), also where both are the same infinity."""
+    return tl.where(x == peak, 1.0, tl.exp(x - peak))
 
 
 @triton.jit
 def _chunks_kernel(
-    logits_ptr, row_slot_ptr, lines_ptr, value_ptr, token_ptr, V: tl.constexpr, N: tl.constexpr, BLOCK: tl.constexpr
+    logits_ptr,
+    row_slot_ptr,
+    lines_ptr,
+    value_ptr,
+    token_ptr,
+    mass_ptr,
+    highest_ptr,
+    noisiest_ptr,
+    V: tl.constexpr,
+    N: tl.constexpr,
+    BLOCK: tl.constexpr,
+    SEGMENT: tl.constexpr,
 ):
-    """Best entry of one chunk: of the noisy logits, or of the plain ones where the row is greedy or still to filter."""
+    """Best entry of one chunk, of the noisy logits where the row draws from all; else what `_draw_filtered` needs of it."""
     row = tl.program_id(0)
     chunk = tl.program_id(1)
     slot = tl.load(row_slot_ptr + row)
@@ -81,12 +113,21 @@ def _chunks_kernel(
         line_ptr = lines_ptr + slot * _LINE_WIDTH
         temperature, _, _, _, filtered = _settings(line_ptr, V)
         start = chunk * BLOCK
-        score_B = _scaled(logits_ptr + row.to(tl.int64) * V, start, temperature, V, BLOCK)
-        if (temperature > 0) & (filtered == 0):
-            score_B += _gumbel(line_ptr, start, BLOCK)
-        value, index = tl.max(score_B, 0, return_indices=True)
-        tl.store(value_ptr + row * N + chunk, value)
-        tl.store(token_ptr + row * N + chunk, start + index)
+        x_B = _scaled(logits_ptr + row.to(tl.int64) * V, start + tl.arange(0, BLOCK), temperature, V)
+        score_B = x_B
+        if temperature > 0:
+            score_B += _gumbel(line_ptr, start // 4 + tl.arange(0, BLOCK // 4))
+        if filtered:
+            peak = tl.max(x_B, 0)
+            tl.store(value_ptr + row * N + chunk, peak)
+            tl.store(mass_ptr + row * N + chunk, tl.sum(_mass(x_B, peak), 0))
+            segment_T = (row * N + chunk) * (BLOCK // SEGMENT) + tl.arange(0, BLOCK // SEGMENT)
+            tl.store(highest_ptr + segment_T, tl.max(tl.reshape(x_B, [BLOCK // SEGMENT, SEGMENT]), 1))
+            tl.store(noisiest_ptr + segment_T, tl.max(tl.reshape(score_B, [BLOCK // SEGMENT, SEGMENT]), 1))
+        else:
+            value, index = tl.max(score_B, 0, return_indices=True)
+            tl.store(value_ptr + row * N + chunk, value)
+            tl.store(token_ptr + row * N + chunk, start + index)
 
 
 @triton.jit
@@ -97,67 +138,204 @@ def float_key(x_B):
 
 
 @triton.jit
-def _block_keys(logits_ptr, start, temperature, V: tl.constexpr):
-    x_B = _scaled(logits_ptr, start, temperature, V, _BLOCK)
-    return x_B, tl.where(start + tl.arange(0, _BLOCK) < V, float_key(x_B), KEY_OUTSIDE)
+def _middle(low, high):
+    """Half of low + high, rounded down, without overflow: `low` where no key lies between."""
+    return (low & high) + ((low ^ high) >> 1)
 
 
 @triton.jit
-def _search(logits_ptr, temperature, peak, low, need_count, need_mass, V: tl.constexpr):
-    """Highest key with at least `need_count` entries, and a share `need_mass` of the mass above `low`, at or above it.
+def _kth_largest(key_B, low, high, k):
+    """Highest key with at least `k` of `key_B` at or above it, from `low` to below `high`; `low` if there is none.
 
-    Stops early at a lower key that keeps the same entries.
+    Stops early at a lower key with the same `k` above.
     """
-    low = low.to(tl.int64)
-    high = float_key(peak).to(tl.int64) + 1
-    count_low = V
-    count_high = 0
-    total = 0.0
-    while (high - low > 1) & (count_low > need_count) & (count_low - count_high > 1):
-        step = (high - low + _WAYS - 1) // _WAYS
-        candidate_W = tl.minimum(low + step * tl.arange(0, _WAYS), high)
-        count_WB = tl.zeros([_WAYS, _BLOCK], tl.int32)
-        mass_WB = tl.zeros([_WAYS, _BLOCK], tl.float32)
-        for start in range(0, V, _BLOCK):
-            x_B, key_B = _block_keys(logits_ptr, start, temperature, V)
-            mass_B = tl.where(x_B == peak, 1.0, tl.exp(x_B - peak))
-            above_WB = key_B[None, :] >= candidate_W.to(tl.int32)[:, None]
-            count_WB += above_WB.to(tl.int32)
-            mass_WB += tl.where(above_WB, mass_B[None, :], 0.0)
-        count_W = tl.sum(count_WB, 1)
-        mass_W = tl.sum(mass_WB, 1)
-        total = tl.maximum(total, tl.max(mass_W, 0))
-        enough_W = (count_W >= need_count) & (mass_W >= need_mass * total) & (candidate_W < high)
-        enough_W |= candidate_W == low  # known from the passes before, however the sums are rounded
-        count_low = tl.min(tl.where(enough_W, count_W, count_low), 0)
-        count_high = tl.max(tl.where(enough_W, count_high, count_W), 0)
-        num_enough = tl.sum(enough_W.to(tl.int32), 0)
-        high = tl.minimum(low + step * num_enough, high)
-        low += step * (num_enough - 1)
-    return low.to(tl.int32)
+    middle = _middle(low, high)
+    while middle > low:
+        count = tl.sum((key_B >= middle).to(tl.int32), 0)
+        low = tl.where(count >= k, middle, low)
+        high = tl.where(count < k, middle, tl.where(count == k, middle + 1, high))
+        middle = _middle(low, high)
+    return low
 
 
 @triton.jit
-def _draw_filtered(logits_ptr, line_ptr, peak, V: tl.constexpr):
-    """Token of a row with `min_p`, `top_k` or `top_p`; `peak` is its largest logit / temperature, above -inf."""
-    temperature, min_p, top_k, top_p, _ = _settings(line_ptr, V)
-    threshold = tl.full((), _KEY_LOWEST, tl.int32)
-    if min_p > 0:
-        threshold = float_key(peak + tl.log(min_p))
-    if top_k > 0:
-        threshold = _search(logits_ptr, temperature, peak, threshold, top_k, 0.0, V)
-    if top_p < 1:
-        threshold = _search(logits_ptr, temperature, peak, threshold, 1, top_p, V)
+def _list_segments(list_ptr, chosen_M):
+    """Write the numbers of the segments chosen, in order, where all threads may read them. Returns how many."""
+    chosen_M = chosen_M.to(tl.int32)
+    tl.debug_barrier()  # what was listed before has been read
+    tl.store(list_ptr + tl.cumsum(chosen_M, 0) - 1, tl.arange(0, chosen_M.shape[0]), mask=chosen_M > 0)
+    tl.debug_barrier()
+    return tl.sum(chosen_M, 0)
+
+
+@triton.jit
+def _listed(list_ptr, start, num_listed, V: tl.constexpr, T: tl.constexpr, SEGMENT: tl.constexpr):
+    """First entries of `T` listed segments, [T] int32; beyond the vocabulary where the list has ended."""
+    index_T = start + tl.arange(0, T)
+    BEYOND: tl.constexpr = (V + SEGMENT - 1) // SEGMENT
+    return tl.load(list_ptr + index_T, mask=index_T < num_listed, other=BEYOND) * SEGMENT
+
+
+@triton.jit
+def _listed_keys(logits_ptr, list_ptr, start, num_listed, temperature, V: tl.constexpr, SEGMENT: tl.constexpr):
+    """Scaled logits and keys of a tile of listed segments, [T, S]."""
+    first_T = _listed(list_ptr, start, num_listed, V, _TILE // SEGMENT, SEGMENT)
+    entry_TS = first_T[:, None] + tl.arange(0, SEGMENT)[None, :]
+    x_TS = _scaled(logits_ptr, entry_TS, temperature, V)
+    return x_TS, tl.where(entry_TS < V, float_key(x_TS), KEY_OUTSIDE)
+
+
+@triton.jit
+def _collect(logits_ptr, list_ptr, candidate_ptr, highest_M, low, temperature, V: tl.constexpr, SEGMENT: tl.constexpr):
+    """Write the keys from `low` up as candidates, as many as fit. Returns how many there are."""
+    num_listed = _list_segments(list_ptr, highest_M >= low)
+    count = 0
+    for start in range(0, num_listed, _TILE // SEGMENT):
+        _, key_TS = _listed_keys(logits_ptr, list_ptr, start, num_listed, temperature, V, SEGMENT)
+        key_B = tl.reshape(key_TS, [_TILE])
+        above_B = (key_B >= low).to(tl.int32)
+        index_B = count + tl.cumsum(above_B, 0) - 1
+        tl.store(candidate_ptr + index_B, key_B, mask=(above_B > 0) & (index_B < _CANDIDATES))
+        count += tl.sum(above_B, 0)
+    tl.debug_barrier()
+    return count
+
+
+@triton.jit
+def _top_k_key(
+    logits_ptr,
+    list_ptr,
+    candidate_ptr,
+    highest_M,
+    low,
+    high,
+    top_k,
+    temperature,
+    V: tl.constexpr,
+    M: tl.constexpr,
+    SEGMENT: tl.constexpr,
+):
+    """Highest key with at least `top_k` entries at or above it, or a lower one that keeps the same; at least `low`."""
+    if top_k <= M:
+        least = tl.min(tl.where(highest_M == KEY_OUTSIDE, high, highest_M), 0)
+        low = tl.maximum(low, _kth_largest(highest_M, least, high, top_k))
+    count = _collect(logits_ptr, list_ptr, candidate_ptr, highest_M, low, temperature, V, SEGMENT)
+    middle = _middle(low, high)
+    while (count > tl.maximum(top_k, _CANDIDATES)) & (middle > low):
+        above = _collect(logits_ptr, list_ptr, candidate_ptr, highest_M, middle, temperature, V, SEGMENT)
+        high = tl.where(above < top_k, middle, high)
+        low = tl.where(above < top_k, low, middle)
+        count = tl.where(above < top_k, count, above)
+        middle = _middle(low, high)
+    if (count > top_k) & (count <= _CANDIDATES):
+        candidate_C = tl.arange(0, _CANDIDATES)
+        key_C = tl.load(candidate_ptr + candidate_C, mask=candidate_C < count, other=KEY_OUTSIDE)
+        low = _kth_largest(key_C, low, high, top_k)
+    return low
+
+
+@triton.jit
+def _weigh(logits_ptr, list_ptr, highest_M, low, peak, temperature, V: tl.constexpr, SEGMENT: tl.constexpr):
+    """Mass of the entries whose keys are `low` or higher, in units of the largest one's."""
+    num_listed = _list_segments(list_ptr, highest_M >= low)
+    mass_TS = tl.zeros([_TILE // SEGMENT, SEGMENT], tl.float32)
+    for start in tl.range(0, num_listed, _TILE // SEGMENT):
+        x_TS, key_TS = _listed_keys(logits_ptr, list_ptr, start, num_listed, temperature, V, SEGMENT)
+        mass_TS += tl.where(key_TS >= low, _mass(x_TS, peak), 0.0)
+    return tl.sum(mass_TS)
+
+
+@triton.jit
+def _draw(
+    logits_ptr,
+    line_ptr,
+    list_ptr,
+    highest_M,
+    noisiest_M,
+    low,
+    temperature,
+    V: tl.constexpr,
+    SEGMENT: tl.constexpr,
+):
+    """Arg-max of the noisy logits over the entries whose keys are `low` or higher; the lowest index of a tie."""
+    T: tl.constexpr = _DRAW_TILE // SEGMENT
+    unopened_M = tl.where(highest_M >= low, noisiest_M, -float("inf"))
+    bound = tl.max(unopened_M, 0)
     best = -float("inf")
-    token = 0
-    for start in range(0, V, _BLOCK):
-        x_B, key_B = _block_keys(logits_ptr, start, temperature, V)
-        keep_B = key_B >= threshold
-        if tl.max(keep_B.to(tl.int32), 0) > 0:  # noise costs more than this check, and most blocks keep nothing
-            score_B = tl.where(keep_B, x_B + _gumbel(line_ptr, start, _BLOCK), -float("inf"))
-            value, index = tl.max(score_B, 0, return_indices=True)
-            token = tl.where(value > best, start + index, token)
+    token = V
+    while bound >= best:
+        opened_M = unopened_M >= bound - _DRAW_SPAN
+        num_listed = _list_segments(list_ptr, opened_M)
+        for start in range(0, num_listed, T):
+            first_T = _listed(list_ptr, start, num_listed, V, T, SEGMENT)
+            entry_TS = first_T[:, None] + tl.arange(0, SEGMENT)[None, :]
+            x_TS = _scaled(logits_ptr, entry_TS, temperature, V)
+            noise_TS = _gumbel(line_ptr, first_T[:, None] // 4 + tl.arange(0, SEGMENT // 4)[None, :])
+            score_TS = tl.where(float_key(x_TS) >= low, x_TS + noise_TS, -float("inf"))
+            value = tl.max(score_TS)
+            first = tl.min(tl.where(score_TS == value, entry_TS, V))
+            token = tl.where(value > best, first, tl.where(value == best, tl.minimum(first, token), token))
             best = tl.maximum(value, best)
+        unopened_M = tl.where(opened_M, -float("inf"), unopened_M)
+        bound = tl.max(unopened_M, 0)
+    return token
+
+
+@triton.jit
+def _draw_filtered(
+    logits_ptr,
+    line_ptr,
+    highest_ptr,
+    noisiest_ptr,
+    list_ptr,
+    candidate_ptr,
+    peak,
+    total,
+    V: tl.constexpr,
+    M: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    SEGMENT: tl.constexpr,
+):
+    """Token of a row with `min_p`, `top_k` or `top_p`.
+
+    `peak` is its largest logit / temperature, above -inf; `total` the mass of all entries in units of the largest one's.
+    """
+    temperature, min_p, top_k, top_p, _ = _settings(line_ptr, V)
+    segment_M = tl.arange(0, BLOCK_M)
+    highest_M = tl.load(highest_ptr + segment_M, mask=segment_M < M, other=-float("inf"))
+    highest_M = tl.where(segment_M < M, float_key(highest_M), KEY_OUTSIDE)
+    noisiest_M = tl.load(noisiest_ptr + segment_M, mask=segment_M < M, other=-float("inf"))
+    peak_key = float_key(peak)
+    low = tl.full((), _KEY_LOWEST, tl.int32)
+    if min_p > 0:
+        low = float_key(peak + tl.log(min_p))
+    if top_k > 0:
+        low = _top_k_key(
+            logits_ptr,
+            list_ptr,
+            candidate_ptr,
+            highest_M,
+            low,
+            peak_key + 1,
+            top_k,
+            temperature,
+            V,
+            M,
+            SEGMENT,
+        )
+    if top_p < 1:
+        if low > _KEY_LOWEST:
+            total = _weigh(logits_ptr, list_ptr, highest_M, low, peak, temperature, V, SEGMENT)
+        if top_p * total <= 1:  # the largest alone is enough
+            low = peak_key
+    token = tl.full((), 0, tl.int32)
+    while low <= peak_key:
+        token = _draw(logits_ptr, line_ptr, list_ptr, highest_M, noisiest_M, low, temperature, V, SEGMENT)
+        low = peak_key + 1  # ends the search, unless entries above the token are enough without it
+        above = float_key(_scaled(logits_ptr, token, temperature, V)) + 1
+        if (top_p < 1) & (above <= peak_key):
+            mass = _weigh(logits_ptr, list_ptr, highest_M, above, peak, temperature, V, SEGMENT)
+            low = tl.where(mass >= top_p * total, above, low)
     return token
 
 
@@ -168,10 +346,18 @@ def _rows_kernel(
     lines_ptr,
     value_ptr,
     token_ptr,
+    mass_ptr,
+    highest_ptr,
+    noisiest_ptr,
+    list_ptr,
+    candidate_ptr,
     out_ptr,
     V: tl.constexpr,
     N: tl.constexpr,
+    M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    SEGMENT: tl.constexpr,
 ):
     """Best of the chunks' entries, or a draw from those kept."""
     row = tl.program_id(0)
@@ -185,7 +371,21 @@ def _rows_kernel(
         value, chunk = tl.max(value_N, 0, return_indices=True)
         if value > -float("inf"):
             if filtered:
-                token = _draw_filtered(logits_ptr + row.to(tl.int64) * V, line_ptr, value, V)
+                mass_N = tl.load(mass_ptr + row * N + chunk_N, mask=chunk_N < N, other=0.0)
+                token = _draw_filtered(
+                    logits_ptr + row.to(tl.int64) * V,
+                    line_ptr,
+                    highest_ptr + row * M,
+                    noisiest_ptr + row * M,
+                    list_ptr + row * M,
+                    candidate_ptr + row * _CANDIDATES,
+                    value,
+                    tl.sum(mass_N * _mass(value_N, value), 0),
+                    V,
+                    M,
+                    BLOCK_M,
+                    SEGMENT,
+                )
             else:
                 token = tl.load(token_ptr + row * N + chunk)
     tl.store(out_ptr + row, token)
@@ -195,11 +395,28 @@ def sample(logits: Tensor, row_slot: Tensor, lines: Tensor) -> Tensor:
     """See `stepgraph.ops.sample.sample`."""
     num_rows, vocab_size = logits.shape
     num_chunks = triton.cdiv(vocab_size, CHUNK)
-    value_RN = logits.new_empty(num_rows, num_chunks, dtype=torch.float32)
+    segment = max(MIN_SEGMENT, triton.next_power_of_2(triton.cdiv(vocab_size, MAX_SEGMENTS)))
+    num_segments = num_chunks * CHUNK // segment
+    value_RN, mass_RN = logits.new_empty(2, num_rows, num_chunks, dtype=torch.float32)
     token_RN = logits.new_empty(num_rows, num_chunks, dtype=torch.int32)
+    highest_RM, noisiest_RM = logits.new_empty(2, num_rows, num_segments, dtype=torch.float32)
+    list_RM = logits.new_empty(num_rows, num_segments, dtype=torch.int32)
+    candidate_RC = logits.new_empty(num_rows, CANDIDATES, dtype=torch.int32)
     out_R = logits.new_empty(num_rows, dtype=torch.int32)
     _chunks_kernel[(num_rows, num_chunks)](
-        logits, row_slot, lines, value_RN, token_RN, V=vocab_size, N=num_chunks, BLOCK=CHUNK, num_warps=8
+        logits,
+        row_slot,
+        lines,
+        value_RN,
+        token_RN,
+        mass_RN,
+        highest_RM,
+        noisiest_RM,
+        V=vocab_size,
+        N=num_chunks,
+        BLOCK=CHUNK,
+        SEGMENT=segment,
+        num_warps=8,
     )
     _rows_kernel[(num_rows,)](
         logits,
@@ -207,10 +424,18 @@ def sample(logits: Tensor, row_slot: Tensor, lines: Tensor) -> Tensor:
         lines,
         value_RN,
         token_RN,
+        mass_RN,
+        highest_RM,
+        noisiest_RM,
+        list_RM,
+        candidate_RC,
         out_R,
         V=vocab_size,
         N=num_chunks,
+        M=num_segments,
         BLOCK_N=max(16, triton.next_power_of_2(num_chunks)),
+        BLOCK_M=triton.next_power_of_2(num_segments),
+        SEGMENT=segment,
         num_warps=16,
     )
     return out_R
