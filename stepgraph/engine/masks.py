@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -12,11 +13,13 @@ import numpy.typing as npt
 
 from stepgraph.engine.guidance import CompiledGuide, GuidanceCompiler, Guide, require_xgrammar
 from stepgraph.engine.request import Request
-from stepgraph.errors import ConfigError, RequestError
+from stepgraph.errors import StepgraphError
 from stepgraph.ops import slot_line
 
 if TYPE_CHECKING:
     from stepgraph.engine.sampling_params import StructuredOutputs
+
+logger = logging.getLogger(__name__)
 
 _COMPILERS = 2
 """Threads that compile grammars, so that one slow grammar holds up neither the steps nor every other grammar."""
@@ -61,8 +64,10 @@ class TokenMasks:
             future = self._compiling.pop(request)
             try:
                 request.guide = Guide(future.result())
-            except (RequestError, ConfigError) as error:
-                request.error = str(error)
+            except Exception as error:
+                if not isinstance(error, StepgraphError):
+                    logger.exception("a grammar failed to compile")
+                request.error = str(error) or repr(error)
                 failed.append(request)
             request.awaits_host = False
         return failed

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 import torch
 from tqdm import tqdm
 
-from stepgraph.errors import ConfigError, ModelError
+from stepgraph.errors import ConfigError
 from stepgraph.layers.norm import RMSNorm
-from stepgraph.models.checkpoint import CheckpointTensor
 from stepgraph.models.config import DecoderConfig
 from stepgraph.models.decoder import Decoder
 from stepgraph.models.language_model import LanguageModel
 from stepgraph.models.registry import ARCHITECTURES
 from stepgraph.models.source import ModelSource
 from stepgraph.models.transformers_model import TransformersConfig, TransformersModel
+from stepgraph.models.update import match_tensors, write
 
 
 def load_model(
@@ -61,46 +59,11 @@ def load_model(
     if load_format == "dummy":
         _fill_randomly(model, device)
     else:
-        tensors = list(source.tensors())  # handles: nothing is read yet, and the bar knows its length
-        bar = tqdm(tensors, f"Loading {source.name}", unit=" tensors", disable=not progress, leave=False)
-        _fill(model, bar, source.description)
+        update = match_tensors(model.checkpoint_tensors(), source.tensors(), source.description)
+        write(tqdm(update, f"Loading {source.name}", unit=" tensors", disable=not progress, leave=False))
     if deterministic:
         model.make_deterministic()
     return model.eval()
-
-
-def _fill(model: Decoder, tensors: Iterable[CheckpointTensor], description: str) -> None:
-    missing = model.checkpoint_tensors()
-    left_over = []
-    for tensor in tensors:
-        target = missing.pop(tensor.name, None)
-        if target is None:
-            if not _is_redundant(tensor.name, model):
-                left_over.append(tensor.name)
-            continue
-        if tensor.shape != tuple(target.shape):
-            raise ModelError(
-                f"{tensor.name} has shape {list(tensor.shape)} in the checkpoint ({description}), but the model's "
-                f"config says {list(target.shape)}; config and weights are not of one model."
-            )
-        target.copy_(tensor.load(target.dtype, target.device))
-    if missing or left_over:
-        raise ModelError(
-            f"The checkpoint ({description}) does not fit the {model.config.architecture} that its config describes: "
-            f"{_some(list(missing))} missing, {_some(left_over)} left over."
-        )
-
-
-def _is_redundant(name: str, model: Decoder) -> bool:
-    """Whether older checkpoints store a tensor that follows from others."""
-    return name.endswith("rotary_emb.inv_freq") or (name == "lm_head.weight" and model.config.tie_word_embeddings)
-
-
-def _some(names: list[str]) -> str:
-    if not names:
-        return "none"
-    shown = ", ".join(names[:3]) + (", …" if len(names) > 3 else "")
-    return f"{len(names)} ({shown})"
 
 
 def _fill_randomly(model: Decoder, device: torch.device) -> None:

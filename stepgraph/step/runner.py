@@ -76,7 +76,7 @@ class StepRunner:
         self.model = model
         self._multiprocessors = platform.multiprocessors
         self._adapters = adapters
-        self._deterministic = config.model.deterministic
+        self.deterministic = config.model.deterministic
         scheduler, graph = config.scheduler, config.graph
         backend = create_backend(
             platform.default_graph_backend if graph.graph_backend == "auto" else graph.graph_backend
@@ -196,7 +196,7 @@ class StepRunner:
             config.num_heads,
             config.num_kv_heads,
             self._multiprocessors,
-            deterministic=self._deterministic,
+            deterministic=self.deterministic,
         )
         return StepProgram(self.model, self.state, self.kv_caches, self._buffers, shape, geometry, self._adapters)
 

@@ -303,7 +303,7 @@ def test_priority_and_cache_salt_reach_the_engine(engine, monkeypatch) -> None:
 
     monkeypatch.setattr(engine.engine, "add_request", add)
     run(collect(engine, {"prompt_token_ids": PROMPTS[1], "cache_salt": "me"}, priority=-3))
-    assert seen == [{"priority": -3, "cache_salt": "me"}]
+    assert seen == [{"priority": -3, "cache_salt": "me", "adapter": None}]
 
 
 def test_work_that_becomes_due_later_is_waited_for_and_a_new_request_is_not_kept_waiting(engine, monkeypatch) -> None:

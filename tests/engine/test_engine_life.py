@@ -270,7 +270,6 @@ def test_requests_go_on_with_new_weights_in_the_same_graphs(create_engine, other
     engine, other = create_engine(model_impl=model_impl), create_engine(model=other_model, model_impl=model_impl)
     request = engine.add_request("a", [1, 2, 3], GREEDY)
     steps(engine, 9)
-    before = list(request.output_token_ids)
     captured = graphs(engine)
     forms = {
         "folder": other_model,
@@ -278,6 +277,7 @@ def test_requests_go_on_with_new_weights_in_the_same_graphs(create_engine, other
         "tensors": load_file(f"{other_model}/model.safetensors").items(),
     }
     engine.update_weights(forms[form])
+    before = list(request.output_token_ids)  # those of steps that were in flight included
     again = engine.add_request("b", [1, 2, 3], GREEDY)  # finds no prefix that old weights computed
     drain(engine)
 

@@ -64,11 +64,10 @@ def _settings(line_ptr, V: tl.constexpr):
 
 
 @triton.jit
-def _scaled(logits_ptr, entry, temperature, V: tl.constexpr):
-    """Logits / temperature (raw if 0) of some entries as float32, -inf for NaN and beyond V."""
+def _logits(logits_ptr, entry, V: tl.constexpr):
+    """Some entries of a row as float32, -inf for NaN and beyond V."""
     x = tl.load(logits_ptr + entry, mask=entry < V, other=-float("inf")).to(tl.float32)
-    x = tl.where(x == x, x, -float("inf"))
-    return tl.div_rn(x, tl.where(temperature > 0, temperature, 1.0))
+    return tl.where(x == x, x, -float("inf"))
 
 
 @triton.jit
@@ -85,9 +84,9 @@ def _gumbel(line_ptr, group):
 
 
 @triton.jit
-def _mass(x, peak):
-    """exp(x - peak), also where both are the same infinity."""
-    return tl.where(x == peak, 1.0, tl.exp(x - peak))
+def _mass(x, peak, temperature):
+    """exp((x - peak) / temperature), also where both are the same infinity."""
+    return tl.where(x == peak, 1.0, tl.exp2((x - peak) * (1.4426950408889634 / temperature)))
 
 
 @triton.jit
@@ -113,14 +112,14 @@ def _chunks_kernel(
         line_ptr = lines_ptr + slot * _LINE_WIDTH
         temperature, _, _, _, filtered = _settings(line_ptr, V)
         start = chunk * BLOCK
-        x_B = _scaled(logits_ptr + row.to(tl.int64) * V, start + tl.arange(0, BLOCK), temperature, V)
+        x_B = _logits(logits_ptr + row.to(tl.int64) * V, start + tl.arange(0, BLOCK), V)
         score_B = x_B
         if temperature > 0:
-            score_B += _gumbel(line_ptr, start // 4 + tl.arange(0, BLOCK // 4))
+            score_B = tl.div_rn(x_B, temperature) + _gumbel(line_ptr, start // 4 + tl.arange(0, BLOCK // 4))
         if filtered:
             peak = tl.max(x_B, 0)
             tl.store(value_ptr + row * N + chunk, peak)
-            tl.store(mass_ptr + row * N + chunk, tl.sum(_mass(x_B, peak), 0))
+            tl.store(mass_ptr + row * N + chunk, tl.sum(_mass(x_B, peak, temperature), 0))
             segment_T = (row * N + chunk) * (BLOCK // SEGMENT) + tl.arange(0, BLOCK // SEGMENT)
             tl.store(highest_ptr + segment_T, tl.max(tl.reshape(x_B, [BLOCK // SEGMENT, SEGMENT]), 1))
             tl.store(noisiest_ptr + segment_T, tl.max(tl.reshape(score_B, [BLOCK // SEGMENT, SEGMENT]), 1))
@@ -135,6 +134,12 @@ def float_key(x_B):
     """int32 in the order of the floats; both zeros alike. The lowest, of -inf, is above KEY_OUTSIDE."""
     bits_B = tl.where(x_B == 0, 0.0, x_B).to(tl.int32, bitcast=True)
     return bits_B ^ ((bits_B >> 31) & 0x7FFFFFFF)
+
+
+@triton.jit
+def _key_float(key):
+    """The float of a key."""
+    return (key ^ ((key >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
 
 
 @triton.jit
@@ -159,6 +164,22 @@ def _kth_largest(key_B, low, high, k):
 
 
 @triton.jit
+def _logit_key(scaled_key, high, temperature):
+    """Lowest key of a logit that divided by the temperature has at least the key given, as the logit of key `high` has.
+
+    Several logits can give the same quotient, which is what the definition compares.
+    """
+    low = tl.full((), _KEY_LOWEST - 1, tl.int32)
+    middle = _middle(low, high)
+    while middle > low:
+        enough = float_key(tl.div_rn(_key_float(middle), temperature)) >= scaled_key
+        high = tl.where(enough, middle, high)
+        low = tl.where(enough, low, middle)
+        middle = _middle(low, high)
+    return high
+
+
+@triton.jit
 def _list_segments(list_ptr, chosen_M):
     """Write the numbers of the segments chosen, in order, where all threads may read them. Returns how many."""
     chosen_M = chosen_M.to(tl.int32)
@@ -177,25 +198,22 @@ def _listed(list_ptr, start, num_listed, V: tl.constexpr, T: tl.constexpr, SEGME
 
 
 @triton.jit
-def _listed_keys(logits_ptr, list_ptr, start, num_listed, temperature, V: tl.constexpr, SEGMENT: tl.constexpr):
-    """Scaled logits and keys of a tile of listed segments, [T, S]."""
+def _listed_logits(logits_ptr, list_ptr, start, num_listed, V: tl.constexpr, SEGMENT: tl.constexpr):
+    """Logits of a tile of listed segments, [T, S], -inf where the list has ended."""
     first_T = _listed(list_ptr, start, num_listed, V, _TILE // SEGMENT, SEGMENT)
-    entry_TS = first_T[:, None] + tl.arange(0, SEGMENT)[None, :]
-    x_TS = _scaled(logits_ptr, entry_TS, temperature, V)
-    return x_TS, tl.where(entry_TS < V, float_key(x_TS), KEY_OUTSIDE)
+    return _logits(logits_ptr, first_T[:, None] + tl.arange(0, SEGMENT)[None, :], V)
 
 
 @triton.jit
-def _collect(logits_ptr, list_ptr, candidate_ptr, highest_M, low, temperature, V: tl.constexpr, SEGMENT: tl.constexpr):
-    """Write the keys from `low` up as candidates, as many as fit. Returns how many there are."""
+def _collect(logits_ptr, list_ptr, candidate_ptr, highest_M, low, V: tl.constexpr, SEGMENT: tl.constexpr):
+    """Write the logits from `low` up as candidates, as many as fit. Returns how many there are."""
     num_listed = _list_segments(list_ptr, highest_M >= low)
     count = 0
     for start in range(0, num_listed, _TILE // SEGMENT):
-        _, key_TS = _listed_keys(logits_ptr, list_ptr, start, num_listed, temperature, V, SEGMENT)
-        key_B = tl.reshape(key_TS, [_TILE])
-        above_B = (key_B >= low).to(tl.int32)
+        x_B = tl.reshape(_listed_logits(logits_ptr, list_ptr, start, num_listed, V, SEGMENT), [_TILE])
+        above_B = (x_B >= low).to(tl.int32)
         index_B = count + tl.cumsum(above_B, 0) - 1
-        tl.store(candidate_ptr + index_B, key_B, mask=(above_B > 0) & (index_B < _CANDIDATES))
+        tl.store(candidate_ptr + index_B, x_B, mask=(above_B > 0) & (index_B < _CANDIDATES))
         count += tl.sum(above_B, 0)
     tl.debug_barrier()
     return count
@@ -207,41 +225,44 @@ def _top_k_key(
     list_ptr,
     candidate_ptr,
     highest_M,
-    low,
-    high,
+    peak_key,
     top_k,
-    temperature,
     V: tl.constexpr,
     M: tl.constexpr,
     SEGMENT: tl.constexpr,
 ):
-    """Highest key with at least `top_k` entries at or above it, or a lower one that keeps the same; at least `low`."""
+    """Key of the `top_k`-th largest logit."""
+    low = tl.full((), _KEY_LOWEST, tl.int32)
+    high = peak_key + 1
     if top_k <= M:
-        least = tl.min(tl.where(highest_M == KEY_OUTSIDE, high, highest_M), 0)
-        low = tl.maximum(low, _kth_largest(highest_M, least, high, top_k))
-    count = _collect(logits_ptr, list_ptr, candidate_ptr, highest_M, low, temperature, V, SEGMENT)
+        key_M = float_key(highest_M)
+        least = tl.min(tl.where(tl.arange(0, highest_M.shape[0]) < M, key_M, high), 0)
+        low = _kth_largest(key_M, least, high, top_k)
+    count = _collect(logits_ptr, list_ptr, candidate_ptr, highest_M, _key_float(low), V, SEGMENT)
     middle = _middle(low, high)
-    while (count > tl.maximum(top_k, _CANDIDATES)) & (middle > low):
-        above = _collect(logits_ptr, list_ptr, candidate_ptr, highest_M, middle, temperature, V, SEGMENT)
+    while (count > _CANDIDATES) & (middle > low):
+        above = _collect(logits_ptr, list_ptr, candidate_ptr, highest_M, _key_float(middle), V, SEGMENT)
         high = tl.where(above < top_k, middle, high)
         low = tl.where(above < top_k, low, middle)
         count = tl.where(above < top_k, count, above)
         middle = _middle(low, high)
-    if (count > top_k) & (count <= _CANDIDATES):
+    if count <= _CANDIDATES:
         candidate_C = tl.arange(0, _CANDIDATES)
-        key_C = tl.load(candidate_ptr + candidate_C, mask=candidate_C < count, other=KEY_OUTSIDE)
+        x_C = tl.load(candidate_ptr + candidate_C, mask=candidate_C < count, other=-float("inf"))
+        key_C = float_key(x_C)
         low = _kth_largest(key_C, low, high, top_k)
+        low = tl.min(tl.where(key_C >= low, key_C, peak_key), 0)
     return low
 
 
 @triton.jit
 def _weigh(logits_ptr, list_ptr, highest_M, low, peak, temperature, V: tl.constexpr, SEGMENT: tl.constexpr):
-    """Mass of the entries whose keys are `low` or higher, in units of the largest one's."""
+    """Mass of the logits from `low` up, in units of the largest one's."""
     num_listed = _list_segments(list_ptr, highest_M >= low)
     mass_TS = tl.zeros([_TILE // SEGMENT, SEGMENT], tl.float32)
-    for start in tl.range(0, num_listed, _TILE // SEGMENT):
-        x_TS, key_TS = _listed_keys(logits_ptr, list_ptr, start, num_listed, temperature, V, SEGMENT)
-        mass_TS += tl.where(key_TS >= low, _mass(x_TS, peak), 0.0)
+    for start in range(0, num_listed, _TILE // SEGMENT):
+        x_TS = _listed_logits(logits_ptr, list_ptr, start, num_listed, V, SEGMENT)
+        mass_TS += tl.where(x_TS >= low, _mass(x_TS, peak, temperature), 0.0)
     return tl.sum(mass_TS)
 
 
@@ -257,7 +278,7 @@ def _draw(
     V: tl.constexpr,
     SEGMENT: tl.constexpr,
 ):
-    """Arg-max of the noisy logits over the entries whose keys are `low` or higher; the lowest index of a tie."""
+    """Arg-max, over the logits from `low` up, of the noisy ones; the lowest index of a tie."""
     T: tl.constexpr = _DRAW_TILE // SEGMENT
     unopened_M = tl.where(highest_M >= low, noisiest_M, -float("inf"))
     bound = tl.max(unopened_M, 0)
@@ -269,9 +290,9 @@ def _draw(
         for start in range(0, num_listed, T):
             first_T = _listed(list_ptr, start, num_listed, V, T, SEGMENT)
             entry_TS = first_T[:, None] + tl.arange(0, SEGMENT)[None, :]
-            x_TS = _scaled(logits_ptr, entry_TS, temperature, V)
+            x_TS = _logits(logits_ptr, entry_TS, V)
             noise_TS = _gumbel(line_ptr, first_T[:, None] // 4 + tl.arange(0, SEGMENT // 4)[None, :])
-            score_TS = tl.where(float_key(x_TS) >= low, x_TS + noise_TS, -float("inf"))
+            score_TS = tl.where(x_TS >= low, tl.div_rn(x_TS, temperature) + noise_TS, -float("inf"))
             value = tl.max(score_TS)
             first = tl.min(tl.where(score_TS == value, entry_TS, V))
             token = tl.where(value > best, first, tl.where(value == best, tl.minimum(first, token), token))
@@ -298,43 +319,35 @@ def _draw_filtered(
 ):
     """Token of a row with `min_p`, `top_k` or `top_p`.
 
-    `peak` is its largest logit / temperature, above -inf; `total` the mass of all entries in units of the largest one's.
+    `peak` is its largest logit, above -inf; `total` the mass of all entries in units of the largest one's.
     """
     temperature, min_p, top_k, top_p, _ = _settings(line_ptr, V)
     segment_M = tl.arange(0, BLOCK_M)
     highest_M = tl.load(highest_ptr + segment_M, mask=segment_M < M, other=-float("inf"))
-    highest_M = tl.where(segment_M < M, float_key(highest_M), KEY_OUTSIDE)
     noisiest_M = tl.load(noisiest_ptr + segment_M, mask=segment_M < M, other=-float("inf"))
     peak_key = float_key(peak)
-    low = tl.full((), _KEY_LOWEST, tl.int32)
+    scaled_peak = tl.div_rn(peak, temperature)
+    scaled_low = tl.full((), _KEY_LOWEST, tl.int32)
     if min_p > 0:
-        low = float_key(peak + tl.log(min_p))
+        scaled_low = float_key(scaled_peak + tl.log(min_p))
     if top_k > 0:
-        low = _top_k_key(
-            logits_ptr,
-            list_ptr,
-            candidate_ptr,
-            highest_M,
-            low,
-            peak_key + 1,
-            top_k,
-            temperature,
-            V,
-            M,
-            SEGMENT,
-        )
+        kth = _top_k_key(logits_ptr, list_ptr, candidate_ptr, highest_M, peak_key, top_k, V, M, SEGMENT)
+        scaled_low = tl.maximum(scaled_low, float_key(tl.div_rn(_key_float(kth), temperature)))
     if top_p < 1:
-        if low > _KEY_LOWEST:
-            total = _weigh(logits_ptr, list_ptr, highest_M, low, peak, temperature, V, SEGMENT)
+        if scaled_low > _KEY_LOWEST:
+            kept = _key_float(_logit_key(scaled_low, peak_key, temperature))
+            total = _weigh(logits_ptr, list_ptr, highest_M, kept, peak, temperature, V, SEGMENT)
         if top_p * total <= 1:  # the largest alone is enough
-            low = peak_key
+            scaled_low = float_key(scaled_peak)
+    low = _logit_key(scaled_low, peak_key, temperature)
     token = tl.full((), 0, tl.int32)
     while low <= peak_key:
-        token = _draw(logits_ptr, line_ptr, list_ptr, highest_M, noisiest_M, low, temperature, V, SEGMENT)
+        token = _draw(logits_ptr, line_ptr, list_ptr, highest_M, noisiest_M, _key_float(low), temperature, V, SEGMENT)
         low = peak_key + 1  # ends the search, unless entries above the token are enough without it
-        above = float_key(_scaled(logits_ptr, token, temperature, V)) + 1
-        if (top_p < 1) & (above <= peak_key):
-            mass = _weigh(logits_ptr, list_ptr, highest_M, above, peak, temperature, V, SEGMENT)
+        scaled = tl.div_rn(_logits(logits_ptr, token, V), temperature)
+        if (top_p < 1) & (scaled < scaled_peak):
+            above = _logit_key(float_key(scaled) + 1, peak_key, temperature)
+            mass = _weigh(logits_ptr, list_ptr, highest_M, _key_float(above), peak, temperature, V, SEGMENT)
             low = tl.where(mass >= top_p * total, above, low)
     return token
 
@@ -365,7 +378,7 @@ def _rows_kernel(
     token = tl.full((), _NO_TOKEN, tl.int32)
     if slot != _NULL_SLOT:
         line_ptr = lines_ptr + slot * _LINE_WIDTH
-        _, _, _, _, filtered = _settings(line_ptr, V)
+        temperature, _, _, _, filtered = _settings(line_ptr, V)
         chunk_N = tl.arange(0, BLOCK_N)
         value_N = tl.load(value_ptr + row * N + chunk_N, mask=chunk_N < N, other=-float("inf"))
         value, chunk = tl.max(value_N, 0, return_indices=True)
@@ -380,7 +393,7 @@ def _rows_kernel(
                     list_ptr + row * M,
                     candidate_ptr + row * _CANDIDATES,
                     value,
-                    tl.sum(mass_N * _mass(value_N, value), 0),
+                    tl.sum(mass_N * _mass(value_N, value, temperature), 0),
                     V,
                     M,
                     BLOCK_M,
@@ -401,7 +414,7 @@ def sample(logits: Tensor, row_slot: Tensor, lines: Tensor) -> Tensor:
     token_RN = logits.new_empty(num_rows, num_chunks, dtype=torch.int32)
     highest_RM, noisiest_RM = logits.new_empty(2, num_rows, num_segments, dtype=torch.float32)
     list_RM = logits.new_empty(num_rows, num_segments, dtype=torch.int32)
-    candidate_RC = logits.new_empty(num_rows, CANDIDATES, dtype=torch.int32)
+    candidate_RC = logits.new_empty(num_rows, CANDIDATES, dtype=torch.float32)
     out_R = logits.new_empty(num_rows, dtype=torch.int32)
     _chunks_kernel[(num_rows, num_chunks)](
         logits,
