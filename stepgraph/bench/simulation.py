@@ -378,7 +378,7 @@ class _Loop:
         times = []
         if len(self._requests) < len(self._trace):
             times.append(self._trace[len(self._requests)].at_s)
-        seconds = self._scheduler.seconds_until_work
+        seconds = self._scheduler.seconds_until_work()
         if seconds is not None:
             times.append(self._clock.now + max(seconds, _LEAST_WAIT_S))
         if not times:

@@ -252,7 +252,7 @@ class AsyncEngine:
         if call_id is None:
             return
         listen = self._calls[call_id].listen
-        if not listen(update) or update.request.finish_reason is not None:
+        if not listen(update) or update.finish_reason is not None:
             self._end(engine_id, listen)
 
     def _end(self, engine_id: str, listen: Callable[[_Event], bool]) -> None:

@@ -20,8 +20,9 @@ def block_key(parent: bytes, tokens: bytes) -> bytes:
 
 
 def root_key(salt: str | None) -> bytes:
-    """What a chain of keys starts from. Requests with different salts never share a block."""
-    return b"" if salt is None else hashlib.sha256(salt.encode()).digest()
+    """What a chain of keys starts from. Requests with different salts never share a block: a salted chain starts from bytes of
+    another length than any key or block, so that no choice of salt and tokens can imitate another chain."""
+    return b"" if salt is None else b"salt" + hashlib.sha256(salt.encode("utf-8", "surrogatepass")).digest()
 
 
 class BlockPool:
@@ -64,7 +65,8 @@ class BlockPool:
     def publish(self, block: int, key: bytes) -> None:
         """Let `block`, which somebody holds, be found by `key`. If another block has that content already, it stays the one."""
         assert self._holders[block] > 0, block
-        if self._keys[block] is None and key not in self._blocks_by_key:
+        assert self._keys[block] is None, block
+        if key not in self._blocks_by_key:
             self._keys[block] = key
             self._blocks_by_key[key] = block
 

@@ -132,7 +132,7 @@ class Engine:
         """How long `step` will have nothing to do unless a request arrives; None if it may have work now."""
         if self._in_flight or self._undelivered or self.idle_reason is not None:
             return None
-        return self.scheduler.seconds_until_work
+        return self.scheduler.seconds_until_work()
 
     @property
     def idle_reason(self) -> str | None:
@@ -284,6 +284,11 @@ class Engine:
                 f"prompt and at least one token of answer; shorten it to {self.max_model_len - 1} tokens or fewer"
             )
         room = self.max_model_len - len(prompt)
+        if params.min_tokens > room:
+            raise RequestError(
+                f"min_tokens={params.min_tokens} is above the {room} tokens of answer that max_model_len={self.max_model_len} "
+                f"leaves after a prompt of {len(prompt)}; lower min_tokens or shorten the prompt"
+            )
         sampling, loaded = self._sampling_of(params), None
         if adapter is not None:
             loaded = self._load_adapter(adapter)
@@ -299,6 +304,7 @@ class Engine:
             priority=priority,
             cache_salt=cache_salt,
             adapter=loaded,
+            prompt_logprobs=[] if params.prompt_logprobs is None else [None] * len(prompt),
         )
         self.scheduler.add(request)
         if params.structured_outputs is not None:

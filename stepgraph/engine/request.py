@@ -80,7 +80,7 @@ class Request:
     arrival: int = 0
     """Its number in the order of arrivals."""
     overtaken: int = 0
-    """Later arrivals that got a slot while it waited."""
+    """Later arrivals that got a slot while it waited, or its blocks while it ran."""
     num_preemptions: int = 0
     block_keys: list[bytes] = field(default_factory=list)
     """Prefix-cache keys of its full blocks, as far as computed."""

@@ -10,8 +10,8 @@ its blocks and its slot, waits in its old place, and is computed again later fro
 highest rank can preempt all others and fits alone, so there is always progress.
 
 Waiting is bounded. A request can be overtaken, by higher priorities or by short prompts while long ones are limited, by at most
-`MAX_OVERTAKEN` later arrivals; then nothing passes it any more. So whatever arrives, it waits for the work of those before it
-and of a fixed number of others.
+`MAX_OVERTAKEN` later arrivals; then nothing passes it any more. Losing its blocks to a later arrival counts too. So whatever
+arrives, it waits for the work of those before it and of a fixed number of others.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from stepgraph.step.runner import StepResults
 from stepgraph.step.shape import Variant
 
 MAX_OVERTAKEN = 256
-"""Later arrivals that may get a slot before a waiting request does."""
+"""Later arrivals that may get a slot before a waiting request does, or take a running one's blocks."""
 WATERMARK = 0.01
 """Share of the KV blocks that a new request leaves free for those that run, which would otherwise soon preempt it."""
 
@@ -189,7 +189,6 @@ class Scheduler:
     def has_requests(self) -> bool:
         return bool(self._requests)
 
-    @property
     def seconds_until_work(self) -> float | None:
         """How long `schedule` will have nothing to do unless a request arrives; None if it may have work now, or no request."""
         if self._running or not self._waiting:
@@ -254,6 +253,10 @@ class Scheduler:
 
     def reconcile(self, step: ScheduledStep, results: StepResults) -> list[RequestUpdate]:
         """Take in the results of a step; rows of requests that have left their slot since it was planned are dropped."""
+        for span in step.prompt_spans:
+            assert results.prompt_logprobs is not None
+            if span.request.generation == span.generation:
+                _read_prompt_logprobs(span, results.prompt_logprobs)
         updates = []
         by_slot, block_size = self._by_slot, self._block_size
         no_token, running, failed = slot_line.NO_TOKEN, slot_line.RUNNING, slot_line.FINISHED_ERROR
@@ -280,10 +283,6 @@ class Scheduler:
                     if reason is FinishReason.STOP:
                         request.stop_token = token
                     updates.append(self._finish(request, reason, (token,)))
-        for span in step.prompt_spans:
-            assert results.prompt_logprobs is not None
-            if span.request.generation == span.generation:
-                _read_prompt_logprobs(span, results.prompt_logprobs)
         return updates
 
     # Planning
@@ -459,9 +458,11 @@ class Scheduler:
         """
         while not self._blocks.num_free:
             draft.short_of_blocks = True
-            if self._running[-1] is request:
+            victim = self._running[-1]
+            if victim is request:
                 return False
-            self._preempt(self._running[-1])
+            victim.overtaken += request.arrival > victim.arrival
+            self._preempt(victim)
         block = self._blocks.take()
         deltas.append((slot, len(request.blocks), block))
         request.blocks.append(block)
@@ -492,8 +493,8 @@ class Scheduler:
             del self._priorities[request.priority]
 
     def _may_enter(self, request: Request) -> bool:
-        """Whether nothing but room keeps it from running. A preempted request was let in before."""
-        return not request.awaits_host and (request.arrival <= self._gathered or request.num_preemptions > 0)
+        """Whether nothing but room keeps it from running."""
+        return not request.awaits_host and request.arrival <= self._gathered
 
     def _open_gate(self) -> None:
         """Let those that wait enter, if the insertion policy says that it is time."""
@@ -631,8 +632,6 @@ def _read_logprobs(token: int, line: np.ndarray, count: int) -> TokenLogprobs:
 def _read_prompt_logprobs(span: PromptSpan, lines: np.ndarray) -> None:
     """Note what a step reports of a prompt: the logits at a position are about the token after it."""
     request = span.request
-    if not request.prompt_logprobs:
-        request.prompt_logprobs = [None] * request.prompt_len
     for offset in range(min(span.num_tokens, request.prompt_len - 1 - span.start)):
         position = span.start + offset + 1
         request.prompt_logprobs[position] = _read_logprobs(

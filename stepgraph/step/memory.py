@@ -12,13 +12,14 @@ from stepgraph.config import CacheConfig, EngineConfig
 from stepgraph.errors import ConfigError
 from stepgraph.models.language_model import LanguageModel, LanguageModelConfig
 from stepgraph.platforms import DeviceMemory, Platform
+from stepgraph.step.shape import Variant
 
 logger = logging.getLogger(__name__)
 
 _GRAPH_BYTES = 5 << 20
 """One captured graph. On an H100, 78 graphs of Qwen3-0.6B took 334 MiB, their shared activations included."""
-_GRAPH_SETS = 2
-"""Plain graphs, and as many again that extended variants may capture later."""
+_GRAPH_SETS = len(Variant)
+"""Plain graphs, and those that the extended variants may capture later."""
 _CPU_CACHE_BYTES = 1 << 30
 """KV cache on CPU unless num_kv_blocks says otherwise; grows to one request of max_model_len if that is more."""
 _CPU_SHARE = 0.5

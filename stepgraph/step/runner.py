@@ -147,7 +147,8 @@ class StepRunner:
 
     def load(self, plan: StepPlan, shape: StepShape) -> None:
         """Put `plan` where graphs of `shape` read it; nothing to do if it lies there already."""
-        # Deltas are idempotent, so rows that repeat without new ones can run on the plan as it lies on the device.
+        # Deltas are idempotent, so rows that repeat without new ones can run on the plan as it lies on the device. A slot's new
+        # user needs a block for its first row, so its plan has deltas.
         if self._loaded == (plan.rows, shape) and not plan.deltas:
             return
         length = shape.plan_length(self.block_size)
@@ -157,7 +158,7 @@ class StepRunner:
         self._loaded = (plan.rows, shape)
 
     def collect(self, ticket: Ticket) -> StepResults:
-        """Wait for a launched step and return its results. Arrays are valid until the next `RING_DEPTH - 1` launches."""
+        """Wait for a launched step and return its results. Arrays are valid for `RING_DEPTH` launches from the ticket's own."""
         assert self._launched - ticket.step <= RING_DEPTH, (ticket, self._launched)
         entry = ticket.step % RING_DEPTH
         self._completions[entry].wait()

@@ -147,10 +147,10 @@ def test_gathering_has_a_bound_and_longer_gathering_is_caught() -> None:
 def test_tokens_and_times_of_a_lone_request_are_those_counted_by_hand() -> None:
     trace = [Arrival(0.5, [1, 2, 3, 4, 5], answer_len=3, max_tokens=9, priority=0)]
     run = simulate(trace, Scenario())
-    prefill, decode = QWEN3_0_6B_ON_H100.seconds(8, 8), QWEN3_0_6B_ON_H100.seconds(1, 1)
-    # 5 tokens run in 8; two decodes; and one decode launched before the host knew that the answer had ended.
+    prefill, decode = QWEN3_0_6B_ON_H100.seconds(6, 6), QWEN3_0_6B_ON_H100.seconds(1, 1)
+    # 5 tokens run in 6; two decodes; and one decode launched before the host knew that the answer had ended.
     assert {size: (use.steps, use.planned_tokens, use.real_tokens) for size, use in run.uses.items()} == {
-        8: (1, 5, 5),
+        6: (1, 5, 5),
         1: (3, 3, 2),
     }
     assert run.padding == pytest.approx(3 / 11)

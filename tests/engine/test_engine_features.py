@@ -255,3 +255,15 @@ def test_prefixes_are_shared_only_within_a_salt(create_engine) -> None:
 def test_token_ids_the_model_does_not_have_are_refused(create_engine, params, message) -> None:
     with pytest.raises(RequestError, match=message):
         create_engine().add_request("r", [1], SamplingParams(**params))
+
+
+def test_a_prompt_of_one_token_has_no_log_probability_but_its_place(create_engine) -> None:
+    engine = create_engine()
+    request = engine.add_request("r", [5], replace(GREEDY, prompt_logprobs=1))
+    drain(engine)
+    assert request.prompt_logprobs == [None]
+
+
+def test_min_tokens_beyond_the_context_is_refused(create_engine) -> None:
+    with pytest.raises(RequestError, match=r"min_tokens=600 is above the 502 tokens of answer that max_model_len=512"):
+        create_engine().add_request("r", range(10), SamplingParams(max_tokens=None, min_tokens=600))

@@ -1,11 +1,13 @@
 """The scheduler against a device in plain Python that computes tokens from the KV entries it is given."""
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from scheduling import STOP, VOCAB, Loop, answer_alone
 
+from stepgraph.engine import scheduler
 from stepgraph.engine.request import FinishReason, Request
 from stepgraph.engine.scheduler import MAX_OVERTAKEN
 from stepgraph.errors import RequestError
@@ -352,6 +354,42 @@ def test_no_request_is_overtaken_more_often_than_the_bound(stream, lengths) -> N
         assert victim.overtaken == MAX_OVERTAKEN
 
 
+def test_a_request_whose_blocks_are_taken_by_later_arrivals_again_and_again_ends(monkeypatch) -> None:
+    """Each rival arrives while the victim runs, and has a higher priority and needs its blocks."""
+    monkeypatch.setattr(scheduler, "MAX_OVERTAKEN", 8)
+    loop = Loop(max_num_seqs=2, max_num_partial_prefills=2, prefix_caching=False)
+    victim = loop.add("victim", 110, 2, priority=1)
+    rival, count = None, 0
+    while victim.finish_reason is None:
+        if victim.slot is not None and (rival is None or rival.finish_reason is not None):
+            count += 1
+            rival = loop.add(f"r{count}", 24, 24)
+        loop.step()
+        assert count < 30, "it starves"
+    assert victim.output_token_ids == answer_alone(victim)
+    assert 8 <= victim.num_preemptions <= 9
+
+
+def test_no_salt_and_tokens_imitate_another_chain_of_blocks() -> None:
+    """A salt whose bytes are those of a block of tokens must not make its chain that of the unsalted tokens."""
+    loop = Loop(max_tokens=64, block_size=4)
+    tokens = [65, 66, 67, 68]
+    salt = np.array(tokens, dtype=np.int32).tobytes().decode()
+    loop.add("salted", [1, 2, 3, 4, 5], 2, salt=salt)
+    loop.drain()
+    plain = loop.add("plain", [*tokens, 1, 2, 3, 4, 5], 2)
+    loop.drain()
+    assert plain.num_cached_tokens == 0
+    assert plain.output_token_ids == answer_alone(plain)
+
+
+def test_a_salt_of_any_text_is_taken() -> None:
+    loop = Loop()
+    request = loop.add("r", 9, 2, salt="\ud800")
+    loop.drain()
+    assert request.output_token_ids == answer_alone(request)
+
+
 # Captured sizes
 
 
@@ -384,9 +422,9 @@ def test_gathered_prompts_enter_together_when_there_are_enough() -> None:
         loop.add(id, 5, 4)
     loop.step()
     assert not loop.plans
-    assert loop.scheduler.seconds_until_work == pytest.approx(0.999)
+    assert loop.scheduler.seconds_until_work() == pytest.approx(0.999)
     loop.add("c", 5, 4)
-    assert loop.scheduler.seconds_until_work is None
+    assert loop.scheduler.seconds_until_work() is None
     loop.step()
     assert tokens_of(loop.plans) == [[5, 5, 5]]
 

@@ -27,8 +27,12 @@ def _normalise_rotate(low_NH, high_NH, norm_ptr, cos_H, sin_H, eps, half_H, HALF
         weight_high_H = tl.load(norm_ptr + HALF + half_H, mask=inside_H, other=0.0)
         square_N = tl.sum(low32_NH * low32_NH, axis=1) + tl.sum(high32_NH * high32_NH, axis=1)
         inverse_rms_N = tl.rsqrt(square_N / (2 * HALF) + eps)
-        low32_NH = scale_rounded(low32_NH, inverse_rms_N[:, None], weight_low_H[None, :]).to(low_NH.dtype).to(tl.float32)
-        high32_NH = scale_rounded(high32_NH, inverse_rms_N[:, None], weight_high_H[None, :]).to(low_NH.dtype).to(tl.float32)
+        low32_NH = (
+            scale_rounded(low32_NH, inverse_rms_N[:, None], weight_low_H[None, :]).to(low_NH.dtype).to(tl.float32)
+        )
+        high32_NH = (
+            scale_rounded(high32_NH, inverse_rms_N[:, None], weight_high_H[None, :]).to(low_NH.dtype).to(tl.float32)
+        )
     return (
         low32_NH * cos_H[None, :] - high32_NH * sin_H[None, :],
         high32_NH * cos_H[None, :] + low32_NH * sin_H[None, :],
