@@ -150,6 +150,17 @@ def test_logits_that_become_equal_when_divided_tie(device: str, filters: dict[st
     assert set(tokens) == {0, 1, 3}
 
 
+def test_what_ties_with_entries_below_the_last_kept_is_not_kept(device: str) -> None:
+    """Logits two floats apart differ when divided, but one in between would tie with either neighbour."""
+    logit = torch.tensor(1.9)
+    values = [logit := torch.nextafter(torch.nextafter(logit, -logit), -logit) for _ in range(8)]
+    lines = slot_lines(
+        *(slot_line(temperature=1.5, length=i, top_k=top_k) for top_k in (2, 3, 5, 7) for i in range(1, 9))
+    )
+    logits = torch.stack(values).repeat(32, 1)
+    assert _sample(device, logits, lines) == _expected(logits, lines)
+
+
 def test_logits_that_overflow_when_divided_tie(device: str) -> None:
     logits = torch.tensor([[1.0, 7.0, 9.0, 8.0, 2.0]])
     lines = slot_lines(slot_line(temperature=2e-38, top_k=1))

@@ -113,18 +113,19 @@ def _chunks_kernel(
         temperature, _, _, _, filtered = _settings(line_ptr, V)
         start = chunk * BLOCK
         x_B = _logits(logits_ptr + row.to(tl.int64) * V, start + tl.arange(0, BLOCK), V)
-        score_B = x_B
-        if temperature > 0:
-            score_B = tl.div_rn(x_B, temperature) + _gumbel(line_ptr, start // 4 + tl.arange(0, BLOCK // 4))
+        segment_T = (row * N + chunk) * (BLOCK // SEGMENT) + tl.arange(0, BLOCK // SEGMENT)
         if filtered:
             peak = tl.max(x_B, 0)
             tl.store(value_ptr + row * N + chunk, peak)
             tl.store(mass_ptr + row * N + chunk, tl.sum(_mass(x_B, peak, temperature), 0))
-            segment_T = (row * N + chunk) * (BLOCK // SEGMENT) + tl.arange(0, BLOCK // SEGMENT)
             tl.store(highest_ptr + segment_T, tl.max(tl.reshape(x_B, [BLOCK // SEGMENT, SEGMENT]), 1))
-            tl.store(noisiest_ptr + segment_T, tl.max(tl.reshape(score_B, [BLOCK // SEGMENT, SEGMENT]), 1))
+        x_B = tl.div_rn(x_B, tl.where(temperature > 0, temperature, 1.0))
+        if temperature > 0:
+            x_B += _gumbel(line_ptr, start // 4 + tl.arange(0, BLOCK // 4))
+        if filtered:
+            tl.store(noisiest_ptr + segment_T, tl.max(tl.reshape(x_B, [BLOCK // SEGMENT, SEGMENT]), 1))
         else:
-            value, index = tl.max(score_B, 0, return_indices=True)
+            value, index = tl.max(x_B, 0, return_indices=True)
             tl.store(value_ptr + row * N + chunk, value)
             tl.store(token_ptr + row * N + chunk, start + index)
 
@@ -167,26 +168,41 @@ def _kth_largest(key_B, low, high, k):
 def _logit_key(scaled_key, high, temperature):
     """Lowest key of a logit that divided by the temperature has at least the key given, as the logit of key `high` has.
 
-    Several logits can give the same quotient, which is what the definition compares.
+    Several logits can give the same quotient, and quotients are what the definition compares.
     """
-    low = tl.full((), _KEY_LOWEST - 1, tl.int32)
+    near = float_key(_key_float(scaled_key) * temperature) + tl.arange(0, 32) - 16  # surely, unless something overflows
+    enough = float_key(tl.div_rn(_key_float(near), temperature)) >= scaled_key
+    low = tl.max(tl.where(enough, _KEY_LOWEST - 1, near), 0)
+    high = tl.minimum(tl.min(tl.where(enough, near, high), 0), high)
     middle = _middle(low, high)
     while middle > low:
-        enough = float_key(tl.div_rn(_key_float(middle), temperature)) >= scaled_key
-        high = tl.where(enough, middle, high)
-        low = tl.where(enough, low, middle)
+        lower = float_key(tl.div_rn(_key_float(middle), temperature)) < scaled_key
+        low = tl.where(lower, middle, low)
+        high = tl.where(lower, high, middle)
         middle = _middle(low, high)
     return high
 
 
 @triton.jit
+def _ranks(chosen_GS):
+    """How many of the entries before each, row by row, are chosen, and how many are in all. Scans rows within warps."""
+    chosen_GS = chosen_GS.to(tl.int32)
+    count_G = tl.sum(chosen_GS, 1)
+    rank_GS = tl.cumsum(chosen_GS, 1) - chosen_GS + (tl.cumsum(count_G, 0) - count_G)[:, None]
+    return rank_GS, tl.sum(count_G, 0)
+
+
+@triton.jit
 def _list_segments(list_ptr, chosen_M):
     """Write the numbers of the segments chosen, in order, where all threads may read them. Returns how many."""
-    chosen_M = chosen_M.to(tl.int32)
+    GROUPS: tl.constexpr = chosen_M.shape[0] // 32
+    chosen_GS = tl.reshape(chosen_M, [GROUPS, 32])
+    segment_GS = tl.reshape(tl.arange(0, GROUPS * 32), [GROUPS, 32])
+    rank_GS, count = _ranks(chosen_GS)
     tl.debug_barrier()  # what was listed before has been read
-    tl.store(list_ptr + tl.cumsum(chosen_M, 0) - 1, tl.arange(0, chosen_M.shape[0]), mask=chosen_M > 0)
+    tl.store(list_ptr + rank_GS, segment_GS, mask=chosen_GS)
     tl.debug_barrier()
-    return tl.sum(chosen_M, 0)
+    return count
 
 
 @triton.jit
@@ -210,34 +226,25 @@ def _collect(logits_ptr, list_ptr, candidate_ptr, highest_M, low, V: tl.constexp
     num_listed = _list_segments(list_ptr, highest_M >= low)
     count = 0
     for start in range(0, num_listed, _TILE // SEGMENT):
-        x_B = tl.reshape(_listed_logits(logits_ptr, list_ptr, start, num_listed, V, SEGMENT), [_TILE])
-        above_B = (x_B >= low).to(tl.int32)
-        index_B = count + tl.cumsum(above_B, 0) - 1
-        tl.store(candidate_ptr + index_B, x_B, mask=(above_B > 0) & (index_B < _CANDIDATES))
-        count += tl.sum(above_B, 0)
+        x_TS = _listed_logits(logits_ptr, list_ptr, start, num_listed, V, SEGMENT)
+        above_TS = x_TS >= low
+        rank_TS, num_above = _ranks(above_TS)
+        rank_TS += count
+        tl.store(candidate_ptr + rank_TS, x_TS, mask=above_TS & (rank_TS < _CANDIDATES))
+        count += num_above
     tl.debug_barrier()
     return count
 
 
 @triton.jit
-def _top_k_key(
-    logits_ptr,
-    list_ptr,
-    candidate_ptr,
-    highest_M,
-    peak_key,
-    top_k,
-    V: tl.constexpr,
-    M: tl.constexpr,
-    SEGMENT: tl.constexpr,
-):
-    """Key of the `top_k`-th largest logit."""
-    low = tl.full((), _KEY_LOWEST, tl.int32)
+def _top_k_key(logits_ptr, list_ptr, candidate_ptr, highest_M, peak_key, top_k, V: tl.constexpr, SEGMENT: tl.constexpr):
+    """Key of the `top_k`-th largest logit, or of the lowest above -inf if there are fewer."""
+    low = tl.full((), _KEY_LOWEST + 1, tl.int32)
     high = peak_key + 1
-    if top_k <= M:
-        key_M = float_key(highest_M)
-        least = tl.min(tl.where(tl.arange(0, highest_M.shape[0]) < M, key_M, high), 0)
-        low = _kth_largest(key_M, least, high, top_k)
+    key_M = float_key(highest_M)
+    possible_M = key_M >= low
+    if tl.sum(possible_M.to(tl.int32), 0) >= top_k:
+        low = _kth_largest(key_M, tl.min(tl.where(possible_M, key_M, high), 0), high, top_k)
     count = _collect(logits_ptr, list_ptr, candidate_ptr, highest_M, _key_float(low), V, SEGMENT)
     middle = _middle(low, high)
     while (count > _CANDIDATES) & (middle > low):
@@ -331,7 +338,7 @@ def _draw_filtered(
     if min_p > 0:
         scaled_low = float_key(scaled_peak + tl.log(min_p))
     if top_k > 0:
-        kth = _top_k_key(logits_ptr, list_ptr, candidate_ptr, highest_M, peak_key, top_k, V, M, SEGMENT)
+        kth = _top_k_key(logits_ptr, list_ptr, candidate_ptr, highest_M, peak_key, top_k, V, SEGMENT)
         scaled_low = tl.maximum(scaled_low, float_key(tl.div_rn(_key_float(kth), temperature)))
     if top_p < 1:
         if scaled_low > _KEY_LOWEST:
