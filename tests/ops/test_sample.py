@@ -12,6 +12,8 @@ from stepgraph.ops import slot_line as line
 from stepgraph.ops.sample import cpu, reference
 from stepgraph.ops.sample import triton as kernels
 
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # NumPy's, under the interpreter, on infinities
+
 Sampler = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 SETTINGS = [

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from slot_fixtures import slot_line, slot_lines
 from torch import Tensor
 
+from stepgraph.ops import slot_line as line
 from stepgraph.ops.sample import philox, reference
 from stepgraph.ops.sample import triton as kernels
 
@@ -165,6 +166,9 @@ def test_logits_that_overflow_when_divided_tie(device: str) -> None:
     logits = torch.tensor([[1.0, 7.0, 9.0, 8.0, 2.0]])
     lines = slot_lines(slot_line(temperature=2e-38, top_k=1))
     assert _sample(device, logits, lines) == _expected(logits, lines) == [1]
+    lines = slot_lines(slot_line(temperature=0.5, top_k=1), slot_line(temperature=0.5, min_p=0.5))
+    lowest = torch.tensor([[-3e38, -3.1e38]] * 2)
+    assert _sample(device, lowest, lines) == _expected(lowest, lines) == [line.NO_TOKEN] * 2
 
 
 def test_a_row_draws_the_same_token_whatever_was_sampled_before(device: str) -> None:

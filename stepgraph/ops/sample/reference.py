@@ -18,10 +18,9 @@ def keep_mask(x_V: Tensor, min_p: float, top_k: int, top_p: float) -> Tensor:
     if 0 < top_k < len(x_V):
         keep_V &= x_V >= x_V.sort(descending=True).values[top_k - 1]
     if top_p < 1:
-        mass_V = x_V.double().masked_fill(~keep_V, -torch.inf).softmax(0)
-        sorted_V = mass_V.sort(descending=True).values
-        last = int((sorted_V.cumsum(0) < top_p).sum())
-        keep_V &= mass_V >= sorted_V[min(last, len(x_V) - 1)]
+        sorted_V = x_V.masked_fill(~keep_V, -torch.inf).sort(descending=True).values
+        last = int((sorted_V.double().softmax(0).cumsum(0) < top_p).sum())
+        keep_V &= x_V >= sorted_V[min(last, len(x_V) - 1)]
     return keep_V
 
 

@@ -10,11 +10,11 @@ matter, so that it reads no others:
 - The token is the arg-max of the noisy logits kept. Segments are opened from the highest noisy maximum, kept or not,
   down to the best kept entry found. Some 1 / (share of the mass that is kept) are enough.
 - `top_p` keeps an entry if those above it weigh less than its share: this needs no sort, and is asked of the token drawn only.
-  If it is not kept, then nothing at or below it is, and the draw is repeated among those above; what is drawn in the end
-  is the arg-max of the entries kept.
+  If the token is not kept, then nothing at or below it is, and the draw is repeated among the entries above. What is drawn
+  in the end is the arg-max of those kept.
 
 Shapes: R rows, V vocabulary entries, N chunks of a row, B entries of a block, S entries of a segment, M segments of a row,
-T segments of a tile, C candidates of the k largest.
+T segments of a tile or chunk, C candidates of the k largest, G groups of what is ranked.
 """
 
 import torch
@@ -49,6 +49,7 @@ _DRAW_TILE = tl.constexpr(2048)  # entries whose noise is drawn at once
 _DRAW_SPAN = tl.constexpr(3.0)  # segments within this of the highest noisy logit are opened at once: e³ or so
 _CANDIDATES = tl.constexpr(CANDIDATES)
 KEY_OUTSIDE = tl.constexpr(-(2**31))  # below the key of any float
+_KEY_HIGHEST = tl.constexpr(0x7F800000)  # `float_key(inf)`
 _KEY_LOWEST = tl.constexpr(-0x7F800001)  # `float_key(-inf)`
 
 
@@ -171,6 +172,7 @@ def _logit_key(scaled_key, high, temperature):
     Several logits can give the same quotient, and quotients are what the definition compares.
     """
     near = float_key(_key_float(scaled_key) * temperature) + tl.arange(0, 32) - 16  # surely, unless something overflows
+    near = tl.minimum(tl.maximum(near, _KEY_LOWEST), _KEY_HIGHEST)  # beyond lie NaNs, which a GPU's division makes positive
     enough = float_key(tl.div_rn(_key_float(near), temperature)) >= scaled_key
     low = tl.max(tl.where(enough, _KEY_LOWEST - 1, near), 0)
     high = tl.minimum(tl.min(tl.where(enough, near, high), 0), high)
@@ -285,13 +287,13 @@ def _draw(
     V: tl.constexpr,
     SEGMENT: tl.constexpr,
 ):
-    """Arg-max, over the logits from `low` up, of the noisy ones; the lowest index of a tie."""
+    """Arg-max, over the logits from `low` up, of the noisy ones; the lowest index of a tie. V if all of them are -inf."""
     T: tl.constexpr = _DRAW_TILE // SEGMENT
     unopened_M = tl.where(highest_M >= low, noisiest_M, -float("inf"))
     bound = tl.max(unopened_M, 0)
     best = -float("inf")
     token = V
-    while bound >= best:
+    while (bound >= best) & (bound > -float("inf")):
         opened_M = unopened_M >= bound - _DRAW_SPAN
         num_listed = _list_segments(list_ptr, opened_M)
         for start in range(0, num_listed, T):
@@ -347,16 +349,16 @@ def _draw_filtered(
         if top_p * total <= 1:  # the largest alone is enough
             scaled_low = float_key(scaled_peak)
     low = _logit_key(scaled_low, peak_key, temperature)
-    token = tl.full((), 0, tl.int32)
+    token = tl.full((), V, tl.int32)
     while low <= peak_key:
         token = _draw(logits_ptr, line_ptr, list_ptr, highest_M, noisiest_M, _key_float(low), temperature, V, SEGMENT)
         low = peak_key + 1  # ends the search, unless entries above the token are enough without it
         scaled = tl.div_rn(_logits(logits_ptr, token, V), temperature)
-        if (top_p < 1) & (scaled < scaled_peak):
+        if (top_p < 1) & (token < V) & (scaled < scaled_peak):
             above = _logit_key(float_key(scaled) + 1, peak_key, temperature)
             mass = _weigh(logits_ptr, list_ptr, highest_M, _key_float(above), peak, temperature, V, SEGMENT)
             low = tl.where(mass >= top_p * total, above, low)
-    return token
+    return tl.where(token < V, token, _NO_TOKEN)
 
 
 @triton.jit
