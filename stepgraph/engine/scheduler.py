@@ -38,7 +38,7 @@ MAX_OVERTAKEN = 256
 WATERMARK = 0.01
 """Share of the KV blocks that a new request leaves free for those that run, which would otherwise soon preempt it."""
 
-SNAP_SAVING = 1 / 16
+SNAP_SAVING = 1 / 4
 """Share of two steps' tokens that cutting a chunk to a captured size must save: it costs its prompt one step."""
 
 _POLL_S = 0.001
