@@ -529,7 +529,8 @@ class Watch:
         return not overdue, 0 if overdue else request.priority, request.arrival
 
     def _is_overdue(self, request: Request) -> bool:
-        return self._overtaken[request.arrival] >= MAX_OVERTAKEN
+        # By its own count, which holds preemptions for later arrivals: who caused one is not seen from outside.
+        return request.overtaken >= MAX_OVERTAKEN
 
     def _is_long(self, request: Request) -> bool:
         return 0 < self._config.long_prefill_token_threshold < request.prompt_len

@@ -26,7 +26,8 @@ import numpy as np
 
 from stepgraph.config import SchedulerConfig
 from stepgraph.engine.blocks import BlockPool, block_key, root_key
-from stepgraph.engine.request import FinishReason, Request, RequestUpdate, TokenLogprobs
+from stepgraph.engine.logprobs import PromptSpan, read_logprobs, read_prompt_logprobs
+from stepgraph.engine.request import FinishReason, Request, RequestUpdate
 from stepgraph.errors import RequestError
 from stepgraph.ops import slot_line
 from stepgraph.step.plan import StepPlan
@@ -49,17 +50,6 @@ _FINISH_REASONS = {
     slot_line.FINISHED_LENGTH: FinishReason.LENGTH,
     slot_line.FINISHED_ERROR: FinishReason.ERROR,
 }
-
-
-@dataclass(frozen=True)
-class PromptSpan:
-    """Prompt tokens of one row whose log-probabilities a step reports."""
-
-    request: Request
-    generation: int
-    first_line: int  # of the row's tokens in the step
-    start: int  # position of its first token
-    num_tokens: int
 
 
 @dataclass(frozen=True)
@@ -256,7 +246,7 @@ class Scheduler:
         for span in step.prompt_spans:
             assert results.prompt_logprobs is not None
             if span.request.generation == span.generation:
-                _read_prompt_logprobs(span, results.prompt_logprobs)
+                read_prompt_logprobs(span, results.prompt_logprobs)
         updates = []
         by_slot, block_size = self._by_slot, self._block_size
         no_token, running, failed = slot_line.NO_TOKEN, slot_line.RUNNING, slot_line.FINISHED_ERROR
@@ -272,7 +262,7 @@ class Scheduler:
                 request.output_token_ids.append(token)
                 if results.logprobs is not None and request.sampling.num_logprobs:
                     request.output_logprobs.append(
-                        _read_logprobs(token, results.logprobs[index], request.sampling.num_logprobs)
+                        read_logprobs(token, results.logprobs[index], request.sampling.num_logprobs)
                     )
                 if num_computed % block_size == 0:
                     self._publish(request, num_computed)
@@ -331,7 +321,7 @@ class Scheduler:
             if not self._may_enter(request):
                 continue
             if _is_overdue(self._waiting[0]) and request is not self._waiting[0]:
-                continue
+                return
             if self._is_long(request) and num_long >= limits.max_long_partial_prefills:
                 continue
             self._publish_pending(draft)
@@ -618,22 +608,3 @@ def _is_prefilling(request: Request) -> bool:
 
 def _can_decode(request: Request) -> bool:
     return request.prefill_len <= request.planned < request.max_length - 1 and not request.awaits_host
-
-
-def _read_logprobs(token: int, line: np.ndarray, count: int) -> TokenLogprobs:
-    """One line of a log-probability ring. `count`: 1 + the number of top tokens."""
-    floats = line.view(np.float32)
-    top = range(2, 2 * count, 2)
-    return TokenLogprobs(
-        token, float(floats[0]), int(line[1]), tuple((int(line[i]), float(floats[i + 1])) for i in top)
-    )
-
-
-def _read_prompt_logprobs(span: PromptSpan, lines: np.ndarray) -> None:
-    """Note what a step reports of a prompt: the logits at a position are about the token after it."""
-    request = span.request
-    for offset in range(min(span.num_tokens, request.prompt_len - 1 - span.start)):
-        position = span.start + offset + 1
-        request.prompt_logprobs[position] = _read_logprobs(
-            request.prompt_token_ids[position], lines[span.first_line + offset], request.sampling.num_prompt_logprobs
-        )

@@ -172,7 +172,9 @@ def _logit_key(scaled_key, high, temperature):
     Several logits can give the same quotient, and quotients are what the definition compares.
     """
     near = float_key(_key_float(scaled_key) * temperature) + tl.arange(0, 32) - 16  # surely, unless something overflows
-    near = tl.minimum(tl.maximum(near, _KEY_LOWEST), _KEY_HIGHEST)  # beyond lie NaNs, which a GPU's division makes positive
+    near = tl.minimum(
+        tl.maximum(near, _KEY_LOWEST), _KEY_HIGHEST
+    )  # beyond lie NaNs, which a GPU's division makes positive
     enough = float_key(tl.div_rn(_key_float(near), temperature)) >= scaled_key
     low = tl.max(tl.where(enough, _KEY_LOWEST - 1, near), 0)
     high = tl.minimum(tl.min(tl.where(enough, near, high), 0), high)
