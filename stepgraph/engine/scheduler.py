@@ -518,12 +518,16 @@ class Scheduler:
         draft.admitted.append(request)
 
     def _count_overtaken(self, admitted: Request) -> None:
-        for request in tuple(self._waiting):
-            if request.arrival < admitted.arrival and self._may_enter(request):
+        arrival, gathered = admitted.arrival, self._gathered
+        overdue = []
+        for request in self._waiting:
+            if request.arrival < arrival and request.arrival <= gathered and not request.awaits_host:
                 request.overtaken += 1
                 if request.overtaken == MAX_OVERTAKEN:
-                    self._waiting.remove(request)
-                    insort(self._waiting, request, key=_rank)
+                    overdue.append(request)
+        for request in overdue:
+            self._waiting.remove(request)
+            insort(self._waiting, request, key=_rank)
 
     def _preempt(self, request: Request) -> None:
         self._leave_slot(request)
