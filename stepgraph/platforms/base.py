@@ -56,6 +56,8 @@ class Platform(Protocol):
     captures_all_by_default: bool
     run_ahead: int
     """Steps the host may launch before it has read the results of an earlier one."""
+    supports_fp8: bool
+    """Whether kernels can read and write an FP8 (e4m3) cache."""
     multiprocessors: int
     """Programs that run side by side; sizes the attention grid."""
 

@@ -29,6 +29,7 @@ class CpuPlatform:
     default_graph_backend = "fx"
     captures_all_by_default = False
     run_ahead = 0
+    supports_fp8 = True
     multiprocessors = 1
 
     def free_memory_bytes(self) -> int:

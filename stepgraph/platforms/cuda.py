@@ -35,6 +35,7 @@ class CudaPlatform:
 
     def __init__(self) -> None:
         self.device = torch.device("cuda", torch.cuda.current_device())
+        self.supports_fp8 = torch.cuda.get_device_capability(self.device) >= (8, 9)
         self.multiprocessors = torch.cuda.get_device_properties(self.device).multi_processor_count
 
     def free_memory_bytes(self) -> int:

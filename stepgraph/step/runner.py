@@ -14,6 +14,7 @@ import torch
 
 from stepgraph import ops
 from stepgraph.config import EngineConfig
+from stepgraph.errors import ConfigError
 from stepgraph.graph import Graph, create_backend
 from stepgraph.graph.eager import EagerGraph
 from stepgraph.graph.pool import GraphPool
@@ -110,6 +111,8 @@ class StepRunner:
         """Called when the KV cache no longer holds what was put there; whoever counts on its content sets it."""
         self._launched = 0
         self._loaded: tuple[tuple[tuple[int, int], ...], StepShape] | None = None
+        if config.cache.kv_cache_dtype == "fp8" and not platform.supports_fp8:
+            raise ConfigError("kv_cache_dtype=fp8 needs a GPU of compute capability 8.9 or later; leave it at auto")
         layout = KVLayout.of(model.config, config.cache, dtype)
         memory = platform.memory(layout.sizes(1), sleepable=False)
         self.kv_caches = layout.allocate(1, memory)  # the null block is all that a dry run touches

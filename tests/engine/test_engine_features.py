@@ -10,7 +10,7 @@ from tiny import EOS, VOCAB_SIZE, drain
 
 from stepgraph.engine.request import FinishReason, Request
 from stepgraph.engine.sampling_params import SamplingParams
-from stepgraph.errors import RequestError
+from stepgraph.errors import ConfigError, RequestError
 
 GREEDY = SamplingParams(temperature=0, max_tokens=20, ignore_eos=True)
 STEM = [(7 * i * i + 3) % VOCAB_SIZE for i in range(70)]
@@ -267,3 +267,15 @@ def test_a_prompt_of_one_token_has_no_log_probability_but_its_place(create_engin
 def test_min_tokens_beyond_the_context_is_refused(create_engine) -> None:
     with pytest.raises(RequestError, match=r"min_tokens=600 is above the 502 tokens of answer that max_model_len=512"):
         create_engine().add_request("r", range(10), SamplingParams(max_tokens=None, min_tokens=600))
+
+
+def test_an_fp8_cache_runs_in_graphs_and_is_refused_where_kernels_cannot_read_it(create_engine, monkeypatch) -> None:
+    engine = create_engine(kv_cache_dtype="fp8")
+    requests = [engine.add_request(str(n), STEM[: 10 + n], GREEDY) for n in range(4)]
+    drain(engine)
+    assert [len(request.output_token_ids) for request in requests] == [20] * 4
+    assert engine.runner.kv_caches[0][0].dtype == torch.float8_e4m3fn
+    assert engine.runner.pool.statistics.num_eager_steps == 0
+    monkeypatch.setattr(type(engine.platform), "supports_fp8", property(lambda _: False, lambda *_: None))
+    with pytest.raises(ConfigError, match=r"kv_cache_dtype=fp8 needs a GPU of compute capability 8\.9"):
+        create_engine(kv_cache_dtype="fp8")
