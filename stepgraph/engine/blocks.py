@@ -47,11 +47,6 @@ class BlockPool:
         """Blocks nobody holds, those with cached content included."""
         return len(self._free)
 
-    @property
-    def num_cached(self) -> int:
-        """Blocks whose content can be found by its key."""
-        return len(self._blocks_by_key)
-
     def take(self) -> int:
         """A block for new content, held once. There must be a free one."""
         block, _ = self._free.popitem(last=False)

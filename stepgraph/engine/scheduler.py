@@ -171,11 +171,6 @@ class Scheduler:
         return self._blocks.num_free
 
     @property
-    def num_cached_blocks(self) -> int:
-        """Blocks that a later prompt can find."""
-        return self._blocks.num_cached
-
-    @property
     def has_requests(self) -> bool:
         return bool(self._requests)
 
@@ -314,7 +309,7 @@ class Scheduler:
             return
         limits = self._config
         num_partial = sum(_is_prefilling(request) for request in self._running)
-        num_long = sum(_is_prefilling(request) and self._is_long(request) for request in self._running)
+        num_long = self._num_long_prefilling()
         for request in tuple(self._waiting):
             if not self._free_slots or not draft.budget:
                 return
@@ -462,10 +457,13 @@ class Scheduler:
         """Waiting requests that the limit on long prompts lets in, as far as a step's shares need to know."""
         if not num_prefilling or not self._config.long_prefill_token_threshold:
             return len(self._waiting)
-        num_long = sum(_is_prefilling(request) and self._is_long(request) for request in self._running)
+        num_long = self._num_long_prefilling()
         room = self._config.max_long_partial_prefills - num_long
         longs = sum(map(self._is_long, self._waiting))
         return len(self._waiting) - longs + min(longs, max(0, room))
+
+    def _num_long_prefilling(self) -> int:
+        return sum(_is_prefilling(request) and self._is_long(request) for request in self._running)
 
     def _is_long(self, request: Request) -> bool:
         return 0 < self._config.long_prefill_token_threshold < request.prompt_len
