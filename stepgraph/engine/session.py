@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from stepgraph.engine.detokenizer import Detokenizer
 from stepgraph.engine.outputs import CompletionOutput, Logprob, RequestOutput, TokenProbabilities
 from stepgraph.engine.prompts import TokenizedPrompt
-from stepgraph.engine.request import FinishReason, Request, RequestUpdate, TokenLogprobs
+from stepgraph.engine.request import FinishReason, TokenLogprobs
 from stepgraph.engine.sampling_params import SamplingParams
 from stepgraph.engine.stop_strings import StopStrings
 from stepgraph.errors import RequestError
@@ -23,6 +23,34 @@ Abort = Callable[[str], object]
 """Ends the request of this id in the engine, if it still runs."""
 
 
+class AnsweredRequest(Protocol):
+    """What a session reads of a request: the engine's own, or its likeness in another process."""
+
+    id: str
+    prompt_token_ids: Sequence[int]
+    params: SamplingParams
+    output_token_ids: list[int]
+    output_logprobs: list[TokenLogprobs]
+    prompt_logprobs: list[TokenLogprobs | None]
+    num_cached_tokens: int
+    finish_reason: FinishReason | None
+    stop_token: int | None
+    error: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class AnswerDelta:
+    """What an answer has gained since the last look."""
+
+    index: int
+    text: str
+    token_ids: tuple[int, ...]
+    logprobs: list[TokenProbabilities] | None  # one per new token, if asked for
+    finish_reason: str | None  # as in `CompletionOutput`
+    stop_reason: int | str | None
+    error: str | None
+
+
 class Session:
     """Joins a prompt with the text of its answers so far, one for each of its requests.
 
@@ -32,7 +60,7 @@ class Session:
 
     def __init__(
         self,
-        requests: Sequence[Request],
+        requests: Sequence[AnsweredRequest],
         prompt: str | None,
         tokenizer: PreTrainedTokenizerFast | None,
         *,
@@ -72,9 +100,9 @@ class Session:
         """
         if not isinstance(priority, int):
             raise RequestError(f"priority={priority!r} must be a whole number; lower runs first")
-        requests: list[Request] = []
+        requests: list[AnsweredRequest] = []
         try:
-            for request_id, one in _requests_of(id, params):
+            for request_id, one in split(id, params):
                 requests.append(
                     engine.add_request(
                         request_id,
@@ -101,13 +129,26 @@ class Session:
         """Whether an answer may end before its request, which takes an update or a poll."""
         return len(self.requests[0].params.stop) > 0
 
-    def update(self, update: RequestUpdate) -> RequestOutput | None:
-        """Take in new tokens; returns the answers so far, or None if that answer has ended already."""
-        answer = self._answers[update.request.id]
+    def update(self, request_id: str, token_ids: Sequence[int], finish_reason: FinishReason | None) -> bool:
+        """Take in a request's new tokens, and its end; False if that answer has ended already."""
+        answer = self._answers[request_id]
         if answer.finished:
-            return None
-        self._take(answer, update.new_token_ids, update.finish_reason)
-        return self.output()
+            return False
+        self._take(answer, token_ids, finish_reason)
+        return True
+
+    def deltas(self) -> list[AnswerDelta]:
+        """What the answers have gained since the last call of this; those that gained nothing are left out."""
+        return [delta for answer in self._answers.values() if (delta := answer.delta()) is not None]
+
+    def prompt_logprobs(self) -> list[TokenProbabilities | None] | None:
+        """Of the prompt's tokens, if they were asked for and the first answer has begun; None for the first token."""
+        first = self.requests[0]
+        if self._prompt_logprobs is None and first.params.prompt_logprobs is not None and first.output_token_ids:
+            self._prompt_logprobs = [
+                None if position is None else self._token_texts.describe(position) for position in first.prompt_logprobs
+            ]
+        return self._prompt_logprobs
 
     def poll(self) -> RequestOutput | None:
         """The answers so far, if one has grown or ended since the last call."""
@@ -132,19 +173,14 @@ class Session:
 
     def output(self) -> RequestOutput:
         """The answers so far."""
-        first = self.requests[0]
-        if self._prompt_logprobs is None and first.params.prompt_logprobs is not None and first.output_token_ids:
-            self._prompt_logprobs = [
-                None if position is None else self._token_texts.describe(position) for position in first.prompt_logprobs
-            ]
         return RequestOutput(
             request_id=self.id,
             prompt=self._prompt,
             prompt_token_ids=self._prompt_token_ids,
             outputs=tuple(answer.output() for answer in self._answers.values()),
             finished=self.finished,
-            prompt_logprobs=self._prompt_logprobs,
-            num_cached_tokens=first.num_cached_tokens,
+            prompt_logprobs=self.prompt_logprobs(),
+            num_cached_tokens=self.requests[0].num_cached_tokens,
         )
 
     def _take(self, answer: Answer, token_ids: Sequence[int], finish_reason: FinishReason | None) -> None:
@@ -152,11 +188,19 @@ class Session:
             self._abort(answer.request.id)
 
 
+class _Given(NamedTuple):
+    """How much of an answer its deltas have told."""
+
+    text_end: int
+    num_tokens: int
+    finished: bool
+
+
 class Answer:
     """One request's tokens, text and end."""
 
     def __init__(
-        self, index: int, request: Request, tokenizer: PreTrainedTokenizerFast | None, token_texts: TokenTexts
+        self, index: int, request: AnsweredRequest, tokenizer: PreTrainedTokenizerFast | None, token_texts: TokenTexts
     ):
         params = request.params
         self.request = request
@@ -175,6 +219,7 @@ class Answer:
         )
         self._stop_strings = StopStrings(params.stop) if params.stop else None
         self._output: CompletionOutput | None = None
+        self._given = _Given(0, 0, False)
 
     @property
     def finished(self) -> bool:
@@ -184,14 +229,15 @@ class Answer:
         """Take in new tokens, and the request's end. Returns whether a stop string ended the answer before that."""
         self._output = None
         start = len(self.token_ids)
+        with_text = token_ids[:-1] if self._hides_last(finish_reason) else token_ids
         if self._stop_strings is None or self._detokenizer is None:
             self.token_ids += token_ids
             if self._detokenizer is not None:
-                self._detokenizer.append(token_ids)
+                self._detokenizer.append(with_text)
         else:
-            for token_id in token_ids:
+            for index, token_id in enumerate(token_ids):
                 self.token_ids.append(token_id)
-                if self._find_stop(self._detokenizer.append((token_id,))):
+                if index < len(with_text) and self._find_stop(self._detokenizer.append((token_id,))):
                     break
         ended_early = self.finished
         if finish_reason is not None and not ended_early:
@@ -208,7 +254,7 @@ class Answer:
         """The answer so far."""
         self._output = self._output or CompletionOutput(
             index=self._index,
-            text=self._shown_text(),
+            text="" if self._detokenizer is None else self._detokenizer.text[: self._shown_end()],
             token_ids=tuple(self.token_ids),
             finish_reason=None if self._finish_reason is None else str(self._finish_reason),
             stop_reason=self._stop_reason(),
@@ -217,6 +263,28 @@ class Answer:
             error=self.request.error if self._finish_reason is FinishReason.ERROR else None,
         )
         return self._output
+
+    def delta(self) -> AnswerDelta | None:
+        """What the answer has gained since the last call, its end included; None if nothing."""
+        given, text_end = self._given, self._shown_end()
+        if (text_end, len(self.token_ids), self.finished) == given:
+            return None
+        self._given = _Given(text_end, len(self.token_ids), self.finished)
+        return AnswerDelta(
+            index=self._index,
+            text="" if self._detokenizer is None else self._detokenizer.text[given.text_end : text_end],
+            token_ids=tuple(self.token_ids[given.num_tokens :]),
+            logprobs=None if self._logprobs is None else self._logprobs[given.num_tokens :],
+            finish_reason=None if self._finish_reason is None else str(self._finish_reason),
+            stop_reason=self._stop_reason(),
+            error=self.request.error if self._finish_reason is FinishReason.ERROR else None,
+        )
+
+    def _hides_last(self, finish_reason: FinishReason | None) -> bool:
+        """Whether the last token ends the answer without being a part of its text, as in vLLM."""
+        request = self.request
+        is_stop = finish_reason is FinishReason.STOP and request.stop_token is not None
+        return is_stop and not request.params.include_stop_str_in_output
 
     def _find_stop(self, added: str) -> bool:
         """Search the text that was just added, and end the answer at a stop string in it."""
@@ -231,16 +299,16 @@ class Answer:
         self._text_end = match.end if params.include_stop_str_in_output else match.start
         return True
 
-    def _shown_text(self) -> str:
-        """The text, without what may turn out to be the start of a stop string."""
+    def _shown_end(self) -> int:
+        """Length of the text without what may turn out to be the start of a stop string."""
         if self._detokenizer is None:
-            return ""
-        text = self._detokenizer.text
-        if self.finished:
-            return text[: self._text_end]
-        if self._stop_strings is None or self.request.params.include_stop_str_in_output:
-            return text
-        return text[: len(text) - self._stop_strings.num_pending]
+            return 0
+        length = len(self._detokenizer.text)
+        if self._text_end is not None:
+            return self._text_end
+        if self.finished or self._stop_strings is None or self.request.params.include_stop_str_in_output:
+            return length
+        return length - self._stop_strings.num_pending
 
     def _stop_reason(self) -> int | str | None:
         if self._stop_string is not None or self._finish_reason is not FinishReason.STOP:
@@ -258,12 +326,13 @@ class TokenTexts:
 
     def describe(self, position: TokenLogprobs) -> TokenProbabilities:
         """The log-probabilities at one position, by token id."""
-        found = {position.token: Logprob(position.logprob, position.rank, self._text_of(position.token))}
+        found = {position.token: Logprob(position.logprob, position.rank, self.text_of(position.token))}
         for rank, (token, logprob) in enumerate(position.top, start=1):
-            found.setdefault(token, Logprob(logprob, rank, self._text_of(token)))
+            found.setdefault(token, Logprob(logprob, rank, self.text_of(token)))
         return found
 
-    def _text_of(self, token: int) -> str | None:
+    def text_of(self, token: int) -> str | None:
+        """The text of one token by itself, special ones included; None without a tokenizer."""
         if self._backend is None:
             return None
         if token not in self._texts:
@@ -271,7 +340,7 @@ class TokenTexts:
         return self._texts[token]
 
 
-def _requests_of(id: str, params: SamplingParams) -> list[tuple[str, SamplingParams]]:
+def split(id: str, params: SamplingParams) -> list[tuple[str, SamplingParams]]:
     """Ids and parameters of the requests that give `params.n` answers; one of them reports on the prompt."""
     if params.n == 1:
         return [(id, params)]

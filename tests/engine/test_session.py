@@ -11,7 +11,7 @@ from small_tokenizers import create_byte_tokenizer, create_piece_tokenizer
 
 from stepgraph.engine.outputs import CompletionOutput, Logprob, RequestOutput
 from stepgraph.engine.prompts import TokenizedPrompt
-from stepgraph.engine.request import FinishReason, Request, RequestUpdate, TokenLogprobs
+from stepgraph.engine.request import FinishReason, Request, TokenLogprobs
 from stepgraph.engine.sampling_params import SamplingParams
 from stepgraph.engine.session import Session
 from stepgraph.errors import RequestError
@@ -40,7 +40,7 @@ class Feed:
         request = self.requests[index]
         request.output_token_ids += token_ids
         request.finish_reason = end
-        return self.session.update(RequestUpdate(request, token_ids, end))
+        return self.session.output() if self.session.update(request.id, token_ids, end) else None
 
     def completion(self, index: int = 0) -> CompletionOutput:
         return self.session.output().outputs[index]
@@ -170,6 +170,32 @@ def test_the_stop_reason_is_the_stop_token_the_user_named(token, reason) -> None
     target.requests[0].stop_token = token
     completion = target.give(7, token, end=FinishReason.STOP).outputs[0]
     assert (completion.finish_reason, completion.stop_reason, completion.token_ids) == ("stop", reason, (7, token))
+
+
+@pytest.mark.parametrize("stop", [None, "never"])
+@pytest.mark.parametrize(("include", "text"), [(False, "ab"), (True, "ab.")])
+def test_the_token_that_ends_an_answer_is_in_its_text_only_if_asked_for(stop, include, text) -> None:
+    [dot] = BYTES.encode(".")
+    target = feed(stop_token_ids=[dot], stop=stop, include_stop_str_in_output=include, skip_special_tokens=False)
+    give_text(target, "a")
+    target.requests[0].stop_token = dot
+    completion = give_text(target, "b.", end=FinishReason.STOP).outputs[0]
+    assert (completion.text, completion.token_ids) == (text, tuple(BYTES.encode("ab.")))
+
+
+def test_deltas_add_up_to_the_answer() -> None:
+    target = feed(stop="cd", logprobs=0)
+    target.requests[0].output_logprobs = [TokenLogprobs(token, -1.0, 1, ()) for token in BYTES.encode("abcxcd")]
+    deltas = []
+    for piece in ("ab", "c", "", "x", "c", "d"):
+        give_text(target, piece)
+        deltas += target.session.deltas()
+    whole = target.completion()
+    assert [delta.text for delta in deltas] == ["ab", "", "cx", "", ""]  # "c" may begin the stop string
+    assert tuple(token for delta in deltas for token in delta.token_ids) == whole.token_ids
+    assert [entry for delta in deltas for entry in delta.logprobs] == whole.logprobs
+    assert [delta.finish_reason for delta in deltas] == [None, None, None, None, "stop"]
+    assert target.session.deltas() == []
 
 
 def test_special_tokens_are_in_the_text_only_if_asked_for() -> None:

@@ -78,9 +78,9 @@ def plan(*query_lens: int, prefill_rows: int = 0) -> StepPlan:
     ],
 )
 def test_the_smallest_captured_shape_that_holds_the_step_is_chosen(query_lens, shape) -> None:
-    chosen, graph = create_pool(Device()).graph_for(plan(*query_lens))
-    assert str(chosen) == shape
-    assert graph == ("graph", chosen)
+    record, graph = create_pool(Device()).graph_for(plan(*query_lens))
+    assert str(record.shape) == shape
+    assert graph == ("graph", record.shape)
 
 
 @given(
@@ -173,7 +173,7 @@ def test_a_shape_over_the_byte_budget_runs_in_the_smallest_larger_graph_captured
     pool.capture_all(progress=False)
     assert [str(record.shape) for record in pool.records()] == ["16x2", "64x2", "64x8"]
     assert pool.bytes == 100 * MIB
-    assert [str(pool.graph_for(plan(*lens))[0]) for lens in ([1], [1] * 8, [40])] == ["16x2", "64x8", "64x2"]
+    assert [str(pool.graph_for(plan(*lens))[0].shape) for lens in ([1], [1] * 8, [40])] == ["16x2", "64x8", "64x2"]
     assert pool.statistics.num_eager_steps == 0
 
 
@@ -181,9 +181,9 @@ def test_a_shape_over_the_byte_budget_that_no_graph_holds_runs_eagerly_with_the_
     device = Device(bytes_of=lambda shape: shape.num_tokens * MIB)
     pool = create_pool(device, graph_memory_mib=20)
     assert pool.graph_for(plan(8))[1] == ("graph", StepShape(8, 2))
-    shape, graph = pool.graph_for(plan(64))
-    assert shape == StepShape(64, 2)
-    assert graph is pool.eager_twin(shape)
+    record, graph = pool.graph_for(plan(64))
+    assert record.shape == StepShape(64, 2)
+    assert graph is pool.eager_twin(record.shape)
     assert pool.statistics.steps == {(StepKind.DECODE, None): 1, (StepKind.DECODE, EagerReason.MEMORY_BUDGET): 1}
     pool.graph_for(plan(64))
     assert device.shapes().count("64x2") == 1  # a shape found too large is not captured again
@@ -216,9 +216,9 @@ def test_graphs_off_runs_every_step_eagerly_at_its_padded_shape_with_the_reason(
     device = Device(name="eager")
     pool = create_pool(device)
     pool.capture_all(progress=False)
-    shape, graph = pool.graph_for(plan(9))
+    record, graph = pool.graph_for(plan(9))
     assert graph is pool.eager_twin(StepShape(16, 2))
-    assert shape == StepShape(16, 2)
+    assert record.shape == StepShape(16, 2)
     assert device.captured == []
     assert pool.statistics.steps == {(StepKind.DECODE, EagerReason.GRAPHS_OFF): 1}
     assert pool.statistics.padding_tokens == 7
@@ -234,12 +234,11 @@ def test_every_step_is_counted_and_every_eager_one_has_a_reason(steps, budget, o
     device = Device(bytes_of=lambda shape: shape.num_tokens * MIB, name=name)
     pool = create_pool(device, graph_memory_mib=budget, cudagraph_only_prefill=only_prefill)
     for query_lens, prefill in steps:
-        shape, graph = pool.graph_for(plan(*query_lens, prefill_rows=len(query_lens) if prefill else 0))
-        record = pool.statistics.recent[-1]
-        assert record.shape == shape
-        assert shape.num_tokens >= sum(query_lens)
-        assert shape.num_rows >= len(query_lens)
-        assert (graph == ("graph", shape)) == (record.eager_reason is None)
+        record, graph = pool.graph_for(plan(*query_lens, prefill_rows=len(query_lens) if prefill else 0))
+        assert record is pool.statistics.recent[-1]
+        assert record.shape.num_tokens >= sum(query_lens)
+        assert record.shape.num_rows >= len(query_lens)
+        assert (graph == ("graph", record.shape)) == (record.eager_reason is None)
     assert pool.statistics.num_steps == len(steps)
     assert pool.statistics.num_eager_steps + sum(record.uses for record in pool.records()) == len(steps)
     assert budget is None or pool.bytes <= budget * MIB

@@ -116,9 +116,9 @@ def logits_in_steps(runner, sequences, steps) -> dict[tuple[int, int], torch.Ten
         for step in steps:
             rows = [(i, n) for i, n in enumerate(step) if n]
             plan = StepPlan(tuple((i + 1, n) for i, n in rows), (), 0)
-            shape, graph = runner.pool.graph_for(plan)
-            assert runner.pool.graph(shape) is not None
-            runner.load(plan, shape)
+            record, graph = runner.pool.graph_for(plan)
+            assert runner.pool.graph(record.shape) is not None
+            runner.load(plan, record.shape)
             logits = graph.replay().logits
             runner.platform.synchronize()
             for row, (i, n) in enumerate(rows):

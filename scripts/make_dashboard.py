@@ -1,0 +1,315 @@
+"""Make stepgraph/server/dashboards/grafana.json: a Grafana dashboard of the metrics in docs/metrics.md.
+
+    python scripts/make_dashboard.py
+
+A test holds the file against this script, and its queries against the metrics.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+DASHBOARD = Path(__file__).parents[1] / "stepgraph" / "server" / "dashboards" / "grafana.json"
+
+WIDTH = 24
+"""Columns of Grafana's grid."""
+PANEL_HEIGHT = 8
+ROW_HEIGHT = 1
+DATASOURCE = {"type": "prometheus", "uid": "${datasource}"}
+MODEL = 'model_name=~"$model_name"'
+
+
+class Panel(NamedTuple):
+    """Curves over time."""
+
+    title: str
+    unit: str
+    """Grafana's name of it: `s`, `bytes`, `percentunit`, `short`."""
+    queries: tuple[tuple[str, str], ...]
+    """(PromQL, legend)."""
+    description: str = ""
+    stacked: bool = False
+
+
+def rate(metric: str, by: str = "", **labels: str) -> str:
+    """A counter's growth per second, summed over servers and over all labels but `by`."""
+    selected = ",".join((MODEL, *(f'{name}="{value}"' for name, value in labels.items())))
+    return f"sum{f' by ({by}) ' if by else ''}(rate(stepgraph:{metric}{{{selected}}}[$__rate_interval]))"
+
+
+def total(metric: str) -> str:
+    """A gauge, summed over servers."""
+    return f"sum(stepgraph:{metric}{{{MODEL}}})"
+
+
+def mean(metric: str) -> str:
+    """Of a histogram's values."""
+    return f"{rate(f'{metric}_sum')} / {rate(f'{metric}_count')}"
+
+
+def quantiles(metric: str, *wanted: float, legend: str = "") -> tuple[tuple[str, str], ...]:
+    """Of a histogram's values."""
+    return tuple(
+        (f"histogram_quantile({q}, {rate(f'{metric}_bucket', by='le')})", f"{legend} p{100 * q:g}".strip())
+        for q in wanted
+    )
+
+
+ROWS: tuple[tuple[str, tuple[Panel, ...]], ...] = (
+    (
+        "Traffic",
+        (
+            Panel(
+                "Requests",
+                "short",
+                ((total("num_requests_running"), "running"), (total("num_requests_waiting"), "waiting")),
+                "In the engine, one for each answer.",
+            ),
+            Panel(
+                "Answers ended",
+                "reqps",
+                ((rate("request_success_total", by="finished_reason"), "{{finished_reason}}"),),
+                stacked=True,
+            ),
+            Panel(
+                "HTTP responses",
+                "reqps",
+                ((rate("http_requests_total", by="handler, status"), "{{handler}} {{status}}"),),
+                stacked=True,
+            ),
+            Panel(
+                "Tokens per request",
+                "short",
+                (
+                    *quantiles("request_prompt_tokens", 0.5, 0.95, legend="prompt"),
+                    *quantiles("request_generation_tokens", 0.5, 0.95, legend="answer"),
+                ),
+            ),
+        ),
+    ),
+    (
+        "Latency",
+        (
+            Panel("Time to first token", "s", quantiles("time_to_first_token_seconds", 0.5, 0.95, 0.99)),
+            Panel("Time between tokens", "s", quantiles("inter_token_latency_seconds", 0.5, 0.95, 0.99)),
+            Panel("Request, end to end", "s", quantiles("e2e_request_latency_seconds", 0.5, 0.95, 0.99)),
+            Panel(
+                "Phases of a request",
+                "s",
+                (
+                    *quantiles("request_queue_time_seconds", 0.95, legend="queue"),
+                    *quantiles("request_prefill_time_seconds", 0.95, legend="prefill"),
+                    *quantiles("request_decode_time_seconds", 0.95, legend="decode"),
+                ),
+            ),
+        ),
+    ),
+    (
+        "Throughput and KV cache",
+        (
+            Panel(
+                "Tokens per second",
+                "short",
+                ((rate("prompt_tokens_total"), "prompt"), (rate("generation_tokens_total"), "generated")),
+                "Prompt tokens include those that the prefix cache saved.",
+            ),
+            Panel("Tokens per step", "short", ((mean("iteration_tokens_total"), "mean"),), "Without padding."),
+            Panel(
+                "KV cache",
+                "percentunit",
+                (
+                    (f"max(stepgraph:kv_cache_usage_perc{{{MODEL}}})", "in use"),
+                    (
+                        f"{rate('prefix_cache_hits_total')} / {rate('prefix_cache_queries_total')}",
+                        "prompt tokens from the prefix cache",
+                    ),
+                ),
+                "Usage is that of the fullest server.",
+            ),
+            Panel(
+                "Preemptions", "cps", ((rate("num_preemptions_total"), "preemptions"),), "A full KV cache causes them."
+            ),
+        ),
+    ),
+    (
+        "Steps",
+        (
+            Panel(
+                "Steps in graphs and eager",
+                "cps",
+                ((rate("steps_total", by="mode, reason"), "{{mode}} {{reason}}"),),
+                stacked=True,
+            ),
+            Panel(
+                "Shares",
+                "percentunit",
+                (
+                    (f"{rate('steps_total', mode='graph')} / {rate('steps_total')}", "steps in graphs"),
+                    (f"{rate('step_tokens_total', kind='padding')} / {rate('step_tokens_total')}", "padding tokens"),
+                ),
+            ),
+            Panel(
+                "Step time",
+                "s",
+                (
+                    (mean("step_duration_seconds"), "mean"),
+                    *quantiles("step_duration_seconds", 0.5, 0.99),
+                    (mean("host_step_seconds"), "host, mean"),
+                ),
+                "The host plans and takes in results while the device runs; it delays steps where its time comes near theirs.",
+            ),
+            Panel("Steps by kind", "cps", ((rate("steps_total", by="kind"), "{{kind}}"),), stacked=True),
+        ),
+    ),
+    (
+        "Graphs",
+        (
+            Panel("Graph memory", "bytes", ((total("graph_bytes"), "all graphs"),)),
+            Panel("Captured graphs", "short", ((total("graphs"), "graphs"),)),
+            Panel(
+                "Time spent capturing",
+                "percentunit",
+                ((rate("graph_capture_seconds_total"), "share of time"),),
+                "Above 0 after the start: graphs are captured at their first use.",
+            ),
+            Panel(
+                "Most used graphs",
+                "cps",
+                (
+                    (
+                        f"topk(8, {rate('graph_replays_total', by='tokens, rows, variant')})",
+                        "{{tokens}}x{{rows}} {{variant}}",
+                    ),
+                ),
+            ),
+        ),
+    ),
+    (
+        "Health",
+        (
+            Panel(
+                "Engine",
+                "short",
+                (
+                    (f"min(stepgraph:engine_up{{{MODEL}}})", "up"),
+                    (
+                        f"sum(increase(stepgraph:engine_restarts_total{{{MODEL}}}[$__rate_interval]))",
+                        "restarts",
+                    ),
+                ),
+                "Up is 0 while any server's engine takes no requests.",
+            ),
+            Panel(
+                "Errors",
+                "reqps",
+                (
+                    (rate("request_success_total", finished_reason="error"), "answers ended by an error"),
+                    (
+                        f'sum(rate(stepgraph:http_requests_total{{{MODEL},status=~"5.."}}[$__rate_interval]))',
+                        "HTTP 5xx",
+                    ),
+                ),
+            ),
+            Panel("Refused requests", "reqps", ((rate("requests_refused_total", by="reason"), "{{reason}}"),)),
+            Panel(
+                "HTTP process",
+                "percentunit",
+                (
+                    (
+                        "rate(process_cpu_seconds_total[$__rate_interval]) "
+                        f"and on (job, instance) stepgraph:engine_up{{{MODEL}}}",
+                        "CPU of {{instance}}",
+                    ),
+                ),
+                "Near 1 it is what limits the server.",
+            ),
+        ),
+    ),
+)
+
+
+def dashboard() -> dict[str, Any]:
+    """The dashboard, as Grafana imports it."""
+    panels: list[dict[str, Any]] = []
+    top = 0
+    for title, contents in ROWS:
+        position = {"x": 0, "y": top, "w": WIDTH, "h": ROW_HEIGHT}
+        row = {"type": "row", "title": title, "gridPos": position, "collapsed": False, "panels": []}
+        panels.append({"id": len(panels) + 1, **row})
+        top += ROW_HEIGHT
+        width = WIDTH // len(contents)
+        for column, panel in enumerate(contents):
+            position = {"x": column * width, "y": top, "w": width, "h": PANEL_HEIGHT}
+            panels.append(_panel(panel, len(panels) + 1, position))
+        top += PANEL_HEIGHT
+    return {
+        "uid": "stepgraph",
+        "title": "stepgraph",
+        "tags": ["llm", "stepgraph"],
+        "schemaVersion": 39,
+        "editable": True,
+        "graphTooltip": 1,  # one cursor over all panels
+        "time": {"from": "now-1h", "to": "now"},
+        "refresh": "15s",
+        "templating": {"list": _variables()},
+        "panels": panels,
+    }
+
+
+def _panel(panel: Panel, id: int, position: dict[str, int]) -> dict[str, Any]:
+    curves = {"fillOpacity": 30 if panel.stacked else 0, "showPoints": "never"}
+    if panel.stacked:
+        curves["stacking"] = {"mode": "normal", "group": "A"}
+    return {
+        "id": id,
+        "type": "timeseries",
+        "title": panel.title,
+        "description": panel.description,
+        "gridPos": position,
+        "datasource": DATASOURCE,
+        "fieldConfig": {"defaults": {"unit": panel.unit, "min": 0, "custom": curves}, "overrides": []},
+        "options": {
+            "legend": {"displayMode": "list", "placement": "bottom"},
+            "tooltip": {"mode": "multi", "sort": "desc"},
+        },
+        "targets": [
+            {
+                "refId": chr(ord("A") + number),
+                "datasource": DATASOURCE,
+                "expr": query,
+                "legendFormat": legend,
+                "range": True,
+            }
+            for number, (query, legend) in enumerate(panel.queries)
+        ],
+    }
+
+
+def _variables() -> list[dict[str, Any]]:
+    return [
+        {"name": "datasource", "label": "Data source", "type": "datasource", "query": "prometheus"},
+        {
+            "name": "model_name",
+            "label": "Model",
+            "type": "query",
+            "datasource": DATASOURCE,
+            "query": {"query": "label_values(stepgraph:engine_up, model_name)", "refId": "model_name"},
+            "refresh": 2,  # whenever the range of time changes
+            "multi": True,
+            "includeAll": True,
+            "current": {"text": ["All"], "value": ["$__all"]},
+        },
+    ]
+
+
+def text() -> str:
+    """The file's content."""
+    return json.dumps(dashboard(), indent=2) + "\n"
+
+
+if __name__ == "__main__":
+    DASHBOARD.parent.mkdir(exist_ok=True)
+    DASHBOARD.write_text(text(), encoding="utf-8")
+    print(f"wrote {DASHBOARD}")

@@ -1,0 +1,215 @@
+"""How the HTTP server listens, limits and protects itself."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from stepgraph.config.engine import ENGINE_PARTS, NOT_YET, EngineConfig, flattened
+from stepgraph.config.fields import check, homes_of, refuse_unknown, setting
+from stepgraph.errors import ConfigError
+
+API_KEY_VARIABLE = "STEPGRAPH_API_KEY"
+MAX_ANSWERS = 64
+"""Answers the engine gives to one request at most: `max_n` can only lower it."""
+
+
+@dataclass(frozen=True)
+class ServerConfig:
+    """How the HTTP server listens, limits and protects itself."""
+
+    host: str = setting("127.0.0.1", "address to listen on; 0.0.0.0 is every network: then set an API key")
+    port: int = setting(8000, "port of the API; 0 takes any that is free", minimum=0, metavar="PORT")
+    metrics_port: int | None = setting(
+        None, "port for /metrics and /health alone; default: the API's", minimum=0, metavar="PORT"
+    )
+    engine_worker_queue_port: int | None = setting(
+        None,
+        "loopback port between the HTTP process and the engine's; default: a socket file",
+        minimum=1,
+        metavar="PORT",
+    )
+    root_path: str | None = setting(None, "path that a proxy in front takes off the URLs, e.g. /llm", metavar="PATH")
+    served_model_name: tuple[str, ...] | None = setting(
+        None, "names that requests may give as model, the first in answers; default: MODEL as given", metavar="NAME"
+    )
+    lora_modules: tuple[str, ...] | None = setting(
+        None,
+        "LoRA adapters to serve, each under a model name of its own; needs enable_lora",
+        metavar="NAME=FOLDER",
+    )
+    chat_template: str | None = setting(
+        None, "chat template, a file or the text itself; default: the model's", metavar="FILE"
+    )
+    tool_call_parser: str = setting(
+        "auto",
+        "the form in which the model calls tools; auto goes by its chat template, none leaves calls in the text",
+        choices=("auto", "none", "hermes", "llama", "mistral"),
+    )
+    reasoning_parser: str = setting(
+        "auto",
+        "what sets reasoning apart from the answer; auto: think tags, if the chat template has them",
+        choices=("auto", "none", "think"),
+    )
+    api_key: tuple[str, ...] | None = setting(
+        None,
+        "keys that requests must bring one of; other users of this machine see flags, so better give a file or "
+        f"{API_KEY_VARIABLE}",
+        metavar="KEY",
+        secret=True,
+    )
+    api_key_file: str | None = setting(None, "file of further keys, one per line", metavar="FILE")
+    cors_allow_origins: tuple[str, ...] | None = setting(
+        None, "origins whose web pages may call the API, e.g. https://example.org; * is all", metavar="ORIGIN"
+    )
+    max_queue: int = setting(512, "requests that may wait beyond those that run; more get status 429", minimum=0)
+    max_n: int = setting(16, "answers that one request may ask for (n)", minimum=1)
+    max_body_mib: float = setting(8.0, "size of a request's body in MiB; more gets status 413", minimum=0.001)
+    request_timeout: float | None = setting(
+        None, "seconds that a request may take, waiting included; default: no limit", minimum=0.001, metavar="SECONDS"
+    )
+    shutdown_timeout: float = setting(
+        30.0, "seconds that running requests get to finish after SIGTERM", minimum=0, metavar="SECONDS"
+    )
+    access_log: bool = setting(False, "log method, path and status of every HTTP request")
+    log_requests: bool = setting(False, "log prompt and settings of every request; prompts may be private")
+    otlp_traces_endpoint: str | None = setting(
+        None, "URL of an OpenTelemetry collector to send traces to (OTLP over HTTP)", metavar="URL"
+    )
+
+    def __post_init__(self) -> None:
+        check(self)
+        for name in ("host", "root_path", "chat_template", "api_key_file", "otlp_traces_endpoint"):
+            if getattr(self, name) == "":
+                raise ConfigError(f"{name} is empty; give it a value, or leave it unset")
+        self._check_ports()
+        if self.max_n > MAX_ANSWERS:
+            raise ConfigError(
+                f"max_n={self.max_n} is above {MAX_ANSWERS}, the most answers the engine gives to a request"
+            )
+        if self.root_path is not None and (not self.root_path.startswith("/") or self.root_path.endswith("/")):
+            raise ConfigError(f"root_path={self.root_path!r} must begin with a slash and not end with one, e.g. /llm")
+        if self.otlp_traces_endpoint is not None and not self.otlp_traces_endpoint.startswith(("http://", "https://")):
+            raise ConfigError(
+                f"otlp_traces_endpoint={self.otlp_traces_endpoint!r} is not the URL of a collector; write e.g. "
+                "http://127.0.0.1:4318/v1/traces"
+            )
+        for origin in self.cors_allow_origins or ():
+            if origin != "*" and ("://" not in origin or origin.count("/") > 2):
+                raise ConfigError(
+                    f"cors_allow_origins: {origin!r} is not an origin; write scheme, host and perhaps port, without a "
+                    "slash after them, e.g. https://example.org"
+                )
+        _check_keys(self.api_key or (), "api_key")
+        self._check_names()
+
+    def adapters(self) -> dict[str, str]:
+        """The folders of the LoRA adapters to serve, by their model names."""
+        pairs = (module.partition("=") for module in self.lora_modules or ())
+        return {name: folder for name, _, folder in pairs}
+
+    def api_keys(self) -> tuple[str, ...]:
+        """All keys that open the API: of `api_key`, `api_key_file` and the environment variable STEPGRAPH_API_KEY.
+
+        Empty if none is set anywhere: then the API is open to everybody who reaches it.
+
+        Raises:
+            ConfigError: the file cannot be read or holds no key, the variable is empty, or a key cannot be one.
+        """
+        keys = [*(self.api_key or ())]
+        if self.api_key_file is not None:
+            lines = [line.strip() for line in _text_of(self.api_key_file, "api_key_file").splitlines()]
+            in_file = [line for line in lines if line]
+            if not in_file:  # going on would leave a server open that was meant to be closed
+                raise ConfigError(f"api_key_file={self.api_key_file!r} holds no key; write one per line, or unset it")
+            _check_keys(in_file, f"api_key_file={self.api_key_file!r}")
+            keys += in_file
+        variable = os.environ.get(API_KEY_VARIABLE)
+        if variable is not None:
+            _check_keys([variable], f"the environment variable {API_KEY_VARIABLE}")
+            keys.append(variable)
+        return tuple(dict.fromkeys(keys))
+
+    def chat_template_text(self) -> str | None:
+        """The chat template that replaces the model's, read from its file if it is one; None to keep the model's.
+
+        Raises:
+            ConfigError: the file cannot be read.
+        """
+        if self.chat_template is None or "{{" in self.chat_template or "{%" in self.chat_template:
+            return self.chat_template
+        return _text_of(self.chat_template, "chat_template")
+
+    def _check_ports(self) -> None:
+        taken: dict[int, str] = {}
+        for name in ("port", "metrics_port", "engine_worker_queue_port"):
+            port = getattr(self, name)
+            if port is None or port == 0:
+                continue
+            if port > 65535:
+                raise ConfigError(f"{name}={port} is not a port; the largest is 65535")
+            if port in taken:
+                raise ConfigError(f"{name}={port} is {taken[port]} too; give them different ports")
+            taken[port] = name
+
+    def _check_names(self) -> None:
+        names = list(self.served_model_name or ())
+        for module in self.lora_modules or ():
+            name, equals, folder = module.partition("=")
+            if not (name and equals and folder):
+                raise ConfigError(f"lora_modules: {module!r} must be NAME=FOLDER, e.g. poems=/models/poems-lora")
+            names.append(name)
+        for place, name in enumerate(names):
+            if not name:
+                raise ConfigError("served_model_name: a name is empty; write one, or leave it out")
+            if name in names[:place]:
+                raise ConfigError(
+                    f"two models are called {name!r}; each of served_model_name and lora_modules needs its own"
+                )
+
+
+SERVE_PARTS: dict[str, Any] = {"server": ServerConfig, **ENGINE_PARTS}
+"""Every dataclass of settings by the name of its section in files."""
+
+
+def serve_config(settings: Mapping[str, Any]) -> tuple[EngineConfig, ServerConfig]:
+    """Sort flat settings, e.g. ``{"model": "smollm2", "port": 8080}``, into those of the engine and of the server.
+
+    Raises:
+        ConfigError: unknown setting, bad value, or settings that contradict each other.
+    """
+    settings = flattened(settings)
+    refuse_unknown(settings, [*homes_of(SERVE_PARTS), *NOT_YET])
+    of_server = {name: settings.pop(name) for name in ServerConfig.__dataclass_fields__ if name in settings}
+    engine, server = EngineConfig.from_settings(**settings), ServerConfig(**of_server)
+    if server.lora_modules and not engine.lora.enable_lora:
+        raise ConfigError(f"lora_modules={' '.join(server.lora_modules)} needs enable_lora; add it, or leave them out")
+    if server.served_model_name is None and engine.model.model in server.adapters():
+        raise ConfigError(
+            f"lora_modules: {engine.model.model!r} is the model's own name; give the adapter another, or the model one with "
+            "served_model_name"
+        )
+    return engine, server
+
+
+def _check_keys(keys: Iterable[str], source: str) -> None:
+    """Refuse what could not arrive in an HTTP header as it is. Errors count the keys, and never show one."""
+    for number, key in enumerate(keys, start=1):
+        if not key:
+            raise ConfigError(f"{source}: key {number} is empty; write one, or leave it unset")
+        if not all("!" <= character <= "~" for character in key):
+            raise ConfigError(
+                f"{source}: key {number} has a space or a character that is not printable ASCII; use letters, digits "
+                "and signs, e.g. what `openssl rand -hex 24` prints"
+            )
+
+
+def _text_of(path: str, name: str) -> str:
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise ConfigError(f"{name}={path!r} cannot be read: {reason}") from error

@@ -1,0 +1,306 @@
+"""The HTTP application: which path does what."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
+from contextlib import suppress
+from typing import Any, Protocol
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.middleware.cors import CORSMiddleware
+from starlette.exceptions import HTTPException
+from starlette.responses import Response
+from starlette.types import ASGIApp, Receive
+
+import stepgraph
+from stepgraph.engine.prompts import require_tokenizer
+from stepgraph.errors import RequestError
+from stepgraph.server.chat import ChatReply
+from stepgraph.server.completions import CompletionCall
+from stepgraph.server.conversation import plain_messages
+from stepgraph.server.door import Door
+from stepgraph.server.errors import APIError, api_error, report, timed_out
+from stepgraph.server.metrics import Metrics
+from stepgraph.server.protocol import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
+from stepgraph.server.replies import ModelCard, ModelList, Text, Tokens, encode_json
+from stepgraph.server.responses import ResponsesReply, ResponsesRequest
+from stepgraph.server.service import Context, Service
+from stepgraph.server.sse import EventStream
+
+logger = logging.getLogger(__name__)
+
+
+class Call(Protocol):
+    """A request that the engine has accepted. One of the two is used, once."""
+
+    async def reply(self) -> bytes:
+        """The whole answer, as JSON."""
+
+    def events(self) -> AsyncGenerator[bytes]:
+        """The answer as server-sent events."""
+
+
+class Streamable(Protocol):
+    """A request's body, as far as the way of the reply goes."""
+
+    stream: bool
+
+    def ignored(self) -> list[str]:
+        """Names of the fields that nothing here knows."""
+
+
+def create_app(service: Service, metrics: Metrics, *, api_keys: Sequence[str]) -> ASGIApp:
+    """The application, ready for an ASGI server."""
+    config = service.config
+    app = FastAPI(
+        title="stepgraph",
+        version=stepgraph.__version__,
+        description="An OpenAI-compatible service; every step of the model is one launch of one captured graph.",
+        root_path=config.root_path or "",
+    )
+    _add_error_handlers(app)
+    _add_generation(app, service)
+    _add_tokenizer(app, service)
+    _add_models(app, service)
+    _add_operations(app, service, metrics)
+    if config.cors_allow_origins:
+        app.add_middleware(
+            CORSMiddleware, allow_origins=config.cors_allow_origins, allow_methods=["*"], allow_headers=["*"]
+        )
+    return Door(
+        app,
+        api_keys=tuple(api_keys),
+        max_body_bytes=int(config.max_body_mib * 2**20),
+        on_response=metrics.on_response,
+    )
+
+
+def create_metrics_app(service: Service, metrics: Metrics) -> ASGIApp:
+    """What --metrics-port serves: /metrics and /health."""
+    app = FastAPI(title="stepgraph metrics", version=stepgraph.__version__, openapi_url=None)
+    _add_error_handlers(app)
+    _add_health(app, service, metrics)
+    return app
+
+
+def _add_generation(app: FastAPI, service: Service) -> None:
+    @app.post("/v1/completions", summary="Continue texts", tags=["generation"])
+    async def completions(body: CompletionRequest, http: Request) -> Response:
+        return await _answer(CompletionCall.start, body, http, service)
+
+    @app.post("/v1/chat/completions", summary="Answer a conversation", tags=["generation"])
+    async def chat_completions(body: ChatRequest, http: Request) -> Response:
+        return await _answer(ChatReply.start, body, http, service)
+
+    @app.post("/v1/responses", summary="Answer a conversation; nothing is kept", tags=["generation"])
+    async def responses(body: ResponsesRequest, http: Request) -> Response:
+        return await _answer(ResponsesReply.start, body, http, service)
+
+
+def _add_tokenizer(app: FastAPI, service: Service) -> None:
+    @app.post("/tokenize", summary="The tokens of a text or a conversation", tags=["tokenizer"])
+    async def tokenize(body: TokenizeRequest, http: Request) -> Response:
+        service.choose_model(body.model)
+        tokenizer = require_tokenizer(service.face.tokenizer)
+        if (body.prompt is None) == (body.messages is None):
+            raise RequestError("/tokenize takes prompt or messages; give one of them")
+        if body.prompt is not None:
+            prompt = await service.encode(body.prompt, add_special_tokens=body.add_special_tokens is not False)
+        else:
+            messages = plain_messages(body.messages or ())
+            tools = [tool.model_dump(exclude_none=True) for tool in body.tools or ()]
+            text = await service.in_thread(
+                lambda: service.chat_form.render(
+                    messages,
+                    tools,
+                    add_generation_prompt=body.add_generation_prompt,
+                    continue_final_message=body.continue_final_message,
+                    variables=body.chat_template_kwargs,
+                )
+            )
+            prompt = await service.encode(text, add_special_tokens=body.add_special_tokens is True)
+        ids = prompt.token_ids
+        texts = tokenizer.convert_ids_to_tokens(ids) if body.return_token_strs else None
+        return _json(Tokens(ids, len(ids), service.max_model_len, texts))
+
+    @app.post("/detokenize", summary="The text of tokens", tags=["tokenizer"])
+    async def detokenize(body: DetokenizeRequest, http: Request) -> Response:
+        service.choose_model(body.model)
+        tokenizer = require_tokenizer(service.face.tokenizer)
+        if wrong := next((token for token in body.tokens if not 0 <= token < 2**31), None):
+            raise RequestError(f"tokens holds {wrong}, which is no token id; ids are whole numbers from 0 up")
+        return _json(Text(await service.in_thread(lambda: tokenizer.decode(body.tokens))))
+
+
+def _add_models(app: FastAPI, service: Service) -> None:
+    def cards() -> list[ModelCard]:
+        names, root = service.model_names, service.face.name
+        length = None if service.client.ready is None else service.client.ready.max_model_len
+        return [
+            *(ModelCard(name, service.started_at, "stepgraph", root, None, length) for name in names),
+            *(
+                ModelCard(name, service.started_at, "stepgraph", folder, names[0], length)
+                for name, folder in service.config.adapters().items()
+            ),
+        ]
+
+    @app.get("/v1/models", summary="The models that requests can name", tags=["models"])
+    async def models() -> Response:
+        return _json(ModelList(cards()))
+
+    @app.get("/v1/models/{name:path}", summary="One of them", tags=["models"])
+    async def model(name: str) -> Response:
+        service.choose_model(name)
+        return _json(next(card for card in cards() if card.id == name))
+
+
+def _add_operations(app: FastAPI, service: Service, metrics: Metrics) -> None:
+    _add_health(app, service, metrics)
+
+    @app.get("/ready", summary="Whether a request sent now would be served", tags=["operations"])
+    async def ready() -> Response:
+        return _status(service.trouble or service.fullness)
+
+    @app.get("/version", summary="The server's version", tags=["operations"])
+    async def version() -> Response:
+        return _json({"version": stepgraph.__version__})
+
+    @app.get("/load", summary="Requests that run or wait", tags=["operations"])
+    async def load() -> Response:
+        return _json({"server_load": service.client.num_unfinished})
+
+    @app.get("/graphs", summary="The captured graphs and their use", tags=["operations"])
+    async def graphs() -> Response:
+        return _json(await service.client.graphs())
+
+
+def _add_health(app: FastAPI, service: Service, metrics: Metrics) -> None:
+    @app.get("/health", summary="Whether the model is loaded and the engine alive", tags=["operations"])
+    async def health() -> Response:
+        return _status(service.trouble if not service.draining else service.client.trouble)
+
+    @app.get("/metrics", summary="Metrics for Prometheus", tags=["operations"])
+    async def read_metrics(http: Request) -> Response:
+        content, media_type = metrics.render(http.headers.get("accept"))
+        return Response(content, media_type=media_type)
+
+
+async def _answer(
+    start: Callable[[Any, Service, Context], Awaitable[Call]], body: Streamable, http: Request, service: Service
+) -> Response:
+    """Answer a request, whole or as a stream. A client that leaves ends its request."""
+    state = http.scope["state"]
+    context = Context(state["request_id"], state["arrived_at"], http.headers.get("traceparent"))
+    headers = _ignored_fields(body, context.request_id)
+    timeout_s = service.config.request_timeout
+
+    async def whole() -> Response:
+        call = await start(body, service, context)
+        if body.stream:
+            return EventStream(
+                call.events(), request_id=context.request_id, headers=headers, timeout_s=_left(timeout_s, context)
+            )
+        return Response(await call.reply(), media_type="application/json", headers=headers)
+
+    try:
+        async with asyncio.timeout(timeout_s):
+            with service.timing():
+                return await _unless_left(http.receive, whole())
+    except TimeoutError:
+        assert timeout_s is not None
+        return _error(timed_out(timeout_s))
+    except Exception as error:
+        return _error(report(error, context.request_id))
+
+
+def _left(timeout_s: float | None, context: Context) -> float | None:
+    """Seconds that a request has left."""
+    return None if timeout_s is None else max(0.001, context.arrived_at + timeout_s - time.monotonic())
+
+
+async def _unless_left(receive: Receive, work: Any) -> Response:
+    """The result of `work`, which is cancelled when the client leaves."""
+    working = asyncio.ensure_future(work)
+    leaving = asyncio.ensure_future(receive())  # the body has been read: the next message says that the client is gone
+    try:
+        await asyncio.wait((working, leaving), return_when=asyncio.FIRST_COMPLETED)
+        if working.done():
+            return await working
+        return Response(status_code=499)  # nobody reads it, but metrics and logs do
+    finally:
+        leaving.cancel()
+        working.cancel()
+        with suppress(asyncio.CancelledError, Exception):
+            await working
+
+
+def _ignored_fields(body: Streamable, request_id: str) -> Mapping[str, str]:
+    ignored = [name for name in body.ignored() if name.isascii() and name.isprintable()]
+    if not ignored:
+        return {}
+    named = ", ".join(ignored)[:500]
+    logger.warning("request %s: unknown fields were ignored: %s", request_id, named)
+    return {"X-Ignored-Fields": named}
+
+
+def _add_error_handlers(app: FastAPI) -> None:
+    async def on_known(http: Request, error: Exception) -> Response:
+        return _error(api_error(error, request_id=http.scope["state"]["request_id"]))
+
+    async def on_invalid(http: Request, error: Exception) -> Response:
+        assert isinstance(error, RequestValidationError)
+        return _error(_invalid(error))
+
+    async def on_http(http: Request, error: Exception) -> Response:
+        assert isinstance(error, HTTPException)
+        if isinstance(error.__cause__, APIError):  # it came up while the body was read
+            return _error(error.__cause__)
+        message = str(error.detail)
+        if error.status_code == 400 and error.__cause__ is not None:
+            message = f"the body cannot be read as JSON: {error.__cause__}"
+        if error.status_code == 404:
+            message = f"there is nothing at {http.scope['path']}; /docs lists what there is"
+        elif error.status_code == 405:
+            message = f"{http.scope['path']} does not take {http.method}"
+        return _error(APIError(error.status_code, message, headers=error.headers))
+
+    for kind in (APIError, stepgraph.errors.StepgraphError, Exception):
+        app.add_exception_handler(kind, on_known)
+    app.add_exception_handler(RequestValidationError, on_invalid)
+    app.add_exception_handler(HTTPException, on_http)
+
+
+def _invalid(error: RequestValidationError) -> APIError:
+    """A body that is not JSON, or whose fields have the wrong types."""
+    first = error.errors()[0]
+    if isinstance(first["input"], bytes):
+        return APIError(415, "the body was not sent as JSON; send it with the header 'Content-Type: application/json'")
+    where = [str(part) for part in first["loc"] if part != "body"]
+    if first["type"] == "json_invalid":
+        return APIError(
+            400, f"the body is not JSON: {first['ctx']['error']} at character {where[-1]}", code="invalid_json"
+        )
+    field = where[0] if where else None
+    message = first["msg"]
+    if field == "prompt" and first["type"] != "missing":  # one error for each form it might have
+        message = "it must be text, a list of texts, a list of token ids, or a list of such lists"
+        where = where[:1]
+    return APIError(422, f"{'.'.join(where) or 'the body'}: {message}", param=field)
+
+
+def _error(error: APIError) -> Response:
+    return Response(error.body(), error.status, headers=error.headers, media_type="application/json")
+
+
+def _status(trouble: str | None) -> Response:
+    if trouble is None:
+        return _json({"status": "ok"})
+    return Response(encode_json({"status": trouble}), 503, media_type="application/json", headers={"Retry-After": "2"})
+
+
+def _json(content: Any) -> Response:
+    return Response(encode_json(content), media_type="application/json")

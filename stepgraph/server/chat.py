@@ -1,0 +1,269 @@
+"""/v1/chat/completions: conversations, with reasoning and tool calls."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
+from typing import Any, NamedTuple
+
+from msgspec import UNSET
+
+from stepgraph.engine.outputs import TokenProbabilities
+from stepgraph.engine.session import AnswerDelta
+from stepgraph.errors import RequestError
+from stepgraph.server.completions import describe_prompt_logprobs
+from stepgraph.server.conversation import AnswerParser, Piece, ToolUse, plain_messages
+from stepgraph.server.engine_client import Generation
+from stepgraph.server.protocol import ChatRequest, sampling_params
+from stepgraph.server.replies import (
+    ChatChoice,
+    ChatChunk,
+    ChatChunkChoice,
+    ChatCompletion,
+    ChatLogprobs,
+    ChatMessage,
+    FunctionCall,
+    TokenLogprob,
+    ToolCall,
+    TopLogprob,
+    encode_json,
+)
+from stepgraph.server.service import Context, Service, Tally, merged, new_id
+from stepgraph.server.sse import DONE, event
+
+
+class Gain(NamedTuple):
+    """What one answer of a conversation gains."""
+
+    delta: AnswerDelta
+    piece: Piece
+    finish_reason: str | None
+    """`delta`'s, or "tool_calls"."""
+
+
+class ChatCall:
+    """A conversation that the engine has accepted, being answered. Use `gains` once.
+
+    Args:
+        generation: its answers.
+        parsers: one for each answer.
+        forced: it must call one function, whose name the client knows.
+    """
+
+    def __init__(self, generation: Generation, parsers: Sequence[AnswerParser], *, thinks: bool, forced: bool):
+        self.generation = generation
+        self.tally = Tally([generation])
+        self._parsers = parsers
+        self._thinks = thinks
+        self._forced = forced
+
+    @classmethod
+    async def start(
+        cls,
+        request: ChatRequest,
+        messages: Sequence[dict[str, Any]],
+        tools: ToolUse,
+        service: Service,
+        context: Context,
+        *,
+        id: str,
+        adapter: str | None,
+    ) -> ChatCall:
+        """Send a conversation to the engine.
+
+        Raises:
+            APIError, RequestError: it cannot be answered.
+        """
+        form = service.chat_form
+        variables = dict(request.chat_template_kwargs or {})
+        if request.reasoning_effort is not None:
+            variables.setdefault("reasoning_effort", request.reasoning_effort)
+        text = await service.in_thread(
+            lambda: form.render(
+                messages,
+                tools.shown,
+                add_generation_prompt=request.add_generation_prompt,
+                continue_final_message=request.continue_final_message,
+                variables=variables,
+            )
+        )
+        prompt = await service.encode(text, add_special_tokens=False)
+        max_tokens = request.max_completion_tokens if request.max_completion_tokens is not None else request.max_tokens
+        others: dict[str, Any] = {"max_tokens": max_tokens}
+        if request.top_logprobs is not None and not request.logprobs:
+            raise RequestError("top_logprobs needs logprobs; set it to true")
+        if request.logprobs:
+            others["logprobs"] = request.top_logprobs or 0
+        if tools.must_call:
+            if request.response_format or request.structured_outputs:
+                raise RequestError(
+                    "tool_choice forces a call, so the answer cannot have another form; ask for one of them"
+                )
+            others["structured_outputs"] = {"json": tools.schema()}
+        if tools.shown and form.marks_calls_by_special_tokens:
+            others["skip_special_tokens"] = False
+        params = sampling_params(request, service.face.sampling_defaults, **others)
+        [generation] = await service.start(id, [prompt], params, context, request=request, adapter=adapter)
+        parsers = [
+            AnswerParser(form, tools, prompt=prompt.text, guided=params.structured_outputs is not None)
+            for _ in range(params.n)
+        ]
+        return cls(generation, parsers, thinks=form.thinks, forced=tools.forced is not None)
+
+    async def gains(self) -> AsyncGenerator[Gain]:
+        """What the answers gain, as it comes; pieces that are held back yet are left out."""
+        async with aclosing(merged([self.generation])) as found:
+            async for _, deltas in found:
+                self.tally.add(deltas)
+                for delta in deltas:
+                    parser = self._parsers[delta.index]
+                    piece = parser.feed(delta.text, finished=delta.finish_reason is not None)
+                    if piece.reasoning:
+                        self.tally.num_reasoning += len(delta.token_ids)
+                    reason = delta.finish_reason
+                    if reason == "stop" and parser.num_calls and not self._forced:
+                        reason = "tool_calls"
+                    yield Gain(delta, piece, reason)
+
+    def usage(self) -> Any:
+        """Token counts by now."""
+        return self.tally.usage(reasoning=self._thinks)
+
+
+class ChatReply:
+    """One call of /v1/chat/completions, as the OpenAI API shapes it."""
+
+    def __init__(self, request: ChatRequest, call: ChatCall, model: str, id: str, n: int):
+        self._request = request
+        self._call = call
+        self._model = model
+        self._id = id
+        self._created = int(time.time())
+        self._n = n
+
+    @classmethod
+    async def start(cls, request: ChatRequest, service: Service, context: Context) -> ChatReply:
+        """Check a request and send it to the engine.
+
+        Raises:
+            APIError, RequestError: it cannot be answered.
+        """
+        model, adapter = service.choose_model(request.model)
+        tools = ToolUse.of(request.tools, request.tool_choice, request.parallel_tool_calls)
+        id = new_id("chatcmpl")
+        messages = plain_messages(request.messages)
+        call = await ChatCall.start(request, messages, tools, service, context, id=id, adapter=adapter)
+        return cls(request, call, model, id, len(call.generation.requests))
+
+    async def reply(self) -> bytes:
+        """The whole answer, as JSON."""
+        choices = [ChatChoice(index, ChatMessage(None, "assistant"), None, None) for index in range(self._n)]
+        texts: list[tuple[list[str], list[str]]] = [([], []) for _ in choices]
+        arguments: list[list[list[str]]] = [[] for _ in choices]
+        async with aclosing(self._call.gains()) as gains:
+            async for gain in gains:
+                index = gain.delta.index
+                choice = choices[index]
+                texts[index][0].append(gain.piece.reasoning)
+                texts[index][1].append(gain.piece.content)
+                for call in gain.piece.calls:
+                    if call.name is not None:
+                        calls = [] if choice.message.tool_calls is UNSET else choice.message.tool_calls
+                        calls.append(ToolCall(FunctionCall("", call.name), new_id("call"), "function"))
+                        choice.message.tool_calls = calls
+                        arguments[index].append([])
+                    arguments[index][-1].append(call.arguments)
+                self._finish_choice(choice, gain)
+        for choice, (thoughts, contents), pieces in zip(choices, texts, arguments, strict=True):
+            content, thought = "".join(contents), "".join(thoughts)
+            calls = [] if choice.message.tool_calls is UNSET else choice.message.tool_calls
+            choice.message.content = content if content or not calls else None
+            if thought and self._request.include_reasoning:
+                choice.message.reasoning_content = thought
+            for call_made, texts_of_call in zip(calls, pieces, strict=True):
+                call_made.function.arguments = "".join(texts_of_call)
+        reply = ChatCompletion(self._id, self._created, self._model, choices, self._call.usage())
+        if self._request.return_token_ids:
+            reply.prompt_token_ids = list(self._call.generation.prompt.token_ids)
+        if self._request.prompt_logprobs is not None:
+            reply.prompt_logprobs = describe_prompt_logprobs(self._call.generation)
+        return encode_json(reply)
+
+    async def events(self) -> AsyncGenerator[bytes]:
+        """The answer as server-sent events."""
+        options = self._request.stream_options
+        with_usage = options is not None and options.include_usage
+        always = options is not None and options.continuous_usage_stats
+
+        def chunk(choices: list[ChatChunkChoice], *, last: bool = False) -> bytes:
+            usage = self._call.usage() if last or always else (None if with_usage else UNSET)
+            return event(encode_json(ChatChunk(self._id, self._created, self._model, choices, usage)))
+
+        for index in range(self._n):
+            yield chunk([ChatChunkChoice(index, ChatMessage("", "assistant"))])
+        async with aclosing(self._call.gains()) as gains:
+            async for gain in gains:
+                choice = self._chunk_of(gain)
+                if choice is not None:
+                    yield chunk([choice])
+        if with_usage:
+            yield chunk([], last=True)
+        yield DONE
+
+    def _chunk_of(self, gain: Gain) -> ChatChunkChoice | None:
+        """None if there is nothing to tell yet."""
+        request, delta, piece = self._request, gain.delta, gain.piece
+        message = ChatMessage()
+        if piece.reasoning and request.include_reasoning:
+            message.reasoning_content = piece.reasoning
+        if piece.content:
+            message.content = piece.content
+        if piece.calls:
+            message.tool_calls = [
+                ToolCall(FunctionCall(call.arguments), index=call.index)
+                if call.name is None
+                else ToolCall(FunctionCall(call.arguments, call.name), new_id("call"), "function", call.index)
+                for call in piece.calls
+            ]
+        choice = ChatChunkChoice(delta.index, message, finish_reason=gain.finish_reason)
+        if delta.stop_reason is not None:
+            choice.stop_reason = delta.stop_reason
+        if delta.logprobs is not None and delta.token_ids:
+            choice.logprobs = ChatLogprobs(describe_logprobs(delta, request.top_logprobs or 0))
+        if request.return_token_ids:
+            choice.token_ids = delta.token_ids
+        elif message == ChatMessage() and gain.finish_reason is None and choice.logprobs is None:
+            return None
+        return choice
+
+    def _finish_choice(self, choice: ChatChoice, gain: Gain) -> None:
+        """What a whole answer has beside its text."""
+        delta = gain.delta
+        choice.finish_reason, choice.stop_reason = gain.finish_reason, delta.stop_reason
+        if delta.logprobs is not None:
+            choice.logprobs = choice.logprobs or ChatLogprobs([])
+            choice.logprobs.content += describe_logprobs(delta, self._request.top_logprobs or 0)
+        if self._request.return_token_ids:
+            choice.token_ids = (() if choice.token_ids is UNSET else choice.token_ids) + delta.token_ids
+
+
+def describe_logprobs(delta: AnswerDelta, num_top: int) -> list[TokenLogprob]:
+    """Log-probabilities of the tokens of `delta`, which has some, and of `num_top` likely ones beside each."""
+    assert delta.logprobs is not None
+    return [
+        _describe(token, probabilities, num_top)
+        for token, probabilities in zip(delta.token_ids, delta.logprobs, strict=True)
+    ]
+
+
+def _describe(token_id: int, probabilities: TokenProbabilities, num_top: int) -> TokenLogprob:
+    own = probabilities[token_id]
+    top = sorted((p for p in probabilities.values() if p.rank <= num_top), key=lambda p: p.rank)
+    text = own.decoded_token or ""
+    return TokenLogprob(
+        text,
+        own.logprob,
+        list(text.encode("utf-8", "replace")),
+        [TopLogprob(t := p.decoded_token or "", p.logprob, list(t.encode("utf-8", "replace"))) for p in top],
+    )

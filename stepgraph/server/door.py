@@ -1,0 +1,114 @@
+"""What every HTTP request passes: its name, its key, the size of its body, and the last word on what went wrong."""
+
+from __future__ import annotations
+
+import hmac
+import re
+import time
+import uuid
+from collections.abc import Callable
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from stepgraph.server.errors import APIError, report
+
+OPEN_PATHS = frozenset({"/health", "/ready", "/version", "/load", "/metrics"})
+"""What load balancers, orchestrators and Prometheus ask for: without a key, and while the server shuts down."""
+_CLIENT_LEFT = 499
+_REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
+
+
+class Door:
+    """ASGI middleware around the whole application.
+
+    Args:
+        app: what is behind it.
+        api_keys: each opens it; none: it is open.
+        max_body_bytes: a longer body is refused while it arrives.
+        on_response: counts replies, by path as the routes spell it ("other" for what no route takes) and status.
+    """
+
+    def __init__(
+        self, app: ASGIApp, *, api_keys: tuple[str, ...], max_body_bytes: int, on_response: Callable[[str, int], None]
+    ):
+        self._app = app
+        self._api_keys = tuple(key.encode() for key in api_keys)
+        self._max_body_bytes = max_body_bytes
+        self._on_response = on_response
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """See ASGI."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        headers = Headers(scope=scope)
+        given_id = headers.get("x-request-id", "")
+        request_id = given_id if _REQUEST_ID.fullmatch(given_id) else uuid.uuid4().hex
+        state = scope.setdefault("state", {})
+        state["request_id"], state["arrived_at"] = request_id, time.monotonic()
+        status, is_whole = 0, False
+
+        async def send_on(message: Message) -> None:
+            nonlocal status, is_whole
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                MutableHeaders(scope=message)["X-Request-Id"] = request_id
+            else:
+                is_whole = not message.get("more_body", False)
+            await send(message)
+
+        try:
+            self._check_key(scope["path"], headers)
+            await self._app(scope, self._counted(headers, receive), send_on)
+        except Exception as error:
+            failure = report(error, request_id)
+            if not status:
+                await send_error(failure, send_on)
+            elif not is_whole:  # all that is left is to break it off
+                raise
+        finally:
+            route = scope.get("route")
+            self._on_response(getattr(route, "path", "other"), status or _CLIENT_LEFT)
+
+    def _check_key(self, path: str, headers: Headers) -> None:
+        if not self._api_keys or path in OPEN_PATHS:
+            return
+        kind, _, key = headers.get("authorization", "").partition(" ")
+        given = key.strip().encode()
+        matches = [hmac.compare_digest(given, known) for known in self._api_keys]  # all of them, in constant time
+        if kind.lower() != "bearer" or not any(matches):
+            raise APIError(
+                401,
+                "the API key is missing or wrong; send a header 'Authorization: Bearer KEY'",
+                headers={"WWW-Authenticate": "Bearer"},
+            )
+
+    def _counted(self, headers: Headers, receive: Receive) -> Receive:
+        limit = self._max_body_bytes
+        too_large = APIError(
+            413, f"the body is larger than max_body_mib={limit / 2**20:g} MiB; send less, or raise the limit"
+        )
+        announced = headers.get("content-length", "")
+        if announced.isascii() and announced.isdigit() and int(announced) > limit:
+            raise too_large
+        num_bytes = 0
+
+        async def receive_counted() -> Message:
+            nonlocal num_bytes
+            message = await receive()
+            num_bytes += len(message.get("body", b""))
+            if num_bytes > limit:
+                raise too_large
+            return message
+
+        return receive_counted
+
+
+async def send_error(error: APIError, send: Send) -> None:
+    """Send an error as a whole reply."""
+    body = error.body()
+    headers = {"content-type": "application/json", "content-length": str(len(body)), **error.headers}
+    raw = [(name.lower().encode("latin-1"), value.encode("latin-1")) for name, value in headers.items()]
+    await send({"type": "http.response.start", "status": error.status, "headers": raw})
+    await send({"type": "http.response.body", "body": body})

@@ -1,0 +1,612 @@
+"""The front's side of the engine: starts its process, keeps it alive, and gives each request what comes back for it."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import shutil
+import subprocess
+import tempfile
+import time
+from collections.abc import AsyncGenerator, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import StrEnum
+from itertools import count
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+
+import zmq
+import zmq.asyncio
+
+from stepgraph.engine.outputs import TokenProbabilities
+from stepgraph.engine.prompts import TokenizedPrompt
+from stepgraph.engine.request import FinishReason, TokenLogprobs
+from stepgraph.engine.sampling_params import SamplingParams
+from stepgraph.engine.session import AnswerDelta, Session, split
+from stepgraph.errors import ConfigError, EngineDeadError, RequestError, StepgraphError
+from stepgraph.server.messages import (
+    Abort,
+    Accepted,
+    Add,
+    AskGraphs,
+    Failed,
+    FromEngine,
+    Graphs,
+    Progress,
+    Ready,
+    Refused,
+    Start,
+    Stop,
+    ToEngine,
+    TokenUpdate,
+    decode_from_engine,
+    encode,
+    encode_start,
+    settings_of,
+)
+from stepgraph.server.spawn import spawn_engine
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+logger = logging.getLogger(__name__)
+
+_BACK_OFF_S = (1.0, 2.0, 4.0, 8.0, 16.0, 30.0)
+"""Waits before the engine is started again; the last one repeats."""
+_STEADY_S = 60.0
+"""An engine that lived so long starts the back-off anew."""
+_STOP_S = 10.0
+"""How long the engine's process may take to end by itself."""
+_STALLED_S = 120.0
+"""Requests run, and the engine has said nothing for so long: it hangs."""
+
+
+class EngineState(StrEnum):
+    """Where the engine's process is in its life."""
+
+    LOADING = "loading"
+    READY = "ready"
+    RESTARTING = "restarting"  # it died, and waits to be started again or loads
+    FAILED = "failed"  # its settings or model are unusable
+    STOPPED = "stopped"
+
+
+class Origin(NamedTuple):
+    """Where a request comes from, for traces."""
+
+    operation: str
+    """"chat" or "text_completion"."""
+    model: str
+    """As the client named it."""
+    response_id: str
+    traceparent: str | None
+    """The HTTP header of this name."""
+
+
+@dataclass(frozen=True)
+class EndedRequest:
+    """One answer's life, for metrics and traces. Times are `time.monotonic()` seconds; None if it did not come so far."""
+
+    finish_reason: str
+    params: SamplingParams
+    num_prompt_tokens: int
+    num_cached_tokens: int
+    num_output_tokens: int
+    arrived_at: float
+    admitted_at: float | None  # it got a slot
+    first_token_at: float | None
+    last_token_at: float | None
+    ended_at: float
+    origin: Origin | None = None
+
+
+class Observer(Protocol):
+    """Watches the engine and its requests. Called in the event loop, so it must be quick."""
+
+    def on_progress(self, message: Progress) -> None:
+        """Steps ran, or the load changed."""
+
+    def on_first_token(self, seconds: float) -> None:
+        """A request got its first token so long after it arrived."""
+
+    def on_token_gap(self, seconds: float) -> None:
+        """A request got further tokens so long after its last ones."""
+
+    def on_end(self, request: EndedRequest) -> None:
+        """A request has ended."""
+
+    def on_state(self, state: EngineState) -> None:
+        """The engine's process has come to another state of its life."""
+
+
+@dataclass(eq=False)
+class _Likeness:
+    """A request that runs in the engine's process, as far as it is known here."""
+
+    id: str
+    prompt_token_ids: Sequence[int]
+    params: SamplingParams
+    arrived_at: float
+    origin: Origin
+    output_token_ids: list[int] = field(default_factory=list)
+    output_logprobs: list[TokenLogprobs] = field(default_factory=list)
+    prompt_logprobs: list[TokenLogprobs | None] = field(default_factory=list)
+    num_cached_tokens: int = 0
+    finish_reason: FinishReason | None = None
+    stop_token: int | None = None
+    error: str | None = None
+    error_is_users: bool = False
+    admitted_at: float | None = None
+    first_token_at: float | None = None
+    last_token_at: float | None = None
+
+    def take(self, update: TokenUpdate) -> None:
+        """Take in what the engine's process says of it."""
+        self.output_token_ids += update.token_ids
+        self.output_logprobs += update.logprobs or ()
+        if update.first is not None:
+            self.admitted_at = update.first.admitted_at
+            self.num_cached_tokens = update.first.num_cached_tokens
+            self.prompt_logprobs = update.first.prompt_logprobs or []
+        if update.finish_reason is not None:
+            self.finish_reason = FinishReason(update.finish_reason)
+            self.stop_token, self.error, self.error_is_users = update.stop_token, update.error, update.is_users
+
+    def ended(self, reason: str) -> EndedRequest:
+        """Its life, now that it is over."""
+        return EndedRequest(
+            reason,
+            self.params,
+            len(self.prompt_token_ids),
+            self.num_cached_tokens,
+            len(self.output_token_ids),
+            self.arrived_at,
+            self.admitted_at,
+            self.first_token_at,
+            self.last_token_at,
+            time.monotonic(),
+            self.origin,
+        )
+
+
+class Generation:
+    """One prompt being answered. Iterate over `deltas` once; leaving early aborts what runs."""
+
+    def __init__(
+        self,
+        client: EngineClient,
+        id: str,
+        prompt: TokenizedPrompt,
+        params: SamplingParams,
+        tokenizer: PreTrainedTokenizerFast | None,
+        arrived_at: float,
+        origin: Origin,
+    ):
+        self.id = id
+        self.prompt = prompt
+        self.requests = {
+            one_id: _Likeness(one_id, prompt.token_ids, one, arrived_at, origin) for one_id, one in split(id, params)
+        }
+        """One for each answer, by their ids in the engine."""
+        self._client = client
+        self._session = Session(
+            list(self.requests.values()),
+            prompt.text,
+            tokenizer,
+            abort=lambda request_id: client.abort((request_id,), FinishReason.STOP),
+            id=id,
+        )
+        self._updates: list[TokenUpdate] = []
+        self._failure: StepgraphError | None = None
+        self._accepted = asyncio.Event()
+        self._news = asyncio.Event()
+
+    @property
+    def num_cached_tokens(self) -> int:
+        """Prompt tokens that the prefix cache saved the first answer."""
+        return next(iter(self.requests.values())).num_cached_tokens
+
+    def prompt_logprobs(self) -> list[TokenProbabilities | None] | None:
+        """See `Session.prompt_logprobs`."""
+        return self._session.prompt_logprobs()
+
+    async def accepted(self) -> None:
+        """Wait until the engine has queued it, and has compiled its grammar if it has one.
+
+        Raises:
+            RequestError: the engine refuses the request.
+            EngineDeadError: the engine died.
+        """
+        await self._accepted.wait()
+        if next(iter(self.requests.values())).params.structured_outputs is not None:
+            await self._news.wait()
+        refusals = [one.error for one in self.requests.values() if one.error is not None and one.error_is_users]
+        if self._failure is not None or refusals:
+            self._client.leave(self)
+            raise self._failure or RequestError(refusals[0])
+
+    async def deltas(self) -> AsyncGenerator[list[AnswerDelta]]:
+        """What the answers gain, as it comes. A slow reader finds what came meanwhile in one piece.
+
+        Raises:
+            RequestError: what was asked for cannot be done after all.
+            EngineDeadError: the engine died.
+            StepgraphError: an answer failed by itself.
+        """
+        try:
+            while not self._session.finished:
+                await self._news.wait()
+                self._news.clear()
+                updates, self._updates = self._updates, []
+                for update in updates:
+                    end = None if update.finish_reason is None else FinishReason(update.finish_reason)
+                    self._session.update(update.id, update.token_ids, end)
+                deltas = self._session.deltas()
+                if deltas:
+                    yield deltas
+                failed = next((request for request in self.requests.values() if request.error is not None), None)
+                if failed is not None:
+                    kind = RequestError if failed.error_is_users else StepgraphError
+                    raise kind(f"the answer ended early: {failed.error}")
+                if self._failure is not None and not self._session.finished:
+                    raise self._failure
+        finally:
+            self._client.leave(self)
+
+    def accept(self) -> None:
+        """For the client: the engine has queued it."""
+        self._accepted.set()
+
+    def take(self, update: TokenUpdate) -> None:
+        """For the client: news from the engine."""
+        self._updates.append(update)
+        self._news.set()
+
+    def fail(self, error: StepgraphError) -> None:
+        """For the client: no more news will come."""
+        self._failure = error
+        self._accepted.set()
+        self._news.set()
+
+
+class EngineClient:
+    """Runs the engine in a process of its own. Belongs to one event loop.
+
+    If the process dies, its requests fail with EngineDeadError and it is started again, later after each failure.
+
+    Args:
+        settings: of the engine, as `EngineConfig.from_settings` takes them.
+        port: TCP port on loopback for the two processes to talk over; None is a local socket.
+        observer: hears of steps and requests.
+        first_process: of `spawn_engine`, if it has been started already.
+        progress: let the process show progress bars on stderr.
+    """
+
+    def __init__(
+        self,
+        settings: Mapping[str, Any],
+        *,
+        port: int | None = None,
+        observer: Observer,
+        first_process: subprocess.Popen[bytes] | None = None,
+        progress: bool = False,
+    ):
+        self.state = EngineState.LOADING
+        self.failure: Failed | None = None
+        """Why the engine died last."""
+        self.ready: Ready | None = None
+        """What the running engine said of itself."""
+        self.restarts = 0
+        self._settings = dict(settings)
+        self._port = port
+        self._observer = observer
+        self._first_process = first_process
+        self._progress = progress
+        self._context = zmq.asyncio.Context()
+        self._socket: zmq.asyncio.Socket | None = None
+        self._generations: dict[str, Generation] = {}
+        self._running: dict[str, tuple[Generation, _Likeness]] = {}  # by id of the engine's requests
+        self._questions: dict[int, asyncio.Future[dict[str, Any]]] = {}
+        self._numbers = count()
+        self._heard_at = time.monotonic()
+        self._settled = asyncio.Event()  # it is known whether requests are served
+        self._life: asyncio.Task[None] | None = None
+        self._stopping = False
+
+    async def start(self) -> None:
+        """Start the process; `wait_ready` waits for it to load."""
+        self._life = asyncio.create_task(self._live())
+
+    async def wait_ready(self) -> None:
+        """Wait until the engine takes requests, or is not going to.
+
+        Raises:
+            ConfigError: its settings or its model are unusable.
+            EngineDeadError: it cannot start for another reason.
+        """
+        await self._settled.wait()
+        if self.state is EngineState.FAILED:
+            assert self.failure is not None
+            kind = ConfigError if self.failure.is_users else EngineDeadError
+            raise kind(self.failure.message)
+
+    @property
+    def num_unfinished(self) -> int:
+        """Requests in the engine, one for each answer."""
+        return len(self._running)
+
+    @property
+    def trouble(self) -> str | None:
+        """Why requests are not served now; None if they are."""
+        if self.state is EngineState.LOADING:
+            return "the model is being loaded"
+        if self.state is EngineState.RESTARTING:
+            reason = "" if self.failure is None else f" ({self.failure.message})"
+            return f"the engine stopped{reason} and is being started again"
+        if self.state is not EngineState.READY:
+            return "the engine has stopped" + ("" if self.failure is None else f": {self.failure.message}")
+        silent_s = time.monotonic() - self._heard_at
+        if self._running and silent_s > _STALLED_S:
+            return f"the engine has said nothing for {silent_s:.0f} s"
+        return None
+
+    def submit(
+        self,
+        id: str,
+        prompt: TokenizedPrompt,
+        params: SamplingParams,
+        tokenizer: PreTrainedTokenizerFast | None,
+        *,
+        priority: int = 0,
+        adapter: str | None = None,
+        arrived_at: float,
+        origin: Origin,
+    ) -> Generation:
+        """Send a prompt to the engine.
+
+        Args:
+            id: differs from that of every other generation.
+            prompt, params, priority, adapter: see `AsyncEngine.generate`.
+            tokenizer: the model's, for the answers' text.
+            arrived_at: `time.monotonic()` seconds, from which waiting counts.
+            origin: for traces.
+
+        Raises:
+            RequestError: it cannot be put into a message.
+            EngineDeadError: the engine is not there.
+        """
+        if self.state is not EngineState.READY:
+            raise EngineDeadError(self.trouble or "the engine is not there")
+        assert id not in self._generations, id
+        generation = Generation(self, id, prompt, params, tokenizer, arrived_at, origin)
+        requests = [(one_id, settings_of(one.params)) for one_id, one in generation.requests.items()]
+        message = Add(id, requests, prompt.token_ids, priority, prompt.cache_salt, adapter)
+        try:
+            content = encode(message)
+        except (OverflowError, TypeError, ValueError, RecursionError) as error:
+            raise RequestError(f"the request holds a value that cannot be sent to the engine: {error}") from error
+        if not self._running:
+            self._heard_at = time.monotonic()
+        self._generations[id] = generation
+        self._running.update((one_id, (generation, one)) for one_id, one in generation.requests.items())
+        self._send_encoded(content)
+        return generation
+
+    def abort(self, request_ids: Iterable[str], reason: FinishReason = FinishReason.ABORT) -> None:
+        """End requests; nothing more is heard of them. `reason` is what they count as."""
+        known = [request_id for request_id in request_ids if self._drop(request_id, reason)]
+        if known:
+            self._send(Abort(known))
+
+    def leave(self, generation: Generation) -> None:
+        """The reader of a generation has what it wants: end what still runs of it."""
+        self._generations.pop(generation.id, None)
+        self.abort(generation.requests)
+
+    async def graphs(self) -> dict[str, Any]:
+        """The graph pool; EngineDeadError if the engine is not there."""
+        if self.state is not EngineState.READY:
+            raise EngineDeadError(self.trouble or "the engine is not there")
+        number = next(self._numbers)
+        answer = self._questions[number] = asyncio.get_running_loop().create_future()
+        self._send(AskGraphs(number))
+        return await answer
+
+    async def stop(self) -> None:
+        """End the process; what runs fails with EngineDeadError."""
+        self._stopping = True
+        if self._life is not None:
+            self._life.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await self._life
+        self._context.term()
+
+    async def _live(self) -> None:
+        """Keep a process running until cancelled, or the first one turns out unable to start."""
+        failures = 0
+        try:
+            while True:
+                started = time.monotonic()
+                try:
+                    await self._run_once()
+                except Exception as error:
+                    logger.exception("the front lost the engine")
+                    self.failure = Failed(str(error) or repr(error), is_users=isinstance(error, ConfigError))
+                if self.state is EngineState.LOADING:
+                    self._change(EngineState.FAILED)
+                    return
+                self.restarts += 1
+                failures = 1 if time.monotonic() - started > _STEADY_S else failures + 1
+                wait_s = _BACK_OFF_S[min(failures, len(_BACK_OFF_S)) - 1]
+                reason = "" if self.failure is None else f": {self.failure.message}"
+                logger.error("the engine stopped%s; starting it again in %g s", reason, wait_s)
+                await asyncio.sleep(wait_s)
+        finally:
+            if self.state not in (EngineState.FAILED, EngineState.STOPPED):
+                self._change(EngineState.STOPPED)
+
+    async def _run_once(self) -> None:
+        """One life of the process, until it ends."""
+        folder = Path(tempfile.mkdtemp(prefix="stepgraph-"))
+        self.failure = None
+        socket = self._socket = self._context.socket(zmq.PAIR)
+        process = None
+        try:
+            start = self._bind(socket, folder)
+            process, self._first_process = self._first_process or spawn_engine(), None
+            assert process.stdin is not None
+            with contextlib.suppress(BrokenPipeError):  # it has died; that is seen below
+                process.stdin.write(encode_start(start) + b"\n")
+                process.stdin.flush()
+            await self._listen(socket, process)
+        finally:
+            served = self.state is EngineState.READY
+            if served:
+                self._change(EngineState.STOPPED if self._stopping else EngineState.RESTARTING)
+            code = None if process is None else await self._end(process, at_once=not served)
+            if self.failure is None:
+                how = "was ended" if code is None or code >= 0 else f"was killed by signal {-code}"
+                self.failure = Failed(f"its process {how}", is_users=False)
+            self._socket = None
+            socket.close(linger=0)
+            shutil.rmtree(folder, ignore_errors=True)
+            self._fail_all(f"the engine stopped: {self.failure.message}")
+
+    def _bind(self, socket: zmq.asyncio.Socket, folder: Path) -> Start:
+        """Open the socket; returns what the process must know to connect."""
+        socket.set_hwm(0)
+        key = None
+        if self._port is None:
+            address = f"ipc://{folder / 'engine'}"
+        else:
+            address = f"tcp://127.0.0.1:{self._port}"
+            public, socket.curve_secretkey = zmq.curve_keypair()
+            socket.curve_server = True
+            key = public.decode()
+        try:
+            socket.bind(address)
+        except zmq.ZMQError as error:
+            raise ConfigError(
+                f"engine_worker_queue_port={self._port} cannot be opened: {error}; choose a free port, or leave it unset"
+            ) from error
+        return Start(address, self._settings, self._progress, key)
+
+    async def _listen(self, socket: zmq.asyncio.Socket, process: subprocess.Popen[bytes]) -> None:
+        """Take in messages until the process ends."""
+        ended = asyncio.create_task(asyncio.to_thread(process.wait))
+        try:
+            while True:
+                receiving = asyncio.ensure_future(socket.recv())
+                await asyncio.wait((receiving, ended), return_when=asyncio.FIRST_COMPLETED)
+                if not receiving.done():
+                    # what it sent last may still lie in the socket
+                    with contextlib.suppress(asyncio.TimeoutError):
+                        self._take(await asyncio.wait_for(receiving, 0.2))
+                        continue
+                    return
+                self._take(receiving.result())
+        finally:
+            ended.cancel()
+
+    def _take(self, content: bytes) -> None:
+        self._heard_at = time.monotonic()
+        message: FromEngine = decode_from_engine(content)
+        if isinstance(message, Progress):
+            self._observer.on_progress(message)
+            for update in message.updates:
+                self._take_update(update)
+        elif isinstance(message, Accepted):
+            accepted = self._generations.get(message.group)
+            if accepted is not None:
+                accepted.accept()
+        elif isinstance(message, Refused):
+            refused = self._generations.get(message.group)
+            if refused is not None:
+                for request_id in refused.requests:
+                    self._drop(request_id, FinishReason.ERROR)
+                refused.fail((RequestError if message.is_users else StepgraphError)(message.message))
+        elif isinstance(message, Graphs):
+            answer = self._questions.pop(message.number)
+            if not answer.done():
+                answer.set_result(message.pool)
+        elif isinstance(message, Ready):
+            self.ready = message
+            self._change(EngineState.READY)
+        else:
+            self.failure = message
+
+    def _take_update(self, update: TokenUpdate) -> None:
+        running = self._running.get(update.id)
+        if running is None:  # it was aborted meanwhile
+            return
+        generation, request = running
+        if update.token_ids:
+            if request.last_token_at is None:
+                request.first_token_at = self._heard_at
+                self._observer.on_first_token(self._heard_at - request.arrived_at)
+            else:
+                self._observer.on_token_gap(self._heard_at - request.last_token_at)
+            request.last_token_at = self._heard_at
+        request.take(update)
+        generation.take(update)
+        if update.finish_reason is not None:
+            self._drop(update.id, FinishReason(update.finish_reason))
+
+    def _drop(self, request_id: str, reason: FinishReason) -> bool:
+        """A request has ended; False if it is not known (any more)."""
+        running = self._running.pop(request_id, None)
+        if running is not None:
+            self._observer.on_end(running[1].ended(reason))
+        return running is not None
+
+    async def _end(self, process: subprocess.Popen[bytes], *, at_once: bool) -> int:
+        """See to it that the process ends, `at_once` if it has nothing to finish; returns its exit code."""
+        assert process.stdin is not None
+        if process.poll() is None:
+            if at_once:
+                process.kill()
+            else:
+                self._send(Stop())
+            killing = asyncio.get_running_loop().call_later(_STOP_S, process.kill)
+            try:
+                await asyncio.shield(asyncio.to_thread(process.wait))
+            finally:
+                killing.cancel()
+                process.kill()
+        with contextlib.suppress(BrokenPipeError):
+            process.stdin.close()
+        return process.wait()
+
+    def _fail_all(self, message: str) -> None:
+        error = EngineDeadError(message)
+        generations, self._generations = self._generations, {}
+        questions, self._questions = self._questions, {}
+        for request_id in tuple(self._running):
+            self._drop(request_id, FinishReason.ERROR)
+        for generation in generations.values():
+            generation.fail(error)
+        for question in questions.values():
+            if not question.done():
+                question.set_exception(error)
+
+    def _change(self, state: EngineState) -> None:
+        self.state = state
+        if state in (EngineState.READY, EngineState.FAILED, EngineState.STOPPED):
+            self._settled.set()
+        else:
+            self._settled.clear()
+        self._observer.on_state(state)
+
+    def _send(self, message: ToEngine) -> None:
+        self._send_encoded(encode(message))
+
+    def _send_encoded(self, content: bytes) -> None:
+        """Never waits: the queue has no limit, the number of requests has."""
+        if self._socket is None:
+            return
+        # zmq.Socket.send would be quicker, but may take in the signal that there is something to receive: nobody would hear of it
+        sent = asyncio.ensure_future(self._socket.send(content, zmq.NOBLOCK))
+        error = sent.exception()  # it is done already
+        if error is not None and not isinstance(error, zmq.Again):
+            raise error  # Again: the process is just ending; what runs fails when that is seen

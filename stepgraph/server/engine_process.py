@@ -1,0 +1,310 @@
+"""The engine's process: one loop that takes requests from a socket, runs steps, and sends what they gave.
+
+Started by `engine_client`, which alone talks to it. Sending never waits for the front, and nothing here tokenises or writes
+JSON. The process ends when its standard input does: whoever started it is gone then.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import logging
+import os
+import sys
+import threading
+from typing import Any
+
+import zmq
+
+from stepgraph.config import EngineConfig
+from stepgraph.engine.engine import Engine, StepReport
+from stepgraph.engine.request import Request, RequestUpdate
+from stepgraph.engine.sampling_params import SamplingParams
+from stepgraph.errors import ConfigError, EngineDeadError, ModelError, RequestError
+from stepgraph.server.messages import (
+    Abort,
+    Accepted,
+    Add,
+    AskGraphs,
+    Failed,
+    FirstToken,
+    Graphs,
+    Load,
+    Progress,
+    Ready,
+    Refused,
+    Start,
+    StepInfo,
+    Stop,
+    ToEngine,
+    TokenUpdate,
+    decode_start,
+    decode_to_engine,
+    encode,
+)
+
+logger = logging.getLogger(__name__)
+
+_LAST_WORD_MS = 5000  # how long the last message may take to leave
+_IDLE_MS = 60_000  # the loop wakes at least so often; nothing depends on it
+_USER_ERROR, _FAILURE = 2, 1
+
+
+class EngineProcess:
+    """An engine and the socket it is driven by."""
+
+    def __init__(self, engine: Engine, socket: zmq.Socket[bytes]):
+        self._engine = engine
+        self._socket = socket
+        self._steps: list[StepInfo] = []
+        self._told: dict[str, int] = {}  # of each unfinished request: output tokens that were sent
+        self._load_told: Load | None = None
+        engine.on_step = self._note_step
+
+    def run(self) -> None:
+        """Serve until told to stop.
+
+        Raises:
+            EngineDeadError: a step failed.
+        """
+        self._tell([])  # what was captured at start
+        while True:
+            message = self._receive()
+            while message is not None:
+                if isinstance(message, Stop):
+                    return
+                self._obey(message)
+                message = self._receive_now()
+            updates = self._engine.step() if self._engine.has_work else []
+            self._tell(updates)
+
+    def _receive(self) -> ToEngine | None:
+        """The next message; waits for one while the engine has nothing to do."""
+        wait_ms: float = 0
+        if not self._engine.has_work:
+            wait_ms = _IDLE_MS
+        elif (seconds := self._engine.seconds_until_work) is not None:
+            wait_ms = seconds * 1e3
+        if wait_ms and not self._socket.poll(max(1, int(wait_ms)), zmq.POLLIN):
+            return None
+        return self._receive_now()
+
+    def _receive_now(self) -> ToEngine | None:
+        try:
+            return decode_to_engine(self._socket.recv(zmq.NOBLOCK))
+        except zmq.Again:
+            return None
+
+    def _obey(self, message: ToEngine) -> None:
+        if isinstance(message, Add):
+            self._add(message)
+        elif isinstance(message, Abort):
+            for request_id in message.ids:
+                if self._engine.abort(request_id) is not None:
+                    del self._told[request_id]
+        elif isinstance(message, AskGraphs):
+            self._send(Graphs(message.number, pool_of(self._engine)))
+
+    def _add(self, message: Add) -> None:
+        added: list[str] = []
+        try:
+            for request_id, settings in message.requests:
+                self._engine.add_request(
+                    request_id,
+                    message.prompt_token_ids,
+                    SamplingParams(**settings),
+                    priority=message.priority,
+                    cache_salt=message.cache_salt,
+                    adapter=message.adapter,
+                )
+                added.append(request_id)
+        except Exception as error:
+            for request_id in added:
+                self._engine.abort(request_id)
+            if isinstance(error, EngineDeadError):
+                raise
+            is_users = isinstance(error, RequestError | ConfigError | ModelError)
+            if not is_users:
+                logger.exception("request %s could not be queued", message.group)
+            self._send(Refused(message.group, str(error) or repr(error), is_users))
+        else:
+            self._told.update(dict.fromkeys(added, 0))
+            self._send(Accepted(message.group))
+
+    def _note_step(self, report: StepReport) -> None:
+        record = report.record
+        self._steps.append(
+            StepInfo(
+                str(record.kind),
+                record.shape.variant.name.lower(),
+                record.shape.num_tokens,
+                record.shape.num_rows,
+                record.num_tokens,
+                None if record.eager_reason is None else str(record.eager_reason),
+                report.seconds,
+                report.host_seconds,
+            )
+        )
+
+    def _tell(self, updates: list[RequestUpdate]) -> None:
+        load = load_of(self._engine)
+        if not (updates or self._steps) and load == self._load_told:
+            return
+        self._send(Progress([self._update(update) for update in updates], self._steps, load))
+        self._steps, self._load_told = [], load
+
+    def _update(self, update: RequestUpdate) -> TokenUpdate:
+        request, num_told = update.request, self._told[update.request.id]
+        num_known = num_told + len(update.new_token_ids)
+        logprobs = None if request.params.logprobs is None else request.output_logprobs[num_told:num_known]
+        message = TokenUpdate(request.id, update.new_token_ids, logprobs=logprobs)
+        if num_told == 0:
+            message.first = _first_token(request)
+        if update.finish_reason is None:
+            self._told[request.id] = num_known
+        else:
+            del self._told[request.id]
+            message.finish_reason, message.error = str(update.finish_reason), request.error
+            message.is_users = request.error_is_users
+            message.stop_token = request.stop_token
+        return message
+
+    def _send(self, message: Any) -> None:
+        self._socket.send(encode(message), zmq.NOBLOCK)  # the queue has no limit: it never waits
+
+
+def load_of(engine: Engine) -> Load:
+    """How full an engine is."""
+    scheduler, pool = engine.scheduler, engine.runner.pool
+    counts = scheduler.statistics
+    return Load(
+        num_running=scheduler.num_running,
+        num_waiting=scheduler.num_waiting,
+        kv_usage=1 - scheduler.num_free_blocks / (engine.runner.num_kv_blocks - 1),
+        preemptions=counts.preemptions,
+        prompt_tokens=counts.prompt_tokens,
+        cached_prompt_tokens=counts.cached_prompt_tokens,
+        num_graphs=pool.num_graphs,
+        graph_bytes=pool.bytes,
+        capture_seconds=pool.capture_seconds,
+    )
+
+
+def pool_of(engine: Engine) -> dict[str, Any]:
+    """The graph pool as `/graphs` shows it."""
+    pool = engine.runner.pool
+    statistics = pool.statistics
+    return {
+        "backend": pool.backend_name,
+        "steps": statistics.num_steps,
+        "eager_steps": statistics.num_eager_steps,
+        "eager_reasons": _eager_reasons(engine),
+        "real_tokens": statistics.real_tokens,
+        "padding_tokens": statistics.padding_tokens,
+        "bytes": pool.bytes,
+        "token_sizes": list(pool.token_sizes),
+        "graphs": [
+            {
+                "num_tokens": record.shape.num_tokens,
+                "num_rows": record.shape.num_rows,
+                "variant": record.shape.variant.name.lower(),
+                "capture_ms": round(record.capture_ms, 3),
+                "bytes": record.bytes,
+                "uses": record.uses,
+                "real_tokens": record.real_tokens,
+                "padding_tokens": record.padding_tokens,
+            }
+            for record in pool.records()
+        ],
+    }
+
+
+def _eager_reasons(engine: Engine) -> dict[str, int]:
+    reasons: dict[str, int] = {}
+    for (_, reason), count in engine.runner.pool.statistics.steps.items():
+        if reason is not None:
+            reasons[str(reason)] = reasons.get(str(reason), 0) + count
+    return reasons
+
+
+def _first_token(request: Request) -> FirstToken:
+    return FirstToken(
+        request.admitted_at,
+        request.num_cached_tokens,
+        None if request.params.prompt_logprobs is None else request.prompt_logprobs,
+    )
+
+
+def main() -> int:
+    """Entry point of the process; returns its exit code."""
+    logging.basicConfig(format="%(levelname)s %(name)s: %(message)s")
+    logging.getLogger("stepgraph").setLevel(os.environ.get("STEPGRAPH_LOG_LEVEL", "WARNING"))
+    first_line = sys.stdin.buffer.readline()
+    if not first_line:  # whoever started it is gone already
+        return 0
+    start = decode_start(first_line)
+    threading.Thread(target=_end_with_the_front, name="stepgraph-lifeline", daemon=True).start()
+    context = zmq.Context()
+    socket = _connect(context, start)
+    try:
+        return _serve(start, socket)
+    finally:
+        socket.close(linger=_LAST_WORD_MS)
+        context.term()
+
+
+def _serve(start: Start, socket: zmq.Socket[bytes]) -> int:
+    try:
+        engine = Engine(EngineConfig.from_settings(**start.settings), progress=start.progress)
+    except (ConfigError, ModelError) as error:
+        socket.send(encode(Failed(str(error), is_users=True)))
+        return _USER_ERROR
+    except Exception as error:
+        logger.exception("the engine cannot start")
+        socket.send(encode(Failed(str(error) or repr(error), is_users=False)))
+        return _FAILURE
+    gc.collect()
+    gc.freeze()  # model, graphs and buffers live as long as the process: later collections need not visit them
+    socket.send(encode(_ready(engine)))
+    try:
+        EngineProcess(engine, socket).run()
+    except EngineDeadError as error:
+        logger.exception("the engine stopped")
+        socket.send(encode(Failed(str(error), is_users=False)))
+        return _FAILURE
+    engine.shutdown()
+    return 0
+
+
+def _connect(context: zmq.Context[Any], start: Start) -> zmq.Socket[bytes]:
+    socket = context.socket(zmq.PAIR)
+    socket.set_hwm(0)
+    if start.curve_server_key is not None:
+        public, secret = zmq.curve_keypair()
+        socket.curve_publickey, socket.curve_secretkey = public, secret
+        socket.curve_serverkey = start.curve_server_key.encode()
+    socket.connect(start.address)
+    return socket
+
+
+def _ready(engine: Engine) -> Ready:
+    return Ready(
+        max_model_len=engine.max_model_len,
+        max_num_seqs=engine.config.scheduler.max_num_seqs,
+        backend=engine.runner.pool.backend_name,
+        device=str(engine.platform.device),
+        dtype=str(engine.dtype).removeprefix("torch."),
+        num_kv_blocks=engine.runner.num_kv_blocks,
+        block_size=engine.config.cache.block_size,
+    )
+
+
+def _end_with_the_front() -> None:
+    with contextlib.suppress(OSError):
+        while os.read(sys.stdin.fileno(), 4096):  # past Python's buffer, whose lock would be in the way at exit
+            pass
+    os._exit(0)  # a step may be running, and nobody is left to hear of it
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,106 @@
+"""What goes wrong with a request, in the form OpenAI's clients know."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Mapping
+
+import msgspec
+
+from stepgraph.errors import ConfigError, EngineDeadError, ModelError, RequestError, StepgraphError
+
+logger = logging.getLogger(__name__)
+
+_TYPES = {
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    405: "not_found_error",
+    429: "rate_limit_error",
+    504: "timeout_error",
+}
+_CODES = {
+    400: "invalid_value",
+    401: "invalid_api_key",
+    404: "not_found",
+    405: "method_not_allowed",
+    413: "request_too_large",
+    415: "unsupported_media_type",
+    422: "invalid_type",
+    429: "queue_full",
+    500: "internal_error",
+    503: "unavailable",
+    504: "timeout",
+}
+
+
+class APIError(Exception):
+    """Ends a request with an HTTP status and the error object of the OpenAI API.
+
+    Args:
+        status: HTTP status.
+        message: what is wrong, the limit, and what to do.
+        param: the field it is about.
+        code: a short name for programs; default: by status.
+        headers: further headers of the reply.
+    """
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        param: str | None = None,
+        code: str | None = None,
+        headers: Mapping[str, str] | None = None,
+    ):
+        super().__init__(message)
+        self.status = status
+        self.message = message
+        self.param = param
+        self.code = code or _CODES.get(status, "error")
+        self.headers = dict(headers or {})
+
+    def body(self) -> bytes:
+        """The reply: ``{"error": {"message", "type", "param", "code"}}`` as JSON."""
+        kind = _TYPES.get(self.status, "server_error" if self.status >= 500 else "invalid_request_error")
+        error = {"message": self.message, "type": kind, "param": self.param, "code": self.code}
+        # what a client sent may hold half a surrogate pair, which is no Unicode text
+        text = self.message.encode("utf-8", "replace").decode()
+        return msgspec.json.encode({"error": error | {"message": text}})
+
+
+def api_error(error: Exception, *, request_id: str) -> APIError:
+    """The reply to an exception; what is not the user's to fix becomes a 500 that names the request, whose log has more."""
+    if isinstance(error, APIError):
+        return error
+    if isinstance(error, RequestError | ConfigError | ModelError):
+        message = str(error)
+        too_long = "max_model_len" in message and "tokens" in message
+        named = re.match(r"(\w+)(=|\.|\[| has | holds | is | needs )", message)
+        return APIError(
+            400,
+            message,
+            param=named[1] if named is not None else None,
+            code="context_length_exceeded" if too_long else None,
+        )
+    if isinstance(error, EngineDeadError):
+        return APIError(503, f"{error} (request {request_id})", headers={"Retry-After": "5"})
+    if isinstance(error, StepgraphError):
+        return APIError(500, f"{error} (request {request_id})")
+    return APIError(500, f"something went wrong inside the server; its log has more about request {request_id}")
+
+
+def report(error: Exception, request_id: str) -> APIError:
+    """`api_error`, and a line in the log if it is the server's fault; with a traceback if nobody foresaw it."""
+    failure = api_error(error, request_id=request_id)
+    if failure.status >= 500:
+        unforeseen = not isinstance(error, APIError | StepgraphError)
+        logger.error("request %s: %s", request_id, error, exc_info=error if unforeseen else None)
+    return failure
+
+
+def timed_out(seconds: float) -> APIError:
+    """The reply to a request that took longer than the server's limit."""
+    return APIError(504, f"the request took longer than request_timeout={seconds:g} s and was ended")

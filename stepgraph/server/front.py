@@ -1,0 +1,230 @@
+"""The HTTP front's process: from open ports to the last reply."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import gc
+import logging
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import uvicorn
+
+from stepgraph.config import EngineConfig
+from stepgraph.config.server import ServerConfig
+from stepgraph.errors import ModelError
+from stepgraph.server.app import create_app, create_metrics_app
+from stepgraph.server.conversation import ChatForm
+from stepgraph.server.engine_client import EndedRequest, EngineClient
+from stepgraph.server.metrics import Metrics
+from stepgraph.server.service import ModelFace, Service
+from stepgraph.server.tracing import Tracer, create_tracer
+
+logger = logging.getLogger(__name__)
+
+_KEEP_ALIVE_S = 30
+"""Idle connections are kept for so long: longer than clients take between two requests."""
+_GOODBYE_S = 2
+"""What replies that are being sent get to finish, once there is nothing left to compute."""
+_POLL_S = 0.05
+
+
+@dataclass(frozen=True)
+class Front:
+    """What is settled before anything is loaded."""
+
+    settings: dict[str, Any]
+    """Of the engine, as `EngineConfig.from_settings` takes them."""
+    engine_config: EngineConfig
+    config: ServerConfig
+    api_keys: tuple[str, ...]
+    listening: socket.socket
+    metrics_listening: socket.socket | None
+    engine_process: subprocess.Popen[bytes]
+    """Started already, so that both processes load side by side."""
+    started_at: float
+    """`time.monotonic()` seconds."""
+
+
+def run_front(front: Front) -> int:
+    """Serve until SIGTERM or Ctrl-C; returns the exit code.
+
+    Raises:
+        ConfigError: the settings or the model are unusable.
+        EngineDeadError: the engine cannot start.
+    """
+    try:
+        import uvloop
+    except ImportError:  # it is not there for every platform
+        return asyncio.run(_serve(front))
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        return runner.run(_serve(front))
+
+
+async def _serve(front: Front) -> int:
+    engine_config, config, listening = front.engine_config, front.config, front.listening
+    name = (config.served_model_name or (engine_config.model.model,))[0]
+    tracer = None if config.otlp_traces_endpoint is None else create_tracer(config.otlp_traces_endpoint)
+    metrics = Metrics(name) if tracer is None else _TracedMetrics(name, tracer)
+    client = EngineClient(
+        front.settings,
+        port=config.engine_worker_queue_port,
+        observer=metrics,
+        first_process=front.engine_process,
+        progress=sys.stderr.isatty(),
+    )
+    service = Service(config, client, lambda: _face_of(engine_config, config))
+    servers = [(_server(create_app(service, metrics, api_keys=front.api_keys), config), listening)]
+    if front.metrics_listening is not None:
+        servers.append((_server(create_metrics_app(service, metrics), config), front.metrics_listening))
+    stop = _Stop()
+    await client.start()
+    tasks = [asyncio.create_task(server.serve([sock])) for server, sock in servers]
+    try:
+        loading: asyncio.Future[Any] = asyncio.gather(service.load(), client.wait_ready())
+        await asyncio.wait([loading, stop.task(), *tasks], return_when=asyncio.FIRST_COMPLETED)
+        if loading.done():
+            await loading
+            gc.collect()
+            gc.freeze()  # libraries and tokenizer stay: later collections, which hold up all streams, need not visit them
+            ready = client.ready
+            assert ready is not None
+            host = f"[{config.host}]" if ":" in config.host else config.host
+            seconds = time.monotonic() - front.started_at
+            print(
+                f"stepgraph serves {name} at http://{host}:{listening.getsockname()[1]} ({ready.backend} graphs on "
+                f"{ready.device}, {ready.dtype}, context {ready.max_model_len}); ready in {seconds:.1f} s",
+                flush=True,
+            )
+            await asyncio.wait([stop.task(), *tasks], return_when=asyncio.FIRST_COMPLETED)
+            await _drain(service, stop)
+        else:
+            loading.cancel()
+            await asyncio.gather(loading, return_exceptions=True)
+    finally:
+        stop.close()
+        await client.stop()
+        for server, _ in servers:
+            server.should_exit = True
+        await asyncio.gather(*tasks, return_exceptions=True)
+        service.shut_down()
+        if tracer is not None:
+            await asyncio.to_thread(tracer.shutdown)
+    return 0
+
+
+class _TracedMetrics(Metrics):
+    """Metrics, and a span for each answer."""
+
+    def __init__(self, model_name: str, tracer: Tracer):
+        super().__init__(model_name)
+        self._tracer = tracer
+
+    def on_end(self, request: EndedRequest) -> None:
+        """See `Observer.on_end`."""
+        super().on_end(request)
+        if (origin := request.origin) is not None:
+            self._tracer.on_end(
+                request,
+                operation=origin.operation,
+                model=origin.model,
+                request_id=origin.response_id,
+                traceparent=origin.traceparent,
+            )
+
+
+async def _drain(service: Service, stop: _Stop) -> None:
+    """Refuse new requests, and let those that run finish: until the limit, or until told again to stop."""
+    service.draining = True
+    running = service.client.num_unfinished
+    if not running:
+        return
+    limit_s = service.config.shutdown_timeout
+    logger.warning("shutting down: %d requests have %g s to finish; once more to end them now", running, limit_s)
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(limit_s):
+            while service.client.num_unfinished and stop.count < 2:
+                await asyncio.sleep(_POLL_S)
+    if left := service.client.num_unfinished:
+        logger.warning("%d requests were ended before they were done", left)
+
+
+class _Stop:
+    """Counts the signals that ask to stop."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self._asked = asyncio.Event()
+        self._loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            self._loop.add_signal_handler(number, self._ask)
+        self._task = asyncio.create_task(self._wait())
+
+    def task(self) -> asyncio.Task[None]:
+        """Done when the first signal has come."""
+        return self._task
+
+    def close(self) -> None:
+        self._task.cancel()
+
+    def _ask(self) -> None:
+        self.count += 1
+        self._asked.set()
+
+    async def _wait(self) -> None:
+        await self._asked.wait()
+
+
+class _Server(uvicorn.Server):
+    """A server whose signals are handled elsewhere."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+def _server(app: Any, config: ServerConfig) -> _Server:
+    return _Server(
+        uvicorn.Config(
+            app,
+            lifespan="off",
+            access_log=config.access_log,
+            log_level="info" if config.access_log else "warning",
+            log_config=None,
+            timeout_keep_alive=_KEEP_ALIVE_S,
+            timeout_graceful_shutdown=_GOODBYE_S,
+            server_header=False,
+        )
+    )
+
+
+def _face_of(engine_config: EngineConfig, config: ServerConfig) -> ModelFace:
+    """What the front needs of the model. Takes seconds, most of them for the import."""
+    from stepgraph.models.source import resolve
+
+    model = engine_config.model
+    source = resolve(model.model, weights=model.load_format != "dummy", model_impl=model.model_impl)
+    try:
+        tokenizer = source.tokenizer()
+    except ModelError as error:
+        logger.warning("%s", error)
+        tokenizer = None
+    return ModelFace(
+        name=model.model,
+        tokenizer=tokenizer,
+        chat_form=ChatForm.of(
+            tokenizer,
+            template=config.chat_template_text(),
+            tool_call_parser=config.tool_call_parser,
+            reasoning_parser=config.reasoning_parser,
+        ),
+        sampling_defaults=source.sampling_defaults(),
+        longest_token=1 if tokenizer is None else max(map(len, tokenizer.get_vocab())),
+    )

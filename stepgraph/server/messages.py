@@ -1,0 +1,197 @@
+"""What the HTTP front and the engine's process tell each other, in MessagePack.
+
+Both sides are started together from the same installation, so messages have no versions. Times are `time.monotonic()` seconds, a
+clock that all processes of a machine share.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import fields
+from typing import Any, NamedTuple
+
+import msgspec
+
+from stepgraph.engine.request import TokenLogprobs
+from stepgraph.engine.sampling_params import SamplingParams, StructuredOutputs
+
+
+class Start(msgspec.Struct, tag=True):
+    """To the engine's process, on its standard input: the one message before the socket is there."""
+
+    address: str
+    settings: dict[str, Any]
+    """As `EngineConfig.from_settings` takes them."""
+    progress: bool
+    curve_server_key: str | None
+    """Key of the socket's other end if it is a TCP port, which others on the machine could connect to."""
+
+
+# From the front to the engine.
+
+
+class Add(msgspec.Struct, tag=True):
+    """Queue requests for one prompt: all of them, or none."""
+
+    group: str
+    """Names them in `Accepted` and `Refused`."""
+    requests: list[tuple[str, dict[str, Any]]]
+    """Ids and the fields of their SamplingParams that are not at their defaults."""
+    prompt_token_ids: list[int]
+    priority: int = 0
+    cache_salt: str | None = None
+    adapter: str | None = None
+
+
+class Abort(msgspec.Struct, tag=True):
+    """End requests, if they still run. There is no answer."""
+
+    ids: list[str]
+
+
+class AskGraphs(msgspec.Struct, tag=True):
+    """Answered by `Graphs`."""
+
+    number: int
+
+
+class Stop(msgspec.Struct, tag=True):
+    """End the process; what runs gets no answer."""
+
+
+ToEngine = Add | Abort | AskGraphs | Stop
+
+
+# From the engine to the front.
+
+
+class Ready(msgspec.Struct, tag=True):
+    """The engine takes requests."""
+
+    max_model_len: int
+    max_num_seqs: int
+    backend: str
+    device: str
+    dtype: str
+    num_kv_blocks: int
+    block_size: int
+
+
+class Failed(msgspec.Struct, tag=True):
+    """The last word of an engine that cannot start or go on."""
+
+    message: str
+    is_users: bool
+    """The settings or the model are unusable: starting again would not help."""
+
+
+class Accepted(msgspec.Struct, tag=True):
+    """The requests of an `Add` are queued."""
+
+    group: str
+
+
+class Refused(msgspec.Struct, tag=True):
+    """The requests of an `Add` cannot run."""
+
+    group: str
+    message: str
+    is_users: bool
+
+
+class TokenUpdate(msgspec.Struct, array_like=True):
+    """New tokens of a request, or its end."""
+
+    id: str
+    token_ids: tuple[int, ...]
+    finish_reason: str | None = None
+    stop_token: int | None = None
+    error: str | None = None
+    is_users: bool = False
+    """`error` is about what was asked for, not a fault of ours."""
+    logprobs: list[TokenLogprobs] | None = None
+    """Of the new tokens, if asked for."""
+    first: FirstToken | None = None
+    """With a request's first update."""
+
+
+class FirstToken(msgspec.Struct, array_like=True):
+    """What is known of a request once it runs."""
+
+    admitted_at: float | None
+    """When it got a slot; None if it ended before."""
+    num_cached_tokens: int
+    prompt_logprobs: list[TokenLogprobs | None] | None
+
+
+class StepInfo(NamedTuple):
+    """One step as it ran. `num_tokens` and `num_rows` are those of its graph."""
+
+    kind: str
+    variant: str
+    num_tokens: int
+    num_rows: int
+    num_real_tokens: int
+    eager_reason: str | None
+    seconds: float
+    host_seconds: float
+
+
+class Load(NamedTuple):
+    """How full the engine is, and counts since its process started."""
+
+    num_running: int
+    num_waiting: int
+    kv_usage: float
+    """Share of the KV blocks that requests hold."""
+    preemptions: int
+    prompt_tokens: int
+    """Of prompts that began to run: those looked up in the prefix cache."""
+    cached_prompt_tokens: int
+    """Of these, found there."""
+    num_graphs: int
+    graph_bytes: int
+    capture_seconds: float
+
+
+class Progress(msgspec.Struct, tag=True):
+    """What the steps of one turn of the engine's loop gave, and where that leaves it."""
+
+    updates: list[TokenUpdate]
+    steps: list[StepInfo]
+    load: Load
+
+
+class Graphs(msgspec.Struct, tag=True):
+    """The graph pool, in answer to `AskGraphs`; see `/graphs`."""
+
+    number: int
+    pool: dict[str, Any]
+
+
+FromEngine = Ready | Failed | Accepted | Refused | Progress | Graphs
+
+encode = msgspec.msgpack.Encoder().encode
+decode_start = msgspec.json.Decoder(Start).decode
+encode_start = msgspec.json.Encoder().encode
+decode_to_engine = msgspec.msgpack.Decoder(ToEngine).decode
+decode_from_engine = msgspec.msgpack.Decoder(FromEngine).decode
+
+
+_SAMPLING_DEFAULTS = {f.name: f.default for f in fields(SamplingParams)}
+_GUIDANCE_DEFAULTS = {f.name: f.default for f in fields(StructuredOutputs)}
+
+
+def settings_of(params: SamplingParams) -> dict[str, Any]:
+    """The fields of SamplingParams that are not at their defaults, for an `Add`."""
+    settings = _given(params, _SAMPLING_DEFAULTS)
+    if params.structured_outputs is not None:
+        settings["structured_outputs"] = {
+            name: json.dumps(value) if isinstance(value, dict) else value  # a schema may hold numbers of any size
+            for name, value in _given(params.structured_outputs, _GUIDANCE_DEFAULTS).items()
+        }
+    return settings
+
+
+def _given(values: object, defaults: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, default in defaults.items() if (value := getattr(values, name)) != default}

@@ -1,0 +1,274 @@
+"""What clients may send: the fields of the OpenAI API, and those that vLLM and FastDeploy add.
+
+Types are checked here, values where they are used. A field nobody here knows is ignored, and named in the reply's header
+``X-Ignored-Fields``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, FailFast, Field
+
+from stepgraph.engine.sampling_params import SamplingParams
+from stepgraph.errors import RequestError
+
+T = TypeVar("T")
+
+
+class _FailFast(FailFast):
+    """One that can be part of a union, which before Python 3.14 takes hashable types only."""
+
+    def __hash__(self) -> int:
+        return hash(self.fail_fast)
+
+
+Items = Annotated[list[T], _FailFast()]
+"""A list whose first wrong item is the last one looked at: to describe a million of them would take minutes."""
+
+
+class _Fields(BaseModel):
+    model_config = ConfigDict(extra="allow", protected_namespaces=())
+
+    def ignored(self) -> list[str]:
+        """Names of the fields that nothing here knows."""
+        return sorted(self.model_extra or ())
+
+
+class StreamOptions(_Fields):
+    """What a stream holds beside the answer."""
+
+    include_usage: bool = Field(False, description="end with a chunk of token counts")
+    continuous_usage_stats: bool = Field(False, description="token counts so far in every chunk")
+
+
+class SamplingFields(_Fields):
+    """Fields of completions and chats alike. Those that SamplingParams has mean what they mean there."""
+
+    model: str | None = Field(None, description="a name that /v1/models lists; default: the first")
+    stream: bool = Field(False, description="send the answer in pieces, as server-sent events")
+    stream_options: StreamOptions | None = None
+    temperature: float | None = Field(None, description="0 is greedy")
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    n: int | None = Field(None, description="answers to each prompt")
+    seed: int | None = Field(None, description="makes random choices repeatable")
+    stop: str | Items[str] | None = Field(None, description="texts that end the answer")
+    stop_token_ids: Items[int] | None = None
+    include_stop_str_in_output: bool = False
+    ignore_eos: bool = False
+    min_tokens: int | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    repetition_penalty: float | None = None
+    logit_bias: dict[str, Any] | None = Field(None, description="token ids, and what to add to their logits")
+    bad_words: Items[str] | None = None
+    allowed_token_ids: Items[int] | None = None
+    skip_special_tokens: bool = True
+    prompt_logprobs: int | None = Field(
+        None, description="log-probabilities of the prompt's tokens, and of so many likely ones"
+    )
+    return_token_ids: bool = Field(False, description="token ids of prompt and answers beside their text")
+    truncate_prompt_tokens: int | None = Field(None, description="keep only so many of the prompt's last tokens")
+    priority: int = Field(0, description="lower runs first")
+    cache_salt: str | None = Field(None, description="only requests of the same salt share cached prefixes")
+    response_format: dict[str, Any] | None = Field(
+        None, description='{"type": "text"}, "json_object", "json_schema" with a json_schema, or "structural_tag"'
+    )
+    structured_outputs: dict[str, Any] | None = Field(
+        None, description="the form of the answer: one of json, regex, choice, grammar, json_object, structural_tag"
+    )
+    guided_json: dict[str, Any] | str | None = None
+    guided_regex: str | None = None
+    guided_choice: Items[str] | None = None
+    guided_grammar: str | None = None
+    guided_json_object: bool | None = None
+    user: str | None = Field(None, description="without effect")
+    metadata: dict[str, Any] | None = Field(None, description="without effect")
+    store: bool | None = Field(None, description="without effect: nothing is kept")
+    service_tier: str | None = Field(None, description="without effect")
+    safety_identifier: str | None = Field(None, description="without effect")
+    prompt_cache_key: str | None = Field(None, description="without effect: prefixes are found by their content")
+
+
+class CompletionRequest(SamplingFields):
+    """/v1/completions."""
+
+    prompt: str | Items[str] | Items[int] | Items[Items[int]] = Field(
+        description="text or token ids, one prompt or several"
+    )
+    max_tokens: int | None = Field(16, description="length of each answer")
+    echo: bool = Field(False, description="give the prompt before each answer")
+    logprobs: int | None = Field(None, description="log-probabilities of the tokens, and of so many likely ones")
+    add_special_tokens: bool = Field(
+        True, description="tokens that the model wants around a text, as its tokenizer adds them"
+    )
+    best_of: int | None = Field(None, description="n, or unset")
+    suffix: str | None = Field(None, description="not supported")
+
+
+class Function(_Fields):
+    """A function the model may call."""
+
+    name: str
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    strict: bool | None = None
+
+
+class Tool(_Fields):
+    """A tool the model may use: a function."""
+
+    type: Literal["function"] = "function"
+    function: Function
+
+
+class FunctionName(_Fields):
+    """Part of `NamedToolChoice`."""
+
+    name: str
+
+
+class NamedToolChoice(_Fields):
+    """Makes the model call one function."""
+
+    type: Literal["function"] = "function"
+    function: FunctionName
+
+
+class ChatMessageField(_Fields):
+    """One turn of a conversation."""
+
+    role: str
+    content: str | Items[dict[str, Any]] | None = None
+    name: str | None = None
+    tool_calls: Items[dict[str, Any]] | None = None
+    tool_call_id: str | None = None
+    reasoning_content: str | None = None
+
+
+class ChatRequest(SamplingFields):
+    """/v1/chat/completions."""
+
+    messages: Items[ChatMessageField] = Field(description="the conversation so far")
+    max_completion_tokens: int | None = Field(
+        None, description="length of each answer; default: what the context holds"
+    )
+    max_tokens: int | None = Field(None, description="an older name of max_completion_tokens")
+    logprobs: bool = False
+    top_logprobs: int | None = None
+    tools: Items[Tool] | None = None
+    tool_choice: Literal["none", "auto", "required"] | NamedToolChoice | None = None
+    parallel_tool_calls: bool | None = Field(None, description="false: one call at most")
+    include_reasoning: bool = Field(True, description="false leaves reasoning_content out")
+    reasoning_effort: str | None = Field(None, description="given to the chat template")
+    chat_template_kwargs: dict[str, Any] | None = Field(None, description="further variables of the chat template")
+    add_generation_prompt: bool = Field(True, description="begin the assistant's turn after the last message")
+    continue_final_message: bool = Field(False, description="go on with the last message instead")
+
+
+class TokenizeRequest(_Fields):
+    """/tokenize: a text, or a conversation through the chat template."""
+
+    model: str | None = None
+    prompt: str | None = None
+    messages: Items[ChatMessageField] | None = None
+    tools: Items[Tool] | None = None
+    add_special_tokens: bool | None = Field(None, description="default: true for a text, false for a conversation")
+    add_generation_prompt: bool = True
+    continue_final_message: bool = False
+    chat_template_kwargs: dict[str, Any] | None = None
+    return_token_strs: bool = False
+
+
+class DetokenizeRequest(_Fields):
+    """/detokenize."""
+
+    model: str | None = None
+    tokens: Items[int]
+
+
+_SAME_NAMES = (
+    "temperature",
+    "top_p",
+    "top_k",
+    "min_p",
+    "n",
+    "seed",
+    "stop",
+    "stop_token_ids",
+    "min_tokens",
+    "presence_penalty",
+    "frequency_penalty",
+    "repetition_penalty",
+    "logit_bias",
+    "bad_words",
+    "allowed_token_ids",
+    "prompt_logprobs",
+    "include_stop_str_in_output",
+    "ignore_eos",
+    "skip_special_tokens",
+)
+
+
+def sampling_params(request: SamplingFields, defaults: Mapping[str, Any], **others: Any) -> SamplingParams:
+    """The SamplingParams that a request asks for.
+
+    Args:
+        request: what it gives goes before `defaults`.
+        defaults: for what it leaves open.
+        others: fields that go by another name in requests.
+
+    Raises:
+        RequestError: a value outside its range.
+    """
+    given = {name: value for name in _SAME_NAMES if (value := getattr(request, name)) is not None}
+    spec = structured_outputs(request)
+    return SamplingParams(**({"structured_outputs": spec} | dict(defaults) | given | others))
+
+
+def structured_outputs(request: SamplingFields) -> dict[str, Any] | None:
+    """The form an answer must have, as SamplingParams takes it, from any of the fields that ask for one."""
+    specs: list[dict[str, Any]] = []
+    if request.structured_outputs is not None:
+        specs.append(request.structured_outputs)
+    guided = {
+        "json": request.guided_json,
+        "regex": request.guided_regex,
+        "choice": request.guided_choice,
+        "grammar": request.guided_grammar,
+        "json_object": request.guided_json_object or None,
+    }
+    specs += [{name: value} for name, value in guided.items() if value is not None]
+    if request.response_format is not None:
+        spec = _of_response_format(request.response_format)
+        specs += [] if spec is None else [spec]
+    if len(specs) > 1:
+        raise RequestError(
+            "response_format, structured_outputs and the guided_ fields each ask for a form of the answer; give one of them"
+        )
+    return specs[0] if specs else None
+
+
+def _of_response_format(given: dict[str, Any]) -> dict[str, Any] | None:
+    kind = given.get("type")
+    if kind == "text":
+        return None
+    if kind == "json_object":
+        return {"json_object": True}
+    if kind == "json_schema":
+        # /v1/chat/completions nests name and schema, /v1/responses does not
+        holder = given.get("json_schema", given)
+        schema = holder.get("schema") if isinstance(holder, dict) else None
+        if schema is None:
+            raise RequestError(
+                'response_format of type "json_schema" needs json_schema: {"name": ..., "schema": {...}}'
+            )
+        return {"json": schema}
+    if kind == "structural_tag":
+        return {"structural_tag": given}
+    raise RequestError(
+        f"response_format.type={kind!r} is not known; use text, json_object, json_schema or structural_tag"
+    )

@@ -1,0 +1,197 @@
+"""What the server answers, as the OpenAI API shapes it. A field that is UNSET is left out; None is null."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+from msgspec import UNSET, UnsetType
+
+encode_json = msgspec.json.Encoder().encode
+
+
+class PromptTokensDetails(msgspec.Struct):
+    """Part of `Usage`."""
+
+    cached_tokens: int
+
+
+class CompletionTokensDetails(msgspec.Struct):
+    """Part of `Usage`."""
+
+    reasoning_tokens: int = 0
+
+
+class Usage(msgspec.Struct):
+    """Tokens of a request: of all its prompts and answers."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+    prompt_tokens_details: PromptTokensDetails
+    completion_tokens_details: CompletionTokensDetails | UnsetType = UNSET
+
+
+class CompletionLogprobs(msgspec.Struct):
+    """Log-probabilities of a piece of text, one entry per token."""
+
+    tokens: list[str]
+    token_logprobs: list[float | None]
+    top_logprobs: list[dict[str, float] | None]
+    text_offset: list[int]
+    """Where each token's text begins: characters from the start of the choice's text."""
+
+
+class CompletionChoice(msgspec.Struct):
+    """An answer to a prompt, or a piece of it."""
+
+    index: int
+    text: str
+    logprobs: CompletionLogprobs | None = None
+    finish_reason: str | None = None
+    stop_reason: int | str | None = None
+    token_ids: tuple[int, ...] | UnsetType = UNSET
+    prompt_token_ids: list[int] | UnsetType = UNSET
+    prompt_logprobs: Any = UNSET
+
+
+class Completion(msgspec.Struct):
+    """Of /v1/completions: the whole answer, or a chunk of a stream."""
+
+    id: str
+    created: int
+    model: str
+    choices: list[CompletionChoice]
+    usage: Usage | UnsetType | None = UNSET
+    object: str = "text_completion"
+
+
+class TopLogprob(msgspec.Struct):
+    """A token that was likely at a position."""
+
+    token: str
+    logprob: float
+    bytes: list[int]
+
+
+class TokenLogprob(msgspec.Struct):
+    """The token at a position."""
+
+    token: str
+    logprob: float
+    bytes: list[int]
+    top_logprobs: list[TopLogprob]
+
+
+class ChatLogprobs(msgspec.Struct):
+    """Log-probabilities of an answer's tokens."""
+
+    content: list[TokenLogprob]
+    refusal: None = None
+
+
+class FunctionCall(msgspec.Struct):
+    """Which function, and its arguments as JSON text. In a stream, the name comes once and the text in pieces."""
+
+    arguments: str
+    name: str | UnsetType = UNSET
+
+
+class ToolCall(msgspec.Struct):
+    """A call the model wants made. In a stream, all but `index` and `function.arguments` come once."""
+
+    function: FunctionCall
+    id: str | UnsetType = UNSET
+    type: str | UnsetType = UNSET
+    index: int | UnsetType = UNSET
+
+
+class ChatMessage(msgspec.Struct):
+    """The model's turn, or a piece of it."""
+
+    content: str | UnsetType | None = UNSET
+    role: str | UnsetType = UNSET
+    reasoning_content: str | UnsetType = UNSET
+    tool_calls: list[ToolCall] | UnsetType = UNSET
+    refusal: UnsetType | None = UNSET
+
+
+class ChatChoice(msgspec.Struct):
+    """An answer to a conversation."""
+
+    index: int
+    message: ChatMessage
+    logprobs: ChatLogprobs | None
+    finish_reason: str | None
+    stop_reason: int | str | None = None
+    token_ids: tuple[int, ...] | UnsetType = UNSET
+
+
+class ChatChunkChoice(msgspec.Struct):
+    """A piece of an answer to a conversation."""
+
+    index: int
+    delta: ChatMessage
+    logprobs: ChatLogprobs | None = None
+    finish_reason: str | None = None
+    stop_reason: int | str | UnsetType | None = UNSET
+    token_ids: tuple[int, ...] | UnsetType = UNSET
+
+
+class ChatCompletion(msgspec.Struct):
+    """Of /v1/chat/completions."""
+
+    id: str
+    created: int
+    model: str
+    choices: list[ChatChoice]
+    usage: Usage
+    object: str = "chat.completion"
+    prompt_token_ids: list[int] | UnsetType = UNSET
+    prompt_logprobs: Any = UNSET
+
+
+class ChatChunk(msgspec.Struct):
+    """Of a stream of /v1/chat/completions."""
+
+    id: str
+    created: int
+    model: str
+    choices: list[ChatChunkChoice]
+    usage: Usage | UnsetType | None = UNSET
+    object: str = "chat.completion.chunk"
+
+
+class ModelCard(msgspec.Struct):
+    """A model that requests can name."""
+
+    id: str
+    created: int
+    owned_by: str
+    root: str
+    parent: str | None
+    max_model_len: int | None
+    permission: list[Any] = []
+    object: str = "model"
+
+
+class ModelList(msgspec.Struct):
+    """Of /v1/models."""
+
+    data: list[ModelCard]
+    object: str = "list"
+
+
+class Tokens(msgspec.Struct):
+    """Of /tokenize."""
+
+    tokens: list[int]
+    count: int
+    max_model_len: int
+    token_strs: list[str] | None = None
+
+
+class Text(msgspec.Struct):
+    """Of /detokenize."""
+
+    prompt: str

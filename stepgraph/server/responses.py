@@ -1,0 +1,427 @@
+"""/v1/responses: conversations in the form of the Responses API. Nothing is kept between requests."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import AsyncGenerator, Mapping
+from contextlib import aclosing
+from itertools import count
+from typing import Any, Literal
+
+from msgspec import UNSET
+from msgspec.structs import replace
+from pydantic import Field
+
+from stepgraph.engine.sampling_params import SamplingParams
+from stepgraph.engine.session import AnswerDelta
+from stepgraph.errors import RequestError
+from stepgraph.server.chat import ChatCall, describe_logprobs
+from stepgraph.server.conversation import ToolUse
+from stepgraph.server.errors import APIError, report
+from stepgraph.server.protocol import (
+    ChatRequest,
+    Function,
+    FunctionName,
+    Items,
+    NamedToolChoice,
+    SamplingFields,
+    Tool,
+    _Fields,
+)
+from stepgraph.server.replies import TokenLogprob, Usage, encode_json
+from stepgraph.server.responses_replies import (
+    Event,
+    IncompleteDetails,
+    InputTokensDetails,
+    Output,
+    OutputTokensDetails,
+    ReasoningShown,
+    ResponseError,
+    ResponseObject,
+    ResponseUsage,
+    new_id,
+)
+from stepgraph.server.service import Context, Service
+from stepgraph.server.sse import event
+
+_LOGPROBS = "message.output_text.logprobs"
+"""What `include` names to get log-probabilities."""
+
+
+class FunctionTool(_Fields):
+    """A function the model may call."""
+
+    type: str = Field(description="function; the server runs no tools of its own")
+    name: str | None = None
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    strict: bool | None = None
+
+
+class FunctionChoice(_Fields):
+    """Makes the model call one function."""
+
+    type: Literal["function"] = "function"
+    name: str
+
+
+class TextOptions(_Fields):
+    """What the answer's text is like."""
+
+    format: dict[str, Any] | None = Field(
+        None, description='{"type": "text"}, "json_object", or "json_schema" with name and schema'
+    )
+
+
+class ReasoningOptions(_Fields):
+    """What the reasoning is like."""
+
+    effort: str | None = Field(None, description="given to the chat template")
+    summary: str | None = Field(None, description="without effect: reasoning is given whole")
+
+
+class ResponsesRequest(SamplingFields):
+    """/v1/responses."""
+
+    input: str | Items[dict[str, Any]] = Field(
+        description="the conversation so far: text, or items of type message, function_call, function_call_output, reasoning"
+    )
+    instructions: str | None = Field(None, description="a system message before it")
+    max_output_tokens: int | None = Field(None, description="length of the answer; default: what the context holds")
+    include: Items[str] | None = Field(None, description=f"{_LOGPROBS}; others have no effect")
+    top_logprobs: int | None = Field(None, description=f"likely tokens beside each token, with {_LOGPROBS} in include")
+    tools: Items[FunctionTool] | None = None
+    tool_choice: Literal["none", "auto", "required"] | FunctionChoice | None = None
+    parallel_tool_calls: bool | None = Field(None, description="false: one call at most")
+    text: TextOptions | None = None
+    reasoning: ReasoningOptions | None = None
+    chat_template_kwargs: dict[str, Any] | None = Field(None, description="further variables of the chat template")
+    truncation: str | None = Field(None, description="disabled, or unset")
+    metadata: dict[str, str] | None = Field(None, description="given back")
+    user: str | None = Field(None, description="given back")
+    previous_response_id: str | None = Field(None, description="not supported: nothing is kept")
+    conversation: str | dict[str, Any] | None = Field(None, description="not supported: nothing is kept")
+    prompt: dict[str, Any] | None = Field(None, description="not supported: nothing is kept")
+    background: bool | None = Field(None, description="not supported: nothing is kept")
+
+
+class ResponsesReply:
+    """One call of /v1/responses, as the OpenAI API shapes it.
+
+    Args:
+        call: the conversation as the engine answers it.
+        response: what the client is told at once.
+        num_top_logprobs: likely tokens to name beside each token, if `call` gives log-probabilities.
+        request_id: named if the answer fails.
+    """
+
+    def __init__(self, call: ChatCall, response: ResponseObject, *, num_top_logprobs: int, request_id: str):
+        self._call = call
+        self._response = response
+        self._num_top_logprobs = num_top_logprobs
+        self._request_id = request_id
+        self._output = Output()
+
+    @classmethod
+    async def start(cls, request: ResponsesRequest, service: Service, context: Context) -> ResponsesReply:
+        """Check a request and send it to the engine.
+
+        Raises:
+            APIError, RequestError: it cannot be answered.
+        """
+        check(request)
+        model, adapter = service.choose_model(request.model)
+        id = new_id("resp")
+        call = await ChatCall.start(
+            as_chat(request), messages_of(request), tools_of(request), service, context, id=id, adapter=adapter
+        )
+        [answer] = call.generation.requests.values()
+        response = as_begun(request, answer.params, model=model, id=id)
+        return cls(call, response, num_top_logprobs=request.top_logprobs or 0, request_id=context.request_id)
+
+    async def reply(self) -> bytes:
+        """The whole answer, as JSON."""
+        async with aclosing(self._answer()) as events:
+            async for _ in events:
+                pass
+        return encode_json(self._response)
+
+    async def events(self) -> AsyncGenerator[bytes]:
+        """The answer as server-sent events. One that fails ends with the event that says so, and raises nothing."""
+        numbers = count()
+
+        def numbered(found: Event) -> bytes:
+            return event(encode_json({"sequence_number": next(numbers), **found}), found["type"])
+
+        for name in ("created", "in_progress"):
+            yield numbered({"type": f"response.{name}", "response": self._response})
+        try:
+            async with aclosing(self._answer()) as events:
+                async for found in events:
+                    yield numbered(found)
+        except Exception as error:
+            failure = report(error, self._request_id)
+            self._fail(failure)
+            yield numbered({"type": "error", "code": failure.code, "message": failure.message, "param": failure.param})
+        yield numbered({"type": f"response.{self._response.status}", "response": self._response})
+
+    async def _answer(self) -> AsyncGenerator[Event]:
+        """The events of the answer's items. When they end, the response has."""
+        reason: str | None = None
+        async with aclosing(self._call.gains()) as gains:
+            async for gain in gains:
+                for found in self._output.take(gain.piece, self._logprobs_of(gain.delta)):
+                    yield found
+                reason = gain.finish_reason
+        ending: dict[str, Any] = {"status": "completed", "completed_at": int(time.time())}
+        if reason not in ("stop", "tool_calls"):
+            details = IncompleteDetails("max_output_tokens" if reason == "length" else None)
+            ending = {"status": "incomplete", "incomplete_details": details}
+        for found in self._output.end(ending["status"]):
+            yield found
+        self._response = replace(self._response, **ending, output=self._output.items, usage=self._usage())
+
+    def _fail(self, failure: APIError) -> None:
+        code = "server_error" if failure.status >= 500 else "invalid_prompt"
+        self._response = replace(
+            self._response,
+            status="failed",
+            error=ResponseError(code, failure.message),
+            output=self._output.items,
+        )
+
+    def _logprobs_of(self, delta: AnswerDelta) -> list[TokenLogprob]:
+        return [] if delta.logprobs is None else describe_logprobs(delta, self._num_top_logprobs)
+
+    def _usage(self) -> ResponseUsage:
+        usage: Usage = self._call.usage()
+        details = usage.completion_tokens_details
+        return ResponseUsage(
+            usage.prompt_tokens,
+            InputTokensDetails(usage.prompt_tokens_details.cached_tokens),
+            usage.completion_tokens,
+            OutputTokensDetails(0 if details is UNSET else details.reasoning_tokens),
+            usage.total_tokens,
+        )
+
+
+def check(request: ResponsesRequest) -> None:
+    """Refuse what this endpoint does not have.
+
+    Raises:
+        RequestError: the request asks for it.
+    """
+    for name in ("previous_response_id", "conversation", "prompt", "background"):
+        if value := getattr(request, name):
+            raise RequestError(
+                f"{name}={value!r:.80} is not supported: the server is stateless and keeps no responses, conversations or "
+                "prompts; send the whole conversation in input"
+            )
+    if request.truncation not in (None, "disabled"):
+        raise RequestError(
+            f"truncation={request.truncation!r:.80} is not supported; use disabled, and shorten input to fit"
+        )
+    if request.n not in (None, 1):
+        raise RequestError(f"n={request.n} is not supported: a response has one answer; send the request several times")
+    for name, is_given in (
+        ("prompt_logprobs", request.prompt_logprobs is not None),
+        ("return_token_ids", request.return_token_ids),
+    ):
+        if is_given:
+            raise RequestError(f"{name} has no place in a response; leave it out, or use /v1/chat/completions")
+    if request.max_output_tokens is not None and request.max_output_tokens < 1:
+        raise RequestError(f"max_output_tokens={request.max_output_tokens} must be at least 1, or unset")
+    if request.top_logprobs and not _wants_logprobs(request):
+        raise RequestError(f"top_logprobs needs {_LOGPROBS!r} in include; add it, or leave top_logprobs out")
+    try:
+        encode_json(request.model_dump())
+    except UnicodeEncodeError as error:
+        raise RequestError(
+            "the request holds half of a surrogate pair, which is no Unicode text; leave it out"
+        ) from error
+
+
+def _wants_logprobs(request: ResponsesRequest) -> bool:
+    return _LOGPROBS in (request.include or ())
+
+
+def as_chat(request: ResponsesRequest) -> ChatRequest:
+    """What a request asks for, in the fields of /v1/chat/completions; all but the conversation and its tools.
+
+    Raises:
+        RequestError: the form of the answer is not described well.
+    """
+    fields = {name: getattr(request, name) for name in SamplingFields.model_fields}
+    form = None if request.text is None else request.text.format
+    if form is not None and (checked := _checked_format(form)) is not None:
+        if request.response_format is not None:
+            raise RequestError("text.format and response_format each ask for a form of the answer; give one of them")
+        fields["response_format"] = checked
+    return ChatRequest(
+        **fields,
+        messages=[],
+        max_completion_tokens=request.max_output_tokens,
+        logprobs=_wants_logprobs(request),
+        top_logprobs=request.top_logprobs if _wants_logprobs(request) else None,
+        reasoning_effort=None if request.reasoning is None else request.reasoning.effort,
+        chat_template_kwargs=request.chat_template_kwargs,
+    )
+
+
+def _checked_format(form: Mapping[str, Any]) -> dict[str, Any] | None:
+    """A text.format as /v1/chat/completions takes it; None for free text."""
+    kind = form.get("type")
+    if kind == "text":
+        return None
+    if kind == "json_object":
+        return {"type": kind}
+    if kind != "json_schema":
+        raise RequestError(f"text.format.type={kind!r:.80} is not known; use text, json_object or json_schema")
+    if not isinstance(form.get("name"), str) or not isinstance(form.get("schema"), dict):
+        raise RequestError('text.format of type "json_schema" needs name and schema: {"name": "...", "schema": {...}}')
+    return {"type": kind, "json_schema": form}
+
+
+def tools_of(request: ResponsesRequest) -> ToolUse:
+    """What a request says about tools.
+
+    Raises:
+        RequestError: one is no function, or the fields contradict each other.
+    """
+    tools: list[Tool] = []
+    for index, tool in enumerate(request.tools or ()):
+        if tool.type != "function":
+            raise RequestError(
+                f"tools[{index}] is of type {tool.type!r:.80}, and this server runs no tools of its own; give functions, which "
+                "your program runs"
+            )
+        if tool.name is None:
+            raise RequestError(
+                f'tools[{index}] has no name; a function is {{"type": "function", "name", "parameters"}}'
+            )
+        function = Function(
+            name=tool.name, description=tool.description, parameters=tool.parameters, strict=tool.strict
+        )
+        tools.append(Tool(function=function))
+    choice: str | NamedToolChoice | None
+    if isinstance(request.tool_choice, FunctionChoice):
+        choice = NamedToolChoice(function=FunctionName(name=request.tool_choice.name))
+    else:  # clients say auto even without tools
+        choice = None if request.tool_choice == "auto" else request.tool_choice
+    return ToolUse.of(tools, choice, request.parallel_tool_calls)
+
+
+def messages_of(request: ResponsesRequest) -> list[dict[str, Any]]:
+    """The conversation of a request, as chat templates take it.
+
+    What the assistant did between two turns of others becomes one message, and so do system messages in a row.
+
+    Raises:
+        RequestError: it holds something that this model cannot take.
+    """
+    messages: list[dict[str, Any]] = []
+    if request.instructions:
+        messages.append({"role": "system", "content": request.instructions})
+    if isinstance(request.input, str):
+        return [*messages, {"role": "user", "content": request.input}]
+    if not request.input:
+        raise RequestError("input is empty; give at least one message")
+    for index, item in enumerate(request.input):
+        _add(messages, item, f"input[{index}]")
+    return messages
+
+
+def _add(messages: list[dict[str, Any]], item: Mapping[str, Any], where: str) -> None:
+    """Add an item to a conversation."""
+    kind = item.get("type", "message")
+    if kind == "message":
+        role, text = item.get("role"), _text_of(item.get("content"), f"{where}.content")
+        if role == "user":
+            messages.append({"role": role, "content": text})
+        elif role == "assistant":
+            _join(_turn_of("assistant", messages), "content", text)
+        elif role in ("system", "developer"):  # one rank, of two names; chat templates know the older one
+            _join(_turn_of("system", messages), "content", text)
+        else:
+            raise RequestError(f"{where}.role={role!r:.80} is not known; use user, assistant, system or developer")
+    elif kind == "reasoning":
+        if item.get("content"):  # otherwise it is encrypted or summed up, and no use to this model
+            text = _text_of(item["content"], f"{where}.content")
+            _join(_turn_of("assistant", messages), "reasoning_content", text)
+    elif kind == "function_call":
+        function = {"name": _string(item, "name", where), "arguments": _arguments_of(item, where)}
+        call = {"id": _string(item, "call_id", where), "type": "function", "function": function}
+        _turn_of("assistant", messages).setdefault("tool_calls", []).append(call)
+    elif kind == "function_call_output":
+        text = _text_of(item.get("output"), f"{where}.output")
+        messages.append({"role": "tool", "tool_call_id": _string(item, "call_id", where), "content": text})
+    else:
+        raise RequestError(
+            f"{where} is of type {kind!r:.80}, and this server takes message, function_call, function_call_output and reasoning"
+        )
+
+
+def _turn_of(role: str, messages: list[dict[str, Any]]) -> dict[str, Any]:
+    """The last message if it is of this role, else a new one."""
+    if not messages or messages[-1]["role"] != role:
+        messages.append({"role": role, "content": ""})
+    return messages[-1]
+
+
+def _join(message: dict[str, Any], key: str, text: str) -> None:
+    message[key] = f"{message[key]}\n\n{text}" if message.get(key) else text
+
+
+def _text_of(content: Any, where: str) -> str:
+    """The text of a message, of reasoning or of what a function returned."""
+    if isinstance(content, str):
+        return content
+    if not isinstance(content, list):
+        raise RequestError(f"{where} must be text or a list of parts, not {content!r:.80}")
+    texts: list[str] = []
+    for index, part in enumerate(content):
+        kind = part.get("type") if isinstance(part, dict) else None
+        if kind not in ("input_text", "output_text", "text", "reasoning_text", "refusal"):
+            raise RequestError(
+                f"{where}[{index}] is of type {kind!r:.80}, and this model takes text only; leave it out"
+            )
+        texts.append(_string(part, "refusal" if kind == "refusal" else "text", f"{where}[{index}]"))
+    return "".join(texts)
+
+
+def _arguments_of(call: Mapping[str, Any], where: str) -> Any:
+    try:
+        return json.loads(_string(call, "arguments", where) or "{}")
+    except (ValueError, RecursionError) as error:
+        raise RequestError(f"{where}.arguments is not JSON: {error}") from error
+
+
+def _string(item: Mapping[str, Any], key: str, where: str) -> str:
+    value = item.get(key)
+    if not isinstance(value, str):
+        raise RequestError(f"{where}.{key} must be text, not {value!r:.80}")
+    return value
+
+
+def as_begun(request: ResponsesRequest, params: SamplingParams, *, model: str, id: str) -> ResponseObject:
+    """A response of which nothing is there yet. `params`: as they were settled, with the defaults for what was left open."""
+    form = None if request.text is None else request.text.format
+    choice = request.tool_choice
+    return ResponseObject(
+        id=id,
+        created_at=int(time.time()),
+        model=model,
+        instructions=request.instructions,
+        max_output_tokens=request.max_output_tokens,
+        metadata=request.metadata or {},
+        parallel_tool_calls=request.parallel_tool_calls is not False,
+        reasoning=ReasoningShown(None if request.reasoning is None else request.reasoning.effort),
+        temperature=params.temperature,
+        text={"format": form or {"type": "text"}},
+        tool_choice=choice.model_dump() if isinstance(choice, FunctionChoice) else choice or "auto",
+        tools=[tool.model_dump() for tool in request.tools or ()],
+        top_logprobs=request.top_logprobs or 0,
+        top_p=params.top_p,
+        user=request.user,
+    )

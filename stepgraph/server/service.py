@@ -1,0 +1,354 @@
+"""What all endpoints share: the model's face to the front, the way into the engine, and the way back."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+import time
+import uuid
+from collections import deque
+from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import aclosing, asynccontextmanager, contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from stepgraph.config.server import ServerConfig
+from stepgraph.engine.prompts import TokenizedPrompt, encode_text, require_tokenizer
+from stepgraph.engine.sampling_params import SamplingParams
+from stepgraph.engine.session import AnswerDelta
+from stepgraph.server.conversation import ChatForm
+from stepgraph.server.engine_client import EngineClient, EngineState, Generation, Origin
+from stepgraph.server.errors import APIError
+from stepgraph.server.protocol import CompletionRequest, SamplingFields
+from stepgraph.server.replies import CompletionTokensDetails, PromptTokensDetails, Usage
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+request_log = logging.getLogger("stepgraph.server.requests")
+T = TypeVar("T")
+
+_THREADS = 2
+"""For tokenising and chat templates: beside each other, so that one long prompt does not hold up every short one."""
+
+
+@dataclass(frozen=True)
+class ModelFace:
+    """What the front knows of the model."""
+
+    name: str
+    tokenizer: PreTrainedTokenizerFast | None
+    chat_form: ChatForm
+    sampling_defaults: Mapping[str, Any]
+    """What the model's makers recommend; a request's own values go before."""
+
+    longest_token: int
+    """Characters of the vocabulary's longest token: no text has fewer tokens than its length over this."""
+
+
+@dataclass(frozen=True)
+class Context:
+    """What an endpoint must know of the HTTP request beside its body."""
+
+    request_id: str
+    arrived_at: float
+    """`time.monotonic()` seconds."""
+    traceparent: str | None
+
+
+class Service:
+    """The server without HTTP.
+
+    Args:
+        config: the server's settings.
+        client: the engine.
+        face: loads the model's tokenizer; takes seconds, and is called in a thread.
+    """
+
+    def __init__(self, config: ServerConfig, client: EngineClient, face: Callable[[], ModelFace]):
+        self.config = config
+        self.client = client
+        self.started_at = int(time.time())
+        self.draining = False
+        self._load_face = face
+        self._face: ModelFace | None = None
+        self._threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="stepgraph-tokenizer")
+        self._durations: deque[float] = deque(maxlen=64)  # of recent requests, in seconds
+
+    async def load(self) -> None:
+        """Load what the front needs of the model."""
+        self._face = await self.in_thread(self._load_face)
+
+    @property
+    def face(self) -> ModelFace:
+        """The model; a 503 while it is being loaded."""
+        if self._face is None:
+            raise APIError(503, "the model is being loaded", headers={"Retry-After": "2"})
+        return self._face
+
+    @property
+    def chat_form(self) -> ChatForm:
+        """How the model's chat template does things; a 503 while it is being loaded."""
+        return self.face.chat_form
+
+    @property
+    def trouble(self) -> str | None:
+        """Why requests are not served now; None if they are."""
+        if self.draining:
+            return "the server is shutting down"
+        if self._face is None and self.client.state is EngineState.READY:
+            return "the model is being loaded"
+        return self.client.trouble
+
+    @property
+    def fullness(self) -> str | None:
+        """Why one more request would be refused; None if it would not."""
+        ready = self.client.ready
+        if ready is not None and self.client.num_unfinished >= ready.max_num_seqs + self.config.max_queue:
+            return f"the queue is full: {self.client.num_unfinished} requests run or wait"
+        return None
+
+    @property
+    def model_names(self) -> tuple[str, ...]:
+        """Names that requests may give to the model itself, the first in its answers."""
+        return self.config.served_model_name or (self.face.name,)
+
+    @property
+    def max_model_len(self) -> int:
+        """Tokens of prompt and answer together; a 503 while the engine is not there."""
+        if self.client.ready is None:
+            raise APIError(503, self.client.trouble or "the engine is not there", headers={"Retry-After": "2"})
+        return self.client.ready.max_model_len
+
+    def shut_down(self) -> None:
+        """End the threads."""
+        self._threads.shutdown(wait=False, cancel_futures=True)
+
+    def choose_model(self, name: str | None) -> tuple[str, str | None]:
+        """The model's name as answers give it, and the folder of its adapter if it is one; a 404 for an unknown name."""
+        if name is None or name in self.model_names:
+            return name or self.model_names[0], None
+        adapters = self.config.adapters()
+        if name not in adapters:
+            known = ", ".join((*self.model_names, *adapters))
+            raise APIError(
+                404,
+                f"the model {name!r} is not served here; choose one of: {known}",
+                param="model",
+                code="model_not_found",
+            )
+        return name, adapters[name]
+
+    async def in_thread(self, work: Callable[[], T]) -> T:
+        """Do what takes long without holding up the streams."""
+        return await asyncio.get_running_loop().run_in_executor(self._threads, work)
+
+    async def encode(self, text: str, *, add_special_tokens: bool = True) -> TokenizedPrompt:
+        """A text's tokens; a 400 if it cannot fit, which is seen without tokenising if it is far too long."""
+        tokenizer = require_tokenizer(self.face.tokenizer)
+        self.check_length(text)
+        ids = await self.in_thread(lambda: encode_text(text, tokenizer, add_special_tokens=add_special_tokens))
+        return TokenizedPrompt(text, ids)
+
+    def check_length(self, text: str) -> None:
+        """A 400 for a text of more tokens than the context holds, whatever they are."""
+        least = len(text) // self.face.longest_token
+        if least >= self.max_model_len:
+            raise APIError(
+                400,
+                f"the prompt has {len(text)} characters, which are at least {least} tokens, and max_model_len is "
+                f"{self.max_model_len}; shorten it",
+                code="context_length_exceeded",
+            )
+
+    def check_room(self, params: SamplingParams, *, num_prompts: int) -> None:
+        """A 400 for more answers than the server gives to one request, a 429 if there is no room for them now, a 503 if
+        requests are not served."""
+        if params.n > self.config.max_n:
+            raise APIError(
+                400,
+                f"n={params.n} is above {self.config.max_n}, the most answers this server gives to a request",
+                param="n",
+            )
+        self._check_queue(num_prompts * params.n)
+
+    async def start(
+        self,
+        id: str,
+        prompts: Sequence[TokenizedPrompt],
+        params: SamplingParams,
+        context: Context,
+        *,
+        request: SamplingFields,
+        adapter: str | None,
+    ) -> list[Generation]:
+        """Send prompts to the engine and wait until it has queued them: all, or none.
+
+        Raises:
+            APIError: 429 if too many wait already, 503 if the engine is not there.
+            RequestError: the engine refuses one of them.
+        """
+        self.check_room(params, num_prompts=len(prompts))
+        generations: list[Generation] = []
+        try:
+            for index, prompt in enumerate(prompts):
+                prompt = self._cut(prompt, request.truncate_prompt_tokens)
+                self._check_tokens(prompt)
+                generations.append(
+                    self.client.submit(
+                        id if len(prompts) == 1 else f"{id}-{index}",
+                        prompt._replace(cache_salt=request.cache_salt),
+                        params,
+                        self.face.tokenizer,
+                        priority=request.priority,
+                        adapter=adapter,
+                        arrived_at=context.arrived_at,
+                        origin=Origin(
+                            "text_completion" if isinstance(request, CompletionRequest) else "chat",
+                            request.model or self.model_names[0],
+                            id,
+                            context.traceparent,
+                        ),
+                    )
+                )
+            for generation in generations:
+                await generation.accepted()
+        except BaseException:
+            for generation in generations:
+                self.client.leave(generation)
+            raise
+        if self.config.log_requests:
+            for generation in generations:
+                request_log.info("request %s: %r, %s", context.request_id, generation.prompt.text, params)
+        return generations
+
+    @contextmanager
+    def timing(self) -> Iterator[None]:
+        """Around a request: how long requests take says when to try again once the queue is full."""
+        started = time.monotonic()
+        try:
+            yield
+        finally:
+            self._durations.append(time.monotonic() - started)
+
+    def _cut(self, prompt: TokenizedPrompt, num_tokens: int | None) -> TokenizedPrompt:
+        if num_tokens is None:
+            return prompt
+        if num_tokens == -1:
+            num_tokens = self.max_model_len - 1
+        if num_tokens < 1:
+            raise APIError(
+                400,
+                f"truncate_prompt_tokens={num_tokens} must be at least 1, or -1 for what fits",
+                param="truncate_prompt_tokens",
+            )
+        if len(prompt.token_ids) <= num_tokens:
+            return prompt
+        return TokenizedPrompt(None, prompt.token_ids[-num_tokens:])
+
+    def _check_tokens(self, prompt: TokenizedPrompt) -> None:
+        """A 400 for a prompt that cannot fit, before it becomes a message that the engine would have to look through."""
+        if len(prompt.token_ids) >= self.max_model_len:
+            raise APIError(
+                400,
+                f"the prompt has {len(prompt.token_ids)} tokens and max_model_len is {self.max_model_len}, which must hold the "
+                f"prompt and at least one token of answer; shorten it to {self.max_model_len - 1} tokens or fewer",
+                code="context_length_exceeded",
+            )
+
+    def _check_queue(self, num_requests: int) -> None:
+        if (trouble := self.trouble) is not None:
+            raise APIError(503, trouble, headers={"Retry-After": "5"})
+        ready = self.client.ready
+        assert ready is not None
+        most, unfinished = ready.max_num_seqs + self.config.max_queue, self.client.num_unfinished
+        if num_requests > most:
+            raise APIError(
+                400, f"the request asks for {num_requests} answers, and the server holds {most} at once; ask for fewer"
+            )
+        if unfinished + num_requests > most:
+            mean_s = sum(self._durations) / len(self._durations) if self._durations else 1.0
+            retry_s = min(60, max(1, math.ceil(mean_s * self.config.max_queue / ready.max_num_seqs / 2)))
+            raise APIError(
+                429,
+                f"the queue is full: {unfinished} requests run or wait, and max_queue={self.config.max_queue} may wait; try "
+                f"again in {retry_s} s",
+                headers={"Retry-After": str(retry_s)},
+            )
+
+
+def new_id(prefix: str) -> str:
+    """A name for what is about to be made, e.g. chatcmpl-…"""
+    return f"{prefix}-{uuid.uuid4().hex}"
+
+
+class Tally:
+    """Counts the tokens of a request while they come."""
+
+    def __init__(self, generations: Sequence[Generation]):
+        self._generations = generations
+        self.num_reasoning = 0
+        self.num_completion = 0
+
+    def add(self, deltas: Sequence[AnswerDelta]) -> None:
+        """Count new tokens."""
+        self.num_completion += sum(len(delta.token_ids) for delta in deltas)
+
+    def usage(self, *, reasoning: bool = False) -> Usage:
+        """The counts by now."""
+        num_prompt = sum(len(generation.prompt.token_ids) for generation in self._generations)
+        return Usage(
+            prompt_tokens=num_prompt,
+            completion_tokens=self.num_completion,
+            total_tokens=num_prompt + self.num_completion,
+            prompt_tokens_details=PromptTokensDetails(sum(g.num_cached_tokens for g in self._generations)),
+            **({"completion_tokens_details": CompletionTokensDetails(self.num_reasoning)} if reasoning else {}),
+        )
+
+
+async def merged(generations: Sequence[Generation]) -> AsyncGenerator[tuple[int, list[AnswerDelta]]]:
+    """What several prompts' answers gain, with the prompt's number, as it comes. Leaving early aborts all.
+
+    Raises:
+        StepgraphError: an answer failed, see `Generation.deltas`; the others are aborted.
+    """
+    if len(generations) == 1:
+        async with aclosing(generations[0].deltas()) as found:
+            async for deltas in found:
+                yield 0, deltas
+        return
+    queue: asyncio.Queue[tuple[int, list[AnswerDelta]] | Exception | None] = asyncio.Queue(maxsize=1)
+
+    async def pump(index: int, generation: Generation) -> None:
+        try:
+            async with aclosing(generation.deltas()) as found:
+                async for deltas in found:
+                    await queue.put((index, deltas))
+            await queue.put(None)
+        except Exception as error:
+            await queue.put(error)
+
+    async with _tasks([pump(index, generation) for index, generation in enumerate(generations)]):
+        num_running = len(generations)
+        while num_running:
+            item = await queue.get()
+            if isinstance(item, Exception):
+                raise item
+            if item is None:
+                num_running -= 1
+            else:
+                yield item
+
+
+@asynccontextmanager
+async def _tasks(work: Sequence[Any]) -> AsyncGenerator[None]:
+    """Run coroutines beside the block; they end with it."""
+    tasks = [asyncio.create_task(one) for one in work]
+    try:
+        yield
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)

@@ -1,0 +1,105 @@
+"""Server-sent events: a reply that is sent while it is made."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncGenerator, Mapping
+from contextlib import suppress
+
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from stepgraph.server.errors import report, timed_out
+
+logger = logging.getLogger(__name__)
+
+DONE = b"data: [DONE]\n\n"
+_STALLED_S = 60.0
+"""A reader that takes nothing for so long is cut off. What it has not taken waits in buffers of a bounded size: the socket's, and
+the answer itself."""
+
+
+def event(content: bytes, name: str | None = None) -> bytes:
+    """One event. `content` has no line breaks."""
+    head = b"" if name is None else b"event: " + name.encode() + b"\n"
+    return head + b"data: " + content + b"\n\n"
+
+
+class EventStream(Response):
+    """Sends events as they come; stops, and ends what makes them, when the client leaves.
+
+    Args:
+        events: whole events as bytes. What it raises becomes a last event that tells of the error.
+        request_id: named in such an event.
+        headers: further headers.
+        timeout_s: the stream ends with an error after so long; None is no limit.
+    """
+
+    def __init__(
+        self,
+        events: AsyncGenerator[bytes],
+        *,
+        request_id: str,
+        headers: Mapping[str, str] | None = None,
+        timeout_s: float | None = None,
+    ):
+        super().__init__(
+            headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no", **(headers or {})},
+            media_type="text/event-stream",
+        )
+        del self.headers["content-length"]
+        self._events = events
+        self._request_id = request_id
+        self._timeout_s = timeout_s
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """See ASGI."""
+        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+        sending = asyncio.create_task(self._send_all(send))
+        leaving = asyncio.create_task(_left(receive))
+        try:
+            await asyncio.wait((sending, leaving), return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            leaving.cancel()
+            if not sending.done():
+                sending.cancel()
+            with suppress(asyncio.CancelledError):
+                await sending
+
+    async def _send_all(self, send: Send) -> None:
+        try:
+            try:
+                async with asyncio.timeout(self._timeout_s):
+                    async for content in self._events:
+                        await _write(content, send)
+            except _StalledError:
+                logger.warning("request %s: its client reads nothing and is cut off", self._request_id)
+                return
+            except TimeoutError:
+                assert self._timeout_s is not None
+                await _write(event(timed_out(self._timeout_s).body()), send)
+            except Exception as error:
+                failure = report(error, self._request_id)
+                await _write(event(failure.body()), send)
+        finally:
+            await self._events.aclose()
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+
+class _StalledError(Exception):
+    """The client takes nothing."""
+
+
+async def _write(content: bytes, send: Send) -> None:
+    try:
+        async with asyncio.timeout(_STALLED_S):
+            await send({"type": "http.response.body", "body": content, "more_body": True})
+    except TimeoutError as error:
+        raise _StalledError from error
+
+
+async def _left(receive: Receive) -> None:
+    """Return when the client is gone."""
+    while (await receive())["type"] != "http.disconnect":
+        pass

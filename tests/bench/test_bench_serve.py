@@ -1,0 +1,499 @@
+"""`stepgraph bench serve` against a scripted server: what it sends, what it makes of the answers, and what it survives."""
+
+import asyncio
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections import Counter
+from collections.abc import Awaitable, Callable, Iterator
+
+import pytest
+from aiohttp import web
+
+from stepgraph import bench
+from stepgraph.bench import report as bench_report
+from stepgraph.bench import serve, serve_client
+from stepgraph.errors import ConfigError
+
+VLLM_FIELDS = {
+    *("date", "endpoint_type", "backend", "model_id", "tokenizer_id", "num_prompts", "request_rate", "burstiness"),
+    *("max_concurrency", "duration", "completed", "failed", "total_input_tokens", "total_output_tokens"),
+    *("request_throughput", "request_goodput", "output_throughput", "total_token_throughput"),
+    *("max_output_tokens_per_s", "max_concurrent_requests"),
+    *(
+        f"{statistic}_{metric}_ms"
+        for statistic in ("mean", "median", "std", "p95", "p99")
+        for metric in ("ttft", "tpot", "itl", "e2el")
+    ),
+}
+DETAILS = {"input_lens", "output_lens", "ttfts", "itls", "start_times", "errors"}
+
+
+class FakeServer:
+    """Answers by a script, in a thread of its own, and remembers what it was asked."""
+
+    def __init__(self) -> None:
+        self.answer: Callable[[int, web.Request, dict], Awaitable[web.StreamResponse]] = answer_in_full
+        self.bodies: list[dict] = []
+        self.headers: list[dict[str, str]] = []
+        self.paths: list[str] = []
+        self.active = self.most_active = 0
+        self.url = ""
+        self._loop = asyncio.new_event_loop()
+        self._ready, self._ended = threading.Event(), asyncio.Event()
+        self._thread = threading.Thread(target=self._loop.run_until_complete, args=(self._serve(),))
+
+    def start(self) -> None:
+        self._thread.start()
+        assert self._ready.wait(60)
+
+    def stop(self) -> None:
+        self._loop.call_soon_threadsafe(self._ended.set)
+        self._thread.join(60)
+        self._loop.close()
+
+    async def _serve(self) -> None:
+        app = web.Application()
+        app.router.add_get("/v1/models", self._models)
+        app.router.add_post("/v1/{endpoint:.*}", self._completions)
+        # Whoever hangs up must not leave a handler behind that waits for ever.
+        runner = web.AppRunner(app, handler_cancellation=True, shutdown_timeout=0)
+        await runner.setup()
+        site = web.TCPSite(runner, "127.0.0.1", 0)
+        await site.start()
+        self.url = f"http://127.0.0.1:{runner.addresses[0][1]}"
+        self._ready.set()
+        await self._ended.wait()
+        await runner.cleanup()
+
+    async def _models(self, request: web.Request) -> web.Response:
+        return web.json_response({"object": "list", "data": [{"id": "first/model"}, {"id": "other"}]})
+
+    async def _completions(self, request: web.Request) -> web.StreamResponse:
+        number = len(self.bodies)
+        body = await request.json()
+        self.bodies.append(body)
+        self.headers.append(dict(request.headers))
+        self.paths.append(request.path)
+        self.active += 1
+        self.most_active = max(self.most_active, self.active)
+        try:
+            return await self.answer(number, request, body)
+        finally:
+            self.active -= 1
+
+
+@pytest.fixture
+def server() -> Iterator[FakeServer]:
+    server = FakeServer()
+    server.start()
+    yield server
+    server.stop()
+
+
+@pytest.fixture
+def measure(server, tmp_path, monkeypatch):
+    """Runs the command and returns what it wrote."""
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+
+    def measure(*flags: str, code: int = 0) -> dict:
+        file = tmp_path / "result.json"
+        common = ["serve", "--base-url", server.url, "--random-input-len", "8", "--json", str(file), "--save-detailed"]
+        common += ["--request-timeout", "60"]
+        if "--dataset" in flags:
+            del common[3:5]
+        assert bench.main([*common, *flags]) == code
+        return json.loads(file.read_text())
+
+    return measure
+
+
+async def send_events(request: web.Request, events: list[dict | str]) -> web.StreamResponse:
+    response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
+    await response.prepare(request)
+    for event in events:
+        text = event if isinstance(event, str) else json.dumps(event)
+        await response.write(f"data: {text}\n\n".encode())
+    return response
+
+
+def chunks(count: int) -> list[dict | str]:
+    return [{"choices": [{"index": 0, "text": " word"}], "usage": None}] * count
+
+
+def usage(body: dict, num_output_tokens: int) -> dict:
+    prompt = body.get("prompt") or body["messages"]
+    return {"choices": [], "usage": {"prompt_tokens": len(prompt), "completion_tokens": num_output_tokens}}
+
+
+async def answer_in_full(number: int, request: web.Request, body: dict) -> web.StreamResponse:
+    """As many tokens as were asked for, two to a chunk."""
+    length = body.get("max_tokens") or body["max_completion_tokens"]
+    return await send_events(request, [*chunks(-(-length // 2)), usage(body, length), "[DONE]"])
+
+
+def test_every_request_is_answered_and_counted_as_the_server_counts(server, measure) -> None:
+    result = measure("--num-prompts", "5", "--random-output-len", "7", "--vocab-size", "50")
+    assert (result["completed"], result["failed"]) == (5, 0)
+    assert (result["total_input_tokens"], result["total_output_tokens"]) == (40, 35)
+    assert result["input_lens"] == [8] * 5
+    assert result["output_lens"] == [7] * 5
+    assert [len(itls) for itls in result["itls"]] == [3] * 5  # four chunks
+    assert result["errors"] == [""] * 5
+    assert all(seconds > 0 for seconds in [*result["ttfts"], *result["start_times"]])
+    assert result["completed_without_usage"] == 0
+    for body in server.bodies:
+        prompt = body.pop("prompt")
+        assert len(prompt) == 8
+        assert set(prompt) <= set(range(50))
+        assert body == {
+            "model": "first/model",
+            "max_tokens": 7,
+            "stream": True,
+            "stream_options": {"include_usage": True},
+            "ignore_eos": True,
+        }
+
+
+def test_results_have_the_names_of_vllm(measure) -> None:
+    result = measure("--num-prompts", "2")
+    assert set(result) >= VLLM_FIELDS | DETAILS
+    assert result["backend"] == result["endpoint_type"] == "openai"
+    assert result["model_id"] == "first/model"
+    assert result["request_rate"] == "inf"
+    assert {"device", "versions", "cpu_share", "max_late_ms"} == set(result["client"])
+
+
+def test_a_chat_gets_messages(server, measure) -> None:
+    result = measure("--num-prompts", "2", "--endpoint", "/v1/chat/completions", "--no-ignore-eos")
+    assert result["backend"] == "openai-chat"
+    assert set(server.paths) == {"/v1/chat/completions"}
+    for body in server.bodies:
+        assert len(body["messages"][0]["content"].split()) == 8
+        assert body["max_completion_tokens"] == 128
+        assert not {"prompt", "max_tokens", "ignore_eos"} & set(body)
+
+
+def test_flags_reach_the_requests(server, measure, tmp_path) -> None:
+    file = tmp_path / "prompts.jsonl"
+    file.write_text('{"prompt": "Hello", "max_tokens": 3}\n')
+    flags = ["--dataset", "file", "--dataset-path", str(file), "--num-prompts", "1", "--model", "named"]
+    flags += ["--temperature", "0.5", "--ignore-eos", "--extra-body", '{"top_k": 4, "temperature": 0.7}']
+    measure(*flags, "--header", "X-One=1", "X-Two=a=b")
+    [body], [headers] = server.bodies, server.headers
+    assert {name: body[name] for name in ("model", "prompt", "max_tokens", "temperature", "ignore_eos", "top_k")} == {
+        "model": "named",
+        "prompt": "Hello",
+        "max_tokens": 3,
+        "temperature": 0.7,
+        "ignore_eos": True,
+        "top_k": 4,
+    }
+    assert (headers["X-One"], headers["X-Two"]) == ("1", "a=b")
+    assert "Authorization" not in headers
+
+
+@pytest.mark.parametrize("by_flag", [True, False])
+def test_the_api_key_is_sent_but_not_written(server, measure, monkeypatch, by_flag) -> None:
+    flags = ["--api-key", "sk-flag"] if by_flag else []
+    monkeypatch.setattr(
+        bench_report.sys, "orig_argv", ["python", "-m", "x", *flags, "--header", "A=s3", "B=s4", "--plot"]
+    )
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-environment")
+    result = measure("--num-prompts", "1", *flags, "--header", "A=s3", "B=s4")
+    assert server.headers[0]["Authorization"] == f"Bearer {'sk-flag' if by_flag else 'sk-environment'}"
+    assert "sk-" not in json.dumps(result)
+    assert result["command"].endswith("--header *** *** --plot")
+
+
+def test_secrets_after_an_equals_sign_are_not_written_either() -> None:
+    words = ["serve", "--api-key=sk", "--model=m", "--header", "A=1", "--seed", "3"]
+    assert bench_report._without_secrets(words) == [
+        *("serve", "--api-key=***", "--model=m", "--header", "***", "--seed", "3")
+    ]
+
+
+def test_failures_are_counted_by_kind_and_end_nothing(server, measure, capsys) -> None:
+    async def answer(number: int, request: web.Request, body: dict) -> web.StreamResponse:
+        match number % 7:
+            case 0 | 1:
+                return web.json_response({"error": {"message": "too many"}}, status=429)
+            case 2:
+                return await send_events(request, chunks(2))
+            case 3:
+                return await send_events(request, [*chunks(1), {"error": {"message": "out of memory"}}, "[DONE]"])
+            case 4:
+                response = await send_events(request, chunks(1))
+                request.transport.abort()
+                return response
+            case 5:
+                await asyncio.Event().wait()  # until the client gives up
+        return await answer_in_full(number, request, body)
+
+    server.answer = answer
+    result = measure("--num-prompts", "14", "--max-concurrency", "1", "--request-timeout", "0.5")
+    kinds = result["errors_by_kind"]
+    assert (result["completed"], result["failed"]) == (2, 12)
+    assert result["total_output_tokens"] == 2 * 128
+    assert {kind: kinds.pop(kind) for kind in ("HTTP 429", "stream ended early", "error in the stream")} == {
+        "HTTP 429": 4,
+        "stream ended early": 2,
+        "error in the stream": 2,
+    }
+    assert sorted(kinds.values()) == [2, 2], kinds  # a cut connection and a timeout, by the names of their exceptions
+    assert Counter(bool(error) for error in result["errors"]) == {True: 12, False: 2}
+    shown = capsys.readouterr().out
+    for text in ("4 failed with HTTP 429", "too many", "2 failed with error in the stream", "out of memory"):
+        assert text in shown
+
+
+def test_the_command_fails_if_nothing_was_answered(server, measure) -> None:
+    async def refuse(number: int, request: web.Request, body: dict) -> web.StreamResponse:
+        return web.Response(status=500, text="broken")
+
+    server.answer = refuse
+    result = measure("--num-prompts", "3", "--goodput", "ttft:100", code=1)
+    assert (result["completed"], result["failed"], result["request_goodput"]) == (0, 3, 0.0)
+    assert result["mean_ttft_ms"] is None
+
+
+def test_no_more_requests_are_under_way_than_allowed(server, measure) -> None:
+    complete = [asyncio.Event() for _ in range(3)]
+
+    async def answer_in_threes(number: int, request: web.Request, body: dict) -> web.StreamResponse:
+        if number % 3 == 2:
+            complete[number // 3].set()
+        await complete[number // 3].wait()
+        return await answer_in_full(number, request, body)
+
+    server.answer = answer_in_threes
+    result = measure("--num-prompts", "9", "--max-concurrency", "3")
+    assert result["completed"] == 9
+    assert server.most_active == result["max_concurrent_requests"] == 3
+
+
+def test_requests_do_not_wait_for_answers(server, measure) -> None:
+    everyone = asyncio.Event()
+
+    async def answer_the_last_first(number: int, request: web.Request, body: dict) -> web.StreamResponse:
+        if number == 19:
+            everyone.set()
+        await everyone.wait()
+        return await answer_in_full(number, request, body)
+
+    server.answer = answer_the_last_first
+    result = measure("--num-prompts", "20", "--request-rate", "1000", "--burstiness", "0.5")
+    assert result["completed"] == result["max_concurrent_requests"] == 20
+    assert result["request_rate"] == 1000.0
+
+
+def test_ctrl_c_reports_what_has_ended(server, measure, capsys) -> None:
+    async def interrupt_at_the_third(number: int, request: web.Request, body: dict) -> web.StreamResponse:
+        if number < 2:
+            return await answer_in_full(number, request, body)
+        os.kill(os.getpid(), signal.SIGINT)
+        await asyncio.Event().wait()
+        raise AssertionError
+
+    server.answer = interrupt_at_the_third
+
+    def mine(number, frame) -> None:
+        pytest.fail("Ctrl-C went past the run")
+
+    before = signal.signal(signal.SIGINT, mine)
+    try:
+        result = measure("--num-prompts", "5", "--max-concurrency", "1", code=130)
+        assert signal.getsignal(signal.SIGINT) is mine
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert (result["completed"], result["failed"], result["interrupted"]) == (2, 0, True)
+    assert "Interrupted" in capsys.readouterr().out
+
+
+def test_warm_ups_are_other_prompts_and_not_counted(server, measure) -> None:
+    result = measure("--num-prompts", "3", "--num-warmups", "2")
+    assert result["completed"] == result["num_prompts"] == 3
+    prompts = [tuple(body["prompt"]) for body in server.bodies]
+    assert len(set(prompts)) == 5
+    measure("--num-prompts", "3")
+    assert Counter(prompts[2:]) == Counter(tuple(body["prompt"]) for body in server.bodies[5:])
+
+
+def test_failed_warm_ups_are_told(server, measure, capsys) -> None:
+    async def refuse_the_first(number: int, request: web.Request, body: dict) -> web.StreamResponse:
+        if number == 0:
+            return web.Response(status=503, text="not yet")
+        return await answer_in_full(number, request, body)
+
+    server.answer = refuse_the_first
+    assert measure("--num-prompts", "1", "--num-warmups", "1")["failed"] == 0
+    assert "1 of 1 warm-ups failed, the first with HTTP 503: not yet" in capsys.readouterr().err
+
+
+def test_answers_without_usage_count_their_chunks_and_are_told(server, measure, capsys) -> None:
+    async def answer(number: int, request: web.Request, body: dict) -> web.StreamResponse:
+        return await send_events(request, [*chunks(4), "[DONE]"])
+
+    server.answer = answer
+    result = measure("--num-prompts", "2")
+    assert (result["total_input_tokens"], result["total_output_tokens"]) == (16, 8)
+    assert result["completed_without_usage"] == 2
+    assert "2 answers came without usage" in capsys.readouterr().out
+
+
+def test_every_answer_is_good_if_the_limits_are_far(measure) -> None:
+    result = measure("--num-prompts", "4", "--goodput", "ttft:1e9", "tpot:1e9", "e2el:1e9")
+    assert result["request_goodput"] == result["request_throughput"] > 0
+    assert result["goodput"] == {"ttft": 1e9, "tpot": 1e9, "e2el": 1e9}
+
+
+def test_metrics_and_percentiles_can_be_chosen(measure, capsys) -> None:
+    result = measure("--num-prompts", "2", "--percentile-metrics", "e2el,ttft", "--metric-percentiles", "50,99.9")
+    statistics = {name for name in result if name.endswith("_ms") and not name.startswith("max")}
+    assert statistics == {
+        f"{name}_{metric}_ms" for name in ("mean", "median", "std", "p50", "p99.9") for metric in ("ttft", "e2el")
+    }
+    assert "p99.9" in capsys.readouterr().out
+
+
+def test_a_result_is_saved_under_a_name_that_says_what_it_is(server, tmp_path, monkeypatch) -> None:
+    flags = [
+        "serve",
+        "--base-url",
+        f"{server.url}/v1/",
+        "--num-prompts",
+        "2",
+        "--random-input-len",
+        "3",
+        "--save-result",
+    ]
+    flags += ["--result-dir", str(tmp_path / "results"), "--max-concurrency", "2"]
+    assert bench.main(flags) == bench.main([*flags, "--result-filename", "mine.json"]) == 0
+    named, other = sorted((tmp_path / "results").iterdir(), key=lambda file: file.name == "mine.json")
+    assert named.name.startswith("openai-infqps-concurrency2-model-2")
+    assert other.name == "mine.json"
+    assert not DETAILS & set(json.loads(other.read_text()))
+
+
+def test_curves_are_drawn_even_if_nothing_was_answered(server, measure, tmp_path) -> None:
+    async def refuse_odd_ones(number: int, request: web.Request, body: dict) -> web.StreamResponse:
+        return web.Response(status=500) if number % 2 else await answer_in_full(number, request, body)
+
+    async def refuse(number: int, request: web.Request, body: dict) -> web.StreamResponse:
+        return web.Response(status=500)
+
+    for answer, code in ((refuse_odd_ones, 0), (refuse, 1)):
+        server.answer = answer
+        plot = tmp_path / "plots" / f"{code}.png"
+        measure("--num-prompts", "4", "--plot", str(plot), code=code)
+        assert plot.read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_notes_tell_of_a_generator_that_was_late_or_busy(measure, monkeypatch, capsys) -> None:
+    real = serve_client.run_load
+
+    def slow(load, *, on_end):
+        done = real(load, on_end=on_end)
+        return type(done)(done.outcomes, done.duration_s, 0.9 * done.duration_s, 0.25, done.interrupted)
+
+    monkeypatch.setattr(serve_client, "run_load", slow)
+    assert measure("--num-prompts", "1")["client"]["max_late_ms"] == 250.0
+    shown = capsys.readouterr().out
+    assert "late by up to 250 ms" in shown
+    assert "used 90% of a core" in shown
+
+
+def test_a_server_that_cannot_be_reached_is_refused_with_the_fix() -> None:
+    with pytest.raises(ConfigError, match=r"127\.0\.0\.1:1/v1/models .*start the server, correct --base-url, or name"):
+        bench.main(["serve", "--base-url", "http://127.0.0.1:1"])
+
+
+def test_aiohttp_is_asked_for_before_anything_is_sent(monkeypatch) -> None:
+    monkeypatch.setitem(sys.modules, "aiohttp", None)
+    with pytest.raises(ConfigError, match=r"aiohttp.*pip install 'stepgraph\[bench\]'"):
+        bench.main(["serve"])
+
+
+def test_help_needs_neither_aiohttp_nor_torch_and_a_run_no_torch(server) -> None:
+    script = """
+import sys
+for name in {without}:
+    sys.modules[name] = None
+from stepgraph import bench
+sys.exit(bench.main({flags}))
+"""
+    run = ["serve", "--base-url", server.url, "--num-prompts", "1", "--random-input-len", "3"]
+    for without, flags in (
+        (["aiohttp", "torch", "transformers"], ["serve", "--help"]),
+        (["torch", "transformers"], run),
+    ):
+        code = script.format(without=without, flags=flags)
+        ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+        assert ended.returncode == 0, ended.stderr
+    assert (
+        "--request-rate"
+        in subprocess.run(
+            [sys.executable, "-m", "stepgraph.bench", "serve", "--help"], capture_output=True, text=True, timeout=120
+        ).stdout
+    )
+
+
+@pytest.mark.parametrize(
+    ("flags", "complaint"),
+    [
+        ("--num-prompts 0", "--num-prompts=0 is too small; the smallest value is 1"),
+        ("--max-concurrency 0", "--max-concurrency=0 is too small"),
+        ("--request-rate 0", "--request-rate=0.0 must be above 0"),
+        ("--burstiness nan", "--burstiness=nan must be above 0"),
+        ("--random-range-ratio 1", "--random-range-ratio=1.0 must be at least 0 and below 1"),
+        ("--random-input-range 5 4", "--random-input-range.*no less than the first"),
+        ("--random-output-range 0 4", "--random-output-range.*at least 1"),
+        ("--random-input-range 4 5 --random-input-len 4", "contradict each other"),
+        (
+            "--dataset sharegpt --random-input-len 4",
+            "--random-input-len has no effect on dataset 'sharegpt'; use random",
+        ),
+        ("--prefix-len 4", "--prefix-len has no effect on dataset 'random'; use prefix_repetition"),
+        ("--dataset-path x", "--dataset-path has no effect on dataset 'random'; use sharegpt or file"),
+        ("--dataset file", "no file; name one with --dataset-path"),
+        ("--result-filename x", "--result-filename has no effect without --save-result"),
+        ("--save-detailed", "--save-detailed has no effect without"),
+        ("--endpoint embeddings", "--endpoint=embeddings is not known; choose one of: completions, chat"),
+        ("--percentile-metrics ttft,speed", "'speed' is not known; choose from ttft,tpot,itl,e2el"),
+        ("--metric-percentiles 50,101", "--metric-percentiles=50,101 must be numbers from 0 to 100"),
+        ("--metric-percentiles fifty", "--metric-percentiles=fifty must be numbers"),
+        ("--goodput itl:4", "--goodput itl:4 must be one of ttft, tpot, e2el"),
+        ("--goodput ttft", "--goodput ttft must be one of"),
+        ("--goodput ttft:-1", "--goodput ttft:-1 must be one of"),
+        ("--header nothing", "--header nothing must be KEY=VALUE"),
+        ("--extra-body [1]", "must be a JSON object"),
+        ("--extra-body {", "is not JSON"),
+    ],
+)
+def test_flags_that_cannot_be_used_are_refused_before_anything_is_sent(flags, complaint) -> None:
+    with pytest.raises(ConfigError, match=complaint):
+        bench.main(["serve", "--base-url", "http://127.0.0.1:1", *flags.split()])
+
+
+@pytest.mark.parametrize(
+    ("flags", "inputs", "outputs"),
+    [
+        ("", (1024, 1024), (128, 128)),
+        ("--input-len 10 --output-len 5", (10, 10), (5, 5)),
+        ("--random-input-len 10 --random-range-ratio 0.25", (7, 13), (96, 160)),
+        ("--random-input-len 1 --random-output-len 1 --random-range-ratio 0.9", (1, 2), (1, 2)),
+        ("--random-input-range 4 80 --random-output-range 1 9", (4, 80), (1, 9)),
+        ("--dataset prefix_repetition --prefix-repetition-prefix-len 9", (1024, 1024), None),
+        ("--dataset sharegpt --output-len 5", (1024, 1024), (5, 5)),
+    ],
+)
+def test_lengths_come_from_the_flags_as_in_vllm(monkeypatch, flags, inputs, outputs) -> None:
+    asked = []
+    monkeypatch.setattr(serve, "make_prompts", lambda options, count: asked.append(options) or 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        bench.main(["serve", *flags.split()])
+    assert (asked[0].input_range, asked[0].output_range) == (inputs, outputs)
+    assert asked[0].prefix_len == (9 if "prefix" in flags else 256)

@@ -1,0 +1,25 @@
+"""Servers that tests share. A test that changes a server's state starts its own with `running_server`."""
+
+import shlex
+import sys
+from pathlib import Path
+
+import pytest
+from live import TINY_FLAGS, LiveServer, running_server
+
+sys.path.append(str(Path(__file__).parents[1] / "engine"))  # its makers of random inputs serve here too
+
+
+@pytest.fixture(scope="session")
+def tiny_server(tiny_model) -> LiveServer:
+    """Serves the random model of `tiny.py`, as "tiny"."""
+    with running_server(tiny_model, ["--served-model-name", "tiny", *TINY_FLAGS]) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def chat_server(smollm2) -> LiveServer:
+    """Serves the embedded model, as "smollm2"."""
+    flags = "--device cpu --max-num-seqs 8 --max-model-len 2048 --capture-sizes 8 64 512 --capture-rows 8"
+    with running_server("smollm2", shlex.split(flags)) as server:
+        yield server
