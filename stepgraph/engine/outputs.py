@@ -13,6 +13,7 @@ class Logprob:
     logprob: float
     rank: int  # 1 is the most likely token
     decoded_token: str | None  # None if nobody wants text
+    decoded_bytes: bytes | None = None  # if these are no whole characters, which `decoded_token` shows as U+FFFD
 
 
 TokenProbabilities: TypeAlias = dict[int, Logprob]

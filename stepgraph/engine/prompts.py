@@ -49,9 +49,7 @@ def tokenize(prompt: Prompt, tokenizer: PreTrainedTokenizerFast | None) -> Token
     raise RequestError(f"a prompt is text or a list of token ids, not {type(prompt).__name__}")
 
 
-def encode_text(
-    text: str, tokenizer: PreTrainedTokenizerFast | None, *, add_special_tokens: bool = True
-) -> list[int]:
+def encode_text(text: str, tokenizer: PreTrainedTokenizerFast | None, *, add_special_tokens: bool = True) -> list[int]:
     """The tokens of a text.
 
     Raises:
@@ -108,7 +106,9 @@ def chat_text(
     if not (chat_template or tokenizer.chat_template):
         raise RequestError("this model has no chat template; use generate with the whole prompt as text")
     if continue_final_message and add_generation_prompt:
-        raise RequestError("continue_final_message goes on with the last turn; set add_generation_prompt to false with it")
+        raise RequestError(
+            "continue_final_message goes on with the last turn; set add_generation_prompt to false with it"
+        )
     try:
         text = tokenizer.apply_chat_template(
             list(messages),

@@ -12,6 +12,7 @@ from stepgraph.engine.prompts import TokenizedPrompt
 from stepgraph.engine.request import FinishReason, TokenLogprobs
 from stepgraph.engine.sampling_params import SamplingParams
 from stepgraph.engine.stop_strings import StopStrings
+from stepgraph.engine.token_bytes import token_bytes
 from stepgraph.errors import RequestError
 
 if TYPE_CHECKING:
@@ -322,21 +323,27 @@ class TokenTexts:
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast | None):
         self._backend = None if tokenizer is None else tokenizer.backend_tokenizer
-        self._texts: dict[int, str] = {}
+        self._texts: dict[int, tuple[str | None, bytes | None]] = {}
 
     def describe(self, position: TokenLogprobs) -> TokenProbabilities:
         """The log-probabilities at one position, by token id."""
-        found = {position.token: Logprob(position.logprob, position.rank, self.text_of(position.token))}
+        found = {position.token: Logprob(position.logprob, position.rank, *self._spelled(position.token))}
         for rank, (token, logprob) in enumerate(position.top, start=1):
-            found.setdefault(token, Logprob(logprob, rank, self.text_of(token)))
+            found.setdefault(token, Logprob(logprob, rank, *self._spelled(token)))
         return found
 
     def text_of(self, token: int) -> str | None:
         """The text of one token by itself, special ones included; None without a tokenizer."""
+        return self._spelled(token)[0]
+
+    def _spelled(self, token: int) -> tuple[str | None, bytes | None]:
+        """`Logprob.decoded_token` and `.decoded_bytes`."""
         if self._backend is None:
-            return None
+            return None, None
         if token not in self._texts:
-            self._texts[token] = self._backend.decode([token], skip_special_tokens=False)
+            text = self._backend.decode([token], skip_special_tokens=False)
+            name = self._backend.id_to_token(token) if "\ufffd" in text else None
+            self._texts[token] = text, None if name is None else token_bytes(name, text)
         return self._texts[token]
 
 

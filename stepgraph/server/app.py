@@ -34,6 +34,13 @@ from stepgraph.server.sse import EventStream
 logger = logging.getLogger(__name__)
 
 
+_FORMS = {
+    "prompt": "text, a list of texts, a list of token ids, or a list of such lists",
+    "input": "text, or a list of items",
+}
+"""Of fields that may have several."""
+
+
 class Call(Protocol):
     """A request that the engine has accepted. One of the two is used, once."""
 
@@ -286,9 +293,8 @@ def _invalid(error: RequestValidationError) -> APIError:
         )
     field = where[0] if where else None
     message = first["msg"]
-    if field == "prompt" and first["type"] != "missing":  # one error for each form it might have
-        message = "it must be text, a list of texts, a list of token ids, or a list of such lists"
-        where = where[:1]
+    if field in _FORMS and first["type"] != "missing":  # one error for each form it might have
+        where, message = where[:1], f"it must be {_FORMS[field]}"
     return APIError(422, f"{'.'.join(where) or 'the body'}: {message}", param=field)
 
 

@@ -9,13 +9,13 @@ from typing import Any, NamedTuple
 
 from msgspec import UNSET
 
-from stepgraph.engine.outputs import TokenProbabilities
+from stepgraph.engine.outputs import Logprob, TokenProbabilities
 from stepgraph.engine.session import AnswerDelta
 from stepgraph.errors import RequestError
 from stepgraph.server.completions import describe_prompt_logprobs
 from stepgraph.server.conversation import AnswerParser, Piece, ToolUse, plain_messages
 from stepgraph.server.engine_client import Generation
-from stepgraph.server.protocol import ChatRequest, sampling_params
+from stepgraph.server.protocol import ChatRequest, sampling_params, structured_outputs
 from stepgraph.server.replies import (
     ChatChoice,
     ChatChunk,
@@ -96,7 +96,7 @@ class ChatCall:
         if request.logprobs:
             others["logprobs"] = request.top_logprobs or 0
         if tools.must_call:
-            if request.response_format or request.structured_outputs:
+            if structured_outputs(request) is not None:
                 raise RequestError(
                     "tool_choice forces a call, so the answer cannot have another form; ask for one of them"
                 )
@@ -260,10 +260,15 @@ def describe_logprobs(delta: AnswerDelta, num_top: int) -> list[TokenLogprob]:
 def _describe(token_id: int, probabilities: TokenProbabilities, num_top: int) -> TokenLogprob:
     own = probabilities[token_id]
     top = sorted((p for p in probabilities.values() if p.rank <= num_top), key=lambda p: p.rank)
-    text = own.decoded_token or ""
     return TokenLogprob(
-        text,
+        own.decoded_token or "",
         own.logprob,
-        list(text.encode("utf-8", "replace")),
-        [TopLogprob(t := p.decoded_token or "", p.logprob, list(t.encode("utf-8", "replace"))) for p in top],
+        _bytes_of(own),
+        [TopLogprob(p.decoded_token or "", p.logprob, _bytes_of(p)) for p in top],
     )
+
+
+def _bytes_of(token: Logprob) -> list[int]:
+    if token.decoded_bytes is not None:
+        return list(token.decoded_bytes)
+    return list((token.decoded_token or "").encode("utf-8", "replace"))

@@ -58,6 +58,8 @@ _STEADY_S = 60.0
 """An engine that lived so long starts the back-off anew."""
 _STOP_S = 10.0
 """How long the engine's process may take to end by itself."""
+_LAST_WORDS_S = 0.2
+"""How long to wait for what an ended process sent last."""
 _STALLED_S = 120.0
 """Requests run, and the engine has said nothing for so long: it hangs."""
 
@@ -495,19 +497,24 @@ class EngineClient:
     async def _listen(self, socket: zmq.asyncio.Socket, process: subprocess.Popen[bytes]) -> None:
         """Take in messages until the process ends."""
         ended = asyncio.create_task(asyncio.to_thread(process.wait))
+        receiving = asyncio.create_task(self._receive(socket))
         try:
-            while True:
-                receiving = asyncio.ensure_future(socket.recv())
-                await asyncio.wait((receiving, ended), return_when=asyncio.FIRST_COMPLETED)
-                if not receiving.done():
-                    # what it sent last may still lie in the socket
-                    with contextlib.suppress(asyncio.TimeoutError):
-                        self._take(await asyncio.wait_for(receiving, 0.2))
-                        continue
-                    return
-                self._take(receiving.result())
+            await asyncio.wait((receiving, ended), return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait((receiving,), timeout=_LAST_WORDS_S)
+            if receiving.done():
+                receiving.result()
         finally:
             ended.cancel()
+            receiving.cancel()
+
+    async def _receive(self, socket: zmq.asyncio.Socket) -> None:
+        """Take in messages, always all that are there: if the requests' readers are behind, each then finds several tokens at
+        once, and is behind no longer."""
+        while True:
+            self._take(await socket.recv())
+            with contextlib.suppress(zmq.Again):
+                while True:
+                    self._take(zmq.Socket.recv(socket, zmq.NOBLOCK))
 
     def _take(self, content: bytes) -> None:
         self._heard_at = time.monotonic()

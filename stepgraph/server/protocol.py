@@ -259,8 +259,7 @@ def _of_response_format(given: dict[str, Any]) -> dict[str, Any] | None:
     if kind == "json_object":
         return {"json_object": True}
     if kind == "json_schema":
-        # /v1/chat/completions nests name and schema, /v1/responses does not
-        holder = given.get("json_schema", given)
+        holder = given.get("json_schema")
         schema = holder.get("schema") if isinstance(holder, dict) else None
         if schema is None:
             raise RequestError(

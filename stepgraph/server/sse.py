@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import AsyncGenerator, Mapping
 from contextlib import suppress
 
@@ -52,6 +53,8 @@ class EventStream(Response):
         self._events = events
         self._request_id = request_id
         self._timeout_s = timeout_s
+        self._writing_since: float | None = None
+        """When the write that is under way began, in `time.monotonic()` seconds."""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """See ASGI."""
@@ -59,7 +62,13 @@ class EventStream(Response):
         sending = asyncio.create_task(self._send_all(send))
         leaving = asyncio.create_task(_left(receive))
         try:
-            await asyncio.wait((sending, leaving), return_when=asyncio.FIRST_COMPLETED)
+            done: set[asyncio.Task[None]] = set()
+            while not done and not self._is_stalled():
+                done, _ = await asyncio.wait(
+                    (sending, leaving), timeout=_STALLED_S / 4, return_when=asyncio.FIRST_COMPLETED
+                )
+            if not done:
+                logger.warning("request %s: its client reads nothing and is cut off", self._request_id)
         finally:
             leaving.cancel()
             if not sending.done():
@@ -68,35 +77,27 @@ class EventStream(Response):
                 await sending
 
     async def _send_all(self, send: Send) -> None:
+        async def write(content: bytes) -> None:
+            self._writing_since = time.monotonic()
+            await send({"type": "http.response.body", "body": content, "more_body": True})
+            self._writing_since = None
+
         try:
             try:
                 async with asyncio.timeout(self._timeout_s):
                     async for content in self._events:
-                        await _write(content, send)
-            except _StalledError:
-                logger.warning("request %s: its client reads nothing and is cut off", self._request_id)
-                return
+                        await write(content)
             except TimeoutError:
                 assert self._timeout_s is not None
-                await _write(event(timed_out(self._timeout_s).body()), send)
+                await write(event(timed_out(self._timeout_s).body()))
             except Exception as error:
-                failure = report(error, self._request_id)
-                await _write(event(failure.body()), send)
+                await write(event(report(error, self._request_id).body()))
         finally:
             await self._events.aclose()
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
-
-class _StalledError(Exception):
-    """The client takes nothing."""
-
-
-async def _write(content: bytes, send: Send) -> None:
-    try:
-        async with asyncio.timeout(_STALLED_S):
-            await send({"type": "http.response.body", "body": content, "more_body": True})
-    except TimeoutError as error:
-        raise _StalledError from error
+    def _is_stalled(self) -> bool:
+        return self._writing_since is not None and time.monotonic() - self._writing_since > _STALLED_S
 
 
 async def _left(receive: Receive) -> None:

@@ -198,6 +198,19 @@ def test_deltas_add_up_to_the_answer() -> None:
     assert target.session.deltas() == []
 
 
+def test_a_part_of_a_character_has_its_bytes_beside_its_log_probability() -> None:
+    tokens = BYTES.encode("aé")
+    target = feed(logprobs=0)
+    target.requests[0].output_logprobs = [TokenLogprobs(token, -1.0, 1, ()) for token in tokens]
+    target.give(*tokens)
+    described = [entry[token] for token, entry in zip(tokens, target.completion().logprobs, strict=True)]
+    assert [(p.decoded_token, p.decoded_bytes) for p in described] == [
+        ("a", None),
+        ("\ufffd", b"\xc3"),
+        ("\ufffd", b"\xa9"),
+    ]
+
+
 def test_special_tokens_are_in_the_text_only_if_asked_for() -> None:
     for skip, text in ((True, "ab"), (False, "ab<end>")):
         target = feed(skip_special_tokens=skip)

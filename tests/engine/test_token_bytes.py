@@ -1,7 +1,7 @@
 import pytest
 from tokenizers import pre_tokenizers
 
-from stepgraph.server.token_bytes import token_bytes
+from stepgraph.engine.token_bytes import token_bytes
 
 
 @pytest.mark.parametrize("data", [bytes([byte]) for byte in range(256)] + [b"\xe2\x82", b" \xf0\x9f"])

@@ -1,0 +1,626 @@
+"""The server through the official OpenAI client: what it answers is what the engine answers offline."""
+
+import asyncio
+import inspect
+import json
+import re
+import socket
+import subprocess
+import sys
+from collections import defaultdict
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import openai
+import pytest
+from live import LiveServer, running_server
+from pydantic import BaseModel
+from tiny import EOS, MAX_MODEL_LEN, TINY_SETTINGS
+
+import stepgraph
+from stepgraph import LLM, SamplingParams
+
+PROMPT, MESSAGES = "[user]co[assistant]", [{"role": "user", "content": "co"}]
+"""The same, as the tiny model's chat template has it. The greedy answer has 19 tokens, the last one the end token; some are no
+whole characters, and the letters GYO stand in it."""
+ANSWER = SamplingParams(temperature=0, max_tokens=24)
+CAPITAL = [{"role": "user", "content": "What is the capital of France?"}]
+REFERENCE = json.loads((Path(__file__).parents[1] / "data/smollm2_greedy.json").read_text())["answers"]
+KEY = "a-key-of-this-test"
+
+
+@pytest.fixture(scope="module")
+def tiny(tiny_server) -> openai.OpenAI:
+    with tiny_server.client() as client:
+        yield client
+
+
+@pytest.fixture(scope="module")
+def smollm(chat_server) -> openai.OpenAI:
+    with chat_server.client() as client:
+        yield client
+
+
+@pytest.fixture(scope="module")
+def offline(tiny_model) -> LLM:
+    """The same model and graphs as the tiny server's."""
+    with LLM(tiny_model, device="cpu", progress=False, **TINY_SETTINGS) as llm:
+        yield llm
+
+
+@pytest.fixture(scope="module")
+def fastdeploy(tiny_model) -> tuple[LiveServer, LiveServer]:
+    """Started by a command line for FastDeploy, with a key to the API; and its port for metrics."""
+    port, queue_port, metrics_port = free_ports(3)
+    flags = [
+        *("--max-num-seqs", "64", "--max-model-len", "512", "--port", f"{port}"),
+        *("--engine-worker-queue-port", f"{queue_port}", "--metrics-port", f"{metrics_port}"),
+        *("--tensor-parallel-size", "1"),
+        *("--graph-optimization-config", '{"use_cudagraph":true,"cudagraph_only_prefill":true}'),
+    ]
+    with running_server(tiny_model, flags, STEPGRAPH_API_KEY=KEY) as server:
+        assert server.port == port
+        yield server, replace(server, port=metrics_port)
+
+
+def free_ports(count: int) -> list[int]:
+    """Ports nobody listens on."""
+    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
+    ports = [sock.getsockname()[1] for sock in sockets]
+    for sock in sockets:
+        sock.close()
+    return ports
+
+
+def generate(llm: LLM, prompt: Any, params: SamplingParams):
+    """The one output."""
+    [output] = llm.generate(prompt, params, use_tqdm=False)
+    return output
+
+
+def sdk_fields(create, fields: dict[str, Any]) -> dict[str, Any]:
+    """As arguments of a method of the client, which takes what the OpenAI API does not know as extra_body."""
+    known = inspect.signature(create).parameters
+    extra = {name: value for name, value in fields.items() if name not in known}
+    return {name: value for name, value in fields.items() if name in known} | {"extra_body": extra}
+
+
+def complete(client: openai.OpenAI, prompt: Any = PROMPT, **fields):
+    """Of the tiny model; greedy, unless `fields` say something else."""
+    create = client.completions.create
+    return create(model="tiny", prompt=prompt, **sdk_fields(create, {"temperature": 0} | fields))
+
+
+def chat(client: openai.OpenAI, messages: Any = MESSAGES, **fields):
+    """Likewise."""
+    create = client.chat.completions.create
+    return create(model="tiny", messages=messages, **sdk_fields(create, {"temperature": 0} | fields))
+
+
+class Streamed:
+    """A stream of either endpoint, put together."""
+
+    def __init__(self, chunks):
+        self.texts: dict[int, str] = defaultdict(str)
+        self.finish_reasons: dict[int, str] = {}
+        self.logprobs: dict[int, list[Any]] = defaultdict(list)
+        self.usages = []
+        self.num_chunks = 0
+        for chunk in chunks:
+            self.num_chunks += 1
+            self.usages.append(chunk.usage)
+            for choice in chunk.choices:
+                assert choice.index not in self.finish_reasons, "a piece after the end"
+                is_chat = hasattr(choice, "delta")
+                self.texts[choice.index] += (choice.delta.content or "") if is_chat else choice.text
+                if choice.finish_reason is not None:
+                    self.finish_reasons[choice.index] = choice.finish_reason
+                if choice.logprobs is not None:
+                    self.logprobs[choice.index] += (
+                        choice.logprobs.content if is_chat else choice.logprobs.token_logprobs
+                    )
+
+
+# Completions
+
+
+@pytest.mark.parametrize("prompt", ["abc", [1, 2, 3], ["abc", "de", "abc"], [[1, 2, 3], [4], [5, 6]]], ids=repr)
+def test_completions_of_texts_and_ids_one_or_several_are_those_of_the_engine(tiny, offline, prompt) -> None:
+    outputs = offline.generate(prompt, ANSWER, use_tqdm=False)
+    reply = complete(tiny, prompt, max_tokens=24, return_token_ids=True)
+    assert [choice.index for choice in reply.choices] == list(range(len(outputs)))
+    for choice, output in zip(reply.choices, outputs, strict=True):
+        assert tuple(choice.token_ids) == output.outputs[0].token_ids
+        assert (choice.text, choice.finish_reason) == (output.outputs[0].text, output.outputs[0].finish_reason)
+        assert tuple(choice.prompt_token_ids) == tuple(output.prompt_token_ids)
+    assert reply.usage.prompt_tokens == sum(len(output.prompt_token_ids) for output in outputs)
+    assert reply.usage.completion_tokens == sum(len(output.outputs[0].token_ids) for output in outputs)
+    assert reply.usage.total_tokens == reply.usage.prompt_tokens + reply.usage.completion_tokens
+    streamed = Streamed(complete(tiny, prompt, max_tokens=24, stream=True))
+    assert streamed.texts == {choice.index: choice.text for choice in reply.choices}
+    assert streamed.finish_reasons == {choice.index: choice.finish_reason for choice in reply.choices}
+
+
+def test_a_completion_has_16_tokens_unless_asked_and_ends_at_the_models_end_token(tiny, offline) -> None:
+    reply = complete(tiny)
+    assert (reply.usage.completion_tokens, reply.choices[0].finish_reason) == (16, "length")
+    reply = complete(tiny, max_tokens=24)
+    assert (reply.usage.completion_tokens, reply.choices[0].finish_reason) == (19, "stop")
+
+
+@pytest.mark.parametrize(("prompt", "text"), [(PROMPT, PROMPT), ([35, 36], "CD")], ids=["text", "ids"])
+def test_echo_gives_the_prompt_before_each_answer(tiny, prompt, text) -> None:
+    fields = {"max_tokens": 6, "n": 2, "temperature": 1, "seed": 1}
+    answers = [choice.text for choice in complete(tiny, prompt, **fields).choices]
+    assert [c.text for c in complete(tiny, prompt, echo=True, **fields).choices] == [text + a for a in answers]
+    streamed = Streamed(complete(tiny, prompt, echo=True, stream=True, **fields))
+    assert streamed.texts == dict(enumerate(text + answer for answer in answers))
+
+
+def test_completion_logprobs_are_those_of_the_engine_whole_and_streamed(tiny, offline) -> None:
+    answer = generate(offline, PROMPT, replace(ANSWER, logprobs=3)).outputs[0]
+    own = [position[token].logprob for token, position in zip(answer.token_ids, answer.logprobs, strict=True)]
+    got = complete(tiny, max_tokens=24, logprobs=3).choices[0].logprobs
+    assert got.token_logprobs == pytest.approx(own, abs=1e-5)
+    assert got.tokens == [p[token].decoded_token for token, p in zip(answer.token_ids, answer.logprobs, strict=True)]
+    assert got.text_offset == [len("".join(got.tokens[:i])) for i in range(len(got.tokens))]
+    for top, position in zip(got.top_logprobs, answer.logprobs, strict=True):
+        for probability in position.values():
+            assert probability.decoded_token in top
+            assert probability.logprob <= top[probability.decoded_token] + 1e-5
+    assert Streamed(complete(tiny, max_tokens=24, logprobs=3, stream=True)).logprobs[0] == got.token_logprobs
+    assert complete(tiny, max_tokens=24, logprobs=0).choices[0].logprobs.token_logprobs == got.token_logprobs
+
+
+def test_a_prompt_is_scored_without_an_answer(tiny, offline) -> None:
+    """As lm-eval-harness asks: contexts and continuations as token ids, echoed with their log-probabilities."""
+    prompts = [[40, 41, 42, 43, 44, 45], [66, 67, 68]]
+    params = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=1, logprobs=1)
+    expected = offline.generate(prompts, params, use_tqdm=False)
+    scored = complete(tiny, prompts, max_tokens=0, echo=True, logprobs=1)
+    with_token = complete(tiny, prompts, max_tokens=1, echo=True, logprobs=1)
+    assert scored.usage.completion_tokens == 0
+    for choice, longer, output in zip(scored.choices, with_token.choices, expected, strict=True):
+        got, prompt = choice.logprobs, output.prompt_token_ids
+        assert choice.text == offline.tokenizer.decode(prompt)
+        assert (got.token_logprobs[0], got.top_logprobs[0]) == (None, None)
+        own = [position[token].logprob for token, position in zip(prompt[1:], output.prompt_logprobs[1:], strict=True)]
+        assert got.token_logprobs[1:] == pytest.approx(own, abs=1e-5)
+        likeliest = [max(p.logprob for p in position.values()) for position in output.prompt_logprobs[1:]]
+        assert [max(top.values()) for top in got.top_logprobs[1:]] == pytest.approx(likeliest, abs=1e-5)
+        assert "".join(got.tokens) == choice.text
+        assert got.text_offset == list(range(len(prompt)))
+        assert longer.logprobs.token_logprobs[:-1] == got.token_logprobs
+        assert longer.text == choice.text + output.outputs[0].text
+
+
+def test_prompt_logprobs_and_token_ids_come_as_vllm_shapes_them(tiny, offline) -> None:
+    expected = generate(offline, PROMPT, replace(ANSWER, prompt_logprobs=2)).prompt_logprobs
+    for reply in (
+        complete(tiny, max_tokens=1, prompt_logprobs=2).choices[0],
+        chat(tiny, max_tokens=1, prompt_logprobs=2),
+    ):
+        got = reply.prompt_logprobs
+        assert got[0] is None
+        for position, ours in zip(got[1:], expected[1:], strict=True):
+            assert position.keys() == {str(token) for token in ours}
+            for token, probability in ours.items():
+                told = position[str(token)]
+                assert told["logprob"] == pytest.approx(probability.logprob, abs=1e-5)
+                assert (told["rank"], told["decoded_token"]) == (probability.rank, probability.decoded_token)
+    reply = chat(tiny, max_tokens=24, return_token_ids=True)
+    assert reply.prompt_token_ids == offline.tokenizer.encode(PROMPT)
+    assert tuple(reply.choices[0].token_ids) == generate(offline, PROMPT, ANSWER).outputs[0].token_ids
+
+
+def test_best_of_is_n_or_refused(tiny) -> None:
+    options = {"model": "tiny", "prompt": "a", "max_tokens": 2}
+    assert len(tiny.completions.create(n=2, best_of=2, **options).choices) == 2
+    with pytest.raises(openai.BadRequestError, match=r"best_of=3 .*use n") as refused:
+        tiny.completions.create(n=2, best_of=3, **options)
+    assert refused.value.param == "best_of"
+
+
+# Fields of sampling, at both endpoints
+
+RANDOM = {"temperature": 1.0, "seed": 3}
+FIELDS: list[tuple[dict[str, Any], dict[str, Any]]] = [
+    ({}, {"temperature": 1.0, "seed": 3}),
+    ({"temperature": 1.0, "seed": 3}, {"seed": 4}),
+    (RANDOM, {"temperature": 2.0}),
+    (RANDOM, {"top_p": 0.3}),
+    (RANDOM, {"top_k": 2}),
+    (RANDOM, {"min_p": 0.5}),
+    (RANDOM, {"n": 3}),
+    ({}, {"presence_penalty": 2.0}),
+    ({}, {"frequency_penalty": 2.0}),
+    ({}, {"repetition_penalty": 5.0}),
+    ({}, {"logit_bias": {"66": 100}}),
+    ({}, {"logit_bias": {"174": -100}}),
+    ({}, {"bad_words": ["&"]}),
+    ({}, {"allowed_token_ids": [40, 41, 42]}),
+    ({}, {"stop": "GY"}),
+    ({}, {"stop": ["nothing", "YO"]}),
+    ({"stop": "GY"}, {"include_stop_str_in_output": True}),
+    ({}, {"stop_token_ids": [39]}),
+    ({}, {"ignore_eos": True}),
+    ({"stop": "GY"}, {"min_tokens": 18}),
+    ({}, {"min_tokens": 22}),
+    ({"ignore_eos": True}, {"skip_special_tokens": False}),
+    ({}, {"max_tokens": 3}),
+]
+
+
+@pytest.mark.parametrize(("others", "fields"), FIELDS, ids=str)
+def test_a_sampling_field_does_what_it_does_offline_at_both_endpoints(tiny, offline, others, fields) -> None:
+    def expected(**given) -> list[tuple[Any, ...]]:
+        outputs = generate(offline, PROMPT, SamplingParams(**{"temperature": 0, "max_tokens": 24} | given)).outputs
+        return [(o.text, o.token_ids, o.finish_reason, o.stop_reason) for o in outputs]
+
+    def got(choices, text_of) -> list[tuple[Any, ...]]:
+        return [(text_of(c), tuple(c.token_ids), c.finish_reason, c.stop_reason) for c in choices]
+
+    wanted = expected(**others | fields)
+    assert wanted != expected(**others), "the field has no effect here"
+    asked = {"max_tokens": 24, "return_token_ids": True} | others | fields
+    assert got(complete(tiny, **asked).choices, lambda choice: choice.text) == wanted
+    assert got(chat(tiny, **asked).choices, lambda choice: choice.message.content) == wanted
+    streamed = Streamed(chat(tiny, stream=True, **asked))
+    assert streamed.texts == {index: text for index, (text, *_) in enumerate(wanted)}
+    assert streamed.finish_reasons == {index: reason for index, (_, _, reason, _) in enumerate(wanted)}
+
+
+def test_chat_answers_are_as_long_as_asked_by_either_name_or_as_the_context(tiny) -> None:
+    assert chat(tiny, max_completion_tokens=5).usage.completion_tokens == 5
+    assert chat(tiny, max_completion_tokens=5, max_tokens=7).usage.completion_tokens == 5
+    reply = chat(tiny, ignore_eos=True)
+    assert (reply.usage.total_tokens, reply.choices[0].finish_reason) == (MAX_MODEL_LEN, "length")
+
+
+# Chats
+
+
+def test_system_turns_and_content_parts_reach_the_chat_template(tiny, offline) -> None:
+    parts = [{"type": "text", "text": "first, "}, {"type": "text", "text": "second"}]
+    turns = [
+        {"role": "system", "content": "be brief"},
+        {"role": "user", "content": "one"},
+        {"role": "assistant", "content": "two"},
+    ]
+    plain = [*turns, {"role": "user", "content": "first, second"}]
+    [expected] = offline.chat(plain, replace(ANSWER, logprobs=0), use_tqdm=False)
+    assert "[system]be brief[user]one[assistant]two[user]first, second" in expected.prompt
+    for messages in (plain, [*turns, {"role": "user", "content": parts}]):
+        reply = chat(tiny, messages, max_tokens=24)
+        assert (reply.choices[0].message.content, reply.choices[0].message.role) == (
+            expected.outputs[0].text,
+            "assistant",
+        )
+        assert reply.usage.prompt_tokens == len(expected.prompt_token_ids)
+
+
+def test_chat_logprobs_are_those_of_the_engine_whole_and_streamed(tiny, offline) -> None:
+    answer = generate(offline, PROMPT, replace(ANSWER, logprobs=3)).outputs[0]
+    got = chat(tiny, max_tokens=24, logprobs=True, top_logprobs=3).choices[0].logprobs.content
+    for told, token, position in zip(got, answer.token_ids, answer.logprobs, strict=True):
+        assert (told.token, told.logprob) == (position[token].decoded_token, pytest.approx(position[token].logprob))
+        assert bytes(told.bytes).decode(errors="replace") == told.token
+        best = sorted((p for p in position.values() if p.rank <= 3), key=lambda p: p.rank)
+        assert [top.token for top in told.top_logprobs] == [p.decoded_token for p in best]
+        assert [top.logprob for top in told.top_logprobs] == pytest.approx([p.logprob for p in best])
+    assert Streamed(chat(tiny, max_tokens=24, logprobs=True, top_logprobs=3, stream=True)).logprobs[0] == got
+    [first, *_] = chat(tiny, max_tokens=24, logprobs=True).choices[0].logprobs.content
+    assert (first.logprob, first.top_logprobs) == (got[0].logprob, [])
+
+
+def test_a_stream_tells_its_usage_last_and_what_the_prefix_cache_saved(tiny) -> None:
+    messages = [{"role": "user", "content": "a long prompt of its own, sent again and again " * 6}]
+
+    def streamed_usages(**fields):
+        return Streamed(chat(tiny, messages, max_tokens=5, ignore_eos=True, stream=True, **fields)).usages
+
+    assert set(streamed_usages()) == {None}
+    *others, last = streamed_usages(stream_options={"include_usage": True})
+    assert set(others) == {None}
+    whole = chat(tiny, messages, max_tokens=5, ignore_eos=True).usage
+    assert last == whole
+    assert (whole.completion_tokens, whole.prompt_tokens) == (5, len("[user][assistant]") + len(messages[0]["content"]))
+    assert 0.9 * whole.prompt_tokens < whole.prompt_tokens_details.cached_tokens < whole.prompt_tokens
+    salted = chat(tiny, messages, max_tokens=5, cache_salt="of somebody else").usage
+    assert salted.prompt_tokens_details.cached_tokens == 0
+    usages = streamed_usages(stream_options={"include_usage": True, "continuous_usage_stats": True})
+    so_far = [usage.completion_tokens for usage in usages]
+    assert so_far == sorted(so_far)
+    assert (so_far[0], so_far[-1]) == (0, 5)
+
+
+def test_16_streams_at_once_are_each_as_if_alone(tiny_server, tiny) -> None:
+    texts = [f"number {'x' * i}" for i in range(16)]
+    lengths = [10 + 5 * (i % 4) for i in range(16)]
+    alone = [
+        chat(tiny, [{"role": "user", "content": text}], max_tokens=length, ignore_eos=True).choices[0].message.content
+        for text, length in zip(texts, lengths, strict=True)
+    ]
+    assert len(set(alone)) == 16
+
+    async def stream(client: openai.AsyncOpenAI, text: str, length: int, *, is_chat: bool) -> str:
+        asked = {"max_tokens": length, "stream": True}
+        if is_chat:
+            chunks = await chat(client, [{"role": "user", "content": text}], ignore_eos=True, **asked)
+            return "".join([chunk.choices[0].delta.content or "" async for chunk in chunks])
+        chunks = await complete(client, f"[user]{text}[assistant]", ignore_eos=True, **asked)
+        return "".join([chunk.choices[0].text async for chunk in chunks])
+
+    async def all_at_once() -> list[str]:
+        async with tiny_server.async_client() as client:
+            return await asyncio.gather(*(stream(client, texts[i], lengths[i], is_chat=i % 2 == 0) for i in range(16)))
+
+    assert asyncio.run(all_at_once()) == alone
+
+
+# A model that can speak
+
+
+def test_greedy_answers_are_those_of_transformers(smollm) -> None:
+    answers = sorted(REFERENCE, key=lambda answer: len(answer["prompt"]))[:8]
+    reply = smollm.completions.create(
+        model="smollm2",
+        prompt=[answer["prompt"] for answer in answers],
+        temperature=0,
+        max_tokens=24,
+        extra_body={"ignore_eos": True, "return_token_ids": True},
+    )
+    assert [choice.token_ids for choice in reply.choices] == [answer["tokens"][:24] for answer in answers]
+
+
+def test_a_conversation_is_answered_whole_streamed_and_by_the_clients_helper(smollm, chat_server) -> None:
+    options = {"model": "smollm2", "messages": CAPITAL, "temperature": 0, "max_tokens": 16}
+    whole = smollm.chat.completions.create(**options)
+    assert whole.choices[0].message.content == "The capital of France is Paris."
+    assert whole.choices[0].finish_reason == "stop"
+    assert Streamed(smollm.chat.completions.create(stream=True, **options)).texts == {
+        0: "The capital of France is Paris."
+    }
+    with smollm.chat.completions.stream(**options) as stream:
+        pieces = [event.delta for event in stream if event.type == "content.delta"]
+        final = stream.get_final_completion()
+    assert len(pieces) > 5
+    assert "".join(pieces) == final.choices[0].message.content == "The capital of France is Paris."
+
+    async def ask() -> str | None:
+        async with chat_server.async_client() as client:
+            return (await client.chat.completions.create(**options)).choices[0].message.content
+
+    assert asyncio.run(ask()) == "The capital of France is Paris."
+
+
+def test_a_conversation_goes_on_from_its_earlier_turns(smollm) -> None:
+    def ask(*turns: tuple[str, str]) -> str:
+        messages = [{"role": role, "content": text} for role, text in turns]
+        reply = smollm.chat.completions.create(model="smollm2", messages=messages, temperature=0, max_tokens=24)
+        return reply.choices[0].message.content
+
+    first = ("user", "My cat is called Whiskers."), ("assistant", "That is a lovely name!")
+    assert "Whiskers" in ask(*first, ("user", "What is the name of my cat?"))
+    assert "Whiskers" not in ask(("user", "What is the name of my cat?"))
+
+
+@pytest.mark.parametrize("is_streamed", [False, True], ids=["whole", "streamed"])
+def test_a_stop_string_across_tokens_ends_the_answer_before_its_first_character(smollm, is_streamed) -> None:
+    options = {
+        "model": "smollm2",
+        "messages": CAPITAL,
+        "temperature": 0,
+        "max_tokens": 16,
+        "stop": ["ce is Pa", "Rome"],
+    }
+    if is_streamed:
+        streamed = Streamed(smollm.chat.completions.create(stream=True, **options))
+        assert (streamed.texts, streamed.finish_reasons) == ({0: "The capital of Fran"}, {0: "stop"})
+    else:
+        [choice] = smollm.chat.completions.create(**options).choices
+        assert (choice.message.content, choice.finish_reason) == ("The capital of Fran", "stop")
+        assert choice.stop_reason == "ce is Pa"
+
+
+# Answers of a prescribed form
+
+
+class Capital(BaseModel):
+    """An answer to CAPITAL."""
+
+    city: str
+    country: str
+
+
+def test_an_answer_is_parsed_into_a_pydantic_model_whole_and_streamed(smollm) -> None:
+    options = {"model": "smollm2", "messages": CAPITAL, "temperature": 0, "max_tokens": 40, "response_format": Capital}
+    [choice] = smollm.chat.completions.parse(**options).choices
+    assert isinstance(choice.message.parsed, Capital)
+    assert "Paris" in choice.message.parsed.city
+    with smollm.chat.completions.stream(**options) as stream:
+        [done] = [event for event in stream if event.type == "content.done"]
+    assert done.parsed == choice.message.parsed
+
+
+@pytest.mark.parametrize(
+    ("fields", "form"),
+    [
+        ({"structured_outputs": {"regex": r"[A-Z][a-z]{2,9}\."}}, r"[A-Z][a-z]{2,9}\."),
+        ({"structured_outputs": {"choice": ["Berlin", "Paris", "Rome"]}}, "Berlin|Paris|Rome"),
+        ({"structured_outputs": {"grammar": 'root ::= "<" [a-z]+ ">"'}}, "<[a-z]+>"),
+        ({"guided_choice": ["Paris!", "Rome!"]}, "Paris!|Rome!"),
+        ({"response_format": {"type": "text"}}, r"The capital of France is Paris\."),
+    ],
+    ids=["regex", "choice", "grammar", "guided_choice", "text"],
+)
+def test_an_answer_has_the_form_that_is_asked_for(smollm, fields, form) -> None:
+    create = smollm.chat.completions.create
+    asked = sdk_fields(create, {"temperature": 0, "max_tokens": 16} | fields)
+    [choice] = create(model="smollm2", messages=CAPITAL, **asked).choices
+    assert (choice.finish_reason, bool(re.fullmatch(form, choice.message.content))) == ("stop", True), choice
+
+
+def test_an_answer_is_any_json_object(tiny) -> None:
+    """Of the tiny model, helped to an end: its tokens are bytes, and it closes what it opens if it may."""
+    endings = {str(ord(sign) - 32): 30 for sign in '}"]'} | {str(EOS): 50}
+    for reply in (
+        complete(tiny, max_tokens=100, logit_bias=endings, response_format={"type": "json_object"}),
+        chat(tiny, max_tokens=100, logit_bias=endings, response_format={"type": "json_object"}),
+    ):
+        [choice] = reply.choices
+        text = choice.message.content if hasattr(choice, "message") else choice.text
+        assert (choice.finish_reason, type(json.loads(text))) == ("stop", dict)
+
+
+# What goes wrong
+
+REFUSED = [
+    ({"temperature": -1}, openai.BadRequestError, "temperature", "invalid_value", "between 0"),
+    ({"temperature": "hot"}, openai.UnprocessableEntityError, "temperature", "invalid_type", "valid number"),
+    ({"prompt": 1.5}, openai.UnprocessableEntityError, "prompt", "invalid_type", "list of token ids"),
+    ({"prompt": []}, openai.BadRequestError, "prompt", "invalid_value", "at least one prompt"),
+    ({"prompt": [999]}, openai.BadRequestError, None, "invalid_value", "vocabulary of 257"),
+    ({"prompt": "x" * 512}, openai.BadRequestError, None, "context_length_exceeded", "has 512 tokens .* to 511"),
+    ({"model": "gpt"}, openai.NotFoundError, "model", "model_not_found", "choose one of: tiny"),
+    ({"n": 17}, openai.BadRequestError, "n", "invalid_value", "above 16"),
+    ({"suffix": "x"}, openai.BadRequestError, "suffix", "invalid_value", "not supported"),
+    ({"max_tokens": 0}, openai.BadRequestError, "max_tokens", "invalid_value", "set echo to true"),
+    ({"logprobs": 100}, openai.BadRequestError, "logprobs", "invalid_value", "between 0"),
+    (
+        {"extra_body": {"structured_outputs": {"regex": "("}}},
+        openai.BadRequestError,
+        "structured_outputs",
+        None,
+        "not closed",
+    ),
+    ({"extra_body": {"response_format": {"type": "xml"}}}, openai.BadRequestError, "response_format", None, "'xml'"),
+    ({"prompt": "x" * (9 * 2**20)}, openai.APIStatusError, None, "request_too_large", "max_body_mib=8"),
+]
+
+
+@pytest.mark.parametrize(("fields", "kind", "param", "code", "message"), REFUSED, ids=lambda value: str(value)[:40])
+@pytest.mark.parametrize("is_streamed", [False, True], ids=["whole", "streamed"])
+def test_what_cannot_be_done_is_the_clients_exception(tiny, fields, kind, param, code, message, is_streamed) -> None:
+    with pytest.raises(kind, match=message) as refused:
+        tiny.completions.create(**{"model": "tiny", "prompt": "a", "stream": is_streamed} | fields)
+    assert (refused.value.param, refused.value.code) == (param, code or "invalid_value")
+    assert refused.value.request_id == refused.value.response.headers["x-request-id"]
+
+
+def test_paths_and_methods_that_do_not_exist_are_told_apart(tiny_server, tiny) -> None:
+    with pytest.raises(openai.NotFoundError, match="nothing at /v1/embeddings"):
+        tiny.embeddings.create(model="tiny", input="a")
+    reply = tiny_server.get("/v1/completions")
+    assert (reply.status, reply.json["error"]["code"]) == (405, "method_not_allowed")
+
+
+def test_unknown_fields_are_named_and_the_requests_id_comes_back(tiny) -> None:
+    raw = tiny.chat.completions.with_raw_response.create(
+        model="tiny",
+        messages=MESSAGES,
+        max_tokens=1,
+        user="somebody",
+        extra_body={"not_a_field": 1, "another": {}},
+        extra_headers={"X-Request-Id": "my-id-1"},
+    )
+    assert raw.headers["x-ignored-fields"] == "another, not_a_field"
+    assert (raw.headers["x-request-id"], raw.parse()._request_id) == ("my-id-1", "my-id-1")
+    raw = tiny.completions.with_raw_response.create(model="tiny", prompt="a", max_tokens=1)
+    assert "x-ignored-fields" not in raw.headers
+    assert len(raw.headers["x-request-id"]) == 32
+
+
+# Beside generation
+
+
+def test_models_are_listed_and_retrieved(tiny) -> None:
+    [model] = tiny.models.list()
+    assert (model.id, model.object, model.max_model_len) == ("tiny", "model", MAX_MODEL_LEN)
+    assert tiny.models.retrieve("tiny") == model
+    with pytest.raises(openai.NotFoundError) as refused:
+        tiny.models.retrieve("other/name")
+    assert refused.value.code == "model_not_found"
+
+
+@pytest.mark.parametrize("text", ["", "plain", "naïve 日本 😀\n\ttabs", "<|im_end|> as text"])
+def test_texts_become_tokens_and_texts_again(chat_server, text) -> None:
+    tokens = chat_server.post("/tokenize", {"model": "smollm2", "prompt": text}).json
+    assert (tokens["count"], tokens["max_model_len"]) == (len(tokens["tokens"]), 2048)
+    assert chat_server.post("/detokenize", {"tokens": tokens["tokens"]}).json == {"prompt": text}
+
+
+def test_a_conversations_tokens_are_those_it_is_answered_from(chat_server, smollm) -> None:
+    body = {"messages": CAPITAL, "return_token_strs": True}
+    tokens = chat_server.post("/tokenize", body).json
+    reply = smollm.chat.completions.create(
+        model="smollm2", max_tokens=1, extra_body={"return_token_ids": True}, messages=CAPITAL
+    )
+    assert tokens["tokens"] == reply.prompt_token_ids
+    assert tokens["token_strs"][0] == "<|im_start|>"
+    text = chat_server.post("/detokenize", {"tokens": tokens["tokens"]}).json["prompt"]
+    assert text.endswith("What is the capital of France?<|im_end|>\n<|im_start|>assistant\n")
+    shorter = chat_server.post("/tokenize", body | {"add_generation_prompt": False}).json["tokens"]
+    assert shorter == tokens["tokens"][: len(shorter)] != tokens["tokens"]
+
+
+def test_operators_find_health_version_load_and_graphs(tiny_server, tiny) -> None:
+    for path in ("/health", "/ready"):
+        reply = tiny_server.get(path)
+        assert (reply.status, reply.json) == (200, {"status": "ok"})
+    assert tiny_server.get("/version").json == {"version": stepgraph.__version__}
+    complete(tiny, max_tokens=2)
+    tiny_server.wait_idle()
+    graphs = tiny_server.get("/graphs").json
+    assert graphs["token_sizes"] == [8, 48]
+    assert sum(graph["uses"] for graph in graphs["graphs"]) == graphs["steps"] > 0
+    assert tiny_server.get("/openapi.json").json["info"]["title"] == "stepgraph"
+
+
+def test_every_step_ran_in_a_graph(tiny_server, chat_server, tiny, smollm) -> None:
+    """Last of those that use the shared servers: whatever the tests above asked for."""
+    for server in (tiny_server, chat_server):
+        assert server.metric("steps_total", mode="graph") > 0
+        assert server.metric("steps_total", mode="eager") == 0
+        graphs = server.get("/graphs").json
+        assert (graphs["eager_steps"], graphs["eager_reasons"]) == (0, {})
+
+
+# Started otherwise
+
+
+def test_a_command_line_for_fastdeploy_serves_on_its_ports(fastdeploy, offline) -> None:
+    server, metrics = fastdeploy
+    with server.client(api_key=KEY) as client:
+        [model] = client.models.list()
+        reply = client.completions.create(model=model.id, prompt=PROMPT, temperature=0, max_tokens=24)
+        assert reply.choices[0].text == generate(offline, PROMPT, ANSWER).outputs[0].text
+    assert metrics.metric("steps_total", kind="prefill", mode="graph") > 0
+    assert metrics.metric("steps_total", kind="decode", mode="graph") == 0
+    assert metrics.metric("steps_total", kind="decode", mode="eager", reason="not_pure_prefill") > 0
+    assert metrics.get("/v1/models").status == 404
+
+
+@pytest.mark.parametrize("key", ["wrong", "none"])
+def test_a_wrong_key_is_an_authentication_error(fastdeploy, key) -> None:
+    server, _ = fastdeploy
+    with server.client(api_key=key) as client, pytest.raises(openai.AuthenticationError) as refused:
+        client.models.list()
+    assert refused.value.code == "invalid_api_key"
+    assert "'Authorization: Bearer KEY'" in str(refused.value)
+    assert server.get("/health").status == 200
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--tensor-parallel-size", "2"], "tensor_parallel_size=2 .* one device"),
+        (["--max-model-len", "999999"], "max_model_len=999999 is above the 512 positions"),
+    ],
+)
+def test_settings_that_cannot_be_had_end_with_code_2_and_one_line(tiny_model, flags, message) -> None:
+    command = [sys.executable, "-m", "stepgraph.server", "--model", tiny_model, "--port", "0", "--device", "cpu"]
+    ended = subprocess.run([*command, *flags], capture_output=True, text=True, timeout=120)
+    assert (ended.returncode, ended.stdout) == (2, "")
+    assert re.fullmatch(f"error: .*{message}.*\n", ended.stderr)
