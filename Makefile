@@ -1,10 +1,12 @@
 # make demo   the main job on a fresh machine: set up .venv, install the embedded model, run `stepgraph demo`
 # make test   set up .venv with the development tools and run all tests
 #
+# Tests run in two processes with a thread each; choose another number with make test JOBS=4.
 # Needs Python 3.11 or later and pip; choose another interpreter with make PYTHON=python3.12. Set-up happens once and again
 # when pyproject.toml or constraints.txt change.
 
 PYTHON ?= python3
+JOBS ?= 2
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
@@ -29,7 +31,7 @@ demo: $(MODEL)
 	@$(BIN)/stepgraph demo
 
 test: $(DEV) $(MODEL)
-	@$(BIN)/python -m pytest $(PYTEST_FLAGS)
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadfile $(PYTEST_FLAGS)
 
 lint: $(DEV)
 	$(BIN)/ruff check .
