@@ -11,13 +11,13 @@ import json
 import os
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from stepgraph.engine.guided_schema import SchemaConverter
-from stepgraph.engine.guided_text import Regex, Repetitions, check_grammar, check_length, grammar_of_choices
+from stepgraph.engine.guided_schema import SchemaConverter, TagConverter
+from stepgraph.engine.guided_text import Limits, Regex, check_grammar, check_text, grammar_of_choices
 from stepgraph.errors import ConfigError, RequestError
 from stepgraph.ops.slot_line import MASK_BITS
 
@@ -104,18 +104,21 @@ class GuidanceCompiler:
                 )
             elif spec.regex is not None:
                 name = "regex"
-                check_length(spec.regex, name)
-                regex = Regex(spec.regex, "structured_outputs.regex", Repetitions("structured_outputs.regex"))
-                grammar = compiler.compile_regex(regex.rewritten)
+                limits = Limits("structured_outputs.regex")
+                check_text(spec.regex, limits.where)
+                grammar = compiler.compile_regex(Regex(spec.regex, limits).rewritten)
             elif spec.choice is not None:
                 name = "choice"
                 grammar = compiler.compile_grammar(grammar_of_choices(spec.choice))
+            elif isinstance(spec.structural_tag, Mapping):
+                name = "structural_tag"
+                grammar = compiler.compile_structural_tag(json.dumps(TagConverter(spec.structural_tag).convert()))
             else:
                 name = "grammar"
                 assert spec.grammar is not None
-                check_grammar(spec.grammar)
+                check_grammar(spec.grammar, Limits("structured_outputs.grammar"))
                 grammar = compiler.compile_grammar(spec.grammar)
-        except RuntimeError as error:  # what xgrammar raises for all it refuses
+        except (RuntimeError, UnicodeDecodeError) as error:  # what xgrammar raises for all it refuses
             raise RequestError(f"structured_outputs.{name} cannot be used: {_reason(error)}") from error
         compiled = CompiledGuide(grammar, self._vocab_size)
         mask_W = np.zeros(-(-self._vocab_size // MASK_BITS), np.int32)
@@ -198,6 +201,8 @@ def _token_bytes(tokenizer: PreTrainedTokenizerFast, vocab_size: int, stop_token
     return tokens
 
 
-def _reason(error: RuntimeError) -> str:
-    """xgrammar's message without the time and source line before it."""
-    return re.sub(r"^\[[\d:]+\] \S+:\d+: ", "", str(error)).strip()
+def _reason(error: RuntimeError | UnicodeDecodeError) -> str:
+    """xgrammar's message without the time, source line and condition before it. It may quote a part of a character, and is then
+    the object of another error."""
+    message = error.object.decode(errors="replace") if isinstance(error, UnicodeDecodeError) else str(error)
+    return re.sub(r"^(\[[\d:]+\] \S+:\d+: )?(Check failed: \(.*?\) is false: )?", "", message).strip()

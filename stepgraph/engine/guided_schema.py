@@ -1,4 +1,4 @@
-"""JSON schemas of guided generation: those that xgrammar follows exactly, rewritten for it; the others are refused.
+"""JSON schemas and structural tags of guided generation: what xgrammar follows exactly is rewritten for it, the rest refused.
 
 xgrammar reads past much of what it cannot express. What it does express was found by experiment with xgrammar 0.2.8.
 """
@@ -14,10 +14,15 @@ from stepgraph.engine.guided_text import (
     JSON_CHARACTERS,
     MAX_COUNT,
     MAX_DEPTH,
+    UNBOUNDED_INSIDE,
+    Limits,
     Regex,
-    Repetitions,
     character_class,
-    check_length,
+    check_answer,
+    check_grammar,
+    check_text,
+    count_free_text,
+    states_of_class,
 )
 from stepgraph.errors import RequestError
 
@@ -40,6 +45,12 @@ _KEYWORDS: dict[str, tuple[str, ...]] = {
     ),
 }  # fmt: skip
 """What xgrammar follows, by type."""
+_MAX_JSON_DEPTH = 3 * MAX_DEPTH
+"""Of a schema as JSON: two levels for each schema, and the values in it."""
+_MAX_COMPARISONS = 250_000
+"""Of values and options, to see that no value matches two options of a `oneOf`."""
+_STATES_OF_TEXT = 50
+"""What a text with a pattern or format counts as states of an automaton: xgrammar keeps up to 1.3 MB for each, equal or not."""
 _FORMATS = frozenset({
     "date", "time", "date-time", "duration", "email", "hostname", "ipv4", "ipv6", "json-pointer", "relative-json-pointer", "uri",
     "uri-reference", "uri-template", "uuid",
@@ -54,43 +65,53 @@ class SchemaConverter:
     Formats are followed in form; 2023-02-31 is a date.
     """
 
-    def __init__(self, schema: Mapping[str, Any]) -> None:
+    def __init__(
+        self, schema: Mapping[str, Any] | bool, where: str = "structured_outputs.json", limits: Limits | None = None
+    ) -> None:
         try:
-            text = json.dumps(schema, allow_nan=False)
+            text = json.dumps(schema, allow_nan=False, ensure_ascii=False)
+            self._root = json.loads(text)
         except (TypeError, ValueError, RecursionError) as error:
-            raise RequestError(f"structured_outputs.json is not JSON: {error}") from error
-        check_length(text, "json")
-        self._root = json.loads(text)
-        self._repetitions = Repetitions("structured_outputs.json")
-        self._patterns: dict[str, str] = {}  # rewritten; xgrammar compiles equal ones once, so that they count once
-        self._lengths: set[tuple[int, int]] = set()  # likewise
+            raise RequestError(f"{where} is not JSON: {error}") from error
+        check_text(text, where)
+        self._where = where
+        self._limits = limits or Limits(where)
+        self._num_comparisons = 0
         self._places: set[str] = set()  # paths of all subschemas
         self._references: list[tuple[str, str]] = []  # path and target
 
     def convert(self) -> Any:
         """The schema for xgrammar."""
+        if _depth_of(self._root) > _MAX_JSON_DEPTH:
+            raise RequestError(
+                f"{self._where} is nested more than {_MAX_JSON_DEPTH} deep as JSON; flatten it, or use $ref"
+            )
+        self._limits.open()
         converted = self._node(self._root, "#", 0)
+        self._limits.close(repeats=UNBOUNDED_INSIDE)  # each value in it has an end of its own
         for path, target in self._references:
             if target not in self._places:
                 raise self._refuse(
-                    path, "$ref", f"points to {target!r}, which is no schema in this document; point to #/$defs/NAME"
+                    path,
+                    "$ref",
+                    f"points to {target!r:.80}, which is no schema in this document; point to #/$defs/NAME",
                 )
         return converted
 
     def _refuse(self, path: str, keyword: str, why: str) -> RequestError:
-        return RequestError(f"structured_outputs.json: {keyword} at {path} {why}")
+        return RequestError(f"{self._where}: {keyword} at {path:.200} {why}")
 
     def _node(self, node: Any, path: str, depth: int) -> Any:
         if depth > MAX_DEPTH:
             raise RequestError(
-                f"structured_outputs.json is nested more than {MAX_DEPTH} deep at {path}; flatten it, or use $ref"
+                f"{self._where} is nested more than {MAX_DEPTH} deep at {path:.200}; flatten it, or use $ref"
             )
         self._places.add(path)
         if node is True:
             return {}
         if not isinstance(node, dict):
             raise RequestError(
-                f"structured_outputs.json: {node!r} at {path} is no schema that allows a value; use an object or true"
+                f"{self._where}: {node!r:.80} at {path:.200} is no schema that allows a value; use an object or true"
             )
         if path != "#" and "$id" in node:
             raise self._refuse(path, "$id", "moves references to another document; remove it")
@@ -119,7 +140,7 @@ class SchemaConverter:
         types = types if isinstance(types, list) else [types]
         for type_ in types:
             if not isinstance(type_, str) or type_ not in _KEYWORDS:
-                raise self._refuse(path, "type", f"is {type_!r}; known are {', '.join(_KEYWORDS)}")
+                raise self._refuse(path, "type", f"is {type_!r:.80}; known are {', '.join(_KEYWORDS)}")
         if node.get("uniqueItems") is False:
             node = {k: v for k, v in node.items() if k != "uniqueItems"}
         if not node:
@@ -151,7 +172,7 @@ class SchemaConverter:
         target = node["$ref"]
         if not isinstance(target, str) or not re.fullmatch(r"#(/[^~%]*)?", target):
             raise self._refuse(
-                path, "$ref", f"is {target!r}; use a place in this document without ~ and %, such as #/$defs/NAME"
+                path, "$ref", f"is {target!r:.80}; use a place in this document without ~ and %, such as #/$defs/NAME"
             )
         self._references.append((path, target))
         return {"$ref": target}
@@ -169,7 +190,7 @@ class SchemaConverter:
                         raise self._refuse(
                             path,
                             keyword,
-                            f"has options that one value might match both, such as the one at {path}/oneOf/{i}; use anyOf, "
+                            f"has options that one value might match both, such as the one at {path:.200}/oneOf/{i}; use anyOf, "
                             "or a required property with another `const` in each",
                         )
         converted = [self._node(option, f"{path}/{keyword}/{i}", depth + 1) for i, option in enumerate(options)]
@@ -188,6 +209,7 @@ class SchemaConverter:
 
     def _are_disjoint(self, left: Any, right: Any) -> bool:
         """Whether it is plain that no value matches both."""
+        self._compare(1)
         left, right = self._resolved(left), self._resolved(right)
         if not isinstance(left, dict) or not isinstance(right, dict):
             return False
@@ -196,14 +218,29 @@ class SchemaConverter:
             return True
         values = [_values_of(schema) for schema in (left, right)]
         if values[0] is not None and values[1] is not None:
-            return not any(a == b for a in values[0] for b in values[1])
+            return self._have_none_in_common(*values)
         if types[0] == types[1] == {"object"}:
-            names = [s["required"] if isinstance(s.get("required"), list) else [] for s in (left, right)]
-            properties = [s["properties"] if isinstance(s.get("properties"), dict) else {} for s in (left, right)]
-            shared = [n for n in names[0] if n in names[1] and n in properties[0] and n in properties[1]]
-            kinds = [[_values_of(self._resolved(p[n])) for p in properties] for n in shared]
-            return any(a is not None and b is not None and not any(x == y for x in a for y in b) for a, b in kinds)
+            first, second = _required_of(left), _required_of(right)
+            return any(
+                self._have_none_in_common(_values_of(self._resolved(first[n])), _values_of(self._resolved(second[n])))
+                for n in first
+                if n in second
+            )
         return False
+
+    def _have_none_in_common(self, left: list[Any] | None, right: list[Any] | None) -> bool:
+        if left is None or right is None:
+            return False
+        self._compare(len(left) * len(right))
+        return not any(a == b for a in left for b in right)
+
+    def _compare(self, num_comparisons: int) -> None:
+        self._num_comparisons += num_comparisons
+        if self._num_comparisons > _MAX_COMPARISONS:
+            raise RequestError(
+                f"{self._where}: options of oneOf take more than {_MAX_COMPARISONS} comparisons to tell apart; use fewer options "
+                "or values, or anyOf"
+            )
 
     def _values(self, node: dict[str, Any], path: str) -> dict[str, Any]:
         keyword = "const" if "const" in node else "enum"
@@ -215,30 +252,30 @@ class SchemaConverter:
         for value in values:
             self._check_value(value, keyword, path)
             if "type" in node and not _types_of({"const": value}) & _types_of({"type": node["type"]}):
-                raise self._refuse(path, keyword, f"has {value!r}, which is not of type {node['type']!r}")
+                raise self._refuse(path, keyword, f"has {value!r:.80}, which is not of type {node['type']!r:.80}")
         return {keyword: node[keyword]}
 
     def _check_value(self, value: Any, keyword: str, path: str) -> None:
         if isinstance(value, int) and not -(2**63) <= value < 2**63:
-            raise self._refuse(path, keyword, f"has {value}, which does not fit 64 bits")
+            raise self._refuse(path, keyword, f"has {value!r:.80}, which does not fit 64 bits")
         for inner in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
             self._check_value(inner, keyword, path)
 
     def _number(self, value: Any, keyword: str, path: str, *, whole: bool) -> Any:
         if isinstance(value, bool) or not isinstance(value, int | float):
-            raise self._refuse(path, keyword, f"is {value!r}; it must be a number")
+            raise self._refuse(path, keyword, f"is {value!r:.80}; it must be a number")
         if whole and (value != int(value) or not -(2**62) < value < 2**62):
             raise self._refuse(
-                path, keyword, f"is {value!r}; for integers it must be a whole number of at most 62 bits"
+                path, keyword, f"is {value!r:.80}; for integers it must be a whole number of at most 62 bits"
             )
         if abs(value) > 1e15 or (value and abs(value) < 1e-5):
-            raise self._refuse(path, keyword, f"is {value!r}; its size must be 0 or between 1e-5 and 1e15")
+            raise self._refuse(path, keyword, f"is {value!r:.80}; its size must be 0 or between 1e-5 and 1e15")
         return int(value) if whole else value
 
     def _count(self, node: dict[str, Any], keyword: str, path: str) -> int | None:
         value = node.get(keyword)
         if value is not None and (isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= MAX_COUNT):
-            raise self._refuse(path, keyword, f"is {value!r}; it must be a whole number, and at most {MAX_COUNT}")
+            raise self._refuse(path, keyword, f"is {value!r:.80}; it must be a whole number, and at most {MAX_COUNT}")
         return value
 
     def _string(self, node: dict[str, Any], path: str) -> dict[str, Any]:
@@ -248,8 +285,11 @@ class SchemaConverter:
                 path, "pattern", "and format and lengths cannot be combined; keep one, such as ^[a-z]{2,5}$"
             )
         if "format" in node:
-            if node["format"] not in _FORMATS:
-                raise self._refuse(path, "format", f"is {node['format']!r}; known are {', '.join(sorted(_FORMATS))}")
+            if not isinstance(node["format"], str) or node["format"] not in _FORMATS:
+                known = ", ".join(sorted(_FORMATS))
+                raise self._refuse(path, "format", f"is {node['format']!r:.80}; known are {known}")
+            self._limits.where = f"{self._where}: format at {path:.200}"
+            self._limits.add_states(_STATES_OF_TEXT)
             return {"format": node["format"]}
         if "pattern" in node:
             return {"pattern": self._pattern(node["pattern"], f"pattern at {path}")}
@@ -258,20 +298,22 @@ class SchemaConverter:
         low = low or 0
         if high is not None and high < low:
             raise self._refuse(path, "minLength", f"is {low}, above maxLength {high}")
-        if high is not None and (low, high) not in self._lengths:
-            self._lengths.add((low, high))
-            self._repetitions.optional()
+        if (low, high) not in self._limits.lengths:
+            self._limits.lengths.add((low, high))
+            self._limits.where = f"{self._where}: length at {path:.200}"
+            self._limits.element(states_of_class(JSON_CHARACTERS))
+            self._limits.repeat(low, high)
         # As a pattern, since xgrammar lets control characters into strings of limited length as they are.
         return {"pattern": f"^{character_class(JSON_CHARACTERS)}{{{low},{'' if high is None else high}}}$"}
 
     def _pattern(self, pattern: Any, where: str) -> str:
+        self._limits.where = f"{self._where}: {where:.200}"
         if not isinstance(pattern, str):
-            raise RequestError(f"structured_outputs.json: {where} is {pattern!r}; it must be a text")
-        if pattern not in self._patterns:
-            self._repetitions.where = f"structured_outputs.json: {where}"
-            self._patterns[pattern] = Regex(pattern, self._repetitions.where, self._repetitions, in_json=True).rewritten
-            self._repetitions.where = "structured_outputs.json"
-        return self._patterns[pattern]
+            raise RequestError(f"{self._limits.where} is {pattern!r:.80}; it must be a text")
+        self._limits.add_states(_STATES_OF_TEXT)
+        if pattern not in self._limits.patterns:
+            self._limits.patterns[pattern] = Regex(pattern, self._limits, in_json=True).rewritten
+        return self._limits.patterns[pattern]
 
     def _array(self, node: dict[str, Any], path: str, depth: int) -> dict[str, Any]:
         converted: dict[str, Any] = {}
@@ -330,8 +372,8 @@ class SchemaConverter:
             names = {"type": "string"} | names
             converted["propertyNames"] = self._node(names, f"{path}/propertyNames", depth + 1)
         required = node.get("required", [])
-        if not isinstance(required, list) or any(name not in properties for name in required):
-            raise self._refuse(path, "required", f"is {required!r}; each name in it must be one of properties")
+        if not isinstance(required, list) or any(not isinstance(n, str) or n not in properties for n in required):
+            raise self._refuse(path, "required", f"is {required!r:.80}; each name in it must be one of properties")
         if required:
             converted["required"] = required
         for keyword in ("minProperties", "maxProperties"):
@@ -343,13 +385,45 @@ class SchemaConverter:
             )
         if {"minProperties", "maxProperties"} & converted.keys() and not extra and "properties" not in node:
             converted["additionalProperties"] = {}
+        self._limits.where = f"{self._where}: properties at {path:.200}"
+        self._limits.add_states(_states_of_object(len(properties), converted))
         return converted
 
     def _dict(self, node: dict[str, Any], keyword: str, path: str) -> dict[str, Any]:
         value = node.get(keyword, {})
         if not isinstance(value, dict):
-            raise self._refuse(path, keyword, f"is {value!r}; it must be an object")
+            raise self._refuse(path, keyword, f"is {value!r:.80}; it must be an object")
         return value
+
+
+def _depth_of(value: Any) -> int:
+    """Levels of lists and dicts, without recursion."""
+    depth, level = 0, [value]
+    while level:
+        depth += 1
+        level = [
+            inner
+            for outer in level
+            for inner in (outer.values() if isinstance(outer, dict) else outer if isinstance(outer, list) else ())
+        ]
+    return depth
+
+
+def _states_of_object(num_properties: int, bounds: Mapping[str, Any]) -> int:
+    """What an object counts towards the limit of states, fitted to measurements: xgrammar tries every set of properties that may
+    still come, and with bounds every number of them."""
+    num_states = num_properties**3 // 1_000_000
+    if bounds.get("minProperties") or "maxProperties" in bounds:
+        num_states += num_properties**2 * min(bounds.get("maxProperties", num_properties), num_properties) // 700
+    return num_states
+
+
+def _required_of(schema: dict[str, Any]) -> dict[str, Any]:
+    """Schemas of the properties that an object must have."""
+    required, properties = schema.get("required"), schema.get("properties")
+    if not isinstance(required, list) or not isinstance(properties, dict):
+        return {}
+    return {name: properties[name] for name in required if isinstance(name, str) and name in properties}
 
 
 def _types_of(schema: dict[str, Any]) -> set[str]:
@@ -372,3 +446,232 @@ def _values_of(schema: Any) -> list[Any] | None:
     if "const" in schema:
         return [schema["const"]]
     return schema["enum"] if isinstance(schema.get("enum"), list) else None
+
+
+_FORMATS_OF_TAGS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "const_string": (("value",), ()),
+    "json_schema": (("json_schema",), ("style", "any_order", "max_whitespace_cnt", "excludes")),
+    "regex": (("pattern",), ()),
+    "grammar": (("grammar",), ()),
+    "any_text": ((), ("excludes", "max_tokens", "max_chars")),
+    "sequence": (("elements",), ()),
+    "or": (("elements",), ()),
+    "optional": (("content",), ()),
+    "star": (("content",), ()),
+    "plus": (("content",), ()),
+    "repeat": (("min", "max", "content"), ()),
+    "tag": (("begin", "content", "end"), ()),
+    "tags_with_separator": (("tags", "separator"), ("at_least_one", "stop_after_first")),
+    "triggered_tags": (("triggers", "tags"), ("at_least_one", "stop_after_first", "excludes")),
+    "dispatch": (("rules",), ("loop", "excludes")),
+}
+"""Fields that each format in a structural tag must have, and those that it may have. Formats of single tokens are not here: what
+a special token adds is no part of an answer's text."""
+_ONLY_VALUES: dict[tuple[str, str], Any] = {
+    ("json_schema", "style"): "json",
+    ("json_schema", "any_order"): False,
+    ("json_schema", "max_whitespace_cnt"): None,
+    ("json_schema", "excludes"): [],
+    ("any_text", "max_tokens"): None,
+    ("any_text", "max_chars"): None,
+}
+"""Of fields that are accepted for their default only. With `any_order`, answers need not validate."""
+_MAX_TRIGGERS = 256
+
+
+class TagConverter:
+    """Turns a structural tag into one that xgrammar follows exactly; RequestError for what it cannot, by its place.
+
+    It has a `format`, as in xgrammar, or `structures` and `triggers`, the older form. No trigger appears in free text without its
+    structure, and schemas, regular expressions and grammars in it are held to the same rules as those that stand alone.
+    """
+
+    def __init__(self, tag: Mapping[str, Any]) -> None:
+        self._limits = Limits("structured_outputs.structural_tag")
+        try:
+            text = json.dumps(tag, allow_nan=False, ensure_ascii=False)
+            self._tag: dict[str, Any] = json.loads(text)
+        except (TypeError, ValueError, RecursionError) as error:
+            raise RequestError(f"{self._limits.where} is not JSON: {error}") from error
+        check_text(text, self._limits.where)
+        self._is_older = "format" not in tag
+
+    def convert(self) -> dict[str, Any]:
+        """The structural tag for xgrammar."""
+        tag = self._tag
+        if tag.get("type") != "structural_tag":
+            raise self._refuse("type", f"is {tag.get('type')!r:.80}; it must be structural_tag")
+        if not self._is_older:
+            self._check_fields(tag, "", ("type", "format"), ())
+            return {"type": "structural_tag", "format": self._format(tag["format"], "format")}
+        self._check_fields(tag, "", ("type", "structures", "triggers"), ())
+        tags = []
+        for i, structure in enumerate(self._list(tag["structures"], "structures")):
+            self._check_fields(structure, f"structures[{i}]", ("begin", "schema", "end"), ())
+            content = {"type": "json_schema", "json_schema": structure["schema"]}
+            tags.append({"type": "tag", "begin": structure["begin"], "content": content, "end": structure["end"]})
+        triggered = {"type": "triggered_tags", "triggers": tag["triggers"], "tags": tags}
+        return {"type": "structural_tag", "format": self._format(triggered, "format")}
+
+    def _place(self, path: str) -> str:
+        """A path in the newer form, as the user knows it."""
+        if self._is_older:
+            path = path.replace("format.tags[", "structures[").replace("content.json_schema", "schema")
+            path = path.removeprefix("format.")
+        return f"structured_outputs.structural_tag.{path:.200}"
+
+    def _refuse(self, path: str, why: str) -> RequestError:
+        return RequestError(f"{self._place(path)} {why}")
+
+    def _check_fields(self, node: Any, path: str, required: tuple[str, ...], optional: tuple[str, ...]) -> None:
+        if not isinstance(node, dict):
+            raise self._refuse(path, f"is {node!r:.80}; it must be an object")
+        known = ", ".join(required + optional)
+        for name in required:
+            if name not in node:
+                raise self._refuse(f"{path}.{name}".lstrip("."), f"is missing; the fields are {known}")
+        for name in node:
+            if name not in required + optional:
+                raise self._refuse(f"{path}.{name}".lstrip("."), f"is not known; the fields are {known}")
+
+    def _format(self, node: Any, path: str) -> dict[str, Any]:
+        kind = node.get("type") if isinstance(node, dict) else None
+        if not isinstance(kind, str) or kind not in _FORMATS_OF_TAGS:
+            known = ", ".join(_FORMATS_OF_TAGS)
+            raise self._refuse(path, f"is {node!r:.80}; it must be an object with a type that is supported: {known}")
+        required, optional = _FORMATS_OF_TAGS[kind]
+        self._check_fields(node, path, ("type", *required), optional)
+        self._limits.where = self._place(path)
+        self._limits.open()
+        converted: dict[str, Any] = {"type": kind}
+        for name in filter(node.__contains__, required + optional):
+            if (kind, name) not in _ONLY_VALUES:
+                converted[name] = self._field(name, node[name], f"{path}.{name}")
+            elif node[name] != (only := _ONLY_VALUES[kind, name]):
+                raise self._refuse(f"{path}.{name}", f"is {node[name]!r:.80}; only {only!r} is supported")
+        self._limits.where = self._place(path)
+        self._limits.close()
+        self._count_repetitions(converted, path)
+        if kind == "triggered_tags":
+            self._check_triggers(converted["triggers"], converted, path)
+            self._check_tags(converted, path)
+        elif kind == "dispatch":
+            self._check_triggers([trigger for trigger, _ in converted["rules"]], converted, path)
+        return converted
+
+    def _field(self, name: str, value: Any, path: str) -> Any:
+        """The value of a format's field; fields of one name mean the same in all formats."""
+        match name:
+            case "value" | "begin" | "separator":
+                return self._text(value, path)
+            case "end" if isinstance(value, list):
+                return [self._text(end, f"{path}[{i}]") for i, end in enumerate(self._list(value, path))]
+            case "end":
+                return self._text(value, path)
+            case "triggers":
+                return [self._text(text, f"{path}[{i}]", least=1) for i, text in enumerate(self._list(value, path))]
+            case "excludes":
+                texts = self._list(value, path, least=0)
+                return [self._text(text, f"{path}[{i}]", least=1) for i, text in enumerate(texts)]
+            case "content":
+                return self._format(value, path)
+            case "elements":
+                return [self._format(element, f"{path}[{i}]") for i, element in enumerate(self._list(value, path))]
+            case "tags":
+                tags = [self._format(tag, f"{path}[{i}]") for i, tag in enumerate(self._list(value, path))]
+                for i, tag in enumerate(tags):
+                    if tag["type"] != "tag":
+                        raise self._refuse(f"{path}[{i}].type", f"is {tag['type']!r}; it must be tag")
+                return tags
+            case "rules":
+                return [self._rule(rule, f"{path}[{i}]") for i, rule in enumerate(self._list(value, path))]
+            case "min" | "max":
+                least = 0 if name == "min" else -1
+                if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= MAX_COUNT:
+                    raise self._refuse(path, f"is {value!r:.80}; it must be a whole number from {least} to {MAX_COUNT}")
+                return value
+            case "at_least_one" | "stop_after_first" | "loop":
+                if not isinstance(value, bool):
+                    raise self._refuse(path, f"is {value!r:.80}; it must be true or false")
+                return value
+            case "json_schema":
+                return self._schema(value, path)
+        text = self._text(value, path, least=1)
+        self._limits.where = self._place(path)
+        if name == "pattern":
+            return Regex(text, self._limits).rewritten
+        assert name == "grammar", name
+        check_grammar(text, self._limits)
+        return text
+
+    def _schema(self, value: Any, path: str) -> Any:
+        where = self._place(path)
+        if isinstance(value, str):
+            try:
+                value = json.loads(value)
+            except (ValueError, RecursionError) as error:
+                raise RequestError(f"{where} is not JSON: {error}") from error
+        return SchemaConverter(value, where, self._limits).convert()
+
+    def _rule(self, value: Any, path: str) -> list[Any]:
+        if not isinstance(value, list) or len(value) != 2:
+            raise self._refuse(path, f"is {value!r:.80}; it must be a list of a text and a format")
+        return [self._text(value[0], f"{path}[0]", least=1), self._format(value[1], f"{path}[1]")]
+
+    def _text(self, value: Any, path: str, *, least: int = 0) -> str:
+        if not isinstance(value, str) or len(value) < least:
+            raise self._refuse(path, f"is {value!r:.80}; it must be a text{' that is not empty' if least else ''}")
+        check_answer(value, self._place(path))
+        return value
+
+    def _list(self, value: Any, path: str, *, least: int = 1) -> list[Any]:
+        if not isinstance(value, list) or len(value) < least:
+            raise self._refuse(path, f"is {value!r:.80}; it must be a list{' that is not empty' if least else ''}")
+        return value
+
+    def _count_repetitions(self, converted: dict[str, Any], path: str) -> None:
+        match converted["type"]:
+            case "any_text":
+                count_free_text(self._limits)
+            case "optional":
+                self._limits.repeat(0, 1)
+            case "plus":
+                self._limits.repeat(1, None)
+            case "star" | "tags_with_separator" | "triggered_tags" | "dispatch":
+                self._limits.repeat(0, None)
+            case "repeat":
+                low, high = converted["min"], None if converted["max"] == -1 else converted["max"]
+                if high is not None and high < low:
+                    raise self._refuse(
+                        f"{path}.max", f"is {high}, below min, which is {low}; it may be -1 for no bound"
+                    )
+                self._limits.repeat(low, high)
+
+    def _check_triggers(self, triggers: list[str], converted: dict[str, Any], path: str) -> None:
+        """Each can be recognized, as soon as it appears."""
+        if len(triggers) > _MAX_TRIGGERS:
+            raise self._refuse(f"{path}.triggers", f"are {len(triggers)}; at most {_MAX_TRIGGERS} are allowed")
+        for i, trigger in enumerate(triggers):
+            for other in triggers[:i] + triggers[i + 1 :]:
+                if other in trigger:
+                    raise self._refuse(
+                        path, f"has the trigger {other!r:.80} twice, or inside another, {trigger!r:.80}; leave one out"
+                    )
+            for excluded in converted.get("excludes", ()):
+                if excluded in trigger:
+                    raise self._refuse(
+                        f"{path}.excludes",
+                        f"has {excluded!r:.80}, which rules out the trigger {trigger!r:.80}; remove one",
+                    )
+
+    def _check_tags(self, converted: dict[str, Any], path: str) -> None:
+        """Each trigger leads to a tag, and each tag has a trigger."""
+        triggers, begins = converted["triggers"], [tag["begin"] for tag in converted["tags"]]
+        for i, begin in enumerate(begins):
+            if not begin.startswith(tuple(triggers)):
+                raise self._refuse(
+                    f"{path}.tags[{i}].begin", f"is {begin!r:.80}, which starts with none of the triggers"
+                )
+        for i, trigger in enumerate(triggers):
+            if not any(begin.startswith(trigger) for begin in begins):
+                raise self._refuse(f"{path}.triggers[{i}]", f"is {trigger!r:.80}, with which no tag begins; remove it")

@@ -1,97 +1,153 @@
 """Regular expressions, grammars and choices of guided generation, held against the limits and rewritten for xgrammar.
 
 Nothing in xgrammar bounds the time of a compilation, and a running one cannot be stopped. What makes it slow is bounded instead:
-length of the text, depth, number of repetitions, and how far repetitions multiply when nested.
+length of the text, depth, number of repetitions, how far repetitions multiply when nested, and an estimate of the states in which
+all tokens have to be tried.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from stepgraph.errors import RequestError
 
 MAX_TEXT_BYTES = 64 * 1024
-"""Of a schema, regular expression or grammar, and of all choices together, in UTF-8."""
+"""Of a schema, regular expression, grammar or structural tag, and of all choices together, in UTF-8."""
 MAX_CHOICES = 4096
 MAX_DEPTH = 64
-"""Levels of a schema or JSON value, of groups in a regular expression, of brackets in a grammar."""
-MAX_REPETITIONS = 256
-"""`?`, `*`, `+` and `{m,n}` in a request's grammar or in all its patterns."""
+"""Levels of a schema or JSON value, of groups in a regular expression, of brackets in a grammar,
+of formats in a structural tag."""
+MAX_REPETITIONS = 128
+"""`?`, `*`, `+` and `{m,n}` in a request's grammar or in all its patterns. Time grows with the third power of those in a row."""
 MAX_OPTIONAL = 32
-"""Of those, the ones with two different finite bounds (`?`, `{2,5}`), and different lengths of strings in a schema. Each may
-take a second to compile, and many in a row far more."""
+"""Of those, the ones with two different finite bounds (`?`, `{2,5}`), and different lengths of strings in a schema. Many in a
+row make tokens slow."""
 MAX_COUNT = 100_000
 """Largest bound of a repetition or of a string's length."""
 MAX_NESTED_COUNT = 1000
 """Product of the bounds of repetitions inside each other; an unbounded one inside counts as 30. The time of a *token* grows with
 it: a text of a's can be cut into `(a{1,100}){1,100}` in very many ways, and all are followed."""
 
-_UNBOUNDED_INSIDE = 30
+MAX_STATES = 16_000
+"""Of a request's automaton, by estimate, in which every token of the vocabulary has to be tried: one for each class of ASCII
+characters, `_WIDE` for others, times what they are repeated. Each takes 3 to 4 ms of CPU time if there are 150,000 tokens."""
+
+UNBOUNDED_INSIDE = 30
+"""What a repetition without end, or anything as long as that, counts inside another."""
+_WIDE = 5
+_COUNTED = 128
+"""Repetitions up to which xgrammar makes states of them."""
+_COUNTED_OPTIONAL = 400
+"""Likewise where there may be more or fewer; twice their bound below that."""
 
 
-def check_length(text: str, name: str) -> None:
-    size = len(text.encode("utf-8", "surrogatepass"))
-    if size > MAX_TEXT_BYTES:
+def check_text(text: str, where: str) -> None:
+    """RequestError if a text is longer than MAX_TEXT_BYTES or cannot be written in UTF-8; `where` names it."""
+    try:
+        size = len(text.encode())
+    except UnicodeEncodeError as error:
         raise RequestError(
-            f"structured_outputs.{name} has {size} bytes; at most {MAX_TEXT_BYTES} are allowed. Make it shorter"
-        )
+            f"{where} holds U+{ord(text[error.start]):04X}, which is half of a character; remove it"
+        ) from error
+    if size > MAX_TEXT_BYTES:
+        raise RequestError(f"{where} has {size} bytes; at most {MAX_TEXT_BYTES} are allowed. Make it shorter")
 
 
 def grammar_of_choices(choices: Sequence[str]) -> str:
+    """A grammar that allows these texts. RequestError if they are over a limit, or hold what no answer can."""
     if len(choices) > MAX_CHOICES:
         raise RequestError(f"structured_outputs.choice has {len(choices)} texts; at most {MAX_CHOICES} are allowed")
-    check_length("".join(choices), "choice")
-    try:
-        return "root ::= " + " | ".join(f'"{"".join(map(_ebnf_character, choice))}"' for choice in choices)
-    except ValueError as error:
-        raise RequestError(f"structured_outputs.choice: {error}") from error
+    for choice in choices:
+        check_answer(choice, "structured_outputs.choice")
+    check_text("".join(choices), "structured_outputs.choice")
+    return "root ::= " + " | ".join(f'"{"".join(map(_ebnf_character, choice))}"' for choice in choices)
+
+
+def check_answer(text: str, where: str) -> None:
+    """RequestError if a text cannot be part of an answer."""
+    if "\0" in text:
+        raise RequestError(f"{where} holds U+0000, which cannot be part of an answer; remove it")
 
 
 def _ebnf_character(character: str) -> str:
-    code = ord(character)
-    if 0xD800 <= code <= 0xDFFF or code == 0:
-        raise ValueError(f"U+{code:04X} cannot be part of an answer; remove it")
-    return character if character.isascii() and character.isalnum() else f"\\U{code:08X}"
+    return character if character.isascii() and character.isalnum() else f"\\U{ord(character):08X}"
 
 
-class Repetitions:
-    """Counts the repetitions of a request's patterns or grammar against the limits. `where` names it in errors."""
+@dataclass
+class _Group:
+    """An open group of a pattern or grammar."""
+
+    size: int = 0  # elements
+    most_repeats: int = 1  # of repetitions multiplied
+
+
+class Limits:
+    """Counts what a request's patterns, schemas or grammar need against the limits.
+
+    Attributes:
+        where: what is being read, for errors.
+        patterns: of schemas, rewritten. xgrammar compiles equal ones once, so that they count once.
+        lengths: bounds of texts in schemas, for the same reason.
+    """
 
     def __init__(self, where: str) -> None:
         self.where = where
-        self._count = self._num_optional = 0
-        self._groups = [1]  # most repetitions multiplied inside each open group
-        self._last = 1  # likewise inside the last element
+        self.patterns: dict[str, str] = {}
+        self.lengths: set[tuple[int, int | None]] = set()
+        self._num_repetitions = self._num_optional = self._num_states = 0
+        self._groups = [_Group()]
+        self._last_repeats = 1  # most repetitions multiplied inside the last element
+        self._last_states = 0  # of the last element, where a repetition copies them
 
-    def element(self) -> None:
-        """A character, class, literal or rule name."""
-        self._last = 1
+    def element(self, num_states: int = 0, *, repeats: int = 1) -> None:
+        """A character, class, literal or rule name, or something that repeats what is inside it."""
+        self.add_states(num_states)
+        self._append(repeats, num_states)
 
     def open(self) -> None:
         """A group begins."""
-        self._groups.append(1)
-        if len(self._groups) > MAX_DEPTH:
+        self._groups.append(_Group())
+        if len(self._groups) > MAX_DEPTH + 1:
             raise RequestError(f"{self.where} has groups nested more than {MAX_DEPTH} deep; nest fewer")
 
-    def close(self) -> None:
-        """A group ends; one that never began is left to xgrammar to refuse."""
-        self._last = self._groups.pop() if len(self._groups) > 1 else 1
+    def close(self, *, repeats: int | None = None) -> None:
+        """A group ends; one that never began is left to xgrammar to refuse. `repeats` replaces what was counted inside."""
+        group = self._groups.pop() if len(self._groups) > 1 else _Group()
+        self._append(repeats or group.most_repeats, self._last_states if group.size == 1 else 0)
+
+    def _append(self, repeats: int, num_states: int) -> None:
+        self._last_repeats, self._last_states = repeats, num_states
+        self._groups[-1].size += 1
+        self._groups[-1].most_repeats = max(self._groups[-1].most_repeats, repeats)
+
+    def add_states(self, num_states: int) -> None:
+        """Something takes time or memory like these states of an automaton."""
+        self._num_states += num_states
+        if self._num_states > MAX_STATES:
+            raise RequestError(
+                f"{self.where} would take too long to compile: up to there it needs about {self._num_states} states, at most "
+                f"{MAX_STATES} are allowed. Use fewer character classes, lower bounds, or the same bound in several places"
+            )
 
     def repeat(self, low: int, high: int | None) -> None:
         """The last element is repeated `low` to `high` times, None is without end."""
         if max(low, high or 0) > MAX_COUNT:
             raise RequestError(f"{self.where} repeats {max(low, high or 0)} times; at most {MAX_COUNT} are allowed")
-        nested = max(self._last, _UNBOUNDED_INSIDE) if high is None else self._last * high
-        if self._last > 1 and nested > MAX_NESTED_COUNT:
+        inside = self._last_repeats
+        nested = max(inside, UNBOUNDED_INSIDE) if high is None else inside * high
+        if inside > 1 and nested > MAX_NESTED_COUNT:
             raise RequestError(
                 f"{self.where} nests repetitions whose bounds multiply to {nested}, an unbounded one inside counted as "
-                f"{_UNBOUNDED_INSIDE}; at most {MAX_NESTED_COUNT} are allowed. Lower a bound, or leave the outer one unbounded"
+                f"{UNBOUNDED_INSIDE}; at most {MAX_NESTED_COUNT} are allowed. Lower a bound, or leave the outer one unbounded"
             )
-        self._last = nested
-        self._groups[-1] = max(self._groups[-1], nested)
-        self._count += 1
-        if self._count > MAX_REPETITIONS:
+        copies = min(max(low, 1), _COUNTED) if high is None or low == high else min(2 * high, _COUNTED_OPTIONAL)
+        self.add_states(self._last_states * (copies - 1))
+        self._last_repeats, self._last_states = nested, 0
+        self._groups[-1].most_repeats = max(self._groups[-1].most_repeats, nested)
+        self._num_repetitions += 1
+        if self._num_repetitions > MAX_REPETITIONS:
             raise RequestError(f"{self.where} has more than {MAX_REPETITIONS} repetitions; use fewer")
         if high is not None and low != high:
             self.optional()
@@ -108,19 +164,19 @@ class Repetitions:
 _QUANTIFIER = re.compile(r"[?*+]|\{(\d+)(,?)(\d*)\}")
 
 
-def _quantifier(text: str, at: int, repetitions: Repetitions) -> int:
+def _quantifier(text: str, at: int, limits: Limits) -> int:
     """Take in the quantifier at a place of a regular expression or grammar; returns its length."""
     match = _QUANTIFIER.match(text, at)
     if match is None:
         raise RequestError(
-            f"{repetitions.where}: {text[at : at + 8]!r} at {at} is no repetition: write {{2}}, {{2,5}} or {{2,}}"
+            f"{limits.where}: {text[at : at + 8]!r} at {at} is no repetition: write {{2}}, {{2,5}} or {{2,}}"
         )
     if match[1] is None:
         low, high = {"?": (0, 1), "*": (0, None), "+": (1, None)}[match[0]]
     else:
         low = int(match[1][:9])
         high = (int(match[3][:9]) if match[3] else None) if match[2] else low
-    repetitions.repeat(low, high)
+    limits.repeat(low, high)
     return len(match[0])
 
 
@@ -144,14 +200,22 @@ _SETS: dict[str, _Ranges] = {
 
 
 def _without(ranges: _Ranges, removed: _Ranges) -> _Ranges:
-    for first, last in removed:
-        ranges = [
-            part
-            for low, high in ranges
-            for part in ((low, min(high, first - 1)), (max(low, last + 1), high))
-            if part[0] <= part[1]
-        ]
-    return ranges
+    removed = sorted(removed)
+    kept = []
+    for low, high in ranges:
+        for first, last in removed:
+            if low < first <= high:
+                kept.append((low, first - 1))
+            if first <= high:
+                low = max(low, last + 1)
+        if low <= high:
+            kept.append((low, high))
+    return kept
+
+
+def states_of_class(ranges: _Ranges) -> int:
+    """What a character class counts towards MAX_STATES."""
+    return _WIDE if any(last > 0x7F for _, last in ranges) else 1
 
 
 def character_class(ranges: _Ranges) -> str:
@@ -177,8 +241,8 @@ class Regex:
     escapes matches nothing; where nothing else could match, it is refused.
     """
 
-    def __init__(self, text: str, where: str, repetitions: Repetitions, *, in_json: bool = False) -> None:
-        self._text, self._where, self._repetitions = text, where, repetitions
+    def __init__(self, text: str, limits: Limits, *, in_json: bool = False) -> None:
+        self._text, self._limits = text, limits
         self._alphabet = JSON_CHARACTERS if in_json else _CHARACTERS
         pieces = []
         at = 0
@@ -189,7 +253,7 @@ class Regex:
         self.rewritten = "".join(pieces)
 
     def _refuse(self, at: int, length: int, why: str) -> RequestError:
-        return RequestError(f"{self._where}: {self._text[at : at + length]!r} at {at} {why}")
+        return RequestError(f"{self._limits.where}: {self._text[at : at + length]!r} at {at} {why}")
 
     def _piece(self, at: int) -> tuple[str, int]:
         """What the text at a place becomes, and how much of the text it is."""
@@ -198,13 +262,13 @@ class Regex:
             group = _GROUP.match(text, at)
             if group is None:
                 raise self._refuse(at, 4, "is a group that is not known; use ( ) or (?: )")
-            self._repetitions.open()
+            self._limits.open()
             return "(", len(group[0])
         if character == ")":
-            self._repetitions.close()
+            self._limits.close()
             return ")", 1
         if character in "?*+{":
-            length = _quantifier(text, at, self._repetitions)
+            length = _quantifier(text, at, self._limits)
             # A `?` behind it asks for as few as possible, with which the same texts match.
             return text[at : at + length], length + text.startswith("?", at + length)
         if character == "|" or (character == "^" and at == 0) or (character == "$" and at + 1 == len(text)):
@@ -213,9 +277,8 @@ class Regex:
             raise self._refuse(
                 at, 1, "may only stand at the very start (^) or end ($), as the whole text has to match; remove it"
             )
-        self._repetitions.element()
         if character == ".":
-            return character_class(_without(self._alphabet, _LINE_BREAKS)), 1
+            return self._written(_without(self._alphabet, _LINE_BREAKS), at, 1), 1
         if character == "[":
             return self._class_at(at)
         if character == "\\":
@@ -248,6 +311,7 @@ class Regex:
                 at, length, "matches nothing that an answer can hold here as it is, without an escape; leave it out"
             )
         if len(ranges) == 1 and ranges[0][0] == ranges[0][1]:
+            self._limits.element()
             character = chr(ranges[0][0])
             return (
                 f"\\{character}"
@@ -256,6 +320,7 @@ class Regex:
                 if character >= " "
                 else character_class(ranges)
             )
+        self._limits.element(states_of_class(ranges))
         return character_class(ranges)
 
     def _class_at(self, at: int) -> tuple[str, int]:
@@ -285,27 +350,56 @@ class Regex:
         return self._written(_without(_CHARACTERS, ranges) if negated else ranges, at, length), length
 
 
-_GRAMMAR_PIECE = re.compile(r'"(?:[^"\\\n]|\\.)*"|\[(?:[^\]\\\n]|\\.)*\]|\#[^\n]*|\(=|[(){?*+]|[\w.-]+|.', re.DOTALL)
+_GRAMMAR_PIECE = re.compile(
+    r"""
+    (?P<literal> "(?:[^"\\\n]|\\.)*" )
+    | (?P<options> ^[ \t]*[\w.-]+\[[^\]\n]*\]\s*::= )
+    | (?P<class> \[(?:[^\]\\\n]|\\.)*\] )
+    | (?P<unclosed> ["\[] )
+    | (?P<skipped> \#[^\n]* | \n | [^\S\n]+ )
+    | (?P<lookahead> \(= )
+    | (?P<open> \( )
+    | (?P<close> \) )
+    | (?P<quantifier> [?*+{] )
+    | (?P<tokens> (?:Token|ExcludeToken|TokenTagDispatch)\s*\( )
+    | (?P<free> TagDispatch(?=\s*\() )
+    | (?P<other> [\w.-]+ | . )
+    """,
+    re.DOTALL | re.MULTILINE | re.VERBOSE,
+)
+_GRAMMAR_REFUSALS = {
+    "options": "options of a rule are not supported; remove the brackets",
+    "unclosed": "what begins here does not end on its line; close it, or escape it with a backslash",
+    "lookahead": "lookahead rules out nothing here; write what follows as a rule",
+    "tokens": "tokens cannot be named; write their text",
+}
 
 
-def check_grammar(text: str) -> None:
+def check_grammar(text: str, limits: Limits) -> None:
     """Hold an EBNF grammar against the limits; whether it is well formed is left to xgrammar."""
-    check_length(text, "grammar")
-    repetitions = Repetitions("structured_outputs.grammar")
+    check_text(text, limits.where)
     at = 0
     while match := _GRAMMAR_PIECE.match(text, at):
-        piece = match[0]
-        if piece == "(=":
-            raise RequestError(
-                "structured_outputs.grammar: lookahead `(= )` rules out nothing here; write what follows as a rule"
-            )
-        if piece == "(":
-            repetitions.open()
-        elif piece == ")":
-            repetitions.close()
-        elif piece in "?*+{":
-            at += _quantifier(text, at, repetitions)
+        kind = match.lastgroup
+        if kind in _GRAMMAR_REFUSALS:
+            raise RequestError(f"{limits.where}: {match[0]!r:.80} at {at}: {_GRAMMAR_REFUSALS[kind]}")
+        if kind == "quantifier":
+            at += _quantifier(text, at, limits)
             continue
-        elif not piece.isspace() and piece[0] != "#":
-            repetitions.element()
+        if kind == "open":
+            limits.open()
+        elif kind == "close":
+            limits.close()
+        elif kind == "class":
+            limits.element(1 if re.fullmatch(r"\[[^^\\][^\\]*\]", match[0]) and match[0].isascii() else _WIDE)
+        elif kind == "free":
+            count_free_text(limits)
+        elif kind != "skipped":
+            limits.element()
         at = match.end()
+
+
+def count_free_text(limits: Limits) -> None:
+    """A stretch of any text."""
+    limits.element(_WIDE)
+    limits.repeat(0, None)

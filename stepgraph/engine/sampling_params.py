@@ -22,7 +22,7 @@ _NUMBER = (int, float)
 
 @dataclass(frozen=True)
 class StructuredOutputs:
-    """The form an answer must have: exactly one of the first five fields. Names follow vLLM's StructuredOutputsParams.
+    """The form an answer must have: exactly one of the first six fields. Names follow vLLM's StructuredOutputsParams.
 
     Raises:
         RequestError: none or several are given, or one is of the wrong type.
@@ -34,11 +34,15 @@ class StructuredOutputs:
     choice: Sequence[str] | None = None  # one of these texts
     grammar: str | None = None  # EBNF
     json_object: bool = False  # any JSON object
+    structural_tag: str | Mapping[str, Any] | None = None
+    """Free text with structures that begin where a trigger appears: JSON text or a dict, as `response_format` of type
+    structural_tag has it, with `format`, or `structures` and `triggers`. Kept as a dict."""
     disable_any_whitespace: bool = False  # JSON without spaces and line breaks between its parts
 
     def __post_init__(self) -> None:
-        kinds = {"json": self.json, "regex": self.regex, "choice": self.choice, "grammar": self.grammar}
-        given = [kind for kind, value in kinds.items() if value is not None]
+        given = [
+            name for name in ("json", "regex", "choice", "grammar", "structural_tag") if getattr(self, name) is not None
+        ]
         for name in ("json_object", "disable_any_whitespace"):
             if getattr(self, name) is None:
                 object.__setattr__(self, name, False)
@@ -46,11 +50,22 @@ class StructuredOutputs:
         given += ["json_object"] if self.json_object else []
         if len(given) != 1:
             raise RequestError(
-                "structured_outputs needs exactly one of json, regex, choice, grammar, json_object; "
+                "structured_outputs needs exactly one of json, regex, choice, grammar, json_object, structural_tag; "
                 f"{' and '.join(given) or 'none'} given"
             )
         if self.json is not None:
             object.__setattr__(self, "json", _schema_of(self.json))
+        if self.structural_tag is not None:
+            tag = _from_json(self.structural_tag, "structural_tag")
+            object.__setattr__(self, "structural_tag", tag)
+            _require(self, "structural_tag", isinstance(tag, Mapping), "a structural tag (JSON text or dict)")
+            _require(
+                self,
+                "disable_any_whitespace",
+                not self.disable_any_whitespace,
+                "False with structural_tag, whose JSON may always hold whitespace",
+            )
+            object.__setattr__(self, "structural_tag", dict(tag))
         for name in ("regex", "grammar"):
             text = getattr(self, name)
             _require(self, name, text is None or (isinstance(text, str) and text != ""), "a text that is not empty")
@@ -253,16 +268,22 @@ def bad_word_token_ids(words: Iterable[str], tokenizer: PreTrainedTokenizerFast)
 def _schema_of(schema: object) -> dict[str, Any]:
     if isinstance(schema, type) and hasattr(schema, "model_json_schema"):
         schema = schema.model_json_schema()
-    if isinstance(schema, str):
-        try:
-            schema = json.loads(schema)
-        except (ValueError, RecursionError) as error:
-            raise RequestError(f"structured_outputs.json is not JSON: {error}") from error
+    schema = _from_json(schema, "json")
     if isinstance(schema, Mapping):
         return dict(schema)
     raise RequestError(
         f"structured_outputs.json must be a JSON schema (text or dict) or a pydantic model class, not {schema!r:.80}"
     )
+
+
+def _from_json(value: object, name: str) -> Any:
+    """The value that a text holds as JSON; any other value as it is."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return json.loads(value)
+    except (ValueError, RecursionError) as error:
+        raise RequestError(f"structured_outputs.{name} is not JSON: {error}") from error
 
 
 def _token_id_of(key: object) -> object:
@@ -284,4 +305,4 @@ def _within(value: Any, kind: type[Any] | tuple[type[Any], ...], low: float, hig
 
 def _require(params: object, name: str, holds: bool, expected: str) -> None:
     if not holds:
-        raise RequestError(f"{name}={getattr(params, name)!r} must be {expected}")
+        raise RequestError(f"{name}={getattr(params, name)!r:.200} must be {expected}")

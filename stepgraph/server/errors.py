@@ -93,10 +93,13 @@ def api_error(error: Exception, *, request_id: str) -> APIError:
 
 
 def report(error: Exception, request_id: str) -> APIError:
-    """`api_error`, and a line in the log if it is the server's fault; with a traceback if nobody foresaw it."""
+    """`api_error`, and a line in the log if it is the server's fault; with a traceback if nobody foresaw it.
+
+    An APIError has none: the server refuses requests while it loads or ends, and clients may try again many times a second.
+    """
     failure = api_error(error, request_id=request_id)
-    if failure.status >= 500:
-        unforeseen = not isinstance(error, APIError | StepgraphError)
+    if failure.status >= 500 and not isinstance(error, APIError):
+        unforeseen = not isinstance(error, StepgraphError)
         logger.error("request %s: %s", request_id, error, exc_info=error if unforeseen else None)
     return failure
 

@@ -23,6 +23,7 @@ from stepgraph.errors import ModelError
 from stepgraph.server.app import create_app, create_metrics_app
 from stepgraph.server.conversation import ChatForm
 from stepgraph.server.engine_client import EndedRequest, EngineClient
+from stepgraph.server.head_limit import HeadLimitedProtocol
 from stepgraph.server.metrics import Metrics
 from stepgraph.server.service import ModelFace, Service
 from stepgraph.server.tracing import Tracer, create_tracer
@@ -194,6 +195,7 @@ def _server(app: Any, config: ServerConfig) -> _Server:
     return _Server(
         uvicorn.Config(
             app,
+            http=HeadLimitedProtocol,
             lifespan="off",
             access_log=config.access_log,
             log_level="info" if config.access_log else "warning",

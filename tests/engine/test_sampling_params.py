@@ -215,7 +215,7 @@ def test_a_schema_may_be_a_dict_text_or_a_model_class(schema) -> None:
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({}, "exactly one of json, regex, choice, grammar, json_object; none given"),
+        ({}, "exactly one of json, regex, choice, grammar, json_object, structural_tag; none given"),
         ({"json_object": False}, "none given"),
         ({"json": SCHEMA, "regex": "a"}, "json and regex given"),
         ({"choice": ["a"], "json_object": True}, "choice and json_object given"),
@@ -227,6 +227,10 @@ def test_a_schema_may_be_a_dict_text_or_a_model_class(schema) -> None:
         ({"regex": ""}, "regex='' must be a text that is not empty"),
         ({"regex": 5}, "regex=5 must be a text"),
         ({"grammar": 5}, "grammar=5 must be a text"),
+        ({"structural_tag": "{"}, "structured_outputs.structural_tag is not JSON"),
+        ({"structural_tag": "[1]"}, r"structural_tag=\[1\] must be a structural tag"),
+        ({"structural_tag": {}, "regex": "a"}, "regex and structural_tag given"),
+        ({"structural_tag": {}, "disable_any_whitespace": True}, "disable_any_whitespace=True must be False with"),
         ({"choice": []}, r"choice=\[\] must be a list of texts"),
         ({"choice": "ab"}, "choice='ab' must be a list of texts"),
         ({"choice": ["a", 5]}, "must be a list of texts"),

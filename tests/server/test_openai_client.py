@@ -446,6 +446,17 @@ def test_an_answer_is_parsed_into_a_pydantic_model_whole_and_streamed(smollm) ->
     assert done.parsed == choice.message.parsed
 
 
+TAG = {
+    "type": "structural_tag",
+    "format": {
+        "type": "tag",
+        "begin": "<city>",
+        "content": {"type": "json_schema", "json_schema": {"enum": ["Paris", "Rome"]}},
+        "end": "</city>",
+    },
+}
+
+
 @pytest.mark.parametrize(
     ("fields", "form"),
     [
@@ -453,9 +464,11 @@ def test_an_answer_is_parsed_into_a_pydantic_model_whole_and_streamed(smollm) ->
         ({"structured_outputs": {"choice": ["Berlin", "Paris", "Rome"]}}, "Berlin|Paris|Rome"),
         ({"structured_outputs": {"grammar": 'root ::= "<" [a-z]+ ">"'}}, "<[a-z]+>"),
         ({"guided_choice": ["Paris!", "Rome!"]}, "Paris!|Rome!"),
+        ({"response_format": TAG}, '<city>"(Paris|Rome)"</city>'),
+        ({"structured_outputs": {"structural_tag": json.dumps(TAG)}}, '<city>"(Paris|Rome)"</city>'),
         ({"response_format": {"type": "text"}}, r"The capital of France is Paris\."),
     ],
-    ids=["regex", "choice", "grammar", "guided_choice", "text"],
+    ids=["regex", "choice", "grammar", "guided_choice", "tag", "tag as text", "text"],
 )
 def test_an_answer_has_the_form_that_is_asked_for(smollm, fields, form) -> None:
     create = smollm.chat.completions.create
