@@ -22,8 +22,8 @@ of formats in a structural tag."""
 MAX_REPETITIONS = 128
 """`?`, `*`, `+` and `{m,n}` in a request's grammar or in all its patterns. Time grows with the third power of those in a row."""
 MAX_OPTIONAL = 32
-"""Of those, the ones with two different finite bounds (`?`, `{2,5}`), and different lengths of strings in a schema. Many in a
-row make tokens slow."""
+"""Of those, the ones with two different finite bounds (`?`, `{2,5}`), and different lengths of strings in a schema. Many in
+a row make tokens slow."""
 MAX_COUNT = 100_000
 """Largest bound of a repetition or of a string's length."""
 MAX_NESTED_COUNT = 1000
