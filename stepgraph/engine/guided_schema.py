@@ -412,9 +412,9 @@ def _depth_of(value: Any) -> int:
 def _states_of_object(num_properties: int, bounds: Mapping[str, Any]) -> int:
     """What an object counts towards the limit of states, fitted to measurements: xgrammar tries every set of properties that may
     still come, and with bounds every number of them."""
-    num_states = num_properties**3 // 1_000_000
+    num_states = num_properties**3 // 150_000
     if bounds.get("minProperties") or "maxProperties" in bounds:
-        num_states += num_properties**2 * min(bounds.get("maxProperties", num_properties), num_properties) // 700
+        num_states += num_properties**2 * min(bounds.get("maxProperties", num_properties), num_properties) // 250
     return num_states
 
 
