@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import KW_ONLY, dataclass, field
 from enum import StrEnum
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -35,26 +35,14 @@ class TokenLogprobs(NamedTuple):
 
 
 @dataclass(eq=False)
-class Request:
-    """What a user asked for, and how far it has come. The device has its own view in SlotState."""
+class AnsweredRequest:
+    """What a user asked for, and what has come of it: all that those who read the answer see. The engine's own requests are such,
+    and their likenesses in other processes."""
 
     id: str
     prompt_token_ids: Sequence[int]
     params: SamplingParams
-    max_length: int
-    """Tokens of prompt and answer at which it ends."""
-    sampling: SlotSampling
-    """`params` as the device wants them."""
-    variant: Variant = Variant.PLAIN
-    """The least its steps need."""
-    priority: int = 0
-    """Lower runs first."""
-    cache_salt: str | None = None
-    """Only requests of the same salt share cached prefixes."""
-    adapter: Adapter | None = None
-    """The LoRA adapter it uses, held in memory until it ends."""
-    guide: Guide | None = None
-    """Where it stands in its grammar, once that is compiled."""
+    _: KW_ONLY
     output_token_ids: list[int] = field(default_factory=list)
     output_logprobs: list[TokenLogprobs] = field(default_factory=list)
     """One per output token if `params.logprobs` is set, else empty."""
@@ -69,6 +57,28 @@ class Request:
     """What went wrong, if it ended with `FinishReason.ERROR`."""
     error_is_users: bool = False
     """It is about what was asked for, and would come again."""
+    admitted_at: float | None = None
+    """`time.monotonic()` when it first got a slot."""
+
+
+@dataclass(eq=False)
+class Request(AnsweredRequest):
+    """A request in the engine, and how far it has come. The device has its own view in SlotState."""
+
+    max_length: int
+    """Tokens of prompt and answer at which it ends."""
+    sampling: SlotSampling
+    """`params` as the device wants them."""
+    variant: Variant = Variant.PLAIN
+    """The least its steps need."""
+    priority: int = 0
+    """Lower runs first."""
+    cache_salt: str | None = None
+    """Only requests of the same salt share cached prefixes."""
+    adapter: Adapter | None = None
+    """The LoRA adapter it uses, held in memory until it ends."""
+    guide: Guide | None = None
+    """Where it stands in its grammar, once that is compiled."""
 
     slot: int | None = None
     """Index of its device-side state while it runs."""
@@ -84,8 +94,6 @@ class Request:
     overtaken: int = 0
     """Later arrivals that got a slot while it waited, or its blocks while it ran."""
     num_preemptions: int = 0
-    admitted_at: float | None = None
-    """`time.monotonic()` when it first got a slot."""
     block_keys: list[bytes] = field(default_factory=list)
     """Prefix-cache keys of its full blocks, as far as computed."""
     num_found: int = 0

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple
 
 from stepgraph.engine.detokenizer import Detokenizer
 from stepgraph.engine.outputs import CompletionOutput, Logprob, RequestOutput, TokenProbabilities
 from stepgraph.engine.prompts import TokenizedPrompt
-from stepgraph.engine.request import FinishReason, TokenLogprobs
+from stepgraph.engine.request import AnsweredRequest, FinishReason, TokenLogprobs
 from stepgraph.engine.sampling_params import SamplingParams
 from stepgraph.engine.stop_strings import StopStrings
 from stepgraph.engine.token_bytes import token_bytes
@@ -22,21 +22,6 @@ if TYPE_CHECKING:
 
 Abort = Callable[[str], object]
 """Ends the request of this id in the engine, if it still runs."""
-
-
-class AnsweredRequest(Protocol):
-    """What a session reads of a request: the engine's own, or its likeness in another process."""
-
-    id: str
-    prompt_token_ids: Sequence[int]
-    params: SamplingParams
-    output_token_ids: list[int]
-    output_logprobs: list[TokenLogprobs]
-    prompt_logprobs: list[TokenLogprobs | None]
-    num_cached_tokens: int
-    finish_reason: FinishReason | None
-    stop_token: int | None
-    error: str | None
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,7 +14,7 @@ from stepgraph.engine.session import AnswerDelta
 from stepgraph.errors import RequestError
 from stepgraph.server.completions import describe_prompt_logprobs
 from stepgraph.server.conversation import AnswerParser, Piece, ToolUse, plain_messages
-from stepgraph.server.engine_client import Generation
+from stepgraph.server.generation import Generation
 from stepgraph.server.protocol import ChatRequest, sampling_params, structured_outputs
 from stepgraph.server.replies import (
     ChatChoice,

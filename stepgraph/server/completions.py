@@ -13,7 +13,7 @@ from stepgraph.engine.outputs import Logprob, TokenProbabilities
 from stepgraph.engine.prompts import TokenizedPrompt, require_tokenizer
 from stepgraph.engine.session import AnswerDelta, TokenTexts
 from stepgraph.errors import RequestError
-from stepgraph.server.engine_client import Generation
+from stepgraph.server.generation import Generation
 from stepgraph.server.protocol import CompletionRequest, sampling_params
 from stepgraph.server.replies import Completion, CompletionChoice, CompletionLogprobs, encode_json
 from stepgraph.server.service import Context, Service, Tally, merged, new_id

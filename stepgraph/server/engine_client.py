@@ -1,4 +1,4 @@
-"""The front's side of the engine: starts its process, keeps it alive, and gives each request what comes back for it."""
+"""The engine as the front has it: starts its process, keeps it alive, and gives each request what comes back for it."""
 
 from __future__ import annotations
 
@@ -9,22 +9,20 @@ import shutil
 import subprocess
 import tempfile
 import time
-from collections.abc import AsyncGenerator, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping
 from enum import StrEnum
 from itertools import count
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import zmq
 import zmq.asyncio
 
-from stepgraph.engine.outputs import TokenProbabilities
 from stepgraph.engine.prompts import TokenizedPrompt
-from stepgraph.engine.request import FinishReason, TokenLogprobs
+from stepgraph.engine.request import FinishReason
 from stepgraph.engine.sampling_params import SamplingParams
-from stepgraph.engine.session import AnswerDelta, Session, split
 from stepgraph.errors import ConfigError, EngineDeadError, RequestError, StepgraphError
+from stepgraph.server.generation import EndedRequest, Generation, Origin, RemoteRequest
 from stepgraph.server.messages import (
     Abort,
     Accepted,
@@ -74,35 +72,6 @@ class EngineState(StrEnum):
     STOPPED = "stopped"
 
 
-class Origin(NamedTuple):
-    """Where a request comes from, for traces."""
-
-    operation: str
-    """"chat" or "text_completion"."""
-    model: str
-    """As the client named it."""
-    response_id: str
-    traceparent: str | None
-    """The HTTP header of this name."""
-
-
-@dataclass(frozen=True)
-class EndedRequest:
-    """One answer's life, for metrics and traces. Times are `time.monotonic()` seconds; None if it did not come so far."""
-
-    finish_reason: str
-    params: SamplingParams
-    num_prompt_tokens: int
-    num_cached_tokens: int
-    num_output_tokens: int
-    arrived_at: float
-    admitted_at: float | None  # it got a slot
-    first_token_at: float | None
-    last_token_at: float | None
-    ended_at: float
-    origin: Origin | None = None
-
-
 class Observer(Protocol):
     """Watches the engine and its requests. Called in the event loop, so it must be quick."""
 
@@ -120,156 +89,6 @@ class Observer(Protocol):
 
     def on_state(self, state: EngineState) -> None:
         """The engine's process has come to another state of its life."""
-
-
-@dataclass(eq=False)
-class _Likeness:
-    """A request that runs in the engine's process, as far as it is known here."""
-
-    id: str
-    prompt_token_ids: Sequence[int]
-    params: SamplingParams
-    arrived_at: float
-    origin: Origin
-    output_token_ids: list[int] = field(default_factory=list)
-    output_logprobs: list[TokenLogprobs] = field(default_factory=list)
-    prompt_logprobs: list[TokenLogprobs | None] = field(default_factory=list)
-    num_cached_tokens: int = 0
-    finish_reason: FinishReason | None = None
-    stop_token: int | None = None
-    error: str | None = None
-    error_is_users: bool = False
-    admitted_at: float | None = None
-    first_token_at: float | None = None
-    last_token_at: float | None = None
-
-    def take(self, update: TokenUpdate) -> None:
-        """Take in what the engine's process says of it."""
-        self.output_token_ids += update.token_ids
-        self.output_logprobs += update.logprobs or ()
-        if update.first is not None:
-            self.admitted_at = update.first.admitted_at
-            self.num_cached_tokens = update.first.num_cached_tokens
-            self.prompt_logprobs = update.first.prompt_logprobs or []
-        if update.finish_reason is not None:
-            self.finish_reason = FinishReason(update.finish_reason)
-            self.stop_token, self.error, self.error_is_users = update.stop_token, update.error, update.is_users
-
-    def ended(self, reason: str) -> EndedRequest:
-        """Its life, now that it is over."""
-        return EndedRequest(
-            reason,
-            self.params,
-            len(self.prompt_token_ids),
-            self.num_cached_tokens,
-            len(self.output_token_ids),
-            self.arrived_at,
-            self.admitted_at,
-            self.first_token_at,
-            self.last_token_at,
-            time.monotonic(),
-            self.origin,
-        )
-
-
-class Generation:
-    """One prompt being answered. Iterate over `deltas` once; leaving early aborts what runs."""
-
-    def __init__(
-        self,
-        client: EngineClient,
-        id: str,
-        prompt: TokenizedPrompt,
-        params: SamplingParams,
-        tokenizer: PreTrainedTokenizerFast | None,
-        arrived_at: float,
-        origin: Origin,
-    ):
-        self.id = id
-        self.prompt = prompt
-        self.requests = {
-            one_id: _Likeness(one_id, prompt.token_ids, one, arrived_at, origin) for one_id, one in split(id, params)
-        }
-        """One for each answer, by their ids in the engine."""
-        self._client = client
-        self._session = Session(
-            list(self.requests.values()),
-            prompt.text,
-            tokenizer,
-            abort=lambda request_id: client.abort((request_id,), FinishReason.STOP),
-            id=id,
-        )
-        self._updates: list[TokenUpdate] = []
-        self._failure: StepgraphError | None = None
-        self._accepted = asyncio.Event()
-        self._news = asyncio.Event()
-
-    @property
-    def num_cached_tokens(self) -> int:
-        """Prompt tokens that the prefix cache saved the first answer."""
-        return next(iter(self.requests.values())).num_cached_tokens
-
-    def prompt_logprobs(self) -> list[TokenProbabilities | None] | None:
-        """See `Session.prompt_logprobs`."""
-        return self._session.prompt_logprobs()
-
-    async def accepted(self) -> None:
-        """Wait until the engine has queued it, and has compiled its grammar if it has one.
-
-        Raises:
-            RequestError: the engine refuses the request.
-            EngineDeadError: the engine died.
-        """
-        await self._accepted.wait()
-        if next(iter(self.requests.values())).params.structured_outputs is not None:
-            await self._news.wait()
-        refusals = [one.error for one in self.requests.values() if one.error is not None and one.error_is_users]
-        if self._failure is not None or refusals:
-            self._client.leave(self)
-            raise self._failure or RequestError(refusals[0])
-
-    async def deltas(self) -> AsyncGenerator[list[AnswerDelta]]:
-        """What the answers gain, as it comes. A slow reader finds what came meanwhile in one piece.
-
-        Raises:
-            RequestError: what was asked for cannot be done after all.
-            EngineDeadError: the engine died.
-            StepgraphError: an answer failed by itself.
-        """
-        try:
-            while not self._session.finished:
-                await self._news.wait()
-                self._news.clear()
-                updates, self._updates = self._updates, []
-                for update in updates:
-                    end = None if update.finish_reason is None else FinishReason(update.finish_reason)
-                    self._session.update(update.id, update.token_ids, end)
-                deltas = self._session.deltas()
-                if deltas:
-                    yield deltas
-                failed = next((request for request in self.requests.values() if request.error is not None), None)
-                if failed is not None:
-                    kind = RequestError if failed.error_is_users else StepgraphError
-                    raise kind(f"the answer ended early: {failed.error}")
-                if self._failure is not None and not self._session.finished:
-                    raise self._failure
-        finally:
-            self._client.leave(self)
-
-    def accept(self) -> None:
-        """For the client: the engine has queued it."""
-        self._accepted.set()
-
-    def take(self, update: TokenUpdate) -> None:
-        """For the client: news from the engine."""
-        self._updates.append(update)
-        self._news.set()
-
-    def fail(self, error: StepgraphError) -> None:
-        """For the client: no more news will come."""
-        self._failure = error
-        self._accepted.set()
-        self._news.set()
 
 
 class EngineClient:
@@ -299,7 +118,6 @@ class EngineClient:
         """Why the engine died last."""
         self.ready: Ready | None = None
         """What the running engine said of itself."""
-        self.restarts = 0
         self._settings = dict(settings)
         self._port = port
         self._observer = observer
@@ -308,7 +126,7 @@ class EngineClient:
         self._context = zmq.asyncio.Context()
         self._socket: zmq.asyncio.Socket | None = None
         self._generations: dict[str, Generation] = {}
-        self._running: dict[str, tuple[Generation, _Likeness]] = {}  # by id of the engine's requests
+        self._running: dict[str, tuple[Generation, RemoteRequest]] = {}  # by id of the engine's requests
         self._questions: dict[int, asyncio.Future[dict[str, Any]]] = {}
         self._numbers = count()
         self._heard_at = time.monotonic()
@@ -378,8 +196,7 @@ class EngineClient:
             RequestError: it cannot be put into a message.
             EngineDeadError: the engine is not there.
         """
-        if self.state is not EngineState.READY:
-            raise EngineDeadError(self.trouble or "the engine is not there")
+        self._require_ready()
         assert id not in self._generations, id
         generation = Generation(self, id, prompt, params, tokenizer, arrived_at, origin)
         requests = [(one_id, settings_of(one.params)) for one_id, one in generation.requests.items()]
@@ -408,8 +225,7 @@ class EngineClient:
 
     async def graphs(self) -> dict[str, Any]:
         """The graph pool; EngineDeadError if the engine is not there."""
-        if self.state is not EngineState.READY:
-            raise EngineDeadError(self.trouble or "the engine is not there")
+        self._require_ready()
         number = next(self._numbers)
         answer = self._questions[number] = asyncio.get_running_loop().create_future()
         self._send(AskGraphs(number))
@@ -438,7 +254,6 @@ class EngineClient:
                 if self.state is EngineState.LOADING:
                     self._change(EngineState.FAILED)
                     return
-                self.restarts += 1
                 failures = 1 if time.monotonic() - started > _STEADY_S else failures + 1
                 wait_s = _BACK_OFF_S[min(failures, len(_BACK_OFF_S)) - 1]
                 reason = "" if self.failure is None else f": {self.failure.message}"
@@ -596,6 +411,10 @@ class EngineClient:
         for question in questions.values():
             if not question.done():
                 question.set_exception(error)
+
+    def _require_ready(self) -> None:
+        if self.state is not EngineState.READY:
+            raise EngineDeadError(self.trouble or "the engine is not there")
 
     def _change(self, state: EngineState) -> None:
         self.state = state

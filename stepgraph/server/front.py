@@ -22,7 +22,8 @@ from stepgraph.config.server import ServerConfig
 from stepgraph.errors import ModelError
 from stepgraph.server.app import create_app, create_metrics_app
 from stepgraph.server.conversation import ChatForm
-from stepgraph.server.engine_client import EndedRequest, EngineClient
+from stepgraph.server.engine_client import EngineClient
+from stepgraph.server.generation import EndedRequest
 from stepgraph.server.head_limit import HeadLimitedProtocol
 from stepgraph.server.metrics import Metrics
 from stepgraph.server.service import ModelFace, Service

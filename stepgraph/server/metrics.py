@@ -34,7 +34,7 @@ from stepgraph.server.messages import Load
 from stepgraph.step.plan import StepKind
 
 if TYPE_CHECKING:
-    from stepgraph.server.engine_client import EndedRequest
+    from stepgraph.server.generation import EndedRequest
     from stepgraph.server.messages import Progress
 
 _PREFIX = "stepgraph:"

@@ -19,8 +19,9 @@ from stepgraph.engine.prompts import TokenizedPrompt, encode_text, require_token
 from stepgraph.engine.sampling_params import SamplingParams
 from stepgraph.engine.session import AnswerDelta
 from stepgraph.server.conversation import ChatForm
-from stepgraph.server.engine_client import EngineClient, EngineState, Generation, Origin
+from stepgraph.server.engine_client import EngineClient, EngineState
 from stepgraph.server.errors import APIError
+from stepgraph.server.generation import Generation, Origin
 from stepgraph.server.protocol import CompletionRequest, SamplingFields
 from stepgraph.server.replies import CompletionTokensDetails, PromptTokensDetails, Usage
 

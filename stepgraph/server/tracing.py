@@ -15,7 +15,7 @@ from stepgraph.errors import ConfigError
 if TYPE_CHECKING:
     from opentelemetry.sdk.trace.export import SpanExporter
 
-    from stepgraph.server.engine_client import EndedRequest
+    from stepgraph.server.generation import EndedRequest
 
 _FLUSH_S = 5.0
 """How long the end of the server waits for spans to leave."""

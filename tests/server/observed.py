@@ -3,7 +3,8 @@
 from dataclasses import replace
 
 from stepgraph.engine.sampling_params import SamplingParams
-from stepgraph.server.engine_client import EndedRequest, EngineState
+from stepgraph.server.engine_client import EngineState
+from stepgraph.server.generation import EndedRequest
 from stepgraph.server.messages import Load, Progress, StepInfo, TokenUpdate
 from stepgraph.server.metrics import Metrics
 

@@ -20,7 +20,7 @@ from stepgraph.engine.request import FinishReason
 from stepgraph.engine.sampling_params import SamplingParams
 from stepgraph.errors import ConfigError
 from stepgraph.server import tracing
-from stepgraph.server.engine_client import EndedRequest
+from stepgraph.server.generation import EndedRequest
 from stepgraph.server.tracing import Tracer, create_tracer
 
 TRACE_ID, SPAN_ID = 0x4BF92F3577B34DA6A3CE929D0E0E4736, 0x00F067AA0BA902B7
