@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from stepgraph.bench.report import machine, table, write_json
-from stepgraph.config import EngineConfig, add_flags, settings_from_flags
+from stepgraph.config import CacheConfig, EngineConfig, add_flags, settings_from_flags
 from stepgraph.errors import ConfigError, StepgraphError
 
 if TYPE_CHECKING:
@@ -65,8 +65,8 @@ def run(arguments: argparse.Namespace) -> int:
     # Two engines share the machine, so each gets just the memory it needs; graphs for all rounds exist before the first.
     settings.setdefault("max_num_seqs", most)
     settings.setdefault("max_model_len", max(256, length))
-    config = EngineConfig.from_settings(**settings)
-    settings.setdefault("num_kv_blocks", 1 + most * -(-length // config.cache.block_size) * 2)
+    block_size = settings.get("block_size", CacheConfig.block_size)
+    settings.setdefault("num_kv_blocks", 1 + most * -(-length // block_size) * 2)
     config = EngineConfig.from_settings(**settings)
     if most > config.scheduler.max_num_seqs:
         raise ConfigError(

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from stepgraph.bench.report import machine, table, write_json
+from stepgraph.bench.report import machine, pyplot, save_figure, table, write_json
 from stepgraph.bench.roofline import Limits, measure_limits, step_cost
 from stepgraph.config import EngineConfig, add_flags, settings_from_flags
 from stepgraph.engine.engine import Engine
@@ -347,14 +347,9 @@ def _table(measured: Sequence[Measurement]) -> str:
 
 
 def _plot(path: Path, measured: Sequence[Measurement], title: str) -> None:
-    try:
-        import matplotlib
-    except ImportError:
-        print(f"no plot: {path} needs matplotlib; pip install 'stepgraph[plot]'", file=sys.stderr)
+    plt = pyplot(path)
+    if plt is None:
         return
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
     figure, axes = plt.subplots(figsize=(9, 0.55 * len(measured) + 1.6), layout="constrained")
     y = range(len(measured))
     axes.barh([i - 0.2 for i in y], [m.eager_ms for m in measured], 0.38, label="eager", color="#b0b7c3")
@@ -369,6 +364,4 @@ def _plot(path: Path, measured: Sequence[Measurement], title: str) -> None:
     axes.set_xlabel("ms per step, launch to completion")
     axes.set_title(title)
     axes.legend(loc="lower center", bbox_to_anchor=(0.5, -0.17), ncols=3, frameon=False)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=140)
-    print(f"wrote {path}")
+    save_figure(figure, path, dpi=140)

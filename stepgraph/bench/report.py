@@ -59,6 +59,26 @@ def write_json(path: Path, result: Mapping[str, Any]) -> None:
     print(f"wrote {path}")
 
 
+def pyplot(path: Path) -> Any | None:
+    """matplotlib's pyplot, for a picture in a file; None if it is not installed, and says so."""
+    try:
+        import matplotlib
+    except ImportError:
+        print(f"no plot: {path} needs matplotlib; pip install 'stepgraph[plot]'", file=sys.stderr)
+        return None
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    return plt
+
+
+def save_figure(figure: Any, path: Path, *, dpi: int = 110) -> None:
+    """Write a picture."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=dpi)
+    print(f"wrote {path}")
+
+
 def cpu_name() -> str:
     """The processor as its maker calls it, or at least its architecture."""
     cpuinfo = Path("/proc/cpuinfo")

@@ -16,7 +16,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from stepgraph.bench.report import machine, table, write_json
+from stepgraph.bench.report import machine, pyplot, save_figure, table, write_json
 from stepgraph.bench.scheduler_cost import HostCost, measure_costs
 from stepgraph.bench.simulation import BLOCK_SIZE, QWEN3_0_6B_ON_H100, Scenario, ShapeUse, Simulation, simulate
 from stepgraph.bench.workloads import LENGTHS, Lengths, load_lengths, make_trace
@@ -407,14 +407,9 @@ def _ms(run: Simulation, what: str, percent: int) -> str:
 
 
 def _plot(path: Path, outcomes: Sequence[Outcome], names: Sequence[str]) -> None:
-    try:
-        import matplotlib
-    except ImportError:
-        print(f"no plot: {path} needs matplotlib; pip install 'stepgraph[plot]'", file=sys.stderr)
+    plt = pyplot(path)
+    if plt is None:
         return
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
     figure, (waste, waiting, sizes) = plt.subplots(1, 3, figsize=(16, 4.8), layout="constrained")
     policy = outcomes[0].case.name
     outcomes = [outcome for outcome in outcomes if outcome.case.name == policy]
@@ -450,6 +445,4 @@ def _plot(path: Path, outcomes: Sequence[Outcome], names: Sequence[str]) -> None
     sizes.set_xticks(range(len(captured)), list(map(str, captured)), rotation=90, fontsize=8)
     sizes.set(xlabel="captured tokens", ylabel="padding, %", title=f"padding by captured size, {names[0]}, all loads")
     figure.suptitle(f"scheduler in simulation, {policy} policy; step times of Qwen3-0.6B on an H100 by formula")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110)
-    print(f"wrote {path}")
+    save_figure(figure, path)

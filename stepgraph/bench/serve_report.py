@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from stepgraph.bench.report import table
+from stepgraph.bench.report import pyplot, save_figure, table
 from stepgraph.bench.serve_metrics import METRICS, Outcome, count_without_usage, errors_by_kind
 
 if TYPE_CHECKING:
@@ -56,14 +55,9 @@ def request_details(outcomes: Sequence[Outcome]) -> dict[str, Any]:
 
 def plot(path: Path, outcomes: Sequence[Outcome], title: str) -> None:
     """Draw how long first tokens and gaps took, and the course of the run, as PNG; says so where matplotlib is missing."""
-    try:
-        import matplotlib
-    except ImportError:
-        print(f"no plot: {path} needs matplotlib; pip install 'stepgraph[plot]'", file=sys.stderr)
+    plt = pyplot(path)
+    if plt is None:
         return
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
     figure, (first, gaps, timeline) = plt.subplots(1, 3, figsize=(16, 4.8), layout="constrained")
     answered = [outcome for outcome in outcomes if not outcome.error]
     for axes, name, times_s in (
@@ -88,10 +82,8 @@ def plot(path: Path, outcomes: Sequence[Outcome], title: str) -> None:
     )
     timeline.invert_yaxis()
     figure.suptitle(title)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110)
+    save_figure(figure, path)
     plt.close(figure)
-    print(f"wrote {path}")
 
 
 def _summary_table(summary: Mapping[str, Any], num_prompts: int, limits: Sequence[str]) -> str:

@@ -25,13 +25,13 @@ from stepgraph.engine.prompts import require_tokenizer
 from stepgraph.engine.request import FinishReason, Request, RequestUpdate
 from stepgraph.engine.sampling_params import SamplingParams, bad_word_token_ids
 from stepgraph.engine.scheduler import ScheduledStep, Scheduler
-from stepgraph.errors import ConfigError, EngineDeadError, ModelError, RequestError, StepgraphError
+from stepgraph.errors import ConfigError, EngineDeadError, RequestError, StepgraphError
 from stepgraph.graph.pool import StepRecord
 from stepgraph.models.adapters import Adapter, AdapterStore
 from stepgraph.models.decoder import Decoder
 from stepgraph.models.language_model import LanguageModel
 from stepgraph.models.loader import load_model
-from stepgraph.models.source import ModelSource, resolve
+from stepgraph.models.source import ModelSource, resolve, resolve_configured
 from stepgraph.models.update import plan_update, write
 from stepgraph.ops import slot_line
 from stepgraph.platforms import create_platform
@@ -87,9 +87,7 @@ class Engine:
 
     def __init__(self, config: EngineConfig, *, source: ModelSource | None = None, progress: bool = False):
         self.config = config
-        self.source = source or resolve(
-            config.model.model, weights=config.model.load_format != "dummy", model_impl=config.model.model_impl
-        )
+        self.source = source or resolve_configured(config.model)
         self.platform = create_platform(config.model.device)
         self.max_model_len = _max_model_len(config, self.source)
         self.dtype: torch.dtype = (
@@ -138,11 +136,7 @@ class Engine:
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerFast | None:
         """The model's tokenizer; None if it has none that can be read, which leaves prompts of token ids."""
-        try:
-            return self.source.tokenizer()
-        except ModelError as error:
-            logger.warning("%s", error)
-            return None
+        return self.source.tokenizer_if_any()
 
     @property
     def has_work(self) -> bool:

@@ -34,7 +34,6 @@ class AnswerDelta:
     logprobs: list[TokenProbabilities] | None  # one per new token, if asked for
     finish_reason: str | None  # as in `CompletionOutput`
     stop_reason: int | str | None
-    error: str | None
 
 
 class Session:
@@ -263,7 +262,6 @@ class Answer:
             logprobs=None if self._logprobs is None else self._logprobs[given.num_tokens :],
             finish_reason=None if self._finish_reason is None else str(self._finish_reason),
             stop_reason=self._stop_reason(),
-            error=self.request.error if self._finish_reason is FinishReason.ERROR else None,
         )
 
     def _hides_last(self, finish_reason: FinishReason | None) -> bool:

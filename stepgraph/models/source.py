@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import logging
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ from typing import Any
 
 from transformers import AutoConfig, GenerationConfig, PreTrainedTokenizerFast
 
+from stepgraph.config import ModelConfig
 from stepgraph.errors import ModelError
 from stepgraph.models.checkpoint import CheckpointTensor
 from stepgraph.models.config import as_token_ids
@@ -19,6 +21,8 @@ from stepgraph.models.language_model import LanguageModelConfig
 from stepgraph.models.registry import choose_config
 from stepgraph.models.safetensors import read_safetensors, weight_files
 from stepgraph.models.tokenizer import tokenizer_from_folder, tokenizer_from_gguf
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -57,6 +61,14 @@ class ModelSource(ABC):
     @abstractmethod
     def tokenizer(self) -> PreTrainedTokenizerFast:
         """The model's tokenizer; ModelError if there is none."""
+
+    def tokenizer_if_any(self) -> PreTrainedTokenizerFast | None:
+        """The model's tokenizer; None, and a warning why, if there is none that can be read: that leaves prompts of token ids."""
+        try:
+            return self.tokenizer()
+        except ModelError as error:
+            logger.warning("%s", error)
+            return None
 
     def sampling_defaults(self) -> dict[str, float | int]:
         """How the model's makers recommend to sample from it: fields of SamplingParams, those they name."""
@@ -189,6 +201,11 @@ def resolve(model: str, *, weights: bool = True, model_impl: str = "auto") -> Mo
     if path.suffix == ".gguf" or path.is_absolute() or model.startswith((".", "~")) or model.count("/") > 1:
         raise ModelError(f"There is no file or folder {path}.")
     return FolderSource(model, _hub_folder(model, weights), model_impl)
+
+
+def resolve_configured(config: ModelConfig) -> ModelSource:
+    """Find the model that settings name; see `resolve`."""
+    return resolve(config.model, weights=config.load_format != "dummy", model_impl=config.model_impl)
 
 
 def packaged_file(name: str) -> Path | None:

@@ -23,7 +23,7 @@ from stepgraph.server.chat import ChatReply
 from stepgraph.server.completions import CompletionCall
 from stepgraph.server.conversation import plain_messages
 from stepgraph.server.door import Door
-from stepgraph.server.errors import APIError, api_error, report, timed_out
+from stepgraph.server.errors import APIError, api_error, error_response, report, timed_out
 from stepgraph.server.metrics import Metrics
 from stepgraph.server.protocol import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
 from stepgraph.server.replies import ModelCard, ModelList, Text, Tokens, encode_json
@@ -219,9 +219,9 @@ async def _answer(
                 return await _unless_left(http.receive, whole())
     except TimeoutError:
         assert timeout_s is not None
-        return _error(timed_out(timeout_s))
+        return error_response(timed_out(timeout_s))
     except Exception as error:
-        return _error(report(error, context.request_id))
+        return error_response(report(error, context.request_id))
 
 
 def _left(timeout_s: float | None, context: Context) -> float | None:
@@ -256,16 +256,16 @@ def _ignored_fields(body: Streamable, request_id: str) -> Mapping[str, str]:
 
 def _add_error_handlers(app: FastAPI) -> None:
     async def on_known(http: Request, error: Exception) -> Response:
-        return _error(api_error(error, request_id=http.scope["state"]["request_id"]))
+        return error_response(api_error(error, request_id=http.scope["state"]["request_id"]))
 
     async def on_invalid(http: Request, error: Exception) -> Response:
         assert isinstance(error, RequestValidationError)
-        return _error(_invalid(error))
+        return error_response(_invalid(error))
 
     async def on_http(http: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
         if isinstance(error.__cause__, APIError):  # it came up while the body was read
-            return _error(error.__cause__)
+            return error_response(error.__cause__)
         message = str(error.detail)
         if error.status_code == 400 and error.__cause__ is not None:
             message = f"the body cannot be read as JSON: {error.__cause__}"
@@ -273,7 +273,7 @@ def _add_error_handlers(app: FastAPI) -> None:
             message = f"there is nothing at {http.scope['path']}; /docs lists what there is"
         elif error.status_code == 405:
             message = f"{http.scope['path']} does not take {http.method}"
-        return _error(APIError(error.status_code, message, headers=error.headers))
+        return error_response(APIError(error.status_code, message, headers=error.headers))
 
     for kind in (APIError, stepgraph.errors.StepgraphError, Exception):
         app.add_exception_handler(kind, on_known)
@@ -296,10 +296,6 @@ def _invalid(error: RequestValidationError) -> APIError:
     if field in _FORMS and first["type"] != "missing":  # one error for each form it might have
         where, message = where[:1], f"it must be {_FORMS[field]}"
     return APIError(422, f"{'.'.join(where) or 'the body'}: {message}", param=field)
-
-
-def _error(error: APIError) -> Response:
-    return Response(error.body(), error.status, headers=error.headers, media_type="application/json")
 
 
 def _status(trouble: str | None) -> Response:

@@ -7,7 +7,7 @@ from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from typing import Any, NamedTuple
 
-from msgspec import UNSET
+from msgspec import UNSET, UnsetType
 
 from stepgraph.engine.outputs import Logprob, TokenProbabilities
 from stepgraph.engine.session import AnswerDelta
@@ -27,9 +27,10 @@ from stepgraph.server.replies import (
     TokenLogprob,
     ToolCall,
     TopLogprob,
+    Usage,
     encode_json,
 )
-from stepgraph.server.service import Context, Service, Tally, merged, new_id
+from stepgraph.server.service import Context, Service, StreamedUsage, Tally, merged, new_id
 from stepgraph.server.sse import DONE, event
 
 
@@ -126,7 +127,7 @@ class ChatCall:
                         reason = "tool_calls"
                     yield Gain(delta, piece, reason)
 
-    def usage(self) -> Any:
+    def usage(self) -> Usage:
         """Token counts by now."""
         return self.tally.usage(reasoning=self._thinks)
 
@@ -192,23 +193,20 @@ class ChatReply:
 
     async def events(self) -> AsyncGenerator[bytes]:
         """The answer as server-sent events."""
-        options = self._request.stream_options
-        with_usage = options is not None and options.include_usage
-        always = options is not None and options.continuous_usage_stats
+        usage = StreamedUsage(self._request.stream_options, self._call.usage)
 
-        def chunk(choices: list[ChatChunkChoice], *, last: bool = False) -> bytes:
-            usage = self._call.usage() if last or always else (None if with_usage else UNSET)
-            return event(encode_json(ChatChunk(self._id, self._created, self._model, choices, usage)))
+        def chunk(choices: list[ChatChunkChoice], counts: Usage | UnsetType | None) -> bytes:
+            return event(encode_json(ChatChunk(self._id, self._created, self._model, choices, counts)))
 
         for index in range(self._n):
-            yield chunk([ChatChunkChoice(index, ChatMessage("", "assistant"))])
+            yield chunk([ChatChunkChoice(index, ChatMessage("", "assistant"))], usage.of_chunk())
         async with aclosing(self._call.gains()) as gains:
             async for gain in gains:
                 choice = self._chunk_of(gain)
                 if choice is not None:
-                    yield chunk([choice])
-        if with_usage:
-            yield chunk([], last=True)
+                    yield chunk([choice], usage.of_chunk())
+        if usage.at_end:
+            yield chunk([], self._call.usage())
         yield DONE
 
     def _chunk_of(self, gain: Gain) -> ChatChunkChoice | None:

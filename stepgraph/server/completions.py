@@ -16,7 +16,7 @@ from stepgraph.errors import RequestError
 from stepgraph.server.generation import Generation
 from stepgraph.server.protocol import CompletionRequest, sampling_params
 from stepgraph.server.replies import Completion, CompletionChoice, CompletionLogprobs, encode_json
-from stepgraph.server.service import Context, Service, Tally, merged, new_id
+from stepgraph.server.service import Context, Service, StreamedUsage, Tally, merged, new_id
 from stepgraph.server.sse import DONE, event
 
 
@@ -39,7 +39,7 @@ class CompletionCall:
         self._generations = generations
         self._n = n
         self._tally = Tally(generations)
-        self._texts = [_Choice(token_texts) for _ in range(n * len(generations))]
+        self._choices = [_Choice(token_texts) for _ in range(n * len(generations))]
 
     @classmethod
     async def start(cls, request: CompletionRequest, service: Service, context: Context) -> CompletionCall:
@@ -76,7 +76,7 @@ class CompletionCall:
 
     async def reply(self) -> bytes:
         """The whole answer, as JSON."""
-        choices = [CompletionChoice(index, "") for index in range(len(self._texts))]
+        choices = [CompletionChoice(index, "") for index in range(len(self._choices))]
         pieces: list[list[str]] = [[] for _ in choices]
         async with aclosing(self._chunks()) as chunks:
             async for chunk in chunks:
@@ -88,14 +88,11 @@ class CompletionCall:
 
     async def events(self) -> AsyncGenerator[bytes]:
         """The answer as server-sent events."""
-        options = self._request.stream_options
-        with_usage = options is not None and options.include_usage
-        always = options is not None and options.continuous_usage_stats
+        usage = StreamedUsage(self._request.stream_options, self._tally.usage)
         async with aclosing(self._chunks()) as chunks:
             async for chunk in chunks:
-                usage = self._tally.usage() if always else (None if with_usage else UNSET)
-                yield event(encode_json(Completion(self._id, self._created, self._model, [chunk], usage)))
-        if with_usage:
+                yield event(encode_json(Completion(self._id, self._created, self._model, [chunk], usage.of_chunk())))
+        if usage.at_end:
             yield event(encode_json(Completion(self._id, self._created, self._model, [], self._tally.usage())))
         yield DONE
 
@@ -111,17 +108,10 @@ class CompletionCall:
         """What a choice gains."""
         request, generation = self._request, self._generations[number]
         index = number * self._n + delta.index
-        state = self._texts[index]
+        state = self._choices[index]
         if request.max_tokens == 0:  # the one token that was computed is none of the answer's
-            delta = AnswerDelta(
-                delta.index,
-                "",
-                (),
-                None if delta.logprobs is None else [],
-                delta.finish_reason and "length",
-                None,
-                None,
-            )
+            logprobs: list[TokenProbabilities] | None = None if delta.logprobs is None else []
+            delta = AnswerDelta(delta.index, "", (), logprobs, delta.finish_reason and "length", None)
         is_first, state.begun = not state.begun, True
         echoed = (generation.prompt.text or "") if request.echo and is_first else ""
         choice = CompletionChoice(

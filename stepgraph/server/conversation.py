@@ -25,7 +25,8 @@ from stepgraph.server.tool_calls import (
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-_PROBE = {"type": "function", "function": {"name": "probe_of_the_template", "description": "", "parameters": {}}}
+_PROBE_NAME = "probe_of_the_template"
+_PROBE = {"type": "function", "function": {"name": _PROBE_NAME, "description": "", "parameters": {}}}
 _SETTLED = frozenset({"tools", "tokenize", "conversation", "messages", "return_tensors", "return_dict", "padding"})
 """Arguments of transformers that are no variables of a template."""
 
@@ -223,11 +224,20 @@ def _plain_message(message: ChatMessageField, where: str) -> dict[str, Any]:
             raise RequestError(f"{where}.tool_calls[{index}] needs function: {{name, arguments}}")
         arguments = function.get("arguments")
         if isinstance(arguments, str):
-            try:
-                function["arguments"] = json.loads(arguments or "{}")
-            except (ValueError, RecursionError) as error:
-                raise RequestError(f"{where}.tool_calls[{index}].function.arguments is not JSON: {error}") from error
+            function["arguments"] = parse_arguments(arguments, f"{where}.tool_calls[{index}].function.arguments")
     return plain
+
+
+def parse_arguments(text: str, where: str) -> Any:
+    """The arguments of a call as chat templates take them.
+
+    Raises:
+        RequestError: they are not JSON; `where` names their field.
+    """
+    try:
+        return json.loads(text or "{}")
+    except (ValueError, RecursionError) as error:
+        raise RequestError(f"{where} is not JSON: {error}") from error
 
 
 def _text_of(part: Mapping[str, Any], where: str) -> str:
@@ -248,7 +258,7 @@ def _shows_tools(tokenizer: PreTrainedTokenizerFast | None, template: str | None
         shown = chat_text(messages, tokenizer, tools=[_PROBE], chat_template=template)
     except RequestError:
         return False
-    return _PROBE["function"]["name"] in shown  # type: ignore[index]
+    return _PROBE_NAME in shown
 
 
 def _spelled_out(messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -268,7 +278,7 @@ def _without_tools(message: Mapping[str, Any]) -> dict[str, Any]:
     for call in message.get("tool_calls", ()):
         function = call["function"]
         written = json.dumps({"name": function["name"], "arguments": function.get("arguments", {})})
-        content += f"\n<tool_call>\n{written}\n</tool_call>" if content else f"<tool_call>\n{written}\n</tool_call>"
+        content += ("\n" if content else "") + f"<tool_call>\n{written}\n</tool_call>"
     if role == "tool":
         role, content = "user", f"<tool_response>\n{content}\n</tool_response>"
     return {"role": role, "content": content}

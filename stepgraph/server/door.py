@@ -11,7 +11,7 @@ from collections.abc import Callable
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from stepgraph.server.errors import APIError, report
+from stepgraph.server.errors import APIError, error_response, report
 
 OPEN_PATHS = frozenset({"/health", "/ready", "/version", "/load", "/metrics"})
 """What load balancers, orchestrators and Prometheus ask for: without a key, and while the server shuts down."""
@@ -65,7 +65,7 @@ class Door:
         except Exception as error:
             failure = report(error, request_id)
             if not status:
-                await send_error(failure, send_on)
+                await error_response(failure)(scope, receive, send_on)
             elif not is_whole:  # all that is left is to break it off
                 raise
         finally:
@@ -104,12 +104,3 @@ class Door:
             return message
 
         return receive_counted
-
-
-async def send_error(error: APIError, send: Send) -> None:
-    """Send an error as a whole reply."""
-    body = error.body()
-    headers = {"content-type": "application/json", "content-length": str(len(body)), **error.headers}
-    raw = [(name.lower().encode("latin-1"), value.encode("latin-1")) for name, value in headers.items()]
-    await send({"type": "http.response.start", "status": error.status, "headers": raw})
-    await send({"type": "http.response.body", "body": body})

@@ -7,6 +7,7 @@ import re
 from collections.abc import Mapping
 
 import msgspec
+from starlette.responses import Response
 
 from stepgraph.errors import ConfigError, EngineDeadError, ModelError, RequestError, StepgraphError
 
@@ -69,6 +70,11 @@ class APIError(Exception):
         # what a client sent may hold half a surrogate pair, which is no Unicode text
         text = self.message.encode("utf-8", "replace").decode()
         return msgspec.json.encode({"error": error | {"message": text}})
+
+
+def error_response(error: APIError) -> Response:
+    """An error as a whole reply."""
+    return Response(error.body(), error.status, headers=error.headers, media_type="application/json")
 
 
 def api_error(error: Exception, *, request_id: str) -> APIError:

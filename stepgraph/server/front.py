@@ -13,13 +13,12 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import uvicorn
 
 from stepgraph.config import EngineConfig
 from stepgraph.config.server import ServerConfig
-from stepgraph.errors import ModelError
 from stepgraph.server.app import create_app, create_metrics_app
 from stepgraph.server.conversation import ChatForm
 from stepgraph.server.engine_client import EngineClient
@@ -47,6 +46,8 @@ class Front:
     engine_config: EngineConfig
     config: ServerConfig
     api_keys: tuple[str, ...]
+    chat_template: str | None
+    """Text that replaces the model's."""
     listening: socket.socket
     metrics_listening: socket.socket | None
     engine_process: subprocess.Popen[bytes]
@@ -71,8 +72,8 @@ def run_front(front: Front) -> int:
 
 
 async def _serve(front: Front) -> int:
-    engine_config, config, listening = front.engine_config, front.config, front.listening
-    name = (config.served_model_name or (engine_config.model.model,))[0]
+    config, listening = front.config, front.listening
+    name = (config.served_model_name or (front.engine_config.model.model,))[0]
     tracer = None if config.otlp_traces_endpoint is None else create_tracer(config.otlp_traces_endpoint)
     metrics = Metrics(name) if tracer is None else _TracedMetrics(name, tracer)
     client = EngineClient(
@@ -82,7 +83,7 @@ async def _serve(front: Front) -> int:
         first_process=front.engine_process,
         progress=sys.stderr.isatty(),
     )
-    service = Service(config, client, lambda: _face_of(engine_config, config))
+    service = Service(config, client, lambda: _face_of(front))
     servers = [(_server(create_app(service, metrics, api_keys=front.api_keys), config), listening)]
     if front.metrics_listening is not None:
         servers.append((_server(create_metrics_app(service, metrics), config), front.metrics_listening))
@@ -167,9 +168,9 @@ class _Stop:
         self._loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             self._loop.add_signal_handler(number, self._ask)
-        self._task = asyncio.create_task(self._wait())
+        self._task = asyncio.create_task(self._asked.wait())
 
-    def task(self) -> asyncio.Task[None]:
+    def task(self) -> asyncio.Task[Literal[True]]:
         """Done when the first signal has come."""
         return self._task
 
@@ -179,9 +180,6 @@ class _Stop:
     def _ask(self) -> None:
         self.count += 1
         self._asked.set()
-
-    async def _wait(self) -> None:
-        await self._asked.wait()
 
 
 class _Server(uvicorn.Server):
@@ -208,23 +206,19 @@ def _server(app: Any, config: ServerConfig) -> _Server:
     )
 
 
-def _face_of(engine_config: EngineConfig, config: ServerConfig) -> ModelFace:
+def _face_of(front: Front) -> ModelFace:
     """What the front needs of the model. Takes seconds, most of them for the import."""
-    from stepgraph.models.source import resolve
+    from stepgraph.models.source import resolve_configured
 
-    model = engine_config.model
-    source = resolve(model.model, weights=model.load_format != "dummy", model_impl=model.model_impl)
-    try:
-        tokenizer = source.tokenizer()
-    except ModelError as error:
-        logger.warning("%s", error)
-        tokenizer = None
+    config = front.config
+    source = resolve_configured(front.engine_config.model)
+    tokenizer = source.tokenizer_if_any()
     return ModelFace(
-        name=model.model,
+        name=source.name,
         tokenizer=tokenizer,
         chat_form=ChatForm.of(
             tokenizer,
-            template=config.chat_template_text(),
+            template=front.chat_template,
             tool_call_parser=config.tool_call_parser,
             reasoning_parser=config.reasoning_parser,
         ),

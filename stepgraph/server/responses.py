@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import AsyncGenerator, Mapping
 from contextlib import aclosing
@@ -17,7 +16,7 @@ from stepgraph.engine.sampling_params import SamplingParams
 from stepgraph.engine.session import AnswerDelta
 from stepgraph.errors import RequestError
 from stepgraph.server.chat import ChatCall, describe_logprobs
-from stepgraph.server.conversation import ToolUse
+from stepgraph.server.conversation import ToolUse, parse_arguments
 from stepgraph.server.errors import APIError, report
 from stepgraph.server.protocol import (
     ChatRequest,
@@ -29,7 +28,7 @@ from stepgraph.server.protocol import (
     Tool,
     _Fields,
 )
-from stepgraph.server.replies import TokenLogprob, Usage, encode_json
+from stepgraph.server.replies import TokenLogprob, encode_json
 from stepgraph.server.responses_replies import (
     Event,
     IncompleteDetails,
@@ -195,7 +194,7 @@ class ResponsesReply:
         return [] if delta.logprobs is None else describe_logprobs(delta, self._num_top_logprobs)
 
     def _usage(self) -> ResponseUsage:
-        usage: Usage = self._call.usage()
+        usage = self._call.usage()
         details = usage.completion_tokens_details
         return ResponseUsage(
             usage.prompt_tokens,
@@ -350,7 +349,8 @@ def _add(messages: list[dict[str, Any]], item: Mapping[str, Any], where: str) ->
             text = _text_of(item["content"], f"{where}.content")
             _join(_turn_of("assistant", messages), "reasoning_content", text)
     elif kind == "function_call":
-        function = {"name": _string(item, "name", where), "arguments": _arguments_of(item, where)}
+        arguments = parse_arguments(_string(item, "arguments", where), f"{where}.arguments")
+        function = {"name": _string(item, "name", where), "arguments": arguments}
         call = {"id": _string(item, "call_id", where), "type": "function", "function": function}
         _turn_of("assistant", messages).setdefault("tool_calls", []).append(call)
     elif kind == "function_call_output":
@@ -388,13 +388,6 @@ def _text_of(content: Any, where: str) -> str:
             )
         texts.append(_string(part, "refusal" if kind == "refusal" else "text", f"{where}[{index}]"))
     return "".join(texts)
-
-
-def _arguments_of(call: Mapping[str, Any], where: str) -> Any:
-    try:
-        return json.loads(_string(call, "arguments", where) or "{}")
-    except (ValueError, RecursionError) as error:
-        raise RequestError(f"{where}.arguments is not JSON: {error}") from error
 
 
 def _string(item: Mapping[str, Any], key: str, where: str) -> str:

@@ -31,8 +31,7 @@ def run(settings: dict[str, Any], config: ServerConfig) -> int:
     """
     started_at = time.monotonic()
     engine_config = EngineConfig.from_settings(**settings)
-    api_keys = config.api_keys()
-    config.chat_template_text()
+    api_keys, chat_template = config.api_keys(), config.chat_template_text()
     if config.log_requests:
         logging.getLogger("stepgraph.server.requests").setLevel(logging.INFO)
     if config.host not in ("127.0.0.1", "localhost", "::1") and not api_keys:
@@ -46,7 +45,17 @@ def run(settings: dict[str, Any], config: ServerConfig) -> int:
         from stepgraph.server.front import Front, run_front
 
         return run_front(
-            Front(settings, engine_config, config, api_keys, listening, metrics_listening, process, started_at)
+            Front(
+                settings,
+                engine_config,
+                config,
+                api_keys,
+                chat_template,
+                listening,
+                metrics_listening,
+                process,
+                started_at,
+            )
         )
     finally:
         process.kill()
@@ -65,5 +74,4 @@ def _listen(host: str, port: int, setting: str) -> socket.socket:
         raise ConfigError(
             f"{setting}={port} at host {host} cannot be opened: {error.strerror}; choose a free port, or end what listens there"
         ) from error
-    sock.set_inheritable(False)
     return sock

@@ -14,6 +14,8 @@ from contextlib import aclosing, asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from msgspec import UNSET, UnsetType
+
 from stepgraph.config.server import ServerConfig
 from stepgraph.engine.prompts import TokenizedPrompt, encode_text, require_tokenizer
 from stepgraph.engine.sampling_params import SamplingParams
@@ -22,7 +24,8 @@ from stepgraph.server.conversation import ChatForm
 from stepgraph.server.engine_client import EngineClient, EngineState
 from stepgraph.server.errors import APIError
 from stepgraph.server.generation import Generation, Origin
-from stepgraph.server.protocol import CompletionRequest, SamplingFields
+from stepgraph.server.messages import Ready
+from stepgraph.server.protocol import CompletionRequest, SamplingFields, StreamOptions
 from stepgraph.server.replies import CompletionTokensDetails, PromptTokensDetails, Usage
 
 if TYPE_CHECKING:
@@ -106,8 +109,7 @@ class Service:
     @property
     def fullness(self) -> str | None:
         """Why one more request would be refused; None if it would not."""
-        ready = self.client.ready
-        if ready is not None and self.client.num_unfinished >= ready.max_num_seqs + self.config.max_queue:
+        if self.client.ready is not None and self.client.num_unfinished >= self._capacity(self.client.ready):
             return f"the queue is full: {self.client.num_unfinished} requests run or wait"
         return None
 
@@ -259,12 +261,16 @@ class Service:
                 code="context_length_exceeded",
             )
 
+    def _capacity(self, ready: Ready) -> int:
+        """Requests that may run or wait at once."""
+        return ready.max_num_seqs + self.config.max_queue
+
     def _check_queue(self, num_requests: int) -> None:
         if (trouble := self.trouble) is not None:
             raise APIError(503, trouble, headers={"Retry-After": "5"})
         ready = self.client.ready
         assert ready is not None
-        most, unfinished = ready.max_num_seqs + self.config.max_queue, self.client.num_unfinished
+        most, unfinished = self._capacity(ready), self.client.num_unfinished
         if num_requests > most:
             raise APIError(
                 400, f"the request asks for {num_requests} answers, and the server holds {most} at once; ask for fewer"
@@ -283,6 +289,20 @@ class Service:
 def new_id(prefix: str) -> str:
     """A name for what is about to be made, e.g. chatcmpl-…"""
     return f"{prefix}-{uuid.uuid4().hex}"
+
+
+class StreamedUsage:
+    """Which events of a stream tell the token counts, as its request asks in stream_options."""
+
+    def __init__(self, options: StreamOptions | None, usage: Callable[[], Usage]):
+        self._usage = usage
+        self._always = options is not None and options.continuous_usage_stats
+        self.at_end = options is not None and options.include_usage
+        """Whether a last event without choices tells them."""
+
+    def of_chunk(self) -> Usage | UnsetType | None:
+        """For an event with a piece of the answer: null tells that the counts are still to come."""
+        return self._usage() if self._always else (None if self.at_end else UNSET)
 
 
 class Tally:

@@ -59,7 +59,7 @@ class ScriptedCall:
 
 
 def gain(reasoning="", content="", calls=(), *, end=None, logprobs=None) -> Gain:
-    delta = AnswerDelta(0, "", tuple(range(len(logprobs or ()))), logprobs, end, None, None)
+    delta = AnswerDelta(0, "", tuple(range(len(logprobs or ()))), logprobs, end, None)
     return Gain(delta, Piece(reasoning, content, [ToolCallDelta(*call) for call in calls]), end)
 
 
@@ -381,7 +381,7 @@ def token(text: str) -> dict[int, Logprob]:
 
 def with_token(text: str, **what) -> Gain:
     found = gain(**what)
-    return found._replace(delta=AnswerDelta(0, text, (0,), [token(text)], found.finish_reason, None, None))
+    return found._replace(delta=AnswerDelta(0, text, (0,), [token(text)], found.finish_reason, None))
 
 
 def test_a_message_has_the_log_probabilities_of_its_own_tokens(wire) -> None:
