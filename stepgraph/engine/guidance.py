@@ -1,7 +1,7 @@
 """Guided generation: which tokens a grammar lets follow. xgrammar compiles the grammars and follows them.
 
-Whatever the user asked for holds for every finished answer, or the request is refused at the door: `guided_text` and
-`guided_schema` hold it against what xgrammar follows exactly, and against limits on what takes long to compile.
+Whatever the user asked for holds for every finished answer, or the request is refused at the door: `guided_text`,
+`guided_schema` and `guided_tags` hold it against what xgrammar follows exactly, and against limits on what takes long to compile.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from stepgraph.engine.guided_schema import SchemaConverter, TagConverter
+from stepgraph.engine.guided_schema import SchemaConverter
+from stepgraph.engine.guided_tags import TagConverter
 from stepgraph.engine.guided_text import Limits, Regex, check_grammar, check_text, grammar_of_choices
 from stepgraph.errors import ConfigError, RequestError
 from stepgraph.ops.slot_line import MASK_BITS
