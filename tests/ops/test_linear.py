@@ -1,9 +1,10 @@
-"""`linear`: the streaming kernel against the product in float64. `linear_by_row`: the same, and rows that keep their bits."""
+"""`linear`: the kernels for one and for a few tokens against the product in float64. `linear_by_row`: the same, and rows that
+keep their bits."""
 
 import pytest
 import torch
 
-from stepgraph.ops.linear import cpu
+from stepgraph.ops.linear import cpu, few_tokens
 from stepgraph.ops.linear import triton as kernel
 
 TILES = [kernel.SMALL_TILE, kernel.LARGE_TILE, kernel.FLOAT32_TILE]
@@ -49,9 +50,56 @@ def test_a_token_gets_the_same_sum_alone_and_beside_others(device):
         assert torch.equal(kernel.linear(x[token : token + 1], weight, None)[0], together[token])
 
 
-def test_token_counts_without_a_streaming_kernel_go_to_the_library(device):
-    x, weight = torch.randn(3, 32, device=device), torch.randn(8, 32, device=device)
+@pytest.mark.parametrize(
+    ("tokens", "inputs", "dtype"),
+    [(5, 32, torch.float32), (few_tokens.MAX_TOKENS + 1, 32, torch.float16), (3, 33, torch.float16)],
+    ids=["float32", "many tokens", "unaligned rows"],
+)
+def test_products_without_a_kernel_go_to_the_library(tokens, inputs, dtype, device):
+    x, weight, _ = to_device(device, *operands(tokens, 8, inputs, dtype=dtype))
     assert torch.equal(kernel.linear(x, weight, None), torch.nn.functional.linear(x, weight))
+
+
+MOST_TOKENS = {
+    tile: tokens
+    for tokens in (1, 8, 16, few_tokens.MAX_TOKENS)
+    for outputs in (1024, 2048, 4096, 24576, 151936)
+    if (tile := few_tokens.choose_tile(torch.empty(tokens, 1024, dtype=torch.float16), outputs))
+}
+"""Of each tile that is chosen."""
+TILES_FOR_FEW_TOKENS = sorted(MOST_TOKENS, key=str)
+
+
+@pytest.mark.parametrize("tokens", [*range(1, 18), few_tokens.MAX_TOKENS])
+@pytest.mark.parametrize(("outputs", "inputs"), [(5, 16), (37, 101), (70, 1032)])
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_product_of_few_tokens_matches_float64_and_repeats_bit_for_bit(tokens, outputs, inputs, with_bias, device):
+    """Beyond the tokens, `x` and `out` hold NaN, which it neither reads nor overwrites."""
+    x, weight, bias = operands(tokens, outputs, inputs, dtype=torch.float16, with_bias=with_bias)
+    padded = torch.cat([x, torch.full((20, inputs), torch.nan, dtype=torch.float16)]).to(device)
+    found = torch.full((2, tokens + 1, outputs), torch.nan, dtype=torch.float16, device=device)
+    weight_, bias_ = to_device(device, weight, bias)
+    for out in found:
+        few_tokens.multiply(padded[:tokens], weight_, bias_, out[:tokens], TILES_FOR_FEW_TOKENS[0])
+    tolerance = torch.finfo(torch.float16).eps
+    torch.testing.assert_close(found[0, :tokens].cpu().double(), exact(x, weight, bias), rtol=tolerance, atol=1e-3)
+    assert torch.equal(found[0, :tokens], found[1, :tokens])
+    assert found[:, tokens].isnan().all(), "wrote beyond the last token"
+
+
+@pytest.mark.parametrize("tile", TILES_FOR_FEW_TOKENS, ids=str)
+def test_every_tile_for_few_tokens_matches_float64(tile, device):
+    x, weight, bias = operands(5, tile.outputs + 3, tile.slices * tile.inputs + 40, dtype=torch.float16)
+    out = torch.empty(5, weight.shape[0], dtype=torch.float16, device=device)
+    few_tokens.multiply(*to_device(device, x, weight, bias), out, tile)
+    tolerance = torch.finfo(torch.float16).eps
+    torch.testing.assert_close(out.cpu().double(), exact(x, weight, bias), rtol=tolerance, atol=1e-3)
+
+
+@pytest.mark.parametrize("tile", TILES_FOR_FEW_TOKENS, ids=str)
+def test_tiles_for_few_tokens_fit_into_shared_memory_without_bank_conflicts(tile):
+    assert tile.shared_bytes(MOST_TOKENS[tile]) <= 227 << 10
+    assert tile.outputs >= tile.min_size
 
 
 @pytest.mark.parametrize("tile", TILES, ids=["small", "large", "float32"])

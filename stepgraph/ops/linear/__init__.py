@@ -7,14 +7,21 @@ a token's result changes in its last bits with the tokens beside it. `linear_by_
 
 from torch import Tensor
 
-from stepgraph.ops.linear import cpu, reference
+from stepgraph.ops.linear import cpu
 from stepgraph.ops.registry import register
 
 _linear = register(
     "linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor",
-    cpu=reference.linear,
+    cpu=cpu.linear,
     fake=lambda x, weight, bias: x.new_empty(x.shape[0], weight.shape[0]),
     cuda="stepgraph.ops.linear.triton:linear",
+    inline_on_cpu=True,
+)
+_linear_out = register(
+    "linear_out(Tensor x, Tensor weight, Tensor(a!) out) -> ()",
+    cpu=cpu.linear_out,
+    fake=lambda *_: None,
+    cuda="stepgraph.ops.linear.triton:linear_out",
     inline_on_cpu=True,
 )
 _linear_by_row = register(
@@ -25,7 +32,7 @@ _linear_by_row = register(
 )
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor | None = None) -> Tensor:
     """``x @ weight.T + bias``, accumulated in float32. May run inside a graph.
 
     Which kernel computes it depends on the number of tokens and the sizes of the weight only.
@@ -33,12 +40,17 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     Args:
         x: [T, K] bfloat16, float16 or float32, contiguous.
         weight: [N, K], same dtype, contiguous.
-        bias: [N] or None.
+        bias: [N] or None; None with `out`.
+        out: [T, N], dtype of `x`, contiguous; overwritten. None makes a new one.
 
     Returns:
-        [T, N], dtype of `x`.
+        [T, N], dtype of `x`; `out` if that was given.
     """
-    return _linear(x, weight, bias)
+    if out is None:
+        return _linear(x, weight, bias)
+    assert bias is None
+    _linear_out(x, weight, out)
+    return out
 
 
 def linear_by_row(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor | None = None) -> Tensor:

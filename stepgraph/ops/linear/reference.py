@@ -1,4 +1,4 @@
-"""Plain torch definition of `linear`, whose CPU kernel it is, and of `linear_by_row`, up to rounding."""
+"""Plain torch definition of `linear` and of `linear_by_row`, up to rounding."""
 
 from torch import Tensor
 from torch.nn import functional as F

@@ -1,5 +1,5 @@
-"""CUDA kernels of `linear`, which streams the weight once for a few tokens and leaves more to the library, and of
-`linear_by_row`.
+"""CUDA kernels of `linear`, which streams the weight once for one or two tokens, leaves some more to `few_tokens` and the rest
+to the library, and of `linear_by_row`.
 
 Shapes: T tokens, N outputs, K inputs.
 """
@@ -11,6 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 from torch.nn import functional as F
+
+from stepgraph.ops.linear import few_tokens
 
 MAX_STREAMED_TOKENS = 2
 """Up to this many tokens streaming beats the library's kernels: on an H100, one token times the four weights of a
@@ -55,9 +57,13 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """See `stepgraph.ops.linear.linear`."""
     tokens, inputs = x.shape
     outputs = weight.shape[0]
-    if tokens > MAX_STREAMED_TOKENS:
+    tile = few_tokens.choose_tile(x, outputs) if tokens > 1 else None
+    if tile is None and tokens > MAX_STREAMED_TOKENS:
         return F.linear(x, weight, bias)
     out = torch.empty(tokens, outputs, dtype=x.dtype, device=x.device)
+    if tile is not None:
+        few_tokens.multiply(x, weight, bias, out, tile)
+        return out
     block_outputs = 4 if inputs <= 1024 else 2  # about 8 KiB of weight under way per program
     _stream_kernel[(triton.cdiv(outputs, block_outputs),)](
         x,
@@ -129,6 +135,15 @@ def _by_row_kernel(
         sum_TN += tl.load(bias_ptr + output_N, mask=inside_N, other=0.0).to(tl.float32)[None, :]
     out_TN = out_ptr + token_T.to(tl.int64)[:, None] * N + output_N[None, :]
     tl.store(out_TN, sum_TN.to(out_ptr.dtype.element_ty), mask=inside_T[:, None] & inside_N[None, :])
+
+
+def linear_out(x: Tensor, weight: Tensor, out: Tensor) -> None:
+    """See `stepgraph.ops.linear.linear`."""
+    tile = few_tokens.choose_tile(x, weight.shape[0])
+    if tile is None:
+        torch.mm(x, weight.t(), out=out)
+    else:
+        few_tokens.multiply(x, weight, None, out, tile)
 
 
 def linear_by_row(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
