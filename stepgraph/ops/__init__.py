@@ -7,13 +7,17 @@ from stepgraph.ops.attention import (
     attention_plan,
     paged_attention,
 )
-from stepgraph.ops.build import BuiltStep, build_step
+from stepgraph.ops.build import BuiltStep, StepSamples, StepTokens, build_step
 from stepgraph.ops.commit import commit
+from stepgraph.ops.draft import draft_inputs, draft_row_tokens, propose
+from stepgraph.ops.force_acceptance import force_acceptance
 from stepgraph.ops.grouped_linear import grouped_linear
 from stepgraph.ops.linear import linear, linear_by_row
 from stepgraph.ops.logprobs import logprobs
+from stepgraph.ops.lookup import lookup
 from stepgraph.ops.lora import lora
 from stepgraph.ops.process_logits import process_logits
+from stepgraph.ops.remember import remember
 from stepgraph.ops.rms_norm import add_rms_norm, rms_norm
 from stepgraph.ops.rope_cache import rope_cache
 from stepgraph.ops.sample import sample
@@ -24,19 +28,27 @@ __all__ = [
     "AttentionGeometry",
     "AttentionPlan",
     "BuiltStep",
+    "StepSamples",
+    "StepTokens",
     "add_rms_norm",
     "attention_geometry",
     "attention_plan",
     "build_step",
     "commit",
+    "draft_inputs",
+    "draft_row_tokens",
+    "force_acceptance",
     "geglu",
     "grouped_linear",
     "linear",
     "linear_by_row",
     "logprobs",
+    "lookup",
     "lora",
     "paged_attention",
     "process_logits",
+    "propose",
+    "remember",
     "rms_norm",
     "rope_cache",
     "sample",

@@ -4,6 +4,8 @@ Floats are stored by their bits, so that admitting a request is one contiguous c
 to `MAX_STOP_TOKENS` token ids, unused ones -1. An all-zero line is an inactive slot; line 0 is the null slot and stays zero.
 """
 
+from stepgraph.config.speculative import MAX_DRAFTS as MAX_DRAFTS  # read from here by all that use the line
+
 LENGTH = 0  # tokens known: prompt and everything sampled so far
 COMPUTED = 1  # tokens whose keys and values are cached
 ACTIVE = 2  # 1 while the request runs; the device clears it when it finishes the request
@@ -27,6 +29,10 @@ MASKED = 18  # 1: only tokens whose bit is set in the slot's token mask can be s
 NUM_LOGPROBS = 19  # 1 + n: report the sampled token's log-probability and the n highest
 NUM_PROMPT_LOGPROBS = 20  # likewise for each token of the prompt
 ADAPTER = 21  # LoRA adapter; 0 is none
+# Read by every graph again:
+NUM_DRAFTS = 22  # proposed tokens that lie in the history from `length` on, to be verified by the next step
+MAX_NUM_DRAFTS = 23  # proposals the request takes; 0 switches speculation off
+START = 24  # tokens whose keys and values were found cached when the request got the slot; their blocks may be shared
 STOP_TOKENS = 32
 MAX_STOP_TOKENS = 16
 LINE_WIDTH = STOP_TOKENS + MAX_STOP_TOKENS
@@ -40,10 +46,21 @@ MAX_BAD_WORDS = 128
 BAD_WORD_WIDTH = 8
 """Bad words of a slot: [slots, MAX_BAD_WORDS, BAD_WORD_WIDTH] int32 token ids, right-aligned, -1 before the first."""
 MASK_BITS = 32
-"""Token masks: [slots, 1, ceil(V / MASK_BITS)] int32; bit v % 32 of word v // 32 allows token v."""
+"""Token masks: [slots, 1 + K, ceil(V / MASK_BITS)] int32; bit v % 32 of word v // 32 of line j allows token v as the j-th new
+token of a step, counted from 0."""
 
-OUTPUT_WIDTH = 4
-"""Columns of one row of the output ring: slot, generation, token (or NO_TOKEN), finish code."""
+# Columns of one row of the output ring:
+OUT_SLOT = 0
+OUT_GENERATION = 1
+OUT_FINISH = 2  # RUNNING or one of the FINISHED codes
+OUT_NUM_TOKENS = 3  # new tokens; 0 if the row was a chunk of a prompt, or did not run
+OUT_NUM_VERIFIED = 4  # proposals it ran
+OUT_NUM_ACCEPTED = 5  # of these, the first so many are among the new tokens
+OUT_FIRST_SAMPLE = 6  # where its first new token lies among the step's samples
+OUT_NUM_DRAFTS = 7  # proposals for the next step
+OUT_TOKENS = 8  # the new tokens; what follows them is unspecified
+OUT_DRAFTS = OUT_TOKENS + 1 + MAX_DRAFTS  # the proposals, likewise
+OUTPUT_WIDTH = OUT_DRAFTS + MAX_DRAFTS
 NO_TOKEN = -1
 RUNNING, FINISHED_STOP, FINISHED_LENGTH, FINISHED_ERROR = 0, 1, 2, 3
 """FINISHED_ERROR: no token could be sampled, because all logits were NaN or ruled out."""

@@ -30,6 +30,8 @@ def slot_line(
     num_biases: int = 0,
     num_bad_words: int = 0,
     masked: bool = False,
+    num_drafts: int = 0,
+    max_num_drafts: int = line.MAX_DRAFTS,
     stop_tokens: tuple[int, ...] = (),
 ) -> Tensor:
     """One line, [LINE_WIDTH] int32. `seed`: 64 bits, unsigned."""
@@ -45,6 +47,8 @@ def slot_line(
     line_L[line.NUM_BIASES] = num_biases
     line_L[line.NUM_BAD_WORDS] = num_bad_words
     line_L[line.MASKED] = int(masked)
+    line_L[line.NUM_DRAFTS] = num_drafts
+    line_L[line.MAX_NUM_DRAFTS] = max_num_drafts
     floats_L = line_L.view(torch.float32)
     floats_L[line.TEMPERATURE] = temperature
     floats_L[line.TOP_P] = top_p
@@ -69,7 +73,9 @@ class SamplingSettings:
 
     history: tuple[int, ...] = (1,)
     prompt_length: int = 1
+    drafts: tuple[int, ...] = ()  # proposals behind the history
     allowed: frozenset[int] | None = None
+    allowed_after: tuple[frozenset[int], ...] = ()  # as many proposals, if `allowed` is given
     bad_words: tuple[tuple[int, ...], ...] = ()
     biases: tuple[tuple[int, float], ...] = ()
     stop_tokens: tuple[int, ...] = ()
@@ -113,18 +119,25 @@ def side_buffers(slots: Sequence[SamplingSettings], vocab_size: int, max_len: in
         tokens=torch.full((num_slots, max_len), 3, dtype=torch.int32),
         biases=bias.repeat(num_slots, line.MAX_BIASES, 1),
         bad_words=torch.full((num_slots, line.MAX_BAD_WORDS, line.BAD_WORD_WIDTH), -1, dtype=torch.int32),
-        masks=torch.zeros(num_slots, 1, -(-vocab_size // line.MASK_BITS), dtype=torch.int32),
+        masks=torch.zeros(
+            num_slots,
+            1 + max(len(asked.allowed_after) for asked in slots),
+            -(-vocab_size // line.MASK_BITS),
+            dtype=torch.int32,
+        ),
     )
     buffers.bad_words[:, :, -1] = 0
     for slot, asked in enumerate(slots, start=1):
-        buffers.tokens[slot, : len(asked.history)] = torch.tensor(asked.history, dtype=torch.int32)
+        known = (*asked.history, *asked.drafts)
+        buffers.tokens[slot, : len(known)] = torch.tensor(known, dtype=torch.int32)
         for i, (token, value) in enumerate(asked.biases):
             buffers.biases[slot, i] = torch.stack(
                 (torch.tensor(token, dtype=torch.int32), torch.tensor(value, dtype=torch.float32).view(torch.int32))
             )
         for i, word in enumerate(asked.bad_words):
             buffers.bad_words[slot, i, -len(word) :] = torch.tensor(word, dtype=torch.int32)
-        for token in asked.allowed or ():
-            bit = 1 << token % line.MASK_BITS
-            buffers.masks[slot, 0, token // line.MASK_BITS] |= bit if bit < 2**31 else bit - 2**32
+        for place, allowed in enumerate((asked.allowed or (), *asked.allowed_after)):
+            for token in allowed:
+                bit = 1 << token % line.MASK_BITS
+                buffers.masks[slot, place, token // line.MASK_BITS] |= bit if bit < 2**31 else bit - 2**32
     return buffers

@@ -11,12 +11,13 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
 from stepgraph.ops import slot_line as line
-from stepgraph.ops.build import BuiltStep, reference
+from stepgraph.ops.build import StepSamples, StepTokens, reference
 from stepgraph.ops.build import triton as kernels
 
 SLOTS, MAX_LEN, BLOCK_SIZE = 7, 40, 4
 
-Build = Callable[..., BuiltStep]
+Build = Callable[..., tuple[Tensor, ...]]
+NAMES = (*StepTokens._fields, *(f"sample_{name}" for name in StepSamples._fields))
 
 
 @dataclass(frozen=True)
@@ -44,59 +45,66 @@ def _case(rows: list[tuple[int, int]], deltas: list[tuple[int, int, int]], *line
     return Case(slot_lines(*lines, *absent), tokens, block_table, rows, deltas)
 
 
-def _run(
-    build: Callable[..., tuple[Tensor, ...]], case: Case, num_tokens: int, device: str
-) -> tuple[BuiltStep, Tensor]:
-    """The built step and the block table after it."""
-    block_table = case.block_table.clone().to(device)
-    built = BuiltStep(
-        *build(
-            case.plan().to(device),
-            case.lines.to(device),
-            case.tokens.to(device),
-            block_table,
-            num_tokens,
-            len(case.rows),
-            len(case.deltas),
-            BLOCK_SIZE,
-        )
-    )
-    return BuiltStep(*(tensor.cpu() for tensor in built)), block_table.cpu()
-
-
-def _expected(case: Case, num_tokens: int) -> tuple[dict[str, list[int]], Tensor]:
-    """What the documentation of `build_step` says, one token at a time."""
+def _expected(case: Case, num_tokens: int, num_samples: int) -> tuple[dict[str, list[int]], Tensor]:
+    """What the documentation of `build_step` says, one token at a time, and the block table afterwards."""
     block_table = case.block_table.clone()
     for slot, index, block in case.deltas:
         block_table[slot, index] = block
-    token_ids, positions, kv_slots, query_start, kv_len, logit_index = [], [], [], [0], [], []
+    token_ids, positions, kv_slots, query_start, kv_len = [], [], [], [0], []
+    sample_start, sample_slot, sample_offset, sample_index = [0], [], [], []
     for slot, bound in case.rows:
-        length, computed, active = case.lines[slot, [line.LENGTH, line.COMPUTED, line.ACTIVE]].tolist()
-        query_len = max(0, min(bound, length - computed)) if active else 0
+        length, computed, active, drafts = case.lines[
+            slot, [line.LENGTH, line.COMPUTED, line.ACTIVE, line.NUM_DRAFTS]
+        ].tolist()
+        query_len = max(0, min(bound, length + drafts - computed)) if active else 0
         for position in range(computed, computed + query_len):
+            if position >= length - 1:
+                sample_slot.append(slot)
+                sample_offset.append(position - (length - 1))
+                sample_index.append(len(positions))
             token_ids.append(int(case.tokens[slot, position]))
             positions.append(position)
             kv_slots.append(int(block_table[slot, position // BLOCK_SIZE]) * BLOCK_SIZE + position % BLOCK_SIZE)
         query_start.append(len(positions))
         kv_len.append(computed + query_len)
-        logit_index.append(len(positions) - 1 if query_len else 0)
-    padding = num_tokens - len(positions)
-    expected = {
-        "token_ids": token_ids + [int(case.tokens[0, 0])] * padding,
-        "positions": positions + [0] * padding,
-        "kv_slots": kv_slots + [0] * padding,
-        "row_slot": [slot for slot, _ in case.rows],
-        "query_start": query_start,
-        "kv_len": kv_len,
-        "logit_index": logit_index,
-    }
-    return expected, block_table
+        sample_start.append(len(sample_slot))
+    padding, sample_padding = [0] * (num_tokens - len(positions)), [0] * (num_samples - len(sample_slot))
+    columns = (
+        token_ids + [int(case.tokens[0, 0])] * len(padding),
+        positions + padding,
+        kv_slots + padding,
+        [slot for slot, _ in case.rows],
+        query_start,
+        kv_len,
+        sample_start,
+        sample_slot + sample_padding,
+        sample_offset + sample_padding,
+        sample_index + sample_padding,
+    )
+    return dict(zip(NAMES, columns, strict=True)), block_table
 
 
-def _check(build: Callable[..., tuple[Tensor, ...]], case: Case, num_tokens: int, device: str) -> None:
-    built, block_table = _run(build, case, num_tokens, device)
-    expected, expected_table = _expected(case, num_tokens)
-    assert {name: tensor.tolist() for name, tensor in built._asdict().items()} == expected
+def _num_samples(case: Case, num_tokens: int) -> int:
+    """S of the shape that a step of these rows runs at: as if each verified as many proposals as the most that any has."""
+    return min(num_tokens, len(case.rows) * (1 + int(case.lines[:, line.NUM_DRAFTS].max())))
+
+
+def _check(build: Build, case: Case, num_tokens: int, device: str) -> None:
+    block_table = case.block_table.clone().to(device)
+    num_samples = _num_samples(case, num_tokens)
+    built = build(
+        case.plan().to(device),
+        case.lines.to(device),
+        case.tokens.to(device),
+        block_table,
+        num_tokens,
+        len(case.rows),
+        num_samples,
+        len(case.deltas),
+        BLOCK_SIZE,
+    )
+    expected, expected_table = _expected(case, num_tokens, num_samples)
+    assert {name: tensor.tolist() for name, tensor in zip(NAMES, built, strict=True)} == expected
     assert {tensor.dtype for tensor in built} == {torch.int32}
     assert block_table.tolist() == expected_table.tolist()
 
@@ -111,11 +119,14 @@ def check(request: pytest.FixtureRequest, device: str) -> Callable[[Case, int], 
 
 @st.composite
 def _cases(draw: st.DrawFn) -> tuple[Case, int]:
+    """Decodes with and without proposals, whole and cut chunks, ended rows and padding in any order."""
+    most_drafts = draw(st.integers(0, line.MAX_DRAFTS))
     lines = []
     for _ in range(SLOTS - 1):
-        length = draw(st.integers(1, MAX_LEN))
-        computed = draw(st.integers(0, length))
-        lines.append(slot_line(length=length, computed=computed, active=draw(st.booleans())))
+        drafts = draw(st.integers(0, most_drafts))
+        length = draw(st.integers(1, MAX_LEN - drafts))
+        computed = length - 1 if drafts else draw(st.integers(0, length))
+        lines.append(slot_line(length=length, computed=computed, active=draw(st.booleans()), num_drafts=drafts))
     slots = draw(st.permutations(range(1, SLOTS)))[: draw(st.integers(0, SLOTS - 1))]
     rows = [(slot, draw(st.integers(1, 12))) for slot in slots]
     for _ in range(draw(st.integers(0 if rows else 1, 3))):  # padding, anywhere
@@ -152,6 +163,24 @@ def test_a_bound_beyond_what_is_left_is_cut(check: Callable[[Case, int], None]) 
     check(_case([(1, 8), (2, 8)], [], slot_line(length=9, computed=7), slot_line(length=9, computed=9)), 16)
 
 
+def test_rows_verify_uneven_numbers_of_proposals_and_their_samples_are_packed(
+    check: Callable[[Case, int], None],
+) -> None:
+    three, none, eight = (slot_line(length=9, computed=8, num_drafts=n) for n in (3, 0, 8))
+    ended = slot_line(length=9, computed=8, num_drafts=2, active=False)
+    prompt, last_chunk = slot_line(length=20, computed=3), slot_line(length=20, computed=13)
+    lines = (three, none, eight, ended, prompt, last_chunk)
+    rows = [(1, 4), (4, 9), (5, 5), (3, 9), (0, 0), (2, 9), (6, 7)]
+    check(_case(rows, [], *lines), 43)
+
+
+def test_a_bound_cuts_proposals_and_the_last_known_token_still_has_its_sample(
+    check: Callable[[Case, int], None],
+) -> None:
+    lines = [slot_line(length=9, computed=8, num_drafts=5) for _ in range(3)]
+    check(_case([(1, 1), (2, 3), (3, 6)], [], *lines), 10)
+
+
 def test_this_steps_tokens_see_this_steps_deltas(check: Callable[[Case, int], None]) -> None:
     check(_case([(1, 6)], [(1, 1, 77), (1, 2, 78)], slot_line(length=9, computed=3)), 8)
 
@@ -168,15 +197,15 @@ def test_more_tokens_than_one_program_holds(check: Callable[[Case, int], None]) 
 
 
 def test_reference_traces_to_a_static_graph_without_side_effects() -> None:
-    case = _case([(1, 3), (0, 0)], [(1, 1, 77)], slot_line(length=9, computed=7))
+    case = _case([(1, 5), (0, 0)], [(1, 1, 77)], slot_line(length=9, computed=8, num_drafts=2))
     plan, block_table = case.plan(), case.block_table.clone()
 
     def step() -> tuple[Tensor, ...]:
-        return reference.build_step(plan, case.lines, case.tokens, block_table, 8, 2, 1, BLOCK_SIZE)
+        return reference.build_step(plan, case.lines, case.tokens, block_table, 8, 2, 6, 1, BLOCK_SIZE)
 
     traced = make_fx(step, tracing_mode="fake", _allow_non_fake_inputs=True)()
     assert not any(free_unbacked_symbols(node.meta.get("val")) for node in traced.graph.nodes)
     assert block_table.tolist() == case.block_table.tolist()
-    expected, expected_table = _expected(case, 8)
+    expected, expected_table = _expected(case, 8, 6)
     assert [tensor.tolist() for tensor in traced()] == list(expected.values())
     assert block_table.tolist() == expected_table.tolist()

@@ -1,4 +1,5 @@
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from stepgraph.ops.sample import triton as kernels
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # NumPy's, under the interpreter, on infinities
 
-Sampler = Callable[[Tensor, Tensor, Tensor], Tensor]
+Sampler = Callable[..., Tensor]
 
 SETTINGS = [
     {"temperature": 0.0},
@@ -36,12 +37,25 @@ CHI_SQUARE_999 = {2: 13.82, 3: 16.27, 5: 20.52, 8: 26.12}
 
 @pytest.fixture(params=["cpu", "triton"])
 def sampler(request: pytest.FixtureRequest, device: str) -> Sampler:
-    """Either kernel, taking and returning CPU tensors."""
+    """Either kernel, for the slots' next tokens unless offsets are given; takes and returns CPU tensors."""
     if request.param == "cpu":
-        return cpu.sample
-    return lambda logits, row_slot, lines: kernels.sample(
-        logits.to(device), row_slot.to(device), lines.to(device)
-    ).cpu()
+        return _cpu_sample
+    return lambda *inputs: _triton_sample(device, *inputs)
+
+
+def _cpu_sample(logits: Tensor, row_slot: Tensor, lines: Tensor, offset: Tensor | None = None) -> Tensor:
+    return cpu.sample(logits, row_slot, torch.zeros_like(row_slot) if offset is None else offset, lines)
+
+
+def _triton_sample(
+    device: str, logits: Tensor, row_slot: Tensor, lines: Tensor, offset: Tensor | None = None
+) -> Tensor:
+    offset = torch.zeros_like(row_slot) if offset is None else offset
+    return kernels.sample(*(tensor.to(device) for tensor in (logits, row_slot, offset, lines))).cpu()
+
+
+def _define(logits: Tensor, row_slot: Tensor, lines: Tensor, offset: Tensor | None = None) -> Tensor:
+    return reference.sample(logits, row_slot, torch.zeros_like(row_slot) if offset is None else offset, lines)
 
 
 def _rows(count: int) -> Tensor:
@@ -60,7 +74,7 @@ def test_kernels_choose_the_tokens_of_the_definition(sampler: Sampler, vocab_siz
     logits = (3 * torch.randn(len(SETTINGS), vocab_size, generator=generator)).to(dtype)
     tokens = sampler(logits, _rows(len(SETTINGS)), lines)
     assert tokens.dtype == torch.int32
-    assert tokens.tolist() == reference.sample(logits, _rows(len(SETTINGS)), lines).tolist()
+    assert tokens.tolist() == _define(logits, _rows(len(SETTINGS)), lines).tolist()
 
 
 def test_kernels_keep_what_ties_with_the_last(sampler: Sampler) -> None:
@@ -68,7 +82,7 @@ def test_kernels_keep_what_ties_with_the_last(sampler: Sampler) -> None:
     lines = _mixed_lines()
     for _ in range(4):
         logits = torch.randint(-2, 3, (len(SETTINGS), 40), generator=generator).float()
-        expected = reference.sample(logits, _rows(len(SETTINGS)), lines).tolist()
+        expected = _define(logits, _rows(len(SETTINGS)), lines).tolist()
         assert sampler(logits, _rows(len(SETTINGS)), lines).tolist() == expected
 
 
@@ -92,8 +106,8 @@ def test_cpu_kernel_chooses_the_token_of_the_definition_for_all_settings(
         slot_line(temperature=temperature, min_p=min_p, top_k=top_k, top_p=top_p, seed=seed, length=length)
     )
     logits_1V = torch.tensor([logits])
-    expected = reference.sample(logits_1V, _rows(1), lines).tolist()
-    assert cpu.sample(logits_1V, _rows(1), lines).tolist() == expected
+    expected = _define(logits_1V, _rows(1), lines).tolist()
+    assert _cpu_sample(logits_1V, _rows(1), lines).tolist() == expected
 
 
 @pytest.mark.parametrize(("min_p", "top_k", "top_p"), [(0.2, 0, 1.0), (0, 7, 1.0), (0, 0, 0.7), (0.05, 9, 0.8)])
@@ -130,7 +144,7 @@ def test_nan_never_wins_and_a_row_where_nothing_can_yields_no_token(sampler: Sam
     assert sampler(nothing, rows, lines).tolist() == [line.NO_TOKEN] * len(SETTINGS)
     nothing[:, 3:] = -torch.inf
     assert sampler(nothing, rows, lines).tolist() == [line.NO_TOKEN] * len(SETTINGS)
-    assert reference.sample(nothing, rows, lines).tolist() == [line.NO_TOKEN] * len(SETTINGS)
+    assert _define(nothing, rows, lines).tolist() == [line.NO_TOKEN] * len(SETTINGS)
 
 
 @pytest.mark.filterwarnings("ignore:invalid value encountered in subtract")  # numpy's, on an unused inf - inf
@@ -177,6 +191,21 @@ def test_a_request_draws_the_same_token_alone_and_in_any_batch(sampler: Sampler)
         assert sampler(batch, slots, lines)[1:-1].tolist() == [alone[i] for i in order.tolist()]
 
 
+def test_the_token_after_proposals_is_that_of_a_history_which_holds_them(sampler: Sampler) -> None:
+    """Also where several samples of one slot are in a batch."""
+    generator = torch.Generator().manual_seed(8)
+    slots = torch.repeat_interleave(_rows(len(SETTINGS)), 3)
+    offset = torch.tensor([0, 1, 8], dtype=torch.int32).repeat(len(SETTINGS))
+    logits = torch.randn(len(slots), 37, generator=generator)
+    lines = _mixed_lines()
+    longer = slot_lines(*lines[slots.long()])
+    longer[1:, line.LENGTH] += offset
+    tokens = sampler(logits, slots, lines, offset)
+    assert tokens.tolist() == sampler(logits, _rows(len(slots)), longer).tolist()
+    assert tokens.tolist() == _define(logits, slots, lines, offset).tolist()
+    assert tokens.tolist() != sampler(logits, slots, lines).tolist()
+
+
 def _chi_square(observed: Tensor, probability: Tensor) -> tuple[float, int]:
     """Pearson's statistic and its degrees of freedom; entries of probability 0 must not have been drawn."""
     possible = probability > 0
@@ -207,16 +236,13 @@ def _draws(sampler: Sampler, count: int, **settings: float) -> Tensor:
 def test_cpu_draws_follow_the_distribution(settings: dict[str, float], kept: list[int]) -> None:
     probability = torch.zeros(6)
     probability[kept] = (LOGITS[kept] / settings["temperature"]).softmax(0)
-    observed = torch.bincount(_draws(cpu.sample, 6000, **settings), minlength=6)
+    observed = torch.bincount(_draws(_cpu_sample, 6000, **settings), minlength=6)
     statistic, freedom = _chi_square(observed, probability)
     assert statistic < CHI_SQUARE_999[freedom]
 
 
 def test_triton_draws_follow_the_distribution(device: str) -> None:
-    def sampler(*tensors: Tensor) -> Tensor:
-        return kernels.sample(*(tensor.to(device) for tensor in tensors)).cpu()
-
-    observed = torch.bincount(_draws(sampler, 200, temperature=1.0, top_k=4), minlength=6)
+    observed = torch.bincount(_draws(partial(_triton_sample, device), 200, temperature=1.0, top_k=4), minlength=6)
     probability = LOGITS.masked_fill(LOGITS < 0, -torch.inf).softmax(0)
     statistic, freedom = _chi_square(observed, probability)
     assert statistic < CHI_SQUARE_999[freedom]
@@ -231,7 +257,7 @@ def test_draws_at_neighbouring_positions_and_seeds_are_independent(varied: str) 
             for i in range(1, count + 1)
         )
     )
-    tokens = cpu.sample(logits.expand(count, -1).contiguous(), _rows(count), lines).view(-1, 2)
+    tokens = _cpu_sample(logits.expand(count, -1).contiguous(), _rows(count), lines).view(-1, 2)
     observed = torch.bincount(tokens[:, 0] * 3 + tokens[:, 1], minlength=9)
     probability = torch.outer(logits.softmax(0), logits.softmax(0)).flatten()
     statistic, freedom = _chi_square(observed, probability)

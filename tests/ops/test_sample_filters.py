@@ -34,11 +34,12 @@ VOCAB_SIZE = kernels.CANDIDATES + 1007
 
 def _sample(device: str, logits: Tensor, lines: Tensor) -> list[int]:
     rows = torch.arange(1, len(logits) + 1, dtype=torch.int32)
-    return kernels.sample(logits.to(device), rows.to(device), lines.to(device)).tolist()
+    return kernels.sample(*(x.to(device) for x in (logits, rows, torch.zeros_like(rows), lines))).tolist()
 
 
 def _expected(logits: Tensor, lines: Tensor) -> list[int]:
-    return reference.sample(logits, torch.arange(1, len(logits) + 1, dtype=torch.int32), lines).tolist()
+    rows = torch.arange(1, len(logits) + 1, dtype=torch.int32)
+    return reference.sample(logits, rows, torch.zeros_like(rows), lines).tolist()
 
 
 def _row(shape: str, vocab_size: int, generator: torch.Generator) -> Tensor:

@@ -103,10 +103,11 @@ def _draws(case: Case, count: int) -> Tensor:
     lines = torch.cat((torch.zeros_like(lines[:1]), lines))
     side = [buffer[1:].expand(1 + count, *buffer.shape[1:]) for buffer in side_buffers([case.asked], VOCAB_SIZE, 16)]
     rows = torch.arange(1, 1 + count, dtype=torch.int32)
+    offset = torch.zeros_like(rows)
     processed = torch.empty(count, VOCAB_SIZE)
-    logits = LOGITS.expand(count, -1)
-    process_cpu.process_logits(logits, rows, lines, *side, torch.zeros(count, VOCAB_SIZE, dtype=torch.int32), processed)
-    return torch.bincount(sample_cpu.sample(processed, rows, lines), minlength=VOCAB_SIZE)
+    counts = torch.zeros(count, VOCAB_SIZE, dtype=torch.int32)
+    process_cpu.process_logits(LOGITS.expand(count, -1), rows, offset, lines, *side, counts, processed)
+    return torch.bincount(sample_cpu.sample(processed, rows, offset, lines), minlength=VOCAB_SIZE)
 
 
 def _statistic(observed: Tensor, probability: Tensor) -> tuple[float, int]:
@@ -166,10 +167,10 @@ def test_triton_draws_the_tokens_of_the_cpu_in_one_batch_of_all_settings(device:
     logits = LOGITS.repeat(len(cases), 1)
     tokens = []
     for process, sample, place in ((process_cpu, sample_cpu, "cpu"), (process_triton, sample_triton, device)):
-        rows_there, lines_there = rows.to(place), lines.to(place)
+        rows_there, lines_there, offset = rows.to(place), lines.to(place), torch.zeros_like(rows, device=place)
         out = torch.empty(len(cases), VOCAB_SIZE, device=place)
         counts = torch.zeros(len(cases), VOCAB_SIZE, dtype=torch.int32, device=place)
-        inputs = (logits.to(place), rows_there, lines_there, *(buffer.to(place) for buffer in side))
+        inputs = (logits.to(place), rows_there, offset, lines_there, *(buffer.to(place) for buffer in side))
         process.process_logits(*inputs, counts, out)
-        tokens.append(sample.sample(out, rows_there, lines_there).tolist())
+        tokens.append(sample.sample(out, rows_there, offset, lines_there).tolist())
     assert tokens[1] == tokens[0]

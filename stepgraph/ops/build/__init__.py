@@ -13,11 +13,12 @@ from stepgraph.ops.build import reference
 from stepgraph.ops.registry import register
 
 
-class BuiltStep(NamedTuple):
-    """Result of `build_step`. T tokens and R rows are the captured sizes; real tokens come first, padding after.
+class StepTokens(NamedTuple):
+    """The tokens of a step, or of a part of it, as a model's layers need them. T tokens and R rows are static sizes; real tokens
+    come first, padding after.
 
     All int32. Padding tokens: id of the null slot's first token, position 0, kv slot 0. Empty rows: `query_start[r] ==
-    query_start[r + 1]`, `kv_len` = the slot's computed length, `logit_index` 0.
+    query_start[r + 1]`, `kv_len` = the slot's computed length.
     """
 
     token_ids: Tensor  # [T]
@@ -26,7 +27,26 @@ class BuiltStep(NamedTuple):
     row_slot: Tensor  # [R]
     query_start: Tensor  # [R + 1] exclusive prefix sum of the query lengths
     kv_len: Tensor  # [R] tokens of the row's sequence that are cached after this step
-    logit_index: Tensor  # [R] index in the token dimension of the row's last token
+
+
+class StepSamples(NamedTuple):
+    """Where a step samples: after every token whose successor is not known yet. S is a static size.
+
+    A row has a sample for its last known token and one for each proposal it verifies; none if it is a chunk that leaves known
+    tokens uncomputed. All int32. Padding samples, which come last, are 0 throughout.
+    """
+
+    start: Tensor  # [R + 1] exclusive prefix sum of the rows' numbers of samples
+    slot: Tensor  # [S]
+    offset: Tensor  # [S] place in its row: the token sampled there has position `length + offset`
+    token_index: Tensor  # [S] index in the token dimension of the token whose successor is sampled
+
+
+class BuiltStep(NamedTuple):
+    """Result of `build_step`."""
+
+    tokens: StepTokens
+    samples: StepSamples
 
 
 def _fake(
@@ -36,16 +56,18 @@ def _fake(
     block_table: Tensor,
     num_tokens: int,
     num_rows: int,
+    num_samples: int,
     num_deltas: int,
     block_size: int,
 ) -> tuple[Tensor, ...]:
-    T, R = num_tokens, num_rows
-    return tuple(plan.new_empty(size, dtype=torch.int32) for size in (T, T, T, R, R + 1, R, R))
+    T, R, S = num_tokens, num_rows, num_samples
+    return tuple(plan.new_empty(size, dtype=torch.int32) for size in (T, T, T, R, R + 1, R, R + 1, S, S, S))
 
 
 _build_step = register(
     "build_step(Tensor plan, Tensor lines, Tensor tokens, Tensor(a!) block_table, int num_tokens, int num_rows, "
-    "int num_deltas, int block_size) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "int num_samples, int num_deltas, int block_size) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, "
+    "Tensor, Tensor)",
     cpu=reference.build_step,
     fake=_fake,
     cuda="stepgraph.ops.build.triton:build_step",
@@ -60,13 +82,15 @@ def build_step(
     block_table: Tensor,
     num_tokens: int,
     num_rows: int,
+    num_samples: int,
     num_deltas: int,
     block_size: int,
 ) -> BuiltStep:
     """Apply the plan's block-table deltas and lay out the step's tokens. Runs inside the graph.
 
-    A row runs ``min(bound, length - computed)`` tokens of its slot, none if the slot is inactive. The host guarantees
-    that the bounds sum to at most `num_tokens` and that a slot other than the null slot appears in one row only.
+    A row runs ``min(bound, length + num_drafts - computed)`` tokens of its slot, none if the slot is inactive. The host
+    guarantees that the bounds sum to at most `num_tokens`, that the rows' samples are at most `num_samples`, and that a slot
+    other than the null slot appears in one row only.
 
     Args:
         plan: int32, at least ``2R + 3·num_deltas`` long: R rows (slot, query length bound), then the deltas (slot,
@@ -76,7 +100,9 @@ def build_step(
         block_table: [slots, max blocks] int32; updated with the deltas before it is read.
         num_tokens: T, captured tokens.
         num_rows: R, captured rows.
+        num_samples: S, at most T.
         num_deltas: deltas in the plan.
         block_size: tokens per KV block.
     """
-    return BuiltStep(*_build_step(plan, lines, tokens, block_table, num_tokens, num_rows, num_deltas, block_size))
+    built = _build_step(plan, lines, tokens, block_table, num_tokens, num_rows, num_samples, num_deltas, block_size)
+    return BuiltStep(StepTokens(*built[:6]), StepSamples(*built[6:]))

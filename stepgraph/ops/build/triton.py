@@ -2,7 +2,7 @@
 
 Two launches, because the tokens need every row's start and the block-table deltas that the first kernel applied.
 
-Shapes: T tokens, R rows, E deltas.
+Shapes: T tokens, R rows, S samples, E deltas.
 """
 
 import triton
@@ -19,6 +19,7 @@ _LINE_WIDTH = tl.constexpr(line.LINE_WIDTH)
 _LENGTH = tl.constexpr(line.LENGTH)
 _COMPUTED = tl.constexpr(line.COMPUTED)
 _ACTIVE = tl.constexpr(line.ACTIVE)
+_NUM_DRAFTS = tl.constexpr(line.NUM_DRAFTS)
 _ROW_WIDTH = tl.constexpr(line.ROW_WIDTH)
 _DELTA_WIDTH = tl.constexpr(line.DELTA_WIDTH)
 
@@ -33,7 +34,7 @@ def _rows_kernel(
     row_slot_ptr,
     query_start_ptr,
     kv_len_ptr,
-    logit_index_ptr,
+    sample_start_ptr,
     R,
     E,
     MAX_BLOCKS,
@@ -59,28 +60,37 @@ def _rows_kernel(
     length_R = tl.load(line_R + _LENGTH, mask=inside_R, other=0)
     computed_R = tl.load(line_R + _COMPUTED, mask=inside_R, other=0)
     active_R = tl.load(line_R + _ACTIVE, mask=inside_R, other=0)
-    query_len_R = tl.maximum(tl.minimum(bound_R, length_R - computed_R), 0) * active_R
+    drafts_R = tl.load(line_R + _NUM_DRAFTS, mask=inside_R, other=0)
+    query_len_R = tl.maximum(tl.minimum(bound_R, length_R + drafts_R - computed_R), 0) * active_R
     query_end_R = tl.cumsum(query_len_R, 0)
+    kv_len_R = computed_R + query_len_R
+    num_samples_R = tl.where(query_len_R > 0, tl.maximum(kv_len_R - length_R + 1, 0), 0)
 
     tl.store(row_slot_ptr + row_R, slot_R, mask=inside_R)
     tl.store(query_start_ptr, 0)
     tl.store(query_start_ptr + 1 + row_R, query_end_R, mask=inside_R)
-    tl.store(kv_len_ptr + row_R, computed_R + query_len_R, mask=inside_R)
-    tl.store(logit_index_ptr + row_R, tl.where(query_len_R > 0, query_end_R - 1, 0), mask=inside_R)
+    tl.store(kv_len_ptr + row_R, kv_len_R, mask=inside_R)
+    tl.store(sample_start_ptr, 0)
+    tl.store(sample_start_ptr + 1 + row_R, tl.cumsum(num_samples_R, 0), mask=inside_R)
 
 
-@triton.jit(do_not_specialize=["T", "R"])
+@triton.jit(do_not_specialize=["T", "R", "S"])
 def _tokens_kernel(
     lines_ptr,
     tokens_ptr,
     block_table_ptr,
     row_slot_ptr,
     query_start_ptr,
+    sample_start_ptr,
     token_ids_ptr,
     positions_ptr,
     kv_slots_ptr,
+    sample_slot_ptr,
+    sample_offset_ptr,
+    sample_index_ptr,
     T,
     R,
+    S,
     MAX_LEN,
     MAX_BLOCKS,
     BLOCK_SIZE: tl.constexpr,
@@ -112,6 +122,21 @@ def _tokens_kernel(
     tl.store(positions_ptr + token_T, position_T, mask=inside_T)
     tl.store(kv_slots_ptr + token_T, block_T * BLOCK_SIZE + position_T % BLOCK_SIZE, mask=inside_T)
 
+    length_T = tl.load(lines_ptr + slot_T * _LINE_WIDTH + _LENGTH, mask=real_T, other=0)
+    offset_T = position_T - length_T + 1
+    samples_T = real_T & (offset_T >= 0)
+    sample_T = tl.load(sample_start_ptr + low_T, mask=samples_T, other=0) + offset_T
+    tl.store(sample_slot_ptr + sample_T, slot_T.to(tl.int32), mask=samples_T)
+    tl.store(sample_offset_ptr + sample_T, offset_T, mask=samples_T)
+    tl.store(sample_index_ptr + sample_T, token_T, mask=samples_T)
+    padding_T = (token_T < S) & (
+        token_T >= tl.load(sample_start_ptr + R)
+    )  # as many programs as tokens, of which S are fewer
+    zero_T = tl.zeros_like(token_T)
+    tl.store(sample_slot_ptr + token_T, zero_T, mask=padding_T)
+    tl.store(sample_offset_ptr + token_T, zero_T, mask=padding_T)
+    tl.store(sample_index_ptr + token_T, zero_T, mask=padding_T)
+
 
 def build_step(
     plan: Tensor,
@@ -120,14 +145,24 @@ def build_step(
     block_table: Tensor,
     num_tokens: int,
     num_rows: int,
+    num_samples: int,
     num_deltas: int,
     block_size: int,
 ) -> tuple[Tensor, ...]:
     """See `stepgraph.ops.build.build_step`."""
-    T, R = num_tokens, num_rows
-    token_ids, positions, kv_slots, row_slot, query_start, kv_len, logit_index = (
-        plan.new_empty(size) for size in (T, T, T, R, R + 1, R, R)
-    )
+    T, R, S = num_tokens, num_rows, num_samples
+    (
+        token_ids,
+        positions,
+        kv_slots,
+        row_slot,
+        query_start,
+        kv_len,
+        sample_start,
+        sample_slot,
+        sample_offset,
+        sample_index,
+    ) = (plan.new_empty(size) for size in (T, T, T, R, R + 1, R, R + 1, S, S, S))
     block_rows = row_capacity(R)
     _rows_kernel[(1,)](
         plan,
@@ -136,7 +171,7 @@ def build_step(
         row_slot,
         query_start,
         kv_len,
-        logit_index,
+        sample_start,
         R,
         num_deltas,
         block_table.stride(0),
@@ -149,15 +184,31 @@ def build_step(
         block_table,
         row_slot,
         query_start,
+        sample_start,
         token_ids,
         positions,
         kv_slots,
+        sample_slot,
+        sample_offset,
+        sample_index,
         T,
         R,
+        S,
         tokens.stride(0),
         block_table.stride(0),
         BLOCK_SIZE=block_size,
         SEARCH_STEPS=block_rows.bit_length(),
         BLOCK_T=BLOCK_TOKENS,
     )
-    return token_ids, positions, kv_slots, row_slot, query_start, kv_len, logit_index
+    return (
+        token_ids,
+        positions,
+        kv_slots,
+        row_slot,
+        query_start,
+        kv_len,
+        sample_start,
+        sample_slot,
+        sample_offset,
+        sample_index,
+    )

@@ -9,7 +9,7 @@ from stepgraph.ops.process_logits import cpu
 from stepgraph.ops.registry import register
 
 _process_logits = register(
-    "process_logits(Tensor logits, Tensor row_slot, Tensor lines, Tensor tokens, Tensor biases, Tensor bad_words, "
+    "process_logits(Tensor logits, Tensor row_slot, Tensor offset, Tensor lines, Tensor tokens, Tensor biases, Tensor bad_words, "
     "Tensor masks, Tensor(a!) counts, Tensor(b!) out) -> ()",
     cpu=cpu.process_logits,
     fake=lambda *_: None,
@@ -20,6 +20,7 @@ _process_logits = register(
 def process_logits(
     logits: Tensor,
     row_slot: Tensor,
+    offset: Tensor,
     lines: Tensor,
     tokens: Tensor,
     biases: Tensor,
@@ -30,8 +31,9 @@ def process_logits(
 ) -> None:
     """Write each row's logits, changed as its slot's line asks, to `out`. Runs inside the graph.
 
-    The token to be sampled follows the slot's history, `tokens[slot, :length]`, of which the first `prompt_length` tokens
-    are the prompt and the rest the output. In this order and in float32:
+    The token to be sampled follows the slot's history and the first `offset` of its proposals, `tokens[slot, :length + offset]`,
+    of which the first `prompt_length` tokens are the prompt and the rest the output; `length` below counts them all. In this
+    order and in float32:
 
     1. MASKED: tokens whose bit in the slot's mask is 0 become -inf.
     2. Bad words: if the history ends with all but the last token of a word, the last becomes -inf.
@@ -46,12 +48,14 @@ def process_logits(
     Args:
         logits: [R, V] float32, bfloat16 or float16, contiguous.
         row_slot: [R] int32.
+        offset: [R] int32, 0 for a slot's next token, j for the one after j proposals.
         lines: [slots, LINE_WIDTH] int32.
         tokens: [slots, max_model_len] int32.
         biases: [slots, MAX_BIASES, 2] int32, token id and float32 bits.
         bad_words: [slots, MAX_BAD_WORDS, BAD_WORD_WIDTH] int32, right-aligned, -1 before the first token.
-        masks: [slots, 1, ceil(V / MASK_BITS)] int32; bit v % MASK_BITS of word v // MASK_BITS allows token v.
+        masks: [slots, 1 + K, ceil(V / MASK_BITS)] int32; of line `offset`, bit v % MASK_BITS of word v // MASK_BITS allows token
+            v.
         counts: [at least R, V] int32, contiguous; scratch, all zero before and after.
         out: [at least R, V] float32, contiguous; its first R rows receive the result, those of the null slot anything.
     """
-    _process_logits(logits, row_slot, lines, tokens, biases, bad_words, masks, counts, out)
+    _process_logits(logits, row_slot, offset, lines, tokens, biases, bad_words, masks, counts, out)

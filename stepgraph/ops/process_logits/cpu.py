@@ -13,6 +13,7 @@ from stepgraph.ops import slot_line as line
 def process_logits(
     logits: Tensor,
     row_slot: Tensor,
+    offset: Tensor,
     lines: Tensor,
     tokens: Tensor,
     biases: Tensor,
@@ -24,11 +25,12 @@ def process_logits(
     """See `stepgraph.ops.process_logits.process_logits`. Reads tensor values: opaque to a trace. Needs no scratch."""
     out[: logits.shape[0]].copy_(logits)
     lines_RL = lines.index_select(0, row_slot)
+    lines_RL[:, line.LENGTH] += offset
     for row in _asks(lines_RL).nonzero().squeeze(1).tolist():
-        x_V, line_L, slot = out[row], lines_RL[row], int(row_slot[row])
+        x_V, line_L, slot, place = out[row], lines_RL[row], int(row_slot[row]), int(offset[row])
         history_H = tokens[slot, : int(line_L[line.LENGTH])]
         if line_L[line.MASKED]:
-            x_V.masked_fill_(_is_masked(masks[slot, 0], len(x_V)), -torch.inf)
+            x_V.masked_fill_(_is_masked(masks[slot, place], len(x_V)), -torch.inf)
         if num_bad_words := int(line_L[line.NUM_BAD_WORDS]):
             x_V[_within(_completions(bad_words[slot, :num_bad_words], history_H), x_V)] = -torch.inf
         if num_biases := int(line_L[line.NUM_BIASES]):

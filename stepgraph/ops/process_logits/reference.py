@@ -10,6 +10,7 @@ from stepgraph.ops import slot_line as line
 def process_logits(
     logits: Tensor,
     row_slot: Tensor,
+    offset: Tensor,
     lines: Tensor,
     tokens: Tensor,
     biases: Tensor,
@@ -21,14 +22,14 @@ def process_logits(
     """See `stepgraph.ops.process_logits.process_logits`. Needs no scratch."""
     vocab_size = logits.shape[1]
     entry_V = torch.arange(vocab_size)
-    for row, slot in enumerate(row_slot.tolist()):
+    for row, (slot, place) in enumerate(zip(row_slot.tolist(), offset.tolist(), strict=True)):
         x_V = logits[row].float()
         line_L = lines[slot]
-        length, prompt_length = int(line_L[line.LENGTH]), int(line_L[line.PROMPT_LENGTH])
+        length, prompt_length = int(line_L[line.LENGTH]) + place, int(line_L[line.PROMPT_LENGTH])
         history = tokens[slot, :length].tolist()
 
         if line_L[line.MASKED]:
-            word_V = masks[slot, 0, entry_V // line.MASK_BITS]
+            word_V = masks[slot, place, entry_V // line.MASK_BITS]
             x_V = x_V.masked_fill((word_V >> (entry_V % line.MASK_BITS)) & 1 == 0, -torch.inf)
         for padded_word in bad_words[slot, : line_L[line.NUM_BAD_WORDS]].tolist():
             *prefix, last = (token for token in padded_word if token >= 0)

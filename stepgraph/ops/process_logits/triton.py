@@ -54,6 +54,7 @@ def _penalties(line_ptr):
 @triton.jit(do_not_specialize=["MAX_LEN"])
 def _count_kernel(
     row_slot_ptr,
+    offset_ptr,
     lines_ptr,
     tokens_ptr,
     counts_ptr,
@@ -68,7 +69,7 @@ def _count_kernel(
     line_ptr = lines_ptr + slot * _LINE_WIDTH
     _, _, _, penalized = _penalties(line_ptr)
     if penalized:
-        length = tl.load(line_ptr + _LENGTH)
+        length = tl.load(line_ptr + _LENGTH) + tl.load(offset_ptr + row)
         prompt_length = tl.load(line_ptr + _PROMPT_LENGTH)
         history_ptr = tokens_ptr + slot.to(tl.int64) * MAX_LEN
         counts_row_ptr = counts_ptr + row.to(tl.int64) * V
@@ -125,6 +126,7 @@ def _ban_bad_words(words_ptr, num_words, history_ptr, length, out_ptr, start, V:
 def _process_kernel(
     logits_ptr,
     row_slot_ptr,
+    offset_ptr,
     lines_ptr,
     tokens_ptr,
     biases_ptr,
@@ -133,6 +135,7 @@ def _process_kernel(
     counts_ptr,
     out_ptr,
     MAX_LEN,
+    MASK_LINES: tl.constexpr,
     V: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -164,12 +167,13 @@ def _process_kernel(
             x_B = tl.where(num_sampled_B > 0, x_B - frequency * num_sampled_B.to(tl.float32) - presence, x_B)
 
         if tl.load(line_ptr + _MASKED) != 0:
-            mask_ptr = masks_ptr + slot64 * ((V + _MASK_BITS - 1) // _MASK_BITS)
+            mask_line = slot64 * MASK_LINES + tl.load(offset_ptr + row)
+            mask_ptr = masks_ptr + mask_line * ((V + _MASK_BITS - 1) // _MASK_BITS)
             word_B = tl.load(mask_ptr + entry_B // _MASK_BITS, mask=inside_B, other=0)
             x_B = tl.where(((word_B >> (entry_B % _MASK_BITS)) & 1) != 0, x_B, -float("inf"))
         tl.store(out_row_ptr + entry_B, x_B, mask=inside_B)
 
-        length = tl.load(line_ptr + _LENGTH)
+        length = tl.load(line_ptr + _LENGTH) + tl.load(offset_ptr + row)
         num_bad_words = tl.load(line_ptr + _NUM_BAD_WORDS)
         too_short = length < tl.load(line_ptr + _MIN_LENGTH)
         if (num_bad_words > 0) | too_short:
@@ -186,6 +190,7 @@ def _process_kernel(
 def process_logits(
     logits: Tensor,
     row_slot: Tensor,
+    offset: Tensor,
     lines: Tensor,
     tokens: Tensor,
     biases: Tensor,
@@ -199,11 +204,12 @@ def process_logits(
     max_len = tokens.stride(0)
     programs = min(COUNTERS, triton.cdiv(max_len, COUNT_BLOCK))
     _count_kernel[(num_rows, programs)](
-        row_slot, lines, tokens, counts, max_len, V=vocab_size, PROGRAMS=programs, BLOCK=COUNT_BLOCK
+        row_slot, offset, lines, tokens, counts, max_len, V=vocab_size, PROGRAMS=programs, BLOCK=COUNT_BLOCK
     )
     _process_kernel[(num_rows, triton.cdiv(vocab_size, CHUNK))](
         logits,
         row_slot,
+        offset,
         lines,
         tokens,
         biases,
@@ -212,6 +218,7 @@ def process_logits(
         counts,
         out,
         max_len,
+        MASK_LINES=masks.shape[1],
         V=vocab_size,
         BLOCK=CHUNK,
     )

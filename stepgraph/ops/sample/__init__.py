@@ -14,14 +14,14 @@ from stepgraph.ops.registry import register
 from stepgraph.ops.sample import cpu
 
 _sample = register(
-    "sample(Tensor logits, Tensor row_slot, Tensor lines) -> Tensor",
+    "sample(Tensor logits, Tensor row_slot, Tensor offset, Tensor lines) -> Tensor",
     cpu=cpu.sample,
-    fake=lambda logits, row_slot, lines: row_slot.new_empty(logits.shape[0]),
+    fake=lambda logits, row_slot, offset, lines: row_slot.new_empty(logits.shape[0]),
     cuda="stepgraph.ops.sample.triton:sample",
 )
 
 
-def sample(logits: Tensor, row_slot: Tensor, lines: Tensor) -> Tensor:
+def sample(logits: Tensor, row_slot: Tensor, offset: Tensor, lines: Tensor) -> Tensor:
     """Draw one token per row from its slot's distribution. Runs inside the graph.
 
     Per row, from its slot's line: temperature 0 takes the arg-max of the raw logits (lowest index on a tie). Otherwise
@@ -29,17 +29,18 @@ def sample(logits: Tensor, row_slot: Tensor, lines: Tensor) -> Tensor:
     the largest, i.e. x ≥ max x + log min_p, also in float32; `top_k` keeps, of those, the k largest (and all that tie with
     the k-th); `top_p` keeps, of the distribution renormalised over those, the entries whose probability is at least that
     of the last entry of the smallest most-likely-first set with mass ≥ top_p, and never fewer than one; one of those kept
-    is drawn. This is vLLM's order. The position that keys the noise is the slot's `length`, i.e. the position the token
-    will have.
+    is drawn. This is vLLM's order. The position that keys the noise is the slot's `length` plus the row's `offset`,
+    i.e. the position the token will have.
 
     Logits of NaN or -inf never win. A row of nothing else yields NO_TOKEN.
 
     Args:
         logits: [R, V] float32, bfloat16 or float16, contiguous.
         row_slot: [R] int32.
+        offset: [R] int32, 0 for a slot's next token, j for the one after j proposals.
         lines: [slots, LINE_WIDTH] int32.
 
     Returns:
         [R] int32. Rows of the null slot get any token or NO_TOKEN.
     """
-    return _sample(logits, row_slot, lines)
+    return _sample(logits, row_slot, offset, lines)

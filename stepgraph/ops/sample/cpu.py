@@ -16,7 +16,7 @@ _NOISE_SPAN = 20.0
 """More than largest minus smallest Gumbel noise: an entry further than this below the row's largest cannot win."""
 
 
-def sample(logits: Tensor, row_slot: Tensor, lines: Tensor) -> Tensor:
+def sample(logits: Tensor, row_slot: Tensor, offset: Tensor, lines: Tensor) -> Tensor:
     """See `stepgraph.ops.sample.sample`. Reads tensor values: opaque to a trace."""
     x_RV = logits.float()
     best_R, token_R = _max(x_RV)
@@ -26,7 +26,7 @@ def sample(logits: Tensor, row_slot: Tensor, lines: Tensor) -> Tensor:
     lines_RL = lines.index_select(0, row_slot)
     draws_S = (_floats(lines_RL, line.TEMPERATURE) > 0).nonzero().squeeze(1)
     if len(draws_S):
-        best_R[draws_S], token_R[draws_S] = _draw(x_RV[draws_S], lines_RL[draws_S])
+        best_R[draws_S], token_R[draws_S] = _draw(x_RV[draws_S], lines_RL[draws_S], offset[draws_S])
     return token_R.masked_fill_(best_R == -torch.inf, line.NO_TOKEN).to(torch.int32)
 
 
@@ -40,7 +40,7 @@ def _floats(lines_RL: Tensor, column: int) -> Tensor:
     return lines_RL[:, column].view(torch.float32)
 
 
-def _draw(logits_SV: Tensor, lines_SL: Tensor) -> tuple[Tensor, Tensor]:
+def _draw(logits_SV: Tensor, lines_SL: Tensor, offset_S: Tensor) -> tuple[Tensor, Tensor]:
     """Draw one token per row. logits_SV: [S, V] float32 without NaN. Returns its score, [S] float32, and it, [S] int64."""
     x_SV = logits_SV / _floats(lines_SL, line.TEMPERATURE).unsqueeze(1)
     settings = zip(
@@ -55,11 +55,11 @@ def _draw(logits_SV: Tensor, lines_SL: Tensor) -> tuple[Tensor, Tensor]:
 
     x_SC4 = torch.nn.functional.pad(x_SV, (0, -x_SV.shape[1] % LANES), value=-torch.inf).unflatten(1, (-1, LANES))
     row_M, group_M = (x_SC4.amax(2) >= threshold_S.unsqueeze(1)).nonzero(as_tuple=True)
-    seed_low_M, seed_high_M, position_M = (
+    seed_low_M, seed_high_M, length_M = (
         lines_SL[:, column][row_M] for column in (line.SEED_LOW, line.SEED_HIGH, line.LENGTH)
     )
     x_M4 = x_SC4[row_M, group_M]
-    noisy_M4 = x_M4 + gumbel_lanes(seed_low_M, seed_high_M, position_M, group_M)
+    noisy_M4 = x_M4 + gumbel_lanes(seed_low_M, seed_high_M, length_M + offset_S[row_M], group_M)
     score_SC4 = torch.full_like(x_SC4, -torch.inf)
     score_SC4[row_M, group_M] = noisy_M4.masked_fill_(x_M4 < threshold_S[row_M].unsqueeze(1), -torch.inf)
     return _max(score_SC4.flatten(1))

@@ -24,17 +24,17 @@ def keep_mask(x_V: Tensor, min_p: float, top_k: int, top_p: float) -> Tensor:
     return keep_V
 
 
-def sample(logits: Tensor, row_slot: Tensor, lines: Tensor) -> Tensor:
+def sample(logits: Tensor, row_slot: Tensor, offset: Tensor, lines: Tensor) -> Tensor:
     """See `stepgraph.ops.sample.sample`."""
     logits_RV = logits.float().masked_fill(logits.isnan(), -torch.inf)
     tokens = []
-    for logits_V, line_L in zip(logits_RV, lines[row_slot.long()], strict=True):
+    for logits_V, line_L, place in zip(logits_RV, lines[row_slot.long()], offset, strict=True):
         temperature, min_p, top_p = line_L[[line.TEMPERATURE, line.MIN_P, line.TOP_P]].view(torch.float32).tolist()
         score_V = logits_V
         if temperature > 0:
             x_V = logits_V / temperature
             keep_V = keep_mask(x_V, min_p, int(line_L[line.TOP_K]), top_p)
-            noise_V = gumbel(line_L[line.SEED_LOW], line_L[line.SEED_HIGH], line_L[line.LENGTH], len(x_V))
+            noise_V = gumbel(line_L[line.SEED_LOW], line_L[line.SEED_HIGH], line_L[line.LENGTH] + place, len(x_V))
             score_V = (x_V + noise_V).masked_fill(~keep_V, -torch.inf)
         best, token = score_V.max(0)
         tokens.append(line.NO_TOKEN if best == -torch.inf else int(token))

@@ -72,11 +72,11 @@ def _logits(logits_ptr, entry, V: tl.constexpr):
 
 
 @triton.jit
-def _gumbel(line_ptr, group):
+def _gumbel(line_ptr, offset, group):
     """Noise of the entries 4·group … 4·group + 3, side by side: [..., G] int32 to [..., 4·G] float32."""
     low = tl.load(line_ptr + _SEED_LOW).to(tl.uint32, bitcast=True).to(tl.uint64)
     high = tl.load(line_ptr + _SEED_HIGH).to(tl.uint32, bitcast=True).to(tl.uint64)
-    position = tl.zeros_like(group) + tl.load(line_ptr + _LENGTH)
+    position = tl.zeros_like(group) + tl.load(line_ptr + _LENGTH) + offset
     zero = tl.zeros_like(group)
     w0, w1, w2, w3 = tl.philox(low | (high << 32), group, position, zero, zero)
     bits = tl.interleave(tl.interleave(w0, w2), tl.interleave(w1, w3))
@@ -94,6 +94,7 @@ def _mass(x, peak, temperature):
 def _chunks_kernel(
     logits_ptr,
     row_slot_ptr,
+    offset_ptr,
     lines_ptr,
     value_ptr,
     token_ptr,
@@ -111,6 +112,7 @@ def _chunks_kernel(
     slot = tl.load(row_slot_ptr + row)
     if slot != _NULL_SLOT:
         line_ptr = lines_ptr + slot * _LINE_WIDTH
+        offset = tl.load(offset_ptr + row)
         temperature, _, _, _, filtered = _settings(line_ptr, V)
         start = chunk * BLOCK
         x_B = _logits(logits_ptr + row.to(tl.int64) * V, start + tl.arange(0, BLOCK), V)
@@ -122,7 +124,7 @@ def _chunks_kernel(
             tl.store(highest_ptr + segment_T, tl.max(tl.reshape(x_B, [BLOCK // SEGMENT, SEGMENT]), 1))
         x_B = tl.div_rn(x_B, tl.where(temperature > 0, temperature, 1.0))
         if temperature > 0:
-            x_B += _gumbel(line_ptr, start // 4 + tl.arange(0, BLOCK // 4))
+            x_B += _gumbel(line_ptr, offset, start // 4 + tl.arange(0, BLOCK // 4))
         if filtered:
             tl.store(noisiest_ptr + segment_T, tl.max(tl.reshape(x_B, [BLOCK // SEGMENT, SEGMENT]), 1))
         else:
@@ -281,6 +283,7 @@ def _weigh(logits_ptr, list_ptr, highest_M, low, peak, temperature, V: tl.conste
 def _draw(
     logits_ptr,
     line_ptr,
+    offset,
     list_ptr,
     highest_M,
     noisiest_M,
@@ -302,7 +305,7 @@ def _draw(
             first_T = _listed(list_ptr, start, num_listed, V, T, SEGMENT)
             entry_TS = first_T[:, None] + tl.arange(0, SEGMENT)[None, :]
             x_TS = _logits(logits_ptr, entry_TS, V)
-            noise_TS = _gumbel(line_ptr, first_T[:, None] // 4 + tl.arange(0, SEGMENT // 4)[None, :])
+            noise_TS = _gumbel(line_ptr, offset, first_T[:, None] // 4 + tl.arange(0, SEGMENT // 4)[None, :])
             score_TS = tl.where(x_TS >= low, tl.div_rn(x_TS, temperature) + noise_TS, -float("inf"))
             value = tl.max(score_TS)
             first = tl.min(tl.where(score_TS == value, entry_TS, V))
@@ -317,6 +320,7 @@ def _draw(
 def _draw_filtered(
     logits_ptr,
     line_ptr,
+    offset,
     highest_ptr,
     noisiest_ptr,
     list_ptr,
@@ -353,7 +357,9 @@ def _draw_filtered(
     low = _logit_key(scaled_low, peak_key, temperature)
     token = tl.full((), V, tl.int32)
     while low <= peak_key:
-        token = _draw(logits_ptr, line_ptr, list_ptr, highest_M, noisiest_M, _key_float(low), temperature, V, SEGMENT)
+        token = _draw(
+            logits_ptr, line_ptr, offset, list_ptr, highest_M, noisiest_M, _key_float(low), temperature, V, SEGMENT
+        )
         low = peak_key + 1  # ends the search, unless entries above the token are enough without it
         scaled = tl.div_rn(_logits(logits_ptr, token, V), temperature)
         if (top_p < 1) & (token < V) & (scaled < scaled_peak):
@@ -367,6 +373,7 @@ def _draw_filtered(
 def _rows_kernel(
     logits_ptr,
     row_slot_ptr,
+    offset_ptr,
     lines_ptr,
     value_ptr,
     token_ptr,
@@ -389,6 +396,7 @@ def _rows_kernel(
     token = tl.full((), _NO_TOKEN, tl.int32)
     if slot != _NULL_SLOT:
         line_ptr = lines_ptr + slot * _LINE_WIDTH
+        offset = tl.load(offset_ptr + row)
         temperature, _, _, _, filtered = _settings(line_ptr, V)
         chunk_N = tl.arange(0, BLOCK_N)
         value_N = tl.load(value_ptr + row * N + chunk_N, mask=chunk_N < N, other=-float("inf"))
@@ -399,6 +407,7 @@ def _rows_kernel(
                 token = _draw_filtered(
                     logits_ptr + row.to(tl.int64) * V,
                     line_ptr,
+                    offset,
                     highest_ptr + row * M,
                     noisiest_ptr + row * M,
                     list_ptr + row * M,
@@ -415,7 +424,7 @@ def _rows_kernel(
     tl.store(out_ptr + row, token)
 
 
-def sample(logits: Tensor, row_slot: Tensor, lines: Tensor) -> Tensor:
+def sample(logits: Tensor, row_slot: Tensor, offset: Tensor, lines: Tensor) -> Tensor:
     """See `stepgraph.ops.sample.sample`."""
     num_rows, vocab_size = logits.shape
     num_chunks = triton.cdiv(vocab_size, CHUNK)
@@ -430,6 +439,7 @@ def sample(logits: Tensor, row_slot: Tensor, lines: Tensor) -> Tensor:
     _chunks_kernel[(num_rows, num_chunks)](
         logits,
         row_slot,
+        offset,
         lines,
         value_RN,
         token_RN,
@@ -445,6 +455,7 @@ def sample(logits: Tensor, row_slot: Tensor, lines: Tensor) -> Tensor:
     _rows_kernel[(num_rows,)](
         logits,
         row_slot,
+        offset,
         lines,
         value_RN,
         token_RN,
