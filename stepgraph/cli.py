@@ -107,7 +107,7 @@ def _require_answer(output: RequestOutput) -> None:
 
 
 def _log_steps(llm: LLM) -> None:
-    """With -v: how many steps ran in a graph, why others did not, and how much was padding."""
+    """With -v: how many steps ran in a graph, why others did not, how much was padding, and what came of proposals."""
     statistics = llm.engine.runner.pool.statistics
     eager = {f"{kind} ({reason})": n for (kind, reason), n in statistics.steps.items() if reason is not None}
     logger.info(
@@ -118,6 +118,14 @@ def _log_steps(llm: LLM) -> None:
         statistics.real_tokens,
         statistics.padding_tokens,
     )
+    speculation = llm.engine.speculation
+    if speculation.num_drafts:
+        logger.info(
+            "%d of %d proposals stood: %.2f tokens per step and request that verified some",
+            speculation.num_accepted_tokens,
+            speculation.num_draft_tokens,
+            speculation.mean_accepted_length,
+        )
 
 
 def _chat(arguments: argparse.Namespace) -> int:
@@ -189,6 +197,10 @@ def _graphs_list(arguments: argparse.Namespace) -> int:
             rows = sorted(shape.num_rows for shape in shapes if shape.num_tokens == num_tokens)
             print(f"{num_tokens:>6}  {', '.join(map(str, rows))}")
         print(f"{len(shapes)} graphs")
+        if config.speculative.max_drafts:
+            print(
+                f"each for up to {config.speculative.max_drafts} proposals a row; those for fewer are captured when they are used"
+            )
         return 0
 
     from stepgraph.bench.report import table

@@ -163,6 +163,28 @@ def test_streamed_answer_is_the_complete_one(tiny_model, capsys):
     assert len(streamed.strip()) > 0
 
 
+def test_speculation_changes_no_answer_and_its_gain_is_logged(tiny_model, capsys, caplog):
+    request = [
+        "generate",
+        *quick(tiny_model),
+        "--max-num-seqs",
+        "1",
+        "--prompt",
+        "x",
+        "--prompt",
+        "x",
+        "--max-tokens",
+        "20",
+    ]
+    assert main(request) == 0
+    plain = capsys.readouterr().out
+    config = '{"method": "suffix", "num_speculative_tokens": 4, "adaptive": false}'
+    assert main([*request, "-v", "--speculative-config", config]) == 0
+    assert capsys.readouterr().out == plain
+    assert "speculative decoding: suffix, up to 4 proposals, not adaptive" in caplog.text
+    assert re.search(r"\d+ of \d+ proposals stood: [1-5]\.\d\d tokens per step", caplog.text)
+
+
 def test_prompt_from_a_pipe_is_the_prompt_from_the_flag(tiny_model, stdin, capsys):
     stdin("def main():\n")
     assert main(["generate", *quick(tiny_model)]) == 0
@@ -223,17 +245,17 @@ def test_chat_on_a_terminal_survives_a_message_that_does_not_fit(tiny_model):
 def test_graphs_list_shows_what_capture_then_captures(tiny_model, capsys):
     settings = [tiny_model, "--device", "cpu", "--max-num-seqs", "2", "--max-num-batched-tokens", "4"]
     assert main(["graphs", "list", *settings]) == 0
-    assert capsys.readouterr().out == "tokens  rows\n     1  1\n     2  2\n     3  2\n     4  2\n4 graphs\n"
+    assert capsys.readouterr().out == "tokens  rows\n     1  1\n     2  1, 2\n     3  1, 2\n     4  1, 2\n7 graphs\n"
     assert main(["graphs", "list", *settings, "--capture-now"]) == 0
     out = capsys.readouterr().out
-    assert re.findall(r"^(\dx\d) ", out, re.MULTILINE) == ["1x1", "2x2", "3x2", "4x2"]
-    assert "4 fx graphs" in out
+    assert re.findall(r"^(\dx\d) ", out, re.MULTILINE) == ["1x1", "2x1", "2x2", "3x1", "3x2", "4x1", "4x2"]
+    assert "7 fx graphs" in out
 
 
 def test_graphs_verify_checks_every_graph(tiny_model, capsys):
     settings = [tiny_model, "--device", "cpu", "--max-num-seqs", "2", "--max-num-batched-tokens", "4"]
     assert main(["graphs", "verify", *settings, "--rounds", "2"]) == 0
-    assert "4 graphs" in capsys.readouterr().out
+    assert "7 graphs" in capsys.readouterr().out
 
 
 def test_demo_runs_every_step_in_a_graph_and_mixes_prefill_with_decode(tiny_model, capsys):

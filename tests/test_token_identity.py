@@ -125,3 +125,25 @@ def test_transformers_as_installed_gives_the_same_tokens_now(engine, decoder) ->
         )
         answers.append(answer | {"tokens": output[0, prompt.shape[1] :].tolist()})
     assert_identical(engine, answers)
+
+
+@pytest.mark.parametrize(
+    ("method", "num_drafts", "tight"),
+    [
+        ("mtp", 3, False),
+        ("suffix", 5, True),
+        ("ngram", 2, False),
+        ("hybrid", 4, True),
+    ],
+)
+def test_speculation_changes_no_token(create_engine, method, num_drafts, tight) -> None:
+    """`scripts/check_speculation.py` checks every combination, on all prompts, with more around them."""
+    settings = {"max_num_batched_tokens": 64, "capture_sizes": (64,), "num_kv_blocks": 20} if tight else {}
+    engine = create_engine(
+        speculative_config={"method": method, "num_speculative_tokens": num_drafts, "adaptive": False}, **settings
+    )
+    assert_identical(engine, BY_LENGTH[:8])
+    statistics = engine.runner.pool.statistics
+    assert statistics.num_eager_steps == 0
+    assert engine.speculation.num_accepted_tokens > 0
+    assert (engine.scheduler.statistics.preemptions > 0) == tight

@@ -1,9 +1,11 @@
 """A random model small enough to run thousands of steps in a test, in the layout that transformers writes."""
 
+import json
 import time
 from pathlib import Path
 
 import torch
+from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -22,8 +24,8 @@ TINY_SETTINGS = {
 """Of an engine that captures two graphs."""
 
 
-def save_tiny_model(folder: Path, *, num_layers: int = 2) -> str:
-    """Write a Llama whose tokenizer has one token per byte, and "<end>". Returns the folder.
+def save_tiny_model(folder: Path, *, num_layers: int = 2, num_mtp_modules: int = 1) -> str:
+    """Write a Llama whose tokenizer has one token per byte, and "<end>", and modules to draft for it. Returns the folder.
 
     Weights are large enough that another token, position or key anywhere in the context changes the answer.
     """
@@ -52,7 +54,39 @@ def save_tiny_model(folder: Path, *, num_layers: int = 2) -> str:
         for name, parameter in model.named_parameters():
             parameter.normal_(1.0 if "norm" in name else 0.0, 0.3)
     model.save_pretrained(folder)
+    modules = mtp_tensors(model.config, num_mtp_modules)
+    save_file(modules, folder / "mtp.safetensors")
+    files = dict.fromkeys(model.state_dict(), "model.safetensors") | dict.fromkeys(modules, "mtp.safetensors")
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": files}))
     return str(folder)
+
+
+def mtp_tensors(config: LlamaConfig, num_modules: int, seed: int = 1) -> dict[str, torch.Tensor]:
+    """Random modules for a Llama, in DeepSeek's layout: what a checkpoint of it would hold beside the model."""
+    E, M, D = config.hidden_size, config.intermediate_size, config.head_dim
+    shapes = {
+        "enorm": (E,),
+        "hnorm": (E,),
+        "eh_proj": (E, 2 * E),
+        "shared_head.norm": (E,),
+        "input_layernorm": (E,),
+        "self_attn.q_proj": (config.num_attention_heads * D, E),
+        "self_attn.k_proj": (config.num_key_value_heads * D, E),
+        "self_attn.v_proj": (config.num_key_value_heads * D, E),
+        "self_attn.o_proj": (E, config.num_attention_heads * D),
+        "post_attention_layernorm": (E,),
+        "mlp.gate_proj": (M, E),
+        "mlp.up_proj": (M, E),
+        "mlp.down_proj": (E, M),
+    }
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        f"model.layers.{config.num_hidden_layers + k}.{name}.weight": torch.empty(shape).normal_(
+            1.0 if len(shape) == 1 else 0.0, 0.3, generator=generator
+        )
+        for k in range(num_modules)
+        for name, shape in shapes.items()
+    }
 
 
 def drain(engine) -> None:

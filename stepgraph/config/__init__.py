@@ -8,6 +8,7 @@ from stepgraph.config.graph import GraphConfig
 from stepgraph.config.model import ModelConfig
 from stepgraph.config.scheduler import SchedulerConfig
 from stepgraph.config.server import ServerConfig, serve_config
+from stepgraph.config.speculative import SpeculativeConfig
 
 __all__ = [
     "CacheConfig",
@@ -16,6 +17,7 @@ __all__ = [
     "ModelConfig",
     "SchedulerConfig",
     "ServerConfig",
+    "SpeculativeConfig",
     "add_flags",
     "read_settings",
     "serve_config",

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from stepgraph.config.cache import CacheConfig
 from stepgraph.config.fields import homes_of, refuse_unknown
@@ -12,6 +12,7 @@ from stepgraph.config.graph import GraphConfig, graph_config_from_json
 from stepgraph.config.lora import LoRAConfig
 from stepgraph.config.model import ModelConfig
 from stepgraph.config.scheduler import SchedulerConfig
+from stepgraph.config.speculative import SpeculativeConfig, speculative_config_from_json
 from stepgraph.errors import ConfigError
 
 
@@ -24,12 +25,13 @@ class EngineConfig:
     scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
     graph: GraphConfig = field(default_factory=GraphConfig)
     lora: LoRAConfig = field(default_factory=LoRAConfig)
+    speculative: SpeculativeConfig = field(default_factory=SpeculativeConfig)
 
     @classmethod
     def from_settings(cls, **settings: Any) -> EngineConfig:
         """Build from flat settings, e.g. ``from_settings(model="smollm2", max_num_seqs=8)``.
 
-        ``graph_optimization_config`` may hold the JSON text (or dict) of several graph settings. When only
+        ``graph_optimization_config`` and ``speculative_config`` may hold the JSON text (or dict) of several settings. When only
         `max_num_seqs` or only `max_num_batched_tokens` is given, the other's default yields to it.
 
         Raises:
@@ -54,21 +56,39 @@ class EngineConfig:
 
 
 def flattened(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """The same settings, lists as tuples, and those in ``graph_optimization_config`` beside the others.
+    """The same settings, lists as tuples, and those in ``graph_optimization_config`` and ``speculative_config`` beside them.
 
     Raises:
-        ConfigError: ``graph_optimization_config`` makes no sense, or contradicts a setting given beside it.
+        ConfigError: one of the two makes no sense, or contradicts a setting given beside it.
     """
     flat: dict[str, Any] = {
         name: tuple(value) if isinstance(value, list) else value for name, value in settings.items()
     }
-    graph_json = flat.pop("graph_optimization_config", None)
-    if graph_json is not None:
-        for name, value in graph_config_from_json(graph_json).items():
-            if flat.setdefault(name, value) != value:
-                raise ConfigError(f"{name} is {flat[name]!r} and, in graph_optimization_config, {value!r}")
+    for key, group in GROUPS.items():
+        grouped = flat.pop(key, None)
+        if grouped is not None:
+            for name, value in group.read(grouped).items():
+                if flat.setdefault(name, value) != value:
+                    raise ConfigError(f"{name} is {flat[name]!r} and, in {key}, {value!r}")
     return flat
 
+
+class Group(NamedTuple):
+    """A setting that holds several others, as JSON text or as a dict."""
+
+    part: str
+    """Where those belong, as in `ENGINE_PARTS`."""
+    read: Callable[[Any], dict[str, Any]]
+    """From text or dict to flat settings."""
+    help: str
+
+
+GROUPS = {
+    "graph_optimization_config": Group("graph", graph_config_from_json, "with FastDeploy's key names accepted too"),
+    "speculative_config": Group(
+        "speculative", speculative_config_from_json, "the names without `speculative_`, and other engines' key names"
+    ),
+}
 
 ENGINE_PARTS: dict[str, Any] = {
     "model": ModelConfig,
@@ -76,6 +96,7 @@ ENGINE_PARTS: dict[str, Any] = {
     "scheduler": SchedulerConfig,
     "graph": GraphConfig,
     "lora": LoRAConfig,
+    "speculative": SpeculativeConfig,
 }
 """The dataclasses by the names of `EngineConfig`'s fields, in the order in which they are shown."""
 
@@ -83,7 +104,6 @@ NOT_YET: dict[str, tuple[tuple[Any, ...], str]] = {
     "tensor_parallel_size": ((None, 1), "the engine runs on one device; start it with 1"),
     "pipeline_parallel_size": ((None, 1), "the engine runs on one device; start it with 1"),
     "quantization": ((None,), "weights run in float32, bfloat16 or float16; leave it unset"),
-    "speculative_config": ((None,), "there is no speculative decoding yet; leave it unset"),
     "enforce_eager": ((None, False), "use graph_backend='eager'"),
     "trust_remote_code": ((None, False), "models are run by stepgraph's own code; leave it unset"),
 }

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from stepgraph.config.engine import NOT_YET, flattened
+from stepgraph.config.engine import GROUPS, NOT_YET, flattened
 from stepgraph.config.fields import check_value, homes_of, refuse_unknown, scalar_type
 from stepgraph.config.server import SERVE_PARTS
 from stepgraph.errors import ConfigError
@@ -45,7 +45,7 @@ def _loaded(path: str) -> Any:
 def _flat(loaded: Any) -> dict[str, Any]:
     """The settings of all sections and of none side by side."""
     flat: dict[str, Any] = {}
-    homes = homes_of(SERVE_PARTS) | {"graph_optimization_config": "graph"}
+    homes = homes_of(SERVE_PARTS) | {name: group.part for name, group in GROUPS.items()}
     for name, value in _named(loaded, "the file").items():
         if name in SERVE_PARTS and (value is None or isinstance(value, dict)):
             for inner, inner_value in _named(value, name).items():
@@ -59,7 +59,7 @@ def _flat(loaded: Any) -> dict[str, Any]:
             refuse_unknown([name], [*homes, *NOT_YET])
             _put(flat, name, value)
     for name, value in flat.items():
-        if name in homes and name != "graph_optimization_config":
+        if name in homes and name not in GROUPS:
             part = SERVE_PARTS[homes[name]]
             if isinstance(value, str) and scalar_type(part, name) == (str, True):
                 flat[name] = value = (value,)

@@ -6,10 +6,9 @@ import dataclasses
 from argparse import ArgumentParser, BooleanOptionalAction, Namespace
 from typing import Any
 
-from stepgraph.config.engine import ENGINE_PARTS, NOT_YET, flattened
+from stepgraph.config.engine import ENGINE_PARTS, GROUPS, NOT_YET, flattened
 from stepgraph.config.fields import homes_of, scalar_type
 from stepgraph.config.file import read_settings
-from stepgraph.config.graph import GraphConfig
 from stepgraph.config.server import SERVE_PARTS, ServerConfig
 from stepgraph.errors import ConfigError
 
@@ -43,12 +42,10 @@ def add_flags(parser: ArgumentParser, *, positional_model: bool = True, server: 
                 if not f.metadata["choices"]:
                     options["metavar"] = f.metadata["metavar"] or ("N" if kind in (int, float) else "TEXT")
             group.add_argument("--" + f.name.replace("_", "-"), **options)
-        if part_type is GraphConfig:
-            group.add_argument(
-                "--graph-optimization-config",
-                metavar="JSON",
-                help="several of these at once as JSON, with FastDeploy's key names accepted too",
-            )
+        for name, of_several in GROUPS.items():
+            if of_several.part == part:
+                text = f"several of these at once as JSON, {of_several.help}"
+                group.add_argument("--" + name.replace("_", "-"), metavar="JSON", help=text)
     foreign = parser.add_argument_group(
         "other engines", "Accepted from command lines of other engines where they change nothing, else refused."
     )
@@ -88,7 +85,7 @@ def settings_from_flags(arguments: Namespace, *, server: bool = False) -> dict[s
             raise ConfigError(
                 f"{arguments.config}: {name} is a setting of the server, which only `stepgraph serve` starts"
             )
-    names = {*homes_of(SERVE_PARTS if server else ENGINE_PARTS), "graph_optimization_config", *NOT_YET}
+    names = {*homes_of(SERVE_PARTS if server else ENGINE_PARTS), *GROUPS, *NOT_YET}
     given = {name: value for name, value in vars(arguments).items() if name in names and value is not None}
     positional = getattr(arguments, "model_argument", None)
     if positional is not None and given.setdefault("model", positional) != positional:

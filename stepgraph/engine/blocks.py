@@ -10,11 +10,11 @@ from stepgraph.ops import slot_line
 
 
 def block_key(parent: bytes, tokens: bytes) -> bytes:
-    """Name of a full block's content: its tokens and everything before them.
+    """Name of a full block's content: its tokens, those after it that its content depends on, and everything before.
 
     Args:
         parent: key of the block before it; for the first one `root_key`.
-        tokens: the block's token ids as int32.
+        tokens: the block's token ids as int32, and as many more as a drafter looks ahead.
     """
     return hashlib.sha256(parent + tokens).digest()
 

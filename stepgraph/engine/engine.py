@@ -25,6 +25,7 @@ from stepgraph.engine.prompts import require_tokenizer
 from stepgraph.engine.request import FinishReason, Request, RequestUpdate
 from stepgraph.engine.sampling_params import SamplingParams, bad_word_token_ids
 from stepgraph.engine.scheduler import ScheduledStep, Scheduler
+from stepgraph.engine.speculation import SpeculationStatistics
 from stepgraph.errors import ConfigError, EngineDeadError, RequestError, StepgraphError
 from stepgraph.graph.pool import StepRecord
 from stepgraph.models.adapters import Adapter, AdapterStore
@@ -35,8 +36,12 @@ from stepgraph.models.source import ModelSource, resolve, resolve_configured
 from stepgraph.models.update import plan_update, write
 from stepgraph.ops import slot_line
 from stepgraph.platforms import create_platform
+from stepgraph.spec.create import create_drafter
+from stepgraph.spec.depth import LEVELS, DraftDepth
+from stepgraph.spec.drafter import Drafter
 from stepgraph.step.memory import place_weights
-from stepgraph.step.runner import StepRunner, Ticket
+from stepgraph.step.plan import StepKind
+from stepgraph.step.runner import RowResult, StepRunner, Ticket
 from stepgraph.step.state import SlotSampling
 
 if TYPE_CHECKING:
@@ -61,6 +66,8 @@ class StepReport(NamedTuple):
     """From its launch, or from the end of the step before it if that was later."""
     host_seconds: float
     """Of planning one step and taking in the results of one, as they went on side by side."""
+    decodes: Sequence[RowResult] = ()
+    """Its rows that were not of prompts, those that ran nothing left out."""
 
 
 class _InFlight(NamedTuple):
@@ -102,11 +109,27 @@ class Engine:
             deterministic=config.model.deterministic,
             progress=progress,
         )
-        self._weights = place_weights(model, config.cache, self.platform)
+        self._drafter = create_drafter(
+            config,
+            self.source,
+            model,
+            self.platform,
+            max_model_len=self.max_model_len,
+            progress=progress,
+        )
+        drafter_parameters = [] if self._drafter is None else self._drafter.parameters()
+        self._weights = place_weights([*model.parameters(), *drafter_parameters], config.cache, self.platform)
         self._adapters = self._create_adapters(model)
         self.runner = StepRunner(
-            model, config, self.platform, max_model_len=self.max_model_len, adapters=self._adapters
+            model,
+            config,
+            self.platform,
+            max_model_len=self.max_model_len,
+            adapters=self._adapters,
+            drafter=self._drafter,
         )
+        max_drafts = config.speculative.max_drafts
+        self._depth = DraftDepth(max_drafts, self._draft_levels(self._drafter))
         self.scheduler = Scheduler(
             config.scheduler,
             max_tokens=self.runner.pool.max_tokens,
@@ -115,12 +138,14 @@ class Engine:
             token_sizes=self.runner.pool.token_sizes,
             prefix_caching=config.cache.enable_prefix_caching,
             pure_steps=config.graph.cudagraph_only_prefill and config.scheduler.insertion_policy == "gather",
+            choose_drafts=self._depth.choose,
+            lookahead=0 if self._drafter is None else self._drafter.lookahead,
         )
         self.runner.cache_lost = self.scheduler.preempt_all
         self.host_time = HostTime()
         self.on_step: Callable[[StepReport], None] = lambda report: None
         """Called in the engine's thread when a step's results have been read; whoever watches the steps sets it."""
-        self._masks = TokenMasks(self._create_compiler, self.source.config.vocab_size)
+        self._masks = TokenMasks(self._create_compiler, self.source.config.vocab_size, max_drafts)
         self._seeds = random.Random(config.model.seed)
         self._in_flight: deque[_InFlight] = deque()
         self._collected_at = 0.0  # when the results of the last step had been read
@@ -130,6 +155,8 @@ class Engine:
         self._has_weights = True
         self._failure: BaseException | None = None
         self._is_shut_down = False
+        if max_drafts:
+            logger.info("speculative decoding: %s", config.speculative)
         if not self.runner.pool.lazy:
             self.runner.pool.capture_all(progress=progress)
 
@@ -137,6 +164,16 @@ class Engine:
     def tokenizer(self) -> PreTrainedTokenizerFast | None:
         """The model's tokenizer; None if it has none that can be read, which leaves prompts of token ids."""
         return self.source.tokenizer_if_any()
+
+    @property
+    def speculation(self) -> SpeculationStatistics:
+        """What came of the proposals of all requests."""
+        return self.scheduler.speculation
+
+    @property
+    def draft_levels(self) -> tuple[int, ...]:
+        """How many proposals the rows of a step may get at most, ascending; each number has graphs of its own."""
+        return self._depth.levels
 
     @property
     def has_work(self) -> bool:
@@ -224,7 +261,8 @@ class Engine:
             self._sleep_level = 0
 
     def update_weights(self, weights: str | Path | ModelSource | Iterable[tuple[str, Tensor]]) -> None:
-        """Replace the model's weights; captured graphs stay. Requests that run go on, with the new weights from here on.
+        """Replace the model's weights; captured graphs stay. Requests that run go on, with the new weights from here on. Draft
+        modules keep theirs, which are read again from where they came from.
 
         Args:
             weights: a checkpoint of the same model, named as the setting `model`, or all of its tensors under their names in
@@ -244,6 +282,8 @@ class Engine:
         self._stop_running()
         self._has_weights = False
         write(update)
+        if self._drafter is not None:
+            self._drafter.reload()
         self._has_weights = True
 
     def shutdown(self) -> None:
@@ -255,7 +295,7 @@ class Engine:
         self._masks.shutdown()
         self.platform.synchronize()
         memories = self._weights, self.runner.kv_memory
-        del self.runner, self._adapters
+        del self.runner, self._adapters, self._drafter
         gc.collect()  # graphs and their buffers are parts of cycles
         for memory in memories:
             memory.free()
@@ -403,15 +443,24 @@ class Engine:
             update if update.request.guide is None else self._follow_grammar(update)
             for update in self.scheduler.reconcile(step.scheduled, results)
         ]
+        seconds = collected - max(step.launched_at, self._collected_at)
+        num_prefill_rows = step.ticket.plan.num_prefill_rows
+        decodes = [row for row in results.rows[num_prefill_rows:] if row.num_tokens]
+        self._observe(step.ticket, decodes, seconds)
         reading = time.perf_counter() - collected
         self.host_time.seconds += reading
-        self.on_step(
-            StepReport(
-                step.ticket.record, collected - max(step.launched_at, self._collected_at), step.host_seconds + reading
-            )
-        )
+        self.on_step(StepReport(step.ticket.record, seconds, step.host_seconds + reading, decodes))
         self._collected_at = collected
         return updates
+
+    def _observe(self, ticket: Ticket, decodes: Sequence[RowResult], seconds: float) -> None:
+        """Let the choice of how many tokens to propose learn from a step."""
+        record = ticket.record
+        if not decodes or not self.config.speculative.max_drafts:
+            return
+        telling = record.kind is StepKind.DECODE and not record.captured
+        accepted = [(row.num_verified, row.num_accepted) for row in decodes]
+        self._depth.observe(len(decodes), ticket.plan.num_drafts, accepted, seconds if telling else None)
 
     def _stop_running(self) -> None:
         """Finish the steps under way and send every running request back to wait; the KV cache holds nothing after that."""
@@ -439,27 +488,34 @@ class Engine:
                 sampling=request.sampling,
             )
             if request.sampling.masked:
-                state.set_mask(request.slot, self._masks.mask(request))
+                state.set_masks(request.slot, self._masks.masks(request))
         return request.error is None
 
     def _follow_grammar(self, update: RequestUpdate) -> RequestUpdate:
         """Move a request on in its grammar, and send the device what may come next."""
-        request = update.request
-        if update.finish_reason is not None:
-            return update
-        assert request.guide is not None
-        assert request.slot is not None
+        request, tokens, ended = update.request, update.new_token_ids, update.finish_reason is not None
+        guide = request.guide
+        assert guide is not None
+        num_taken = 0
         with self._blaming(request):
-            for token in update.new_token_ids:
-                request.guide.accept(token)
-            if not request.guide.finished:
-                self.runner.state.set_mask(request.slot, self._masks.mask(request))
+            # What ended on the device ended at its last token, unless the grammar ends before that.
+            while num_taken < len(tokens) - ended and not guide.finished:
+                guide.accept(tokens[num_taken])
+                num_taken += 1
+            if not (guide.finished or ended):
+                assert request.slot is not None
+                self.runner.state.set_masks(request.slot, self._masks.masks(request))
+        if guide.finished:  # nothing may follow, not even a stop token
+            request.drop_tokens(len(tokens) - num_taken)
+            if ended:
+                request.finish_reason, request.stop_token, request.error = FinishReason.STOP, None, None
+            else:
+                self.scheduler.end(request.id, FinishReason.STOP)
+            return RequestUpdate(request, tokens[:num_taken], FinishReason.STOP)
+        if ended:
+            return update
         if request.error is not None:
-            return self._fail(request)._replace(new_token_ids=update.new_token_ids)
-        if request.guide.finished:  # nothing may follow, not even a stop token
-            ended = self.scheduler.end(request.id, FinishReason.STOP)
-            assert ended is not None
-            return RequestUpdate(request, update.new_token_ids, FinishReason.STOP)
+            return self._fail(request)._replace(new_token_ids=tokens)
         request.awaits_host = False
         return update
 
@@ -479,6 +535,14 @@ class Engine:
         update = self.scheduler.end(request.id, FinishReason.ERROR)
         assert update is not None
         return update
+
+    def _draft_levels(self, drafter: Drafter | None) -> Sequence[int]:
+        """Numbers of proposals to choose from. Where a capture takes as long as many steps, few are worth one; and who proposes
+        at no cost is never switched off, so that it is noticed when its proposals become good."""
+        if drafter is None or not self.config.speculative.speculative_adaptive:
+            return ()
+        least = 0 if drafter.costs_when_idle else 1
+        return [level for level in LEVELS if level >= least] if self.platform.captures_all_by_default else (least, 3)
 
     def _sampling_of(self, params: SamplingParams) -> SlotSampling:
         """Sampling parameters as the device wants them."""
@@ -505,6 +569,7 @@ class Engine:
             masked=params.allowed_token_ids is not None or params.structured_outputs is not None,
             num_logprobs=0 if params.logprobs is None else 1 + params.logprobs,
             num_prompt_logprobs=0 if params.prompt_logprobs is None else 1 + params.prompt_logprobs,
+            max_num_drafts=params.max_num_drafts,
         )
 
     def _create_adapters(self, model: LanguageModel) -> AdapterStore | None:

@@ -163,6 +163,29 @@ class Guide:
         self.finished = self._matcher.is_terminated()
         self._accept_seconds = time.thread_time() - start
 
+    def fill_along(self, masks_JW: NDArray[np.int32], drafts: Sequence[int]) -> None:
+        """Write the tokens that may follow now, and after each of the proposals.
+
+        Lines after a proposal that may not stand there are left alone: it falls, and what is sampled behind it with it.
+
+        Args:
+            masks_JW: [1 + len(drafts), W], as for `fill`.
+            drafts: that follow what was accepted.
+        """
+        num_accepted = 0
+        self.fill(masks_JW[0])
+        for place, token in enumerate(drafts, 1):
+            if self.finished or not self._matcher.accept_token(token):
+                break
+            num_accepted += 1
+            if self._matcher.is_terminated():
+                for mask_W in masks_JW[place:]:
+                    self._fill_stops(mask_W)
+                break
+            self._fill_next(masks_JW[place])
+        if num_accepted:
+            self._matcher.rollback(num_accepted)
+
     def fill(self, mask_W: NDArray[np.int32]) -> None:
         """Write the tokens that may follow: bit v % 32 of word v // 32 is set if token v may. Bits from V on are 0.
 
@@ -170,19 +193,25 @@ class Guide:
         """
         start = time.thread_time()
         if self.finished:
-            mask_W.fill(0)
-            for token in self._stop_token_ids:
-                mask_W.view(np.uint32)[token // MASK_BITS] |= np.uint32(1 << token % MASK_BITS)
+            self._fill_stops(mask_W)
             return
-        self._matcher.fill_next_token_bitmask(mask_W.reshape(1, -1))
-        if used := self._vocab_size % MASK_BITS:  # xgrammar may set bits that stand for no token
-            mask_W.view(np.uint32)[-1] &= np.uint32((1 << used) - 1)
+        self._fill_next(mask_W)
         seconds = self._accept_seconds + time.thread_time() - start
         if seconds > MAX_TOKEN_SECONDS:
             raise GuideError(
                 f"following the grammar took {seconds:.2f} s for one token, at most {MAX_TOKEN_SECONDS} are allowed: it can "
                 "read the answer in too many ways; nest fewer repetitions"
             )
+
+    def _fill_stops(self, mask_W: NDArray[np.int32]) -> None:
+        mask_W.fill(0)
+        for token in self._stop_token_ids:
+            mask_W.view(np.uint32)[token // MASK_BITS] |= np.uint32(1 << token % MASK_BITS)
+
+    def _fill_next(self, mask_W: NDArray[np.int32]) -> None:
+        self._matcher.fill_next_token_bitmask(mask_W.reshape(1, -1))
+        if used := self._vocab_size % MASK_BITS:  # xgrammar may set bits that stand for no token
+            mask_W.view(np.uint32)[-1] &= np.uint32((1 << used) - 1)
 
 
 class GuideError(RuntimeError):

@@ -31,10 +31,12 @@ class TokenMasks:
     Args:
         create_compiler: makes the grammar compiler, when the first request needs it.
         vocab_size: V.
+        max_drafts: most proposals of a step, K.
     """
 
-    def __init__(self, create_compiler: Callable[[], GuidanceCompiler], vocab_size: int):
+    def __init__(self, create_compiler: Callable[[], GuidanceCompiler], vocab_size: int, max_drafts: int = 0):
         self._create_compiler = create_compiler
+        self._max_drafts = max_drafts
         self._num_words = -(-vocab_size // slot_line.MASK_BITS)
         self._threads = ThreadPoolExecutor(_COMPILERS, thread_name_prefix="stepgraph-grammar")
         self._compiling: dict[Request, Future[CompiledGuide]] = {}
@@ -79,16 +81,17 @@ class TokenMasks:
         if future is not None:
             future.cancel()
 
-    def mask(self, request: Request) -> npt.NDArray[np.int32]:
-        """What the request may sample next, [ceil(V / MASK_BITS)] int32: see `stepgraph.ops.slot_line.MASK_BITS`."""
+    def masks(self, request: Request) -> npt.NDArray[np.int32]:
+        """What the request may sample next, and after each of its proposals: [n, ceil(V / MASK_BITS)] int32, see
+        `stepgraph.ops.slot_line.MASK_BITS`. Without a grammar that holds for all its steps, and n = 1 + K."""
         if request.guide is None:
-            mask = np.full(self._num_words, -1, dtype=np.int32)
+            masks = np.full((1 + self._max_drafts, self._num_words), -1, dtype=np.int32)
         else:
-            mask = np.zeros(self._num_words, dtype=np.int32)
-            request.guide.fill(mask)
+            masks = np.zeros((1 + len(request.draft_token_ids), self._num_words), dtype=np.int32)
+            request.guide.fill_along(masks, request.draft_token_ids)
         if request.params.allowed_token_ids is not None:
-            mask &= pack_tokens(request.params.allowed_token_ids, self._num_words)
-        return mask
+            masks &= pack_tokens(request.params.allowed_token_ids, self._num_words)
+        return masks
 
     def shutdown(self) -> None:
         """Stop the compiling threads."""

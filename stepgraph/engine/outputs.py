@@ -32,6 +32,8 @@ class CompletionOutput:
     logprobs: list[TokenProbabilities] | None = None  # one per token, if asked for
     cumulative_logprob: float | None = None  # sum over the answer's tokens, with `logprobs`
     error: str | None = None  # what went wrong, with finish_reason "error"
+    num_draft_tokens: int = 0  # proposals of speculative decoding that were verified for it
+    num_accepted_tokens: int = 0  # of these, those that are among `token_ids`
 
     @property
     def finished(self) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import KW_ONLY, dataclass, field
 from enum import StrEnum
@@ -57,8 +58,29 @@ class AnsweredRequest:
     """What went wrong, if it ended with `FinishReason.ERROR`."""
     error_is_users: bool = False
     """It is about what was asked for, and would come again."""
+    num_draft_tokens: int = 0
+    """Proposals that were verified for it."""
+    accepted: list[int] = field(default_factory=list)
+    """Of these, those that stood: their places in `output_token_ids`, ascending."""
     admitted_at: float | None = None
     """`time.monotonic()` when it first got a slot."""
+
+    def note_accepted(self, num_tokens: int) -> None:
+        """The next `num_tokens` that `output_token_ids` gains are proposals that stood."""
+        if num_tokens:
+            start = len(self.output_token_ids)
+            self.accepted += range(start, start + num_tokens)
+
+    def num_accepted(self, end: int) -> int:
+        """Proposals that stood among the first `end` tokens of the answer."""
+        return bisect_left(self.accepted, end)
+
+    def drop_tokens(self, num_tokens: int) -> None:
+        """Forget the last `num_tokens` of its answer."""
+        if num_tokens:
+            del self.output_token_ids[-num_tokens:]
+            del self.output_logprobs[-num_tokens:]
+            del self.accepted[self.num_accepted(len(self.output_token_ids)) :]
 
 
 @dataclass(eq=False)
@@ -87,6 +109,16 @@ class Request(AnsweredRequest):
     """Tokens known when it got its slot: the prompt, and after a preemption the answer so far."""
     planned: int = 0
     """Tokens whose computation is planned: the device has computed these, or will before anything planned later."""
+    spread: int = 0
+    """Proposals in steps under way: if all stand, so many tokens more are computed than `planned`."""
+    num_unread: int = 0
+    """Steps under way that sample for it."""
+    num_drafts: int = 0
+    """Proposals that wait for its next step; with steps under way, the most that may."""
+    was_drafted: bool = True
+    """Its last known step made proposals. Those of the step under way are expected to be like that."""
+    draft_token_ids: Sequence[int] = ()
+    """Those proposals, if it follows a grammar."""
     blocks: list[int] = field(default_factory=list)
     """KV blocks granted, in order."""
     arrival: int = 0

@@ -107,6 +107,7 @@ class SamplingParams:
     logprobs: int | None = None  # report the log-probability of each token and of this many most likely ones
     prompt_logprobs: int | None = None  # likewise for the prompt's tokens
     structured_outputs: StructuredOutputs | None = None  # also accepted as a dict
+    speculative: Mapping[str, int] | None = None  # {"num_speculative_tokens": n}: at most n proposals; 0: none
     guided_decoding: None = None  # an older name that is refused
 
     def __post_init__(self) -> None:
@@ -150,6 +151,21 @@ class SamplingParams:
                 f"between 0 and {slot_line.MAX_LOGPROBS}, or None",
             )
         self._check_lists()
+        self._require(
+            "speculative",
+            self.speculative is None
+            or (
+                isinstance(self.speculative, dict)
+                and set(self.speculative) == {"num_speculative_tokens"}
+                and _within(self.speculative["num_speculative_tokens"], int, 0, slot_line.MAX_DRAFTS)
+            ),
+            f'{{"num_speculative_tokens": n}} with n between 0 (none) and {slot_line.MAX_DRAFTS}, or None',
+        )
+
+    @property
+    def max_num_drafts(self) -> int:
+        """Proposals a step may verify for the request, if the engine makes so many."""
+        return slot_line.MAX_DRAFTS if self.speculative is None else self.speculative["num_speculative_tokens"]
 
     @property
     def variant(self) -> Variant:
@@ -182,6 +198,8 @@ class SamplingParams:
         if isinstance(self.logit_bias, Mapping):
             biases = {_token_id_of(key): bias for key, bias in self.logit_bias.items()}
             object.__setattr__(self, "logit_bias", biases or None)
+        if isinstance(self.speculative, Mapping):
+            object.__setattr__(self, "speculative", dict(self.speculative))
         if self.top_k == -1:
             object.__setattr__(self, "top_k", 0)
         if isinstance(self.structured_outputs, Mapping):

@@ -1,9 +1,11 @@
 """Which requests run in a step, and how many tokens of each.
 
-Every step gives each decoding request one token and fills the rest of the token budget with prompts, in chunks where they do
-not fit. Requests are served in the order of their rank: priority, then arrival. The scheduler plans ahead of what it knows: a
-request planned for a decode may have finished on the device in a step whose results are not read yet; the device then runs
-nothing for it.
+Every step gives each decoding request one token, and one for each proposal to verify, and fills the rest of the token budget
+with prompts, in chunks where they do not fit. Requests are served in the order of their rank: priority, then arrival.
+
+The scheduler plans ahead of what it knows: a request planned for a decode may have finished on the device in a step whose
+results are not read yet; the device then runs nothing for it. How many proposals of a step under way will stand is not known
+either: a row is planned as if none did, and its KV blocks as if all did.
 
 KV blocks are granted as requests grow. When there are none left, the running request of the lowest rank is preempted: it loses
 its blocks and its slot, waits in its old place, and is computed again later from the tokens known by then. The request of the
@@ -28,6 +30,7 @@ from stepgraph.config import SchedulerConfig
 from stepgraph.engine.blocks import BlockPool, block_key, root_key
 from stepgraph.engine.logprobs import PromptSpan, read_logprobs, read_prompt_logprobs
 from stepgraph.engine.request import FinishReason, Request, RequestUpdate
+from stepgraph.engine.speculation import SpeculationStatistics
 from stepgraph.errors import RequestError
 from stepgraph.ops import slot_line
 from stepgraph.step.plan import StepPlan
@@ -89,7 +92,8 @@ class _Draft:
     """A step in the making."""
 
     budget: int  # tokens left
-    decodes: list[tuple[int, int]] = field(default_factory=list)  # rows of one token
+    num_drafts: int  # proposals to make for each row
+    decodes: list[tuple[int, int]] = field(default_factory=list)  # rows of one token and its proposals
     decode_deltas: list[tuple[int, int, int]] = field(default_factory=list)
     chunks: list[_Chunk] = field(default_factory=list)
     admitted: list[Request] = field(default_factory=list)
@@ -110,6 +114,8 @@ class Scheduler:
         token_sizes: captured token counts, ascending.
         prefix_caching: reuse blocks of equal prefixes.
         pure_steps: a step either computes prompts or decodes; prompts and decodes take turns.
+        choose_drafts: how many proposals the step should make for each row, given how many rows decode in it.
+        lookahead: tokens after a block that its content depends on.
         clock: seconds, monotonic.
     """
 
@@ -123,16 +129,21 @@ class Scheduler:
         token_sizes: Sequence[int],
         prefix_caching: bool = True,
         pure_steps: bool = False,
+        choose_drafts: Callable[[int], int] = lambda num_decodes: 0,
+        lookahead: int = 0,
         clock: Callable[[], float] = time.monotonic,
     ):
         assert max_tokens >= config.max_num_seqs, (max_tokens, config)
         self.statistics = SchedulerStatistics()
+        self.speculation = SpeculationStatistics()
         self._config = config
         self._max_tokens = max_tokens
         self._block_size = block_size
         self._token_sizes = tuple(token_sizes)
         self._prefix_caching = prefix_caching
         self._pure_steps = pure_steps
+        self._choose_drafts = choose_drafts
+        self._lookahead = lookahead
         self._clock = clock
         self._blocks = BlockPool(num_kv_blocks)
         self._watermark = int(self._blocks.num_usable * WATERMARK)
@@ -244,36 +255,54 @@ class Scheduler:
                 read_prompt_logprobs(span, results.prompt_logprobs)
         updates = []
         by_slot, block_size = self._by_slot, self._block_size
-        no_token, running, failed = slot_line.NO_TOKEN, slot_line.RUNNING, slot_line.FINISHED_ERROR
-        for index, (slot, generation, token, finish) in enumerate(results.rows):
-            request = by_slot.get(slot)
-            if request is None or request.generation != generation:
+        running = slot_line.RUNNING
+        plan = step.plan
+        for index, row in enumerate(results.rows):
+            request = by_slot.get(row.slot)
+            if request is None or request.generation != row.generation:
                 continue
-            if finish == failed:
-                request.error = "no token could be sampled: every logit was NaN or ruled out"
-                updates.append(self._finish(request, FinishReason.ERROR, ()))
-            elif token != no_token:
-                num_computed = request.num_known
-                request.output_token_ids.append(token)
-                if results.logprobs is not None and request.sampling.num_logprobs:
-                    request.output_logprobs.append(
-                        read_logprobs(token, results.logprobs[index], request.sampling.num_logprobs)
+            finish, tokens = row.finish, tuple(row.tokens)
+            if not tokens and finish == running:
+                continue
+            if index >= plan.num_prefill_rows:
+                request.planned += len(tokens) - 1
+                request.spread -= plan.rows[index][1] - 1
+                request.num_draft_tokens += row.num_verified
+                request.note_accepted(row.num_accepted)
+                self.speculation.add(row)
+            request.num_unread -= 1
+            if plan.num_drafts:
+                request.was_drafted = row.num_drafts > 0
+            if not request.num_unread:
+                request.num_drafts = row.num_drafts
+                if request.guide is not None:
+                    request.draft_token_ids = (
+                        () if results.drafts is None else results.drafts[index, : row.num_drafts].tolist()
                     )
-                if num_computed % block_size == 0:
-                    self._publish(request, num_computed)
-                if finish == running:
-                    updates.append(RequestUpdate(request, (token,), None))
-                else:
-                    reason = _FINISH_REASONS[finish]
-                    if reason is FinishReason.STOP:
-                        request.stop_token = token
-                    updates.append(self._finish(request, reason, (token,)))
+            request.output_token_ids += tokens
+            if results.logprobs is not None and request.sampling.num_logprobs:
+                for line, token in enumerate(tokens, row.first_sample):
+                    request.output_logprobs.append(
+                        read_logprobs(token, results.logprobs[line], request.sampling.num_logprobs)
+                    )
+            num_full = (request.num_known - max(1, self._lookahead)) // block_size
+            if num_full > request.num_published:
+                self._publish(request, num_full)
+            if finish == running:
+                updates.append(RequestUpdate(request, tokens, None))
+            else:
+                reason = _FINISH_REASONS[finish]
+                if reason is FinishReason.STOP:
+                    request.stop_token = tokens[-1]
+                elif reason is FinishReason.ERROR:
+                    request.error = "no token could be sampled: every logit was NaN or ruled out"
+                updates.append(self._finish(request, reason, tokens))
         return updates
 
     # Planning
 
     def _draft(self, *, decodes: bool, prompts: bool) -> _Draft:
-        draft = _Draft(self._max_tokens)
+        draft = _Draft(self._max_tokens, self._choose_drafts(sum(map(_can_decode, self._running))))
         self._plan_running(draft, decodes=decodes, prompts=prompts)
         if prompts:
             self._open_gate()
@@ -296,7 +325,7 @@ class Scheduler:
             if _can_decode(request):
                 if decodes:
                     decodes_left -= 1
-                    self._plan_decode(request, draft)
+                    self._plan_decode(request, draft.budget - decodes_left, draft)
             elif _is_prefilling(request):
                 if prompts:
                     share = -(-(draft.budget - decodes_left) // (prefills_left + max(0, newcomers)))
@@ -322,7 +351,11 @@ class Scheduler:
             self._publish_pending(draft)
             hits = self._find_prefix(request)
             num_cached = len(hits) * self._block_size
-            needed = self._blocks_for(request.num_known) - len(hits) + self._blocks.count_free(hits)
+            needed = (
+                self._blocks_for(self._with_drafts(request, request.num_known, draft))
+                - len(hits)
+                + self._blocks.count_free(hits)
+            )
             if needed > self._blocks.num_free - (self._watermark if self._running else 0):
                 return
             rest = request.num_known - num_cached
@@ -342,7 +375,8 @@ class Scheduler:
             request = chunk.request
             if draft.budget and _is_prefilling(request):
                 room = (len(request.blocks) + self._blocks.num_free) * self._block_size - request.planned
-                self._extend(chunk, min(request.prefill_len - request.planned, draft.budget, room), draft)
+                room -= max(0, draft.num_drafts - 1)
+                self._extend(chunk, max(0, min(request.prefill_len - request.planned, draft.budget, room)), draft)
 
     def _snap(self, draft: _Draft) -> None:
         """Cut the last prompt's chunk so that the step ends at a captured size, where that saves enough padding.
@@ -357,20 +391,21 @@ class Scheduler:
         down = bisect_right(self._token_sizes, num_tokens) - 1
         if down < 0 or not 0 < (cut := num_tokens - self._token_sizes[down]) < chunk.num_tokens:
             return
-        next_decodes = len(draft.decodes) + sum(not _is_prefilling(other.request) for other in draft.chunks)
+        next_decodes = sum(n for _, n in draft.decodes) + sum(
+            not _is_prefilling(other.request) for other in draft.chunks
+        )
         whole = self._round_up(num_tokens) + self._round_up(next_decodes)
         snapped = self._token_sizes[down] + self._round_up(next_decodes - 1 + cut)
         if whole - snapped >= whole * SNAP_SAVING:
             request = chunk.request
             request.was_snapped = True
             request.planned -= cut
-            request.awaits_host = False
             chunk.num_tokens -= cut
             draft.budget += cut
-            surplus = len(request.blocks) - self._blocks_for(request.planned)
+            surplus = len(request.blocks) - self._blocks_for(self._num_written(request, 0, draft))
             if surplus:
-                self._blocks.release(request.blocks[-surplus:])
-                del request.blocks[-surplus:], chunk.deltas[-surplus:]
+                self._take_back(request, surplus)
+                del chunk.deltas[-surplus:]
 
     def _round_up(self, num_tokens: int) -> int:
         """The smallest captured size that holds so many tokens."""
@@ -382,6 +417,8 @@ class Scheduler:
         first_line = 0
         for chunk in draft.chunks:
             request = chunk.request
+            if not _is_prefilling(request):
+                self._expect_token(request, draft)
             needed = request.variant
             if needed is Variant.PROMPT_LOGPROBS:
                 if chunk.start < request.prompt_len - 1:
@@ -396,21 +433,27 @@ class Scheduler:
             deltas=(*[delta for chunk in draft.chunks for delta in chunk.deltas], *draft.decode_deltas),
             num_prefill_rows=len(draft.chunks),
             variant=variant,
+            num_drafts=draft.num_drafts,
         )
         return ScheduledStep(plan, tuple(draft.admitted), tuple(spans))
 
-    def _plan_decode(self, request: Request, draft: _Draft) -> None:
-        """Plan a row of one token, if there is a block for it."""
+    def _plan_decode(self, request: Request, limit: int, draft: _Draft) -> None:
+        """Plan a row of one token and its proposals, up to `limit` in all, if there are blocks for it."""
         slot = request.slot
         assert slot is not None
-        if request.planned == len(request.blocks) * self._block_size and not self._grant(
-            request, slot, draft.decode_deltas, draft
-        ):
-            return
+        num_tokens = min(1 + min(request.num_drafts, draft.num_drafts), limit)
+        num_written = self._with_drafts(request, request.planned + request.spread + num_tokens, draft)
+        deltas: list[tuple[int, int, int]] = []
+        while len(request.blocks) * self._block_size < num_written:
+            if not self._grant(request, slot, deltas, draft):
+                self._take_back(request, len(deltas))
+                return
+        draft.decode_deltas += deltas
         request.planned += 1
-        request.awaits_host = request.guide is not None
-        draft.decodes.append((slot, 1))
-        draft.budget -= 1
+        request.spread += num_tokens - 1
+        self._expect_token(request, draft)
+        draft.decodes.append((slot, num_tokens))
+        draft.budget -= num_tokens
         if request.variant > draft.variant:
             draft.variant = Variant.EXTENDED
 
@@ -423,18 +466,38 @@ class Scheduler:
             draft.chunks.append(chunk)
             self._publish_pending(draft)
             draft.unpublished = chunk
+        else:
+            self._take_back(request, len(chunk.deltas))
 
     def _extend(self, chunk: _Chunk, num_tokens: int, draft: _Draft) -> None:
         """Add tokens to a chunk, as far as blocks can be had for it."""
         request = chunk.request
-        while len(request.blocks) * self._block_size < request.planned + num_tokens:
+        while num_tokens and len(request.blocks) * self._block_size < self._num_written(request, num_tokens, draft):
             if not self._grant(request, chunk.slot, chunk.deltas, draft):
-                num_tokens = len(request.blocks) * self._block_size - request.planned
+                room = len(request.blocks) * self._block_size - request.planned
+                num_tokens = min(num_tokens - 1, room)
         request.planned += num_tokens
         chunk.num_tokens += num_tokens
         draft.budget -= num_tokens
-        # The row that completes a prompt samples a token, which a grammar must see before the next.
-        request.awaits_host = request.guide is not None and not _is_prefilling(request)
+
+    def _num_written(self, request: Request, num_tokens: int, draft: _Draft) -> int:
+        """Tokens of a request whose keys and values exist after `num_tokens` more of its prompt. The device makes proposals as
+        soon as all of that but the last token are computed, whether the host expects any or not."""
+        end = request.planned + num_tokens
+        return end if end < request.prefill_len - 1 else self._with_drafts(request, end, draft)
+
+    def _with_drafts(self, request: Request, num_tokens: int, draft: _Draft) -> int:
+        """Tokens of a request whose keys and values exist once proposals follow `num_tokens`: a draft model computes all of these
+        but the last."""
+        num_drafts = min(draft.num_drafts, request.sampling.max_num_drafts)
+        return min(num_tokens + max(0, num_drafts - 1), request.max_length - 1)
+
+    def _expect_token(self, request: Request, draft: _Draft) -> None:
+        """The step samples for a request, which a grammar must see before the next, and makes proposals for it."""
+        request.awaits_host = request.guide is not None
+        request.num_unread += 1
+        # What the step will propose is not known before its results; if it is more, the rest of it is not verified.
+        request.num_drafts = min(draft.num_drafts, request.sampling.max_num_drafts) if request.was_drafted else 0
 
     def _grant(self, request: Request, slot: int, deltas: list[tuple[int, int, int]], draft: _Draft) -> bool:
         """Give a request one more block, preempting lower ranks if need be. False if none is left for it.
@@ -452,6 +515,12 @@ class Scheduler:
         deltas.append((slot, len(request.blocks), block))
         request.blocks.append(block)
         return True
+
+    def _take_back(self, request: Request, num_blocks: int) -> None:
+        """Undo a request's last grants. The device is not to hear of them."""
+        if num_blocks:
+            self._blocks.release(request.blocks[-num_blocks:])
+            del request.blocks[-num_blocks:]
 
     def _num_admissible(self, num_prefilling: int) -> int:
         """Waiting requests that the limit on long prompts lets in, as far as a step's shares need to know."""
@@ -551,6 +620,8 @@ class Scheduler:
         self._free_slots.append(request.slot)
         self._blocks.release(request.blocks)
         request.slot, request.blocks, request.planned, request.num_published = None, [], 0, 0
+        request.spread = request.num_unread = request.num_drafts = 0
+        request.draft_token_ids, request.was_drafted = (), True
 
     # Blocks
 
@@ -561,7 +632,7 @@ class Scheduler:
         """Cached blocks that a request can start from. Its last known token is computed in any case, for its logits."""
         if not self._prefix_caching or request.variant is Variant.PROMPT_LOGPROBS:
             return []
-        num_blocks = (request.num_known - 1) // self._block_size
+        num_blocks = (request.num_known - max(1, self._lookahead)) // self._block_size
         self._extend_keys(request, num_blocks)
         return self._blocks.find(request.block_keys[:num_blocks])
 
@@ -570,14 +641,14 @@ class Scheduler:
         writes all rows' keys and values before it reads any: a prompt may share blocks with one before it in its step."""
         if draft.unpublished is not None:
             request = draft.unpublished.request
-            self._publish(request, min(request.planned, request.prefill_len))
+            num_tokens = min(request.planned, request.prefill_len - self._lookahead)
+            self._publish(request, max(0, num_tokens) // self._block_size)
             draft.unpublished = None
 
-    def _publish(self, request: Request, num_tokens: int) -> None:
-        """Let others find a request's blocks that are full with its first `num_tokens` tokens."""
+    def _publish(self, request: Request, num_blocks: int) -> None:
+        """Let others find a request's first `num_blocks` blocks, which are full."""
         if not self._prefix_caching:
             return
-        num_blocks = num_tokens // self._block_size
         self._extend_keys(request, num_blocks)
         for index in range(request.num_published, num_blocks):
             self._blocks.publish(request.blocks[index], request.block_keys[index])
@@ -587,10 +658,11 @@ class Scheduler:
         keys, size = request.block_keys, self._block_size
         if len(keys) >= num_blocks:
             return
-        tokens = np.asarray(request.tokens(len(keys) * size, num_blocks * size), dtype=np.int32).reshape(-1, size)
+        start, end = len(keys) * size, num_blocks * size + self._lookahead
+        tokens = np.asarray(request.tokens(start, end), dtype=np.int32)
         parent = keys[-1] if keys else root_key(request.cache_salt)
-        for block in tokens:
-            parent = block_key(parent, block.tobytes())
+        for first in range(0, len(tokens) - self._lookahead, size):
+            parent = block_key(parent, tokens[first : first + size + self._lookahead].tobytes())
             keys.append(parent)
 
 

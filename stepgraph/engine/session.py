@@ -122,6 +122,10 @@ class Session:
         self._take(answer, token_ids, finish_reason)
         return True
 
+    def num_tokens(self, request_id: str) -> int:
+        """Tokens of a request's answer by now; the request itself may be ahead."""
+        return len(self._answers[request_id].token_ids)
+
     def deltas(self) -> list[AnswerDelta]:
         """What the answers have gained since the last call of this; those that gained nothing are left out."""
         return [delta for answer in self._answers.values() if (delta := answer.delta()) is not None]
@@ -246,6 +250,8 @@ class Answer:
             logprobs=None if self._logprobs is None else list(self._logprobs),
             cumulative_logprob=None if self._logprobs is None else self._cumulative_logprob,
             error=self.request.error if self._finish_reason is FinishReason.ERROR else None,
+            num_draft_tokens=self.request.num_draft_tokens,
+            num_accepted_tokens=self.request.num_accepted(len(self.token_ids)),
         )
         return self._output
 

@@ -42,6 +42,8 @@ class StepRecord:
     num_tokens: int
     num_rows: int
     eager_reason: EagerReason | None
+    captured: bool = False
+    """Its graph was captured for it, which took longer than the step."""
 
 
 @dataclass
@@ -101,6 +103,7 @@ class GraphPool(Generic[Output]):
         trial: launches the first captured graph at the largest context, leaving no trace.
         used_memory_bytes: what the process holds on the device; differences are the graphs' cost.
         max_tokens, max_rows: largest step the scheduler may plan.
+        max_drafts: most proposals of a row.
         lazy: capture at first use rather than all at once.
     """
 
@@ -115,6 +118,7 @@ class GraphPool(Generic[Output]):
         *,
         max_tokens: int,
         max_rows: int,
+        max_drafts: int = 0,
         lazy: bool,
     ):
         self.backend_name = backend.name
@@ -127,6 +131,7 @@ class GraphPool(Generic[Output]):
         self._trial = trial
         self._used_memory_bytes = used_memory_bytes
         self._token_sizes, self._row_sizes = _ladder(config, max_tokens, max_rows)
+        self._max_drafts = max_drafts
         self.bytes = 0
         """Memory all captured graphs took."""
         self.capture_seconds = 0.0
@@ -144,7 +149,9 @@ class GraphPool(Generic[Output]):
 
     @property
     def max_shape(self) -> StepShape:
-        return StepShape(self._token_sizes[-1], self._row_sizes[self._token_sizes[-1]][-1])
+        """The largest step: no buffer of any other is larger."""
+        largest = self._token_sizes[-1]
+        return StepShape(largest, self._row_sizes[largest][-1], num_drafts=self._max_drafts)
 
     @property
     def num_graphs(self) -> int:
@@ -156,28 +163,38 @@ class GraphPool(Generic[Output]):
         """Captured token counts, ascending."""
         return tuple(self._token_sizes)
 
-    def shapes(self, variant: Variant = Variant.PLAIN) -> list[StepShape]:
-        """All shapes of a variant that may be captured, largest first."""
-        return [replace(shape, variant=variant) for shape in _shapes(self._token_sizes, self._row_sizes)]
+    def shapes(self, variant: Variant = Variant.PLAIN, num_drafts: int = 0) -> list[StepShape]:
+        """All shapes of a variant and a number of proposals that may be captured, largest first."""
+        return [
+            replace(shape, variant=variant, num_drafts=num_drafts)
+            for shape in _shapes(self._token_sizes, self._row_sizes)
+        ]
 
     def records(self) -> list[GraphRecord]:
         """Captured graphs, smallest first."""
         return [entry.record for _, entry in sorted(self._entries.items())]
 
-    def round_up(self, num_tokens: int, num_rows: int, variant: Variant = Variant.PLAIN) -> StepShape:
-        """The smallest capturable shape of a variant that holds so many tokens in so many rows."""
+    def round_up(
+        self, num_tokens: int, num_rows: int, variant: Variant = Variant.PLAIN, num_drafts: int = 0
+    ) -> StepShape:
+        """The smallest capturable shape of a variant that holds so many tokens in so many rows, with room for proposals.
+
+        Up to four tokens cost the same on all platforms, so rows of fewer proposals than there may be get no graphs of their own.
+        """
+        num_tokens = max(num_tokens, min(1 + num_drafts, 4, self.max_tokens))
         assert num_tokens <= self.max_tokens, (num_tokens, self.max_tokens)
         for tokens in self._token_sizes[bisect_left(self._token_sizes, max(num_tokens, num_rows, 1)) :]:
             rows = self._row_sizes[tokens]
             if num_rows <= rows[-1]:
-                return StepShape(tokens, rows[bisect_left(rows, num_rows)], variant)
+                return StepShape(tokens, rows[bisect_left(rows, num_rows)], variant, num_drafts)
         raise AssertionError(f"{num_rows} rows fit no captured shape")
 
     def graph_for(self, plan: StepPlan) -> tuple[StepRecord, Graph[Output]]:
         """The graph that runs `plan`, captured now if need be, and the record of this use."""
-        shape = self.round_up(plan.num_tokens, len(plan.rows), plan.variant)
+        shape = self.round_up(plan.num_tokens, len(plan.rows), plan.variant, plan.num_drafts)
         reason: EagerReason | None = None
         entry: _Entry[Output] | None = None
+        capture_seconds = self.capture_seconds
         if self._backend.name == "eager":
             reason = EagerReason.GRAPHS_OFF
         elif self._config.cudagraph_only_prefill and plan.kind is not StepKind.PREFILL:
@@ -189,7 +206,8 @@ class GraphPool(Generic[Output]):
             shape = entry.record.shape
             entry.record.uses += 1
             entry.record.real_tokens += plan.num_tokens
-        record = StepRecord(plan.kind, shape, plan.num_tokens, len(plan.rows), reason)
+        captured = self.capture_seconds > capture_seconds
+        record = StepRecord(plan.kind, shape, plan.num_tokens, len(plan.rows), reason, captured)
         self.statistics.add(record)
         return record, entry.graph if entry is not None else self.eager_twin(shape)
 
@@ -205,11 +223,17 @@ class GraphPool(Generic[Output]):
         return self._eager[shape]
 
     def capture_all(self, *, progress: bool) -> None:
-        """Capture every plain shape, largest first, until the memory budget is used up. Others wait for their first use."""
+        """Capture every plain shape, with as many proposals as there may be, largest first, until the memory budget is used up.
+        Others wait for their first use."""
         if self._backend.name == "eager":
             return
         shapes = tqdm(
-            self.shapes(), desc="capturing graphs", unit="graph", disable=not progress, leave=False, file=sys.stderr
+            self.shapes(num_drafts=self._max_drafts),
+            desc="capturing graphs",
+            unit="graph",
+            disable=not progress,
+            leave=False,
+            file=sys.stderr,
         )
         started = time.perf_counter()
         for shape in shapes:
@@ -256,7 +280,10 @@ class GraphPool(Generic[Output]):
         fitting = [
             s
             for s in self._entries
-            if s.num_tokens >= shape.num_tokens and s.num_rows >= shape.num_rows and s.variant >= shape.variant
+            if s.num_tokens >= shape.num_tokens
+            and s.num_rows >= shape.num_rows
+            and s.variant >= shape.variant
+            and s.num_drafts == shape.num_drafts
         ]
         return self._entries[min(fitting)] if fitting else None
 

@@ -79,30 +79,34 @@ class Attention(nn.Module):
         Returns:
             [T, E], dtype of `x_TE`.
         """
-        built, (k_cache, v_cache) = inputs.built, cache
-        q_THD = rope_cache(
-            self.qkv_proj(x_TE),
-            built.positions,
-            built.kv_slots,
-            cos_sin,
-            self.q_norm.weight if self.q_norm is not None else None,
-            self.k_norm.weight if self.k_norm is not None else None,
-            k_cache,
-            v_cache,
-            self.num_heads,
-            self.eps,
-        )
+        tokens, (k_cache, v_cache) = inputs.tokens, cache
+        q_THD = self.project(x_TE, cos_sin, cache, inputs)
         attended_TF = paged_attention(
             q_THD,
             k_cache,
             v_cache,
             inputs.block_table,
-            built.row_slot,
-            built.query_start,
-            built.kv_len,
+            tokens.row_slot,
+            tokens.query_start,
+            tokens.kv_len,
             inputs.attention_plans[self.window],
             inputs.geometry,
             self.scale,
             self.window,
         )
         return self.o_proj(attended_TF)
+
+    def project(self, x_TE: Tensor, cos_sin: Tensor, cache: tuple[Tensor, Tensor], inputs: StepInputs) -> Tensor:
+        """Write this step's keys and values, and return the rotated queries, [T, H, D]; arguments as of `forward`."""
+        tokens = inputs.tokens
+        return rope_cache(
+            self.qkv_proj(x_TE),
+            tokens.positions,
+            tokens.kv_slots,
+            cos_sin,
+            self.q_norm.weight if self.q_norm is not None else None,
+            self.k_norm.weight if self.k_norm is not None else None,
+            *cache,
+            self.num_heads,
+            self.eps,
+        )

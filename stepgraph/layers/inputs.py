@@ -6,14 +6,14 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from stepgraph.ops import AttentionGeometry, AttentionPlan, BuiltStep
+from stepgraph.ops import AttentionGeometry, AttentionPlan, StepTokens
 
 
 @dataclass(frozen=True)
 class StepInputs:
     """One step's tensors, built on the device inside the graph."""
 
-    built: BuiltStep
+    tokens: StepTokens
     attention_plans: dict[int, AttentionPlan]  # by the sliding window of the layers that use it; 0: full attention
     geometry: AttentionGeometry
     block_table: Tensor  # [slots, max blocks] int32

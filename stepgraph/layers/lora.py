@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from stepgraph import ops
-from stepgraph.ops import BuiltStep, slot_line
+from stepgraph.ops import StepTokens, slot_line
 
 
 @dataclass(frozen=True)
@@ -29,15 +29,15 @@ class LoRA:
         ops.lora(x_TI, self.a, self.b, index_T, self.parts, out_TO, deterministic=deterministic)
 
 
-def token_adapters(built: BuiltStep, lines: Tensor) -> Tensor:
+def token_adapters(tokens: StepTokens, lines: Tensor) -> Tensor:
     """The adapter of each token of a step: [T] int32, 0 for padding. May run inside a graph.
 
     Args:
-        built: of the step.
+        tokens: of the step.
         lines: [slots, LINE_WIDTH], see `stepgraph.ops.slot_line`.
     """
-    token_T = torch.arange(built.token_ids.shape[0], dtype=torch.int32, device=lines.device)
-    row_T = torch.searchsorted(built.query_start[1:], token_T, right=True, out_int32=True)
-    inside_T = row_T < built.row_slot.shape[0]
-    adapter_R = lines.select(1, slot_line.ADAPTER).index_select(0, built.row_slot)
+    token_T = torch.arange(tokens.token_ids.shape[0], dtype=torch.int32, device=lines.device)
+    row_T = torch.searchsorted(tokens.query_start[1:], token_T, right=True, out_int32=True)
+    inside_T = row_T < tokens.row_slot.shape[0]
+    adapter_R = lines.select(1, slot_line.ADAPTER).index_select(0, tokens.row_slot)
     return adapter_R.index_select(0, row_T * inside_T) * inside_T

@@ -25,7 +25,7 @@ from stepgraph.layers.linear import Linear, MergedLinear
 from stepgraph.layers.lora import LoRA, token_adapters
 from stepgraph.models.conversion import Converted
 from stepgraph.models.decoder import Decoder
-from stepgraph.ops import BuiltStep
+from stepgraph.ops import StepTokens
 
 _MIN_RANK = 16
 """Inner size of the smallest product of a tensor core; buffers of smaller adapters are padded to it."""
@@ -133,14 +133,14 @@ class AdapterStore:
         """Memory of the buffers."""
         return sum(lora.a.nbytes + lora.b.nbytes for lora in self._loras)
 
-    def select(self, built: BuiltStep, lines: Tensor) -> None:
+    def select(self, tokens: StepTokens, lines: Tensor) -> None:
         """Tell the projections each token's adapter. Runs inside the graph, before the model.
 
         Args:
-            built: of the step.
+            tokens: of the step.
             lines: [slots, LINE_WIDTH]; column ADAPTER holds an `Adapter.number`, or 0.
         """
-        self._index[: built.token_ids.shape[0]].copy_(token_adapters(built, lines))
+        self._index[: tokens.token_ids.shape[0]].copy_(token_adapters(tokens, lines))
 
     def load(self, folder: str, in_use: Collection[Adapter]) -> Adapter:
         """Bring an adapter into memory, unless it is there, in place of the one that was asked for least recently.

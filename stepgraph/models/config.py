@@ -50,6 +50,9 @@ class DecoderConfig:
     logits_divisor: float = 1.0
     interleaved_rope: bool = False  # the checkpoint rotates adjacent dimensions; see `rotary_order`
     merged_projections: bool = False  # the checkpoint stores qkv_proj and gate_up_proj as one matrix each
+    num_mtp_modules: int = (
+        0  # modules for speculative decoding that the model was trained with, see `stepgraph.spec.mtp`
+    )
 
     @classmethod
     def from_hf(
@@ -106,6 +109,7 @@ class DecoderConfig:
             bos_token_id=hf_config.bos_token_id,
             dtype=_as_dtype(getattr(hf_config, "dtype", None)),
             activation=_ACTIVATIONS[_activation_of(hf_config)],
+            num_mtp_modules=getattr(hf_config, "num_nextn_predict_layers", None) or 0,
         )
 
 

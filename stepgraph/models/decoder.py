@@ -21,7 +21,7 @@ from stepgraph.layers.norm import RMSNorm
 from stepgraph.layers.rotary import cos_sin_table, rotary_order
 from stepgraph.models.config import DecoderConfig
 from stepgraph.models.conversion import Target, with_head_order, with_offset
-from stepgraph.ops import linear_by_row
+from stepgraph.ops import linear, linear_by_row
 
 
 class DecoderLayer(nn.Module):
@@ -153,11 +153,16 @@ class Decoder(nn.Module, ABC):
         Returns:
             [T, E] hidden states after the final norm. Those of padding tokens are unspecified.
         """
-        residual_TE = self.embed_tokens(inputs.built.token_ids)
+        residual_TE = self.embed(inputs.tokens.token_ids)
         x_TE = None
         for layer, table, cache in zip(self.layers, self._table_names, inputs.kv_caches, strict=True):
             x_TE = layer(x_TE, residual_TE, self.get_buffer(table), cache, inputs)
         return self.norm(x_TE, residual_TE)
+
+    def embed(self, token_ids_T: Tensor) -> Tensor:
+        """Embeddings of tokens, as the first layer takes them: [T, E]. May run inside a graph."""
+        embedding_TE: Tensor = self.embed_tokens(token_ids_T)
+        return embedding_TE
 
     def logits(self, hidden_RE: Tensor, out: Tensor) -> Tensor:
         """Write logits into `out`, [R, V] of the dtype of `hidden_RE`, and return it. Runs inside the graph."""
@@ -166,7 +171,7 @@ class Decoder(nn.Module, ABC):
             hidden_RE = hidden_RE / self.config.logits_divisor
         if self.deterministic:
             return linear_by_row(hidden_RE, head.weight, None, out)
-        return torch.mm(hidden_RE, head.weight.t(), out=out)
+        return linear(hidden_RE, head.weight, None, out)
 
     def make_deterministic(self) -> None:
         """Have every matrix product give each token bits that do not depend on the tokens beside it."""
@@ -178,29 +183,41 @@ class Decoder(nn.Module, ABC):
     def checkpoint_tensors(self) -> dict[str, Target]:
         """Where each tensor of a checkpoint goes: checkpoint name → parameter, view into a merged one, or one that is
         converted as it is filled."""
-        targets: dict[str, Target] = {}
-        for path, module in self.named_modules():
-            tensors: Mapping[str, Target] = dict(module.named_parameters(recurse=False))
-            if isinstance(module, MergedLinear) and not self.config.merged_projections:
-                path, tensors = path.rpartition(".")[0], module.named_parts()
-            elif isinstance(module, RMSNorm) and module.weight_offset:
-                tensors = {name: with_offset(tensor, module.weight_offset) for name, tensor in tensors.items()}
-            prefix = path if path == "lm_head" else f"model.{path}"
-            targets |= {f"{prefix}.{name}": tensor for name, tensor in tensors.items()}
-        for index in range(self.config.num_layers):
-            self._reorder_heads(targets, index)
-        return targets
+        layers = {f"layers.{index}": index for index in range(self.config.num_layers)}
+        targets = named_targets(self, self.config, layers)
+        return {name if name.startswith("lm_head.") else f"model.{name}": target for name, target in targets.items()}
 
-    def _reorder_heads(self, targets: dict[str, Target], index: int) -> None:
-        """Have layer `index` filled so that the dimensions its checkpoint rotates together meet; see `rotary_order`."""
-        config = self.config
-        order_D = rotary_order(config.ropes[index], config.head_dim, interleaved=config.interleaved_rope)
-        if torch.equal(order_D, torch.arange(config.head_dim)):
-            return
-        num_heads = {"q_proj": config.num_heads, "k_proj": config.num_kv_heads, "q_norm": 1, "k_norm": 1}
-        num_heads["qkv_proj"] = config.num_heads + config.num_kv_heads  # values stay
-        for part, heads in num_heads.items():
-            for kind in ("weight", "bias"):
-                name = f"model.layers.{index}.self_attn.{part}.{kind}"
-                if name in targets:
-                    targets[name] = with_head_order(targets[name], order_D, heads)
+
+def named_targets(root: nn.Module, config: DecoderConfig, layers: Mapping[str, int]) -> dict[str, Target]:
+    """Where each tensor of a checkpoint goes, by the paths of the modules below `root`.
+
+    Args:
+        root: holds `DecoderLayer` modules.
+        config: of the layers.
+        layers: paths of all of them, and which of the config's layers each is like.
+    """
+    targets: dict[str, Target] = {}
+    for path, module in root.named_modules():
+        tensors: Mapping[str, Target] = dict(module.named_parameters(recurse=False))
+        if isinstance(module, MergedLinear) and not config.merged_projections:
+            path, tensors = path.rpartition(".")[0], module.named_parts()
+        elif isinstance(module, RMSNorm) and module.weight_offset:
+            tensors = {name: with_offset(tensor, module.weight_offset) for name, tensor in tensors.items()}
+        targets |= {f"{path}.{name}": tensor for name, tensor in tensors.items()}
+    for path, index in layers.items():
+        _reorder_heads(targets, f"{path}.self_attn", config, index)
+    return targets
+
+
+def _reorder_heads(targets: dict[str, Target], path: str, config: DecoderConfig, index: int) -> None:
+    """Have the attention at `path` filled so that the dimensions its checkpoint rotates together meet; see `rotary_order`."""
+    order_D = rotary_order(config.ropes[index], config.head_dim, interleaved=config.interleaved_rope)
+    if torch.equal(order_D, torch.arange(config.head_dim)):
+        return
+    num_heads = {"q_proj": config.num_heads, "k_proj": config.num_kv_heads, "q_norm": 1, "k_norm": 1}
+    num_heads["qkv_proj"] = config.num_heads + config.num_kv_heads  # values stay
+    for part, heads in num_heads.items():
+        for kind in ("weight", "bias"):
+            name = f"{path}.{part}.{kind}"
+            if name in targets:
+                targets[name] = with_head_order(targets[name], order_D, heads)

@@ -69,6 +69,9 @@ class LanguageModel(Protocol):
             [T, E] hidden states that `logits` takes. Those of padding tokens are unspecified.
         """
 
+    def embed(self, token_ids_T: Tensor) -> Tensor:
+        """Embeddings of tokens, as the first layer takes them: [T, E]. May run inside a graph."""
+
     def logits(self, hidden_RE: Tensor, out: Tensor) -> Tensor:
         """Write logits into `out`, [R, V] of the dtype of `hidden_RE`, and return it. Runs inside the graph."""
 

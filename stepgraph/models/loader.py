@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import torch
+from torch import nn
 from tqdm import tqdm
 
 from stepgraph.errors import ConfigError
 from stepgraph.layers.norm import RMSNorm
 from stepgraph.models.config import DecoderConfig
-from stepgraph.models.decoder import Decoder
 from stepgraph.models.language_model import LanguageModel
+from stepgraph.models.mtp_tensors import without_mtp
 from stepgraph.models.registry import ARCHITECTURES
 from stepgraph.models.source import ModelSource
 from stepgraph.models.transformers_model import TransformersConfig, TransformersModel
@@ -57,16 +58,18 @@ def load_model(
     assert isinstance(config, DecoderConfig), config
     model = ARCHITECTURES[config.architecture](config, max_model_len=max_model_len, dtype=dtype, device=device)
     if load_format == "dummy":
-        _fill_randomly(model, device)
+        fill_randomly(model, device)
     else:
-        update = match_tensors(model.checkpoint_tensors(), source.tensors(), source.description)
+        update = match_tensors(model.checkpoint_tensors(), without_mtp(source.tensors()), source.description)
         write(tqdm(update, f"Loading {source.name}", unit=" tensors", disable=not progress, leave=False))
     if deterministic:
         model.make_deterministic()
     return model.eval()
 
 
-def _fill_randomly(model: Decoder, device: torch.device) -> None:
+@torch.no_grad()
+def fill_randomly(model: nn.Module, device: torch.device) -> None:
+    """Fill a native model's parameters as `load_format` "dummy" says, the same way every time."""
     generator = torch.Generator(device).manual_seed(0)
     for module in model.modules():
         for parameter in module.parameters(recurse=False):

@@ -24,13 +24,14 @@ ARCHITECTURES: dict[str, type[Decoder]] = {
     "MinistralForCausalLM": Llama,
     "Qwen2ForCausalLM": Qwen2,
     "Qwen3ForCausalLM": Qwen3,
+    "MiMoForCausalLM": Qwen2,
     "Ernie4_5ForCausalLM": Ernie45,
     "Gemma3ForCausalLM": Gemma3,
     "GraniteForCausalLM": Granite,
     "Phi3ForCausalLM": Phi3,
     "SmolLM3ForCausalLM": SmolLM3,
 }
-"""Native models by the class name of their transformers counterpart."""
+"""Native models by the class name of their counterpart in transformers, or, for MiMo, in code that comes with the checkpoint."""
 
 
 def choose_config(hf_config: Any, model_impl: str = "auto") -> LanguageModelConfig:

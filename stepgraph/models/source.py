@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import logging
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
@@ -10,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig, GenerationConfig, PreTrainedTokenizerFast
+from transformers import CONFIG_MAPPING, AutoConfig, GenerationConfig, PreTrainedTokenizerFast
 
 from stepgraph.config import ModelConfig
 from stepgraph.errors import ModelError
@@ -40,6 +41,8 @@ PACKAGED = {
 _SAMPLING = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 """Fields of a generation_config.json that SamplingParams has too."""
 _SHAPES = Path(__file__).parent / "shapes"
+_ALIKE = {"mimo": "qwen2"}
+"""Model types that transformers does not know, and those it knows whose config has the same fields."""
 
 
 class ModelSource(ABC):
@@ -200,7 +203,7 @@ def resolve(model: str, *, weights: bool = True, model_impl: str = "auto") -> Mo
         return ShapeSource(model, _SHAPES / f"{model}.json", model_impl)
     if path.suffix == ".gguf" or path.is_absolute() or model.startswith((".", "~")) or model.count("/") > 1:
         raise ModelError(f"There is no file or folder {path}.")
-    return FolderSource(model, _hub_folder(model, weights), model_impl)
+    return FolderSource(model, hub_folder(model, weights=weights), model_impl)
 
 
 def resolve_configured(config: ModelConfig) -> ModelSource:
@@ -221,13 +224,16 @@ def packaged_file(name: str) -> Path | None:
 
 def _read_config_json(path: Path) -> Any:
     try:
+        fields = json.loads(path.read_text())
+        if model_type := _ALIKE.get(fields.get("model_type")):
+            return CONFIG_MAPPING[model_type].from_dict(fields | {"model_type": model_type})
         return AutoConfig.from_pretrained(path, trust_remote_code=False)
     except Exception as error:  # transformers raises many types here, validation errors of its own among them
         raise ModelError(f"transformers cannot read {path}: {error}") from error
 
 
-def _hub_folder(model: str, weights: bool) -> Path:
-    """Folder of a hub model in the local cache, downloaded first if it is not there."""
+def hub_folder(model: str, *, weights: bool) -> Path:
+    """Folder of a hub model in the local cache, downloaded first if it is not there; ModelError if it cannot be had."""
     from huggingface_hub import snapshot_download
 
     wanted = ["*.json", "*.jinja", "*.txt", "*.model"] + (["*.safetensors"] if weights else [])

@@ -21,7 +21,7 @@ _UNKNOWN, _CONTROL, _USER_DEFINED = 2, 3, 4
 def tokenizer_from_folder(folder: Path) -> PreTrainedTokenizerFast:
     """Load the tokenizer files in a checkpoint folder; ModelError if there are none that transformers can read."""
     try:
-        return AutoTokenizer.from_pretrained(folder)
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # transformers raises many types here, ImportError and bare Exception among them
         raise ModelError(f"{folder} holds no tokenizer that transformers can read: {error}") from error
 

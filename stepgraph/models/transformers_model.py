@@ -30,6 +30,7 @@ from stepgraph import ops
 from stepgraph.errors import ModelError
 from stepgraph.layers.inputs import StepInputs
 from stepgraph.models.config import architecture_of, as_token_ids
+from stepgraph.models.mtp_tensors import mtp_names
 from stepgraph.models.transformers_interfaces import IMPLEMENTATIONS, REQUIREMENTS, Attend, AttentionCall, refuse
 
 _PROBE_TOKENS = 3
@@ -132,6 +133,7 @@ class TransformersModel(nn.Module):
                     f"transformers cannot load the checkpoint in {folder}: {error} A file may be truncated, or of another "
                     "model than config.json; download it again."
                 ) from error
+        report["unexpected_keys"] = set(report["unexpected_keys"]) - mtp_names(report["unexpected_keys"])
         if odd := [f"{kind}: {_some(sorted(map(str, names)))}" for kind, names in report.items() if names]:
             raise ModelError(
                 f"The checkpoint in {folder} does not fit the {config.architecture} that its config describes "
@@ -170,22 +172,22 @@ class TransformersModel(nn.Module):
 
     def forward(self, inputs: StepInputs) -> Tensor:
         """See `LanguageModel.__call__`."""
-        built = inputs.built
+        tokens = inputs.tokens
 
         def attend(call: AttentionCall) -> Tensor:
             k_cache, v_cache = inputs.kv_caches[call.layer]
             q_THD, k_TGD, v_TGD = (x.squeeze(0).transpose(0, 1) for x in (call.query, call.key, call.value))
             k_TGD, v_TGD = (x if x.stride(-1) == 1 else x.contiguous() for x in (k_TGD, v_TGD))
-            ops.write_kv(k_TGD, v_TGD, built.kv_slots, k_cache, v_cache)
+            ops.write_kv(k_TGD, v_TGD, tokens.kv_slots, k_cache, v_cache)
             window = self.config.windows[call.layer]
             attended_TF = ops.paged_attention(
                 q_THD.contiguous(),
                 k_cache,
                 v_cache,
                 inputs.block_table,
-                built.row_slot,
-                built.query_start,
-                built.kv_len,
+                tokens.row_slot,
+                tokens.query_start,
+                tokens.kv_len,
                 inputs.attention_plans[window],
                 inputs.geometry,
                 call.scale,
@@ -193,7 +195,12 @@ class TransformersModel(nn.Module):
             )
             return attended_TF.view(1, *q_THD.shape)
 
-        return _run_layers(self.base, built.token_ids, built.positions, attend)
+        return _run_layers(self.base, tokens.token_ids, tokens.positions, attend)
+
+    def embed(self, token_ids_T: Tensor) -> Tensor:
+        """See `LanguageModel.embed`."""
+        embedding_TE: Tensor = self.base.get_input_embeddings()(token_ids_T)  # type: ignore[operator]
+        return embedding_TE
 
     def logits(self, hidden_RE: Tensor, out: Tensor) -> Tensor:
         """See `LanguageModel.logits`."""

@@ -13,6 +13,7 @@ from stepgraph.models.checkpoint import CheckpointTensor
 from stepgraph.models.conversion import Target
 from stepgraph.models.decoder import Decoder
 from stepgraph.models.language_model import LanguageModel, LanguageModelConfig
+from stepgraph.models.mtp_tensors import without_mtp
 from stepgraph.models.source import ModelSource
 from stepgraph.models.transformers_model import TransformersConfig, TransformersModel
 
@@ -58,7 +59,7 @@ def plan_update(model: LanguageModel, source: ModelSource | Iterable[tuple[str, 
                 f"{model.config.architecture} runs through transformers, which renames and merges tensors as it reads a "
                 "checkpoint; save the weights with save_pretrained and give the folder."
             )
-    return match_tensors(_targets(model), tensors, description)
+    return match_tensors(_targets(model), without_mtp(tensors), description)
 
 
 @torch.no_grad()

@@ -6,11 +6,11 @@ import logging
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from stepgraph.config import CacheConfig, EngineConfig
 from stepgraph.errors import ConfigError
-from stepgraph.models.language_model import LanguageModel, LanguageModelConfig
+from stepgraph.models.language_model import LanguageModelConfig
 from stepgraph.platforms import DeviceMemory, Platform
 from stepgraph.step.shape import Variant
 
@@ -37,10 +37,14 @@ class KVLayout:
     dtype: torch.dtype
 
     @classmethod
-    def of(cls, model: LanguageModelConfig, cache: CacheConfig, dtype: torch.dtype) -> KVLayout:
-        """The layout for a model whose activations are of `dtype`."""
+    def of(
+        cls, model: LanguageModelConfig, cache: CacheConfig, dtype: torch.dtype, *, num_draft_layers: int = 0
+    ) -> KVLayout:
+        """The layout for a model whose activations are of `dtype`, and a drafter with so many layers alike."""
         cache_dtype = torch.float8_e4m3fn if cache.kv_cache_dtype == "fp8" else dtype
-        return cls(model.num_layers, cache.block_size, model.num_kv_heads, model.head_dim, cache_dtype)
+        return cls(
+            model.num_layers + num_draft_layers, cache.block_size, model.num_kv_heads, model.head_dim, cache_dtype
+        )
 
     @property
     def block_bytes(self) -> int:
@@ -57,13 +61,12 @@ class KVLayout:
         return tuple((memory.zeros(shape, self.dtype), memory.zeros(shape, self.dtype)) for _ in range(self.num_layers))
 
 
-def place_weights(model: LanguageModel, config: CacheConfig, platform: Platform) -> DeviceMemory:
+def place_weights(parameters: list[nn.Parameter], config: CacheConfig, platform: Platform) -> DeviceMemory:
     """Put a loaded model's parameters where the engine can give their memory up; returns that memory.
 
     To be called before views of the parameters are kept: parameters may move. Buffers, such as rotary tables, stay where they
     are: they are small, and no checkpoint would bring them back.
     """
-    parameters = list(model.parameters())
     sizes = [parameter.untyped_storage().nbytes() for parameter in parameters]
     memory = platform.memory(sizes, sleepable=config.enable_sleep_mode)
     memory.adopt(parameters)
@@ -78,6 +81,7 @@ def choose_num_blocks(
     *,
     max_model_len: int,
     num_graphs: int,
+    max_drafts: int,
     activation_bytes: int,
 ) -> int:
     """KV blocks of the engine, the null block included: as configured, or as many as memory and use allow.
@@ -91,6 +95,7 @@ def choose_num_blocks(
         platform: asked for its memory.
         max_model_len: tokens of the longest request.
         num_graphs: shapes that will be captured.
+        max_drafts: most proposals of a row; steps that make fewer have graphs of their own.
         activation_bytes: measured peak of the largest step.
 
     Raises:
@@ -107,7 +112,9 @@ def choose_num_blocks(
             sum_of_parts = f"{_gib(free)} are free, of which the cache may take {_CPU_SHARE:.0%}"
         else:
             total = platform.total_memory_bytes()
-            graphs = (config.graph.graph_memory_mib or 0) << 20 or num_graphs * _GRAPH_BYTES * _GRAPH_SETS
+            graphs = (config.graph.graph_memory_mib or 0) << 20 or num_graphs * _GRAPH_BYTES * _GRAPH_SETS * (
+                2 if max_drafts else 1
+            )
             usable = int(total * config.cache.gpu_memory_utilization)
             budget = usable - (total - free) - 2 * activation_bytes - graphs
             sum_of_parts = (

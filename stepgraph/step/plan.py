@@ -33,6 +33,8 @@ class StepPlan:
     """Rows that compute prompt tokens."""
     variant: Variant = Variant.PLAIN
     """The least that its rows need."""
+    num_drafts: int = 0
+    """Proposals to make for each row, at most; no row verifies more."""
 
     @cached_property
     def num_tokens(self) -> int:

@@ -4,7 +4,10 @@ The program is a function of device memory only. It takes no argument that depen
 long they are and how they are mixed are values in buffers, so a graph captured once is right for every batch that fits its
 StepShape. It runs as it stands (eagerly), or captured by a `stepgraph.graph` backend; both do the same operations.
 
-Shapes: T tokens, R rows, E hidden size, V vocabulary.
+A speculative round is no different: a row of 1 + n tokens verifies n proposals of the step before, and the step ends with
+proposals for the next.
+
+Shapes: T tokens, R rows, S samples, E hidden size, V vocabulary, K proposals of a row.
 """
 
 from __future__ import annotations
@@ -20,6 +23,7 @@ from stepgraph.layers.inputs import StepInputs
 from stepgraph.models.adapters import AdapterStore
 from stepgraph.models.language_model import LanguageModel
 from stepgraph.ops import slot_line
+from stepgraph.spec.drafter import Drafter, DraftStep
 from stepgraph.step.shape import StepShape, Variant
 from stepgraph.step.state import SlotState
 
@@ -30,12 +34,13 @@ class StepOutput(NamedTuple):
     What the engine reads is in `SlotState.ring`.
     """
 
-    logits: Tensor  # [R, V]
-    sampled: Tensor  # [R] int32
+    logits: Tensor  # [S, V], of the last chunk if the samples do not fit into `LogitBuffers` at once
+    sampled: Tensor  # [S] int32
 
 
 class LogitBuffers(NamedTuple):
-    """Buffers of [max rows, V] that all shapes share: as graph memory they would be kept once per graph."""
+    """Buffers of [C, V] that all shapes share: as graph memory they would be kept once per graph. More than C samples are
+    worked through in chunks."""
 
     logits: Tensor  # in the model's dtype
     processed: Tensor  # float32: after penalties, biases, bans and masks
@@ -48,92 +53,122 @@ class StepProgram:
 
     model: LanguageModel
     state: SlotState
-    kv_caches: tuple[tuple[Tensor, Tensor], ...]
+    kv_caches: tuple[tuple[Tensor, Tensor], ...]  # the model's, then the drafter's
     buffers: LogitBuffers
     shape: StepShape
     geometry: ops.AttentionGeometry
     adapters: AdapterStore | None = None
+    drafter: Drafter | None = None
+    acceptance: float | None = None
+    """Let proposals stand with this probability, whatever the logits say; for tests and measurements."""
 
     def __call__(self) -> StepOutput:
         """Run one step of the plan in `state.plan`."""
         state, config = self.state, self.model.config
-        T, R = self.shape.num_tokens, self.shape.num_rows
+        T, R, K = self.shape.num_tokens, self.shape.num_rows, self.shape.num_drafts
         block_size = self.kv_caches[0][0].shape[1]
 
-        # 1 build: rows → token ids, positions, KV slots, attention work
-        built = ops.build_step(
+        # 1 build: rows → token ids, positions, KV slots, samples, attention work
+        tokens, samples = ops.build_step(
             state.plan,
             state.lines,
             state.tokens,
             state.block_table,
             T,
             R,
+            self.shape.num_samples,
             self.shape.num_deltas(block_size),
             block_size,
         )
         heads = config.num_heads, config.num_kv_heads, config.head_dim
         attention = {
-            window: ops.attention_plan(built.query_start, built.kv_len, *heads, self.geometry, window)
+            window: ops.attention_plan(tokens.query_start, tokens.kv_len, *heads, self.geometry, window)
             for window in sorted(set(config.windows))
         }
         # 2 forward: layers over T tokens, keys and values written in place
         if self.adapters is not None:
-            self.adapters.select(built, state.lines)
-        inputs = StepInputs(built, attention, self.geometry, state.block_table, self.kv_caches)
+            self.adapters.select(tokens, state.lines)
+        caches, draft_caches = self.kv_caches[: config.num_layers], self.kv_caches[config.num_layers :]
+        inputs = StepInputs(tokens, attention, self.geometry, state.block_table, caches)
         hidden_TE = self.model(inputs)
-        # 3 logits: for each row's last token only, unless prompts' log-probabilities are asked for
+        # 3 logits, 4 sample: after each row's last known token and each of its proposals
         if self.shape.variant >= Variant.PROMPT_LOGPROBS:
-            self._report_prompts(built, hidden_TE)
-        logits_RV = self.model.logits(hidden_TE.index_select(0, built.logit_index), out=self.buffers.logits[:R])
-        # 4 sample
-        if self.shape.variant >= Variant.EXTENDED:
-            sampled_R = self._sample_extended(logits_RV, built.row_slot)
-        else:
-            sampled_R = ops.sample(logits_RV, built.row_slot, state.lines)
-        # 5 commit: append to history, advance, report
+            self._report_prompts(tokens, hidden_TE)
+        logits_CV, sampled_S = self._sample(samples, hidden_TE)
+        if self.acceptance is not None:
+            sampled_S = ops.force_acceptance(
+                state.lines, state.tokens, samples.slot, samples.offset, sampled_S, self.acceptance, config.vocab_size
+            )
+        # 5 commit: verify, append to history, advance, report
         ops.commit(
             state.lines,
             state.tokens,
             state.counter,
             state.ring,
-            built.row_slot,
-            built.query_start,
-            built.kv_len,
-            sampled_R,
+            tokens.row_slot,
+            tokens.query_start,
+            tokens.kv_len,
+            samples.start,
+            sampled_S,
+            K,
         )
-        return StepOutput(logits_RV, sampled_R)
+        # 6 draft: proposals behind the history
+        if self.drafter is not None:
+            step = DraftStep(inputs, hidden_TE, state.lines, state.tokens, draft_caches, K)
+            if K:
+                drafts = self.drafter.propose(step)
+                ops.propose(state.lines, state.tokens, state.counter, state.ring, tokens.row_slot, *drafts)
+            else:
+                self.drafter.follow(step)
+        return StepOutput(logits_CV, sampled_S)
 
-    def _sample_extended(self, logits_RV: Tensor, row_slot_R: Tensor) -> Tensor:
+    def _sample(self, samples: ops.StepSamples, hidden_TE: Tensor) -> tuple[Tensor, Tensor]:
+        """The last chunk's logits, and all that was sampled."""
+        S, C = self.shape.num_samples, self.buffers.logits.shape[0]
+        sampled = []
+        for start in range(0, S, C):
+            slot_C, offset_C, index_C = (x_S[start : start + C] for x_S in samples[1:])
+            logits_CV = self.model.logits(
+                hidden_TE.index_select(0, index_C), out=self.buffers.logits[: slot_C.shape[0]]
+            )
+            if self.shape.variant >= Variant.EXTENDED:
+                sampled.append(self._sample_extended(logits_CV, slot_C, offset_C, start))
+            else:
+                sampled.append(ops.sample(logits_CV, slot_C, offset_C, self.state.lines))
+        return logits_CV, sampled[0] if len(sampled) == 1 else torch.cat(sampled)
+
+    def _sample_extended(self, logits_CV: Tensor, slot_C: Tensor, offset_C: Tensor, start: int) -> Tensor:
         """Sample under penalties, biases, bans and masks, and report log-probabilities. Rows that ask for none of it get the
         token that the plain variant gives them."""
-        state, R = self.state, self.shape.num_rows
-        processed_RV = self.buffers.processed[:R]
+        state, C = self.state, slot_C.shape[0]
+        processed_CV = self.buffers.processed[:C]
         ops.process_logits(
-            logits_RV,
-            row_slot_R,
+            logits_CV,
+            slot_C,
+            offset_C,
             state.lines,
             state.tokens,
             state.biases,
             state.bad_words,
             state.masks,
-            self.buffers.counts[:R],
-            processed_RV,
+            self.buffers.counts[:C],
+            processed_CV,
         )
-        sampled_R = ops.sample(processed_RV, row_slot_R, state.lines)
-        count_R = state.lines.index_select(0, row_slot_R)[:, slot_line.NUM_LOGPROBS].contiguous()
-        ops.logprobs(logits_RV, sampled_R, count_R, state.counter, state.logprob_ring, 0)
-        return sampled_R
+        sampled_C = ops.sample(processed_CV, slot_C, offset_C, state.lines)
+        count_C = state.lines.index_select(0, slot_C)[:, slot_line.NUM_LOGPROBS].contiguous()
+        ops.logprobs(logits_CV, sampled_C, count_C, state.counter, state.logprob_ring, start)
+        return sampled_C
 
-    def _report_prompts(self, built: ops.BuiltStep, hidden_TE: Tensor) -> None:
+    def _report_prompts(self, tokens: ops.StepTokens, hidden_TE: Tensor) -> None:
         """Report the log-probability of every prompt token's successor, a chunk of tokens at a time: logits of all tokens at
         once could take more memory than the model."""
         state, T, R = self.state, self.shape.num_tokens, self.shape.num_rows
         token_T = torch.arange(T, dtype=torch.int32, device=hidden_TE.device)
-        row_T = torch.searchsorted(built.query_start[1:], token_T, right=True, out_int32=True).clamp_(max=R - 1)
-        slot_T = built.row_slot.index_select(0, row_T)
+        row_T = torch.searchsorted(tokens.query_start[1:], token_T, right=True, out_int32=True).clamp_(max=R - 1)
+        slot_T = tokens.row_slot.index_select(0, row_T)
         lines_TL = state.lines.index_select(0, slot_T)
-        next_T = built.positions + 1
-        in_prompt_T = (next_T < lines_TL[:, slot_line.PROMPT_LENGTH]) & (token_T < built.query_start[-1])
+        next_T = tokens.positions + 1
+        in_prompt_T = (next_T < lines_TL[:, slot_line.PROMPT_LENGTH]) & (token_T < tokens.query_start[-1])
         count_T = lines_TL[:, slot_line.NUM_PROMPT_LOGPROBS] * in_prompt_T
         target_T = state.tokens[slot_T, next_T * in_prompt_T]
         chunk = self.buffers.logits.shape[0]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -22,6 +22,7 @@ from stepgraph.models.adapters import AdapterStore
 from stepgraph.models.language_model import LanguageModel
 from stepgraph.ops import slot_line
 from stepgraph.platforms import Platform
+from stepgraph.spec.drafter import Drafter
 from stepgraph.step.memory import KVLayout, choose_num_blocks
 from stepgraph.step.plan import StepPlan
 from stepgraph.step.program import LogitBuffers, StepOutput, StepProgram
@@ -30,14 +31,22 @@ from stepgraph.step.state import RING_DEPTH, SlotState
 
 logger = logging.getLogger(__name__)
 
+_LOGIT_ROWS = 512
+"""Samples whose logits are computed at once. A step of more samples than it has requests may read the output head more often."""
+
 
 class RowResult(NamedTuple):
-    """What one row of a step produced."""
+    """What one row of a step produced. The first fields are the output ring's columns, see `stepgraph.ops.slot_line`."""
 
     slot: int
     generation: int
-    token: int  # NO_TOKEN if the row was a chunk of a prompt, or did not run
     finish: int  # RUNNING or one of the FINISHED codes
+    num_tokens: int
+    num_verified: int = 0  # proposals it ran
+    num_accepted: int = 0  # of these, the first so many are among `tokens`
+    first_sample: int = 0  # line of the first token in `StepResults.logprobs`
+    num_drafts: int = 0  # proposals for the next step
+    tokens: Sequence[int] = ()  # none if the row was a chunk of a prompt, or did not run
 
 
 class StepResults(NamedTuple):
@@ -45,9 +54,11 @@ class StepResults(NamedTuple):
 
     rows: list[RowResult]
     logprobs: npt.NDArray[np.int32] | None = None
-    """[rows, LOGPROB_WIDTH], see `stepgraph.ops.slot_line`; lines of rows that did not ask are old. None in the plain variant."""
+    """[samples, LOGPROB_WIDTH], see `stepgraph.ops.slot_line`; lines of samples that did not ask are old. None if plain."""
     prompt_logprobs: npt.NDArray[np.int32] | None = None
     """[tokens, LOGPROB_WIDTH], likewise; tokens lie where the plan puts them if every row before runs in full."""
+    drafts: npt.NDArray[np.int32] | None = None
+    """[rows, K] proposals for the next step, of which `RowResult.num_drafts` count. None if the step made none."""
 
 
 @dataclass(frozen=True)
@@ -70,6 +81,7 @@ class StepRunner:
         *,
         max_model_len: int,
         adapters: AdapterStore | None = None,
+        drafter: Drafter | None = None,
     ):
         self.platform = platform
         self.max_model_len = max_model_len
@@ -77,7 +89,8 @@ class StepRunner:
         self.vocab_size = model.config.vocab_size
         self.model = model
         self._multiprocessors = platform.multiprocessors
-        self._adapters = adapters
+        self._adapters, self._drafter = adapters, drafter
+        self._acceptance = config.speculative.speculative_acceptance
         self.deterministic = config.model.deterministic
         scheduler, graph = config.scheduler, config.graph
         backend = create_backend(
@@ -92,6 +105,7 @@ class StepRunner:
             platform.used_memory_bytes,
             max_tokens=scheduler.max_num_batched_tokens,
             max_rows=scheduler.max_num_seqs,
+            max_drafts=config.speculative.max_drafts,
             lazy=graph.capture == "lazy" or (graph.capture == "auto" and not platform.captures_all_by_default),
         )
         self.state = SlotState(
@@ -102,7 +116,8 @@ class StepRunner:
             max_shape=self.pool.max_shape,
             platform=platform,
         )
-        rows, dtype = scheduler.max_num_seqs, next(model.parameters()).dtype
+        dtype = next(model.parameters()).dtype
+        rows = min(self.pool.max_shape.num_samples, max(scheduler.max_num_seqs, _LOGIT_ROWS))
         self._buffers = LogitBuffers(
             logits=torch.empty(rows, self.vocab_size, dtype=dtype, device=platform.device),
             processed=torch.empty(rows, self.vocab_size, dtype=torch.float32, device=platform.device),
@@ -114,7 +129,7 @@ class StepRunner:
         self._loaded: tuple[tuple[tuple[int, int], ...], StepShape] | None = None
         if config.cache.kv_cache_dtype == "fp8" and not platform.supports_fp8:
             raise ConfigError("kv_cache_dtype=fp8 needs a GPU of compute capability 8.9 or later; leave it at auto")
-        layout = KVLayout.of(model.config, config.cache, dtype)
+        layout = KVLayout.of(model.config, config.cache, dtype, num_draft_layers=drafter.num_layers if drafter else 0)
         memory = platform.memory(layout.sizes(1), sleepable=False)
         self.kv_caches = layout.allocate(1, memory)  # the null block is all that a dry run touches
         self.num_kv_blocks = choose_num_blocks(
@@ -123,6 +138,7 @@ class StepRunner:
             platform,
             max_model_len=max_model_len,
             num_graphs=len(self.pool.shapes()),
+            max_drafts=config.speculative.max_drafts,
             activation_bytes=platform.peak_memory_bytes(self._dry_run),
         )
         self.kv_memory = platform.memory(layout.sizes(self.num_kv_blocks), sleepable=config.cache.enable_sleep_mode)
@@ -166,11 +182,14 @@ class StepRunner:
         assert self._launched - ticket.step <= RING_DEPTH, (ticket, self._launched)
         entry = ticket.step % RING_DEPTH
         self._completions[entry].wait()
-        num_rows, variant = len(ticket.plan.rows), ticket.plan.variant
+        num_rows, variant, num_drafts = len(ticket.plan.rows), ticket.plan.variant, ticket.plan.num_drafts
+        lines = self._ring[entry, :num_rows, : slot_line.OUT_TOKENS + 1 + num_drafts].tolist()
+        first = slot_line.OUT_TOKENS
         return StepResults(
-            [RowResult(*row) for row in self._ring[entry, :num_rows].tolist()],
-            self._logprob_ring[entry, :num_rows] if variant >= Variant.EXTENDED else None,
+            [RowResult._make((*line[:first], line[first : first + line[slot_line.OUT_NUM_TOKENS]])) for line in lines],
+            self._logprob_ring[entry] if variant >= Variant.EXTENDED else None,
             self._prompt_logprob_ring[entry] if variant >= Variant.PROMPT_LOGPROBS else None,
+            self._ring[entry, :num_rows, slot_line.OUT_DRAFTS :][:, :num_drafts] if num_drafts else None,
         )
 
     @contextmanager
@@ -189,6 +208,8 @@ class StepRunner:
             self.platform.synchronize()
             self.state.lines.zero_()
             self.state.counter.fill_(self._launched % RING_DEPTH)
+            if self._drafter is not None:
+                self._drafter.forget()
             self._loaded = None
             self.cache_lost()
 
@@ -203,7 +224,17 @@ class StepRunner:
             self._multiprocessors,
             deterministic=self.deterministic,
         )
-        return StepProgram(self.model, self.state, self.kv_caches, self._buffers, shape, geometry, self._adapters)
+        return StepProgram(
+            self.model,
+            self.state,
+            self.kv_caches,
+            self._buffers,
+            shape,
+            geometry,
+            self._adapters,
+            self._drafter,
+            self._acceptance,
+        )
 
     @contextmanager
     def _leaving_no_trace(self) -> Iterator[None]:

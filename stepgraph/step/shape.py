@@ -8,6 +8,9 @@ from enum import IntEnum
 
 from stepgraph.ops import slot_line
 
+_ONE_ROW_TOKENS = 16
+"""Up to so many tokens, steps of one row have graphs of their own."""
+
 
 class Variant(IntEnum):
     """What a step's graph carries beside the plain step. Each level holds the ones before it, so that requests with
@@ -25,21 +28,31 @@ class StepShape:
     num_tokens: int
     num_rows: int
     variant: Variant = Variant.PLAIN
+    num_drafts: int = 0
+    """Most proposals that a row verifies in this step, and most that are made for it in the next."""
+
+    @property
+    def num_samples(self) -> int:
+        """Most tokens the step can sample."""
+        return min(self.num_tokens, self.num_rows * (1 + self.num_drafts))
 
     def num_deltas(self, block_size: int) -> int:
         """Most KV blocks a step of this shape can newly need.
 
-        A row of n tokens crosses at most ``n // block_size + 1`` block borders, summed over the rows.
+        A row of n tokens crosses at most ``n // block_size + 1`` block borders, summed over the rows. While drafting it may write
+        as many tokens more as it makes proposals, less one.
         """
-        return self.num_tokens // block_size + self.num_rows
+        num_drafted = self.num_rows * max(0, self.num_drafts - 1)
+        return (self.num_tokens + num_drafted) // block_size + self.num_rows
 
     def plan_length(self, block_size: int) -> int:
         """Length of the packed plan, in int32."""
         return slot_line.ROW_WIDTH * self.num_rows + slot_line.DELTA_WIDTH * self.num_deltas(block_size)
 
     def __str__(self) -> str:
+        drafts = f"+{self.num_drafts}" if self.num_drafts else ""
         suffix = f" {self.variant.name.lower()}" if self.variant else ""
-        return f"{self.num_tokens}x{self.num_rows}{suffix}"
+        return f"{self.num_tokens}x{self.num_rows}{drafts}{suffix}"
 
 
 def token_sizes(max_tokens: int) -> Iterator[int]:
@@ -59,8 +72,11 @@ def token_sizes(max_tokens: int) -> Iterator[int]:
 
 def row_sizes(num_tokens: int, max_rows: int) -> Iterator[int]:
     """Row counts to capture beside `num_tokens` tokens: factors of 8, so that the few rows of a prompt do not pay for the
-    logits of many, and the most rows these tokens can have, so that a pure decode step has no padding rows."""
+    logits of many, and the most rows these tokens can have, so that a pure decode step has no padding rows. Few tokens are often
+    one request's: a short prompt, or a token and its proposals."""
     most = min(num_tokens, max_rows)
+    if 1 < num_tokens <= _ONE_ROW_TOKENS and most > 1:
+        yield 1
     size = 8
     while size < most:
         yield size

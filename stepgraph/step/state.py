@@ -35,10 +35,11 @@ class SlotSampling:
     min_tokens: int = 0
     logit_bias: tuple[tuple[int, float], ...] = ()  # at most MAX_BIASES
     bad_words: tuple[tuple[int, ...], ...] = ()  # at most MAX_BAD_WORDS of at most BAD_WORD_WIDTH tokens
-    masked: bool = False  # only tokens of the slot's mask may be sampled; see `SlotState.set_mask`
+    masked: bool = False  # only tokens of the slot's mask may be sampled; see `SlotState.set_masks`
     num_logprobs: int = 0  # 1 + n; 0 is none
     num_prompt_logprobs: int = 0
     adapter: int = 0  # number of a LoRA adapter, see `stepgraph.models.adapters`
+    max_num_drafts: int = slot_line.MAX_DRAFTS  # proposals the request takes; 0 switches speculation off
 
 
 class SlotState:
@@ -67,11 +68,11 @@ class SlotState:
         self.block_table = zeros(slots, -(-max_model_len // block_size))
         self.biases = zeros(slots, slot_line.MAX_BIASES, 2)
         self.bad_words = zeros(slots, slot_line.MAX_BAD_WORDS, slot_line.BAD_WORD_WIDTH)
-        self.masks = zeros(slots, 1, -(-vocab_size // slot_line.MASK_BITS))
+        self.masks = zeros(slots, 1 + max_shape.num_drafts, -(-vocab_size // slot_line.MASK_BITS))
         self.plan = zeros(max_shape.plan_length(block_size))
         self.counter = zeros(1)  # steps committed, modulo RING_DEPTH
         self.ring = platform.host_buffer(RING_DEPTH, max_shape.num_rows, slot_line.OUTPUT_WIDTH)
-        self.logprob_ring = platform.host_buffer(RING_DEPTH, max_shape.num_rows, slot_line.LOGPROB_WIDTH)
+        self.logprob_ring = platform.host_buffer(RING_DEPTH, max_shape.num_samples, slot_line.LOGPROB_WIDTH)
         self.prompt_logprob_ring = platform.host_buffer(RING_DEPTH, max_shape.num_tokens, slot_line.LOGPROB_WIDTH)
         self._platform = platform
 
@@ -116,7 +117,7 @@ class SlotState:
             self._copy(words.ravel(), self.bad_words[slot].view(-1))
         line = _line(sampling)
         line[slot_line.LENGTH] = len(tokens)
-        line[slot_line.COMPUTED] = computed
+        line[slot_line.COMPUTED] = line[slot_line.START] = computed
         line[slot_line.ACTIVE] = 1
         line[slot_line.GENERATION] = generation
         line[slot_line.MAX_LENGTH] = max_length
@@ -124,14 +125,15 @@ class SlotState:
         line[slot_line.MIN_LENGTH] = prompt_len + sampling.min_tokens if sampling.min_tokens else 0
         self._copy(line, self.lines[slot])
 
-    def set_mask(self, slot: int, mask: npt.NDArray[np.int32]) -> None:
+    def set_masks(self, slot: int, masks: npt.NDArray[np.int32]) -> None:
         """Say which tokens `slot` may sample from the next step on. One copy, ordered as in `admit`.
 
         Args:
             slot: admitted with `SlotSampling.masked`.
-            mask: [ceil(V / MASK_BITS)]; bit v % MASK_BITS of word v // MASK_BITS allows token v.
+            masks: [n, ceil(V / MASK_BITS)], n ≤ 1 + K; bit v % MASK_BITS of word v // MASK_BITS of line j allows token v as the
+                j-th new token of a step. Lines not given stay.
         """
-        self._copy(mask, self.masks[slot, 0])
+        self._copy(masks.ravel(), self.masks[slot].view(-1))
 
     def _copy(self, values: np.ndarray, target: Tensor) -> None:
         staging = self._platform.host_buffer(len(values))
@@ -163,6 +165,7 @@ def _line(sampling: SlotSampling) -> npt.NDArray[np.int32]:
     line[slot_line.NUM_BAD_WORDS] = len(sampling.bad_words)
     line[slot_line.MASKED] = sampling.masked
     line[slot_line.ADAPTER] = sampling.adapter
+    line[slot_line.MAX_NUM_DRAFTS] = sampling.max_num_drafts
     line[slot_line.NUM_LOGPROBS] = sampling.num_logprobs
     line[slot_line.NUM_PROMPT_LOGPROBS] = sampling.num_prompt_logprobs
     floats = line.view(np.float32)

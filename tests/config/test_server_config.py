@@ -233,7 +233,6 @@ def test_flags_of_other_engines_are_accepted_where_they_change_nothing():
         (["--tensor-parallel-size", "2"], "tensor_parallel_size=2"),
         (["--pipeline-parallel-size", "4"], "pipeline_parallel_size=4"),
         (["--quantization", "awq"], "quantization='awq'"),
-        (["--speculative-config", '{"method": "ngram"}'], "speculative_config="),
         (["--enforce-eager"], "enforce_eager=True"),
         (["--trust-remote-code"], "trust_remote_code=True"),
     ):

@@ -3,10 +3,17 @@
 The device computes what `build_step`, a model of two layers and `commit` compute, in exact integers: a layer writes every row's
 entries before any row reads, and a token's value depends on every entry of its context. Two runs can only agree if every
 entry they read is the right one.
+
+It proposes too: random numbers of tokens, some of them right. Where the scheduler looks ahead, a draft model's entries are kept
+like those of a layer, that of a position being made of all tokens up to `lookahead` after it.
 """
 
+import random
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cache
+from itertools import cycle
 
 from stepgraph.config import SchedulerConfig
 from stepgraph.engine.request import Request
@@ -24,14 +31,23 @@ STOP = 0
 
 def answer_alone(request: Request) -> list[int]:
     """What the request must get, whatever runs beside it."""
-    tokens = list(request.prompt_token_ids)
-    while len(tokens) < request.max_length:
-        first = list(enumerate(tokens))
-        second = [hash(tuple(first[: i + 1])) for i in range(len(tokens))]
-        tokens.append(next_token(second, request.sampling.seed))
-        if tokens[-1] in request.sampling.stop_token_ids:
+    return list(
+        _answer(
+            tuple(request.prompt_token_ids), request.max_length, request.sampling.seed, request.sampling.stop_token_ids
+        )
+    )
+
+
+@cache
+def _answer(prompt: tuple[int, ...], max_length: int, seed: int, stop_token_ids: tuple[int, ...]) -> tuple[int, ...]:
+    tokens = list(prompt)
+    second: list[int] = []
+    while len(tokens) < max_length:
+        second += [hash(tuple(enumerate(tokens[: i + 1]))) for i in range(len(second), len(tokens))]
+        tokens.append(next_token(second, seed))
+        if tokens[-1] in stop_token_ids:
             break
-    return tokens[request.prompt_len :]
+    return tuple(tokens[len(prompt) :])
 
 
 def next_token(values: list[int], seed: int) -> int:
@@ -42,21 +58,40 @@ def next_token(values: list[int], seed: int) -> int:
 @dataclass
 class Slot:
     tokens: list[int] = field(default_factory=list)
+    drafts: list[int] = field(default_factory=list)
+    whole: list[int] = field(default_factory=list)  # what `tokens` will be in the end
     computed: int = 0
     active: bool = False
     generation: int = 0
     max_length: int = 0
     sampling: SlotSampling = field(default_factory=lambda: SlotSampling(seed=0))
 
+    @property
+    def room(self) -> int:
+        """Proposals that it takes now."""
+        if not self.active or self.computed < len(self.tokens) - 1:
+            return 0
+        return max(0, min(self.sampling.max_num_drafts, self.max_length - len(self.tokens) - 1))
+
 
 class Device:
-    """Slots, a block table and two layers of KV entries."""
+    """Slots, a block table, two layers of KV entries, and those of a draft model."""
 
-    def __init__(self, num_slots: int, num_blocks: int, block_size: int):
+    def __init__(self, num_slots: int, num_blocks: int, block_size: int, *, lookahead: int = 0, accuracy: float = 0.7):
+        """`accuracy` is the chance that a proposal is right; if all are, there are as many as a request takes."""
         self.slots = [Slot() for _ in range(num_slots + 1)]
         self.block_table: dict[tuple[int, int], int] = {}
-        self.kv: list[dict[tuple[int, int], object]] = [{}, {}]
         self.num_blocks, self.block_size = num_blocks, block_size
+        self.limits = [0] * (num_slots + 1)
+        """Positions that a slot may write; set before each step."""
+        self._lookahead, self._accuracy = lookahead, accuracy
+        self._random = random.Random(0)
+        self.forget()
+
+    def forget(self) -> None:
+        """Lose the KV cache's content."""
+        self.kv: list[dict[tuple[int, int], object]] = [{}, {}]
+        self.draft_kv: dict[tuple[int, int], object] = {}
 
     def admit(self, request: Request) -> None:
         """What `SlotState.admit` does with what the engine gives it."""
@@ -64,6 +99,8 @@ class Device:
             self.block_table[request.slot, index] = block
         self.slots[request.slot] = Slot(
             request.tokens(0, request.num_known),
+            [],
+            [*request.prompt_token_ids, *answer_alone(request)],
             request.num_found * self.block_size,
             True,
             request.generation,
@@ -76,36 +113,89 @@ class Device:
             assert 0 < block < self.num_blocks
             self.block_table[slot, index] = block
         spans = [self._span(index, bound) for index, bound in plan.rows]
-        values = [list(enumerate(self.slots[i].tokens))[a:b] for (i, _), (a, b) in zip(plan.rows, spans, strict=True)]
+        known = [[*self.slots[i].tokens, *self.slots[i].drafts] for i, _ in plan.rows]
+        values = [list(enumerate(tokens))[a:b] for tokens, (a, b) in zip(known, spans, strict=True)]
         for layer in self.kv:
             for (index, _), (start, end), row in zip(plan.rows, spans, values, strict=True):
                 for position in range(start, end):
-                    layer[self._entry(index, position)] = row[position - start]
+                    self._write(layer, index, position, row[position - start])
             for row, ((index, _), (start, end)) in enumerate(zip(plan.rows, spans, strict=True)):
                 context = [layer[self._entry(index, position)] for position in range(end)]
                 values[row] = [hash(tuple(context[: position + 1])) for position in range(start, end)]
-        return StepResults([self._commit(index, span) for (index, _), span in zip(plan.rows, spans, strict=True)])
+        results = [self._commit(index, span) for (index, _), span in zip(plan.rows, spans, strict=True)]
+        if self._lookahead:
+            for (index, _), span in zip(plan.rows, spans, strict=True):
+                self._follow(index, span)
+        return StepResults(
+            [
+                result._replace(num_drafts=self._propose(index, plan.num_drafts))
+                for result, (index, _) in zip(results, plan.rows, strict=True)
+            ]
+        )
 
     def _span(self, index: int, bound: int) -> tuple[int, int]:
         slot = self.slots[index]
-        wants = len(slot.tokens) - slot.computed if slot.active else 0
+        wants = len(slot.tokens) + len(slot.drafts) - slot.computed if slot.active else 0
         return slot.computed, slot.computed + min(bound, wants)
 
     def _commit(self, index: int, span: tuple[int, int]) -> RowResult:
         slot = self.slots[index]
         start, end = span
-        slot.computed = end
-        if start == end or end < len(slot.tokens):
-            return RowResult(index, slot.generation, slot_line.NO_TOKEN, slot_line.RUNNING)
-        token = next_token([self.kv[1][self._entry(index, position)] for position in range(end)], slot.sampling.seed)
-        slot.tokens.append(token)
-        finish = slot_line.RUNNING
-        if token in slot.sampling.stop_token_ids:
-            finish = slot_line.FINISHED_STOP
-        elif len(slot.tokens) >= slot.max_length:
-            finish = slot_line.FINISHED_LENGTH
+        length, drafts = len(slot.tokens), slot.drafts
+        slot.drafts = []
+        if start == end or end < length:
+            slot.computed = end
+            return RowResult(index, slot.generation, slot_line.RUNNING, 0)
+        values = [self.kv[1][self._entry(index, position)] for position in range(end)]
+        num_verified, num_accepted = end - length, 0
+        finish, stands = slot_line.RUNNING, True
+        while stands:
+            place = len(slot.tokens) - length
+            token = next_token(values[: length + place], slot.sampling.seed)
+            slot.tokens.append(token)
+            stands = place < num_verified and drafts[place] == token
+            num_accepted += stands
+            if token in slot.sampling.stop_token_ids:
+                finish = slot_line.FINISHED_STOP
+            elif len(slot.tokens) >= slot.max_length:
+                finish = slot_line.FINISHED_LENGTH
+            stands = stands and finish == slot_line.RUNNING
+        new = slot.tokens[length:]
+        slot.computed = len(slot.tokens) - 1
         slot.active = finish == slot_line.RUNNING
-        return RowResult(index, slot.generation, token, finish)
+        return RowResult(index, slot.generation, finish, len(new), num_verified, num_accepted, tokens=new)
+
+    def _follow(self, index: int, span: tuple[int, int]) -> None:
+        """The draft model's entries of a step's tokens, and of those before that lacked tokens after them."""
+        tokens = self.slots[index].tokens
+        for position in range(max(0, span[0] - self._lookahead + 1), span[1]):
+            self._write(self.draft_kv, index, position, self._draft_entry(tokens, position))
+
+    def _draft_entry(self, tokens: list[int], position: int) -> object:
+        end = position + 1 + self._lookahead
+        return hash(tuple(tokens[:end])) if end <= len(tokens) else "made of proposals"
+
+    def _propose(self, index: int, num_drafts: int) -> int:
+        slot = self.slots[index]
+        room = min(slot.room, num_drafts)
+        if self._lookahead and room:
+            for position in range(slot.computed - self._lookahead + 1):
+                entry = self.draft_kv[self._entry(index, position)]
+                assert entry == self._draft_entry(slot.tokens, position), (index, position)
+            for place in range(1, room):
+                self._write(self.draft_kv, index, slot.computed - 1 + place, "made of proposals")
+        right = slot.whole[len(slot.tokens) :]
+        slot.drafts = [
+            right[place]
+            if place < len(right) and self._random.random() < self._accuracy
+            else self._random.randrange(VOCAB)
+            for place in range(room if self._accuracy == 1 else self._random.randint(0, room))
+        ]
+        return len(slot.drafts)
+
+    def _write(self, layer: dict[tuple[int, int], object], index: int, position: int, value: object) -> None:
+        assert position < self.limits[index], "no block was granted for it"
+        layer[self._entry(index, position)] = value
 
     def _entry(self, index: int, position: int) -> tuple[int, int]:
         return self.block_table[index, position // self.block_size], position % self.block_size
@@ -114,7 +204,8 @@ class Device:
 class Loop:
     """The engine's loop around a scheduler; checks every plan.
 
-    `now` is the scheduler's clock, in seconds; `step_seconds` pass with every step.
+    `now` is the scheduler's clock, in seconds; `step_seconds` pass with every step. Steps make up to as many proposals as
+    `num_drafts` says in turn.
     """
 
     def __init__(
@@ -129,11 +220,15 @@ class Loop:
         prefix_caching: bool = True,
         pure_steps: bool = False,
         step_seconds: float = 0.001,
+        num_drafts: Sequence[int] = (0,),
+        lookahead: int = 0,
+        accuracy: float = 0.7,
         **limits,
     ):
         self.config = SchedulerConfig(max_num_seqs=max_num_seqs, max_num_batched_tokens=max_tokens, **limits)
         self.block_size, self.run_ahead, self.num_kv_blocks = block_size, run_ahead, num_kv_blocks
         self.now, self.step_seconds = 0.0, step_seconds
+        turns = cycle(num_drafts)
         self.scheduler = Scheduler(
             self.config,
             max_tokens=max_tokens,
@@ -142,10 +237,15 @@ class Loop:
             token_sizes=token_sizes or tuple(range(1, max_tokens + 1)),
             prefix_caching=prefix_caching,
             pure_steps=pure_steps,
+            choose_drafts=lambda num_decodes: next(turns),
+            lookahead=lookahead,
             clock=lambda: self.now,
         )
-        self.device = Device(max_num_seqs, num_kv_blocks, block_size)
+        self.device = Device(max_num_seqs, num_kv_blocks, block_size, lookahead=lookahead, accuracy=accuracy)
         self.in_flight: deque = deque()
+        self._seen: dict[
+            int, tuple[int, int]
+        ] = {}  # by slot: generation, and tokens computed in steps whose results were read
         self.plans: list[StepPlan] = []
         self.admitted: list[str] = []
         self.updates = []
@@ -160,6 +260,7 @@ class Loop:
         seed: int = 0,
         priority: int = 0,
         salt: str | None = None,
+        max_num_drafts: int = slot_line.MAX_DRAFTS,
     ) -> Request:
         """Queue a request; a prompt given by its length has tokens that depend on the id."""
         if isinstance(prompt, int):
@@ -169,7 +270,7 @@ class Loop:
             prompt,
             SamplingParams(),
             max_length=len(prompt) + max_tokens,
-            sampling=SlotSampling(seed=seed, stop_token_ids=(STOP,) if stop else ()),
+            sampling=SlotSampling(seed=seed, stop_token_ids=(STOP,) if stop else (), max_num_drafts=max_num_drafts),
             priority=priority,
             cache_salt=salt,
         )
@@ -183,11 +284,18 @@ class Loop:
             for request in scheduled.admitted:
                 self.device.admit(request)
                 self.admitted.append(request.id)
+                self._seen[request.slot] = request.generation, request.num_found * self.block_size
             self._check(scheduled.plan)
             self.plans.append(scheduled.plan)
-            self.in_flight.append((scheduled, self.device.run(scheduled.plan)))
+            results = self.device.run(scheduled.plan)
+            computed = [self.device.slots[slot].computed for slot, _ in scheduled.plan.rows]
+            self.in_flight.append((scheduled, results, computed))
         if self.in_flight and (scheduled is None or len(self.in_flight) > self.run_ahead):
-            self.updates += self.scheduler.reconcile(*self.in_flight.popleft())
+            step, results, computed = self.in_flight.popleft()
+            for row, end in zip(results.rows, computed, strict=True):
+                if self._seen[row.slot][0] == row.generation:
+                    self._seen[row.slot] = row.generation, end
+            self.updates += self.scheduler.reconcile(step, results)
 
     def drain(self) -> None:
         for _ in range(3000):
@@ -215,15 +323,41 @@ class Loop:
         assert all(bound >= 1 for _, bound in plan.rows)
         slots = [slot for slot, _ in plan.rows]
         assert len(set(slots)) == len(slots)
-        assert len(plan.deltas) <= StepShape(plan.num_tokens, len(plan.rows)).num_deltas(self.block_size)
+        shape = StepShape(plan.num_tokens, len(plan.rows), num_drafts=plan.num_drafts)
+        assert len(plan.deltas) <= shape.num_deltas(self.block_size)
+        assert all(bound <= 1 + plan.num_drafts for _, bound in plan.rows[plan.num_prefill_rows :])
         running = {request.slot: request for request in self.scheduler.running()}
         assert set(slots) <= set(running)
         for request in running.values():
             assert slot_line.NULL_BLOCK not in request.blocks
-            assert len(request.blocks) * self.block_size >= request.planned
+            planned = min(
+                request.planned, request.max_length - 1
+            )  # it may be planned beyond its end, and then runs nothing
+            assert len(request.blocks) * self.block_size >= planned
+        for slot, bound in plan.rows:
+            request = running[slot]
+            written = min(self._may_write(request, bound, plan), request.max_length - 1)
+            assert len(request.blocks) * self.block_size >= written, (request, plan)
+            table = self.device.block_table | {delta[:2]: delta[2] for delta in plan.deltas}
+            assert [table[slot, index] for index in range(len(request.blocks))] == request.blocks
+            self.device.limits[slot] = len(request.blocks) * self.block_size
         # A block that two requests hold is one that the later found in the cache, complete before it writes.
         owners: dict[int, int] = {}
         for request in running.values():
             for index, block in enumerate(request.blocks):
                 if index >= request.num_found:
                     assert owners.setdefault(block, request.slot) == request.slot
+
+    def _may_write(self, request: Request, bound: int, plan: StepPlan) -> int:
+        """Positions of a request that may hold something after a step of up to `bound` of its tokens, whatever stands."""
+        generation, computed = self._seen[request.slot]
+        assert generation == request.generation
+        for step, results, _ in self.in_flight:
+            computed += sum(
+                under_way
+                for (slot, under_way), row in zip(step.plan.rows, results.rows, strict=True)
+                if (slot, row.generation) == (request.slot, generation)
+            )
+        end = computed + bound
+        num_drafts = min(plan.num_drafts, request.sampling.max_num_drafts)
+        return end + (num_drafts - 1 if num_drafts and end >= request.prefill_len - 1 else 0)

@@ -276,6 +276,8 @@ def test_an_fp8_cache_runs_in_graphs_and_is_refused_where_kernels_cannot_read_it
     assert [len(request.output_token_ids) for request in requests] == [20] * 4
     assert engine.runner.kv_caches[0][0].dtype == torch.float8_e4m3fn
     assert engine.runner.pool.statistics.num_eager_steps == 0
-    monkeypatch.setattr(type(engine.platform), "supports_fp8", property(lambda _: False, lambda *_: None))
+    monkeypatch.setattr(
+        type(engine.platform), "supports_fp8", property(lambda _: False, lambda *_: None), raising=False
+    )
     with pytest.raises(ConfigError, match=r"kv_cache_dtype=fp8 needs a GPU of compute capability 8\.9"):
         create_engine(kv_cache_dtype="fp8")

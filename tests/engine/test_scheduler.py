@@ -35,6 +35,9 @@ class Life(RuleBasedStateMachine):
         gather_size=st.integers(1, 9),
         gather_ms=st.integers(0, 8),
         pure_steps=st.booleans(),
+        num_drafts=st.just([0]) | st.lists(st.integers(0, 8), min_size=1, max_size=4),
+        lookahead=st.integers(0, 2),
+        accuracy=st.sampled_from([0.0, 0.7, 1.0]),
     )
     def start(
         self,
@@ -67,19 +70,27 @@ class Life(RuleBasedStateMachine):
 
     @rule(
         stem=st.sampled_from([0, 1]),
-        prompt_len=st.integers(1, 45),
+        prompt_len=st.integers(1, 45) | st.sampled_from([8, 16, 32]),
         max_tokens=st.integers(1, 20),
         stop=st.booleans(),
         seeds=st.lists(st.integers(0, 3), min_size=1, max_size=4),
         priority=st.integers(0, 2),
         salt=st.sampled_from([None, None, "a"]),
+        max_num_drafts=st.sampled_from([0, 2, 8, 8]),
     )
-    def arrive(self, stem, prompt_len, max_tokens, stop, seeds, priority, salt) -> None:
+    def arrive(self, stem, prompt_len, max_tokens, stop, seeds, priority, salt, max_num_drafts) -> None:
         prompt = [(5 * i * i + stem) % VOCAB for i in range(prompt_len)]
         for seed in seeds:  # several: the answers to one prompt
             self.requests.append(
                 self.loop.add(
-                    f"r{len(self.requests)}", prompt, max_tokens, stop=stop, seed=seed, priority=priority, salt=salt
+                    f"r{len(self.requests)}",
+                    prompt,
+                    max_tokens,
+                    stop=stop,
+                    seed=seed,
+                    priority=priority,
+                    salt=salt,
+                    max_num_drafts=max_num_drafts,
                 )
             )
 
@@ -103,7 +114,7 @@ class Life(RuleBasedStateMachine):
     @rule()
     def lose_the_cache(self) -> None:
         self.loop.scheduler.preempt_all()
-        self.loop.device.kv = [{}, {}]
+        self.loop.device.forget()
 
     @invariant()
     def tokens_so_far_are_right(self) -> None:
@@ -290,6 +301,73 @@ def test_steady_decoding_plans_the_same_rows_and_asks_for_no_block_but_at_border
     loop.drain()
     assert {plan.rows for plan in loop.plans[1:]} == {((1, 1),)}
     assert [len(plan.deltas) for plan in loop.plans] == [1] + [0] * 11
+
+
+# Proposals
+
+
+@given(
+    num_kv_blocks=st.integers(9, 14),
+    max_tokens=st.integers(4, 24),
+    run_ahead=st.integers(0, 2),
+    requests=st.lists(st.tuples(st.integers(1, 16), st.integers(1, 16), st.integers(0, 8)), min_size=2, max_size=6),
+    num_drafts=st.lists(st.integers(0, 8), min_size=1, max_size=3),
+    accuracy=st.sampled_from([0.0, 0.7, 1.0]),
+)
+@settings(max_examples=300)
+def test_requests_that_take_proposals_and_blocks_from_each_other_get_their_answers(
+    num_kv_blocks, max_tokens, run_ahead, requests, num_drafts, accuracy
+) -> None:
+    """There is room for one or two of them, and chunks of prompts are small."""
+    loop = Loop(
+        num_kv_blocks=num_kv_blocks,
+        block_size=4,
+        max_tokens=max_tokens,
+        max_num_partial_prefills=3,
+        run_ahead=run_ahead,
+        num_drafts=num_drafts,
+        lookahead=1,
+        accuracy=accuracy,
+    )
+    added = [
+        loop.add(f"r{i}", prompt_len, answer_len, max_num_drafts=most)
+        for i, (prompt_len, answer_len, most) in enumerate(requests)
+    ]
+    loop.drain()
+    assert [request.output_token_ids for request in added] == [answer_alone(request) for request in added]
+    loop.check_nothing_is_held()
+
+
+@pytest.mark.parametrize("run_ahead", [0, 1])
+def test_right_proposals_save_steps(run_ahead) -> None:
+    """With 3 of them each step gives 4 tokens, but for the first two: the prompt's, which verifies none, and the last."""
+    loop = Loop(num_drafts=(3,), run_ahead=run_ahead, accuracy=1.0)
+    request = loop.add("a", 3, 22)
+    loop.drain()
+    assert request.output_token_ids == answer_alone(request)
+    lengths = [len(update.new_token_ids) for update in loop.updates]
+    assert lengths == [1, 4, 4, 4, 4, 4, 1]
+    assert request.num_draft_tokens == len(request.accepted) == 15
+
+
+def test_a_row_verifies_no_more_than_it_asked_for_and_leaves_every_other_decode_a_token() -> None:
+    loop = Loop(max_tokens=6, num_drafts=(8,), accuracy=1.0, max_num_partial_prefills=4)
+    for id, most in [("a", 8), ("b", 2), ("c", 0), ("d", 8)]:
+        loop.add(id, 1, 20, max_num_drafts=most)
+    loop.drain()
+    assert tokens_of(loop.plans[:2]) == [[1, 1, 1, 1], [3, 1, 1, 1]]
+
+
+@pytest.mark.parametrize(("lookahead", "found"), [(0, [8, 8, 8]), (1, [4, 8, 8]), (2, [4, 4, 8])])
+def test_a_block_is_found_where_the_tokens_after_it_that_it_depends_on_are_the_same(lookahead, found) -> None:
+    loop = Loop(max_tokens=64, block_size=4, num_drafts=(2,), lookahead=lookahead)
+    loop.add("a", list(range(10)), 2)
+    loop.drain()
+    prompts = [[*range(8), 10, 10, 10], [*range(9), 10, 10], [*range(10), 10]]
+    requests = [loop.add(f"r{i}", prompt, 9) for i, prompt in enumerate(prompts)]
+    loop.drain()
+    assert [request.num_cached_tokens for request in requests] == found
+    assert [request.output_token_ids for request in requests] == [answer_alone(request) for request in requests]
 
 
 # Limits of prompts

@@ -13,7 +13,7 @@ from stepgraph.engine.outputs import CompletionOutput, Logprob, RequestOutput
 from stepgraph.engine.prompts import TokenizedPrompt
 from stepgraph.engine.request import FinishReason, Request, TokenLogprobs
 from stepgraph.engine.sampling_params import SamplingParams
-from stepgraph.engine.session import Session
+from stepgraph.engine.session import AnswerDelta, Session
 from stepgraph.errors import RequestError
 from stepgraph.step.state import SlotSampling
 
@@ -117,6 +117,50 @@ def test_all_tokens_at_once_give_what_they_give_one_by_one(cut, stop) -> None:
     assert one_by_one.completion() == at_once.completion()
     assert polled.session.poll() == at_once.session.output()
     assert polled.session.poll() is None
+
+
+@given(st.data())
+def test_updates_of_several_tokens_give_the_answer_of_single_ones(data) -> None:
+    pieces, _ = data.draw(cut_texts().filter(lambda cut: cut[0]))
+    vocabulary = list(dict.fromkeys(pieces))
+    tokens = [vocabulary.index(piece) for piece in pieces]
+    end = data.draw(st.sampled_from([FinishReason.STOP, FinishReason.LENGTH]))
+    accepted = sorted(data.draw(st.sets(st.sampled_from(range(len(tokens))))))
+    params = {
+        "stop": data.draw(STOPS),
+        "min_tokens": data.draw(st.integers(0, len(tokens))),
+        "include_stop_str_in_output": data.draw(st.booleans()),
+        "logprobs": data.draw(st.sampled_from([None, 0])),
+    }
+    cuts = sorted(data.draw(st.sets(st.integers(1, len(tokens) - 1))) if len(tokens) > 1 else ())
+    runs = [tokens[a:b] for a, b in itertools.pairwise([0, *cuts, len(tokens)])]
+
+    def answer(updates: list[list[int]], *, ahead: bool) -> tuple[CompletionOutput, list[AnswerDelta]]:
+        """The answer and what its deltas add up to. `ahead`: the request holds all tokens before the first update is taken in."""
+        request = create_request(**params)
+        request.num_draft_tokens = len(tokens)
+        target = Feed([request], create_piece_tokenizer(vocabulary))
+        deltas: list[AnswerDelta] = []
+        for update, count in zip(updates, itertools.accumulate(map(len, updates)), strict=True):
+            known = len(tokens) if ahead else count
+            request.output_token_ids = tokens[:known]
+            request.accepted = [position for position in accepted if position < known]
+            request.output_logprobs = [TokenLogprobs(token, -1.0, 1, ()) for token in tokens[:known]]
+            is_last = count == len(tokens)
+            request.stop_token = tokens[-1] if is_last and end is FinishReason.STOP else None
+            target.session.update("r", update, end if is_last else None)
+            deltas += target.session.deltas()
+        return target.completion(), deltas
+
+    expected, single = answer([[token] for token in tokens], ahead=False)
+    assert expected.num_accepted_tokens == sum(position < len(expected.token_ids) for position in accepted)
+    found, several = answer(runs, ahead=data.draw(st.booleans()))
+    assert found == expected
+    for deltas in (single, several):
+        assert "".join(delta.text for delta in deltas) == expected.text
+        assert sum((delta.token_ids for delta in deltas), ()) == expected.token_ids
+        assert [one for delta in deltas for one in delta.logprobs or []] == (expected.logprobs or [])
+        assert [delta.finish_reason for delta in deltas if delta.finish_reason] == [expected.finish_reason]
 
 
 def test_what_may_become_a_stop_string_is_shown_once_it_cannot() -> None:

@@ -64,9 +64,13 @@ def test_a_shape_that_depends_on_data_is_refused_by_name(case) -> None:
 
 def test_an_operator_may_read_lengths_that_the_program_may_not() -> None:
     """`sample` looks at its rows' settings; the trace holds it as one call."""
-    logits, slots = torch.randn(2, 9), torch.tensor([1, 2], dtype=torch.int32)
+    logits, slots, offset = (
+        torch.randn(2, 9),
+        torch.tensor([1, 2], dtype=torch.int32),
+        torch.zeros(2, dtype=torch.int32),
+    )
     lines = torch.zeros(3, ops.slot_line.LINE_WIDTH, dtype=torch.int32)
-    graph = capture(lambda: ops.sample(logits, slots, lines))
+    graph = capture(lambda: ops.sample(logits, slots, offset, lines))
     assert [node.target for node in graph.calls.nodes if node.op == "call_function"] == [
         torch.ops.stepgraph.sample.default
     ]

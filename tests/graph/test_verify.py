@@ -1,6 +1,7 @@
 """The check of captured graphs passes right ones, and catches wrong ones: padding, baked values, reads past the end."""
 
 import random
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,8 +11,11 @@ from tiny import TINY_SETTINGS, drain
 
 from stepgraph import ops
 from stepgraph.config import EngineConfig
+from stepgraph.engine.engine import Engine
 from stepgraph.engine.sampling_params import SamplingParams
-from stepgraph.graph.verify import Composition, Row, main_verify, random_compositions, verify_pool, verify_shape
+from stepgraph.graph import trial
+from stepgraph.graph.compositions import Composition, Row, random_compositions
+from stepgraph.graph.verify import main_verify, verify_pool, verify_shape
 from stepgraph.layers import attention as attention_layer
 from stepgraph.ops import BuiltStep, build_step, paged_attention, slot_line
 from stepgraph.step.shape import StepShape, Variant
@@ -35,22 +39,28 @@ def check(runner, *compositions: Composition) -> list[str]:
     max_len=st.integers(1, 500),
     num_blocks=st.integers(1, 60),
     log_block=st.integers(0, 6),
+    num_drafts=st.integers(0, 8),
     seed=st.integers(0, 99),
 )
 def test_random_compositions_fit_the_shape_the_model_and_the_cache(
-    tokens, rows, max_len, num_blocks, log_block, seed
+    tokens, rows, max_len, num_blocks, log_block, num_drafts, seed
 ) -> None:
-    shape, block_size = StepShape(tokens, min(rows, tokens)), 1 << log_block
+    shape, block_size = StepShape(tokens, min(rows, tokens), num_drafts=num_drafts), 1 << log_block
     room = {"max_len": max_len, "num_blocks": num_blocks, "block_size": block_size}
     compositions = list(random_compositions(shape, 12, random.Random(seed), **room))
     assert len(compositions) == 12
     for composition in compositions:
         assert 1 <= len(composition.rows) <= shape.num_rows
         assert sum(row.query_len for row in composition.rows) <= tokens
-        assert sum(-(-(row.computed + row.query_len) // block_size) for row in composition.rows) <= num_blocks
+        # Beyond a row's own entries, a draft model may write those of all its proposals but the last.
+        beyond = max(0, num_drafts - 1) if len(composition.rows) > 1 else 0
+        assert sum(-(-(row.end + beyond) // block_size) for row in composition.rows) <= num_blocks
+        assert sum(row.num_samples for row in composition.rows) <= shape.num_samples
         for row in composition.rows:
             assert row.query_len >= 1
-            assert row.computed + row.query_len <= row.length <= max_len
+            assert row.end <= row.length + row.num_drafts <= max_len
+            assert row.num_drafts <= num_drafts
+            assert not row.num_drafts or row.computed == row.length - 1
 
 
 def test_random_compositions_begin_with_the_adversarial_families_and_then_vary() -> None:
@@ -62,6 +72,19 @@ def test_random_compositions_begin_with_the_adversarial_families_and_then_vary()
     rows = [row for composition in compositions for row in composition.rows]
     assert any(not row.active for row in rows)
     assert any(row.emits and row.computed and row.query_len > 1 for row in rows)
+    assert any(row.active and not row.emits for row in rows)
+
+
+def test_where_a_shape_verifies_proposals_most_rows_do_in_uneven_numbers() -> None:
+    room = {"max_len": 4000, "num_blocks": 1000, "block_size": 16}
+    compositions = list(random_compositions(StepShape(31, 8, num_drafts=3), 100, random.Random(0), **room))
+    assert [row.query_len for row in compositions[3].rows] == [4] * 7 + [3]
+    verifying = [[row.num_samples - 1 for row in composition.rows if row.num_drafts] for composition in compositions]
+    assert len({tuple(n) for n in verifying}) > 40
+    assert {0, 1, 2, 3} < {n for row in verifying for n in row}
+    rows = [row for composition in compositions for row in composition.rows]
+    assert any(row.num_samples - 1 < row.num_drafts for row in rows if row.active)  # its bound is smaller
+    assert any(not row.active and row.num_drafts for row in rows)
     assert any(row.active and not row.emits for row in rows)
 
 
@@ -128,22 +151,23 @@ def padding_writes_to(choose_entry):
     """A build whose padding tokens point at a real KV entry rather than at the null block."""
 
     def mutant(*args) -> BuiltStep:
-        built = build_step(*args)
-        token = torch.arange(built.kv_slots.shape[0], device=built.kv_slots.device)
-        return built._replace(kv_slots=torch.where(token >= built.query_start[-1], choose_entry(built), built.kv_slots))
+        tokens, samples = build_step(*args)
+        token = torch.arange(tokens.kv_slots.shape[0], device=tokens.kv_slots.device)
+        kv_slots = torch.where(token >= tokens.query_start[-1], choose_entry(tokens), tokens.kv_slots)
+        return BuiltStep(tokens._replace(kv_slots=kv_slots), samples)
 
     return mutant
 
 
 def test_mutant_padding_that_writes_over_a_token_of_the_step_is_caught(runner, monkeypatch) -> None:
-    monkeypatch.setattr(ops, "build_step", padding_writes_to(lambda built: built.kv_slots[0]))
+    monkeypatch.setattr(ops, "build_step", padding_writes_to(lambda tokens: tokens.kv_slots[0]))
     rows = Composition((Row(0, 6, 6), Row(9, 1, 10)), seed=2)
     assert any("row 0 differs from the same row alone" in mismatch for mismatch in check(runner, rows))
 
 
 def test_mutant_padding_that_writes_to_a_cached_token_is_caught(runner, monkeypatch) -> None:
     """The row it destroys emits nothing in this step, so only the cache shows it."""
-    monkeypatch.setattr(ops, "build_step", padding_writes_to(lambda built: built.kv_slots[0] // 16 * 16))
+    monkeypatch.setattr(ops, "build_step", padding_writes_to(lambda tokens: tokens.kv_slots[0] // 16 * 16))
     rows = Composition((Row(20, 2, 40),), seed=3)
     assert [mismatch.split(" on rows")[0] for mismatch in check(runner, rows)] == [
         "1 cache entries of no token of the step were written"
@@ -152,7 +176,7 @@ def test_mutant_padding_that_writes_to_a_cached_token_is_caught(runner, monkeypa
 
 def test_mutant_padding_that_writes_to_a_free_block_is_caught(runner, monkeypatch) -> None:
     free_entry = torch.tensor(16 * 200 + 5, dtype=torch.int32, device=runner.platform.device)
-    monkeypatch.setattr(ops, "build_step", padding_writes_to(lambda built: free_entry))
+    monkeypatch.setattr(ops, "build_step", padding_writes_to(lambda tokens: free_entry))
     assert any("1 cache entries of no token of the step were written" in mismatch for mismatch in check(runner, MIXED))
 
 
@@ -176,9 +200,9 @@ def test_mutant_that_bakes_in_the_number_of_rows_at_capture_is_caught(runner, mo
         load(plan, shape)
 
     def mutant(*args) -> BuiltStep:
-        built = build_step(*args)
-        keep = torch.arange(built.row_slot.shape[0], device=built.row_slot.device) < num_rows[0]
-        return built._replace(row_slot=built.row_slot * keep)
+        tokens, samples = build_step(*args)
+        keep = torch.arange(tokens.row_slot.shape[0], device=tokens.row_slot.device) < num_rows[0]
+        return BuiltStep(tokens._replace(row_slot=tokens.row_slot * keep), samples)
 
     monkeypatch.setattr(runner, "load", load_and_count)
     monkeypatch.setattr(ops, "build_step", mutant)
@@ -196,10 +220,144 @@ def test_mutant_attention_that_reads_one_key_too_many_meets_the_poison(runner, m
 
 
 def test_mutant_sampling_that_takes_another_rows_logits_is_caught(runner, monkeypatch) -> None:
-    monkeypatch.setattr(
-        ops, "build_step", lambda *args: (built := build_step(*args))._replace(logit_index=built.logit_index.flip(0))
-    )
+    def mutant(*args) -> BuiltStep:
+        tokens, samples = build_step(*args)
+        return BuiltStep(tokens, samples._replace(token_index=samples.token_index.flip(0)))
+
+    monkeypatch.setattr(ops, "build_step", mutant)
     assert any("differs from the same row alone" in mismatch for mismatch in check(runner, MIXED))
+
+
+# With proposals.
+
+SPECULATIVE = {"speculative_config": {"method": "mtp", "num_speculative_tokens": 3}}
+PROPOSED = Composition(
+    (
+        Row(20, 4, 21, num_drafts=3),
+        Row(9, 2, 10, num_drafts=1),
+        Row(0, 7, 7),
+        Row(33, 3, 34, num_drafts=3),
+        Row(15, 4, 16, active=False, num_drafts=3),
+        Row(31, 4, 32, num_drafts=3),
+        Row(40, 5, 60),
+        Row(47, 1, 48),
+    ),
+    seed=5,
+)
+ROUND = replace(SHAPE, num_drafts=3)
+
+
+@pytest.fixture
+def drafting(create_engine):
+    return create_engine(capture="lazy", **SPECULATIVE).runner
+
+
+def check_round(runner, *compositions: Composition) -> list[str]:
+    return verify_shape(runner, ROUND, compositions or (PROPOSED,), alone_rows=8).mismatches
+
+
+@pytest.mark.parametrize("method", ["mtp", "suffix", "ngram", "hybrid"])
+def test_right_graphs_pass_with_proposals_of_every_method(create_engine, method) -> None:
+    engine = create_engine(
+        capture_sizes=(11, 48),  # no multiple of 1 + K
+        speculative_config={"method": method, "num_speculative_tokens": 3},
+    )
+    levels = (0, 3)
+    reports = verify_pool(engine.runner, rounds=10, seed=0, draft_levels=levels, variants=(Variant.EXTENDED,))
+    assert [(str(report.shape), report.mismatches) for report in reports] == [
+        (f"{size}x8{drafts} extended", []) for drafts in ("", "+3") for size in (48, 11)
+    ]
+
+
+def test_in_some_rows_proposals_stand_and_in_some_they_fall(drafting) -> None:
+    """Whatever the check finds right, it has looked at."""
+    twin = drafting.pool.eager_twin(ROUND)
+    proposals = trial.mostly_right_proposals(drafting, twin, ROUND, PROPOSED)
+    ring = trial.run(drafting, twin, ROUND, PROPOSED, proposals).ring
+    accepted = [line[slot_line.OUT_NUM_ACCEPTED] for line in ring]
+    verified = [line[slot_line.OUT_NUM_VERIFIED] for line in ring]
+    assert verified == [3, 1, 0, 2, 0, 3, 0, 0]
+    assert any(0 < a < n for a, n in zip(accepted, verified, strict=True))
+    assert any(0 == a < n for a, n in zip(accepted, verified, strict=True))
+    assert any(0 < a == n for a, n in zip(accepted, verified, strict=True))
+    assert sum(line[slot_line.OUT_NUM_DRAFTS] for line in ring) > 6
+
+
+def test_mutant_samples_of_uneven_rows_at_wrong_tokens_are_caught(drafting, monkeypatch) -> None:
+    """As if every row verified as many proposals as the most that any does."""
+
+    def mutant(*args) -> BuiltStep:
+        tokens, samples = build_step(*args)
+        sample_S = torch.arange(samples.slot.shape[0], device=samples.slot.device)
+        index = tokens.query_start[sample_S // 4] + sample_S % 4
+        return BuiltStep(tokens, samples._replace(token_index=index.clamp(max=SHAPE.num_tokens - 1).to(torch.int32)))
+
+    monkeypatch.setattr(ops, "build_step", mutant)
+    assert any("differs from the same row alone" in mismatch for mismatch in check_round(drafting))
+
+
+def test_mutant_commit_that_takes_one_proposal_too_many_in_the_graph_is_caught(drafting, monkeypatch) -> None:
+    commit = ops.commit
+
+    def mutant(lines, tokens, counter, ring, row_slot, *rest) -> None:
+        commit(lines, tokens, counter, ring, row_slot, *rest)
+        ran = (lines[:, slot_line.ACTIVE] > 0) & (lines[:, slot_line.COMPUTED] == lines[:, slot_line.LENGTH] - 1)
+        lines[:, slot_line.LENGTH : slot_line.COMPUTED + 1] += ran.unsqueeze(1).to(torch.int32)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ops, "commit", mutant)
+        assert drafting.pool.graph(ROUND) is not None
+    assert any("graph and eager differ in" in mismatch for mismatch in check_round(drafting))
+
+
+def test_mutant_draft_model_that_writes_to_a_free_block_is_caught(drafting, monkeypatch) -> None:
+    """In graph and eager alike."""
+    row_tokens = ops.draft_row_tokens
+
+    def mutant(*args):
+        tokens = row_tokens(*args)
+        return tokens._replace(kv_slots=torch.where(tokens.row_slot > 0, 16 * 200 + 5, tokens.kv_slots))
+
+    monkeypatch.setattr(ops, "draft_row_tokens", mutant)
+    assert any("cache entries of no token of the step were written" in mismatch for mismatch in check_round(drafting))
+
+
+def test_mutant_draft_model_that_reads_a_key_too_many_meets_the_poison(drafting, monkeypatch) -> None:
+    """Also in the last sub-step, of which nothing is left but a token."""
+    row_tokens = ops.draft_row_tokens
+
+    def mutant(*args):
+        tokens = row_tokens(*args)
+        return tokens._replace(kv_len=tokens.kv_len + (tokens.row_slot > 0))
+
+    monkeypatch.setattr(ops, "draft_row_tokens", mutant)
+    assert any("something read a poisoned entry" in mismatch for mismatch in check_round(drafting))
+
+
+def test_mutant_drafts_that_start_from_a_proposal_that_fell_are_caught_in_the_graph(drafting, monkeypatch) -> None:
+    inputs = ops.draft_inputs
+
+    def mutant(lines, tokens, step):
+        start = inputs(lines, tokens, step)
+        return start._replace(token_index=(step.query_start[1:] - 1).clamp(min=0) * (start.slot > 0))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ops, "draft_inputs", mutant)
+        assert drafting.pool.graph(ROUND) is not None
+    assert any("graph and eager differ in tokens" in mismatch for mismatch in check_round(drafting))
+
+
+def test_the_command_checks_every_number_of_proposals_the_engine_chooses_from(tiny_model, device, capsys) -> None:
+    settings = TINY_SETTINGS | {"capture": "lazy"} | SPECULATIVE
+    config = EngineConfig.from_settings(model=tiny_model, device=device, **settings)
+    levels = Engine(config).draft_levels
+    assert levels[-1] == 3
+    assert len(levels) > 1
+    assert main_verify(config, rounds=2, seed=0, progress=False) == 0
+    out = capsys.readouterr().out
+    for level in levels:
+        assert f" 48x8{f'+{level}' if level else ''} " in out
+    assert f"{2 * len(levels)} graphs, {4 * len(levels)} compositions, 0 mismatches" in out
 
 
 def test_the_command_exits_with_0_and_a_table_if_all_is_right(tiny_model, device, capsys) -> None:
@@ -213,7 +371,7 @@ def test_the_command_exits_with_0_and_a_table_if_all_is_right(tiny_model, device
 def test_the_command_exits_with_1_and_names_the_rows_if_a_graph_is_wrong(
     tiny_model, device, capsys, monkeypatch
 ) -> None:
-    monkeypatch.setattr(ops, "build_step", padding_writes_to(lambda built: built.kv_slots[0]))
+    monkeypatch.setattr(ops, "build_step", padding_writes_to(lambda tokens: tokens.kv_slots[0]))
     config = EngineConfig.from_settings(model=tiny_model, device=device, **TINY_SETTINGS)
     assert main_verify(config, rounds=4, seed=0, progress=False) == 1
     out = capsys.readouterr().out

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from stepgraph.layers.inputs import StepInputs
 from stepgraph.models import Decoder
-from stepgraph.ops import BuiltStep, attention_geometry, attention_plan
+from stepgraph.ops import StepTokens, attention_geometry, attention_plan
 
 BLOCK_SIZE = 16
 
@@ -25,31 +25,30 @@ class Stepper:
         self.block_table[1] = torch.arange(1, num_blocks + 1)
         self.computed = 0
 
-    def build(self, token_ids: list[int]) -> BuiltStep:
+    def build(self, token_ids: list[int]) -> StepTokens:
         """What `build_step` makes of the sequence's next tokens."""
         n = len(token_ids)
         positions = torch.arange(self.computed, self.computed + n, dtype=torch.int32)
         self.computed += n
-        return BuiltStep(
+        return StepTokens(
             token_ids=torch.tensor(token_ids, dtype=torch.int32),
             positions=positions,
             kv_slots=positions + BLOCK_SIZE,
             row_slot=torch.tensor([1], dtype=torch.int32),
             query_start=torch.tensor([0, n], dtype=torch.int32),
             kv_len=torch.tensor([self.computed], dtype=torch.int32),
-            logit_index=torch.tensor([n - 1], dtype=torch.int32),
         )
 
-    def run(self, built: BuiltStep) -> Tensor:
+    def run(self, tokens: StepTokens) -> Tensor:
         """The logits at every token, [tokens, vocabulary]."""
-        config, n = self.model.config, built.token_ids.shape[0]
+        config, n = self.model.config, tokens.token_ids.shape[0]
         geometry = attention_geometry(n, 1, config.num_heads, config.num_kv_heads, multiprocessors=1)
         heads = config.num_heads, config.num_kv_heads, config.head_dim
         plans = {
-            window: attention_plan(built.query_start, built.kv_len, *heads, geometry, window)
+            window: attention_plan(tokens.query_start, tokens.kv_len, *heads, geometry, window)
             for window in set(config.windows)
         }
-        hidden = self.model(StepInputs(built, plans, geometry, self.block_table, self.caches))
+        hidden = self.model(StepInputs(tokens, plans, geometry, self.block_table, self.caches))
         out = hidden.new_empty(hidden.shape[0], self.model.config.vocab_size)
         return self.model.logits(hidden, out=out)
 

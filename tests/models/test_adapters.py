@@ -13,7 +13,7 @@ from stepgraph.errors import RequestError
 from stepgraph.layers.lora import token_adapters
 from stepgraph.models import load_model, resolve
 from stepgraph.models.adapters import AdapterStore
-from stepgraph.ops import BuiltStep, slot_line
+from stepgraph.ops import StepTokens, slot_line
 
 TOKENS = [(7 * i + 3) % 96 for i in range(80)]
 ALPHA = 8
@@ -147,16 +147,15 @@ def test_every_token_of_a_step_has_its_rows_adapter_and_padding_has_none():
     lines = torch.zeros(6, slot_line.LINE_WIDTH, dtype=torch.int32)
     lines[:, slot_line.ADAPTER] = torch.tensor([0, 3, 0, 1, 2, 7])
     ints = {"dtype": torch.int32}
-    built = BuiltStep(
+    tokens = StepTokens(
         token_ids=torch.zeros(9, **ints),
         positions=torch.zeros(9, **ints),
         kv_slots=torch.zeros(9, **ints),
         row_slot=torch.tensor([4, 5, 2, 1], **ints),
         query_start=torch.tensor([0, 3, 3, 4, 6], **ints),  # the second row is empty
         kv_len=torch.zeros(4, **ints),
-        logit_index=torch.zeros(4, **ints),
     )
-    found = token_adapters(built, lines)
+    found = token_adapters(tokens, lines)
     assert found.dtype == torch.int32
     assert found.tolist() == [2, 2, 2, 0, 3, 3, 0, 0, 0]
 

@@ -1,6 +1,7 @@
 """Tokenizers built from GGUF metadata, against transformers."""
 
 import json
+import shutil
 
 import pytest
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
@@ -173,3 +174,12 @@ def test_the_embedded_chat_template_renders_as_in_transformers(embedded) -> None
     text = ours.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
     assert text == theirs.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
     assert text.endswith("<|im_start|>user\nWhat is 2 + 2?<|im_end|>\n<|im_start|>assistant\n")
+
+
+def test_a_folder_that_names_code_of_its_own_is_read_without_it_and_without_asking(tiny_model, tmp_path, monkeypatch):
+    folder = shutil.copytree(tiny_model, tmp_path / "mimo")
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"model_type": "mimo", "auto_map": {"AutoConfig": "configuration_mimo.MiMoConfig"}}
+    (folder / "config.json").write_text(json.dumps(config))
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("a question that nobody answers"))
+    assert tokenizer_from_folder(folder)("hi")["input_ids"]

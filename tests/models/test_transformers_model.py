@@ -104,17 +104,18 @@ def logits_in_steps(runner, sequences, steps) -> dict[tuple[int, int], torch.Ten
     next_block = 1
     with runner.workbench():
         for i, tokens in enumerate(sequences):
-            line = state.lines[i + 1]
-            line.zero_()
-            line[slot_line.LENGTH], line[slot_line.ACTIVE] = len(tokens), 1
-            line[slot_line.MAX_LENGTH], line[slot_line.STOP_TOKENS :] = MAX_MODEL_LEN, -1
-            state.tokens[i + 1, : len(tokens)] = torch.tensor(tokens, dtype=torch.int32)
             blocks = -(-len(tokens) // runner.block_size)
             state.block_table[i + 1, :blocks] = torch.arange(next_block, next_block + blocks)
             next_block += blocks
         done = [0] * len(sequences)
         for step in steps:
             rows = [(i, n) for i, n in enumerate(step) if n]
+            for i, n in rows:  # as if no more were known than this step computes, so that it samples
+                line, end = state.lines[i + 1], done[i] + n
+                line.zero_()
+                line[slot_line.LENGTH], line[slot_line.COMPUTED], line[slot_line.ACTIVE] = end, done[i], 1
+                line[slot_line.MAX_LENGTH], line[slot_line.STOP_TOKENS :] = MAX_MODEL_LEN, -1
+                state.tokens[i + 1, :end] = torch.tensor(sequences[i][:end], dtype=torch.int32)
             plan = StepPlan(tuple((i + 1, n) for i, n in rows), (), 0)
             record, graph = runner.pool.graph_for(plan)
             assert runner.pool.graph(record.shape) is not None

@@ -23,6 +23,7 @@ SAMPLING = SlotSampling(
     logit_bias=((7, -2.5), (9, 1.0)),
     bad_words=((3,), (4, 5, 6)),
     masked=True,
+    max_num_drafts=5,
     num_logprobs=6,
     num_prompt_logprobs=1,
 )
@@ -34,6 +35,7 @@ REQUEST = {
     "sampling": SAMPLING,
 }
 VOCAB_SIZE = 70
+SHAPE = StepShape(32, 4, num_drafts=2)
 
 
 @pytest.fixture
@@ -43,7 +45,7 @@ def state(device) -> SlotState:
         max_model_len=50,
         block_size=16,
         vocab_size=VOCAB_SIZE,
-        max_shape=StepShape(32, 4),
+        max_shape=SHAPE,
         platform=create_platform(device),
     )
 
@@ -57,10 +59,10 @@ def test_every_buffer_is_there_at_birth_and_zero(state) -> None:
     assert state.lines.shape == (5, slot_line.LINE_WIDTH)
     assert state.tokens.shape == (5, 50)
     assert state.block_table.shape == (5, 4)
-    assert state.masks.shape == (5, 1, 3)
-    assert state.plan.shape == (StepShape(32, 4).plan_length(16),)
+    assert state.masks.shape == (5, 3, 3)
+    assert state.plan.shape == (SHAPE.plan_length(16),)
     assert state.ring.shape == (RING_DEPTH, 4, slot_line.OUTPUT_WIDTH)
-    assert state.logprob_ring.shape == (RING_DEPTH, 4, slot_line.LOGPROB_WIDTH)
+    assert state.logprob_ring.shape == (RING_DEPTH, 12, slot_line.LOGPROB_WIDTH)
     assert state.prompt_logprob_ring.shape == (RING_DEPTH, 32, slot_line.LOGPROB_WIDTH)
     rings = (state.ring, state.logprob_ring, state.prompt_logprob_ring)
     for tensor in (*buffers(state), state.plan, state.counter, *rings):
@@ -85,6 +87,8 @@ def test_admit_writes_the_requests_line_and_tokens(state) -> None:
         slot_line.MASKED: 1,
         slot_line.NUM_LOGPROBS: 6,
         slot_line.NUM_PROMPT_LOGPROBS: 1,
+        slot_line.NUM_DRAFTS: 0,
+        slot_line.MAX_NUM_DRAFTS: 5,
     }
     assert {column: int(line[column]) for column in whole} == whole
     floats = {
@@ -112,9 +116,14 @@ def test_admit_starts_a_request_after_the_blocks_that_are_cached(state) -> None:
     assert state.block_table[3].tolist() == [8, 5, 0, 0]
 
 
-def test_a_mask_is_written_to_its_slot_only(state) -> None:
-    state.set_mask(2, np.array([1, -1, 6], dtype=np.int32))
-    assert state.masks[:, 0].tolist() == [[0] * 3, [0] * 3, [1, -1, 6], [0] * 3, [0] * 3]
+def test_masks_are_written_to_their_slot_only_and_those_not_given_stay(state) -> None:
+    assert state.masks.shape == (5, 3, 3)
+    given = np.array([[1, -1, 6], [2, 3, 4]], dtype=np.int32)
+    state.set_masks(2, given)
+    assert state.masks[2].tolist() == [*given.tolist(), [0] * 3]
+    state.set_masks(2, given[1:])
+    assert state.masks[2].tolist() == [[2, 3, 4], [2, 3, 4], [0] * 3]
+    assert not state.masks[[0, 1, 3, 4]].any()
 
 
 def test_admit_touches_no_other_slot(state) -> None:
@@ -128,10 +137,12 @@ def test_admit_touches_no_other_slot(state) -> None:
 def test_a_slots_next_request_inherits_nothing(state) -> None:
     state.admit(2, **REQUEST)
     state.lines[2, slot_line.COMPUTED] = 17
+    state.lines[2, slot_line.NUM_DRAFTS] = 4
     state.admit(2, **REQUEST | {"tokens": [9], "prompt_len": 1, "generation": 4, "sampling": SlotSampling(seed=1)})
     line = state.lines[2].cpu()
     assert (line[slot_line.LENGTH], line[slot_line.COMPUTED], line[slot_line.TOP_K]) == (1, 0, 0)
-    assert not line[slot_line.MIN_LENGTH : slot_line.STOP_TOKENS].any()
+    assert not line[slot_line.MIN_LENGTH : slot_line.MAX_NUM_DRAFTS].any()
+    assert line[slot_line.MAX_NUM_DRAFTS] == slot_line.MAX_DRAFTS
     assert (line[slot_line.SEED_LOW], line[slot_line.SEED_HIGH]) == (1, 0)
     assert (line[slot_line.STOP_TOKENS :] == -1).all()
 

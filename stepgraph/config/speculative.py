@@ -1,0 +1,147 @@
+"""Who proposes tokens for the next step to verify, and how many."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import Any
+
+from stepgraph.config.fields import check, setting
+from stepgraph.errors import ConfigError
+
+MAX_DRAFTS = 8
+"""Most tokens that may be proposed for a request in one step."""
+
+_DEFAULT_DRAFTS = {"mtp": 3, "suffix": 8, "ngram": 5, "hybrid": 5}
+
+
+@dataclass(frozen=True)
+class SpeculativeConfig:
+    """Speculative decoding. Answers are those that come without it."""
+
+    speculative_method: str = setting(
+        "none",
+        "who proposes: a trained module (mtp), what followed the longest match in the history and in earlier answers (suffix), "
+        "in the history alone (ngram), suffix where the match is long and mtp elsewhere (hybrid), or nobody (none)",
+        choices=("none", "mtp", "suffix", "ngram", "hybrid"),
+    )
+    num_speculative_tokens: int | None = setting(
+        None,
+        f"most proposals per request and step, 1 to {MAX_DRAFTS}; default: mtp 3, ngram 5, hybrid 5, suffix 8",
+        minimum=1,
+    )
+    speculative_model: str | None = setting(
+        None,
+        "checkpoint that holds the mtp module; default: the model's own, or the one that ships with it",
+        metavar="MODEL",
+    )
+    speculative_adaptive: bool = setting(
+        True,
+        "propose fewer tokens, or none, while that is faster by the measured cost and acceptance; off: always as many as allowed",
+    )
+    speculative_min_match: int = setting(
+        2, "suffix, ngram, hybrid: tokens that must match before anything is proposed", minimum=1
+    )
+    speculative_max_match: int = setting(
+        32, "suffix, ngram, hybrid: tokens up to which a longer match is a better one", minimum=1
+    )
+    speculative_memory_tokens: int = setting(
+        65536, "suffix, hybrid: tokens of earlier answers, of all requests, that are searched too; 0: none", minimum=0
+    )
+    speculative_hybrid_match: int = setting(
+        6, "hybrid: tokens that must match for suffix to be preferred over mtp", minimum=1
+    )
+    speculative_acceptance: float | None = setting(
+        None,
+        "for tests and measurements: each proposal stands with this probability, whatever the model says; answers are wrong then",
+        minimum=0,
+    )
+
+    def __post_init__(self) -> None:
+        check(self)
+        if (self.num_speculative_tokens or 0) > MAX_DRAFTS:
+            raise ConfigError(
+                f"num_speculative_tokens={self.num_speculative_tokens} is above {MAX_DRAFTS}, the most a step verifies"
+            )
+        if self.speculative_min_match > self.speculative_max_match:
+            raise ConfigError(
+                f"speculative_min_match={self.speculative_min_match} is above "
+                f"speculative_max_match={self.speculative_max_match}; lower the first or raise the second"
+            )
+        if (self.speculative_acceptance or 0) > 1:
+            raise ConfigError(f"speculative_acceptance={self.speculative_acceptance} is a probability; give 0 to 1")
+
+    @property
+    def max_drafts(self) -> int:
+        """K: most proposals per request and step; 0 without speculation."""
+        if self.speculative_method == "none":
+            return 0
+        return self.num_speculative_tokens or _DEFAULT_DRAFTS[self.speculative_method]
+
+    def __str__(self) -> str:
+        """In the words of a log: the method, and how many proposals it makes."""
+        if self.speculative_method == "none":
+            return self.speculative_method
+        depth = "adaptive" if self.speculative_adaptive else "not adaptive"
+        return f"{self.speculative_method}, up to {self.max_drafts} proposals, {depth}"
+
+
+_KEYS = {
+    "method": "speculative_method",
+    "num_speculative_tokens": "num_speculative_tokens",
+    "model": "speculative_model",
+    "adaptive": "speculative_adaptive",
+    "min_match": "speculative_min_match",
+    "prompt_lookup_min": "speculative_min_match",
+    "max_match": "speculative_max_match",
+    "prompt_lookup_max": "speculative_max_match",
+    "suffix_decoding_max_tree_depth": "speculative_max_match",
+    "memory_tokens": "speculative_memory_tokens",
+    "hybrid_match": "speculative_hybrid_match",
+    "acceptance": "speculative_acceptance",
+}
+"""Keys of the JSON form; some are other engines' names."""
+
+_METHODS = {
+    "deepseek_mtp": "mtp",
+    "ernie_mtp": "mtp",
+    "glm4_moe_mtp": "mtp",
+    "mimo_mtp": "mtp",
+    "qwen3_next_mtp": "mtp",
+    "ngram_match": "ngram",
+}
+"""Other engines' names of methods."""
+
+
+def speculative_config_from_json(text: str | dict[str, Any]) -> dict[str, Any]:
+    """Settings of `SpeculativeConfig` from the JSON of ``--speculative-config``.
+
+    Returns:
+        Keyword arguments for `SpeculativeConfig`.
+
+    Raises:
+        ConfigError: malformed JSON, or an unknown key; says what is known.
+    """
+    if isinstance(text, str):
+        try:
+            given = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise ConfigError(
+                f'speculative_config is not JSON ({error}); write e.g. \'{{"method": "mtp", "num_speculative_tokens": 3}}\''
+            ) from error
+    else:
+        given = text
+    if not isinstance(given, dict):
+        raise ConfigError(f"speculative_config must be a JSON object, not {type(given).__name__}")
+    settings: dict[str, Any] = {}
+    for key, value in given.items():
+        name = _KEYS.get(key, key)
+        if name not in SpeculativeConfig.__dataclass_fields__:
+            raise ConfigError(f"speculative_config has no key {key!r}; known keys: {', '.join(sorted(_KEYS))}")
+        if name == "speculative_method":
+            value = _METHODS.get(value, value) if isinstance(value, str) else value
+        if settings.setdefault(name, value) != value:
+            raise ConfigError(f"speculative_config gives {name} twice, as {settings[name]!r} and {value!r}")
+    if settings and "speculative_method" not in settings:
+        raise ConfigError('speculative_config names no "method"; choose one of: none, mtp, suffix, ngram, hybrid')
+    return settings

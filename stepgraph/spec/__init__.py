@@ -1,0 +1,1 @@
+"""Speculative decoding: who proposes tokens, and how many. Verification is `stepgraph.ops.commit`."""

@@ -1,0 +1,64 @@
+"""What the step asks of whoever proposes tokens. Everything a drafter does runs inside the step's graph.
+
+Shapes: T tokens, R rows, E hidden size, K proposals of a row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+from torch import Tensor, nn
+
+from stepgraph.layers.inputs import StepInputs
+
+
+@dataclass(frozen=True)
+class DraftStep:
+    """A step that was just committed, as a drafter sees it."""
+
+    inputs: StepInputs
+    hidden: Tensor
+    """[T, E], the model's hidden states after its final norm. Those after proposals that fell are of no use."""
+    lines: Tensor  # [slots, LINE_WIDTH] int32, see `stepgraph.ops.slot_line`; `length` counts the new tokens
+    tokens: Tensor  # [slots, max_model_len] int32
+    kv_caches: tuple[tuple[Tensor, Tensor], ...]  # the drafter's own
+    num_drafts: int  # K
+
+
+class Drafts(NamedTuple):
+    """Proposals for each row of a step. Rows that cannot use them get some too; `stepgraph.ops.propose` sorts that out."""
+
+    tokens: Tensor  # [R, K] int32, contiguous
+    num_tokens: Tensor  # [R] int32, of these, the first so many are meant
+
+
+class Drafter(Protocol):
+    """Proposes what follows. Proposals are a guess at what the model will sample: they change its speed, never its answers."""
+
+    num_layers: int
+    """KV caches it needs, beside the model's and of the same shape."""
+    lookahead: int
+    """Tokens after a KV block that the block's content depends on."""
+    costs_when_idle: bool
+    """A step with room for proposals is slower also where there are none."""
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """Weights of its own."""
+
+    def propose(self, step: DraftStep) -> Drafts:
+        """Propose up to K ≥ 1 tokens for each row."""
+
+    def forget(self) -> None:
+        """Drop what earlier requests left behind. Not inside a graph."""
+
+    def reload(self) -> None:
+        """Take over new weights of the model, and read those of its own again, as they may be lost. Not inside a graph.
+
+        Raises:
+            ModelError: they cannot be read any more.
+        """
+
+    def follow(self, step: DraftStep) -> None:
+        """Take note of a step after which nothing is to be proposed."""

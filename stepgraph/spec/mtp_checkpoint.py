@@ -1,0 +1,354 @@
+"""Finding, reading and filling the modules of multi-token prediction, in the layouts in which they are published."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from stepgraph.config import EngineConfig
+from stepgraph.errors import ConfigError, ModelError
+from stepgraph.models.checkpoint import CheckpointTensor
+from stepgraph.models.config import DecoderConfig
+from stepgraph.models.conversion import Target
+from stepgraph.models.decoder import Decoder
+from stepgraph.models.ernie4_5 import Ernie45
+from stepgraph.models.language_model import LanguageModel
+from stepgraph.models.loader import fill_randomly
+from stepgraph.models.mtp_tensors import mtp_names
+from stepgraph.models.registry import ARCHITECTURES
+from stepgraph.models.safetensors import read_safetensors
+from stepgraph.models.source import PACKAGED, FolderSource, ModelSource, hub_folder
+from stepgraph.models.transformers_model import TransformersConfig, TransformersModel
+from stepgraph.models.update import match_tensors, write
+from stepgraph.platforms import Platform
+from stepgraph.spec.mtp import DraftHead, MTPDrafter, MTPLayer, MTPOptions
+
+_ASSETS = Path(__file__).parents[1] / "assets"
+_DRAFT_TOKEN_IDS = "draft_token_ids"
+"""int32 tensor beside a module's: the part of the vocabulary that it was trained to propose from."""
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """How the makers of some models name the tensors of their modules. ``{}`` is a module's number."""
+
+    parts: Mapping[str, str]  # submodules of `MTPLayer`, and their names; all may begin with "model."
+    options: MTPOptions = MTPOptions()  # noqa: RUF009  (frozen)
+    copies: tuple[str, ...] = ()  # tensors that are the model's own once more
+
+    @property
+    def shares_parts(self) -> bool:
+        """Whether several modules would have the projection in common."""
+        return "{}" not in self.parts["projection"]
+
+
+_LAYOUTS = {
+    # DeepSeek-V3, GLM-4.5: numbered as further layers. Pre-norm output is handed over (DeepSeek-V3 report, section 2.2).
+    "DeepSeek": _Layout(
+        {
+            "embedding_norm": "layers.{}.enorm",
+            "hidden_norm": "layers.{}.hnorm",
+            "projection": "layers.{}.eh_proj",
+            "block": "layers.{}",
+            "norm": "layers.{}.shared_head.norm",
+        },
+        copies=("layers.{}.embed_tokens.weight", "layers.{}.shared_head.head.weight"),
+    ),
+    # As PaddleFormers trains it: from the residual stream, and through the model's own final norm.
+    "ERNIE": _Layout(
+        {
+            "embedding_norm": "mtp_emb_norm.{}",
+            "hidden_norm": "mtp_hidden_norm.{}",
+            "projection": "mtp_linear_proj.{}",
+            "block": "mtp_block.{}",
+        },
+        MTPOptions(shares_final_norm=True),
+    ),
+    "MiMo": _Layout(
+        {
+            "embedding_norm": "mtp_layers.{}.token_layernorm",
+            "hidden_norm": "mtp_layers.{}.hidden_layernorm",
+            "projection": "mtp_layers.{}.input_proj",
+            "block": "mtp_layers.{}",
+            "norm": "mtp_layers.{}.final_layernorm",
+        },
+        MTPOptions(hidden_first=True, hands_over_normalised=True),
+    ),
+    "Qwen3-Next": _Layout(
+        {
+            "embedding_norm": "mtp.pre_fc_norm_embedding",
+            "hidden_norm": "mtp.pre_fc_norm_hidden",
+            "projection": "mtp.fc",
+            "block": "mtp.layers.{}",
+            "norm": "mtp.norm",
+        },
+        MTPOptions(hands_over_normalised=True),
+        copies=("mtp.embed_tokens.weight", "mtp.lm_head.weight"),
+    ),
+}
+
+
+class _Found(NamedTuple):
+    """Modules in a checkpoint."""
+
+    layout: _Layout
+    prefix: str  # of all names
+    numbers: list[int]
+    tensors: list[CheckpointTensor]
+    draft_token_ids: CheckpointTensor | None
+    description: str
+
+
+def load_mtp(
+    config: EngineConfig,
+    source: ModelSource,
+    model: LanguageModel,
+    platform: Platform,
+    *,
+    max_model_len: int,
+    progress: bool = False,
+) -> MTPDrafter:
+    """Build and fill the modules that draft for a model.
+
+    They come from the checkpoint that `speculative_model` names, else from the model's own, else from those that ship with this
+    package. With `load_format` "dummy", they are as many as the model's config says, at least one, with random weights.
+
+    Args:
+        config: of the engine.
+        source: of the model.
+        model: filled.
+        platform: where it runs.
+        max_model_len: longest sequence, in tokens.
+        progress: show a bar on stderr.
+
+    Raises:
+        ConfigError: there is no module for this model, or none that can be run.
+        ModelError: the module's tensors are not what they should be (missing, left over, of another shape), or a file is damaged.
+    """
+    weight = next(model.parameters())
+    layer_config = _layer_config(model)
+    read: Callable[[], _Found] | None = None
+    options, num_modules, num_draft_ids = MTPOptions(), max(1, layer_config.num_mtp_modules), 0
+    if config.model.load_format != "dummy":
+        read = partial(_read, config, source)
+        found = read()
+        _check_runs(found)
+        options, num_modules = found.layout.options, len(found.numbers)
+        num_draft_ids = found.draft_token_ids.shape[0] if found.draft_token_ids else 0
+    layers = [
+        MTPLayer(layer_config, options, max_model_len=max_model_len, dtype=weight.dtype, device=weight.device).eval()
+        for _ in range(num_modules)
+    ]
+    max_rows = config.scheduler.max_num_seqs
+    head = None
+    if num_draft_ids:
+        logits_RV = weight.new_full((max_rows, layer_config.vocab_size), -torch.inf)
+        head = DraftHead(num_draft_ids, layer_config.hidden_size, logits_RV)
+    _fill(layers, head, model, read, progress=progress)
+    fill = partial(_fill, layers, head, model, read, progress=False)
+    return MTPDrafter(layers, model, head, fill, max_rows=max_rows, multiprocessors=platform.multiprocessors)
+
+
+@torch.no_grad()
+def _fill(
+    layers: list[MTPLayer],
+    head: DraftHead | None,
+    model: LanguageModel,
+    read: Callable[[], _Found] | None,
+    *,
+    progress: bool,
+) -> None:
+    """Fill modules and head, from what `read` finds, or randomly."""
+    if read is None:
+        for layer in layers:
+            fill_randomly(layer, layer.projection.weight.device)
+        return
+    found = read()
+    update = match_tensors(_targets(found, layers), _dequantised(found.tensors), found.description)
+    write(tqdm(update, "Loading draft modules", unit=" tensors", disable=not progress, leave=False))
+    for layer in layers:
+        if layer.options.shares_final_norm:
+            layer.norm.weight.copy_(_final_norm(model))
+    if head is not None:
+        assert found.draft_token_ids is not None
+        head.fill(_head_weight(model), _token_ids(found, len(head.token_ids), model.config.vocab_size))
+
+
+def _read(config: EngineConfig, source: ModelSource) -> _Found:
+    """The modules for a model, from wherever they are."""
+    given = config.speculative.speculative_model
+    places: list[tuple[str, Callable[[], Any]]] = []
+    if given is not None:
+        folder = _folder(given)
+        places.append((str(folder), partial(read_safetensors, folder)))
+    else:
+        if isinstance(source, FolderSource):
+            places.append((source.description, source.tensors))
+        packaged = _packaged(source.name)
+        if packaged is not None:
+            places.append((str(packaged), partial(read_safetensors, packaged)))
+    for description, tensors in places:
+        if found := _find(list(tensors()), description):
+            return found
+    if given is not None:
+        raise ConfigError(
+            f'speculative_config: the checkpoint "{given}" holds no module for multi-token prediction. Known are the layouts of '
+            f'{", ".join(_LAYOUTS)}. Give one that does, or choose the method "suffix" or "ngram", which need none.'
+        )
+    raise ConfigError(
+        f'speculative_config: {source.description} holds no module for multi-token prediction, which the method "mtp" needs. '
+        'Name a checkpoint that does ("model": a folder or hub id), or choose the method "suffix" or "ngram", which need none.'
+    )
+
+
+def _folder(name: str) -> Path:
+    """Folder of the checkpoint that `speculative_model` names. It may lack a config, unlike that of a model."""
+    path = Path(name).expanduser()
+    if (packaged := _packaged(name)) is not None:
+        return packaged
+    if path.is_dir():
+        return path
+    if path.exists() or path.is_absolute() or name.startswith((".", "~")):
+        raise ConfigError(
+            f'speculative_config: "model": {name!r} is not a folder; give a folder with safetensors files, or a hub id'
+        )
+    return hub_folder(name, weights=True)
+
+
+def _packaged(name: str) -> Path | None:
+    """Folder of the modules that ship for a packaged model."""
+    folder = _ASSETS / f"{name}_mtp"
+    return folder if name in PACKAGED and folder.is_dir() else None
+
+
+def _find(tensors: list[CheckpointTensor], description: str) -> _Found | None:
+    """The modules in a checkpoint, if there are any."""
+    names = mtp_names(tensor.name for tensor in tensors)
+    for layout in _LAYOUTS.values():
+        projection, block = (
+            re.compile(r"(model\.)?" + re.escape(layout.parts[part]).replace(r"\{\}", r"(?P<number>\d+)") + r"\.")
+            for part in ("projection", "block")
+        )
+        mark = next((match for name in names if (match := projection.match(name))), None)
+        if mark is None:
+            continue
+        numbers = sorted({int(match["number"]) for name in names if (match := block.match(name))})
+        copies = {f"{mark[1] or ''}{copy.format(number)}" for copy in layout.copies for number in numbers}
+        return _Found(
+            layout,
+            mark[1] or "",
+            numbers[:1] if layout.shares_parts else numbers,
+            [tensor for tensor in tensors if tensor.name in names - copies],
+            next((tensor for tensor in tensors if tensor.name == _DRAFT_TOKEN_IDS), None),
+            description,
+        )
+    return None
+
+
+def _targets(found: _Found, layers: list[MTPLayer]) -> dict[str, Target]:
+    """Where each tensor of the modules goes, by its name in the checkpoint."""
+    targets = {}
+    for layer, number in zip(layers, found.numbers, strict=True):
+        for name, target in layer.checkpoint_tensors().items():
+            part, _, rest = name.partition(".")
+            targets[f"{found.prefix}{found.layout.parts[part].format(number)}.{rest}"] = target
+    return targets
+
+
+class _Scaled(CheckpointTensor):
+    """A matrix stored as int8, with a scale for each row."""
+
+    def __init__(self, values: CheckpointTensor, scale: CheckpointTensor) -> None:
+        self.name, self.shape = values.name, values.shape
+        self._values, self._scale = values, scale
+
+    def load(self, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """See `CheckpointTensor.load`."""
+        values, scale = (tensor.load(torch.float32, device) for tensor in (self._values, self._scale))
+        return (values * scale.view(-1, 1)).to(dtype)
+
+
+def _dequantised(tensors: list[CheckpointTensor]) -> list[CheckpointTensor]:
+    """The tensors with those that others scale (``<name>_scale``) taken together with their scales."""
+    by_name = {tensor.name: tensor for tensor in tensors}
+    scales = {name: by_name[f"{name}_scale"] for name in by_name if f"{name}_scale" in by_name}
+    used = {scale.name for scale in scales.values()}
+    return [
+        _Scaled(tensor, scales[tensor.name]) if tensor.name in scales else tensor
+        for tensor in tensors
+        if tensor.name not in used
+    ]
+
+
+def _token_ids(found: _Found, num_ids: int, vocab_size: int) -> Tensor:
+    """The part of the vocabulary that is proposed from: [N] int64 on the CPU."""
+    assert found.draft_token_ids is not None
+    ids_N = found.draft_token_ids.load(torch.int64, torch.device("cpu"))
+    if ids_N.shape != (num_ids,) or not 0 <= int(ids_N.min()) <= int(ids_N.max()) < vocab_size:
+        raise ModelError(
+            f"{_DRAFT_TOKEN_IDS} in {found.description} must be one list of token ids of the model's vocabulary, 0 to "
+            f"{vocab_size - 1}; it has shape {list(ids_N.shape)} and ids from {int(ids_N.min())} to {int(ids_N.max())}."
+        )
+    return ids_N
+
+
+def _check_runs(found: _Found) -> None:
+    experts = sorted(tensor.name for tensor in found.tensors if ".mlp.experts." in tensor.name)
+    if experts:
+        raise ConfigError(
+            f"speculative_config: the module in {found.description} has a mixture of experts ({experts[0]}, …); modules with a "
+            'dense feed-forward are run. Choose the method "suffix" or "ngram", which need no module.'
+        )
+
+
+def _glm4_moe(hf_config: Any) -> DecoderConfig:
+    return DecoderConfig.from_hf(
+        hf_config,
+        qkv_bias=hf_config.attention_bias,
+        output_bias=False,
+        qk_norm=hf_config.use_qk_norm,
+        partial_rope=True,
+    )
+
+
+_DENSE_PARTS = {"Ernie4_5_MoeForCausalLM": Ernie45.config_from_hf, "Glm4MoeForCausalLM": _glm4_moe}
+"""How to read the configs of models that are not native here, but whose modules are made like a native model's layers."""
+
+
+def _layer_config(model: LanguageModel) -> DecoderConfig:
+    """What the decoder layer of a module is like: the model's own last layer, with a dense feed-forward."""
+    config = model.config
+    if isinstance(config, DecoderConfig):
+        return config
+    assert isinstance(config, TransformersConfig), config
+    if config.architecture in ARCHITECTURES:
+        return ARCHITECTURES[config.architecture].config_from_hf(config.hf_config)
+    if config.architecture not in _DENSE_PARTS:
+        raise ConfigError(
+            f'speculative_config: the method "mtp" knows no modules for {config.architecture}, which runs through transformers. '
+            f'It knows those of native models, {" and ".join(_DENSE_PARTS)}; elsewhere, choose the method "suffix" or "ngram".'
+        )
+    return _DENSE_PARTS[config.architecture](config.hf_config)
+
+
+def _final_norm(model: LanguageModel) -> Tensor:
+    """Weight of the norm before the model's output head."""
+    module = model.norm if isinstance(model, Decoder) else model.base.norm  # type: ignore[attr-defined]
+    return module.weight
+
+
+def _head_weight(model: LanguageModel) -> Tensor:
+    """Matrix of the model's output head, [V, E], scaled so that products with it are logits."""
+    if isinstance(model, Decoder):
+        head = model.embed_tokens if model.lm_head is None else model.lm_head
+        return head.weight / model.config.logits_divisor if model.config.logits_divisor != 1.0 else head.weight
+    assert isinstance(model, TransformersModel), model
+    return model.head.get_output_embeddings().weight  # type: ignore[operator]

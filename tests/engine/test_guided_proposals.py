@@ -1,0 +1,88 @@
+"""Grammars and proposals in one step: masks follow the proposals, and the answers are those that come without them."""
+
+import json
+import random
+
+import jsonschema
+import pytest
+from json_schemas import random_schema
+from scripted import ScriptedDrafter
+from tiny import EOS, MAX_MODEL_LEN, VOCAB_SIZE, drain
+
+from stepgraph.engine import engine as engine_module
+from stepgraph.engine.engine import Engine
+from stepgraph.engine.request import FinishReason, Request
+from stepgraph.engine.sampling_params import SamplingParams, StructuredOutputs
+from stepgraph.step.runner import StepRunner
+
+pytest.importorskip("xgrammar", reason="guided answers need xgrammar")
+
+SCHEMAS = [random_schema(random.Random(seed)) for seed in range(24)]
+
+
+def params(number: int) -> SamplingParams:
+    """Sampled and greedy; some are free, one in a few keeps going where the grammar has ended."""
+    return SamplingParams(
+        temperature=(1.0, 0.0)[number % 2],
+        seed=number,
+        max_tokens=120,
+        logit_bias={EOS: 30.0},
+        ignore_eos=number % 5 == 0,
+        logprobs=2 if number % 3 == 0 else None,
+        structured_outputs=None if number % 7 == 6 else StructuredOutputs(json=SCHEMAS[number]),
+    )
+
+
+def run(engine: Engine) -> list[Request]:
+    requests = [engine.add_request(str(number), [number + 1, 2, 3], params(number)) for number in range(len(SCHEMAS))]
+    drain(engine)
+    return requests
+
+
+def outcome(request: Request) -> tuple:
+    tops = [position.token for position in request.output_logprobs]
+    return request.output_token_ids, request.finish_reason, tops
+
+
+@pytest.fixture(scope="module")
+def plain(create_engine) -> list[Request]:
+    return run(create_engine(graph_backend="eager", num_kv_blocks=600))
+
+
+@pytest.fixture
+def create_scripted(create_engine, plain, device, monkeypatch):
+    def create(**settings) -> Engine:
+        known = [([number + 1, 2, 3], request.output_token_ids) for number, request in enumerate(plain)]
+        drafter = ScriptedDrafter(known, max_model_len=MAX_MODEL_LEN, vocab_size=VOCAB_SIZE, device=device)
+        monkeypatch.setattr(engine_module, "create_drafter", lambda *_, **__: drafter)
+        config = {"method": "ngram", "num_speculative_tokens": 5, "adaptive": False}
+        return create_engine(num_kv_blocks=600, speculative_config=config, **settings)
+
+    return create
+
+
+@pytest.mark.parametrize("backend", ["eager", "auto"])
+def test_guided_answers_are_the_same_with_proposals(create_scripted, plain, backend) -> None:
+    engine = create_scripted(graph_backend=backend)
+    requests = run(engine)
+    assert [outcome(request) for request in requests] == [outcome(request) for request in plain]
+    guided = [request for request in requests if request.params.structured_outputs is not None]
+    assert sum(len(request.accepted) for request in guided) > 100
+    for request in guided:
+        if request.finish_reason is FinishReason.STOP:
+            text = engine.tokenizer.decode(request.output_token_ids, skip_special_tokens=True)
+            jsonschema.validate(json.loads(text), SCHEMAS[int(request.id)])
+
+
+def test_masks_that_ignore_proposals_are_noticed(create_scripted, plain, monkeypatch) -> None:
+    """With the first token's mask on every line, an answer leaves its grammar, or becomes another one."""
+    admit = StepRunner.launch
+
+    def launch(runner: StepRunner, plan):
+        masks = runner.state.masks
+        masks[:, 1:] = masks[:, :1]
+        return admit(runner, plan)
+
+    monkeypatch.setattr(StepRunner, "launch", launch)
+    requests = run(create_scripted(graph_backend="eager"))
+    assert [outcome(request) for request in requests] != [outcome(request) for request in plain]
