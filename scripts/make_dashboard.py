@@ -164,6 +164,42 @@ ROWS: tuple[tuple[str, tuple[Panel, ...]], ...] = (
         ),
     ),
     (
+        "Speculative decoding",
+        (
+            Panel(
+                "Tokens per draft",
+                "short",
+                (
+                    (
+                        f"1 + {rate('spec_decode_num_accepted_tokens_total')} / {rate('spec_decode_num_drafts_total')}",
+                        "mean accepted length",
+                    ),
+                ),
+                "Of rows that verified proposals. 1 is no gain.",
+            ),
+            Panel(
+                "Proposals",
+                "cps",
+                (
+                    (rate("spec_decode_num_draft_tokens_total"), "verified"),
+                    (rate("spec_decode_num_accepted_tokens_total"), "accepted"),
+                ),
+            ),
+            Panel(
+                "Accepted by position",
+                "cps",
+                ((rate("spec_decode_num_accepted_tokens_per_pos_total", by="position"), "{{position}}"),),
+                "One stands only if all before it do.",
+            ),
+            Panel(
+                "Saved steps",
+                "cps",
+                ((rate("spec_decode_saved_steps_total"), "saved"), (rate("steps_total"), "run")),
+                "Saved ones are of single requests; a step that is run serves many.",
+            ),
+        ),
+    ),
+    (
         "Graphs",
         (
             Panel("Graph memory", "bytes", ((total("graph_bytes"), "all graphs"),)),
@@ -179,8 +215,8 @@ ROWS: tuple[tuple[str, tuple[Panel, ...]], ...] = (
                 "cps",
                 (
                     (
-                        f"topk(8, {rate('graph_replays_total', by='tokens, rows, variant')})",
-                        "{{tokens}}x{{rows}} {{variant}}",
+                        f"topk(8, {rate('graph_replays_total', by='tokens, rows, drafts, variant')})",
+                        "{{tokens}}x{{rows}}+{{drafts}} {{variant}}",
                     ),
                 ),
             ),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
@@ -49,14 +50,14 @@ class ChatCall:
     Args:
         generation: its answers.
         parsers: one for each answer.
+        tally: counts their tokens.
         forced: it must call one function, whose name the client knows.
     """
 
-    def __init__(self, generation: Generation, parsers: Sequence[AnswerParser], *, thinks: bool, forced: bool):
+    def __init__(self, generation: Generation, parsers: Sequence[AnswerParser], tally: Tally, *, forced: bool):
         self.generation = generation
-        self.tally = Tally([generation])
+        self.tally = tally
         self._parsers = parsers
-        self._thinks = thinks
         self._forced = forced
 
     @classmethod
@@ -110,7 +111,8 @@ class ChatCall:
             AnswerParser(form, tools, prompt=prompt.text, guided=params.structured_outputs is not None)
             for _ in range(params.n)
         ]
-        return cls(generation, parsers, thinks=form.thinks, forced=tools.forced is not None)
+        tally = Tally([generation], thinks=form.thinks, speculates=service.speculates)
+        return cls(generation, parsers, tally, forced=tools.forced is not None)
 
     async def gains(self) -> AsyncGenerator[Gain]:
         """What the answers gain, as it comes; pieces that are held back yet are left out."""
@@ -120,8 +122,7 @@ class ChatCall:
                 for delta in deltas:
                     parser = self._parsers[delta.index]
                     piece = parser.feed(delta.text, finished=delta.finish_reason is not None)
-                    if piece.reasoning:
-                        self.tally.num_reasoning += len(delta.token_ids)
+                    self.tally.num_reasoning += num_reasoning(delta, piece)
                     reason = delta.finish_reason
                     if reason == "stop" and parser.num_calls and not self._forced:
                         reason = "tool_calls"
@@ -129,7 +130,14 @@ class ChatCall:
 
     def usage(self) -> Usage:
         """Token counts by now."""
-        return self.tally.usage(reasoning=self._thinks)
+        return self.tally.usage()
+
+
+def num_reasoning(delta: AnswerDelta, piece: Piece) -> int:
+    """Of the tokens of `delta`, those that are reasoning. Where reasoning ends within several, they are shared by their text."""
+    if not piece.reasoning:
+        return 0
+    return math.ceil(len(delta.token_ids) * min(1.0, len(piece.reasoning) / max(1, len(delta.text))))
 
 
 class ChatReply:

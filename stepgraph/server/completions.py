@@ -31,6 +31,7 @@ class CompletionCall:
         generations: Sequence[Generation],
         n: int,
         token_texts: TokenTexts,
+        tally: Tally,
     ):
         self._request = request
         self._model = model
@@ -38,7 +39,7 @@ class CompletionCall:
         self._created = int(time.time())
         self._generations = generations
         self._n = n
-        self._tally = Tally(generations)
+        self._tally = tally
         self._choices = [_Choice(token_texts) for _ in range(n * len(generations))]
 
     @classmethod
@@ -72,7 +73,8 @@ class CompletionCall:
                 if generation.prompt.text is None:
                     text = require_tokenizer(service.face.tokenizer).decode(generation.prompt.token_ids)
                     generation.prompt = generation.prompt._replace(text=text)
-        return cls(request, model, id, generations, params.n, TokenTexts(service.face.tokenizer))
+        tally = Tally(generations, thinks=False, speculates=service.speculates)
+        return cls(request, model, id, generations, params.n, TokenTexts(service.face.tokenizer), tally)
 
     async def reply(self) -> bytes:
         """The whole answer, as JSON."""

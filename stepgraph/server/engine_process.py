@@ -139,6 +139,7 @@ class EngineProcess:
                 record.shape.variant.name.lower(),
                 record.shape.num_tokens,
                 record.shape.num_rows,
+                record.shape.num_drafts,
                 record.num_tokens,
                 None if record.eager_reason is None else str(record.eager_reason),
                 report.seconds,
@@ -158,6 +159,8 @@ class EngineProcess:
         num_known = num_told + len(update.new_token_ids)
         logprobs = None if request.params.logprobs is None else request.output_logprobs[num_told:num_known]
         message = TokenUpdate(request.id, update.new_token_ids, logprobs=logprobs)
+        message.num_draft_tokens = request.num_draft_tokens
+        message.num_accepted = request.num_accepted(num_known) - request.num_accepted(num_told)
         if num_told == 0:
             message.first = _first_token(request)
         if update.finish_reason is None:
@@ -176,7 +179,7 @@ class EngineProcess:
 def load_of(engine: Engine) -> Load:
     """How full an engine is."""
     scheduler, pool = engine.scheduler, engine.runner.pool
-    counts = scheduler.statistics
+    counts, speculation = scheduler.statistics, engine.speculation
     return Load(
         num_running=scheduler.num_running,
         num_waiting=scheduler.num_waiting,
@@ -187,6 +190,10 @@ def load_of(engine: Engine) -> Load:
         num_graphs=pool.num_graphs,
         graph_bytes=pool.bytes,
         capture_seconds=pool.capture_seconds,
+        drafts=speculation.num_drafts,
+        draft_tokens=speculation.num_draft_tokens,
+        saved_steps=speculation.num_saved_steps,
+        accepted_per_position=tuple(speculation.num_accepted_per_position[: engine.config.speculative.max_drafts]),
     )
 
 
@@ -207,6 +214,7 @@ def pool_of(engine: Engine) -> dict[str, Any]:
             {
                 "num_tokens": record.shape.num_tokens,
                 "num_rows": record.shape.num_rows,
+                "num_drafts": record.shape.num_drafts,
                 "variant": record.shape.variant.name.lower(),
                 "capture_ms": round(record.capture_ms, 3),
                 "bytes": record.bytes,
@@ -296,6 +304,7 @@ def _ready(engine: Engine) -> Ready:
         dtype=str(engine.dtype).removeprefix("torch."),
         num_kv_blocks=engine.runner.num_kv_blocks,
         block_size=engine.config.cache.block_size,
+        max_drafts=engine.config.speculative.max_drafts,
     )
 
 

@@ -106,6 +106,8 @@ async def _serve(front: Front) -> int:
                 f"{ready.device}, {ready.dtype}, context {ready.max_model_len}); ready in {seconds:.1f} s",
                 flush=True,
             )
+            if ready.max_drafts:
+                print(f"speculative decoding: {front.engine_config.speculative}", flush=True)
             await asyncio.wait([stop.task(), *tasks], return_when=asyncio.FIRST_COMPLETED)
             await _drain(service, stop)
         else:

@@ -70,6 +70,8 @@ class RemoteRequest(AnsweredRequest):
 
     def take(self, update: TokenUpdate) -> None:
         """Take in what the engine's process says of it."""
+        self.note_accepted(update.num_accepted)
+        self.num_draft_tokens = update.num_draft_tokens
         self.output_token_ids += update.token_ids
         self.output_logprobs += update.logprobs or ()
         if update.first is not None:
@@ -122,7 +124,7 @@ class Generation:
             list(self.requests.values()),
             prompt.text,
             tokenizer,
-            abort=lambda request_id: client.abort((request_id,), FinishReason.STOP),
+            abort=self._end_early,
             id=id,
         )
         self._updates: list[TokenUpdate] = []
@@ -134,6 +136,16 @@ class Generation:
     def num_cached_tokens(self) -> int:
         """Prompt tokens that the prefix cache saved the first answer."""
         return next(iter(self.requests.values())).num_cached_tokens
+
+    @property
+    def num_draft_tokens(self) -> int:
+        """Proposals that were verified for the answers by now."""
+        return sum(request.num_draft_tokens for request in self.requests.values())
+
+    @property
+    def num_accepted_tokens(self) -> int:
+        """Of these, those that are part of the answers."""
+        return sum(one.num_accepted(self._session.num_tokens(id)) for id, one in self.requests.items())
 
     def prompt_logprobs(self) -> list[TokenProbabilities | None] | None:
         """See `Session.prompt_logprobs`."""
@@ -181,6 +193,12 @@ class Generation:
                     raise self._failure
         finally:
             self._client.leave(self)
+
+    def _end_early(self, request_id: str) -> None:
+        """An answer ended at a stop string: what its request has beyond that counts for nothing."""
+        request = self.requests[request_id]
+        request.drop_tokens(len(request.output_token_ids) - self._session.num_tokens(request_id))
+        self._client.abort((request_id,), FinishReason.STOP)
 
     def accept(self) -> None:
         """For the client: the engine has queued it."""

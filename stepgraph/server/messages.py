@@ -75,6 +75,8 @@ class Ready(msgspec.Struct, tag=True):
     dtype: str
     num_kv_blocks: int
     block_size: int
+    max_drafts: int
+    """Most proposals per request and step; 0 without speculative decoding."""
 
 
 class Failed(msgspec.Struct, tag=True):
@@ -113,6 +115,10 @@ class TokenUpdate(msgspec.Struct, array_like=True):
     """Of the new tokens, if asked for."""
     first: FirstToken | None = None
     """With a request's first update."""
+    num_draft_tokens: int = 0
+    """Proposals that were verified for the request by now."""
+    num_accepted: int = 0
+    """The first so many of `token_ids` are proposals that stood."""
 
 
 class FirstToken(msgspec.Struct, array_like=True):
@@ -125,12 +131,13 @@ class FirstToken(msgspec.Struct, array_like=True):
 
 
 class StepInfo(NamedTuple):
-    """One step as it ran. `num_tokens` and `num_rows` are those of its graph."""
+    """One step as it ran. `num_tokens`, `num_rows` and `num_drafts` are those of its graph."""
 
     kind: str
     variant: str
     num_tokens: int
     num_rows: int
+    num_drafts: int
     num_real_tokens: int
     eager_reason: str | None
     seconds: float
@@ -152,6 +159,11 @@ class Load(NamedTuple):
     num_graphs: int
     graph_bytes: int
     capture_seconds: float
+    drafts: int = 0
+    draft_tokens: int = 0
+    saved_steps: int = 0
+    accepted_per_position: tuple[int, ...] = ()
+    """One for each proposal that a row may have. These four: see `stepgraph.engine.speculation`."""
 
 
 class Progress(msgspec.Struct, tag=True):

@@ -10,6 +10,7 @@ from bisect import bisect_left
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from importlib.metadata import version
+from itertools import zip_longest
 from typing import TYPE_CHECKING
 
 from prometheus_client import CollectorRegistry, ProcessCollector
@@ -40,6 +41,16 @@ if TYPE_CHECKING:
 _PREFIX = "stepgraph:"
 _REFUSALS = {401: "unauthorized", 413: "too_large", 429: "queue_full", 503: "unavailable"}
 _IDLE = Load(0, 0, 0.0, 0, 0, 0, 0, 0, 0.0)
+_COUNTS = (
+    "preemptions",
+    "prompt_tokens",
+    "cached_prompt_tokens",
+    "capture_seconds",
+    "drafts",
+    "draft_tokens",
+    "saved_steps",
+)
+"""Fields of Load that count."""
 
 # Upper bounds of histograms. They contain vLLM's, so that a query for one of its buckets finds it here, and finer ones
 # below: a token takes 1 ms on an H100 and 50 ms on a laptop.
@@ -94,7 +105,8 @@ class Metrics(Collector):
         self._state = EngineState.LOADING
         self._restarts = 0
         self._load = _IDLE
-        self._ended_loads: Counter[str] = Counter()  # of processes that are gone, by the fields of Load that count
+        self._ended_loads: Counter[str] = Counter()  # of processes that are gone, by `_COUNTS`
+        self._ended_accepted: list[int] = []  # likewise, of `Load.accepted_per_position`
         self._generation_tokens = 0
         self._steps: Counter[tuple[str, str | None]] = Counter()  # by kind and reason to run eagerly
         self._steps.update({(kind, reason): 0 for kind in StepKind for reason in (None, *EagerReason)})
@@ -159,7 +171,7 @@ class Metrics(Collector):
         for step in message.steps:
             self._steps[step.kind, step.eager_reason] += 1
             if step.eager_reason is None:
-                self._replays[str(step.num_tokens), str(step.num_rows), step.variant] += 1
+                self._replays[str(step.num_tokens), str(step.num_rows), str(step.num_drafts), step.variant] += 1
             self._real_tokens += step.num_real_tokens
             self._padding_tokens += step.num_tokens - step.num_real_tokens
             self._step_tokens.observe(step.num_real_tokens)
@@ -196,8 +208,9 @@ class Metrics(Collector):
 
     def on_state(self, state: EngineState) -> None:
         """See `Observer`. Each change ends or begins a process, so that what the last one counted is final."""
-        for name in ("preemptions", "prompt_tokens", "cached_prompt_tokens", "capture_seconds"):
+        for name in _COUNTS:
             self._ended_loads[name] += getattr(self._load, name)
+        self._ended_accepted = self._accepted_per_position()
         self._load = _IDLE
         self._state = state
         self._restarts += state is EngineState.RESTARTING
@@ -259,15 +272,47 @@ class Metrics(Collector):
             {("real",): self._real_tokens, ("padding",): self._padding_tokens},
         )
         yield self._counters(
-            "graph_replays", "Steps that each graph ran.", ("tokens", "rows", "variant"), self._replays
+            "graph_replays", "Steps that each graph ran.", ("tokens", "rows", "drafts", "variant"), self._replays
         )
         yield self._gauge("graphs", "Captured graphs.", load.num_graphs)
         yield self._gauge("graph_bytes", "Memory that captured graphs take.", load.graph_bytes)
         yield self._counter(
             "graph_capture_seconds", "Time spent capturing graphs.", ended["capture_seconds"] + load.capture_seconds
         )
+        yield from self._of_speculation()
         for histogram in self._histograms:
             yield histogram.family(self._model_name)
+
+    def _of_speculation(self) -> Iterator[Metric]:
+        load, ended, accepted = self._load, self._ended_loads, self._accepted_per_position()
+        yield self._counter(
+            "spec_decode_num_drafts", "Rows of steps that verified proposals.", ended["drafts"] + load.drafts
+        )
+        yield self._counter(
+            "spec_decode_num_draft_tokens", "Proposals that were verified.", ended["draft_tokens"] + load.draft_tokens
+        )
+        yield self._counter("spec_decode_num_accepted_tokens", "Proposals that stood.", sum(accepted))
+        yield self._counters(
+            "spec_decode_num_accepted_tokens_per_pos",
+            "Proposals that stood, by their place in the row.",
+            ("position",),
+            {(str(position),): count for position, count in enumerate(accepted)},
+        )
+        yield self._counter(
+            "spec_decode_saved_steps", "Steps that requests did not need.", ended["saved_steps"] + load.saved_steps
+        )
+        yield self._gauge(
+            "spec_decode_mean_accepted_length",
+            "Mean tokens of a row that verified proposals, since the engine started; 1 is no gain.",
+            1 + sum(load.accepted_per_position) / max(1, load.drafts),
+        )
+
+    def _accepted_per_position(self) -> list[int]:
+        """Over all processes of the engine."""
+        return [
+            before + now
+            for before, now in zip_longest(self._ended_accepted, self._load.accepted_per_position, fillvalue=0)
+        ]
 
     def _histogram(self, name: str, documentation: str, bounds: Sequence[float]) -> _Histogram:
         histogram = _Histogram(_PREFIX + name, documentation, bounds)

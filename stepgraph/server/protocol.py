@@ -85,6 +85,10 @@ class SamplingFields(_Fields):
     guided_choice: Items[str] | None = None
     guided_grammar: str | None = None
     guided_json_object: bool | None = None
+    speculative: dict[str, Any] | None = Field(
+        None,
+        description='{"num_speculative_tokens": n}: at most n proposals per step, 0 for none; the answer is the same',
+    )
     user: str | None = Field(None, description="without effect")
     metadata: dict[str, Any] | None = Field(None, description="without effect")
     store: bool | None = Field(None, description="without effect: nothing is kept")
@@ -210,6 +214,7 @@ _SAME_NAMES = (
     "include_stop_str_in_output",
     "ignore_eos",
     "skip_special_tokens",
+    "speculative",
 )
 
 

@@ -20,6 +20,10 @@ class CompletionTokensDetails(msgspec.Struct):
     """Part of `Usage`."""
 
     reasoning_tokens: int = 0
+    accepted_prediction_tokens: int | UnsetType = UNSET
+    """Proposals of speculative decoding that are part of the answers; left out where there are never any."""
+    rejected_prediction_tokens: int | UnsetType = UNSET
+    """Those that were verified in vain, likewise."""
 
 
 class Usage(msgspec.Struct):

@@ -200,7 +200,11 @@ class ResponsesReply:
             usage.prompt_tokens,
             InputTokensDetails(usage.prompt_tokens_details.cached_tokens),
             usage.completion_tokens,
-            OutputTokensDetails(0 if details is UNSET else details.reasoning_tokens),
+            OutputTokensDetails(0)
+            if details is UNSET
+            else OutputTokensDetails(
+                details.reasoning_tokens, details.accepted_prediction_tokens, details.rejected_prediction_tokens
+            ),
             usage.total_tokens,
         )
 

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import Any, ClassVar, TypeAlias
 
 import msgspec
+from msgspec import UNSET, UnsetType
 
 from stepgraph.server.conversation import Piece
 from stepgraph.server.replies import TokenLogprob
@@ -80,6 +81,9 @@ class OutputTokensDetails(msgspec.Struct, frozen=True):
     """Part of `ResponseUsage`."""
 
     reasoning_tokens: int
+    accepted_prediction_tokens: int | UnsetType = UNSET
+    rejected_prediction_tokens: int | UnsetType = UNSET
+    """As in `stepgraph.server.replies.CompletionTokensDetails`; the API has no place for these two."""
 
 
 class ResponseUsage(msgspec.Struct, frozen=True):

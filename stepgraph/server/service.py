@@ -125,6 +125,11 @@ class Service:
             raise APIError(503, self.client.trouble or "the engine is not there", headers={"Retry-After": "2"})
         return self.client.ready.max_model_len
 
+    @property
+    def speculates(self) -> bool:
+        """Whether the engine decodes speculatively."""
+        return self.client.ready is not None and self.client.ready.max_drafts > 0
+
     def shut_down(self) -> None:
         """End the threads."""
         self._threads.shutdown(wait=False, cancel_futures=True)
@@ -306,10 +311,18 @@ class StreamedUsage:
 
 
 class Tally:
-    """Counts the tokens of a request while they come."""
+    """Counts the tokens of a request while they come.
 
-    def __init__(self, generations: Sequence[Generation]):
+    Args:
+        generations: its prompts being answered.
+        thinks: tell how many tokens are reasoning.
+        speculates: tell what came of proposals.
+    """
+
+    def __init__(self, generations: Sequence[Generation], *, thinks: bool, speculates: bool):
         self._generations = generations
+        self._thinks = thinks
+        self._speculates = speculates
         self.num_reasoning = 0
         self.num_completion = 0
 
@@ -317,7 +330,7 @@ class Tally:
         """Count new tokens."""
         self.num_completion += sum(len(delta.token_ids) for delta in deltas)
 
-    def usage(self, *, reasoning: bool = False) -> Usage:
+    def usage(self) -> Usage:
         """The counts by now."""
         num_prompt = sum(len(generation.prompt.token_ids) for generation in self._generations)
         return Usage(
@@ -325,8 +338,19 @@ class Tally:
             completion_tokens=self.num_completion,
             total_tokens=num_prompt + self.num_completion,
             prompt_tokens_details=PromptTokensDetails(sum(g.num_cached_tokens for g in self._generations)),
-            **({"completion_tokens_details": CompletionTokensDetails(self.num_reasoning)} if reasoning else {}),
+            completion_tokens_details=self._details(),
         )
+
+    def _details(self) -> CompletionTokensDetails | UnsetType:
+        if not (self._thinks or self._speculates):
+            return UNSET
+        details = CompletionTokensDetails(self.num_reasoning)
+        if self._speculates:
+            num_accepted = sum(generation.num_accepted_tokens for generation in self._generations)
+            num_drafted = sum(generation.num_draft_tokens for generation in self._generations)
+            details.accepted_prediction_tokens = num_accepted
+            details.rejected_prediction_tokens = num_drafted - num_accepted
+        return details
 
 
 async def merged(generations: Sequence[Generation]) -> AsyncGenerator[tuple[int, list[AnswerDelta]]]:

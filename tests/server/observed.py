@@ -30,9 +30,13 @@ LOAD = Load(
     num_graphs=7,
     graph_bytes=1000,
     capture_seconds=1.5,
+    drafts=10,
+    draft_tokens=28,
+    saved_steps=14,
+    accepted_per_position=(9, 4, 2),
 )
-IN_GRAPH = StepInfo("mixed", "plain", 24, 8, 21, None, 0.004, 0.001)
-EAGER = StepInfo("decode", "extended", 2, 2, 2, "not_pure_prefill", 0.05, 0.002)
+IN_GRAPH = StepInfo("mixed", "plain", 24, 8, 3, 21, None, 0.004, 0.001)
+EAGER = StepInfo("decode", "extended", 2, 2, 0, 2, "not_pure_prefill", 0.05, 0.002)
 
 
 def busy_metrics() -> Metrics:

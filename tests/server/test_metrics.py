@@ -25,6 +25,9 @@ COUNTS = {
     "prompt_tokens": "prompt_tokens_total",
     "cached_prompt_tokens": "prefix_cache_hits_total",
     "capture_seconds": "graph_capture_seconds_total",
+    "drafts": "spec_decode_num_drafts_total",
+    "draft_tokens": "spec_decode_num_draft_tokens_total",
+    "saved_steps": "spec_decode_saved_steps_total",
 }
 """What `Load` counts, and the metrics that go on counting it."""
 VLLM_BOUNDS = {
@@ -119,7 +122,7 @@ def test_steps_are_counted_by_how_they_ran_and_their_tokens_by_use():
     assert value(metrics, "steps_total", mode="eager", reason="not_pure_prefill", kind="decode") == 1
     assert value(metrics, "step_tokens_total", kind="real") == 2 * 21 + 2
     assert value(metrics, "step_tokens_total", kind="padding") == 2 * 3
-    assert value(metrics, "graph_replays_total", tokens="24", rows="8", variant="plain") == 2
+    assert value(metrics, "graph_replays_total", tokens="24", rows="8", drafts="3", variant="plain") == 2
     assert [name for name, _ in samples(metrics)].count("graph_replays_total") == 1
     assert count_and_sum(metrics, "iteration_tokens_total") == (3, 44)
     assert count_and_sum(metrics, "step_duration_seconds") == (3, pytest.approx(0.058))
@@ -224,9 +227,7 @@ def test_histograms_have_the_bounds_of_vllm_and_go_on_to_infinity(name):
 
 lives = st.lists(
     st.lists(
-        st.tuples(
-            st.integers(0, 50), st.integers(0, 5000), st.integers(0, 5000), st.integers(0, 64), st.integers(0, 9)
-        ),
+        st.tuples(*(st.integers(0, most) for most in (50, 5000, 5000, 64, 90, 500, 90)), st.integers(0, 9)),
         max_size=4,
     ),
     max_size=4,
@@ -259,6 +260,38 @@ def test_counts_never_fall_and_lose_nothing_when_the_engine_is_restarted(lives):
         metrics.on_state(EngineState.RESTARTING)
         check()
     assert value(metrics, "engine_restarts_total") == len(lives)
+
+
+def test_proposals_are_counted_by_what_came_of_them_and_by_position():
+    metrics = busy_metrics()
+    assert {
+        name: value(metrics, f"spec_decode_{name}_total")
+        for name in ("num_drafts", "num_draft_tokens", "num_accepted_tokens", "saved_steps")
+    } == {"num_drafts": 10, "num_draft_tokens": 28, "num_accepted_tokens": 15, "saved_steps": 14}
+    per_position = [
+        value(metrics, "spec_decode_num_accepted_tokens_per_pos_total", position=str(position)) for position in range(3)
+    ]
+    assert per_position == [9, 4, 2]
+    assert value(metrics, "spec_decode_mean_accepted_length") == 2.5
+
+
+def test_accepted_proposals_are_counted_on_when_the_engine_is_restarted_and_their_mean_starts_anew():
+    metrics = busy_metrics()
+    metrics.on_state(EngineState.RESTARTING)
+    assert value(metrics, "spec_decode_num_accepted_tokens_per_pos_total", position="1") == 4
+    assert value(metrics, "spec_decode_mean_accepted_length") == 1
+    metrics.on_state(EngineState.READY)
+    metrics.on_progress(Progress([], [], IDLE._replace(drafts=2, accepted_per_position=(1, 1, 1))))
+    assert value(metrics, "spec_decode_num_accepted_tokens_per_pos_total", position="1") == 5
+    assert value(metrics, "spec_decode_num_accepted_tokens_total") == 18
+    assert value(metrics, "spec_decode_mean_accepted_length") == 2.5
+
+
+def test_a_server_that_does_not_speculate_says_so_in_numbers():
+    metrics = Metrics("tiny")
+    assert value(metrics, "spec_decode_num_drafts_total") == 0
+    assert value(metrics, "spec_decode_mean_accepted_length") == 1
+    assert not [name for name, _ in samples(metrics) if name == "spec_decode_num_accepted_tokens_per_pos_total"]
 
 
 def test_a_dead_engine_is_down_and_runs_nothing():

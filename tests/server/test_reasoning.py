@@ -7,6 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from stepgraph.engine.session import AnswerDelta
+from stepgraph.server.chat import num_reasoning
+from stepgraph.server.conversation import Piece
 from stepgraph.server.reasoning import ReasoningParser, starts_inside, thinks
 
 ANSWERS = st.lists(
@@ -94,3 +97,20 @@ def test_a_model_thinks_if_its_chat_template_has_the_tags() -> None:
     assert thinks("{{ content.split('</think>')[-1] }}")
     assert not thinks("{{ content }}")
     assert not thinks(None)
+
+
+@pytest.mark.parametrize(
+    ("num_tokens", "text", "reasoning", "expected"),
+    [
+        (1, "a", "a", 1),
+        (1, "a", "", 0),
+        (4, "", "held back", 4),
+        (3, "abc", "<abc", 3),  # with what was held back before
+        (4, "ab</think>de", "ab", 1),
+        (1, "ab</think>", "ab", 1),
+        (5, "abcd e", "abc", 3),
+    ],
+)
+def test_tokens_that_come_together_are_reasoning_as_far_as_their_text_is(num_tokens, text, reasoning, expected) -> None:
+    delta = AnswerDelta(0, text, tuple(range(num_tokens)), None, None, None)
+    assert num_reasoning(delta, Piece(reasoning, "", [])) == expected
