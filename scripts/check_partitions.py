@@ -20,7 +20,8 @@ from tqdm import tqdm
 
 from stepgraph.config import EngineConfig
 from stepgraph.engine.engine import Engine
-from stepgraph.graph.verify import Composition, Row, verify_shape
+from stepgraph.graph.compositions import Composition, Row
+from stepgraph.graph.verify import verify_shape
 from stepgraph.step.shape import StepShape
 
 TOKENS, ROWS = 160, 8

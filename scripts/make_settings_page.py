@@ -12,7 +12,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from stepgraph.config.engine import NOT_YET
+from stepgraph.config.engine import GROUPS, NOT_YET
 from stepgraph.config.fields import scalar_type
 from stepgraph.config.server import API_KEY_VARIABLE, SERVE_PARTS
 
@@ -94,11 +94,10 @@ def page() -> str:
         title = (part_type.__doc__ or "").strip().splitlines()[0]
         lines = [f"## {part}", "", title, "", "| Flag | Key | Default | Meaning |", "| --- | --- | --- | --- |"]
         lines += [_row(part_type, field) for field in dataclasses.fields(part_type)]
-        if part == "graph":
-            meaning = (
-                "several of these at once as JSON (in a file: as a mapping), with FastDeploy's key names accepted too"
-            )
-            lines.append(f"| `--graph-optimization-config` | `graph_optimization_config` |  | {meaning} |")
+        for name, group in GROUPS.items():
+            if group.part == part:
+                meaning = f"several of these at once as JSON (in a file: as a mapping), {group.help}"
+                lines.append(f"| `{_flag(name)}` | `{name}` |  | {meaning} |")
         sections.append("\n".join(lines) + "\n")
     foreign = [
         f"| `{_flag(name)}` | `{name}` | {_accepted(off)} | {_cell(reason)} |"

@@ -10,7 +10,7 @@ import importlib
 import sys
 from collections.abc import Sequence
 
-_BENCHMARKS = ("graphs", "tokens", "sampling", "scheduler", "serve", "front")
+_BENCHMARKS = ("graphs", "tokens", "sampling", "scheduler", "serve", "front", "spec")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -186,8 +186,8 @@ def measure(engine: Engine, case: Case, limits: Limits, repeats: int) -> Measure
         eager = EagerGraph(runner.create_program(exact))
         captured = runner.pool.graph(shape) or runner.pool.eager_twin(shape)
         lines = runner.state.lines.clone()
-        contenders = [Contender(exact, eager, lines), Contender(shape, captured, lines)]
-        eager_ms, graph_ms = time_interleaved(runner, plan, contenders, repeats)
+        contenders = [Contender(plan, exact, eager, lines), Contender(plan, shape, captured, lines)]
+        eager_ms, graph_ms = time_interleaved(runner, contenders, repeats)
     engine_ms, host_us = _time_engine(engine, case, repeats)
     return Measurement(
         case=case.name,
@@ -255,18 +255,19 @@ def lay_out(runner: StepRunner, rows: Sequence[tuple[int, int]], sampling: SlotS
 
 
 class Contender(NamedTuple):
-    """One of several ways to run a step, to be timed in turn."""
+    """One of several steps, or ways to run one, to be timed in turn."""
 
+    plan: StepPlan
     shape: StepShape
     graph: Graph[StepOutput]
     lines: Tensor  # SlotState's lines before the step
 
 
-def time_interleaved(runner: StepRunner, plan: StepPlan, contenders: Sequence[Contender], repeats: int) -> list[float]:
+def time_interleaved(runner: StepRunner, contenders: Sequence[Contender], repeats: int) -> list[float]:
     """Median ms from launch to completion of each contender, run in turn."""
     times: list[list[float]] = [[] for _ in contenders]
     for turn in range(repeats + 3):
-        for (shape, graph, lines), series in zip(contenders, times, strict=True):
+        for (plan, shape, graph, lines), series in zip(contenders, times, strict=True):
             runner.state.lines.copy_(lines)
             runner.load(plan, shape)
             runner.platform.synchronize()

@@ -129,13 +129,13 @@ def measure(runner: StepRunner, rows: int, repeats: int) -> list[Cost]:
         contenders = []
         half = np.full(-(-runner.vocab_size // slot_line.MASK_BITS), 0x55555555, dtype=np.int32)
         for slot in range(1, rows + 1):
-            runner.state.set_mask(slot, half)
+            runner.state.set_masks(slot, half[None])
         for feature in tqdm(FEATURES, f"preparing {rows} rows", leave=False, disable=not sys.stderr.isatty()):
             plan = lay_out(runner, [(1, CONTEXT + 1)] * rows, feature.sampling)
             shape = runner.pool.round_up(rows, rows, feature.variant)
             graph = runner.pool.graph(shape) or runner.pool.eager_twin(shape)
-            contenders.append(Contender(shape, graph, runner.state.lines.clone()))
-        times = time_interleaved(runner, plan, contenders, repeats)
+            contenders.append(Contender(plan, shape, graph, runner.state.lines.clone()))
+        times = time_interleaved(runner, contenders, repeats)
     return [
         Cost(feature.name, rows, step_ms, 1e3 * (step_ms - times[0]))
         for feature, step_ms in zip(FEATURES, times, strict=True)

@@ -227,14 +227,15 @@ class Device:
             ran = min(bound, slot.known - slot.computed) if slot.active else 0
             slot.computed += ran
             num_tokens += ran
-            token, finish = slot_line.NO_TOKEN, slot_line.RUNNING
+            tokens: tuple[int, ...] = ()
+            finish = slot_line.RUNNING
             if ran and slot.computed == slot.known:
-                token = (slot.first_token + slot.known) % VOCAB_SIZE
+                tokens = ((slot.first_token + slot.known) % VOCAB_SIZE,)
                 slot.known += 1
                 if slot.known == slot.end:
                     slot.active = False
                     finish = slot_line.FINISHED_LENGTH if slot.end == slot.max_length else slot_line.FINISHED_STOP
-            rows.append(RowResult(index, slot.generation, token, finish))
+            rows.append(RowResult(index, slot.generation, finish, len(tokens), tokens=tokens))
         return StepResults(rows), num_tokens
 
 

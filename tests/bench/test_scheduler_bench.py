@@ -147,7 +147,7 @@ def test_gathering_has_a_bound_and_longer_gathering_is_caught() -> None:
 def test_tokens_and_times_of_a_lone_request_are_those_counted_by_hand() -> None:
     trace = [Arrival(0.5, [1, 2, 3, 4, 5], answer_len=3, max_tokens=9, priority=0)]
     run = simulate(trace, Scenario())
-    prefill, decode = QWEN3_0_6B_ON_H100.seconds(6, 6), QWEN3_0_6B_ON_H100.seconds(1, 1)
+    prefill, decode = QWEN3_0_6B_ON_H100.seconds(6, 1), QWEN3_0_6B_ON_H100.seconds(1, 1)
     # 5 tokens run in 6; two decodes; and one decode launched before the host knew that the answer had ended.
     assert {size: (use.steps, use.planned_tokens, use.real_tokens) for size, use in run.uses.items()} == {
         6: (1, 5, 5),
@@ -181,7 +181,7 @@ def test_load_1_is_about_what_the_device_serves() -> None:
 
 
 def test_snapping_lowers_padding_and_changes_no_answer() -> None:
-    trace = busy_trace(200, load=0.7)
+    trace = busy_trace(400, load=0.15)
     snapped, whole = (simulate(trace, Scenario(snapping=snapping)) for snapping in (True, False))
     assert snapped.padding < whole.padding
     assert whole.snapped == 0 < snapped.snapped
