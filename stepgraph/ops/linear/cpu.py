@@ -15,8 +15,8 @@ from torch.nn import functional as F
 
 MAX_FEW_TOKENS = 4
 """On two cores with AVX-512, MKL, the float32 weights of SmolLM2's layers and of its head, ms for 1, 2, 4 and 6 tokens: 26.1,
-55.6, 52.7, 41.3 and 7.3, 15.4, 13.1, 15.4 for `F.linear`; with the weight on the left 24.6 (as two), 24.6, 26.3, 39.8 and 3.7, 3.7,
-3.5, 7.0. A decode step of one request takes 34 ms instead of 56."""
+55.6, 52.7, 41.3 and 7.3, 15.4, 13.1, 15.4 for `F.linear`; with the weight on the left 24.6 (as two), 24.6, 26.3, 39.8 and 3.7,
+3.7, 3.5, 7.0. A decode step of one request takes 34 ms instead of 56."""
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
