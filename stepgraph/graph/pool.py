@@ -179,9 +179,11 @@ class GraphPool(Generic[Output]):
     ) -> StepShape:
         """The smallest capturable shape of a variant that holds so many tokens in so many rows, with room for proposals.
 
-        Up to four tokens cost the same on all platforms, so rows of fewer proposals than there may be get no graphs of their own.
+        From two to four tokens the costs hardly differ on all platforms, so that rows of fewer proposals than there may be get no
+        graphs of their own; those of none do.
         """
-        num_tokens = max(num_tokens, min(1 + num_drafts, 4, self.max_tokens))
+        if num_tokens > num_rows:
+            num_tokens = max(num_tokens, min(1 + num_drafts, 4, self.max_tokens))
         assert num_tokens <= self.max_tokens, (num_tokens, self.max_tokens)
         for tokens in self._token_sizes[bisect_left(self._token_sizes, max(num_tokens, num_rows, 1)) :]:
             rows = self._row_sizes[tokens]
