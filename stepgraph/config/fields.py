@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import json
 import math
 import types
 import typing
@@ -81,6 +82,27 @@ def scalar_type(config_type: type, name: str) -> tuple[type, bool]:
     if typing.get_origin(hint) is tuple:
         return typing.get_args(hint)[0], True
     return hint, False
+
+
+def read_object(name: str, given: str | dict[str, Any], example: str) -> dict[str, Any]:
+    """A setting that holds several others, given as JSON text or as a dict.
+
+    Args:
+        name: of the setting.
+        given: its value.
+        example: JSON text that would do.
+
+    Raises:
+        ConfigError: it is not JSON, or no object.
+    """
+    if isinstance(given, str):
+        try:
+            given = json.loads(given)
+        except json.JSONDecodeError as error:
+            raise ConfigError(f"{name} is not JSON ({error}); write e.g. '{example}'") from error
+    if not isinstance(given, dict):
+        raise ConfigError(f"{name} must be a JSON object, not {type(given).__name__}")
+    return given
 
 
 def homes_of(parts: Mapping[str, Any]) -> dict[str, str]:

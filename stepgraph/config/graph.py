@@ -6,7 +6,7 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
-from stepgraph.config.fields import check, setting
+from stepgraph.config.fields import check, read_object, setting
 from stepgraph.errors import ConfigError
 
 
@@ -84,18 +84,7 @@ def graph_config_from_json(text: str | dict[str, Any]) -> dict[str, Any]:
     Raises:
         ConfigError: malformed JSON, an unknown key, or a key whose value asks for something that does not exist here.
     """
-    if isinstance(text, str):
-        try:
-            given = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise ConfigError(
-                f"graph_optimization_config is not JSON ({error}); write e.g. '{{\"use_cudagraph\": true}}'"
-            ) from error
-    else:
-        given = text
-    if not isinstance(given, dict):
-        raise ConfigError(f"graph_optimization_config must be a JSON object, not {type(given).__name__}")
-
+    given = read_object("graph_optimization_config", text, '{"use_cudagraph": true}')
     own = set(GraphConfig.__dataclass_fields__)
     settings: dict[str, Any] = {}
     for key, value in given.items():

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from typing import Any
 
-from stepgraph.config.fields import check, setting
+from stepgraph.config.fields import check, read_object, setting
 from stepgraph.errors import ConfigError
 
 MAX_DRAFTS = 8
@@ -122,17 +121,7 @@ def speculative_config_from_json(text: str | dict[str, Any]) -> dict[str, Any]:
     Raises:
         ConfigError: malformed JSON, or an unknown key; says what is known.
     """
-    if isinstance(text, str):
-        try:
-            given = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise ConfigError(
-                f'speculative_config is not JSON ({error}); write e.g. \'{{"method": "mtp", "num_speculative_tokens": 3}}\''
-            ) from error
-    else:
-        given = text
-    if not isinstance(given, dict):
-        raise ConfigError(f"speculative_config must be a JSON object, not {type(given).__name__}")
+    given = read_object("speculative_config", text, '{"method": "mtp", "num_speculative_tokens": 3}')
     settings: dict[str, Any] = {}
     for key, value in given.items():
         name = _KEYS.get(key, key)
