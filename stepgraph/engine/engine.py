@@ -537,8 +537,9 @@ class Engine:
         return update
 
     def _draft_levels(self, drafter: Drafter | None) -> Sequence[int]:
-        """Numbers of proposals to choose from. Where a capture takes as long as many steps, few are worth one; and who proposes
-        at no cost is never switched off, so that it is noticed when its proposals become good."""
+        """Numbers of proposals to choose from. Where a capture takes as long as many steps, few are worth one: on CPU three, as
+        four tokens cost little more than two. Who proposes at no cost is never switched off, so that it is noticed when its
+        proposals become good."""
         if drafter is None or not self.config.speculative.speculative_adaptive:
             return ()
         least = 0 if drafter.costs_when_idle else 1

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from stepgraph.ops import StepTokens, slot_line
+from stepgraph.ops.rows import row_of
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,7 @@ def next_level(
 
     token_T = torch.arange(num_tokens, dtype=torch.int32, device=lines.device)
     real_T = token_T < end_R[-1]
-    row_T = torch.searchsorted(end_R, token_T, right=True, out_int32=True).clamp_(max=num_rows - 1)
+    row_T = row_of(token_T, end_R)
     slot_T = step.row_slot.index_select(0, row_T) * real_T
     position_T = (token_T + (computed_R - end_R).index_select(0, row_T)) * real_T
     taken_T = (position_T + k).clamp_(max=tokens.shape[1] - 1) * real_T

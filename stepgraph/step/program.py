@@ -23,6 +23,7 @@ from stepgraph.layers.inputs import StepInputs
 from stepgraph.models.adapters import AdapterStore
 from stepgraph.models.language_model import LanguageModel
 from stepgraph.ops import slot_line
+from stepgraph.ops.rows import row_of
 from stepgraph.spec.drafter import Drafter, DraftStep
 from stepgraph.step.shape import StepShape, Variant
 from stepgraph.step.state import SlotState
@@ -162,9 +163,9 @@ class StepProgram:
     def _report_prompts(self, tokens: ops.StepTokens, hidden_TE: Tensor) -> None:
         """Report the log-probability of every prompt token's successor, a chunk of tokens at a time: logits of all tokens at
         once could take more memory than the model."""
-        state, T, R = self.state, self.shape.num_tokens, self.shape.num_rows
+        state, T = self.state, self.shape.num_tokens
         token_T = torch.arange(T, dtype=torch.int32, device=hidden_TE.device)
-        row_T = torch.searchsorted(tokens.query_start[1:], token_T, right=True, out_int32=True).clamp_(max=R - 1)
+        row_T = row_of(token_T, tokens.query_start[1:])
         slot_T = tokens.row_slot.index_select(0, row_T)
         lines_TL = state.lines.index_select(0, slot_T)
         next_T = tokens.positions + 1

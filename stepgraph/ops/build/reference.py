@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from stepgraph.ops import slot_line as line
+from stepgraph.ops.rows import row_of
 
 
 def build_step(
@@ -39,7 +40,7 @@ def build_step(
 
     token_T = torch.arange(num_tokens, dtype=torch.int32, device=plan.device)
     real_T = token_T < query_end_R[-1]
-    row_T = torch.searchsorted(query_end_R, token_T, right=True, out_int32=True).clamp_(max=num_rows - 1)
+    row_T = row_of(token_T, query_end_R)
     slot_T = row_slot_R.index_select(0, row_T) * real_T
     position_T = (token_T + (kv_len_R - query_end_R).index_select(0, row_T)) * real_T
     token_id_T = tokens[slot_T, position_T]
@@ -47,7 +48,7 @@ def build_step(
 
     sample_S = torch.arange(num_samples, dtype=torch.int32, device=plan.device)
     real_S = sample_S < sample_end_R[-1]
-    row_S = torch.searchsorted(sample_end_R, sample_S, right=True, out_int32=True).clamp_(max=num_rows - 1)
+    row_S = row_of(sample_S, sample_end_R)
     sample_slot_S = row_slot_R.index_select(0, row_S) * real_S
     sample_offset_S = (sample_S - sample_start.index_select(0, row_S)) * real_S
     sample_index_S = (sample_S + (query_end_R - sample_end_R).index_select(0, row_S)) * real_S

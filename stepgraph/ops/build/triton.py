@@ -74,6 +74,21 @@ def _rows_kernel(
     tl.store(sample_start_ptr + 1 + row_R, tl.cumsum(num_samples_R, 0), mask=inside_R)
 
 
+@triton.jit
+def row_of(query_start_ptr, token_T, real_T, R, SEARCH_STEPS: tl.constexpr):
+    """The first row that ends after each real token; empty rows end where they start and are passed over. SEARCH_STEPS halvings
+    reduce 0 … R to one row."""
+    low_T = tl.zeros_like(token_T)
+    high_T = low_T + R
+    for _ in tl.static_range(SEARCH_STEPS):
+        middle_T = (low_T + high_T) // 2
+        searching_T = real_T & (low_T < high_T)
+        before_T = tl.load(query_start_ptr + 1 + middle_T, mask=searching_T, other=0) <= token_T
+        low_T = tl.where(searching_T & before_T, middle_T + 1, low_T)
+        high_T = tl.where(searching_T & (before_T == 0), middle_T, high_T)
+    return low_T
+
+
 @triton.jit(do_not_specialize=["T", "R", "S"])
 def _tokens_kernel(
     lines_ptr,
@@ -101,18 +116,10 @@ def _tokens_kernel(
     inside_T = token_T < T
     real_T = token_T < tl.load(query_start_ptr + R)
 
-    # The token's row is the first that ends after it; empty rows end where they start and are passed over.
-    low_T = tl.zeros_like(token_T)
-    high_T = low_T + R
-    for _ in tl.static_range(SEARCH_STEPS):
-        middle_T = (low_T + high_T) // 2
-        searching_T = real_T & (low_T < high_T)
-        before_T = tl.load(query_start_ptr + 1 + middle_T, mask=searching_T, other=0) <= token_T
-        low_T = tl.where(searching_T & before_T, middle_T + 1, low_T)
-        high_T = tl.where(searching_T & (before_T == 0), middle_T, high_T)
+    row_T = row_of(query_start_ptr, token_T, real_T, R, SEARCH_STEPS)
 
-    slot_T = tl.load(row_slot_ptr + low_T, mask=real_T, other=0).to(tl.int64)
-    start_T = tl.load(query_start_ptr + low_T, mask=real_T, other=0)
+    slot_T = tl.load(row_slot_ptr + row_T, mask=real_T, other=0).to(tl.int64)
+    start_T = tl.load(query_start_ptr + row_T, mask=real_T, other=0)
     computed_T = tl.load(lines_ptr + slot_T * _LINE_WIDTH + _COMPUTED, mask=real_T, other=0)
     position_T = tl.where(real_T, computed_T + token_T - start_T, 0)
     token_id_T = tl.load(tokens_ptr + slot_T * MAX_LEN + position_T, mask=inside_T, other=0)
@@ -125,7 +132,7 @@ def _tokens_kernel(
     length_T = tl.load(lines_ptr + slot_T * _LINE_WIDTH + _LENGTH, mask=real_T, other=0)
     offset_T = position_T - length_T + 1
     samples_T = real_T & (offset_T >= 0)
-    sample_T = tl.load(sample_start_ptr + low_T, mask=samples_T, other=0) + offset_T
+    sample_T = tl.load(sample_start_ptr + row_T, mask=samples_T, other=0) + offset_T
     tl.store(sample_slot_ptr + sample_T, slot_T.to(tl.int32), mask=samples_T)
     tl.store(sample_offset_ptr + sample_T, offset_T, mask=samples_T)
     tl.store(sample_index_ptr + sample_T, token_T, mask=samples_T)

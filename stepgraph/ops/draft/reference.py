@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from stepgraph.ops import slot_line as line
+from stepgraph.ops.rows import row_of
 
 
 def _room(lines_RL: Tensor) -> Tensor:
@@ -24,7 +25,7 @@ def draft_inputs(
     index_R = (end_R - 1 - (kv_len - lines_RL[:, line.COMPUTED])) * drafts_R
 
     token_T = torch.arange(positions.shape[0], dtype=torch.int32, device=positions.device)
-    row_T = torch.searchsorted(end_R, token_T, right=True, out_int32=True).clamp_(max=row_slot.shape[0] - 1)
+    row_T = row_of(token_T, end_R)
     real_T = token_T < end_R[-1]
     slot_T = row_slot.index_select(0, row_T) * real_T
     return tokens[slot_T, (positions + 1) * real_T], row_slot * drafts_R, index_R

@@ -6,6 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from stepgraph.ops import slot_line as line
+from stepgraph.ops.build.triton import row_of
 from stepgraph.ops.capacity import row_capacity
 
 BLOCK_TOKENS = 256
@@ -55,15 +56,8 @@ def _inputs_kernel(
     """One program per BLOCK_T tokens; there are no more rows than tokens, so the same programs do those."""
     token_T = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     real_T = token_T < tl.load(query_start_ptr + R)
-    low_T = tl.zeros_like(token_T)
-    high_T = low_T + R
-    for _ in tl.static_range(SEARCH_STEPS):
-        middle_T = (low_T + high_T) // 2
-        searching_T = real_T & (low_T < high_T)
-        before_T = tl.load(query_start_ptr + 1 + middle_T, mask=searching_T, other=0) <= token_T
-        low_T = tl.where(searching_T & before_T, middle_T + 1, low_T)
-        high_T = tl.where(searching_T & (before_T == 0), middle_T, high_T)
-    slot_T = tl.load(row_slot_ptr + low_T, mask=real_T, other=0).to(tl.int64)
+    row_T = row_of(query_start_ptr, token_T, real_T, R, SEARCH_STEPS)
+    slot_T = tl.load(row_slot_ptr + row_T, mask=real_T, other=0).to(tl.int64)
     position_T = tl.load(positions_ptr + token_T, mask=real_T, other=-1)
     next_T = tl.load(tokens_ptr + slot_T * MAX_LEN + position_T + 1, mask=token_T < T, other=0)
     tl.store(next_ids_ptr + token_T, next_T, mask=token_T < T)
