@@ -30,7 +30,7 @@ from stepgraph.step.shape import StepShape
 from stepgraph.step.state import SlotSampling
 
 CONTEXT = 128
-"""Tokens that a decoding request already has."""
+"""Tokens that a decoding request already has, unless a case says otherwise."""
 GREEDY = SlotSampling(seed=0)
 
 
@@ -41,11 +41,12 @@ class Case:
     name: str
     num_decodes: int
     prompts: tuple[int, ...] = ()
+    context: int = CONTEXT
 
     @property
     def rows(self) -> list[tuple[int, int]]:
         """(query length, keys) of each row."""
-        return [(1, CONTEXT + 1)] * self.num_decodes + [(n, n) for n in self.prompts]
+        return [(1, self.context + 1)] * self.num_decodes + [(n, n) for n in self.prompts]
 
 
 CASES = (
@@ -56,6 +57,9 @@ CASES = (
     Case("decode 1", 1),
     Case("decode 8", 8),
     Case("decode 64", 64),
+    Case("decode 256", 256),
+    Case("decode 1 at 1k", 1, context=1024),
+    Case("decode 1 at 8k", 1, context=8 * 1024),
     Case("mixed 1+80+80+80", 1, (80, 80, 80)),
     Case("prefill 80+80+81", 0, (80, 80, 81)),
     Case("mixed 63x1+80", 63, (80,)),
@@ -287,7 +291,7 @@ def _time_engine(engine: Engine, case: Case, repeats: int) -> tuple[float, float
     decoding = [f"decode-{i}" for i in range(case.num_decodes)]
     decoding_requests = []
     for i, name in enumerate(decoding):
-        decoding_requests.append(engine.add_request(name, [(i * 7 + j) % vocab for j in range(CONTEXT)], endless))
+        decoding_requests.append(engine.add_request(name, [(i * 7 + j) % vocab for j in range(case.context)], endless))
     while any(not r.output_token_ids for r in decoding_requests):
         engine.step()
     assert engine.scheduler.num_running == case.num_decodes, (engine.scheduler.num_running, case)
@@ -318,7 +322,7 @@ def _steps_needed(repeats: int, num_decodes: int) -> int:
 
 def _fits(case: Case, engine: Engine, repeats: int) -> bool:
     scheduler, block_size = engine.config.scheduler, engine.runner.block_size
-    longest = CONTEXT + _steps_needed(repeats, case.num_decodes)
+    longest = case.context + _steps_needed(repeats, case.num_decodes)
     tokens = [longest] * case.num_decodes + [n + 1 for n in case.prompts]
     return (
         sum(-(-n // block_size) for n in tokens) < engine.runner.num_kv_blocks
