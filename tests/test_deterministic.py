@@ -89,12 +89,6 @@ def weight_for(x):
     return torch.linspace(0.5, 1.5, x.shape[1], device=x.device).to(x.dtype)
 
 
-def add_norm(x):
-    residual = x.flip(1).contiguous()
-    normed = ops.add_rms_norm(x.clone(), residual, weight_for(x), 1e-5, 0.22)
-    return torch.cat((normed, residual), 1)
-
-
 def rope_cache(x):
     """One query head, one key head and one value head of a sixth of the width, rounded up to an even number."""
     T, D = x.shape[0], -(-x.shape[1] // 6) * 2
@@ -110,7 +104,6 @@ def rope_cache(x):
 
 OPERATORS = {
     "rms_norm": lambda x: ops.rms_norm(x, weight_for(x), 1e-5),
-    "add_rms_norm": add_norm,
     "rope_cache": rope_cache,
     "swiglu": ops.swiglu,
     "geglu": ops.geglu,

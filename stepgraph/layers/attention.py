@@ -17,7 +17,7 @@ from stepgraph.ops import paged_attention, rope_cache
 
 
 class Attention(nn.Module):
-    """Project, rotate, cache, attend, project. May run inside a graph.
+    """Normalise, project, rotate, cache, attend; `o_proj` is the caller's to apply. May run inside a graph.
 
     Source: Ainslie et al., "GQA" (2023); the optional RMS norm of every query and key head is Qwen3's.
     """
@@ -67,21 +67,24 @@ class Attention(nn.Module):
         self.q_norm = norm() if qk_norm else None
         self.k_norm = norm() if qk_norm else None
 
-    def forward(self, x_TE: Tensor, cos_sin: Tensor, cache: tuple[Tensor, Tensor], inputs: StepInputs) -> Tensor:
+    def forward(
+        self, norm: RMSNorm, x_TE: Tensor, cos_sin: Tensor, cache: tuple[Tensor, Tensor], inputs: StepInputs
+    ) -> Tensor:
         """Attend, writing this step's keys and values.
 
         Args:
-            x_TE: [T, E], normalised.
+            norm: of `x_TE`.
+            x_TE: [T, E].
             cos_sin: [max positions, D] float32, see `stepgraph.layers.rotary`.
             cache: this layer's keys and values, each [blocks, B, G, D].
             inputs: of the step.
 
         Returns:
-            [T, E], dtype of `x_TE`.
+            [T, H·D], dtype of `x_TE`. What is left is `o_proj`.
         """
         tokens, (k_cache, v_cache) = inputs.tokens, cache
-        q_THD = self.project(x_TE, cos_sin, cache, inputs)
-        attended_TF = paged_attention(
+        q_THD = self.project(norm, x_TE, cos_sin, cache, inputs)
+        return paged_attention(
             q_THD,
             k_cache,
             v_cache,
@@ -94,13 +97,14 @@ class Attention(nn.Module):
             self.scale,
             self.window,
         )
-        return self.o_proj(attended_TF)
 
-    def project(self, x_TE: Tensor, cos_sin: Tensor, cache: tuple[Tensor, Tensor], inputs: StepInputs) -> Tensor:
+    def project(
+        self, norm: RMSNorm, x_TE: Tensor, cos_sin: Tensor, cache: tuple[Tensor, Tensor], inputs: StepInputs
+    ) -> Tensor:
         """Write this step's keys and values, and return the rotated queries, [T, H, D]; arguments as of `forward`."""
         tokens = inputs.tokens
         return rope_cache(
-            self.qkv_proj(x_TE),
+            self.qkv_proj.after_norm(norm, x_TE),
             tokens.positions,
             tokens.kv_slots,
             cos_sin,

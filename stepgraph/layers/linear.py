@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from stepgraph import ops
 from stepgraph.layers.lora import LoRA
+from stepgraph.layers.norm import RMSNorm
 
 
 class Linear(nn.Module):
@@ -35,6 +36,26 @@ class Linear(nn.Module):
         if self.lora is not None:
             self.lora.update(x_TI, out_TO, deterministic=self.deterministic)
         return out_TO
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether it is the product of its parameters and nothing else, so that it may be fused with what is around it."""
+        return self.lora is None and not self.deterministic
+
+    def after_norm(self, norm: RMSNorm, x_TI: Tensor) -> Tensor:
+        """Return the product with `norm(x_TI)`: [T, O], dtype of `x_TI`."""
+        if self.is_plain:
+            return ops.norm_linear(x_TI, norm.weight, norm.eps, self.weight, self.bias)
+        return self(norm(x_TI))
+
+    def add_to(self, residual_TO: Tensor, x_TI: Tensor, multiplier: float = 1.0) -> None:
+        """Add the product, times `multiplier`, to the residual stream in place."""
+        if self.is_plain:
+            ops.linear_add(x_TI, self.weight, self.bias, residual_TO, multiplier)
+        else:
+            out_TO = self(x_TI)
+            # `alpha` of 16 bits rounds by position.
+            residual_TO.add_(out_TO if multiplier == 1.0 else out_TO.float() * multiplier)
 
 
 class MergedLinear(Linear):

@@ -8,11 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from stepgraph.layers.linear import Linear, MergedLinear
-from stepgraph.ops import geglu, swiglu
+from stepgraph.layers.norm import RMSNorm
+from stepgraph.ops import geglu, norm_gated_linear, swiglu
 
 Activation = Literal["silu", "gelu_tanh"]
-
-_GATED = {"silu": swiglu, "gelu_tanh": geglu}
 
 
 class MLP(nn.Module):
@@ -40,8 +39,11 @@ class MLP(nn.Module):
             device=device,
         )
         self.down_proj = Linear(intermediate_size, hidden_size, bias=bias, dtype=dtype, device=device)
-        self.gated = _GATED[activation]
+        self.activation = activation
 
-    def forward(self, x_TE: Tensor) -> Tensor:
-        """Return [T, E], dtype of `x_TE`."""
-        return self.down_proj(self.gated(self.gate_up_proj(x_TE)))
+    def hidden(self, norm: RMSNorm, x_TE: Tensor) -> Tensor:
+        """Return `activation(gate(norm(x))) · up(norm(x))`: [T, M], dtype of `x_TE`. What is left is `down_proj`."""
+        gate_up, gelu = self.gate_up_proj, self.activation == "gelu_tanh"
+        if gate_up.is_plain and gate_up.bias is None:
+            return norm_gated_linear(x_TE, norm.weight, norm.eps, gate_up.weight, gelu=gelu)
+        return (geglu if gelu else swiglu)(gate_up.after_norm(norm, x_TE))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from stepgraph.ops import add_rms_norm, rms_norm
+from stepgraph.ops import rms_norm
 
 
 class RMSNorm(nn.Module):
@@ -17,7 +17,6 @@ class RMSNorm(nn.Module):
         eps: float,
         *,
         weight_offset: float = 0.0,
-        residual_multiplier: float = 1.0,
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
@@ -26,17 +25,14 @@ class RMSNorm(nn.Module):
         eps: added to the mean square.
         weight_offset: what the checkpoint's weights lack (1 in Gemma). `weight` holds the sum, then in float32, where it
             loses nothing; so the result is rounded once, as Gemma does.
-        residual_multiplier: of what `forward` adds to the residual stream.
         dtype: of the activations.
         device: of the weight.
         """
         super().__init__()
         weight = torch.empty(width, dtype=torch.float32 if weight_offset else dtype, device=device)
         self.weight = nn.Parameter(weight, False)
-        self.eps, self.weight_offset, self.residual_multiplier = eps, weight_offset, residual_multiplier
+        self.eps, self.weight_offset = eps, weight_offset
 
-    def forward(self, x_TE: Tensor, residual_TE: Tensor | None = None) -> Tensor:
-        """Normalise `x_TE`; or, given the residual stream, add `x_TE` to it in place and normalise the sum."""
-        if residual_TE is None:
-            return rms_norm(x_TE, self.weight, self.eps)
-        return add_rms_norm(x_TE, residual_TE, self.weight, self.eps, self.residual_multiplier)
+    def forward(self, x_TE: Tensor) -> Tensor:
+        """Return [T, E] normalised, dtype of `x_TE`."""
+        return rms_norm(x_TE, self.weight, self.eps)

@@ -36,6 +36,7 @@ class DecoderLayer(nn.Module):
 
     def __init__(self, config: DecoderConfig, index: int, *, dtype: torch.dtype, device: torch.device) -> None:
         super().__init__()
+        self.residual_multiplier = config.residual_multiplier
         self.input_layernorm = _norm(config, config.hidden_size, dtype, device)
         self.self_attn = Attention(
             config.hidden_size,
@@ -66,29 +67,26 @@ class DecoderLayer(nn.Module):
             self.pre_feedforward_layernorm = _norm(config, config.hidden_size, dtype, device)
             self.post_feedforward_layernorm = _norm(config, config.hidden_size, dtype, device)
 
-    def forward(
-        self,
-        x_TE: Tensor | None,
-        residual_TE: Tensor,
-        cos_sin: Tensor,
-        cache: tuple[Tensor, Tensor],
-        inputs: StepInputs,
-    ) -> Tensor:
-        """Return what this layer's feed-forward adds to the residual stream, which the next norm will add.
+    def forward(self, residual_TE: Tensor, cos_sin: Tensor, cache: tuple[Tensor, Tensor], inputs: StepInputs) -> None:
+        """Add to the residual stream, in place, what attention and feed-forward make of it.
 
         Args:
-            x_TE: the previous layer's result, not yet in the residual stream; None for the first layer.
-            residual_TE: residual stream; updated.
+            residual_TE: updated.
             cos_sin: [max positions, D] float32.
             cache: this layer's keys and values.
             inputs: of the step.
         """
-        x_TE = self.input_layernorm(residual_TE) if x_TE is None else self.input_layernorm(x_TE, residual_TE)
-        x_TE = self.self_attn(x_TE, cos_sin, cache, inputs)
+        o_proj, down_proj = self.self_attn.o_proj, self.mlp.down_proj
+        attended_TF = self.self_attn(self.input_layernorm, residual_TE, cos_sin, cache, inputs)
         if self.pre_feedforward_layernorm is None or self.post_feedforward_layernorm is None:
-            return self.mlp(self.post_attention_layernorm(x_TE, residual_TE))
-        x_TE = self.pre_feedforward_layernorm(self.post_attention_layernorm(x_TE), residual_TE)
-        return self.post_feedforward_layernorm(self.mlp(x_TE))
+            o_proj.add_to(residual_TE, attended_TF, self.residual_multiplier)
+            down_proj.add_to(
+                residual_TE, self.mlp.hidden(self.post_attention_layernorm, residual_TE), self.residual_multiplier
+            )
+        else:
+            residual_TE.add_(self.post_attention_layernorm(o_proj(attended_TF)))
+            hidden_TM = self.mlp.hidden(self.pre_feedforward_layernorm, residual_TE)
+            residual_TE.add_(self.post_feedforward_layernorm(down_proj(hidden_TM)))
 
 
 def _norm(config: DecoderConfig, width: int, dtype: torch.dtype, device: torch.device) -> RMSNorm:
@@ -96,7 +94,6 @@ def _norm(config: DecoderConfig, width: int, dtype: torch.dtype, device: torch.d
         width,
         config.rms_norm_eps,
         weight_offset=config.norm_weight_offset,
-        residual_multiplier=config.residual_multiplier,
         dtype=dtype,
         device=device,
     )
@@ -154,10 +151,10 @@ class Decoder(nn.Module, ABC):
             [T, E] hidden states after the final norm. Those of padding tokens are unspecified.
         """
         residual_TE = self.embed(inputs.tokens.token_ids)
-        x_TE = None
         for layer, table, cache in zip(self.layers, self._table_names, inputs.kv_caches, strict=True):
-            x_TE = layer(x_TE, residual_TE, self.get_buffer(table), cache, inputs)
-        return self.norm(x_TE, residual_TE)
+            layer(residual_TE, self.get_buffer(table), cache, inputs)
+        normalised_TE: Tensor = self.norm(residual_TE)
+        return normalised_TE
 
     def embed(self, token_ids_T: Tensor) -> Tensor:
         """Embeddings of tokens, as the first layer takes them: [T, E]. May run inside a graph."""

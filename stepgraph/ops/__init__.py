@@ -12,13 +12,13 @@ from stepgraph.ops.commit import commit
 from stepgraph.ops.draft import draft_inputs, draft_row_tokens, propose
 from stepgraph.ops.force_acceptance import force_acceptance
 from stepgraph.ops.grouped_linear import grouped_linear
-from stepgraph.ops.linear import linear, linear_by_row
+from stepgraph.ops.linear import linear, linear_add, linear_by_row, norm_gated_linear, norm_linear
 from stepgraph.ops.logprobs import logprobs
 from stepgraph.ops.lookup import lookup
 from stepgraph.ops.lora import lora
 from stepgraph.ops.process_logits import process_logits
 from stepgraph.ops.remember import remember
-from stepgraph.ops.rms_norm import add_rms_norm, rms_norm
+from stepgraph.ops.rms_norm import rms_norm
 from stepgraph.ops.rope_cache import rope_cache
 from stepgraph.ops.sample import sample
 from stepgraph.ops.swiglu import geglu, swiglu
@@ -30,7 +30,6 @@ __all__ = [
     "BuiltStep",
     "StepSamples",
     "StepTokens",
-    "add_rms_norm",
     "attention_geometry",
     "attention_plan",
     "build_step",
@@ -41,10 +40,13 @@ __all__ = [
     "geglu",
     "grouped_linear",
     "linear",
+    "linear_add",
     "linear_by_row",
     "logprobs",
     "lookup",
     "lora",
+    "norm_gated_linear",
+    "norm_linear",
     "paged_attention",
     "process_logits",
     "propose",

@@ -77,7 +77,6 @@ class MTPLayer(nn.Module):
                 E,
                 config.rms_norm_eps,
                 weight_offset=config.norm_weight_offset,
-                residual_multiplier=config.residual_multiplier,
                 dtype=dtype,
                 device=device,
             )
@@ -117,16 +116,16 @@ class MTPLayer(nn.Module):
             [T, E] for the output head, and [T, E] for the next proposal.
         """
         residual_TE = self._combine(embedding_TE, hidden_TE)
-        added_TE = self.block(None, residual_TE, self.cos_sin, cache, inputs)
-        normalised_TE = self.norm(added_TE, residual_TE)
+        self.block(residual_TE, self.cos_sin, cache, inputs)
+        normalised_TE = self.norm(residual_TE)
         return normalised_TE, normalised_TE if self.options.hands_over_normalised else residual_TE
 
     def cache_only(
         self, embedding_TE: Tensor, hidden_TE: Tensor, cache: tuple[Tensor, Tensor], inputs: StepInputs
     ) -> None:
         """Cache keys and values as `forward` does, and no more."""
-        x_TE = self.block.input_layernorm(self._combine(embedding_TE, hidden_TE))
-        self.block.self_attn.project(x_TE, self.cos_sin, cache, inputs)
+        x_TE = self._combine(embedding_TE, hidden_TE)
+        self.block.self_attn.project(self.block.input_layernorm, x_TE, self.cos_sin, cache, inputs)
 
     def _combine(self, embedding_TE: Tensor, hidden_TE: Tensor) -> Tensor:
         parts = self.embedding_norm(embedding_TE), self.hidden_norm(hidden_TE)
@@ -293,9 +292,8 @@ class MTPDrafter:
     ) -> StepInputs:
         """What a module sees of tokens that are not laid out as the step's are."""
         config = self._model.config
-        plan = ops.attention_plan(
-            tokens.query_start, tokens.kv_len, config.num_heads, config.num_kv_heads, config.head_dim, geometry, window
-        )
+        heads = config.num_heads, config.num_kv_heads, config.head_dim
+        plan = ops.attention_plan(tokens.row_slot, tokens.query_start, tokens.kv_len, *heads, geometry, window)
         return replace(step.inputs, tokens=tokens, attention_plans={window: plan}, geometry=geometry)
 
     def _choose(self, normalised_RE: Tensor, slot_R: Tensor, place: int, lines: Tensor) -> Tensor:

@@ -83,7 +83,9 @@ class StepProgram:
         )
         heads = config.num_heads, config.num_kv_heads, config.head_dim
         attention = {
-            window: ops.attention_plan(tokens.query_start, tokens.kv_len, *heads, self.geometry, window)
+            window: ops.attention_plan(
+                tokens.row_slot, tokens.query_start, tokens.kv_len, *heads, self.geometry, window
+            )
             for window in sorted(set(config.windows))
         }
         # 2 forward: layers over T tokens, keys and values written in place

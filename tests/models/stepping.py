@@ -45,7 +45,7 @@ class Stepper:
         geometry = attention_geometry(n, 1, config.num_heads, config.num_kv_heads, multiprocessors=1)
         heads = config.num_heads, config.num_kv_heads, config.head_dim
         plans = {
-            window: attention_plan(tokens.query_start, tokens.kv_len, *heads, geometry, window)
+            window: attention_plan(tokens.row_slot, tokens.query_start, tokens.kv_len, *heads, geometry, window)
             for window in set(config.windows)
         }
         hidden = self.model(StepInputs(tokens, plans, geometry, self.block_table, self.caches))

@@ -128,7 +128,9 @@ def plan_of(batch: Batch, geometry: AttentionGeometry) -> AttentionPlan:
     _, H, D = batch.q.shape
     G = batch.k_cache.shape[2]
     sizes = (geometry.tile, geometry.min_split_keys, geometry.split_target, geometry.max_items, geometry.max_partials)
-    return AttentionPlan(*kernels.attention_plan(batch.query_start, batch.kv_len, H, G, D, *sizes, batch.window))
+    return AttentionPlan(
+        *kernels.attention_plan(batch.row_slot, batch.query_start, batch.kv_len, H, G, D, *sizes, batch.window)
+    )
 
 
 def settings_of(batch: Batch, geometry: AttentionGeometry) -> tuple[float, int, int, int, bool]:
@@ -154,7 +156,7 @@ def assert_triton_matches(batch: Batch, device: str, geometry: AttentionGeometry
 
 def attend_on_cpu(batch: Batch, geometry: AttentionGeometry) -> Tensor:
     """The CPU kernel's output, real tokens only."""
-    nothing = cpu.attention_plan(batch.query_start, batch.kv_len, 0, 0, 0, 0, 0, 0, 0, 0, batch.window)
+    nothing = cpu.attention_plan(batch.row_slot, batch.query_start, batch.kv_len, 0, 0, 0, 0, 0, 0, 0, 0, batch.window)
     out = cpu.paged_attention(*batch.inputs(), *nothing, *settings_of(batch, geometry))
     return out[: batch.num_real_tokens]
 
@@ -243,7 +245,7 @@ def test_rows_split_over_their_keys_are_combined(rows: list[tuple[int, int]], de
     geometry = geometry_of(batch, multiprocessors=16)
     plan = plan_of(batch.to(device), geometry)
     items = plan.items[: int(plan.header[0])]
-    assert (items[:, 2] >= 3).any(), items  # the case is about splits
+    assert (items[:, 5] >= 3).any(), items  # the case is about splits
     assert_triton_matches(batch, device, geometry)
 
 
@@ -324,7 +326,7 @@ def test_a_query_that_sees_no_key_of_its_tiles_first_splits_is_right(device: str
     geometry = geometry_of(batch, multiprocessors=64)
     plan = plan_of(batch.to(device), geometry)
     num_items, keys_per_split = plan.header.tolist()
-    assert (keys_per_split, int(plan.items[:num_items, 2].max())) == (KV_BLOCK, 2)
+    assert (keys_per_split, int(plan.items[:num_items, 5].max())) == (KV_BLOCK, 2)
     assert_triton_matches(batch, device, geometry)
 
 
@@ -373,6 +375,7 @@ def test_items_cover_every_tile_and_key_once_within_the_bounds(
     query_start = torch.tensor([0, *query_lens]).cumsum(0).int().to(device)
     plan = AttentionPlan(
         *kernels.attention_plan(
+            torch.arange(R, dtype=torch.int32, device=device),
             query_start,
             torch.tensor(kv_len, dtype=torch.int32, device=device),
             num_kv_heads * group,
@@ -392,7 +395,10 @@ def test_items_cover_every_tile_and_key_once_within_the_bounds(
     assert keys_per_split >= min_split_keys
     assert not plan.counters.any()
 
-    listed = [tuple(item) for item in plan.items[:num_items].tolist()]
+    items = plan.items[:num_items].tolist()
+    starts = query_start.tolist()
+    assert all(item[1:4] == [starts[item[0]], query_lens[item[0]], kv_len[item[0]]] for item in items)
+    listed = [(row, tile, split, partial) for row, *_, tile, split, partial, _ in items]
     splits = dict.fromkeys(range(R), 0)
     for row, _, split, _ in listed:
         splits[row] = max(splits[row], split + 1)

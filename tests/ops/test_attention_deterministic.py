@@ -95,7 +95,7 @@ def run_step(world: World, rows: list[Chunk], rng: Random, device: str, *, deter
         )
     ]  # fmt: skip
     plan = module.attention_plan(
-        *arrays[-2:], H, G, D, geometry.tile, geometry.min_split_keys, geometry.split_target, geometry.max_items,
+        *arrays[-3:], H, G, D, geometry.tile, geometry.min_split_keys, geometry.split_target, geometry.max_items,
         geometry.max_partials, world.window,
     )  # fmt: skip
     out = module.paged_attention(

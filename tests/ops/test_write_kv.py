@@ -142,7 +142,7 @@ def test_a_captured_step_writes_and_attends_to_its_own_cache(cache_dtype: torch.
 
     def program() -> Output:
         ops.write_kv(k, v, kv_slots, k_cache, v_cache)
-        plan = ops.attention_plan(query_start, kv_len, 4, 2, 16, geometry)
+        plan = ops.attention_plan(row_slot, query_start, kv_len, 4, 2, 16, geometry)
         return Output(
             ops.paged_attention(
                 q, k_cache, v_cache, block_table, row_slot, query_start, kv_len, plan, geometry, scale=1.0

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from stepgraph.ops.attention import cpu
-from stepgraph.ops.attention.geometry import AttentionGeometry, attention_geometry, max_tiles
+from stepgraph.ops.attention.geometry import ITEM_SIZE, AttentionGeometry, attention_geometry, max_tiles
 from stepgraph.ops.registry import register
 
 __all__ = [
@@ -32,9 +32,8 @@ class AttentionPlan(NamedTuple):
     On CPU all four are empty: the CPU kernel reads the row arrays directly, as an opaque operator may.
     """
 
-    items: (
-        Tensor  # [max_items, 4] int32: row, tile within the row, KV split, first partial of the tile or -1 if unsplit
-    )
+    items: Tensor  # [max_items, ITEM_SIZE] int32: slot, first token, query length and keys of the row, tile within the
+    # row, KV split, first partial of the tile or -1 if unsplit
     header: Tensor  # [2] int32: number of items, keys per KV split
     partials: Tensor  # [max_partials, G, tile, D + 2] float32 scratch: unnormalised output, row maximum, row sum
     counters: (
@@ -43,6 +42,7 @@ class AttentionPlan(NamedTuple):
 
 
 def _plan_fake(
+    row_slot: Tensor,
     query_start: Tensor,
     kv_len: Tensor,
     num_heads: int,
@@ -57,6 +57,7 @@ def _plan_fake(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     if query_start.device.type == "cpu":
         return cpu.attention_plan(
+            row_slot,
             query_start,
             kv_len,
             num_heads,
@@ -71,7 +72,7 @@ def _plan_fake(
         )
     new = query_start.new_empty
     return (
-        new(max_items, 4, dtype=torch.int32),
+        new(max_items, ITEM_SIZE, dtype=torch.int32),
         new(2, dtype=torch.int32),
         new(max_partials, num_kv_heads, tile, head_dim + 2, dtype=torch.float32),
         new(max_partials, num_kv_heads, dtype=torch.int32),
@@ -79,7 +80,7 @@ def _plan_fake(
 
 
 _attention_plan = register(
-    "attention_plan(Tensor query_start, Tensor kv_len, int num_heads, int num_kv_heads, int head_dim, int tile, "
+    "attention_plan(Tensor row_slot, Tensor query_start, Tensor kv_len, int num_heads, int num_kv_heads, int head_dim, int tile, "
     "int min_split_keys, int split_target, int max_items, int max_partials, int window) -> (Tensor, Tensor, Tensor, Tensor)",
     cpu=cpu.attention_plan,
     fake=_plan_fake,
@@ -88,6 +89,7 @@ _attention_plan = register(
 
 
 def attention_plan(
+    row_slot: Tensor,
     query_start: Tensor,
     kv_len: Tensor,
     num_heads: int,
@@ -112,6 +114,7 @@ def attention_plan(
     `kv_len` leaves ``max_tiles`` items and none of split rows.
 
     Args:
+        row_slot: [R] int32.
         query_start: [R + 1] int32.
         kv_len: [R] int32, keys of each row, this step's included.
         num_heads, num_kv_heads, head_dim: of the model.
@@ -120,6 +123,7 @@ def attention_plan(
     """
     return AttentionPlan(
         *_attention_plan(
+            row_slot,
             query_start,
             kv_len,
             num_heads,

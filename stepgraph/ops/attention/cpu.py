@@ -26,6 +26,7 @@ TILE_TOKENS = 16
 
 
 def attention_plan(
+    row_slot: Tensor,
     query_start: Tensor,
     kv_len: Tensor,
     num_heads: int,

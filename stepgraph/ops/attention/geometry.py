@@ -12,6 +12,9 @@ KV_BLOCK = 64
 """Keys one inner iteration of the attention kernel reads; KV splits are multiples of it."""
 
 
+ITEM_SIZE = 8
+"""Numbers of an item, one of them unused, so that it lies within one 32-byte sector of memory."""
+
 MIN_SPLIT_KEYS = 256
 """Below this a split costs more than it saves. On an H100 (8 KV heads of 128, bf16), one row of 129 keys takes 7.5 us
 unsplit and 8.5 us in splits of 64, eight such rows 7.8 and 10.9 us, one row of 1,024 keys 12.4 and 16.8 us."""

@@ -1,16 +1,19 @@
 """Triton kernels of `attention_plan` and `paged_attention`.
 
 Shapes in the kernels: R rows, I items, M (token, query head) pairs of a tile, K keys of one inner iteration, D head
-size padded to a power of two, S splits combined at once.
+size padded to a power of two, P pairs and S splits combined at once.
 """
+
+from dataclasses import dataclass
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from stepgraph.ops.attention.geometry import KV_BLOCK
+from stepgraph.ops.attention.geometry import ITEM_SIZE, KV_BLOCK
 from stepgraph.ops.capacity import row_capacity
+from stepgraph.ops.dependent_launch import LAUNCH, wait_for_previous
 
 LOG2_E = 1.4426950408889634
 KEY_BYTES = 16 * 1024
@@ -18,8 +21,26 @@ KEY_BYTES = 16 * 1024
 and two programs shall fit a multiprocessor."""
 
 
+@dataclass(frozen=True)
+class Launch:
+    """What the sizes of a launch leave open."""
+
+    keys: int  # of one inner iteration; divides KV_BLOCK
+    num_warps: int
+    num_stages: int
+
+
+def launch_of(tile: int, block_dim: int, dtype: torch.dtype) -> Launch:
+    """For tiles of this height, a padded head size and the dtype of queries."""
+    keys = max(16, min(KV_BLOCK, KEY_BYTES // (block_dim * dtype.itemsize)))
+    if tile == 16:
+        return Launch(keys, num_warps=4, num_stages=5)
+    return Launch(keys, num_warps=8 if block_dim > 128 or dtype == torch.float32 else 4, num_stages=3)
+
+
 @triton.jit(do_not_specialize=["num_rows", "split_target", "num_counters"])
 def _plan_kernel(
+    row_slot_ptr,
     query_start_ptr,
     kv_len_ptr,
     items_ptr,
@@ -33,6 +54,7 @@ def _plan_kernel(
     KV_BLOCK: tl.constexpr,
     MIN_SPLIT_KEYS: tl.constexpr,
     WINDOW: tl.constexpr,  # 0: full attention
+    ITEM: tl.constexpr,  # numbers per item
     ROWS: tl.constexpr,  # at least num_rows
     BLOCK: tl.constexpr,  # items or counters written at once
 ):
@@ -66,20 +88,28 @@ def _plan_kernel(
     first_partial = tl.sum(tl.where((row_R < row) & (splits_R > 1), items_R, 0), axis=0)
     tiles = tl.sum(tl.where(row_R == row, tiles_R, 0), axis=0)
     splits = tl.sum(tl.where(row_R == row, splits_R, 0), axis=0)
+    slot = tl.load(row_slot_ptr + row)
+    query_start = tl.load(query_start_ptr + row)
+    query_len = tl.load(query_start_ptr + row + 1) - query_start
+    kv_len = tl.load(kv_len_ptr + row)
     for first in range(0, tiles * splits, BLOCK):
         item_I = first + tl.arange(0, BLOCK)
         inside_I = item_I < tiles * splits
         # The last tile of a row sees the most keys: heaviest first.
         tile_I = item_I // splits
         partial_I = tl.where(splits > 1, first_partial + tile_I * splits, -1)
-        target_I = items_ptr + (first_item + item_I) * 4
-        tl.store(target_I, row, mask=inside_I)
-        tl.store(target_I + 1, tiles - 1 - tile_I, mask=inside_I)
-        tl.store(target_I + 2, item_I % splits, mask=inside_I)
-        tl.store(target_I + 3, partial_I, mask=inside_I)
+        target_I = items_ptr + (first_item + item_I) * ITEM
+        tl.store(target_I, slot, mask=inside_I)
+        tl.store(target_I + 1, query_start, mask=inside_I)
+        tl.store(target_I + 2, query_len, mask=inside_I)
+        tl.store(target_I + 3, kv_len, mask=inside_I)
+        tl.store(target_I + 4, tiles - 1 - tile_I, mask=inside_I)
+        tl.store(target_I + 5, item_I % splits, mask=inside_I)
+        tl.store(target_I + 6, partial_I, mask=inside_I)
 
 
 def attention_plan(
+    row_slot: Tensor,
     query_start: Tensor,
     kv_len: Tensor,
     num_heads: int,
@@ -94,11 +124,12 @@ def attention_plan(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """See `stepgraph.ops.attention.attention_plan`."""
     num_rows = kv_len.shape[0]
-    items = kv_len.new_empty(max_items, 4)
+    items = kv_len.new_empty(max_items, ITEM_SIZE)
     header = kv_len.new_empty(2)
     partials = kv_len.new_empty(max_partials, num_kv_heads, tile, head_dim + 2, dtype=torch.float32)
     counters = kv_len.new_empty(max_partials, num_kv_heads)
     _plan_kernel[(num_rows,)](
+        row_slot,
         query_start,
         kv_len,
         items,
@@ -112,6 +143,7 @@ def attention_plan(
         KV_BLOCK=KV_BLOCK,
         MIN_SPLIT_KEYS=min_split_keys,
         WINDOW=window,
+        ITEM=ITEM_SIZE,
         ROWS=row_capacity(num_rows),
         BLOCK=128,
         num_warps=4,
@@ -177,6 +209,7 @@ def _attend(
             block_K = tl.load(table_ptr + key_K // BLOCK_SIZE)
         slot_K = block_K.to(tl.int64) * BLOCK_SIZE + key_K % BLOCK_SIZE
         k_KD = _load_keys(k_head_ptr, slot_K, key_K, first_key, end, LINE, D, BLOCK_D, WINDOW, MASKED)
+        v_KD = _load_keys(v_head_ptr, slot_K, key_K, first_key, end, LINE, D, BLOCK_D, WINDOW, MASKED)
         score_MK = tl.dot(q_MD, tl.trans(k_KD.to(q_MD.dtype)), input_precision="ieee")
         if MASKED:
             seen_MK = key_K[None, :] <= position_M[:, None]
@@ -189,7 +222,6 @@ def _attend(
         weight_MK = tl.exp2(score_MK * scale_log2 - reference_M[:, None])
         decay_M = tl.exp2(max_M - reference_M)
         sum_M = sum_M * decay_M + tl.sum(weight_MK, axis=1)
-        v_KD = _load_keys(v_head_ptr, slot_K, key_K, first_key, end, LINE, D, BLOCK_D, WINDOW, MASKED)
         acc_MD = tl.dot(
             weight_MK.to(q_MD.dtype), v_KD.to(q_MD.dtype), acc=acc_MD * decay_M[:, None], input_precision="ieee"
         )
@@ -202,43 +234,73 @@ def _combine(
     tile_ptr,
     part_stride,
     num_parts,
+    out_ptr,
+    query_start,
+    first_pair,
+    num_pairs,
+    kv_head,
+    G: tl.constexpr,
+    GROUP: tl.constexpr,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
-    TILE: tl.constexpr,
-    WINDOW: tl.constexpr,
+    PAIRS: tl.constexpr,
     SPLITS: tl.constexpr,
 ):
-    """Normalised output [M, D] of a tile from its partial results, in split order whatever order they were made in.
+    """Write the normalised output of a tile from its partial results, in split order whatever order they were made in.
 
     Other multiprocessors wrote them: reads bypass L1 (.cg), which rules out the pipeliner's asynchronous copies too.
     """
-    row_M = tl.arange(0, TILE)
     dim_D = tl.arange(0, BLOCK_D)
-    max_M = tl.full([TILE], float("-inf"), tl.float32)
-    sum_M = tl.zeros([TILE], tl.float32)
-    acc_MD = tl.zeros([TILE, BLOCK_D], tl.float32)
-    for first in tl.range(0, num_parts, SPLITS, num_stages=1):
-        part_S = first + tl.arange(0, SPLITS)
-        inside_S1 = (part_S < num_parts)[:, None]
-        row_SM = tile_ptr + part_S[:, None] * part_stride + row_M[None, :] * (D + 2)
-        part_max_SM = tl.load(row_SM + D, mask=inside_S1, other=float("-inf"), cache_modifier=".cg")
-        part_sum_SM = tl.load(row_SM + D + 1, mask=inside_S1, other=0.0, cache_modifier=".cg")
-        part_SMD = tl.load(
-            row_SM[:, :, None] + dim_D[None, None, :],
-            mask=inside_S1[:, :, None] & (dim_D < D)[None, None, :],
-            other=0.0,
-            cache_modifier=".cg",
-        )
-        new_max_M = tl.maximum(max_M, tl.max(part_max_SM, axis=0))
-        reference_M = new_max_M  # finite without a window: every query sees key 0, in the first split
-        if WINDOW > 0:
-            reference_M = tl.where(new_max_M == float("-inf"), 0.0, new_max_M)
-        decay_M = tl.exp2(max_M - reference_M)
-        weight_SM = tl.exp2(part_max_SM - reference_M[None, :])
-        sum_M = sum_M * decay_M + tl.sum(part_sum_SM * weight_SM, axis=0)
-        acc_MD = acc_MD * decay_M[:, None] + tl.sum(part_SMD * weight_SM[:, :, None], axis=0)
-        max_M = new_max_M
-    return acc_MD / sum_M[:, None]
+    for first in tl.range(0, num_pairs, PAIRS, num_stages=1):
+        pair_P = first + tl.arange(0, PAIRS)
+        inside_P = pair_P < num_pairs
+        max_P = tl.full([PAIRS], float("-inf"), tl.float32)
+        sum_P = tl.zeros([PAIRS], tl.float32)
+        acc_PD = tl.zeros([PAIRS, BLOCK_D], tl.float32)
+        for first_part in tl.range(0, num_parts, SPLITS, num_stages=1):
+            part_S = first_part + tl.arange(0, SPLITS)
+            inside_SP = (part_S < num_parts)[:, None] & inside_P[None, :]
+            pair_SP = tile_ptr + part_S[:, None] * part_stride + pair_P[None, :] * (D + 2)
+            part_max_SP = tl.load(pair_SP + D, mask=inside_SP, other=float("-inf"), cache_modifier=".cg")
+            part_sum_SP = tl.load(pair_SP + D + 1, mask=inside_SP, other=0.0, cache_modifier=".cg")
+            part_SPD = tl.load(
+                pair_SP[:, :, None] + dim_D[None, None, :],
+                mask=inside_SP[:, :, None] & (dim_D < D)[None, None, :],
+                other=0.0,
+                cache_modifier=".cg",
+            )
+            new_max_P = tl.maximum(max_P, tl.max(part_max_SP, axis=0))
+            # Finite for every query, which sees key 0, in the first split; not under a window, nor for pairs that are none.
+            reference_P = tl.where(new_max_P == float("-inf"), 0.0, new_max_P)
+            decay_P = tl.exp2(max_P - reference_P)
+            weight_SP = tl.exp2(part_max_SP - reference_P[None, :])
+            sum_P = sum_P * decay_P + tl.sum(part_sum_SP * weight_SP, axis=0)
+            acc_PD = acc_PD * decay_P[:, None] + tl.sum(part_SPD * weight_SP[:, :, None], axis=0)
+            max_P = new_max_P
+        line_P = _line(query_start, first_pair + pair_P, kv_head, G, GROUP)
+        out_PD = (acc_PD / sum_P[:, None]).to(out_ptr.dtype.element_ty)
+        tl.store(out_ptr + line_P[:, None] * D + dim_D[None, :], out_PD, mask=inside_P[:, None] & (dim_D < D)[None, :])
+
+
+@triton.jit
+def _line(query_start, pair, kv_head, G: tl.constexpr, GROUP: tl.constexpr):
+    """Which line of [T · H, D] holds a row's (token, query head of the group) pair."""
+    return (query_start + pair // GROUP).to(tl.int64) * (G * GROUP) + kv_head * GROUP + pair % GROUP
+
+
+@triton.jit
+def _load_item(items_ptr, item, is_item, ITEM: tl.constexpr):
+    """What `_plan_kernel` stored; zeros if `is_item` is false."""
+    item_ptr = items_ptr + item * ITEM
+    return (
+        tl.load(item_ptr, mask=is_item, other=0),
+        tl.load(item_ptr + 1, mask=is_item, other=0),
+        tl.load(item_ptr + 2, mask=is_item, other=0),
+        tl.load(item_ptr + 3, mask=is_item, other=0),
+        tl.load(item_ptr + 4, mask=is_item, other=0),
+        tl.load(item_ptr + 5, mask=is_item, other=0),
+        tl.load(item_ptr + 6, mask=is_item, other=0),
+    )
 
 
 @triton.jit(do_not_specialize=["table_width"])
@@ -247,9 +309,6 @@ def _attention_kernel(
     k_cache_ptr,
     v_cache_ptr,
     block_table_ptr,
-    row_slot_ptr,
-    query_start_ptr,
-    kv_len_ptr,
     items_ptr,
     header_ptr,
     partials_ptr,
@@ -265,93 +324,100 @@ def _attention_kernel(
     TILE: tl.constexpr,
     KEYS: tl.constexpr,  # of one inner iteration
     WINDOW: tl.constexpr,  # 0: full attention
+    ITEM: tl.constexpr,  # numbers per item
+    PAIRS: tl.constexpr,  # of a tile, combined at once
+    SPLITS: tl.constexpr,  # likewise
 ):
     program = tl.program_id(0)
     num_programs = tl.num_programs(0)
     num_work = tl.load(header_ptr) * G
     keys_per_split = tl.load(header_ptr + 1)
-    row_M = tl.arange(0, TILE)
+    pair_M = tl.arange(0, TILE)
     dim_D = tl.arange(0, BLOCK_D)
-    for turn in range(tl.cdiv(num_work, num_programs)):
-        # Items come heaviest first: going back and forth gives who had the heaviest the lightest next.
-        work = turn * num_programs + tl.where(turn % 2 == 0, program, num_programs - 1 - program)
-        if work < num_work:
-            kv_head = work % G
-            item_ptr = items_ptr + work // G * 4
-            row = tl.load(item_ptr)
-            tile = tl.load(item_ptr + 1)
-            split = tl.load(item_ptr + 2)
-            first_partial = tl.load(item_ptr + 3)
-            query_start = tl.load(query_start_ptr + row)
-            query_len = tl.load(query_start_ptr + row + 1) - query_start
-            context_len = tl.load(kv_len_ptr + row) - query_len
+    work = program
+    slot, query_start, query_len, kv_len, tile, split, first_partial = _load_item(
+        items_ptr, work // G, work < num_work, ITEM
+    )
+    wait_for_previous()  # the plan is older
+    turn = 0
+    while work < num_work:
+        kv_head = work % G
+        context_len = kv_len - query_len
+        first_pair = tile * TILE
+        first_token = first_pair // GROUP
+        last_token = tl.minimum((first_pair + TILE - 1) // GROUP, query_len - 1)
+        visible = context_len + last_token + 1
+        first_key = 0
+        if WINDOW > 0:
+            first_key = tl.maximum(context_len + first_token - WINDOW + 1, 0)
+        tile_begin = first_key // KEYS * KEYS
+        begin = tile_begin + split * keys_per_split
+        if begin < visible:
+            end = tl.minimum(begin + keys_per_split, visible)
 
-            first_token = tile * TILE // GROUP
-            last_token = tl.minimum((tile * TILE + TILE - 1) // GROUP, query_len - 1)
-            visible = context_len + last_token + 1
-            first_key = 0
-            if WINDOW > 0:
-                first_key = tl.maximum(context_len + first_token - WINDOW + 1, 0)
-            tile_begin = first_key // KEYS * KEYS
-            begin = tile_begin + split * keys_per_split
-            if begin < visible:
-                end = tl.minimum(begin + keys_per_split, visible)
+            token_M = (first_pair + pair_M) // GROUP
+            position_M = context_len + token_M
+            line_M = _line(query_start, first_pair + pair_M, kv_head, G, GROUP)
+            inside_MD = (token_M < query_len)[:, None] & (dim_D < D)[None, :]
+            offset_MD = line_M[:, None] * D + dim_D[None, :]
+            q_MD = tl.load(q_ptr + offset_MD, mask=inside_MD, other=0.0)
 
-                pair_M = tile * TILE + row_M
-                token_M = pair_M // GROUP
-                position_M = context_len + token_M
-                line_M = (query_start + token_M).to(tl.int64) * (G * GROUP) + kv_head * GROUP + pair_M % GROUP
-                inside_MD = (token_M < query_len)[:, None] & (dim_D < D)[None, :]
-                offset_MD = line_M[:, None] * D + dim_D[None, :]
-                q_MD = tl.load(q_ptr + offset_MD, mask=inside_MD, other=0.0)
-
-                table_ptr = block_table_ptr + tl.load(row_slot_ptr + row).to(tl.int64) * table_width
-                k_head_ptr = k_cache_ptr + kv_head * D
-                v_head_ptr = v_cache_ptr + kv_head * D
-                acc_MD = tl.zeros([TILE, BLOCK_D], tl.float32)
-                max_M = tl.full([TILE], float("-inf"), tl.float32)
-                sum_M = tl.zeros([TILE], tl.float32)
-                masked_from = begin
-                if (
-                    TILE > 16
-                ):  # a decode tile waits for memory: masks are free, draining the pipeline between two loops is not
-                    unmasked_from = begin
-                    if WINDOW > 0:
-                        last_window = context_len + last_token - WINDOW + 1  # start of the last query's
-                        unmasked_from += tl.cdiv(tl.maximum(last_window - begin, 0), KEYS) * KEYS
-                        unmasked_from = tl.minimum(unmasked_from, end)
-                        acc_MD, max_M, sum_M = _attend(
-                            q_MD, acc_MD, max_M, sum_M, position_M, first_key, begin, unmasked_from, table_ptr, k_head_ptr,
-                            v_head_ptr, scale_log2, G * D, D, BLOCK_D, BLOCK_SIZE, KEYS, WINDOW, MASKED=True,
-                        )  # fmt: skip
-                    seen_by_all = tl.maximum(tl.minimum(end, context_len + first_token + 1), unmasked_from)
-                    masked_from = unmasked_from + (seen_by_all - unmasked_from) // KEYS * KEYS
+            table_ptr = block_table_ptr + slot.to(tl.int64) * table_width
+            k_head_ptr = k_cache_ptr + kv_head * D
+            v_head_ptr = v_cache_ptr + kv_head * D
+            acc_MD = tl.zeros([TILE, BLOCK_D], tl.float32)
+            max_M = tl.full([TILE], float("-inf"), tl.float32)
+            sum_M = tl.zeros([TILE], tl.float32)
+            masked_from = begin
+            if (
+                TILE > 16
+            ):  # a decode tile waits for memory: masks are free, draining the pipeline between two loops is not
+                unmasked_from = begin
+                if WINDOW > 0:
+                    last_window = context_len + last_token - WINDOW + 1  # start of the last query's
+                    unmasked_from += tl.cdiv(tl.maximum(last_window - begin, 0), KEYS) * KEYS
+                    unmasked_from = tl.minimum(unmasked_from, end)
                     acc_MD, max_M, sum_M = _attend(
-                        q_MD, acc_MD, max_M, sum_M, position_M, first_key, unmasked_from, masked_from, table_ptr, k_head_ptr,
-                        v_head_ptr, scale_log2, G * D, D, BLOCK_D, BLOCK_SIZE, KEYS, WINDOW, MASKED=False,
+                        q_MD, acc_MD, max_M, sum_M, position_M, first_key, begin, unmasked_from, table_ptr, k_head_ptr,
+                        v_head_ptr, scale_log2, G * D, D, BLOCK_D, BLOCK_SIZE, KEYS, WINDOW, MASKED=True,
                     )  # fmt: skip
+                seen_by_all = tl.maximum(tl.minimum(end, context_len + first_token + 1), unmasked_from)
+                masked_from = unmasked_from + (seen_by_all - unmasked_from) // KEYS * KEYS
                 acc_MD, max_M, sum_M = _attend(
-                    q_MD, acc_MD, max_M, sum_M, position_M, first_key, masked_from, end, table_ptr, k_head_ptr,
-                    v_head_ptr, scale_log2, G * D, D, BLOCK_D, BLOCK_SIZE, KEYS, WINDOW, MASKED=True,
+                    q_MD, acc_MD, max_M, sum_M, position_M, first_key, unmasked_from, masked_from, table_ptr, k_head_ptr,
+                    v_head_ptr, scale_log2, G * D, D, BLOCK_D, BLOCK_SIZE, KEYS, WINDOW, MASKED=False,
                 )  # fmt: skip
+            acc_MD, max_M, sum_M = _attend(
+                q_MD, acc_MD, max_M, sum_M, position_M, first_key, masked_from, end, table_ptr, k_head_ptr,
+                v_head_ptr, scale_log2, G * D, D, BLOCK_D, BLOCK_SIZE, KEYS, WINDOW, MASKED=True,
+            )  # fmt: skip
 
-                num_parts = tl.cdiv(visible - tile_begin, keys_per_split)
-                if num_parts == 1:
-                    out_MD = acc_MD / sum_M[:, None]
-                    tl.store(out_ptr + offset_MD, out_MD.to(out_ptr.dtype.element_ty), mask=inside_MD)
-                else:
-                    part_stride = G * TILE * (D + 2)
-                    tile_ptr = partials_ptr + (first_partial * G + kv_head).to(tl.int64) * (TILE * (D + 2))
-                    part_M = tile_ptr + split * part_stride + row_M * (D + 2)
-                    tl.store(part_M[:, None] + dim_D[None, :], acc_MD, mask=(dim_D < D)[None, :])
-                    tl.store(part_M + D, max_M)
-                    tl.store(part_M + D + 1, sum_M)
-                    tl.debug_barrier()  # all threads have stored before one of them says so
-                    counter_ptr = counters_ptr + first_partial * G + kv_head
-                    if tl.atomic_add(counter_ptr, 1, sem="acq_rel", scope="gpu") == num_parts - 1:
-                        tl.store(counter_ptr, 0)
-                        out_MD = _combine(tile_ptr, part_stride, num_parts, D, BLOCK_D, TILE, WINDOW, SPLITS=64 // TILE)
-                        tl.store(out_ptr + offset_MD, out_MD.to(out_ptr.dtype.element_ty), mask=inside_MD)
+            num_parts = tl.cdiv(visible - tile_begin, keys_per_split)
+            if num_parts == 1:
+                out_MD = acc_MD / sum_M[:, None]
+                tl.store(out_ptr + offset_MD, out_MD.to(out_ptr.dtype.element_ty), mask=inside_MD)
+            else:
+                part_stride = G * TILE * (D + 2)
+                tile_ptr = partials_ptr + (first_partial * G + kv_head).to(tl.int64) * (TILE * (D + 2))
+                part_M = tile_ptr + split * part_stride + pair_M * (D + 2)
+                tl.store(part_M[:, None] + dim_D[None, :], acc_MD, mask=inside_MD)
+                tl.store(part_M + D, max_M)
+                tl.store(part_M + D + 1, sum_M)
+                tl.debug_barrier()  # all threads have stored before one of them says so
+                counter_ptr = counters_ptr + first_partial * G + kv_head
+                if tl.atomic_add(counter_ptr, 1, sem="acq_rel", scope="gpu") == num_parts - 1:
+                    tl.store(counter_ptr, 0)
+                    num_pairs = tl.minimum(TILE, query_len * GROUP - first_pair)
+                    _combine(
+                        tile_ptr, part_stride, num_parts, out_ptr, query_start, first_pair, num_pairs, kv_head,
+                        G, GROUP, D, BLOCK_D, PAIRS, SPLITS,
+                    )  # fmt: skip
+        # Items come heaviest first: going back and forth gives who had the heaviest the lightest next.
+        turn += 1
+        work = turn * num_programs + tl.where(turn % 2 == 0, program, num_programs - 1 - program)
+        slot, query_start, query_len, kv_len, tile, split, first_partial = _load_item(
+            items_ptr, work // G, work < num_work, ITEM
+        )
 
 
 def paged_attention(
@@ -377,15 +443,14 @@ def paged_attention(
     block_size, num_kv_heads = k_cache.shape[1:3]
     out = q.new_empty(num_tokens, num_heads * head_dim)
     block_dim = max(16, triton.next_power_of_2(head_dim))
-    keys = max(16, min(KV_BLOCK, KEY_BYTES // (block_dim * q.element_size())))
+    group = num_heads // num_kv_heads
+    pairs = min(tile, triton.next_power_of_2(group))
+    launch = launch_of(tile, block_dim, q.dtype)
     _attention_kernel[(num_programs,)](
         q,
         k_cache,
         v_cache,
         block_table,
-        row_slot,
-        query_start,
-        kv_len,
         items,
         header,
         partials,
@@ -394,14 +459,18 @@ def paged_attention(
         block_table.stride(0),
         scale * LOG2_E,
         G=num_kv_heads,
-        GROUP=num_heads // num_kv_heads,
+        GROUP=group,
         D=head_dim,
         BLOCK_D=block_dim,
         BLOCK_SIZE=block_size,
         TILE=tile,
-        KEYS=keys,
+        KEYS=launch.keys,
         WINDOW=window,
-        num_warps=8 if tile > 16 and (block_dim > 128 or q.dtype == torch.float32) else 4,
-        num_stages=5 if tile == 16 else 3,
+        ITEM=ITEM_SIZE,
+        PAIRS=pairs,
+        SPLITS=max(1, 64 // pairs),
+        num_warps=launch.num_warps,
+        num_stages=launch.num_stages,
+        **LAUNCH,
     )
     return out

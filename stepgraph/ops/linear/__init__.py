@@ -3,6 +3,9 @@
 `linear` is the library's product, except where it is slow: for a handful of tokens the product is a read of the weight, and
 a kernel that only streams it gets closer to the memory's bandwidth. Both choose how they add up by the number of tokens, so
 a token's result changes in its last bits with the tokens beside it. `linear_by_row` has none of that, and is slower.
+
+`linear_add`, `norm_linear` and `norm_gated_linear` are a product with what comes after or before it, which costs one token
+about as much time as half a product.
 """
 
 from torch import Tensor
@@ -22,6 +25,27 @@ _linear_out = register(
     cpu=cpu.linear_out,
     fake=lambda *_: None,
     cuda="stepgraph.ops.linear.triton:linear_out",
+    inline_on_cpu=True,
+)
+_linear_add = register(
+    "linear_add(Tensor x, Tensor weight, Tensor? bias, Tensor(a!) residual, float multiplier) -> ()",
+    cpu=cpu.linear_add,
+    fake=lambda *_: None,
+    cuda="stepgraph.ops.linear.triton:linear_add",
+    inline_on_cpu=True,
+)
+_norm_linear = register(
+    "norm_linear(Tensor x, Tensor norm_weight, float eps, Tensor weight, Tensor? bias) -> Tensor",
+    cpu=cpu.norm_linear,
+    fake=lambda x, norm_weight, eps, weight, bias: x.new_empty(x.shape[0], weight.shape[0]),
+    cuda="stepgraph.ops.linear.triton:norm_linear",
+    inline_on_cpu=True,
+)
+_norm_gated_linear = register(
+    "norm_gated_linear(Tensor x, Tensor norm_weight, float eps, Tensor weight, bool gelu) -> Tensor",
+    cpu=cpu.norm_gated_linear,
+    fake=lambda x, norm_weight, eps, weight, gelu: x.new_empty(x.shape[0], weight.shape[0] // 2),
+    cuda="stepgraph.ops.linear.triton:norm_gated_linear",
     inline_on_cpu=True,
 )
 _linear_by_row = register(
@@ -51,6 +75,50 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor | None = 
     assert bias is None
     _linear_out(x, weight, out)
     return out
+
+
+def linear_add(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor, multiplier: float = 1.0) -> None:
+    """``residual += multiplier · (x @ weight.T + bias)`` in place. May run inside a graph.
+
+    Args:
+        x: [T, K] bfloat16, float16 or float32, contiguous.
+        weight: [N, K], same dtype, contiguous.
+        bias: [N] or None.
+        residual: [T, N], same dtype, contiguous; updated. Whether the product is rounded before it is added depends on the
+            number of tokens.
+        multiplier: applied in float32.
+    """
+    _linear_add(x, weight, bias, residual, multiplier)
+
+
+def norm_linear(x: Tensor, norm_weight: Tensor, eps: float, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """`linear` of `rms_norm`. May run inside a graph.
+
+    Args:
+        x: [T, K] bfloat16, float16 or float32, contiguous.
+        norm_weight, eps: [K], as of `rms_norm`.
+        weight: [N, K], dtype of `x`, contiguous.
+        bias: [N] or None.
+
+    Returns:
+        [T, N], dtype of `x`.
+    """
+    return _norm_linear(x, norm_weight, eps, weight, bias)
+
+
+def norm_gated_linear(x: Tensor, norm_weight: Tensor, eps: float, weight: Tensor, *, gelu: bool) -> Tensor:
+    """`swiglu`, or `geglu`, of `linear` of `rms_norm`. May run inside a graph.
+
+    Args:
+        x: [T, K] bfloat16, float16 or float32, contiguous.
+        norm_weight, eps: [K], as of `rms_norm`.
+        weight: [2N, K], dtype of `x`, contiguous; the gate's in the first half.
+        gelu: which activation.
+
+    Returns:
+        [T, N], dtype of `x`.
+    """
+    return _norm_gated_linear(x, norm_weight, eps, weight, gelu)
 
 
 def linear_by_row(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor | None = None) -> Tensor:

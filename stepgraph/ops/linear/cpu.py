@@ -13,6 +13,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from stepgraph.ops.rms_norm.reference import rms_norm
+from stepgraph.ops.swiglu.reference import geglu, swiglu
+
 MAX_FEW_TOKENS = 4
 """On two cores with AVX-512, MKL, the float32 weights of SmolLM2's layers and of its head, ms for 1, 2, 4 and 6 tokens: 26.1,
 55.6, 52.7, 41.3 and 7.3, 15.4, 13.1, 15.4 for `F.linear`; with the weight on the left 24.6 (as two), 24.6, 26.3, 39.8 and 3.7,
@@ -32,6 +35,24 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 def linear_out(x: Tensor, weight: Tensor, out: Tensor) -> None:
     """See `stepgraph.ops.linear.linear`."""
     out.copy_(linear(x, weight, None))
+
+
+def linear_add(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor, multiplier: float) -> None:
+    """See `stepgraph.ops.linear.linear_add`."""
+    product = linear(x, weight, bias)
+    residual.add_(
+        product if multiplier == 1.0 else product.float() * multiplier
+    )  # `alpha` of 16 bits rounds by position
+
+
+def norm_linear(x: Tensor, norm_weight: Tensor, eps: float, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """See `stepgraph.ops.linear.norm_linear`."""
+    return linear(rms_norm(x, norm_weight, eps), weight, bias)
+
+
+def norm_gated_linear(x: Tensor, norm_weight: Tensor, eps: float, weight: Tensor, gelu: bool) -> Tensor:
+    """See `stepgraph.ops.linear.norm_gated_linear`."""
+    return (geglu if gelu else swiglu)(norm_linear(x, norm_weight, eps, weight, None))
 
 
 def linear_by_row(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:

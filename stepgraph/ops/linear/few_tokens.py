@@ -17,6 +17,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from stepgraph.ops.dependent_launch import LAUNCH, wait_for_previous
+from stepgraph.ops.linear.ends import STORE, finish
+
 MAX_TOKENS = 32
 """Beyond, no tile was faster than the library by more than a few percent."""
 HEAD_OUTPUTS = 1 << 16
@@ -54,9 +57,11 @@ def _few_tokens_kernel(
     weight_ptr,
     bias_ptr,
     out_ptr,
+    multiplier,
     T,
     N,
     K,
+    END: tl.constexpr,  # what becomes of the product, see `ends`
     BLOCK_T: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -72,18 +77,22 @@ def _few_tokens_kernel(
     weight_SNK = weight_ptr + output_N.to(tl.int64)[None, :, None] * K + input_SK[:, None, :]
     x_SKT = x_ptr + token_T[None, None, :] * K + input_SK[:, :, None]
     sum_SNT = tl.zeros([SLICES, BLOCK_N, BLOCK_T], tl.float32)
+    up_SNT = tl.zeros([SLICES, BLOCK_N, BLOCK_T], tl.float32)
+    is_gated: tl.constexpr = END == "swiglu" or END == "geglu"
+    wait_for_previous()
     for start in tl.range(0, K, SLICES * BLOCK_K, num_stages=STAGES):
         inside_SK = start + input_SK < K
-        sum_SNT = tl.dot(
-            tl.load(weight_SNK + start, mask=inside_N[None, :, None] & inside_SK[:, None, :], other=0.0),
-            tl.load(x_SKT + start, mask=inside_SK[:, :, None] & inside_T[None, None, :], other=0.0),
-            sum_SNT,
-        )
+        inside_SNK = inside_N[None, :, None] & inside_SK[:, None, :]
+        x = tl.load(x_SKT + start, mask=inside_SK[:, :, None] & inside_T[None, None, :], other=0.0)
+        sum_SNT = tl.dot(tl.load(weight_SNK + start, mask=inside_SNK, other=0.0), x, sum_SNT)
+        if is_gated:
+            up_weight_SNK = tl.load(weight_SNK + tl.cast(N, tl.int64) * K + start, mask=inside_SNK, other=0.0)
+            up_SNT = tl.dot(up_weight_SNK, x, up_SNT)
     sum_NT = tl.sum(sum_SNT, axis=0)
     if bias_ptr is not None:
         sum_NT += tl.load(bias_ptr + output_N, mask=inside_N, other=0.0).to(tl.float32)[:, None]
     out_NT = out_ptr + token_T[None, :] * N + output_N[:, None]
-    tl.store(out_NT, sum_NT.to(out_ptr.dtype.element_ty), mask=inside_N[:, None] & inside_T[None, :])
+    finish(out_NT, sum_NT, tl.sum(up_SNT, axis=0), multiplier, inside_N[:, None] & inside_T[None, :], END)
 
 
 def choose_tile(x: Tensor, outputs: int) -> Tile | None:
@@ -108,29 +117,36 @@ def choose_tile(x: Tensor, outputs: int) -> Tile | None:
     return Tile(outputs=8, inputs=256, slices=4, num_stages=3)
 
 
-def multiply(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, tile: Tile) -> None:
-    """Write `x @ weight.T + bias`, accumulated in float32, into `out`. May run inside a graph.
+def multiply(
+    x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, tile: Tile, end: str = STORE, multiplier: float = 1.0
+) -> None:
+    """Write `x @ weight.T + bias`, accumulated in float32, into `out`, or what `end` makes of it. May run inside a graph.
 
     Args:
         x: [T, K] bfloat16 or float16, contiguous. All tokens are in one tile: of more than 64, registers overflow.
-        weight: [N, K], same dtype, contiguous.
-        bias: [N] or None.
-        out: [T, N], dtype of `x`, contiguous; overwritten.
+        weight: [N, K], same dtype, contiguous; [2N, K] if `end` is an activation.
+        bias: [N] or None; None if `end` is an activation.
+        out: [T, N], dtype of `x`, contiguous; overwritten, or added to.
         tile: of each program.
+        end: see `stepgraph.ops.linear.ends`.
+        multiplier: of what is added.
     """
-    (tokens, inputs), outputs = x.shape, weight.shape[0]
+    (tokens, inputs), outputs = x.shape, out.shape[1]
     _few_tokens_kernel[(triton.cdiv(outputs, tile.outputs),)](
         x,
         weight,
         bias,
         out,
+        multiplier,
         tokens,
         outputs,
         inputs,
+        END=end,
         BLOCK_T=tile.tokens(tokens),
         BLOCK_N=tile.outputs,
         BLOCK_K=tile.inputs,
         SLICES=tile.slices,
         STAGES=tile.num_stages,
         num_warps=tile.slices,
+        **LAUNCH,
     )

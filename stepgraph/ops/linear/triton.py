@@ -1,5 +1,5 @@
-"""CUDA kernels of `linear`, which streams the weight once for one or two tokens, leaves some more to `few_tokens` and the rest
-to the library, and of `linear_by_row`.
+"""CUDA kernels of `linear` and its fused forms, which stream the weight once for one or two tokens, leave some more to
+`few_tokens` and the rest to the library, and of `linear_by_row`.
 
 Shapes: T tokens, N outputs, K inputs.
 """
@@ -12,7 +12,11 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn import functional as F
 
+from stepgraph.ops.dependent_launch import LAUNCH, wait_for_previous
 from stepgraph.ops.linear import few_tokens
+from stepgraph.ops.linear.ends import ADD, GEGLU, STORE, SWIGLU, finish
+from stepgraph.ops.rms_norm.triton import normalise, rms_norm
+from stepgraph.ops.swiglu.triton import geglu, swiglu
 
 MAX_STREAMED_TOKENS = 2
 """Up to this many tokens streaming beats the library's kernels: on an H100, one token times the four weights of a
@@ -20,64 +24,161 @@ Qwen3-0.6B layer takes 4.8 + 3.5 + 6.1 + 4.7 us against 5.9 + 6.0 + 7.2 + 7.9 us
 at four tokens the arithmetic in its inner loop takes longer than the memory, and the two are even."""
 
 
+STREAMED_BYTES = 8 * 1024
+"""Of weight under way per program."""
+MAX_STREAMED_INPUTS = 4096
+"""Read at once; more in turn."""
+
+
 @triton.jit(do_not_specialize=["N"])
 def _stream_kernel(
     x_ptr,
+    norm_ptr,  # None: x as it is; else K ≤ BLOCK_K
     weight_ptr,
     bias_ptr,
     out_ptr,
+    eps,
+    multiplier,
     N,
+    END: tl.constexpr,  # what becomes of the product, see `ends`
     TOKENS: tl.constexpr,
     K: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """One program per BLOCK_N outputs. Loops are unrolled, so that all of its loads are under way at once."""
+    """One program per BLOCK_N outputs. Loops are unrolled, so that all of its loads are under way at once; those of the first
+    weights are before the previous kernel ends."""
+    is_gated: tl.constexpr = END == "swiglu" or END == "geglu"
     output_N = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     inside_N = output_N < N
     input_K = tl.arange(0, BLOCK_K)
     token_T = tl.arange(0, TOKENS)
-    weight_N1 = weight_ptr + output_N.to(tl.int64)[:, None] * K
+    weight_NK = weight_ptr + output_N.to(tl.int64)[:, None] * K + input_K[None, :]
+    up_NK = weight_NK + tl.cast(N, tl.int64) * K
+    first_inside_NK = inside_N[:, None] & (input_K < K)[None, :]
+    first_NK = tl.load(weight_NK, mask=first_inside_NK, other=0.0)
+    if is_gated:
+        first_up_NK = tl.load(up_NK, mask=first_inside_NK, other=0.0)
+    if norm_ptr is not None:
+        norm_K = tl.load(norm_ptr + input_K, mask=input_K < K, other=0.0)
+    wait_for_previous()
     sum_NT = tl.zeros([BLOCK_N, TOKENS], tl.float32)
+    up_NT = tl.zeros([BLOCK_N, TOKENS], tl.float32)
     for start in tl.static_range(0, K, BLOCK_K):
         inside_K = start + input_K < K
-        weight_NK = tl.load(
-            weight_N1 + start + input_K[None, :], mask=inside_N[:, None] & inside_K[None, :], other=0.0
-        ).to(tl.float32)
+        inside_NK = inside_N[:, None] & inside_K[None, :]
+        block_NK = first_NK if start == 0 else tl.load(weight_NK + start, mask=inside_NK, other=0.0)
+        if is_gated:
+            up_block_NK = first_up_NK if start == 0 else tl.load(up_NK + start, mask=inside_NK, other=0.0)
         for token in tl.static_range(TOKENS):
-            x_K = tl.load(x_ptr + token * K + start + input_K, mask=inside_K, other=0.0).to(tl.float32)
-            sum_N = tl.sum(weight_NK * x_K[None, :], axis=1)
+            x_K = tl.load(x_ptr + token * K + start + input_K, mask=inside_K, other=0.0)
+            if norm_ptr is not None:
+                x_K = normalise(x_K.to(tl.float32), norm_K, eps, K).to(x_K.dtype)
+            x_K = x_K.to(tl.float32)
+            sum_N = tl.sum(block_NK.to(tl.float32) * x_K[None, :], axis=1)
             sum_NT += tl.where(token_T[None, :] == token, sum_N[:, None], 0.0)
+            if is_gated:
+                up_N = tl.sum(up_block_NK.to(tl.float32) * x_K[None, :], axis=1)
+                up_NT += tl.where(token_T[None, :] == token, up_N[:, None], 0.0)
     if bias_ptr is not None:
         sum_NT += tl.load(bias_ptr + output_N, mask=inside_N, other=0.0).to(tl.float32)[:, None]
-    tl.store(out_ptr + token_T[None, :] * N + output_N[:, None], sum_NT, mask=inside_N[:, None])
+    finish(out_ptr + token_T[None, :] * N + output_N[:, None], sum_NT, up_NT, multiplier, inside_N[:, None], END)
+
+
+def stream(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    out: Tensor,
+    end: str = STORE,
+    multiplier: float = 1.0,
+    norm: tuple[Tensor, float] | None = None,
+) -> None:
+    """`few_tokens.multiply` for at most MAX_STREAMED_TOKENS tokens of any dtype.
+
+    Args:
+        norm: weight and eps of an RMS norm of `x`, of at most MAX_STREAMED_INPUTS inputs; None: no norm.
+    """
+    (tokens, inputs), outputs = x.shape, out.shape[1]
+    block_inputs = min(MAX_STREAMED_INPUTS, triton.next_power_of_2(inputs))
+    block_outputs = max(1, STREAMED_BYTES // (block_inputs * x.itemsize))
+    norm_weight, eps = norm or (None, 0.0)
+    _stream_kernel[(triton.cdiv(outputs, block_outputs),)](
+        x,
+        norm_weight,
+        weight,
+        bias,
+        out,
+        eps,
+        multiplier,
+        outputs,
+        END=end,
+        TOKENS=tokens,
+        K=inputs,
+        BLOCK_N=block_outputs,
+        BLOCK_K=block_inputs,
+        num_warps=8,
+        **LAUNCH,
+    )
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """See `stepgraph.ops.linear.linear`."""
-    tokens, inputs = x.shape
-    outputs = weight.shape[0]
+    tokens, outputs = x.shape[0], weight.shape[0]
     tile = few_tokens.choose_tile(x, outputs) if tokens > 1 else None
     if tile is None and tokens > MAX_STREAMED_TOKENS:
         return F.linear(x, weight, bias)
-    out = torch.empty(tokens, outputs, dtype=x.dtype, device=x.device)
+    out = x.new_empty(tokens, outputs)
     if tile is not None:
         few_tokens.multiply(x, weight, bias, out, tile)
-        return out
-    block_outputs = 4 if inputs <= 1024 else 2  # about 8 KiB of weight under way per program
-    _stream_kernel[(triton.cdiv(outputs, block_outputs),)](
-        x,
-        weight,
-        bias,
-        out,
-        outputs,
-        TOKENS=tokens,
-        K=inputs,
-        BLOCK_N=block_outputs,
-        BLOCK_K=min(2048, triton.next_power_of_2(inputs)),
-        num_warps=8,
-    )
+    else:
+        stream(x, weight, bias, out)
     return out
+
+
+def linear_add(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor, multiplier: float) -> None:
+    """See `stepgraph.ops.linear.linear_add`."""
+    tokens, outputs = x.shape[0], weight.shape[0]
+    tile = few_tokens.choose_tile(x, outputs) if tokens > 1 else None
+    if tile is not None:
+        few_tokens.multiply(x, weight, bias, residual, tile, ADD, multiplier)
+    elif tokens <= MAX_STREAMED_TOKENS:
+        stream(x, weight, bias, residual, ADD, multiplier)
+    else:
+        residual.addmm_(x, weight.t(), alpha=multiplier)
+        if bias is not None:
+            residual.add_(bias, alpha=multiplier)
+
+
+def norm_linear(x: Tensor, norm_weight: Tensor, eps: float, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """See `stepgraph.ops.linear.norm_linear`."""
+    if not _streams_with_norm(x):
+        return linear(rms_norm(x, norm_weight, eps), weight, bias)
+    out = x.new_empty(1, weight.shape[0])
+    stream(x, weight, bias, out, norm=(norm_weight, eps))
+    return out
+
+
+def norm_gated_linear(x: Tensor, norm_weight: Tensor, eps: float, weight: Tensor, gelu: bool) -> Tensor:
+    """See `stepgraph.ops.linear.norm_gated_linear`."""
+    tokens, width = x.shape[0], weight.shape[0] // 2
+    end = GEGLU if gelu else SWIGLU
+    if _streams_with_norm(x):
+        out = x.new_empty(1, width)
+        stream(x, weight, None, out, end, norm=(norm_weight, eps))
+        return out
+    normed = rms_norm(x, norm_weight, eps)
+    tile = few_tokens.choose_tile(x, 2 * width)
+    if tile is None:
+        return (geglu if gelu else swiglu)(linear(normed, weight, None))
+    out = x.new_empty(tokens, width)
+    few_tokens.multiply(normed, weight, None, out, tile, end)
+    return out
+
+
+def _streams_with_norm(x: Tensor) -> bool:
+    """Whether a program can normalise what it streams the weight for: a second token would cost another pass."""
+    return x.shape[0] == 1 and x.shape[1] <= MAX_STREAMED_INPUTS
 
 
 @dataclass(frozen=True)

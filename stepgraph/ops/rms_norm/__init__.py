@@ -1,4 +1,4 @@
-"""RMS normalisation, alone and fused with the residual addition before it.
+"""RMS normalisation.
 
 Source: Zhang and Sennrich, "Root Mean Square Layer Normalization" (2019). The dtype of the weight says where the result is
 rounded: a weight of the activations' dtype as in transformers' LlamaRMSNorm (normalise in float32, round, multiply), a
@@ -18,13 +18,6 @@ _rms_norm = register(
     cuda="stepgraph.ops.rms_norm.triton:rms_norm",
     inline_on_cpu=True,
 )
-_add_rms_norm = register(
-    "add_rms_norm(Tensor x, Tensor(a!) residual, Tensor weight, float eps, float multiplier) -> Tensor",
-    cpu=reference.add_rms_norm,
-    fake=lambda x, residual, weight, eps, multiplier: torch.empty_like(x),
-    cuda="stepgraph.ops.rms_norm.triton:add_rms_norm",
-    inline_on_cpu=True,
-)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -39,19 +32,3 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
         [rows, width], dtype of `x`.
     """
     return _rms_norm(x, weight, eps)
-
-
-def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float, multiplier: float = 1.0) -> Tensor:
-    """`residual += multiplier · x` in place (rounded to its dtype), then `rms_norm(residual)`. May run inside a graph.
-
-    Args:
-        x: [rows, width], contiguous.
-        residual: [rows, width], same dtype, contiguous; updated.
-        weight: [width], see `rms_norm`.
-        eps: added to the mean square.
-        multiplier: of `x`, applied in float32.
-
-    Returns:
-        [rows, width], dtype of `x`.
-    """
-    return _add_rms_norm(x, residual, weight, eps, multiplier)

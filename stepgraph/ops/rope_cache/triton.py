@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from stepgraph.ops.dependent_launch import LAUNCH, wait_for_previous
 from stepgraph.ops.rms_norm.triton import scale_rounded
 from stepgraph.ops.write_kv.triton import round_to
 
@@ -65,14 +66,15 @@ def _rope_cache_kernel(
     inside_H = half_H < HALF
     inside_NH = inside_H[None, :]
 
-    source_NH = qkv_ptr + (token * (H + 2 * G) + head) * D + offset_NH
-    low_NH = tl.load(source_NH, mask=inside_NH, other=0.0)
-    high_NH = tl.load(source_NH + HALF, mask=inside_NH, other=0.0)
-
     angle_H = cos_sin_ptr + tl.load(positions_ptr + token).to(tl.int64) * D + half_H
     cos_H = tl.load(angle_H, mask=inside_H, other=0.0)
     sin_H = tl.load(angle_H + HALF, mask=inside_H, other=0.0)
     cache_line = tl.load(kv_slots_ptr + token).to(tl.int64) * G
+    wait_for_previous()  # where tokens lie is older
+
+    source_NH = qkv_ptr + (token * (H + 2 * G) + head) * D + offset_NH
+    low_NH = tl.load(source_NH, mask=inside_NH, other=0.0)
+    high_NH = tl.load(source_NH + HALF, mask=inside_NH, other=0.0)
 
     if head < H:
         low32_NH, high32_NH = _normalise_rotate(low_NH, high_NH, q_norm_ptr, cos_H, sin_H, eps, half_H, HALF)
@@ -125,5 +127,6 @@ def rope_cache(
         HEADS=heads,
         BLOCK_HALF=triton.next_power_of_2(head_dim // 2),
         num_warps=2 if heads > 1 else 1,
+        **LAUNCH,
     )
     return out

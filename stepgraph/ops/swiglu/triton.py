@@ -4,8 +4,21 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from stepgraph.ops.dependent_launch import LAUNCH, wait_for_previous
+
 BLOCK = 1024
 """Columns per program: 128 threads load 16 bytes each of a 16-bit dtype."""
+
+
+@triton.jit
+def gated(gate, up, GELU: tl.constexpr):
+    """activation(gate) · up, in their dtype."""
+    gate32 = gate.to(tl.float32)
+    slope = gate32
+    if GELU:  # (1 + tanh(u)) / 2 is the sigmoid of 2u; the factor is 2 · sqrt(2 / pi)
+        slope = 1.5957691216057308 * (gate32 + 0.044715 * gate32 * gate32 * gate32)
+    activated = (gate32 / (1.0 + tl.exp(-slope))).to(gate.dtype)
+    return (activated.to(tl.float32) * up.to(tl.float32)).to(gate.dtype)
 
 
 @triton.jit
@@ -14,21 +27,17 @@ def _gated_kernel(gate_up_ptr, out_ptr, GELU: tl.constexpr, WIDTH: tl.constexpr,
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = column < WIDTH
     gate_ptr = gate_up_ptr + row * (2 * WIDTH) + column
+    wait_for_previous()
     gate = tl.load(gate_ptr, mask=inside, other=0.0)
-    up = tl.load(gate_ptr + WIDTH, mask=inside, other=0.0).to(tl.float32)
-    gate32 = gate.to(tl.float32)
-    slope = gate32
-    if GELU:  # (1 + tanh(u)) / 2 is the sigmoid of 2u; the factor is 2 · sqrt(2 / pi)
-        slope = 1.5957691216057308 * (gate32 + 0.044715 * gate32 * gate32 * gate32)
-    activated = (gate32 / (1.0 + tl.exp(-slope))).to(gate.dtype)
-    tl.store(out_ptr + row * WIDTH + column, (activated.to(tl.float32) * up).to(gate.dtype), mask=inside)
+    up = tl.load(gate_ptr + WIDTH, mask=inside, other=0.0)
+    tl.store(out_ptr + row * WIDTH + column, gated(gate, up, GELU), mask=inside)
 
 
 def _launch(gate_up: Tensor, gelu: bool) -> Tensor:
     rows, width = gate_up.shape[0], gate_up.shape[1] // 2
     out = gate_up.new_empty(rows, width)
     grid = (rows, triton.cdiv(width, BLOCK))
-    _gated_kernel[grid](gate_up, out, GELU=gelu, WIDTH=width, BLOCK=BLOCK, num_warps=4)
+    _gated_kernel[grid](gate_up, out, GELU=gelu, WIDTH=width, BLOCK=BLOCK, num_warps=4, **LAUNCH)
     return out
 
 
