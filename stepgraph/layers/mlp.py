@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from stepgraph.layers.linear import Linear, MergedLinear
+from stepgraph.layers.linear import Linear, MergedLinear, weight_of
 from stepgraph.layers.norm import RMSNorm
 from stepgraph.ops import geglu, norm_gated_linear, swiglu
 
@@ -45,5 +45,7 @@ class MLP(nn.Module):
         """Return `activation(gate(norm(x))) · up(norm(x))`: [T, M], dtype of `x_TE`. What is left is `down_proj`."""
         gate_up, gelu = self.gate_up_proj, self.activation == "gelu_tanh"
         if gate_up.is_plain and gate_up.bias is None:
-            return norm_gated_linear(x_TE, norm.weight, norm.eps, gate_up.weight, gelu=gelu)
+            return norm_gated_linear(
+                x_TE, norm.weight, norm.eps, gate_up.weight, gelu=gelu, upcoming=self.down_proj.weight
+            )
         return (geglu if gelu else swiglu)(gate_up.after_norm(norm, x_TE))

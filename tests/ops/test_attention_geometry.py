@@ -79,5 +79,5 @@ def test_grid_is_no_larger_than_the_work_and_fits_the_machine(
     num_tokens: int, num_rows: int, num_kv_heads: int, group: int, multiprocessors: int
 ) -> None:
     geometry = attention_geometry(num_tokens, num_rows, num_kv_heads * group, num_kv_heads, multiprocessors)
-    assert 1 <= geometry.num_programs <= min(geometry.max_items * num_kv_heads, 2 * multiprocessors)
+    assert 1 <= geometry.num_programs <= min(geometry.max_items * num_kv_heads, 4 * multiprocessors)
     assert geometry.max_items >= max_tiles(num_tokens, num_rows, group, geometry.tile) + geometry.split_target

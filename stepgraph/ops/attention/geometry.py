@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from enum import Enum, auto
 from functools import lru_cache
 
 import numpy as np
@@ -16,8 +17,10 @@ ITEM_SIZE = 8
 """Numbers of an item, one of them unused, so that it lies within one 32-byte sector of memory."""
 
 MIN_SPLIT_KEYS = 256
-"""Below this a split costs more than it saves. On an H100 (8 KV heads of 128, bf16), one row of 129 keys takes 7.5 us
-unsplit and 8.5 us in splits of 64, eight such rows 7.8 and 10.9 us, one row of 1,024 keys 12.4 and 16.8 us."""
+"""Below this a split costs more than it saves. On an H100 (8 KV heads of 128, bf16), eight rows of 129 keys take 7.9 us
+unsplit and 8.9 us in splits of 128."""
+MIN_SPLIT_KEYS_ALONE = 128
+"""With low occupancy: one row of 1,025 keys takes 7.9 us in splits of 128 and 11.0 us in splits of 256."""
 
 UNSPLIT = 1 << 30
 """As `min_split_keys`: more keys than any context has, so that no row is split."""
@@ -25,6 +28,22 @@ UNSPLIT = 1 << 30
 DETERMINISTIC_TILE = 16
 """Such tiles go through one masked loop over their keys, whatever they hold; taller ones also through an unmasked loop, of
 which nobody promises that it is compiled to the same arithmetic."""
+
+
+class Occupancy(Enum):
+    """How many units of work there are at least, compared with what the machine runs at once."""
+
+    LOW = auto()  # one or two rows: most multiprocessors have none
+    MEDIUM = auto()
+    HIGH = auto()
+
+
+def occupancy(num_rows: int, num_kv_heads: int, deterministic: bool) -> Occupancy:
+    """Of a step with so many rows. If deterministic, it is the same for all: kernels are chosen by it."""
+    units = num_rows * num_kv_heads
+    if deterministic or 16 < units < 256:
+        return Occupancy.MEDIUM
+    return Occupancy.LOW if units <= 16 else Occupancy.HIGH
 
 
 @dataclass(frozen=True)
@@ -96,17 +115,20 @@ def attention_geometry(
     additions, would depend on the other rows.
     """
     group = num_heads // num_kv_heads
-    resident = multiprocessors * 2
+    small = deterministic or num_tokens * group <= 16 * num_rows
+    busy = occupancy(num_rows, num_kv_heads, deterministic)
+    resident = multiprocessors * (4 if small and busy is not Occupancy.LOW else 2)
     target = max(1, resident // num_kv_heads)
     if deterministic:
         tile = DETERMINISTIC_TILE
         max_items = max_tiles(num_tokens, num_rows, group, tile)
     else:
-        tile = 16 if num_tokens * group <= 16 * num_rows else 64
+        tile = 16 if small else 64
         max_items = max_tiles(num_tokens, num_rows, group, tile) + target
+    min_split_keys = MIN_SPLIT_KEYS_ALONE if small and busy is Occupancy.LOW else MIN_SPLIT_KEYS
     return AttentionGeometry(
         tile=tile,
-        min_split_keys=UNSPLIT if deterministic else MIN_SPLIT_KEYS,
+        min_split_keys=UNSPLIT if deterministic else min_split_keys,
         split_target=target,
         max_items=max_items,
         max_partials=0 if deterministic else 2 * target,

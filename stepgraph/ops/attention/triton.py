@@ -11,31 +11,41 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from stepgraph.ops.attention.geometry import ITEM_SIZE, KV_BLOCK
+from stepgraph.ops.attention.geometry import ITEM_SIZE, KV_BLOCK, Occupancy, occupancy
 from stepgraph.ops.capacity import row_capacity
 from stepgraph.ops.dependent_launch import LAUNCH, wait_for_previous
 
 LOG2_E = 1.4426950408889634
-KEY_BYTES = 16 * 1024
-"""Bytes of keys read by one inner iteration, and as many of values. The pipeline holds two iterations in shared memory,
-and two programs shall fit a multiprocessor."""
 
 
 @dataclass(frozen=True)
 class Launch:
-    """What the sizes of a launch leave open."""
+    """What the sizes of a launch leave open. Chosen by timing on an H100, heads of 128 in bfloat16, groups of 2 and 4."""
 
-    keys: int  # of one inner iteration; divides KV_BLOCK
+    keys: int  # of one inner iteration
     num_warps: int
     num_stages: int
 
 
-def launch_of(tile: int, block_dim: int, dtype: torch.dtype) -> Launch:
-    """For tiles of this height, a padded head size and the dtype of queries."""
-    keys = max(16, min(KV_BLOCK, KEY_BYTES // (block_dim * dtype.itemsize)))
-    if tile == 16:
-        return Launch(keys, num_warps=4, num_stages=5)
-    return Launch(keys, num_warps=8 if block_dim > 128 or dtype == torch.float32 else 4, num_stages=3)
+def launch_of(tile: int, block_dim: int, itemsize: int, occupancy: Occupancy) -> Launch:
+    """For tiles of this height, a padded head size, the bytes of a query's number and how busy the machine is.
+
+    One row of 129 keys took 6.1 us with wide iterations and 7.4 with narrow ones, 64 such rows 24 and 16.5 us, of which reading
+    their keys and values is 11.3.
+    """
+    if tile > 16:
+        wide = block_dim > 128 or itemsize == 4
+        return Launch(_keys(64, block_dim, itemsize), num_warps=8 if wide else 4, num_stages=3)
+    if occupancy is Occupancy.LOW:
+        return Launch(_keys(128, block_dim, itemsize), num_warps=4, num_stages=1)
+    if occupancy is Occupancy.MEDIUM:
+        return Launch(_keys(64, block_dim, itemsize), num_warps=4, num_stages=3)
+    return Launch(_keys(32, block_dim, itemsize), num_warps=2, num_stages=3)
+
+
+def _keys(most: int, block_dim: int, itemsize: int) -> int:
+    """At most `most` keys, fewer if heads are larger than 128 of 16 bits."""
+    return max(16, min(most, most * 256 // (block_dim * itemsize)))
 
 
 @triton.jit(do_not_specialize=["num_rows", "split_target", "num_counters"])
@@ -198,6 +208,7 @@ def _attend(
     BLOCK_SIZE: tl.constexpr,
     KEYS: tl.constexpr,
     WINDOW: tl.constexpr,
+    EARLY_VALUES: tl.constexpr,  # load values beside the keys: an iteration waits once, and holds more
     MASKED: tl.constexpr,  # some keys are unseen by some queries, or `end - begin` is no multiple of KEYS
 ):
     """Online softmax over keys begin … end-1; scores are in units of log 2."""
@@ -209,10 +220,11 @@ def _attend(
             block_K = tl.load(table_ptr + key_K // BLOCK_SIZE)
         slot_K = block_K.to(tl.int64) * BLOCK_SIZE + key_K % BLOCK_SIZE
         k_KD = _load_keys(k_head_ptr, slot_K, key_K, first_key, end, LINE, D, BLOCK_D, WINDOW, MASKED)
-        v_KD = _load_keys(v_head_ptr, slot_K, key_K, first_key, end, LINE, D, BLOCK_D, WINDOW, MASKED)
+        if EARLY_VALUES:
+            v_KD = _load_keys(v_head_ptr, slot_K, key_K, first_key, end, LINE, D, BLOCK_D, WINDOW, MASKED)
         score_MK = tl.dot(q_MD, tl.trans(k_KD.to(q_MD.dtype)), input_precision="ieee")
         if MASKED:
-            seen_MK = key_K[None, :] <= position_M[:, None]
+            seen_MK = (key_K[None, :] <= position_M[:, None]) & (key_K < end)[None, :]
             if WINDOW > 0:
                 seen_MK &= key_K[None, :] > position_M[:, None] - WINDOW
             score_MK = tl.where(seen_MK, score_MK, float("-inf"))
@@ -222,6 +234,8 @@ def _attend(
         weight_MK = tl.exp2(score_MK * scale_log2 - reference_M[:, None])
         decay_M = tl.exp2(max_M - reference_M)
         sum_M = sum_M * decay_M + tl.sum(weight_MK, axis=1)
+        if not EARLY_VALUES:
+            v_KD = _load_keys(v_head_ptr, slot_K, key_K, first_key, end, LINE, D, BLOCK_D, WINDOW, MASKED)
         acc_MD = tl.dot(
             weight_MK.to(q_MD.dtype), v_KD.to(q_MD.dtype), acc=acc_MD * decay_M[:, None], input_precision="ieee"
         )
@@ -323,6 +337,7 @@ def _attention_kernel(
     BLOCK_SIZE: tl.constexpr,
     TILE: tl.constexpr,
     KEYS: tl.constexpr,  # of one inner iteration
+    KV_BLOCK: tl.constexpr,  # as in `_plan_kernel`
     WINDOW: tl.constexpr,  # 0: full attention
     ITEM: tl.constexpr,  # numbers per item
     PAIRS: tl.constexpr,  # of a tile, combined at once
@@ -350,7 +365,7 @@ def _attention_kernel(
         first_key = 0
         if WINDOW > 0:
             first_key = tl.maximum(context_len + first_token - WINDOW + 1, 0)
-        tile_begin = first_key // KEYS * KEYS
+        tile_begin = first_key // KV_BLOCK * KV_BLOCK
         begin = tile_begin + split * keys_per_split
         if begin < visible:
             end = tl.minimum(begin + keys_per_split, visible)
@@ -379,17 +394,17 @@ def _attention_kernel(
                     unmasked_from = tl.minimum(unmasked_from, end)
                     acc_MD, max_M, sum_M = _attend(
                         q_MD, acc_MD, max_M, sum_M, position_M, first_key, begin, unmasked_from, table_ptr, k_head_ptr,
-                        v_head_ptr, scale_log2, G * D, D, BLOCK_D, BLOCK_SIZE, KEYS, WINDOW, MASKED=True,
+                        v_head_ptr, scale_log2, G * D, D, BLOCK_D, BLOCK_SIZE, KEYS, WINDOW, TILE == 16, MASKED=True,
                     )  # fmt: skip
                 seen_by_all = tl.maximum(tl.minimum(end, context_len + first_token + 1), unmasked_from)
                 masked_from = unmasked_from + (seen_by_all - unmasked_from) // KEYS * KEYS
                 acc_MD, max_M, sum_M = _attend(
                     q_MD, acc_MD, max_M, sum_M, position_M, first_key, unmasked_from, masked_from, table_ptr, k_head_ptr,
-                    v_head_ptr, scale_log2, G * D, D, BLOCK_D, BLOCK_SIZE, KEYS, WINDOW, MASKED=False,
+                    v_head_ptr, scale_log2, G * D, D, BLOCK_D, BLOCK_SIZE, KEYS, WINDOW, TILE == 16, MASKED=False,
                 )  # fmt: skip
             acc_MD, max_M, sum_M = _attend(
                 q_MD, acc_MD, max_M, sum_M, position_M, first_key, masked_from, end, table_ptr, k_head_ptr,
-                v_head_ptr, scale_log2, G * D, D, BLOCK_D, BLOCK_SIZE, KEYS, WINDOW, MASKED=True,
+                v_head_ptr, scale_log2, G * D, D, BLOCK_D, BLOCK_SIZE, KEYS, WINDOW, TILE == 16, MASKED=True,
             )  # fmt: skip
 
             num_parts = tl.cdiv(visible - tile_begin, keys_per_split)
@@ -444,8 +459,8 @@ def paged_attention(
     out = q.new_empty(num_tokens, num_heads * head_dim)
     block_dim = max(16, triton.next_power_of_2(head_dim))
     group = num_heads // num_kv_heads
-    pairs = min(tile, triton.next_power_of_2(group))
-    launch = launch_of(tile, block_dim, q.dtype)
+    pairs = 16 if tile > 16 else min(tile, triton.next_power_of_2(group))
+    launch = launch_of(tile, block_dim, q.element_size(), occupancy(row_slot.shape[0], num_kv_heads, deterministic))
     _attention_kernel[(num_programs,)](
         q,
         k_cache,
@@ -465,6 +480,7 @@ def paged_attention(
         BLOCK_SIZE=block_size,
         TILE=tile,
         KEYS=launch.keys,
+        KV_BLOCK=KV_BLOCK,
         WINDOW=window,
         ITEM=ITEM_SIZE,
         PAIRS=pairs,

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from stepgraph.ops.dependent_launch import LAUNCH, wait_for_previous
+from stepgraph.ops.dependent_launch import LAUNCH, prefetch, prefetch_arguments, wait_for_previous
 from stepgraph.ops.linear.ends import STORE, finish
 
 MAX_TOKENS = 32
@@ -51,7 +51,7 @@ class Tile:
         return 2 * (self.num_stages - 1) * self.slices * self.inputs * (self.outputs + self.tokens(num_tokens))
 
 
-@triton.jit(do_not_specialize=["T", "N"])
+@triton.jit(do_not_specialize=["T", "N", "upcoming_bytes", "upcoming_chunk"])
 def _few_tokens_kernel(
     x_ptr,
     weight_ptr,
@@ -61,6 +61,9 @@ def _few_tokens_kernel(
     T,
     N,
     K,
+    upcoming_ptr,  # see `prefetch_arguments`
+    upcoming_bytes,
+    upcoming_chunk,
     END: tl.constexpr,  # what becomes of the product, see `ends`
     BLOCK_T: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -79,6 +82,7 @@ def _few_tokens_kernel(
     sum_SNT = tl.zeros([SLICES, BLOCK_N, BLOCK_T], tl.float32)
     up_SNT = tl.zeros([SLICES, BLOCK_N, BLOCK_T], tl.float32)
     is_gated: tl.constexpr = END == "swiglu" or END == "geglu"
+    prefetch(upcoming_ptr, upcoming_bytes, upcoming_chunk)
     wait_for_previous()
     for start in tl.range(0, K, SLICES * BLOCK_K, num_stages=STAGES):
         inside_SK = start + input_SK < K
@@ -118,7 +122,14 @@ def choose_tile(x: Tensor, outputs: int) -> Tile | None:
 
 
 def multiply(
-    x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, tile: Tile, end: str = STORE, multiplier: float = 1.0
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    out: Tensor,
+    tile: Tile,
+    end: str = STORE,
+    multiplier: float = 1.0,
+    upcoming: Tensor | None = None,
 ) -> None:
     """Write `x @ weight.T + bias`, accumulated in float32, into `out`, or what `end` makes of it. May run inside a graph.
 
@@ -130,9 +141,11 @@ def multiply(
         tile: of each program.
         end: see `stepgraph.ops.linear.ends`.
         multiplier: of what is added.
+        upcoming: what a later kernel reads.
     """
     (tokens, inputs), outputs = x.shape, out.shape[1]
-    _few_tokens_kernel[(triton.cdiv(outputs, tile.outputs),)](
+    num_programs = triton.cdiv(outputs, tile.outputs)
+    _few_tokens_kernel[(num_programs,)](
         x,
         weight,
         bias,
@@ -141,6 +154,7 @@ def multiply(
         tokens,
         outputs,
         inputs,
+        **prefetch_arguments(upcoming, num_programs),
         END=end,
         BLOCK_T=tile.tokens(tokens),
         BLOCK_N=tile.outputs,
