@@ -35,9 +35,6 @@ def wait_for_previous():
 
 MAX_PREFETCH_BYTES = 16 << 20
 """More would push out of the cache what is read before it."""
-PREFETCH_LANES = 256
-"""Chunks that each program asks for."""
-_LANES = tl.constexpr(PREFETCH_LANES)
 
 
 def prefetch_arguments(upcoming: Tensor | None, num_programs: int) -> dict[str, Any]:
@@ -50,20 +47,28 @@ def prefetch_arguments(upcoming: Tensor | None, num_programs: int) -> dict[str, 
     if upcoming is None or not SUPPORTED:
         return {"upcoming_ptr": None, "upcoming_bytes": 0, "upcoming_chunk": 0}
     num_bytes = min(upcoming.numel() * upcoming.element_size(), MAX_PREFETCH_BYTES) // 16 * 16
-    chunk = triton.cdiv(num_bytes, num_programs * PREFETCH_LANES * 128) * 128
+    chunk = triton.cdiv(num_bytes, num_programs * 128) * 128
     return {"upcoming_ptr": upcoming, "upcoming_bytes": num_bytes, "upcoming_chunk": min(chunk, num_bytes)}
 
 
-@triton.jit(do_not_specialize=["upcoming_bytes", "upcoming_chunk"])
+@triton.jit
 def prefetch(upcoming_ptr, upcoming_bytes, upcoming_chunk):
     """Ask for this program's share of what comes to be brought to the L2 cache, see `prefetch_arguments`. Does not wait."""
     if _SUPPORTED and upcoming_ptr is not None:
-        lane = tl.program_id(0) * _LANES + tl.arange(0, _LANES)
-        offset = tl.minimum(lane.to(tl.int64) * upcoming_chunk, upcoming_bytes - upcoming_chunk)
+        offset = tl.minimum(tl.program_id(0).to(tl.int64) * upcoming_chunk, upcoming_bytes - upcoming_chunk)
         tl.inline_asm_elementwise(
-            "cp.async.bulk.prefetch.L2.global [$1], $2; mov.u32 $0, 0;",
+            """
+            {
+                .reg .pred is_first;
+                .reg .u32 thread;
+                mov.u32 thread, %tid.x;
+                setp.eq.u32 is_first, thread, 0;
+                @is_first cp.async.bulk.prefetch.L2.global [$1], $2;
+                mov.u32 $0, 0;
+            }
+            """,
             "=r,l,r",
-            [upcoming_ptr.to(tl.int64) + offset, tl.full([_LANES], 0, tl.int32) + upcoming_chunk],
+            [upcoming_ptr.to(tl.int64) + offset, upcoming_chunk],
             dtype=tl.int32,
             is_pure=False,
             pack=1,

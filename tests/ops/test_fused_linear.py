@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from stepgraph.ops.linear import cpu
+from stepgraph.ops.linear import cpu, ends, few_tokens
 from stepgraph.ops.linear import triton as kernels
 
 EPS = 1e-5
@@ -12,7 +12,15 @@ TOLERANCE = {torch.float32: 2e-5, torch.float16: 4e-3}
 CASES = [
     (tokens, inputs, dtype)
     for dtype in TOLERANCE
-    for tokens, inputs in [(1, 16), (1, 600), (1, kernels.MAX_STREAMED_INPUTS + 8), (2, 136), (5, 48), (40, 136)]
+    for tokens, inputs in [
+        (1, 16),
+        (1, 600),
+        (1, kernels.MAX_STREAMED_INPUTS + 8),
+        (2, 136),
+        (5, 48),
+        (40, 136),
+        (70, 136),
+    ]
 ]
 """One token streamed, whole and in turns; a few tokens in 16 bits; the library's product."""
 FORMS = [(kernels, True), (cpu, False)]
@@ -83,3 +91,15 @@ def test_norm_gated_linear_gates_the_second_half_with_the_first(form, on_device,
     found = form.norm_gated_linear(x.to(place), norm_weight.to(place), EPS, weight.to(place), gelu, None)
     assert found.shape == (tokens, 21)
     assert_close(found, activation * up, dtype)
+
+
+@pytest.mark.parametrize("tokens", [9, 40])
+@pytest.mark.parametrize("gelu", [False, True])
+def test_a_flat_tile_holds_gates_beside_their_partners(tokens, gelu, device):
+    x, weight, _ = operands(tokens, 136, 2 * 45, torch.float16)
+    gate, up = (x.double() @ weight.double().T).chunk(2, dim=1)
+    activation = torch.nn.functional.gelu(gate, approximate="tanh") if gelu else torch.nn.functional.silu(gate)
+    out = torch.full((tokens, 45), torch.nan, dtype=torch.float16, device=device)
+    tile = few_tokens.FlatTile(outputs=64, inputs=64, num_stages=3)
+    few_tokens.multiply(x.to(device), weight.to(device), None, out, tile, ends.GEGLU if gelu else ends.SWIGLU)
+    assert_close(out, activation * up, torch.float16)

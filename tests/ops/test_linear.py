@@ -62,9 +62,10 @@ def test_products_without_a_kernel_go_to_the_library(tokens, inputs, dtype, devi
 
 MOST_TOKENS = {
     tile: tokens
-    for tokens in (1, 8, 16, few_tokens.MAX_TOKENS)
+    for tokens in (1, 8, 16, 32, few_tokens.MAX_TOKENS)
     for outputs in (1024, 2048, 4096, 24576, 151936)
-    if (tile := few_tokens.choose_tile(torch.empty(tokens, 1024, dtype=torch.float16), outputs))
+    for gated in (False, True)
+    if (tile := few_tokens.choose_tile(torch.empty(tokens, 1024, dtype=torch.float16), outputs, gated=gated))
 }
 """Of each tile that is chosen."""
 TILES_FOR_FEW_TOKENS = sorted(MOST_TOKENS, key=str)
@@ -73,14 +74,17 @@ TILES_FOR_FEW_TOKENS = sorted(MOST_TOKENS, key=str)
 @pytest.mark.parametrize("tokens", [*range(1, 18), few_tokens.MAX_TOKENS])
 @pytest.mark.parametrize(("outputs", "inputs"), [(5, 16), (37, 101), (70, 1032)])
 @pytest.mark.parametrize("with_bias", [False, True])
-def test_product_of_few_tokens_matches_float64_and_repeats_bit_for_bit(tokens, outputs, inputs, with_bias, device):
+@pytest.mark.parametrize("tile", [TILES_FOR_FEW_TOKENS[0], TILES_FOR_FEW_TOKENS[-1]], ids=str)
+def test_product_of_few_tokens_matches_float64_and_repeats_bit_for_bit(
+    tokens, outputs, inputs, with_bias, tile, device
+):
     """Beyond the tokens, `x` and `out` hold NaN, which it neither reads nor overwrites."""
     x, weight, bias = operands(tokens, outputs, inputs, dtype=torch.float16, with_bias=with_bias)
     padded = torch.cat([x, torch.full((20, inputs), torch.nan, dtype=torch.float16)]).to(device)
     found = torch.full((2, tokens + 1, outputs), torch.nan, dtype=torch.float16, device=device)
     weight_, bias_ = to_device(device, weight, bias)
     for out in found:
-        few_tokens.multiply(padded[:tokens], weight_, bias_, out[:tokens], TILES_FOR_FEW_TOKENS[0])
+        few_tokens.multiply(padded[:tokens], weight_, bias_, out[:tokens], tile)
     tolerance = torch.finfo(torch.float16).eps
     torch.testing.assert_close(found[0, :tokens].cpu().double(), exact(x, weight, bias), rtol=tolerance, atol=1e-3)
     assert torch.equal(found[0, :tokens], found[1, :tokens])
@@ -89,7 +93,7 @@ def test_product_of_few_tokens_matches_float64_and_repeats_bit_for_bit(tokens, o
 
 @pytest.mark.parametrize("tile", TILES_FOR_FEW_TOKENS, ids=str)
 def test_every_tile_for_few_tokens_matches_float64(tile, device):
-    x, weight, bias = operands(5, tile.outputs + 3, tile.slices * tile.inputs + 40, dtype=torch.float16)
+    x, weight, bias = operands(5, tile.outputs + 3, 2 * tile.inputs + 40, dtype=torch.float16)
     out = torch.empty(5, weight.shape[0], dtype=torch.float16, device=device)
     few_tokens.multiply(*to_device(device, x, weight, bias), out, tile)
     tolerance = torch.finfo(torch.float16).eps
@@ -99,7 +103,7 @@ def test_every_tile_for_few_tokens_matches_float64(tile, device):
 @pytest.mark.parametrize("tile", TILES_FOR_FEW_TOKENS, ids=str)
 def test_tiles_for_few_tokens_fit_into_shared_memory_without_bank_conflicts(tile):
     assert tile.shared_bytes(MOST_TOKENS[tile]) <= 227 << 10
-    assert tile.outputs >= tile.min_size
+    assert isinstance(tile, few_tokens.FlatTile) or tile.outputs >= tile.min_size
 
 
 @pytest.mark.parametrize("tile", TILES, ids=["small", "large", "float32"])

@@ -20,10 +20,28 @@ from torch import Tensor
 from stepgraph.ops.dependent_launch import LAUNCH, prefetch, prefetch_arguments, wait_for_previous
 from stepgraph.ops.linear.ends import STORE, finish
 
-MAX_TOKENS = 32
+MAX_TOKENS = 64
 """Beyond, no tile was faster than the library by more than a few percent."""
 HEAD_OUTPUTS = 1 << 16
 """Weights of at least so many outputs are output heads."""
+
+
+@dataclass(frozen=True)
+class FlatTile:
+    """What one program computes, and how, with all of its warps on one product."""
+
+    outputs: int
+    inputs: int  # per iteration
+    num_stages: int
+    num_warps: int = 4
+
+    def tokens(self, num_tokens: int) -> int:
+        """Tokens with padding."""
+        return max(16, triton.next_power_of_2(num_tokens))
+
+    def shared_bytes(self, num_tokens: int) -> int:
+        """Shared memory of a program."""
+        return 2 * (self.num_stages - 1) * self.inputs * (self.outputs + self.tokens(num_tokens))
 
 
 @dataclass(frozen=True)
@@ -99,23 +117,80 @@ def _few_tokens_kernel(
     finish(out_NT, sum_NT, tl.sum(up_SNT, axis=0), multiplier, inside_N[:, None] & inside_T[None, :], END)
 
 
-def choose_tile(x: Tensor, outputs: int) -> Tile | None:
-    """The tile for these tokens, [T, K], and a weight of so many outputs; None where the library is as fast.
+@triton.jit(do_not_specialize=["T", "N", "upcoming_bytes", "upcoming_chunk"])
+def _flat_kernel(
+    x_ptr,
+    weight_ptr,
+    bias_ptr,
+    out_ptr,
+    multiplier,
+    T,
+    N,
+    K,
+    upcoming_ptr,  # see `prefetch_arguments`
+    upcoming_bytes,
+    upcoming_chunk,
+    END: tl.constexpr,  # what becomes of the product, see `ends`
+    BLOCK_T: tl.constexpr,
+    BLOCK_W: tl.constexpr,  # rows of the weight; with an activation at the end, a gate's and then its partners'
+    BLOCK_K: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """One program per BLOCK_W rows of the weight, which are enough to keep all warps busy with one product."""
+    is_gated: tl.constexpr = END == "swiglu" or END == "geglu"
+    BLOCK_N: tl.constexpr = BLOCK_W // 2 if is_gated else BLOCK_W
+    place_W = tl.arange(0, BLOCK_W)
+    column_W = tl.program_id(0) * BLOCK_N + place_W % BLOCK_N
+    row_W = column_W + place_W // BLOCK_N * N
+    token_T = tl.arange(0, BLOCK_T)
+    input_K = tl.arange(0, BLOCK_K)
+    inside_W, inside_T = column_W < N, token_T < T
+    weight_WK = weight_ptr + row_W.to(tl.int64)[:, None] * K + input_K[None, :]
+    x_KT = x_ptr + token_T[None, :] * K + input_K[:, None]
+    sum_WT = tl.zeros([BLOCK_W, BLOCK_T], tl.float32)
+    prefetch(upcoming_ptr, upcoming_bytes, upcoming_chunk)
+    wait_for_previous()
+    for start in tl.range(0, K, BLOCK_K, num_stages=STAGES):
+        inside_K = start + input_K < K
+        sum_WT = tl.dot(
+            tl.load(weight_WK + start, mask=inside_W[:, None] & inside_K[None, :], other=0.0),
+            tl.load(x_KT + start, mask=inside_K[:, None] & inside_T[None, :], other=0.0),
+            sum_WT,
+        )
+    column_N = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    inside_N = column_N < N
+    if is_gated:
+        product_NT, up_NT = tl.split(tl.permute(tl.reshape(sum_WT, [2, BLOCK_N, BLOCK_T]), 1, 2, 0))
+    else:
+        product_NT, up_NT = sum_WT, sum_WT
+    if bias_ptr is not None:
+        product_NT += tl.load(bias_ptr + column_N, mask=inside_N, other=0.0).to(tl.float32)[:, None]
+    out_NT = out_ptr + token_T[None, :] * N + column_N[:, None]
+    finish(out_NT, product_NT, up_NT, multiplier, inside_N[:, None] & inside_T[None, :], END)
+
+
+def choose_tile(x: Tensor, outputs: int, *, gated: bool = False) -> Tile | FlatTile | None:
+    """The tile for these tokens, [T, K], and a weight of so many outputs, a gate's partners included; None where the library
+    is as fast.
 
     Chosen by timing on an H100, with Qwen3-0.6B's and 8B's weights in bfloat16 coming from memory: of 3 to 8 tokens the library
-    takes 1.49 times as long for 1,024 outputs, 1.08 for about 5,000, 1.06 for 24,576 and 1.08 for an output head; of 24 to 32
-    tokens 1.18 times for 1,024 outputs. Tensor cores would round float32, and rows of the weight that are not aligned to 16
-    bytes cannot be copied asynchronously: those go to the library too.
+    takes 1.49 times as long for 1,024 outputs, 1.08 for about 5,000, 1.06 for 24,576 and 1.08 for an output head; of 16 tokens
+    1.14, 1.23, 1.11, 1.07 and 1.02 times for the flat tile's 4,096 to 24,576 outputs; of 24 to 32 tokens 1.18 times for 1,024
+    outputs. What an activation at the end spares, a launch and the traffic of two matrices, comes on top. Tensor cores would
+    round float32, and rows of the weight that are not aligned to 16 bytes cannot be copied asynchronously: those go to the
+    library too.
     """
     tokens, inputs = x.shape
     if x.dtype not in (torch.bfloat16, torch.float16) or inputs % 8 or tokens > MAX_TOKENS:
         return None
     if outputs >= HEAD_OUTPUTS:
         return Tile(outputs=32, inputs=128, slices=2, num_stages=5) if tokens <= 16 else None
+    if tokens > 32:
+        return FlatTile(outputs=64, inputs=128, num_stages=5) if gated else None
     if outputs < 4096:
         return Tile(outputs=8, inputs=256, slices=4, num_stages=4 if tokens <= 8 else 3)
     if tokens > 8:
-        return None
+        return FlatTile(outputs=64, inputs=128, num_stages=3 if outputs >= 16384 else 5)
     if outputs < 16384:
         return Tile(outputs=8, inputs=128, slices=2, num_stages=4)
     return Tile(outputs=8, inputs=256, slices=4, num_stages=3)
@@ -126,7 +201,7 @@ def multiply(
     weight: Tensor,
     bias: Tensor | None,
     out: Tensor,
-    tile: Tile,
+    tile: Tile | FlatTile,
     end: str = STORE,
     multiplier: float = 1.0,
     upcoming: Tensor | None = None,
@@ -144,6 +219,27 @@ def multiply(
         upcoming: what a later kernel reads.
     """
     (tokens, inputs), outputs = x.shape, out.shape[1]
+    if isinstance(tile, FlatTile):
+        num_programs = triton.cdiv(weight.shape[0], tile.outputs)
+        _flat_kernel[(num_programs,)](
+            x,
+            weight,
+            bias,
+            out,
+            multiplier,
+            tokens,
+            outputs,
+            inputs,
+            **prefetch_arguments(upcoming, num_programs),
+            END=end,
+            BLOCK_T=tile.tokens(tokens),
+            BLOCK_W=tile.outputs,
+            BLOCK_K=tile.inputs,
+            STAGES=tile.num_stages,
+            num_warps=tile.num_warps,
+            **LAUNCH,
+        )
+        return
     num_programs = triton.cdiv(outputs, tile.outputs)
     _few_tokens_kernel[(num_programs,)](
         x,

@@ -182,7 +182,7 @@ def norm_gated_linear(
         stream(x, weight, None, out, end, norm=(norm_weight, eps), upcoming=upcoming)
         return out
     normed = rms_norm(x, norm_weight, eps)
-    tile = few_tokens.choose_tile(x, 2 * width)
+    tile = few_tokens.choose_tile(x, 2 * width, gated=True)
     if tile is None:
         return (geglu if gelu else swiglu)(linear(normed, weight, None))
     out = x.new_empty(tokens, width)
