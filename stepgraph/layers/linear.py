@@ -42,26 +42,20 @@ class Linear(nn.Module):
         """Whether it is the product of its parameters and nothing else, so that it may be fused with what is around it."""
         return self.lora is None and not self.deterministic
 
-    def after_norm(self, norm: RMSNorm, x_TI: Tensor, upcoming: Linear | None = None) -> Tensor:
-        """Return the product with `norm(x_TI)`: [T, O], dtype of `x_TI`. `upcoming` is the next but one to be run."""
+    def after_norm(self, norm: RMSNorm, x_TI: Tensor) -> Tensor:
+        """Return the product with `norm(x_TI)`: [T, O], dtype of `x_TI`."""
         if self.is_plain:
-            return ops.norm_linear(x_TI, norm.weight, norm.eps, self.weight, self.bias, weight_of(upcoming))
+            return ops.norm_linear(x_TI, norm.weight, norm.eps, self.weight, self.bias)
         return self(norm(x_TI))
 
-    def add_to(
-        self, residual_TO: Tensor, x_TI: Tensor, multiplier: float = 1.0, upcoming: Linear | None = None
-    ) -> None:
-        """Add the product, times `multiplier`, to the residual stream in place. `upcoming` is run next."""
+    def add_to(self, residual_TO: Tensor, x_TI: Tensor, multiplier: float = 1.0) -> None:
+        """Add the product, times `multiplier`, to the residual stream in place."""
         if self.is_plain:
-            ops.linear_add(x_TI, self.weight, self.bias, residual_TO, multiplier, weight_of(upcoming))
+            ops.linear_add(x_TI, self.weight, self.bias, residual_TO, multiplier)
         else:
             out_TO = self(x_TI)
             # `alpha` of 16 bits rounds by position.
             residual_TO.add_(out_TO if multiplier == 1.0 else out_TO.float() * multiplier)
-
-
-def weight_of(layer: Linear | None) -> Tensor | None:
-    return None if layer is None else layer.weight
 
 
 class MergedLinear(Linear):

@@ -45,7 +45,5 @@ class MLP(nn.Module):
         """Return `activation(gate(norm(x))) · up(norm(x))`: [T, M], dtype of `x_TE`. What is left is `down_proj`."""
         gate_up, gelu = self.gate_up_proj, self.activation == "gelu_tanh"
         if gate_up.is_plain and gate_up.bias is None:
-            return norm_gated_linear(
-                x_TE, norm.weight, norm.eps, gate_up.weight, gelu=gelu, upcoming=self.down_proj.weight
-            )
+            return norm_gated_linear(x_TE, norm.weight, norm.eps, gate_up.weight, gelu=gelu)
         return (geglu if gelu else swiglu)(gate_up.after_norm(norm, x_TE))

@@ -67,14 +67,7 @@ class DecoderLayer(nn.Module):
             self.pre_feedforward_layernorm = _norm(config, config.hidden_size, dtype, device)
             self.post_feedforward_layernorm = _norm(config, config.hidden_size, dtype, device)
 
-    def forward(
-        self,
-        residual_TE: Tensor,
-        cos_sin: Tensor,
-        cache: tuple[Tensor, Tensor],
-        inputs: StepInputs,
-        following: DecoderLayer | None = None,
-    ) -> None:
+    def forward(self, residual_TE: Tensor, cos_sin: Tensor, cache: tuple[Tensor, Tensor], inputs: StepInputs) -> None:
         """Add to the residual stream, in place, what attention and feed-forward make of it.
 
         Args:
@@ -82,15 +75,14 @@ class DecoderLayer(nn.Module):
             cos_sin: [max positions, D] float32.
             cache: this layer's keys and values.
             inputs: of the step.
-            following: the layer that runs next, if one does.
         """
         o_proj, down_proj = self.self_attn.o_proj, self.mlp.down_proj
         attended_TF = self.self_attn(self.input_layernorm, residual_TE, cos_sin, cache, inputs)
         if self.pre_feedforward_layernorm is None or self.post_feedforward_layernorm is None:
-            o_proj.add_to(residual_TE, attended_TF, self.residual_multiplier, self.mlp.gate_up_proj)
-            hidden_TM = self.mlp.hidden(self.post_attention_layernorm, residual_TE)
-            upcoming = None if following is None else following.self_attn.qkv_proj
-            down_proj.add_to(residual_TE, hidden_TM, self.residual_multiplier, upcoming)
+            o_proj.add_to(residual_TE, attended_TF, self.residual_multiplier)
+            down_proj.add_to(
+                residual_TE, self.mlp.hidden(self.post_attention_layernorm, residual_TE), self.residual_multiplier
+            )
         else:
             residual_TE.add_(self.post_attention_layernorm(o_proj(attended_TF)))
             hidden_TM = self.mlp.hidden(self.pre_feedforward_layernorm, residual_TE)
@@ -159,10 +151,8 @@ class Decoder(nn.Module, ABC):
             [T, E] hidden states after the final norm. Those of padding tokens are unspecified.
         """
         residual_TE = self.embed(inputs.tokens.token_ids)
-        following = [*self.layers[1:], None]
-        layers = zip(self.layers, following, self._table_names, inputs.kv_caches, strict=True)
-        for layer, next_layer, table, cache in layers:
-            layer(residual_TE, self.get_buffer(table), cache, inputs, next_layer)
+        for layer, table, cache in zip(self.layers, self._table_names, inputs.kv_caches, strict=True):
+            layer(residual_TE, self.get_buffer(table), cache, inputs)
         normalised_TE: Tensor = self.norm(residual_TE)
         return normalised_TE
 

@@ -75,7 +75,7 @@ def test_norm_linear_multiplies_what_is_normalised(form, on_device, tokens, inpu
     norm_weight = 1 + randn(inputs).to(dtype) / 4
     expected = norm(x, norm_weight) @ weight.double().T + (bias.double() if with_bias else 0)
     bias = bias.to(place) if with_bias else None
-    found = form.norm_linear((7 * x).to(place), norm_weight.to(place), 49 * EPS, weight.to(place), bias, None)
+    found = form.norm_linear((7 * x).to(place), norm_weight.to(place), 49 * EPS, weight.to(place), bias)
     assert_close(found, expected, dtype)
 
 
@@ -88,7 +88,7 @@ def test_norm_gated_linear_gates_the_second_half_with_the_first(form, on_device,
     norm_weight = 1 + randn(inputs).to(dtype) / 4
     gate, up = (norm(x, norm_weight) @ weight.double().T).chunk(2, dim=1)
     activation = torch.nn.functional.gelu(gate, approximate="tanh") if gelu else torch.nn.functional.silu(gate)
-    found = form.norm_gated_linear(x.to(place), norm_weight.to(place), EPS, weight.to(place), gelu, None)
+    found = form.norm_gated_linear(x.to(place), norm_weight.to(place), EPS, weight.to(place), gelu)
     assert found.shape == (tokens, 21)
     assert_close(found, activation * up, dtype)
 

@@ -28,23 +28,23 @@ _linear_out = register(
     inline_on_cpu=True,
 )
 _linear_add = register(
-    "linear_add(Tensor x, Tensor weight, Tensor? bias, Tensor(a!) residual, float multiplier, Tensor? upcoming) -> ()",
+    "linear_add(Tensor x, Tensor weight, Tensor? bias, Tensor(a!) residual, float multiplier) -> ()",
     cpu=cpu.linear_add,
     fake=lambda *_: None,
     cuda="stepgraph.ops.linear.triton:linear_add",
     inline_on_cpu=True,
 )
 _norm_linear = register(
-    "norm_linear(Tensor x, Tensor norm_weight, float eps, Tensor weight, Tensor? bias, Tensor? upcoming) -> Tensor",
+    "norm_linear(Tensor x, Tensor norm_weight, float eps, Tensor weight, Tensor? bias) -> Tensor",
     cpu=cpu.norm_linear,
-    fake=lambda x, norm_weight, eps, weight, bias, upcoming: x.new_empty(x.shape[0], weight.shape[0]),
+    fake=lambda x, norm_weight, eps, weight, bias: x.new_empty(x.shape[0], weight.shape[0]),
     cuda="stepgraph.ops.linear.triton:norm_linear",
     inline_on_cpu=True,
 )
 _norm_gated_linear = register(
-    "norm_gated_linear(Tensor x, Tensor norm_weight, float eps, Tensor weight, bool gelu, Tensor? upcoming) -> Tensor",
+    "norm_gated_linear(Tensor x, Tensor norm_weight, float eps, Tensor weight, bool gelu) -> Tensor",
     cpu=cpu.norm_gated_linear,
-    fake=lambda x, norm_weight, eps, weight, gelu, upcoming: x.new_empty(x.shape[0], weight.shape[0] // 2),
+    fake=lambda x, norm_weight, eps, weight, gelu: x.new_empty(x.shape[0], weight.shape[0] // 2),
     cuda="stepgraph.ops.linear.triton:norm_gated_linear",
     inline_on_cpu=True,
 )
@@ -77,14 +77,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor | None = 
     return out
 
 
-def linear_add(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    residual: Tensor,
-    multiplier: float = 1.0,
-    upcoming: Tensor | None = None,
-) -> None:
+def linear_add(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor, multiplier: float = 1.0) -> None:
     """``residual += multiplier · (x @ weight.T + bias)`` in place. May run inside a graph.
 
     Args:
@@ -94,14 +87,11 @@ def linear_add(
         residual: [T, N], same dtype, contiguous; updated. Whether the product is rounded before it is added depends on the
             number of tokens.
         multiplier: applied in float32.
-        upcoming: a weight that an operator soon after reads; on CUDA brought to the cache meanwhile, of few tokens.
     """
-    _linear_add(x, weight, bias, residual, multiplier, upcoming)
+    _linear_add(x, weight, bias, residual, multiplier)
 
 
-def norm_linear(
-    x: Tensor, norm_weight: Tensor, eps: float, weight: Tensor, bias: Tensor | None, upcoming: Tensor | None = None
-) -> Tensor:
+def norm_linear(x: Tensor, norm_weight: Tensor, eps: float, weight: Tensor, bias: Tensor | None) -> Tensor:
     """`linear` of `rms_norm`. May run inside a graph.
 
     Args:
@@ -109,17 +99,14 @@ def norm_linear(
         norm_weight, eps: [K], as of `rms_norm`.
         weight: [N, K], dtype of `x`, contiguous.
         bias: [N] or None.
-        upcoming: see `linear_add`.
 
     Returns:
         [T, N], dtype of `x`.
     """
-    return _norm_linear(x, norm_weight, eps, weight, bias, upcoming)
+    return _norm_linear(x, norm_weight, eps, weight, bias)
 
 
-def norm_gated_linear(
-    x: Tensor, norm_weight: Tensor, eps: float, weight: Tensor, *, gelu: bool, upcoming: Tensor | None = None
-) -> Tensor:
+def norm_gated_linear(x: Tensor, norm_weight: Tensor, eps: float, weight: Tensor, *, gelu: bool) -> Tensor:
     """`swiglu`, or `geglu`, of `linear` of `rms_norm`. May run inside a graph.
 
     Args:
@@ -127,12 +114,11 @@ def norm_gated_linear(
         norm_weight, eps: [K], as of `rms_norm`.
         weight: [2N, K], dtype of `x`, contiguous; the gate's in the first half.
         gelu: which activation.
-        upcoming: see `linear_add`.
 
     Returns:
         [T, N], dtype of `x`.
     """
-    return _norm_gated_linear(x, norm_weight, eps, weight, gelu, upcoming)
+    return _norm_gated_linear(x, norm_weight, eps, weight, gelu)
 
 
 def linear_by_row(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor | None = None) -> Tensor:

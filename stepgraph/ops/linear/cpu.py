@@ -37,9 +37,7 @@ def linear_out(x: Tensor, weight: Tensor, out: Tensor) -> None:
     out.copy_(linear(x, weight, None))
 
 
-def linear_add(
-    x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor, multiplier: float, upcoming: Tensor | None
-) -> None:
+def linear_add(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor, multiplier: float) -> None:
     """See `stepgraph.ops.linear.linear_add`."""
     product = linear(x, weight, bias)
     residual.add_(
@@ -47,18 +45,14 @@ def linear_add(
     )  # `alpha` of 16 bits rounds by position
 
 
-def norm_linear(
-    x: Tensor, norm_weight: Tensor, eps: float, weight: Tensor, bias: Tensor | None, upcoming: Tensor | None
-) -> Tensor:
+def norm_linear(x: Tensor, norm_weight: Tensor, eps: float, weight: Tensor, bias: Tensor | None) -> Tensor:
     """See `stepgraph.ops.linear.norm_linear`."""
     return linear(rms_norm(x, norm_weight, eps), weight, bias)
 
 
-def norm_gated_linear(
-    x: Tensor, norm_weight: Tensor, eps: float, weight: Tensor, gelu: bool, upcoming: Tensor | None
-) -> Tensor:
+def norm_gated_linear(x: Tensor, norm_weight: Tensor, eps: float, weight: Tensor, gelu: bool) -> Tensor:
     """See `stepgraph.ops.linear.norm_gated_linear`."""
-    return (geglu if gelu else swiglu)(norm_linear(x, norm_weight, eps, weight, None, None))
+    return (geglu if gelu else swiglu)(norm_linear(x, norm_weight, eps, weight, None))
 
 
 def linear_by_row(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from stepgraph.ops.dependent_launch import LAUNCH, prefetch, prefetch_arguments, wait_for_previous
+from stepgraph.ops.dependent_launch import LAUNCH, wait_for_previous
 from stepgraph.ops.linear.ends import STORE, finish
 
 MAX_TOKENS = 64
@@ -69,7 +69,7 @@ class Tile:
         return 2 * (self.num_stages - 1) * self.slices * self.inputs * (self.outputs + self.tokens(num_tokens))
 
 
-@triton.jit(do_not_specialize=["T", "N", "upcoming_bytes", "upcoming_chunk"])
+@triton.jit(do_not_specialize=["T", "N"])
 def _few_tokens_kernel(
     x_ptr,
     weight_ptr,
@@ -79,9 +79,6 @@ def _few_tokens_kernel(
     T,
     N,
     K,
-    upcoming_ptr,  # see `prefetch_arguments`
-    upcoming_bytes,
-    upcoming_chunk,
     END: tl.constexpr,  # what becomes of the product, see `ends`
     BLOCK_T: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -100,7 +97,6 @@ def _few_tokens_kernel(
     sum_SNT = tl.zeros([SLICES, BLOCK_N, BLOCK_T], tl.float32)
     up_SNT = tl.zeros([SLICES, BLOCK_N, BLOCK_T], tl.float32)
     is_gated: tl.constexpr = END == "swiglu" or END == "geglu"
-    prefetch(upcoming_ptr, upcoming_bytes, upcoming_chunk)
     wait_for_previous()
     for start in tl.range(0, K, SLICES * BLOCK_K, num_stages=STAGES):
         inside_SK = start + input_SK < K
@@ -117,7 +113,7 @@ def _few_tokens_kernel(
     finish(out_NT, sum_NT, tl.sum(up_SNT, axis=0), multiplier, inside_N[:, None] & inside_T[None, :], END)
 
 
-@triton.jit(do_not_specialize=["T", "N", "upcoming_bytes", "upcoming_chunk"])
+@triton.jit(do_not_specialize=["T", "N"])
 def _flat_kernel(
     x_ptr,
     weight_ptr,
@@ -127,9 +123,6 @@ def _flat_kernel(
     T,
     N,
     K,
-    upcoming_ptr,  # see `prefetch_arguments`
-    upcoming_bytes,
-    upcoming_chunk,
     END: tl.constexpr,  # what becomes of the product, see `ends`
     BLOCK_T: tl.constexpr,
     BLOCK_W: tl.constexpr,  # rows of the weight; with an activation at the end, a gate's and then its partners'
@@ -148,7 +141,6 @@ def _flat_kernel(
     weight_WK = weight_ptr + row_W.to(tl.int64)[:, None] * K + input_K[None, :]
     x_KT = x_ptr + token_T[None, :] * K + input_K[:, None]
     sum_WT = tl.zeros([BLOCK_W, BLOCK_T], tl.float32)
-    prefetch(upcoming_ptr, upcoming_bytes, upcoming_chunk)
     wait_for_previous()
     for start in tl.range(0, K, BLOCK_K, num_stages=STAGES):
         inside_K = start + input_K < K
@@ -204,7 +196,6 @@ def multiply(
     tile: Tile | FlatTile,
     end: str = STORE,
     multiplier: float = 1.0,
-    upcoming: Tensor | None = None,
 ) -> None:
     """Write `x @ weight.T + bias`, accumulated in float32, into `out`, or what `end` makes of it. May run inside a graph.
 
@@ -216,12 +207,10 @@ def multiply(
         tile: of each program.
         end: see `stepgraph.ops.linear.ends`.
         multiplier: of what is added.
-        upcoming: what a later kernel reads.
     """
     (tokens, inputs), outputs = x.shape, out.shape[1]
     if isinstance(tile, FlatTile):
-        num_programs = triton.cdiv(weight.shape[0], tile.outputs)
-        _flat_kernel[(num_programs,)](
+        _flat_kernel[(triton.cdiv(weight.shape[0], tile.outputs),)](
             x,
             weight,
             bias,
@@ -230,7 +219,6 @@ def multiply(
             tokens,
             outputs,
             inputs,
-            **prefetch_arguments(upcoming, num_programs),
             END=end,
             BLOCK_T=tile.tokens(tokens),
             BLOCK_W=tile.outputs,
@@ -240,8 +228,7 @@ def multiply(
             **LAUNCH,
         )
         return
-    num_programs = triton.cdiv(outputs, tile.outputs)
-    _few_tokens_kernel[(num_programs,)](
+    _few_tokens_kernel[(triton.cdiv(outputs, tile.outputs),)](
         x,
         weight,
         bias,
@@ -250,7 +237,6 @@ def multiply(
         tokens,
         outputs,
         inputs,
-        **prefetch_arguments(upcoming, num_programs),
         END=end,
         BLOCK_T=tile.tokens(tokens),
         BLOCK_N=tile.outputs,

@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn import functional as F
 
-from stepgraph.ops.dependent_launch import LAUNCH, prefetch, prefetch_arguments, wait_for_previous
+from stepgraph.ops.dependent_launch import LAUNCH, wait_for_previous
 from stepgraph.ops.linear import few_tokens
 from stepgraph.ops.linear.ends import ADD, GEGLU, STORE, SWIGLU, finish
 from stepgraph.ops.rms_norm.triton import normalise, rms_norm
@@ -30,7 +30,7 @@ MAX_STREAMED_INPUTS = 4096
 """Read at once; more in turn."""
 
 
-@triton.jit(do_not_specialize=["N", "upcoming_bytes", "upcoming_chunk"])
+@triton.jit(do_not_specialize=["N"])
 def _stream_kernel(
     x_ptr,
     norm_ptr,  # None: x as it is; else K ≤ BLOCK_K
@@ -40,9 +40,6 @@ def _stream_kernel(
     eps,
     multiplier,
     N,
-    upcoming_ptr,  # see `prefetch_arguments`
-    upcoming_bytes,
-    upcoming_chunk,
     END: tl.constexpr,  # what becomes of the product, see `ends`
     TOKENS: tl.constexpr,
     K: tl.constexpr,
@@ -64,7 +61,6 @@ def _stream_kernel(
         first_up_NK = tl.load(up_NK, mask=first_inside_NK, other=0.0)
     if norm_ptr is not None:
         norm_K = tl.load(norm_ptr + input_K, mask=input_K < K, other=0.0)
-    prefetch(upcoming_ptr, upcoming_bytes, upcoming_chunk)
     wait_for_previous()
     sum_NT = tl.zeros([BLOCK_N, TOKENS], tl.float32)
     up_NT = tl.zeros([BLOCK_N, TOKENS], tl.float32)
@@ -97,20 +93,17 @@ def stream(
     end: str = STORE,
     multiplier: float = 1.0,
     norm: tuple[Tensor, float] | None = None,
-    upcoming: Tensor | None = None,
 ) -> None:
     """`few_tokens.multiply` for at most MAX_STREAMED_TOKENS tokens of any dtype.
 
     Args:
         norm: weight and eps of an RMS norm of `x`, of at most MAX_STREAMED_INPUTS inputs; None: no norm.
-        upcoming: what a later kernel reads.
     """
     (tokens, inputs), outputs = x.shape, out.shape[1]
     block_inputs = min(MAX_STREAMED_INPUTS, triton.next_power_of_2(inputs))
     block_outputs = max(1, STREAMED_BYTES // (block_inputs * x.itemsize))
     norm_weight, eps = norm or (None, 0.0)
-    num_programs = triton.cdiv(outputs, block_outputs)
-    _stream_kernel[(num_programs,)](
+    _stream_kernel[(triton.cdiv(outputs, block_outputs),)](
         x,
         norm_weight,
         weight,
@@ -119,7 +112,6 @@ def stream(
         eps,
         multiplier,
         outputs,
-        **prefetch_arguments(upcoming, num_programs),
         END=end,
         TOKENS=tokens,
         K=inputs,
@@ -130,7 +122,7 @@ def stream(
     )
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None, upcoming: Tensor | None = None) -> Tensor:
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """See `stepgraph.ops.linear.linear`."""
     tokens, outputs = x.shape[0], weight.shape[0]
     tile = few_tokens.choose_tile(x, outputs) if tokens > 1 else None
@@ -138,55 +130,49 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, upcoming: Tensor | No
         return F.linear(x, weight, bias)
     out = x.new_empty(tokens, outputs)
     if tile is not None:
-        few_tokens.multiply(x, weight, bias, out, tile, upcoming=upcoming)
+        few_tokens.multiply(x, weight, bias, out, tile)
     else:
-        stream(x, weight, bias, out, upcoming=upcoming)
+        stream(x, weight, bias, out)
     return out
 
 
-def linear_add(
-    x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor, multiplier: float, upcoming: Tensor | None
-) -> None:
+def linear_add(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor, multiplier: float) -> None:
     """See `stepgraph.ops.linear.linear_add`."""
     tokens, outputs = x.shape[0], weight.shape[0]
     tile = few_tokens.choose_tile(x, outputs) if tokens > 1 else None
     if tile is not None:
-        few_tokens.multiply(x, weight, bias, residual, tile, ADD, multiplier, upcoming)
+        few_tokens.multiply(x, weight, bias, residual, tile, ADD, multiplier)
     elif tokens <= MAX_STREAMED_TOKENS:
-        stream(x, weight, bias, residual, ADD, multiplier, upcoming=upcoming)
+        stream(x, weight, bias, residual, ADD, multiplier)
     else:
         residual.addmm_(x, weight.t(), alpha=multiplier)
         if bias is not None:
             residual.add_(bias, alpha=multiplier)
 
 
-def norm_linear(
-    x: Tensor, norm_weight: Tensor, eps: float, weight: Tensor, bias: Tensor | None, upcoming: Tensor | None
-) -> Tensor:
+def norm_linear(x: Tensor, norm_weight: Tensor, eps: float, weight: Tensor, bias: Tensor | None) -> Tensor:
     """See `stepgraph.ops.linear.norm_linear`."""
     if not _streams_with_norm(x):
-        return linear(rms_norm(x, norm_weight, eps), weight, bias, upcoming)
+        return linear(rms_norm(x, norm_weight, eps), weight, bias)
     out = x.new_empty(1, weight.shape[0])
-    stream(x, weight, bias, out, norm=(norm_weight, eps), upcoming=upcoming)
+    stream(x, weight, bias, out, norm=(norm_weight, eps))
     return out
 
 
-def norm_gated_linear(
-    x: Tensor, norm_weight: Tensor, eps: float, weight: Tensor, gelu: bool, upcoming: Tensor | None
-) -> Tensor:
+def norm_gated_linear(x: Tensor, norm_weight: Tensor, eps: float, weight: Tensor, gelu: bool) -> Tensor:
     """See `stepgraph.ops.linear.norm_gated_linear`."""
     tokens, width = x.shape[0], weight.shape[0] // 2
     end = GEGLU if gelu else SWIGLU
     if _streams_with_norm(x):
         out = x.new_empty(1, width)
-        stream(x, weight, None, out, end, norm=(norm_weight, eps), upcoming=upcoming)
+        stream(x, weight, None, out, end, norm=(norm_weight, eps))
         return out
     normed = rms_norm(x, norm_weight, eps)
     tile = few_tokens.choose_tile(x, 2 * width, gated=True)
     if tile is None:
         return (geglu if gelu else swiglu)(linear(normed, weight, None))
     out = x.new_empty(tokens, width)
-    few_tokens.multiply(normed, weight, None, out, tile, end, upcoming=upcoming)
+    few_tokens.multiply(normed, weight, None, out, tile, end)
     return out
 
 
