@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from stepgraph.layers.inputs import StepInputs
 from stepgraph.layers.linear import Linear, MergedLinear
 from stepgraph.layers.norm import RMSNorm
-from stepgraph.ops import paged_attention, rope_cache
+from stepgraph.ops import rope_attention, rope_cache
 
 
 class Attention(nn.Module):
@@ -82,28 +82,28 @@ class Attention(nn.Module):
         Returns:
             [T, H·D], dtype of `x_TE`. What is left is `o_proj`.
         """
-        tokens, (k_cache, v_cache) = inputs.tokens, cache
-        q_THD = self.project(norm, x_TE, cos_sin, cache, inputs)
-        return paged_attention(
-            q_THD,
-            k_cache,
-            v_cache,
+        return rope_attention(
+            self.qkv_proj.after_norm(norm, x_TE),
+            cos_sin,
+            self.q_norm.weight if self.q_norm is not None else None,
+            self.k_norm.weight if self.k_norm is not None else None,
+            *cache,
             inputs.block_table,
-            tokens.row_slot,
-            tokens.query_start,
-            tokens.kv_len,
+            inputs.tokens,
             inputs.attention_plans[self.window],
             inputs.geometry,
-            self.scale,
-            self.window,
+            num_heads=self.num_heads,
+            eps=self.eps,
+            scale=self.scale,
+            window=self.window,
         )
 
-    def project(
+    def cache_only(
         self, norm: RMSNorm, x_TE: Tensor, cos_sin: Tensor, cache: tuple[Tensor, Tensor], inputs: StepInputs
-    ) -> Tensor:
-        """Write this step's keys and values, and return the rotated queries, [T, H, D]; arguments as of `forward`."""
+    ) -> None:
+        """Write this step's keys and values; arguments as of `forward`."""
         tokens = inputs.tokens
-        return rope_cache(
+        rope_cache(
             self.qkv_proj.after_norm(norm, x_TE),
             tokens.positions,
             tokens.kv_slots,

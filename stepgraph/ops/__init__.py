@@ -19,6 +19,7 @@ from stepgraph.ops.lora import lora
 from stepgraph.ops.process_logits import process_logits
 from stepgraph.ops.remember import remember
 from stepgraph.ops.rms_norm import rms_norm
+from stepgraph.ops.rope_attention import rope_attention
 from stepgraph.ops.rope_cache import rope_cache
 from stepgraph.ops.sample import sample
 from stepgraph.ops.swiglu import geglu, swiglu
@@ -52,6 +53,7 @@ __all__ = [
     "propose",
     "remember",
     "rms_norm",
+    "rope_attention",
     "rope_cache",
     "sample",
     "swiglu",

@@ -125,7 +125,7 @@ class MTPLayer(nn.Module):
     ) -> None:
         """Cache keys and values as `forward` does, and no more."""
         x_TE = self._combine(embedding_TE, hidden_TE)
-        self.block.self_attn.project(self.block.input_layernorm, x_TE, self.cos_sin, cache, inputs)
+        self.block.self_attn.cache_only(self.block.input_layernorm, x_TE, self.cos_sin, cache, inputs)
 
     def _combine(self, embedding_TE: Tensor, hidden_TE: Tensor) -> Tensor:
         parts = self.embedding_norm(embedding_TE), self.hidden_norm(hidden_TE)

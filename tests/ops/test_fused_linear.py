@@ -59,9 +59,7 @@ def test_linear_add_adds_the_product_to_the_residual(
         x.double() @ weight.double().T + (bias.double() if with_bias else 0)
     )
     updated = residual.to(place, copy=True)
-    form.linear_add(
-        x.to(place), weight.to(place), bias.to(place) if with_bias else None, updated[:tokens], multiplier, None
-    )
+    form.linear_add(x.to(place), weight.to(place), bias.to(place) if with_bias else None, updated[:tokens], multiplier)
     assert_close(updated[:tokens], expected, dtype)
     assert torch.equal(updated[tokens].cpu(), residual[tokens]), "wrote beyond the last token"
 

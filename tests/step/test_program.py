@@ -160,6 +160,7 @@ LAUNCHERS = {
         "process_logits": ("process_logits",),
         "remember": ("remember",),
         "rms_norm": ("rms_norm",),
+        "rope_attention": ("rope_attention",),
         "rope_cache": ("rope_cache",),
         "sample": ("sample",),
         "swiglu": ("swiglu", "geglu"),

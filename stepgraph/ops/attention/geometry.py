@@ -60,6 +60,7 @@ class AttentionGeometry:
     max_items: int  # bound on the item list
     max_partials: int  # bound on the items of split tiles, which keep a partial result until the last of them combines
     num_programs: int  # the constant grid; each program loops over units of work
+    is_one_row: bool = False  # and all of its tokens lie in one tile
     deterministic: bool = False  # a token's result has the same bits in every batch, chunk of its prompt and StepShape
 
 
@@ -133,5 +134,6 @@ def attention_geometry(
         max_items=max_items,
         max_partials=0 if deterministic else 2 * target,
         num_programs=min(max_items * num_kv_heads, resident),
+        is_one_row=num_rows == 1 and tile == 16 and not deterministic,
         deterministic=deterministic,
     )

@@ -244,7 +244,7 @@ def _attend(
 
 
 @triton.jit
-def _combine(
+def combine(
     tile_ptr,
     part_stride,
     num_parts,
@@ -291,19 +291,19 @@ def _combine(
             sum_P = sum_P * decay_P + tl.sum(part_sum_SP * weight_SP, axis=0)
             acc_PD = acc_PD * decay_P[:, None] + tl.sum(part_SPD * weight_SP[:, :, None], axis=0)
             max_P = new_max_P
-        line_P = _line(query_start, first_pair + pair_P, kv_head, G, GROUP)
+        line_P = line_of(query_start, first_pair + pair_P, kv_head, G, GROUP)
         out_PD = (acc_PD / sum_P[:, None]).to(out_ptr.dtype.element_ty)
         tl.store(out_ptr + line_P[:, None] * D + dim_D[None, :], out_PD, mask=inside_P[:, None] & (dim_D < D)[None, :])
 
 
 @triton.jit
-def _line(query_start, pair, kv_head, G: tl.constexpr, GROUP: tl.constexpr):
+def line_of(query_start, pair, kv_head, G: tl.constexpr, GROUP: tl.constexpr):
     """Which line of [T · H, D] holds a row's (token, query head of the group) pair."""
     return (query_start + pair // GROUP).to(tl.int64) * (G * GROUP) + kv_head * GROUP + pair % GROUP
 
 
 @triton.jit
-def _load_item(items_ptr, item, is_item, ITEM: tl.constexpr):
+def load_item(items_ptr, item, is_item, ITEM: tl.constexpr):
     """What `_plan_kernel` stored; zeros if `is_item` is false."""
     item_ptr = items_ptr + item * ITEM
     return (
@@ -350,7 +350,7 @@ def _attention_kernel(
     pair_M = tl.arange(0, TILE)
     dim_D = tl.arange(0, BLOCK_D)
     work = program
-    slot, query_start, query_len, kv_len, tile, split, first_partial = _load_item(
+    slot, query_start, query_len, kv_len, tile, split, first_partial = load_item(
         items_ptr, work // G, work < num_work, ITEM
     )
     wait_for_previous()  # the plan is older
@@ -372,7 +372,7 @@ def _attention_kernel(
 
             token_M = (first_pair + pair_M) // GROUP
             position_M = context_len + token_M
-            line_M = _line(query_start, first_pair + pair_M, kv_head, G, GROUP)
+            line_M = line_of(query_start, first_pair + pair_M, kv_head, G, GROUP)
             inside_MD = (token_M < query_len)[:, None] & (dim_D < D)[None, :]
             offset_MD = line_M[:, None] * D + dim_D[None, :]
             q_MD = tl.load(q_ptr + offset_MD, mask=inside_MD, other=0.0)
@@ -423,14 +423,14 @@ def _attention_kernel(
                 if tl.atomic_add(counter_ptr, 1, sem="acq_rel", scope="gpu") == num_parts - 1:
                     tl.store(counter_ptr, 0)
                     num_pairs = tl.minimum(TILE, query_len * GROUP - first_pair)
-                    _combine(
+                    combine(
                         tile_ptr, part_stride, num_parts, out_ptr, query_start, first_pair, num_pairs, kv_head,
                         G, GROUP, D, BLOCK_D, PAIRS, SPLITS,
                     )  # fmt: skip
         # Items come heaviest first: going back and forth gives who had the heaviest the lightest next.
         turn += 1
         work = turn * num_programs + tl.where(turn % 2 == 0, program, num_programs - 1 - program)
-        slot, query_start, query_len, kv_len, tile, split, first_partial = _load_item(
+        slot, query_start, query_len, kv_len, tile, split, first_partial = load_item(
             items_ptr, work // G, work < num_work, ITEM
         )
 

@@ -14,19 +14,25 @@ GEGLU = "geglu"
 
 
 @triton.jit
-def finish(out, product, up, multiplier, inside, END: tl.constexpr):
+def before_add(out, inside, END: tl.constexpr):
+    """What a product is added to, to be loaded while it is computed; nothing of use if END does not add."""
+    return tl.load(out, mask=inside & (END == "add"), other=0.0)
+
+
+@triton.jit
+def finish(out, product, up, before, multiplier, inside, END: tl.constexpr):
     """Round the product, float32, and do what END says.
 
     Args:
         out: pointers to the outputs.
         product, up: with the weight; with its second half, if END is an activation.
+        before: from `before_add`.
         multiplier: of what is added.
         inside: which outputs there are.
     """
     dtype = out.dtype.element_ty
     rounded = product.to(dtype)
     if END == "add":
-        before = tl.load(out, mask=inside, other=0.0)
         rounded = (before.to(tl.float32) + rounded.to(tl.float32) * multiplier).to(dtype)
     elif END == "swiglu" or END == "geglu":
         rounded = gated(rounded, up.to(dtype), END == "geglu")

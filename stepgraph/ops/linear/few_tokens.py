@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from stepgraph.ops.dependent_launch import LAUNCH, wait_for_previous
-from stepgraph.ops.linear.ends import STORE, finish
+from stepgraph.ops.linear.ends import STORE, before_add, finish
 
 MAX_TOKENS = 64
 """Beyond, no tile was faster than the library by more than a few percent."""
@@ -97,7 +97,10 @@ def _few_tokens_kernel(
     sum_SNT = tl.zeros([SLICES, BLOCK_N, BLOCK_T], tl.float32)
     up_SNT = tl.zeros([SLICES, BLOCK_N, BLOCK_T], tl.float32)
     is_gated: tl.constexpr = END == "swiglu" or END == "geglu"
+    out_NT = out_ptr + token_T[None, :] * N + output_N[:, None]
+    inside_NT = inside_N[:, None] & inside_T[None, :]
     wait_for_previous()
+    before_NT = before_add(out_NT, inside_NT, END)
     for start in tl.range(0, K, SLICES * BLOCK_K, num_stages=STAGES):
         inside_SK = start + input_SK < K
         inside_SNK = inside_N[None, :, None] & inside_SK[:, None, :]
@@ -109,8 +112,7 @@ def _few_tokens_kernel(
     sum_NT = tl.sum(sum_SNT, axis=0)
     if bias_ptr is not None:
         sum_NT += tl.load(bias_ptr + output_N, mask=inside_N, other=0.0).to(tl.float32)[:, None]
-    out_NT = out_ptr + token_T[None, :] * N + output_N[:, None]
-    finish(out_NT, sum_NT, tl.sum(up_SNT, axis=0), multiplier, inside_N[:, None] & inside_T[None, :], END)
+    finish(out_NT, sum_NT, tl.sum(up_SNT, axis=0), before_NT, multiplier, inside_NT, END)
 
 
 @triton.jit(do_not_specialize=["T", "N"])
@@ -141,7 +143,12 @@ def _flat_kernel(
     weight_WK = weight_ptr + row_W.to(tl.int64)[:, None] * K + input_K[None, :]
     x_KT = x_ptr + token_T[None, :] * K + input_K[:, None]
     sum_WT = tl.zeros([BLOCK_W, BLOCK_T], tl.float32)
+    column_N = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    inside_N = column_N < N
+    out_NT = out_ptr + token_T[None, :] * N + column_N[:, None]
+    inside_NT = inside_N[:, None] & inside_T[None, :]
     wait_for_previous()
+    before_NT = before_add(out_NT, inside_NT, END)
     for start in tl.range(0, K, BLOCK_K, num_stages=STAGES):
         inside_K = start + input_K < K
         sum_WT = tl.dot(
@@ -149,16 +156,13 @@ def _flat_kernel(
             tl.load(x_KT + start, mask=inside_K[:, None] & inside_T[None, :], other=0.0),
             sum_WT,
         )
-    column_N = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    inside_N = column_N < N
     if is_gated:
         product_NT, up_NT = tl.split(tl.permute(tl.reshape(sum_WT, [2, BLOCK_N, BLOCK_T]), 1, 2, 0))
     else:
         product_NT, up_NT = sum_WT, sum_WT
     if bias_ptr is not None:
         product_NT += tl.load(bias_ptr + column_N, mask=inside_N, other=0.0).to(tl.float32)[:, None]
-    out_NT = out_ptr + token_T[None, :] * N + column_N[:, None]
-    finish(out_NT, product_NT, up_NT, multiplier, inside_N[:, None] & inside_T[None, :], END)
+    finish(out_NT, product_NT, up_NT, before_NT, multiplier, inside_NT, END)
 
 
 def choose_tile(x: Tensor, outputs: int, *, gated: bool = False) -> Tile | FlatTile | None:

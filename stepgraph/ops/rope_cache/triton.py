@@ -19,8 +19,9 @@ MAX_HEADS_PER_PROGRAM = 4
 
 
 @triton.jit
-def _normalise_rotate(low_NH, high_NH, norm_ptr, cos_H, sin_H, eps, half_H, HALF: tl.constexpr):
-    """Both halves of each head, RMS-normalised if `norm_ptr` is given, then rotated: float32 [heads, D/2] each."""
+def normalise_rotate(low_NH, high_NH, norm_ptr, cos_NH, sin_NH, eps, half_H, HALF: tl.constexpr):
+    """Both halves of each head, RMS-normalised if `norm_ptr` is given, then rotated by angles that broadcast to them: float32
+    [heads, D/2] each."""
     low32_NH, high32_NH = low_NH.to(tl.float32), high_NH.to(tl.float32)
     if norm_ptr is not None:
         inside_H = half_H < HALF
@@ -35,8 +36,8 @@ def _normalise_rotate(low_NH, high_NH, norm_ptr, cos_H, sin_H, eps, half_H, HALF
             scale_rounded(high32_NH, inverse_rms_N[:, None], weight_high_H[None, :]).to(low_NH.dtype).to(tl.float32)
         )
     return (
-        low32_NH * cos_H[None, :] - high32_NH * sin_H[None, :],
-        high32_NH * cos_H[None, :] + low32_NH * sin_H[None, :],
+        low32_NH * cos_NH - high32_NH * sin_NH,
+        high32_NH * cos_NH + low32_NH * sin_NH,
     )
 
 
@@ -77,12 +78,16 @@ def _rope_cache_kernel(
     high_NH = tl.load(source_NH + HALF, mask=inside_NH, other=0.0)
 
     if head < H:
-        low32_NH, high32_NH = _normalise_rotate(low_NH, high_NH, q_norm_ptr, cos_H, sin_H, eps, half_H, HALF)
+        low32_NH, high32_NH = normalise_rotate(
+            low_NH, high_NH, q_norm_ptr, cos_H[None, :], sin_H[None, :], eps, half_H, HALF
+        )
         q_NH = out_ptr + (token * H + head) * D + offset_NH
         tl.store(q_NH, low32_NH.to(out_ptr.dtype.element_ty), mask=inside_NH)
         tl.store(q_NH + HALF, high32_NH.to(out_ptr.dtype.element_ty), mask=inside_NH)
     elif head < H + G:
-        low32_NH, high32_NH = _normalise_rotate(low_NH, high_NH, k_norm_ptr, cos_H, sin_H, eps, half_H, HALF)
+        low32_NH, high32_NH = normalise_rotate(
+            low_NH, high_NH, k_norm_ptr, cos_H[None, :], sin_H[None, :], eps, half_H, HALF
+        )
         low_NH, high_NH = low32_NH.to(out_ptr.dtype.element_ty), high32_NH.to(out_ptr.dtype.element_ty)
         k_NH = k_cache_ptr + (cache_line + head - H) * D + offset_NH
         tl.store(k_NH, round_to(low_NH, k_cache_ptr.dtype.element_ty), mask=inside_NH)

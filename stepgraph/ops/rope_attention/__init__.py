@@ -1,0 +1,85 @@
+"""`rope_cache` and `paged_attention` of a step, as one kernel where the step is one row of few tokens.
+
+One request that decodes has the machine for itself and waits for latency: of the launch between the two, of keys and values on
+their way from memory. In one kernel the new keys stay in registers, and those of earlier steps are under way before the
+projection is done.
+"""
+
+from torch import Tensor
+
+from stepgraph.ops.attention import AttentionGeometry, AttentionPlan, paged_attention
+from stepgraph.ops.build import StepTokens
+from stepgraph.ops.registry import register
+from stepgraph.ops.rope_attention import reference
+from stepgraph.ops.rope_cache import rope_cache
+
+
+def _fake(
+    qkv: Tensor,
+    kv_slots: Tensor,
+    cos_sin: Tensor,
+    q_norm: Tensor | None,
+    k_norm: Tensor | None,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    block_table: Tensor,
+    row_slot: Tensor,
+    query_start: Tensor,
+    kv_len: Tensor,
+    items: Tensor,
+    header: Tensor,
+    partials: Tensor,
+    counters: Tensor,
+    num_heads: int,
+    eps: float,
+    scale: float,
+) -> Tensor:
+    return qkv.new_empty(qkv.shape[0], num_heads * k_cache.shape[-1])
+
+
+_rope_attention = register(
+    "rope_attention(Tensor qkv, Tensor kv_slots, Tensor cos_sin, Tensor? q_norm, Tensor? k_norm, Tensor(a!) k_cache, "
+    "Tensor(b!) v_cache, Tensor block_table, Tensor row_slot, Tensor query_start, Tensor kv_len, Tensor items, Tensor header, "
+    "Tensor(c!) partials, Tensor(d!) counters, int num_heads, float eps, float scale) -> Tensor",
+    cpu=reference.rope_attention,
+    fake=_fake,
+    cuda="stepgraph.ops.rope_attention.triton:rope_attention",
+)
+
+
+def rope_attention(
+    qkv: Tensor,
+    cos_sin: Tensor,
+    q_norm: Tensor | None,
+    k_norm: Tensor | None,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    block_table: Tensor,
+    tokens: StepTokens,
+    plan: AttentionPlan,
+    geometry: AttentionGeometry,
+    *,
+    num_heads: int,
+    eps: float,
+    scale: float,
+    window: int,
+) -> Tensor:
+    """Normalise and rotate heads, cache keys and values, and attend. Runs inside the graph.
+
+    Arguments as of `rope_cache` and `paged_attention`.
+
+    Returns:
+        [T, H·D], dtype of `qkv`. Padding tokens get unspecified values.
+    """
+    D = k_cache.shape[-1]
+    if qkv.is_cuda and geometry.is_one_row and not window and D >= 32 and D & (D - 1) == 0:
+        return _rope_attention(
+            qkv, tokens.kv_slots, cos_sin, q_norm, k_norm, k_cache, v_cache, block_table, tokens.row_slot, tokens.query_start,
+            tokens.kv_len, *plan, num_heads, eps, scale,
+        )  # fmt: skip
+    q_THD = rope_cache(
+        qkv, tokens.positions, tokens.kv_slots, cos_sin, q_norm, k_norm, k_cache, v_cache, num_heads, eps
+    )
+    return paged_attention(
+        q_THD, k_cache, v_cache, block_table, tokens.row_slot, tokens.query_start, tokens.kv_len, plan, geometry, scale, window
+    )  # fmt: skip
