@@ -19,8 +19,8 @@ ITEM_SIZE = 8
 MIN_SPLIT_KEYS = 256
 """Below this a split costs more than it saves. On an H100 (8 KV heads of 128, bf16), eight rows of 129 keys take 7.9 us
 unsplit and 8.9 us in splits of 128."""
-MIN_SPLIT_KEYS_ALONE = 128
-"""With low occupancy: one row of 1,025 keys takes 7.9 us in splits of 128 and 11.0 us in splits of 256."""
+MIN_SPLIT_KEYS_TALL = 1024
+"""Of tiles of 64: a long prompt has enough of them, and to combine one costs more."""
 
 UNSPLIT = 1 << 30
 """As `min_split_keys`: more keys than any context has, so that no row is split."""
@@ -126,7 +126,7 @@ def attention_geometry(
     else:
         tile = 16 if small else 64
         max_items = max_tiles(num_tokens, num_rows, group, tile) + target
-    min_split_keys = MIN_SPLIT_KEYS_ALONE if small and busy is Occupancy.LOW else MIN_SPLIT_KEYS
+    min_split_keys = MIN_SPLIT_KEYS if small else MIN_SPLIT_KEYS_TALL
     return AttentionGeometry(
         tile=tile,
         min_split_keys=UNSPLIT if deterministic else min_split_keys,

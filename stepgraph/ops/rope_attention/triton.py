@@ -14,13 +14,13 @@ from torch import Tensor
 from stepgraph.ops.attention.geometry import ITEM_SIZE
 from stepgraph.ops.attention.triton import LOG2_E, combine, line_of, load_item
 from stepgraph.ops.dependent_launch import LAUNCH, wait_for_previous
-from stepgraph.ops.rope_cache.triton import normalise_rotate
+from stepgraph.ops.rope_cache.triton import load_norm, normalise_rotate
 from stepgraph.ops.write_kv.triton import round_to
 
 TILE = 16
 KEYS = 128
-"""Of one iteration, and at least in one split: a lone row of up to so many keys is read at once."""
-NUM_WARPS = 4
+"""Of one iteration; the loads of two are under way before the previous kernel ends."""
+NUM_WARPS = 8
 
 
 @triton.jit
@@ -50,20 +50,12 @@ def _load_cached(
 
 
 @triton.jit
-def _attend(q_low_MH, q_high_MH, k_low_KH, k_high_KH, v_KD, seen_MK, acc_MD, max_M, sum_M, scale_log2):
-    """Online softmax over one more block of keys; scores are in units of log 2."""
+def _scores(q_low_MH, q_high_MH, k_low_KH, k_high_KH, seen_MK, scale_log2):
+    """Scores in units of log 2, -inf where a query does not see a key."""
     dtype = q_low_MH.dtype
     score_MK = tl.dot(q_low_MH, tl.trans(k_low_KH.to(dtype)), input_precision="ieee")
     score_MK = tl.dot(q_high_MH, tl.trans(k_high_KH.to(dtype)), score_MK, input_precision="ieee")
-    score_MK = tl.where(seen_MK, score_MK * scale_log2, float("-inf"))
-    new_max_M = tl.maximum(max_M, tl.max(score_MK, axis=1))
-    # A query that has seen no key yet: any finite reference gives it weights of 0 instead of NaN.
-    reference_M = tl.where(new_max_M == float("-inf"), 0.0, new_max_M)
-    weight_MK = tl.exp2(score_MK - reference_M[:, None])
-    decay_M = tl.exp2(max_M - reference_M)
-    sum_M = sum_M * decay_M + tl.sum(weight_MK, axis=1)
-    acc_MD = tl.dot(weight_MK.to(dtype), v_KD.to(dtype), acc=acc_MD * decay_M[:, None], input_precision="ieee")
-    return acc_MD, new_max_M, sum_M
+    return tl.where(seen_MK, score_MK * scale_log2, float("-inf"))
 
 
 @triton.jit(do_not_specialize=["table_width"])
@@ -107,80 +99,81 @@ def _rope_attention_kernel(
     table_ptr = block_table_ptr + slot.to(tl.int64) * table_width
     k_head_ptr, v_head_ptr = k_cache_ptr + kv_head * D, v_cache_ptr + kv_head * D
     k_low_KH, k_high_KH, v_KD = _load_cached(k_head_ptr, v_head_ptr, table_ptr, begin, end, G * D, D, BLOCK_SIZE, KEYS)
-    half_H = tl.arange(0, HALF)
-    pair_M = tl.arange(0, TILE)
+    next_low_KH, next_high_KH, next_v_KD = _load_cached(
+        k_head_ptr, v_head_ptr, table_ptr, begin + KEYS, end, G * D, D, BLOCK_SIZE, KEYS
+    )
+    half_H, dim_D = tl.arange(0, HALF), tl.arange(0, D)
+    pair_M, new_N = tl.arange(0, TILE), tl.arange(0, TILE)
     token_M = pair_M // GROUP
-    angle_MH = cos_sin_ptr + (context_len + token_M)[:, None].to(tl.int64) * D + half_H[None, :]
     inside_M1 = (is_item & (token_M < query_len))[:, None]
+    inside_N = is_item & (new_N < query_len) & (split == 0)
+    inside_N1 = inside_N[:, None]
+    angle_MH = cos_sin_ptr + (context_len + token_M)[:, None].to(tl.int64) * D + half_H[None, :]
+    angle_NH = cos_sin_ptr + (context_len + new_N)[:, None].to(tl.int64) * D + half_H[None, :]
     cos_MH = tl.load(angle_MH, mask=inside_M1, other=0.0)
     sin_MH = tl.load(angle_MH + HALF, mask=inside_M1, other=0.0)
-    new_N = tl.arange(0, TILE)
-    inside_N1 = (is_item & (new_N < query_len))[:, None]
-    angle_NH = cos_sin_ptr + (context_len + new_N)[:, None].to(tl.int64) * D + half_H[None, :]
-    new_cos_NH = tl.load(angle_NH, mask=inside_N1, other=0.0)
-    new_sin_NH = tl.load(angle_NH + HALF, mask=inside_N1, other=0.0)
-    line_N = tl.load(kv_slots_ptr + query_start + new_N, mask=is_item & (new_N < query_len), other=0).to(tl.int64) * (
-        G * D
-    )
+    cos_NH = tl.load(angle_NH, mask=inside_N1, other=0.0)
+    sin_NH = tl.load(angle_NH + HALF, mask=inside_N1, other=0.0)
+    q_norm_low_H, q_norm_high_H = load_norm(q_norm_ptr, half_H, HALF)
+    k_norm_low_H, k_norm_high_H = load_norm(k_norm_ptr, half_H, HALF)
+    has_norm: tl.constexpr = q_norm_ptr is not None
+    line_N = tl.load(kv_slots_ptr + query_start + new_N, mask=inside_N, other=0).to(tl.int64) * (G * D)
     wait_for_previous()  # all the above is older
 
     if is_item:
-        q_MH = qkv_ptr + (query_start + token_M)[:, None].to(tl.int64) * WIDTH + half_H[None, :]
-        q_MH += (kv_head * GROUP + pair_M % GROUP)[:, None] * D
+        token_M1 = qkv_ptr + (query_start + token_M)[:, None].to(tl.int64) * WIDTH
+        token_N1 = qkv_ptr + (query_start + new_N)[:, None].to(tl.int64) * WIDTH
+        q_MH = token_M1 + (kv_head * GROUP + pair_M % GROUP)[:, None] * D + half_H[None, :]
+        k_NH = token_N1 + (G * GROUP + kv_head) * D + half_H[None, :]
+        v_ND = token_N1 + (G * GROUP + G + kv_head) * D + dim_D[None, :]
         q_low_MH = tl.load(q_MH, mask=inside_M1, other=0.0)
         q_high_MH = tl.load(q_MH + HALF, mask=inside_M1, other=0.0)
+        new_low_NH = tl.load(k_NH, mask=inside_N1, other=0.0)
+        new_high_NH = tl.load(k_NH + HALF, mask=inside_N1, other=0.0)
+        new_v_ND = tl.load(v_ND, mask=inside_N1, other=0.0)
         dtype = q_low_MH.dtype
-        low_MH, high_MH = normalise_rotate(q_low_MH, q_high_MH, q_norm_ptr, cos_MH, sin_MH, eps, half_H, HALF)
+        cached: tl.constexpr = k_cache_ptr.dtype.element_ty
+
+        low_MH, high_MH = normalise_rotate(
+            q_low_MH, q_high_MH, q_norm_low_H, q_norm_high_H, cos_MH, sin_MH, eps, has_norm, HALF
+        )
+        low_NH, high_NH = normalise_rotate(
+            new_low_NH, new_high_NH, k_norm_low_H, k_norm_high_H, cos_NH, sin_NH, eps, has_norm, HALF
+        )
         q_low_MH, q_high_MH = low_MH.to(dtype), high_MH.to(dtype)
+        new_low_NH, new_high_NH = round_to(low_NH.to(dtype), cached), round_to(high_NH.to(dtype), cached)
+        new_v_ND = round_to(new_v_ND, cached)
+        cache_NH = k_head_ptr + line_N[:, None] + half_H[None, :]
+        tl.store(cache_NH, new_low_NH, mask=inside_N1)
+        tl.store(cache_NH + HALF, new_high_NH, mask=inside_N1)
+        tl.store(v_head_ptr + line_N[:, None] + dim_D[None, :], new_v_ND, mask=inside_N1)
 
-        acc_MD = tl.zeros([TILE, D], tl.float32)
-        max_M = tl.full([TILE], float("-inf"), tl.float32)
-        sum_M = tl.zeros([TILE], tl.float32)
-        if split == 0:
-            dim_D = tl.arange(0, D)
-            k_NH = (
-                qkv_ptr
-                + (query_start + new_N)[:, None].to(tl.int64) * WIDTH
-                + (G * GROUP + kv_head) * D
-                + half_H[None, :]
-            )
-            v_ND = (
-                qkv_ptr
-                + (query_start + new_N)[:, None].to(tl.int64) * WIDTH
-                + (G * GROUP + G + kv_head) * D
-                + dim_D[None, :]
-            )
-            new_low_NH = tl.load(k_NH, mask=inside_N1, other=0.0)
-            new_high_NH = tl.load(k_NH + HALF, mask=inside_N1, other=0.0)
-            new_v_ND = round_to(tl.load(v_ND, mask=inside_N1, other=0.0), v_cache_ptr.dtype.element_ty)
-            low_NH, high_NH = normalise_rotate(
-                new_low_NH, new_high_NH, k_norm_ptr, new_cos_NH, new_sin_NH, eps, half_H, HALF
-            )
-            new_low_NH = round_to(low_NH.to(dtype), k_cache_ptr.dtype.element_ty)
-            new_high_NH = round_to(high_NH.to(dtype), k_cache_ptr.dtype.element_ty)
-            cache_NH = k_head_ptr + line_N[:, None] + half_H[None, :]
-            tl.store(cache_NH, new_low_NH, mask=inside_N1)
-            tl.store(cache_NH + HALF, new_high_NH, mask=inside_N1)
-            tl.store(v_head_ptr + line_N[:, None] + dim_D[None, :], new_v_ND, mask=inside_N1)
-            seen_MN = (new_N[None, :] <= token_M[:, None]) & (new_N < query_len)[None, :]
-            acc_MD, max_M, sum_M = _attend(
-                q_low_MH, q_high_MH, new_low_NH, new_high_NH, new_v_ND, seen_MN, acc_MD, max_M, sum_M, scale_log2
-            )
-        key_K = tl.arange(0, KEYS)
-        acc_MD, max_M, sum_M = _attend(
-            q_low_MH, q_high_MH, k_low_KH, k_high_KH, v_KD, (begin + key_K < end)[None, :], acc_MD, max_M, sum_M,
-            scale_log2,
-        )  # fmt: skip
+        key_K = begin + tl.arange(0, KEYS)
+        seen_MN = (new_N[None, :] <= token_M[:, None]) & inside_N[None, :]
+        score_MN = _scores(q_low_MH, q_high_MH, new_low_NH, new_high_NH, seen_MN, scale_log2)
+        score_MK = _scores(q_low_MH, q_high_MH, k_low_KH, k_high_KH, (key_K < end)[None, :], scale_log2)
+        max_M = tl.maximum(tl.max(score_MN, axis=1), tl.max(score_MK, axis=1))
+        reference_M1 = tl.where(max_M == float("-inf"), 0.0, max_M)[:, None]  # of a query that sees no key here
+        weight_MN, weight_MK = tl.exp2(score_MN - reference_M1), tl.exp2(score_MK - reference_M1)
+        sum_M = tl.sum(weight_MN, axis=1) + tl.sum(weight_MK, axis=1)
+        acc_MD = tl.dot(weight_MN.to(dtype), new_v_ND.to(dtype), input_precision="ieee")
+        acc_MD = tl.dot(weight_MK.to(dtype), v_KD.to(dtype), acc_MD, input_precision="ieee")
         for start in range(begin + KEYS, end, KEYS):
-            k_low_KH, k_high_KH, v_KD = _load_cached(
-                k_head_ptr, v_head_ptr, table_ptr, start, end, G * D, D, BLOCK_SIZE, KEYS
+            k_low_KH, k_high_KH, v_KD = next_low_KH, next_high_KH, next_v_KD
+            next_low_KH, next_high_KH, next_v_KD = _load_cached(
+                k_head_ptr, v_head_ptr, table_ptr, start + KEYS, end, G * D, D, BLOCK_SIZE, KEYS
             )
-            acc_MD, max_M, sum_M = _attend(
-                q_low_MH, q_high_MH, k_low_KH, k_high_KH, v_KD, (start + key_K < end)[None, :], acc_MD, max_M, sum_M,
-                scale_log2,
-            )  # fmt: skip
+            key_K = start + tl.arange(0, KEYS)
+            score_MK = _scores(q_low_MH, q_high_MH, k_low_KH, k_high_KH, (key_K < end)[None, :], scale_log2)
+            new_max_M = tl.maximum(max_M, tl.max(score_MK, axis=1))
+            reference_M1 = tl.where(new_max_M == float("-inf"), 0.0, new_max_M)[:, None]
+            weight_MK = tl.exp2(score_MK - reference_M1)
+            decay_M1 = tl.exp2(max_M[:, None] - reference_M1)
+            sum_M = sum_M * tl.reshape(decay_M1, [TILE]) + tl.sum(weight_MK, axis=1)
+            acc_MD = tl.dot(weight_MK.to(dtype), v_KD.to(dtype), acc_MD * decay_M1, input_precision="ieee")
+            max_M = new_max_M
 
-        out_D = tl.arange(0, D)[None, :]
+        out_D = dim_D[None, :]
         num_parts = tl.cdiv(kv_len, keys_per_split)
         if num_parts == 1:
             line_M = line_of(query_start, pair_M, kv_head, G, GROUP)

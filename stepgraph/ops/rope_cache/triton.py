@@ -19,22 +19,29 @@ MAX_HEADS_PER_PROGRAM = 4
 
 
 @triton.jit
-def normalise_rotate(low_NH, high_NH, norm_ptr, cos_NH, sin_NH, eps, half_H, HALF: tl.constexpr):
-    """Both halves of each head, RMS-normalised if `norm_ptr` is given, then rotated by angles that broadcast to them: float32
-    [heads, D/2] each."""
+def load_norm(norm_ptr, half_H, HALF: tl.constexpr):
+    """Both halves of a head's norm weights; ones if there are none."""
+    if norm_ptr is None:
+        low_H = half_H * 0 + 1.0
+        high_H = low_H
+    else:
+        low_H = tl.load(norm_ptr + half_H, mask=half_H < HALF, other=0.0)
+        high_H = tl.load(norm_ptr + HALF + half_H, mask=half_H < HALF, other=0.0)
+    return low_H, high_H
+
+
+@triton.jit
+def normalise_rotate(
+    low_NH, high_NH, norm_low_H, norm_high_H, cos_NH, sin_NH, eps, NORM: tl.constexpr, HALF: tl.constexpr
+):
+    """Both halves of each head, RMS-normalised if NORM, then rotated by angles that broadcast to them: float32 [heads, D/2]
+    each."""
     low32_NH, high32_NH = low_NH.to(tl.float32), high_NH.to(tl.float32)
-    if norm_ptr is not None:
-        inside_H = half_H < HALF
-        weight_low_H = tl.load(norm_ptr + half_H, mask=inside_H, other=0.0)
-        weight_high_H = tl.load(norm_ptr + HALF + half_H, mask=inside_H, other=0.0)
-        square_N = tl.sum(low32_NH * low32_NH, axis=1) + tl.sum(high32_NH * high32_NH, axis=1)
-        inverse_rms_N = tl.rsqrt(square_N / (2 * HALF) + eps)
-        low32_NH = (
-            scale_rounded(low32_NH, inverse_rms_N[:, None], weight_low_H[None, :]).to(low_NH.dtype).to(tl.float32)
-        )
-        high32_NH = (
-            scale_rounded(high32_NH, inverse_rms_N[:, None], weight_high_H[None, :]).to(low_NH.dtype).to(tl.float32)
-        )
+    if NORM:
+        square_N = tl.sum(low32_NH * low32_NH + high32_NH * high32_NH, axis=1)
+        inverse_rms_N1 = tl.rsqrt(square_N / (2 * HALF) + eps)[:, None]
+        low32_NH = scale_rounded(low32_NH, inverse_rms_N1, norm_low_H[None, :]).to(low_NH.dtype).to(tl.float32)
+        high32_NH = scale_rounded(high32_NH, inverse_rms_N1, norm_high_H[None, :]).to(low_NH.dtype).to(tl.float32)
     return (
         low32_NH * cos_NH - high32_NH * sin_NH,
         high32_NH * cos_NH + low32_NH * sin_NH,
@@ -71,6 +78,9 @@ def _rope_cache_kernel(
     cos_H = tl.load(angle_H, mask=inside_H, other=0.0)
     sin_H = tl.load(angle_H + HALF, mask=inside_H, other=0.0)
     cache_line = tl.load(kv_slots_ptr + token).to(tl.int64) * G
+    q_norm_low_H, q_norm_high_H = load_norm(q_norm_ptr, half_H, HALF)
+    k_norm_low_H, k_norm_high_H = load_norm(k_norm_ptr, half_H, HALF)
+    has_norm: tl.constexpr = q_norm_ptr is not None
     wait_for_previous()  # where tokens lie is older
 
     source_NH = qkv_ptr + (token * (H + 2 * G) + head) * D + offset_NH
@@ -79,14 +89,14 @@ def _rope_cache_kernel(
 
     if head < H:
         low32_NH, high32_NH = normalise_rotate(
-            low_NH, high_NH, q_norm_ptr, cos_H[None, :], sin_H[None, :], eps, half_H, HALF
+            low_NH, high_NH, q_norm_low_H, q_norm_high_H, cos_H[None, :], sin_H[None, :], eps, has_norm, HALF
         )
         q_NH = out_ptr + (token * H + head) * D + offset_NH
         tl.store(q_NH, low32_NH.to(out_ptr.dtype.element_ty), mask=inside_NH)
         tl.store(q_NH + HALF, high32_NH.to(out_ptr.dtype.element_ty), mask=inside_NH)
     elif head < H + G:
         low32_NH, high32_NH = normalise_rotate(
-            low_NH, high_NH, k_norm_ptr, cos_H[None, :], sin_H[None, :], eps, half_H, HALF
+            low_NH, high_NH, k_norm_low_H, k_norm_high_H, cos_H[None, :], sin_H[None, :], eps, has_norm, HALF
         )
         low_NH, high_NH = low32_NH.to(out_ptr.dtype.element_ty), high32_NH.to(out_ptr.dtype.element_ty)
         k_NH = k_cache_ptr + (cache_line + head - H) * D + offset_NH
