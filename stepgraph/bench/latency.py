@@ -6,6 +6,7 @@ import argparse
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from pathlib import Path
 from statistics import fmean, median
 from typing import Any
@@ -154,7 +155,10 @@ def measure(engine: Engine, case: Case, limits: Limits, peers: Peers, rounds: in
     done = [run_round(engine, jobs(turn)) for turn in range(warmups + rounds)][warmups:]
     samples_s = [seconds for round_ in done for seconds in _samples_s(round_, case)]
     steps = [
-        step for round_ in done for step in round_.steps if case.is_first_token or step.record.num_tokens == case.num_requests
+        step
+        for round_ in done
+        for step in round_.steps
+        if case.is_first_token or step.record.num_tokens == case.num_requests
     ]
     cost = step_cost(engine.runner.model, case.rows)
     return Measurement(
@@ -178,7 +182,7 @@ def _samples_s(round_: Round, case: Case) -> Iterator[float]:
     last_to_start = max(round_.outcomes, key=lambda outcome: outcome.chunk_times_s[0])
     first_end_s = min(outcome.end_s for outcome in round_.outcomes)
     running = [seconds for seconds in last_to_start.chunk_times_s if seconds <= first_end_s]
-    yield from (after - before for before, after in zip(running, running[1:], strict=False))
+    yield from (after - before for before, after in pairwise(running))
 
 
 def _fits(case: Case, engine: Engine) -> bool:
@@ -226,14 +230,22 @@ def _plot(path: Path, measured: Sequence[Measurement], limits: Limits, title: st
     intensities = [cost.flops / cost.bytes for cost in costs]
     ridge = limits.flops_per_s / limits.copy_bytes_per_s
     ends = [min(*intensities, ridge) / 2, ridge, max(*intensities, ridge) * 2]
-    axes.plot(ends, [min(limits.flops_per_s, x * limits.copy_bytes_per_s) / 1e12 for x in ends], "k-", lw=1.2)
+    peaks = [min(limits.flops_per_s, x * limits.copy_bytes_per_s) / 1e12 for x in ends]
+    axes.plot(ends, peaks, "k-", lw=1.2, label="the machine's limits")
+    for label, color, marker in (("measured", "#2f6fde", "o"), ("peer", "#b0b7c3", "o"), ("target", "#2a9d5c", "_")):
+        axes.plot([], [], marker, color=color, markersize=9, label=label)
     for m, cost, x in zip(measured, costs, intensities, strict=True):
-        for ms, color, marker in ((m.mark.peer, "#b0b7c3", "o"), (m.mark.target, "#2a9d5c", "_"), (m.ms, "#2f6fde", "o")):
+        for ms, color, marker in (
+            (m.mark.peer, "#b0b7c3", "o"),
+            (m.mark.target, "#2a9d5c", "_"),
+            (m.ms, "#2f6fde", "o"),
+        ):
             if ms is not None:
                 axes.plot(x, cost.flops / ms / 1e9, marker, color=color, markersize=9)
         axes.annotate(m.case, (x, cost.flops / m.ms / 1e9), xytext=(7, -4), textcoords="offset points", fontsize=8)
     axes.set(xscale="log", yscale="log", xlabel="FLOPs per byte", ylabel="TFLOP/s", title=title)
+    axes.set_xlim(ends[0], ends[-1] * 2)  # names stand to the right of the points
     axes.grid(True, which="both", alpha=0.2)
-    figure.text(0.01, 0.005, "blue: measured · grey: peer · green: target · line: the machine's limits", fontsize=8)
+    axes.legend(loc="lower right", frameon=False)
     save_figure(figure, path, dpi=140)
     plt.close(figure)

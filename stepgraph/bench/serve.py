@@ -414,9 +414,7 @@ def _prompt_options(arguments: argparse.Namespace, *, chat: bool) -> PromptOptio
         dataset=dataset,
         chat=chat,
         seed=arguments.seed,
-        input_range=length_range(
-            arguments.random_input_range, arguments.random_input_len or _DEFAULT_INPUT_LEN, ratio
-        ),
+        input_range=length_range(arguments.random_input_range, arguments.random_input_len or _DEFAULT_INPUT_LEN, ratio),
         path=arguments.dataset_path,
         **given,
     )

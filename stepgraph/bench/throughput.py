@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from tqdm import tqdm
 
@@ -95,11 +95,9 @@ def run(arguments: argparse.Namespace) -> int:
         vocab_size=engine.source.config.vocab_size,
     )
     prompts = make_prompts(options, arguments.num_prompts + arguments.num_warmups)
-    times_s = arrival_times(
-        arguments.num_prompts, rate=arguments.request_rate, burstiness=1.0, seed=config.model.seed
-    )
+    times_s = arrival_times(arguments.num_prompts, rate=arguments.request_rate, burstiness=1.0, seed=config.model.seed)
     jobs = [
-        Job([int(token) for token in prompt.content], prompt.max_tokens, due_s)
+        Job(cast(list[int], prompt.content), prompt.max_tokens, due_s)
         for prompt, due_s in zip(prompts, times_s + [0.0] * arguments.num_warmups, strict=True)
     ]
     workload = _name(arguments.num_prompts, inputs, outputs, arguments.request_rate)
@@ -125,7 +123,9 @@ def run(arguments: argparse.Namespace) -> int:
         print(f"\n{compared}\n{peers.source}")
     captured = [StepShares.of(engine, round_.steps).captured for round_ in rounds]
     if any(captured):
-        print(f"\n{captured} graphs were captured in the rounds; more --num-warmups or --capture all keep that out of them")
+        print(
+            f"\n{captured} graphs were captured in the rounds; more --num-warmups or --capture all keep that out of them"
+        )
     if arguments.json:
         write_json(
             arguments.json,
