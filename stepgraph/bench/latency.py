@@ -21,6 +21,8 @@ from stepgraph.config import EngineConfig, add_flags, settings_from_flags
 from stepgraph.engine.engine import Engine
 from stepgraph.errors import ConfigError
 
+_POINTS = (("measured", "#2f6fde", "o"), ("peer", "#b0b7c3", "o"), ("target", "#2a9d5c", "_"))
+"""Of the plot: label, colour, marker."""
 _WARMUPS = 3
 _ANSWER = 128
 
@@ -221,9 +223,11 @@ def _long_contexts(measured: Sequence[Measurement], limits: Limits) -> Iterator[
 
 
 def _plot(path: Path, measured: Sequence[Measurement], limits: Limits, title: str) -> None:
-    """FLOPs per second over FLOPs per byte, both axes logarithmic, below what the machine can do."""
+    """FLOPs per second over FLOPs per byte, both axes logarithmic, below what the machine can do. Long contexts are left out:
+    their points lie on that of the short one."""
     plt = pyplot(path)
-    if plt is None:
+    measured = [m for m in measured if " at " not in m.case]
+    if plt is None or not measured:
         return
     figure, axes = plt.subplots(figsize=(9, 6), layout="constrained")
     costs = [StepCost(m.bytes, m.flops) for m in measured]
@@ -232,19 +236,16 @@ def _plot(path: Path, measured: Sequence[Measurement], limits: Limits, title: st
     ends = [min(*intensities, ridge) / 2, ridge, max(*intensities, ridge) * 2]
     peaks = [min(limits.flops_per_s, x * limits.copy_bytes_per_s) / 1e12 for x in ends]
     axes.plot(ends, peaks, "k-", lw=1.2, label="the machine's limits")
-    for label, color, marker in (("measured", "#2f6fde", "o"), ("peer", "#b0b7c3", "o"), ("target", "#2a9d5c", "_")):
-        axes.plot([], [], marker, color=color, markersize=9, label=label)
+    for label, color, marker in _POINTS:
+        axes.plot([], [], marker, color=color, markersize=7, label=label)
     for m, cost, x in zip(measured, costs, intensities, strict=True):
-        for ms, color, marker in (
-            (m.mark.peer, "#b0b7c3", "o"),
-            (m.mark.target, "#2a9d5c", "_"),
-            (m.ms, "#2f6fde", "o"),
-        ):
+        for ms, (_, color, marker) in zip((m.ms, m.mark.peer, m.mark.target), _POINTS, strict=True):
             if ms is not None:
-                axes.plot(x, cost.flops / ms / 1e9, marker, color=color, markersize=9)
-        axes.annotate(m.case, (x, cost.flops / m.ms / 1e9), xytext=(7, -4), textcoords="offset points", fontsize=8)
+                axes.plot(x, cost.flops / ms / 1e9, marker, color=color, markersize=7)
+        place = {"xytext": (-7, -4), "ha": "right"} if m.case.startswith("decode") else {"xytext": (7, -4)}
+        axes.annotate(m.case, (x, cost.flops / m.ms / 1e9), textcoords="offset points", fontsize=8, **place)
     axes.set(xscale="log", yscale="log", xlabel="FLOPs per byte", ylabel="TFLOP/s", title=title)
-    axes.set_xlim(ends[0], ends[-1] * 2)  # names stand to the right of the points
+    axes.set_xlim(ends[0] / 2, ends[-1] * 2)  # names stand beside the points
     axes.grid(True, which="both", alpha=0.2)
     axes.legend(loc="lower right", frameon=False)
     save_figure(figure, path, dpi=140)
