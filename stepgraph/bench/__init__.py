@@ -10,7 +10,9 @@ import importlib
 import sys
 from collections.abc import Sequence
 
-_BENCHMARKS = ("graphs", "tokens", "sampling", "scheduler", "serve", "front", "spec")
+_BENCHMARKS = (
+    *("graphs", "latency", "throughput", "start", "tokens", "sampling", "scheduler", "sizes", "serve", "front", "spec"),
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

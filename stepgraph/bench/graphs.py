@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from stepgraph.bench.account import KernelTime, StepAccount, account
 from stepgraph.bench.report import machine, pyplot, save_figure, table, write_json
 from stepgraph.bench.roofline import Limits, measure_limits, step_cost
 from stepgraph.config import EngineConfig, add_flags, settings_from_flags
@@ -93,18 +94,6 @@ class Measurement:
         return 1 - self.num_tokens / self.graph_tokens
 
 
-@dataclass(frozen=True)
-class KernelTime:
-    """One kernel of a captured step (one operator, on CPU): all its calls together."""
-
-    name: str
-    calls: float
-    us: float
-
-    def cells(self) -> tuple[str, str, str, str]:
-        return self.name[:70], f"{self.calls:.0f}", f"{self.us:.1f}", f"{self.us / self.calls:.2f}"
-
-
 def add_parser(commands: Any) -> None:
     """Register ``bench graphs``."""
     parser = commands.add_parser(
@@ -115,7 +104,11 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--repeats", type=int, default=30, metavar="N", help="timed runs per case (default: 30)")
     parser.add_argument("--cases", metavar="TEXT", help="only cases whose name contains this")
     parser.add_argument(
-        "--kernels", type=int, default=0, metavar="N", help="also list each case's N longest kernels (operators on CPU)"
+        "--kernels",
+        type=int,
+        default=0,
+        metavar="N",
+        help="also list each case's N longest operators with their kernels, bytes, FLOPs and roofline",
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the result as JSON")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="write a bar chart as PNG (needs matplotlib)")
@@ -149,11 +142,10 @@ def run(arguments: argparse.Namespace) -> int:
         f"matrix product {limits.flops_per_s / 1e12:.2f} TFLOP/s\n"
     )
     print(_table(measured))
-    kernels = {case.name: profile(engine, case) for case in cases} if arguments.kernels else {}
-    for name, times in kernels.items():
-        print(f"\n{name}: {sum(k.us for k in times):.0f} us in {sum(k.calls for k in times):.0f} kernels")
-        longest = times[: arguments.kernels]
-        print(table(("kernel", "calls", "us", "us each"), [k.cells() for k in longest]))
+    accounts = {case.name: take_apart(engine, case, limits) for case in cases} if arguments.kernels else {}
+    for name, step in accounts.items():
+        print(f"\n{name}: {step.us:.0f} us")
+        print(_account_table(step, limits, arguments.kernels))
     print(f"\n{len(records)} graphs captured in {capture_s:.2f} s, {pool_mib:.0f} MiB")
     if skipped:
         print(
@@ -172,7 +164,7 @@ def run(arguments: argparse.Namespace) -> int:
                     asdict(m) | {"ratio": m.ratio, "padding": m.padding, "roofline": m.least_ms / m.graph_ms}
                     for m in measured
                 ],
-                "kernels": {name: [asdict(k) for k in times] for name, times in kernels.items()},
+                "accounts": {name: asdict(step) | {"us": step.us} for name, step in accounts.items()},
             },
         )
     if arguments.plot:
@@ -207,27 +199,21 @@ def measure(engine: Engine, case: Case, limits: Limits, repeats: int) -> Measure
     )
 
 
-def profile(engine: Engine, case: Case, replays: int = 5) -> list[KernelTime]:
-    """Time of each kernel in the captured step of a case, longest first, means over some replays."""
+def take_apart(engine: Engine, case: Case, limits: Limits) -> StepAccount:
+    """Where the time of a case's captured step goes; on CPU, of the same step run eagerly."""
     runner = engine.runner
-    on_gpu = engine.platform.device.type == "cuda"
-    activity = torch.profiler.ProfilerActivity.CUDA if on_gpu else torch.profiler.ProfilerActivity.CPU
     with runner.workbench():
         plan = lay_out(runner, case.rows, GREEDY)
         shape = runner.pool.round_up(plan.num_tokens, len(plan.rows))
-        graph = runner.pool.graph(shape) or runner.pool.eager_twin(shape)
+        twin = runner.pool.eager_twin(shape)
+        graph = runner.pool.graph(shape) or twin
         lines = runner.state.lines.clone()
-        with torch.profiler.profile(activities=[activity]) as profiler:
-            for _ in range(replays):
-                runner.state.lines.copy_(lines)
-                runner.load(plan, shape)
-                graph.replay()
-                runner.platform.synchronize()
-    times = (
-        KernelTime(k.key, k.count / replays, (k.self_device_time_total if on_gpu else k.self_cpu_time_total) / replays)
-        for k in profiler.key_averages()
-    )
-    return sorted((t for t in times if t.us > 0), key=lambda t: -t.us)
+
+        def prepare() -> None:
+            runner.state.lines.copy_(lines)
+            runner.load(plan, shape)
+
+        return account(runner, prepare, twin.replay, graph.replay, case.rows, limits)
 
 
 def lay_out(runner: StepRunner, rows: Sequence[tuple[int, int]], sampling: SlotSampling) -> StepPlan:
@@ -349,6 +335,58 @@ def _table(measured: Sequence[Measurement]) -> str:
         for m in measured
     ]
     return table(header, rows)
+
+
+def _account_table(step: StepAccount, limits: Limits, longest: int) -> str:
+    header = (
+        "operator",
+        "calls",
+        "us",
+        "us each",
+        "share",
+        "MB",
+        "GFLOP",
+        "roofline us",
+        "of it",
+        "of GB/s",
+        "kernels",
+    )
+
+    def cells(name: str, calls: str, us: float, rest: Sequence[str]) -> tuple[str, ...]:
+        return name, calls, f"{us:.1f}", *rest[:1], f"{us / step.us:.1%}", *rest[1:]
+
+    def bare(name: str, us: float) -> tuple[str, ...]:
+        return cells(name, "", us, [""] * 7)
+
+    rows = [
+        cells(
+            o.operator,
+            f"{o.calls}",
+            o.us,
+            (
+                f"{o.us / o.calls:.2f}",
+                f"{o.bytes / 1e6:.2f}",
+                f"{o.flops / 1e9:.2f}",
+                f"{o.least_us:.1f}",
+                f"{o.least_us / o.us:.0%}",
+                f"{o.bytes / o.us * 1e6 / limits.copy_bytes_per_s:.0%}",
+                _kernel_names(o.kernels),
+            ),
+        )
+        for o in step.operators[:longest]
+    ]
+    others = step.operators[longest:]
+    if others:
+        rows.append(bare(f"{len(others)} more", sum(o.us for o in others)))
+    rows.append(bare("between", step.between_us))
+    return table(header, rows)
+
+
+def _kernel_names(kernels: Sequence[KernelTime]) -> str:
+    """With the calls and microseconds of each, if there are several."""
+    if len(kernels) == 1:
+        return kernels[0].name[:48]
+    return ", ".join(f"{k.name[:40]} {k.calls:.0f} x {k.us / k.calls:.2f}" for k in kernels)
 
 
 def _plot(path: Path, measured: Sequence[Measurement], title: str) -> None:

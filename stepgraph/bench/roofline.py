@@ -8,7 +8,9 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from math import prod
 from statistics import median
+from typing import Literal
 
 import torch
 
@@ -59,10 +61,77 @@ def step_cost(model: LanguageModel, rows: Sequence[tuple[int, int]]) -> StepCost
         weights -= head
     kv_per_token = 2 * config.num_layers * config.num_kv_heads * config.head_dim
     bytes_ = next(model.parameters()).element_size() * (weights + kv_per_token * sum(kv_len + n for n, kv_len in rows))
-    # a query at distance d from the row's end sees kv_len - d keys
-    seen = sum(n * kv_len - n * (n - 1) // 2 for n, kv_len in rows)
-    attention = 4 * config.num_layers * config.num_heads * config.head_dim * seen
+    attention = 4 * config.num_layers * config.num_heads * config.head_dim * _keys_seen(rows)
     return StepCost(bytes_, 2 * num_tokens * (weights - head) + 2 * len(rows) * head + attention)
+
+
+@dataclass(frozen=True)
+class Operand:
+    """A tensor that an operator of a step was given."""
+
+    kind: Literal["weight", "cache", "other"]
+    """A parameter or buffer of the model, keys or values of a layer, or anything else."""
+    shape: tuple[int, ...]
+    element_size: int  # bytes
+    is_float: bool
+    is_written: bool
+    is_output: bool = False
+    """It is only written."""
+
+    @property
+    def bytes(self) -> int:
+        return prod(self.shape) * self.element_size
+
+    @property
+    def is_activation(self) -> bool:
+        """By its form: scratch memory has four dimensions."""
+        return self.is_float and len(self.shape) <= 3
+
+
+_LOOKUPS = ("embedding", "index_select", "index", "gather")
+
+
+def operator_cost(
+    name: str, operands: Sequence[Operand], results: Sequence[Operand], rows: Sequence[tuple[int, int]], num_heads: int
+) -> StepCost:
+    """What one operator of a step must do at least, of whatever it is made.
+
+    Weights are read once, activations once, and written once. An operator named attention reads the keys and values of `rows`;
+    any other that is given them writes those of its tokens. Integers (token ids, block tables, state) are not counted, nor is
+    scratch memory. A matrix costs two FLOPs per entry and token.
+
+    Args:
+        name: of the operator, without namespace.
+        operands: the tensors it was given.
+        results: those it returned anew.
+        rows: (query length, cached keys including this step's) of the step, as for `step_cost`.
+        num_heads: query heads.
+    """
+    activations = [x for x in operands if x.kind == "other" and x.is_activation]
+    num_tokens = activations[0].shape[0] if activations else 0
+    written = sum(x.bytes for x in results if x.is_activation)
+    bytes_ = written + sum(x.bytes * (1 + (x.is_written and not x.is_output)) for x in activations)
+    flops = 0
+    for weight in (x for x in operands if x.kind == "weight"):
+        if name in _LOOKUPS:
+            bytes_ += written
+            continue
+        bytes_ += weight.bytes
+        if len(weight.shape) == 2:
+            flops += 2 * num_tokens * prod(weight.shape)
+    for cache in (x for x in operands if x.kind == "cache"):
+        token_bytes = prod(cache.shape[2:]) * cache.element_size
+        if "attention" in name:
+            bytes_ += token_bytes * sum(kv_len for _, kv_len in rows)
+            flops += 2 * num_heads * cache.shape[-1] * _keys_seen(rows)  # for the keys, and again for the values
+        if cache.is_written:
+            bytes_ += token_bytes * num_tokens
+    return StepCost(bytes_, flops)
+
+
+def _keys_seen(rows: Sequence[tuple[int, int]]) -> int:
+    """Over all queries: one at distance d from its row's end sees kv_len - d keys."""
+    return sum(n * kv_len - n * (n - 1) // 2 for n, kv_len in rows)
 
 
 def _time(call: Callable[[], object], platform: Platform) -> float:

@@ -16,7 +16,7 @@ import numpy as np
 
 from stepgraph.bench.simulation import BLOCK_SIZE, Device, Ladder
 from stepgraph.bench.workloads import VOCAB_SIZE
-from stepgraph.config import SchedulerConfig
+from stepgraph.config import GraphConfig, SchedulerConfig
 from stepgraph.engine.request import Request
 from stepgraph.engine.sampling_params import SamplingParams
 from stepgraph.engine.scheduler import ScheduledStep, Scheduler
@@ -75,7 +75,7 @@ class _Case:
             max_tokens=config.max_num_batched_tokens,
             num_kv_blocks=2 + num_slots * (2 + _ENDLESS // BLOCK_SIZE),
             block_size=BLOCK_SIZE,
-            token_sizes=Ladder(config).token_sizes,
+            token_sizes=Ladder(config, GraphConfig()).token_sizes,
         )
         self._device = Device(num_slots)
         self._in_flight: deque[tuple[ScheduledStep, StepResults]] = deque()

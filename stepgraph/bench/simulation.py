@@ -10,6 +10,7 @@ from collections import Counter, deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from statistics import mean, quantiles
+from typing import Protocol
 
 from stepgraph.bench.workloads import VOCAB_SIZE, Arrival, Lengths
 from stepgraph.config import GraphConfig, SchedulerConfig
@@ -29,8 +30,15 @@ _LEAST_WAIT_S = 1e-6  # a shorter one may be lost to rounding, and time stand st
 _GREEDY = SlotSampling(seed=0)
 
 
+class StepTime(Protocol):
+    """What a step costs."""
+
+    def seconds(self, num_tokens: int, num_rows: int) -> float:
+        """Of a step of these sizes."""
+
+
 @dataclass(frozen=True)
-class StepTime:
+class AffineStepTime:
     """Time of a step, affine in its captured sizes. `base_ms` is the floor that reading the weights and launching set."""
 
     base_ms: float
@@ -41,18 +49,17 @@ class StepTime:
         return (self.base_ms + self.ms_per_token * num_tokens + self.ms_per_row * num_rows) / 1e3
 
 
-QWEN3_0_6B_ON_H100 = StepTime(base_ms=1.146, ms_per_token=0.00190, ms_per_row=0.0098)
+QWEN3_0_6B_ON_H100 = AffineStepTime(base_ms=1.146, ms_per_token=0.00190, ms_per_row=0.0098)
 """Least squares of relative errors over the ten steps in benchmarks/results/h100-graphs-qwen3-0.6b.json; within 11 % of each."""
 
 
 class Ladder:
     """Captured sizes, and which of them serves a step, by the rule of `GraphPool.round_up`."""
 
-    def __init__(self, config: SchedulerConfig):
-        shapes = capturable_shapes(
-            GraphConfig(), max_tokens=config.max_num_batched_tokens, max_rows=config.max_num_seqs
-        )
+    def __init__(self, config: SchedulerConfig, graph: GraphConfig):
+        shapes = capturable_shapes(graph, max_tokens=config.max_num_batched_tokens, max_rows=config.max_num_seqs)
         self._shapes = sorted(shapes)
+        self.num_graphs = len(shapes)
         self._chosen: dict[tuple[int, int], StepShape] = {}
         self.token_sizes = sorted({shape.num_tokens for shape in shapes})
 
@@ -75,6 +82,7 @@ class Scenario:
     """
 
     config: SchedulerConfig = field(default_factory=SchedulerConfig)
+    graph: GraphConfig = field(default_factory=GraphConfig)
     num_kv_blocks: int = 16_385
     snapping: bool = True
     step_time: StepTime = QWEN3_0_6B_ON_H100
@@ -131,6 +139,8 @@ class Simulation:
     seconds: float = 0.0
     num_rows: int = 0
     """Over all steps."""
+    captured_rows: int = 0
+    """Likewise, padding included."""
     snapped: int = 0
     preemptions: int = 0
     prompt_tokens: int = 0
@@ -265,7 +275,7 @@ class _Loop:
         config = scenario.config
         self._trace, self._scenario = trace, scenario
         self._clock = _Clock()
-        self._ladder = Ladder(config)
+        self._ladder = Ladder(config, scenario.graph)
         self._scheduler = create_scheduler(
             config,
             max_tokens=config.max_num_batched_tokens,
@@ -346,6 +356,7 @@ class _Loop:
         use.real_tokens += num_tokens
         seconds = step_time.seconds(shape.num_tokens, shape.num_rows)
         result.num_rows += len(plan.rows)
+        result.captured_rows += shape.num_rows
         result.busy_s += seconds
         result.unpadded_s += step_time.seconds(plan.num_tokens, len(plan.rows))
         return seconds

