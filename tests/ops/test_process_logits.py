@@ -310,10 +310,9 @@ def test_sampling_with_everything_is_captured_as_opaque_calls_and_follows_its_bu
         return StepOutput(logits, sampled)
 
     graph = FxBackend().capture(program, warmups=1)
-    targets = [node.target for node in graph.calls.nodes if node.op == "call_function"]
     namespace = torch.ops.stepgraph
     for operator in (namespace.process_logits.default, namespace.sample.default, namespace.logprobs.default):
-        assert targets.count(operator) == 1
+        assert graph.calls.count(operator) == 1
 
     counter.zero_()
     logits.copy_(torch.tensor([[0.0] * 9 + [1.0], [0.0, 5.0, 6.0] + [0.0] * 7, [0.0] * 4 + [2.0] + [0.0] * 5]))
