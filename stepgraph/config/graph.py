@@ -33,7 +33,7 @@ class GraphConfig:
     cudagraph_only_prefill: bool = setting(False, "capture steps that only prefill; all other steps run eagerly")
     graph_memory_mib: int | None = setting(None, "memory that captured graphs may take; default: no limit", minimum=1)
     capture_context_len: int | None = setting(
-        None, "context length of the trial run before the first capture; default: max_model_len", minimum=1
+        None, "context length of the trial run if all graphs are captured at start; default: max_model_len", minimum=1
     )
     capture_warmups: int = setting(1, "runs before each capture", minimum=1)
 
