@@ -16,9 +16,9 @@ class GraphConfig:
 
     graph_backend: str = setting(
         "auto",
-        "how steps are captured: CUDA graphs, static graphs of torch operators (fx), or not at all (eager); auto is "
-        "cuda on CUDA and fx on CPU",
-        choices=("auto", "cuda", "fx", "eager"),
+        "how steps are captured: CUDA graphs, recorded torch operators (cpu), or not at all (eager); auto is "
+        "cuda on CUDA and cpu on CPU",
+        choices=("auto", "cuda", "cpu", "eager"),
     )
     capture: str = setting(
         "auto",

@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from stepgraph.layers.linear import Linear, MergedLinear, weight_of
+from stepgraph.layers.linear import Linear, MergedLinear
 from stepgraph.layers.norm import RMSNorm
 from stepgraph.ops import geglu, norm_gated_linear, swiglu
 

@@ -17,7 +17,7 @@ _LIBRARY = torch.library.Library("stepgraph", "DEF")
 
 INLINED: dict[Any, Callable[..., Any]] = {}
 """Operators whose CPU kernel is recorded call by call when a CPU graph is captured: a handful of aten calls, no data-dependent
-value. Keeping them as one opaque call would put Python into every replay. Filled at import, read by `graph.fx`."""
+value. Keeping them as one opaque call would put Python into every replay. Filled at import, read by `graph.cpu`."""
 
 
 def register(

@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers.generation import logits_process
 
 from stepgraph import ops
-from stepgraph.graph.fx import FxBackend
+from stepgraph.graph.cpu import CpuBackend
 from stepgraph.ops import slot_line as line
 from stepgraph.ops.process_logits import cpu, reference
 from stepgraph.ops.process_logits import triton as kernels
@@ -309,7 +309,7 @@ def test_sampling_with_everything_is_captured_as_opaque_calls_and_follows_its_bu
         ops.commit(lines, side.tokens, counter, ring, row_slot, query_start, kv_len, sample_start, sampled, 1)
         return StepOutput(logits, sampled)
 
-    graph = FxBackend().capture(program, warmups=1)
+    graph = CpuBackend().capture(program, warmups=1)
     namespace = torch.ops.stepgraph
     for operator in (namespace.process_logits.default, namespace.sample.default, namespace.logprobs.default):
         assert graph.calls.count(operator) == 1

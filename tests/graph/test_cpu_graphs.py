@@ -1,4 +1,4 @@
-"""The fx backend refuses what a CUDA graph could not hold, and bakes in what a CUDA graph would bake in."""
+"""CPU graphs refuse what a CUDA graph could not hold, and bake in what a CUDA graph would bake in."""
 
 import weakref
 from typing import NamedTuple
@@ -9,7 +9,7 @@ from torch import Tensor
 
 from stepgraph import ops
 from stepgraph.errors import CaptureError
-from stepgraph.graph.fx import FxBackend
+from stepgraph.graph.cpu import CpuBackend
 from stepgraph.ops.registry import INLINED
 
 
@@ -18,7 +18,7 @@ class Output(NamedTuple):
 
 
 def capture(function, warmups: int = 0):
-    return FxBackend().capture(lambda: Output(function()), warmups)
+    return CpuBackend().capture(lambda: Output(function()), warmups)
 
 
 VALUES = torch.arange(6.0)

@@ -27,7 +27,7 @@ from stepgraph.ops.registry import INLINED
 
 
 @dataclass(frozen=True)
-class FxGraph(Generic[Output]):
+class CpuGraph(Generic[Output]):
     """A recorded program bound to the buffers it was recorded with."""
 
     calls: tuple[OpOverload, ...]
@@ -46,17 +46,17 @@ class FxGraph(Generic[Output]):
                 raise
 
 
-class FxBackend:
+class CpuBackend:
     """See `stepgraph.graph.base.GraphBackend`."""
 
-    name = "fx"
+    name = "cpu"
 
-    def capture(self, program: Callable[[], Output], warmups: int) -> FxGraph[Output]:
+    def capture(self, program: Callable[[], Output], warmups: int) -> CpuGraph[Output]:
         recorder = _Recorder()
         with torch.no_grad(), recorder, _NoHostReads():
             output = program()
         run = recorder.finish(tuple(output))  # type: ignore[arg-type]  # a NamedTuple of tensors, see GraphBackend.capture
-        graph: FxGraph[Output] = FxGraph(tuple(recorder.calls), run, tuple(recorder.buffers), type(output))
+        graph: CpuGraph[Output] = CpuGraph(tuple(recorder.calls), run, tuple(recorder.buffers), type(output))
         for _ in range(warmups - 1):  # recording has run it once
             graph.replay()
         return graph
