@@ -115,11 +115,13 @@ OPERATORS = {
     "several results": lambda x: sum((x * 2).view(2, 3).max(dim=1)),
     "an index among gaps": lambda x: (x * 1).view(1, 2, 3)[:, None, torch.tensor([1, 0])],
     "empty lists": lambda x: torch.zeros(()) + x.sum(dim=()) + x.new_zeros([]),
-    "layouts": lambda x: (x * 1).view(2, 3).t().contiguous().clone(memory_format=torch.preserve_format),
+    "one layout": lambda x: (x * 1).view(2, 3).t().contiguous(),
+    "another layout": lambda x: (x * 1).view(2, 3).t().clone(memory_format=torch.preserve_format),
     "types": lambda x: x.to(torch.int32).double() + torch.arange(6, dtype=torch.bfloat16),
     "writes to parts": lambda x: (x * 1).index_fill_(0, torch.tensor([1]), 9).view(2, 3)[0].mul_(2).sum() + x,
     "a target for results": lambda x: torch.mul(x, 3, out=torch.empty(6)),
     "many short-lived tensors": lambda x: sum(((x * i).view(3, 2) + i).sum() for i in range(200)),
+    "views where a tensor was before": lambda x: sum((x * i)[0].add(1) * x.view(3, 2)[i % 3][0] for i in range(20)),
     "the buffer itself": lambda x: x,
 }
 
@@ -131,7 +133,7 @@ def test_a_replay_gives_what_the_program_gives(case) -> None:
     for values in (torch.arange(6.0), torch.tensor([3.0, -1.0, 4.0, 1.0, -5.0, 9.0])):
         buffer.copy_(values)
         expected, found = OPERATORS[case](buffer), graph.replay().value
-        assert found.dtype == expected.dtype
+        assert (found.dtype, found.stride()) == (expected.dtype, expected.stride())
         assert torch.equal(found, expected)
 
 
@@ -148,6 +150,15 @@ def test_views_of_buffers_are_made_once() -> None:
     index.fill_(1)
     assert graph.replay().value.tolist() == [0, 1, 0, 0, 0, 0]
     assert cache[0, 1].tolist() == [1, 1]
+
+
+def test_a_buffer_in_another_type_is_made_in_each_replay(monkeypatch) -> None:
+    """Of a kernel that is recorded call by call, `x.long()` is one call, which would be a view for another type."""
+    monkeypatch.setitem(INLINED, torch.ops.stepgraph.swiglu.default, lambda x: VALUES[x.long()])
+    buffer = torch.zeros(3, dtype=torch.int32)
+    graph = capture(lambda: ops.swiglu(buffer))
+    buffer.copy_(torch.tensor([4, 0, 2]))
+    assert graph.replay().value.tolist() == [4, 0, 2]
 
 
 def test_what_is_made_on_the_way_is_not_kept() -> None:
