@@ -77,7 +77,7 @@ def main() -> None:
     settings = {"model": "smollm2", "dtype": "float32", "device": "cpu", "max_num_seqs": 1, "max_model_len": 1024}
     graphs, eager = (
         Engine(EngineConfig.from_settings(**settings, max_num_batched_tokens=512, graph_backend=backend))
-        for backend in ("fx", "eager")
+        for backend in ("cpu", "eager")
     )
     reference = transformers_model(graphs)
 

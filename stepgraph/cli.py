@@ -189,7 +189,7 @@ def _env(arguments: argparse.Namespace) -> int:
 def _graphs_list(arguments: argparse.Namespace) -> int:
     config = _config(arguments)
     if config.graph.graph_backend == "eager":
-        raise ConfigError("graph_backend='eager' captures no graphs; use auto, cuda or fx")
+        raise ConfigError("graph_backend='eager' captures no graphs; use auto, cuda or cpu")
     if not arguments.capture_now:
         shapes = _shapes(config)
         print("tokens  rows")

@@ -249,7 +249,7 @@ def test_graphs_list_shows_what_capture_then_captures(tiny_model, capsys):
     assert main(["graphs", "list", *settings, "--capture-now"]) == 0
     out = capsys.readouterr().out
     assert re.findall(r"^(\dx\d) ", out, re.MULTILINE) == ["1x1", "2x1", "2x2", "3x1", "3x2", "4x1", "4x2"]
-    assert "7 fx graphs" in out
+    assert "7 cpu graphs" in out
 
 
 def test_graphs_verify_checks_every_graph(tiny_model, capsys):

@@ -16,9 +16,9 @@ class GraphConfig:
 
     graph_backend: str = setting(
         "auto",
-        "how steps are captured: CUDA graphs, static graphs of torch operators (fx), or not at all (eager); auto is "
-        "cuda on CUDA and fx on CPU",
-        choices=("auto", "cuda", "fx", "eager"),
+        "how steps are captured: CUDA graphs, recorded torch operators (cpu), or not at all (eager); auto is "
+        "cuda on CUDA and cpu on CPU",
+        choices=("auto", "cuda", "cpu", "eager"),
     )
     capture: str = setting(
         "auto",
@@ -33,7 +33,7 @@ class GraphConfig:
     cudagraph_only_prefill: bool = setting(False, "capture steps that only prefill; all other steps run eagerly")
     graph_memory_mib: int | None = setting(None, "memory that captured graphs may take; default: no limit", minimum=1)
     capture_context_len: int | None = setting(
-        None, "context length of the trial run before the first capture; default: max_model_len", minimum=1
+        None, "context length of the trial run if all graphs are captured at start; default: max_model_len", minimum=1
     )
     capture_warmups: int = setting(1, "runs before each capture", minimum=1)
 

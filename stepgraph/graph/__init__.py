@@ -7,14 +7,14 @@ __all__ = ["Graph", "GraphBackend", "create_backend"]
 
 
 def create_backend(name: str) -> GraphBackend:
-    """The backend of that name: ``"cuda"``, ``"fx"`` or ``"eager"``."""
+    """The backend of that name: ``"cuda"``, ``"cpu"`` or ``"eager"``."""
     if name == "cuda":
         from stepgraph.graph.cuda import CudaBackend
 
         return CudaBackend()
-    if name == "fx":
-        from stepgraph.graph.fx import FxBackend
+    if name == "cpu":
+        from stepgraph.graph.cpu import CpuBackend
 
-        return FxBackend()
+        return CpuBackend()
     assert name == "eager", name
     return EagerBackend()

@@ -100,7 +100,8 @@ class GraphPool(Generic[Output]):
         backend: how to capture.
         create_program: makes the program of a shape.
         capture_context: entered around each capture, so that it leaves no trace.
-        trial: launches the first captured graph at the largest context, leaving no trace.
+        trial: launches a graph at the largest context, leaving no trace; for the first of those captured all at once. Before a
+            step that waits for its graph it would be a delay, and no test of a start.
         used_memory_bytes: what the process holds on the device; differences are the graphs' cost.
         max_tokens, max_rows: largest step the scheduler may plan.
         max_drafts: most proposals of a row.
@@ -237,9 +238,13 @@ class GraphPool(Generic[Output]):
             leave=False,
             file=sys.stderr,
         )
-        started = time.perf_counter()
+        started, tried = time.perf_counter(), False
         for shape in shapes:
-            self.graph(shape)
+            shapes.set_postfix_str(str(shape))
+            graph = self.graph(shape)
+            if graph is not None and not tried:
+                self._trial(graph)
+                tried = True
         captured, asked = len(self._entries), len(self.shapes())
         logger.info(
             "captured %d of %d graphs in %.2f s, %.1f MiB",
@@ -264,8 +269,6 @@ class GraphPool(Generic[Output]):
         with self._capture_context():
             graph = self._backend.capture(self._create_program(shape), self._config.capture_warmups)
         elapsed_ms = (time.perf_counter() - started) * 1e3
-        if not self._entries:
-            self._trial(graph)
         self.capture_seconds += elapsed_ms / 1e3
         record = GraphRecord(shape, elapsed_ms, max(0, self._used_memory_bytes() - before))
         if budget is not None and self.bytes + record.bytes > budget * 2**20:

@@ -16,8 +16,8 @@ import torch
 _LIBRARY = torch.library.Library("stepgraph", "DEF")
 
 INLINED: dict[Any, Callable[..., Any]] = {}
-"""Operators whose CPU kernel is traced through when a CPU graph is captured: a handful of aten calls, no data-dependent
-value. Keeping them as one opaque node would put a Python call into every replay. Filled at import, read by `graph.fx`."""
+"""Operators whose CPU kernel is recorded call by call when a CPU graph is captured: a handful of aten calls, no data-dependent
+value. Keeping them as one opaque call would put Python into every replay. Filled at import, read by `graph.cpu`."""
 
 
 def register(
@@ -36,7 +36,7 @@ def register(
         fake: shape function for fake tensors.
         cuda: ``"module:function"`` of the Triton launcher, imported at its first call so that a machine without a GPU
             never imports Triton.
-        inline_on_cpu: trace through `cpu` when capturing a CPU graph; requires that `cpu` reads no tensor values.
+        inline_on_cpu: record the calls of `cpu` when capturing a CPU graph; requires that `cpu` reads no tensor values.
     """
     name = schema.split("(", 1)[0]
     _LIBRARY.define(schema)

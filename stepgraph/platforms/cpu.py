@@ -26,7 +26,7 @@ class CpuPlatform:
     name = "cpu"
     device = torch.device("cpu")
     default_dtype = torch.float32
-    default_graph_backend = "fx"
+    default_graph_backend = "cpu"
     captures_all_by_default = False
     run_ahead = 0
     supports_fp8 = True

@@ -122,6 +122,7 @@ def test_lazy_captures_each_shape_once_at_its_first_use() -> None:
     for query_lens in ([1], [2], [9], [1]):
         pool.graph_for(plan(*query_lens))
     assert device.shapes() == ["8x2", "16x2"]
+    assert device.trials == [], "the step waits"
 
 
 def test_all_captures_every_shape_largest_first_and_nothing_later() -> None:

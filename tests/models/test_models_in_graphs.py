@@ -32,7 +32,7 @@ def test_tokens_are_the_most_likely_ones_for_transformers_too(name, tmp_path) ->
             model=str(tmp_path),
             device="cpu",
             dtype="float32",
-            graph_backend="fx",
+            graph_backend="cpu",
             max_model_len=128,
             max_num_seqs=2,
             max_num_batched_tokens=32,

@@ -9,7 +9,7 @@ from slot_fixtures import slot_line, slot_lines
 from torch import Tensor
 
 from stepgraph import ops
-from stepgraph.graph.fx import FxBackend
+from stepgraph.graph.cpu import CpuBackend
 from stepgraph.ops.remember import reference
 from stepgraph.ops.remember import triton as kernels
 from stepgraph.step.program import StepOutput
@@ -148,7 +148,7 @@ def test_a_captured_step_remembers_only_when_replayed_and_follows_its_buffers() 
         ops.remember(memory, cursor, lines, tokens, row_slot, finished)
         return StepOutput(memory, cursor)
 
-    graph = FxBackend().capture(program, warmups=1)
+    graph = CpuBackend().capture(program, warmups=1)
     graph.replay()
     assert (memory.tolist(), int(cursor)) == (list(range(100, 124)), 0)
     finished.fill_(True)

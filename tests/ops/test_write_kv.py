@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from stepgraph import ops
-from stepgraph.graph.fx import FxBackend
+from stepgraph.graph.cpu import CpuBackend
 from stepgraph.ops.write_kv import reference
 from stepgraph.ops.write_kv import triton as kernels
 
@@ -149,7 +149,7 @@ def test_a_captured_step_writes_and_attends_to_its_own_cache(cache_dtype: torch.
             )
         )
 
-    graph = FxBackend().capture(program, warmups=1)
+    graph = CpuBackend().capture(program, warmups=1)
     for step in range(2):
         v += 1 + step
         kv_slots.copy_(torch.tensor([4, 9, 10, 11, 23]))

@@ -7,7 +7,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 
 from stepgraph.engine.engine import Engine
 from stepgraph.engine.sampling_params import SamplingParams
-from stepgraph.graph.fx import FxGraph
+from stepgraph.graph.cpu import CpuGraph
 from stepgraph.ops import slot_line
 
 PROMPT = [(11 * i * i + 5) % VOCAB_SIZE for i in range(10)]
@@ -89,14 +89,14 @@ def test_a_round_is_one_launch(create_engine, device, monkeypatch, method):
     for _ in range(8):  # capture
         engine.step()
     launches = []
-    replay = FxGraph.replay
+    replay = CpuGraph.replay
 
-    def counted(graph: FxGraph):
+    def counted(graph: CpuGraph):
         launches.append(graph)
         with _disable_current_modes():
             return replay(graph)
 
-    monkeypatch.setattr(FxGraph, "replay", counted)
+    monkeypatch.setattr(CpuGraph, "replay", counted)
     steps = engine.runner.pool.statistics.num_steps
     with CountOperators() as operators:
         for _ in range(6):
