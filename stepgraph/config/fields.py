@@ -53,7 +53,7 @@ def check_value(config_type: type, name: str, value: Any) -> None:
         ConfigError: it has the wrong type, is outside its choices or below its minimum.
     """
     field = next(field for field in dataclasses.fields(config_type) if field.name == name)
-    if value is None and field.default is None:
+    if value is None and type(None) in typing.get_args(typing.get_type_hints(config_type)[name]):
         return
     kind, several = scalar_type(config_type, name)
     shown = f"{name}={value!r}" if field.repr else name

@@ -5,6 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from stepgraph.config.fields import check, setting
+from stepgraph.errors import ConfigError
+
+_QUANTIZATIONS = ("auto", "fp8", "none", None)
 
 
 @dataclass(frozen=True)
@@ -16,6 +19,12 @@ class ModelConfig:
         "auto",
         "weights and activations; auto is float32 on CPU and bfloat16 on CUDA",
         choices=("auto", "float32", "bfloat16", "float16"),
+    )
+    quantization: str | None = setting(
+        "auto",
+        "the layers' matrices: as the checkpoint has them (auto), with 8 bits a weight, made as they are read (fp8), or with 16 "
+        "or 32 bits, as dtype says, whatever the checkpoint has (none)",
+        metavar="auto|fp8|none",
     )
     load_format: str = setting("auto", "dummy gives random weights, for benchmarks", choices=("auto", "dummy"))
     model_impl: str = setting(
@@ -34,3 +43,8 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         check(self)
+        if self.quantization not in _QUANTIZATIONS:
+            raise ConfigError(
+                f"quantization={self.quantization!r} is not supported: there are no kernels for it here. Use fp8 to quantise a "
+                "checkpoint of 16 or 32 bits as it is read, or leave it at auto and give an FP8 checkpoint or a GGUF file"
+            )
