@@ -11,6 +11,7 @@ from stepgraph.ops.build import BuiltStep, StepSamples, StepTokens, build_step
 from stepgraph.ops.commit import commit
 from stepgraph.ops.draft import draft_inputs, draft_row_tokens, propose
 from stepgraph.ops.force_acceptance import force_acceptance
+from stepgraph.ops.fp8_linear import fp8_linear
 from stepgraph.ops.grouped_linear import grouped_linear
 from stepgraph.ops.linear import linear, linear_add, linear_by_row, norm_gated_linear, norm_linear
 from stepgraph.ops.logprobs import logprobs
@@ -38,6 +39,7 @@ __all__ = [
     "draft_inputs",
     "draft_row_tokens",
     "force_acceptance",
+    "fp8_linear",
     "geglu",
     "grouped_linear",
     "linear",
