@@ -105,6 +105,8 @@ class Engine:
             dtype=self.dtype,
             device=self.platform.device,
             load_format=config.model.load_format,
+            quantization=config.model.quantization,
+            supports_fp8=self.platform.supports_fp8,
             max_model_len=self.max_model_len,
             deterministic=config.model.deterministic,
             progress=progress,

@@ -112,7 +112,7 @@ class AdapterStore:
             if not isinstance(module, Linear):
                 continue
             parts = tuple(module.parts.values()) if isinstance(module, MergedLinear) else (module.weight.shape[0],)
-            zeros = module.weight.new_zeros
+            zeros = model.embed_tokens.weight.new_zeros
             module.lora = LoRA(
                 a=zeros(config.max_loras + 1, len(parts) * rank, module.weight.shape[1]),
                 b=zeros(config.max_loras + 1, module.weight.shape[0], rank),

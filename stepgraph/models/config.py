@@ -11,6 +11,7 @@ import torch
 from stepgraph.errors import ModelError
 from stepgraph.layers.mlp import Activation
 from stepgraph.layers.rotary import RotaryFrequencies, rotary_frequencies
+from stepgraph.models.fp8_checkpoint import refusal
 
 _FULL, _SLIDING = "full_attention", "sliding_attention"
 _ACTIVATIONS: dict[str, Activation] = {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
@@ -139,11 +140,9 @@ def check_supported(hf_config: Any) -> None:
     def refuse(what: str, instead: str) -> None:
         raise ModelError(f"{field('model_type') or 'This'} model cannot run: {what}. {instead}")
 
-    if quantization := field("quantization_config"):
-        method = quantization.get("quant_method", "unknown") if isinstance(quantization, dict) else quantization
+    if (quantization := field("quantization_config")) and (reason := refusal(quantization)):
         refuse(
-            f'its checkpoint is quantised with method "{method}", which needs kernels of its own',
-            "Use the unquantised checkpoint, or a GGUF file of the model.",
+            reason, "Use the unquantised checkpoint, an FP8 checkpoint with other scales, or a GGUF file of the model."
         )
     if field("vision_config") or field("audio_config") or field("text_config"):
         refuse("it is multimodal", "Text-only decoders are supported.")

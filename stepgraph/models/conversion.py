@@ -28,12 +28,18 @@ class Target(Protocol):
         """Fill the target."""
 
 
+def quantization_of(target: Target) -> str | None:
+    """Block format whose stored bytes `copy_` takes beside values, see `CheckpointTensor.packed`; None if it takes none."""
+    return getattr(target, "quantization", None)
+
+
 class Converted:
-    """A target that holds a function of the checkpoint's tensor, of the same shape."""
+    """A target that holds a function of the checkpoint's tensor, of the same shape. Only rows of stored bytes can be moved."""
 
     def __init__(self, target: Target, convert: Callable[[Tensor], Tensor]) -> None:
         self._target, self.convert = target, convert
         self.shape, self.dtype, self.device = target.shape, target.dtype, target.device
+        self.quantization = quantization_of(target)
 
     def copy_(self, values: Tensor) -> None:
         """See `Target.copy_`."""

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from stepgraph.layers.attention import Attention
 from stepgraph.layers.embedding import Embedding
+from stepgraph.layers.fp8_linear import FP8Linear, fp8_targets
 from stepgraph.layers.inputs import StepInputs
 from stepgraph.layers.linear import Linear, MergedLinear
 from stepgraph.layers.mlp import MLP
@@ -130,6 +131,8 @@ class Decoder(nn.Module, ABC):
             if config.tie_word_embeddings
             else Linear(config.hidden_size, config.vocab_size, dtype=dtype, device=device)
         )
+        # Tables have values from the start, which a model on the meta device keeps in host memory.
+        device = torch.device("cpu") if device.type == "meta" else device
         ropes = list(dict.fromkeys(config.ropes))
         for i, rope in enumerate(ropes):
             table = cos_sin_table(rope, config.head_dim, max_model_len, device)
@@ -195,11 +198,14 @@ def named_targets(root: nn.Module, config: DecoderConfig, layers: Mapping[str, i
     """
     targets: dict[str, Target] = {}
     for path, module in root.named_modules():
-        tensors: Mapping[str, Target] = dict(module.named_parameters(recurse=False))
+        parameters: Mapping[str, Tensor] = dict(module.named_parameters(recurse=False))
         if isinstance(module, MergedLinear) and not config.merged_projections:
-            path, tensors = path.rpartition(".")[0], module.named_parts()
-        elif isinstance(module, RMSNorm) and module.weight_offset:
-            tensors = {name: with_offset(tensor, module.weight_offset) for name, tensor in tensors.items()}
+            path, parameters = path.rpartition(".")[0], module.named_parts()
+        tensors: Mapping[str, Target] = parameters
+        if isinstance(module, RMSNorm) and module.weight_offset:
+            tensors = {name: with_offset(tensor, module.weight_offset) for name, tensor in parameters.items()}
+        elif isinstance(module, FP8Linear):
+            tensors = fp8_targets(parameters)
         targets |= {f"{path}.{name}": tensor for name, tensor in tensors.items()}
     for path, index in layers.items():
         _reorder_heads(targets, f"{path}.self_attn", config, index)

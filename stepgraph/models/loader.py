@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import nn
 from tqdm import tqdm
 
 from stepgraph.errors import ConfigError
+from stepgraph.layers.fp8_linear import FP8Linear, fp8_targets
 from stepgraph.layers.norm import RMSNorm
 from stepgraph.models.config import DecoderConfig
+from stepgraph.models.conversion import Target
 from stepgraph.models.language_model import LanguageModel
 from stepgraph.models.mtp_tensors import without_mtp
+from stepgraph.models.quantization import materialise, quantize_layers
 from stepgraph.models.registry import ARCHITECTURES
 from stepgraph.models.source import ModelSource
 from stepgraph.models.transformers_model import TransformersConfig, TransformersModel
@@ -24,6 +29,8 @@ def load_model(
     device: torch.device,
     max_model_len: int,
     load_format: str = "auto",
+    quantization: str | None = "auto",
+    supports_fp8: bool = True,
     deterministic: bool = False,
     progress: bool = False,
 ) -> LanguageModel:
@@ -36,13 +43,16 @@ def load_model(
         max_model_len: longest sequence, in tokens.
         load_format: "auto" reads the checkpoint; "dummy" draws weights on the device, the same ones every time: in native
             models of standard deviation 0.02, with norms at one; in transformers' models as the class begins training.
+        quantization: see `stepgraph.config.ModelConfig`.
+        supports_fp8: whether the device can.
         deterministic: a token's result may not depend, bit for bit, on the tokens beside it.
         progress: show a bar on stderr.
 
     Raises:
         ModelError: the checkpoint's tensors are not those of the model (missing, left over, of another shape), or a
             file is damaged.
-        ConfigError: `deterministic` with a model that only transformers runs.
+        ConfigError: `deterministic` or quantization "fp8" with a model that only transformers runs, or weights of 8 bits on a
+            device that has none.
     """
     assert load_format in ("auto", "dummy"), load_format
     config = source.config
@@ -52,15 +62,30 @@ def load_model(
                 f"deterministic=True needs a native model, and {config.architecture} would run through transformers, whose "
                 "matrix products depend on the batch; choose a native model, or leave deterministic off"
             )
+        if quantization == "fp8":
+            raise ConfigError(
+                f"quantization='fp8' needs a native model, and {config.architecture} would run through transformers, whose "
+                "layers keep their weights; choose a native model, or leave quantization at auto"
+            )
         if load_format == "dummy":
             return TransformersModel.with_random_weights(config, dtype=dtype, device=device)
         return TransformersModel.from_folder(config, source.folder, dtype=dtype, device=device, progress=progress)
     assert isinstance(config, DecoderConfig), config
-    model = ARCHITECTURES[config.architecture](config, max_model_len=max_model_len, dtype=dtype, device=device)
+    tensors = [] if load_format == "dummy" else without_mtp(source.tensors())
+    meta = torch.device("meta")
+    model = ARCHITECTURES[config.architecture](config, max_model_len=max_model_len, dtype=dtype, device=meta)
+    if quantization not in ("none", None):
+        has_fp8 = quantize_layers(model, tensors, everything=quantization == "fp8")
+        if has_fp8 and not supports_fp8:
+            raise ConfigError(
+                f"weights of 8 bits ({source.description}, quantization={quantization!r}) need a GPU of compute capability 8.9 "
+                "or later; use quantization='none', which keeps them in 16 bits"
+            )
+    materialise(model, device)
     if load_format == "dummy":
         fill_randomly(model, device)
     else:
-        update = match_tensors(model.checkpoint_tensors(), without_mtp(source.tensors()), source.description)
+        update = match_tensors(model.checkpoint_tensors(), tensors, source.description)
         write(tqdm(update, f"Loading {source.name}", unit=" tensors", disable=not progress, leave=False))
     if deterministic:
         model.make_deterministic()
@@ -72,8 +97,10 @@ def fill_randomly(model: nn.Module, device: torch.device) -> None:
     """Fill a native model's parameters as `load_format` "dummy" says, the same way every time."""
     generator = torch.Generator(device).manual_seed(0)
     for module in model.modules():
-        for parameter in module.parameters(recurse=False):
-            if isinstance(module, RMSNorm):
-                parameter.fill_(1.0)
-            else:
-                parameter.normal_(0.0, 0.02, generator=generator)
+        parameters = dict(module.named_parameters(recurse=False))
+        targets: Mapping[str, Target] = fp8_targets(parameters) if isinstance(module, FP8Linear) else parameters
+        for target in targets.values():
+            values = torch.empty(target.shape, dtype=target.dtype, device=device)
+            target.copy_(
+                values.fill_(1.0) if isinstance(module, RMSNorm) else values.normal_(0.0, 0.02, generator=generator)
+            )

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from stepgraph.errors import ModelError
 from stepgraph.models.checkpoint import CheckpointTensor
+from stepgraph.models.fp8_checkpoint import join_scales
 
 _SINGLE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
@@ -44,11 +45,15 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def read_safetensors(folder: Path) -> Iterator[CheckpointTensor]:
-    """Yield every tensor of the checkpoint in `folder`.
+    """Yield every tensor of the checkpoint in `folder`, weights in 8 bits joined with their scales.
 
     Raises:
-        ModelError: a file is missing, truncated or not a safetensors file.
+        ModelError: a file is missing, truncated or not a safetensors file, or scales do not fit their weight.
     """
+    yield from join_scales(_stored(folder))
+
+
+def _stored(folder: Path) -> Iterator[CheckpointTensor]:
     for path in weight_files(folder):
         try:
             file = safe_open(path, framework="pt")
@@ -61,7 +66,9 @@ def read_safetensors(folder: Path) -> Iterator[CheckpointTensor]:
 class _SafetensorsTensor(CheckpointTensor):
     def __init__(self, path: Path, file: Any, name: str) -> None:
         self.name = name
-        self.shape = tuple(file.get_slice(name).get_shape())
+        stored = file.get_slice(name)
+        self.shape = tuple(stored.get_shape())
+        self.is_e4m3 = stored.get_dtype() == "F8_E4M3"
         self._path, self._file = path, file
 
     def load(self, dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from stepgraph.errors import ModelError
 from stepgraph.models.checkpoint import CheckpointTensor
-from stepgraph.models.conversion import Target
+from stepgraph.models.conversion import Target, quantization_of
 from stepgraph.models.decoder import Decoder
 from stepgraph.models.language_model import LanguageModel, LanguageModelConfig
 from stepgraph.models.mtp_tensors import without_mtp
@@ -70,7 +70,10 @@ def write(update: Update) -> None:
         ModelError: a file is damaged.
     """
     for target, tensor in update:
-        target.copy_(tensor.load(target.dtype, target.device))
+        if tensor.quantization is not None and tensor.quantization == quantization_of(target):
+            target.copy_(tensor.packed().to(target.device))
+        else:
+            target.copy_(tensor.load(target.dtype, target.device))
 
 
 def match_tensors(
