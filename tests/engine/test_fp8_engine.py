@@ -1,0 +1,81 @@
+"""Engines whose layers have weights of 8 bits: graphs, batches, adapters, drafts, sleep and new weights, as with any other."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny import drain
+
+from stepgraph import SamplingParams
+from stepgraph.graph.verify import verify_pool
+
+PROMPTS = [[(5 * i + 3 * j) % 257 for j in range(length)] for i, length in enumerate((9, 30, 2, 60, 17, 5))]
+GREEDY = SamplingParams(max_tokens=8, temperature=0, ignore_eos=True)
+
+
+@pytest.fixture(scope="module")
+def create_fp8(create_engine):
+    return lambda **settings: create_engine(**({"quantization": "fp8"} | settings))
+
+
+@pytest.fixture(scope="module")
+def expected(create_fp8):
+    return answers(create_fp8(graph_backend="eager"))
+
+
+def answers(engine, adapter=None):
+    requests = [engine.add_request(str(i), prompt, GREEDY, adapter=adapter) for i, prompt in enumerate(PROMPTS)]
+    drain(engine)
+    return [list(request.output_token_ids) for request in requests]
+
+
+def test_graphs_give_the_tokens_of_eager_launches(create_fp8, create_engine, expected) -> None:
+    engine = create_fp8()
+    assert answers(engine) == expected
+    assert engine.runner.pool.statistics.num_eager_steps == 0
+    assert not any(report.mismatches for report in verify_pool(engine.runner, rounds=10, seed=0))
+    assert answers(create_engine()) != expected, "rounding changes nothing"
+
+
+def test_weights_take_a_quarter_of_the_memory_of_32_bits(create_fp8, create_engine) -> None:
+    small, large = (
+        sum(parameter.nbytes for parameter in create().runner.model.layers.parameters())
+        for create in (create_fp8, create_engine)
+    )
+    assert small < 0.4 * large  # norms and scales are a good part of layers so small
+
+
+def test_deterministic_mode_gives_the_same_tokens_in_chunks_of_any_size(create_fp8) -> None:
+    whole = answers(create_fp8(deterministic=True))
+    chunks = {"capture_sizes": (5,), "max_num_batched_tokens": 5, "max_num_seqs": 3, "capture_rows": (3,)}
+    assert answers(create_fp8(deterministic=True, **chunks)) == whole
+
+
+def test_drafts_change_no_token(create_fp8, expected) -> None:
+    assert answers(create_fp8(speculative_method="mtp", num_speculative_tokens=2)) == expected
+
+
+@pytest.mark.parametrize("level", [1, 2])
+def test_sleep_and_new_weights_bring_the_same_answers(level, create_fp8, tiny_model, expected) -> None:
+    engine = create_fp8(enable_sleep_mode=True)
+    engine.sleep(level)
+    engine.wake_up()
+    if level == 2:
+        engine.update_weights(tiny_model)
+    assert answers(engine) == expected
+    engine.update_weights((name, 2 * values) for name, values in load_file(f"{tiny_model}/model.safetensors").items())
+    assert answers(engine) != expected
+
+
+def test_adapters_are_added_to_the_product(create_fp8, expected, tmp_path) -> None:
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 2}
+    name = "base_model.model.model.layers.1.mlp.down_proj.lora_"
+    for folder, size in (("without effect", 0.0), ("with effect", 5.0)):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "adapter_config.json").write_text(json.dumps(config))
+        matrices = {f"{name}A.weight": torch.ones(2, 64), f"{name}B.weight": torch.full((32, 2), size)}
+        save_file(matrices, tmp_path / folder / "adapter_model.safetensors")
+    engine = create_fp8(enable_lora=True)
+    assert answers(engine, str(tmp_path / "without effect")) == expected
+    assert answers(engine, str(tmp_path / "with effect")) != expected

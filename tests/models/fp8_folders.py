@@ -1,0 +1,90 @@
+"""Checkpoints in 8 bits, made from unquantised ones, in the layouts in which they are published."""
+
+import json
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from stepgraph.ops.fp8_linear import GROUP_SIZE
+
+
+def compressed_tensors(strategy, **weights):
+    """The `quantization_config` that llm-compressor writes."""
+    scheme = {"num_bits": 8, "type": "float", "strategy": strategy, "symmetric": True, "dynamic": False} | weights
+    activations = {"num_bits": 8, "type": "float", "strategy": "token", "dynamic": True}
+    group = {"targets": ["Linear"], "weights": scheme, "input_activations": activations}
+    return {
+        "quant_method": "compressed-tensors",
+        "format": "float-quantized",
+        "config_groups": {"group_0": group},
+        "ignore": ["lm_head"],
+    }
+
+
+LAYOUTS = {
+    "a scale per matrix": ("matrix", "weight_scale", compressed_tensors("tensor")),
+    "a scale per output": ("output", "weight_scale", compressed_tensors("channel")),
+    "a scale per block": (
+        "block",
+        "weight_scale",
+        compressed_tensors("block", block_structure=[GROUP_SIZE, GROUP_SIZE]),
+    ),
+    "fp8 with a scale per block": (
+        "block",
+        "weight_scale_inv",
+        {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [GROUP_SIZE, GROUP_SIZE]},
+    ),
+    "fp8 with static activations": (
+        "matrix",
+        "weight_scale",
+        {"quant_method": "fp8", "activation_scheme": "static"},
+    ),
+}
+
+
+def encode(values, per):
+    """Codes, scales as they are stored, and what the two stand for. Scales are not those that rounding anew would choose."""
+    O, I = values.shape  # noqa: E741
+    blocks = {"matrix": (O, I), "output": (1, I), "block": (GROUP_SIZE, GROUP_SIZE)}[per]
+    rows, columns = torch.arange(O) // blocks[0], torch.arange(I) // blocks[1]
+    shape = int(rows[-1]) + 1, int(columns[-1]) + 1
+    scale = torch.rand(shape, generator=torch.Generator().manual_seed(O * I)) * 0.002 + 0.003
+    wide = scale[rows][:, columns]
+    codes = (values / wide).clamp(-448, 448).to(torch.float8_e4m3fn)
+    return codes, scale.view(1) if per == "matrix" else scale, codes.float() * wide
+
+
+def write_fp8(source, folder, layout, *, ignored=()):
+    """Write the checkpoint in `source` as one in 8 bits.
+
+    Args:
+        source: folder with a model.safetensors.
+        folder: gets the new one.
+        layout: of `LAYOUTS`.
+        ignored: layers that stay as they are, beside the output head: parts of their names.
+
+    Returns:
+        Folder of a third checkpoint: unquantised, with the values that the codes stand for.
+    """
+    per, suffix, config = LAYOUTS[layout]
+    source, folder, plain = Path(source), Path(folder), Path(f"{folder}-dequantised")
+    for target in (folder, plain):
+        target.mkdir()
+        for file in source.iterdir():
+            if file.suffix == ".json" and not file.name.endswith("index.json"):
+                (target / file.name).write_bytes(file.read_bytes())
+    tensors, values = {}, {}
+    for name, tensor in load_file(source / "model.safetensors").items():
+        if ".layers." in name and name.endswith("proj.weight") and not any(part in name for part in ignored):
+            tensors[name], scale, values[name] = encode(tensor.float(), per)
+            tensors[name.removesuffix("weight") + suffix] = scale
+            if config.get("activation_scheme") == "static":
+                tensors[name.removesuffix("weight") + "input_scale"] = torch.ones(1)
+        else:
+            tensors[name] = values[name] = tensor
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    save_file(values, plain / "model.safetensors", metadata={"format": "pt"})
+    written = json.loads((folder / "config.json").read_text()) | {"quantization_config": config}
+    (folder / "config.json").write_text(json.dumps(written))
+    return plain
