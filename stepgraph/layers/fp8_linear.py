@@ -12,13 +12,12 @@ from torch import Tensor, nn
 
 from stepgraph import ops
 from stepgraph.layers.linear import Linear, MergedLinear
+from stepgraph.layers.norm import RMSNorm
 from stepgraph.ops.fp8_linear import quantize
 
 
 class FP8Linear(Linear):
     """A `Linear` whose weight is E4M3 codes with float32 scales. Bias and updates of adapters keep their dtype."""
-
-    is_plain = False
 
     def __init__(self, linear: Linear, groups: int = 1) -> None:
         """Args:
@@ -38,6 +37,25 @@ class FP8Linear(Linear):
         if self.lora is not None:
             self.lora.update(x_TI, out_TO, deterministic=self.deterministic)
         return out_TO
+
+    def after_norm(self, norm: RMSNorm, x_TI: Tensor) -> Tensor:
+        """See `Linear.after_norm`."""
+        if self.is_plain:
+            return ops.fp8_norm_linear(x_TI, norm.weight, norm.eps, self.weight, self.scale, self.bias)
+        return self(norm(x_TI))
+
+    def gated_after_norm(self, norm: RMSNorm, x_TI: Tensor, *, gelu: bool) -> Tensor:
+        """See `Linear.gated_after_norm`."""
+        if self.is_plain and self.bias is None:
+            return ops.fp8_norm_gated_linear(x_TI, norm.weight, norm.eps, self.weight, self.scale, gelu=gelu)
+        return (ops.geglu if gelu else ops.swiglu)(self.after_norm(norm, x_TI))
+
+    def add_to(self, residual_TO: Tensor, x_TI: Tensor, multiplier: float = 1.0) -> None:
+        """See `Linear.add_to`."""
+        if self.is_plain:
+            ops.fp8_linear_add(x_TI, self.weight, self.scale, self.bias, residual_TO, multiplier)
+        else:
+            super().add_to(residual_TO, x_TI, multiplier)
 
 
 class FP8MergedLinear(FP8Linear, MergedLinear):

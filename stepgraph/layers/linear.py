@@ -48,6 +48,12 @@ class Linear(nn.Module):
             return ops.norm_linear(x_TI, norm.weight, norm.eps, self.weight, self.bias)
         return self(norm(x_TI))
 
+    def gated_after_norm(self, norm: RMSNorm, x_TI: Tensor, *, gelu: bool) -> Tensor:
+        """Return the gated activation of the product with `norm(x_TI)`, see `ops.swiglu`: [T, O / 2], dtype of `x_TI`."""
+        if self.is_plain and self.bias is None:
+            return ops.norm_gated_linear(x_TI, norm.weight, norm.eps, self.weight, gelu=gelu)
+        return (ops.geglu if gelu else ops.swiglu)(self.after_norm(norm, x_TI))
+
     def add_to(self, residual_TO: Tensor, x_TI: Tensor, multiplier: float = 1.0) -> None:
         """Add the product, times `multiplier`, to the residual stream in place."""
         if self.is_plain:

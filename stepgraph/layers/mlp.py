@@ -9,7 +9,6 @@ from torch import Tensor, nn
 
 from stepgraph.layers.linear import Linear, MergedLinear
 from stepgraph.layers.norm import RMSNorm
-from stepgraph.ops import geglu, norm_gated_linear, swiglu
 
 Activation = Literal["silu", "gelu_tanh"]
 
@@ -43,7 +42,4 @@ class MLP(nn.Module):
 
     def hidden(self, norm: RMSNorm, x_TE: Tensor) -> Tensor:
         """Return `activation(gate(norm(x))) · up(norm(x))`: [T, M], dtype of `x_TE`. What is left is `down_proj`."""
-        gate_up, gelu = self.gate_up_proj, self.activation == "gelu_tanh"
-        if gate_up.is_plain and gate_up.bias is None:
-            return norm_gated_linear(x_TE, norm.weight, norm.eps, gate_up.weight, gelu=gelu)
-        return (geglu if gelu else swiglu)(gate_up.after_norm(norm, x_TE))
+        return self.gate_up_proj.gated_after_norm(norm, x_TE, gelu=self.activation == "gelu_tanh")

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from stepgraph import ops
-from stepgraph.ops.fp8_linear import GROUP_SIZE, dequantize, num_groups, quantize
+from stepgraph.ops.fp8_linear import GROUP_SIZE, cpu, dequantize, num_groups, quantize
 from stepgraph.ops.fp8_linear import triton as kernel
 
 STREAMED = kernel.StreamedTile(outputs=4, inputs=256, num_warps=4)
@@ -88,6 +88,56 @@ def test_operator_matches_float64(tokens, by_row, dtype, device):
     found = ops.fp8_linear(*(t.to(device) for t in given), by_row=by_row)
     assert found.dtype == dtype
     assert_close(found, *given)
+
+
+EPS = 1e-5
+FORMS = [(kernel, True), (cpu, False)]
+FUSED_CASES = [
+    (tokens, inputs, dtype)
+    for dtype in (torch.float32, torch.float16)
+    for tokens, inputs in [(1, 16), (1, 600), (1, kernel.MAX_STREAMED_INPUTS + 8), (2, 136), (5, 300), (40, 136)]
+]
+
+
+def fused_operands(tokens, inputs, dtype, outputs, grouped):
+    """x, weight, scale, bias and the norm's weight; products are of the order of 1."""
+    x, weight, scale, bias = operands(tokens, outputs, inputs, dtype=dtype, groups=num_groups(inputs) if grouped else 1)
+    norm_weight = 1 + torch.randn(inputs, generator=torch.Generator().manual_seed(inputs)).to(dtype) / 4
+    return x, weight, scale * inputs**-0.5, bias, norm_weight
+
+
+def normalised(x, norm_weight):
+    wide = x.double()
+    wide = wide / (wide.square().mean(-1, keepdim=True) + EPS).sqrt()
+    return wide * norm_weight.double()
+
+
+@pytest.mark.parametrize("grouped", [False, True])
+@pytest.mark.parametrize(("form", "on_device"), FORMS, ids=["cuda", "cpu"])
+@pytest.mark.parametrize(("tokens", "inputs", "dtype"), FUSED_CASES)
+def test_products_fused_with_what_is_around_them_match_float64(form, on_device, tokens, inputs, dtype, grouped, device):
+    place = device if on_device else "cpu"
+    x, weight, scale, bias, norm_weight = fused_operands(tokens, inputs, dtype, 38, grouped)
+    exact_weight = dequantize(weight, scale).double()
+    on_place = [t.to(place) for t in (x, weight, scale, bias, norm_weight)]
+    x_, weight_, scale_, bias_, norm_weight_ = on_place
+    tolerance = {"rtol": 8 * torch.finfo(dtype).eps, "atol": {torch.float32: 1e-4, torch.float16: 0.03}[dtype]}
+
+    def check(found, expected):
+        torch.testing.assert_close(found.cpu().double(), expected, **tolerance)
+
+    residual = torch.randn(tokens + 1, 38).to(dtype)
+    updated = residual.to(place, copy=True)
+    form.fp8_linear_add(x_, weight_, scale_, bias_, updated[:tokens], 0.22)
+    check(updated[:tokens], residual[:tokens].double() + 0.22 * (x.double() @ exact_weight.T + bias.double()))
+    assert torch.equal(updated[tokens].cpu(), residual[tokens]), "wrote beyond the last token"
+
+    product = normalised(x, norm_weight) @ exact_weight.T
+    check(form.fp8_norm_linear(x_, norm_weight_, EPS, weight_, scale_, bias_), product + bias.double())
+    gate, up = product.chunk(2, 1)
+    for gelu in (False, True):
+        active = torch.nn.functional.gelu(gate, approximate="tanh") if gelu else torch.nn.functional.silu(gate)
+        check(form.fp8_norm_gated_linear(x_, norm_weight_, EPS, weight_, scale_, gelu), active * up)
 
 
 def test_result_is_the_same_whichever_kernel_a_number_of_tokens_chooses(device):

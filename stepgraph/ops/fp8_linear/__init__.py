@@ -13,13 +13,40 @@ from stepgraph.ops.fp8_linear import cpu
 from stepgraph.ops.fp8_linear.reference import GROUP_SIZE, dequantize, num_groups, quantize
 from stepgraph.ops.registry import register
 
-__all__ = ["GROUP_SIZE", "dequantize", "fp8_linear", "num_groups", "quantize"]
+__all__ = [
+    "GROUP_SIZE",
+    "dequantize",
+    "fp8_linear",
+    "fp8_linear_add",
+    "fp8_norm_gated_linear",
+    "fp8_norm_linear",
+    "num_groups",
+    "quantize",
+]
 
 _fp8_linear = register(
     "fp8_linear(Tensor x, Tensor weight, Tensor scale, Tensor? bias, bool by_row) -> Tensor",
     cpu=cpu.fp8_linear,
     fake=lambda x, weight, scale, bias, by_row: x.new_empty(x.shape[0], weight.shape[0]),
     cuda="stepgraph.ops.fp8_linear.triton:fp8_linear",
+)
+_fp8_linear_add = register(
+    "fp8_linear_add(Tensor x, Tensor weight, Tensor scale, Tensor? bias, Tensor(a!) residual, float multiplier) -> ()",
+    cpu=cpu.fp8_linear_add,
+    fake=lambda *_: None,
+    cuda="stepgraph.ops.fp8_linear.triton:fp8_linear_add",
+)
+_fp8_norm_linear = register(
+    "fp8_norm_linear(Tensor x, Tensor norm_weight, float eps, Tensor weight, Tensor scale, Tensor? bias) -> Tensor",
+    cpu=cpu.fp8_norm_linear,
+    fake=lambda x, norm_weight, eps, weight, scale, bias: x.new_empty(x.shape[0], weight.shape[0]),
+    cuda="stepgraph.ops.fp8_linear.triton:fp8_norm_linear",
+)
+_fp8_norm_gated_linear = register(
+    "fp8_norm_gated_linear(Tensor x, Tensor norm_weight, float eps, Tensor weight, Tensor scale, bool gelu) -> Tensor",
+    cpu=cpu.fp8_norm_gated_linear,
+    fake=lambda x, norm_weight, eps, weight, scale, gelu: x.new_empty(x.shape[0], weight.shape[0] // 2),
+    cuda="stepgraph.ops.fp8_linear.triton:fp8_norm_gated_linear",
 )
 
 
@@ -39,3 +66,48 @@ def fp8_linear(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, *,
         [T, N], dtype of `x`.
     """
     return _fp8_linear(x, weight, scale, bias, by_row)
+
+
+def fp8_linear_add(
+    x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, residual: Tensor, multiplier: float = 1.0
+) -> None:
+    """``residual += multiplier · fp8_linear(x, weight, scale, bias)`` in place. May run inside a graph.
+
+    Args:
+        x, weight, scale, bias: as of `fp8_linear`.
+        residual: [T, N], dtype of `x`, contiguous; updated.
+        multiplier: applied in float32, to the rounded product.
+    """
+    _fp8_linear_add(x, weight, scale, bias, residual, multiplier)
+
+
+def fp8_norm_linear(
+    x: Tensor, norm_weight: Tensor, eps: float, weight: Tensor, scale: Tensor, bias: Tensor | None
+) -> Tensor:
+    """`fp8_linear` of `rms_norm`. May run inside a graph.
+
+    Args:
+        x, weight, scale, bias: as of `fp8_linear`.
+        norm_weight, eps: [K], as of `rms_norm`.
+
+    Returns:
+        [T, N], dtype of `x`.
+    """
+    return _fp8_norm_linear(x, norm_weight, eps, weight, scale, bias)
+
+
+def fp8_norm_gated_linear(
+    x: Tensor, norm_weight: Tensor, eps: float, weight: Tensor, scale: Tensor, *, gelu: bool
+) -> Tensor:
+    """`swiglu`, or `geglu`, of `fp8_linear` of `rms_norm`. May run inside a graph.
+
+    Args:
+        x: as of `fp8_linear`.
+        norm_weight, eps: [K], as of `rms_norm`.
+        weight, scale: as of `fp8_linear`, of 2N outputs; the gate's in the first half.
+        gelu: which activation.
+
+    Returns:
+        [T, N], dtype of `x`.
+    """
+    return _fp8_norm_gated_linear(x, norm_weight, eps, weight, scale, gelu)

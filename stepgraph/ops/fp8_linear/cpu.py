@@ -5,6 +5,8 @@ from torch import Tensor
 
 from stepgraph.ops.fp8_linear import reference
 from stepgraph.ops.linear.cpu import linear_by_row
+from stepgraph.ops.rms_norm.reference import rms_norm
+from stepgraph.ops.swiglu.reference import geglu, swiglu
 
 
 def fp8_linear(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, by_row: bool) -> Tensor:
@@ -14,3 +16,24 @@ def fp8_linear(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, by
     out = torch.empty(x.shape[0], weight.shape[0])
     linear_by_row(x.float(), reference.dequantize(weight, scale), None if bias is None else bias.float(), out)
     return out.to(x.dtype)
+
+
+def fp8_linear_add(
+    x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, residual: Tensor, multiplier: float
+) -> None:
+    """See `stepgraph.ops.fp8_linear.fp8_linear_add`."""
+    residual.add_(reference.fp8_linear(x, weight, scale, bias).float() * multiplier)
+
+
+def fp8_norm_linear(
+    x: Tensor, norm_weight: Tensor, eps: float, weight: Tensor, scale: Tensor, bias: Tensor | None
+) -> Tensor:
+    """See `stepgraph.ops.fp8_linear.fp8_norm_linear`."""
+    return reference.fp8_linear(rms_norm(x, norm_weight, eps), weight, scale, bias)
+
+
+def fp8_norm_gated_linear(
+    x: Tensor, norm_weight: Tensor, eps: float, weight: Tensor, scale: Tensor, gelu: bool
+) -> Tensor:
+    """See `stepgraph.ops.fp8_linear.fp8_norm_gated_linear`."""
+    return (geglu if gelu else swiglu)(fp8_norm_linear(x, norm_weight, eps, weight, scale, None))
