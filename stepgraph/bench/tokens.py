@@ -59,7 +59,7 @@ def add_parser(commands: Any) -> None:
         nargs="+",
         default=["float32", "bfloat16"],
         metavar="TEXT",
-        help="float32 first; DTYPE/fp8 keeps keys and values in FP8",
+        help="float32 first; DTYPE+fp8 has the layers' weights in FP8, DTYPE/fp8 keys and values",
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the result as JSON")
     add_flags(parser)
@@ -73,8 +73,11 @@ def run(arguments: argparse.Namespace) -> int:
     float32_log_probs = torch.empty(0)
     comparisons = []
     for name in arguments.dtypes:
-        dtype, _, cache_dtype = name.partition("/")
+        weights, _, cache_dtype = name.partition("/")
+        dtype, _, quantization = weights.partition("+")
         precision = {"dtype": dtype, "kv_cache_dtype": cache_dtype or "auto"}
+        if quantization:
+            precision["quantization"] = quantization
         eager = _answer(settings | precision | {"graph_backend": "eager"}, arguments)
         graphs = _answer(settings | precision, arguments)
         if not float32_tokens:

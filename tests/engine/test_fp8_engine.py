@@ -46,10 +46,12 @@ def test_weights_take_a_quarter_of_the_memory_of_32_bits(create_fp8, create_engi
     assert small < 0.4 * large  # norms and scales are a good part of layers so small
 
 
-def test_deterministic_mode_gives_the_same_tokens_in_chunks_of_any_size(create_fp8) -> None:
-    whole = answers(create_fp8(deterministic=True))
-    chunks = {"capture_sizes": (5,), "max_num_batched_tokens": 5, "max_num_seqs": 3, "capture_rows": (3,)}
-    assert answers(create_fp8(deterministic=True, **chunks)) == whole
+def test_deterministic_mode_gives_rows_the_bits_that_they_get_alone(create_fp8) -> None:
+    engine = create_fp8(deterministic=True, capture_sizes=(5, 48), capture_rows=(5, 8))
+    for report in verify_pool(engine.runner, rounds=3, seed=3, alone_rows=4):
+        assert report.mismatches == []
+        assert report.worst_graph_difference == 0
+        assert report.worst_alone_difference == 0
 
 
 def test_drafts_change_no_token(create_fp8, expected) -> None:
