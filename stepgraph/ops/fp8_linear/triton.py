@@ -16,7 +16,7 @@ from torch import Tensor
 
 from stepgraph.ops.dependent_launch import LAUNCH, wait_for_previous
 from stepgraph.ops.fp8_linear.reference import GROUP_SIZE
-from stepgraph.ops.linear.ends import ADD, GEGLU, STORE, SWIGLU, finish
+from stepgraph.ops.linear.ends import ADD, GEGLU, STORE, SWIGLU, before_add, finish
 from stepgraph.ops.rms_norm.triton import normalise, rms_norm
 from stepgraph.ops.swiglu.triton import geglu, swiglu
 
@@ -122,7 +122,9 @@ def _streamed_kernel(
         first_up_NK = tl.load(up_NK, mask=first_inside_NK, other=0.0)
     if norm_ptr is not None:
         norm_K = tl.load(norm_ptr + input_K, mask=input_K < K, other=0.0)
+    out_NT = out_ptr + token_T[None, :] * N + output_N[:, None]
     wait_for_previous()
+    before_NT = before_add(out_NT, inside_N[:, None], END)
     sum_NT = tl.zeros([BLOCK_N, TOKENS], tl.float32)
     up_NT = tl.zeros([BLOCK_N, TOKENS], tl.float32)
     for start in tl.static_range(0, K, BLOCK_K):
@@ -150,7 +152,7 @@ def _streamed_kernel(
             up_NT *= _load_scales(scale_ptr, N + output_N, 0, inside_N, 1)[:, None]
     if bias_ptr is not None:
         sum_NT += tl.load(bias_ptr + output_N, mask=inside_N, other=0.0).to(tl.float32)[:, None]
-    finish(out_ptr + token_T[None, :] * N + output_N[:, None], sum_NT, up_NT, multiplier, inside_N[:, None], END)
+    finish(out_NT, sum_NT, up_NT, before_NT, multiplier, inside_N[:, None], END)
 
 
 @triton.jit(do_not_specialize=["T", "N"])
@@ -184,7 +186,9 @@ def _sliced_kernel(
     x_SKT = x_ptr + token_T[None, None, :] * K + input_SK[:, :, None]
     sum_SNT = tl.zeros([SLICES, BLOCK_N, BLOCK_T], tl.float32)
     up_SNT = tl.zeros([SLICES, BLOCK_N, BLOCK_T], tl.float32)
+    out_NT, inside_NT = out_ptr + token_T[None, :] * N + output_N[:, None], inside_N[:, None] & inside_T[None, :]
     wait_for_previous()
+    before_NT = before_add(out_NT, inside_NT, END)
     for start in tl.range(0, K, SLICES * BLOCK_K, num_stages=STAGES):
         inside_SK = start + input_SK < K
         inside_SNK = inside_N[None, :, None] & inside_SK[:, None, :]
@@ -210,8 +214,7 @@ def _sliced_kernel(
             up_NT *= _load_scales(scale_ptr, N + output_N, 0, inside_N, 1)[:, None]
     if bias_ptr is not None:
         sum_NT += tl.load(bias_ptr + output_N, mask=inside_N, other=0.0).to(tl.float32)[:, None]
-    out_NT = out_ptr + token_T[None, :] * N + output_N[:, None]
-    finish(out_NT, sum_NT, up_NT, multiplier, inside_N[:, None] & inside_T[None, :], END)
+    finish(out_NT, sum_NT, up_NT, before_NT, multiplier, inside_NT, END)
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -256,7 +259,8 @@ def _block_kernel(
     if bias_ptr is not None:
         sum_NT += tl.load(bias_ptr + output_N, mask=inside_N, other=0.0).to(tl.float32)[:, None]
     out_NT = out_ptr + token_T.to(tl.int64)[None, :] * N + output_N[:, None]
-    finish(out_NT, sum_NT, sum_NT, multiplier, inside_N[:, None] & inside_T[None, :], END)
+    inside_NT = inside_N[:, None] & inside_T[None, :]
+    finish(out_NT, sum_NT, sum_NT, before_add(out_NT, inside_NT, END), multiplier, inside_NT, END)
 
 
 def fp8_linear(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, by_row: bool) -> Tensor:
