@@ -55,14 +55,16 @@ def step_cost(model: LanguageModel, rows: Sequence[tuple[int, int]]) -> StepCost
     config = model.config
     num_tokens = sum(query_len for query_len, _ in rows)
     weights = sum(p.numel() for p in model.parameters())
+    weight_bytes = sum(p.nbytes for p in model.parameters())  # layers may have fewer bits than the rest
     tables = [p for p in model.parameters() if p.shape == (config.vocab_size, config.hidden_size)]
     head = config.vocab_size * config.hidden_size
     if len(tables) > 1:  # the embedding is only looked up; a tied one is read whole as the head
         weights -= head
+        weight_bytes -= tables[0].nbytes
     kv_per_token = 2 * config.num_layers * config.num_kv_heads * config.head_dim
-    bytes_ = next(model.parameters()).element_size() * (weights + kv_per_token * sum(kv_len + n for n, kv_len in rows))
+    cached = next(model.parameters()).element_size() * kv_per_token * sum(kv_len + n for n, kv_len in rows)
     attention = 4 * config.num_layers * config.num_heads * config.head_dim * _keys_seen(rows)
-    return StepCost(bytes_, 2 * num_tokens * (weights - head) + 2 * len(rows) * head + attention)
+    return StepCost(weight_bytes + cached, 2 * num_tokens * (weights - head) + 2 * len(rows) * head + attention)
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from safetensors.torch import load_file, save_file
 from tiny import drain
 
 from stepgraph import SamplingParams
+from stepgraph.bench.roofline import step_cost
 from stepgraph.graph.verify import verify_pool
 
 PROMPTS = [[(5 * i + 3 * j) % 257 for j in range(length)] for i, length in enumerate((9, 30, 2, 60, 17, 5))]
@@ -44,6 +45,13 @@ def test_weights_take_a_quarter_of_the_memory_of_32_bits(create_fp8, create_engi
         for create in (create_fp8, create_engine)
     )
     assert small < 0.4 * large  # norms and scales are a good part of layers so small
+
+
+def test_the_least_bytes_of_a_step_are_those_of_the_codes(create_fp8, create_engine) -> None:
+    small, large = create_fp8().runner.model, create_engine().runner.model
+    saved = sum(p.nbytes for p in large.parameters()) - sum(p.nbytes for p in small.parameters())
+    assert saved > 0
+    assert step_cost(small, [(1, 40)]).bytes == step_cost(large, [(1, 40)]).bytes - saved
 
 
 def test_deterministic_mode_gives_rows_the_bits_that_they_get_alone(create_fp8) -> None:
