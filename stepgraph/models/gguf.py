@@ -10,12 +10,12 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import AutoConfig
 
 from stepgraph.errors import ModelError
 from stepgraph.layers.rotary import RotaryFrequencies
 from stepgraph.models.checkpoint import CheckpointTensor
 from stepgraph.models.config import DecoderConfig
+from stepgraph.models.hf_config import plain_config
 from stepgraph.models.registry import read_config
 
 
@@ -140,24 +140,31 @@ class GGUFFile:
         if value("attention.sliding_window", context_length) < context_length:
             raise ModelError(f"{self.path} attends over a sliding window; models with full attention are supported.")
         eos = (self.value(f"tokenizer.ggml.{key}_token_id", None) for key in ("eos", "eot", "eom"))
-        return AutoConfig.for_model(
-            self._architecture.model_type,
-            architectures=[self._architecture.class_name],
-            vocab_size=int(self._tensor("token_embd.weight").shape[-1]),
-            hidden_size=hidden_size,
-            intermediate_size=value("feed_forward_length"),
-            num_hidden_layers=value("block_count"),
-            num_attention_heads=num_heads,
-            num_key_value_heads=value("attention.head_count_kv", num_heads),
-            head_dim=head_dim,
-            rms_norm_eps=value("attention.layer_norm_rms_epsilon"),
-            max_position_embeddings=context_length,
-            rope_parameters=self._rope_parameters(),
-            tie_word_embeddings="output.weight" not in self._tensors,
-            attention_bias="blk.0.attn_q.bias" in self._tensors,
-            bos_token_id=self.value("tokenizer.ggml.bos_token_id", None),
-            eos_token_id=list(dict.fromkeys(i for i in eos if i is not None)) or None,
-        )
+        fields = {
+            "model_type": self._architecture.model_type,
+            "architectures": [self._architecture.class_name],
+            "vocab_size": int(self._tensor("token_embd.weight").shape[-1]),
+            "hidden_size": hidden_size,
+            "intermediate_size": value("feed_forward_length"),
+            "num_hidden_layers": value("block_count"),
+            "num_attention_heads": num_heads,
+            "num_key_value_heads": value("attention.head_count_kv", num_heads),
+            "head_dim": head_dim,
+            "hidden_act": "silu",
+            "rms_norm_eps": value("attention.layer_norm_rms_epsilon"),
+            "max_position_embeddings": context_length,
+            "rope_parameters": self._rope_parameters(),
+            "tie_word_embeddings": "output.weight" not in self._tensors,
+            "attention_bias": "blk.0.attn_q.bias" in self._tensors,
+            "bos_token_id": self.value("tokenizer.ggml.bos_token_id", None),
+            "eos_token_id": list(dict.fromkeys(i for i in eos if i is not None)) or None,
+        }
+        plain = plain_config(fields)
+        if plain is not None:
+            return plain
+        from transformers import AutoConfig
+
+        return AutoConfig.for_model(**fields)
 
     def _rope_parameters(self) -> dict[str, Any]:
         prefix = self.value("general.architecture") + ".rope."

@@ -13,7 +13,7 @@ from stepgraph.models.language_model import LanguageModel
 from stepgraph.models.mtp_tensors import without_mtp
 from stepgraph.models.registry import ARCHITECTURES
 from stepgraph.models.source import ModelSource
-from stepgraph.models.transformers_model import TransformersConfig, TransformersModel
+from stepgraph.models.transformers_config import TransformersConfig
 from stepgraph.models.update import match_tensors, write
 
 
@@ -52,6 +52,8 @@ def load_model(
                 f"deterministic=True needs a native model, and {config.architecture} would run through transformers, whose "
                 "matrix products depend on the batch; choose a native model, or leave deterministic off"
             )
+        from stepgraph.models.transformers_model import TransformersModel
+
         if load_format == "dummy":
             return TransformersModel.with_random_weights(config, dtype=dtype, device=device)
         return TransformersModel.from_folder(config, source.folder, dtype=dtype, device=device, progress=progress)
