@@ -34,15 +34,15 @@ from stepgraph.models.language_model import LanguageModel
 from stepgraph.models.loader import load_model
 from stepgraph.models.source import ModelSource, resolve, resolve_configured
 from stepgraph.models.update import plan_update, write
-from stepgraph.ops import slot_line
 from stepgraph.platforms import create_platform
 from stepgraph.spec.create import create_drafter
 from stepgraph.spec.depth import LEVELS, DraftDepth
 from stepgraph.spec.drafter import Drafter
+from stepgraph.step import slot_line
 from stepgraph.step.memory import place_weights
 from stepgraph.step.plan import StepKind
 from stepgraph.step.runner import RowResult, StepRunner, Ticket
-from stepgraph.step.state import SlotSampling
+from stepgraph.step.slot_sampling import SlotSampling
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast

@@ -25,7 +25,7 @@ _COMMON: dict[str, Any] = {
     "dtype": None,
     "head_dim": None,
 }
-_DEFAULTS: dict[tuple[str, str], dict[str, Any]] = {
+_DEFAULTS: dict[tuple[Any, Any], dict[str, Any]] = {
     ("llama", "LlamaForCausalLM"): _COMMON,
     ("qwen2", "Qwen2ForCausalLM"): _COMMON | {"use_sliding_window": False},
     ("qwen3", "Qwen3ForCausalLM"): _COMMON | {"use_sliding_window": False, "head_dim": 128},

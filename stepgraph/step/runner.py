@@ -20,9 +20,9 @@ from stepgraph.graph.eager import EagerGraph
 from stepgraph.graph.pool import GraphPool, StepRecord
 from stepgraph.models.adapters import AdapterStore
 from stepgraph.models.language_model import LanguageModel
-from stepgraph.ops import slot_line
 from stepgraph.platforms import Platform
 from stepgraph.spec.drafter import Drafter
+from stepgraph.step import slot_line
 from stepgraph.step.memory import KVLayout, choose_num_blocks
 from stepgraph.step.plan import StepPlan
 from stepgraph.step.program import LogitBuffers, StepOutput, StepProgram
@@ -36,7 +36,7 @@ _LOGIT_ROWS = 512
 
 
 class RowResult(NamedTuple):
-    """What one row of a step produced. The first fields are the output ring's columns, see `stepgraph.ops.slot_line`."""
+    """What one row of a step produced. The first fields are the output ring's columns, see `stepgraph.step.slot_line`."""
 
     slot: int
     generation: int
@@ -54,7 +54,7 @@ class StepResults(NamedTuple):
 
     rows: list[RowResult]
     logprobs: npt.NDArray[np.int32] | None = None
-    """[samples, LOGPROB_WIDTH], see `stepgraph.ops.slot_line`; lines of samples that did not ask are old. None if plain."""
+    """[samples, LOGPROB_WIDTH], see `stepgraph.step.slot_line`; lines of samples that did not ask are old. None if plain."""
     prompt_logprobs: npt.NDArray[np.int32] | None = None
     """[tokens, LOGPROB_WIDTH], likewise; tokens lie where the plan puts them if every row before runs in full."""
     drafts: npt.NDArray[np.int32] | None = None

@@ -15,11 +15,11 @@ from stepgraph.engine.sampling_params import SamplingParams
 from stepgraph.errors import ConfigError, ModelError
 from stepgraph.graph.verify import verify_pool
 from stepgraph.models import DecoderConfig, load_model, resolve
-from stepgraph.models.transformers_interfaces import IMPLEMENTATIONS
 from stepgraph.models.transformers_config import TransformersConfig
+from stepgraph.models.transformers_interfaces import IMPLEMENTATIONS
 from stepgraph.models.transformers_model import TransformersModel, judge
-from stepgraph.ops import slot_line
 from stepgraph.platforms import create_platform
+from stepgraph.step import slot_line
 from stepgraph.step.plan import StepPlan
 from stepgraph.step.runner import StepRunner
 

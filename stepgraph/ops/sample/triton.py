@@ -22,7 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from stepgraph.ops import slot_line as line
+from stepgraph.step import slot_line as line
 
 CHUNK = 4096
 """Entries per program of the first kernel."""
