@@ -3,10 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
+
+
+class CompiledKernels(NamedTuple):
+    """How many kernels were not in this process's memory, by where they came from."""
+
+    compiled: int
+    from_disk: int  # the cache of compiled kernels held them
 
 
 class Completion(Protocol):
@@ -95,3 +102,7 @@ class Platform(Protocol):
 
     def synchronize(self) -> None:
         """Wait for all submitted work."""
+
+    def compile_ahead(self, programs: Iterable[Callable[[], object]]) -> CompiledKernels:
+        """Compile the kernels that some programs launch, side by side; see `stepgraph.platforms.compile_ahead`. Where kernels
+        are not compiled at run time, no program is run."""

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor
 
-from stepgraph.platforms.base import DeviceMemory
+from stepgraph.platforms.base import CompiledKernels, DeviceMemory
 from stepgraph.platforms.cuda_memory import SleepableMemory
 from stepgraph.platforms.torch_memory import TorchMemory
 
@@ -71,3 +71,8 @@ class CudaPlatform:
 
     def synchronize(self) -> None:
         torch.cuda.synchronize(self.device)
+
+    def compile_ahead(self, programs: Iterable[Callable[[], object]]) -> CompiledKernels:
+        from stepgraph.platforms.compile_ahead import compile_ahead
+
+        return compile_ahead(programs)
