@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import nn
 from tqdm import tqdm
@@ -9,12 +11,13 @@ from tqdm import tqdm
 from stepgraph.errors import ConfigError
 from stepgraph.layers.norm import RMSNorm
 from stepgraph.models.config import DecoderConfig
+from stepgraph.models.decoder import Decoder
 from stepgraph.models.language_model import LanguageModel
 from stepgraph.models.mtp_tensors import without_mtp
 from stepgraph.models.registry import ARCHITECTURES
 from stepgraph.models.source import ModelSource
 from stepgraph.models.transformers_config import TransformersConfig
-from stepgraph.models.update import match_tensors, write
+from stepgraph.models.update import match_tensors, write_each
 
 
 def load_model(
@@ -27,7 +30,33 @@ def load_model(
     deterministic: bool = False,
     progress: bool = False,
 ) -> LanguageModel:
-    """Build a model, native or transformers' as the source's config says, and fill it.
+    """Build a model and fill it; see `create_model` and `fill` for arguments and errors."""
+    model = create_model(
+        source,
+        dtype=dtype,
+        device=device,
+        max_model_len=max_model_len,
+        load_format=load_format,
+        deterministic=deterministic,
+        progress=progress,
+    )
+    for _ in fill(model, source, load_format=load_format, progress=progress):
+        pass
+    return model
+
+
+def create_model(
+    source: ModelSource,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    max_model_len: int,
+    load_format: str = "auto",
+    deterministic: bool = False,
+    progress: bool = False,
+) -> LanguageModel:
+    """Build a model, native or transformers' as the source's config says. A native one is not filled yet: its parameters are
+    where they will be, uninitialised.
 
     Args:
         source: from `resolve`.
@@ -40,8 +69,7 @@ def load_model(
         progress: show a bar on stderr.
 
     Raises:
-        ModelError: the checkpoint's tensors are not those of the model (missing, left over, of another shape), or a
-            file is damaged.
+        ModelError: a model that transformers loads does not fit its checkpoint, or a file is damaged.
         ConfigError: `deterministic` with a model that only transformers runs.
     """
     assert load_format in ("auto", "dummy"), load_format
@@ -59,14 +87,32 @@ def load_model(
         return TransformersModel.from_folder(config, source.folder, dtype=dtype, device=device, progress=progress)
     assert isinstance(config, DecoderConfig), config
     model = ARCHITECTURES[config.architecture](config, max_model_len=max_model_len, dtype=dtype, device=device)
-    if load_format == "dummy":
-        fill_randomly(model, device)
-    else:
-        update = match_tensors(model.checkpoint_tensors(), without_mtp(source.tensors()), source.description)
-        write(tqdm(update, f"Loading {source.name}", unit=" tensors", disable=not progress, leave=False))
     if deterministic:
         model.make_deterministic()
     return model.eval()
+
+
+def fill(
+    model: LanguageModel, source: ModelSource, *, load_format: str = "auto", progress: bool = False
+) -> Iterator[None]:
+    """Check that a checkpoint's tensors are those of a model from `create_model`, each once, and return an iterator that writes
+    them, one at each step. It allocates nothing on the device of a native model's parameters, so that graphs may be captured
+    and memory be shared out meanwhile.
+
+    Raises:
+        ModelError: tensors are missing, left over or of another shape; or, while they are written, a file is damaged.
+    """
+    if not isinstance(model, Decoder):
+        return iter(())  # filled as it was built
+    if load_format == "dummy":
+        return _fill_randomly(model)
+    update = match_tensors(model.checkpoint_tensors(), without_mtp(source.tensors()), source.description)
+    return write_each(tqdm(update, f"Loading {source.name}", unit=" tensors", disable=not progress, leave=False))
+
+
+def _fill_randomly(model: Decoder) -> Iterator[None]:
+    fill_randomly(model, model.embed_tokens.weight.device)
+    yield
 
 
 @torch.no_grad()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 
 import torch
@@ -71,6 +71,14 @@ def write(update: Update) -> None:
     """
     for target, tensor in update:
         target.copy_(tensor.load(target.dtype, target.device))
+
+
+def write_each(update: Update) -> Iterator[None]:
+    """`write`, a tensor at each step. Tensors are converted in host memory, so that the device needs none for them."""
+    for target, tensor in update:
+        with torch.no_grad():
+            target.copy_(tensor.load(target.dtype, torch.device("cpu")))
+        yield
 
 
 def match_tensors(
