@@ -15,18 +15,18 @@ def beside(work: Iterator[None], platform: Platform) -> Iterator[None]:
     """Do `work` step by step in a thread while the body runs. Leaving the body waits for its end, and raises what it raised; if
     the body fails, the rest of the work is left."""
     left = threading.Event()
-
-    def run() -> None:
-        with platform.apart():
-            for _ in work:
-                if left.is_set():
-                    return
-
     with ThreadPoolExecutor(1, thread_name_prefix="stepgraph-beside") as thread:
-        done = thread.submit(run)
+        done = thread.submit(_run, work, platform, left)
         try:
             yield
         except BaseException:
             left.set()
             raise
         done.result()
+
+
+def _run(work: Iterator[None], platform: Platform, left: threading.Event) -> None:
+    with platform.apart():
+        for _ in work:
+            if left.is_set():
+                return

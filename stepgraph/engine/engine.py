@@ -8,7 +8,7 @@ import random
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property
 from numbers import Integral
@@ -143,7 +143,7 @@ class Engine:
         self._adapters = self._create_adapters(model)
         if not weights_first:
             torch._foreach_zero_(list(model.parameters()))  # capturing runs programs on them, which must not meet NaN
-        with beside(iter(()) if weights_first else weights(), self.platform):
+        with nullcontext() if weights_first else beside(weights(), self.platform):
             _ = self.tokenizer if needs_tokenizer else None
             self.runner = StepRunner(
                 model,
