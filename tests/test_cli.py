@@ -19,7 +19,7 @@ from stepgraph.config import EngineConfig, ServerConfig
 
 COMMANDS = (
     *(["generate"], ["chat"], ["serve"], ["pull"]),
-    *(["graphs"], ["graphs", "list"], ["graphs", "verify"], ["demo"]),
+    *(["graphs"], ["graphs", "list"], ["graphs", "verify"], ["graphs", "warm"], ["demo"]),
 )
 CHAT_TEMPLATE = "{% for m in messages %}[{{ m['role'] }}]{{ m['content'] }}{% endfor %}[assistant]"
 
@@ -256,6 +256,11 @@ def test_graphs_verify_checks_every_graph(tiny_model, capsys):
     settings = [tiny_model, "--device", "cpu", "--max-num-seqs", "2", "--max-num-batched-tokens", "4"]
     assert main(["graphs", "verify", *settings, "--rounds", "2"]) == 0
     assert "7 graphs" in capsys.readouterr().out
+
+
+def test_graphs_warm_has_nothing_to_compile_on_a_cpu(capsys):
+    assert main(["graphs", "warm", "qwen3-8b", "--device", "cpu"]) == 0
+    assert capsys.readouterr().out.startswith("nothing to compile")
 
 
 def test_demo_runs_every_step_in_a_graph_and_mixes_prefill_with_decode(tiny_model, capsys):

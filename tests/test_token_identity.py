@@ -44,7 +44,8 @@ def create_engine(smollm2, decoder, device):
 
     def create(**settings) -> Engine:
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(engine_module, "load_model", lambda *_, **__: decoder)
+            patch.setattr(engine_module, "create_model", lambda *_, **__: decoder)
+            patch.setattr(engine_module, "fill", lambda *_, **__: iter(()))
             return Engine(EngineConfig.from_settings(device=device, **(SETTINGS | settings)), source=smollm2)
 
     return create

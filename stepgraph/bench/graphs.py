@@ -28,7 +28,7 @@ from stepgraph.step.plan import StepPlan
 from stepgraph.step.program import StepOutput
 from stepgraph.step.runner import StepRunner
 from stepgraph.step.shape import StepShape
-from stepgraph.step.state import SlotSampling
+from stepgraph.step.slot_sampling import SlotSampling
 
 CONTEXT = 128
 """Tokens that a decoding request already has, unless a case says otherwise."""

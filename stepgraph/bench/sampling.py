@@ -16,10 +16,10 @@ from stepgraph.bench.report import machine, table, write_json
 from stepgraph.config import EngineConfig, add_flags, settings_from_flags
 from stepgraph.engine.engine import Engine
 from stepgraph.errors import ConfigError
-from stepgraph.ops import slot_line
+from stepgraph.step import slot_line
 from stepgraph.step.runner import StepRunner
 from stepgraph.step.shape import Variant
-from stepgraph.step.state import SlotSampling
+from stepgraph.step.slot_sampling import SlotSampling
 
 ROWS = (1, 64, 256)
 

@@ -21,7 +21,7 @@ from stepgraph.engine.request import Request
 from stepgraph.engine.sampling_params import SamplingParams
 from stepgraph.engine.scheduler import ScheduledStep, Scheduler
 from stepgraph.step.runner import StepResults
-from stepgraph.step.state import SlotSampling
+from stepgraph.step.slot_sampling import SlotSampling
 
 NUM_RUNNING = (1, 8, 64, 256, 1024)
 NUM_WAITING = 10_000

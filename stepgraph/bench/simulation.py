@@ -18,11 +18,11 @@ from stepgraph.engine.request import FinishReason, Request
 from stepgraph.engine.sampling_params import SamplingParams
 from stepgraph.engine.scheduler import MAX_OVERTAKEN, WATERMARK, ScheduledStep, Scheduler
 from stepgraph.graph.pool import capturable_shapes
-from stepgraph.ops import slot_line
+from stepgraph.step import slot_line
 from stepgraph.step.plan import StepPlan
 from stepgraph.step.runner import RowResult, StepResults
 from stepgraph.step.shape import StepShape
-from stepgraph.step.state import SlotSampling
+from stepgraph.step.slot_sampling import SlotSampling
 
 BLOCK_SIZE = 16
 _RUN_AHEAD = 1

@@ -19,7 +19,7 @@ from stepgraph.config.speculative import SpeculativeConfig
 from stepgraph.engine.engine import Engine
 from stepgraph.errors import ConfigError
 from stepgraph.models.source import resolve_configured
-from stepgraph.ops.slot_line import MAX_DRAFTS
+from stepgraph.step.slot_line import MAX_DRAFTS
 
 _METHODS: tuple[str, ...] = SpeculativeConfig.__dataclass_fields__["speculative_method"].metadata["choices"]
 _TEXT_SIZES, _FORCED_SIZES = (1, 8), (1, 8, 64)

@@ -15,7 +15,7 @@ from stepgraph.bench.graphs import GREEDY, Contender, lay_out, time_interleaved
 from stepgraph.bench.roofline import Limits, StepCost, step_cost
 from stepgraph.errors import ConfigError
 from stepgraph.graph import create_backend
-from stepgraph.ops import slot_line
+from stepgraph.step import slot_line
 from stepgraph.step.plan import StepPlan
 from stepgraph.step.runner import StepRunner
 from stepgraph.step.shape import StepShape

@@ -20,9 +20,9 @@ from stepgraph.engine.prompts import render_chat, require_tokenizer
 from stepgraph.engine.sampling_params import SamplingParams
 from stepgraph.errors import ConfigError
 from stepgraph.models.source import ModelSource
-from stepgraph.ops.slot_line import MAX_DRAFTS
 from stepgraph.step.plan import StepKind
 from stepgraph.step.shape import StepShape
+from stepgraph.step.slot_line import MAX_DRAFTS
 
 BASELINE = "none"
 WATERMARK = 1.05

@@ -17,7 +17,8 @@ from typing import Any
 
 _PHASES = (
     ("read config", "stepgraph.engine.engine", "resolve_configured"),
-    ("weights", "stepgraph.engine.engine", "load_model"),
+    ("model without weights", "stepgraph.engine.engine", "create_model"),
+    ("weights", "stepgraph.engine.beside", "_run"),
     ("buffers and KV cache", "stepgraph.step.runner", "StepRunner.__init__"),
     ("capture", "stepgraph.graph.pool", "GraphPool.capture_all"),
     ("tokenizer", "stepgraph.models.source", "ModelSource.tokenizer_if_any"),

@@ -26,7 +26,7 @@ from stepgraph.engine.engine import Engine
 from stepgraph.engine.sampling_params import SamplingParams
 from stepgraph.step.plan import StepPlan
 from stepgraph.step.runner import StepRunner
-from stepgraph.step.state import SlotSampling
+from stepgraph.step.slot_sampling import SlotSampling
 
 
 @dataclass(frozen=True)

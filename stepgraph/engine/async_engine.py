@@ -50,7 +50,7 @@ class AsyncEngine:
     """
 
     def __init__(self, config: EngineConfig, *, progress: bool = False):
-        self.engine = Engine(config, progress=progress)
+        self.engine = Engine(config, needs_tokenizer=True, progress=progress)
         self.tokenizer = self.engine.tokenizer
         self._commands: deque[Callable[[], None]] = deque()
         self._wake = threading.Condition()

@@ -6,7 +6,7 @@ import hashlib
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 
-from stepgraph.ops import slot_line
+from stepgraph.step import slot_line
 
 
 def block_key(parent: bytes, tokens: bytes) -> bytes:

@@ -8,7 +8,7 @@ import random
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property
 from numbers import Integral
@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from stepgraph.config import EngineConfig
+from stepgraph.engine.beside import beside
 from stepgraph.engine.guidance import GuidanceCompiler, GuideError
 from stepgraph.engine.masks import TokenMasks
 from stepgraph.engine.prompts import require_tokenizer
@@ -31,18 +32,18 @@ from stepgraph.graph.pool import StepRecord
 from stepgraph.models.adapters import Adapter, AdapterStore
 from stepgraph.models.decoder import Decoder
 from stepgraph.models.language_model import LanguageModel
-from stepgraph.models.loader import load_model
+from stepgraph.models.loader import create_model, fill, fills_in_place
 from stepgraph.models.source import ModelSource, resolve, resolve_configured
 from stepgraph.models.update import plan_update, write
-from stepgraph.ops import slot_line
 from stepgraph.platforms import create_platform
 from stepgraph.spec.create import create_drafter
 from stepgraph.spec.depth import LEVELS, DraftDepth
 from stepgraph.spec.drafter import Drafter
+from stepgraph.step import slot_line
 from stepgraph.step.memory import place_weights
 from stepgraph.step.plan import StepKind
 from stepgraph.step.runner import RowResult, StepRunner, Ticket
-from stepgraph.step.state import SlotSampling
+from stepgraph.step.slot_sampling import SlotSampling
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -85,6 +86,7 @@ class Engine:
     Args:
         config: all settings.
         source: the model, if it is resolved already.
+        needs_tokenizer: read the tokenizer now, while weights are loaded, rather than at its first use.
         progress: show progress bars on stderr while loading and capturing.
 
     Raises:
@@ -92,7 +94,14 @@ class Engine:
         ModelError: the model cannot be found, read or run.
     """
 
-    def __init__(self, config: EngineConfig, *, source: ModelSource | None = None, progress: bool = False):
+    def __init__(
+        self,
+        config: EngineConfig,
+        *,
+        source: ModelSource | None = None,
+        needs_tokenizer: bool = False,
+        progress: bool = False,
+    ):
         self.config = config
         self.source = source or resolve_configured(config.model)
         self.platform = create_platform(config.model.device)
@@ -100,7 +109,7 @@ class Engine:
         self.dtype: torch.dtype = (
             self.platform.default_dtype if config.model.dtype == "auto" else getattr(torch, config.model.dtype)
         )
-        model = load_model(
+        model = create_model(
             self.source,
             dtype=self.dtype,
             device=self.platform.device,
@@ -111,6 +120,18 @@ class Engine:
             deterministic=config.model.deterministic,
             progress=progress,
         )
+
+        def weights() -> Iterator[None]:
+            return fill(model, self.source, load_format=config.model.load_format, progress=progress)
+
+        weights_first = not (
+            self.platform.captures_addresses
+            and fills_in_place(model)
+            and config.speculative.speculative_method not in ("mtp", "hybrid")  # whose modules share some
+        )
+        if weights_first:
+            with beside(weights(), self.platform):
+                _ = self.tokenizer if needs_tokenizer else None
         self._drafter = create_drafter(
             config,
             self.source,
@@ -122,14 +143,20 @@ class Engine:
         drafter_parameters = [] if self._drafter is None else self._drafter.parameters()
         self._weights = place_weights([*model.parameters(), *drafter_parameters], config.cache, self.platform)
         self._adapters = self._create_adapters(model)
-        self.runner = StepRunner(
-            model,
-            config,
-            self.platform,
-            max_model_len=self.max_model_len,
-            adapters=self._adapters,
-            drafter=self._drafter,
-        )
+        if not weights_first:
+            torch._foreach_zero_(list(model.parameters()))  # capturing runs programs on them, which must not meet NaN
+        with nullcontext() if weights_first else beside(weights(), self.platform):
+            _ = self.tokenizer if needs_tokenizer else None
+            self.runner = StepRunner(
+                model,
+                config,
+                self.platform,
+                max_model_len=self.max_model_len,
+                adapters=self._adapters,
+                drafter=self._drafter,
+            )
+            if not self.runner.pool.lazy:
+                self.runner.pool.capture_all(progress=progress)
         max_drafts = config.speculative.max_drafts
         self._depth = DraftDepth(max_drafts, self._draft_levels(self._drafter))
         self.scheduler = Scheduler(
@@ -159,8 +186,6 @@ class Engine:
         self._is_shut_down = False
         if max_drafts:
             logger.info("speculative decoding: %s", config.speculative)
-        if not self.runner.pool.lazy:
-            self.runner.pool.capture_all(progress=progress)
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerFast | None:

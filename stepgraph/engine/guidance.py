@@ -20,7 +20,7 @@ from stepgraph.engine.guided_schema import SchemaConverter
 from stepgraph.engine.guided_tags import TagConverter
 from stepgraph.engine.guided_text import Limits, Regex, check_grammar, check_text, grammar_of_choices
 from stepgraph.errors import ConfigError, RequestError
-from stepgraph.ops.slot_line import MASK_BITS
+from stepgraph.step.slot_line import MASK_BITS
 
 # Shapes: V logits of the model, W = ceil(V / MASK_BITS) words of a token mask.
 

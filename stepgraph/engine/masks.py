@@ -14,7 +14,7 @@ import numpy.typing as npt
 from stepgraph.engine.guidance import CompiledGuide, GuidanceCompiler, Guide, require_xgrammar
 from stepgraph.engine.request import Request
 from stepgraph.errors import StepgraphError
-from stepgraph.ops import slot_line
+from stepgraph.step import slot_line
 
 if TYPE_CHECKING:
     from stepgraph.engine.sampling_params import StructuredOutputs
@@ -83,7 +83,7 @@ class TokenMasks:
 
     def masks(self, request: Request) -> npt.NDArray[np.int32]:
         """What the request may sample next, and after each of its proposals: [n, ceil(V / MASK_BITS)] int32, see
-        `stepgraph.ops.slot_line.MASK_BITS`. Without a grammar that holds for all its steps, and n = 1 + K."""
+        `stepgraph.step.slot_line.MASK_BITS`. Without a grammar that holds for all its steps, and n = 1 + K."""
         if request.guide is None:
             masks = np.full((1 + self._max_drafts, self._num_words), -1, dtype=np.int32)
         else:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from stepgraph.engine.sampling_params import SamplingParams
 from stepgraph.step.shape import Variant
-from stepgraph.step.state import SlotSampling
+from stepgraph.step.slot_sampling import SlotSampling
 
 if TYPE_CHECKING:
     from stepgraph.engine.guidance import Guide

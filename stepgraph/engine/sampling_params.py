@@ -9,7 +9,7 @@ from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
 from stepgraph.errors import RequestError
-from stepgraph.ops import slot_line
+from stepgraph.step import slot_line
 from stepgraph.step.shape import Variant
 
 if TYPE_CHECKING:

@@ -32,7 +32,7 @@ from stepgraph.engine.logprobs import PromptSpan, read_logprobs, read_prompt_log
 from stepgraph.engine.request import FinishReason, Request, RequestUpdate
 from stepgraph.engine.speculation import SpeculationStatistics
 from stepgraph.errors import RequestError
-from stepgraph.ops import slot_line
+from stepgraph.step import slot_line
 from stepgraph.step.plan import StepPlan
 from stepgraph.step.runner import StepResults
 from stepgraph.step.shape import Variant

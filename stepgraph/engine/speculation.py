@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from stepgraph.ops import slot_line
+from stepgraph.step import slot_line
 from stepgraph.step.runner import RowResult
 
 

@@ -8,9 +8,9 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import TypeVar
 
-from stepgraph.ops import slot_line
+from stepgraph.step import slot_line
 from stepgraph.step.shape import StepShape, Variant
-from stepgraph.step.state import SlotSampling
+from stepgraph.step.slot_sampling import SlotSampling
 
 Value = TypeVar("Value")
 

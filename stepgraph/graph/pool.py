@@ -10,7 +10,6 @@ from collections import Counter, deque
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
-from enum import StrEnum
 from typing import Generic
 
 from tqdm import tqdm
@@ -19,18 +18,11 @@ from stepgraph.config import GraphConfig
 from stepgraph.errors import ConfigError
 from stepgraph.graph.base import Graph, GraphBackend, Output
 from stepgraph.graph.eager import EagerBackend
+from stepgraph.step.eager_reason import EagerReason
 from stepgraph.step.plan import StepKind, StepPlan
 from stepgraph.step.shape import StepShape, Variant, row_sizes, token_sizes
 
 logger = logging.getLogger(__name__)
-
-
-class EagerReason(StrEnum):
-    """Why a step left the graph. Closed: a step that ran eagerly has one of these."""
-
-    GRAPHS_OFF = "graphs_off"  # graph_backend=eager
-    NOT_PURE_PREFILL = "not_pure_prefill"  # cudagraph_only_prefill, and the step decodes
-    MEMORY_BUDGET = "memory_budget"  # no captured graph fits and graph_memory_mib is used up
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from stepgraph.graph.base import Graph
 from stepgraph.graph.compositions import Composition, Row, random_sampling
-from stepgraph.ops import slot_line
+from stepgraph.step import slot_line
 from stepgraph.step.plan import StepPlan
 from stepgraph.step.program import StepOutput
 from stepgraph.step.runner import StepRunner

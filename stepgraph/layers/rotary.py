@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from stepgraph.errors import ModelError
 
@@ -64,6 +63,8 @@ def rotary_frequencies(hf_config: Any, head_dim: int, layer_type: str | None = N
             f"supported are default, {', '.join(_SCALED)}. Where the checkpoint's card allows it, remove the scaling "
             "from config.json and stay within the original context length."
         )
+
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
     def scaled(seq_len: int | None = None) -> tuple[tuple[float, ...], float]:
         inv_freq, scale = ROPE_INIT_FUNCTIONS[rope_type](

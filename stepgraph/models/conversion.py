@@ -22,7 +22,7 @@ class Target(Protocol):
 
     @property
     def device(self) -> torch.device:
-        """On which `copy_` is fastest."""
+        """On which `copy_` is fastest; it takes values on the CPU too."""
 
     def copy_(self, values: Tensor, /) -> Any:
         """Fill the target."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import struct
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,12 +12,12 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import AutoConfig
 
 from stepgraph.errors import ModelError
 from stepgraph.layers.rotary import RotaryFrequencies
 from stepgraph.models.checkpoint import CheckpointTensor
 from stepgraph.models.config import DecoderConfig
+from stepgraph.models.hf_config import plain_config
 from stepgraph.models.registry import read_config
 
 
@@ -50,6 +52,8 @@ _LAYER_NAMES = {
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
+_ARRAY, _LENGTH = struct.Struct("<IQ"), struct.Struct("<Q")
+"""In a GGUF file: type and count of a list; length of a text."""
 _ROPE_FACTORS = "rope_freqs.weight"
 _REQUIRED = object()
 
@@ -89,7 +93,8 @@ class GGUFFile:
     def value(self, key: str, default: Any = _REQUIRED) -> Any:
         """Return a metadata value; ModelError if it is absent and there is no default."""
         if key in self._fields:
-            return self._fields[key].contents()
+            field = self._fields[key]
+            return field.parts[-1].read() if isinstance(field.parts[-1], _Texts) else field.contents()
         if default is _REQUIRED:
             raise ModelError(f"{self.path} has no metadata value {key}; convert the model to GGUF again.")
         return default
@@ -140,24 +145,31 @@ class GGUFFile:
         if value("attention.sliding_window", context_length) < context_length:
             raise ModelError(f"{self.path} attends over a sliding window; models with full attention are supported.")
         eos = (self.value(f"tokenizer.ggml.{key}_token_id", None) for key in ("eos", "eot", "eom"))
-        return AutoConfig.for_model(
-            self._architecture.model_type,
-            architectures=[self._architecture.class_name],
-            vocab_size=int(self._tensor("token_embd.weight").shape[-1]),
-            hidden_size=hidden_size,
-            intermediate_size=value("feed_forward_length"),
-            num_hidden_layers=value("block_count"),
-            num_attention_heads=num_heads,
-            num_key_value_heads=value("attention.head_count_kv", num_heads),
-            head_dim=head_dim,
-            rms_norm_eps=value("attention.layer_norm_rms_epsilon"),
-            max_position_embeddings=context_length,
-            rope_parameters=self._rope_parameters(),
-            tie_word_embeddings="output.weight" not in self._tensors,
-            attention_bias="blk.0.attn_q.bias" in self._tensors,
-            bos_token_id=self.value("tokenizer.ggml.bos_token_id", None),
-            eos_token_id=list(dict.fromkeys(i for i in eos if i is not None)) or None,
-        )
+        fields = {
+            "model_type": self._architecture.model_type,
+            "architectures": [self._architecture.class_name],
+            "vocab_size": int(self._tensor("token_embd.weight").shape[-1]),
+            "hidden_size": hidden_size,
+            "intermediate_size": value("feed_forward_length"),
+            "num_hidden_layers": value("block_count"),
+            "num_attention_heads": num_heads,
+            "num_key_value_heads": value("attention.head_count_kv", num_heads),
+            "head_dim": head_dim,
+            "hidden_act": "silu",
+            "rms_norm_eps": value("attention.layer_norm_rms_epsilon"),
+            "max_position_embeddings": context_length,
+            "rope_parameters": self._rope_parameters(),
+            "tie_word_embeddings": "output.weight" not in self._tensors,
+            "attention_bias": "blk.0.attn_q.bias" in self._tensors,
+            "bos_token_id": self.value("tokenizer.ggml.bos_token_id", None),
+            "eos_token_id": list(dict.fromkeys(i for i in eos if i is not None)) or None,
+        }
+        plain = plain_config(fields)
+        if plain is not None:
+            return plain
+        from transformers import AutoConfig
+
+        return AutoConfig.for_model(**fields)
 
     def _rope_parameters(self) -> dict[str, Any]:
         prefix = self.value("general.architecture") + ".rope."
@@ -215,6 +227,32 @@ class _GGUFTensor(CheckpointTensor):
         return rows.reshape(self._permuted_heads, -1, 2, *rows.shape[1:]).swapaxes(1, 2).reshape(rows.shape)
 
 
+@dataclass(frozen=True)
+class _Texts:
+    """Texts that follow each other in a GGUF file: the length of each, then its bytes."""
+
+    file: memoryview
+    start: int
+    count: int
+    nbytes: int  # named as in an array, which gguf takes it for
+
+    @classmethod
+    def at(cls, file: memoryview, start: int, count: int) -> _Texts:
+        """The texts from byte `start` on; struct.error if the file ends in them."""
+        end = start
+        for _ in range(count):
+            end += _LENGTH.size + _LENGTH.unpack_from(file, end)[0]
+        return cls(file, start, count, end - start)
+
+    def read(self) -> list[str]:
+        texts, end = [], self.start
+        for _ in range(self.count):
+            begin = end + _LENGTH.size
+            end = begin + _LENGTH.unpack_from(self.file, end)[0]
+            texts.append(str(self.file[begin:end], "utf-8"))
+        return texts
+
+
 def _to_torch(array: np.ndarray) -> Tensor:
     """Wrap an array, copied if it is a view of the read-only file, which torch must not own."""
     return torch.from_numpy(array if array.flags.writeable else array.copy())
@@ -228,8 +266,8 @@ def _open(path: Path) -> Any:
         raise ModelError(f"Reading {path} needs the gguf package: pip install gguf.") from error
 
     class Reader(gguf.GGUFReader):
-        """Reads from a plain view of the mapped file: slicing a numpy.memmap costs several times as much, and there is
-        one slice for every token of the vocabulary."""
+        """Reads from a plain view of the mapped file, as slicing a numpy.memmap costs several times as much, and takes a list for
+        one part: a vocabulary has a hundred thousand texts and numbers, of which gguf makes an array or two each."""
 
         @property
         def data(self) -> np.ndarray:
@@ -239,12 +277,26 @@ def _open(path: Path) -> Any:
         def data(self, mapped: np.memmap) -> None:
             self._plain = mapped.view(np.ndarray)
 
+        def _get_field_parts(self, orig_offs: int, raw_type: int) -> Any:
+            types = gguf.GGUFValueType
+            if raw_type != types.ARRAY or self.byte_order != "I" or sys.byteorder != "little":
+                return super()._get_field_parts(orig_offs, raw_type)
+            kind, count = _ARRAY.unpack(self.data[orig_offs : orig_offs + _ARRAY.size].tobytes())
+            start = orig_offs + _ARRAY.size
+            if kind == types.STRING:
+                texts = _Texts.at(self.data.data, start, count)
+                return _ARRAY.size + texts.nbytes, [texts], [], [types.ARRAY, types.STRING]
+            if kind in self.gguf_scalar_to_np:
+                values = self._get(start, self.gguf_scalar_to_np[kind], count)
+                return _ARRAY.size + values.nbytes, [values], [0], [types.ARRAY, types(kind)]
+            return super()._get_field_parts(orig_offs, raw_type)
+
     with path.open("rb") as file:
         if file.read(4) != b"GGUF":
             raise ModelError(f"{path} is not a GGUF file: it does not begin with the letters GGUF.")
     try:
         return Reader(path)
-    except (ValueError, IndexError, KeyError, OverflowError) as error:
+    except (ValueError, IndexError, KeyError, OverflowError, struct.error) as error:
         raise ModelError(
             f"{path} ({path.stat().st_size:,} bytes) cannot be read as GGUF: {error}. "
             "It may be truncated; download it again."

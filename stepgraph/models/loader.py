@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator
 
 import torch
 from torch import nn
@@ -12,14 +12,14 @@ from stepgraph.errors import ConfigError
 from stepgraph.layers.fp8_linear import FP8Linear, fp8_targets
 from stepgraph.layers.norm import RMSNorm
 from stepgraph.models.config import DecoderConfig
-from stepgraph.models.conversion import Target
+from stepgraph.models.decoder import Decoder
 from stepgraph.models.language_model import LanguageModel
 from stepgraph.models.mtp_tensors import without_mtp
 from stepgraph.models.quantization import materialise, quantize_layers
 from stepgraph.models.registry import ARCHITECTURES
 from stepgraph.models.source import ModelSource
-from stepgraph.models.transformers_model import TransformersConfig, TransformersModel
-from stepgraph.models.update import match_tensors, write
+from stepgraph.models.transformers_config import TransformersConfig
+from stepgraph.models.update import match_tensors, write_each
 
 
 def load_model(
@@ -34,7 +34,37 @@ def load_model(
     deterministic: bool = False,
     progress: bool = False,
 ) -> LanguageModel:
-    """Build a model, native or transformers' as the source's config says, and fill it.
+    """Build a model and fill it; see `create_model` and `fill` for arguments and errors."""
+    model = create_model(
+        source,
+        dtype=dtype,
+        device=device,
+        max_model_len=max_model_len,
+        load_format=load_format,
+        quantization=quantization,
+        supports_fp8=supports_fp8,
+        deterministic=deterministic,
+        progress=progress,
+    )
+    for _ in fill(model, source, load_format=load_format, progress=progress):
+        pass
+    return model
+
+
+def create_model(
+    source: ModelSource,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    max_model_len: int,
+    load_format: str = "auto",
+    quantization: str | None = "auto",
+    supports_fp8: bool = True,
+    deterministic: bool = False,
+    progress: bool = False,
+) -> LanguageModel:
+    """Build a model, native or transformers' as the source's config says. A native one is not filled yet: its parameters are
+    where they will be, uninitialised.
 
     Args:
         source: from `resolve`.
@@ -49,8 +79,7 @@ def load_model(
         progress: show a bar on stderr.
 
     Raises:
-        ModelError: the checkpoint's tensors are not those of the model (missing, left over, of another shape), or a
-            file is damaged.
+        ModelError: a model that transformers loads does not fit its checkpoint, or a file is damaged.
         ConfigError: `deterministic` or quantization "fp8" with a model that only transformers runs, or weights of 8 bits on a
             device that has none.
     """
@@ -67,14 +96,16 @@ def load_model(
                 f"quantization='fp8' needs a native model, and {config.architecture} would run through transformers, whose "
                 "layers keep their weights; choose a native model, or leave quantization at auto"
             )
+        from stepgraph.models.transformers_model import TransformersModel
+
         if load_format == "dummy":
             return TransformersModel.with_random_weights(config, dtype=dtype, device=device)
         return TransformersModel.from_folder(config, source.folder, dtype=dtype, device=device, progress=progress)
     assert isinstance(config, DecoderConfig), config
-    tensors = [] if load_format == "dummy" else without_mtp(source.tensors())
     meta = torch.device("meta")
     model = ARCHITECTURES[config.architecture](config, max_model_len=max_model_len, dtype=dtype, device=meta)
     if quantization not in ("none", None):
+        tensors = [] if load_format == "dummy" else without_mtp(source.tensors())
         has_fp8 = quantize_layers(model, tensors, everything=quantization == "fp8")
         if has_fp8 and not supports_fp8:
             raise ConfigError(
@@ -82,14 +113,37 @@ def load_model(
                 "or later; use quantization='none', which keeps them in 16 bits"
             )
     materialise(model, device)
-    if load_format == "dummy":
-        fill_randomly(model, device)
-    else:
-        update = match_tensors(model.checkpoint_tensors(), tensors, source.description)
-        write(tqdm(update, f"Loading {source.name}", unit=" tensors", disable=not progress, leave=False))
     if deterministic:
         model.make_deterministic()
     return model.eval()
+
+
+def fill(
+    model: LanguageModel, source: ModelSource, *, load_format: str = "auto", progress: bool = False
+) -> Iterator[None]:
+    """Check that a checkpoint's tensors are those of a model from `create_model`, each once, and return an iterator that writes
+    them, one at each step.
+
+    Raises:
+        ModelError: tensors are missing, left over or of another shape; or, while they are written, a file is damaged.
+    """
+    if not isinstance(model, Decoder):
+        return iter(())  # filled as it was built
+    if load_format == "dummy":
+        return _fill_randomly(model)
+    update = match_tensors(model.checkpoint_tensors(), without_mtp(source.tensors()), source.description)
+    return write_each(tqdm(update, f"Loading {source.name}", unit=" tensors", disable=not progress, leave=False))
+
+
+def fills_in_place(model: LanguageModel) -> bool:
+    """Whether `fill` allocates nothing on the device, so that graphs may be captured and memory be shared out meanwhile: so it
+    is for native models whose weights are not rounded to 8 bits there."""
+    return isinstance(model, Decoder) and not any(isinstance(module, FP8Linear) for module in model.modules())
+
+
+def _fill_randomly(model: Decoder) -> Iterator[None]:
+    fill_randomly(model, model.embed_tokens.weight.device)
+    yield
 
 
 @torch.no_grad()
@@ -98,9 +152,13 @@ def fill_randomly(model: nn.Module, device: torch.device) -> None:
     generator = torch.Generator(device).manual_seed(0)
     for module in model.modules():
         parameters = dict(module.named_parameters(recurse=False))
-        targets: Mapping[str, Target] = fp8_targets(parameters) if isinstance(module, FP8Linear) else parameters
-        for target in targets.values():
-            values = torch.empty(target.shape, dtype=target.dtype, device=device)
-            target.copy_(
-                values.fill_(1.0) if isinstance(module, RMSNorm) else values.normal_(0.0, 0.02, generator=generator)
-            )
+        if isinstance(module, FP8Linear):
+            for target in fp8_targets(parameters).values():
+                values = torch.empty(target.shape, dtype=target.dtype, device=device)
+                target.copy_(values.normal_(0.0, 0.02, generator=generator))
+            continue
+        for parameter in parameters.values():
+            if isinstance(module, RMSNorm):
+                parameter.fill_(1.0)
+            else:
+                parameter.normal_(0.0, 0.02, generator=generator)

@@ -16,7 +16,6 @@ from stepgraph.models.phi3 import Phi3
 from stepgraph.models.qwen2 import Qwen2
 from stepgraph.models.qwen3 import Qwen3
 from stepgraph.models.smollm3 import SmolLM3
-from stepgraph.models.transformers_model import TransformersConfig
 
 ARCHITECTURES: dict[str, type[Decoder]] = {
     "LlamaForCausalLM": Llama,
@@ -45,7 +44,9 @@ def choose_config(hf_config: Any, model_impl: str = "auto") -> LanguageModelConf
         ModelError: the model uses something that the implementation does not support.
     """
     if model_impl == "transformers" or (model_impl == "auto" and architecture_of(hf_config) not in ARCHITECTURES):
-        return TransformersConfig.from_hf(hf_config)
+        from stepgraph.models.transformers_model import judge
+
+        return judge(hf_config)
     try:
         return read_config(hf_config)
     except ModelError as error:

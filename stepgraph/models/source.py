@@ -9,19 +9,21 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-from transformers import CONFIG_MAPPING, AutoConfig, GenerationConfig, PreTrainedTokenizerFast
+from typing import TYPE_CHECKING, Any
 
 from stepgraph.config import ModelConfig
 from stepgraph.errors import ModelError
 from stepgraph.models.checkpoint import CheckpointTensor
 from stepgraph.models.config import as_token_ids
 from stepgraph.models.gguf import GGUFFile
+from stepgraph.models.hf_config import hf_config_from_json
 from stepgraph.models.language_model import LanguageModelConfig
 from stepgraph.models.registry import choose_config
 from stepgraph.models.safetensors import read_safetensors, weight_files
 from stepgraph.models.tokenizer import tokenizer_from_folder, tokenizer_from_gguf
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 logger = logging.getLogger(__name__)
 
@@ -41,8 +43,6 @@ PACKAGED = {
 _SAMPLING = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 """Fields of a generation_config.json that SamplingParams has too."""
 _SHAPES = Path(__file__).parent / "shapes"
-_ALIKE = {"mimo": "qwen2"}
-"""Model types that transformers does not know, and those it knows whose config has the same fields."""
 
 
 class ModelSource(ABC):
@@ -106,13 +106,12 @@ class FolderSource(ModelSource):
     def __init__(self, name: str, folder: Path, model_impl: str) -> None:
         self.name, self.description = name, f"safetensors folder {folder}"
         self._folder = folder
-        hf_config = _read_config_json(folder / "config.json")
+        hf_config = hf_config_from_json(folder / "config.json", for_transformers=model_impl == "transformers")
         self._sampling_defaults: dict[str, float | int] = {}
         if (folder / "generation_config.json").is_file():  # chat models list their turn-ending tokens only here
-            generation = GenerationConfig.from_pretrained(folder)
-            given = generation.to_diff_dict()
-            self._sampling_defaults = {name: given[name] for name in _SAMPLING if given.get(name) is not None}
-            eos = as_token_ids(generation.eos_token_id) + as_token_ids(getattr(hf_config, "eos_token_id", None))
+            generation = _read_json(folder / "generation_config.json")
+            self._sampling_defaults = {name: generation[name] for name in _SAMPLING if generation.get(name) is not None}
+            eos = as_token_ids(generation.get("eos_token_id")) + as_token_ids(getattr(hf_config, "eos_token_id", None))
             hf_config.eos_token_id = list(dict.fromkeys(eos))
         self.config = choose_config(hf_config, model_impl)
 
@@ -140,7 +139,9 @@ class ShapeSource(ModelSource):
 
     def __init__(self, name: str, path: Path, model_impl: str) -> None:
         self.name, self.description = name, f"shape of {name}, no weights"
-        self.config = choose_config(_read_config_json(path), model_impl)
+        self.config = choose_config(
+            hf_config_from_json(path, for_transformers=model_impl == "transformers"), model_impl
+        )
 
     def tensors(self) -> Iterable[CheckpointTensor]:
         """Always a ModelError."""
@@ -222,14 +223,14 @@ def packaged_file(name: str) -> Path | None:
     return None
 
 
-def _read_config_json(path: Path) -> Any:
+def _read_json(path: Path) -> dict[str, Any]:
     try:
         fields = json.loads(path.read_text())
-        if model_type := _ALIKE.get(fields.get("model_type")):
-            return CONFIG_MAPPING[model_type].from_dict(fields | {"model_type": model_type})
-        return AutoConfig.from_pretrained(path, trust_remote_code=False)
-    except Exception as error:  # transformers raises many types here, validation errors of its own among them
-        raise ModelError(f"transformers cannot read {path}: {error}") from error
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{path} cannot be read as JSON: {error}; download it again.") from error
+    if not isinstance(fields, dict):
+        raise ModelError(f"{path} holds no JSON object; download it again.")
+    return fields
 
 
 def hub_folder(model: str, *, weights: bool) -> Path:

@@ -5,14 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_tokenizers, processors
 from tokenizers.models import BPE
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from stepgraph.errors import ModelError
 from stepgraph.models.gguf import GGUFFile
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 _UNKNOWN, _CONTROL, _USER_DEFINED = 2, 3, 4
 """Values of ``tokenizer.ggml.token_type`` that are found in a text before it is split into words."""
@@ -20,6 +22,8 @@ _UNKNOWN, _CONTROL, _USER_DEFINED = 2, 3, 4
 
 def tokenizer_from_folder(folder: Path) -> PreTrainedTokenizerFast:
     """Load the tokenizer files in a checkpoint folder; ModelError if there are none that transformers can read."""
+    from transformers import AutoTokenizer
+
     try:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # transformers raises many types here, ImportError and bare Exception among them
@@ -66,6 +70,8 @@ def tokenizer_from_gguf(file: GGUFFile) -> PreTrainedTokenizerFast:
             if type_ in (_UNKNOWN, _CONTROL, _USER_DEFINED)
         ]
     )
+
+    from transformers import PreTrainedTokenizerFast
 
     names = {"bos": "bos", "eos": "eos", "pad": "padding", "unk": "unknown"}
     ids = {short: file.value(f"tokenizer.ggml.{long}_token_id", None) for short, long in names.items()}

@@ -16,7 +16,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -31,52 +31,36 @@ from stepgraph.errors import ModelError
 from stepgraph.layers.inputs import StepInputs
 from stepgraph.models.config import architecture_of, as_token_ids
 from stepgraph.models.mtp_tensors import mtp_names
+from stepgraph.models.transformers_config import TransformersConfig
 from stepgraph.models.transformers_interfaces import IMPLEMENTATIONS, REQUIREMENTS, Attend, AttentionCall, refuse
 
 _PROBE_TOKENS = 3
 
 
-@dataclass(frozen=True)
-class TransformersConfig:
-    """Sizes of a model that transformers runs; see `LanguageModelConfig`."""
+def judge(hf_config: Any) -> TransformersConfig:
+    """Judge a transformers config object by running its model on fake tensors.
 
-    architecture: str
-    vocab_size: int
-    hidden_size: int
-    num_layers: int
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    windows: tuple[int, ...]
-    max_position_embeddings: int
-    eos_token_ids: tuple[int, ...]
-    hf_config: Any = field(repr=False)
-
-    @classmethod
-    def from_hf(cls, hf_config: Any) -> TransformersConfig:
-        """Judge a transformers config object by running its model on fake tensors.
-
-        Raises:
-            ModelError: transformers has no class for it, or the class cannot run here; says what, why and what works.
-        """
-        _check_fields(hf_config)
-        calls, hidden_size, vocab_size = _probe(hf_config)
-        calls.sort(key=lambda call: call.layer)
-        _check_layers(hf_config, calls)
-        num_heads, head_dim = calls[0].query.shape[1], calls[0].query.shape[3]
-        return cls(
-            architecture=architecture_of(hf_config),
-            vocab_size=vocab_size,
-            hidden_size=hidden_size,
-            num_layers=len(calls),
-            num_heads=num_heads,
-            num_kv_heads=calls[0].key.shape[1],
-            head_dim=head_dim,
-            windows=tuple(_window(hf_config, call) for call in calls),
-            max_position_embeddings=hf_config.max_position_embeddings,
-            eos_token_ids=as_token_ids(getattr(hf_config, "eos_token_id", None)),
-            hf_config=hf_config,
-        )
+    Raises:
+        ModelError: transformers has no class for it, or the class cannot run here; says what, why and what works.
+    """
+    _check_fields(hf_config)
+    calls, hidden_size, vocab_size = _probe(hf_config)
+    calls.sort(key=lambda call: call.layer)
+    _check_layers(hf_config, calls)
+    num_heads, head_dim = calls[0].query.shape[1], calls[0].query.shape[3]
+    return TransformersConfig(
+        architecture=architecture_of(hf_config),
+        vocab_size=vocab_size,
+        hidden_size=hidden_size,
+        num_layers=len(calls),
+        num_heads=num_heads,
+        num_kv_heads=calls[0].key.shape[1],
+        head_dim=head_dim,
+        windows=tuple(_window(hf_config, call) for call in calls),
+        max_position_embeddings=hf_config.max_position_embeddings,
+        eos_token_ids=as_token_ids(getattr(hf_config, "eos_token_id", None)),
+        hf_config=hf_config,
+    )
 
 
 class TransformersModel(nn.Module):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 
 import torch
@@ -15,7 +15,7 @@ from stepgraph.models.decoder import Decoder
 from stepgraph.models.language_model import LanguageModel, LanguageModelConfig
 from stepgraph.models.mtp_tensors import without_mtp
 from stepgraph.models.source import ModelSource
-from stepgraph.models.transformers_model import TransformersConfig, TransformersModel
+from stepgraph.models.transformers_config import TransformersConfig
 
 Update = Iterable[tuple[Target, CheckpointTensor]]
 """Where each tensor goes; names and shapes are checked, values are not read yet."""
@@ -50,11 +50,11 @@ def plan_update(model: LanguageModel, source: ModelSource | Iterable[tuple[str, 
                 "configs differ. Start another engine for it."
             )
         description = source.description
-        tensors = _read_with_transformers(model, source) if isinstance(model, TransformersModel) else source.tensors()
+        tensors = source.tensors() if isinstance(model, Decoder) else _read_with_transformers(model, source)
     else:
         description = "given as tensors"
         tensors = (TensorInMemory(name, values) for name, values in source)
-        if isinstance(model, TransformersModel):
+        if not isinstance(model, Decoder):
             raise ModelError(
                 f"{model.config.architecture} runs through transformers, which renames and merges tensors as it reads a "
                 "checkpoint; save the weights with save_pretrained and give the folder."
@@ -74,6 +74,14 @@ def write(update: Update) -> None:
             target.copy_(tensor.packed().to(target.device))
         else:
             target.copy_(tensor.load(target.dtype, target.device))
+
+
+def write_each(update: Update) -> Iterator[None]:
+    """`write`, a tensor at each step. Tensors are converted in host memory, so that the device needs none for them."""
+    for target, tensor in update:
+        with torch.no_grad():
+            target.copy_(tensor.load(target.dtype, torch.device("cpu")))
+        yield
 
 
 def match_tensors(
@@ -119,12 +127,17 @@ def _is_redundant(name: str) -> bool:
 def _targets(model: LanguageModel) -> dict[str, Target]:
     if isinstance(model, Decoder):
         return model.checkpoint_tensors()
+    from stepgraph.models.transformers_model import TransformersModel
+
     assert isinstance(model, TransformersModel), model
     return {**dict(model.named_parameters()), **dict(model.named_buffers())}
 
 
-def _read_with_transformers(model: TransformersModel, source: ModelSource) -> list[CheckpointTensor]:
+def _read_with_transformers(model: LanguageModel, source: ModelSource) -> list[CheckpointTensor]:
     """The tensors of another model of the same class, under its own names."""
+    from stepgraph.models.transformers_model import TransformersModel
+
+    assert isinstance(model, TransformersModel), model
     dtype = next(model.parameters()).dtype
     new = TransformersModel.from_folder(
         model.config, source.folder, dtype=dtype, device=torch.device("cpu"), progress=False

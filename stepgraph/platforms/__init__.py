@@ -3,11 +3,11 @@
 import torch
 
 from stepgraph.errors import ConfigError
-from stepgraph.platforms.base import Completion, DeviceMemory, Platform
+from stepgraph.platforms.base import CompiledKernels, Completion, DeviceMemory, Platform
 from stepgraph.platforms.cpu import CpuPlatform
 from stepgraph.platforms.cuda import CudaPlatform
 
-__all__ = ["Completion", "DeviceMemory", "Platform", "create_platform"]
+__all__ = ["CompiledKernels", "Completion", "DeviceMemory", "Platform", "create_platform"]
 
 
 def create_platform(device: str) -> Platform:

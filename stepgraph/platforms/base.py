@@ -3,10 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Protocol
+from contextlib import AbstractContextManager
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
+
+
+class CompiledKernels(NamedTuple):
+    """How many kernels were not in this process's memory, by where they came from."""
+
+    compiled: int
+    from_disk: int  # the cache of compiled kernels held them
 
 
 class Completion(Protocol):
@@ -54,6 +62,8 @@ class Platform(Protocol):
     default_dtype: torch.dtype
     default_graph_backend: str
     captures_all_by_default: bool
+    captures_addresses: bool
+    """Whether a captured graph reads parameters where they lie, so that their values may come later."""
     run_ahead: int
     """Steps the host may launch before it has read the results of an earlier one."""
     supports_fp8: bool
@@ -95,3 +105,11 @@ class Platform(Protocol):
 
     def synchronize(self) -> None:
         """Wait for all submitted work."""
+
+    def apart(self) -> AbstractContextManager[None]:
+        """Inside, this thread's work for the device starts after what was submitted before, and then goes on beside that of other
+        threads; leaving waits for its end."""
+
+    def compile_ahead(self, programs: Iterable[Callable[[], object]]) -> CompiledKernels:
+        """Compile the kernels that some programs launch, side by side; see `stepgraph.platforms.compile_ahead`. Where kernels
+        are not compiled at run time, no program is run."""

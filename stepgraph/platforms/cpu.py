@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from stepgraph.platforms.base import CompiledKernels
 from stepgraph.platforms.torch_memory import TorchMemory
 
 
@@ -28,6 +30,7 @@ class CpuPlatform:
     default_dtype = torch.float32
     default_graph_backend = "cpu"
     captures_all_by_default = False
+    captures_addresses = False
     run_ahead = 0
     supports_fp8 = True
     multiprocessors = 1
@@ -62,3 +65,9 @@ class CpuPlatform:
 
     def synchronize(self) -> None:
         pass
+
+    def apart(self) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    def compile_ahead(self, programs: Iterable[Callable[[], object]]) -> CompiledKernels:
+        return CompiledKernels(0, 0)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
-from stepgraph.platforms.base import DeviceMemory
+from stepgraph.platforms.base import CompiledKernels, DeviceMemory
 from stepgraph.platforms.cuda_memory import SleepableMemory
 from stepgraph.platforms.torch_memory import TorchMemory
 
@@ -31,6 +32,7 @@ class CudaPlatform:
     default_dtype = torch.bfloat16
     default_graph_backend = "cuda"
     captures_all_by_default = True
+    captures_addresses = True
     run_ahead = 1
 
     def __init__(self) -> None:
@@ -71,3 +73,17 @@ class CudaPlatform:
 
     def synchronize(self) -> None:
         torch.cuda.synchronize(self.device)
+
+    @contextmanager
+    def apart(self) -> Iterator[None]:
+        torch.cuda.set_device(self.device)  # each thread has its own
+        stream = torch.cuda.Stream(self.device)
+        stream.wait_stream(torch.cuda.default_stream(self.device))
+        with torch.cuda.stream(stream):
+            yield
+        stream.synchronize()
+
+    def compile_ahead(self, programs: Iterable[Callable[[], object]]) -> CompiledKernels:
+        from stepgraph.platforms.compile_ahead import compile_ahead
+
+        return compile_ahead(programs)

@@ -28,10 +28,10 @@ from prometheus_client.utils import floatToGoString
 
 from stepgraph import __version__
 from stepgraph.engine.request import FinishReason
-from stepgraph.graph.pool import EagerReason
 from stepgraph.server.door import OPEN_PATHS
 from stepgraph.server.engine_client import EngineState
 from stepgraph.server.messages import Load
+from stepgraph.step.eager_reason import EagerReason
 from stepgraph.step.plan import StepKind
 
 if TYPE_CHECKING:

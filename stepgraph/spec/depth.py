@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from stepgraph.ops.slot_line import MAX_DRAFTS
+from stepgraph.step.slot_line import MAX_DRAFTS
 
 LEVELS = (0, 1, 2, 3, 5, MAX_DRAFTS)
 """Numbers of proposals to choose from, where graphs are captured in milliseconds; each has graphs of its own."""

@@ -31,9 +31,9 @@ from stepgraph.models.config import DecoderConfig
 from stepgraph.models.conversion import Target
 from stepgraph.models.decoder import DecoderLayer, named_targets
 from stepgraph.models.language_model import LanguageModel
-from stepgraph.ops import slot_line
 from stepgraph.spec.drafter import Drafts, DraftStep
 from stepgraph.spec.mtp_levels import Level, carry, extend_history, first_level, next_level
+from stepgraph.step import slot_line
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ from stepgraph.models.mtp_tensors import mtp_names
 from stepgraph.models.registry import ARCHITECTURES
 from stepgraph.models.safetensors import read_safetensors
 from stepgraph.models.source import PACKAGED, FolderSource, ModelSource, hub_folder
-from stepgraph.models.transformers_model import TransformersConfig, TransformersModel
+from stepgraph.models.transformers_config import TransformersConfig
 from stepgraph.models.update import match_tensors, write
 from stepgraph.platforms import Platform
 from stepgraph.spec.mtp import DraftHead, MTPDrafter, MTPLayer, MTPOptions
@@ -350,5 +350,7 @@ def _head_weight(model: LanguageModel) -> Tensor:
     if isinstance(model, Decoder):
         head = model.embed_tokens if model.lm_head is None else model.lm_head
         return head.weight / model.config.logits_divisor if model.config.logits_divisor != 1.0 else head.weight
+    from stepgraph.models.transformers_model import TransformersModel
+
     assert isinstance(model, TransformersModel), model
     return model.head.get_output_embeddings().weight  # type: ignore[operator]

@@ -9,7 +9,7 @@ from functools import cached_property
 import numpy as np
 import numpy.typing as npt
 
-from stepgraph.ops import slot_line
+from stepgraph.step import slot_line
 from stepgraph.step.shape import StepShape, Variant
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -20,9 +21,9 @@ from stepgraph.graph.eager import EagerGraph
 from stepgraph.graph.pool import GraphPool, StepRecord
 from stepgraph.models.adapters import AdapterStore
 from stepgraph.models.language_model import LanguageModel
-from stepgraph.ops import slot_line
-from stepgraph.platforms import Platform
+from stepgraph.platforms import CompiledKernels, Platform
 from stepgraph.spec.drafter import Drafter
+from stepgraph.step import slot_line
 from stepgraph.step.memory import KVLayout, choose_num_blocks
 from stepgraph.step.plan import StepPlan
 from stepgraph.step.program import LogitBuffers, StepOutput, StepProgram
@@ -36,7 +37,7 @@ _LOGIT_ROWS = 512
 
 
 class RowResult(NamedTuple):
-    """What one row of a step produced. The first fields are the output ring's columns, see `stepgraph.ops.slot_line`."""
+    """What one row of a step produced. The first fields are the output ring's columns, see `stepgraph.step.slot_line`."""
 
     slot: int
     generation: int
@@ -54,7 +55,7 @@ class StepResults(NamedTuple):
 
     rows: list[RowResult]
     logprobs: npt.NDArray[np.int32] | None = None
-    """[samples, LOGPROB_WIDTH], see `stepgraph.ops.slot_line`; lines of samples that did not ask are old. None if plain."""
+    """[samples, LOGPROB_WIDTH], see `stepgraph.step.slot_line`; lines of samples that did not ask are old. None if plain."""
     prompt_logprobs: npt.NDArray[np.int32] | None = None
     """[tokens, LOGPROB_WIDTH], likewise; tokens lie where the plan puts them if every row before runs in full."""
     drafts: npt.NDArray[np.int32] | None = None
@@ -132,6 +133,10 @@ class StepRunner:
         layout = KVLayout.of(model.config, config.cache, dtype, num_draft_layers=drafter.num_layers if drafter else 0)
         memory = platform.memory(layout.sizes(1), sleepable=False)
         self.kv_caches = layout.allocate(1, memory)  # the null block is all that a dry run touches
+        self.kernels = CompiledKernels(0, 0)
+        """Those that were compiled before anything launched them."""
+        if self.compile_kernels([self.pool.max_shape]).compiled and not self.pool.lazy:  # the cache on disk is cold
+            self.compile_kernels(self.pool.shapes(num_drafts=config.speculative.max_drafts))
         self.num_kv_blocks = choose_num_blocks(
             layout,
             config,
@@ -235,6 +240,16 @@ class StepRunner:
             self._drafter,
             self._acceptance,
         )
+
+    def compile_kernels(self, shapes: Iterable[StepShape]) -> CompiledKernels:
+        """Compile the kernels of steps of these shapes, side by side, while no step is under way. Returns how many were new."""
+        started = time.perf_counter()
+        with self._leaving_no_trace():
+            kernels = self.platform.compile_ahead(EagerGraph(self.create_program(shape)).replay for shape in shapes)
+        self.kernels = CompiledKernels(*map(sum, zip(self.kernels, kernels, strict=True)))
+        if any(kernels):
+            logger.info("compiled %d kernels and read %d from disk in %.2f s", *kernels, time.perf_counter() - started)
+        return kernels
 
     @contextmanager
     def _leaving_no_trace(self) -> Iterator[None]:

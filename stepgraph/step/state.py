@@ -4,42 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from stepgraph.ops import slot_line
 from stepgraph.platforms import Platform
+from stepgraph.step import slot_line
 from stepgraph.step.shape import StepShape
+from stepgraph.step.slot_sampling import SlotSampling
 
 RING_DEPTH = 4
 """Steps whose output is kept; more than any platform runs ahead."""
-
-
-@dataclass(frozen=True)
-class SlotSampling:
-    """How a slot's tokens are chosen. Zeros and empty tuples ask for nothing."""
-
-    seed: int  # 64 bits
-    temperature: float = 0.0  # 0 is greedy
-    top_k: int = 0
-    top_p: float = 1.0
-    min_p: float = 0.0
-    stop_token_ids: tuple[int, ...] = ()  # at most MAX_STOP_TOKENS
-    repetition_penalty: float = 1.0
-    presence_penalty: float = 0.0
-    frequency_penalty: float = 0.0
-    min_tokens: int = 0
-    logit_bias: tuple[tuple[int, float], ...] = ()  # at most MAX_BIASES
-    bad_words: tuple[tuple[int, ...], ...] = ()  # at most MAX_BAD_WORDS of at most BAD_WORD_WIDTH tokens
-    masked: bool = False  # only tokens of the slot's mask may be sampled; see `SlotState.set_masks`
-    num_logprobs: int = 0  # 1 + n; 0 is none
-    num_prompt_logprobs: int = 0
-    adapter: int = 0  # number of a LoRA adapter, see `stepgraph.models.adapters`
-    max_num_drafts: int = slot_line.MAX_DRAFTS  # proposals the request takes; 0 switches speculation off
 
 
 class SlotState:
@@ -63,7 +40,7 @@ class SlotState:
         def zeros(*size: int) -> Tensor:
             return torch.zeros(*size, dtype=torch.int32, device=platform.device)
 
-        self.lines = zeros(slots, slot_line.LINE_WIDTH)  # see stepgraph.ops.slot_line
+        self.lines = zeros(slots, slot_line.LINE_WIDTH)  # see stepgraph.step.slot_line
         self.tokens = zeros(slots, max_model_len)  # token history
         self.block_table = zeros(slots, -(-max_model_len // block_size))
         self.biases = zeros(slots, slot_line.MAX_BIASES, 2)

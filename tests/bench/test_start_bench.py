@@ -57,6 +57,11 @@ def test_the_first_start_stands_apart_and_the_others_are_medians(tmp_path, monke
     assert [run["total_s"] for run in (result["first"], *result["warm"])] == pytest.approx([30, 5, 9, 6])
 
 
+def test_weights_that_were_read_while_graphs_were_captured_count_where_they_stick_out() -> None:
+    phases = {"weights": Phase(1, 5), "tokenizer": Phase(0.5, 1), "capture": Phase(2, 3), "first token": Phase(6, 1)}
+    assert Start(phases, {}).weights_alone_s == pytest.approx(1.5)
+
+
 def test_a_start_that_fails_says_so(capfd) -> None:
     with pytest.raises(StepgraphError, match="ended with code 1"):
         start_once("no JSON")

@@ -15,7 +15,7 @@ from stepgraph.engine.request import FinishReason, Request, TokenLogprobs
 from stepgraph.engine.sampling_params import SamplingParams
 from stepgraph.engine.session import AnswerDelta, Session
 from stepgraph.errors import RequestError
-from stepgraph.step.state import SlotSampling
+from stepgraph.step.slot_sampling import SlotSampling
 
 BYTES = create_byte_tokenizer()
 PROMPT = [1, 2, 3]

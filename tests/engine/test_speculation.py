@@ -7,7 +7,7 @@ from stepgraph.engine.request import Request
 from stepgraph.engine.sampling_params import SamplingParams
 from stepgraph.engine.speculation import SpeculationStatistics
 from stepgraph.step.runner import RowResult
-from stepgraph.step.state import SlotSampling
+from stepgraph.step.slot_sampling import SlotSampling
 
 FEW = [66, 67, 68]
 """Tokens of which an answer repeats itself soon."""

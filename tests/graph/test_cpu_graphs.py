@@ -11,6 +11,7 @@ from stepgraph import ops
 from stepgraph.errors import CaptureError
 from stepgraph.graph.cpu import CpuBackend
 from stepgraph.ops.registry import INLINED
+from stepgraph.step import slot_line
 
 
 class Output(NamedTuple):
@@ -71,7 +72,7 @@ def test_an_operator_may_read_lengths_that_the_program_may_not() -> None:
         torch.tensor([1, 2], dtype=torch.int32),
         torch.zeros(2, dtype=torch.int32),
     )
-    lines = torch.zeros(3, ops.slot_line.LINE_WIDTH, dtype=torch.int32)
+    lines = torch.zeros(3, slot_line.LINE_WIDTH, dtype=torch.int32)
     graph = capture(lambda: ops.sample(logits, slots, offset, lines))
     assert graph.calls == (torch.ops.stepgraph.sample.default,)
     logits.copy_(torch.randn(2, 9))

@@ -12,7 +12,8 @@ from tiny import drain
 from stepgraph.config import GraphConfig
 from stepgraph.engine.sampling_params import SamplingParams
 from stepgraph.errors import ConfigError
-from stepgraph.graph.pool import EagerReason, GraphPool
+from stepgraph.graph.pool import GraphPool
+from stepgraph.step.eager_reason import EagerReason
 from stepgraph.step.plan import StepKind, StepPlan
 from stepgraph.step.shape import StepShape
 

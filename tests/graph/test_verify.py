@@ -17,7 +17,8 @@ from stepgraph.graph import trial
 from stepgraph.graph.compositions import Composition, Row, random_compositions
 from stepgraph.graph.verify import main_verify, verify_pool, verify_shape
 from stepgraph.layers import attention as attention_layer
-from stepgraph.ops import BuiltStep, build_step, paged_attention, slot_line
+from stepgraph.ops import BuiltStep, build_step, paged_attention
+from stepgraph.step import slot_line
 from stepgraph.step.shape import StepShape, Variant
 
 SHAPE = StepShape(48, 8)

@@ -10,6 +10,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from stepgraph.errors import ModelError
 from stepgraph.models import load_model, resolve
+from stepgraph.models.gguf import GGUFFile
 
 gguf = pytest.importorskip("gguf", reason="reading GGUF files needs the gguf package")
 
@@ -160,6 +161,19 @@ def test_a_truncated_file_is_named(tmp_path) -> None:
         path.write_bytes(whole[:keep])
         with pytest.raises(ModelError, match=r"model\.gguf .*truncated"):
             resolve(str(path))
+
+
+def test_lists_are_what_was_written_and_a_file_that_ends_in_one_is_named(tmp_path) -> None:
+    path, texts, numbers = tmp_path / "model.gguf", ["", "a b", "é" * 300, "\0"], list(range(100))
+    lists = [lambda writer: writer.add_array("numbers", numbers), lambda writer: writer.add_array("texts", texts)]
+    write_gguf(path, random_hf_model(HF_CONFIGS["llama"]()), metadata=lists)
+    file = GGUFFile(path)
+    assert (file.value("numbers"), file.value("texts")) == (numbers, texts)
+    whole = path.read_bytes()
+    for inside in (b"numbers", b"texts", "é".encode()):
+        path.write_bytes(whole[: whole.index(inside) + 20])
+        with pytest.raises(ModelError, match="truncated"):
+            GGUFFile(path)
 
 
 def test_another_kind_of_file_is_refused(tmp_path) -> None:

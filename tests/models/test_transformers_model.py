@@ -15,10 +15,11 @@ from stepgraph.engine.sampling_params import SamplingParams
 from stepgraph.errors import ConfigError, ModelError
 from stepgraph.graph.verify import verify_pool
 from stepgraph.models import DecoderConfig, load_model, resolve
+from stepgraph.models.transformers_config import TransformersConfig
 from stepgraph.models.transformers_interfaces import IMPLEMENTATIONS
-from stepgraph.models.transformers_model import TransformersConfig, TransformersModel
-from stepgraph.ops import slot_line
+from stepgraph.models.transformers_model import TransformersModel, judge
 from stepgraph.platforms import create_platform
+from stepgraph.step import slot_line
 from stepgraph.step.plan import StepPlan
 from stepgraph.step.runner import StepRunner
 
@@ -252,7 +253,7 @@ REFUSED = {
 def test_what_cannot_run_is_refused_with_the_reason_before_weights_are_read(name) -> None:
     config, message = REFUSED[name]
     with pytest.raises(ModelError, match=message):
-        TransformersConfig.from_hf(refused_config(config()))
+        judge(refused_config(config()))
 
 
 def test_an_architecture_that_transformers_does_not_have_is_refused() -> None:
@@ -260,11 +261,11 @@ def test_an_architecture_that_transformers_does_not_have_is_refused() -> None:
     with pytest.raises(
         ModelError, match=r'"llama" as LlamaForCausalLM, not as the OwnCodeForCausalLM.*trust_remote_code'
     ):
-        TransformersConfig.from_hf(config)
+        judge(config)
 
 
 def test_a_model_whose_tokens_meet_outside_attention_is_refused() -> None:
-    config = TransformersConfig.from_hf(refused_config(transformers.LlamaConfig(**SIZES)))
+    config = judge(refused_config(transformers.LlamaConfig(**SIZES)))
     hf_model = random_hf_model(copy.deepcopy(config.hf_config))
     hf_model.set_attn_implementation(IMPLEMENTATIONS["attn_implementation"])
     TransformersModel(config, copy.deepcopy(hf_model))

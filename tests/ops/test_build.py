@@ -10,9 +10,9 @@ from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
-from stepgraph.ops import slot_line as line
 from stepgraph.ops.build import StepSamples, StepTokens, reference
 from stepgraph.ops.build import triton as kernels
+from stepgraph.step import slot_line as line
 
 SLOTS, MAX_LEN, BLOCK_SIZE = 7, 40, 4
 

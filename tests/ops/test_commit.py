@@ -11,9 +11,9 @@ from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
-from stepgraph.ops import slot_line as line
 from stepgraph.ops.commit import reference
 from stepgraph.ops.commit import triton as kernels
+from stepgraph.step import slot_line as line
 
 MAX_LEN, DEPTH = 24, 3
 

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 from stepgraph.config import EngineConfig
 from stepgraph.engine.engine import Engine
 from stepgraph.engine.sampling_params import SamplingParams
-from stepgraph.ops import slot_line
+from stepgraph.step import slot_line
 
 
 @pytest.fixture(scope="module")

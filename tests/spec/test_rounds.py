@@ -8,7 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from stepgraph.engine.engine import Engine
 from stepgraph.engine.sampling_params import SamplingParams
 from stepgraph.graph.cpu import CpuGraph
-from stepgraph.ops import slot_line
+from stepgraph.step import slot_line
 
 PROMPT = [(11 * i * i + 5) % VOCAB_SIZE for i in range(10)]
 

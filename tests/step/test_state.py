@@ -4,10 +4,11 @@ import numpy as np
 import pytest
 import torch
 
-from stepgraph.ops import slot_line
 from stepgraph.platforms import create_platform
+from stepgraph.step import slot_line
 from stepgraph.step.shape import StepShape
-from stepgraph.step.state import RING_DEPTH, SlotSampling, SlotState
+from stepgraph.step.slot_sampling import SlotSampling
+from stepgraph.step.state import RING_DEPTH, SlotState
 
 SAMPLING = SlotSampling(
     seed=0xFEDCBA9876543210,

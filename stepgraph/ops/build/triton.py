@@ -9,8 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from stepgraph.ops import slot_line as line
 from stepgraph.ops.capacity import row_capacity
+from stepgraph.step import slot_line as line
 
 BLOCK_TOKENS = 256
 """Tokens per program."""

@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from stepgraph.ops import slot_line as line
+from stepgraph.step import slot_line as line
 
 BLOCK_SAMPLES = 256
 """Samples per program."""

@@ -13,8 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from stepgraph.ops import slot_line as line
 from stepgraph.ops.sample.triton import KEY_OUTSIDE, float_key
+from stepgraph.step import slot_line as line
 
 CHUNK = 2048
 """Entries per program of the first kernel."""
@@ -22,6 +22,8 @@ CHUNK = 2048
 _MAX_LOGPROBS = tl.constexpr(line.MAX_LOGPROBS)
 _LOGPROB_WIDTH = tl.constexpr(line.LOGPROB_WIDTH)
 _BLOCK_W = tl.constexpr(triton.next_power_of_2(line.LOGPROB_WIDTH))
+_UNALIGNED = ("target_ptr", "count_ptr", "mass_ptr", "top_token_ptr")
+"""Parts of buffers: aligned for some row counts, and not worth a kernel for each case."""
 
 
 @triton.jit
@@ -44,7 +46,7 @@ def _target_key(logits_row_ptr, target, V: tl.constexpr):
     return tl.where(known, float_key(tl.where(x == x, x, -float("inf"))), KEY_OUTSIDE)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=_UNALIGNED)
 def _chunks_kernel(
     logits_ptr,
     target_ptr,
@@ -82,7 +84,7 @@ def _chunks_kernel(
             key_B = tl.where(index_B == index, KEY_OUTSIDE, key_B)
 
 
-@triton.jit(do_not_specialize=["DEPTH", "FIRST_LINE"])
+@triton.jit(do_not_specialize=["DEPTH", "FIRST_LINE"], do_not_specialize_on_alignment=_UNALIGNED)
 def _rows_kernel(
     logits_ptr,
     target_ptr,

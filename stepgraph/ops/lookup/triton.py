@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from stepgraph.ops import slot_line as line
+from stepgraph.step import slot_line as line
 
 BLOCK = 1024
 """Positions that a program scans at once."""

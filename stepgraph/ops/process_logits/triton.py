@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from stepgraph.ops import slot_line as line
+from stepgraph.step import slot_line as line
 
 CHUNK = 1024
 """Entries per program of the pass."""

@@ -22,7 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from stepgraph.ops import slot_line as line
+from stepgraph.step import slot_line as line
 
 CHUNK = 4096
 """Entries per program of the first kernel."""
@@ -90,7 +90,7 @@ def _mass(x, peak, temperature):
     return tl.where(x == peak, 1.0, tl.exp2((x - peak) * (1.4426950408889634 / temperature)))
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["mass_ptr"])  # half of a buffer: aligned for some row counts
 def _chunks_kernel(
     logits_ptr,
     row_slot_ptr,
@@ -369,7 +369,7 @@ def _draw_filtered(
     return tl.where(token < V, token, _NO_TOKEN)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["mass_ptr"])  # half of a buffer: aligned for some row counts
 def _rows_kernel(
     logits_ptr,
     row_slot_ptr,

@@ -1,0 +1,55 @@
+"""`stepgraph graphs warm`: leave in Triton's cache on disk whatever an engine of some settings would compile."""
+
+from __future__ import annotations
+
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+from tqdm import tqdm
+
+from stepgraph.config import EngineConfig
+from stepgraph.engine.engine import Engine
+from stepgraph.platforms import create_platform
+from stepgraph.step.shape import Variant
+
+
+def main_warm(config: EngineConfig, *, progress: bool) -> int:
+    """Compile the kernels of every graph that an engine may capture, now or later, and print what that took. No weights are
+    read: kernels depend on their sizes only.
+
+    Returns:
+        Exit code 0.
+    """
+    if create_platform(config.model.device).name == "cpu":
+        print("nothing to compile: operators on CPU come compiled, and graphs are captured when they are first used")
+        return 0
+    started = time.perf_counter()
+    engine = Engine(
+        replace(
+            config,
+            model=replace(config.model, load_format="dummy"),
+            graph=replace(config.graph, capture="lazy"),
+        ),
+        progress=progress,
+    )
+    runner = engine.runner
+    shapes = [
+        shape
+        for num_drafts in sorted({0, *engine.draft_levels})
+        for variant in Variant
+        for shape in runner.pool.shapes(variant, num_drafts)
+    ]
+    runner.compile_kernels(
+        tqdm(shapes, desc="finding kernels", unit="graph", disable=not progress, leave=False, file=sys.stderr)
+    )
+    from triton import knobs
+
+    folder = Path(knobs.cache.dir)
+    num_bytes = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    print(
+        f"{engine.source.name}: {runner.kernels.compiled} kernels compiled, {runner.kernels.from_disk} were there, for "
+        f"{len(shapes)} graphs, in {time.perf_counter() - started:.1f} s; {folder} holds {num_bytes / 2**20:.1f} MiB"
+    )
+    return 0

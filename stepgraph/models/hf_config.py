@@ -1,0 +1,124 @@
+"""The fields of a config.json as an object with defaults filled in: transformers' config object, or one like it.
+
+transformers' config classes take more than a second to import, half of what else a start on a laptop takes. A config of the
+model types that are served most, without anything unusual, is read here instead; every other goes through transformers. The
+two agree on whatever is read here: `tests/models/test_hf_config.py` holds them against each other.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+from stepgraph.errors import ModelError
+
+_ALIKE = {"mimo": "qwen2"}
+"""Model types that transformers does not know, and those it knows whose config has the same fields."""
+
+_COMMON: dict[str, Any] = {
+    "mlp_bias": False,
+    "attention_bias": False,
+    "tie_word_embeddings": False,
+    "dtype": None,
+    "head_dim": None,
+}
+_DEFAULTS: dict[tuple[Any, Any], dict[str, Any]] = {
+    ("llama", "LlamaForCausalLM"): _COMMON,
+    ("qwen2", "Qwen2ForCausalLM"): _COMMON | {"use_sliding_window": False},
+    ("qwen3", "Qwen3ForCausalLM"): _COMMON | {"use_sliding_window": False, "head_dim": 128},
+}
+"""By model type and class: the fields that a config may lack, and what they are then in transformers' class."""
+_SIZES = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "max_position_embeddings",
+)
+_REQUIRED = (*_SIZES, "architectures", "hidden_act", "rms_norm_eps", "bos_token_id", "eos_token_id")
+_OF_NO_ACCOUNT = frozenset(
+    (
+        "_name_or_path",
+        "attention_dropout",
+        "initializer_range",
+        "max_window_layers",
+        "model_type",
+        "pad_token_id",
+        "pretraining_tp",
+        "transformers_version",
+        "use_cache",
+    )
+)
+"""Fields that change nothing in a model without sliding windows."""
+
+
+def hf_config_from_json(path: Path, *, for_transformers: bool = False) -> Any:
+    """The config object of a config.json.
+
+    Args:
+        path: of the file.
+        for_transformers: it must be transformers' own, as its model classes take it.
+
+    Raises:
+        ModelError: the file cannot be read, or transformers does not know its model type.
+    """
+    try:
+        fields = json.loads(path.read_text())
+        alike = _ALIKE.get(fields.get("model_type"))
+        fields |= {"model_type": alike} if alike else {}
+        plain = None if for_transformers else plain_config(fields)
+        if plain is not None:
+            return plain
+        from transformers import CONFIG_MAPPING, AutoConfig
+
+        if alike:
+            return CONFIG_MAPPING[alike].from_dict(fields)
+        return AutoConfig.from_pretrained(path, trust_remote_code=False)
+    except Exception as error:  # transformers raises many types here, validation errors of its own among them
+        raise ModelError(f"transformers cannot read {path}: {error}") from error
+
+
+def plain_config(fields: Mapping[str, Any]) -> SimpleNamespace | None:
+    """The object that stands for transformers' config, made without it; None if these fields need transformers to read."""
+    architectures = fields.get("architectures") or [None]
+    defaults = _DEFAULTS.get((fields.get("model_type"), architectures[0]))
+    if defaults is None or any(fields.get(name) is None for name in _REQUIRED):
+        return None
+    rest = dict(fields)
+    rope = _plain_rope(rest)
+    if rope is None:
+        return None
+    if rest.pop("sliding_window", None) is not None and rest.get("use_sliding_window", True):
+        return None
+    if set(rest.pop("layer_types", None) or ()) - {"full_attention"}:
+        return None
+    if (dtype := rest.pop("torch_dtype", None)) is not None:
+        rest.setdefault("dtype", dtype)
+    for name in _OF_NO_ACCOUNT:
+        rest.pop(name, None)
+    if set(rest) - set(defaults) - set(_REQUIRED) or rest.get("use_sliding_window"):
+        return None
+    if any(rest.get(name, default) is None for name, default in defaults.items() if default is not None):
+        return None
+    config = SimpleNamespace(**(defaults | rest), model_type=fields["model_type"], rope_parameters=rope)
+    if (
+        any(type(getattr(config, name)) is not int for name in _SIZES)
+        or config.hidden_size % config.num_attention_heads
+    ):
+        return None
+    return config
+
+
+def _plain_rope(fields: dict[str, Any]) -> dict[str, Any] | None:
+    """Take the rope settings out of `fields`: in transformers' present form, or None if they scale or are unusual."""
+    theta = fields.pop("rope_theta", None)
+    scaling, rope = fields.pop("rope_scaling", None), fields.pop("rope_parameters", None)
+    if rope is None:
+        rope = {"rope_theta": theta, "rope_type": "default"}
+    plain = scaling is None and set(rope) == {"rope_theta", "rope_type"} and rope["rope_type"] == "default"
+    return dict(rope) if plain and isinstance(rope["rope_theta"], int | float) else None

@@ -1,0 +1,13 @@
+"""Why a step ran without a graph."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+
+
+class EagerReason(StrEnum):
+    """Why a step left the graph. Closed: a step that ran eagerly has one of these."""
+
+    GRAPHS_OFF = "graphs_off"  # graph_backend=eager
+    NOT_PURE_PREFILL = "not_pure_prefill"  # cudagraph_only_prefill, and the step decodes
+    MEMORY_BUDGET = "memory_budget"  # no captured graph fits and graph_memory_mib is used up

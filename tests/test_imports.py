@@ -1,0 +1,33 @@
+"""What a start imports, as sets of modules: no heavy library before it is needed. Each case is a process of its own."""
+
+import subprocess
+import sys
+
+import pytest
+
+HEAVY = ("torch", "transformers", "triton", "xgrammar", "sympy", "scipy", "pandas", "gguf", "numpy", "tokenizers")
+
+
+def imported_by(code: str) -> set[str]:
+    """Heavy libraries that a fresh interpreter holds after running `code`."""
+    report = f"\nimport sys\nprint(*sorted({set(HEAVY)!r} & sys.modules.keys()))"
+    result = subprocess.run([sys.executable, "-c", code + report], capture_output=True, text=True, check=True)
+    return set(result.stdout.splitlines()[-1].split())
+
+
+@pytest.mark.parametrize("code", ["import stepgraph", "import stepgraph.cli", "import stepgraph.server.serve"])
+def test_help_and_usage_errors_wait_for_no_library(code) -> None:
+    assert imported_by(code) == set()
+
+
+def test_the_front_answers_before_it_knows_torch() -> None:
+    assert imported_by("import stepgraph.server.front") == {"numpy"}
+
+
+@pytest.mark.parametrize("code", ["import stepgraph.api", "import stepgraph.server.engine_process"])
+def test_an_engine_imports_torch_and_what_torch_needs(code) -> None:
+    assert imported_by(code) - {"tokenizers"} == imported_by("import torch")
+
+
+def test_the_config_of_a_common_model_is_read_without_transformers() -> None:
+    assert "transformers" not in imported_by("from stepgraph.models import resolve\nresolve('qwen3-8b')")
