@@ -246,7 +246,7 @@ class Device:
                     slot.active = False
                     finish = slot_line.FINISHED_LENGTH if slot.end == slot.max_length else slot_line.FINISHED_STOP
             rows.append(RowResult(index, slot.generation, finish, len(tokens), tokens=tokens))
-        return StepResults(rows), num_tokens
+        return StepResults.of(rows), num_tokens
 
 
 @dataclass

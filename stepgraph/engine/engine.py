@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from numbers import Integral
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -41,13 +41,15 @@ from stepgraph.spec.depth import LEVELS, DraftDepth
 from stepgraph.spec.drafter import Drafter
 from stepgraph.step.memory import place_weights
 from stepgraph.step.plan import StepKind
-from stepgraph.step.runner import RowResult, StepRunner, Ticket
+from stepgraph.step.runner import RowResult, StepResults, StepRunner, Ticket
 from stepgraph.step.state import SlotSampling
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 
 @dataclass
@@ -66,8 +68,13 @@ class StepReport(NamedTuple):
     """From its launch, or from the end of the step before it if that was later."""
     host_seconds: float
     """Of planning one step and taking in the results of one, as they went on side by side."""
-    decodes: Sequence[RowResult] = ()
-    """Its rows that were not of prompts, those that ran nothing left out."""
+    results: StepResults
+    num_prefill_rows: int
+
+    @property
+    def decodes(self) -> list[RowResult]:
+        """Its rows that were not of prompts, those that ran nothing left out."""
+        return [row for row in self.results.rows[self.num_prefill_rows :] if row.num_tokens]
 
 
 class _InFlight(NamedTuple):
@@ -387,14 +394,12 @@ class Engine:
             EngineDeadError: this or an earlier step failed.
         """
         self._check_alive()
-        with self._noting_failure():
-            return self._step()
+        return self._noting_failure(self._step)
 
-    @contextmanager
-    def _noting_failure(self) -> Iterator[None]:
-        """What fails inside leaves requests and the device in a state nobody knows: the engine ends."""
+    def _noting_failure(self, call: Callable[[], T]) -> T:
+        """What fails in `call` leaves requests and the device in a state nobody knows: the engine ends."""
         try:
-            yield
+            return call()
         except BaseException as error:
             self._failure = error
             if isinstance(error, StepgraphError) or not isinstance(error, Exception):
@@ -437,37 +442,40 @@ class Engine:
     def _collect(self) -> list[RequestUpdate]:
         """Take in the results of the oldest step under way."""
         step = self._in_flight.popleft()
-        results = self.runner.collect(step.ticket)
+        plan = step.ticket.plan
+        self.runner.wait(step.ticket)
         collected = time.perf_counter()
-        updates = [
-            update if update.request.guide is None else self._follow_grammar(update)
-            for update in self.scheduler.reconcile(step.scheduled, results)
-        ]
+        results = self.runner.collect(step.ticket)
+        updates = self.scheduler.reconcile(step.scheduled, results)
+        if step.scheduled.follows_grammar:
+            updates = [update if update.request.guide is None else self._follow_grammar(update) for update in updates]
         seconds = collected - max(step.launched_at, self._collected_at)
-        num_prefill_rows = step.ticket.plan.num_prefill_rows
-        decodes = [row for row in results.rows[num_prefill_rows:] if row.num_tokens]
-        self._observe(step.ticket, decodes, seconds)
+        if self.config.speculative.max_drafts:
+            self._observe(step.ticket, results, seconds)
         reading = time.perf_counter() - collected
         self.host_time.seconds += reading
-        self.on_step(StepReport(step.ticket.record, seconds, step.host_seconds + reading, decodes))
+        self.on_step(
+            StepReport(step.ticket.record, seconds, step.host_seconds + reading, results, plan.num_prefill_rows)
+        )
         self._collected_at = collected
         return updates
 
-    def _observe(self, ticket: Ticket, decodes: Sequence[RowResult], seconds: float) -> None:
+    def _observe(self, ticket: Ticket, results: StepResults, seconds: float) -> None:
         """Let the choice of how many tokens to propose learn from a step."""
-        record = ticket.record
-        if not decodes or not self.config.speculative.max_drafts:
-            return
+        record, plan = ticket.record, ticket.plan
         telling = record.kind is StepKind.DECODE and not record.captured
-        accepted = [(row.num_verified, row.num_accepted) for row in decodes]
-        self._depth.observe(len(decodes), ticket.plan.num_drafts, accepted, seconds if telling else None)
+        accepted = [outcome[1:] for outcome in results.outcomes(plan.num_prefill_rows) if outcome[0]]
+        if accepted:
+            self._depth.observe(len(accepted), plan.num_drafts, accepted, seconds if telling else None)
 
     def _stop_running(self) -> None:
         """Finish the steps under way and send every running request back to wait; the KV cache holds nothing after that."""
-        with self._noting_failure():
-            while self._in_flight:
-                self._undelivered += self._collect()
-            self.scheduler.preempt_all()
+        self._noting_failure(self._drain)
+
+    def _drain(self) -> None:
+        while self._in_flight:
+            self._undelivered += self._collect()
+        self.scheduler.preempt_all()
 
     def _admit(self, request: Request) -> bool:
         """Write the device's view of a request that got a slot, before its first step or after a preemption. False if that

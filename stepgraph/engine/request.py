@@ -108,7 +108,8 @@ class Request(AnsweredRequest):
     prefill_len: int = 0
     """Tokens known when it got its slot: the prompt, and after a preemption the answer so far."""
     planned: int = 0
-    """Tokens whose computation is planned: the device has computed these, or will before anything planned later."""
+    """Tokens whose computation is planned: the device has computed these, or will before anything planned later. Like the two
+    below, as of the beginning of a `Lockstep` while it decodes in one."""
     spread: int = 0
     """Proposals in steps under way: if all stand, so many tokens more are computed than `planned`."""
     num_unread: int = 0

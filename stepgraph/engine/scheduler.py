@@ -22,13 +22,14 @@ import time
 from bisect import bisect_left, bisect_right, insort
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-
-import numpy as np
+from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 from stepgraph.config import SchedulerConfig
-from stepgraph.engine.blocks import BlockPool, block_key, root_key
-from stepgraph.engine.logprobs import PromptSpan, read_logprobs, read_prompt_logprobs
+from stepgraph.engine.blocks import BlockPool
+from stepgraph.engine.lockstep import Lockstep
+from stepgraph.engine.logprobs import PromptSpan, note_logprobs, read_prompt_logprobs
+from stepgraph.engine.prefix_cache import PrefixCache
 from stepgraph.engine.request import FinishReason, Request, RequestUpdate
 from stepgraph.engine.speculation import SpeculationStatistics
 from stepgraph.errors import RequestError
@@ -55,14 +56,15 @@ _FINISH_REASONS = {
 }
 
 
-@dataclass(frozen=True)
-class ScheduledStep:
+class ScheduledStep(NamedTuple):
     """A plan, and what the engine does before and after it runs."""
 
     plan: StepPlan
-    admitted: tuple[Request, ...]
+    admitted: tuple[Request, ...] = ()
     """Requests whose device-side state must be written first."""
-    prompt_spans: tuple[PromptSpan, ...]
+    prompt_spans: tuple[PromptSpan, ...] = ()
+    follows_grammar: bool = False
+    """Whether it samples for a request that does."""
 
 
 @dataclass
@@ -99,6 +101,7 @@ class _Draft:
     admitted: list[Request] = field(default_factory=list)
     variant: Variant = Variant.PLAIN  # of the decodes
     short_of_blocks: bool = False
+    follows_grammar: bool = False
     unpublished: _Chunk | None = None
     """The last chunk: its blocks become findable when the next prompt is looked at, as the row may still be cut."""
 
@@ -140,12 +143,11 @@ class Scheduler:
         self._max_tokens = max_tokens
         self._block_size = block_size
         self._token_sizes = tuple(token_sizes)
-        self._prefix_caching = prefix_caching
         self._pure_steps = pure_steps
         self._choose_drafts = choose_drafts
-        self._lookahead = lookahead
         self._clock = clock
         self._blocks = BlockPool(num_kv_blocks)
+        self._prefixes = PrefixCache(self._blocks, block_size, lookahead, prefix_caching)
         self._watermark = int(self._blocks.num_usable * WATERMARK)
         self._free_slots = list(range(config.max_num_seqs, 0, -1))
         self._generations = [0] * (config.max_num_seqs + 1)
@@ -159,6 +161,8 @@ class Scheduler:
         self._gathered = 0  # requests that arrived up to this number may enter
         self._num_gathering = 0  # waiting requests beyond it
         self._prefilled_last = False
+        self._last_plan: StepPlan | None = None
+        self._lockstep: Lockstep | None = None
 
     @property
     def requests(self) -> tuple[Request, ...]:
@@ -224,16 +228,23 @@ class Scheduler:
     def end(self, request_id: str, reason: FinishReason) -> RequestUpdate | None:
         """End a request from the host's side, for `reason`. None if it is not known (any more)."""
         request = self._requests.get(request_id)
-        return None if request is None else self._finish(request, reason, ())
+        if request is None:
+            return None
+        self._end_lockstep()
+        return self._finish(request, reason, ())
 
     def preempt_all(self) -> None:
         """Send every running request back to wait, and forget all cached content. For when the KV cache's content is lost."""
+        self._end_lockstep()
         while self._running:
             self._preempt(self._running[-1])
         self._blocks.forget()
 
     def schedule(self) -> ScheduledStep | None:
         """Plan one step; None if nothing can run until results or requests arrive."""
+        plan = self._next_in_lockstep()
+        if plan is not None:
+            return ScheduledStep(plan)
         if self._pure_steps:
             decodes_first = self._prefilled_last
             draft = self._draft(decodes=decodes_first, prompts=not decodes_first)
@@ -249,46 +260,50 @@ class Scheduler:
 
     def reconcile(self, step: ScheduledStep, results: StepResults) -> list[RequestUpdate]:
         """Take in the results of a step; rows of requests that have left their slot since it was planned are dropped."""
+        if self._lockstep is not None:
+            updates = self._lockstep.read(results) if step.plan.rows is self._lockstep.plan.rows else None
+            if updates is not None:
+                if step.plan.num_drafts:
+                    self.speculation.add(results.outcomes())
+                return updates
+            self._end_lockstep()
         for span in step.prompt_spans:
             assert results.prompt_logprobs is not None
             if span.request.generation == span.generation:
                 read_prompt_logprobs(span, results.prompt_logprobs)
-        updates = []
-        by_slot, block_size = self._by_slot, self._block_size
-        running = slot_line.RUNNING
-        plan = step.plan
-        for index, row in enumerate(results.rows):
-            request = by_slot.get(row.slot)
-            if request is None or request.generation != row.generation:
+        return self._read(step.plan, results)
+
+    def _read(self, plan: StepPlan, results: StepResults) -> list[RequestUpdate]:
+        """Take in the new tokens of a step's rows, one by one."""
+        updates, decoded = [], []
+        by_slot, prefixes = self._by_slot, self._prefixes
+        for index, line in enumerate(results.table.tolist()):
+            slot, generation, finish, num_tokens, num_verified, num_accepted, first_sample, num_drafts, *new = line
+            request = by_slot.get(slot)
+            if request is None or request.generation != generation:
                 continue
-            finish, tokens = row.finish, tuple(row.tokens)
-            if not tokens and finish == running:
+            tokens = tuple(new[:num_tokens])
+            if not tokens and finish == slot_line.RUNNING:
                 continue
             if index >= plan.num_prefill_rows:
-                request.planned += len(tokens) - 1
+                request.planned += num_tokens - 1
                 request.spread -= plan.rows[index][1] - 1
-                request.num_draft_tokens += row.num_verified
-                request.note_accepted(row.num_accepted)
-                self.speculation.add(row)
+                request.num_draft_tokens += num_verified
+                request.note_accepted(num_accepted)
+                decoded.append((num_tokens, num_verified, num_accepted))
             request.num_unread -= 1
             if plan.num_drafts:
-                request.was_drafted = row.num_drafts > 0
+                request.was_drafted = num_drafts > 0
             if not request.num_unread:
-                request.num_drafts = row.num_drafts
+                request.num_drafts = num_drafts
                 if request.guide is not None:
-                    request.draft_token_ids = (
-                        () if results.drafts is None else results.drafts[index, : row.num_drafts].tolist()
-                    )
+                    drafts = results.drafts
+                    request.draft_token_ids = () if drafts is None else drafts[index, :num_drafts].tolist()
             request.output_token_ids += tokens
-            if results.logprobs is not None and request.sampling.num_logprobs:
-                for line, token in enumerate(tokens, row.first_sample):
-                    request.output_logprobs.append(
-                        read_logprobs(token, results.logprobs[line], request.sampling.num_logprobs)
-                    )
-            num_full = (request.num_known - max(1, self._lookahead)) // block_size
-            if num_full > request.num_published:
-                self._publish(request, num_full)
-            if finish == running:
+            note_logprobs(request, tokens, results.logprobs, first_sample)
+            if prefixes.num_until_full(request) <= 0:
+                prefixes.publish_known(request)
+            if finish == slot_line.RUNNING:
                 updates.append(RequestUpdate(request, tokens, None))
             else:
                 reason = _FINISH_REASONS[finish]
@@ -297,13 +312,16 @@ class Scheduler:
                 elif reason is FinishReason.ERROR:
                     request.error = "no token could be sampled: every logit was NaN or ruled out"
                 updates.append(self._finish(request, reason, tokens))
+        if plan.num_drafts:
+            self.speculation.add(decoded)
         return updates
 
     # Planning
 
     def _draft(self, *, decodes: bool, prompts: bool) -> _Draft:
-        draft = _Draft(self._max_tokens, self._choose_drafts(sum(map(_can_decode, self._running))))
-        self._plan_running(draft, decodes=decodes, prompts=prompts)
+        num_decodes = sum(map(_can_decode, self._running))
+        draft = _Draft(self._max_tokens, self._choose_drafts(num_decodes))
+        self._plan_running(draft, num_decodes if decodes else 0, prompts=prompts)
         if prompts:
             self._open_gate()
             if self._waiting and not draft.short_of_blocks:
@@ -313,9 +331,12 @@ class Scheduler:
                 self._snap(draft)
         return draft
 
-    def _plan_running(self, draft: _Draft, *, decodes: bool, prompts: bool) -> None:
-        """Rows of the requests that hold slots, highest rank first, so that whoever must be preempted has no row yet."""
-        decodes_left = sum(map(_can_decode, self._running)) if decodes else 0
+    def _plan_running(self, draft: _Draft, decodes_left: int, *, prompts: bool) -> None:
+        """Rows of the requests that hold slots, highest rank first, so that whoever must be preempted has no row yet.
+
+        `decodes_left`: rows to decode; with 0, nobody does.
+        """
+        decodes = decodes_left > 0
         prefills_left = sum(map(_is_prefilling, self._running))
         newcomers = min(self._config.max_num_partial_prefills - prefills_left, self._num_admissible(prefills_left))
         index = 0
@@ -349,7 +370,7 @@ class Scheduler:
             if self._is_long(request) and num_long >= limits.max_long_partial_prefills:
                 continue
             self._publish_pending(draft)
-            hits = self._find_prefix(request)
+            hits = self._prefixes.find(request)
             num_cached = len(hits) * self._block_size
             needed = (
                 self._blocks_for(self._with_drafts(request, request.num_known, draft))
@@ -435,20 +456,50 @@ class Scheduler:
             variant=variant,
             num_drafts=draft.num_drafts,
         )
-        return ScheduledStep(plan, tuple(draft.admitted), tuple(spans))
+        if self._last_plan is not None and plan.repeats(self._last_plan):
+            plan = replace(plan, rows=self._last_plan.rows)
+            if Lockstep.may_begin(self._running, plan):
+                self._lockstep = Lockstep(self._running, plan, self._blocks, self._block_size, self._prefixes)
+        self._last_plan = plan
+        return ScheduledStep(plan, tuple(draft.admitted), tuple(spans), draft.follows_grammar)
+
+    def _next_in_lockstep(self) -> StepPlan | None:
+        """The plan of those that decode in lockstep, if nobody else may run and there is nothing else to decide."""
+        lockstep = self._lockstep
+        if lockstep is None:
+            return None
+        if self._waiting:
+            self._open_gate()
+        plan = None
+        if not (self._waiting and self._free_slots) and self._repeats_drafts(lockstep.plan):
+            plan = lockstep.next_plan()
+        if plan is None:
+            self._end_lockstep()
+        return plan
+
+    def _repeats_drafts(self, plan: StepPlan) -> bool:
+        return self._choose_drafts(len(plan.rows)) == plan.num_drafts
+
+    def _end_lockstep(self) -> None:
+        """Let the requests' own counters count again."""
+        if self._lockstep is not None:
+            self._lockstep.settle()
+            self._lockstep = None
 
     def _plan_decode(self, request: Request, limit: int, draft: _Draft) -> None:
         """Plan a row of one token and its proposals, up to `limit` in all, if there are blocks for it."""
         slot = request.slot
         assert slot is not None
-        num_tokens = min(1 + min(request.num_drafts, draft.num_drafts), limit)
-        num_written = self._with_drafts(request, request.planned + request.spread + num_tokens, draft)
-        deltas: list[tuple[int, int, int]] = []
-        while len(request.blocks) * self._block_size < num_written:
-            if not self._grant(request, slot, deltas, draft):
-                self._take_back(request, len(deltas))
-                return
-        draft.decode_deltas += deltas
+        num_tokens = min(1 + min(request.num_drafts, draft.num_drafts), limit) if draft.num_drafts else 1
+        num_written = request.planned + request.spread + num_tokens
+        if len(request.blocks) * self._block_size < num_written + draft.num_drafts:  # else there are enough for sure
+            num_written = self._with_drafts(request, num_written, draft)
+            deltas: list[tuple[int, int, int]] = []
+            while len(request.blocks) * self._block_size < num_written:
+                if not self._grant(request, slot, deltas, draft):
+                    self._take_back(request, len(deltas))
+                    return
+            draft.decode_deltas += deltas
         request.planned += 1
         request.spread += num_tokens - 1
         self._expect_token(request, draft)
@@ -494,7 +545,8 @@ class Scheduler:
 
     def _expect_token(self, request: Request, draft: _Draft) -> None:
         """The step samples for a request, which a grammar must see before the next, and makes proposals for it."""
-        request.awaits_host = request.guide is not None
+        if request.guide is not None:
+            request.awaits_host = draft.follows_grammar = True
         request.num_unread += 1
         # What the step will propose is not known before its results; if it is more, the rest of it is not verified.
         request.num_drafts = min(draft.num_drafts, request.sampling.max_num_drafts) if request.was_drafted else 0
@@ -628,42 +680,12 @@ class Scheduler:
     def _blocks_for(self, num_tokens: int) -> int:
         return -(-num_tokens // self._block_size)
 
-    def _find_prefix(self, request: Request) -> list[int]:
-        """Cached blocks that a request can start from. Its last known token is computed in any case, for its logits."""
-        if not self._prefix_caching or request.variant is Variant.PROMPT_LOGPROBS:
-            return []
-        num_blocks = (request.num_known - max(1, self._lookahead)) // self._block_size
-        self._extend_keys(request, num_blocks)
-        return self._blocks.find(request.block_keys[:num_blocks])
-
     def _publish_pending(self, draft: _Draft) -> None:
         """Let others find the last prompt row's blocks. They will be full when the step has run, and every operator of a step
         writes all rows' keys and values before it reads any: a prompt may share blocks with one before it in its step."""
         if draft.unpublished is not None:
-            request = draft.unpublished.request
-            num_tokens = min(request.planned, request.prefill_len - self._lookahead)
-            self._publish(request, max(0, num_tokens) // self._block_size)
+            self._prefixes.publish_planned(draft.unpublished.request)
             draft.unpublished = None
-
-    def _publish(self, request: Request, num_blocks: int) -> None:
-        """Let others find a request's first `num_blocks` blocks, which are full."""
-        if not self._prefix_caching:
-            return
-        self._extend_keys(request, num_blocks)
-        for index in range(request.num_published, num_blocks):
-            self._blocks.publish(request.blocks[index], request.block_keys[index])
-        request.num_published = max(request.num_published, num_blocks)
-
-    def _extend_keys(self, request: Request, num_blocks: int) -> None:
-        keys, size = request.block_keys, self._block_size
-        if len(keys) >= num_blocks:
-            return
-        start, end = len(keys) * size, num_blocks * size + self._lookahead
-        tokens = np.asarray(request.tokens(start, end), dtype=np.int32)
-        parent = keys[-1] if keys else root_key(request.cache_salt)
-        for first in range(0, len(tokens) - self._lookahead, size):
-            parent = block_key(parent, tokens[first : first + size + self._lookahead].tobytes())
-            keys.append(parent)
 
 
 def _rank(request: Request) -> tuple[bool, int, int]:
