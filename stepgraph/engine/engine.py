@@ -387,7 +387,7 @@ class Engine:
             self._undelivered = [other for other in self._undelivered if other.request is not update.request]
         return update
 
-    def step(self) -> list[RequestUpdate]:
+    def step(self) -> Sequence[RequestUpdate]:
         """Launch the next step, and return the results of the oldest one that must be read by now.
 
         Raises:
@@ -406,9 +406,10 @@ class Engine:
                 raise
             raise EngineDeadError(f"the engine stopped on an error: {error}") from error
 
-    def _step(self) -> list[RequestUpdate]:
+    def _step(self) -> Sequence[RequestUpdate]:
         started = time.perf_counter()
         updates, self._undelivered = self._undelivered, []
+        collected: Sequence[RequestUpdate] = ()
         scheduled = None
         if self.idle_reason is None:
             updates += [self._fail(request) for request in self._masks.collect()]
@@ -422,16 +423,16 @@ class Engine:
             self.host_time.steps += 1
             self.host_time.seconds += planned - started
         if self._in_flight and (scheduled is None or len(self._in_flight) > self.platform.run_ahead):
-            updates += self._collect()
-        return updates
+            collected = self._collect()
+        return [*updates, *collected] if updates else collected
 
     def _schedule(self, updates: list[RequestUpdate]) -> ScheduledStep | None:
         """Plan a step and write the device's view of the requests that it admits. Ends those for which that fails."""
         while True:
             scheduled = self.scheduler.schedule()
-            failed = (
-                [] if scheduled is None else [request for request in scheduled.admitted if not self._admit(request)]
-            )
+            if scheduled is None or not scheduled.admitted:
+                return scheduled
+            failed = [request for request in scheduled.admitted if not self._admit(request)]
             if not failed:
                 return scheduled
             self.platform.synchronize()  # a device that is broken fails all, and does so here
@@ -439,7 +440,7 @@ class Engine:
             # A row that cannot run is planned, and rows after it may count on the blocks it was to fill: plan everything anew.
             self.scheduler.preempt_all()
 
-    def _collect(self) -> list[RequestUpdate]:
+    def _collect(self) -> Sequence[RequestUpdate]:
         """Take in the results of the oldest step under way."""
         step = self._in_flight.popleft()
         plan = step.ticket.plan
@@ -450,7 +451,7 @@ class Engine:
         if step.scheduled.follows_grammar:
             updates = [update if update.request.guide is None else self._follow_grammar(update) for update in updates]
         seconds = collected - max(step.launched_at, self._collected_at)
-        if self.config.speculative.max_drafts:
+        if len(self._depth.levels) > 1:
             self._observe(step.ticket, results, seconds)
         reading = time.perf_counter() - collected
         self.host_time.seconds += reading

@@ -9,9 +9,7 @@ Shapes: R rows, all of the step.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from functools import partial
-from itertools import repeat
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -19,14 +17,10 @@ import numpy.typing as npt
 from stepgraph.engine.blocks import BlockPool
 from stepgraph.engine.logprobs import note_logprobs
 from stepgraph.engine.prefix_cache import PrefixCache
-from stepgraph.engine.request import FinishReason, Request, RequestUpdate
+from stepgraph.engine.request import Request, RequestUpdate, SteadyUpdates
 from stepgraph.ops import slot_line
 from stepgraph.step.plan import StepPlan
 from stepgraph.step.runner import StepResults
-
-_update: Callable[[tuple[Request, tuple[int, ...], FinishReason | None]], RequestUpdate] = partial(
-    tuple.__new__, RequestUpdate
-)  # RequestUpdate._make, without a call into Python
 
 
 class Lockstep:
@@ -56,22 +50,23 @@ class Lockstep:
 
         self._bound_R = np.array([bound for _, bound in plan.rows])
         self._most = int(self._bound_R.max())  # tokens that a step gives a row
-        # As `Scheduler` counts them: positions that steps under way may write, and those for which there are blocks.
+        self._ends = [request.max_length - 1 for request in requests]
+        # Positions that have blocks beyond those that steps under way may write, as `Scheduler` counts them.
         num_drafts_R = each(lambda request: min(plan.num_drafts, request.sampling.max_num_drafts))
-        self._written_R = each(lambda request: request.planned + request.spread) + np.maximum(num_drafts_R - 1, 0)
-        self._end_R = each(lambda request: request.max_length - 1)
-        self._room_R = np.minimum(each(lambda request: len(request.blocks)) * block_size, self._end_R)
-        self._num_behind = 0  # steps planned that `_written_R` lacks
-        self._least_room = int((self._room_R - self._written_R).min())  # of any row, or less
+        written_R = each(lambda request: request.planned + request.spread) + np.maximum(num_drafts_R - 1, 0)
+        self._spare_R = each(lambda r: min(len(r.blocks) * block_size, r.max_length - 1)) - written_R
+        self._num_behind = 0  # steps planned that `_spare_R` lacks
+        self._least_spare = int(self._spare_R.min())  # of any row, or less
         self._until_full_R = each(prefixes.num_until_full)
-        self._least_until_full = int(self._until_full_R.min())  # likewise
+        self._num_unpublished = 0  # tokens that each row has got and `_until_full_R` lacks
+        self._least_until_full = int(self._until_full_R.min())  # of any row, or less
         # What the results of each row begin with, and how many proposals they end with.
         expected = [(request.slot, request.generation, slot_line.RUNNING, 1) for request in requests]
         self._num_expected = 3 if plan.num_drafts else 4
         self._expected = np.array(expected, dtype=np.int32)[:, : self._num_expected].tobytes()
         self._drafts = each(lambda request: request.num_drafts).astype(np.int32).tobytes()
         self._appends = [request.output_token_ids.append for request in requests]
-        self._reporting = [(row, request) for row, request in enumerate(requests) if request.sampling.num_logprobs]
+        self._reporting = [row for row, request in enumerate(requests) if request.sampling.num_logprobs]
 
     @staticmethod
     def may_begin(requests: Sequence[Request], plan: StepPlan) -> bool:
@@ -87,8 +82,8 @@ class Lockstep:
 
     def next_plan(self) -> StepPlan | None:
         """Plan one more step. None if it would be another: a row ends, or there are not enough blocks."""
-        if self._least_room >= self._most:
-            self._least_room -= self._most
+        if self._least_spare >= self._most:
+            self._least_spare -= self._most
             self._num_behind += 1
             self._num_unread += 1
             return self.plan
@@ -98,29 +93,33 @@ class Lockstep:
         self._num_unread += 1
         return StepPlan(self.plan.rows, deltas, 0, self.plan.variant, self.plan.num_drafts) if deltas else self.plan
 
-    def read(self, results: StepResults) -> list[RequestUpdate] | None:
+    def read(self, results: StepResults) -> Sequence[RequestUpdate] | None:
         """Take in the results of the oldest step under way. None if a row ended or does not go on as it did; nothing has changed
         then."""
         table = results.table
+        tokens_R: Iterable[tuple[int, ...]]
         if table[:, : self._num_expected].tobytes() != self._expected:
             return None
         if self.plan.num_drafts:
             if not self._repeats_drafts(table[:, slot_line.OUT_NUM_DRAFTS]):
                 return None
-            tokens_R = self._verified(table)
+            tokens_R = self._take_verified(table)
         else:
             new_R = table[:, slot_line.OUT_TOKENS].tolist()
             for append, token in zip(self._appends, new_R, strict=True):
                 append(token)
-            tokens_R = list(zip(new_R, strict=True))
-            self._until_full_R -= 1
+            tokens_R = zip(new_R, strict=True)
+            self._num_unpublished += 1
         self._num_unread -= 1
-        for row, request in self._reporting:
-            note_logprobs(request, tokens_R[row], results.logprobs, int(table[row, slot_line.OUT_FIRST_SAMPLE]))
+        if results.logprobs is not None:
+            tokens_R = list(tokens_R)
+            for row in self._reporting:
+                first_line = int(table[row, slot_line.OUT_FIRST_SAMPLE])
+                note_logprobs(self._requests[row], tokens_R[row], results.logprobs, first_line)
         self._least_until_full -= self._most
         if self._least_until_full <= 0 and self._prefixes.enabled:
             self._publish()
-        return list(map(_update, zip(self._requests, tokens_R, repeat(None))))
+        return SteadyUpdates(self._requests, tokens_R)
 
     def settle(self) -> None:
         """End it: bring the requests' own counters up to date."""
@@ -131,22 +130,27 @@ class Lockstep:
 
     def _grow(self) -> tuple[tuple[int, int, int], ...] | None:
         """Grant the blocks that the next step needs; None if it cannot be as those before it."""
-        written_R = self._written_R + self._bound_R * (self._num_behind + 1)
-        short = np.flatnonzero(written_R > self._room_R)
-        lacking = -(-(written_R - self._room_R)[short] // self._block_size)
-        if (written_R > self._end_R)[short].any() or lacking.sum() > self._blocks.num_free:
+        self._spare_R -= self._bound_R * (self._num_behind + 1)
+        self._num_behind = 0
+        short = (self._spare_R < 0).nonzero()[0].tolist()
+        lacking = []
+        for row, spare in zip(short, self._spare_R[short].tolist(), strict=True):
+            room = len(self._requests[row].blocks) * self._block_size
+            if min(room, self._ends[row]) - spare > self._ends[row]:
+                return None
+            lacking.append(-(spare // self._block_size))
+        if sum(lacking) > self._blocks.num_free:
             return None
         deltas = []
-        for row, count in zip(short.tolist(), lacking.tolist(), strict=True):
-            request = self._requests[row]
-            assert request.slot is not None
+        for row, count in zip(short, lacking, strict=True):
+            slot, blocks = self.plan.rows[row][0], self._requests[row].blocks
+            room = len(blocks) * self._block_size
             for _ in range(count):
                 block = self._blocks.take()
-                deltas.append((request.slot, len(request.blocks), block))
-                request.blocks.append(block)
-            self._room_R[row] = min(len(request.blocks) * self._block_size, self._end_R[row])
-        self._written_R, self._num_behind = written_R, 0
-        self._least_room = int((self._room_R - written_R).min())
+                deltas.append((slot, len(blocks), block))
+                blocks.append(block)
+            self._spare_R[row] += min(len(blocks) * self._block_size, self._ends[row]) - room
+        self._least_spare = int(self._spare_R.min())
         return tuple(deltas)
 
     def _repeats_drafts(self, drafts_R: npt.NDArray[np.int32]) -> bool:
@@ -157,7 +161,7 @@ class Lockstep:
         has_drafts_R = np.frombuffer(self._drafts, dtype=np.int32) > 0
         return self._num_unread > 1 and bool(((drafts_R > 0) == has_drafts_R).all())
 
-    def _verified(self, table: npt.NDArray[np.int32]) -> list[tuple[int, ...]]:
+    def _take_verified(self, table: npt.NDArray[np.int32]) -> list[tuple[int, ...]]:
         """Take in the rows' new tokens where some are proposals that stood."""
         tokens_R = []
         for request, line in zip(self._requests, table.tolist(), strict=True):
@@ -167,12 +171,15 @@ class Lockstep:
             request.output_token_ids += tokens
             tokens_R.append(tuple(tokens))
         num_tokens_R = table[:, slot_line.OUT_NUM_TOKENS]
-        self._written_R -= self._bound_R - num_tokens_R
+        self._spare_R += self._bound_R - num_tokens_R
         self._until_full_R -= num_tokens_R
         return tokens_R
 
     def _publish(self) -> None:
-        for row in np.flatnonzero(self._until_full_R <= 0).tolist():
+        """Let others find the blocks that are full now."""
+        self._until_full_R -= self._num_unpublished
+        self._num_unpublished = 0
+        for row in (self._until_full_R <= 0).nonzero()[0].tolist():
             self._prefixes.publish_known(self._requests[row])
             self._until_full_R[row] = self._prefixes.num_until_full(self._requests[row])
         self._least_until_full = int(self._until_full_R.min())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import numpy as np
+from array import array
 
 from stepgraph.engine.blocks import BlockPool, block_key, root_key
 from stepgraph.engine.request import Request
@@ -48,19 +48,18 @@ class PrefixCache:
 
     def _publish(self, request: Request, num_blocks: int) -> None:
         """Let others find a request's first `num_blocks` blocks, which are full."""
-        if not self.enabled or num_blocks <= request.num_published:
-            return
-        self._extend_keys(request, num_blocks)
-        for index in range(request.num_published, num_blocks):
-            self._blocks.publish(request.blocks[index], request.block_keys[index])
-        request.num_published = num_blocks
+        if self.enabled and num_blocks > request.num_published:
+            self._extend_keys(request, num_blocks)
+            for index in range(request.num_published, num_blocks):
+                self._blocks.publish(request.blocks[index], request.block_keys[index])
+            request.num_published = num_blocks
 
     def _extend_keys(self, request: Request, num_blocks: int) -> None:
         keys, size = request.block_keys, self._block_size
         if len(keys) >= num_blocks:
             return
         start, end = len(keys) * size, num_blocks * size + self._lookahead
-        tokens = np.array(request.tokens(start, end), dtype=np.int32)
+        tokens = array("i", request.tokens(start, end))
         parent = keys[-1] if keys else root_key(request.cache_salt)
         for first in range(0, end - start - self._lookahead, size):
             parent = block_key(parent, tokens[first : first + size + self._lookahead].tobytes())

@@ -258,7 +258,7 @@ class Scheduler:
         self._prefilled_last = bool(draft.chunks)
         return self._complete(draft)
 
-    def reconcile(self, step: ScheduledStep, results: StepResults) -> list[RequestUpdate]:
+    def reconcile(self, step: ScheduledStep, results: StepResults) -> Sequence[RequestUpdate]:
         """Take in the results of a step; rows of requests that have left their slot since it was planned are dropped."""
         if self._lockstep is not None:
             updates = self._lockstep.read(results) if step.plan.rows is self._lockstep.plan.rows else None

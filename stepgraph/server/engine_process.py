@@ -12,6 +12,7 @@ import logging
 import os
 import sys
 import threading
+from collections.abc import Sequence
 from typing import Any
 
 import zmq
@@ -147,7 +148,7 @@ class EngineProcess:
             )
         )
 
-    def _tell(self, updates: list[RequestUpdate]) -> None:
+    def _tell(self, updates: Sequence[RequestUpdate]) -> None:
         load = load_of(self._engine)
         if not (updates or self._steps) and load == self._load_told:
             return
