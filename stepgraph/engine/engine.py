@@ -409,7 +409,7 @@ class Engine:
     def _step(self) -> Sequence[RequestUpdate]:
         started = time.perf_counter()
         updates, self._undelivered = self._undelivered, []
-        collected: Sequence[RequestUpdate] = ()
+        collected: Sequence[RequestUpdate] = []
         scheduled = None
         if self.idle_reason is None:
             updates += [self._fail(request) for request in self._masks.collect()]

@@ -1,7 +1,7 @@
 """Requests that decode in lockstep: step after step has the same rows, and each row goes on as expected.
 
 That is what most steps are. What changes in such a step is kept for all rows at once, so that it costs the host a few operations
-on arrays, however many rows there are; only a row that needs a KV block, or has filled one, is looked at by itself. Whatever
+on arrays, however many rows there are; only a row that needs a KV block is looked at by itself. Whatever
 else happens ends the lockstep: the requests' own counters are brought up to date, and the scheduler goes on row by row.
 
 Shapes: R rows, all of the step.
@@ -16,7 +16,6 @@ import numpy.typing as npt
 
 from stepgraph.engine.blocks import BlockPool
 from stepgraph.engine.logprobs import note_logprobs
-from stepgraph.engine.prefix_cache import PrefixCache
 from stepgraph.engine.request import Request, RequestUpdate, SteadyUpdates
 from stepgraph.ops import slot_line
 from stepgraph.step.plan import StepPlan
@@ -33,16 +32,13 @@ class Lockstep:
         plan: of the step just planned, which is to be repeated.
         blocks: where further blocks come from.
         block_size: tokens per block.
-        prefixes: is told of full blocks.
     """
 
-    def __init__(
-        self, requests: Sequence[Request], plan: StepPlan, blocks: BlockPool, block_size: int, prefixes: PrefixCache
-    ):
+    def __init__(self, requests: Sequence[Request], plan: StepPlan, blocks: BlockPool, block_size: int):
         self.plan = StepPlan(plan.rows, (), 0, plan.variant, plan.num_drafts)
         """Of its steps in which nobody needs a block."""
         self._requests = tuple(requests)
-        self._blocks, self._block_size, self._prefixes = blocks, block_size, prefixes
+        self._blocks, self._block_size = blocks, block_size
         self._num_unread = requests[0].num_unread
 
         def each(value: Callable[[Request], int]) -> npt.NDArray[np.int64]:
@@ -57,9 +53,6 @@ class Lockstep:
         self._spare_R = each(lambda r: min(len(r.blocks) * block_size, r.max_length - 1)) - written_R
         self._num_behind = 0  # steps planned that `_spare_R` lacks
         self._least_spare = int(self._spare_R.min())  # of any row, or less
-        self._until_full_R = each(prefixes.num_until_full)
-        self._num_unpublished = 0  # tokens that each row has got and `_until_full_R` lacks
-        self._least_until_full = int(self._until_full_R.min())  # of any row, or less
         # What the results of each row begin with, and how many proposals they end with.
         expected = [(request.slot, request.generation, slot_line.RUNNING, 1) for request in requests]
         self._num_expected = 3 if plan.num_drafts else 4
@@ -109,16 +102,12 @@ class Lockstep:
             for append, token in zip(self._appends, new_R, strict=True):
                 append(token)
             tokens_R = zip(new_R, strict=True)
-            self._num_unpublished += 1
         self._num_unread -= 1
         if results.logprobs is not None:
             tokens_R = list(tokens_R)
             for row in self._reporting:
                 first_line = int(table[row, slot_line.OUT_FIRST_SAMPLE])
                 note_logprobs(self._requests[row], tokens_R[row], results.logprobs, first_line)
-        self._least_until_full -= self._most
-        if self._least_until_full <= 0 and self._prefixes.enabled:
-            self._publish()
         return SteadyUpdates(self._requests, tokens_R)
 
     def settle(self) -> None:
@@ -170,16 +159,5 @@ class Lockstep:
             request.note_accepted(line[slot_line.OUT_NUM_ACCEPTED])
             request.output_token_ids += tokens
             tokens_R.append(tuple(tokens))
-        num_tokens_R = table[:, slot_line.OUT_NUM_TOKENS]
-        self._spare_R += self._bound_R - num_tokens_R
-        self._until_full_R -= num_tokens_R
+        self._spare_R += self._bound_R - table[:, slot_line.OUT_NUM_TOKENS]
         return tokens_R
-
-    def _publish(self) -> None:
-        """Let others find the blocks that are full now."""
-        self._until_full_R -= self._num_unpublished
-        self._num_unpublished = 0
-        for row in (self._until_full_R <= 0).nonzero()[0].tolist():
-            self._prefixes.publish_known(self._requests[row])
-            self._until_full_R[row] = self._prefixes.num_until_full(self._requests[row])
-        self._least_until_full = int(self._until_full_R.min())

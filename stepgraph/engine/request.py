@@ -134,7 +134,7 @@ class Request(AnsweredRequest):
     num_found: int = 0
     """Of its granted blocks, the first so many were found in the prefix cache when it got its slot."""
     num_published: int = 0
-    """Of its granted blocks, the first so many are in the prefix cache."""
+    """Of its granted blocks, the first so many can be found in the prefix cache."""
     awaits_host: bool = False
     """It cannot run another token before the host has done something: compiled its grammar, prepared its token mask."""
     was_snapped: bool = False

@@ -276,7 +276,7 @@ class Scheduler:
     def _read(self, plan: StepPlan, results: StepResults) -> list[RequestUpdate]:
         """Take in the new tokens of a step's rows, one by one."""
         updates, decoded = [], []
-        by_slot, prefixes = self._by_slot, self._prefixes
+        by_slot = self._by_slot
         for index, line in enumerate(results.table.tolist()):
             slot, generation, finish, num_tokens, num_verified, num_accepted, first_sample, num_drafts, *new = line
             request = by_slot.get(slot)
@@ -301,8 +301,6 @@ class Scheduler:
                     request.draft_token_ids = () if drafts is None else drafts[index, :num_drafts].tolist()
             request.output_token_ids += tokens
             note_logprobs(request, tokens, results.logprobs, first_sample)
-            if prefixes.num_until_full(request) <= 0:
-                prefixes.publish_known(request)
             if finish == slot_line.RUNNING:
                 updates.append(RequestUpdate(request, tokens, None))
             else:
@@ -459,7 +457,7 @@ class Scheduler:
         if self._last_plan is not None and plan.repeats(self._last_plan):
             plan = replace(plan, rows=self._last_plan.rows)
             if Lockstep.may_begin(self._running, plan):
-                self._lockstep = Lockstep(self._running, plan, self._blocks, self._block_size, self._prefixes)
+                self._lockstep = Lockstep(self._running, plan, self._blocks, self._block_size)
         self._last_plan = plan
         return ScheduledStep(plan, tuple(draft.admitted), tuple(spans), draft.follows_grammar)
 
@@ -632,6 +630,7 @@ class Scheduler:
             request.num_cached_tokens = request.planned
             self.statistics.prompt_tokens += request.prompt_len
             self.statistics.cached_prompt_tokens += request.planned
+        self._prefixes.enter(request)
         self._by_slot[slot] = request
         insort(self._running, request, key=_rank)
         draft.admitted.append(request)
@@ -667,6 +666,7 @@ class Scheduler:
 
     def _leave_slot(self, request: Request) -> None:
         assert request.slot is not None
+        self._prefixes.leave(request)
         self._running.remove(request)
         del self._by_slot[request.slot]
         self._free_slots.append(request.slot)
