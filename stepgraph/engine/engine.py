@@ -9,7 +9,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cached_property
 from numbers import Integral
 from pathlib import Path
@@ -22,12 +22,12 @@ from stepgraph.config import EngineConfig
 from stepgraph.engine.guidance import GuidanceCompiler, GuideError
 from stepgraph.engine.masks import TokenMasks
 from stepgraph.engine.prompts import require_tokenizer
+from stepgraph.engine.reports import HostTime, StepReport
 from stepgraph.engine.request import FinishReason, Request, RequestUpdate
 from stepgraph.engine.sampling_params import SamplingParams, bad_word_token_ids
 from stepgraph.engine.scheduler import ScheduledStep, Scheduler
 from stepgraph.engine.speculation import SpeculationStatistics
 from stepgraph.errors import ConfigError, EngineDeadError, RequestError, StepgraphError
-from stepgraph.graph.pool import StepRecord
 from stepgraph.models.adapters import Adapter, AdapterStore
 from stepgraph.models.decoder import Decoder
 from stepgraph.models.language_model import LanguageModel
@@ -41,7 +41,7 @@ from stepgraph.spec.depth import LEVELS, DraftDepth
 from stepgraph.spec.drafter import Drafter
 from stepgraph.step.memory import place_weights
 from stepgraph.step.plan import StepKind
-from stepgraph.step.runner import RowResult, StepResults, StepRunner, Ticket
+from stepgraph.step.runner import StepResults, StepRunner, Ticket
 from stepgraph.step.state import SlotSampling
 
 if TYPE_CHECKING:
@@ -50,31 +50,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
-
-
-@dataclass
-class HostTime:
-    """What steps cost the host, waiting for the device excluded."""
-
-    steps: int = 0
-    seconds: float = 0.0
-
-
-class StepReport(NamedTuple):
-    """A step whose results have been read."""
-
-    record: StepRecord
-    seconds: float
-    """From its launch, or from the end of the step before it if that was later."""
-    host_seconds: float
-    """Of planning one step and taking in the results of one, as they went on side by side."""
-    results: StepResults
-    num_prefill_rows: int
-
-    @property
-    def decodes(self) -> list[RowResult]:
-        """Its rows that were not of prompts, those that ran nothing left out."""
-        return [row for row in self.results.rows[self.num_prefill_rows :] if row.num_tokens]
 
 
 class _InFlight(NamedTuple):

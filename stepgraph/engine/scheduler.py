@@ -10,17 +10,12 @@ either: a row is planned as if none did, and its KV blocks as if all did.
 KV blocks are granted as requests grow. When there are none left, the running request of the lowest rank is preempted: it loses
 its blocks and its slot, waits in its old place, and is computed again later from the tokens known by then. The request of the
 highest rank can preempt all others and fits alone, so there is always progress.
-
-Waiting is bounded. A request can be overtaken, by higher priorities or by short prompts while long ones are limited, by at most
-`MAX_OVERTAKEN` later arrivals; then nothing passes it any more. Losing its blocks to a later arrival counts too. So whatever
-arrives, it waits for the work of those before it and of a fixed number of others.
 """
 
 from __future__ import annotations
 
 import time
 from bisect import bisect_left, bisect_right, insort
-from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
@@ -32,22 +27,18 @@ from stepgraph.engine.logprobs import PromptSpan, note_logprobs, read_prompt_log
 from stepgraph.engine.prefix_cache import PrefixCache
 from stepgraph.engine.request import FinishReason, Request, RequestUpdate
 from stepgraph.engine.speculation import SpeculationStatistics
+from stepgraph.engine.waiting import WaitingLine, rank
 from stepgraph.errors import RequestError
 from stepgraph.ops import slot_line
 from stepgraph.step.plan import StepPlan
 from stepgraph.step.runner import StepResults
 from stepgraph.step.shape import Variant
 
-MAX_OVERTAKEN = 256
-"""Later arrivals that may get a slot before a waiting request does, or take a running one's blocks."""
 WATERMARK = 0.01
 """Share of the KV blocks that a new request leaves free for those that run, which would otherwise soon preempt it."""
 
 SNAP_SAVING = 1 / 4
 """Share of two steps' tokens that cutting a chunk to a captured size must save: it costs its prompt one step."""
-
-_POLL_S = 0.001
-"""How soon to look again for a request whose grammar is being compiled."""
 
 _FINISH_REASONS = {
     slot_line.FINISHED_STOP: FinishReason.STOP,
@@ -145,21 +136,15 @@ class Scheduler:
         self._token_sizes = tuple(token_sizes)
         self._pure_steps = pure_steps
         self._choose_drafts = choose_drafts
-        self._clock = clock
         self._blocks = BlockPool(num_kv_blocks)
         self._prefixes = PrefixCache(self._blocks, block_size, lookahead, prefix_caching)
         self._watermark = int(self._blocks.num_usable * WATERMARK)
         self._free_slots = list(range(config.max_num_seqs, 0, -1))
         self._generations = [0] * (config.max_num_seqs + 1)
-        self._waiting: list[Request] = []  # by rank
+        self._waiting = WaitingLine(config, clock)
         self._running: list[Request] = []  # by rank
         self._by_slot: dict[int, Request] = {}
         self._requests: dict[str, Request] = {}
-        self._priorities: Counter[int] = Counter()  # of waiting requests
-        self._num_arrived = 0
-        self._last_arrival = 0.0  # seconds
-        self._gathered = 0  # requests that arrived up to this number may enter
-        self._num_gathering = 0  # waiting requests beyond it
         self._prefilled_last = False
         self._last_plan: StepPlan | None = None
         self._lockstep: Lockstep | None = None
@@ -191,14 +176,7 @@ class Scheduler:
 
     def seconds_until_work(self) -> float | None:
         """How long `schedule` will have nothing to do unless a request arrives; None if it may have work now, or no request."""
-        if self._running or not self._waiting:
-            return None
-        self._open_gate()
-        if any(map(self._may_enter, self._waiting)):
-            return None
-        if any(request.awaits_host for request in self._waiting):
-            return _POLL_S
-        return max(0.0, self._last_arrival + self._config.prefill_gather_ms / 1e3 - self._clock())
+        return None if self._running or not self._waiting else self._waiting.seconds_until_one_may_enter()
 
     def add(self, request: Request) -> None:
         """Queue a request.
@@ -214,12 +192,8 @@ class Scheduler:
                 f"the request needs KV blocks for {request.max_length - 1} tokens ({needed} blocks of {self._block_size}), "
                 f"and the cache has {self._blocks.num_usable}; lower max_tokens, shorten the prompt, or raise num_kv_blocks"
             )
-        self._num_arrived += 1
-        request.arrival = self._num_arrived
-        self._last_arrival = self._clock()
-        self._num_gathering += 1
         self._requests[request.id] = request
-        self._enqueue(request)
+        self._waiting.arrive(request)
 
     def abort(self, request_id: str) -> RequestUpdate | None:
         """End a request now, waiting or running. None if it is not known (any more)."""
@@ -321,7 +295,7 @@ class Scheduler:
         draft = _Draft(self._max_tokens, self._choose_drafts(num_decodes))
         self._plan_running(draft, num_decodes if decodes else 0, prompts=prompts)
         if prompts:
-            self._open_gate()
+            self._waiting.open_gate()
             if self._waiting and not draft.short_of_blocks:
                 self._admit_waiting(draft)
             self._top_up(draft)
@@ -361,9 +335,9 @@ class Scheduler:
         for request in tuple(self._waiting):
             if not self._free_slots or not draft.budget:
                 return
-            if not self._may_enter(request):
+            if not self._waiting.may_enter(request):
                 continue
-            if _is_overdue(self._waiting[0]) and request is not self._waiting[0]:
+            if self._waiting.must_wait_for_first(request):
                 return
             if self._is_long(request) and num_long >= limits.max_long_partial_prefills:
                 continue
@@ -467,7 +441,7 @@ class Scheduler:
         if lockstep is None:
             return None
         if self._waiting:
-            self._open_gate()
+            self._waiting.open_gate()
         plan = None
         if not (self._waiting and self._free_slots) and self._repeats_drafts(lockstep.plan):
             plan = lockstep.next_plan()
@@ -587,37 +561,11 @@ class Scheduler:
     def _is_long(self, request: Request) -> bool:
         return 0 < self._config.long_prefill_token_threshold < request.prompt_len
 
-    # Waiting
-
-    def _enqueue(self, request: Request) -> None:
-        insort(self._waiting, request, key=_rank)
-        self._priorities[request.priority] += 1
-
-    def _dequeue(self, request: Request) -> None:
-        self._waiting.remove(request)
-        self._priorities[request.priority] -= 1
-        if not self._priorities[request.priority]:
-            del self._priorities[request.priority]
-
-    def _may_enter(self, request: Request) -> bool:
-        """Whether nothing but room keeps it from running."""
-        return not request.awaits_host and request.arrival <= self._gathered
-
-    def _open_gate(self) -> None:
-        """Let those that wait enter, if the insertion policy says that it is time."""
-        config = self._config
-        if config.insertion_policy == "gather":
-            waited = self._clock() - self._last_arrival
-            if self._num_gathering < config.prefill_gather_size and waited < config.prefill_gather_ms / 1e3:
-                return
-        self._gathered, self._num_gathering = self._num_arrived, 0
+    # Slots
 
     def _admit(self, request: Request, hits: list[int], draft: _Draft) -> None:
         """Give a request a slot, and the cached blocks of its prefix."""
-        may_pass_others = len(self._priorities) > 1 or self._config.long_prefill_token_threshold
-        self._dequeue(request)
-        if may_pass_others:
-            self._count_overtaken(request)
+        self._waiting.enter(request)
         slot = self._free_slots.pop()
         self._generations[slot] += 1
         self._blocks.hold(hits)
@@ -632,34 +580,21 @@ class Scheduler:
             self.statistics.cached_prompt_tokens += request.planned
         self._prefixes.enter(request)
         self._by_slot[slot] = request
-        insort(self._running, request, key=_rank)
+        insort(self._running, request, key=rank)
         draft.admitted.append(request)
-
-    def _count_overtaken(self, admitted: Request) -> None:
-        arrival, gathered = admitted.arrival, self._gathered
-        overdue = []
-        for request in self._waiting:
-            if request.arrival < arrival and request.arrival <= gathered and not request.awaits_host:
-                request.overtaken += 1
-                if request.overtaken == MAX_OVERTAKEN:
-                    overdue.append(request)
-        for request in overdue:
-            self._waiting.remove(request)
-            insort(self._waiting, request, key=_rank)
 
     def _preempt(self, request: Request) -> None:
         self._leave_slot(request)
         request.num_preemptions += 1
         request.awaits_host = False
         self.statistics.preemptions += 1
-        self._enqueue(request)
+        self._waiting.come_back(request)
 
     def _finish(self, request: Request, reason: FinishReason, tokens: tuple[int, ...]) -> RequestUpdate:
         request.finish_reason = reason
         del self._requests[request.id]
         if request.slot is None:
-            self._dequeue(request)
-            self._num_gathering -= request.arrival > self._gathered
+            self._waiting.give_up(request)
         else:
             self._leave_slot(request)
         return RequestUpdate(request, tokens, reason)
@@ -686,16 +621,6 @@ class Scheduler:
         if draft.unpublished is not None:
             self._prefixes.publish_planned(draft.unpublished.request)
             draft.unpublished = None
-
-
-def _rank(request: Request) -> tuple[bool, int, int]:
-    """Who comes first: those that were overtaken too often, then by priority and arrival."""
-    overdue = _is_overdue(request)
-    return not overdue, 0 if overdue else request.priority, request.arrival
-
-
-def _is_overdue(request: Request) -> bool:
-    return request.overtaken >= MAX_OVERTAKEN
 
 
 def _is_prefilling(request: Request) -> bool:

@@ -18,7 +18,8 @@ from typing import Any
 import zmq
 
 from stepgraph.config import EngineConfig
-from stepgraph.engine.engine import Engine, StepReport
+from stepgraph.engine.engine import Engine
+from stepgraph.engine.reports import StepReport
 from stepgraph.engine.request import Request, RequestUpdate
 from stepgraph.engine.sampling_params import SamplingParams
 from stepgraph.errors import ConfigError, EngineDeadError, ModelError, RequestError
