@@ -158,9 +158,7 @@ class GraphPool(Generic[Output]):
         self._entries: dict[StepShape, _Entry[Output]] = {}
         self._eager: dict[StepShape, Graph[Output]] = {}
         self._over_budget: set[StepShape] = set()
-        self._last: _Use[Output] | None = (
-            None  # of steps that run in one graph after another, all but the first skip the search
-        )
+        self._last: _Use[Output] | None = None  # a step with the rows of the one before it skips the search
         # CUDA forgets a memory pool with its last graph, and cannot capture into it again: one graph over the budget is kept.
         self._keeper: Graph[Output] | None = None
 
