@@ -4,7 +4,7 @@ from unittest import mock
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from scheduling import Loop, answer_alone
 
@@ -46,6 +46,16 @@ def count_lockstep(run) -> int:
     accuracy=st.sampled_from([0.7, 1.0]),
     arrivals=st.sets(st.integers(1, 40), max_size=3),
     aborts=st.sets(st.integers(1, 40), max_size=2),
+)
+@example(  # the numbers of proposals differ, and are known before the next step is planned
+    requests=[(3, 60, False, 8)],
+    num_drafts=3,
+    run_ahead=0,
+    num_kv_blocks=80,
+    lookahead=0,
+    accuracy=0.7,
+    arrivals=set(),
+    aborts=set(),
 )
 @settings(max_examples=60)
 def test_the_same_steps_are_planned_and_the_same_updates_come_as_row_by_row(
