@@ -197,7 +197,7 @@ class LLM:
             raise
         return sessions
 
-    def _step(self) -> list[RequestUpdate]:
+    def _step(self) -> Sequence[RequestUpdate]:
         """One step of the engine, when it has something to do. Ctrl-C leaves it usable: a first one waits for the step's end."""
         if self.engine.idle_reason is not None and not self.engine.has_work:
             raise RequestError(f"the engine computes no answers now: {self.engine.idle_reason}")

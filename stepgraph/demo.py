@@ -145,7 +145,7 @@ class Workload:
             self.requests[arrival.name] = request
         return arrived
 
-    def step(self) -> tuple[list[RequestUpdate], StepRecord | None]:
+    def step(self) -> tuple[Sequence[RequestUpdate], StepRecord | None]:
         """Run one step; what it returned, and the record of the step it launched, if it launched one."""
         statistics = self.engine.runner.pool.statistics
         before = statistics.num_steps

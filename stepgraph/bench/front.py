@@ -108,8 +108,8 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _offline(engine: Engine, prompts: Sequence[list[int]], output_len: int) -> Pace:
-    from stepgraph.engine.engine import StepReport
     from stepgraph.engine.prompts import TokenizedPrompt
+    from stepgraph.engine.reports import StepReport
     from stepgraph.engine.sampling_params import SamplingParams
     from stepgraph.engine.session import Session
 

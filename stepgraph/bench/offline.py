@@ -9,7 +9,8 @@ from statistics import median
 from typing import Any
 
 from stepgraph.bench.serve_metrics import Outcome
-from stepgraph.engine.engine import Engine, StepReport
+from stepgraph.engine.engine import Engine
+from stepgraph.engine.reports import StepReport
 from stepgraph.engine.request import FinishReason
 from stepgraph.engine.sampling_params import SamplingParams
 

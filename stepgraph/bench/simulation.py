@@ -16,7 +16,8 @@ from stepgraph.bench.workloads import VOCAB_SIZE, Arrival, Lengths
 from stepgraph.config import GraphConfig, SchedulerConfig
 from stepgraph.engine.request import FinishReason, Request
 from stepgraph.engine.sampling_params import SamplingParams
-from stepgraph.engine.scheduler import MAX_OVERTAKEN, WATERMARK, ScheduledStep, Scheduler
+from stepgraph.engine.scheduler import WATERMARK, ScheduledStep, Scheduler
+from stepgraph.engine.waiting import MAX_OVERTAKEN
 from stepgraph.graph.pool import capturable_shapes
 from stepgraph.step import slot_line
 from stepgraph.step.plan import StepPlan
@@ -246,7 +247,7 @@ class Device:
                     slot.active = False
                     finish = slot_line.FINISHED_LENGTH if slot.end == slot.max_length else slot_line.FINISHED_STOP
             rows.append(RowResult(index, slot.generation, finish, len(tokens), tokens=tokens))
-        return StepResults(rows), num_tokens
+        return StepResults.of(rows), num_tokens
 
 
 @dataclass

@@ -21,7 +21,8 @@ from stepgraph.bench.roofline import Limits, measure_limits
 from stepgraph.bench.spec_cost import RoundCosts, RoundTimes, expected_tokens, round_costs, time_round
 from stepgraph.bench.spec_text import WATERMARK, check_rows
 from stepgraph.config import CacheConfig, EngineConfig, SchedulerConfig
-from stepgraph.engine.engine import Engine, StepReport
+from stepgraph.engine.engine import Engine
+from stepgraph.engine.reports import StepReport
 from stepgraph.engine.sampling_params import SamplingParams
 from stepgraph.errors import ConfigError
 from stepgraph.models.source import ModelSource, resolve_configured

@@ -15,8 +15,9 @@ from tqdm import tqdm
 from stepgraph.bench.spec_cost import RoundTimes, TimedStep, spread, time_round, time_steps
 from stepgraph.bench.spec_workloads import Workload
 from stepgraph.config import CacheConfig, EngineConfig
-from stepgraph.engine.engine import Engine, StepReport
+from stepgraph.engine.engine import Engine
 from stepgraph.engine.prompts import render_chat, require_tokenizer
+from stepgraph.engine.reports import StepReport
 from stepgraph.engine.sampling_params import SamplingParams
 from stepgraph.errors import ConfigError
 from stepgraph.models.source import ModelSource

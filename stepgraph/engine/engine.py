@@ -9,11 +9,11 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cached_property
 from numbers import Integral
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -23,12 +23,12 @@ from stepgraph.engine.beside import beside
 from stepgraph.engine.guidance import GuidanceCompiler, GuideError
 from stepgraph.engine.masks import TokenMasks
 from stepgraph.engine.prompts import require_tokenizer
+from stepgraph.engine.reports import HostTime, StepReport
 from stepgraph.engine.request import FinishReason, Request, RequestUpdate
 from stepgraph.engine.sampling_params import SamplingParams, bad_word_token_ids
 from stepgraph.engine.scheduler import ScheduledStep, Scheduler
 from stepgraph.engine.speculation import SpeculationStatistics
 from stepgraph.errors import ConfigError, EngineDeadError, RequestError, StepgraphError
-from stepgraph.graph.pool import StepRecord
 from stepgraph.models.adapters import Adapter, AdapterStore
 from stepgraph.models.decoder import Decoder
 from stepgraph.models.language_model import LanguageModel
@@ -42,7 +42,7 @@ from stepgraph.spec.drafter import Drafter
 from stepgraph.step import slot_line
 from stepgraph.step.memory import place_weights
 from stepgraph.step.plan import StepKind
-from stepgraph.step.runner import RowResult, StepRunner, Ticket
+from stepgraph.step.runner import StepResults, StepRunner, Ticket
 from stepgraph.step.slot_sampling import SlotSampling
 
 if TYPE_CHECKING:
@@ -50,25 +50,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-
-@dataclass
-class HostTime:
-    """What steps cost the host, waiting for the device excluded."""
-
-    steps: int = 0
-    seconds: float = 0.0
-
-
-class StepReport(NamedTuple):
-    """A step whose results have been read."""
-
-    record: StepRecord
-    seconds: float
-    """From its launch, or from the end of the step before it if that was later."""
-    host_seconds: float
-    """Of planning one step and taking in the results of one, as they went on side by side."""
-    decodes: Sequence[RowResult] = ()
-    """Its rows that were not of prompts, those that ran nothing left out."""
+T = TypeVar("T")
 
 
 class _InFlight(NamedTuple):
@@ -407,30 +389,29 @@ class Engine:
             self._undelivered = [other for other in self._undelivered if other.request is not update.request]
         return update
 
-    def step(self) -> list[RequestUpdate]:
+    def step(self) -> Sequence[RequestUpdate]:
         """Launch the next step, and return the results of the oldest one that must be read by now.
 
         Raises:
             EngineDeadError: this or an earlier step failed.
         """
         self._check_alive()
-        with self._noting_failure():
-            return self._step()
+        return self._noting_failure(self._step)
 
-    @contextmanager
-    def _noting_failure(self) -> Iterator[None]:
-        """What fails inside leaves requests and the device in a state nobody knows: the engine ends."""
+    def _noting_failure(self, call: Callable[[], T]) -> T:
+        """What fails in `call` leaves requests and the device in a state nobody knows: the engine ends."""
         try:
-            yield
+            return call()
         except BaseException as error:
             self._failure = error
             if isinstance(error, StepgraphError) or not isinstance(error, Exception):
                 raise
             raise EngineDeadError(f"the engine stopped on an error: {error}") from error
 
-    def _step(self) -> list[RequestUpdate]:
+    def _step(self) -> Sequence[RequestUpdate]:
         started = time.perf_counter()
         updates, self._undelivered = self._undelivered, []
+        collected: Sequence[RequestUpdate] = []
         scheduled = None
         if self.idle_reason is None:
             updates += [self._fail(request) for request in self._masks.collect()]
@@ -444,16 +425,16 @@ class Engine:
             self.host_time.steps += 1
             self.host_time.seconds += planned - started
         if self._in_flight and (scheduled is None or len(self._in_flight) > self.platform.run_ahead):
-            updates += self._collect()
-        return updates
+            collected = self._collect()
+        return [*updates, *collected] if updates else collected
 
     def _schedule(self, updates: list[RequestUpdate]) -> ScheduledStep | None:
         """Plan a step and write the device's view of the requests that it admits. Ends those for which that fails."""
         while True:
             scheduled = self.scheduler.schedule()
-            failed = (
-                [] if scheduled is None else [request for request in scheduled.admitted if not self._admit(request)]
-            )
+            if scheduled is None or not scheduled.admitted:
+                return scheduled
+            failed = [request for request in scheduled.admitted if not self._admit(request)]
             if not failed:
                 return scheduled
             self.platform.synchronize()  # a device that is broken fails all, and does so here
@@ -461,40 +442,43 @@ class Engine:
             # A row that cannot run is planned, and rows after it may count on the blocks it was to fill: plan everything anew.
             self.scheduler.preempt_all()
 
-    def _collect(self) -> list[RequestUpdate]:
+    def _collect(self) -> Sequence[RequestUpdate]:
         """Take in the results of the oldest step under way."""
         step = self._in_flight.popleft()
-        results = self.runner.collect(step.ticket)
+        plan = step.ticket.plan
+        self.runner.wait(step.ticket)
         collected = time.perf_counter()
-        updates = [
-            update if update.request.guide is None else self._follow_grammar(update)
-            for update in self.scheduler.reconcile(step.scheduled, results)
-        ]
+        results = self.runner.collect(step.ticket)
+        updates = self.scheduler.reconcile(step.scheduled, results)
+        if step.scheduled.follows_grammar:
+            updates = [update if update.request.guide is None else self._follow_grammar(update) for update in updates]
         seconds = collected - max(step.launched_at, self._collected_at)
-        num_prefill_rows = step.ticket.plan.num_prefill_rows
-        decodes = [row for row in results.rows[num_prefill_rows:] if row.num_tokens]
-        self._observe(step.ticket, decodes, seconds)
+        if len(self._depth.levels) > 1:
+            self._observe(step.ticket, results, seconds)
         reading = time.perf_counter() - collected
         self.host_time.seconds += reading
-        self.on_step(StepReport(step.ticket.record, seconds, step.host_seconds + reading, decodes))
+        self.on_step(
+            StepReport(step.ticket.record, seconds, step.host_seconds + reading, results, plan.num_prefill_rows)
+        )
         self._collected_at = collected
         return updates
 
-    def _observe(self, ticket: Ticket, decodes: Sequence[RowResult], seconds: float) -> None:
+    def _observe(self, ticket: Ticket, results: StepResults, seconds: float) -> None:
         """Let the choice of how many tokens to propose learn from a step."""
-        record = ticket.record
-        if not decodes or not self.config.speculative.max_drafts:
-            return
+        record, plan = ticket.record, ticket.plan
         telling = record.kind is StepKind.DECODE and not record.captured
-        accepted = [(row.num_verified, row.num_accepted) for row in decodes]
-        self._depth.observe(len(decodes), ticket.plan.num_drafts, accepted, seconds if telling else None)
+        accepted = [outcome[1:] for outcome in results.outcomes(plan.num_prefill_rows) if outcome[0]]
+        if accepted:
+            self._depth.observe(len(accepted), plan.num_drafts, accepted, seconds if telling else None)
 
     def _stop_running(self) -> None:
         """Finish the steps under way and send every running request back to wait; the KV cache holds nothing after that."""
-        with self._noting_failure():
-            while self._in_flight:
-                self._undelivered += self._collect()
-            self.scheduler.preempt_all()
+        self._noting_failure(self._drain)
+
+    def _drain(self) -> None:
+        while self._in_flight:
+            self._undelivered += self._collect()
+        self.scheduler.preempt_all()
 
     def _admit(self, request: Request) -> bool:
         """Write the device's view of a request that got a slot, before its first step or after a preemption. False if that

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,6 +20,18 @@ class PromptSpan:
     first_line: int  # of the row's tokens in the step
     start: int  # position of its first token
     num_tokens: int
+
+
+def note_logprobs(
+    request: Request, tokens: Sequence[int], lines: npt.NDArray[np.int32] | None, first_line: int
+) -> None:
+    """Note what a step reports of the tokens that a request gained in it, if it asked. `lines`: the step's report; the tokens'
+    own lines begin at `first_line`."""
+    count = request.sampling.num_logprobs
+    if lines is not None and count:
+        request.output_logprobs += [
+            read_logprobs(token, lines[line], count) for line, token in enumerate(tokens, first_line)
+        ]
 
 
 def read_logprobs(token: int, line: npt.NDArray[np.int32], count: int) -> TokenLogprobs:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import KW_ONLY, dataclass, field
 from enum import StrEnum
-from typing import TYPE_CHECKING, NamedTuple
+from functools import cached_property, partial
+from itertools import repeat
+from typing import TYPE_CHECKING, Any, NamedTuple, cast, overload
 
 from stepgraph.engine.sampling_params import SamplingParams
 from stepgraph.step.shape import Variant
@@ -108,7 +110,8 @@ class Request(AnsweredRequest):
     prefill_len: int = 0
     """Tokens known when it got its slot: the prompt, and after a preemption the answer so far."""
     planned: int = 0
-    """Tokens whose computation is planned: the device has computed these, or will before anything planned later."""
+    """Tokens whose computation is planned: the device has computed these, or will before anything planned later. Like the two
+    below, as of the beginning of a `Lockstep` while it decodes in one."""
     spread: int = 0
     """Proposals in steps under way: if all stand, so many tokens more are computed than `planned`."""
     num_unread: int = 0
@@ -131,7 +134,7 @@ class Request(AnsweredRequest):
     num_found: int = 0
     """Of its granted blocks, the first so many were found in the prefix cache when it got its slot."""
     num_published: int = 0
-    """Of its granted blocks, the first so many are in the prefix cache."""
+    """Of its granted blocks, the first so many can be found in the prefix cache."""
     awaits_host: bool = False
     """It cannot run another token before the host has done something: compiled its grammar, prepared its token mask."""
     was_snapped: bool = False
@@ -160,3 +163,34 @@ class RequestUpdate(NamedTuple):
     request: Request
     new_token_ids: tuple[int, ...]
     finish_reason: FinishReason | None
+
+
+class SteadyUpdates(Sequence[RequestUpdate]):
+    """Updates of requests that gained tokens and go on: made when first looked at, as many callers wait for the end only.
+
+    Args:
+        requests: R of them.
+        tokens: R times, what each has gained.
+    """
+
+    def __init__(self, requests: Sequence[Request], tokens: Iterable[tuple[int, ...]]):
+        self._requests, self._tokens = requests, tokens
+
+    @cached_property
+    def _updates(self) -> list[RequestUpdate]:
+        # RequestUpdate._make, without a call into Python for each
+        make = cast(Callable[[Any], RequestUpdate], partial(tuple.__new__, RequestUpdate))
+        return list(map(make, zip(self._requests, self._tokens, repeat(None))))
+
+    def __len__(self) -> int:
+        return len(self._requests)
+
+    def __iter__(self) -> Iterator[RequestUpdate]:
+        return iter(self._updates)
+
+    @overload
+    def __getitem__(self, index: int) -> RequestUpdate: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[RequestUpdate]: ...
+    def __getitem__(self, index: int | slice) -> RequestUpdate | list[RequestUpdate]:
+        return self._updates[index]

@@ -10,43 +10,35 @@ either: a row is planned as if none did, and its KV blocks as if all did.
 KV blocks are granted as requests grow. When there are none left, the running request of the lowest rank is preempted: it loses
 its blocks and its slot, waits in its old place, and is computed again later from the tokens known by then. The request of the
 highest rank can preempt all others and fits alone, so there is always progress.
-
-Waiting is bounded. A request can be overtaken, by higher priorities or by short prompts while long ones are limited, by at most
-`MAX_OVERTAKEN` later arrivals; then nothing passes it any more. Losing its blocks to a later arrival counts too. So whatever
-arrives, it waits for the work of those before it and of a fixed number of others.
 """
 
 from __future__ import annotations
 
 import time
 from bisect import bisect_left, bisect_right, insort
-from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-
-import numpy as np
+from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 from stepgraph.config import SchedulerConfig
-from stepgraph.engine.blocks import BlockPool, block_key, root_key
-from stepgraph.engine.logprobs import PromptSpan, read_logprobs, read_prompt_logprobs
+from stepgraph.engine.blocks import BlockPool
+from stepgraph.engine.lockstep import Lockstep
+from stepgraph.engine.logprobs import PromptSpan, note_logprobs, read_prompt_logprobs
+from stepgraph.engine.prefix_cache import PrefixCache
 from stepgraph.engine.request import FinishReason, Request, RequestUpdate
 from stepgraph.engine.speculation import SpeculationStatistics
+from stepgraph.engine.waiting import WaitingLine, rank
 from stepgraph.errors import RequestError
 from stepgraph.step import slot_line
 from stepgraph.step.plan import StepPlan
 from stepgraph.step.runner import StepResults
 from stepgraph.step.shape import Variant
 
-MAX_OVERTAKEN = 256
-"""Later arrivals that may get a slot before a waiting request does, or take a running one's blocks."""
 WATERMARK = 0.01
 """Share of the KV blocks that a new request leaves free for those that run, which would otherwise soon preempt it."""
 
 SNAP_SAVING = 1 / 4
 """Share of two steps' tokens that cutting a chunk to a captured size must save: it costs its prompt one step."""
-
-_POLL_S = 0.001
-"""How soon to look again for a request whose grammar is being compiled."""
 
 _FINISH_REASONS = {
     slot_line.FINISHED_STOP: FinishReason.STOP,
@@ -55,14 +47,15 @@ _FINISH_REASONS = {
 }
 
 
-@dataclass(frozen=True)
-class ScheduledStep:
+class ScheduledStep(NamedTuple):
     """A plan, and what the engine does before and after it runs."""
 
     plan: StepPlan
-    admitted: tuple[Request, ...]
+    admitted: tuple[Request, ...] = ()
     """Requests whose device-side state must be written first."""
-    prompt_spans: tuple[PromptSpan, ...]
+    prompt_spans: tuple[PromptSpan, ...] = ()
+    follows_grammar: bool = False
+    """Whether it samples for a request that does."""
 
 
 @dataclass
@@ -99,6 +92,7 @@ class _Draft:
     admitted: list[Request] = field(default_factory=list)
     variant: Variant = Variant.PLAIN  # of the decodes
     short_of_blocks: bool = False
+    follows_grammar: bool = False
     unpublished: _Chunk | None = None
     """The last chunk: its blocks become findable when the next prompt is looked at, as the row may still be cut."""
 
@@ -140,25 +134,20 @@ class Scheduler:
         self._max_tokens = max_tokens
         self._block_size = block_size
         self._token_sizes = tuple(token_sizes)
-        self._prefix_caching = prefix_caching
         self._pure_steps = pure_steps
         self._choose_drafts = choose_drafts
-        self._lookahead = lookahead
-        self._clock = clock
         self._blocks = BlockPool(num_kv_blocks)
+        self._prefixes = PrefixCache(self._blocks, block_size, lookahead, prefix_caching)
         self._watermark = int(self._blocks.num_usable * WATERMARK)
         self._free_slots = list(range(config.max_num_seqs, 0, -1))
         self._generations = [0] * (config.max_num_seqs + 1)
-        self._waiting: list[Request] = []  # by rank
+        self._waiting = WaitingLine(config, clock)
         self._running: list[Request] = []  # by rank
         self._by_slot: dict[int, Request] = {}
         self._requests: dict[str, Request] = {}
-        self._priorities: Counter[int] = Counter()  # of waiting requests
-        self._num_arrived = 0
-        self._last_arrival = 0.0  # seconds
-        self._gathered = 0  # requests that arrived up to this number may enter
-        self._num_gathering = 0  # waiting requests beyond it
         self._prefilled_last = False
+        self._last_plan: StepPlan | None = None
+        self._lockstep: Lockstep | None = None
 
     @property
     def requests(self) -> tuple[Request, ...]:
@@ -187,14 +176,7 @@ class Scheduler:
 
     def seconds_until_work(self) -> float | None:
         """How long `schedule` will have nothing to do unless a request arrives; None if it may have work now, or no request."""
-        if self._running or not self._waiting:
-            return None
-        self._open_gate()
-        if any(map(self._may_enter, self._waiting)):
-            return None
-        if any(request.awaits_host for request in self._waiting):
-            return _POLL_S
-        return max(0.0, self._last_arrival + self._config.prefill_gather_ms / 1e3 - self._clock())
+        return None if self._running or not self._waiting else self._waiting.seconds_until_one_may_enter()
 
     def add(self, request: Request) -> None:
         """Queue a request.
@@ -210,12 +192,8 @@ class Scheduler:
                 f"the request needs KV blocks for {request.max_length - 1} tokens ({needed} blocks of {self._block_size}), "
                 f"and the cache has {self._blocks.num_usable}; lower max_tokens, shorten the prompt, or raise num_kv_blocks"
             )
-        self._num_arrived += 1
-        request.arrival = self._num_arrived
-        self._last_arrival = self._clock()
-        self._num_gathering += 1
         self._requests[request.id] = request
-        self._enqueue(request)
+        self._waiting.arrive(request)
 
     def abort(self, request_id: str) -> RequestUpdate | None:
         """End a request now, waiting or running. None if it is not known (any more)."""
@@ -224,16 +202,23 @@ class Scheduler:
     def end(self, request_id: str, reason: FinishReason) -> RequestUpdate | None:
         """End a request from the host's side, for `reason`. None if it is not known (any more)."""
         request = self._requests.get(request_id)
-        return None if request is None else self._finish(request, reason, ())
+        if request is None:
+            return None
+        self._end_lockstep()
+        return self._finish(request, reason, ())
 
     def preempt_all(self) -> None:
         """Send every running request back to wait, and forget all cached content. For when the KV cache's content is lost."""
+        self._end_lockstep()
         while self._running:
             self._preempt(self._running[-1])
         self._blocks.forget()
 
     def schedule(self) -> ScheduledStep | None:
         """Plan one step; None if nothing can run until results or requests arrive."""
+        plan = self._next_in_lockstep()
+        if plan is not None:
+            return ScheduledStep(plan)
         if self._pure_steps:
             decodes_first = self._prefilled_last
             draft = self._draft(decodes=decodes_first, prompts=not decodes_first)
@@ -247,48 +232,50 @@ class Scheduler:
         self._prefilled_last = bool(draft.chunks)
         return self._complete(draft)
 
-    def reconcile(self, step: ScheduledStep, results: StepResults) -> list[RequestUpdate]:
+    def reconcile(self, step: ScheduledStep, results: StepResults) -> Sequence[RequestUpdate]:
         """Take in the results of a step; rows of requests that have left their slot since it was planned are dropped."""
+        if self._lockstep is not None:
+            updates = self._lockstep.read(results) if step.plan.rows is self._lockstep.plan.rows else None
+            if updates is not None:
+                if step.plan.num_drafts:
+                    self.speculation.add(results.outcomes())
+                return updates
+            self._end_lockstep()
         for span in step.prompt_spans:
             assert results.prompt_logprobs is not None
             if span.request.generation == span.generation:
                 read_prompt_logprobs(span, results.prompt_logprobs)
-        updates = []
-        by_slot, block_size = self._by_slot, self._block_size
-        running = slot_line.RUNNING
-        plan = step.plan
-        for index, row in enumerate(results.rows):
-            request = by_slot.get(row.slot)
-            if request is None or request.generation != row.generation:
+        return self._read(step.plan, results)
+
+    def _read(self, plan: StepPlan, results: StepResults) -> list[RequestUpdate]:
+        """Take in the new tokens of a step's rows, one by one."""
+        updates, decoded = [], []
+        by_slot = self._by_slot
+        for index, line in enumerate(results.table.tolist()):
+            slot, generation, finish, num_tokens, num_verified, num_accepted, first_sample, num_drafts, *new = line
+            request = by_slot.get(slot)
+            if request is None or request.generation != generation:
                 continue
-            finish, tokens = row.finish, tuple(row.tokens)
-            if not tokens and finish == running:
+            tokens = tuple(new[:num_tokens])
+            if not tokens and finish == slot_line.RUNNING:
                 continue
             if index >= plan.num_prefill_rows:
-                request.planned += len(tokens) - 1
+                request.planned += num_tokens - 1
                 request.spread -= plan.rows[index][1] - 1
-                request.num_draft_tokens += row.num_verified
-                request.note_accepted(row.num_accepted)
-                self.speculation.add(row)
+                request.num_draft_tokens += num_verified
+                request.note_accepted(num_accepted)
+                decoded.append((num_tokens, num_verified, num_accepted))
             request.num_unread -= 1
             if plan.num_drafts:
-                request.was_drafted = row.num_drafts > 0
+                request.was_drafted = num_drafts > 0
             if not request.num_unread:
-                request.num_drafts = row.num_drafts
+                request.num_drafts = num_drafts
                 if request.guide is not None:
-                    request.draft_token_ids = (
-                        () if results.drafts is None else results.drafts[index, : row.num_drafts].tolist()
-                    )
+                    drafts = results.drafts
+                    request.draft_token_ids = () if drafts is None else drafts[index, :num_drafts].tolist()
             request.output_token_ids += tokens
-            if results.logprobs is not None and request.sampling.num_logprobs:
-                for line, token in enumerate(tokens, row.first_sample):
-                    request.output_logprobs.append(
-                        read_logprobs(token, results.logprobs[line], request.sampling.num_logprobs)
-                    )
-            num_full = (request.num_known - max(1, self._lookahead)) // block_size
-            if num_full > request.num_published:
-                self._publish(request, num_full)
-            if finish == running:
+            note_logprobs(request, tokens, results.logprobs, first_sample)
+            if finish == slot_line.RUNNING:
                 updates.append(RequestUpdate(request, tokens, None))
             else:
                 reason = _FINISH_REASONS[finish]
@@ -297,15 +284,18 @@ class Scheduler:
                 elif reason is FinishReason.ERROR:
                     request.error = "no token could be sampled: every logit was NaN or ruled out"
                 updates.append(self._finish(request, reason, tokens))
+        if plan.num_drafts:
+            self.speculation.add(decoded)
         return updates
 
     # Planning
 
     def _draft(self, *, decodes: bool, prompts: bool) -> _Draft:
-        draft = _Draft(self._max_tokens, self._choose_drafts(sum(map(_can_decode, self._running))))
-        self._plan_running(draft, decodes=decodes, prompts=prompts)
+        num_decodes = sum(map(_can_decode, self._running))
+        draft = _Draft(self._max_tokens, self._choose_drafts(num_decodes))
+        self._plan_running(draft, num_decodes if decodes else 0, prompts=prompts)
         if prompts:
-            self._open_gate()
+            self._waiting.open_gate()
             if self._waiting and not draft.short_of_blocks:
                 self._admit_waiting(draft)
             self._top_up(draft)
@@ -313,9 +303,12 @@ class Scheduler:
                 self._snap(draft)
         return draft
 
-    def _plan_running(self, draft: _Draft, *, decodes: bool, prompts: bool) -> None:
-        """Rows of the requests that hold slots, highest rank first, so that whoever must be preempted has no row yet."""
-        decodes_left = sum(map(_can_decode, self._running)) if decodes else 0
+    def _plan_running(self, draft: _Draft, decodes_left: int, *, prompts: bool) -> None:
+        """Rows of the requests that hold slots, highest rank first, so that whoever must be preempted has no row yet.
+
+        `decodes_left`: rows to decode; with 0, nobody does.
+        """
+        decodes = decodes_left > 0
         prefills_left = sum(map(_is_prefilling, self._running))
         newcomers = min(self._config.max_num_partial_prefills - prefills_left, self._num_admissible(prefills_left))
         index = 0
@@ -342,14 +335,14 @@ class Scheduler:
         for request in tuple(self._waiting):
             if not self._free_slots or not draft.budget:
                 return
-            if not self._may_enter(request):
+            if not self._waiting.may_enter(request):
                 continue
-            if _is_overdue(self._waiting[0]) and request is not self._waiting[0]:
+            if self._waiting.must_wait_for_first(request):
                 return
             if self._is_long(request) and num_long >= limits.max_long_partial_prefills:
                 continue
             self._publish_pending(draft)
-            hits = self._find_prefix(request)
+            hits = self._prefixes.find(request)
             num_cached = len(hits) * self._block_size
             needed = (
                 self._blocks_for(self._with_drafts(request, request.num_known, draft))
@@ -435,20 +428,50 @@ class Scheduler:
             variant=variant,
             num_drafts=draft.num_drafts,
         )
-        return ScheduledStep(plan, tuple(draft.admitted), tuple(spans))
+        if self._last_plan is not None and plan.repeats(self._last_plan):
+            plan = replace(plan, rows=self._last_plan.rows)
+            if Lockstep.may_begin(self._running, plan):
+                self._lockstep = Lockstep(self._running, plan, self._blocks, self._block_size)
+        self._last_plan = plan
+        return ScheduledStep(plan, tuple(draft.admitted), tuple(spans), draft.follows_grammar)
+
+    def _next_in_lockstep(self) -> StepPlan | None:
+        """The plan of those that decode in lockstep, if nobody else may run and there is nothing else to decide."""
+        lockstep = self._lockstep
+        if lockstep is None:
+            return None
+        if self._waiting:
+            self._waiting.open_gate()
+        plan = None
+        if not (self._waiting and self._free_slots) and self._repeats_drafts(lockstep.plan):
+            plan = lockstep.next_plan()
+        if plan is None:
+            self._end_lockstep()
+        return plan
+
+    def _repeats_drafts(self, plan: StepPlan) -> bool:
+        return self._choose_drafts(len(plan.rows)) == plan.num_drafts
+
+    def _end_lockstep(self) -> None:
+        """Let the requests' own counters count again."""
+        if self._lockstep is not None:
+            self._lockstep.settle()
+            self._lockstep = None
 
     def _plan_decode(self, request: Request, limit: int, draft: _Draft) -> None:
         """Plan a row of one token and its proposals, up to `limit` in all, if there are blocks for it."""
         slot = request.slot
         assert slot is not None
-        num_tokens = min(1 + min(request.num_drafts, draft.num_drafts), limit)
-        num_written = self._with_drafts(request, request.planned + request.spread + num_tokens, draft)
-        deltas: list[tuple[int, int, int]] = []
-        while len(request.blocks) * self._block_size < num_written:
-            if not self._grant(request, slot, deltas, draft):
-                self._take_back(request, len(deltas))
-                return
-        draft.decode_deltas += deltas
+        num_tokens = min(1 + min(request.num_drafts, draft.num_drafts), limit) if draft.num_drafts else 1
+        num_written = request.planned + request.spread + num_tokens
+        if len(request.blocks) * self._block_size < num_written + draft.num_drafts:  # else there are enough for sure
+            num_written = self._with_drafts(request, num_written, draft)
+            deltas: list[tuple[int, int, int]] = []
+            while len(request.blocks) * self._block_size < num_written:
+                if not self._grant(request, slot, deltas, draft):
+                    self._take_back(request, len(deltas))
+                    return
+            draft.decode_deltas += deltas
         request.planned += 1
         request.spread += num_tokens - 1
         self._expect_token(request, draft)
@@ -494,7 +517,8 @@ class Scheduler:
 
     def _expect_token(self, request: Request, draft: _Draft) -> None:
         """The step samples for a request, which a grammar must see before the next, and makes proposals for it."""
-        request.awaits_host = request.guide is not None
+        if request.guide is not None:
+            request.awaits_host = draft.follows_grammar = True
         request.num_unread += 1
         # What the step will propose is not known before its results; if it is more, the rest of it is not verified.
         request.num_drafts = min(draft.num_drafts, request.sampling.max_num_drafts) if request.was_drafted else 0
@@ -537,37 +561,11 @@ class Scheduler:
     def _is_long(self, request: Request) -> bool:
         return 0 < self._config.long_prefill_token_threshold < request.prompt_len
 
-    # Waiting
-
-    def _enqueue(self, request: Request) -> None:
-        insort(self._waiting, request, key=_rank)
-        self._priorities[request.priority] += 1
-
-    def _dequeue(self, request: Request) -> None:
-        self._waiting.remove(request)
-        self._priorities[request.priority] -= 1
-        if not self._priorities[request.priority]:
-            del self._priorities[request.priority]
-
-    def _may_enter(self, request: Request) -> bool:
-        """Whether nothing but room keeps it from running."""
-        return not request.awaits_host and request.arrival <= self._gathered
-
-    def _open_gate(self) -> None:
-        """Let those that wait enter, if the insertion policy says that it is time."""
-        config = self._config
-        if config.insertion_policy == "gather":
-            waited = self._clock() - self._last_arrival
-            if self._num_gathering < config.prefill_gather_size and waited < config.prefill_gather_ms / 1e3:
-                return
-        self._gathered, self._num_gathering = self._num_arrived, 0
+    # Slots
 
     def _admit(self, request: Request, hits: list[int], draft: _Draft) -> None:
         """Give a request a slot, and the cached blocks of its prefix."""
-        may_pass_others = len(self._priorities) > 1 or self._config.long_prefill_token_threshold
-        self._dequeue(request)
-        if may_pass_others:
-            self._count_overtaken(request)
+        self._waiting.enter(request)
         slot = self._free_slots.pop()
         self._generations[slot] += 1
         self._blocks.hold(hits)
@@ -580,41 +578,30 @@ class Scheduler:
             request.num_cached_tokens = request.planned
             self.statistics.prompt_tokens += request.prompt_len
             self.statistics.cached_prompt_tokens += request.planned
+        self._prefixes.enter(request)
         self._by_slot[slot] = request
-        insort(self._running, request, key=_rank)
+        insort(self._running, request, key=rank)
         draft.admitted.append(request)
-
-    def _count_overtaken(self, admitted: Request) -> None:
-        arrival, gathered = admitted.arrival, self._gathered
-        overdue = []
-        for request in self._waiting:
-            if request.arrival < arrival and request.arrival <= gathered and not request.awaits_host:
-                request.overtaken += 1
-                if request.overtaken == MAX_OVERTAKEN:
-                    overdue.append(request)
-        for request in overdue:
-            self._waiting.remove(request)
-            insort(self._waiting, request, key=_rank)
 
     def _preempt(self, request: Request) -> None:
         self._leave_slot(request)
         request.num_preemptions += 1
         request.awaits_host = False
         self.statistics.preemptions += 1
-        self._enqueue(request)
+        self._waiting.come_back(request)
 
     def _finish(self, request: Request, reason: FinishReason, tokens: tuple[int, ...]) -> RequestUpdate:
         request.finish_reason = reason
         del self._requests[request.id]
         if request.slot is None:
-            self._dequeue(request)
-            self._num_gathering -= request.arrival > self._gathered
+            self._waiting.give_up(request)
         else:
             self._leave_slot(request)
         return RequestUpdate(request, tokens, reason)
 
     def _leave_slot(self, request: Request) -> None:
         assert request.slot is not None
+        self._prefixes.leave(request)
         self._running.remove(request)
         del self._by_slot[request.slot]
         self._free_slots.append(request.slot)
@@ -628,52 +615,12 @@ class Scheduler:
     def _blocks_for(self, num_tokens: int) -> int:
         return -(-num_tokens // self._block_size)
 
-    def _find_prefix(self, request: Request) -> list[int]:
-        """Cached blocks that a request can start from. Its last known token is computed in any case, for its logits."""
-        if not self._prefix_caching or request.variant is Variant.PROMPT_LOGPROBS:
-            return []
-        num_blocks = (request.num_known - max(1, self._lookahead)) // self._block_size
-        self._extend_keys(request, num_blocks)
-        return self._blocks.find(request.block_keys[:num_blocks])
-
     def _publish_pending(self, draft: _Draft) -> None:
         """Let others find the last prompt row's blocks. They will be full when the step has run, and every operator of a step
         writes all rows' keys and values before it reads any: a prompt may share blocks with one before it in its step."""
         if draft.unpublished is not None:
-            request = draft.unpublished.request
-            num_tokens = min(request.planned, request.prefill_len - self._lookahead)
-            self._publish(request, max(0, num_tokens) // self._block_size)
+            self._prefixes.publish_planned(draft.unpublished.request)
             draft.unpublished = None
-
-    def _publish(self, request: Request, num_blocks: int) -> None:
-        """Let others find a request's first `num_blocks` blocks, which are full."""
-        if not self._prefix_caching:
-            return
-        self._extend_keys(request, num_blocks)
-        for index in range(request.num_published, num_blocks):
-            self._blocks.publish(request.blocks[index], request.block_keys[index])
-        request.num_published = max(request.num_published, num_blocks)
-
-    def _extend_keys(self, request: Request, num_blocks: int) -> None:
-        keys, size = request.block_keys, self._block_size
-        if len(keys) >= num_blocks:
-            return
-        start, end = len(keys) * size, num_blocks * size + self._lookahead
-        tokens = np.asarray(request.tokens(start, end), dtype=np.int32)
-        parent = keys[-1] if keys else root_key(request.cache_salt)
-        for first in range(0, len(tokens) - self._lookahead, size):
-            parent = block_key(parent, tokens[first : first + size + self._lookahead].tobytes())
-            keys.append(parent)
-
-
-def _rank(request: Request) -> tuple[bool, int, int]:
-    """Who comes first: those that were overtaken too often, then by priority and arrival."""
-    overdue = _is_overdue(request)
-    return not overdue, 0 if overdue else request.priority, request.arrival
-
-
-def _is_overdue(request: Request) -> bool:
-    return request.overtaken >= MAX_OVERTAKEN
 
 
 def _is_prefilling(request: Request) -> bool:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from stepgraph.step import slot_line
-from stepgraph.step.runner import RowResult
 
 
 @dataclass
@@ -30,12 +31,12 @@ class SpeculationStatistics:
         """Tokens of a draft that became part of an answer: those that stood, and the one sampled after them."""
         return 1 + self.num_accepted_tokens / max(1, self.num_drafts)
 
-    def add(self, row: RowResult) -> None:
-        """Count a row that ran."""
-        if not row.num_verified:
-            return
-        self.num_drafts += 1
-        self.num_draft_tokens += row.num_verified
-        self.num_saved_steps += max(0, row.num_tokens - 1)
-        for position in range(row.num_accepted):
-            self.num_accepted_per_position[position] += 1
+    def add(self, rows: Iterable[tuple[int, int, int]]) -> None:
+        """Count rows that ran: (new tokens, proposals verified, proposals that stood) of each."""
+        for (num_tokens, num_verified, num_accepted), count in Counter(rows).items():
+            if num_verified:
+                self.num_drafts += count
+                self.num_draft_tokens += count * num_verified
+                self.num_saved_steps += count * max(0, num_tokens - 1)
+                for position in range(num_accepted):
+                    self.num_accepted_per_position[position] += count

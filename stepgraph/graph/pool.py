@@ -10,7 +10,7 @@ from collections import Counter, deque
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
-from typing import Generic
+from typing import Generic, NamedTuple
 
 from tqdm import tqdm
 
@@ -84,6 +84,24 @@ class _Entry(Generic[Output]):
     record: GraphRecord
 
 
+class _Use(NamedTuple, Generic[Output]):
+    """A step that ran in a captured graph."""
+
+    plan: StepPlan
+    record: StepRecord
+    entry: _Entry[Output]
+
+    def fits(self, plan: StepPlan) -> bool:
+        """Whether `plan` has the same rows, the very object, and asks no other graph."""
+        mine = self.plan
+        return (
+            plan.rows is mine.rows
+            and plan.num_drafts == mine.num_drafts
+            and plan.variant == mine.variant
+            and plan.num_prefill_rows == mine.num_prefill_rows
+        )
+
+
 class GraphPool(Generic[Output]):
     """Serves every step with a graph of the smallest captured shape that holds it.
 
@@ -132,6 +150,7 @@ class GraphPool(Generic[Output]):
         self._entries: dict[StepShape, _Entry[Output]] = {}
         self._eager: dict[StepShape, Graph[Output]] = {}
         self._over_budget: set[StepShape] = set()
+        self._last: _Use[Output] | None = None  # a step with the rows of the one before it skips the search
         # CUDA forgets a memory pool with its last graph, and cannot capture into it again: one graph over the budget is kept.
         self._keeper: Graph[Output] | None = None
 
@@ -186,6 +205,12 @@ class GraphPool(Generic[Output]):
 
     def graph_for(self, plan: StepPlan) -> tuple[StepRecord, Graph[Output]]:
         """The graph that runs `plan`, captured now if need be, and the record of this use."""
+        last = self._last
+        if last is not None and last.fits(plan):
+            last.entry.record.uses += 1
+            last.entry.record.real_tokens += last.record.num_tokens
+            self.statistics.add(last.record)
+            return last.record, last.entry.graph
         shape = self.round_up(plan.num_tokens, len(plan.rows), plan.variant, plan.num_drafts)
         reason: EagerReason | None = None
         entry: _Entry[Output] | None = None
@@ -204,7 +229,10 @@ class GraphPool(Generic[Output]):
         captured = self.capture_seconds > capture_seconds
         record = StepRecord(plan.kind, shape, plan.num_tokens, len(plan.rows), reason, captured)
         self.statistics.add(record)
-        return record, entry.graph if entry is not None else self.eager_twin(shape)
+        if entry is None:
+            return record, self.eager_twin(shape)
+        self._last = _Use(plan, replace(record, captured=False), entry)
+        return record, entry.graph
 
     def graph(self, shape: StepShape) -> Graph[Output] | None:
         """The captured graph of exactly this shape, captured now if need be; None if the budget forbids it."""

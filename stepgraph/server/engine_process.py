@@ -12,12 +12,14 @@ import logging
 import os
 import sys
 import threading
+from collections.abc import Sequence
 from typing import Any
 
 import zmq
 
 from stepgraph.config import EngineConfig
-from stepgraph.engine.engine import Engine, StepReport
+from stepgraph.engine.engine import Engine
+from stepgraph.engine.reports import StepReport
 from stepgraph.engine.request import Request, RequestUpdate
 from stepgraph.engine.sampling_params import SamplingParams
 from stepgraph.errors import ConfigError, EngineDeadError, ModelError, RequestError
@@ -147,7 +149,7 @@ class EngineProcess:
             )
         )
 
-    def _tell(self, updates: list[RequestUpdate]) -> None:
+    def _tell(self, updates: Sequence[RequestUpdate]) -> None:
         load = load_of(self._engine)
         if not (updates or self._steps) and load == self._load_told:
             return

@@ -10,6 +10,7 @@ more than the cheapest, soon after the start; later, more and more rarely, all t
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -78,8 +79,7 @@ class DraftDepth:
             accepted: for each of them, (proposals verified, proposals that stood).
             seconds: what it took; None if that says nothing about such steps: it computed prompts too, or captured a graph.
         """
-        for verified, stood in accepted:
-            self._learn(num_drafts if self._last == num_drafts else verified, stood)
+        self._learn(Counter(accepted), num_drafts if self._last == num_drafts else None)
         steady, self._last = self._last == num_drafts, num_drafts
         if len(self.levels) == 1 or not num_rows:
             return
@@ -109,11 +109,22 @@ class DraftDepth:
             bucket.trial, bucket.trial_left = self.levels[-1], _TRIAL_STEPS
         return self._buckets[key]
 
-    def _learn(self, places: int, stood: int) -> None:
-        """Of a row whose first `places` places had a proposal, or could have had one, `stood` stood."""
-        for place in range(1, min(places, stood + 1) + 1):
-            self._weight[place] = min(self._weight[place] + 1, _MEMORY)
-            self._stands[place] += ((place <= stood) - self._stands[place]) / self._weight[place]
+    def _learn(self, accepted: Counter[tuple[int, int]], num_drafts: int | None) -> None:
+        """Take in how often so many proposals were verified, and so many of them stood. With `num_drafts`, each row could have
+        had so many."""
+        tried, stood_here = [0] * len(self._stands), [0] * len(self._stands)
+        for (verified, stood), count in accepted.items():
+            places = verified if num_drafts is None else num_drafts
+            for place in range(1, min(places, stood + 1) + 1):
+                tried[place] += count
+                stood_here[place] += count * (place <= stood)
+        for place, count in enumerate(tried):
+            if count:
+                # As `count` rows one after another, each of which counts for as much as one of those remembered.
+                weight = self._weight[place]
+                self._weight[place] = grown = min(weight + count, _MEMORY)
+                kept = weight / grown * (1 - 1 / _MEMORY) ** (weight + count - grown)
+                self._stands[place] = kept * self._stands[place] + (1 - kept) * stood_here[place] / count
 
     def _advance(self, bucket: _Bucket) -> None:
         if bucket.trial is not None:

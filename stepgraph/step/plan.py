@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import StrEnum
 from functools import cached_property
+from itertools import chain
 
 import numpy as np
 import numpy.typing as npt
 
-from stepgraph.step import slot_line
 from stepgraph.step.shape import StepShape, Variant
 
 
@@ -47,22 +47,35 @@ class StepPlan:
             return StepKind.DECODE
         return StepKind.PREFILL if self.num_prefill_rows == len(self.rows) else StepKind.MIXED
 
-    def pack(self, shape: StepShape, block_size: int, out: npt.NDArray[np.int32]) -> None:
+    def repeats(self, last: StepPlan) -> bool:
+        """Whether it decodes the same rows as `last`, and asks for the same of them; its deltas may be others."""
+        return (
+            self.num_prefill_rows == last.num_prefill_rows == 0
+            and self.num_drafts == last.num_drafts
+            and self.variant == last.variant
+            and self.rows == last.rows
+        )
+
+    def pack(self, shape: StepShape, block_size: int, out: npt.NDArray[np.int32], start: int = 0) -> None:
         """Write the plan for the device: rows, then deltas, each padded with zeros (null slot, null block).
 
         Args:
             shape: captured sizes the plan fits into.
             block_size: tokens per KV block.
-            out: [plan_length] int32, overwritten.
+            out: [plan_length] int32, overwritten from `start` on.
+            start: `shape.deltas_start` where the rows lie on the device already, else 0.
         """
-        assert self.num_tokens <= shape.num_tokens, (self.num_tokens, shape)
-        assert len(self.rows) <= shape.num_rows, (len(self.rows), shape)
         assert len(self.deltas) <= shape.num_deltas(block_size), (len(self.deltas), shape)
-        rows_end = slot_line.ROW_WIDTH * shape.num_rows
-        out.fill(0)
-        if self.rows:
-            flat_rows = np.asarray(self.rows, dtype=np.int32).ravel()
-            out[: flat_rows.size] = flat_rows
-        if self.deltas:
-            flat_deltas = np.asarray(self.deltas, dtype=np.int32).ravel()
-            out[rows_end : rows_end + flat_deltas.size] = flat_deltas
+        out[start:] = 0
+        if start == 0:
+            assert self.num_tokens <= shape.num_tokens, (self.num_tokens, shape)
+            assert len(self.rows) <= shape.num_rows, (len(self.rows), shape)
+            _put(self.rows, out)
+        _put(self.deltas, out[shape.deltas_start :])
+
+
+def _put(entries: tuple[tuple[int, ...], ...], out: npt.NDArray[np.int32]) -> None:
+    """Write entries of equal length to where `out` begins."""
+    if entries:
+        flat = np.fromiter(chain.from_iterable(entries), dtype=np.int32, count=len(entries) * len(entries[0]))
+        out[: flat.size] = flat

@@ -6,7 +6,6 @@ import logging
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -53,7 +52,8 @@ class RowResult(NamedTuple):
 class StepResults(NamedTuple):
     """What one step produced, in the plan's order of rows and tokens."""
 
-    rows: list[RowResult]
+    table: npt.NDArray[np.int32]
+    """[rows, OUT_TOKENS + 1 + K], contiguous; columns as in `stepgraph.step.slot_line`."""
     logprobs: npt.NDArray[np.int32] | None = None
     """[samples, LOGPROB_WIDTH], see `stepgraph.step.slot_line`; lines of samples that did not ask are old. None if plain."""
     prompt_logprobs: npt.NDArray[np.int32] | None = None
@@ -61,9 +61,31 @@ class StepResults(NamedTuple):
     drafts: npt.NDArray[np.int32] | None = None
     """[rows, K] proposals for the next step, of which `RowResult.num_drafts` count. None if the step made none."""
 
+    @property
+    def rows(self) -> list[RowResult]:
+        """The table, row by row; made anew by each call."""
+        first = slot_line.OUT_TOKENS
+        return [
+            RowResult._make((*line[:first], line[first : first + line[slot_line.OUT_NUM_TOKENS]]))
+            for line in self.table.tolist()
+        ]
 
-@dataclass(frozen=True)
-class Ticket:
+    def outcomes(self, start: int = 0) -> list[tuple[int, int, int]]:
+        """Of each row from `start` on: new tokens, proposals verified, proposals that stood."""
+        columns = self.table[start:, slot_line.OUT_NUM_TOKENS : slot_line.OUT_NUM_ACCEPTED + 1]
+        return list(map(tuple, columns.tolist()))
+
+    @classmethod
+    def of(cls, rows: Sequence[RowResult], **rest: npt.NDArray[np.int32] | None) -> StepResults:
+        """Results of a step that ran somewhere else than on a device."""
+        width = slot_line.OUT_TOKENS + max((len(row.tokens) for row in rows), default=0)
+        table = np.zeros((len(rows), width), dtype=np.int32)
+        for line, row in zip(table, rows, strict=True):
+            line[: slot_line.OUT_TOKENS + len(row.tokens)] = (*row[: slot_line.OUT_TOKENS], *row.tokens)
+        return cls(table, **rest)
+
+
+class Ticket(NamedTuple):
     """A launched step whose results have not been read."""
 
     step: int
@@ -174,26 +196,29 @@ class StepRunner:
         """Put `plan` where graphs of `shape` read it; nothing to do if it lies there already."""
         # Deltas are idempotent, so rows that repeat without new ones can run on the plan as it lies on the device. A slot's new
         # user needs a block for its first row, so its plan has deltas.
-        if self._loaded == (plan.rows, shape) and not plan.deltas:
+        has_rows = self._loaded == (plan.rows, shape)
+        if has_rows and not plan.deltas:
             return
-        length = shape.plan_length(self.block_size)
+        start, end = shape.deltas_start if has_rows else 0, shape.plan_length(self.block_size)
         turn = self._launched % RING_DEPTH
-        plan.pack(shape, self.block_size, self._staging_arrays[turn][:length])
-        self.state.plan[:length].copy_(self._staging[turn][:length], non_blocking=True)
+        plan.pack(shape, self.block_size, self._staging_arrays[turn][:end], start)
+        self.state.plan[start:end].copy_(self._staging[turn][start:end], non_blocking=True)
         self._loaded = (plan.rows, shape)
 
+    def wait(self, ticket: Ticket) -> None:
+        """Block until a launched step is done."""
+        self._completions[ticket.step % RING_DEPTH].wait()
+
     def collect(self, ticket: Ticket) -> StepResults:
-        """Wait for a launched step and return its results. Arrays are valid for `RING_DEPTH` launches from the ticket's own."""
+        """Results of a step that is done. Log-probabilities and proposals are valid for `RING_DEPTH` launches from the ticket's
+        own."""
         assert self._launched - ticket.step <= RING_DEPTH, (ticket, self._launched)
-        entry = ticket.step % RING_DEPTH
-        self._completions[entry].wait()
-        num_rows, variant, num_drafts = len(ticket.plan.rows), ticket.plan.variant, ticket.plan.num_drafts
-        lines = self._ring[entry, :num_rows, : slot_line.OUT_TOKENS + 1 + num_drafts].tolist()
-        first = slot_line.OUT_TOKENS
+        entry, plan = ticket.step % RING_DEPTH, ticket.plan
+        num_rows, num_drafts = len(plan.rows), plan.num_drafts
         return StepResults(
-            [RowResult._make((*line[:first], line[first : first + line[slot_line.OUT_NUM_TOKENS]])) for line in lines],
-            self._logprob_ring[entry] if variant >= Variant.EXTENDED else None,
-            self._prompt_logprob_ring[entry] if variant >= Variant.PROMPT_LOGPROBS else None,
+            self._ring[entry, :num_rows, : slot_line.OUT_TOKENS + 1 + num_drafts].copy(),
+            self._logprob_ring[entry] if plan.variant >= Variant.EXTENDED else None,
+            self._prompt_logprob_ring[entry] if plan.variant >= Variant.PROMPT_LOGPROBS else None,
             self._ring[entry, :num_rows, slot_line.OUT_DRAFTS :][:, :num_drafts] if num_drafts else None,
         )
 

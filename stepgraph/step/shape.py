@@ -45,9 +45,14 @@ class StepShape:
         num_drafted = self.num_rows * max(0, self.num_drafts - 1)
         return (self.num_tokens + num_drafted) // block_size + self.num_rows
 
+    @property
+    def deltas_start(self) -> int:
+        """Where the deltas begin in the packed plan, behind the rows; in int32."""
+        return slot_line.ROW_WIDTH * self.num_rows
+
     def plan_length(self, block_size: int) -> int:
         """Length of the packed plan, in int32."""
-        return slot_line.ROW_WIDTH * self.num_rows + slot_line.DELTA_WIDTH * self.num_deltas(block_size)
+        return self.deltas_start + slot_line.DELTA_WIDTH * self.num_deltas(block_size)
 
     def __str__(self) -> str:
         drafts = f"+{self.num_drafts}" if self.num_drafts else ""

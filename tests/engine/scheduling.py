@@ -126,7 +126,7 @@ class Device:
         if self._lookahead:
             for (index, _), span in zip(plan.rows, spans, strict=True):
                 self._follow(index, span)
-        return StepResults(
+        return StepResults.of(
             [
                 result._replace(num_drafts=self._propose(index, plan.num_drafts))
                 for result, (index, _) in zip(results, plan.rows, strict=True)

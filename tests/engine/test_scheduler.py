@@ -7,9 +7,9 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from scheduling import STOP, VOCAB, Loop, answer_alone
 
-from stepgraph.engine import scheduler
+from stepgraph.engine import waiting
 from stepgraph.engine.request import FinishReason, Request
-from stepgraph.engine.scheduler import MAX_OVERTAKEN
+from stepgraph.engine.waiting import MAX_OVERTAKEN
 from stepgraph.errors import RequestError
 from stepgraph.step.plan import StepKind
 
@@ -434,7 +434,7 @@ def test_no_request_is_overtaken_more_often_than_the_bound(stream, lengths) -> N
 
 def test_a_request_whose_blocks_are_taken_by_later_arrivals_again_and_again_ends(monkeypatch) -> None:
     """Each rival arrives while the victim runs, and has a higher priority and needs its blocks."""
-    monkeypatch.setattr(scheduler, "MAX_OVERTAKEN", 8)
+    monkeypatch.setattr(waiting, "MAX_OVERTAKEN", 8)
     loop = Loop(max_num_seqs=2, max_num_partial_prefills=2, prefix_caching=False)
     victim = loop.add("victim", 110, 2, priority=1)
     rival, count = None, 0

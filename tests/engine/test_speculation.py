@@ -6,25 +6,19 @@ from tiny import drain
 from stepgraph.engine.request import Request
 from stepgraph.engine.sampling_params import SamplingParams
 from stepgraph.engine.speculation import SpeculationStatistics
-from stepgraph.step.runner import RowResult
 from stepgraph.step.slot_sampling import SlotSampling
 
 FEW = [66, 67, 68]
 """Tokens of which an answer repeats itself soon."""
 
 
-def row(*, num_tokens: int, num_verified: int, num_accepted: int) -> RowResult:
-    return RowResult(1, 1, 0, num_tokens, num_verified, num_accepted)
-
-
 def test_rows_are_counted_by_hand() -> None:
     counts = SpeculationStatistics()
     assert counts.mean_accepted_length == 1
-    counts.add(row(num_tokens=1, num_verified=0, num_accepted=0))  # a plain decode is no draft
-    counts.add(row(num_tokens=4, num_verified=5, num_accepted=3))
-    counts.add(row(num_tokens=1, num_verified=2, num_accepted=0))
-    counts.add(row(num_tokens=2, num_verified=3, num_accepted=2))  # the second one that stood ended the answer
-    counts.add(row(num_tokens=0, num_verified=3, num_accepted=0))  # nothing could be sampled
+    counts.add([(1, 0, 0)])  # a plain decode is no draft
+    counts.add([(4, 5, 3), (1, 2, 0)])
+    counts.add([(2, 3, 2)])  # the second one that stood ended the answer
+    counts.add([(0, 3, 0)])  # nothing could be sampled
     assert counts == SpeculationStatistics(
         num_drafts=4, num_draft_tokens=13, num_saved_steps=4, num_accepted_per_position=[2, 2, 1, 0, 0, 0, 0, 0]
     )

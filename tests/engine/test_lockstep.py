@@ -1,0 +1,157 @@
+"""Lockstep: nothing but the host's time tells it from planning and reading row by row."""
+
+from unittest import mock
+
+import numpy as np
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from scheduling import Loop, answer_alone
+
+from stepgraph.engine.lockstep import Lockstep
+from stepgraph.engine.request import Request, RequestUpdate, SteadyUpdates
+from stepgraph.engine.sampling_params import SamplingParams
+from stepgraph.step.runner import RowResult, StepResults
+from stepgraph.step.state import SlotSampling
+
+COUNTERS = (
+    "planned",
+    "spread",
+    "num_unread",
+    "num_drafts",
+    "blocks",
+    "output_token_ids",
+    "accepted",
+    "num_draft_tokens",
+)
+
+
+def count_lockstep(run) -> int:
+    """Steps that `run` plans in lockstep."""
+    with mock.patch.object(Lockstep, "next_plan", autospec=True, side_effect=Lockstep.next_plan) as planned:
+        run()
+    return planned.call_count
+
+
+@given(
+    requests=st.lists(
+        st.tuples(st.integers(1, 20), st.integers(1, 40), st.booleans(), st.sampled_from([0, 2, 8, 8])),
+        min_size=1,
+        max_size=6,
+    ),
+    num_drafts=st.sampled_from([0, 0, 1, 3]),
+    run_ahead=st.integers(0, 2),
+    num_kv_blocks=st.integers(18, 80),
+    lookahead=st.integers(0, 1),
+    accuracy=st.sampled_from([0.7, 1.0]),
+    arrivals=st.sets(st.integers(1, 40), max_size=3),
+    aborts=st.sets(st.integers(1, 40), max_size=2),
+)
+@example(  # the numbers of proposals differ, and are known before the next step is planned
+    requests=[(3, 60, False, 8)],
+    num_drafts=3,
+    run_ahead=0,
+    num_kv_blocks=80,
+    lookahead=0,
+    accuracy=0.7,
+    arrivals=set(),
+    aborts=set(),
+)
+@settings(max_examples=60)
+def test_the_same_steps_are_planned_and_the_same_updates_come_as_row_by_row(
+    requests, run_ahead, num_kv_blocks, num_drafts, lookahead, accuracy, arrivals, aborts
+) -> None:
+    def run(*, in_lockstep: bool) -> tuple:
+        loop = Loop(
+            max_tokens=24,
+            num_kv_blocks=num_kv_blocks,
+            run_ahead=run_ahead,
+            num_drafts=(num_drafts,),
+            lookahead=lookahead,
+            accuracy=accuracy,
+        )
+        held = []
+        with mock.patch.object(Lockstep, "may_begin", Lockstep.may_begin if in_lockstep else lambda *args: False):
+            for index, (prompt_len, max_tokens, stop, most) in enumerate(requests):
+                loop.add(f"r{index}", prompt_len, max_tokens, stop=stop, max_num_drafts=most)
+            for step in range(120):
+                if step in arrivals:
+                    loop.add(f"late {step}", 3, 9)
+                if step in aborts:
+                    loop.scheduler.abort("r0")
+                loop.step()
+                held.append(loop.scheduler.num_free_blocks)
+        return loop.plans, [(u.request.id, *u[1:]) for u in loop.updates], held, loop.scheduler.speculation
+
+    assert run(in_lockstep=True) == run(in_lockstep=False)
+
+
+@pytest.mark.parametrize("run_ahead", [0, 1, 2])
+@pytest.mark.parametrize(("num_drafts", "lookahead"), [(0, 0), (3, 0), (3, 1)])
+def test_nearly_all_steps_of_long_answers_are_in_lockstep(run_ahead, num_drafts, lookahead) -> None:
+    loop = Loop(
+        num_kv_blocks=200,
+        max_tokens=32,
+        run_ahead=run_ahead,
+        num_drafts=(num_drafts,),
+        lookahead=lookahead,
+        accuracy=1.0,
+    )
+    requests = [loop.add(id, 2 + index, 100) for index, id in enumerate("abc")]
+    num_in_lockstep = count_lockstep(loop.drain)
+    assert [request.output_token_ids for request in requests] == [answer_alone(request) for request in requests]
+    assert num_in_lockstep > 0.7 * len(loop.plans)
+
+
+@pytest.mark.parametrize("num_drafts", [0, 2])
+def test_a_request_can_be_aborted_in_lockstep_and_the_others_counters_are_right(num_drafts) -> None:
+    loops = [Loop(run_ahead=1, num_drafts=(num_drafts,), accuracy=1.0, max_tokens=20) for _ in range(2)]
+    states = []
+    for loop, may_begin in zip(loops, (Lockstep.may_begin, lambda *args: False), strict=True):
+        with mock.patch.object(Lockstep, "may_begin", may_begin):
+            requests = [loop.add(id, 3, 40) for id in "abc"]
+            for _ in range(9):
+                loop.step()
+            loop.scheduler.abort("b")
+        states.append([[getattr(request, name) for name in COUNTERS] for request in requests])
+    assert states[0] == states[1]
+
+
+def test_a_steady_plan_is_the_same_object_but_where_a_block_begins() -> None:
+    loop = Loop(num_kv_blocks=100, run_ahead=1)
+    loop.add("a", 1, 41)
+    loop.drain()
+    steady = loop.plans[3:-1]
+    assert len({id(plan) for plan in steady if not plan.deltas}) == 1
+    assert {len(plan.deltas) for plan in steady} == {0, 1}
+    assert {id(plan.rows) for plan in steady} == {id(steady[0].rows)}
+
+
+def test_a_prompt_that_finds_no_slot_does_not_end_it() -> None:
+    loop = Loop(max_num_seqs=2, num_kv_blocks=200, run_ahead=1)
+    for id in "ab":
+        loop.add(id, 4, 60)
+    waiting = loop.add("c", 4, 5)
+    assert count_lockstep(lambda: [loop.step() for _ in range(50)]) > 40
+    loop.drain()
+    assert waiting.output_token_ids == answer_alone(waiting)
+
+
+def test_steady_updates_are_those_of_each_request_in_turn() -> None:
+    requests = [Request(id, [1], SamplingParams(), 9, SlotSampling(seed=0)) for id in "ab"]
+    updates = SteadyUpdates(requests, zip([5, 6], strict=True))
+    expected = [RequestUpdate(requests[0], (5,), None), RequestUpdate(requests[1], (6,), None)]
+    assert list(updates) == list(updates) == expected
+    assert (len(updates), updates[1], updates[:1]) == (2, expected[1], expected[:1])
+
+
+def test_results_as_a_table_are_their_rows() -> None:
+    rows = [
+        RowResult(3, 1, 0, 2, 3, 1, 0, 4, tokens=[7, 8]),
+        RowResult(1, 2, 0, 0),
+        RowResult(2, 9, 1, 1, first_sample=5, tokens=[6]),
+    ]
+    results = StepResults.of(rows)
+    assert results.table.dtype == np.int32
+    assert [row._replace(tokens=list(row.tokens)) for row in rows] == results.rows
+    assert results.outcomes(1) == [(0, 0, 0), (1, 0, 0)]
