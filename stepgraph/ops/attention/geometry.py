@@ -118,8 +118,13 @@ def attention_geometry(
     group = num_heads // num_kv_heads
     small = deterministic or num_tokens * group <= 16 * num_rows
     busy = occupancy(num_rows, num_kv_heads, deterministic)
-    resident = multiprocessors * (4 if small and busy is not Occupancy.LOW else 2)
-    target = max(1, resident // num_kv_heads)
+    is_one_row = num_rows == 1 and small and not deterministic
+    if is_one_row:  # `rope_attention` keeps so much in registers that a multiprocessor holds one program
+        resident = multiprocessors
+        target = max(1, resident // num_kv_heads - 1)
+    else:
+        resident = multiprocessors * (4 if small and busy is not Occupancy.LOW else 2)
+        target = max(1, resident // num_kv_heads)
     if deterministic:
         tile = DETERMINISTIC_TILE
         max_items = max_tiles(num_tokens, num_rows, group, tile)
@@ -134,6 +139,6 @@ def attention_geometry(
         max_items=max_items,
         max_partials=0 if deterministic else 2 * target,
         num_programs=min(max_items * num_kv_heads, resident),
-        is_one_row=num_rows == 1 and tile == 16 and not deterministic,
+        is_one_row=is_one_row,
         deterministic=deterministic,
     )

@@ -18,7 +18,7 @@ from stepgraph.ops.rope_cache.triton import load_norm, normalise_rotate
 from stepgraph.ops.write_kv.triton import round_to
 
 TILE = 16
-KEYS = 128
+KEYS = 64
 """Of one iteration; the loads of two are under way before the previous kernel ends."""
 NUM_WARPS = 8
 
