@@ -5,7 +5,20 @@ import sys
 
 import pytest
 
-HEAVY = ("torch", "transformers", "triton", "xgrammar", "sympy", "scipy", "pandas", "gguf", "numpy", "tokenizers")
+HEAVY = (
+    "torch",
+    "transformers",
+    "triton",
+    "xgrammar",
+    "torch._dynamo",
+    "torch._inductor",
+    "sympy",
+    "scipy",
+    "pandas",
+    "gguf",
+    "numpy",
+    "tokenizers",
+)
 
 
 def imported_by(code: str) -> set[str]:
@@ -27,6 +40,33 @@ def test_the_front_answers_before_it_knows_torch() -> None:
 @pytest.mark.parametrize("code", ["import stepgraph.api", "import stepgraph.server.engine_process"])
 def test_an_engine_imports_torch_and_what_torch_needs(code) -> None:
     assert imported_by(code) - {"tokenizers"} == imported_by("import torch")
+
+
+def test_a_first_token_needs_no_compiler_of_torch() -> None:
+    start = """
+from stepgraph.config import EngineConfig
+from stepgraph.engine.engine import Engine
+from stepgraph.models import source
+from stepgraph.engine.sampling_params import SamplingParams
+
+shape = dict(hidden_size=64, intermediate_size=64, num_hidden_layers=1, vocab_size=64)
+read = source.hf_config_from_json
+
+def small(*args, **settings):
+    config = read(*args, **settings)
+    vars(config).update(shape)
+    return config
+
+source.hf_config_from_json = small
+settings = dict(load_format="dummy", device="cpu", num_kv_blocks=9, max_model_len=128)
+engine = Engine(EngineConfig.from_settings(model="qwen3-0.6b", **settings))
+engine.add_request("a", [1, 2, 3], SamplingParams(max_tokens=2))
+while engine.has_work:
+    engine.step()
+"""
+    assert imported_by(start).isdisjoint(
+        {"transformers", "triton", "xgrammar", "torch._dynamo", "torch._inductor", "sympy"}
+    )
 
 
 def test_the_config_of_a_common_model_is_read_without_transformers() -> None:

@@ -74,6 +74,11 @@ class _Recorder(TorchDispatchMode):
     constant. A view of a buffer is a buffer too, and not made again at each replay. Tensors made on the way are not kept.
     """
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Whether torch.compile is to keep out, which nobody here uses: torch imports it to tell it so, for over a second."""
+        return False
+
     def __init__(self) -> None:
         super().__init__()
         self.calls: list[OpOverload] = []

@@ -132,7 +132,8 @@ def fill(
     if load_format == "dummy":
         return _fill_randomly(model)
     update = match_tensors(model.checkpoint_tensors(), without_mtp(source.tensors()), source.description)
-    return write_each(tqdm(update, f"Loading {source.name}", unit=" tensors", disable=not progress, leave=False))
+    bar = tqdm(update, f"Loading {source.name}", unit=" tensors", disable=not progress, leave=False)
+    return write_each(bar, on_host=fills_in_place(model))
 
 
 def fills_in_place(model: LanguageModel) -> bool:

@@ -48,7 +48,9 @@ def materialise(model: nn.Module, device: torch.device) -> None:
     """Give the parameters of a model on the meta device memory, uninitialised, and move its buffers, which hold values."""
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):
-            setattr(module, name, nn.Parameter(torch.empty_like(parameter, device=device), False))
+            # Not empty_like, which on the meta device runs Python code that imports half a second's worth of sympy.
+            new = torch.empty(parameter.shape, dtype=parameter.dtype, device=device)
+            setattr(module, name, nn.Parameter(new, False))
         for name, buffer in module.named_buffers(recurse=False):
             assert buffer.device.type != "meta", name
             setattr(module, name, buffer.to(device))

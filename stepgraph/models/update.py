@@ -62,25 +62,30 @@ def plan_update(model: LanguageModel, source: ModelSource | Iterable[tuple[str, 
     return match_tensors(_targets(model), without_mtp(tensors), description)
 
 
-@torch.no_grad()
 def write(update: Update) -> None:
     """Write checked weights. If it fails, the model holds some old weights and some new ones.
 
     Raises:
         ModelError: a file is damaged.
     """
-    for target, tensor in update:
-        if tensor.quantization is not None and tensor.quantization == quantization_of(target):
-            target.copy_(tensor.packed().to(target.device))
-        else:
-            target.copy_(tensor.load(target.dtype, target.device))
+    for _ in write_each(update):
+        pass
 
 
-def write_each(update: Update) -> Iterator[None]:
-    """`write`, a tensor at each step. Tensors are converted in host memory, so that the device needs none for them."""
+def write_each(update: Update, *, on_host: bool = False) -> Iterator[None]:
+    """`write`, a tensor at each step.
+
+    Args:
+        update: from `match_tensors`.
+        on_host: convert tensors in host memory, so that the device needs none for them.
+    """
     for target, tensor in update:
+        device = torch.device("cpu") if on_host else target.device
         with torch.no_grad():
-            target.copy_(tensor.load(target.dtype, torch.device("cpu")))
+            if tensor.quantization is not None and tensor.quantization == quantization_of(target):
+                target.copy_(tensor.packed().to(device))
+            else:
+                target.copy_(tensor.load(target.dtype, device))
         yield
 
 

@@ -65,6 +65,11 @@ class _Counts:
 class _NewTensorsZero(TorchDispatchMode):
     """Makes zero what operators leave to kernels that do not run: it may say where to read."""
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Whether torch.compile is to keep out, which nobody here uses: torch imports it to tell it so, for over a second."""
+        return False
+
     def __torch_dispatch__(
         self, operator: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
