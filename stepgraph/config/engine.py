@@ -103,7 +103,6 @@ ENGINE_PARTS: dict[str, Any] = {
 NOT_YET: dict[str, tuple[tuple[Any, ...], str]] = {
     "tensor_parallel_size": ((None, 1), "the engine runs on one device; start it with 1"),
     "pipeline_parallel_size": ((None, 1), "the engine runs on one device; start it with 1"),
-    "quantization": ((None,), "weights run in float32, bfloat16 or float16; leave it unset"),
     "enforce_eager": ((None, False), "use graph_backend='eager'"),
     "trust_remote_code": ((None, False), "models are run by stepgraph's own code; leave it unset"),
 }

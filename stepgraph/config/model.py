@@ -17,6 +17,11 @@ class ModelConfig:
         "weights and activations; auto is float32 on CPU and bfloat16 on CUDA",
         choices=("auto", "float32", "bfloat16", "float16"),
     )
+    quantization: str = setting(
+        "auto",
+        "auto multiplies a GGUF file's 4 or 8 bits as they are, on CPUs with kernels for them; none turns all weights to dtype",
+        choices=("auto", "none"),
+    )
     load_format: str = setting("auto", "dummy gives random weights, for benchmarks", choices=("auto", "dummy"))
     model_impl: str = setting(
         "auto",

@@ -107,6 +107,8 @@ class Engine:
             load_format=config.model.load_format,
             max_model_len=self.max_model_len,
             deterministic=config.model.deterministic,
+            packed=config.model.quantization == "auto" and (self.dtype, self.platform.name) == (torch.float32, "cpu"),
+            exact=config.model.dtype == "float32",
             progress=progress,
         )
         self._drafter = create_drafter(

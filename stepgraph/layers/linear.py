@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from stepgraph import ops
 from stepgraph.layers.lora import LoRA
 from stepgraph.layers.norm import RMSNorm
+from stepgraph.layers.packing import Packing
 
 
 class Linear(nn.Module):
@@ -21,18 +22,26 @@ class Linear(nn.Module):
     """Whether a token's result may not depend on the tokens beside it; set at load, see `ops.linear_by_row`."""
     lora: LoRA | None = None
     """Updates of the requests' adapters; set at load, if the engine takes adapters."""
+    packing: Packing | None = None
+    """How `weight` is packed, if it is; set at load."""
 
     def __init__(
         self, in_features: int, out_features: int, *, bias: bool = False, dtype: torch.dtype, device: torch.device
     ) -> None:
         super().__init__()
+        self.in_features, self.out_features = in_features, out_features
         self.weight = nn.Parameter(torch.empty(out_features, in_features, dtype=dtype, device=device), False)
         self.bias = nn.Parameter(torch.empty(out_features, dtype=dtype, device=device), False) if bias else None
 
     def forward(self, x_TI: Tensor) -> Tensor:
         """Return [T, O], dtype of `x_TI`."""
-        product = ops.linear_by_row if self.deterministic else ops.linear
-        out_TO = product(x_TI, self.weight, self.bias)
+        if self.packing is not None:
+            out_TO = ops.packed_linear(x_TI, self.weight, exact=self.packing.exact or self.deterministic)
+            if self.bias is not None:
+                out_TO.add_(self.bias)
+        else:
+            product = ops.linear_by_row if self.deterministic else ops.linear
+            out_TO = product(x_TI, self.weight, self.bias)
         if self.lora is not None:
             self.lora.update(x_TI, out_TO, deterministic=self.deterministic)
         return out_TO
@@ -40,7 +49,7 @@ class Linear(nn.Module):
     @property
     def is_plain(self) -> bool:
         """Whether it is the product of its parameters and nothing else, so that it may be fused with what is around it."""
-        return self.lora is None and not self.deterministic
+        return self.lora is None and self.packing is None and not self.deterministic
 
     def after_norm(self, norm: RMSNorm, x_TI: Tensor) -> Tensor:
         """Return the product with `norm(x_TI)`: [T, O], dtype of `x_TI`."""

@@ -34,10 +34,16 @@ class Converted:
     def __init__(self, target: Target, convert: Callable[[Tensor], Tensor]) -> None:
         self._target, self.convert = target, convert
         self.shape, self.dtype, self.device = target.shape, target.dtype, target.device
+        self.quantization = stored_as(target)
 
     def copy_(self, values: Tensor) -> None:
         """See `Target.copy_`."""
         self._target.copy_(self.convert(values))
+
+
+def stored_as(target: Target) -> str | None:
+    """The block format of the bytes with which a target is filled; None for values."""
+    return getattr(target, "quantization", None)
 
 
 def with_offset(target: Target, offset: float) -> Target:

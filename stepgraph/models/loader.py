@@ -11,6 +11,7 @@ from stepgraph.layers.norm import RMSNorm
 from stepgraph.models.config import DecoderConfig
 from stepgraph.models.language_model import LanguageModel
 from stepgraph.models.mtp_tensors import without_mtp
+from stepgraph.models.packing import pack
 from stepgraph.models.registry import ARCHITECTURES
 from stepgraph.models.source import ModelSource
 from stepgraph.models.transformers_model import TransformersConfig, TransformersModel
@@ -25,6 +26,8 @@ def load_model(
     max_model_len: int,
     load_format: str = "auto",
     deterministic: bool = False,
+    packed: bool = False,
+    exact: bool = True,
     progress: bool = False,
 ) -> LanguageModel:
     """Build a model, native or transformers' as the source's config says, and fill it.
@@ -37,6 +40,8 @@ def load_model(
         load_format: "auto" reads the checkpoint; "dummy" draws weights on the device, the same ones every time: in native
             models of standard deviation 0.02, with norms at one; in transformers' models as the class begins training.
         deterministic: a token's result may not depend, bit for bit, on the tokens beside it.
+        packed: keep the blocks of a quantised checkpoint where this machine has kernels for them; needs float32 on the CPU.
+        exact: products with packed weights never round their operands, see `ops.packed_linear`.
         progress: show a bar on stderr.
 
     Raises:
@@ -60,7 +65,10 @@ def load_model(
     if load_format == "dummy":
         fill_randomly(model, device)
     else:
-        update = match_tensors(model.checkpoint_tensors(), without_mtp(source.tensors()), source.description)
+        tensors = list(without_mtp(source.tensors()))
+        if packed:
+            pack(model, tensors, merged=config.merged_projections, exact=exact)
+        update = match_tensors(model.checkpoint_tensors(), tensors, source.description)
         write(tqdm(update, f"Loading {source.name}", unit=" tensors", disable=not progress, leave=False))
     if deterministic:
         model.make_deterministic()

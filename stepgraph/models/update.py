@@ -10,7 +10,7 @@ from torch import Tensor
 
 from stepgraph.errors import ModelError
 from stepgraph.models.checkpoint import CheckpointTensor
-from stepgraph.models.conversion import Target
+from stepgraph.models.conversion import Target, stored_as
 from stepgraph.models.decoder import Decoder
 from stepgraph.models.language_model import LanguageModel, LanguageModelConfig
 from stepgraph.models.mtp_tensors import without_mtp
@@ -70,7 +70,7 @@ def write(update: Update) -> None:
         ModelError: a file is damaged.
     """
     for target, tensor in update:
-        target.copy_(tensor.load(target.dtype, target.device))
+        target.copy_(tensor.packed() if stored_as(target) else tensor.load(target.dtype, target.device))
 
 
 def match_tensors(
@@ -104,6 +104,12 @@ def match_tensors(
             raise ModelError(
                 f"{tensor.name} has shape {list(tensor.shape)} in the checkpoint ({description}), and in the model "
                 f"{list(target.shape)}; config and weights are not of one model."
+            )
+        if stored_as(target) not in (None, tensor.quantization):
+            raise ModelError(
+                f"{tensor.name} is kept in the model as a GGUF file's {stored_as(target)} blocks, and is "
+                f"{tensor.quantization or 'plain numbers'} in the checkpoint ({description}). Start the engine with "
+                "quantization none to be able to give it any weights."
             )
     return matches
 
