@@ -36,7 +36,7 @@ class Linear(nn.Module):
     def forward(self, x_TI: Tensor) -> Tensor:
         """Return [T, O], dtype of `x_TI`."""
         if self.packing is not None:
-            out_TO = ops.packed_linear(x_TI, self.weight, exact=self.packing.exact or self.deterministic)
+            out_TO = ops.packed_linear(x_TI, self.weight, exact=self.exact)
             if self.bias is not None:
                 out_TO.add_(self.bias)
         else:
@@ -51,16 +51,30 @@ class Linear(nn.Module):
         """Whether it is the product of its parameters and nothing else, so that it may be fused with what is around it."""
         return self.lora is None and self.packing is None and not self.deterministic
 
+    @property
+    def is_packed(self) -> bool:
+        """Whether it is the product of packed weights and nothing else, so that it may be fused with what is around it."""
+        return self.packing is not None and self.lora is None and self.bias is None
+
+    @property
+    def exact(self) -> bool:
+        """Whether a product of packed weights may not round its operands."""
+        return self.packing is None or self.packing.exact or self.deterministic
+
     def after_norm(self, norm: RMSNorm, x_TI: Tensor) -> Tensor:
         """Return the product with `norm(x_TI)`: [T, O], dtype of `x_TI`."""
         if self.is_plain:
             return ops.norm_linear(x_TI, norm.weight, norm.eps, self.weight, self.bias)
+        if self.is_packed:
+            return ops.packed_norm_linear(x_TI, norm.weight, norm.eps, self.weight, exact=self.exact)
         return self(norm(x_TI))
 
     def add_to(self, residual_TO: Tensor, x_TI: Tensor, multiplier: float = 1.0) -> None:
         """Add the product, times `multiplier`, to the residual stream in place."""
         if self.is_plain:
             ops.linear_add(x_TI, self.weight, self.bias, residual_TO, multiplier)
+        elif self.is_packed:
+            ops.packed_linear_add(x_TI, self.weight, residual_TO, multiplier, exact=self.exact)
         else:
             out_TO = self(x_TI)
             # `alpha` of 16 bits rounds by position.

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from stepgraph.layers.linear import Linear, MergedLinear
 from stepgraph.layers.norm import RMSNorm
-from stepgraph.ops import geglu, norm_gated_linear, swiglu
+from stepgraph.ops import geglu, norm_gated_linear, packed_norm_swiglu, swiglu
+from stepgraph.ops.packed import BLOCK
 
 Activation = Literal["silu", "gelu_tanh"]
 
@@ -46,4 +47,6 @@ class MLP(nn.Module):
         gate_up, gelu = self.gate_up_proj, self.activation == "gelu_tanh"
         if gate_up.is_plain and gate_up.bias is None:
             return norm_gated_linear(x_TE, norm.weight, norm.eps, gate_up.weight, gelu=gelu)
+        if gate_up.is_packed and not gelu and gate_up.out_features % (2 * BLOCK) == 0:
+            return packed_norm_swiglu(x_TE, norm.weight, norm.eps, gate_up.weight, exact=gate_up.exact)
         return (geglu if gelu else swiglu)(gate_up.after_norm(norm, x_TE))

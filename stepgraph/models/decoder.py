@@ -198,12 +198,13 @@ def named_targets(root: nn.Module, config: DecoderConfig, layers: Mapping[str, i
     """
     targets: dict[str, Target] = {}
     for path, module in root.named_modules():
-        tensors: Mapping[str, Target] = dict(module.named_parameters(recurse=False))
+        parts = dict(module.named_parameters(recurse=False))
         if isinstance(module, MergedLinear) and not config.merged_projections:
-            path, tensors = path.rpartition(".")[0], module.named_parts()
+            path, parts = path.rpartition(".")[0], module.named_parts()
+        tensors: dict[str, Target] = {**parts}
         if isinstance(module, Linear | Embedding) and module.packing is not None:
-            codes = [name for name in tensors if name.endswith("weight")]
-            tensors = tensors | {name: PackedTarget(tensors[name], module.packing) for name in codes}
+            codes = {name: part for name, part in parts.items() if name.endswith("weight")}
+            tensors |= {name: PackedTarget(part, module.packing) for name, part in codes.items()}
         if isinstance(module, RMSNorm) and module.weight_offset:
             tensors = {name: with_offset(tensor, module.weight_offset) for name, tensor in tensors.items()}
         targets |= {f"{path}.{name}": tensor for name, tensor in tensors.items()}

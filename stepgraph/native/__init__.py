@@ -21,6 +21,10 @@ logger = logging.getLogger(__name__)
 _LIBRARY = torch.library.Library("stepgraph_native", "DEF")
 
 
+LANES = 16
+"""Sizes that kernels split into registers are multiples of this; the widest registers hold so many float32."""
+
+
 def declare(schema: str, fake: Callable[..., Any]) -> Any:
     """Define ``stepgraph_native::<schema>``, whose kernel the library brings, and return the callable operator.
 
@@ -37,16 +41,15 @@ def declare(schema: str, fake: Callable[..., Any]) -> Any:
 @functools.cache
 def missing() -> str | None:
     """Load the library into this process, compiled first if need be. None if it is there, else why it is not."""
-    found = plan()
-    if isinstance(found, Plan):
-        found = build(found)
+    planned = plan()
+    found = build(planned) if isinstance(planned, Plan) else planned
     if isinstance(found, Path):
         try:
             torch.ops.load_library(found)
             return None
         except OSError as error:
             found = f"{found} cannot be loaded: {error}"
-    logger.warning("CPU kernels of torch's are used, not our own, which are faster: %s", found)
+    logger.warning("torch's CPU kernels are used, not our own, which are faster: %s", found)
     return found
 
 

@@ -3,14 +3,18 @@
 
 namespace stepgraph {
 
+void register_attention(TorchLibraryHandle library);
 void register_linear(TorchLibraryHandle library);
+void register_rows(TorchLibraryHandle library);
 
 namespace {
 
 const bool registered = [] {
   TorchLibraryHandle library;  // kept for the life of the process, as the registrations are
   check(aoti_torch_library_init_impl("stepgraph_native", "CPU", __FILE__, __LINE__, &library));
+  register_attention(library);
   register_linear(library);
+  register_rows(library);
   return true;
 }();
 

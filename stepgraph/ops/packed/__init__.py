@@ -25,6 +25,18 @@ _packed_linear = declare(
 _packed_linear_out = declare(
     "packed_linear_out(Tensor x, Tensor codes, int bfloat16_from, Tensor(a!) out) -> ()", lambda *_: None
 )
+_packed_linear_add = declare(
+    "packed_linear_add(Tensor x, Tensor codes, int bfloat16_from, Tensor(a!) residual, float multiplier) -> ()",
+    lambda *_: None,
+)
+_packed_norm_linear = declare(
+    "packed_norm_linear(Tensor x, Tensor norm_weight, float eps, Tensor codes, int bfloat16_from) -> Tensor",
+    lambda x, norm_weight, eps, codes, bfloat16_from: x.new_empty(x.shape[0], codes.shape[0]),
+)
+_packed_norm_swiglu = declare(
+    "packed_norm_swiglu(Tensor x, Tensor norm_weight, float eps, Tensor codes, int bfloat16_from) -> Tensor",
+    lambda x, norm_weight, eps, codes, bfloat16_from: x.new_empty(x.shape[0], codes.shape[0] // 2),
+)
 _packed_rows = declare(
     "packed_rows(Tensor codes, Tensor index, int width) -> Tensor",
     lambda codes, index, width: codes.new_empty(index.shape[0], width, dtype=torch.float32),
@@ -47,11 +59,29 @@ def packed_linear(x: Tensor, codes: Tensor, *, exact: bool, out: Tensor | None =
     Returns:
         [T, O] float32; `out` if that was given.
     """
-    bfloat16_from = _NEVER if exact else MAX_EXACT_TOKENS + 1
     if out is None:
-        return _packed_linear(x, codes, bfloat16_from)
-    _packed_linear_out(x, codes, bfloat16_from, out)
+        return _packed_linear(x, codes, _bfloat16_from(exact))
+    _packed_linear_out(x, codes, _bfloat16_from(exact), out)
     return out
+
+
+def packed_linear_add(x: Tensor, codes: Tensor, residual: Tensor, multiplier: float, *, exact: bool) -> None:
+    """``residual += multiplier · packed_linear(x, codes)``; `residual` is [T, O] float32, contiguous. May run inside a graph."""
+    _packed_linear_add(x, codes, _bfloat16_from(exact), residual, multiplier)
+
+
+def packed_norm_linear(x: Tensor, norm_weight: Tensor, eps: float, codes: Tensor, *, exact: bool) -> Tensor:
+    """``packed_linear(rms_norm(x, norm_weight, eps), codes)``; `norm_weight` is [I] float32. May run inside a graph."""
+    return _packed_norm_linear(x, norm_weight, eps, codes, _bfloat16_from(exact))
+
+
+def packed_norm_swiglu(x: Tensor, norm_weight: Tensor, eps: float, codes: Tensor, *, exact: bool) -> Tensor:
+    """``swiglu(packed_norm_linear(…))``: [T, O / 2] float32; O / 2 is a multiple of BLOCK. May run inside a graph."""
+    return _packed_norm_swiglu(x, norm_weight, eps, codes, _bfloat16_from(exact))
+
+
+def _bfloat16_from(exact: bool) -> int:
+    return _NEVER if exact else MAX_EXACT_TOKENS + 1
 
 
 def packed_rows(codes: Tensor, index: Tensor, width: int) -> Tensor:
