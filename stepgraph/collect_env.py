@@ -39,19 +39,8 @@ _CPU_FLAGS = (
 )
 """Those that decide which matrix products the CPU has."""
 _VARIABLES = (
-    "ATEN_",
-    "CUDA_",
-    "GOMP_",
-    "KMP_",
-    "LD_",
-    "MKL_",
-    "NCCL_",
-    "NVIDIA_",
-    "OMP_",
-    "PYTORCH_",
-    "STEPGRAPH_NATIVE",
-    "TORCH",
-    "TRITON_",
+    *("ATEN_", "CUDA_", "GOMP_", "KMP_", "LD_", "MKL_", "NCCL_", "NVIDIA_", "OMP_", "PYTORCH_"),
+    *("STEPGRAPH_NATIVE", "TORCH", "TRITON_"),
 )
 """Beginnings of names; with those below, none holds a secret."""
 _MORE_VARIABLES = (

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from stepgraph.native.build import Plan, build, plan
+from stepgraph.native.library import Plan, build, plan
 
 logger = logging.getLogger(__name__)
 
