@@ -137,6 +137,7 @@ def test_a_setting_given_twice_must_be_the_same_twice() -> None:
         ({"max_model_len": 1}, "max_model_len=1 is too small; the smallest value is 2"),
         ({"seed": -1}, "seed=-1 is too small; the smallest value is 0"),
         ({"capture": "some"}, "capture='some' is not known; choose one of: auto, lazy, all"),
+        ({"quantization": "awq"}, "quantization='awq' is not known; choose one of: auto, none"),
         ({"model": 7}, "model=7 must be text"),
     ],
 )
@@ -150,7 +151,6 @@ def test_a_bad_value_is_refused_with_the_value_and_the_limit(settings, message) 
     [
         ({"tensor_parallel_size": 2}, "tensor_parallel_size=2 is not supported: the engine runs on one device"),
         ({"pipeline_parallel_size": 2}, "pipeline_parallel_size=2 is not supported"),
-        ({"quantization": "awq"}, "quantization='awq' is not supported: weights run in float32"),
         ({"enforce_eager": True}, "enforce_eager=True is not supported: use graph_backend='eager'"),
         (
             {"trust_remote_code": True},
@@ -174,6 +174,7 @@ def test_a_limit_given_alone_makes_the_other_limits_default_yield() -> None:
 NON_DEFAULT = {
     "model": "some-folder",
     "dtype": "bfloat16",
+    "quantization": "none",
     "load_format": "dummy",
     "max_model_len": 100,
     "seed": 7,
