@@ -12,6 +12,9 @@ from statistics import median
 
 import torch
 
+from stepgraph.layers.embedding import Embedding
+from stepgraph.layers.linear import Linear
+from stepgraph.models.decoder import Decoder
 from stepgraph.models.language_model import LanguageModel
 from stepgraph.platforms import Platform
 
@@ -52,17 +55,26 @@ def step_cost(model: LanguageModel, rows: Sequence[tuple[int, int]]) -> StepCost
     """Cost of a step of `rows`, each (query length, cached keys including this step's)."""
     config = model.config
     num_tokens = sum(query_len for query_len, _ in rows)
-    weights = sum(p.numel() for p in model.parameters())
-    tables = [p for p in model.parameters() if p.shape == (config.vocab_size, config.hidden_size)]
+    weights = sum(p.numel() for p in model.parameters()) + _packed_away(model)
+    weight_bytes = sum(p.nbytes for p in model.parameters())
+    tables = [p for p in model.parameters() if p.shape[0] == config.vocab_size]
     head = config.vocab_size * config.hidden_size
     if len(tables) > 1:  # the embedding is only looked up; a tied one is read whole as the head
         weights -= head
+        weight_bytes -= tables[0].nbytes
     kv_per_token = 2 * config.num_layers * config.num_kv_heads * config.head_dim
-    bytes_ = next(model.parameters()).element_size() * (weights + kv_per_token * sum(kv_len + n for n, kv_len in rows))
+    bytes_ = weight_bytes + model.dtype.itemsize * kv_per_token * sum(kv_len + n for n, kv_len in rows)
     # a query at distance d from the row's end sees kv_len - d keys
     seen = sum(n * kv_len - n * (n - 1) // 2 for n, kv_len in rows)
     attention = 4 * config.num_layers * config.num_heads * config.head_dim * seen
     return StepCost(bytes_, 2 * num_tokens * (weights - head) + 2 * len(rows) * head + attention)
+
+
+def _packed_away(model: LanguageModel) -> int:
+    """Weights less bytes, of those layers that pack their weights."""
+    modules = model.modules() if isinstance(model, Decoder) else ()
+    packed = [m for m in modules if isinstance(m, Linear | Embedding) and m.packing is not None]
+    return sum(len(m.weight) * m.packing.width - m.weight.numel() for m in packed if m.packing is not None)
 
 
 def _time(call: Callable[[], object], platform: Platform) -> float:
