@@ -38,7 +38,10 @@ _CPU_FLAGS = (
     *("asimd", "asimdhp", "asimddp", "bf16", "i8mm", "sve", "sve2"),  # Arm
 )
 """Those that decide which matrix products the CPU has."""
-_VARIABLES = ("CUDA_", "GOMP_", "KMP_", "LD_", "MKL_", "NCCL_", "NVIDIA_", "OMP_", "PYTORCH_", "TORCH", "TRITON_")
+_VARIABLES = (
+    *("ATEN_", "CUDA_", "GOMP_", "KMP_", "LD_", "MKL_", "NCCL_", "NVIDIA_", "OMP_", "PYTORCH_"),
+    *("STEPGRAPH_NATIVE", "TORCH", "TRITON_"),
+)
 """Beginnings of names; with those below, none holds a secret."""
 _MORE_VARIABLES = (
     "HF_HOME",
@@ -143,6 +146,7 @@ def _torch() -> Report:
     facts = {
         "cpu capability": torch.backends.cpu.get_cpu_capability(),
         "threads": str(torch.get_num_threads()),
+        "cpu kernels": _cpu_kernels(),
         "cuda build": torch.version.cuda or "none",
         "cuda available": str(torch.cuda.is_available()),
     }
@@ -156,6 +160,15 @@ def _torch() -> Report:
             f"{_gib(gpu.total_memory)}"
         )
     return {"torch": facts, "gpus": gpus}
+
+
+def _cpu_kernels() -> str:
+    """Which kernels steps on the CPU run."""
+    try:
+        from stepgraph.native import describe
+    except Exception as error:  # as above
+        return f"unknown: {error!r}"
+    return describe()
 
 
 def _output(*command: str) -> str | None:

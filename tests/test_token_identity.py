@@ -11,6 +11,7 @@ import torch
 from tiny import drain
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from stepgraph import native
 from stepgraph.config import EngineConfig
 from stepgraph.engine import engine as engine_module
 from stepgraph.engine.engine import Engine
@@ -94,6 +95,14 @@ def test_prompts_in_chunks_of_at_most_64_tokens_match_transformers(create_engine
     engine = create_engine(max_num_seqs=8, max_num_batched_tokens=64, capture_sizes=(16, 64))
     assert_identical(engine, BY_LENGTH[4::18] + BY_LENGTH[-1:])
     assert engine.runner.pool.statistics.num_eager_steps == 0
+
+
+@pytest.mark.skipif(not native.available(), reason=f"no kernels: {native.missing()}")
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_weights_in_the_files_own_blocks_give_the_same_tokens(smollm2, deterministic) -> None:
+    engine = Engine(EngineConfig.from_settings(device="cpu", deterministic=deterministic, **SETTINGS), source=smollm2)
+    assert engine.runner.model.embed_tokens.packing is not None
+    assert_identical(engine, BY_LENGTH[2:-1:10])
 
 
 def test_transformers_as_installed_gives_the_same_tokens_now(engine, decoder) -> None:

@@ -14,6 +14,9 @@ from typing import Literal
 
 import torch
 
+from stepgraph.layers.embedding import Embedding
+from stepgraph.layers.linear import Linear
+from stepgraph.models.decoder import Decoder
 from stepgraph.models.language_model import LanguageModel
 from stepgraph.platforms import Platform
 
@@ -54,9 +57,9 @@ def step_cost(model: LanguageModel, rows: Sequence[tuple[int, int]]) -> StepCost
     """Cost of a step of `rows`, each (query length, cached keys including this step's)."""
     config = model.config
     num_tokens = sum(query_len for query_len, _ in rows)
-    weights = sum(p.numel() for p in model.parameters())
+    weights = sum(p.numel() for p in model.parameters()) + _packed_away(model)
     weight_bytes = sum(p.nbytes for p in model.parameters())  # layers may have fewer bits than the rest
-    tables = [p for p in model.parameters() if p.shape == (config.vocab_size, config.hidden_size)]
+    tables = [p for p in model.parameters() if p.shape[0] == config.vocab_size]
     head = config.vocab_size * config.hidden_size
     if len(tables) > 1:  # the embedding is only looked up; a tied one is read whole as the head
         weights -= head
@@ -134,6 +137,13 @@ def operator_cost(
 def _keys_seen(rows: Sequence[tuple[int, int]]) -> int:
     """Over all queries: one at distance d from its row's end sees kv_len - d keys."""
     return sum(n * kv_len - n * (n - 1) // 2 for n, kv_len in rows)
+
+
+def _packed_away(model: LanguageModel) -> int:
+    """Weights less bytes, of those layers that pack their weights."""
+    modules = model.modules() if isinstance(model, Decoder) else ()
+    packed = [m for m in modules if isinstance(m, Linear | Embedding) and m.packing is not None]
+    return sum(len(m.weight) * m.packing.width - m.weight.numel() for m in packed if m.packing is not None)
 
 
 def _time(call: Callable[[], object], platform: Platform) -> float:

@@ -22,8 +22,8 @@ class ModelConfig:
     )
     quantization: str | None = setting(
         "auto",
-        "the layers' matrices: as the checkpoint has them (auto), with 8 bits a weight, made as they are read (fp8), or with 16 "
-        "or 32 bits, as dtype says, whatever the checkpoint has (none)",
+        "the layers' matrices: as the checkpoint has them (auto; a GGUF's blocks on CPUs with kernels for them), with 8 bits "
+        "a weight, made as they are read (fp8), or with 16 or 32 bits, as dtype says, whatever the checkpoint has (none)",
         metavar="auto|fp8|none",
     )
     load_format: str = setting("auto", "dummy gives random weights, for benchmarks", choices=("auto", "dummy"))

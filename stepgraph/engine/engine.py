@@ -100,6 +100,8 @@ class Engine:
             supports_fp8=self.platform.supports_fp8,
             max_model_len=self.max_model_len,
             deterministic=config.model.deterministic,
+            packed=config.model.quantization == "auto" and (self.dtype, self.platform.name) == (torch.float32, "cpu"),
+            exact=config.model.dtype == "float32",
             progress=progress,
         )
 

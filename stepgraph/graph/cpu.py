@@ -94,7 +94,9 @@ class _Recorder(TorchDispatchMode):
         kwargs = kwargs or {}
         if func in INLINED:
             with self, _NoHostReads():
-                return INLINED[func](*args, **kwargs)
+                result = INLINED[func](*args, **kwargs)
+            if result is not NotImplemented:
+                return result
         if torch.Tag.data_dependent_output in func.tags or func is torch.ops.aten.is_nonzero.default:
             raise _host_read(func)
         if torch.Tag.dynamic_output_shape in func.tags and not _is_index_of_positions(func, args):

@@ -6,9 +6,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from stepgraph import ops
+from stepgraph.layers.packing import Packing
+
 
 class Embedding(nn.Module):
     """Rows of a [V, E] table, multiplied by a constant in some models. May run inside a graph."""
+
+    packing: Packing | None = None
+    """How `weight` is packed, if it is; set at load."""
 
     def __init__(
         self,
@@ -32,5 +38,8 @@ class Embedding(nn.Module):
 
     def forward(self, token_ids_T: Tensor) -> Tensor:
         """Return a fresh [T, E] tensor, which the caller may update in place."""
-        x_TE = F.embedding(token_ids_T, self.weight)
+        if self.packing is None:
+            x_TE = F.embedding(token_ids_T, self.weight)
+        else:
+            x_TE = ops.packed_rows(self.weight, token_ids_T, self.packing.width)
         return x_TE if self.multiplier == 1.0 else x_TE * self.multiplier

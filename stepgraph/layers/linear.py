@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from stepgraph import ops
 from stepgraph.layers.lora import LoRA
 from stepgraph.layers.norm import RMSNorm
+from stepgraph.layers.packing import Packing
+from stepgraph.ops.packed import BLOCK
 
 
 class Linear(nn.Module):
@@ -21,18 +23,26 @@ class Linear(nn.Module):
     """Whether a token's result may not depend on the tokens beside it; set at load, see `ops.linear_by_row`."""
     lora: LoRA | None = None
     """Updates of the requests' adapters; set at load, if the engine takes adapters."""
+    packing: Packing | None = None
+    """How `weight` is packed, if it is; set at load."""
 
     def __init__(
         self, in_features: int, out_features: int, *, bias: bool = False, dtype: torch.dtype, device: torch.device
     ) -> None:
         super().__init__()
+        self.in_features, self.out_features = in_features, out_features
         self.weight = nn.Parameter(torch.empty(out_features, in_features, dtype=dtype, device=device), False)
         self.bias = nn.Parameter(torch.empty(out_features, dtype=dtype, device=device), False) if bias else None
 
     def forward(self, x_TI: Tensor) -> Tensor:
         """Return [T, O], dtype of `x_TI`."""
-        product = ops.linear_by_row if self.deterministic else ops.linear
-        out_TO = product(x_TI, self.weight, self.bias)
+        if self.packing is not None:
+            out_TO = ops.packed_linear(x_TI, self.weight, exact=self.exact)
+            if self.bias is not None:
+                out_TO.add_(self.bias)
+        else:
+            product = ops.linear_by_row if self.deterministic else ops.linear
+            out_TO = product(x_TI, self.weight, self.bias)
         if self.lora is not None:
             self.lora.update(x_TI, out_TO, deterministic=self.deterministic)
         return out_TO
@@ -40,24 +50,40 @@ class Linear(nn.Module):
     @property
     def is_plain(self) -> bool:
         """Whether it is the product of its parameters and nothing else, so that it may be fused with what is around it."""
-        return self.lora is None and not self.deterministic
+        return self.lora is None and self.packing is None and not self.deterministic
+
+    @property
+    def is_packed(self) -> bool:
+        """Whether it is the product of packed weights and nothing else, so that it may be fused with what is around it."""
+        return self.packing is not None and self.lora is None and self.bias is None
+
+    @property
+    def exact(self) -> bool:
+        """Whether a product of packed weights may not round its operands."""
+        return self.packing is None or self.packing.exact or self.deterministic
 
     def after_norm(self, norm: RMSNorm, x_TI: Tensor) -> Tensor:
         """Return the product with `norm(x_TI)`: [T, O], dtype of `x_TI`."""
         if self.is_plain:
             return ops.norm_linear(x_TI, norm.weight, norm.eps, self.weight, self.bias)
+        if self.is_packed:
+            return ops.packed_norm_linear(x_TI, norm.weight, norm.eps, self.weight, exact=self.exact)
         return self(norm(x_TI))
 
     def gated_after_norm(self, norm: RMSNorm, x_TI: Tensor, *, gelu: bool) -> Tensor:
         """Return the gated activation of the product with `norm(x_TI)`, see `ops.swiglu`: [T, O / 2], dtype of `x_TI`."""
         if self.is_plain and self.bias is None:
             return ops.norm_gated_linear(x_TI, norm.weight, norm.eps, self.weight, gelu=gelu)
+        if self.is_packed and not gelu and self.out_features % (2 * BLOCK) == 0:
+            return ops.packed_norm_swiglu(x_TI, norm.weight, norm.eps, self.weight, exact=self.exact)
         return (ops.geglu if gelu else ops.swiglu)(self.after_norm(norm, x_TI))
 
     def add_to(self, residual_TO: Tensor, x_TI: Tensor, multiplier: float = 1.0) -> None:
         """Add the product, times `multiplier`, to the residual stream in place."""
         if self.is_plain:
             ops.linear_add(x_TI, self.weight, self.bias, residual_TO, multiplier)
+        elif self.is_packed:
+            ops.packed_linear_add(x_TI, self.weight, residual_TO, multiplier, exact=self.exact)
         else:
             out_TO = self(x_TI)
             # `alpha` of 16 bits rounds by position.

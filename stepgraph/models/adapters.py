@@ -11,6 +11,7 @@ import re
 import secrets
 from collections.abc import Collection
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -111,11 +112,11 @@ class AdapterStore:
         for path, module in model.layers.named_modules(prefix="model.layers"):
             if not isinstance(module, Linear):
                 continue
-            parts = tuple(module.parts.values()) if isinstance(module, MergedLinear) else (module.weight.shape[0],)
-            zeros = model.embed_tokens.weight.new_zeros
+            parts = tuple(module.parts.values()) if isinstance(module, MergedLinear) else (module.out_features,)
+            zeros = partial(torch.zeros, dtype=model.dtype, device=module.weight.device)
             module.lora = LoRA(
-                a=zeros(config.max_loras + 1, len(parts) * rank, module.weight.shape[1]),
-                b=zeros(config.max_loras + 1, module.weight.shape[0], rank),
+                a=zeros(config.max_loras + 1, len(parts) * rank, module.in_features),
+                b=zeros(config.max_loras + 1, module.out_features, rank),
                 parts=parts,
                 index=self._index,
             )

@@ -33,13 +33,18 @@ def quantization_of(target: Target) -> str | None:
     return getattr(target, "quantization", None)
 
 
+def takes_values(target: Target) -> bool:
+    """Whether a target can be filled with values; else only with the stored bytes of its `quantization_of`."""
+    return getattr(target, "takes_values", True)
+
+
 class Converted:
     """A target that holds a function of the checkpoint's tensor, of the same shape. Only rows of stored bytes can be moved."""
 
     def __init__(self, target: Target, convert: Callable[[Tensor], Tensor]) -> None:
         self._target, self.convert = target, convert
         self.shape, self.dtype, self.device = target.shape, target.dtype, target.device
-        self.quantization = quantization_of(target)
+        self.quantization, self.takes_values = quantization_of(target), takes_values(target)
 
     def copy_(self, values: Tensor) -> None:
         """See `Target.copy_`."""

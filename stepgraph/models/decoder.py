@@ -22,7 +22,8 @@ from stepgraph.layers.norm import RMSNorm
 from stepgraph.layers.rotary import cos_sin_table, rotary_order
 from stepgraph.models.config import DecoderConfig
 from stepgraph.models.conversion import Target, with_head_order, with_offset
-from stepgraph.ops import linear, linear_by_row
+from stepgraph.models.packing import PackedTarget
+from stepgraph.ops import linear, linear_by_row, packed_linear
 
 
 class DecoderLayer(nn.Module):
@@ -118,7 +119,7 @@ class Decoder(nn.Module, ABC):
         device: of the parameters.
         """
         super().__init__()
-        self.config = config
+        self.config, self.dtype = config, dtype
         self.embed_tokens = Embedding(
             config.vocab_size, config.hidden_size, multiplier=config.embedding_multiplier, dtype=dtype, device=device
         )
@@ -169,6 +170,8 @@ class Decoder(nn.Module, ABC):
         head = self.embed_tokens if self.lm_head is None else self.lm_head
         if self.config.logits_divisor != 1.0:
             hidden_RE = hidden_RE / self.config.logits_divisor
+        if head.packing is not None:
+            return packed_linear(hidden_RE, head.weight, exact=True, out=out)
         if self.deterministic:
             return linear_by_row(hidden_RE, head.weight, None, out)
         return linear(hidden_RE, head.weight, None, out)
@@ -201,11 +204,14 @@ def named_targets(root: nn.Module, config: DecoderConfig, layers: Mapping[str, i
         parameters: Mapping[str, Tensor] = dict(module.named_parameters(recurse=False))
         if isinstance(module, MergedLinear) and not config.merged_projections:
             path, parameters = path.rpartition(".")[0], module.named_parts()
-        tensors: Mapping[str, Target] = parameters
+        tensors: dict[str, Target] = {**parameters}
         if isinstance(module, RMSNorm) and module.weight_offset:
             tensors = {name: with_offset(tensor, module.weight_offset) for name, tensor in parameters.items()}
         elif isinstance(module, FP8Linear):
-            tensors = fp8_targets(parameters)
+            tensors = {**fp8_targets(parameters)}
+        elif isinstance(module, Linear | Embedding) and module.packing is not None:
+            codes = {name: part for name, part in parameters.items() if name.endswith("weight")}
+            tensors |= {name: PackedTarget(part, module.packing) for name, part in codes.items()}
         targets |= {f"{path}.{name}": tensor for name, tensor in tensors.items()}
     for path, index in layers.items():
         _reorder_heads(targets, f"{path}.self_attn", config, index)

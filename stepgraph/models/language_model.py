@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Protocol
 
+import torch
 from torch import Tensor, nn
 
 from stepgraph.layers.inputs import StepInputs
@@ -61,6 +62,10 @@ class LanguageModel(Protocol):
     @property
     def config(self) -> LanguageModelConfig:
         """Sizes of the model."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the activations."""
 
     def __call__(self, inputs: StepInputs) -> Tensor:
         """Run the layers over a step's tokens, writing their keys and values. Runs inside the graph.

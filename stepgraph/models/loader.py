@@ -15,6 +15,7 @@ from stepgraph.models.config import DecoderConfig
 from stepgraph.models.decoder import Decoder
 from stepgraph.models.language_model import LanguageModel
 from stepgraph.models.mtp_tensors import without_mtp
+from stepgraph.models.packing import pack
 from stepgraph.models.quantization import materialise, quantize_layers
 from stepgraph.models.registry import ARCHITECTURES
 from stepgraph.models.source import ModelSource
@@ -32,6 +33,8 @@ def load_model(
     quantization: str | None = "auto",
     supports_fp8: bool = True,
     deterministic: bool = False,
+    packed: bool = False,
+    exact: bool = True,
     progress: bool = False,
 ) -> LanguageModel:
     """Build a model and fill it; see `create_model` and `fill` for arguments and errors."""
@@ -44,6 +47,8 @@ def load_model(
         quantization=quantization,
         supports_fp8=supports_fp8,
         deterministic=deterministic,
+        packed=packed,
+        exact=exact,
         progress=progress,
     )
     for _ in fill(model, source, load_format=load_format, progress=progress):
@@ -61,6 +66,8 @@ def create_model(
     quantization: str | None = "auto",
     supports_fp8: bool = True,
     deterministic: bool = False,
+    packed: bool = False,
+    exact: bool = True,
     progress: bool = False,
 ) -> LanguageModel:
     """Build a model, native or transformers' as the source's config says. A native one is not filled yet: its parameters are
@@ -76,6 +83,8 @@ def create_model(
         quantization: see `stepgraph.config.ModelConfig`.
         supports_fp8: whether the device can.
         deterministic: a token's result may not depend, bit for bit, on the tokens beside it.
+        packed: keep the blocks of a quantised checkpoint where this machine has kernels for them; needs float32 on the CPU.
+        exact: products with packed weights never round their operands, see `ops.packed_linear`.
         progress: show a bar on stderr.
 
     Raises:
@@ -105,13 +114,15 @@ def create_model(
     meta = torch.device("meta")
     model = ARCHITECTURES[config.architecture](config, max_model_len=max_model_len, dtype=dtype, device=meta)
     if quantization not in ("none", None):
-        tensors = [] if load_format == "dummy" else without_mtp(source.tensors())
+        tensors = [] if load_format == "dummy" else list(without_mtp(source.tensors()))
         has_fp8 = quantize_layers(model, tensors, everything=quantization == "fp8")
         if has_fp8 and not supports_fp8:
             raise ConfigError(
                 f"weights of 8 bits ({source.description}, quantization={quantization!r}) need a GPU of compute capability 8.9 "
                 "or later; use quantization='none', which keeps them in 16 bits"
             )
+        if packed:
+            pack(model, tensors, merged=config.merged_projections, exact=exact)
     materialise(model, device)
     if deterministic:
         model.make_deterministic()

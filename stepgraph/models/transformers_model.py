@@ -83,6 +83,11 @@ class TransformersModel(nn.Module):
                 setattr(module, name, buffer.clone())  # loading leaves views, whose base a traced graph would not know
         self._check_tokens_apart()
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """See `LanguageModel.dtype`."""
+        return next(self.parameters()).dtype
+
     @classmethod
     def from_folder(
         cls, config: TransformersConfig, folder: Path, *, dtype: torch.dtype, device: torch.device, progress: bool

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from stepgraph.errors import ModelError
 from stepgraph.models.checkpoint import CheckpointTensor
-from stepgraph.models.conversion import Target, quantization_of
+from stepgraph.models.conversion import Target, quantization_of, takes_values
 from stepgraph.models.decoder import Decoder
 from stepgraph.models.language_model import LanguageModel, LanguageModelConfig
 from stepgraph.models.mtp_tensors import without_mtp
@@ -120,6 +120,12 @@ def match_tensors(
             raise ModelError(
                 f"{tensor.name} has shape {list(tensor.shape)} in the checkpoint ({description}), and in the model "
                 f"{list(target.shape)}; config and weights are not of one model."
+            )
+        if not takes_values(target) and tensor.quantization != quantization_of(target):
+            raise ModelError(
+                f"{tensor.name} is kept in the model as a GGUF file's {quantization_of(target)} blocks, and is "
+                f"{tensor.quantization or 'plain numbers'} in the checkpoint ({description}). Start the engine with "
+                "quantization none to be able to give it any weights."
             )
     return matches
 

@@ -17,6 +17,7 @@ from stepgraph.ops.linear import linear, linear_add, linear_by_row, norm_gated_l
 from stepgraph.ops.logprobs import logprobs
 from stepgraph.ops.lookup import lookup
 from stepgraph.ops.lora import lora
+from stepgraph.ops.packed import packed_linear, packed_linear_add, packed_norm_linear, packed_norm_swiglu, packed_rows
 from stepgraph.ops.process_logits import process_logits
 from stepgraph.ops.remember import remember
 from stepgraph.ops.rms_norm import rms_norm
@@ -53,6 +54,11 @@ __all__ = [
     "lora",
     "norm_gated_linear",
     "norm_linear",
+    "packed_linear",
+    "packed_linear_add",
+    "packed_norm_linear",
+    "packed_norm_swiglu",
+    "packed_rows",
     "paged_attention",
     "process_logits",
     "propose",

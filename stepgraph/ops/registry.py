@@ -26,7 +26,7 @@ def register(
     cpu: Callable[..., Any],
     fake: Callable[..., Any],
     cuda: str,
-    inline_on_cpu: bool = False,
+    inline_on_cpu: bool | Callable[..., Any] = False,
 ) -> Any:
     """Define `stepgraph::<schema>` and return the callable operator.
 
@@ -36,7 +36,8 @@ def register(
         fake: shape function for fake tensors.
         cuda: ``"module:function"`` of the Triton launcher, imported at its first call so that a machine without a GPU
             never imports Triton.
-        inline_on_cpu: record the calls of `cpu` when capturing a CPU graph; requires that `cpu` reads no tensor values.
+        inline_on_cpu: record the calls of `cpu` when capturing a CPU graph; requires that `cpu` reads no tensor values. A
+            function is recorded instead of `cpu`, or the operator stays one call if it returns NotImplemented.
     """
     name = schema.split("(", 1)[0]
     _LIBRARY.define(schema)
@@ -45,7 +46,7 @@ def register(
     torch.library.register_fake(f"stepgraph::{name}", fake, lib=_LIBRARY)
     operator = getattr(torch.ops.stepgraph, name).default
     if inline_on_cpu:
-        INLINED[operator] = cpu
+        INLINED[operator] = cpu if inline_on_cpu is True else inline_on_cpu
     return operator
 
 

@@ -23,6 +23,7 @@ from stepgraph.models.ernie4_5 import Ernie45
 from stepgraph.models.language_model import LanguageModel
 from stepgraph.models.loader import fill_randomly
 from stepgraph.models.mtp_tensors import mtp_names
+from stepgraph.models.packing import plain_weight
 from stepgraph.models.registry import ARCHITECTURES
 from stepgraph.models.safetensors import read_safetensors
 from stepgraph.models.source import PACKAGED, FolderSource, ModelSource, hub_folder
@@ -133,7 +134,6 @@ def load_mtp(
         ConfigError: there is no module for this model, or none that can be run.
         ModelError: the module's tensors are not what they should be (missing, left over, of another shape), or a file is damaged.
     """
-    weight = next(model.parameters())
     layer_config = _layer_config(model)
     read: Callable[[], _Found] | None = None
     options, num_modules, num_draft_ids = MTPOptions(), max(1, layer_config.num_mtp_modules), 0
@@ -144,13 +144,14 @@ def load_mtp(
         options, num_modules = found.layout.options, len(found.numbers)
         num_draft_ids = found.draft_token_ids.shape[0] if found.draft_token_ids else 0
     layers = [
-        MTPLayer(layer_config, options, max_model_len=max_model_len, dtype=weight.dtype, device=weight.device).eval()
+        MTPLayer(layer_config, options, max_model_len=max_model_len, dtype=model.dtype, device=platform.device).eval()
         for _ in range(num_modules)
     ]
     max_rows = config.scheduler.max_num_seqs
     head = None
     if num_draft_ids:
-        logits_RV = weight.new_full((max_rows, layer_config.vocab_size), -torch.inf)
+        size = (max_rows, layer_config.vocab_size)
+        logits_RV = torch.full(size, -torch.inf, dtype=model.dtype, device=platform.device)
         head = DraftHead(num_draft_ids, layer_config.hidden_size, logits_RV)
     _fill(layers, head, model, read, progress=progress)
     fill = partial(_fill, layers, head, model, read, progress=False)
@@ -349,7 +350,8 @@ def _head_weight(model: LanguageModel) -> Tensor:
     """Matrix of the model's output head, [V, E], scaled so that products with it are logits."""
     if isinstance(model, Decoder):
         head = model.embed_tokens if model.lm_head is None else model.lm_head
-        return head.weight / model.config.logits_divisor if model.config.logits_divisor != 1.0 else head.weight
+        weight_VE = plain_weight(head)
+        return weight_VE / model.config.logits_divisor if model.config.logits_divisor != 1.0 else weight_VE
     from stepgraph.models.transformers_model import TransformersModel
 
     assert isinstance(model, TransformersModel), model

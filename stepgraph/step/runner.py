@@ -139,7 +139,7 @@ class StepRunner:
             max_shape=self.pool.max_shape,
             platform=platform,
         )
-        dtype = next(model.parameters()).dtype
+        dtype = model.dtype
         rows = min(self.pool.max_shape.num_samples, max(scheduler.max_num_seqs, _LOGIT_ROWS))
         self._buffers = LogitBuffers(
             logits=torch.empty(rows, self.vocab_size, dtype=dtype, device=platform.device),

@@ -232,7 +232,6 @@ def test_flags_of_other_engines_are_accepted_where_they_change_nothing():
     for words, name in (
         (["--tensor-parallel-size", "2"], "tensor_parallel_size=2"),
         (["--pipeline-parallel-size", "4"], "pipeline_parallel_size=4"),
-        (["--quantization", "awq"], "quantization='awq'"),
         (["--enforce-eager"], "enforce_eager=True"),
         (["--trust-remote-code"], "trust_remote_code=True"),
     ):

@@ -16,11 +16,14 @@ class Stepper:
     """One sequence in slot 1, whose KV block i is block i + 1."""
 
     def __init__(self, model: Decoder, max_len: int) -> None:
-        config, weight = model.config, model.embed_tokens.weight
+        config = model.config
         num_blocks = -(-max_len // BLOCK_SIZE)
         shape = (num_blocks + 1, BLOCK_SIZE, config.num_kv_heads, config.head_dim)
         self.model = model
-        self.caches = tuple((weight.new_zeros(shape), weight.new_zeros(shape)) for _ in range(config.num_layers))
+        self.caches = tuple(
+            (torch.zeros(shape, dtype=model.dtype), torch.zeros(shape, dtype=model.dtype))
+            for _ in range(config.num_layers)
+        )
         self.block_table = torch.zeros(2, num_blocks, dtype=torch.int32)
         self.block_table[1] = torch.arange(1, num_blocks + 1)
         self.computed = 0

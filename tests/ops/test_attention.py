@@ -161,9 +161,17 @@ def attend_on_cpu(batch: Batch, geometry: AttentionGeometry) -> Tensor:
     return out[: batch.num_real_tokens]
 
 
+def attend_with_torch(batch: Batch, *, deterministic: bool) -> Tensor:
+    """What the CPU gives without kernels of our own, real tokens only."""
+    scale, *_, window, _ = settings_of(batch, geometry_of(batch))
+    out = cpu.torch_attention(*batch.inputs(), scale, window, deterministic=deterministic)
+    return out[: batch.num_real_tokens]
+
+
 def assert_cpu_matches(batch: Batch) -> None:
+    assert_matches(attend_on_cpu(batch, geometry_of(batch)), batch)
     for deterministic in (False, True):
-        assert_matches(attend_on_cpu(batch, geometry_of(batch, deterministic=deterministic)), batch)
+        assert_matches(attend_with_torch(batch, deterministic=deterministic), batch)
 
 
 def compositions(total: int, max_parts: int) -> Iterator[tuple[int, ...]]:
@@ -315,7 +323,7 @@ def test_work_on_cpu_grows_with_the_window_and_not_with_the_context(
 
     monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", counting)
     batch = make_batch([(512, 300), (1, 900), (1, 700)], num_tokens=514, group=1, window=32, poisoned=True)
-    attend_on_cpu(batch, geometry_of(batch, deterministic=deterministic))
+    attend_with_torch(batch, deterministic=deterministic)
     rows = 512 + 2 * 16  # a tile of a decode row may be padded to 16
     assert 512 * 2 * 32 <= scores <= rows * 2 * most_keys
 

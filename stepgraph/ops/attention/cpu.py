@@ -1,8 +1,9 @@
-"""CPU kernel of `paged_attention`: rows of equal query length and similar context go through one call of torch's flash
-attention, with the query heads of a group folded into the query dimension so that each key is read once.
+"""`paged_attention` on the CPU: our own kernel for float32, which is deterministic as it is, and `torch_attention`.
 
-The deterministic kernel instead calls it once per tile of queries at fixed positions of their sequence, over keys at fixed
-positions: all sizes of the call, and a query's place in it, follow from the query's position.
+That one calls torch's flash attention for rows of equal query length and similar context together, with the query heads of a
+group folded into the query dimension so that each key is read once. If it is to be deterministic, it instead calls it once per
+tile of queries at fixed positions of their sequence, over keys at fixed positions: all sizes of the call, and a query's place in
+it, follow from the query's position.
 
 Shapes: n pieces of a batch, q query length, L keys (padded to the longest piece), G key/value heads, g group, D head size;
 M queries of a deterministic tile.
@@ -10,12 +11,13 @@ M queries of a deterministic tile.
 
 from collections import defaultdict
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from stepgraph import native
 from stepgraph.ops.attention.geometry import KV_BLOCK
 
 MIN_PIECE = 64
@@ -23,6 +25,13 @@ MIN_PIECE = 64
 
 TILE_TOKENS = 16
 """Tokens of a deterministic tile; divides KV_BLOCK, so that all queries of a tile see keys up to the same block of keys."""
+
+
+_paged_attention = native.declare(
+    "paged_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor block_table, Tensor row_slot, Tensor query_start, "
+    "Tensor kv_len, float scale, int window) -> Tensor",
+    lambda q, *_: q.new_empty(q.shape[0], q.shape[1] * q.shape[2]),
+)
 
 
 def attention_plan(
@@ -77,6 +86,27 @@ def paged_attention(
     deterministic: bool,
 ) -> Tensor:
     """See `stepgraph.ops.attention.paged_attention`."""
+    if _has_native_kernel(q, k_cache):
+        return _paged_attention(q, k_cache, v_cache, block_table, row_slot, query_start, kv_len, scale, window)
+    return torch_attention(
+        q, k_cache, v_cache, block_table, row_slot, query_start, kv_len, scale, window, deterministic=deterministic
+    )
+
+
+def torch_attention(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    block_table: Tensor,
+    row_slot: Tensor,
+    query_start: Tensor,
+    kv_len: Tensor,
+    scale: float,
+    window: int,
+    *,
+    deterministic: bool,
+) -> Tensor:
+    """`paged_attention` by torch's kernels, for any dtype. Reads tensor values: opaque to a trace."""
     T, H, D = q.shape
     block_size = k_cache.shape[1]
     out = q.new_zeros(T, H * D)
@@ -99,6 +129,15 @@ def paged_attention(
         else:
             out[tokens] = _attend_batch(q[tokens], batch, k_cache, v_cache, block_table, scale, window)
     return out
+
+
+def traced_attention(q: Tensor, k_cache: Tensor, *others: Any) -> Any:
+    """What a trace of `paged_attention` holds: our own kernel, or NotImplemented for the opaque operator."""
+    return paged_attention(q, k_cache, *others) if _has_native_kernel(q, k_cache) else NotImplemented
+
+
+def _has_native_kernel(q: Tensor, k_cache: Tensor) -> bool:
+    return q.dtype == k_cache.dtype == torch.float32 and q.shape[2] % native.LANES == 0 and native.available()
 
 
 def _pieces(slot: int, start: int, end: int, kv_len: int, window: int, deterministic: bool) -> Iterator[_Piece]:

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from stepgraph.ops.registry import register
-from stepgraph.ops.rms_norm import reference
+from stepgraph.ops.rms_norm import cpu
 
 _rms_norm = register(
     "rms_norm(Tensor x, Tensor weight, float eps) -> Tensor",
-    cpu=reference.rms_norm,
+    cpu=cpu.rms_norm,
     fake=lambda x, weight, eps: torch.empty_like(x),
     cuda="stepgraph.ops.rms_norm.triton:rms_norm",
     inline_on_cpu=True,

@@ -7,7 +7,7 @@ Source: Su et al., "RoFormer" (2021), in the half-split form used by Llama and Q
 from torch import Tensor
 
 from stepgraph.ops.registry import register
-from stepgraph.ops.rope_cache import reference
+from stepgraph.ops.rope_cache import cpu
 
 
 def _fake(
@@ -28,7 +28,7 @@ def _fake(
 _rope_cache = register(
     "rope_cache(Tensor qkv, Tensor positions, Tensor kv_slots, Tensor cos_sin, Tensor? q_norm, Tensor? k_norm, "
     "Tensor(a!) k_cache, Tensor(b!) v_cache, int num_heads, float eps) -> Tensor",
-    cpu=reference.rope_cache,
+    cpu=cpu.rope_cache,
     fake=_fake,
     cuda="stepgraph.ops.rope_cache.triton:rope_cache",
     inline_on_cpu=True,

@@ -1,0 +1,72 @@
+"""Weights that stay in a GGUF file's own blocks, where kernels multiply them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+from stepgraph import native
+from stepgraph.layers.embedding import Embedding
+from stepgraph.layers.linear import Linear, MergedLinear
+from stepgraph.layers.packing import Packing
+from stepgraph.models.checkpoint import CheckpointTensor
+from stepgraph.ops.packed import BLOCK, BLOCK_BYTES, packed_rows
+
+
+class PackedTarget:
+    """A `Target` that is filled with a tensor's stored bytes."""
+
+    takes_values = False
+
+    def __init__(self, codes: Tensor, packing: Packing) -> None:
+        """Args:
+        codes: [rows, bytes of a row] uint8, a parameter or a view into one.
+        packing: of the layer.
+        """
+        self.quantization = packing.format
+        self.shape, self.dtype, self.device = torch.Size((codes.shape[0], packing.width)), codes.dtype, codes.device
+        self._codes = codes
+
+    def copy_(self, codes: Tensor) -> None:
+        """Take [rows, bytes of a row] uint8."""
+        self._codes.copy_(codes)
+
+
+def pack(model: nn.Module, tensors: Iterable[CheckpointTensor], *, merged: bool, exact: bool) -> None:
+    """Have a model's layers keep the blocks of a checkpoint, of those tensors whose format has kernels on this machine.
+
+    Args:
+        model: native, in float32, on the meta device: layers get new parameters.
+        tensors: of the checkpoint; nothing is read.
+        merged: the checkpoint merges projections as the model does.
+        exact: products never round to bfloat16.
+    """
+    formats = {tensor.name: tensor.quantization for tensor in tensors}
+    if not formats.keys() or not any(formats.values()) or not native.available():
+        return
+    for path, module in model.named_modules():
+        if isinstance(module, Linear | Embedding):
+            names = _tensor_names(path, module, merged=merged)
+            (outputs, width), (format_, *others) = module.weight.shape, {formats.get(name) for name in names}
+            if format_ in BLOCK_BYTES and not others and width % BLOCK == 0:
+                codes = module.weight.new_empty(outputs, width // BLOCK * BLOCK_BYTES[format_], dtype=torch.uint8)
+                module.weight, module.packing = nn.Parameter(codes, False), Packing(format_, width, exact)
+
+
+def plain_weight(module: Linear | Embedding) -> Tensor:
+    """The weight as numbers: the parameter itself, or a new tensor of what it stands for."""
+    if module.packing is None:
+        return module.weight
+    return packed_rows(module.weight, torch.arange(len(module.weight), dtype=torch.int32), module.packing.width)
+
+
+def _tensor_names(path: str, module: nn.Module, *, merged: bool) -> list[str]:
+    """Names in the checkpoint of the tensors that a layer's weight is made of."""
+    if not path.startswith("lm_head"):
+        path = f"model.{path}"
+    if isinstance(module, MergedLinear) and not merged:
+        parent = path.rpartition(".")[0]
+        return [f"{parent}.{part}.weight" for part in module.parts]
+    return [f"{path}.weight"]

@@ -1,0 +1,95 @@
+"""From C++ sources to a library for this machine, kept on disk under a name that says what it was made of."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+SWITCH = "STEPGRAPH_NATIVE"
+"""Environment variable; 0 leaves the kernels unused."""
+
+_FLAGS = {
+    "AVX512": ("-march=native",),  # bfloat16 products, where the CPU has them
+    "AVX2": ("-mavx2", "-mfma", "-mf16c", "-mtune=native"),
+}
+"""By torch's name for what the CPU can do, which the environment variable ATEN_CPU_CAPABILITY lowers."""
+_COMPILERS = ("c++", "g++", "clang++")
+_TIMEOUT_S = 300
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How the library is made, and where it is then."""
+
+    capability: str
+    command: tuple[str, ...]  # the compiler and all arguments but the output's
+    library: Path
+
+
+def plan(sources: Path = Path(__file__).parent) -> Plan | str:
+    """How to make the library of the C++ files in `sources` here; or why that is impossible. Runs nothing."""
+    if os.environ.get(SWITCH) == "0":
+        return f"{SWITCH}=0 is set"
+    if (sys.platform, platform.machine()) != ("linux", "x86_64"):
+        return f"they are written for x86-64 on Linux, and this is {platform.machine()} on {sys.platform}"
+    capability = torch.backends.cpu.get_cpu_capability()
+    if capability not in _FLAGS:
+        return f"they need AVX2, and torch's CPU capability is {capability}"
+    compiler = next(filter(None, map(shutil.which, (os.environ.get("CXX") or "c++", *_COMPILERS))), None)
+    if compiler is None:
+        return f"no C++ compiler is installed ({', '.join(_COMPILERS)} were looked for); install one, such as g++"
+    torch_folder = Path(torch.__file__).parent
+    command = (
+        *(compiler, "-std=c++17", "-O3", "-fPIC", "-shared", *_FLAGS[capability]),
+        *map(str, sorted(sources.glob("*.cpp"))),
+        *(f"-I{torch_folder / 'include'}", f"-L{torch_folder / 'lib'}", "-ltorch_cpu"),
+    )
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "stepgraph" / "native"
+    return Plan(capability, command, folder / f"{_fingerprint(sources, command)}.so")
+
+
+def build(planned: Plan) -> str | Path:
+    """Make the library if it is not there, with a line on stderr. Returns its path; or what went wrong, as a string.
+
+    Processes may build at the same time: each writes a file of its own and puts it in place whole.
+    """
+    if planned.library.exists():
+        return planned.library
+    print("stepgraph: compiling CPU kernels for this machine, once; this takes some seconds", file=sys.stderr)
+    try:
+        planned.library.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=planned.library.parent) as folder:
+            made = Path(folder) / planned.library.name
+            done = subprocess.run((*planned.command, "-o", made), capture_output=True, text=True, timeout=_TIMEOUT_S)
+            if done.returncode:
+                return f"{planned.command[0]} failed: {done.stderr.strip()[-2000:]}"
+            os.replace(made, planned.library)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return f"they could not be compiled: {error}"
+    return planned.library
+
+
+def _fingerprint(sources: Path, command: tuple[str, ...]) -> str:
+    """Differs where the library would: in sources, command, compiler, torch or CPU."""
+    compiler = Path(command[0]).resolve()
+    status = compiler.stat()
+    facts = [torch.__version__, *command, str(compiler), str(status.st_size), str(status.st_mtime_ns), _cpu_flags()]
+    digest = hashlib.sha256("\n".join(facts).encode())
+    for path in sorted((*sources.glob("*.cpp"), *sources.glob("*.h"))):
+        digest.update(path.name.encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()[:32]
+
+
+def _cpu_flags() -> str:
+    """What the first core can do, in Linux's words."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    return next((line for line in lines if line.startswith("flags")), "")

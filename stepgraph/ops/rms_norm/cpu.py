@@ -1,0 +1,18 @@
+"""`rms_norm` on the CPU: our own kernel for float32, else the reference."""
+
+import torch
+from torch import Tensor
+
+from stepgraph import native
+from stepgraph.ops.rms_norm import reference
+
+_rms_norm = native.declare(
+    "rms_norm(Tensor x, Tensor weight, float eps) -> Tensor", lambda x, weight, eps: torch.empty_like(x)
+)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """See `stepgraph.ops.rms_norm.rms_norm`."""
+    if x.dtype == weight.dtype == torch.float32 and x.shape[1] % native.LANES == 0 and native.available():
+        return _rms_norm(x, weight, eps)
+    return reference.rms_norm(x, weight, eps)

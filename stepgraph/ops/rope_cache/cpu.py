@@ -1,0 +1,34 @@
+"""`rope_cache` on the CPU: our own kernel for float32 without head norms, else the reference."""
+
+import torch
+from torch import Tensor
+
+from stepgraph import native
+from stepgraph.ops.rope_cache import reference
+
+_rope_cache = native.declare(
+    "rope_cache(Tensor qkv, Tensor positions, Tensor kv_slots, Tensor cos_sin, Tensor(a!) k_cache, Tensor(b!) v_cache, "
+    "int num_heads) -> Tensor",
+    lambda qkv, positions, kv_slots, cos_sin, k_cache, v_cache, num_heads: qkv.new_empty(
+        qkv.shape[0], num_heads, k_cache.shape[-1]
+    ),
+)
+
+
+def rope_cache(
+    qkv: Tensor,
+    positions: Tensor,
+    kv_slots: Tensor,
+    cos_sin: Tensor,
+    q_norm: Tensor | None,
+    k_norm: Tensor | None,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    num_heads: int,
+    eps: float,
+) -> Tensor:
+    """See `stepgraph.ops.rope_cache.rope_cache`."""
+    plain = q_norm is None and qkv.dtype == k_cache.dtype == torch.float32
+    if plain and k_cache.shape[-1] % (2 * native.LANES) == 0 and native.available():
+        return _rope_cache(qkv, positions, kv_slots, cos_sin, k_cache, v_cache, num_heads)
+    return reference.rope_cache(qkv, positions, kv_slots, cos_sin, q_norm, k_norm, k_cache, v_cache, num_heads, eps)

@@ -1,0 +1,125 @@
+"""Models whose weights stay in a GGUF file's blocks, against the same file dequantised."""
+
+import pytest
+import torch
+from checkpoints import HF_CONFIGS, SIZES, random_hf_model
+from stepping import Stepper
+from transformers import Qwen2Config
+
+from stepgraph import EngineConfig, SamplingParams, native
+from stepgraph.engine.engine import Engine
+from stepgraph.errors import ModelError
+from stepgraph.layers.linear import Linear
+from stepgraph.models import load_model, resolve
+from stepgraph.models.packing import plain_weight
+from stepgraph.models.update import plan_update, write
+
+gguf = pytest.importorskip("gguf", reason="packed weights are those of GGUF files")
+from gguf_files import write_gguf  # noqa: E402
+
+pytestmark = pytest.mark.skipif(not native.available(), reason=f"no kernels: {native.missing()}")
+
+TOKENS = [(7 * i + 3) % 96 for i in range(40)]
+Q4_0, Q4_1, Q8_0, F16 = (gguf.GGMLQuantizationType[name] for name in ("Q4_0", "Q4_1", "Q8_0", "F16"))
+AS_EMBEDDED = {"token_embd": Q8_0, "_norm": gguf.GGMLQuantizationType.F32, "weight": Q4_1}
+"""The types of the embedded model's tensors, by a part of their names."""
+
+
+def load(path, **settings):
+    settings = {"packed": True, "exact": True} | settings
+    return load_model(resolve(str(path)), dtype=torch.float32, device=torch.device("cpu"), max_model_len=64, **settings)
+
+
+def formats(model):
+    """Formats of the linear layers, by path."""
+    return {
+        path: module.packing and module.packing.format
+        for path, module in model.named_modules()
+        if isinstance(module, Linear)
+    }
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Two files of different models of the same config: a.gguf and b.gguf."""
+    folder = tmp_path_factory.mktemp("packed")
+    for seed, name in enumerate("ab"):
+        torch.manual_seed(seed)
+        write_gguf(folder / f"{name}.gguf", random_hf_model(HF_CONFIGS["llama tied"]()), AS_EMBEDDED)
+    return folder
+
+
+@pytest.mark.parametrize("config", ["llama", "llama tied", "qwen2", "qwen3 tied"])
+def test_packed_logits_are_those_of_the_dequantised_weights(tmp_path, config):
+    write_gguf(tmp_path / "model.gguf", random_hf_model(HF_CONFIGS[config]()), AS_EMBEDDED)
+    packed, plain = load(tmp_path / "model.gguf"), load(tmp_path / "model.gguf", packed=False)
+    assert set(formats(packed).values()) == {"Q4_1"}
+    assert set(formats(plain).values()) == {None}
+    found, expected = (Stepper(model, 64).step(TOKENS) for model in (packed, plain))
+    torch.testing.assert_close(found, expected, atol=2e-5, rtol=1e-4)
+
+
+def test_exact_logits_do_not_depend_on_how_the_prompt_is_cut(folder):
+    model = load(folder / "a.gguf")
+    whole, cut = Stepper(model, 64).step(TOKENS), Stepper(model, 64)
+    assert torch.equal(torch.cat([cut.step(TOKENS[:3]), cut.step(TOKENS[3:20]), cut.step(TOKENS[20:])]), whole)
+
+
+def test_layers_without_kernels_and_mixtures_are_dequantised(tmp_path):
+    hf_model = random_hf_model(Qwen2Config(**SIZES))
+    types = {"attn_q.weight": Q4_0, "attn_k.weight": Q8_0, "ffn_down": gguf.GGMLQuantizationType.Q5_0, "ffn_": Q4_0}
+    write_gguf(tmp_path / "model.gguf", hf_model, types | {"bias": gguf.GGMLQuantizationType.F32})
+    model = load(tmp_path / "model.gguf")
+    layer = {path.split(".", 3)[-1]: name for path, name in formats(model).items() if "layers.0" in path}
+    assert layer == {"qkv_proj": None, "o_proj": None, "gate_up_proj": "Q4_0", "down_proj": None}
+    with torch.no_grad():
+        expected = hf_model(torch.tensor([TOKENS])).logits[0]
+    torch.testing.assert_close(Stepper(model, 64).step(TOKENS), expected, atol=2e-4, rtol=1e-4)
+
+
+def test_plain_weight_has_the_dequantised_bits(folder):
+    packed, plain = load(folder / "a.gguf"), load(folder / "a.gguf", packed=False)
+    assert torch.equal(plain_weight(packed.embed_tokens), plain.embed_tokens.weight)
+    assert plain_weight(plain.embed_tokens) is plain.embed_tokens.weight
+
+
+def test_without_kernels_weights_are_dequantised(folder, monkeypatch):
+    monkeypatch.setattr(native, "available", lambda: False)
+    assert set(formats(load(folder / "a.gguf")).values()) == {None}
+
+
+def test_new_weights_of_the_same_formats_can_be_written(folder):
+    model, other = load(folder / "a.gguf"), load(folder / "b.gguf")
+    write(plan_update(model, resolve(str(folder / "b.gguf"))))
+    assert torch.equal(Stepper(model, 64).step(TOKENS), Stepper(other, 64).step(TOKENS))
+
+
+def test_plain_weights_are_refused_where_blocks_are_kept(folder):
+    model, plain = load(folder / "a.gguf"), load(folder / "b.gguf", packed=False)
+    with pytest.raises(ModelError, match=r"kept .* Q8_0 blocks, and is plain numbers .* quantization none"):
+        plan_update(model, plain.checkpoint_tensors().items())
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({}, (True, False)),
+        ({"dtype": "float32"}, (True, True)),
+        ({"deterministic": True}, (True, False)),
+        ({"quantization": "none"}, (False, None)),
+        ({"dtype": "bfloat16"}, (False, None)),
+    ],
+)
+def test_settings_decide_how_weights_are_kept(folder, settings, expected):
+    settings = {"model": str(folder / "a.gguf"), "device": "cpu", "max_model_len": 64, "max_num_seqs": 4} | settings
+    engine = Engine(EngineConfig.from_settings(**settings))
+    embedding = engine.runner.model.embed_tokens
+    assert (embedding.packing is not None, embedding.packing and embedding.packing.exact) == expected
+    requests = [
+        engine.add_request(str(i), TOKENS[: 3 + 9 * i], SamplingParams(temperature=0, max_tokens=5, ignore_eos=True))
+        for i in range(4)
+    ]
+    while engine.has_work:
+        engine.step()
+    assert engine.runner.pool.statistics.num_eager_steps == 0
+    assert all(len(request.output_token_ids) == 5 for request in requests)
