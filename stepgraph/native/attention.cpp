@@ -124,7 +124,7 @@ void attend(const Tile& tile, const Cache& cache, int64_t group, float scale, in
 void paged_attention(StableIValue* stack_values, uint64_t, uint64_t) {
   Stack stack(stack_values);
   const Tensor q_THD = stack.tensor(), k_cache = stack.tensor(), v_cache = stack.tensor();
-  const Tensor block_table = stack.tensor(), row_slot = stack.tensor(), query_start = stack.tensor();
+  const Tensor block_table = stack.strided(), row_slot = stack.tensor(), query_start = stack.tensor();
   const Tensor kv_len = stack.tensor();
   const float scale = stack.real();
   const int64_t window = stack.integer();
@@ -151,7 +151,8 @@ void paged_attention(StableIValue* stack_values, uint64_t, uint64_t) {
     for (int64_t thread = begin; thread < end; thread++)
       for (size_t i = thread; i < tiles.size(); i += threads) attend(tiles[i], cache, group, scale, window, scratch.get());
   });
-  const int64_t real = row_slot.size(0) ? starts[row_slot.size(0)] : 0;
+  // A trial of a graph on nothing may have rows of less than nothing.
+  const int64_t real = std::clamp<int64_t>(starts[row_slot.size(0)], 0, tokens);
   std::fill(out_TF.data<float>() + real * heads * dim, out_TF.data<float>() + tokens * heads * dim, 0.0f);
   stack.give(std::move(out_TF));
 }

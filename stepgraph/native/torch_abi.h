@@ -9,12 +9,20 @@
 #include <cstring>
 #include <initializer_list>
 #include <stdexcept>
+#include <type_traits>
 #include <utility>
 
 namespace stepgraph {
 
 inline void check(AOTITorchError error) {
   if (error != 0) throw std::runtime_error("stepgraph's CPU kernels: torch reported an error");
+}
+
+template <typename T>
+int32_t dtype_of() {
+  if constexpr (std::is_same_v<T, float>) return aoti_torch_dtype_float32();
+  if constexpr (std::is_same_v<T, int32_t>) return aoti_torch_dtype_int32();
+  if constexpr (std::is_same_v<T, uint8_t>) return aoti_torch_dtype_uint8();
 }
 
 // A tensor that this library owns a reference to.
@@ -40,8 +48,12 @@ class Tensor {
     return Tensor(handle);
   }
 
+  // Its elements, which must be of T.
   template <typename T>
   T* data() const {
+    int32_t dtype;
+    check(aoti_torch_get_dtype(handle_, &dtype));
+    if (dtype != dtype_of<T>()) throw std::runtime_error("stepgraph's CPU kernels: a tensor is of another dtype");
     void* pointer;
     check(aoti_torch_get_data_ptr(handle_, &pointer));
     return static_cast<T*>(pointer);
@@ -53,22 +65,16 @@ class Tensor {
     return sizes[dim];
   }
 
-  int64_t numel() const {
-    int64_t count;
-    check(aoti_torch_get_numel(handle_, &count));
-    return count;
-  }
-
   int64_t stride(int64_t dim) const {
     int64_t* strides;
     check(aoti_torch_get_strides(handle_, &strides));
     return strides[dim];
   }
 
-  bool is_float8() const {
-    int32_t dtype;
-    check(aoti_torch_get_dtype(handle_, &dtype));
-    return dtype == aoti_torch_dtype_float8_e4m3fn();
+  bool is_contiguous() const {
+    bool contiguous;
+    check(aoti_torch_is_contiguous(handle_, &contiguous));
+    return contiguous;
   }
 
   AtenTensorHandle release() { return std::exchange(handle_, nullptr); }
@@ -83,6 +89,11 @@ class Stack {
   explicit Stack(StableIValue* values) : values_(values) {}
 
   Tensor tensor() {
+    Tensor tensor = strided();
+    if (!tensor.is_contiguous()) throw std::runtime_error("stepgraph's CPU kernels: a tensor is not contiguous");
+    return tensor;
+  }
+  Tensor strided() {
     AtenTensorHandle handle;
     std::memcpy(&handle, values_ + next_++, sizeof handle);
     return Tensor(handle);
