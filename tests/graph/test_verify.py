@@ -1,6 +1,7 @@
 """The check of captured graphs passes right ones, and catches wrong ones: padding, baked values, reads past the end."""
 
 import random
+import sys
 from dataclasses import replace
 
 import pytest
@@ -16,7 +17,6 @@ from stepgraph.engine.sampling_params import SamplingParams
 from stepgraph.graph import trial
 from stepgraph.graph.compositions import Composition, Row, random_compositions
 from stepgraph.graph.verify import main_verify, verify_pool, verify_shape
-from stepgraph.layers import attention as attention_layer
 from stepgraph.ops import BuiltStep, build_step, paged_attention
 from stepgraph.step import slot_line
 from stepgraph.step.shape import StepShape, Variant
@@ -216,7 +216,7 @@ def test_mutant_attention_that_reads_one_key_too_many_meets_the_poison(runner, m
     def mutant(q, k_cache, v_cache, block_table, row_slot, query_start, kv_len, *rest):
         return paged_attention(q, k_cache, v_cache, block_table, row_slot, query_start, kv_len + 1, *rest)
 
-    monkeypatch.setattr(attention_layer, "paged_attention", mutant)
+    monkeypatch.setattr(sys.modules[ops.rope_attention.__module__], "paged_attention", mutant)
     assert any("hold NaN: something read a poisoned entry" in mismatch for mismatch in check(runner, MIXED))
 
 

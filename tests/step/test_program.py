@@ -152,6 +152,7 @@ LAUNCHERS = {
         "commit": ("commit",),
         "draft": ("draft_inputs", "draft_row_tokens", "propose"),
         "force_acceptance": ("force_acceptance",),
+        "fp8_linear": ("fp8_linear", "fp8_linear_add", "fp8_norm_gated_linear", "fp8_norm_linear"),
         "grouped_linear": ("grouped_linear",),
         "linear": ("linear", "linear_add", "linear_by_row", "linear_out", "norm_gated_linear", "norm_linear"),
         "logprobs": ("logprobs",),
