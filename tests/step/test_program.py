@@ -6,6 +6,7 @@ of the tile bound are in tests/ops/test_attention.py.
 
 import importlib
 import random
+import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -14,6 +15,7 @@ from itertools import permutations
 import pytest
 import torch
 
+from stepgraph import ops
 from stepgraph.graph.compositions import Composition, Row, random_compositions
 from stepgraph.graph.eager import EagerGraph
 from stepgraph.graph.trial import mostly_right_proposals, run
@@ -194,8 +196,21 @@ def use_triton(device):
 
 
 @pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")  # padding computes on what memory held
-@pytest.mark.parametrize("shape", [StepShape(12, 4), StepShape(40, 3), StepShape(23, 5, num_drafts=3)], ids=str)
-def test_a_step_of_triton_kernels_is_the_step_of_cpu_kernels(create_engine, use_triton, device, shape) -> None:
+@pytest.mark.parametrize(
+    "shape",
+    [
+        StepShape(12, 4),
+        StepShape(40, 3),
+        StepShape(23, 5, num_drafts=3),
+        StepShape(1, 1),
+        StepShape(7, 1),
+        StepShape(5, 1, num_drafts=3),
+    ],
+    ids=str,
+)
+def test_a_step_of_triton_kernels_is_the_step_of_cpu_kernels(
+    create_engine, use_triton, device, shape, monkeypatch
+) -> None:
     """On random compositions among poisoned entries: same tokens, proposals and state, same keys, values and logits up to
     rounding."""
     settings = {"graph_backend": "eager", "num_kv_blocks": 40}
@@ -205,12 +220,17 @@ def test_a_step_of_triton_kernels_is_the_step_of_cpu_kernels(create_engine, use_
     runner = create_engine(**settings, device=device).runner
     if device == "cpu":
         runner._multiprocessors = 4  # enough programs for rows to be split over their keys
+        kernel_of_one_row = sys.modules[ops.rope_attention.__module__]
     room = {"max_len": 450, "num_blocks": 39, "block_size": BLOCK_SIZE}
     for composition in random_compositions(shape, 6, random.Random(shape.num_tokens), **room):
         eager = EagerGraph(reference.create_program(shape))
         proposals = mostly_right_proposals(reference, eager, shape, composition)
         expected = run(reference, eager, shape, composition, proposals)
-        with use_triton():
+        with use_triton(), monkeypatch.context() as patch:
+            if device == "cpu":
+                patch.setattr(
+                    kernel_of_one_row, "has_kernel", lambda _qkv, _dim, geometry, _window: geometry.is_one_row
+                )
             found = run(runner, EagerGraph(runner.create_program(shape)), shape, composition, proposals)
         assert found.ring == expected.ring, composition
         assert torch.equal(found.lines.cpu(), expected.lines)

@@ -47,6 +47,12 @@ _rope_attention = register(
 )
 
 
+def has_kernel(qkv: Tensor, head_dim: int, geometry: AttentionGeometry, window: int) -> bool:
+    """Whether one kernel can do it all: tensor cores take halves of heads, of powers of two."""
+    halves_fit = head_dim >= 32 and head_dim & (head_dim - 1) == 0
+    return qkv.is_cuda and geometry.is_one_row and not window and halves_fit
+
+
 def rope_attention(
     qkv: Tensor,
     cos_sin: Tensor,
@@ -71,8 +77,7 @@ def rope_attention(
     Returns:
         [T, H·D], dtype of `qkv`. Padding tokens get unspecified values.
     """
-    D = k_cache.shape[-1]
-    if qkv.is_cuda and geometry.is_one_row and not window and D >= 32 and D & (D - 1) == 0:
+    if has_kernel(qkv, k_cache.shape[-1], geometry, window):
         return _rope_attention(
             qkv, tokens.kv_slots, cos_sin, q_norm, k_norm, k_cache, v_cache, block_table, tokens.row_slot, tokens.query_start,
             tokens.kv_len, *plan, num_heads, eps, scale,
