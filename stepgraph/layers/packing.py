@@ -7,8 +7,9 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Packing:
-    """A weight of `width` inputs in a file's own blocks: [outputs, bytes of a row] uint8. See `stepgraph.ops.packed`."""
+    """A weight of `width` inputs in blocks as in GGUF files: [outputs, bytes of a row] uint8. See `stepgraph.ops.packed`."""
 
     format: str  # a key of `ops.packed.BLOCK_BYTES`
     width: int
     exact: bool  # products never round their operands
+    takes_values: bool = False  # it can be filled with numbers, which are rounded; else with such blocks only

@@ -16,22 +16,20 @@ from stepgraph.ops.packed import BLOCK, BLOCK_BYTES, packed_rows
 
 
 class PackedTarget:
-    """A `Target` that is filled with a tensor's stored bytes."""
-
-    takes_values = False
+    """A `Target` that is filled with a tensor's stored bytes or, if its packing says so, with values, which are rounded."""
 
     def __init__(self, codes: Tensor, packing: Packing) -> None:
         """Args:
         codes: [rows, bytes of a row] uint8, a parameter or a view into one.
         packing: of the layer.
         """
-        self.quantization = packing.format
-        self.shape, self.dtype, self.device = torch.Size((codes.shape[0], packing.width)), codes.dtype, codes.device
+        self.quantization, self.takes_values = packing.format, packing.takes_values
+        self.shape, self.dtype, self.device = torch.Size((codes.shape[0], packing.width)), torch.float32, codes.device
         self._codes = codes
 
-    def copy_(self, codes: Tensor) -> None:
-        """Take [rows, bytes of a row] uint8."""
-        self._codes.copy_(codes)
+    def copy_(self, values: Tensor) -> None:
+        """Take [rows, bytes of a row] uint8, or [rows, width] values."""
+        self._codes.copy_(values if values.dtype == torch.uint8 else round_to_q8_0(values))
 
 
 def pack(model: nn.Module, tensors: Iterable[CheckpointTensor], *, merged: bool, exact: bool) -> None:
@@ -53,6 +51,32 @@ def pack(model: nn.Module, tensors: Iterable[CheckpointTensor], *, merged: bool,
             if format_ in BLOCK_BYTES and not others and width % BLOCK == 0:
                 codes = module.weight.new_empty(outputs, width // BLOCK * BLOCK_BYTES[format_], dtype=torch.uint8)
                 module.weight, module.packing = nn.Parameter(codes, False), Packing(format_, width, exact)
+
+
+def pack_rounded(module: nn.Module, *, exact: bool) -> None:
+    """Have the linear layers of a module keep blocks of Q8_0, made of whatever they are filled with.
+
+    Args:
+        module: in float32 on the CPU, not filled yet: layers get new parameters.
+        exact: see `pack`.
+    """
+    for layer in module.modules():
+        if isinstance(layer, Linear) and layer.in_features % BLOCK == 0:
+            layer.packing = Packing("Q8_0", layer.in_features, exact, takes_values=True)
+            size = layer.out_features, layer.in_features // BLOCK * BLOCK_BYTES["Q8_0"]
+            layer.weight = nn.Parameter(torch.empty(size, dtype=torch.uint8), False)
+
+
+def round_to_q8_0(values_OI: Tensor) -> Tensor:
+    """Blocks of Q8_0 nearest to some values: 32 codes of 8 bits after their scale, a float16. I is a multiple of 32.
+
+    Returns:
+        [O, I / 32 · 34] uint8.
+    """
+    block_OB32 = values_OI.float().unflatten(1, (-1, BLOCK))
+    scale_OB1 = (block_OB32.abs().amax(2, keepdim=True) / 127).half()
+    code_OB32 = (block_OB32 / scale_OB1.float()).nan_to_num(0.0).round().clamp(-127, 127).to(torch.int8)
+    return torch.cat((scale_OB1.view(torch.uint8), code_OB32.view(torch.uint8)), 2).flatten(1)
 
 
 def plain_weight(module: Linear | Embedding) -> Tensor:

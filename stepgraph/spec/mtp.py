@@ -138,14 +138,16 @@ class DraftHead(nn.Module):
 
     token_ids: Tensor
 
-    def __init__(self, num_tokens: int, hidden_size: int, logits_RV: Tensor) -> None:
+    def __init__(self, num_tokens: int, weight_VE: Tensor, logits_RV: Tensor, *, is_packed: bool) -> None:
         """Args:
         num_tokens: N.
-        hidden_size: E.
+        weight_VE: of the model's head, for its form only.
         logits_RV: filled with -inf; receives the logits of as many rows as it has.
+        is_packed: `weight_VE` is in blocks, see `stepgraph.ops.packed`.
         """
         super().__init__()
-        self.weight = nn.Parameter(logits_RV.new_empty(num_tokens, hidden_size), False)
+        self.weight = nn.Parameter(weight_VE.new_empty(num_tokens, weight_VE.shape[1]), False)
+        self._is_packed = is_packed
         token_ids_N = torch.zeros(num_tokens, dtype=torch.int64, device=logits_RV.device)
         self.register_buffer("token_ids", token_ids_N, persistent=False)
         self._logits_RV = logits_RV
@@ -158,7 +160,11 @@ class DraftHead(nn.Module):
     def forward(self, hidden_RE: Tensor) -> Tensor:
         """Logits of all of the vocabulary, -inf outside the part: [R, V]. The next call overwrites them."""
         logits_RV = self._logits_RV[: hidden_RE.shape[0]]
-        return logits_RV.index_copy_(1, self.token_ids, ops.linear(hidden_RE, self.weight, None))
+        if self._is_packed:
+            logits_RN = ops.packed_linear(hidden_RE, self.weight, exact=True)
+        else:
+            logits_RN = ops.linear(hidden_RE, self.weight, None)
+        return logits_RV.index_copy_(1, self.token_ids, logits_RN)
 
 
 class MTPDrafter:
@@ -194,9 +200,10 @@ class MTPDrafter:
         self._multiprocessors = multiprocessors
         weight = self.layers[0].projection.weight
         width = 0 if head is not None else model.config.vocab_size
-        self._logits_RV = torch.empty(max_rows, width, dtype=weight.dtype, device=weight.device)
+        self._logits_RV = torch.empty(max_rows, width, dtype=model.dtype, device=weight.device)
         # Of each module but the last, for each slot, the null slot included; see `stepgraph.spec.mtp_levels`.
-        self._carried = [weight.new_zeros(1 + max_rows, weight.shape[0]) for _ in self.layers[1:]]
+        size = 1 + max_rows, weight.shape[0]
+        self._carried = [torch.zeros(size, dtype=model.dtype, device=weight.device) for _ in self.layers[1:]]
 
     def parameters(self) -> Iterator[nn.Parameter]:
         """See `Drafter.parameters`."""

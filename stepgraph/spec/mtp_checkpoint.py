@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from stepgraph.config import EngineConfig
 from stepgraph.errors import ConfigError, ModelError
+from stepgraph.layers.linear import Linear
 from stepgraph.models.checkpoint import CheckpointTensor
 from stepgraph.models.config import DecoderConfig
 from stepgraph.models.conversion import Target
@@ -23,7 +24,7 @@ from stepgraph.models.ernie4_5 import Ernie45
 from stepgraph.models.language_model import LanguageModel
 from stepgraph.models.loader import fill_randomly
 from stepgraph.models.mtp_tensors import mtp_names
-from stepgraph.models.packing import plain_weight
+from stepgraph.models.packing import pack_rounded, plain_weight
 from stepgraph.models.registry import ARCHITECTURES
 from stepgraph.models.safetensors import read_safetensors
 from stepgraph.models.source import PACKAGED, FolderSource, ModelSource, hub_folder
@@ -147,12 +148,19 @@ def load_mtp(
         MTPLayer(layer_config, options, max_model_len=max_model_len, dtype=model.dtype, device=platform.device).eval()
         for _ in range(num_modules)
     ]
+    modules = model.modules() if isinstance(model, Decoder) else ()
+    packings = (module.packing for module in modules if isinstance(module, Linear))
+    packing = next((packing for packing in packings if packing is not None), None)
+    if packing is not None and read is not None:  # beside a model in blocks, float32 would take most of the time
+        for layer in layers:
+            pack_rounded(layer, exact=packing.exact)
     max_rows = config.scheduler.max_num_seqs
     head = None
     if num_draft_ids:
         size = (max_rows, layer_config.vocab_size)
         logits_RV = torch.full(size, -torch.inf, dtype=model.dtype, device=platform.device)
-        head = DraftHead(num_draft_ids, layer_config.hidden_size, logits_RV)
+        weight_VE = _head_weight(model)
+        head = DraftHead(num_draft_ids, weight_VE, logits_RV, is_packed=weight_VE.dtype == torch.uint8)
     _fill(layers, head, model, read, progress=progress)
     fill = partial(_fill, layers, head, model, read, progress=False)
     return MTPDrafter(layers, model, head, fill, max_rows=max_rows, multiprocessors=platform.multiprocessors)
@@ -347,11 +355,10 @@ def _final_norm(model: LanguageModel) -> Tensor:
 
 
 def _head_weight(model: LanguageModel) -> Tensor:
-    """Matrix of the model's output head, [V, E], scaled so that products with it are logits."""
+    """Matrix of the model's output head, [V, E], scaled so that products with it are logits; its blocks if it has such."""
     if isinstance(model, Decoder):
         head = model.embed_tokens if model.lm_head is None else model.lm_head
-        weight_VE = plain_weight(head)
-        return weight_VE / model.config.logits_divisor if model.config.logits_divisor != 1.0 else weight_VE
+        return head.weight if model.config.logits_divisor == 1.0 else plain_weight(head) / model.config.logits_divisor
     from stepgraph.models.transformers_model import TransformersModel
 
     assert isinstance(model, TransformersModel), model

@@ -11,7 +11,7 @@ from stepgraph.engine.engine import Engine
 from stepgraph.errors import ModelError
 from stepgraph.layers.linear import Linear
 from stepgraph.models import load_model, resolve
-from stepgraph.models.packing import plain_weight
+from stepgraph.models.packing import plain_weight, round_to_q8_0
 from stepgraph.models.update import plan_update, write
 
 gguf = pytest.importorskip("gguf", reason="packed weights are those of GGUF files")
@@ -123,3 +123,12 @@ def test_settings_decide_how_weights_are_kept(folder, settings, expected):
         engine.step()
     assert engine.runner.pool.statistics.num_eager_steps == 0
     assert all(len(request.output_token_ids) == 5 for request in requests)
+
+
+def test_rounding_to_blocks_is_off_by_half_a_step_at_most_as_the_gguf_package_reads_them():
+    values = torch.randn(7, 96, generator=torch.Generator().manual_seed(0)) * torch.logspace(-3, 3, 7).unsqueeze(1)
+    values[3, :32] = 0
+    found = torch.from_numpy(gguf.quants.dequantize(round_to_q8_0(values).numpy(), Q8_0))
+    step = values.unflatten(1, (3, 32)).abs().amax(2, keepdim=True).expand(7, 3, 32).flatten(1) / 127
+    assert ((found - values).abs() <= 0.57 * step).all()  # the largest codes also take the rounding of their scale
+    assert ((found - values).abs() > 0.4 * step).any()

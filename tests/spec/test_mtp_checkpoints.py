@@ -19,6 +19,7 @@ from transformers import (
     Qwen3Config,
 )
 
+from stepgraph import native
 from stepgraph.config import EngineConfig
 from stepgraph.engine.engine import Engine
 from stepgraph.engine.sampling_params import SamplingParams
@@ -315,6 +316,17 @@ def test_dummy_modules_need_no_files_and_are_the_same_every_time(tmp_path, confi
 
 def test_the_module_that_ships_for_the_embedded_model_is_found(smollm2):
     settings = {"max_model_len": 64, "max_num_batched_tokens": 64, "capture_sizes": (64,), "num_kv_blocks": 9}
-    drafter = create("smollm2", {}, **settings)._drafter
+    drafter = create("smollm2", {}, **settings, quantization="none")._drafter
     assert drafter.num_layers == 1
     assert len({tuple(parameter.shape) for parameter in drafter.parameters()} & {(576, 1152), (8192, 576)}) == 2
+    if (
+        native.available()
+    ):  # beside a model that stays in blocks, it is in blocks too, and stays so when it is filled anew
+        drafter = create("smollm2", {}, **settings)._drafter
+        matrices = [parameter for parameter in drafter.parameters() if parameter.dim() == 2]
+        assert {matrix.dtype for matrix in matrices} == {torch.uint8}
+        before = [matrix.clone() for matrix in matrices]
+        for matrix in matrices:
+            matrix.zero_()
+        drafter.reload()
+        assert all(map(torch.equal, matrices, before))
