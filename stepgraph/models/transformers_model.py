@@ -80,7 +80,7 @@ class TransformersModel(nn.Module):
         self.eval().requires_grad_(False)
         for module in self.modules():
             for name, buffer in module.named_buffers(recurse=False):
-                setattr(module, name, buffer.clone())  # loading leaves views, whose base a traced graph would not know
+                setattr(module, name, buffer.clone())  # loading leaves views, whose base a record would not know
         self._check_tokens_apart()
 
     @property

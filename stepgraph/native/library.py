@@ -69,7 +69,9 @@ def build(planned: Plan) -> str | Path:
         planned.library.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=planned.library.parent) as folder:
             made = Path(folder) / planned.library.name
-            done = subprocess.run((*planned.command, "-o", made), capture_output=True, text=True, timeout=_TIMEOUT_S)
+            done = subprocess.run(
+                (*planned.command, "-o", made), capture_output=True, text=True, errors="replace", timeout=_TIMEOUT_S
+            )
             if done.returncode:
                 return f"{planned.command[0]} failed: {done.stderr.strip()[-2000:]}"
             os.replace(made, planned.library)

@@ -167,7 +167,7 @@ _paged_attention = register(
     cpu=cpu.paged_attention,
     fake=_attention_fake,
     cuda="stepgraph.ops.attention.triton:paged_attention",
-    inline_on_cpu=cpu.traced_attention,
+    inline_on_cpu=cpu.recorded_attention,
 )
 
 

@@ -106,7 +106,7 @@ def torch_attention(
     *,
     deterministic: bool,
 ) -> Tensor:
-    """`paged_attention` by torch's kernels, for any dtype. Reads tensor values: opaque to a trace."""
+    """`paged_attention` by torch's kernels, for any dtype. Reads tensor values: opaque to a recording."""
     T, H, D = q.shape
     block_size = k_cache.shape[1]
     out = q.new_zeros(T, H * D)
@@ -131,8 +131,8 @@ def torch_attention(
     return out
 
 
-def traced_attention(q: Tensor, k_cache: Tensor, *others: Any) -> Any:
-    """What a trace of `paged_attention` holds: our own kernel, or NotImplemented for the opaque operator."""
+def recorded_attention(q: Tensor, k_cache: Tensor, *others: Any) -> Any:
+    """What a recording of `paged_attention` holds: our own kernel, or NotImplemented for the opaque operator."""
     return paged_attention(q, k_cache, *others) if _has_native_kernel(q, k_cache) else NotImplemented
 
 

@@ -56,7 +56,7 @@ def norm_gated_linear(x: Tensor, norm_weight: Tensor, eps: float, weight: Tensor
 
 
 def linear_by_row(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
-    """See `stepgraph.ops.linear.linear_by_row`. Opaque to a trace, which would hold one product per row."""
+    """See `stepgraph.ops.linear.linear_by_row`. Opaque to a recording, which would hold one product per row."""
     for token in range(x.shape[0]):
         # A copy starts at an aligned address; where a row starts in `x` depends on its place, and vector loads on the start.
         out[token] = F.linear(x[token].clone(), weight, bias)

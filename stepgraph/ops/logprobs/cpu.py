@@ -6,7 +6,7 @@ from torch import Tensor
 
 
 def logprobs(logits: Tensor, target: Tensor, count: Tensor, counter: Tensor, ring: Tensor, first_line: int) -> None:
-    """See `stepgraph.ops.logprobs.logprobs`. Reads tensor values: opaque to a trace."""
+    """See `stepgraph.ops.logprobs.logprobs`. Reads tensor values: opaque to a recording."""
     page = ring[int(counter) % ring.shape[0]]
     for row in count.nonzero().squeeze(1).tolist():
         _report(logits[row].float(), int(target[row]), int(count[row]) - 1, page[first_line + row])

@@ -22,7 +22,7 @@ def lookup(
     max_match: int,
     adaptive: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """See `stepgraph.ops.lookup.lookup`. Reads tensor values: opaque to a trace."""
+    """See `stepgraph.ops.lookup.lookup`. Reads tensor values: opaque to a recording."""
     drafts_RK = row_slot.new_zeros(len(row_slot), num_drafts)
     match_len_R, count_R = row_slot.new_zeros(len(row_slot)), row_slot.new_zeros(len(row_slot))
     lines_SL, tokens_SH, memory_M = lines.numpy(), tokens.numpy(), memory.numpy()

@@ -12,7 +12,7 @@ from stepgraph.ops.linear.cpu import linear_by_row
 def lora(
     x: Tensor, a: Tensor, b: Tensor, index: Tensor, parts: Sequence[int], deterministic: bool, out: Tensor
 ) -> None:
-    """See `stepgraph.ops.lora.lora`. Reads tensor values: opaque to a trace."""
+    """See `stepgraph.ops.lora.lora`. Reads tensor values: opaque to a recording."""
     product = _by_row if deterministic else F.linear
     for adapter in index.unique().tolist():
         if adapter:

@@ -22,7 +22,7 @@ def process_logits(
     counts: Tensor,
     out: Tensor,
 ) -> None:
-    """See `stepgraph.ops.process_logits.process_logits`. Reads tensor values: opaque to a trace. Needs no scratch."""
+    """See `stepgraph.ops.process_logits.process_logits`. Reads tensor values: opaque to a recording. Needs no scratch."""
     out[: logits.shape[0]].copy_(logits)
     lines_RL = lines.index_select(0, row_slot)
     lines_RL[:, line.LENGTH] += offset

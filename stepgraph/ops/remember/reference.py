@@ -10,7 +10,7 @@ SHARE = 8
 
 
 def remember(memory: Tensor, cursor: Tensor, lines: Tensor, tokens: Tensor, row_slot: Tensor, finished: Tensor) -> None:
-    """See `stepgraph.ops.remember.remember`. Reads tensor values: opaque to a trace."""
+    """See `stepgraph.ops.remember.remember`. Reads tensor values: opaque to a recording."""
     for row in finished.nonzero().flatten().tolist():
         slot = int(row_slot[row])
         end = int(lines[slot, line.LENGTH])

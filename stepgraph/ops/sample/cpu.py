@@ -17,7 +17,7 @@ _NOISE_SPAN = 20.0
 
 
 def sample(logits: Tensor, row_slot: Tensor, offset: Tensor, lines: Tensor) -> Tensor:
-    """See `stepgraph.ops.sample.sample`. Reads tensor values: opaque to a trace."""
+    """See `stepgraph.ops.sample.sample`. Reads tensor values: opaque to a recording."""
     x_RV = logits.float()
     best_R, token_R = _max(x_RV)
     if best_R.isnan().any():

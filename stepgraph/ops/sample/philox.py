@@ -16,7 +16,7 @@ _ROUNDS = 10
 
 
 def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
-    """Return the four words of Philox4x32-10. Reads no values: may be traced.
+    """Return the four words of Philox4x32-10. Reads no values: may be recorded call by call.
 
     Args:
         counter, key: integer tensors that broadcast together; only their low 32 bits count.
