@@ -149,7 +149,8 @@ def fill(
 
 def fills_in_place(model: LanguageModel) -> bool:
     """Whether `fill` allocates nothing on the device, so that graphs may be captured and memory be shared out meanwhile: so it
-    is for native models whose weights are not rounded to 8 bits there."""
+    is for native models whose weights are not rounded to 8 bits there. Nor may it launch kernels of Triton, which are not run
+    while others compile them ahead."""
     return isinstance(model, Decoder) and not any(isinstance(module, FP8Linear) for module in model.modules())
 
 

@@ -53,8 +53,17 @@ def plan(sources: Path = Path(__file__).parent) -> Plan | str:
         *map(str, sorted(sources.glob("*.cpp"))),
         *(f"-I{torch_folder / 'include'}", f"-L{torch_folder / 'lib'}", "-ltorch_cpu"),
     )
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "stepgraph" / "native"
+    folder = _cache_folder() / "stepgraph" / "native"
     return Plan(capability, command, folder / f"{_fingerprint(sources, command)}.so")
+
+
+def _cache_folder() -> Path:
+    if given := os.environ.get("XDG_CACHE_HOME"):
+        return Path(given)
+    try:
+        return Path.home() / ".cache"
+    except RuntimeError:  # a user id without an entry, as containers have
+        return Path(tempfile.gettempdir())
 
 
 def build(planned: Plan) -> str | Path:

@@ -72,7 +72,8 @@ def rope_attention(
 ) -> Tensor:
     """Normalise and rotate heads, cache keys and values, and attend. Runs inside the graph.
 
-    Arguments as of `rope_cache` and `paged_attention`.
+    Arguments as of `rope_cache` and `paged_attention`; a token's position is its place in its row: `kv_len - query_len + j`
+    for the row's token j.
 
     Returns:
         [T, H·D], dtype of `qkv`. Padding tokens get unspecified values.
