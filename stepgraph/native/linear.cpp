@@ -33,6 +33,8 @@ void direct(const uint8_t* codes, int64_t row_bytes, const float* x, int64_t inp
     for (auto& lanes : row) lanes = zero();
   for (int64_t i = 0; i < inputs; i += BLOCK, codes += Format::BYTES) {
     for (int r = 0; r < ROWS; r++) {
+      // The hardware does not foresee several rows of a few hundred bytes side by side: without this, a third of the speed.
+      _mm_prefetch(reinterpret_cast<const char*>(codes + (r + 2 * ROWS) * row_bytes), _MM_HINT_T0);
       Lanes w[PARTS];
       Format::decode(codes + r * row_bytes, w);
       for (int part = 0; part < PARTS; part++)
