@@ -17,6 +17,7 @@ from torch import Tensor
 from stepgraph.ops.dependent_launch import LAUNCH, wait_for_previous
 from stepgraph.ops.fp8_linear.reference import GROUP_SIZE
 from stepgraph.ops.linear.ends import ADD, GEGLU, STORE, SWIGLU, before_add, finish
+from stepgraph.ops.linear.triton import MAX_STREAMED_INPUTS, MAX_STREAMED_TOKENS, streams_with_norm
 from stepgraph.ops.rms_norm.triton import normalise, rms_norm
 from stepgraph.ops.swiglu.triton import geglu, swiglu
 
@@ -55,11 +56,8 @@ class BlockTile:
 
 Tile = StreamedTile | SlicedTile | BlockTile
 
-MAX_STREAMED_TOKENS = 2
 STREAMED_BYTES = 8 * 1024
 """Of weight under way per program."""
-MAX_STREAMED_INPUTS = 4096
-"""Read at once; more in turn."""
 MAX_SLICED_TOKENS = 64
 """All tokens are in one tile: of more, registers overflow."""
 MAX_GATED_TOKENS = 32
@@ -281,7 +279,7 @@ def fp8_norm_linear(
     x: Tensor, norm_weight: Tensor, eps: float, weight: Tensor, scale: Tensor, bias: Tensor | None
 ) -> Tensor:
     """See `stepgraph.ops.fp8_linear.fp8_norm_linear`."""
-    if not _streams_with_norm(x):
+    if not streams_with_norm(x):
         return fp8_linear(rms_norm(x, norm_weight, eps), weight, scale, bias, False)
     out = x.new_empty(1, weight.shape[0])
     multiply(x, weight, scale, bias, out, choose_tile(x, weight.shape[0]), norm=(norm_weight, eps))
@@ -293,18 +291,13 @@ def fp8_norm_gated_linear(
 ) -> Tensor:
     """See `stepgraph.ops.fp8_linear.fp8_norm_gated_linear`."""
     tile = choose_tile(x, weight.shape[0])
-    norm = (norm_weight, eps) if _streams_with_norm(x) else None
+    norm = (norm_weight, eps) if streams_with_norm(x) else None
     normed = rms_norm(x, norm_weight, eps) if norm is None else x
     if isinstance(tile, BlockTile) or x.shape[0] > MAX_GATED_TOKENS:
         return (geglu if gelu else swiglu)(fp8_linear(normed, weight, scale, None, False))
     out = x.new_empty(x.shape[0], weight.shape[0] // 2)
     multiply(normed, weight, scale, None, out, tile, GEGLU if gelu else SWIGLU, norm=norm)
     return out
-
-
-def _streams_with_norm(x: Tensor) -> bool:
-    """Whether a program can normalise what it streams the weight for: a second token would cost another pass."""
-    return x.shape[0] == 1 and x.shape[1] <= MAX_STREAMED_INPUTS
 
 
 def choose_tile(x: Tensor, outputs: int, *, by_row: bool = False) -> Tile:

@@ -214,25 +214,11 @@ def multiply(
     """
     (tokens, inputs), outputs = x.shape, out.shape[1]
     if isinstance(tile, FlatTile):
-        _flat_kernel[(triton.cdiv(weight.shape[0], tile.outputs),)](
-            x,
-            weight,
-            bias,
-            out,
-            multiplier,
-            tokens,
-            outputs,
-            inputs,
-            END=end,
-            BLOCK_T=tile.tokens(tokens),
-            BLOCK_W=tile.outputs,
-            BLOCK_K=tile.inputs,
-            STAGES=tile.num_stages,
-            num_warps=tile.num_warps,
-            **LAUNCH,
-        )
-        return
-    _few_tokens_kernel[(triton.cdiv(outputs, tile.outputs),)](
+        kernel, rows, own = _flat_kernel, weight.shape[0], {"BLOCK_W": tile.outputs, "num_warps": tile.num_warps}
+    else:
+        own = {"BLOCK_N": tile.outputs, "SLICES": tile.slices, "num_warps": tile.slices}
+        kernel, rows = _few_tokens_kernel, outputs
+    kernel[(triton.cdiv(rows, tile.outputs),)](
         x,
         weight,
         bias,
@@ -243,10 +229,8 @@ def multiply(
         inputs,
         END=end,
         BLOCK_T=tile.tokens(tokens),
-        BLOCK_N=tile.outputs,
         BLOCK_K=tile.inputs,
-        SLICES=tile.slices,
         STAGES=tile.num_stages,
-        num_warps=tile.slices,
+        **own,
         **LAUNCH,
     )

@@ -154,7 +154,7 @@ def linear_add(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor,
 
 def norm_linear(x: Tensor, norm_weight: Tensor, eps: float, weight: Tensor, bias: Tensor | None) -> Tensor:
     """See `stepgraph.ops.linear.norm_linear`."""
-    if not _streams_with_norm(x):
+    if not streams_with_norm(x):
         return linear(rms_norm(x, norm_weight, eps), weight, bias)
     out = x.new_empty(1, weight.shape[0])
     stream(x, weight, bias, out, norm=(norm_weight, eps))
@@ -165,7 +165,7 @@ def norm_gated_linear(x: Tensor, norm_weight: Tensor, eps: float, weight: Tensor
     """See `stepgraph.ops.linear.norm_gated_linear`."""
     tokens, width = x.shape[0], weight.shape[0] // 2
     end = GEGLU if gelu else SWIGLU
-    if _streams_with_norm(x):
+    if streams_with_norm(x):
         out = x.new_empty(1, width)
         stream(x, weight, None, out, end, norm=(norm_weight, eps))
         return out
@@ -178,7 +178,7 @@ def norm_gated_linear(x: Tensor, norm_weight: Tensor, eps: float, weight: Tensor
     return out
 
 
-def _streams_with_norm(x: Tensor) -> bool:
+def streams_with_norm(x: Tensor) -> bool:
     """Whether a program can normalise what it streams the weight for: a second token would cost another pass."""
     return x.shape[0] == 1 and x.shape[1] <= MAX_STREAMED_INPUTS
 
