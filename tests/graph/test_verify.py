@@ -213,8 +213,11 @@ def test_mutant_that_bakes_in_the_number_of_rows_at_capture_is_caught(runner, mo
 
 
 def test_mutant_attention_that_reads_one_key_too_many_meets_the_poison(runner, monkeypatch) -> None:
-    def mutant(q, k_cache, v_cache, block_table, row_slot, query_start, kv_len, *rest):
-        return paged_attention(q, k_cache, v_cache, block_table, row_slot, query_start, kv_len + 1, *rest)
+    def mutant(q, k_cache, v_cache, block_table, row_slot, query_start, kv_len, plan, *rest):
+        items = plan.items.clone()  # a CUDA kernel takes a row's keys from here; on CPU it is empty
+        items[..., 3:4] += 1
+        plan = plan._replace(items=items)
+        return paged_attention(q, k_cache, v_cache, block_table, row_slot, query_start, kv_len + 1, plan, *rest)
 
     monkeypatch.setattr(sys.modules[ops.rope_attention.__module__], "paged_attention", mutant)
     assert any("hold NaN: something read a poisoned entry" in mismatch for mismatch in check(runner, MIXED))
