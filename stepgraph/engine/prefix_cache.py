@@ -6,8 +6,6 @@ what may lie in them, or when the request leaves: most are never asked for while
 
 from __future__ import annotations
 
-from array import array
-
 from stepgraph.engine.blocks import BlockPool, block_key, root_key
 from stepgraph.engine.request import Request
 from stepgraph.step.shape import Variant
@@ -93,7 +91,7 @@ class PrefixCache:
         if len(keys) >= num_blocks:
             return
         start, end = len(keys) * size, num_blocks * size + self._lookahead
-        tokens = array("i", request.tokens(start, end))
+        tokens = request.tokens(start, end)
         for first in range(0, end - start - self._lookahead, size):
             key = block_key(_key_before(request, len(keys)), tokens[first : first + size + self._lookahead].tobytes())
             keys.append(key)

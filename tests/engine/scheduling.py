@@ -98,7 +98,7 @@ class Device:
         for index, block in enumerate(request.blocks[: request.num_found]):
             self.block_table[request.slot, index] = block
         self.slots[request.slot] = Slot(
-            request.tokens(0, request.num_known),
+            list(request.tokens(0, request.num_known)),
             [],
             [*request.prompt_token_ids, *answer_alone(request)],
             request.num_found * self.block_size,

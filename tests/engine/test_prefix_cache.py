@@ -5,7 +5,7 @@ from scheduling import Loop
 
 
 def known(request) -> list[int]:
-    return request.tokens(0, request.num_known)
+    return list(request.tokens(0, request.num_known))
 
 
 @pytest.mark.parametrize("prompt_len", [2, 9], ids=["no whole block", "two blocks"])
