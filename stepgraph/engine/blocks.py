@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
+from itertools import islice
 
 from stepgraph.step import slot_line
 
@@ -47,15 +48,18 @@ class BlockPool:
         """Blocks nobody holds, those with cached content included."""
         return len(self._free)
 
-    def take(self) -> int:
-        """A block for new content, held once. There must be a free one."""
-        block, _ = self._free.popitem(last=False)
-        key = self._keys[block]
-        if key is not None:
-            del self._blocks_by_key[key]
-            self._keys[block] = None
-        self._holders[block] = 1
-        return block
+    def take(self, count: int) -> list[int]:
+        """Blocks for new content, held once. There must be so many free ones."""
+        assert count <= len(self._free), (count, len(self._free))
+        blocks = list(islice(self._free, count))
+        for block in blocks:
+            del self._free[block]
+            key = self._keys[block]
+            if key is not None:
+                del self._blocks_by_key[key]
+                self._keys[block] = None
+            self._holders[block] = 1
+        return blocks
 
     def publish(self, block: int, key: bytes) -> None:
         """Let `block`, which somebody holds, be found by `key`. If another block has that content already, it stays the one."""
@@ -88,13 +92,15 @@ class BlockPool:
 
     def release(self, blocks: Sequence[int]) -> None:
         """Drop a holder. The last block of a chain is reused first: without it the blocks before it are still a prefix."""
+        holders, keys, free = self._holders, self._keys, self._free
         for block in reversed(blocks):
-            self._holders[block] -= 1
-            assert self._holders[block] >= 0, block
-            if not self._holders[block]:
-                self._free[block] = None
-                if self._keys[block] is None:
-                    self._free.move_to_end(block, last=False)
+            num_left = holders[block] - 1
+            assert num_left >= 0, block
+            holders[block] = num_left
+            if not num_left:
+                free[block] = None
+                if keys[block] is None:
+                    free.move_to_end(block, last=False)
 
     def forget(self) -> None:
         """Drop all cached content; nobody may hold a block. For when the cache's memory or the weights change."""

@@ -18,6 +18,7 @@ import time
 from bisect import bisect_left, bisect_right, insort
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import repeat
 from typing import NamedTuple
 
 from stepgraph.config import SchedulerConfig
@@ -467,10 +468,9 @@ class Scheduler:
         if len(request.blocks) * self._block_size < num_written + draft.num_drafts:  # else there are enough for sure
             num_written = self._with_drafts(request, num_written, draft)
             deltas: list[tuple[int, int, int]] = []
-            while len(request.blocks) * self._block_size < num_written:
-                if not self._grant(request, slot, deltas, draft):
-                    self._take_back(request, len(deltas))
-                    return
+            if not self._grant(request, slot, num_written, deltas, draft):
+                self._take_back(request, len(deltas))
+                return
             draft.decode_deltas += deltas
         request.planned += 1
         request.spread += num_tokens - 1
@@ -495,10 +495,12 @@ class Scheduler:
     def _extend(self, chunk: _Chunk, num_tokens: int, draft: _Draft) -> None:
         """Add tokens to a chunk, as far as blocks can be had for it."""
         request = chunk.request
-        while num_tokens and len(request.blocks) * self._block_size < self._num_written(request, num_tokens, draft):
-            if not self._grant(request, chunk.slot, chunk.deltas, draft):
-                room = len(request.blocks) * self._block_size - request.planned
-                num_tokens = min(num_tokens - 1, room)
+        while num_tokens:
+            num_written = self._num_written(request, num_tokens, draft)
+            if self._grant(request, chunk.slot, num_written, chunk.deltas, draft):
+                break
+            room = len(request.blocks) * self._block_size - request.planned
+            num_tokens = min(num_tokens - 1, room)
         request.planned += num_tokens
         chunk.num_tokens += num_tokens
         draft.budget -= num_tokens
@@ -523,22 +525,29 @@ class Scheduler:
         # What the step will propose is not known before its results; if it is more, the rest of it is not verified.
         request.num_drafts = min(draft.num_drafts, request.sampling.max_num_drafts) if request.was_drafted else 0
 
-    def _grant(self, request: Request, slot: int, deltas: list[tuple[int, int, int]], draft: _Draft) -> bool:
-        """Give a request one more block, preempting lower ranks if need be. False if none is left for it.
+    def _grant(
+        self, request: Request, slot: int, num_tokens: int, deltas: list[tuple[int, int, int]], draft: _Draft
+    ) -> bool:
+        """Give a request the blocks that so many tokens lack, preempting lower ranks if need be. False if there are fewer left
+        for it, which it has then.
 
         Requests are planned in the order of their rank, so whoever is preempted has no row yet.
         """
-        while not self._blocks.num_free:
+        blocks = request.blocks
+        lacking = self._blocks_for(num_tokens) - len(blocks)
+        if lacking <= 0:
+            return True
+        while self._blocks.num_free < lacking:
             draft.short_of_blocks = True
             victim = self._running[-1]
             if victim is request:
-                return False
+                break
             victim.overtaken += request.arrival > victim.arrival
             self._preempt(victim)
-        block = self._blocks.take()
-        deltas.append((slot, len(request.blocks), block))
-        request.blocks.append(block)
-        return True
+        taken = self._blocks.take(min(lacking, self._blocks.num_free))
+        deltas += zip(repeat(slot), range(len(blocks), len(blocks) + len(taken)), taken, strict=False)
+        blocks += taken
+        return len(taken) == lacking
 
     def _take_back(self, request: Request, num_blocks: int) -> None:
         """Undo a request's last grants. The device is not to hear of them."""
