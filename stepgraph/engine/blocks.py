@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from itertools import islice
 
 from stepgraph.step import slot_line
@@ -69,15 +69,9 @@ class BlockPool:
             self._keys[block] = key
             self._blocks_by_key[key] = block
 
-    def find(self, keys: Iterable[bytes]) -> list[int]:
-        """The blocks of the longest cached prefix of a chain of keys; not yet held."""
-        found = []
-        for key in keys:
-            block = self._blocks_by_key.get(key)
-            if block is None:
-                break
-            found.append(block)
-        return found
+    def find(self, key: bytes) -> int | None:
+        """The block with the content of that name, not yet held; None if there is none."""
+        return self._blocks_by_key.get(key)
 
     def count_free(self, blocks: Sequence[int]) -> int:
         """How many of `blocks` nobody holds: holding those takes them from the free ones."""

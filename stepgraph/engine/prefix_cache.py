@@ -31,10 +31,14 @@ class PrefixCache:
         if not self._enabled or request.variant is Variant.PROMPT_LOGPROBS:
             return []
         num_blocks = self._num_full(request)
-        self._extend_keys(request, num_blocks)
-        found = self._blocks.find(request.block_keys[:num_blocks])
-        while len(found) < num_blocks and self._publish_next(_key_before(request, len(found))):
-            found += self._blocks.find(request.block_keys[len(found) : num_blocks])
+        found: list[int] = []
+        while len(found) < num_blocks:
+            self._extend_keys(request, len(found) + 1)  # one by one: most prompts share little with others
+            block = self._blocks.find(request.block_keys[len(found)])
+            if block is not None:
+                found.append(block)
+            elif not self._publish_next(_key_before(request, len(found))):
+                break
         return found
 
     def enter(self, request: Request) -> None:

@@ -94,8 +94,6 @@ class _Draft:
     variant: Variant = Variant.PLAIN  # of the decodes
     short_of_blocks: bool = False
     follows_grammar: bool = False
-    unpublished: _Chunk | None = None
-    """The last chunk: its blocks become findable when the next prompt is looked at, as the row may still be cut."""
 
 
 class Scheduler:
@@ -149,6 +147,9 @@ class Scheduler:
         self._prefilled_last = False
         self._last_plan: StepPlan | None = None
         self._lockstep: Lockstep | None = None
+        self._unpublished: _Chunk | None = None
+        """The last chunk planned. The row may still be cut, and naming its blocks takes time: they become findable when the next
+        prompt is looked at, or once the step is on its way."""
 
     @property
     def requests(self) -> tuple[Request, ...]:
@@ -217,6 +218,7 @@ class Scheduler:
 
     def schedule(self) -> ScheduledStep | None:
         """Plan one step; None if nothing can run until results or requests arrive."""
+        self._publish_pending()
         plan = self._next_in_lockstep()
         if plan is not None:
             return ScheduledStep(plan)
@@ -227,7 +229,6 @@ class Scheduler:
                 draft = self._draft(decodes=not decodes_first, prompts=decodes_first)
         else:
             draft = self._draft(decodes=True, prompts=True)
-        self._publish_pending(draft)
         if not (draft.decodes or draft.chunks):
             return None
         self._prefilled_last = bool(draft.chunks)
@@ -342,7 +343,7 @@ class Scheduler:
                 return
             if self._is_long(request) and num_long >= limits.max_long_partial_prefills:
                 continue
-            self._publish_pending(draft)
+            self._publish_pending()
             hits = self._prefixes.find(request)
             num_cached = len(hits) * self._block_size
             needed = (
@@ -378,7 +379,7 @@ class Scheduler:
         What is cut off runs in the next step, which decodes anyway. That costs the prompt one step, so it happens to a
         prompt once at most, and only if it would be complete: a prompt that fills the budget has no padding.
         """
-        chunk = draft.unpublished
+        chunk = self._unpublished
         if chunk is None or chunk.request.was_snapped or _is_prefilling(chunk.request):
             return
         num_tokens = self._max_tokens - draft.budget
@@ -487,8 +488,8 @@ class Scheduler:
         self._extend(chunk, min(request.prefill_len - request.planned, limit, draft.budget), draft)
         if chunk.num_tokens:
             draft.chunks.append(chunk)
-            self._publish_pending(draft)
-            draft.unpublished = chunk
+            self._publish_pending()
+            self._unpublished = chunk
         else:
             self._take_back(request, len(chunk.deltas))
 
@@ -610,6 +611,8 @@ class Scheduler:
 
     def _leave_slot(self, request: Request) -> None:
         assert request.slot is not None
+        if self._unpublished is not None and self._unpublished.request is request:
+            self._publish_pending()
         self._prefixes.leave(request)
         self._running.remove(request)
         del self._by_slot[request.slot]
@@ -624,12 +627,12 @@ class Scheduler:
     def _blocks_for(self, num_tokens: int) -> int:
         return -(-num_tokens // self._block_size)
 
-    def _publish_pending(self, draft: _Draft) -> None:
+    def _publish_pending(self) -> None:
         """Let others find the last prompt row's blocks. They will be full when the step has run, and every operator of a step
         writes all rows' keys and values before it reads any: a prompt may share blocks with one before it in its step."""
-        if draft.unpublished is not None:
-            self._prefixes.publish_planned(draft.unpublished.request)
-            draft.unpublished = None
+        if self._unpublished is not None:
+            self._prefixes.publish_planned(self._unpublished.request)
+            self._unpublished = None
 
 
 def _is_prefilling(request: Request) -> bool:

@@ -36,6 +36,14 @@ def test_a_look_names_no_more_blocks_than_it_finds_and_one() -> None:
     assert len(first.block_keys) == 4  # two of the prompt, one that is found, and the next
 
 
+def test_a_prompt_unlike_others_names_one_block_before_its_step_and_the_rest_with_the_next() -> None:
+    loop = Loop(num_kv_blocks=100, max_tokens=48)
+    first = loop.add("first", 33, 5)
+    for num_named in (1, 8):
+        loop.step()
+        assert len(first.block_keys) == num_named
+
+
 def test_blocks_of_a_request_that_ended_are_found() -> None:
     loop = Loop(num_kv_blocks=100)
     first = loop.add("first", 5, 20)
