@@ -131,7 +131,7 @@ class Lockstep:
             lacking.append(-(spare // self._block_size))
         if sum(lacking) > self._blocks.num_free:
             return None
-        deltas = []
+        deltas: list[tuple[int, int, int]] = []
         for row, count in zip(short, lacking, strict=True):
             slot, blocks = self.plan.rows[row][0], self._requests[row].blocks
             room = len(blocks) * self._block_size

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
@@ -113,54 +113,24 @@ class SamplingParams:
     def __post_init__(self) -> None:
         if self.guided_decoding is not None:
             raise RequestError("guided_decoding is not supported; use structured_outputs=StructuredOutputs(...)")
-        self._normalize()
-        for f in fields(self):
-            if isinstance(f.default, bool):
-                self._require(f.name, isinstance(getattr(self, f.name), bool), "True or False")
-        self._require("temperature", _within(self.temperature, _NUMBER, 0, 100), "between 0 (greedy) and 100")
-        if self.temperature < 1e-5:  # logits divided by it would overflow; the limit is greedy
-            object.__setattr__(self, "temperature", 0.0)
-        self._require("top_p", _within(self.top_p, _NUMBER, 0, 1) and self.top_p > 0, "above 0 and at most 1")
-        self._require("top_k", _within(self.top_k, int, 0, 2**31 - 1), "0 or -1 (all tokens), or a positive count")
-        self._require("min_p", _within(self.min_p, _NUMBER, 0, 1), "between 0 (all tokens) and 1")
-        for name in ("presence_penalty", "frequency_penalty"):
-            self._require(name, _within(getattr(self, name), _NUMBER, -2, 2), "between -2 and 2")
-        self._require(
-            "repetition_penalty",
-            _within(self.repetition_penalty, _NUMBER, 0.01, 10),
-            "between 0.01 and 10; 1 changes nothing",
-        )
-        self._require("n", _within(self.n, int, 1, MAX_N), f"between 1 and {MAX_N}")
-        self._require(
-            "max_tokens", self.max_tokens is None or _within(self.max_tokens, int, 1, math.inf), "at least 1, or None"
-        )
-        most = math.inf if self.max_tokens is None else self.max_tokens
-        self._require(
-            "min_tokens",
-            _within(self.min_tokens, int, 0, most),
-            f"between 0 and max_tokens, which is {self.max_tokens}",
-        )
-        self._require(
-            "seed", self.seed is None or _within(self.seed, int, 0, 2**64 - 1), "between 0 and 2**64 - 1, or None"
-        )
-        for name in ("logprobs", "prompt_logprobs"):
-            count = getattr(self, name)
-            self._require(
-                name,
-                count is None or _within(count, int, 0, slot_line.MAX_LOGPROBS),
-                f"between 0 and {slot_line.MAX_LOGPROBS}, or None",
+        # A request leaves most of them out, and waits for this.
+        given = {name: _one_form(name, value) for name, value in vars(self).items() if value is not _DEFAULTS[name]}
+        for name, value in given.items():
+            object.__setattr__(self, name, value)
+        for name, value in given.items():
+            if name in _RULES:
+                holds, expected = _RULES[name]
+                _require(self, name, holds(value), expected)
+            if name in _ROOM and (count := len(value or ())) > _ROOM[name]:
+                raise RequestError(f"{name} has {count} entries; at most {_ROOM[name]} fit")
+        if "min_tokens" in given:
+            most = math.inf if self.max_tokens is None else self.max_tokens
+            holds_min = _within(self.min_tokens, int, 0, most)
+            _require(self, "min_tokens", holds_min, f"between 0 and max_tokens, which is {self.max_tokens}")
+        if self.stop and not self.detokenize:
+            raise RequestError(
+                "stop strings are searched in the text, which detokenize=False leaves out; set it to True"
             )
-        self._check_lists()
-        self._require(
-            "speculative",
-            self.speculative is None
-            or (
-                isinstance(self.speculative, dict)
-                and set(self.speculative) == {"num_speculative_tokens"}
-                and _within(self.speculative["num_speculative_tokens"], int, 0, slot_line.MAX_DRAFTS)
-            ),
-            f'{{"num_speculative_tokens": n}} with n between 0 (none) and {slot_line.MAX_DRAFTS}, or None',
-        )
 
     @property
     def max_num_drafts(self) -> int:
@@ -184,71 +154,6 @@ class SamplingParams:
             or self.structured_outputs is not None
         )
         return Variant.EXTENDED if extended else Variant.PLAIN
-
-    def _normalize(self) -> None:
-        """One form for what may be given in several."""
-        for name in ("stop_token_ids", "bad_words", "stop"):
-            value = getattr(self, name)
-            if name == "stop" and isinstance(value, str):
-                value = (value,)
-            if value is None or (isinstance(value, Iterable) and not isinstance(value, str)):
-                object.__setattr__(self, name, tuple(value or ()))
-        if isinstance(self.allowed_token_ids, Iterable) and not isinstance(self.allowed_token_ids, str):
-            object.__setattr__(self, "allowed_token_ids", tuple(self.allowed_token_ids))
-        if isinstance(self.logit_bias, Mapping):
-            biases = {_token_id_of(key): bias for key, bias in self.logit_bias.items()}
-            object.__setattr__(self, "logit_bias", biases or None)
-        if isinstance(self.speculative, Mapping):
-            object.__setattr__(self, "speculative", dict(self.speculative))
-        if self.top_k == -1:
-            object.__setattr__(self, "top_k", 0)
-        if isinstance(self.structured_outputs, Mapping):
-            known = {f.name for f in fields(StructuredOutputs)}
-            if unknown := sorted(map(str, self.structured_outputs.keys() - known)):
-                raise RequestError(f"structured_outputs has no {unknown[0]!r}; it has {', '.join(sorted(known))}")
-            object.__setattr__(self, "structured_outputs", StructuredOutputs(**self.structured_outputs))
-
-    def _check_lists(self) -> None:
-        self._require("stop_token_ids", _are_token_ids(self.stop_token_ids), "token ids, whole numbers from 0 up")
-        self._require_room("stop_token_ids", slot_line.MAX_STOP_TOKENS)
-        for name in ("stop", "bad_words"):
-            texts = getattr(self, name)
-            self._require(name, _are_texts(texts) and all(texts), "a list of texts, none of them empty")
-        self._require_room("stop", MAX_STOP_STRINGS)
-        if self.stop and not self.detokenize:
-            raise RequestError(
-                "stop strings are searched in the text, which detokenize=False leaves out; set it to True"
-            )
-        self._require(
-            "allowed_token_ids",
-            self.allowed_token_ids is None
-            or (_are_token_ids(self.allowed_token_ids) and len(self.allowed_token_ids) > 0),
-            "a list of at least one token id, or None",
-        )
-        self._require(
-            "logit_bias",
-            self.logit_bias is None
-            or (
-                isinstance(self.logit_bias, dict)
-                and _are_token_ids(tuple(self.logit_bias))
-                and all(_within(bias, _NUMBER, -100, 100) for bias in self.logit_bias.values())
-            ),
-            "a dict of token ids and what to add to their logits, between -100 and 100",
-        )
-        if self.logit_bias is not None:
-            self._require_room("logit_bias", slot_line.MAX_BIASES)
-        self._require(
-            "structured_outputs",
-            self.structured_outputs is None or isinstance(self.structured_outputs, StructuredOutputs),
-            "a StructuredOutputs, a dict of its fields, or None",
-        )
-
-    def _require(self, name: str, holds: bool, expected: str) -> None:
-        _require(self, name, holds, expected)
-
-    def _require_room(self, name: str, limit: int) -> None:
-        if len(getattr(self, name)) > limit:
-            raise RequestError(f"{name} has {len(getattr(self, name))} entries; at most {limit} fit")
 
 
 def bad_word_token_ids(words: Iterable[str], tokenizer: PreTrainedTokenizerFast) -> list[list[int]]:
@@ -281,6 +186,30 @@ def bad_word_token_ids(words: Iterable[str], tokenizer: PreTrainedTokenizerFast)
             f"{slot_line.MAX_BAD_WORDS} fit"
         )
     return found
+
+
+def _one_form(name: str, value: Any) -> Any:
+    """One form for what may be given in several."""
+    if name == "temperature":  # below this logits divided by it would overflow; the limit is greedy
+        return 0.0 if _within(value, _NUMBER, 0, 1e-5) and value < 1e-5 else value
+    if name == "top_k":
+        return 0 if value == -1 else value
+    if name in ("stop_token_ids", "bad_words", "stop"):
+        if name == "stop" and isinstance(value, str):
+            return (value,)
+        return tuple(value or ()) if value is None or _is_list(value) else value
+    if name == "allowed_token_ids":
+        return tuple(value) if _is_list(value) else value
+    if name == "logit_bias" and isinstance(value, Mapping):
+        return {_token_id_of(key): bias for key, bias in value.items()} or None
+    if name == "speculative" and isinstance(value, Mapping):
+        return dict(value)
+    if name == "structured_outputs" and isinstance(value, Mapping):
+        known = {f.name for f in fields(StructuredOutputs)}
+        if unknown := sorted(map(str, value.keys() - known)):
+            raise RequestError(f"structured_outputs has no {unknown[0]!r}; it has {', '.join(sorted(known))}")
+        return StructuredOutputs(**value)
+    return value
 
 
 def _schema_of(schema: object) -> dict[str, Any]:
@@ -317,6 +246,10 @@ def _are_texts(values: object) -> bool:
     return isinstance(values, list | tuple) and all(isinstance(value, str) for value in values)
 
 
+def _is_list(value: object) -> bool:
+    return isinstance(value, Iterable) and not isinstance(value, str)
+
+
 def _within(value: Any, kind: type[Any] | tuple[type[Any], ...], low: float, high: float) -> bool:
     return isinstance(value, kind) and not isinstance(value, bool) and low <= value <= high
 
@@ -324,3 +257,74 @@ def _within(value: Any, kind: type[Any] | tuple[type[Any], ...], low: float, hig
 def _require(params: object, name: str, holds: bool, expected: str) -> None:
     if not holds:
         raise RequestError(f"{name}={getattr(params, name)!r:.200} must be {expected}")
+
+
+def _number(kind: type[Any] | tuple[type[Any], ...], low: float, high: float) -> Callable[[Any], bool]:
+    return lambda value: _within(value, kind, low, high)
+
+
+def _or_none(holds: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    return lambda value: value is None or holds(value)
+
+
+_DEFAULTS = {f.name: f.default for f in fields(SamplingParams)}
+_FLAG = (lambda value: isinstance(value, bool), "True or False")
+_PENALTY = (_number(_NUMBER, -2, 2), "between -2 and 2")
+_TEXTS = (lambda value: _are_texts(value) and all(value), "a list of texts, none of them empty")
+_NUM_LOGPROBS = (_or_none(_number(int, 0, slot_line.MAX_LOGPROBS)), f"between 0 and {slot_line.MAX_LOGPROBS}, or None")
+_RULES: Mapping[str, tuple[Callable[[Any], bool], str]] = {
+    "temperature": (_number(_NUMBER, 0, 100), "between 0 (greedy) and 100"),
+    "top_p": (lambda value: _within(value, _NUMBER, 0, 1) and value > 0, "above 0 and at most 1"),
+    "top_k": (_number(int, 0, 2**31 - 1), "0 or -1 (all tokens), or a positive count"),
+    "max_tokens": (_or_none(_number(int, 1, math.inf)), "at least 1, or None"),
+    "seed": (_or_none(_number(int, 0, 2**64 - 1)), "between 0 and 2**64 - 1, or None"),
+    "stop_token_ids": (lambda value: _are_token_ids(value), "token ids, whole numbers from 0 up"),
+    "ignore_eos": _FLAG,
+    "detokenize": _FLAG,
+    "skip_special_tokens": _FLAG,
+    "n": (_number(int, 1, MAX_N), f"between 1 and {MAX_N}"),
+    "min_p": (_number(_NUMBER, 0, 1), "between 0 (all tokens) and 1"),
+    "presence_penalty": _PENALTY,
+    "frequency_penalty": _PENALTY,
+    "repetition_penalty": (_number(_NUMBER, 0.01, 10), "between 0.01 and 10; 1 changes nothing"),
+    "stop": _TEXTS,
+    "include_stop_str_in_output": _FLAG,
+    "logit_bias": (
+        _or_none(
+            lambda value: (
+                isinstance(value, dict)
+                and _are_token_ids(tuple(value))
+                and all(_within(bias, _NUMBER, -100, 100) for bias in value.values())
+            )
+        ),
+        "a dict of token ids and what to add to their logits, between -100 and 100",
+    ),
+    "bad_words": _TEXTS,
+    "allowed_token_ids": (
+        _or_none(lambda value: _are_token_ids(value) and len(value) > 0),
+        "a list of at least one token id, or None",
+    ),
+    "logprobs": _NUM_LOGPROBS,
+    "prompt_logprobs": _NUM_LOGPROBS,
+    "structured_outputs": (
+        _or_none(lambda value: isinstance(value, StructuredOutputs)),
+        "a StructuredOutputs, a dict of its fields, or None",
+    ),
+    "speculative": (
+        _or_none(
+            lambda value: (
+                isinstance(value, dict)
+                and set(value) == {"num_speculative_tokens"}
+                and _within(value["num_speculative_tokens"], int, 0, slot_line.MAX_DRAFTS)
+            )
+        ),
+        f'{{"num_speculative_tokens": n}} with n between 0 (none) and {slot_line.MAX_DRAFTS}, or None',
+    ),
+}
+"""What each of `SamplingParams` must be, in `_one_form`, and how to say so; `min_tokens` depends on another."""
+_ROOM = {
+    "stop_token_ids": slot_line.MAX_STOP_TOKENS,
+    "stop": MAX_STOP_STRINGS,
+    "logit_bias": slot_line.MAX_BIASES,
+}
+"""How many entries fit."""
