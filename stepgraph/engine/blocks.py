@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 from collections import OrderedDict
 from collections.abc import Sequence
-from itertools import islice
 
 from stepgraph.step import slot_line
 
@@ -38,32 +37,35 @@ class BlockPool:
 
     def __init__(self, num_blocks: int):
         self.num_usable = num_blocks - 1
-        self._free: OrderedDict[int, None] = OrderedDict.fromkeys(range(slot_line.NULL_BLOCK + 1, num_blocks))
-        self._holders = [0] * num_blocks
+        self._empty = list(
+            range(num_blocks - 1, slot_line.NULL_BLOCK, -1)
+        )  # free and without content; the next one last
+        self._cached: OrderedDict[int, None] = OrderedDict()  # free and with content; the least recently released first
+        self._holders = [1] * num_blocks  # of blocks with a key, which alone can be shared
         self._keys: list[bytes | None] = [None] * num_blocks
         self._blocks_by_key: dict[bytes, int] = {}
 
     @property
     def num_free(self) -> int:
         """Blocks nobody holds, those with cached content included."""
-        return len(self._free)
+        return len(self._empty) + len(self._cached)
 
     def take(self, count: int) -> list[int]:
         """Blocks for new content, held once. There must be so many free ones."""
-        assert count <= len(self._free), (count, len(self._free))
-        blocks = list(islice(self._free, count))
-        for block in blocks:
-            del self._free[block]
-            key = self._keys[block]
-            if key is not None:
-                del self._blocks_by_key[key]
-                self._keys[block] = None
+        assert count <= self.num_free, (count, self.num_free)
+        blocks = self._empty[: -count - 1 : -1]
+        del self._empty[len(self._empty) - len(blocks) :]
+        while len(blocks) < count:
+            block, _ = self._cached.popitem(last=False)
+            key, self._keys[block] = self._keys[block], None
+            assert key is not None, block
+            del self._blocks_by_key[key]
             self._holders[block] = 1
+            blocks.append(block)
         return blocks
 
     def publish(self, block: int, key: bytes) -> None:
         """Let `block`, which somebody holds, be found by `key`. If another block has that content already, it stays the one."""
-        assert self._holders[block] > 0, block
         assert self._keys[block] is None, block
         if key not in self._blocks_by_key:
             self._keys[block] = key
@@ -81,23 +83,27 @@ class BlockPool:
         """Add a holder to blocks that were found."""
         for block in blocks:
             if not self._holders[block]:
-                del self._free[block]
+                del self._cached[block]
             self._holders[block] += 1
 
     def release(self, blocks: Sequence[int]) -> None:
         """Drop a holder. The last block of a chain is reused first: without it the blocks before it are still a prefix."""
-        holders, keys, free = self._holders, self._keys, self._free
+        keys, empty = self._keys, self._empty
         for block in reversed(blocks):
-            num_left = holders[block] - 1
-            assert num_left >= 0, block
-            holders[block] = num_left
-            if not num_left:
-                free[block] = None
-                if keys[block] is None:
-                    free.move_to_end(block, last=False)
+            if keys[block] is None:
+                empty.append(block)
+                continue
+            self._holders[block] -= 1
+            assert self._holders[block] >= 0, block
+            if not self._holders[block]:
+                self._cached[block] = None
+        assert self.num_free <= self.num_usable, blocks
 
     def forget(self) -> None:
         """Drop all cached content; nobody may hold a block. For when the cache's memory or the weights change."""
-        assert len(self._free) == self.num_usable, (len(self._free), self.num_usable)
+        assert self.num_free == self.num_usable, (self.num_free, self.num_usable)
+        self._empty += reversed(self._cached)
+        self._cached.clear()
+        self._holders = [1] * len(self._keys)
         self._keys = [None] * len(self._keys)
         self._blocks_by_key.clear()
