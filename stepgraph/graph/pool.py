@@ -231,7 +231,7 @@ class GraphPool(Generic[Output]):
         self.statistics.add(record)
         if entry is None:
             return record, self.eager_twin(shape)
-        self._last = _Use(plan, replace(record, captured=False), entry)
+        self._last = _Use(plan, replace(record, captured=False) if captured else record, entry)
         return record, entry.graph
 
     def graph(self, shape: StepShape) -> Graph[Output] | None:
