@@ -10,7 +10,7 @@ import time
 from array import array
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import cached_property
 from numbers import Integral
@@ -616,10 +616,12 @@ class Engine:
     def _pack(self, what: str, token_ids: Collection[int]) -> array[int]:
         """Token ids as int32; RequestError if one is outside the vocabulary. `what` they are, for its message."""
         vocab_size = self.source.config.vocab_size
-        with suppress(struct.error, TypeError):  # of what is no whole number, or below 0
+        try:
             packed = struct.pack(f"{len(token_ids)}I", *token_ids)  # in half the time of array("i", token_ids)
             if max(token_ids, default=0) < vocab_size:
                 return array("i", packed)
+        except (struct.error, TypeError):  # what is no whole number, or below 0
+            pass
         wrong = next(t for t in token_ids if not (isinstance(t, Integral) and 0 <= int(t) < vocab_size))
         raise RequestError(f"{what} {wrong!r} is outside the vocabulary of {vocab_size} tokens")
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import struct
+from array import array
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -17,6 +20,8 @@ from stepgraph.step.slot_sampling import SlotSampling
 
 RING_DEPTH = 4
 """Steps whose output is kept; more than any platform runs ahead."""
+
+_Copy: TypeAlias = "tuple[array[int] | npt.NDArray[np.int32], Tensor]"
 
 
 class SlotState:
@@ -79,20 +84,20 @@ class SlotState:
         """
         assert 0 < slot < self.lines.shape[0], slot
         assert computed < len(tokens), (computed, len(tokens))
-        self._copy(np.asarray(tokens, dtype=np.int32), self.tokens[slot])
+        line = _line(sampling)
+        copies: list[_Copy] = [(line, self.lines[slot]), (array("i", tokens), self.tokens[slot])]
         if blocks:
-            self._copy(np.asarray(blocks, dtype=np.int32), self.block_table[slot])
+            copies.append((array("i", blocks), self.block_table[slot]))
         if sampling.logit_bias:
             biases = np.zeros((len(sampling.logit_bias), 2), dtype=np.int32)
             biases[:, 0] = [token for token, _ in sampling.logit_bias]
             biases.view(np.float32)[:, 1] = [bias for _, bias in sampling.logit_bias]
-            self._copy(biases.ravel(), self.biases[slot].view(-1))
+            copies.append((biases.ravel(), self.biases[slot].view(-1)))
         if sampling.bad_words:
             words = np.full((len(sampling.bad_words), slot_line.BAD_WORD_WIDTH), slot_line.NO_TOKEN, dtype=np.int32)
             for row, word in zip(words, sampling.bad_words, strict=True):
                 row[-len(word) :] = word
-            self._copy(words.ravel(), self.bad_words[slot].view(-1))
-        line = _line(sampling)
+            copies.append((words.ravel(), self.bad_words[slot].view(-1)))
         line[slot_line.LENGTH] = len(tokens)
         line[slot_line.COMPUTED] = line[slot_line.START] = computed
         line[slot_line.ACTIVE] = 1
@@ -100,7 +105,7 @@ class SlotState:
         line[slot_line.MAX_LENGTH] = max_length
         line[slot_line.PROMPT_LENGTH] = prompt_len
         line[slot_line.MIN_LENGTH] = prompt_len + sampling.min_tokens if sampling.min_tokens else 0
-        self._copy(line, self.lines[slot])
+        self._send(copies)
 
     def set_masks(self, slot: int, masks: npt.NDArray[np.int32]) -> None:
         """Say which tokens `slot` may sample from the next step on. One copy, ordered as in `admit`.
@@ -110,12 +115,17 @@ class SlotState:
             masks: [n, ceil(V / MASK_BITS)], n ≤ 1 + K; bit v % MASK_BITS of word v // MASK_BITS of line j allows token v as the
                 j-th new token of a step. Lines not given stay.
         """
-        self._copy(masks.ravel(), self.masks[slot].view(-1))
+        self._send([(masks.ravel(), self.masks[slot].view(-1))])
 
-    def _copy(self, values: np.ndarray, target: Tensor) -> None:
-        staging = self._platform.host_buffer(len(values))
-        staging.numpy()[:] = values
-        target[: len(values)].copy_(staging, non_blocking=True)
+    def _send(self, copies: Sequence[_Copy]) -> None:
+        """Write values to where their targets begin, staged in a new buffer: the device may be late to read it."""
+        staging, start = self._platform.host_buffer(sum(len(values) for values, _ in copies)), 0
+        staged = staging.numpy()
+        for values, target in copies:
+            end = start + len(values)
+            staged[start:end] = values
+            target[: len(values)].copy_(staging[start:end], non_blocking=True)
+            start = end
 
     @contextmanager
     def untraced(self) -> Iterator[None]:
@@ -131,12 +141,12 @@ class SlotState:
                 tensor.copy_(value)
 
 
-def _line(sampling: SlotSampling) -> npt.NDArray[np.int32]:
+def _line(sampling: SlotSampling) -> array[int]:
     """A slot line with the columns of `sampling` filled in."""
     assert len(sampling.stop_token_ids) <= slot_line.MAX_STOP_TOKENS, sampling
     assert len(sampling.logit_bias) <= slot_line.MAX_BIASES, sampling
     assert len(sampling.bad_words) <= slot_line.MAX_BAD_WORDS, sampling
-    line = np.zeros(slot_line.LINE_WIDTH, dtype=np.int32)
+    line = array("i", _NO_SAMPLING)
     line[slot_line.TOP_K] = sampling.top_k
     line[slot_line.NUM_BIASES] = len(sampling.logit_bias)
     line[slot_line.NUM_BAD_WORDS] = len(sampling.bad_words)
@@ -145,16 +155,34 @@ def _line(sampling: SlotSampling) -> npt.NDArray[np.int32]:
     line[slot_line.MAX_NUM_DRAFTS] = sampling.max_num_drafts
     line[slot_line.NUM_LOGPROBS] = sampling.num_logprobs
     line[slot_line.NUM_PROMPT_LOGPROBS] = sampling.num_prompt_logprobs
-    floats = line.view(np.float32)
-    floats[slot_line.TEMPERATURE] = sampling.temperature
-    floats[slot_line.TOP_P] = sampling.top_p
-    floats[slot_line.MIN_P] = sampling.min_p
-    floats[slot_line.REPETITION_PENALTY] = sampling.repetition_penalty
-    floats[slot_line.PRESENCE_PENALTY] = sampling.presence_penalty
-    floats[slot_line.FREQUENCY_PENALTY] = sampling.frequency_penalty
-    seed = sampling.seed
-    line.view(np.uint32)[[slot_line.SEED_LOW, slot_line.SEED_HIGH]] = (seed & 0xFFFFFFFF, seed >> 32 & 0xFFFFFFFF)
-    stops = sampling.stop_token_ids
-    line[slot_line.STOP_TOKENS :] = slot_line.NO_TOKEN
-    line[slot_line.STOP_TOKENS : slot_line.STOP_TOKENS + len(stops)] = stops
+    bits = _BITS.unpack(
+        _VALUES.pack(
+            sampling.temperature,
+            sampling.top_p,
+            sampling.min_p,
+            sampling.repetition_penalty,
+            sampling.presence_penalty,
+            sampling.frequency_penalty,
+            sampling.seed & 0xFFFFFFFF,
+            sampling.seed >> 32 & 0xFFFFFFFF,
+        )
+    )
+    for column, value in zip(_BIT_COLUMNS, bits, strict=True):
+        line[column] = value
+    for column, token in enumerate(sampling.stop_token_ids, slot_line.STOP_TOKENS):
+        line[column] = token
     return line
+
+
+_NO_SAMPLING = [0] * slot_line.STOP_TOKENS + [slot_line.NO_TOKEN] * slot_line.MAX_STOP_TOKENS
+_VALUES, _BITS = struct.Struct("6f2I"), struct.Struct("8i")
+_BIT_COLUMNS = (
+    slot_line.TEMPERATURE,
+    slot_line.TOP_P,
+    slot_line.MIN_P,
+    slot_line.REPETITION_PENALTY,
+    slot_line.PRESENCE_PENALTY,
+    slot_line.FREQUENCY_PENALTY,
+    slot_line.SEED_LOW,
+    slot_line.SEED_HIGH,
+)
