@@ -104,7 +104,13 @@ def main() -> int:
         config = EngineConfig.from_settings(
             **(general | settings | ({"speculative_config": speculative} if speculative else {}))
         )
-        with mock.patch.object(engine_module, "load_model", return_value=model):
+        # Filled already, which an engine that fills while it captures would not know.
+        filled = {
+            "create_model": lambda *_, **__: model,
+            "fill": lambda *_, **__: iter(()),
+            "fills_in_place": lambda _: False,
+        }
+        with mock.patch.multiple(engine_module, **filled):
             engine = Engine(config, source=source)
         requests = run(engine, some, temperature, alone=alone, trouble=trouble)
         statistics = engine.runner.pool.statistics

@@ -47,6 +47,9 @@ def create_engine(smollm2, decoder, device):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(engine_module, "create_model", lambda *_, **__: decoder)
             patch.setattr(engine_module, "fill", lambda *_, **__: iter(()))
+            patch.setattr(
+                engine_module, "fills_in_place", lambda _: False
+            )  # else they are zero while graphs are captured
             return Engine(EngineConfig.from_settings(device=device, **(SETTINGS | settings)), source=smollm2)
 
     return create
