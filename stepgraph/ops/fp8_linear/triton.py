@@ -66,8 +66,8 @@ FLOAT32_TILE = BlockTile(tokens=32, outputs=32, inputs=32, num_warps=4, num_stag
 """Not on tensor cores, which round float32: for checks rather than speed."""
 BY_ROW_TILE = BlockTile(tokens=64, outputs=64, inputs=128, num_warps=4, num_stages=4)
 """One for any number of tokens, as another one might add up otherwise."""
-MULTIPROCESSORS = 132
-"""Of a Hopper GPU: fewer programs leave some of it idle."""
+ENOUGH_PROGRAMS = 96
+"""A Hopper GPU has 132 multiprocessors; large tiles pay while three quarters of them have one."""
 
 
 @triton.jit
@@ -310,15 +310,18 @@ def choose_tile(x: Tensor, outputs: int, *, by_row: bool = False) -> Tile:
         return StreamedTile(outputs=STREAMED_BYTES // at_once, inputs=at_once, num_warps=8)
     if x.dtype == torch.float32:
         return FLOAT32_TILE
-    if tokens <= 16 or (tokens <= MAX_SLICED_TOKENS and outputs < 64 * MULTIPROCESSORS):
-        return SlicedTile(outputs=16, inputs=128, slices=4, num_stages=4 if tokens <= 16 else 3)
+    if tokens <= 16:
+        return SlicedTile(outputs=16, inputs=128, slices=4, num_stages=4)
+    if tokens <= MAX_SLICED_TOKENS and triton.cdiv(outputs, 64) < ENOUGH_PROGRAMS:
+        return SlicedTile(outputs=16, inputs=64, slices=4, num_stages=4)
     for tile in (
-        BlockTile(tokens=128, outputs=128, inputs=64, num_warps=8, num_stages=4),
-        BlockTile(tokens=64, outputs=128, inputs=128, num_warps=4, num_stages=3),
+        BlockTile(tokens=256, outputs=128, inputs=64, num_warps=8, num_stages=4),
+        BlockTile(tokens=128, outputs=64, inputs=128, num_warps=4, num_stages=3),
     ):
-        if triton.cdiv(tokens, tile.tokens) * triton.cdiv(outputs, tile.outputs) >= MULTIPROCESSORS:
+        programs = triton.cdiv(tokens, tile.tokens) * triton.cdiv(outputs, tile.outputs)
+        if 2 * tokens > tile.tokens and programs >= ENOUGH_PROGRAMS:
             return tile
-    return BlockTile(tokens=64, outputs=64, inputs=128, num_warps=4, num_stages=4)
+    return BlockTile(tokens=64, outputs=64, inputs=128, num_warps=4, num_stages=3)
 
 
 def multiply(
