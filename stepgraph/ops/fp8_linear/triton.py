@@ -312,7 +312,9 @@ def choose_tile(x: Tensor, outputs: int, *, by_row: bool = False) -> Tile:
         return FLOAT32_TILE
     if tokens <= 16:
         return SlicedTile(outputs=16, inputs=128, slices=4, num_stages=4)
-    if tokens <= MAX_SLICED_TOKENS and triton.cdiv(outputs, 64) < ENOUGH_PROGRAMS:
+    if outputs < 16384 and tokens <= 32:
+        return SlicedTile(outputs=16, inputs=64, slices=4, num_stages=5 if outputs <= 4096 else 4)
+    if outputs <= 4096 and tokens <= MAX_SLICED_TOKENS:
         return SlicedTile(outputs=16, inputs=64, slices=4, num_stages=4)
     for tile in (
         BlockTile(tokens=256, outputs=128, inputs=64, num_warps=8, num_stages=4),

@@ -58,34 +58,6 @@ def _scores(q_low_MH, q_high_MH, k_low_KH, k_high_KH, seen_MK, scale_log2):
     return tl.where(seen_MK, score_MK * scale_log2, float("-inf"))
 
 
-@triton.jit
-def _attend(
-    q_low_MH,
-    q_high_MH,
-    k_low_KH,
-    k_high_KH,
-    v_KD,
-    start,
-    end,
-    scale_log2,
-    max_M,
-    sum_M,
-    acc_MD,
-    TILE: tl.constexpr,
-    KEYS: tl.constexpr,
-):
-    """Maximum, sum and output with the keys start … end-1 of a block, one at least."""
-    dtype = q_low_MH.dtype
-    inside_K = start + tl.arange(0, KEYS) < end
-    score_MK = _scores(q_low_MH, q_high_MH, k_low_KH, k_high_KH, inside_K[None, :], scale_log2)
-    new_max_M = tl.maximum(max_M, tl.max(score_MK, axis=1))
-    weight_MK = tl.exp2(score_MK - new_max_M[:, None])
-    decay_M1 = tl.exp2(max_M - new_max_M)[:, None]
-    sum_M = sum_M * tl.reshape(decay_M1, [TILE]) + tl.sum(weight_MK, axis=1)
-    acc_MD = tl.dot(weight_MK.to(dtype), v_KD.to(dtype), acc_MD * decay_M1, input_precision="ieee")
-    return new_max_M, sum_M, acc_MD
-
-
 @triton.jit(do_not_specialize=["table_width"])
 def _rope_attention_kernel(
     qkv_ptr,
@@ -186,26 +158,20 @@ def _rope_attention_kernel(
         sum_M = tl.sum(weight_MN, axis=1) + tl.sum(weight_MK, axis=1)
         acc_MD = tl.dot(weight_MN.to(dtype), new_v_ND.to(dtype), input_precision="ieee")
         acc_MD = tl.dot(weight_MK.to(dtype), v_KD.to(dtype), acc_MD, input_precision="ieee")
-        # Two blocks at a time, each asked for again once it is used: moving one into the other's place would wait for it.
-        k_low_KH, k_high_KH, v_KD = _load_cached(
-            k_head_ptr, v_head_ptr, table_ptr, begin + 2 * KEYS, end, G * D, D, BLOCK_SIZE, KEYS
-        )
-        for start in range(begin + KEYS, end, 2 * KEYS):
-            max_M, sum_M, acc_MD = _attend(
-                q_low_MH, q_high_MH, next_low_KH, next_high_KH, next_v_KD, start, end, scale_log2, max_M, sum_M, acc_MD,
-                TILE, KEYS,
-            )  # fmt: skip
+        for start in range(begin + KEYS, end, KEYS):
+            k_low_KH, k_high_KH, v_KD = next_low_KH, next_high_KH, next_v_KD
             next_low_KH, next_high_KH, next_v_KD = _load_cached(
-                k_head_ptr, v_head_ptr, table_ptr, start + 2 * KEYS, end, G * D, D, BLOCK_SIZE, KEYS
+                k_head_ptr, v_head_ptr, table_ptr, start + KEYS, end, G * D, D, BLOCK_SIZE, KEYS
             )
-            if start + KEYS < end:
-                max_M, sum_M, acc_MD = _attend(
-                    q_low_MH, q_high_MH, k_low_KH, k_high_KH, v_KD, start + KEYS, end, scale_log2, max_M, sum_M, acc_MD,
-                    TILE, KEYS,
-                )  # fmt: skip
-                k_low_KH, k_high_KH, v_KD = _load_cached(
-                    k_head_ptr, v_head_ptr, table_ptr, start + 3 * KEYS, end, G * D, D, BLOCK_SIZE, KEYS
-                )
+            key_K = start + tl.arange(0, KEYS)
+            score_MK = _scores(q_low_MH, q_high_MH, k_low_KH, k_high_KH, (key_K < end)[None, :], scale_log2)
+            new_max_M = tl.maximum(max_M, tl.max(score_MK, axis=1))
+            reference_M1 = tl.where(new_max_M == float("-inf"), 0.0, new_max_M)[:, None]
+            weight_MK = tl.exp2(score_MK - reference_M1)
+            decay_M1 = tl.exp2(max_M[:, None] - reference_M1)
+            sum_M = sum_M * tl.reshape(decay_M1, [TILE]) + tl.sum(weight_MK, axis=1)
+            acc_MD = tl.dot(weight_MK.to(dtype), v_KD.to(dtype), acc_MD * decay_M1, input_precision="ieee")
+            max_M = new_max_M
 
         out_D = dim_D[None, :]
         num_parts = tl.cdiv(kv_len, keys_per_split)
