@@ -90,21 +90,25 @@ def test_one_row_matches_float64_however_its_keys_are_split(tokens, context, spl
     assert_matches(arguments(tokens, context), 2, device, splits=splits)
 
 
+@pytest.mark.parametrize("tokens", [1, 2])
 @pytest.mark.parametrize("group", [1, 3, 4, 8])
 @pytest.mark.parametrize("with_norm", [False, True])
-def test_all_groups_of_query_heads_match(group, with_norm, device):
-    inputs = arguments(2, 100, spare=16 // group - 2, group=group, with_norm=with_norm)
+def test_all_groups_of_query_heads_match(tokens, group, with_norm, device):
+    spare = 0 if tokens == 1 else 16 // group - 2
+    inputs = arguments(tokens, 100, spare=spare, group=group, with_norm=with_norm)
     assert_matches(inputs, group, device, splits=2)
 
 
-@pytest.mark.parametrize("head_dim", [32, 64, 128])
-def test_16_bits_and_all_head_sizes_match(head_dim, device):
-    assert_matches(arguments(2, 90, D=head_dim, dtype=torch.float16), 2, device, splits=2)
+@pytest.mark.parametrize("tokens", [1, 2])
+@pytest.mark.parametrize("head_dim", [32, 64, 128, 256])
+def test_16_bits_and_all_head_sizes_match(tokens, head_dim, device):
+    assert_matches(arguments(tokens, 90, D=head_dim, dtype=torch.float16), 2, device, splits=2)
 
 
+@pytest.mark.parametrize("tokens", [1, 2])
 @pytest.mark.parametrize("blocks", [2, 3, 4, 5])
-def test_iterations_over_a_long_split_match(blocks, device):
-    inputs = arguments(2, 900, G=1)
+def test_iterations_over_a_long_split_match(tokens, blocks, device):
+    inputs = arguments(tokens, 902 - tokens, G=1)
     geometry = replace(geometry_of(2, 1, 2), min_split_keys=blocks * KV_BLOCK)
     out, _, plan = run_kernel(inputs, geometry, 2, device)
     assert plan.header.tolist() == [-(-902 // (blocks * KV_BLOCK)), blocks * KV_BLOCK]
