@@ -6,6 +6,7 @@ from stepgraph.ops.attention import (
     attention_geometry,
     attention_plan,
     paged_attention,
+    tall_tile,
 )
 from stepgraph.ops.build import BuiltStep, StepSamples, StepTokens, build_step
 from stepgraph.ops.commit import commit
@@ -68,5 +69,6 @@ __all__ = [
     "rope_cache",
     "sample",
     "swiglu",
+    "tall_tile",
     "write_kv",
 ]

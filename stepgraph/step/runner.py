@@ -153,6 +153,9 @@ class StepRunner:
         if config.cache.kv_cache_dtype == "fp8" and not platform.supports_fp8:
             raise ConfigError("kv_cache_dtype=fp8 needs a GPU of compute capability 8.9 or later; leave it at auto")
         layout = KVLayout.of(model.config, config.cache, dtype, num_draft_layers=drafter.num_layers if drafter else 0)
+        self._tall_tile = ops.tall_tile(
+            platform.device, dtype, layout.dtype, layout.head_dim, layout.block_size, model.config.windows
+        )
         memory = platform.memory(layout.sizes(1), sleepable=False)
         self.kv_caches = layout.allocate(1, memory)  # the null block is all that a dry run touches
         self.kernels = CompiledKernels(0, 0)
@@ -253,6 +256,7 @@ class StepRunner:
             config.num_kv_heads,
             self._multiprocessors,
             deterministic=self.deterministic,
+            tall_tile=self._tall_tile,
         )
         return StepProgram(
             self.model,

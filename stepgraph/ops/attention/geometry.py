@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import Enum, auto
 from functools import lru_cache
 
 import numpy as np
+import torch
 
 KV_BLOCK = 64
 """Keys one inner iteration of the attention kernel reads; KV splits are multiples of it."""
@@ -20,7 +22,12 @@ MIN_SPLIT_KEYS = 256
 """Below this a split costs more than it saves. On an H100 (8 KV heads of 128, bf16), eight rows of 129 keys take 7.9 us
 unsplit and 8.9 us in splits of 128."""
 MIN_SPLIT_KEYS_TALL = 1024
-"""Of tiles of 64: a long prompt has enough of them, and to combine one costs more."""
+"""Of tall tiles: a long prompt has enough of them, and to combine one costs more."""
+
+TALL_TILE = 64
+"""Rows of a tile of longer queries, wherever a kernel runs."""
+HOPPER_TILE = 128
+"""Rows of a tile of `stepgraph.ops.attention.hopper`, which see there."""
 
 UNSPLIT = 1 << 30
 """As `min_split_keys`: more keys than any context has, so that no row is split."""
@@ -98,6 +105,46 @@ def max_tiles(num_tokens: int, num_rows: int, group: int, tile: int) -> int:
     return rows + int((most[spare - whole_periods * tile] + whole_periods * group).max())
 
 
+def tall_tile(
+    device: torch.device,
+    dtype: torch.dtype,
+    cache_dtype: torch.dtype,
+    head_dim: int,
+    block_size: int,
+    windows: Iterable[int],
+) -> int:
+    """Rows of the tiles of longer queries: HOPPER_TILE where the kernel for them serves, else TALL_TILE.
+
+    That is a Hopper GPU, under a Triton that has its Gluon; activations of 16 bits and a cache of the same; heads of 64 or
+    128; blocks of 8 tokens at least, which is what shared memory is arranged by; and no sliding window, for one geometry
+    serves all layers.
+
+    Args:
+        device: of the step.
+        dtype: of the activations.
+        cache_dtype: of the keys and values.
+        head_dim: numbers of a head.
+        block_size: tokens per KV block.
+        windows: of the layers; 0: full attention.
+    """
+    serves = (
+        device.type == "cuda"
+        and torch.cuda.get_device_capability(device)[0] == 9
+        and dtype in (torch.bfloat16, torch.float16)
+        and cache_dtype == dtype
+        and head_dim in (64, 128)
+        and block_size % 8 == 0
+        and not any(windows)
+    )
+    if not serves:
+        return TALL_TILE
+    try:
+        from stepgraph.ops.attention import hopper  # noqa: F401
+    except ImportError:  # Gluon is experimental: another release may name things otherwise
+        return TALL_TILE
+    return HOPPER_TILE
+
+
 def attention_geometry(
     num_tokens: int,
     num_rows: int,
@@ -106,8 +153,11 @@ def attention_geometry(
     multiprocessors: int,
     *,
     deterministic: bool = False,
+    tall_tile: int = TALL_TILE,
 ) -> AttentionGeometry:
     """Choose the sizes for a step of `num_tokens` tokens in `num_rows` rows.
+
+    `tall_tile` is what the function of that name says, for steps whose rows have more than a few queries.
 
     Splitting adds at most ``target`` items to the tiles, and at most ``2 · target`` of all items belong to a split tile
     (see `attention_plan`), which bounds the item list and the partial results whatever the batch.
@@ -123,13 +173,14 @@ def attention_geometry(
         resident = multiprocessors
         target = max(1, resident // num_kv_heads - 1)
     else:
-        resident = multiprocessors * (4 if small and busy is not Occupancy.LOW else 2)
+        programs = 1 if not small and tall_tile == HOPPER_TILE else 4 if small and busy is not Occupancy.LOW else 2
+        resident = multiprocessors * programs
         target = max(1, resident // num_kv_heads)
     if deterministic:
         tile = DETERMINISTIC_TILE
         max_items = max_tiles(num_tokens, num_rows, group, tile)
     else:
-        tile = 16 if small else 64
+        tile = 16 if small else tall_tile
         max_items = max_tiles(num_tokens, num_rows, group, tile) + target
     min_split_keys = MIN_SPLIT_KEYS if small else MIN_SPLIT_KEYS_TALL
     return AttentionGeometry(

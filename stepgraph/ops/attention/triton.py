@@ -1,4 +1,4 @@
-"""Triton kernels of `attention_plan` and `paged_attention`.
+"""Triton kernels of `attention_plan` and `paged_attention`, which has another one for tiles of HOPPER_TILE.
 
 Shapes in the kernels: R rows, I items, M (token, query head) pairs of a tile, K keys of one inner iteration, D head
 size padded to a power of two, P pairs and S splits combined at once.
@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from stepgraph.ops.attention.geometry import ITEM_SIZE, KV_BLOCK, Occupancy, occupancy
+from stepgraph.ops.attention.geometry import HOPPER_TILE, ITEM_SIZE, KV_BLOCK, Occupancy, occupancy
 from stepgraph.ops.capacity import row_capacity
 from stepgraph.ops.dependent_launch import LAUNCH, wait_for_previous
 
@@ -454,6 +454,12 @@ def paged_attention(
     deterministic: bool,
 ) -> Tensor:
     """See `stepgraph.ops.attention.paged_attention`."""
+    if tile == HOPPER_TILE:
+        from stepgraph.ops.attention import hopper
+
+        return hopper.paged_attention(
+            q, k_cache, v_cache, block_table, items, header, partials, counters, scale, num_programs
+        )
     num_tokens, num_heads, head_dim = q.shape
     block_size, num_kv_heads = k_cache.shape[1:3]
     out = q.new_empty(num_tokens, num_heads * head_dim)
