@@ -18,9 +18,11 @@ from torch import Tensor
 
 from stepgraph.ops.attention import AttentionGeometry, AttentionPlan, attention_geometry, cpu, max_tiles, reference
 from stepgraph.ops.attention import triton as kernels
-from stepgraph.ops.attention.geometry import KV_BLOCK, MIN_SPLIT_KEYS
+from stepgraph.ops.attention.geometry import HOPPER_TILE, KV_BLOCK, MIN_SPLIT_KEYS, TALL_TILE
 
 MULTIPROCESSORS = 3  # few programs, so that each loops over many items and long rows are split
+HAS_HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9
+needs_hopper = pytest.mark.skipif(not HAS_HOPPER, reason="tiles of 128 are for Hopper GPUs")
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 
 
@@ -113,11 +115,21 @@ def make_batch(
 
 
 def geometry_of(
-    batch: Batch, multiprocessors: int = MULTIPROCESSORS, *, deterministic: bool = False
+    batch: Batch,
+    multiprocessors: int = MULTIPROCESSORS,
+    *,
+    deterministic: bool = False,
+    tall_tile: int = TALL_TILE,
 ) -> AttentionGeometry:
     T, H, _ = batch.q.shape
     geometry = attention_geometry(
-        T, len(batch.kv_len), H, batch.k_cache.shape[2], multiprocessors, deterministic=deterministic
+        T,
+        len(batch.kv_len),
+        H,
+        batch.k_cache.shape[2],
+        multiprocessors,
+        deterministic=deterministic,
+        tall_tile=tall_tile,
     )
     return (
         geometry if deterministic else replace(geometry, min_split_keys=KV_BLOCK)
@@ -360,6 +372,7 @@ def test_a_float8_cache_is_read_as_the_values_it_holds(rows: list[tuple[int, int
     multiprocessors=st.integers(1, 80),
     min_split_keys=st.sampled_from([KV_BLOCK, MIN_SPLIT_KEYS]),
     window=st.one_of(st.just(0), st.integers(1, 300), st.integers(1, 6000)),
+    tall_tile=st.sampled_from([TALL_TILE, HOPPER_TILE]),
     data=st.data(),
 )
 @settings(max_examples=50)
@@ -371,6 +384,7 @@ def test_items_cover_every_tile_and_key_once_within_the_bounds(
     multiprocessors: int,
     min_split_keys: int,
     window: int,
+    tall_tile: int,
     data: st.DataObject,
     device: str,
 ) -> None:
@@ -378,7 +392,7 @@ def test_items_cover_every_tile_and_key_once_within_the_bounds(
     computed = data.draw(st.lists(st.integers(0, 5000), min_size=R, max_size=R))
     kv_len = [n + c for n, c in zip(query_lens, computed, strict=True)]
     T = max(1, sum(query_lens) + spare_tokens)
-    geometry = attention_geometry(T, R, num_kv_heads * group, num_kv_heads, multiprocessors)
+    geometry = attention_geometry(T, R, num_kv_heads * group, num_kv_heads, multiprocessors, tall_tile=tall_tile)
     geometry = replace(geometry, min_split_keys=min_split_keys)
     query_start = torch.tensor([0, *query_lens]).cumsum(0).int().to(device)
     plan = AttentionPlan(
@@ -452,8 +466,12 @@ def test_a_tile_bound_computed_as_if_rows_were_merged_loses_a_row(device: str) -
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA graphs")
-@pytest.mark.parametrize("num_tokens", [8, 200], ids=["small tile", "large tile"])
-def test_one_captured_launch_serves_every_composition(num_tokens: int) -> None:
+@pytest.mark.parametrize(
+    ("num_tokens", "tall_tile"),
+    [(8, TALL_TILE), (200, TALL_TILE), pytest.param(200, HOPPER_TILE, marks=needs_hopper)],
+    ids=["small tile", "tall tile", "tall tile of Hopper"],
+)
+def test_one_captured_launch_serves_every_composition(num_tokens: int, tall_tile: int) -> None:
     """Captured on one batch, replayed on others whose arrays are copied over its own."""
     R, model = 4, {"num_kv_heads": 8, "group": 2, "head_dim": 128, "block_size": 16, "dtype": torch.bfloat16}
     n = num_tokens
@@ -469,7 +487,7 @@ def test_one_captured_launch_serves_every_composition(num_tokens: int) -> None:
         return replace(batch, block_table=block_table, k_cache=k_cache, v_cache=v_cache)
 
     static = padded([(1, 5)])
-    geometry = geometry_of(static, torch.cuda.get_device_properties(0).multi_processor_count)
+    geometry = geometry_of(static, torch.cuda.get_device_properties(0).multi_processor_count, tall_tile=tall_tile)
     attend(static, plan_of(static, geometry), geometry)  # compiles
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):

@@ -1,12 +1,16 @@
 """`max_tiles` bounds every batch exactly, and the geometry is built on it."""
 
+import sys
 from functools import cache
+from typing import Any
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from stepgraph.ops.attention.geometry import attention_geometry, max_tiles
+from stepgraph.ops import attention
+from stepgraph.ops.attention.geometry import HOPPER_TILE, TALL_TILE, attention_geometry, max_tiles, tall_tile
 
 
 def most_tiles_over_all_splits(num_tokens: int, num_rows: int, group: int, tile: int) -> int:
@@ -28,7 +32,7 @@ def most_tiles_over_all_splits(num_tokens: int, num_rows: int, group: int, tile:
     num_tokens=st.integers(1, 100),
     num_rows=st.integers(1, 6),
     group=st.sampled_from([1, 2, 3, 4, 5, 7, 8]),
-    tile=st.sampled_from([4, 16, 64]),
+    tile=st.sampled_from([4, 16, 64, 128]),
 )
 def test_max_tiles_equals_the_maximum_over_all_splits(num_tokens: int, num_rows: int, group: int, tile: int) -> None:
     assert max_tiles(num_tokens, num_rows, group, tile) == most_tiles_over_all_splits(num_tokens, num_rows, group, tile)
@@ -43,7 +47,7 @@ def test_splitting_160_tokens_over_two_rows_needs_one_more_tile(num_rows: int, t
     num_tokens=st.integers(1, 500),
     num_rows=st.integers(1, 64),
     group=st.integers(1, 8),
-    tile=st.sampled_from([16, 64]),
+    tile=st.sampled_from([16, 64, 128]),
     data=st.data(),
 )
 def test_no_smaller_batch_needs_more_tiles(
@@ -74,10 +78,76 @@ def test_a_deterministic_geometry_tiles_alike_at_all_shapes_and_never_splits(
     num_kv_heads=st.sampled_from([1, 2, 8]),
     group=st.sampled_from([1, 2, 3, 5, 8]),
     multiprocessors=st.integers(1, 160),
+    tall=st.sampled_from([TALL_TILE, HOPPER_TILE]),
 )
 def test_grid_is_no_larger_than_the_work_and_fits_the_machine(
-    num_tokens: int, num_rows: int, num_kv_heads: int, group: int, multiprocessors: int
+    num_tokens: int, num_rows: int, num_kv_heads: int, group: int, multiprocessors: int, tall: int
 ) -> None:
-    geometry = attention_geometry(num_tokens, num_rows, num_kv_heads * group, num_kv_heads, multiprocessors)
-    assert 1 <= geometry.num_programs <= min(geometry.max_items * num_kv_heads, 4 * multiprocessors)
+    geometry = attention_geometry(
+        num_tokens, num_rows, num_kv_heads * group, num_kv_heads, multiprocessors, tall_tile=tall
+    )
+    most = multiprocessors * (1 if geometry.tile == HOPPER_TILE else 4)
+    assert 1 <= geometry.num_programs <= min(geometry.max_items * num_kv_heads, most)
     assert geometry.max_items >= max_tiles(num_tokens, num_rows, group, geometry.tile) + geometry.split_target
+    assert geometry.max_partials >= 2 * geometry.split_target
+
+
+@pytest.mark.parametrize(
+    ("num_tokens", "num_rows", "deterministic", "tile"),
+    [
+        (8, 1, False, 16),
+        (256, 256, False, 16),
+        (80, 1, False, HOPPER_TILE),
+        (512, 64, False, 16),
+        (2048, 256, True, 16),
+    ],
+)
+def test_only_long_queries_get_tall_tiles(num_tokens: int, num_rows: int, deterministic: bool, tile: int) -> None:
+    sizes = (num_tokens, num_rows, 16, 8, 132)
+    assert attention_geometry(*sizes, deterministic=deterministic, tall_tile=HOPPER_TILE).tile == tile
+    assert attention_geometry(*sizes, deterministic=deterministic).tile == min(tile, TALL_TILE)
+
+
+SERVED: dict[str, Any] = {
+    "device": torch.device("cuda"),
+    "dtype": torch.bfloat16,
+    "cache_dtype": torch.bfloat16,
+    "head_dim": 128,
+    "block_size": 16,
+    "windows": (0, 0),
+}
+
+
+@pytest.mark.parametrize(
+    ("capability", "changes", "tile"),
+    [
+        ((9, 0), {}, HOPPER_TILE),
+        ((9, 0), {"dtype": torch.float16, "cache_dtype": torch.float16}, HOPPER_TILE),
+        ((9, 0), {"head_dim": 64}, HOPPER_TILE),
+        ((9, 0), {"block_size": 8}, HOPPER_TILE),
+        ((9, 0), {"block_size": 128}, HOPPER_TILE),
+        ((8, 9), {}, TALL_TILE),
+        ((10, 0), {}, TALL_TILE),
+        ((9, 0), {"device": torch.device("cpu")}, TALL_TILE),
+        ((9, 0), {"dtype": torch.float32, "cache_dtype": torch.float32}, TALL_TILE),
+        ((9, 0), {"cache_dtype": torch.float8_e4m3fn}, TALL_TILE),
+        ((9, 0), {"head_dim": 256}, TALL_TILE),
+        ((9, 0), {"head_dim": 96}, TALL_TILE),
+        ((9, 0), {"block_size": 4}, TALL_TILE),
+        ((9, 0), {"windows": (0, 512)}, TALL_TILE),
+    ],
+)
+def test_tiles_are_as_tall_as_the_kernel_for_them_serves(
+    capability: tuple[int, int], changes: dict[str, Any], tile: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: capability)
+    assert tall_tile(**SERVED | changes) == tile
+
+
+def test_a_triton_that_lacks_gluon_as_it_is_now_gets_the_kernel_that_needs_none(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
+    monkeypatch.delattr(attention, "hopper", raising=False)
+    monkeypatch.setitem(sys.modules, "stepgraph.ops.attention.hopper", None)
+    assert tall_tile(**SERVED) == TALL_TILE

@@ -6,6 +6,10 @@ import sys
 KERNELS = """
 import torch, triton, triton.language as tl
 from triton.backends.compiler import GPUTarget
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import tma
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.runtime import driver
 
 from stepgraph.platforms.compile_ahead import compile_ahead
@@ -36,7 +40,16 @@ def clear(x_ptr, BLOCK: tl.constexpr):
     tl.store(x_ptr + tl.arange(0, BLOCK), 0.0)
 
 
+@gluon.jit
+def clear_box(x_desc):
+    layout: gl.constexpr = gl.BlockedLayout([1, 1], [1, 32], [4, 1], [1, 0])
+    box = gl.allocate_shared_memory(gl.float32, [8, 16], x_desc.layout)
+    box.store(gl.zeros([8, 16], gl.float32, layout))
+    tma.async_copy_shared_to_global(x_desc, [0, 0], box)
+
+
 x = torch.full((16,), 3.0)
+x_desc = TensorDescriptor(x, [1, 16], [16, 1], [8, 16], gl.NVMMASharedLayout(64, 32, 2))
 
 
 def program(block):
@@ -46,6 +59,7 @@ def program(block):
         for _ in range(3):
             add[(1,)](x, 2.0, BLOCK=block)
         clear[(1,)](x, BLOCK=16)
+        clear_box[(1,)](x_desc)
 
     return run
 
@@ -64,5 +78,5 @@ def test_each_kernel_is_compiled_once_and_found_on_disk_by_the_next_process(tmp_
             [sys.executable, tmp_path / "kernels.py"], env=environment, capture_output=True, text=True, check=True
         ).stdout
 
-    assert counts() == "3 0 0 0\n"
-    assert counts() == "0 3 0 0\n"
+    assert counts() == "4 0 0 0\n"
+    assert counts() == "0 4 0 0\n"
