@@ -223,6 +223,19 @@ def _attend(block, start, weight_MK, acc_MD, max_M, sum_M, limit_M, scale_log2, 
 
 
 @jit
+def _pass_by(block, num_blocks, ring):
+    """Let the producer go on, as far as this consumer is concerned, past blocks that it has no queries for."""
+    _, _, k_full, k_empty, v_full, v_empty = ring
+    for _ in range(num_blocks):
+        _wait_filled(k_full, block)
+        _release(k_empty, block)
+        _wait_filled(v_full, block)
+        _release(v_empty, block)
+        block += 1
+    return block
+
+
+@jit
 def _zero_unwritten(v_smem, block, first, v_full, BOX: gl.constexpr):
     """Zero a block's values from its key `first` to the end of the box: they may be NaN, and 0 · NaN is NaN.
 
@@ -252,7 +265,7 @@ def _consume(
     GROUP: gl.constexpr,
     BOX: gl.constexpr,
 ):
-    """Attention of the first or second half of every tile; a half that has no queries goes along."""
+    """Attention of the first or second half of every tile."""
     q_ptr, out_ptr = tensors
     items_ptr, header_ptr = plan
     partials_ptr, counters_ptr = scratch
@@ -276,9 +289,11 @@ def _consume(
         begin, end, visible = _keys_of(item, keys_per_split, GROUP)
         _, query_start, query_len, kv_len, tile, split, first_partial = item
         kv_head = work % G
-        if begin < visible:
+        first_pair = tile * _TILE + half * _ROWS
+        if first_pair >= query_len * GROUP:
+            block = _pass_by(block, gl.cdiv(end - begin, _KEYS), ring)
+        elif begin < visible:
             context_len = kv_len - query_len
-            first_pair = tile * _TILE + half * _ROWS
             pair_M = first_pair + wide_M
             inside_M1 = (pair_M // GROUP < query_len)[:, None]
             offset_MD = line_of(query_start, pair_M, kv_head, G, GROUP)[:, None] * D + wide_D[None, :]
