@@ -35,12 +35,10 @@ from stepgraph.ops.dependent_launch import LAUNCH, wait_for_previous
 _TILE = gl.constexpr(HOPPER_TILE)
 _ROWS = gl.constexpr(HOPPER_TILE // 2)  # of a consumer: what its tensor-core product takes at least
 _ITEM = gl.constexpr(ITEM_SIZE)
-_KEYS = gl.constexpr(
-    64
-)  # of a block. 128 in two stages were up to a tenth slower: more of a prompt's last block is masked
-_STAGES = gl.constexpr(
-    4
-)  # blocks in the ring, with heads of 128 all of the shared memory that is left beside the queries
+# Of a block. 128 in two stages were up to a tenth slower: more of a prompt's last block is masked.
+_KEYS = gl.constexpr(64)
+# Blocks in the ring; with heads of 128 they take all of the shared memory that is left beside the queries.
+_STAGES = gl.constexpr(4)
 _COLUMNS = gl.constexpr(64)  # of a copy: 128 bytes, the widest that shared memory is arranged by
 _CONSUMER_REGISTERS = gl.constexpr(240)
 _PRODUCER_REGISTERS = gl.constexpr(24)
