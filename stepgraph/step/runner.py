@@ -255,6 +255,7 @@ class StepRunner:
             config.num_heads,
             config.num_kv_heads,
             self._multiprocessors,
+            decode_tokens=1 + shape.num_drafts,
             deterministic=self.deterministic,
             tall_tile=self._tall_tile,
         )

@@ -97,8 +97,11 @@ def test_grid_is_no_larger_than_the_work_and_fits_the_machine(
     [
         (8, 1, False, 16),
         (256, 256, False, 16),
-        (80, 1, False, HOPPER_TILE),
-        (512, 64, False, 16),
+        (80, 1, False, TALL_TILE),
+        (512, 1, False, HOPPER_TILE),
+        (512, 256, False, 16),
+        (513, 256, False, HOPPER_TILE),
+        (2048, 256, False, HOPPER_TILE),
         (2048, 256, True, 16),
     ],
 )
@@ -106,6 +109,11 @@ def test_only_long_queries_get_tall_tiles(num_tokens: int, num_rows: int, determ
     sizes = (num_tokens, num_rows, 16, 8, 132)
     assert attention_geometry(*sizes, deterministic=deterministic, tall_tile=HOPPER_TILE).tile == tile
     assert attention_geometry(*sizes, deterministic=deterministic).tile == min(tile, TALL_TILE)
+
+
+def test_rows_that_verify_proposals_get_small_tiles() -> None:
+    assert attention_geometry(1024, 256, 16, 8, 132, decode_tokens=4).tile == 16
+    assert attention_geometry(1024, 256, 16, 8, 132).tile == TALL_TILE
 
 
 SERVED: dict[str, Any] = {

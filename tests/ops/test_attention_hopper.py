@@ -59,7 +59,7 @@ def test_mixtures_of_rows_match_the_reference_whatever_else_the_cache_holds(mode
 @pytest.mark.parametrize("length", [1, 15, 16, 17, 31, 63, 64, 65, 127, 128, 129, 191, 192, 193])
 def test_every_remainder_of_a_block_a_box_and_a_half_tile_is_masked(length: int) -> None:
     for computed in (0, 1, 47, 63, 64, 65, 130):
-        assert_hopper_matches(make_batch([(length, computed)], num_tokens=300, poisoned=True, seed=computed, **MODEL))
+        assert_hopper_matches(make_batch([(length, computed)], num_tokens=600, poisoned=True, seed=computed, **MODEL))
 
 
 @pytest.mark.parametrize("multiprocessors", [1, 3, 40, 132])
@@ -79,6 +79,6 @@ def test_a_ring_that_goes_round_many_times_in_one_program_stays_in_step() -> Non
 
 def test_rows_whose_scores_are_huge_or_alike_stay_exact() -> None:
     """Weights of 0, of 1, and all the same."""
-    batch = make_batch([(200, 100)], num_tokens=300, poisoned=True, **MODEL)
+    batch = make_batch([(200, 100)], num_tokens=600, poisoned=True, **MODEL)
     assert_hopper_matches(replace(batch, q=batch.q * 50))
     assert_hopper_matches(replace(batch, q=batch.q * 0))

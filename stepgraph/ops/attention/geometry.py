@@ -28,6 +28,12 @@ TALL_TILE = 64
 """Rows of a tile of longer queries, wherever a kernel runs."""
 HOPPER_TILE = 128
 """Rows of a tile of `stepgraph.ops.attention.hopper`, which see there."""
+HOPPER_MIN_TOKENS = 512
+"""Of a step with such tiles. Among a layer's other kernels, such a launch costs an H100 some 6 us more than one of other tiles,
+which 80 tokens do not make up for, and 2,048 do several times over."""
+MAX_PROMPT_OF_SMALL_TILES = 256
+"""Tokens of a step beyond those that its rows have if all of them decode. They may be a prompt, which small tiles have read its
+keys again for every 16 of its queries: beside 200 rows of 576 keys, a prompt of 1,848 tokens took 8 of 13 ms."""
 
 UNSPLIT = 1 << 30
 """As `min_split_keys`: more keys than any context has, so that no row is split."""
@@ -152,12 +158,14 @@ def attention_geometry(
     num_kv_heads: int,
     multiprocessors: int,
     *,
+    decode_tokens: int = 1,
     deterministic: bool = False,
     tall_tile: int = TALL_TILE,
 ) -> AttentionGeometry:
     """Choose the sizes for a step of `num_tokens` tokens in `num_rows` rows.
 
-    `tall_tile` is what the function of that name says, for steps whose rows have more than a few queries.
+    A row that decodes has up to `decode_tokens` tokens. `tall_tile` is what the function of that name says, for steps whose rows
+    have more than a few queries.
 
     Splitting adds at most ``target`` items to the tiles, and at most ``2 · target`` of all items belong to a split tile
     (see `attention_plan`), which bounds the item list and the partial results whatever the batch.
@@ -166,7 +174,10 @@ def attention_geometry(
     additions, would depend on the other rows.
     """
     group = num_heads // num_kv_heads
-    small = deterministic or num_tokens * group <= 16 * num_rows
+    longest_prompt = num_tokens - num_rows * decode_tokens
+    small = deterministic or (num_tokens * group <= 16 * num_rows and longest_prompt <= MAX_PROMPT_OF_SMALL_TILES)
+    if num_tokens < HOPPER_MIN_TOKENS:
+        tall_tile = min(tall_tile, TALL_TILE)
     busy = occupancy(num_rows, num_kv_heads, deterministic)
     is_one_row = num_rows == 1 and small and not deterministic
     if is_one_row:  # `rope_attention` keeps so much in registers that a multiprocessor holds one program
