@@ -5,6 +5,7 @@
 
 import ctypes
 import gc
+import importlib
 from types import SimpleNamespace
 
 import pytest
@@ -102,7 +103,12 @@ class ImitatedDriver:
 def driver(monkeypatch) -> ImitatedDriver:
     """SleepableMemory runs on it, on the CPU, within the test."""
     driver = ImitatedDriver()
-    monkeypatch.setattr(cuda_memory.importlib, "import_module", {"cuda.bindings.driver": driver}.__getitem__)
+    import_module = importlib.import_module
+
+    def import_or_fake(name: str, *args):
+        return driver if name == "cuda.bindings.driver" else import_module(name, *args)
+
+    monkeypatch.setattr(cuda_memory.importlib, "import_module", import_or_fake)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (driver.budget - driver.in_use, driver.budget))
