@@ -217,7 +217,7 @@ class MTPDrafter:
         slot_R, index_R, drafts, hidden_TE = self._run_modules(step)
         D, last, cache = len(self.layers), self.layers[-1], step.kv_caches[-1]
         hidden_RE = hidden_TE.index_select(0, index_R)
-        geometry = self._geometry(slot_R.shape[0], slot_R.shape[0])
+        geometry = self._geometry(slot_R.shape[0], slot_R.shape[0], decode_tokens=1)
         block_size = cache[0].shape[1]
         for place in range(D, step.num_drafts):
             tokens = ops.draft_row_tokens(
@@ -253,12 +253,10 @@ class MTPDrafter:
         for k, (layer, cache) in enumerate(zip(self.layers, step.kv_caches, strict=True), start=1):
             if k > 1:
                 level, hidden_TE = self._next_level(step, level, k, hidden_TE)
-                inputs = self._inputs(
-                    step,
-                    level.tokens,
-                    layer.window,
-                    self._geometry(level.tokens.token_ids.shape[0], start.slot.shape[0]),
+                geometry = self._geometry(
+                    level.tokens.token_ids.shape[0], start.slot.shape[0], decode_tokens=k + step.num_drafts
                 )
+                inputs = self._inputs(step, level.tokens, layer.window, geometry)
                 index_R = (level.tokens.query_start[1:] - 1) * (start.slot != slot_line.NULL_SLOT)
             embedding_TE = self._model.embed(level.tokens.token_ids)
             if k == len(self.layers) and k > step.num_drafts:
@@ -288,10 +286,15 @@ class MTPDrafter:
         carry(level, k - 1, step.lines, hidden_TE, carried_SE)
         return following
 
-    def _geometry(self, num_tokens: int, num_rows: int) -> ops.AttentionGeometry:
+    def _geometry(self, num_tokens: int, num_rows: int, *, decode_tokens: int) -> ops.AttentionGeometry:
         config = self._model.config
         return ops.attention_geometry(
-            num_tokens, num_rows, config.num_heads, config.num_kv_heads, self._multiprocessors
+            num_tokens,
+            num_rows,
+            config.num_heads,
+            config.num_kv_heads,
+            self._multiprocessors,
+            decode_tokens=decode_tokens,
         )
 
     def _inputs(
