@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from triton.experimental.gluon import language as gluon_language
 
 from stepgraph.ops import attention
 from stepgraph.ops.attention.geometry import HOPPER_TILE, TALL_TILE, attention_geometry, max_tiles, tall_tile
@@ -152,10 +153,16 @@ def test_tiles_are_as_tall_as_the_kernel_for_them_serves(
     assert tall_tile(**SERVED | changes) == tile
 
 
+@pytest.mark.parametrize("lacks", ["module", "name"])
 def test_a_triton_that_lacks_gluon_as_it_is_now_gets_the_kernel_that_needs_none(
-    monkeypatch: pytest.MonkeyPatch,
+    lacks: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
     monkeypatch.delattr(attention, "hopper", raising=False)
-    monkeypatch.setitem(sys.modules, "stepgraph.ops.attention.hopper", None)
+    if lacks == "module":
+        monkeypatch.setitem(sys.modules, "stepgraph.ops.attention.hopper", None)
+    else:
+        monkeypatch.delitem(sys.modules, "stepgraph.ops.attention.hopper", raising=False)
+        for name in ("barrier", "thread_barrier"):
+            monkeypatch.delattr(gluon_language, name, raising=False)
     assert tall_tile(**SERVED) == TALL_TILE

@@ -14,7 +14,6 @@ import torch
 KV_BLOCK = 64
 """Keys one inner iteration of the attention kernel reads; KV splits are multiples of it."""
 
-
 ITEM_SIZE = 8
 """Numbers of an item, one of them unused, so that it lies within one 32-byte sector of memory."""
 
@@ -146,7 +145,7 @@ def tall_tile(
         return TALL_TILE
     try:
         from stepgraph.ops.attention import hopper  # noqa: F401
-    except ImportError:  # Gluon is experimental: another release may name things otherwise
+    except (ImportError, AttributeError):  # Gluon is experimental: another release may name things otherwise
         return TALL_TILE
     return HOPPER_TILE
 
