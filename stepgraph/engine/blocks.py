@@ -37,9 +37,8 @@ class BlockPool:
 
     def __init__(self, num_blocks: int):
         self.num_usable = num_blocks - 1
-        self._empty = list(
-            range(num_blocks - 1, slot_line.NULL_BLOCK, -1)
-        )  # free and without content; the next one last
+        # Free and without content; the next one last.
+        self._empty = list(range(num_blocks - 1, slot_line.NULL_BLOCK, -1))
         self._cached: OrderedDict[int, None] = OrderedDict()  # free and with content; the least recently released first
         self._holders = [1] * num_blocks  # of blocks with a key, which alone can be shared
         self._keys: list[bytes | None] = [None] * num_blocks

@@ -620,7 +620,7 @@ class Engine:
             packed = struct.pack(f"{len(token_ids)}I", *token_ids)  # in half the time of array("i", token_ids)
             if max(token_ids, default=0) < vocab_size:
                 return array("i", packed)
-        except (struct.error, TypeError):  # what is no whole number, or below 0
+        except (struct.error, TypeError):  # what is no whole number, below 0 or beyond 32 bits
             pass
         wrong = next(t for t in token_ids if not (isinstance(t, Integral) and 0 <= int(t) < vocab_size))
         raise RequestError(f"{what} {wrong!r} is outside the vocabulary of {vocab_size} tokens")
