@@ -342,10 +342,10 @@ class Engine:
         """
         self._check_alive()
         assert params.n == 1, params.n
-        prompt = list(prompt_token_ids)
+        packed = self._pack("prompt token id", prompt_token_ids)
+        prompt = packed.tolist()  # whatever kind of integers they were
         if not prompt:
             raise RequestError("the prompt is empty; give at least one token")
-        packed = self._pack("prompt token id", prompt)
         for what, token_ids in (("allowed_token_ids", params.allowed_token_ids), ("logit_bias", params.logit_bias)):
             if token_ids:
                 self._pack(f"{what}: token id", token_ids)
