@@ -347,6 +347,10 @@ class Loop:
             for index, block in enumerate(request.blocks):
                 if index >= request.num_found:
                     assert owners.setdefault(block, request.slot) == request.slot
+        held = {block for request in running.values() for block in request.blocks}
+        assert self.scheduler.num_free_blocks + len(held) == self.num_kv_blocks - 1, (
+            "a block was lost, or released twice"
+        )
 
     def _may_write(self, request: Request, bound: int, plan: StepPlan) -> int:
         """Positions of a request that may hold something after a step of up to `bound` of its tokens, whatever stands."""
