@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import repeat
 
 from stepgraph.step import slot_line
 
@@ -49,19 +50,24 @@ class BlockPool:
         """Blocks nobody holds, those with cached content included."""
         return len(self._empty) + len(self._cached)
 
-    def take(self, count: int) -> list[int]:
-        """Blocks for new content, held once. There must be so many free ones."""
+    def extend(self, blocks: list[int], count: int, slot: int) -> Iterator[tuple[int, int, int]]:
+        """Add `count` blocks for new content, held once, to those of a slot. There must be so many free ones.
+
+        Returns:
+            What changes in the block table: (slot, index of the block in its line, block).
+        """
         assert count <= self.num_free, (count, self.num_free)
-        blocks = self._empty[: -count - 1 : -1]
-        del self._empty[len(self._empty) - len(blocks) :]
-        while len(blocks) < count:
+        first = len(blocks)
+        blocks += self._empty[: -count - 1 : -1]
+        del self._empty[len(self._empty) - (len(blocks) - first) :]
+        while len(blocks) < first + count:
             block, _ = self._cached.popitem(last=False)
             key, self._keys[block] = self._keys[block], None
             assert key is not None, block
             del self._blocks_by_key[key]
             self._holders[block] = 1
             blocks.append(block)
-        return blocks
+        return zip(repeat(slot), range(first, first + count), blocks[first:], strict=False)
 
     def publish(self, block: int, key: bytes) -> None:
         """Let `block`, which somebody holds, be found by `key`. If another block has that content already, it stays the one."""

@@ -10,7 +10,6 @@ Shapes: R rows, all of the step.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from itertools import repeat
 
 import numpy as np
 import numpy.typing as npt
@@ -135,9 +134,7 @@ class Lockstep:
         for row, count in zip(short, lacking, strict=True):
             slot, blocks = self.plan.rows[row][0], self._requests[row].blocks
             room = len(blocks) * self._block_size
-            taken = self._blocks.take(count)
-            deltas += zip(repeat(slot), range(len(blocks), len(blocks) + count), taken, strict=False)
-            blocks += taken
+            deltas += self._blocks.extend(blocks, count, slot)
             self._spare_R[row] += min(len(blocks) * self._block_size, self._ends[row]) - room
         self._least_spare = int(self._spare_R.min())
         return tuple(deltas)

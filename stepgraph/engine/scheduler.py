@@ -18,7 +18,6 @@ import time
 from bisect import bisect_left, bisect_right, insort
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import repeat
 from typing import NamedTuple
 
 from stepgraph.config import SchedulerConfig
@@ -534,8 +533,7 @@ class Scheduler:
 
         Requests are planned in the order of their rank, so whoever is preempted has no row yet.
         """
-        blocks = request.blocks
-        lacking = self._blocks_for(num_tokens) - len(blocks)
+        lacking = self._blocks_for(num_tokens) - len(request.blocks)
         if lacking <= 0:
             return True
         while self._blocks.num_free < lacking:
@@ -545,10 +543,9 @@ class Scheduler:
                 break
             victim.overtaken += request.arrival > victim.arrival
             self._preempt(victim)
-        taken = self._blocks.take(min(lacking, self._blocks.num_free))
-        deltas += zip(repeat(slot), range(len(blocks), len(blocks) + len(taken)), taken, strict=False)
-        blocks += taken
-        return len(taken) == lacking
+        count = min(lacking, self._blocks.num_free)
+        deltas += self._blocks.extend(request.blocks, count, slot)
+        return count == lacking
 
     def _take_back(self, request: Request, num_blocks: int) -> None:
         """Undo a request's last grants. The device is not to hear of them."""
