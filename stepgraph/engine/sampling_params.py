@@ -278,7 +278,7 @@ _RULES: Mapping[str, tuple[Callable[[Any], bool], str]] = {
     "top_k": (_number(int, 0, 2**31 - 1), "0 or -1 (all tokens), or a positive count"),
     "max_tokens": (_or_none(_number(int, 1, math.inf)), "at least 1, or None"),
     "seed": (_or_none(_number(int, 0, 2**64 - 1)), "between 0 and 2**64 - 1, or None"),
-    "stop_token_ids": (lambda value: _are_token_ids(value), "token ids, whole numbers from 0 up"),
+    "stop_token_ids": (_are_token_ids, "token ids, whole numbers from 0 up"),
     "ignore_eos": _FLAG,
     "detokenize": _FLAG,
     "skip_special_tokens": _FLAG,
