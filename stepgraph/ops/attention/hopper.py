@@ -29,7 +29,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from stepgraph.ops.attention.geometry import HOPPER_TILE, ITEM_SIZE
-from stepgraph.ops.attention.triton import LOG2_E, line_of, load_item
+from stepgraph.ops.attention.triton import LOG2_E, line_of, load_item, work_of
 from stepgraph.ops.dependent_launch import LAUNCH, wait_for_previous
 
 _TILE = gl.constexpr(HOPPER_TILE)
@@ -44,14 +44,6 @@ _CONSUMER_REGISTERS = gl.constexpr(240)
 _PRODUCER_REGISTERS = gl.constexpr(24)
 
 _all_stored = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier  # renamed in Triton 3.7
-
-
-@jit
-def _work_of(turn):
-    """Items come heaviest first: going back and forth gives who had the heaviest the lightest next."""
-    program = gl.program_id(0)
-    num_programs = gl.num_programs(0)
-    return turn * num_programs + gl.where(turn % 2 == 0, program, num_programs - 1 - program)
 
 
 @jit
@@ -124,7 +116,7 @@ def _produce(cache, plan, ring, G: gl.constexpr, GROUP: gl.constexpr, BLOCK_SIZE
     keys_per_split = gl.load(header_ptr + 1)
     block = 0
     turn = 0
-    work = _work_of(0)
+    work = work_of(0)
     while work < num_work:
         item = load_item(items_ptr, work // G, work < num_work, _ITEM)
         begin, end, _ = _keys_of(item, keys_per_split, GROUP)
@@ -143,7 +135,7 @@ def _produce(cache, plan, ring, G: gl.constexpr, GROUP: gl.constexpr, BLOCK_SIZE
             block += 1
             start -= _KEYS
         turn += 1
-        work = _work_of(turn)
+        work = work_of(turn)
 
 
 @jit
@@ -281,7 +273,7 @@ def _consume(
     wide_D = gl.arange(0, D, layout=gl.SliceLayout(0, WIDE))
     block = 0  # how many were worked through
     turn = 0
-    work = _work_of(0)
+    work = work_of(0)
     item = load_item(items_ptr, work // G, work < num_work, _ITEM)
     while work < num_work:
         begin, end, visible = _keys_of(item, keys_per_split, GROUP)
@@ -354,7 +346,7 @@ def _consume(
                         G, GROUP, D,
                     )  # fmt: skip
         turn += 1
-        work = _work_of(turn)
+        work = work_of(turn)
         item = load_item(items_ptr, work // G, work < num_work, _ITEM)
 
 

@@ -303,6 +303,15 @@ def line_of(query_start, pair, kv_head, G: tl.constexpr, GROUP: tl.constexpr):
 
 
 @triton.jit
+def work_of(turn):
+    """The unit of work that a program does as its first, second, … Items come heaviest first: going back and forth gives who had
+    the heaviest the lightest next."""
+    program = tl.program_id(0)
+    num_programs = tl.num_programs(0)
+    return turn * num_programs + tl.where(turn % 2 == 0, program, num_programs - 1 - program)
+
+
+@triton.jit
 def load_item(items_ptr, item, is_item, ITEM: tl.constexpr):
     """What `_plan_kernel` stored; zeros if `is_item` is false."""
     item_ptr = items_ptr + item * ITEM
@@ -343,13 +352,11 @@ def _attention_kernel(
     PAIRS: tl.constexpr,  # of a tile, combined at once
     SPLITS: tl.constexpr,  # likewise
 ):
-    program = tl.program_id(0)
-    num_programs = tl.num_programs(0)
     num_work = tl.load(header_ptr) * G
     keys_per_split = tl.load(header_ptr + 1)
     pair_M = tl.arange(0, TILE)
     dim_D = tl.arange(0, BLOCK_D)
-    work = program
+    work = tl.program_id(0)
     slot, query_start, query_len, kv_len, tile, split, first_partial = load_item(
         items_ptr, work // G, work < num_work, ITEM
     )
@@ -427,9 +434,8 @@ def _attention_kernel(
                         tile_ptr, part_stride, num_parts, out_ptr, query_start, first_pair, num_pairs, kv_head,
                         G, GROUP, D, BLOCK_D, PAIRS, SPLITS,
                     )  # fmt: skip
-        # Items come heaviest first: going back and forth gives who had the heaviest the lightest next.
         turn += 1
-        work = turn * num_programs + tl.where(turn % 2 == 0, program, num_programs - 1 - program)
+        work = work_of(turn)
         slot, query_start, query_len, kv_len, tile, split, first_partial = load_item(
             items_ptr, work // G, work < num_work, ITEM
         )
