@@ -174,25 +174,22 @@ def attention_geometry(
     """
     group = num_heads // num_kv_heads
     longest_prompt = num_tokens - num_rows * decode_tokens
-    small = deterministic or (num_tokens * group <= 16 * num_rows and longest_prompt <= MAX_PROMPT_OF_SMALL_TILES)
-    if num_tokens < HOPPER_MIN_TOKENS:
-        tall_tile = min(tall_tile, TALL_TILE)
-    busy = occupancy(num_rows, num_kv_heads, deterministic)
-    is_one_row = num_rows == 1 and small and not deterministic
-    if is_one_row:  # `rope_attention` keeps so much in registers that a multiprocessor holds one program
-        resident = multiprocessors
-        target = max(1, resident // num_kv_heads - 1)
-    else:
-        programs = 1 if not small and tall_tile == HOPPER_TILE else 4 if small and busy is not Occupancy.LOW else 2
-        resident = multiprocessors * programs
-        target = max(1, resident // num_kv_heads)
+    small = num_tokens * group <= 16 * num_rows and longest_prompt <= MAX_PROMPT_OF_SMALL_TILES
     if deterministic:
         tile = DETERMINISTIC_TILE
-        max_items = max_tiles(num_tokens, num_rows, group, tile)
+    elif small:
+        tile = 16
     else:
-        tile = 16 if small else tall_tile
-        max_items = max_tiles(num_tokens, num_rows, group, tile) + target
-    min_split_keys = MIN_SPLIT_KEYS if small else MIN_SPLIT_KEYS_TALL
+        tile = tall_tile if num_tokens >= HOPPER_MIN_TOKENS else TALL_TILE
+    busy = occupancy(num_rows, num_kv_heads, deterministic)
+    is_one_row = num_rows == 1 and small and not deterministic
+    if tile == HOPPER_TILE or is_one_row:  # both kernels keep so much that a multiprocessor holds one program
+        resident = multiprocessors
+    else:
+        resident = multiprocessors * (4 if tile == 16 and busy is not Occupancy.LOW else 2)
+    target = max(1, resident // num_kv_heads - is_one_row)
+    max_items = max_tiles(num_tokens, num_rows, group, tile) + (0 if deterministic else target)
+    min_split_keys = MIN_SPLIT_KEYS if tile == 16 else MIN_SPLIT_KEYS_TALL
     return AttentionGeometry(
         tile=tile,
         min_split_keys=UNSPLIT if deterministic else min_split_keys,
