@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, FailFast, Field
+from pydantic import BaseModel, ConfigDict, FailFast, Field, model_validator
 
 from stepgraph.engine.sampling_params import SamplingParams
 from stepgraph.errors import RequestError
@@ -30,6 +30,19 @@ Items = Annotated[list[T], _FailFast()]
 
 class _Fields(BaseModel):
     model_config = ConfigDict(extra="allow", protected_namespaces=())
+
+    @model_validator(mode="before")
+    @classmethod
+    def _null_switches_are_unset(cls, given: Any) -> Any:
+        """null leaves a switch or a number at its default, as in the OpenAI API: clients write out all that they could set."""
+        if not isinstance(given, dict):
+            return given
+        return {name: value for name, value in given.items() if value is not None or not cls._is_plain(name)}
+
+    @classmethod
+    def _is_plain(cls, name: str) -> bool:
+        field = cls.model_fields.get(name)
+        return field is not None and not field.is_required() and field.annotation in (bool, int)
 
     def ignored(self) -> list[str]:
         """Names of the fields that nothing here knows."""

@@ -132,6 +132,7 @@ def test_a_request_that_takes_too_long_ends_with_an_error(tiny_model) -> None:
         (b'{"prompt": "a", "stop": ["a", ""]}', 400, "stop"),
         (b'{"prompt": "a", "max_tokens": 0}', 400, "max_tokens=0"),
         (b'{"prompt": "a", "priority": 1e3, "max_tokens": 1}', 200, ""),
+        (b'{"prompt": "a", "max_tokens": 1, "echo": null, "stream": null, "priority": null}', 200, ""),
         (b'{"prompt": "a", "suffix": "b"}', 400, "suffix"),
         (b'{"prompt": "a", "response_format": {"type": "xml"}}', 400, "xml"),
         (b'{"prompt": "a", "stream": "perhaps"}', 422, "stream"),
