@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -131,7 +132,7 @@ class ToolUse(NamedTuple):
         """
         offered = [tool.model_dump(exclude_none=True) for tool in tools or ()]
         names = [tool["function"]["name"] for tool in offered]
-        if doubled := next((name for name in names if names.count(name) > 1), None):
+        if doubled := next((name for name, times in Counter(names).items() if times > 1), None):
             raise RequestError(f"tools holds two functions named {doubled!r}; give each its own name")
         if isinstance(choice, NamedToolChoice):
             name = choice.function.name

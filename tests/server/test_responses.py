@@ -17,7 +17,8 @@ from stepgraph.engine.sampling_params import SamplingParams
 from stepgraph.engine.session import AnswerDelta
 from stepgraph.errors import EngineDeadError, RequestError
 from stepgraph.server.chat import ChatCall, Gain
-from stepgraph.server.conversation import Piece
+from stepgraph.server.conversation import Piece, ToolUse
+from stepgraph.server.protocol import Function, Tool
 from stepgraph.server.replies import CompletionTokensDetails, PromptTokensDetails, Usage
 from stepgraph.server.responses import (
     ResponsesReply,
@@ -680,6 +681,29 @@ def test_one_call_at_most_if_calls_are_not_parallel() -> None:
 def test_a_tool_that_is_no_function_is_refused(tool, says) -> None:
     with pytest.raises(RequestError, match=says):
         tools_of(request_of(tools=[WEATHER, tool]))
+
+
+class CountedName(str):
+    """Counts how often names are compared."""
+
+    num_comparisons = 0
+
+    def __eq__(self, other: object) -> bool:
+        CountedName.num_comparisons += 1
+        return super().__eq__(other)
+
+    __hash__ = str.__hash__
+
+
+def test_names_of_tools_are_compared_with_those_that_may_be_equal_only() -> None:
+    names = [CountedName(f"f{i}") for i in range(500)]
+    tools = [Tool(function=Function.model_construct(name=name)) for name in names]
+    assert ToolUse.of(tools, None, None).names == names
+    CountedName.num_comparisons = 0
+    ToolUse.of(tools, None, None)
+    assert CountedName.num_comparisons < len(names)
+    with pytest.raises(RequestError, match="two functions named 'f7'"):
+        ToolUse.of([*tools, tools[7]], None, None)
 
 
 def test_fields_that_nothing_knows_are_listed() -> None:
