@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 MAX_N = 64
 MAX_STOP_STRINGS = 16
+MAX_TEXT_LEN = 1024
+"""Characters of a stop string or bad word. All requests wait while one's are prepared, which takes as long as they are."""
 _NUMBER = (int, float)
 
 
@@ -167,7 +169,10 @@ def bad_word_token_ids(words: Iterable[str], tokenizer: PreTrainedTokenizerFast)
         RequestError: a word has no tokens or more than BAD_WORD_WIDTH, or all together are more than MAX_BAD_WORDS.
     """
     found: list[list[int]] = []
-    for word in dict.fromkeys(words):
+    different = dict.fromkeys(words)
+    if len(different) > slot_line.MAX_BAD_WORDS:  # each is a sequence at least: nobody need wait for their tokens
+        raise RequestError(f"bad_words has {len(different)} entries; at most {slot_line.MAX_BAD_WORDS} fit")
+    for word in different:
         bare = word.lstrip() or word
         alone = tokenizer.encode(bare, add_special_tokens=False)
         if not alone:
@@ -270,7 +275,10 @@ def _or_none(holds: Callable[[Any], bool]) -> Callable[[Any], bool]:
 _DEFAULTS = {f.name: f.default for f in fields(SamplingParams)}
 _FLAG = (lambda value: isinstance(value, bool), "True or False")
 _PENALTY = (_number(_NUMBER, -2, 2), "between -2 and 2")
-_TEXTS = (lambda value: _are_texts(value) and all(value), "a list of texts, none of them empty")
+_TEXTS = (
+    lambda value: _are_texts(value) and all(0 < len(text) <= MAX_TEXT_LEN for text in value),
+    f"a list of texts, none of them empty or of more than {MAX_TEXT_LEN} characters",
+)
 _NUM_LOGPROBS = (_or_none(_number(int, 0, slot_line.MAX_LOGPROBS)), f"between 0 and {slot_line.MAX_LOGPROBS}, or None")
 _RULES: Mapping[str, tuple[Callable[[Any], bool], str]] = {
     "temperature": (_number(_NUMBER, 0, 100), "between 0 (greedy) and 100"),

@@ -67,8 +67,12 @@ def test_stop_token_ids_are_taken_from_a_list_or_none() -> None:
         ("frequency_penalty", (-2.1, 2.1, float("nan"), "1", None), "between -2 and 2"),
         ("repetition_penalty", (0, -1, 10.1, 1e-50, float("nan"), "1", None), "between 0.01 and 10"),
         ("min_tokens", (-1, 17, 1.5, "4", None), "between 0 and max_tokens, which is 16"),
-        ("stop", ([""], ["a", ""], [1], 5, ["a", None]), "a list of texts, none of them empty"),
-        ("bad_words", ([""], [1], 5, "word"), "a list of texts, none of them empty"),
+        (
+            "stop",
+            ([""], ["a", ""], [1], 5, ["a", None], "a" * 1025),
+            "a list of texts, none of them empty or of more than 1024",
+        ),
+        ("bad_words", ([""], [1], 5, "word", ["a" * 1025]), "a list of texts, none of them empty or of more than 1024"),
         ("allowed_token_ids", ([], [-1], [2**31], [1.5], ["1"], 5, "12"), "at least one token id, or None"),
         ("logprobs", (-1, 21, 1.5, "5", True), "between 0 and 20, or None"),
         ("prompt_logprobs", (-1, 21, 1.5, "5", True), "between 0 and 20, or None"),
@@ -123,6 +127,8 @@ def test_logit_biases_that_are_not_token_ids_with_numbers_are_refused(biases) ->
         ("logprobs", (0, 20, None)),
         ("prompt_logprobs", (0, 20, None)),
         ("logit_bias", ({5: 100, 6: -100.0}, None)),
+        ("stop", (("a" * 1024,),)),
+        ("bad_words", (("a" * 1024,),)),
     ],
 )
 def test_the_ends_of_a_range_belong_to_it(field, values) -> None:
@@ -274,6 +280,11 @@ def test_bad_words_that_do_not_fit_are_refused() -> None:
     assert len(bad_word_token_ids([f"w{i}" for i in range(64)], WordTokenizer(**words))) == 128
     with pytest.raises(RequestError, match=r"becomes 130 token sequences.*at most 128 fit"):
         bad_word_token_ids([f"w{i}" for i in range(65)], WordTokenizer(**words))
+
+
+def test_more_bad_words_than_fit_are_refused_before_the_tokenizer_is_asked() -> None:
+    with pytest.raises(RequestError, match="bad_words has 129 entries; at most 128 fit"):
+        bad_word_token_ids([f"w{i}" for i in range(129)], tokenizer=None)
 
 
 def test_the_embedded_models_tokenizer_spells_a_bad_word_in_both_ways(smollm2) -> None:
