@@ -46,6 +46,8 @@ from stepgraph.server.sse import event
 
 _LOGPROBS = "message.output_text.logprobs"
 """What `include` names to get log-probabilities."""
+_TEXTS = frozenset({"content", "reasoning_content"})
+"""Of a message."""
 
 
 class FunctionTool(_Fields):
@@ -325,33 +327,38 @@ def messages_of(request: ResponsesRequest) -> list[dict[str, Any]]:
     """
     messages: list[dict[str, Any]] = []
     if request.instructions:
-        messages.append({"role": "system", "content": request.instructions})
+        messages.append({"role": "system", "content": [request.instructions]})
     if isinstance(request.input, str):
-        return [*messages, {"role": "user", "content": request.input}]
-    if not request.input:
+        messages.append({"role": "user", "content": [request.input]})
+    elif not request.input:
         raise RequestError("input is empty; give at least one message")
-    for index, item in enumerate(request.input):
-        _add(messages, item, f"input[{index}]")
+    else:
+        for index, item in enumerate(request.input):
+            _add(messages, item, f"input[{index}]")
+    for message in messages:
+        for key in _TEXTS & message.keys():
+            message[key] = "\n\n".join(text for text in message[key] if text)
     return messages
 
 
 def _add(messages: list[dict[str, Any]], item: Mapping[str, Any], where: str) -> None:
-    """Add an item to a conversation."""
+    """Add an item to a conversation, whose messages hold their `_TEXTS` as lists of what is to be joined in the end. Joined one
+    by one, they would be copied as often as there are items."""
     kind = item.get("type", "message")
     if kind == "message":
         role, text = item.get("role"), _text_of(item.get("content"), f"{where}.content")
         if role == "user":
-            messages.append({"role": role, "content": text})
+            messages.append({"role": role, "content": [text]})
         elif role == "assistant":
-            _join(_turn_of("assistant", messages), "content", text)
+            _turn_of("assistant", messages)["content"].append(text)
         elif role in ("system", "developer"):  # one rank, of two names; chat templates know the older one
-            _join(_turn_of("system", messages), "content", text)
+            _turn_of("system", messages)["content"].append(text)
         else:
             raise RequestError(f"{where}.role={role!r:.80} is not known; use user, assistant, system or developer")
     elif kind == "reasoning":
         if item.get("content"):  # otherwise it is encrypted or summed up, and no use to this model
             text = _text_of(item["content"], f"{where}.content")
-            _join(_turn_of("assistant", messages), "reasoning_content", text)
+            _turn_of("assistant", messages).setdefault("reasoning_content", []).append(text)
     elif kind == "function_call":
         arguments = parse_arguments(_string(item, "arguments", where), f"{where}.arguments")
         function = {"name": _string(item, "name", where), "arguments": arguments}
@@ -359,7 +366,7 @@ def _add(messages: list[dict[str, Any]], item: Mapping[str, Any], where: str) ->
         _turn_of("assistant", messages).setdefault("tool_calls", []).append(call)
     elif kind == "function_call_output":
         text = _text_of(item.get("output"), f"{where}.output")
-        messages.append({"role": "tool", "tool_call_id": _string(item, "call_id", where), "content": text})
+        messages.append({"role": "tool", "tool_call_id": _string(item, "call_id", where), "content": [text]})
     else:
         raise RequestError(
             f"{where} is of type {kind!r:.80}, and this server takes message, function_call, function_call_output and reasoning"
@@ -369,12 +376,8 @@ def _add(messages: list[dict[str, Any]], item: Mapping[str, Any], where: str) ->
 def _turn_of(role: str, messages: list[dict[str, Any]]) -> dict[str, Any]:
     """The last message if it is of this role, else a new one."""
     if not messages or messages[-1]["role"] != role:
-        messages.append({"role": role, "content": ""})
+        messages.append({"role": role, "content": []})
     return messages[-1]
-
-
-def _join(message: dict[str, Any], key: str, text: str) -> None:
-    message[key] = f"{message[key]}\n\n{text}" if message.get(key) else text
 
 
 def _text_of(content: Any, where: str) -> str:

@@ -494,6 +494,13 @@ def test_what_the_assistant_did_in_one_turn_is_one_message() -> None:
     ]
 
 
+def test_a_turn_of_many_items_is_their_texts_with_nothing_for_empty_ones() -> None:
+    texts = ["", "first", "", *map(str, range(20_000)), "last", ""]
+    items = [{"role": "assistant", "content": text} for text in texts]
+    [message] = messages_of(request_of(input=items))
+    assert message == {"role": "assistant", "content": "\n\n".join(filter(None, texts))}
+
+
 def test_the_items_of_a_response_can_be_sent_back(wire) -> None:
     response = wire.whole(reply_of(THINKS_TALKS_CALLS))
     [message] = messages_of(request_of(input=[item.model_dump(mode="json") for item in response.output]))
