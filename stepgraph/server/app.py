@@ -50,6 +50,9 @@ class Call(Protocol):
     def events(self) -> AsyncGenerator[bytes]:
         """The answer as server-sent events."""
 
+    def failed(self, failure: APIError) -> bytes:
+        """The last events if `events` breaks off."""
+
 
 class Streamable(Protocol):
     """A request's body, as far as the way of the reply goes."""
@@ -209,7 +212,11 @@ async def _answer(
         call = await start(body, service, context)
         if body.stream:
             return EventStream(
-                call.events(), request_id=context.request_id, headers=headers, timeout_s=_left(timeout_s, context)
+                call.events(),
+                failed=call.failed,
+                request_id=context.request_id,
+                headers=headers,
+                timeout_s=_left(timeout_s, context),
             )
         return Response(await call.reply(), media_type="application/json", headers=headers)
 

@@ -15,6 +15,7 @@ from stepgraph.engine.session import AnswerDelta
 from stepgraph.errors import RequestError
 from stepgraph.server.completions import describe_prompt_logprobs
 from stepgraph.server.conversation import AnswerParser, Piece, ToolUse, plain_messages
+from stepgraph.server.errors import APIError
 from stepgraph.server.generation import Generation
 from stepgraph.server.protocol import ChatRequest, sampling_params, structured_outputs
 from stepgraph.server.replies import (
@@ -216,6 +217,10 @@ class ChatReply:
         if usage.at_end:
             yield chunk([], self._call.usage())
         yield DONE
+
+    def failed(self, failure: APIError) -> bytes:
+        """The last event of a stream that breaks off."""
+        return event(failure.body())
 
     def _chunk_of(self, gain: Gain) -> ChatChunkChoice | None:
         """None if there is nothing to tell yet."""

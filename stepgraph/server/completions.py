@@ -13,6 +13,7 @@ from stepgraph.engine.outputs import Logprob, TokenProbabilities
 from stepgraph.engine.prompts import TokenizedPrompt, require_tokenizer
 from stepgraph.engine.session import AnswerDelta, TokenTexts
 from stepgraph.errors import RequestError
+from stepgraph.server.errors import APIError
 from stepgraph.server.generation import Generation
 from stepgraph.server.protocol import CompletionRequest, sampling_params
 from stepgraph.server.replies import Completion, CompletionChoice, CompletionLogprobs, encode_json
@@ -97,6 +98,10 @@ class CompletionCall:
         if usage.at_end:
             yield event(encode_json(Completion(self._id, self._created, self._model, [], self._tally.usage())))
         yield DONE
+
+    def failed(self, failure: APIError) -> bytes:
+        """The last event of a stream that breaks off."""
+        return event(failure.body())
 
     async def _chunks(self) -> AsyncGenerator[CompletionChoice]:
         async with aclosing(merged(self._generations)) as found:

@@ -17,7 +17,7 @@ from stepgraph.engine.session import AnswerDelta
 from stepgraph.errors import RequestError
 from stepgraph.server.chat import ChatCall, describe_logprobs
 from stepgraph.server.conversation import ToolUse, parse_arguments
-from stepgraph.server.errors import APIError, report
+from stepgraph.server.errors import APIError
 from stepgraph.server.protocol import (
     ChatRequest,
     Function,
@@ -114,15 +114,14 @@ class ResponsesReply:
         call: the conversation as the engine answers it.
         response: what the client is told at once.
         num_top_logprobs: likely tokens to name beside each token, if `call` gives log-probabilities.
-        request_id: named if the answer fails.
     """
 
-    def __init__(self, call: ChatCall, response: ResponseObject, *, num_top_logprobs: int, request_id: str):
+    def __init__(self, call: ChatCall, response: ResponseObject, *, num_top_logprobs: int):
         self._call = call
         self._response = response
         self._num_top_logprobs = num_top_logprobs
-        self._request_id = request_id
         self._output = Output()
+        self._numbers = count()
 
     @classmethod
     async def start(cls, request: ResponsesRequest, service: Service, context: Context) -> ResponsesReply:
@@ -139,7 +138,7 @@ class ResponsesReply:
         )
         [answer] = call.generation.requests.values()
         response = as_begun(request, answer.params, model=model, id=id)
-        return cls(call, response, num_top_logprobs=request.top_logprobs or 0, request_id=context.request_id)
+        return cls(call, response, num_top_logprobs=request.top_logprobs or 0)
 
     async def reply(self) -> bytes:
         """The whole answer, as JSON."""
@@ -149,23 +148,28 @@ class ResponsesReply:
         return encode_json(self._response)
 
     async def events(self) -> AsyncGenerator[bytes]:
-        """The answer as server-sent events. One that fails ends with the event that says so, and raises nothing."""
-        numbers = count()
-
-        def numbered(found: Event) -> bytes:
-            return event(encode_json({"sequence_number": next(numbers), **found}), found["type"])
-
+        """The answer as server-sent events."""
         for name in ("created", "in_progress"):
-            yield numbered({"type": f"response.{name}", "response": self._response})
-        try:
-            async with aclosing(self._answer()) as events:
-                async for found in events:
-                    yield numbered(found)
-        except Exception as error:
-            failure = report(error, self._request_id)
-            self._fail(failure)
-            yield numbered({"type": "error", "code": failure.code, "message": failure.message, "param": failure.param})
-        yield numbered({"type": f"response.{self._response.status}", "response": self._response})
+            yield self._numbered({"type": f"response.{name}", "response": self._response})
+        async with aclosing(self._answer()) as events:
+            async for found in events:
+                yield self._numbered(found)
+        yield self._numbered({"type": f"response.{self._response.status}", "response": self._response})
+
+    def failed(self, failure: APIError) -> bytes:
+        """The last events of a stream that breaks off: what went wrong, and how far the response came."""
+        code = "server_error" if failure.status >= 500 else "invalid_prompt"
+        response = replace(
+            self._response,
+            status="failed",
+            error=ResponseError(code, failure.message),
+            output=self._output.items,
+        )
+        error = {"type": "error", "code": failure.code, "message": failure.message, "param": failure.param}
+        return self._numbered(error) + self._numbered({"type": "response.failed", "response": response})
+
+    def _numbered(self, found: Event) -> bytes:
+        return event(encode_json({"sequence_number": next(self._numbers), **found}), found["type"])
 
     async def _answer(self) -> AsyncGenerator[Event]:
         """The events of the answer's items. When they end, the response has."""
@@ -182,15 +186,6 @@ class ResponsesReply:
         for found in self._output.end(ending["status"]):
             yield found
         self._response = replace(self._response, **ending, output=self._output.items, usage=self._usage())
-
-    def _fail(self, failure: APIError) -> None:
-        code = "server_error" if failure.status >= 500 else "invalid_prompt"
-        self._response = replace(
-            self._response,
-            status="failed",
-            error=ResponseError(code, failure.message),
-            output=self._output.items,
-        )
 
     def _logprobs_of(self, delta: AnswerDelta) -> list[TokenLogprob]:
         return [] if delta.logprobs is None else describe_logprobs(delta, self._num_top_logprobs)

@@ -5,13 +5,13 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator, Callable, Mapping
 from contextlib import suppress
 
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from stepgraph.server.errors import report, timed_out
+from stepgraph.server.errors import APIError, report, timed_out
 
 logger = logging.getLogger(__name__)
 
@@ -31,8 +31,9 @@ class EventStream(Response):
     """Sends events as they come; stops, and ends what makes them, when the client leaves.
 
     Args:
-        events: whole events as bytes. What it raises becomes a last event that tells of the error.
-        request_id: named in such an event.
+        events: whole events as bytes. When it raises something, or takes too long, `failed` has the last word.
+        failed: the last events of a stream that fails, from what went wrong.
+        request_id: named in the log then.
         headers: further headers.
         timeout_s: the stream ends with an error after so long; None is no limit.
     """
@@ -41,6 +42,7 @@ class EventStream(Response):
         self,
         events: AsyncGenerator[bytes],
         *,
+        failed: Callable[[APIError], bytes],
         request_id: str,
         headers: Mapping[str, str] | None = None,
         timeout_s: float | None = None,
@@ -51,6 +53,7 @@ class EventStream(Response):
         )
         del self.headers["content-length"]
         self._events = events
+        self._failed = failed
         self._request_id = request_id
         self._timeout_s = timeout_s
         self._writing_since: float | None = None
@@ -89,9 +92,9 @@ class EventStream(Response):
                         await write(content)
             except TimeoutError:
                 assert self._timeout_s is not None
-                await write(event(timed_out(self._timeout_s).body()))
+                await write(self._failed(timed_out(self._timeout_s)))
             except Exception as error:
-                await write(event(report(error, self._request_id).body()))
+                await write(self._failed(report(error, self._request_id)))
         finally:
             await self._events.aclose()
         await send({"type": "http.response.body", "body": b"", "more_body": False})

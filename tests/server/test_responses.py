@@ -30,6 +30,7 @@ from stepgraph.server.responses import (
     tools_of,
 )
 from stepgraph.server.service import Context
+from stepgraph.server.sse import EventStream
 from stepgraph.server.tool_calls import ToolCallDelta
 
 UNKNOWN_TO_THE_CLIENT = {"store", "bytes", "name"}
@@ -39,17 +40,20 @@ LOGPROBS = ["message.output_text.logprobs"]
 
 
 class ScriptedCall:
-    """A `ChatCall` whose answer is known."""
+    """A `ChatCall` whose answer is known. With `stalls`, it does not end."""
 
-    def __init__(self, gains, error=None):
+    def __init__(self, gains, error=None, *, stalls=False):
         self._gains = gains
         self._error = error
+        self._stalls = stalls
         self.ended = False
 
     async def gains(self):
         try:
             for gain in self._gains:
                 yield gain
+            if self._stalls:
+                await asyncio.Event().wait()
             if self._error is not None:
                 raise self._error
         finally:
@@ -75,7 +79,7 @@ def reply_of(gains, *, error=None, **fields) -> ResponsesReply:
 def reply_to(call: ScriptedCall, **fields) -> ResponsesReply:
     request = request_of(**fields)
     begun = as_begun(request, SamplingParams(temperature=0.5, top_p=0.9), model="tiny", id="resp_1")
-    return ResponsesReply(call, begun, num_top_logprobs=request.top_logprobs or 0, request_id="r1")
+    return ResponsesReply(call, begun, num_top_logprobs=request.top_logprobs or 0)
 
 
 class Wire:
@@ -99,11 +103,8 @@ class Wire:
         self._content = (asyncio.run(reply.reply()), "application/json")
         return checked(self.client.responses.create(model="tiny", input="Hi"))
 
-    def stream(self, reply: ResponsesReply) -> list:
-        async def collect() -> bytes:
-            return b"".join([part async for part in reply.events()])
-
-        content = asyncio.run(collect())
+    def stream(self, reply: ResponsesReply, *, timeout_s: float | None = None) -> list:
+        content = asyncio.run(streamed(reply, timeout_s))
         for part in content.decode().removesuffix("\n\n").split("\n\n"):
             name, data = part.split("\n")
             assert name == f"event: {json.loads(data.removeprefix('data: '))['type']}"
@@ -115,6 +116,20 @@ class Wire:
         self.stream(reply)
         with self.client.responses.stream(model="tiny", input="Hi") as stream:
             return stream.get_final_response()
+
+
+async def streamed(reply: ResponsesReply, timeout_s: float | None) -> bytes:
+    """The body that a client who stays gets."""
+    sent = []
+
+    async def send(message) -> None:
+        sent.append(message.get("body", b""))
+
+    async def receive():
+        await asyncio.Event().wait()
+
+    await EventStream(reply.events(), failed=reply.failed, request_id="r1", timeout_s=timeout_s)({}, receive, send)
+    return b"".join(sent)
 
 
 def checked(value):
@@ -424,6 +439,16 @@ def test_a_stream_that_fails_says_why_and_shows_how_far_it_came(wire) -> None:
     assert (failed.response.error.code, failed.response.error.message) == ("server_error", "it died (request r1)")
     assert shown(failed.response) == [("reasoning", "Hm.", "completed"), ("message", "We", "incomplete")]
     assert failed.response.usage is None
+
+
+def test_a_stream_that_takes_too_long_ends_as_one_that_fails(wire) -> None:
+    call = ScriptedCall([gain(content="We")], stalls=True)
+    *_, error, failed = wire.stream(reply_to(call), timeout_s=0.05)
+    assert (error.type, error.code) == ("error", "timeout")
+    assert (failed.type, failed.sequence_number) == ("response.failed", error.sequence_number + 1)
+    assert (failed.response.error.code, failed.response.error.message) == ("server_error", error.message)
+    assert shown(failed.response) == [("message", "We", "incomplete")]
+    assert call.ended
 
 
 def test_a_failure_of_the_users_is_told_as_such(wire) -> None:
