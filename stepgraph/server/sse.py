@@ -80,9 +80,9 @@ class EventStream(Response):
                 await sending
 
     async def _send_all(self, send: Send) -> None:
-        async def write(content: bytes) -> None:
+        async def write(content: bytes, *, is_last: bool = False) -> None:
             self._writing_since = time.monotonic()
-            await send({"type": "http.response.body", "body": content, "more_body": True})
+            await send({"type": "http.response.body", "body": content, "more_body": not is_last})
             self._writing_since = None
 
         try:
@@ -97,7 +97,7 @@ class EventStream(Response):
                 await write(self._failed(report(error, self._request_id)))
         finally:
             await self._events.aclose()
-        await send({"type": "http.response.body", "body": b"", "more_body": False})
+        await write(b"", is_last=True)
 
     def _is_stalled(self) -> bool:
         return self._writing_since is not None and time.monotonic() - self._writing_since > _STALLED_S
