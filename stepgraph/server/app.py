@@ -77,16 +77,16 @@ def create_app(service: Service, metrics: Metrics, *, api_keys: Sequence[str]) -
     _add_tokenizer(app, service)
     _add_models(app, service)
     _add_operations(app, service, metrics)
-    if config.cors_allow_origins:
-        app.add_middleware(
-            CORSMiddleware, allow_origins=config.cors_allow_origins, allow_methods=["*"], allow_headers=["*"]
-        )
-    return Door(
+    door = Door(
         app,
         api_keys=tuple(api_keys),
         max_body_bytes=int(config.max_body_mib * 2**20),
         on_response=metrics.on_response,
     )
+    if not config.cors_allow_origins:
+        return door
+    # around the door: web pages shall see why they are turned away, and browsers ask without a key whether they may send one
+    return CORSMiddleware(door, allow_origins=config.cors_allow_origins, allow_methods=["*"], allow_headers=["*"])
 
 
 def create_metrics_app(service: Service, metrics: Metrics) -> ASGIApp:

@@ -59,8 +59,7 @@ class Door:
             await send(message)
 
         try:
-            if scope["method"] != "OPTIONS":  # browsers ask without a key whether they may send one
-                self._check_key(scope["path"], headers)
+            self._check_key(scope["path"], headers)
             await self._app(scope, self._counted(headers, receive), send_on)
         except Exception as error:
             failure = report(error, request_id)

@@ -51,6 +51,9 @@ def test_nothing_without_a_key_but_what_operators_need(tiny_model, tmp_path) -> 
         assert allowed.headers["access-control-allow-origin"] == "https://a.example"
         other = server.get("/v1/models", headers={"Authorization": "Bearer first", "Origin": "https://b.example"})
         assert "access-control-allow-origin" not in other.headers
+        refused = server.get("/v1/models", headers={"Origin": "https://a.example"})
+        assert refused.status == 401
+        assert refused.headers["access-control-allow-origin"] == "https://a.example"  # so that the page can read why
         preflight = server.request(
             "OPTIONS",
             "/v1/models",
