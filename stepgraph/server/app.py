@@ -222,8 +222,7 @@ async def _answer(
 
     try:
         async with asyncio.timeout(timeout_s):
-            with service.timing():
-                return await _unless_left(http.receive, whole())
+            return await _unless_left(http.receive, whole())
     except TimeoutError:
         assert timeout_s is not None
         return error_response(timed_out(timeout_s))

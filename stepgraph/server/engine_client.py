@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import tempfile
 import time
+from collections import deque
 from collections.abc import Iterable, Mapping
 from enum import StrEnum
 from itertools import count
@@ -58,6 +59,8 @@ _STOP_S = 10.0
 """How long the engine's process may take to end by itself."""
 _LAST_WORDS_S = 0.2
 """How long to wait for what an ended process sent last."""
+_NUM_RECENT = 64
+"""Answers whose mean time says what the next ones will take."""
 _STALLED_S = 120.0
 """Requests run, and the engine has said nothing for so long: it hangs."""
 
@@ -129,6 +132,7 @@ class EngineClient:
         self._running: dict[str, tuple[Generation, RemoteRequest]] = {}  # by id of the engine's requests
         self._questions: dict[int, asyncio.Future[dict[str, Any]]] = {}
         self._numbers = count()
+        self._recent_seconds: deque[float] = deque(maxlen=_NUM_RECENT)
         self._heard_at = time.monotonic()
         self._settled = asyncio.Event()  # it is known whether requests are served
         self._life: asyncio.Task[None] | None = None
@@ -155,6 +159,11 @@ class EngineClient:
     def num_unfinished(self) -> int:
         """Requests in the engine, one for each answer."""
         return len(self._running)
+
+    @property
+    def mean_request_s(self) -> float:
+        """Mean time from arrival to end of the last answers that came to theirs; 1 while there are none."""
+        return sum(self._recent_seconds) / len(self._recent_seconds) if self._recent_seconds else 1.0
 
     @property
     def trouble(self) -> str | None:
@@ -379,7 +388,10 @@ class EngineClient:
         """A request has ended; False if it is not known (any more)."""
         running = self._running.pop(request_id, None)
         if running is not None:
-            self._observer.on_end(running[1].ended(reason))
+            ended = running[1].ended(reason)
+            if reason in (FinishReason.STOP, FinishReason.LENGTH):
+                self._recent_seconds.append(ended.ended_at - ended.arrived_at)
+            self._observer.on_end(ended)
         return running is not None
 
     async def _end(self, process: subprocess.Popen[bytes], *, at_once: bool) -> int:

@@ -7,10 +7,9 @@ import logging
 import math
 import time
 import uuid
-from collections import deque
-from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import aclosing, asynccontextmanager, contextmanager
+from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -79,7 +78,6 @@ class Service:
         self._load_face = face
         self._face: ModelFace | None = None
         self._threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="stepgraph-tokenizer")
-        self._durations: deque[float] = deque(maxlen=64)  # of recent requests, in seconds
 
     async def load(self) -> None:
         """Load what the front needs of the model."""
@@ -232,15 +230,6 @@ class Service:
                 request_log.info("request %s: %r, %s", context.request_id, generation.prompt.text, params)
         return generations
 
-    @contextmanager
-    def timing(self) -> Iterator[None]:
-        """Around a request: how long requests take says when to try again once the queue is full."""
-        started = time.monotonic()
-        try:
-            yield
-        finally:
-            self._durations.append(time.monotonic() - started)
-
     def _cut(self, prompt: TokenizedPrompt, num_tokens: int | None) -> TokenizedPrompt:
         if num_tokens is None:
             return prompt
@@ -281,8 +270,9 @@ class Service:
                 400, f"the request asks for {num_requests} answers, and the server holds {most} at once; ask for fewer"
             )
         if unfinished + num_requests > most:
-            mean_s = sum(self._durations) / len(self._durations) if self._durations else 1.0
-            retry_s = min(60, max(1, math.ceil(mean_s * self.config.max_queue / ready.max_num_seqs / 2)))
+            retry_s = min(
+                60, max(1, math.ceil(self.client.mean_request_s * self.config.max_queue / ready.max_num_seqs / 2))
+            )
             raise APIError(
                 429,
                 f"the queue is full: {unfinished} requests run or wait, and max_queue={self.config.max_queue} may wait; try "
