@@ -514,9 +514,10 @@ class Engine:
         guide = request.guide
         assert guide is not None
         num_taken = 0
+        # What ended on the device ended at its last token, or failed after it, unless the grammar ends before that.
+        num_inside = len(tokens) - (update.finish_reason in (FinishReason.STOP, FinishReason.LENGTH))
         with self._blaming(request):
-            # What ended on the device ended at its last token, unless the grammar ends before that.
-            while num_taken < len(tokens) - ended and not guide.finished:
+            while num_taken < num_inside and not guide.finished:
                 guide.accept(tokens[num_taken])
                 num_taken += 1
             if not (guide.finished or ended):

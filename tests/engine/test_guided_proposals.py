@@ -86,3 +86,29 @@ def test_masks_that_ignore_proposals_are_noticed(create_scripted, plain, monkeyp
     monkeypatch.setattr(StepRunner, "launch", launch)
     requests = run(create_scripted(graph_backend="eager"))
     assert [outcome(request) for request in requests] != [outcome(request) for request in plain]
+
+
+def test_an_answer_is_complete_also_where_nothing_can_be_sampled_behind_it(create_engine, device, monkeypatch) -> None:
+    """A proposed end token stands, and after it only another would be allowed, which is ruled out."""
+    params = SamplingParams(
+        temperature=0,
+        max_tokens=9,
+        ignore_eos=True,
+        bad_words=["<end><end>"],
+        structured_outputs=StructuredOutputs(choice=["ab", "cd"]),
+    )
+    prompts = [[number + 1, 2, 3] for number in range(8)]
+
+    def answers(engine: Engine) -> list[tuple]:
+        requests = [engine.add_request(str(number), prompt, params) for number, prompt in enumerate(prompts)]
+        drain(engine)
+        return [(request.output_token_ids, request.finish_reason, request.error) for request in requests]
+
+    plain = answers(create_engine(graph_backend="eager"))
+    assert {(tokens[-1], reason, error) for tokens, reason, error in plain} == {(EOS, FinishReason.STOP, None)}
+    # The drafter takes what lies behind these for zeros, which are end tokens.
+    known = [(prompt, tokens) for prompt, (tokens, *_) in zip(prompts, plain, strict=True)]
+    drafter = ScriptedDrafter(known, max_model_len=MAX_MODEL_LEN, vocab_size=VOCAB_SIZE, device=device)
+    monkeypatch.setattr(engine_module, "create_drafter", lambda *_, **__: drafter)
+    config = {"method": "ngram", "num_speculative_tokens": 5, "adaptive": False}
+    assert answers(create_engine(graph_backend="eager", speculative_config=config)) == plain
