@@ -301,6 +301,7 @@ class StepRunner:
             self.state.plan[: slot_line.ROW_WIDTH] = torch.tensor([slot_line.NULL_SLOT, 1], dtype=torch.int32)
             line[slot_line.LENGTH], line[slot_line.COMPUTED] = self._trial_context_len, self._trial_context_len - 1
             line[slot_line.ACTIVE], line[slot_line.MAX_LENGTH] = 1, self.max_model_len
+            line[slot_line.PROMPT_LENGTH] = self.max_model_len  # no answer for a drafter to remember
             graph.replay()
             line.zero_()
             self.state.tokens[slot_line.NULL_SLOT].zero_()

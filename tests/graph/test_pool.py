@@ -298,6 +298,19 @@ def test_capture_and_the_trial_at_the_largest_context_leave_no_trace(create_engi
         assert torch.equal(old, new)
 
 
+def test_the_trial_is_no_answer_that_a_drafter_remembers(create_engine) -> None:
+    def remembered(**settings) -> int:
+        # With one row, nothing pads it: on CPU padding writes to the null slot too, and hides what the trial left there.
+        engine = create_engine(max_num_seqs=1, capture_rows=(1,), speculative_config={"method": "suffix"}, **settings)
+        if settings["capture"] == "lazy":
+            engine.add_request("0", [1, 2, 3], SamplingParams(max_tokens=5, ignore_eos=True))
+            drain(engine)
+        return int(engine.runner._drafter._cursor)
+
+    assert remembered(capture="lazy") == 5 + 1
+    assert remembered(capture="all") == 0
+
+
 def test_the_trial_runs_one_row_at_the_largest_context(create_engine) -> None:
     seen = []
     engine = create_engine(capture="lazy", capture_context_len=300, graph_backend="eager")
