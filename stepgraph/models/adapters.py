@@ -158,7 +158,8 @@ class AdapterStore:
         if adapter is None:
             tensors = self._read(path)
             adapter = Adapter(path, self._free_number(in_use), secrets.token_hex(16))
-            for lora in self._loras:
+            for lora in self._loras:  # both sides: what a damaged adapter left, times zero, may be NaN
+                lora.a[adapter.number].zero_()
                 lora.b[adapter.number].zero_()
             for name, (a_rI, b_Or) in tensors.items():
                 self._places[name].fill(adapter.number, a_rI, b_Or)

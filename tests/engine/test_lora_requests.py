@@ -30,24 +30,25 @@ def matrices(seed):
     }
 
 
+def save_adapter(folder, pairs):
+    """Write an adapter of these matrices as PEFT does; returns its folder."""
+    settings = {"peft_type": "LORA", "r": RANK, "lora_alpha": ALPHA}
+    (folder / "adapter_config.json").write_text(json.dumps(settings))
+    save_file(
+        {
+            f"base_model.model.{name}.lora_{side}.weight": matrix
+            for name, pair in pairs.items()
+            for side, matrix in zip("AB", pair, strict=True)
+        },
+        folder / "adapter_model.safetensors",
+    )
+    return str(folder)
+
+
 @pytest.fixture(scope="module")
 def adapters(tmp_path_factory):
     """Folders of three adapters of the tiny model."""
-    folders = []
-    for seed in range(3):
-        folder = tmp_path_factory.mktemp(f"adapter{seed}")
-        settings = {"peft_type": "LORA", "r": RANK, "lora_alpha": ALPHA}
-        (folder / "adapter_config.json").write_text(json.dumps(settings))
-        save_file(
-            {
-                f"base_model.model.{name}.lora_{side}.weight": matrix
-                for name, pair in matrices(seed).items()
-                for side, matrix in zip("AB", pair, strict=True)
-            },
-            folder / "adapter_model.safetensors",
-        )
-        folders.append(str(folder))
-    return folders
+    return [save_adapter(tmp_path_factory.mktemp(f"adapter{seed}"), matrices(seed)) for seed in range(3)]
 
 
 @pytest.fixture(scope="module")
@@ -116,6 +117,19 @@ def test_ended_and_aborted_and_refused_requests_make_room_for_other_adapters(cre
     engine.abort("b")
     engine.add_request("c", [1, 2], GREEDY, adapter=adapters[2])
     drain(engine)
+
+
+def test_a_damaged_adapter_leaves_nothing_to_the_one_in_its_place(create_lora_engine, tmp_path):
+    (tmp_path / "damaged").mkdir()
+    (tmp_path / "sound").mkdir()
+    damaged = {name: (torch.full_like(a, torch.nan), b) for name, (a, b) in matrices(0).items()}
+    damaged = save_adapter(tmp_path / "damaged", damaged)
+    sound = {name: pair for name, pair in matrices(1).items() if name.endswith("q_proj")}
+    sound = save_adapter(tmp_path / "sound", sound)
+    engine = create_lora_engine(max_loras=1)
+    assert answers(engine, [damaged] * len(PROMPTS)) == [[]] * len(PROMPTS)
+    chosen = [sound] * len(PROMPTS)
+    assert answers(engine, chosen) == answers(create_lora_engine(), chosen)
 
 
 def test_an_engine_without_adapters_says_how_to_get_them(create_engine, adapters):
