@@ -72,7 +72,7 @@ class SleepableMemory:
         torch.cuda.synchronize(self._device)
         if not keep_content:
             self._content = None
-        elif self._mapped:
+        elif self._mapped and self._content is None:  # else `restore` failed on its way, and the content is still there
             # Not pinned: torch rounds pinned memory up to a power of two and never gives it back.
             self._content = torch.empty(self._used, dtype=torch.uint8).copy_(self._bytes(0, self._used))
         _unmap(self._driver, self._mapped)

@@ -207,6 +207,21 @@ def test_memory_that_others_took_is_asked_for_again_later(driver) -> None:
     assert [int(tensor.unique()) for tensor in tensors] == [1, 2]
 
 
+def test_memory_that_was_taken_back_in_part_can_be_given_up_again_with_its_content_kept(driver) -> None:
+    memory = SleepableMemory([4 * MIB, 4 * MIB], CPU)
+    tensors = [memory.zeros((4 * MIB,), torch.uint8).fill_(number) for number in (1, 2)]
+    memory.release(keep_content=True)
+    driver.budget = 5 * MIB
+    with pytest.raises(ConfigError):
+        memory.restore()
+    assert driver.in_use == 4 * MIB
+    memory.release(keep_content=True)
+    assert driver.in_use == 0
+    driver.budget = 8 * MIB
+    memory.restore()
+    assert [int(tensor.unique()) for tensor in tensors] == [1, 2]
+
+
 def test_memory_that_torch_keeps_for_later_is_used_before_giving_up(driver, monkeypatch) -> None:
     driver.budget = 2 * MIB
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: setattr(driver, "budget", 8 * MIB))
