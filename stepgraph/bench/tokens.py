@@ -23,6 +23,7 @@ from torch import Tensor
 from stepgraph.bench.report import machine, table, write_json
 from stepgraph.config import EngineConfig, add_flags, settings_from_flags
 from stepgraph.engine.engine import Engine
+from stepgraph.engine.prompts import encode_text
 from stepgraph.engine.sampling_params import SamplingParams
 from stepgraph.step.plan import StepPlan
 from stepgraph.step.runner import StepRunner
@@ -167,7 +168,7 @@ def _prompts(engine: Engine, count: int) -> list[list[int]]:
     if tokenizer is None:
         return [[rng.randrange(engine.source.config.vocab_size) for _ in range(n)] for n in lengths]
     text = "\n".join(topic for _, topic in sorted(pydoc_data.topics.topics.items()))
-    token_ids = tokenizer.encode(text[:400_000])
+    token_ids = encode_text(text[:400_000], tokenizer)
     starts = [rng.randrange(len(token_ids) - n) for n in lengths]
     return [token_ids[start : start + n] for start, n in zip(starts, lengths, strict=True)]
 

@@ -63,7 +63,8 @@ def encode_text(text: str, tokenizer: PreTrainedTokenizerFast | None, *, add_spe
             f"the prompt has {text[error.start]!r} at character {error.start}, half a surrogate pair, which is no text; "
             "leave it out"
         ) from error
-    return list(tokenizer.encode(text, add_special_tokens=add_special_tokens))
+    # transformers would warn of indexing errors where a text is too long; it is refused, by who knows the engine's limit
+    return list(tokenizer.encode(text, add_special_tokens=add_special_tokens, verbose=False))
 
 
 def render_chat(messages: Sequence[Message], tokenizer: PreTrainedTokenizerFast | None) -> dict[str, Any]:
