@@ -14,7 +14,7 @@ from typing import Any
 
 from stepgraph.config.engine import GROUPS, NOT_YET
 from stepgraph.config.fields import scalar_type
-from stepgraph.config.server import API_KEY_VARIABLE, SERVE_PARTS
+from stepgraph.config.server import API_KEY_VARIABLE, LOG_LEVEL_VARIABLE, SERVE_PARTS
 
 PAGE = Path(__file__).parents[1] / "docs" / "settings.md"
 
@@ -71,6 +71,8 @@ the server. Needs PyYAML (`pip install 'stepgraph[server]'`).
 | Variable | Meaning |
 | --- | --- |
 | `{API_KEY_VARIABLE}` | one more key that opens the API, beside those of `--api-key` and `--api-key-file`; must not be empty |
+| `{LOG_LEVEL_VARIABLE}` | what `stepgraph serve`'s engine logs: `DEBUG`, `INFO`, `WARNING` (default), `ERROR` or `CRITICAL` |
+| `STEPGRAPH_NATIVE` | `0`: torch's kernels instead of those of [our own](cpu.md) on a CPU |
 
 What is underneath reads its own, among them `CUDA_VISIBLE_DEVICES`, `OMP_NUM_THREADS`, `HF_HOME` and `HF_HUB_OFFLINE`.
 """

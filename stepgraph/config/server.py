@@ -13,6 +13,8 @@ from stepgraph.config.fields import check, homes_of, refuse_unknown, setting
 from stepgraph.errors import ConfigError
 
 API_KEY_VARIABLE = "STEPGRAPH_API_KEY"
+LOG_LEVEL_VARIABLE = "STEPGRAPH_LOG_LEVEL"
+_LOG_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
 MAX_ANSWERS = 64
 """Answers the engine gives to one request at most: `max_n` can only lower it."""
 
@@ -173,6 +175,20 @@ class ServerConfig:
 
 SERVE_PARTS: dict[str, Any] = {"server": ServerConfig, **ENGINE_PARTS}
 """Every dataclass of settings by the name of its section in files."""
+
+
+def engine_log_level() -> str:
+    """What the engine's process logs, as logging names it: of the environment variable STEPGRAPH_LOG_LEVEL, else WARNING.
+
+    Raises:
+        ConfigError: the variable names no level.
+    """
+    given = os.environ.get(LOG_LEVEL_VARIABLE, "WARNING")
+    if given.upper() not in _LOG_LEVELS:
+        raise ConfigError(
+            f"the environment variable {LOG_LEVEL_VARIABLE}: {given!r} is not known; choose one of: {', '.join(_LOG_LEVELS)}"
+        )
+    return given.upper()
 
 
 def serve_config(settings: Mapping[str, Any]) -> tuple[EngineConfig, ServerConfig]:

@@ -18,6 +18,7 @@ from typing import Any
 import zmq
 
 from stepgraph.config import EngineConfig
+from stepgraph.config.server import engine_log_level
 from stepgraph.engine.engine import Engine
 from stepgraph.engine.reports import StepReport
 from stepgraph.engine.request import Request, RequestUpdate
@@ -248,7 +249,7 @@ def _first_token(request: Request) -> FirstToken:
 def main() -> int:
     """Entry point of the process; returns its exit code."""
     logging.basicConfig(format="%(levelname)s %(name)s: %(message)s")
-    logging.getLogger("stepgraph").setLevel(os.environ.get("STEPGRAPH_LOG_LEVEL", "WARNING"))
+    logging.getLogger("stepgraph").setLevel(engine_log_level())
     first_line = sys.stdin.buffer.readline()
     if not first_line:  # whoever started it is gone already
         return 0

@@ -11,7 +11,7 @@ import time
 from typing import Any
 
 from stepgraph.config import EngineConfig
-from stepgraph.config.server import ServerConfig
+from stepgraph.config.server import ServerConfig, engine_log_level
 from stepgraph.errors import ConfigError
 from stepgraph.server.spawn import spawn_engine
 
@@ -32,6 +32,7 @@ def run(settings: dict[str, Any], config: ServerConfig) -> int:
     started_at = time.monotonic()
     engine_config = EngineConfig.from_settings(**settings)
     api_keys, chat_template = config.api_keys(), config.chat_template_text()
+    engine_log_level()  # refused here, where it is one sentence, and not in the process that reads it
     if config.log_requests:
         logging.getLogger("stepgraph.server.requests").setLevel(logging.INFO)
     if config.host not in ("127.0.0.1", "localhost", "::1") and not api_keys:

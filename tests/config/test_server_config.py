@@ -10,9 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from stepgraph.config import EngineConfig, ServerConfig, add_flags, serve_config, settings_from_flags
-from stepgraph.config.server import MAX_ANSWERS, SERVE_PARTS
+from stepgraph.config.server import MAX_ANSWERS, SERVE_PARTS, engine_log_level
 from stepgraph.engine.sampling_params import MAX_N
 from stepgraph.errors import ConfigError
+from stepgraph.server import serve
 
 NON_DEFAULT = {
     "host": "0.0.0.0",
@@ -167,6 +168,22 @@ def test_a_variable_that_is_empty_or_no_key_is_refused(value, monkeypatch):
     with pytest.raises(ConfigError, match="environment variable STEPGRAPH_API_KEY: key 1") as caught:
         ServerConfig().api_keys()
     assert not value or value not in str(caught.value)
+
+
+@pytest.mark.parametrize(("value", "level"), [(None, "WARNING"), ("INFO", "INFO"), ("debug", "DEBUG")])
+def test_the_engines_log_level_is_the_variables_in_any_case(value, level, monkeypatch):
+    monkeypatch.delenv("STEPGRAPH_LOG_LEVEL", raising=False)
+    if value is not None:
+        monkeypatch.setenv("STEPGRAPH_LOG_LEVEL", value)
+    assert engine_log_level() == level
+
+
+@pytest.mark.parametrize("value", ["", "loud", "NOTSET"])
+def test_a_log_level_that_is_none_is_refused_before_anything_starts(value, monkeypatch):
+    monkeypatch.setenv("STEPGRAPH_LOG_LEVEL", value)
+    monkeypatch.setattr(serve, "_listen", lambda *_: pytest.fail("it went on"))
+    with pytest.raises(ConfigError, match=f"STEPGRAPH_LOG_LEVEL: '{value}' is not known; choose one of: DEBUG, INFO"):
+        serve.run({}, ServerConfig())
 
 
 def test_a_key_is_in_no_repr():
