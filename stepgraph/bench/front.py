@@ -60,6 +60,8 @@ def add_parser(commands: Any) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Entry point; returns the exit code."""
+    if min(arguments.repeats, *arguments.streams) < 1:
+        raise ConfigError(f"repeats={arguments.repeats}, streams={arguments.streams}: all must be 1 or more")
     settings = settings_from_flags(arguments)
     most, length = max(arguments.streams), arguments.prompt_len + arguments.output_len
     # Two engines share the machine, so each gets just the memory it needs; graphs for all rounds exist before the first.

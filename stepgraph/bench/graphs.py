@@ -120,6 +120,10 @@ def run(arguments: argparse.Namespace) -> int:
     """Run the benchmark; returns the exit code."""
     if arguments.repeats < 1:
         raise ConfigError(f"repeats={arguments.repeats} must be 1 or more")
+    if arguments.cases and not any(arguments.cases in case.name for case in CASES):
+        raise ConfigError(
+            f"cases={arguments.cases!r} is in no case's name; there are {', '.join(c.name for c in CASES)}"
+        )
     # Prompts of repeated steps are alike, and shall be computed each time.
     config = EngineConfig.from_settings(**({"enable_prefix_caching": False} | settings_from_flags(arguments)))
     engine = Engine(config, progress=sys.stderr.isatty())

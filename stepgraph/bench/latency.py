@@ -100,11 +100,15 @@ def run(arguments: argparse.Namespace) -> int:
     """Run the benchmark; returns the exit code."""
     if min(arguments.repeats, arguments.rounds) < 1:
         raise ConfigError(f"repeats={arguments.repeats}, rounds={arguments.rounds}: both must be 1 or more")
+    asked = [case for case in CASES if not arguments.cases or arguments.cases in case.name]
+    if not asked:
+        raise ConfigError(
+            f"cases={arguments.cases!r} is in no case's name; there are {', '.join(c.name for c in CASES)}"
+        )
     # Prompts of repeated rounds are alike, and shall be computed each time.
     config = EngineConfig.from_settings(**({"enable_prefix_caching": False} | settings_from_flags(arguments)))
     engine = Engine(config, progress=sys.stderr.isatty())
     limits = measure_limits(engine.platform, engine.dtype)
-    asked = [case for case in CASES if not arguments.cases or arguments.cases in case.name]
     cases = [case for case in asked if _fits(case, engine)]
     where = machine(engine.platform)
     peers = load_peers(engine.source.name, where["device"])

@@ -102,7 +102,16 @@ def run(arguments: argparse.Namespace) -> int:
     config = EngineConfig.from_settings(**settings)
     engine = Engine(config, progress=sys.stderr.isatty())
     runner = engine.runner
+    if runner.max_model_len < CONTEXT + 2:
+        raise ConfigError(
+            f"max_model_len={runner.max_model_len} is too small for decode steps at {CONTEXT} tokens of context; "
+            f"give {CONTEXT + 2} or more"
+        )
     most = min(runner.pool.max_shape.num_rows, (runner.num_kv_blocks - 1) // -(-(CONTEXT + 1) // runner.block_size))
+    if not most:
+        raise ConfigError(
+            f"num_kv_blocks={runner.num_kv_blocks} hold no request of {CONTEXT + 1} tokens; raise it, or leave it unset"
+        )
     costs = [cost for rows in ROWS if rows <= most for cost in measure(runner, rows, arguments.repeats)]
     where = machine(engine.platform)
     print(

@@ -25,6 +25,7 @@ from stepgraph.config import EngineConfig, add_flags, settings_from_flags
 from stepgraph.engine.engine import Engine
 from stepgraph.engine.prompts import encode_text
 from stepgraph.engine.sampling_params import SamplingParams
+from stepgraph.errors import ConfigError
 from stepgraph.step.plan import StepPlan
 from stepgraph.step.runner import StepRunner
 from stepgraph.step.slot_sampling import SlotSampling
@@ -69,6 +70,8 @@ def add_parser(commands: Any) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Run the benchmark; returns 1 if graphs changed an answer."""
+    if arguments.prompts < 1:
+        raise ConfigError(f"prompts={arguments.prompts} must be 1 or more")
     settings = settings_from_flags(arguments) | {"seed": 0}
     float32_tokens: list[list[int]] = []
     float32_log_probs = torch.empty(0)

@@ -1,4 +1,4 @@
-"""``bench latency`` and ``bench throughput``: what they time is what happened, and they compare only like with like."""
+"""``bench latency``, ``throughput``, ``sampling``: what they time is what happened, and they compare only like with like."""
 
 import json
 import time
@@ -135,6 +135,14 @@ def test_figures_of_a_known_workload_stand_beside_ours(tiny_model, monkeypatch, 
         (["throughput", "--random-output-len=0"], "the smallest value is 1"),
         (["throughput", "--input-len=4", "--random-input-range", "1", "4"], "contradict"),
         (["throughput", "--output-len=512"], "do not fit into max_model_len"),
+        (["sampling", "--repeats=0"], "must be 1 or more"),
+        (["sampling", "--max-model-len=129"], "max_model_len=129 is too small"),
+        (["sampling", "--num-kv-blocks=9"], "num_kv_blocks=9 hold no request of 129 tokens"),
+        (["tokens", "--prompts=0"], "prompts=0 must be 1 or more"),
+        (["front", "--streams", "1", "0"], "all must be 1 or more"),
+        (["front", "--streams", "1", "--repeats=0"], "all must be 1 or more"),
+        (["latency", "--cases=decod 1"], "in no case's name; there are first token after 10"),
+        (["graphs", "--cases=decod 1"], "in no case's name; there are prefill 10"),
     ],
 )
 def test_flags_that_measure_nothing_are_refused(tiny_model, flags, complaint) -> None:
