@@ -150,7 +150,9 @@ def test_a_reader_that_leaves_early_gets_no_traceback(tiny_model):
     command = [sys.executable, "-m", "stepgraph", "generate", *quick(tiny_model), "--prompt", "x", "--max-tokens", "50"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     process.stdout.close()
-    assert process.stderr.read() == ""
+    said = process.stderr.read()  # where there are no CPU kernels, why; or that they are being compiled
+    assert "Traceback" not in said
+    assert "BrokenPipe" not in said
     assert process.wait() == 1
 
 

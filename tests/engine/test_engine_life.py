@@ -5,6 +5,7 @@ import gc
 import signal
 import threading
 import weakref
+from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
@@ -448,6 +449,14 @@ def test_a_device_that_fails_while_a_request_is_admitted_stops_the_engine(create
 # Ctrl-C
 
 
+@pytest.fixture
+def ctrl_c_interrupts() -> Iterator[None]:
+    """As in a terminal: what a script runs in the background ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 def interrupting(llm: LLM, monkeypatch, at_step: int, presses: int = 1) -> list[str]:
     """Have Ctrl-C pressed in the middle of a step; returns what happened there."""
     launch, log = llm.engine.runner.launch, []
@@ -470,6 +479,7 @@ def llm(tiny_model, device) -> LLM:
     return LLM(tiny_model, progress=False, device=device, **TINY_SETTINGS)
 
 
+@pytest.mark.usefixtures("ctrl_c_interrupts")
 @pytest.mark.parametrize("stream", [False, True], ids=["generate", "stream"])
 def test_ctrl_c_ends_the_call_after_its_step_and_leaves_a_usable_engine(llm, monkeypatch, stream) -> None:
     def call():
@@ -488,6 +498,7 @@ def test_ctrl_c_ends_the_call_after_its_step_and_leaves_a_usable_engine(llm, mon
     assert call().outputs[0].token_ids == tokens
 
 
+@pytest.mark.usefixtures("ctrl_c_interrupts")
 def test_a_second_ctrl_c_interrupts_at_once(tiny_model, monkeypatch) -> None:
     llm = LLM(tiny_model, progress=False, **TINY_SETTINGS)
     log = interrupting(llm, monkeypatch, at_step=2, presses=3)

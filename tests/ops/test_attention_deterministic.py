@@ -179,7 +179,13 @@ def test_a_token_has_the_same_bits_in_every_step_that_holds_it(kind: str, kernel
     torch.testing.assert_close(out, expected, atol=tolerance, rtol=tolerance)
 
 
-@pytest.mark.parametrize("kernel", ["cpu", "triton"])
+_PLAIN = pytest.mark.skipif(
+    torch.backends.cpu.get_cpu_capability() == "DEFAULT",
+    reason="without vector registers torch adds up in one order, whatever the step holds",
+)
+
+
+@pytest.mark.parametrize("kernel", [pytest.param("cpu", marks=_PLAIN), "triton"])
 def test_without_it_bits_depend_on_the_step(kernel: str, device: str) -> None:
     """Else the test above would prove nothing."""
     dtype = torch.float32 if kernel == "triton" else torch.bfloat16  # our own kernel for CPUs, of float32, would pass
