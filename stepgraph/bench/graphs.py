@@ -16,7 +16,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from stepgraph.bench.account import KernelTime, StepAccount, account
-from stepgraph.bench.report import machine, pyplot, save_figure, table, write_json
+from stepgraph.bench.report import choose, machine, pyplot, save_figure, table, write_json
 from stepgraph.bench.roofline import Limits, measure_limits, step_cost
 from stepgraph.config import EngineConfig, add_flags, settings_from_flags
 from stepgraph.engine.engine import Engine
@@ -120,18 +120,13 @@ def run(arguments: argparse.Namespace) -> int:
     """Run the benchmark; returns the exit code."""
     if arguments.repeats < 1:
         raise ConfigError(f"repeats={arguments.repeats} must be 1 or more")
-    if arguments.cases and not any(arguments.cases in case.name for case in CASES):
-        raise ConfigError(
-            f"cases={arguments.cases!r} is in no case's name; there are {', '.join(c.name for c in CASES)}"
-        )
+    asked = choose(CASES, arguments.cases)
     # Prompts of repeated steps are alike, and shall be computed each time.
     config = EngineConfig.from_settings(**({"enable_prefix_caching": False} | settings_from_flags(arguments)))
     engine = Engine(config, progress=sys.stderr.isatty())
     limits = measure_limits(engine.platform, engine.dtype)
-    cases = [
-        c for c in CASES if _fits(c, engine, arguments.repeats) and (not arguments.cases or arguments.cases in c.name)
-    ]
-    skipped = [c.name for c in CASES if not _fits(c, engine, arguments.repeats)]
+    cases = [case for case in asked if _fits(case, engine, arguments.repeats)]
+    skipped = [case.name for case in asked if case not in cases]
     measured = [
         measure(engine, case, limits, arguments.repeats)
         for case in tqdm(cases, desc="measuring", file=sys.stderr, leave=False, disable=not sys.stderr.isatty())

@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from stepgraph.bench.offline import HEADER, Job, Round, StepShares, run_round, settings_line
 from stepgraph.bench.peers import Mark, Peers, load_peers, mark_cells
-from stepgraph.bench.report import machine, pyplot, save_figure, table, write_json
+from stepgraph.bench.report import choose, machine, pyplot, save_figure, table, write_json
 from stepgraph.bench.roofline import Limits, StepCost, measure_limits, step_cost
 from stepgraph.config import EngineConfig, add_flags, settings_from_flags
 from stepgraph.engine.engine import Engine
@@ -100,11 +100,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Run the benchmark; returns the exit code."""
     if min(arguments.repeats, arguments.rounds) < 1:
         raise ConfigError(f"repeats={arguments.repeats}, rounds={arguments.rounds}: both must be 1 or more")
-    asked = [case for case in CASES if not arguments.cases or arguments.cases in case.name]
-    if not asked:
-        raise ConfigError(
-            f"cases={arguments.cases!r} is in no case's name; there are {', '.join(c.name for c in CASES)}"
-        )
+    asked = choose(CASES, arguments.cases)
     # Prompts of repeated rounds are alike, and shall be computed each time.
     config = EngineConfig.from_settings(**({"enable_prefix_caching": False} | settings_from_flags(arguments)))
     engine = Engine(config, progress=sys.stderr.isatty())

@@ -7,14 +7,37 @@ import platform
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import stepgraph
+from stepgraph.errors import ConfigError
 
 if TYPE_CHECKING:
     from stepgraph.platforms import Platform
 
 _SECRET_FLAGS = ("--api-key", "--header")
+
+
+class Named(Protocol):
+    """A case of a benchmark."""
+
+    @property
+    def name(self) -> str: ...
+
+
+C = TypeVar("C", bound=Named)
+
+
+def choose(cases: Sequence[C], part: str | None) -> list[C]:
+    """The cases whose name contains `part`; all if it is None.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    chosen = [case for case in cases if part is None or part in case.name]
+    if not chosen:
+        raise ConfigError(f"cases={part!r} is in no case's name; there are {', '.join(case.name for case in cases)}")
+    return chosen
 
 
 def machine(target: Platform) -> dict[str, Any]:
