@@ -14,7 +14,7 @@ def speculative(**keys) -> SpeculativeConfig:
     return EngineConfig.from_settings(speculative_config=json.dumps(keys)).speculative
 
 
-@pytest.mark.parametrize(("method", "most"), [("none", 0), ("mtp", 3), ("ngram", 5), ("hybrid", 5), ("suffix", 8)])
+@pytest.mark.parametrize(("method", "most"), [("none", 0), ("mtp", 3), ("ngram", 5), ("hybrid", 5), ("suffix", 7)])
 def test_every_method_has_a_default_for_its_proposals(method, most) -> None:
     assert speculative(method=method).max_drafts == most
 
