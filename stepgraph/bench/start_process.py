@@ -15,6 +15,8 @@ from contextlib import contextmanager
 from functools import wraps
 from typing import Any
 
+from stepgraph.errors import StepgraphError
+
 _PHASES = (
     ("read config", "stepgraph.engine.engine", "resolve_configured"),
     ("model without weights", "stepgraph.engine.engine", "create_model"),
@@ -80,4 +82,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except StepgraphError as error:
+        sys.exit(f"error: {error}")

@@ -83,6 +83,10 @@ class Session:
         Raises:
             RequestError, ConfigError, EngineDeadError: as `Engine.add_request`.
         """
+        if not isinstance(params, SamplingParams):
+            raise RequestError(
+                f"sampling_params={params!r:.80} must be SamplingParams, as SamplingParams(temperature=0)"
+            )
         if not isinstance(priority, int):
             raise RequestError(f"priority={priority!r} must be a whole number; lower runs first")
         requests: list[AnsweredRequest] = []

@@ -15,7 +15,8 @@ from pathlib import Path
 import torch
 
 SWITCH = "STEPGRAPH_NATIVE"
-"""Environment variable; 0 leaves the kernels unused."""
+"""Environment variable; one of `_OFF` leaves the kernels unused."""
+_OFF = ("0", "false", "no", "off")
 
 _FLAGS = {
     "AVX512": ("-march=native",),  # bfloat16 products, where the CPU has them
@@ -37,8 +38,8 @@ class Plan:
 
 def plan(sources: Path = Path(__file__).parent) -> Plan | str:
     """How to make the library of the C++ files in `sources` here; or why that is impossible. Runs nothing."""
-    if os.environ.get(SWITCH) == "0":
-        return f"{SWITCH}=0 is set"
+    if (given := os.environ.get(SWITCH, "")).lower() in _OFF:
+        return f"{SWITCH}={given} is set"
     if (sys.platform, platform.machine()) != ("linux", "x86_64"):
         return f"they are written for x86-64 on Linux, and this is {platform.machine()} on {sys.platform}"
     capability = torch.backends.cpu.get_cpu_capability()

@@ -68,6 +68,15 @@ def test_a_start_that_fails_says_so(capfd) -> None:
     assert "JSONDecodeError" in capfd.readouterr().err
 
 
+def test_what_a_start_cannot_do_is_said_in_one_sentence(tiny_model, capfd) -> None:
+    settings = {"model": tiny_model} | TINY_SETTINGS | {"max_model_len": 16}
+    with pytest.raises(StepgraphError, match="ended with code 1"):
+        start_once(json.dumps({"settings": settings, "prompt_len": 20}))
+    lines = [line for line in capfd.readouterr().err.splitlines() if line.startswith(("error:", "Traceback"))]
+    assert len(lines) == 1
+    assert "the prompt has 20 tokens and max_model_len is 16" in lines[0]
+
+
 def test_no_starts_are_refused() -> None:
     with pytest.raises(ConfigError, match="repeats=0"):
         bench.main(["start", "smollm2", "--repeats=0"])

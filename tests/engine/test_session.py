@@ -379,6 +379,11 @@ def test_either_all_answers_start_or_none() -> None:
     assert engine.aborted == ["x#0", "x#1"]
 
 
+def test_parameters_of_another_kind_are_refused() -> None:
+    with pytest.raises(RequestError, match=r"sampling_params=\{'temperature': 0\} must be SamplingParams"):
+        Session.start(Recorder(), "x", TokenizedPrompt(None, PROMPT), {"temperature": 0})
+
+
 def test_a_priority_that_is_no_number_is_refused() -> None:
     with pytest.raises(RequestError, match="priority='high' must be a whole number; lower runs first"):
         Session.start(Recorder(), "x", TokenizedPrompt(None, PROMPT), SamplingParams(), priority="high")

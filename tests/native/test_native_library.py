@@ -69,10 +69,11 @@ def test_a_source_that_does_not_compile_is_a_reason_and_leaves_nothing(sources):
     [
         (lambda patch: patch.setattr(building.shutil, "which", lambda _: None), "no C++ compiler"),
         (lambda patch: patch.setenv(building.SWITCH, "0"), "STEPGRAPH_NATIVE=0"),
+        (lambda patch: patch.setenv(building.SWITCH, "False"), "STEPGRAPH_NATIVE=False"),
         (lambda patch: patch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "DEFAULT"), "need AVX2"),
         (lambda patch: patch.setattr(building.platform, "machine", lambda: "aarch64"), "x86-64"),
     ],
-    ids=["no compiler", "switched off", "old CPU", "other CPU"],
+    ids=["no compiler", "switched off", "in a word", "old CPU", "other CPU"],
 )
 def test_without_what_it_needs_there_is_a_reason(sources, monkeypatch, change, reason):
     change(monkeypatch)
