@@ -144,7 +144,11 @@ class Engine:
             if not self.runner.pool.lazy:
                 self.runner.pool.capture_all(progress=progress)
         max_drafts = config.speculative.max_drafts
-        self._depth = DraftDepth(max_drafts, self._draft_levels(self._drafter))
+        self._depth = DraftDepth(
+            max_drafts,
+            self._draft_levels(self._drafter),
+            costs_when_idle=self._drafter is None or self._drafter.costs_when_idle,
+        )
         self.scheduler = Scheduler(
             config.scheduler,
             max_tokens=self.runner.pool.max_tokens,
@@ -556,12 +560,10 @@ class Engine:
 
     def _draft_levels(self, drafter: Drafter | None) -> Sequence[int]:
         """Numbers of proposals to choose from. Where a capture takes as long as many steps, few are worth one: on CPU three, as
-        four tokens cost little more than two. Who proposes at no cost is never switched off, so that it is noticed when its
-        proposals become good."""
+        four tokens cost little more than two."""
         if drafter is None or not self.config.speculative.speculative_adaptive:
             return ()
-        least = 0 if drafter.costs_when_idle else 1
-        return [level for level in LEVELS if level >= least] if self.platform.captures_all_by_default else (least, 3)
+        return LEVELS if self.platform.captures_all_by_default else (0, 3)
 
     def _sampling_of(self, params: SamplingParams) -> SlotSampling:
         """Sampling parameters as the device wants them."""

@@ -6,6 +6,9 @@ measured too, and a step with many proposals tells it for all smaller K. The K o
 
 What is not used is not measured, so now and then another K is tried for a few steps: each that could be the best, if it cost no
 more than the cheapest, soon after the start; later, more and more rarely, all that came close or were never looked at again.
+
+Where proposing costs nothing unless something is proposed, K = 0 gains little beside a K whose proposals are rare, and loses
+sight of them: it must be clearly better, and others are tried as often as at first.
 """
 
 from __future__ import annotations
@@ -31,6 +34,8 @@ _OUTLIER = 3.0
 """A step that took so many times what such steps take tells nothing of the next."""
 _MARGIN = 1.01
 """How much better another K must be, so that noise does not make the choice wander."""
+_RELUCTANCE = 1.1
+"""How much better still it must be to propose nothing, where only proposals that are made cost time."""
 
 
 @dataclass
@@ -52,11 +57,14 @@ class DraftDepth:
     Args:
         max_drafts: the most there may be.
         levels: those to choose from, beside `max_drafts`, which is the largest. One level is always chosen.
+        costs_when_idle: see `stepgraph.spec.drafter.Drafter`.
     """
 
-    def __init__(self, max_drafts: int, levels: Sequence[int] = LEVELS):
+    def __init__(self, max_drafts: int, levels: Sequence[int] = LEVELS, *, costs_when_idle: bool = True):
         self.levels = tuple(sorted({level for level in levels if level < max_drafts} | {max_drafts}))
         """The numbers to choose from, ascending."""
+        self._reluctance = 1.0 if costs_when_idle else _RELUCTANCE
+        self._longest_pause = _LONGEST_PAUSE if costs_when_idle else _FIRST_PAUSE
         # Of rows whose proposals before the j-th (from 1) all stood, the share in which it does too, and the rows behind that.
         self._stands = [0.0] * (max_drafts + 1)
         self._weight = [0] * (max_drafts + 1)
@@ -141,7 +149,7 @@ class DraftDepth:
             bucket.until_trial -= 1
             if bucket.until_trial > 0:
                 return
-            bucket.pause = min(2 * bucket.pause, _LONGEST_PAUSE)
+            bucket.pause = min(2 * bucket.pause, self._longest_pause)
             bucket.until_trial = bucket.pause
             others = [level for level in self.levels if level != bucket.choice]
             untried = others[bucket.next_trial % len(others)]
@@ -151,6 +159,8 @@ class DraftDepth:
     def _best(self, bucket: _Bucket) -> int:
         """The level of the highest rate, among those whose cost is known."""
         rates = {level: self.expected_tokens(level) / seconds for level, seconds in bucket.seconds.items()}
+        if 0 in rates:
+            rates[0] /= self._reluctance
         if not rates:
             return bucket.choice
         best = max(rates, key=rates.__getitem__)
