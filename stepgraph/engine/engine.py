@@ -37,6 +37,7 @@ from stepgraph.models.language_model import LanguageModel
 from stepgraph.models.loader import create_model, fill, fills_in_place
 from stepgraph.models.source import ModelSource, resolve, resolve_configured
 from stepgraph.models.update import plan_update, write
+from stepgraph.ops.packed import EXACT_TOKENS
 from stepgraph.platforms import create_platform
 from stepgraph.spec.create import create_drafter
 from stepgraph.spec.depth import LEVELS, DraftDepth
@@ -103,7 +104,7 @@ class Engine:
             max_model_len=self.max_model_len,
             deterministic=config.model.deterministic,
             packed=config.model.quantization == "auto" and (self.dtype, self.platform.name) == (torch.float32, "cpu"),
-            exact=config.model.dtype == "float32",
+            exact_tokens=_exact_tokens(config),
             progress=progress,
         )
 
@@ -637,6 +638,14 @@ class Engine:
             raise EngineDeadError("the engine was shut down; create another one")
         if self._failure is not None:
             raise EngineDeadError(f"the engine stopped on an earlier error: {self._failure}") from self._failure
+
+
+def _exact_tokens(config: EngineConfig) -> int | None:
+    """Most tokens of a step that never rounds on a CPU; None if no step may. Steps of rows that would be exact by themselves are
+    so with their proposals, too: what is verified is what would be sampled without them."""
+    if config.model.dtype == "float32":
+        return None
+    return max(EXACT_TOKENS, min(EXACT_TOKENS, config.scheduler.max_num_seqs) * (1 + config.speculative.max_drafts))
 
 
 def _max_model_len(config: EngineConfig, source: ModelSource) -> int:

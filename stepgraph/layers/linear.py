@@ -37,7 +37,7 @@ class Linear(nn.Module):
     def forward(self, x_TI: Tensor) -> Tensor:
         """Return [T, O], dtype of `x_TI`."""
         if self.packing is not None:
-            out_TO = ops.packed_linear(x_TI, self.weight, exact=self.exact)
+            out_TO = ops.packed_linear(x_TI, self.weight, exact_tokens=self.exact_tokens)
             if self.bias is not None:
                 out_TO.add_(self.bias)
         else:
@@ -58,16 +58,16 @@ class Linear(nn.Module):
         return self.packing is not None and self.lora is None and self.bias is None
 
     @property
-    def exact(self) -> bool:
-        """Whether a product of packed weights may not round its operands."""
-        return self.packing is None or self.packing.exact or self.deterministic
+    def exact_tokens(self) -> int | None:
+        """Most tokens whose product with packed weights may not round its operands; None if no product may."""
+        return None if self.packing is None or self.deterministic else self.packing.exact_tokens
 
     def after_norm(self, norm: RMSNorm, x_TI: Tensor) -> Tensor:
         """Return the product with `norm(x_TI)`: [T, O], dtype of `x_TI`."""
         if self.is_plain:
             return ops.norm_linear(x_TI, norm.weight, norm.eps, self.weight, self.bias)
         if self.is_packed:
-            return ops.packed_norm_linear(x_TI, norm.weight, norm.eps, self.weight, exact=self.exact)
+            return ops.packed_norm_linear(x_TI, norm.weight, norm.eps, self.weight, exact_tokens=self.exact_tokens)
         return self(norm(x_TI))
 
     def gated_after_norm(self, norm: RMSNorm, x_TI: Tensor, *, gelu: bool) -> Tensor:
@@ -75,7 +75,7 @@ class Linear(nn.Module):
         if self.is_plain and self.bias is None:
             return ops.norm_gated_linear(x_TI, norm.weight, norm.eps, self.weight, gelu=gelu)
         if self.is_packed and not gelu and self.out_features % (2 * BLOCK) == 0:
-            return ops.packed_norm_swiglu(x_TI, norm.weight, norm.eps, self.weight, exact=self.exact)
+            return ops.packed_norm_swiglu(x_TI, norm.weight, norm.eps, self.weight, exact_tokens=self.exact_tokens)
         return (ops.geglu if gelu else ops.swiglu)(self.after_norm(norm, x_TI))
 
     def add_to(self, residual_TO: Tensor, x_TI: Tensor, multiplier: float = 1.0) -> None:
@@ -83,7 +83,7 @@ class Linear(nn.Module):
         if self.is_plain:
             ops.linear_add(x_TI, self.weight, self.bias, residual_TO, multiplier)
         elif self.is_packed:
-            ops.packed_linear_add(x_TI, self.weight, residual_TO, multiplier, exact=self.exact)
+            ops.packed_linear_add(x_TI, self.weight, residual_TO, multiplier, exact_tokens=self.exact_tokens)
         else:
             out_TO = self(x_TI)
             # `alpha` of 16 bits rounds by position.

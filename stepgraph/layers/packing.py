@@ -11,5 +11,5 @@ class Packing:
 
     format: str  # a key of `ops.packed.BLOCK_BYTES`
     width: int
-    exact: bool  # products never round their operands
+    exact_tokens: int | None  # products of more tokens may round their operands; None: none may
     takes_values: bool = False  # it can be filled with numbers, which are rounded; else with such blocks only

@@ -171,7 +171,7 @@ class Decoder(nn.Module, ABC):
         if self.config.logits_divisor != 1.0:
             hidden_RE = hidden_RE / self.config.logits_divisor
         if head.packing is not None:
-            return packed_linear(hidden_RE, head.weight, exact=True, out=out)
+            return packed_linear(hidden_RE, head.weight, exact_tokens=None, out=out)
         if self.deterministic:
             return linear_by_row(hidden_RE, head.weight, None, out)
         return linear(hidden_RE, head.weight, None, out)

@@ -34,7 +34,7 @@ def load_model(
     supports_fp8: bool = True,
     deterministic: bool = False,
     packed: bool = False,
-    exact: bool = True,
+    exact_tokens: int | None = None,
     progress: bool = False,
 ) -> LanguageModel:
     """Build a model and fill it; see `create_model` and `fill` for arguments and errors."""
@@ -48,7 +48,7 @@ def load_model(
         supports_fp8=supports_fp8,
         deterministic=deterministic,
         packed=packed,
-        exact=exact,
+        exact_tokens=exact_tokens,
         progress=progress,
     )
     for _ in fill(model, source, load_format=load_format, progress=progress):
@@ -67,7 +67,7 @@ def create_model(
     supports_fp8: bool = True,
     deterministic: bool = False,
     packed: bool = False,
-    exact: bool = True,
+    exact_tokens: int | None = None,
     progress: bool = False,
 ) -> LanguageModel:
     """Build a model, native or transformers' as the source's config says. A native one is not filled yet: its parameters are
@@ -84,7 +84,7 @@ def create_model(
         supports_fp8: whether the device can.
         deterministic: a token's result may not depend, bit for bit, on the tokens beside it.
         packed: keep the blocks of a quantised checkpoint where this machine has kernels for them; needs float32 on the CPU.
-        exact: products with packed weights never round their operands, see `ops.packed_linear`.
+        exact_tokens: products of more tokens with packed weights may round their operands, see `ops.packed_linear`.
         progress: show a bar on stderr.
 
     Raises:
@@ -122,7 +122,7 @@ def create_model(
                 "or later; use quantization='none', which keeps them in 16 bits"
             )
         if packed:
-            pack(model, tensors, merged=config.merged_projections, exact=exact)
+            pack(model, tensors, merged=config.merged_projections, exact_tokens=exact_tokens)
     materialise(model, device)
     if deterministic:
         model.make_deterministic()

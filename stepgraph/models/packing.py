@@ -32,14 +32,14 @@ class PackedTarget:
         self._codes.copy_(values if values.dtype == torch.uint8 else round_to_q8_0(values))
 
 
-def pack(model: nn.Module, tensors: Iterable[CheckpointTensor], *, merged: bool, exact: bool) -> None:
+def pack(model: nn.Module, tensors: Iterable[CheckpointTensor], *, merged: bool, exact_tokens: int | None) -> None:
     """Have a model's layers keep the blocks of a checkpoint, of those tensors whose format has kernels on this machine.
 
     Args:
         model: native, in float32, on the meta device: layers get new parameters.
         tensors: of the checkpoint; nothing is read.
         merged: the checkpoint merges projections as the model does.
-        exact: products never round to bfloat16.
+        exact_tokens: products of more tokens may round to bfloat16; None: none may.
     """
     formats = {tensor.name: tensor.quantization for tensor in tensors}
     if not formats.keys() or not any(formats.values()) or not native.available():
@@ -50,19 +50,19 @@ def pack(model: nn.Module, tensors: Iterable[CheckpointTensor], *, merged: bool,
             (outputs, width), (format_, *others) = module.weight.shape, {formats.get(name) for name in names}
             if format_ in BLOCK_BYTES and not others and width % BLOCK == 0:
                 codes = module.weight.new_empty(outputs, width // BLOCK * BLOCK_BYTES[format_], dtype=torch.uint8)
-                module.weight, module.packing = nn.Parameter(codes, False), Packing(format_, width, exact)
+                module.weight, module.packing = nn.Parameter(codes, False), Packing(format_, width, exact_tokens)
 
 
-def pack_rounded(module: nn.Module, *, exact: bool) -> None:
+def pack_rounded(module: nn.Module, *, exact_tokens: int | None) -> None:
     """Have the linear layers of a module keep blocks of Q8_0, made of whatever they are filled with.
 
     Args:
         module: in float32 on the CPU, not filled yet: layers get new parameters.
-        exact: see `pack`.
+        exact_tokens: see `pack`.
     """
     for layer in module.modules():
         if isinstance(layer, Linear) and layer.in_features % BLOCK == 0:
-            layer.packing = Packing("Q8_0", layer.in_features, exact, takes_values=True)
+            layer.packing = Packing("Q8_0", layer.in_features, exact_tokens, takes_values=True)
             size = layer.out_features, layer.in_features // BLOCK * BLOCK_BYTES["Q8_0"]
             layer.weight = nn.Parameter(torch.empty(size, dtype=torch.uint8), False)
 

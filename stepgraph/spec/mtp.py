@@ -161,7 +161,7 @@ class DraftHead(nn.Module):
         """Logits of all of the vocabulary, -inf outside the part: [R, V]. The next call overwrites them."""
         logits_RV = self._logits_RV[: hidden_RE.shape[0]]
         if self._is_packed:
-            logits_RN = ops.packed_linear(hidden_RE, self.weight, exact=True)
+            logits_RN = ops.packed_linear(hidden_RE, self.weight, exact_tokens=None)
         else:
             logits_RN = ops.linear(hidden_RE, self.weight, None)
         return logits_RV.index_copy_(1, self.token_ids, logits_RN)

@@ -153,7 +153,7 @@ def load_mtp(
     packing = next((packing for packing in packings if packing is not None), None)
     if packing is not None and read is not None:  # beside a model in blocks, float32 would take most of the time
         for layer in layers:
-            pack_rounded(layer, exact=packing.exact)
+            pack_rounded(layer, exact_tokens=packing.exact_tokens)
     max_rows = config.scheduler.max_num_seqs
     head = None
     if num_draft_ids:

@@ -13,6 +13,8 @@ from stepgraph.layers.linear import Linear
 from stepgraph.models import load_model, resolve
 from stepgraph.models.packing import plain_weight, round_to_q8_0
 from stepgraph.models.update import plan_update, write
+from stepgraph.ops.packed import EXACT_TOKENS
+from stepgraph.step.plan import StepKind
 
 gguf = pytest.importorskip("gguf", reason="packed weights are those of GGUF files")
 from gguf_files import write_gguf  # noqa: E402
@@ -26,7 +28,7 @@ AS_EMBEDDED = {"token_embd": Q8_0, "_norm": gguf.GGMLQuantizationType.F32, "weig
 
 
 def load(path, **settings):
-    settings = {"packed": True, "exact": True} | settings
+    settings = {"packed": True} | settings
     return load_model(resolve(str(path)), dtype=torch.float32, device=torch.device("cpu"), max_model_len=64, **settings)
 
 
@@ -103,9 +105,10 @@ def test_plain_weights_are_refused_where_blocks_are_kept(folder):
 @pytest.mark.parametrize(
     ("settings", "expected"),
     [
-        ({}, (True, False)),
-        ({"dtype": "float32"}, (True, True)),
-        ({"deterministic": True}, (True, False)),
+        ({}, (True, 16)),
+        ({"dtype": "float32"}, (True, None)),
+        ({"deterministic": True}, (True, 16)),
+        ({"speculative_config": {"method": "ngram", "num_speculative_tokens": 7}}, (True, 32)),
         ({"quantization": "none"}, (False, None)),
         ({"dtype": "bfloat16"}, (False, None)),
     ],
@@ -114,7 +117,7 @@ def test_settings_decide_how_weights_are_kept(folder, settings, expected):
     settings = {"model": str(folder / "a.gguf"), "device": "cpu", "max_model_len": 64, "max_num_seqs": 4} | settings
     engine = Engine(EngineConfig.from_settings(**settings))
     embedding = engine.runner.model.embed_tokens
-    assert (embedding.packing is not None, embedding.packing and embedding.packing.exact) == expected
+    assert (embedding.packing is not None, embedding.packing and embedding.packing.exact_tokens) == expected
     requests = [
         engine.add_request(str(i), TOKENS[: 3 + 9 * i], SamplingParams(temperature=0, max_tokens=5, ignore_eos=True))
         for i in range(4)
@@ -123,6 +126,27 @@ def test_settings_decide_how_weights_are_kept(folder, settings, expected):
         engine.step()
     assert engine.runner.pool.statistics.num_eager_steps == 0
     assert all(len(request.output_token_ids) == 5 for request in requests)
+
+
+def test_proposals_are_verified_by_the_numbers_that_tokens_are_sampled_by_without_them(folder):
+    params = SamplingParams(temperature=0, max_tokens=24, ignore_eos=True, logprobs=0)
+    prompts = [[5 + i, 6, 7, 8] * 3 for i in range(4)]
+
+    def answers(**settings):
+        settings = {"model": str(folder / "a.gguf"), "device": "cpu", "max_model_len": 64, "max_num_seqs": 4} | settings
+        engine, steps = Engine(EngineConfig.from_settings(**settings)), []
+        engine.on_step = steps.append
+        requests = [engine.add_request(str(i), prompt, params) for i, prompt in enumerate(prompts)]
+        while engine.has_work:
+            engine.step()
+        sizes = [step.record.num_tokens for step in steps if step.record.kind is StepKind.DECODE]
+        return [[position.logprob for position in request.output_logprobs] for request in requests], max(sizes)
+
+    plain, _ = answers()
+    config = {"method": "ngram", "num_speculative_tokens": 7, "adaptive": False, "min_match": 1}
+    found, most = answers(speculative_config=config)
+    assert most > EXACT_TOKENS
+    torch.testing.assert_close(torch.tensor(found), torch.tensor(plain), atol=1e-5, rtol=0)
 
 
 def test_rounding_to_blocks_is_off_by_half_a_step_at_most_as_the_gguf_package_reads_them():

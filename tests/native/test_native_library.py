@@ -104,7 +104,7 @@ def test_the_avx2_library_computes_the_same():
     program = """
 import torch
 from stepgraph import native, ops
-from stepgraph.ops.packed import reference
+from stepgraph.ops.packed import EXACT_TOKENS, reference
 assert native.available(), native.missing()
 assert native.describe() == "AVX2, compiled"
 torch.manual_seed(0)
@@ -116,7 +116,7 @@ for block_bytes in (18, 20, 34):
     for tokens in (1, 5, 9, 40):
         x = torch.randn(tokens, 96)
         exact = x.double() @ weight.double().T
-        worst = max(worst, ((ops.packed_linear(x, codes, exact=False) - exact).norm() / exact.norm()).item())
+        worst = max(worst, ((ops.packed_linear(x, codes, exact_tokens=EXACT_TOKENS) - exact).norm() / exact.norm()).item())
 print(worst < 1e-6)
 """
     assert run(program, ATEN_CPU_CAPABILITY="avx2") == "True\n"

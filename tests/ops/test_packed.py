@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from stepgraph import native, ops
-from stepgraph.ops.packed import BLOCK_BYTES, MAX_EXACT_TOKENS, reference
+from stepgraph.ops.packed import BLOCK_BYTES, EXACT_TOKENS, reference
 
 gguf = pytest.importorskip("gguf", reason="the block formats are compared with the gguf package")
 
@@ -52,19 +52,19 @@ def test_exact_product_matches_float64(name, tokens, outputs, inputs):
     codes, weight = make_weight(name, outputs, inputs)
     x = make_x(tokens, inputs)
     out = torch.full((tokens + 1, outputs), torch.nan)
-    ops.packed_linear(x, codes, exact=True, out=out[:tokens])
+    ops.packed_linear(x, codes, exact_tokens=None, out=out[:tokens])
     assert_near(out[:tokens], x.double() @ weight.double().T, 1e-6)
     assert out[tokens].isnan().all()  # nothing is written behind
-    assert torch.equal(ops.packed_linear(x, codes, exact=True), out[:tokens])
+    assert torch.equal(ops.packed_linear(x, codes, exact_tokens=None), out[:tokens])
 
 
 @pytest.mark.parametrize("name", FORMATS)
 def test_a_token_has_the_same_bits_with_any_tokens_beside_it(name):
     codes, _ = make_weight(name, 70, 160)
     x = make_x(40, 160)
-    alone = torch.cat([ops.packed_linear(x[t : t + 1], codes, exact=True) for t in range(40)])
+    alone = torch.cat([ops.packed_linear(x[t : t + 1], codes, exact_tokens=None) for t in range(40)])
     for tokens in (2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 33, 40):
-        assert torch.equal(ops.packed_linear(x[:tokens], codes, exact=True), alone[:tokens]), tokens
+        assert torch.equal(ops.packed_linear(x[:tokens], codes, exact_tokens=None), alone[:tokens]), tokens
 
 
 def test_bits_do_not_depend_on_the_number_of_threads():
@@ -72,19 +72,21 @@ def test_bits_do_not_depend_on_the_number_of_threads():
     found, threads = [], torch.get_num_threads()
     for count in (1, 2, 3):
         torch.set_num_threads(count)
-        found.append([ops.packed_linear(make_x(tokens, 64), codes, exact=False) for tokens in (1, 12, 40)])
+        found.append(
+            [ops.packed_linear(make_x(tokens, 64), codes, exact_tokens=EXACT_TOKENS) for tokens in (1, 12, 40)]
+        )
     torch.set_num_threads(threads)
     for others in found[1:]:
         assert all(torch.equal(a, b) for a, b in zip(found[0], others, strict=True))
 
 
 @pytest.mark.parametrize("name", FORMATS)
-@pytest.mark.parametrize("tokens", [MAX_EXACT_TOKENS + 1, 24, 61])
+@pytest.mark.parametrize("tokens", [EXACT_TOKENS + 1, 24, 61])
 @pytest.mark.parametrize(("outputs", "inputs"), [(1, 32), (37, 96), (67, 160)])
 def test_many_tokens_are_rounded_to_bfloat16_at_most(name, tokens, outputs, inputs):
     codes, weight = make_weight(name, outputs, inputs)
     x = make_x(tokens, inputs)
-    found = ops.packed_linear(x, codes, exact=False)
+    found = ops.packed_linear(x, codes, exact_tokens=EXACT_TOKENS)
     full, rounded = x.double() @ weight.double().T, in_bfloat16(x).double() @ in_bfloat16(weight).double().T
     errors = [((found.double() - expected).norm() / expected.norm()).item() for expected in (full, rounded)]
     assert min(errors) < 1e-6, errors
@@ -92,30 +94,33 @@ def test_many_tokens_are_rounded_to_bfloat16_at_most(name, tokens, outputs, inpu
 
 def test_few_tokens_are_never_rounded():
     codes, _ = make_weight("Q4_1", 37, 96)
-    x = make_x(MAX_EXACT_TOKENS, 96)
-    assert torch.equal(ops.packed_linear(x, codes, exact=False), ops.packed_linear(x, codes, exact=True))
+    x = make_x(EXACT_TOKENS, 96)
+    assert torch.equal(
+        ops.packed_linear(x, codes, exact_tokens=EXACT_TOKENS), ops.packed_linear(x, codes, exact_tokens=None)
+    )
 
 
-@pytest.mark.parametrize("exact", [True, False])
+@pytest.mark.parametrize("exact_tokens", [None, EXACT_TOKENS, 40])
 @pytest.mark.parametrize("tokens", [1, 3, 16, 40])
-def test_fused_products_are_those_of_their_parts(tokens, exact):
+def test_fused_products_are_those_of_their_parts(tokens, exact_tokens):
     codes, _ = make_weight("Q4_1", 128, 96)
     x, norm_weight = make_x(tokens, 96), 1 + make_x(1, 96, seed=1)[0] / 10
     normed = torch.nn.functional.rms_norm(x.double(), (96,), norm_weight.double(), EPS).float()
-    plain = ops.packed_linear(normed, codes, exact=exact)
-    tolerance = 1e-6 if exact or tokens <= MAX_EXACT_TOKENS else 1e-3  # the last bit of the norm can change a rounding
+    plain = ops.packed_linear(normed, codes, exact_tokens=exact_tokens)
+    exact = exact_tokens is None or tokens <= exact_tokens
+    tolerance = 1e-6 if exact else 1e-3  # the last bit of the norm can change a rounding
 
-    fused = ops.packed_norm_linear(x, norm_weight, EPS, codes, exact=exact)
+    fused = ops.packed_norm_linear(x, norm_weight, EPS, codes, exact_tokens=exact_tokens)
     assert_near(fused, plain.double(), tolerance)
 
-    gated = ops.packed_norm_swiglu(x, norm_weight, EPS, codes, exact=exact)
+    gated = ops.packed_norm_swiglu(x, norm_weight, EPS, codes, exact_tokens=exact_tokens)
     gate, up = plain.double().chunk(2, dim=1)
     assert_near(gated, torch.nn.functional.silu(gate) * up, tolerance)
 
     for multiplier in (1.0, 0.25):
         residual = make_x(tokens, 128, seed=2)
-        expected = residual.double() + multiplier * ops.packed_linear(x, codes, exact=exact).double()
-        ops.packed_linear_add(x, codes, residual, multiplier, exact=exact)
+        expected = residual.double() + multiplier * ops.packed_linear(x, codes, exact_tokens=exact_tokens).double()
+        ops.packed_linear_add(x, codes, residual, multiplier, exact_tokens=exact_tokens)
         assert_near(residual, expected, 1e-6)
 
 
@@ -126,6 +131,6 @@ def test_silu_holds_at_the_ends_of_its_range():
     codes = torch.from_numpy(gguf.quants.quantize(torch.cat((torch.eye(32), torch.eye(32))).numpy(), kind))
     weight = reference.unpacked(codes, 32)
     scale = values.square().mean().sqrt()
-    found = ops.packed_norm_swiglu(values[None], scale.expand(32).contiguous(), 0.0, codes, exact=True)
+    found = ops.packed_norm_swiglu(values[None], scale.expand(32).contiguous(), 0.0, codes, exact_tokens=None)
     gate, up = (values.double() @ weight.double().T)[None].chunk(2, dim=1)
     torch.testing.assert_close(found.double(), torch.nn.functional.silu(gate) * up, rtol=1e-5, atol=1e-30)

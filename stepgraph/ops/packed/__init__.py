@@ -13,9 +13,9 @@ BLOCK = 32
 """Weights of a block."""
 BLOCK_BYTES = {"Q4_0": 18, "Q4_1": 20, "Q8_0": 34}
 """The formats that there are kernels for. A row's bytes say which of them it is in."""
-MAX_EXACT_TOKENS = 16
-"""Above, a product may round its operands to bfloat16. On two cores with AVX-512 the layers of SmolLM2 take, for 16 and for 80
-tokens, 18 and 62 ms in float32 and 9 and 29 ms in bfloat16."""
+EXACT_TOKENS = 16
+"""Where prompts may be rounded to bfloat16, products of more tokens are. On two cores with AVX-512 the layers of SmolLM2 take,
+for 16 and for 80 tokens, 18 and 62 ms in float32 and 9 and 29 ms in bfloat16."""
 _NEVER = 1 << 62
 
 _packed_linear = declare(
@@ -43,45 +43,51 @@ _packed_rows = declare(
 )
 
 
-def packed_linear(x: Tensor, codes: Tensor, *, exact: bool, out: Tensor | None = None) -> Tensor:
+def packed_linear(x: Tensor, codes: Tensor, *, exact_tokens: int | None, out: Tensor | None = None) -> Tensor:
     """``x @ weight.T`` with the weights that `codes` stand for. May run inside a graph.
 
-    With up to MAX_EXACT_TOKENS tokens, or `exact`, the product is of float32, weights decoded to the bits that gguf's
-    dequantisation gives them, and a token's result depends, bit for bit, on that token only. With more, operands are rounded
-    to bfloat16 where the CPU multiplies that, and sums are of float32.
+    With up to `exact_tokens` tokens the product is of float32, weights decoded to the bits that gguf's dequantisation gives
+    them, and a token's result depends, bit for bit, on that token only. With more, operands are rounded to bfloat16 where the
+    CPU multiplies that, and sums are of float32.
 
     Args:
         x: [T, I] float32, contiguous, on the CPU; I a multiple of BLOCK.
         codes: [O, I / BLOCK · bytes of a block] uint8, contiguous.
-        exact: never round.
+        exact_tokens: None never rounds.
         out: [T, O] float32, contiguous; overwritten. None makes a new one.
 
     Returns:
         [T, O] float32; `out` if that was given.
     """
     if out is None:
-        return _packed_linear(x, codes, _bfloat16_from(exact))
-    _packed_linear_out(x, codes, _bfloat16_from(exact), out)
+        return _packed_linear(x, codes, _bfloat16_from(exact_tokens))
+    _packed_linear_out(x, codes, _bfloat16_from(exact_tokens), out)
     return out
 
 
-def packed_linear_add(x: Tensor, codes: Tensor, residual: Tensor, multiplier: float, *, exact: bool) -> None:
+def packed_linear_add(
+    x: Tensor, codes: Tensor, residual: Tensor, multiplier: float, *, exact_tokens: int | None
+) -> None:
     """``residual += multiplier · packed_linear(x, codes)``; `residual` is [T, O] float32, contiguous. May run inside a graph."""
-    _packed_linear_add(x, codes, _bfloat16_from(exact), residual, multiplier)
+    _packed_linear_add(x, codes, _bfloat16_from(exact_tokens), residual, multiplier)
 
 
-def packed_norm_linear(x: Tensor, norm_weight: Tensor, eps: float, codes: Tensor, *, exact: bool) -> Tensor:
+def packed_norm_linear(
+    x: Tensor, norm_weight: Tensor, eps: float, codes: Tensor, *, exact_tokens: int | None
+) -> Tensor:
     """``packed_linear(rms_norm(x, norm_weight, eps), codes)``; `norm_weight` is [I] float32. May run inside a graph."""
-    return _packed_norm_linear(x, norm_weight, eps, codes, _bfloat16_from(exact))
+    return _packed_norm_linear(x, norm_weight, eps, codes, _bfloat16_from(exact_tokens))
 
 
-def packed_norm_swiglu(x: Tensor, norm_weight: Tensor, eps: float, codes: Tensor, *, exact: bool) -> Tensor:
+def packed_norm_swiglu(
+    x: Tensor, norm_weight: Tensor, eps: float, codes: Tensor, *, exact_tokens: int | None
+) -> Tensor:
     """``swiglu(packed_norm_linear(…))``: [T, O / 2] float32; O / 2 is a multiple of BLOCK. May run inside a graph."""
-    return _packed_norm_swiglu(x, norm_weight, eps, codes, _bfloat16_from(exact))
+    return _packed_norm_swiglu(x, norm_weight, eps, codes, _bfloat16_from(exact_tokens))
 
 
-def _bfloat16_from(exact: bool) -> int:
-    return _NEVER if exact else MAX_EXACT_TOKENS + 1
+def _bfloat16_from(exact_tokens: int | None) -> int:
+    return _NEVER if exact_tokens is None else exact_tokens + 1
 
 
 def packed_rows(codes: Tensor, index: Tensor, width: int) -> Tensor:
