@@ -8,7 +8,7 @@ What is not used is not measured, so now and then another K is tried for a few s
 more than the cheapest, soon after the start; later, more and more rarely, all that came close or were never looked at again.
 
 Where proposing costs nothing unless something is proposed, K = 0 gains little beside a K whose proposals are rare, and loses
-sight of them: it must be clearly better, and others are tried as often as at first.
+sight of them: it must be clearly better, and while it is used, others are tried as often as at first.
 """
 
 from __future__ import annotations
@@ -63,8 +63,7 @@ class DraftDepth:
     def __init__(self, max_drafts: int, levels: Sequence[int] = LEVELS, *, costs_when_idle: bool = True):
         self.levels = tuple(sorted({level for level in levels if level < max_drafts} | {max_drafts}))
         """The numbers to choose from, ascending."""
-        self._reluctance = 1.0 if costs_when_idle else _RELUCTANCE
-        self._longest_pause = _LONGEST_PAUSE if costs_when_idle else _FIRST_PAUSE
+        self._costs_when_idle = costs_when_idle
         # Of rows whose proposals before the j-th (from 1) all stood, the share in which it does too, and the rows behind that.
         self._stands = [0.0] * (max_drafts + 1)
         self._weight = [0] * (max_drafts + 1)
@@ -149,7 +148,8 @@ class DraftDepth:
             bucket.until_trial -= 1
             if bucket.until_trial > 0:
                 return
-            bucket.pause = min(2 * bucket.pause, self._longest_pause)
+            longest = _LONGEST_PAUSE if bucket.choice or self._costs_when_idle else _FIRST_PAUSE
+            bucket.pause = min(2 * bucket.pause, longest)
             bucket.until_trial = bucket.pause
             others = [level for level in self.levels if level != bucket.choice]
             untried = others[bucket.next_trial % len(others)]
@@ -159,8 +159,8 @@ class DraftDepth:
     def _best(self, bucket: _Bucket) -> int:
         """The level of the highest rate, among those whose cost is known."""
         rates = {level: self.expected_tokens(level) / seconds for level, seconds in bucket.seconds.items()}
-        if 0 in rates:
-            rates[0] /= self._reluctance
+        if 0 in rates and not self._costs_when_idle:
+            rates[0] /= _RELUCTANCE
         if not rates:
             return bucket.choice
         best = max(rates, key=rates.__getitem__)

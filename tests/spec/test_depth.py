@@ -61,10 +61,16 @@ def test_proposals_that_cost_nothing_where_there_are_none_stay_on_where_they_har
         assert (chosen(depth, 1000, seconds, stood=0).count(3) > 500) is on, costs_when_idle
 
 
-def test_proposals_that_cost_nothing_where_there_are_none_are_tried_as_often_as_at_first() -> None:
+def test_while_nothing_is_proposed_though_that_costs_nothing_proposals_are_tried_as_often_as_at_first() -> None:
     trials = {}
     for costs_when_idle in (True, False):
         depth = DraftDepth(3, (0,), costs_when_idle=costs_when_idle)
         ks = chosen(depth, 5000, {0: 1.0, 3: 1.5}, stood=0)
         trials[costs_when_idle] = sum(a == 0 < b for a, b in itertools.pairwise(ks[1000:]))
     assert trials[False] > 4 * trials[True] > 0
+
+
+def test_where_proposals_pay_others_are_tried_more_and_more_rarely() -> None:
+    depth = DraftDepth(3, (0,), costs_when_idle=False)
+    chosen(depth, 2000, {0: 1.0, 3: 1.5}, stood=3)
+    assert chosen(depth, 2000, {0: 1.0, 3: 1.5}, stood=3).count(0) <= 2000 / 512 * 4 + 4
