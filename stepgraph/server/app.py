@@ -204,7 +204,7 @@ async def _answer(
 ) -> Response:
     """Answer a request, whole or as a stream. A client that leaves ends its request."""
     state = http.scope["state"]
-    context = Context(state["request_id"], state["arrived_at"], http.headers.get("traceparent"))
+    context = Context(state["request_id"], state["arrived_at"], http.headers.get("traceparent"), state["at_end"])
     headers = _ignored_fields(body, context.request_id)
     timeout_s = service.config.request_timeout
 

@@ -7,6 +7,7 @@ import re
 import time
 import uuid
 from collections.abc import Callable
+from contextlib import ExitStack
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -47,6 +48,7 @@ class Door:
         request_id = given_id if _REQUEST_ID.fullmatch(given_id) else uuid.uuid4().hex
         state = scope.setdefault("state", {})
         state["request_id"], state["arrived_at"] = request_id, time.monotonic()
+        at_end = state["at_end"] = ExitStack()
         status, is_whole = 0, False
 
         async def send_on(message: Message) -> None:
@@ -68,6 +70,7 @@ class Door:
             elif not is_whole:  # all that is left is to break it off
                 raise
         finally:
+            at_end.close()
             route = scope.get("route")
             self._on_response(getattr(route, "path", "other"), status or _CLIENT_LEFT)
 

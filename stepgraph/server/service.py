@@ -9,7 +9,7 @@ import time
 import uuid
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import aclosing, asynccontextmanager
+from contextlib import ExitStack, aclosing, asynccontextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -59,6 +59,8 @@ class Context:
     arrived_at: float
     """`time.monotonic()` seconds."""
     traceparent: str | None
+    at_end: ExitStack
+    """What runs when the HTTP request is over, however it ends."""
 
 
 class Service:
@@ -190,7 +192,8 @@ class Service:
         request: SamplingFields,
         adapter: str | None,
     ) -> list[Generation]:
-        """Send prompts to the engine and wait until it has queued them: all, or none.
+        """Send prompts to the engine and wait until it has queued them. What runs of them ends with the HTTP request, since a
+        reply that is never begun ends nothing.
 
         Raises:
             APIError: 429 if too many wait already, 503 if the engine is not there.
@@ -198,33 +201,28 @@ class Service:
         """
         self.check_room(params, num_prompts=len(prompts))
         generations: list[Generation] = []
-        try:
-            for index, prompt in enumerate(prompts):
-                prompt = self._cut(prompt, request.truncate_prompt_tokens)
-                self._check_tokens(prompt)
-                generations.append(
-                    self.client.submit(
-                        id if len(prompts) == 1 else f"{id}-{index}",
-                        prompt._replace(cache_salt=request.cache_salt),
-                        params,
-                        self.face.tokenizer,
-                        priority=request.priority,
-                        adapter=adapter,
-                        arrived_at=context.arrived_at,
-                        origin=Origin(
-                            "text_completion" if isinstance(request, CompletionRequest) else "chat",
-                            request.model or self.model_names[0],
-                            id,
-                            context.traceparent,
-                        ),
-                    )
-                )
-            for generation in generations:
-                await generation.accepted()
-        except BaseException:
-            for generation in generations:
-                self.client.leave(generation)
-            raise
+        for index, prompt in enumerate(prompts):
+            prompt = self._cut(prompt, request.truncate_prompt_tokens)
+            self._check_tokens(prompt)
+            generation = self.client.submit(
+                id if len(prompts) == 1 else f"{id}-{index}",
+                prompt._replace(cache_salt=request.cache_salt),
+                params,
+                self.face.tokenizer,
+                priority=request.priority,
+                adapter=adapter,
+                arrived_at=context.arrived_at,
+                origin=Origin(
+                    "text_completion" if isinstance(request, CompletionRequest) else "chat",
+                    request.model or self.model_names[0],
+                    id,
+                    context.traceparent,
+                ),
+            )
+            context.at_end.callback(self.client.leave, generation)
+            generations.append(generation)
+        for generation in generations:
+            await generation.accepted()
         if self.config.log_requests:
             for generation in generations:
                 request_log.info("request %s: %r, %s", context.request_id, generation.prompt.text, params)

@@ -5,7 +5,7 @@ from dataclasses import replace
 from stepgraph.engine.sampling_params import SamplingParams
 from stepgraph.server.engine_client import EngineState
 from stepgraph.server.generation import EndedRequest
-from stepgraph.server.messages import Load, Progress, StepInfo, TokenUpdate
+from stepgraph.server.messages import Load, Progress, Ready, StepInfo, TokenUpdate
 from stepgraph.server.metrics import Metrics
 
 ENDED = EndedRequest(
@@ -19,6 +19,16 @@ ENDED = EndedRequest(
     first_token_at=101.5,
     last_token_at=103.5,
     ended_at=103.75,
+)
+READY = Ready(
+    max_model_len=64,
+    max_num_seqs=1,
+    backend="cpu",
+    device="cpu",
+    dtype="float32",
+    num_kv_blocks=9,
+    block_size=16,
+    max_drafts=0,
 )
 LOAD = Load(
     num_running=2,

@@ -4,7 +4,7 @@ import time
 from types import SimpleNamespace
 
 import pytest
-from observed import LOAD
+from observed import LOAD, READY
 
 from stepgraph.config.server import ServerConfig
 from stepgraph.engine.prompts import TokenizedPrompt
@@ -12,20 +12,9 @@ from stepgraph.engine.sampling_params import SamplingParams
 from stepgraph.server.engine_client import EngineClient
 from stepgraph.server.errors import APIError
 from stepgraph.server.generation import Origin
-from stepgraph.server.messages import Progress, Ready, TokenUpdate, encode
+from stepgraph.server.messages import Progress, TokenUpdate, encode
 from stepgraph.server.metrics import Metrics
 from stepgraph.server.service import Service
-
-READY = Ready(
-    max_model_len=64,
-    max_num_seqs=1,
-    backend="cpu",
-    device="cpu",
-    dtype="float32",
-    num_kv_blocks=9,
-    block_size=16,
-    max_drafts=0,
-)
 
 
 def test_the_time_to_come_again_follows_from_what_answers_took_and_not_from_refusals() -> None:

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+from contextlib import ExitStack
 from types import SimpleNamespace
 
 import httpx2
@@ -755,10 +756,14 @@ def test_a_request_reaches_the_engine_as_a_chat(wire, monkeypatch) -> None:
     monkeypatch.setattr(ChatCall, "start", start)
     service = SimpleNamespace(choose_model=lambda name: ("tuned", "/adapters/tuned"))
     request = request_of(model="tuned", max_output_tokens=9, tools=[WEATHER])
-    response = wire.whole(asyncio.run(ResponsesReply.start(request, service, Context("r1", 0.0, None))))
+    response = wire.whole(asyncio.run(ResponsesReply.start(request, service, Context("r1", 0.0, None, ExitStack()))))
     assert sent == [(9, [{"role": "user", "content": "Hi"}], ["weather"], response.id, "/adapters/tuned")]
     assert (response.model, response.temperature, response.top_p) == ("tuned", 0.125, 0.75)
     assert response.id.startswith("resp_")
     with pytest.raises(RequestError, match="stateless"):
-        asyncio.run(ResponsesReply.start(request_of(previous_response_id="resp_0"), service, Context("r2", 0.0, None)))
+        asyncio.run(
+            ResponsesReply.start(
+                request_of(previous_response_id="resp_0"), service, Context("r2", 0.0, None, ExitStack())
+            )
+        )
     assert len(sent) == 1
