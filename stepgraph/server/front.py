@@ -26,6 +26,7 @@ from stepgraph.server.generation import EndedRequest
 from stepgraph.server.head_limit import HeadLimitedProtocol
 from stepgraph.server.metrics import Metrics
 from stepgraph.server.service import ModelFace, Service
+from stepgraph.server.stall_limit import StallLimitedProtocol
 from stepgraph.server.tracing import Tracer, create_tracer
 
 logger = logging.getLogger(__name__)
@@ -184,6 +185,10 @@ class _Stop:
         self._asked.set()
 
 
+class _Protocol(HeadLimitedProtocol, StallLimitedProtocol):
+    """Bounds what clients send beside bodies, and how long they may read nothing."""
+
+
 class _Server(uvicorn.Server):
     """A server whose signals are handled elsewhere."""
 
@@ -196,7 +201,7 @@ def _server(app: Any, config: ServerConfig) -> _Server:
     return _Server(
         uvicorn.Config(
             app,
-            http=HeadLimitedProtocol,
+            http=_Protocol,
             lifespan="off",
             access_log=config.access_log,
             log_level="info" if config.access_log else "warning",

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import logging
-import time
 from collections.abc import AsyncGenerator, Callable, Mapping
 from contextlib import suppress
 
@@ -13,12 +11,7 @@ from starlette.types import Receive, Scope, Send
 
 from stepgraph.server.errors import APIError, report, timed_out
 
-logger = logging.getLogger(__name__)
-
 DONE = b"data: [DONE]\n\n"
-_STALLED_S = 60.0
-"""A reader that takes nothing for so long is cut off. What it has not taken waits in buffers of a bounded size: the socket's, and
-the answer itself."""
 
 
 def event(content: bytes, name: str | None = None) -> bytes:
@@ -56,8 +49,6 @@ class EventStream(Response):
         self._failed = failed
         self._request_id = request_id
         self._timeout_s = timeout_s
-        self._writing_since: float | None = None
-        """When the write that is under way began, in `time.monotonic()` seconds."""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """See ASGI."""
@@ -65,13 +56,7 @@ class EventStream(Response):
         sending = asyncio.create_task(self._send_all(send))
         leaving = asyncio.create_task(_left(receive))
         try:
-            done: set[asyncio.Task[None]] = set()
-            while not done and not self._is_stalled():
-                done, _ = await asyncio.wait(
-                    (sending, leaving), timeout=_STALLED_S / 4, return_when=asyncio.FIRST_COMPLETED
-                )
-            if not done:
-                logger.warning("request %s: its client reads nothing and is cut off", self._request_id)
+            await asyncio.wait((sending, leaving), return_when=asyncio.FIRST_COMPLETED)
         finally:
             leaving.cancel()
             if not sending.done():
@@ -81,9 +66,7 @@ class EventStream(Response):
 
     async def _send_all(self, send: Send) -> None:
         async def write(content: bytes, *, is_last: bool = False) -> None:
-            self._writing_since = time.monotonic()
             await send({"type": "http.response.body", "body": content, "more_body": not is_last})
-            self._writing_since = None
 
         try:
             try:
@@ -98,9 +81,6 @@ class EventStream(Response):
         finally:
             await self._events.aclose()
         await write(b"", is_last=True)
-
-    def _is_stalled(self) -> bool:
-        return self._writing_since is not None and time.monotonic() - self._writing_since > _STALLED_S
 
 
 async def _left(receive: Receive) -> None:
