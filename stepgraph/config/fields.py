@@ -111,9 +111,9 @@ def homes_of(parts: Mapping[str, Any]) -> dict[str, str]:
 
 
 def refuse_unknown(names: Iterable[str], known: Iterable[str]) -> None:
-    """Raise ConfigError if a name is not `known`, with all known ones and, where it looks like a slip, the one meant."""
+    """Raise ConfigError if a name is not `known`, with the one meant, where it looks like a slip, and all known ones."""
     known = sorted(known)
     for name in sorted(set(names) - set(known)):
         close = difflib.get_close_matches(name, known, n=1)
-        hint = f"; did you mean {close[0]!r}?" if close else ""
-        raise ConfigError(f"unknown setting {name!r}; known settings: {', '.join(known)}{hint}")
+        hint = f"did you mean {close[0]!r}? Known" if close else "known"
+        raise ConfigError(f"unknown setting {name!r}; {hint} settings: {', '.join(known)}")

@@ -122,7 +122,10 @@ def test_a_setting_given_twice_must_be_the_same_twice() -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"max_num_seq": 8}, "unknown setting 'max_num_seq'; known settings:.*max_num_seqs"),
+        (
+            {"max_num_seq": 8},
+            "unknown setting 'max_num_seq'; did you mean 'max_num_seqs'. Known settings:.*max_num_seqs",
+        ),
         ({"dtype": "float8"}, "dtype='float8' is not known; choose one of: auto, float32, bfloat16, float16"),
         ({"dtype": ["float32"]}, "dtype="),
         ({"max_num_seqs": 0}, "max_num_seqs=0 is too small; the smallest value is 1"),

@@ -83,8 +83,8 @@ def test_flat_settings_are_sorted_into_those_of_the_engine_and_of_the_server():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"prot": 80}, r"unknown setting 'prot'; known settings: access_log, .*; did you mean 'port'\?"),
-        ({"max_num_seq": 8}, r"unknown setting 'max_num_seq'; .*; did you mean 'max_num_seqs'\?"),
+        ({"prot": 80}, r"unknown setting 'prot'; did you mean 'port'\? Known settings: access_log, "),
+        ({"max_num_seq": 8}, r"unknown setting 'max_num_seq'; did you mean 'max_num_seqs'\?"),
         ({"zzz": 8}, r"unknown setting 'zzz'; known settings: [^;]*$"),
         ({"tensor_parallel_size": 2}, "tensor_parallel_size=2 is not supported: the engine runs on one device"),
         ({"max_num_seqs": 0}, "max_num_seqs=0 is too small"),
