@@ -34,6 +34,7 @@ class Plan:
     capability: str
     command: tuple[str, ...]  # the compiler and all arguments but the output's
     library: Path
+    absent_compiler: str | None  # the one wanted, if there is no such program and the command takes another
 
 
 def plan(sources: Path = Path(__file__).parent) -> Plan | str:
@@ -45,9 +46,11 @@ def plan(sources: Path = Path(__file__).parent) -> Plan | str:
     capability = torch.backends.cpu.get_cpu_capability()
     if capability not in _FLAGS:
         return f"they need AVX2, and torch's CPU capability is {capability}"
-    compiler = next(filter(None, map(shutil.which, (os.environ.get("CXX") or "c++", *_COMPILERS))), None)
+    wanted = os.environ.get("CXX") or _COMPILERS[0]
+    candidates = list(dict.fromkeys((wanted, *_COMPILERS)))
+    compiler = next(filter(None, map(shutil.which, candidates)), None)
     if compiler is None:
-        return f"no C++ compiler is installed ({', '.join(_COMPILERS)} were looked for); install one, such as g++"
+        return f"no C++ compiler is installed ({', '.join(candidates)} were looked for); install one, such as g++"
     torch_folder = Path(torch.__file__).parent
     command = (
         *(compiler, "-std=c++17", "-O3", "-fPIC", "-shared", *_FLAGS[capability]),
@@ -55,7 +58,8 @@ def plan(sources: Path = Path(__file__).parent) -> Plan | str:
         *(f"-I{torch_folder / 'include'}", f"-L{torch_folder / 'lib'}", "-ltorch_cpu"),
     )
     folder = _cache_folder() / "stepgraph" / "native"
-    return Plan(capability, command, folder / f"{_fingerprint(sources, command)}.so")
+    absent = None if shutil.which(wanted) else wanted
+    return Plan(capability, command, folder / f"{_fingerprint(sources, command)}.so", absent)
 
 
 def _cache_folder() -> Path:
@@ -74,7 +78,8 @@ def build(planned: Plan) -> str | Path:
     """
     if planned.library.exists():
         return planned.library
-    print("stepgraph: compiling CPU kernels for this machine, once; this takes some seconds", file=sys.stderr)
+    instead = f" with {planned.command[0]}, as there is no {planned.absent_compiler}" if planned.absent_compiler else ""
+    print(f"stepgraph: compiling CPU kernels for this machine, once{instead}; this takes some seconds", file=sys.stderr)
     try:
         planned.library.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=planned.library.parent) as folder:
@@ -84,6 +89,8 @@ def build(planned: Plan) -> str | Path:
             )
             if done.returncode:
                 return f"{planned.command[0]} failed: {done.stderr.strip()[-2000:]}"
+            if not made.exists():
+                return f"{planned.command[0]} wrote no library, though it reported success; set CXX to a C++17 compiler"
             os.replace(made, planned.library)
     except (OSError, subprocess.TimeoutExpired) as error:
         return f"they could not be compiled: {error}"

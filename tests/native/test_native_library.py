@@ -1,6 +1,7 @@
 """The library of CPU kernels: made once, remade when what it is made of changes, done without where it cannot be made."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -61,6 +62,25 @@ def test_a_source_that_does_not_compile_is_a_reason_and_leaves_nothing(sources):
     reason = building.build(planned)
     assert isinstance(reason, str)
     assert "error" in reason
+    assert not list(planned.library.parent.iterdir())
+
+
+def test_a_compiler_that_does_not_exist_is_named_with_the_one_used_instead(sources, monkeypatch, capsys):
+    monkeypatch.setenv("CXX", "no-such-c++")
+    planned = building.plan(sources)
+    assert building.build(planned) == planned.library
+    assert f"with {planned.command[0]}, as there is no no-such-c++" in capsys.readouterr().err
+
+    monkeypatch.setattr(building.shutil, "which", lambda _: None)
+    assert "no-such-c++, c++" in building.plan(sources)
+
+
+def test_a_compiler_that_writes_nothing_is_a_reason(sources, monkeypatch):
+    monkeypatch.setenv("CXX", "true")
+    planned = building.plan(sources)
+    reason = building.build(planned)
+    assert isinstance(reason, str)
+    assert re.fullmatch(r"\S*true wrote no library, though it reported success; set CXX to a C\+\+17 compiler", reason)
     assert not list(planned.library.parent.iterdir())
 
 
