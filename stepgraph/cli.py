@@ -18,6 +18,7 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from stepgraph import __version__
+from stepgraph.command_parser import CommandParser
 from stepgraph.config import EngineConfig, ServerConfig, add_flags, serve_config, settings_from_flags
 from stepgraph.errors import ConfigError, ModelError, RequestError, StepgraphError
 
@@ -313,7 +314,7 @@ def _lines_from_pipe() -> Iterator[str]:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="stepgraph", description="LLM inference in which every step is one launch of one captured graph."
     )
     parser.add_argument("--version", action="version", version=f"stepgraph {__version__}")

@@ -116,6 +116,37 @@ def test_what_a_user_can_fix_is_one_line_on_stderr_and_exit_code_2(argv, message
     assert err.count("\n") == 1
 
 
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (
+            ["serve", "--prt", "8000"],
+            "stepgraph serve does not know --prt; did you mean --port? See stepgraph serve --help",
+        ),
+        (["serve", "model", "--prt=8000"], "stepgraph serve does not know --prt=8000; did you mean --port? "),
+        (
+            ["generate", "--max_num_seq", "8"],
+            "stepgraph generate does not know --max_num_seq; did you mean --max-num-seqs? ",
+        ),
+        (["chat", "--port", "8000"], "stepgraph chat does not know --port. See stepgraph chat --help"),
+        (
+            ["graphs", "verify", "--round", "1"],
+            "stepgraph graphs verify does not know --round; did you mean --rounds? ",
+        ),
+        (["env", "--zzz"], "stepgraph env does not know --zzz. See stepgraph env --help"),
+        (["pull", "smollm2", "more"], "stepgraph pull does not know more. See stepgraph pull --help"),
+        (["bench", "front", "--sreams", "1"], "stepgraph bench front does not know --sreams; did you mean --streams? "),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_what_a_command_does_not_know_is_one_line_that_names_the_flag_that_may_be_meant(argv, message, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main(argv)
+    err = capsys.readouterr().err
+    assert err.startswith(f"error: {message}")
+    assert err.count("\n") == 1
+
+
 def test_a_default_model_that_is_not_installed_is_named_with_the_command_that_installs_it(monkeypatch, capsys):
     monkeypatch.setattr("stepgraph.models.source.packaged_file", lambda name: None)
     assert main(["generate", "--prompt", "x"]) == 2

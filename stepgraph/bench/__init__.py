@@ -5,10 +5,11 @@ Runs with the core packages only (`serve` needs aiohttp too): ``python -m stepgr
 
 from __future__ import annotations
 
-import argparse
 import importlib
 import sys
 from collections.abc import Sequence
+
+from stepgraph.command_parser import CommandParser
 
 _BENCHMARKS = (
     *("graphs", "latency", "throughput", "start", "tokens", "sampling", "scheduler", "sizes", "serve", "front", "spec"),
@@ -18,7 +19,7 @@ _BENCHMARKS = (
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of ``python -m stepgraph.bench`` and ``stepgraph bench``; returns the exit code."""
     argv = sys.argv[1:] if argv is None else argv
-    parser = argparse.ArgumentParser(prog="stepgraph bench", description="Measure stepgraph on this machine.")
+    parser = CommandParser(prog="stepgraph bench", description="Measure stepgraph on this machine.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     asked = argv[:1] if argv and argv[0] in _BENCHMARKS else _BENCHMARKS
     for name in asked:  # only what is asked for: a load generator should not wait for torch, nor carry it

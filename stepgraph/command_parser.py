@@ -1,0 +1,29 @@
+"""Parsing command lines: what a command does not know is refused in that command's name, with the flag that may be meant."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+from collections.abc import Sequence
+from typing import Any
+
+
+class CommandParser(argparse.ArgumentParser):
+    """An ArgumentParser for a tree of commands, all of this class.
+
+    argparse leaves what a command does not know to the root, which reports it with its own usage and has none of its flags.
+    """
+
+    def parse_known_args(  # type: ignore[override]  # one signature for argparse's overloads
+        self, args: Sequence[str] | None = None, namespace: Any = None
+    ) -> tuple[Any, list[str]]:
+        """As argparse's, but arguments that are not known end the process with exit code 2 and one line on stderr."""
+        parsed, unknown = super().parse_known_args(args, namespace)
+        if unknown:
+            flags = [argument.partition("=")[0] for argument in unknown if argument.startswith("--")]
+            close = [
+                match for flag in flags for match in difflib.get_close_matches(flag, self._option_string_actions, n=1)
+            ]
+            hint = f"; did you mean {', '.join(close)}?" if close else "."
+            self.exit(2, f"error: {self.prog} does not know {' '.join(unknown)}{hint} See {self.prog} --help\n")
+        return parsed, unknown
