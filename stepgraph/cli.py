@@ -242,9 +242,13 @@ def _demo(arguments: argparse.Namespace) -> int:
 
 
 def _start(arguments: argparse.Namespace) -> tuple[LLM, SamplingParams]:
-    """The model, and how to sample from it; bad sampling flags are refused before the model is loaded."""
+    """The model, and how to sample from it.
+
+    Bad sampling flags are refused before the model is loaded, and so is a model without a tokenizer: prompts here are text.
+    """
     from stepgraph.api import LLM
     from stepgraph.engine.sampling_params import SamplingParams
+    from stepgraph.models.source import resolve_configured
 
     params = SamplingParams(
         temperature=arguments.temperature,
@@ -257,7 +261,9 @@ def _start(arguments: argparse.Namespace) -> tuple[LLM, SamplingParams]:
         max_tokens=arguments.max_tokens,
         stop=arguments.stop,
     )
-    return LLM(**settings_from_flags(arguments), progress=_progress()), params
+    settings = settings_from_flags(arguments)
+    resolve_configured(EngineConfig.from_settings(**settings).model).check_tokenizer()
+    return LLM(**settings, progress=_progress()), params
 
 
 def _config(arguments: argparse.Namespace) -> EngineConfig:

@@ -3,6 +3,7 @@ import os
 import pty
 import re
 import runpy
+import shutil
 import signal
 import subprocess
 import sys
@@ -151,6 +152,20 @@ def test_a_default_model_that_is_not_installed_is_named_with_the_command_that_in
     monkeypatch.setattr("stepgraph.models.source.packaged_file", lambda name: None)
     assert main(["generate", "--prompt", "x"]) == 2
     assert "stepgraph pull smollm2" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", [["generate", "--prompt", "x"], ["chat", "--message", "x"]], ids=lambda c: c[0])
+def test_a_model_without_a_tokenizer_is_refused_before_its_weights_are_read(
+    command, tiny_model, tmp_path, monkeypatch, capsys
+):
+    shutil.copy(f"{tiny_model}/config.json", tmp_path)
+    monkeypatch.setattr("stepgraph.api.Engine", lambda *_, **__: pytest.fail("the engine was started"))
+    assert main([*command, *quick(str(tmp_path))]) == 2
+    err = capsys.readouterr().err
+    assert err.startswith(f"error: {tmp_path} holds no tokenizer (tokenizer.json), ")
+    assert err.count("\n") == 1
+    assert main([*command, "qwen3-8b", "--load-format", "dummy"]) == 2
+    assert "names a shape without a tokenizer" in capsys.readouterr().err
 
 
 def test_a_broken_engine_is_exit_code_1(monkeypatch, capsys):

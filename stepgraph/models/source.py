@@ -20,7 +20,12 @@ from stepgraph.models.hf_config import hf_config_from_json
 from stepgraph.models.language_model import LanguageModelConfig
 from stepgraph.models.registry import choose_config
 from stepgraph.models.safetensors import read_safetensors, weight_files
-from stepgraph.models.tokenizer import tokenizer_from_folder, tokenizer_from_gguf
+from stepgraph.models.tokenizer import (
+    require_known_tokenizer,
+    require_tokenizer_files,
+    tokenizer_from_folder,
+    tokenizer_from_gguf,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -62,6 +67,10 @@ class ModelSource(ABC):
         raise AssertionError(f"{self.description} holds no files for transformers")
 
     @abstractmethod
+    def check_tokenizer(self) -> None:
+        """Raise the ModelError of `tokenizer` if it can be known without reading it. Takes no time."""
+
+    @abstractmethod
     def tokenizer(self) -> PreTrainedTokenizerFast:
         """The model's tokenizer; ModelError if there is none."""
 
@@ -95,6 +104,10 @@ class GGUFSource(ModelSource):
         """See `ModelSource.tensors`."""
         return self._file.tensors()
 
+    def check_tokenizer(self) -> None:
+        """See `ModelSource.check_tokenizer`."""
+        require_known_tokenizer(self._file)
+
     def tokenizer(self) -> PreTrainedTokenizerFast:
         """See `ModelSource.tokenizer`."""
         return tokenizer_from_gguf(self._file)
@@ -124,6 +137,10 @@ class FolderSource(ModelSource):
     def tensors(self) -> Iterable[CheckpointTensor]:
         """See `ModelSource.tensors`."""
         return read_safetensors(self._folder)
+
+    def check_tokenizer(self) -> None:
+        """See `ModelSource.check_tokenizer`."""
+        require_tokenizer_files(self._folder)
 
     def tokenizer(self) -> PreTrainedTokenizerFast:
         """See `ModelSource.tokenizer`."""
@@ -158,9 +175,16 @@ class ShapeSource(ModelSource):
             "hub id or folder of a checkpoint."
         )
 
+    def check_tokenizer(self) -> None:
+        """Always a ModelError."""
+        raise self._no_tokenizer()
+
     def tokenizer(self) -> PreTrainedTokenizerFast:
         """Always a ModelError."""
-        raise ModelError(
+        raise self._no_tokenizer()
+
+    def _no_tokenizer(self) -> ModelError:
+        return ModelError(
             f'"{self.name}" names a shape without a tokenizer: give prompts as token ids, or use the hub id or '
             "folder of a checkpoint."
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,8 +21,22 @@ _UNKNOWN, _CONTROL, _USER_DEFINED = 2, 3, 4
 """Values of ``tokenizer.ggml.token_type`` that are found in a text before it is split into words."""
 
 
+_FILES = re.compile(r"token|vocab|merges|tekken|\.(model|tiktoken)$")
+"""Found in the name of any file that a tokenizer of transformers is read from."""
+
+
+def require_tokenizer_files(folder: Path) -> None:
+    """Raise a ModelError if a checkpoint folder holds nothing that a tokenizer could be read from. Opens no file."""
+    if not any(_FILES.search(path.name) for path in folder.iterdir()):
+        raise ModelError(
+            f"{folder} holds no tokenizer (tokenizer.json), without which prompts can only be token ids, in Python and over "
+            "HTTP; copy the tokenizer files of the original model into it."
+        )
+
+
 def tokenizer_from_folder(folder: Path) -> PreTrainedTokenizerFast:
     """Load the tokenizer files in a checkpoint folder; ModelError if there are none that transformers can read."""
+    require_tokenizer_files(folder)
     from transformers import AutoTokenizer
 
     try:
@@ -30,26 +45,26 @@ def tokenizer_from_folder(folder: Path) -> PreTrainedTokenizerFast:
         raise ModelError(f"{folder} holds no tokenizer that transformers can read: {error}") from error
 
 
-def tokenizer_from_gguf(file: GGUFFile) -> PreTrainedTokenizerFast:
-    """Build the byte-level BPE tokenizer that a GGUF file describes.
-
-    Raises:
-        ModelError: the tokenizer is of another kind, or splits words in a way that is not known here.
-    """
+def require_known_tokenizer(file: GGUFFile) -> None:
+    """Raise a ModelError if a GGUF file's tokenizer is not byte-level BPE, or splits words in a way that is not known here."""
     kind = file.value("tokenizer.ggml.model")
     if kind != "gpt2":
         raise ModelError(
             f'{file.path} has a tokenizer of kind "{kind}"; byte-level BPE ("gpt2") can be built from GGUF metadata. '
             "Use the folder of the original model, with its tokenizer files, instead."
         )
-    splitting_name = file.value("tokenizer.ggml.pre", "default")
+    splitting_name = _splitting_name(file)
     if splitting_name not in _WORD_SPLITTING:
         raise ModelError(
             f'{file.path} splits words by "{splitting_name}"; known are {", ".join(_WORD_SPLITTING)}. '
             "Use the folder of the original model, with its tokenizer files, instead."
         )
-    splitting = _WORD_SPLITTING[splitting_name]
 
+
+def tokenizer_from_gguf(file: GGUFFile) -> PreTrainedTokenizerFast:
+    """Build the byte-level BPE tokenizer that a GGUF file describes; ModelError where `require_known_tokenizer` raises it."""
+    require_known_tokenizer(file)
+    splitting = _WORD_SPLITTING[_splitting_name(file)]
     tokens = file.value("tokenizer.ggml.tokens")
     tokenizer = Tokenizer(
         BPE(
@@ -88,6 +103,10 @@ def tokenizer_from_gguf(file: GGUFFile) -> PreTrainedTokenizerFast:
         clean_up_tokenization_spaces=False,
         **special,
     )
+
+
+def _splitting_name(file: GGUFFile) -> str:
+    return str(file.value("tokenizer.ggml.pre", "default"))
 
 
 @dataclass(frozen=True)

@@ -129,7 +129,12 @@ def test_a_folder_gives_its_own_tokenizer_or_says_that_there_is_none(tmp_path) -
     PreTrainedTokenizerFast(tokenizer_object=original).save_pretrained(tmp_path / "with")
     assert tokenizer_from_folder(tmp_path / "with").encode(TEXTS[2]) == original.encode(TEXTS[2]).ids
     (tmp_path / "without").mkdir()
-    with pytest.raises(ModelError, match="no tokenizer"):
+    with pytest.raises(
+        ModelError, match=r"holds no tokenizer \(tokenizer.json\), .*; copy the tokenizer files of the original"
+    ):
+        tokenizer_from_folder(tmp_path / "without")
+    (tmp_path / "without" / "tokenizer.json").write_text("{")
+    with pytest.raises(ModelError, match="holds no tokenizer that transformers can read: "):
         tokenizer_from_folder(tmp_path / "without")
 
 
