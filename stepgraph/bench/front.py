@@ -62,13 +62,8 @@ def run(arguments: argparse.Namespace) -> int:
     """Entry point; returns the exit code."""
     if min(arguments.repeats, *arguments.streams) < 1:
         raise ConfigError(f"repeats={arguments.repeats}, streams={arguments.streams}: all must be 1 or more")
-    settings = settings_from_flags(arguments)
-    most, length = max(arguments.streams), arguments.prompt_len + arguments.output_len
-    # Two engines share the machine, so each gets just the memory it needs; graphs for all rounds exist before the first.
-    settings.setdefault("max_num_seqs", most)
-    settings.setdefault("max_model_len", max(256, length))
-    block_size = settings.get("block_size", CacheConfig.block_size)
-    settings.setdefault("num_kv_blocks", 1 + most * -(-length // block_size) * 2)
+    most = max(arguments.streams)
+    settings = _settings(arguments, most)
     config = EngineConfig.from_settings(**settings)
     if most > config.scheduler.max_num_seqs:
         raise ConfigError(
@@ -107,6 +102,20 @@ def run(arguments: argparse.Namespace) -> int:
             },
         )
     return 0
+
+
+def _settings(arguments: argparse.Namespace, most: int) -> dict[str, Any]:
+    """The engine settings that were given; for the rest, just what `most` streams need, as two engines share the machine."""
+    settings = settings_from_flags(arguments)
+    length = arguments.prompt_len + arguments.output_len
+    settings.setdefault("max_num_seqs", most)
+    max_model_len = settings.setdefault("max_model_len", max(256, length))
+    block_size = settings.get("block_size", CacheConfig.block_size)
+    num_blocks = max(
+        2 * most * -(-length // block_size), -(-max_model_len // block_size)
+    )  # for a longest request at least
+    settings.setdefault("num_kv_blocks", 1 + num_blocks)
+    return settings
 
 
 def _offline(engine: Engine, prompts: Sequence[list[int]], output_len: int) -> Pace:
