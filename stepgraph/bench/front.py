@@ -49,9 +49,11 @@ def add_parser(commands: Any) -> None:
         description="Stream the same prompts through a server and through an engine in this process, in turn. Needs aiohttp and "
         "what the server needs.",
     )
-    parser.add_argument("--streams", type=int, nargs="+", default=[1, 64], metavar="N", help="at once (default: 1 64)")
-    parser.add_argument("--prompt-len", type=int, default=32, metavar="N", help="tokens (default: 32)")
-    parser.add_argument("--output-len", type=int, default=64, metavar="N", help="tokens (default: 64)")
+    parser.add_argument(
+        "--streams", type=int, nargs="+", default=[1, 64], metavar="N", help="streams at once (default: 1 64)"
+    )
+    parser.add_argument("--prompt-len", type=int, default=32, metavar="N", help="tokens of a prompt (default: 32)")
+    parser.add_argument("--output-len", type=int, default=64, metavar="N", help="tokens of an answer (default: 64)")
     parser.add_argument("--repeats", type=int, default=5, metavar="N", help="rounds of each kind (default: 5)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the result here")
     add_flags(parser)

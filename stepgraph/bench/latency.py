@@ -87,7 +87,11 @@ def add_parser(commands: Any) -> None:
         "--repeats", type=int, default=20, metavar="N", help="timed requests per prompt length (default: 20)"
     )
     parser.add_argument(
-        "--rounds", type=int, default=2, metavar="N", help=f"of {_ANSWER} tokens per number of requests (default: 2)"
+        "--rounds",
+        type=int,
+        default=2,
+        metavar="N",
+        help=f"rounds of {_ANSWER} tokens for each number of requests (default: 2)",
     )
     parser.add_argument("--cases", metavar="TEXT", help="only cases whose name contains this")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the result as JSON")

@@ -133,7 +133,12 @@ def add_parser(commands: Any) -> None:
     )
     parser.add_argument("--lengths", choices=LENGTHS, default="random", help="of prompts and answers (default: random)")
     parser.add_argument(
-        "--loads", nargs="+", type=float, default=[0.1, 0.3, 0.6, 0.9], metavar="N", help="(default: %(default)s)"
+        "--loads",
+        nargs="+",
+        type=float,
+        default=[0.1, 0.3, 0.6, 0.9],
+        metavar="N",
+        help="arrival rates, 1 being about what the device can serve (default: %(default)s)",
     )
     for name, default, text in (
         ("max-num-seqs", defaults.max_num_seqs, "requests that run at the same time"),

@@ -69,7 +69,7 @@ def add_parser(commands: Any) -> None:
         "kernels and is shown apart.",
     )
     parser.add_argument("--repeats", type=int, default=3, metavar="N", help="runs after the first (default: 3)")
-    parser.add_argument("--prompt-len", type=int, default=10, metavar="N", help="tokens (default: 10)")
+    parser.add_argument("--prompt-len", type=int, default=10, metavar="N", help="tokens of the prompt (default: 10)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the result as JSON")
     add_flags(parser)
     parser.set_defaults(run=run)
