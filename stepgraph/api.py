@@ -34,6 +34,7 @@ class LLM:
         model: ``"smollm2"``, a .gguf file, a Hugging Face folder or hub name, or a named shape with
             ``load_format="dummy"``.
         progress: show progress bars on stderr while loading and capturing.
+        source: what `model` names, if that is resolved already.
         settings: any field of the dataclasses in `stepgraph.config`, e.g. ``dtype="bfloat16"``, ``max_num_seqs=8``,
             ``max_model_len=4096``, ``graph_optimization_config={"use_cudagraph": False}``.
 
@@ -48,10 +49,11 @@ class LLM:
         'The capital of France is Paris.'
     """
 
-    def __init__(self, model: str = "smollm2", *, progress: bool = True, **settings: Any):
-        self.engine = Engine(
-            EngineConfig.from_settings(model=model, **settings), needs_tokenizer=True, progress=progress
-        )
+    def __init__(
+        self, model: str = "smollm2", *, progress: bool = True, source: ModelSource | None = None, **settings: Any
+    ):
+        config = EngineConfig.from_settings(model=model, **settings)
+        self.engine = Engine(config, source=source, needs_tokenizer=True, progress=progress)
         self.tokenizer = self.engine.tokenizer
         self._ids = (f"request-{number}" for number in count())
 

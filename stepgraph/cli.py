@@ -262,8 +262,9 @@ def _start(arguments: argparse.Namespace) -> tuple[LLM, SamplingParams]:
         stop=arguments.stop,
     )
     settings = settings_from_flags(arguments)
-    resolve_configured(EngineConfig.from_settings(**settings).model).check_tokenizer()
-    return LLM(**settings, progress=_progress()), params
+    source = resolve_configured(EngineConfig.from_settings(**settings).model)
+    source.check_tokenizer()
+    return LLM(**settings, source=source, progress=_progress()), params
 
 
 def _config(arguments: argparse.Namespace) -> EngineConfig:

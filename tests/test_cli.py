@@ -206,9 +206,8 @@ def test_a_reader_that_leaves_early_gets_no_traceback(tiny_model):
     command = [sys.executable, "-m", "stepgraph", "generate", *quick(tiny_model), "--prompt", "x", "--max-tokens", "50"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     process.stdout.close()
-    said = process.stderr.read()  # where there are no CPU kernels, why; or that they are being compiled
-    assert "Traceback" not in said
-    assert "BrokenPipe" not in said
+    said = process.stderr.read().splitlines()
+    assert [line for line in said if "CPU kernels" not in line] == []  # they are compiled now, or why there are none
     assert process.wait() == 1
 
 

@@ -113,10 +113,8 @@ def _settings(arguments: argparse.Namespace, most: int) -> dict[str, Any]:
     settings.setdefault("max_num_seqs", most)
     max_model_len = settings.setdefault("max_model_len", max(256, length))
     block_size = settings.get("block_size", CacheConfig.block_size)
-    num_blocks = max(
-        2 * most * -(-length // block_size), -(-max_model_len // block_size)
-    )  # for a longest request at least
-    settings.setdefault("num_kv_blocks", 1 + num_blocks)
+    longest, of_all = -(-max_model_len // block_size), 2 * most * -(-length // block_size)
+    settings.setdefault("num_kv_blocks", 1 + max(longest, of_all))
     return settings
 
 

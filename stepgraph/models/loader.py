@@ -34,7 +34,6 @@ def load_model(
     supports_fp8: bool = True,
     deterministic: bool = False,
     packed: bool = False,
-    exact_tokens: int | None = None,
     progress: bool = False,
 ) -> LanguageModel:
     """Build a model and fill it; see `create_model` and `fill` for arguments and errors."""
@@ -48,7 +47,6 @@ def load_model(
         supports_fp8=supports_fp8,
         deterministic=deterministic,
         packed=packed,
-        exact_tokens=exact_tokens,
         progress=progress,
     )
     for _ in fill(model, source, load_format=load_format, progress=progress):

@@ -48,7 +48,7 @@ def plan(sources: Path = Path(__file__).parent) -> Plan | str:
         return f"they need AVX2, and torch's CPU capability is {capability}"
     wanted = os.environ.get("CXX") or _COMPILERS[0]
     candidates = list(dict.fromkeys((wanted, *_COMPILERS)))
-    compiler = next(filter(None, map(shutil.which, candidates)), None)
+    name, compiler = next(((name, path) for name in candidates if (path := shutil.which(name))), (None, None))
     if compiler is None:
         return f"no C++ compiler is installed ({', '.join(candidates)} were looked for); install one, such as g++"
     torch_folder = Path(torch.__file__).parent
@@ -58,7 +58,7 @@ def plan(sources: Path = Path(__file__).parent) -> Plan | str:
         *(f"-I{torch_folder / 'include'}", f"-L{torch_folder / 'lib'}", "-ltorch_cpu"),
     )
     folder = _cache_folder() / "stepgraph" / "native"
-    absent = None if shutil.which(wanted) else wanted
+    absent = None if name == wanted else wanted
     return Plan(capability, command, folder / f"{_fingerprint(sources, command)}.so", absent)
 
 

@@ -65,8 +65,8 @@ class EventStream(Response):
                 await sending
 
     async def _send_all(self, send: Send) -> None:
-        async def write(content: bytes, *, is_last: bool = False) -> None:
-            await send({"type": "http.response.body", "body": content, "more_body": not is_last})
+        async def write(content: bytes) -> None:
+            await send({"type": "http.response.body", "body": content, "more_body": True})
 
         try:
             try:
@@ -80,7 +80,7 @@ class EventStream(Response):
                 await write(self._failed(report(error, self._request_id)))
         finally:
             await self._events.aclose()
-        await write(b"", is_last=True)
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 
 async def _left(receive: Receive) -> None:
