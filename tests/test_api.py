@@ -77,6 +77,21 @@ def test_the_stop_token_that_ended_an_answer_is_its_stop_reason(llm) -> None:
     assert (completion.finish_reason, completion.stop_reason) == ("stop", stop)
 
 
+def test_an_end_token_of_the_models_is_no_stop_reason_though_the_request_names_it(llm) -> None:
+    end = llm.engine.end_token_ids[0]
+    forced = {"max_tokens": 4, "logit_bias": {end: 100.0}, "stop_token_ids": [end, 5]}
+    [output] = generate(llm, "Hello", SamplingParams(**forced))
+    assert (output.outputs[0].finish_reason, output.outputs[0].stop_reason) == ("stop", None)
+    [output] = generate(llm, "Hello", SamplingParams(ignore_eos=True, **forced))
+    assert (output.outputs[0].finish_reason, output.outputs[0].stop_reason) == ("stop", end)
+
+
+def test_seeds_below_zero_draw_tokens_of_their_own(llm) -> None:
+    drawn = [tokens_of(generate(llm, "Hello", SamplingParams(seed=seed))) for seed in (-1, -1, 2**64 - 1, 1, -(2**63))]
+    assert drawn[0] == drawn[1] == drawn[2]
+    assert len({str(tokens) for tokens in drawn}) == 3
+
+
 def test_text_is_left_out_if_nobody_wants_it(llm) -> None:
     params = SamplingParams(temperature=0, max_tokens=10, ignore_eos=True, detokenize=False)
     [output] = generate(llm, "Hello", params)

@@ -34,7 +34,7 @@ class ModelConfig:
     )
     max_model_len: int | None = setting(None, "tokens of prompt and answer together; default: the model's", minimum=2)
     seed: int = setting(
-        0, "seed of everything random: dummy weights and requests without a seed of their own", minimum=0
+        0, "seed of everything random: dummy weights and requests without a seed of their own", minimum=-(2**63)
     )
     device: str = setting("auto", "auto takes CUDA if there is one", choices=("auto", "cpu", "cuda"))
     deterministic: bool = setting(
@@ -43,6 +43,8 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         check(self)
+        if self.seed < 0:  # as in requests: the 64 bits it has
+            object.__setattr__(self, "seed", self.seed + 2**64)
         if self.quantization not in _QUANTIZATIONS:
             raise ConfigError(
                 f"quantization={self.quantization!r} is not supported: there are no kernels for it here. Use fp8 to quantise a "

@@ -568,7 +568,7 @@ class Engine:
 
     def _sampling_of(self, params: SamplingParams) -> SlotSampling:
         """Sampling parameters as the device wants them."""
-        stop_token_ids = tuple(dict.fromkeys((() if params.ignore_eos else self._eos) + params.stop_token_ids))
+        stop_token_ids = tuple(dict.fromkeys((() if params.ignore_eos else self.end_token_ids) + params.stop_token_ids))
         if len(stop_token_ids) > slot_line.MAX_STOP_TOKENS:
             raise RequestError(
                 f"{len(stop_token_ids)} stop tokens, the model's end tokens included; at most "
@@ -614,7 +614,7 @@ class Engine:
 
     def _create_compiler(self) -> GuidanceCompiler:
         return GuidanceCompiler(
-            require_tokenizer(self.tokenizer), vocab_size=self.source.config.vocab_size, stop_token_ids=self._eos
+            require_tokenizer(self.tokenizer), vocab_size=self.source.config.vocab_size, stop_token_ids=self.end_token_ids
         )
 
     def _pack(self, what: str, token_ids: Collection[int]) -> array[int]:
@@ -630,7 +630,8 @@ class Engine:
         raise RequestError(f"{what} {wrong!r} is outside the vocabulary of {vocab_size} tokens")
 
     @property
-    def _eos(self) -> tuple[int, ...]:
+    def end_token_ids(self) -> tuple[int, ...]:
+        """Tokens with which the model ends an answer."""
         return self.source.config.eos_token_ids
 
     def _check_alive(self) -> None:

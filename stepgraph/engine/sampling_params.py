@@ -90,7 +90,7 @@ class SamplingParams:
     top_p: float = 1.0  # keep the smallest set of tokens with this probability
     top_k: int = 0  # keep the k most likely tokens; 0 or -1 keeps all
     max_tokens: int | None = 16  # None: as many as fit the context
-    seed: int | None = None  # None: chosen by the engine from its own seed
+    seed: int | None = None  # None: chosen by the engine from its own seed; below 0: kept as the 64 bits it has, seed + 2**64
     stop_token_ids: tuple[int, ...] = ()  # the answer ends after one of these
     ignore_eos: bool = False  # do not end at the model's end token
     detokenize: bool = True
@@ -199,6 +199,8 @@ def _one_form(name: str, value: Any) -> Any:
         return 0.0 if _within(value, _NUMBER, 0, 1e-5) and value < 1e-5 else value
     if name == "top_k":
         return 0 if value == -1 else value
+    if name == "seed":
+        return value + 2**64 if _within(value, int, -(2**63), -1) else value
     if name in ("stop_token_ids", "bad_words", "stop"):
         if name == "stop" and isinstance(value, str):
             return (value,)
@@ -285,7 +287,7 @@ _RULES: Mapping[str, tuple[Callable[[Any], bool], str]] = {
     "top_p": (lambda value: _within(value, _NUMBER, 0, 1) and value > 0, "above 0 and at most 1"),
     "top_k": (_number(int, 0, 2**31 - 1), "0 or -1 (all tokens), or a positive count"),
     "max_tokens": (_or_none(_number(int, 1, math.inf)), "at least 1, or None"),
-    "seed": (_or_none(_number(int, 0, 2**64 - 1)), "between 0 and 2**64 - 1, or None"),
+    "seed": (_or_none(_number(int, 0, 2**64 - 1)), "between -2**63 and 2**64 - 1, or None"),
     "stop_token_ids": (_are_token_ids, "token ids, whole numbers from 0 up"),
     "ignore_eos": _FLAG,
     "detokenize": _FLAG,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -91,7 +91,7 @@ class Session:
             raise RequestError(f"priority={priority!r} must be a whole number; lower runs first")
         requests: list[AnsweredRequest] = []
         try:
-            for request_id, one in split(id, params):
+            for request_id, one in split(id, params, engine.end_token_ids):
                 requests.append(
                     engine.add_request(
                         request_id,
@@ -340,8 +340,14 @@ class TokenTexts:
         return self._texts[token]
 
 
-def split(id: str, params: SamplingParams) -> list[tuple[str, SamplingParams]]:
-    """Ids and parameters of the requests that give `params.n` answers; one of them reports on the prompt."""
+def split(id: str, params: SamplingParams, end_token_ids: Collection[int]) -> list[tuple[str, SamplingParams]]:
+    """Ids and parameters of the requests that give `params.n` answers; one of them reports on the prompt.
+
+    `end_token_ids` are the model's. A request need not name them, and one that does learns no stop reason from them, as in vLLM.
+    """
+    if not params.ignore_eos and any(token in end_token_ids for token in params.stop_token_ids):
+        others = tuple(token for token in params.stop_token_ids if token not in end_token_ids)
+        params = replace(params, stop_token_ids=others)
     if params.n == 1:
         return [(id, params)]
     return [

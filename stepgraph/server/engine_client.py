@@ -205,9 +205,9 @@ class EngineClient:
             RequestError: it cannot be put into a message.
             EngineDeadError: the engine is not there.
         """
-        self._require_ready()
+        ready = self._require_ready()
         assert id not in self._generations, id
-        generation = Generation(self, id, prompt, params, tokenizer, arrived_at, origin)
+        generation = Generation(self, id, prompt, params, tokenizer, arrived_at, origin, ready.end_token_ids)
         requests = [(one_id, settings_of(one.params)) for one_id, one in generation.requests.items()]
         message = Add(id, requests, prompt.token_ids, priority, prompt.cache_salt, adapter)
         try:
@@ -424,9 +424,10 @@ class EngineClient:
             if not question.done():
                 question.set_exception(error)
 
-    def _require_ready(self) -> None:
-        if self.state is not EngineState.READY:
+    def _require_ready(self) -> Ready:
+        if self.state is not EngineState.READY or self.ready is None:
             raise EngineDeadError(self.trouble or "the engine is not there")
+        return self.ready
 
     def _change(self, state: EngineState) -> None:
         self.state = state

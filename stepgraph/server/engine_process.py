@@ -308,6 +308,7 @@ def _ready(engine: Engine) -> Ready:
         num_kv_blocks=engine.runner.num_kv_blocks,
         block_size=engine.config.cache.block_size,
         max_drafts=engine.config.speculative.max_drafts,
+        end_token_ids=engine.end_token_ids,
     )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, Iterable
+from collections.abc import AsyncGenerator, Collection, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
@@ -111,12 +111,13 @@ class Generation:
         tokenizer: PreTrainedTokenizerFast | None,
         arrived_at: float,
         origin: Origin,
+        end_token_ids: Collection[int],
     ):
         self.id = id
         self.prompt = prompt
         self.requests = {
             one_id: RemoteRequest(one_id, prompt.token_ids, one, arrived_at, origin)
-            for one_id, one in split(id, params)
+            for one_id, one in split(id, params, end_token_ids)
         }
         """One for each answer, by their ids in the engine."""
         self._client = client

@@ -77,6 +77,8 @@ class Ready(msgspec.Struct, tag=True):
     block_size: int
     max_drafts: int
     """Most proposals per request and step; 0 without speculative decoding."""
+    end_token_ids: tuple[int, ...]
+    """Those with which the model ends an answer."""
 
 
 class Failed(msgspec.Struct, tag=True):

@@ -138,7 +138,7 @@ def test_a_setting_given_twice_must_be_the_same_twice() -> None:
         ({"gpu_memory_utilization": 1.5}, "gpu_memory_utilization=1.5 is above 1; use e.g. 0.9"),
         ({"gpu_memory_utilization": 0}, "gpu_memory_utilization=0 is too small; the smallest value is 0.01"),
         ({"max_model_len": 1}, "max_model_len=1 is too small; the smallest value is 2"),
-        ({"seed": -1}, "seed=-1 is too small; the smallest value is 0"),
+        ({"seed": -(2**63) - 1}, "seed=-9223372036854775809 is too small; the smallest value is -9223372036854775808"),
         ({"capture": "some"}, "capture='some' is not known; choose one of: auto, lazy, all"),
         ({"model": 7}, "model=7 must be text"),
         ({"quantization": "awq"}, "quantization='awq' is not supported: there are no kernels.*fp8.*auto"),
@@ -260,3 +260,8 @@ def test_settings_survive_json() -> None:
     assert EngineConfig.from_settings(**json.loads(json.dumps(NON_DEFAULT))) == EngineConfig.from_settings(
         **NON_DEFAULT
     )
+
+
+def test_a_seed_below_zero_is_the_one_of_the_same_64_bits() -> None:
+    assert EngineConfig.from_settings(seed=-1).model.seed == 2**64 - 1
+    assert EngineConfig.from_settings(seed=7).model.seed == 7

@@ -59,7 +59,7 @@ def test_stop_token_ids_are_taken_from_a_list_or_none() -> None:
         ("top_p", (0, -0.5, 1.01, float("nan"), "0.9", None), "above 0 and at most 1"),
         ("top_k", (-2, 2**31, 1.5, "5", None), r"0 or -1 \(all tokens\), or a positive count"),
         ("max_tokens", (0, -1, 2.5, "16"), "at least 1, or None"),
-        ("seed", (-1, 2**64, 1.5, "7"), r"between 0 and 2\*\*64 - 1, or None"),
+        ("seed", (-(2**63) - 1, 2**64, 1.5, "7", True), r"between -2\*\*63 and 2\*\*64 - 1, or None"),
         ("stop_token_ids", ((-1,), (2**31,), (1.5,), ("a",), (True,), 5, "56"), "token ids"),
         ("n", (0, 65, 1.5, "2", None, True), "between 1 and 64"),
         ("min_p", (-0.1, 1.1, float("nan"), "0.1", None), r"between 0 \(all tokens\) and 1"),
@@ -134,6 +134,11 @@ def test_logit_biases_that_are_not_token_ids_with_numbers_are_refused(biases) ->
 def test_the_ends_of_a_range_belong_to_it(field, values) -> None:
     for value in values:
         assert getattr(SamplingParams(**{field: value}), field) == value
+
+
+@pytest.mark.parametrize(("given", "kept"), [(-1, 2**64 - 1), (-(2**63), 2**63), (-5, 2**64 - 5)])
+def test_a_seed_below_zero_is_the_one_of_the_same_64_bits(given, kept) -> None:
+    assert SamplingParams(seed=given).seed == SamplingParams(seed=kept).seed == kept
 
 
 def test_more_stop_tokens_than_a_slot_holds_are_refused_with_the_number() -> None:

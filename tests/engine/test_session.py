@@ -327,6 +327,7 @@ class Recorder:
 
     def __init__(self, *, room: int = 100):
         self.tokenizer = BYTES
+        self.end_token_ids = (0,)
         self.requests: dict[str, Request] = {}
         self.options: list[dict] = []
         self.aborted: list[str] = []

@@ -29,6 +29,7 @@ READY = Ready(
     num_kv_blocks=9,
     block_size=16,
     max_drafts=0,
+    end_token_ids=(0,),
 )
 LOAD = Load(
     num_running=2,
