@@ -28,6 +28,14 @@ class CheckpointTensor(ABC):
             ModelError: the file cannot be read.
         """
 
+    def stored(self) -> Tensor:
+        """Return the values in the type that loses none, without a copy where that can be.
+
+        Raises:
+            ModelError: the file cannot be read.
+        """
+        return self.load(torch.float32, torch.device("cpu"))
+
     def packed(self) -> Tensor:
         """Return the stored bytes of a quantised tensor: [rows, bytes per row] uint8 on the CPU, rows as in `shape`."""
         raise AssertionError(f"{self.name} is not quantised")

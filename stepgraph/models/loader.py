@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
 from torch import nn
@@ -15,12 +17,15 @@ from stepgraph.models.config import DecoderConfig
 from stepgraph.models.decoder import Decoder
 from stepgraph.models.language_model import LanguageModel
 from stepgraph.models.mtp_tensors import without_mtp
+from stepgraph.models.output_head import fit_head, has_own_head
 from stepgraph.models.packing import pack
 from stepgraph.models.quantization import materialise, quantize_layers
 from stepgraph.models.registry import ARCHITECTURES
 from stepgraph.models.source import ModelSource
 from stepgraph.models.transformers_config import TransformersConfig
 from stepgraph.models.update import match_tensors, write_each
+
+logger = logging.getLogger(__name__)
 
 
 def load_model(
@@ -109,10 +114,17 @@ def create_model(
             return TransformersModel.with_random_weights(config, dtype=dtype, device=device)
         return TransformersModel.from_folder(config, source.folder, dtype=dtype, device=device, progress=progress)
     assert isinstance(config, DecoderConfig), config
+    tensors = [] if load_format == "dummy" else without_mtp(source.tensors())
+    if config.tie_word_embeddings and has_own_head(tensors, tied=True):
+        logger.warning(
+            "%s: config.json says that the output head is the embedding table (tie_word_embeddings), but the checkpoint holds an "
+            "lm_head.weight that differs from it, which is kept. Set tie_word_embeddings to false to say so.",
+            source.description,
+        )
+        config = replace(config, tie_word_embeddings=False)
     meta = torch.device("meta")
     model = ARCHITECTURES[config.architecture](config, max_model_len=max_model_len, dtype=dtype, device=meta)
     if quantization not in ("none", None):
-        tensors = [] if load_format == "dummy" else list(without_mtp(source.tensors()))
         has_fp8 = quantize_layers(model, tensors, everything=quantization == "fp8")
         if has_fp8 and not supports_fp8:
             raise ConfigError(
@@ -140,7 +152,13 @@ def fill(
         return iter(())  # filled as it was built
     if load_format == "dummy":
         return _fill_randomly(model)
-    update = match_tensors(model.checkpoint_tensors(), without_mtp(source.tensors()), source.description)
+    tensors = fit_head(
+        without_mtp(source.tensors()),
+        tied=model.config.tie_word_embeddings,
+        in_model=model.lm_head is not None,
+        description=source.description,
+    )
+    update = match_tensors(model.checkpoint_tensors(), tensors, source.description)
     bar = tqdm(update, f"Loading {source.name}", unit=" tensors", disable=not progress, leave=False)
     return write_each(bar, on_host=fills_in_place(model))
 

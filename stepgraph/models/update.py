@@ -11,9 +11,11 @@ from torch import Tensor
 from stepgraph.errors import ModelError
 from stepgraph.models.checkpoint import CheckpointTensor
 from stepgraph.models.conversion import Target, quantization_of, takes_values
+from stepgraph.models.config import DecoderConfig
 from stepgraph.models.decoder import Decoder
 from stepgraph.models.language_model import LanguageModel, LanguageModelConfig
 from stepgraph.models.mtp_tensors import without_mtp
+from stepgraph.models.output_head import fit_head, has_own_head
 from stepgraph.models.source import ModelSource
 from stepgraph.models.transformers_config import TransformersConfig
 
@@ -43,6 +45,7 @@ def plan_update(model: LanguageModel, source: ModelSource | Iterable[tuple[str, 
     Raises:
         ModelError: the weights are of another model, incomplete or of other shapes, or cannot be read.
     """
+    tied = isinstance(model, Decoder) and model.config.tie_word_embeddings
     if isinstance(source, ModelSource):
         if _without_ends(source.config) != _without_ends(model.config):
             raise ModelError(
@@ -50,6 +53,7 @@ def plan_update(model: LanguageModel, source: ModelSource | Iterable[tuple[str, 
                 "configs differ. Start another engine for it."
             )
         description = source.description
+        tied = isinstance(source.config, DecoderConfig) and source.config.tie_word_embeddings
         tensors = source.tensors() if isinstance(model, Decoder) else _read_with_transformers(model, source)
     else:
         description = "given as tensors"
@@ -59,7 +63,16 @@ def plan_update(model: LanguageModel, source: ModelSource | Iterable[tuple[str, 
                 f"{model.config.architecture} runs through transformers, which renames and merges tensors as it reads a "
                 "checkpoint; save the weights with save_pretrained and give the folder."
             )
-    return match_tensors(_targets(model), without_mtp(tensors), description)
+    tensors = without_mtp(tensors)
+    if isinstance(model, Decoder):
+        in_model = model.lm_head is not None
+        if not in_model and has_own_head(tensors, tied=tied):
+            raise ModelError(
+                f"The checkpoint ({description}) has an output head of its own, and the model that runs uses its embedding table; "
+                "a head cannot be added to graphs that are captured. Start another engine for it."
+            )
+        tensors = fit_head(tensors, tied=tied, in_model=in_model, description=description)
+    return match_tensors(_targets(model), tensors, description)
 
 
 def write(update: Update) -> None:
@@ -131,8 +144,8 @@ def match_tensors(
 
 
 def _is_redundant(name: str) -> bool:
-    """Whether checkpoints may store a tensor that follows from others: a model without a head of its own uses its embedding."""
-    return name.endswith("rotary_emb.inv_freq") or name == "lm_head.weight"
+    """Whether checkpoints may store a tensor that follows from the config."""
+    return name.endswith("rotary_emb.inv_freq")
 
 
 def _targets(model: LanguageModel) -> dict[str, Target]:
@@ -153,14 +166,21 @@ def _read_with_transformers(model: LanguageModel, source: ModelSource) -> list[C
     new = TransformersModel.from_folder(
         model.config, source.folder, dtype=dtype, device=torch.device("cpu"), progress=False
     )
-    return [TensorInMemory(name, values) for name, values in (*new.named_parameters(), *new.named_buffers())]
+    values = {**dict(new.named_parameters(remove_duplicate=False)), **dict(new.named_buffers())}
+    known = _targets(model).keys() & values.keys()
+    taken = {
+        id(values[name]) for name in known
+    }  # a head that is the embedding has two names, of which either model may lack one
+    return [TensorInMemory(name, v) for name, v in values.items() if name in known or id(v) not in taken]
 
 
 def _without_ends(config: LanguageModelConfig) -> LanguageModelConfig:
-    """What two checkpoints of one model have in common: trained further, a model may end its answers otherwise."""
+    """What two checkpoints of one model have in common: trained further, a model may end its answers otherwise, and what its
+    config says of the output head is what its tensors are asked about."""
     if isinstance(config, TransformersConfig):
         return replace(config, eos_token_ids=(), hf_config=None)  # which holds the folder's name, for one
-    return replace(config, eos_token_ids=())  # type: ignore[type-var]  # both implementations are dataclasses
+    assert isinstance(config, DecoderConfig), config
+    return replace(config, eos_token_ids=(), tie_word_embeddings=False)
 
 
 def _some(names: list[str]) -> str:
