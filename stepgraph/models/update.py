@@ -10,8 +10,8 @@ from torch import Tensor
 
 from stepgraph.errors import ModelError
 from stepgraph.models.checkpoint import CheckpointTensor
-from stepgraph.models.conversion import Target, quantization_of, takes_values
 from stepgraph.models.config import DecoderConfig
+from stepgraph.models.conversion import Target, quantization_of, takes_values
 from stepgraph.models.decoder import Decoder
 from stepgraph.models.language_model import LanguageModel, LanguageModelConfig
 from stepgraph.models.mtp_tensors import without_mtp
@@ -68,8 +68,8 @@ def plan_update(model: LanguageModel, source: ModelSource | Iterable[tuple[str, 
         in_model = model.lm_head is not None
         if not in_model and has_own_head(tensors, tied=tied):
             raise ModelError(
-                f"The checkpoint ({description}) has an output head of its own, and the model that runs uses its embedding table; "
-                "a head cannot be added to graphs that are captured. Start another engine for it."
+                f"The checkpoint ({description}) has an output head of its own, and the model that runs uses its embedding "
+                "table; a head cannot be added to graphs that are captured. Start another engine for it."
             )
         tensors = fit_head(tensors, tied=tied, in_model=in_model, description=description)
     return match_tensors(_targets(model), tensors, description)

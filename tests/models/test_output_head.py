@@ -139,7 +139,7 @@ def test_an_update_with_a_head_is_refused_by_a_model_without_room_for_one(tmp_pa
         return plan_update(model, resolve(str(folder)) if given_as == "checkpoint" else stored.items())
 
     write(update(copied))
-    with pytest.raises(ModelError, match="output head of its own.*Start another engine"):
+    with pytest.raises(ModelError, match=r"output head of its own.*Start another engine"):
         update(own)
     assert_as_transformers(model, copied)
 
