@@ -73,6 +73,13 @@ class ServerConfig:
     request_timeout: float | None = setting(
         None, "seconds that a request may take, waiting included; default: no limit", minimum=0.001, metavar="SECONDS"
     )
+    engine_hang_timeout: float | None = setting(
+        None,
+        "seconds without a sign of the engine's loop after which its process is killed and started again; default: 120, on a "
+        "CPU more if the model's largest step may take longer",
+        minimum=2,
+        metavar="SECONDS",
+    )
     shutdown_timeout: float = setting(
         30.0, "seconds that running requests get to finish after SIGTERM", minimum=0, metavar="SECONDS"
     )

@@ -135,6 +135,8 @@ class GraphPool(Generic[Output]):
         self.backend_name = backend.name
         self.lazy = lazy
         self.statistics = PoolStatistics()
+        self.before_capture: Callable[[], None] = lambda: None
+        """Called when a graph is about to be captured, which may take long; whoever waits for the engine sets it."""
         self._config = config
         self._backend = backend
         self._create_program = create_program
@@ -285,6 +287,7 @@ class GraphPool(Generic[Output]):
         budget = self._config.graph_memory_mib
         if shape in self._over_budget:
             return None
+        self.before_capture()
         before, started = self._used_memory_bytes(), time.perf_counter()
         with self._capture_context():
             graph = self._backend.capture(self._create_program(shape), self._config.capture_warmups)

@@ -5,9 +5,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import shutil
+import signal
 import subprocess
-import tempfile
 import time
 from collections import deque
 from collections.abc import Iterable, Mapping
@@ -44,7 +43,9 @@ from stepgraph.server.messages import (
     encode_start,
     settings_of,
 )
+from stepgraph.server.socket_folder import remove_abandoned, socket_folder
 from stepgraph.server.spawn import spawn_engine
+from stepgraph.server.watchdog import Watchdog
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -61,8 +62,10 @@ _LAST_WORDS_S = 0.2
 """How long to wait for what an ended process sent last."""
 _NUM_RECENT = 64
 """Answers whose mean time says what the next ones will take."""
-_STALLED_S = 120.0
-"""Requests run, and the engine has said nothing for so long: it hangs."""
+_ANSWER_S = 30.0
+"""How long the engine may take to answer a question: longer than most steps."""
+_STACKS_S = 0.5
+"""How long an engine that hangs gets to write down where."""
 
 
 class EngineState(StrEnum):
@@ -73,6 +76,13 @@ class EngineState(StrEnum):
     RESTARTING = "restarting"  # it died, and waits to be started again or loads
     FAILED = "failed"  # its settings or model are unusable
     STOPPED = "stopped"
+
+
+class RestartCause(StrEnum):
+    """Why a serving engine is started again."""
+
+    DIED = "died"
+    HUNG = "hung"
 
 
 class Observer(Protocol):
@@ -93,6 +103,9 @@ class Observer(Protocol):
     def on_state(self, state: EngineState) -> None:
         """The engine's process has come to another state of its life."""
 
+    def on_restart(self, cause: RestartCause) -> None:
+        """A serving engine is started again."""
+
 
 class EngineClient:
     """Runs the engine in a process of its own. Belongs to one event loop.
@@ -102,6 +115,7 @@ class EngineClient:
     Args:
         settings: of the engine, as `EngineConfig.from_settings` takes them.
         port: TCP port on loopback for the two processes to talk over; None is a local socket.
+        hang_timeout_s: see `ServerConfig.engine_hang_timeout`.
         observer: hears of steps and requests.
         first_process: of `spawn_engine`, if it has been started already.
         progress: let the process show progress bars on stderr.
@@ -112,6 +126,7 @@ class EngineClient:
         settings: Mapping[str, Any],
         *,
         port: int | None = None,
+        hang_timeout_s: float | None = None,
         observer: Observer,
         first_process: subprocess.Popen[bytes] | None = None,
         progress: bool = False,
@@ -123,6 +138,7 @@ class EngineClient:
         """What the running engine said of itself."""
         self._settings = dict(settings)
         self._port = port
+        self._hang_timeout_s = hang_timeout_s
         self._observer = observer
         self._first_process = first_process
         self._progress = progress
@@ -134,12 +150,15 @@ class EngineClient:
         self._numbers = count()
         self._recent_seconds: deque[float] = deque(maxlen=_NUM_RECENT)
         self._heard_at = time.monotonic()
+        self._watchdog: Watchdog | None = None
+        self._hung = False
         self._settled = asyncio.Event()  # it is known whether requests are served
         self._life: asyncio.Task[None] | None = None
         self._stopping = False
 
     async def start(self) -> None:
         """Start the process; `wait_ready` waits for it to load."""
+        await asyncio.to_thread(remove_abandoned)
         self._life = asyncio.create_task(self._live())
 
     async def wait_ready(self) -> None:
@@ -175,9 +194,6 @@ class EngineClient:
             return f"the engine stopped{reason} and is being started again"
         if self.state is not EngineState.READY:
             return "the engine has stopped" + ("" if self.failure is None else f": {self.failure.message}")
-        silent_s = time.monotonic() - self._heard_at
-        if self._running and silent_s > _STALLED_S:
-            return f"the engine has said nothing for {silent_s:.0f} s"
         return None
 
     def submit(
@@ -214,8 +230,6 @@ class EngineClient:
             content = encode(message)
         except (OverflowError, TypeError, ValueError, RecursionError) as error:
             raise RequestError(f"the request holds a value that cannot be sent to the engine: {error}") from error
-        if not self._running:
-            self._heard_at = time.monotonic()
         self._generations[id] = generation
         self._running.update((one_id, (generation, one)) for one_id, one in generation.requests.items())
         self._send_encoded(content)
@@ -233,12 +247,22 @@ class EngineClient:
         self.abort(generation.requests)
 
     async def graphs(self) -> dict[str, Any]:
-        """The graph pool; EngineDeadError if the engine is not there."""
+        """The graph pool.
+
+        Raises:
+            EngineDeadError: the engine is not there, or does not answer.
+        """
         self._require_ready()
         number = next(self._numbers)
         answer = self._questions[number] = asyncio.get_running_loop().create_future()
         self._send(AskGraphs(number))
-        return await answer
+        try:
+            async with asyncio.timeout(_ANSWER_S):
+                return await answer
+        except TimeoutError as error:
+            raise EngineDeadError(f"the engine has not answered for {_ANSWER_S:g} s; ask again later") from error
+        finally:
+            self._questions.pop(number, None)
 
     async def stop(self) -> None:
         """End the process; what runs fails with EngineDeadError."""
@@ -274,8 +298,11 @@ class EngineClient:
 
     async def _run_once(self) -> None:
         """One life of the process, until it ends."""
-        folder = Path(tempfile.mkdtemp(prefix="stepgraph-"))
-        self.failure = None
+        with socket_folder() as folder:
+            await self._run_in(folder)
+
+    async def _run_in(self, folder: Path) -> None:
+        self.failure, self._hung = None, False
         socket = self._socket = self._context.socket(zmq.PAIR)
         process = None
         try:
@@ -290,13 +317,17 @@ class EngineClient:
             served = self.state is EngineState.READY
             if served:
                 self._change(EngineState.STOPPED if self._stopping else EngineState.RESTARTING)
-            code = None if process is None else await self._end(process, at_once=not served)
+                if not self._stopping:
+                    self._observer.on_restart(RestartCause.HUNG if self._hung else RestartCause.DIED)
+            if self._hung:  # the system may take its time to end it
+                assert self.failure is not None
+                self._fail_all(f"the engine stopped: {self.failure.message}")
+            code = None if process is None else await self._end(process, at_once=self._hung or not served)
             if self.failure is None:
                 how = "was ended" if code is None or code >= 0 else f"was killed by signal {-code}"
                 self.failure = Failed(f"its process {how}", is_users=False)
             self._socket = None
             socket.close(linger=0)
-            shutil.rmtree(folder, ignore_errors=True)
             self._fail_all(f"the engine stopped: {self.failure.message}")
 
     def _bind(self, socket: zmq.asyncio.Socket, folder: Path) -> Start:
@@ -319,17 +350,35 @@ class EngineClient:
         return Start(address, self._settings, self._progress, key)
 
     async def _listen(self, socket: zmq.asyncio.Socket, process: subprocess.Popen[bytes]) -> None:
-        """Take in messages until the process ends."""
+        """Take in messages until the process ends, or hangs."""
+        self._watchdog = Watchdog(process.pid, self._hang_timeout_s)
         ended = asyncio.create_task(asyncio.to_thread(process.wait))
         receiving = asyncio.create_task(self._receive(socket))
+        hanging = asyncio.create_task(self._watch(process, self._watchdog))
         try:
-            await asyncio.wait((receiving, ended), return_when=asyncio.FIRST_COMPLETED)
-            await asyncio.wait((receiving,), timeout=_LAST_WORDS_S)
+            await asyncio.wait((receiving, ended, hanging), return_when=asyncio.FIRST_COMPLETED)
+            if not hanging.done():
+                await asyncio.wait((receiving,), timeout=_LAST_WORDS_S)
             if receiving.done():
                 receiving.result()
         finally:
             ended.cancel()
             receiving.cancel()
+            hanging.cancel()
+
+    async def _watch(self, process: subprocess.Popen[bytes], watchdog: Watchdog) -> None:
+        """Wait until the process hangs, and have it say where."""
+        while not watchdog.look():
+            await asyncio.sleep(watchdog.tick_s)
+        what = "its start stands still" if self.state is not EngineState.READY else "it hung"
+        self._hung = True
+        self.failure = Failed(
+            f"{what}: there was no sign of life from it for {watchdog.silent_s:.0f} s (engine_hang_timeout)",
+            is_users=False,
+        )
+        if hasattr(signal, "SIGUSR1"):  # its process writes its threads' stacks to stderr, unless it is stopped
+            process.send_signal(signal.SIGUSR1)
+            await asyncio.sleep(_STACKS_S)
 
     async def _receive(self, socket: zmq.asyncio.Socket) -> None:
         """Take in messages, always all that are there: if the requests' readers are behind, each then finds several tokens at
@@ -343,6 +392,8 @@ class EngineClient:
     def _take(self, content: bytes) -> None:
         self._heard_at = time.monotonic()
         message: FromEngine = decode_from_engine(content)
+        if self._watchdog is not None:
+            self._watchdog.hear(message)
         if isinstance(message, Progress):
             self._observer.on_progress(message)
             for update in message.updates:
@@ -358,13 +409,13 @@ class EngineClient:
                     self._drop(request_id, FinishReason.ERROR)
                 refused.fail((RequestError if message.is_users else StepgraphError)(message.message))
         elif isinstance(message, Graphs):
-            answer = self._questions.pop(message.number)
-            if not answer.done():
+            answer = self._questions.get(message.number)
+            if answer is not None and not answer.done():
                 answer.set_result(message.pool)
         elif isinstance(message, Ready):
             self.ready = message
             self._change(EngineState.READY)
-        else:
+        elif isinstance(message, Failed):
             self.failure = message
 
     def _take_update(self, update: TokenUpdate) -> None:

@@ -7,11 +7,15 @@ JSON. The process ends when its standard input does: whoever started it is gone 
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import faulthandler
 import gc
 import logging
 import os
+import signal
 import sys
 import threading
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -29,6 +33,7 @@ from stepgraph.server.messages import (
     Accepted,
     Add,
     AskGraphs,
+    Beat,
     Failed,
     FirstToken,
     Graphs,
@@ -49,8 +54,10 @@ from stepgraph.server.messages import (
 logger = logging.getLogger(__name__)
 
 _LAST_WORD_MS = 5000  # how long the last message may take to leave
-_IDLE_MS = 60_000  # the loop wakes at least so often; nothing depends on it
+_BEAT_S = 0.5  # the front hears of the loop at least so often, but for what takes longer by itself
+_SLOWEST_FLOPS = 2e10  # per second: what any machine computes, a CPU with other work beside included
 _USER_ERROR, _FAILURE = 2, 1
+_PR_SET_PDEATHSIG = 1  # of Linux's prctl: the signal that a process gets when its parent ends
 
 
 class EngineProcess:
@@ -62,7 +69,9 @@ class EngineProcess:
         self._steps: list[StepInfo] = []
         self._told: dict[str, int] = {}  # of each unfinished request: output tokens that were sent
         self._load_told: Load | None = None
+        self._sent_at = 0.0
         engine.on_step = self._note_step
+        engine.runner.pool.before_capture = lambda: self._send(Beat(captures=True))
 
     def run(self) -> None:
         """Serve until told to stop.
@@ -72,6 +81,10 @@ class EngineProcess:
         """
         self._tell([])  # what was captured at start
         while True:
+            if (
+                time.monotonic() - self._sent_at >= _BEAT_S
+            ):  # by this thread: another one would beat on while this one hangs
+                self._send(Beat())
             message = self._receive()
             while message is not None:
                 if isinstance(message, Stop):
@@ -82,13 +95,13 @@ class EngineProcess:
             self._tell(updates)
 
     def _receive(self) -> ToEngine | None:
-        """The next message; waits for one while the engine has nothing to do."""
-        wait_ms: float = 0
+        """The next message; waits for one while the engine has nothing to do, until the next beat."""
+        wait_s = 0.0
         if not self._engine.has_work:
-            wait_ms = _IDLE_MS
+            wait_s = _BEAT_S
         elif (seconds := self._engine.seconds_until_work) is not None:
-            wait_ms = seconds * 1e3
-        if wait_ms and not self._socket.poll(max(1, int(wait_ms)), zmq.POLLIN):
+            wait_s = min(seconds, _BEAT_S)
+        if wait_s and not self._socket.poll(max(1, int(wait_s * 1e3)), zmq.POLLIN):
             return None
         return self._receive_now()
 
@@ -177,6 +190,7 @@ class EngineProcess:
 
     def _send(self, message: Any) -> None:
         self._socket.send(encode(message), zmq.NOBLOCK)  # the queue has no limit: it never waits
+        self._sent_at = time.monotonic()
 
 
 def load_of(engine: Engine) -> Load:
@@ -254,6 +268,12 @@ def main() -> int:
     if not first_line:  # whoever started it is gone already
         return 0
     start = decode_start(first_line)
+    if hasattr(signal, "SIGUSR1"):
+        faulthandler.register(signal.SIGUSR1)  # the front asks where an engine hangs before it kills it
+    if (
+        sys.platform == "linux"
+    ):  # the thread below is of no use to a process that is stopped, or that hangs with Python's lock
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     threading.Thread(target=_end_with_the_front, name="stepgraph-lifeline", daemon=True).start()
     context = zmq.Context()
     socket = _connect(context, start)
@@ -309,7 +329,19 @@ def _ready(engine: Engine) -> Ready:
         block_size=engine.config.cache.block_size,
         max_drafts=engine.config.speculative.max_drafts,
         end_token_ids=engine.end_token_ids,
+        longest_step_s=_longest_step_s(engine),
     )
+
+
+def _longest_step_s(engine: Engine) -> float:
+    """What the largest step takes on the slowest machine: products with the weights and with all keys and values, two operations
+    an entry. On a GPU, next to nothing."""
+    if engine.platform.name != "cpu":
+        return 0.0
+    model = engine.runner.model
+    num_weights = sum(parameter.numel() for parameter in model.parameters())
+    num_attended = 2 * engine.max_model_len * model.config.num_layers * model.config.num_heads * model.config.head_dim
+    return 2 * engine.runner.pool.max_tokens * (num_weights + num_attended) / _SLOWEST_FLOPS
 
 
 def _end_with_the_front() -> None:

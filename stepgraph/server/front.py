@@ -80,6 +80,7 @@ async def _serve(front: Front) -> int:
     client = EngineClient(
         front.settings,
         port=config.engine_worker_queue_port,
+        hang_timeout_s=config.engine_hang_timeout,
         observer=metrics,
         first_process=front.engine_process,
         progress=sys.stderr.isatty(),

@@ -79,6 +79,15 @@ class Ready(msgspec.Struct, tag=True):
     """Most proposals per request and step; 0 without speculative decoding."""
     end_token_ids: tuple[int, ...]
     """Those with which the model ends an answer."""
+    longest_step_s: float
+    """No step takes longer, nor anything else that the loop does, but for captures."""
+
+
+class Beat(msgspec.Struct, tag=True):
+    """The engine's loop goes round, though there may be nothing else to tell."""
+
+    captures: bool = False
+    """It is about to capture a graph: until it says something else, it may be silent for minutes."""
 
 
 class Failed(msgspec.Struct, tag=True):
@@ -183,7 +192,7 @@ class Graphs(msgspec.Struct, tag=True):
     pool: dict[str, Any]
 
 
-FromEngine = Ready | Failed | Accepted | Refused | Progress | Graphs
+FromEngine = Ready | Beat | Failed | Accepted | Refused | Progress | Graphs
 
 encode = msgspec.msgpack.Encoder().encode
 decode_start = msgspec.json.Decoder(Start).decode

@@ -29,7 +29,7 @@ from prometheus_client.utils import floatToGoString
 from stepgraph import __version__
 from stepgraph.engine.request import FinishReason
 from stepgraph.server.door import OPEN_PATHS
-from stepgraph.server.engine_client import EngineState
+from stepgraph.server.engine_client import EngineState, RestartCause
 from stepgraph.server.messages import Load
 from stepgraph.step.eager_reason import EagerReason
 from stepgraph.step.plan import StepKind
@@ -103,7 +103,7 @@ class Metrics(Collector):
     def __init__(self, model_name: str):
         self._model_name = model_name
         self._state = EngineState.LOADING
-        self._restarts = 0
+        self._restarts: Counter[tuple[str, ...]] = Counter({(cause,): 0 for cause in RestartCause})
         self._load = _IDLE
         self._ended_loads: Counter[str] = Counter()  # of processes that are gone, by `_COUNTS`
         self._ended_accepted: list[int] = []  # likewise, of `Load.accepted_per_position`
@@ -213,7 +213,10 @@ class Metrics(Collector):
         self._ended_accepted = self._accepted_per_position()
         self._load = _IDLE
         self._state = state
-        self._restarts += state is EngineState.RESTARTING
+
+    def on_restart(self, cause: RestartCause) -> None:
+        """See `Observer`."""
+        self._restarts[cause,] += 1
 
     def on_response(self, path_template: str, status: int) -> None:
         """An HTTP request was answered. The path is its route's: one with ids in it would make a series of each."""
@@ -238,7 +241,9 @@ class Metrics(Collector):
         build = {"version": __version__, "python": platform.python_version(), "torch": version("torch")}
         yield InfoMetricFamily(f"{_PREFIX}build", "Versions.", {"model_name": self._model_name, **build})
         yield self._gauge("engine_up", "1 if the engine takes requests.", self._state is EngineState.READY)
-        yield self._counter("engine_restarts", "Times a serving engine died, to be started again.", self._restarts)
+        yield self._counters(
+            "engine_restarts", "Times a serving engine died or hung, to be started again.", ("cause",), self._restarts
+        )
         yield self._counters(
             "http_requests", "HTTP requests, by route and status.", ("handler", "status"), self._responses
         )

@@ -30,6 +30,7 @@ READY = Ready(
     block_size=16,
     max_drafts=0,
     end_token_ids=(0,),
+    longest_step_s=0.0,
 )
 LOAD = Load(
     num_running=2,

@@ -13,7 +13,7 @@ from prometheus_client.openmetrics import parser as openmetrics_parser
 from prometheus_client.samples import Sample
 
 from stepgraph import __version__
-from stepgraph.server.engine_client import EngineState
+from stepgraph.server.engine_client import EngineState, RestartCause
 from stepgraph.server.messages import Load, Progress, TokenUpdate
 from stepgraph.server.metrics import Metrics
 
@@ -259,7 +259,16 @@ def test_counts_never_fall_and_lose_nothing_when_the_engine_is_restarted(lives):
             check()
         metrics.on_state(EngineState.RESTARTING)
         check()
-    assert value(metrics, "engine_restarts_total") == len(lives)
+
+
+def test_restarts_are_counted_by_what_caused_them():
+    metrics = Metrics("tiny")
+    for cause in (RestartCause.HUNG, RestartCause.DIED, RestartCause.HUNG):
+        metrics.on_restart(cause)
+    assert {cause: value(metrics, "engine_restarts_total", cause=cause) for cause in RestartCause} == {
+        "died": 1,
+        "hung": 2,
+    }
 
 
 def test_proposals_are_counted_by_what_came_of_them_and_by_position():
