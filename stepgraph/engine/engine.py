@@ -614,7 +614,9 @@ class Engine:
 
     def _create_compiler(self) -> GuidanceCompiler:
         return GuidanceCompiler(
-            require_tokenizer(self.tokenizer), vocab_size=self.source.config.vocab_size, stop_token_ids=self.end_token_ids
+            require_tokenizer(self.tokenizer),
+            vocab_size=self.source.config.vocab_size,
+            stop_token_ids=self.end_token_ids,
         )
 
     def _pack(self, what: str, token_ids: Collection[int]) -> array[int]:

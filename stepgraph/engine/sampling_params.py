@@ -90,7 +90,9 @@ class SamplingParams:
     top_p: float = 1.0  # keep the smallest set of tokens with this probability
     top_k: int = 0  # keep the k most likely tokens; 0 or -1 keeps all
     max_tokens: int | None = 16  # None: as many as fit the context
-    seed: int | None = None  # None: chosen by the engine from its own seed; below 0: kept as the 64 bits it has, seed + 2**64
+    seed: int | None = (
+        None  # None: chosen by the engine from its own seed; below 0: kept as the 64 bits it has, seed + 2**64
+    )
     stop_token_ids: tuple[int, ...] = ()  # the answer ends after one of these
     ignore_eos: bool = False  # do not end at the model's end token
     detokenize: bool = True

@@ -67,7 +67,9 @@ class SamplingFields(_Fields):
     top_k: int | None = None
     min_p: float | None = None
     n: int | None = Field(None, description="answers to each prompt")
-    seed: int | None = Field(None, description="makes random choices repeatable; any whole number of 64 bits, with or without a sign")
+    seed: int | None = Field(
+        None, description="makes random choices repeatable; any whole number of 64 bits, with or without a sign"
+    )
     stop: str | Items[str] | None = Field(None, description="texts that end the answer")
     stop_token_ids: Items[int] | None = None
     include_stop_str_in_output: bool = False
