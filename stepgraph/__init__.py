@@ -4,6 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from stepgraph.openmp import wait_briefly
+
+wait_briefly()  # before anything imports torch
+
 __version__ = "0.1.0"
 __all__ = [
     "LLM",

@@ -92,8 +92,8 @@ def main(settings: dict[str, Any], *, progress: bool) -> int:
     where = machine(engine.platform)
     versions = ", ".join(f"{name} {version}" for name, version in where["versions"].items())
     print(f"{versions}\n{where['device']}, {where['threads']} threads")
-    dtype = str(engine.dtype).removeprefix("torch.")
-    print(f"loaded {engine.source.name} in {time.perf_counter() - started:.1f} s: {dtype} on {engine.platform.name}")
+    seconds = time.perf_counter() - started
+    print(f"loaded {engine.source.name} in {seconds:.1f} s on {engine.platform.name}: {engine.precision}")
 
     started = time.perf_counter()
     pool = engine.runner.pool

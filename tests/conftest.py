@@ -2,8 +2,9 @@
 
 import os
 
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # where cores are shared, waiting threads that spin cost minutes
+import stepgraph  # noqa: F401  # before torch, as it settles how torch's threads wait
 
+# isort: split
 import torch
 
 if not torch.cuda.is_available():

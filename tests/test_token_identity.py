@@ -17,6 +17,7 @@ from stepgraph.engine import engine as engine_module
 from stepgraph.engine.engine import Engine
 from stepgraph.engine.sampling_params import SamplingParams
 from stepgraph.models.loader import load_model
+from stepgraph.ops.packed import EXACT_TOKENS
 
 REFERENCE = json.loads((Path(__file__).parent / "data/smollm2_greedy.json").read_text())["answers"]
 BY_LENGTH = sorted(REFERENCE, key=lambda answer: len(answer["prompt"]))
@@ -100,16 +101,28 @@ def test_prompts_in_chunks_of_at_most_64_tokens_match_transformers(create_engine
     assert engine.runner.pool.statistics.num_eager_steps == 0
 
 
+@pytest.fixture(scope="module")
+def packed_engine(smollm2) -> Engine:
+    """As a user gets it who asks for float32 on a CPU."""
+    return Engine(EngineConfig.from_settings(device="cpu", **SETTINGS), source=smollm2)
+
+
 @pytest.mark.skipif(not native.available(), reason=f"no kernels: {native.missing()}")
-@pytest.mark.parametrize("deterministic", [False, True])
-def test_weights_in_the_files_own_blocks_give_the_same_tokens(smollm2, deterministic) -> None:
-    engine = Engine(EngineConfig.from_settings(device="cpu", deterministic=deterministic, **SETTINGS), source=smollm2)
-    assert engine.runner.model.embed_tokens.packing is not None
+def test_weights_in_the_files_own_blocks_give_the_same_tokens(packed_engine) -> None:
+    assert packed_engine.runner.model.embed_tokens.packing is not None
+    assert_identical(packed_engine, BY_LENGTH[2:-1:10])
+
+
+@pytest.mark.skipif(not native.available(), reason=f"no kernels: {native.missing()}")
+def test_determinism_on_the_files_own_blocks_gives_the_same_tokens(smollm2) -> None:
+    settings = SETTINGS | {"dtype": "auto", "deterministic": True}
+    engine = Engine(EngineConfig.from_settings(device="cpu", **settings), source=smollm2)
     assert_identical(engine, BY_LENGTH[2:-1:10])
 
 
-def test_transformers_as_installed_gives_the_same_tokens_now(engine, decoder) -> None:
-    """The stored reference is of one version; this compares with the one at hand, on the weights as they were loaded."""
+@pytest.fixture(scope="module")
+def reference(decoder) -> LlamaForCausalLM:
+    """transformers' model as installed, on the weights as they were loaded."""
     c = decoder.config
     config = LlamaConfig(
         vocab_size=c.vocab_size,
@@ -130,14 +143,31 @@ def test_transformers_as_installed_gives_the_same_tokens_now(engine, decoder) ->
     state = {name: tensor.cpu() for name, tensor in decoder.checkpoint_tensors().items()}
     reference.load_state_dict(state | {"lm_head.weight": state["model.embed_tokens.weight"]}, strict=True, assign=True)
     reference.model.rotary_emb = type(reference.model.rotary_emb)(config)
-    answers = []
+    return reference
+
+
+def test_transformers_as_installed_begins_with_the_same_tokens(reference) -> None:
+    """The stored reference, which the engine is held against, is of one version; this is the one at hand."""
     for answer in (BY_LENGTH[10], BY_LENGTH[-10]):
         prompt = torch.tensor([answer["prompt"]])
-        output = reference.generate(
-            prompt, attention_mask=torch.ones_like(prompt), do_sample=False, max_new_tokens=NUM_TOKENS
-        )
-        answers.append(answer | {"tokens": output[0, prompt.shape[1] :].tolist()})
-    assert_identical(engine, answers)
+        output = reference.generate(prompt, attention_mask=torch.ones_like(prompt), do_sample=False, max_new_tokens=16)
+        assert output[0, prompt.shape[1] :].tolist() == answer["tokens"][:16]
+
+
+@torch.no_grad()
+def test_log_likelihoods_of_prompts_are_those_of_transformers(packed_engine, reference) -> None:
+    """`scripts/check_loglikelihoods.py` asks a server for those of more texts, as evaluation harnesses do."""
+    prompts = [BY_LENGTH[index]["prompt"] for index in (2, len(BY_LENGTH) // 2, -11)]
+    assert [len(prompt) > EXACT_TOKENS for prompt in prompts] == [False, True, True]
+    params = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=0)
+    requests = [packed_engine.add_request(str(i), prompt, params) for i, prompt in enumerate(prompts)]
+    drain(packed_engine)
+    for request, prompt in zip(requests, prompts, strict=True):
+        ids = torch.tensor([prompt])
+        logprobs = reference(ids).logits[0, :-1].log_softmax(-1).gather(1, ids[0, 1:, None])
+        found = [position.logprob for position in request.prompt_logprobs if position is not None]
+        assert len(found) == len(prompt) - 1
+        assert sum(found) == pytest.approx(logprobs.sum().item(), abs=1e-3)
 
 
 @pytest.mark.parametrize(

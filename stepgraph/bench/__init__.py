@@ -12,7 +12,20 @@ from collections.abc import Sequence
 from stepgraph.command_parser import CommandParser
 
 _BENCHMARKS = (
-    *("graphs", "latency", "throughput", "start", "tokens", "sampling", "scheduler", "sizes", "serve", "front", "spec"),
+    *(
+        "graphs",
+        "latency",
+        "throughput",
+        "start",
+        "tokens",
+        "sampling",
+        "scheduler",
+        "sizes",
+        "serve",
+        "front",
+        "spec",
+        "busy",
+    ),
 )
 
 

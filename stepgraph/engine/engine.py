@@ -24,6 +24,7 @@ from stepgraph.config import EngineConfig
 from stepgraph.engine.beside import beside
 from stepgraph.engine.guidance import GuidanceCompiler, GuideError
 from stepgraph.engine.masks import TokenMasks
+from stepgraph.engine.precision import describe, exact_tokens
 from stepgraph.engine.prompts import require_tokenizer
 from stepgraph.engine.reports import HostTime, StepReport
 from stepgraph.engine.request import FinishReason, Request, RequestUpdate
@@ -37,7 +38,6 @@ from stepgraph.models.language_model import LanguageModel
 from stepgraph.models.loader import create_model, fill, fills_in_place
 from stepgraph.models.source import ModelSource, resolve, resolve_configured
 from stepgraph.models.update import plan_update, write
-from stepgraph.ops.packed import EXACT_TOKENS
 from stepgraph.platforms import create_platform
 from stepgraph.spec.create import create_drafter
 from stepgraph.spec.depth import LEVELS, DraftDepth
@@ -104,7 +104,7 @@ class Engine:
             max_model_len=self.max_model_len,
             deterministic=config.model.deterministic,
             packed=config.model.quantization == "auto" and (self.dtype, self.platform.name) == (torch.float32, "cpu"),
-            exact_tokens=_exact_tokens(config),
+            exact_tokens=exact_tokens(config),
             progress=progress,
         )
 
@@ -175,6 +175,7 @@ class Engine:
         self._has_weights = True
         self._failure: BaseException | None = None
         self._is_shut_down = False
+        logger.info("%s on %s: %s", self.source.name, self.platform.name, self.precision)
         if max_drafts:
             logger.info("speculative decoding: %s", config.speculative)
 
@@ -182,6 +183,11 @@ class Engine:
     def tokenizer(self) -> PreTrainedTokenizerFast | None:
         """The model's tokenizer; None if it has none that can be read, which leaves prompts of token ids."""
         return self.source.tokenizer_if_any()
+
+    @property
+    def precision(self) -> str:
+        """For people: in which numbers the steps compute."""
+        return describe(self.runner.model, self.dtype)
 
     @property
     def speculation(self) -> SpeculationStatistics:
@@ -641,14 +647,6 @@ class Engine:
             raise EngineDeadError("the engine was shut down; create another one")
         if self._failure is not None:
             raise EngineDeadError(f"the engine stopped on an earlier error: {self._failure}") from self._failure
-
-
-def _exact_tokens(config: EngineConfig) -> int | None:
-    """Most tokens of a step that never rounds on a CPU; None if no step may. Steps of rows that would be exact by themselves are
-    so with their proposals, too: what is verified is what would be sampled without them."""
-    if config.model.dtype == "float32":
-        return None
-    return max(EXACT_TOKENS, min(EXACT_TOKENS, config.scheduler.max_num_seqs) * (1 + config.speculative.max_drafts))
 
 
 def _max_model_len(config: EngineConfig, source: ModelSource) -> int:

@@ -80,5 +80,8 @@ class LanguageModel(Protocol):
     def logits(self, hidden_RE: Tensor, out: Tensor) -> Tensor:
         """Write logits into `out`, [R, V] of the dtype of `hidden_RE`, and return it. Runs inside the graph."""
 
+    def modules(self) -> Iterator[nn.Module]:
+        """Itself and all its layers, each once."""
+
     def parameters(self) -> Iterator[nn.Parameter]:
         """All parameters, each once, the embedding table first."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import os
+import sys
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -10,8 +12,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from stepgraph import openmp
 from stepgraph.platforms.base import CompiledKernels
 from stepgraph.platforms.torch_memory import TorchMemory
+
+logger = logging.getLogger(__name__)
 
 
 class _Done:
@@ -34,6 +39,14 @@ class CpuPlatform:
     run_ahead = 0
     supports_fp8 = True
     multiprocessors = 1
+
+    def __init__(self) -> None:
+        if sys.platform == "linux" and torch.get_num_threads() > 1 and not openmp.is_settled():
+            logger.info(
+                "torch was imported before stepgraph, so its threads spin while they wait, which is slow beside other work: "
+                "import stepgraph first, or set the environment variable GOMP_SPINCOUNT=%d",
+                openmp.SPINS,
+            )
 
     def free_memory_bytes(self) -> int:
         meminfo = Path("/proc/meminfo")

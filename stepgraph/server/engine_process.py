@@ -324,7 +324,7 @@ def _ready(engine: Engine) -> Ready:
         max_num_seqs=engine.config.scheduler.max_num_seqs,
         backend=engine.runner.pool.backend_name,
         device=str(engine.platform.device),
-        dtype=str(engine.dtype).removeprefix("torch."),
+        precision=engine.precision,
         num_kv_blocks=engine.runner.num_kv_blocks,
         block_size=engine.config.cache.block_size,
         max_drafts=engine.config.speculative.max_drafts,

@@ -105,7 +105,7 @@ async def _serve(front: Front) -> int:
             seconds = time.monotonic() - front.started_at
             print(
                 f"stepgraph serves {name} at http://{host}:{listening.getsockname()[1]} ({ready.backend} graphs on "
-                f"{ready.device}, {ready.dtype}, context {ready.max_model_len}); ready in {seconds:.1f} s",
+                f"{ready.device}, {ready.precision}; context {ready.max_model_len}); ready in {seconds:.1f} s",
                 flush=True,
             )
             if ready.max_drafts:

@@ -72,7 +72,7 @@ class Ready(msgspec.Struct, tag=True):
     max_num_seqs: int
     backend: str
     device: str
-    dtype: str
+    precision: str
     num_kv_blocks: int
     block_size: int
     max_drafts: int

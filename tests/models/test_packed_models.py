@@ -1,5 +1,7 @@
 """Models whose weights stay in a GGUF file's blocks, against the same file dequantised."""
 
+import logging
+
 import pytest
 import torch
 from checkpoints import HF_CONFIGS, SIZES, random_hf_model
@@ -102,20 +104,32 @@ def test_plain_weights_are_refused_where_blocks_are_kept(folder):
         plan_update(model, plain.checkpoint_tensors().items())
 
 
+def rounding_above(tokens):
+    return f"float32, products in steps of more than {tokens} tokens bfloat16"
+
+
 @pytest.mark.parametrize(
-    ("settings", "expected"),
+    ("settings", "expected", "precision"),
     [
-        ({}, (True, 16)),
-        ({"dtype": "float32"}, (True, None)),
-        ({"deterministic": True}, (True, 16)),
-        ({"speculative_config": {"method": "ngram", "num_speculative_tokens": 7}}, (True, 32)),
-        ({"quantization": "none"}, (False, None)),
-        ({"dtype": "bfloat16"}, (False, None)),
+        ({}, (True, 16), rounding_above(16)),
+        ({"dtype": "float32"}, (True, None), "float32"),
+        ({"deterministic": True}, (True, 16), "float32"),
+        (
+            {"speculative_config": {"method": "ngram", "num_speculative_tokens": 7}},
+            (True, 32),
+            rounding_above(32),
+        ),
+        ({"quantization": "none"}, (False, None), "float32"),
+        ({"dtype": "bfloat16"}, (False, None), "bfloat16"),
     ],
 )
-def test_settings_decide_how_weights_are_kept(folder, settings, expected):
+def test_settings_decide_how_weights_are_kept(folder, settings, expected, precision, monkeypatch, caplog):
     settings = {"model": str(folder / "a.gguf"), "device": "cpu", "max_model_len": 64, "max_num_seqs": 4} | settings
-    engine = Engine(EngineConfig.from_settings(**settings))
+    monkeypatch.setattr("stepgraph.engine.precision.rounds_to_bfloat16", lambda: True)
+    with caplog.at_level(logging.INFO, logger="stepgraph"):
+        engine = Engine(EngineConfig.from_settings(**settings))
+    assert engine.precision == precision
+    assert f"{engine.source.name} on cpu: {precision}" in caplog.messages
     embedding = engine.runner.model.embed_tokens
     assert (embedding.packing is not None, embedding.packing and embedding.packing.exact_tokens) == expected
     requests = [

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from stepgraph import native, ops
-from stepgraph.ops.packed import BLOCK_BYTES, EXACT_TOKENS, reference
+from stepgraph.ops.packed import BLOCK_BYTES, EXACT_TOKENS, reference, rounds_to_bfloat16
 
 gguf = pytest.importorskip("gguf", reason="the block formats are compared with the gguf package")
 
@@ -90,6 +90,13 @@ def test_many_tokens_are_rounded_to_bfloat16_at_most(name, tokens, outputs, inpu
     full, rounded = x.double() @ weight.double().T, in_bfloat16(x).double() @ in_bfloat16(weight).double().T
     errors = [((found.double() - expected).norm() / expected.norm()).item() for expected in (full, rounded)]
     assert min(errors) < 1e-6, errors
+
+
+def test_whether_many_tokens_are_rounded_here_is_known():
+    codes, _ = make_weight("Q4_1", 37, 96)
+    x = make_x(EXACT_TOKENS + 1, 96)
+    exact, allowed = (ops.packed_linear(x, codes, exact_tokens=tokens) for tokens in (None, EXACT_TOKENS))
+    assert rounds_to_bfloat16() == (not torch.equal(exact, allowed))
 
 
 def test_few_tokens_are_never_rounded():

@@ -4,9 +4,12 @@ A weight of four bits is an eighth of what it is in float32, and a product for f
 The kernels are those of `stepgraph.native`, on the CPU. Formats: ggml-common.h of the ggml project.
 """
 
+import functools
+
 import torch
 from torch import Tensor
 
+from stepgraph import native
 from stepgraph.native import declare
 
 BLOCK = 32
@@ -84,6 +87,16 @@ def packed_norm_swiglu(
 ) -> Tensor:
     """``swiglu(packed_norm_linear(…))``: [T, O / 2] float32; O / 2 is a multiple of BLOCK. May run inside a graph."""
     return _packed_norm_swiglu(x, norm_weight, eps, codes, _bfloat16_from(exact_tokens))
+
+
+@functools.cache
+def rounds_to_bfloat16() -> bool:
+    """Whether products of more than `exact_tokens` tokens are rounded on this machine, as one of them shows."""
+    if not native.available():
+        return False
+    ones = torch.tensor([[0, 0x3C, *[1] * BLOCK]], dtype=torch.uint8)  # in Q8_0; the scale is a float16 of 1
+    just_above_one = torch.full((1, BLOCK), 1 + 2**-12)
+    return packed_linear(just_above_one, ones, exact_tokens=0).item() == BLOCK
 
 
 def _bfloat16_from(exact_tokens: int | None) -> int:
