@@ -70,6 +70,16 @@ class ServerConfig:
     max_queue: int = setting(512, "requests that may wait beyond those that run; more get status 429", minimum=0)
     max_n: int = setting(16, "answers that one request may ask for (n)", minimum=1)
     max_body_mib: float = setting(8.0, "size of a request's body in MiB; more gets status 413", minimum=0.001)
+    max_bodies_mib: float = setting(
+        128.0,
+        "MiB of all bodies together that are being received or prepared; with more, those above 64 KiB get status 503",
+        minimum=0.1,
+    )
+    max_body_items: int = setting(
+        32768,
+        "texts (names of fields are some), lists and objects in a body, and an eighth of its values; more gets status 400",
+        minimum=64,
+    )
     request_timeout: float | None = setting(
         None, "seconds that a request may take, waiting included; default: no limit", minimum=0.001, metavar="SECONDS"
     )

@@ -5,13 +5,13 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Mapping, Sequence
 from contextlib import suppress
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeAlias, get_type_hints
 
 from fastapi import FastAPI, Request
-from fastapi.exceptions import RequestValidationError
 from fastapi.middleware.cors import CORSMiddleware
+from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 from starlette.types import ASGIApp, Receive
@@ -19,6 +19,7 @@ from starlette.types import ASGIApp, Receive
 import stepgraph
 from stepgraph.engine.prompts import require_tokenizer
 from stepgraph.errors import RequestError
+from stepgraph.server.bodies import Body
 from stepgraph.server.chat import ChatReply
 from stepgraph.server.completions import CompletionCall
 from stepgraph.server.conversation import plain_messages
@@ -33,12 +34,11 @@ from stepgraph.server.sse import EventStream
 
 logger = logging.getLogger(__name__)
 
+Handler: TypeAlias = Callable[[Request], Coroutine[Any, Any, Response]]
 
-_FORMS = {
-    "prompt": "text, a list of texts, a list of token ids, or a list of such lists",
-    "input": "text, or a list of items",
-}
-"""Of fields that may have several."""
+_GENERATION = "generation"
+_QUICK_S = 60
+"""What endpoints that generate nothing may take; for the others there is request_timeout."""
 
 
 class Call(Protocol):
@@ -62,6 +62,9 @@ class Streamable(Protocol):
     def ignored(self) -> list[str]:
         """Names of the fields that nothing here knows."""
 
+    def let_go(self) -> None:
+        """Forget what only the prompt was made of."""
+
 
 def create_app(service: Service, metrics: Metrics, *, api_keys: Sequence[str]) -> ASGIApp:
     """The application, ready for an ASGI server."""
@@ -72,6 +75,7 @@ def create_app(service: Service, metrics: Metrics, *, api_keys: Sequence[str]) -
         description="An OpenAI-compatible service; every step of the model is one launch of one captured graph.",
         root_path=config.root_path or "",
     )
+    app.router.route_class = _Route
     _add_error_handlers(app)
     _add_generation(app, service)
     _add_tokenizer(app, service)
@@ -80,7 +84,7 @@ def create_app(service: Service, metrics: Metrics, *, api_keys: Sequence[str]) -
     door = Door(
         app,
         api_keys=tuple(api_keys),
-        max_body_bytes=int(config.max_body_mib * 2**20),
+        bodies=service.bodies,
         on_response=metrics.on_response,
     )
     if not config.cors_allow_origins:
@@ -92,21 +96,55 @@ def create_app(service: Service, metrics: Metrics, *, api_keys: Sequence[str]) -
 def create_metrics_app(service: Service, metrics: Metrics) -> ASGIApp:
     """What --metrics-port serves: /metrics and /health."""
     app = FastAPI(title="stepgraph metrics", version=stepgraph.__version__, openapi_url=None)
+    app.router.route_class = _Route
     _add_error_handlers(app)
     _add_health(app, service, metrics)
     return app
 
 
+class _Route(APIRoute):
+    """Reads a body in our own way, which FastAPI would do on the event loop, whatever its size; and has a time limit."""
+
+    def get_route_handler(self) -> Handler:
+        """See `APIRoute`."""
+        answer = super().get_route_handler()
+        if (kind := get_type_hints(self.endpoint).get("body")) is not None:
+            answer = self._with_body(kind)
+        return answer if _GENERATION in self.tags else _limited(answer)
+
+    def _with_body(self, kind: Any) -> Handler:
+        async def handle(http: Request) -> Response:
+            body: Body = http.scope["state"]["body"]
+            try:
+                response: Response = await self.endpoint(await body.read(http, kind), http)
+            finally:
+                body.release()
+            return response
+
+        return handle
+
+
+def _limited(answer: Handler) -> Handler:
+    async def handle(http: Request) -> Response:
+        try:
+            async with asyncio.timeout(_QUICK_S):
+                return await answer(http)
+        except TimeoutError:
+            return error_response(APIError(504, f"the request took longer than {_QUICK_S} s and was ended"))
+
+    return handle
+
+
 def _add_generation(app: FastAPI, service: Service) -> None:
-    @app.post("/v1/completions", summary="Continue texts", tags=["generation"])
+    @app.post("/v1/completions", summary="Continue texts", tags=[_GENERATION])
     async def completions(body: CompletionRequest, http: Request) -> Response:
         return await _answer(CompletionCall.start, body, http, service)
 
-    @app.post("/v1/chat/completions", summary="Answer a conversation", tags=["generation"])
+    @app.post("/v1/chat/completions", summary="Answer a conversation", tags=[_GENERATION])
     async def chat_completions(body: ChatRequest, http: Request) -> Response:
         return await _answer(ChatReply.start, body, http, service)
 
-    @app.post("/v1/responses", summary="Answer a conversation; nothing is kept", tags=["generation"])
+    @app.post("/v1/responses", summary="Answer a conversation; nothing is kept", tags=[_GENERATION])
     async def responses(body: ResponsesRequest, http: Request) -> Response:
         return await _answer(ResponsesReply.start, body, http, service)
 
@@ -118,24 +156,26 @@ def _add_tokenizer(app: FastAPI, service: Service) -> None:
         tokenizer = require_tokenizer(service.face.tokenizer)
         if (body.prompt is None) == (body.messages is None):
             raise RequestError("/tokenize takes prompt or messages; give one of them")
-        if body.prompt is not None:
-            prompt = await service.encode(body.prompt, add_special_tokens=body.add_special_tokens is not False)
-        else:
-            messages = plain_messages(body.messages or ())
-            tools = [tool.model_dump(exclude_none=True) for tool in body.tools or ()]
-            text = await service.in_thread(
-                lambda: service.chat_form.render(
+
+        def tokens() -> Tokens:
+            if body.prompt is not None:
+                prompt = service.encode(body.prompt, add_special_tokens=body.add_special_tokens is not False)
+            else:
+                messages = plain_messages(body.messages or ())
+                service.check_turns(messages)
+                text = service.chat_form.render(
                     messages,
-                    tools,
+                    [tool.model_dump(exclude_none=True) for tool in body.tools or ()],
                     add_generation_prompt=body.add_generation_prompt,
                     continue_final_message=body.continue_final_message,
                     variables=body.chat_template_kwargs,
                 )
-            )
-            prompt = await service.encode(text, add_special_tokens=body.add_special_tokens is True)
-        ids = prompt.token_ids
-        texts = tokenizer.convert_ids_to_tokens(ids) if body.return_token_strs else None
-        return _json(Tokens(ids, len(ids), service.max_model_len, texts))
+                prompt = service.encode(text, add_special_tokens=body.add_special_tokens is True)
+            ids = prompt.token_ids
+            texts = tokenizer.convert_ids_to_tokens(ids) if body.return_token_strs else None
+            return Tokens(ids, len(ids), service.max_model_len, texts)
+
+        return _json(await service.in_thread(tokens))
 
     @app.post("/detokenize", summary="The text of tokens", tags=["tokenizer"])
     async def detokenize(body: DetokenizeRequest, http: Request) -> Response:
@@ -204,12 +244,19 @@ async def _answer(
 ) -> Response:
     """Answer a request, whole or as a stream. A client that leaves ends its request."""
     state = http.scope["state"]
-    context = Context(state["request_id"], state["arrived_at"], http.headers.get("traceparent"), state["at_end"])
+    context = Context(
+        state["request_id"],
+        state["arrived_at"],
+        http.headers.get("traceparent"),
+        state["at_end"],
+        state["body"].release,
+    )
     headers = _ignored_fields(body, context.request_id)
     timeout_s = service.config.request_timeout
 
     async def whole() -> Response:
         call = await start(body, service, context)
+        body.let_go()
         if body.stream:
             return EventStream(
                 call.events(),
@@ -264,17 +311,9 @@ def _add_error_handlers(app: FastAPI) -> None:
     async def on_known(http: Request, error: Exception) -> Response:
         return error_response(api_error(error, request_id=http.scope["state"]["request_id"]))
 
-    async def on_invalid(http: Request, error: Exception) -> Response:
-        assert isinstance(error, RequestValidationError)
-        return error_response(_invalid(error))
-
     async def on_http(http: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
-        if isinstance(error.__cause__, APIError):  # it came up while the body was read
-            return error_response(error.__cause__)
         message = str(error.detail)
-        if error.status_code == 400 and error.__cause__ is not None:
-            message = f"the body cannot be read as JSON: {error.__cause__}"
         if error.status_code == 404:
             message = f"there is nothing at {http.scope['path']}; /docs lists what there is"
         elif error.status_code == 405:
@@ -283,25 +322,7 @@ def _add_error_handlers(app: FastAPI) -> None:
 
     for kind in (APIError, stepgraph.errors.StepgraphError, Exception):
         app.add_exception_handler(kind, on_known)
-    app.add_exception_handler(RequestValidationError, on_invalid)
     app.add_exception_handler(HTTPException, on_http)
-
-
-def _invalid(error: RequestValidationError) -> APIError:
-    """A body that is not JSON, or whose fields have the wrong types."""
-    first = error.errors()[0]
-    if isinstance(first["input"], bytes):
-        return APIError(415, "the body was not sent as JSON; send it with the header 'Content-Type: application/json'")
-    where = [str(part) for part in first["loc"] if part != "body"]
-    if first["type"] == "json_invalid":
-        return APIError(
-            400, f"the body is not JSON: {first['ctx']['error']} at character {where[-1]}", code="invalid_json"
-        )
-    field = where[0] if where else None
-    message = first["msg"]
-    if field in _FORMS and first["type"] != "missing":  # one error for each form it might have
-        where, message = where[:1], f"it must be {_FORMS[field]}"
-    return APIError(422, f"{'.'.join(where) or 'the body'}: {message}", param=field)
 
 
 def _status(trouble: str | None) -> Response:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
 from typing import Any, NamedTuple
 
 from msgspec import UNSET, UnsetType
 
 from stepgraph.engine.outputs import Logprob, TokenProbabilities
+from stepgraph.engine.prompts import TokenizedPrompt
+from stepgraph.engine.sampling_params import SamplingParams
 from stepgraph.engine.session import AnswerDelta
 from stepgraph.errors import RequestError
 from stepgraph.server.completions import describe_prompt_logprobs
@@ -45,6 +47,14 @@ class Gain(NamedTuple):
     """`delta`'s, or "tool_calls"."""
 
 
+class Conversation(NamedTuple):
+    """What is asked for, as chat templates and the engine take it."""
+
+    request: ChatRequest
+    messages: list[dict[str, Any]]
+    tools: ToolUse
+
+
 class ChatCall:
     """A conversation that the engine has accepted, being answered. Use `gains` once.
 
@@ -64,9 +74,7 @@ class ChatCall:
     @classmethod
     async def start(
         cls,
-        request: ChatRequest,
-        messages: Sequence[dict[str, Any]],
-        tools: ToolUse,
+        read: Callable[[], Conversation],
         service: Service,
         context: Context,
         *,
@@ -75,38 +83,15 @@ class ChatCall:
     ) -> ChatCall:
         """Send a conversation to the engine.
 
+        Args:
+            read: finds out what is asked for; called in a thread.
+
         Raises:
             APIError, RequestError: it cannot be answered.
         """
         form = service.chat_form
-        variables = dict(request.chat_template_kwargs or {})
-        if request.reasoning_effort is not None:
-            variables.setdefault("reasoning_effort", request.reasoning_effort)
-        text = await service.in_thread(
-            lambda: form.render(
-                messages,
-                tools.shown,
-                add_generation_prompt=request.add_generation_prompt,
-                continue_final_message=request.continue_final_message,
-                variables=variables,
-            )
-        )
-        prompt = await service.encode(text, add_special_tokens=False)
-        max_tokens = request.max_completion_tokens if request.max_completion_tokens is not None else request.max_tokens
-        others: dict[str, Any] = {"max_tokens": max_tokens}
-        if request.top_logprobs is not None and not request.logprobs:
-            raise RequestError("top_logprobs needs logprobs; set it to true")
-        if request.logprobs:
-            others["logprobs"] = request.top_logprobs or 0
-        if tools.must_call:
-            if structured_outputs(request) is not None:
-                raise RequestError(
-                    "tool_choice forces a call, so the answer cannot have another form; ask for one of them"
-                )
-            others["structured_outputs"] = {"json": tools.schema()}
-        if tools.shown and form.marks_calls_by_special_tokens:
-            others["skip_special_tokens"] = False
-        params = sampling_params(request, service.face.sampling_defaults, **others)
+        service.check_queue()  # before the work of preparing it
+        request, tools, prompt, params = await service.in_thread(lambda: _prepared(read(), service))
         [generation] = await service.start(id, [prompt], params, context, request=request, adapter=adapter)
         parsers = [
             AnswerParser(form, tools, prompt=prompt.text, guided=params.structured_outputs is not None)
@@ -132,6 +117,41 @@ class ChatCall:
     def usage(self) -> Usage:
         """Token counts by now."""
         return self.tally.usage()
+
+
+def _prepared(
+    conversation: Conversation, service: Service
+) -> tuple[ChatRequest, ToolUse, TokenizedPrompt, SamplingParams]:
+    """What the engine is sent of a conversation, and what must be known of it beside that. Takes milliseconds, or more if it is
+    long."""
+    request, messages, tools = conversation
+    form = service.chat_form
+    service.check_turns(messages)
+    variables = dict(request.chat_template_kwargs or {})
+    if request.reasoning_effort is not None:
+        variables.setdefault("reasoning_effort", request.reasoning_effort)
+    text = form.render(
+        messages,
+        tools.shown,
+        add_generation_prompt=request.add_generation_prompt,
+        continue_final_message=request.continue_final_message,
+        variables=variables,
+    )
+    prompt = service.encode(text, add_special_tokens=False)
+    max_tokens = request.max_completion_tokens if request.max_completion_tokens is not None else request.max_tokens
+    others: dict[str, Any] = {"max_tokens": max_tokens}
+    if request.top_logprobs is not None and not request.logprobs:
+        raise RequestError("top_logprobs needs logprobs; set it to true")
+    if request.logprobs:
+        others["logprobs"] = request.top_logprobs or 0
+    if tools.must_call:
+        if structured_outputs(request) is not None:
+            raise RequestError("tool_choice forces a call, so the answer cannot have another form; ask for one of them")
+        others["structured_outputs"] = {"json": tools.schema()}
+    if tools.shown and form.marks_calls_by_special_tokens:
+        others["skip_special_tokens"] = False
+    params = sampling_params(request, service.face.sampling_defaults, **others)
+    return request, tools, prompt, params
 
 
 def num_reasoning(delta: AnswerDelta, piece: Piece) -> int:
@@ -160,10 +180,13 @@ class ChatReply:
             APIError, RequestError: it cannot be answered.
         """
         model, adapter = service.choose_model(request.model)
-        tools = ToolUse.of(request.tools, request.tool_choice, request.parallel_tool_calls)
         id = new_id("chatcmpl")
-        messages = plain_messages(request.messages)
-        call = await ChatCall.start(request, messages, tools, service, context, id=id, adapter=adapter)
+
+        def read() -> Conversation:
+            tools = ToolUse.of(request.tools, request.tool_choice, request.parallel_tool_calls)
+            return Conversation(request, plain_messages(request.messages), tools)
+
+        call = await ChatCall.start(read, service, context, id=id, adapter=adapter)
         return cls(request, call, model, id, len(call.generation.requests))
 
     async def reply(self) -> bytes:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import time
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
+from functools import partial
 from typing import Any
 
 from msgspec import UNSET
 
 from stepgraph.engine.outputs import Logprob, TokenProbabilities
 from stepgraph.engine.prompts import TokenizedPrompt, require_tokenizer
+from stepgraph.engine.sampling_params import SamplingParams
 from stepgraph.engine.session import AnswerDelta, TokenTexts
 from stepgraph.errors import RequestError
 from stepgraph.server.errors import APIError
@@ -57,22 +59,15 @@ class CompletionCall:
         if request.max_tokens == 0 and not request.echo:
             raise RequestError("max_tokens=0 asks for nothing; use at least 1, or set echo to true")
         model, adapter = service.choose_model(request.model)
-        params = sampling_params(
-            request,
-            service.face.sampling_defaults,
-            max_tokens=1 if request.max_tokens == 0 else request.max_tokens,
-            logprobs=request.logprobs,
-            **({"prompt_logprobs": request.logprobs} if request.echo and request.logprobs is not None else {}),
-        )
-        given = _prompts_of(request.prompt)
-        service.check_room(params, num_prompts=len(given))  # before the work of tokenising them all
-        prompts = [await _tokens_of(prompt, request, service) for prompt in given]
+        service.check_queue()  # before the work of preparing it
+        params, prompts = await service.in_thread(lambda: _prepared(request, service))
         id = new_id("cmpl")
         generations = await service.start(id, prompts, params, context, request=request, adapter=adapter)
         if request.echo:
             for generation in generations:
                 if generation.prompt.text is None:
-                    text = require_tokenizer(service.face.tokenizer).decode(generation.prompt.token_ids)
+                    decode = partial(require_tokenizer(service.face.tokenizer).decode, generation.prompt.token_ids)
+                    text = await service.in_thread(decode)
                     generation.prompt = generation.prompt._replace(text=text)
         tally = Tally(generations, thinks=False, speculates=service.speculates)
         return cls(request, model, id, generations, params.n, TokenTexts(service.face.tokenizer), tally)
@@ -225,7 +220,20 @@ def _prompts_of(given: str | list[str] | list[int] | list[list[int]]) -> list[st
     return list(given)
 
 
-async def _tokens_of(prompt: str | list[int], request: CompletionRequest, service: Service) -> TokenizedPrompt:
-    if isinstance(prompt, list):
-        return TokenizedPrompt(None, prompt)
-    return await service.encode(prompt, add_special_tokens=request.add_special_tokens)
+def _prepared(request: CompletionRequest, service: Service) -> tuple[SamplingParams, list[TokenizedPrompt]]:
+    """What the engine is sent of a request. Takes milliseconds, or more if it is long."""
+    params = sampling_params(
+        request,
+        service.face.sampling_defaults,
+        max_tokens=1 if request.max_tokens == 0 else request.max_tokens,
+        logprobs=request.logprobs,
+        **({"prompt_logprobs": request.logprobs} if request.echo and request.logprobs is not None else {}),
+    )
+    given = _prompts_of(request.prompt)
+    service.check_room(params, num_prompts=len(given))  # before the work of tokenising them all
+    return params, [
+        TokenizedPrompt(None, prompt)
+        if isinstance(prompt, list)
+        else service.encode(prompt, add_special_tokens=request.add_special_tokens)
+        for prompt in given
+    ]

@@ -1,4 +1,4 @@
-"""What every HTTP request passes: its name, its key, the size of its body, and the last word on what went wrong."""
+"""What every HTTP request passes: its name, its key, the measure of its body, and the last word on what went wrong."""
 
 from __future__ import annotations
 
@@ -10,8 +10,10 @@ from collections.abc import Callable
 from contextlib import ExitStack
 
 from starlette.datastructures import Headers, MutableHeaders
+from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from stepgraph.server.bodies import Bodies, Body
 from stepgraph.server.errors import APIError, error_response, report
 
 OPEN_PATHS = frozenset({"/health", "/ready", "/version", "/load", "/metrics"})
@@ -26,16 +28,16 @@ class Door:
     Args:
         app: what is behind it.
         api_keys: each opens it; none: it is open.
-        max_body_bytes: a longer body is refused while it arrives.
+        bodies: those of all requests; one that is too much is refused while it arrives.
         on_response: counts replies, by path as the routes spell it ("other" for what no route takes) and status.
     """
 
     def __init__(
-        self, app: ASGIApp, *, api_keys: tuple[str, ...], max_body_bytes: int, on_response: Callable[[str, int], None]
+        self, app: ASGIApp, *, api_keys: tuple[str, ...], bodies: Bodies, on_response: Callable[[str, int], None]
     ):
         self._app = app
         self._api_keys = tuple(key.encode() for key in api_keys)
-        self._max_body_bytes = max_body_bytes
+        self._bodies = bodies
         self._on_response = on_response
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -49,6 +51,8 @@ class Door:
         state = scope.setdefault("state", {})
         state["request_id"], state["arrived_at"] = request_id, time.monotonic()
         at_end = state["at_end"] = ExitStack()
+        body = state["body"] = Body(self._bodies)
+        at_end.callback(body.release)
         status, is_whole = 0, False
 
         async def send_on(message: Message) -> None:
@@ -62,7 +66,10 @@ class Door:
 
         try:
             self._check_key(scope["path"], headers)
-            await self._app(scope, self._counted(headers, receive), send_on)
+            body.announce(headers.get("content-length", ""))
+            await self._app(scope, _measured(receive, body), send_on)
+        except ClientDisconnect:
+            pass
         except Exception as error:
             failure = report(error, request_id)
             if not status:
@@ -87,22 +94,12 @@ class Door:
                 headers={"WWW-Authenticate": "Bearer"},
             )
 
-    def _counted(self, headers: Headers, receive: Receive) -> Receive:
-        limit = self._max_body_bytes
-        too_large = APIError(
-            413, f"the body is larger than max_body_mib={limit / 2**20:g} MiB; send less, or raise the limit"
-        )
-        announced = headers.get("content-length", "")
-        if announced.isascii() and announced.isdigit() and int(announced) > limit:
-            raise too_large
-        num_bytes = 0
 
-        async def receive_counted() -> Message:
-            nonlocal num_bytes
-            message = await receive()
-            num_bytes += len(message.get("body", b""))
-            if num_bytes > limit:
-                raise too_large
-            return message
+def _measured(receive: Receive, body: Body) -> Receive:
+    async def receive_measured() -> Message:
+        message = await receive()
+        if content := message.get("body"):
+            body.take(content)
+        return message
 
-        return receive_counted
+    return receive_measured

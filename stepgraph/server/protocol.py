@@ -49,6 +49,10 @@ class _Fields(BaseModel):
         return sorted(self.model_extra or ())
 
 
+_PROMPTS = frozenset({"messages", "prompt", "input"})
+"""Fields of what is to be answered."""
+
+
 class StreamOptions(_Fields):
     """What a stream holds beside the answer."""
 
@@ -110,6 +114,12 @@ class SamplingFields(_Fields):
     service_tier: str | None = Field(None, description="without effect")
     safety_identifier: str | None = Field(None, description="without effect")
     prompt_cache_key: str | None = Field(None, description="without effect: prefixes are found by their content")
+
+    def let_go(self) -> None:
+        """Forget what only the prompt was made of: the answer may take long, and much may wait for it."""
+        for name in _PROMPTS & type(self).model_fields.keys():
+            setattr(self, name, None)
+        (self.model_extra or {}).clear()
 
 
 class CompletionRequest(SamplingFields):

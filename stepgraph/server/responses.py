@@ -15,7 +15,7 @@ from pydantic import Field
 from stepgraph.engine.sampling_params import SamplingParams
 from stepgraph.engine.session import AnswerDelta
 from stepgraph.errors import RequestError
-from stepgraph.server.chat import ChatCall, describe_logprobs
+from stepgraph.server.chat import ChatCall, Conversation, describe_logprobs
 from stepgraph.server.conversation import ToolUse, parse_arguments
 from stepgraph.server.errors import APIError
 from stepgraph.server.protocol import (
@@ -130,14 +130,16 @@ class ResponsesReply:
         Raises:
             APIError, RequestError: it cannot be answered.
         """
-        check(request)
         model, adapter = service.choose_model(request.model)
         id = new_id("resp")
-        call = await ChatCall.start(
-            as_chat(request), messages_of(request), tools_of(request), service, context, id=id, adapter=adapter
-        )
+
+        def read() -> Conversation:
+            check(request)
+            return Conversation(as_chat(request), messages_of(request), tools_of(request))
+
+        call = await ChatCall.start(read, service, context, id=id, adapter=adapter)
         [answer] = call.generation.requests.values()
-        response = as_begun(request, answer.params, model=model, id=id)
+        response = await service.in_thread(lambda: as_begun(request, answer.params, model=model, id=id))
         return cls(call, response, num_top_logprobs=request.top_logprobs or 0)
 
     async def reply(self) -> bytes:

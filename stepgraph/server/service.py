@@ -19,6 +19,7 @@ from stepgraph.config.server import ServerConfig
 from stepgraph.engine.prompts import TokenizedPrompt, encode_text, require_tokenizer
 from stepgraph.engine.sampling_params import SamplingParams
 from stepgraph.engine.session import AnswerDelta
+from stepgraph.server.bodies import Bodies
 from stepgraph.server.conversation import ChatForm
 from stepgraph.server.engine_client import EngineClient, EngineState
 from stepgraph.server.errors import APIError
@@ -61,6 +62,8 @@ class Context:
     traceparent: str | None
     at_end: ExitStack
     """What runs when the HTTP request is over, however it ends."""
+    prepared: Callable[[], None]
+    """To be called when the engine has the prompt, and nothing more is to be made of the body."""
 
 
 class Service:
@@ -80,6 +83,7 @@ class Service:
         self._load_face = face
         self._face: ModelFace | None = None
         self._threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="stepgraph-tokenizer")
+        self.bodies = Bodies(config, self.in_thread)
 
     async def load(self) -> None:
         """Load what the front needs of the model."""
@@ -153,20 +157,29 @@ class Service:
         """Do what takes long without holding up the streams."""
         return await asyncio.get_running_loop().run_in_executor(self._threads, work)
 
-    async def encode(self, text: str, *, add_special_tokens: bool = True) -> TokenizedPrompt:
-        """A text's tokens; a 400 if it cannot fit, which is seen without tokenising if it is far too long."""
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> TokenizedPrompt:
+        """A text's tokens; a 400 if it cannot fit, which is seen without tokenising if it is far too long. For threads."""
         tokenizer = require_tokenizer(self.face.tokenizer)
-        self.check_length(text)
-        ids = await self.in_thread(lambda: encode_text(text, tokenizer, add_special_tokens=add_special_tokens))
-        return TokenizedPrompt(text, ids)
+        self._check_length(len(text))
+        return TokenizedPrompt(text, encode_text(text, tokenizer, add_special_tokens=add_special_tokens))
 
-    def check_length(self, text: str) -> None:
-        """A 400 for a text of more tokens than the context holds, whatever they are."""
-        least = len(text) // self.face.longest_token
+    def check_turns(self, messages: Sequence[Mapping[str, Any]]) -> None:
+        """A 400 for a conversation that cannot fit, before it becomes a text: each turn is a token at least."""
+        if len(messages) >= self.max_model_len:
+            raise APIError(
+                400,
+                f"the conversation has {len(messages)} turns, and max_model_len is {self.max_model_len}; shorten it",
+                code="context_length_exceeded",
+            )
+        self._check_length(sum(len(message.get("content") or "") for message in messages))
+
+    def _check_length(self, num_characters: int) -> None:
+        """A 400 for text of more tokens than the context holds, whatever they are."""
+        least = num_characters // self.face.longest_token
         if least >= self.max_model_len:
             raise APIError(
                 400,
-                f"the prompt has {len(text)} characters, which are at least {least} tokens, and max_model_len is "
+                f"the prompt has {num_characters} characters, which are at least {least} tokens, and max_model_len is "
                 f"{self.max_model_len}; shorten it",
                 code="context_length_exceeded",
             )
@@ -180,7 +193,7 @@ class Service:
                 f"n={params.n} is above {self.config.max_n}, the most answers this server gives to a request",
                 param="n",
             )
-        self._check_queue(num_prompts * params.n)
+        self.check_queue(num_prompts * params.n)
 
     async def start(
         self,
@@ -221,6 +234,7 @@ class Service:
             )
             context.at_end.callback(self.client.leave, generation)
             generations.append(generation)
+        context.prepared()
         for generation in generations:
             await generation.accepted()
         if self.config.log_requests:
@@ -257,7 +271,8 @@ class Service:
         """Requests that may run or wait at once."""
         return ready.max_num_seqs + self.config.max_queue
 
-    def _check_queue(self, num_requests: int) -> None:
+    def check_queue(self, num_requests: int = 1) -> None:
+        """A 429 if there is no room for so many answers now, a 503 if requests are not served."""
         if (trouble := self.trouble) is not None:
             raise APIError(503, trouble, headers={"Retry-After": "5"})
         ready = self.client.ready
