@@ -24,6 +24,7 @@ from stepgraph.config import EngineConfig
 from stepgraph.engine.beside import beside
 from stepgraph.engine.guidance import GuidanceCompiler, GuideError
 from stepgraph.engine.masks import TokenMasks
+from stepgraph.engine.model_defaults import end_tokens_of
 from stepgraph.engine.precision import describe, exact_tokens
 from stepgraph.engine.prompts import require_tokenizer
 from stepgraph.engine.reports import HostTime, StepReport
@@ -91,6 +92,8 @@ class Engine:
         self.source = source or resolve_configured(config.model)
         self.platform = create_platform(config.model.device)
         self.max_model_len = _max_model_len(config, self.source)
+        self.end_token_ids = end_tokens_of(self.source)
+        """Tokens with which the model ends an answer."""
         self.dtype: torch.dtype = (
             self.platform.default_dtype if config.model.dtype == "auto" else getattr(torch, config.model.dtype)
         )
@@ -636,11 +639,6 @@ class Engine:
             pass
         wrong = next(t for t in token_ids if not (isinstance(t, Integral) and 0 <= int(t) < vocab_size))
         raise RequestError(f"{what} {wrong!r} is outside the vocabulary of {vocab_size} tokens")
-
-    @property
-    def end_token_ids(self) -> tuple[int, ...]:
-        """Tokens with which the model ends an answer."""
-        return self.source.config.eos_token_ids
 
     def _check_alive(self) -> None:
         if self._is_shut_down:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -124,11 +123,16 @@ def architecture_of(hf_config: Any) -> str:
     return str(hf_config.architectures[0])
 
 
-def as_token_ids(value: int | Iterable[int] | None) -> tuple[int, ...]:
-    """A config's token id field, which may be absent, one id, or a list."""
+def as_token_ids(value: Any, where: object = "config.json") -> tuple[int, ...]:
+    """The eos_token_id of a file, which may be absent, one id, or a list; ModelError if it is something else."""
     if value is None:
         return ()
-    return (value,) if isinstance(value, int) else tuple(value)
+    values = value if isinstance(value, list | tuple) else (value,)
+    if all(isinstance(v, int | float) and not isinstance(v, bool) and v == v // 1 for v in values):
+        return tuple(map(int, values))
+    raise ModelError(
+        f"eos_token_id is {value!r:.80} in {where}; it must be a token id, a whole number, or a list of them."
+    )
 
 
 def check_supported(hf_config: Any) -> None:

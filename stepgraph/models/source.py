@@ -7,14 +7,15 @@ import json
 import logging
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stepgraph.config import ModelConfig
 from stepgraph.errors import ModelError
 from stepgraph.models.checkpoint import CheckpointTensor
-from stepgraph.models.config import as_token_ids
+from stepgraph.models.config import DecoderConfig, as_token_ids
+from stepgraph.models.end_tokens import end_tokens, tokenizer_end_token
 from stepgraph.models.gguf import GGUFFile
 from stepgraph.models.hf_config import hf_config_from_json
 from stepgraph.models.language_model import LanguageModelConfig
@@ -26,6 +27,7 @@ from stepgraph.models.tokenizer import (
     tokenizer_from_folder,
     tokenizer_from_gguf,
 )
+from stepgraph.models.transformers_config import TransformersConfig
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -82,8 +84,8 @@ class ModelSource(ABC):
             logger.warning("%s", error)
             return None
 
-    def sampling_defaults(self) -> dict[str, float | int]:
-        """How the model's makers recommend to sample from it: fields of SamplingParams, those they name."""
+    def sampling_defaults(self) -> dict[str, Any]:
+        """How the model's makers recommend to sample from it: fields of SamplingParams, those they name, unchecked."""
         return {}
 
 
@@ -120,13 +122,17 @@ class FolderSource(ModelSource):
         self.name, self.description = name, f"safetensors folder {folder}"
         self._folder = folder
         hf_config = hf_config_from_json(folder / "config.json", for_transformers=model_impl == "transformers")
-        self._sampling_defaults: dict[str, float | int] = {}
+        self._sampling_defaults: dict[str, Any] = {}
+        eos: tuple[int, ...] = ()
         if (folder / "generation_config.json").is_file():  # chat models list their turn-ending tokens only here
             generation = _read_json(folder / "generation_config.json")
             self._sampling_defaults = {name: generation[name] for name in _SAMPLING if generation.get(name) is not None}
-            eos = as_token_ids(generation.get("eos_token_id")) + as_token_ids(getattr(hf_config, "eos_token_id", None))
-            hf_config.eos_token_id = list(dict.fromkeys(eos))
-        self.config = choose_config(hf_config, model_impl)
+            eos = as_token_ids(generation.get("eos_token_id"), folder / "generation_config.json")
+        config = choose_config(hf_config, model_impl)
+        assert isinstance(config, DecoderConfig | TransformersConfig), config
+        of_tokenizer = tokenizer_end_token(folder)
+        eos += config.eos_token_ids + (() if of_tokenizer is None else (of_tokenizer,))
+        self.config = replace(config, eos_token_ids=end_tokens(eos, config.vocab_size, self.description))
 
     @property
     def folder(self) -> Path:
@@ -146,7 +152,7 @@ class FolderSource(ModelSource):
         """See `ModelSource.tokenizer`."""
         return tokenizer_from_folder(self._folder)
 
-    def sampling_defaults(self) -> dict[str, float | int]:
+    def sampling_defaults(self) -> dict[str, Any]:
         """See `ModelSource.sampling_defaults`; from generation_config.json."""
         return dict(self._sampling_defaults)
 

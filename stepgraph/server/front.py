@@ -216,6 +216,7 @@ def _server(app: Any, config: ServerConfig) -> _Server:
 
 def _face_of(front: Front) -> ModelFace:
     """What the front needs of the model. Takes seconds, most of them for the import."""
+    from stepgraph.engine.model_defaults import sampling_defaults_of
     from stepgraph.models.source import resolve_configured
 
     config = front.config
@@ -230,6 +231,6 @@ def _face_of(front: Front) -> ModelFace:
             tool_call_parser=config.tool_call_parser,
             reasoning_parser=config.reasoning_parser,
         ),
-        sampling_defaults=source.sampling_defaults(),
+        sampling_defaults=sampling_defaults_of(source),
         longest_token=1 if tokenizer is None else max(map(len, tokenizer.get_vocab())),
     )

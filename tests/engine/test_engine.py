@@ -138,7 +138,7 @@ def test_an_answer_ends_with_a_stop_token_and_counts_it(create_engine) -> None:
 def test_an_answer_ends_at_the_models_end_token_unless_that_is_ignored(create_engine) -> None:
     engine = create_engine()
     whole = answer(engine, range(9)).output_token_ids
-    engine.source.config = replace(engine.source.config, eos_token_ids=(whole[3], whole[7]))
+    engine.end_token_ids = (whole[3], whole[7])
     request = answer(engine, range(9), replace(GREEDY, ignore_eos=False))
     assert request.output_token_ids == whole[:4]
     assert request.finish_reason is FinishReason.STOP

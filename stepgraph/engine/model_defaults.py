@@ -1,0 +1,56 @@
+"""What a checkpoint says of sampling from it, checked when an engine or server starts: no request can mend it."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import fields
+from typing import Any
+
+from stepgraph.engine.sampling_params import SamplingParams
+from stepgraph.errors import ModelError, RequestError
+from stepgraph.models.source import ModelSource
+from stepgraph.step import slot_line
+
+logger = logging.getLogger(__name__)
+
+
+def sampling_defaults_of(source: ModelSource) -> dict[str, Any]:
+    """How the model's makers recommend to sample from it: fields of SamplingParams, those they name.
+
+    Raises:
+        ModelError: a value that no request could give, or of the wrong type.
+    """
+    whole = {f.name for f in fields(SamplingParams) if type(f.default) is int}
+    defaults = {}
+    for name, value in source.sampling_defaults().items():
+        if name in whole and isinstance(value, float) and value.is_integer():
+            value = int(value)
+        try:
+            SamplingParams(**{name: value})
+        except RequestError as error:
+            raise ModelError(
+                f"generation_config.json of {source.name}, which requests take their defaults from, cannot be used: {error}. "
+                "Correct the value there, or remove it."
+            ) from error
+        defaults[name] = value
+    return defaults
+
+
+def end_tokens_of(source: ModelSource) -> tuple[int, ...]:
+    """Tokens that end an answer; a warning if there are none.
+
+    Raises:
+        ModelError: there are more than a request can have.
+    """
+    found = source.config.eos_token_ids
+    if not found:
+        logger.warning(
+            "%s names no token that ends an answer: each runs to its max_tokens, unless a request gives stop_token_ids or stop",
+            source.description,
+        )
+    if len(found) > slot_line.MAX_STOP_TOKENS:
+        raise ModelError(
+            f"{source.description} names {len(found)} tokens that end an answer, and at most {slot_line.MAX_STOP_TOKENS} fit; "
+            "remove some of eos_token_id in generation_config.json or config.json."
+        )
+    return found
