@@ -26,6 +26,13 @@ def root_key(salt: str | None) -> bytes:
     return b"" if salt is None else b"salt" + hashlib.sha256(salt.encode("utf-8", "surrogatepass")).digest()
 
 
+def memory_key(salt: str | None, secret: bytes) -> int:
+    """The `SlotSampling.memory_key` of requests with a salt: 64 bits that nobody without the secret can aim at; 0 without one."""
+    return (
+        0 if salt is None else int.from_bytes(hashlib.blake2b(root_key(salt), key=secret, digest_size=8).digest()) or 1
+    )
+
+
 class BlockPool:
     """Reference-counted KV blocks with a prefix cache. Block 0 is the null block and is never handed out.
 

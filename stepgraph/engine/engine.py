@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import logging
 import random
+import secrets
 import struct
 import time
 from array import array
@@ -22,6 +23,7 @@ from torch import Tensor
 
 from stepgraph.config import EngineConfig
 from stepgraph.engine.beside import beside
+from stepgraph.engine.blocks import memory_key
 from stepgraph.engine.guidance import GuidanceCompiler, GuideError
 from stepgraph.engine.masks import TokenMasks
 from stepgraph.engine.model_defaults import end_tokens_of
@@ -169,6 +171,7 @@ class Engine:
         self.on_step: Callable[[StepReport], None] = lambda report: None
         """Called in the engine's thread when a step's results have been read; whoever watches the steps sets it."""
         self._masks = TokenMasks(self._create_compiler, self.source.config.vocab_size, max_drafts)
+        self._secret = secrets.token_bytes(16)
         self._seeds = random.Random(config.model.seed)
         self._in_flight: deque[_InFlight] = deque()
         self._collected_at = 0.0  # when the results of the last step had been read
@@ -345,7 +348,7 @@ class Engine:
             prompt_token_ids: at least one; shorter than the context.
             params: with `n` 1: a session makes several requests of several answers.
             priority: lower runs first.
-            cache_salt: only requests of the same salt share cached prefixes.
+            cache_salt: only requests of the same salt share cached prefixes, and find each other's answers to propose them.
             adapter: folder of a LoRA adapter as PEFT saves it; needs `enable_lora`.
 
         Raises:
@@ -378,7 +381,9 @@ class Engine:
         if adapter is not None:
             loaded = self._load_adapter(adapter)
             sampling = replace(sampling, adapter=loaded.number)
-            cache_salt = f"{loaded.key} {cache_salt or ''}"  # its keys and values are not those of the model alone
+            cache_salt = f"{loaded.key} {cache_salt or ''}"  # its keys, values and answers are not those of the model alone
+        if cache_salt is not None:
+            sampling = replace(sampling, memory_key=memory_key(cache_salt, self._secret))
         request = Request(
             id=request_id,
             prompt_token_ids=prompt,

@@ -118,12 +118,14 @@ def random_sampling(rng: random.Random, variant: Variant, vocab_size: int) -> Sl
     def maybe(value: Value, nothing: Value) -> Value:
         return value if rng.random() < 0.4 else nothing
 
+    seed = rng.getrandbits(64)
     plain = SlotSampling(
-        seed=rng.getrandbits(64),
+        seed=seed,
         temperature=maybe(rng.uniform(0.2, 2.0), 0.0),
         top_k=maybe(rng.randint(1, vocab_size), 0),
         top_p=maybe(rng.uniform(0.1, 1.0), 1.0),
         min_p=maybe(rng.uniform(0.0, 0.2), 0.0),
+        memory_key=seed % 3,
         max_num_drafts=maybe(rng.randint(0, slot_line.MAX_DRAFTS), slot_line.MAX_DRAFTS),
     )
     if variant is Variant.PLAIN:

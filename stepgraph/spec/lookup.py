@@ -22,7 +22,7 @@ class LookupDrafter:
     """See `stepgraph.spec.drafter.Drafter`.
 
     Answers that end with a stop token or at their length enter the memory when they do; those that the host ends (stop strings,
-    aborts) do not.
+    aborts) do not. A request finds those of its own memory key alone, see `stepgraph.step.slot_line`.
     """
 
     num_layers = 0
@@ -41,6 +41,7 @@ class LookupDrafter:
         """
         self._min_match, self._max_match, self._adaptive = min_match, max_match, adaptive
         self._memory_M = torch.full((memory_tokens,), slot_line.NO_TOKEN, dtype=torch.int32, device=device)
+        self._keys_M2 = torch.zeros(memory_tokens, slot_line.MEMORY_KEY_WIDTH, dtype=torch.int32, device=device)
         self._cursor = torch.zeros(1, dtype=torch.int32, device=device)
 
     def parameters(self) -> Iterator[nn.Parameter]:
@@ -60,6 +61,7 @@ class LookupDrafter:
             step.lines,
             step.tokens,
             self._memory_M,
+            self._keys_M2,
             step.num_drafts,
             self._min_match,
             self._max_match,
@@ -83,4 +85,4 @@ class LookupDrafter:
         ran_R = tokens.query_start[1:] > tokens.query_start[:-1]
         active_R = step.lines.index_select(0, tokens.row_slot)[:, slot_line.ACTIVE]
         finished_R = ran_R & (active_R == 0)
-        ops.remember(self._memory_M, self._cursor, step.lines, step.tokens, tokens.row_slot, finished_R)
+        ops.remember(self._memory_M, self._keys_M2, self._cursor, step.lines, step.tokens, tokens.row_slot, finished_R)

@@ -165,6 +165,8 @@ def _line(sampling: SlotSampling) -> array[int]:
             sampling.frequency_penalty,
             sampling.seed & 0xFFFFFFFF,
             sampling.seed >> 32 & 0xFFFFFFFF,
+            sampling.memory_key & 0xFFFFFFFF,
+            sampling.memory_key >> 32,
         )
     )
     for column, value in zip(_BIT_COLUMNS, bits, strict=True):
@@ -175,7 +177,7 @@ def _line(sampling: SlotSampling) -> array[int]:
 
 
 _NO_SAMPLING = [0] * slot_line.STOP_TOKENS + [slot_line.NO_TOKEN] * slot_line.MAX_STOP_TOKENS
-_VALUES, _BITS = struct.Struct("6f2I"), struct.Struct("8i")
+_VALUES, _BITS = struct.Struct("6f4I"), struct.Struct("10i")
 _BIT_COLUMNS = (
     slot_line.TEMPERATURE,
     slot_line.TOP_P,
@@ -185,4 +187,6 @@ _BIT_COLUMNS = (
     slot_line.FREQUENCY_PENALTY,
     slot_line.SEED_LOW,
     slot_line.SEED_HIGH,
+    slot_line.MEMORY_KEY,
+    slot_line.MEMORY_KEY + 1,
 )

@@ -105,6 +105,19 @@ def test_prefixes_cached_with_an_adapter_are_not_used_without_it(create_lora_eng
     assert again.output_token_ids == adapted.output_token_ids
 
 
+def test_answers_of_an_adapter_are_proposed_to_its_requests_alone(create_lora_engine, adapters):
+    engine = create_lora_engine(speculative_config={"method": "suffix", "adaptive": False, "memory_tokens": 4096})
+    requests = [
+        engine.add_request(str(i), [1, 2], GREEDY, adapter=adapter)
+        for i, adapter in enumerate((None, adapters[0], adapters[1], adapters[0]))
+    ]
+    keys = [request.sampling.memory_key for request in requests]
+    assert keys[0] == 0
+    assert keys[1] == keys[3]
+    assert len(set(keys)) == 3
+    drain(engine)
+
+
 def test_ended_and_aborted_and_refused_requests_make_room_for_other_adapters(create_lora_engine, adapters):
     engine = create_lora_engine(max_loras=1)
     engine.add_request("a", [1, 2], GREEDY, adapter=adapters[0])

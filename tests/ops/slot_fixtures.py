@@ -32,9 +32,10 @@ def slot_line(
     masked: bool = False,
     num_drafts: int = 0,
     max_num_drafts: int = line.MAX_DRAFTS,
+    memory_key: int = 0,
     stop_tokens: tuple[int, ...] = (),
 ) -> Tensor:
-    """One line, [LINE_WIDTH] int32. `seed`: 64 bits, unsigned."""
+    """One line, [LINE_WIDTH] int32. `seed` and `memory_key`: 64 bits, unsigned."""
     line_L = torch.zeros(line.LINE_WIDTH, dtype=torch.int32)
     line_L[line.LENGTH] = length
     line_L[line.COMPUTED] = computed
@@ -57,9 +58,16 @@ def slot_line(
     floats_L[line.PRESENCE_PENALTY] = presence_penalty
     floats_L[line.FREQUENCY_PENALTY] = frequency_penalty
     line_L[[line.SEED_LOW, line.SEED_HIGH]] = torch.tensor([seed & 0xFFFFFFFF, seed >> 32]).to(torch.int32)
+    line_L[line.MEMORY_KEY : line.MEMORY_KEY + line.MEMORY_KEY_WIDTH] = key_words(memory_key)
     line_L[line.STOP_TOKENS :] = -1
     line_L[line.STOP_TOKENS : line.STOP_TOKENS + len(stop_tokens)] = torch.tensor(stop_tokens, dtype=torch.int32)
     return line_L
+
+
+def key_words(*keys: int) -> Tensor:
+    """Memory keys as `remember` and `lookup` have them: [len(keys), 2] int32, low words first."""
+    words = [word for key in keys for word in (key & 0xFFFFFFFF, key >> 32)]
+    return torch.tensor(words, dtype=torch.int64).to(torch.int32).view(-1, line.MEMORY_KEY_WIDTH)
 
 
 def slot_lines(*lines: Tensor) -> Tensor:

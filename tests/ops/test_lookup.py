@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from slot_fixtures import slot_line, slot_lines
+from slot_fixtures import key_words, slot_line, slot_lines
 from torch import Tensor
 
 from stepgraph import ops
@@ -15,13 +15,15 @@ from stepgraph.ops.lookup import cpu, reference
 from stepgraph.ops.lookup import triton as kernels
 
 BIG = 1 << 20
+KEYS = (0, 1, 1 << 32, (1 << 64) - 1)
 
 
 @dataclass(frozen=True)
 class Row:
-    """A request: what it has said, and whether it still runs."""
+    """A request: what it has said, its memory key, and whether it still runs."""
 
     history: tuple[int, ...]
+    key: int = 0
     active: bool = True
     max_length: int = BIG
 
@@ -33,6 +35,7 @@ class Case:
     slots: tuple[Row, ...]
     rows: tuple[int, ...] = (1,)
     memory: tuple[int, ...] = ()
+    keys: tuple[int, ...] = ()  # of the memory's tokens; none given: all 0
     num_drafts: int = 4
     min_match: int = 1
     max_match: int = 4
@@ -40,14 +43,18 @@ class Case:
 
     def arguments(self, device: str) -> list:
         lines = slot_lines(
-            *(slot_line(length=len(row.history), active=row.active, max_length=row.max_length) for row in self.slots)
+            *(
+                slot_line(length=len(row.history), active=row.active, max_length=row.max_length, memory_key=row.key)
+                for row in self.slots
+            )
         )
         max_len = max(len(row.history) for row in self.slots) + 3
         tokens = torch.ones(1 + len(self.slots), max_len, dtype=torch.int32)  # ones would match if they were read
         for slot, row in enumerate(self.slots, start=1):
             tokens[slot, : len(row.history)] = torch.tensor(row.history)
         row_slot, memory = (torch.tensor(values, dtype=torch.int32) for values in (self.rows, self.memory))
-        tensors = [tensor.to(device) for tensor in (row_slot, lines, tokens, memory)]
+        keys = key_words(*(self.keys or (0,) * len(self.memory)))
+        tensors = [tensor.to(device) for tensor in (row_slot, lines, tokens, memory, keys)]
         return [*tensors, self.num_drafts, self.min_match, self.max_match, self.adaptive]
 
 
@@ -100,7 +107,8 @@ def _expected(case: Case) -> list[Found]:
             history = list(row.history)
             for position in range(1, len(case.memory)):
                 length = _matching(case.memory, position, history, case.max_match)
-                if case.memory[position] != -1 and 0 < length >= best:
+                is_own = row.key == (case.keys[position] if case.keys else 0)
+                if is_own and case.memory[position] != -1 and 0 < length >= best:
                     best, drafts = length, []
                     for token in case.memory[position : position + case.num_drafts]:
                         if token == -1:
@@ -132,16 +140,21 @@ def find(request: pytest.FixtureRequest, device: str) -> Find:
 def _cases(draw: st.DrawFn) -> Case:
     """Few different tokens, so that matches abound."""
     token = st.integers(0, draw(st.integers(0, 3)))
+    keys = st.sampled_from(KEYS[: draw(st.integers(1, len(KEYS)))])
+    texts = draw(st.lists(st.tuples(st.lists(token, max_size=12).map(tuple), keys), max_size=4))
+    starts = draw(st.booleans())  # with a separator
+    memory = [(token, key) for text, key in texts for token in ((-1, *text) if starts else (*text, -1))]
     slots = []
     for _ in range(draw(st.integers(1, 4))):
         history = tuple(draw(st.lists(token, min_size=1, max_size=24)))
         room = draw(st.sampled_from([0, 1, 2, 3, BIG]))
-        slots.append(Row(history, active=draw(st.integers(0, 5)) > 0, max_length=len(history) + room))
+        slots.append(Row(history, draw(keys), active=draw(st.integers(0, 5)) > 0, max_length=len(history) + room))
     min_match = draw(st.integers(1, 3))
     return Case(
         slots=tuple(slots),
         rows=tuple(draw(st.lists(st.integers(0, len(slots)), min_size=1, max_size=6))),
-        memory=tuple(draw(st.lists(token | st.just(-1), max_size=40))),
+        memory=tuple(token for token, _ in memory),
+        keys=tuple(key for _, key in memory),
         num_drafts=draw(st.integers(1, 8)),
         min_match=min_match,
         max_match=draw(st.integers(min_match, 6)),
@@ -176,7 +189,8 @@ def test_many_blocks_and_shares_find_what_the_reference_finds(device: str, monke
         memory = [-1 if place % 50 == 49 else token for place, token in enumerate(texts[-1])]
         slots = tuple(Row(tuple(text[:90])) for text in texts)
         case = Case(slots, rows=(4, 2, 0, 3, 1), memory=tuple(memory), max_match=32, num_drafts=8, adaptive=True)
-        for changed in (case, replace(case, memory=()), replace(case, rows=(4,))):
+        keyed = replace(case, keys=tuple(KEYS[place // 50] for place in range(len(memory))))
+        for changed in (keyed, case, replace(case, memory=()), replace(case, rows=(4,)))[alphabet != 2 :]:
             assert _run(kernels.lookup, changed, device) == _run(reference.lookup, changed)
 
 
@@ -190,6 +204,14 @@ def test_between_equals_the_most_recent_wins_and_own_history_beats_the_memory(fi
     assert find(case) == [Found([2, 2], 2)]
     shorter = Case((Row((9, 1, 9, 2, 8, 9)),), memory=(8, 9, 3, 3, -1, 8, 9, 4, 4, -1), num_drafts=2)
     assert find(shorter) == [Found([4, 4], 2)]
+
+
+@pytest.mark.parametrize("key", KEYS)
+def test_a_text_of_another_key_is_passed_over_however_long_its_match(find: Find, key: int) -> None:
+    memory, keys = (1, 2, 3, 4, -1) * len(KEYS), tuple(other for other in KEYS for _ in range(5))
+    others = tuple(token + 10 * (other == key) for token, other in zip(memory, keys, strict=True))
+    assert find(Case((Row((1, 2, 3), key),), memory=others, keys=keys)) == [Found([], 0)]
+    assert find(Case((Row((1, 2, 3), key),), memory=memory, keys=keys)) == [Found([4], 3)]
 
 
 def test_a_draft_that_reaches_the_end_of_the_history_repeats_itself(find: Find) -> None:

@@ -5,21 +5,24 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from slot_fixtures import slot_line, slot_lines
+from slot_fixtures import key_words, slot_line, slot_lines
 from torch import Tensor
 
 from stepgraph import ops
 from stepgraph.graph.cpu import CpuBackend
 from stepgraph.ops.remember import reference
 from stepgraph.ops.remember import triton as kernels
+from stepgraph.step import slot_line as columns
 from stepgraph.step.program import StepOutput
 
+KEY = (5 << 56) + 7
 Remember = Callable[..., None]
 
 
 @dataclass(frozen=True)
 class Case:
-    """Requests in slots 1, 2, …: (prompt, answer). A step's rows are (slot, finished). The memory holds 100, 101, …"""
+    """Requests in slots 1, 2, …: (prompt, answer); a slot's memory key is KEY times its number. A step's rows are (slot,
+    finished). The memory holds 100, 101, …, of key 0."""
 
     slots: tuple[tuple[tuple[int, ...], tuple[int, ...]], ...]
     rows: tuple[tuple[int, bool], ...]
@@ -28,7 +31,10 @@ class Case:
 
     def tensors(self) -> list[Tensor]:
         lines = slot_lines(
-            *(slot_line(length=len(prompt + answer), prompt_length=len(prompt)) for prompt, answer in self.slots)
+            *(
+                slot_line(length=len(prompt + answer), prompt_length=len(prompt), memory_key=KEY * slot)
+                for slot, (prompt, answer) in enumerate(self.slots, start=1)
+            )
         )
         max_len = max(len(prompt + answer) for prompt, answer in self.slots) + 2
         tokens = torch.full((1 + len(self.slots), max_len), 77, dtype=torch.int32)
@@ -37,7 +43,8 @@ class Case:
         memory = torch.arange(100, 100 + self.size, dtype=torch.int32)
         cursor = torch.tensor([self.cursor], dtype=torch.int32)
         row_slot = torch.tensor([slot for slot, _ in self.rows], dtype=torch.int32)
-        return [memory, cursor, lines, tokens, row_slot, torch.tensor([finished for _, finished in self.rows])]
+        keys = torch.zeros(self.size, 2, dtype=torch.int32)
+        return [memory, keys, cursor, lines, tokens, row_slot, torch.tensor([finished for _, finished in self.rows])]
 
 
 def _expected(case: Case) -> tuple[list[int], int]:
@@ -52,12 +59,24 @@ def _expected(case: Case) -> tuple[list[int], int]:
     return memory, cursor
 
 
+def _expected_keys(case: Case) -> list[int]:
+    keys, cursor = [0] * case.size, case.cursor
+    for slot, finished in case.rows:
+        num_kept = min(len(case.slots[slot - 1][1]), case.size // 8) if slot else 0
+        for _ in range(num_kept + 1 if finished and num_kept else 0):
+            keys[cursor] = KEY * slot
+            cursor = (cursor + 1) % case.size
+    return keys
+
+
 def _run(remember: Remember, case: Case, device: str = "cpu") -> tuple[list[int], int]:
     tensors = [tensor.to(device) for tensor in case.tensors()]
-    before = [tensor.clone() for tensor in tensors[2:]]
+    before = [tensor.clone() for tensor in tensors[3:]]
     remember(*tensors)
-    assert all(torch.equal(left, right) for left, right in zip(before, tensors[2:], strict=True))
-    return tensors[0].tolist(), int(tensors[1])
+    assert all(torch.equal(left, right) for left, right in zip(before, tensors[3:], strict=True))
+    memory, keys, cursor = tensors[:3]
+    assert torch.equal(keys.cpu(), key_words(*_expected_keys(case)))
+    return memory.tolist(), int(cursor)
 
 
 @st.composite
@@ -130,22 +149,26 @@ def test_an_answer_of_many_blocks_is_kept_whole(remember) -> None:
     assert cursor == 2501
 
 
-def test_what_is_remembered_is_found_by_the_next_request() -> None:
-    memory, cursor, lines, tokens, row_slot, finished = Case(
-        (((1,), (2, 3, 4, 5)), ((9,), (2, 3))), rows=((1, True), (2, False)), size=64
+def test_what_is_remembered_is_found_by_the_next_request_of_its_key() -> None:
+    memory, keys, cursor, lines, tokens, row_slot, finished = Case(
+        (((1,), (2, 3, 4, 5)), ((9,), (2, 3)), ((9,), (2, 3))), rows=((1, True), (2, False), (3, False)), size=64
     ).tensors()
     memory.fill_(-1)
-    ops.remember(memory, cursor, lines, tokens, row_slot, finished)
-    drafts, match_len, count = ops.lookup(row_slot, lines, tokens, memory, 4, 2, 8, False)
+    lines[2, columns.MEMORY_KEY :][: columns.MEMORY_KEY_WIDTH] = lines[1, columns.MEMORY_KEY :][
+        : columns.MEMORY_KEY_WIDTH
+    ]
+    ops.remember(memory, keys, cursor, lines, tokens, row_slot, finished)
+    drafts, match_len, count = ops.lookup(row_slot, lines, tokens, memory, keys, 4, 2, 8, False)
     assert (drafts[1].tolist(), match_len[1].tolist(), count[1].tolist()) == ([4, 5, 0, 0], 2, 2)
+    assert (drafts[2].tolist(), match_len[2].tolist(), count[2].tolist()) == ([0, 0, 0, 0], 0, 0), "of another key"
 
 
 def test_a_captured_step_remembers_only_when_replayed_and_follows_its_buffers() -> None:
     case = Case((((1, 2), (3, 4)),), rows=((1, False),), size=24)
-    memory, cursor, lines, tokens, row_slot, finished = case.tensors()
+    memory, keys, cursor, lines, tokens, row_slot, finished = case.tensors()
 
     def program() -> StepOutput:
-        ops.remember(memory, cursor, lines, tokens, row_slot, finished)
+        ops.remember(memory, keys, cursor, lines, tokens, row_slot, finished)
         return StepOutput(memory, cursor)
 
     graph = CpuBackend().capture(program, warmups=1)

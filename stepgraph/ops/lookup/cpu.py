@@ -17,6 +17,7 @@ def lookup(
     lines: Tensor,
     tokens: Tensor,
     memory: Tensor,
+    keys: Tensor,
     num_drafts: int,
     min_match: int,
     max_match: int,
@@ -26,13 +27,19 @@ def lookup(
     drafts_RK = row_slot.new_zeros(len(row_slot), num_drafts)
     match_len_R, count_R = row_slot.new_zeros(len(row_slot)), row_slot.new_zeros(len(row_slot))
     lines_SL, tokens_SH, memory_M = lines.numpy(), tokens.numpy(), memory.numpy()
+    keys_M = keys.numpy().view(np.int64).ravel()
+    line_keys_S = lines_SL[:, line.MEMORY_KEY : line.MEMORY_KEY + line.MEMORY_KEY_WIDTH].copy().view(np.int64).ravel()
     for row, slot in enumerate(row_slot.tolist()):
         if not lines_SL[slot, line.ACTIVE]:
             continue
         length = int(lines_SL[slot, line.LENGTH])
         history_H = tokens_SH[slot, :length]
-        own_len, own_position = _longest(history_H, history_H, max_match)
-        remembered_len, position = (0, 0) if own_len == max_match else _longest(memory_M, history_H, max_match)
+        own_len, own_position = _longest(history_H, _following(history_H, history_H[-1]), history_H, max_match)
+        remembered_len, position = 0, 0
+        if own_len < max_match:
+            position_P = _following(memory_M, history_H[-1])
+            position_P = position_P[keys_M[position_P] == line_keys_S[slot]]
+            remembered_len, position = _longest(memory_M, position_P, history_H, max_match)
         match_len = max(own_len, remembered_len)
         room = int(lines_SL[slot, line.MAX_LENGTH]) - length - 1
         wanted = max(0, min(num_drafts, room, match_len if adaptive else num_drafts)) if match_len >= min_match else 0
@@ -46,10 +53,14 @@ def lookup(
     return drafts_RK, match_len_R, count_R
 
 
-def _longest(text_M: Ints, history_H: Ints, max_match: int) -> tuple[int, int]:
-    """Length of the longest match in a text, and the highest position that has it; (0, 0) without any."""
-    position_P = np.flatnonzero(text_M[:-1] == history_H[-1]) + 1
-    position_P = position_P[text_M[position_P] != -1]
+def _following(text_M: Ints, newest: np.integer) -> Ints:
+    """The positions in a text after `newest`, ascending."""
+    position_P = np.flatnonzero(text_M[:-1] == newest) + 1
+    return position_P[text_M[position_P] != -1]
+
+
+def _longest(text_M: Ints, position_P: Ints, history_H: Ints, max_match: int) -> tuple[int, int]:
+    """Length of the longest match at one of some positions in a text, and the highest that has it; (0, 0) without any."""
     if not len(position_P):
         return 0, 0
     longest = min(max_match, len(history_H))

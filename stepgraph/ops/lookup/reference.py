@@ -14,6 +14,7 @@ def lookup(
     lines: Tensor,
     tokens: Tensor,
     memory: Tensor,
+    keys: Tensor,
     num_drafts: int,
     min_match: int,
     max_match: int,
@@ -29,7 +30,9 @@ def lookup(
         suffix_N = history_H.flip(0)[:max_match]
         match_len, position = _longest(history_H, suffix_N)
         continuation_K = history_H[position:].repeat(num_drafts)[:num_drafts]
-        memory_len, position = _longest(memory, suffix_N)
+        key = lines[slot, line.MEMORY_KEY : line.MEMORY_KEY + line.MEMORY_KEY_WIDTH]
+        readable = torch.where((keys == key).all(1), memory, -1)
+        memory_len, position = _longest(readable, suffix_N)
         if memory_len > match_len:
             match_len = memory_len
             continuation_K = memory[position : position + num_drafts]

@@ -1,9 +1,9 @@
 """Triton kernels of `lookup`: several programs scan each row's texts for the longest match, then one a row writes its drafts.
 
 How many programs share a row depends on sizes known at capture; each takes every n-th block of the text, up to its
-real end. Of a block only the token before each position is read for all of them. The rest of the suffix is compared where
-that one equals the newest token, until no position of the block is left. Matches are compared by one int64: length, whether
-it is the row's own history, position.
+real end. Of a block only the token before each position is read for all of them. The rest of the suffix, and in the memory the
+key, is compared where that one equals the newest token, until no position of the block is left. Matches are compared by one
+int64: length, whether it is the row's own history, position.
 
 Shapes: R rows, K drafts, P positions of a block, S shares of a row.
 """
@@ -26,6 +26,7 @@ MAX_SHARES = 256
 _LINE_WIDTH = tl.constexpr(line.LINE_WIDTH)
 _LENGTH = tl.constexpr(line.LENGTH)
 _ACTIVE = tl.constexpr(line.ACTIVE)
+_MEMORY_KEY = tl.constexpr(line.MEMORY_KEY)
 _MAX_LENGTH = tl.constexpr(line.MAX_LENGTH)
 _BLOCK_S = tl.constexpr(2 * MAX_SHARES)
 _OWN_BIT = tl.constexpr(31)
@@ -38,6 +39,7 @@ def _scan_kernel(
     lines_ptr,
     tokens_ptr,
     memory_ptr,
+    keys_ptr,
     best_ptr,
     M,
     MAX_LEN,
@@ -62,6 +64,8 @@ def _scan_kernel(
         first = share
         stride = HISTORY_SHARES
         own = share < HISTORY_SHARES
+        key_low = tl.load(line_ptr + _MEMORY_KEY)
+        key_high = tl.load(line_ptr + _MEMORY_KEY + 1)
         if share >= HISTORY_SHARES:
             text_ptr = memory_ptr
             text_len = M
@@ -73,6 +77,9 @@ def _scan_kernel(
             matches_P = before_P == newest
             # A position at which a text ends has nothing to propose.
             matches_P &= tl.load(text_ptr + position_P, mask=matches_P & (position_P < text_len), other=-1) != -1
+            foreign_P = matches_P & (own == 0)
+            matches_P &= tl.load(keys_ptr + 2 * position_P, mask=foreign_P, other=key_low) == key_low
+            matches_P &= tl.load(keys_ptr + 2 * position_P + 1, mask=foreign_P, other=key_high) == key_high
             match_len_P = matches_P.to(tl.int32)
             compared = 1
             while (compared < suffix_len) & (tl.max(matches_P.to(tl.int32), 0) > 0):
@@ -144,6 +151,7 @@ def lookup(
     lines: Tensor,
     tokens: Tensor,
     memory: Tensor,
+    keys: Tensor,
     num_drafts: int,
     min_match: int,
     max_match: int,
@@ -162,6 +170,7 @@ def lookup(
         lines,
         tokens,
         memory,
+        keys,
         best_RS,
         memory.shape[0],
         max_len,

@@ -9,7 +9,9 @@ SHARE = 8
 """One answer takes at most one SHAREth of the memory, and its separator."""
 
 
-def remember(memory: Tensor, cursor: Tensor, lines: Tensor, tokens: Tensor, row_slot: Tensor, finished: Tensor) -> None:
+def remember(
+    memory: Tensor, keys: Tensor, cursor: Tensor, lines: Tensor, tokens: Tensor, row_slot: Tensor, finished: Tensor
+) -> None:
     """See `stepgraph.ops.remember.remember`. Reads tensor values: opaque to a recording."""
     for row in finished.nonzero().flatten().tolist():
         slot = int(row_slot[row])
@@ -17,6 +19,7 @@ def remember(memory: Tensor, cursor: Tensor, lines: Tensor, tokens: Tensor, row_
         start = max(int(lines[slot, line.PROMPT_LENGTH]), end - len(memory) // SHARE)
         if start < end:
             text = torch.nn.functional.pad(tokens[slot, start:end], (0, 1), value=line.NO_TOKEN)
-            place = cursor + torch.arange(len(text), device=memory.device)
-            memory[place % len(memory)] = text
+            place = (cursor + torch.arange(len(text), device=memory.device)) % len(memory)
+            memory[place] = text
+            keys[place] = lines[slot, line.MEMORY_KEY : line.MEMORY_KEY + line.MEMORY_KEY_WIDTH]
             cursor.copy_((cursor + len(text)) % len(memory))

@@ -16,6 +16,7 @@ from stepgraph.step import slot_line as line
 _LINE_WIDTH = tl.constexpr(line.LINE_WIDTH)
 _LENGTH = tl.constexpr(line.LENGTH)
 _PROMPT_LENGTH = tl.constexpr(line.PROMPT_LENGTH)
+_MEMORY_KEY = tl.constexpr(line.MEMORY_KEY)
 _NO_TOKEN = tl.constexpr(line.NO_TOKEN)
 _BLOCK = tl.constexpr(2048)
 
@@ -23,6 +24,7 @@ _BLOCK = tl.constexpr(2048)
 @triton.jit(do_not_specialize=["R", "M", "MAX_LEN", "LONGEST"])
 def _remember_kernel(
     memory_ptr,
+    keys_ptr,
     cursor_ptr,
     lines_ptr,
     tokens_ptr,
@@ -44,23 +46,31 @@ def _remember_kernel(
             line_ptr = lines_ptr + slot * _LINE_WIDTH
             end = tl.load(line_ptr + _LENGTH)
             start = tl.maximum(tl.load(line_ptr + _PROMPT_LENGTH), end - LONGEST)
+            key_low = tl.load(line_ptr + _MEMORY_KEY)
+            key_high = tl.load(line_ptr + _MEMORY_KEY + 1)
             history_ptr = tokens_ptr + slot.to(tl.int64) * MAX_LEN
             if start < end:
                 for first in range(start, end + 1, _BLOCK):
                     index_B = first + tl.arange(0, _BLOCK)
                     token_B = tl.load(history_ptr + index_B, mask=index_B < end, other=_NO_TOKEN)
-                    tl.store(memory_ptr + (cursor + index_B - start) % M, token_B, mask=index_B <= end)
+                    place_B = (cursor + index_B - start) % M
+                    tl.store(memory_ptr + place_B, token_B, mask=index_B <= end)
+                    tl.store(keys_ptr + 2 * place_B, key_low, mask=index_B <= end)
+                    tl.store(keys_ptr + 2 * place_B + 1, key_high, mask=index_B <= end)
                 cursor = (cursor + end - start + 1) % M
                 tl.debug_barrier()  # the next answer may overwrite this one: in this order
             row = tl.min(tl.where(finished_R & (row_R > row), row_R, BLOCK_R), 0)
         tl.store(cursor_ptr, cursor)
 
 
-def remember(memory: Tensor, cursor: Tensor, lines: Tensor, tokens: Tensor, row_slot: Tensor, finished: Tensor) -> None:
+def remember(
+    memory: Tensor, keys: Tensor, cursor: Tensor, lines: Tensor, tokens: Tensor, row_slot: Tensor, finished: Tensor
+) -> None:
     """See `stepgraph.ops.remember.remember`."""
     num_rows, memory_len = row_slot.shape[0], memory.shape[0]
     _remember_kernel[(1,)](
         memory,
+        keys,
         cursor,
         lines,
         tokens,
