@@ -80,6 +80,31 @@ class ServerConfig:
         "texts (names of fields are some), lists and objects in a body, and an eighth of its values; more gets status 400",
         minimum=64,
     )
+    max_connections: int = setting(
+        4096,
+        "open connections, where the system grants descriptors for so many; with more, one that sends nothing makes way, or "
+        "the new one gets status 503",
+        minimum=4,
+    )
+    max_header_kib: float = setting(
+        64.0, "size of a request's line and headers in KiB; more gets status 400", minimum=1
+    )
+    header_timeout: float = setting(
+        10.0, "seconds in which a request's headers must come once it has begun", minimum=0.01, metavar="SECONDS"
+    )
+    body_timeout: float = setting(
+        60.0, "seconds in which a request's body must come once its headers have", minimum=0.01, metavar="SECONDS"
+    )
+    keep_alive_timeout: float = setting(
+        30.0, "seconds that a connection is kept on which nothing is asked", minimum=0.01, metavar="SECONDS"
+    )
+    stall_timeout: float = setting(
+        180.0,
+        "seconds after which a client that takes nothing of what it is sent is cut off; that one takes a kilobyte a second may "
+        "show once in 70 s only",
+        minimum=0.01,
+        metavar="SECONDS",
+    )
     request_timeout: float | None = setting(
         None, "seconds that a request may take, waiting included; default: no limit", minimum=0.001, metavar="SECONDS"
     )

@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import uvicorn
@@ -20,19 +21,19 @@ import uvicorn
 from stepgraph.config import EngineConfig
 from stepgraph.config.server import ServerConfig
 from stepgraph.server.app import create_app, create_metrics_app
+from stepgraph.server.connections import Connection, Connections, Limits
 from stepgraph.server.conversation import ChatForm
 from stepgraph.server.engine_client import EngineClient
 from stepgraph.server.generation import EndedRequest
-from stepgraph.server.head_limit import HeadLimitedProtocol
+from stepgraph.server.log_limit import LogLimit, is_refused_access, shorten_path
 from stepgraph.server.metrics import Metrics
 from stepgraph.server.service import ModelFace, Service
-from stepgraph.server.stall_limit import StallLimitedProtocol
 from stepgraph.server.tracing import Tracer, create_tracer
 
 logger = logging.getLogger(__name__)
 
-_KEEP_ALIVE_S = 30
-"""Idle connections are kept for so long: longer than clients take between two requests."""
+_MAX_OPERATORS = 64
+"""Connections of the metrics' port."""
 _GOODBYE_S = 2
 """What replies that are being sent get to finish, once there is nothing left to compute."""
 _POLL_S = 0.05
@@ -51,6 +52,8 @@ class Front:
     """Text that replaces the model's."""
     listening: socket.socket
     metrics_listening: socket.socket | None
+    max_connections: int
+    """Of the API's port."""
     engine_process: subprocess.Popen[bytes]
     """Started already, so that both processes load side by side."""
     started_at: float
@@ -86,9 +89,13 @@ async def _serve(front: Front) -> int:
         progress=sys.stderr.isatty(),
     )
     service = Service(config, client, lambda: _face_of(front))
-    servers = [(_server(create_app(service, metrics, api_keys=front.api_keys), config), listening)]
+    connections = Connections(Limits.of(config), front.max_connections)
+    metrics.watch(service.bodies, connections)
+    servers = [(_server(create_app(service, metrics, api_keys=front.api_keys), config, connections), listening)]
     if front.metrics_listening is not None:
-        servers.append((_server(create_metrics_app(service, metrics), config), front.metrics_listening))
+        of_operators = Connections(Limits.of(config), _MAX_OPERATORS)
+        servers.append((_server(create_metrics_app(service, metrics), config, of_operators), front.metrics_listening))
+    _limit_logs()
     stop = _Stop()
     await client.start()
     tasks = [asyncio.create_task(server.serve([sock])) for server, sock in servers]
@@ -125,6 +132,15 @@ async def _serve(front: Front) -> int:
         if tracer is not None:
             await asyncio.to_thread(tracer.shutdown)
     return 0
+
+
+def _limit_logs() -> None:
+    """Whoever has no key shall not fill the log."""
+    access = logging.getLogger("uvicorn.access")
+    access.addFilter(shorten_path)
+    access.addFilter(LogLimit(is_refused_access))
+    for name in ("uvicorn.error", "stepgraph.server.connections", "stepgraph.server.app"):
+        logging.getLogger(name).addFilter(LogLimit())
 
 
 class _TracedMetrics(Metrics):
@@ -186,10 +202,6 @@ class _Stop:
         self._asked.set()
 
 
-class _Protocol(HeadLimitedProtocol, StallLimitedProtocol):
-    """Bounds what clients send beside bodies, and how long they may read nothing."""
-
-
 class _Server(uvicorn.Server):
     """A server whose signals are handled elsewhere."""
 
@@ -198,16 +210,16 @@ class _Server(uvicorn.Server):
         yield
 
 
-def _server(app: Any, config: ServerConfig) -> _Server:
+def _server(app: Any, config: ServerConfig, connections: Connections) -> _Server:
     return _Server(
         uvicorn.Config(
             app,
-            http=_Protocol,
+            http=partial(Connection, shared=connections),  # type: ignore[arg-type]  # which is called, and nothing else
+            ws="none",
             lifespan="off",
             access_log=config.access_log,
             log_level="info" if config.access_log else "warning",
             log_config=None,
-            timeout_keep_alive=_KEEP_ALIVE_S,
             timeout_graceful_shutdown=_GOODBYE_S,
             server_header=False,
         )

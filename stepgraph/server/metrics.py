@@ -28,6 +28,8 @@ from prometheus_client.utils import floatToGoString
 
 from stepgraph import __version__
 from stepgraph.engine.request import FinishReason
+from stepgraph.server.bodies import Bodies
+from stepgraph.server.connections import Connections
 from stepgraph.server.door import OPEN_PATHS
 from stepgraph.server.engine_client import EngineState, RestartCause
 from stepgraph.server.messages import Load
@@ -160,9 +162,15 @@ class Metrics(Collector):
         self._host_time = self._histogram(
             "host_step_seconds", "Of a step: planning it and taking in results.", _HOST_SECONDS
         )
+        self._bodies: Bodies | None = None
+        self._connections: Connections | None = None
         self._registry = CollectorRegistry()
         self._registry.register(self)
         ProcessCollector(registry=self._registry)
+
+    def watch(self, bodies: Bodies, connections: Connections) -> None:
+        """Tell of these too."""
+        self._bodies, self._connections = bodies, connections
 
     def on_progress(self, message: Progress) -> None:
         """See `Observer`."""
@@ -248,6 +256,17 @@ class Metrics(Collector):
             "http_requests", "HTTP requests, by route and status.", ("handler", "status"), self._responses
         )
         yield self._counters("requests_refused", "Requests that were turned away.", ("reason",), self._refused)
+        if self._bodies is not None and self._connections is not None:
+            yield self._gauge(
+                "http_body_bytes", "Bodies of requests that are received or prepared.", self._bodies.num_bytes
+            )
+            yield self._gauge("http_connections", "Open connections.", self._connections.num_open)
+            yield self._counters(
+                "http_connections_ended",
+                "Connections that the server ended, by why.",
+                ("reason",),
+                {(reason,): count for reason, count in self._connections.ended.items()},
+            )
         yield self._gauge("num_requests_running", "Requests that have a slot.", load.num_running)
         yield self._gauge("num_requests_waiting", "Requests in the engine that wait for a slot.", load.num_waiting)
         yield self._gauge("kv_cache_usage_perc", "Share of KV blocks in use; 1 is all.", load.kv_usage)

@@ -13,6 +13,7 @@ from typing import Any
 from stepgraph.config import EngineConfig
 from stepgraph.config.server import ServerConfig, engine_log_level
 from stepgraph.errors import ConfigError
+from stepgraph.server.descriptors import raise_descriptor_limit, room_for_connections
 from stepgraph.server.spawn import spawn_engine
 
 logger = logging.getLogger(__name__)
@@ -30,6 +31,7 @@ def run(settings: dict[str, Any], config: ServerConfig) -> int:
         EngineDeadError: the engine cannot start.
     """
     started_at = time.monotonic()
+    raise_descriptor_limit()
     engine_config = EngineConfig.from_settings(**settings)
     api_keys, chat_template = config.api_keys(), config.chat_template_text()
     engine_log_level()  # refused here, where it is one sentence, and not in the process that reads it
@@ -54,6 +56,7 @@ def run(settings: dict[str, Any], config: ServerConfig) -> int:
                 chat_template,
                 listening,
                 metrics_listening,
+                room_for_connections(config.max_connections),
                 process,
                 started_at,
             )

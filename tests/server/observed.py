@@ -1,8 +1,12 @@
 """What an observer of the server is told, made up for tests."""
 
+import asyncio
 from dataclasses import replace
 
+from stepgraph.config.server import ServerConfig
 from stepgraph.engine.sampling_params import SamplingParams
+from stepgraph.server.bodies import Bodies
+from stepgraph.server.connections import Connections, Limits
 from stepgraph.server.engine_client import EngineState
 from stepgraph.server.generation import EndedRequest
 from stepgraph.server.messages import Load, Progress, Ready, StepInfo, TokenUpdate
@@ -61,4 +65,6 @@ def busy_metrics() -> Metrics:
     for reason in ("stop", "length", "abort", "error"):
         metrics.on_end(replace(ENDED, finish_reason=reason))
     metrics.on_response("/v1/chat/completions", 200)
+    config = ServerConfig()
+    metrics.watch(Bodies(config, asyncio.to_thread), Connections(Limits.of(config), max_open=8))
     return metrics
