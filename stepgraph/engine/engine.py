@@ -381,7 +381,9 @@ class Engine:
         if adapter is not None:
             loaded = self._load_adapter(adapter)
             sampling = replace(sampling, adapter=loaded.number)
-            cache_salt = f"{loaded.key} {cache_salt or ''}"  # its keys, values and answers are not those of the model alone
+            cache_salt = (
+                f"{loaded.key} {cache_salt or ''}"  # its keys, values and answers are not those of the model alone
+            )
         if cache_salt is not None:
             sampling = replace(sampling, memory_key=memory_key(cache_salt, self._secret))
         request = Request(

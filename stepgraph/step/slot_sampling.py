@@ -27,5 +27,7 @@ class SlotSampling:
     num_logprobs: int = 0  # 1 + n; 0 is none
     num_prompt_logprobs: int = 0
     adapter: int = 0  # number of a LoRA adapter, see `stepgraph.models.adapters`
-    memory_key: int = 0  # 64 bits; requests of different keys never find each other's answers when they look for proposals
+    memory_key: int = (
+        0  # 64 bits; requests of different keys never find each other's answers when they look for proposals
+    )
     max_num_drafts: int = slot_line.MAX_DRAFTS  # proposals the request takes; 0 switches speculation off

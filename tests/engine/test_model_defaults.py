@@ -75,7 +75,9 @@ def test_end_tokens_are_in_the_order_of_generation_config_config_and_tokenizer_e
 
 LAYOUTS = {
     "as saved": {},
-    "with the properties of its token": {"tokenizer_config.json": {"eos_token": {"__type": "AddedToken", "content": "<end>"}}},
+    "with the properties of its token": {
+        "tokenizer_config.json": {"eos_token": {"__type": "AddedToken", "content": "<end>"}}
+    },
     "none": {"tokenizer_config.json": {"eos_token": None}},
     "in the file of special tokens, which goes before": {
         "tokenizer_config.json": {"eos_token": "b"},
@@ -134,7 +136,9 @@ def test_a_model_without_end_token_says_so_at_start_and_one_with_too_many_is_ref
         Engine(EngineConfig.from_settings(**{"model": str(copy), "device": "cpu"} | TINY_SETTINGS)).shutdown()
 
     write(copy, "tokenizer_config.json", eos_token=None)
-    (copy / "config.json").write_text(json.dumps(json.loads((copy / "config.json").read_text()) | {"eos_token_id": None}))
+    (copy / "config.json").write_text(
+        json.dumps(json.loads((copy / "config.json").read_text()) | {"eos_token_id": None})
+    )
     write(copy, "generation_config.json", eos_token_id=list(range(17)))
     with pytest.raises(ModelError, match="names 17 tokens that end an answer, and at most 16 fit"):
         start()
