@@ -13,6 +13,10 @@ class ConfigError(StepgraphError, ValueError):
     """A setting is unusable: which one, its value, the limit, and what to set instead."""
 
 
+class DeviceMemoryError(ConfigError):
+    """The device's memory does not suffice for what the settings ask for, now: others may use it, too."""
+
+
 class ModelError(StepgraphError):
     """A model cannot be found, read or run: what, why, and what to do."""
 

@@ -215,6 +215,8 @@ class AsyncEngine:
     def _run(self) -> None:
         try:
             while True:
+                while not self._has_something_to_do(None) and self.engine.prepare():
+                    pass  # with what may be needed later
                 due = self.engine.seconds_until_work
                 with self._wake:
                     self._wake.wait_for(partial(self._has_something_to_do, due), timeout=due)

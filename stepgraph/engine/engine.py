@@ -47,8 +47,9 @@ from stepgraph.spec.depth import LEVELS, DraftDepth
 from stepgraph.spec.drafter import Drafter
 from stepgraph.step import slot_line
 from stepgraph.step.memory import place_weights
-from stepgraph.step.plan import StepKind
+from stepgraph.step.plan import StepKind, StepPlan
 from stepgraph.step.runner import StepResults, StepRunner, Ticket
+from stepgraph.step.shape import Variant
 from stepgraph.step.slot_sampling import SlotSampling
 
 if TYPE_CHECKING:
@@ -132,6 +133,12 @@ class Engine:
             max_model_len=self.max_model_len,
             progress=progress,
         )
+        max_drafts = config.speculative.max_drafts
+        self._depth = DraftDepth(
+            max_drafts,
+            self._draft_levels(self._drafter),
+            costs_when_idle=self._drafter is None or self._drafter.costs_when_idle,
+        )
         drafter_parameters = [] if self._drafter is None else self._drafter.parameters()
         self._weights = place_weights([*model.parameters(), *drafter_parameters], config.cache, self.platform)
         self._adapters = self._create_adapters(model)
@@ -146,15 +153,10 @@ class Engine:
                 max_model_len=self.max_model_len,
                 adapters=self._adapters,
                 drafter=self._drafter,
+                draft_levels=self._depth.levels,
             )
             if not self.runner.pool.lazy:
                 self.runner.pool.capture_all(progress=progress)
-        max_drafts = config.speculative.max_drafts
-        self._depth = DraftDepth(
-            max_drafts,
-            self._draft_levels(self._drafter),
-            costs_when_idle=self._drafter is None or self._drafter.costs_when_idle,
-        )
         self.scheduler = Scheduler(
             config.scheduler,
             max_tokens=self.runner.pool.max_tokens,
@@ -425,6 +427,10 @@ class Engine:
         self._check_alive()
         return self._noting_failure(self._step)
 
+    def prepare(self) -> bool:
+        """Use a moment without requests: capture one graph that steps may need later. False if nothing is left to prepare."""
+        return self.idle_reason is None and self._noting_failure(self.runner.pool.capture_spare)
+
     def _noting_failure(self, call: Callable[[], T]) -> T:
         """What fails in `call` leaves requests and the device in a state nobody knows: the engine ends."""
         try:
@@ -445,12 +451,16 @@ class Engine:
             scheduled = self._schedule(updates)
         if scheduled is not None:
             launching = time.perf_counter()
-            ticket = self.runner.launch(scheduled.plan)
-            # where nothing runs ahead, launching a step is computing it
-            planned = launching if self.platform.run_ahead == 0 else time.perf_counter()
-            self._in_flight.append(_InFlight(scheduled, ticket, launching, planned - started))
-            self.host_time.steps += 1
-            self.host_time.seconds += planned - started
+            try:
+                ticket = self.runner.launch(scheduled.plan)
+            except torch.OutOfMemoryError as error:
+                updates += self._give_up(scheduled.plan, error)
+            else:
+                # where nothing runs ahead, launching a step is computing it
+                planned = launching if self.platform.run_ahead == 0 else time.perf_counter()
+                self._in_flight.append(_InFlight(scheduled, ticket, launching, planned - started))
+                self.host_time.steps += 1
+                self.host_time.seconds += planned - started
         if self._in_flight and (scheduled is None or len(self._in_flight) > self.platform.run_ahead):
             collected = self._collect()
         return [*updates, *collected] if updates else collected
@@ -468,6 +478,24 @@ class Engine:
             updates += [self._fail(request) for request in failed]
             # A row that cannot run is planned, and rows after it may count on the blocks it was to fill: plan everything anew.
             self.scheduler.preempt_all()
+
+    def _give_up(self, plan: StepPlan, error: torch.OutOfMemoryError) -> list[RequestUpdate]:
+        """End those requests of a step that was not launched, for lack of memory, which want more of it than a plain step takes;
+        the others start anew. Raises `error` if there are none."""
+        slots = {slot for slot, _ in plan.rows}
+        failed = [r for r in self.scheduler.requests if r.slot in slots and r.variant > Variant.PLAIN]
+        if not failed:
+            raise error
+        logger.warning("a step with log-probabilities, penalties, biases or masks was given up: %s", error)
+        self.runner.recover()
+        for request in failed:
+            request.error = (
+                "the device has no memory left for a step with what the request asks for: log-probabilities, penalties, biases, "
+                "bad words or masks; try again later, or without"
+            )
+        updates = [self._fail(request) for request in failed]
+        self.scheduler.preempt_all()
+        return updates
 
     def _collect(self) -> Sequence[RequestUpdate]:
         """Take in the results of the oldest step under way."""

@@ -26,6 +26,12 @@ class GraphBackend(Protocol):
 
         The program is run for real `warmups` times or more, so its buffers must hold a plan that leaves no trace.
 
+        Whatever it raises, Ctrl-C included, nothing is being captured any more.
+
         Raises:
             CaptureError: something in the program depends on the values in its buffers.
+            DeviceMemoryError: memory ran out, in a warm-up or while it was captured.
         """
+
+    def memory_bytes(self) -> int:
+        """Memory that the graphs which are still there hold for their tensors, all together."""

@@ -61,6 +61,9 @@ class CpuBackend:
             graph.replay()
         return graph
 
+    def memory_bytes(self) -> int:
+        return 0  # operators allocate as they run
+
 
 def _as_recorded() -> AbstractContextManager[None]:
     """TorchScript runs the graph as it is, without profiling runs that rewrite it."""

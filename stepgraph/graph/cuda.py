@@ -7,17 +7,21 @@ others, and the pool grows to the need of the largest (captured first, the other
 from __future__ import annotations
 
 import contextlib
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Generic
+from typing import Any, Generic
 
 import torch
 
-from stepgraph.errors import CaptureError, ConfigError
+from stepgraph.errors import CaptureError, DeviceMemoryError
 from stepgraph.graph.base import Output
 
+_OUT_OF_MEMORY = 2
+"""CUDA's cudaErrorMemoryAllocation."""
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, eq=False)
 class CudaGraph(Generic[Output]):
     """A captured CUDA graph and the tensors it leaves its results in."""
 
@@ -35,33 +39,58 @@ class CudaBackend:
     name = "cuda"
 
     def __init__(self) -> None:
-        self._pool = torch.cuda.graph_pool_handle()
+        self._pool: Any = None  # the handle of a memory pool; torch has no public name for its type
+        self._graphs: weakref.WeakSet[CudaGraph[Any]] = weakref.WeakSet()
         self._stream = torch.cuda.Stream()
 
     def capture(self, program: Callable[[], Output], warmups: int) -> CudaGraph[Output]:
-        graph = torch.cuda.CUDAGraph()
         self._stream.wait_stream(torch.cuda.current_stream())
         # Warm-up on the capture stream compiles kernels and makes libraries allocate their workspaces there. The capture
         # itself does not go through torch.cuda.graph, which collects garbage each time: seconds over a pool of graphs.
         with torch.no_grad(), torch.cuda.stream(self._stream):
-            for _ in range(warmups):
-                program()
-            self._stream.synchronize()
-            graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
             try:
-                output = program()
-            except (RuntimeError, torch.OutOfMemoryError) as error:
-                with contextlib.suppress(RuntimeError):  # the failed capture must be ended before anything else can run
-                    graph.capture_end()
-                if isinstance(error, torch.OutOfMemoryError):
-                    raise ConfigError(
-                        f"the device's memory is too small to capture the step ({error}); lower gpu_memory_utilization, "
-                        "max_num_batched_tokens or max_num_seqs"
-                    ) from error
+                for _ in range(warmups):
+                    program()
+                self._stream.synchronize()
+                graph = self._record(program)
+            except RuntimeError as error:
+                if not _is_out_of_memory(error):
+                    raise
+                raise DeviceMemoryError(
+                    f"the device's memory is too small to capture the step ({error}); lower gpu_memory_utilization, "
+                    "max_num_batched_tokens or max_num_seqs"
+                ) from error
+        torch.cuda.current_stream().wait_stream(self._stream)
+        self._graphs.add(graph)
+        return graph
+
+    def memory_bytes(self) -> int:
+        if not self._graphs:
+            return 0
+        return sum(segment["total_size"] for segment in torch.cuda.memory_snapshot(mempool_id=self._pool))
+
+    def _record(self, program: Callable[[], Output]) -> CudaGraph[Output]:
+        if not self._graphs:  # CUDA forgets a memory pool with its last graph, and cannot capture into it again
+            if self._pool is not None:
+                torch.cuda.empty_cache()  # which is all that gives its memory back
+            self._pool = torch.cuda.graph_pool_handle()
+        graph = torch.cuda.CUDAGraph()
+        graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+        try:
+            output = program()
+        except BaseException as error:
+            with contextlib.suppress(RuntimeError):  # a capture must be ended before anything else can run
+                graph.capture_end()
+            if isinstance(error, RuntimeError) and not _is_out_of_memory(error):
                 raise CaptureError(
                     f"the step cannot be captured as a CUDA graph: {str(error).splitlines()[0]}; something in the program "
                     "waits for the device or reads a value from it"
                 ) from error
-            graph.capture_end()
-        torch.cuda.current_stream().wait_stream(self._stream)
+            raise
+        graph.capture_end()
         return CudaGraph(graph, output)
+
+
+def _is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether torch's allocator found no memory, or the driver none for a graph of its own."""
+    return isinstance(error, torch.OutOfMemoryError) or getattr(error, "error_code", None) == _OUT_OF_MEMORY

@@ -29,3 +29,6 @@ class EagerBackend:
 
     def capture(self, program: Callable[[], Output], warmups: int) -> EagerGraph[Output]:
         return EagerGraph(program)
+
+    def memory_bytes(self) -> int:
+        return 0

@@ -7,15 +7,17 @@ import sys
 import time
 from bisect import bisect_left
 from collections import Counter, deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
+from math import inf
 from typing import Generic, NamedTuple
 
+import torch
 from tqdm import tqdm
 
 from stepgraph.config import GraphConfig
-from stepgraph.errors import ConfigError
+from stepgraph.errors import ConfigError, DeviceMemoryError
 from stepgraph.graph.base import Graph, GraphBackend, Output
 from stepgraph.graph.eager import EagerBackend
 from stepgraph.step.eager_reason import EagerReason
@@ -23,6 +25,9 @@ from stepgraph.step.plan import StepKind, StepPlan
 from stepgraph.step.shape import StepShape, Variant, row_sizes, token_sizes
 
 logger = logging.getLogger(__name__)
+
+_RETRY_SECONDS = 60.0
+"""After memory did not suffice for a graph, it is not tried again for so long."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +64,8 @@ class PoolStatistics:
     """Counts over the life of the pool."""
 
     steps: Counter[tuple[StepKind, EagerReason | None]] = field(default_factory=Counter)
+    failed_captures: int = 0
+    """Captures that failed while steps were served; these ran otherwise."""
     real_tokens: int = 0
     padding_tokens: int = 0
     recent: deque[StepRecord] = field(default_factory=lambda: deque(maxlen=1024))
@@ -112,9 +119,9 @@ class GraphPool(Generic[Output]):
         capture_context: entered around each capture, so that it leaves no trace.
         trial: launches a graph at the largest context, leaving no trace; for the first of those captured all at once. Before a
             step that waits for its graph it would be a delay, and no test of a start.
-        used_memory_bytes: what the process holds on the device; differences are the graphs' cost.
+        graph_bytes: what the driver holds for a graph, beside the memory that the backend knows of.
         max_tokens, max_rows: largest step the scheduler may plan.
-        max_drafts: most proposals of a row.
+        draft_levels: numbers of proposals of a row that steps are planned with, ascending.
         lazy: capture at first use rather than all at once.
     """
 
@@ -125,11 +132,11 @@ class GraphPool(Generic[Output]):
         create_program: Callable[[StepShape], Callable[[], Output]],
         capture_context: Callable[[], AbstractContextManager[None]],
         trial: Callable[[Graph[Output]], None],
-        used_memory_bytes: Callable[[], int],
+        graph_bytes: Callable[[], int],
         *,
         max_tokens: int,
         max_rows: int,
-        max_drafts: int = 0,
+        draft_levels: Sequence[int] = (0,),
         lazy: bool,
     ):
         self.backend_name = backend.name
@@ -142,19 +149,18 @@ class GraphPool(Generic[Output]):
         self._create_program = create_program
         self._capture_context = capture_context
         self._trial = trial
-        self._used_memory_bytes = used_memory_bytes
+        self._graph_bytes = graph_bytes
         self._token_sizes, self._row_sizes = _ladder(config, max_tokens, max_rows)
-        self._max_drafts = max_drafts
-        self.bytes = 0
-        """Memory all captured graphs took."""
+        self._draft_levels = tuple(draft_levels)
+        self._spare = [shape for level in reversed(self._draft_levels) for shape in self.shapes(num_drafts=level)]
         self.capture_seconds = 0.0
         """Time all captures took, those of graphs over the budget included."""
         self._entries: dict[StepShape, _Entry[Output]] = {}
         self._eager: dict[StepShape, Graph[Output]] = {}
         self._over_budget: set[StepShape] = set()
+        self._left_behind = 0  # bytes that graphs over the budget added to the memory that all share
+        self._failed: dict[StepShape, float] = {}  # when each may be tried again
         self._last: _Use[Output] | None = None  # a step with the rows of the one before it skips the search
-        # CUDA forgets a memory pool with its last graph, and cannot capture into it again: one graph over the budget is kept.
-        self._keeper: Graph[Output] | None = None
 
     @property
     def max_tokens(self) -> int:
@@ -165,12 +171,17 @@ class GraphPool(Generic[Output]):
     def max_shape(self) -> StepShape:
         """The largest step: no buffer of any other is larger."""
         largest = self._token_sizes[-1]
-        return StepShape(largest, self._row_sizes[largest][-1], num_drafts=self._max_drafts)
+        return StepShape(largest, self._row_sizes[largest][-1], num_drafts=self._draft_levels[-1])
 
     @property
     def num_graphs(self) -> int:
         """Captured graphs."""
         return len(self._entries)
+
+    @property
+    def bytes(self) -> int:
+        """Memory that all captured graphs take."""
+        return self._backend.memory_bytes() + len(self._entries) * self._graph_bytes()
 
     @property
     def token_sizes(self) -> tuple[int, ...]:
@@ -222,8 +233,9 @@ class GraphPool(Generic[Output]):
         elif self._config.cudagraph_only_prefill and plan.kind is not StepKind.PREFILL:
             reason = EagerReason.NOT_PURE_PREFILL
         else:
-            entry = self._entries.get(shape) or self._capture(shape) or self._covering(shape)
-            reason = EagerReason.MEMORY_BUDGET if entry is None else None
+            entry = self._entries.get(shape) or self._try_to_capture(shape) or self._covering(shape)
+            if entry is None:
+                reason = EagerReason.MEMORY_BUDGET if shape in self._over_budget else EagerReason.CAPTURE_FAILED
         if entry is not None:
             shape = entry.record.shape
             entry.record.uses += 1
@@ -237,7 +249,12 @@ class GraphPool(Generic[Output]):
         return record, entry.graph
 
     def graph(self, shape: StepShape) -> Graph[Output] | None:
-        """The captured graph of exactly this shape, captured now if need be; None if the budget forbids it."""
+        """The captured graph of exactly this shape, captured now if need be; None if the budget forbids it.
+
+        Raises:
+            CaptureError: its program cannot be captured.
+            DeviceMemoryError: there is no memory for it.
+        """
         entry = self._entries.get(shape) or self._capture(shape)
         return entry.graph if entry else None
 
@@ -248,12 +265,14 @@ class GraphPool(Generic[Output]):
         return self._eager[shape]
 
     def capture_all(self, *, progress: bool) -> None:
-        """Capture every plain shape, with as many proposals as there may be, largest first, until the memory budget is used up.
-        Others wait for their first use."""
+        """Capture every plain shape, largest first, until the memory budget is used up: with as many proposals as there may be,
+        and with fewer if all graphs were asked for by name; `capture_spare` adds those. Others wait for their first use."""
         if self._backend.name == "eager":
             return
+        levels = self._draft_levels if self._config.capture == "all" else self._draft_levels[-1:]
+        wanted = [shape for level in reversed(levels) for shape in self.shapes(num_drafts=level)]
         shapes = tqdm(
-            self.shapes(num_drafts=self._max_drafts),
+            wanted,
             desc="capturing graphs",
             unit="graph",
             disable=not progress,
@@ -267,7 +286,7 @@ class GraphPool(Generic[Output]):
             if graph is not None and not tried:
                 self._trial(graph)
                 tried = True
-        captured, asked = len(self._entries), len(self.shapes())
+        captured, asked = len(self._entries), len(wanted)
         logger.info(
             "captured %d of %d graphs in %.2f s, %.1f MiB",
             captured,
@@ -283,24 +302,55 @@ class GraphPool(Generic[Output]):
                 asked,
             )
 
+    def capture_spare(self) -> bool:
+        """Capture one plain graph that is missing, of any number of proposals; False if there is none to be captured ahead."""
+        if self.lazy or self._backend.name == "eager":
+            return False
+        while self._spare:
+            shape = self._spare.pop()
+            if shape not in self._entries:
+                self._try_to_capture(shape)
+                return True
+        return False
+
+    def _try_to_capture(self, shape: StepShape) -> _Entry[Output] | None:
+        """Capture a graph while requests are served, who must not suffer if that fails: None then, and the log says why."""
+        if time.monotonic() < self._failed.get(shape, 0.0):
+            return None
+        try:
+            return self._capture(shape)
+        except Exception as error:
+            for_good = not isinstance(error, DeviceMemoryError | torch.OutOfMemoryError)
+            self._failed[shape] = inf if for_good else time.monotonic() + _RETRY_SECONDS
+            self.statistics.failed_captures += 1
+            logger.warning(
+                "the graph %s could not be captured, so its steps run in a larger graph or, if there is none, eagerly%s: %s",
+                shape,
+                "" if for_good else f"; it is tried again after {_RETRY_SECONDS:.0f} s",
+                str(error) or repr(error),
+            )
+            return None
+
     def _capture(self, shape: StepShape) -> _Entry[Output] | None:
         budget = self._config.graph_memory_mib
         if shape in self._over_budget:
             return None
         self.before_capture()
-        before, started = self._used_memory_bytes(), time.perf_counter()
-        with self._capture_context():
-            graph = self._backend.capture(self._create_program(shape), self._config.capture_warmups)
-        elapsed_ms = (time.perf_counter() - started) * 1e3
-        self.capture_seconds += elapsed_ms / 1e3
-        record = GraphRecord(shape, elapsed_ms, max(0, self._used_memory_bytes() - before))
-        if budget is not None and self.bytes + record.bytes > budget * 2**20:
+        before, started = self.bytes, time.perf_counter()
+        try:
+            with self._capture_context():
+                graph = self._backend.capture(self._create_program(shape), self._config.capture_warmups)
+        finally:
+            elapsed_ms = (time.perf_counter() - started) * 1e3
+            self.capture_seconds += elapsed_ms / 1e3
+        num_bytes = self._backend.memory_bytes() + (len(self._entries) + 1) * self._graph_bytes() - before
+        if budget is not None and before + num_bytes - self._left_behind > budget * 2**20:
             self._over_budget.add(shape)
-            self._keeper = self._keeper or graph
+            del graph
+            self._left_behind += self.bytes - before
             return None
-        entry = self._entries[shape] = _Entry(graph, record)
-        self.bytes += record.bytes
-        logger.debug("captured %s in %.1f ms, %d bytes", shape, elapsed_ms, record.bytes)
+        entry = self._entries[shape] = _Entry(graph, GraphRecord(shape, elapsed_ms, num_bytes))
+        logger.debug("captured %s in %.1f ms, %d bytes", shape, elapsed_ms, num_bytes)
         return entry
 
     def _covering(self, shape: StepShape) -> _Entry[Output] | None:

@@ -70,15 +70,14 @@ class Platform(Protocol):
     """Whether kernels can read and write an FP8 (e4m3) cache."""
     multiprocessors: int
     """Programs that run side by side; sizes the attention grid."""
+    graph_node_bytes: int
+    """Memory that the driver holds for each operator of a captured graph, beside tensors."""
 
     def free_memory_bytes(self) -> int:
         """Memory that a new allocation may take."""
 
     def total_memory_bytes(self) -> int:
         """Memory of the device."""
-
-    def used_memory_bytes(self) -> int:
-        """Memory in use on the device, by anyone, the driver's share for captured graphs included; differences are ours."""
 
     def peak_memory_bytes(self, run: Callable[[], object]) -> int:
         """Most device memory that `run` holds at a time beside what is allocated before it; 0 where that is not known."""

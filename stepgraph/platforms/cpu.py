@@ -39,6 +39,7 @@ class CpuPlatform:
     run_ahead = 0
     supports_fp8 = True
     multiprocessors = 1
+    graph_node_bytes = 0
 
     def __init__(self) -> None:
         if sys.platform == "linux" and torch.get_num_threads() > 1 and not openmp.is_settled():
@@ -57,9 +58,6 @@ class CpuPlatform:
 
     def total_memory_bytes(self) -> int:
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-
-    def used_memory_bytes(self) -> int:
-        return 0  # a CPU graph holds no memory of its own: operators allocate as they run
 
     def peak_memory_bytes(self, run: Callable[[], object]) -> int:
         return 0  # steps take what they need from the memory that the KV cache leaves

@@ -98,7 +98,7 @@ class EngineProcess:
         """The next message; waits for one while the engine has nothing to do, until the next beat."""
         wait_s = 0.0
         if not self._engine.has_work:
-            wait_s = _BEAT_S
+            wait_s = 0.0 if self._engine.prepare() else _BEAT_S
         elif (seconds := self._engine.seconds_until_work) is not None:
             wait_s = min(seconds, _BEAT_S)
         if wait_s and not self._socket.poll(max(1, int(wait_s * 1e3)), zmq.POLLIN):
@@ -207,6 +207,7 @@ def load_of(engine: Engine) -> Load:
         num_graphs=pool.num_graphs,
         graph_bytes=pool.bytes,
         capture_seconds=pool.capture_seconds,
+        failed_captures=pool.statistics.failed_captures,
         drafts=speculation.num_drafts,
         draft_tokens=speculation.num_draft_tokens,
         saved_steps=speculation.num_saved_steps,
@@ -226,6 +227,7 @@ def pool_of(engine: Engine) -> dict[str, Any]:
         "real_tokens": statistics.real_tokens,
         "padding_tokens": statistics.padding_tokens,
         "bytes": pool.bytes,
+        "failed_captures": statistics.failed_captures,
         "token_sizes": list(pool.token_sizes),
         "graphs": [
             {

@@ -170,6 +170,8 @@ class Load(NamedTuple):
     num_graphs: int
     graph_bytes: int
     capture_seconds: float
+    failed_captures: int = 0
+    """Of those for steps that waited, or for steps to come; see `GraphPool`."""
     drafts: int = 0
     draft_tokens: int = 0
     saved_steps: int = 0

@@ -48,6 +48,7 @@ _COUNTS = (
     "prompt_tokens",
     "cached_prompt_tokens",
     "capture_seconds",
+    "failed_captures",
     "drafts",
     "draft_tokens",
     "saved_steps",
@@ -302,6 +303,11 @@ class Metrics(Collector):
         yield self._gauge("graph_bytes", "Memory that captured graphs take.", load.graph_bytes)
         yield self._counter(
             "graph_capture_seconds", "Time spent capturing graphs.", ended["capture_seconds"] + load.capture_seconds
+        )
+        yield self._counter(
+            "graph_capture_failures",
+            "Graphs that could not be captured while requests were served.",
+            ended["failed_captures"] + load.failed_captures,
         )
         yield from self._of_speculation()
         for histogram in self._histograms:

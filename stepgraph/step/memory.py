@@ -4,22 +4,19 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from stepgraph.config import CacheConfig, EngineConfig
 from stepgraph.errors import ConfigError
 from stepgraph.models.language_model import LanguageModelConfig
 from stepgraph.platforms import DeviceMemory, Platform
-from stepgraph.step.shape import Variant
 
 logger = logging.getLogger(__name__)
 
-_GRAPH_BYTES = 5 << 20
-"""One captured graph. On an H100, 78 graphs of Qwen3-0.6B took 334 MiB, their shared activations included."""
-_GRAPH_SETS = len(Variant)
-"""Plain graphs, and those that the extended variants may capture later."""
 _CPU_CACHE_BYTES = 1 << 30
 """KV cache on CPU unless num_kv_blocks says otherwise; grows to one request of max_model_len if that is more."""
 _CPU_SHARE = 0.5
@@ -61,6 +58,18 @@ class KVLayout:
         return tuple((memory.zeros(shape, self.dtype), memory.zeros(shape, self.dtype)) for _ in range(self.num_layers))
 
 
+class OperatorCount(TorchDispatchMode):
+    """Counts the operators that do work while it is entered, about as many as a captured graph of them has nodes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += not func.is_view
+        return func(*args, **(kwargs or {}))
+
+
 def place_weights(parameters: list[nn.Parameter], config: CacheConfig, platform: Platform) -> DeviceMemory:
     """Put a loaded model's parameters where the engine can give their memory up; returns that memory.
 
@@ -80,23 +89,22 @@ def choose_num_blocks(
     platform: Platform,
     *,
     max_model_len: int,
-    num_graphs: int,
-    max_drafts: int,
     activation_bytes: int,
+    later_bytes: int,
 ) -> int:
     """KV blocks of the engine, the null block included: as configured, or as many as memory and use allow.
 
     On a GPU that is ``gpu_memory_utilization`` of the device, less what is in use (the weights are loaded), less the activations
-    of the largest step twice (run eagerly and in the graphs' memory pool), less the captured graphs.
+    of the largest step twice (run eagerly and in the graphs' memory pool), less what comes later.
 
     Args:
         layout: of a block.
         config: `num_kv_blocks` decides if it is set.
         platform: asked for its memory.
         max_model_len: tokens of the longest request.
-        num_graphs: shapes that will be captured.
-        max_drafts: most proposals of a row; steps that make fewer have graphs of their own.
         activation_bytes: measured peak of the largest step.
+        later_bytes: what captured graphs, of variants and numbers of proposals that are not yet in use too, and their buffers
+            take beside activations.
 
     Raises:
         ConfigError: the blocks do not fit into free memory, or there is room for none.
@@ -112,14 +120,12 @@ def choose_num_blocks(
             sum_of_parts = f"{_gib(free)} are free, of which the cache may take {_CPU_SHARE:.0%}"
         else:
             total = platform.total_memory_bytes()
-            graphs = (config.graph.graph_memory_mib or 0) << 20 or num_graphs * _GRAPH_BYTES * _GRAPH_SETS * (
-                2 if max_drafts else 1
-            )
             usable = int(total * config.cache.gpu_memory_utilization)
-            budget = usable - (total - free) - 2 * activation_bytes - graphs
+            budget = usable - (total - free) - 2 * activation_bytes - later_bytes
             sum_of_parts = (
                 f"gpu_memory_utilization={config.cache.gpu_memory_utilization} of {_gib(total)} is {_gib(usable)}, of which "
-                f"{_gib(total - free)} are in use, {_gib(2 * activation_bytes)} go to activations and {_gib(graphs)} to graphs"
+                f"{_gib(total - free)} are in use, {_gib(2 * activation_bytes)} go to activations and {_gib(later_bytes)} to "
+                "graphs"
             )
         num_blocks = min(budget // block_bytes, config.scheduler.max_num_seqs * blocks_per_request + 1)
         if num_blocks < 2:

@@ -7,11 +7,12 @@ StepShape. It runs as it stands (eagerly), or captured by a `stepgraph.graph` ba
 A speculative round is no different: a row of 1 + n tokens verifies n proposals of the step before, and the step ends with
 proposals for the next.
 
-Shapes: T tokens, R rows, S samples, E hidden size, V vocabulary, K proposals of a row.
+Shapes: T tokens, R rows, S samples, of which C and D are worked on at a time, E hidden size, V vocabulary, K proposals of a row.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -40,12 +41,12 @@ class StepOutput(NamedTuple):
 
 
 class LogitBuffers(NamedTuple):
-    """Buffers of [C, V] that all shapes share: as graph memory they would be kept once per graph. More than C samples are
-    worked through in chunks."""
+    """Buffers that all shapes share: as graph memory they would be kept once per graph. More samples than they hold are worked
+    through in chunks."""
 
-    logits: Tensor  # in the model's dtype
-    processed: Tensor  # float32: after penalties, biases, bans and masks
-    counts: Tensor  # int32 scratch, zero between steps
+    logits: Tensor  # [C, V] in the model's dtype
+    processed: Tensor | None = None  # [D, V] float32: after penalties, biases, bans and masks; None in plain steps
+    counts: Tensor | None = None  # [D, V] int32 scratch, zero between steps; likewise
 
 
 @dataclass(frozen=True)
@@ -128,39 +129,43 @@ class StepProgram:
     def _sample(self, samples: ops.StepSamples, hidden_TE: Tensor) -> tuple[Tensor, Tensor]:
         """The last chunk's logits, and all that was sampled."""
         S, C = self.shape.num_samples, self.buffers.logits.shape[0]
-        sampled = []
+        sampled: list[Tensor] = []
         for start in range(0, S, C):
             slot_C, offset_C, index_C = (x_S[start : start + C] for x_S in samples[1:])
             logits_CV = self.model.logits(
                 hidden_TE.index_select(0, index_C), out=self.buffers.logits[: slot_C.shape[0]]
             )
             if self.shape.variant >= Variant.EXTENDED:
-                sampled.append(self._sample_extended(logits_CV, slot_C, offset_C, start))
+                sampled += self._sample_extended(logits_CV, slot_C, offset_C, start)
             else:
                 sampled.append(ops.sample(logits_CV, slot_C, offset_C, self.state.lines))
         return logits_CV, sampled[0] if len(sampled) == 1 else torch.cat(sampled)
 
-    def _sample_extended(self, logits_CV: Tensor, slot_C: Tensor, offset_C: Tensor, start: int) -> Tensor:
-        """Sample under penalties, biases, bans and masks, and report log-probabilities. Rows that ask for none of it get the
-        token that the plain variant gives them."""
-        state, C = self.state, slot_C.shape[0]
-        processed_CV = self.buffers.processed[:C]
-        ops.process_logits(
-            logits_CV,
-            slot_C,
-            offset_C,
-            state.lines,
-            state.tokens,
-            state.biases,
-            state.bad_words,
-            state.masks,
-            self.buffers.counts[:C],
-            processed_CV,
-        )
-        sampled_C = ops.sample(processed_CV, slot_C, offset_C, state.lines)
-        count_C = state.lines.index_select(0, slot_C)[:, slot_line.NUM_LOGPROBS].contiguous()
-        ops.logprobs(logits_CV, sampled_C, count_C, state.counter, state.logprob_ring, start)
-        return sampled_C
+    def _sample_extended(self, logits_CV: Tensor, slot_C: Tensor, offset_C: Tensor, start: int) -> Iterator[Tensor]:
+        """Sample under penalties, biases, bans and masks, and report log-probabilities, D samples at a time. Rows that ask for
+        none of it get the token that the plain variant gives them."""
+        state, (_, processed_DV, counts_DV) = self.state, self.buffers
+        assert processed_DV is not None, self.shape
+        assert counts_DV is not None, self.shape
+        for first in range(0, slot_C.shape[0], processed_DV.shape[0]):
+            part = slice(first, first + processed_DV.shape[0])
+            logits_DV, slot_D, offset_D = logits_CV[part], slot_C[part], offset_C[part]
+            ops.process_logits(
+                logits_DV,
+                slot_D,
+                offset_D,
+                state.lines,
+                state.tokens,
+                state.biases,
+                state.bad_words,
+                state.masks,
+                counts_DV[: slot_D.shape[0]],
+                processed_DV[: slot_D.shape[0]],
+            )
+            sampled_D = ops.sample(processed_DV[: slot_D.shape[0]], slot_D, offset_D, state.lines)
+            count_D = state.lines.index_select(0, slot_D)[:, slot_line.NUM_LOGPROBS].contiguous()
+            ops.logprobs(logits_DV, sampled_D, count_D, state.counter, state.logprob_ring, start + first)
+            yield sampled_D
 
     def _report_prompts(self, tokens: ops.StepTokens, hidden_TE: Tensor) -> None:
         """Report the log-probability of every prompt token's successor, a chunk of tokens at a time: logits of all tokens at

@@ -6,6 +6,7 @@ import logging
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
@@ -23,7 +24,7 @@ from stepgraph.models.language_model import LanguageModel
 from stepgraph.platforms import CompiledKernels, Platform
 from stepgraph.spec.drafter import Drafter
 from stepgraph.step import slot_line
-from stepgraph.step.memory import KVLayout, choose_num_blocks
+from stepgraph.step.memory import KVLayout, OperatorCount, choose_num_blocks
 from stepgraph.step.plan import StepPlan
 from stepgraph.step.program import LogitBuffers, StepOutput, StepProgram
 from stepgraph.step.shape import StepShape, Variant
@@ -33,6 +34,10 @@ logger = logging.getLogger(__name__)
 
 _LOGIT_ROWS = 512
 """Samples whose logits are computed at once. A step of more samples than it has requests may read the output head more often."""
+_EXTENDED_ROWS = 128
+"""Samples whose logits are processed at once in steps of extended variants."""
+_EXTENDED_ITEM_BYTES = torch.float32.itemsize + torch.int32.itemsize
+"""Of each of these logits, what `LogitBuffers` holds beside it."""
 
 
 class RowResult(NamedTuple):
@@ -105,6 +110,7 @@ class StepRunner:
         max_model_len: int,
         adapters: AdapterStore | None = None,
         drafter: Drafter | None = None,
+        draft_levels: Sequence[int] = (0,),
     ):
         self.platform = platform
         self.max_model_len = max_model_len
@@ -125,10 +131,10 @@ class StepRunner:
             self.create_program,
             self._leaving_no_trace,
             self._try_largest_context,
-            platform.used_memory_bytes,
+            lambda: self._graph_bytes,
             max_tokens=scheduler.max_num_batched_tokens,
             max_rows=scheduler.max_num_seqs,
-            max_drafts=config.speculative.max_drafts,
+            draft_levels=draft_levels,
             lazy=graph.capture == "lazy" or (graph.capture == "auto" and not platform.captures_all_by_default),
         )
         self.state = SlotState(
@@ -141,11 +147,8 @@ class StepRunner:
         )
         dtype = model.dtype
         rows = min(self.pool.max_shape.num_samples, max(scheduler.max_num_seqs, _LOGIT_ROWS))
-        self._buffers = LogitBuffers(
-            logits=torch.empty(rows, self.vocab_size, dtype=dtype, device=platform.device),
-            processed=torch.empty(rows, self.vocab_size, dtype=torch.float32, device=platform.device),
-            counts=torch.zeros(rows, self.vocab_size, dtype=torch.int32, device=platform.device),
-        )
+        self._extended_rows = min(rows, _EXTENDED_ROWS)
+        self._logits = torch.empty(rows, self.vocab_size, dtype=dtype, device=platform.device)
         self.cache_lost: Callable[[], None] = lambda: None
         """Called when the KV cache no longer holds what was put there; whoever counts on its content sets it."""
         self._launched = 0
@@ -162,14 +165,18 @@ class StepRunner:
         """Those that were compiled before anything launched them."""
         if self.compile_kernels([self.pool.max_shape]).compiled and not self.pool.lazy:  # the cache on disk is cold
             self.compile_kernels(self.pool.shapes(num_drafts=config.speculative.max_drafts))
+        with OperatorCount() as operators:
+            activation_bytes = platform.peak_memory_bytes(self._dry_run)
+        self._graph_bytes = operators.count * platform.graph_node_bytes
+        num_graphs = len(self.pool.shapes()) * len(Variant) * len(draft_levels)
+        graphs_bytes = (graph.graph_memory_mib or 0) << 20 or num_graphs * self._graph_bytes
         self.num_kv_blocks = choose_num_blocks(
             layout,
             config,
             platform,
             max_model_len=max_model_len,
-            num_graphs=len(self.pool.shapes()),
-            max_drafts=config.speculative.max_drafts,
-            activation_bytes=platform.peak_memory_bytes(self._dry_run),
+            activation_bytes=activation_bytes,
+            later_bytes=graphs_bytes + self._extended_rows * self.vocab_size * _EXTENDED_ITEM_BYTES,
         )
         self.kv_memory = platform.memory(layout.sizes(self.num_kv_blocks), sleepable=config.cache.enable_sleep_mode)
         self.kv_caches = layout.allocate(self.num_kv_blocks, self.kv_memory)
@@ -263,13 +270,36 @@ class StepRunner:
             self.model,
             self.state,
             self.kv_caches,
-            self._buffers,
+            self._logit_buffers(shape),
             shape,
             geometry,
             self._adapters,
             self._drafter,
             self._acceptance,
         )
+
+    def _logit_buffers(self, shape: StepShape) -> LogitBuffers:
+        if shape.variant < Variant.EXTENDED:
+            return LogitBuffers(self._logits)
+        return self._extended_buffers
+
+    @cached_property
+    def _extended_buffers(self) -> LogitBuffers:
+        """Made for the first step that is not plain. torch.OutOfMemoryError if there is no memory for them."""
+        size = self._extended_rows, self.vocab_size
+        return LogitBuffers(
+            self._logits,
+            processed=torch.empty(size, dtype=torch.float32, device=self.platform.device),
+            counts=torch.zeros(size, dtype=torch.int32, device=self.platform.device),
+        )
+
+    def recover(self) -> None:
+        """Make the device ready for the next launch after one that failed for lack of memory, maybe half-way. What it left of
+        requests' state is undefined: they must be admitted anew."""
+        self.platform.synchronize()
+        self.platform.release_cached_memory()
+        self.state.counter.fill_(self._launched % RING_DEPTH)
+        self._loaded = None
 
     def compile_kernels(self, shapes: Iterable[StepShape]) -> CompiledKernels:
         """Compile the kernels of steps of these shapes, side by side, while no step is under way. Returns how many were new."""

@@ -1,7 +1,8 @@
 """Which graph serves a step, what is captured when, and what is counted; with graphs that run nothing."""
 
+import weakref
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import pytest
 import torch
@@ -11,40 +12,58 @@ from tiny import drain
 
 from stepgraph.config import GraphConfig
 from stepgraph.engine.sampling_params import SamplingParams
-from stepgraph.errors import ConfigError
+from stepgraph.errors import ConfigError, DeviceMemoryError
 from stepgraph.graph.pool import GraphPool
 from stepgraph.step.eager_reason import EagerReason
 from stepgraph.step.plan import StepKind, StepPlan
 from stepgraph.step.shape import StepShape
 
 
+@dataclass(frozen=True)
+class FakeGraph:
+    shape: StepShape
+
+
 @dataclass
 class Device:
-    """Graph backend and memory in one: each captured graph takes as many bytes as `bytes_of` says."""
+    """Graph backend and memory in one: a captured graph needs as many bytes as `bytes_of` says, of a memory that all share and
+    that is given back when no graph is left."""
 
     bytes_of: object = lambda shape: 0
     name: str = "fake"
     captured: list = field(default_factory=list)  # (shape, warm-ups, whether inside the capture context)
     trials: list = field(default_factory=list)
-    used_bytes: int = 1000
     inside: bool = False
+    failing: object = lambda shape: None  # raises what the capture of a shape is to fail with
+    _used_bytes: int = 0
+    _graphs: list = field(default_factory=list)  # weakly
 
     def capture(self, program, warmups):
         self.captured.append((program, warmups, self.inside))
-        self.used_bytes += self.bytes_of(program)
-        return ("graph", program)
+        self.failing(program)
+        self._used_bytes = max(self.memory_bytes(), self.bytes_of(program))
+        graph = FakeGraph(program)
+        self._graphs.append(weakref.ref(graph))
+        return graph
+
+    def memory_bytes(self):
+        return self._used_bytes if any(graph() is not None for graph in self._graphs) else 0
 
     @contextmanager
     def context(self):
         self.inside = True
-        yield
-        self.inside = False
+        try:
+            yield
+        finally:
+            self.inside = False
 
     def shapes(self):
         return [str(shape) for shape, *_ in self.captured]
 
 
-def create_pool(device: Device, *, max_tokens=64, max_rows=8, lazy=True, **config) -> GraphPool:
+def create_pool(
+    device: Device, *, max_tokens=64, max_rows=8, draft_levels=(0,), graph_bytes=0, lazy=True, **config
+) -> GraphPool:
     config.setdefault("capture_sizes", (8, 16, 64))
     config.setdefault("capture_rows", (2, 8))
     return GraphPool(
@@ -53,9 +72,10 @@ def create_pool(device: Device, *, max_tokens=64, max_rows=8, lazy=True, **confi
         lambda shape: shape,
         device.context,
         device.trials.append,
-        lambda: device.used_bytes,
+        lambda: graph_bytes,
         max_tokens=max_tokens,
         max_rows=max_rows,
+        draft_levels=draft_levels,
         lazy=lazy,
     )
 
@@ -81,7 +101,7 @@ def plan(*query_lens: int, prefill_rows: int = 0) -> StepPlan:
 def test_the_smallest_captured_shape_that_holds_the_step_is_chosen(query_lens, shape) -> None:
     record, graph = create_pool(Device()).graph_for(plan(*query_lens))
     assert str(record.shape) == shape
-    assert graph == ("graph", record.shape)
+    assert graph == FakeGraph(record.shape)
 
 
 @given(
@@ -142,7 +162,7 @@ def test_every_capture_is_warmed_up_inside_the_context_that_leaves_no_trace_and_
     pool = create_pool(device, capture_warmups=3)
     pool.capture_all(progress=False)
     assert {(warmups, inside) for _, warmups, inside in device.captured} == {(3, True)}
-    assert device.trials == [("graph", StepShape(64, 8))]
+    assert device.trials == [FakeGraph(StepShape(64, 8))]
 
 
 def test_max_capture_size_drops_larger_sizes_and_bounds_the_steps() -> None:
@@ -170,19 +190,22 @@ MIB = 2**20
 
 
 def test_a_shape_over_the_byte_budget_runs_in_the_smallest_larger_graph_captured() -> None:
-    device = Device(bytes_of=lambda shape: 40 * MIB if shape.num_rows == 8 else 30 * MIB)
-    pool = create_pool(device, graph_memory_mib=100)
+    pool = create_pool(Device(bytes_of=lambda shape: 40 * MIB), graph_bytes=20 * MIB, graph_memory_mib=100)
     pool.capture_all(progress=False)
-    assert [str(record.shape) for record in pool.records()] == ["16x2", "64x2", "64x8"]
+    assert [(str(record.shape), record.bytes // MIB) for record in pool.records()] == [
+        ("16x8", 20),
+        ("64x2", 20),
+        ("64x8", 60),
+    ]
     assert pool.bytes == 100 * MIB
-    assert [str(pool.graph_for(plan(*lens))[0].shape) for lens in ([1], [1] * 8, [40])] == ["16x2", "64x8", "64x2"]
+    assert [str(pool.graph_for(plan(*lens))[0].shape) for lens in ([1], [1] * 8, [40])] == ["16x8", "16x8", "64x2"]
     assert pool.statistics.num_eager_steps == 0
 
 
 def test_a_shape_over_the_byte_budget_that_no_graph_holds_runs_eagerly_with_the_reason() -> None:
     device = Device(bytes_of=lambda shape: shape.num_tokens * MIB)
     pool = create_pool(device, graph_memory_mib=20)
-    assert pool.graph_for(plan(8))[1] == ("graph", StepShape(8, 2))
+    assert pool.graph_for(plan(8))[1] == FakeGraph(StepShape(8, 2))
     record, graph = pool.graph_for(plan(64))
     assert record.shape == StepShape(64, 2)
     assert graph is pool.eager_twin(record.shape)
@@ -191,10 +214,25 @@ def test_a_shape_over_the_byte_budget_that_no_graph_holds_runs_eagerly_with_the_
     assert device.shapes().count("64x2") == 1  # a shape found too large is not captured again
 
 
+def test_what_a_graph_over_the_budget_left_behind_is_counted_and_smaller_graphs_use_it() -> None:
+    pool = create_pool(Device(bytes_of=lambda shape: shape.num_tokens * MIB), graph_memory_mib=20)
+    for query_lens, num_bytes in (([8], 8 * MIB), ([64], 64 * MIB), ([16], 64 * MIB)):
+        record, _ = pool.graph_for(plan(*query_lens))
+        assert pool.bytes == num_bytes
+    assert record.eager_reason is None
+
+
+def test_the_memory_of_graphs_over_the_budget_comes_back_where_no_other_shares_it() -> None:
+    pool = create_pool(Device(bytes_of=lambda shape: shape.num_tokens * MIB), graph_memory_mib=20)
+    pool.capture_all(progress=False)
+    assert [str(record.shape) for record in pool.records()] == ["8x2", "8x8", "16x2", "16x8"]
+    assert pool.bytes == 16 * MIB
+
+
 def test_a_budget_that_nothing_fits_runs_everything_eagerly() -> None:
     pool = create_pool(Device(bytes_of=lambda shape: 5 * MIB), graph_memory_mib=1)
     pool.capture_all(progress=False)
-    assert pool.records() == []
+    assert (pool.records(), pool.bytes) == ([], 0)
     for query_lens in ([1], [64], [1]):
         pool.graph_for(plan(*query_lens))
     assert pool.statistics.steps == {(StepKind.DECODE, EagerReason.MEMORY_BUDGET): 3}
@@ -206,7 +244,7 @@ def test_only_prefill_graphs_run_pure_prefills_and_all_else_runs_eagerly_with_th
     pool.graph_for(plan(1, 1))
     pool.graph_for(plan(1, 9, prefill_rows=1))
     assert device.captured == []
-    assert pool.graph_for(plan(9, 5, prefill_rows=2))[1] == ("graph", StepShape(16, 2))
+    assert pool.graph_for(plan(9, 5, prefill_rows=2))[1] == FakeGraph(StepShape(16, 2))
     assert pool.statistics.steps == {
         (StepKind.DECODE, EagerReason.NOT_PURE_PREFILL): 1,
         (StepKind.MIXED, EagerReason.NOT_PURE_PREFILL): 1,
@@ -240,10 +278,105 @@ def test_every_step_is_counted_and_every_eager_one_has_a_reason(steps, budget, o
         assert record is pool.statistics.recent[-1]
         assert record.shape.num_tokens >= sum(query_lens)
         assert record.shape.num_rows >= len(query_lens)
-        assert (graph == ("graph", record.shape)) == (record.eager_reason is None)
+        assert (graph == FakeGraph(record.shape)) == (record.eager_reason is None)
     assert pool.statistics.num_steps == len(steps)
     assert pool.statistics.num_eager_steps + sum(record.uses for record in pool.records()) == len(steps)
-    assert budget is None or pool.bytes <= budget * MIB
+    assert budget is None or sum(record.bytes for record in pool.records()) <= budget * MIB
+
+
+@pytest.mark.parametrize(
+    "error", [DeviceMemoryError("no memory"), torch.OutOfMemoryError("none"), AssertionError("bug")]
+)
+def test_a_step_whose_graph_cannot_be_captured_runs_in_a_larger_one_and_else_eagerly_with_the_reason(error) -> None:
+    def failing(shape: StepShape) -> None:
+        if shape.num_tokens != 16:
+            raise error
+
+    device = Device(failing=failing)
+    pool = create_pool(device)
+    record, graph = pool.graph_for(plan(4))
+    assert (record.eager_reason, graph) == (EagerReason.CAPTURE_FAILED, pool.eager_twin(StepShape(8, 2)))
+    assert pool.graph_for(plan(9))[1] == FakeGraph(StepShape(16, 2))
+    record, graph = pool.graph_for(plan(4))
+    assert (record.eager_reason, graph, str(record.shape)) == (None, FakeGraph(StepShape(16, 2)), "16x2")
+    assert device.shapes() == ["8x2", "16x2"], "what failed is not tried at each step"
+    assert pool.statistics.failed_captures == 1
+    assert not device.inside
+
+
+def test_a_graph_that_found_no_memory_is_tried_again_later_and_one_with_a_fault_is_not(monkeypatch) -> None:
+    errors, now = {8: DeviceMemoryError("no memory"), 64: AssertionError("bug")}, [1000.0]
+
+    def failing(shape: StepShape) -> None:
+        if shape.num_tokens in errors:
+            raise errors[shape.num_tokens]
+
+    monkeypatch.setattr("time.monotonic", lambda: now[0])
+    device = Device(failing=failing)
+    pool = create_pool(device)
+    for _ in range(3):
+        for query_lens in ([1], [64]):
+            assert pool.graph_for(plan(*query_lens))[0].eager_reason is EagerReason.CAPTURE_FAILED
+    assert device.shapes() == ["8x2", "64x2"]
+    errors.clear()
+    now[0] += 61
+    assert pool.graph_for(plan(1))[0].eager_reason is None
+    assert pool.graph_for(plan(64))[0].eager_reason is EagerReason.CAPTURE_FAILED
+
+
+def test_a_capture_that_fails_before_requests_are_served_is_an_error() -> None:
+    def failing(shape: StepShape) -> None:
+        raise DeviceMemoryError("no memory")
+
+    with pytest.raises(DeviceMemoryError):
+        create_pool(Device(failing=failing), lazy=False).capture_all(progress=False)
+
+
+def test_graphs_of_fewer_proposals_are_captured_in_spare_moments_smallest_first() -> None:
+    device = Device()
+    pool = create_pool(device, draft_levels=(0, 1, 3), lazy=False)
+    pool.capture_all(progress=False)
+    assert device.shapes() == ["64x8+3", "64x2+3", "16x8+3", "16x2+3", "8x8+3", "8x2+3"]
+    assert pool.graph_for(replace(plan(1, 1), num_drafts=1))[0].captured  # a step that cannot wait
+    del device.captured[:]
+    while pool.capture_spare():
+        pass
+    assert device.shapes() == [
+        *("8x2", "8x8", "16x2", "16x8", "64x2", "64x8"),
+        *("8x8+1", "16x2+1", "16x8+1", "64x2+1", "64x8+1"),
+    ]
+    for num_drafts in (0, 1, 3):
+        record, _ = pool.graph_for(replace(plan(1, 1), num_drafts=num_drafts))
+        assert (record.shape.num_drafts, record.captured, record.eager_reason) == (num_drafts, False, None)
+
+
+def test_all_graphs_asked_for_by_name_are_those_of_fewer_proposals_too() -> None:
+    device = Device()
+    pool = create_pool(device, draft_levels=(0, 1, 3), lazy=False, capture="all")
+    pool.capture_all(progress=False)
+    assert (len(device.captured), pool.num_graphs) == (18, 18)
+    assert not pool.capture_spare()
+
+
+@pytest.mark.parametrize(("lazy", "name"), [(True, "fake"), (False, "eager")])
+def test_nothing_is_captured_in_spare_moments_where_nothing_is_captured_ahead(lazy, name) -> None:
+    device = Device(name=name)
+    assert not create_pool(device, draft_levels=(0, 3), lazy=lazy).capture_spare()
+    assert device.captured == []
+
+
+def test_spare_captures_keep_to_the_budget_and_survive_failures() -> None:
+    def failing(shape: StepShape) -> None:
+        if shape == StepShape(8, 8):
+            raise DeviceMemoryError("no memory")
+
+    device = Device(failing=failing)
+    pool = create_pool(device, draft_levels=(0, 3), graph_bytes=10 * MIB, graph_memory_mib=80, lazy=False)
+    pool.capture_all(progress=False)
+    while pool.capture_spare():
+        pass
+    assert [str(r.shape) for r in pool.records() if not r.shape.num_drafts] == ["8x2", "16x2"]
+    assert (pool.bytes, pool.statistics.failed_captures) == (80 * MIB, 1)
 
 
 # With the tiny model, whose graphs run.

@@ -46,6 +46,7 @@ LOAD = Load(
     num_graphs=7,
     graph_bytes=1000,
     capture_seconds=1.5,
+    failed_captures=2,
     drafts=10,
     draft_tokens=28,
     saved_steps=14,

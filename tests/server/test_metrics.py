@@ -16,6 +16,7 @@ from stepgraph import __version__
 from stepgraph.server.engine_client import EngineState, RestartCause
 from stepgraph.server.messages import Load, Progress, TokenUpdate
 from stepgraph.server.metrics import Metrics
+from stepgraph.step.eager_reason import EagerReason
 
 DOCS = Path(__file__).parents[2] / "docs" / "metrics.md"
 OPEN_METRICS = "application/openmetrics-text; version=1.0.0; charset=utf-8"
@@ -25,6 +26,7 @@ COUNTS = {
     "prompt_tokens": "prompt_tokens_total",
     "cached_prompt_tokens": "prefix_cache_hits_total",
     "capture_seconds": "graph_capture_seconds_total",
+    "failed_captures": "graph_capture_failures_total",
     "drafts": "spec_decode_num_drafts_total",
     "draft_tokens": "spec_decode_num_draft_tokens_total",
     "saved_steps": "spec_decode_saved_steps_total",
@@ -133,7 +135,7 @@ def test_steps_that_never_happened_are_counted_as_none_so_that_rates_start_at_th
     metrics = Metrics("tiny")
     for kind in ("prefill", "decode", "mixed"):
         assert value(metrics, "steps_total", mode="graph", reason="", kind=kind) == 0
-        for reason in ("graphs_off", "not_pure_prefill", "memory_budget"):
+        for reason in EagerReason:
             assert value(metrics, "steps_total", mode="eager", reason=reason, kind=kind) == 0
     assert value(metrics, "request_success_total", finished_reason="error") == 0
 
