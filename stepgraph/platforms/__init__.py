@@ -14,8 +14,13 @@ def create_platform(device: str) -> Platform:
     """The platform of ``"cpu"``, ``"cuda"``, or ``"auto"`` (CUDA if there is one).
 
     Raises:
-        ConfigError: CUDA was asked for and torch sees none.
+        ConfigError: CUDA was asked for and torch sees none, or torch is built for other GPUs.
     """
+    if device != "cpu" and torch.version.hip is not None:
+        raise ConfigError(
+            f"device={device!r}, but torch {torch.__version__} is a build for AMD GPUs (ROCm), for which there is no platform "
+            "yet; use device='cpu', or a build of torch for NVIDIA GPUs"
+        )
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cpu":

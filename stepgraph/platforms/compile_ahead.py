@@ -3,44 +3,44 @@
 Triton compiles a kernel at its first launch, and everything else waits: a quarter of a minute for the kernels of a model, on
 one core of many. While compiling ahead, a launch hands the kernel to a thread, if it is not compiled, and runs nothing, so
 that one pass through a program finds all of its kernels. Compiled kernels land where later launches find them, and in Triton's
-cache on disk.
+cache on disk. Only launches in the calling context are concerned: other engines of the process go on.
 """
 
 from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
-from unittest.mock import patch
 
 import torch
 import triton
 from torch.utils._python_dispatch import TorchDispatchMode
 from triton import knobs
-from triton.runtime import JITFunction
 
 from stepgraph.platforms.base import CompiledKernels
+
+COMPILING: ContextVar[bool] = ContextVar("stepgraph_compiling_ahead", default=False)
+"""Whether launches compile and do not run; see `stepgraph.ops.launched`."""
+
+_ONE_AT_A_TIME = threading.Lock()
+_THREADS = "stepgraph-compile"
 
 
 def compile_ahead(programs: Iterable[Callable[[], object]]) -> CompiledKernels:
     """Compile every Triton kernel that some programs launch.
 
     The programs are run, but for their launches, so their buffers must hold a plan that leaves no trace. Must not be called
-    while a graph is captured, nor beside threads that launch kernels.
+    by a thread that captures a graph.
     """
-    counts = _Counts()
-    launch = JITFunction.run
-
-    def compile_only(kernel: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> Any:
-        return launch(kernel, *args, grid=grid, warmup=True, **options)
-
     with (
         torch.no_grad(),
-        patch.object(JITFunction, "run", compile_only),
-        patch.object(knobs.compilation, "listener", counts),
-        ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="stepgraph-compile") as threads,
+        _counting() as counts,
+        ThreadPoolExecutor(os.cpu_count(), thread_name_prefix=_THREADS) as threads,
+        _compiling_only(),
         triton.AsyncCompileMode(threads),
         _NewTensorsZero(),
     ):
@@ -49,17 +49,42 @@ def compile_ahead(programs: Iterable[Callable[[], object]]) -> CompiledKernels:
     return CompiledKernels(counts.compiled, counts.from_disk)
 
 
-class _Counts:
-    """Triton's listener, called by all threads."""
+@contextmanager
+def _compiling_only() -> Iterator[None]:
+    token = COMPILING.set(True)
+    try:
+        yield
+    finally:
+        COMPILING.reset(token)
 
-    def __init__(self) -> None:
+
+@contextmanager
+def _counting() -> Iterator[_Counts]:
+    """Triton has one listener for the process."""
+    with _ONE_AT_A_TIME:
+        counts = _Counts(knobs.compilation.listener)
+        knobs.compilation.listener = counts
+        try:
+            yield counts
+        finally:
+            knobs.compilation.listener = counts.others
+
+
+class _Counts:
+    """Triton's listener, called by all threads, of which ours count."""
+
+    def __init__(self, others: Callable[..., None] | None) -> None:
         self.compiled = self.from_disk = 0
+        self.others = others
         self._lock = threading.Lock()
 
-    def __call__(self, *, cache_hit: bool, **_: Any) -> None:
-        with self._lock:
-            self.compiled += not cache_hit
-            self.from_disk += cache_hit
+    def __call__(self, *, cache_hit: bool, **rest: Any) -> None:
+        if self.others is not None:
+            self.others(cache_hit=cache_hit, **rest)
+        if threading.current_thread().name.startswith(_THREADS):
+            with self._lock:
+                self.compiled += not cache_hit
+                self.from_disk += cache_hit
 
 
 class _NewTensorsZero(TorchDispatchMode):

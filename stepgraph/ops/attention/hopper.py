@@ -31,6 +31,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from stepgraph.ops.attention.geometry import HOPPER_TILE, ITEM_SIZE
 from stepgraph.ops.attention.triton import LOG2_E, line_of, load_item, work_of
 from stepgraph.ops.dependent_launch import LAUNCH, wait_for_previous
+from stepgraph.ops.launched import launched
 
 _TILE = gl.constexpr(HOPPER_TILE)
 _ROWS = gl.constexpr(HOPPER_TILE // 2)  # of a consumer: what its tensor-core product takes at least
@@ -390,6 +391,7 @@ def _combine(
     gl.store(out_ptr + line_M[:, None] * D + dim_D[None, :], out_MD, mask=(pair_M // GROUP < query_len)[:, None])
 
 
+@launched
 @jit(do_not_specialize=["table_width"])
 def _attention_kernel(
     q_ptr,

@@ -14,6 +14,7 @@ from torch import Tensor
 from stepgraph.ops.attention.geometry import HOPPER_TILE, ITEM_SIZE, KV_BLOCK, Occupancy, occupancy
 from stepgraph.ops.capacity import row_capacity
 from stepgraph.ops.dependent_launch import LAUNCH, wait_for_previous
+from stepgraph.ops.launched import launched
 
 LOG2_E = 1.4426950408889634
 
@@ -48,6 +49,7 @@ def _keys(most: int, block_dim: int, itemsize: int) -> int:
     return max(16, min(most, most * 256 // (block_dim * itemsize)))
 
 
+@launched
 @triton.jit(do_not_specialize=["num_rows", "split_target", "num_counters"])
 def _plan_kernel(
     row_slot_ptr,
@@ -326,6 +328,7 @@ def load_item(items_ptr, item, is_item, ITEM: tl.constexpr):
     )
 
 
+@launched
 @triton.jit(do_not_specialize=["table_width"])
 def _attention_kernel(
     q_ptr,

@@ -10,6 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from stepgraph.ops.capacity import row_capacity
+from stepgraph.ops.launched import launched
 from stepgraph.step import slot_line as line
 
 BLOCK_TOKENS = 256
@@ -26,6 +27,7 @@ _DELTA_WIDTH = tl.constexpr(line.DELTA_WIDTH)
 _BLOCK_DELTAS = tl.constexpr(256)
 
 
+@launched
 @triton.jit(do_not_specialize=["R", "E"])
 def _rows_kernel(
     plan_ptr,
@@ -89,6 +91,7 @@ def row_of(query_start_ptr, token_T, real_T, R, SEARCH_STEPS: tl.constexpr):
     return low_T
 
 
+@launched
 @triton.jit(do_not_specialize=["T", "R", "S"])
 def _tokens_kernel(
     lines_ptr,

@@ -5,6 +5,7 @@ import triton.language as tl
 from torch import Tensor
 
 from stepgraph.ops.capacity import row_capacity
+from stepgraph.ops.launched import launched
 from stepgraph.step import slot_line as line
 
 _LINE_WIDTH = tl.constexpr(line.LINE_WIDTH)
@@ -33,6 +34,7 @@ _FINISHED_LENGTH = tl.constexpr(line.FINISHED_LENGTH)
 _FINISHED_ERROR = tl.constexpr(line.FINISHED_ERROR)
 
 
+@launched
 @triton.jit(do_not_specialize=["R"])
 def _commit_kernel(
     lines_ptr,

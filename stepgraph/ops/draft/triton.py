@@ -7,6 +7,7 @@ from torch import Tensor
 
 from stepgraph.ops.build.triton import row_of
 from stepgraph.ops.capacity import row_capacity
+from stepgraph.ops.launched import launched
 from stepgraph.step import slot_line as line
 
 BLOCK_TOKENS = 256
@@ -36,6 +37,7 @@ def _room(line_R, inside_R):
     return tl.where(drafts_R, tl.maximum(room_R, 0), 0), length_R, computed_R
 
 
+@launched
 @triton.jit(do_not_specialize=["T", "R"])
 def _inputs_kernel(
     lines_ptr,
@@ -98,6 +100,7 @@ def draft_inputs(
     return next_ids, slot, index
 
 
+@launched
 @triton.jit(do_not_specialize=["R", "PLACE"])
 def _row_tokens_kernel(
     lines_ptr,
@@ -159,6 +162,7 @@ def draft_row_tokens(
     return positions, kv_slots, row_slot, query_start, kv_len
 
 
+@launched
 @triton.jit(do_not_specialize=["R"])
 def _propose_kernel(
     lines_ptr,

@@ -5,6 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from stepgraph.ops.launched import launched
 from stepgraph.step import slot_line as line
 
 BLOCK_SAMPLES = 256
@@ -15,6 +16,7 @@ _LENGTH = tl.constexpr(line.LENGTH)
 _SEED_LOW = tl.constexpr(line.SEED_LOW)
 
 
+@launched
 @triton.jit(do_not_specialize=["S"])
 def _kernel(
     lines_ptr,

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from stepgraph.ops.dependent_launch import LAUNCH, wait_for_previous
 from stepgraph.ops.fp8_linear.reference import GROUP_SIZE
+from stepgraph.ops.launched import launched
 from stepgraph.ops.linear.ends import ADD, GEGLU, STORE, SWIGLU, before_add, finish
 from stepgraph.ops.linear.triton import MAX_STREAMED_INPUTS, MAX_STREAMED_TOKENS, streams_with_norm
 from stepgraph.ops.rms_norm.triton import normalise, rms_norm
@@ -86,6 +87,7 @@ def _sum_inputs(weight_NK, x_K, scale_NG, GROUPS: tl.constexpr, BLOCK_N: tl.cons
     return tl.sum(part_NG * scale_NG, axis=1)
 
 
+@launched
 @triton.jit(do_not_specialize=["N"])
 def _streamed_kernel(
     x_ptr,
@@ -153,6 +155,7 @@ def _streamed_kernel(
     finish(out_NT, sum_NT, up_NT, before_NT, multiplier, inside_N[:, None], END)
 
 
+@launched
 @triton.jit(do_not_specialize=["T", "N"])
 def _sliced_kernel(
     x_ptr,
@@ -215,6 +218,7 @@ def _sliced_kernel(
     finish(out_NT, sum_NT, up_NT, before_NT, multiplier, inside_NT, END)
 
 
+@launched
 @triton.jit(do_not_specialize=["T"])
 def _block_kernel(
     x_ptr,

@@ -8,7 +8,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from stepgraph.ops.launched import launched
 
+
+@launched
 @triton.jit(do_not_specialize=["S"])
 def _grouped_linear_kernel(
     x_ptr,

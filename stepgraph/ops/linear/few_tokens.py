@@ -18,6 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from stepgraph.ops.dependent_launch import LAUNCH, wait_for_previous
+from stepgraph.ops.launched import launched
 from stepgraph.ops.linear.ends import STORE, before_add, finish
 
 MAX_TOKENS = 64
@@ -69,6 +70,7 @@ class Tile:
         return 2 * (self.num_stages - 1) * self.slices * self.inputs * (self.outputs + self.tokens(num_tokens))
 
 
+@launched
 @triton.jit(do_not_specialize=["T", "N"])
 def _few_tokens_kernel(
     x_ptr,
@@ -115,6 +117,7 @@ def _few_tokens_kernel(
     finish(out_NT, sum_NT, tl.sum(up_SNT, axis=0), before_NT, multiplier, inside_NT, END)
 
 
+@launched
 @triton.jit(do_not_specialize=["T", "N"])
 def _flat_kernel(
     x_ptr,

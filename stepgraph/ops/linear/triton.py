@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from stepgraph.ops.dependent_launch import LAUNCH, wait_for_previous
+from stepgraph.ops.launched import launched
 from stepgraph.ops.linear import few_tokens
 from stepgraph.ops.linear.ends import ADD, GEGLU, STORE, SWIGLU, before_add, finish
 from stepgraph.ops.rms_norm.triton import normalise, rms_norm
@@ -30,6 +31,7 @@ MAX_STREAMED_INPUTS = 4096
 """Read at once; more in turn."""
 
 
+@launched
 @triton.jit(do_not_specialize=["N"])
 def _stream_kernel(
     x_ptr,
@@ -204,6 +206,7 @@ MIN_LARGE_TILES = 128
 """About one per multiprocessor."""
 
 
+@launched
 @triton.jit(do_not_specialize=["T"])
 def _by_row_kernel(
     x_ptr,

@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from stepgraph.ops.launched import launched
 from stepgraph.ops.sample.triton import KEY_OUTSIDE, float_key
 from stepgraph.step import slot_line as line
 
@@ -46,6 +47,7 @@ def _target_key(logits_row_ptr, target, V: tl.constexpr):
     return tl.where(known, float_key(tl.where(x == x, x, -float("inf"))), KEY_OUTSIDE)
 
 
+@launched
 @triton.jit(do_not_specialize_on_alignment=_UNALIGNED)
 def _chunks_kernel(
     logits_ptr,
@@ -84,6 +86,7 @@ def _chunks_kernel(
             key_B = tl.where(index_B == index, KEY_OUTSIDE, key_B)
 
 
+@launched
 @triton.jit(do_not_specialize=["DEPTH", "FIRST_LINE"], do_not_specialize_on_alignment=_UNALIGNED)
 def _rows_kernel(
     logits_ptr,

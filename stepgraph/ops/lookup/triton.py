@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from stepgraph.ops.launched import launched
 from stepgraph.step import slot_line as line
 
 BLOCK = 1024
@@ -33,6 +34,7 @@ _OWN_BIT = tl.constexpr(31)
 _LENGTH_BIT = tl.constexpr(32)
 
 
+@launched
 @triton.jit(do_not_specialize=["M", "MAX_LEN", "HISTORY_SHARES", "SHARES"])
 def _scan_kernel(
     row_slot_ptr,
@@ -95,6 +97,7 @@ def _scan_kernel(
     tl.store(best_ptr + row * SHARES + share, tl.max(best_P, 0))
 
 
+@launched
 @triton.jit(do_not_specialize=["M", "MAX_LEN", "SHARES"])
 def _draft_kernel(
     row_slot_ptr,

@@ -15,6 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from stepgraph.ops.launched import launched
+
 BLOCK_TOKENS = 16
 SPLIT_INPUTS = 512
 BLOCK_INPUTS = 128
@@ -28,6 +30,7 @@ def _token_block(index_ptr, num_tokens, BLOCK_T: tl.constexpr):
     return token_T.to(tl.int64), tl.load(index_ptr + token_T, mask=token_T < num_tokens, other=0)
 
 
+@launched
 @triton.jit(do_not_specialize=["num_tokens"])
 def _shrink_kernel(
     x_ptr,
@@ -67,6 +70,7 @@ def _shrink_kernel(
             tl.store(hidden_TR, sum_TR, mask=uses_T[:, None])
 
 
+@launched
 @triton.jit(do_not_specialize=["num_tokens"])
 def _expand_kernel(
     hidden_ptr,

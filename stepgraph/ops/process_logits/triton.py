@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from stepgraph.ops.launched import launched
 from stepgraph.step import slot_line as line
 
 CHUNK = 1024
@@ -51,6 +52,7 @@ def _penalties(line_ptr):
     return repetition, presence, frequency, (repetition != 1) | (presence != 0) | (frequency != 0)
 
 
+@launched
 @triton.jit(do_not_specialize=["MAX_LEN"])
 def _count_kernel(
     row_slot_ptr,
@@ -122,6 +124,7 @@ def _ban_bad_words(words_ptr, num_words, history_ptr, length, out_ptr, start, V:
     _ban(last_N, matches_N, out_ptr, start, V, BLOCK)
 
 
+@launched
 @triton.jit(do_not_specialize=["MAX_LEN"])
 def _process_kernel(
     logits_ptr,

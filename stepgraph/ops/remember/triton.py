@@ -10,6 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from stepgraph.ops.capacity import row_capacity
+from stepgraph.ops.launched import launched
 from stepgraph.ops.remember.reference import SHARE
 from stepgraph.step import slot_line as line
 
@@ -21,6 +22,7 @@ _NO_TOKEN = tl.constexpr(line.NO_TOKEN)
 _BLOCK = tl.constexpr(2048)
 
 
+@launched
 @triton.jit(do_not_specialize=["R", "M", "MAX_LEN", "LONGEST"])
 def _remember_kernel(
     memory_ptr,

@@ -10,6 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from stepgraph.ops.dependent_launch import LAUNCH, wait_for_previous
+from stepgraph.ops.launched import launched
 
 
 @triton.jit
@@ -25,6 +26,7 @@ def normalise(x, weight, eps, WIDTH: tl.constexpr):
     return scale_rounded(x, tl.rsqrt(tl.sum(x * x, axis=0) / WIDTH + eps), weight)
 
 
+@launched
 @triton.jit
 def _norm_kernel(x_ptr, weight_ptr, out_ptr, eps, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
     row_start = tl.program_id(0).to(tl.int64) * WIDTH

@@ -14,6 +14,7 @@ from torch import Tensor
 from stepgraph.ops.attention.geometry import ITEM_SIZE
 from stepgraph.ops.attention.triton import LOG2_E, combine, line_of, load_item
 from stepgraph.ops.dependent_launch import LAUNCH, wait_for_previous
+from stepgraph.ops.launched import launched
 from stepgraph.ops.rope_cache.triton import load_norm, normalise_rotate
 from stepgraph.ops.write_kv.triton import round_to
 
@@ -58,6 +59,7 @@ def _scores(q_low_MH, q_high_MH, k_low_KH, k_high_KH, seen_MK, scale_log2):
     return tl.where(seen_MK, score_MK * scale_log2, float("-inf"))
 
 
+@launched
 @triton.jit(do_not_specialize=["table_width"])
 def _rope_attention_kernel(
     qkv_ptr,

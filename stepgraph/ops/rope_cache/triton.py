@@ -11,6 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from stepgraph.ops.dependent_launch import LAUNCH, wait_for_previous
+from stepgraph.ops.launched import launched
 from stepgraph.ops.rms_norm.triton import scale_rounded
 from stepgraph.ops.write_kv.triton import round_to
 
@@ -48,6 +49,7 @@ def normalise_rotate(
     )
 
 
+@launched
 @triton.jit
 def _rope_cache_kernel(
     qkv_ptr,

@@ -22,6 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from stepgraph.ops.launched import launched
 from stepgraph.step import slot_line as line
 
 CHUNK = 4096
@@ -90,6 +91,7 @@ def _mass(x, peak, temperature):
     return tl.where(x == peak, 1.0, tl.exp2((x - peak) * (1.4426950408889634 / temperature)))
 
 
+@launched
 @triton.jit(do_not_specialize_on_alignment=["mass_ptr"])  # half of a buffer: aligned for some row counts
 def _chunks_kernel(
     logits_ptr,
@@ -369,6 +371,7 @@ def _draw_filtered(
     return tl.where(token < V, token, _NO_TOKEN)
 
 
+@launched
 @triton.jit(do_not_specialize_on_alignment=["mass_ptr"])  # half of a buffer: aligned for some row counts
 def _rows_kernel(
     logits_ptr,

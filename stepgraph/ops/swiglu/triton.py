@@ -5,6 +5,7 @@ import triton.language as tl
 from torch import Tensor
 
 from stepgraph.ops.dependent_launch import LAUNCH, wait_for_previous
+from stepgraph.ops.launched import launched
 
 BLOCK = 1024
 """Columns per program: 128 threads load 16 bytes each of a 16-bit dtype."""
@@ -21,6 +22,7 @@ def gated(gate, up, GELU: tl.constexpr):
     return (activated.to(tl.float32) * up.to(tl.float32)).to(gate.dtype)
 
 
+@launched
 @triton.jit
 def _gated_kernel(gate_up_ptr, out_ptr, GELU: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)

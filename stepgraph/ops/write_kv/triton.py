@@ -9,6 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from stepgraph.ops.launched import launched
+
 MAX_HEADS_PER_PROGRAM = 4
 
 
@@ -20,6 +22,7 @@ def round_to(x, dtype: tl.constexpr):
     return x.to(dtype)
 
 
+@launched
 @triton.jit
 def _write_kv_kernel(
     k_ptr,
