@@ -1,3 +1,4 @@
+from collections import namedtuple
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -7,9 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from slot_fixtures import slot_line, slot_lines
 from torch import Tensor
-from torch.fx.experimental.proxy_tensor import make_fx
-from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
+from stepgraph import ops
+from stepgraph.graph.cpu import CpuBackend
 from stepgraph.ops.build import StepSamples, StepTokens, reference
 from stepgraph.ops.build import triton as kernels
 from stepgraph.step import slot_line as line
@@ -196,16 +197,28 @@ def test_more_tokens_than_one_program_holds(check: Callable[[Case, int], None]) 
     )
 
 
-def test_reference_traces_to_a_static_graph_without_side_effects() -> None:
-    case = _case([(1, 5), (0, 0)], [(1, 1, 77)], slot_line(length=9, computed=8, num_drafts=2))
-    plan, block_table = case.plan(), case.block_table.clone()
+Captured = namedtuple("Captured", NAMES)
 
-    def step() -> tuple[Tensor, ...]:
-        return reference.build_step(plan, case.lines, case.tokens, block_table, 8, 2, 6, 1, BLOCK_SIZE)
 
-    traced = make_fx(step, tracing_mode="fake", _allow_non_fake_inputs=True)()
-    assert not any(free_unbacked_symbols(node.meta.get("val")) for node in traced.graph.nodes)
-    assert block_table.tolist() == case.block_table.tolist()
-    expected, expected_table = _expected(case, 8, 6)
-    assert [tensor.tolist() for tensor in traced()] == list(expected.values())
-    assert block_table.tolist() == expected_table.tolist()
+def test_a_step_captured_on_one_plan_builds_any_other() -> None:
+    captured_on = _case([(1, 5), (0, 0)], [(1, 1, 77)], slot_line(length=9, computed=8, num_drafts=2))
+    others = (
+        _case([(1, 2), (2, 6)], [(2, 0, 55)], slot_line(length=9, computed=1), slot_line(length=4, computed=0)),
+        _case([(2, 3), (1, 3)], [(0, 0, 0)], slot_line(length=9, computed=3), slot_line(length=9, active=False)),
+        captured_on,
+    )
+    plan, tokens = captured_on.plan(), captured_on.tokens
+    lines, block_table = captured_on.lines.clone(), captured_on.block_table.clone()
+
+    def program() -> Captured:
+        built = ops.build_step(plan, lines, tokens, block_table, 8, 2, 6, 1, BLOCK_SIZE)
+        return Captured(*built.tokens, *built.samples)
+
+    graph = CpuBackend().capture(program, warmups=1)
+    assert torch.ops.stepgraph.build_step.default not in graph.calls, "its Python would run in each step"
+    for case in others:
+        for buffer, value in zip((plan, lines, block_table), (case.plan(), case.lines, case.block_table), strict=True):
+            buffer.copy_(value)
+        expected, expected_table = _expected(case, 8, 6)
+        assert {name: tensor.tolist() for name, tensor in graph.replay()._asdict().items()} == expected
+        assert block_table.tolist() == expected_table.tolist()

@@ -1,6 +1,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from itertools import accumulate, chain
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -8,9 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from slot_fixtures import slot_line, slot_lines
 from torch import Tensor
-from torch.fx.experimental.proxy_tensor import make_fx
-from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
+from stepgraph import ops
+from stepgraph.graph.cpu import CpuBackend
 from stepgraph.ops.commit import reference
 from stepgraph.ops.commit import triton as kernels
 from stepgraph.step import slot_line as line
@@ -321,16 +322,27 @@ def _mixed_case() -> Case:
     return _case(lines, [(1, 1, [3]), (2, 4, []), (3, 3, [1005, 4, 4]), (0, 0, [])], num_drafts=2)
 
 
-def test_reference_traces_to_a_static_graph_without_side_effects() -> None:
-    case = _mixed_case()
-    buffers = case.copy()
-    trace = make_fx(lambda: reference.commit(*buffers.arguments()), tracing_mode="fake", _allow_non_fake_inputs=True)
-    traced = trace()
-    assert not any(free_unbacked_symbols(node.meta.get("val")) for node in traced.graph.nodes)
-    for before, after in zip(case.arguments()[:-1], buffers.arguments()[:-1], strict=True):
-        assert after.tolist() == before.tolist()
-    traced()
-    assert _outcome(buffers, case) == _expected(case)
+class Counter(NamedTuple):
+    value: Tensor
+
+
+def test_a_commit_captured_on_one_step_is_right_on_others() -> None:
+    captured_on = _mixed_case()
+    lines = slot_lines(slot_line(stop_tokens=(7,)), slot_line(num_drafts=1), slot_line(max_length=6))
+    other = _case(lines, [(3, 1, [9]), (1, 1, [7]), (2, 2, [1005, 8]), (0, 0, [])], num_drafts=2, step=4)
+    buffers = captured_on.copy()
+
+    def program() -> Counter:
+        ops.commit(*buffers.arguments())
+        return Counter(buffers.counter)
+
+    graph = CpuBackend().capture(program, warmups=1)
+    assert torch.ops.stepgraph.commit.default not in graph.calls, "its Python would run in each step"
+    for case in (other, captured_on):
+        for buffer, value in zip(buffers.arguments()[:-1], case.arguments()[:-1], strict=True):
+            buffer[: len(value)].copy_(value)
+        graph.replay()
+        assert _outcome(buffers, case) == _expected(case)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="pinned memory needs a GPU")
