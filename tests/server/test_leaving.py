@@ -2,31 +2,31 @@
 
 import asyncio
 import json
+import subprocess
+import sys
 import time
+from collections.abc import Awaitable, Callable
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from observed import READY
 
 from stepgraph.config.server import ServerConfig
 from stepgraph.server.app import create_app
 from stepgraph.server.engine_client import EngineClient
-from stepgraph.server.messages import encode
 from stepgraph.server.metrics import Metrics
 from stepgraph.server.service import Service
 
-TIMEOUT_S = 0.5
+TIMEOUT_S = 1.0
+FACE = SimpleNamespace(name="tiny", tokenizer=None, sampling_defaults={}, longest_token=8)
 
 
 class Server:
     """A server in this process, whose engine takes requests and says nothing more of them."""
 
-    def __init__(self) -> None:
-        metrics = Metrics("tiny")
-        self.client = EngineClient({}, observer=metrics)
-        self.client._take(encode(READY))
-        self.service = Service(ServerConfig(request_timeout=TIMEOUT_S), self.client, lambda: SimpleNamespace())
-        self.service._face = SimpleNamespace(name="tiny", tokenizer=None, sampling_defaults={})
+    def __init__(self, client: EngineClient, metrics: Metrics) -> None:
+        self.client = client
+        self.service = Service(ServerConfig(request_timeout=TIMEOUT_S), client, lambda: FACE)
         self.app = create_app(self.service, metrics, api_keys=())
         self.status = 0
 
@@ -52,49 +52,59 @@ class Server:
             "headers": [(b"content-type", b"application/json")],
             "query_string": b"",
         }
-        try:
-            await self.app(scope, receive, send)
-        finally:
-            self.service.shut_down()
+        await self.app(scope, receive, send)
 
-    async def accept(self) -> None:
-        """Wait for a request, and tell that the engine has queued it."""
-        while not self.client.num_unfinished:
-            await asyncio.sleep(0)
-        for generation in self.client._generations.values():
-            generation.accept()
+
+def told_to_the_engine(use: Callable[[Server], Awaitable[None]]) -> list[str]:
+    """Use a server; returns the names of the messages that its engine got."""
+    process = subprocess.Popen(
+        [sys.executable, str(Path(__file__).with_name("silent_engine.py"))],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        start_new_session=True,
+    )
+
+    async def serve() -> None:
+        metrics = Metrics("tiny")
+        client = EngineClient({}, observer=metrics, first_process=process)
+        await client.start()
+        server = Server(client, metrics)
+        try:
+            await asyncio.gather(client.wait_ready(), server.service.load())
+            await use(server)
+            assert client.num_unfinished == 0
+        finally:
+            await client.stop()
+            server.service.shut_down()
+
+    asyncio.run(serve())
+    with process:
+        return process.stdout.read().decode().split()
 
 
 def test_a_request_accepted_as_its_time_runs_out_ends() -> None:
-    async def serve() -> None:
-        server = Server()
+    async def use(server: Server) -> None:
         answering = asyncio.create_task(server.answer(stream=True))
-        await server.accept()
+        while not server.client.num_unfinished:
+            await asyncio.sleep(0)
         time.sleep(TIMEOUT_S)  # the loop finds the request accepted and the time over at once
         await answering
-        assert (server.status, server.client.num_unfinished) == (504, 0)
+        assert server.status == 504
 
-    asyncio.run(serve())
+    assert told_to_the_engine(use) == ["Add", "Abort"]
 
 
 def test_a_request_whose_stream_cannot_be_begun_ends() -> None:
-    async def serve() -> None:
-        server = Server()
-        answering = asyncio.create_task(server.answer(stream=True, starts=False))
-        await server.accept()
+    async def use(server: Server) -> None:
         with pytest.raises(OSError, match="the connection is gone"):
-            await answering
-        assert server.client.num_unfinished == 0
+            await server.answer(stream=True, starts=False)
 
-    asyncio.run(serve())
+    assert told_to_the_engine(use) == ["Add", "Abort"]
 
 
 def test_a_request_refused_after_the_engine_has_it_ends() -> None:
-    async def serve() -> None:
-        server = Server()
-        answering = asyncio.create_task(server.answer(echo=True))  # there is no tokenizer to tell the prompt's text
-        await server.accept()
-        await answering
-        assert (server.status, server.client.num_unfinished) == (400, 0)
+    async def use(server: Server) -> None:
+        await server.answer(echo=True)  # there is no tokenizer to tell the prompt's text
+        assert server.status == 400
 
-    asyncio.run(serve())
+    assert told_to_the_engine(use) == ["Add", "Abort"]
