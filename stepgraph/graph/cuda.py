@@ -16,6 +16,7 @@ import torch
 
 from stepgraph.errors import CaptureError, DeviceMemoryError
 from stepgraph.graph.base import Output
+from stepgraph.platforms.cuda import DEVICE
 
 _OUT_OF_MEMORY = 2
 """CUDA's cudaErrorMemoryAllocation."""
@@ -75,20 +76,36 @@ class CudaBackend:
                 torch.cuda.empty_cache()  # which is all that gives its memory back
             self._pool = torch.cuda.graph_pool_handle()
         graph = torch.cuda.CUDAGraph()
+        with DEVICE:
+            return self._record_into(graph, program)
+
+    def _record_into(self, graph: torch.cuda.CUDAGraph, program: Callable[[], Output]) -> CudaGraph[Output]:
         graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
         try:
             output = program()
         except BaseException as error:
             with contextlib.suppress(RuntimeError):  # a capture must be ended before anything else can run
                 graph.capture_end()
+            self._leave_pool()
             if isinstance(error, RuntimeError) and not _is_out_of_memory(error):
                 raise CaptureError(
                     f"the step cannot be captured as a CUDA graph: {str(error).splitlines()[0]}; something in the program "
                     "waits for the device or reads a value from it"
                 ) from error
             raise
-        graph.capture_end()
+        try:
+            graph.capture_end()
+        except BaseException:
+            self._leave_pool()
+            raise
         return CudaGraph(graph, output)
+
+    def _leave_pool(self) -> None:
+        """Let torch's allocator put what comes next elsewhere. If the driver refuses to end a capture, `capture_end` raises
+        before it has done that, and no other graph could be captured into the pool."""
+        with contextlib.suppress(RuntimeError):  # it had done it
+            torch._C._cuda_endAllocateToPool(torch.cuda.current_device(), self._pool)
+            torch._C._cuda_releasePool(torch.cuda.current_device(), self._pool)
 
 
 def _is_out_of_memory(error: RuntimeError) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
@@ -11,6 +12,9 @@ from torch import Tensor
 from stepgraph.platforms.base import CompiledKernels, DeviceMemory
 from stepgraph.platforms.cuda_memory import SleepableMemory
 from stepgraph.platforms.torch_memory import TorchMemory
+
+DEVICE = threading.RLock()
+"""Held while a graph is captured and while the whole device is waited for: the latter, in any thread, breaks the former."""
 
 
 class _Event:
@@ -69,7 +73,8 @@ class CudaPlatform:
         return _Event(torch.cuda.current_stream(self.device))
 
     def synchronize(self) -> None:
-        torch.cuda.synchronize(self.device)
+        with DEVICE:
+            torch.cuda.synchronize(self.device)
 
     @contextmanager
     def apart(self) -> Iterator[None]:

@@ -164,7 +164,7 @@ class StepRunner:
         self.kernels = CompiledKernels(0, 0)
         """Those that were compiled before anything launched them."""
         if self.compile_kernels([self.pool.max_shape]).compiled and not self.pool.lazy:  # the cache on disk is cold
-            self.compile_kernels(self.pool.shapes(num_drafts=config.speculative.max_drafts))
+            self.compile_kernels(shape for level in draft_levels for shape in self.pool.shapes(num_drafts=level))
         with OperatorCount() as operators:
             activation_bytes = platform.peak_memory_bytes(self._dry_run)
         self._graph_bytes = operators.count * platform.graph_node_bytes

@@ -24,6 +24,8 @@ class FakeCuda:
         self.pools: list[tuple[int, int]] = []
         self.emptied = 0
         self.instantiation_error: RuntimeError | None = None
+        self.refuses_to_end = False
+        self.recording: set[tuple[int, int]] = set()  # pools that the allocator serves
         cuda = self
 
         class Stream:
@@ -36,11 +38,17 @@ class FakeCuda:
         class CUDAGraph:
             def capture_begin(self, pool: tuple[int, int], capture_error_mode: str) -> None:
                 assert not cuda.capturing
+                if pool in cuda.recording:
+                    raise RuntimeError("already recording to mempool_id")
+                cuda.recording.add(pool)
                 cuda.capturing, self.pool = True, pool
 
             def capture_end(self) -> None:
                 assert cuda.capturing
                 cuda.capturing = False
+                if cuda.refuses_to_end:
+                    raise RuntimeError("operation failed due to a previous error during capture")
+                cuda.recording.remove(self.pool)
                 if cuda.instantiation_error is not None:
                     raise cuda.instantiation_error
 
@@ -50,6 +58,14 @@ class FakeCuda:
     def graph_pool_handle(self) -> tuple[int, int]:
         self.pools.append((0, len(self.pools)))
         return self.pools[-1]
+
+    def current_device(self) -> int:
+        return 0
+
+    def end_allocate_to_pool(self, device: int, pool: tuple[int, int]) -> None:
+        if pool not in self.recording:
+            raise RuntimeError("not currently recording to mempool_id")
+        self.recording.remove(pool)
 
     def empty_cache(self) -> None:
         self.emptied += 1
@@ -62,6 +78,8 @@ class FakeCuda:
 def cuda(monkeypatch) -> FakeCuda:
     fake = FakeCuda()
     monkeypatch.setattr(torch, "cuda", fake)
+    monkeypatch.setattr(torch._C, "_cuda_endAllocateToPool", fake.end_allocate_to_pool)
+    monkeypatch.setattr(torch._C, "_cuda_releasePool", lambda device, pool: None)
     return fake
 
 
@@ -96,6 +114,24 @@ def test_whatever_fails_nothing_is_being_captured_any_more(cuda, fails_at, error
     assert not cuda.capturing
     assert backend.memory_bytes() == 0
     assert backend.capture(lambda: Output(2), warmups=1).output == Output(2)
+
+
+@pytest.mark.parametrize("others", [0, 1], ids=["the first graph", "beside another graph"])
+def test_a_capture_that_the_driver_refuses_to_end_does_not_block_the_memory_that_graphs_share(cuda, others) -> None:
+    def program() -> Output:
+        if cuda.capturing:
+            raise RuntimeError("CUDA error: operation would make the legacy stream depend on a capturing one")
+        return Output(1)
+
+    backend = CudaBackend()
+    graphs = [backend.capture(lambda: Output(1), warmups=1) for _ in range(others)]
+    cuda.refuses_to_end = True
+    with pytest.raises(CaptureError):
+        backend.capture(program, warmups=1)
+    cuda.refuses_to_end = False
+    assert backend.capture(lambda: Output(2), warmups=1).output == Output(2)
+    assert cuda.recording == set()
+    assert len(graphs) == others
 
 
 def test_what_waits_for_the_device_is_a_fault_of_the_program(cuda) -> None:
