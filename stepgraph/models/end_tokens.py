@@ -5,12 +5,14 @@ A fine-tune of a base model often has a new end token in its tokenizer only, or 
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
+
+from stepgraph.errors import ModelError
+from stepgraph.models.json_file import read_json
 
 logger = logging.getLogger(__name__)
 
@@ -60,7 +62,6 @@ def _ids_of(name: str, folder: Path, config: dict[str, Any]) -> Iterator[Any]:
 def _read(path: Path) -> dict[str, Any]:
     """The object in a JSON file; an empty one if there is none."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+        return read_json(path)
+    except ModelError:
         return {}
-    return content if isinstance(content, dict) else {}

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import struct
-import sys
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,7 +16,9 @@ from stepgraph.errors import ModelError
 from stepgraph.layers.rotary import RotaryFrequencies
 from stepgraph.models.checkpoint import CheckpointTensor
 from stepgraph.models.config import DecoderConfig
-from stepgraph.models.hf_config import plain_config
+from stepgraph.models.end_tokens import end_tokens
+from stepgraph.models.gguf_reader import Texts, open_gguf
+from stepgraph.models.hf_config import check_sizes, plain_config
 from stepgraph.models.registry import read_config
 
 
@@ -52,10 +53,25 @@ _LAYER_NAMES = {
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
-_ARRAY, _LENGTH = struct.Struct("<IQ"), struct.Struct("<Q")
-"""In a GGUF file: type and count of a list; length of a text."""
 _ROPE_FACTORS = "rope_freqs.weight"
-_REQUIRED = object()
+_REQUIRED: Any = object()
+_ENDS = (
+    *(
+        "<|im_end|>",
+        "<|eot_id|>",
+        "<|eom_id|>",
+        "<|end|>",
+        "<end_of_turn>",
+        "<|end_of_turn|>",
+        "<|return|>",
+        "<|call|>",
+    ),
+    *("<EOT>", "<|EOT|>", "_<EOT>", "[EOT]", "<|END_OF_TURN_TOKEN|>", "<end_of_utterance>", "<｜end▁of▁sentence｜>"),
+    *("<|endoftext|>", "<|end_of_text|>", "[EOS]", "<eos>", "</s>"),
+)
+"""Texts of tokens that end an answer, in whichever model has them."""
+_NORMAL, _BYTE, _UNUSED = 1, 6, 5
+"""Values of ``tokenizer.ggml.token_type`` of tokens that cannot be control tokens."""
 
 
 class GGUFFile:
@@ -68,14 +84,14 @@ class GGUFFile:
             ModelError: the file is not GGUF, truncated, or of an architecture or tensor type that is not supported.
         """
         self.path = path
-        reader = _open(path)
+        reader = open_gguf(path)
         self._fields = reader.fields
         self._tensors = {tensor.name: tensor for tensor in reader.tensors}
-        if (num_files := self.value("split.count", 1)) > 1:
+        if (num_files := self.value("split.count", int, 1)) > 1:
             raise ModelError(
                 f"{path} is one of {num_files} parts of a split GGUF file; merge them with llama-gguf-split."
             )
-        name = self.value("general.architecture")
+        name = self.value("general.architecture", str)
         if name not in _ARCHITECTURES:
             raise ModelError(
                 f'{path} holds a model of architecture "{name}"; GGUF files are read of {", ".join(_ARCHITECTURES)}. '
@@ -90,11 +106,30 @@ class GGUFFile:
                 f"dequantised; supported are {', '.join(readable)}."
             )
 
-    def value(self, key: str, default: Any = _REQUIRED) -> Any:
-        """Return a metadata value; ModelError if it is absent and there is no default."""
+    def value(self, key: str, kind: type, default: Any = _REQUIRED) -> Any:
+        """Return a metadata value.
+
+        Args:
+            key: its name.
+            kind: bool, int, float (which takes whole numbers too), str or list.
+            default: what it is if it is absent.
+
+        Raises:
+            ModelError: it is absent and there is no default, or it is of another kind.
+        """
         if key in self._fields:
             field = self._fields[key]
-            return field.parts[-1].read() if isinstance(field.parts[-1], _Texts) else field.contents()
+            try:
+                found = field.parts[-1].read() if isinstance(field.parts[-1], Texts) else field.contents()
+            except UnicodeDecodeError as error:
+                raise ModelError(f"{self.path}: {key} is not UTF-8 text ({error}). Download the file again.") from error
+            if kind is float and type(found) is int:
+                found = float(found)
+            if type(found) is not kind or (kind is float and not math.isfinite(found)):
+                raise ModelError(
+                    f"{self.path}: {key} is {found!r:.80}, and must be of type {kind.__name__}; convert the model to GGUF again."
+                )
+            return found
         if default is _REQUIRED:
             raise ModelError(f"{self.path} has no metadata value {key}; convert the model to GGUF again.")
         return default
@@ -102,23 +137,31 @@ class GGUFFile:
     def config(self) -> DecoderConfig:
         """The model's config. ModelError if it uses something unsupported or a metadata value is missing."""
         config = replace(read_config(self._hf_config()), dtype=self._dtype())
+        config = replace(
+            config, eos_token_ids=end_tokens(config.eos_token_ids, config.vocab_size, f"GGUF file {self.path}")
+        )
         if _ROPE_FACTORS in self._tensors:  # how llama.cpp stores Llama 3's scaling of the frequencies
-            factors = self._tensors[_ROPE_FACTORS].data.tolist()
-            rope = config.ropes[0]
+            stored, rope = self._tensors[_ROPE_FACTORS], config.ropes[0]
+            factors = stored.data.ravel().tolist() if stored.data.dtype.kind == "f" else []
+            if len(factors) != len(rope.inv_freq) or not all(math.isfinite(f) and f > 0 for f in factors):
+                raise ModelError(
+                    f"{self.path}: {_ROPE_FACTORS} must hold {len(rope.inv_freq)} numbers above 0; convert the model to GGUF "
+                    "again."
+                )
             inv_freq = tuple(f / factor for f, factor in zip(rope.inv_freq, factors, strict=True))
             config = replace(config, ropes=(RotaryFrequencies(inv_freq, rope.scale),) * config.num_layers)
         return config
 
     def tensors(self) -> Iterator[CheckpointTensor]:
         """Yield every tensor, named as in transformers' checkpoints; names that have no counterpart are kept."""
-        prefix = self.value("general.architecture")
-        num_heads = self.value(f"{prefix}.attention.head_count")
-        heads = {"attn_q": num_heads, "attn_k": self.value(f"{prefix}.attention.head_count_kv", num_heads)}
+        prefix = self.value("general.architecture", str)
+        num_heads = self.value(f"{prefix}.attention.head_count", int)
+        heads = {"attn_q": num_heads, "attn_k": self.value(f"{prefix}.attention.head_count_kv", int, num_heads)}
         for name, tensor in self._tensors.items():
             if name == _ROPE_FACTORS:
                 continue
             stem, _, kind = name.rpartition(".")
-            if stem.startswith("blk."):
+            if stem.startswith("blk.") and stem.count(".") > 1:
                 _, layer, part = stem.split(".", 2)
                 new_stem = f"model.layers.{layer}.{_LAYER_NAMES[part]}" if part in _LAYER_NAMES else stem
                 permuted_heads = heads.get(part) if self._architecture.permuted else None
@@ -127,24 +170,25 @@ class GGUFFile:
             yield _GGUFTensor(f"{new_stem}.{kind}", tensor, permuted_heads)
 
     def _hf_config(self) -> Any:
-        prefix = self.value("general.architecture")
+        prefix = self.value("general.architecture", str)
 
-        def value(key: str, default: Any = _REQUIRED) -> Any:
-            return self.value(f"{prefix}.{key}", default)
+        def value(key: str, kind: type = int, default: Any = _REQUIRED) -> Any:
+            return self.value(f"{prefix}.{key}", kind, default)
 
-        if num_experts := value("expert_count", 0):
+        if num_experts := value("expert_count", int, 0):
             raise ModelError(f"{self.path} is a mixture of {num_experts} experts; dense decoders are supported.")
+        if not value("attention.causal", bool, True):
+            raise ModelError(f"{self.path} has attention that is not causal; causal models are supported.")
         hidden_size, num_heads = value("embedding_length"), value("attention.head_count")
         context_length = value("context_length")
-        head_dim = value("attention.key_length", hidden_size // num_heads)
+        head_dim = value("attention.key_length", int, hidden_size // max(1, num_heads))
         for key in ("attention.value_length", "rope.dimension_count"):
-            if value(key, head_dim) != head_dim:
+            if value(key, int, head_dim) != head_dim:
                 raise ModelError(
                     f"{self.path} has {prefix}.{key} = {value(key)}; native models need the head size, {head_dim}."
                 )
-        if value("attention.sliding_window", context_length) < context_length:
+        if value("attention.sliding_window", int, context_length) < context_length:
             raise ModelError(f"{self.path} attends over a sliding window; models with full attention are supported.")
-        eos = (self.value(f"tokenizer.ggml.{key}_token_id", None) for key in ("eos", "eot", "eom"))
         fields = {
             "model_type": self._architecture.model_type,
             "architectures": [self._architecture.class_name],
@@ -153,17 +197,18 @@ class GGUFFile:
             "intermediate_size": value("feed_forward_length"),
             "num_hidden_layers": value("block_count"),
             "num_attention_heads": num_heads,
-            "num_key_value_heads": value("attention.head_count_kv", num_heads),
+            "num_key_value_heads": value("attention.head_count_kv", int, num_heads),
             "head_dim": head_dim,
             "hidden_act": "silu",
-            "rms_norm_eps": value("attention.layer_norm_rms_epsilon"),
+            "rms_norm_eps": value("attention.layer_norm_rms_epsilon", float),
             "max_position_embeddings": context_length,
             "rope_parameters": self._rope_parameters(),
             "tie_word_embeddings": "output.weight" not in self._tensors,
             "attention_bias": "blk.0.attn_q.bias" in self._tensors,
-            "bos_token_id": self.value("tokenizer.ggml.bos_token_id", None),
-            "eos_token_id": list(dict.fromkeys(i for i in eos if i is not None)) or None,
+            "bos_token_id": self.value("tokenizer.ggml.bos_token_id", int, None),
+            "eos_token_id": self._end_tokens() or None,
         }
+        check_sizes(fields, self.path)
         plain = plain_config(fields)
         if plain is not None:
             return plain
@@ -171,20 +216,50 @@ class GGUFFile:
 
         return AutoConfig.for_model(**fields)
 
+    def _end_tokens(self) -> list[int]:
+        """Tokens that end an answer: those that the file names so, and control tokens that do so in every model that has them, if
+        the chat template writes them, or there is none. Of a file that names none, any of them."""
+        named = [self.value(f"tokenizer.ggml.{key}_token_id", int, None) for key in ("eos", "eot", "eom")]
+        named = [token_id for token_id in named if token_id is not None]
+        tokens = self._fields.get("tokenizer.ggml.tokens")
+        if tokens is None or not isinstance(tokens.parts[-1], Texts):
+            return named
+        types = self.value("tokenizer.ggml.token_type", list, [])
+        found = {
+            token_id: text
+            for token_id, text in tokens.parts[-1].find(_ENDS).items()
+            if token_id >= len(types) or types[token_id] not in (_NORMAL, _BYTE, _UNUSED)
+        }
+        template = self.value("tokenizer.chat_template", str, None)
+        written = [token_id for token_id, text in found.items() if template is None or text in template]
+        return named + written or list(found)
+
     def _rope_parameters(self) -> dict[str, Any]:
-        prefix = self.value("general.architecture") + ".rope."
-        rope = {"rope_type": "default", "rope_theta": self.value(f"{prefix}freq_base", 10000.0)}
-        scaling_type = self.value(f"{prefix}scaling.type", "none")
-        if scaling_type == "none":
-            return rope
-        if scaling_type not in ("linear", "yarn"):
-            raise ModelError(f'{self.path} has the rope scaling type "{scaling_type}"; supported are linear, yarn.')
+        """Rope settings, with llama.cpp's defaults: scaling by a factor is linear where no type is named, and a factor of 0, or
+        none, is 1."""
+        prefix = self.value("general.architecture", str) + ".rope."
         known = {f"{prefix}scaling.{key}" for key in ("type", "factor", "original_context_length", "finetuned")}
         if unknown := [key for key in self._fields if key.startswith(f"{prefix}scaling.") and key not in known]:
             raise ModelError(f"{self.path} has rope settings that are not supported: {', '.join(unknown)}.")
-        rope |= {"rope_type": scaling_type, "factor": self.value(f"{prefix}scaling.factor")}
+        scaling_type = self.value(f"{prefix}scaling.type", str, "linear")
+        if scaling_type not in ("none", "linear", "yarn"):
+            raise ModelError(f'{self.path} has the rope scaling type "{scaling_type}"; supported are linear, yarn.')
+        key = next(
+            (key for key in ("scaling.factor", "scale_linear") if prefix + key in self._fields), "scaling.factor"
+        )
+        factor = self.value(prefix + key, float, 0.0) or 1.0
+        if factor < 0:
+            raise ModelError(f"{self.path} has {prefix}{key} = {factor}; it must be above 0, or 0, which is none.")
+        rope = {"rope_type": "default", "rope_theta": self.value(f"{prefix}freq_base", float, 10000.0)}
+        if rope["rope_theta"] <= 0:
+            raise ModelError(f"{self.path} has {prefix}freq_base = {rope['rope_theta']}; it must be above 0.")
+        if scaling_type == "none" or factor == 1:
+            return rope
+        rope |= {"rope_type": scaling_type, "factor": factor}
         if scaling_type == "yarn":
-            rope["original_max_position_embeddings"] = self.value(f"{prefix}scaling.original_context_length")
+            context_length = self.value(f"{prefix.removesuffix('rope.')}context_length", int)
+            original = self.value(f"{prefix}scaling.original_context_length", int, context_length)
+            rope["original_max_position_embeddings"] = original
         return rope
 
     def _dtype(self) -> torch.dtype:
@@ -227,80 +302,9 @@ class _GGUFTensor(CheckpointTensor):
         return rows.reshape(self._permuted_heads, -1, 2, *rows.shape[1:]).swapaxes(1, 2).reshape(rows.shape)
 
 
-@dataclass(frozen=True)
-class _Texts:
-    """Texts that follow each other in a GGUF file: the length of each, then its bytes."""
-
-    file: memoryview
-    start: int
-    count: int
-    nbytes: int  # named as in an array, which gguf takes it for
-
-    @classmethod
-    def at(cls, file: memoryview, start: int, count: int) -> _Texts:
-        """The texts from byte `start` on; struct.error if the file ends in them."""
-        end = start
-        for _ in range(count):
-            end += _LENGTH.size + _LENGTH.unpack_from(file, end)[0]
-        return cls(file, start, count, end - start)
-
-    def read(self) -> list[str]:
-        texts, end = [], self.start
-        for _ in range(self.count):
-            begin = end + _LENGTH.size
-            end = begin + _LENGTH.unpack_from(self.file, end)[0]
-            texts.append(str(self.file[begin:end], "utf-8"))
-        return texts
-
-
 def _to_torch(array: np.ndarray) -> Tensor:
     """Wrap an array, copied if it is a view of the read-only file, which torch must not own."""
     return torch.from_numpy(array if array.flags.writeable else array.copy())
-
-
-def _open(path: Path) -> Any:
-    """Open `path` with gguf's reader, its errors translated to ModelError."""
-    try:
-        import gguf
-    except ImportError as error:
-        raise ModelError(f"Reading {path} needs the gguf package: pip install gguf.") from error
-
-    class Reader(gguf.GGUFReader):
-        """Reads from a plain view of the mapped file, as slicing a numpy.memmap costs several times as much, and takes a list for
-        one part: a vocabulary has a hundred thousand texts and numbers, of which gguf makes an array or two each."""
-
-        @property
-        def data(self) -> np.ndarray:
-            return self._plain
-
-        @data.setter
-        def data(self, mapped: np.memmap) -> None:
-            self._plain = mapped.view(np.ndarray)
-
-        def _get_field_parts(self, orig_offs: int, raw_type: int) -> Any:
-            types = gguf.GGUFValueType
-            if raw_type != types.ARRAY or self.byte_order != "I" or sys.byteorder != "little":
-                return super()._get_field_parts(orig_offs, raw_type)
-            kind, count = _ARRAY.unpack(self.data[orig_offs : orig_offs + _ARRAY.size].tobytes())
-            start = orig_offs + _ARRAY.size
-            if kind == types.STRING:
-                texts = _Texts.at(self.data.data, start, count)
-                return _ARRAY.size + texts.nbytes, [texts], [], [types.ARRAY, types.STRING]
-            if kind in self.gguf_scalar_to_np:
-                values = self._get(start, self.gguf_scalar_to_np[kind], count)
-                return _ARRAY.size + values.nbytes, [values], [0], [types.ARRAY, types(kind)]
-            return super()._get_field_parts(orig_offs, raw_type)
-
-    with path.open("rb") as file:
-        if file.read(4) != b"GGUF":
-            raise ModelError(f"{path} is not a GGUF file: it does not begin with the letters GGUF.")
-    try:
-        return Reader(path)
-    except (ValueError, IndexError, KeyError, OverflowError, struct.error) as error:
-        raise ModelError(
-            f"{path} ({path.stat().st_size:,} bytes) cannot be read as GGUF: {error}. "
-            "It may be truncated; download it again."
-        ) from error
 
 
 def _can_dequantize(tensor_type: Any) -> bool:

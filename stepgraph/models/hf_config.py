@@ -7,13 +7,13 @@ two agree on whatever is read here: `tests/models/test_hf_config.py` holds them 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 from stepgraph.errors import ModelError
+from stepgraph.models.json_file import read_json
 
 _ALIKE = {"mimo": "qwen2"}
 """Model types that transformers does not know, and those it knows whose config has the same fields."""
@@ -57,6 +57,25 @@ _OF_NO_ACCOUNT = frozenset(
 """Fields that change nothing in a model without sliding windows."""
 
 
+_COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "num_attention_heads", "n_head", "num_heads")
+_WIDTHS = ("vocab_size", "hidden_size", "n_embd", "d_model", "max_position_embeddings", "n_positions")
+_OPTIONAL_WIDTHS = ("intermediate_size", "n_inner", "ffn_dim", "num_key_value_heads", "head_dim")
+_MOST_OF = dict.fromkeys(_COUNTS, 2**14) | dict.fromkeys((*_WIDTHS, *_OPTIONAL_WIDTHS), 2**24)
+"""By the names that a config may give to the sizes of a model: more than any model has. Lists are made and loops run by them, in
+transformers' classes too, before a weight is read that might say otherwise."""
+
+
+def check_sizes(fields: Mapping[str, Any], where: object) -> None:
+    """Raise ModelError if a config says that a model has so many layers, say, as none can have. Of what is no whole number,
+    whoever reads it judges."""
+    for name, most in _MOST_OF.items():
+        size, least = fields.get(name), 0 if name in _OPTIONAL_WIDTHS else 1
+        if type(size) is int and not least <= size <= most:
+            raise ModelError(
+                f"{where}: {name} is {size}, and must be between {least} and {most}; download the file again."
+            )
+
+
 def hf_config_from_json(path: Path, *, for_transformers: bool = False) -> Any:
     """The config object of a config.json.
 
@@ -67,9 +86,10 @@ def hf_config_from_json(path: Path, *, for_transformers: bool = False) -> Any:
     Raises:
         ModelError: the file cannot be read, or transformers does not know its model type.
     """
+    fields = read_json(path)
+    check_sizes(fields, path)
     try:
-        fields = json.loads(path.read_text())
-        alike = _ALIKE.get(fields.get("model_type"))
+        alike = _ALIKE.get(str(fields.get("model_type")))
         fields |= {"model_type": alike} if alike else {}
         plain = None if for_transformers else plain_config(fields)
         if plain is not None:
@@ -80,7 +100,7 @@ def hf_config_from_json(path: Path, *, for_transformers: bool = False) -> Any:
             return CONFIG_MAPPING[alike].from_dict(fields)
         return AutoConfig.from_pretrained(path, trust_remote_code=False)
     except Exception as error:  # transformers raises many types here, validation errors of its own among them
-        raise ModelError(f"transformers cannot read {path}: {error}") from error
+        raise ModelError(f"transformers cannot read {path}: {error or repr(error)}") from error
 
 
 def plain_config(fields: Mapping[str, Any]) -> SimpleNamespace | None:

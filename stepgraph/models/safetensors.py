@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from torch import Tensor
 from stepgraph.errors import ModelError
 from stepgraph.models.checkpoint import CheckpointTensor
 from stepgraph.models.fp8_checkpoint import join_scales
+from stepgraph.models.json_file import read_json
 
 _SINGLE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
@@ -27,9 +27,12 @@ def weight_files(folder: Path) -> list[Path]:
     """
     if (folder / _INDEX).is_file():
         try:
-            names = sorted(set(json.loads((folder / _INDEX).read_text())["weight_map"].values()))
-        except (ValueError, KeyError, AttributeError) as error:
+            names = sorted(set(read_json(folder / _INDEX)["weight_map"].values()))
+            strange = [name for name in names if Path(name).name != name]
+        except (KeyError, AttributeError, TypeError) as error:
             raise ModelError(f"{folder / _INDEX} is not an index of safetensors files: {error!r}.") from error
+        if strange:
+            raise ModelError(f"{folder / _INDEX} names {strange[0]!r}, which is not the name of a file beside it.")
         if missing := [name for name in names if not (folder / name).is_file()]:
             raise ModelError(
                 f"{folder} lacks {len(missing)} of the {len(names)} weight files that its index names, "
@@ -57,10 +60,10 @@ def _stored(folder: Path) -> Iterator[CheckpointTensor]:
     for path in weight_files(folder):
         try:
             file = safe_open(path, framework="pt")
-        except (SafetensorError, OSError) as error:
+            tensors = [_SafetensorsTensor(path, file, name) for name in file.keys()]  # noqa: SIM118  (it is not a mapping)
+        except (SafetensorError, OSError, ValueError) as error:
             raise _unreadable(path, error) from error
-        for name in file.keys():  # noqa: SIM118  (safe_open is not a mapping)
-            yield _SafetensorsTensor(path, file, name)
+        yield from tensors
 
 
 class _SafetensorsTensor(CheckpointTensor):
@@ -73,13 +76,18 @@ class _SafetensorsTensor(CheckpointTensor):
 
     def load(self, dtype: torch.dtype, device: torch.device) -> Tensor:
         """See `CheckpointTensor.load`."""
-        return self.stored().to(device).to(dtype)  # moved first: the conversion is faster there
+        values = self.stored()
+        if dtype.is_floating_point and not values.is_floating_point():
+            raise ModelError(
+                f"{self._path} holds {self.name} as {values.dtype}, which is no weight; download it again."
+            )
+        return values.to(device).to(dtype)  # moved first: the conversion is faster there
 
     def stored(self) -> Tensor:
         """See `CheckpointTensor.stored`; a view of the mapped file."""
         try:
             values: Tensor = self._file.get_tensor(self.name)
-        except (SafetensorError, OSError) as error:
+        except (SafetensorError, OSError, ValueError) as error:
             raise _unreadable(self._path, error) from error
         return values
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 import logging
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
@@ -18,6 +17,7 @@ from stepgraph.models.config import DecoderConfig, as_token_ids
 from stepgraph.models.end_tokens import end_tokens, tokenizer_end_token
 from stepgraph.models.gguf import GGUFFile
 from stepgraph.models.hf_config import hf_config_from_json
+from stepgraph.models.json_file import read_json
 from stepgraph.models.language_model import LanguageModelConfig
 from stepgraph.models.registry import choose_config
 from stepgraph.models.safetensors import read_safetensors, weight_files
@@ -125,7 +125,7 @@ class FolderSource(ModelSource):
         self._sampling_defaults: dict[str, Any] = {}
         eos: tuple[int, ...] = ()
         if (folder / "generation_config.json").is_file():  # chat models list their turn-ending tokens only here
-            generation = _read_json(folder / "generation_config.json")
+            generation = read_json(folder / "generation_config.json")
             self._sampling_defaults = {name: generation[name] for name in _SAMPLING if generation.get(name) is not None}
             eos = as_token_ids(generation.get("eos_token_id"), folder / "generation_config.json")
         config = choose_config(hf_config, model_impl)
@@ -251,16 +251,6 @@ def packaged_file(name: str) -> Path | None:
         if path.is_file():
             return path
     return None
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        fields = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{path} cannot be read as JSON: {error}; download it again.") from error
-    if not isinstance(fields, dict):
-        raise ModelError(f"{path} holds no JSON object; download it again.")
-    return fields
 
 
 def hub_folder(model: str, *, weights: bool) -> Path:

@@ -47,7 +47,7 @@ def tokenizer_from_folder(folder: Path) -> PreTrainedTokenizerFast:
 
 def require_known_tokenizer(file: GGUFFile) -> None:
     """Raise a ModelError if a GGUF file's tokenizer is not byte-level BPE, or splits words in a way that is not known here."""
-    kind = file.value("tokenizer.ggml.model")
+    kind = file.value("tokenizer.ggml.model", str)
     if kind != "gpt2":
         raise ModelError(
             f'{file.path} has a tokenizer of kind "{kind}"; byte-level BPE ("gpt2") can be built from GGUF metadata. '
@@ -62,51 +62,69 @@ def require_known_tokenizer(file: GGUFFile) -> None:
 
 
 def tokenizer_from_gguf(file: GGUFFile) -> PreTrainedTokenizerFast:
-    """Build the byte-level BPE tokenizer that a GGUF file describes; ModelError where `require_known_tokenizer` raises it."""
+    """Build the byte-level BPE tokenizer that a GGUF file describes; ModelError where `require_known_tokenizer` raises it, or if
+    its parts do not fit each other."""
     require_known_tokenizer(file)
     splitting = _WORD_SPLITTING[_splitting_name(file)]
-    tokens = file.value("tokenizer.ggml.tokens")
-    tokenizer = Tokenizer(
-        BPE(
-            {token: index for index, token in enumerate(tokens)},
-            [tuple(merge.split(" ", 1)) for merge in file.value("tokenizer.ggml.merges")],
-            ignore_merges=splitting.ignore_merges,
+    tokens = _texts(file, "tokenizer.ggml.tokens")
+    merges: Any = [tuple(merge.split(" ", 1)) for merge in _texts(file, "tokenizer.ggml.merges")]
+    names = {"bos": "bos", "eos": "eos", "pad": "padding", "unk": "unknown"}
+    ids = {short: file.value(f"tokenizer.ggml.{long}_token_id", int, None) for short, long in names.items()}
+    special = {}
+    for short, index in ids.items():
+        if index is not None and not 0 <= index < len(tokens):
+            raise ModelError(
+                f"{file.path}: tokenizer.ggml.{names[short]}_token_id is {index}, and there are {len(tokens)} tokens; convert "
+                "the model to GGUF again."
+            )
+        if index is not None:
+            special[f"{short}_token"] = tokens[index]
+    types = file.value("tokenizer.ggml.token_type", list, [])
+    adds_bos = file.value("tokenizer.ggml.add_bos_token", bool, splitting.adds_bos)
+    try:
+        tokenizer = Tokenizer(
+            BPE({token: index for index, token in enumerate(tokens)}, merges, ignore_merges=splitting.ignore_merges)
         )
-    )
+        tokenizer.add_tokens(
+            [
+                AddedToken(token, special=type_ != _USER_DEFINED, normalized=False)
+                for token, type_ in zip(tokens, types, strict=False)
+                if type_ in (_UNKNOWN, _CONTROL, _USER_DEFINED)
+            ]
+        )
+        if ids["bos"] is not None and adds_bos:
+            bos = special["bos_token"]
+            tokenizer.post_processor = processors.TemplateProcessing(
+                single=[bos, "$A"], pair=[bos, "$A", bos, "$B"], special_tokens=[(bos, ids["bos"])]
+            )
+    except Exception as error:  # tokenizers raises just that
+        raise ModelError(f"{file.path} holds a tokenizer that cannot be built: {error}. Download it again.") from error
     if splitting.nfc:
         tokenizer.normalizer = normalizers.NFC()
     tokenizer.pre_tokenizer = splitting.pre_tokenizer()
     tokenizer.decoder = decoders.ByteLevel()
-    types = file.value("tokenizer.ggml.token_type", [])
-    tokenizer.add_tokens(
-        [
-            AddedToken(token, special=type_ != _USER_DEFINED, normalized=False)
-            for token, type_ in zip(tokens, types, strict=False)
-            if type_ in (_UNKNOWN, _CONTROL, _USER_DEFINED)
-        ]
-    )
 
     from transformers import PreTrainedTokenizerFast
 
-    names = {"bos": "bos", "eos": "eos", "pad": "padding", "unk": "unknown"}
-    ids = {short: file.value(f"tokenizer.ggml.{long}_token_id", None) for short, long in names.items()}
-    special = {f"{short}_token": tokens[index] for short, index in ids.items() if index is not None}
-    if ids["bos"] is not None and file.value("tokenizer.ggml.add_bos_token", splitting.adds_bos):
-        bos = special["bos_token"]
-        tokenizer.post_processor = processors.TemplateProcessing(
-            single=f"{bos} $A", pair=f"{bos} $A {bos} $B", special_tokens=[(bos, ids["bos"])]
-        )
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
-        chat_template=file.value("tokenizer.chat_template", None),
-        model_max_length=file.value(file.value("general.architecture") + ".context_length"),
+        chat_template=file.value("tokenizer.chat_template", str, None),
+        model_max_length=file.value(file.value("general.architecture", str) + ".context_length", int),
         clean_up_tokenization_spaces=False,
         **special,
     )
 
 
+def _texts(file: GGUFFile, key: str) -> list[str]:
+    texts: list[str] = file.value(key, list)
+    if not all(isinstance(text, str) for text in texts):
+        raise ModelError(f"{file.path}: {key} must be a list of texts; convert the model to GGUF again.")
+    return texts
+
+
 def _splitting_name(file: GGUFFile) -> str:
-    return str(file.value("tokenizer.ggml.pre", "default"))
+    name: str = file.value("tokenizer.ggml.pre", str, "default")
+    return name
 
 
 @dataclass(frozen=True)

@@ -82,6 +82,105 @@ def test_rope_scaling_matches_transformers(tmp_path, rope) -> None:
     assert_same_logits(tmp_path / "model.gguf", hf_model)
 
 
+def scaling(type_=None, factor=None, old_factor=None, original=None):
+    """Metadata of a file that scales its rotation, in llama.cpp's words."""
+    keys = {"scaling.type": type_, "scaling.factor": factor, "scale_linear": old_factor}
+    adds = {str: "add_string", float: "add_float32"}
+
+    def add(writer) -> None:
+        for key, value in keys.items():
+            if value is not None:
+                getattr(writer, adds[type(value)])(f"{writer.arch}.rope.{key}", value)
+        if original is not None:
+            writer.add_rope_scaling_orig_ctx_len(original)
+
+    return [add]
+
+
+FROM_THE_CONTEXT = YARN_ROPE | {"original_max_position_embeddings": 256}
+
+
+@pytest.mark.parametrize(
+    ("metadata", "rope"),
+    [
+        (scaling(factor=2.0), LINEAR_ROPE),
+        (scaling(old_factor=2.0), LINEAR_ROPE),
+        (scaling("linear", old_factor=2.0), LINEAR_ROPE),
+        (scaling(factor=2.0, old_factor=4.0), LINEAR_ROPE),
+        (scaling(factor=0.0, old_factor=2.0), None),
+        (scaling("none", factor=2.0), None),
+        (scaling("linear"), None),
+        (scaling("yarn", factor=1.0, original=64), None),
+        (scaling("yarn", factor=4.0, original=64), YARN_ROPE),
+        (scaling("yarn", factor=4.0), FROM_THE_CONTEXT),
+        (scaling("yarn", old_factor=4.0), FROM_THE_CONTEXT),
+    ],
+)
+def test_rope_scaling_goes_by_the_defaults_of_llama_cpp(tmp_path, metadata, rope) -> None:
+    hf_model = random_hf_model(LlamaConfig(**SIZES, **({} if rope is None else {"rope_parameters": rope})))
+    write_gguf(tmp_path / "model.gguf", hf_model, metadata=metadata)
+    assert_same_logits(tmp_path / "model.gguf", hf_model)
+
+
+@pytest.mark.parametrize(
+    ("metadata", "message"),
+    [
+        (scaling("su", factor=2.0), '"su"; supported are linear, yarn'),
+        (scaling(factor=-2.0), r"rope\.scaling\.factor = -2\.0"),
+        (scaling(factor="2"), r"rope\.scaling\.factor is '2', and must be of type float"),
+        (scaling(factor=float("nan")), r"rope\.scaling\.factor is nan"),
+        ([lambda writer: writer.add_float32("llama.rope.scaling.attn_factor", 1.2)], r"not supported: .*attn_factor"),
+    ],
+)
+def test_rope_scaling_that_is_not_known_is_refused(tmp_path, metadata, message) -> None:
+    write_gguf(tmp_path / "model.gguf", random_hf_model(HF_CONFIGS["llama"]()), metadata=metadata)
+    with pytest.raises(ModelError, match=message):
+        resolve(str(tmp_path / "model.gguf"))
+
+
+TOKENS_OF_A_CHAT = ["a", "<s>", "</s>", "<|im_start|>", "<|im_end|>", "<|endoftext|>", "<|eot_id|>", "<|end|>", "b"]
+CHATML = "{% for m in messages %}<|im_start|>{{ m.content }}<|im_end|>{% endfor %}"
+NORMAL, CONTROL = 1, 3
+
+
+def chat(*, template=None, control=TOKENS_OF_A_CHAT[1:-1], **ids):
+    """Metadata of a file with these end tokens, and the text of its control tokens."""
+
+    def add(writer) -> None:
+        writer.add_token_list(TOKENS_OF_A_CHAT)
+        writer.add_token_types([CONTROL if token in control else NORMAL for token in TOKENS_OF_A_CHAT])
+        for name, index in ids.items():
+            writer.add_uint32(f"tokenizer.ggml.{name}_token_id", index)
+        if template is not None:
+            writer.add_chat_template(template)
+
+    return [add]
+
+
+@pytest.mark.parametrize(
+    ("metadata", "ends"),
+    [
+        (chat(template=CHATML, eos=2), (2, 4)),
+        (chat(template=CHATML, eos=4), (4,)),
+        (chat(template=CHATML), (4,)),
+        (chat(template=CHATML, eos=2, eot=6, eom=7), (2, 6, 7, 4)),
+        (chat(template=CHATML, eos=2, control=["</s>"]), (2,)),
+        (chat(template="{{ messages }}", eos=2), (2,)),
+        (chat(template="{{ messages }}"), (2, 4, 5, 6, 7)),
+        (chat(eos=2), (2, 4, 5, 6, 7)),
+        (chat(eos=2, control=[]), (2,)),
+        (chat(eos=2**32 - 1, template=CHATML), (4,)),
+        (chat(control=[]), ()),
+    ],
+    ids=str,
+)
+def test_control_tokens_end_an_answer_where_ids_or_the_template_say_so(tmp_path, metadata, ends) -> None:
+    hf_model = random_hf_model(HF_CONFIGS["llama"]())
+    hf_model.config.eos_token_id = None
+    write_gguf(tmp_path / "model.gguf", hf_model, metadata=metadata)
+    assert resolve(str(tmp_path / "model.gguf")).config.eos_token_ids == ends
+
+
 def test_a_truncated_file_is_named(tmp_path) -> None:
     path = tmp_path / "model.gguf"
     write_gguf(path, random_hf_model(HF_CONFIGS["llama"]()))
@@ -97,7 +196,7 @@ def test_lists_are_what_was_written_and_a_file_that_ends_in_one_is_named(tmp_pat
     lists = [lambda writer: writer.add_array("numbers", numbers), lambda writer: writer.add_array("texts", texts)]
     write_gguf(path, random_hf_model(HF_CONFIGS["llama"]()), metadata=lists)
     file = GGUFFile(path)
-    assert (file.value("numbers"), file.value("texts")) == (numbers, texts)
+    assert (file.value("numbers", list), file.value("texts", list)) == (numbers, texts)
     whole = path.read_bytes()
     for inside in (b"numbers", b"texts", "é".encode()):
         path.write_bytes(whole[: whole.index(inside) + 20])
@@ -124,6 +223,7 @@ def test_another_kind_of_file_is_refused(tmp_path) -> None:
             lambda writer: writer.add_rope_scaling_type(gguf.RopeScalingType.LONGROPE),
             '"longrope"; supported are linear, yarn',
         ),
+        (lambda writer: writer.add_causal_attention(False), "not causal"),
     ],
 )
 def test_an_unsupported_model_is_refused(tmp_path, metadata, message) -> None:
