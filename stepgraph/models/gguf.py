@@ -119,6 +119,7 @@ class GGUFFile:
         """
         if key in self._fields:
             field = self._fields[key]
+            found: Any
             try:
                 found = field.parts[-1].read() if isinstance(field.parts[-1], Texts) else field.contents()
             except UnicodeDecodeError as error:
