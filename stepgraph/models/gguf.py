@@ -119,14 +119,13 @@ class GGUFFile:
         """
         if key in self._fields:
             field = self._fields[key]
-            found: Any
             try:
                 found = field.parts[-1].read() if isinstance(field.parts[-1], Texts) else field.contents()
             except UnicodeDecodeError as error:
                 raise ModelError(f"{self.path}: {key} is not UTF-8 text ({error}). Download the file again.") from error
             if kind is float and type(found) is int:
                 found = float(found)
-            if type(found) is not kind or (kind is float and not math.isfinite(found)):
+            if type(found) is not kind or (isinstance(found, float) and not math.isfinite(found)):
                 raise ModelError(
                     f"{self.path}: {key} is {found!r:.80}, and must be of type {kind.__name__}; convert the model to GGUF again."
                 )

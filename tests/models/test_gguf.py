@@ -172,7 +172,6 @@ def chat(*, template=None, control=TOKENS_OF_A_CHAT[1:-1], **ids):
         (chat(eos=2**32 - 1, template=CHATML), (4,)),
         (chat(control=[]), ()),
     ],
-    ids=str,
 )
 def test_control_tokens_end_an_answer_where_ids_or_the_template_say_so(tmp_path, metadata, ends) -> None:
     hf_model = random_hf_model(HF_CONFIGS["llama"]())
