@@ -5,36 +5,69 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import count
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from torch import Tensor
 
 from stepgraph.config import EngineConfig
+from stepgraph.engine.adapter_reader import AdapterReader
 from stepgraph.engine.engine import Engine
 from stepgraph.engine.outputs import RequestOutput
-from stepgraph.engine.prompts import Prompt, tokenize
+from stepgraph.engine.prompts import Prompt, TokenizedPrompt, require_tokenizer, tokenize
 from stepgraph.engine.request import RequestUpdate
-from stepgraph.engine.sampling_params import SamplingParams
+from stepgraph.engine.sampling_params import SamplingParams, bad_word_token_ids
 from stepgraph.engine.session import Session
 from stepgraph.errors import EngineDeadError, RequestError
+from stepgraph.models.adapters import AdapterFile
 from stepgraph.models.source import ModelSource
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+T = TypeVar("T")
 _Event = RequestUpdate | BaseException
 
 
-@dataclass
+class _Mailbox:
+    """From the engine's thread to a caller's event loop, which is woken once for all that comes until it looks."""
+
+    def __init__(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._events: deque[_Event] = deque()
+        self._news = asyncio.Event()
+        self._woken = False
+
+    def put(self, event: _Event) -> bool:
+        """Pass an event on; False if the caller has gone."""
+        self._events.append(event)
+        if self._woken:
+            return not self._loop.is_closed()
+        self._woken = True
+        return _call_in(self._loop, self._news.set)
+
+    async def take(self) -> list[_Event]:
+        """Wait for events; all that are there."""
+        await self._news.wait()
+        self._news.clear()
+        self._woken = False  # before looking: what comes now wakes the loop again
+        return [self._events.popleft() for _ in range(len(self._events))]
+
+
+@dataclass(eq=False)
 class _Call:
     """A `generate` call that is being served."""
 
-    listen: Callable[[_Event], bool]
-    """Passes an event on; False if the caller has gone."""
-    running: set[str]
-    """Ids of its requests in the engine."""
+    id: str
+    mailbox: _Mailbox
+    running: set[str] = field(default_factory=set)
+    """Ids of its requests in the engine; none before its prompt is prepared."""
+    is_aborted: bool = False
+    """Before it had any."""
 
 
 class AsyncEngine:
@@ -58,7 +91,8 @@ class AsyncEngine:
         self._failure: BaseException | None = None
         self._closed = False
         self._calls: dict[str, _Call] = {}
-        self._owners: dict[str, str] = {}  # of each of the engine's requests: the call it belongs to
+        self._owners: dict[str, _Call] = {}  # of each of the engine's requests: the call it belongs to
+        self._adapters = AdapterReader(self.engine.read_adapter)
         self._ids = (f"async-{number}" for number in count())
         self._thread = threading.Thread(target=self._run, name="stepgraph-engine", daemon=True)
         self._thread.start()
@@ -72,7 +106,8 @@ class AsyncEngine:
         priority: int = 0,
         adapter: str | None = None,
     ) -> AsyncIterator[RequestOutput]:
-        """Answer one prompt, token by token; each output holds the answers so far. Leaving early aborts the request.
+        """Answer one prompt, token by token; each output holds the answers so far. A caller that is slower than the engine finds
+        what came meanwhile in one output. Leaving early aborts the request.
 
         Args:
             prompt: text, token ids, or a dict, see `LLM.generate`.
@@ -85,69 +120,40 @@ class AsyncEngine:
             RequestError: the prompt or a parameter is unusable.
             EngineDeadError: the engine failed or was shut down.
         """
-        loop = asyncio.get_running_loop()
-        events: asyncio.Queue[_Event] = asyncio.Queue()
-
-        def listen(event: _Event) -> bool:
-            return _call_in(loop, lambda: events.put_nowait(event))
-
-        tokenized = tokenize(prompt, self.tokenizer)
-        call_id = request_id or next(self._ids)
+        call = _Call(request_id or next(self._ids), _Mailbox())
         params = sampling_params or SamplingParams()
-        started: asyncio.Future[Session] = loop.create_future()
-
-        def start() -> None:
-            try:
-                if self._failure is not None:
-                    raise EngineDeadError(f"the engine stopped: {self._failure}") from self._failure
-                if call_id in self._calls:
-                    raise RequestError(f"request id {call_id!r} is in use; give each request its own")
-                session = Session.start(
-                    self.engine, call_id, tokenized, params, priority=priority, adapter=adapter, abort=end
-                )
-                self._calls[call_id] = _Call(listen, {request.id for request in session.requests})
-                self._owners.update((request.id, call_id) for request in session.requests)
-                _resolve(loop, started, session)
-            except BaseException as error:
-                _resolve(loop, started, error)
-
-        def end(engine_id: str) -> None:
-            self._submit(lambda: self._end(engine_id, listen))
-
-        def leave() -> None:
-            call = self._calls.get(call_id)
-            if call is not None and call.listen is listen:  # another caller's request may have this id
-                for engine_id in tuple(call.running):
-                    self._end(engine_id, listen)
-
-        self._submit(start)
+        entered = self._in_engine(partial(self._enter, call))
         finished = False
         try:
-            session = await started
+            prepare = asyncio.to_thread(_prepare, prompt, params, self.tokenizer)
+            (tokenized, bad_words), _ = await asyncio.gather(prepare, entered)
+            source: str | AdapterFile | None = adapter
+            while True:
+                start = partial(self._start, call, tokenized, params, priority, source, bad_words)
+                session = await self._in_engine(start)
+                if session is not None:
+                    break
+                assert adapter is not None
+                source = await asyncio.wrap_future(self._adapters.ask(adapter))
             while not finished:
-                event = await events.get()
-                if isinstance(event, BaseException):
-                    finished = True
-                    raise EngineDeadError(f"the engine stopped: {event}") from event
-                grew = session.update(event.request.id, event.new_token_ids, event.finish_reason)
+                grew, failure = False, None
+                for event in await call.mailbox.take():
+                    if isinstance(event, BaseException):
+                        failure = event
+                    else:
+                        grew |= session.update(event.request.id, event.new_token_ids, event.finish_reason)
                 finished = session.finished
                 if grew:
                     yield session.output()
+                if failure is not None and not finished:
+                    raise EngineDeadError(f"the engine stopped: {failure}") from failure
         finally:
             if not finished:
-                self._submit(leave)
+                self._submit(partial(self._leave, call))
 
     def abort(self, request_id: str) -> None:
         """End a request; its `generate` call yields a last output with finish reason "abort"."""
-
-        def stop() -> None:
-            call = self._calls.get(request_id)
-            for engine_id in tuple(call.running) if call is not None else ():
-                update = self.engine.abort(engine_id)
-                if update is not None:
-                    self._deliver(update)
-
-        self._submit(stop)
+        self._submit(partial(self._abort, request_id))
 
     @property
     def is_paused(self) -> bool:
@@ -189,20 +195,70 @@ class AsyncEngine:
 
     async def _between_steps(self, action: Callable[[], None]) -> None:
         """Have the engine's thread do something."""
+        await self._in_engine(action)
+
+    def _in_engine(self, action: Callable[[], T]) -> asyncio.Future[T]:
+        """What `action` gives in the engine's thread, between two steps; EngineDeadError if there are none any more."""
         loop = asyncio.get_running_loop()
-        done: asyncio.Future[None] = loop.create_future()
+        done: asyncio.Future[T] = loop.create_future()
 
         def act() -> None:
             try:
                 if self._failure is not None:
                     raise EngineDeadError(f"the engine stopped: {self._failure}") from self._failure
-                action()
-                _resolve(loop, done, None)
+                _resolve(loop, done, action())
             except BaseException as error:
                 _resolve(loop, done, error)
 
         self._submit(act)
-        await done
+        return done
+
+    def _enter(self, call: _Call) -> None:
+        if call.id in self._calls:
+            raise RequestError(f"request id {call.id!r} is in use; give each request its own")
+        self._calls[call.id] = call
+
+    def _start(
+        self,
+        call: _Call,
+        prompt: TokenizedPrompt,
+        params: SamplingParams,
+        priority: int,
+        adapter: str | AdapterFile | None,
+        bad_words: Sequence[Sequence[int]],
+    ) -> Session | None:
+        """Queue a call's requests; None if their adapter must be read first, which is not for this thread."""
+        if isinstance(adapter, str) and not self.engine.holds_adapter(adapter):
+            return None
+
+        def end(engine_id: str) -> None:
+            self._submit(partial(self._end, engine_id, call))
+
+        session = Session.start(
+            self.engine, call.id, prompt, params, priority=priority, adapter=adapter, bad_words=bad_words, abort=end
+        )
+        call.running = {request.id for request in session.requests}
+        self._owners.update(dict.fromkeys(call.running, call))
+        if call.is_aborted:
+            self._abort(call.id)
+        return session
+
+    def _abort(self, call_id: str) -> None:
+        call = self._calls.get(call_id)
+        if call is None:
+            return
+        call.is_aborted = True
+        for engine_id in tuple(call.running):
+            update = self.engine.abort(engine_id)
+            if update is not None:
+                self._deliver(update)
+
+    def _leave(self, call: _Call) -> None:
+        """Nobody listens to a call any more."""
+        for engine_id in tuple(call.running):
+            self._end(engine_id, call)
+        if self._calls.get(call.id) is call:  # another caller's request may have this id
+            del self._calls[call.id]
 
     def _submit(self, command: Callable[[], None]) -> None:
         with self._wake:
@@ -230,7 +286,7 @@ class AsyncEngine:
         except BaseException as error:
             self._failure = error
         for call in self._calls.values():
-            call.listen(self._failure)
+            call.mailbox.put(self._failure)
         self._calls.clear()
         self._owners.clear()
         with self._wake:  # from here on, commands run in their callers' threads, and find the failure and no calls
@@ -250,23 +306,29 @@ class AsyncEngine:
 
     def _deliver(self, update: RequestUpdate) -> None:
         engine_id = update.request.id
-        call_id = self._owners.get(engine_id)
-        if call_id is None:
+        call = self._owners.get(engine_id)
+        if call is None:
             return
-        listen = self._calls[call_id].listen
-        if not listen(update) or update.finish_reason is not None:
-            self._end(engine_id, listen)
+        if not call.mailbox.put(update) or update.finish_reason is not None:
+            self._end(engine_id, call)
 
-    def _end(self, engine_id: str, listen: Callable[[_Event], bool]) -> None:
+    def _end(self, engine_id: str, call: _Call) -> None:
         """Forget one of a call's requests, and end it if it still runs."""
-        call_id = self._owners.get(engine_id)
-        if call_id is None or self._calls[call_id].listen is not listen:  # it has ended; another's may have its id
+        if self._owners.get(engine_id) is not call:  # it has ended; another's may have its id
             return
         del self._owners[engine_id]
-        self._calls[call_id].running.discard(engine_id)
-        if not self._calls[call_id].running:
-            del self._calls[call_id]
+        call.running.discard(engine_id)
+        if not call.running:
+            del self._calls[call.id]
         self.engine.abort(engine_id)
+
+
+def _prepare(
+    prompt: Prompt, params: SamplingParams, tokenizer: PreTrainedTokenizerFast | None
+) -> tuple[TokenizedPrompt, list[list[int]]]:
+    """What takes the tokenizer, which may be long for a long prompt."""
+    bad_words = getattr(params, "bad_words", ())  # whatever `params` are: Session refuses what they must not be
+    return tokenize(prompt, tokenizer), bad_word_token_ids(bad_words, require_tokenizer(tokenizer)) if bad_words else []
 
 
 def _resolve(loop: asyncio.AbstractEventLoop, future: asyncio.Future[Any], result: Any) -> None:

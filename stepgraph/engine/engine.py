@@ -35,7 +35,7 @@ from stepgraph.engine.sampling_params import SamplingParams, bad_word_token_ids
 from stepgraph.engine.scheduler import ScheduledStep, Scheduler
 from stepgraph.engine.speculation import SpeculationStatistics
 from stepgraph.errors import ConfigError, EngineDeadError, RequestError, StepgraphError
-from stepgraph.models.adapters import Adapter, AdapterStore
+from stepgraph.models.adapters import AdapterFile, AdapterStore
 from stepgraph.models.decoder import Decoder
 from stepgraph.models.language_model import LanguageModel
 from stepgraph.models.loader import create_model, fill, fills_in_place
@@ -341,7 +341,8 @@ class Engine:
         *,
         priority: int = 0,
         cache_salt: str | None = None,
-        adapter: str | None = None,
+        adapter: str | AdapterFile | None = None,
+        bad_words: Sequence[Sequence[int]] | None = None,
     ) -> Request:
         """Queue a request; it starts with the next step that has room.
 
@@ -351,7 +352,9 @@ class Engine:
             params: with `n` 1: a session makes several requests of several answers.
             priority: lower runs first.
             cache_salt: only requests of the same salt share cached prefixes, and find each other's answers to propose them.
-            adapter: folder of a LoRA adapter as PEFT saves it; needs `enable_lora`.
+            adapter: folder of a LoRA adapter as PEFT saves it, or what `read_adapter` read of it; needs `enable_lora`.
+            bad_words: tokens of `params.bad_words`, see `bad_word_token_ids`; default: found here. That, and to
+                read a folder, takes time in which all requests wait.
 
         Raises:
             RequestError: the prompt is empty, holds an id outside the vocabulary, is too long, a parameter does not fit the
@@ -379,9 +382,12 @@ class Engine:
                 f"min_tokens={params.min_tokens} is above the {room} tokens of answer that max_model_len={self.max_model_len} "
                 f"leaves after a prompt of {len(prompt)}; lower min_tokens or shorten the prompt"
             )
-        sampling, loaded = self._sampling_of(params), None
+        if params.bad_words and bad_words is None:
+            bad_words = bad_word_token_ids(params.bad_words, require_tokenizer(self.tokenizer))
+        sampling, loaded = self._sampling_of(params, bad_words or ()), None
         if adapter is not None:
-            loaded = self._load_adapter(adapter)
+            in_use = {request.adapter for request in self.scheduler.requests if request.adapter is not None}
+            loaded = self._adapter_store(adapter).load(adapter, in_use)
             sampling = replace(sampling, adapter=loaded.number)
             cache_salt = (
                 f"{loaded.key} {cache_salt or ''}"  # its keys, values and answers are not those of the model alone
@@ -409,6 +415,18 @@ class Engine:
                 self.scheduler.abort(request_id)
                 raise
         return request
+
+    def holds_adapter(self, folder: str) -> bool:
+        """Whether a LoRA adapter need not be read before a request can use it; RequestError if none can be used."""
+        return self._adapter_store(folder).holds(folder)
+
+    def read_adapter(self, folder: str) -> AdapterFile:
+        """Read a LoRA adapter for `add_request`. The one method that any thread may call, at any time.
+
+        Raises:
+            RequestError: the folder is not an adapter that this model can run.
+        """
+        return self._adapter_store(folder).read(folder)
 
     def abort(self, request_id: str) -> RequestUpdate | None:
         """End a request now; its slot and blocks are free for the next step. None if it is not running."""
@@ -610,7 +628,7 @@ class Engine:
             return ()
         return LEVELS if self.platform.captures_all_by_default else (0, 3)
 
-    def _sampling_of(self, params: SamplingParams) -> SlotSampling:
+    def _sampling_of(self, params: SamplingParams, bad_words: Sequence[Sequence[int]]) -> SlotSampling:
         """Sampling parameters as the device wants them."""
         stop_token_ids = tuple(dict.fromkeys((() if params.ignore_eos else self.end_token_ids) + params.stop_token_ids))
         if len(stop_token_ids) > slot_line.MAX_STOP_TOKENS:
@@ -618,7 +636,6 @@ class Engine:
                 f"{len(stop_token_ids)} stop tokens, the model's end tokens included; at most "
                 f"{slot_line.MAX_STOP_TOKENS} fit"
             )
-        bad_words = bad_word_token_ids(params.bad_words, require_tokenizer(self.tokenizer)) if params.bad_words else []
         return SlotSampling(
             seed=params.seed if params.seed is not None else self._seeds.getrandbits(64),
             temperature=params.temperature,
@@ -648,13 +665,13 @@ class Engine:
             )
         return AdapterStore(model, self.config.lora, max_tokens=self.config.scheduler.max_num_batched_tokens)
 
-    def _load_adapter(self, folder: str) -> Adapter:
+    def _adapter_store(self, wanted: str | AdapterFile) -> AdapterStore:
         if self._adapters is None:
+            folder = wanted if isinstance(wanted, str) else wanted.folder
             raise RequestError(
                 f"the request names the LoRA adapter {folder}, and the engine takes none; start it with enable_lora=True"
             )
-        in_use = {request.adapter for request in self.scheduler.requests if request.adapter is not None}
-        return self._adapters.load(folder, in_use)
+        return self._adapters
 
     def _create_compiler(self) -> GuidanceCompiler:
         return GuidanceCompiler(

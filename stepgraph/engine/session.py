@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
     from stepgraph.engine.engine import Engine
+    from stepgraph.models.adapters import AdapterFile
 
 Abort = Callable[[str], object]
 """Ends the request of this id in the engine, if it still runs."""
@@ -73,7 +74,8 @@ class Session:
         params: SamplingParams,
         *,
         priority: int = 0,
-        adapter: str | None = None,
+        adapter: str | AdapterFile | None = None,
+        bad_words: Sequence[Sequence[int]] | None = None,
         abort: Abort | None = None,
     ) -> Session:
         """Queue `params.n` requests for one prompt, or none. For the engine's thread.
@@ -100,6 +102,7 @@ class Session:
                         priority=priority,
                         cache_salt=prompt.cache_salt,
                         adapter=adapter,
+                        bad_words=bad_words,
                     )
                 )
         except BaseException:

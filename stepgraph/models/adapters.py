@@ -7,17 +7,19 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 import secrets
-from collections.abc import Collection
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, BinaryIO, NamedTuple, NoReturn
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load
 from torch import Tensor
 
 from stepgraph.config.lora import LoRAConfig
@@ -45,6 +47,10 @@ _OFF = (
     "use_qalora",
 )
 """Settings of PEFT that change what an adapter computes, and are not supported."""
+_HEADER_BYTES = 16 * 2**20
+"""More than the names and settings of any adapter take."""
+_WIDEST = 8
+"""Bytes of a number at most."""
 _INITIALISATIONS = (True, False, "gaussian", "eva", "orthogonal")
 """Those that leave the base weights as they are."""
 
@@ -69,21 +75,35 @@ class _Place:
         """[O, I] of the module's weight."""
         return self.rows.stop - self.rows.start, self.lora.a.shape[2]
 
-    def fill(self, number: int, a_rI: Tensor, b_Or: Tensor) -> None:
-        """Write adapter `number`."""
-        rank, padded = a_rI.shape[0], self.lora.b.shape[2]
+    def fill(self, product: _Product, a_rI: Tensor, b_Or: Tensor) -> None:
+        """Write the module's matrices into those of its product."""
+        rank, padded = a_rI.shape[0], product.b.shape[1]
         for part in range(self.first, self.first + self.count):
-            self.lora.a[number, part * padded : part * padded + rank].copy_(a_rI)
+            product.a[part * padded : part * padded + rank].copy_(a_rI)
         if isinstance(self.target, Converted):
             b_Or = self.target.convert(b_Or)
-        self.lora.b[number, self.rows, :rank].copy_(b_Or)
+        product.b[self.rows, :rank].copy_(b_Or)
+
+
+class _Product(NamedTuple):
+    """One adapter's share of a projection's buffers, in host memory."""
+
+    a: Tensor
+    b: Tensor
+
+
+@dataclass(frozen=True)
+class AdapterFile:
+    """An adapter in host memory, as `AdapterStore.read` found it."""
+
+    folder: str
+    products: Sequence[_Product | None]  # of the model's projections, in their order; None where it changes nothing
 
 
 @dataclass(frozen=True)
 class Adapter:
     """An adapter in the device's memory."""
 
-    folder: Path
     number: int  # for the slot's line; from 1 on
     key: str
     """Random, and another one whenever a folder is read again: as a cache salt it keeps prefixes apart, and no user can guess it
@@ -94,7 +114,7 @@ class AdapterStore:
     """The adapters in the device's memory.
 
     Makes the buffers of all projections of a model's layers, once; graphs are captured over them. Driven by the engine's
-    thread; writes are ordered before the next step on the device's stream.
+    thread, but for `read`; writes are ordered before the next step on the device's stream.
     """
 
     def __init__(self, model: Decoder, config: LoRAConfig, *, max_tokens: int) -> None:
@@ -127,7 +147,7 @@ class AdapterStore:
                 for i, part in enumerate(module.parts):
                     name = f"{path.rpartition('.')[0]}.{part}"
                     self._places[name] = _Place(module.lora, i, 1, targets[f"{name}.weight"])
-        self._adapters: dict[Path, Adapter] = {}  # least recently asked for first
+        self._adapters: dict[str, Adapter] = {}  # by their folders, least recently asked for first
 
     @property
     def bytes(self) -> int:
@@ -143,33 +163,56 @@ class AdapterStore:
         """
         self._index[: tokens.token_ids.shape[0]].copy_(token_adapters(tokens, lines))
 
-    def load(self, folder: str, in_use: Collection[Adapter]) -> Adapter:
-        """Bring an adapter into memory, unless it is there, in place of the one that was asked for least recently.
+    def holds(self, folder: str) -> bool:
+        """Whether an adapter is in memory. Looks at no file: the drive may not answer."""
+        return os.path.abspath(folder) in self._adapters
+
+    def read(self, folder: str) -> AdapterFile:
+        """Read an adapter into host memory, laid out as the device's. May take long, and may be called in any thread.
+
+        Raises:
+            RequestError: the folder is not an adapter that this model can run.
+        """
+        products: list[_Product | None] = [None] * len(self._loras)
+        for name, (a_rI, b_Or) in self._read(Path(folder)).items():
+            place = self._places[name]
+            index = next(index for index, lora in enumerate(self._loras) if lora is place.lora)
+            a, b = place.lora.a[0], place.lora.b[0]
+            product = products[index] or _Product(
+                torch.zeros(a.shape, dtype=a.dtype), torch.zeros(b.shape, dtype=b.dtype)
+            )
+            place.fill(product, a_rI, b_Or)
+            products[index] = product
+        return AdapterFile(os.path.abspath(folder), products)
+
+    def load(self, source: str | AdapterFile, in_use: Collection[Adapter]) -> Adapter:
+        """Bring an adapter into the device's memory, unless it is there, in place of the one that was asked for least recently.
 
         Args:
-            folder: of the adapter; read only when it comes into memory.
+            source: what `read` found, or the folder, which is then read here if it is not in memory.
             in_use: those that unfinished requests use. They stay.
 
         Raises:
             RequestError: the folder is not an adapter that this model can run, or `max_loras` others are in use.
         """
-        path = Path(folder).resolve()
-        adapter = self._adapters.pop(path, None)
+        folder = os.path.abspath(source) if isinstance(source, str) else source.folder
+        adapter = self._adapters.pop(folder, None)
         if adapter is None:
-            tensors = self._read(path)
-            adapter = Adapter(path, self._free_number(in_use), secrets.token_hex(16))
-            for lora in self._loras:  # both sides: what a damaged adapter left, times zero, may be NaN
-                lora.a[adapter.number].zero_()
-                lora.b[adapter.number].zero_()
-            for name, (a_rI, b_Or) in tensors.items():
-                self._places[name].fill(adapter.number, a_rI, b_Or)
-        self._adapters[path] = adapter
+            file = self.read(source) if isinstance(source, str) else source
+            adapter = Adapter(self._free_number(in_use), secrets.token_hex(16))
+            for lora, product in zip(self._loras, file.products, strict=True):
+                for buffer, matrix in zip((lora.a, lora.b), product or (None, None), strict=True):
+                    if matrix is None:  # both sides: what a damaged adapter left, times zero, may be NaN
+                        buffer[adapter.number].zero_()
+                    else:
+                        buffer[adapter.number].copy_(matrix)
+        self._adapters[folder] = adapter
         return adapter
 
     def _free_number(self, in_use: Collection[Adapter]) -> int:
         if len(self._adapters) < self._max_loras:
             return len(self._adapters) + 1
-        unused = next((path for path, adapter in self._adapters.items() if adapter not in in_use), None)
+        unused = next((folder for folder, adapter in self._adapters.items() if adapter not in in_use), None)
         if unused is None:
             raise RequestError(
                 f"unfinished requests use {self._max_loras} LoRA adapters, as many as max_loras={self._max_loras} keeps; wait "
@@ -178,68 +221,100 @@ class AdapterStore:
         return self._adapters.pop(unused).number
 
     def _read(self, folder: Path) -> dict[str, tuple[Tensor, Tensor]]:
-        """Each module's two matrices, [r, I] and [O, r] float32, the second one scaled."""
-        tensors = {}
-        for name, (a_rI, b_Or) in _read_matrices(folder).items():
-            place = self._places.get(name)
-            if place is None:
-                known = sorted({known.rpartition(".")[2] for known in self._places})
-                _refuse(
-                    folder, f"it adapts {name}", f"The modules of layers that can be adapted are {', '.join(known)}"
-                )
-            rank, (outputs, inputs) = a_rI.shape[0], place.shape
-            if a_rI.shape != (rank, inputs) or b_Or.shape != (outputs, rank):
-                _refuse(
-                    folder,
-                    f"its matrices of {name} are {list(a_rI.shape)} and {list(b_Or.shape)}, and the weight is "
-                    f"[{outputs}, {inputs}]",
-                    "It was made for another model",
-                )
-            if rank > self._max_rank:
-                _refuse(
-                    folder,
-                    f"its rank is {rank}, and max_lora_rank is {self._max_rank}",
-                    f"Start the engine with max_lora_rank={rank}",
-                )
-            tensors[name] = (a_rI, b_Or)
-        return tensors
+        """Each module's two matrices, [r, I] and [O, r] float32, the second one scaled. Sizes are checked before any is read."""
+        config = _read_config(folder)
+        with _opened(folder) as file:
+            modules = _modules(folder, _shapes(file))
+            for name, sides in modules.items():
+                self._check_sizes(folder, name, *(shape for _, shape in sides))
+            # Not mapped: where a drive fails or the file is cut meanwhile, reading fails, and does not end the process.
+            file.seek(0)
+            stored = load(file.read())
+            matrices = {}
+            for name, sides in modules.items():
+                a_rI, b_Or = (stored[tensor].float() for tensor, _ in sides)
+                rank = a_rI.shape[0]
+                scale = config["lora_alpha"] / (math.sqrt(rank) if config.get("use_rslora") else rank)
+                matrices[name] = a_rI, b_Or * scale
+        return matrices
+
+    def _check_sizes(self, folder: Path, name: str, a_shape: list[int], b_shape: list[int]) -> None:
+        place = self._places.get(name)
+        if place is None:
+            known = sorted({known.rpartition(".")[2] for known in self._places})
+            _refuse(folder, f"it adapts {name}", f"The modules of layers that can be adapted are {', '.join(known)}")
+        rank, (outputs, inputs) = a_shape[0], place.shape
+        if a_shape != [rank, inputs] or b_shape != [outputs, rank]:
+            _refuse(
+                folder,
+                f"its matrices of {name} are {a_shape} and {b_shape}, and the weight is [{outputs}, {inputs}]",
+                "It was made for another model",
+            )
+        if rank > self._max_rank:
+            _refuse(
+                folder,
+                f"its rank is {rank}, and max_lora_rank is {self._max_rank}",
+                f"Start the engine with max_lora_rank={rank}",
+            )
 
 
-def _read_matrices(folder: Path) -> dict[str, tuple[Tensor, Tensor]]:
-    config = _read_config(folder)
+@contextmanager
+def _opened(folder: Path) -> Iterator[BinaryIO]:
+    """The file of an adapter's matrices. What cannot be read of it inside is refused."""
     if not (folder / _WEIGHTS).is_file():
         _refuse(folder, f"it holds no {_WEIGHTS}", "Save it again with PEFT's save_pretrained; .bin files are not read")
     try:
-        stored = load_file(folder / _WEIGHTS)
-    except (SafetensorError, OSError) as error:
+        with (folder / _WEIGHTS).open("rb") as file:
+            yield file
+    except (SafetensorError, OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        if isinstance(error, RequestError):
+            raise
         _refuse(folder, f"{_WEIGHTS} cannot be read: {error}", "Copy it again")
-    sides: dict[str, dict[str, Tensor]] = {}
-    for name, tensor in stored.items():
+
+
+def _shapes(file: BinaryIO) -> dict[str, list[int]]:
+    """The shapes of the tensors in a safetensors file, from its header; ValueError if they and the file's size differ."""
+    size = os.fstat(file.fileno()).st_size
+    header_bytes = int.from_bytes(file.read(8), "little")
+    if header_bytes > min(size, _HEADER_BYTES):
+        raise ValueError(f"it begins with a header of {header_bytes} bytes")
+    header = json.loads(file.read(header_bytes))
+    header.pop("__metadata__", None)
+    shapes = {name: [int(size) for size in entry["shape"]] for name, entry in header.items()}
+    most = 8 + header_bytes + sum(_WIDEST * math.prod(shape) for shape in shapes.values())
+    if size > most:
+        raise ValueError(f"it has {size} bytes, and its tensors at most {most}")
+    return shapes
+
+
+_Sides = list[tuple[str, list[int]]]
+"""Name and shape of a module's matrices, A before B."""
+
+
+def _modules(folder: Path, shapes: Mapping[str, list[int]]) -> dict[str, _Sides]:
+    """Each module's tensors."""
+    found: dict[str, dict[str, tuple[str, list[int]]]] = {}
+    for name, shape in shapes.items():
         match = _NAME.fullmatch(name)
-        if match is None or tensor.dim() != 2:
-            _refuse(
-                folder,
-                f"it holds {name} {list(tensor.shape)}",
-                "Only matrices lora_A and lora_B of linear layers can be run",
-            )
-        sides.setdefault(match["module"], {})[match["side"]] = tensor.float()
-    matrices = {}
-    for name, matrix in sides.items():
-        if len(matrix) != 2:
+        if match is None or len(shape) != 2:
+            _refuse(folder, f"it holds {name} {shape}", "Only matrices lora_A and lora_B of linear layers can be run")
+        found.setdefault(match["module"], {})[match["side"]] = name, shape
+    for name, sides in found.items():
+        if len(sides) != 2:
             _refuse(folder, f"{name} lacks one of lora_A and lora_B", "Copy it again")
-        rank = matrix["A"].shape[0]
-        scale = config["lora_alpha"] / (math.sqrt(rank) if config.get("use_rslora") else rank)
-        matrices[name] = (matrix["A"], matrix["B"] * scale)
-    return matrices
+        if sides["A"][1][0] < 1:
+            _refuse(folder, f"its matrices of {name} are of rank {sides['A'][1][0]}", "Save the adapter again")
+    return {name: [sides["A"], sides["B"]] for name, sides in found.items()}
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
     try:
-        config = json.loads((folder / "adapter_config.json").read_text())
+        with (folder / "adapter_config.json").open("rb") as file:
+            config = json.loads(file.read(_HEADER_BYTES))
         config["lora_alpha"] + 0.0  # a number, or the file is none of PEFT's
     except FileNotFoundError:
         _refuse(folder, "it holds no adapter_config.json", "Name a folder that PEFT's save_pretrained wrote")
-    except (ValueError, KeyError, TypeError, OSError) as error:
+    except (ValueError, KeyError, TypeError, OSError, ArithmeticError, RecursionError) as error:
         _refuse(folder, f"its adapter_config.json cannot be used: {error!r}", "Save the adapter again")
     if config.get("peft_type") != "LORA":
         _refuse(folder, f"it is of type {config.get('peft_type')}", "Adapters of type LORA can be run")

@@ -205,6 +205,7 @@ class EngineClient:
         *,
         priority: int = 0,
         adapter: str | None = None,
+        bad_words: list[list[int]] | None = None,
         arrived_at: float,
         origin: Origin,
     ) -> Generation:
@@ -213,6 +214,7 @@ class EngineClient:
         Args:
             id: differs from that of every other generation.
             prompt, params, priority, adapter: see `AsyncEngine.generate`.
+            bad_words: see `Engine.add_request`.
             tokenizer: the model's, for the answers' text.
             arrived_at: `time.monotonic()` seconds, from which waiting counts.
             origin: for traces.
@@ -225,7 +227,7 @@ class EngineClient:
         assert id not in self._generations, id
         generation = Generation(self, id, prompt, params, tokenizer, arrived_at, origin, ready.end_token_ids)
         requests = [(one_id, settings_of(one.params)) for one_id, one in generation.requests.items()]
-        message = Add(id, requests, prompt.token_ids, priority, prompt.cache_salt, adapter)
+        message = Add(id, requests, prompt.token_ids, priority, prompt.cache_salt, adapter, bad_words)
         try:
             content = encode(message)
         except (OverflowError, TypeError, ValueError, RecursionError) as error:

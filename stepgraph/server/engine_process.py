@@ -17,17 +17,20 @@ import sys
 import threading
 import time
 from collections.abc import Sequence
+from concurrent.futures import Future
 from typing import Any
 
 import zmq
 
 from stepgraph.config import EngineConfig
 from stepgraph.config.server import engine_log_level
+from stepgraph.engine.adapter_reader import AdapterReader
 from stepgraph.engine.engine import Engine
 from stepgraph.engine.reports import StepReport
 from stepgraph.engine.request import Request, RequestUpdate
 from stepgraph.engine.sampling_params import SamplingParams
 from stepgraph.errors import ConfigError, EngineDeadError, ModelError, RequestError
+from stepgraph.models.adapters import AdapterFile
 from stepgraph.server.messages import (
     Abort,
     Accepted,
@@ -56,6 +59,7 @@ logger = logging.getLogger(__name__)
 _LAST_WORD_MS = 5000  # how long the last message may take to leave
 _BEAT_S = 0.5  # the front hears of the loop at least so often, but for what takes longer by itself
 _SLOWEST_FLOPS = 2e10  # per second: what any machine computes, a CPU with other work beside included
+_READING_S = 0.01  # the loop looks so often whether an adapter has been read
 _USER_ERROR, _FAILURE = 2, 1
 _PR_SET_PDEATHSIG = 1  # of Linux's prctl: the signal that a process gets when its parent ends
 
@@ -70,6 +74,8 @@ class EngineProcess:
         self._told: dict[str, int] = {}  # of each unfinished request: output tokens that were sent
         self._load_told: Load | None = None
         self._sent_at = 0.0
+        self._adapters = AdapterReader(engine.read_adapter)
+        self._awaiting: list[tuple[Add, Future[AdapterFile]]] = []  # until their adapter is read
         engine.on_step = self._note_step
         engine.runner.pool.before_capture = lambda: self._send(Beat(captures=True))
 
@@ -91,6 +97,8 @@ class EngineProcess:
                     return
                 self._obey(message)
                 message = self._receive_now()
+            if self._awaiting:
+                self._add_awaiting()
             updates = self._engine.step() if self._engine.has_work else []
             self._tell(updates)
 
@@ -101,6 +109,8 @@ class EngineProcess:
             wait_s = 0.0 if self._engine.prepare() else _BEAT_S
         elif (seconds := self._engine.seconds_until_work) is not None:
             wait_s = min(seconds, _BEAT_S)
+        if self._awaiting:
+            wait_s = min(wait_s, _READING_S)
         if wait_s and not self._socket.poll(max(1, int(wait_s * 1e3)), zmq.POLLIN):
             return None
         return self._receive_now()
@@ -113,17 +123,22 @@ class EngineProcess:
 
     def _obey(self, message: ToEngine) -> None:
         if isinstance(message, Add):
-            self._add(message)
+            self._add(message, message.adapter)
         elif isinstance(message, Abort):
+            for awaiting, _ in self._awaiting:
+                awaiting.requests = [request for request in awaiting.requests if request[0] not in message.ids]
             for request_id in message.ids:
                 if self._engine.abort(request_id) is not None:
                     del self._told[request_id]
         elif isinstance(message, AskGraphs):
             self._send(Graphs(message.number, pool_of(self._engine)))
 
-    def _add(self, message: Add) -> None:
+    def _add(self, message: Add, adapter: str | AdapterFile | None) -> None:
         added: list[str] = []
         try:
+            if isinstance(adapter, str) and not self._engine.holds_adapter(adapter):
+                self._awaiting.append((message, self._adapters.ask(adapter)))
+                return
             for request_id, settings in message.requests:
                 self._engine.add_request(
                     request_id,
@@ -131,7 +146,8 @@ class EngineProcess:
                     SamplingParams(**settings),
                     priority=message.priority,
                     cache_salt=message.cache_salt,
-                    adapter=message.adapter,
+                    adapter=adapter,
+                    bad_words=message.bad_words,
                 )
                 added.append(request_id)
         except Exception as error:
@@ -139,13 +155,26 @@ class EngineProcess:
                 self._engine.abort(request_id)
             if isinstance(error, EngineDeadError):
                 raise
-            is_users = isinstance(error, RequestError | ConfigError | ModelError)
-            if not is_users:
-                logger.exception("request %s could not be queued", message.group)
-            self._send(Refused(message.group, str(error) or repr(error), is_users))
+            self._refuse(message, error)
         else:
             self._told.update(dict.fromkeys(added, 0))
             self._send(Accepted(message.group))
+
+    def _add_awaiting(self) -> None:
+        """Queue the requests whose adapter has been read."""
+        done = [(message, future) for message, future in self._awaiting if future.done()]
+        self._awaiting = [(message, future) for message, future in self._awaiting if not future.done()]
+        for message, future in done:
+            if (error := future.exception()) is not None:
+                self._refuse(message, error)
+            elif message.requests:  # some are left
+                self._add(message, future.result())
+
+    def _refuse(self, message: Add, error: BaseException) -> None:
+        is_users = isinstance(error, RequestError | ConfigError | ModelError)
+        if not is_users:
+            logger.error("request %s could not be queued", message.group, exc_info=error)
+        self._send(Refused(message.group, str(error) or repr(error), is_users))
 
     def _note_step(self, report: StepReport) -> None:
         record = report.record

@@ -41,6 +41,8 @@ class Add(msgspec.Struct, tag=True):
     priority: int = 0
     cache_salt: str | None = None
     adapter: str | None = None
+    bad_words: list[list[int]] | None = None
+    """Tokens of the texts of the same name."""
 
 
 class Abort(msgspec.Struct, tag=True):

@@ -17,7 +17,7 @@ from msgspec import UNSET, UnsetType
 
 from stepgraph.config.server import ServerConfig
 from stepgraph.engine.prompts import TokenizedPrompt, encode_text, require_tokenizer
-from stepgraph.engine.sampling_params import SamplingParams
+from stepgraph.engine.sampling_params import SamplingParams, bad_word_token_ids
 from stepgraph.engine.session import AnswerDelta
 from stepgraph.server.bodies import Bodies
 from stepgraph.server.conversation import ChatForm
@@ -213,6 +213,11 @@ class Service:
             RequestError: the engine refuses one of them.
         """
         self.check_room(params, num_prompts=len(prompts))
+        bad_words = None
+        if params.bad_words:
+            tokenizer = require_tokenizer(self.face.tokenizer)
+            bad_words = await self.in_thread(lambda: bad_word_token_ids(params.bad_words, tokenizer))
+            self.check_room(params, num_prompts=len(prompts))
         generations: list[Generation] = []
         for index, prompt in enumerate(prompts):
             prompt = self._cut(prompt, request.truncate_prompt_tokens)
@@ -224,6 +229,7 @@ class Service:
                 self.face.tokenizer,
                 priority=request.priority,
                 adapter=adapter,
+                bad_words=bad_words,
                 arrived_at=context.arrived_at,
                 origin=Origin(
                     "text_completion" if isinstance(request, CompletionRequest) else "chat",

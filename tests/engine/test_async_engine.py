@@ -2,13 +2,16 @@
 
 import asyncio
 import itertools
+import threading
 from contextlib import aclosing
 
 import pytest
+from lora_folders import matrices, save_adapter
 from tiny import TINY_SETTINGS, VOCAB_SIZE, drain
 
 from stepgraph.config import EngineConfig
 from stepgraph.engine.async_engine import AsyncEngine
+from stepgraph.engine.prompts import tokenize
 from stepgraph.engine.sampling_params import SamplingParams
 from stepgraph.errors import EngineDeadError, RequestError
 
@@ -33,6 +36,11 @@ async def collect(engine, prompt, params=GREEDY, **options):
     return [output async for output in engine.generate(prompt, params, **options)]
 
 
+def num_tokens(outputs) -> int:
+    """Of the whole answer: how many outputs it took depends on how busy the caller's loop was."""
+    return len(outputs[-1].outputs[0].token_ids)
+
+
 async def until_idle(engine) -> None:
     while engine.engine.has_work:
         await asyncio.sleep(0.001)
@@ -40,8 +48,10 @@ async def until_idle(engine) -> None:
 
 def test_an_answer_grows_token_by_token_to_a_finished_one(engine) -> None:
     outputs = run(collect(engine, PROMPTS[3], request_id="mine"))
-    assert [len(output.outputs[0].token_ids) for output in outputs] == list(range(1, 13))
-    assert [output.finished for output in outputs] == [False] * 11 + [True]
+    lengths = [len(output.outputs[0].token_ids) for output in outputs]
+    assert lengths == sorted(set(lengths)), "each has more than the one before"
+    assert lengths[-1] == 12
+    assert [output.finished for output in outputs] == [False] * (len(outputs) - 1) + [True]
     for shorter, longer in itertools.pairwise(outputs):
         assert longer.outputs[0].token_ids[: len(shorter.outputs[0].token_ids)] == shorter.outputs[0].token_ids
         assert longer.outputs[0].text.startswith(shorter.outputs[0].text)
@@ -108,7 +118,7 @@ def test_abort_gives_the_caller_a_last_output_that_says_so(engine) -> None:
     assert 3 <= len(last.outputs[0].token_ids) < 400
     engine.abort("long")  # ended: nothing happens
     engine.abort("never there")
-    assert len(run(collect(engine, PROMPTS[0]))) == 12
+    assert num_tokens(run(collect(engine, PROMPTS[0]))) == 12
 
 
 @pytest.mark.parametrize(
@@ -123,7 +133,7 @@ def test_abort_gives_the_caller_a_last_output_that_says_so(engine) -> None:
 def test_an_unusable_prompt_is_the_callers_error_and_nobody_elses(engine, prompt, message) -> None:
     with pytest.raises(RequestError, match=message):
         run(collect(engine, prompt))
-    assert len(run(collect(engine, PROMPTS[0]))) == 12
+    assert num_tokens(run(collect(engine, PROMPTS[0]))) == 12
 
 
 def test_a_second_caller_with_the_same_id_is_refused_and_the_first_goes_on(engine) -> None:
@@ -144,7 +154,7 @@ def test_a_caller_whose_event_loop_is_gone_harms_nobody(engine) -> None:
     outputs = engine.generate(PROMPTS[1], LONG)
     loop.run_until_complete(anext(outputs))
     loop.close()
-    assert len(run(collect(engine, PROMPTS[0]))) == 12
+    assert num_tokens(run(collect(engine, PROMPTS[0]))) == 12
     run(until_idle(engine))
     assert engine.engine.runner.pool.statistics.num_steps < 300
 
@@ -239,7 +249,7 @@ def test_abort_ends_all_answers_of_a_request(engine) -> None:
     last = run(abort())
     assert [completion.finish_reason for completion in last.outputs] == ["abort"] * 3
     assert engine.engine.runner.pool.statistics.num_steps < 300
-    assert len(run(collect(engine, PROMPTS[0], request_id="long"))) == 12  # its id is free again
+    assert num_tokens(run(collect(engine, PROMPTS[0], request_id="long"))) == 12  # its id is free again
 
 
 def test_a_caller_that_leaves_several_answers_ends_them_all(engine) -> None:
@@ -252,7 +262,7 @@ def test_a_caller_that_leaves_several_answers_ends_them_all(engine) -> None:
 
     run(leave())
     assert engine.engine.runner.pool.statistics.num_steps < 300
-    assert len(run(collect(engine, PROMPTS[0], request_id="left"))) == 12
+    assert num_tokens(run(collect(engine, PROMPTS[0], request_id="left"))) == 12
 
 
 def test_a_stop_string_ends_the_answer_and_its_request(engine) -> None:
@@ -303,7 +313,7 @@ def test_priority_and_cache_salt_reach_the_engine(engine, monkeypatch) -> None:
 
     monkeypatch.setattr(engine.engine, "add_request", add)
     run(collect(engine, {"prompt_token_ids": PROMPTS[1], "cache_salt": "me"}, priority=-3))
-    assert seen == [{"priority": -3, "cache_salt": "me", "adapter": None}]
+    assert seen == [{"priority": -3, "cache_salt": "me", "adapter": None, "bad_words": []}]
 
 
 def test_work_that_becomes_due_later_is_waited_for_and_a_new_request_is_not_kept_waiting(engine, monkeypatch) -> None:
@@ -323,10 +333,109 @@ def test_work_that_becomes_due_later_is_waited_for_and_a_new_request_is_not_kept
 
     waited, first, second = run(second_arrival_makes_it_due())
     assert waited <= 1  # the one after the request was added
-    assert (len(first), len(second)) == (12, 12)
+    assert (num_tokens(first), num_tokens(second)) == (12, 12)
 
 
 def test_work_runs_when_it_is_due_though_nobody_calls(engine, monkeypatch) -> None:
     pauses = iter([None, 0.01, 0.01])
     monkeypatch.setattr(type(engine.engine), "seconds_until_work", property(lambda _: next(pauses, None)))
-    assert len(run(collect(engine, PROMPTS[1]))) == 12
+    assert num_tokens(run(collect(engine, PROMPTS[1]))) == 12
+
+
+def test_a_caller_that_is_slower_than_the_engine_gets_all_that_came_in_one_output(engine) -> None:
+    params = SamplingParams(temperature=0, max_tokens=60, ignore_eos=True)
+
+    async def look_away():
+        outputs = []
+        async for output in engine.generate(PROMPTS[1], params):
+            outputs.append(output)
+            await until_idle(engine)
+        return outputs
+
+    outputs, steady = run(look_away()), run(collect(engine, PROMPTS[1], params))
+    assert len(outputs) <= 3, "one when it began, one for the rest, one if the end was told by itself"
+    assert outputs[-1].outputs == steady[-1].outputs
+    assert num_tokens(outputs) == 60
+
+
+def test_text_and_bad_words_become_tokens_beside_the_event_loop(engine, monkeypatch) -> None:
+    loop_runs = threading.Event()
+    encode = engine.tokenizer.encode
+
+    def slow(text, **options):
+        assert loop_runs.wait(30), "the event loop waits for the tokenizer"
+        return encode(text, **options)
+
+    monkeypatch.setattr(engine.tokenizer, "encode", slow)
+    monkeypatch.setattr("stepgraph.engine.engine.bad_word_token_ids", lambda *_: pytest.fail("its thread tokenises"))
+
+    async def generate():
+        params = SamplingParams(temperature=0, max_tokens=4, ignore_eos=True, bad_words=("ab",))
+        asyncio.get_running_loop().call_later(0.05, loop_runs.set)
+        return await collect(engine, "abc", params)
+
+    assert num_tokens(run(generate())) == 4
+
+
+def test_a_request_that_is_aborted_before_its_prompt_is_ready_ends_so(engine, monkeypatch) -> None:
+    aborted = threading.Event()
+
+    def slow(prompt, tokenizer):
+        assert aborted.wait(30)
+        return tokenize(prompt, tokenizer)
+
+    monkeypatch.setattr("stepgraph.engine.async_engine.tokenize", slow)
+
+    async def abort():
+        answering = asyncio.create_task(collect(engine, PROMPTS[1], LONG, request_id="early"))
+        await asyncio.sleep(0.05)
+        engine.abort("early")
+        await engine.pause()  # the engine's thread has heard of it
+        await engine.resume()
+        aborted.set()
+        return await answering
+
+    last = run(abort())[-1]
+    assert (last.outputs[0].finish_reason, last.finished) == ("abort", True)
+
+
+@pytest.fixture
+def lora_engine(tiny_model, device):
+    settings = {"model": tiny_model, "device": device, "enable_lora": True, "max_lora_rank": 4} | TINY_SETTINGS
+    engine = AsyncEngine(EngineConfig.from_settings(**settings))
+    yield engine
+    engine.shutdown()
+
+
+def test_an_adapter_is_read_beside_the_engine_and_only_its_own_requests_wait(
+    lora_engine, monkeypatch, tmp_path
+) -> None:
+    engine, may_read, reads = lora_engine, threading.Event(), []
+    folder, broken = save_adapter(tmp_path, matrices(0)), str(tmp_path / "none")
+    read = engine.engine.read_adapter
+
+    def slow(wanted):
+        reads.append(wanted)
+        assert may_read.wait(30)
+        return read(wanted)
+
+    monkeypatch.setattr(engine._adapters, "_read", slow)
+
+    async def answers():
+        adapted = [asyncio.create_task(collect(engine, PROMPTS[2], adapter=folder)) for _ in range(2)]
+        refused = asyncio.create_task(collect(engine, PROMPTS[2], adapter=broken))
+        left = asyncio.create_task(collect(engine, PROMPTS[2], adapter=folder))
+        neighbour = await collect(engine, PROMPTS[2])
+        assert not any(task.done() for task in (*adapted, refused))
+        left.cancel()
+        may_read.set()
+        with pytest.raises(RequestError, match="holds no adapter_config"):
+            await refused
+        return neighbour, await asyncio.gather(*adapted)
+
+    neighbour, adapted = run(answers())
+    assert num_tokens(neighbour) == 12
+    assert sorted(reads) == sorted([folder, broken]), "calls that wait for the same adapter share one reading"
+    tokens = {outputs[-1].outputs[0].token_ids for outputs in adapted}
+    assert len(tokens) == 1
+    assert tokens != {neighbour[-1].outputs[0].token_ids}

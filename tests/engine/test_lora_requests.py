@@ -1,48 +1,18 @@
 """LoRA adapters in the engine: requests with different adapters share steps and graphs, and do not notice each other."""
 
-import json
 from pathlib import Path
 
 import pytest
 import torch
+from lora_folders import ALPHA, RANK, matrices, save_adapter
 from safetensors.torch import load_file, save_file
 from tiny import drain
 
 from stepgraph import LLM, SamplingParams
 from stepgraph.errors import RequestError
 
-SHAPES = {"q_proj": (64, 32), "v_proj": (32, 32), "o_proj": (32, 64), "gate_proj": (64, 32), "down_proj": (32, 64)}
-RANK, ALPHA = 4, 8
 PROMPTS = [[(5 * i + 3 * j) % 257 for j in range(length)] for i, length in enumerate((9, 30, 2, 60, 17, 5))]
 GREEDY = SamplingParams(max_tokens=10, temperature=0, ignore_eos=True)
-
-
-def matrices(seed):
-    """A and B of some modules of the tiny model."""
-    generator = torch.Generator().manual_seed(seed)
-    return {
-        f"model.layers.{layer}.{'mlp' if name in ('gate_proj', 'down_proj') else 'self_attn'}.{name}": (
-            torch.randn(RANK, inputs, generator=generator) / inputs**0.5,
-            torch.randn(outputs, RANK, generator=generator) / 2,
-        )
-        for layer in range(2)
-        for name, (outputs, inputs) in SHAPES.items()
-    }
-
-
-def save_adapter(folder, pairs):
-    """Write an adapter of these matrices as PEFT does; returns its folder."""
-    settings = {"peft_type": "LORA", "r": RANK, "lora_alpha": ALPHA}
-    (folder / "adapter_config.json").write_text(json.dumps(settings))
-    save_file(
-        {
-            f"base_model.model.{name}.lora_{side}.weight": matrix
-            for name, pair in pairs.items()
-            for side, matrix in zip("AB", pair, strict=True)
-        },
-        folder / "adapter_model.safetensors",
-    )
-    return str(folder)
 
 
 @pytest.fixture(scope="module")

@@ -353,7 +353,7 @@ def test_one_prompt_starts_as_many_requests_as_answers_are_wanted() -> None:
     assert [request.params.n for request in engine.requests.values()] == [1, 1, 1]
     assert [request.params.prompt_logprobs for request in engine.requests.values()] == [1, None, None]
     assert [request.params.logprobs for request in engine.requests.values()] == [1, 1, 1]
-    assert engine.options == [{"priority": 4, "cache_salt": "salt", "adapter": None}] * 3
+    assert engine.options == [{"priority": 4, "cache_salt": "salt", "adapter": None, "bad_words": None}] * 3
     output = session.output()
     assert (output.request_id, output.prompt, output.prompt_token_ids) == ("x", "hi", tuple(PROMPT))
     assert [completion.index for completion in output.outputs] == [0, 1, 2]
