@@ -28,6 +28,8 @@ class CudaGraph(Generic[Output]):
 
     graph: torch.cuda.CUDAGraph
     output: Output
+    pool: Any
+    """Handle of the memory pool that its tensors lie in; torch has no public name for its type."""
 
     def replay(self) -> Output:
         self.graph.replay()
@@ -40,7 +42,7 @@ class CudaBackend:
     name = "cuda"
 
     def __init__(self) -> None:
-        self._pool: Any = None  # the handle of a memory pool; torch has no public name for its type
+        self._pool: Any = None  # the handle of the memory pool to capture into; None if a new one is to be begun
         self._graphs: weakref.WeakSet[CudaGraph[Any]] = weakref.WeakSet()
         self._stream = torch.cuda.Stream()
 
@@ -66,14 +68,14 @@ class CudaBackend:
         return graph
 
     def memory_bytes(self) -> int:
-        if not self._graphs:
-            return 0
-        return sum(segment["total_size"] for segment in torch.cuda.memory_snapshot(mempool_id=self._pool))
+        pools = {graph.pool for graph in self._graphs}
+        return sum(part["total_size"] for pool in pools for part in torch.cuda.memory_snapshot(mempool_id=pool))
 
     def _record(self, program: Callable[[], Output]) -> CudaGraph[Output]:
-        if not self._graphs:  # CUDA forgets a memory pool with its last graph, and cannot capture into it again
-            if self._pool is not None:
-                torch.cuda.empty_cache()  # which is all that gives its memory back
+        if self._pool is not None and not self._graphs:  # CUDA forgets a memory pool with its last graph
+            torch.cuda.empty_cache()  # which is all that gives its memory back
+            self._pool = None
+        if self._pool is None:
             self._pool = torch.cuda.graph_pool_handle()
         graph = torch.cuda.CUDAGraph()
         with DEVICE:
@@ -98,14 +100,16 @@ class CudaBackend:
         except BaseException:
             self._leave_pool()
             raise
-        return CudaGraph(graph, output)
+        return CudaGraph(graph, output, self._pool)
 
     def _leave_pool(self) -> None:
-        """Let torch's allocator put what comes next elsewhere. If the driver refuses to end a capture, `capture_end` raises
-        before it has done that, and no other graph could be captured into the pool."""
-        with contextlib.suppress(RuntimeError):  # it had done it
+        """If the driver refuses to end a capture, `capture_end` raises before it has told torch's allocators that it is over."""
+        try:
             torch._C._cuda_endAllocateToPool(torch.cuda.current_device(), self._pool)
-            torch._C._cuda_releasePool(torch.cuda.current_device(), self._pool)
+        except RuntimeError:  # it has told them
+            return
+        torch._C._cuda_releasePool(torch.cuda.current_device(), self._pool)
+        self._pool = None  # that of pinned memory cannot be told: it takes no second capture into the pool
 
 
 def _is_out_of_memory(error: RuntimeError) -> bool:

@@ -26,6 +26,7 @@ class FakeCuda:
         self.instantiation_error: RuntimeError | None = None
         self.refuses_to_end = False
         self.recording: set[tuple[int, int]] = set()  # pools that the allocator serves
+        self.recording_pinned: set[tuple[int, int]] = set()
         cuda = self
 
         class Stream:
@@ -38,9 +39,10 @@ class FakeCuda:
         class CUDAGraph:
             def capture_begin(self, pool: tuple[int, int], capture_error_mode: str) -> None:
                 assert not cuda.capturing
-                if pool in cuda.recording:
+                if pool in cuda.recording | cuda.recording_pinned:
                     raise RuntimeError("already recording to mempool_id")
                 cuda.recording.add(pool)
+                cuda.recording_pinned.add(pool)
                 cuda.capturing, self.pool = True, pool
 
             def capture_end(self) -> None:
@@ -49,6 +51,7 @@ class FakeCuda:
                 if cuda.refuses_to_end:
                     raise RuntimeError("operation failed due to a previous error during capture")
                 cuda.recording.remove(self.pool)
+                cuda.recording_pinned.remove(self.pool)
                 if cuda.instantiation_error is not None:
                     raise cuda.instantiation_error
 
