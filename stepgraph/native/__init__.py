@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -44,11 +45,15 @@ def missing() -> str | None:
     planned = plan()
     found = build(planned) if isinstance(planned, Plan) else planned
     if isinstance(found, Path):
+        library = found
         try:
             torch.ops.load_library(found)
             return None
         except OSError as error:
             found = f"{found} cannot be loaded: {error}"
+        finally:
+            if isinstance(planned, Plan) and library.parent != planned.library.parent:  # it is for this process alone
+                shutil.rmtree(library.parent, ignore_errors=True)
     logger.warning("torch's CPU kernels are used, not our own, which are faster: %s", found)
     return found
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 import platform
 import shutil
@@ -13,6 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+
+from stepgraph.trusted_folder import make_private, why_untrusted
+
+logger = logging.getLogger(__name__)
 
 SWITCH = "STEPGRAPH_NATIVE"
 """Environment variable; one of `_OFF` leaves the kernels unused."""
@@ -68,33 +73,54 @@ def _cache_folder() -> Path:
     try:
         return Path.home() / ".cache"
     except RuntimeError:  # a user id without an entry, as containers have
-        return Path(tempfile.gettempdir())
+        return Path(tempfile.gettempdir()) / f"stepgraph-{os.geteuid()}"
 
 
 def build(planned: Plan) -> str | Path:
     """Make the library if it is not there, with a line on stderr. Returns its path; or what went wrong, as a string.
 
-    Processes may build at the same time: each writes a file of its own and puts it in place whole.
+    Processes may build at the same time: each writes a file of its own and puts it in place whole. Where others could have put it
+    there, it is made in a new folder, which is the caller's to remove.
     """
-    if planned.library.exists():
-        return planned.library
+    library, folder = planned.library, planned.library.parent
     instead = f" with {planned.command[0]}, as there is no {planned.absent_compiler}" if planned.absent_compiler else ""
-    print(f"stepgraph: compiling CPU kernels for this machine, once{instead}; this takes some seconds", file=sys.stderr)
     try:
-        planned.library.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=planned.library.parent) as folder:
-            made = Path(folder) / planned.library.name
-            done = subprocess.run(
-                (*planned.command, "-o", made), capture_output=True, text=True, errors="replace", timeout=_TIMEOUT_S
+        make_private(folder)
+        reason = why_untrusted(library)
+        if reason is None and library.exists():
+            return library
+        if reason is not None:
+            logger.warning(
+                "CPU kernels are compiled for this process alone, not kept in %s, as %s; set XDG_CACHE_HOME to a folder of yours",
+                folder,
+                reason,
             )
-            if done.returncode:
-                return f"{planned.command[0]} failed: {done.stderr.strip()[-2000:]}"
-            if not made.exists():
-                return f"{planned.command[0]} wrote no library, though it reported success; set CXX to a C++17 compiler"
-            os.replace(made, planned.library)
+            folder = Path(tempfile.mkdtemp(prefix="stepgraph-native-"))
+        print(
+            f"stepgraph: compiling CPU kernels for this machine, once{instead}; this takes some seconds",
+            file=sys.stderr,
+        )
+        found = _compile(planned, folder)
     except (OSError, subprocess.TimeoutExpired) as error:
-        return f"they could not be compiled: {error}"
-    return planned.library
+        found = f"they could not be compiled: {error}"
+    if isinstance(found, str) and folder != library.parent:
+        shutil.rmtree(folder, ignore_errors=True)
+    return found
+
+
+def _compile(planned: Plan, folder: Path) -> str | Path:
+    with tempfile.TemporaryDirectory(dir=folder) as aside:
+        made = Path(aside) / planned.library.name
+        done = subprocess.run(
+            (*planned.command, "-o", made), capture_output=True, text=True, errors="replace", timeout=_TIMEOUT_S
+        )
+        if done.returncode:
+            return f"{planned.command[0]} failed: {done.stderr.strip()[-2000:]}"
+        if not made.exists():
+            return f"{planned.command[0]} wrote no library, though it reported success; set CXX to a C++17 compiler"
+        made.chmod(0o600)
+        os.replace(made, folder / made.name)
+    return folder / planned.library.name
 
 
 def _fingerprint(sources: Path, command: tuple[str, ...]) -> str:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from stepgraph.platforms.base import CompiledKernels, DeviceMemory
 from stepgraph.platforms.cuda_memory import SleepableMemory
+from stepgraph.platforms.kernel_cache import guard_kernel_cache
 from stepgraph.platforms.torch_memory import TorchMemory
 
 DEVICE = threading.RLock()
@@ -41,6 +42,7 @@ class CudaPlatform:
     graph_node_bytes = 5 << 10  # measured on an H200, see benchmarks/h200.md
 
     def __init__(self) -> None:
+        guard_kernel_cache()
         self.device = torch.device("cuda", torch.cuda.current_device())
         self.supports_fp8 = torch.cuda.get_device_capability(self.device) >= (8, 9)
         self.multiprocessors = torch.cuda.get_device_properties(self.device).multi_processor_count

@@ -1,5 +1,6 @@
 """The library of CPU kernels: made once, remade when what it is made of changes, done without where it cannot be made."""
 
+import ctypes
 import os
 import re
 import subprocess
@@ -11,6 +12,8 @@ import torch
 
 from stepgraph import native
 from stepgraph.native import library as building
+from stepgraph.platforms.kernel_cache import guard_kernel_cache
+from stepgraph.trusted_folder import make_private, why_untrusted
 
 AVX2 = torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
 
@@ -38,6 +41,91 @@ def test_it_is_built_once_with_a_word_on_stderr(sources, capsys):
     assert capsys.readouterr().err == ""
     assert planned.library.stat().st_mtime_ns == built
     assert [path.name for path in planned.library.parent.iterdir()] == [planned.library.name]  # nothing is left behind
+
+
+def test_its_folder_is_made_so_that_nobody_else_can_enter_it(sources):
+    planned = building.plan(sources)
+    planned.library.parent.mkdir(parents=True)
+    planned.library.parent.chmod(0o755)
+    assert building.build(planned) == planned.library
+    assert planned.library.parent.stat().st_mode & 0o777 == 0o700
+    assert planned.library.stat().st_mode & 0o777 == 0o600
+
+
+def test_a_file_that_somebody_planted_where_no_home_is_is_not_used(sources, tmp_path, monkeypatch, caplog):
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr(building.Path, "home", _homeless)
+    monkeypatch.setattr(building.tempfile, "tempdir", str(tmp_path))
+    planned = building.plan(sources)
+    assert planned.library.parents[2].parent == tmp_path
+    planned.library.parent.mkdir(parents=True)
+    planned.library.write_bytes(b"planted")
+    _let_others_write(planned.library.parents[2])
+    found = building.build(planned)
+    assert found.parent != planned.library.parent
+    assert ctypes.CDLL(str(found)).one() == 1
+    assert found.parent.stat().st_mode & 0o777 == 0o700
+    assert f"everybody can write to {planned.library.parents[2]}" in caplog.text
+    assert planned.library.read_bytes() == b"planted"
+    (sources / "one.cpp").write_text("this is not C++")
+    before = set(tmp_path.iterdir())
+    assert "failed" in building.build(building.plan(sources))
+    assert set(tmp_path.iterdir()) == before, "nothing is left behind"
+
+
+def test_without_a_home_a_folder_of_this_users_keeps_it(sources, tmp_path, monkeypatch):
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr(building.Path, "home", _homeless)
+    monkeypatch.setattr(building.tempfile, "tempdir", str(tmp_path))
+    planned = building.plan(sources)
+    assert building.build(planned) == planned.library
+    assert planned.library.parents[2].stat().st_mode & 0o777 == 0o700
+
+
+@pytest.mark.parametrize("place", [0, 1, 2], ids=["file", "folder", "folder above"])
+def test_what_belongs_to_somebody_else_is_untrusted(tmp_path, monkeypatch, place):
+    folder = tmp_path / "above" / "folder"
+    make_private(folder)
+    (folder / "file").write_bytes(b"")
+    assert why_untrusted(folder / "file") is None
+    theirs = [folder / "file", folder, folder.parent][place]
+    if os.geteuid() == 0:
+        os.chown(theirs, 12345, -1)
+        assert why_untrusted(folder / "file") == f"{theirs} belongs to user 12345"
+    else:
+        monkeypatch.setattr(os, "geteuid", lambda: 12345)
+        assert f"belongs to user {os.getuid()}" in why_untrusted(folder / "file")
+
+
+def test_links_count_with_where_they_lie_and_where_they_lead(tmp_path):
+    open_to_all, private = tmp_path / "open", tmp_path / "private"
+    for folder in (open_to_all, private):
+        folder.mkdir()
+    _let_others_write(open_to_all)
+    (open_to_all / "to private").symlink_to(private)
+    (private / "to open").symlink_to(open_to_all)
+    (private / "to itself").symlink_to(private)
+    wanted = f"everybody can write to {open_to_all}"
+    assert why_untrusted(open_to_all / "to private" / "new") == wanted
+    assert why_untrusted(private / "to open" / "new") == wanted
+    assert why_untrusted(private / "to itself" / "new") is None
+    open_to_all.chmod(0o1777)  # as /tmp is: what lies there is its owner's
+    assert why_untrusted(open_to_all / "to private" / "new") is None
+    assert why_untrusted(open_to_all) == wanted
+
+
+def test_triton_keeps_its_kernels_where_nobody_else_can_write(tmp_path, monkeypatch, caplog):
+    from triton import knobs
+
+    wanted = tmp_path / "kernels"
+    wanted.mkdir()
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(wanted))
+    guard_kernel_cache()
+    assert (knobs.cache.dir, caplog.text) == (str(wanted), "")
+    _let_others_write(wanted)
+    guard_kernel_cache()
+    assert f"everybody can write to {wanted}" in caplog.text
+    assert why_untrusted(Path(knobs.cache.dir)) is None
 
 
 @pytest.mark.parametrize("file", ["one.cpp", "one.h"])
@@ -99,6 +187,14 @@ def test_without_what_it_needs_there_is_a_reason(sources, monkeypatch, change, r
     change(monkeypatch)
     assert reason in building.plan(sources)
     assert reason in native.describe()
+
+
+def _homeless():
+    raise RuntimeError("no home")
+
+
+def _let_others_write(folder):
+    folder.chmod(0o777)
 
 
 def run(program: str, **environment: str) -> str:
