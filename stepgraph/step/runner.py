@@ -167,6 +167,8 @@ class StepRunner:
             self.compile_kernels(shape for level in draft_levels for shape in self.pool.shapes(num_drafts=level))
         with OperatorCount() as operators:
             activation_bytes = platform.peak_memory_bytes(self._dry_run)
+        self.graph_operators = operators.count
+        """Operators of the largest step, which are about those of any; 0 where no dry run is needed."""
         self._graph_bytes = operators.count * platform.graph_node_bytes
         num_graphs = len(self.pool.shapes()) * len(Variant) * len(draft_levels)
         graphs_bytes = (graph.graph_memory_mib or 0) << 20 or num_graphs * self._graph_bytes

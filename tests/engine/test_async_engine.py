@@ -439,3 +439,26 @@ def test_an_adapter_is_read_beside_the_engine_and_only_its_own_requests_wait(
     tokens = {outputs[-1].outputs[0].token_ids for outputs in adapted}
     assert len(tokens) == 1
     assert tokens != {neighbour[-1].outputs[0].token_ids}
+
+
+def test_an_idle_engine_captures_the_graphs_of_fewer_proposals_and_answers_meanwhile(tiny_model, device) -> None:
+    engine = AsyncEngine(
+        EngineConfig.from_settings(
+            **({"model": tiny_model, "device": device} | TINY_SETTINGS),
+            speculative_config={"method": "suffix", "num_speculative_tokens": 4},
+        )
+    )
+    pool, levels = engine.engine.runner.pool, engine.engine.draft_levels
+    wanted = {shape for level in levels for shape in pool.shapes(num_drafts=level)}
+    assert len(levels) > 1
+
+    async def answer_and_wait() -> None:
+        before = (await collect(engine, PROMPTS[3]))[-1].outputs[0].token_ids
+        pool.lazy = False  # as where captures are done ahead
+        assert (await collect(engine, PROMPTS[3]))[-1].outputs[0].token_ids == before
+        while not wanted <= {record.shape for record in pool.records()}:
+            await asyncio.sleep(0.01)
+        assert (await collect(engine, PROMPTS[3]))[-1].outputs[0].token_ids == before
+
+    run(answer_and_wait())
+    engine.shutdown()
