@@ -2,8 +2,8 @@
 
     python scripts/measure_graph_memory.py qwen3-0.6b [setting=value ...]
 
-The device's figure counts everybody on it, so nothing else may use it meanwhile. What the driver holds for graphs is the difference
-between what the device lost and what torch's allocator took; divided by graphs and operators it is `graph_node_bytes` of
+The device's figure counts everybody on it, so nothing else may use it meanwhile. What the driver holds for graphs is what the
+device lost beside what torch's allocator took; divided by graphs and operators it is `graph_node_bytes` of
 `stepgraph.platforms.cuda`.
 """
 
@@ -48,11 +48,11 @@ def main() -> None:
             pool.graph(shape)
         seconds = time.perf_counter() - started
         reserved = torch.cuda.memory_reserved() - reserved
-        driver = used_bytes() - used - reserved
+        driver, counted = used_bytes() - used - reserved, pool.bytes - counted
         print(
-            f"{variant.name.lower()}: {len(shapes)} graphs in {seconds:.1f} s, {(pool.bytes - counted) / 2**20:.0f} MiB as counted; the "
-            f"driver took {driver / 2**20:.0f} MiB, {driver / len(shapes) / operators / 1024:.2f} KiB an operator, torch's "
-            f"allocator {reserved / 2**20:.0f} MiB, warm-ups included"
+            f"{variant.name.lower()}: {len(shapes)} graphs in {seconds:.1f} s, {counted / 2**20:.0f} MiB as counted; the driver "
+            f"took {driver / 2**20:.0f} MiB, {driver / len(shapes) / operators / 1024:.2f} KiB an operator, torch's allocator "
+            f"{reserved / 2**20:.0f} MiB, warm-ups included"
         )
 
 
