@@ -24,8 +24,8 @@ from torch import Tensor
 from stepgraph.config import EngineConfig
 from stepgraph.engine.beside import beside
 from stepgraph.engine.blocks import memory_key
-from stepgraph.engine.guidance import GuidanceCompiler, GuideError
-from stepgraph.engine.masks import TokenMasks
+from stepgraph.engine.guidance import Vocabulary, read_vocabulary
+from stepgraph.engine.masks import TokenMasks, num_until_end
 from stepgraph.engine.model_defaults import end_tokens_of
 from stepgraph.engine.precision import describe, exact_tokens
 from stepgraph.engine.prompts import require_tokenizer
@@ -56,6 +56,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 logger = logging.getLogger(__name__)
+
+_WAIT_SECONDS = 0.002
+"""How long a step waits for a grammar where nothing else is to be done."""
 
 T = TypeVar("T")
 
@@ -172,7 +175,7 @@ class Engine:
         self.host_time = HostTime()
         self.on_step: Callable[[StepReport], None] = lambda report: None
         """Called in the engine's thread when a step's results have been read; whoever watches the steps sets it."""
-        self._masks = TokenMasks(self._create_compiler, self.source.config.vocab_size, max_drafts)
+        self._masks = TokenMasks(self._read_vocabulary, self.source.config.vocab_size, max_drafts)
         self._secret = secrets.token_bytes(16)
         self._seeds = random.Random(config.model.seed)
         self._in_flight: deque[_InFlight] = deque()
@@ -465,7 +468,7 @@ class Engine:
         collected: Sequence[RequestUpdate] = []
         scheduled = None
         if self.idle_reason is None:
-            updates += [self._fail(request) for request in self._masks.collect()]
+            updates += self._take_masks()
             scheduled = self._schedule(updates)
         if scheduled is not None:
             launching = time.perf_counter()
@@ -481,7 +484,18 @@ class Engine:
                 self.host_time.seconds += planned - started
         if self._in_flight and (scheduled is None or len(self._in_flight) > self.platform.run_ahead):
             collected = self._collect()
+        elif scheduled is None and not updates:
+            self._masks.grammars.wait(_WAIT_SECONDS)
         return [*updates, *collected] if updates else collected
+
+    def _take_masks(self) -> list[RequestUpdate]:
+        """Let requests run on whose masks have arrived; returns the end of those that their grammar ended."""
+        requests = self._masks.collect()
+        for request in requests:
+            if request.slot is not None and request.error is None:
+                with self._blaming(request):
+                    self.runner.state.set_masks(request.slot, self._masks.masks(request))
+        return [self._fail(request) for request in requests if request.error is not None]
 
     def _schedule(self, updates: list[RequestUpdate]) -> ScheduledStep | None:
         """Plan a step and write the device's view of the requests that it admits. Ends those for which that fails."""
@@ -576,32 +590,20 @@ class Engine:
         return request.error is None
 
     def _follow_grammar(self, update: RequestUpdate) -> RequestUpdate:
-        """Move a request on in its grammar, and send the device what may come next."""
-        request, tokens, ended = update.request, update.new_token_ids, update.finish_reason is not None
-        guide = request.guide
-        assert guide is not None
-        num_taken = 0
-        # What ended on the device ended at its last token, or failed after it, unless the grammar ends before that.
-        num_inside = len(tokens) - (update.finish_reason in (FinishReason.STOP, FinishReason.LENGTH))
-        with self._blaming(request):
-            while num_taken < num_inside and not guide.finished:
-                guide.accept(tokens[num_taken])
-                num_taken += 1
-            if not (guide.finished or ended):
-                assert request.slot is not None
-                self.runner.state.set_masks(request.slot, self._masks.masks(request))
-        if guide.finished:  # nothing may follow, not even a stop token
+        """Move a request on in its grammar, which says later what may come next."""
+        request, tokens = update.request, update.new_token_ids
+        num_taken = num_until_end(update, self.end_token_ids)
+        if num_taken is not None:  # nothing may follow, not even a stop token
             request.drop_tokens(len(tokens) - num_taken)
-            if ended:
+            if update.finish_reason is not None:
                 request.finish_reason, request.stop_token, request.error = FinishReason.STOP, None, None
             else:
                 self.scheduler.end(request.id, FinishReason.STOP)
-            return RequestUpdate(request, tokens[:num_taken], FinishReason.STOP)
-        if ended:
-            return update
-        if request.error is not None:
-            return self._fail(request)._replace(new_token_ids=tokens)
-        request.awaits_host = False
+            update = RequestUpdate(request, tokens[:num_taken], FinishReason.STOP)
+        if update.finish_reason is None:
+            self._masks.ask(request)
+        else:
+            self._masks.drop(request)
         return update
 
     @contextmanager
@@ -610,7 +612,7 @@ class Engine:
         try:
             yield
         except Exception as error:
-            request.error_is_users = isinstance(error, RequestError | GuideError)
+            request.error_is_users = isinstance(error, RequestError)
             if not request.error_is_users:
                 logger.exception("request %s failed", request.id)
             request.error = str(error) or repr(error)
@@ -619,6 +621,7 @@ class Engine:
         """End a request whose `error` is set; the others do not notice."""
         update = self.scheduler.end(request.id, FinishReason.ERROR)
         assert update is not None
+        self._masks.drop(request)
         return update
 
     def _draft_levels(self, drafter: Drafter | None) -> Sequence[int]:
@@ -673,12 +676,8 @@ class Engine:
             )
         return self._adapters
 
-    def _create_compiler(self) -> GuidanceCompiler:
-        return GuidanceCompiler(
-            require_tokenizer(self.tokenizer),
-            vocab_size=self.source.config.vocab_size,
-            stop_token_ids=self.end_token_ids,
-        )
+    def _read_vocabulary(self) -> Vocabulary:
+        return read_vocabulary(require_tokenizer(self.tokenizer), self.source.config.vocab_size, self.end_token_ids)
 
     def _pack(self, what: str, token_ids: Collection[int]) -> array[int]:
         """Token ids as int32; RequestError if one is outside the vocabulary. `what` they are, for its message."""

@@ -1,7 +1,10 @@
 """Guided generation: which tokens a grammar lets follow. xgrammar compiles the grammars and follows them.
 
 Whatever the user asked for holds for every finished answer, or the request is refused at the door: `guided_text`,
-`guided_schema` and `guided_tags` hold it against what xgrammar follows exactly, and against limits on what takes long to compile.
+`guided_schema` and `guided_tags` hold it against what xgrammar follows exactly, and against limits on what takes long.
+
+Neither a compilation nor a mask has a bound on its time, and nothing can stop one. So what is here runs in processes of its own,
+one for each grammar, see `stepgraph.engine.grammar_process`; the engine has a `RemoteGuide` for each of its requests.
 """
 
 from __future__ import annotations
@@ -10,7 +13,6 @@ import importlib.util
 import json
 import os
 import re
-import time
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -31,10 +33,19 @@ if TYPE_CHECKING:
 
     from stepgraph.engine.sampling_params import StructuredOutputs
 
-MAX_TOKEN_SECONDS = 0.25
-"""CPU time the host may spend on one token of one request, which all others wait for."""
-CACHE_BYTES = 256 * 2**20
-"""Of compiled grammars kept for the next request that asks the same."""
+_THREADS = max(1, min(8, (os.cpu_count() or 1) // 2))
+"""Of one compilation."""
+
+
+class Vocabulary(NamedTuple):
+    """What grammars need to know of a tokenizer and its model."""
+
+    tokens: list[bytes]
+    """What each adds to the text; b"" for special ones, which are never part of an answer, and those the tokenizer lacks."""
+    vocab_size: int
+    """V, which may exceed the tokenizer's vocabulary; tokens that the tokenizer lacks are never allowed."""
+    stop_token_ids: tuple[int, ...]
+    """Allowed where the grammar is complete only."""
 
 
 class CompiledGuide(NamedTuple):
@@ -52,47 +63,51 @@ def require_xgrammar() -> None:
         )
 
 
-class GuidanceCompiler:
-    """Compiles grammars for one tokenizer. Thread-safe; `compile` may take seconds and runs off the engine's thread.
+def stop_tokens(stop_token_ids: Sequence[int], vocab_size: int) -> tuple[int, ...]:
+    """The tokens that end a guided answer: a model's end tokens that it can sample. ConfigError if there are none."""
+    stops = sorted({t for t in stop_token_ids if 0 <= t < vocab_size})
+    if not stops:
+        raise ConfigError(
+            f"structured outputs need an end token below vocab_size={vocab_size}, to end an answer with; the model's "
+            f"are {list(stop_token_ids)}. Set eos_token_id in its generation_config.json"
+        )
+    return tuple(stops)
 
-    Args:
-        tokenizer: gives each token's bytes. Special tokens are never part of an answer.
-        vocab_size: V, which may exceed the tokenizer's vocabulary; tokens that the tokenizer lacks are never allowed.
-        stop_token_ids: the model's end tokens, at least one below V. They are allowed where the grammar is complete only.
+
+def read_vocabulary(tokenizer: PreTrainedTokenizerFast, vocab_size: int, stop_token_ids: Sequence[int]) -> Vocabulary:
+    """Takes about a second.
 
     Raises:
         ConfigError: xgrammar is not installed, or there is no end token.
     """
+    require_xgrammar()
+    stops = stop_tokens(stop_token_ids, vocab_size)
+    return Vocabulary(_token_bytes(tokenizer, vocab_size, stops), vocab_size, stops)
 
-    def __init__(self, tokenizer: PreTrainedTokenizerFast, *, vocab_size: int, stop_token_ids: Sequence[int]) -> None:
-        require_xgrammar()
+
+class GuidanceCompiler:
+    """Compiles grammars for one vocabulary. `compile` may take seconds, or for ever unless its process ends."""
+
+    def __init__(self, vocabulary: Vocabulary) -> None:
         import xgrammar
 
-        stops = sorted({t for t in stop_token_ids if 0 <= t < vocab_size})
-        if not stops:
-            raise ConfigError(
-                f"structured outputs need an end token below vocab_size={vocab_size}, to end an answer with; the model's "
-                f"are {list(stop_token_ids)}. Set eos_token_id in its generation_config.json"
-            )
-        self._vocab_size = vocab_size
-        self._compiler = xgrammar.GrammarCompiler(
-            xgrammar.TokenizerInfo(
-                _token_bytes(tokenizer, vocab_size, stops),
-                xgrammar.VocabType.RAW,
-                vocab_size=vocab_size,
-                stop_token_ids=stops,
-            ),
-            max_threads=min(8, os.cpu_count() or 1),
-            cache_limit_bytes=CACHE_BYTES,
+        self._vocab_size = vocabulary.vocab_size
+        self._info = xgrammar.TokenizerInfo(
+            vocabulary.tokens,
+            xgrammar.VocabType.RAW,
+            vocab_size=vocabulary.vocab_size,
+            stop_token_ids=list(vocabulary.stop_token_ids),
         )
 
     def compile(self, spec: StructuredOutputs) -> CompiledGuide:
-        """Compile what a request asks for. Keeps what it compiled, up to `CACHE_BYTES`.
+        """Compile what a request asks for.
 
         Raises:
             RequestError: it is malformed, over a limit, cannot be followed exactly, or allows no answer at all.
         """
-        compiler, name = self._compiler, ""
+        import xgrammar
+
+        compiler, name = xgrammar.GrammarCompiler(self._info, max_threads=_THREADS), ""
         try:
             if spec.json is not None:
                 name = "json"
@@ -123,10 +138,7 @@ class GuidanceCompiler:
             raise RequestError(f"structured_outputs.{name} cannot be used: {_reason(error)}") from error
         compiled = CompiledGuide(grammar, self._vocab_size)
         mask_W = np.zeros(-(-self._vocab_size // MASK_BITS), np.int32)
-        try:
-            Guide(compiled).fill(mask_W)
-        except GuideError as error:
-            raise RequestError(f"structured_outputs.{name} cannot be used: {error}") from error
+        Guide(compiled).fill(mask_W)
         if not mask_W.any():
             raise RequestError(
                 f"structured_outputs.{name} allows no answer: no token can be the first; make it matchable"
@@ -135,10 +147,10 @@ class GuidanceCompiler:
 
 
 class Guide:
-    """Where one request stands in its grammar. A host object, used by the engine's thread only.
+    """Where one request stands in its grammar.
 
     Raises:
-        GuideError: from `accept` and `fill`; the request cannot go on, others can.
+        GuideError: from `accept`; the request cannot go on, others can.
     """
 
     finished: bool
@@ -151,17 +163,14 @@ class Guide:
         self._matcher = xgrammar.GrammarMatcher(compiled.grammar)
         self._stop_token_ids = frozenset(self._matcher.stop_token_ids)
         self._vocab_size = compiled.vocab_size
-        self._accept_seconds = 0.0
 
     def accept(self, token: int) -> None:
         """Take in the token that was sampled. GuideError if the grammar does not allow it here."""
         if self.finished and token in self._stop_token_ids:
             return
-        start = time.thread_time()
         if not (0 <= token < self._vocab_size and self._matcher.accept_token(token)):
             raise GuideError(f"token {token} is outside the request's grammar at this point")
         self.finished = self._matcher.is_terminated()
-        self._accept_seconds = time.thread_time() - start
 
     def fill_along(self, masks_JW: NDArray[np.int32], drafts: Sequence[int]) -> None:
         """Write the tokens that may follow now, and after each of the proposals.
@@ -191,17 +200,10 @@ class Guide:
 
         Changes nothing but `mask_W`, int32 [W], contiguous; all zero means that no token of the vocabulary can go on.
         """
-        start = time.thread_time()
         if self.finished:
             self._fill_stops(mask_W)
-            return
-        self._fill_next(mask_W)
-        seconds = self._accept_seconds + time.thread_time() - start
-        if seconds > MAX_TOKEN_SECONDS:
-            raise GuideError(
-                f"following the grammar took {seconds:.2f} s for one token, at most {MAX_TOKEN_SECONDS} are allowed: it can "
-                "read the answer in too many ways; nest fewer repetitions"
-            )
+        else:
+            self._fill_next(mask_W)
 
     def _fill_stops(self, mask_W: NDArray[np.int32]) -> None:
         mask_W.fill(0)
@@ -215,7 +217,7 @@ class Guide:
 
 
 class GuideError(RuntimeError):
-    """A request left its grammar, or following it takes too long; says which. Ends this request only."""
+    """A request left its grammar. Ends this request only."""
 
 
 def _token_bytes(tokenizer: PreTrainedTokenizerFast, vocab_size: int, stop_token_ids: Sequence[int]) -> list[bytes]:

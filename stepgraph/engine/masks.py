@@ -2,84 +2,73 @@
 
 from __future__ import annotations
 
-import logging
-import threading
-from collections.abc import Callable, Iterable
-from concurrent.futures import Future, ThreadPoolExecutor
+import json
+from collections.abc import Callable, Collection, Iterable
 from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
-from stepgraph.engine.guidance import CompiledGuide, GuidanceCompiler, Guide, require_xgrammar
-from stepgraph.engine.request import Request
-from stepgraph.errors import StepgraphError
+from stepgraph.engine.grammars import Grammars
+from stepgraph.engine.guidance import Vocabulary, require_xgrammar
+from stepgraph.engine.request import FinishReason, Request, RequestUpdate
+from stepgraph.errors import RequestError
 from stepgraph.step import slot_line
 
 if TYPE_CHECKING:
     from stepgraph.engine.sampling_params import StructuredOutputs
 
-logger = logging.getLogger(__name__)
-
-_COMPILERS = 2
-"""Threads that compile grammars, so that one slow grammar holds up neither the steps nor every other grammar."""
-
 
 class TokenMasks:
-    """Masks of the requests that have one. Used by the engine's thread; grammars compile in threads of their own.
+    """Masks of the requests that have one. Used by the engine's thread; grammars have processes of their own.
 
     Args:
-        create_compiler: makes the grammar compiler, when the first request needs it.
+        read_vocabulary: for grammars, when the first request needs it.
         vocab_size: V.
         max_drafts: most proposals of a step, K.
     """
 
-    def __init__(self, create_compiler: Callable[[], GuidanceCompiler], vocab_size: int, max_drafts: int = 0):
-        self._create_compiler = create_compiler
+    def __init__(self, read_vocabulary: Callable[[], Vocabulary], vocab_size: int, max_drafts: int = 0):
+        self.grammars = Grammars(read_vocabulary, vocab_size)
         self._max_drafts = max_drafts
         self._num_words = -(-vocab_size // slot_line.MASK_BITS)
-        self._threads = ThreadPoolExecutor(_COMPILERS, thread_name_prefix="stepgraph-grammar")
-        self._compiling: dict[Request, Future[CompiledGuide]] = {}
-        self._compiler: GuidanceCompiler | None = None  # made by the first thread that needs it, which takes seconds
-        self._creation = threading.Lock()
-
-    def _compile(self, spec: StructuredOutputs) -> CompiledGuide:
-        with self._creation:
-            if self._compiler is None:
-                self._compiler = self._create_compiler()
-        return self._compiler.compile(spec)
+        self._guided: dict[int, Request] = {}  # by their guides' numbers
 
     def start(self, request: Request, spec: StructuredOutputs) -> None:
-        """Compile a request's grammar; it waits for `collect` until that is done.
+        """Have a request's grammar compiled; it waits for `collect` until its first mask is there.
 
         Raises:
             ConfigError: xgrammar is not installed.
+            RequestError: what it asks for cannot be written as JSON.
         """
         require_xgrammar()
+        request.guide = self.grammars.follow(_text_of(spec), request.output_token_ids)
         request.awaits_host = True
-        self._compiling[request] = self._threads.submit(self._compile, spec)
+        self._guided[request.guide.number] = request
+
+    def ask(self, request: Request) -> None:
+        """A request's answer has grown: it waits for `collect` until there are masks for what comes next."""
+        assert request.guide is not None
+        self.grammars.ask(request.guide, request.draft_token_ids)
 
     def collect(self) -> list[Request]:
-        """Let requests go whose grammar is compiled; returns those whose grammar is unusable, their `error` set."""
-        failed = []
-        for request in [request for request, future in self._compiling.items() if future.done()]:
-            future = self._compiling.pop(request)
-            try:
-                request.guide = Guide(future.result())
-            except Exception as error:
-                request.error_is_users = isinstance(error, StepgraphError)
-                if not request.error_is_users:
-                    logger.exception("a grammar failed to compile")
-                request.error = str(error) or repr(error)
-                failed.append(request)
+        """Let requests go that have got their masks; those that cannot go on have their `error` set. Waits a moment for masks
+        that were asked for just now, so that their rows take part in the next step."""
+        requests = []
+        for guide in self.grammars.collect():
+            request = self._guided.get(guide.number)
+            if request is None:
+                continue
             request.awaits_host = False
-        return failed
+            if guide.error is not None:
+                request.error, request.error_is_users = guide.error, guide.error_is_users
+            requests.append(request)
+        return requests
 
     def drop(self, request: Request) -> None:
         """The request has ended."""
-        future = self._compiling.pop(request, None)
-        if future is not None:
-            future.cancel()
+        if request.guide is not None and self._guided.pop(request.guide.number, None) is not None:
+            self.grammars.drop(request.guide)
 
     def masks(self, request: Request) -> npt.NDArray[np.int32]:
         """What the request may sample next, and after each of its proposals: [n, ceil(V / MASK_BITS)] int32, see
@@ -87,15 +76,34 @@ class TokenMasks:
         if request.guide is None:
             masks = np.full((1 + self._max_drafts, self._num_words), -1, dtype=np.int32)
         else:
-            masks = np.zeros((1 + len(request.draft_token_ids), self._num_words), dtype=np.int32)
-            request.guide.fill_along(masks, request.draft_token_ids)
+            assert request.guide.masks is not None
+            assert not request.guide.is_waiting
+            masks = request.guide.masks[: 1 + len(request.draft_token_ids)]
         if request.params.allowed_token_ids is not None:
-            masks &= pack_tokens(request.params.allowed_token_ids, self._num_words)
+            masks = masks & pack_tokens(request.params.allowed_token_ids, self._num_words)
         return masks
 
     def shutdown(self) -> None:
-        """Stop the compiling threads."""
-        self._threads.shutdown(wait=False, cancel_futures=True)
+        """End the processes of grammars."""
+        self.grammars.shut_down()
+
+
+def _text_of(spec: StructuredOutputs) -> str:
+    """One text for all that ask the same."""
+    given = {name: value for name, value in vars(spec).items() if value not in (None, False)}
+    try:
+        return json.dumps(given, allow_nan=False)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise RequestError(f"structured_outputs.{next(iter(given))} is not JSON: {error}") from error
+
+
+def num_until_end(update: RequestUpdate, end_token_ids: Collection[int]) -> int | None:
+    """After how many of its new tokens a request's grammar has ended; None if it goes on. It ends with the first end token, which
+    is sampled where the answer is complete only."""
+    # What ended on the device ended at its last token, or failed after it, unless the grammar ends before that.
+    num_inside = len(update.new_token_ids) - (update.finish_reason in (FinishReason.STOP, FinishReason.LENGTH))
+    tokens = update.new_token_ids[:num_inside]
+    return next((place for place, token in enumerate(tokens, 1) if token in end_token_ids), None)
 
 
 def pack_tokens(tokens: Iterable[int], num_words: int) -> npt.NDArray[np.int32]:

@@ -16,7 +16,7 @@ from stepgraph.step.shape import Variant
 from stepgraph.step.slot_sampling import SlotSampling
 
 if TYPE_CHECKING:
-    from stepgraph.engine.guidance import Guide
+    from stepgraph.engine.grammars import RemoteGuide
     from stepgraph.models.adapters import Adapter
 
 
@@ -104,8 +104,8 @@ class Request(AnsweredRequest):
     """Only requests of the same salt share cached prefixes."""
     adapter: Adapter | None = None
     """The LoRA adapter it uses, held in memory until it ends."""
-    guide: Guide | None = None
-    """Where it stands in its grammar, once that is compiled."""
+    guide: RemoteGuide | None = None
+    """Where it stands in its grammar, if it follows one."""
 
     slot: int | None = None
     """Index of its device-side state while it runs."""

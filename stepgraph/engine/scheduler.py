@@ -593,7 +593,7 @@ class Scheduler:
     def _preempt(self, request: Request) -> None:
         self._leave_slot(request)
         request.num_preemptions += 1
-        request.awaits_host = False
+        request.awaits_host = request.guide is not None and request.guide.is_waiting
         self.statistics.preemptions += 1
         self._waiting.come_back(request)
 

@@ -77,7 +77,7 @@ class WaitingLine:
     def must_wait_for_first(self, request: Request) -> bool:
         """Whether the first in line was overtaken so often that nobody else may pass."""
         first = self._requests[0]
-        return _is_overdue(first) and request is not first
+        return _is_overdue(first) and request is not first and not first.awaits_host
 
     def open_gate(self) -> None:
         """Let those that wait enter, if the insertion policy says that it is time."""
