@@ -14,10 +14,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 from stepgraph.config import EngineConfig
+from stepgraph.engine.chat_messages import Message
+from stepgraph.engine.chat_template import ChatTemplate
 from stepgraph.engine.engine import Engine
 from stepgraph.engine.interrupts import interrupts_held
 from stepgraph.engine.outputs import RequestOutput
-from stepgraph.engine.prompts import Message, Prompt, render_chat, tokenize
+from stepgraph.engine.prompts import Prompt, tokenize
 from stepgraph.engine.request import RequestUpdate
 from stepgraph.engine.sampling_params import SamplingParams
 from stepgraph.engine.session import Session
@@ -55,6 +57,7 @@ class LLM:
         config = EngineConfig.from_settings(model=model, **settings)
         self.engine = Engine(config, source=source, needs_tokenizer=True, progress=progress)
         self.tokenizer = self.engine.tokenizer
+        self._chat_template = ChatTemplate(self.tokenizer)
         self._ids = (f"request-{number}" for number in count())
 
     def generate(
@@ -118,13 +121,14 @@ class LLM:
         use_tqdm: bool = True,
         adapter: str | Sequence[str | None] | None = None,
     ) -> list[RequestOutput]:
-        """Answer one conversation, or several, through the model's chat template. See `generate`.
+        """Answer one conversation, or several, through the model's chat template. See `generate`; for messages that the template
+        has no place for, `ChatTemplate`.
 
         The default `SamplingParams` here allow answers as long as the context.
         """
         one = bool(messages) and not isinstance(messages[0], Sequence)
         conversations: Sequence[Any] = [messages] if one else messages
-        prompts = [render_chat(conversation, self.tokenizer) for conversation in conversations]
+        prompts = [self._chat_template.prompt(conversation) for conversation in conversations]
         params = sampling_params or SamplingParams(max_tokens=None)
         return self.generate(prompts, params, use_tqdm=use_tqdm, adapter=adapter)
 
@@ -151,7 +155,7 @@ class LLM:
         self, messages: Sequence[Message], sampling_params: SamplingParams | None = None, *, adapter: str | None = None
     ) -> Iterator[RequestOutput]:
         """Answer one conversation, token by token. See `stream`."""
-        prompt = render_chat(messages, self.tokenizer)
+        prompt = self._chat_template.prompt(messages)
         return self.stream(prompt, sampling_params or SamplingParams(max_tokens=None), adapter=adapter)
 
     def sleep(self, level: int = 1) -> None:

@@ -17,8 +17,8 @@ from typing import Any
 
 from stepgraph.bench.report import machine, table
 from stepgraph.config import EngineConfig
+from stepgraph.engine.chat_template import ChatTemplate
 from stepgraph.engine.engine import Engine
-from stepgraph.engine.prompts import render_chat
 from stepgraph.engine.request import Request, RequestUpdate
 from stepgraph.engine.sampling_params import SamplingParams
 from stepgraph.engine.session import Session
@@ -113,9 +113,9 @@ def main(settings: dict[str, Any], *, progress: bool) -> int:
 
 def _tokenize(engine: Engine) -> dict[str, list[int]]:
     """Token ids of each arrival, as one chat turn."""
-    tokenizer = engine.tokenizer
+    template = ChatTemplate(engine.tokenizer)
     return {
-        arrival.name: render_chat([{"role": "user", "content": arrival.text}], tokenizer)["prompt_token_ids"]
+        arrival.name: template.prompt([{"role": "user", "content": arrival.text}])["prompt_token_ids"]
         for arrival in ARRIVALS
     }
 

@@ -15,8 +15,9 @@ from tqdm import tqdm
 from stepgraph.bench.spec_cost import RoundTimes, TimedStep, spread, time_round, time_steps
 from stepgraph.bench.spec_workloads import Workload
 from stepgraph.config import CacheConfig, EngineConfig
+from stepgraph.engine.chat_template import ChatTemplate
 from stepgraph.engine.engine import Engine
-from stepgraph.engine.prompts import render_chat, require_tokenizer
+from stepgraph.engine.prompts import require_tokenizer
 from stepgraph.engine.reports import StepReport
 from stepgraph.engine.sampling_params import SamplingParams
 from stepgraph.errors import ConfigError
@@ -152,9 +153,9 @@ def load_prompts(source: ModelSource, workloads: Sequence[Workload], output_len:
         ConfigError: the model has no tokenizer, or no prompt of a workload fits.
         RequestError: the model has no chat template.
     """
-    tokenizer, found = require_tokenizer(source.tokenizer_if_any()), []
+    template, found = ChatTemplate(require_tokenizer(source.tokenizer_if_any())), []
     for workload in workloads:
-        rendered = (render_chat([{"role": "user", "content": prompt}], tokenizer) for prompt in workload.prompts)
+        rendered = (template.prompt([{"role": "user", "content": prompt}]) for prompt in workload.prompts)
         token_ids: list[list[int]] = [prompt["prompt_token_ids"] for prompt in rendered]
         fitting = [ids for ids in token_ids if len(ids) + output_len <= max_len]
         if not fitting:

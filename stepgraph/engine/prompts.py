@@ -12,8 +12,6 @@ if TYPE_CHECKING:
 
 Prompt: TypeAlias = str | Sequence[int] | Mapping[str, Any]
 """Text, token ids, ``{"prompt": text}`` or ``{"prompt_token_ids": ids}``; a dict may have a ``"cache_salt"``."""
-Message: TypeAlias = Mapping[str, Any]
-"""``{"role": ..., "content": ...}``."""
 
 
 class TokenizedPrompt(NamedTuple):
@@ -65,64 +63,6 @@ def encode_text(text: str, tokenizer: PreTrainedTokenizerFast | None, *, add_spe
         ) from error
     # transformers would warn of indexing errors where a text is too long; it is refused, by who knows the engine's limit
     return list(tokenizer.encode(text, add_special_tokens=add_special_tokens, verbose=False))
-
-
-def render_chat(messages: Sequence[Message], tokenizer: PreTrainedTokenizerFast | None) -> dict[str, Any]:
-    """The prompt of a conversation, text and token ids, up to where the assistant's answer starts.
-
-    Raises:
-        RequestError: the messages do not fit the model's chat template, or it has none.
-    """
-    text = chat_text(messages, tokenizer)
-    return {"prompt": text, "prompt_token_ids": encode_text(text, tokenizer, add_special_tokens=False)}
-
-
-def chat_text(
-    messages: Sequence[Message],
-    tokenizer: PreTrainedTokenizerFast | None,
-    *,
-    tools: Sequence[Mapping[str, Any]] | None = None,
-    chat_template: str | None = None,
-    add_generation_prompt: bool = True,
-    continue_final_message: bool = False,
-    variables: Mapping[str, Any] | None = None,
-) -> str:
-    """The prompt of a conversation as text, up to where the assistant's answer starts.
-
-    The template writes the special tokens itself, so the tokenizer must not add its own.
-
-    Args:
-        messages: the turns.
-        tokenizer: the model's.
-        tools: functions the model may call, as the OpenAI API describes them.
-        chat_template: default: the model's.
-        add_generation_prompt: begin the assistant's turn.
-        continue_final_message: leave the last turn open instead, to go on with it.
-        variables: further ones of the template.
-
-    Raises:
-        RequestError: the messages do not fit the model's chat template, or it has none.
-    """
-    tokenizer = require_tokenizer(tokenizer)
-    if not (chat_template or tokenizer.chat_template):
-        raise RequestError("this model has no chat template; use generate with the whole prompt as text")
-    if continue_final_message and add_generation_prompt:
-        raise RequestError(
-            "continue_final_message goes on with the last turn; set add_generation_prompt to false with it"
-        )
-    try:
-        text = tokenizer.apply_chat_template(
-            list(messages),
-            tools=list(tools) if tools else None,
-            chat_template=chat_template,
-            tokenize=False,
-            add_generation_prompt=add_generation_prompt,
-            continue_final_message=continue_final_message,
-            **(variables or {}),
-        )
-    except Exception as error:
-        raise RequestError(f"the messages do not fit the model's chat template: {error}") from error
-    return str(text)
 
 
 def require_tokenizer(tokenizer: PreTrainedTokenizerFast | None) -> PreTrainedTokenizerFast:

@@ -163,13 +163,8 @@ def _add_tokenizer(app: FastAPI, service: Service) -> None:
             else:
                 messages = plain_messages(body.messages or ())
                 service.check_turns(messages)
-                text = service.chat_form.render(
-                    messages,
-                    [tool.model_dump(exclude_none=True) for tool in body.tools or ()],
-                    add_generation_prompt=body.add_generation_prompt,
-                    continue_final_message=body.continue_final_message,
-                    variables=body.chat_template_kwargs,
-                )
+                tools = [tool.model_dump(exclude_none=True) for tool in body.tools or ()]
+                text = service.chat_form.template.render(messages, tools, **body.rendering())
                 prompt = service.encode(text, add_special_tokens=body.add_special_tokens is True)
             ids = prompt.token_ids
             texts = tokenizer.convert_ids_to_tokens(ids) if body.return_token_strs else None

@@ -62,14 +62,14 @@ class ChatCall:
         generation: its answers.
         parsers: one for each answer.
         tally: counts their tokens.
-        forced: it must call one function, whose name the client knows.
+        tools: what was asked for about them.
     """
 
-    def __init__(self, generation: Generation, parsers: Sequence[AnswerParser], tally: Tally, *, forced: bool):
+    def __init__(self, generation: Generation, parsers: Sequence[AnswerParser], tally: Tally, tools: ToolUse):
         self.generation = generation
         self.tally = tally
+        self.tools = tools
         self._parsers = parsers
-        self._forced = forced
 
     @classmethod
     async def start(
@@ -98,7 +98,7 @@ class ChatCall:
             for _ in range(params.n)
         ]
         tally = Tally([generation], thinks=form.thinks, speculates=service.speculates)
-        return cls(generation, parsers, tally, forced=tools.forced is not None)
+        return cls(generation, parsers, tally, tools)
 
     async def gains(self) -> AsyncGenerator[Gain]:
         """What the answers gain, as it comes; pieces that are held back yet are left out."""
@@ -107,10 +107,12 @@ class ChatCall:
                 self.tally.add(deltas)
                 for delta in deltas:
                     parser = self._parsers[delta.index]
-                    piece = parser.feed(delta.text, finished=delta.finish_reason is not None)
+                    piece = parser.feed(delta.text, finish_reason=delta.finish_reason)
                     self.tally.num_reasoning += num_reasoning(delta, piece)
                     reason = delta.finish_reason
-                    if reason == "stop" and parser.num_calls and not self._forced:
+                    if (
+                        reason == "stop" and parser.num_calls and self.tools.forced is None
+                    ):  # else the client knows of the call
                         reason = "tool_calls"
                     yield Gain(delta, piece, reason)
 
@@ -127,16 +129,10 @@ def _prepared(
     request, messages, tools = conversation
     form = service.chat_form
     service.check_turns(messages)
-    variables = dict(request.chat_template_kwargs or {})
+    rendering = request.rendering()
     if request.reasoning_effort is not None:
-        variables.setdefault("reasoning_effort", request.reasoning_effort)
-    text = form.render(
-        messages,
-        tools.shown,
-        add_generation_prompt=request.add_generation_prompt,
-        continue_final_message=request.continue_final_message,
-        variables=variables,
-    )
+        rendering["variables"].setdefault("reasoning_effort", request.reasoning_effort)
+    text = form.template.render(messages, tools.shown, **rendering)
     prompt = service.encode(text, add_special_tokens=False)
     max_tokens = request.max_completion_tokens if request.max_completion_tokens is not None else request.max_tokens
     others: dict[str, Any] = {"max_tokens": max_tokens}
@@ -144,10 +140,10 @@ def _prepared(
         raise RequestError("top_logprobs needs logprobs; set it to true")
     if request.logprobs:
         others["logprobs"] = request.top_logprobs or 0
-    if tools.must_call:
-        if structured_outputs(request) is not None:
-            raise RequestError("tool_choice forces a call, so the answer cannot have another form; ask for one of them")
+    if tools.must_call:  # a form that is asked for beside is that of text answers, of which there will be none
         others["structured_outputs"] = {"json": tools.schema()}
+    elif request.response_format is not None and (spec := structured_outputs(request)) is not None:
+        others["structured_outputs"] = form.with_calls(spec, tools)
     if tools.shown and form.marks_calls_by_special_tokens:
         others["skip_special_tokens"] = False
     params = sampling_params(request, service.face.sampling_defaults, **others)
@@ -211,7 +207,7 @@ class ChatReply:
         for choice, (thoughts, contents), pieces in zip(choices, texts, arguments, strict=True):
             content, thought = "".join(contents), "".join(thoughts)
             calls = [] if choice.message.tool_calls is UNSET else choice.message.tool_calls
-            choice.message.content = content if content or not calls else None
+            choice.message.content = content if content or not (calls or self._call.tools.must_call) else None
             if thought and self._request.include_reasoning:
                 choice.message.reasoning_content = thought
             for call_made, texts_of_call in zip(calls, pieces, strict=True):
@@ -230,8 +226,9 @@ class ChatReply:
         def chunk(choices: list[ChatChunkChoice], counts: Usage | UnsetType | None) -> bytes:
             return event(encode_json(ChatChunk(self._id, self._created, self._model, choices, counts)))
 
+        first = ChatMessage(None if self._call.tools.must_call else "", "assistant")
         for index in range(self._n):
-            yield chunk([ChatChunkChoice(index, ChatMessage("", "assistant"))], usage.of_chunk())
+            yield chunk([ChatChunkChoice(index, first)], usage.of_chunk())
         async with aclosing(self._call.gains()) as gains:
             async for gain in gains:
                 choice = self._chunk_of(gain)

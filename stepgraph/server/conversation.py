@@ -1,16 +1,17 @@
-"""From a conversation to a prompt, and from the text that follows to reasoning, answer and tool calls."""
+"""What a conversation asks of a model's answer, and from its text to reasoning, content and tool calls."""
 
 from __future__ import annotations
 
-import json
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
-from stepgraph.engine.prompts import chat_text
+from stepgraph.engine.chat_messages import plain_message
+from stepgraph.engine.chat_template import ChatTemplate
 from stepgraph.errors import RequestError
 from stepgraph.server import reasoning
+from stepgraph.server.forced_calls import forced_call_schema, form_or_calls
 from stepgraph.server.protocol import ChatMessageField, NamedToolChoice, Tool
 from stepgraph.server.reasoning import ReasoningParser
 from stepgraph.server.tool_calls import (
@@ -19,17 +20,7 @@ from stepgraph.server.tool_calls import (
     ToolCallFormat,
     ToolCallParser,
     detect_format,
-    forced_call_schema,
-    tools_prompt,
 )
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast
-
-_PROBE_NAME = "probe_of_the_template"
-_PROBE = {"type": "function", "function": {"name": _PROBE_NAME, "description": "", "parameters": {}}}
-_SETTLED = frozenset({"tools", "tokenize", "conversation", "messages", "return_tensors", "return_dict", "padding"})
-"""Arguments of transformers that are no variables of a template."""
 
 
 @dataclass(frozen=True)
@@ -37,69 +28,31 @@ class ChatForm:
     """How a model's chat template does things. Made once, when the model is loaded.
 
     Args:
-        tokenizer: the model's.
-        template: replaces the model's chat template.
+        template: the model's, or what replaces it.
         tool_format: how the model writes tool calls; None leaves them in the text.
         thinks: whether its answers may begin with reasoning.
-        template_shows_tools: whether the template tells the model about tools; else a system message does.
     """
 
-    tokenizer: PreTrainedTokenizerFast | None
-    template: str | None
+    template: ChatTemplate
     tool_format: ToolCallFormat | None
     thinks: bool
-    template_shows_tools: bool
 
     @classmethod
-    def of(
-        cls,
-        tokenizer: PreTrainedTokenizerFast | None,
-        *,
-        template: str | None,
-        tool_call_parser: str,
-        reasoning_parser: str,
-    ) -> ChatForm:
+    def of(cls, template: ChatTemplate, *, tool_call_parser: str, reasoning_parser: str) -> ChatForm:
         """Find out how a template does things; see the settings of these names."""
-        text = template or (tokenizer.chat_template if tokenizer is not None else None)
-        text = text if isinstance(text, str) else json.dumps(text)  # several templates, by name
         tool_format: ToolCallFormat | None = None
         if tool_call_parser != "none":
-            tool_format = detect_format(text) if tool_call_parser == "auto" else ToolCallFormat(tool_call_parser)
-        return cls(
-            tokenizer,
-            template,
-            tool_format,
-            thinks=reasoning_parser == "think" or (reasoning_parser == "auto" and reasoning.thinks(text)),
-            template_shows_tools=_shows_tools(tokenizer, template),
-        )
+            tool_format = (
+                detect_format(template.text) if tool_call_parser == "auto" else ToolCallFormat(tool_call_parser)
+            )
+        thinks = reasoning_parser == "think" or (reasoning_parser == "auto" and reasoning.thinks(template.text))
+        return cls(template, tool_format, thinks)
 
-    def render(
-        self,
-        messages: Sequence[Mapping[str, Any]],
-        tools: Sequence[Mapping[str, Any]],
-        *,
-        add_generation_prompt: bool = True,
-        continue_final_message: bool = False,
-        variables: Mapping[str, Any] | None = None,
-    ) -> str:
-        """The prompt of a conversation; its special tokens are in it. Takes milliseconds.
-
-        Raises:
-            RequestError: the conversation does not fit the template.
-        """
-        if reserved := sorted(_SETTLED & set(variables or ())):
-            raise RequestError(f"chat_template_kwargs cannot set {reserved[0]!r}; it takes variables of the template")
-        if not self.template_shows_tools:
-            messages = _spelled_out(messages, tools)
-        return chat_text(
-            messages,
-            self.tokenizer,
-            tools=tools if self.template_shows_tools else None,
-            chat_template=self.template,
-            add_generation_prompt=add_generation_prompt,
-            continue_final_message=continue_final_message,
-            variables=variables,
-        )
+    def with_calls(self, spec: dict[str, Any], tools: ToolUse) -> dict[str, Any]:
+        """The form of a text answer, as SamplingParams takes it, and beside it calls of the tools, if the model may call some."""
+        if not tools.shown or self.tool_format is None:
+            return spec
+        return form_or_calls(spec, tools.shown, self.tool_format, parallel=not tools.at_most_one)
 
     @property
     def marks_calls_by_special_tokens(self) -> bool:
@@ -184,8 +137,9 @@ class AnswerParser:
             self._calls = ToolCallParser(form.tool_format, tools.names)
         self.num_calls = 0
 
-    def feed(self, text: str, *, finished: bool) -> Piece:
-        """Sort more text; `finished` with the last of it."""
+    def feed(self, text: str, *, finish_reason: str | None = None) -> Piece:
+        """Sort more text; the last of it comes with the reason why it is."""
+        finished = finish_reason is not None
         thought, content = ("", text) if self._reasoning is None else self._reasoning.feed(text)
         if finished and self._reasoning is not None:
             more_thought, more_content = self._reasoning.finish()
@@ -194,7 +148,7 @@ class AnswerParser:
         if self._calls is not None:
             content, calls = self._calls.feed(content)
             if finished:
-                more_content, more_calls = self._calls.finish()
+                more_content, more_calls = self._calls.finish(cut=finish_reason != "stop")
                 content, calls = content + more_content, calls + more_calls
         if self._at_most_one:
             calls = [call for call in calls if call.index == 0]
@@ -203,83 +157,12 @@ class AnswerParser:
 
 
 def plain_messages(messages: Sequence[ChatMessageField]) -> list[dict[str, Any]]:
-    """Messages as chat templates take them: content as text, arguments of calls as objects.
+    """The messages of a request as `ChatTemplate.render` takes them, with their content as text.
 
     Raises:
-        RequestError: a message holds something else than text, or arguments that are not JSON.
+        RequestError: one holds something else than text, or a call without a name.
     """
-    if not messages:
-        raise RequestError("messages is empty; give at least one message")
-    return [_plain_message(message, f"messages[{index}]") for index, message in enumerate(messages)]
-
-
-def _plain_message(message: ChatMessageField, where: str) -> dict[str, Any]:
-    plain = message.model_dump(exclude_none=True)
-    content = message.content
-    if isinstance(content, list):
-        content = "".join(_text_of(part, f"{where}.content[{index}]") for index, part in enumerate(content))
-    plain["content"] = content or ""
-    for index, call in enumerate(plain.get("tool_calls", ())):
-        function = call.get("function")
-        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
-            raise RequestError(f"{where}.tool_calls[{index}] needs function: {{name, arguments}}")
-        arguments = function.get("arguments")
-        if isinstance(arguments, str):
-            function["arguments"] = parse_arguments(arguments, f"{where}.tool_calls[{index}].function.arguments")
-    return plain
-
-
-def parse_arguments(text: str, where: str) -> Any:
-    """The arguments of a call as chat templates take them.
-
-    Raises:
-        RequestError: they are not JSON; `where` names their field.
-    """
-    try:
-        return json.loads(text or "{}")
-    except (ValueError, RecursionError) as error:
-        raise RequestError(f"{where} is not JSON: {error}") from error
-
-
-def _text_of(part: Mapping[str, Any], where: str) -> str:
-    kind, text = part.get("type"), part.get("text", part.get("refusal"))
-    if kind not in ("text", "input_text", "output_text", "refusal"):
-        raise RequestError(f"{where} is of type {kind!r}, and this model takes text only; leave it out")
-    if not isinstance(text, str):
-        raise RequestError(f"{where}.text must be text, not {text!r:.80}")
-    return text
-
-
-def _shows_tools(tokenizer: PreTrainedTokenizerFast | None, template: str | None) -> bool:
-    """Whether a template tells the model about tools."""
-    if tokenizer is None or not (template or tokenizer.chat_template):
-        return False
-    messages = [{"role": "user", "content": "x"}]
-    try:
-        shown = chat_text(messages, tokenizer, tools=[_PROBE], chat_template=template)
-    except RequestError:
-        return False
-    return _PROBE_NAME in shown
-
-
-def _spelled_out(messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """The conversation for a template that knows no tools: these, calls and their results become text."""
-    found = [_without_tools(message) for message in messages]
-    if not tools:
-        return found
-    text = tools_prompt(tools)
-    if found[0]["role"] == "system":
-        found[0]["content"] = f"{found[0]['content']}\n\n{text}"
-        return found
-    return [{"role": "system", "content": text}, *found]
-
-
-def _without_tools(message: Mapping[str, Any]) -> dict[str, Any]:
-    role, content = message["role"], message.get("content") or ""
-    for call in message.get("tool_calls", ()):
-        function = call["function"]
-        written = json.dumps({"name": function["name"], "arguments": function.get("arguments", {})})
-        content += ("\n" if content else "") + f"<tool_call>\n{written}\n</tool_call>"
-    if role == "tool":
-        role, content = "user", f"<tool_response>\n{content}\n</tool_response>"
-    return {"role": role, "content": content}
+    return [
+        plain_message(message.model_dump(exclude_none=True), f"messages[{index}]")
+        for index, message in enumerate(messages)
+    ]

@@ -20,6 +20,7 @@ import uvicorn
 
 from stepgraph.config import EngineConfig
 from stepgraph.config.server import ServerConfig
+from stepgraph.engine.chat_template import ChatTemplate
 from stepgraph.server.app import create_app, create_metrics_app
 from stepgraph.server.connections import Connection, Connections, Limits
 from stepgraph.server.conversation import ChatForm
@@ -234,12 +235,13 @@ def _face_of(front: Front) -> ModelFace:
     config = front.config
     source = resolve_configured(front.engine_config.model)
     tokenizer = source.tokenizer_if_any()
+    template = ChatTemplate(tokenizer, front.chat_template)
+    template.prepare()
     return ModelFace(
         name=source.name,
         tokenizer=tokenizer,
         chat_form=ChatForm.of(
-            tokenizer,
-            template=front.chat_template,
+            template,
             tool_call_parser=config.tool_call_parser,
             reasoning_parser=config.reasoning_parser,
         ),

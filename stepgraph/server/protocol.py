@@ -178,7 +178,63 @@ class ChatMessageField(_Fields):
     reasoning_content: str | None = None
 
 
-class ChatRequest(SamplingFields):
+class TemplateFields(_Fields):
+    """How a conversation goes through the chat template."""
+
+    add_generation_prompt: bool = Field(
+        True, description="begin the assistant's turn after the last message; false with continue_final_message"
+    )
+    continue_final_message: bool = Field(False, description="go on with the last message instead")
+    documents: Items[dict[str, Any]] | None = Field(
+        None, description='texts to answer from, {"title", "text"} each, for chat templates that show them'
+    )
+    chat_template: str | None = Field(
+        None, description="not supported: a template is a program, and the server runs those that it is started with"
+    )
+    chat_template_kwargs: dict[str, Any] | None = Field(
+        None, description="further variables of the chat template; also the fields above"
+    )
+
+    def rendering(self) -> dict[str, Any]:
+        """What these fields say, as `ChatTemplate.render` takes it. A field may also stand in chat_template_kwargs.
+
+        Raises:
+            RequestError: it brings a template, gives a field twice with different values, or one of the wrong type.
+        """
+        variables = dict(self.chat_template_kwargs or {})
+        if self.chat_template is not None or "chat_template" in variables:
+            raise RequestError(
+                "chat_template is not taken from requests, since a template is a program that the server would run; start the "
+                "server with --chat-template FILE, or send the rendered prompt to /v1/completions"
+            )
+        moved = {name: variables.pop(name) for name in _RENDERING if name in variables}
+        for name, value in moved.items():
+            given = getattr(self, name) if name in self.model_fields_set else None
+            if given is not None and value != given:
+                raise RequestError(
+                    f"{name} is {given!r:.80}, and {value!r:.80} in chat_template_kwargs; give it in one place"
+                )
+            if not _fits(name, value):
+                raise RequestError(
+                    f"{name}={value!r:.80} in chat_template_kwargs must be "
+                    f"{'a list of objects' if name == 'documents' else 'true or false'}"
+                )
+        found = {name: getattr(self, name) for name in _RENDERING} | moved
+        if found["continue_final_message"] and "add_generation_prompt" not in self.model_fields_set | moved.keys():
+            found["add_generation_prompt"] = False
+        return {**found, "variables": variables}
+
+
+_RENDERING = ("add_generation_prompt", "continue_final_message", "documents")
+
+
+def _fits(name: str, value: Any) -> bool:
+    if name == "documents":
+        return isinstance(value, list) and all(isinstance(one, dict) for one in value)
+    return isinstance(value, bool)
+
+
+class ChatRequest(SamplingFields, TemplateFields):
     """/v1/chat/completions."""
 
     messages: Items[ChatMessageField] = Field(description="the conversation so far")
@@ -193,12 +249,9 @@ class ChatRequest(SamplingFields):
     parallel_tool_calls: bool | None = Field(None, description="false: one call at most")
     include_reasoning: bool = Field(True, description="false leaves reasoning_content out")
     reasoning_effort: str | None = Field(None, description="given to the chat template")
-    chat_template_kwargs: dict[str, Any] | None = Field(None, description="further variables of the chat template")
-    add_generation_prompt: bool = Field(True, description="begin the assistant's turn after the last message")
-    continue_final_message: bool = Field(False, description="go on with the last message instead")
 
 
-class TokenizeRequest(_Fields):
+class TokenizeRequest(TemplateFields):
     """/tokenize: a text, or a conversation through the chat template."""
 
     model: str | None = None
@@ -206,9 +259,6 @@ class TokenizeRequest(_Fields):
     messages: Items[ChatMessageField] | None = None
     tools: Items[Tool] | None = None
     add_special_tokens: bool | None = Field(None, description="default: true for a text, false for a conversation")
-    add_generation_prompt: bool = True
-    continue_final_message: bool = False
-    chat_template_kwargs: dict[str, Any] | None = None
     return_token_strs: bool = False
 
 

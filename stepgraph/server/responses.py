@@ -16,7 +16,7 @@ from stepgraph.engine.sampling_params import SamplingParams
 from stepgraph.engine.session import AnswerDelta
 from stepgraph.errors import RequestError
 from stepgraph.server.chat import ChatCall, Conversation, describe_logprobs
-from stepgraph.server.conversation import ToolUse, parse_arguments
+from stepgraph.server.conversation import ToolUse
 from stepgraph.server.errors import APIError
 from stepgraph.server.protocol import (
     ChatRequest,
@@ -317,7 +317,8 @@ def tools_of(request: ResponsesRequest) -> ToolUse:
 def messages_of(request: ResponsesRequest) -> list[dict[str, Any]]:
     """The conversation of a request, as chat templates take it.
 
-    What the assistant did between two turns of others becomes one message, and so do system messages in a row.
+    What the assistant did between two turns of others becomes one message, and so do messages of the system, or of the
+    developer, in a row.
 
     Raises:
         RequestError: it holds something that this model cannot take.
@@ -348,8 +349,8 @@ def _add(messages: list[dict[str, Any]], item: Mapping[str, Any], where: str) ->
             messages.append({"role": role, "content": [text]})
         elif role == "assistant":
             _turn_of("assistant", messages)["content"].append(text)
-        elif role in ("system", "developer"):  # one rank, of two names; chat templates know the older one
-            _turn_of("system", messages)["content"].append(text)
+        elif role in ("system", "developer"):
+            _turn_of(role, messages)["content"].append(text)
         else:
             raise RequestError(f"{where}.role={role!r:.80} is not known; use user, assistant, system or developer")
     elif kind == "reasoning":
@@ -357,8 +358,7 @@ def _add(messages: list[dict[str, Any]], item: Mapping[str, Any], where: str) ->
             text = _text_of(item["content"], f"{where}.content")
             _turn_of("assistant", messages).setdefault("reasoning_content", []).append(text)
     elif kind == "function_call":
-        arguments = parse_arguments(_string(item, "arguments", where), f"{where}.arguments")
-        function = {"name": _string(item, "name", where), "arguments": arguments}
+        function = {"name": _string(item, "name", where), "arguments": _string(item, "arguments", where)}
         call = {"id": _string(item, "call_id", where), "type": "function", "function": function}
         _turn_of("assistant", messages).setdefault("tool_calls", []).append(call)
     elif kind == "function_call_output":

@@ -1,15 +1,13 @@
-"""Calls of tools: finding them in an answer while it is written, asking the model for them, and forcing it to write them."""
+"""Calls of tools: finding them in an answer while it is written."""
 
 from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Callable, Collection, Generator, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Any, TypeAlias, TypeVar
-
-from stepgraph.errors import RequestError
+from typing import TypeAlias, TypeVar
 
 _T = TypeVar("_T")
 _Reading: TypeAlias = Generator[None, str, _T]
@@ -115,6 +113,7 @@ class _CallReader:
         self._num_calls = 0
         self._has_call = False  # since the last mark before calls
         self._is_after_call = False  # no content came since the last call
+        self._is_cut = False  # the end came before the model's
         self._reading = self._answer()
         next(self._reading)
 
@@ -134,10 +133,14 @@ class _CallReader:
         self._content, self._deltas = [], []
         return content, deltas
 
-    def finish(self) -> tuple[str, list[ToolCallDelta]]:
+    def finish(self, *, cut: bool = False) -> tuple[str, list[ToolCallDelta]]:
         """The answer has ended. Returns the rest as `feed` does: a call that was announced stays as far as it came, and what was
         held back of one that was not is content.
+
+        Args:
+            cut: the model would have written more. What was held back is then the beginning of a call, and left out.
         """
+        self._is_cut = cut
         with contextlib.suppress(StopIteration):
             self._reading.send(_END)
         return self.feed("")
@@ -175,6 +178,13 @@ class _CallReader:
             self._content += self._held[:end]
             del self._held[:end]
             self._is_after_call = False
+
+    def _give_unless_cut(self) -> None:
+        """What is held is no call: content, unless it only was not one yet when the answer was cut off."""
+        if self._is_cut and self._character == _END:
+            self._held.clear()
+        else:
+            self._give()
 
     def _announce(self, name: str) -> None:
         if self._names is not None and name not in self._names:
@@ -218,7 +228,7 @@ class _CallReader:
                 self._held.clear()
                 self._has_call, self._is_after_call = False, True
             else:  # what was read hides no mark, since it has the first character of one only once
-                self._give()
+                self._give_unless_cut()
         if not self._is_after_call:
             self._content += self._held
 
@@ -260,7 +270,7 @@ class _CallReader:
             if not (yield from self._is_call(call)):
                 break
         if not self._has_call:
-            self._give()
+            self._give_unless_cut()
 
     def _is_call(self, call: _Reading[None]) -> _Reading[bool]:
         """Read what may be a call. Returns whether it is one to its last character."""
@@ -273,7 +283,7 @@ class _CallReader:
         except _NoCallError:
             if self._call.name is not None and self._character == _END:
                 self._held.clear()
-            self._give()
+            self._give_unless_cut()
             return False
         finally:
             self._tell()
@@ -437,6 +447,11 @@ class ForcedCallParser(_CallReader):
         self._name = name
         super().__init__(None, None)
 
+    def feed(self, text: str) -> tuple[str, list[ToolCallDelta]]:
+        """As of any answer; there is no content in one that was forced, and what is no call is one that was cut off."""
+        _, deltas = super().feed(text)
+        return "", deltas
+
     def _answer(self) -> _Reading[None]:
         if self._name is None:
             yield from self._calls()
@@ -451,93 +466,3 @@ class ForcedCallParser(_CallReader):
 
 def _ignore(text: str) -> None:
     """Write nothing."""
-
-
-def tools_prompt(tools: Sequence[Mapping[str, Any]]) -> str:
-    """A system message that offers tools to a model whose chat template cannot, and asks for calls in the HERMES format.
-
-    Args:
-        tools: as the OpenAI API has them: `{"type": "function", "function": {"name", "description", "parameters"}}`.
-    """
-    functions = "\n".join(json.dumps(tool["function"], ensure_ascii=False) for tool in tools)
-    return (
-        "You can call functions to help with the user's request. These are the functions, one JSON object per line, with a JSON "
-        f"schema of their parameters:\n<tools>\n{functions}\n</tools>\n"
-        "To call a function, write its name and its arguments as a JSON object between tags, exactly like this:\n"
-        '<tool_call>{"name": "NAME", "arguments": {"PARAMETER": "VALUE"}}</tool_call>\n'
-        "Write one such line for each call and nothing after the last; you are then told what the functions returned. If no "
-        "function helps, answer without a call."
-    )
-
-
-def forced_call_schema(
-    tools: Sequence[Mapping[str, Any]], name: str | None, *, parallel: bool = True
-) -> dict[str, Any]:
-    """The JSON schema of an answer that consists of calls, for a grammar that forces the model to call. See `ForcedCallParser`.
-
-    Args:
-        tools: as for `tools_prompt`.
-        name: of the function to call, which gives the schema of its arguments; None: the schema of an array of calls
-            `{"name": ..., "arguments": ...}`, at least one, of any of the functions.
-        parallel: the array may hold more than one call.
-
-    Raises:
-        RequestError: no tool has this name, there are no tools, or a schema is nested too deep.
-    """
-    functions = {tool["function"]["name"]: tool["function"].get("parameters") or {} for tool in tools}
-    if name is not None and name not in functions:
-        raise RequestError(f"tool_choice={name!r} is not among tools, which are {sorted(functions)}; name one of those")
-    if not functions:
-        raise RequestError("tool_choice='required' needs tools, of which there are none; add the functions to call")
-    if name is not None:
-        return _object_schema(functions[name])
-    calls, definitions = [], {}
-    for i, (function, parameters) in enumerate(functions.items()):
-        arguments = {key: value for key, value in _object_schema(parameters).items() if key != "$id"}
-        place = f"tools.{i}.parameters"  # errors name it; a function's name may hold what references cannot
-        try:
-            definition = _moved(arguments, f"#/$defs/{place}")
-        except RecursionError as error:
-            raise RequestError(f"tools: the parameters of {function!r} are nested too deep; flatten them") from error
-        if (
-            definition != arguments
-        ):  # it has references, which must not lead through an array: xgrammar cannot follow those
-            definitions[place] = definition
-            arguments = {"$ref": f"#/$defs/{place}"}
-        calls.append({
-            "type": "object",
-            "properties": {"name": {"const": function}, "arguments": arguments},
-            "required": ["name", "arguments"],
-            "additionalProperties": False,
-        })  # fmt: skip
-    schema = {"type": "array", "items": {"anyOf": calls}, "minItems": 1, "$defs": definitions}
-    return schema if parallel else schema | {"maxItems": 1}
-
-
-def _object_schema(parameters: Mapping[str, Any]) -> dict[str, Any]:
-    """A schema of objects, which arguments are also where the schema of parameters does not say so."""
-    says_more = parameters.keys() & {"$ref", "anyOf", "oneOf", "allOf"}
-    return dict(parameters) if says_more else {"type": "object"} | dict(parameters)
-
-
-_VALUES = frozenset({"const", "enum", "default", "examples"})
-"""Keywords of a schema whose values are no schemas."""
-_NAMED_SCHEMAS = frozenset({"properties", "patternProperties", "dependentSchemas", "$defs", "definitions"})
-"""Keywords whose values are schemas by names, which are no keywords."""
-
-
-def _moved(node: Any, root: str) -> Any:
-    """A schema, or part of one, as it must be where its root has the place `root` in another schema: its references follow."""
-    if isinstance(node, list):
-        return [_moved(item, root) for item in node]
-    if not isinstance(node, dict):
-        return node
-    moved: dict[str, Any] = {}
-    for key, value in node.items():
-        if key == "$ref" and isinstance(value, str) and value.startswith("#"):
-            moved[key] = root + value[1:]
-        elif key in _NAMED_SCHEMAS and isinstance(value, dict):
-            moved[key] = {name: _moved(schema, root) for name, schema in value.items()}
-        else:
-            moved[key] = value if key in _VALUES else _moved(value, root)
-    return moved

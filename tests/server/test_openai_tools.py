@@ -212,7 +212,6 @@ def test_a_tool_is_called_and_its_result_answered_from(chat_server) -> None:
         ({"tools": [WEATHER], "tool_choice": {"type": "function", "function": {"name": "f"}}}, "'f'.*get_weather"),
         ({"tool_choice": "required"}, "needs tools"),
         ({"tools": [WEATHER, WEATHER]}, "two functions named 'get_weather'"),
-        ({"tools": [WEATHER], "tool_choice": "required", **written("x")}, "cannot have another form"),
         ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]}, "takes text"),
     ],
 )
@@ -220,6 +219,95 @@ def test_what_contradicts_itself_is_refused_whole_and_streamed(client, fields, m
     for stream in (False, True):
         with pytest.raises(openai.BadRequestError, match=message):
             create(client, stream=stream, **fields)
+
+
+NAMED = {"type": "function", "function": {"name": "get_weather"}}
+
+
+@pytest.mark.parametrize("choice", ["required", NAMED], ids=["required", "named"])
+def test_a_forced_call_that_is_cut_off_leaves_no_text_whole_and_streamed(client, choice) -> None:
+    fields = {"tools": [WEATHER], "tool_choice": choice, "parallel_tool_calls": False}
+    announced = set()
+    for max_tokens in (1, 4, 6):
+        [whole] = create(client, max_tokens=max_tokens, **fields).choices
+        streamed = StreamedChat(create(client, stream=True, max_tokens=max_tokens, **fields))
+        assert (whole.message.content, whole.finish_reason) == (None, "length")
+        assert (streamed.content, streamed.finish_reason) == ("", "length")
+        made = [(call.function.name, call.function.arguments) for call in whole.message.tool_calls or ()]
+        assert [(call["name"], call["arguments"]) for call in streamed.calls] == made
+        announced.add(len(made))
+    assert announced == ({0} if choice == "required" else {1})
+
+
+def test_a_call_that_was_cut_off_can_be_sent_back(client, chat_server) -> None:
+    cut = create(client, tools=[WEATHER], tool_choice=NAMED, max_tokens=4).choices[0].message
+    arguments = cut.tool_calls[0].function.arguments
+    with pytest.raises(json.JSONDecodeError):
+        json.loads(arguments)
+    messages = [
+        *ASK,
+        cut.to_dict(),
+        {"role": "tool", "tool_call_id": cut.tool_calls[0].id, "content": "It was cut off."},
+    ]
+    assert create(client, messages=messages, tools=[WEATHER], max_tokens=1).choices
+    tokens = chat_server.post("/tokenize", {"messages": messages, "tools": [WEATHER]}).json["tokens"]
+    prompt = chat_server.post("/detokenize", {"tokens": tokens}).json["prompt"]
+    assert f'"arguments": {json.dumps(arguments)}}}' in prompt
+
+    tool = {"type": "function", **WEATHER["function"]}
+    fields = {"tools": [tool], "max_output_tokens": 4}
+    response = respond(client, ASK, tool_choice={"type": "function", "name": "get_weather"}, **fields)
+    [call] = response.output
+    assert (call.type, call.status, call.arguments) == ("function_call", "incomplete", arguments)
+    output = {"type": "function_call_output", "call_id": call.call_id, "output": "It was cut off."}
+    assert respond(client, [*ASK, call.to_dict(), output], **fields).output
+
+
+def test_calls_and_results_keep_their_letters_where_the_template_knows_no_tools(chat_server) -> None:
+    function = {"name": "get_weather", "arguments": '{"city": "Zürich 日本"}'}
+    called = {"role": "assistant", "tool_calls": [{"id": "c1", "type": "function", "function": function}]}
+    messages = [*ASK, called, {"role": "tool", "tool_call_id": "c1", "content": "9 °C"}]
+    tokens = chat_server.post("/tokenize", {"messages": messages, "tools": [WEATHER]}).json["tokens"]
+    prompt = chat_server.post("/detokenize", {"tokens": tokens}).json["prompt"]
+    assert '<tool_call>\n{"name": "get_weather", "arguments": {"city": "Zürich 日本"}}\n</tool_call>' in prompt
+    assert "9 °C" in prompt
+
+
+SEVEN = {"type": "object", "properties": {"n": {"enum": [7]}}, "required": ["n"], "additionalProperties": False}
+FORM = {"type": "json_schema", "json_schema": {"name": "seven", "schema": SEVEN}}
+
+
+def test_a_forced_call_is_made_also_where_text_answers_must_have_a_form(client) -> None:
+    [choice] = create(client, tools=[TIME, WEATHER], tool_choice=NAMED, response_format=FORM).choices
+    assert choice.message.content is None
+    assert calls_of(choice.message) == [("get_weather", {"city": "Paris"})]
+    response = respond(
+        client,
+        ASK,
+        tools=[{"type": "function", **WEATHER["function"]}],
+        tool_choice={"type": "function", "name": "get_weather"},
+        text={"format": {"type": "json_schema", **FORM["json_schema"]}},
+        max_output_tokens=48,
+    )
+    assert [(item.type, json.loads(item.arguments)) for item in response.output] == [
+        ("function_call", {"city": "Paris"})
+    ]
+
+
+def test_a_model_that_may_call_does_so_or_answers_in_the_form(client, chat_server) -> None:
+    """One this small does what a bias tells it."""
+    fields = {"tools": [TIME], "response_format": FORM, "max_tokens": 32}
+    call, text = ({str(chat_server.post("/tokenize", {"prompt": sign}).json["tokens"][0]): 100} for sign in ("<", "{"))
+    [answered] = create(client, logit_bias=text, **fields).choices
+    assert (json.loads(answered.message.content), answered.finish_reason) == ({"n": 7}, "stop")
+    assert answered.message.tool_calls is None
+    [called] = create(client, logit_bias=call, **fields).choices
+    assert (called.message.content, called.finish_reason) == (None, "tool_calls")
+    assert called.message.tool_calls[0].function.name == "get_time"
+    streamed = StreamedChat(create(client, logit_bias=call, stream=True, **fields))
+    assert (streamed.content, streamed.finish_reason) == ("", "tool_calls")
+    [neither] = create(client, logit_bias=call, tool_choice="none", **fields).choices
+    assert (json.loads(neither.message.content), neither.message.tool_calls) == ({"n": 7}, None)
 
 
 # Responses

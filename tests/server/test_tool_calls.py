@@ -7,16 +7,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from stepgraph.engine.guided_schema import SchemaConverter
-from stepgraph.errors import RequestError
+from stepgraph.engine.chat_messages import tools_prompt
 from stepgraph.server.tool_calls import (
     ForcedCallParser,
     ToolCallDelta,
     ToolCallFormat,
     ToolCallParser,
     detect_format,
-    forced_call_schema,
-    tools_prompt,
 )
 
 HERMES, LLAMA, MISTRAL = ToolCallFormat.HERMES, ToolCallFormat.LLAMA, ToolCallFormat.MISTRAL
@@ -462,105 +459,3 @@ def test_an_answer_that_is_all_arguments_is_one_call() -> None:
 def test_an_array_of_calls_is_those_calls(found, space, cuts) -> None:
     text = f"{space}[{space}{f',{space}'.join(text for text, _ in found)}{space}]{space}"
     assert collect(ForcedCallParser(None), cut(text, cuts)) == ("", [call for _, call in found])
-
-
-def validates(schema, value) -> bool:
-    jsonschema = pytest.importorskip("jsonschema", reason="values are checked with jsonschema, of the extra `dev`")
-    jsonschema.Draft202012Validator.check_schema(schema)
-    return jsonschema.Draft202012Validator(schema).is_valid(value)
-
-
-def follows(schema, value) -> bool:
-    """Whether xgrammar lets an answer be this value."""
-    xgrammar = pytest.importorskip("xgrammar", reason="guided generation needs the extra `guidance`")
-    info = xgrammar.TokenizerInfo([bytes([i]) for i in range(256)] + [b""], stop_token_ids=[256])
-    compiled = xgrammar.GrammarCompiler(info, max_threads=1).compile_json_schema(
-        json.dumps(SchemaConverter(schema).convert())
-    )
-    matcher = xgrammar.GrammarMatcher(compiled)
-    return matcher.accept_string(json.dumps(value, separators=(",", ":"))) and matcher.accept_token(256)
-
-
-TREE = {
-    "$id": "https://example.com/tree",
-    "type": "object",
-    "properties": {
-        "root": {"$ref": "#/$defs/node"},
-        "copy": {"$ref": "#/properties/root"},
-        "default": {"$ref": "#/$defs/node"},
-        "mark": {"const": {"$ref": "#/$defs/node"}},
-    },
-    "required": ["root"],
-    "$defs": {
-        "node": {
-            "type": "object",
-            "properties": {"value": {"type": "integer"}, "next": {"$ref": "#/$defs/node"}},
-            "required": ["value"],
-        }
-    },
-}
-LIST = {"$ref": "#/$defs/node", "$defs": {"node": {"type": "object", "properties": {"next": {"$ref": "#"}}}}}
-TOOLS = [tool("get_weather", WEATHER), tool("f"), tool("plant", TREE), tool("chain", LIST), tool("any", {})]
-
-GOOD_ARGUMENTS = [
-    ("get_weather", {"city": "Paris"}),
-    ("f", {}),
-    ("f", {"anything": [1]}),
-    ("any", {"anything": [1]}),
-    ("plant", {"root": {"value": 1, "next": {"value": 2}}, "copy": {"value": 3}, "default": {"value": 4}}),
-    ("plant", {"root": {"value": 1}, "mark": {"$ref": "#/$defs/node"}}),
-    ("chain", {"next": {"next": {}}}),
-]
-BAD_ARGUMENTS = [
-    ("get_weather", {"town": "Paris"}),
-    ("f", []),
-    ("any", 1),
-    ("plant", {"root": {"value": 1, "next": {"value": "x"}}}),
-    ("plant", {"root": {"value": 1}, "copy": {}}),
-    ("plant", {"root": {"value": 1}, "default": {}}),
-    ("chain", {"next": 1}),
-]
-
-
-@pytest.mark.parametrize("check", [validates, follows])
-def test_a_named_choice_forces_the_arguments_of_that_function(check) -> None:
-    for name, arguments in GOOD_ARGUMENTS:
-        assert check(forced_call_schema(TOOLS, name), arguments), (name, arguments)
-    for name, arguments in BAD_ARGUMENTS:
-        assert not check(forced_call_schema(TOOLS, name), arguments), (name, arguments)
-
-
-@pytest.mark.parametrize("check", [validates, follows])
-def test_a_required_choice_forces_calls_of_any_function_with_its_own_arguments(check) -> None:
-    schema = forced_call_schema(TOOLS, None)
-    for name, arguments in GOOD_ARGUMENTS:
-        assert check(schema, [{"name": name, "arguments": arguments}]), (name, arguments)
-    for name, arguments in BAD_ARGUMENTS:
-        assert not check(schema, [{"name": name, "arguments": arguments}]), (name, arguments)
-    two = [{"name": "f", "arguments": {}}, {"name": "get_weather", "arguments": {"city": "Rome"}}]
-    assert check(schema, two)
-    assert not check(forced_call_schema(TOOLS, None, parallel=False), two)
-    assert check(forced_call_schema(TOOLS, None, parallel=False), two[:1])
-    assert not check(schema, [])
-    assert not check(schema, [{"name": "get_weather", "arguments": {}}])
-    assert not check(schema, [{"name": "unknown", "arguments": {}}])
-    assert not check(schema, [{"name": "f"}])
-
-
-def test_forcing_leaves_the_tools_as_they_are() -> None:
-    before = json.dumps(TOOLS)
-    forced_call_schema(TOOLS, None)
-    forced_call_schema(TOOLS, "plant")["more"] = 1
-    assert json.dumps(TOOLS) == before
-
-
-def test_what_cannot_be_forced_is_refused() -> None:
-    with pytest.raises(RequestError, match=r"tool_choice='g' .*'get_weather'"):
-        forced_call_schema(TOOLS, "g")
-    with pytest.raises(RequestError, match="needs tools"):
-        forced_call_schema([], None)
-    deep: dict = {}
-    for _ in range(5000):
-        deep = {"items": deep}
-    with pytest.raises(RequestError, match="nested too deep"):
-        forced_call_schema([tool("f", deep)], None)
