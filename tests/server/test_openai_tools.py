@@ -296,7 +296,7 @@ def test_a_forced_call_is_made_also_where_text_answers_must_have_a_form(client) 
 
 def test_a_model_that_may_call_does_so_or_answers_in_the_form(client, chat_server) -> None:
     """One this small does what a bias tells it."""
-    fields = {"tools": [TIME], "response_format": FORM, "max_tokens": 32}
+    fields = {"tools": [TIME], "response_format": FORM, "max_tokens": 32, "parallel_tool_calls": False}
     call, text = ({str(chat_server.post("/tokenize", {"prompt": sign}).json["tokens"][0]): 100} for sign in ("<", "{"))
     [answered] = create(client, logit_bias=text, **fields).choices
     assert (json.loads(answered.message.content), answered.finish_reason) == ({"n": 7}, "stop")
