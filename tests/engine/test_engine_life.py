@@ -18,7 +18,7 @@ from stepgraph.config import EngineConfig
 from stepgraph.engine.async_engine import AsyncEngine
 from stepgraph.engine.interrupts import interrupts_held
 from stepgraph.engine.request import FinishReason
-from stepgraph.engine.sampling_params import SamplingParams
+from stepgraph.engine.sampling_params import SamplingParams, StructuredOutputs
 from stepgraph.errors import ConfigError, EngineDeadError, ModelError, RequestError
 from stepgraph.models.source import resolve
 from stepgraph.platforms.torch_memory import TorchMemory
@@ -412,21 +412,25 @@ def test_a_request_that_cannot_be_admitted_fails_alone(create_engine, run_ahead,
     assert engine.scheduler.num_free_blocks == engine.runner.num_kv_blocks - 1
 
 
-def test_a_request_whose_grammar_breaks_fails_alone(create_engine, expected) -> None:
-    class Broken:
-        finished = False
-
-        def accept(self, token: int) -> None:
-            raise ZeroDivisionError("a bug in the grammar")
-
+def test_a_request_whose_masks_break_fails_alone(create_engine, expected, monkeypatch) -> None:
+    pytest.importorskip("xgrammar", reason="guided answers need xgrammar")
     engine = create_engine()
+    masks_of = engine._masks.masks
+
+    def masks(request):
+        if request.output_token_ids:
+            raise ZeroDivisionError("a bug in the masks")
+        return masks_of(request)
+
+    monkeypatch.setattr(engine._masks, "masks", masks)
     requests = add_all(engine)
-    broken = engine.add_request("broken", [1, 2], GREEDY)
-    broken.guide = Broken()
+    broken = engine.add_request("broken", [1, 2], replace(GREEDY, structured_outputs=StructuredOutputs(regex="a*")))
     drain(engine)
-    assert (broken.finish_reason, broken.error) == (FinishReason.ERROR, "a bug in the grammar")
+    assert (broken.finish_reason, broken.error) == (FinishReason.ERROR, "a bug in the masks")
     assert len(broken.output_token_ids) == 1
+    assert not broken.error_is_users
     assert answers(requests) == expected
+    engine.shutdown()
 
 
 def test_a_device_that_fails_while_a_request_is_admitted_stops_the_engine(create_engine, monkeypatch) -> None:
