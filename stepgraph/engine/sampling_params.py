@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
@@ -20,6 +19,8 @@ MAX_STOP_STRINGS = 16
 MAX_TEXT_LEN = 1024
 """Characters of a stop string or bad word. All requests wait while one's are prepared, which takes as long as they are."""
 _NUMBER = (int, float)
+_MAX_TOKENS = 2**63 - 1
+"""What fits a message to another process; no context holds so many."""
 
 
 @dataclass(frozen=True)
@@ -128,7 +129,7 @@ class SamplingParams:
             if name in _ROOM and (count := len(value or ())) > _ROOM[name]:
                 raise RequestError(f"{name} has {count} entries; at most {_ROOM[name]} fit")
         if "min_tokens" in given:
-            most = math.inf if self.max_tokens is None else self.max_tokens
+            most = _MAX_TOKENS if self.max_tokens is None else self.max_tokens
             holds_min = _within(self.min_tokens, int, 0, most)
             _require(self, "min_tokens", holds_min, f"between 0 and max_tokens, which is {self.max_tokens}")
         if self.stop and not self.detokenize:
@@ -248,7 +249,12 @@ def _token_id_of(key: object) -> object:
 
 
 def _are_token_ids(values: object) -> bool:
-    return isinstance(values, tuple) and all(_within(value, int, 0, 2**31 - 1) for value in values)
+    """There may be as many as the vocabulary has, and others wait meanwhile: so they are not looked at one by one."""
+    if not isinstance(values, tuple) or not all(
+        issubclass(kind, int) and kind is not bool for kind in set(map(type, values))
+    ):
+        return False
+    return not values or (min(values) >= 0 and max(values) < 2**31)
 
 
 def _are_texts(values: object) -> bool:
@@ -288,7 +294,7 @@ _RULES: Mapping[str, tuple[Callable[[Any], bool], str]] = {
     "temperature": (_number(_NUMBER, 0, 100), "between 0 (greedy) and 100"),
     "top_p": (lambda value: _within(value, _NUMBER, 0, 1) and value > 0, "above 0 and at most 1"),
     "top_k": (_number(int, 0, 2**31 - 1), "0 or -1 (all tokens), or a positive count"),
-    "max_tokens": (_or_none(_number(int, 1, math.inf)), "at least 1, or None"),
+    "max_tokens": (_or_none(_number(int, 1, _MAX_TOKENS)), "between 1 and 2**63 - 1, or None"),
     "seed": (_or_none(_number(int, 0, 2**64 - 1)), "between -2**63 and 2**64 - 1, or None"),
     "stop_token_ids": (_are_token_ids, "token ids, whole numbers from 0 up"),
     "ignore_eos": _FLAG,
@@ -338,5 +344,6 @@ _ROOM = {
     "stop_token_ids": slot_line.MAX_STOP_TOKENS,
     "stop": MAX_STOP_STRINGS,
     "logit_bias": slot_line.MAX_BIASES,
+    "bad_words": slot_line.MAX_BAD_WORDS,
 }
 """How many entries fit."""

@@ -291,6 +291,8 @@ async def _unless_left(receive: Receive, work: Any) -> Response:
         working.cancel()
         with suppress(asyncio.CancelledError, Exception):
             await working
+        # an error knows this frame, which knows the task with the error: what was made of the body would wait for the collector
+        del working, leaving
 
 
 def _ignored_fields(body: Streamable, request_id: str) -> Mapping[str, str]:

@@ -25,6 +25,7 @@ MAX_DEPTH = 128
 """Lists and objects in each other."""
 _NUMBERS_PER_ITEM = 8
 """A number costs so much less than a text, a list or an object."""
+_MAX_ITEMS_OF_TEXT = 16384
 _LARGE_BYTES = 64 * 1024
 _LARGE_ITEMS = 2048
 """A body with more of either takes milliseconds to be read."""
@@ -49,11 +50,14 @@ class ItemCount:
 
     Args:
         max_items: texts (names of fields are some), lists and objects; of all values there may be 8 times as many.
+        where, advice: what is counted and what can be done, in errors.
     """
 
-    def __init__(self, max_items: int):
+    def __init__(self, max_items: int, where: str, advice: str = ""):
         self.num_items = 0
         self._max_items = max_items
+        self._where = where
+        self._advice = advice
         self._num_commas = 0
         self._depth = 0
         self._in_text = self._is_escaped = False
@@ -72,7 +76,7 @@ class ItemCount:
                 if self._depth > MAX_DEPTH:
                     raise APIError(
                         400,
-                        f"the body has more than {MAX_DEPTH} lists and objects in each other; flatten it",
+                        f"{self._where} has more than {MAX_DEPTH} lists and objects in each other; flatten it",
                         code="nested_too_deep",
                     )
             elif kind == _CLOSES:
@@ -85,8 +89,8 @@ class ItemCount:
             if self.num_items > self._max_items or self._num_commas > _NUMBERS_PER_ITEM * self._max_items:
                 raise APIError(
                     400,
-                    f"the body holds more than max_body_items={self._max_items} texts, lists and objects (names of fields "
-                    f"count too), or more than {_NUMBERS_PER_ITEM} times as many numbers; send less, or raise the limit",
+                    f"{self._where} holds more than {self._max_items} texts, lists and objects (names of fields count too), or "
+                    f"more than {_NUMBERS_PER_ITEM} times as many numbers; send less{self._advice}",
                     code="too_many_items",
                 )
 
@@ -100,6 +104,15 @@ class ItemCount:
         self._is_escaped = end < len(content) and content[end] != _QUOTE  # a backslash is the last character
         self._in_text = self._is_escaped or end == len(content)
         return min(end + 1, len(content))
+
+
+def check_values(text: str, where: str) -> None:
+    """Measure JSON that a field holds as text, and that was one value where it was counted.
+
+    Raises:
+        APIError: it has too many values, or they are nested too deep.
+    """
+    ItemCount(_MAX_ITEMS_OF_TEXT, where).feed(text.encode("utf-8", "surrogatepass"))
 
 
 class Bodies:
@@ -124,7 +137,7 @@ class Body:
     def __init__(self, bodies: Bodies):
         self._bodies = bodies
         self._max_bytes = int(bodies.config.max_body_mib * 2**20)
-        self._items = ItemCount(bodies.config.max_body_items)
+        self._items = ItemCount(bodies.config.max_body_items, "the body", ", or raise max_body_items")
         self._num_bytes = 0
         self._has_turn = False
 

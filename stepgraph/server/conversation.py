@@ -11,6 +11,7 @@ from stepgraph.engine.chat_messages import plain_message
 from stepgraph.engine.chat_template import ChatTemplate
 from stepgraph.errors import RequestError
 from stepgraph.server import reasoning
+from stepgraph.server.bodies import check_values
 from stepgraph.server.forced_calls import forced_call_schema, form_or_calls
 from stepgraph.server.protocol import ChatMessageField, NamedToolChoice, Tool
 from stepgraph.server.reasoning import ReasoningParser
@@ -161,8 +162,14 @@ def plain_messages(messages: Sequence[ChatMessageField]) -> list[dict[str, Any]]
 
     Raises:
         RequestError: one holds something else than text, or a call without a name.
+        APIError: the arguments of a call hold too many values.
     """
-    return [
-        plain_message(message.model_dump(exclude_none=True), f"messages[{index}]")
-        for index, message in enumerate(messages)
-    ]
+    return [_plain_message(message, f"messages[{index}]") for index, message in enumerate(messages)]
+
+
+def _plain_message(message: ChatMessageField, where: str) -> dict[str, Any]:
+    fields = message.model_dump(exclude_none=True)
+    for function in (*(call.get("function") for call in message.tool_calls or ()), fields.get("function_call")):
+        if isinstance(function, dict) and isinstance(arguments := function.get("arguments"), str):
+            check_values(arguments, f"{where}: the arguments of a call")
+    return plain_message(fields, where)

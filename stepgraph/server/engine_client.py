@@ -230,8 +230,10 @@ class EngineClient:
         message = Add(id, requests, prompt.token_ids, priority, prompt.cache_salt, adapter, bad_words)
         try:
             content = encode(message)
-        except (OverflowError, TypeError, ValueError, RecursionError) as error:
-            raise RequestError(f"the request holds a value that cannot be sent to the engine: {error}") from error
+        except UnicodeEncodeError as error:
+            raise RequestError("the request holds half of a surrogate pair, which is no text; leave it out") from error
+        except OverflowError as error:
+            raise RequestError("the request holds a whole number of more than 64 bits; give a smaller one") from error
         self._generations[id] = generation
         self._running.update((one_id, (generation, one)) for one_id, one in generation.requests.items())
         self._send_encoded(content)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import ctypes
 import gc
 import logging
 import signal
@@ -38,6 +39,9 @@ _MAX_OPERATORS = 64
 _GOODBYE_S = 2
 """What replies that are being sent get to finish, once there is nothing left to compute."""
 _POLL_S = 0.05
+_M_MMAP_THRESHOLD = -3
+"""Of malloc.h."""
+_LARGE_BLOCK_BYTES = 512 * 1024
 
 
 @dataclass(frozen=True)
@@ -68,12 +72,19 @@ def run_front(front: Front) -> int:
         ConfigError: the settings or the model are unusable.
         EngineDeadError: the engine cannot start.
     """
+    _give_back_large_blocks()
     try:
         import uvloop
     except ImportError:  # it is not there for every platform
         return asyncio.run(_serve(front))
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         return runner.run(_serve(front))
+
+
+def _give_back_large_blocks() -> None:
+    """What large bodies took goes back to the system. By itself, glibc keeps blocks up to the size of the largest it has seen."""
+    with contextlib.suppress(OSError, AttributeError):  # another C library
+        ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, _LARGE_BLOCK_BYTES)
 
 
 async def _serve(front: Front) -> int:

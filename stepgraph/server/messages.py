@@ -14,6 +14,7 @@ import msgspec
 
 from stepgraph.engine.request import TokenLogprobs
 from stepgraph.engine.sampling_params import SamplingParams, StructuredOutputs
+from stepgraph.errors import RequestError
 
 
 class Start(msgspec.Struct, tag=True):
@@ -205,6 +206,7 @@ decode_to_engine = msgspec.msgpack.Decoder(ToEngine).decode
 decode_from_engine = msgspec.msgpack.Decoder(FromEngine).decode
 
 
+_MAX_SCHEMA_LEN = 2**20
 _SAMPLING_DEFAULTS = {f.name: f.default for f in fields(SamplingParams)}
 _GUIDANCE_DEFAULTS = {f.name: f.default for f in fields(StructuredOutputs)}
 
@@ -214,10 +216,20 @@ def settings_of(params: SamplingParams) -> dict[str, Any]:
     settings = _given(params, _SAMPLING_DEFAULTS)
     if params.structured_outputs is not None:
         settings["structured_outputs"] = {
-            name: json.dumps(value) if isinstance(value, dict) else value  # a schema may hold numbers of any size
+            name: _as_text(name, value) if isinstance(value, dict) else value
             for name, value in _given(params.structured_outputs, _GUIDANCE_DEFAULTS).items()
         }
     return settings
+
+
+def _as_text(name: str, schema: dict[str, Any]) -> str:
+    """A schema may hold numbers of any size. Each of a request's answers brings it to the engine."""
+    text = json.dumps(schema)
+    if len(text) > _MAX_SCHEMA_LEN:
+        raise RequestError(
+            f"structured_outputs.{name} has {len(text)} characters as JSON; at most {_MAX_SCHEMA_LEN} are allowed: shorten it"
+        )
+    return text
 
 
 def _given(values: object, defaults: dict[str, Any]) -> dict[str, Any]:

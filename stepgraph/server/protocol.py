@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, FailFast, Field, model_validator
 
 from stepgraph.engine.sampling_params import SamplingParams
 from stepgraph.errors import RequestError
+from stepgraph.server.bodies import check_values
 
 T = TypeVar("T")
 
@@ -31,6 +32,14 @@ Items = Annotated[list[T], _FailFast()]
 class _Fields(BaseModel):
     model_config = ConfigDict(extra="allow", protected_namespaces=())
 
+    def ignored(self) -> list[str]:
+        """Names of the fields that nothing here knows."""
+        return sorted(self.model_extra or ())
+
+
+class _Options(_Fields):
+    """Fields of which some are switches or numbers with a default."""
+
     @model_validator(mode="before")
     @classmethod
     def _null_switches_are_unset(cls, given: Any) -> Any:
@@ -44,23 +53,19 @@ class _Fields(BaseModel):
         field = cls.model_fields.get(name)
         return field is not None and not field.is_required() and field.annotation in (bool, int)
 
-    def ignored(self) -> list[str]:
-        """Names of the fields that nothing here knows."""
-        return sorted(self.model_extra or ())
-
 
 _PROMPTS = frozenset({"messages", "prompt", "input"})
 """Fields of what is to be answered."""
 
 
-class StreamOptions(_Fields):
+class StreamOptions(_Options):
     """What a stream holds beside the answer."""
 
     include_usage: bool = Field(False, description="end with a chunk of token counts")
     continuous_usage_stats: bool = Field(False, description="token counts so far in every chunk")
 
 
-class SamplingFields(_Fields):
+class SamplingFields(_Options):
     """Fields of completions and chats alike. Those that SamplingParams has mean what they mean there."""
 
     model: str | None = Field(None, description="a name that /v1/models lists; default: the first")
@@ -178,7 +183,7 @@ class ChatMessageField(_Fields):
     reasoning_content: str | None = None
 
 
-class TemplateFields(_Fields):
+class TemplateFields(_Options):
     """How a conversation goes through the chat template."""
 
     add_generation_prompt: bool = Field(
@@ -325,6 +330,10 @@ def structured_outputs(request: SamplingFields) -> dict[str, Any] | None:
     if request.response_format is not None:
         spec = _of_response_format(request.response_format)
         specs += [] if spec is None else [spec]
+    for spec in specs:
+        for name in ("json", "structural_tag"):
+            if isinstance(text := spec.get(name), str):
+                check_values(text, f"structured_outputs.{name}")
     if len(specs) > 1:
         raise RequestError(
             "response_format, structured_outputs and the guided_ fields each ask for a form of the answer; give one of them"

@@ -15,6 +15,7 @@ from pydantic import Field
 from stepgraph.engine.sampling_params import SamplingParams
 from stepgraph.engine.session import AnswerDelta
 from stepgraph.errors import RequestError
+from stepgraph.server.bodies import check_values
 from stepgraph.server.chat import ChatCall, Conversation, describe_logprobs
 from stepgraph.server.conversation import ToolUse
 from stepgraph.server.errors import APIError
@@ -359,6 +360,7 @@ def _add(messages: list[dict[str, Any]], item: Mapping[str, Any], where: str) ->
             _turn_of("assistant", messages).setdefault("reasoning_content", []).append(text)
     elif kind == "function_call":
         function = {"name": _string(item, "name", where), "arguments": _string(item, "arguments", where)}
+        check_values(function["arguments"], f"{where}.arguments")
         call = {"id": _string(item, "call_id", where), "type": "function", "function": function}
         _turn_of("assistant", messages).setdefault("tool_calls", []).append(call)
     elif kind == "function_call_output":

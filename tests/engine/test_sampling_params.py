@@ -58,7 +58,7 @@ def test_stop_token_ids_are_taken_from_a_list_or_none() -> None:
         ("temperature", (-0.1, 100.5, float("nan"), "1", None, True), r"between 0 \(greedy\) and 100"),
         ("top_p", (0, -0.5, 1.01, float("nan"), "0.9", None), "above 0 and at most 1"),
         ("top_k", (-2, 2**31, 1.5, "5", None), r"0 or -1 \(all tokens\), or a positive count"),
-        ("max_tokens", (0, -1, 2.5, "16"), "at least 1, or None"),
+        ("max_tokens", (0, -1, 2.5, "16"), r"between 1 and 2\*\*63 - 1, or None"),
         ("seed", (-(2**63) - 1, 2**64, 1.5, "7", True), r"between -2\*\*63 and 2\*\*64 - 1, or None"),
         ("stop_token_ids", ((-1,), (2**31,), (1.5,), ("a",), (True,), 5, "56"), "token ids"),
         ("n", (0, 65, 1.5, "2", None, True), "between 1 and 64"),

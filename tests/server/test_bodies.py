@@ -28,6 +28,8 @@ JSON = st.recursive(
     max_leaves=12,
 )
 
+LISTS = "[" + "[]," * 20_000 + "[]]"
+
 
 def num_items(value) -> int:
     """Texts, names of fields, lists and objects."""
@@ -41,7 +43,7 @@ def num_items(value) -> int:
 @settings(max_examples=40, deadline=None)
 @given(JSON, st.booleans(), st.lists(st.integers(1, 9), min_size=1))
 def test_items_are_counted_as_they_are_however_the_text_is_cut(value, ascii, sizes) -> None:
-    content, count, position = json.dumps(value, ensure_ascii=ascii).encode(), ItemCount(10**6), 0
+    content, count, position = json.dumps(value, ensure_ascii=ascii).encode(), ItemCount(10**6, "it"), 0
     while position < len(content):
         size = sizes[position % len(sizes)]
         count.feed(content[position : position + size])
@@ -60,7 +62,7 @@ def test_items_are_counted_as_they_are_however_the_text_is_cut(value, ascii, siz
     ],
 )
 def test_what_is_too_much_is_refused_while_it_arrives(content, code) -> None:
-    count, text = ItemCount(99 if code == "too_many_items" else 1000), json.dumps(content).encode()
+    count, text = ItemCount(99 if code == "too_many_items" else 1000, "it"), json.dumps(content).encode()
     pieces = (bytes([byte]) for byte in text[:-1])  # the end does not come
     with pytest.raises(APIError) as refused:
         any(map(count.feed, pieces))
@@ -68,9 +70,24 @@ def test_what_is_too_much_is_refused_while_it_arrives(content, code) -> None:
 
 
 def test_numbers_cost_an_eighth_and_depth_is_not_length() -> None:
-    ItemCount(101).feed(json.dumps([1] * 800).encode())
-    ItemCount(1000).feed(json.dumps([[["x"]]] * 300).encode())
-    ItemCount(1000).feed(b"[" * MAX_DEPTH)
+    ItemCount(101, "it").feed(json.dumps([1] * 800).encode())
+    ItemCount(1000, "it").feed(json.dumps([[["x"]]] * 300).encode())
+    ItemCount(1000, "it").feed(b"[" * MAX_DEPTH)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"messages": [{"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": LISTS}}]}]},
+        {"guided_json": LISTS},
+        {"structured_outputs": {"json": LISTS}},
+        {"structured_outputs": {"structural_tag": LISTS}},
+    ],
+)
+def test_json_in_a_text_is_measured_before_it_is_read(fields) -> None:
+    path = "/v1/chat/completions" if "messages" in fields else "/v1/completions"
+    status, reply, _ = post(path, json.dumps({"prompt": [1]} | fields).encode())
+    assert (status, reply["error"]["code"]) == (400, "too_many_items")
 
 
 def bodies_of(**settings) -> Bodies:
@@ -198,7 +215,7 @@ def test_a_body_of_very_many_fields_is_refused_at_its_first_piece() -> None:
     rest = [b",".join(b'"f%d": 1' % (i * 4000 + j) for j in range(4000)) + b"," for i in range(125)]
     status, reply, num_read = post("/v1/chat/completions", b"{", *rest)
     assert (status, reply["error"]["code"]) == (400, "too_many_items")
-    assert "max_body_items=32768" in reply["error"]["message"]
+    assert "more than 32768 texts, lists and objects" in reply["error"]["message"]
     assert num_read < 12
 
 
