@@ -206,6 +206,7 @@ def _add_models(app: FastAPI, service: Service) -> None:
 def _add_operations(app: FastAPI, service: Service, metrics: Metrics) -> None:
     _add_health(app, service, metrics)
 
+    @app.head("/ready", include_in_schema=False)
     @app.get("/ready", summary="Whether a request sent now would be served", tags=["operations"])
     async def ready() -> Response:
         return _status(service.trouble or service.fullness)
@@ -224,6 +225,7 @@ def _add_operations(app: FastAPI, service: Service, metrics: Metrics) -> None:
 
 
 def _add_health(app: FastAPI, service: Service, metrics: Metrics) -> None:
+    @app.head("/health", include_in_schema=False)  # as load balancers ask
     @app.get("/health", summary="Whether the model is loaded and the engine alive", tags=["operations"])
     async def health() -> Response:
         return _status(service.trouble if not service.draining else service.client.trouble)

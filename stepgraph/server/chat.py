@@ -187,7 +187,9 @@ class ChatReply:
 
     async def reply(self) -> bytes:
         """The whole answer, as JSON."""
-        choices = [ChatChoice(index, ChatMessage(None, "assistant"), None, None) for index in range(self._n)]
+        choices = [
+            ChatChoice(index, ChatMessage(None, "assistant", refusal=None), None, None) for index in range(self._n)
+        ]
         texts: list[tuple[list[str], list[str]]] = [([], []) for _ in choices]
         arguments: list[list[list[str]]] = [[] for _ in choices]
         async with aclosing(self._call.gains()) as gains:

@@ -17,7 +17,6 @@ _TYPES = {
     401: "authentication_error",
     403: "permission_error",
     404: "not_found_error",
-    405: "not_found_error",
     429: "rate_limit_error",
     504: "timeout_error",
 }

@@ -100,8 +100,11 @@ class ResponsesRequest(SamplingFields):
     reasoning: ReasoningOptions | None = None
     chat_template_kwargs: dict[str, Any] | None = Field(None, description="further variables of the chat template")
     truncation: str | None = Field(None, description="disabled, or unset")
+    max_tool_calls: int | None = Field(None, description="given back: it is about tools that the server would run")
     metadata: dict[str, str] | None = Field(None, description="given back")
     user: str | None = Field(None, description="given back")
+    safety_identifier: str | None = Field(None, description="given back")
+    prompt_cache_key: str | None = Field(None, description="given back: prefixes are found by their content")
     previous_response_id: str | None = Field(None, description="not supported: nothing is kept")
     conversation: str | dict[str, Any] | None = Field(None, description="not supported: nothing is kept")
     prompt: dict[str, Any] | None = Field(None, description="not supported: nothing is kept")
@@ -423,4 +426,10 @@ def as_begun(request: ResponsesRequest, params: SamplingParams, *, model: str, i
         top_logprobs=request.top_logprobs or 0,
         top_p=params.top_p,
         user=request.user,
+        presence_penalty=params.presence_penalty,
+        frequency_penalty=params.frequency_penalty,
+        max_tool_calls=request.max_tool_calls,
+        service_tier="default",
+        safety_identifier=request.safety_identifier,
+        prompt_cache_key=request.prompt_cache_key,
     )

@@ -143,6 +143,12 @@ class ResponseObject(msgspec.Struct, frozen=True, kw_only=True):
     top_logprobs: int
     top_p: float
     user: str | None
+    presence_penalty: float
+    frequency_penalty: float
+    max_tool_calls: int | None
+    service_tier: str
+    safety_identifier: str | None
+    prompt_cache_key: str | None
     background: bool = False
     previous_response_id: None = None
     store: bool = False

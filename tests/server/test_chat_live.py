@@ -90,6 +90,11 @@ def test_an_end_token_that_the_request_names_is_no_stop_reason(tiny_server) -> N
     assert (choice["finish_reason"], choice["stop_reason"]) == ("stop", EOS)
 
 
+def test_a_message_says_that_nothing_was_refused(tiny_server) -> None:
+    [choice] = chat(tiny_server)["choices"]
+    assert choice["message"]["refusal"] is None
+
+
 OPEN = [*ASK, {"role": "assistant", "content": "It is"}]
 
 

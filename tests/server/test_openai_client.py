@@ -528,7 +528,8 @@ def test_paths_and_methods_that_do_not_exist_are_told_apart(tiny_server, tiny) -
     with pytest.raises(openai.NotFoundError, match="nothing at /v1/embeddings"):
         tiny.embeddings.create(model="tiny", input="a")
     reply = tiny_server.get("/v1/completions")
-    assert (reply.status, reply.json["error"]["code"]) == (405, "method_not_allowed")
+    error = reply.json["error"]
+    assert (reply.status, error["code"], error["type"]) == (405, "method_not_allowed", "invalid_request_error")
 
 
 def test_unknown_fields_are_named_and_the_requests_id_comes_back(tiny) -> None:
@@ -584,6 +585,8 @@ def test_operators_find_health_version_load_and_graphs(tiny_server, tiny) -> Non
     for path in ("/health", "/ready"):
         reply = tiny_server.get(path)
         assert (reply.status, reply.json) == (200, {"status": "ok"})
+        head = tiny_server.request("HEAD", path)
+        assert (head.status, head.body, head.headers["content-length"]) == (200, b"", reply.headers["content-length"])
     assert tiny_server.get("/version").json == {"version": stepgraph.__version__}
     complete(tiny, max_tokens=2)
     tiny_server.wait_idle()

@@ -34,7 +34,7 @@ from stepgraph.server.service import Context
 from stepgraph.server.sse import EventStream
 from stepgraph.server.tool_calls import ToolCallDelta
 
-UNKNOWN_TO_THE_CLIENT = {"store", "bytes", "name"}
+UNKNOWN_TO_THE_CLIENT = {"store", "bytes", "name", "presence_penalty", "frequency_penalty"}
 """Fields that the client's types lack here or there, and the API's reference has."""
 WEATHER = {"type": "function", "name": "weather", "parameters": {"type": "object"}, "description": "Of a place."}
 LOGPROBS = ["message.output_text.logprobs"]
@@ -739,31 +739,44 @@ def test_names_of_tools_are_compared_with_those_that_may_be_equal_only() -> None
         ToolUse.of([*tools, tools[7]], None, None)
 
 
+def test_a_response_tells_what_it_was_asked_for_in_its_events_too(wire) -> None:
+    asked = {"max_tool_calls": 3, "safety_identifier": "s", "prompt_cache_key": "k"}
+    shown = asked | {"service_tier": "default", "presence_penalty": 0.0, "frequency_penalty": 0.0}
+    gains = [gain(content="Yes"), gain(end="stop")]
+    created, *_, completed = wire.stream(reply_of(gains, service_tier="auto", **asked))
+    for response in (wire.whole(reply_of(gains, **asked)), created.response, completed.response):
+        assert {name: getattr(response, name) for name in shown} == shown
+    missing = wire.whole(reply_of(gains)).model_dump()
+    assert [missing[name] for name in asked] == [None, None, None]
+
+
 def test_fields_that_nothing_knows_are_listed() -> None:
-    assert request_of(max_tool_calls=1, user="me").ignored() == ["max_tool_calls"]
+    assert request_of(max_tool_call=1, user="me").ignored() == ["max_tool_call"]
 
 
 def test_a_request_reaches_the_engine_as_a_chat(wire, monkeypatch) -> None:
     params = SamplingParams(temperature=0.125, top_p=0.75)
     sent = []
 
-    async def start(chat, messages, tools, service, context, *, id, adapter):
+    async def start(read, service, context, *, id, adapter):
+        chat, messages, tools = read()
         sent.append((chat.max_completion_tokens, messages, tools.names, id, adapter))
         call = ScriptedCall([gain(content="Yes"), gain(end="stop")])
         call.generation = SimpleNamespace(requests={id: SimpleNamespace(params=params)})
         return call
 
     monkeypatch.setattr(ChatCall, "start", start)
-    service = SimpleNamespace(choose_model=lambda name: ("tuned", "/adapters/tuned"))
+
+    async def in_thread(work):
+        return work()
+
+    service = SimpleNamespace(choose_model=lambda name: ("tuned", "/adapters/tuned"), in_thread=in_thread)
+    context = Context("r1", 0.0, None, ExitStack(), lambda: None)
     request = request_of(model="tuned", max_output_tokens=9, tools=[WEATHER])
-    response = wire.whole(asyncio.run(ResponsesReply.start(request, service, Context("r1", 0.0, None, ExitStack()))))
+    response = wire.whole(asyncio.run(ResponsesReply.start(request, service, context)))
     assert sent == [(9, [{"role": "user", "content": "Hi"}], ["weather"], response.id, "/adapters/tuned")]
     assert (response.model, response.temperature, response.top_p) == ("tuned", 0.125, 0.75)
     assert response.id.startswith("resp_")
     with pytest.raises(RequestError, match="stateless"):
-        asyncio.run(
-            ResponsesReply.start(
-                request_of(previous_response_id="resp_0"), service, Context("r2", 0.0, None, ExitStack())
-            )
-        )
+        asyncio.run(ResponsesReply.start(request_of(previous_response_id="resp_0"), service, context))
     assert len(sent) == 1
