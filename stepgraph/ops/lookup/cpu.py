@@ -38,8 +38,12 @@ def lookup(
         remembered_len, position = 0, 0
         if own_len < max_match:
             position_P = _following(memory_M, history_H[-1])
-            position_P = position_P[keys_M[position_P] == line_keys_S[slot]]
             remembered_len, position = _longest(memory_M, position_P, history_H, max_match)
+            # The longest of all, if it is its own, is the longest of its own: then the thousands of places of a common token
+            # need no look.
+            if remembered_len and keys_M[position] != line_keys_S[slot]:
+                position_P = position_P[keys_M[position_P] == line_keys_S[slot]]
+                remembered_len, position = _longest(memory_M, position_P, history_H, max_match)
         match_len = max(own_len, remembered_len)
         room = int(lines_SL[slot, line.MAX_LENGTH]) - length - 1
         wanted = max(0, min(num_drafts, room, match_len if adaptive else num_drafts)) if match_len >= min_match else 0
