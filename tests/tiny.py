@@ -24,7 +24,9 @@ TINY_SETTINGS = {
 """Of an engine that captures two graphs."""
 
 
-def save_tiny_model(folder: Path, *, num_layers: int = 2, num_mtp_modules: int = 1) -> str:
+def save_tiny_model(
+    folder: Path, *, num_layers: int = 2, num_mtp_modules: int = 1, max_model_len: int = MAX_MODEL_LEN
+) -> str:
     """Write a Llama whose tokenizer has one token per byte, and "<end>", and modules to draft for it. Returns the folder.
 
     Weights are large enough that another token, position or key anywhere in the context changes the answer.
@@ -45,7 +47,7 @@ def save_tiny_model(folder: Path, *, num_layers: int = 2, num_mtp_modules: int =
             num_attention_heads=4,
             num_key_value_heads=2,
             head_dim=16,
-            max_position_embeddings=MAX_MODEL_LEN,
+            max_position_embeddings=max_model_len,
             bos_token_id=None,
             eos_token_id=EOS,
         )
