@@ -44,6 +44,21 @@ def test_splitting_160_tokens_over_two_rows_needs_one_more_tile(num_rows: int, t
     assert max_tiles(160, num_rows, group=5, tile=64) == tiles
 
 
+def tiles_of_one_long_row(num_tokens: int, num_rows: int, group: int, tile: int) -> int:
+    """What a usual dummy batch needs, in which every row has one token and the last takes the rest."""
+    return (num_rows - 1) * -(-group // tile) + -(-(num_tokens - num_rows + 1) * group // tile)
+
+
+def test_one_long_row_is_not_the_worst_case() -> None:
+    assert tiles_of_one_long_row(26, 2, group=5, tile=64) == 3
+    assert sum(-(-length * 5 // 64) for length in (13, 13)) == max_tiles(26, 2, group=5, tile=64) == 4
+    sizes = [(num_tokens, num_rows) for num_tokens in range(1, 129) for num_rows in range(1, min(num_tokens, 16) + 1)]
+    missing = [max_tiles(*size, 5, 64) - tiles_of_one_long_row(*size, 5, 64) for size in sizes]
+    assert (min(missing), max(missing)) == (0, 1)
+    assert len(sizes) == 1928
+    assert sum(map(bool, missing)) == 399, "docs/architecture.md gives this number"
+
+
 @given(
     num_tokens=st.integers(1, 500),
     num_rows=st.integers(1, 64),
