@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import math
 import time
 from collections.abc import AsyncGenerator, Callable, Sequence
@@ -218,7 +219,7 @@ class ChatReply:
         if self._request.return_token_ids:
             reply.prompt_token_ids = list(self._call.generation.prompt.token_ids)
         if self._request.prompt_logprobs is not None:
-            reply.prompt_logprobs = describe_prompt_logprobs(self._call.generation)
+            reply.prompt_logprobs = await asyncio.to_thread(describe_prompt_logprobs, self._call.generation)
         return encode_json(reply)
 
     async def events(self) -> AsyncGenerator[bytes]:

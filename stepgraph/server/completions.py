@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
@@ -104,7 +105,16 @@ class CompletionCall:
                 if self._request.max_tokens != 0:
                     self._tally.add(deltas)
                 for delta in deltas:
-                    yield self._choice(number, delta)
+                    if self._tells_prompt(number, delta):  # which takes long if it is long
+                        yield await asyncio.to_thread(self._choice, number, delta)
+                    else:
+                        yield self._choice(number, delta)
+
+    def _tells_prompt(self, number: int, delta: AnswerDelta) -> bool:
+        """Whether log-probabilities of the prompt's tokens go with the first piece of a choice, which this is."""
+        request = self._request
+        wants = request.prompt_logprobs is not None or (request.echo and request.logprobs is not None)
+        return wants and not self._choices[number * self._n + delta.index].begun
 
     def _choice(self, number: int, delta: AnswerDelta) -> CompletionChoice:
         """What a choice gains."""
