@@ -86,6 +86,20 @@ def test_an_end_token_of_the_models_is_no_stop_reason_though_the_request_names_i
     assert (output.outputs[0].finish_reason, output.outputs[0].stop_reason) == ("stop", end)
 
 
+def test_in_a_chat_the_developer_speaks_as_the_system_and_no_role_is_made_up(llm) -> None:
+    messages = [
+        {"role": "developer", "content": "Be brief."},
+        *CHAT,
+        {"role": "tool", "tool_call_id": "c", "content": "7"},
+    ]
+    prompt = "[system]Be brief.[user]Hello[user]<tool_response>\n7\n</tool_response>[assistant]"
+    [output] = llm.chat(messages, GREEDY, use_tqdm=False)
+    assert output.prompt == prompt
+    assert next(iter(llm.stream_chat(messages, GREEDY))).prompt == prompt
+    with pytest.raises(RequestError, match=r"messages\[0\].role='narrator' is not known"):
+        llm.chat([{"role": "narrator", "content": "x"}], GREEDY)
+
+
 def test_seeds_below_zero_draw_tokens_of_their_own(llm) -> None:
     drawn = [tokens_of(generate(llm, "Hello", SamplingParams(seed=seed))) for seed in (-1, -1, 2**64 - 1, 1, -(2**63))]
     assert drawn[0] == drawn[1] == drawn[2]
