@@ -99,9 +99,9 @@ class ServerConfig:
         30.0, "seconds that a connection is kept on which nothing is asked", minimum=0.01, metavar="SECONDS"
     )
     stall_timeout: float = setting(
-        180.0,
+        300.0,
         "seconds after which a client that takes nothing of what it is sent is cut off; that one takes a kilobyte a second may "
-        "show once in 70 s only",
+        "show once in two minutes only",
         minimum=0.01,
         metavar="SECONDS",
     )

@@ -99,7 +99,7 @@ def _measured(receive: Receive, body: Body) -> Receive:
     async def receive_measured() -> Message:
         message = await receive()
         if content := message.get("body"):
-            body.take(content)
+            await body.receive(content)
         return message
 
     return receive_measured

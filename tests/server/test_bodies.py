@@ -111,6 +111,24 @@ def test_bodies_together_are_bounded_and_small_ones_pass_all_the_same() -> None:
     assert shared.num_bytes == 0
 
 
+def test_pieces_of_large_bodies_are_measured_one_to_a_turn_of_the_loop() -> None:
+    async def test() -> None:
+        shared, turns = bodies_of(), []
+
+        async def receive(body: Body) -> None:
+            await body.receive(bytes(100_000))
+            turns.append("measured")
+
+        tasks = [asyncio.create_task(receive(Body(shared))) for _ in range(8)]
+        while not all(task.done() for task in tasks):
+            await asyncio.sleep(0)
+            turns.append("turn")
+        assert "measured, measured" not in ", ".join(turns)
+        assert turns.count("measured") == 8
+
+    asyncio.run(test())
+
+
 class _Numbers(BaseModel):
     numbers: list[int]
 
