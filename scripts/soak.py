@@ -28,12 +28,12 @@ TESTS = Path(__file__).parents[1] / "tests"
 sys.path += [str(TESTS), str(TESTS / "server"), str(TESTS / "engine")]
 
 from live import TINY_FLAGS, LiveServer, running_server  # noqa: E402
-from soak_traffic import KINDS, MODEL, ask, fault, kind_of, leaves_after, rss_mib  # noqa: E402
+from soak_traffic import KINDS, MODEL, ask, children_mib, fault, kind_of, leaves_after, rss_mib  # noqa: E402
 from tiny import save_tiny_model  # noqa: E402
 
 from stepgraph.bench.report import table, write_json  # noqa: E402
 
-LIMITS_MIB = {"front": 10.0, "engine": 30.0}
+LIMITS_MIB = {"front": 10.0, "engine": 30.0, "grammars": 150.0}
 SAMPLES = 40
 TWICE = 50  # one in so many requests is sent again
 TIMEOUT_S = 120
@@ -46,8 +46,8 @@ class Findings:
     outcomes: Counter[str] = field(default_factory=Counter)
     by_kind: dict[str, Counter[str]] = field(default_factory=lambda: {kind: Counter() for kind in KINDS})
     faults: list[str] = field(default_factory=list)
-    memory: list[tuple[int, float, float]] = field(default_factory=list)
-    """Requests by then, MiB of front and engine."""
+    memory: list[dict[str, float]] = field(default_factory=list)
+    """`requests` by then, and MiB of `front`, `engine` and the engine's `grammars`, which are processes of their own."""
 
     def note(self, number: int, outcome: str, wrong: str | None = None) -> None:
         self.outcomes[outcome] += 1
@@ -58,7 +58,7 @@ class Findings:
     def spread_mib(self) -> dict[str, float]:
         """Highest less lowest memory in the last half of the run."""
         half = self.memory[len(self.memory) // 2 :]
-        return {name: max(m[i] for m in half) - min(m[i] for m in half) for i, name in ((1, "front"), (2, "engine"))}
+        return {name: max(m[name] for m in half) - min(m[name] for m in half) for name in LIMITS_MIB}
 
 
 async def run_request(http: aiohttp.ClientSession, url: str, number: int, findings: Findings) -> None:
@@ -85,7 +85,7 @@ async def run_request(http: aiohttp.ClientSession, url: str, number: int, findin
 async def soak(server: LiveServer, requests: int, concurrency: int, minutes: float) -> Findings:
     """Run the requests, so many at a time, and look at memory between them."""
     findings, deadline = Findings(), time.monotonic() + 60 * minutes
-    pids = server.process.pid, server.engine_pid()
+    front_pid, engine_pid = server.process.pid, server.engine_pid()
     gate, step = asyncio.Semaphore(concurrency), max(1, requests // SAMPLES)
     async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as http:
 
@@ -98,9 +98,12 @@ async def soak(server: LiveServer, requests: int, concurrency: int, minutes: flo
                 findings.faults.append(f"{begin} of {requests} requests were sent in {minutes:g} minutes")
                 break
             await asyncio.gather(*(one(number) for number in range(begin, min(begin + step, requests))))
-            front, engine = (rss_mib(pid) for pid in pids)
-            findings.memory.append((begin + step, front, engine))
-            print(f"{begin + step:>6} requests: front {front:.1f} MiB, engine {engine:.1f} MiB", flush=True)
+            front, engine, grammars = rss_mib(front_pid), rss_mib(engine_pid), children_mib(engine_pid)
+            findings.memory.append({"requests": begin + step, "front": front, "engine": engine, "grammars": grammars})
+            print(
+                f"{begin + step:>6} requests: front {front:.1f} MiB, engine {engine:.1f}, grammars {grammars:.1f}",
+                flush=True,
+            )
     return findings
 
 
@@ -137,7 +140,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(f"\n{table(('kind', *outcomes), rows)}\n")
     print(
         f"{sum(findings.outcomes.values())} requests in {seconds:.0f} s: {dict(findings.outcomes)}; memory varied over the last "
-        f"half by {spread['front']:.1f} MiB (front) and {spread['engine']:.1f} MiB (engine)"
+        f"half by {', '.join(f'{spread[name]:.1f} MiB ({name})' for name in LIMITS_MIB)}"
     )
     print("\n".join(findings.faults[:40]) or "nothing lost, nothing wrong, memory level")
     if arguments.json:
@@ -145,7 +148,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             "seconds": seconds,
             "outcomes": findings.outcomes,
             "by_kind": findings.by_kind,
-            "memory_mib": [dict(zip(("requests", "front", "engine"), entry, strict=True)) for entry in findings.memory],
+            "memory_mib": findings.memory,
             "spread_mib_of_last_half": spread,
             "faults": findings.faults,
         }

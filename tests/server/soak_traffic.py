@@ -7,6 +7,7 @@ import contextlib
 import json
 import random
 import re
+import subprocess
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -132,6 +133,19 @@ async def ask(http: aiohttp.ClientSession, url: str, number: int, *, leaves: int
 def rss_mib(pid: int) -> float:
     """Memory of a process."""
     return int(re.search(r"VmRSS:\s+(\d+)", Path(f"/proc/{pid}/status").read_text())[1]) / 1024  # type: ignore[index]
+
+
+def children_mib(pid: int) -> float:
+    """Memory of the processes that a process has started, and they, in turn; what they share is counted once."""
+    total, parents = 0.0, [pid]
+    while parents:
+        listed = subprocess.run(["ps", "--ppid", str(parents.pop()), "-o", "pid="], capture_output=True, text=True)
+        for child in map(int, listed.stdout.split()):
+            parents.append(child)
+            with contextlib.suppress(OSError, TypeError):  # it has ended
+                rollup = Path(f"/proc/{child}/smaps_rollup").read_text()
+                total += int(re.search(r"\nPss:\s+(\d+)", rollup)[1]) / 1024  # type: ignore[index]
+    return total
 
 
 def _completion_fields(kind: str, rng: random.Random) -> dict[str, Any]:
