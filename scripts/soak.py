@@ -33,7 +33,7 @@ from tiny import save_tiny_model  # noqa: E402
 
 from stepgraph.bench.report import table, write_json  # noqa: E402
 
-LIMITS_MIB = {"front": 10.0, "engine": 30.0, "grammars": 150.0}
+LIMITS_MIB = {"front": 10.0, "engine": 30.0, "grammars": 100.0}
 SAMPLES = 40
 TWICE = 50  # one in so many requests is sent again
 TIMEOUT_S = 120
