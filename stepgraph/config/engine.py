@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 from stepgraph.config.cache import CacheConfig
 from stepgraph.config.fields import homes_of, refuse_unknown
 from stepgraph.config.graph import GraphConfig, graph_config_from_json
+from stepgraph.config.guidance import GuidanceConfig
 from stepgraph.config.lora import LoRAConfig
 from stepgraph.config.model import ModelConfig
 from stepgraph.config.scheduler import SchedulerConfig
@@ -24,6 +25,7 @@ class EngineConfig:
     cache: CacheConfig = field(default_factory=CacheConfig)
     scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
     graph: GraphConfig = field(default_factory=GraphConfig)
+    guidance: GuidanceConfig = field(default_factory=GuidanceConfig)
     lora: LoRAConfig = field(default_factory=LoRAConfig)
     speculative: SpeculativeConfig = field(default_factory=SpeculativeConfig)
 
@@ -95,6 +97,7 @@ ENGINE_PARTS: dict[str, Any] = {
     "cache": CacheConfig,
     "scheduler": SchedulerConfig,
     "graph": GraphConfig,
+    "guidance": GuidanceConfig,
     "lora": LoRAConfig,
     "speculative": SpeculativeConfig,
 }

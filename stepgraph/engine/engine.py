@@ -175,7 +175,7 @@ class Engine:
         self.host_time = HostTime()
         self.on_step: Callable[[StepReport], None] = lambda report: None
         """Called in the engine's thread when a step's results have been read; whoever watches the steps sets it."""
-        self._masks = TokenMasks(self._read_vocabulary, self.source.config.vocab_size, max_drafts)
+        self._masks = TokenMasks(self._read_vocabulary, self.source.config.vocab_size, max_drafts, config.guidance)
         self._secret = secrets.token_bytes(16)
         self._seeds = random.Random(config.model.seed)
         self._in_flight: deque[_InFlight] = deque()

@@ -33,6 +33,8 @@ if TYPE_CHECKING:
 
     from stepgraph.engine.sampling_params import StructuredOutputs
 
+MAX_WHITESPACE = 20
+"""Characters of white space between two parts of a JSON text: enough to indent it, and no place for a model to stay."""
 _THREADS = max(1, min(8, (os.cpu_count() or 1) // 2))
 """Of one compilation."""
 
@@ -112,12 +114,10 @@ class GuidanceCompiler:
             if spec.json is not None:
                 name = "json"
                 schema = json.dumps(SchemaConverter(spec.json).convert())
-                grammar = compiler.compile_json_schema(schema, any_whitespace=not spec.disable_any_whitespace)
+                grammar = _compile_schema(compiler, schema, spec)
             elif spec.json_object:
                 name = "json_object"
-                grammar = compiler.compile_json_schema(
-                    '{"type": "object"}', any_whitespace=not spec.disable_any_whitespace
-                )
+                grammar = _compile_schema(compiler, '{"type": "object"}', spec)
             elif spec.regex is not None:
                 name = "regex"
                 limits = Limits("structured_outputs.regex")
@@ -128,7 +128,9 @@ class GuidanceCompiler:
                 grammar = compiler.compile_grammar(grammar_of_choices(spec.choice))
             elif isinstance(spec.structural_tag, Mapping):
                 name = "structural_tag"
-                grammar = compiler.compile_structural_tag(json.dumps(TagConverter(spec.structural_tag).convert()))
+                max_whitespace = 1 if spec.disable_any_whitespace else MAX_WHITESPACE
+                converted = TagConverter(spec.structural_tag, max_whitespace=max_whitespace).convert()
+                grammar = compiler.compile_structural_tag(json.dumps(converted))
             else:
                 name = "grammar"
                 assert spec.grammar is not None
@@ -144,6 +146,15 @@ class GuidanceCompiler:
                 f"structured_outputs.{name} allows no answer: no token can be the first; make it matchable"
             )
         return compiled
+
+
+def _compile_schema(
+    compiler: xgrammar.GrammarCompiler, schema: str, spec: StructuredOutputs
+) -> xgrammar.CompiledGrammar:
+    any_whitespace = not spec.disable_any_whitespace
+    return compiler.compile_json_schema(
+        schema, any_whitespace=any_whitespace, max_whitespace_cnt=MAX_WHITESPACE if any_whitespace else None
+    )
 
 
 class Guide:

@@ -54,10 +54,12 @@ class TagConverter:
     """Turns a structural tag into one that xgrammar follows exactly; RequestError for what it cannot, by its place.
 
     It has a `format`, as in xgrammar, or `structures` and `triggers`, the older form. No trigger appears in free text without its
-    structure, and schemas, regular expressions and grammars in it are held to the same rules as those that stand alone.
+    structure, and schemas, regular expressions and grammars in it are held to the same rules as those that stand alone. JSON in
+    it has at most `max_whitespace` characters of white space between two of its parts.
     """
 
-    def __init__(self, tag: Mapping[str, Any]) -> None:
+    def __init__(self, tag: Mapping[str, Any], *, max_whitespace: int | None = None) -> None:
+        self._max_whitespace = max_whitespace
         self._limits = Limits("structured_outputs.structural_tag")
         try:
             text = json.dumps(tag, allow_nan=False, ensure_ascii=False)
@@ -120,6 +122,8 @@ class TagConverter:
                 converted[name] = self._field(name, node[name], f"{path}.{name}")
             elif node[name] != (only := _ONLY_VALUES[kind, name]):
                 raise self._refuse(f"{path}.{name}", f"is {node[name]!r:.80}; only {only!r} is supported")
+        if kind == "json_schema":
+            converted["max_whitespace_cnt"] = self._max_whitespace
         self._limits.where = self._place(path)
         self._limits.close()
         self._count_repetitions(converted, path)

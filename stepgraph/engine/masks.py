@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
+from stepgraph.config.guidance import GuidanceConfig
 from stepgraph.engine.grammars import Grammars
 from stepgraph.engine.guidance import Vocabulary, require_xgrammar
 from stepgraph.engine.request import FinishReason, Request, RequestUpdate
@@ -26,9 +27,13 @@ class TokenMasks:
         read_vocabulary: for grammars, when the first request needs it.
         vocab_size: V.
         max_drafts: most proposals of a step, K.
+        config: how JSON is written.
     """
 
-    def __init__(self, read_vocabulary: Callable[[], Vocabulary], vocab_size: int, max_drafts: int = 0):
+    def __init__(
+        self, read_vocabulary: Callable[[], Vocabulary], vocab_size: int, max_drafts: int, config: GuidanceConfig
+    ):
+        self._config = config
         self.grammars = Grammars(read_vocabulary, vocab_size)
         self._max_drafts = max_drafts
         self._num_words = -(-vocab_size // slot_line.MASK_BITS)
@@ -42,7 +47,7 @@ class TokenMasks:
             RequestError: what it asks for cannot be written as JSON.
         """
         require_xgrammar()
-        request.guide = self.grammars.follow(_text_of(spec), request.output_token_ids)
+        request.guide = self.grammars.follow(self._text_of(spec), request.output_token_ids)
         request.awaits_host = True
         self._guided[request.guide.number] = request
 
@@ -87,14 +92,15 @@ class TokenMasks:
         """End the processes of grammars."""
         self.grammars.shut_down()
 
-
-def _text_of(spec: StructuredOutputs) -> str:
-    """One text for all that ask the same."""
-    given = {name: value for name, value in vars(spec).items() if value not in (None, False)}
-    try:
-        return json.dumps(given, allow_nan=False)
-    except (TypeError, ValueError, RecursionError) as error:
-        raise RequestError(f"structured_outputs.{next(iter(given))} is not JSON: {error}") from error
+    def _text_of(self, spec: StructuredOutputs) -> str:
+        """One text for all that ask the same."""
+        given = {name: value for name, value in vars(spec).items() if value not in (None, False)}
+        if self._config.disable_any_whitespace:
+            given["disable_any_whitespace"] = True
+        try:
+            return json.dumps(given, allow_nan=False)
+        except (TypeError, ValueError, RecursionError) as error:
+            raise RequestError(f"structured_outputs.{next(iter(given))} is not JSON: {error}") from error
 
 
 def num_until_end(update: RequestUpdate, end_token_ids: Collection[int]) -> int | None:

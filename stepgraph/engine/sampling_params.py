@@ -40,7 +40,9 @@ class StructuredOutputs:
     structural_tag: str | Mapping[str, Any] | None = None
     """Free text with structures that begin where a trigger appears: JSON text or a dict, as `response_format` of type
     structural_tag has it, with `format`, or `structures` and `triggers`. Kept as a dict."""
-    disable_any_whitespace: bool = False  # JSON without spaces and line breaks between its parts
+    disable_any_whitespace: bool = False
+    """JSON with one space after each comma and colon; in a structural tag, with at most one character of white space between two
+    parts. Otherwise there may be a few: enough to indent it."""
 
     def __post_init__(self) -> None:
         given = [
@@ -62,12 +64,6 @@ class StructuredOutputs:
             tag = _from_json(self.structural_tag, "structural_tag")
             object.__setattr__(self, "structural_tag", tag)
             _require(self, "structural_tag", isinstance(tag, Mapping), "a structural tag (JSON text or dict)")
-            _require(
-                self,
-                "disable_any_whitespace",
-                not self.disable_any_whitespace,
-                "False with structural_tag, whose JSON may always hold whitespace",
-            )
             object.__setattr__(self, "structural_tag", dict(tag))
         for name in ("regex", "grammar"):
             text = getattr(self, name)

@@ -142,7 +142,7 @@ def _prepared(
     if request.logprobs:
         others["logprobs"] = request.top_logprobs or 0
     if tools.must_call:  # a form that is asked for beside is that of text answers, of which there will be none
-        others["structured_outputs"] = {"json": tools.schema()}
+        others["structured_outputs"] = {"json": tools.schema(), "disable_any_whitespace": True}
     elif request.response_format is not None and (spec := structured_outputs(request)) is not None:
         others["structured_outputs"] = form.with_calls(spec, tools)
     if tools.shown and form.marks_calls_by_special_tokens:

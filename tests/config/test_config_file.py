@@ -16,6 +16,7 @@ SETTINGS = {
     "cache": {"block_size": 32, "gpu_memory_utilization": 0.5, "enable_prefix_caching": False},
     "scheduler": {"max_num_seqs": 3, "prefill_gather_ms": 12.5},
     "graph": {"capture_sizes": [8, 16], "graph_optimization_config": {"cudagraph_num_of_warmups": 2}},
+    "guidance": {"disable_any_whitespace": True},
     "lora": {"enable_lora": True},
     "server": {"port": 80, "served_model_name": ["a", "b"], "lora_modules": ["c=d"], "request_timeout": 5},
 }

@@ -11,7 +11,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from stepgraph.engine import guided_text
-from stepgraph.engine.guidance import GuidanceCompiler, Guide, GuideError, read_vocabulary
+from stepgraph.engine.guidance import MAX_WHITESPACE, GuidanceCompiler, Guide, GuideError, read_vocabulary
 from stepgraph.engine.sampling_params import StructuredOutputs
 from stepgraph.errors import ConfigError, RequestError
 
@@ -165,6 +165,22 @@ def test_without_whitespace_an_object_has_one_spelling(by_byte) -> None:
     schema = {"type": "object", "properties": {"a": {"const": 1}}, "required": ["a"]}
     texts = {by_byte.answer(random.Random(s), json=schema, disable_any_whitespace=True) for s in range(20)}
     assert texts == {'{"a": 1}'}
+
+
+@pytest.mark.parametrize("form", ["json", "json_object", "structural_tag"])
+@pytest.mark.parametrize("compact", [False, True])
+def test_white_space_between_parts_is_bounded(by_byte, form, compact) -> None:
+    schema = {"type": "object"}
+    tag = {"type": "structural_tag", "format": {"type": "json_schema", "json_schema": schema}}
+    spec = {"json": schema, "json_object": True, "structural_tag": tag}[form]
+    most = (1 if form == "structural_tag" else 0) if compact else MAX_WHITESPACE
+    guide = Guide(by_byte.compiler.compile(StructuredOutputs(**{form: spec}, disable_any_whitespace=compact)))
+    brace, line_break = by_byte.tokenizer.encode("{\n")
+    guide.accept(brace)
+    for _ in range(most):
+        guide.accept(line_break)
+    assert line_break not in by_byte.allowed(guide)
+    assert by_byte.tokenizer.encode("}")[0] in by_byte.allowed(guide)
 
 
 def test_answers_follow_a_grammar(by_byte) -> None:

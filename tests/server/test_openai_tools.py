@@ -379,3 +379,13 @@ def test_what_would_have_to_be_kept_is_refused(client) -> None:
     with pytest.raises(openai.BadRequestError, match="previous_response_id"):
         respond(client, CAPITAL, previous_response_id="resp_1")
     assert respond(client, CAPITAL, store=True, max_output_tokens=1).store is False
+
+
+def test_a_forced_call_is_compact_whatever_the_model_likes(client, smollm2) -> None:
+    tool = {"type": "function", "function": {"name": "now", "parameters": {"type": "object", "properties": {}}}}
+    spaces = {smollm2.tokenizer().encode(text)[0]: 100 for text in ("\n", " ", "\t", "\n\n")}
+    for choice in ({"type": "function", "function": {"name": "now"}}, "required"):
+        fields = {"tools": [tool], "tool_choice": choice, "parallel_tool_calls": False, "logit_bias": spaces}
+        reply = create(client, max_tokens=32, **fields).choices[0]
+        assert reply.finish_reason in ("stop", "tool_calls")
+        assert [call.function.arguments for call in reply.message.tool_calls] == ["{}"]
