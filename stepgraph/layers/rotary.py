@@ -6,6 +6,7 @@ Source: Su et al., "RoFormer" (2021); the scaled variants are transformers' own.
 from __future__ import annotations
 
 import logging
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -44,8 +45,20 @@ def rotary_frequencies(hf_config: Any, head_dim: int, layer_type: str | None = N
         layer_type: whose settings, where `rope_parameters` holds one set per layer type (Gemma 3).
 
     Raises:
-        ModelError: the rope type depends on the length of each sequence or is unknown, or rotates an odd part of a head.
+        ModelError: the rope type depends on the length of each sequence or is unknown, or rotates an odd part of a head, or an
+            angle is not finite.
     """
+    frequencies = _evaluate(hf_config, head_dim, layer_type)
+    values = (*frequencies.inv_freq, *frequencies.long_inv_freq, frequencies.scale)
+    if not all(map(math.isfinite, values)):
+        raise ModelError(
+            f"The rope settings {hf_config.rope_parameters!r:.300} lead to angles that are not finite; correct rope_parameters "
+            "in config.json."
+        )
+    return frequencies
+
+
+def _evaluate(hf_config: Any, head_dim: int, layer_type: str | None) -> RotaryFrequencies:
     rope = hf_config.rope_parameters if layer_type is None else hf_config.rope_parameters[layer_type]
     rope_type = rope.get("rope_type", "default")
     num_rotated = int(head_dim * rope.get("partial_rotary_factor", 1.0))

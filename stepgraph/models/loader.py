@@ -13,7 +13,9 @@ from tqdm import tqdm
 from stepgraph.errors import ConfigError
 from stepgraph.layers.fp8_linear import FP8Linear, fp8_targets
 from stepgraph.layers.norm import RMSNorm
+from stepgraph.models.checkpoint import CheckpointTensor
 from stepgraph.models.config import DecoderConfig
+from stepgraph.models.conversion import Target
 from stepgraph.models.decoder import Decoder
 from stepgraph.models.language_model import LanguageModel
 from stepgraph.models.mtp_tensors import without_mtp
@@ -133,6 +135,8 @@ def create_model(
             )
         if packed:
             pack(model, tensors, merged=config.merged_projections, exact_tokens=exact_tokens)
+    if load_format != "dummy":
+        _match(model, tensors, source)  # before memory is taken for sizes that may be damaged
     materialise(model, device)
     if deterministic:
         model.make_deterministic()
@@ -152,15 +156,18 @@ def fill(
         return iter(())  # filled as it was built
     if load_format == "dummy":
         return _fill_randomly(model)
-    tensors = fit_head(
-        without_mtp(source.tensors()),
-        tied=model.config.tie_word_embeddings,
-        in_model=model.lm_head is not None,
-        description=source.description,
-    )
-    update = match_tensors(model.checkpoint_tensors(), tensors, source.description)
+    update = _match(model, without_mtp(source.tensors()), source)
     bar = tqdm(update, f"Loading {source.name}", unit=" tensors", disable=not progress, leave=False)
     return write_each(bar, on_host=fills_in_place(model))
+
+
+def _match(
+    model: Decoder, tensors: list[CheckpointTensor], source: ModelSource
+) -> list[tuple[Target, CheckpointTensor]]:
+    """Where each of a checkpoint's tensors goes in a model made for them; ModelError if they are not those of the model."""
+    tied, in_model = model.config.tie_word_embeddings, model.lm_head is not None
+    fitting = fit_head(tensors, tied=tied, in_model=in_model, description=source.description)
+    return match_tensors(model.checkpoint_tensors(), fitting, source.description)
 
 
 def fills_in_place(model: LanguageModel) -> bool:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from stepgraph.errors import ModelError
@@ -46,7 +48,8 @@ def choose_config(hf_config: Any, model_impl: str = "auto") -> LanguageModelConf
     if model_impl == "transformers" or (model_impl == "auto" and architecture_of(hf_config) not in ARCHITECTURES):
         from stepgraph.models.transformers_model import judge
 
-        return judge(hf_config)
+        with _telling_of_odd_fields():
+            return judge(hf_config)
     try:
         return read_config(hf_config)
     except ModelError as error:
@@ -61,11 +64,24 @@ def read_config(hf_config: Any) -> DecoderConfig:
     Raises:
         ModelError: no native model runs this architecture, or the model uses something unsupported.
     """
-    check_supported(hf_config)  # first: "a mixture of experts" helps more than "unknown architecture"
+    with _telling_of_odd_fields():
+        check_supported(hf_config)  # first: "a mixture of experts" helps more than "unknown architecture"
     architecture = architecture_of(hf_config)
     if architecture not in ARCHITECTURES:
         raise ModelError(
             f"No native model runs the architecture {architecture}; there are {', '.join(ARCHITECTURES)}. "
             "Set model_impl to auto to run transformers' own code, or add one: see docs/adding-a-model.md."
         )
-    return ARCHITECTURES[architecture].config_from_hf(hf_config)
+    with _telling_of_odd_fields():
+        return ARCHITECTURES[architecture].config_from_hf(hf_config)
+
+
+@contextmanager
+def _telling_of_odd_fields() -> Iterator[None]:
+    """A field of a config may hold anything: what fails inside on its type is a ModelError."""
+    try:
+        yield
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        raise ModelError(
+            f"The model's config cannot be used: {error!r:.500}; a field is missing, of the wrong type or far out of range."
+        ) from error

@@ -40,9 +40,11 @@ def tokenizer_from_folder(folder: Path) -> PreTrainedTokenizerFast:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        tokenizer: PreTrainedTokenizerFast = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        tokenizer.encode("a")  # a setting of the wrong type shows here, and not in each request
     except Exception as error:  # transformers raises many types here, ImportError and bare Exception among them
         raise ModelError(f"{folder} holds no tokenizer that transformers can read: {error}") from error
+    return tokenizer
 
 
 def require_known_tokenizer(file: GGUFFile) -> None:

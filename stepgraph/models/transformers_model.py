@@ -5,8 +5,8 @@ transformers' class gets all tokens of the step as one sequence. Its layers trea
 step without graphs.
 
 What a model needs is not read from its config, whose fields differ from class to class, but seen: the class is built and run
-once on fake tensors, which have shapes and no values, and its calls of attention are recorded. What cannot be captured or is
-not supported shows there, before any weight is read.
+once on tensors of shapes without values, under the recorder that captures steps on a CPU, and its calls of attention are noted.
+What cannot be captured or is not supported shows there, before any weight is read.
 
 Shapes: T tokens, R rows, E hidden size, V vocabulary, H query heads, G key/value heads, D head size.
 """
@@ -14,23 +14,25 @@ Shapes: T tokens, R rows, E hidden size, V vocabulary, H query heads, G key/valu
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM
 from transformers.utils import ModelOutput, logging
 
 from stepgraph import ops
-from stepgraph.errors import ModelError
+from stepgraph.errors import CaptureError, ModelError
+from stepgraph.graph.cpu import CpuBackend
 from stepgraph.layers.inputs import StepInputs
 from stepgraph.models.config import architecture_of, as_token_ids
 from stepgraph.models.mtp_tensors import mtp_names
+from stepgraph.models.safetensors import read_safetensors
 from stepgraph.models.transformers_config import TransformersConfig
 from stepgraph.models.transformers_interfaces import IMPLEMENTATIONS, REQUIREMENTS, Attend, AttentionCall, refuse
 
@@ -38,13 +40,13 @@ _PROBE_TOKENS = 3
 
 
 def judge(hf_config: Any) -> TransformersConfig:
-    """Judge a transformers config object by running its model on fake tensors.
+    """Judge a transformers config object by running its model on tensors without values.
 
     Raises:
         ModelError: transformers has no class for it, or the class cannot run here; says what, why and what works.
     """
     _check_fields(hf_config)
-    calls, hidden_size, vocab_size = _probe(hf_config)
+    calls, hidden_size, vocab_size, num_parameters = _probe(hf_config)
     calls.sort(key=lambda call: call.layer)
     _check_layers(hf_config, calls)
     num_heads, head_dim = calls[0].query.shape[1], calls[0].query.shape[3]
@@ -59,6 +61,7 @@ def judge(hf_config: Any) -> TransformersConfig:
         windows=tuple(_window(hf_config, call) for call in calls),
         max_position_embeddings=hf_config.max_position_embeddings,
         eos_token_ids=as_token_ids(getattr(hf_config, "eos_token_id", None)),
+        num_parameters=num_parameters,
         hf_config=hf_config,
     )
 
@@ -104,6 +107,12 @@ class TransformersModel(nn.Module):
         Raises:
             ModelError: the checkpoint's tensors are not those of the model, or a file is damaged.
         """
+        stored = sum(math.prod(tensor.shape) for tensor in read_safetensors(folder))
+        if config.num_parameters > 2 * stored:  # else transformers says which are missing, having taken memory for them
+            raise ModelError(
+                f"The {config.architecture} that the config in {folder} describes has {config.num_parameters:,} parameters, and "
+                f"its weight files hold {stored:,}; config and weights are not of one model, or a file is missing."
+            )
         with _progress_bars(progress):
             try:
                 hf_model, report = AutoModelForCausalLM.from_pretrained(
@@ -218,8 +227,13 @@ class _PassThrough(nn.Module):
 def _take_apart(hf_model: Any) -> tuple[nn.Module, nn.Module]:
     """The base model, and its class without it: hidden states in, logits out, scaled and capped as the class does."""
     base = getattr(hf_model, hf_model.base_model_prefix)
+    base.warn_if_padding_and_no_attention_mask = _no_warning  # which looks for padding in the tokens, on the host
     setattr(hf_model, hf_model.base_model_prefix, _PassThrough())
     return base, hf_model
+
+
+def _no_warning(*_: Any) -> None:
+    pass
 
 
 def _run_layers(base: nn.Module, token_ids_T: Tensor, positions_T: Tensor, attend: Attend) -> Tensor:
@@ -277,9 +291,17 @@ def _check_fields(hf_config: Any) -> None:
         )
 
 
-def _probe(hf_config: Any) -> tuple[list[AttentionCall], int, int]:
-    """Build the model and run it on fake tensors: its calls of attention, E and V. Reads no weights and takes no memory."""
+class _Probed(NamedTuple):
+    hidden: Tensor  # [T, E]
+    logits: Tensor  # [T, V]
+
+
+def _probe(hf_config: Any) -> tuple[list[AttentionCall], int, int, int]:
+    """Build the model and capture it on tensors without values: its calls of attention, E, V and the number of its parameters.
+    Reads no weights and takes no memory. Fake tensors would not do: where transformers' code sees one, it leaves out what it does
+    with values."""
     calls: list[AttentionCall] = []
+    probed: list[_Probed] = []
 
     def record(call: AttentionCall) -> Tensor:
         calls.append(call)
@@ -287,23 +309,34 @@ def _probe(hf_config: Any) -> tuple[list[AttentionCall], int, int]:
         return call.query.new_empty(1, T, H, call.value.shape[-1])
 
     try:
-        with FakeTensorMode(), torch.no_grad():
+        with torch.device("meta"), torch.no_grad():
             hf_model = AutoModelForCausalLM.from_config(
                 copy.deepcopy(hf_config), dtype=torch.bfloat16, **IMPLEMENTATIONS
             ).eval()
+            num_parameters = sum(parameter.numel() for parameter in hf_model.parameters())
             base, head = _take_apart(hf_model)
             token_ids_T = torch.zeros(_PROBE_TOKENS, dtype=torch.int32)
-            hidden_TE = _run_layers(base, token_ids_T, token_ids_T, record)
-            logits_TV = _run_head(head, hidden_TE)
+
+            def run() -> _Probed:
+                hidden_TE = _run_layers(base, token_ids_T, token_ids_T, record)
+                probed.append(_Probed(hidden_TE, _run_head(head, hidden_TE)))
+                return probed[-1]
+
+            CpuBackend().capture(run, warmups=1)
     except ModelError:
         raise
+    except CaptureError as error:
+        raise ModelError(
+            f"{architecture_of(hf_config)} cannot run through transformers with this config, as its steps cannot be captured in "
+            f"graphs: {error}. {REQUIREMENTS}"
+        ) from error
     except Exception as error:  # code of some hundred models, not written for this
         reason = (str(error).strip().splitlines() or [""])[0]
         raise ModelError(
             f"{architecture_of(hf_config)} cannot run through transformers: its code fails on tensors without values or without "
             f"our attention ({type(error).__name__}: {reason}). {REQUIREMENTS}"
         ) from error
-    return calls, hidden_TE.shape[-1], logits_TV.shape[-1]
+    return calls, probed[0].hidden.shape[-1], probed[0].logits.shape[-1], num_parameters
 
 
 def _check_layers(hf_config: Any, calls: list[AttentionCall]) -> None:

@@ -49,6 +49,7 @@ SUPPORTED = {
     "qwen3": lambda: transformers.Qwen3Config(**SIZES, head_dim=32),
     "mistral: a window in every layer": lambda: transformers.MistralConfig(**SIZES, sliding_window=20),
     "gpt2: learned positions, biases": lambda: transformers.GPT2Config(**GPT2_SIZES),
+    "gpt2: a token for padding": lambda: transformers.GPT2Config(**GPT2_SIZES, pad_token_id=3),
     "gpt_bigcode: one key head": lambda: transformers.GPTBigCodeConfig(**GPT2_SIZES),
     "gpt_neox: parallel residual, part of each head rotated": lambda: transformers.GPTNeoXConfig(**SIZES),
     "phi: head bias, part of each head rotated": lambda: transformers.PhiConfig(**SIZES),
@@ -222,7 +223,17 @@ REFUSED = {
     ),
     "routing on the host": (
         lambda: transformers.JetMoeConfig(**SIZES, kv_channels=16, num_local_experts=4),
-        "fails on tensors without values",
+        r"JetMoeForCausalLM cannot run.*cannot be captured in graphs",
+    ),
+    "values read on the host": (
+        lambda: transformers.Gemma3nTextConfig(
+            **SIZES,
+            head_dim=16,
+            layer_types=["sliding_attention", "full_attention"],
+            activation_sparsity_pattern=[0.5, 0.0],
+            num_kv_shared_layers=0,
+        ),
+        r"Gemma3nForCausalLM cannot run.*cannot be captured in graphs: the step reads a tensor's value on the host",
     ),
     "rotation by length": (
         lambda: transformers.LlamaConfig(**SIZES, rope_parameters=DYNAMIC),
