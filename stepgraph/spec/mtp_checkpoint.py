@@ -281,8 +281,8 @@ class _Scaled(CheckpointTensor):
 
     def load(self, dtype: torch.dtype, device: torch.device) -> Tensor:
         """See `CheckpointTensor.load`."""
-        values, scale = (tensor.load(torch.float32, device) for tensor in (self._values, self._scale))
-        return (values * scale.view(-1, 1)).to(dtype)
+        values, scale = self._values.stored().to(device), self._scale.load(torch.float32, device)
+        return (values.float() * scale.view(-1, 1)).to(dtype)
 
 
 def _dequantised(tensors: list[CheckpointTensor]) -> list[CheckpointTensor]:
