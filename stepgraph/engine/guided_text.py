@@ -11,6 +11,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from stepgraph.engine import guided_repeats
 from stepgraph.errors import RequestError
 
 MAX_TEXT_BYTES = 64 * 1024
@@ -164,20 +165,17 @@ class Limits:
 _QUANTIFIER = re.compile(r"[?*+]|\{(\d+)(,?)(\d*)\}")
 
 
-def _quantifier(text: str, at: int, limits: Limits) -> int:
-    """Take in the quantifier at a place of a regular expression or grammar; returns its length."""
+def _quantifier(text: str, at: int, where: str) -> tuple[int, int | None, int]:
+    """The quantifier at a place of a regular expression or grammar: how often, at least and at most, and its length."""
     match = _QUANTIFIER.match(text, at)
     if match is None:
-        raise RequestError(
-            f"{limits.where}: {text[at : at + 8]!r} at {at} is no repetition: write {{2}}, {{2,5}} or {{2,}}"
-        )
+        raise RequestError(f"{where}: {text[at : at + 8]!r} at {at} is no repetition: write {{2}}, {{2,5}} or {{2,}}")
     if match[1] is None:
         low, high = {"?": (0, 1), "*": (0, None), "+": (1, None)}[match[0]]
     else:
         low = int(match[1][:9])
         high = (int(match[3][:9]) if match[3] else None) if match[2] else low
-    limits.repeat(low, high)
-    return len(match[0])
+    return low, high, len(match[0])
 
 
 _ESCAPE = re.compile(
@@ -244,47 +242,58 @@ class Regex:
     def __init__(self, text: str, limits: Limits, *, in_json: bool = False) -> None:
         self._text, self._limits = text, limits
         self._alphabet = JSON_CHARACTERS if in_json else _CHARACTERS
-        pieces = []
-        at = 0
+        pieces: list[guided_repeats.Piece] = []
+        at = depth = 0
         while at < len(text):
             piece, length = self._piece(at)
-            pieces.append(piece)
+            if piece is not None:
+                pieces.append(piece)
+                depth += isinstance(piece, guided_repeats.Open) - isinstance(piece, guided_repeats.Close)
+            if depth > MAX_DEPTH:
+                raise RequestError(f"{limits.where} has groups nested more than {MAX_DEPTH} deep; nest fewer")
             at += length
-        self.rewritten = "".join(pieces)
+        node = guided_repeats.parse(pieces)
+        if node is None:
+            raise RequestError(
+                f"{limits.where} is no regular expression: a group lacks its other bracket, or a repetition has nothing before "
+                "it or its bounds in the wrong order; write \\( or \\* for the character itself"
+            )
+        guided_repeats.count(node, limits)
+        self.rewritten = guided_repeats.written(node) or "()"
 
     def _refuse(self, at: int, length: int, why: str) -> RequestError:
         return RequestError(f"{self._limits.where}: {self._text[at : at + length]!r} at {at} {why}")
 
-    def _piece(self, at: int) -> tuple[str, int]:
-        """What the text at a place becomes, and how much of the text it is."""
+    def _piece(self, at: int) -> tuple[guided_repeats.Piece | None, int]:
+        """What the text at a place stands for, None for nothing, and how much of the text it is."""
         text, character = self._text, self._text[at]
         if character == "(":
             group = _GROUP.match(text, at)
             if group is None:
                 raise self._refuse(at, 4, "is a group that is not known; use ( ) or (?: )")
-            self._limits.open()
-            return "(", len(group[0])
+            return guided_repeats.Open(), len(group[0])
         if character == ")":
-            self._limits.close()
-            return ")", 1
+            return guided_repeats.Close(), 1
         if character in "?*+{":
-            length = _quantifier(text, at, self._limits)
+            low, high, length = _quantifier(text, at, self._limits.where)
             # A `?` behind it asks for as few as possible, with which the same texts match.
-            return text[at : at + length], length + text.startswith("?", at + length)
-        if character == "|" or (character == "^" and at == 0) or (character == "$" and at + 1 == len(text)):
-            return character, 1
+            return guided_repeats.Times(low, high), length + text.startswith("?", at + length)
+        if character == "|":
+            return guided_repeats.Bar(), 1
+        if (character == "^" and at == 0) or (character == "$" and at + 1 == len(text)):
+            return None, 1
         if character in "^$":
             raise self._refuse(
                 at, 1, "may only stand at the very start (^) or end ($), as the whole text has to match; remove it"
             )
         if character == ".":
-            return self._written(_without(self._alphabet, _LINE_BREAKS), at, 1), 1
+            return self._atom(_without(self._alphabet, _LINE_BREAKS), at, 1), 1
         if character == "[":
             return self._class_at(at)
         if character == "\\":
             match = self._member(_ESCAPE, at)
-            return self._written(self._set(match, at), at, len(match[0])), len(match[0])
-        return self._written([(ord(character), ord(character))], at, 1), 1
+            return self._atom(self._set(match, at), at, len(match[0])), len(match[0])
+        return self._atom([(ord(character), ord(character))], at, 1), 1
 
     def _member(self, pattern: re.Pattern[str], at: int) -> re.Match[str]:
         match = pattern.match(self._text, at)
@@ -304,26 +313,20 @@ class Regex:
             raise self._refuse(at, len(match[0]), "is no character; the last one is \\u{10ffff}")
         return [(code, code)]
 
-    def _written(self, ranges: _Ranges, at: int, length: int) -> str:
+    def _atom(self, ranges: _Ranges, at: int, length: int) -> guided_repeats.Atom:
         ranges = _without(self._alphabet, _without(self._alphabet, ranges))
         if not ranges:
             raise self._refuse(
                 at, length, "matches nothing that an answer can hold here as it is, without an escape; leave it out"
             )
-        if len(ranges) == 1 and ranges[0][0] == ranges[0][1]:
-            self._limits.element()
-            character = chr(ranges[0][0])
-            return (
-                f"\\{character}"
-                if character in "\\^$.|?*+()[]{}"
-                else character
-                if character >= " "
-                else character_class(ranges)
-            )
-        self._limits.element(states_of_class(ranges))
-        return character_class(ranges)
+        if len(ranges) > 1 or ranges[0][0] != ranges[0][1]:
+            return guided_repeats.Atom(character_class(ranges), states_of_class(ranges))
+        character = chr(ranges[0][0])
+        if character < " ":
+            return guided_repeats.Atom(character_class(ranges))
+        return guided_repeats.Atom(f"\\{character}" if character in "\\^$.|?*+()[]{}" else character)
 
-    def _class_at(self, at: int) -> tuple[str, int]:
+    def _class_at(self, at: int) -> tuple[guided_repeats.Atom, int]:
         text = self._text
         negated = text.startswith("^", at + 1)
         start = end = at + 1 + negated
@@ -347,7 +350,7 @@ class Regex:
                 at, end - at, "is a class without a member or without an end; write \\] for a bracket in it"
             )
         length = end + 1 - at
-        return self._written(_without(_CHARACTERS, ranges) if negated else ranges, at, length), length
+        return self._atom(_without(_CHARACTERS, ranges) if negated else ranges, at, length), length
 
 
 _GRAMMAR_PIECE = re.compile(
@@ -384,7 +387,9 @@ def check_grammar(text: str, limits: Limits) -> None:
         if kind in _GRAMMAR_REFUSALS:
             raise RequestError(f"{limits.where}: {match[0]!r:.80} at {at}: {_GRAMMAR_REFUSALS[kind]}")
         if kind == "quantifier":
-            at += _quantifier(text, at, limits)
+            low, high, length = _quantifier(text, at, limits.where)
+            limits.repeat(low, high)
+            at += length
             continue
         if kind == "open":
             limits.open()
