@@ -408,9 +408,9 @@ def test_a_schema_that_would_break_or_hold_up_the_compiler_is_refused(by_byte, s
     "spec",
     [
         {"regex": "." * 4000},
-        {"regex": "[a-z]{1,150}" * 20 + ".{1,250}" * 6},
-        {"regex": "(?:(.)){200}" * 40},
-        {"regex": ".*" * 130},
+        {"regex": "[a-z]{1,150}[A-Z]{1,150}" * 10 + ".{1,250}é{1,2}" * 6},
+        {"regex": "(?:(.)){200}(?:(.)|é){100}" * 40},
+        {"regex": ".*é*" * 65},
         {"grammar": "root ::= " + "[^a] " * 4000},
         {"grammar": "root ::= " + "TagDispatch() " * 130},
         {"grammar": "root ::= " + "[" * 60_000},
