@@ -27,6 +27,7 @@ from stepgraph.config import EngineConfig
 from stepgraph.engine.engine import Engine
 from stepgraph.engine.sampling_params import SamplingParams
 from stepgraph.errors import ModelError
+from stepgraph.models.source import resolve
 
 SIZES = {
     **dict.fromkeys(("vocab_size",), 96),
@@ -91,6 +92,15 @@ def variants(config: Any) -> Iterator[tuple[str, dict[str, Any]]]:
 
 def try_one(config: Any, folder: Path) -> tuple[str, str]:
     """What came of it ("right", "wrong", "refused", "failed", or "transformers fails"), and a sentence about it."""
+    classes = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    config.architectures = [(classes[0] if isinstance(classes, tuple) else classes).__name__]
+    try:
+        config.save_pretrained(folder)
+        resolve(str(folder), model_impl="transformers")  # first: a model of parts that are not tiny takes long to fill
+    except ModelError as error:
+        return "refused", str(error)
+    except Exception as error:  # a traceback where a sentence should be: what this looks for
+        return "failed", f"{type(error).__name__}: {error}\n{traceback.format_exc()}"
     try:
         torch.manual_seed(0)
         hf_model = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=torch.float32).eval()

@@ -15,7 +15,7 @@ from stepgraph.layers.fp8_linear import FP8Linear, fp8_targets
 from stepgraph.layers.norm import RMSNorm
 from stepgraph.models.checkpoint import CheckpointTensor
 from stepgraph.models.config import DecoderConfig
-from stepgraph.models.conversion import Target
+from stepgraph.models.conversion import Target, quantization_of
 from stepgraph.models.decoder import Decoder
 from stepgraph.models.language_model import LanguageModel
 from stepgraph.models.mtp_tensors import without_mtp
@@ -25,7 +25,7 @@ from stepgraph.models.quantization import materialise, quantize_layers
 from stepgraph.models.registry import ARCHITECTURES
 from stepgraph.models.source import ModelSource
 from stepgraph.models.transformers_config import TransformersConfig
-from stepgraph.models.update import match_tensors, write_each
+from stepgraph.models.update import Update, match_tensors, write_each
 
 logger = logging.getLogger(__name__)
 
@@ -136,7 +136,8 @@ def create_model(
         if packed:
             pack(model, tensors, merged=config.merged_projections, exact_tokens=exact_tokens)
     if load_format != "dummy":
-        _match(model, tensors, source)  # before memory is taken for sizes that may be damaged
+        matches = _match(model, tensors, source)  # before memory is taken for sizes that may be damaged
+        _tell_of_dequantised(matches, source, level=logging.WARNING if packed else logging.INFO)
     materialise(model, device)
     if deterministic:
         model.make_deterministic()
@@ -168,6 +169,25 @@ def _match(
     tied, in_model = model.config.tie_word_embeddings, model.lm_head is not None
     fitting = fit_head(tensors, tied=tied, in_model=in_model, description=source.description)
     return match_tensors(model.checkpoint_tensors(), fitting, source.description)
+
+
+def _tell_of_dequantised(matches: Update, source: ModelSource, *, level: int) -> None:
+    """Log what blocks of quantised tensors take that become numbers, for lack of kernels or because they were not asked for."""
+    formats, nbytes = set(), 0
+    for target, tensor in matches:
+        if tensor.quantization is not None and tensor.quantization != quantization_of(target):
+            formats.add(tensor.quantization)
+            nbytes += target.shape.numel() * target.dtype.itemsize
+            kept_as = str(target.dtype).removeprefix("torch.")
+    if formats:
+        logger.log(
+            level,
+            "%s: tensors of type %s are kept as %s, which takes %.1f GiB",
+            source.description,
+            ", ".join(sorted(formats)),
+            kept_as,
+            nbytes / 2**30,
+        )
 
 
 def fills_in_place(model: LanguageModel) -> bool:

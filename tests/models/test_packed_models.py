@@ -69,11 +69,13 @@ def test_exact_logits_do_not_depend_on_how_the_prompt_is_cut(folder):
     assert torch.equal(torch.cat([cut.step(TOKENS[:3]), cut.step(TOKENS[3:20]), cut.step(TOKENS[20:])]), whole)
 
 
-def test_layers_without_kernels_and_mixtures_are_dequantised(tmp_path):
+def test_layers_without_kernels_and_mixtures_are_dequantised_and_that_is_logged(tmp_path, caplog):
     hf_model = random_hf_model(Qwen2Config(**SIZES))
     types = {"attn_q.weight": Q4_0, "attn_k.weight": Q8_0, "ffn_down": gguf.GGMLQuantizationType.Q5_0, "ffn_": Q4_0}
     write_gguf(tmp_path / "model.gguf", hf_model, types | {"bias": gguf.GGMLQuantizationType.F32})
-    model = load(tmp_path / "model.gguf")
+    with caplog.at_level(logging.WARNING, logger="stepgraph"):
+        model = load(tmp_path / "model.gguf")
+    assert "tensors of type Q4_0, Q5_0, Q8_0 are kept as float32, which takes 0.0 GiB" in caplog.text
     layer = {path.split(".", 3)[-1]: name for path, name in formats(model).items() if "layers.0" in path}
     assert layer == {"qkv_proj": None, "o_proj": None, "gate_up_proj": "Q4_0", "down_proj": None}
     with torch.no_grad():
