@@ -4,17 +4,11 @@ from __future__ import annotations
 
 import gc
 import logging
-import random
-import secrets
-import struct
 import time
-from array import array
 from collections import deque
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import replace
 from functools import cached_property
-from numbers import Integral
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
@@ -23,15 +17,15 @@ from torch import Tensor
 
 from stepgraph.config import EngineConfig
 from stepgraph.engine.beside import beside
-from stepgraph.engine.blocks import memory_key
 from stepgraph.engine.guidance import Vocabulary, read_vocabulary
+from stepgraph.engine.intake import RequestIntake
 from stepgraph.engine.masks import TokenMasks, num_until_end
 from stepgraph.engine.model_defaults import end_tokens_of
 from stepgraph.engine.precision import describe, exact_tokens
 from stepgraph.engine.prompts import require_tokenizer
 from stepgraph.engine.reports import HostTime, StepReport
 from stepgraph.engine.request import FinishReason, Request, RequestUpdate
-from stepgraph.engine.sampling_params import SamplingParams, bad_word_token_ids
+from stepgraph.engine.sampling_params import SamplingParams
 from stepgraph.engine.scheduler import ScheduledStep, Scheduler
 from stepgraph.engine.speculation import SpeculationStatistics
 from stepgraph.errors import ConfigError, EngineDeadError, RequestError, StepgraphError
@@ -45,12 +39,10 @@ from stepgraph.platforms import create_platform
 from stepgraph.spec.create import create_drafter
 from stepgraph.spec.depth import LEVELS, DraftDepth
 from stepgraph.spec.drafter import Drafter
-from stepgraph.step import slot_line
 from stepgraph.step.memory import place_weights
 from stepgraph.step.plan import StepKind, StepPlan
 from stepgraph.step.runner import StepResults, StepRunner, Ticket
 from stepgraph.step.shape import Variant
-from stepgraph.step.slot_sampling import SlotSampling
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -144,7 +136,7 @@ class Engine:
         )
         drafter_parameters = [] if self._drafter is None else self._drafter.parameters()
         self._weights = place_weights([*model.parameters(), *drafter_parameters], config.cache, self.platform)
-        self._adapters = self._create_adapters(model)
+        adapters = _create_adapters(model, config)
         if not weights_first:
             torch._foreach_zero_(list(model.parameters()))  # capturing runs programs on them, which must not meet NaN
         with nullcontext() if weights_first else beside(weights(), self.platform):
@@ -154,7 +146,7 @@ class Engine:
                 config,
                 self.platform,
                 max_model_len=self.max_model_len,
-                adapters=self._adapters,
+                adapters=adapters,
                 drafter=self._drafter,
                 draft_levels=self._depth.levels,
             )
@@ -176,8 +168,14 @@ class Engine:
         self.on_step: Callable[[StepReport], None] = lambda report: None
         """Called in the engine's thread when a step's results have been read; whoever watches the steps sets it."""
         self._masks = TokenMasks(self._read_vocabulary, self.source.config.vocab_size, max_drafts, config.guidance)
-        self._secret = secrets.token_bytes(16)
-        self._seeds = random.Random(config.model.seed)
+        self._intake = RequestIntake(
+            adapters,
+            vocab_size=self.source.config.vocab_size,
+            max_model_len=self.max_model_len,
+            end_token_ids=self.end_token_ids,
+            read_tokenizer=lambda: require_tokenizer(self.tokenizer),
+            seed=config.model.seed,
+        )
         self._in_flight: deque[_InFlight] = deque()
         self._collected_at = 0.0  # when the results of the last step had been read
         self._undelivered: list[RequestUpdate] = []
@@ -330,7 +328,7 @@ class Engine:
         self._masks.shutdown()
         self.platform.synchronize()
         memories = self._weights, self.runner.kv_memory
-        del self.runner, self._adapters, self._drafter
+        del self.runner, self._intake, self._drafter
         gc.collect()  # graphs and their buffers are parts of cycles
         for memory in memories:
             memory.free()
@@ -366,49 +364,16 @@ class Engine:
             EngineDeadError: an earlier step failed.
         """
         self._check_alive()
-        assert params.n == 1, params.n
-        packed = self._pack("prompt token id", prompt_token_ids)
-        prompt = packed.tolist()  # whatever kind of integers they were
-        if not prompt:
-            raise RequestError("the prompt is empty; give at least one token")
-        for what, token_ids in (("allowed_token_ids", params.allowed_token_ids), ("logit_bias", params.logit_bias)):
-            if token_ids:
-                self._pack(f"{what}: token id", token_ids)
-        if len(prompt) >= self.max_model_len:
-            raise RequestError(
-                f"the prompt has {len(prompt)} tokens and max_model_len is {self.max_model_len}, which must hold the "
-                f"prompt and at least one token of answer; shorten it to {self.max_model_len - 1} tokens or fewer"
-            )
-        room = self.max_model_len - len(prompt)
-        if params.min_tokens > room:
-            raise RequestError(
-                f"min_tokens={params.min_tokens} is above the {room} tokens of answer that max_model_len={self.max_model_len} "
-                f"leaves after a prompt of {len(prompt)}; lower min_tokens or shorten the prompt"
-            )
-        if params.bad_words and bad_words is None:
-            bad_words = bad_word_token_ids(params.bad_words, require_tokenizer(self.tokenizer))
-        sampling, loaded = self._sampling_of(params, bad_words or ()), None
-        if adapter is not None:
-            in_use = {request.adapter for request in self.scheduler.requests if request.adapter is not None}
-            loaded = self._adapter_store(adapter).load(adapter, in_use)
-            sampling = replace(sampling, adapter=loaded.number)
-            cache_salt = (
-                f"{loaded.key} {cache_salt or ''}"  # its keys, values and answers are not those of the model alone
-            )
-        if cache_salt is not None:
-            sampling = replace(sampling, memory_key=memory_key(cache_salt, self._secret))
-        request = Request(
-            id=request_id,
-            prompt_token_ids=prompt,
-            params=params,
-            max_length=len(prompt) + min(params.max_tokens or room, room),
-            sampling=sampling,
-            packed_prompt=packed,
-            variant=params.variant,
+        in_use = {request.adapter for request in self.scheduler.requests if request.adapter is not None}
+        request = self._intake.take(
+            request_id,
+            prompt_token_ids,
+            params,
             priority=priority,
             cache_salt=cache_salt,
-            adapter=loaded,
-            prompt_logprobs=[] if params.prompt_logprobs is None else [None] * len(prompt),
+            adapter=adapter,
+            adapters_in_use=in_use,
+            bad_words=bad_words,
         )
         self.scheduler.add(request)
         if params.structured_outputs is not None:
@@ -421,7 +386,7 @@ class Engine:
 
     def holds_adapter(self, folder: str) -> bool:
         """Whether a LoRA adapter need not be read before a request can use it; RequestError if none can be used."""
-        return self._adapter_store(folder).holds(folder)
+        return self._intake.adapters_for(folder).holds(folder)
 
     def read_adapter(self, folder: str) -> AdapterFile:
         """Read a LoRA adapter for `add_request`. The one method that any thread may call, at any time.
@@ -429,7 +394,7 @@ class Engine:
         Raises:
             RequestError: the folder is not an adapter that this model can run.
         """
-        return self._adapter_store(folder).read(folder)
+        return self._intake.adapters_for(folder).read(folder)
 
     def abort(self, request_id: str) -> RequestUpdate | None:
         """End a request now; its slot and blocks are free for the next step. None if it is not running."""
@@ -631,65 +596,8 @@ class Engine:
             return ()
         return LEVELS if self.platform.captures_all_by_default else (0, 3)
 
-    def _sampling_of(self, params: SamplingParams, bad_words: Sequence[Sequence[int]]) -> SlotSampling:
-        """Sampling parameters as the device wants them."""
-        stop_token_ids = tuple(dict.fromkeys((() if params.ignore_eos else self.end_token_ids) + params.stop_token_ids))
-        if len(stop_token_ids) > slot_line.MAX_STOP_TOKENS:
-            raise RequestError(
-                f"{len(stop_token_ids)} stop tokens, the model's end tokens included; at most "
-                f"{slot_line.MAX_STOP_TOKENS} fit"
-            )
-        return SlotSampling(
-            seed=params.seed if params.seed is not None else self._seeds.getrandbits(64),
-            temperature=params.temperature,
-            top_k=params.top_k,
-            top_p=params.top_p,
-            min_p=params.min_p,
-            stop_token_ids=stop_token_ids,
-            repetition_penalty=params.repetition_penalty,
-            presence_penalty=params.presence_penalty,
-            frequency_penalty=params.frequency_penalty,
-            min_tokens=params.min_tokens,
-            logit_bias=tuple((params.logit_bias or {}).items()),
-            bad_words=tuple(tuple(word) for word in bad_words),
-            masked=params.allowed_token_ids is not None or params.structured_outputs is not None,
-            num_logprobs=0 if params.logprobs is None else 1 + params.logprobs,
-            num_prompt_logprobs=0 if params.prompt_logprobs is None else 1 + params.prompt_logprobs,
-            max_num_drafts=params.max_num_drafts,
-        )
-
-    def _create_adapters(self, model: LanguageModel) -> AdapterStore | None:
-        if not self.config.lora.enable_lora:
-            return None
-        if not isinstance(model, Decoder):
-            raise ConfigError(
-                f"enable_lora=True needs a native model, and {model.config.architecture} runs through transformers; choose a "
-                "native model, or leave enable_lora off"
-            )
-        return AdapterStore(model, self.config.lora, max_tokens=self.config.scheduler.max_num_batched_tokens)
-
-    def _adapter_store(self, wanted: str | AdapterFile) -> AdapterStore:
-        if self._adapters is None:
-            folder = wanted if isinstance(wanted, str) else wanted.folder
-            raise RequestError(
-                f"the request names the LoRA adapter {folder}, and the engine takes none; start it with enable_lora=True"
-            )
-        return self._adapters
-
     def _read_vocabulary(self) -> Vocabulary:
         return read_vocabulary(require_tokenizer(self.tokenizer), self.source.config.vocab_size, self.end_token_ids)
-
-    def _pack(self, what: str, token_ids: Collection[int]) -> array[int]:
-        """Token ids as int32; RequestError if one is outside the vocabulary. `what` they are, for its message."""
-        vocab_size = self.source.config.vocab_size
-        try:
-            packed = struct.pack(f"{len(token_ids)}I", *token_ids)  # in half the time of array("i", token_ids)
-            if max(token_ids, default=0) < vocab_size:
-                return array("i", packed)
-        except (struct.error, TypeError):  # what is no whole number, below 0 or beyond 32 bits
-            pass
-        wrong = next(t for t in token_ids if not (isinstance(t, Integral) and 0 <= int(t) < vocab_size))
-        raise RequestError(f"{what} {wrong!r} is outside the vocabulary of {vocab_size} tokens")
 
     def _check_alive(self) -> None:
         if self._is_shut_down:
@@ -705,3 +613,14 @@ def _max_model_len(config: EngineConfig, source: ModelSource) -> int:
             f"max_model_len={wanted} is above the {limit} positions {source.name} was made for; use {limit} or less"
         )
     return wanted or limit
+
+
+def _create_adapters(model: LanguageModel, config: EngineConfig) -> AdapterStore | None:
+    if not config.lora.enable_lora:
+        return None
+    if not isinstance(model, Decoder):
+        raise ConfigError(
+            f"enable_lora=True needs a native model, and {model.config.architecture} runs through transformers; choose a "
+            "native model, or leave enable_lora off"
+        )
+    return AdapterStore(model, config.lora, max_tokens=config.scheduler.max_num_batched_tokens)

@@ -10,10 +10,9 @@ import subprocess
 import time
 from collections import deque
 from collections.abc import Iterable, Mapping
-from enum import StrEnum
 from itertools import count
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import zmq
 import zmq.asyncio
@@ -22,7 +21,8 @@ from stepgraph.engine.prompts import TokenizedPrompt
 from stepgraph.engine.request import FinishReason
 from stepgraph.engine.sampling_params import SamplingParams
 from stepgraph.errors import ConfigError, EngineDeadError, RequestError, StepgraphError
-from stepgraph.server.generation import EndedRequest, Generation, Origin, RemoteRequest
+from stepgraph.server.engine_observer import EngineState, Observer, RestartCause
+from stepgraph.server.generation import Generation, Origin, RemoteRequest
 from stepgraph.server.messages import (
     Abort,
     Accepted,
@@ -66,45 +66,6 @@ _ANSWER_S = 30.0
 """How long the engine may take to answer a question: longer than most steps."""
 _STACKS_S = 0.5
 """How long an engine that hangs gets to write down where."""
-
-
-class EngineState(StrEnum):
-    """Where the engine's process is in its life."""
-
-    LOADING = "loading"
-    READY = "ready"
-    RESTARTING = "restarting"  # it died, and waits to be started again or loads
-    FAILED = "failed"  # its settings or model are unusable
-    STOPPED = "stopped"
-
-
-class RestartCause(StrEnum):
-    """Why a serving engine is started again."""
-
-    DIED = "died"
-    HUNG = "hung"
-
-
-class Observer(Protocol):
-    """Watches the engine and its requests. Called in the event loop, so it must be quick."""
-
-    def on_progress(self, message: Progress) -> None:
-        """Steps ran, or the load changed."""
-
-    def on_first_token(self, seconds: float) -> None:
-        """A request got its first token so long after it arrived."""
-
-    def on_token_gap(self, seconds: float) -> None:
-        """A request got further tokens so long after its last ones."""
-
-    def on_end(self, request: EndedRequest) -> None:
-        """A request has ended."""
-
-    def on_state(self, state: EngineState) -> None:
-        """The engine's process has come to another state of its life."""
-
-    def on_restart(self, cause: RestartCause) -> None:
-        """A serving engine is started again."""
 
 
 class EngineClient:

@@ -21,7 +21,8 @@ from stepgraph.engine.sampling_params import SamplingParams, bad_word_token_ids
 from stepgraph.engine.session import AnswerDelta
 from stepgraph.server.bodies import Bodies
 from stepgraph.server.conversation import ChatForm
-from stepgraph.server.engine_client import EngineClient, EngineState
+from stepgraph.server.engine_client import EngineClient
+from stepgraph.server.engine_observer import EngineState
 from stepgraph.server.errors import APIError
 from stepgraph.server.generation import Generation, Origin
 from stepgraph.server.messages import Ready

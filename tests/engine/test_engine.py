@@ -135,10 +135,10 @@ def test_an_answer_ends_with_a_stop_token_and_counts_it(create_engine) -> None:
     assert (request.finish_reason, request.stop_token) == (FinishReason.STOP, stop)
 
 
-def test_an_answer_ends_at_the_models_end_token_unless_that_is_ignored(create_engine) -> None:
+def test_an_answer_ends_at_the_models_end_token_unless_that_is_ignored(create_engine, monkeypatch) -> None:
+    whole = answer(create_engine(), range(9)).output_token_ids
+    monkeypatch.setattr("stepgraph.engine.engine.end_tokens_of", lambda source: (whole[3], whole[7]))
     engine = create_engine()
-    whole = answer(engine, range(9)).output_token_ids
-    engine.end_token_ids = (whole[3], whole[7])
     request = answer(engine, range(9), replace(GREEDY, ignore_eos=False))
     assert request.output_token_ids == whole[:4]
     assert request.finish_reason is FinishReason.STOP

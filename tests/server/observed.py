@@ -7,7 +7,7 @@ from stepgraph.config.server import ServerConfig
 from stepgraph.engine.sampling_params import SamplingParams
 from stepgraph.server.bodies import Bodies
 from stepgraph.server.connections import Connections, Limits
-from stepgraph.server.engine_client import EngineState
+from stepgraph.server.engine_observer import EngineState
 from stepgraph.server.generation import EndedRequest
 from stepgraph.server.messages import Load, Progress, Ready, StepInfo, TokenUpdate
 from stepgraph.server.metrics import Metrics

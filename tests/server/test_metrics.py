@@ -13,7 +13,7 @@ from prometheus_client.openmetrics import parser as openmetrics_parser
 from prometheus_client.samples import Sample
 
 from stepgraph import __version__
-from stepgraph.server.engine_client import EngineState, RestartCause
+from stepgraph.server.engine_observer import EngineState, RestartCause
 from stepgraph.server.messages import Load, Progress, TokenUpdate
 from stepgraph.server.metrics import Metrics
 from stepgraph.step.eager_reason import EagerReason
