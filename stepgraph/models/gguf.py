@@ -224,12 +224,11 @@ class GGUFFile:
         tokens = self._fields.get("tokenizer.ggml.tokens")
         if tokens is None or not isinstance(tokens.parts[-1], Texts):
             return named
-        types = self.value("tokenizer.ggml.token_type", list, [])
-        found = {
-            token_id: text
-            for token_id, text in tokens.parts[-1].find(_ENDS).items()
-            if token_id >= len(types) or types[token_id] not in (_NORMAL, _BYTE, _UNUSED)
-        }
+        found = tokens.parts[-1].find(_ENDS)
+        types = self.value("tokenizer.ggml.token_type", list, []) if found else []
+        for token_id in list(found):
+            if token_id < len(types) and types[token_id] in (_NORMAL, _BYTE, _UNUSED):
+                del found[token_id]
         template = self.value("tokenizer.chat_template", str, None)
         written = [token_id for token_id, text in found.items() if template is None or text in template]
         return named + written or list(found)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import struct
 import sys
-from collections.abc import Collection, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -41,24 +41,25 @@ class Texts:
 
     def read(self) -> list[str]:
         """All texts; UnicodeDecodeError if one is not UTF-8."""
-        return [str(text, "utf-8") for text in self._each()]
-
-    def find(self, wanted: Collection[str]) -> dict[int, str]:
-        """Which of some texts are among these, and at which place, in less time than it takes to read all."""
-        by_bytes = {text.encode(): text for text in wanted}
-        longest = max(map(len, by_bytes))
-        found = {}
-        for place, text in enumerate(self._each()):
-            if len(text) <= longest and (known := by_bytes.get(bytes(text))) is not None:
-                found[place] = known
-        return found
-
-    def _each(self) -> Iterator[memoryview]:
-        file, length_at, end = self.file, _LENGTH.unpack_from, self.start
+        texts, end, length_at = [], self.start, _LENGTH.unpack_from
         for _ in range(self.count):
-            begin = end + 8
-            end = begin + length_at(file, end)[0]
-            yield file[begin:end]
+            begin = end + _LENGTH.size
+            end = begin + length_at(self.file, end)[0]
+            texts.append(str(self.file[begin:end], "utf-8"))
+        return texts
+
+    def find(self, wanted: Iterable[str]) -> dict[int, str]:
+        """Which of some texts are among these, and at which place, in much less time than it takes to read all."""
+        stored = bytes(self.file[self.start : self.start + self.nbytes])
+        at = {stored.find(_LENGTH.pack(len(text.encode())) + text.encode()): text for text in wanted}
+        found, begin, length_at = {}, 0, _LENGTH.unpack_from
+        for place in range(self.count if at.keys() - {-1} else 0):
+            if begin in at:
+                found[place] = at[begin]
+                if begin == max(at):
+                    break
+            begin += 8 + length_at(stored, begin)[0]
+        return found
 
 
 def open_gguf(path: Path) -> Any:
