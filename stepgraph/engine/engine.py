@@ -17,6 +17,7 @@ from torch import Tensor
 
 from stepgraph.config import EngineConfig
 from stepgraph.engine.beside import beside
+from stepgraph.engine.grammars import Grammars
 from stepgraph.engine.guidance import Vocabulary, read_vocabulary
 from stepgraph.engine.intake import RequestIntake
 from stepgraph.engine.masks import TokenMasks, num_until_end
@@ -207,6 +208,11 @@ class Engine:
     def draft_levels(self) -> tuple[int, ...]:
         """How many proposals the rows of a step may get at most, ascending; each number has graphs of its own."""
         return self._depth.levels
+
+    @property
+    def grammars(self) -> Grammars:
+        """What requests follow, and what is kept for others."""
+        return self._masks.grammars
 
     @property
     def has_work(self) -> bool:
@@ -450,7 +456,7 @@ class Engine:
         if self._in_flight and (scheduled is None or len(self._in_flight) > self.platform.run_ahead):
             collected = self._collect()
         elif scheduled is None and not updates:
-            self._masks.grammars.wait(_WAIT_SECONDS)
+            self.grammars.wait(_WAIT_SECONDS)
         return [*updates, *collected] if updates else collected
 
     def _take_masks(self) -> list[RequestUpdate]:

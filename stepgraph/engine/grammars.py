@@ -119,6 +119,8 @@ class Grammars:
         self._selector = selectors.DefaultSelector()
         self._by_spec: dict[str, Grammar] = {}
         self._by_process: dict[int, Grammar] = {}
+        self.num_bytes = 0
+        """What compiled grammars take, by xgrammar's count."""
         self._compiling = Shifts[Grammar](
             MAX_COMPILING, start=self._compile, pause=self._pause, slow=self._let_give_way
         )
@@ -138,11 +140,6 @@ class Grammars:
     def num_compiling(self) -> int:
         """Grammars that compile, or wait to."""
         return len(self._compiling)
-
-    @property
-    def num_bytes(self) -> int:
-        """What compiled grammars take, by xgrammar's count."""
-        return sum(grammar.num_bytes for grammar in self._by_process.values())
 
     @property
     def is_busy(self) -> bool:
@@ -273,6 +270,7 @@ class Grammars:
         if frame.kind == Kind.COMPILED:
             self._compiling.leave(grammar)
             grammar.is_compiled, grammar.num_bytes = True, frame.number
+            self.num_bytes += frame.number
             for guide in grammar.guides.values():
                 if guide.is_waiting:
                     self._ask(guide)
@@ -399,6 +397,7 @@ class Grammars:
         self._answering.leave(grammar)
         self._idle.pop(grammar, None)
         grammar.asked.clear()
+        self.num_bytes -= grammar.num_bytes
         grammar.num_sent = grammar.num_bytes = 0
         grammar.process = grammar.channel = None
         grammar.is_compiled = grammar.is_paused = grammar.gives_way = False

@@ -237,6 +237,8 @@ def load_of(engine: Engine) -> Load:
         graph_bytes=pool.bytes,
         capture_seconds=pool.capture_seconds,
         failed_captures=pool.statistics.failed_captures,
+        num_grammars=engine.grammars.num_processes,
+        grammar_bytes=engine.grammars.num_bytes,
         drafts=speculation.num_drafts,
         draft_tokens=speculation.num_draft_tokens,
         saved_steps=speculation.num_saved_steps,

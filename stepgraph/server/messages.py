@@ -175,6 +175,10 @@ class Load(NamedTuple):
     capture_seconds: float
     failed_captures: int = 0
     """Of those for steps that waited, or for steps to come; see `GraphPool`."""
+    num_grammars: int = 0
+    """Grammars of structured outputs that have a process."""
+    grammar_bytes: int = 0
+    """What they take, compiled."""
     drafts: int = 0
     draft_tokens: int = 0
     saved_steps: int = 0

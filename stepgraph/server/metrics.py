@@ -300,6 +300,12 @@ class Metrics(Collector):
             "graph_replays", "Steps that each graph ran.", ("tokens", "rows", "drafts", "variant"), self._replays
         )
         yield self._gauge("graphs", "Captured graphs.", load.num_graphs)
+        yield self._gauge(
+            "grammars",
+            "Grammars of structured outputs that are followed, or kept, in a process each.",
+            load.num_grammars,
+        )
+        yield self._gauge("grammar_bytes", "Memory that these take, compiled.", load.grammar_bytes)
         yield self._gauge("graph_bytes", "Memory that captured graphs take.", load.graph_bytes)
         yield self._counter(
             "graph_capture_seconds", "Time spent capturing graphs.", ended["capture_seconds"] + load.capture_seconds
