@@ -156,6 +156,7 @@ class GraphPool(Generic[Output]):
         self.capture_seconds = 0.0
         """Time all captures took, those of graphs over the budget included."""
         self._entries: dict[StepShape, _Entry[Output]] = {}
+        self._backend_bytes = 0  # by the backend, which takes long to count; only a capture changes it
         self._eager: dict[StepShape, Graph[Output]] = {}
         self._over_budget: set[StepShape] = set()
         self._left_behind = 0  # bytes that graphs over the budget added to the memory that all share
@@ -181,7 +182,7 @@ class GraphPool(Generic[Output]):
     @property
     def bytes(self) -> int:
         """Memory that all captured graphs take."""
-        return self._backend.memory_bytes() + len(self._entries) * self._graph_bytes()
+        return self._backend_bytes + len(self._entries) * self._graph_bytes()
 
     @property
     def token_sizes(self) -> tuple[int, ...]:
@@ -343,10 +344,12 @@ class GraphPool(Generic[Output]):
         finally:
             elapsed_ms = (time.perf_counter() - started) * 1e3
             self.capture_seconds += elapsed_ms / 1e3
-        num_bytes = self._backend.memory_bytes() + (len(self._entries) + 1) * self._graph_bytes() - before
+            self._backend_bytes = self._backend.memory_bytes()
+        num_bytes = self.bytes + self._graph_bytes() - before
         if budget is not None and before + num_bytes - self._left_behind > budget * 2**20:
             self._over_budget.add(shape)
             del graph
+            self._backend_bytes = self._backend.memory_bytes()
             self._left_behind += self.bytes - before
             return None
         entry = self._entries[shape] = _Entry(graph, GraphRecord(shape, elapsed_ms, num_bytes))

@@ -35,6 +35,7 @@ class Device:
     trials: list = field(default_factory=list)
     inside: bool = False
     failing: object = lambda shape: None  # raises what the capture of a shape is to fail with
+    num_counted: int = 0  # times that the memory was counted
     _used_bytes: int = 0
     _graphs: list = field(default_factory=list)  # weakly
 
@@ -47,6 +48,7 @@ class Device:
         return graph
 
     def memory_bytes(self):
+        self.num_counted += 1
         return self._used_bytes if any(graph() is not None for graph in self._graphs) else 0
 
     @contextmanager
@@ -227,6 +229,18 @@ def test_the_memory_of_graphs_over_the_budget_comes_back_where_no_other_shares_i
     pool.capture_all(progress=False)
     assert [str(record.shape) for record in pool.records()] == ["8x2", "8x8", "16x2", "16x8"]
     assert pool.bytes == 16 * MIB
+
+
+def test_the_memory_of_graphs_is_counted_after_captures_only() -> None:
+    device = Device(lambda shape: 8 * MIB)
+    pool = create_pool(device)
+    pool.graph_for(plan(1))
+    counted = device.num_counted
+    assert counted > 0
+    for _ in range(10):  # as after every step
+        pool.graph_for(plan(1))
+        assert pool.bytes == 8 * MIB
+    assert device.num_counted == counted
 
 
 def test_a_budget_that_nothing_fits_runs_everything_eagerly() -> None:
