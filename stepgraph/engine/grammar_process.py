@@ -100,7 +100,13 @@ class _Nursery:
             os.kill(pid, signals[Kind(frame.kind)])
 
     def _fork(self, number: int, sock: socket.socket, compiler: Any) -> None:
-        pid = os.fork()
+        try:
+            pid = os.fork()
+        except OSError as error:  # of too many processes, or too little memory
+            refusal = f"the system starts no process for the grammar ({error}); try again later"
+            Channel(sock).send(Kind.NOT_STARTED, 0, refusal.encode())
+            sock.close()
+            return
         if pid:
             self._pids[number] = pid
             sock.close()

@@ -198,7 +198,7 @@ class Grammars:
             grammar.asked.remove(guide.number)
             if not grammar.asked:
                 self._answering.leave(grammar)
-        elif grammar.channel is not None and grammar.is_compiled:
+        if grammar.channel is not None and grammar.is_compiled:
             grammar.channel.send(Kind.DROP, guide.number)
         if grammar.guides:
             return
@@ -239,6 +239,9 @@ class Grammars:
         if self._nursery is None:
             self._nursery = Nursery(self._read_vocabulary)
             self._selector.register(self._nursery, selectors.EVENT_READ)
+        for grammar in self._by_process.values():
+            if grammar.channel is not None:
+                grammar.channel.flush()  # what had no room, and what its process waits for the rest of
         ended: list[tuple[int, int]] = []
         for key, _ in self._selector.select(seconds):
             if key.data is None:
@@ -274,6 +277,12 @@ class Grammars:
             for guide in grammar.guides.values():
                 if guide.is_waiting:
                     self._ask(guide)
+        elif frame.kind == Kind.NOT_STARTED and self._idle:
+            self._forget_idle()
+            self._detach(grammar)
+            self._compiling.enter(grammar)
+        elif frame.kind == Kind.NOT_STARTED:
+            self._fail_all(grammar, frame.payload.decode(errors="replace"), is_users=False)
         elif frame.kind == Kind.REFUSED:
             self._fail_all(grammar, frame.payload.decode(errors="replace"), is_users=frame.number == 1)
         elif grammar.num_sent and grammar.asked[0] == frame.number:
@@ -354,7 +363,11 @@ class Grammars:
             if not self._idle:
                 return False
             self._forget(next(iter(self._idle)))
-        forked = self._nursery.fork()
+        try:
+            forked = self._nursery.fork()
+        except OSError:  # no descriptors are left
+            self._forget_idle()
+            return False
         if forked is None:
             return False
         grammar.process, sock = forked
@@ -384,6 +397,11 @@ class Grammars:
         self._idle.pop(grammar, None)
         del self._by_spec[grammar.spec]
         grammar.guides = {}
+
+    def _forget_idle(self) -> None:
+        """The system has no room for more processes: those of grammars that nobody follows make some."""
+        for grammar in [*self._idle]:
+            self._forget(grammar)
 
     def _detach(self, grammar: Grammar) -> None:
         """Leave a grammar without the process that it had."""

@@ -34,6 +34,8 @@ class Kind(IntEnum):
     """What may come next, and after each proposal that may stand: int32 [n, W]."""
     LEFT = 7
     """The tokens leave the grammar; the payload says where."""
+    NOT_STARTED = 16
+    """From the nursery in the process's stead: the system lets no more processes be. The payload says why."""
     # From the engine to the nursery. The number is the process's, as the engine counts them.
     VOCABULARY = 8
     """The first: a pickled `Vocabulary`."""

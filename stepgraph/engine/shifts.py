@@ -81,16 +81,23 @@ class Shifts(Generic[W]):
             if self.seconds(worker, now) > SHIFT_SECONDS:
                 self._known_slow.add(worker)
                 self._slow(worker)
-        while len(self._working) < len(self._works):
-            if len(self._working) == self._limit and not any(self._may_pause(worker, now) for worker in self._working):
+        if not self._has_place(now):
+            return
+        for first in sorted(self._works.keys() - self._working, key=lambda worker: self._rank(worker, now)):
+            if not self._has_place(now):
                 return
-            first = min(self._works.keys() - self._working, key=lambda worker: self._rank(worker, now))
-            if len(self._working) == self._limit and not self._make_room(first, now):
+            last = None
+            if len(self._working) == self._limit and (last := self._last_before(first, now)) is None:
                 return
-            if not self._start(first):
-                return
+            if not self._start(first):  # which holds up none of those behind it
+                continue
+            if last is not None:
+                self._stop(last, now)
             self._works[first].since = now
             self._working.add(first)
+
+    def _has_place(self, now: float) -> bool:
+        return len(self._working) < self._limit or any(self._may_pause(worker, now) for worker in self._working)
 
     def _rank(self, worker: W, now: float) -> tuple[float, int]:
         return self.seconds(worker, now), self._works[worker].number
@@ -100,15 +107,16 @@ class Shifts(Generic[W]):
         assert since is not None
         return now > since + SHIFT_SECONDS
 
-    def _make_room(self, first: W, now: float) -> bool:
+    def _last_before(self, first: W, now: float) -> W | None:
+        """Who makes room for `first`; None if it has worked for as long as they."""
         last = max(
             (worker for worker in self._working if self._may_pause(worker, now)),
             key=lambda worker: self._rank(worker, now),
         )
+        return last if self.seconds(last, now) > self.seconds(first, now) else None
+
+    def _stop(self, last: W, now: float) -> None:
         work = self._works[last]
-        if work.seconds(now) <= self.seconds(first, now):
-            return False
         work.before, work.since = work.seconds(now), None
         self._working.discard(last)
         self._pause(last)
-        return True

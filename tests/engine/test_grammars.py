@@ -1,9 +1,11 @@
 """Grammars in processes of their own: what one costs, and how it ends, is its own requests' affair."""
 
+import errno
 import json
 import os
 import random
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -14,8 +16,11 @@ import numpy as np
 import pytest
 
 from stepgraph.engine import grammars as grammars_module
+from stepgraph.engine.grammar_process import _ControlChannel, _Nursery
 from stepgraph.engine.grammars import Grammars, RemoteGuide
 from stepgraph.engine.guidance import Vocabulary
+from stepgraph.engine.guide_messages import Channel, Kind
+from stepgraph.engine.nursery import Nursery
 from stepgraph.errors import ConfigError
 
 pytest.importorskip("xgrammar", reason="grammars need xgrammar")
@@ -234,6 +239,94 @@ def test_grammars_wait_while_there_are_as_many_processes_as_may_be(grammars, mon
     grammars.drop(first.guide)
     assert second.allowed() == {b"t"}
     grammars.drop(second.guide)
+
+
+def test_what_is_larger_than_the_sockets_buffer_arrives(grammars) -> None:
+    answer = Answer(grammars, json={"type": "object", "description": "x" * 2**20})
+    wait_until(grammars, lambda: not answer.guide.is_waiting)
+    assert "at most 65536 are allowed" in answer.guide.error
+
+
+def refuse_to_start() -> tuple[int, socket.socket]:
+    """As a nursery does that cannot fork."""
+    ours, theirs = socket.socketpair()
+    ours.setblocking(False)
+    with theirs:
+        Channel(theirs).send(Kind.NOT_STARTED, 0, b"no room")
+    return 2**31, ours
+
+
+def lack_descriptors() -> None:
+    raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+
+@pytest.mark.parametrize("fail", [refuse_to_start, lack_descriptors])
+def test_where_the_system_has_no_room_for_processes_those_that_nobody_follows_end(grammars, monkeypatch, fail) -> None:
+    idle = Answer(grammars, regex=f"idle {fail.__name__}")
+    idle.allowed()
+    grammars.drop(idle.guide)
+    assert grammars.num_processes > 0
+    fork = Nursery.fork
+    monkeypatch.setattr(Nursery, "fork", lambda nursery: fork(nursery) if grammars.num_processes == 0 else fail())
+    answer = Answer(grammars, regex=f"needed {fail.__name__}")
+    assert answer.allowed() == {b"n"}
+    assert grammars.num_processes == 1
+    grammars.drop(answer.guide)
+
+
+def test_a_request_is_told_that_there_is_no_room_for_its_process(grammars, monkeypatch) -> None:
+    followed, idle = Answer(grammars, regex="followed"), Answer(grammars, regex="idle")
+    for answer in (followed, idle):
+        answer.allowed()
+    monkeypatch.setattr(grammars_module, "MAX_IDLE", 0)
+    grammars.drop(idle.guide)
+    assert grammars.num_processes == 1
+    monkeypatch.setattr(Nursery, "fork", lambda nursery: refuse_to_start())
+    answer = Answer(grammars, regex="refused")
+    wait_until(grammars, lambda: not answer.guide.is_waiting)
+    assert (answer.guide.error, answer.guide.error_is_users) == ("no room", False)
+    assert followed.guide.error is None
+    grammars.drop(followed.guide)
+
+
+def test_a_nursery_that_cannot_fork_says_so_and_goes_on(monkeypatch) -> None:
+    def fail() -> int:
+        raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+
+    monkeypatch.setattr(os, "fork", fail)
+    (engines, nurserys), (ours, theirs) = socket.socketpair(), socket.socketpair()
+    with engines, nurserys, ours:
+        Channel(engines).send_with(theirs, Kind.FORK, 1)
+        theirs.close()
+        control = _ControlChannel(nurserys)
+        nursery = _Nursery(control)
+        for frame in control.receive():
+            nursery._obey(frame, None)
+        [said] = Channel(ours).receive()
+        nursery.end_all()
+    assert said.kind == Kind.NOT_STARTED
+    assert b"Resource temporarily unavailable" in said.payload
+
+
+def test_a_guide_that_is_dropped_while_it_waits_for_its_turn_is_forgotten_by_its_process(monkeypatch) -> None:
+    monkeypatch.setattr(grammars_module, "MAX_ANSWERING", 1)
+    grammars = Grammars(lambda: VOCABULARY, VOCABULARY.vocab_size)
+    slow, dropped, left = Answer(grammars, **SLOW_TO_FOLLOW), *(Answer(grammars, regex="ab") for _ in range(2))
+    for answer in (slow, dropped, left):
+        answer.allowed()
+    sent: list[tuple[int, int]] = []
+    send = Channel.send
+    monkeypatch.setattr(
+        Channel, "send", lambda channel, kind, number=0, payload=b"": (
+            sent.append((kind, number)), send(channel, kind, number, payload)
+        )
+    )  # fmt: skip
+    slow.write(b"x")
+    dropped.write(b"a")
+    grammars.drop(dropped.guide)
+    grammars.shut_down()
+    assert (Kind.FOLLOW, dropped.guide.number) not in sent
+    assert (Kind.DROP, dropped.guide.number) in sent
 
 
 def test_what_keeps_the_processes_from_starting_is_told() -> None:

@@ -41,7 +41,7 @@ def test_after_a_shift_one_that_has_worked_less_takes_over() -> None:
     crew.turn(0.0)
     crew.shifts.enter("quick")
     assert crew.turn(SHIFT_SECONDS / 2) == []
-    assert crew.turn(SHIFT_SECONDS * 1.1) == ["slow slow", "pause slow", "start quick"]
+    assert crew.turn(SHIFT_SECONDS * 1.1) == ["slow slow", "start quick", "pause slow"]
     crew.shifts.leave("quick")
     assert crew.turn(SHIFT_SECONDS * 1.2) == ["start slow"]
     assert crew.turn(SHIFT_SECONDS * 9) == []  # nobody waits
@@ -64,11 +64,15 @@ def test_what_was_worked_for_a_part_that_is_done_does_not_count() -> None:
     assert crew.turn(SHIFT_SECONDS * 1.5) == []
 
 
-def test_one_that_cannot_start_keeps_its_place_in_line() -> None:
+def test_one_that_cannot_start_keeps_its_place_in_line_and_holds_up_nobody() -> None:
     crew = Crew(1)
     crew.refuses.add("a")
-    for worker in "ab":
+    for worker in "abc":
         crew.shifts.enter(worker)
-    assert crew.turn(0.0) == []
+    assert crew.turn(0.0) == ["start b"]
+    assert crew.turn(SHIFT_SECONDS * 1.1) == ["slow b", "start c", "pause b"]
+    crew.shifts.leave("c")
+    assert crew.turn(SHIFT_SECONDS * 1.2) == ["start b"]
+    crew.shifts.leave("b")
     crew.refuses.clear()
-    assert crew.turn(0.0) == ["start a"]
+    assert crew.turn(SHIFT_SECONDS * 1.3) == ["start a"]
