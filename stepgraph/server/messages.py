@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import msgspec
 
+from stepgraph.engine.guided_text import MAX_TEXT_BYTES, check_text
 from stepgraph.engine.request import TokenLogprobs
 from stepgraph.engine.sampling_params import SamplingParams, StructuredOutputs
 from stepgraph.errors import RequestError
@@ -210,7 +211,8 @@ decode_to_engine = msgspec.msgpack.Decoder(ToEngine).decode
 decode_from_engine = msgspec.msgpack.Decoder(FromEngine).decode
 
 
-_MAX_SCHEMA_LEN = 2**20
+_MAX_SCHEMA_LEN = {"json": 3 * MAX_TEXT_BYTES, "structural_tag": 2**20}
+"""Characters as JSON: of a schema, what its limit in bytes may be once its characters beyond ASCII are escaped."""
 _SAMPLING_DEFAULTS = {f.name: f.default for f in fields(SamplingParams)}
 _GUIDANCE_DEFAULTS = {f.name: f.default for f in fields(StructuredOutputs)}
 
@@ -220,20 +222,22 @@ def settings_of(params: SamplingParams) -> dict[str, Any]:
     settings = _given(params, _SAMPLING_DEFAULTS)
     if params.structured_outputs is not None:
         settings["structured_outputs"] = {
-            name: _as_text(name, value) if isinstance(value, dict) else value
-            for name, value in _given(params.structured_outputs, _GUIDANCE_DEFAULTS).items()
+            name: _short(name, value) for name, value in _given(params.structured_outputs, _GUIDANCE_DEFAULTS).items()
         }
     return settings
 
 
-def _as_text(name: str, schema: dict[str, Any]) -> str:
-    """A schema may hold numbers of any size. Each of a request's answers brings it to the engine."""
-    text = json.dumps(schema)
-    if len(text) > _MAX_SCHEMA_LEN:
-        raise RequestError(
-            f"structured_outputs.{name} has {len(text)} characters as JSON; at most {_MAX_SCHEMA_LEN} are allowed: shorten it"
-        )
-    return text
+def _short(name: str, value: Any) -> Any:
+    """What the form of an answer says under a name, which each of a request's answers brings to the engine: a schema as text, as
+    it may hold numbers of any size. RequestError if it is longer than any that can be followed."""
+    where = f"structured_outputs.{name}"
+    if isinstance(value, dict):
+        value, most = json.dumps(value), _MAX_SCHEMA_LEN[name]
+        if len(value) > most:
+            raise RequestError(f"{where} has {len(value)} characters as JSON; at most {most} are allowed: shorten it")
+    elif isinstance(value, str | tuple):
+        check_text("".join(value), where)
+    return value
 
 
 def _given(values: object, defaults: dict[str, Any]) -> dict[str, Any]:
