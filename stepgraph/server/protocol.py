@@ -97,7 +97,9 @@ class SamplingFields(_Options):
     return_token_ids: bool = Field(False, description="token ids of prompt and answers beside their text")
     truncate_prompt_tokens: int | None = Field(None, description="keep only so many of the prompt's last tokens")
     priority: int = Field(0, description="lower runs first")
-    cache_salt: str | None = Field(None, description="only requests of the same salt share cached prefixes")
+    cache_salt: str | None = Field(
+        None, max_length=1024, description="only requests of the same salt share cached prefixes"
+    )
     response_format: dict[str, Any] | None = Field(
         None, description='{"type": "text"}, "json_object", "json_schema" with a json_schema, or "structural_tag"'
     )
