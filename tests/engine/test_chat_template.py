@@ -87,7 +87,7 @@ def test_nothing_that_was_said_is_lost_and_no_unknown_role_is_passed_on(template
         assert "system" not in prompt
 
 
-@pytest.mark.parametrize("template", set(TEMPLATES) - {"developer"})
+@pytest.mark.parametrize("template", sorted(set(TEMPLATES) - {"developer"}))
 def test_the_developer_speaks_as_the_system_where_the_template_knows_no_developer(templates, template) -> None:
     as_system = templates[template].render(said("system: s1", "user: u1"))
     assert templates[template].render(said("developer: s1", "user: u1")) == as_system
