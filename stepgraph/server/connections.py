@@ -129,7 +129,10 @@ class Connection(HttpToolsProtocol):
         logger.info("the connection of %s was ended: %s", self.client, reason)
         if reason in (End.HEADERS_LATE, End.BODY_LATE) and not (self.cycle and self.cycle.response_started):
             self._say(408, _TOO_LATE)
-        self.transport.close()
+        if self._looking is None:
+            self.transport.close()
+        else:  # what was written would never leave
+            self.transport.abort()
 
     # What the client is waited for
 
@@ -226,6 +229,7 @@ class Connection(HttpToolsProtocol):
         """See `HttpToolsProtocol`."""
         super().pause_writing()
         self._look_later()
+        self._shared.waits(self, begins=True)
 
     def resume_writing(self) -> None:
         """See `HttpToolsProtocol`."""
@@ -233,6 +237,7 @@ class Connection(HttpToolsProtocol):
         if self._looking is not None:
             self._looking.cancel()
             self._looking = None
+        self._shared.waits(self, begins=self._deadline is not None)
 
     def _look_later(self) -> None:
         self._looking = self.loop.call_later(self._limits.stall_s, self._look, self._num_unread_bytes())

@@ -29,7 +29,7 @@ from stepgraph.engine.engine import Engine
 from stepgraph.engine.reports import StepReport
 from stepgraph.engine.request import Request, RequestUpdate
 from stepgraph.engine.sampling_params import SamplingParams
-from stepgraph.errors import ConfigError, EngineDeadError, ModelError, RequestError
+from stepgraph.errors import ConfigError, EngineDeadError, ModelError, RequestError, StepgraphError
 from stepgraph.models.adapters import AdapterFile
 from stepgraph.server.messages import (
     Abort,
@@ -332,7 +332,7 @@ def _serve(start: Start, socket: zmq.Socket[bytes]) -> int:
     socket.send(encode(_ready(engine)))
     try:
         EngineProcess(engine, socket).run()
-    except EngineDeadError as error:
+    except StepgraphError as error:
         logger.exception("the engine stopped")
         socket.send(encode(Failed(str(error), is_users=False)))
         return _FAILURE

@@ -195,6 +195,28 @@ def test_the_longest_silent_makes_way_for_a_new_connection() -> None:
     run(test)
 
 
+def test_who_reads_nothing_makes_way_too_before_the_limit_for_that() -> None:
+    async def large_first(scope, receive, send) -> None:
+        content = BODY if scope["path"] == "/large" else b"OK"
+        await Response(content)(scope, receive, send)
+
+    async def test() -> None:
+        async with serving(large_first, max_open=2) as server:
+            stuck = server.stuck(GET.replace(b"/ ", b"/large "))
+            await server.until(lambda: any(connection.cycle for connection in server.shared._waiting))
+            reading, _ = await server.client(GET.replace(b"/ ", b"/large "))
+            await server.until(lambda: server.shared.num_open == 2)
+            new, _ = await server.client(GET)
+            assert (await new.readuntil(b"OK")).startswith(b"HTTP/1.1 200 OK")
+            assert server.shared.ended[End.MADE_WAY] == 1
+            received = await reading.readuntil(b"\r\n\r\n")
+            assert received.startswith(b"HTTP/1.1 200 OK")
+            assert await reading.readexactly(len(BODY)) == BODY
+            stuck.close()
+
+    run(test)
+
+
 def test_headers_that_do_not_end_end_their_connection() -> None:
     async def test() -> None:
         async with serving(max_head_bytes=1000) as server:
