@@ -34,11 +34,13 @@ MAX_ANSWERING = max(2, (os.cpu_count() or 1) // 2)
 """Grammars that make masks at once."""
 MAX_PROCESSES = 300
 """Grammars that have a process at once; others wait until one of these is not followed any more."""
-MAX_IDLE = 64
-MAX_IDLE_BYTES = 256 * 2**20
-"""Grammars that nobody follows, and their size by xgrammar's count, kept for the next request that asks the same."""
-GRACE_SECONDS = 0.005
-"""How long a step waits for masks that were asked for after the last one; rows without theirs wait for the next."""
+MAX_IDLE = 16
+MAX_IDLE_BYTES = 128 * 2**20
+"""Grammars that nobody follows, and their size by xgrammar's count, kept for the next request that asks the same. A process takes
+some 10 MB beside that."""
+GRACE_SECONDS = 0.02
+"""How long a step waits for masks that were asked for after the last one; rows without theirs wait for the next. A grammar that
+was late is not waited for until it is in time again."""
 STUCK_SECONDS = 60.0
 """A process that has not made one guide's masks by then is ended, though it may not have used its CPU time."""
 
@@ -56,6 +58,8 @@ class Grammar:
     num_bytes: int = 0
     is_paused: bool = False
     gives_way: bool = False
+    is_prompt: bool = True
+    """Its last masks came while a step would have waited for them."""
     asked: deque[int] = field(default_factory=deque)
     """Guides whose masks it is to make, in this order."""
     num_sent: int = 0
@@ -170,7 +174,8 @@ class Grammars:
         if guide.grammar.is_compiled:
             self._ask(guide)
             self._answering.turn(time.monotonic())
-            self._urgent.add(guide.number)
+            if guide.grammar.is_prompt:
+                self._urgent.add(guide.number)
             self._urgent_until = time.monotonic() + GRACE_SECONDS
 
     def collect(self) -> list[RemoteGuide]:
@@ -286,10 +291,12 @@ class Grammars:
         elif frame.kind == Kind.REFUSED:
             self._fail_all(grammar, frame.payload.decode(errors="replace"), is_users=frame.number == 1)
         elif grammar.num_sent and grammar.asked[0] == frame.number:
+            now = time.monotonic()
+            grammar.is_prompt = self._answering.seconds(grammar, now) < GRACE_SECONDS
             grammar.asked.popleft()
             grammar.num_sent -= 1
             if grammar.asked:
-                self._answering.begin_anew(grammar, time.monotonic())
+                self._answering.begin_anew(grammar, now)
             else:
                 self._answering.leave(grammar)
             self._urgent.discard(frame.number)
