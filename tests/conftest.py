@@ -11,14 +11,16 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before the imports below, one of which imports Triton
 
 import pytest
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 from tiny import TINY_SETTINGS, save_tiny_model
 
 from stepgraph.config import EngineConfig
 from stepgraph.engine.engine import Engine
 from stepgraph.models.source import ModelSource, packaged_file, resolve
 
-settings.register_profile("stepgraph", deadline=None)  # no test asserts a time
+settings.register_profile(
+    "stepgraph", deadline=None, suppress_health_check=[HealthCheck.too_slow]
+)  # no test asserts a time
 settings.load_profile("stepgraph")
 
 if not torch.cuda.is_available():

@@ -367,7 +367,7 @@ def test_text_and_bad_words_become_tokens_beside_the_event_loop(engine, monkeypa
         return encode(text, **options)
 
     monkeypatch.setattr(engine.tokenizer, "encode", slow)
-    monkeypatch.setattr("stepgraph.engine.engine.bad_word_token_ids", lambda *_: pytest.fail("its thread tokenises"))
+    monkeypatch.setattr("stepgraph.engine.intake.bad_word_token_ids", lambda *_: pytest.fail("its thread tokenises"))
 
     async def generate():
         params = SamplingParams(temperature=0, max_tokens=4, ignore_eos=True, bad_words=("ab",))

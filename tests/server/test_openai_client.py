@@ -508,7 +508,7 @@ REFUSED = [
         openai.BadRequestError,
         "structured_outputs",
         None,
-        "not closed",
+        "a group lacks its other bracket",
     ),
     ({"extra_body": {"response_format": {"type": "xml"}}}, openai.BadRequestError, "response_format", None, "'xml'"),
     ({"prompt": "x" * (9 * 2**20)}, openai.APIStatusError, None, "request_too_large", "max_body_mib=8"),
