@@ -37,7 +37,7 @@ from torch import Tensor
 
 from stepgraph import LLM, SamplingParams
 from stepgraph.bench.workloads import SHAREGPT_PACKAGE, sharegpt_exchanges, sharegpt_file
-from stepgraph.engine.prompts import render_chat
+from stepgraph.engine.chat_template import ChatTemplate
 from stepgraph.errors import ConfigError, StepgraphError
 from stepgraph.models.config import DecoderConfig
 from stepgraph.models.source import resolve
@@ -277,11 +277,11 @@ def _prompts(options: argparse.Namespace) -> dict[str, list[list[int]]]:
         with gzip.open(file, "rt") as stream:
             return json.load(stream)
     tokenizer = resolve(options.model).tokenizer()
-    prompts = {}
+    prompts, template = {}, ChatTemplate(tokenizer)
     for name, questions in {TRAIN: _sharegpt(), **{name: _held_out(name) for name in HELD_OUT}}.items():
         distinct = itertools.islice(dict.fromkeys(questions), options.prompts_per_set)
         chats = (
-            render_chat([{"role": "user", "content": text}], tokenizer)["prompt_token_ids"]
+            template.prompt([{"role": "user", "content": text}])["prompt_token_ids"]
             for text in distinct
             if len(text) <= 8 * options.max_prompt_len  # spares tokenising what is too long anyway
         )
