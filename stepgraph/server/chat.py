@@ -122,19 +122,28 @@ class ChatCall:
         return self.tally.usage()
 
 
-def _prepared(
-    conversation: Conversation, service: Service
-) -> tuple[ChatRequest, ToolUse, TokenizedPrompt, SamplingParams]:
-    """What the engine is sent of a conversation, and what must be known of it beside that. Takes milliseconds, or more if it is
-    long."""
+def prompt_of(conversation: Conversation, service: Service) -> TokenizedPrompt:
+    """What the model is to answer. Takes milliseconds, or more if the conversation is long.
+
+    Raises:
+        APIError, RequestError: it cannot become a prompt.
+    """
     request, messages, tools = conversation
-    form = service.chat_form
     service.check_turns(messages)
     rendering = request.rendering()
     if request.reasoning_effort is not None:
         rendering["variables"].setdefault("reasoning_effort", request.reasoning_effort)
-    text = form.template.render(messages, tools.shown, **rendering)
-    prompt = service.encode(text, add_special_tokens=False)
+    text = service.chat_form.template.render(messages, tools.shown, **rendering)
+    return service.encode(text, add_special_tokens=False)
+
+
+def _prepared(
+    conversation: Conversation, service: Service
+) -> tuple[ChatRequest, ToolUse, TokenizedPrompt, SamplingParams]:
+    """What the engine is sent of a conversation, and what must be known of it beside that. Takes as long as `prompt_of`."""
+    request, _, tools = conversation
+    form = service.chat_form
+    prompt = prompt_of(conversation, service)
     max_tokens = request.max_completion_tokens if request.max_completion_tokens is not None else request.max_tokens
     others: dict[str, Any] = {"max_tokens": max_tokens}
     if request.top_logprobs is not None and not request.logprobs:
@@ -177,7 +186,7 @@ class ChatReply:
             APIError, RequestError: it cannot be answered.
         """
         model, adapter = service.choose_model(request.model)
-        id = new_id("chatcmpl")
+        id = new_id("chatcmpl-")
 
         def read() -> Conversation:
             tools = ToolUse.of(request.tools, request.tool_choice, request.parallel_tool_calls)
@@ -202,7 +211,7 @@ class ChatReply:
                 for call in gain.piece.calls:
                     if call.name is not None:
                         calls = [] if choice.message.tool_calls is UNSET else choice.message.tool_calls
-                        calls.append(ToolCall(FunctionCall("", call.name), new_id("call"), "function"))
+                        calls.append(ToolCall(FunctionCall("", call.name), new_id("call-"), "function"))
                         choice.message.tool_calls = calls
                         arguments[index].append([])
                     arguments[index][-1].append(call.arguments)
@@ -257,7 +266,7 @@ class ChatReply:
             message.tool_calls = [
                 ToolCall(FunctionCall(call.arguments), index=call.index)
                 if call.name is None
-                else ToolCall(FunctionCall(call.arguments, call.name), new_id("call"), "function", call.index)
+                else ToolCall(FunctionCall(call.arguments, call.name), new_id("call-"), "function", call.index)
                 for call in piece.calls
             ]
         choice = ChatChunkChoice(delta.index, message, finish_reason=gain.finish_reason)

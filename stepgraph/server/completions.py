@@ -62,7 +62,7 @@ class CompletionCall:
         model, adapter = service.choose_model(request.model)
         service.check_queue()  # before the work of preparing it
         params, prompts = await service.in_thread(lambda: _prepared(request, service))
-        id = new_id("cmpl")
+        id = new_id("cmpl-")
         generations = await service.start(id, prompts, params, context, request=request, adapter=adapter)
         if request.echo:
             for generation in generations:

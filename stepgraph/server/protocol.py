@@ -54,7 +54,7 @@ class _Options(_Fields):
         return field is not None and not field.is_required() and field.annotation in (bool, int)
 
 
-_PROMPTS = frozenset({"messages", "prompt", "input"})
+_PROMPTS = frozenset({"messages", "prompt", "input", "system"})
 """Fields of what is to be answered."""
 
 
@@ -362,3 +362,19 @@ def _of_response_format(given: dict[str, Any]) -> dict[str, Any] | None:
     raise RequestError(
         f"response_format.type={kind!r} is not known; use text, json_object, json_schema or structural_tag"
     )
+
+
+def check_one_answer(request: SamplingFields, what: str) -> None:
+    """Refuse what an API has no place for whose replies are one answer each, called `what`.
+
+    Raises:
+        RequestError: the request asks for it.
+    """
+    if request.n not in (None, 1):
+        raise RequestError(f"n={request.n} is not supported: {what} has one answer; send the request several times")
+    for name, is_given in (
+        ("prompt_logprobs", request.prompt_logprobs is not None),
+        ("return_token_ids", request.return_token_ids),
+    ):
+        if is_given:
+            raise RequestError(f"{name} has no place in {what}; leave it out, or use /v1/chat/completions")

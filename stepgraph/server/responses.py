@@ -15,6 +15,7 @@ from pydantic import Field
 from stepgraph.engine.sampling_params import SamplingParams
 from stepgraph.engine.session import AnswerDelta
 from stepgraph.errors import RequestError
+from stepgraph.server.answer_items import Event
 from stepgraph.server.bodies import check_values
 from stepgraph.server.chat import ChatCall, Conversation, describe_logprobs
 from stepgraph.server.conversation import ToolUse
@@ -28,10 +29,10 @@ from stepgraph.server.protocol import (
     SamplingFields,
     Tool,
     _Fields,
+    check_one_answer,
 )
 from stepgraph.server.replies import TokenLogprob, encode_json
 from stepgraph.server.responses_replies import (
-    Event,
     IncompleteDetails,
     InputTokensDetails,
     Output,
@@ -40,15 +41,13 @@ from stepgraph.server.responses_replies import (
     ResponseError,
     ResponseObject,
     ResponseUsage,
-    new_id,
 )
-from stepgraph.server.service import Context, Service
+from stepgraph.server.service import Context, Service, new_id
 from stepgraph.server.sse import event
+from stepgraph.server.turns import Turns
 
 _LOGPROBS = "message.output_text.logprobs"
 """What `include` names to get log-probabilities."""
-_TEXTS = frozenset({"content", "reasoning_content"})
-"""Of a message."""
 
 
 class FunctionTool(_Fields):
@@ -135,7 +134,7 @@ class ResponsesReply:
             APIError, RequestError: it cannot be answered.
         """
         model, adapter = service.choose_model(request.model)
-        id = new_id("resp")
+        id = new_id("resp_")
 
         def read() -> Conversation:
             check(request)
@@ -182,7 +181,7 @@ class ResponsesReply:
         reason: str | None = None
         async with aclosing(self._call.gains()) as gains:
             async for gain in gains:
-                for found in self._output.take(gain.piece, self._logprobs_of(gain.delta)):
+                for found in self._output.take_with(gain.piece, self._logprobs_of(gain.delta)):
                     yield found
                 reason = gain.finish_reason
         ending: dict[str, Any] = {"status": "completed", "completed_at": int(time.time())}
@@ -228,14 +227,7 @@ def check(request: ResponsesRequest) -> None:
         raise RequestError(
             f"truncation={request.truncation!r:.80} is not supported; use disabled, and shorten input to fit"
         )
-    if request.n not in (None, 1):
-        raise RequestError(f"n={request.n} is not supported: a response has one answer; send the request several times")
-    for name, is_given in (
-        ("prompt_logprobs", request.prompt_logprobs is not None),
-        ("return_token_ids", request.return_token_ids),
-    ):
-        if is_given:
-            raise RequestError(f"{name} has no place in a response; leave it out, or use /v1/chat/completions")
+    check_one_answer(request, "a response")
     if request.max_output_tokens is not None and request.max_output_tokens < 1:
         raise RequestError(f"max_output_tokens={request.max_output_tokens} must be at least 1, or unset")
     if request.top_logprobs and not _wants_logprobs(request):
@@ -327,59 +319,44 @@ def messages_of(request: ResponsesRequest) -> list[dict[str, Any]]:
     Raises:
         RequestError: it holds something that this model cannot take.
     """
-    messages: list[dict[str, Any]] = []
+    turns = Turns()
     if request.instructions:
-        messages.append({"role": "system", "content": [request.instructions]})
+        turns.begin("system", request.instructions)
     if isinstance(request.input, str):
-        messages.append({"role": "user", "content": [request.input]})
+        turns.begin("user", request.input)
     elif not request.input:
         raise RequestError("input is empty; give at least one message")
     else:
         for index, item in enumerate(request.input):
-            _add(messages, item, f"input[{index}]")
-    for message in messages:
-        for key in _TEXTS & message.keys():
-            message[key] = "\n\n".join(text for text in message[key] if text)
-    return messages
+            _add(turns, item, f"input[{index}]")
+    return turns.messages()
 
 
-def _add(messages: list[dict[str, Any]], item: Mapping[str, Any], where: str) -> None:
-    """Add an item to a conversation, whose messages hold their `_TEXTS` as lists of what is to be joined in the end. Joined one
-    by one, they would be copied as often as there are items."""
+def _add(turns: Turns, item: Mapping[str, Any], where: str) -> None:
+    """Add an item to a conversation."""
     kind = item.get("type", "message")
     if kind == "message":
         role, text = item.get("role"), _text_of(item.get("content"), f"{where}.content")
         if role == "user":
-            messages.append({"role": role, "content": [text]})
-        elif role == "assistant":
-            _turn_of("assistant", messages)["content"].append(text)
-        elif role in ("system", "developer"):
-            _turn_of(role, messages)["content"].append(text)
+            turns.begin(role, text)
+        elif role in ("assistant", "system", "developer"):
+            turns.say(role, text)
         else:
             raise RequestError(f"{where}.role={role!r:.80} is not known; use user, assistant, system or developer")
     elif kind == "reasoning":
         if item.get("content"):  # otherwise it is encrypted or summed up, and no use to this model
-            text = _text_of(item["content"], f"{where}.content")
-            _turn_of("assistant", messages).setdefault("reasoning_content", []).append(text)
+            turns.think(_text_of(item["content"], f"{where}.content"))
     elif kind == "function_call":
-        function = {"name": _string(item, "name", where), "arguments": _string(item, "arguments", where)}
-        check_values(function["arguments"], f"{where}.arguments")
-        call = {"id": _string(item, "call_id", where), "type": "function", "function": function}
-        _turn_of("assistant", messages).setdefault("tool_calls", []).append(call)
+        name, arguments = _string(item, "name", where), _string(item, "arguments", where)
+        check_values(arguments, f"{where}.arguments")
+        turns.call(_string(item, "call_id", where), name, arguments)
     elif kind == "function_call_output":
         text = _text_of(item.get("output"), f"{where}.output")
-        messages.append({"role": "tool", "tool_call_id": _string(item, "call_id", where), "content": [text]})
+        turns.result(_string(item, "call_id", where), text)
     else:
         raise RequestError(
             f"{where} is of type {kind!r:.80}, and this server takes message, function_call, function_call_output and reasoning"
         )
-
-
-def _turn_of(role: str, messages: list[dict[str, Any]]) -> dict[str, Any]:
-    """The last message if it is of this role, else a new one."""
-    if not messages or messages[-1]["role"] != role:
-        messages.append({"role": role, "content": []})
-    return messages[-1]
 
 
 def _text_of(content: Any, where: str) -> str:

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import uuid
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Sequence
 from typing import Any, ClassVar, TypeAlias
 
 import msgspec
 from msgspec import UNSET, UnsetType
 
+from stepgraph.server.answer_items import AnswerItems, Event, Item
 from stepgraph.server.conversation import Piece
 from stepgraph.server.replies import TokenLogprob
-from stepgraph.server.tool_calls import ToolCallDelta
-
-Event: TypeAlias = dict[str, Any]
-"""Of a stream: its `type` and what it tells, without its number."""
+from stepgraph.server.service import new_id
 
 
 class OutputText(msgspec.Struct, frozen=True):
@@ -155,15 +152,11 @@ class ResponseObject(msgspec.Struct, frozen=True, kw_only=True):
     truncation: str = "disabled"
 
 
-class Output:
-    """The items of an answer, made of the pieces in which it arrives.
-
-    The items come one after another: what belongs to the next ends the one before. A piece does not tell the order inside it,
-    which is taken to be: more of a call, reasoning, content, new calls.
-    """
+class Output(AnswerItems["_Item"]):
+    """The items of an answer, made of the pieces in which it arrives."""
 
     def __init__(self) -> None:
-        self._items: list[_Item] = []
+        super().__init__(_Reasoning, _Message, _Call)
         self._logprobs: list[TokenLogprob] = []  # of tokens whose text is held back yet
 
     @property
@@ -171,74 +164,30 @@ class Output:
         """All items so far; the last one is incomplete until `end`."""
         return tuple(item.shown(item.status) for item in self._items)
 
-    def take(self, piece: Piece, logprobs: Sequence[TokenLogprob]) -> list[Event]:
-        """Take in what the answer gains. Returns the events that tell of it.
+    def take_with(self, piece: Piece, logprobs: Sequence[TokenLogprob]) -> list[Event]:
+        """As `take`.
 
         Args:
-            piece: what it gains.
+            piece: what the answer gains.
             logprobs: of the tokens that it came with. A message has those that came with content.
         """
-        events: list[Event] = []
         self._logprobs += logprobs
-        num_before = next((n for n, call in enumerate(piece.calls) if call.name is not None), len(piece.calls))
-        events += self._take_calls(piece.calls[:num_before])
-        if piece.reasoning:
-            events += self._turn_to(_Reasoning)
-            events += self._items[-1].add(piece.reasoning)
-        if piece.content:
-            events += self._turn_to(_Message)
-            events += self._items[-1].add(piece.content, logprobs=tuple(self._logprobs))
-        events += self._take_calls(piece.calls[num_before:])
+        events = self.take(piece, logprobs=tuple(self._logprobs))
         if any(piece):
             self._logprobs.clear()
         return events
 
-    def end(self, status: str) -> list[Event]:
-        """The answer has ended, and `status` is its last item's. An answer of nothing is an empty message.
 
-        Returns the events that tell of it.
-        """
-        events = [] if self._items else self._begin(_Message(0))
-        return events + self._items[-1].end(status)
-
-    def _take_calls(self, calls: Sequence[ToolCallDelta]) -> list[Event]:
-        events: list[Event] = []
-        for call in calls:
-            if call.name is not None:
-                events += self._begin(_Call(len(self._items), call.name))
-            if call.arguments:
-                events += self._items[-1].add(call.arguments)
-        return events
-
-    def _turn_to(self, kind: type[_Item]) -> list[Event]:
-        """Begin an item of this kind, unless one is being written."""
-        if self._items and isinstance(self._items[-1], kind):
-            return []
-        return self._begin(kind(len(self._items)))
-
-    def _begin(self, item: _Item) -> list[Event]:
-        events = self._items[-1].end("completed") if self._items else []
-        self._items.append(item)
-        return events + item.begin()
-
-
-class _Item(ABC):
-    """An item that is written piece by piece. What it does returns the events that tell of it.
-
-    Args:
-        index: its place among the items.
-    """
-
+class _Item(Item):
     _prefix: ClassVar[str]
     """Of its id."""
     _topic: ClassVar[str]
     """Of the events about its text."""
 
     def __init__(self, index: int):
+        super().__init__(index)
         self.status = "incomplete"
-        self._index = index
         self._id = new_id(self._prefix)
-        self._texts: list[str] = []
 
     @abstractmethod
     def shown(self, status: str) -> OutputItem:
@@ -249,21 +198,15 @@ class _Item(ABC):
         """What the event says that ends its text."""
 
     def begin(self) -> list[Event]:
-        """It is new."""
         return [self._item_event("added", "in_progress")]
 
     def add(self, text: str, **more: Any) -> list[Event]:
-        """It gains text; `more` goes into the event."""
         self._texts.append(text)
         return [self._text_event("delta", delta=text, **more)]
 
     def end(self, status: str) -> list[Event]:
-        """It gains nothing more."""
         self.status = status
         return [self._text_event("done", **self._result()), self._item_event("done", status)]
-
-    def _text(self) -> str:
-        return "".join(self._texts)
 
     def _item_event(self, what: str, status: str) -> Event:
         return {"type": f"response.output_item.{what}", "output_index": self._index, "item": self.shown(status)}
@@ -273,13 +216,13 @@ class _Item(ABC):
 
 
 class _Call(_Item):
-    _prefix = "fc"
+    _prefix = "fc_"
     _topic = "function_call_arguments"
 
     def __init__(self, index: int, name: str):
         super().__init__(index)
         self._name = name
-        self._call_id = new_id("call")
+        self._call_id = new_id("call_")
 
     def shown(self, status: str) -> OutputItem:
         return FunctionCallItem(self._id, self._call_id, self._name, self._text(), status)
@@ -316,7 +259,7 @@ class _TextItem(_Item):
 
 
 class _Reasoning(_TextItem):
-    _prefix = "rs"
+    _prefix = "rs_"
     _topic = "reasoning_text"
 
     def shown(self, status: str) -> OutputItem:
@@ -330,7 +273,7 @@ class _Reasoning(_TextItem):
 
 
 class _Message(_TextItem):
-    _prefix = "msg"
+    _prefix = "msg_"
     _topic = "output_text"
 
     def __init__(self, index: int):
@@ -349,8 +292,3 @@ class _Message(_TextItem):
 
     def _result(self) -> Event:
         return {"text": self._text(), "logprobs": self._logprobs}
-
-
-def new_id(prefix: str) -> str:
-    """A name for what is about to be made, in the form of this API, e.g. resp_…"""
-    return f"{prefix}_{uuid.uuid4().hex}"

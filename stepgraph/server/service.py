@@ -303,7 +303,7 @@ class Service:
 
 def new_id(prefix: str) -> str:
     """A name for what is about to be made, e.g. chatcmpl-…"""
-    return f"{prefix}-{uuid.uuid4().hex}"
+    return f"{prefix}{uuid.uuid4().hex}"
 
 
 class StreamedUsage:
