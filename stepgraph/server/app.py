@@ -14,23 +14,23 @@ from fastapi.middleware.cors import CORSMiddleware
 from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
-from starlette.types import ASGIApp, Receive
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 import stepgraph
-from stepgraph.engine.prompts import require_tokenizer
-from stepgraph.errors import RequestError
 from stepgraph.server.bodies import Body
 from stepgraph.server.chat import ChatReply
 from stepgraph.server.completions import CompletionCall
-from stepgraph.server.conversation import plain_messages
+from stepgraph.server.directory import endpoints, methods_of, not_allowed, not_found
 from stepgraph.server.door import Door
 from stepgraph.server.errors import APIError, api_error, error_response, report, timed_out
 from stepgraph.server.metrics import Metrics
-from stepgraph.server.protocol import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
-from stepgraph.server.replies import ModelCard, ModelList, Text, Tokens, encode_json
+from stepgraph.server.operations import add_health, add_operations
+from stepgraph.server.protocol import ChatRequest, CompletionRequest
+from stepgraph.server.replies import ModelCard, ModelList, json_response
 from stepgraph.server.responses import ResponsesReply, ResponsesRequest
 from stepgraph.server.service import Context, Service
 from stepgraph.server.sse import EventStream
+from stepgraph.server.tokenizer import add_tokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -74,15 +74,17 @@ def create_app(service: Service, metrics: Metrics, *, api_keys: Sequence[str]) -
         version=stepgraph.__version__,
         description="An OpenAI-compatible service; every step of the model is one launch of one captured graph.",
         root_path=config.root_path or "",
+        docs_url=None,
+        redoc_url=None,
     )
     app.router.route_class = _Route
     _add_error_handlers(app)
     _add_generation(app, service)
-    _add_tokenizer(app, service)
+    add_tokenizer(app, service)
     _add_models(app, service)
-    _add_operations(app, service, metrics)
+    add_operations(app, service, metrics)
     door = Door(
-        app,
+        _HeadAsGet(app),
         api_keys=tuple(api_keys),
         bodies=service.bodies,
         on_response=metrics.on_response,
@@ -98,8 +100,26 @@ def create_metrics_app(service: Service, metrics: Metrics) -> ASGIApp:
     app = FastAPI(title="stepgraph metrics", version=stepgraph.__version__, openapi_url=None)
     app.router.route_class = _Route
     _add_error_handlers(app)
-    _add_health(app, service, metrics)
+    add_health(app, service, metrics)
     return app
+
+
+class _HeadAsGet:
+    """Answers HEAD wherever GET is answered: the HTTP server leaves the body out."""
+
+    def __init__(self, app: ASGIApp):
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """See ASGI."""
+        if scope["type"] != "http" or scope["method"] != "HEAD":
+            await self._app(scope, receive, send)
+            return
+        as_get = {**scope, "method": "GET"}
+        try:
+            await self._app(as_get, receive, send)
+        finally:
+            scope["route"] = as_get.get("route")  # by which replies are counted
 
 
 class _Route(APIRoute):
@@ -149,38 +169,6 @@ def _add_generation(app: FastAPI, service: Service) -> None:
         return await _answer(ResponsesReply.start, body, http, service)
 
 
-def _add_tokenizer(app: FastAPI, service: Service) -> None:
-    @app.post("/tokenize", summary="The tokens of a text or a conversation", tags=["tokenizer"])
-    async def tokenize(body: TokenizeRequest, http: Request) -> Response:
-        service.choose_model(body.model)
-        tokenizer = require_tokenizer(service.face.tokenizer)
-        if (body.prompt is None) == (body.messages is None):
-            raise RequestError("/tokenize takes prompt or messages; give one of them")
-
-        def tokens() -> Tokens:
-            if body.prompt is not None:
-                prompt = service.encode(body.prompt, add_special_tokens=body.add_special_tokens is not False)
-            else:
-                messages = plain_messages(body.messages or ())
-                service.check_turns(messages)
-                tools = [tool.model_dump(exclude_none=True) for tool in body.tools or ()]
-                text = service.chat_form.template.render(messages, tools, **body.rendering())
-                prompt = service.encode(text, add_special_tokens=body.add_special_tokens is True)
-            ids = prompt.token_ids
-            texts = tokenizer.convert_ids_to_tokens(ids) if body.return_token_strs else None
-            return Tokens(ids, len(ids), service.max_model_len, texts)
-
-        return _json(await service.in_thread(tokens))
-
-    @app.post("/detokenize", summary="The text of tokens", tags=["tokenizer"])
-    async def detokenize(body: DetokenizeRequest, http: Request) -> Response:
-        service.choose_model(body.model)
-        tokenizer = require_tokenizer(service.face.tokenizer)
-        if wrong := next((token for token in body.tokens if not 0 <= token < 2**31), None):
-            raise RequestError(f"tokens holds {wrong}, which is no token id; ids are whole numbers from 0 up")
-        return _json(Text(await service.in_thread(lambda: tokenizer.decode(body.tokens))))
-
-
 def _add_models(app: FastAPI, service: Service) -> None:
     def cards() -> list[ModelCard]:
         names, root = service.model_names, service.face.name
@@ -195,45 +183,14 @@ def _add_models(app: FastAPI, service: Service) -> None:
 
     @app.get("/v1/models", summary="The models that requests can name", tags=["models"])
     async def models() -> Response:
-        return _json(ModelList(cards()))
+        return json_response(ModelList(cards()))
 
     @app.get("/v1/models/{name:path}", summary="One of them", tags=["models"])
     async def model(name: str) -> Response:
+        if not name:  # /v1/models/
+            return json_response(ModelList(cards()))
         service.choose_model(name)
-        return _json(next(card for card in cards() if card.id == name))
-
-
-def _add_operations(app: FastAPI, service: Service, metrics: Metrics) -> None:
-    _add_health(app, service, metrics)
-
-    @app.head("/ready", include_in_schema=False)
-    @app.get("/ready", summary="Whether a request sent now would be served", tags=["operations"])
-    async def ready() -> Response:
-        return _status(service.trouble or service.fullness)
-
-    @app.get("/version", summary="The server's version", tags=["operations"])
-    async def version() -> Response:
-        return _json({"version": stepgraph.__version__})
-
-    @app.get("/load", summary="Requests that run or wait", tags=["operations"])
-    async def load() -> Response:
-        return _json({"server_load": service.client.num_unfinished})
-
-    @app.get("/graphs", summary="The captured graphs and their use", tags=["operations"])
-    async def graphs() -> Response:
-        return _json(await service.client.graphs())
-
-
-def _add_health(app: FastAPI, service: Service, metrics: Metrics) -> None:
-    @app.head("/health", include_in_schema=False)  # as load balancers ask
-    @app.get("/health", summary="Whether the model is loaded and the engine alive", tags=["operations"])
-    async def health() -> Response:
-        return _status(service.trouble if not service.draining else service.client.trouble)
-
-    @app.get("/metrics", summary="Metrics for Prometheus", tags=["operations"])
-    async def read_metrics(http: Request) -> Response:
-        content, media_type = metrics.render(http.headers.get("accept"))
-        return Response(content, media_type=media_type)
+        return json_response(next(card for card in cards() if card.id == name))
 
 
 async def _answer(
@@ -312,23 +269,15 @@ def _add_error_handlers(app: FastAPI) -> None:
 
     async def on_http(http: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
-        message = str(error.detail)
+        message, headers = str(error.detail), dict(error.headers or {})
+        path = http.scope["path"].removeprefix(app.root_path)
         if error.status_code == 404:
-            message = f"there is nothing at {http.scope['path']}; /docs lists what there is"
+            message = not_found(path, {each.path for each in endpoints(app.routes)})
         elif error.status_code == 405:
-            message = f"{http.scope['path']} does not take {http.method}"
-        return error_response(APIError(error.status_code, message, headers=error.headers))
+            headers["Allow"] = methods_of(app.routes, path)
+            message = not_allowed(path, http.method, headers["Allow"])
+        return error_response(APIError(error.status_code, message, headers=headers))
 
     for kind in (APIError, stepgraph.errors.StepgraphError, Exception):
         app.add_exception_handler(kind, on_known)
     app.add_exception_handler(HTTPException, on_http)
-
-
-def _status(trouble: str | None) -> Response:
-    if trouble is None:
-        return _json({"status": "ok"})
-    return Response(encode_json({"status": trouble}), 503, media_type="application/json", headers={"Retry-After": "2"})
-
-
-def _json(content: Any) -> Response:
-    return Response(encode_json(content), media_type="application/json")

@@ -16,7 +16,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from stepgraph.server.bodies import Bodies, Body
 from stepgraph.server.errors import APIError, error_response, report
 
-OPEN_PATHS = frozenset({"/health", "/ready", "/version", "/load", "/metrics"})
+OPEN_PATHS = frozenset({"/", "/health", "/ping", "/ready", "/version", "/load", "/metrics"})
 """What load balancers, orchestrators and Prometheus ask for: without a key, and while the server shuts down."""
 _CLIENT_LEFT = 499
 _REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")

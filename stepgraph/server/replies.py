@@ -6,8 +6,14 @@ from typing import Any
 
 import msgspec
 from msgspec import UNSET, UnsetType
+from starlette.responses import Response
 
 encode_json = msgspec.json.Encoder().encode
+
+
+def json_response(content: Any) -> Response:
+    """What was asked, as JSON."""
+    return Response(encode_json(content), media_type="application/json")
 
 
 class PromptTokensDetails(msgspec.Struct):
@@ -199,3 +205,25 @@ class Text(msgspec.Struct):
     """Of /detokenize."""
 
     prompt: str
+
+
+class TokenizerInfo(msgspec.Struct):
+    """Of /tokenizer_info: what a client must know that tokenises here. Tokens are null where the tokenizer has none."""
+
+    tokenizer_class: str
+    vocab_size: int
+    """Tokens of the vocabulary, added ones included."""
+    model_max_length: int
+    """Of prompt and answer together, in tokens, as this server limits it."""
+    bos_token: str | None
+    bos_token_id: int | None
+    eos_token: str | None
+    eos_token_id: int | None
+    pad_token: str | None
+    pad_token_id: int | None
+    unk_token: str | None
+    unk_token_id: int | None
+    special_tokens: list[str]
+    add_bos_token: bool
+    """Whether texts begin with `bos_token`, unless /tokenize is told otherwise."""
+    chat_template: str | None

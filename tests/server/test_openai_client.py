@@ -581,6 +581,18 @@ def test_a_conversations_tokens_are_those_it_is_answered_from(chat_server, smoll
     assert shorter == tokens["tokens"][: len(shorter)] != tokens["tokens"]
 
 
+def test_tokenizer_info_lets_a_client_work_without_a_tokenizer_of_its_own(tiny_server, chat_server) -> None:
+    for server, eos in ((tiny_server, "<end>"), (chat_server, "<|im_end|>")):
+        info = server.get("/tokenizer_info").json
+        assert info["eos_token"] == eos
+        body = {"prompt": info["eos_token"], "add_special_tokens": False}
+        assert server.post("/tokenize", body).json["tokens"] == [info["eos_token_id"]]
+        assert info["model_max_length"] == server.get("/v1/models").json["data"][0]["max_model_len"]
+        assert "messages" in info["chat_template"]
+        assert "/" not in "".join(str(value) for name, value in info.items() if name != "chat_template")
+    assert tiny_server.get("/tokenizer_info").json["bos_token"] is None
+
+
 def test_operators_find_health_version_load_and_graphs(tiny_server, tiny) -> None:
     for path in ("/health", "/ready"):
         reply = tiny_server.get(path)
@@ -594,6 +606,15 @@ def test_operators_find_health_version_load_and_graphs(tiny_server, tiny) -> Non
     assert graphs["token_sizes"] == [8, 48]
     assert sum(graph["uses"] for graph in graphs["graphs"]) == graphs["steps"] > 0
     assert tiny_server.get("/openapi.json").json["info"]["title"] == "stepgraph"
+
+
+def test_a_head_request_gets_the_headers_of_get_and_no_body(tiny_server) -> None:
+    for path in ("/", "/ping", "/version", "/v1/models", "/tokenizer_info", "/docs"):
+        get, head = tiny_server.get(path), tiny_server.request("HEAD", path)
+        assert (head.status, head.body) == (200, b""), path
+        assert head.headers["content-length"] == get.headers["content-length"], path
+    assert tiny_server.metric("http_requests_total", handler="/tokenizer_info", status="200") >= 2
+    assert tiny_server.post("/ping", {}).json == {"status": "ok"}
 
 
 def test_every_step_ran_in_a_graph(tiny_server, chat_server, tiny, smollm) -> None:

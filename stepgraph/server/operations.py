@@ -1,0 +1,70 @@
+"""Endpoints for those who run the server: what there is, how it is, and what it counts."""
+
+from __future__ import annotations
+
+from fastapi import FastAPI, Request
+from starlette.responses import Response
+
+import stepgraph
+from stepgraph.server.directory import endpoints
+from stepgraph.server.metrics import Metrics
+from stepgraph.server.pages import index_page, reference_page
+from stepgraph.server.replies import encode_json, json_response
+from stepgraph.server.service import Service
+
+
+def add_operations(app: FastAPI, service: Service, metrics: Metrics) -> None:
+    """Those of the API's port."""
+    add_health(app, service, metrics)
+    _add_pages(app, service)
+
+    @app.get("/ready", summary="Whether a request sent now would be served", tags=["operations"])
+    async def ready() -> Response:
+        return _status(service.trouble or service.fullness)
+
+    @app.get("/version", summary="The server's version", tags=["operations"])
+    async def version() -> Response:
+        return json_response({"version": stepgraph.__version__})
+
+    @app.get("/load", summary="Requests that run or wait", tags=["operations"])
+    async def load() -> Response:
+        return json_response({"server_load": service.client.num_unfinished})
+
+    @app.get("/graphs", summary="The captured graphs and their use", tags=["operations"])
+    async def graphs() -> Response:
+        return json_response(await service.client.graphs())
+
+
+def add_health(app: FastAPI, service: Service, metrics: Metrics) -> None:
+    """Those of the metrics' port, too."""
+
+    @app.post("/ping", summary="The same as /health", tags=["operations"])  # as SageMaker asks
+    @app.get("/ping", summary="The same as /health", tags=["operations"])
+    @app.get("/health", summary="Whether the model is loaded and the engine alive", tags=["operations"])
+    async def health() -> Response:
+        return _status(service.trouble if not service.draining else service.client.trouble)
+
+    @app.get("/metrics", summary="Metrics for Prometheus", tags=["operations"])
+    async def read_metrics(http: Request) -> Response:
+        content, media_type = metrics.render(http.headers.get("accept"))
+        return Response(content, media_type=media_type)
+
+
+def _add_pages(app: FastAPI, service: Service) -> None:
+    @app.get("/", summary="What there is", tags=["operations"])
+    async def index(http: Request) -> Response:
+        found = endpoints(app.routes)
+        if "text/html" in http.headers.get("accept", ""):
+            return index_page(stepgraph.__version__, found, app.root_path)
+        listed = [{"methods": each.methods, "path": each.path, "summary": each.summary} for each in found]
+        return json_response({"name": "stepgraph", "version": stepgraph.__version__, "endpoints": listed})
+
+    @app.get("/docs", summary="The fields of all requests, as a page", tags=["operations"])
+    async def docs() -> Response:
+        return await service.in_thread(lambda: reference_page(app.openapi()))
+
+
+def _status(trouble: str | None) -> Response:
+    if trouble is None:
+        return json_response({"status": "ok"})
+    return Response(encode_json({"status": trouble}), 503, media_type="application/json", headers={"Retry-After": "2"})
