@@ -9,6 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from tiny import TINY_SETTINGS, drain
+from triton_operators import make_rows_of_products_independent, triton_operators
 
 from stepgraph import ops
 from stepgraph.config import EngineConfig
@@ -17,7 +18,8 @@ from stepgraph.engine.sampling_params import SamplingParams
 from stepgraph.graph import trial
 from stepgraph.graph.compositions import Composition, Row, random_compositions
 from stepgraph.graph.verify import main_verify, verify_pool, verify_shape
-from stepgraph.ops import BuiltStep, build_step, paged_attention
+from stepgraph.ops import AttentionPlan, BuiltStep, attention_plan, build_step, paged_attention
+from stepgraph.ops.attention import max_tiles
 from stepgraph.step import slot_line
 from stepgraph.step.shape import StepShape, Variant
 
@@ -230,6 +232,66 @@ def test_mutant_sampling_that_takes_another_rows_logits_is_caught(runner, monkey
 
     monkeypatch.setattr(ops, "build_step", mutant)
     assert any("differs from the same row alone" in mismatch for mismatch in check(runner, MIXED))
+
+
+# Of the list of attention's work, which only the Triton kernels have.
+
+TILES = StepShape(16, 2)
+"""Of tiles of 16: 8 tokens of 2 heads."""
+UNEVEN = Composition((Row(3, 9, 12), Row(0, 7, 7)), seed=6)  # 3 tiles
+ONE_ROW = Composition((Row(5, 16, 21),), seed=7)  # 2
+SHORT = Composition((Row(0, 5, 5),), seed=8)  # 1
+
+
+@pytest.fixture
+def check_tiles(create_engine, monkeypatch):
+    make_rows_of_products_independent(monkeypatch)
+    settings = {"max_num_seqs": 2, "max_num_batched_tokens": 16, "capture_sizes": (16,), "capture_rows": (2,)}
+
+    def check(*compositions: Composition) -> list[str]:
+        runner = create_engine(capture="lazy", num_kv_blocks=40, **settings).runner
+        with triton_operators("attention_plan", "paged_attention"):
+            return verify_shape(runner, TILES, compositions, alone_rows=2).mismatches
+
+    return check
+
+
+def test_right_tiles_pass(check_tiles) -> None:
+    assert check_tiles(UNEVEN, ONE_ROW, SHORT) == []
+
+
+def test_mutant_tile_bound_of_one_long_row_is_caught(check_tiles, monkeypatch) -> None:
+    """As a dummy batch guesses it: all tokens in one row, which need a tile less than two rows do."""
+    bound = max_tiles(16, 1, group=2, tile=16)
+    assert bound == max_tiles(16, 2, group=2, tile=16) - 1
+
+    def mutant(*args) -> AttentionPlan:
+        plan = attention_plan(*args)
+        plan.header[0].clamp_(max=bound)
+        return plan
+
+    monkeypatch.setattr(ops, "attention_plan", mutant)
+    assert check_tiles(ONE_ROW, SHORT) == []
+    assert any("row 1 differs from the same row alone" in mismatch for mismatch in check_tiles(UNEVEN))
+
+
+def test_mutant_without_the_early_exit_of_surplus_tiles_is_caught(check_tiles, monkeypatch) -> None:
+    """Programs beyond the list's end do what a larger batch left there: another row's work."""
+    bound = max_tiles(16, 2, group=2, tile=16)
+    left: dict[int, torch.Tensor] = {}  # by the length of the list
+
+    def mutant(*args) -> AttentionPlan:
+        plan = attention_plan(*args)
+        items = left.setdefault(len(plan.items), torch.zeros_like(plan.items))
+        listed = torch.arange(len(items), device=items.device)[:, None] < plan.header[0]
+        items.copy_(torch.where(listed, plan.items, items))
+        plan.header[0].clamp_(min=min(bound, len(items)))
+        return plan._replace(items=items)
+
+    monkeypatch.setattr(ops, "attention_plan", mutant)
+    assert check_tiles(UNEVEN) == []
+    left.clear()
+    assert check_tiles(UNEVEN, SHORT) != []
 
 
 # With proposals.

@@ -12,6 +12,7 @@ from random import Random
 import pytest
 import torch
 from torch import Tensor
+from triton_operators import make_rows_of_products_independent
 
 from stepgraph.ops.attention import attention_geometry, cpu, reference
 from stepgraph.ops.attention import triton as kernels
@@ -123,18 +124,8 @@ def compositions(rng: Random) -> Iterator[list[Chunk]]:
 
 
 @pytest.fixture(autouse=True)
-def rows_of_a_product_are_independent(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As they are on tensor cores. The interpreter's products are NumPy's, whose bits depend on where in a matrix a row is."""
-    if device == "cuda":
-        return
-    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
-
-    def create_dot(self, a, b, acc, input_precision, max_num_imprecise_acc):
-        a_MK, b_KN = (x.data.astype(acc.data.dtype) for x in (a, b))
-        product_MN = (a_MK[:, None, :] * b_KN.T.copy()[None]).sum(axis=-1)
-        return TensorHandle(product_MN + acc.data, acc.dtype.scalar)
-
-    monkeypatch.setattr(InterpreterBuilder, "create_dot", create_dot)
+def independent_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    make_rows_of_products_independent(monkeypatch)
 
 
 def outputs(world: World, device: str, *, deterministic: bool) -> dict[tuple[int, int], list[Tensor]]:

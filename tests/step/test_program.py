@@ -4,16 +4,14 @@ The mutants that the first claim must catch (padding, baked values, reads past t
 of the tile bound are in tests/ops/test_attention.py.
 """
 
-import importlib
 import random
 import sys
-import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from itertools import permutations
 
 import pytest
 import torch
+from triton_operators import triton_operators
 
 from stepgraph import ops
 from stepgraph.graph.compositions import Composition, Row, random_compositions
@@ -146,55 +144,6 @@ def test_one_graph_is_right_with_contexts_around_borders_of_blocks_and_key_range
     )
 
 
-LAUNCHERS = {
-    name: getattr(importlib.import_module(f"stepgraph.ops.{folder}.triton"), name)
-    for folder, names in {
-        "attention": ("attention_plan", "paged_attention"),
-        "build": ("build_step",),
-        "commit": ("commit",),
-        "draft": ("draft_inputs", "draft_row_tokens", "propose"),
-        "force_acceptance": ("force_acceptance",),
-        "fp8_linear": ("fp8_linear", "fp8_linear_add", "fp8_norm_gated_linear", "fp8_norm_linear"),
-        "grouped_linear": ("grouped_linear",),
-        "linear": ("linear", "linear_add", "linear_by_row", "linear_out", "norm_gated_linear", "norm_linear"),
-        "logprobs": ("logprobs",),
-        "lookup": ("lookup",),
-        "lora": ("lora",),
-        "process_logits": ("process_logits",),
-        "remember": ("remember",),
-        "rms_norm": ("rms_norm",),
-        "rope_attention": ("rope_attention",),
-        "rope_cache": ("rope_cache",),
-        "sample": ("sample",),
-        "swiglu": ("swiglu", "geglu"),
-        "write_kv": ("write_kv",),
-    }.items()
-    for name in names
-}
-
-
-@pytest.fixture
-def use_triton(device):
-    """Makes all operators run their Triton kernels: on CUDA they do; on CPU the interpreter takes the CPU kernels' place."""
-    registered = {name for name in torch._C._dispatch_get_all_op_names() if name.startswith("stepgraph::")}
-    assert {f"stepgraph::{name}" for name in LAUNCHERS} == registered
-
-    @contextmanager
-    def use():
-        library = torch.library.Library("stepgraph", "IMPL")
-        if device == "cpu":
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # torch announces that a kernel is overridden, which is the purpose
-                for name, launcher in LAUNCHERS.items():
-                    library.impl(name, launcher, "CPU", allow_override=True)
-        try:
-            yield
-        finally:
-            library._destroy()
-
-    return use
-
-
 @pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")  # padding computes on what memory held
 @pytest.mark.parametrize(
     "shape",
@@ -208,9 +157,7 @@ def use_triton(device):
     ],
     ids=str,
 )
-def test_a_step_of_triton_kernels_is_the_step_of_cpu_kernels(
-    create_engine, use_triton, device, shape, monkeypatch
-) -> None:
+def test_a_step_of_triton_kernels_is_the_step_of_cpu_kernels(create_engine, device, shape, monkeypatch) -> None:
     """On random compositions among poisoned entries: same tokens, proposals and state, same keys, values and logits up to
     rounding."""
     settings = {"graph_backend": "eager", "num_kv_blocks": 40}
@@ -226,7 +173,7 @@ def test_a_step_of_triton_kernels_is_the_step_of_cpu_kernels(
         eager = EagerGraph(reference.create_program(shape))
         proposals = mostly_right_proposals(reference, eager, shape, composition)
         expected = run(reference, eager, shape, composition, proposals)
-        with use_triton(), monkeypatch.context() as patch:
+        with triton_operators(), monkeypatch.context() as patch:
             if device == "cpu":
                 patch.setattr(
                     kernel_of_one_row, "has_kernel", lambda _qkv, _dim, geometry, _window: geometry.is_one_row

@@ -1,0 +1,74 @@
+"""All operators by their Triton kernels, also where there is no GPU: under Triton's interpreter."""
+
+import importlib
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from unittest import mock
+
+import pytest
+import torch
+
+from stepgraph.ops.registry import INLINED
+
+LAUNCHERS = {
+    name: getattr(importlib.import_module(f"stepgraph.ops.{folder}.triton"), name)
+    for folder, names in {
+        "attention": ("attention_plan", "paged_attention"),
+        "build": ("build_step",),
+        "commit": ("commit",),
+        "draft": ("draft_inputs", "draft_row_tokens", "propose"),
+        "force_acceptance": ("force_acceptance",),
+        "fp8_linear": ("fp8_linear", "fp8_linear_add", "fp8_norm_gated_linear", "fp8_norm_linear"),
+        "grouped_linear": ("grouped_linear",),
+        "linear": ("linear", "linear_add", "linear_by_row", "linear_out", "norm_gated_linear", "norm_linear"),
+        "logprobs": ("logprobs",),
+        "lookup": ("lookup",),
+        "lora": ("lora",),
+        "process_logits": ("process_logits",),
+        "remember": ("remember",),
+        "rms_norm": ("rms_norm",),
+        "rope_attention": ("rope_attention",),
+        "rope_cache": ("rope_cache",),
+        "sample": ("sample",),
+        "swiglu": ("swiglu", "geglu"),
+        "write_kv": ("write_kv",),
+    }.items()
+    for name in names
+}
+
+
+@contextmanager
+def triton_operators(*names: str) -> Iterator[None]:
+    """Makes these operators, or all, run their Triton kernels: on CUDA they do; on CPU the interpreter takes the CPU kernels'
+    place."""
+    registered = {name for name in torch._C._dispatch_get_all_op_names() if name.startswith("stepgraph::")}
+    assert {f"stepgraph::{name}" for name in LAUNCHERS} == registered
+    names = names or tuple(LAUNCHERS)
+    library = torch.library.Library("stepgraph", "IMPL")
+    if not torch.cuda.is_available():
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch announces that a kernel is overridden, which is the purpose
+            for name in names:
+                library.impl(name, LAUNCHERS[name], "CPU", allow_override=True)
+    try:
+        with mock.patch.dict(INLINED):
+            for name in names:  # CPU graphs record what the CPU kernels of these are made of
+                INLINED.pop(getattr(torch.ops.stepgraph, name).default, None)
+            yield
+    finally:
+        library._destroy()
+
+
+def make_rows_of_products_independent(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As they are on tensor cores. The interpreter's products are NumPy's, whose bits depend on where in memory a row is."""
+    if torch.cuda.is_available():
+        return
+    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+    def create_dot(self, a, b, acc, input_precision, max_num_imprecise_acc):
+        a_MK, b_KN = (x.data.astype(acc.data.dtype) for x in (a, b))
+        product_MN = (a_MK[:, None, :] * b_KN.T.copy()[None]).sum(axis=-1)
+        return TensorHandle(product_MN + acc.data, acc.dtype.scalar)
+
+    monkeypatch.setattr(InterpreterBuilder, "create_dot", create_dot)
