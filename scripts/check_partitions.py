@@ -1,6 +1,6 @@
 """One captured graph of 160 tokens and 8 rows against every way to fill it.
 
-    python scripts/check_partitions.py [--device cuda]
+    python scripts/check_partitions.py [--device cuda] [--json FILE]
 
 All 2,214 partitions of 160 into up to 3 rows, 2,000 random ones into up to 8, and adversarial ones (all ones and the rest, tile
 borders ± 1), each with random contexts, on a random two-layer model whose 5 query heads per KV head and tiles of 64 rows are
@@ -18,6 +18,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from stepgraph.bench.report import machine, write_json
 from stepgraph.config import EngineConfig
 from stepgraph.engine.engine import Engine
 from stepgraph.graph.compositions import Composition, Row
@@ -63,6 +64,7 @@ def query_lengths(rng: random.Random) -> dict[str, list[tuple[int, ...]]]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the result as JSON")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "config.json").write_text(json.dumps(CONFIG))
@@ -83,7 +85,7 @@ def main() -> int:
         if parameter.dim() > 1:
             parameter.data.normal_(0, 0.3)  # large enough that every key and token matters
     rng = random.Random(0)
-    failures = 0
+    families = {}
     for family, lengths in query_lengths(rng).items():
         compositions = [
             Composition(
@@ -103,9 +105,25 @@ def main() -> int:
             f"{family}: {len(compositions)} compositions, {len(mismatches)} mismatches, "
             f"graph - eager {graph_difference:.3g}, last row - alone {alone_difference:.3g} (relative)"
         )
-        failures += len(mismatches)
+        families[family] = {
+            "compositions": len(compositions),
+            "worst_graph_difference": graph_difference,
+            "worst_alone_difference": alone_difference,
+            "mismatches": mismatches,
+        }
         print(*mismatches[:5], sep="\n", end="\n" if mismatches else "")
-    return 1 if failures else 0
+    if arguments.json is not None:
+        write_json(
+            arguments.json,
+            {
+                "machine": machine(engine.platform),
+                "tokens": TOKENS,
+                "rows": ROWS,
+                "model": CONFIG,
+                "families": families,
+            },
+        )
+    return 1 if any(found["mismatches"] for found in families.values()) else 0
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ import signal
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
@@ -226,7 +227,14 @@ def _graphs_verify(arguments: argparse.Namespace) -> int:
     from stepgraph.step.shape import Variant
 
     variants = [Variant[name.upper()] for name in arguments.variants]
-    return main_verify(config, rounds=arguments.rounds, seed=config.model.seed, variants=variants, progress=_progress())
+    return main_verify(
+        config,
+        rounds=arguments.rounds,
+        seed=config.model.seed,
+        variants=variants,
+        progress=_progress(),
+        json_file=arguments.json,
+    )
 
 
 def _graphs_warm(arguments: argparse.Namespace) -> int:
@@ -366,6 +374,7 @@ def _parser() -> argparse.ArgumentParser:
         choices=("plain", "extended", "prompt_logprobs"),
         help="which graphs: of plain sampling (default), with penalties, masks and log-probabilities, with those of prompts",
     )
+    verify.add_argument("--json", type=Path, metavar="FILE", help="write the result as JSON")
 
     _add(
         graphs,

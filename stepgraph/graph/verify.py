@@ -17,13 +17,15 @@ from __future__ import annotations
 import random
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from itertools import accumulate
+from pathlib import Path
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from stepgraph.bench.report import machine, write_json
 from stepgraph.config import EngineConfig
 from stepgraph.engine.engine import Engine
 from stepgraph.graph.compositions import Composition, random_compositions
@@ -180,9 +182,15 @@ def _nan_as_inf(value: float) -> float:
 
 
 def main_verify(
-    config: EngineConfig, *, rounds: int, seed: int, variants: Sequence[Variant] = (Variant.PLAIN,), progress: bool
+    config: EngineConfig,
+    *,
+    rounds: int,
+    seed: int,
+    variants: Sequence[Variant] = (Variant.PLAIN,),
+    progress: bool,
+    json_file: Path | None = None,
 ) -> int:
-    """`stepgraph graphs verify`: build the engine's graphs, check them all, print a table.
+    """`stepgraph graphs verify`: build the engine's graphs, check them all, print a table, and write it to `json_file`.
 
     Returns:
         Exit code: 0 if everything agrees, 1 on a mismatch.
@@ -211,4 +219,19 @@ def main_verify(
     )
     if engine.dtype != torch.float32 and not runner.deterministic:
         print("batch - alone is rounding here, and not judged; run with --dtype float32 for that check")
+    if json_file is not None:
+        write_json(
+            json_file,
+            {
+                "machine": machine(engine.platform),
+                "model": engine.source.name,
+                "dtype": str(engine.dtype).removeprefix("torch."),
+                "deterministic": runner.deterministic,
+                "backend": runner.pool.backend_name,
+                "rounds": rounds,
+                "seed": seed,
+                "graphs": [asdict(report) | {"shape": str(report.shape)} for report in reports],
+                "mismatches": len(mismatches),
+            },
+        )
     return 1 if mismatches else 0

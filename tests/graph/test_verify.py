@@ -1,5 +1,6 @@
 """The check of captured graphs passes right ones, and catches wrong ones: padding, baked values, reads past the end."""
 
+import json
 import random
 import sys
 from dataclasses import replace
@@ -435,11 +436,16 @@ def test_the_command_exits_with_0_and_a_table_if_all_is_right(tiny_model, device
 
 
 def test_the_command_exits_with_1_and_names_the_rows_if_a_graph_is_wrong(
-    tiny_model, device, capsys, monkeypatch
+    tiny_model, device, capsys, monkeypatch, tmp_path
 ) -> None:
     monkeypatch.setattr(ops, "build_step", padding_writes_to(lambda tokens: tokens.kv_slots[0]))
     config = EngineConfig.from_settings(model=tiny_model, device=device, **TINY_SETTINGS)
-    assert main_verify(config, rounds=4, seed=0, progress=False) == 1
+    written = tmp_path / "new" / "verify.json"
+    assert main_verify(config, rounds=4, seed=0, progress=False, json_file=written) == 1
     out = capsys.readouterr().out
     assert "MISMATCH" in out
     assert "row 0 differs from the same row alone" in out
+    result = json.loads(written.read_text())
+    assert [graph["shape"] for graph in result["graphs"]] == ["48x8", "8x8"]
+    assert sum(len(graph["mismatches"]) for graph in result["graphs"]) == result["mismatches"] > 0
+    assert result["dtype"] == "float32"
