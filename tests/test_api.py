@@ -118,7 +118,7 @@ def test_text_is_left_out_if_nobody_wants_it(llm) -> None:
     [
         (["a", "b"], [GREEDY], "1 sampling_params for 2 prompts; give one for all or one for each"),
         (["a"], [GREEDY, GREEDY], "2 sampling_params for 1 prompts"),
-        (["a", [300]], GREEDY, "prompt token id 300 is outside the vocabulary"),
+        (["a", [300]], GREEDY, "prompt: token id 300 is outside the vocabulary"),
         (["a", [1] * MAX_MODEL_LEN], GREEDY, f"the prompt has {MAX_MODEL_LEN} tokens and max_model_len is"),
         ([{"text": "a"}], GREEDY, r"needs 'prompt' or 'prompt_token_ids', not \['text'\]"),
         ([["a"]], GREEDY, "a prompt is text or a list of token ids, not list"),

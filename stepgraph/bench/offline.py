@@ -97,12 +97,21 @@ def run_round(engine: Engine, jobs: Sequence[Job]) -> Round:
                 if update.new_token_ids:
                     times[index].append(now)
                 if update.finish_reason is FinishReason.ERROR:
-                    errors[index] = f"error: {update.request.error}"
+                    assert update.request.error is not None
+                    errors[index] = update.request.error.message
     finally:
         engine.on_step = before
     duration_s = time.perf_counter() - started
     outcomes = [
-        Outcome(job.due_s, seen[-1] if seen else duration_s, len(job.prompt), job.max_tokens, seen, error=error)
+        Outcome(
+            job.due_s,
+            seen[-1] if seen else duration_s,
+            len(job.prompt),
+            job.max_tokens,
+            seen,
+            error=error,
+            error_kind="error" if error else "",
+        )
         for job, seen, error in zip(jobs, times, errors, strict=True)
     ]
     return Round(outcomes, duration_s, steps)

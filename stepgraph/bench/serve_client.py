@@ -74,7 +74,16 @@ class Stream:
 
 
 class AnswerError(Exception):
-    """A request without a whole answer: the kind of failure, a colon, and the details."""
+    """A request without a whole answer.
+
+    Args:
+        kind: of failure, in a few words that do not differ between requests.
+        details: what else is known.
+    """
+
+    def __init__(self, kind: str, details: object):
+        super().__init__(f"{kind}: {details}")
+        self.kind = kind
 
 
 def encode_request(prompt: Prompt, *, model: str, chat: bool, fields: Mapping[str, Any]) -> bytes:
@@ -116,12 +125,12 @@ def first_model(base_url: str, headers: Mapping[str, str]) -> str:
         try:
             return str(answer["data"][0]["id"])
         except (KeyError, IndexError, TypeError) as error:
-            raise AnswerError(f"no model: the server lists none in {str(answer)[:_MAX_ERROR_CHARACTERS]}") from error
+            raise AnswerError("no model", f"the server lists none in {str(answer)[:_MAX_ERROR_CHARACTERS]}") from error
 
     try:
         return asyncio.run(ask())
     except (aiohttp.ClientError, OSError, json.JSONDecodeError) as error:
-        raise AnswerError(_describe(error)) from error
+        raise AnswerError(type(error).__name__, error) from error
 
 
 def read_stream(reads: Sequence[tuple[float, bytes]]) -> Stream:
@@ -156,9 +165,9 @@ def read_stream(reads: Sequence[tuple[float, bytes]]) -> Stream:
                     continue
             chunk_times_s.append(time_s)
     if not done:
-        raise AnswerError(f"stream ended early: {len(chunk_times_s)} chunks and no [DONE]")
+        raise AnswerError("stream ended early", f"{len(chunk_times_s)} chunks and no [DONE]")
     if not chunk_times_s:
-        raise AnswerError("empty answer: a stream without a chunk of output")
+        raise AnswerError("empty answer", "a stream without a chunk of output")
     return Stream(chunk_times_s, end_s, _count(usage, "prompt_tokens"), _count(usage, "completion_tokens"))
 
 
@@ -235,7 +244,8 @@ async def _send(session: aiohttp.ClientSession, url: str, body: bytes, input_len
                 reads.append((clock() - begin, data))
         stream = read_stream(reads)
     except (AnswerError, aiohttp.ClientError, OSError) as error:
-        return Outcome(start_s, clock() - begin, input_len, error=_describe(error))
+        failed = error if isinstance(error, AnswerError) else AnswerError(type(error).__name__, error)
+        return Outcome(start_s, clock() - begin, input_len, error=str(failed), error_kind=failed.kind)
     return Outcome(
         start_s=start_s,
         end_s=stream.end_s,
@@ -249,7 +259,7 @@ async def _send(session: aiohttp.ClientSession, url: str, body: bytes, input_len
 async def _require_ok(response: aiohttp.ClientResponse) -> None:
     if response.status != 200:
         text = (await response.read()).decode(errors="replace")
-        raise AnswerError(f"HTTP {response.status}: {text[:_MAX_ERROR_CHARACTERS]}")
+        raise AnswerError(f"HTTP {response.status}", text[:_MAX_ERROR_CHARACTERS])
 
 
 def _payload(event: bytes) -> bytes:
@@ -261,9 +271,9 @@ def _parse(payload: bytes) -> dict[str, Any]:
     try:
         message = json.loads(payload)
     except ValueError as error:
-        raise AnswerError(f"malformed event: {error} in {payload[:_MAX_ERROR_CHARACTERS]!r}") from error
+        raise AnswerError("malformed event", f"{error} in {payload[:_MAX_ERROR_CHARACTERS]!r}") from error
     if not isinstance(message, dict) or message.get("error"):
-        raise AnswerError(f"error in the stream: {payload[:_MAX_ERROR_CHARACTERS].decode(errors='replace')}")
+        raise AnswerError("error in the stream", payload[:_MAX_ERROR_CHARACTERS].decode(errors="replace"))
     return message
 
 
@@ -278,10 +288,6 @@ def _count(usage: Any, name: str) -> int | None:
     """A number of tokens as the server counts them, if it does."""
     number = usage.get(name) if isinstance(usage, dict) else None
     return number if isinstance(number, int) else None
-
-
-def _describe(error: Exception) -> str:
-    return str(error) if isinstance(error, AnswerError) else f"{type(error).__name__}: {error}"
 
 
 def _event_loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:

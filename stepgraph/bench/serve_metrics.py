@@ -32,11 +32,9 @@ class Outcome:
     has_usage: bool = True
     """Whether the server said how many tokens there were; else the answer's chunks stand for its tokens."""
     error: str = ""
-    """What went wrong, empty if nothing did: its kind, a colon, and the details."""
-
-    @property
-    def error_kind(self) -> str:
-        return self.error.partition(":")[0]
+    """What went wrong, empty if nothing did."""
+    error_kind: str = ""
+    """What the like of it is counted under; empty if nothing went wrong."""
 
     @property
     def ttft_s(self) -> float:

@@ -215,7 +215,7 @@ class AsyncEngine:
 
     def _enter(self, call: _Call) -> None:
         if call.id in self._calls:
-            raise RequestError(f"request id {call.id!r} is in use; give each request its own")
+            raise RequestError(f"request id {call.id!r} is in use; give each request its own", param="request_id")
         self._calls[call.id] = call
 
     def _start(

@@ -29,7 +29,7 @@ def plain_message(message: Message, where: str) -> dict[str, Any]:
         RequestError: it holds something else than text, or a call without a name; `where` is its place.
     """
     if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
-        raise RequestError(f"{where} must be a message, {{role, content}}, not {message!r:.80}")
+        raise RequestError(f"{where} must be a message, {{role, content}}, not {message!r:.80}", param=where)
     plain = {name: value for name, value in message.items() if value is not None}
     plain["content"] = _content_of(plain.get("content"), f"{where}.content")
     if (
@@ -39,7 +39,9 @@ def plain_message(message: Message, where: str) -> dict[str, Any]:
     if "tool_calls" in plain:
         calls = plain["tool_calls"]
         if not isinstance(calls, list):
-            raise RequestError(f"{where}.tool_calls must be a list of calls, not {calls!r:.80}")
+            raise RequestError(
+                f"{where}.tool_calls must be a list of calls, not {calls!r:.80}", param=f"{where}.tool_calls"
+            )
         plain["tool_calls"] = [_plain_call(call, f"{where}.tool_calls[{index}]") for index, call in enumerate(calls)]
         if not calls:
             del plain["tool_calls"]
@@ -49,7 +51,9 @@ def plain_message(message: Message, where: str) -> dict[str, Any]:
 def _plain_call(call: Any, where: str) -> dict[str, Any]:
     function = call.get("function") if isinstance(call, Mapping) else None
     if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
-        raise RequestError(f"{where} needs function: {{name, arguments}}")
+        raise RequestError(
+            f"{where}.function must be {{name, arguments}}, not {function!r:.80}", param=f"{where}.function"
+        )
     return {
         "type": "function",
         **call,
@@ -74,17 +78,19 @@ def _content_of(content: Any, where: str) -> str:
     if content is None or isinstance(content, str):
         return content or ""
     if not isinstance(content, Sequence):
-        raise RequestError(f"{where} must be text or a list of parts, not {content!r:.80}")
+        raise RequestError(f"{where} must be text or a list of parts, not {content!r:.80}", param=where)
     return "".join(_text_of(part, f"{where}[{index}]") for index, part in enumerate(content))
 
 
 def _text_of(part: Any, where: str) -> str:
     kind = part.get("type") if isinstance(part, Mapping) else None
     if kind not in _TEXT_KINDS:
-        raise RequestError(f"{where} is of type {kind!r:.80}, and this model takes text only; leave it out")
+        raise RequestError(
+            f"{where} is of type {kind!r:.80}, and this model takes text only; leave it out", param=where
+        )
     text = part.get("text", part.get("refusal"))
     if not isinstance(text, str):
-        raise RequestError(f"{where}.text must be text, not {text!r:.80}")
+        raise RequestError(f"{where}.text must be text, not {text!r:.80}", param=f"{where}.text")
     return text
 
 
@@ -103,7 +109,7 @@ def arranged(
         RequestError: there are no messages, one is malformed, or has a role that the template does not know.
     """
     if not messages:
-        raise RequestError("messages is empty; give at least one message")
+        raise RequestError("messages is empty; give at least one message", param="messages")
     plain = [plain_message(message, f"messages[{index}]") for index, message in enumerate(messages)]
     _check_roles(plain, knows)
     turns = [_known_turn(message, facts) for message in plain]
@@ -127,7 +133,8 @@ def _check_roles(messages: Sequence[Message], knows: Callable[[str], bool]) -> N
             if not knows(role):
                 raise RequestError(
                     f"messages[{index}].role={role!r:.80} is not known to the model's chat template; use one of: "
-                    f"{', '.join(ROLES)}"
+                    f"{', '.join(ROLES)}",
+                    param=f"messages[{index}].role",
                 )
             known.add(role)
 

@@ -77,13 +77,18 @@ class ChatTemplate:
         self._require()
         if continue_final_message and add_generation_prompt:
             raise RequestError(
-                "continue_final_message goes on with the last turn; set add_generation_prompt to false with it"
+                "continue_final_message goes on with the last turn; set add_generation_prompt to false with it",
+                param="continue_final_message",
             )
         if reserved := sorted(_settled() & set(variables or ())):
-            raise RequestError(f"chat_template_kwargs cannot set {reserved[0]!r}; it takes variables of the template")
+            raise RequestError(
+                f"chat_template_kwargs cannot set {reserved[0]!r}; it takes variables of the template",
+                param=f"chat_template_kwargs.{reserved[0]}",
+            )
         if documents and not self.facts.shows_documents:
             raise RequestError(
-                "documents has no place in the model's chat template, which would leave them out; put them into a message"
+                "documents has no place in the model's chat template, which would leave them out; put them into a message",
+                param="documents",
             )
         turns = arranged(messages, tools, self.facts, lambda role: knows(role, self._try))
         try:
@@ -96,7 +101,9 @@ class ChatTemplate:
                 **(variables or {}),
             )
         except Exception as error:
-            raise RequestError(f"the messages do not fit the model's chat template: {error}") from error
+            raise RequestError(
+                f"the messages do not fit the model's chat template: {error}", param="messages"
+            ) from error
 
     def prompt(self, messages: Sequence[Message]) -> dict[str, Any]:
         """The prompt of a conversation, text and token ids. See `render`."""
@@ -106,7 +113,9 @@ class ChatTemplate:
     def _require(self) -> PreTrainedTokenizerFast:
         tokenizer = require_tokenizer(self._tokenizer)
         if not (self._template or tokenizer.chat_template):
-            raise RequestError("this model has no chat template; use generate with the whole prompt as text")
+            raise RequestError(
+                "this model has no chat template; use generate with the whole prompt as text", param="messages"
+            )
         return tokenizer
 
     def _apply(

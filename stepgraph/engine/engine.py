@@ -29,7 +29,7 @@ from stepgraph.engine.request import FinishReason, Request, RequestUpdate
 from stepgraph.engine.sampling_params import SamplingParams
 from stepgraph.engine.scheduler import ScheduledStep, Scheduler
 from stepgraph.engine.speculation import SpeculationStatistics
-from stepgraph.errors import ConfigError, EngineDeadError, RequestError, StepgraphError
+from stepgraph.errors import ConfigError, EngineDeadError, Fault, StepgraphError
 from stepgraph.models.adapters import AdapterFile, AdapterStore
 from stepgraph.models.decoder import Decoder
 from stepgraph.models.language_model import LanguageModel
@@ -492,9 +492,10 @@ class Engine:
         logger.warning("a step with log-probabilities, penalties, biases or masks was given up: %s", error)
         self.runner.recover()
         for request in failed:
-            request.error = (
+            request.error = Fault(
                 "the device has no memory left for a step with what the request asks for: log-probabilities, penalties, biases, "
-                "bad words or masks; try again later, or without"
+                "bad words or masks; try again later, or without",
+                is_users=False,
             )
         updates = [self._fail(request) for request in failed]
         self.scheduler.preempt_all()
@@ -583,10 +584,9 @@ class Engine:
         try:
             yield
         except Exception as error:
-            request.error_is_users = isinstance(error, RequestError)
-            if not request.error_is_users:
+            request.error = Fault.of(error)
+            if not request.error.is_users:
                 logger.exception("request %s failed", request.id)
-            request.error = str(error) or repr(error)
 
     def _fail(self, request: Request) -> RequestUpdate:
         """End a request whose `error` is set; the others do not notice."""

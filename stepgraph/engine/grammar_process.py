@@ -179,21 +179,24 @@ class _GrammarProcess:
 
     def _compile(self, frame: Frame) -> Any:
         from stepgraph.engine.sampling_params import StructuredOutputs
-        from stepgraph.errors import StepgraphError
+        from stepgraph.errors import Fault, StepgraphError
 
         try:
             with _cpu_limit(MAX_COMPILE_SECONDS):
                 compiled = self._compiler.compile(StructuredOutputs(**json.loads(frame.payload)))
         except MemoryError:
-            self._channel.send(Kind.REFUSED, 1, b"the grammar needs too much memory; make it smaller")
+            refusal = Fault(
+                "the grammar needs too much memory; make it smaller", is_users=True, param="structured_outputs"
+            )
         except StepgraphError as error:
-            self._channel.send(Kind.REFUSED, 1, str(error).encode())
+            refusal = Fault.of(error)
         except Exception as error:
             sys.excepthook(*sys.exc_info())
-            self._channel.send(Kind.REFUSED, 0, (str(error) or repr(error)).encode())
+            refusal = Fault.of(error)
         else:
             self._channel.send(Kind.COMPILED, min(compiled.grammar.memory_size_bytes, 2**32 - 1))
             return compiled
+        self._channel.send(Kind.REFUSED, 0, json.dumps(refusal).encode())
         return None
 
 

@@ -8,6 +8,7 @@ follow the same grammar get a new process, which is told their tokens again.
 from __future__ import annotations
 
 import itertools
+import json
 import os
 import selectors
 import signal
@@ -25,7 +26,7 @@ from stepgraph.engine.guidance import Vocabulary
 from stepgraph.engine.guide_messages import Channel, Frame, Kind
 from stepgraph.engine.nursery import Nursery
 from stepgraph.engine.shifts import Shifts
-from stepgraph.errors import StepgraphError
+from stepgraph.errors import Fault
 from stepgraph.step.slot_line import MASK_BITS
 
 MAX_COMPILING = 2
@@ -80,9 +81,8 @@ class RemoteGuide:
         """What may be sampled behind the tokens told last, and behind each proposal told with them: [n, W]."""
         self.is_waiting = True
         """There will be other masks: it waits for its grammar, or for an answer."""
-        self.error: str | None = None
+        self.error: Fault | None = None
         """Why its request cannot go on."""
-        self.error_is_users = True
         self.was_suspected = False
         """A process has ended when it was to make masks for it."""
         self._tokens = tokens
@@ -103,9 +103,9 @@ class RemoteGuide:
         self._num_told += len(tokens)
         return struct.pack(f"<{1 + len(tokens) + len(self._drafts)}i", len(tokens), *tokens, *self._drafts)
 
-    def fail(self, error: str, *, is_users: bool = True) -> None:
+    def fail(self, error: Fault) -> None:
         """Its request cannot go on."""
-        self.is_waiting, self.error, self.error_is_users = False, error, is_users
+        self.is_waiting, self.error = False, error
 
 
 class Grammars:
@@ -287,9 +287,9 @@ class Grammars:
             self._detach(grammar)
             self._compiling.enter(grammar)
         elif frame.kind == Kind.NOT_STARTED:
-            self._fail_all(grammar, frame.payload.decode(errors="replace"), is_users=False)
+            self._fail_all(grammar, Fault(frame.payload.decode(errors="replace"), is_users=False))
         elif frame.kind == Kind.REFUSED:
-            self._fail_all(grammar, frame.payload.decode(errors="replace"), is_users=frame.number == 1)
+            self._fail_all(grammar, Fault(*json.loads(frame.payload)))
         elif grammar.num_sent and grammar.asked[0] == frame.number:
             now = time.monotonic()
             grammar.is_prompt = self._answering.seconds(grammar, now) < GRACE_SECONDS
@@ -307,7 +307,7 @@ class Grammars:
                 asker.masks = np.frombuffer(frame.payload, np.int32).reshape(-1, self._num_words)
                 asker.is_waiting = False
             else:
-                asker.fail(frame.payload.decode(errors="replace"))
+                asker.fail(_of_request(frame.payload.decode(errors="replace")))
             self._done.append(asker)
 
     # What becomes of processes
@@ -389,9 +389,9 @@ class Grammars:
             self._tell(Kind.YIELD, grammar)
             grammar.gives_way = True
 
-    def _fail_all(self, grammar: Grammar, error: str, *, is_users: bool = True) -> None:
+    def _fail_all(self, grammar: Grammar, error: Fault) -> None:
         for guide in grammar.guides.values():
-            guide.fail(error, is_users=is_users)
+            guide.fail(error)
         self._done += grammar.guides.values()
         self._forget(grammar)
 
@@ -440,28 +440,35 @@ class Grammars:
         for grammar in [*self._by_process.values()]:
             self._bury(grammar, None)
         if not nursery.is_ready:
-            is_users = isinstance(nursery.failure, StepgraphError)
-            error = str(nursery.failure or "the process that follows grammars ended while it started")
+            if nursery.failure is None:
+                error = Fault("the process that follows grammars ended while it started", is_users=False)
+            else:
+                error = Fault.of(nursery.failure)
             for grammar in [*self._by_spec.values()]:
-                self._fail_all(grammar, error, is_users=is_users)
+                self._fail_all(grammar, error)
 
 
-def _compilation_ended(status: int) -> str:
+def _of_request(message: str) -> Fault:
+    """The form that a request asks for is to blame."""
+    return Fault(message, is_users=True, param="structured_outputs")
+
+
+def _compilation_ended(status: int) -> Fault:
     if status == -signal.SIGPROF:
-        return (
+        return _of_request(
             f"structured_outputs took more than {MAX_COMPILE_SECONDS:.0f} s of CPU time to compile, which is the limit; make it "
             "smaller, or nest fewer repetitions"
         )
-    return f"structured_outputs cannot be used: xgrammar failed on it ({_named(status)}); make it smaller"
+    return _of_request(f"structured_outputs cannot be used: xgrammar failed on it ({_named(status)}); make it smaller")
 
 
-def _following_ended(status: int | None) -> str:
+def _following_ended(status: int | None) -> Fault:
     if status == -signal.SIGPROF:
-        return (
+        return _of_request(
             f"following the grammar took more than {MAX_TOKEN_SECONDS} s of CPU time for one token, which is the limit: it can "
             "read the answer in too many ways; nest fewer repetitions"
         )
-    return f"the grammar could not be followed: xgrammar failed on it ({_named(status)}); make it smaller"
+    return _of_request(f"the grammar could not be followed: xgrammar failed on it ({_named(status)}); make it smaller")
 
 
 def _named(status: int | None) -> str:

@@ -61,7 +61,8 @@ def require_xgrammar() -> None:
     """ConfigError if xgrammar is not installed."""
     if importlib.util.find_spec("xgrammar") is None:
         raise ConfigError(
-            "structured outputs need the package xgrammar, which is not installed: pip install 'stepgraph[guidance]'"
+            "structured outputs need the package xgrammar, which is not installed: pip install 'stepgraph[guidance]'",
+            param="structured_outputs",
         )
 
 
@@ -71,7 +72,8 @@ def stop_tokens(stop_token_ids: Sequence[int], vocab_size: int) -> tuple[int, ..
     if not stops:
         raise ConfigError(
             f"structured outputs need an end token below vocab_size={vocab_size}, to end an answer with; the model's "
-            f"are {list(stop_token_ids)}. Set eos_token_id in its generation_config.json"
+            f"are {list(stop_token_ids)}. Set eos_token_id in its generation_config.json",
+            param="structured_outputs",
         )
     return tuple(stops)
 
@@ -121,7 +123,7 @@ class GuidanceCompiler:
             elif spec.regex is not None:
                 name = "regex"
                 limits = Limits("structured_outputs.regex")
-                check_text(spec.regex, limits.where)
+                check_text(spec.regex, limits.param)
                 grammar = compiler.compile_regex(Regex(spec.regex, limits).rewritten)
             elif spec.choice is not None:
                 name = "choice"
@@ -137,13 +139,15 @@ class GuidanceCompiler:
                 check_grammar(spec.grammar, Limits("structured_outputs.grammar"))
                 grammar = compiler.compile_grammar(spec.grammar)
         except (RuntimeError, UnicodeDecodeError) as error:  # what xgrammar raises for all it refuses
-            raise RequestError(f"structured_outputs.{name} cannot be used: {_reason(error)}") from error
+            where = f"structured_outputs.{name}"
+            raise RequestError(f"{where} cannot be used: {_reason(error)}", param=where) from error
         compiled = CompiledGuide(grammar, self._vocab_size)
         mask_W = np.zeros(-(-self._vocab_size // MASK_BITS), np.int32)
         Guide(compiled).fill(mask_W)
         if not mask_W.any():
             raise RequestError(
-                f"structured_outputs.{name} allows no answer: no token can be the first; make it matchable"
+                f"structured_outputs.{name} allows no answer: no token can be the first; make it matchable",
+                param=f"structured_outputs.{name}",
             )
         return compiled
 

@@ -29,7 +29,7 @@ class Kind(IntEnum):
     COMPILED = 4
     """The number is the bytes that the grammar takes."""
     REFUSED = 5
-    """It cannot be compiled; the number is 1 if that is the user's affair. The payload says why."""
+    """It cannot be compiled; the payload is a `Fault` as JSON."""
     MASKS = 6
     """What may come next, and after each proposal that may stand: int32 [n, W]."""
     LEFT = 7

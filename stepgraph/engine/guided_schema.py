@@ -69,7 +69,7 @@ class SchemaConverter:
             text = json.dumps(schema, allow_nan=False, ensure_ascii=False)
             self._root = json.loads(text)
         except (TypeError, ValueError, RecursionError) as error:
-            raise RequestError(f"{where} is not JSON: {error}") from error
+            raise RequestError(f"{where} is not JSON: {error}", param=where) from error
         check_text(text, where)
         self._where = where
         self._limits = limits or Limits(where)
@@ -81,7 +81,8 @@ class SchemaConverter:
         """The schema for xgrammar."""
         if _depth_of(self._root) > _MAX_JSON_DEPTH:
             raise RequestError(
-                f"{self._where} is nested more than {_MAX_JSON_DEPTH} deep as JSON; flatten it, or use $ref"
+                f"{self._where} is nested more than {_MAX_JSON_DEPTH} deep as JSON; flatten it, or use $ref",
+                param=self._where,
             )
         self._limits.open()
         converted = self._node(self._root, "#", 0)
@@ -96,19 +97,21 @@ class SchemaConverter:
         return converted
 
     def _refuse(self, path: str, keyword: str, why: str) -> RequestError:
-        return RequestError(f"{self._where}: {keyword} at {path:.200} {why}")
+        return RequestError(f"{self._where}: {keyword} at {path:.200} {why}", param=self._where)
 
     def _node(self, node: Any, path: str, depth: int) -> Any:
         if depth > MAX_DEPTH:
             raise RequestError(
-                f"{self._where} is nested more than {MAX_DEPTH} deep at {path:.200}; flatten it, or use $ref"
+                f"{self._where} is nested more than {MAX_DEPTH} deep at {path:.200}; flatten it, or use $ref",
+                param=self._where,
             )
         self._places.add(path)
         if node is True:
             return {}
         if not isinstance(node, dict):
             raise RequestError(
-                f"{self._where}: {node!r:.80} at {path:.200} is no schema that allows a value; use an object or true"
+                f"{self._where}: {node!r:.80} at {path:.200} is no schema that allows a value; use an object or true",
+                param=self._where,
             )
         if path != "#" and "$id" in node:
             raise self._refuse(path, "$id", "moves references to another document; remove it")
@@ -236,7 +239,8 @@ class SchemaConverter:
         if self._num_comparisons > _MAX_COMPARISONS:
             raise RequestError(
                 f"{self._where}: options of oneOf take more than {_MAX_COMPARISONS} comparisons to tell apart; use fewer options "
-                "or values, or anyOf"
+                "or values, or anyOf",
+                param=self._where,
             )
 
     def _values(self, node: dict[str, Any], path: str) -> dict[str, Any]:
@@ -285,7 +289,7 @@ class SchemaConverter:
             if not isinstance(node["format"], str) or node["format"] not in _FORMATS:
                 known = ", ".join(sorted(_FORMATS))
                 raise self._refuse(path, "format", f"is {node['format']!r:.80}; known are {known}")
-            self._limits.where = f"{self._where}: format at {path:.200}"
+            self._limits.read(self._where, f"format at {path:.200}")
             self._limits.add_states(_STATES_OF_TEXT)
             return {"format": node["format"]}
         if "pattern" in node:
@@ -297,16 +301,16 @@ class SchemaConverter:
             raise self._refuse(path, "minLength", f"is {low}, above maxLength {high}")
         if (low, high) not in self._limits.lengths:
             self._limits.lengths.add((low, high))
-            self._limits.where = f"{self._where}: length at {path:.200}"
+            self._limits.read(self._where, f"length at {path:.200}")
             self._limits.element(states_of_class(JSON_CHARACTERS))
             self._limits.repeat(low, high)
         # As a pattern, since xgrammar lets control characters into strings of limited length as they are.
         return {"pattern": f"^{character_class(JSON_CHARACTERS)}{{{low},{'' if high is None else high}}}$"}
 
     def _pattern(self, pattern: Any, where: str) -> str:
-        self._limits.where = f"{self._where}: {where:.200}"
+        self._limits.read(self._where, f"{where:.200}")
         if not isinstance(pattern, str):
-            raise RequestError(f"{self._limits.where} is {pattern!r:.80}; it must be a text")
+            raise RequestError(f"{self._limits.where} is {pattern!r:.80}; it must be a text", param=self._where)
         self._limits.add_states(_STATES_OF_TEXT)
         if pattern not in self._limits.patterns:
             self._limits.patterns[pattern] = Regex(pattern, self._limits, in_json=True).rewritten
@@ -382,7 +386,7 @@ class SchemaConverter:
             )
         if {"minProperties", "maxProperties"} & converted.keys() and not extra and "properties" not in node:
             converted["additionalProperties"] = {}
-        self._limits.where = f"{self._where}: properties at {path:.200}"
+        self._limits.read(self._where, f"properties at {path:.200}")
         self._limits.add_states(_states_of_object(len(properties), converted))
         return converted
 

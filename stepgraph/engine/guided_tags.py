@@ -65,8 +65,8 @@ class TagConverter:
             text = json.dumps(tag, allow_nan=False, ensure_ascii=False)
             self._tag: dict[str, Any] = json.loads(text)
         except (TypeError, ValueError, RecursionError) as error:
-            raise RequestError(f"{self._limits.where} is not JSON: {error}") from error
-        check_text(text, self._limits.where)
+            raise RequestError(f"{self._limits.where} is not JSON: {error}", param=self._limits.param) from error
+        check_text(text, self._limits.param)
         self._is_older = "format" not in tag
 
     def convert(self) -> dict[str, Any]:
@@ -94,7 +94,8 @@ class TagConverter:
         return f"structured_outputs.structural_tag.{path:.200}"
 
     def _refuse(self, path: str, why: str) -> RequestError:
-        return RequestError(f"{self._place(path)} {why}")
+        place = self._place(path)
+        return RequestError(f"{place} {why}", param=place)
 
     def _check_fields(self, node: Any, path: str, required: tuple[str, ...], optional: tuple[str, ...]) -> None:
         if not isinstance(node, dict):
@@ -114,7 +115,7 @@ class TagConverter:
             raise self._refuse(path, f"is {node!r:.80}; it must be an object with a type that is supported: {known}")
         required, optional = _FORMATS[kind]
         self._check_fields(node, path, ("type", *required), optional)
-        self._limits.where = self._place(path)
+        self._limits.read(self._place(path))
         self._limits.open()
         converted: dict[str, Any] = {"type": kind}
         for name in filter(node.__contains__, required + optional):
@@ -124,7 +125,7 @@ class TagConverter:
                 raise self._refuse(f"{path}.{name}", f"is {node[name]!r:.80}; only {only!r} is supported")
         if kind == "json_schema":
             converted["max_whitespace_cnt"] = self._max_whitespace
-        self._limits.where = self._place(path)
+        self._limits.read(self._place(path))
         self._limits.close()
         self._count_repetitions(converted, path)
         if kind == "triggered_tags":
@@ -172,7 +173,7 @@ class TagConverter:
             case "json_schema":
                 return self._schema(value, path)
         text = self._text(value, path, least=1)
-        self._limits.where = self._place(path)
+        self._limits.read(self._place(path))
         if name == "pattern":
             return Regex(text, self._limits).rewritten
         assert name == "grammar", name
@@ -185,7 +186,7 @@ class TagConverter:
             try:
                 value = json.loads(value)
             except (ValueError, RecursionError) as error:
-                raise RequestError(f"{where} is not JSON: {error}") from error
+                raise RequestError(f"{where} is not JSON: {error}", param=where) from error
         return SchemaConverter(value, where, self._limits).convert()
 
     def _rule(self, value: Any, path: str) -> list[Any]:

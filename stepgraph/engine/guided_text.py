@@ -50,16 +50,21 @@ def check_text(text: str, where: str) -> None:
         size = len(text.encode())
     except UnicodeEncodeError as error:
         raise RequestError(
-            f"{where} holds U+{ord(text[error.start]):04X}, which is half of a character; remove it"
+            f"{where} holds U+{ord(text[error.start]):04X}, which is half of a character; remove it", param=where
         ) from error
     if size > MAX_TEXT_BYTES:
-        raise RequestError(f"{where} has {size} bytes; at most {MAX_TEXT_BYTES} are allowed. Make it shorter")
+        raise RequestError(
+            f"{where} has {size} bytes; at most {MAX_TEXT_BYTES} are allowed. Make it shorter", param=where
+        )
 
 
 def grammar_of_choices(choices: Sequence[str]) -> str:
     """A grammar that allows these texts. RequestError if they are over a limit, or hold what no answer can."""
     if len(choices) > MAX_CHOICES:
-        raise RequestError(f"structured_outputs.choice has {len(choices)} texts; at most {MAX_CHOICES} are allowed")
+        raise RequestError(
+            f"structured_outputs.choice has {len(choices)} texts; at most {MAX_CHOICES} are allowed",
+            param="structured_outputs.choice",
+        )
     for choice in choices:
         check_answer(choice, "structured_outputs.choice")
     check_text("".join(choices), "structured_outputs.choice")
@@ -69,7 +74,7 @@ def grammar_of_choices(choices: Sequence[str]) -> str:
 def check_answer(text: str, where: str) -> None:
     """RequestError if a text cannot be part of an answer."""
     if "\0" in text:
-        raise RequestError(f"{where} holds U+0000, which cannot be part of an answer; remove it")
+        raise RequestError(f"{where} holds U+0000, which cannot be part of an answer; remove it", param=where)
 
 
 def _ebnf_character(character: str) -> str:
@@ -88,19 +93,29 @@ class Limits:
     """Counts what a request's patterns, schemas or grammar need against the limits.
 
     Attributes:
-        where: what is being read, for errors.
+        param: the field that is being read.
         patterns: of schemas, rewritten. xgrammar compiles equal ones once, so that they count once.
         lengths: bounds of texts in schemas, for the same reason.
     """
 
-    def __init__(self, where: str) -> None:
-        self.where = where
+    def __init__(self, param: str) -> None:
+        self.param = param
+        self._place = ""
         self.patterns: dict[str, str] = {}
         self.lengths: set[tuple[int, int | None]] = set()
         self._num_repetitions = self._num_optional = self._num_states = 0
         self._groups = [_Group()]
         self._last_repeats = 1  # most repetitions multiplied inside the last element
         self._last_states = 0  # of the last element, where a repetition copies them
+
+    @property
+    def where(self) -> str:
+        """What is being read, for errors."""
+        return f"{self.param}: {self._place}" if self._place else self.param
+
+    def read(self, param: str, place: str = "") -> None:
+        """Something else is read now: this field, or what stands at a place in it."""
+        self.param, self._place = param, place
 
     def element(self, num_states: int = 0, *, repeats: int = 1) -> None:
         """A character, class, literal or rule name, or something that repeats what is inside it."""
@@ -111,7 +126,9 @@ class Limits:
         """A group begins."""
         self._groups.append(_Group())
         if len(self._groups) > MAX_DEPTH + 1:
-            raise RequestError(f"{self.where} has groups nested more than {MAX_DEPTH} deep; nest fewer")
+            raise RequestError(
+                f"{self.where} has groups nested more than {MAX_DEPTH} deep; nest fewer", param=self.param
+            )
 
     def close(self, *, repeats: int | None = None) -> None:
         """A group ends; one that never began is left to xgrammar to refuse. `repeats` replaces what was counted inside."""
@@ -129,19 +146,23 @@ class Limits:
         if self._num_states > MAX_STATES:
             raise RequestError(
                 f"{self.where} would take too long to compile: up to there it needs about {self._num_states} states, at most "
-                f"{MAX_STATES} are allowed. Use fewer character classes, lower bounds, or the same bound in several places"
+                f"{MAX_STATES} are allowed. Use fewer character classes, lower bounds, or the same bound in several places",
+                param=self.param,
             )
 
     def repeat(self, low: int, high: int | None) -> None:
         """The last element is repeated `low` to `high` times, None is without end."""
         if max(low, high or 0) > MAX_COUNT:
-            raise RequestError(f"{self.where} repeats {max(low, high or 0)} times; at most {MAX_COUNT} are allowed")
+            raise RequestError(
+                f"{self.where} repeats {max(low, high or 0)} times; at most {MAX_COUNT} are allowed", param=self.param
+            )
         inside = self._last_repeats
         nested = max(inside, UNBOUNDED_INSIDE) if high is None else inside * high
         if inside > 1 and nested > MAX_NESTED_COUNT:
             raise RequestError(
                 f"{self.where} nests repetitions whose bounds multiply to {nested}, an unbounded one inside counted as "
-                f"{UNBOUNDED_INSIDE}; at most {MAX_NESTED_COUNT} are allowed. Lower a bound, or leave the outer one unbounded"
+                f"{UNBOUNDED_INSIDE}; at most {MAX_NESTED_COUNT} are allowed. Lower a bound, or leave the outer one unbounded",
+                param=self.param,
             )
         copies = min(max(low, 1), _COUNTED) if high is None or low == high else min(2 * high, _COUNTED_OPTIONAL)
         self.add_states(self._last_states * (copies - 1))
@@ -149,7 +170,7 @@ class Limits:
         self._groups[-1].most_repeats = max(self._groups[-1].most_repeats, nested)
         self._num_repetitions += 1
         if self._num_repetitions > MAX_REPETITIONS:
-            raise RequestError(f"{self.where} has more than {MAX_REPETITIONS} repetitions; use fewer")
+            raise RequestError(f"{self.where} has more than {MAX_REPETITIONS} repetitions; use fewer", param=self.param)
         if high is not None and low != high:
             self.optional()
 
@@ -158,18 +179,22 @@ class Limits:
         self._num_optional += 1
         if self._num_optional > MAX_OPTIONAL:
             raise RequestError(
-                f"{self.where} has more than {MAX_OPTIONAL} repetitions or lengths with an upper bound; use fewer"
+                f"{self.where} has more than {MAX_OPTIONAL} repetitions or lengths with an upper bound; use fewer",
+                param=self.param,
             )
 
 
 _QUANTIFIER = re.compile(r"[?*+]|\{(\d+)(,?)(\d*)\}")
 
 
-def _quantifier(text: str, at: int, where: str) -> tuple[int, int | None, int]:
+def _quantifier(text: str, at: int, limits: Limits) -> tuple[int, int | None, int]:
     """The quantifier at a place of a regular expression or grammar: how often, at least and at most, and its length."""
     match = _QUANTIFIER.match(text, at)
     if match is None:
-        raise RequestError(f"{where}: {text[at : at + 8]!r} at {at} is no repetition: write {{2}}, {{2,5}} or {{2,}}")
+        raise RequestError(
+            f"{limits.where}: {text[at : at + 8]!r} at {at} is no repetition: write {{2}}, {{2,5}} or {{2,}}",
+            param=limits.param,
+        )
     if match[1] is None:
         low, high = {"?": (0, 1), "*": (0, None), "+": (1, None)}[match[0]]
     else:
@@ -250,19 +275,24 @@ class Regex:
                 pieces.append(piece)
                 depth += isinstance(piece, guided_repeats.Open) - isinstance(piece, guided_repeats.Close)
             if depth > MAX_DEPTH:
-                raise RequestError(f"{limits.where} has groups nested more than {MAX_DEPTH} deep; nest fewer")
+                raise RequestError(
+                    f"{limits.where} has groups nested more than {MAX_DEPTH} deep; nest fewer", param=limits.param
+                )
             at += length
         node = guided_repeats.parse(pieces)
         if node is None:
             raise RequestError(
                 f"{limits.where} is no regular expression: a group lacks its other bracket, or a repetition has nothing before "
-                "it or its bounds in the wrong order; write \\( or \\* for the character itself"
+                "it or its bounds in the wrong order; write \\( or \\* for the character itself",
+                param=limits.param,
             )
         guided_repeats.count(node, limits)
         self.rewritten = guided_repeats.written(node) or "()"
 
     def _refuse(self, at: int, length: int, why: str) -> RequestError:
-        return RequestError(f"{self._limits.where}: {self._text[at : at + length]!r} at {at} {why}")
+        return RequestError(
+            f"{self._limits.where}: {self._text[at : at + length]!r} at {at} {why}", param=self._limits.param
+        )
 
     def _piece(self, at: int) -> tuple[guided_repeats.Piece | None, int]:
         """What the text at a place stands for, None for nothing, and how much of the text it is."""
@@ -275,7 +305,7 @@ class Regex:
         if character == ")":
             return guided_repeats.Close(), 1
         if character in "?*+{":
-            low, high, length = _quantifier(text, at, self._limits.where)
+            low, high, length = _quantifier(text, at, self._limits)
             # A `?` behind it asks for as few as possible, with which the same texts match.
             return guided_repeats.Times(low, high), length + text.startswith("?", at + length)
         if character == "|":
@@ -380,14 +410,16 @@ _GRAMMAR_REFUSALS = {
 
 def check_grammar(text: str, limits: Limits) -> None:
     """Hold an EBNF grammar against the limits; whether it is well formed is left to xgrammar."""
-    check_text(text, limits.where)
+    check_text(text, limits.param)
     at = 0
     while match := _GRAMMAR_PIECE.match(text, at):
         kind = match.lastgroup
         if kind in _GRAMMAR_REFUSALS:
-            raise RequestError(f"{limits.where}: {match[0]!r:.80} at {at}: {_GRAMMAR_REFUSALS[kind]}")
+            raise RequestError(
+                f"{limits.where}: {match[0]!r:.80} at {at}: {_GRAMMAR_REFUSALS[kind]}", param=limits.param
+            )
         if kind == "quantifier":
-            low, high, length = _quantifier(text, at, limits.where)
+            low, high, length = _quantifier(text, at, limits)
             limits.repeat(low, high)
             at += length
             continue

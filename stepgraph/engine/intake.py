@@ -12,6 +12,7 @@ from numbers import Integral
 from typing import TYPE_CHECKING
 
 from stepgraph.engine.blocks import memory_key
+from stepgraph.engine.prompts import check_length
 from stepgraph.engine.request import Request
 from stepgraph.engine.sampling_params import SamplingParams, bad_word_token_ids
 from stepgraph.errors import RequestError
@@ -65,23 +66,20 @@ class RequestIntake:
     ) -> Request:
         """A request; see `Engine.add_request`. `adapters_in_use` are those of unfinished requests."""
         assert params.n == 1, params.n
-        packed = self._pack("prompt token id", prompt_token_ids)
+        packed = self._pack("prompt", prompt_token_ids)
         prompt = packed.tolist()  # whatever kind of integers they were
         if not prompt:
-            raise RequestError("the prompt is empty; give at least one token")
-        for what, token_ids in (("allowed_token_ids", params.allowed_token_ids), ("logit_bias", params.logit_bias)):
+            raise RequestError("the prompt is empty; give at least one token", param="prompt")
+        for name, token_ids in (("allowed_token_ids", params.allowed_token_ids), ("logit_bias", params.logit_bias)):
             if token_ids:
-                self._pack(f"{what}: token id", token_ids)
-        if len(prompt) >= self._max_model_len:
-            raise RequestError(
-                f"the prompt has {len(prompt)} tokens and max_model_len is {self._max_model_len}, which must hold the "
-                f"prompt and at least one token of answer; shorten it to {self._max_model_len - 1} tokens or fewer"
-            )
+                self._pack(name, token_ids)
+        check_length(len(prompt), self._max_model_len)
         room = self._max_model_len - len(prompt)
         if params.min_tokens > room:
             raise RequestError(
                 f"min_tokens={params.min_tokens} is above the {room} tokens of answer that max_model_len={self._max_model_len} "
-                f"leaves after a prompt of {len(prompt)}; lower min_tokens or shorten the prompt"
+                f"leaves after a prompt of {len(prompt)}; lower min_tokens or shorten the prompt",
+                param="min_tokens",
             )
         if params.bad_words and bad_words is None:
             bad_words = bad_word_token_ids(params.bad_words, self._read_tokenizer())
@@ -113,7 +111,8 @@ class RequestIntake:
         if self._adapters is None:
             folder = wanted if isinstance(wanted, str) else wanted.folder
             raise RequestError(
-                f"the request names the LoRA adapter {folder}, and the engine takes none; start it with enable_lora=True"
+                f"the request names the LoRA adapter {folder}, and the engine takes none; start it with enable_lora=True",
+                param="adapter",
             )
         return self._adapters
 
@@ -125,7 +124,8 @@ class RequestIntake:
         if len(stop_token_ids) > slot_line.MAX_STOP_TOKENS:
             raise RequestError(
                 f"{len(stop_token_ids)} stop tokens, the model's end tokens included; at most "
-                f"{slot_line.MAX_STOP_TOKENS} fit"
+                f"{slot_line.MAX_STOP_TOKENS} fit",
+                param="stop_token_ids",
             )
         return SlotSampling(
             seed=params.seed if params.seed is not None else self._seeds.getrandbits(64),
@@ -146,8 +146,8 @@ class RequestIntake:
             max_num_drafts=params.max_num_drafts,
         )
 
-    def _pack(self, what: str, token_ids: Collection[int]) -> array[int]:
-        """Token ids as int32; RequestError if one is outside the vocabulary. `what` they are, for its message."""
+    def _pack(self, name: str, token_ids: Collection[int]) -> array[int]:
+        """Token ids as int32; RequestError if one is outside the vocabulary. `name` is that of what holds them."""
         vocab_size = self._vocab_size
         try:
             packed = struct.pack(f"{len(token_ids)}I", *token_ids)  # in half the time of array("i", token_ids)
@@ -156,4 +156,7 @@ class RequestIntake:
         except (struct.error, TypeError):  # what is no whole number, below 0 or beyond 32 bits
             pass
         wrong = next(t for t in token_ids if not (isinstance(t, Integral) and 0 <= int(t) < vocab_size))
-        raise RequestError(f"{what} {wrong!r} is outside the vocabulary of {vocab_size} tokens")
+        raise RequestError(
+            f"{name}: token id {wrong!r:.80} is outside the vocabulary of {vocab_size} tokens; ids go up to {vocab_size - 1}",
+            param=name,
+        )

@@ -66,7 +66,7 @@ class TokenMasks:
                 continue
             request.awaits_host = False
             if guide.error is not None:
-                request.error, request.error_is_users = guide.error, guide.error_is_users
+                request.error = guide.error
             requests.append(request)
         return requests
 
@@ -100,7 +100,8 @@ class TokenMasks:
         try:
             return json.dumps(given, allow_nan=False)
         except (TypeError, ValueError, RecursionError) as error:
-            raise RequestError(f"structured_outputs.{next(iter(given))} is not JSON: {error}") from error
+            where = f"structured_outputs.{next(iter(given))}"
+            raise RequestError(f"{where} is not JSON: {error}", param=where) from error
 
 
 def num_until_end(update: RequestUpdate, end_token_ids: Collection[int]) -> int | None:

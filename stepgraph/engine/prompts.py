@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
-from stepgraph.errors import ConfigError, RequestError
+from stepgraph.errors import CONTEXT_LENGTH_EXCEEDED, ConfigError, RequestError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -32,11 +32,15 @@ def tokenize(prompt: Prompt, tokenizer: PreTrainedTokenizerFast | None) -> Token
     if isinstance(prompt, Mapping):
         cache_salt = prompt.get("cache_salt")
         if not (cache_salt is None or (isinstance(cache_salt, str) and cache_salt)):
-            raise RequestError(f"cache_salt={cache_salt!r} must be a text that is not empty, or None")
+            raise RequestError(
+                f"cache_salt={cache_salt!r:.80} must be a text that is not empty, or None", param="cache_salt"
+            )
         if "prompt_token_ids" in prompt:
             return TokenizedPrompt(prompt.get("prompt"), list(prompt["prompt_token_ids"]), cache_salt)
         if "prompt" not in prompt:
-            raise RequestError(f"a prompt given as a dict needs 'prompt' or 'prompt_token_ids', not {sorted(prompt)}")
+            raise RequestError(
+                f"a prompt given as a dict needs 'prompt' or 'prompt_token_ids', not {sorted(prompt)}", param="prompt"
+            )
         prompt = prompt["prompt"]
     if isinstance(prompt, str):
         return TokenizedPrompt(prompt, encode_text(prompt, tokenizer), cache_salt)
@@ -44,7 +48,7 @@ def tokenize(prompt: Prompt, tokenizer: PreTrainedTokenizerFast | None) -> Token
         token_ids = [token for token in prompt if isinstance(token, int)]
         if len(token_ids) == len(prompt):
             return TokenizedPrompt(None, token_ids, cache_salt)
-    raise RequestError(f"a prompt is text or a list of token ids, not {type(prompt).__name__}")
+    raise RequestError(f"a prompt is text or a list of token ids, not {type(prompt).__name__}", param="prompt")
 
 
 def encode_text(text: str, tokenizer: PreTrainedTokenizerFast | None, *, add_special_tokens: bool = True) -> list[int]:
@@ -59,7 +63,8 @@ def encode_text(text: str, tokenizer: PreTrainedTokenizerFast | None, *, add_spe
     except UnicodeEncodeError as error:
         raise RequestError(
             f"the prompt has {text[error.start]!r} at character {error.start}, half a surrogate pair, which is no text; "
-            "leave it out"
+            "leave it out",
+            param="prompt",
         ) from error
     # transformers would warn of indexing errors where a text is too long; it is refused, by who knows the engine's limit
     return list(tokenizer.encode(text, add_special_tokens=add_special_tokens, verbose=False))
@@ -68,5 +73,16 @@ def encode_text(text: str, tokenizer: PreTrainedTokenizerFast | None, *, add_spe
 def require_tokenizer(tokenizer: PreTrainedTokenizerFast | None) -> PreTrainedTokenizerFast:
     """The tokenizer, or a ConfigError that says what to do without one."""
     if tokenizer is None:
-        raise ConfigError("this model comes without a tokenizer; give prompts as token ids")
+        raise ConfigError("this model comes without a tokenizer; give prompts as token ids", param="prompt")
     return tokenizer
+
+
+def check_length(num_tokens: int, max_model_len: int) -> None:
+    """RequestError for a prompt of so many tokens if it leaves no room for an answer."""
+    if num_tokens >= max_model_len:
+        raise RequestError(
+            f"the prompt has {num_tokens} tokens and max_model_len is {max_model_len}, which must hold the prompt and at least "
+            f"one token of answer; shorten it to {max_model_len - 1} tokens or fewer",
+            param="prompt",
+            code=CONTEXT_LENGTH_EXCEEDED,
+        )

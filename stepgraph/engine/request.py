@@ -12,6 +12,7 @@ from itertools import repeat
 from typing import TYPE_CHECKING, Any, NamedTuple, cast, overload
 
 from stepgraph.engine.sampling_params import SamplingParams
+from stepgraph.errors import Fault
 from stepgraph.step.shape import Variant
 from stepgraph.step.slot_sampling import SlotSampling
 
@@ -57,10 +58,8 @@ class AnsweredRequest:
     finish_reason: FinishReason | None = None
     stop_token: int | None = None
     """The stop token it ended on, also the last of `output_token_ids`."""
-    error: str | None = None
+    error: Fault | None = None
     """What went wrong, if it ended with `FinishReason.ERROR`."""
-    error_is_users: bool = False
-    """It is about what was asked for, and would come again."""
     num_draft_tokens: int = 0
     """Proposals that were verified for it."""
     accepted: list[int] = field(default_factory=list)

@@ -51,26 +51,30 @@ class StructuredOutputs:
         for name in ("json_object", "disable_any_whitespace"):
             if getattr(self, name) is None:
                 object.__setattr__(self, name, False)
-            _require(self, name, isinstance(getattr(self, name), bool), "True or False")
+            self._require(name, isinstance(getattr(self, name), bool), "True or False")
         given += ["json_object"] if self.json_object else []
         if len(given) != 1:
             raise RequestError(
                 "structured_outputs needs exactly one of json, regex, choice, grammar, json_object, structural_tag; "
-                f"{' and '.join(given) or 'none'} given"
+                f"{' and '.join(given) or 'none'} given",
+                param="structured_outputs",
             )
         if self.json is not None:
             object.__setattr__(self, "json", _schema_of(self.json))
         if self.structural_tag is not None:
             tag = _from_json(self.structural_tag, "structural_tag")
             object.__setattr__(self, "structural_tag", tag)
-            _require(self, "structural_tag", isinstance(tag, Mapping), "a structural tag (JSON text or dict)")
+            self._require("structural_tag", isinstance(tag, Mapping), "a structural tag (JSON text or dict)")
             object.__setattr__(self, "structural_tag", dict(tag))
         for name in ("regex", "grammar"):
             text = getattr(self, name)
-            _require(self, name, text is None or (isinstance(text, str) and text != ""), "a text that is not empty")
+            self._require(name, text is None or (isinstance(text, str) and text != ""), "a text that is not empty")
         if self.choice is not None:
-            _require(self, "choice", _are_texts(self.choice) and len(self.choice) > 0, "a list of texts")
+            self._require("choice", _are_texts(self.choice) and len(self.choice) > 0, "a list of texts")
             object.__setattr__(self, "choice", tuple(self.choice))
+
+    def _require(self, name: str, holds: bool, expected: str) -> None:
+        _require(f"structured_outputs.{name}", getattr(self, name), holds, expected)
 
 
 @dataclass(frozen=True)
@@ -113,7 +117,10 @@ class SamplingParams:
 
     def __post_init__(self) -> None:
         if self.guided_decoding is not None:
-            raise RequestError("guided_decoding is not supported; use structured_outputs=StructuredOutputs(...)")
+            raise RequestError(
+                "guided_decoding is not supported; use structured_outputs=StructuredOutputs(...)",
+                param="guided_decoding",
+            )
         # A request leaves most of them out, and waits for this.
         given = {name: _one_form(name, value) for name, value in vars(self).items() if value is not _DEFAULTS[name]}
         for name, value in given.items():
@@ -121,16 +128,17 @@ class SamplingParams:
         for name, value in given.items():
             if name in _RULES:
                 holds, expected = _RULES[name]
-                _require(self, name, holds(value), expected)
+                _require(name, value, holds(value), expected)
             if name in _ROOM and (count := len(value or ())) > _ROOM[name]:
-                raise RequestError(f"{name} has {count} entries; at most {_ROOM[name]} fit")
+                raise RequestError(f"{name} has {count} entries; at most {_ROOM[name]} fit", param=name)
         if "min_tokens" in given:
             most = _MAX_TOKENS if self.max_tokens is None else self.max_tokens
             holds_min = _within(self.min_tokens, int, 0, most)
-            _require(self, "min_tokens", holds_min, f"between 0 and max_tokens, which is {self.max_tokens}")
+            expected = f"between 0 and max_tokens, which is {self.max_tokens}"
+            _require("min_tokens", self.min_tokens, holds_min, expected)
         if self.stop and not self.detokenize:
             raise RequestError(
-                "stop strings are searched in the text, which detokenize=False leaves out; set it to True"
+                "stop strings are searched in the text, which detokenize=False leaves out; set it to True", param="stop"
             )
 
     @property
@@ -170,24 +178,28 @@ def bad_word_token_ids(words: Iterable[str], tokenizer: PreTrainedTokenizerFast)
     found: list[list[int]] = []
     different = dict.fromkeys(words)
     if len(different) > slot_line.MAX_BAD_WORDS:  # each is a sequence at least: nobody need wait for their tokens
-        raise RequestError(f"bad_words has {len(different)} entries; at most {slot_line.MAX_BAD_WORDS} fit")
+        raise RequestError(
+            f"bad_words has {len(different)} entries; at most {slot_line.MAX_BAD_WORDS} fit", param="bad_words"
+        )
     for word in different:
         bare = word.lstrip() or word
         alone = tokenizer.encode(bare, add_special_tokens=False)
         if not alone:
-            raise RequestError(f"bad_words holds {word!r}, which has no tokens; leave it out")
+            raise RequestError(f"bad_words holds {word!r}, which has no tokens; leave it out", param="bad_words")
         spaced = alone if bare.isspace() else tokenizer.encode(f" {bare}", add_special_tokens=False)
         spellings = [alone] if spaced[-len(alone) :] == alone else [alone, spaced]
         if (most := max(map(len, spellings))) > slot_line.BAD_WORD_WIDTH:
             raise RequestError(
                 f"bad_words holds {word!r}, which has {most} tokens; at most {slot_line.BAD_WORD_WIDTH} fit: ban a "
-                "shorter part of it"
+                "shorter part of it",
+                param="bad_words",
             )
         found += spellings
     if len(found) > slot_line.MAX_BAD_WORDS:
         raise RequestError(
             f"bad_words becomes {len(found)} token sequences, with and without a space before each word; at most "
-            f"{slot_line.MAX_BAD_WORDS} fit"
+            f"{slot_line.MAX_BAD_WORDS} fit",
+            param="bad_words",
         )
     return found
 
@@ -213,7 +225,10 @@ def _one_form(name: str, value: Any) -> Any:
     if name == "structured_outputs" and isinstance(value, Mapping):
         known = {f.name for f in fields(StructuredOutputs)}
         if unknown := sorted(map(str, value.keys() - known)):
-            raise RequestError(f"structured_outputs has no {unknown[0]!r}; it has {', '.join(sorted(known))}")
+            raise RequestError(
+                f"structured_outputs has no {unknown[0]!r:.80}; it has {', '.join(sorted(known))}",
+                param=f"structured_outputs.{unknown[0]:.80}",
+            )
         return StructuredOutputs(**value)
     return value
 
@@ -225,7 +240,8 @@ def _schema_of(schema: object) -> dict[str, Any]:
     if isinstance(schema, Mapping):
         return dict(schema)
     raise RequestError(
-        f"structured_outputs.json must be a JSON schema (text or dict) or a pydantic model class, not {schema!r:.80}"
+        f"structured_outputs.json must be a JSON schema (text or dict) or a pydantic model class, not {schema!r:.80}",
+        param="structured_outputs.json",
     )
 
 
@@ -236,7 +252,8 @@ def _from_json(value: object, name: str) -> Any:
     try:
         return json.loads(value)
     except (ValueError, RecursionError) as error:
-        raise RequestError(f"structured_outputs.{name} is not JSON: {error}") from error
+        where = f"structured_outputs.{name}"
+        raise RequestError(f"{where} is not JSON: {error}", param=where) from error
 
 
 def _token_id_of(key: object) -> object:
@@ -265,9 +282,9 @@ def _within(value: Any, kind: type[Any] | tuple[type[Any], ...], low: float, hig
     return isinstance(value, kind) and not isinstance(value, bool) and low <= value <= high
 
 
-def _require(params: object, name: str, holds: bool, expected: str) -> None:
+def _require(name: str, value: object, holds: bool, expected: str) -> None:
     if not holds:
-        raise RequestError(f"{name}={getattr(params, name)!r:.200} must be {expected}")
+        raise RequestError(f"{name}={value!r:.200} must be {expected}", param=name)
 
 
 def _number(kind: type[Any] | tuple[type[Any], ...], low: float, high: float) -> Callable[[Any], bool]:

@@ -28,7 +28,7 @@ from stepgraph.engine.prefix_cache import PrefixCache
 from stepgraph.engine.request import FinishReason, Request, RequestUpdate
 from stepgraph.engine.speculation import SpeculationStatistics
 from stepgraph.engine.waiting import WaitingLine, rank
-from stepgraph.errors import RequestError
+from stepgraph.errors import CONTEXT_LENGTH_EXCEEDED, Fault, RequestError
 from stepgraph.step import slot_line
 from stepgraph.step.plan import StepPlan
 from stepgraph.step.runner import StepResults
@@ -186,12 +186,16 @@ class Scheduler:
             RequestError: its id is in use, or it could never fit into the KV cache.
         """
         if request.id in self._requests:
-            raise RequestError(f"request id {request.id!r} is in use; ids must differ while requests run")
+            raise RequestError(
+                f"request id {request.id!r} is in use; ids must differ while requests run", param="request_id"
+            )
         needed = self._blocks_for(request.max_length - 1)  # the last token it may sample is never computed
         if needed > self._blocks.num_usable:
             raise RequestError(
                 f"the request needs KV blocks for {request.max_length - 1} tokens ({needed} blocks of {self._block_size}), "
-                f"and the cache has {self._blocks.num_usable}; lower max_tokens, shorten the prompt, or raise num_kv_blocks"
+                f"and the cache has {self._blocks.num_usable}; lower max_tokens, shorten the prompt, or raise num_kv_blocks",
+                param="max_tokens",
+                code=CONTEXT_LENGTH_EXCEEDED,
             )
         self._requests[request.id] = request
         self._waiting.arrive(request)
@@ -283,7 +287,7 @@ class Scheduler:
                 if reason is FinishReason.STOP:
                     request.stop_token = tokens[-1]
                 elif reason is FinishReason.ERROR:
-                    request.error = "no token could be sampled: every logit was NaN or ruled out"
+                    request.error = Fault("no token could be sampled: every logit was NaN or ruled out", is_users=False)
                 updates.append(self._finish(request, reason, tokens))
         if plan.num_drafts:
             self.speculation.add(decoded)

@@ -87,10 +87,11 @@ class Session:
         """
         if not isinstance(params, SamplingParams):
             raise RequestError(
-                f"sampling_params={params!r:.80} must be SamplingParams, as SamplingParams(temperature=0)"
+                f"sampling_params={params!r:.80} must be SamplingParams, as SamplingParams(temperature=0)",
+                param="sampling_params",
             )
         if not isinstance(priority, int):
-            raise RequestError(f"priority={priority!r} must be a whole number; lower runs first")
+            raise RequestError(f"priority={priority!r:.80} must be a whole number; lower runs first", param="priority")
         requests: list[AnsweredRequest] = []
         try:
             for request_id, one in split(id, params, engine.end_token_ids):
@@ -248,6 +249,7 @@ class Answer:
 
     def output(self) -> CompletionOutput:
         """The answer so far."""
+        fault = self.request.error
         self._output = self._output or CompletionOutput(
             index=self._index,
             text="" if self._detokenizer is None else self._detokenizer.text[: self._shown_end()],
@@ -256,7 +258,7 @@ class Answer:
             stop_reason=self._stop_reason(),
             logprobs=None if self._logprobs is None else list(self._logprobs),
             cumulative_logprob=None if self._logprobs is None else self._cumulative_logprob,
-            error=self.request.error if self._finish_reason is FinishReason.ERROR else None,
+            error=None if fault is None or self._finish_reason is not FinishReason.ERROR else fault.message,
             num_draft_tokens=self.request.num_draft_tokens,
             num_accepted_tokens=self.request.num_accepted(len(self.token_ids)),
         )

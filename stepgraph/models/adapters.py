@@ -216,7 +216,8 @@ class AdapterStore:
         if unused is None:
             raise RequestError(
                 f"unfinished requests use {self._max_loras} LoRA adapters, as many as max_loras={self._max_loras} keeps; wait "
-                "until the requests of one have ended, or start the engine with a larger max_loras"
+                "until the requests of one have ended, or start the engine with a larger max_loras",
+                param="adapter",
             )
         return self._adapters.pop(unused).number
 
@@ -334,4 +335,4 @@ def _read_config(folder: Path) -> dict[str, Any]:
 
 
 def _refuse(folder: Path, what: str, instead: str) -> NoReturn:
-    raise RequestError(f"the LoRA adapter {folder} cannot be run: {what}. {instead}.")
+    raise RequestError(f"the LoRA adapter {folder} cannot be run: {what}. {instead}.", param="adapter")

@@ -62,6 +62,9 @@ class Streamable(Protocol):
     def ignored(self) -> list[str]:
         """Names of the fields that nothing here knows."""
 
+    def spelled(self, param: str) -> str:
+        """How it spells what an error is about."""
+
     def let_go(self) -> None:
         """Forget what only the prompt was made of."""
 
@@ -136,7 +139,13 @@ class _Route(APIRoute):
         async def handle(http: Request) -> Response:
             body: Body = http.scope["state"]["body"]
             try:
-                response: Response = await self.endpoint(await body.read(http, kind), http)
+                given = await body.read(http, kind)
+                try:
+                    response: Response = await self.endpoint(given, http)
+                except stepgraph.errors.RequestError as error:
+                    raise api_error(
+                        error, request_id=http.scope["state"]["request_id"], spelled=given.spelled
+                    ) from error
             finally:
                 body.release()
             return response
@@ -216,6 +225,7 @@ async def _answer(
                 call.events(),
                 failed=call.failed,
                 request_id=context.request_id,
+                spelled=body.spelled,
                 headers=headers,
                 timeout_s=_left(timeout_s, context),
             )
@@ -228,7 +238,7 @@ async def _answer(
         assert timeout_s is not None
         return error_response(timed_out(timeout_s))
     except Exception as error:
-        return error_response(report(error, context.request_id))
+        return error_response(report(error, context.request_id, body.spelled))
 
 
 def _left(timeout_s: float | None, context: Context) -> float | None:

@@ -9,13 +9,14 @@ from __future__ import annotations
 import asyncio
 import json
 import re
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 from starlette.requests import Request
 
 from stepgraph.config.server import ServerConfig
+from stepgraph.errors import RequestError
 from stepgraph.server.errors import APIError
 
 B = TypeVar("B", bound=BaseModel)
@@ -41,6 +42,10 @@ _QUOTE = ord('"')
 _FORMS = {
     "prompt": "text, a list of texts, a list of token ids, or a list of such lists",
     "input": "text, or a list of items",
+    "content": "text, or a list of parts",
+    "stop": "text, or a list of texts",
+    "tool_choice": "none, auto, required, or an object that names a function",
+    "guided_json": "a JSON schema, as an object or as text",
 }
 """Of fields that may have several."""
 
@@ -51,13 +56,15 @@ class ItemCount:
     Args:
         max_items: texts (names of fields are some), lists and objects; of all values there may be 8 times as many.
         where, advice: what is counted and what can be done, in errors.
+        param: the field that holds it; None: it is the whole body.
     """
 
-    def __init__(self, max_items: int, where: str, advice: str = ""):
+    def __init__(self, max_items: int, where: str, advice: str = "", *, param: str | None = None):
         self.num_items = 0
         self._max_items = max_items
         self._where = where
         self._advice = advice
+        self._param = param
         self._num_commas = 0
         self._depth = 0
         self._in_text = self._is_escaped = False
@@ -66,7 +73,7 @@ class ItemCount:
         """Count on.
 
         Raises:
-            APIError: there are too many values, or they are nested too deep.
+            RequestError: there are too many values, or they are nested too deep.
         """
         for token in _TOKENS.finditer(content, self._rest_of_text(content)):
             kind = token.lastindex
@@ -74,9 +81,9 @@ class ItemCount:
                 self.num_items += 1
                 self._depth += 1
                 if self._depth > MAX_DEPTH:
-                    raise APIError(
-                        400,
+                    raise RequestError(
                         f"{self._where} has more than {MAX_DEPTH} lists and objects in each other; flatten it",
+                        param=self._param,
                         code="nested_too_deep",
                     )
             elif kind == _CLOSES:
@@ -87,10 +94,10 @@ class ItemCount:
             else:
                 self._num_commas += token[0].count(b",")
             if self.num_items > self._max_items or self._num_commas > _NUMBERS_PER_ITEM * self._max_items:
-                raise APIError(
-                    400,
+                raise RequestError(
                     f"{self._where} holds more than {self._max_items} texts, lists and objects (names of fields count too), or "
                     f"more than {_NUMBERS_PER_ITEM} times as many numbers; send less{self._advice}",
+                    param=self._param,
                     code="too_many_items",
                 )
 
@@ -106,13 +113,13 @@ class ItemCount:
         return min(end + 1, len(content))
 
 
-def check_values(text: str, where: str) -> None:
+def check_values(text: str, param: str) -> None:
     """Measure JSON that a field holds as text, and that was one value where it was counted.
 
     Raises:
-        APIError: it has too many values, or they are nested too deep.
+        RequestError: it has too many values, or they are nested too deep.
     """
-    ItemCount(_MAX_ITEMS_OF_TEXT, where).feed(text.encode("utf-8", "surrogatepass"))
+    ItemCount(_MAX_ITEMS_OF_TEXT, param, param=param).feed(text.encode("utf-8", "surrogatepass"))
 
 
 class Bodies:
@@ -165,7 +172,8 @@ class Body:
         """Receive more of it.
 
         Raises:
-            APIError: 413 or 400 if it is too much of anything, 503 if that is only so with the bodies of others.
+            APIError: 413 if it is too long, 503 if that is only so with the bodies of others.
+            RequestError: it holds too many values.
         """
         self._num_bytes += len(content)
         self._bodies.num_bytes += len(content)
@@ -215,14 +223,16 @@ class Body:
 
 def _parse(content: bytes, kind: type[B]) -> B:
     """Raises APIError for what is not JSON, or whose fields have the wrong types."""
+    given = None
     try:
-        return kind.model_validate(json.loads(content.decode()) if content else None)
+        given = json.loads(content.decode()) if content else None
+        return kind.model_validate(given)
     except json.JSONDecodeError as error:
         raise APIError(
             400, f"the body is not JSON: {error.msg} at character {error.pos}", code="invalid_json"
         ) from error
     except ValidationError as error:
-        raise _invalid(error) from error
+        raise _invalid(error, given) from error
     except UnicodeDecodeError as error:
         raise APIError(
             400, f"the body is not JSON: byte {error.start} is no UTF-8 text; send it as UTF-8", code="invalid_json"
@@ -233,13 +243,30 @@ def _parse(content: bytes, kind: type[B]) -> B:
         ) from error
 
 
-def _invalid(error: ValidationError) -> APIError:
+def _invalid(error: ValidationError, given: Any) -> APIError:
     first = error.errors(include_url=False)[0]
-    where = [str(part) for part in first["loc"]]
-    field = where[0] if where else None
-    message = first["msg"]
-    if first["type"] == "model_type":
+    message, code = first["msg"], None
+    place, field = _place(first["loc"], given)
+    if field in _FORMS:  # one error for each form it might have
+        message = f"it must be {_FORMS[field]}"
+    elif first["type"] == "missing":
+        message, code = "it is missing; give it", "missing_required_parameter"
+        place = f"{place}.{first['loc'][-1]}".lstrip(".")
+    elif first["type"] == "model_type":
         message = "it must be a JSON object"
-    elif field in _FORMS and first["type"] != "missing":  # one error for each form it might have
-        where, message = where[:1], f"it must be {_FORMS[field]}"
-    return APIError(422, f"{'.'.join(where) or 'the body'}: {message}", param=field)
+    return APIError(422, f"{place or 'the body'}: {message}", param=place or None, code=code)
+
+
+def _place(where: Sequence[int | str], given: Any) -> tuple[str, str]:
+    """The place of an error in what was given, as `messages[0].role`, and the name of its last field. `where` ends with names of
+    the forms that a value may have, if it may have several; what is inside of such a value counts for the whole."""
+    place, field = "", ""
+    for part in where:
+        if isinstance(given, dict) and isinstance(part, str) and part in given and field not in _FORMS:
+            place, field = f"{place}.{part:.80}".lstrip("."), part
+        elif isinstance(given, list) and isinstance(part, int) and part < len(given) and field not in _FORMS:
+            place = f"{place}[{part}]"
+        else:
+            break
+        given = given[part]
+    return place, field

@@ -147,7 +147,7 @@ def _prepared(
     max_tokens = request.max_completion_tokens if request.max_completion_tokens is not None else request.max_tokens
     others: dict[str, Any] = {"max_tokens": max_tokens}
     if request.top_logprobs is not None and not request.logprobs:
-        raise RequestError("top_logprobs needs logprobs; set it to true")
+        raise RequestError("top_logprobs needs logprobs; set it to true", param="top_logprobs")
     if request.logprobs:
         others["logprobs"] = request.top_logprobs or 0
     if tools.must_call:  # a form that is asked for beside is that of text answers, of which there will be none

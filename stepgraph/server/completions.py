@@ -54,11 +54,15 @@ class CompletionCall:
             APIError, RequestError: it cannot be answered.
         """
         if request.suffix:
-            raise RequestError("suffix is not supported: the model continues a text and fills no gaps; leave it unset")
+            raise RequestError(
+                "suffix is not supported: the model continues a text and fills no gaps; leave it unset", param="suffix"
+            )
         if request.best_of is not None and request.best_of != (request.n or 1):
-            raise RequestError(f"best_of={request.best_of} is not supported; use n, and choose among its answers")
+            raise RequestError(
+                f"best_of={request.best_of} is not supported; use n, and choose among its answers", param="best_of"
+            )
         if request.max_tokens == 0 and not request.echo:
-            raise RequestError("max_tokens=0 asks for nothing; use at least 1, or set echo to true")
+            raise RequestError("max_tokens=0 asks for nothing; use at least 1, or set echo to true", param="max_tokens")
         model, adapter = service.choose_model(request.model)
         service.check_queue()  # before the work of preparing it
         params, prompts = await service.in_thread(lambda: _prepared(request, service))
@@ -224,7 +228,7 @@ def _prompts_of(given: str | list[str] | list[int] | list[list[int]]) -> list[st
     if isinstance(given, str):
         return [given]
     if not given:
-        raise RequestError("prompt is an empty list; give at least one prompt")
+        raise RequestError("prompt is an empty list; give at least one prompt", param="prompt")
     if isinstance(given[0], int):
         return [given]
     return list(given)

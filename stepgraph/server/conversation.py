@@ -87,16 +87,23 @@ class ToolUse(NamedTuple):
         offered = [tool.model_dump(exclude_none=True) for tool in tools or ()]
         names = [tool["function"]["name"] for tool in offered]
         if doubled := next((name for name, times in Counter(names).items() if times > 1), None):
-            raise RequestError(f"tools holds two functions named {doubled!r}; give each its own name")
+            second = names.index(doubled, names.index(doubled) + 1)
+            raise RequestError(
+                f"tools holds two functions named {doubled!r:.80}; give each its own name",
+                param=f"tools[{second}].function.name",
+            )
         if isinstance(choice, NamedToolChoice):
             name = choice.function.name
             if name not in names:
                 raise RequestError(
-                    f"tool_choice names {name!r}, which is not among tools: {', '.join(names) or 'none'}"
+                    f"tool_choice names {name!r:.80}, which is not among tools: {', '.join(names) or 'none'}",
+                    param="tool_choice",
                 )
             return cls(offered, name, True, True)
         if choice in ("auto", "required") and not offered:
-            raise RequestError(f"tool_choice={choice!r} needs tools; give some, or leave tool_choice unset")
+            raise RequestError(
+                f"tool_choice={choice!r} needs tools; give some, or leave tool_choice unset", param="tool_choice"
+            )
         if choice == "none":
             return cls([], None, False, True)
         return cls(offered, None, choice == "required", parallel is False)
@@ -161,15 +168,15 @@ def plain_messages(messages: Sequence[ChatMessageField]) -> list[dict[str, Any]]
     """The messages of a request as `ChatTemplate.render` takes them, with their content as text.
 
     Raises:
-        RequestError: one holds something else than text, or a call without a name.
-        APIError: the arguments of a call hold too many values.
+        RequestError: one holds something else than text, a call without a name, or arguments of too many values.
     """
     return [_plain_message(message, f"messages[{index}]") for index, message in enumerate(messages)]
 
 
 def _plain_message(message: ChatMessageField, where: str) -> dict[str, Any]:
     fields = message.model_dump(exclude_none=True)
-    for function in (*(call.get("function") for call in message.tool_calls or ()), fields.get("function_call")):
+    functions = {f"tool_calls[{i}].function": call.get("function") for i, call in enumerate(message.tool_calls or ())}
+    for place, function in (functions | {"function_call": fields.get("function_call")}).items():
         if isinstance(function, dict) and isinstance(arguments := function.get("arguments"), str):
-            check_values(arguments, f"{where}: the arguments of a call")
+            check_values(arguments, f"{where}.{place}.arguments")
     return plain_message(fields, where)

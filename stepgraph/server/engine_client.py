@@ -20,7 +20,7 @@ import zmq.asyncio
 from stepgraph.engine.prompts import TokenizedPrompt
 from stepgraph.engine.request import FinishReason
 from stepgraph.engine.sampling_params import SamplingParams
-from stepgraph.errors import ConfigError, EngineDeadError, RequestError, StepgraphError
+from stepgraph.errors import ConfigError, EngineDeadError, RequestError
 from stepgraph.server.engine_observer import EngineState, Observer, RestartCause
 from stepgraph.server.generation import Generation, Origin, RemoteRequest
 from stepgraph.server.messages import (
@@ -372,7 +372,7 @@ class EngineClient:
             if refused is not None:
                 for request_id in refused.requests:
                     self._drop(request_id, FinishReason.ERROR)
-                refused.fail((RequestError if message.is_users else StepgraphError)(message.message))
+                refused.fail(message.error.error())
         elif isinstance(message, Graphs):
             answer = self._questions.get(message.number)
             if answer is not None and not answer.done():

@@ -29,7 +29,7 @@ from stepgraph.engine.engine import Engine
 from stepgraph.engine.reports import StepReport
 from stepgraph.engine.request import Request, RequestUpdate
 from stepgraph.engine.sampling_params import SamplingParams
-from stepgraph.errors import ConfigError, EngineDeadError, ModelError, RequestError, StepgraphError
+from stepgraph.errors import ConfigError, EngineDeadError, Fault, ModelError, StepgraphError
 from stepgraph.models.adapters import AdapterFile
 from stepgraph.server.messages import (
     Abort,
@@ -171,10 +171,10 @@ class EngineProcess:
                 self._add(message, future.result())
 
     def _refuse(self, message: Add, error: BaseException) -> None:
-        is_users = isinstance(error, RequestError | ConfigError | ModelError)
-        if not is_users:
+        fault = Fault.of(error)
+        if not fault.is_users:
             logger.error("request %s could not be queued", message.group, exc_info=error)
-        self._send(Refused(message.group, str(error) or repr(error), is_users))
+        self._send(Refused(message.group, fault))
 
     def _note_step(self, report: StepReport) -> None:
         record = report.record
@@ -213,7 +213,6 @@ class EngineProcess:
         else:
             del self._told[request.id]
             message.finish_reason, message.error = str(update.finish_reason), request.error
-            message.is_users = request.error_is_users
             message.stop_token = request.stop_token
         return message
 

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import logging
-import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import msgspec
 from starlette.responses import Response
 
-from stepgraph.errors import ConfigError, EngineDeadError, ModelError, RequestError, StepgraphError
+from stepgraph.errors import USER_ERRORS, EngineDeadError, StepgraphError
 
 logger = logging.getLogger(__name__)
 
@@ -76,20 +75,20 @@ def error_response(error: APIError) -> Response:
     return Response(error.body(), error.status, headers=error.headers, media_type="application/json")
 
 
-def api_error(error: Exception, *, request_id: str) -> APIError:
-    """The reply to an exception; what is not the user's to fix becomes a 500 that names the request, whose log has more."""
+def api_error(error: Exception, *, request_id: str, spelled: Callable[[str], str] | None = None) -> APIError:
+    """The reply to an exception; what is not the user's to fix becomes a 500 that names the request, whose log has more.
+
+    Args:
+        spelled: how the request spells what errors are about, if it is known: `_Fields.spelled`.
+    """
     if isinstance(error, APIError):
         return error
-    if isinstance(error, RequestError | ConfigError | ModelError):
-        message = str(error)
-        too_long = "max_model_len" in message and "tokens" in message
-        named = re.match(r"(\w+)(=|\.|\[| has | holds | is | needs )", message)
-        return APIError(
-            400,
-            message,
-            param=named[1] if named is not None else None,
-            code="context_length_exceeded" if too_long else None,
-        )
+    if isinstance(error, USER_ERRORS):
+        message, param = str(error), error.param
+        if param is not None and spelled is not None:
+            own = spelled(param)
+            message, param = own + message[len(param) :] if message.startswith(param) else message, own
+        return APIError(400, message, param=param, code=error.code)
     if isinstance(error, EngineDeadError):
         return APIError(503, f"{error} (request {request_id})", headers={"Retry-After": "5"})
     if isinstance(error, StepgraphError):
@@ -97,12 +96,12 @@ def api_error(error: Exception, *, request_id: str) -> APIError:
     return APIError(500, f"something went wrong inside the server; its log has more about request {request_id}")
 
 
-def report(error: Exception, request_id: str) -> APIError:
+def report(error: Exception, request_id: str, spelled: Callable[[str], str] | None = None) -> APIError:
     """`api_error`, and a line in the log if it is the server's fault; with a traceback if nobody foresaw it.
 
     An APIError has none: the server refuses requests while it loads or ends, and clients may try again many times a second.
     """
-    failure = api_error(error, request_id=request_id)
+    failure = api_error(error, request_id=request_id, spelled=spelled)
     if failure.status >= 500 and not isinstance(error, APIError):
         unforeseen = not isinstance(error, StepgraphError)
         logger.error("request %s: %s", request_id, error, exc_info=error if unforeseen else None)

@@ -28,9 +28,15 @@ def forced_call_schema(
     """
     functions = {tool["function"]["name"]: tool["function"].get("parameters") or {} for tool in tools}
     if name is not None and name not in functions:
-        raise RequestError(f"tool_choice={name!r} is not among tools, which are {sorted(functions)}; name one of those")
+        raise RequestError(
+            f"tool_choice={name!r} is not among tools, which are {sorted(functions)}; name one of those",
+            param="tool_choice",
+        )
     if not functions:
-        raise RequestError("tool_choice='required' needs tools, of which there are none; add the functions to call")
+        raise RequestError(
+            "tool_choice='required' needs tools, of which there are none; add the functions to call",
+            param="tool_choice",
+        )
     if name is not None:
         return _object_schema(functions[name])
     calls, definitions = [], {}
@@ -40,7 +46,8 @@ def forced_call_schema(
         try:
             definition = _moved(arguments, f"#/$defs/{place}")
         except RecursionError as error:
-            raise RequestError(f"tools: the parameters of {function!r} are nested too deep; flatten them") from error
+            where = f"tools[{i}].function.parameters"
+            raise RequestError(f"{where} of {function!r:.80} is nested too deep; flatten it", param=where) from error
         if (
             definition != arguments
         ):  # it has references, which must not lead through an array: xgrammar cannot follow those
@@ -102,6 +109,8 @@ _SPELLINGS = {
     ToolCallFormat.MISTRAL: _Spelling("[TOOL_CALLS]", "[ARGS]", "", "", False),
 }
 _ANY_OBJECT = {"type": "object"}
+FORM_BESIDE_CALLS = "structural_tag.format.elements[0].json_schema"
+"""Where `form_or_calls` puts the schema of a text answer."""
 
 
 def form_or_calls(

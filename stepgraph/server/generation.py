@@ -13,7 +13,7 @@ from stepgraph.engine.prompts import TokenizedPrompt
 from stepgraph.engine.request import AnsweredRequest, FinishReason
 from stepgraph.engine.sampling_params import SamplingParams
 from stepgraph.engine.session import AnswerDelta, Session, split
-from stepgraph.errors import RequestError, StepgraphError
+from stepgraph.errors import StepgraphError
 from stepgraph.server.messages import TokenUpdate
 
 if TYPE_CHECKING:
@@ -80,7 +80,7 @@ class RemoteRequest(AnsweredRequest):
             self.prompt_logprobs = update.first.prompt_logprobs or []
         if update.finish_reason is not None:
             self.finish_reason = FinishReason(update.finish_reason)
-            self.stop_token, self.error, self.error_is_users = update.stop_token, update.error, update.is_users
+            self.stop_token, self.error = update.stop_token, update.error
 
     def ended(self, reason: str) -> EndedRequest:
         """Its life, now that it is over."""
@@ -162,10 +162,10 @@ class Generation:
         await self._accepted.wait()
         if next(iter(self.requests.values())).params.structured_outputs is not None:
             await self._news.wait()
-        refusals = [one.error for one in self.requests.values() if one.error is not None and one.error_is_users]
+        refusals = [one.error for one in self.requests.values() if one.error is not None and one.error.is_users]
         if self._failure is not None or refusals:
             self._client.leave(self)
-            raise self._failure or RequestError(refusals[0])
+            raise self._failure or refusals[0].error()
 
     async def deltas(self) -> AsyncGenerator[list[AnswerDelta]]:
         """What the answers gain, as it comes. A slow reader finds what came meanwhile in one piece.
@@ -186,10 +186,9 @@ class Generation:
                 deltas = self._session.deltas()
                 if deltas:
                     yield deltas
-                failed = next((request for request in self.requests.values() if request.error is not None), None)
+                failed = next((one.error for one in self.requests.values() if one.error is not None), None)
                 if failed is not None:
-                    kind = RequestError if failed.error_is_users else StepgraphError
-                    raise kind(f"the answer ended early: {failed.error}")
+                    raise failed.error("the answer ended early: ")
                 if self._failure is not None and not self._session.finished:
                     raise self._failure
         finally:

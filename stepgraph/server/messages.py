@@ -15,7 +15,7 @@ import msgspec
 from stepgraph.engine.guided_text import MAX_TEXT_BYTES, check_text
 from stepgraph.engine.request import TokenLogprobs
 from stepgraph.engine.sampling_params import SamplingParams, StructuredOutputs
-from stepgraph.errors import RequestError
+from stepgraph.errors import Fault, RequestError
 
 
 class Start(msgspec.Struct, tag=True):
@@ -112,8 +112,7 @@ class Refused(msgspec.Struct, tag=True):
     """The requests of an `Add` cannot run."""
 
     group: str
-    message: str
-    is_users: bool
+    error: Fault
 
 
 class TokenUpdate(msgspec.Struct, array_like=True):
@@ -123,9 +122,7 @@ class TokenUpdate(msgspec.Struct, array_like=True):
     token_ids: tuple[int, ...]
     finish_reason: str | None = None
     stop_token: int | None = None
-    error: str | None = None
-    is_users: bool = False
-    """`error` is about what was asked for, not a fault of ours."""
+    error: Fault | None = None
     logprobs: list[TokenLogprobs] | None = None
     """Of the new tokens, if asked for."""
     first: FirstToken | None = None
@@ -234,7 +231,9 @@ def _short(name: str, value: Any) -> Any:
     if isinstance(value, dict):
         value, most = json.dumps(value), _MAX_SCHEMA_LEN[name]
         if len(value) > most:
-            raise RequestError(f"{where} has {len(value)} characters as JSON; at most {most} are allowed: shorten it")
+            raise RequestError(
+                f"{where} has {len(value)} characters as JSON; at most {most} are allowed: shorten it", param=where
+            )
     elif isinstance(value, str | tuple):
         check_text("".join(value), where)
     return value

@@ -6,7 +6,7 @@ Types are checked here, values where they are used. A field nobody here knows is
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, FailFast, Field, model_validator
@@ -14,8 +14,14 @@ from pydantic import BaseModel, ConfigDict, FailFast, Field, model_validator
 from stepgraph.engine.sampling_params import SamplingParams
 from stepgraph.errors import RequestError
 from stepgraph.server.bodies import check_values
+from stepgraph.server.forced_calls import FORM_BESIDE_CALLS
 
 T = TypeVar("T")
+
+
+def is_part(param: str, whole: str) -> bool:
+    """Whether a `param` of errors names a field or something in it."""
+    return param == whole or param.startswith((f"{whole}.", f"{whole}["))
 
 
 class _FailFast(FailFast):
@@ -35,6 +41,16 @@ class _Fields(BaseModel):
     def ignored(self) -> list[str]:
         """Names of the fields that nothing here knows."""
         return sorted(self.model_extra or ())
+
+    def spelled(self, param: str) -> str:
+        """How the request spells what an error is about, which others know by the name that the engine or LLM has for it."""
+        names = self._spellings()
+        nearest = max((name for name in names if is_part(param, name)), key=len, default=None)
+        return param if nearest is None else names[nearest] + param[len(nearest) :]
+
+    def _spellings(self) -> dict[str, str]:
+        """What goes by another name in such requests."""
+        return {}
 
 
 class _Options(_Fields):
@@ -122,6 +138,9 @@ class SamplingFields(_Options):
     safety_identifier: str | None = Field(None, description="without effect")
     prompt_cache_key: str | None = Field(None, description="without effect: prefixes are found by their content")
 
+    def _spellings(self) -> dict[str, str]:
+        return super()._spellings() | {"adapter": "model"} | _form_spellings(self)
+
     def let_go(self) -> None:
         """Forget what only the prompt was made of: the answer may take long, and much may wait for it."""
         for name in _PROMPTS & type(self).model_fields.keys():
@@ -164,6 +183,13 @@ class Tool(_Fields):
 class FunctionName(_Fields):
     """Part of `NamedToolChoice`."""
 
+    name: str
+
+
+class FunctionChoice(_Fields):
+    """Makes the model call one function, in the Responses API."""
+
+    type: Literal["function"] = "function"
     name: str
 
 
@@ -212,24 +238,31 @@ class TemplateFields(_Options):
         if self.chat_template is not None or "chat_template" in variables:
             raise RequestError(
                 "chat_template is not taken from requests, since a template is a program that the server would run; start the "
-                "server with --chat-template FILE, or send the rendered prompt to /v1/completions"
+                "server with --chat-template FILE, or send the rendered prompt to /v1/completions",
+                param="chat_template" if self.chat_template is not None else "chat_template_kwargs.chat_template",
             )
         moved = {name: variables.pop(name) for name in _RENDERING if name in variables}
         for name, value in moved.items():
             given = getattr(self, name) if name in self.model_fields_set else None
             if given is not None and value != given:
                 raise RequestError(
-                    f"{name} is {given!r:.80}, and {value!r:.80} in chat_template_kwargs; give it in one place"
+                    f"{name} is {given!r:.80}, and {value!r:.80} in chat_template_kwargs; give it in one place",
+                    param=name,
                 )
             if not _fits(name, value):
                 raise RequestError(
                     f"{name}={value!r:.80} in chat_template_kwargs must be "
-                    f"{'a list of objects' if name == 'documents' else 'true or false'}"
+                    f"{'a list of objects' if name == 'documents' else 'true or false'}",
+                    param=f"chat_template_kwargs.{name}",
                 )
         found = {name: getattr(self, name) for name in _RENDERING} | moved
         if found["continue_final_message"] and "add_generation_prompt" not in self.model_fields_set | moved.keys():
             found["add_generation_prompt"] = False
         return {**found, "variables": variables}
+
+    def _spellings(self) -> dict[str, str]:
+        moved = (self.chat_template_kwargs or {}).keys() & set(_RENDERING) - self.model_fields_set
+        return super()._spellings() | {name: f"chat_template_kwargs.{name}" for name in moved}
 
 
 _RENDERING = ("add_generation_prompt", "continue_final_message", "documents")
@@ -257,6 +290,13 @@ class ChatRequest(SamplingFields, TemplateFields):
     include_reasoning: bool = Field(True, description="false leaves reasoning_content out")
     reasoning_effort: str | None = Field(None, description="given to the chat template")
 
+    def _spellings(self) -> dict[str, str]:
+        older = self.max_completion_tokens is None and self.max_tokens is not None
+        names = {"prompt": "messages", "max_tokens": "max_tokens" if older else "max_completion_tokens"}
+        choice = self.tool_choice.function if isinstance(self.tool_choice, NamedToolChoice) else self.tool_choice
+        called = call_spellings(choice, [tool.function.name for tool in self.tools or ()], ".function.parameters")
+        return super()._spellings() | names | {"logprobs": "top_logprobs"} | called
+
 
 class TokenizeRequest(TemplateFields):
     """/tokenize: a text, or a conversation through the chat template."""
@@ -267,6 +307,9 @@ class TokenizeRequest(TemplateFields):
     tools: Items[Tool] | None = None
     add_special_tokens: bool | None = Field(None, description="default: true for a text, false for a conversation")
     return_token_strs: bool = False
+
+    def _spellings(self) -> dict[str, str]:
+        return super()._spellings() | ({} if self.messages is None else {"prompt": "messages"})
 
 
 class DetokenizeRequest(_Fields):
@@ -318,29 +361,60 @@ def sampling_params(request: SamplingFields, defaults: Mapping[str, Any], **othe
 
 def structured_outputs(request: SamplingFields) -> dict[str, Any] | None:
     """The form an answer must have, as SamplingParams takes it, from any of the fields that ask for one."""
-    specs: list[dict[str, Any]] = []
+    specs: dict[str, dict[str, Any]] = {}
     if request.structured_outputs is not None:
-        specs.append(request.structured_outputs)
-    guided = {
-        "json": request.guided_json,
-        "regex": request.guided_regex,
-        "choice": request.guided_choice,
-        "grammar": request.guided_grammar,
-        "json_object": request.guided_json_object or None,
-    }
-    specs += [{name: value} for name, value in guided.items() if value is not None]
-    if request.response_format is not None:
-        spec = _of_response_format(request.response_format)
-        specs += [] if spec is None else [spec]
-    for spec in specs:
+        specs["structured_outputs"] = request.structured_outputs
+    for name in _GUIDED:
+        if (value := getattr(request, f"guided_{name}")) not in (None, False):
+            specs[f"guided_{name}"] = {name: value}
+    if request.response_format is not None and (spec := _of_response_format(request.response_format)) is not None:
+        specs["response_format"] = spec
+    if len(specs) > 1:
+        raise RequestError(
+            "response_format, structured_outputs and the guided_ fields each ask for a form of the answer; give one of them",
+            param=[*specs][-1],
+        )
+    for spec in specs.values():
         for name in ("json", "structural_tag"):
             if isinstance(text := spec.get(name), str):
                 check_values(text, f"structured_outputs.{name}")
-    if len(specs) > 1:
-        raise RequestError(
-            "response_format, structured_outputs and the guided_ fields each ask for a form of the answer; give one of them"
-        )
-    return specs[0] if specs else None
+    return next(iter(specs.values()), None)
+
+
+_GUIDED = ("json", "regex", "choice", "grammar", "json_object")
+
+
+def _form_spellings(request: SamplingFields) -> dict[str, str]:
+    """How the field is spelled in which a request asks for the form of its answer."""
+    for name in _GUIDED:
+        if getattr(request, f"guided_{name}") not in (None, False):
+            return {"structured_outputs": f"guided_{name}", f"structured_outputs.{name}": f"guided_{name}"}
+    if request.response_format is None:
+        return {}
+    return {
+        "structured_outputs": "response_format",
+        "structured_outputs.json": "response_format.json_schema.schema",
+        "structured_outputs.structural_tag": "response_format",
+        f"structured_outputs.{FORM_BESIDE_CALLS}": "response_format.json_schema.schema",
+    }
+
+
+def call_spellings(
+    choice: str | FunctionName | FunctionChoice | None, names: Sequence[str | None], parameters: str
+) -> dict[str, str]:
+    """Where the form of an answer comes from if it is made of tools, because the model must call one.
+
+    Args:
+        choice: "required", or the function to call.
+        names: of the functions.
+        parameters: where a tool has the schema of its arguments.
+    """
+    if choice is None or choice in ("none", "auto"):
+        return {}
+    place = "tools"
+    if not isinstance(choice, str) and choice.name in names:
+        place += f"[{names.index(choice.name)}]{parameters}"
+    return {"structured_outputs": place, "structured_outputs.json": place}
 
 
 def _of_response_format(given: dict[str, Any]) -> dict[str, Any] | None:
@@ -354,13 +428,15 @@ def _of_response_format(given: dict[str, Any]) -> dict[str, Any] | None:
         schema = holder.get("schema") if isinstance(holder, dict) else None
         if schema is None:
             raise RequestError(
-                'response_format of type "json_schema" needs json_schema: {"name": ..., "schema": {...}}'
+                'response_format of type "json_schema" needs json_schema: {"name": ..., "schema": {...}}',
+                param="response_format.json_schema" + (".schema" if isinstance(holder, dict) else ""),
             )
         return {"json": schema}
     if kind == "structural_tag":
         return {"structural_tag": given}
     raise RequestError(
-        f"response_format.type={kind!r} is not known; use text, json_object, json_schema or structural_tag"
+        f"response_format.type={kind!r:.80} is not known; use text, json_object, json_schema or structural_tag",
+        param="response_format.type",
     )
 
 
@@ -371,10 +447,12 @@ def check_one_answer(request: SamplingFields, what: str) -> None:
         RequestError: the request asks for it.
     """
     if request.n not in (None, 1):
-        raise RequestError(f"n={request.n} is not supported: {what} has one answer; send the request several times")
+        raise RequestError(
+            f"n={request.n} is not supported: {what} has one answer; send the request several times", param="n"
+        )
     for name, is_given in (
         ("prompt_logprobs", request.prompt_logprobs is not None),
         ("return_token_ids", request.return_token_ids),
     ):
         if is_given:
-            raise RequestError(f"{name} has no place in {what}; leave it out, or use /v1/chat/completions")
+            raise RequestError(f"{name} has no place in {what}; leave it out, or use /v1/chat/completions", param=name)

@@ -20,16 +20,20 @@ from stepgraph.server.bodies import check_values
 from stepgraph.server.chat import ChatCall, Conversation, describe_logprobs
 from stepgraph.server.conversation import ToolUse
 from stepgraph.server.errors import APIError
+from stepgraph.server.forced_calls import FORM_BESIDE_CALLS
 from stepgraph.server.protocol import (
     ChatRequest,
     Function,
+    FunctionChoice,
     FunctionName,
     Items,
     NamedToolChoice,
     SamplingFields,
     Tool,
     _Fields,
+    call_spellings,
     check_one_answer,
+    is_part,
 )
 from stepgraph.server.replies import TokenLogprob, encode_json
 from stepgraph.server.responses_replies import (
@@ -58,13 +62,6 @@ class FunctionTool(_Fields):
     description: str | None = None
     parameters: dict[str, Any] | None = None
     strict: bool | None = None
-
-
-class FunctionChoice(_Fields):
-    """Makes the model call one function."""
-
-    type: Literal["function"] = "function"
-    name: str
 
 
 class TextOptions(_Fields):
@@ -108,6 +105,24 @@ class ResponsesRequest(SamplingFields):
     conversation: str | dict[str, Any] | None = Field(None, description="not supported: nothing is kept")
     prompt: dict[str, Any] | None = Field(None, description="not supported: nothing is kept")
     background: bool | None = Field(None, description="not supported: nothing is kept")
+
+    def spelled(self, param: str) -> str:
+        """See `_Fields.spelled`. Tools have no `function` around their fields."""
+        own = super().spelled(param)
+        return own.replace("].function.", "].", 1) if is_part(own, "tools") else own
+
+    def _spellings(self) -> dict[str, str]:
+        names = super()._spellings() | {
+            "prompt": "prompt" if self.prompt else "input",
+            "messages": "input",
+            "max_tokens": "max_output_tokens",
+            "logprobs": "top_logprobs",
+        }
+        if self.text is not None and self.text.format is not None:
+            schema = "text.format.schema"
+            names |= {"structured_outputs": "text.format", "structured_outputs.json": schema}
+            names |= {f"structured_outputs.{FORM_BESIDE_CALLS}": schema}
+        return names | call_spellings(self.tool_choice, [tool.name for tool in self.tools or ()], ".parameters")
 
 
 class ResponsesReply:
@@ -221,17 +236,23 @@ def check(request: ResponsesRequest) -> None:
         if value := getattr(request, name):
             raise RequestError(
                 f"{name}={value!r:.80} is not supported: the server is stateless and keeps no responses, conversations or "
-                "prompts; send the whole conversation in input"
+                "prompts; send the whole conversation in input",
+                param=name,
             )
     if request.truncation not in (None, "disabled"):
         raise RequestError(
-            f"truncation={request.truncation!r:.80} is not supported; use disabled, and shorten input to fit"
+            f"truncation={request.truncation!r:.80} is not supported; use disabled, and shorten input to fit",
+            param="truncation",
         )
     check_one_answer(request, "a response")
     if request.max_output_tokens is not None and request.max_output_tokens < 1:
-        raise RequestError(f"max_output_tokens={request.max_output_tokens} must be at least 1, or unset")
+        raise RequestError(
+            f"max_output_tokens={request.max_output_tokens} must be at least 1, or unset", param="max_output_tokens"
+        )
     if request.top_logprobs and not _wants_logprobs(request):
-        raise RequestError(f"top_logprobs needs {_LOGPROBS!r} in include; add it, or leave top_logprobs out")
+        raise RequestError(
+            f"top_logprobs needs {_LOGPROBS!r} in include; add it, or leave top_logprobs out", param="top_logprobs"
+        )
     try:
         encode_json(request.model_dump())
     except UnicodeEncodeError as error:
@@ -254,7 +275,10 @@ def as_chat(request: ResponsesRequest) -> ChatRequest:
     form = None if request.text is None else request.text.format
     if form is not None and (checked := _checked_format(form)) is not None:
         if request.response_format is not None:
-            raise RequestError("text.format and response_format each ask for a form of the answer; give one of them")
+            raise RequestError(
+                "text.format and response_format each ask for a form of the answer; give one of them",
+                param="response_format",
+            )
         fields["response_format"] = checked
     return ChatRequest(
         **fields,
@@ -275,9 +299,16 @@ def _checked_format(form: Mapping[str, Any]) -> dict[str, Any] | None:
     if kind == "json_object":
         return {"type": kind}
     if kind != "json_schema":
-        raise RequestError(f"text.format.type={kind!r:.80} is not known; use text, json_object or json_schema")
+        raise RequestError(
+            f"text.format.type={kind!r:.80} is not known; use text, json_object or json_schema",
+            param="text.format.type",
+        )
     if not isinstance(form.get("name"), str) or not isinstance(form.get("schema"), dict):
-        raise RequestError('text.format of type "json_schema" needs name and schema: {"name": "...", "schema": {...}}')
+        missing = "schema" if isinstance(form.get("name"), str) else "name"
+        raise RequestError(
+            'text.format of type "json_schema" needs name and schema: {"name": "...", "schema": {...}}',
+            param=f"text.format.{missing}",
+        )
     return {"type": kind, "json_schema": form}
 
 
@@ -292,11 +323,13 @@ def tools_of(request: ResponsesRequest) -> ToolUse:
         if tool.type != "function":
             raise RequestError(
                 f"tools[{index}] is of type {tool.type!r:.80}, and this server runs no tools of its own; give functions, which "
-                "your program runs"
+                "your program runs",
+                param=f"tools[{index}].type",
             )
         if tool.name is None:
             raise RequestError(
-                f'tools[{index}] has no name; a function is {{"type": "function", "name", "parameters"}}'
+                f'tools[{index}] has no name; a function is {{"type": "function", "name", "parameters"}}',
+                param=f"tools[{index}].name",
             )
         function = Function(
             name=tool.name, description=tool.description, parameters=tool.parameters, strict=tool.strict
@@ -325,7 +358,7 @@ def messages_of(request: ResponsesRequest) -> list[dict[str, Any]]:
     if isinstance(request.input, str):
         turns.begin("user", request.input)
     elif not request.input:
-        raise RequestError("input is empty; give at least one message")
+        raise RequestError("input is empty; give at least one message", param="input")
     else:
         for index, item in enumerate(request.input):
             _add(turns, item, f"input[{index}]")
@@ -342,7 +375,10 @@ def _add(turns: Turns, item: Mapping[str, Any], where: str) -> None:
         elif role in ("assistant", "system", "developer"):
             turns.say(role, text)
         else:
-            raise RequestError(f"{where}.role={role!r:.80} is not known; use user, assistant, system or developer")
+            raise RequestError(
+                f"{where}.role={role!r:.80} is not known; use user, assistant, system or developer",
+                param=f"{where}.role",
+            )
     elif kind == "reasoning":
         if item.get("content"):  # otherwise it is encrypted or summed up, and no use to this model
             turns.think(_text_of(item["content"], f"{where}.content"))
@@ -355,7 +391,8 @@ def _add(turns: Turns, item: Mapping[str, Any], where: str) -> None:
         turns.result(_string(item, "call_id", where), text)
     else:
         raise RequestError(
-            f"{where} is of type {kind!r:.80}, and this server takes message, function_call, function_call_output and reasoning"
+            f"{where} is of type {kind!r:.80}, and this server takes message, function_call, function_call_output and reasoning",
+            param=f"{where}.type",
         )
 
 
@@ -364,13 +401,14 @@ def _text_of(content: Any, where: str) -> str:
     if isinstance(content, str):
         return content
     if not isinstance(content, list):
-        raise RequestError(f"{where} must be text or a list of parts, not {content!r:.80}")
+        raise RequestError(f"{where} must be text or a list of parts, not {content!r:.80}", param=where)
     texts: list[str] = []
     for index, part in enumerate(content):
         kind = part.get("type") if isinstance(part, dict) else None
         if kind not in ("input_text", "output_text", "text", "reasoning_text", "refusal"):
             raise RequestError(
-                f"{where}[{index}] is of type {kind!r:.80}, and this model takes text only; leave it out"
+                f"{where}[{index}] is of type {kind!r:.80}, and this model takes text only; leave it out",
+                param=f"{where}[{index}]",
             )
         texts.append(_string(part, "refusal" if kind == "refusal" else "text", f"{where}[{index}]"))
     return "".join(texts)
@@ -379,7 +417,7 @@ def _text_of(content: Any, where: str) -> str:
 def _string(item: Mapping[str, Any], key: str, where: str) -> str:
     value = item.get(key)
     if not isinstance(value, str):
-        raise RequestError(f"{where}.{key} must be text, not {value!r:.80}")
+        raise RequestError(f"{where}.{key} must be text, not {value!r:.80}", param=f"{where}.{key}")
     return value
 
 

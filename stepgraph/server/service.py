@@ -16,9 +16,10 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from msgspec import UNSET, UnsetType
 
 from stepgraph.config.server import ServerConfig
-from stepgraph.engine.prompts import TokenizedPrompt, encode_text, require_tokenizer
+from stepgraph.engine.prompts import TokenizedPrompt, check_length, encode_text, require_tokenizer
 from stepgraph.engine.sampling_params import SamplingParams, bad_word_token_ids
 from stepgraph.engine.session import AnswerDelta
+from stepgraph.errors import CONTEXT_LENGTH_EXCEEDED, RequestError
 from stepgraph.server.bodies import Bodies
 from stepgraph.server.conversation import ChatForm
 from stepgraph.server.engine_client import EngineClient
@@ -167,10 +168,10 @@ class Service:
     def check_turns(self, messages: Sequence[Mapping[str, Any]]) -> None:
         """A 400 for a conversation that cannot fit, before it becomes a text: each turn is a token at least."""
         if len(messages) >= self.max_model_len:
-            raise APIError(
-                400,
+            raise RequestError(
                 f"the conversation has {len(messages)} turns, and max_model_len is {self.max_model_len}; shorten it",
-                code="context_length_exceeded",
+                param="messages",
+                code=CONTEXT_LENGTH_EXCEEDED,
             )
         self._check_length(sum(len(message.get("content") or "") for message in messages))
 
@@ -178,21 +179,19 @@ class Service:
         """A 400 for text of more tokens than the context holds, whatever they are."""
         least = num_characters // self.face.longest_token
         if least >= self.max_model_len:
-            raise APIError(
-                400,
+            raise RequestError(
                 f"the prompt has {num_characters} characters, which are at least {least} tokens, and max_model_len is "
                 f"{self.max_model_len}; shorten it",
-                code="context_length_exceeded",
+                param="prompt",
+                code=CONTEXT_LENGTH_EXCEEDED,
             )
 
     def check_room(self, params: SamplingParams, *, num_prompts: int) -> None:
         """A 400 for more answers than the server gives to one request, a 429 if there is no room for them now, a 503 if
         requests are not served."""
         if params.n > self.config.max_n:
-            raise APIError(
-                400,
-                f"n={params.n} is above {self.config.max_n}, the most answers this server gives to a request",
-                param="n",
+            raise RequestError(
+                f"n={params.n} is above {self.config.max_n}, the most answers this server gives to a request", param="n"
             )
         self.check_queue(num_prompts * params.n)
 
@@ -222,7 +221,9 @@ class Service:
         generations: list[Generation] = []
         for index, prompt in enumerate(prompts):
             prompt = self._cut(prompt, request.truncate_prompt_tokens)
-            self._check_tokens(prompt)
+            check_length(
+                len(prompt.token_ids), self.max_model_len
+            )  # before it becomes a message that the engine looks through
             generation = self.client.submit(
                 id if len(prompts) == 1 else f"{id}-{index}",
                 prompt._replace(cache_salt=request.cache_salt),
@@ -255,24 +256,13 @@ class Service:
         if num_tokens == -1:
             num_tokens = self.max_model_len - 1
         if num_tokens < 1:
-            raise APIError(
-                400,
+            raise RequestError(
                 f"truncate_prompt_tokens={num_tokens} must be at least 1, or -1 for what fits",
                 param="truncate_prompt_tokens",
             )
         if len(prompt.token_ids) <= num_tokens:
             return prompt
         return TokenizedPrompt(None, prompt.token_ids[-num_tokens:])
-
-    def _check_tokens(self, prompt: TokenizedPrompt) -> None:
-        """A 400 for a prompt that cannot fit, before it becomes a message that the engine would have to look through."""
-        if len(prompt.token_ids) >= self.max_model_len:
-            raise APIError(
-                400,
-                f"the prompt has {len(prompt.token_ids)} tokens and max_model_len is {self.max_model_len}, which must hold the "
-                f"prompt and at least one token of answer; shorten it to {self.max_model_len - 1} tokens or fewer",
-                code="context_length_exceeded",
-            )
 
     def _capacity(self, ready: Ready) -> int:
         """Requests that may run or wait at once."""
@@ -286,8 +276,9 @@ class Service:
         assert ready is not None
         most, unfinished = self._capacity(ready), self.client.num_unfinished
         if num_requests > most:
-            raise APIError(
-                400, f"the request asks for {num_requests} answers, and the server holds {most} at once; ask for fewer"
+            raise RequestError(
+                f"the request asks for {num_requests} answers, and the server holds {most} at once; ask for fewer",
+                param="n",
             )
         if unfinished + num_requests > most:
             retry_s = min(

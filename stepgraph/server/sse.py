@@ -27,6 +27,7 @@ class EventStream(Response):
         events: whole events as bytes. When it raises something, or takes too long, `failed` has the last word.
         failed: the last events of a stream that fails, from what went wrong.
         request_id: named in the log then.
+        spelled: see `api_error`.
         headers: further headers.
         timeout_s: the stream ends with an error after so long; None is no limit.
     """
@@ -37,6 +38,7 @@ class EventStream(Response):
         *,
         failed: Callable[[APIError], bytes],
         request_id: str,
+        spelled: Callable[[str], str] | None = None,
         headers: Mapping[str, str] | None = None,
         timeout_s: float | None = None,
     ):
@@ -48,6 +50,7 @@ class EventStream(Response):
         self._events = events
         self._failed = failed
         self._request_id = request_id
+        self._spelled = spelled
         self._timeout_s = timeout_s
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -77,7 +80,7 @@ class EventStream(Response):
                 assert self._timeout_s is not None
                 await write(self._failed(timed_out(self._timeout_s)))
             except Exception as error:
-                await write(self._failed(report(error, self._request_id)))
+                await write(self._failed(report(error, self._request_id, self._spelled)))
         finally:
             await self._events.aclose()
         await send({"type": "http.response.body", "body": b"", "more_body": False})

@@ -26,7 +26,7 @@ def add_tokenizer(app: FastAPI, service: Service) -> None:
         service.choose_model(body.model)
         tokenizer = require_tokenizer(service.face.tokenizer)
         if (body.prompt is None) == (body.messages is None):
-            raise RequestError("/tokenize takes prompt or messages; give one of them")
+            raise RequestError("/tokenize takes prompt or messages; give one of them", param="prompt")
 
         def tokens() -> Tokens:
             if body.prompt is not None:
@@ -53,7 +53,9 @@ def add_tokenizer(app: FastAPI, service: Service) -> None:
         service.choose_model(body.model)
         tokenizer = require_tokenizer(service.face.tokenizer)
         if wrong := next((token for token in body.tokens if not 0 <= token < 2**31), None):
-            raise RequestError(f"tokens holds {wrong}, which is no token id; ids are whole numbers from 0 up")
+            raise RequestError(
+                f"tokens holds {wrong!r:.80}, which is no token id; ids are whole numbers from 0 up", param="tokens"
+            )
         return json_response(Text(await service.in_thread(lambda: tokenizer.decode(body.tokens))))
 
 

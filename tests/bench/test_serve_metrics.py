@@ -221,6 +221,7 @@ def test_most_at_once_is_the_most_at_any_moment(spans) -> None:
 
 
 def test_errors_are_grouped_by_kind_with_the_most_frequent_first() -> None:
-    errors = ["HTTP 500: a", "HTTP 429: b", "HTTP 429: c", ""]
-    outcomes = [Outcome(0.0, 1.0, 1, chunk_times_s=(1.0,), error=error) for error in errors]
+    failures = [AnswerError("HTTP 500", "a"), AnswerError("HTTP 429", "b"), AnswerError("HTTP 429", "c: d")]
+    outcomes = [Outcome(0.0, 1.0, 1, error=str(failure), error_kind=failure.kind) for failure in failures]
+    outcomes.append(Outcome(0.0, 1.0, 1, chunk_times_s=(1.0,)))
     assert list(errors_by_kind(outcomes).items()) == [("HTTP 429", 2), ("HTTP 500", 1)]

@@ -8,7 +8,7 @@ from tiny import MAX_MODEL_LEN, VOCAB_SIZE, drain
 
 from stepgraph.engine.request import FinishReason
 from stepgraph.engine.sampling_params import SamplingParams
-from stepgraph.errors import ConfigError, EngineDeadError, RequestError
+from stepgraph.errors import CONTEXT_LENGTH_EXCEEDED, ConfigError, EngineDeadError, RequestError
 from stepgraph.step.plan import StepPlan
 
 GREEDY = SamplingParams(temperature=0, max_tokens=20, ignore_eos=True)
@@ -188,30 +188,41 @@ def test_a_request_may_be_aborted_while_it_waits_prefills_or_decodes_and_the_oth
 
 
 @pytest.mark.parametrize(
-    ("prompt", "params", "message"),
+    ("prompt", "params", "param", "code", "message"),
     [
-        ([], {}, "the prompt is empty; give at least one token"),
-        ([5, VOCAB_SIZE], {}, f"prompt token id {VOCAB_SIZE} is outside the vocabulary of {VOCAB_SIZE} tokens"),
-        ([-1], {}, "prompt token id -1 is outside the vocabulary"),
-        ([1.5], {}, "prompt token id 1.5 is outside the vocabulary"),
-        (["a"], {}, "prompt token id 'a' is outside the vocabulary"),
+        ([], {}, "prompt", None, "the prompt is empty; give at least one token"),
+        ([5, VOCAB_SIZE], {}, "prompt", None, f"id {VOCAB_SIZE} is outside the vocabulary of {VOCAB_SIZE} tokens"),
+        ([-1], {}, "prompt", None, "token id -1 is outside the vocabulary"),
+        ([1.5], {}, "prompt", None, "token id 1.5 is outside the vocabulary"),
+        (["a"], {}, "prompt", None, "token id 'a' is outside the vocabulary"),
         (
             [1] * MAX_MODEL_LEN,
             {},
+            "prompt",
+            CONTEXT_LENGTH_EXCEEDED,
             f"prompt has {MAX_MODEL_LEN} tokens and max_model_len is {MAX_MODEL_LEN}.*shorten it to {MAX_MODEL_LEN - 1}",
         ),
-        ([1], {"stop_token_ids": range(1, 17)}, "17 stop tokens, the model's end tokens included; at most 16 fit"),
-        ([1] * 100, {"max_tokens": 300}, r"needs KV blocks for 399 tokens \(25 blocks of 16\), and the cache has 24"),
+        ([1], {"max_tokens": None, "min_tokens": MAX_MODEL_LEN}, "min_tokens", None, "lower min_tokens or shorten"),
+        ([1], {"logit_bias": {VOCAB_SIZE: 1}}, "logit_bias", None, f"token id {VOCAB_SIZE} is outside the vocabulary"),
+        ([1], {"stop_token_ids": range(1, 17)}, "stop_token_ids", None, "17 stop tokens, .* included; at most 16 fit"),
+        (
+            [1] * 100,
+            {"max_tokens": 300},
+            "max_tokens",
+            CONTEXT_LENGTH_EXCEEDED,
+            r"needs KV blocks for 399 tokens \(25 blocks of 16\), and the cache has 24",
+        ),
     ],
 )
 def test_a_request_that_cannot_run_is_refused_at_the_door_and_the_engine_goes_on(
-    create_engine, prompt, params, message
+    create_engine, prompt, params, param, code, message
 ) -> None:
     engine = create_engine(num_kv_blocks=25)
     running = engine.add_request("running", range(9), GREEDY)
     engine.step()
-    with pytest.raises(RequestError, match=message):
+    with pytest.raises(RequestError, match=message) as refused:
         engine.add_request("bad", prompt, SamplingParams(temperature=0, **params))
+    assert (refused.value.param, refused.value.code) == (param, code)
     drain(engine)
     assert running.output_token_ids == answer(engine, range(9), id="bad").output_token_ids
 

@@ -216,7 +216,7 @@ def test_a_request_that_leaves_no_token_to_sample_ends_with_an_error_and_harms_n
     )
     drain(engine)
     assert (bad.output_token_ids, bad.finish_reason) == ([], FinishReason.ERROR)
-    assert "no token could be sampled" in bad.error
+    assert "no token could be sampled" in bad.error.message
     fresh = create_engine()
     reference = fresh.add_request("good", STEM, GREEDY)
     drain(fresh)

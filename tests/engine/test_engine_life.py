@@ -19,7 +19,7 @@ from stepgraph.engine.async_engine import AsyncEngine
 from stepgraph.engine.interrupts import interrupts_held
 from stepgraph.engine.request import FinishReason
 from stepgraph.engine.sampling_params import SamplingParams, StructuredOutputs
-from stepgraph.errors import ConfigError, EngineDeadError, ModelError, RequestError
+from stepgraph.errors import ConfigError, EngineDeadError, Fault, ModelError, RequestError
 from stepgraph.models.source import resolve
 from stepgraph.platforms.torch_memory import TorchMemory
 
@@ -403,7 +403,7 @@ def test_a_request_that_cannot_be_admitted_fails_alone(create_engine, run_ahead,
     after += [engine.add_request(f"after{i}", [*stem, i], GREEDY) for i in range(2)]
     [failure] = [update for update in updates_until_idle(engine) if update.request is poisoned]
     assert (failure.finish_reason, failure.new_token_ids) == (FinishReason.ERROR, ())
-    assert "stop_token_ids" in poisoned.error
+    assert "stop_token_ids" in poisoned.error.message
     for request in [*running, *after]:
         copy = alone.add_request(request.id, request.prompt_token_ids, GREEDY)
         drain(alone)
@@ -426,9 +426,8 @@ def test_a_request_whose_masks_break_fails_alone(create_engine, expected, monkey
     requests = add_all(engine)
     broken = engine.add_request("broken", [1, 2], replace(GREEDY, structured_outputs=StructuredOutputs(regex="a*")))
     drain(engine)
-    assert (broken.finish_reason, broken.error) == (FinishReason.ERROR, "a bug in the masks")
+    assert (broken.finish_reason, broken.error) == (FinishReason.ERROR, Fault("a bug in the masks", is_users=False))
     assert len(broken.output_token_ids) == 1
-    assert not broken.error_is_users
     assert answers(requests) == expected
     engine.shutdown()
 

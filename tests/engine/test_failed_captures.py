@@ -169,9 +169,9 @@ def test_the_sentence_says_what_to_do(create_engine) -> None:
     run_out_of_memory(engine, late=False)
     request = engine.add_request("asking", [1, 2, 3], ASKING[Variant.EXTENDED])
     drain(engine)
-    assert not request.error_is_users
-    assert request.error.startswith("the device has no memory left for a step with what the request asks for")
-    assert request.error.endswith("try again later, or without")
+    assert not request.error.is_users
+    assert request.error.message.startswith("the device has no memory left for a step with what the request asks for")
+    assert request.error.message.endswith("try again later, or without")
 
 
 def test_memory_that_does_not_suffice_for_a_plain_step_is_the_engines_end(create_engine) -> None:

@@ -21,7 +21,7 @@ from stepgraph.engine.grammars import Grammars, RemoteGuide
 from stepgraph.engine.guidance import Vocabulary
 from stepgraph.engine.guide_messages import Channel, Kind
 from stepgraph.engine.nursery import Nursery
-from stepgraph.errors import ConfigError
+from stepgraph.errors import ConfigError, Fault
 
 pytest.importorskip("xgrammar", reason="grammars need xgrammar")
 pytestmark = pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="processes are looked up in /proc")
@@ -125,7 +125,8 @@ def test_a_guide_that_is_late_ends_alone(grammars) -> None:
         other.write(b"ab"[i % 2 : i % 2 + 1])
         assert other.allowed() == ({b"b"} if i % 2 == 0 else {b"a", b"<end>"})
     wait_until(grammars, lambda: not late.guide.is_waiting)
-    assert "took more than 0.25 s of CPU time for one token" in late.guide.error
+    assert "took more than 0.25 s of CPU time for one token" in late.guide.error.message
+    assert (late.guide.error.param, late.guide.error.is_users) == ("structured_outputs", True)
     assert early.guide.error is None
     early.write(b"")  # its grammar has a new process, which is told everything again
     assert b"x" in early.allowed()
@@ -152,7 +153,7 @@ def test_a_token_outside_the_grammar_ends_its_request(grammars) -> None:
     answer.allowed()
     answer.write(b"b")
     wait_until(grammars, lambda: not answer.guide.is_waiting)
-    assert "outside the request's grammar" in answer.guide.error
+    assert "outside the request's grammar" in answer.guide.error.message
     grammars.drop(answer.guide)
 
 
@@ -205,7 +206,7 @@ def test_a_process_that_dies_over_a_request_ends_that_one_only(grammars) -> None
         wait_until(grammars, lambda: not culprit.guide.is_waiting)
         assert (culprit.guide.error is None) == (place == 0)
         [process] = set(processes_below(os.getpid())) - set(before)
-    assert "SIGABRT" in culprit.guide.error
+    assert "SIGABRT" in culprit.guide.error.message
     for answer in (culprit, other):
         grammars.drop(answer.guide)
 
@@ -244,7 +245,8 @@ def test_grammars_wait_while_there_are_as_many_processes_as_may_be(grammars, mon
 def test_what_is_larger_than_the_sockets_buffer_arrives(grammars) -> None:
     answer = Answer(grammars, json={"type": "object", "description": "x" * 2**20})
     wait_until(grammars, lambda: not answer.guide.is_waiting)
-    assert "at most 65536 are allowed" in answer.guide.error
+    assert "at most 65536 are allowed" in answer.guide.error.message
+    assert answer.guide.error.param == "structured_outputs.json"
 
 
 def refuse_to_start() -> tuple[int, socket.socket]:
@@ -284,7 +286,7 @@ def test_a_request_is_told_that_there_is_no_room_for_its_process(grammars, monke
     monkeypatch.setattr(Nursery, "fork", lambda nursery: refuse_to_start())
     answer = Answer(grammars, regex="refused")
     wait_until(grammars, lambda: not answer.guide.is_waiting)
-    assert (answer.guide.error, answer.guide.error_is_users) == ("no room", False)
+    assert answer.guide.error == Fault("no room", is_users=False)
     assert followed.guide.error is None
     grammars.drop(followed.guide)
 
@@ -331,13 +333,12 @@ def test_a_guide_that_is_dropped_while_it_waits_for_its_turn_is_forgotten_by_its
 
 def test_what_keeps_the_processes_from_starting_is_told() -> None:
     def fail() -> Vocabulary:
-        raise ConfigError("no tokenizer")
+        raise ConfigError("no tokenizer", param="prompt")
 
     grammars = Grammars(fail, VOCABULARY.vocab_size)
     answer = Answer(grammars, regex="a")
     wait_until(grammars, lambda: not answer.guide.is_waiting)
-    assert answer.guide.error == "no tokenizer"
-    assert answer.guide.error_is_users
+    assert answer.guide.error == Fault("no tokenizer", is_users=True, param="prompt")
     grammars.shut_down()
 
 

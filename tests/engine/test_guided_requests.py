@@ -121,7 +121,7 @@ def test_a_grammar_that_does_not_compile_fails_its_request_only(create_engine) -
     bad = engine.add_request("bad", [1], guided(0, grammar="root ::= nothing"))
     drain(engine)
     assert (bad.finish_reason, bad.output_token_ids) == (FinishReason.ERROR, [])
-    assert "nothing" in bad.error
+    assert "nothing" in bad.error.message
     assert len(good.output_token_ids) == 10
 
 
@@ -151,7 +151,7 @@ def test_a_model_without_a_tokenizer_cannot_be_guided(create_engine) -> None:
     request = engine.add_request("r", [1], guided(0, choice=["a"]))
     drain(engine)
     assert request.finish_reason is FinishReason.ERROR
-    assert "tokenizer" in request.error
+    assert "tokenizer" in request.error.message
 
 
 def test_a_bad_schema_is_refused(create_engine) -> None:
@@ -159,6 +159,7 @@ def test_a_bad_schema_is_refused(create_engine) -> None:
     request = engine.add_request("r", [1], guided(0, json={"type": "array", "uniqueItems": True}))
     drain(engine)
     assert request.finish_reason is FinishReason.ERROR
-    assert "uniqueItems" in request.error
+    assert "uniqueItems" in request.error.message
+    assert request.error.param == "structured_outputs.json"
     with pytest.raises(RequestError, match="exactly one of"):
         StructuredOutputs(regex="a", choice=["b"])

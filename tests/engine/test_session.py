@@ -14,7 +14,7 @@ from stepgraph.engine.prompts import TokenizedPrompt
 from stepgraph.engine.request import FinishReason, Request, TokenLogprobs
 from stepgraph.engine.sampling_params import SamplingParams
 from stepgraph.engine.session import AnswerDelta, Session
-from stepgraph.errors import RequestError
+from stepgraph.errors import Fault, RequestError
 from stepgraph.step.slot_sampling import SlotSampling
 
 BYTES = create_byte_tokenizer()
@@ -263,7 +263,7 @@ def test_special_tokens_are_in_the_text_only_if_asked_for() -> None:
 
 def test_an_error_is_told_and_harms_no_other_answer() -> None:
     target = Feed([create_request("r#0"), create_request("r#1")])
-    target.requests[0].error = "all logits are NaN"
+    target.requests[0].error = Fault("all logits are NaN", is_users=False)
     output = target.give(7, end=FinishReason.ERROR)
     assert (output.outputs[0].finish_reason, output.outputs[0].error) == ("error", "all logits are NaN")
     assert not output.finished

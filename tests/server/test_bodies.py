@@ -12,6 +12,7 @@ from observed import READY
 from pydantic import BaseModel
 
 from stepgraph.config.server import ServerConfig
+from stepgraph.errors import RequestError
 from stepgraph.server import bodies, chat
 from stepgraph.server.app import create_app
 from stepgraph.server.bodies import MAX_DEPTH, Bodies, Body, ItemCount
@@ -64,9 +65,9 @@ def test_items_are_counted_as_they_are_however_the_text_is_cut(value, ascii, siz
 def test_what_is_too_much_is_refused_while_it_arrives(content, code) -> None:
     count, text = ItemCount(99 if code == "too_many_items" else 1000, "it"), json.dumps(content).encode()
     pieces = (bytes([byte]) for byte in text[:-1])  # the end does not come
-    with pytest.raises(APIError) as refused:
+    with pytest.raises(RequestError) as refused:
         any(map(count.feed, pieces))
-    assert (refused.value.status, refused.value.code) == (400, code)
+    assert (refused.value.param, refused.value.code) == (None, code)
 
 
 def test_numbers_cost_an_eighth_and_depth_is_not_length() -> None:

@@ -84,7 +84,7 @@ def test_requests_of_an_adapter_that_is_being_read_wait_and_others_do_not(create
     assert order[0] == "plain", "it had to wait for files that are none of its business"
     assert sorted(order) == ["adapted", "nowhere", "other", "plain"]
     [refused] = [message for message in front.said if isinstance(message, Refused)]
-    assert (refused.group, refused.is_users) == ("nowhere", True)
+    assert (refused.group, refused.error.is_users, refused.error.param) == ("nowhere", True, "adapter")
     assert front.tokens("adapted") == front.tokens("other") != front.tokens("plain")
     assert {message.group for message in front.said if isinstance(message, Accepted)} == {"adapted", "other", "plain"}
 

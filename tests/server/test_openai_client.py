@@ -496,8 +496,8 @@ REFUSED = [
     ({"temperature": "hot"}, openai.UnprocessableEntityError, "temperature", "invalid_type", "valid number"),
     ({"prompt": 1.5}, openai.UnprocessableEntityError, "prompt", "invalid_type", "list of token ids"),
     ({"prompt": []}, openai.BadRequestError, "prompt", "invalid_value", "at least one prompt"),
-    ({"prompt": [999]}, openai.BadRequestError, None, "invalid_value", "vocabulary of 257"),
-    ({"prompt": "x" * 512}, openai.BadRequestError, None, "context_length_exceeded", "has 512 tokens .* to 511"),
+    ({"prompt": [999]}, openai.BadRequestError, "prompt", "invalid_value", "vocabulary of 257"),
+    ({"prompt": "x" * 512}, openai.BadRequestError, "prompt", "context_length_exceeded", "has 512 tokens .* to 511"),
     ({"model": "gpt"}, openai.NotFoundError, "model", "model_not_found", "choose one of: tiny"),
     ({"n": 17}, openai.BadRequestError, "n", "invalid_value", "above 16"),
     ({"suffix": "x"}, openai.BadRequestError, "suffix", "invalid_value", "not supported"),
@@ -506,11 +506,17 @@ REFUSED = [
     (
         {"extra_body": {"structured_outputs": {"regex": "("}}},
         openai.BadRequestError,
-        "structured_outputs",
+        "structured_outputs.regex",
         None,
         "a group lacks its other bracket",
     ),
-    ({"extra_body": {"response_format": {"type": "xml"}}}, openai.BadRequestError, "response_format", None, "'xml'"),
+    (
+        {"extra_body": {"response_format": {"type": "xml"}}},
+        openai.BadRequestError,
+        "response_format.type",
+        None,
+        "'xml'",
+    ),
     ({"prompt": "x" * (9 * 2**20)}, openai.APIStatusError, None, "request_too_large", "max_body_mib=8"),
 ]
 

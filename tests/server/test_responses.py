@@ -453,8 +453,10 @@ def test_a_stream_that_takes_too_long_ends_as_one_that_fails(wire) -> None:
 
 
 def test_a_failure_of_the_users_is_told_as_such(wire) -> None:
-    *_, error, failed = wire.stream(reply_of([], error=RequestError("text.format has a flaw; mend it")))
-    assert (error.code, error.param) == ("invalid_value", "text")
+    *_, error, failed = wire.stream(
+        reply_of([], error=RequestError("text.format has a flaw; mend it", param="text.format"))
+    )
+    assert (error.code, error.param) == ("invalid_value", "text.format")
     assert (failed.response.error.code, failed.response.output) == ("invalid_prompt", [])
 
 
