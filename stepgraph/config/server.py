@@ -118,6 +118,11 @@ class ServerConfig:
     shutdown_timeout: float = setting(
         30.0, "seconds that running requests get to finish after SIGTERM", minimum=0, metavar="SECONDS"
     )
+    enable_admin_endpoints: bool = setting(
+        False,
+        "serve the endpoints that change what is served: /sleep, /wake_up, /pause, /resume, /reset_prefix_cache and those that "
+        "load LoRA adapters; they need the API key, if there is one",
+    )
     access_log: bool = setting(False, "log method, path and status of every HTTP request")
     log_requests: bool = setting(False, "log prompt and settings of every request; prompts may be private")
     otlp_traces_endpoint: str | None = setting(

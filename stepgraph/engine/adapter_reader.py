@@ -22,11 +22,11 @@ class AdapterReader:
         self._under_way: dict[str, Future[AdapterFile]] = {}
         self._lock = threading.Lock()
 
-    def ask(self, folder: str) -> Future[AdapterFile]:
-        """What the folder holds, in a while; those who ask meanwhile get the same."""
+    def ask(self, folder: str, *, anew: bool = False) -> Future[AdapterFile]:
+        """What the folder holds, in a while; those who ask meanwhile get the same, unless `anew`: the folder may have changed."""
         with self._lock:
             future = self._under_way.get(folder)
-            if future is None:
+            if future is None or anew:
                 future = self._under_way[folder] = Future()
                 future.set_running_or_notify_cancel()  # who leaves cannot cancel it for the others
                 thread = threading.Thread(
@@ -39,12 +39,13 @@ class AdapterReader:
         try:
             found = self._read(folder)
         except BaseException as error:
-            self._forget(folder)
+            self._forget(folder, future)
             future.set_exception(error)
         else:
-            self._forget(folder)
+            self._forget(folder, future)
             future.set_result(found)
 
-    def _forget(self, folder: str) -> None:
+    def _forget(self, folder: str, future: Future[AdapterFile]) -> None:
         with self._lock:
-            del self._under_way[folder]
+            if self._under_way.get(folder) is future:
+                del self._under_way[folder]

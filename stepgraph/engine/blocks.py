@@ -114,8 +114,15 @@ class BlockPool:
     def forget(self) -> None:
         """Drop all cached content; nobody may hold a block. For when the cache's memory or the weights change."""
         assert self.num_free == self.num_usable, (self.num_free, self.num_usable)
+        self.forget_free()
+
+    def forget_free(self) -> int:
+        """Drop the cached content of blocks that nobody holds; returns how many others can still be found."""
+        for block in self._cached:
+            key, self._keys[block] = self._keys[block], None
+            assert key is not None, block
+            del self._blocks_by_key[key]
+            self._holders[block] = 1
         self._empty += reversed(self._cached)
         self._cached.clear()
-        self._holders = [1] * len(self._keys)
-        self._keys = [None] * len(self._keys)
-        self._blocks_by_key.clear()
+        return len(self._blocks_by_key)

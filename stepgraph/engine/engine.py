@@ -30,7 +30,7 @@ from stepgraph.engine.sampling_params import SamplingParams
 from stepgraph.engine.scheduler import ScheduledStep, Scheduler
 from stepgraph.engine.speculation import SpeculationStatistics
 from stepgraph.errors import ConfigError, EngineDeadError, Fault, StepgraphError
-from stepgraph.models.adapters import AdapterFile, AdapterStore
+from stepgraph.models.adapters import Adapter, AdapterFile, AdapterStore
 from stepgraph.models.decoder import Decoder
 from stepgraph.models.language_model import LanguageModel
 from stepgraph.models.loader import create_model, fill, fills_in_place
@@ -246,6 +246,11 @@ class Engine:
         """Whether `sleep` was called, and `wake_up` not since."""
         return self._sleep_level > 0
 
+    @property
+    def has_weights(self) -> bool:
+        """Whether the model's weights are there, or kept for `wake_up`; if not, `update_weights` must come before any step."""
+        return self._has_weights
+
     def pause(self) -> None:
         """Launch no more steps until `resume`. Steps under way are finished and delivered by the next calls of `step`; requests
         can be added, and wait, and aborted."""
@@ -325,6 +330,21 @@ class Engine:
             self._drafter.reload()
         self._has_weights = True
 
+    def reset_prefix_cache(self, *, preempt: bool = False) -> int:
+        """Forget the prefixes that the KV cache holds of requests that have ended.
+
+        Args:
+            preempt: forget those of running requests too, which are computed again and get the answers they would have got.
+
+        Returns:
+            Blocks of running requests that later ones can still find: 0 if `preempt`, or if none runs.
+        """
+        self._check_alive()
+        if not preempt:
+            return self.scheduler.forget_free()
+        self._stop_running()
+        return 0
+
     def shutdown(self) -> None:
         """End the engine: its threads stop, and graphs, KV cache and weights are freed. Requests get nothing more. Later calls,
         except of this and `abort`, raise EngineDeadError."""
@@ -370,7 +390,6 @@ class Engine:
             EngineDeadError: an earlier step failed.
         """
         self._check_alive()
-        in_use = {request.adapter for request in self.scheduler.requests if request.adapter is not None}
         request = self._intake.take(
             request_id,
             prompt_token_ids,
@@ -378,7 +397,7 @@ class Engine:
             priority=priority,
             cache_salt=cache_salt,
             adapter=adapter,
-            adapters_in_use=in_use,
+            adapters_in_use=self._adapters_in_use(),
             bad_words=bad_words,
         )
         self.scheduler.add(request)
@@ -402,6 +421,26 @@ class Engine:
         """
         return self._intake.adapters_for(folder).read(folder)
 
+    def load_adapter(self, file: AdapterFile, *, replace: bool = False) -> None:
+        """Bring a LoRA adapter into the device's memory before a request asks for it.
+
+        Args:
+            file: what `read_adapter` read.
+            replace: use it though the folder's adapter is in memory. Requests that run keep the one they have.
+
+        Raises:
+            RequestError: unfinished requests use `max_loras` others.
+        """
+        self._check_alive()
+        adapters = self._intake.adapters_for(file)
+        if replace:
+            adapters.forget(file.folder)
+        adapters.load(file, self._adapters_in_use())
+
+    def forget_adapter(self, folder: str) -> None:
+        """Have a LoRA adapter read again when the next request asks for it; those that run keep it."""
+        self._intake.adapters_for(folder).forget(folder)
+
     def abort(self, request_id: str) -> RequestUpdate | None:
         """End a request now; its slot and blocks are free for the next step. None if it is not running."""
         update = self.scheduler.abort(request_id)
@@ -422,6 +461,10 @@ class Engine:
     def prepare(self) -> bool:
         """Use a moment without requests: capture one graph that steps may need later. False if nothing is left to prepare."""
         return self.idle_reason is None and self._noting_failure(self.runner.pool.capture_spare)
+
+    def _adapters_in_use(self) -> set[Adapter]:
+        """Those of unfinished requests."""
+        return {request.adapter for request in self.scheduler.requests if request.adapter is not None}
 
     def _noting_failure(self, call: Callable[[], T]) -> T:
         """What fails in `call` leaves requests and the device in a state nobody knows: the engine ends."""

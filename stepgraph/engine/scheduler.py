@@ -219,6 +219,10 @@ class Scheduler:
             self._preempt(self._running[-1])
         self._blocks.forget()
 
+    def forget_free(self) -> int:
+        """Forget the cached content that no running request holds; returns how many blocks can still be found."""
+        return self._blocks.forget_free()
+
     def schedule(self) -> ScheduledStep | None:
         """Plan one step; None if nothing can run until results or requests arrive."""
         self._publish_pending()

@@ -209,6 +209,12 @@ class AdapterStore:
         self._adapters[folder] = adapter
         return adapter
 
+    def forget(self, folder: str) -> None:
+        """Do not find a folder's adapter any more. Requests that use it keep it, and its place is the next to be taken."""
+        adapter = self._adapters.pop(os.path.abspath(folder), None)
+        if adapter is not None:
+            self._adapters = {adapter.key: adapter, **self._adapters}  # no folder has that name
+
     def _free_number(self, in_use: Collection[Adapter]) -> int:
         if len(self._adapters) < self._max_loras:
             return len(self._adapters) + 1

@@ -17,6 +17,7 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 import stepgraph
+from stepgraph.server.administration import ADMINISTRATION, Administration, add_administration
 from stepgraph.server.bodies import Body
 from stepgraph.server.chat import ChatReply
 from stepgraph.server.completions import CompletionCall
@@ -26,7 +27,7 @@ from stepgraph.server.errors import APIError, api_error, error_response, report,
 from stepgraph.server.metrics import Metrics
 from stepgraph.server.operations import add_health, add_operations
 from stepgraph.server.protocol import ChatRequest, CompletionRequest
-from stepgraph.server.replies import ModelCard, ModelList, json_response
+from stepgraph.server.replies import ModelCard, ModelList, ignored_fields, json_response
 from stepgraph.server.responses import ResponsesReply, ResponsesRequest
 from stepgraph.server.service import Context, Service
 from stepgraph.server.sse import EventStream
@@ -37,8 +38,10 @@ logger = logging.getLogger(__name__)
 Handler: TypeAlias = Callable[[Request], Coroutine[Any, Any, Response]]
 
 _GENERATION = "generation"
+_TAKES_LONG = frozenset({_GENERATION, ADMINISTRATION})
 _QUICK_S = 60
-"""What endpoints that generate nothing may take; for the others there is request_timeout."""
+"""What the other endpoints may take. For answers there is request_timeout. Nobody knows how long the engine takes for what
+administrators ask, and one that hangs is ended."""
 
 
 class Call(Protocol):
@@ -86,6 +89,8 @@ def create_app(service: Service, metrics: Metrics, *, api_keys: Sequence[str]) -
     add_tokenizer(app, service)
     _add_models(app, service)
     add_operations(app, service, metrics)
+    if config.enable_admin_endpoints:
+        add_administration(app, Administration(service))
     door = Door(
         _HeadAsGet(app),
         api_keys=tuple(api_keys),
@@ -133,7 +138,7 @@ class _Route(APIRoute):
         answer = super().get_route_handler()
         if (kind := get_type_hints(self.endpoint).get("body")) is not None:
             answer = self._with_body(kind)
-        return answer if _GENERATION in self.tags else _limited(answer)
+        return _limited(answer) if _TAKES_LONG.isdisjoint(self.tags) else answer
 
     def _with_body(self, kind: Any) -> Handler:
         async def handle(http: Request) -> Response:
@@ -186,7 +191,7 @@ def _add_models(app: FastAPI, service: Service) -> None:
             *(ModelCard(name, service.started_at, "stepgraph", root, None, length) for name in names),
             *(
                 ModelCard(name, service.started_at, "stepgraph", folder, names[0], length)
-                for name, folder in service.config.adapters().items()
+                for name, folder in service.adapters.items()
             ),
         ]
 
@@ -265,12 +270,10 @@ async def _unless_left(receive: Receive, work: Any) -> Response:
 
 
 def _ignored_fields(body: Streamable, request_id: str) -> Mapping[str, str]:
-    ignored = [name for name in body.ignored() if name.isascii() and name.isprintable()]
-    if not ignored:
-        return {}
-    named = ", ".join(ignored)[:500]
-    logger.warning("request %s: unknown fields were ignored: %s", request_id, named)
-    return {"X-Ignored-Fields": named}
+    headers = ignored_fields(body.ignored())
+    for named in headers.values():
+        logger.warning("request %s: unknown fields were ignored: %s", request_id, named)
+    return headers
 
 
 def _add_error_handlers(app: FastAPI) -> None:

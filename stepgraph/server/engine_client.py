@@ -9,8 +9,7 @@ import signal
 import subprocess
 import time
 from collections import deque
-from collections.abc import Iterable, Mapping
-from itertools import count
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,13 +24,18 @@ from stepgraph.server.engine_observer import EngineState, Observer, RestartCause
 from stepgraph.server.generation import Generation, Origin, RemoteRequest
 from stepgraph.server.messages import (
     Abort,
+    AbortAll,
     Accepted,
     Add,
+    Answer,
     AskGraphs,
+    Declined,
     Failed,
+    ForgetAdapter,
     FromEngine,
-    Graphs,
+    Pause,
     Progress,
+    Question,
     Ready,
     Refused,
     Start,
@@ -43,6 +47,8 @@ from stepgraph.server.messages import (
     encode_start,
     settings_of,
 )
+from stepgraph.server.questions import Questions
+from stepgraph.server.rest import Dormancy, Rest
 from stepgraph.server.socket_folder import remove_abandoned, socket_folder
 from stepgraph.server.spawn import spawn_engine
 from stepgraph.server.watchdog import Watchdog
@@ -107,13 +113,15 @@ class EngineClient:
         self._socket: zmq.asyncio.Socket | None = None
         self._generations: dict[str, Generation] = {}
         self._running: dict[str, tuple[Generation, RemoteRequest]] = {}  # by id of the engine's requests
-        self._questions: dict[int, asyncio.Future[dict[str, Any]]] = {}
-        self._numbers = count()
+        self._questions = Questions(self._send)
         self._recent_seconds: deque[float] = deque(maxlen=_NUM_RECENT)
         self._heard_at = time.monotonic()
         self._watchdog: Watchdog | None = None
         self._hung = False
         self._settled = asyncio.Event()  # it is known whether requests are served
+        self.rest = Rest()
+        """How the engine was brought to rest; whoever asks for that sets it."""
+        self._dormancy = Dormancy()
         self._life: asyncio.Task[None] | None = None
         self._stopping = False
 
@@ -150,6 +158,8 @@ class EngineClient:
         """Why requests are not served now; None if they are."""
         if self.state is EngineState.LOADING:
             return "the model is being loaded"
+        if self.is_dormant:
+            return "the engine's process ended while it slept; POST /wake_up starts it"
         if self.state is EngineState.RESTARTING:
             reason = "" if self.failure is None else f" ({self.failure.message})"
             return f"the engine stopped{reason} and is being started again"
@@ -217,17 +227,33 @@ class EngineClient:
         Raises:
             EngineDeadError: the engine is not there, or does not answer.
         """
+        pool: dict[str, Any] = await self.ask(AskGraphs, _ANSWER_S)
+        return pool
+
+    async def ask(self, question: Callable[[int], Question], timeout_s: float | None = None) -> Any:
+        """The engine's answer; see `Questions.ask`. EngineDeadError if the engine is not there."""
         self._require_ready()
-        number = next(self._numbers)
-        answer = self._questions[number] = asyncio.get_running_loop().create_future()
-        self._send(AskGraphs(number))
-        try:
-            async with asyncio.timeout(_ANSWER_S):
-                return await answer
-        except TimeoutError as error:
-            raise EngineDeadError(f"the engine has not answered for {_ANSWER_S:g} s; ask again later") from error
-        finally:
-            self._questions.pop(number, None)
+        return await self._questions.ask(question, timeout_s)
+
+    def tell(self, message: ForgetAdapter | AbortAll) -> None:
+        """Send what has no answer. An engine that is not there has nothing to forget or to end."""
+        self._send(message)
+
+    @property
+    def is_dormant(self) -> bool:
+        """Whether the process ended while it slept: then it is started when it is to wake up, as its memory was given away."""
+        return self._dormancy.is_here
+
+    async def start_dormant(self) -> None:
+        """Start the process that ended asleep.
+
+        Raises:
+            EngineDeadError: it cannot start; it can be tried again.
+        """
+        await self._dormancy.end(self._settled)
+        if self.state is not EngineState.READY:
+            reason = "" if self.failure is None else f": {self.failure.message}"
+            raise EngineDeadError(f"the engine's process cannot be started{reason}")
 
     async def stop(self) -> None:
         """End the process; what runs fails with EngineDeadError."""
@@ -252,6 +278,10 @@ class EngineClient:
                 if self.state is EngineState.LOADING:
                     self._change(EngineState.FAILED)
                     return
+                if self.rest.sleep_level:
+                    logger.warning("the engine's process ended while it slept; it is started when it is to wake up")
+                    await self._dormancy.stay()
+                    continue
                 failures = 1 if time.monotonic() - started > _STEADY_S else failures + 1
                 wait_s = _BACK_OFF_S[min(failures, len(_BACK_OFF_S)) - 1]
                 reason = "" if self.failure is None else f": {self.failure.message}"
@@ -373,12 +403,12 @@ class EngineClient:
                 for request_id in refused.requests:
                     self._drop(request_id, FinishReason.ERROR)
                 refused.fail(message.error.error())
-        elif isinstance(message, Graphs):
-            answer = self._questions.get(message.number)
-            if answer is not None and not answer.done():
-                answer.set_result(message.pool)
+        elif isinstance(message, Answer | Declined):
+            self._questions.take(message)
         elif isinstance(message, Ready):
             self.ready = message
+            if self.rest.paused:  # before any request
+                self._questions.tell(Pause)
             self._change(EngineState.READY)
         elif isinstance(message, Failed):
             self.failure = message
@@ -431,14 +461,11 @@ class EngineClient:
     def _fail_all(self, message: str) -> None:
         error = EngineDeadError(message)
         generations, self._generations = self._generations, {}
-        questions, self._questions = self._questions, {}
         for request_id in tuple(self._running):
             self._drop(request_id, FinishReason.ERROR)
         for generation in generations.values():
             generation.fail(error)
-        for question in questions.values():
-            if not question.done():
-                question.set_exception(error)
+        self._questions.fail(error)
 
     def _require_ready(self) -> Ready:
         if self.state is not EngineState.READY or self.ready is None:

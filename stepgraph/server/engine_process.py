@@ -29,21 +29,29 @@ from stepgraph.engine.engine import Engine
 from stepgraph.engine.reports import StepReport
 from stepgraph.engine.request import Request, RequestUpdate
 from stepgraph.engine.sampling_params import SamplingParams
-from stepgraph.errors import ConfigError, EngineDeadError, Fault, ModelError, StepgraphError
+from stepgraph.errors import ConfigError, EngineDeadError, Fault, ModelError, RequestError, StepgraphError
 from stepgraph.models.adapters import AdapterFile
+from stepgraph.server.engine_control import control, keep
 from stepgraph.server.messages import (
     Abort,
+    AbortAll,
     Accepted,
     Add,
+    Answer,
     AskGraphs,
     Beat,
+    Declined,
     Failed,
     FirstToken,
-    Graphs,
+    ForgetAdapter,
     Load,
+    LoadAdapter,
+    Pause,
     Progress,
+    Question,
     Ready,
     Refused,
+    Sleep,
     Start,
     StepInfo,
     Stop,
@@ -75,7 +83,7 @@ class EngineProcess:
         self._load_told: Load | None = None
         self._sent_at = 0.0
         self._adapters = AdapterReader(engine.read_adapter)
-        self._awaiting: list[tuple[Add, Future[AdapterFile]]] = []  # until their adapter is read
+        self._awaiting: list[tuple[Add | LoadAdapter, Future[AdapterFile]]] = []  # until their adapter is read
         engine.on_step = self._note_step
         engine.runner.pool.before_capture = lambda: self._send(Beat(captures=True))
 
@@ -98,7 +106,7 @@ class EngineProcess:
                 self._obey(message)
                 message = self._receive_now()
             if self._awaiting:
-                self._add_awaiting()
+                self._go_on_awaiting()
             updates = self._engine.step() if self._engine.has_work else []
             self._tell(updates)
 
@@ -126,12 +134,40 @@ class EngineProcess:
             self._add(message, message.adapter)
         elif isinstance(message, Abort):
             for awaiting, _ in self._awaiting:
-                awaiting.requests = [request for request in awaiting.requests if request[0] not in message.ids]
+                if isinstance(awaiting, Add):
+                    awaiting.requests = [request for request in awaiting.requests if request[0] not in message.ids]
             for request_id in message.ids:
                 if self._engine.abort(request_id) is not None:
                     del self._told[request_id]
-        elif isinstance(message, AskGraphs):
-            self._send(Graphs(message.number, pool_of(self._engine)))
+        elif isinstance(message, AbortAll):
+            ends = [self._engine.abort(request_id) for request_id in self._told]
+            self._tell([end for end in ends if end is not None])
+        elif isinstance(message, ForgetAdapter):
+            with contextlib.suppress(RequestError):  # there is none to forget
+                self._engine.forget_adapter(message.folder)
+        elif isinstance(message, Question):
+            self._answer(message)
+
+    def _answer(self, question: Question) -> None:
+        try:
+            if isinstance(question, LoadAdapter):
+                if question.anew or not self._engine.holds_adapter(question.folder):
+                    self._awaiting.append((question, self._adapters.ask(question.folder, anew=question.anew)))
+                    return
+                content: Any = None
+            elif isinstance(question, AskGraphs):
+                content = pool_of(self._engine)
+            else:
+                content = control(self._engine, question, self._send)
+                if isinstance(question, Pause | Sleep):
+                    while self._engine.has_work:  # steps under way, and what they gave
+                        self._tell(self._engine.step())
+        except EngineDeadError:
+            raise
+        except Exception as error:
+            self._decline(question, error)
+        else:
+            self._send(Answer(question.number, content))
 
     def _add(self, message: Add, adapter: str | AdapterFile | None) -> None:
         added: list[str] = []
@@ -160,15 +196,28 @@ class EngineProcess:
             self._told.update(dict.fromkeys(added, 0))
             self._send(Accepted(message.group))
 
-    def _add_awaiting(self) -> None:
-        """Queue the requests whose adapter has been read."""
+    def _go_on_awaiting(self) -> None:
+        """Do what waited for an adapter that has been read."""
         done = [(message, future) for message, future in self._awaiting if future.done()]
         self._awaiting = [(message, future) for message, future in self._awaiting if not future.done()]
         for message, future in done:
-            if (error := future.exception()) is not None:
+            error = future.exception()
+            if isinstance(message, LoadAdapter):
+                if error is None:
+                    keep(self._engine, message, future.result())
+                    self._send(Answer(message.number))
+                else:
+                    self._decline(message, error)
+            elif error is not None:
                 self._refuse(message, error)
             elif message.requests:  # some are left
                 self._add(message, future.result())
+
+    def _decline(self, question: Question, error: BaseException) -> None:
+        fault = Fault.of(error)
+        if not fault.is_users:
+            logger.error("%s failed", type(question).__name__, exc_info=error)
+        self._send(Declined(question.number, fault))
 
     def _refuse(self, message: Add, error: BaseException) -> None:
         fault = Fault.of(error)

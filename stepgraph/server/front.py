@@ -102,7 +102,7 @@ async def _serve(front: Front) -> int:
     )
     service = Service(config, client, lambda: _face_of(front))
     connections = Connections(Limits.of(config), front.max_connections)
-    metrics.watch(service.bodies, connections)
+    metrics.watch(service.bodies, connections, client.rest)
     servers = [(_server(create_app(service, metrics, api_keys=front.api_keys), config, connections), listening)]
     if front.metrics_listening is not None:
         of_operators = Connections(Limits.of(config), _MAX_OPERATORS)
@@ -180,6 +180,9 @@ async def _drain(service: Service, stop: _Stop) -> None:
     service.draining = True
     running = service.client.num_unfinished
     if not running:
+        return
+    if (reason := service.client.rest.delay) is not None:  # they would not finish
+        logger.warning("%d requests are ended before they are done: %s", running, reason)
         return
     limit_s = service.config.shutdown_timeout
     logger.warning("shutting down: %d requests have %g s to finish; once more to end them now", running, limit_s)

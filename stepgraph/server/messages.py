@@ -54,16 +54,68 @@ class Abort(msgspec.Struct, tag=True):
 
 
 class AskGraphs(msgspec.Struct, tag=True):
-    """Answered by `Graphs`."""
+    """For the graph pool; see `/graphs`. This and what follows with a number is answered by `Answer` or `Declined`."""
 
     number: int
+
+
+class Pause(msgspec.Struct, tag=True):
+    """See `Engine.pause`; answered when the steps under way are done and delivered."""
+
+    number: int
+
+
+class Resume(msgspec.Struct, tag=True):
+    """See `Engine.resume`."""
+
+    number: int
+
+
+class Sleep(msgspec.Struct, tag=True):
+    """See `Engine.sleep`."""
+
+    number: int
+    level: int
+
+
+class WakeUp(msgspec.Struct, tag=True):
+    """See `Engine.wake_up`. Weights that were dropped are read again; if that fails, the engine sleeps on."""
+
+    number: int
+
+
+class ResetPrefixCache(msgspec.Struct, tag=True):
+    """See `Engine.reset_prefix_cache`, whose result is the answer."""
+
+    number: int
+    preempt: bool
+
+
+class LoadAdapter(msgspec.Struct, tag=True):
+    """Read a LoRA adapter, to have it when requests ask for it; declined if the model cannot run it."""
+
+    number: int
+    folder: str
+    anew: bool
+    """Also if it is in memory."""
+
+
+class ForgetAdapter(msgspec.Struct, tag=True):
+    """See `Engine.forget_adapter`. There is no answer."""
+
+    folder: str
+
+
+class AbortAll(msgspec.Struct, tag=True):
+    """End all requests, which are told so; see `FinishReason.ABORT`. There is no answer."""
 
 
 class Stop(msgspec.Struct, tag=True):
     """End the process; what runs gets no answer."""
 
 
-ToEngine = Add | Abort | AskGraphs | Stop
+Question = AskGraphs | Pause | Resume | Sleep | WakeUp | ResetPrefixCache | LoadAdapter
+ToEngine = Add | Abort | Question | ForgetAdapter | AbortAll | Stop
 
 
 # From the engine to the front.
@@ -92,6 +144,8 @@ class Beat(msgspec.Struct, tag=True):
 
     captures: bool = False
     """It is about to capture a graph: until it says something else, it may be silent for minutes."""
+    reads: bool = False
+    """It is about to move or read weights, which may take as long as a start."""
 
 
 class Failed(msgspec.Struct, tag=True):
@@ -192,14 +246,21 @@ class Progress(msgspec.Struct, tag=True):
     load: Load
 
 
-class Graphs(msgspec.Struct, tag=True):
-    """The graph pool, in answer to `AskGraphs`; see `/graphs`."""
+class Answer(msgspec.Struct, tag=True):
+    """To the question of this number."""
 
     number: int
-    pool: dict[str, Any]
+    content: Any = None
 
 
-FromEngine = Ready | Beat | Failed | Accepted | Refused | Progress | Graphs
+class Declined(msgspec.Struct, tag=True):
+    """What the question of this number asks for cannot be done."""
+
+    number: int
+    error: Fault
+
+
+FromEngine = Ready | Beat | Failed | Accepted | Refused | Progress | Answer | Declined
 
 encode = msgspec.msgpack.Encoder().encode
 decode_start = msgspec.json.Decoder(Start).decode

@@ -33,6 +33,7 @@ from stepgraph.server.connections import Connections
 from stepgraph.server.door import OPEN_PATHS
 from stepgraph.server.engine_observer import EngineState, RestartCause
 from stepgraph.server.messages import Load
+from stepgraph.server.rest import Rest
 from stepgraph.step.eager_reason import EagerReason
 from stepgraph.step.plan import StepKind
 
@@ -165,13 +166,14 @@ class Metrics(Collector):
         )
         self._bodies: Bodies | None = None
         self._connections: Connections | None = None
+        self._rest = Rest()
         self._registry = CollectorRegistry()
         self._registry.register(self)
         ProcessCollector(registry=self._registry)
 
-    def watch(self, bodies: Bodies, connections: Connections) -> None:
+    def watch(self, bodies: Bodies, connections: Connections, rest: Rest) -> None:
         """Tell of these too."""
-        self._bodies, self._connections = bodies, connections
+        self._bodies, self._connections, self._rest = bodies, connections, rest
 
     def on_progress(self, message: Progress) -> None:
         """See `Observer`."""
@@ -249,7 +251,15 @@ class Metrics(Collector):
         load, ended = self._load, self._ended_loads
         build = {"version": __version__, "python": platform.python_version(), "torch": version("torch")}
         yield InfoMetricFamily(f"{_PREFIX}build", "Versions.", {"model_name": self._model_name, **build})
-        yield self._gauge("engine_up", "1 if the engine takes requests.", self._state is EngineState.READY)
+        yield self._gauge(
+            "engine_up", "1 if the engine is there, also asleep or paused.", self._state is EngineState.READY
+        )
+        yield self._gauge(
+            "engine_sleep_level",
+            "0 if the engine is awake, 1 if it sleeps, 2 if it dropped its weights.",
+            self._rest.sleep_level,
+        )
+        yield self._gauge("engine_paused", "1 if the engine was paused by an administrator.", self._rest.paused)
         yield self._counters(
             "engine_restarts", "Times a serving engine died or hung, to be started again.", ("cause",), self._restarts
         )

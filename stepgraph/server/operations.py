@@ -20,7 +20,7 @@ def add_operations(app: FastAPI, service: Service, metrics: Metrics) -> None:
 
     @app.get("/ready", summary="Whether a request sent now would be served", tags=["operations"])
     async def ready() -> Response:
-        return _status(service.trouble or service.fullness)
+        return _status(service.trouble or service.client.rest.delay or service.fullness)
 
     @app.get("/version", summary="The server's version", tags=["operations"])
     async def version() -> Response:
@@ -42,7 +42,7 @@ def add_health(app: FastAPI, service: Service, metrics: Metrics) -> None:
     @app.get("/ping", summary="The same as /health", tags=["operations"])
     @app.get("/health", summary="Whether the model is loaded and the engine alive", tags=["operations"])
     async def health() -> Response:
-        return _status(service.trouble if not service.draining else service.client.trouble)
+        return _status(service.ailment, service.client.rest.status)
 
     @app.get("/metrics", summary="Metrics for Prometheus", tags=["operations"])
     async def read_metrics(http: Request) -> Response:
@@ -64,7 +64,7 @@ def _add_pages(app: FastAPI, service: Service) -> None:
         return await service.in_thread(lambda: reference_page(app.openapi()))
 
 
-def _status(trouble: str | None) -> Response:
+def _status(trouble: str | None, well: str = "ok") -> Response:
     if trouble is None:
-        return json_response({"status": "ok"})
+        return json_response({"status": well})
     return Response(encode_json({"status": trouble}), 503, media_type="application/json", headers={"Retry-After": "2"})

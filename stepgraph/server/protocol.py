@@ -319,6 +319,20 @@ class DetokenizeRequest(_Fields):
     tokens: Items[int]
 
 
+class LoadAdapterRequest(_Options):
+    """/v1/load_lora_adapter."""
+
+    lora_name: str = Field(description="what requests will give as model")
+    lora_path: str = Field(description="folder that PEFT wrote, on the server's machine")
+    load_inplace: bool = Field(False, description="replace the adapter of this name, or read it again")
+
+
+class UnloadAdapterRequest(_Fields):
+    """/v1/unload_lora_adapter."""
+
+    lora_name: str
+
+
 _SAME_NAMES = (
     "temperature",
     "top_p",

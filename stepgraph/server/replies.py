@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import msgspec
@@ -11,9 +12,15 @@ from starlette.responses import Response
 encode_json = msgspec.json.Encoder().encode
 
 
-def json_response(content: Any) -> Response:
+def json_response(content: Any, headers: Mapping[str, str] | None = None) -> Response:
     """What was asked, as JSON."""
-    return Response(encode_json(content), media_type="application/json")
+    return Response(encode_json(content), headers=headers, media_type="application/json")
+
+
+def ignored_fields(names: Iterable[str]) -> dict[str, str]:
+    """The header that names what a request holds and nothing here knows."""
+    shown = [name for name in names if name.isascii() and name.isprintable()]
+    return {"X-Ignored-Fields": ", ".join(shown)[:500]} if shown else {}
 
 
 class PromptTokensDetails(msgspec.Struct):

@@ -38,7 +38,8 @@ def run(settings: dict[str, Any], config: ServerConfig) -> int:
     if config.log_requests:
         logging.getLogger("stepgraph.server.requests").setLevel(logging.INFO)
     if config.host not in ("127.0.0.1", "localhost", "::1") and not api_keys:
-        logger.warning("everybody who reaches %s can use the API: set an API key", config.host)
+        what = "use and administer the API" if config.enable_admin_endpoints else "use the API"
+        logger.warning("everybody who reaches %s can %s: set an API key", config.host, what)
     listening = _listen(config.host, config.port, "port")
     metrics_listening = (
         None if config.metrics_port is None else _listen(config.host, config.metrics_port, "metrics_port")

@@ -36,6 +36,8 @@ if TYPE_CHECKING:
 request_log = logging.getLogger("stepgraph.server.requests")
 T = TypeVar("T")
 
+_SHOWN_NAMES = 20
+"""Of models, in a message."""
 _THREADS = 2
 """For tokenising and chat templates: beside each other, so that one long prompt does not hold up every short one."""
 
@@ -81,6 +83,8 @@ class Service:
         self.config = config
         self.client = client
         self.started_at = int(time.time())
+        self.adapters = config.adapters()
+        """Folders of the LoRA adapters that requests can name."""
         self.draining = False
         self._load_face = face
         self._face: ModelFace | None = None
@@ -108,6 +112,13 @@ class Service:
         """Why requests are not served now; None if they are."""
         if self.draining:
             return "the server is shutting down"
+        return self.client.rest.trouble or self.ailment
+
+    @property
+    def ailment(self) -> str | None:
+        """What is wrong with the engine; None also if it only rests, or the server is shutting down."""
+        if self.client.rest.sleep_level:
+            return None
         if self._face is None and self.client.state is EngineState.READY:
             return "the model is being loaded"
         return self.client.trouble
@@ -144,16 +155,15 @@ class Service:
         """The model's name as answers give it, and the folder of its adapter if it is one; a 404 for an unknown name."""
         if name is None or name in self.model_names:
             return name or self.model_names[0], None
-        adapters = self.config.adapters()
-        if name not in adapters:
-            known = ", ".join((*self.model_names, *adapters))
+        if name not in self.adapters:
+            known = shortened((*self.model_names, *self.adapters))
             raise APIError(
                 404,
                 f"the model {name!r} is not served here; choose one of: {known}",
                 param="model",
                 code="model_not_found",
             )
-        return name, adapters[name]
+        return name, self.adapters[name]
 
     async def in_thread(self, work: Callable[[], T]) -> T:
         """Do what takes long without holding up the streams."""
@@ -290,6 +300,12 @@ class Service:
                 f"again in {retry_s} s",
                 headers={"Retry-After": str(retry_s)},
             )
+
+
+def shortened(names: Sequence[str]) -> str:
+    """A list of names for a message."""
+    more = f" and {len(names) - _SHOWN_NAMES} more" if len(names) > _SHOWN_NAMES else ""
+    return ", ".join(names[:_SHOWN_NAMES]) + more
 
 
 def new_id(prefix: str) -> str:

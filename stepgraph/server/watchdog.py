@@ -12,7 +12,7 @@ _HANG_S = 120.0
 _CAPTURE_S = 600.0
 """A capture may compile kernels, and takes no longer than this."""
 _START_S = 600.0
-"""A process that starts and neither computes nor reads anything for so long is stuck."""
+"""A process that starts or wakes up and neither computes nor reads anything for so long is stuck."""
 _TICKS = 8
 """Looks in the time of the limit, one a second at most."""
 
@@ -20,8 +20,8 @@ _TICKS = 8
 class Watchdog:
     """Counts how long an engine's process has given no sign of life.
 
-    Serving, that is a message: the loop sends some all the time. A process that starts sends none for as long as its model takes
-    to load, which nobody can know; its sign of life is that it, or a compiler that it runs, uses the processor.
+    Serving, that is a message: the loop sends some all the time. A process that starts or wakes up sends none for as long as its
+    model takes to load, which nobody can know; its sign of life is that it, or a compiler that it runs, uses the processor.
 
     Args:
         session: process id of the engine, and of the session that it leads.
@@ -32,11 +32,16 @@ class Watchdog:
         self._session = session
         self._given_s = limit_s
         self._ready: Ready | None = None
-        self._captures = False
+        self._captures = self._reads = False
         self._heard = False
         self._cpu_ticks: int | None = None
         self.silent_s = 0.0
         """Counted in looks: a watcher that stood still itself, or its whole machine, has missed nothing."""
+
+    @property
+    def _starts(self) -> bool:
+        """Whether it does what takes as long as its model does to load."""
+        return self._ready is None or self._reads
 
     @property
     def limit_s(self) -> float:
@@ -44,7 +49,7 @@ class Watchdog:
         limit_s = self._given_s
         if limit_s is None:
             limit_s = _HANG_S if self._ready is None else max(_HANG_S, self._ready.longest_step_s)
-        if self._ready is None:
+        if self._starts:
             return max(limit_s, _START_S)
         return max(limit_s, _CAPTURE_S) if self._captures else limit_s
 
@@ -55,7 +60,9 @@ class Watchdog:
 
     def hear(self, message: FromEngine) -> None:
         """A message has come."""
-        self._heard, self._captures = True, isinstance(message, Beat) and message.captures
+        self._heard = True
+        self._captures = isinstance(message, Beat) and message.captures
+        self._reads = isinstance(message, Beat) and message.reads
         if isinstance(message, Ready):
             self._ready = message
 
@@ -65,7 +72,7 @@ class Watchdog:
         self._heard = False
         if self.silent_s < self.limit_s:
             return False
-        if self._ready is None:
+        if self._starts:
             before, self._cpu_ticks = self._cpu_ticks, cpu_ticks(self._session)
             if self._cpu_ticks is None or self._cpu_ticks != before:
                 self.silent_s = 0.0

@@ -43,6 +43,7 @@ NON_DEFAULT = {
     "engine_hang_timeout": 6.5,
     "request_timeout": 120.5,
     "shutdown_timeout": 0.0,
+    "enable_admin_endpoints": True,
     "access_log": True,
     "log_requests": True,
     "otlp_traces_endpoint": "http://127.0.0.1:4318/v1/traces",

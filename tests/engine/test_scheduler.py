@@ -116,6 +116,11 @@ class Life(RuleBasedStateMachine):
         self.loop.scheduler.preempt_all()
         self.loop.device.forget()
 
+    @rule()
+    def forget_what_nobody_holds(self) -> None:
+        kept = self.loop.scheduler.forget_free()
+        assert kept == 0 or self.loop.scheduler.num_running
+
     @invariant()
     def tokens_so_far_are_right(self) -> None:
         for request in getattr(self, "requests", ()):

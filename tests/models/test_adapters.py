@@ -144,6 +144,20 @@ def test_an_adapter_in_use_stays_and_a_reused_place_holds_nothing_of_the_one_bef
     assert again.key != first.key, "it was read again"
 
 
+def test_a_forgotten_adapter_stays_with_those_who_use_it_and_its_place_is_the_next_to_be_taken(llama, adapter):
+    _, model, _ = llama
+    store = AdapterStore(model, LoRAConfig(max_loras=2), max_tokens=128)
+    everything, keys, values = adapter("all"), adapter("k", ends_with="k_proj"), adapter("v", ends_with="v_proj")
+    first, second = store.load(everything, ()), store.load(keys, ())
+    store.forget(keys)
+    assert (store.holds(everything), store.holds(keys)) == (True, False)
+    with pytest.raises(RequestError, match="unfinished requests use 2"):
+        store.load(keys, {first, second})
+    third = store.load(values, ())
+    assert (third.number, store.holds(everything)) == (second.number, True), "though keys were asked for last"
+    store.forget(keys)  # nothing of it is there
+
+
 def test_every_token_of_a_step_has_its_rows_adapter_and_padding_has_none():
     lines = torch.zeros(6, slot_line.LINE_WIDTH, dtype=torch.int32)
     lines[:, slot_line.ADAPTER] = torch.tensor([0, 3, 0, 1, 2, 7])

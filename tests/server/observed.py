@@ -11,6 +11,7 @@ from stepgraph.server.engine_observer import EngineState
 from stepgraph.server.generation import EndedRequest
 from stepgraph.server.messages import Load, Progress, Ready, StepInfo, TokenUpdate
 from stepgraph.server.metrics import Metrics
+from stepgraph.server.rest import Rest
 
 ENDED = EndedRequest(
     finish_reason="stop",
@@ -67,5 +68,5 @@ def busy_metrics() -> Metrics:
         metrics.on_end(replace(ENDED, finish_reason=reason))
     metrics.on_response("/v1/chat/completions", 200)
     config = ServerConfig()
-    metrics.watch(Bodies(config, asyncio.to_thread), Connections(Limits.of(config), max_open=8))
+    metrics.watch(Bodies(config, asyncio.to_thread), Connections(Limits.of(config), max_open=8), Rest())
     return metrics

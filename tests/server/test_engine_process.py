@@ -7,8 +7,22 @@ import pytest
 import zmq
 from lora_folders import matrices, save_adapter
 
+from stepgraph.errors import ModelError
+from stepgraph.server.engine_control import control
 from stepgraph.server.engine_process import EngineProcess
-from stepgraph.server.messages import Abort, Accepted, Add, Beat, Progress, Refused, Stop, decode_from_engine, encode
+from stepgraph.server.messages import (
+    Abort,
+    Accepted,
+    Add,
+    Beat,
+    Progress,
+    Refused,
+    Sleep,
+    Stop,
+    WakeUp,
+    decode_from_engine,
+    encode,
+)
 
 SETTINGS = {"temperature": 0, "max_tokens": 4, "ignore_eos": True}
 PROMPT = [5, 6, 7]
@@ -105,3 +119,23 @@ def test_bad_words_come_as_tokens_and_the_engine_reads_no_tokenizer(create_engin
     EngineProcess(engine, front).run()
     assert len(front.tokens("clean")) == 4
     assert first not in front.tokens("clean")
+
+
+def test_an_engine_that_cannot_wake_up_sleeps_on_and_can_be_woken_later(create_engine, monkeypatch):
+    engine, announced = create_engine(enable_sleep_mode=True), []
+    whole = Front([add("before")], lambda message: [Stop()] if ended(message) else [])
+    EngineProcess(engine, whole).run()
+    control(engine, Sleep(1, level=2), announced.append)
+
+    def gone(source):
+        raise ModelError("the folder is gone")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(type(engine.source), "tensors", gone)
+        with pytest.raises(ModelError, match="gone"):
+            control(engine, WakeUp(2), announced.append)
+    assert (engine.is_sleeping, engine.has_weights, announced) == (True, False, [Beat(reads=True)] * 2)
+    control(engine, WakeUp(3), announced.append)
+    front = Front([add("after")], lambda message: [Stop()] if ended(message) else [])
+    EngineProcess(engine, front).run()
+    assert front.tokens("after") == whole.tokens("before")

@@ -51,6 +51,16 @@ def test_a_capture_that_was_announced_may_take_minutes_and_the_next_message_ends
     assert watchdog.limit_s == 3
 
 
+def test_weights_that_are_moved_or_read_take_as_long_as_a_start_while_the_process_computes(monkeypatch):
+    watchdog, used = serving(3.0), iter([5, 6, 6])
+    monkeypatch.setattr(module, "cpu_ticks", lambda session: next(used))
+    watchdog.hear(Beat(reads=True))
+    watchdog.look()
+    assert looks_until_hanging(watchdog) == 3 * 600, "it computed twice"
+    watchdog.hear(Beat())
+    assert watchdog.limit_s == 3
+
+
 def test_a_process_that_starts_hangs_only_if_it_does_not_compute_either(monkeypatch):
     watchdog, used = Watchdog(0, 3.0), iter([5, 6, 6])
     monkeypatch.setattr(module, "cpu_ticks", lambda session: next(used))
@@ -96,11 +106,17 @@ class Socket:
         self.sent.append(decode_from_engine(content))
 
 
-def test_an_idle_loop_beats_and_a_capture_is_announced(create_engine, monkeypatch):
-    engine, socket = create_engine(), Socket()
+def test_a_loop_that_is_idle_or_asleep_beats_and_a_capture_is_announced(create_engine, monkeypatch):
+    engine, socket = create_engine(enable_sleep_mode=True), Socket()
     process = EngineProcess(engine, socket)
     monkeypatch.setattr("stepgraph.server.engine_process._BEAT_S", 0.001)
     process.run()
     assert socket.sent[1:] == [Beat()] * (len(socket.waits) - 1)
+    engine.sleep()
+    asleep = Socket()
+    EngineProcess(engine, asleep).run()
+    assert asleep.sent[1:] == [Beat()] * (len(asleep.waits) - 1)
+    engine.wake_up()
+    process = EngineProcess(engine, socket)
     engine.runner.pool.graph(engine.runner.pool.shapes()[-1])
     assert socket.sent[-1] == Beat(captures=True)
