@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Sequence
 from itertools import count
 from pathlib import Path
 from types import TracebackType
@@ -134,11 +134,11 @@ class LLM:
 
     def stream(
         self, prompt: Prompt, sampling_params: SamplingParams | None = None, *, adapter: str | None = None
-    ) -> Iterator[RequestOutput]:
+    ) -> Generator[RequestOutput, None, None]:
         """Answer one prompt, token by token; each output holds the answer so far.
 
-        Leaving the iterator early aborts the request. Other calls may run between two outputs: the engine then works on
-        all of their requests.
+        Closing the generator early, or leaving it to be collected, aborts the request. Other calls may run between two outputs:
+        the engine then works on all of their requests.
         """
         [session] = self._start([prompt], [sampling_params or SamplingParams()], [0], [adapter])
         try:
@@ -153,7 +153,7 @@ class LLM:
 
     def stream_chat(
         self, messages: Sequence[Message], sampling_params: SamplingParams | None = None, *, adapter: str | None = None
-    ) -> Iterator[RequestOutput]:
+    ) -> Generator[RequestOutput, None, None]:
         """Answer one conversation, token by token. See `stream`."""
         prompt = self._chat_template.prompt(messages)
         return self.stream(prompt, sampling_params or SamplingParams(max_tokens=None), adapter=adapter)
@@ -194,17 +194,18 @@ class LLM:
         tokenized = [tokenize(prompt, self.tokenizer) for prompt in prompts]
         sessions: list[Session] = []
         try:
-            for prompt, p, priority, adapter in zip(tokenized, params, priorities, adapters, strict=True):
-                sessions.append(
-                    Session.start(self.engine, next(self._ids), prompt, p, priority=priority, adapter=adapter)
-                )
+            with interrupts_held():  # or a request could be queued that nobody knows
+                for prompt, p, priority, adapter in zip(tokenized, params, priorities, adapters, strict=True):
+                    sessions.append(
+                        Session.start(self.engine, next(self._ids), prompt, p, priority=priority, adapter=adapter)
+                    )
         except BaseException:
             _abort(sessions)
             raise
         return sessions
 
     def _step(self) -> Sequence[RequestUpdate]:
-        """One step of the engine, when it has something to do. Ctrl-C leaves it usable: a first one waits for the step's end."""
+        """One step of the engine, when it has something to do. Ctrl-C leaves it usable: it waits for the step's end."""
         if self.engine.idle_reason is not None and not self.engine.has_work:
             raise RequestError(f"the engine computes no answers now: {self.engine.idle_reason}")
         seconds = self.engine.seconds_until_work

@@ -7,12 +7,11 @@ needs it, so that help and usage errors are instant.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import logging
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -24,9 +23,6 @@ from stepgraph.config import EngineConfig, ServerConfig, add_flags, serve_config
 from stepgraph.errors import ConfigError, ModelError, RequestError, StepgraphError
 
 if TYPE_CHECKING:
-    from stepgraph.api import LLM
-    from stepgraph.engine.outputs import RequestOutput
-    from stepgraph.engine.sampling_params import SamplingParams
     from stepgraph.step.shape import StepShape
 
 logger = logging.getLogger(__name__)
@@ -85,78 +81,15 @@ def _noting_interrupts() -> Iterator[Callable[[], bool]]:
 
 
 def _generate(arguments: argparse.Namespace) -> int:
-    prompts = arguments.prompt or [_prompt_from_stdin()]
-    llm, params = _start(arguments)
-    if len(prompts) == 1 and not arguments.no_stream:
-        _print_stream(llm.stream(prompts[0], params))
-        _log_steps(llm)
-        return 0
-    outputs = llm.generate(prompts, params, use_tqdm=_progress())
-    for prompt, output in zip(prompts, outputs, strict=True):
-        if len(prompts) > 1:
-            print(f"=== {prompt!r}")
-        print(output.outputs[0].text)
-    _log_steps(llm)
-    for output in outputs:
-        _require_answer(output)
-    return 0
+    from stepgraph.text_commands import generate
 
-
-def _require_answer(output: RequestOutput) -> None:
-    error = output.outputs[0].error
-    if error is not None:
-        raise StepgraphError(f"the answer ended early: {error}")
-
-
-def _log_steps(llm: LLM) -> None:
-    """With -v: how many steps ran in a graph, why others did not, how much was padding, and what came of proposals."""
-    statistics = llm.engine.runner.pool.statistics
-    eager = {f"{kind} ({reason})": n for (kind, reason), n in statistics.steps.items() if reason is not None}
-    logger.info(
-        "%d of %d steps ran in a graph%s; %d tokens computed, %d more were padding",
-        statistics.num_steps - statistics.num_eager_steps,
-        statistics.num_steps,
-        "".join(f", {n} {what} eagerly" for what, n in eager.items()),
-        statistics.real_tokens,
-        statistics.padding_tokens,
-    )
-    speculation = llm.engine.speculation
-    if speculation.num_drafts:
-        logger.info(
-            "%d of %d proposals stood: %.2f tokens per step and request that verified some",
-            speculation.num_accepted_tokens,
-            speculation.num_draft_tokens,
-            speculation.mean_accepted_length,
-        )
+    return generate(arguments)
 
 
 def _chat(arguments: argparse.Namespace) -> int:
-    llm, params = _start(arguments)
-    opening = [{"role": "system", "content": arguments.system}] if arguments.system is not None else []
-    if arguments.message is not None:
-        _print_stream(llm.stream_chat([*opening, {"role": "user", "content": arguments.message}], params))
-        return 0
+    from stepgraph.text_commands import chat
 
-    interactive = sys.stdin.isatty()
-    history = list(opening)
-    for text in _lines_from_user() if interactive else _lines_from_pipe():
-        if text == "/exit":
-            break
-        if text == "/reset":
-            history = list(opening)
-            continue
-        if not text:
-            continue
-        turn = {"role": "user", "content": text}
-        try:
-            answer = _print_stream(llm.stream_chat([*history, turn], params))
-        except RequestError as error:
-            if not interactive:
-                raise
-            print(f"error: {error}\n/reset forgets the conversation so far.", file=sys.stderr)
-            continue
-        history += [turn, {"role": "assistant", "content": answer}]
-    return 0
+    return chat(arguments)
 
 
 def _serve(arguments: argparse.Namespace) -> int:
@@ -189,9 +122,7 @@ def _env(arguments: argparse.Namespace) -> int:
 
 
 def _graphs_list(arguments: argparse.Namespace) -> int:
-    config = _config(arguments)
-    if config.graph.graph_backend == "eager":
-        raise ConfigError("graph_backend='eager' captures no graphs; use auto, cuda or cpu")
+    config = _capturing_config(arguments)
     if not arguments.capture_now:
         shapes = _shapes(config)
         print("tokens  rows")
@@ -219,11 +150,10 @@ def _graphs_list(arguments: argparse.Namespace) -> int:
 
 
 def _graphs_verify(arguments: argparse.Namespace) -> int:
-    from stepgraph.graph.verify import main_verify
-
     if arguments.rounds < 1:
         raise ConfigError(f"rounds={arguments.rounds} checks nothing; use at least 1")
-    config = _config(arguments)
+    config = _capturing_config(arguments)
+    from stepgraph.graph.verify import main_verify
     from stepgraph.step.shape import Variant
 
     variants = [Variant[name.upper()] for name in arguments.variants]
@@ -238,9 +168,10 @@ def _graphs_verify(arguments: argparse.Namespace) -> int:
 
 
 def _graphs_warm(arguments: argparse.Namespace) -> int:
+    config = _capturing_config(arguments)
     from stepgraph.graph.warm import main_warm
 
-    return main_warm(_config(arguments), progress=_progress())
+    return main_warm(config, progress=_progress())
 
 
 def _demo(arguments: argparse.Namespace) -> int:
@@ -249,34 +180,11 @@ def _demo(arguments: argparse.Namespace) -> int:
     return demo.main(settings_from_flags(arguments), progress=_progress())
 
 
-def _start(arguments: argparse.Namespace) -> tuple[LLM, SamplingParams]:
-    """The model, and how to sample from it.
-
-    Bad sampling flags are refused before the model is loaded, and so is a model without a tokenizer: prompts here are text.
-    """
-    from stepgraph.api import LLM
-    from stepgraph.engine.sampling_params import SamplingParams
-    from stepgraph.models.source import resolve_configured
-
-    params = SamplingParams(
-        temperature=arguments.temperature,
-        top_p=arguments.top_p,
-        top_k=arguments.top_k,
-        min_p=arguments.min_p,
-        presence_penalty=arguments.presence_penalty,
-        frequency_penalty=arguments.frequency_penalty,
-        repetition_penalty=arguments.repetition_penalty,
-        max_tokens=arguments.max_tokens,
-        stop=arguments.stop,
-    )
-    settings = settings_from_flags(arguments)
-    source = resolve_configured(EngineConfig.from_settings(**settings).model)
-    source.check_tokenizer()
-    return LLM(**settings, source=source, progress=_progress()), params
-
-
-def _config(arguments: argparse.Namespace) -> EngineConfig:
-    return EngineConfig.from_settings(**settings_from_flags(arguments))
+def _capturing_config(arguments: argparse.Namespace) -> EngineConfig:
+    config = EngineConfig.from_settings(**settings_from_flags(arguments))
+    if config.graph.graph_backend == "eager":
+        raise ConfigError("graph_backend='eager' captures no graphs; use auto, cuda or cpu")
+    return config
 
 
 def _shapes(config: EngineConfig) -> list[StepShape]:
@@ -292,42 +200,6 @@ def _progress() -> bool:
     return sys.stderr.isatty()
 
 
-def _print_stream(outputs: Iterable[RequestOutput]) -> str:
-    """Print an answer as it grows; returns the whole."""
-    text = ""
-    for output in outputs:
-        whole = output.outputs[0].text
-        print(whole[len(text) :], end="", flush=True)
-        text = whole
-        if output.finished:
-            print()
-            _require_answer(output)
-    return text
-
-
-def _prompt_from_stdin() -> str:
-    if sys.stdin.isatty():
-        raise RequestError("there is no prompt; give --prompt TEXT, or pipe one in")
-    return sys.stdin.read().removesuffix("\n")
-
-
-def _lines_from_user() -> Iterator[str]:
-    with contextlib.suppress(ImportError):
-        import readline  # noqa: F401  # gives input() history and editing
-    print("Type a message; /reset forgets the conversation, /exit leaves.")
-    while True:
-        try:
-            yield input("> ").strip()
-        except EOFError:
-            print()
-            return
-
-
-def _lines_from_pipe() -> Iterator[str]:
-    for line in sys.stdin:
-        yield line.strip()
-
-
 def _parser() -> argparse.ArgumentParser:
     parser = CommandParser(
         prog="stepgraph", description="LLM inference in which every step is one launch of one captured graph."
@@ -335,16 +207,30 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"stepgraph {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    generate = _add(commands, "generate", _generate, "continue a text", flags=True)
-    generate.add_argument(
-        "--prompt", action="append", metavar="TEXT", help="text to continue; several run at once; default: stdin"
+    generate = _add(
+        commands, "generate", _generate, "continue a text as it stands; chat models answer in `chat`", flags=True
     )
-    generate.add_argument("--no-stream", action="store_true", help="print the answer when it is complete")
+    generate.add_argument(
+        "--prompt",
+        action="append",
+        metavar="TEXT",
+        help="text to continue; several run at once; default: all of stdin, which is not read with this flag",
+    )
+    generate.add_argument("--no-stream", action="store_true", help="print the text when it is complete")
+    generate.text_flag = "--prompt"
     _add_sampling_flags(generate, max_tokens=128)
 
-    chat = _add(commands, "chat", _chat, "talk with a model, one line per message", flags=True)
-    chat.add_argument("--message", metavar="TEXT", help="answer this one message and exit")
+    chat = _add(
+        commands,
+        "chat",
+        _chat,
+        "talk with a chat model, at the terminal or, a line per message, through a pipe",
+        flags=True,
+    )
+    chat.add_argument("--message", metavar="TEXT", help="answer this one message and exit; stdin is not read")
     chat.add_argument("--system", metavar="TEXT", help="system prompt; default: the model's")
+    chat.add_argument("--no-history", action="store_true", help="keep nothing of what is typed for later sessions")
+    chat.text_flag = "--message"
     _add_sampling_flags(chat, max_tokens=None)
 
     _add(commands, "serve", _serve, "answer HTTP requests, as the OpenAI API has them", flags=True, server=True)
@@ -405,13 +291,13 @@ def _add(
     *,
     flags: bool = False,
     server: bool = False,
-) -> argparse.ArgumentParser:
+) -> CommandParser:
     """One command; `run` gets its parsed flags and returns the exit code.
 
     `flags`: it takes all engine settings; `server`: and those of the server.
     """
     usage = "%(prog)s [options] [MODEL]" if flags else None  # listing every setting would bury what was wrong
-    parser: argparse.ArgumentParser = commands.add_parser(
+    parser: CommandParser = commands.add_parser(
         name, help=text, description=f"{text[0].upper()}{text[1:]}.", usage=usage, allow_abbrev=False
     )
     parser.set_defaults(run=run)

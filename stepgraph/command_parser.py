@@ -14,6 +14,9 @@ class CommandParser(argparse.ArgumentParser):
     argparse leaves what a command does not know to the root, which reports it with its own usage and has none of its flags.
     """
 
+    text_flag: str | None = None
+    """The flag by which a text is given that may be written in its place without quotes."""
+
     def parse_known_args(  # type: ignore[override]  # one signature for argparse's overloads
         self, args: Sequence[str] | None = None, namespace: Any = None
     ) -> tuple[Any, list[str]]:
@@ -24,6 +27,8 @@ class CommandParser(argparse.ArgumentParser):
             close = [
                 match for flag in flags for match in difflib.get_close_matches(flag, self._option_string_actions, n=1)
             ]
+            if self.text_flag and not any(argument.startswith("-") for argument in unknown):
+                close = [f"{self.text_flag} 'TEXT'"]
             hint = f"; did you mean {', '.join(close)}?" if close else "."
             self.exit(2, f"error: {self.prog} does not know {' '.join(unknown)}{hint} See {self.prog} --help\n")
         return parsed, unknown

@@ -18,11 +18,13 @@ from typing import Any
 from stepgraph.bench.report import machine, table
 from stepgraph.config import EngineConfig
 from stepgraph.engine.chat_template import ChatTemplate
-from stepgraph.engine.engine import Engine
+from stepgraph.engine.engine import Engine, context_len
 from stepgraph.engine.request import Request, RequestUpdate
 from stepgraph.engine.sampling_params import SamplingParams
 from stepgraph.engine.session import Session
+from stepgraph.errors import ConfigError
 from stepgraph.graph.pool import StepRecord
+from stepgraph.models.source import ModelSource, resolve_configured
 
 SETTINGS = {
     "max_num_seqs": 4,
@@ -87,8 +89,17 @@ def main(settings: dict[str, Any], *, progress: bool) -> int:
         The exit code: 0, or 1 if graphs and eager execution gave different tokens.
     """
     settings = {**SETTINGS, **settings}
+    config = EngineConfig.from_settings(**settings)
+    eager_config = EngineConfig.from_settings(**{**settings, "graph_backend": "eager"})
     started = time.perf_counter()
-    engine = Engine(EngineConfig.from_settings(**settings), progress=progress)
+    source = resolve_configured(config.model)
+    source.check_tokenizer()
+    source.check_chat_template()
+    prompts = _tokenize(source)
+    needed = max(map(len, prompts.values())) + ANSWER_TOKENS
+    if needed > context_len(config, source):
+        raise ConfigError(f"max_model_len={context_len(config, source)} is too small; the demo needs {needed}")
+    engine = Engine(config, source=source, progress=progress)
     where = machine(engine.platform)
     versions = ", ".join(f"{name} {version}" for name, version in where["versions"].items())
     print(f"{versions}\n{where['device']}, {where['threads']} threads")
@@ -105,15 +116,13 @@ def main(settings: dict[str, Any], *, progress: bool) -> int:
         flush=True,
     )
 
-    prompts = _tokenize(engine)
     _show_answers(engine, prompts)
-    eager_config = EngineConfig.from_settings(**{**settings, "graph_backend": "eager"})
     return _compare(engine, eager_config, prompts, progress=progress)
 
 
-def _tokenize(engine: Engine) -> dict[str, list[int]]:
+def _tokenize(source: ModelSource) -> dict[str, list[int]]:
     """Token ids of each arrival, as one chat turn."""
-    template = ChatTemplate(engine.tokenizer)
+    template = ChatTemplate(source.tokenizer())
     return {
         arrival.name: template.prompt([{"role": "user", "content": arrival.text}])["prompt_token_ids"]
         for arrival in ARRIVALS

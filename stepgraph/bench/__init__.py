@@ -9,6 +9,7 @@ import importlib
 import sys
 from collections.abc import Sequence
 
+from stepgraph.bench.report import check_outputs
 from stepgraph.command_parser import CommandParser
 
 _BENCHMARKS = (
@@ -38,4 +39,5 @@ def main(argv: Sequence[str] | None = None) -> int:
     for name in asked:  # only what is asked for: a load generator should not wait for torch, nor carry it
         importlib.import_module(f"stepgraph.bench.{name}").add_parser(commands)
     arguments = parser.parse_args(argv)
+    check_outputs(arguments)
     return int(arguments.run(arguments))

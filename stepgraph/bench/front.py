@@ -7,6 +7,7 @@ served token goes through comes on top: the message, JSON, HTTP, and the client 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import re
 import statistics
@@ -62,8 +63,16 @@ def add_parser(commands: Any) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Entry point; returns the exit code."""
-    if min(arguments.repeats, *arguments.streams) < 1:
-        raise ConfigError(f"repeats={arguments.repeats}, streams={arguments.streams}: all must be 1 or more")
+    if min(arguments.repeats, arguments.prompt_len, arguments.output_len, *arguments.streams) < 1:
+        raise ConfigError(
+            f"repeats={arguments.repeats}, prompt_len={arguments.prompt_len}, output_len={arguments.output_len}, "
+            f"streams={arguments.streams}: all must be 1 or more"
+        )
+    for package in ("aiohttp", "fastapi", "uvicorn", "msgspec", "zmq"):
+        if importlib.util.find_spec(package) is None:
+            raise ConfigError(
+                f"bench front needs {package}, which is not installed; pip install 'stepgraph[server,bench]'"
+            )
     most = max(arguments.streams)
     settings = _settings(arguments, most)
     config = EngineConfig.from_settings(**settings)

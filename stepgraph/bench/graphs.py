@@ -118,8 +118,10 @@ def add_parser(commands: Any) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Run the benchmark; returns the exit code."""
-    if arguments.repeats < 1:
-        raise ConfigError(f"repeats={arguments.repeats} must be 1 or more")
+    if arguments.repeats < 1 or arguments.kernels < 0:
+        raise ConfigError(
+            f"repeats={arguments.repeats}, kernels={arguments.kernels}: repeats must be 1 or more, kernels no negative number"
+        )
     asked = choose(CASES, arguments.cases)
     # Prompts of repeated steps are alike, and shall be computed each time.
     config = EngineConfig.from_settings(**({"enable_prefix_caching": False} | settings_from_flags(arguments)))
@@ -389,9 +391,7 @@ def _kernel_names(kernels: Sequence[KernelTime]) -> str:
 
 
 def _plot(path: Path, measured: Sequence[Measurement], title: str) -> None:
-    plt = pyplot(path)
-    if plt is None:
-        return
+    plt = pyplot()
     figure, axes = plt.subplots(figsize=(9, 0.55 * len(measured) + 1.6), layout="constrained")
     y = range(len(measured))
     axes.barh([i - 0.2 for i in y], [m.eager_ms for m in measured], 0.38, label="eager", color="#b0b7c3")

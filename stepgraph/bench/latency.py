@@ -229,10 +229,10 @@ def _long_contexts(measured: Sequence[Measurement], limits: Limits) -> Iterator[
 def _plot(path: Path, measured: Sequence[Measurement], limits: Limits, title: str) -> None:
     """FLOPs per second over FLOPs per byte, both axes logarithmic, below what the machine can do. Long contexts are left out:
     their points lie on that of the short one."""
-    plt = pyplot(path)
     measured = [m for m in measured if " at " not in m.case]
-    if plt is None or not measured:
+    if not measured:
         return
+    plt = pyplot()
     figure, axes = plt.subplots(figsize=(9, 6), layout="constrained")
     costs = [StepCost(m.bytes, m.flops) for m in measured]
     intensities = [cost.flops / cost.bytes for cost in costs]

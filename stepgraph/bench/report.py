@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import argparse
+import errno
+import importlib.util
 import json
+import os
 import platform
 import sys
 from collections.abc import Mapping, Sequence
@@ -76,19 +80,48 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 def write_json(path: Path, result: Mapping[str, Any]) -> None:
     """Write a result, with the command that made it. Values of flags that may hold secrets are left out."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     command = " ".join(["python", *_without_secrets(sys.orig_argv[1:])])
     path.write_text(json.dumps({"command": command, **result}, indent=2) + "\n")
     print(f"wrote {path}")
 
 
-def pyplot(path: Path) -> Any | None:
-    """matplotlib's pyplot, for a picture in a file; None if it is not installed, and says so."""
+def check_outputs(arguments: argparse.Namespace) -> None:
+    """Find out, before hours of measuring, whether the files of results can be written. Makes their folders.
+
+    Raises:
+        ConfigError: one cannot, or there is nothing to draw a picture with.
+    """
+    flags = vars(arguments)
+    for flag in ("json", "plot"):
+        if (path := flags.get(flag)) is not None:
+            _require_writable(f"--{flag}", path)
+    if flags.get("save_result"):
+        folder = flags["result_dir"] or Path()
+        _require_writable("--save-result", folder / (flags["result_filename"] or ".stepgraph-result"))
+    if flags.get("plot") is not None and importlib.util.find_spec("matplotlib") is None:
+        raise ConfigError("--plot needs matplotlib, which is not installed; pip install 'stepgraph[plot]'")
+
+
+def _require_writable(flag: str, path: Path) -> None:
     try:
-        import matplotlib
-    except ImportError:
-        print(f"no plot: {path} needs matplotlib; pip install 'stepgraph[plot]'", file=sys.stderr)
-        return None
+        if path.parent.exists() and not path.parent.is_dir():
+            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if not path.exists():
+            path.touch()
+            path.unlink()
+        elif path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        elif not os.access(path, os.W_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+    except OSError as error:
+        raise ConfigError(f"{flag}: {path} cannot be written: {error.strerror}; choose another file") from error
+
+
+def pyplot() -> Any:
+    """matplotlib's pyplot, for a picture in a file."""
+    import matplotlib
+
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
@@ -97,7 +130,6 @@ def pyplot(path: Path) -> Any | None:
 
 def save_figure(figure: Any, path: Path, *, dpi: int = 110) -> None:
     """Write a picture."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=dpi)
     print(f"wrote {path}")
 

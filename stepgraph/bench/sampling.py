@@ -14,8 +14,9 @@ from tqdm import tqdm
 from stepgraph.bench.graphs import CONTEXT, GREEDY, Contender, lay_out, time_interleaved
 from stepgraph.bench.report import machine, table, write_json
 from stepgraph.config import EngineConfig, add_flags, settings_from_flags
-from stepgraph.engine.engine import Engine
+from stepgraph.engine.engine import Engine, context_len
 from stepgraph.errors import ConfigError
+from stepgraph.models.source import resolve_configured
 from stepgraph.step import slot_line
 from stepgraph.step.runner import StepRunner
 from stepgraph.step.shape import Variant
@@ -100,13 +101,13 @@ def run(arguments: argparse.Namespace) -> int:
         raise ConfigError(f"repeats={arguments.repeats} must be 1 or more")
     settings: dict[str, Any] = {"max_num_seqs": max(ROWS), "capture": "lazy"} | settings_from_flags(arguments)
     config = EngineConfig.from_settings(**settings)
-    engine = Engine(config, progress=sys.stderr.isatty())
-    runner = engine.runner
-    if runner.max_model_len < CONTEXT + 2:
+    source = resolve_configured(config.model)
+    if (longest := context_len(config, source)) < CONTEXT + 2:
         raise ConfigError(
-            f"max_model_len={runner.max_model_len} is too small for decode steps at {CONTEXT} tokens of context; "
-            f"give {CONTEXT + 2} or more"
+            f"max_model_len={longest} is too small for decode steps at {CONTEXT} tokens of context; give {CONTEXT + 2} or more"
         )
+    engine = Engine(config, source=source, progress=sys.stderr.isatty())
+    runner = engine.runner
     most = min(runner.pool.max_shape.num_rows, (runner.num_kv_blocks - 1) // -(-(CONTEXT + 1) // runner.block_size))
     if not most:
         raise ConfigError(

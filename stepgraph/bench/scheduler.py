@@ -407,9 +407,7 @@ def _ms(run: Simulation, what: str, percent: int) -> str:
 
 
 def _plot(path: Path, outcomes: Sequence[Outcome], names: Sequence[str]) -> None:
-    plt = pyplot(path)
-    if plt is None:
-        return
+    plt = pyplot()
     figure, (waste, waiting, sizes) = plt.subplots(1, 3, figsize=(16, 4.8), layout="constrained")
     policy = outcomes[0].case.name
     outcomes = [outcome for outcome in outcomes if outcome.case.name == policy]

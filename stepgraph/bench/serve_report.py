@@ -54,10 +54,8 @@ def request_details(outcomes: Sequence[Outcome]) -> dict[str, Any]:
 
 
 def plot(path: Path, outcomes: Sequence[Outcome], title: str) -> None:
-    """Draw how long first tokens and gaps took, and the course of the run, as PNG; says so where matplotlib is missing."""
-    plt = pyplot(path)
-    if plt is None:
-        return
+    """Draw how long first tokens and gaps took, and the course of the run, as PNG."""
+    plt = pyplot()
     figure, (first, gaps, timeline) = plt.subplots(1, 3, figsize=(16, 4.8), layout="constrained")
     answered = [outcome for outcome in outcomes if not outcome.error]
     for axes, name, times_s in (

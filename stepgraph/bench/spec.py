@@ -17,6 +17,7 @@ from stepgraph.bench.spec_workloads import WORKLOADS, load_workload
 from stepgraph.config import EngineConfig, add_flags, settings_from_flags
 from stepgraph.config.speculative import SpeculativeConfig
 from stepgraph.engine.engine import Engine
+from stepgraph.engine.sampling_params import SamplingParams
 from stepgraph.errors import ConfigError
 from stepgraph.models.source import resolve_configured
 from stepgraph.step.slot_line import MAX_DRAFTS
@@ -107,6 +108,9 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _run_text(arguments: argparse.Namespace, settings: dict[str, Any]) -> int:
+    SamplingParams(
+        temperature=arguments.temperature or 0.0, max_tokens=arguments.output_len
+    )  # refused before models are read
     names = arguments.workloads or tuple(WORKLOADS)
     options = TextOptions(
         methods=(BASELINE, *(m for m in arguments.methods or _METHODS if m != BASELINE)),
@@ -172,6 +176,8 @@ def _run_forced(arguments: argparse.Namespace, settings: dict[str, Any]) -> int:
     )
     if not 0 <= options.acceptance <= 1:
         raise ConfigError(f"--acceptance {options.acceptance} is a probability; give 0 to 1")
+    if settings.get("load_format", "dummy") != "dummy":
+        raise ConfigError("with --acceptance, weights are random; leave --load-format out")
     if "num_speculative_tokens" in settings:
         raise ConfigError(
             "with --acceptance, --drafts gives the numbers of proposals; leave --num-speculative-tokens out"

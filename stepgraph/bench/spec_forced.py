@@ -26,6 +26,7 @@ from stepgraph.engine.reports import StepReport
 from stepgraph.engine.sampling_params import SamplingParams
 from stepgraph.errors import ConfigError
 from stepgraph.models.source import ModelSource, resolve_configured
+from stepgraph.platforms import create_platform
 from stepgraph.step.plan import StepKind
 
 _WARM_STEPS = 4
@@ -131,15 +132,19 @@ def measure(
     Raises:
         ConfigError: settings that do not fit each other, the model or the machine.
     """
-    source = resolve_configured(EngineConfig.from_settings(**settings, load_format="dummy").model)
+    config = EngineConfig.from_settings(**{**settings, "load_format": "dummy"})
+    platform = create_platform(config.model.device)
+    if options.count_launches and platform.device.type != "cuda":
+        raise ConfigError(f"--count-launches needs CUDA, and this is {platform.name}; leave it out")
+    source = resolve_configured(config.model)
     settings = _complete(settings, options, source)
+    configs = {num_drafts: _config(settings, options, num_drafts) for num_drafts in options.num_drafts}
+    for config in (EngineConfig.from_settings(**settings), *configs.values()):
+        check_rows(config, max(options.batch_sizes))
     plain = Engine(EngineConfig.from_settings(**settings), source=source, progress=progress)
-    if options.count_launches and plain.platform.device.type != "cuda":
-        raise ConfigError(f"--count-launches needs CUDA, and this is {plain.platform.name}; leave it out")
-    check_rows(plain, max(options.batch_sizes))
     limits, results = measure_limits(plain.platform, plain.dtype), []
-    for num_drafts in options.num_drafts:
-        engine = _create(settings, options, num_drafts, source, progress)
+    for num_drafts, config in configs.items():
+        engine = Engine(config, source=source, progress=progress)
         for batch_size in tqdm(
             options.batch_sizes, f"{num_drafts} proposals", leave=False, disable=not sys.stderr.isatty()
         ):
@@ -170,18 +175,14 @@ def _complete(settings: Mapping[str, Any], options: ForcedOptions, source: Model
     }
 
 
-def _create(
-    settings: Mapping[str, Any], options: ForcedOptions, num_drafts: int, source: ModelSource, progress: bool
-) -> Engine:
+def _config(settings: Mapping[str, Any], options: ForcedOptions, num_drafts: int) -> EngineConfig:
     speculative = {
         "speculative_method": "mtp",
         "num_speculative_tokens": num_drafts,
         "speculative_adaptive": False,
         "speculative_acceptance": options.acceptance,
     }
-    engine = Engine(EngineConfig.from_settings(**settings, **speculative), source=source, progress=progress)
-    check_rows(engine, max(options.batch_sizes))
-    return engine
+    return EngineConfig.from_settings(**settings, **speculative)
 
 
 def _measure(

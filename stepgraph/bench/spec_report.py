@@ -139,9 +139,7 @@ def forced_tables(results: Sequence[ForcedResult]) -> str:
 
 def plot_text(path: Path, results: Sequence[MethodResult], title: str) -> None:
     """Speed-up of each method on each workload, with the ideal of its graphs."""
-    plt = pyplot(path)
-    if plt is None:
-        return
+    plt = pyplot()
     shown = [r for r in results if r.method != BASELINE]
     figure, axes = plt.subplots(figsize=(9, 0.4 * len(shown) + 1.8), layout="constrained")
     places = range(len(shown))
@@ -163,9 +161,7 @@ def plot_text(path: Path, results: Sequence[MethodResult], title: str) -> None:
 
 def plot_forced(path: Path, results: Sequence[ForcedResult], title: str) -> None:
     """Speed-up over the number of proposals, with the ideal, for each number of rows."""
-    plt = pyplot(path)
-    if plt is None:
-        return
+    plt = pyplot()
     sizes = sorted({r.batch_size for r in results})
     figure, panels = plt.subplots(
         1, len(sizes), figsize=(3.2 * len(sizes) + 1, 3.6), sharey=True, squeeze=False, layout="constrained"

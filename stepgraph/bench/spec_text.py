@@ -21,6 +21,7 @@ from stepgraph.engine.prompts import require_tokenizer
 from stepgraph.engine.reports import StepReport
 from stepgraph.engine.sampling_params import SamplingParams
 from stepgraph.errors import ConfigError
+from stepgraph.graph.pool import capturable_shapes
 from stepgraph.models.source import ModelSource
 from stepgraph.step.plan import StepKind
 from stepgraph.step.shape import StepShape
@@ -188,28 +189,33 @@ def create_engines(
         "num_kv_blocks": 2 + int(WATERMARK * rows * -(-longest // block_size)),
         "capture": "lazy",
     }
+    configs = {
+        method: EngineConfig.from_settings(**{**defaults, **settings, "speculative_method": method})
+        for method in options.methods
+    }
+    for config in configs.values():
+        check_rows(config, rows)
     engines: dict[str, Engine] = {}
-    for method in options.methods:
-        config = EngineConfig.from_settings(**{**defaults, **settings, "speculative_method": method})
+    for method, config in configs.items():
         engine = engines[method] = Engine(config, source=source, progress=progress)
-        check_rows(engine, rows)
         if len(engines) == 1:
             _check_memory(engine, len(options.methods))
     return engines
 
 
-def check_rows(engine: Engine, rows: int) -> None:
+def check_rows(config: EngineConfig, rows: int) -> None:
     """Refuse more rows than run at once, or of which a step cannot verify all proposals.
 
     Raises:
         ConfigError: says how many run.
     """
-    if rows > engine.config.scheduler.max_num_seqs:
+    most, budget = config.scheduler.max_num_seqs, config.scheduler.max_num_batched_tokens
+    if rows > most:
         raise ConfigError(
-            f"{rows} requests do not run at once with max_num_seqs={engine.config.scheduler.max_num_seqs}; raise it, or lower "
-            "--batch-sizes"
+            f"{rows} requests do not run at once with max_num_seqs={most}; raise it, or lower --batch-sizes"
         )
-    num_drafts, limit = engine.config.speculative.max_drafts, engine.runner.pool.max_tokens
+    shapes = capturable_shapes(config.graph, max_tokens=budget, max_rows=most)
+    num_drafts, limit = config.speculative.max_drafts, max(shape.num_tokens for shape in shapes)
     if rows * (1 + num_drafts) > limit:
         raise ConfigError(
             f"{rows} rows of {num_drafts} proposals are {rows * (1 + num_drafts)} tokens, and a step runs at most {limit}; raise "

@@ -21,8 +21,9 @@ from stepgraph.bench.serve_prompts import PromptOptions, make_prompts
 from stepgraph.bench.serve_report import latency_table, summary_table
 from stepgraph.bench.workloads import arrival_times
 from stepgraph.config import EngineConfig, add_flags, settings_from_flags
-from stepgraph.engine.engine import Engine
+from stepgraph.engine.engine import Engine, context_len
 from stepgraph.errors import ConfigError, StepgraphError
+from stepgraph.models.source import resolve_configured
 
 _INPUT_LEN, _OUTPUT_LEN = 512, 128
 _METRICS = ("ttft", "tpot", "itl")
@@ -80,12 +81,13 @@ def run(arguments: argparse.Namespace) -> int:
     outputs = length_range(arguments.random_output_range, arguments.random_output_len or _OUTPUT_LEN, ratio)
     # Prompts of repeated rounds are the same, and shall be computed each time.
     config = EngineConfig.from_settings(**({"enable_prefix_caching": False} | settings_from_flags(arguments)))
-    engine = Engine(config, progress=sys.stderr.isatty())
-    if inputs[1] + outputs[1] > engine.max_model_len:
+    source = resolve_configured(config.model)
+    if inputs[1] + outputs[1] > (longest := context_len(config, source)):
         raise ConfigError(
-            f"a prompt of {inputs[1]} tokens and an answer of {outputs[1]} do not fit into max_model_len="
-            f"{engine.max_model_len}; shorten them or raise it"
+            f"a prompt of {inputs[1]} tokens and an answer of {outputs[1]} do not fit into max_model_len={longest}; shorten them "
+            "or raise it"
         )
+    engine = Engine(config, source=source, progress=sys.stderr.isatty())
     options = PromptOptions(
         dataset="random",
         chat=False,

@@ -70,18 +70,16 @@ def add_parser(commands: Any) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Run the benchmark; returns 1 if graphs changed an answer."""
-    if arguments.prompts < 1:
-        raise ConfigError(f"prompts={arguments.prompts} must be 1 or more")
+    if min(arguments.prompts, arguments.tokens) < 1:
+        raise ConfigError(f"prompts={arguments.prompts}, tokens={arguments.tokens}: both must be 1 or more")
     settings = settings_from_flags(arguments) | {"seed": 0}
+    precisions = {name: _precision(name) for name in arguments.dtypes}
+    for precision in precisions.values():  # a bad one is found before the others have been measured
+        EngineConfig.from_settings(**(settings | precision))
     float32_tokens: list[list[int]] = []
     float32_log_probs = torch.empty(0)
     comparisons = []
-    for name in arguments.dtypes:
-        weights, _, cache_dtype = name.partition("/")
-        dtype, _, quantization = weights.partition("+")
-        precision = {"dtype": dtype, "kv_cache_dtype": cache_dtype or "auto"}
-        if quantization:
-            precision["quantization"] = quantization
+    for name, precision in precisions.items():
         eager = _answer(settings | precision | {"graph_backend": "eager"}, arguments)
         graphs = _answer(settings | precision, arguments)
         if not float32_tokens:
@@ -120,6 +118,14 @@ def run(arguments: argparse.Namespace) -> int:
             },
         )
     return 0 if all(c.same_as_eager == c.prompts and c.eager_steps == 0 for c in comparisons) else 1
+
+
+def _precision(name: str) -> dict[str, str]:
+    """The settings that one of ``--dtypes`` stands for."""
+    weights, _, cache_dtype = name.partition("/")
+    dtype, _, quantization = weights.partition("+")
+    precision = {"dtype": dtype, "kv_cache_dtype": cache_dtype or "auto"}
+    return precision | ({"quantization": quantization} if quantization else {})
 
 
 @dataclass(frozen=True)

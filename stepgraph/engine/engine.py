@@ -90,7 +90,7 @@ class Engine:
         self.config = config
         self.source = source or resolve_configured(config.model)
         self.platform = create_platform(config.model.device)
-        self.max_model_len = _max_model_len(config, self.source)
+        self.max_model_len = context_len(config, self.source)
         self.end_token_ids = end_tokens_of(self.source)
         """Tokens with which the model ends an answer."""
         self.dtype: torch.dtype = (
@@ -655,7 +655,8 @@ class Engine:
             raise EngineDeadError(f"the engine stopped on an earlier error: {self._failure}") from self._failure
 
 
-def _max_model_len(config: EngineConfig, source: ModelSource) -> int:
+def context_len(config: EngineConfig, source: ModelSource) -> int:
+    """Most tokens of a prompt and its answer; ConfigError if more are asked for than the model has positions."""
     wanted, limit = config.model.max_model_len, source.config.max_position_embeddings
     if wanted is not None and wanted > limit:
         raise ConfigError(

@@ -6,12 +6,16 @@ import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from time import monotonic
 from types import FrameType
+
+_PATIENCE_S = 0.5
+"""A Ctrl-C that comes sooner after the first is the same wish, of an impatient finger; a later one says that the step hangs."""
 
 
 @contextmanager
 def interrupts_held() -> Iterator[None]:
-    """Hold back the first Ctrl-C until the end of the block, and let a second one through at once.
+    """Hold back Ctrl-C until the end of the block, and let one through at once that comes half a second or more after the first.
 
     Signals reach the main thread only; in others this does nothing, and neither does it where Ctrl-C is ignored or handled
     outside Python.
@@ -20,12 +24,14 @@ def interrupts_held() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread() or not callable(handler):
         yield
         return
-    held = False
+    held_since: float | None = None
 
     def hold(number: int, frame: FrameType | None) -> None:
-        nonlocal held
-        held = not held
-        if not held:
+        nonlocal held_since
+        if held_since is None:
+            held_since = monotonic()
+        elif monotonic() - held_since >= _PATIENCE_S:
+            held_since = None
             handler(number, frame)
 
     signal.signal(signal.SIGINT, hold)
@@ -33,5 +39,5 @@ def interrupts_held() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGINT, handler)
-        if held:
+        if held_since is not None:
             handler(signal.SIGINT, None)

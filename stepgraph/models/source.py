@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import logging
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
@@ -22,6 +23,8 @@ from stepgraph.models.language_model import LanguageModelConfig
 from stepgraph.models.registry import choose_config
 from stepgraph.models.safetensors import read_safetensors, weight_files
 from stepgraph.models.tokenizer import (
+    may_have_chat_template,
+    no_chat_template,
     require_known_tokenizer,
     require_tokenizer_files,
     tokenizer_from_folder,
@@ -73,6 +76,10 @@ class ModelSource(ABC):
         """Raise the ModelError of `tokenizer` if it can be known without reading it. Takes no time."""
 
     @abstractmethod
+    def check_chat_template(self) -> None:
+        """Raise a ModelError if it can be known without reading the tokenizer that it has no chat template. Takes no time."""
+
+    @abstractmethod
     def tokenizer(self) -> PreTrainedTokenizerFast:
         """The model's tokenizer; ModelError if there is none."""
 
@@ -109,6 +116,11 @@ class GGUFSource(ModelSource):
     def check_tokenizer(self) -> None:
         """See `ModelSource.check_tokenizer`."""
         require_known_tokenizer(self._file)
+
+    def check_chat_template(self) -> None:
+        """See `ModelSource.check_chat_template`."""
+        if not self._file.value("tokenizer.chat_template", str, None):
+            raise ModelError(no_chat_template(self.name))
 
     def tokenizer(self) -> PreTrainedTokenizerFast:
         """See `ModelSource.tokenizer`."""
@@ -148,6 +160,11 @@ class FolderSource(ModelSource):
         """See `ModelSource.check_tokenizer`."""
         require_tokenizer_files(self._folder)
 
+    def check_chat_template(self) -> None:
+        """See `ModelSource.check_chat_template`."""
+        if not may_have_chat_template(self._folder):
+            raise ModelError(no_chat_template(self.name))
+
     def tokenizer(self) -> PreTrainedTokenizerFast:
         """See `ModelSource.tokenizer`."""
         return tokenizer_from_folder(self._folder)
@@ -185,6 +202,10 @@ class ShapeSource(ModelSource):
         """Always a ModelError."""
         raise self._no_tokenizer()
 
+    def check_chat_template(self) -> None:
+        """Always a ModelError."""
+        raise self._no_tokenizer()
+
     def tokenizer(self) -> PreTrainedTokenizerFast:
         """Always a ModelError."""
         raise self._no_tokenizer()
@@ -219,14 +240,14 @@ def resolve(model: str, *, weights: bool = True, model_impl: str = "auto") -> Mo
         if path is None:
             raise ModelError(f'The model "{model}" is not installed: run `stepgraph pull {model}`.')
         return GGUFSource(model, path, model_impl)
-    path = Path(model).expanduser()
-    if path.is_file():
+    path = Path(os.path.expanduser(model))  # pathlib raises for ~nobody, and for what is too long for a name
+    if os.path.isfile(path):
         if path.suffix != ".gguf":
             raise ModelError(
                 f"{path} is a file but not a .gguf file; give a .gguf file or a folder with a config.json."
             )
         return GGUFSource(model, path, model_impl)
-    if path.is_dir():
+    if os.path.isdir(path):
         if not (path / "config.json").is_file():
             raise ModelError(f"The folder {path} has no config.json; give a folder that save_pretrained wrote.")
         return FolderSource(model, path, model_impl)

@@ -13,6 +13,7 @@ from tokenizers.models import BPE
 
 from stepgraph.errors import ModelError
 from stepgraph.models.gguf import GGUFFile
+from stepgraph.models.json_file import read_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -32,6 +33,23 @@ def require_tokenizer_files(folder: Path) -> None:
             f"{folder} holds no tokenizer (tokenizer.json), without which prompts can only be token ids, in Python and over "
             "HTTP; copy the tokenizer files of the original model into it."
         )
+
+
+def may_have_chat_template(folder: Path) -> bool:
+    """Whether a checkpoint folder holds a chat template, as far as that shows without reading its tokenizer."""
+    of_files = ("chat_template.jinja", "chat_template.json", "additional_chat_templates", "tekken.json")
+    if any((folder / name).exists() for name in of_files):
+        return True
+    settings = folder / "tokenizer_config.json"
+    return settings.is_file() and read_json(settings).get("chat_template") is not None
+
+
+def no_chat_template(name: str) -> str:
+    """What to say of a model without one."""
+    return (
+        f"{name} has no chat template, which makes a prompt of a conversation: it is no chat model. Let it continue a text "
+        "(`stepgraph generate`, LLM.generate, /v1/completions), or use the variant of it that was trained to chat."
+    )
 
 
 def tokenizer_from_folder(folder: Path) -> PreTrainedTokenizerFast:

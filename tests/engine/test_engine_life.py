@@ -7,6 +7,7 @@ import threading
 import weakref
 from collections.abc import Iterator
 from dataclasses import replace
+from itertools import count
 
 import pytest
 import torch
@@ -499,7 +500,20 @@ def test_ctrl_c_ends_the_call_after_its_step_and_leaves_a_usable_engine(llm, mon
 
 
 @pytest.mark.usefixtures("ctrl_c_interrupts")
-def test_a_second_ctrl_c_interrupts_at_once(tiny_model, monkeypatch) -> None:
+def test_presses_of_an_impatient_finger_are_one_ctrl_c(llm, monkeypatch) -> None:
+    monkeypatch.setattr("stepgraph.engine.interrupts.monotonic", lambda: 7.0)
+    with monkeypatch.context() as patch:
+        log = interrupting(llm, patch, at_step=2, presses=3)
+        with pytest.raises(KeyboardInterrupt):
+            llm.generate([1], GREEDY, use_tqdm=False)
+    assert log == ["step", "step", "held", "held", "held"]
+    assert llm.generate([1], GREEDY, use_tqdm=False)[0].finished
+
+
+@pytest.mark.usefixtures("ctrl_c_interrupts")
+def test_a_ctrl_c_some_time_after_the_first_interrupts_a_step_that_hangs(tiny_model, monkeypatch) -> None:
+    clock = count()
+    monkeypatch.setattr("stepgraph.engine.interrupts.monotonic", lambda: float(next(clock)))
     llm = LLM(tiny_model, progress=False, **TINY_SETTINGS)
     log = interrupting(llm, monkeypatch, at_step=2, presses=3)
     with pytest.raises(KeyboardInterrupt):
