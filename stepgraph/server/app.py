@@ -18,12 +18,15 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 import stepgraph
 from stepgraph.server.administration import ADMINISTRATION, Administration, add_administration
+from stepgraph.server.anthropic import MessagesReply, count_tokens
+from stepgraph.server.anthropic_errors import error_reply
+from stepgraph.server.anthropic_requests import CountTokensRequest, MessagesRequest
 from stepgraph.server.bodies import Body
 from stepgraph.server.chat import ChatReply
 from stepgraph.server.completions import CompletionCall
 from stepgraph.server.directory import endpoints, methods_of, not_allowed, not_found
 from stepgraph.server.door import Door
-from stepgraph.server.errors import APIError, api_error, error_response, report, timed_out
+from stepgraph.server.errors import APIError, api_error, report, timed_out
 from stepgraph.server.metrics import Metrics
 from stepgraph.server.operations import add_health, add_operations
 from stepgraph.server.protocol import ChatRequest, CompletionRequest
@@ -57,16 +60,20 @@ class Call(Protocol):
         """The last events if `events` breaks off."""
 
 
-class Streamable(Protocol):
-    """A request's body, as far as the way of the reply goes."""
-
-    stream: bool
+class Fields(Protocol):
+    """A request's body."""
 
     def ignored(self) -> list[str]:
         """Names of the fields that nothing here knows."""
 
     def spelled(self, param: str) -> str:
         """How it spells what an error is about."""
+
+
+class Streamable(Fields, Protocol):
+    """A request's body, as far as the way of the reply goes."""
+
+    stream: bool
 
     def let_go(self) -> None:
         """Forget what only the prompt was made of."""
@@ -78,7 +85,7 @@ def create_app(service: Service, metrics: Metrics, *, api_keys: Sequence[str]) -
     app = FastAPI(
         title="stepgraph",
         version=stepgraph.__version__,
-        description="An OpenAI-compatible service; every step of the model is one launch of one captured graph.",
+        description="The APIs of OpenAI and Anthropic; every step of the model is one launch of one captured graph.",
         root_path=config.root_path or "",
         docs_url=None,
         redoc_url=None,
@@ -164,7 +171,7 @@ def _limited(answer: Handler) -> Handler:
             async with asyncio.timeout(_QUICK_S):
                 return await answer(http)
         except TimeoutError:
-            return error_response(APIError(504, f"the request took longer than {_QUICK_S} s and was ended"))
+            return error_reply(APIError(504, f"the request took longer than {_QUICK_S} s and was ended"), http.scope)
 
     return handle
 
@@ -181,6 +188,15 @@ def _add_generation(app: FastAPI, service: Service) -> None:
     @app.post("/v1/responses", summary="Answer a conversation; nothing is kept", tags=[_GENERATION])
     async def responses(body: ResponsesRequest, http: Request) -> Response:
         return await _answer(ResponsesReply.start, body, http, service)
+
+    @app.post("/v1/messages", summary="Answer a conversation, as Anthropic's API does", tags=[_GENERATION])
+    async def messages(body: MessagesRequest, http: Request) -> Response:
+        return await _answer(MessagesReply.start, body, http, service)
+
+    @app.post("/v1/messages/count_tokens", summary="The number of tokens of a conversation", tags=["tokenizer"])
+    async def count_message_tokens(body: CountTokensRequest, http: Request) -> Response:
+        headers = _ignored_fields(body, http.scope["state"]["request_id"])
+        return Response(await count_tokens(body, service), media_type="application/json", headers=headers)
 
 
 def _add_models(app: FastAPI, service: Service) -> None:
@@ -241,9 +257,9 @@ async def _answer(
             return await _unless_left(http.receive, whole())
     except TimeoutError:
         assert timeout_s is not None
-        return error_response(timed_out(timeout_s))
+        return error_reply(timed_out(timeout_s), http.scope)
     except Exception as error:
-        return error_response(report(error, context.request_id, body.spelled))
+        return error_reply(report(error, context.request_id, body.spelled), http.scope)
 
 
 def _left(timeout_s: float | None, context: Context) -> float | None:
@@ -269,7 +285,7 @@ async def _unless_left(receive: Receive, work: Any) -> Response:
         del working, leaving
 
 
-def _ignored_fields(body: Streamable, request_id: str) -> Mapping[str, str]:
+def _ignored_fields(body: Fields, request_id: str) -> Mapping[str, str]:
     headers = ignored_fields(body.ignored())
     for named in headers.values():
         logger.warning("request %s: unknown fields were ignored: %s", request_id, named)
@@ -278,7 +294,7 @@ def _ignored_fields(body: Streamable, request_id: str) -> Mapping[str, str]:
 
 def _add_error_handlers(app: FastAPI) -> None:
     async def on_known(http: Request, error: Exception) -> Response:
-        return error_response(api_error(error, request_id=http.scope["state"]["request_id"]))
+        return error_reply(api_error(error, request_id=http.scope["state"]["request_id"]), http.scope)
 
     async def on_http(http: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
@@ -289,7 +305,7 @@ def _add_error_handlers(app: FastAPI) -> None:
         elif error.status_code == 405:
             headers["Allow"] = methods_of(app.routes, path)
             message = not_allowed(path, http.method, headers["Allow"])
-        return error_response(APIError(error.status_code, message, headers=headers))
+        return error_reply(APIError(error.status_code, message, headers=headers), http.scope)
 
     for kind in (APIError, stepgraph.errors.StepgraphError, Exception):
         app.add_exception_handler(kind, on_known)

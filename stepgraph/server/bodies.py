@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import json
 import re
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
@@ -47,7 +47,7 @@ _FORMS = {
     "tool_choice": "none, auto, required, or an object that names a function",
     "guided_json": "a JSON schema, as an object or as text",
 }
-"""Of fields that may have several."""
+"""Of fields that may have several. A request's class may have others in `forms`."""
 
 
 class ItemCount:
@@ -232,7 +232,7 @@ def _parse(content: bytes, kind: type[B]) -> B:
             400, f"the body is not JSON: {error.msg} at character {error.pos}", code="invalid_json"
         ) from error
     except ValidationError as error:
-        raise _invalid(error, given) from error
+        raise _invalid(error, given, _FORMS | getattr(kind, "forms", {})) from error
     except UnicodeDecodeError as error:
         raise APIError(
             400, f"the body is not JSON: byte {error.start} is no UTF-8 text; send it as UTF-8", code="invalid_json"
@@ -243,12 +243,12 @@ def _parse(content: bytes, kind: type[B]) -> B:
         ) from error
 
 
-def _invalid(error: ValidationError, given: Any) -> APIError:
+def _invalid(error: ValidationError, given: Any, forms: Mapping[str, str]) -> APIError:
     first = error.errors(include_url=False)[0]
     message, code = first["msg"], None
-    place, field = _place(first["loc"], given)
-    if field in _FORMS:  # one error for each form it might have
-        message = f"it must be {_FORMS[field]}"
+    place, field = _place(first["loc"], given, forms)
+    if field in forms:  # one error for each form it might have
+        message = f"it must be {forms[field]}"
     elif first["type"] == "missing":
         message, code = "it is missing; give it", "missing_required_parameter"
         place = f"{place}.{first['loc'][-1]}".lstrip(".")
@@ -257,14 +257,14 @@ def _invalid(error: ValidationError, given: Any) -> APIError:
     return APIError(422, f"{place or 'the body'}: {message}", param=place or None, code=code)
 
 
-def _place(where: Sequence[int | str], given: Any) -> tuple[str, str]:
+def _place(where: Sequence[int | str], given: Any, forms: Collection[str]) -> tuple[str, str]:
     """The place of an error in what was given, as `messages[0].role`, and the name of its last field. `where` ends with names of
     the forms that a value may have, if it may have several; what is inside of such a value counts for the whole."""
     place, field = "", ""
     for part in where:
-        if isinstance(given, dict) and isinstance(part, str) and part in given and field not in _FORMS:
+        if isinstance(given, dict) and isinstance(part, str) and part in given and field not in forms:
             place, field = f"{place}.{part:.80}".lstrip("."), part
-        elif isinstance(given, list) and isinstance(part, int) and part < len(given) and field not in _FORMS:
+        elif isinstance(given, list) and isinstance(part, int) and part < len(given) and field not in forms:
             place = f"{place}[{part}]"
         else:
             break

@@ -30,6 +30,7 @@ _ELSEWHERE = (
         "files, batches, training and moderation are not offered; for many prompts at once send a list of them as prompt to "
         "/v1/completions",
     ),
+    (r"messages/batches(/.*)?", "batches are not offered: send each conversation to /v1/messages"),
     (
         r"(responses/resp_|chat/completions/chatcmpl-).*",
         "no reply is kept: keep what /v1/responses and /v1/chat/completions return",

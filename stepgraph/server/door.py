@@ -13,8 +13,9 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from stepgraph.server.anthropic_errors import error_reply, is_anthropics
 from stepgraph.server.bodies import Bodies, Body
-from stepgraph.server.errors import APIError, error_response, report
+from stepgraph.server.errors import APIError, report
 
 OPEN_PATHS = frozenset({"/", "/health", "/ping", "/ready", "/version", "/load", "/metrics"})
 """What load balancers, orchestrators and Prometheus ask for: without a key, and while the server shuts down."""
@@ -59,7 +60,10 @@ class Door:
             nonlocal status, is_whole
             if message["type"] == "http.response.start":
                 status = message["status"]
-                MutableHeaders(scope=message)["X-Request-Id"] = request_id
+                reply_headers = MutableHeaders(scope=message)
+                reply_headers["X-Request-Id"] = request_id
+                if is_anthropics(scope["path"]):
+                    reply_headers["Request-Id"] = request_id
             else:
                 is_whole = not message.get("more_body", False)
             await send(message)
@@ -73,7 +77,7 @@ class Door:
         except Exception as error:
             failure = report(error, request_id)
             if not status:
-                await error_response(failure)(scope, receive, send_on)
+                await error_reply(failure, scope)(scope, receive, send_on)
             elif not is_whole:  # all that is left is to break it off
                 raise
         finally:
@@ -85,12 +89,14 @@ class Door:
         if not self._api_keys or path in OPEN_PATHS:
             return
         kind, _, key = headers.get("authorization", "").partition(" ")
-        given = key.strip().encode()
-        matches = [hmac.compare_digest(given, known) for known in self._api_keys]  # all of them, in constant time
-        if kind.lower() != "bearer" or not any(matches):
+        given = [key if kind.lower() == "bearer" else "", headers.get("x-api-key", "")]
+        matches = [
+            hmac.compare_digest(one.strip().encode(), known) for one in given for known in self._api_keys
+        ]  # all of them, in constant time
+        if not any(matches):
             raise APIError(
                 401,
-                "the API key is missing or wrong; send a header 'Authorization: Bearer KEY'",
+                "the API key is missing or wrong; send a header 'Authorization: Bearer KEY' or 'X-Api-Key: KEY'",
                 headers={"WWW-Authenticate": "Bearer"},
             )
 

@@ -12,15 +12,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from openai.types.responses import Response
+from scripted_calls import ScriptedCall, answers, gain, streamed
 
 from stepgraph.engine.outputs import Logprob
 from stepgraph.engine.sampling_params import SamplingParams
 from stepgraph.engine.session import AnswerDelta
 from stepgraph.errors import EngineDeadError, RequestError
 from stepgraph.server.chat import ChatCall, Gain
-from stepgraph.server.conversation import Piece, ToolUse
+from stepgraph.server.conversation import ToolUse
 from stepgraph.server.protocol import Function, Tool
-from stepgraph.server.replies import CompletionTokensDetails, PromptTokensDetails, Usage
 from stepgraph.server.responses import (
     ResponsesReply,
     ResponsesRequest,
@@ -31,42 +31,11 @@ from stepgraph.server.responses import (
     tools_of,
 )
 from stepgraph.server.service import Context
-from stepgraph.server.sse import EventStream
-from stepgraph.server.tool_calls import ToolCallDelta
 
 UNKNOWN_TO_THE_CLIENT = {"store", "bytes", "name", "presence_penalty", "frequency_penalty"}
 """Fields that the client's types lack here or there, and the API's reference has."""
 WEATHER = {"type": "function", "name": "weather", "parameters": {"type": "object"}, "description": "Of a place."}
 LOGPROBS = ["message.output_text.logprobs"]
-
-
-class ScriptedCall:
-    """A `ChatCall` whose answer is known. With `stalls`, it does not end."""
-
-    def __init__(self, gains, error=None, *, stalls=False):
-        self._gains = gains
-        self._error = error
-        self._stalls = stalls
-        self.ended = False
-
-    async def gains(self):
-        try:
-            for gain in self._gains:
-                yield gain
-            if self._stalls:
-                await asyncio.Event().wait()
-            if self._error is not None:
-                raise self._error
-        finally:
-            self.ended = True
-
-    def usage(self) -> Usage:
-        return Usage(11, 5, 16, PromptTokensDetails(8), CompletionTokensDetails(2))
-
-
-def gain(reasoning="", content="", calls=(), *, end=None, logprobs=None) -> Gain:
-    delta = AnswerDelta(0, "", tuple(range(len(logprobs or ()))), logprobs, end, None)
-    return Gain(delta, Piece(reasoning, content, [ToolCallDelta(*call) for call in calls]), end)
 
 
 def request_of(**fields) -> ResponsesRequest:
@@ -117,20 +86,6 @@ class Wire:
         self.stream(reply)
         with self.client.responses.stream(model="tiny", input="Hi") as stream:
             return stream.get_final_response()
-
-
-async def streamed(reply: ResponsesReply, timeout_s: float | None) -> bytes:
-    """The body that a client who stays gets."""
-    sent = []
-
-    async def send(message) -> None:
-        sent.append(message.get("body", b""))
-
-    async def receive():
-        await asyncio.Event().wait()
-
-    await EventStream(reply.events(), failed=reply.failed, request_id="r1", timeout_s=timeout_s)({}, receive, send)
-    return b"".join(sent)
 
 
 def checked(value):
@@ -237,36 +192,6 @@ def test_a_stream_tells_of_each_item_from_its_beginning_to_its_end(wire) -> None
         "output_item.done",
         "completed",
     ]
-
-
-FRAGMENT = st.text(st.sampled_from('a{"ü\n'), min_size=1, max_size=4)
-CALL = st.tuples(st.sampled_from(["f", "g"]), st.lists(FRAGMENT, max_size=3))
-
-
-@st.composite
-def answers(draw):
-    """Gains of an answer, and what is in it: reasoning, content, and calls with their arguments."""
-    reasoning = draw(st.lists(FRAGMENT, max_size=3))
-    written = [("reasoning", text) for text in reasoning]
-    content, calls = [], []
-    for part in draw(st.lists(FRAGMENT | CALL, max_size=5)):
-        if isinstance(part, str):
-            content.append(part)
-            written.append(("content", part))
-            continue
-        name, texts = part
-        begins_with_text = bool(texts) and draw(st.booleans())
-        written.append(("call", (len(calls), name, texts[0] if begins_with_text else "")))
-        written += [("call", (len(calls), None, text)) for text in texts[begins_with_text:]]
-        calls.append((name, "".join(texts)))
-    gains = []
-    while written or not gains or draw(st.booleans()):
-        size = draw(st.integers(0, 4))
-        here, written = written[:size], written[size:]
-        joined = ["".join(text for kind, text in here if kind == wanted) for wanted in ("reasoning", "content")]
-        gains.append(gain(*joined, [call for kind, call in here if kind == "call"]))
-    gains.append(gain(end=draw(st.sampled_from(["stop", "length", "tool_calls", "abort"]))))
-    return gains, ("".join(reasoning), "".join(content), calls)
 
 
 @given(answers())

@@ -47,6 +47,9 @@ def test_nothing_without_a_key_but_what_operators_need(tiny_model, tmp_path) -> 
             assert server.post("/tokenize", {"prompt": "a"}, headers=headers).status == 401
         for key in ("first", "second", "from-file", "from-env"):
             assert server.get("/v1/models", headers={"Authorization": f"Bearer {key}"}).status == 200
+            assert server.get("/v1/models", headers={"X-Api-Key": key, "Authorization": "Bearer wrong"}).status == 200
+        refused = server.post("/v1/messages", {}, headers={"X-Api-Key": "wrong"})
+        assert (refused.status, refused.json["error"]["type"]) == (401, "authentication_error")
         allowed = server.get("/v1/models", headers={"Authorization": "Bearer first", "Origin": "https://a.example"})
         assert allowed.headers["access-control-allow-origin"] == "https://a.example"
         other = server.get("/v1/models", headers={"Authorization": "Bearer first", "Origin": "https://b.example"})
