@@ -115,6 +115,8 @@ def main(settings: dict[str, Any], *, progress: bool) -> int:
         f"steps of up to {pool.max_tokens} tokens in up to {pool.max_shape.num_rows} rows",
         flush=True,
     )
+    if eager_steps := engine.config.graph.eager_steps():
+        print(f"steps without a graph: {eager_steps}", flush=True)
 
     _show_answers(engine, prompts)
     return _compare(engine, eager_config, prompts, progress=progress)

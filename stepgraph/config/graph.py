@@ -30,7 +30,12 @@ class GraphConfig:
     max_capture_size: int | None = setting(
         None, "largest captured token count; default: max_num_batched_tokens", minimum=1
     )
-    cudagraph_only_prefill: bool = setting(False, "capture steps that only prefill; all other steps run eagerly")
+    cudagraph_only_prefill: bool = setting(False, "capture steps that only prefill; steps that decode run eagerly")
+    max_prefill_capture_size: int | None = setting(
+        None,
+        "most tokens of a step that prefills and does not decode for it to run in a graph; larger ones run eagerly; default: no limit",
+        minimum=1,
+    )
     graph_memory_mib: int | None = setting(None, "memory that captured graphs may take; default: no limit", minimum=1)
     capture_context_len: int | None = setting(
         None, "context length of the trial run if all graphs are captured at start; default: max_model_len", minimum=1
@@ -40,11 +45,20 @@ class GraphConfig:
     def __post_init__(self) -> None:
         check(self)
 
+    def eager_steps(self) -> str | None:
+        """In the words of a log: which steps run without a graph by these settings, though others run in one; None if none do."""
+        if self.graph_backend == "eager":
+            return None
+        steps = ["those that decode (cudagraph_only_prefill)"] if self.cudagraph_only_prefill else []
+        if (most := self.max_prefill_capture_size) is not None:
+            steps.append(f"those that only prefill, more than {most} tokens (max_prefill_capture_size)")
+        return " and ".join(steps) or None
+
 
 _RENAMED = {
     "cudagraph_capture_sizes": "capture_sizes",
     "max_capture_size": "max_capture_size",
-    "max_capture_shape_prefill": "max_capture_size",
+    "max_capture_shape_prefill": "max_prefill_capture_size",
     "cudagraph_only_prefill": "cudagraph_only_prefill",
     "cudagraph_num_of_warmups": "capture_warmups",
     "expected_decode_len": "capture_context_len",

@@ -151,8 +151,11 @@ class GraphPool(Generic[Output]):
         self._trial = trial
         self._graph_bytes = graph_bytes
         self._token_sizes, self._row_sizes = _ladder(config, max_tokens, max_rows)
+        if eager_steps := config.eager_steps():
+            logger.warning("steps that run without a graph, and so more slowly: %s", eager_steps)
+        self._longest_prefill = config.max_prefill_capture_size or max_tokens
         self._draft_levels = tuple(draft_levels)
-        self._spare = [shape for level in reversed(self._draft_levels) for shape in self.shapes(num_drafts=level)]
+        self._spare = self._shapes_to_capture(self._draft_levels)
         self.capture_seconds = 0.0
         """Time all captures took, those of graphs over the budget included."""
         self._entries: dict[StepShape, _Entry[Output]] = {}
@@ -190,11 +193,16 @@ class GraphPool(Generic[Output]):
         return tuple(self._token_sizes)
 
     def shapes(self, variant: Variant = Variant.PLAIN, num_drafts: int = 0) -> list[StepShape]:
-        """All shapes of a variant and a number of proposals that may be captured, largest first."""
+        """All shapes of a variant and a number of proposals that steps may have, largest first."""
         return [
             replace(shape, variant=variant, num_drafts=num_drafts)
             for shape in _shapes(self._token_sizes, self._row_sizes)
         ]
+
+    def _shapes_to_capture(self, draft_levels: Sequence[int]) -> list[StepShape]:
+        """Plain shapes of these numbers of proposals that are captured ahead, largest first, most proposals first."""
+        shapes = _shapes_to_capture(self._config, self._token_sizes, self._row_sizes)
+        return [replace(shape, num_drafts=level) for level in reversed(draft_levels) for shape in shapes]
 
     def records(self) -> list[GraphRecord]:
         """Captured graphs, smallest first."""
@@ -233,6 +241,8 @@ class GraphPool(Generic[Output]):
             reason = EagerReason.GRAPHS_OFF
         elif self._config.cudagraph_only_prefill and plan.kind is not StepKind.PREFILL:
             reason = EagerReason.NOT_PURE_PREFILL
+        elif plan.num_tokens > self._longest_prefill and plan.kind is StepKind.PREFILL:
+            reason = EagerReason.LONG_PREFILL
         else:
             entry = self._entries.get(shape) or self._try_to_capture(shape) or self._covering(shape)
             if entry is None:
@@ -266,12 +276,12 @@ class GraphPool(Generic[Output]):
         return self._eager[shape]
 
     def capture_all(self, *, progress: bool) -> None:
-        """Capture every plain shape, largest first, until the memory budget is used up: with as many proposals as there may be,
+        """Capture the plain shapes, largest first, until the memory budget is used up: with as many proposals as there may be,
         and with fewer if all graphs were asked for by name; `capture_spare` adds those. Others wait for their first use."""
         if self._backend.name == "eager":
             return
         levels = self._draft_levels if self._config.capture == "all" else self._draft_levels[-1:]
-        wanted = [shape for level in reversed(levels) for shape in self.shapes(num_drafts=level)]
+        wanted = self._shapes_to_capture(levels)
         shapes = tqdm(
             wanted,
             desc="capturing graphs",
@@ -370,8 +380,25 @@ class GraphPool(Generic[Output]):
 
 
 def capturable_shapes(config: GraphConfig, *, max_tokens: int, max_rows: int) -> list[StepShape]:
-    """The shapes a pool of these settings may capture, largest first; ConfigError as for the pool."""
-    return _shapes(*_ladder(config, max_tokens, max_rows))
+    """The shapes a pool of these settings captures ahead, largest first; ConfigError as for the pool."""
+    return _shapes_to_capture(config, *_ladder(config, max_tokens, max_rows))
+
+
+def _shapes_to_capture(
+    config: GraphConfig, token_sizes: list[int], row_sizes: dict[int, list[int]]
+) -> list[StepShape]:
+    """All shapes; with `cudagraph_only_prefill`, those that steps of prompts alone come to as a rule."""
+    shapes = _shapes(token_sizes, row_sizes)
+    if not config.cudagraph_only_prefill:
+        return shapes
+    longest = min(config.max_prefill_capture_size or token_sizes[-1], token_sizes[-1])
+    longest = token_sizes[bisect_left(token_sizes, longest)]
+    return [shape for shape in shapes if shape.num_tokens <= longest and not _is_for_decodes(shape)]
+
+
+def _is_for_decodes(shape: StepShape) -> bool:
+    """Whether only steps of many rows, most of one token, need this shape. Should prompts do, it is captured at that first use."""
+    return shape.num_rows > 8 and shape.num_tokens < 2 * shape.num_rows
 
 
 def _shapes(token_sizes: list[int], row_sizes: dict[int, list[int]]) -> list[StepShape]:

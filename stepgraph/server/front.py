@@ -127,6 +127,8 @@ async def _serve(front: Front) -> int:
                 f"{ready.device}, {ready.precision}; context {ready.max_model_len}); ready in {seconds:.1f} s",
                 flush=True,
             )
+            if eager_steps := front.engine_config.graph.eager_steps():
+                print(f"steps without a graph: {eager_steps}", flush=True)
             if ready.max_drafts:
                 print(f"speculative decoding: {front.engine_config.speculative}", flush=True)
             await asyncio.wait([stop.task(), *tasks], return_when=asyncio.FIRST_COMPLETED)

@@ -10,5 +10,6 @@ class EagerReason(StrEnum):
 
     GRAPHS_OFF = "graphs_off"  # graph_backend=eager
     NOT_PURE_PREFILL = "not_pure_prefill"  # cudagraph_only_prefill, and the step decodes
+    LONG_PREFILL = "long_prefill"  # max_prefill_capture_size, and the step prefills more tokens and decodes nothing
     MEMORY_BUDGET = "memory_budget"  # no captured graph fits and graph_memory_mib is used up
     CAPTURE_FAILED = "capture_failed"  # no captured graph fits and capturing one failed while serving; the log says why

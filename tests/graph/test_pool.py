@@ -266,6 +266,40 @@ def test_only_prefill_graphs_run_pure_prefills_and_all_else_runs_eagerly_with_th
     }
 
 
+def test_the_limit_of_prefills_leaves_longer_ones_without_a_graph_for_a_reason_of_their_own_and_bounds_no_other_step() -> None:
+    device = Device()
+    pool = create_pool(device, max_prefill_capture_size=16)
+    assert (pool.max_tokens, len(pool.shapes())) == (64, 6)
+    record, graph = pool.graph_for(plan(9, 8, prefill_rows=2))
+    assert (record.shape, graph) == (StepShape(64, 2), pool.eager_twin(StepShape(64, 2)))
+    assert device.captured == []
+    assert pool.graph_for(plan(8, 8, prefill_rows=2))[1] == FakeGraph(StepShape(16, 2))
+    assert pool.graph_for(plan(1, 16, prefill_rows=1))[1] == FakeGraph(StepShape(64, 2))
+    assert pool.graph_for(plan(9, 8))[1] == FakeGraph(StepShape(64, 2))  # proposals to verify
+    assert pool.statistics.steps == {
+        (StepKind.PREFILL, EagerReason.LONG_PREFILL): 1,
+        (StepKind.PREFILL, None): 1,
+        (StepKind.MIXED, None): 1,
+        (StepKind.DECODE, None): 1,
+    }
+
+
+def test_only_prefill_graphs_capture_nothing_that_prompts_do_not_come_to_as_a_rule(caplog) -> None:
+    settings = {"max_tokens": 256, "max_rows": 64, "capture_sizes": None, "capture_rows": None}
+    every, device = create_pool(Device(), **settings).shapes(), Device()
+    pool = create_pool(device, **settings, lazy=False, cudagraph_only_prefill=True, max_prefill_capture_size=130)
+    assert "those that decode (cudagraph_only_prefill) and those that only prefill, more than 130 tokens" in caplog.text
+    pool.capture_all(progress=False)
+    captured = [shape for shape, *_ in device.captured]
+    assert set(every) - set(captured) == {
+        shape for shape in every if shape.num_tokens > 160 or (shape.num_rows > 8 and shape.num_tokens < 2 * shape.num_rows)
+    }
+    assert {"160x64", "128x64", "64x8", "8x8", "1x1"} <= {str(shape) for shape in captured}
+    assert not pool.capture_spare()
+    record, graph = pool.graph_for(plan(*[1] * 64, prefill_rows=64))  # prompts that do come to it have their graph, too
+    assert (str(record.shape), record.captured, graph) == ("64x64", True, FakeGraph(record.shape))
+
+
 def test_graphs_off_runs_every_step_eagerly_at_its_padded_shape_with_the_reason() -> None:
     device = Device(name="eager")
     pool = create_pool(device)
