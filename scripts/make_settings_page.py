@@ -12,7 +12,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from stepgraph.config.engine import GROUPS, NOT_YET
+from stepgraph.config.engine import GROUPS
 from stepgraph.config.fields import scalar_type
 from stepgraph.config.server import API_KEY_VARIABLE, LOG_LEVEL_VARIABLE, SERVE_PARTS
 
@@ -51,6 +51,7 @@ $ stepgraph serve smollm2 --port 8080 --max-num-seqs 32
 
 - `stepgraph serve --model smollm2` and `python -m stepgraph.server --model smollm2` are the same as `stepgraph serve smollm2`.
 - A switch has two flags: `--enable-lora` and `--no-enable-lora`.
+- Whole numbers may be written short: `8k` is 8000, `8K` is 8192.
 - A list takes several values, or the flag several times: `--served-model-name assistant smollm2`. Put MODEL before it.
 
 ## A file
@@ -80,12 +81,8 @@ What is underneath reads its own, among them `CUDA_VISIBLE_DEVICES`, `OMP_NUM_TH
 FOREIGN = """\
 ## Settings from other engines
 
-Many names are vLLM's. `--graph-optimization-config` takes FastDeploy's JSON, for example
-`'{"use_cudagraph": true, "cudagraph_only_prefill": true}'`: every key has its effect or is refused with the reason. These flags
-and keys are accepted as long as they change nothing:
-
-| Flag | Key | Accepted | Otherwise |
-| --- | --- | --- | --- |
+Flags, keys and values of vLLM and FastDeploy are understood, have no effect or are refused with the reason, in files and in
+Python too: [coming-from.md](coming-from.md).
 """
 
 
@@ -97,15 +94,11 @@ def page() -> str:
         lines = [f"## {part}", "", title, "", "| Flag | Key | Default | Meaning |", "| --- | --- | --- | --- |"]
         lines += [_row(part_type, field) for field in dataclasses.fields(part_type)]
         for name, group in GROUPS.items():
-            if group.part == part:
+            if group.part == part and group.help is not None:
                 meaning = f"several of these at once as JSON (in a file: as a mapping), {group.help}"
                 lines.append(f"| `{_flag(name)}` | `{name}` |  | {meaning} |")
         sections.append("\n".join(lines) + "\n")
-    foreign = [
-        f"| `{_flag(name)}` | `{name}` | {_accepted(off)} | {_cell(reason)} |"
-        for name, (off, reason) in NOT_YET.items()
-    ]
-    sections.append(FOREIGN + "\n".join(foreign) + "\n")
+    sections.append(FOREIGN)
     return "\n".join(sections)
 
 
@@ -129,10 +122,6 @@ def _flag(name: str) -> str:
 def _yaml(value: Any) -> str:
     """`value` as one writes it in a file."""
     return value if isinstance(value, str) else json.dumps(value)
-
-
-def _accepted(off: tuple[Any, ...]) -> str:
-    return " or ".join("unset" if value is None else f"`{_yaml(value)}`" for value in off)
 
 
 def _cell(text: str) -> str:

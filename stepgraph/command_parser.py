@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import argparse
 import difflib
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Sequence
 from typing import Any
 
 
@@ -17,10 +18,15 @@ class CommandParser(argparse.ArgumentParser):
     text_flag: str | None = None
     """The flag by which a text is given that may be written in its place without quotes."""
 
+    prepare: Callable[[CommandParser, Sequence[str]], Sequence[str]] | None = None
+    """Gets a command's parser and its arguments, and returns those to parse."""
+
     def parse_known_args(  # type: ignore[override]  # one signature for argparse's overloads
         self, args: Sequence[str] | None = None, namespace: Any = None
     ) -> tuple[Any, list[str]]:
         """As argparse's, but arguments that are not known end the process with exit code 2 and one line on stderr."""
+        if self.prepare is not None:
+            args = self.prepare(self, sys.argv[1:] if args is None else args)
         parsed, unknown = super().parse_known_args(args, namespace)
         if unknown:
             flags = [argument.partition("=")[0] for argument in unknown if argument.startswith("--")]

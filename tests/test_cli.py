@@ -344,7 +344,7 @@ def test_the_command_line_of_fastdeploy_users_is_understood(serving, monkeypatch
         "--model smollm2 --max-num-seqs 64 --max-model-len 8192 --port 8988 --engine-worker-queue-port 7732 "
         "--metrics-port 7733 --tensor-parallel-size 1 --graph-optimization-config "
     )
-    words = [*line.split(), '{"use_cudagraph":true,"cudagraph_only_prefill":true}']
+    words = [*line.split(), ' {"use_cudagraph":true, "cudagraph_only_prefill":true}']
     monkeypatch.setattr(sys, "argv", ["stepgraph.server", *words])
     with pytest.raises(SystemExit, match="3"):
         runpy.run_module("stepgraph.server", run_name="__main__")

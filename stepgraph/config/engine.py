@@ -7,13 +7,14 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from stepgraph.config.cache import CacheConfig
-from stepgraph.config.fields import homes_of, refuse_unknown
-from stepgraph.config.graph import GraphConfig, graph_config_from_json
+from stepgraph.config.fields import homes_of, read_object, refuse_unknown
+from stepgraph.config.graph import GraphConfig, check_graph_keys
 from stepgraph.config.guidance import GuidanceConfig
 from stepgraph.config.lora import LoRAConfig
 from stepgraph.config.model import ModelConfig
+from stepgraph.config.other_engines import translated, translated_keys
 from stepgraph.config.scheduler import SchedulerConfig
-from stepgraph.config.speculative import SpeculativeConfig, speculative_config_from_json
+from stepgraph.config.speculative import SpeculativeConfig, check_speculative_keys
 from stepgraph.errors import ConfigError
 
 
@@ -33,17 +34,14 @@ class EngineConfig:
     def from_settings(cls, **settings: Any) -> EngineConfig:
         """Build from flat settings, e.g. ``from_settings(model="smollm2", max_num_seqs=8)``.
 
-        ``graph_optimization_config`` and ``speculative_config`` may hold the JSON text (or dict) of several settings. When only
-        `max_num_seqs` or only `max_num_batched_tokens` is given, the other's default yields to it.
+        ``graph_optimization_config`` and ``speculative_config`` may hold the JSON text (or dict) of several settings. Names
+        and values of other engines are understood, see `stepgraph.config.other_engines`. When only `max_num_seqs` or only
+        `max_num_batched_tokens` is given, the other's default yields to it.
 
         Raises:
             ConfigError: unknown setting, bad value, or settings that contradict each other.
         """
         settings = flattened(settings)
-        for name in sorted(set(settings) & set(NOT_YET)):
-            value, (off, reason) = settings.pop(name), NOT_YET[name]
-            if value not in off:
-                raise ConfigError(f"{name}={value!r} is not supported: {reason}")
         homes = homes_of(ENGINE_PARTS)
         refuse_unknown(settings, homes)
         rows, tokens = settings.get("max_num_seqs"), settings.get("max_num_batched_tokens")
@@ -58,18 +56,17 @@ class EngineConfig:
 
 
 def flattened(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """The same settings, lists as tuples, and those in ``graph_optimization_config`` and ``speculative_config`` beside them.
+    """The same settings under our names, lists as tuples, and those in ``graph_optimization_config`` and the like beside them.
 
     Raises:
-        ConfigError: one of the two makes no sense, or contradicts a setting given beside it.
+        ConfigError: one asks for what does not exist, or two contradict each other.
     """
-    flat: dict[str, Any] = {
-        name: tuple(value) if isinstance(value, list) else value for name, value in settings.items()
-    }
+    lists = {name: tuple(value) if isinstance(value, list) else value for name, value in settings.items()}
+    flat: dict[str, Any] = translated(lists)
     for key, group in GROUPS.items():
         grouped = flat.pop(key, None)
         if grouped is not None:
-            for name, value in group.read(grouped).items():
+            for name, value in group.settings(key, grouped).items():
                 if flat.setdefault(name, value) != value:
                     raise ConfigError(f"{name} is {flat[name]!r} and, in {key}, {value!r}")
     return flat
@@ -80,16 +77,43 @@ class Group(NamedTuple):
 
     part: str
     """Where those belong, as in `ENGINE_PARTS`."""
-    read: Callable[[Any], dict[str, Any]]
-    """From text or dict to flat settings."""
-    help: str
+    help: str | None
+    """None for a group that only other engines have."""
+    example: str
+    """JSON text that would do."""
+    prefix: str = ""
+    """What the keys leave out of the names of our settings."""
+    check: Callable[[dict[str, Any], dict[str, Any]], None] = lambda given, settings: None
+    """Raises a ConfigError if keys, and the settings they come to, make no sense together."""
+
+    def settings(self, name: str, given: Any) -> dict[str, Any]:
+        """The settings in `given`, which is text or a dict, under our names.
+
+        Raises:
+            ConfigError: it is no JSON object, or makes no sense; says what is known.
+        """
+        keys = read_object(name, given, self.example)
+        fields = ENGINE_PARTS[self.part].__dataclass_fields__
+        settings = translated_keys(
+            name, keys, {key: key for key in fields} | {key.removeprefix(self.prefix): key for key in fields}
+        )
+        self.check(keys, settings)
+        return settings
 
 
 GROUPS = {
-    "graph_optimization_config": Group("graph", graph_config_from_json, "with FastDeploy's key names accepted too"),
-    "speculative_config": Group(
-        "speculative", speculative_config_from_json, "the names without `speculative_`, and other engines' key names"
+    "graph_optimization_config": Group(
+        "graph", "with FastDeploy's key names accepted too", '{"use_cudagraph": true}', check=check_graph_keys
     ),
+    "speculative_config": Group(
+        "speculative",
+        "the names without `speculative_`, and other engines' key names",
+        '{"method": "mtp", "num_speculative_tokens": 3}',
+        "speculative_",
+        check_speculative_keys,
+    ),
+    "compilation_config": Group("graph", None, '{"cudagraph_mode": "FULL"}'),
+    "structured_outputs_config": Group("guidance", None, '{"disable_any_whitespace": true}'),
 }
 
 ENGINE_PARTS: dict[str, Any] = {
@@ -102,11 +126,3 @@ ENGINE_PARTS: dict[str, Any] = {
     "speculative": SpeculativeConfig,
 }
 """The dataclasses by the names of `EngineConfig`'s fields, in the order in which they are shown."""
-
-NOT_YET: dict[str, tuple[tuple[Any, ...], str]] = {
-    "tensor_parallel_size": ((None, 1), "the engine runs on one device; start it with 1"),
-    "pipeline_parallel_size": ((None, 1), "the engine runs on one device; start it with 1"),
-    "enforce_eager": ((None, False), "use graph_backend='eager'"),
-    "trust_remote_code": ((None, False), "models are run by stepgraph's own code; leave it unset"),
-}
-"""Settings users bring from other engines: the values that mean "off" are accepted, others refused with the reason."""

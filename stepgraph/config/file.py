@@ -5,8 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from stepgraph.config.engine import GROUPS, NOT_YET, flattened
+from stepgraph.config.engine import GROUPS, flattened
 from stepgraph.config.fields import check_value, homes_of, refuse_unknown, scalar_type
+from stepgraph.config.other_engines import tables, translated
 from stepgraph.config.server import SERVE_PARTS
 from stepgraph.errors import ConfigError
 
@@ -56,8 +57,9 @@ def _flat(loaded: Any) -> dict[str, Any]:
         elif name in SERVE_PARTS and name not in homes:
             raise ConfigError(f"{name}={value!r} must be a mapping of settings")
         else:
-            refuse_unknown([name], [*homes, *NOT_YET])
+            refuse_unknown([name], [*homes, *tables().flags])
             _put(flat, name, value)
+    flat = translated(flat)
     for name, value in flat.items():
         if name in homes and name not in GROUPS:
             part = SERVE_PARTS[homes[name]]

@@ -3,18 +3,27 @@
 from __future__ import annotations
 
 import dataclasses
-from argparse import ArgumentParser, BooleanOptionalAction, Namespace
+from argparse import SUPPRESS, ArgumentParser, BooleanOptionalAction, Namespace
+from collections.abc import Callable, Sequence
 from typing import Any
 
-from stepgraph.config.engine import ENGINE_PARTS, GROUPS, NOT_YET, flattened
+from stepgraph.command_parser import CommandParser
+from stepgraph.config.engine import ENGINE_PARTS, GROUPS, flattened
 from stepgraph.config.fields import homes_of, scalar_type
 from stepgraph.config.file import read_settings
+from stepgraph.config.other_engines import tables, text_of, value_of
 from stepgraph.config.server import SERVE_PARTS, ServerConfig
+from stepgraph.config.spelling import respelled
 from stepgraph.errors import ConfigError
 
+_THEIRS = "of another engine: "
+"""Before the names of other engines' flags among what is parsed: commands have flags of their own."""
 
-def add_flags(parser: ArgumentParser, *, positional_model: bool = True, server: bool = False) -> None:
+
+def add_flags(parser: CommandParser, *, positional_model: bool = True, server: bool = False) -> None:
     """Add every engine setting to `parser` as a flag, grouped by concern, and ``--config``. Unset flags are None.
+
+    The parser also understands command lines of other engines, see `with_other_engines`.
 
     Args:
         parser: receives the flags.
@@ -35,28 +44,82 @@ def add_flags(parser: ArgumentParser, *, positional_model: bool = True, server: 
                 options["action"] = BooleanOptionalAction
             else:
                 options |= {"type": kind, "choices": f.metadata["choices"]}
+                if kind is int:
+                    options["type"] = _whole_number
                 if several:
                     options["nargs"] = "+"
                 if (kind, several) == (str, True):
                     options["action"] = "append"
-                if not f.metadata["choices"]:
-                    options["metavar"] = f.metadata["metavar"] or ("N" if kind in (int, float) else "TEXT")
+                options["metavar"] = _metavar(f, kind)
+                if (row := tables().flags.get(f.name)) is not None and (
+                    theirs := [*row.map, *map(text_of, row.refused)]
+                ):
+                    options |= _taking(theirs, options["type"], options["choices"])
             group.add_argument("--" + f.name.replace("_", "-"), **options)
         for name, of_several in GROUPS.items():
-            if of_several.part == part:
+            if of_several.part == part and of_several.help is not None:
                 text = f"several of these at once as JSON, {of_several.help}"
                 group.add_argument("--" + name.replace("_", "-"), metavar="JSON", help=text)
-    foreign = parser.add_argument_group(
-        "other engines", "Accepted from command lines of other engines where they change nothing, else refused."
-    )
-    for name, (off, reason) in NOT_YET.items():
+    parser.prepare = with_other_engines
+    parser.epilog = "Flags of vLLM and FastDeploy are understood, or refused with the reason: docs/coming-from.md."
+
+
+def with_other_engines(parser: CommandParser, arguments: Sequence[str]) -> list[str]:
+    """Add the flags of other engines that `arguments` has to `parser`, which has those of `add_flags`.
+
+    There are hundreds of them, of which a command line has few, so that no start waits for all.
+
+    Returns:
+        The arguments in the spelling that the parser reads.
+
+    Raises:
+        ConfigError: as `respelled`.
+    """
+    known = parser._option_string_actions
+    words = respelled(arguments, known)
+    names = {word.partition("=")[0].removeprefix("--").removeprefix("no-").replace("-", "_") for word in words}
+    for name, row in tables().flags.items():
         flag = "--" + name.replace("_", "-")
-        if False in off:
-            foreign.add_argument(flag, action=BooleanOptionalAction, default=None, help=reason)
-        elif 1 in off:
-            foreign.add_argument(flag, type=int, metavar="N", help=reason)
+        is_ours = row.same and name not in GROUPS  # so it has been added, unless this command does without
+        if is_ours or name not in names or flag in known:
+            continue
+        options: dict[str, Any] = {"dest": _THEIRS + name, "default": None, "help": SUPPRESS}
+        if row.takes == "switch":
+            options["action"] = BooleanOptionalAction
         else:
-            foreign.add_argument(flag, metavar="JSON" if name.endswith("_config") else "TEXT", help=reason)
+            options["type"] = str if name in GROUPS else value_of
+            options["nargs"] = {"values": "+", "optional": "?"}.get(row.takes)
+            options["const"] = True if row.takes == "optional" else None
+        parser.add_argument(flag, **options)
+    return words
+
+
+def _metavar(field: dataclasses.Field[Any], kind: type) -> str:
+    """What stands for a value in help texts."""
+    if field.metadata["choices"]:
+        return "{" + ",".join(field.metadata["choices"]) + "}"
+    return str(field.metadata["metavar"] or ("N" if kind in (int, float) else "TEXT"))
+
+
+def _taking(theirs: Sequence[str], read: Callable[[str], Any], choices: Sequence[str] | None) -> dict[str, Any]:
+    """Options of a flag that also takes what other engines call its values, and those that are refused with a reason."""
+
+    def value(text: str) -> Any:
+        return text if text in theirs else read(text)
+
+    value.__name__ = read.__name__
+    return {"type": value, "choices": None if choices is None else (*choices, *theirs)}
+
+
+def _whole_number(text: str) -> int:
+    """A whole number, also as vLLM's users write large ones: 8k is 8000, 8K is 8192."""
+    scale = _SCALES.get(text[-1:])
+    return int(text) if scale is None else int(text[:-1]) * scale
+
+
+_SCALES = {
+    letter: base**power for base, letters in ((1000, "kmgt"), (1024, "KMGT")) for power, letter in enumerate(letters, 1)
+}
 
 
 def _help_text(field: dataclasses.Field[Any]) -> str:
@@ -85,13 +148,17 @@ def settings_from_flags(arguments: Namespace, *, server: bool = False) -> dict[s
             raise ConfigError(
                 f"{arguments.config}: {name} is a setting of the server, which only `stepgraph serve` starts"
             )
-    names = {*homes_of(SERVE_PARTS if server else ENGINE_PARTS), *GROUPS, *NOT_YET}
-    given = {name: value for name, value in vars(arguments).items() if name in names and value is not None}
+    names = {*homes_of(SERVE_PARTS if server else ENGINE_PARTS), *GROUPS}
+    given = {
+        name.removeprefix(_THEIRS): value
+        for name, value in vars(arguments).items()
+        if (name in names or name.startswith(_THEIRS)) and value is not None
+    }
     positional = getattr(arguments, "model_argument", None)
     if positional is not None and given.setdefault("model", positional) != positional:
         raise ConfigError(f"MODEL is {positional!r} and --model is {given['model']!r}; give one of them")
     for name, value in given.items():
-        if not (isinstance(value, list) and isinstance(value[0], list)):
+        if name not in names or not (isinstance(value, list) and isinstance(value[0], list)):
             continue
         if "model" not in given and any(len(texts) > 1 for texts in value):  # did it take what was meant as MODEL?
             flag = "--" + name.replace("_", "-")

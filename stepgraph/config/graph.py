@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from typing import Any
 
-from stepgraph.config.fields import check, read_object, setting
+from stepgraph.config.fields import check, setting
 from stepgraph.errors import ConfigError
 
 
@@ -33,7 +32,7 @@ class GraphConfig:
     cudagraph_only_prefill: bool = setting(False, "capture steps that only prefill; steps that decode run eagerly")
     max_prefill_capture_size: int | None = setting(
         None,
-        "most tokens of a step that prefills and does not decode for it to run in a graph; larger ones run eagerly; default: no limit",
+        "most tokens of a step that only prefills for it to run in a graph; those of more run eagerly; default: no limit",
         minimum=1,
     )
     graph_memory_mib: int | None = setting(None, "memory that captured graphs may take; default: no limit", minimum=1)
@@ -55,73 +54,7 @@ class GraphConfig:
         return " and ".join(steps) or None
 
 
-_RENAMED = {
-    "cudagraph_capture_sizes": "capture_sizes",
-    "max_capture_size": "max_capture_size",
-    "max_capture_shape_prefill": "max_prefill_capture_size",
-    "cudagraph_only_prefill": "cudagraph_only_prefill",
-    "cudagraph_num_of_warmups": "capture_warmups",
-    "expected_decode_len": "capture_context_len",
-}
-
-_FIXED: dict[str, tuple[Any, str]] = {
-    "graph_opt_level": (
-        0,
-        "there is no second, compiled form of the model to choose; levels 1 and 2 do not exist here",
-    ),
-    "full_cuda_graph": (True, "a graph always holds the whole step, attention included; there are no piecewise graphs"),
-    "use_unique_memory_pool": (True, "all graphs share one memory pool; separate pools would only cost memory"),
-    "draft_model_use_cudagraph": (True, "drafting is part of the step's graph and cannot leave it"),
-    "cudagraph_copy_inputs": (False, "inputs live in buffers with fixed addresses, so there is nothing to copy"),
-    "cudagraph_splitting_ops": ([], "a graph always holds the whole step and is not split at operators"),
-    "sot_warmup_sizes": ([], "there is no symbolic tracer to warm up"),
-}
-"""Keys whose effect is always on: the value that says so is accepted, any other refused with the reason."""
-
-_REFUSED = {
-    "real_shape_to_captured_size": "the map follows from capture_sizes and cannot be set",
-    "real_bsz_to_captured_size": "the map follows from capture_sizes and capture_rows and cannot be set",
-    "flag_cudagraph_replay": "whether a step replays a graph is decided and recorded per step",
-    "cudagraph_capture_sizes_prefill": "prefill and decode share one family of graphs; add the sizes to "
-    "cudagraph_capture_sizes",
-}
-
-
-def graph_config_from_json(text: str | dict[str, Any]) -> dict[str, Any]:
-    """Settings of `GraphConfig` from the JSON of ``--graph-optimization-config``.
-
-    Accepts FastDeploy's keys beside our own. Every key has its stated effect or is refused with the reason.
-
-    Returns:
-        Keyword arguments for `GraphConfig`.
-
-    Raises:
-        ConfigError: malformed JSON, an unknown key, or a key whose value asks for something that does not exist here.
-    """
-    given = read_object("graph_optimization_config", text, '{"use_cudagraph": true}')
-    own = set(GraphConfig.__dataclass_fields__)
-    settings: dict[str, Any] = {}
-    for key, value in given.items():
-        if key == "use_cudagraph":
-            if not isinstance(value, bool):
-                raise ConfigError(f"use_cudagraph={value!r} must be true or false")
-        elif (name := _RENAMED.get(key, key)) in own:
-            value = tuple(value) if isinstance(value, list) else value
-            if settings.setdefault(name, value) != value:
-                raise ConfigError(f"{key}={value!r} contradicts {name}={settings[name]!r} given beside it")
-        elif key in _FIXED:
-            allowed, reason = _FIXED[key]
-            if value != allowed or isinstance(value, bool) != isinstance(allowed, bool):
-                raise ConfigError(f"{key}={json.dumps(value)} is not available: {reason}; use {json.dumps(allowed)}")
-        elif key in _REFUSED:
-            raise ConfigError(f"{key} cannot be set: {_REFUSED[key]}")
-        else:
-            known = sorted({"use_cudagraph", *_RENAMED, *_FIXED, *own})
-            raise ConfigError(f"graph_optimization_config has no key {key!r}; known keys: {', '.join(known)}")
-    if "use_cudagraph" in given:
-        off, backend = not given["use_cudagraph"], settings.get("graph_backend")
-        if backend is not None and off != (backend == "eager"):
-            raise ConfigError(f"use_cudagraph={not off} contradicts graph_backend={backend!r} given beside it")
-        if off:
-            settings["graph_backend"] = "eager"
-    return settings
+def check_graph_keys(given: dict[str, Any], settings: dict[str, Any]) -> None:
+    """Raise ConfigError if keys of ``--graph-optimization-config`` ask for graphs and for none."""
+    if given.get("use_cudagraph") is True and settings.get("graph_backend") == "eager":
+        raise ConfigError("use_cudagraph=True contradicts graph_backend='eager' given beside it")

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from stepgraph.config.engine import ENGINE_PARTS, NOT_YET, EngineConfig, flattened
+from stepgraph.config.engine import ENGINE_PARTS, EngineConfig, flattened
 from stepgraph.config.fields import check, homes_of, refuse_unknown, setting
 from stepgraph.errors import ConfigError
 
@@ -45,6 +45,11 @@ class ServerConfig:
     )
     chat_template: str | None = setting(
         None, "chat template, a file or the text itself; default: the model's", metavar="FILE"
+    )
+    generation_config: str = setting(
+        "auto",
+        "how requests sample that do not say it: as the model's generation_config.json has it (auto), or as the API does (none)",
+        choices=("auto", "none"),
     )
     tool_call_parser: str = setting(
         "auto",
@@ -245,7 +250,7 @@ def serve_config(settings: Mapping[str, Any]) -> tuple[EngineConfig, ServerConfi
         ConfigError: unknown setting, bad value, or settings that contradict each other.
     """
     settings = flattened(settings)
-    refuse_unknown(settings, [*homes_of(SERVE_PARTS), *NOT_YET])
+    refuse_unknown(settings, homes_of(SERVE_PARTS))
     of_server = {name: settings.pop(name) for name in ServerConfig.__dataclass_fields__ if name in settings}
     engine, server = EngineConfig.from_settings(**settings), ServerConfig(**of_server)
     if server.lora_modules and not engine.lora.enable_lora:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from stepgraph.config.fields import check, read_object, setting
+from stepgraph.config.fields import check, setting
 from stepgraph.errors import ConfigError
 
 MAX_DRAFTS = 8
@@ -27,7 +27,8 @@ class SpeculativeConfig:
     )
     num_speculative_tokens: int | None = setting(
         None,
-        f"most proposals per request and step, 1 to {MAX_DRAFTS}; default: mtp 3, ngram 5, hybrid 5, suffix 7",
+        f"most proposals per request and step, 1 to {MAX_DRAFTS}; default: "
+        + ", ".join(f"{method} {count}" for method, count in _DEFAULT_DRAFTS.items()),
         minimum=1,
     )
     speculative_model: str | None = setting(
@@ -86,52 +87,7 @@ class SpeculativeConfig:
         return f"{self.speculative_method}, up to {self.max_drafts} proposals, {depth}"
 
 
-_KEYS = {
-    "method": "speculative_method",
-    "num_speculative_tokens": "num_speculative_tokens",
-    "model": "speculative_model",
-    "adaptive": "speculative_adaptive",
-    "min_match": "speculative_min_match",
-    "prompt_lookup_min": "speculative_min_match",
-    "max_match": "speculative_max_match",
-    "prompt_lookup_max": "speculative_max_match",
-    "suffix_decoding_max_tree_depth": "speculative_max_match",
-    "memory_tokens": "speculative_memory_tokens",
-    "hybrid_match": "speculative_hybrid_match",
-    "acceptance": "speculative_acceptance",
-}
-"""Keys of the JSON form; some are other engines' names."""
-
-_METHODS = {
-    "deepseek_mtp": "mtp",
-    "ernie_mtp": "mtp",
-    "glm4_moe_mtp": "mtp",
-    "mimo_mtp": "mtp",
-    "qwen3_next_mtp": "mtp",
-    "ngram_match": "ngram",
-}
-"""Other engines' names of methods."""
-
-
-def speculative_config_from_json(text: str | dict[str, Any]) -> dict[str, Any]:
-    """Settings of `SpeculativeConfig` from the JSON of ``--speculative-config``.
-
-    Returns:
-        Keyword arguments for `SpeculativeConfig`.
-
-    Raises:
-        ConfigError: malformed JSON, or an unknown key; says what is known.
-    """
-    given = read_object("speculative_config", text, '{"method": "mtp", "num_speculative_tokens": 3}')
-    settings: dict[str, Any] = {}
-    for key, value in given.items():
-        name = _KEYS.get(key, key)
-        if name not in SpeculativeConfig.__dataclass_fields__:
-            raise ConfigError(f"speculative_config has no key {key!r}; known keys: {', '.join(sorted(_KEYS))}")
-        if name == "speculative_method":
-            value = _METHODS.get(value, value) if isinstance(value, str) else value
-        if settings.setdefault(name, value) != value:
-            raise ConfigError(f"speculative_config gives {name} twice, as {settings[name]!r} and {value!r}")
-    if settings and "speculative_method" not in settings:
+def check_speculative_keys(given: dict[str, Any], settings: dict[str, Any]) -> None:
+    """Raise ConfigError if keys of ``--speculative-config`` name no method."""
+    if given and "speculative_method" not in settings:
         raise ConfigError('speculative_config names no "method"; choose one of: none, mtp, suffix, ngram, hybrid')
-    return settings

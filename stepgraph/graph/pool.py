@@ -384,9 +384,7 @@ def capturable_shapes(config: GraphConfig, *, max_tokens: int, max_rows: int) ->
     return _shapes_to_capture(config, *_ladder(config, max_tokens, max_rows))
 
 
-def _shapes_to_capture(
-    config: GraphConfig, token_sizes: list[int], row_sizes: dict[int, list[int]]
-) -> list[StepShape]:
+def _shapes_to_capture(config: GraphConfig, token_sizes: list[int], row_sizes: dict[int, list[int]]) -> list[StepShape]:
     """All shapes; with `cudagraph_only_prefill`, those that steps of prompts alone come to as a rule."""
     shapes = _shapes(token_sizes, row_sizes)
     if not config.cudagraph_only_prefill:
@@ -397,7 +395,7 @@ def _shapes_to_capture(
 
 
 def _is_for_decodes(shape: StepShape) -> bool:
-    """Whether only steps of many rows, most of one token, need this shape. Should prompts do, it is captured at that first use."""
+    """Whether only steps of many rows, most of one token, need it. Should prompts do, it is captured at that first use."""
     return shape.num_rows > 8 and shape.num_tokens < 2 * shape.num_rows
 
 

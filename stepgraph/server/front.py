@@ -261,6 +261,6 @@ def _face_of(front: Front) -> ModelFace:
             tool_call_parser=config.tool_call_parser,
             reasoning_parser=config.reasoning_parser,
         ),
-        sampling_defaults=sampling_defaults_of(source),
+        sampling_defaults={} if config.generation_config == "none" else sampling_defaults_of(source),
         longest_token=1 if tokenizer is None else max(map(len, tokenizer.get_vocab())),
     )

@@ -1,13 +1,12 @@
 """Settings: what they accept, what they refuse and in which words, and the forms derived from them."""
 
-import argparse
 import dataclasses
 import json
 
 import pytest
 
+from stepgraph.command_parser import CommandParser
 from stepgraph.config import EngineConfig, GraphConfig, add_flags, settings_from_flags
-from stepgraph.config.engine import NOT_YET
 from stepgraph.errors import ConfigError
 
 PARTS = ("model", "cache", "scheduler", "graph", "lora")
@@ -36,50 +35,10 @@ def test_a_key_of_fastdeploy_has_its_effect(key, value, name, effect) -> None:
     assert graph_of(**{key: value}) == dataclasses.replace(GraphConfig(), **{name: effect})
 
 
-FIXED = {
-    "graph_opt_level": (0, 1, "no second, compiled form"),
-    "full_cuda_graph": (True, False, "always holds the whole step"),
-    "use_unique_memory_pool": (True, False, "share one memory pool"),
-    "draft_model_use_cudagraph": (True, False, "part of the step's graph"),
-    "cudagraph_copy_inputs": (False, True, "nothing to copy"),
-    "cudagraph_splitting_ops": ([], ["attention"], "not split"),
-    "sot_warmup_sizes": ([], [2, 4], "no symbolic tracer"),
-}
-
-
-@pytest.mark.parametrize("key", FIXED)
-def test_a_key_of_fastdeploy_that_is_always_on_or_off_is_accepted_as_that_and_refused_as_anything_else(key) -> None:
-    accepted, refused, reason = FIXED[key]
-    assert graph_of(**{key: accepted}) == GraphConfig()
-    with pytest.raises(ConfigError, match=f"{key}=.*{reason}.*use {json.dumps(accepted)}".replace("[]", r"\[\]")):
-        graph_of(**{key: refused})
-
-
 def test_a_switch_is_not_taken_for_a_level() -> None:
     for key, value in (("graph_opt_level", False), ("full_cuda_graph", 1)):
         with pytest.raises(ConfigError, match=key):
             graph_of(**{key: value})
-
-
-@pytest.mark.parametrize(
-    "key",
-    [
-        "real_shape_to_captured_size",
-        "real_bsz_to_captured_size",
-        "flag_cudagraph_replay",
-        "cudagraph_capture_sizes_prefill",
-    ],
-)
-def test_a_key_of_fastdeploy_that_cannot_be_set_is_refused_with_the_reason(key) -> None:
-    with pytest.raises(ConfigError, match=rf"^{key} cannot be set: \w+"):
-        graph_of(**{key: {}})
-
-
-def test_the_seeds_own_command_line_is_understood() -> None:
-    text = '{"use_cudagraph":true,"cudagraph_capture_sizes":[256,512],"cudagraph_only_prefill":false,"max_capture_size":512}'
-    assert EngineConfig.from_settings(graph_optimization_config=text).graph == GraphConfig(
-        capture_sizes=(256, 512), max_capture_size=512
-    )
 
 
 @pytest.mark.parametrize(
@@ -91,7 +50,10 @@ def test_the_seeds_own_command_line_is_understood() -> None:
         ("true", "must be a JSON object, not bool"),
         (["use_cudagraph"], "must be a JSON object, not tuple"),
         ('{"capture_size": [64]}', "no key 'capture_size'; known keys:.*capture_sizes"),
-        ('{"use_cudagraph": "yes"}', "use_cudagraph='yes' must be true or false"),
+        (
+            '{"use_cudagraph": "yes"}',
+            "use_cudagraph='yes' is not supported: it is a switch; leave it out, or give true or false",
+        ),
         ('{"cudagraph_capture_sizes": 512}', "capture_sizes=512 must be a list"),
         ('{"cudagraph_capture_sizes": []}', "capture_sizes.*empty"),
         ('{"cudagraph_capture_sizes": [8, 16.5]}', r"each entry of capture_sizes=\(8, 16.5\) must be a whole number"),
@@ -148,26 +110,6 @@ def test_a_bad_value_is_refused_with_the_value_and_the_limit(settings, message) 
         EngineConfig.from_settings(**settings)
 
 
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"tensor_parallel_size": 2}, "tensor_parallel_size=2 is not supported: the engine runs on one device"),
-        ({"pipeline_parallel_size": 2}, "pipeline_parallel_size=2 is not supported"),
-        ({"enforce_eager": True}, "enforce_eager=True is not supported: use graph_backend='eager'"),
-        (
-            {"trust_remote_code": True},
-            "trust_remote_code=True is not supported: models are run by stepgraph's own code",
-        ),
-    ],
-)
-def test_what_is_not_there_yet_is_refused_with_the_reason_and_accepted_when_off(settings, message) -> None:
-    with pytest.raises(ConfigError, match=message):
-        EngineConfig.from_settings(**settings)
-    [name] = settings
-    for off in NOT_YET[name][0]:
-        assert EngineConfig.from_settings(**{name: off}) == DEFAULT
-
-
 def test_a_limit_given_alone_makes_the_other_limits_default_yield() -> None:
     assert EngineConfig.from_settings(max_num_batched_tokens=16).scheduler.max_num_seqs == 16
     assert EngineConfig.from_settings(max_num_seqs=1024).scheduler.max_num_batched_tokens == 2048
@@ -214,7 +156,7 @@ NON_DEFAULT = {
 
 
 def parse(*arguments: str, positional_model: bool = True) -> EngineConfig:
-    parser = argparse.ArgumentParser()
+    parser = CommandParser()
     add_flags(parser, positional_model=positional_model)
     return EngineConfig.from_settings(**settings_from_flags(parser.parse_args(arguments)))
 

@@ -1,6 +1,5 @@
 """Settings from a YAML file: every way to write them comes to the same, and what is wrong is named with the file."""
 
-import argparse
 import sys
 
 import pytest
@@ -8,6 +7,7 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from stepgraph.command_parser import CommandParser
 from stepgraph.config import EngineConfig, ServerConfig, add_flags, read_settings, serve_config, settings_from_flags
 from stepgraph.errors import ConfigError
 
@@ -37,7 +37,7 @@ def file(tmp_path_factory):
 
 
 def parse(*arguments: str, server: bool = True) -> tuple[EngineConfig, ServerConfig]:
-    parser = argparse.ArgumentParser()
+    parser = CommandParser()
     add_flags(parser, server=server)
     return serve_config(settings_from_flags(parser.parse_args(arguments), server=server))
 
@@ -114,7 +114,7 @@ def test_flags_override_the_file_inside_the_graphs_json_too(file):
         ("enable_lora: 1", "enable_lora=1 must be true or false"),
         ("served_model_name: [a, 1]", r"each entry of served_model_name=\('a', 1\) must be text"),
         ("request_timeout: .nan", "request_timeout=nan must be a finite number"),
-        ("graph: {graph_optimization_config: {full_cuda_graph: false}}", "full_cuda_graph=false is not available"),
+        ("graph: {graph_optimization_config: {full_cuda_graph: false}}", "full_cuda_graph=False is not supported"),
         (
             "capture_sizes: [8]\ngraph_optimization_config: {capture_sizes: [16]}",
             "capture_sizes is .8,. and, in graph_optimization_config, .16,.",

@@ -1,6 +1,5 @@
 """Settings of the server: what they accept and refuse, where keys come from, and that none is ever shown."""
 
-import argparse
 import dataclasses
 import json
 import re
@@ -9,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from stepgraph.command_parser import CommandParser
 from stepgraph.config import EngineConfig, ServerConfig, add_flags, serve_config, settings_from_flags
 from stepgraph.config.server import MAX_ANSWERS, SERVE_PARTS, engine_log_level
 from stepgraph.engine.sampling_params import MAX_N
@@ -24,6 +24,7 @@ NON_DEFAULT = {
     "served_model_name": ("assistant", "smollm2"),
     "lora_modules": ("poems=adapters/poems", "code=adapters/a=b"),
     "chat_template": "template.jinja",
+    "generation_config": "none",
     "tool_call_parser": "mistral",
     "reasoning_parser": "none",
     "api_key": ("one", "two"),
@@ -51,7 +52,7 @@ NON_DEFAULT = {
 
 
 def parse(*arguments: str) -> tuple[EngineConfig, ServerConfig]:
-    parser = argparse.ArgumentParser()
+    parser = CommandParser()
     add_flags(parser, server=True)
     return serve_config(settings_from_flags(parser.parse_args(arguments), server=True))
 
@@ -244,26 +245,6 @@ def test_the_model_may_be_an_argument_or_a_flag_or_both_if_they_agree():
         assert parse(*words)[0].model.model == "m"
     with pytest.raises(ConfigError, match="MODEL is 'm' and --model is 'other'"):
         parse("m", "--model", "other")
-
-
-def test_flags_of_other_engines_are_accepted_where_they_change_nothing():
-    off = [
-        "--tensor-parallel-size",
-        "1",
-        "--pipeline-parallel-size",
-        "1",
-        "--no-enforce-eager",
-        "--no-trust-remote-code",
-    ]
-    assert parse(*off) == parse()
-    for words, name in (
-        (["--tensor-parallel-size", "2"], "tensor_parallel_size=2"),
-        (["--pipeline-parallel-size", "4"], "pipeline_parallel_size=4"),
-        (["--enforce-eager"], "enforce_eager=True"),
-        (["--trust-remote-code"], "trust_remote_code=True"),
-    ):
-        with pytest.raises(ConfigError, match=f"{name}.* is not supported: "):
-            parse(*words)
 
 
 def test_settings_survive_json():

@@ -1,10 +1,10 @@
 """--speculative-config: what it accepts, what it refuses and in which words."""
 
-import argparse
 import json
 
 import pytest
 
+from stepgraph.command_parser import CommandParser
 from stepgraph.config import EngineConfig, SpeculativeConfig, add_flags, read_settings, settings_from_flags
 from stepgraph.errors import ConfigError
 
@@ -70,18 +70,22 @@ def test_a_key_has_its_effect(key, value, name) -> None:
 @pytest.mark.parametrize(
     ("keys", "message"),
     [
-        ({"method": "eagle"}, "speculative_method='eagle'.*none, mtp, suffix, ngram, hybrid"),
+        ({"method": "eagle"}, "method='eagle' is not supported: there are no drafters of other kinds"),
+        ({"method": "eagles"}, "speculative_method='eagles'.*none, mtp, suffix, ngram, hybrid"),
         ({"method": 3}, "speculative_method=3"),
         (
-            {"method": "mtp", "draft_tensor_parallel_size": 1},
-            "no key 'draft_tensor_parallel_size'; known keys: .*method",
+            {"method": "mtp", "draft_tensor_size": 1},
+            "no key 'draft_tensor_size'; known keys: .*method",
         ),
         ({"num_speculative_tokens": 3}, 'names no "method"; choose one of: none, mtp'),
         (
             {"method": "ngram", "min_match": 9, "max_match": 4},
             "speculative_min_match=9 is above speculative_max_match=4",
         ),
-        ({"method": "ngram", "min_match": 3, "prompt_lookup_min": 4}, "speculative_min_match twice, as 3 and 4"),
+        (
+            {"method": "ngram", "min_match": 3, "prompt_lookup_min": 4},
+            "prompt_lookup_min=4 contradicts speculative_min_match=3",
+        ),
         ({"method": "ngram", "acceptance": 1.5}, "speculative_acceptance=1.5 is a probability; give 0 to 1"),
         ({"method": "suffix", "memory_tokens": -1}, "speculative_memory_tokens=-1"),
         ({"method": "suffix", "adaptive": "yes"}, "speculative_adaptive='yes'"),
@@ -111,7 +115,7 @@ def test_a_flag_and_the_json_may_say_the_same_and_not_contradict_each_other() ->
 def test_flags_json_and_a_file_come_to_the_same(tmp_path) -> None:
     expected = SpeculativeConfig(speculative_method="suffix", num_speculative_tokens=4, speculative_memory_tokens=0)
     keys = {"method": "suffix", "num_speculative_tokens": 4, "memory_tokens": 0}
-    parser = argparse.ArgumentParser()
+    parser = CommandParser()
     add_flags(parser)
 
     def parse(*words: str) -> SpeculativeConfig:

@@ -266,7 +266,9 @@ def test_only_prefill_graphs_run_pure_prefills_and_all_else_runs_eagerly_with_th
     }
 
 
-def test_the_limit_of_prefills_leaves_longer_ones_without_a_graph_for_a_reason_of_their_own_and_bounds_no_other_step() -> None:
+def test_the_limit_of_prefills_leaves_longer_ones_without_a_graph_for_a_reason_of_their_own_and_bounds_no_other_step() -> (
+    None
+):
     device = Device()
     pool = create_pool(device, max_prefill_capture_size=16)
     assert (pool.max_tokens, len(pool.shapes())) == (64, 6)
@@ -292,7 +294,9 @@ def test_only_prefill_graphs_capture_nothing_that_prompts_do_not_come_to_as_a_ru
     pool.capture_all(progress=False)
     captured = [shape for shape, *_ in device.captured]
     assert set(every) - set(captured) == {
-        shape for shape in every if shape.num_tokens > 160 or (shape.num_rows > 8 and shape.num_tokens < 2 * shape.num_rows)
+        shape
+        for shape in every
+        if shape.num_tokens > 160 or (shape.num_rows > 8 and shape.num_tokens < 2 * shape.num_rows)
     }
     assert {"160x64", "128x64", "64x8", "8x8", "1x1"} <= {str(shape) for shape in captured}
     assert not pool.capture_spare()

@@ -16,7 +16,7 @@ import openai
 import pytest
 from live import LiveServer, running_server
 from pydantic import BaseModel
-from tiny import EOS, MAX_MODEL_LEN, TINY_SETTINGS
+from tiny import EOS, MAX_MODEL_LEN, TINY_SETTINGS, save_tiny_model
 
 import stepgraph
 from stepgraph import LLM, SamplingParams
@@ -50,16 +50,17 @@ def offline(tiny_model) -> LLM:
 
 
 @pytest.fixture(scope="module")
-def fastdeploy(tiny_model) -> tuple[LiveServer, LiveServer]:
-    """Started by a command line for FastDeploy, with a key to the API; and its port for metrics."""
+def fastdeploy(tmp_path_factory) -> tuple[LiveServer, LiveServer]:
+    """Started by a command line for FastDeploy, for a context of 32768, with a key to the API; and its port for metrics."""
+    model = save_tiny_model(tmp_path_factory.mktemp("long-model"), max_model_len=32768)
     port, queue_port, metrics_port = free_ports(3)
     flags = [
-        *("--max-num-seqs", "64", "--max-model-len", "512", "--port", f"{port}"),
+        *("--max-num-seqs", "64", "--max-model-len", "32768", "--port", f"{port}"),
         *("--engine-worker-queue-port", f"{queue_port}", "--metrics-port", f"{metrics_port}"),
         *("--tensor-parallel-size", "1"),
-        *("--graph-optimization-config", '{"use_cudagraph":true,"cudagraph_only_prefill":true}'),
+        *("--graph-optimization-config", ' {"use_cudagraph":true, "cudagraph_only_prefill":true}'),
     ]
-    with running_server(tiny_model, flags, STEPGRAPH_API_KEY=KEY) as server:
+    with running_server(model, flags, STEPGRAPH_API_KEY=KEY) as server:
         assert server.port == port
         yield server, replace(server, port=metrics_port)
 
@@ -643,7 +644,12 @@ def test_a_command_line_for_fastdeploy_serves_on_its_ports(fastdeploy, offline) 
         [model] = client.models.list()
         reply = client.completions.create(model=model.id, prompt=PROMPT, temperature=0, max_tokens=24)
         assert reply.choices[0].text == generate(offline, PROMPT, ANSWER).outputs[0].text
+        assert model.model_dump()["max_model_len"] == 32768
     assert metrics.metric("steps_total", kind="prefill", mode="graph") > 0
+    assert metrics.metric("steps_total", kind="prefill", mode="eager") == 0
+    assert metrics.metric("steps_total", kind="decode", mode="graph") == 0
+    assert metrics.metric("steps_total", kind="decode", reason="not_pure_prefill") >= reply.usage.completion_tokens - 1
+    assert "steps without a graph: those that decode (cudagraph_only_prefill)" in "".join(server.output)
     assert metrics.metric("steps_total", kind="decode", mode="graph") == 0
     assert metrics.metric("steps_total", kind="decode", mode="eager", reason="not_pure_prefill") > 0
     assert metrics.get("/v1/models").status == 404
