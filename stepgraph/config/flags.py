@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from argparse import SUPPRESS, ArgumentParser, BooleanOptionalAction, Namespace
+from argparse import SUPPRESS, BooleanOptionalAction, Namespace
 from collections.abc import Callable, Sequence
 from typing import Any
 

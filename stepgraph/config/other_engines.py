@@ -65,7 +65,7 @@ class Row:
         if target is None or _among(value, self.refused):
             others = [] if self.neutral == _ANY or target else [*map(text_of, self.neutral), *self.map]
             advice = f"leave it out{', or give ' if others else ''}{' or '.join(others)}"
-            raise ConfigError(f"{shown} is not supported: {self.why}; {advice}")
+            raise ConfigError(f"{shown} is not supported: {self.why}; {advice}", param=name)
         return {target: value}
 
     def is_neutral(self, value: Any) -> bool:
@@ -147,7 +147,8 @@ def translated(settings: Mapping[str, Any]) -> dict[str, Any]:
         for setting, meant in (row.meaning(name, value) if row is not None else {name: value}).items():
             if setting in ours and ours[setting] != meant:
                 raise ConfigError(
-                    f"{name} asks for {setting}={meant!r}, and {sources[setting]} for {ours[setting]!r}; give one of them"
+                    f"{name} asks for {setting}={meant!r}, and {sources[setting]} for {ours[setting]!r}; give one of them",
+                    param=name,
                 )
             ours[setting], sources[setting] = meant, name
     return ours
@@ -169,10 +170,14 @@ def translated_keys(group: str, given: Mapping[str, Any], own: Mapping[str, str]
     for key, value in given.items():
         row = rows.get(key) or Row("", to=own.get(key))
         if key not in rows and key not in own:
-            raise ConfigError(f"{group} has no key {key!r}; known keys: {', '.join(sorted({*rows, *own}))}")
+            raise ConfigError(
+                f"{group} has no key {key!r}; known keys: {', '.join(sorted({*rows, *own}))}", param=group
+            )
         if value is None and not (row.same or row.to):
             continue
         for name, meant in row.meaning(key, tuple(value) if isinstance(value, list) else value).items():
             if settings.setdefault(name, meant) != meant:
-                raise ConfigError(f"{key}={value!r} contradicts {name}={settings[name]!r} given beside it in {group}")
+                raise ConfigError(
+                    f"{key}={value!r} contradicts {name}={settings[name]!r} given beside it in {group}", param=key
+                )
     return settings
