@@ -46,7 +46,8 @@ class LLM:
 
     Example:
         >>> llm = LLM("smollm2")
-        >>> [output] = llm.chat([{"role": "user", "content": "What is the capital of France?"}])
+        >>> greedy = SamplingParams(temperature=0, max_tokens=64)
+        >>> [output] = llm.chat([{"role": "user", "content": "What is the capital of France?"}], greedy)
         >>> output.outputs[0].text
         'The capital of France is Paris.'
     """
