@@ -25,6 +25,7 @@ Bring your command line:
 | Theirs | Ours |
 | --- | --- |
 | `vllm serve MODEL ...` | `stepgraph serve MODEL ...` |
+| `python -m vllm.entrypoints.openai.api_server --model MODEL ...` | `python -m stepgraph.server --model MODEL ...` |
 | `python -m fastdeploy.entrypoints.openai.api_server --model MODEL ...` | `python -m stepgraph.server --model MODEL ...` |
 
 Every flag of theirs does one of four things. What has a setting here **is the same**, or **is translated**. What could only

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from argparse import SUPPRESS, BooleanOptionalAction, Namespace
+from argparse import SUPPRESS, ArgumentTypeError, BooleanOptionalAction, Namespace
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -114,7 +114,10 @@ def _taking(theirs: Sequence[str], read: Callable[[str], Any], choices: Sequence
 def _whole_number(text: str) -> int:
     """A whole number, also as vLLM's users write large ones: 8k is 8000, 8K is 8192."""
     scale = _SCALES.get(text[-1:])
-    return int(text) if scale is None else int(text[:-1]) * scale
+    try:
+        return int(text) if scale is None else int(text[:-1]) * scale
+    except ValueError as error:
+        raise ArgumentTypeError(f"{text!r} is not a whole number") from error
 
 
 _SCALES = {

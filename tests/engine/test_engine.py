@@ -108,6 +108,16 @@ def test_only_prefill_graphs_give_the_same_tokens_with_decodes_run_eagerly(creat
     }
 
 
+def test_a_limit_of_prefills_gives_the_same_tokens_with_longer_ones_alone_run_eagerly(create_engine) -> None:
+    params = SamplingParams(temperature=1, seed=3, max_tokens=4, ignore_eos=True)
+    prompts = [[1, 2, 3], list(range(2, 11)), list(range(3, 43))]
+    engine, unlimited = create_engine(max_prefill_capture_size=8), create_engine()
+    for prompt in prompts:
+        assert answer(engine, prompt, params).output_token_ids == answer(unlimited, prompt, params).output_token_ids
+    steps = engine.runner.pool.statistics.steps
+    assert steps == {("prefill", None): 1, ("prefill", "long_prefill"): 2, ("decode", None): 9}
+
+
 def test_the_answers_are_neither_all_alike_nor_stuck(answers_alone) -> None:
     """Otherwise equal tokens would say little."""
     assert len({token for tokens in answers_alone for token in tokens}) > VOCAB_SIZE // 3
