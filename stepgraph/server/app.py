@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Mapping, Sequence
 from contextlib import suppress
 from typing import Any, Protocol, TypeAlias, get_type_hints
@@ -248,7 +247,8 @@ async def _answer(
                 request_id=context.request_id,
                 spelled=body.spelled,
                 headers=headers,
-                timeout_s=_left(timeout_s, context),
+                timeout_s=timeout_s,
+                arrived_at=context.arrived_at,
             )
         return Response(await call.reply(), media_type="application/json", headers=headers)
 
@@ -260,11 +260,6 @@ async def _answer(
         return error_reply(timed_out(timeout_s), http.scope)
     except Exception as error:
         return error_reply(report(error, context.request_id, body.spelled), http.scope)
-
-
-def _left(timeout_s: float | None, context: Context) -> float | None:
-    """Seconds that a request has left."""
-    return None if timeout_s is None else max(0.001, context.arrived_at + timeout_s - time.monotonic())
 
 
 async def _unless_left(receive: Receive, work: Any) -> Response:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncGenerator, Callable, Mapping
 from contextlib import suppress
 
@@ -29,7 +30,8 @@ class EventStream(Response):
         request_id: named in the log then.
         spelled: see `api_error`.
         headers: further headers.
-        timeout_s: the stream ends with an error after so long; None is no limit.
+        timeout_s: the request ends with an error after so long; None is no limit.
+        arrived_at: from when on that counts, `time.monotonic()` seconds; default: from the first event.
     """
 
     def __init__(
@@ -41,6 +43,7 @@ class EventStream(Response):
         spelled: Callable[[str], str] | None = None,
         headers: Mapping[str, str] | None = None,
         timeout_s: float | None = None,
+        arrived_at: float | None = None,
     ):
         super().__init__(
             headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no", **(headers or {})},
@@ -52,6 +55,7 @@ class EventStream(Response):
         self._request_id = request_id
         self._spelled = spelled
         self._timeout_s = timeout_s
+        self._arrived_at = arrived_at
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """See ASGI."""
@@ -73,7 +77,7 @@ class EventStream(Response):
 
         try:
             try:
-                async with asyncio.timeout(self._timeout_s):
+                async with asyncio.timeout(self._left_s()):
                     async for content in self._events:
                         await write(content)
             except TimeoutError:
@@ -84,6 +88,12 @@ class EventStream(Response):
         finally:
             await self._events.aclose()
         await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+    def _left_s(self) -> float | None:
+        """Seconds that the request has left."""
+        if self._timeout_s is None or self._arrived_at is None:
+            return self._timeout_s
+        return max(0.001, self._arrived_at + self._timeout_s - time.monotonic())
 
 
 async def _left(receive: Receive) -> None:

@@ -297,6 +297,7 @@ def test_a_stream_that_takes_too_long_ends_so_too_and_ends_its_request() -> None
     call = ScriptedCall([gain(content="We")], stalls=True)
     *_, error = events_of(asyncio.run(streamed(reply_to(call), 0.05)))
     assert error["error"]["type"] == "timeout_error"
+    assert "request_timeout=0.05 s" in error["error"]["message"]
     assert call.ended
 
 

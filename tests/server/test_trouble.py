@@ -91,7 +91,8 @@ def test_a_request_that_takes_too_long_ends_with_an_error(tiny_model) -> None:
         assert "request_timeout=0.05" in whole.json["error"]["message"]
         streamed = server.post("/v1/completions", json.loads(long_request(stream=True)))
         last = streamed.body.decode().strip().splitlines()[-1]
-        assert json.loads(last.removeprefix("data: "))["error"]["code"] == "timeout"
+        error = json.loads(last.removeprefix("data: "))["error"]
+        assert (error["code"], error["message"]) == ("timeout", whole.json["error"]["message"])
         server.wait_idle()
 
 
