@@ -107,6 +107,7 @@ class Engine:
             deterministic=config.model.deterministic,
             packed=config.model.quantization == "auto" and (self.dtype, self.platform.name) == (torch.float32, "cpu"),
             exact_tokens=exact_tokens(config),
+            free_bytes=self.platform.free_memory_bytes(),
             progress=progress,
         )
 

@@ -17,6 +17,8 @@ class CheckpointTensor(ABC):
     """Of the tensor that `load` returns."""
     quantization: str | None = None
     """Name of the block format that `packed` returns (``"Q4_1"``, …); None for plain floating point."""
+    nbytes: int = 0
+    """What it takes in the file, if it has a `quantization`."""
     is_e4m3: bool = False
     """Whether values are stored in 8 bits; their scales are then in a tensor of their own, see `fp8_checkpoint`."""
 

@@ -276,6 +276,7 @@ class _GGUFTensor(CheckpointTensor):
         self.name = name
         self.shape = tuple(int(size) for size in reversed(tensor.shape))
         self.quantization = None if tensor.tensor_type.name in ("F32", "F16", "BF16") else tensor.tensor_type.name
+        self.nbytes = int(tensor.n_bytes)
         self._type, self._data, self._permuted_heads = tensor.tensor_type, tensor.data, permuted_heads
 
     def load(self, dtype: torch.dtype, device: torch.device) -> Tensor:

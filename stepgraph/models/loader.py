@@ -15,9 +15,10 @@ from stepgraph.layers.fp8_linear import FP8Linear, fp8_targets
 from stepgraph.layers.norm import RMSNorm
 from stepgraph.models.checkpoint import CheckpointTensor
 from stepgraph.models.config import DecoderConfig
-from stepgraph.models.conversion import Target, quantization_of
+from stepgraph.models.conversion import Target
 from stepgraph.models.decoder import Decoder
 from stepgraph.models.language_model import LanguageModel
+from stepgraph.models.memory import check_fits, tell_of_dequantised
 from stepgraph.models.mtp_tensors import without_mtp
 from stepgraph.models.output_head import fit_head, has_own_head
 from stepgraph.models.packing import pack
@@ -25,7 +26,7 @@ from stepgraph.models.quantization import materialise, quantize_layers
 from stepgraph.models.registry import ARCHITECTURES
 from stepgraph.models.source import ModelSource
 from stepgraph.models.transformers_config import TransformersConfig
-from stepgraph.models.update import Update, match_tensors, write_each
+from stepgraph.models.update import match_tensors, write_each
 
 logger = logging.getLogger(__name__)
 
@@ -73,6 +74,7 @@ def create_model(
     deterministic: bool = False,
     packed: bool = False,
     exact_tokens: int | None = None,
+    free_bytes: int | None = None,
     progress: bool = False,
 ) -> LanguageModel:
     """Build a model, native or transformers' as the source's config says. A native one is not filled yet: its parameters are
@@ -90,9 +92,11 @@ def create_model(
         deterministic: a token's result may not depend, bit for bit, on the tokens beside it.
         packed: keep the blocks of a quantised checkpoint where this machine has kernels for them; needs float32 on the CPU.
         exact_tokens: products of more tokens with packed weights may round their operands, see `ops.packed_linear`.
+        free_bytes: of memory on the device, which the weights must fit in; None: not known.
         progress: show a bar on stderr.
 
     Raises:
+        DeviceMemoryError: the weights take more than that.
         ModelError: a model that transformers loads does not fit its checkpoint, or a file is damaged.
         ConfigError: `deterministic` or quantization "fp8" with a model that only transformers runs, or weights of 8 bits on a
             device that has none.
@@ -110,6 +114,9 @@ def create_model(
                 f"quantization='fp8' needs a native model, and {config.architecture} would run through transformers, whose "
                 "layers keep their weights; choose a native model, or leave quantization at auto"
             )
+        check_fits(
+            config.num_parameters, config.num_parameters * dtype.itemsize, free_bytes, dtype=dtype, source=source
+        )
         from stepgraph.models.transformers_model import TransformersModel
 
         if load_format == "dummy":
@@ -137,7 +144,10 @@ def create_model(
             pack(model, tensors, merged=config.merged_projections, exact_tokens=exact_tokens)
     if load_format != "dummy":
         matches = _match(model, tensors, source)  # before memory is taken for sizes that may be damaged
-        _tell_of_dequantised(matches, source, level=logging.WARNING if packed else logging.INFO)
+        tell_of_dequantised(matches, source, warn=packed)
+    parameters = list(model.parameters())
+    nbytes = sum(parameter.nbytes for parameter in parameters)
+    check_fits(sum(parameter.numel() for parameter in parameters), nbytes, free_bytes, dtype=dtype, source=source)
     materialise(model, device)
     if deterministic:
         model.make_deterministic()
@@ -169,25 +179,6 @@ def _match(
     tied, in_model = model.config.tie_word_embeddings, model.lm_head is not None
     fitting = fit_head(tensors, tied=tied, in_model=in_model, description=source.description)
     return match_tensors(model.checkpoint_tensors(), fitting, source.description)
-
-
-def _tell_of_dequantised(matches: Update, source: ModelSource, *, level: int) -> None:
-    """Log what blocks of quantised tensors take that become numbers, for lack of kernels or because they were not asked for."""
-    formats, nbytes = set(), 0
-    for target, tensor in matches:
-        if tensor.quantization is not None and tensor.quantization != quantization_of(target):
-            formats.add(tensor.quantization)
-            nbytes += target.shape.numel() * target.dtype.itemsize
-            kept_as = str(target.dtype).removeprefix("torch.")
-    if formats:
-        logger.log(
-            level,
-            "%s: tensors of type %s are kept as %s, which takes %.1f GiB",
-            source.description,
-            ", ".join(sorted(formats)),
-            kept_as,
-            nbytes / 2**30,
-        )
 
 
 def fills_in_place(model: LanguageModel) -> bool:

@@ -75,7 +75,7 @@ def test_layers_without_kernels_and_mixtures_are_dequantised_and_that_is_logged(
     write_gguf(tmp_path / "model.gguf", hf_model, types | {"bias": gguf.GGMLQuantizationType.F32})
     with caplog.at_level(logging.WARNING, logger="stepgraph"):
         model = load(tmp_path / "model.gguf")
-    assert "tensors of type Q4_0, Q5_0, Q8_0 are kept as float32, which takes 0.0 GiB" in caplog.text
+    assert "tensors of type Q4_0, Q5_0, Q8_0 are kept as float32, which takes 0.1 MiB of memory" in caplog.text
     layer = {path.split(".", 3)[-1]: name for path, name in formats(model).items() if "layers.0" in path}
     assert layer == {"qkv_proj": None, "o_proj": None, "gate_up_proj": "Q4_0", "down_proj": None}
     with torch.no_grad():
