@@ -1,7 +1,12 @@
 """Tries every causal language model of the installed transformers, tiny and with random weights: as its config is, and with each
 switch of its config the other way. Each must give an engine the log-probabilities of transformers, or be refused in a sentence.
 
-    python scripts/sweep_models.py [--types gpt2,gemma3n_text] [--seconds 3000] [--out sweep.json]
+    python scripts/sweep_models.py [--types gpt2,gemma3n_text] [--plain] [--others] [--seconds 3000] [--out sweep.json]
+
+A sentence is for people: one that shows names from inside (`INNER_NAMES`) counts as a failure. So does advice that would be
+refused in turn: what a sentence says to add to config.json is added, and must help.
+
+With --others, the model types that write no text (encoders, vision, sound, …) are tried too: each must be refused in a sentence.
 """
 
 from __future__ import annotations
@@ -11,6 +16,7 @@ import collections
 import copy
 import json
 import logging
+import re
 import tempfile
 import time
 import traceback
@@ -21,6 +27,7 @@ from typing import Any
 
 import torch
 from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM
+from transformers.models.auto import modeling_auto
 from transformers.utils import logging as transformers_logging
 
 from stepgraph.config import EngineConfig
@@ -63,6 +70,11 @@ VALUES = {
     "final_logit_softcapping": [30.0],
 }
 """Other values of fields that are no switches."""
+INNER_NAMES = re.compile(
+    r"_PassThrough|_Passed|\bKeyError|\bNoneType\b|Error\(|Error:|object has no attribute|not subscriptable|unsupported operand|"
+    r"positional argument|site-packages|stepgraph[/.]\w+[/.]\w+|<class|Traceback|trust_remote_code"
+)
+"""What no sentence about a model may show: names and paths of code, and what Python says of a mistake in it."""
 TOKENS = [(7 * i + 3) % 90 + 4 for i in range(40)]
 
 
@@ -90,6 +102,49 @@ def variants(config: Any) -> Iterator[tuple[str, dict[str, Any]]]:
             yield from ((f"{name} = {value}", {name: value}) for value in values)
 
 
+def refused(error: ModelError, folder: Path) -> tuple[str, str]:
+    """What a refusal is worth."""
+    sentence = str(error).replace(str(folder), "FOLDER")
+    if found := INNER_NAMES.search(sentence):
+        return "failed", f'a sentence with "{found[0]}": {sentence}'
+    added: dict[str, Any] = {}
+    if 'Add "max_position_embeddings"' in sentence:
+        added = {"max_position_embeddings": 256}
+    elif class_name := re.search(r'Add "architectures": \["(\w+)"\]', sentence):
+        added = {"architectures": [class_name[1]]}
+    if added:
+        path = folder / "config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | added))
+        try:
+            resolve(str(folder), weights=False)
+        except ModelError as second:
+            return "failed", f"advice that does not help: {sentence} Then: {second}"
+    return "refused", sentence
+
+
+def try_other(config: Any, architecture: str | None, folder: Path) -> tuple[str, str]:
+    """What came of a model of another kind: "refused", or "failed"."""
+    config.architectures = architecture and [architecture]
+    config.save_pretrained(folder)
+    try:
+        resolve(str(folder), weights=False)
+    except ModelError as error:
+        return refused(error, folder)
+    except Exception as error:  # a traceback where a sentence should be: what this looks for
+        return "failed", f"{type(error).__name__}: {error}\n{traceback.format_exc()}"
+    return "failed", f"{architecture} is taken for a language model"
+
+
+def others() -> Iterator[tuple[str, str | None]]:
+    """Model types and classes of transformers that are not causal language models: the base class, and those with other heads."""
+    causal = modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    lists = [names for key, names in vars(modeling_auto).items() if re.fullmatch("MODEL_.*MAPPING_NAMES", key)]
+    for model_type in CONFIG_MAPPING:
+        found = [names[model_type] for names in lists if names is not causal and model_type in names]
+        classes = {name for entry in found for name in ((entry,) if isinstance(entry, str) else entry)}
+        yield from ((model_type, name) for name in sorted(classes - {causal.get(model_type)}) or [None])
+
+
 def try_one(config: Any, folder: Path) -> tuple[str, str]:
     """What came of it ("right", "wrong", "refused", "failed", or "transformers fails"), and a sentence about it."""
     classes = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
@@ -98,7 +153,7 @@ def try_one(config: Any, folder: Path) -> tuple[str, str]:
         config.save_pretrained(folder)
         resolve(str(folder), model_impl="transformers")  # first: a model of parts that are not tiny takes long to fill
     except ModelError as error:
-        return "refused", str(error)
+        return refused(error, folder)
     except Exception as error:  # a traceback where a sentence should be: what this looks for
         return "failed", f"{type(error).__name__}: {error}\n{traceback.format_exc()}"
     try:
@@ -128,7 +183,7 @@ def try_one(config: Any, folder: Path) -> tuple[str, str]:
         eager = engine.runner.pool.statistics.num_eager_steps
         engine.shutdown()
     except ModelError as error:
-        return "refused", str(error)
+        return refused(error, folder)
     except Exception as error:  # a traceback where a sentence should be: what this looks for
         return "failed", f"{type(error).__name__}: {error}\n{traceback.format_exc()}"
     found = torch.tensor([position.logprob for position in request.prompt_logprobs[1:]])
@@ -144,6 +199,7 @@ def main() -> None:
     parser.add_argument("--types", help="model types, with commas between them; all if not given")
     parser.add_argument("--seconds", type=float, default=3000.0, help="begin no other variant after so long")
     parser.add_argument("--plain", action="store_true", help="only each config as it is")
+    parser.add_argument("--others", action="store_true", help="model types that write no text, too")
     parser.add_argument("--out", type=Path, help="JSON file for all results")
     options = parser.parse_args()
     warnings.simplefilter("ignore")
@@ -154,6 +210,14 @@ def main() -> None:
     wanted = options.types.split(",") if options.types else None
     results: list[dict[str, str]] = []
     begun = time.monotonic()
+
+    def record(model_type: str, variant: str, outcome: str, about: str) -> None:
+        results.append({"type": model_type, "variant": variant, "outcome": outcome, "about": about})
+        if options.out:
+            options.out.write_text(json.dumps(results, indent=1))
+        if outcome in ("failed", "wrong"):
+            print(f"{model_type}, {variant}: {outcome}: {about}", flush=True)
+
     for config_class in MODEL_FOR_CAUSAL_LM_MAPPING:
         model_type = types.get(config_class, config_class.__name__)
         if wanted is not None and model_type not in wanted:
@@ -162,7 +226,7 @@ def main() -> None:
             base = tiny(config_class)
             cases = list(variants(base))[: 1 if options.plain else None]
         except Exception as error:  # a class of many parts, which has no tiny one by these names
-            results.append({"type": model_type, "variant": "", "outcome": "no tiny config", "about": repr(error)[:200]})
+            record(model_type, "", "no tiny config", repr(error)[:200])
             continue
         for name, changes in cases:
             if time.monotonic() - begun > options.seconds:
@@ -174,11 +238,18 @@ def main() -> None:
                     outcome, about = "transformers fails", repr(error)[:200]
                 else:
                     outcome, about = try_one(config, Path(folder))
-            results.append({"type": model_type, "variant": name, "outcome": outcome, "about": about})
-            if options.out:
-                options.out.write_text(json.dumps(results, indent=1))
-            if outcome in ("failed", "wrong"):
-                print(f"{model_type}, {name}: {outcome}: {about}", flush=True)
+            record(model_type, name, outcome, about)
+    for model_type, architecture in others() if options.others else ():
+        if (wanted is not None and model_type not in wanted) or time.monotonic() - begun > options.seconds:
+            continue
+        with tempfile.TemporaryDirectory() as folder:
+            try:
+                config = CONFIG_MAPPING[model_type]()
+            except Exception as error:  # a class that has no config without arguments
+                outcome, about = "transformers fails", repr(error)[:200]
+            else:
+                outcome, about = try_other(config, architecture, Path(folder))
+        record(model_type, str(architecture), outcome, about)
     counts = collections.Counter(result["outcome"] for result in results)
     seconds, num_types = time.monotonic() - begun, len({result["type"] for result in results})
     print(f"{num_types} types, {len(results)} variants in {seconds:.0f} s:", dict(counts))

@@ -18,8 +18,9 @@ from stepgraph.errors import ModelError
 logger = logging.getLogger(__name__)
 
 _SCALED = ("linear", "llama3", "yarn", "longrope")
-"""Rope types whose frequencies are constants of the model, or of the model and the longest sequence. "dynamic" changes them
-with the length of the sequence, so keys cached early in a request would carry other angles than keys cached late."""
+"""Rope types whose frequencies are constants of the model, or of the model and the longest sequence."""
+_PLAIN = ("default", "dynamic")
+"""Rope types without scaling: "dynamic" scales where a sequence is longer than max_position_embeddings, which none is."""
 
 
 @dataclass(frozen=True)
@@ -67,14 +68,13 @@ def _evaluate(hf_config: Any, head_dim: int, layer_type: str | None) -> RotaryFr
             f"The model rotates {num_rotated} of the {head_dim} dimensions of a head; pairs of dimensions are rotated, so "
             'both must be even. Check "partial_rotary_factor" in config.json.'
         )
-    if rope_type == "default":
+    if rope_type in _PLAIN and "alpha" not in rope:  # with which HunYuan scales sequences of any length
         exponent = torch.arange(0, num_rotated, 2, dtype=torch.float32) / num_rotated
         return RotaryFrequencies(tuple((1.0 / rope["rope_theta"] ** exponent).tolist()))
     if rope_type not in _SCALED:
         raise ModelError(
-            f'The rope type is "{rope_type}", whose angles depend on the length of each sequence or are unknown here; '
-            f"supported are default, {', '.join(_SCALED)}. Where the checkpoint's card allows it, remove the scaling "
-            "from config.json and stay within the original context length."
+            f'The rope type is "{rope_type}"{" with alpha" if "alpha" in rope else ""}, and native models know '
+            f"{', '.join((*_PLAIN, *_SCALED))}. Correct rope_parameters in config.json, or add the type: docs/adding-a-model.md."
         )
 
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS

@@ -10,7 +10,7 @@ import torch
 from stepgraph.errors import ModelError
 from stepgraph.layers.mlp import Activation
 from stepgraph.layers.rotary import RotaryFrequencies, rotary_frequencies
-from stepgraph.models.fp8_checkpoint import refusal
+from stepgraph.models.fp8_checkpoint import READABLE, refusal
 
 _FULL, _SLIDING = "full_attention", "sliding_attention"
 _ACTIVATIONS: dict[str, Activation] = {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
@@ -116,10 +116,7 @@ class DecoderConfig:
 def architecture_of(hf_config: Any) -> str:
     """Name of the transformers class that a config belongs to; ModelError if it names none."""
     if not hf_config.architectures:
-        raise ModelError(
-            'The model\'s config.json has no "architectures", so its model class is unknown; add the class name, '
-            'e.g. "architectures": ["LlamaForCausalLM"].'
-        )
+        raise ModelError('The model\'s config.json has no "architectures", so its class is unknown.')
     return str(hf_config.architectures[0])
 
 
@@ -144,10 +141,6 @@ def check_supported(hf_config: Any) -> None:
     def refuse(what: str, instead: str) -> None:
         raise ModelError(f"{field('model_type') or 'This'} model cannot run: {what}. {instead}")
 
-    if (quantization := field("quantization_config")) and (reason := refusal(quantization)):
-        refuse(
-            reason, "Use the unquantised checkpoint, an FP8 checkpoint with other scales, or a GGUF file of the model."
-        )
     if field("vision_config") or field("audio_config") or field("text_config"):
         refuse("it is multimodal", "Text-only decoders are supported.")
     for name in ("num_local_experts", "num_experts", "n_routed_experts"):
@@ -175,6 +168,13 @@ def check_supported(hf_config: Any) -> None:
             f'its feed-forward activation is "{_activation_of(hf_config)}"',
             f"{' and '.join(_ACTIVATIONS)} are supported.",
         )
+
+
+def check_quantization(hf_config: Any) -> None:
+    """Raise ModelError, saying what is read instead, if a native model's weights are stored in a way that is not."""
+    quantization = getattr(hf_config, "quantization_config", None)
+    if quantization and (reason := refusal(quantization)):
+        raise ModelError(f"The weights of this {architecture_of(hf_config)} cannot be read: {reason}. {READABLE}")
 
 
 def _layer_types_of(hf_config: Any) -> list[str]:

@@ -1,13 +1,15 @@
 """Weights that checkpoints store in 8 bits (E4M3), and their scales, which they store as further tensors.
 
-Read are what llm-compressor writes (``compressed-tensors``, format ``float-quantized``), and DeepSeek's layout, which Qwen uses
-too (``fp8``): one scale per matrix, per output, or per block of 128 × 128.
+Read are what llm-compressor writes (``compressed-tensors``, format ``float-quantized``), DeepSeek's layout, which Qwen and
+Mistral use too (``fp8``), NVIDIA's (``modelopt``) and Meta's (``fbgemm_fp8``): one scale per matrix, per output, or per block of
+128 × 128.
 
 Shapes: O outputs, I inputs, G groups of inputs.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -21,32 +23,68 @@ from stepgraph.ops.fp8_linear import GROUP_SIZE, dequantize, num_groups
 
 _SCALES = ("_scale_inv", "_scale")
 """What follows a weight's name in that of its scales; both are factors, the first in spite of its name."""
-_UNUSED = (".input_scale", ".output_scale", ".k_scale", ".v_scale", ".q_scale")
+_UNUSED = (".input_scale", ".activation_scale", ".output_scale", ".k_scale", ".v_scale", ".q_scale")
 """Scales for activations and for the KV cache: activations are not quantised here, and the cache has none."""
 
 
+_MODELOPT = ("FP8", "FP8_PER_CHANNEL_PER_TOKEN", "FP8_PB_WO")
+"""Of modelopt's formats, those whose weights are of 8 bits and whose scales are read."""
+READABLE = (
+    "Quantised weights that run: those of 8-bit floating point in native models (compressed-tensors, fp8, modelopt and "
+    f"fbgemm_fp8, with a scale per matrix, per output, or per block of {GROUP_SIZE} × {GROUP_SIZE}) and GGUF files of "
+    "architecture llama, qwen2 or qwen3. Use such a checkpoint of the model, or the unquantised one, which --quantization fp8 "
+    "rounds to 8 bits as it is read."
+)
+"""What to do about a checkpoint that is refused."""
+
+
 def refusal(quantization: Any) -> str | None:
-    """Why a checkpoint with this `quantization_config` cannot be read; None if it can."""
+    """Why a checkpoint with this `quantization_config` cannot be read, as a part of a sentence; None if it can."""
     if not isinstance(quantization, dict):
-        return f"its checkpoint is quantised in a way that its config does not describe ({quantization!r})"
-    method = quantization.get("quant_method", "unknown")
-    described = f'its checkpoint is quantised with method "{method}"'
+        return f"they are quantised in a way that config.json does not describe ({quantization!r:.80})"
+    method = method_of(quantization)
+    described = f'they are quantised with method "{method}"{_bits(quantization)}'
     if method == "fp8":
         block = quantization.get("weight_block_size")
         if quantization.get("fmt", "e4m3") != "e4m3":
             return f"{described} in the format {quantization['fmt']}, and e4m3 is read"
         return None if block is None or list(block) == [GROUP_SIZE, GROUP_SIZE] else _blocks(described, block)
+    if method == "fbgemm_fp8":
+        return None
+    if method == "modelopt":
+        nested = quantization.get("quantization")
+        algorithm = str((nested if isinstance(nested, dict) else quantization).get("quant_algo", "unknown"))
+        readable = algorithm.upper() in _MODELOPT
+        return None if readable else f"{described} in the format {algorithm}, and {', '.join(_MODELOPT)} are read"
     if method != "compressed-tensors":
-        return f"{described}, which needs kernels of its own"
+        return f"{described}, for which there are no kernels here"
     for group in quantization.get("config_groups", {}).values():
         weights = group.get("weights") or {}
         type_, bits, strategy = (weights.get(key) for key in ("type", "num_bits", "strategy"))
         if (type_, bits) != ("float", 8) or strategy not in ("tensor", "channel", "block"):
-            return f"{described} (type {type_}, {bits} bits, a scale per {strategy}), which needs kernels of its own"
+            return (
+                f"{described} (type {type_}, {bits} bits, a scale per {strategy}), for which there are no kernels here"
+            )
         block = weights.get("block_structure")
         if strategy == "block" and list(block or ()) != [GROUP_SIZE, GROUP_SIZE]:
             return _blocks(described, block)
     return None
+
+
+def method_of(quantization: Any) -> str:
+    """Name of the method by which a `quantization_config` says that weights were quantised."""
+    if not isinstance(quantization, dict):
+        return "unknown"
+    producer = quantization.get("producer")
+    name = producer.get("name") if isinstance(producer, dict) else None  # modelopt may name no method beside it
+    return str(quantization.get("quant_method") or name or "unknown")
+
+
+def _bits(quantization: dict[str, Any]) -> str:
+    flags = {4: "load_in_4bit", 8: "load_in_8bit"}
+    bits = next((bits for bits, flag in flags.items() if quantization.get(flag)), None)
+    bits = bits or quantization.get("bits") or quantization.get("w_bit")
+    return f" of {bits} bits" if bits else ""
 
 
 def _blocks(described: str, block: Any) -> str:
@@ -60,14 +98,16 @@ class FP8Tensor(CheckpointTensor):
         self.name, self.shape = codes.name, codes.shape
         outputs, inputs = self.shape
         blocks = num_groups(outputs), num_groups(inputs)
-        self._blocked = scale.shape == blocks and scale.shape != (1, 1)
-        if not self._blocked and scale.shape not in ((), (1,), (1, 1), (outputs,), (outputs, 1)):
+        written = blocks, (blocks[0], 1, blocks[1], 1)  # the second by modelopt
+        self._blocked = scale.shape in written and math.prod(scale.shape) > 1
+        if not self._blocked and scale.shape not in ((), (1,), (1, 1), (1, 1, 1, 1), (outputs,), (outputs, 1)):
             raise ModelError(
                 f"{scale.name} has shape {list(scale.shape)}, and {codes.name} is {list(codes.shape)}: scales are read of whole "
                 f"matrices, of outputs, or of blocks of {GROUP_SIZE} × {GROUP_SIZE}."
             )
         self.groups = blocks[1] if self._blocked else 1
         self.quantization = quantization_name(self.groups)
+        self.nbytes = math.prod(self.shape) + 4 * math.prod(scale.shape)
         self._codes, self._scale = codes, scale
 
     def load(self, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -83,6 +123,7 @@ class FP8Tensor(CheckpointTensor):
         codes_OI = self._codes.load(torch.float8_e4m3fn, device)
         scale = self._scale.load(torch.float32, device)
         if self._blocked:
+            scale = scale.view(num_groups(self.shape[0]), self.groups)
             return codes_OI, scale.repeat_interleave(GROUP_SIZE, 0)[: self.shape[0]]
         return codes_OI, scale.view(-1, 1).expand(self.shape[0], 1)
 

@@ -13,10 +13,8 @@ from types import SimpleNamespace
 from typing import Any
 
 from stepgraph.errors import ModelError
+from stepgraph.models.alike import DIFFERENCES, in_known_fields
 from stepgraph.models.json_file import read_json
-
-_ALIKE = {"mimo": "qwen2"}
-"""Model types that transformers does not know, and those it knows whose config has the same fields."""
 
 _COMMON: dict[str, Any] = {
     "mlp_bias": False,
@@ -88,19 +86,55 @@ def hf_config_from_json(path: Path, *, for_transformers: bool = False) -> Any:
     """
     fields = read_json(path)
     check_sizes(fields, path)
-    try:
-        alike = _ALIKE.get(str(fields.get("model_type")))
-        fields |= {"model_type": alike} if alike else {}
-        plain = None if for_transformers else plain_config(fields)
-        if plain is not None:
-            return plain
-        from transformers import CONFIG_MAPPING, AutoConfig
+    config = _read(path, fields, for_transformers=for_transformers)
+    beside = path.with_name(
+        "hf_quant_config.json"
+    )  # where modelopt describes what it did, and not always in config.json
+    if getattr(config, "quantization_config", None) is None and beside.is_file():
+        described = read_json(beside).get("quantization")
+        config.quantization_config = {"quant_method": "modelopt", "quantization": described}
+    return config
 
-        if alike:
-            return CONFIG_MAPPING[alike].from_dict(fields)
+
+def _read(path: Path, fields: Mapping[str, Any], *, for_transformers: bool) -> Any:
+    known = in_known_fields(fields)
+    plain = None if for_transformers else plain_config(known)
+    if plain is not None:
+        return plain
+    from transformers import CONFIG_MAPPING, AutoConfig
+
+    model_type = known.get("model_type")
+    if not isinstance(model_type, str):
+        raise ModelError(f'{path} has no "model_type", the kind of model it is of, e.g. "llama"; download it again.')
+    if model_type not in CONFIG_MAPPING:
+        architecture = (fields.get("architectures") or ["the model"])[0]
+        raise ModelError(foreign_code(str(architecture), model_type, has_code="auto_map" in fields))
+    try:
+        if model_type != fields["model_type"]:
+            return CONFIG_MAPPING[model_type].from_dict(known)
         return AutoConfig.from_pretrained(path, trust_remote_code=False)
     except Exception as error:  # transformers raises many types here, validation errors of its own among them
         raise ModelError(f"transformers cannot read {path}: {error or repr(error)}") from error
+
+
+def foreign_code(architecture: str, model_type: str, *, has_code: bool) -> str:
+    """The sentence for a model whose class neither transformers nor stepgraph has.
+
+    Args:
+        architecture: its class.
+        model_type: of its config.
+        has_code: whether its config names code that comes with the checkpoint.
+    """
+    from transformers import __version__
+
+    where = "comes with its checkpoint and is not" if has_code else "is not"
+    known = f" (it resembles Llama, but {DIFFERENCES[architecture]})" if architecture in DIFFERENCES else ""
+    return (
+        f'The code of {architecture}, of model type "{model_type}", {where} part of transformers {__version__}{known}; '
+        "stepgraph runs no code from checkpoints. What runs are native models and classes of transformers: look for a checkpoint "
+        'of this model that was converted to one (its name often ends in "-hf"), or for a GGUF file of architecture llama, qwen2 '
+        "or qwen3. Or add a native model: docs/adding-a-model.md."
+    )
 
 
 def plain_config(fields: Mapping[str, Any]) -> SimpleNamespace | None:

@@ -2,60 +2,117 @@
 
 from __future__ import annotations
 
+import copy
+import logging
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Any
 
 from stepgraph.errors import ModelError
-from stepgraph.models.config import DecoderConfig, architecture_of, check_supported
+from stepgraph.models.config import DecoderConfig, architecture_of, check_quantization, check_supported
 from stepgraph.models.decoder import Decoder
 from stepgraph.models.ernie4_5 import Ernie45
 from stepgraph.models.gemma3 import Gemma3
 from stepgraph.models.granite import Granite
+from stepgraph.models.hf_config import hf_config_from_json
 from stepgraph.models.language_model import LanguageModelConfig
 from stepgraph.models.llama import Llama
+from stepgraph.models.minicpm import MiniCPM
 from stepgraph.models.phi3 import Phi3
 from stepgraph.models.qwen2 import Qwen2
 from stepgraph.models.qwen3 import Qwen3
+from stepgraph.models.seed_oss import SeedOss
 from stepgraph.models.smollm3 import SmolLM3
+
+logger = logging.getLogger(__name__)
 
 ARCHITECTURES: dict[str, type[Decoder]] = {
     "LlamaForCausalLM": Llama,
+    "LLaMAForCausalLM": Llama,
     "MistralForCausalLM": Llama,
     "MinistralForCausalLM": Llama,
+    "AquilaForCausalLM": Llama,
+    "AquilaModel": Llama,
+    "CwmForCausalLM": Llama,
+    "ExaoneForCausalLM": Llama,
+    "InternLMForCausalLM": Llama,
+    "InternLM3ForCausalLM": Llama,
+    "IQuestCoderForCausalLM": Llama,
+    "TeleChat3ForCausalLM": Llama,
+    "XverseForCausalLM": Llama,
     "Qwen2ForCausalLM": Qwen2,
     "Qwen3ForCausalLM": Qwen3,
     "MiMoForCausalLM": Qwen2,
     "Ernie4_5ForCausalLM": Ernie45,
     "Gemma3ForCausalLM": Gemma3,
     "GraniteForCausalLM": Granite,
+    "MiniCPMForCausalLM": MiniCPM,
     "Phi3ForCausalLM": Phi3,
+    "SeedOssForCausalLM": SeedOss,
     "SmolLM3ForCausalLM": SmolLM3,
 }
-"""Native models by the class name of their counterpart in transformers, or, for MiMo, in code that comes with the checkpoint."""
+"""Native models by the class name that their checkpoints give: of transformers or, where it has none, of their makers' code
+(`stepgraph.models.alike`)."""
 
 
-def choose_config(hf_config: Any, model_impl: str = "auto") -> LanguageModelConfig:
-    """Turn a transformers config into that of the implementation which will run the model.
+def choose_config(hf_config: Any, model_impl: str, path: Path) -> LanguageModelConfig:
+    """Turn a config object into that of the implementation which will run the model.
 
     Args:
-        hf_config: config object.
+        hf_config: from `hf_config_from_json`.
         model_impl: "native", "transformers", or "auto": native if a native model runs the architecture.
+        path: of the config.json, from which transformers' own object is read where a refusal of the native model depends on it.
 
     Raises:
         ModelError: the model uses something that the implementation does not support.
     """
+    if not hf_config.architectures:
+        raise _without_class(hf_config)
     if model_impl == "transformers" or (model_impl == "auto" and architecture_of(hf_config) not in ARCHITECTURES):
-        from stepgraph.models.transformers_model import judge
-
-        with _telling_of_odd_fields():
-            return judge(hf_config)
+        return _judge(hf_config)
     try:
         return read_config(hf_config)
     except ModelError as error:
-        if model_impl == "native":
+        if not _runs_through_transformers(path):
             raise
-        raise ModelError(f"{error} Or set model_impl to transformers, to try transformers' own code.") from error
+        raise ModelError(f"{error} Or set model_impl to transformers, whose own code runs this model.") from error
+
+
+def _without_class(hf_config: Any) -> ModelError:
+    """For a config that names no class: with the class that would run, if there is one."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    class_name = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(hf_config.model_type)
+    told = (
+        'The model\'s config.json has no "architectures", so its class is unknown, and of its type, '
+        f'"{hf_config.model_type}", '
+    )
+    if class_name is not None:
+        named = copy.deepcopy(hf_config)
+        named.architectures = [class_name]
+        with suppress(ModelError):
+            (read_config if class_name in ARCHITECTURES else _judge)(named)
+            return ModelError(f'{told}{class_name} writes text. Add "architectures": ["{class_name}"].')
+    return ModelError(
+        f"{told}no class runs here. What runs are native models and classes of transformers that write text."
+    )
+
+
+def _judge(hf_config: Any) -> LanguageModelConfig:
+    from stepgraph.models.transformers_model import judge
+
+    with _telling_of_odd_fields():
+        return judge(hf_config)
+
+
+def _runs_through_transformers(path: Path) -> bool:
+    """Whether it is good advice to set model_impl to transformers."""
+    try:
+        _judge(hf_config_from_json(path, for_transformers=True))
+    except ModelError:
+        return False
+    return True
 
 
 def read_config(hf_config: Any) -> DecoderConfig:
@@ -70,10 +127,12 @@ def read_config(hf_config: Any) -> DecoderConfig:
     if architecture not in ARCHITECTURES:
         raise ModelError(
             f"No native model runs the architecture {architecture}; there are {', '.join(ARCHITECTURES)}. "
-            "Set model_impl to auto to run transformers' own code, or add one: see docs/adding-a-model.md."
+            "To add one, see docs/adding-a-model.md."
         )
     with _telling_of_odd_fields():
-        return ARCHITECTURES[architecture].config_from_hf(hf_config)
+        config = ARCHITECTURES[architecture].config_from_hf(hf_config)
+    check_quantization(hf_config)  # last: of a model that cannot run, no other checkpoint does
+    return config
 
 
 @contextmanager
@@ -82,6 +141,9 @@ def _telling_of_odd_fields() -> Iterator[None]:
     try:
         yield
     except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
-        raise ModelError(
-            f"The model's config cannot be used: {error!r:.500}; a field is missing, of the wrong type or far out of range."
-        ) from error
+        logger.debug("the config is unusable", exc_info=error)
+        missing = (
+            error.name if isinstance(error, AttributeError) else error.args[0] if type(error) is KeyError else None
+        )
+        odd = f'it has no "{missing}"' if missing else "a field is missing, of the wrong type or far out of range"
+        raise ModelError(f"The model's config.json cannot be used: {odd}. Download it again.") from error

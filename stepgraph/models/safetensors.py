@@ -14,6 +14,7 @@ from stepgraph.errors import ModelError
 from stepgraph.models.checkpoint import CheckpointTensor
 from stepgraph.models.fp8_checkpoint import join_scales
 from stepgraph.models.json_file import read_json
+from stepgraph.models.tensor_names import native_name
 
 _SINGLE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
@@ -48,7 +49,7 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def read_safetensors(folder: Path) -> Iterator[CheckpointTensor]:
-    """Yield every tensor of the checkpoint in `folder`, weights in 8 bits joined with their scales.
+    """Yield every tensor of the checkpoint in `folder` by its name in native models, weights in 8 bits joined with their scales.
 
     Raises:
         ModelError: a file is missing, truncated or not a safetensors file, or scales do not fit their weight.
@@ -68,7 +69,7 @@ def _stored(folder: Path) -> Iterator[CheckpointTensor]:
 
 class _SafetensorsTensor(CheckpointTensor):
     def __init__(self, path: Path, file: Any, name: str) -> None:
-        self.name = name
+        self.name, self._stored_name = native_name(name), name
         stored = file.get_slice(name)
         self.shape = tuple(stored.get_shape())
         self.is_e4m3 = stored.get_dtype() == "F8_E4M3"
@@ -79,14 +80,14 @@ class _SafetensorsTensor(CheckpointTensor):
         values = self.stored()
         if dtype.is_floating_point and not values.is_floating_point():
             raise ModelError(
-                f"{self._path} holds {self.name} as {values.dtype}, which is no weight; download it again."
+                f"{self._path} holds {self._stored_name} as {values.dtype}, which is no weight; download it again."
             )
         return values.to(device).to(dtype)  # moved first: the conversion is faster there
 
     def stored(self) -> Tensor:
         """See `CheckpointTensor.stored`; a view of the mapped file."""
         try:
-            values: Tensor = self._file.get_tensor(self.name)
+            values: Tensor = self._file.get_tensor(self._stored_name)
         except (SafetensorError, OSError, ValueError) as error:
             raise _unreadable(self._path, error) from error
         return values

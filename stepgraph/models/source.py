@@ -140,7 +140,7 @@ class FolderSource(ModelSource):
             generation = read_json(folder / "generation_config.json")
             self._sampling_defaults = {name: generation[name] for name in _SAMPLING if generation.get(name) is not None}
             eos = as_token_ids(generation.get("eos_token_id"), folder / "generation_config.json")
-        config = choose_config(hf_config, model_impl)
+        config = choose_config(hf_config, model_impl, folder / "config.json")
         assert isinstance(config, DecoderConfig | TransformersConfig), config
         of_tokenizer = tokenizer_end_token(folder)
         eos += config.eos_token_ids + (() if of_tokenizer is None else (of_tokenizer,))
@@ -180,7 +180,7 @@ class ShapeSource(ModelSource):
     def __init__(self, name: str, path: Path, model_impl: str) -> None:
         self.name, self.description = name, f"shape of {name}, no weights"
         self.config = choose_config(
-            hf_config_from_json(path, for_transformers=model_impl == "transformers"), model_impl
+            hf_config_from_json(path, for_transformers=model_impl == "transformers"), model_impl, path
         )
 
     def tensors(self) -> Iterable[CheckpointTensor]:

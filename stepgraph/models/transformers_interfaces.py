@@ -24,8 +24,10 @@ IMPLEMENTATIONS = {"attn_implementation": _NAME, "experts_implementation": _NAME
 """Arguments of transformers' `from_config` and `from_pretrained`."""
 
 REQUIREMENTS = (
-    "Supported are classes whose layers all call transformers' AttentionInterface with the model's keyword arguments."
+    "What runs are native models and those classes of transformers whose layers all call its AttentionInterface with the model's "
+    "keyword arguments."
 )
+CAUSAL_ONLY = "What runs are causal models: decoders, whose tokens see themselves and earlier ones."
 _HARMLESS = {"dropout", "position_ids", "use_cache", "cache_position"}
 _UNSUPPORTED = {
     "softcap": "it caps attention scores",
@@ -50,9 +52,21 @@ Attend = Callable[[AttentionCall], Tensor]
 """Answers with [1, T, H, D]. Given to a model as its keyword argument ``stepgraph_attend``."""
 
 
+class RefusalError(ModelError):
+    """What keeps a model from running, told by code that does not know which model it is in."""
+
+    def __init__(self, what: str, instead: str) -> None:
+        super().__init__(f"The model cannot run through transformers' code: {what}. {instead}")
+        self.what, self.instead = what, instead
+
+    def of(self, architecture: str) -> ModelError:
+        """The same for those who know."""
+        return ModelError(f"{architecture} cannot run through transformers' code: {self.what}. {self.instead}")
+
+
 def refuse(what: str, instead: str = REQUIREMENTS) -> NoReturn:
-    """Raise a ModelError that says what keeps a model from running and what is supported."""
-    raise ModelError(f"The model cannot run through transformers: {what}. {instead}")
+    """Raise an error that says what keeps a model from running and what runs."""
+    raise RefusalError(what, instead)
 
 
 def _attention(
@@ -77,10 +91,10 @@ def _attention(
     if stepgraph_attend is None:
         refuse(f"{who} does not get the keyword arguments of its model, which carry the step")
     if is_causal is False or not getattr(module, "is_causal", True) or attention_mask is not None:
-        refuse(f"{who} is not causal")
+        refuse(f"{who} lets tokens see later ones, or masks them in its own way", CAUSAL_ONLY)
     for name, argument in others.items():
         if name not in _HARMLESS and argument is not None and argument is not False:
-            refuse(_UNSUPPORTED.get(name, f"{who} gives attention the argument {name}, which is not known here"))
+            refuse(_UNSUPPORTED.get(name, f"{who} asks attention for {name}, which is not known here"))
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     layer: Any = module.layer_idx
     return stepgraph_attend(AttentionCall(layer, query, key, value, scale, sliding_window or 0)), None

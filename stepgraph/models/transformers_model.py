@@ -14,6 +14,7 @@ Shapes: T tokens, R rows, E hidden size, V vocabulary, H query heads, G key/valu
 from __future__ import annotations
 
 import copy
+import logging
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,8 +24,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM
-from transformers.utils import ModelOutput, logging
+from transformers import AutoModelForCausalLM
+from transformers.utils import ModelOutput
+from transformers.utils import logging as transformers_logging
 
 from stepgraph import ops
 from stepgraph.errors import CaptureError, ModelError
@@ -33,8 +35,18 @@ from stepgraph.layers.inputs import StepInputs
 from stepgraph.models.config import architecture_of, as_token_ids
 from stepgraph.models.mtp_tensors import mtp_names
 from stepgraph.models.safetensors import read_safetensors
+from stepgraph.models.transformers_checks import check_class, check_fields, check_last, explain, without_dynamic_rope
 from stepgraph.models.transformers_config import TransformersConfig
-from stepgraph.models.transformers_interfaces import IMPLEMENTATIONS, REQUIREMENTS, Attend, AttentionCall, refuse
+from stepgraph.models.transformers_interfaces import (
+    IMPLEMENTATIONS,
+    REQUIREMENTS,
+    Attend,
+    AttentionCall,
+    RefusalError,
+    refuse,
+)
+
+logger = logging.getLogger(__name__)
 
 _PROBE_TOKENS = 3
 
@@ -45,10 +57,19 @@ def judge(hf_config: Any) -> TransformersConfig:
     Raises:
         ModelError: transformers has no class for it, or the class cannot run here; says what, why and what works.
     """
-    _check_fields(hf_config)
+    try:
+        return _judge(without_dynamic_rope(hf_config))
+    except RefusalError as error:
+        raise error.of(architecture_of(hf_config)) from error
+
+
+def _judge(hf_config: Any) -> TransformersConfig:
+    check_class(hf_config, _runs)
+    check_fields(hf_config)
     calls, hidden_size, vocab_size, num_parameters = _probe(hf_config)
     calls.sort(key=lambda call: call.layer)
     _check_layers(hf_config, calls)
+    check_last(hf_config)
     num_heads, head_dim = calls[0].query.shape[1], calls[0].query.shape[3]
     return TransformersConfig(
         architecture=architecture_of(hf_config),
@@ -64,6 +85,14 @@ def judge(hf_config: Any) -> TransformersConfig:
         num_parameters=num_parameters,
         hf_config=hf_config,
     )
+
+
+def _runs(hf_config: Any) -> bool:
+    try:
+        _judge(hf_config)
+    except ModelError:
+        return False
+    return True
 
 
 class TransformersModel(nn.Module):
@@ -166,7 +195,8 @@ class TransformersModel(nn.Module):
             for token_ids in ([1, 2, 3], [4, 2, 5])
         )
         if not (one_E - other_E).norm() <= 1e-2 * one_E.norm():  # not for NaN either
-            refuse("its tokens meet outside attention", "Layers of attention and feed-forward are supported.")
+            what = "its tokens meet outside attention, as in a convolution or a recurrence"
+            raise RefusalError(what, "What runs are layers of attention and feed-forward.").of(self.config.architecture)
 
     def forward(self, inputs: StepInputs) -> Tensor:
         """See `LanguageModel.__call__`."""
@@ -252,45 +282,6 @@ def _run_head(head: nn.Module, hidden_RE: Tensor) -> Tensor:
     return logits_RV
 
 
-def _check_fields(hf_config: Any) -> None:
-    """Refuse what a config says and a run on fake tensors does not show."""
-
-    def value(name: str) -> Any:
-        return getattr(hf_config, name, None)
-
-    if quantization := value("quantization_config"):
-        method = quantization.get("quant_method", "unknown") if isinstance(quantization, dict) else quantization
-        refuse(f'its checkpoint is quantised with method "{method}"', "Use the unquantised checkpoint.")
-    if value("vision_config") or value("audio_config") or value("text_config"):
-        refuse("it is multimodal", "Text-only decoders are supported.")
-    if value("is_encoder_decoder") or value("use_bidirectional_attention") or value("is_causal") is False:
-        refuse("its attention is not causal", "Decoder-only causal models are supported.")
-    if odd := sorted(set(value("layer_types") or ()) - {"full_attention", "sliding_attention"}):
-        refuse(f"it has layers of type {', '.join(odd)}", "Full and sliding attention are supported.")
-    ropes = value("rope_parameters") or {}
-    for rope in (ropes, *(part for part in ropes.values() if isinstance(part, dict))):
-        if rope.get("rope_type") in ("dynamic", "longrope"):
-            refuse(
-                f'its rope type is "{rope["rope_type"]}", whose angles change with the length of the longest sequence in a step',
-                "Where the checkpoint's card allows it, remove the scaling from config.json and stay within the original "
-                "context length.",
-            )
-    if not value("max_position_embeddings"):
-        refuse(
-            "its config has no max_position_embeddings",
-            'Add "max_position_embeddings", the longest sequence in tokens, to config.json.',
-        )
-    architecture = architecture_of(hf_config)
-    classes = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(hf_config), ())
-    names = [c.__name__ for c in (classes if isinstance(classes, tuple) else (classes,))]
-    if architecture not in names:
-        refuse(
-            f'transformers runs models of type "{value("model_type")}" as {", ".join(names) or "no causal language model"}, not '
-            f"as the {architecture} that its config names",
-            "Correct config.json; models with code of their own (trust_remote_code) are not run.",
-        )
-
-
 class _Probed(NamedTuple):
     hidden: Tensor  # [T, E]
     logits: Tensor  # [T, V]
@@ -310,9 +301,9 @@ def _probe(hf_config: Any) -> tuple[list[AttentionCall], int, int, int]:
 
     try:
         with torch.device("meta"), torch.no_grad():
-            hf_model = AutoModelForCausalLM.from_config(
-                copy.deepcopy(hf_config), dtype=torch.bfloat16, **IMPLEMENTATIONS
-            ).eval()
+            plain = copy.deepcopy(hf_config)
+            plain.__dict__.pop("quantization_config", None)
+            hf_model = AutoModelForCausalLM.from_config(plain, dtype=torch.bfloat16, **IMPLEMENTATIONS).eval()
             num_parameters = sum(parameter.numel() for parameter in hf_model.parameters())
             base, head = _take_apart(hf_model)
             token_ids_T = torch.zeros(_PROBE_TOKENS, dtype=torch.int32)
@@ -326,35 +317,33 @@ def _probe(hf_config: Any) -> tuple[list[AttentionCall], int, int, int]:
     except ModelError:
         raise
     except CaptureError as error:
-        raise ModelError(
-            f"{architecture_of(hf_config)} cannot run through transformers with this config, as its steps cannot be captured in "
-            f"graphs: {error}. {REQUIREMENTS}"
-        ) from error
+        raise RefusalError(f"its steps cannot be captured in graphs with this config: {error}", REQUIREMENTS) from error
     except Exception as error:  # code of some hundred models, not written for this
-        reason = (str(error).strip().splitlines() or [""])[0]
-        raise ModelError(
-            f"{architecture_of(hf_config)} cannot run through transformers: its code fails on tensors without values or without "
-            f"our attention ({type(error).__name__}: {reason}). {REQUIREMENTS}"
-        ) from error
+        logger.debug("%s cannot be probed", architecture_of(hf_config), exc_info=error)
+        raise explain(error) from error
     return calls, probed[0].hidden.shape[-1], probed[0].logits.shape[-1], num_parameters
 
 
 def _check_layers(hf_config: Any, calls: list[AttentionCall]) -> None:
     """Refuse a model whose layers are not all alike, or not all made of our attention."""
     num_layers = hf_config.num_hidden_layers
+    if not calls:
+        refuse(
+            "its layers do not call transformers' AttentionInterface: they have attention of their own, or none, as recurrent "
+            "layers do",
+        )
     if [call.layer for call in calls] != list(range(num_layers)):
         refuse(
-            f"{len(calls)} calls of attention came from its {num_layers} layers, where each must make one",
-            REQUIREMENTS,
+            f"{len(calls)} calls of attention came from its {num_layers} layers, where each must make one and know its number",
         )
     heads = {(call.query.shape, call.key.shape, call.value.shape) for call in calls}
     if len(heads) > 1:
-        refuse("its layers differ in the number or size of their heads", "Layers with heads alike are supported.")
+        refuse("its layers differ in the number or size of their heads", "What runs are layers with heads alike.")
     q_shape, k_shape, v_shape = heads.pop()
     if k_shape != v_shape or q_shape[-1] != k_shape[-1]:
         refuse(
             f"its heads are of different sizes: queries {q_shape[-1]}, keys {k_shape[-1]}, values {v_shape[-1]}",
-            "Multi-head and grouped-query attention are supported, multi-head latent attention is not.",
+            "What runs is multi-head and grouped-query attention, not multi-head latent attention.",
         )
 
 
@@ -382,9 +371,9 @@ def _some(names: list[str]) -> str:
 @contextmanager
 def _progress_bars(shown: bool) -> Iterator[None]:
     """Have transformers show progress bars, or none."""
-    before = logging.is_progress_bar_enabled()
+    before = transformers_logging.is_progress_bar_enabled()
     try:
-        (logging.enable_progress_bar if shown else logging.disable_progress_bar)()
+        (transformers_logging.enable_progress_bar if shown else transformers_logging.disable_progress_bar)()
         yield
     finally:
-        (logging.enable_progress_bar if before else logging.disable_progress_bar)()
+        (transformers_logging.enable_progress_bar if before else transformers_logging.disable_progress_bar)()

@@ -17,6 +17,7 @@ from stepgraph.models.language_model import LanguageModel, LanguageModelConfig
 from stepgraph.models.mtp_tensors import without_mtp
 from stepgraph.models.output_head import fit_head, has_own_head
 from stepgraph.models.source import ModelSource
+from stepgraph.models.tensor_names import native_name
 from stepgraph.models.transformers_config import TransformersConfig
 
 Update = Iterable[tuple[Target, CheckpointTensor]]
@@ -57,7 +58,7 @@ def plan_update(model: LanguageModel, source: ModelSource | Iterable[tuple[str, 
         tensors = source.tensors() if isinstance(model, Decoder) else _read_with_transformers(model, source)
     else:
         description = "given as tensors"
-        tensors = (TensorInMemory(name, values) for name, values in source)
+        tensors = (TensorInMemory(native_name(name), values) for name, values in source)
         if not isinstance(model, Decoder):
             raise ModelError(
                 f"{model.config.architecture} runs through transformers, which renames and merges tensors as it reads a "

@@ -3,6 +3,7 @@
 import torch
 from transformers import (
     AutoModelForCausalLM,
+    CwmConfig,
     Ernie4_5Config,
     Gemma3TextConfig,
     GraniteConfig,
@@ -12,6 +13,7 @@ from transformers import (
     Phi3Config,
     Qwen2Config,
     Qwen3Config,
+    SeedOssConfig,
     SmolLM3Config,
 )
 
@@ -47,6 +49,7 @@ GEMMA3_ROPE = {
     "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
     "full_attention": {"rope_type": "linear", "rope_theta": 1000000.0, "factor": 8.0},
 }
+DYNAMIC_ROPE = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 6.0}
 WINDOW = 24
 MIXED_LAYERS = {"num_hidden_layers": 3, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}
 
@@ -87,6 +90,16 @@ HF_CONFIGS = {
     "phi 4 with long rope": lambda: Phi3Config(
         **SIZES, pad_token_id=0, rope_parameters=LONG_ROPE, original_max_position_embeddings=64
     ),
+    "seed oss": lambda: SeedOssConfig(
+        **SIZES, head_dim=16, attention_bias=True, attention_out_bias=False, mlp_bias=True
+    ),
+    "seed oss with another choice of biases": lambda: SeedOssConfig(
+        **SIZES, head_dim=16, attention_bias=False, attention_out_bias=True
+    ),
+    "cwm with windows in some layers": lambda: CwmConfig(
+        **SIZES | MIXED_LAYERS, head_dim=16, sliding_window=WINDOW, rope_parameters=LLAMA3_ROPE
+    ),
+    "llama with dynamic rope": lambda: LlamaConfig(**SIZES, rope_parameters=DYNAMIC_ROPE),
     "smollm 3": lambda: SmolLM3Config(**SIZES, pad_token_id=0, no_rope_layer_interval=2),
     "smollm 3 with windows": lambda: SmolLM3Config(
         **SIZES | {"num_hidden_layers": 3},

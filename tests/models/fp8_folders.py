@@ -40,7 +40,45 @@ LAYOUTS = {
         "weight_scale",
         {"quant_method": "fp8", "activation_scheme": "static"},
     ),
+    "fp8 as Mistral writes it": (
+        "matrix",
+        "weight_scale_inv",
+        {"quant_method": "fp8", "activation_scheme": "static", "dequantize": False, "weight_block_size": None},
+    ),
+    "modelopt with a scale per matrix": (
+        "matrix",
+        "weight_scale",
+        {
+            "quant_method": "modelopt",
+            "quant_algo": "FP8",
+            "producer": {"name": "modelopt"},
+            "kv_cache_scheme": {"num_bits": 8, "type": "float", "dynamic": False},
+            "ignore": ["lm_head"],
+        },
+    ),
+    "modelopt with a scale per output": (
+        "output",
+        "weight_scale",
+        {"producer": {"name": "modelopt"}, "quantization": {"quant_algo": "FP8_PER_CHANNEL_PER_TOKEN"}},
+    ),
+    "modelopt with a scale per block": (
+        "block",
+        "weight_scale",
+        {"quant_method": "modelopt", "quant_algo": "FP8_PB_WO", "ignore": ["lm_head"]},
+    ),
+    "fbgemm": (
+        "output",
+        "weight_scale",
+        {"quant_method": "fbgemm_fp8", "activation_scale_ub": 1200.0, "modules_to_not_convert": ["lm_head"]},
+    ),
 }
+"""Whose scale a scale is, the end of its name, and the `quantization_config`."""
+EXTRA = {
+    "fp8 with static activations": ("input_scale",),
+    "fp8 as Mistral writes it": ("activation_scale",),
+    "modelopt with a scale per matrix": ("input_scale", "k_scale", "v_scale"),
+}
+"""Scales for what is not quantised here, beside each weight."""
 
 
 def encode(values, per):
@@ -78,9 +116,10 @@ def write_fp8(source, folder, layout, *, ignored=()):
     for name, tensor in load_file(source / "model.safetensors").items():
         if ".layers." in name and name.endswith("proj.weight") and not any(part in name for part in ignored):
             tensors[name], scale, values[name] = encode(tensor.float(), per)
+            scale = scale[:, None, :, None].contiguous() if layout == "modelopt with a scale per block" else scale
             tensors[name.removesuffix("weight") + suffix] = scale
-            if config.get("activation_scheme") == "static":
-                tensors[name.removesuffix("weight") + "input_scale"] = torch.ones(1)
+            for extra in EXTRA.get(layout, ()):
+                tensors[name.removesuffix("weight") + extra] = torch.ones(1)
         else:
             tensors[name] = values[name] = tensor
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})

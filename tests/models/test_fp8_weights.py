@@ -8,12 +8,13 @@ from checkpoints import HF_CONFIGS, SIZES, random_hf_model
 from fp8_folders import LAYOUTS, compressed_tensors, write_fp8
 from safetensors.torch import load_file, save_file
 from stepping import Stepper
-from transformers import LlamaConfig
+from transformers import GptOssConfig, LlamaConfig
 
 from stepgraph.errors import ConfigError, ModelError
 from stepgraph.layers.fp8_linear import FP8Linear
 from stepgraph.layers.linear import Linear
 from stepgraph.models import load_model, resolve
+from stepgraph.models.fp8_checkpoint import READABLE
 from stepgraph.models.update import plan_update, write
 from stepgraph.ops.fp8_linear import dequantize
 
@@ -122,18 +123,46 @@ def test_new_weights_are_rounded_and_those_in_8_bits_are_not(folder, tmp_path) -
 @pytest.mark.parametrize(
     ("quantization", "message"),
     [
-        ({"quant_method": "gptq", "bits": 4}, 'quantised with method "gptq", which needs kernels.*Use the unquantised'),
+        ({"quant_method": "gptq", "bits": 4}, 'method "gptq" of 4 bits, for which there are no kernels here'),
+        ({"quant_method": "awq", "w_bit": 4}, 'method "awq" of 4 bits'),
+        ({"quant_method": "bitsandbytes", "load_in_4bit": True}, 'method "bitsandbytes" of 4 bits'),
+        ({"quant_method": "mxfp4"}, 'method "mxfp4", for which'),
         (compressed_tensors("group", num_bits=4, type="int"), r'"compressed-tensors" \(type int, 4 bits'),
         (compressed_tensors("block", block_structure=[64, 64]), r"scale per block of \[64, 64\], and blocks of 128"),
         ({"quant_method": "fp8", "weight_block_size": [1, 128]}, r"scale per block of \[1, 128\]"),
         ({"quant_method": "fp8", "fmt": "e5m2"}, "in the format e5m2, and e4m3 is read"),
+        ({"quant_method": "modelopt", "quant_algo": "NVFP4"}, "in the format NVFP4, and FP8, FP8_PER_CHANNEL"),
     ],
 )
-def test_other_quantised_checkpoints_are_refused_with_the_reason(quantization, message, folder, tmp_path) -> None:
+def test_other_quantised_checkpoints_are_refused_with_what_is_read_instead(
+    quantization, message, folder, tmp_path
+) -> None:
     config = json.loads((folder / "config.json").read_text()) | {"quantization_config": quantization}
     (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ModelError, match=message):
+    with pytest.raises(ModelError, match=f"LlamaForCausalLM cannot be read.*{message}") as info:
         resolve(str(tmp_path))
+    assert str(info.value).endswith(READABLE)  # and not with model_impl transformers, which refuses them all
+    with pytest.raises(ModelError, match=r"LlamaForCausalLM cannot run.*unquantised checkpoints are read"):
+        resolve(str(tmp_path), model_impl="transformers")
+
+
+def test_of_a_model_that_does_not_run_no_other_checkpoint_is_recommended(tmp_path) -> None:
+    config = GptOssConfig(**SIZES, num_local_experts=4).to_dict()
+    config |= {"architectures": ["GptOssForCausalLM"], "quantization_config": {"quant_method": "mxfp4"}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ModelError, match=r"GptOssForCausalLM cannot run.*attention sinks"):
+        resolve(str(tmp_path))
+
+
+def test_what_modelopt_writes_beside_the_config_counts_as_if_it_were_in_it(folder, tmp_path) -> None:
+    plain = load(write_fp8(folder, tmp_path / "fp8", "modelopt with a scale per matrix"))
+    (tmp_path / "fp8" / "config.json").write_bytes((folder / "config.json").read_bytes())
+    beside = tmp_path / "fp8" / "hf_quant_config.json"
+    beside.write_text(json.dumps({"producer": {"name": "modelopt"}, "quantization": {"quant_algo": "FP8"}}))
+    torch.testing.assert_close(logits(load(tmp_path / "fp8")), logits(plain))
+    beside.write_text(json.dumps({"quantization": {"quant_algo": "NVFP4"}}))
+    with pytest.raises(ModelError, match="in the format NVFP4"):
+        resolve(str(tmp_path / "fp8"))
 
 
 def test_scales_that_do_not_fit_their_weight_are_named(folder, tmp_path) -> None:

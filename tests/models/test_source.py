@@ -35,7 +35,6 @@ def offline(monkeypatch):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"quantization_config": {"quant_method": "awq"}}, 'quantised with method "awq".*GGUF'),
         ({"model_type": "mixtral", "num_local_experts": 8}, "mixture of experts.*Dense decoders"),
         ({"model_type": "qwen3_moe", "num_experts": 8}, "mixture of experts"),
         ({"layer_types": ["chunked_attention"] * 2}, "layers of type chunked_attention.*full_attention and sliding"),
@@ -46,7 +45,10 @@ def offline(monkeypatch):
         ({"hidden_act": "gelu"}, 'activation is "gelu".*silu and gelu_pytorch_tanh'),
         ({"kv_lora_rank": 64}, "latent attention"),
         ({"is_encoder_decoder": True}, "not causal"),
-        ({"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}, '"dynamic".*default, linear'),
+        (
+            {"rope_parameters": {"rope_type": "axial", "rope_theta": 1e4}},
+            '"axial", and native models know default, dynamic',
+        ),
         (
             {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}},
             "part of each head.*LlamaForCausalLM rotates whole heads",
@@ -61,7 +63,8 @@ def offline(monkeypatch):
             "rotates 11 of the 16 dimensions.*even",
         ),
         ({"architectures": ["GPT2LMHeadModel"]}, "GPT2LMHeadModel"),
-        ({"architectures": None}, "architectures"),
+        ({"architectures": None}, 'LlamaForCausalLM writes text. Add "architectures": '),
+        ({"architectures": None, "model_type": "bert"}, '"bert", no class runs here'),
         ({"model_type": "no_such_model"}, "no_such_model"),
     ],
 )

@@ -190,7 +190,8 @@ def refused_config(config, **changes):
     return config
 
 
-DYNAMIC = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}
+LONG = {"rope_type": "longrope", "rope_theta": 10000.0, "factor": 2.0, "original_max_position_embeddings": 64}
+LONG |= {"short_factor": [1.0] * 8, "long_factor": [2.0] * 8}
 LATENT = {"kv_lora_rank": 16, "q_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8}
 REFUSED = {
     "capped scores": (lambda: transformers.Gemma2Config(**SIZES), "caps attention scores"),
@@ -215,7 +216,7 @@ REFUSED = {
         lambda: transformers.BloomConfig(
             vocab_size=96, hidden_size=64, n_layer=2, n_head=4, max_position_embeddings=64
         ),
-        "0 calls of attention came from its 2 layers",
+        "BloomForCausalLM cannot run.*do not call transformers' AttentionInterface",
     ),
     "arguments not passed on": (
         lambda: transformers.StableLmConfig(**SIZES),
@@ -233,15 +234,15 @@ REFUSED = {
             activation_sparsity_pattern=[0.5, 0.0],
             num_kv_shared_layers=0,
         ),
-        r"Gemma3nForCausalLM cannot run.*cannot be captured in graphs: the step reads a tensor's value on the host",
+        r"Gemma3nForCausalLM cannot run.*cannot be captured in graphs with this config: the step reads a tensor's value",
     ),
     "rotation by length": (
-        lambda: transformers.LlamaConfig(**SIZES, rope_parameters=DYNAMIC),
-        '"dynamic", whose angles change',
+        lambda: transformers.LlamaConfig(**SIZES, rope_parameters=LONG),
+        '"longrope", whose angles transformers chooses anew',
     ),
     "no longest sequence": (
-        lambda: transformers.BloomConfig(vocab_size=96, hidden_size=64),
-        "no max_position_embeddings",
+        lambda: transformers.LlamaConfig(**SIZES | {"max_position_embeddings": 0}),
+        'does not say how long a sequence may be.*Add "max_position_embeddings"',
     ),
     "quantised": (
         lambda: refused_config(transformers.LlamaConfig(**SIZES), quantization_config={"quant_method": "awq"}),
@@ -250,7 +251,7 @@ REFUSED = {
     "seen from both sides": (lambda: refused_config(transformers.LlamaConfig(**SIZES), is_causal=False), "not causal"),
     "encoder and decoder": (
         lambda: refused_config(transformers.LlamaConfig(**SIZES), is_encoder_decoder=True),
-        "not causal",
+        "of an encoder and a decoder",
     ),
     "several modes": (lambda: refused_config(transformers.LlamaConfig(**SIZES), vision_config={"a": 1}), "multimodal"),
     "a window that its layers ignore": (
@@ -269,10 +270,66 @@ def test_what_cannot_run_is_refused_with_the_reason_before_weights_are_read(name
 
 def test_an_architecture_that_transformers_does_not_have_is_refused() -> None:
     config = transformers.LlamaConfig(**SIZES, architectures=["OwnCodeForCausalLM"])
-    with pytest.raises(
-        ModelError, match=r'"llama" as LlamaForCausalLM, not as the OwnCodeForCausalLM.*trust_remote_code'
-    ):
+    with pytest.raises(ModelError, match=r'The code of OwnCodeForCausalLM, of model type "llama", is not part of'):
         judge(config)
+
+
+@pytest.mark.parametrize(
+    ("config_class", "architecture", "message"),
+    [
+        ("OlmoConfig", "OlmoModel", "A checkpoint that was saved as OlmoForCausalLM runs"),
+        ("BertConfig", "BertModel", "BertModel cannot run.*an encoder.*read and write text"),
+        ("T5Config", "T5ForConditionalGeneration", "of an encoder and a decoder"),
+        ("ViTConfig", "ViTForImageClassification", "a model of images"),
+        ("WhisperConfig", "WhisperForConditionalGeneration", "a model of speech"),
+        ("CLIPConfig", "CLIPModel", "a model of images"),
+    ],
+)
+def test_a_class_that_writes_no_text_is_refused_with_what_it_is(config_class, architecture, message) -> None:
+    with pytest.raises(ModelError, match=message):
+        judge(getattr(transformers, config_class)(num_hidden_layers=2, architectures=[architecture]))
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (lambda: transformers.FalconConfig(**SIZES, alibi=False), "from a list of their own"),
+        (
+            lambda: transformers.OPTConfig(**SIZES, ffn_dim=96, word_embed_proj_dim=64),
+            "more than the last hidden states",
+        ),
+        (lambda: transformers.DeepseekV2Config(**SIZES, **LATENT), "a field may be missing or empty"),
+    ],
+)
+def test_names_from_inside_stay_inside(config, message) -> None:
+    with pytest.raises(ModelError, match=message) as info:
+        judge(refused_config(config()))
+    for inner in ("_PassThrough", "KeyError", "stepgraph", "NoneType"):
+        assert inner not in str(info.value)
+
+
+@pytest.mark.parametrize(
+    ("config", "architecture"),
+    [
+        (lambda: transformers.PhimoeConfig(**SIZES, num_local_experts=4), "PhiMoEForCausalLM"),
+        (
+            lambda: transformers.SarvamMoEConfig(
+                **SIZES | MOE | {"head_dim": 16, "num_experts": 4, "n_group": 1, "topk_group": 1}
+            ),
+            "SarvamMoEForCausalLM",
+        ),
+    ],
+)
+def test_what_counts_is_the_type_where_a_class_is_spelt_otherwise_than_in_transformers(config, architecture) -> None:
+    config = config()
+    config.architectures = [architecture]
+    assert judge(config).architecture == architecture
+
+
+def test_a_rope_that_scales_beyond_the_context_is_plain_within_it() -> None:
+    dynamic = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}
+    config = judge(refused_config(transformers.OlmoConfig(**ODD_SIZES, rope_parameters=dynamic)))
+    assert config.hf_config.rope_parameters["rope_type"] == "default"
 
 
 def test_a_model_whose_tokens_meet_outside_attention_is_refused() -> None:
