@@ -171,6 +171,10 @@ class LLM:
         """Replace the model's weights. See `Engine.update_weights`."""
         self.engine.update_weights(weights)
 
+    def reset_prefix_cache(self, *, preempt: bool = False) -> int:
+        """Forget the prefixes of earlier requests. See `Engine.reset_prefix_cache`."""
+        return self.engine.reset_prefix_cache(preempt=preempt)
+
     def shutdown(self) -> None:
         """Free the engine's memory and end its threads; every later call raises EngineDeadError. Leaving a ``with`` block does
         so too."""

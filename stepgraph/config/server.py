@@ -126,7 +126,7 @@ class ServerConfig:
     enable_admin_endpoints: bool = setting(
         False,
         "serve the endpoints that change what is served: /sleep, /wake_up, /pause, /resume, /reset_prefix_cache and those that "
-        "load LoRA adapters; they need the API key, if there is one",
+        "load weights and LoRA adapters; they need the API key, if there is one",
     )
     access_log: bool = setting(False, "log method, path and status of every HTTP request")
     log_requests: bool = setting(False, "log prompt and settings of every request; prompts may be private")

@@ -185,6 +185,10 @@ class AsyncEngine:
         """Replace the model's weights between two steps. See `Engine.update_weights`."""
         await self._between_steps(partial(self.engine.update_weights, weights))
 
+    async def reset_prefix_cache(self, *, preempt: bool = False) -> int:
+        """Forget the prefixes of earlier requests, between two steps. See `Engine.reset_prefix_cache`."""
+        return await self._in_engine(partial(self.engine.reset_prefix_cache, preempt=preempt))
+
     def shutdown(self) -> None:
         """Stop the engine and its thread, and free its memory; pending calls raise EngineDeadError."""
         with self._wake:

@@ -1,4 +1,4 @@
-"""Endpoints that change what is served: they bring the engine to rest and wake it, and load LoRA adapters. Named as in vLLM."""
+"""Endpoints that change what is served: they bring the engine to rest and wake it, and load weights and LoRA adapters."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from fastapi import Depends, FastAPI, Query, Request
@@ -23,9 +24,10 @@ from stepgraph.server.messages import (
     ResetPrefixCache,
     Resume,
     Sleep,
+    UpdateWeights,
     WakeUp,
 )
-from stepgraph.server.protocol import LoadAdapterRequest, UnloadAdapterRequest
+from stepgraph.server.protocol import LoadAdapterRequest, UnloadAdapterRequest, UpdateWeightsRequest
 from stepgraph.server.replies import ignored_fields, json_response
 from stepgraph.server.service import Service, shortened
 
@@ -117,6 +119,26 @@ class Administration:
             self.rest.sleep_level = 0
             logger.warning("administration: the engine is awake")
 
+    async def update_weights(self, path: str) -> None:
+        """Replace the model's weights, see `Engine.update_weights`; for all processes to come, too.
+
+        Raises:
+            APIError: 400 for what are no weights of the model, 409 while the engine sleeps.
+            EngineDeadError: the engine is not there.
+        """
+        _check_path("model_path", path)
+        async with self._turn:
+            if self.rest.sleep_level:
+                raise APIError(409, "the engine sleeps, and takes no weights; POST /wake_up first", code="conflict")
+            if not await asyncio.to_thread(Path(path).exists):  # or it would be looked for elsewhere
+                raise APIError(400, f"model_path={path!r:.200} is not on the server's machine", param="model_path")
+            try:
+                await self._client.ask(partial(UpdateWeights, folder=path))
+            except RequestError as error:
+                raise APIError(400, str(error), param="model_path") from error
+            self._client.weights = path
+            logger.warning("administration: the weights are those of %s", path)
+
     async def reset_prefix_cache(self, *, preempt: bool) -> int:
         """Forget cached prefixes; how many blocks of running requests can still be found, see `Engine.reset_prefix_cache`.
 
@@ -141,8 +163,7 @@ class Administration:
             raise APIError(
                 400, f"lora_name must have 1 to {_MAX_NAME} printable characters; give another", param="lora_name"
             )
-        if not (folder and folder.isprintable()):
-            raise APIError(400, "lora_path must be a folder's path in printable characters", param="lora_path")
+        _check_path("lora_path", folder)
         if name in self.service.model_names:
             raise _taken(f"lora_name {name!r} is the name of the model; give the adapter another")
         if name in self._loading:
@@ -222,12 +243,14 @@ def add_administration(app: FastAPI, administration: Administration) -> None:
     rest = administration.rest
     origins = administration.service.config.cors_allow_origins or ()
 
-    def own_origin(http: Request) -> None:
+    async def own_origin(http: Request) -> None:
         """A page of another site could send what has no body, without being let in by CORS. What has one must be JSON."""
         origin = http.headers.get("origin")
         if origin is None or "*" in origins or origin in origins or origin.endswith(f"://{http.headers.get('host')}"):
             return
-        raise APIError(403, f"pages of {origin[:100]} may not administer this server; see cors_allow_origins")
+        raise APIError(
+            403, f"pages of {origin[:100]} may not administer this server; see cors_allow_origins", code="forbidden"
+        )
 
     post = partial(app.post, tags=[ADMINISTRATION], dependencies=[Depends(own_origin)])
 
@@ -285,6 +308,11 @@ def add_administration(app: FastAPI, administration: Administration) -> None:
         kept = await administration.reset_prefix_cache(preempt=preempt)
         return _done(http, {"success": kept == 0, "kept_blocks": kept}, "reset_running_requests")
 
+    @post("/update_weights_from_disk", summary="Replace the model's weights")
+    async def update_weights_from_disk(body: UpdateWeightsRequest, http: Request) -> Response:
+        await administration.update_weights(body.model_path)
+        return _done(http, {"success": True}, fields=body.ignored())
+
     @post("/v1/load_lora_adapter", summary="Let requests name a LoRA adapter")
     async def load_lora_adapter(body: LoadAdapterRequest, http: Request) -> Response:
         done = await administration.load_adapter(body.lora_name, body.lora_path, inplace=body.load_inplace)
@@ -305,6 +333,11 @@ def _choice(mode: str) -> str:
 def _done(http: Request, content: Mapping[str, Any], *known: str, fields: list[str] | None = None) -> Response:
     """The reply, which names what of the request was ignored: of its URL, but for the `known` parameters, and of its body."""
     return json_response(content, ignored_fields([*http.query_params.keys() - set(known), *(fields or ())]))
+
+
+def _check_path(field: str, path: str) -> None:
+    if not (path and path.isprintable()):
+        raise APIError(400, f"{field} must be a path in printable characters", param=field)
 
 
 def _taken(message: str) -> APIError:

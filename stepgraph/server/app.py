@@ -85,10 +85,12 @@ def create_app(service: Service, metrics: Metrics, *, api_keys: Sequence[str]) -
         title="stepgraph",
         version=stepgraph.__version__,
         description="The APIs of OpenAI and Anthropic; every step of the model is one launch of one captured graph.",
-        root_path=config.root_path or "",
         docs_url=None,
         redoc_url=None,
     )
+    app.root_path = (
+        config.root_path or ""
+    )  # as a parameter, FastAPI warns of it and would have it set by what starts it
     app.router.route_class = _Route
     _add_error_handlers(app)
     _add_generation(app, service)

@@ -54,6 +54,7 @@ ADMINISTRATION = frozenset(
         "/resume",
         "/is_paused",
         "/reset_prefix_cache",
+        "/update_weights_from_disk",
         "/v1/load_lora_adapter",
         "/v1/unload_lora_adapter",
     }

@@ -121,6 +121,8 @@ class EngineClient:
         self._settled = asyncio.Event()  # it is known whether requests are served
         self.rest = Rest()
         """How the engine was brought to rest; whoever asks for that sets it."""
+        self.weights: str | None = None
+        """Folder of those that replaced the model's own; the next process starts with them."""
         self._dormancy = Dormancy()
         self._life: asyncio.Task[None] | None = None
         self._stopping = False
@@ -342,7 +344,7 @@ class EngineClient:
             raise ConfigError(
                 f"engine_worker_queue_port={self._port} cannot be opened: {error}; choose a free port, or leave it unset"
             ) from error
-        return Start(address, self._settings, self._progress, key)
+        return Start(address, self._settings, self._progress, key, self.weights)
 
     async def _listen(self, socket: zmq.asyncio.Socket, process: subprocess.Popen[bytes]) -> None:
         """Take in messages until the process ends, or hangs."""

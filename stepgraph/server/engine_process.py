@@ -31,7 +31,7 @@ from stepgraph.engine.request import Request, RequestUpdate
 from stepgraph.engine.sampling_params import SamplingParams
 from stepgraph.errors import ConfigError, EngineDeadError, Fault, ModelError, RequestError, StepgraphError
 from stepgraph.models.adapters import AdapterFile
-from stepgraph.server.engine_control import control, keep
+from stepgraph.server.engine_control import EngineControl
 from stepgraph.server.messages import (
     Abort,
     AbortAll,
@@ -84,8 +84,13 @@ class EngineProcess:
         self._sent_at = 0.0
         self._adapters = AdapterReader(engine.read_adapter)
         self._awaiting: list[tuple[Add | LoadAdapter, Future[AdapterFile]]] = []  # until their adapter is read
+        self._control = EngineControl(engine, self._send)
         engine.on_step = self._note_step
         engine.runner.pool.before_capture = lambda: self._send(Beat(captures=True))
+
+    def update_weights(self, folder: str) -> None:
+        """Replace the model's own weights, before it serves. ModelError if they do not fit."""
+        self._control.update_weights(folder)
 
     def run(self) -> None:
         """Serve until told to stop.
@@ -158,7 +163,7 @@ class EngineProcess:
             elif isinstance(question, AskGraphs):
                 content = pool_of(self._engine)
             else:
-                content = control(self._engine, question, self._send)
+                content = self._control.obey(question)
                 if isinstance(question, Pause | Sleep):
                     while self._engine.has_work:  # steps under way, and what they gave
                         self._tell(self._engine.step())
@@ -204,7 +209,7 @@ class EngineProcess:
             error = future.exception()
             if isinstance(message, LoadAdapter):
                 if error is None:
-                    keep(self._engine, message, future.result())
+                    self._control.keep(message, future.result())
                     self._send(Answer(message.number))
                 else:
                     self._decline(message, error)
@@ -368,6 +373,9 @@ def main() -> int:
 def _serve(start: Start, socket: zmq.Socket[bytes]) -> int:
     try:
         engine = Engine(EngineConfig.from_settings(**start.settings), progress=start.progress)
+        process = EngineProcess(engine, socket)
+        if start.weights is not None:
+            process.update_weights(start.weights)
     except (ConfigError, ModelError) as error:
         socket.send(encode(Failed(str(error), is_users=True)))
         return _USER_ERROR
@@ -379,7 +387,7 @@ def _serve(start: Start, socket: zmq.Socket[bytes]) -> int:
     gc.freeze()  # model, graphs and buffers live as long as the process: later collections need not visit them
     socket.send(encode(_ready(engine)))
     try:
-        EngineProcess(engine, socket).run()
+        process.run()
     except StepgraphError as error:
         logger.exception("the engine stopped")
         socket.send(encode(Failed(str(error), is_users=False)))

@@ -27,6 +27,8 @@ class Start(msgspec.Struct, tag=True):
     progress: bool
     curve_server_key: str | None
     """Key of the socket's other end if it is a TCP port, which others on the machine could connect to."""
+    weights: str | None = None
+    """Folder of those that replaced the model's own; see `UpdateWeights`."""
 
 
 # From the front to the engine.
@@ -84,6 +86,13 @@ class WakeUp(msgspec.Struct, tag=True):
     number: int
 
 
+class UpdateWeights(msgspec.Struct, tag=True):
+    """See `Engine.update_weights`."""
+
+    number: int
+    folder: str
+
+
 class ResetPrefixCache(msgspec.Struct, tag=True):
     """See `Engine.reset_prefix_cache`, whose result is the answer."""
 
@@ -114,7 +123,7 @@ class Stop(msgspec.Struct, tag=True):
     """End the process; what runs gets no answer."""
 
 
-Question = AskGraphs | Pause | Resume | Sleep | WakeUp | ResetPrefixCache | LoadAdapter
+Question = AskGraphs | Pause | Resume | Sleep | WakeUp | UpdateWeights | ResetPrefixCache | LoadAdapter
 ToEngine = Add | Abort | Question | ForgetAdapter | AbortAll | Stop
 
 

@@ -33,7 +33,8 @@ def index_page(version: str, endpoints: Sequence[Endpoint], root_path: str) -> H
     rows = ([_code(" ".join(e.methods)), _code(e.path), escape(e.summary)] for e in endpoints)
     return _page(
         f"stepgraph {version}",
-        "<p>This server answers the OpenAI API: give clients its address with <code>/v1</code> as base URL. "
+        "<p>This server answers the OpenAI API: give clients its address with <code>/v1</code> as base URL, and those of "
+        "Anthropic's API the address alone. "
         f'<a href="{escape(root_path)}/docs">The fields of all requests</a>, '
         f'<a href="{escape(root_path)}/openapi.json">as OpenAPI document</a>.</p>',
         _table(("", "Path", ""), rows),

@@ -327,6 +327,12 @@ class LoadAdapterRequest(_Options):
     load_inplace: bool = Field(False, description="replace the adapter of this name, or read it again")
 
 
+class UpdateWeightsRequest(_Fields):
+    """/update_weights_from_disk."""
+
+    model_path: str = Field(description="folder or .gguf file of the same model, on the server's machine")
+
+
 class UnloadAdapterRequest(_Fields):
     """/v1/unload_lora_adapter."""
 

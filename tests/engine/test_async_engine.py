@@ -391,6 +391,7 @@ def test_a_request_that_is_aborted_before_its_prompt_is_ready_ends_so(engine, mo
         await asyncio.sleep(0.05)
         engine.abort("early")
         await engine.pause()  # the engine's thread has heard of it
+        assert await engine.reset_prefix_cache(preempt=True) == 0
         await engine.resume()
         aborted.set()
         return await answering

@@ -114,6 +114,16 @@ def test_a_paused_engine_finishes_what_is_under_way_and_nothing_else(create_engi
     assert aborted.output_token_ids == []
 
 
+def test_a_reset_of_the_prefix_cache_makes_a_prompt_be_computed_again(tiny_model) -> None:
+    def num_cached(llm) -> int:
+        return llm.generate([list(range(1, 40))], GREEDY, use_tqdm=False)[0].num_cached_tokens
+
+    with LLM(tiny_model, progress=False, **TINY_SETTINGS) as llm:
+        assert [num_cached(llm), num_cached(llm)] == [0, 32]
+        assert llm.reset_prefix_cache() == 0
+        assert num_cached(llm) == 0
+
+
 def test_a_paused_llm_says_so_rather_than_wait_for_ever(tiny_model) -> None:
     with LLM(tiny_model, progress=False, enable_sleep_mode=True, **TINY_SETTINGS) as llm:
         llm.engine.pause()

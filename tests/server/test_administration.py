@@ -2,12 +2,14 @@
 
 import json
 import os
+import shutil
 import signal
 import threading
 
 import pytest
 from live import TINY_FLAGS, running_server
 from lora_folders import matrices, save_adapter
+from safetensors.torch import load_file, save_file
 from starlette.testclient import TestClient
 
 from stepgraph.config.server import ServerConfig
@@ -297,8 +299,25 @@ def test_adapters_come_and_go_while_the_server_runs(server, expected, tmp_path) 
 # The engine's process ends
 
 
-def test_an_engine_that_dies_comes_back_as_it_was_left(server, expected, tmp_path) -> None:
-    load(server, "poet", save_adapter(tmp_path, matrices(0)))
+def other_weights(tiny_model, folder) -> str:
+    """The tiny model with the rows of its embedding in another order."""
+    shutil.copytree(tiny_model, folder)
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.embed_tokens.weight"] = tensors["model.embed_tokens.weight"].flip(0).contiguous()
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return str(folder)
+
+
+def test_an_engine_that_dies_comes_back_as_it_was_left(server, expected, tiny_model, tmp_path) -> None:
+    (tmp_path / "adapter").mkdir()
+    load(server, "poet", save_adapter(tmp_path / "adapter", matrices(0)))
+    weights = other_weights(tiny_model, tmp_path / "weights")
+    assert server.post("/update_weights_from_disk", {"model_path": weights}).json == {"success": True}
+    changed = answer(server, SHORT)
+    assert changed != expected
+    for path, says in ((tmp_path / "nowhere", "is not on the server's machine"), (tmp_path / "adapter", "config.json")):
+        refused = server.post("/update_weights_from_disk", {"model_path": str(path)})
+        assert (refused.status, refused.json["error"]["param"], says in message(refused)) == (400, "model_path", True)
     adapted = answer(server, SHORT | {"model": "poet"})
     server.post("/pause", None)
     server.post("/sleep?level=2", None)
@@ -311,10 +330,13 @@ def test_an_engine_that_dies_comes_back_as_it_was_left(server, expected, tmp_pat
     assert (refused.status, "POST /wake_up" in message(refused)) == (503, True)
     assert "POST /wake_up starts it" in message(server.get("/graphs"))
     assert server.post("/reset_prefix_cache", None).json["success"]
+    assert server.post("/update_weights_from_disk", {"model_path": weights}).status == 409
     assert server.post("/wake_up", None).status == 200
     assert server.get("/is_paused").json == {"is_paused": True}
     asking = Asking(server, SHORT | {"model": "poet", "return_token_ids": True})
     server.wait_for(lambda: server.metric("num_requests_waiting") == 1)
     server.post("/resume", None)
     assert asking.reply().json["choices"][0]["token_ids"] == adapted
+    assert answer(server, SHORT) == changed
+    assert server.post("/update_weights_from_disk", {"model_path": tiny_model}).status == 200
     assert answer(server, SHORT) == expected

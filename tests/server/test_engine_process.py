@@ -7,8 +7,9 @@ import pytest
 import zmq
 from lora_folders import matrices, save_adapter
 
-from stepgraph.errors import ModelError
-from stepgraph.server.engine_control import control
+from stepgraph.engine import engine as engine_module
+from stepgraph.errors import EngineDeadError, ModelError
+from stepgraph.server.engine_control import EngineControl
 from stepgraph.server.engine_process import EngineProcess
 from stepgraph.server.messages import (
     Abort,
@@ -19,6 +20,7 @@ from stepgraph.server.messages import (
     Refused,
     Sleep,
     Stop,
+    UpdateWeights,
     WakeUp,
     decode_from_engine,
     encode,
@@ -125,7 +127,8 @@ def test_an_engine_that_cannot_wake_up_sleeps_on_and_can_be_woken_later(create_e
     engine, announced = create_engine(enable_sleep_mode=True), []
     whole = Front([add("before")], lambda message: [Stop()] if ended(message) else [])
     EngineProcess(engine, whole).run()
-    control(engine, Sleep(1, level=2), announced.append)
+    control = EngineControl(engine, announced.append)
+    control.obey(Sleep(1, level=2))
 
     def gone(source):
         raise ModelError("the folder is gone")
@@ -133,9 +136,28 @@ def test_an_engine_that_cannot_wake_up_sleeps_on_and_can_be_woken_later(create_e
     with monkeypatch.context() as patch:
         patch.setattr(type(engine.source), "tensors", gone)
         with pytest.raises(ModelError, match="gone"):
-            control(engine, WakeUp(2), announced.append)
+            control.obey(WakeUp(2))
     assert (engine.is_sleeping, engine.has_weights, announced) == (True, False, [Beat(reads=True)] * 2)
-    control(engine, WakeUp(3), announced.append)
+    control.obey(WakeUp(3))
     front = Front([add("after")], lambda message: [Stop()] if ended(message) else [])
     EngineProcess(engine, front).run()
     assert front.tokens("after") == whole.tokens("before")
+
+
+def test_weights_that_turn_out_damaged_leave_the_old_ones(create_engine, tiny_model, monkeypatch):
+    engine, damages = create_engine(), [ModelError("a file is damaged")]
+    write = engine_module.write
+
+    def write_unless_damaged(update):
+        if damages:
+            raise damages.pop()
+        write(update)
+
+    monkeypatch.setattr(engine_module, "write", write_unless_damaged)
+    control = EngineControl(engine, lambda beat: None)
+    with pytest.raises(ModelError, match="a file is damaged"):
+        control.obey(UpdateWeights(1, tiny_model))
+    assert engine.has_weights
+    damages += [ModelError("gone, too"), ModelError("a file is damaged")]
+    with pytest.raises(EngineDeadError, match=r"a file is damaged\), and the old ones are gone: gone, too"):
+        control.obey(UpdateWeights(2, tiny_model))
