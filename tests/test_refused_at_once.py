@@ -201,6 +201,7 @@ def test_a_server_that_cannot_be(refused, tmp_path) -> None:
         (["--api-key-file", "none.txt"], "none.txt"),
         (["--chat-template", "none.jinja"], "none.jinja"),
         (["--port", "70000"], "port=70000"),
+        (["--enable-lora", "--lora-modules", "poems=none"], "none, where the adapter 'poems' is to be"),
         (["--speculative-config", "{"], "speculative_config is not JSON"),
     ):
         assert said in refused("serve", *flags)

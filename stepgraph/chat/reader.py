@@ -52,14 +52,14 @@ class Reader:
             try:
                 first = self._ask(PROMPT)
             except KeyboardInterrupt:
-                print()
+                print(file=sys.stderr)
                 if self._readline is None or not self._readline.get_line_buffer().strip():
                     raise
                 continue
             try:
                 typed = self._whole(first)
             except (KeyboardInterrupt, EOFError):
-                print()
+                print(file=sys.stderr)
                 continue
             if typed.text:
                 self._remember(f"{_QUOTES}{typed.text}{_QUOTES}" if typed.is_quoted else typed.text)

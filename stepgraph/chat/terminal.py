@@ -85,7 +85,7 @@ class Chat:
                 try:
                     typed = reader.read()
                 except EOFError:
-                    print()
+                    _say("")
                     return 0
                 except KeyboardInterrupt:
                     if time.monotonic() - self._stopped_at < _PATIENCE_S:
@@ -99,7 +99,7 @@ class Chat:
                 try:
                     self._take(typed.text, is_message=typed.is_quoted)
                 except KeyboardInterrupt:  # of a command
-                    print()
+                    _say("")
                 except StepgraphError as error:
                     _say(f"error: {error}")
         return 0

@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import socket
 import time
+from pathlib import Path
 from typing import Any
 
 from stepgraph.config import EngineConfig
@@ -34,6 +35,12 @@ def run(settings: dict[str, Any], config: ServerConfig) -> int:
     raise_descriptor_limit()
     engine_config = EngineConfig.from_settings(**settings)
     api_keys, chat_template = config.api_keys(), config.chat_template_text()
+    for name, folder in config.adapters().items():
+        if not (Path(folder) / "adapter_config.json").is_file():
+            raise ConfigError(
+                f"lora_modules: {folder}, where the adapter {name!r} is to be, holds no adapter_config.json; name a folder that "
+                "PEFT's save_pretrained wrote"
+            )
     engine_log_level()  # refused here, where it is one sentence, and not in the process that reads it
     if config.log_requests:
         logging.getLogger("stepgraph.server.requests").setLevel(logging.INFO)

@@ -60,7 +60,7 @@ def test_answers_go_to_stdout_and_know_what_was_said(llm, talk) -> None:
     second = answer(llm, "Hello.", first, "And now?")
     chat, code, out, err = talk("Hello.", "", "And now?")
     assert code == 0
-    assert out == f"{first}\n{second}\n\n"
+    assert out == f"{first}\n{second}\n"
     assert texts(chat) == ["Hello.", first, "And now?", second]
     assert "/help" in err.splitlines()[0]
     assert "tokens of context" in err.splitlines()[0]
