@@ -37,7 +37,7 @@ def setting(
     return dataclasses.field(default=default, repr=not secret, metadata=metadata)
 
 
-_EXPECTED = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
+_EXPECTED = {bool: "true or false", int: "a whole number", float: "a number", str: "text", Mapping: "a JSON object"}
 
 
 def check(config: Any) -> None:
@@ -81,7 +81,7 @@ def scalar_type(config_type: type, name: str) -> tuple[type, bool]:
         hint = next(part for part in typing.get_args(hint) if part is not type(None))
     if typing.get_origin(hint) is tuple:
         return typing.get_args(hint)[0], True
-    return hint, False
+    return typing.get_origin(hint) or hint, False
 
 
 def read_object(name: str, given: str | dict[str, Any], example: str) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from argparse import SUPPRESS, ArgumentTypeError, BooleanOptionalAction, Namespace
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from stepgraph.command_parser import CommandParser
@@ -44,8 +44,8 @@ def add_flags(parser: CommandParser, *, positional_model: bool = True, server: b
                 options["action"] = BooleanOptionalAction
             else:
                 options |= {"type": kind, "choices": f.metadata["choices"]}
-                if kind is int:
-                    options["type"] = _whole_number
+                if kind in _READ:
+                    options["type"] = _READ[kind]
                 if several:
                     options["nargs"] = "+"
                 if (kind, several) == (str, True):
@@ -98,7 +98,7 @@ def _metavar(field: dataclasses.Field[Any], kind: type) -> str:
     """What stands for a value in help texts."""
     if field.metadata["choices"]:
         return "{" + ",".join(field.metadata["choices"]) + "}"
-    return str(field.metadata["metavar"] or ("N" if kind in (int, float) else "TEXT"))
+    return str(field.metadata["metavar"] or {int: "N", float: "N", Mapping: "JSON"}.get(kind, "TEXT"))
 
 
 def _taking(theirs: Sequence[str], read: Callable[[str], Any], choices: Sequence[str] | None) -> dict[str, Any]:
@@ -123,6 +123,17 @@ def _whole_number(text: str) -> int:
 _SCALES = {
     letter: base**power for base, letters in ((1000, "kmgt"), (1024, "KMGT")) for power, letter in enumerate(letters, 1)
 }
+
+
+def _json_object(text: str) -> dict[str, Any]:
+    found = value_of(text)
+    if not isinstance(found, dict):
+        raise ArgumentTypeError(f"{text!r} is not a JSON object")
+    return found
+
+
+_READ: dict[type, Callable[[str], Any]] = {int: _whole_number, Mapping: _json_object}
+"""What reads values that their type does not read as people write them."""
 
 
 def _help_text(field: dataclasses.Field[Any]) -> str:

@@ -51,6 +51,13 @@ class ServerConfig:
         "how requests sample that do not say it: as the model's generation_config.json has it (auto), or as the API does (none)",
         choices=("auto", "none"),
     )
+    override_generation_config: Mapping[str, Any] | None = setting(
+        None,
+        """sampling values for requests that do not say them, over generation_config's, e.g. '{"temperature": 0.6}'""",
+    )
+    default_chat_template_kwargs: Mapping[str, Any] | None = setting(
+        None, """variables of the chat template that requests do not set, e.g. '{"enable_thinking": false}'"""
+    )
     tool_call_parser: str = setting(
         "auto",
         "the form in which the model calls tools; auto goes by its chat template, none leaves calls in the text",

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from stepgraph.engine.chat_messages import Message, arranged
 from stepgraph.engine.chat_probes import TemplateFacts, knows
 from stepgraph.engine.prompts import encode_text, require_tokenizer
-from stepgraph.errors import RequestError
+from stepgraph.errors import ConfigError, RequestError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -27,11 +27,26 @@ class ChatTemplate:
     Args:
         tokenizer: the model's; None: every use raises a ConfigError.
         template: replaces the model's own.
+        variables: further ones of the template, for conversations that do not set them.
+
+    Raises:
+        ConfigError: `variables` has one that is an argument of transformers, or a field of requests.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerFast | None, template: str | None = None):
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerFast | None,
+        template: str | None = None,
+        variables: Mapping[str, Any] | None = None,
+    ):
         self._tokenizer = tokenizer
         self._template = template
+        self._variables = dict(variables or {})
+        if self._variables and (reserved := sorted(_settled() & set(self._variables))):
+            raise ConfigError(
+                f"default_chat_template_kwargs cannot set {reserved[0]!r}; it takes variables of the template",
+                param="default_chat_template_kwargs",
+            )
 
     @property
     def text(self) -> str:
@@ -98,7 +113,7 @@ class ChatTemplate:
                 documents=documents,
                 add_generation_prompt=add_generation_prompt,
                 continue_final_message=continue_final_message,
-                **(variables or {}),
+                **self._variables | dict(variables or {}),
             )
         except Exception as error:
             raise RequestError(

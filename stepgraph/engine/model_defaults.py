@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any
 
 from stepgraph.engine.sampling_params import SamplingParams
-from stepgraph.errors import ModelError, RequestError
-from stepgraph.models.source import ModelSource
+from stepgraph.errors import ConfigError, ModelError, RequestError
+from stepgraph.models.source import SAMPLING_DEFAULTS, ModelSource
 from stepgraph.step import slot_line
 
 logger = logging.getLogger(__name__)
@@ -20,20 +21,43 @@ def sampling_defaults_of(source: ModelSource) -> dict[str, Any]:
     Raises:
         ModelError: a value that no request could give, or of the wrong type.
     """
+    try:
+        return _checked(source.sampling_defaults())
+    except RequestError as error:
+        raise ModelError(
+            f"generation_config.json of {source.name}, which requests take their defaults from, cannot be used: {error}. "
+            "Correct the value there, or remove it."
+        ) from error
+
+
+def sampling_overrides(given: Mapping[str, Any]) -> dict[str, Any]:
+    """What the setting `override_generation_config` says of sampling: fields of SamplingParams.
+
+    Raises:
+        ConfigError: it holds another key, or a value that no request could give.
+    """
+    for name in given:
+        if name not in SAMPLING_DEFAULTS:
+            raise ConfigError(
+                f"override_generation_config has no key {name!r}; known keys: {', '.join(SAMPLING_DEFAULTS)}",
+                param="override_generation_config",
+            )
+    try:
+        return _checked(given)
+    except RequestError as error:
+        raise ConfigError(f"override_generation_config: {error}", param="override_generation_config") from error
+
+
+def _checked(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The same, whole numbers as such; RequestError for a value that no request could give, or of the wrong type."""
     whole = {f.name for f in fields(SamplingParams) if type(f.default) is int}
-    defaults = {}
-    for name, value in source.sampling_defaults().items():
+    checked = {}
+    for name, value in values.items():
         if name in whole and isinstance(value, float) and value.is_integer():
             value = int(value)
-        try:
-            SamplingParams(**{name: value})
-        except RequestError as error:
-            raise ModelError(
-                f"generation_config.json of {source.name}, which requests take their defaults from, cannot be used: {error}. "
-                "Correct the value there, or remove it."
-            ) from error
-        defaults[name] = value
-    return defaults
+        SamplingParams(**{name: value})
+        checked[name] = value
+    return checked
 
 
 def end_tokens_of(source: ModelSource) -> tuple[int, ...]:

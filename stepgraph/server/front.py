@@ -245,13 +245,14 @@ def _server(app: Any, config: ServerConfig, connections: Connections) -> _Server
 
 def _face_of(front: Front) -> ModelFace:
     """What the front needs of the model. Takes seconds, most of them for the import."""
-    from stepgraph.engine.model_defaults import sampling_defaults_of
+    from stepgraph.engine.model_defaults import sampling_defaults_of, sampling_overrides
     from stepgraph.models.source import resolve_configured
 
     config = front.config
     source = resolve_configured(front.engine_config.model)
     tokenizer = source.tokenizer_if_any()
-    template = ChatTemplate(tokenizer, front.chat_template)
+    template = ChatTemplate(tokenizer, front.chat_template, config.default_chat_template_kwargs)
+    defaults = {} if config.generation_config == "none" else sampling_defaults_of(source)
     template.prepare()
     return ModelFace(
         name=source.name,
@@ -261,6 +262,6 @@ def _face_of(front: Front) -> ModelFace:
             tool_call_parser=config.tool_call_parser,
             reasoning_parser=config.reasoning_parser,
         ),
-        sampling_defaults={} if config.generation_config == "none" else sampling_defaults_of(source),
+        sampling_defaults=defaults | sampling_overrides(config.override_generation_config or {}),
         longest_token=1 if tokenizer is None else max(map(len, tokenizer.get_vocab())),
     )

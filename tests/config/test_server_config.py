@@ -25,6 +25,8 @@ NON_DEFAULT = {
     "lora_modules": ("poems=adapters/poems", "code=adapters/a=b"),
     "chat_template": "template.jinja",
     "generation_config": "none",
+    "override_generation_config": {"temperature": 0.6},
+    "default_chat_template_kwargs": {"enable_thinking": False},
     "tool_call_parser": "mistral",
     "reasoning_parser": "none",
     "api_key": ("one", "two"),
@@ -66,6 +68,8 @@ def flags_of(server: ServerConfig) -> list[str]:
             words.append(flag if value else flag.replace("--", "--no-", 1))
         elif isinstance(value, tuple):
             words += [flag, *value]
+        elif isinstance(value, dict):
+            words += [flag, json.dumps(value)]
         elif value is not None:
             words += [flag, str(value)]
     return words
@@ -250,3 +254,12 @@ def test_the_model_may_be_an_argument_or_a_flag_or_both_if_they_agree():
 def test_settings_survive_json():
     settings = {**NON_DEFAULT, "enable_lora": True}
     assert serve_config(json.loads(json.dumps(settings))) == serve_config(settings)
+
+
+def test_a_setting_that_is_a_json_object_is_one_in_every_form(capsys):
+    assert serve_config({"default_chat_template_kwargs": {}})[1].default_chat_template_kwargs == {}
+    with pytest.raises(ConfigError, match="default_chat_template_kwargs='no' must be a JSON object"):
+        serve_config({"default_chat_template_kwargs": "no"})
+    with pytest.raises(SystemExit, match="2"):
+        parse("--default-chat-template-kwargs", "[1]")
+    assert "--default-chat-template-kwargs: '[1]' is not a JSON object" in capsys.readouterr().err

@@ -277,3 +277,15 @@ def test_long_conversations_take_time_in_proportion(templates) -> None:
     calls = [called(*["{}"] * 1000, ids=[f"c{i}" for i in range(1000)]), *(result("r", f"c{i}") for i in range(1000))]
     assert templates["gemma"].render(many).count("s") > 4_000
     assert templates["llama"].render([*said("user: u"), *calls], [TOOL]).count("weather") == 1001
+
+
+def test_variables_of_the_server_stand_where_a_conversation_sets_none() -> None:
+    template = ChatTemplate(
+        TOKENIZER,
+        "{{ messages[0].content }} {{ flavour | default('plain') }} {{ size }}",
+        {"size": 3, "flavour": "mint"},
+    )
+    assert template.render(said("user: u1")) == "u1 mint 3"
+    assert template.render(said("user: u1"), variables={"flavour": "lemon"}) == "u1 lemon 3"
+    with pytest.raises(ConfigError, match="default_chat_template_kwargs cannot set 'tools'"):
+        ChatTemplate(TOKENIZER, variables={"tools": []})

@@ -10,9 +10,9 @@ from transformers import AutoTokenizer
 
 from stepgraph import EngineConfig, SamplingParams, StructuredOutputs
 from stepgraph.engine.engine import Engine
-from stepgraph.engine.model_defaults import sampling_defaults_of
+from stepgraph.engine.model_defaults import sampling_defaults_of, sampling_overrides
 from stepgraph.engine.request import FinishReason
-from stepgraph.errors import ModelError
+from stepgraph.errors import ConfigError, ModelError
 from stepgraph.models import resolve
 from stepgraph.models.end_tokens import tokenizer_end_token
 
@@ -153,6 +153,16 @@ def test_sampling_defaults_are_taken_as_requests_are_and_whole_numbers_in_any_fo
     defaults = sampling_defaults_of(resolve(str(copy)))
     assert defaults == {"top_k": 50, "top_p": 1, "temperature": 0}
     assert type(defaults["top_k"]) is int
+
+
+def test_sampling_values_of_the_setting_are_checked_as_those_of_the_model_are() -> None:
+    assert sampling_overrides({"top_k": 50.0, "temperature": 0}) == {"top_k": 50, "temperature": 0}
+    with pytest.raises(
+        ConfigError, match=r"override_generation_config has no key 'max_tokens'; known keys: temperature, "
+    ):
+        sampling_overrides({"max_tokens": 5})
+    with pytest.raises(ConfigError, match=r"override_generation_config: temperature=-1"):
+        sampling_overrides({"temperature": -1})
 
 
 @pytest.mark.parametrize(
