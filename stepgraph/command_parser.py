@@ -21,6 +21,9 @@ class CommandParser(argparse.ArgumentParser):
     prepare: Callable[[CommandParser, Sequence[str]], Sequence[str]] | None = None
     """Gets a command's parser and its arguments, and returns those to parse."""
 
+    further_flags: Sequence[str] = ()
+    """Those that `prepare` adds where they are given; one may be meant that is hardly another."""
+
     def parse_known_args(  # type: ignore[override]  # one signature for argparse's overloads
         self, args: Sequence[str] | None = None, namespace: Any = None
     ) -> tuple[Any, list[str]]:
@@ -31,7 +34,10 @@ class CommandParser(argparse.ArgumentParser):
         if unknown:
             flags = [argument.partition("=")[0] for argument in unknown if argument.startswith("--")]
             close = [
-                match for flag in flags for match in difflib.get_close_matches(flag, self._option_string_actions, n=1)
+                match
+                for flag in flags
+                for match in difflib.get_close_matches(flag, self.further_flags, n=1, cutoff=0.9)
+                or difflib.get_close_matches(flag, self._option_string_actions, n=1)
             ]
             if self.text_flag and not any(argument.startswith("-") for argument in unknown):
                 close = [f"{self.text_flag} 'TEXT'"]

@@ -61,6 +61,7 @@ def add_flags(parser: CommandParser, *, positional_model: bool = True, server: b
                 text = f"several of these at once as JSON, {of_several.help}"
                 group.add_argument("--" + name.replace("_", "-"), metavar="JSON", help=text)
     parser.prepare = with_other_engines
+    parser.further_flags = ["--" + name.replace("_", "-") for name, row in tables().flags.items() if not row.same]
     parser.epilog = "Flags of vLLM and FastDeploy are understood, or refused with the reason: docs/coming-from.md."
 
 

@@ -248,6 +248,9 @@ def test_flags_that_nobody_has_stay_unknown_and_values_that_look_like_keys_stay_
         with pytest.raises(SystemExit, match="2"):
             parse(*words)
         assert f"does not know {unknown}" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="2"):
+        parse("--tensor-paralel-size", "2")
+    assert "did you mean --tensor-parallel-size?" in capsys.readouterr().err
     assert parse("--gpu-memory-utilization", "0.5", "--model", "a.b") == {"gpu_memory_utilization": 0.5, "model": "a.b"}
 
 
