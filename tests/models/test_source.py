@@ -66,6 +66,10 @@ def offline(monkeypatch):
         ({"architectures": None}, 'LlamaForCausalLM writes text. Add "architectures": '),
         ({"architectures": None, "model_type": "bert"}, '"bert", no class runs here'),
         ({"model_type": "no_such_model"}, "no_such_model"),
+        ({"model_type": None}, 'names no "model_type"'),
+        ({"architectures": [["a"]]}, "a field is missing, of the wrong type"),
+        ({"vocab_size": None, "hidden_act": "relu"}, "vocab_size is None, which is of no use there"),
+        ({"rope_parameters": "yes"}, "rope_parameters is 'yes', which"),
     ],
 )
 def test_an_unsupported_model_is_refused_with_what_and_why(tmp_path, changes, message) -> None:
