@@ -201,7 +201,7 @@ class ResponsesReply:
                 reason = gain.finish_reason
         ending: dict[str, Any] = {"status": "completed", "completed_at": int(time.time())}
         if reason not in ("stop", "tool_calls"):
-            details = IncompleteDetails("max_output_tokens" if reason == "length" else None)
+            details = IncompleteDetails("max_output_tokens" if reason == "length" else UNSET)
             ending = {"status": "incomplete", "incomplete_details": details}
         for found in self._output.end(ending["status"]):
             yield found

@@ -96,8 +96,8 @@ class ResponseUsage(msgspec.Struct, frozen=True):
 class IncompleteDetails(msgspec.Struct, frozen=True):
     """Why a response is incomplete."""
 
-    reason: str | None
-    """None: the server ended it."""
+    reason: str | UnsetType
+    """Left out: the server ended it."""
 
 
 class ResponseError(msgspec.Struct, frozen=True):

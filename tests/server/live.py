@@ -10,12 +10,14 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+import httpx2
 import openai
+from published import ReplyCheck
 
 START_S = 120
 TINY_FLAGS = shlex.split(
@@ -52,22 +54,29 @@ class LiveServer:
         return f"http://127.0.0.1:{self.port}"
 
     def client(self, **options) -> openai.OpenAI:
-        return openai.OpenAI(**self._of_client(options))
+        http = openai.DefaultHttpxClient(transport=_CheckedTransport())
+        return openai.OpenAI(**self._of_client(options), http_client=http)
 
     def async_client(self, **options) -> openai.AsyncOpenAI:
-        return openai.AsyncOpenAI(**self._of_client(options))
+        http = openai.DefaultAsyncHttpxClient(transport=_CheckedAsyncTransport())
+        return openai.AsyncOpenAI(**self._of_client(options), http_client=http)
 
     def _of_client(self, options: dict[str, Any]) -> dict[str, Any]:
         return {"base_url": f"{self.url}/v1", "api_key": "none", "max_retries": 0, "timeout": 120} | options
 
     def request(self, method: str, path: str, body: Any = None, headers: dict[str, str] | None = None) -> Reply:
-        """One request on a connection of its own; `body` is sent as JSON unless it is bytes."""
+        """One request on a connection of its own; `body` is sent as JSON unless it is bytes. The reply is held against the
+        published schema, as all is that clients get."""
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=120)
         try:
             content = body if body is None or isinstance(body, bytes) else json.dumps(body).encode()
             connection.request(method, path, content, {"Content-Type": "application/json", **(headers or {})})
             reply = connection.getresponse()
-            return Reply(reply.status, {k.lower(): v for k, v in reply.getheaders()}, reply.read())
+            found = Reply(reply.status, {k.lower(): v for k, v in reply.getheaders()}, reply.read())
+            check = ReplyCheck(path, found.status, found.headers.get("content-type", ""))
+            check.feed(found.body)
+            check.end()
+            return found
         finally:
             connection.close()
 
@@ -114,6 +123,44 @@ class LiveServer:
         """End it; returns its exit code."""
         self.process.send_signal(number)
         return self.process.wait(timeout=60)
+
+
+class _CheckedTransport(httpx2.HTTPTransport):
+    def handle_request(self, request: httpx2.Request) -> httpx2.Response:
+        response = super().handle_request(request)
+        response.stream = _CheckedStream(response, request.url.path)
+        return response
+
+
+class _CheckedAsyncTransport(httpx2.AsyncHTTPTransport):
+    async def handle_async_request(self, request: httpx2.Request) -> httpx2.Response:
+        response = await super().handle_async_request(request)
+        response.stream = _CheckedStream(response, request.url.path)
+        return response
+
+
+class _CheckedStream(httpx2.SyncByteStream, httpx2.AsyncByteStream):
+    def __init__(self, response: httpx2.Response, path: str):
+        self._stream = response.stream
+        self._check = ReplyCheck(path, response.status_code, response.headers.get("content-type", ""))
+
+    def __iter__(self) -> Iterator[bytes]:
+        for content in self._stream:
+            self._check.feed(content)
+            yield content
+        self._check.end()
+
+    async def __aiter__(self) -> AsyncIterator[bytes]:
+        async for content in self._stream:
+            self._check.feed(content)
+            yield content
+        self._check.end()
+
+    def close(self) -> None:
+        self._stream.close()
+
+    async def aclose(self) -> None:
+        await self._stream.aclose()
 
 
 @contextmanager

@@ -16,6 +16,7 @@ from typing import Any
 import aiohttp
 import jsonschema
 from json_schemas import REGEXES, random_schema
+from published import ReplyCheck
 
 MODEL = "tiny"
 TOOL_NAMES = ("look_up", "add")
@@ -106,7 +107,10 @@ async def ask(http: aiohttp.ClientSession, url: str, number: int, *, leaves: int
         return None
     async with http.post(url + path, json=body) as response:
         reply = Reply(response.status)
+        check = ReplyCheck(path, response.status, response.headers["Content-Type"])
         if not body["stream"] or response.status != 200:
+            check.feed(await response.read())
+            check.end()
             content = await response.json()
             if response.status != 200:
                 reply.error = str(content.get("error"))
@@ -117,7 +121,7 @@ async def ask(http: aiohttp.ClientSession, url: str, number: int, *, leaves: int
                     _take_choice(reply, choice, choice.get("message") or {"content": choice.get("text")})
             return reply
         count = 0
-        async for event in _events(response):
+        async for event in _events(response, check):
             if event.get("error"):
                 reply.error = str(event["error"])
             elif event.get("type") in ("response.completed", "response.incomplete", "response.failed"):
@@ -127,6 +131,7 @@ async def ask(http: aiohttp.ClientSession, url: str, number: int, *, leaves: int
             count += 1
             if leaves is not None and count >= leaves:
                 return None
+        check.end()
         return reply
 
 
@@ -252,8 +257,9 @@ def _take_response(reply: Reply, response: dict[str, Any]) -> None:
             choice.text += "".join(part["text"] for part in item["content"])
 
 
-async def _events(response: aiohttp.ClientResponse) -> AsyncIterator[dict[str, Any]]:
+async def _events(response: aiohttp.ClientResponse, check: ReplyCheck) -> AsyncIterator[dict[str, Any]]:
     """The JSON of a stream's events, but for its end mark."""
     async for line in response.content:
+        check.feed(line)
         if line.startswith(b"data: ") and line.strip() != b"data: [DONE]":
             yield json.loads(line.removeprefix(b"data: "))

@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from openai.types.responses import Response
+from published import ReplyCheck
 from scripted_calls import ScriptedCall, answers, gain, streamed
 
 from stepgraph.engine.outputs import Logprob
@@ -71,15 +72,20 @@ class Wire:
 
     def whole(self, reply: ResponsesReply) -> Response:
         self._content = (asyncio.run(reply.reply()), "application/json")
+        self._check()
         return checked(self.client.responses.create(model="tiny", input="Hi"))
 
     def stream(self, reply: ResponsesReply, *, timeout_s: float | None = None) -> list:
         content = asyncio.run(streamed(reply, timeout_s))
-        for part in content.decode().removesuffix("\n\n").split("\n\n"):
-            name, data = part.split("\n")
-            assert name == f"event: {json.loads(data.removeprefix('data: '))['type']}"
         self._content = (content, "text/event-stream")
+        self._check()
         return [checked(event) for event in self.client.responses.create(model="tiny", input="Hi", stream=True)]
+
+    def _check(self) -> None:
+        content, media_type = self._content
+        check = ReplyCheck("/v1/responses", 200, media_type)
+        check.feed(content)
+        check.end()
 
     def accumulated(self, reply: ResponsesReply) -> Response:
         """What the client makes of a stream."""
