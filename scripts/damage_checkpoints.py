@@ -11,6 +11,7 @@ import collections
 import json
 import logging
 import random
+import re
 import resource
 import shutil
 import struct
@@ -32,6 +33,11 @@ from stepgraph.errors import StepgraphError
 from stepgraph.models import load_model, resolve
 from stepgraph.models.source import ModelSource
 
+INNER_NAMES = re.compile(
+    r"_PassThrough|_Passed|\bKeyError|\bNoneType\b|Error\(|Error:|object has no attribute|not subscriptable|unsupported operand|"
+    r"positional argument|site-packages|stepgraph[/.]\w+[/.]\w+|<class|Traceback|trust_remote_code"
+)
+"""What no sentence about a model may show: names and paths of code, and what Python says of a mistake in it."""
 NUMBERS = (-1, 0, 1, 3, 255, 2**15, 2**31 - 1, 2**31, 2**32 - 1, 10**12, 2**63 - 1, 2**64 - 1)
 VALUES = (
     *NUMBERS,
@@ -279,7 +285,9 @@ def try_one(path: Path) -> Outcome:
     try:
         read_all(resolve(str(path)))
     except StepgraphError as error:
-        return Outcome("refused" if str(error) and len(str(error)) < 2000 else "failed", str(error)[:2000])
+        sentence = str(error)
+        told = sentence and len(sentence) < 2000 and not INNER_NAMES.search(sentence.replace(str(path), ""))
+        return Outcome("refused" if told else "failed", sentence[:2000])
     except BaseException as error:  # a panic of a Rust library is no Exception
         if isinstance(error, KeyboardInterrupt):
             raise

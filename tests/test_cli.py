@@ -224,6 +224,18 @@ def test_streamed_answer_is_the_complete_one(tiny_model, capsys):
     assert len(streamed.strip()) > 0
 
 
+def test_generate_tells_whoever_sits_at_a_terminal_that_a_chat_model_answers_in_chat(tiny_model, monkeypatch, capsys):
+    request = ["generate", *quick(tiny_model), "--prompt", "x", "--max-tokens", "2"]
+    assert main(request) == 0
+    alone, err = capsys.readouterr()
+    assert "stepgraph chat" not in err
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    assert main(request) == 0
+    out, err = capsys.readouterr()
+    assert out == alone
+    assert "`stepgraph chat --message` has it answer" in err
+
+
 def test_speculation_changes_no_answer_and_its_gain_is_logged(tiny_model, capsys, caplog):
     request = [
         "generate",

@@ -18,7 +18,7 @@ from stepgraph.models.checkpoint import CheckpointTensor
 from stepgraph.models.config import DecoderConfig
 from stepgraph.models.end_tokens import end_tokens
 from stepgraph.models.gguf_reader import Texts, open_gguf
-from stepgraph.models.hf_config import check_sizes, plain_config
+from stepgraph.models.hf_config import check_sizes, plain_config, why_unusable
 from stepgraph.models.registry import read_config
 
 
@@ -214,7 +214,13 @@ class GGUFFile:
             return plain
         from transformers import AutoConfig
 
-        return AutoConfig.for_model(**fields)
+        try:
+            return AutoConfig.for_model(**fields)
+        except Exception as error:  # of many types, validation errors of its own among them
+            raise ModelError(
+                f"{self.path} describes no model that transformers knows: {why_unusable(error, fields)}. Convert the model to "
+                "GGUF again."
+            ) from error
 
     def _end_tokens(self) -> list[int]:
         """Tokens that end an answer: those that the file names so, and control tokens that do so in every model that has them, if

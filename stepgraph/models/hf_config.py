@@ -7,6 +7,8 @@ two agree on whatever is read here: `tests/models/test_hf_config.py` holds them 
 
 from __future__ import annotations
 
+import logging
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,6 +17,8 @@ from typing import Any
 from stepgraph.errors import ModelError
 from stepgraph.models.alike import DIFFERENCES, in_known_fields
 from stepgraph.models.json_file import read_json
+
+logger = logging.getLogger(__name__)
 
 _COMMON: dict[str, Any] = {
     "mlp_bias": False,
@@ -86,10 +90,14 @@ def hf_config_from_json(path: Path, *, for_transformers: bool = False) -> Any:
     """
     fields = read_json(path)
     check_sizes(fields, path)
-    config = _read(path, fields, for_transformers=for_transformers)
-    beside = path.with_name(
-        "hf_quant_config.json"
-    )  # where modelopt describes what it did, and not always in config.json
+    try:
+        config = _read(path, fields, for_transformers=for_transformers)
+    except ModelError:
+        raise
+    except Exception as error:  # transformers raises many types here, validation errors of its own among them
+        logger.debug("transformers cannot read %s", path, exc_info=error)
+        raise ModelError(f"transformers cannot read {path}: {why_unusable(error, fields)}.") from error
+    beside = path.with_name("hf_quant_config.json")  # modelopt's, which may say more than the config
     if getattr(config, "quantization_config", None) is None and beside.is_file():
         described = read_json(beside).get("quantization")
         config.quantization_config = {"quant_method": "modelopt", "quantization": described}
@@ -105,16 +113,26 @@ def _read(path: Path, fields: Mapping[str, Any], *, for_transformers: bool) -> A
 
     model_type = known.get("model_type")
     if not isinstance(model_type, str):
-        raise ModelError(f'{path} has no "model_type", the kind of model it is of, e.g. "llama"; download it again.')
+        raise ModelError(f'{path} names no "model_type", e.g. "llama"; download it again.')
     if model_type not in CONFIG_MAPPING:
-        architecture = (fields.get("architectures") or ["the model"])[0]
-        raise ModelError(foreign_code(str(architecture), model_type, has_code="auto_map" in fields))
-    try:
-        if model_type != fields["model_type"]:
-            return CONFIG_MAPPING[model_type].from_dict(known)
-        return AutoConfig.from_pretrained(path, trust_remote_code=False)
-    except Exception as error:  # transformers raises many types here, validation errors of its own among them
-        raise ModelError(f"transformers cannot read {path}: {error or repr(error)}") from error
+        named = fields.get("architectures")
+        architecture = str(named[0]) if isinstance(named, list) and named else "the model"
+        raise ModelError(foreign_code(architecture, model_type, has_code="auto_map" in fields))
+    if model_type != fields["model_type"]:
+        return CONFIG_MAPPING[model_type].from_dict(known)
+    return AutoConfig.from_pretrained(path, trust_remote_code=False)
+
+
+def why_unusable(error: Exception, fields: Mapping[str, Any]) -> str:
+    """What transformers finds wrong with the fields of a config, in words; of what it did not look for, no more than that."""
+    found = re.search(r"for field '(\w+)'", str(error))
+    if found and (name := found[1]) in fields:
+        return f"{name} is {fields[name]!r:.80}, which is of no use there; correct it, or download the file again"
+    if isinstance(error.__cause__, ValueError):  # a check of several fields together
+        return str(error.__cause__).rstrip(".")
+    if isinstance(error, ValueError | OSError) and str(error):
+        return str(error).rstrip(".")
+    return "a field is missing, of the wrong type or far out of range; download it again"
 
 
 def foreign_code(architecture: str, model_type: str, *, has_code: bool) -> str:

@@ -30,12 +30,11 @@ def check_fits(
     """
     if free_bytes is None or nbytes <= free_bytes:
         return
-    ways = ["free some", "choose a smaller model"]
-    if dtype == torch.float32 and 2 * num_weights <= free_bytes:
-        ways.insert(0, f"set dtype='bfloat16' ({_gib(2 * num_weights)})")
+    halved = dtype == torch.float32 and 2 * num_weights <= free_bytes
+    way = f"set dtype='bfloat16' ({_gib(2 * num_weights)}), " if halved else ""
     raise DeviceMemoryError(
         f"the weights of {source.name} take {_gib(nbytes)} of memory with dtype {_name(dtype)}, and {_gib(free_bytes)} are free: "
-        f"{' or '.join(ways)}"
+        f"{way}free some, or choose a smaller model"
     )
 
 

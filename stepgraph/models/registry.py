@@ -109,7 +109,10 @@ def _judge(hf_config: Any) -> LanguageModelConfig:
 def _runs_through_transformers(path: Path) -> bool:
     """Whether it is good advice to set model_impl to transformers."""
     try:
-        _judge(hf_config_from_json(path, for_transformers=True))
+        hf_config = hf_config_from_json(path, for_transformers=True)
+        if getattr(hf_config, "quantization_config", None):  # known without a trial, which takes seconds
+            return False
+        _judge(hf_config)
     except ModelError:
         return False
     return True

@@ -31,7 +31,10 @@ def weight_files(folder: Path) -> list[Path]:
             names = sorted(set(read_json(folder / _INDEX)["weight_map"].values()))
             strange = [name for name in names if Path(name).name != name]
         except (KeyError, AttributeError, TypeError) as error:
-            raise ModelError(f"{folder / _INDEX} is not an index of safetensors files: {error!r}.") from error
+            raise ModelError(
+                f"{folder / _INDEX} is not an index of safetensors files: it maps no names of tensors to names of files; "
+                "download it again."
+            ) from error
         if strange:
             raise ModelError(f"{folder / _INDEX} names {strange[0]!r}, which is not the name of a file beside it.")
         if missing := [name for name in names if not (folder / name).is_file()]:

@@ -1,1 +1,1 @@
-"""The OpenAI-compatible server: an HTTP front, and the engine in a process of its own."""
+"""The server, compatible with OpenAI's and Anthropic's: an HTTP front, and the engine in a process of its own."""

@@ -46,7 +46,7 @@ def test_two_sessions_at_a_terminal(talkative, tmp_path) -> None:
         ask(first, "one", "cut off: max_tokens is 5")
         ask(first, "/set max_tokens none", "")
         first.type("tell me all" + ENTER)
-        first.wait_for("all\n.{20}")
+        first.wait_for(r"(?s)all\n.{20}")
         first.type(CTRL_C)  # in an answer
         first.wait_for(r"\(stopped\)\n> ")
         ask(first, "/set max_tokens 3", "")

@@ -241,7 +241,7 @@ def test_documents_are_shown_or_refused(templates) -> None:
         ([{"role": "user", "content": [{"type": "text", "text": 3}]}], r"content\[0\].text must be text"),
         (
             [*said("user: u"), {"role": "assistant", "tool_calls": [{}]}],
-            r"messages\[1\].tool_calls\[0\] needs function",
+            r"messages\[1\].tool_calls\[0\].function must be {name, arguments}, not None",
         ),
         ([*said("user: u"), {"role": "assistant", "tool_calls": 3}], r"messages\[1\].tool_calls must be a list"),
         (said("assistant: a", "user: u"), "do not fit the model's chat template: roles must alternate"),

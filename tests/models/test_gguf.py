@@ -231,6 +231,16 @@ def test_an_unsupported_model_is_refused(tmp_path, metadata, message) -> None:
         resolve(str(tmp_path / "model.gguf"))
 
 
+def test_sizes_that_do_not_go_together_are_refused(tmp_path) -> None:
+    hf_model = random_hf_model(HF_CONFIGS["llama"]())
+    hf_model.config.hidden_size = 66
+    write_gguf(tmp_path / "model.gguf", hf_model)
+    with pytest.raises(
+        ModelError, match=r"hidden size \(66\) is not a multiple of the number of attention heads \(4\)"
+    ):
+        resolve(str(tmp_path / "model.gguf"))
+
+
 def test_an_unsupported_architecture_and_tensor_type_are_refused_with_the_supported_ones(tmp_path) -> None:
     hf_model = random_hf_model(HF_CONFIGS["llama"]())
     write_gguf(tmp_path / "types.gguf", hf_model, tensors={"odd": np.zeros(4, np.int32)})
@@ -251,3 +261,12 @@ def test_a_missing_metadata_value_is_named(tmp_path) -> None:
     writer.close()
     with pytest.raises(ModelError, match=r"llama\.attention\.head_count"):
         resolve(str(tmp_path / "model.gguf"))
+
+
+def test_a_file_without_a_chat_template_is_known_before_its_tokenizer_is_read(tmp_path) -> None:
+    hf_model = random_hf_model(HF_CONFIGS["llama"]())
+    write_gguf(tmp_path / "base.gguf", hf_model)
+    write_gguf(tmp_path / "chat.gguf", hf_model, metadata=[lambda writer: writer.add_chat_template("{{ messages }}")])
+    resolve(str(tmp_path / "chat.gguf")).check_chat_template()
+    with pytest.raises(ModelError, match="has no chat template"):
+        resolve(str(tmp_path / "base.gguf")).check_chat_template()

@@ -85,5 +85,5 @@ def test_weights_that_do_not_fit_are_refused_before_they_take_memory(model_impl,
         DeviceMemoryError, match=r"take 0.\d MiB .* dtype float32, and .* MiB are free: set dtype='bfloat16'"
     ):
         create(torch.float32, nbytes - 1)
-    with pytest.raises(DeviceMemoryError, match=r"dtype bfloat16.*are free: free some or choose a smaller model$"):
+    with pytest.raises(DeviceMemoryError, match=r"dtype bfloat16.*are free: free some, or choose a smaller model$"):
         create(torch.bfloat16, nbytes // 2 - 1)

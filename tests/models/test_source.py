@@ -66,6 +66,10 @@ def offline(monkeypatch):
         ({"architectures": None}, 'LlamaForCausalLM writes text. Add "architectures": '),
         ({"architectures": None, "model_type": "bert"}, '"bert", no class runs here'),
         ({"model_type": "no_such_model"}, "no_such_model"),
+        ({"model_type": None}, 'names no "model_type"'),
+        ({"architectures": [["a"]]}, "a field is missing, of the wrong type"),
+        ({"vocab_size": None, "hidden_act": "relu"}, "vocab_size is None, which is of no use there"),
+        ({"rope_parameters": "yes"}, "rope_parameters is 'yes', which"),
     ],
 )
 def test_an_unsupported_model_is_refused_with_what_and_why(tmp_path, changes, message) -> None:
@@ -153,3 +157,19 @@ def test_a_complete_cached_model_needs_no_connection(tmp_path, monkeypatch) -> N
     (tmp_path / "model.safetensors").touch()
     monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name, local_files_only: str(tmp_path))
     assert resolve("org/name").config.hidden_size == SIZES["hidden_size"]
+
+
+@pytest.mark.parametrize("place", ["tokenizer_config.json", "chat_template.jinja"])
+def test_a_chat_template_is_found_in_either_place_without_reading_the_tokenizer(tmp_path, place) -> None:
+    write_config(tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "x"}')
+    with pytest.raises(ModelError, match="has no chat template"):
+        resolve(str(tmp_path)).check_chat_template()
+    (tmp_path / place).write_text('{"chat_template": "{{ messages }}"}')
+    resolve(str(tmp_path)).check_chat_template()
+
+
+@pytest.mark.parametrize("name", ["x" * 300, "~nobody-of-that-name", "a\0b"], ids=["long", "no home", "NUL"])
+def test_a_name_that_no_path_can_be_is_refused_like_any_other(name, offline) -> None:
+    with pytest.raises(ModelError):
+        resolve(name)

@@ -97,7 +97,7 @@ def test_text_and_calls_are_blocks_whole_and_streamed(client) -> None:
     assert message.stop_reason == "tool_use"
     streamed = stream(client, **fields)
     assert (blocks_of(streamed), streamed.stop_reason) == (blocks_of(message), "tool_use")
-    once = fields | {"tool_choice": {"type": "auto", "disable_parallel_tool_use": True}}
+    once = fields | {"max_tokens": 30, "tool_choice": {"type": "auto", "disable_parallel_tool_use": True}}
     assert blocks_of(create(client, **once | written(CALL + CALL))) == [("get_weather", {"city": "Paris"})]
 
 
