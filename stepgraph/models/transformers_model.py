@@ -181,22 +181,33 @@ class TransformersModel(nn.Module):
     @torch.no_grad()
     def _check_tokens_apart(self) -> None:
         """Refuse a model whose convolution, recurrence or token shift would mix the requests of a step, and miss what earlier
-        steps saw. With attention out of the way, a token's hidden state must not change with its neighbours."""
+        steps saw: with attention out of the way, a token's hidden state must not change with its neighbours. And one that counts
+        positions otherwise than from 0: where it counts by itself, it must come to the same."""
         device = next(self.parameters()).device
+
+        def hidden(token_ids: list[int], positions_T: Tensor | None) -> Tensor:
+            token_ids_T = torch.tensor(token_ids, dtype=torch.int32, device=device) % self.config.vocab_size
+            attend = lambda call: call.query.transpose(1, 2).contiguous()  # noqa: E731
+            return _run_layers(self.base, token_ids_T, positions_T, attend)[1].float()
+
         positions_T = torch.arange(3, dtype=torch.int32, device=device)
-        vocab_size = self.config.vocab_size
-        one_E, other_E = (
-            _run_layers(
-                self.base,
-                torch.tensor(token_ids, dtype=torch.int32, device=device) % vocab_size,
-                positions_T,
-                lambda call: call.query.transpose(1, 2).contiguous(),
-            )[1].float()
-            for token_ids in ([1, 2, 3], [4, 2, 5])
-        )
-        if not (one_E - other_E).norm() <= 1e-2 * one_E.norm():  # not for NaN either
-            what = "its tokens meet outside attention, as in a convolution or a recurrence"
-            raise RefusalError(what, "What runs are layers of attention and feed-forward.").of(self.config.architecture)
+        hidden_E = hidden([1, 2, 3], positions_T)
+        for other_E, tolerance, what, instead in (
+            (
+                hidden([4, 2, 5], positions_T),
+                1e-2,
+                "its tokens meet outside attention, as in a convolution or a recurrence",
+                "What runs are layers of attention and feed-forward.",
+            ),
+            (
+                hidden([1, 2, 3], None),
+                1e-5,  # the same numbers, computed in the same way
+                "it does not count positions from 0, as RoBERTa does not, which leaves some for padding",
+                "What runs are classes that do.",
+            ),
+        ):
+            if not (hidden_E - other_E).norm() <= tolerance * hidden_E.norm():  # not for NaN either
+                raise RefusalError(what, instead).of(self.config.architecture)
 
     def forward(self, inputs: StepInputs) -> Tensor:
         """See `LanguageModel.__call__`."""
@@ -240,7 +251,8 @@ class _Passed(ModelOutput):
     """What base models of any kind return, of which only the hidden states are known."""
 
     last_hidden_state: Tensor | None = None
-    past_key_values: None = None
+    past_key_values = None  # no field: transformers has renamed it to `cache` and warns where it is one
+    cache: None = None
     hidden_states: None = None
     attentions: None = None
     cross_attentions: None = None
@@ -266,10 +278,10 @@ def _no_warning(*_: Any) -> None:
     pass
 
 
-def _run_layers(base: nn.Module, token_ids_T: Tensor, positions_T: Tensor, attend: Attend) -> Tensor:
+def _run_layers(base: nn.Module, token_ids_T: Tensor, positions_T: Tensor | None, attend: Attend) -> Tensor:
     output = base(
         input_ids=token_ids_T.unsqueeze(0),
-        position_ids=positions_T.unsqueeze(0),
+        position_ids=None if positions_T is None else positions_T.unsqueeze(0),
         use_cache=False,
         stepgraph_attend=attend,
     )

@@ -342,6 +342,14 @@ def test_a_model_whose_tokens_meet_outside_attention_is_refused() -> None:
         TransformersModel(config, hf_model)
 
 
+def test_a_model_that_counts_positions_from_elsewhere_is_refused() -> None:
+    config = transformers.RobertaConfig(**SIZES, is_decoder=True, pad_token_id=0)
+    with pytest.raises(ModelError, match=r"RobertaForCausalLM cannot run.*does not count positions from 0"):
+        TransformersModel.with_random_weights(
+            judge(refused_config(config)), dtype=torch.float32, device=torch.device("cpu")
+        )
+
+
 def test_the_native_model_is_chosen_where_there_is_one(tmp_path) -> None:
     for name, folder in (
         ("llama", tmp_path / "llama"),
