@@ -10,9 +10,12 @@ from gguf_files import write_gguf
 from transformers import LlamaConfig
 
 from stepgraph import native
+from stepgraph.config import EngineConfig
+from stepgraph.engine.engine import Engine
 from stepgraph.errors import DeviceMemoryError
 from stepgraph.models import load_model, resolve
 from stepgraph.models.loader import create_model
+from stepgraph.platforms.cpu import CpuPlatform
 
 CPU = torch.device("cpu")
 WIDE = SIZES | {"hidden_size": 256, "intermediate_size": 512, "head_dim": 64}
@@ -87,3 +90,10 @@ def test_weights_that_do_not_fit_are_refused_before_they_take_memory(model_impl,
         create(torch.float32, nbytes - 1)
     with pytest.raises(DeviceMemoryError, match=r"dtype bfloat16.*are free: free some, or choose a smaller model$"):
         create(torch.bfloat16, nbytes // 2 - 1)
+
+
+def test_an_engine_asks_its_machine_before_it_reads_weights(tmp_path, monkeypatch) -> None:
+    random_hf_model(HF_CONFIGS["llama"]()).save_pretrained(tmp_path)
+    monkeypatch.setattr(CpuPlatform, "free_memory_bytes", lambda _: 1000)
+    with pytest.raises(DeviceMemoryError, match=r"the weights of .* and 0\.0 MiB are free"):
+        Engine(EngineConfig.from_settings(model=str(tmp_path), device="cpu"))
