@@ -17,7 +17,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from stepgraph import EngineConfig, SamplingParams
-from stepgraph.bench.report import machine, table, write_json
+from stepgraph.bench.report import check_outputs, machine, table, write_json
 from stepgraph.engine.engine import Engine
 
 
@@ -74,6 +74,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=24, help="tokens per answer (default: 24)")
     parser.add_argument("--json", type=Path, metavar="FILE")
     arguments = parser.parse_args()
+    check_outputs(arguments)
 
     settings = {"model": "smollm2", "dtype": "float32", "device": "cpu", "max_num_seqs": 1, "max_model_len": 1024}
     graphs, eager = (

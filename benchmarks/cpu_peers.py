@@ -22,7 +22,7 @@ import torch
 from against_transformers import engine_times, transformers_model, transformers_times
 
 from stepgraph import EngineConfig, SamplingParams
-from stepgraph.bench.report import machine, table, write_json
+from stepgraph.bench.report import check_outputs, machine, table, write_json
 from stepgraph.bench.roofline import measure_limits
 from stepgraph.engine.engine import Engine
 from stepgraph.models.source import packaged_file
@@ -75,6 +75,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=24, help="tokens per answer (default: 24)")
     parser.add_argument("--json", type=Path, metavar="FILE")
     arguments = parser.parse_args()
+    check_outputs(arguments)
 
     engine = Engine(EngineConfig.from_settings(model="smollm2", device="cpu", enable_prefix_caching=False))
     times: dict[str, Callable[[list[int], int], Iterator[float]]] = {

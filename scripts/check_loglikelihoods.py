@@ -23,7 +23,7 @@ from statistics import fmean
 
 import torch
 
-from stepgraph.bench.report import table, write_json
+from stepgraph.bench.report import check_outputs, table, write_json
 from stepgraph.config import EngineConfig
 from stepgraph.engine.engine import Engine
 
@@ -82,6 +82,7 @@ def main() -> int:
     parser.add_argument("--tolerance", type=float, default=1e-3, metavar="NATS", help="default: 0.001")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the result as JSON")
     arguments = parser.parse_args()
+    check_outputs(arguments)
 
     settings = {"model": "smollm2", "device": "cpu", "max_num_seqs": 1, "max_model_len": 1024, "quantization": "none"}
     engine = Engine(EngineConfig.from_settings(**settings))

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from stepgraph.bench.report import machine, write_json
+from stepgraph.bench.report import check_outputs, machine, write_json
 from stepgraph.config import EngineConfig
 from stepgraph.engine.engine import Engine
 from stepgraph.graph.compositions import Composition, Row
@@ -66,6 +66,7 @@ def main() -> int:
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the result as JSON")
     arguments = parser.parse_args()
+    check_outputs(arguments)
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "config.json").write_text(json.dumps(CONFIG))
         engine = Engine(

@@ -31,7 +31,7 @@ from live import TINY_FLAGS, LiveServer, running_server  # noqa: E402
 from soak_traffic import KINDS, MODEL, ask, children_mib, fault, kind_of, leaves_after, rss_mib  # noqa: E402
 from tiny import save_tiny_model  # noqa: E402
 
-from stepgraph.bench.report import table, write_json  # noqa: E402
+from stepgraph.bench.report import check_outputs, table, write_json  # noqa: E402
 
 LIMITS_MIB = {"front": 10.0, "engine": 30.0, "grammars": 100.0}
 SAMPLES = 40
@@ -114,6 +114,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--minutes", type=float, default=60, metavar="M", help="longest run (default: 60)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the result as JSON")
     arguments = parser.parse_args(argv)
+    check_outputs(arguments)
     with tempfile.TemporaryDirectory() as folder:
         model = save_tiny_model(Path(folder), max_model_len=2048)  # the offer of a tool takes some 700 bytes
         with running_server(model, ["--served-model-name", MODEL, *TINY_FLAGS]) as server:

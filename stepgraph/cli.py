@@ -153,9 +153,11 @@ def _graphs_verify(arguments: argparse.Namespace) -> int:
     if arguments.rounds < 1:
         raise ConfigError(f"rounds={arguments.rounds} checks nothing; use at least 1")
     config = _capturing_config(arguments)
+    from stepgraph.bench.report import check_outputs
     from stepgraph.graph.verify import main_verify
     from stepgraph.step.shape import Variant
 
+    check_outputs(arguments)
     variants = [Variant[name.upper()] for name in arguments.variants]
     return main_verify(
         config,

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 
 TIMEOUT_S = 120
 _BECOME_FOREGROUND = (
@@ -54,14 +55,22 @@ class Terminal:
     def type(self, keys: str) -> None:
         os.write(self._ours, keys.encode())
 
-    def wait_for(self, pattern: str) -> re.Match[str]:
-        """The first place behind those waited for before; fails if it does not come."""
-        deadline = time.monotonic() + TIMEOUT_S
+    def wait_for(self, pattern: str, seconds: float = TIMEOUT_S) -> None:
+        """Read until this comes behind what was waited for before; fails if it does not."""
+        deadline = time.monotonic() + seconds
         while not (found := re.compile(pattern).search(self.screen, self._seen)):
             if not self._read(deadline - time.monotonic()):
                 raise AssertionError(f"{pattern!r} does not come after {self.screen[self._seen :]!r}")
         self._seen = found.end()
-        return found
+
+    def interrupt(self, pattern: str) -> None:
+        """Ctrl-C, and again if nothing comes of it: CPython's readline misses one that arrives just before it waits."""
+        for _ in range(3):
+            self.type(CTRL_C)
+            with suppress(AssertionError):
+                self.wait_for(pattern, seconds=10)
+                return
+        self.wait_for(pattern)
 
     def wait_for_end(self) -> int:
         """The exit code."""

@@ -133,6 +133,10 @@ def test_graphs_of_an_engine_without(refused, command) -> None:
     assert "captures no graphs" in refused("graphs", command, "--graph-backend", "eager")
 
 
+def test_a_verification_whose_result_could_not_be_written(refused, tmp_path) -> None:
+    assert f"--json: {tmp_path} cannot be written" in refused("graphs", "verify", "--json", str(tmp_path))
+
+
 def test_a_verification_of_nothing(refused) -> None:
     assert "rounds=0" in refused("graphs", "verify", "--rounds", "0")
     assert "invalid choice: 'fancy'" in refused("graphs", "verify", "--variants", "fancy")

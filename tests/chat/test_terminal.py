@@ -4,7 +4,7 @@ import json
 import stat
 
 import pytest
-from terminal import CTRL_C, CTRL_D, ENTER, TAB, UP, Terminal, pasted
+from terminal import CTRL_D, ENTER, TAB, UP, Terminal, pasted
 from tiny import save_tiny_model
 
 
@@ -40,15 +40,13 @@ def test_two_sessions_at_a_terminal(talkative, tmp_path) -> None:
         first.wait_for(r"8192 tokens of context. Type a message; /help shows what else.\n> ")
         first.type("dropped")
         first.wait_for("dropped")
-        first.type(CTRL_C)  # where something is typed
-        first.wait_for("\n> ")
+        first.interrupt("\n> ")  # where something is typed
         ask(first, "/set max_tokens 5", "")
         ask(first, "one", "cut off: max_tokens is 5")
         ask(first, "/set max_tokens none", "")
         first.type("tell me all" + ENTER)
         first.wait_for(r"(?s)all\n.{20}")
-        first.type(CTRL_C)  # in an answer
-        first.wait_for(r"\(stopped\)\n> ")
+        first.interrupt(r"\(stopped\)\n> ")  # in an answer
         ask(first, "/set max_tokens 3", "")
         ask(first, pasted("two\rlines\r"), "cut off")
         ask(first, "/nonsense", "there is no command /nonsense")
@@ -67,16 +65,7 @@ def test_two_sessions_at_a_terminal(talkative, tmp_path) -> None:
         ask(second, UP + UP + UP, "are full; /reset makes room")  # the pasted message; no max_tokens here
         ask(second, "long " * 20, "max_model_len is 64.*The message is left out")
         ask(second, f"/load {saved}", "6 messages from")
-        second.type("x")  # the second key of Ctrl-C is read where the first was: at a prompt that waits
-        second.wait_for("x")
-        second.type("\b")
-        second.wait_for("\b")
-        second.type(CTRL_C)
-        second.wait_for(r"Ctrl-C again leaves.*\n> ")
-        second.type("x")
-        second.wait_for("x")
-        second.type("\b")
-        second.wait_for("\b")
-        second.type(CTRL_C)
+        second.interrupt(r"Ctrl-C again leaves.*\n> ")
+        second.interrupt(r"\n")
         assert second.wait_for_end() == 130
         assert "Traceback" not in second.screen

@@ -440,7 +440,7 @@ def test_the_command_exits_with_1_and_names_the_rows_if_a_graph_is_wrong(
 ) -> None:
     monkeypatch.setattr(ops, "build_step", padding_writes_to(lambda tokens: tokens.kv_slots[0]))
     config = EngineConfig.from_settings(model=tiny_model, device=device, **TINY_SETTINGS)
-    written = tmp_path / "new" / "verify.json"
+    written = tmp_path / "verify.json"
     assert main_verify(config, rounds=4, seed=0, progress=False, json_file=written) == 1
     out = capsys.readouterr().out
     assert "MISMATCH" in out
