@@ -27,7 +27,7 @@ from stepgraph.config.server import engine_log_level
 from stepgraph.engine.adapter_reader import AdapterReader
 from stepgraph.engine.engine import Engine
 from stepgraph.engine.reports import StepReport
-from stepgraph.engine.request import Request, RequestUpdate
+from stepgraph.engine.request import FinishReason, Request, RequestUpdate
 from stepgraph.engine.sampling_params import SamplingParams
 from stepgraph.errors import ConfigError, EngineDeadError, Fault, ModelError, RequestError, StepgraphError
 from stepgraph.models.adapters import AdapterFile
@@ -147,6 +147,7 @@ class EngineProcess:
         elif isinstance(message, AbortAll):
             ends = [self._engine.abort(request_id) for request_id in self._told]
             self._tell([end for end in ends if end is not None])
+            self._end_awaiting()
         elif isinstance(message, ForgetAdapter):
             with contextlib.suppress(RequestError):  # there is none to forget
                 self._engine.forget_adapter(message.folder)
@@ -217,6 +218,17 @@ class EngineProcess:
                 self._refuse(message, error)
             elif message.requests:  # some are left
                 self._add(message, future.result())
+
+    def _end_awaiting(self) -> None:
+        """End the requests that wait for their adapter, as those in the engine are."""
+        ends: list[TokenUpdate] = []
+        for message, _ in self._awaiting:
+            if isinstance(message, Add) and message.requests:
+                self._send(Accepted(message.group))
+                ends += [TokenUpdate(request_id, (), str(FinishReason.ABORT)) for request_id, _ in message.requests]
+                message.requests = []
+        if ends:
+            self._send(Progress(ends, [], load_of(self._engine)))
 
     def _decline(self, question: Question, error: BaseException) -> None:
         fault = Fault.of(error)

@@ -13,6 +13,7 @@ from stepgraph.server.engine_control import EngineControl
 from stepgraph.server.engine_process import EngineProcess
 from stepgraph.server.messages import (
     Abort,
+    AbortAll,
     Accepted,
     Add,
     Beat,
@@ -108,6 +109,29 @@ def test_requests_of_an_adapter_that_is_being_read_wait_and_others_do_not(create
     may_read.clear()  # it is in memory: nothing is read
     EngineProcess(engine, again).run()
     assert again.tokens("later") == front.tokens("adapted")
+
+
+def test_a_request_that_waits_for_its_adapter_is_ended_with_all_others(create_lora_engine, tmp_path, monkeypatch):
+    engine, may_read = create_lora_engine(), threading.Event()
+    folder = save_adapter(tmp_path, matrices(0))
+    read = engine.read_adapter
+    monkeypatch.setattr(engine, "read_adapter", lambda wanted: may_read.wait(60) and read(wanted))
+    left = {"adapted", "later"}
+
+    def react(message):
+        if "adapted" in (done := ended(message)):
+            may_read.set()
+        left.difference_update(done)
+        return [] if left else [Stop()]
+
+    front = Front([add("adapted", folder), AbortAll(), add("later", folder)], react)
+    threading.Timer(5, may_read.set).start()  # or it would wait for ever where it was not ended
+    EngineProcess(engine, front).run()
+    reasons = {
+        u.id: u.finish_reason for m in front.said if isinstance(m, Progress) for u in m.updates if u.finish_reason
+    }
+    assert reasons == {"adapted": "abort", "later": "length"}
+    assert [message.group for message in front.said if isinstance(message, Accepted)] == ["adapted", "later"]
 
 
 def test_bad_words_come_as_tokens_and_the_engine_reads_no_tokenizer(create_engine, monkeypatch):
