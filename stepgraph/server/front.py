@@ -178,22 +178,23 @@ class _TracedMetrics(Metrics):
 
 
 async def _drain(service: Service, stop: _Stop) -> None:
-    """Refuse new requests, and let those that run finish: until the limit, or until told again to stop."""
+    """Refuse new requests, and let those that run finish: until the limit, until told again to stop, or until they would not."""
     service.draining = True
-    running = service.client.num_unfinished
-    if not running:
-        return
-    if (reason := service.client.rest.delay) is not None:  # they would not finish
-        logger.warning("%d requests are ended before they are done: %s", running, reason)
+    client = service.client
+    if not client.num_unfinished:
         return
     limit_s = service.config.shutdown_timeout
-    logger.warning("shutting down: %d requests have %g s to finish; once more to end them now", running, limit_s)
+    if client.rest.standstill is None:
+        logger.warning(
+            "shutting down: %d requests have %g s to finish; once more to end them now", client.num_unfinished, limit_s
+        )
     with contextlib.suppress(TimeoutError):
         async with asyncio.timeout(limit_s):
-            while service.client.num_unfinished and stop.count < 2:
+            while client.num_unfinished and client.rest.standstill is None and stop.count < 2:
                 await asyncio.sleep(_POLL_S)
-    if left := service.client.num_unfinished:
-        logger.warning("%d requests were ended before they were done", left)
+    if left := client.num_unfinished:
+        reason = "" if client.rest.standstill is None else f": {client.rest.standstill}"
+        logger.warning("%d requests are ended before they are done%s", left, reason)
 
 
 class _Stop:

@@ -19,14 +19,19 @@ class Rest:
     @property
     def trouble(self) -> str | None:
         """Why requests are refused; None if they are taken, though they may wait."""
+        return self.standstill if self.sleep_level else self.coming
+
+    @property
+    def standstill(self) -> str | None:
+        """Why requests under way do not end; None if they do."""
         if self.sleep_level:
             return "the engine sleeps; POST /wake_up wakes it"
-        return self.coming
+        return "the engine is paused; POST /resume lets it go on" if self.paused else None
 
     @property
     def delay(self) -> str | None:
         """Why a request sent now would not run at once; None if it would."""
-        return self.trouble or ("the engine is paused; POST /resume lets it go on" if self.paused else None)
+        return self.trouble or self.standstill
 
     @property
     def status(self) -> str:

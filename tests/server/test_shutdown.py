@@ -38,11 +38,14 @@ class Stream:
         assert not self._thread.is_alive()
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_running_requests_finish_and_new_ones_are_refused(tiny_model, number) -> None:
-    with running_server(tiny_model, FLAGS) as server:
+@pytest.mark.parametrize(("number", "is_waited_for"), [(signal.SIGTERM, False), (signal.SIGINT, True)])
+def test_running_requests_finish_and_new_ones_are_refused(tiny_model, number, is_waited_for) -> None:
+    with running_server(tiny_model, [*FLAGS, "--enable-admin-endpoints"]) as server:
         engine = server.engine_pid()
         stream = Stream(server)
+        if is_waited_for:  # by an administrator, too
+            threading.Thread(target=server.post, args=("/sleep?mode=wait", None), daemon=True).start()
+            server.wait_for(lambda: "about to sleep" in server.get("/ready").json["status"] or stream.finish_reason)
         server.process.send_signal(number)
         server.wait_for(lambda: server.get("/ready").status == 503)
         refused = server.post("/v1/completions", {"prompt": "a"})
