@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from fastapi import Depends, FastAPI, Query, Request
@@ -63,6 +63,7 @@ class Administration:
         Raises:
             APIError: 409 if the mode is to wait for what cannot end.
         """
+        self._hasten(mode)
         async with self._turn:
             if not self.rest.paused:
                 with self._coming("is about to be paused" if mode == "wait" else None):
@@ -89,6 +90,7 @@ class Administration:
             RequestError: the settings do not allow it.
             EngineDeadError: the engine is not there.
         """
+        self._hasten(mode)
         async with self._turn:
             if self.rest.sleep_level < level:
                 with self._coming("is about to sleep"):
@@ -130,7 +132,7 @@ class Administration:
         async with self._turn:
             if self.rest.sleep_level:
                 raise APIError(409, "the engine sleeps, and takes no weights; POST /wake_up first", code="conflict")
-            if not await asyncio.to_thread(Path(path).exists):  # or it would be looked for elsewhere
+            if not await asyncio.to_thread(os.path.exists, path):  # or it would be looked for elsewhere
                 raise APIError(400, f"model_path={path!r:.200} is not on the server's machine", param="model_path")
             try:
                 await self._client.ask(partial(UpdateWeights, folder=path))
@@ -185,6 +187,8 @@ class Administration:
         finally:
             self._loading.discard(name)
         adapters[name] = folder
+        if before is not None:
+            self._forget(before)
         logger.warning("administration: LoRA adapter %s is loaded from %s", name, folder)
         return f"{name} is loaded" if before is None else f"{name} is replaced"
 
@@ -202,11 +206,14 @@ class Administration:
                 param="lora_name",
                 code="model_not_found",
             )
-        folder = adapters.pop(name)
-        if folder not in adapters.values():
-            self._client.tell(ForgetAdapter(folder))
+        self._forget(adapters.pop(name))
         logger.warning("administration: LoRA adapter %s is unloaded", name)
         return f"{name} is unloaded"
+
+    def _forget(self, folder: str) -> None:
+        """No name is that of the adapter in `folder` any more; unless another one is, it is read again if it is loaded again."""
+        if folder not in self.service.adapters.values():
+            self._client.tell(ForgetAdapter(folder))
 
     @contextmanager
     def _coming(self, what: str | None) -> Iterator[None]:
@@ -215,6 +222,11 @@ class Administration:
             yield
         finally:
             self.rest.coming = None
+
+    def _hasten(self, mode: str) -> None:
+        """Let a call that has its turn wait no longer for requests that the next one aborts."""
+        if mode == "abort" and self._turn.locked():
+            self._client.tell(AbortAll())
 
     async def _clear(self, mode: str) -> None:
         """Do with requests under way as the mode says."""
@@ -244,7 +256,7 @@ def add_administration(app: FastAPI, administration: Administration) -> None:
     origins = administration.service.config.cors_allow_origins or ()
 
     async def own_origin(http: Request) -> None:
-        """A page of another site could send what has no body, without being let in by CORS. What has one must be JSON."""
+        """A page of another site could send what has no body, without being let in by CORS."""
         origin = http.headers.get("origin")
         if origin is None or "*" in origins or origin in origins or origin.endswith(f"://{http.headers.get('host')}"):
             return

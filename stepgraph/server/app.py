@@ -145,13 +145,17 @@ class _Route(APIRoute):
         """See `APIRoute`."""
         answer = super().get_route_handler()
         if (kind := get_type_hints(self.endpoint).get("body")) is not None:
-            answer = self._with_body(kind)
+            answer = self._with_body(
+                kind, [each.dependency for each in self.dependencies if each.dependency is not None]
+            )
         return _limited(answer) if _TAKES_LONG.isdisjoint(self.tags) else answer
 
-    def _with_body(self, kind: Any) -> Handler:
+    def _with_body(self, kind: Any, checks: Sequence[Callable[[Request], Awaitable[Any]]]) -> Handler:
         async def handle(http: Request) -> Response:
             body: Body = http.scope["state"]["body"]
             try:
+                for check in checks:
+                    await check(http)
                 given = await body.read(http, kind)
                 try:
                     response: Response = await self.endpoint(given, http)

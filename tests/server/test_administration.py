@@ -1,5 +1,6 @@
 """Administrators bring the engine to rest and wake it, and load adapters: requests wait or hear why not, and none is lost."""
 
+import asyncio
 import json
 import os
 import shutil
@@ -13,8 +14,11 @@ from safetensors.torch import load_file, save_file
 from starlette.testclient import TestClient
 
 from stepgraph.config.server import ServerConfig
+from stepgraph.server.administration import Administration
 from stepgraph.server.app import create_app
 from stepgraph.server.directory import ADMINISTRATION
+from stepgraph.server.engine_observer import EngineState
+from stepgraph.server.messages import AbortAll
 from stepgraph.server.metrics import Metrics
 from stepgraph.server.rest import Rest
 from stepgraph.server.service import Service
@@ -120,6 +124,8 @@ def test_administration_is_there_with_its_flag_only_and_under_the_key() -> None:
 def test_pages_of_other_sites_cannot_administer() -> None:
     app = app_of(ServerConfig(enable_admin_endpoints=True, cors_allow_origins=("https://ours.example",)))
     assert "may not administer" in message_of(app.post("/sleep?level=9", headers={"Origin": "https://theirs.example"}))
+    for path in ("/update_weights_from_disk", "/v1/load_lora_adapter", "/v1/unload_lora_adapter"):
+        assert app.post(path, json={}, headers={"Origin": "https://theirs.example"}).status_code == 403
     for origin in ("https://ours.example", "http://testserver"):  # let in, and refused for the level
         assert app.post("/sleep?level=9", headers={"Origin": origin}).status_code == 400
 
@@ -213,6 +219,31 @@ def test_sleep_can_wait_for_requests_or_end_them(server) -> None:
     assert json.loads(events[-2])["choices"][0]["finish_reason"] == "abort"
 
 
+def test_a_call_that_aborts_does_not_wait_for_one_that_waits_for_requests() -> None:
+    class Client:
+        rest, state, is_dormant, num_unfinished = Rest(), EngineState.READY, False, 1
+
+        def tell(self, message):
+            assert isinstance(message, AbortAll)
+            self.num_unfinished = 0
+
+        async def ask(self, question):
+            pass
+
+    async def both() -> None:
+        administration = Administration(Service(ServerConfig(), client, None))
+        waiting = asyncio.create_task(administration.sleep(1, "wait"))
+        await asyncio.sleep(0)
+        assert client.rest.coming is not None
+        async with asyncio.timeout(10):
+            await administration.pause("abort")
+            await waiting
+
+    client = Client()
+    asyncio.run(both())
+    assert (client.rest.sleep_level, client.rest.paused, client.rest.coming) == (1, True, None)
+
+
 def test_calls_at_once_are_done_one_after_the_other(server, expected) -> None:
     paths = ("/sleep?level=1", "/wake_up", "/pause", "/resume", "/reset_prefix_cache", "/sleep?level=2", "/wake_up") * 2
     assert [call.reply().status for call in [Asking(server, None, path) for path in paths]] == [200] * len(paths)
@@ -296,6 +327,21 @@ def test_adapters_come_and_go_while_the_server_runs(server, expected, tmp_path) 
     assert answer(server, adapted) == second
 
 
+def test_the_folder_of_an_adapter_that_another_replaced_is_read_again(server, tmp_path) -> None:
+    folders = [tmp_path / name for name in ("one", "two")]
+    for seed, folder in enumerate(folders):
+        folder.mkdir()
+        save_adapter(folder, matrices(seed))
+    load(server, "poet", folders[0])
+    first = answer(server, SHORT | {"model": "poet"})
+    load(server, "poet", folders[1], load_inplace=True)
+    second = answer(server, SHORT | {"model": "poet"})
+    assert second != first
+    save_adapter(folders[0], matrices(1))
+    load(server, "other", folders[0])
+    assert answer(server, SHORT | {"model": "other"}) == second
+
+
 # The engine's process ends
 
 
@@ -315,7 +361,8 @@ def test_an_engine_that_dies_comes_back_as_it_was_left(server, expected, tiny_mo
     assert server.post("/update_weights_from_disk", {"model_path": weights}).json == {"success": True}
     changed = answer(server, SHORT)
     assert changed != expected
-    for path, says in ((tmp_path / "nowhere", "is not on the server's machine"), (tmp_path / "adapter", "config.json")):
+    absent = "is not on the server's machine"
+    for path, says in ((tmp_path / "nowhere", absent), ("a" * 5000, absent), (tmp_path / "adapter", "config.json")):
         refused = server.post("/update_weights_from_disk", {"model_path": str(path)})
         assert (refused.status, refused.json["error"]["param"], says in message(refused)) == (400, "model_path", True)
     adapted = answer(server, SHORT | {"model": "poet"})
