@@ -7,6 +7,7 @@ needs it, so that help and usage errors are instant.
 from __future__ import annotations
 
 import argparse
+import io
 import logging
 import os
 import signal
@@ -35,6 +36,7 @@ _INTERRUPTED = 130  # 128 + SIGINT, as shells report it
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code: 0, 1 (it failed), 2 (what was asked for cannot be done), 130 (Ctrl-C)."""
     argv = sys.argv[1:] if argv is None else argv
+    _take_what_the_encoding_lacks()
     with _noting_interrupts() as interrupted:
         try:
             return _run(argv)
@@ -61,6 +63,14 @@ def _run(argv: Sequence[str]) -> int:
     logging.basicConfig(format="%(levelname)s %(name)s: %(message)s")
     logging.getLogger("stepgraph").setLevel(level)
     return int(arguments.run(arguments))
+
+
+def _take_what_the_encoding_lacks() -> None:
+    """Where the locale is not of UTF-8, print what its encoding lacks as escapes, and read bytes that are not of it as what the
+    check of a prompt refuses: neither is to end a command with a traceback."""
+    for stream, errors in ((sys.stdout, "backslashreplace"), (sys.stdin, "surrogateescape")):
+        if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
+            stream.reconfigure(errors=errors)
 
 
 @contextmanager

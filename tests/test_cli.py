@@ -276,6 +276,18 @@ def test_several_prompts_get_the_answers_that_each_gets_alone(tiny_model, capsys
     assert capsys.readouterr().out == f"=== 'one'\n{alone[0]}=== 'two'\n{alone[1]}"
 
 
+def test_what_the_locale_lacks_is_printed_as_escapes_and_refused_as_a_prompt(tiny_model, monkeypatch, capsys):
+    written = io.BytesIO()
+    monkeypatch.setattr("sys.stdout", io.TextIOWrapper(written, encoding="latin-1"))
+    assert main(["generate", *quick(tiny_model), "--prompt", "é", "--prompt", "👋"]) == 0
+    sys.stdout.flush()
+    assert b"=== '\xe9'\n" in written.getvalue()
+    assert b"=== '\\U0001f44b'\n" in written.getvalue()
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"Sag \xe4"), encoding="ascii"))
+    assert main(["generate", *quick(tiny_model)]) == 2
+    assert "half a surrogate pair, which is no text" in capsys.readouterr().err
+
+
 def test_same_seed_gives_the_same_random_answer_and_another_seed_another(tiny_model, capsys):
     answers = []
     for seed in ("7", "7", "8"):

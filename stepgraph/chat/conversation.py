@@ -104,6 +104,8 @@ def load(path: Path) -> tuple[Conversation, str | None]:
         content = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise RequestError(f"{path} cannot be read: {error.strerror}") from error
+    except RequestError:  # which is a ValueError
+        raise
     except (ValueError, RecursionError) as error:
         raise RequestError(f"{path} is not JSON: {error}") from error
     try:

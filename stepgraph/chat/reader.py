@@ -6,6 +6,7 @@ import glob
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from types import ModuleType
 from typing import NamedTuple
 
@@ -93,12 +94,12 @@ class Reader:
     def _remember(self, entry: str) -> None:
         self._history.add(entry)
         if self._readline is not None:
-            self._readline.add_history(entry)
+            _offer(self._readline, entry)
 
     def _set_up(self, readline: ModuleType) -> None:
         readline.set_auto_history(False)  # an entry may be of several lines
         for entry in self._history.entries:
-            readline.add_history(entry)
+            _offer(readline, entry)
         readline.set_completer(self._completion)
         readline.set_completer_delims(" ")
         if "libedit" in (readline.__doc__ or ""):
@@ -119,6 +120,12 @@ class Reader:
         else:
             found = []
         return found[state] if state < len(found) else None
+
+
+def _offer(readline: ModuleType, entry: str) -> None:
+    """Have the arrow keys find an entry, if the terminal can show it."""
+    with suppress(UnicodeEncodeError):  # the locale lacks a character, as "C" lacks most; other sessions may have it
+        readline.add_history(entry)
 
 
 def _readline() -> ModuleType | None:

@@ -216,7 +216,9 @@ class Chat:
 
     def _save(self, argument: str) -> None:
         flag, _, named = argument.partition(" ")
-        forced = flag == "-f" and bool(named.strip())
+        forced = flag == "-f"
+        if forced and not named.strip():
+            raise RequestError("/save -f needs a FILE behind it; a file of that name is ./-f")
         path = _path(named if forced else argument)
         save(path, self._conversation, self._llm.engine.source.name, replace=forced or path in self._own_files)
         self._own_files.add(path)

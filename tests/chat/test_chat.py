@@ -180,6 +180,7 @@ def test_an_unknown_command_is_named_with_all_there_are_and_two_slashes_send_one
     [
         ("/reset now", "/reset takes nothing behind it"),
         ("/save", "/save needs a FILE behind it"),
+        ("/save -f", "/save -f needs a FILE behind it"),
         ("/load", "/load needs a FILE behind it"),
         ("/retry", "there is no message to answer again"),
         ("/set heat 1", "/set needs one of temperature, "),

@@ -82,9 +82,9 @@ def test_what_is_wrong_in_a_file_is_said_with_its_place(content, message, tmp_pa
 
 
 def test_files_that_are_none_are_named(tmp_path) -> None:
-    with pytest.raises(RequestError, match=r"there is no file .*none\.json"):
+    with pytest.raises(RequestError, match=r"^there is no file .*none\.json"):
         load(tmp_path / "none.json")
-    with pytest.raises(RequestError, match="is no file"):
+    with pytest.raises(RequestError, match=r"^\S+ is no file"):
         load(tmp_path)
     (tmp_path / "binary").write_bytes(b"\xff\x00")
     with pytest.raises(RequestError, match="is not JSON"):

@@ -1,11 +1,15 @@
 """`stepgraph chat` as a user meets it: keys on a real terminal, two sessions of one user."""
 
 import json
+import locale
 import stat
 
 import pytest
 from terminal import CTRL_D, ENTER, TAB, UP, Terminal, pasted
 from tiny import save_tiny_model
+
+from stepgraph.chat import reader
+from stepgraph.chat.history import History
 
 
 @pytest.fixture(scope="module")
@@ -32,6 +36,27 @@ def ask(terminal: Terminal, keys: str, answered: str) -> None:
     terminal.type(keys + ENTER)
     terminal.wait_for(answered)
     terminal.wait_for("\n> ")
+
+
+def test_a_history_that_the_locale_has_no_characters_for_costs_entries_and_not_the_session(
+    tmp_path, monkeypatch
+) -> None:
+    readline = pytest.importorskip("readline")
+    known = locale.setlocale(locale.LC_CTYPE)
+    history = History(tmp_path / "history")
+    history.add("où?")
+    monkeypatch.setattr(reader, "_readline", lambda: readline)
+    monkeypatch.setattr("builtins.input", lambda *_: "là!")
+    readline.clear_history()
+    locale.setlocale(locale.LC_CTYPE, "C")
+    try:
+        typed = reader.Reader(history, (), ()).read()
+    finally:
+        locale.setlocale(locale.LC_CTYPE, known)
+        readline.clear_history()
+        readline.set_completer(None)
+    assert typed.text == "là!"
+    assert History(tmp_path / "history").entries == ["où?", "là!"]
 
 
 def test_two_sessions_at_a_terminal(talkative, tmp_path) -> None:
