@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from stepgraph.config.other_engines import Row, tables, text_of
+from stepgraph.config.other_engines import Row, tables, text_of, texts_of
 
 PAGE = Path(__file__).parents[1] / "docs" / "coming-from.md"
 
@@ -40,6 +40,10 @@ dots (`--compilation-config.cudagraph_mode NONE`, `-cc.cudagraph_capture_sizes+ 
 What differs although it has the same name:
 
 - The server listens on 127.0.0.1 unless `--host` says otherwise.
+- Tool calls and reasoning are set apart from the text of an answer without a flag, where the chat template shows their form;
+  `--tool-call-parser none --reasoning-parser none` leaves both in the text.
+- Their environment variables are not read. A server is not started where `VLLM_API_KEY` or `FD_API_KEY` was to protect it and
+  nothing else does: set `STEPGRAPH_API_KEY`.
 - Captured sizes bound steps: one family of graphs serves prompts, decodes and mixtures, so the largest of
   `cudagraph_capture_sizes` (or `max_capture_size`) is the most tokens of a step, and longer prompts are cut. Leave sizes out,
   and every step has its graph.
@@ -107,10 +111,7 @@ def _settings(settings: Any) -> str:
 
 
 def _values(values: Any) -> str:
-    values = list(values)
-    if len(values) > 3 and values == list(range(len(values))):
-        return f"`0` to `{len(values) - 1}`"
-    return ", ".join(f"`{text_of(value)}`" if value != "" else "empty" for value in values)
+    return ", ".join(f"`{text}`" for text in texts_of(values))
 
 
 def _flag(name: str) -> str:

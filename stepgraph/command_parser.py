@@ -6,7 +6,7 @@ import argparse
 import difflib
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 
 class CommandParser(argparse.ArgumentParser):
@@ -23,6 +23,10 @@ class CommandParser(argparse.ArgumentParser):
 
     further_flags: Sequence[str] = ()
     """Those that `prepare` adds where they are given; one may be meant that is hardly another."""
+
+    def error(self, message: str) -> NoReturn:
+        """End the process with exit code 2 and one line on stderr, as everything that is refused does."""
+        self.exit(2, f"error: {self.prog}: {message}. See {self.prog} --help\n")
 
     def parse_known_args(  # type: ignore[override]  # one signature for argparse's overloads
         self, args: Sequence[str] | None = None, namespace: Any = None

@@ -94,7 +94,7 @@ def test_a_text_in_the_place_of_model(refused, monkeypatch, text) -> None:
         (["--stop", ""], "stop=('',) must be"),
         (["--presence-penalty", "9"], "presence_penalty=9.0 must be"),
         (["--config", "none.yaml"], "none.yaml: the file cannot be read"),
-        (["--load-format", "fast"], "invalid choice: 'fast'"),
+        (["--load-format", "fast"], "load_format='fast' is not known; choose one of: auto, dummy"),
         (["--block-size", "12"], "block_size=12"),
         (["one", "--model", "another"], "MODEL is 'one' and --model is 'another'"),
         (["none.gguf"], "There is no file"),

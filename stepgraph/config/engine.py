@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -43,6 +43,7 @@ class EngineConfig:
         """
         settings = flattened(settings)
         homes = homes_of(ENGINE_PARTS)
+        _refuse_settings_of_the_server(settings)
         refuse_unknown(settings, homes)
         rows, tokens = settings.get("max_num_seqs"), settings.get("max_num_batched_tokens")
         if isinstance(rows, int) and tokens is None:
@@ -53,6 +54,13 @@ class EngineConfig:
         for name, value in settings.items():
             grouped[homes[name]][name] = value
         return cls(**{part: part_type(**grouped[part]) for part, part_type in ENGINE_PARTS.items()})
+
+
+def _refuse_settings_of_the_server(settings: Iterable[str]) -> None:
+    from stepgraph.config.server import ServerConfig  # which imports this module
+
+    for name in sorted(ServerConfig.__dataclass_fields__.keys() & set(settings)):
+        raise ConfigError(f"{name} is a setting of the server, which only `stepgraph serve` starts; leave it out")
 
 
 def flattened(settings: Mapping[str, Any]) -> dict[str, Any]:

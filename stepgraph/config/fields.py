@@ -110,10 +110,14 @@ def homes_of(parts: Mapping[str, Any]) -> dict[str, str]:
     return {field.name: part for part, part_type in parts.items() for field in dataclasses.fields(part_type)}
 
 
-def refuse_unknown(names: Iterable[str], known: Iterable[str]) -> None:
-    """Raise ConfigError if a name is not `known`, with the one meant, where it looks like a slip, and all known ones."""
+def refuse_unknown(names: Iterable[str], known: Iterable[str], further: Iterable[str] = ()) -> None:
+    """Raise ConfigError if a name is not `known`, with the one meant, where it looks like a slip, and all known ones.
+
+    `further` ones are known too, and may be meant; they are too many to be listed.
+    """
     known = sorted(known)
-    for name in sorted(set(names) - set(known)):
-        close = difflib.get_close_matches(name, known, n=1)
+    every = {*known, *further}
+    for name in sorted(set(names) - every):
+        close = difflib.get_close_matches(name, sorted(every), n=1)
         hint = f"did you mean {close[0]!r}? Known" if close else "known"
         raise ConfigError(f"unknown setting {name!r}; {hint} settings: {', '.join(known)}")

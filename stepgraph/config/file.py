@@ -57,7 +57,7 @@ def _flat(loaded: Any) -> dict[str, Any]:
         elif name in SERVE_PARTS and name not in homes:
             raise ConfigError(f"{name}={value!r} must be a mapping of settings")
         else:
-            refuse_unknown([name], [*homes, *tables().flags])
+            refuse_unknown([name], homes, further=tables().flags)
             _put(flat, name, value)
     flat = translated(flat)
     for name, value in flat.items():

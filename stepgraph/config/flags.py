@@ -54,7 +54,7 @@ def add_flags(parser: CommandParser, *, positional_model: bool = True, server: b
                 if (row := tables().flags.get(f.name)) is not None and (
                     theirs := [*row.map, *map(text_of, row.refused)]
                 ):
-                    options |= _taking(theirs, options["type"], options["choices"])
+                    options |= {"type": _taking(theirs, options["type"]), "choices": None}
             group.add_argument("--" + f.name.replace("_", "-"), **options)
         for name, of_several in GROUPS.items():
             if of_several.part == part and of_several.help is not None:
@@ -102,14 +102,15 @@ def _metavar(field: dataclasses.Field[Any], kind: type) -> str:
     return str(field.metadata["metavar"] or {int: "N", float: "N", Mapping: "JSON"}.get(kind, "TEXT"))
 
 
-def _taking(theirs: Sequence[str], read: Callable[[str], Any], choices: Sequence[str] | None) -> dict[str, Any]:
-    """Options of a flag that also takes what other engines call its values, and those that are refused with a reason."""
+def _taking(theirs: Sequence[str], read: Callable[[str], Any]) -> Callable[[str], Any]:
+    """Reads a flag that other engines have values of their own for, some of them refused with a reason. What is none of
+    these is left to the setting's check: choices of argparse would offer what is refused."""
 
     def value(text: str) -> Any:
         return text if text in theirs else read(text)
 
     value.__name__ = read.__name__
-    return {"type": value, "choices": None if choices is None else (*choices, *theirs)}
+    return value
 
 
 def _whole_number(text: str) -> int:

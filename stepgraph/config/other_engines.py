@@ -63,7 +63,7 @@ class Row:
             return {}
         target = self.to or (name if self.same else None)
         if target is None or _among(value, self.refused):
-            others = [] if self.neutral == _ANY or target else [*map(text_of, self.neutral), *self.map]
+            others = [] if self.neutral == _ANY or target else [*texts_of(self.neutral), *self.map]
             advice = f"leave it out{', or give ' if others else ''}{' or '.join(others)}"
             raise ConfigError(f"{shown} is not supported: {self.why}; {advice}", param=name)
         return {target: value}
@@ -82,6 +82,14 @@ def _among(value: Any, values: Iterable[Any]) -> bool:
 def text_of(value: Any) -> str:
     """A value as one writes it on a command line, and as `Row.map` knows it."""
     return value if isinstance(value, str) else json.dumps(value, default=str)
+
+
+def texts_of(values: Iterable[Any]) -> list[str]:
+    """Values as people read them: of many numbers in a row the first and the last, and "" where there is nothing."""
+    values = list(values)
+    if len(values) > 3 and values == list(range(len(values))):
+        return [f"0 to {len(values) - 1}"]
+    return [text_of(value) or '""' for value in values]
 
 
 def value_of(text: str) -> Any:

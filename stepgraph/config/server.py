@@ -13,6 +13,7 @@ from stepgraph.config.fields import check, homes_of, refuse_unknown, setting
 from stepgraph.errors import ConfigError
 
 API_KEY_VARIABLE = "STEPGRAPH_API_KEY"
+_API_KEY_VARIABLES_OF_OTHER_ENGINES = ("VLLM_API_KEY", "FD_API_KEY")
 LOG_LEVEL_VARIABLE = "STEPGRAPH_LOG_LEVEL"
 _LOG_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
 MAX_ANSWERS = 64
@@ -178,7 +179,8 @@ class ServerConfig:
         Empty if none is set anywhere: then the API is open to everybody who reaches it.
 
         Raises:
-            ConfigError: the file cannot be read or holds no key, the variable is empty, or a key cannot be one.
+            ConfigError: the file cannot be read or holds no key, the variable is empty, a key cannot be one, or the only key is
+                in a variable of another engine.
         """
         keys = [*(self.api_key or ())]
         if self.api_key_file is not None:
@@ -192,6 +194,12 @@ class ServerConfig:
         if variable is not None:
             _check_keys([variable], f"the environment variable {API_KEY_VARIABLE}")
             keys.append(variable)
+        for theirs in _API_KEY_VARIABLES_OF_OTHER_ENGINES:
+            if not keys and os.environ.get(theirs):
+                raise ConfigError(
+                    f"the environment variable {theirs} is not read here, and without a key the API is open to everybody who "
+                    f"reaches it; set {API_KEY_VARIABLE}, or unset {theirs}"
+                )
         return tuple(dict.fromkeys(keys))
 
     def chat_template_text(self) -> str | None:

@@ -97,7 +97,10 @@ def test_flags_override_the_file_inside_the_graphs_json_too(file):
         ("- port", "the file must hold a mapping, as in `max-num-seqs: 8`, not list"),
         ("smollm2", "the file must hold a mapping.*not str"),
         ("80: port", "the file: the key 80 is not text"),
-        ("prot: 80", r"unknown setting 'prot'; did you mean 'port'\? Known"),
+        (
+            "prot: 80",
+            r"unknown setting 'prot'; did you mean 'port'\? Known settings: access_log, api_key, api_key_file, block_size, ",
+        ),
         ("port: 80\nserver: {port: 80}", "port is given twice"),
         ("max-num-seqs: 8\nmax_num_seqs: 8", "max_num_seqs is given twice"),
         ("cache: 16", "cache=16 must be a mapping of settings"),

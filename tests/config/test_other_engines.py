@@ -14,7 +14,7 @@ from stepgraph.command_parser import CommandParser
 from stepgraph.config import EngineConfig, add_flags, read_settings, settings_from_flags
 from stepgraph.config.engine import GROUPS
 from stepgraph.config.fields import homes_of
-from stepgraph.config.other_engines import tables, text_of
+from stepgraph.config.other_engines import tables, text_of, texts_of
 from stepgraph.config.server import SERVE_PARTS
 from stepgraph.config.speculative import SpeculativeConfig
 from stepgraph.errors import ConfigError
@@ -129,9 +129,35 @@ def test_what_does_not_exist_is_refused_with_value_and_reason_and_the_way_out(pa
             message = str(refused.value)
             shown = name if row.secret else f"{name}={meant(value)!r}"
             assert message.startswith(f"{shown} is not supported: {row.why}; leave it out"), message
-            assert row.secret or all(text_of(accepted) in message for accepted in row.neutral)
+            assert row.secret or all(accepted in message for accepted in texts_of(row.neutral))
             count += 1
     assert count > 150
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "advice"),
+    [
+        ("max_logprobs", 50, "leave it out, or give 0 to 20"),
+        ("worker_extension_cls", "a.b", 'leave it out, or give ""'),
+    ],
+)
+def test_values_that_would_do_are_told_in_short(name, value, advice):
+    with pytest.raises(ConfigError) as refused:
+        EngineConfig.from_settings(**{name: value})
+    assert str(refused.value).endswith(advice)
+
+
+def test_a_limit_on_what_is_logged_of_prompts_is_not_passed_over(parse):
+    with pytest.raises(
+        ConfigError, match="max_log_len=0 is not supported: with --log-requests prompts are logged whole"
+    ):
+        parse("--enable-log-requests", "--max-log-len", "0")
+
+
+@pytest.mark.parametrize("settings", [{"generation_config": "vllm"}, {"enable_log_requests": True}])
+def test_settings_of_the_server_are_not_unknown_elsewhere(settings):
+    with pytest.raises(ConfigError, match="is a setting of the server, which only `stepgraph serve` starts"):
+        EngineConfig.from_settings(**settings)
 
 
 def test_secrets_are_not_shown(parse, caplog):
@@ -228,6 +254,7 @@ def test_command_lines_may_be_spelled_as_there(parse, line, settings):
         ("--compilation-config.modes 3", "compilation_config has no key 'modes'; known keys: backend, "),
         ("--num-gpu-blocks-override 5 --num-kv-blocks 6", "asks for num_kv_blocks="),
         ("--num-gpu-blocks-override many", "num_kv_blocks='many' must be a whole number"),
+        ("--reasoning-parser qwen-3", "reasoning_parser='qwen-3' is not known; choose one of: auto, none, think\n"),
         ("--enforce-eager -O 0 --graph-backend cpu", "asks for graph_backend='eager', and graph_backend for 'cpu'"),
     ],
 )
@@ -236,6 +263,23 @@ def test_a_command_line_that_cannot_be_followed_ends_with_one_sentence_and_exit_
     error = capsys.readouterr().err
     assert error.startswith("error: ")
     assert message in error
+    assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("--device cuda:0", "argument --device: invalid choice: 'cuda:0'"),
+        ("--max-num-seqs", "argument --max-num-seqs: expected one argument"),
+        ("--enforce-eager=True", "argument --enforce-eager/--no-enforce-eager: ignored explicit argument 'True'"),
+    ],
+)
+def test_what_argparse_refuses_is_one_line_too(line, message, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main(["serve", *shlex.split(line)])
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: stepgraph serve: {message}")
+    assert error.endswith(". See stepgraph serve --help\n")
     assert error.count("\n") == 1
 
 

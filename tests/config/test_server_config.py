@@ -185,6 +185,17 @@ def test_a_variable_that_is_empty_or_no_key_is_refused(value, monkeypatch):
     assert not value or value not in str(caught.value)
 
 
+@pytest.mark.parametrize("theirs", ["VLLM_API_KEY", "FD_API_KEY"])
+def test_a_key_in_a_variable_of_another_engine_does_not_leave_the_server_open(theirs, monkeypatch):
+    monkeypatch.setenv(theirs, "hush")
+    with pytest.raises(ConfigError, match=f"{theirs} is not read here, .*; set STEPGRAPH_API_KEY") as caught:
+        ServerConfig().api_keys()
+    assert "hush" not in str(caught.value)
+    assert ServerConfig(api_key=("mine",)).api_keys() == ("mine",)
+    monkeypatch.setenv(theirs, "")  # which protects nothing there
+    assert ServerConfig().api_keys() == ()
+
+
 @pytest.mark.parametrize(("value", "level"), [(None, "WARNING"), ("INFO", "INFO"), ("debug", "DEBUG")])
 def test_the_engines_log_level_is_the_variables_in_any_case(value, level, monkeypatch):
     monkeypatch.delenv("STEPGRAPH_LOG_LEVEL", raising=False)
