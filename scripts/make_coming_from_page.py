@@ -40,6 +40,7 @@ dots (`--compilation-config.cudagraph_mode NONE`, `-cc.cudagraph_capture_sizes+ 
 What differs although it has the same name:
 
 - The server listens on 127.0.0.1 unless `--host` says otherwise.
+- Browsers of other origins are let in only with `--allowed-origins`.
 - Tool calls and reasoning are set apart from the text of an answer without a flag, where the chat template shows their form;
   `--tool-call-parser none --reasoning-parser none` leaves both in the text.
 - Their environment variables are not read. A server is not started where `VLLM_API_KEY` or `FD_API_KEY` was to protect it and

@@ -117,7 +117,7 @@ def create_metrics_app(service: Service, metrics: Metrics) -> ASGIApp:
     app.router.route_class = _Route
     _add_error_handlers(app)
     add_health(app, service, metrics)
-    return app
+    return Door(_HeadAsGet(app), api_keys=(), bodies=service.bodies, on_response=lambda path, status: None)
 
 
 class _HeadAsGet:

@@ -24,6 +24,20 @@ def test_one_to_eight_proposals_can_be_asked_for(count) -> None:
     assert speculative(method="mtp", num_speculative_tokens=count).max_drafts == count
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"speculative_model": "[ngram]", "num_speculative_tokens": 4},
+        {"num_speculative_tokens": 4},
+        {"ngram_prompt_lookup_max": 3},
+    ],
+)
+def test_settings_of_speculation_without_a_method_are_not_passed_over(settings) -> None:
+    with pytest.raises(ConfigError, match="has no effect without speculative_method; choose one of: mtp, suffix"):
+        EngineConfig.from_settings(**settings)
+    EngineConfig.from_settings(**settings, speculative_method="none")  # switched off by name
+
+
 @pytest.mark.parametrize("count", [0, 9, -1, 2.5, "3", True])
 def test_another_number_of_proposals_is_refused(count) -> None:
     with pytest.raises(ConfigError, match="num_speculative_tokens"):
