@@ -14,7 +14,7 @@ from stepgraph.config.lora import LoRAConfig
 from stepgraph.config.model import ModelConfig
 from stepgraph.config.other_engines import translated, translated_keys
 from stepgraph.config.scheduler import SchedulerConfig
-from stepgraph.config.speculative import SpeculativeConfig, check_speculative_keys
+from stepgraph.config.speculative import SpeculativeConfig, check_method_is_named, check_speculative_keys
 from stepgraph.errors import ConfigError
 
 
@@ -45,6 +45,7 @@ class EngineConfig:
         homes = homes_of(ENGINE_PARTS)
         _refuse_settings_of_the_server(settings)
         refuse_unknown(settings, homes)
+        check_method_is_named(settings)
         rows, tokens = settings.get("max_num_seqs"), settings.get("max_num_batched_tokens")
         if isinstance(rows, int) and tokens is None:
             settings["max_num_batched_tokens"] = max(rows, SchedulerConfig.max_num_batched_tokens)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -85,6 +86,20 @@ class SpeculativeConfig:
             return self.speculative_method
         depth = "adaptive" if self.speculative_adaptive else "not adaptive"
         return f"{self.speculative_method}, up to {self.max_drafts} proposals, {depth}"
+
+
+def check_method_is_named(settings: Mapping[str, Any]) -> None:
+    """Raise ConfigError if settings say how proposals are made, and not by whom: older versions of vLLM took it from the model.
+
+    Args:
+        settings: those of all parts that were given, by their names.
+    """
+    given = [name for name in SpeculativeConfig.__dataclass_fields__ if settings.get(name) is not None]
+    if given and "speculative_method" not in settings:
+        raise ConfigError(
+            f"{given[0]}={settings[given[0]]!r} has no effect without speculative_method; choose one of: mtp, suffix, ngram, "
+            "hybrid"
+        )
 
 
 def check_speculative_keys(given: dict[str, Any], settings: dict[str, Any]) -> None:
