@@ -139,9 +139,20 @@ def test_another_method_than_a_path_has_is_answered_with_those_it_has(app) -> No
     assert app.head("/v1/completions").status_code == 405
 
 
-def test_the_port_of_metrics_says_that_the_api_is_elsewhere() -> None:
+@pytest.fixture
+def port_of_metrics():
     service = Service(ServerConfig(), None, None)
-    reply = TestClient(create_metrics_app(service, Metrics("tiny"))).get("/v1/models")
+    yield TestClient(create_metrics_app(service, Metrics("tiny")))
     service.shut_down()
+
+
+@pytest.mark.parametrize("path", ["/v1/models", "/v1/messages"])
+def test_the_port_of_metrics_says_that_the_api_is_elsewhere(port_of_metrics, path) -> None:
+    reply = port_of_metrics.get(path)
     assert reply.status_code == 404
     assert reply.json()["error"]["message"].endswith("this port has /health, /metrics, /ping only")
+
+
+def test_the_port_of_metrics_answers_head_as_get(port_of_metrics) -> None:
+    assert port_of_metrics.head("/metrics").status_code == 200
+    assert port_of_metrics.delete("/metrics").headers["allow"] == "GET, HEAD"
