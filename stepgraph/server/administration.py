@@ -323,17 +323,17 @@ def add_administration(app: FastAPI, administration: Administration) -> None:
     @post("/update_weights_from_disk", summary="Replace the model's weights")
     async def update_weights_from_disk(body: UpdateWeightsRequest, http: Request) -> Response:
         await administration.update_weights(body.model_path)
-        return _done(http, {"success": True}, fields=body.ignored())
+        return _done(http, {"success": True})
 
     @post("/v1/load_lora_adapter", summary="Let requests name a LoRA adapter")
     async def load_lora_adapter(body: LoadAdapterRequest, http: Request) -> Response:
         done = await administration.load_adapter(body.lora_name, body.lora_path, inplace=body.load_inplace)
-        return _done(http, {"status": "ok", "message": done}, fields=body.ignored())
+        return _done(http, {"status": "ok", "message": done})
 
     @post("/v1/unload_lora_adapter", summary="Let requests name it no more")
     async def unload_lora_adapter(body: UnloadAdapterRequest, http: Request) -> Response:
         done = administration.unload_adapter(body.lora_name)
-        return _done(http, {"status": "ok", "message": done}, fields=body.ignored())
+        return _done(http, {"status": "ok", "message": done})
 
 
 def _choice(mode: str) -> str:
@@ -342,9 +342,9 @@ def _choice(mode: str) -> str:
     return mode
 
 
-def _done(http: Request, content: Mapping[str, Any], *known: str, fields: list[str] | None = None) -> Response:
-    """The reply, which names what of the request was ignored: of its URL, but for the `known` parameters, and of its body."""
-    return json_response(content, ignored_fields([*http.query_params.keys() - set(known), *(fields or ())]))
+def _done(http: Request, content: Mapping[str, Any], *known: str) -> Response:
+    """The reply, which names what of the request's URL was ignored: all but the `known` parameters."""
+    return json_response(content, ignored_fields(sorted(http.query_params.keys() - set(known))))
 
 
 def _check_path(field: str, path: str) -> None:

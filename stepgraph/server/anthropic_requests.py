@@ -102,6 +102,18 @@ class PromptFields(_Fields):
     container: Any = Field(None, description="not supported: the server runs no tools of its own")
     mcp_servers: Items[Any] | None = Field(None, description="not supported: the server runs no tools of its own")
 
+    def ignored(self) -> list[str]:
+        """See `_Fields.ignored`. Those of turns, tools and options are named, too, with their place."""
+        parts: dict[str, _Fields | None] = {
+            "tool_choice": self.tool_choice,
+            "thinking": self.thinking,
+            "output_config": self.output_config,
+            **{f"messages[{index}]": turn for index, turn in enumerate(self.messages)},
+            **{f"tools[{index}]": tool for index, tool in enumerate(self.tools or ())},
+        }
+        unknown = [f"{place}.{name}" for place, part in parts.items() if part is not None for name in part.ignored()]
+        return super().ignored() + unknown
+
     def _spellings(self) -> dict[str, str]:
         names = super()._spellings() | {"prompt": "messages"}
         in_config = self.output_config is not None and self.output_config.format is not None

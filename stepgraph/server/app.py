@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Mapping, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Sequence
 from contextlib import suppress
 from typing import Any, Protocol, TypeAlias, get_type_hints
 
@@ -152,19 +152,22 @@ class _Route(APIRoute):
 
     def _with_body(self, kind: Any, checks: Sequence[Callable[[Request], Awaitable[Any]]]) -> Handler:
         async def handle(http: Request) -> Response:
-            body: Body = http.scope["state"]["body"]
+            state = http.scope["state"]
+            body: Body = state["body"]
             try:
                 for check in checks:
                     await check(http)
                 given = await body.read(http, kind)
                 try:
+                    names = ignored_fields(given.ignored())  # before the endpoint lets go of what it has read
                     response: Response = await self.endpoint(given, http)
                 except stepgraph.errors.RequestError as error:
-                    raise api_error(
-                        error, request_id=http.scope["state"]["request_id"], spelled=given.spelled
-                    ) from error
+                    raise api_error(error, request_id=state["request_id"], spelled=given.spelled) from error
             finally:
                 body.release()
+            for header, named in names.items():
+                logger.warning("request %s: unknown fields were ignored: %s", state["request_id"], named)
+                response.headers.append(header, named)
             return response
 
         return handle
@@ -200,8 +203,7 @@ def _add_generation(app: FastAPI, service: Service) -> None:
 
     @app.post("/v1/messages/count_tokens", summary="The number of tokens of a conversation", tags=["tokenizer"])
     async def count_message_tokens(body: CountTokensRequest, http: Request) -> Response:
-        headers = _ignored_fields(body, http.scope["state"]["request_id"])
-        return Response(await count_tokens(body, service), media_type="application/json", headers=headers)
+        return Response(await count_tokens(body, service), media_type="application/json")
 
 
 def _add_models(app: FastAPI, service: Service) -> None:
@@ -240,7 +242,6 @@ async def _answer(
         state["at_end"],
         state["body"].release,
     )
-    headers = _ignored_fields(body, context.request_id)
     timeout_s = service.config.request_timeout
 
     async def whole() -> Response:
@@ -252,11 +253,10 @@ async def _answer(
                 failed=call.failed,
                 request_id=context.request_id,
                 spelled=body.spelled,
-                headers=headers,
                 timeout_s=timeout_s,
                 arrived_at=context.arrived_at,
             )
-        return Response(await call.reply(), media_type="application/json", headers=headers)
+        return Response(await call.reply(), media_type="application/json")
 
     try:
         async with asyncio.timeout(timeout_s):
@@ -284,13 +284,6 @@ async def _unless_left(receive: Receive, work: Any) -> Response:
             await working
         # an error knows this frame, which knows the task with the error: what was made of the body would wait for the collector
         del working, leaving
-
-
-def _ignored_fields(body: Fields, request_id: str) -> Mapping[str, str]:
-    headers = ignored_fields(body.ignored())
-    for named in headers.values():
-        logger.warning("request %s: unknown fields were ignored: %s", request_id, named)
-    return headers
 
 
 def _add_error_handlers(app: FastAPI) -> None:

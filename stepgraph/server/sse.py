@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, Callable, Mapping
+from collections.abc import AsyncGenerator, Callable
 from contextlib import suppress
 
 from starlette.responses import Response
@@ -29,7 +29,6 @@ class EventStream(Response):
         failed: the last events of a stream that fails, from what went wrong.
         request_id: named in the log then.
         spelled: see `api_error`.
-        headers: further headers.
         timeout_s: the request ends with an error after so long; None is no limit.
         arrived_at: from when on that counts, `time.monotonic()` seconds; default: from the first event.
     """
@@ -41,13 +40,11 @@ class EventStream(Response):
         failed: Callable[[APIError], bytes],
         request_id: str,
         spelled: Callable[[str], str] | None = None,
-        headers: Mapping[str, str] | None = None,
         timeout_s: float | None = None,
         arrived_at: float | None = None,
     ):
         super().__init__(
-            headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no", **(headers or {})},
-            media_type="text/event-stream",
+            headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}, media_type="text/event-stream"
         )
         del self.headers["content-length"]
         self._events = events

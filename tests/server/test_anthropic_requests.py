@@ -204,6 +204,10 @@ def test_a_choice_among_tools_means_what_it_means_in_chats(choice, forced, must_
 
 def test_fields_that_nothing_knows_are_listed() -> None:
     assert request_of(context_management={}, cache_control={}, service_tier="auto").ignored() == ["context_management"]
+    tool = {"name": "f", "input_schema": {}, "input_examples": [{}]}
+    turns = [{"role": "user", "content": "a"}, {"role": "user", "content": "b", "name": "Ann"}]
+    inside = request_of(messages=turns, tools=[tool], thinking={"type": "adaptive", "depth": 1}, output_config={})
+    assert inside.ignored() == ["thinking.depth", "messages[1].name", "tools[0].input_examples"]
 
 
 FORM = {"type": "json_schema", "schema": {}}

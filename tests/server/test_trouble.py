@@ -290,8 +290,14 @@ def test_a_hurried_client_is_no_trouble(tiny_server) -> None:
 
 
 def test_an_unknown_field_is_ignored_and_named(tiny_server) -> None:
-    reply = tiny_server.post("/v1/completions", GOOD | {"top_kk": 3})
-    assert (reply.status, reply.headers["x-ignored-fields"]) == (200, "top_kk")
+    for path, body in (
+        ("/v1/completions", GOOD),
+        ("/v1/completions", GOOD | {"stream": True}),
+        ("/tokenize", {"prompt": "a"}),
+        ("/detokenize", {"tokens": [5]}),
+    ):
+        reply = tiny_server.post(path, body | {"top_kk": 3, "größe\n": 1})
+        assert (reply.status, reply.headers["x-ignored-fields"]) == (200, "gr\\xf6\\xdfe\\n, top_kk")
 
 
 def test_the_sdk_sees_each_error_as_its_own_class(tiny_server) -> None:
