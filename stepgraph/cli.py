@@ -7,6 +7,7 @@ needs it, so that help and usage errors are instant.
 from __future__ import annotations
 
 import argparse
+import errno
 import io
 import logging
 import os
@@ -30,21 +31,24 @@ logger = logging.getLogger(__name__)
 
 _USER_ERROR = 2  # as argparse exits on a usage error
 _FAILURE = 1
+_NO_MORE_OUTPUT = (errno.EPIPE, errno.ENOSPC)  # stdout's reader has left, or its disk is full
 _INTERRUPTED = 130  # 128 + SIGINT, as shells report it
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code: 0, 1 (it failed), 2 (what was asked for cannot be done), 130 (Ctrl-C)."""
     argv = sys.argv[1:] if argv is None else argv
-    _take_what_the_encoding_lacks()
+    _prepare_streams()
     with _noting_interrupts() as interrupted:
         try:
             return _run(argv)
         except (KeyboardInterrupt, Exception) as error:
             if isinstance(error, KeyboardInterrupt) or interrupted():
                 return _INTERRUPTED
-            if isinstance(error, BrokenPipeError):  # stdout's reader has left; else Python complains again at exit
-                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            if isinstance(error, OSError) and error.errno in _NO_MORE_OUTPUT:
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python complains again at exit
+                if error.errno == errno.ENOSPC:
+                    print(f"error: {error.strerror}", file=sys.stderr)
                 return _FAILURE
             if not isinstance(error, StepgraphError):
                 raise
@@ -65,9 +69,11 @@ def _run(argv: Sequence[str]) -> int:
     return int(arguments.run(arguments))
 
 
-def _take_what_the_encoding_lacks() -> None:
+def _prepare_streams() -> None:
     """Where the locale is not of UTF-8, print what its encoding lacks as escapes, and read bytes that are not of it as what the
-    check of a prompt refuses: neither is to end a command with a traceback."""
+    check of a prompt refuses: neither is to end a command with a traceback, nor is a stdin that is closed."""
+    if sys.stdin is None:
+        sys.stdin = io.StringIO()
     for stream, errors in ((sys.stdout, "backslashreplace"), (sys.stdin, "surrogateescape")):
         if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
             stream.reconfigure(errors=errors)

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import types
+from pathlib import Path
 
 import pytest
 import torch
@@ -213,6 +214,20 @@ def test_a_reader_that_leaves_early_gets_no_traceback(tiny_model):
     said = process.stderr.read().splitlines()
     assert [line for line in said if "CPU kernels" not in line] == []  # they are compiled now, or why there are none
     assert process.wait() == 1
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no disk that is always full")
+def test_a_full_disk_is_one_line_and_exit_code_1(tiny_model, monkeypatch, capsys):
+    with open("/dev/full", "w") as full:
+        monkeypatch.setattr("sys.stdout", full)
+        assert main(["generate", *quick(tiny_model), "--prompt", "x", "--max-tokens", "2"]) == 1
+    assert capsys.readouterr().err.splitlines()[-1] == "error: No space left on device"
+
+
+@pytest.mark.parametrize("command", ["generate", "chat"])
+def test_a_stdin_that_is_closed_is_an_empty_one(command, tiny_model, monkeypatch):
+    monkeypatch.setattr("sys.stdin", None)
+    assert main([command, *quick(tiny_model)]) == {"generate": 2, "chat": 0}[command]
 
 
 def test_streamed_answer_is_the_complete_one(tiny_model, capsys):

@@ -104,6 +104,7 @@ def run(arguments: argparse.Namespace) -> int:
     for name, instead in (("speculative_method", "--methods"), ("speculative_acceptance", "--acceptance")):
         if name in settings:
             raise ConfigError(f"{name}={settings[name]!r}: the benchmark sets it itself; use {instead}")
+    settings["speculative_method"] = BASELINE  # until an engine gets its own
     return _run_forced(arguments, settings) if forced else _run_text(arguments, settings)
 
 
@@ -216,7 +217,8 @@ def _describe(engine: Engine) -> str:
 
 def _without_method(settings: dict[str, Any]) -> dict[str, Any]:
     """The settings of speculation that were given; the engines differ in the others."""
-    return {name: value for name, value in settings.items() if name in SpeculativeConfig.__dataclass_fields__}
+    names = SpeculativeConfig.__dataclass_fields__.keys() - {"speculative_method"}
+    return {name: value for name, value in settings.items() if name in names}
 
 
 def _text_json(result: MethodResult) -> dict[str, Any]:

@@ -182,7 +182,7 @@ def _config(settings: Mapping[str, Any], options: ForcedOptions, num_drafts: int
         "speculative_adaptive": False,
         "speculative_acceptance": options.acceptance,
     }
-    return EngineConfig.from_settings(**settings, **speculative)
+    return EngineConfig.from_settings(**{**settings, **speculative})
 
 
 def _measure(
