@@ -17,17 +17,17 @@ from stepgraph.server.protocol import (
     FunctionName,
     Items,
     NamedToolChoice,
+    RequestOptions,
+    RequestPart,
     SamplingFields,
     Tool,
-    _Fields,
-    _Options,
     call_spellings,
     check_one_answer,
 )
 from stepgraph.server.turns import Turns
 
 
-class Turn(_Fields):
+class Turn(RequestPart):
     """One turn of a conversation."""
 
     role: Literal["user", "assistant", "system"]
@@ -36,7 +36,7 @@ class Turn(_Fields):
     )
 
 
-class ClientTool(_Fields):
+class ClientTool(RequestPart):
     """A tool the model may call, and the client runs."""
 
     type: str | None = Field(None, description="custom, or unset; the server runs no tools of its own")
@@ -49,7 +49,7 @@ class ClientTool(_Fields):
     )
 
 
-class ToolChoice(_Options):
+class ToolChoice(RequestOptions):
     """Whether the model may call, must, or must not."""
 
     type: Literal["auto", "any", "tool", "none"]
@@ -57,7 +57,7 @@ class ToolChoice(_Options):
     disable_parallel_tool_use: bool = Field(False, description="one call at most")
 
 
-class Thinking(_Fields):
+class Thinking(RequestPart):
     """Whether the model thinks before it answers, if its chat template lets one choose."""
 
     type: Literal["enabled", "disabled", "adaptive"]
@@ -69,14 +69,14 @@ class Thinking(_Fields):
     )
 
 
-class OutputConfig(_Fields):
+class OutputConfig(RequestPart):
     """What the answer is like."""
 
     effort: str | None = Field(None, description="given to the chat template as reasoning_effort")
     format: dict[str, Any] | None = Field(None, description='{"type": "json_schema", "schema": {...}}')
 
 
-class PromptFields(_Fields):
+class PromptFields(RequestPart):
     """Fields that say what the model is to answer."""
 
     forms: ClassVar[Mapping[str, str]] = {
@@ -103,8 +103,8 @@ class PromptFields(_Fields):
     mcp_servers: Items[Any] | None = Field(None, description="not supported: the server runs no tools of its own")
 
     def ignored(self) -> list[str]:
-        """See `_Fields.ignored`. Those of turns, tools and options are named, too, with their place."""
-        parts: dict[str, _Fields | None] = {
+        """See `RequestPart.ignored`. Those of turns, tools and options are named, too, with their place."""
+        parts: dict[str, RequestPart | None] = {
             "tool_choice": self.tool_choice,
             "thinking": self.thinking,
             "output_config": self.output_config,

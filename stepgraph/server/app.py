@@ -59,20 +59,13 @@ class Call(Protocol):
         """The last events if `events` breaks off."""
 
 
-class Fields(Protocol):
-    """A request's body."""
-
-    def ignored(self) -> list[str]:
-        """Names of the fields that nothing here knows."""
-
-    def spelled(self, param: str) -> str:
-        """How it spells what an error is about."""
-
-
-class Streamable(Fields, Protocol):
+class Streamable(Protocol):
     """A request's body, as far as the way of the reply goes."""
 
     stream: bool
+
+    def spelled(self, param: str) -> str:
+        """How it spells what an error is about."""
 
     def let_go(self) -> None:
         """Forget what only the prompt was made of."""

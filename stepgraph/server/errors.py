@@ -79,7 +79,7 @@ def api_error(error: Exception, *, request_id: str, spelled: Callable[[str], str
     """The reply to an exception; what is not the user's to fix becomes a 500 that names the request, whose log has more.
 
     Args:
-        spelled: how the request spells what errors are about, if it is known: `_Fields.spelled`.
+        spelled: how the request spells what errors are about, if it is known: `RequestPart.spelled`.
     """
     if isinstance(error, APIError):
         return error

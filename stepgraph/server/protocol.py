@@ -35,7 +35,9 @@ Items = Annotated[list[T], _FailFast()]
 """A list whose first wrong item is the last one looked at: to describe a million of them would take minutes."""
 
 
-class _Fields(BaseModel):
+class RequestPart(BaseModel):
+    """A request's body, or an object in it. Fields that it does not know are kept."""
+
     model_config = ConfigDict(extra="allow", protected_namespaces=())
 
     def ignored(self) -> list[str]:
@@ -53,7 +55,7 @@ class _Fields(BaseModel):
         return {}
 
 
-class _Options(_Fields):
+class RequestOptions(RequestPart):
     """Fields of which some are switches or numbers with a default."""
 
     @model_validator(mode="before")
@@ -74,14 +76,14 @@ _PROMPTS = frozenset({"messages", "prompt", "input", "system"})
 """Fields of what is to be answered."""
 
 
-class StreamOptions(_Options):
+class StreamOptions(RequestOptions):
     """What a stream holds beside the answer."""
 
     include_usage: bool = Field(False, description="end with a chunk of token counts")
     continuous_usage_stats: bool = Field(False, description="token counts so far in every chunk")
 
 
-class SamplingFields(_Options):
+class SamplingFields(RequestOptions):
     """Fields of completions and chats alike. Those that SamplingParams has mean what they mean there."""
 
     model: str | None = Field(None, description="a name that /v1/models lists; default: the first")
@@ -164,7 +166,7 @@ class CompletionRequest(SamplingFields):
     suffix: str | None = Field(None, description="not supported")
 
 
-class Function(_Fields):
+class Function(RequestPart):
     """A function the model may call."""
 
     name: str
@@ -173,34 +175,34 @@ class Function(_Fields):
     strict: bool | None = None
 
 
-class Tool(_Fields):
+class Tool(RequestPart):
     """A tool the model may use: a function."""
 
     type: Literal["function"] = "function"
     function: Function
 
 
-class FunctionName(_Fields):
+class FunctionName(RequestPart):
     """Part of `NamedToolChoice`."""
 
     name: str
 
 
-class FunctionChoice(_Fields):
+class FunctionChoice(RequestPart):
     """Makes the model call one function, in the Responses API."""
 
     type: Literal["function"] = "function"
     name: str
 
 
-class NamedToolChoice(_Fields):
+class NamedToolChoice(RequestPart):
     """Makes the model call one function."""
 
     type: Literal["function"] = "function"
     function: FunctionName
 
 
-class ChatMessageField(_Fields):
+class ChatMessageField(RequestPart):
     """One turn of a conversation."""
 
     role: str
@@ -211,7 +213,7 @@ class ChatMessageField(_Fields):
     reasoning_content: str | None = None
 
 
-class TemplateFields(_Options):
+class TemplateFields(RequestOptions):
     """How a conversation goes through the chat template."""
 
     add_generation_prompt: bool = Field(
@@ -312,14 +314,14 @@ class TokenizeRequest(TemplateFields):
         return super()._spellings() | ({} if self.messages is None else {"prompt": "messages"})
 
 
-class DetokenizeRequest(_Fields):
+class DetokenizeRequest(RequestPart):
     """/detokenize."""
 
     model: str | None = None
     tokens: Items[int]
 
 
-class LoadAdapterRequest(_Options):
+class LoadAdapterRequest(RequestOptions):
     """/v1/load_lora_adapter."""
 
     lora_name: str = Field(description="what requests will give as model")
@@ -327,13 +329,13 @@ class LoadAdapterRequest(_Options):
     load_inplace: bool = Field(False, description="replace the adapter of this name, or read it again")
 
 
-class UpdateWeightsRequest(_Fields):
+class UpdateWeightsRequest(RequestPart):
     """/update_weights_from_disk."""
 
     model_path: str = Field(description="folder or .gguf file of the same model, on the server's machine")
 
 
-class UnloadAdapterRequest(_Fields):
+class UnloadAdapterRequest(RequestPart):
     """/v1/unload_lora_adapter."""
 
     lora_name: str

@@ -28,9 +28,9 @@ from stepgraph.server.protocol import (
     FunctionName,
     Items,
     NamedToolChoice,
+    RequestPart,
     SamplingFields,
     Tool,
-    _Fields,
     call_spellings,
     check_one_answer,
     is_part,
@@ -54,7 +54,7 @@ _LOGPROBS = "message.output_text.logprobs"
 """What `include` names to get log-probabilities."""
 
 
-class FunctionTool(_Fields):
+class FunctionTool(RequestPart):
     """A function the model may call."""
 
     type: str = Field(description="function; the server runs no tools of its own")
@@ -64,7 +64,7 @@ class FunctionTool(_Fields):
     strict: bool | None = None
 
 
-class TextOptions(_Fields):
+class TextOptions(RequestPart):
     """What the answer's text is like."""
 
     format: dict[str, Any] | None = Field(
@@ -72,7 +72,7 @@ class TextOptions(_Fields):
     )
 
 
-class ReasoningOptions(_Fields):
+class ReasoningOptions(RequestPart):
     """What the reasoning is like."""
 
     effort: str | None = Field(None, description="given to the chat template")
@@ -107,7 +107,7 @@ class ResponsesRequest(SamplingFields):
     background: bool | None = Field(None, description="not supported: nothing is kept")
 
     def spelled(self, param: str) -> str:
-        """See `_Fields.spelled`. Tools have no `function` around their fields."""
+        """See `RequestPart.spelled`. Tools have no `function` around their fields."""
         own = super().spelled(param)
         return own.replace("].function.", "].", 1) if is_part(own, "tools") else own
 
