@@ -121,6 +121,11 @@ def test_text_is_left_out_if_nobody_wants_it(llm) -> None:
         (["a", [300]], GREEDY, "prompt: token id 300 is outside the vocabulary"),
         (["a", [1] * MAX_MODEL_LEN], GREEDY, f"the prompt has {MAX_MODEL_LEN} tokens and max_model_len is"),
         ([{"text": "a"}], GREEDY, r"needs 'prompt' or 'prompt_token_ids', not \['text'\]"),
+        (
+            [{"prompt": "a", "multi_modal_data": {"image": 1}}],
+            GREEDY,
+            "has no 'multi_modal_data' here; it may have 'prompt'",
+        ),
         ([["a"]], GREEDY, "a prompt is text or a list of token ids, not list"),
         (7, GREEDY, "a prompt is text or a list of token ids, not int"),
     ],

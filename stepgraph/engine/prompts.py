@@ -14,6 +14,9 @@ Prompt: TypeAlias = str | Sequence[int] | Mapping[str, Any]
 """Text, token ids, ``{"prompt": text}`` or ``{"prompt_token_ids": ids}``; a dict may have a ``"cache_salt"``."""
 
 
+_KEYS = ("prompt", "prompt_token_ids", "cache_salt")
+
+
 class TokenizedPrompt(NamedTuple):
     """A prompt as the engine takes it."""
 
@@ -35,12 +38,18 @@ def tokenize(prompt: Prompt, tokenizer: PreTrainedTokenizerFast | None) -> Token
             raise RequestError(
                 f"cache_salt={cache_salt!r:.80} must be a text that is not empty, or None", param="cache_salt"
             )
-        if "prompt_token_ids" in prompt:
-            return TokenizedPrompt(prompt.get("prompt"), list(prompt["prompt_token_ids"]), cache_salt)
-        if "prompt" not in prompt:
+        if not prompt.keys() & {"prompt", "prompt_token_ids"}:
             raise RequestError(
                 f"a prompt given as a dict needs 'prompt' or 'prompt_token_ids', not {sorted(prompt)}", param="prompt"
             )
+        unknown = [name for name, value in prompt.items() if name not in _KEYS and value is not None]
+        if unknown:  # images, say, of which the answer would know nothing
+            raise RequestError(
+                f"a prompt given as a dict has no {unknown[0]!r} here; it may have {', '.join(map(repr, _KEYS))}",
+                param="prompt",
+            )
+        if "prompt_token_ids" in prompt:
+            return TokenizedPrompt(prompt.get("prompt"), list(prompt["prompt_token_ids"]), cache_salt)
         prompt = prompt["prompt"]
     if isinstance(prompt, str):
         return TokenizedPrompt(prompt, encode_text(prompt, tokenizer), cache_salt)
