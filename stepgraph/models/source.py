@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import importlib.util
 import logging
 import os
@@ -290,9 +291,31 @@ def hub_folder(model: str, *, weights: bool) -> Path:
     try:
         return Path(snapshot_download(model, allow_patterns=wanted))
     except (OSError, ValueError) as error:
+        names = [*PACKAGED, *shape_names()]
+        meant = "".join(f" Did you mean {name}?" for name in difflib.get_close_matches(model, names, n=1))
         raise ModelError(
-            f'Cannot find the model "{model}". It is not a file or folder, not one of the names '
-            f"{', '.join([*PACKAGED, *shape_names()])}, not complete in the local hub cache, and the hub "
-            f"could not give it: {error} Check the name and the connection (a gated model also needs "
-            "`hf auth login`), or give the path of a downloaded folder."
+            f'Cannot find the model "{model}".{meant} It is not a file or folder, not one of the names {", ".join(names)}, not '
+            f"complete in the local hub cache, and the hub could not give it: {_hub_reason(error)}, or give the path of a "
+            "downloaded folder."
         ) from error
+
+
+def _hub_reason(error: Exception) -> str:
+    """What kept the hub from giving a model, and what to do. Its own sentences go over several lines and repeat themselves."""
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+    )
+
+    if isinstance(error, GatedRepoError):
+        return "it is gated; ask for access on its page, log in with `hf auth login`"
+    if isinstance(error, RepositoryNotFoundError):
+        return (
+            "there is none of that name, or it is private; check the name, log in with `hf auth login` if it is yours"
+        )
+    if isinstance(error, HFValidationError):
+        return "that is no name of a repository; check the name"
+    reason = error.__cause__ if isinstance(error, LocalEntryNotFoundError) and error.__cause__ else error
+    return f"{str(reason).strip().splitlines()[0].rstrip('.')}; check the connection"

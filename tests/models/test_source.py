@@ -1,6 +1,7 @@
 """Finding a model, reading its config, and refusing what cannot run."""
 
 import json
+from types import SimpleNamespace
 
 import huggingface_hub
 import pytest
@@ -146,8 +147,39 @@ def test_a_file_of_another_kind_and_a_folder_without_config_are_refused(tmp_path
         resolve(str(tmp_path))
 
 
+def refused_by_the_hub(kind: type[Exception]) -> Exception:
+    """As huggingface_hub raises it: several lines, with an address."""
+    text = "403 Client Error.\n\nCannot access it at https://hub.\nSee its page."
+    if not issubclass(kind, huggingface_hub.errors.HfHubHTTPError):
+        return kind(text)
+    return kind(text, response=SimpleNamespace(headers={}, request=None))
+
+
+@pytest.mark.parametrize(
+    ("kind", "said"),
+    [
+        ("GatedRepoError", "it is gated; ask for access on its page, log in with `hf auth login`, or give"),
+        ("RepositoryNotFoundError", "there is none of that name, or it is private; check the name"),
+        ("HFValidationError", "that is no name of a repository; check the name"),
+        ("RevisionNotFoundError", "403 Client Error; check the connection, or give the path of a downloaded folder."),
+    ],
+)
+def test_what_the_hub_refuses_is_said_in_a_sentence(monkeypatch, kind, said) -> None:
+    def snapshot_download(*_, **__) -> str:
+        raise refused_by_the_hub(getattr(huggingface_hub.errors, kind))
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    with pytest.raises(ModelError) as refusal:
+        resolve("qwen3/0.6b")
+    assert said in str(refusal.value)
+    assert "Did you mean qwen3-0.6b?" in str(refusal.value)
+    assert "\n" not in str(refusal.value)
+
+
 def test_an_unreachable_hub_says_what_was_tried(offline) -> None:
-    with pytest.raises(ModelError, match=r'"org/name".*smollm2.*local hub cache.*no connection.*Check the name'):
+    with pytest.raises(
+        ModelError, match=r'"org/name".*smollm2.*local hub cache.*no connection; check the connection, or give'
+    ):
         resolve("org/name")
     assert [kwargs.get("local_files_only", False) for _, kwargs in offline] == [True, False]
 
