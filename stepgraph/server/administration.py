@@ -202,7 +202,7 @@ class Administration:
         if name not in adapters:
             raise APIError(
                 404,
-                f"no adapter {name!r} is loaded; these are: {shortened(tuple(adapters)) or 'none'}",
+                f"no adapter {name!r:.200} is loaded; these are: {shortened(tuple(adapters)) or 'none'}",
                 param="lora_name",
                 code="model_not_found",
             )

@@ -159,7 +159,7 @@ class Service:
             known = shortened((*self.model_names, *self.adapters))
             raise APIError(
                 404,
-                f"the model {name!r} is not served here; choose one of: {known}",
+                f"the model {name!r:.200} is not served here; choose one of: {known}",
                 param="model",
                 code="model_not_found",
             )

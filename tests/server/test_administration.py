@@ -316,6 +316,7 @@ def test_adapters_come_and_go_while_the_server_runs(server, expected, tmp_path) 
     for _ in range(2):
         gone = server.post("/v1/unload_lora_adapter", {"lora_name": "poet"})
         assert (gone.status, gone.json["error"]["code"]) == (404, "model_not_found")
+    assert len(server.post("/v1/unload_lora_adapter", {"lora_name": "x" * 10**5}).body) < 1000
     assert server.post("/v1/completions", adapted).status == 404
     assert asking.reply().json["choices"][0]["token_ids"] == whole
     # more than there are places for: each is read when it is asked for

@@ -300,6 +300,12 @@ def test_an_unknown_field_is_ignored_and_named(tiny_server) -> None:
         assert (reply.status, reply.headers["x-ignored-fields"]) == (200, "gr\\xf6\\xdfe\\n, top_kk")
 
 
+def test_a_name_of_any_length_is_not_repeated_whole(tiny_server) -> None:
+    reply = tiny_server.post("/v1/completions", GOOD | {"model": "x" * 10**5})
+    assert (reply.status, reply.json["error"]["code"]) == (404, "model_not_found")
+    assert len(reply.body) < 1000
+
+
 def test_the_sdk_sees_each_error_as_its_own_class(tiny_server) -> None:
     client = tiny_server.client()
     for kind, fields in (
