@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Generator, Iterable, Sequence
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from itertools import count
 from pathlib import Path
 from types import TracebackType
@@ -121,15 +121,43 @@ class LLM:
         *,
         use_tqdm: bool = True,
         adapter: str | Sequence[str | None] | None = None,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        documents: Sequence[Mapping[str, Any]] | None = None,
+        chat_template: str | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> list[RequestOutput]:
-        """Answer one conversation, or several, through the model's chat template. See `generate`; for messages that the template
-        has no place for, `ChatTemplate`.
+        """Answer one conversation, or several, through the model's chat template.
 
-        The default `SamplingParams` here allow answers as long as the context.
+        Args:
+            messages: turns as the OpenAI API has them; `ChatTemplate` tells what becomes of those the template does not know.
+            sampling_params: as in `generate`, but the default allows answers as long as the context.
+            use_tqdm, adapter: as in `generate`.
+            tools: functions the model may call, as the OpenAI API describes them; calls stand in the answer's text.
+            add_generation_prompt: begin the assistant's turn.
+            continue_final_message: leave the last turn open instead, to go on with it.
+            documents: to answer from, `{"title", "text"}` each.
+            chat_template: a template in place of the model's, as text.
+            chat_template_kwargs: further variables of the template, e.g. ``{"enable_thinking": False}``.
+
+        Raises:
+            RequestError: as `generate`; or a conversation does not fit the template.
         """
         one = bool(messages) and not isinstance(messages[0], Sequence)
         conversations: Sequence[Any] = [messages] if one else messages
-        prompts = [self._chat_template.prompt(conversation) for conversation in conversations]
+        template = self._chat_template if chat_template is None else ChatTemplate(self.tokenizer, chat_template)
+        prompts = [
+            template.prompt(
+                conversation,
+                tools or (),
+                add_generation_prompt=add_generation_prompt and not continue_final_message,
+                continue_final_message=continue_final_message,
+                documents=documents,
+                variables=chat_template_kwargs,
+            )
+            for conversation in conversations
+        ]
         params = sampling_params or SamplingParams(max_tokens=None)
         return self.generate(prompts, params, use_tqdm=use_tqdm, adapter=adapter)
 

@@ -148,6 +148,30 @@ def test_chat_is_generate_on_the_rendered_conversation(llm) -> None:
     assert tokens_of(both[:1]) == tokens_of([output])
 
 
+def test_chat_renders_as_it_is_asked_to(llm) -> None:
+    template = (
+        "{% for m in messages %}{{ m['role'] }}:{{ m['content'] }};{% endfor %}{% if tools %}{{ tools[0]['function']['name'] }};"
+        "{% endif %}{{ mood }}{% if add_generation_prompt %}assistant:{% endif %}"
+    )
+    tools = [{"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}}]
+
+    def prompt(messages=CHAT, **options) -> str:
+        params = SamplingParams(temperature=0, max_tokens=1)
+        [output] = llm.chat(messages, params, use_tqdm=False, chat_template=template, **options)
+        return output.prompt
+
+    whole = prompt()
+    assert whole.endswith(";assistant:")
+    assert prompt(tools=tools).endswith(";weather;assistant:")
+    assert prompt(add_generation_prompt=False) == whole.removesuffix("assistant:")
+    assert prompt(chat_template_kwargs={"mood": "glad;"}).endswith(";glad;assistant:")
+    begun = [*CHAT, {"role": "assistant", "content": "It is"}]
+    assert prompt(begun, continue_final_message=True).endswith("assistant:It is")
+    with pytest.raises(RequestError) as refusal:
+        prompt(documents=[{"text": "a"}])
+    assert refusal.value.param == "documents"
+
+
 def test_chat_without_a_template_or_with_odd_messages_is_refused(llm, monkeypatch) -> None:
     monkeypatch.setattr(llm.tokenizer, "chat_template", "{{ raise_exception('roles must alternate') }}")
     with pytest.raises(RequestError, match="do not fit the model's chat template: roles must alternate"):

@@ -120,9 +120,11 @@ class ChatTemplate:
                 f"the messages do not fit the model's chat template: {error}", param="messages"
             ) from error
 
-    def prompt(self, messages: Sequence[Message]) -> dict[str, Any]:
+    def prompt(
+        self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] = (), **rendering: Any
+    ) -> dict[str, Any]:
         """The prompt of a conversation, text and token ids. See `render`."""
-        text = self.render(messages)
+        text = self.render(messages, tools, **rendering)
         return {"prompt": text, "prompt_token_ids": encode_text(text, self._tokenizer, add_special_tokens=False)}
 
     def _require(self) -> PreTrainedTokenizerFast:
