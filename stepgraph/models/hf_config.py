@@ -145,6 +145,13 @@ def foreign_code(architecture: str, model_type: str, *, has_code: bool) -> str:
     """
     from transformers import __version__
 
+    from stepgraph.models.registry import ARCHITECTURES
+
+    if architecture in ARCHITECTURES:
+        return (
+            f"{architecture} runs here, but its config is read by transformers, whose version {__version__} does not know model "
+            f'type "{model_type}"; install a later one: pip install --upgrade transformers'
+        )
     where = "comes with its checkpoint and is not" if has_code else "is not"
     known = f" (it resembles Llama, but {DIFFERENCES[architecture]})" if architecture in DIFFERENCES else ""
     return (

@@ -1,6 +1,8 @@
 """Tiny random models in the layouts that transformers writes."""
 
+import pytest
 import torch
+import transformers
 from transformers import (
     AutoModelForCausalLM,
     CwmConfig,
@@ -109,6 +111,13 @@ HF_CONFIGS = {
         sliding_window=WINDOW,
     ),
 }
+
+
+def hf_config(name, **fields):
+    """A config of transformers, of a class that only later versions may have."""
+    if not hasattr(transformers, name):
+        pytest.skip(f"transformers {transformers.__version__} has no {name}")
+    return getattr(transformers, name)(**fields)
 
 
 def random_hf_model(hf_config):

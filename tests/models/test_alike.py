@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 import transformers
-from checkpoints import DYNAMIC_ROPE, LLAMA3_ROPE, SIZES, random_hf_model
+from checkpoints import DYNAMIC_ROPE, LLAMA3_ROPE, SIZES, hf_config, random_hf_model
 from safetensors.torch import load_file
 from stepping import Stepper
 
@@ -31,9 +31,9 @@ AS_GRANITE = transformers.GraniteConfig(
 )
 
 CHECKPOINTS = {
-    "LLaMAForCausalLM": (transformers.LlamaConfig(**PLAIN), {"model_type": "llama"} | PLAIN),
+    "LLaMAForCausalLM": (lambda: hf_config("LlamaConfig", **PLAIN), {"model_type": "llama"} | PLAIN),
     "ExaoneForCausalLM": (
-        transformers.ExaoneConfig(**PLAIN, rope_parameters=LLAMA3_ROPE),
+        lambda: hf_config("ExaoneConfig", **PLAIN, rope_parameters=LLAMA3_ROPE),
         {
             "model_type": "exaone",
             "num_layers": 2,
@@ -47,38 +47,38 @@ CHECKPOINTS = {
         },
     ),
     "InternLM3ForCausalLM": (
-        transformers.InternLM3Config(**HEADS, attention_bias=True, mlp_bias=True, rope_parameters=DYNAMIC_ROPE),
+        lambda: hf_config("InternLM3Config", **HEADS, attention_bias=True, mlp_bias=True, rope_parameters=DYNAMIC_ROPE),
         HEADS
         | {"model_type": "internlm3", "qkv_bias": True, "bias": True, "rope_theta": 10000.0}
         | {"rope_scaling": {"rope_type": "dynamic", "factor": 6.0}},
     ),
     "IQuestCoderForCausalLM": (
-        transformers.IQuestCoderConfig(**HEADS),
+        lambda: hf_config("IQuestCoderConfig", **HEADS),
         HEADS | {"model_type": "iquestcoder", "clip_qkv": None, "use_sliding_window": False, "sliding_window": None},
     ),
     "InternLMForCausalLM": (
-        transformers.LlamaConfig(**PLAIN | {"num_key_value_heads": 4}, attention_bias=True),
+        lambda: hf_config("LlamaConfig", **PLAIN | {"num_key_value_heads": 4}, attention_bias=True),
         {key: value for key, value in PLAIN.items() if key != "num_key_value_heads"}
         | {"model_type": "internlm", "bias": True, "rotary": {"base": 10000, "type": "dynamic"}},
     ),
-    "AquilaForCausalLM": (transformers.LlamaConfig(**PLAIN), {"model_type": "aquila"} | PLAIN),
+    "AquilaForCausalLM": (lambda: hf_config("LlamaConfig", **PLAIN), {"model_type": "aquila"} | PLAIN),
     "XverseForCausalLM": (
-        transformers.LlamaConfig(**PLAIN),
+        lambda: hf_config("LlamaConfig", **PLAIN),
         {"model_type": "xverse", "max_tokenizer_truncation": 128} | PLAIN,
     ),
     "TeleChat3ForCausalLM": (
-        transformers.LlamaConfig(**HEADS, attention_bias=True, mlp_bias=True),
+        lambda: hf_config("LlamaConfig", **HEADS, attention_bias=True, mlp_bias=True),
         {"model_type": "telechat3", "attention_bias": True, "mlp_bias": True} | HEADS,
     ),
-    "MiniCPMForCausalLM": (AS_GRANITE, {"model_type": "minicpm"} | MINICPM | PLAIN),
+    "MiniCPMForCausalLM": (lambda: AS_GRANITE, {"model_type": "minicpm"} | MINICPM | PLAIN),
 }
 """By the class that checkpoints name: transformers' config of the reference, and the config.json in the words of the makers."""
 
 
 def write_checkpoint(architecture, folder):
     """Returns transformers' model."""
-    hf_config, fields = CHECKPOINTS[architecture]
-    hf_model = random_hf_model(hf_config)
+    config, fields = CHECKPOINTS[architecture]
+    hf_model = random_hf_model(config())
     hf_model.save_pretrained(folder)
     write_config(folder, fields, architecture)
     return hf_model
@@ -142,8 +142,18 @@ def test_transformers_runs_them_where_it_has_the_type(architecture, tmp_path) ->
     ],
 )
 def test_what_they_can_ask_for_and_nothing_here_does_is_refused(architecture, changes, message, tmp_path) -> None:
+    config, fields = CHECKPOINTS[architecture]
+    config()
     with pytest.raises(ModelError, match=message):
-        resolve(write_config(tmp_path, CHECKPOINTS[architecture][1] | changes, architecture))
+        resolve(write_config(tmp_path, fields | changes, architecture))
+
+
+def test_a_model_that_runs_but_whose_type_transformers_does_not_know_asks_for_a_later_one(tmp_path) -> None:
+    folder = write_config(tmp_path, PLAIN | {"model_type": "of_next_year"}, "InternLM3ForCausalLM")
+    with pytest.raises(
+        ModelError, match=r'InternLM3ForCausalLM runs here, .* type "of_next_year"; .*--upgrade transformers'
+    ):
+        resolve(folder)
 
 
 @pytest.mark.parametrize("architecture", ["DeciLMForCausalLM", "InternLM2ForCausalLM", "VendorForCausalLM"])

@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 import transformers
-from checkpoints import SIZES, random_hf_model
+from checkpoints import SIZES, hf_config, random_hf_model
 from safetensors.torch import load_file, save_file
 from tiny import TINY_SETTINGS, drain
 
@@ -313,8 +313,8 @@ def test_names_from_inside_stay_inside(config, message) -> None:
     [
         (lambda: transformers.PhimoeConfig(**SIZES, num_local_experts=4), "PhiMoEForCausalLM"),
         (
-            lambda: transformers.SarvamMoEConfig(
-                **SIZES | MOE | {"head_dim": 16, "num_experts": 4, "n_group": 1, "topk_group": 1}
+            lambda: hf_config(
+                "SarvamMoEConfig", **SIZES | MOE | {"head_dim": 16, "num_experts": 4, "n_group": 1, "topk_group": 1}
             ),
             "SarvamMoEForCausalLM",
         ),
