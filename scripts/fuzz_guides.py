@@ -224,7 +224,7 @@ def _longest(stream: Stream) -> float:
 def _outcome(request: Request) -> str:
     if request.finish_reason is not FinishReason.ERROR:
         return str(request.finish_reason)
-    error = request.error or ""
+    error = request.error.message if request.error is not None else ""
     kind = "ended" if request.output_token_ids else "refused"
     for known in ("one token, which is the limit", "CPU time to compile", "at most", "more than", "failed on it"):
         if known in error:

@@ -26,3 +26,4 @@ def test_no_structured_output_holds_up_others(create_engine) -> None:
         assert report[name]["tokens"] > 20
         assert report[name]["longest_ms"] < 5000, report[name]
     assert report["requests"] > 8
+    assert not any("True" in outcome or "None" in outcome for outcome in report["outcomes"])  # sentences, not tuples
