@@ -84,3 +84,15 @@ def answers(draw):
         gains.append(gain(*joined, [call for kind, call in here if kind == "call"]))
     gains.append(gain(end=draw(st.sampled_from(["stop", "length", "tool_calls", "abort"]))))
     return gains, ("".join(reasoning), "".join(content), calls)
+
+
+THINKS_TALKS_CALLS = [
+    gain("Let me "),
+    gain("see."),
+    gain(content="One mo"),
+    gain(),
+    gain(content="ment.", calls=[(0, "weather", "")]),
+    gain(calls=[(0, None, '{"place": ')]),
+    gain(calls=[(0, None, '"Rome"}'), (1, "weather", "{}")]),
+    gain(end="tool_calls"),
+]

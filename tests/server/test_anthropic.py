@@ -14,7 +14,7 @@ import pytest
 from anthropic.types import Message
 from hypothesis import given, settings
 from jsonschema import Draft202012Validator
-from scripted_calls import ScriptedCall, answers, gain, streamed
+from scripted_calls import THINKS_TALKS_CALLS, ScriptedCall, answers, gain, streamed
 
 from stepgraph.errors import EngineDeadError, RequestError
 from stepgraph.server.anthropic import MessagesReply
@@ -121,18 +121,6 @@ def shown(message: Message) -> list[tuple]:
         else:
             found.append((block.type, block.thinking if block.type == "thinking" else block.text))
     return found
-
-
-THINKS_TALKS_CALLS = [
-    gain("Let me "),
-    gain("see."),
-    gain(content="One mo"),
-    gain(),
-    gain(content="ment.", calls=[(0, "weather", "")]),
-    gain(calls=[(0, None, '{"place": ')]),
-    gain(calls=[(0, None, '"Rome"}'), (1, "weather", "{}")]),
-    gain(end="tool_calls"),
-]
 
 
 # Replies

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from openai.types.responses import Response
 from published import ReplyCheck
-from scripted_calls import ScriptedCall, answers, gain, streamed
+from scripted_calls import THINKS_TALKS_CALLS, ScriptedCall, answers, gain, streamed
 
 from stepgraph.engine.outputs import Logprob
 from stepgraph.engine.sampling_params import SamplingParams
@@ -138,18 +138,6 @@ def shown(response) -> list[tuple[str, ...]]:
             [part] = item.content
             found.append((item.type, part.text, item.status))
     return found
-
-
-THINKS_TALKS_CALLS = [
-    gain("Let me "),
-    gain("see."),
-    gain(content="One mo"),
-    gain(),
-    gain(content="ment.", calls=[(0, "weather", "")]),
-    gain(calls=[(0, None, '{"place": ')]),
-    gain(calls=[(0, None, '"Rome"}'), (1, "weather", "{}")]),
-    gain(end="tool_calls"),
-]
 
 
 def test_reasoning_text_and_calls_become_items_in_this_order(wire) -> None:
