@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from stepgraph.config.fields import flag_of
 from stepgraph.config.other_engines import Row, tables, text_of, texts_of
 
 PAGE = Path(__file__).parents[1] / "docs" / "coming-from.md"
@@ -66,11 +67,13 @@ def page() -> str:
     """The whole page."""
     sections = [HEAD]
     for topic, rows in tables().topics.items():
-        flags = ((", ".join(f"`{flag}`" for flag in (_flag(name), *row.alias)), row) for name, row in rows.items())
+        flags = ((", ".join(f"`{flag}`" for flag in (flag_of(name), *row.alias)), row) for name, row in rows.items())
         sections.append(f"## {topic}\n\n" + _table("Flag", flags))
     sections.append(KEYS)
     for group, rows in tables().keys.items():
-        sections.append(f"### `{_flag(group)}`\n\n" + _table("Key", ((f"`{name}`", row) for name, row in rows.items())))
+        sections.append(
+            f"### `{flag_of(group)}`\n\n" + _table("Key", ((f"`{name}`", row) for name, row in rows.items()))
+        )
     return "\n".join(sections)
 
 
@@ -84,7 +87,7 @@ def _here(row: Row) -> str:
     """What becomes of it, in words."""
     parts = []
     if row.to is not None:
-        parts.append(f"`{_flag(row.to)}`")
+        parts.append(f"`{flag_of(row.to)}`")
     elif row.same:
         parts.append("the same")
     meanings: dict[str, list[str]] = {}
@@ -106,17 +109,13 @@ def _settings(settings: Any) -> str:
     if not settings:
         return "as it is"
     return ", ".join(
-        f"{_flag(name)} left out" if value is None else f"`{_flag(name)} {text_of(value)}`"
+        f"{flag_of(name)} left out" if value is None else f"`{flag_of(name)} {text_of(value)}`"
         for name, value in settings.items()
     )
 
 
 def _values(values: Any) -> str:
     return ", ".join(f"`{text}`" for text in texts_of(values))
-
-
-def _flag(name: str) -> str:
-    return "--" + name.replace("_", "-")
 
 
 def _cell(text: str) -> str:

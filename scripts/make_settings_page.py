@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from stepgraph.config.engine import GROUPS
-from stepgraph.config.fields import scalar_type
+from stepgraph.config.fields import flag_of, scalar_type
 from stepgraph.config.server import API_KEY_VARIABLE, LOG_LEVEL_VARIABLE, SERVE_PARTS
 
 PAGE = Path(__file__).parents[1] / "docs" / "settings.md"
@@ -96,14 +96,14 @@ def page() -> str:
         for name, group in GROUPS.items():
             if group.part == part and group.help is not None:
                 meaning = f"several of these at once as JSON (in a file: as a mapping), {group.help}"
-                lines.append(f"| `{_flag(name)}` | `{name}` |  | {meaning} |")
+                lines.append(f"| `{flag_of(name)}` | `{name}` |  | {meaning} |")
         sections.append("\n".join(lines) + "\n")
     sections.append(FOREIGN)
     return "\n".join(sections)
 
 
 def _row(part_type: type, field: dataclasses.Field[Any]) -> str:
-    flag = f"`{_flag(field.name)}`"
+    flag = f"`{flag_of(field.name)}`"
     if field.name == "model":
         flag = f"`MODEL` or {flag}"
     meaning = field.metadata["help"]
@@ -113,10 +113,6 @@ def _row(part_type: type, field: dataclasses.Field[Any]) -> str:
         meaning += " (a list)"
     default = "" if field.default is None else f"`{_yaml(field.default)}`"
     return f"| {flag} | `{field.name}` | {default} | {_cell(meaning)} |"
-
-
-def _flag(name: str) -> str:
-    return "--" + name.replace("_", "-")
 
 
 def _yaml(value: Any) -> str:

@@ -105,6 +105,11 @@ def read_object(name: str, given: str | dict[str, Any], example: str) -> dict[st
     return given
 
 
+def flag_of(name: str) -> str:
+    """The flag of a setting: `max_num_seqs` is ``--max-num-seqs``."""
+    return "--" + name.replace("_", "-")
+
+
 def homes_of(parts: Mapping[str, Any]) -> dict[str, str]:
     """Of every setting of these dataclasses, by its name: the key of the dataclass that holds it."""
     return {field.name: part for part, part_type in parts.items() for field in dataclasses.fields(part_type)}

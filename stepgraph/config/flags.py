@@ -9,7 +9,7 @@ from typing import Any
 
 from stepgraph.command_parser import CommandParser
 from stepgraph.config.engine import ENGINE_PARTS, GROUPS, flattened
-from stepgraph.config.fields import homes_of, scalar_type
+from stepgraph.config.fields import flag_of, homes_of, scalar_type
 from stepgraph.config.file import read_settings
 from stepgraph.config.other_engines import tables, text_of, value_of
 from stepgraph.config.server import SERVE_PARTS, ServerConfig
@@ -55,13 +55,13 @@ def add_flags(parser: CommandParser, *, positional_model: bool = True, server: b
                     theirs := [*row.map, *map(text_of, row.refused)]
                 ):
                     options |= {"type": _taking(theirs, options["type"]), "choices": None}
-            group.add_argument("--" + f.name.replace("_", "-"), **options)
+            group.add_argument(flag_of(f.name), **options)
         for name, of_several in GROUPS.items():
             if of_several.part == part and of_several.help is not None:
                 text = f"several of these at once as JSON, {of_several.help}"
-                group.add_argument("--" + name.replace("_", "-"), metavar="JSON", help=text)
+                group.add_argument(flag_of(name), metavar="JSON", help=text)
     parser.prepare = with_other_engines
-    parser.further_flags = ["--" + name.replace("_", "-") for name, row in tables().flags.items() if not row.same]
+    parser.further_flags = [flag_of(name) for name, row in tables().flags.items() if not row.same]
     parser.epilog = "Flags of vLLM and FastDeploy are understood, or refused with the reason: docs/coming-from.md."
 
 
@@ -80,7 +80,7 @@ def with_other_engines(parser: CommandParser, arguments: Sequence[str]) -> list[
     words = respelled(arguments, known)
     names = {word.partition("=")[0].removeprefix("--").removeprefix("no-").replace("-", "_") for word in words}
     for name, row in tables().flags.items():
-        flag = "--" + name.replace("_", "-")
+        flag = flag_of(name)
         is_ours = row.same and name not in GROUPS  # so it has been added, unless this command does without
         if is_ours or name not in names or flag in known:
             continue
@@ -177,7 +177,7 @@ def settings_from_flags(arguments: Namespace, *, server: bool = False) -> dict[s
         if name not in names or not (isinstance(value, list) and isinstance(value[0], list)):
             continue
         if "model" not in given and any(len(texts) > 1 for texts in value):  # did it take what was meant as MODEL?
-            flag = "--" + name.replace("_", "-")
+            flag = flag_of(name)
             raise ConfigError(
                 f"{flag} took several values and there is no MODEL; put MODEL before it, or repeat {flag} for each value"
             )

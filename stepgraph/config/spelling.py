@@ -6,6 +6,7 @@ import json
 from collections.abc import Container, Sequence
 from typing import Any
 
+from stepgraph.config.fields import flag_of
 from stepgraph.config.other_engines import tables, value_of
 from stepgraph.errors import ConfigError
 
@@ -51,13 +52,13 @@ def respelled(arguments: Sequence[str], known: Container[str]) -> list[str]:
 def _long(flag: str, known: Container[str]) -> str:
     """A flag's long name; itself if nobody knows it."""
     if not flag.startswith("--"):
-        return next((_flag(name) for name, row in tables().flags.items() if flag in row.alias), flag)
+        return next((flag_of(name) for name, row in tables().flags.items() if flag in row.alias), flag)
     given, flag = flag, flag.replace("_", "-")
     if flag in known or _name(flag) in tables().flags or _name(flag).removeprefix("no_") in tables().flags:
         return flag
     for name, row in tables().flags.items():
         if flag in row.alias:
-            return _flag(name)
+            return flag_of(name)
     for said, opposite in (("--disable-", "--enable-"), ("--enable-", "--disable-")):
         other = opposite + flag.removeprefix(said)
         if flag.startswith(said) and _name(other) in tables().flags:
@@ -87,10 +88,6 @@ def _put(keys: dict[str, Any], flag: str, path: str, text: str) -> None:
         raise ConfigError(f"{flag}.{path} is given twice")
     else:
         keys[last] = value_of(text)
-
-
-def _flag(name: str) -> str:
-    return "--" + name.replace("_", "-")
 
 
 def _name(flag: str) -> str:

@@ -81,9 +81,8 @@ def create_app(service: Service, metrics: Metrics, *, api_keys: Sequence[str]) -
         docs_url=None,
         redoc_url=None,
     )
-    app.root_path = (
-        config.root_path or ""
-    )  # as a parameter, FastAPI warns of it and would have it set by what starts it
+    # as a parameter, FastAPI warns of it and would have it set by what starts it
+    app.root_path = config.root_path or ""
     app.router.route_class = _Route
     _add_error_handlers(app)
     _add_generation(app, service)
