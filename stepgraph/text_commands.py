@@ -129,15 +129,15 @@ def _misplaced_text(arguments: argparse.Namespace) -> str:
 
 def _print_stream(outputs: Iterable[RequestOutput]) -> str:
     """Print an answer as it grows; returns the whole."""
-    text = ""
+    from stepgraph.chat.printed_answer import PrintedAnswer
+
+    answer = PrintedAnswer()
     for output in outputs:
-        whole = output.outputs[0].text
-        print(whole[len(text) :], end="", flush=True)
-        text = whole
+        answer.show(output)
         if output.finished:
-            print()
+            answer.end_line()
             _require_answer(output)
-    return text
+    return answer.text
 
 
 def _require_answer(output: RequestOutput) -> None:

@@ -10,7 +10,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 from typing import Any, NamedTuple
@@ -18,8 +18,8 @@ from typing import Any, NamedTuple
 from stepgraph.api import LLM
 from stepgraph.chat.conversation import SAMPLING, Conversation, last_question, load, said, save
 from stepgraph.chat.history import History
+from stepgraph.chat.printed_answer import PrintedAnswer
 from stepgraph.chat.reader import Reader
-from stepgraph.engine.outputs import RequestOutput
 from stepgraph.errors import EngineDeadError, RequestError, StepgraphError
 
 logger = logging.getLogger(__name__)
@@ -234,51 +234,6 @@ class Chat:
 
     def _exit(self, _: str) -> None:
         self._left = True
-
-
-@dataclass
-class PrintedAnswer:
-    """An answer as it is printed."""
-
-    text: str = ""
-    finish_reason: str | None = None
-    error: str | None = None
-    num_tokens: int = 0
-    _output: RequestOutput | None = None
-    _started_at: float = 0.0
-    _first_at: float = 0.0
-
-    def __post_init__(self) -> None:
-        self._started_at = time.perf_counter()
-
-    def show(self, output: RequestOutput) -> None:
-        """Print what has come."""
-        if self._output is None:
-            self._first_at = time.perf_counter()
-        [answer] = output.outputs
-        print(answer.text[len(self.text) :], end="", flush=True)
-        self.text, self.finish_reason, self.error = answer.text, answer.finish_reason, answer.error
-        self.num_tokens, self._output = len(answer.token_ids), output
-
-    def end_line(self) -> None:
-        """Have what is printed next begin a line."""
-        if self._output is not None:
-            print(flush=True)
-
-    def log_speed(self) -> None:
-        """With -v."""
-        if self._output is None:
-            return
-        now = time.perf_counter()
-        first_s, rest_s = self._first_at - self._started_at, now - self._first_at
-        logger.info(
-            "%d tokens after a prompt of %d, of which %d were cached; the first after %.3f s%s",
-            self.num_tokens,
-            len(self._output.prompt_token_ids),
-            self._output.num_cached_tokens,
-            first_s,
-            f", the others at {(self.num_tokens - 1) / rest_s:.1f} tokens/s" if self.num_tokens > 1 and rest_s else "",
-        )
 
 
 Handler = Callable[[int, FrameType | None], Any]
