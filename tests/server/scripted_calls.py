@@ -3,6 +3,7 @@
 import asyncio
 from typing import Any
 
+import httpx2
 from hypothesis import strategies as st
 
 from stepgraph.engine.session import AnswerDelta
@@ -54,6 +55,29 @@ async def streamed(reply: Any, timeout_s: float | None = None) -> bytes:
 
     await EventStream(reply.events(), failed=reply.failed, request_id="r1", timeout_s=timeout_s)({}, receive, send)
     return b"".join(sent)
+
+
+class Wire:
+    """Gives a vendor's client what it is told to, without a connection.
+
+    Args:
+        create_client: the client's class.
+        base_url: as that client wants it.
+    """
+
+    def __init__(self, create_client, base_url: str):
+        self._content = (b"", "")
+        self._client = create_client(
+            api_key="none",
+            base_url=base_url,
+            max_retries=0,
+            http_client=httpx2.Client(transport=httpx2.MockTransport(self._answer)),
+            _strict_response_validation=True,
+        )
+
+    def _answer(self, request):
+        content, media_type = self._content
+        return httpx2.Response(200, content=content, headers={"content-type": media_type})
 
 
 FRAGMENT = st.text(st.sampled_from('a{"ü\n'), min_size=1, max_size=4)

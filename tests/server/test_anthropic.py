@@ -9,12 +9,11 @@ from types import SimpleNamespace
 from typing import Any
 
 import anthropic
-import httpx2
 import pytest
 from anthropic.types import Message
 from hypothesis import given, settings
 from jsonschema import Draft202012Validator
-from scripted_calls import THINKS_TALKS_CALLS, ScriptedCall, answers, gain, streamed
+from scripted_calls import THINKS_TALKS_CALLS, ScriptedCall, Wire, answers, gain, streamed
 
 from stepgraph.errors import EngineDeadError, RequestError
 from stepgraph.server.anthropic import MessagesReply
@@ -60,23 +59,7 @@ def events_of(content: bytes) -> list[dict[str, Any]]:
     return events
 
 
-class Wire:
-    """Gives the client what it is told to, without a connection."""
-
-    def __init__(self):
-        self._content = (b"", "")
-        self._client = anthropic.Anthropic(
-            api_key="none",
-            base_url="http://test",
-            max_retries=0,
-            http_client=httpx2.Client(transport=httpx2.MockTransport(self._answer)),
-            _strict_response_validation=True,
-        )
-
-    def _answer(self, request):
-        content, media_type = self._content
-        return httpx2.Response(200, content=content, headers={"content-type": media_type})
-
+class MessagesWire(Wire):
     def whole(self, reply: MessagesReply) -> Message:
         content = asyncio.run(reply.reply())
         self._content = (content, "application/json")
@@ -93,8 +76,8 @@ class Wire:
 
 
 @pytest.fixture(scope="module")
-def wire() -> Wire:
-    return Wire()
+def wire() -> MessagesWire:
+    return MessagesWire(anthropic.Anthropic, "http://test")
 
 
 def reply_to(call: ScriptedCall, *, max_tokens: int = 5, shows_thinking: bool = True) -> MessagesReply:

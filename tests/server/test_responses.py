@@ -5,7 +5,6 @@ import json
 from contextlib import ExitStack
 from types import SimpleNamespace
 
-import httpx2
 import openai
 import pydantic
 import pytest
@@ -13,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from openai.types.responses import Response
 from published import ReplyCheck
-from scripted_calls import THINKS_TALKS_CALLS, ScriptedCall, answers, gain, streamed
+from scripted_calls import THINKS_TALKS_CALLS, ScriptedCall, Wire, answers, gain, streamed
 
 from stepgraph.engine.outputs import Logprob
 from stepgraph.engine.sampling_params import SamplingParams
@@ -53,33 +52,17 @@ def reply_to(call: ScriptedCall, **fields) -> ResponsesReply:
     return ResponsesReply(call, begun, num_top_logprobs=request.top_logprobs or 0)
 
 
-class Wire:
-    """Gives the client what it is told to, without a connection."""
-
-    def __init__(self):
-        self._content = (b"", "")
-        self.client = openai.OpenAI(
-            api_key="none",
-            base_url="http://test/v1",
-            max_retries=0,
-            http_client=httpx2.Client(transport=httpx2.MockTransport(self._answer)),
-            _strict_response_validation=True,
-        )
-
-    def _answer(self, request):
-        content, media_type = self._content
-        return httpx2.Response(200, content=content, headers={"content-type": media_type})
-
+class ResponsesWire(Wire):
     def whole(self, reply: ResponsesReply) -> Response:
         self._content = (asyncio.run(reply.reply()), "application/json")
         self._check()
-        return checked(self.client.responses.create(model="tiny", input="Hi"))
+        return checked(self._client.responses.create(model="tiny", input="Hi"))
 
     def stream(self, reply: ResponsesReply, *, timeout_s: float | None = None) -> list:
         content = asyncio.run(streamed(reply, timeout_s))
         self._content = (content, "text/event-stream")
         self._check()
-        return [checked(event) for event in self.client.responses.create(model="tiny", input="Hi", stream=True)]
+        return [checked(event) for event in self._client.responses.create(model="tiny", input="Hi", stream=True)]
 
     def _check(self) -> None:
         content, media_type = self._content
@@ -90,7 +73,7 @@ class Wire:
     def accumulated(self, reply: ResponsesReply) -> Response:
         """What the client makes of a stream."""
         self.stream(reply)
-        with self.client.responses.stream(model="tiny", input="Hi") as stream:
+        with self._client.responses.stream(model="tiny", input="Hi") as stream:
             return stream.get_final_response()
 
 
@@ -107,8 +90,8 @@ def checked(value):
 
 
 @pytest.fixture(scope="module")
-def wire() -> Wire:
-    return Wire()
+def wire() -> ResponsesWire:
+    return ResponsesWire(openai.OpenAI, "http://test/v1")
 
 
 def plain(response) -> dict:
