@@ -16,17 +16,17 @@ import numpy as np
 import pytest
 
 from stepgraph.engine import grammars as grammars_module
-from stepgraph.engine.grammar_process import _ControlChannel, _Nursery
+from stepgraph.engine.fork_server import ForkServer
+from stepgraph.engine.grammar_process import _ControlChannel, _ForkServer
 from stepgraph.engine.grammars import Grammars, RemoteGuide
 from stepgraph.engine.guidance import Vocabulary
 from stepgraph.engine.guide_messages import Channel, Kind
-from stepgraph.engine.nursery import Nursery
 from stepgraph.errors import ConfigError, Fault
 
 pytest.importorskip("xgrammar", reason="grammars need xgrammar")
 pytestmark = pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="processes are looked up in /proc")
 
-SLOW_TO_FOLLOW = {"grammar": 'root ::= "x" (a | a a){1,100} "y"\na ::= "x" | [^z]'}
+SLOW_TO_FOLLOW = {"grammar": 'root ::= "x" (a | a a){1,400} "y"\na ::= "x" | [^z]'}
 """Compiles at once; then every token may be read in thousands of ways."""
 SLOW_TO_COMPILE = 'root ::= "x" (a){0,%d} "y"\na ::= [^z]{0,30}'
 """Takes about a minute."""
@@ -44,12 +44,21 @@ VOCABULARY = create_vocabulary()
 
 
 @pytest.fixture(scope="module")
-def grammars() -> Iterator[Grammars]:
+def of_all_tests() -> Iterator[Grammars]:
     before = processes_below(os.getpid())
     made = Grammars(lambda: VOCABULARY, VOCABULARY.vocab_size)
     yield made
     made.shut_down()
     assert set(processes_below(os.getpid())) <= set(before)
+
+
+@pytest.fixture
+def grammars(of_all_tests) -> Iterator[Grammars]:
+    """Followed by nobody when a test begins, whatever became of the test before it."""
+    yield of_all_tests
+    for grammar in list(of_all_tests._by_spec.values()):
+        for guide in list(grammar.guides.values()):
+            of_all_tests.drop(guide)
 
 
 class Answer:
@@ -183,9 +192,9 @@ def test_a_process_that_dies_is_replaced_and_told_everything_again(grammars) -> 
     wait_until(grammars, lambda: process not in processes_below(os.getpid()))
     answer.write(b"c")
     assert answer.allowed() == {b"d"}
-    nursery = grammars._nursery._start.process.pid  # other engines of this process may have some, too
-    os.kill(nursery, signal.SIGKILL)
-    wait_until(grammars, lambda: nursery not in processes_below(os.getpid()))
+    fork_server = grammars._fork_server._start.process.pid  # other engines of this process may have some, too
+    os.kill(fork_server, signal.SIGKILL)
+    wait_until(grammars, lambda: fork_server not in processes_below(os.getpid()))
     answer.write(b"d")
     assert answer.allowed() == {b"e"}
     grammars.drop(answer.guide)
@@ -250,7 +259,7 @@ def test_what_is_larger_than_the_sockets_buffer_arrives(grammars) -> None:
 
 
 def refuse_to_start() -> tuple[int, socket.socket]:
-    """As a nursery does that cannot fork."""
+    """As a fork server does that cannot fork."""
     ours, theirs = socket.socketpair()
     ours.setblocking(False)
     with theirs:
@@ -268,8 +277,10 @@ def test_where_the_system_has_no_room_for_processes_those_that_nobody_follows_en
     idle.allowed()
     grammars.drop(idle.guide)
     assert grammars.num_processes > 0
-    fork = Nursery.fork
-    monkeypatch.setattr(Nursery, "fork", lambda nursery: fork(nursery) if grammars.num_processes == 0 else fail())
+    fork = ForkServer.fork
+    monkeypatch.setattr(
+        ForkServer, "fork", lambda fork_server: fork(fork_server) if grammars.num_processes == 0 else fail()
+    )
     answer = Answer(grammars, regex=f"needed {fail.__name__}")
     assert answer.allowed() == {b"n"}
     assert grammars.num_processes == 1
@@ -283,7 +294,7 @@ def test_a_request_is_told_that_there_is_no_room_for_its_process(grammars, monke
     monkeypatch.setattr(grammars_module, "MAX_IDLE", 0)
     grammars.drop(idle.guide)
     assert grammars.num_processes == 1
-    monkeypatch.setattr(Nursery, "fork", lambda nursery: refuse_to_start())
+    monkeypatch.setattr(ForkServer, "fork", lambda fork_server: refuse_to_start())
     answer = Answer(grammars, regex="refused")
     wait_until(grammars, lambda: not answer.guide.is_waiting)
     assert answer.guide.error == Fault("no room", is_users=False)
@@ -291,21 +302,21 @@ def test_a_request_is_told_that_there_is_no_room_for_its_process(grammars, monke
     grammars.drop(followed.guide)
 
 
-def test_a_nursery_that_cannot_fork_says_so_and_goes_on(monkeypatch) -> None:
+def test_a_fork_server_that_cannot_fork_says_so_and_goes_on(monkeypatch) -> None:
     def fail() -> int:
         raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
 
     monkeypatch.setattr(os, "fork", fail)
-    (engines, nurserys), (ours, theirs) = socket.socketpair(), socket.socketpair()
-    with engines, nurserys, ours:
+    (engines, fork_servers), (ours, theirs) = socket.socketpair(), socket.socketpair()
+    with engines, fork_servers, ours:
         Channel(engines).send_with(theirs, Kind.FORK, 1)
         theirs.close()
-        control = _ControlChannel(nurserys)
-        nursery = _Nursery(control)
+        control = _ControlChannel(fork_servers)
+        fork_server = _ForkServer(control)
         for frame in control.receive():
-            nursery._obey(frame, None)
+            fork_server._obey(frame, None)
         [said] = Channel(ours).receive()
-        nursery.end_all()
+        fork_server.end_all()
     assert said.kind == Kind.NOT_STARTED
     assert b"Resource temporarily unavailable" in said.payload
 
