@@ -1,4 +1,4 @@
-"""LLM: the Python face of the engine."""
+"""LLM: the engine from Python."""
 
 from __future__ import annotations
 

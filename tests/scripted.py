@@ -6,8 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from stepgraph import ops
+from stepgraph.abi import slot_line
 from stepgraph.spec.drafter import Drafts, DraftStep
-from stepgraph.step import slot_line
 
 
 class ScriptedDrafter:

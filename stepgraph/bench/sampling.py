@@ -11,13 +11,13 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from stepgraph.abi import slot_line
 from stepgraph.bench.graphs import CONTEXT, GREEDY, Contender, lay_out, time_interleaved
 from stepgraph.bench.report import machine, table, write_json
 from stepgraph.config import EngineConfig, add_flags, settings_from_flags
 from stepgraph.engine.engine import Engine, context_len
 from stepgraph.errors import ConfigError
 from stepgraph.models.source import resolve_configured
-from stepgraph.step import slot_line
 from stepgraph.step.runner import StepRunner
 from stepgraph.step.shape import Variant
 from stepgraph.step.slot_sampling import SlotSampling

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from statistics import mean, quantiles
 from typing import Protocol
 
+from stepgraph.abi import slot_line
 from stepgraph.bench.workloads import VOCAB_SIZE, Arrival, Lengths
 from stepgraph.config import GraphConfig, SchedulerConfig
 from stepgraph.engine.request import FinishReason, Request
@@ -19,7 +20,6 @@ from stepgraph.engine.sampling_params import SamplingParams
 from stepgraph.engine.scheduler import WATERMARK, ScheduledStep, Scheduler
 from stepgraph.engine.waiting import MAX_OVERTAKEN
 from stepgraph.graph.pool import capturable_shapes
-from stepgraph.step import slot_line
 from stepgraph.step.plan import StepPlan
 from stepgraph.step.runner import RowResult, StepResults
 from stepgraph.step.shape import StepShape
@@ -458,7 +458,7 @@ class Watch:
                     is_excused |= self._overtaken[arrival] == MAX_OVERTAKEN
         tokens_left = self._config.max_num_batched_tokens - (scheduled.plan.num_tokens if scheduled else 0)
         if scheduled is not None and scheduled.plan.num_prefill_rows:
-            is_excused |= self._note_prompts(scheduled)
+            is_excused |= self._watch_prompts(scheduled)
         self._check_rows(scheduled, tokens_left, was_preempted)
         self._check_waiting(tokens_left, is_excused, now)
 
@@ -475,7 +475,7 @@ class Watch:
         result.longest_idle_s, result.longest_idle_steps = self._longest_idle_s, self._longest_idle_steps
         result.broken = [f"{what} ({count} times)" for what, count in self._broken.items()]
 
-    def _note_prompts(self, scheduled: ScheduledStep) -> bool:
+    def _watch_prompts(self, scheduled: ScheduledStep) -> bool:
         """Whether a step with prompts made room that it cannot give away itself: it cut a prompt to a captured size, or
         completed a long one that counted when others were refused."""
         snapped = {request.arrival for request in self._running.values() if request.was_snapped}

@@ -8,6 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from stepgraph.abi.slot_line import MAX_DRAFTS
 from stepgraph.bench import spec_forced, spec_text
 from stepgraph.bench.report import machine, write_json
 from stepgraph.bench.spec_forced import ForcedOptions, ForcedResult
@@ -20,7 +21,6 @@ from stepgraph.engine.engine import Engine
 from stepgraph.engine.sampling_params import SamplingParams
 from stepgraph.errors import ConfigError
 from stepgraph.models.source import resolve_configured
-from stepgraph.step.slot_line import MAX_DRAFTS
 
 _METHODS: tuple[str, ...] = SpeculativeConfig.__dataclass_fields__["speculative_method"].metadata["choices"]
 _TEXT_SIZES, _FORCED_SIZES = (1, 8), (1, 8, 64)

@@ -11,11 +11,11 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from stepgraph.abi import slot_line
 from stepgraph.bench.graphs import GREEDY, Contender, lay_out, time_interleaved
 from stepgraph.bench.roofline import Limits, StepCost, step_cost
 from stepgraph.errors import ConfigError
 from stepgraph.graph import create_backend
-from stepgraph.step import slot_line
 from stepgraph.step.plan import StepPlan
 from stepgraph.step.runner import StepRunner
 from stepgraph.step.shape import StepShape

@@ -12,6 +12,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from stepgraph.abi.slot_line import MAX_DRAFTS
 from stepgraph.bench.spec_cost import RoundTimes, TimedStep, spread, time_round, time_steps
 from stepgraph.bench.spec_workloads import Workload
 from stepgraph.config import CacheConfig, EngineConfig
@@ -25,7 +26,6 @@ from stepgraph.graph.pool import capturable_shapes
 from stepgraph.models.source import ModelSource
 from stepgraph.step.plan import StepKind
 from stepgraph.step.shape import StepShape
-from stepgraph.step.slot_line import MAX_DRAFTS
 
 BASELINE = "none"
 WATERMARK = 1.05

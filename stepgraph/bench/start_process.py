@@ -20,7 +20,7 @@ from stepgraph.errors import StepgraphError
 _PHASES = (
     ("read config", "stepgraph.engine.engine", "resolve_configured"),
     ("model without weights", "stepgraph.engine.engine", "create_model"),
-    ("weights", "stepgraph.engine.beside", "_run"),
+    ("weights", "stepgraph.engine.in_background", "_run"),
     ("buffers and KV cache", "stepgraph.step.runner", "StepRunner.__init__"),
     ("capture", "stepgraph.graph.pool", "GraphPool.capture_all"),
     ("tokenizer", "stepgraph.models.source", "ModelSource.tokenizer_if_any"),

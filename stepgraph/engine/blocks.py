@@ -7,7 +7,7 @@ from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from itertools import repeat
 
-from stepgraph.step import slot_line
+from stepgraph.abi import slot_line
 
 
 def block_key(parent: bytes, tokens: bytes) -> bytes:

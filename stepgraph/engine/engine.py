@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from stepgraph.config import EngineConfig
-from stepgraph.engine.beside import beside
 from stepgraph.engine.grammars import Grammars
 from stepgraph.engine.guidance import Vocabulary, read_vocabulary
+from stepgraph.engine.in_background import in_background
 from stepgraph.engine.intake import RequestIntake
 from stepgraph.engine.masks import TokenMasks, num_until_end
 from stepgraph.engine.model_defaults import end_tokens_of
@@ -120,7 +120,7 @@ class Engine:
             and config.speculative.speculative_method not in ("mtp", "hybrid")  # whose modules share some
         )
         if weights_first:
-            with beside(weights(), self.platform):
+            with in_background(weights(), self.platform):
                 _ = self.tokenizer if needs_tokenizer else None
         self._drafter = create_drafter(
             config,
@@ -141,7 +141,7 @@ class Engine:
         adapters = _create_adapters(model, config)
         if not weights_first:
             torch._foreach_zero_(list(model.parameters()))  # capturing runs programs on them, which must not meet NaN
-        with nullcontext() if weights_first else beside(weights(), self.platform):
+        with nullcontext() if weights_first else in_background(weights(), self.platform):
             _ = self.tokenizer if needs_tokenizer else None
             self.runner = StepRunner(
                 model,

@@ -1,10 +1,10 @@
-"""The processes that compile and follow grammars: a nursery, which knows the vocabulary, and a fork of it for each grammar.
+"""The processes that compile and follow grammars: a fork server, which knows the vocabulary, and a fork of it for each grammar.
 
 What a grammar costs is bounded by its process: CPU time by a timer of the kernel, which ends it wherever it is, and memory by a
-limit. The engine's side is `stepgraph.engine.grammars`. No process outlives the engine: the nursery reads the end of its socket
-when the engine is gone, ends all others, and itself.
+limit. The engine's side is `stepgraph.engine.grammars`. No process outlives the engine: the fork server reads the end of its
+socket when the engine is gone, ends all others, and itself.
 
-Starting a nursery takes half a second, a fork of it 5 ms and 2 MB. It has one thread, so that forking it is safe, and neither
+Starting a fork server takes half a second, a fork of it 5 ms and 2 MB. It has one thread, so that forking it is safe, and neither
 torch nor transformers, which would take seconds and hundreds of MB.
 """
 
@@ -41,7 +41,7 @@ _OUT_OF_MEMORY_SCORE = "500"
 """Where memory runs out, the kernel is to end a grammar rather than the engine."""
 
 
-class _Nursery:
+class _ForkServer:
     """Starts grammars' processes, and ends them, as the engine says."""
 
     def __init__(self, control: _ControlChannel):
@@ -261,13 +261,13 @@ class _StandIn(types.ModuleType):
 
 
 def main() -> NoReturn:
-    """Entry point of the nursery; its one argument is the descriptor of its socket to the engine."""
+    """Entry point of the fork server; its one argument is the descriptor of its socket to the engine."""
     signal.signal(signal.SIGPROF, signal.SIG_DFL)
-    nursery = _Nursery(_ControlChannel(socket.socket(fileno=int(sys.argv[1]))))
+    fork_server = _ForkServer(_ControlChannel(socket.socket(fileno=int(sys.argv[1]))))
     try:
-        nursery.run()
+        fork_server.run()
     finally:
-        nursery.end_all()
+        fork_server.end_all()
     sys.exit()
 
 

@@ -21,13 +21,13 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
+from stepgraph.abi.slot_line import MASK_BITS
+from stepgraph.engine.fork_server import ForkServer
 from stepgraph.engine.grammar_process import MAX_COMPILE_SECONDS, MAX_TOKEN_SECONDS
 from stepgraph.engine.guidance import Vocabulary
 from stepgraph.engine.guide_messages import Channel, Frame, Kind
-from stepgraph.engine.nursery import Nursery
-from stepgraph.engine.shifts import Shifts
+from stepgraph.engine.time_slices import TimeSlices
 from stepgraph.errors import Fault
-from stepgraph.step.slot_line import MASK_BITS
 
 MAX_COMPILING = 2
 """Grammars that compile at once."""
@@ -87,7 +87,7 @@ class RemoteGuide:
         """A process has ended when it was to make masks for it."""
         self._tokens = tokens
         self._drafts: Sequence[int] = ()
-        self._num_told = 0
+        self._num_sent = 0
 
     def expect(self, drafts: Sequence[int]) -> None:
         """The answer has grown, and these proposals follow it."""
@@ -95,12 +95,12 @@ class RemoteGuide:
 
     def start_over(self) -> None:
         """Its process is gone: another is to be told everything."""
-        self._num_told = 0
+        self._num_sent = 0
 
     def news(self) -> bytes:
         """What its process is to be told, as `Kind.FOLLOW` has it. Counts as told from then on."""
-        tokens = self._tokens[self._num_told :]
-        self._num_told += len(tokens)
+        tokens = self._tokens[self._num_sent :]
+        self._num_sent += len(tokens)
         return struct.pack(f"<{1 + len(tokens) + len(self._drafts)}i", len(tokens), *tokens, *self._drafts)
 
     def fail(self, error: Fault) -> None:
@@ -119,16 +119,18 @@ class Grammars:
     def __init__(self, read_vocabulary: Callable[[], Vocabulary], vocab_size: int):
         self._read_vocabulary = read_vocabulary
         self._num_words = -(-vocab_size // MASK_BITS)
-        self._nursery: Nursery | None = None
+        self._fork_server: ForkServer | None = None
         self._selector = selectors.DefaultSelector()
         self._by_spec: dict[str, Grammar] = {}
         self._by_process: dict[int, Grammar] = {}
         self.num_bytes = 0
         """What compiled grammars take, by xgrammar's count."""
-        self._compiling = Shifts[Grammar](
+        self._compiling = TimeSlices[Grammar](
             MAX_COMPILING, start=self._compile, pause=self._pause, slow=self._let_give_way
         )
-        self._answering = Shifts[Grammar](MAX_ANSWERING, start=self._answer, pause=self._pause, slow=self._let_give_way)
+        self._answering = TimeSlices[Grammar](
+            MAX_ANSWERING, start=self._answer, pause=self._pause, slow=self._let_give_way
+        )
         self._idle: dict[Grammar, None] = {}  # compiled and followed by nobody; the one used last comes last
         self._num_guides = itertools.count()
         self._urgent: set[int] = set()  # guides of running requests that were asked just now
@@ -218,10 +220,10 @@ class Grammars:
         """End all processes."""
         for grammar in [*self._by_process.values()]:
             self._detach(grammar)
-        if self._nursery is not None:
-            self._selector.unregister(self._nursery)
-            self._nursery.shut_down()
-            self._nursery = None
+        if self._fork_server is not None:
+            self._selector.unregister(self._fork_server)
+            self._fork_server.shut_down()
+            self._fork_server = None
         self._selector.close()
 
     # What processes say
@@ -241,23 +243,23 @@ class Grammars:
 
     def _turn(self, seconds: float) -> None:
         """Take in what processes say, waiting up to `seconds` for one that says something."""
-        if self._nursery is None:
-            self._nursery = Nursery(self._read_vocabulary)
-            self._selector.register(self._nursery, selectors.EVENT_READ)
+        if self._fork_server is None:
+            self._fork_server = ForkServer(self._read_vocabulary)
+            self._selector.register(self._fork_server, selectors.EVENT_READ)
         for grammar in self._by_process.values():
             if grammar.channel is not None:
                 grammar.channel.flush()  # what had no room, and what its process waits for the rest of
         ended: list[tuple[int, int]] = []
         for key, _ in self._selector.select(seconds):
             if key.data is None:
-                ended = self._nursery.receive()
+                ended = self._fork_server.receive()
             else:
                 self._read(key.data)
         for number, status in ended:
             if number in self._by_process:
                 self._bury(self._by_process[number], status)
-        if self._nursery.is_gone:
-            self._replace_nursery()
+        if self._fork_server.is_gone:
+            self._replace_fork_server()
         now = time.monotonic()
         for grammar in [*self._by_process.values()] if self._answering else ():
             if grammar.num_sent and self._answering.seconds(grammar, now) > STUCK_SECONDS:
@@ -271,7 +273,7 @@ class Grammars:
         channel.flush()
         for frame in channel.receive():
             self._take(grammar, frame)
-        if channel.closed:  # the nursery will say why
+        if channel.closed:  # the fork server will say why
             self._unwatch(channel)
 
     def _take(self, grammar: Grammar, frame: Frame) -> None:
@@ -358,20 +360,20 @@ class Grammars:
         grammar.is_paused = True
 
     def _tell(self, kind: Kind, grammar: Grammar) -> None:
-        assert self._nursery is not None
+        assert self._fork_server is not None
         assert grammar.process is not None
-        self._nursery.tell(kind, grammar.process)
+        self._fork_server.tell(kind, grammar.process)
 
     def _launch(self, grammar: Grammar) -> bool:
         """Give a grammar a process. False if there is no room for one now."""
-        if self._nursery is None or not self._nursery.is_ready:
+        if self._fork_server is None or not self._fork_server.is_ready:
             return False
         while self.num_processes >= MAX_PROCESSES:
             if not self._idle:
                 return False
             self._forget(next(iter(self._idle)))
         try:
-            forked = self._nursery.fork()
+            forked = self._fork_server.fork()
         except OSError:  # no descriptors are left
             self._forget_idle()
             return False
@@ -397,7 +399,7 @@ class Grammars:
 
     def _forget(self, grammar: Grammar) -> None:
         """End a grammar's process, if it has one; whoever asks for it again starts anew."""
-        if self._nursery is not None and grammar.process is not None:
+        if self._fork_server is not None and grammar.process is not None:
             self._tell(Kind.END, grammar)
         self._detach(grammar)
         self._compiling.leave(grammar)
@@ -431,19 +433,19 @@ class Grammars:
         if channel in self._selector.get_map():
             self._selector.unregister(channel)
 
-    def _replace_nursery(self) -> None:
+    def _replace_fork_server(self) -> None:
         """It is gone, and with it all processes. What they followed starts over in another's; if it never started, none will."""
-        assert self._nursery is not None
-        nursery, self._nursery = self._nursery, None
-        self._selector.unregister(nursery)
-        nursery.shut_down()
+        assert self._fork_server is not None
+        fork_server, self._fork_server = self._fork_server, None
+        self._selector.unregister(fork_server)
+        fork_server.shut_down()
         for grammar in [*self._by_process.values()]:
             self._bury(grammar, None)
-        if not nursery.is_ready:
-            if nursery.failure is None:
+        if not fork_server.is_ready:
+            if fork_server.failure is None:
                 error = Fault("the process that follows grammars ended while it started", is_users=False)
             else:
-                error = Fault.of(nursery.failure)
+                error = Fault.of(fork_server.failure)
             for grammar in [*self._by_spec.values()]:
                 self._fail_all(grammar, error)
 

@@ -1,6 +1,6 @@
 """Guided generation: which tokens a grammar lets follow. xgrammar compiles the grammars and follows them.
 
-Whatever the user asked for holds for every finished answer, or the request is refused at the door: `guided_text`,
+Whatever the user asked for holds for every finished answer, or the request is refused on arrival: `guided_text`,
 `guided_schema` and `guided_tags` hold it against what xgrammar follows exactly, and against limits on what takes long.
 
 Neither a compilation nor a mask has a bound on its time, and nothing can stop one. So what is here runs in processes of its own,
@@ -18,11 +18,11 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
+from stepgraph.abi.slot_line import MASK_BITS
 from stepgraph.engine.guided_schema import SchemaConverter
 from stepgraph.engine.guided_tags import TagConverter
 from stepgraph.engine.guided_text import Limits, Regex, check_grammar, check_text, grammar_of_choices
 from stepgraph.errors import ConfigError, RequestError
-from stepgraph.step.slot_line import MASK_BITS
 
 # Shapes: V logits of the model, W = ceil(V / MASK_BITS) words of a token mask.
 

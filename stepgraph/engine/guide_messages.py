@@ -35,8 +35,8 @@ class Kind(IntEnum):
     LEFT = 7
     """The tokens leave the grammar; the payload says where."""
     NOT_STARTED = 16
-    """From the nursery in the process's stead: the system lets no more processes be. The payload says why."""
-    # From the engine to the nursery. The number is the process's, as the engine counts them.
+    """From the fork server in the process's stead: the system lets no more processes be. The payload says why."""
+    # From the engine to the fork server. The number is the process's, as the engine counts them.
     VOCABULARY = 8
     """The first: a pickled `Vocabulary`."""
     FORK = 9
@@ -46,7 +46,7 @@ class Kind(IntEnum):
     """Let it give way to other processes for good."""
     PAUSE = 12
     RESUME = 13
-    # From the nursery.
+    # From the fork server.
     READY = 14
     ENDED = 15
     """A process is gone; the payload is one int32, its exit status, negative for a signal."""

@@ -11,13 +11,13 @@ from dataclasses import replace
 from numbers import Integral
 from typing import TYPE_CHECKING
 
+from stepgraph.abi import slot_line
 from stepgraph.engine.blocks import memory_key
 from stepgraph.engine.prompts import check_length
 from stepgraph.engine.request import Request
 from stepgraph.engine.sampling_params import SamplingParams, bad_word_token_ids
 from stepgraph.errors import RequestError
 from stepgraph.models.adapters import Adapter, AdapterFile, AdapterStore
-from stepgraph.step import slot_line
 from stepgraph.step.slot_sampling import SlotSampling
 
 if TYPE_CHECKING:

@@ -14,10 +14,10 @@ from collections.abc import Callable, Iterable, Sequence
 import numpy as np
 import numpy.typing as npt
 
+from stepgraph.abi import slot_line
 from stepgraph.engine.blocks import BlockPool
-from stepgraph.engine.logprobs import note_logprobs
+from stepgraph.engine.logprobs import add_logprobs
 from stepgraph.engine.request import Request, RequestUpdate, SteadyUpdates
-from stepgraph.step import slot_line
 from stepgraph.step.plan import StepPlan
 from stepgraph.step.runner import StepResults
 
@@ -107,7 +107,7 @@ class Lockstep:
             tokens_R = list(tokens_R)
             for row in self._reporting:
                 first_line = int(table[row, slot_line.OUT_FIRST_SAMPLE])
-                note_logprobs(self._requests[row], tokens_R[row], results.logprobs, first_line)
+                add_logprobs(self._requests[row], tokens_R[row], results.logprobs, first_line)
         return SteadyUpdates(self._requests, tokens_R)
 
     def settle(self) -> None:
@@ -153,7 +153,7 @@ class Lockstep:
         for request, line in zip(self._requests, table.tolist(), strict=True):
             tokens = line[slot_line.OUT_TOKENS : slot_line.OUT_TOKENS + line[slot_line.OUT_NUM_TOKENS]]
             request.num_draft_tokens += line[slot_line.OUT_NUM_VERIFIED]
-            request.note_accepted(line[slot_line.OUT_NUM_ACCEPTED])
+            request.count_accepted(line[slot_line.OUT_NUM_ACCEPTED])
             request.output_token_ids += tokens
             tokens_R.append(tuple(tokens))
         self._spare_R += self._bound_R - table[:, slot_line.OUT_NUM_TOKENS]

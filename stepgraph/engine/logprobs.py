@@ -22,9 +22,7 @@ class PromptSpan:
     num_tokens: int
 
 
-def note_logprobs(
-    request: Request, tokens: Sequence[int], lines: npt.NDArray[np.int32] | None, first_line: int
-) -> None:
+def add_logprobs(request: Request, tokens: Sequence[int], lines: npt.NDArray[np.int32] | None, first_line: int) -> None:
     """Note what a step reports of the tokens that a request gained in it, if it asked. `lines`: the step's report; the tokens'
     own lines begin at `first_line`."""
     count = request.sampling.num_logprobs

@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
+from stepgraph.abi import slot_line
 from stepgraph.config.guidance import GuidanceConfig
 from stepgraph.engine.grammars import Grammars
 from stepgraph.engine.guidance import Vocabulary, require_xgrammar
 from stepgraph.engine.request import FinishReason, Request, RequestUpdate
 from stepgraph.errors import RequestError
-from stepgraph.step import slot_line
 
 if TYPE_CHECKING:
     from stepgraph.engine.sampling_params import StructuredOutputs
@@ -77,7 +77,7 @@ class TokenMasks:
 
     def masks(self, request: Request) -> npt.NDArray[np.int32]:
         """What the request may sample next, and after each of its proposals: [n, ceil(V / MASK_BITS)] int32, see
-        `stepgraph.step.slot_line.MASK_BITS`. Without a grammar that holds for all its steps, and n = 1 + K."""
+        `stepgraph.abi.slot_line.MASK_BITS`. Without a grammar that holds for all its steps, and n = 1 + K."""
         if request.guide is None:
             masks = np.full((1 + self._max_drafts, self._num_words), -1, dtype=np.int32)
         else:

@@ -7,10 +7,10 @@ from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any
 
+from stepgraph.abi import slot_line
 from stepgraph.engine.sampling_params import SamplingParams
 from stepgraph.errors import ConfigError, ModelError, RequestError
 from stepgraph.models.source import SAMPLING_DEFAULTS, ModelSource
-from stepgraph.step import slot_line
 
 logger = logging.getLogger(__name__)
 

@@ -67,7 +67,7 @@ class AnsweredRequest:
     admitted_at: float | None = None
     """`time.monotonic()` when it first got a slot."""
 
-    def note_accepted(self, num_tokens: int) -> None:
+    def count_accepted(self, num_tokens: int) -> None:
         """The next `num_tokens` that `output_token_ids` gains are proposals that stood."""
         if num_tokens:
             start = len(self.output_token_ids)

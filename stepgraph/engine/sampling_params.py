@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
+from stepgraph.abi import slot_line
 from stepgraph.errors import RequestError
-from stepgraph.step import slot_line
 from stepgraph.step.shape import Variant
 
 if TYPE_CHECKING:

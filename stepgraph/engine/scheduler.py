@@ -20,16 +20,16 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
+from stepgraph.abi import slot_line
 from stepgraph.config import SchedulerConfig
 from stepgraph.engine.blocks import BlockPool
 from stepgraph.engine.lockstep import Lockstep
-from stepgraph.engine.logprobs import PromptSpan, note_logprobs, read_prompt_logprobs
+from stepgraph.engine.logprobs import PromptSpan, add_logprobs, read_prompt_logprobs
 from stepgraph.engine.prefix_cache import PrefixCache
 from stepgraph.engine.request import FinishReason, Request, RequestUpdate
 from stepgraph.engine.speculation import SpeculationStatistics
 from stepgraph.engine.waiting import WaitingLine, rank
 from stepgraph.errors import CONTEXT_LENGTH_EXCEEDED, Fault, RequestError
-from stepgraph.step import slot_line
 from stepgraph.step.plan import StepPlan
 from stepgraph.step.runner import StepResults
 from stepgraph.step.shape import Variant
@@ -272,7 +272,7 @@ class Scheduler:
                 request.planned += num_tokens - 1
                 request.spread -= plan.rows[index][1] - 1
                 request.num_draft_tokens += num_verified
-                request.note_accepted(num_accepted)
+                request.count_accepted(num_accepted)
                 decoded.append((num_tokens, num_verified, num_accepted))
             request.num_unread -= 1
             if plan.num_drafts:
@@ -283,7 +283,7 @@ class Scheduler:
                     drafts = results.drafts
                     request.draft_token_ids = () if drafts is None else drafts[index, :num_drafts].tolist()
             request.output_token_ids += tokens
-            note_logprobs(request, tokens, results.logprobs, first_sample)
+            add_logprobs(request, tokens, results.logprobs, first_sample)
             if finish == slot_line.RUNNING:
                 updates.append(RequestUpdate(request, tokens, None))
             else:

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from stepgraph.step import slot_line
+from stepgraph.abi import slot_line
 
 
 @dataclass

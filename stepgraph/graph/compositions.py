@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import TypeVar
 
-from stepgraph.step import slot_line
+from stepgraph.abi import slot_line
 from stepgraph.step.shape import StepShape, Variant
 from stepgraph.step.slot_sampling import SlotSampling
 

@@ -15,9 +15,9 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from stepgraph.abi import slot_line
 from stepgraph.graph.base import Graph
 from stepgraph.graph.compositions import Composition, Row, random_sampling
-from stepgraph.step import slot_line
 from stepgraph.step.plan import StepPlan
 from stepgraph.step.program import StepOutput
 from stepgraph.step.runner import StepRunner

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from stepgraph import ops
+from stepgraph.abi import slot_line
 from stepgraph.ops import StepTokens
-from stepgraph.step import slot_line
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ def token_adapters(tokens: StepTokens, lines: Tensor) -> Tensor:
 
     Args:
         tokens: of the step.
-        lines: [slots, LINE_WIDTH], see `stepgraph.step.slot_line`.
+        lines: [slots, LINE_WIDTH], see `stepgraph.abi.slot_line`.
     """
     token_T = torch.arange(tokens.token_ids.shape[0], dtype=torch.int32, device=lines.device)
     row_T = torch.searchsorted(tokens.query_start[1:], token_T, right=True, out_int32=True)

@@ -105,7 +105,7 @@ class Platform(Protocol):
     def synchronize(self) -> None:
         """Wait for all submitted work."""
 
-    def apart(self) -> AbstractContextManager[None]:
+    def side_stream(self) -> AbstractContextManager[None]:
         """Inside, this thread's work for the device starts after what was submitted before, and then goes on beside that of other
         threads; leaving waits for its end."""
 

@@ -77,7 +77,7 @@ class CpuPlatform:
     def synchronize(self) -> None:
         pass
 
-    def apart(self) -> AbstractContextManager[None]:
+    def side_stream(self) -> AbstractContextManager[None]:
         return nullcontext()
 
     def compile_ahead(self, programs: Iterable[Callable[[], object]]) -> CompiledKernels:

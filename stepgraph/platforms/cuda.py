@@ -79,7 +79,7 @@ class CudaPlatform:
             torch.cuda.synchronize(self.device)
 
     @contextmanager
-    def apart(self) -> Iterator[None]:
+    def side_stream(self) -> Iterator[None]:
         torch.cuda.set_device(self.device)  # each thread has its own
         stream = torch.cuda.Stream(self.device)
         stream.wait_stream(torch.cuda.default_stream(self.device))

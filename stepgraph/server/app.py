@@ -24,9 +24,9 @@ from stepgraph.server.bodies import Body
 from stepgraph.server.chat import ChatReply
 from stepgraph.server.completions import CompletionCall
 from stepgraph.server.directory import endpoints, methods_of, not_allowed, not_found
-from stepgraph.server.door import Door
 from stepgraph.server.errors import APIError, api_error, report, timed_out
 from stepgraph.server.metrics import Metrics
+from stepgraph.server.middleware import RequestMiddleware
 from stepgraph.server.operations import add_health, add_operations
 from stepgraph.server.protocol import ChatRequest, CompletionRequest
 from stepgraph.server.replies import ModelCard, ModelList, ignored_fields, json_response
@@ -91,16 +91,16 @@ def create_app(service: Service, metrics: Metrics, *, api_keys: Sequence[str]) -
     add_operations(app, service, metrics)
     if config.enable_admin_endpoints:
         add_administration(app, Administration(service))
-    door = Door(
+    middleware = RequestMiddleware(
         _HeadAsGet(app),
         api_keys=tuple(api_keys),
         bodies=service.bodies,
         on_response=metrics.on_response,
     )
     if not config.cors_allow_origins:
-        return door
-    # around the door: web pages shall see why they are turned away, and browsers ask without a key whether they may send one
-    return CORSMiddleware(door, allow_origins=config.cors_allow_origins, allow_methods=["*"], allow_headers=["*"])
+        return middleware
+    # outermost: web pages shall see why they are turned away, and browsers ask without a key whether they may send one
+    return CORSMiddleware(middleware, allow_origins=config.cors_allow_origins, allow_methods=["*"], allow_headers=["*"])
 
 
 def create_metrics_app(service: Service, metrics: Metrics) -> ASGIApp:
@@ -109,7 +109,7 @@ def create_metrics_app(service: Service, metrics: Metrics) -> ASGIApp:
     app.router.route_class = _Route
     _add_error_handlers(app)
     add_health(app, service, metrics)
-    return Door(_HeadAsGet(app), api_keys=(), bodies=service.bodies, on_response=lambda path, status: None)
+    return RequestMiddleware(_HeadAsGet(app), api_keys=(), bodies=service.bodies, on_response=lambda path, status: None)
 
 
 class _HeadAsGet:
@@ -200,7 +200,7 @@ def _add_generation(app: FastAPI, service: Service) -> None:
 
 def _add_models(app: FastAPI, service: Service) -> None:
     def cards() -> list[ModelCard]:
-        names, root = service.model_names, service.face.name
+        names, root = service.model_names, service.model.name
         length = None if service.client.ready is None else service.client.ready.max_model_len
         return [
             *(ModelCard(name, service.started_at, "stepgraph", root, None, length) for name in names),

@@ -156,7 +156,7 @@ def _prepared(
         others["structured_outputs"] = form.with_calls(spec, tools)
     if tools.shown and form.marks_calls_by_special_tokens:
         others["skip_special_tokens"] = False
-    params = sampling_params(request, service.face.sampling_defaults, **others)
+    params = sampling_params(request, service.model.sampling_defaults, **others)
     return request, tools, prompt, params
 
 

@@ -71,11 +71,11 @@ class CompletionCall:
         if request.echo:
             for generation in generations:
                 if generation.prompt.text is None:
-                    decode = partial(require_tokenizer(service.face.tokenizer).decode, generation.prompt.token_ids)
+                    decode = partial(require_tokenizer(service.model.tokenizer).decode, generation.prompt.token_ids)
                     text = await service.in_thread(decode)
                     generation.prompt = generation.prompt._replace(text=text)
         tally = Tally(generations, thinks=False, speculates=service.speculates)
-        return cls(request, model, id, generations, params.n, TokenTexts(service.face.tokenizer), tally)
+        return cls(request, model, id, generations, params.n, TokenTexts(service.model.tokenizer), tally)
 
     async def reply(self) -> bytes:
         """The whole answer, as JSON."""
@@ -238,7 +238,7 @@ def _prepared(request: CompletionRequest, service: Service) -> tuple[SamplingPar
     """What the engine is sent of a request. Takes milliseconds, or more if it is long."""
     params = sampling_params(
         request,
-        service.face.sampling_defaults,
+        service.model.sampling_defaults,
         max_tokens=1 if request.max_tokens == 0 else request.max_tokens,
         logprobs=request.logprobs,
         **({"prompt_logprobs": request.logprobs} if request.echo and request.logprobs is not None else {}),

@@ -79,13 +79,13 @@ class EngineProcess:
         self._engine = engine
         self._socket = socket
         self._steps: list[StepInfo] = []
-        self._told: dict[str, int] = {}  # of each unfinished request: output tokens that were sent
+        self._num_sent: dict[str, int] = {}  # of each unfinished request: output tokens that were sent
         self._load_told: Load | None = None
         self._sent_at = 0.0
         self._adapters = AdapterReader(engine.read_adapter)
         self._awaiting: list[tuple[Add | LoadAdapter, Future[AdapterFile]]] = []  # until their adapter is read
         self._control = EngineControl(engine, self._send)
-        engine.on_step = self._note_step
+        engine.on_step = self._on_step
         engine.runner.pool.before_capture = lambda: self._send(Beat(captures=True))
 
     def update_weights(self, folder: str) -> None:
@@ -143,9 +143,9 @@ class EngineProcess:
                     awaiting.requests = [request for request in awaiting.requests if request[0] not in message.ids]
             for request_id in message.ids:
                 if self._engine.abort(request_id) is not None:
-                    del self._told[request_id]
+                    del self._num_sent[request_id]
         elif isinstance(message, AbortAll):
-            ends = [self._engine.abort(request_id) for request_id in self._told]
+            ends = [self._engine.abort(request_id) for request_id in self._num_sent]
             self._tell([end for end in ends if end is not None])
             self._end_awaiting()
         elif isinstance(message, ForgetAdapter):
@@ -199,7 +199,7 @@ class EngineProcess:
                 raise
             self._refuse(message, error)
         else:
-            self._told.update(dict.fromkeys(added, 0))
+            self._num_sent.update(dict.fromkeys(added, 0))
             self._send(Accepted(message.group))
 
     def _go_on_awaiting(self) -> None:
@@ -242,7 +242,7 @@ class EngineProcess:
             logger.error("request %s could not be queued", message.group, exc_info=error)
         self._send(Refused(message.group, fault))
 
-    def _note_step(self, report: StepReport) -> None:
+    def _on_step(self, report: StepReport) -> None:
         record = report.record
         self._steps.append(
             StepInfo(
@@ -266,18 +266,18 @@ class EngineProcess:
         self._steps, self._load_told = [], load
 
     def _update(self, update: RequestUpdate) -> TokenUpdate:
-        request, num_told = update.request, self._told[update.request.id]
-        num_known = num_told + len(update.new_token_ids)
-        logprobs = None if request.params.logprobs is None else request.output_logprobs[num_told:num_known]
+        request, num_sent = update.request, self._num_sent[update.request.id]
+        num_known = num_sent + len(update.new_token_ids)
+        logprobs = None if request.params.logprobs is None else request.output_logprobs[num_sent:num_known]
         message = TokenUpdate(request.id, update.new_token_ids, logprobs=logprobs)
         message.num_draft_tokens = request.num_draft_tokens
-        message.num_accepted = request.num_accepted(num_known) - request.num_accepted(num_told)
-        if num_told == 0:
+        message.num_accepted = request.num_accepted(num_known) - request.num_accepted(num_sent)
+        if num_sent == 0:
             message.first = _first_token(request)
         if update.finish_reason is None:
-            self._told[request.id] = num_known
+            self._num_sent[request.id] = num_known
         else:
-            del self._told[request.id]
+            del self._num_sent[request.id]
             message.finish_reason, message.error = str(update.finish_reason), request.error
             message.stop_token = request.stop_token
         return message

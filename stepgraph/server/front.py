@@ -29,7 +29,7 @@ from stepgraph.server.engine_client import EngineClient
 from stepgraph.server.generation import EndedRequest
 from stepgraph.server.log_limit import LogLimit, is_refused_access, shorten_path
 from stepgraph.server.metrics import Metrics
-from stepgraph.server.service import ModelFace, Service
+from stepgraph.server.service import ServedModel, Service
 from stepgraph.server.tracing import Tracer, create_tracer
 
 logger = logging.getLogger(__name__)
@@ -100,7 +100,7 @@ async def _serve(front: Front) -> int:
         first_process=front.engine_process,
         progress=sys.stderr.isatty(),
     )
-    service = Service(config, client, lambda: _face_of(front))
+    service = Service(config, client, lambda: _served_model(front))
     connections = Connections(Limits.of(config), front.max_connections)
     metrics.watch(service.bodies, connections, client.rest)
     servers = [(_server(create_app(service, metrics, api_keys=front.api_keys), config, connections), listening)]
@@ -244,7 +244,7 @@ def _server(app: Any, config: ServerConfig, connections: Connections) -> _Server
     )
 
 
-def _face_of(front: Front) -> ModelFace:
+def _served_model(front: Front) -> ServedModel:
     """What the front needs of the model. Takes seconds, most of them for the import."""
     from stepgraph.engine.model_defaults import sampling_defaults_of, sampling_overrides
     from stepgraph.models.source import resolve_configured
@@ -255,7 +255,7 @@ def _face_of(front: Front) -> ModelFace:
     template = ChatTemplate(tokenizer, front.chat_template, config.default_chat_template_kwargs)
     defaults = {} if config.generation_config == "none" else sampling_defaults_of(source)
     template.prepare()
-    return ModelFace(
+    return ServedModel(
         name=source.name,
         tokenizer=tokenizer,
         chat_form=ChatForm.of(

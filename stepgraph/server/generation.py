@@ -70,7 +70,7 @@ class RemoteRequest(AnsweredRequest):
 
     def take(self, update: TokenUpdate) -> None:
         """Take in what the engine's process says of it."""
-        self.note_accepted(update.num_accepted)
+        self.count_accepted(update.num_accepted)
         self.num_draft_tokens = update.num_draft_tokens
         self.output_token_ids += update.token_ids
         self.output_logprobs += update.logprobs or ()

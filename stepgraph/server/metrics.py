@@ -30,9 +30,9 @@ from stepgraph import __version__
 from stepgraph.engine.request import FinishReason
 from stepgraph.server.bodies import Bodies
 from stepgraph.server.connections import Connections
-from stepgraph.server.door import OPEN_PATHS
 from stepgraph.server.engine_observer import EngineState, RestartCause
 from stepgraph.server.messages import Load
+from stepgraph.server.middleware import OPEN_PATHS
 from stepgraph.server.rest import Rest
 from stepgraph.step.eager_reason import EagerReason
 from stepgraph.step.plan import StepKind

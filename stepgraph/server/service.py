@@ -1,4 +1,4 @@
-"""What all endpoints share: the model's face to the front, the way into the engine, and the way back."""
+"""What all endpoints share: what the front knows of the model, the way into the engine, and the way back."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ _THREADS = 2
 
 
 @dataclass(frozen=True)
-class ModelFace:
+class ServedModel:
     """What the front knows of the model."""
 
     name: str
@@ -76,36 +76,36 @@ class Service:
     Args:
         config: the server's settings.
         client: the engine.
-        face: loads the model's tokenizer; takes seconds, and is called in a thread.
+        load_model: loads the model's tokenizer; takes seconds, and is called in a thread.
     """
 
-    def __init__(self, config: ServerConfig, client: EngineClient, face: Callable[[], ModelFace]):
+    def __init__(self, config: ServerConfig, client: EngineClient, load_model: Callable[[], ServedModel]):
         self.config = config
         self.client = client
         self.started_at = int(time.time())
         self.adapters = config.adapters()
         """Folders of the LoRA adapters that requests can name."""
         self.draining = False
-        self._load_face = face
-        self._face: ModelFace | None = None
+        self._load_model = load_model
+        self._model: ServedModel | None = None
         self._threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="stepgraph-tokenizer")
         self.bodies = Bodies(config, self.in_thread)
 
     async def load(self) -> None:
         """Load what the front needs of the model."""
-        self._face = await self.in_thread(self._load_face)
+        self._model = await self.in_thread(self._load_model)
 
     @property
-    def face(self) -> ModelFace:
+    def model(self) -> ServedModel:
         """The model; a 503 while it is being loaded."""
-        if self._face is None:
+        if self._model is None:
             raise APIError(503, "the model is being loaded", headers={"Retry-After": "2"})
-        return self._face
+        return self._model
 
     @property
     def chat_form(self) -> ChatForm:
         """How the model's chat template does things; a 503 while it is being loaded."""
-        return self.face.chat_form
+        return self.model.chat_form
 
     @property
     def trouble(self) -> str | None:
@@ -119,7 +119,7 @@ class Service:
         """What is wrong with the engine; None also if it only rests, or the server is shutting down."""
         if self.client.rest.sleep_level:
             return None
-        if self._face is None and self.client.state is EngineState.READY:
+        if self._model is None and self.client.state is EngineState.READY:
             return "the model is being loaded"
         return self.client.trouble
 
@@ -133,7 +133,7 @@ class Service:
     @property
     def model_names(self) -> tuple[str, ...]:
         """Names that requests may give to the model itself, the first in its answers."""
-        return self.config.served_model_name or (self.face.name,)
+        return self.config.served_model_name or (self.model.name,)
 
     @property
     def max_model_len(self) -> int:
@@ -171,7 +171,7 @@ class Service:
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> TokenizedPrompt:
         """A text's tokens; a 400 if it cannot fit, which is seen without tokenising if it is far too long. For threads."""
-        tokenizer = require_tokenizer(self.face.tokenizer)
+        tokenizer = require_tokenizer(self.model.tokenizer)
         self._check_length(len(text))
         return TokenizedPrompt(text, encode_text(text, tokenizer, add_special_tokens=add_special_tokens))
 
@@ -187,7 +187,7 @@ class Service:
 
     def _check_length(self, num_characters: int) -> None:
         """A 400 for text of more tokens than the context holds, whatever they are."""
-        least = num_characters // self.face.longest_token
+        least = num_characters // self.model.longest_token
         if least >= self.max_model_len:
             raise RequestError(
                 f"the prompt has {num_characters} characters, which are at least {least} tokens, and max_model_len is "
@@ -225,7 +225,7 @@ class Service:
         self.check_room(params, num_prompts=len(prompts))
         bad_words = None
         if params.bad_words:
-            tokenizer = require_tokenizer(self.face.tokenizer)
+            tokenizer = require_tokenizer(self.model.tokenizer)
             bad_words = await self.in_thread(lambda: bad_word_token_ids(params.bad_words, tokenizer))
             self.check_room(params, num_prompts=len(prompts))
         generations: list[Generation] = []
@@ -238,7 +238,7 @@ class Service:
                 id if len(prompts) == 1 else f"{id}-{index}",
                 prompt._replace(cache_salt=request.cache_salt),
                 params,
-                self.face.tokenizer,
+                self.model.tokenizer,
                 priority=request.priority,
                 adapter=adapter,
                 bad_words=bad_words,

@@ -24,7 +24,7 @@ def add_tokenizer(app: FastAPI, service: Service) -> None:
     @app.post("/tokenize", summary="The tokens of a text or a conversation", tags=["tokenizer"])
     async def tokenize(body: TokenizeRequest, http: Request) -> Response:
         service.choose_model(body.model)
-        tokenizer = require_tokenizer(service.face.tokenizer)
+        tokenizer = require_tokenizer(service.model.tokenizer)
         if (body.prompt is None) == (body.messages is None):
             raise RequestError("/tokenize takes prompt or messages; give one of them", param="prompt")
 
@@ -45,13 +45,13 @@ def add_tokenizer(app: FastAPI, service: Service) -> None:
 
     @app.get("/tokenizer_info", summary="What is known of the tokenizer, for clients of it", tags=["tokenizer"])
     async def tokenizer_info() -> Response:
-        tokenizer = require_tokenizer(service.face.tokenizer)
+        tokenizer = require_tokenizer(service.model.tokenizer)
         return json_response(await service.in_thread(lambda: _describe(tokenizer, service)))
 
     @app.post("/detokenize", summary="The text of tokens", tags=["tokenizer"])
     async def detokenize(body: DetokenizeRequest, http: Request) -> Response:
         service.choose_model(body.model)
-        tokenizer = require_tokenizer(service.face.tokenizer)
+        tokenizer = require_tokenizer(service.model.tokenizer)
         if wrong := next((token for token in body.tokens if not 0 <= token < 2**31), None):
             raise RequestError(
                 f"tokens holds {wrong!r:.80}, which is no token id; ids are whole numbers from 0 up", param="tokens"

@@ -17,7 +17,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from stepgraph.step.slot_line import MAX_DRAFTS
+from stepgraph.abi.slot_line import MAX_DRAFTS
 
 LEVELS = (0, 1, 2, 3, 5, MAX_DRAFTS)
 """Numbers of proposals to choose from, where graphs are captured in milliseconds; each has graphs of its own."""

@@ -21,7 +21,7 @@ class DraftStep:
     inputs: StepInputs
     hidden: Tensor
     """[T, E], the model's hidden states after its final norm. Those after proposals that fell are of no use."""
-    lines: Tensor  # [slots, LINE_WIDTH] int32, see `stepgraph.step.slot_line`; `length` counts the new tokens
+    lines: Tensor  # [slots, LINE_WIDTH] int32, see `stepgraph.abi.slot_line`; `length` counts the new tokens
     tokens: Tensor  # [slots, max_model_len] int32
     kv_caches: tuple[tuple[Tensor, Tensor], ...]  # the drafter's own
     num_drafts: int  # K

@@ -14,15 +14,15 @@ import torch
 from torch import Tensor, nn
 
 from stepgraph import ops
+from stepgraph.abi import slot_line
 from stepgraph.spec.drafter import Drafts, DraftStep
-from stepgraph.step import slot_line
 
 
 class LookupDrafter:
     """See `stepgraph.spec.drafter.Drafter`.
 
     Answers that end with a stop token or at their length enter the memory when they do; those that the host ends (stop strings,
-    aborts) do not. A request finds those of its own memory key alone, see `stepgraph.step.slot_line`.
+    aborts) do not. A request finds those of its own memory key alone, see `stepgraph.abi.slot_line`.
     """
 
     num_layers = 0

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from stepgraph import ops
+from stepgraph.abi import slot_line
 from stepgraph.layers.inputs import StepInputs
 from stepgraph.layers.linear import Linear
 from stepgraph.layers.norm import RMSNorm
@@ -33,7 +34,6 @@ from stepgraph.models.decoder import DecoderLayer, named_targets
 from stepgraph.models.language_model import LanguageModel
 from stepgraph.spec.drafter import Drafts, DraftStep
 from stepgraph.spec.mtp_levels import Level, carry, extend_history, first_level, next_level
-from stepgraph.step import slot_line
 
 
 @dataclass(frozen=True)

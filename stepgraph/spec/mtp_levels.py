@@ -21,9 +21,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from stepgraph.abi import slot_line
 from stepgraph.ops import StepTokens
 from stepgraph.ops.rows import row_of
-from stepgraph.step import slot_line
 
 
 @dataclass(frozen=True)

@@ -20,12 +20,12 @@ import torch
 from torch import Tensor
 
 from stepgraph import ops
+from stepgraph.abi import slot_line
 from stepgraph.layers.inputs import StepInputs
 from stepgraph.models.adapters import AdapterStore
 from stepgraph.models.language_model import LanguageModel
 from stepgraph.ops.rows import row_of
 from stepgraph.spec.drafter import Drafter, DraftStep
-from stepgraph.step import slot_line
 from stepgraph.step.shape import StepShape, Variant
 from stepgraph.step.state import SlotState
 

@@ -14,6 +14,7 @@ import numpy.typing as npt
 import torch
 
 from stepgraph import ops
+from stepgraph.abi import slot_line
 from stepgraph.config import EngineConfig
 from stepgraph.errors import ConfigError
 from stepgraph.graph import Graph, create_backend
@@ -23,7 +24,6 @@ from stepgraph.models.adapters import AdapterStore
 from stepgraph.models.language_model import LanguageModel
 from stepgraph.platforms import CompiledKernels, Platform
 from stepgraph.spec.drafter import Drafter
-from stepgraph.step import slot_line
 from stepgraph.step.memory import KVLayout, OperatorCount, choose_num_blocks
 from stepgraph.step.plan import StepPlan
 from stepgraph.step.program import LogitBuffers, StepOutput, StepProgram
@@ -41,7 +41,7 @@ _EXTENDED_ITEM_BYTES = torch.float32.itemsize + torch.int32.itemsize
 
 
 class RowResult(NamedTuple):
-    """What one row of a step produced. The first fields are the output ring's columns, see `stepgraph.step.slot_line`."""
+    """What one row of a step produced. The first fields are the output ring's columns, see `stepgraph.abi.slot_line`."""
 
     slot: int
     generation: int
@@ -58,9 +58,9 @@ class StepResults(NamedTuple):
     """What one step produced, in the plan's order of rows and tokens."""
 
     table: npt.NDArray[np.int32]
-    """[rows, OUT_TOKENS + 1 + K], contiguous; columns as in `stepgraph.step.slot_line`."""
+    """[rows, OUT_TOKENS + 1 + K], contiguous; columns as in `stepgraph.abi.slot_line`."""
     logprobs: npt.NDArray[np.int32] | None = None
-    """[samples, LOGPROB_WIDTH], see `stepgraph.step.slot_line`; lines of samples that did not ask are old. None if plain."""
+    """[samples, LOGPROB_WIDTH], see `stepgraph.abi.slot_line`; lines of samples that did not ask are old. None if plain."""
     prompt_logprobs: npt.NDArray[np.int32] | None = None
     """[tokens, LOGPROB_WIDTH], likewise; tokens lie where the plan puts them if every row before runs in full."""
     drafts: npt.NDArray[np.int32] | None = None
@@ -316,7 +316,7 @@ class StepRunner:
     @contextmanager
     def _leaving_no_trace(self) -> Iterator[None]:
         """Inside, programs run on the null plan: they touch the null slot and the null block only."""
-        with self.state.untraced():
+        with self.state.preserved():
             self._loaded = None
             self.state.plan.zero_()
             yield

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import IntEnum
 
-from stepgraph.step import slot_line
+from stepgraph.abi import slot_line
 
 _ONE_ROW_TOKENS = 16
 """Up to so many tokens, steps of one row have graphs of their own."""

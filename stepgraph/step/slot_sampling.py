@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from stepgraph.step import slot_line
+from stepgraph.abi import slot_line
 
 
 @dataclass(frozen=True)

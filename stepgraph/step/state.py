@@ -13,8 +13,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from stepgraph.abi import slot_line
 from stepgraph.platforms import Platform
-from stepgraph.step import slot_line
 from stepgraph.step.shape import StepShape
 from stepgraph.step.slot_sampling import SlotSampling
 
@@ -45,7 +45,7 @@ class SlotState:
         def zeros(*size: int) -> Tensor:
             return torch.zeros(*size, dtype=torch.int32, device=platform.device)
 
-        self.lines = zeros(slots, slot_line.LINE_WIDTH)  # see stepgraph.step.slot_line
+        self.lines = zeros(slots, slot_line.LINE_WIDTH)  # see stepgraph.abi.slot_line
         self.tokens = zeros(slots, max_model_len)  # token history
         self.block_table = zeros(slots, -(-max_model_len // block_size))
         self.biases = zeros(slots, slot_line.MAX_BIASES, 2)
@@ -128,7 +128,7 @@ class SlotState:
             start = end
 
     @contextmanager
-    def untraced(self) -> Iterator[None]:
+    def preserved(self) -> Iterator[None]:
         """Put back what runs inside leave behind beside the null slot: the step counter and the output rings."""
         self._platform.synchronize()
         written = (self.counter, self.ring, self.logprob_ring, self.prompt_logprob_ring)

@@ -15,11 +15,11 @@ from dataclasses import dataclass, field
 from functools import cache
 from itertools import cycle
 
+from stepgraph.abi import slot_line
 from stepgraph.config import SchedulerConfig
 from stepgraph.engine.request import Request
 from stepgraph.engine.sampling_params import SamplingParams
 from stepgraph.engine.scheduler import Scheduler
-from stepgraph.step import slot_line
 from stepgraph.step.plan import StepPlan
 from stepgraph.step.runner import RowResult, StepResults
 from stepgraph.step.shape import StepShape

@@ -29,7 +29,7 @@ def test_rows_are_counted_by_hand() -> None:
 def test_places_of_accepted_tokens_go_when_their_tokens_do() -> None:
     request = Request("r", [1], SamplingParams(), 1000, SlotSampling(seed=0))
     for accepted, tokens in ((0, [5]), (2, [6, 7, 8]), (1, [9, 10])):
-        request.note_accepted(accepted)
+        request.count_accepted(accepted)
         request.output_token_ids += tokens
     assert request.accepted == [1, 2, 4]
     assert [request.num_accepted(end) for end in range(7)] == [0, 0, 1, 2, 2, 3, 3]

@@ -6,8 +6,8 @@ import pytest
 
 from stepgraph import SamplingParams
 from stepgraph.engine import engine as engine_module
-from stepgraph.engine.beside import beside
 from stepgraph.engine.engine import Engine
+from stepgraph.engine.in_background import in_background
 from stepgraph.errors import ModelError
 from stepgraph.graph.pool import GraphPool
 from stepgraph.platforms import create_platform
@@ -67,7 +67,7 @@ def test_work_beside_a_body_that_fails_is_left() -> None:
             yield
 
     def fail() -> None:
-        with beside(endless(), create_platform("cpu")):
+        with in_background(endless(), create_platform("cpu")):
             begun.wait()
             raise KeyError
 
@@ -83,6 +83,6 @@ def test_work_beside_a_body_is_done_at_its_end() -> None:
             done.append(number)
             yield
 
-    with beside(work(), create_platform("cpu")):
+    with in_background(work(), create_platform("cpu")):
         pass
     assert done == [0, 1, 2, 3, 4]

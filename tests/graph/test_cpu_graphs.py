@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from stepgraph import ops
+from stepgraph.abi import slot_line
 from stepgraph.errors import CaptureError
 from stepgraph.graph.cpu import CpuBackend
 from stepgraph.ops.registry import INLINED
-from stepgraph.step import slot_line
 
 
 class Output(NamedTuple):

@@ -13,6 +13,7 @@ from tiny import TINY_SETTINGS, drain
 from triton_operators import make_rows_of_products_independent, triton_operators
 
 from stepgraph import ops
+from stepgraph.abi import slot_line
 from stepgraph.config import EngineConfig
 from stepgraph.engine.engine import Engine
 from stepgraph.engine.sampling_params import SamplingParams
@@ -21,7 +22,6 @@ from stepgraph.graph.compositions import Composition, Row, random_compositions
 from stepgraph.graph.verify import main_verify, verify_pool, verify_shape
 from stepgraph.ops import AttentionPlan, BuiltStep, attention_plan, build_step, paged_attention
 from stepgraph.ops.attention import max_tiles
-from stepgraph.step import slot_line
 from stepgraph.step.shape import StepShape, Variant
 
 SHAPE = StepShape(48, 8)

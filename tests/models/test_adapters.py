@@ -8,13 +8,13 @@ from checkpoints import HF_CONFIGS, random_hf_model
 from safetensors.torch import save_file
 from stepping import Stepper
 
+from stepgraph.abi import slot_line
 from stepgraph.config.lora import LoRAConfig
 from stepgraph.errors import RequestError
 from stepgraph.layers.lora import token_adapters
 from stepgraph.models import load_model, resolve
 from stepgraph.models.adapters import AdapterStore
 from stepgraph.ops import StepTokens
-from stepgraph.step import slot_line
 
 TOKENS = [(7 * i + 3) % 96 for i in range(80)]
 ALPHA = 8

@@ -9,6 +9,7 @@ from checkpoints import SIZES, hf_config, random_hf_model
 from safetensors.torch import load_file, save_file
 from tiny import TINY_SETTINGS, drain
 
+from stepgraph.abi import slot_line
 from stepgraph.config import EngineConfig
 from stepgraph.engine.engine import Engine
 from stepgraph.engine.sampling_params import SamplingParams
@@ -19,7 +20,6 @@ from stepgraph.models.transformers_config import TransformersConfig
 from stepgraph.models.transformers_interfaces import IMPLEMENTATIONS
 from stepgraph.models.transformers_model import TransformersModel, judge
 from stepgraph.platforms import create_platform
-from stepgraph.step import slot_line
 from stepgraph.step.plan import StepPlan
 from stepgraph.step.runner import StepRunner
 

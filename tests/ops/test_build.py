@@ -10,10 +10,10 @@ from slot_fixtures import slot_line, slot_lines
 from torch import Tensor
 
 from stepgraph import ops
+from stepgraph.abi import slot_line as line
 from stepgraph.graph.cpu import CpuBackend
 from stepgraph.ops.build import StepSamples, StepTokens, reference
 from stepgraph.ops.build import triton as kernels
-from stepgraph.step import slot_line as line
 
 SLOTS, MAX_LEN, BLOCK_SIZE = 7, 40, 4
 

@@ -11,10 +11,10 @@ from slot_fixtures import slot_line, slot_lines
 from torch import Tensor
 
 from stepgraph import ops
+from stepgraph.abi import slot_line as line
 from stepgraph.graph.cpu import CpuBackend
 from stepgraph.ops.commit import reference
 from stepgraph.ops.commit import triton as kernels
-from stepgraph.step import slot_line as line
 
 MAX_LEN, DEPTH = 24, 3
 

@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 from slot_fixtures import slot_line, slot_lines
 from torch import Tensor
 
+from stepgraph.abi import slot_line as line
 from stepgraph.ops.draft import reference
 from stepgraph.ops.draft import triton as kernels
-from stepgraph.step import slot_line as line
 
 MAX_LEN, BLOCK_SIZE, DEPTH = 40, 4, 3
 

@@ -7,9 +7,9 @@ from hypothesis import strategies as st
 from slot_fixtures import slot_line, slot_lines
 from torch import Tensor
 
+from stepgraph.abi import slot_line as line
 from stepgraph.ops.force_acceptance import reference
 from stepgraph.ops.force_acceptance import triton as kernels
-from stepgraph.step import slot_line as line
 
 VOCAB_SIZE, MAX_LEN = 50, 4096
 

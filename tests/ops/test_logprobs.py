@@ -6,9 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from stepgraph.abi import slot_line as line
 from stepgraph.ops.logprobs import cpu, reference
 from stepgraph.ops.logprobs import triton as kernels
-from stepgraph.step import slot_line as line
 
 VOCAB_SIZE = kernels.CHUNK + 37
 DEPTH, FIRST_LINE = 3, 2

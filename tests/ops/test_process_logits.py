@@ -10,10 +10,10 @@ from torch import Tensor
 from transformers.generation import logits_process
 
 from stepgraph import ops
+from stepgraph.abi import slot_line as line
 from stepgraph.graph.cpu import CpuBackend
 from stepgraph.ops.process_logits import cpu, reference
 from stepgraph.ops.process_logits import triton as kernels
-from stepgraph.step import slot_line as line
 from stepgraph.step.program import StepOutput
 
 VOCAB_SIZE = kernels.CHUNK + 37

@@ -9,10 +9,10 @@ from slot_fixtures import key_words, slot_line, slot_lines
 from torch import Tensor
 
 from stepgraph import ops
+from stepgraph.abi import slot_line as columns
 from stepgraph.graph.cpu import CpuBackend
 from stepgraph.ops.remember import reference
 from stepgraph.ops.remember import triton as kernels
-from stepgraph.step import slot_line as columns
 from stepgraph.step.program import StepOutput
 
 KEY = (5 << 56) + 7

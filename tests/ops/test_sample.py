@@ -9,9 +9,9 @@ from slot_fixtures import slot_line, slot_lines
 from torch import Tensor
 from transformers.generation import logits_process
 
+from stepgraph.abi import slot_line as line
 from stepgraph.ops.sample import cpu, reference
 from stepgraph.ops.sample import triton as kernels
-from stepgraph.step import slot_line as line
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # NumPy's, under the interpreter, on infinities
 

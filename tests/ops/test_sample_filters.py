@@ -7,9 +7,9 @@ from hypothesis import strategies as st
 from slot_fixtures import slot_line, slot_lines
 from torch import Tensor
 
+from stepgraph.abi import slot_line as line
 from stepgraph.ops.sample import philox, reference
 from stepgraph.ops.sample import triton as kernels
-from stepgraph.step import slot_line as line
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, on logits and keys without use
 

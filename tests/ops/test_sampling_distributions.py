@@ -12,11 +12,11 @@ import torch
 from slot_fixtures import SamplingSettings, side_buffers, slot_lines
 from torch import Tensor
 
+from stepgraph.abi import slot_line as line
 from stepgraph.ops.process_logits import cpu as process_cpu
 from stepgraph.ops.process_logits import triton as process_triton
 from stepgraph.ops.sample import cpu as sample_cpu
 from stepgraph.ops.sample import triton as sample_triton
-from stepgraph.step import slot_line as line
 
 LOGITS = torch.tensor([1.0, -0.5, 0.3, 2.0, -1.0, 1.3, 0.0, 0.9])
 VOCAB_SIZE = len(LOGITS)

@@ -185,7 +185,7 @@ def test_a_client_that_leaves_while_it_waits_gives_its_turn_on() -> None:
     asyncio.run(read())
 
 
-class Door:
+class Server:
     """A server in this process, to which requests come in pieces."""
 
     def __init__(self, **settings) -> None:
@@ -193,7 +193,7 @@ class Door:
         client = EngineClient({}, observer=metrics)
         client._take(encode(READY))
         self.service = Service(ServerConfig(**settings), client, lambda: SimpleNamespace())
-        self.service._face = SimpleNamespace(
+        self.service._model = SimpleNamespace(
             name="tiny", tokenizer=None, chat_form=None, sampling_defaults={}, longest_token=8
         )
         self.app = create_app(self.service, metrics, api_keys=())
@@ -219,13 +219,13 @@ class Door:
 
 def post(path: str, *pieces: bytes, **settings) -> tuple[int, dict, int]:
     async def run():
-        door = Door(**settings)
+        server = Server(**settings)
         try:
-            found = await door.post(path, *pieces)
-            assert door.service.bodies.num_bytes == 0
+            found = await server.post(path, *pieces)
+            assert server.service.bodies.num_bytes == 0
             return found
         finally:
-            door.service.shut_down()
+            server.service.shut_down()
 
     return asyncio.run(run())
 
@@ -250,11 +250,11 @@ def test_a_body_of_very_many_fields_is_refused_at_its_first_piece() -> None:
 )
 def test_what_cannot_fit_is_refused_before_it_is_rendered_or_tokenised(path, fields) -> None:
     async def run() -> None:
-        door = Door()
-        door.service._face.tokenizer = object()  # with which nothing can be done, nor with the chat template
-        status, reply, _ = await door.post(path, json.dumps(fields).encode())
+        server = Server()
+        server.service._model.tokenizer = object()  # with which nothing can be done, nor with the chat template
+        status, reply, _ = await server.post(path, json.dumps(fields).encode())
         assert (status, reply["error"]["code"]) == (400, "context_length_exceeded")
-        door.service.shut_down()
+        server.service.shut_down()
 
     asyncio.run(run())
 

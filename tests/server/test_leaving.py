@@ -18,7 +18,7 @@ from stepgraph.server.metrics import Metrics
 from stepgraph.server.service import Service
 
 TIMEOUT_S = 1.0
-FACE = SimpleNamespace(name="tiny", tokenizer=None, sampling_defaults={}, longest_token=8)
+MODEL = SimpleNamespace(name="tiny", tokenizer=None, sampling_defaults={}, longest_token=8)
 
 
 class Server:
@@ -26,7 +26,7 @@ class Server:
 
     def __init__(self, client: EngineClient, metrics: Metrics) -> None:
         self.client = client
-        self.service = Service(ServerConfig(request_timeout=TIMEOUT_S), client, lambda: FACE)
+        self.service = Service(ServerConfig(request_timeout=TIMEOUT_S), client, lambda: MODEL)
         self.app = create_app(self.service, metrics, api_keys=())
         self.status = 0
 

@@ -21,7 +21,7 @@ def test_the_time_to_come_again_follows_from_what_answers_took_and_not_from_refu
     client = EngineClient({}, observer=Metrics("tiny"))
     client._take(encode(READY))
     service = Service(ServerConfig(max_queue=1), client, lambda: SimpleNamespace())
-    service._face = SimpleNamespace(name="tiny")
+    service._model = SimpleNamespace(name="tiny")
 
     def submit(id: str, *, seconds_ago: float = 0) -> None:
         client.submit(

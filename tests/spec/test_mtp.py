@@ -10,10 +10,10 @@ from safetensors.torch import load_file, save_file
 from tiny import TINY_SETTINGS, VOCAB_SIZE, drain, mtp_tensors, save_tiny_model
 from transformers import AutoModelForCausalLM
 
+from stepgraph.abi import slot_line
 from stepgraph.config import EngineConfig
 from stepgraph.engine.engine import Engine
 from stepgraph.engine.sampling_params import SamplingParams
-from stepgraph.step import slot_line
 
 
 @pytest.fixture(scope="module")

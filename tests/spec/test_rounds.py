@@ -5,10 +5,10 @@ import torch
 from tiny import VOCAB_SIZE, drain
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
+from stepgraph.abi import slot_line
 from stepgraph.engine.engine import Engine
 from stepgraph.engine.sampling_params import SamplingParams
 from stepgraph.graph.cpu import CpuGraph
-from stepgraph.step import slot_line
 
 PROMPT = [(11 * i * i + 5) % VOCAB_SIZE for i in range(10)]
 

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
+from stepgraph.abi import slot_line
 from stepgraph.platforms import create_platform
-from stepgraph.step import slot_line
 from stepgraph.step.shape import StepShape
 from stepgraph.step.slot_sampling import SlotSampling
 from stepgraph.step.state import RING_DEPTH, SlotState
@@ -154,14 +154,14 @@ def test_the_null_slot_and_slots_that_do_not_exist_admit_nobody(state) -> None:
             state.admit(slot, **REQUEST)
 
 
-def test_what_runs_untraced_leaves_counter_and_ring_as_they_were_even_if_it_fails(state) -> None:
+def test_what_runs_preserved_leaves_counter_and_ring_as_they_were_even_if_it_fails(state) -> None:
     state.counter.fill_(6)
     rings = (state.ring, state.logprob_ring, state.prompt_logprob_ring)
     for ring in rings:
         ring.fill_(7)
 
     def run_and_fail() -> None:
-        with state.untraced():
+        with state.preserved():
             state.counter.add_(1)
             for ring in rings:
                 ring.zero_()

@@ -95,7 +95,7 @@ def build_step(
     Args:
         plan: int32, at least ``2R + 3·num_deltas`` long: R rows (slot, query length bound), then the deltas (slot,
             index, block). All-zero rows and deltas are padding: they name the null slot and the null block.
-        lines: [slots, LINE_WIDTH] int32, see `stepgraph.step.slot_line`.
+        lines: [slots, LINE_WIDTH] int32, see `stepgraph.abi.slot_line`.
         tokens: [slots, max_model_len] int32 token history.
         block_table: [slots, max blocks] int32; updated with the deltas before it is read.
         num_tokens: T, captured tokens.

@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
+from stepgraph.abi import slot_line as line
 from stepgraph.ops.rows import row_of
-from stepgraph.step import slot_line as line
 
 
 def build_step(

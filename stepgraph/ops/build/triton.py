@@ -9,9 +9,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from stepgraph.abi import slot_line as line
 from stepgraph.ops.capacity import row_capacity
 from stepgraph.ops.launched import launched
-from stepgraph.step import slot_line as line
 
 BLOCK_TOKENS = 256
 """Tokens per program."""

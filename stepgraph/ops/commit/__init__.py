@@ -44,7 +44,7 @@ def commit(
         tokens: [slots, max_model_len] int32; updated. A row's proposals lie there from `length` on.
         counter: [1] int32, steps committed so far, modulo `depth`; incremented.
         ring: [depth, max rows, OUTPUT_WIDTH] int32; entry ``counter % depth`` receives a line for each of the R rows, without
-            proposals; see `stepgraph.step.slot_line`. On CUDA this is pinned host memory.
+            proposals; see `stepgraph.abi.slot_line`. On CUDA this is pinned host memory.
         row_slot, kv_len: [R] int32.
         query_start, sample_start: [R + 1] int32, see `stepgraph.ops.build`.
         sampled: [S] int32, a token or NO_TOKEN.

@@ -8,7 +8,7 @@ Shapes: R rows, J = 1 + K samples a row has at most, L columns of a slot line, N
 import torch
 from torch import Tensor
 
-from stepgraph.step import slot_line as line
+from stepgraph.abi import slot_line as line
 
 
 def commit(

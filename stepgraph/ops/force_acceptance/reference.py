@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from stepgraph.step import slot_line as line
+from stepgraph.abi import slot_line as line
 
 _WORD = 0xFFFFFFFF
 

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from stepgraph.step import slot_line as line
+from stepgraph.abi import slot_line as line
 
 
 def log_softmax(x_V: Tensor) -> Tensor:

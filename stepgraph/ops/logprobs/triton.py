@@ -13,9 +13,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from stepgraph.abi import slot_line as line
 from stepgraph.ops.launched import launched
 from stepgraph.ops.sample.triton import KEY_OUTSIDE, float_key
-from stepgraph.step import slot_line as line
 
 CHUNK = 2048
 """Entries per program of the first kernel."""

@@ -6,7 +6,7 @@ Shapes: R rows, K drafts, H tokens of history, M tokens of memory, P positions, 
 import torch
 from torch import Tensor
 
-from stepgraph.step import slot_line as line
+from stepgraph.abi import slot_line as line
 
 
 def lookup(

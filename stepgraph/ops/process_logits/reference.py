@@ -4,7 +4,7 @@ slot line."""
 import torch
 from torch import Tensor
 
-from stepgraph.step import slot_line as line
+from stepgraph.abi import slot_line as line
 
 
 def process_logits(

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from stepgraph.step import slot_line as line
+from stepgraph.abi import slot_line as line
 
 SHARE = 8
 """One answer takes at most one SHAREth of the memory, and its separator."""

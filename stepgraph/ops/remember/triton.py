@@ -9,10 +9,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from stepgraph.abi import slot_line as line
 from stepgraph.ops.capacity import row_capacity
 from stepgraph.ops.launched import launched
 from stepgraph.ops.remember.reference import SHARE
-from stepgraph.step import slot_line as line
 
 _LINE_WIDTH = tl.constexpr(line.LINE_WIDTH)
 _LENGTH = tl.constexpr(line.LENGTH)

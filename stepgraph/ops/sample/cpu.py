@@ -9,8 +9,8 @@ import math
 import torch
 from torch import Tensor
 
+from stepgraph.abi import slot_line as line
 from stepgraph.ops.sample.philox import LANES, gumbel_lanes
-from stepgraph.step import slot_line as line
 
 _NOISE_SPAN = 20.0
 """More than largest minus smallest Gumbel noise: an entry further than this below the row's largest cannot win."""

@@ -5,8 +5,8 @@ import math
 import torch
 from torch import Tensor
 
+from stepgraph.abi import slot_line as line
 from stepgraph.ops.sample.philox import gumbel
-from stepgraph.step import slot_line as line
 
 
 def keep_mask(x_V: Tensor, min_p: float, top_k: int, top_p: float) -> Tensor:

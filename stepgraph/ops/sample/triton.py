@@ -22,8 +22,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from stepgraph.abi import slot_line as line
 from stepgraph.ops.launched import launched
-from stepgraph.step import slot_line as line
 
 CHUNK = 4096
 """Entries per program of the first kernel."""

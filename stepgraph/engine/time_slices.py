@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Generic, TypeVar
 
-SHIFT_SECONDS = 0.1
+SLICE_SECONDS = 0.1
 """How long work goes on before it has to let others have its place."""
 
 W = TypeVar("W")
@@ -23,14 +23,14 @@ class _Work:
         return self.before + (0.0 if self.since is None else now - self.since)
 
 
-class Shifts(Generic[W]):
+class TimeSlices(Generic[W]):
     """Who works: few at once, and first of all those that have worked for the shortest time.
 
     Args:
         limit: how many work at once.
         start: lets one work that has not begun, or was paused; False if it cannot now.
         pause: stops one until it is started again.
-        slow: called once for one that has worked for a whole shift.
+        slow: called once for one that has worked for a whole slice.
     """
 
     def __init__(
@@ -76,9 +76,9 @@ class Shifts(Generic[W]):
         self._known_slow.discard(worker)
 
     def turn(self, now: float) -> None:
-        """Start those whose turn it is, and pause those whose shift is over if others wait."""
+        """Start those whose turn it is, and pause those whose slice is over if others wait."""
         for worker in self._working - self._known_slow:
-            if self.seconds(worker, now) > SHIFT_SECONDS:
+            if self.seconds(worker, now) > SLICE_SECONDS:
                 self._known_slow.add(worker)
                 self._slow(worker)
         if not self._has_place(now):
@@ -105,7 +105,7 @@ class Shifts(Generic[W]):
     def _may_pause(self, worker: W, now: float) -> bool:
         since = self._works[worker].since
         assert since is not None
-        return now > since + SHIFT_SECONDS
+        return now > since + SLICE_SECONDS
 
     def _last_before(self, first: W, now: float) -> W | None:
         """Who makes room for `first`; None if it has worked for as long as they."""

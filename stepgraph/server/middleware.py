@@ -23,7 +23,7 @@ _CLIENT_LEFT = 499
 _REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
 
 
-class Door:
+class RequestMiddleware:
     """ASGI middleware around the whole application.
 
     Args:

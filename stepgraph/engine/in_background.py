@@ -11,11 +11,11 @@ from stepgraph.platforms import Platform
 
 
 @contextmanager
-def beside(work: Iterator[None], platform: Platform) -> Iterator[None]:
+def in_background(work: Iterator[None], platform: Platform) -> Iterator[None]:
     """Do `work` step by step in a thread while the body runs. Leaving the body waits for its end, and raises what it raised; if
     the body fails, the rest of the work is left."""
     left = threading.Event()
-    with ThreadPoolExecutor(1, thread_name_prefix="stepgraph-beside") as thread:
+    with ThreadPoolExecutor(1, thread_name_prefix="stepgraph-background") as thread:
         done = thread.submit(_run, work, platform, left)
         try:
             yield
@@ -26,7 +26,7 @@ def beside(work: Iterator[None], platform: Platform) -> Iterator[None]:
 
 
 def _run(work: Iterator[None], platform: Platform, left: threading.Event) -> None:
-    with platform.apart():
+    with platform.side_stream():
         for _ in work:
             if left.is_set():
                 return

@@ -1,4 +1,4 @@
-"""The engine's side of the nursery: its process, and those of grammars, by number. See `stepgraph.engine.grammar_process`."""
+"""The engine's side of the fork server: its process, and those of grammars, by number. See `stepgraph.engine.grammar_process`."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from stepgraph.engine.guide_messages import Channel, Kind
 _END_SECONDS = 5.0
 
 
-class Nursery:
+class ForkServer:
     """A process that starts grammars' processes. It is started by a thread, as reading the vocabulary takes a second; whatever
     else is here never waits, and belongs to one thread.
 
@@ -35,7 +35,7 @@ class Nursery:
         self._starter = threading.Thread(
             target=_start_process,
             args=(read_vocabulary, ours, theirs, self._start),
-            name="stepgraph-nursery",
+            name="stepgraph-fork-server",
             daemon=True,
         )
         self._end = weakref.finalize(self, _end, ours, self._starter, self._start)

@@ -1,4 +1,4 @@
-from stepgraph.engine.shifts import SHIFT_SECONDS, Shifts
+from stepgraph.engine.time_slices import SLICE_SECONDS, TimeSlices
 
 
 class Crew:
@@ -7,7 +7,7 @@ class Crew:
     def __init__(self, limit: int):
         self.log: list[str] = []
         self.refuses: set[str] = set()
-        self.shifts = Shifts[str](limit, start=self.start, pause=self.note("pause"), slow=self.note("slow"))
+        self.slices = TimeSlices[str](limit, start=self.start, pause=self.note("pause"), slow=self.note("slow"))
 
     def start(self, worker: str) -> bool:
         if worker in self.refuses:
@@ -20,59 +20,59 @@ class Crew:
 
     def turn(self, now: float) -> list[str]:
         self.log.clear()
-        self.shifts.turn(now)
+        self.slices.turn(now)
         return list(self.log)
 
 
 def test_those_in_line_start_in_their_order_as_places_get_free() -> None:
     crew = Crew(2)
     for worker in "abc":
-        crew.shifts.enter(worker)
+        crew.slices.enter(worker)
     assert crew.turn(0.0) == ["start a", "start b"]
     assert crew.turn(0.01) == []
-    crew.shifts.leave("a")
+    crew.slices.leave("a")
     assert crew.turn(0.02) == ["start c"]
-    assert len(crew.shifts) == 2
+    assert len(crew.slices) == 2
 
 
 def test_after_a_shift_one_that_has_worked_less_takes_over() -> None:
     crew = Crew(1)
-    crew.shifts.enter("slow")
+    crew.slices.enter("slow")
     crew.turn(0.0)
-    crew.shifts.enter("quick")
-    assert crew.turn(SHIFT_SECONDS / 2) == []
-    assert crew.turn(SHIFT_SECONDS * 1.1) == ["slow slow", "start quick", "pause slow"]
-    crew.shifts.leave("quick")
-    assert crew.turn(SHIFT_SECONDS * 1.2) == ["start slow"]
-    assert crew.turn(SHIFT_SECONDS * 9) == []  # nobody waits
+    crew.slices.enter("quick")
+    assert crew.turn(SLICE_SECONDS / 2) == []
+    assert crew.turn(SLICE_SECONDS * 1.1) == ["slow slow", "start quick", "pause slow"]
+    crew.slices.leave("quick")
+    assert crew.turn(SLICE_SECONDS * 1.2) == ["start slow"]
+    assert crew.turn(SLICE_SECONDS * 9) == []  # nobody waits
 
 
 def test_slow_ones_take_turns() -> None:
     crew = Crew(1)
     for worker in "ab":
-        crew.shifts.enter(worker)
-    started = [line for i in range(40) for line in crew.turn(i * SHIFT_SECONDS * 0.6) if line.startswith("start")]
+        crew.slices.enter(worker)
+    started = [line for i in range(40) for line in crew.turn(i * SLICE_SECONDS * 0.6) if line.startswith("start")]
     assert started[:4] == ["start a", "start b", "start a", "start b"]
 
 
 def test_what_was_worked_for_a_part_that_is_done_does_not_count() -> None:
     crew = Crew(1)
     for worker in "ab":
-        crew.shifts.enter(worker)
+        crew.slices.enter(worker)
     crew.turn(0.0)
-    crew.shifts.begin_anew("a", SHIFT_SECONDS)
-    assert crew.turn(SHIFT_SECONDS * 1.5) == []
+    crew.slices.begin_anew("a", SLICE_SECONDS)
+    assert crew.turn(SLICE_SECONDS * 1.5) == []
 
 
 def test_one_that_cannot_start_keeps_its_place_in_line_and_holds_up_nobody() -> None:
     crew = Crew(1)
     crew.refuses.add("a")
     for worker in "abc":
-        crew.shifts.enter(worker)
+        crew.slices.enter(worker)
     assert crew.turn(0.0) == ["start b"]
-    assert crew.turn(SHIFT_SECONDS * 1.1) == ["slow b", "start c", "pause b"]
-    crew.shifts.leave("c")
-    assert crew.turn(SHIFT_SECONDS * 1.2) == ["start b"]
-    crew.shifts.leave("b")
+    assert crew.turn(SLICE_SECONDS * 1.1) == ["slow b", "start c", "pause b"]
+    crew.slices.leave("c")
+    assert crew.turn(SLICE_SECONDS * 1.2) == ["start b"]
+    crew.slices.leave("b")
     crew.refuses.clear()
-    assert crew.turn(SHIFT_SECONDS * 1.3) == ["start a"]
+    assert crew.turn(SLICE_SECONDS * 1.3) == ["start a"]

@@ -1,0 +1,1 @@
+"""Layouts that host and kernels agree on: pure constants, under everything else."""
