@@ -10,6 +10,7 @@ Shapes: R rows, all of the step.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 
 import numpy as np
 import numpy.typing as npt
@@ -35,7 +36,7 @@ class Lockstep:
     """
 
     def __init__(self, requests: Sequence[Request], plan: StepPlan, blocks: BlockPool, block_size: int):
-        self.plan = StepPlan(plan.rows, (), 0, plan.variant, plan.num_drafts)
+        self.plan = replace(plan, deltas=())
         """Of its steps in which nobody needs a block."""
         self._requests = tuple(requests)
         self._blocks, self._block_size = blocks, block_size
@@ -84,7 +85,7 @@ class Lockstep:
         if deltas is None:
             return None
         self._num_unread += 1
-        return StepPlan(self.plan.rows, deltas, 0, self.plan.variant, self.plan.num_drafts) if deltas else self.plan
+        return replace(self.plan, deltas=deltas) if deltas else self.plan
 
     def read(self, results: StepResults) -> Sequence[RequestUpdate] | None:
         """Take in the results of the oldest step under way. None if a row ended or does not go on as it did; nothing has changed

@@ -145,6 +145,7 @@ class Scheduler:
         self._requests: dict[str, Request] = {}
         self._prefilled_last = False
         self._last_plan: StepPlan | None = None
+        self._epoch = 0  # of the last plan
         self._lockstep: Lockstep | None = None
         self._unpublished: _Chunk | None = None
         """The last chunk planned. The row may still be cut, and naming its blocks takes time: they become findable when the next
@@ -244,7 +245,7 @@ class Scheduler:
     def reconcile(self, step: ScheduledStep, results: StepResults) -> Sequence[RequestUpdate]:
         """Take in the results of a step; rows of requests that have left their slot since it was planned are dropped."""
         if self._lockstep is not None:
-            updates = self._lockstep.read(results) if step.plan.rows is self._lockstep.plan.rows else None
+            updates = self._lockstep.read(results) if step.plan.epoch == self._lockstep.plan.epoch else None
             if updates is not None:
                 if step.plan.num_drafts:
                     self.speculation.add(results.outcomes())
@@ -436,11 +437,14 @@ class Scheduler:
             num_prefill_rows=len(draft.chunks),
             variant=variant,
             num_drafts=draft.num_drafts,
+            epoch=self._epoch + 1,
         )
         if self._last_plan is not None and plan.repeats(self._last_plan):
-            plan = replace(plan, rows=self._last_plan.rows)
+            plan = replace(plan, epoch=self._epoch)
             if Lockstep.may_begin(self._running, plan):
                 self._lockstep = Lockstep(self._running, plan, self._blocks, self._block_size)
+        else:
+            self._epoch += 1
         self._last_plan = plan
         return ScheduledStep(plan, tuple(draft.admitted), tuple(spans), draft.follows_grammar)
 

@@ -94,19 +94,13 @@ class _Entry(Generic[Output]):
 class _Use(NamedTuple, Generic[Output]):
     """A step that ran in a captured graph."""
 
-    plan: StepPlan
+    epoch: int | None
     record: StepRecord
     entry: _Entry[Output]
 
     def fits(self, plan: StepPlan) -> bool:
-        """Whether `plan` has the same rows, the very object, and asks no other graph."""
-        mine = self.plan
-        return (
-            plan.rows is mine.rows
-            and plan.num_drafts == mine.num_drafts
-            and plan.variant == mine.variant
-            and plan.num_prefill_rows == mine.num_prefill_rows
-        )
+        """Whether `plan` is sure to run in the same graph."""
+        return plan.epoch is not None and plan.epoch == self.epoch
 
 
 class GraphPool(Generic[Output]):
@@ -256,7 +250,7 @@ class GraphPool(Generic[Output]):
         self.statistics.add(record)
         if entry is None:
             return record, self.eager_twin(shape)
-        self._last = _Use(plan, replace(record, captured=False) if captured else record, entry)
+        self._last = _Use(plan.epoch, replace(record, captured=False) if captured else record, entry)
         return record, entry.graph
 
     def graph(self, shape: StepShape) -> Graph[Output] | None:

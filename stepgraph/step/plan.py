@@ -35,6 +35,9 @@ class StepPlan:
     """The least that its rows need."""
     num_drafts: int = 0
     """Proposals to make for each row, at most; no row verifies more."""
+    epoch: int | None = None
+    """Plans of one epoch decode the same rows and differ in their deltas only, so what is known of one holds for all. Whoever
+    makes the plans of a runner numbers them, ascending; None is like no other plan."""
 
     @cached_property
     def num_tokens(self) -> int:
@@ -48,7 +51,7 @@ class StepPlan:
         return StepKind.PREFILL if self.num_prefill_rows == len(self.rows) else StepKind.MIXED
 
     def repeats(self, last: StepPlan) -> bool:
-        """Whether it decodes the same rows as `last`, and asks for the same of them; its deltas may be others."""
+        """Whether it decodes the same rows as `last`, and asks for the same of them: whether both may be of one epoch."""
         return (
             self.num_prefill_rows == last.num_prefill_rows == 0
             and self.num_drafts == last.num_drafts

@@ -152,7 +152,7 @@ class StepRunner:
         self.cache_lost: Callable[[], None] = lambda: None
         """Called when the KV cache no longer holds what was put there; whoever counts on its content sets it."""
         self._launched = 0
-        self._loaded: tuple[tuple[tuple[int, int], ...], StepShape] | None = None
+        self._loaded: tuple[int | None, StepShape] | None = None
         if config.cache.kv_cache_dtype == "fp8" and not platform.supports_fp8:
             raise ConfigError("kv_cache_dtype=fp8 needs a GPU of compute capability 8.9 or later; leave it at auto")
         layout = KVLayout.of(model.config, config.cache, dtype, num_draft_layers=drafter.num_layers if drafter else 0)
@@ -208,14 +208,14 @@ class StepRunner:
         """Put `plan` where graphs of `shape` read it; nothing to do if it lies there already."""
         # Deltas are idempotent, so rows that repeat without new ones can run on the plan as it lies on the device. A slot's new
         # user needs a block for its first row, so its plan has deltas.
-        has_rows = self._loaded == (plan.rows, shape)
+        has_rows = plan.epoch is not None and self._loaded == (plan.epoch, shape)
         if has_rows and not plan.deltas:
             return
         start, end = shape.deltas_start if has_rows else 0, shape.plan_length(self.block_size)
         turn = self._launched % RING_DEPTH
         plan.pack(shape, self.block_size, self._staging_arrays[turn][:end], start)
         self.state.plan[start:end].copy_(self._staging[turn][start:end], non_blocking=True)
-        self._loaded = (plan.rows, shape)
+        self._loaded = (plan.epoch, shape)
 
     def wait(self, ticket: Ticket) -> None:
         """Block until a launched step is done."""

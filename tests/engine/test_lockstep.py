@@ -1,5 +1,6 @@
 """Lockstep: nothing but the host's time tells it from planning and reading row by row."""
 
+from dataclasses import replace
 from unittest import mock
 
 import numpy as np
@@ -11,6 +12,7 @@ from scheduling import Loop, answer_alone
 from stepgraph.engine.lockstep import Lockstep
 from stepgraph.engine.request import Request, RequestUpdate, SteadyUpdates
 from stepgraph.engine.sampling_params import SamplingParams
+from stepgraph.step.plan import StepPlan
 from stepgraph.step.runner import RowResult, StepResults
 from stepgraph.step.state import SlotSampling
 
@@ -124,7 +126,21 @@ def test_a_steady_plan_is_the_same_object_but_where_a_block_begins() -> None:
     steady = loop.plans[3:-1]
     assert len({id(plan) for plan in steady if not plan.deltas}) == 1
     assert {len(plan.deltas) for plan in steady} == {0, 1}
-    assert {id(plan.rows) for plan in steady} == {id(steady[0].rows)}
+    assert {plan.epoch for plan in steady} == {steady[0].epoch}
+    assert loop.plans[0].epoch < steady[0].epoch
+
+
+def test_plans_of_one_epoch_differ_in_their_deltas_only() -> None:
+    loop = Loop(run_ahead=1, num_drafts=(0, 0, 0, 0, 0, 2), num_kv_blocks=40)
+    for index, id in enumerate("abcdef"):
+        loop.add(id, 2 + 5 * index, 30, stop=index % 2 == 0)
+    loop.drain()
+    by_epoch: dict[int, list[StepPlan]] = {}
+    for plan in loop.plans:
+        by_epoch.setdefault(plan.epoch, []).append(replace(plan, deltas=()))
+    assert list(by_epoch) == sorted(by_epoch)
+    assert all(plan == plans[0] for plans in by_epoch.values() for plan in plans)
+    assert 1 < len(by_epoch) < len(loop.plans)
 
 
 def test_a_prompt_that_finds_no_slot_does_not_end_it() -> None:

@@ -1,8 +1,10 @@
 """Which graph serves a step, what is captured when, and what is counted; with graphs that run nothing."""
 
+import pickle
 import weakref
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from unittest import mock
 
 import pytest
 import torch
@@ -125,6 +127,20 @@ def test_chosen_sizes_hold_every_step_with_less_than_a_quarter_of_padding_beyond
     assert rows <= shape.num_rows <= max(8, 8 * rows)
     assert pool.max_tokens == max_tokens
     assert len(pool.shapes()) <= 160
+
+
+def test_plans_of_one_epoch_are_one_use_however_they_came() -> None:
+    pool = create_pool(Device())
+    first = replace(plan(1, 1), epoch=3)
+    record, graph = pool.graph_for(first)
+    with mock.patch.object(pool, "round_up", side_effect=AssertionError("searched again")):
+        for like_it in (pickle.loads(pickle.dumps(first)), replace(first, deltas=((1, 0, 2),))):
+            assert pool.graph_for(like_it) == (replace(record, captured=False), graph)
+        for other in (replace(first, epoch=4), replace(first, epoch=None)):
+            with pytest.raises(AssertionError, match="searched again"):
+                pool.graph_for(other)
+    pool.graph_for(plan(1, 1))
+    assert str(pool.graph_for(plan(9))[0].shape) == "16x2", "plans without an epoch are like no other"
 
 
 def test_padding_is_counted_for_each_graph_and_for_all() -> None:

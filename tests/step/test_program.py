@@ -4,9 +4,11 @@ The mutants that the first claim must catch (padding, baked values, reads past t
 of the tile bound are in tests/ops/test_attention.py.
 """
 
+import pickle
 import random
 import sys
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from itertools import permutations
 
 import pytest
@@ -19,6 +21,7 @@ from stepgraph.graph.eager import EagerGraph
 from stepgraph.graph.trial import mostly_right_proposals, run
 from stepgraph.graph.verify import verify_shape
 from stepgraph.ops.attention import attention_geometry, max_tiles
+from stepgraph.step.plan import StepPlan
 from stepgraph.step.shape import StepShape
 
 SHAPE = StepShape(160, 8)
@@ -188,3 +191,24 @@ def test_a_step_of_triton_kernels_is_the_step_of_cpu_kernels(create_engine, devi
         for name in ("written", "draft_written"):
             torch.testing.assert_close(getattr(found, name).cpu(), getattr(expected, name), atol=2e-4, rtol=2e-4)
         torch.testing.assert_close(found.logits.cpu(), expected.logits, atol=2e-3, rtol=2e-3)
+
+
+def test_a_plan_of_the_epoch_that_lies_on_the_device_sends_its_deltas_only(runner) -> None:
+    first = StepPlan(((1, 1), (2, 1)), ((2, 0, 5),), 0, epoch=7)
+
+    def sent(plan: StepPlan) -> list[bool]:
+        """Whether rows and deltas were written."""
+        runner.state.plan.fill_(-1)
+        runner.load(plan, SHAPE)
+        return [
+            bool((part >= 0).any())
+            for part in runner.state.plan[: SHAPE.plan_length(BLOCK_SIZE)].split(SHAPE.deltas_start)
+        ][:2]
+
+    with runner.workbench():
+        assert sent(first) == [True, True]
+        assert sent(replace(pickle.loads(pickle.dumps(first)), deltas=())) == [False, False]
+        assert sent(replace(first, deltas=((1, 0, 6),))) == [False, True]
+        assert sent(replace(first, epoch=8, deltas=())) == [True, True]
+        assert sent(replace(first, epoch=None)) == sent(replace(first, epoch=None, deltas=())) == [True, True]
+        runner.state.plan.zero_()
