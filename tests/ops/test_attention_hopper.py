@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from test_attention import Batch, assert_matches, attend, geometry_of, make_batch, needs_hopper, plan_of
+from attention_batches import Batch, assert_matches, attend, geometry_of, make_batch, needs_hopper, plan_of
 
 from stepgraph.ops.attention import AttentionGeometry
 from stepgraph.ops.attention.geometry import HOPPER_TILE, KV_BLOCK, MIN_SPLIT_KEYS_TALL

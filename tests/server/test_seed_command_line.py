@@ -1,7 +1,6 @@
 """The command line for FastDeploy that this project began with, with the embedded model: what it starts, and what it says."""
 
-from live import running_server
-from test_openai_client import free_ports
+from live import free_ports, running_server
 
 GRAPHS = ' {"use_cudagraph":true, "cudagraph_only_prefill":true}'
 """With the space that stands before it there."""
