@@ -42,7 +42,7 @@ def main() -> None:
     torch.cuda.empty_cache()
     print(f"{arguments.model} {settings}: {operators} operators a step")
     for variant in (Variant.PLAIN, Variant.EXTENDED):
-        shapes = pool.shapes(variant, engine.draft_levels[-1])
+        shapes = engine.runner.policy.shapes(variant, engine.draft_levels[-1])
         used, reserved, counted, started = used_bytes(), torch.cuda.memory_reserved(), pool.bytes, time.perf_counter()
         for shape in shapes:
             pool.graph(shape)

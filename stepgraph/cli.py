@@ -207,10 +207,9 @@ def _capturing_config(arguments: argparse.Namespace) -> EngineConfig:
 
 def _shapes(config: EngineConfig) -> list[StepShape]:
     """The shapes a pool of these settings may capture; they depend on no model, so none is loaded."""
-    from stepgraph.graph.pool import capturable_shapes
+    from stepgraph.step.shape_policy import ShapePolicy
 
-    scheduler = config.scheduler
-    return capturable_shapes(config.graph, max_tokens=scheduler.max_num_batched_tokens, max_rows=scheduler.max_num_seqs)
+    return ShapePolicy.of(config.graph, config.scheduler).shapes_ahead([0])
 
 
 def _progress() -> bool:

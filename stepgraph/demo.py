@@ -107,12 +107,12 @@ def main(settings: dict[str, Any], *, progress: bool) -> int:
     print(f"loaded {engine.source.name} in {seconds:.1f} s on {engine.platform.name}: {engine.precision}")
 
     started = time.perf_counter()
-    pool = engine.runner.pool
+    pool, largest = engine.runner.pool, engine.runner.policy.max_shape
     pool.capture_all(progress=progress)
     memory = f", {pool.bytes / 2**20:.0f} MiB" if pool.bytes else ""  # on CPU a graph holds none
     print(
         f"captured {len(pool.records())} {pool.backend_name} graphs in {time.perf_counter() - started:.1f} s{memory}: "
-        f"steps of up to {pool.max_tokens} tokens in up to {pool.max_shape.num_rows} rows",
+        f"steps of up to {largest.num_tokens} tokens in up to {largest.num_rows} rows",
         flush=True,
     )
     if eager_steps := engine.config.graph.eager_steps():

@@ -178,7 +178,7 @@ def measure(engine: Engine, case: Case, limits: Limits, repeats: int) -> Measure
     runner = engine.runner
     with runner.workbench():
         plan = lay_out(runner, case.rows, GREEDY)
-        shape = runner.pool.round_up(plan.num_tokens, len(plan.rows))
+        shape = runner.policy.round_up(plan.num_tokens, len(plan.rows))
         exact = StepShape(plan.num_tokens, len(plan.rows))
         eager = EagerGraph(runner.create_program(exact))
         captured = runner.pool.graph(shape) or runner.pool.eager_twin(shape)
@@ -205,7 +205,7 @@ def take_apart(engine: Engine, case: Case, limits: Limits) -> StepAccount:
     runner = engine.runner
     with runner.workbench():
         plan = lay_out(runner, case.rows, GREEDY)
-        shape = runner.pool.round_up(plan.num_tokens, len(plan.rows))
+        shape = runner.policy.round_up(plan.num_tokens, len(plan.rows))
         twin = runner.pool.eager_twin(shape)
         graph = runner.pool.graph(shape) or twin
         lines = runner.state.lines.clone()
@@ -314,7 +314,7 @@ def _fits(case: Case, engine: Engine, repeats: int) -> bool:
     return (
         sum(-(-n // block_size) for n in tokens) < engine.runner.num_kv_blocks
         and len(case.rows) <= scheduler.max_num_seqs
-        and sum(n for n, _ in case.rows) <= engine.runner.pool.max_tokens
+        and sum(n for n, _ in case.rows) <= engine.runner.policy.max_tokens
         and max(tokens) <= engine.max_model_len
     )
 

@@ -108,7 +108,7 @@ def run(arguments: argparse.Namespace) -> int:
         )
     engine = Engine(config, source=source, progress=sys.stderr.isatty())
     runner = engine.runner
-    most = min(runner.pool.max_shape.num_rows, (runner.num_kv_blocks - 1) // -(-(CONTEXT + 1) // runner.block_size))
+    most = min(runner.policy.max_shape.num_rows, (runner.num_kv_blocks - 1) // -(-(CONTEXT + 1) // runner.block_size))
     if not most:
         raise ConfigError(
             f"num_kv_blocks={runner.num_kv_blocks} hold no request of {CONTEXT + 1} tokens; raise it, or leave it unset"
@@ -142,7 +142,7 @@ def measure(runner: StepRunner, rows: int, repeats: int) -> list[Cost]:
             runner.state.set_masks(slot, half[None])
         for feature in tqdm(FEATURES, f"preparing {rows} rows", leave=False, disable=not sys.stderr.isatty()):
             plan = lay_out(runner, [(1, CONTEXT + 1)] * rows, feature.sampling)
-            shape = runner.pool.round_up(rows, rows, feature.variant)
+            shape = runner.policy.round_up(rows, rows, feature.variant)
             graph = runner.pool.graph(shape) or runner.pool.eager_twin(shape)
             contenders.append(Contender(plan, shape, graph, runner.state.lines.clone()))
         times = time_interleaved(runner, contenders, repeats)

@@ -14,13 +14,14 @@ from typing import TypeVar
 
 import numpy as np
 
-from stepgraph.bench.simulation import BLOCK_SIZE, Device, Ladder
+from stepgraph.bench.simulation import BLOCK_SIZE, Device
 from stepgraph.bench.workloads import VOCAB_SIZE
 from stepgraph.config import GraphConfig, SchedulerConfig
 from stepgraph.engine.request import Request
 from stepgraph.engine.sampling_params import SamplingParams
 from stepgraph.engine.scheduler import ScheduledStep, Scheduler
 from stepgraph.step.runner import StepResults
+from stepgraph.step.shape_policy import ShapePolicy
 from stepgraph.step.slot_sampling import SlotSampling
 
 NUM_RUNNING = (1, 8, 64, 256, 1024)
@@ -75,7 +76,7 @@ class _Case:
             max_tokens=config.max_num_batched_tokens,
             num_kv_blocks=2 + num_slots * (2 + _ENDLESS // BLOCK_SIZE),
             block_size=BLOCK_SIZE,
-            token_sizes=Ladder(config, GraphConfig()).token_sizes,
+            token_sizes=ShapePolicy.of(GraphConfig(), config).token_sizes,
         )
         self._device = Device(num_slots)
         self._in_flight: deque[tuple[ScheduledStep, StepResults]] = deque()

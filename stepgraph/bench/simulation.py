@@ -19,10 +19,9 @@ from stepgraph.engine.request import FinishReason, Request
 from stepgraph.engine.sampling_params import SamplingParams
 from stepgraph.engine.scheduler import WATERMARK, ScheduledStep, Scheduler
 from stepgraph.engine.waiting import MAX_OVERTAKEN
-from stepgraph.graph.pool import capturable_shapes
 from stepgraph.step.plan import StepPlan
 from stepgraph.step.runner import RowResult, StepResults
-from stepgraph.step.shape import StepShape
+from stepgraph.step.shape_policy import ShapePolicy
 from stepgraph.step.slot_sampling import SlotSampling
 
 BLOCK_SIZE = 16
@@ -52,27 +51,6 @@ class AffineStepTime:
 
 QWEN3_0_6B_ON_H100 = AffineStepTime(base_ms=1.146, ms_per_token=0.00190, ms_per_row=0.0098)
 """Least squares of relative errors over the ten steps in benchmarks/results/h100-graphs-qwen3-0.6b.json; within 11 % of each."""
-
-
-class Ladder:
-    """Captured sizes, and which of them serves a step, by the rule of `GraphPool.round_up`."""
-
-    def __init__(self, config: SchedulerConfig, graph: GraphConfig):
-        shapes = capturable_shapes(graph, max_tokens=config.max_num_batched_tokens, max_rows=config.max_num_seqs)
-        self._shapes = sorted(shapes)
-        self.num_graphs = len(shapes)
-        self._chosen: dict[tuple[int, int], StepShape] = {}
-        self.token_sizes = sorted({shape.num_tokens for shape in shapes})
-
-    def round_up(self, num_tokens: int, num_rows: int) -> StepShape:
-        """The smallest captured shape that holds so many tokens in so many rows."""
-        key = num_tokens, num_rows
-        if key not in self._chosen:
-            assert num_tokens <= self.token_sizes[-1], (num_tokens, self.token_sizes[-1])
-            self._chosen[key] = next(
-                shape for shape in self._shapes if shape.num_tokens >= num_tokens and shape.num_rows >= num_rows
-            )
-        return self._chosen[key]
 
 
 @dataclass(frozen=True)
@@ -276,14 +254,14 @@ class _Loop:
         config = scenario.config
         self._trace, self._scenario = trace, scenario
         self._clock = _Clock()
-        self._ladder = Ladder(config, scenario.graph)
+        self._shapes = ShapePolicy.of(scenario.graph, config)
         self._scheduler = create_scheduler(
             config,
             max_tokens=config.max_num_batched_tokens,
             num_kv_blocks=scenario.num_kv_blocks,
             block_size=BLOCK_SIZE,
             token_sizes=(
-                self._ladder.token_sizes if scenario.snapping else range(1, config.max_num_batched_tokens + 1)
+                self._shapes.token_sizes if scenario.snapping else range(1, config.max_num_batched_tokens + 1)
             ),
             clock=self._clock.read,
         )
@@ -350,7 +328,7 @@ class _Loop:
     def _account(self, plan: StepPlan, num_tokens: int) -> float:
         """Note a step; returns its seconds."""
         result, step_time = self._result, self._scenario.step_time
-        shape = self._ladder.round_up(plan.num_tokens, len(plan.rows))
+        shape = self._shapes.round_up(plan.num_tokens, len(plan.rows))
         use = result.uses.setdefault(shape.num_tokens, ShapeUse())
         use.steps += 1
         use.planned_tokens += plan.num_tokens
@@ -382,8 +360,8 @@ class _Loop:
         most, step_time = self._scenario.config.max_num_batched_tokens, self._scenario.step_time
         whole, rest = divmod(prompt_len, most)
         chunks = [most] * whole + [rest] * bool(rest)
-        shapes = Counter(self._ladder.round_up(chunk, 1) for chunk in chunks)
-        shapes[self._ladder.round_up(1, 1)] += answer_len - 1
+        shapes = Counter(self._shapes.round_up(chunk, 1) for chunk in chunks)
+        shapes[self._shapes.round_up(1, 1)] += answer_len - 1
         return sum(count * step_time.seconds(shape.num_tokens, shape.num_rows) for shape, count in shapes.items())
 
     def _sleep(self) -> bool:

@@ -18,10 +18,11 @@ from typing import Any
 from tqdm import tqdm
 
 from stepgraph.bench.report import table, write_json
-from stepgraph.bench.simulation import Ladder, Scenario, StepTime, simulate
+from stepgraph.bench.simulation import Scenario, StepTime, simulate
 from stepgraph.bench.workloads import LENGTHS, Lengths, load_lengths, make_trace
 from stepgraph.config import GraphConfig, SchedulerConfig
 from stepgraph.errors import ConfigError
+from stepgraph.step.shape_policy import ShapePolicy
 
 _FEW_ROWS = 8
 """Steps of no more rows tell what tokens cost."""
@@ -216,7 +217,7 @@ def try_candidate(
         capture_rows=None if candidate.rows is None else tuple(candidate.rows),
     )
     scenario = Scenario(config, graph, step_time=step_time)
-    num_graphs = Ladder(config, graph).num_graphs
+    num_graphs = len(ShapePolicy.of(graph, config).shapes())
     runs = [
         simulate(
             make_trace(

@@ -74,7 +74,7 @@ def round_costs(runner: StepRunner, rows: int, context: int, num_drafts: int) ->
     """
     model, new = runner.model, 1 + num_drafts
     config = model.config
-    drafter = runner.create_program(runner.pool.max_shape).drafter
+    drafter = runner.create_program(runner.policy.max_shape).drafter
     assert drafter is not None
     parameters = list(drafter.parameters())
     size = parameters[0].element_size()
@@ -121,8 +121,8 @@ def spread(num_tokens: int, num_rows: int) -> tuple[int, ...]:
 
 def time_round(runner: StepRunner, rows: int, context: int, num_drafts: int, repeats: int) -> RoundTimes:
     """Time a plain step, verification alone and a whole round, in turn. Arguments are as for `round_costs` and `time_steps`."""
-    plain = runner.pool.round_up(rows, rows)
-    whole = runner.pool.round_up(rows * (1 + num_drafts), rows, num_drafts=num_drafts)
+    plain = runner.policy.round_up(rows, rows)
+    whole = runner.policy.round_up(rows * (1 + num_drafts), rows, num_drafts=num_drafts)
     steps = [
         TimedStep(plain, (0,) * rows, drafts=False),
         TimedStep(whole, (num_drafts,) * rows, drafts=False),

@@ -231,7 +231,7 @@ def _window(
     params = SamplingParams(
         temperature=0,
         ignore_eos=True,
-        max_tokens=_reach(options, num_drafts, batch_size, engine.runner.pool.max_tokens),
+        max_tokens=_reach(options, num_drafts, batch_size, engine.runner.policy.max_tokens),
     )
     rng = np.random.default_rng(0)
     for index in range(batch_size):

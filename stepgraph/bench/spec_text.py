@@ -22,10 +22,10 @@ from stepgraph.engine.prompts import require_tokenizer
 from stepgraph.engine.reports import StepReport
 from stepgraph.engine.sampling_params import SamplingParams
 from stepgraph.errors import ConfigError
-from stepgraph.graph.pool import capturable_shapes
 from stepgraph.models.source import ModelSource
 from stepgraph.step.plan import StepKind
 from stepgraph.step.shape import StepShape
+from stepgraph.step.shape_policy import ShapePolicy
 
 BASELINE = "none"
 WATERMARK = 1.05
@@ -209,13 +209,13 @@ def check_rows(config: EngineConfig, rows: int) -> None:
     Raises:
         ConfigError: says how many run.
     """
-    most, budget = config.scheduler.max_num_seqs, config.scheduler.max_num_batched_tokens
+    most = config.scheduler.max_num_seqs
     if rows > most:
         raise ConfigError(
             f"{rows} requests do not run at once with max_num_seqs={most}; raise it, or lower --batch-sizes"
         )
-    shapes = capturable_shapes(config.graph, max_tokens=budget, max_rows=most)
-    num_drafts, limit = config.speculative.max_drafts, max(shape.num_tokens for shape in shapes)
+    num_drafts = config.speculative.max_drafts
+    limit = ShapePolicy.of(config.graph, config.scheduler).max_tokens
     if rows * (1 + num_drafts) > limit:
         raise ConfigError(
             f"{rows} rows of {num_drafts} proposals are {rows * (1 + num_drafts)} tokens, and a step runs at most {limit}; raise "

@@ -172,7 +172,7 @@ def _prompts(engine: Engine, count: int) -> list[list[int]]:
     """Slices of Python's own documentation, technical English and code, of 3 to 1,000 tokens."""
     tokenizer = engine.tokenizer
     rng = random.Random(0)
-    longest = min(1000, engine.max_model_len // 2, engine.runner.pool.max_tokens)
+    longest = min(1000, engine.max_model_len // 2, engine.runner.policy.max_tokens)
     lengths = [max(3, round(longest ** (i / max(count - 1, 1)))) for i in range(count)]
     if tokenizer is None:
         return [[rng.randrange(engine.source.config.vocab_size) for _ in range(n)] for n in lengths]
@@ -194,7 +194,7 @@ def _next_log_probs(runner: StepRunner, prompt: Sequence[int]) -> Tensor:
             max_length=runner.max_model_len,
             sampling=SlotSampling(seed=0),
         )
-        shape = runner.pool.round_up(len(prompt), 1)
+        shape = runner.policy.round_up(len(prompt), 1)
         runner.load(StepPlan(((1, len(prompt)),), (), 1), shape)
         output = runner.pool.eager_twin(shape).replay()
         return output.logits[0].float().log_softmax(-1).cpu()

@@ -156,10 +156,10 @@ class Engine:
                 self.runner.pool.capture_all(progress=progress)
         self.scheduler = Scheduler(
             config.scheduler,
-            max_tokens=self.runner.pool.max_tokens,
+            max_tokens=self.runner.policy.max_tokens,
             num_kv_blocks=self.runner.num_kv_blocks,
             block_size=config.cache.block_size,
-            token_sizes=self.runner.pool.token_sizes,
+            token_sizes=self.runner.policy.token_sizes,
             prefix_caching=config.cache.enable_prefix_caching,
             pure_steps=config.graph.cudagraph_only_prefill and config.scheduler.insertion_policy == "gather",
             choose_drafts=self._depth.choose,

@@ -5,9 +5,8 @@ from __future__ import annotations
 import logging
 import sys
 import time
-from bisect import bisect_left
 from collections import Counter, deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from math import inf
@@ -17,12 +16,13 @@ import torch
 from tqdm import tqdm
 
 from stepgraph.config import GraphConfig
-from stepgraph.errors import ConfigError, DeviceMemoryError
+from stepgraph.errors import DeviceMemoryError
 from stepgraph.graph.base import Graph, GraphBackend, Output
 from stepgraph.graph.eager import EagerBackend
 from stepgraph.step.eager_reason import EagerReason
 from stepgraph.step.plan import StepKind, StepPlan
-from stepgraph.step.shape import StepShape, Variant, row_sizes, token_sizes
+from stepgraph.step.shape import StepShape
+from stepgraph.step.shape_policy import ShapePolicy
 
 logger = logging.getLogger(__name__)
 
@@ -114,8 +114,7 @@ class GraphPool(Generic[Output]):
         trial: launches a graph at the largest context, leaving no trace; for the first of those captured all at once. Before a
             step that waits for its graph it would be a delay, and no test of a start.
         graph_bytes: what the driver holds for a graph, beside the memory that the backend knows of.
-        max_tokens, max_rows: largest step the scheduler may plan.
-        draft_levels: numbers of proposals of a row that steps are planned with, ascending.
+        policy: which shape serves a step.
         lazy: capture at first use rather than all at once.
     """
 
@@ -127,10 +126,8 @@ class GraphPool(Generic[Output]):
         capture_context: Callable[[], AbstractContextManager[None]],
         trial: Callable[[Graph[Output]], None],
         graph_bytes: Callable[[], int],
+        policy: ShapePolicy,
         *,
-        max_tokens: int,
-        max_rows: int,
-        draft_levels: Sequence[int] = (0,),
         lazy: bool,
     ):
         self.backend_name = backend.name
@@ -144,12 +141,10 @@ class GraphPool(Generic[Output]):
         self._capture_context = capture_context
         self._trial = trial
         self._graph_bytes = graph_bytes
-        self._token_sizes, self._row_sizes = _ladder(config, max_tokens, max_rows)
+        self.policy = policy
         if eager_steps := config.eager_steps():
             logger.warning("steps that run without a graph, and so more slowly: %s", eager_steps)
-        self._longest_prefill = config.max_prefill_capture_size or max_tokens
-        self._draft_levels = tuple(draft_levels)
-        self._spare = self._shapes_to_capture(self._draft_levels)
+        self._spare = policy.shapes_ahead(policy.draft_levels)
         self.capture_seconds = 0.0
         """Time all captures took, those of graphs over the budget included."""
         self._entries: dict[StepShape, _Entry[Output]] = {}
@@ -161,17 +156,6 @@ class GraphPool(Generic[Output]):
         self._last: _Use[Output] | None = None  # a step with the rows of the one before it skips the search
 
     @property
-    def max_tokens(self) -> int:
-        """Most tokens of a step."""
-        return self._token_sizes[-1]
-
-    @property
-    def max_shape(self) -> StepShape:
-        """The largest step: no buffer of any other is larger."""
-        largest = self._token_sizes[-1]
-        return StepShape(largest, self._row_sizes[largest][-1], num_drafts=self._draft_levels[-1])
-
-    @property
     def num_graphs(self) -> int:
         """Captured graphs."""
         return len(self._entries)
@@ -181,43 +165,9 @@ class GraphPool(Generic[Output]):
         """Memory that all captured graphs take."""
         return self._backend_bytes + len(self._entries) * self._graph_bytes()
 
-    @property
-    def token_sizes(self) -> tuple[int, ...]:
-        """Captured token counts, ascending."""
-        return tuple(self._token_sizes)
-
-    def shapes(self, variant: Variant = Variant.PLAIN, num_drafts: int = 0) -> list[StepShape]:
-        """All shapes of a variant and a number of proposals that steps may have, largest first."""
-        return [
-            replace(shape, variant=variant, num_drafts=num_drafts)
-            for shape in _shapes(self._token_sizes, self._row_sizes)
-        ]
-
-    def _shapes_to_capture(self, draft_levels: Sequence[int]) -> list[StepShape]:
-        """Plain shapes of these numbers of proposals that are captured ahead, largest first, most proposals first."""
-        shapes = _shapes_to_capture(self._config, self._token_sizes, self._row_sizes)
-        return [replace(shape, num_drafts=level) for level in reversed(draft_levels) for shape in shapes]
-
     def records(self) -> list[GraphRecord]:
         """Captured graphs, smallest first."""
         return [entry.record for _, entry in sorted(self._entries.items())]
-
-    def round_up(
-        self, num_tokens: int, num_rows: int, variant: Variant = Variant.PLAIN, num_drafts: int = 0
-    ) -> StepShape:
-        """The smallest capturable shape of a variant that holds so many tokens in so many rows, with room for proposals.
-
-        From two to four tokens the costs hardly differ on all platforms, so that rows of fewer proposals than there may be get no
-        graphs of their own; those of none do.
-        """
-        if num_tokens > num_rows:
-            num_tokens = max(num_tokens, min(1 + num_drafts, 4, self.max_tokens))
-        assert num_tokens <= self.max_tokens, (num_tokens, self.max_tokens)
-        for tokens in self._token_sizes[bisect_left(self._token_sizes, max(num_tokens, num_rows, 1)) :]:
-            rows = self._row_sizes[tokens]
-            if num_rows <= rows[-1]:
-                return StepShape(tokens, rows[bisect_left(rows, num_rows)], variant, num_drafts)
-        raise AssertionError(f"{num_rows} rows fit no captured shape")
 
     def graph_for(self, plan: StepPlan) -> tuple[StepRecord, Graph[Output]]:
         """The graph that runs `plan`, captured now if need be, and the record of this use."""
@@ -227,17 +177,11 @@ class GraphPool(Generic[Output]):
             last.entry.record.real_tokens += last.record.num_tokens
             self.statistics.add(last.record)
             return last.record, last.entry.graph
-        shape = self.round_up(plan.num_tokens, len(plan.rows), plan.variant, plan.num_drafts)
-        reason: EagerReason | None = None
+        shape = self.policy.shape_of(plan)
+        reason = self.policy.eager_reason(plan)
         entry: _Entry[Output] | None = None
         capture_seconds = self.capture_seconds
-        if self._backend.name == "eager":
-            reason = EagerReason.GRAPHS_OFF
-        elif self._config.cudagraph_only_prefill and plan.kind is not StepKind.PREFILL:
-            reason = EagerReason.NOT_PURE_PREFILL
-        elif plan.num_tokens > self._longest_prefill and plan.kind is StepKind.PREFILL:
-            reason = EagerReason.LONG_PREFILL
-        else:
+        if reason is None:
             entry = self._entries.get(shape) or self._try_to_capture(shape) or self._covering(shape)
             if entry is None:
                 reason = EagerReason.MEMORY_BUDGET if shape in self._over_budget else EagerReason.CAPTURE_FAILED
@@ -272,10 +216,10 @@ class GraphPool(Generic[Output]):
     def capture_all(self, *, progress: bool) -> None:
         """Capture the plain shapes, largest first, until the memory budget is used up: with as many proposals as there may be,
         and with fewer if all graphs were asked for by name; `capture_spare` adds those. Others wait for their first use."""
-        if self._backend.name == "eager":
+        if self.policy.graphs_off:
             return
-        levels = self._draft_levels if self._config.capture == "all" else self._draft_levels[-1:]
-        wanted = self._shapes_to_capture(levels)
+        levels = self.policy.draft_levels
+        wanted = self.policy.shapes_ahead(levels if self._config.capture == "all" else levels[-1:])
         shapes = tqdm(
             wanted,
             desc="capturing graphs",
@@ -309,7 +253,7 @@ class GraphPool(Generic[Output]):
 
     def capture_spare(self) -> bool:
         """Capture one plain graph that is missing, of any number of proposals; False if there is none to be captured ahead."""
-        if self.lazy or self._backend.name == "eager":
+        if self.lazy or self.policy.graphs_off:
             return False
         while self._spare:
             shape = self._spare.pop()
@@ -371,54 +315,3 @@ class GraphPool(Generic[Output]):
             and s.num_drafts == shape.num_drafts
         ]
         return self._entries[min(fitting)] if fitting else None
-
-
-def capturable_shapes(config: GraphConfig, *, max_tokens: int, max_rows: int) -> list[StepShape]:
-    """The shapes a pool of these settings captures ahead, largest first; ConfigError as for the pool."""
-    return _shapes_to_capture(config, *_ladder(config, max_tokens, max_rows))
-
-
-def _shapes_to_capture(config: GraphConfig, token_sizes: list[int], row_sizes: dict[int, list[int]]) -> list[StepShape]:
-    """All shapes; with `cudagraph_only_prefill`, those that steps of prompts alone come to as a rule."""
-    shapes = _shapes(token_sizes, row_sizes)
-    if not config.cudagraph_only_prefill:
-        return shapes
-    longest = min(config.max_prefill_capture_size or token_sizes[-1], token_sizes[-1])
-    longest = token_sizes[bisect_left(token_sizes, longest)]
-    return [shape for shape in shapes if shape.num_tokens <= longest and not _is_for_decodes(shape)]
-
-
-def _is_for_decodes(shape: StepShape) -> bool:
-    """Whether only steps of many rows, most of one token, need it. Should prompts do, it is captured at that first use."""
-    return shape.num_rows > 8 and shape.num_tokens < 2 * shape.num_rows
-
-
-def _shapes(token_sizes: list[int], row_sizes: dict[int, list[int]]) -> list[StepShape]:
-    return sorted((StepShape(tokens, rows) for tokens in token_sizes for rows in row_sizes[tokens]), reverse=True)
-
-
-def _ladder(config: GraphConfig, max_tokens: int, max_rows: int) -> tuple[list[int], dict[int, list[int]]]:
-    """Token counts to capture, and for each the row counts."""
-    largest = min(config.max_capture_size or max_tokens, max_tokens)
-    sizes = set(config.capture_sizes or token_sizes(largest))
-    too_large = sorted(size for size in sizes if size > max_tokens)
-    if too_large:
-        raise ConfigError(
-            f"capture_sizes={too_large} are above max_num_batched_tokens={max_tokens}, so no step could use them; drop "
-            "them or raise max_num_batched_tokens"
-        )
-    sizes = {size for size in sizes if size <= largest}
-    if not sizes or max(sizes) < max_rows:
-        raise ConfigError(
-            f"the largest captured size {max(sizes, default=0)} is below max_num_seqs={max_rows}, so a decode step of all "
-            "running requests would fit no graph; capture a size of at least that, or lower max_num_seqs"
-        )
-    rows = {
-        tokens: sorted(
-            {min(r, tokens, max_rows) for r in config.capture_rows} | {min(tokens, max_rows)}
-            if config.capture_rows
-            else set(row_sizes(tokens, max_rows))
-        )
-        for tokens in sizes
-    }
-    return sorted(sizes), rows

@@ -57,7 +57,7 @@ def verify_shape(
 
     Args:
         runner: with a KV cache that holds the compositions; its slots must be free.
-        shape: one of `runner.pool.shapes()`.
+        shape: one of `runner.policy.shapes()`.
         compositions: that fit the shape.
         alone_rows: rows of each composition that are also run alone; the last is always among them.
     """
@@ -136,7 +136,7 @@ def verify_pool(
         shape
         for num_drafts in draft_levels
         for variant in variants
-        for shape in runner.pool.shapes(variant, num_drafts)
+        for shape in runner.policy.shapes(variant, num_drafts)
     ]
     for shape in tqdm(
         shapes, desc="verifying graphs", unit="graph", disable=not progress, leave=False, file=sys.stderr

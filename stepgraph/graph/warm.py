@@ -39,7 +39,7 @@ def main_warm(config: EngineConfig, *, progress: bool) -> int:
         shape
         for num_drafts in sorted({0, *engine.draft_levels})
         for variant in Variant
-        for shape in runner.pool.shapes(variant, num_drafts)
+        for shape in runner.policy.shapes(variant, num_drafts)
     ]
     runner.compile_kernels(
         tqdm(shapes, desc="finding kernels", unit="graph", disable=not progress, leave=False, file=sys.stderr)

@@ -324,7 +324,7 @@ def pool_of(engine: Engine) -> dict[str, Any]:
         "padding_tokens": statistics.padding_tokens,
         "bytes": pool.bytes,
         "failed_captures": statistics.failed_captures,
-        "token_sizes": list(pool.token_sizes),
+        "token_sizes": list(engine.runner.policy.token_sizes),
         "graphs": [
             {
                 "num_tokens": record.shape.num_tokens,
@@ -442,7 +442,7 @@ def _longest_step_s(engine: Engine) -> float:
     model = engine.runner.model
     num_weights = sum(parameter.numel() for parameter in model.parameters())
     num_attended = 2 * engine.max_model_len * model.config.num_layers * model.config.num_heads * model.config.head_dim
-    return 2 * engine.runner.pool.max_tokens * (num_weights + num_attended) / _SLOWEST_FLOPS
+    return 2 * engine.runner.policy.max_tokens * (num_weights + num_attended) / _SLOWEST_FLOPS
 
 
 def _end_with_the_front() -> None:

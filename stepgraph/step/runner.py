@@ -28,6 +28,7 @@ from stepgraph.step.memory import KVLayout, OperatorCount, choose_num_blocks
 from stepgraph.step.plan import StepPlan
 from stepgraph.step.program import LogitBuffers, StepOutput, StepProgram
 from stepgraph.step.shape import StepShape, Variant
+from stepgraph.step.shape_policy import ShapePolicy
 from stepgraph.step.state import RING_DEPTH, SlotState
 
 logger = logging.getLogger(__name__)
@@ -125,6 +126,7 @@ class StepRunner:
         backend = create_backend(
             platform.default_graph_backend if graph.graph_backend == "auto" else graph.graph_backend
         )
+        self.policy = ShapePolicy.of(graph, scheduler, draft_levels=draft_levels, graphs_off=backend.name == "eager")
         self.pool: GraphPool[StepOutput] = GraphPool(
             graph,
             backend,
@@ -132,9 +134,7 @@ class StepRunner:
             self._leaving_no_trace,
             self._try_largest_context,
             lambda: self._graph_bytes,
-            max_tokens=scheduler.max_num_batched_tokens,
-            max_rows=scheduler.max_num_seqs,
-            draft_levels=draft_levels,
+            self.policy,
             lazy=graph.capture == "lazy" or (graph.capture == "auto" and not platform.captures_all_by_default),
         )
         self.state = SlotState(
@@ -142,11 +142,11 @@ class StepRunner:
             max_model_len=max_model_len,
             block_size=self.block_size,
             vocab_size=self.vocab_size,
-            max_shape=self.pool.max_shape,
+            max_shape=self.policy.max_shape,
             platform=platform,
         )
         dtype = model.dtype
-        rows = min(self.pool.max_shape.num_samples, max(scheduler.max_num_seqs, _LOGIT_ROWS))
+        rows = min(self.policy.max_shape.num_samples, max(scheduler.max_num_seqs, _LOGIT_ROWS))
         self._extended_rows = min(rows, _EXTENDED_ROWS)
         self._logits = torch.empty(rows, self.vocab_size, dtype=dtype, device=platform.device)
         self.cache_lost: Callable[[], None] = lambda: None
@@ -163,14 +163,14 @@ class StepRunner:
         self.kv_caches = layout.allocate(1, memory)  # the null block is all that a dry run touches
         self.kernels = CompiledKernels(0, 0)
         """Those that were compiled before anything launched them."""
-        if self.compile_kernels([self.pool.max_shape]).compiled and not self.pool.lazy:  # the cache on disk is cold
-            self.compile_kernels(shape for level in draft_levels for shape in self.pool.shapes(num_drafts=level))
+        if self.compile_kernels([self.policy.max_shape]).compiled and not self.pool.lazy:  # the cache on disk is cold
+            self.compile_kernels(shape for level in draft_levels for shape in self.policy.shapes(num_drafts=level))
         with OperatorCount() as operators:
             activation_bytes = platform.peak_memory_bytes(self._dry_run)
         self.graph_operators = operators.count
         """Operators of the largest step, which are about those of any; 0 where no dry run is needed."""
         self._graph_bytes = operators.count * platform.graph_node_bytes
-        num_graphs = len(self.pool.shapes()) * len(Variant) * len(draft_levels)
+        num_graphs = len(self.policy.shapes()) * len(Variant) * len(draft_levels)
         graphs_bytes = (graph.graph_memory_mib or 0) << 20 or num_graphs * self._graph_bytes
         self.num_kv_blocks = choose_num_blocks(
             layout,
@@ -324,7 +324,7 @@ class StepRunner:
     def _dry_run(self) -> None:
         """Run the largest step on nothing."""
         with self._leaving_no_trace():
-            EagerGraph(self.create_program(self.pool.max_shape)).replay()
+            EagerGraph(self.create_program(self.policy.max_shape)).replay()
 
     def _try_largest_context(self, graph: Graph[StepOutput]) -> None:
         """Launch `graph` on one decode row at the largest context, in the null slot and the null block."""

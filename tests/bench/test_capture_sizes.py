@@ -7,11 +7,12 @@ from pathlib import Path
 import pytest
 
 from stepgraph import bench
-from stepgraph.bench.simulation import Ladder, Scenario, simulate
+from stepgraph.bench.simulation import Scenario, simulate
 from stepgraph.bench.sizes import CANDIDATES, MeasuredStepTime, geometric, interpolate
 from stepgraph.bench.workloads import load_lengths, make_trace
 from stepgraph.config import GraphConfig, SchedulerConfig
 from stepgraph.errors import ConfigError
+from stepgraph.step.shape_policy import ShapePolicy
 
 GRAPHS = Path(__file__).parents[2] / "benchmarks" / "results" / "h100-graphs-qwen3-0.6b.json"
 
@@ -49,7 +50,7 @@ def test_every_candidate_holds_every_step() -> None:
             capture_sizes=None if sizes is None else tuple(sizes),
             capture_rows=None if candidate.rows is None else tuple(candidate.rows),
         )
-        ladder = Ladder(config, graph)
+        ladder = ShapePolicy.of(graph, config)
         assert ladder.token_sizes[-1] == 300
         for rows in range(1, 6):
             assert ladder.round_up(300, rows).num_rows >= rows

@@ -11,13 +11,11 @@ from stepgraph import bench
 from stepgraph.bench import scheduler as scheduler_bench
 from stepgraph.bench import scheduler_cost, workloads
 from stepgraph.bench.scheduler import random_case, run_case
-from stepgraph.bench.simulation import QWEN3_0_6B_ON_H100, Ladder, Scenario, Simulation, simulate
+from stepgraph.bench.simulation import QWEN3_0_6B_ON_H100, Scenario, Simulation, simulate
 from stepgraph.bench.workloads import Arrival, load_lengths, make_trace
-from stepgraph.config import GraphConfig, SchedulerConfig
+from stepgraph.config import SchedulerConfig
 from stepgraph.engine.scheduler import Scheduler
 from stepgraph.errors import ConfigError
-from stepgraph.graph.eager import EagerBackend
-from stepgraph.graph.pool import GraphPool
 
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
 SHORT = load_lengths("short")
@@ -194,24 +192,6 @@ def test_step_times_are_within_a_ninth_of_those_measured() -> None:
     for case in cases:
         seconds = QWEN3_0_6B_ON_H100.seconds(case["graph_tokens"], case["graph_rows"])
         assert 1e3 * seconds == pytest.approx(case["graph_ms"], rel=0.11), case["case"]
-
-
-@pytest.mark.parametrize("max_num_seqs", [1, 5, 64])
-def test_steps_run_at_the_sizes_that_the_pool_would_choose(max_num_seqs) -> None:
-    config = SchedulerConfig(max_num_seqs=max_num_seqs, max_num_batched_tokens=300)
-    pool = GraphPool(
-        GraphConfig(),
-        EagerBackend(),
-        *[None] * 4,
-        max_tokens=config.max_num_batched_tokens,
-        max_rows=max_num_seqs,
-        lazy=True,
-    )
-    ladder = Ladder(config, GraphConfig())
-    assert tuple(ladder.token_sizes) == pool.token_sizes
-    for num_tokens in range(1, 301):
-        for num_rows in range(1, min(num_tokens, max_num_seqs) + 1):
-            assert ladder.round_up(num_tokens, num_rows) == pool.round_up(num_tokens, num_rows)
 
 
 def test_a_trace_is_a_function_of_its_seed_and_has_the_load_it_was_asked_for() -> None:

@@ -450,7 +450,7 @@ def test_an_idle_engine_captures_the_graphs_of_fewer_proposals_and_answers_meanw
         )
     )
     pool, levels = engine.engine.runner.pool, engine.engine.draft_levels
-    wanted = {shape for level in levels for shape in pool.shapes(num_drafts=level)}
+    wanted = {shape for level in levels for shape in engine.engine.runner.policy.shapes(num_drafts=level)}
     assert len(levels) > 1
 
     async def answer_and_wait() -> None:

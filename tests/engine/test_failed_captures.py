@@ -109,7 +109,7 @@ def test_a_graph_of_more_than_what_could_not_be_captured_serves_the_step(create_
     drain(engine)
     pool = engine.runner.pool
     break_captures(engine, "no memory in the warm-up", fails=lambda shape: shape.variant < Variant.PROMPT_LOGPROBS)
-    for shape in pool.shapes(Variant.PROMPT_LOGPROBS):
+    for shape in engine.runner.policy.shapes(Variant.PROMPT_LOGPROBS):
         pool.graph(shape)
     answers(engine, Variant.EXTENDED)
     assert engine.runner.pool.statistics.num_eager_steps == 0

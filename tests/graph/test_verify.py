@@ -142,7 +142,7 @@ def test_mutant_log_probabilities_of_another_row_are_caught(create_engine, monke
     report = ops.logprobs
     with monkeypatch.context() as patch:
         patch.setattr(ops, "logprobs", lambda logits, target, *rest: report(logits, target.flip(0), *rest))
-        for shape in engine.runner.pool.shapes(Variant.EXTENDED):
+        for shape in engine.runner.policy.shapes(Variant.EXTENDED):
             engine.runner.pool.graph(shape)
     reports = verify_pool(engine.runner, rounds=6, seed=0, variants=(Variant.EXTENDED,))
     assert all(any("differ in logprobs" in mismatch for mismatch in report.mismatches) for report in reports)

@@ -167,7 +167,7 @@ def test_graphs_are_right_on_random_compositions_with_poisoned_padding(name, tmp
     random_hf_model(SUPPORTED[name]()).save_pretrained(tmp_path)
     runner = create_runner(through_transformers(tmp_path), device)
     reports = verify_pool(runner, rounds=8, seed=0)
-    assert [report.mismatches for report in reports] == [[]] * len(runner.pool.shapes())
+    assert [report.mismatches for report in reports] == [[]] * len(runner.policy.shapes())
 
 
 def test_an_engine_gives_the_native_models_tokens(tiny_model, device) -> None:

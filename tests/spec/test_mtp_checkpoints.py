@@ -181,7 +181,7 @@ def test_a_published_layout_drafts_as_its_makers_say(tmp_path, published):
         request.output_token_ids
         == hf_model.generate(tokens, max_new_tokens=4, do_sample=False, eos_token_id=[-1])[0, 27:].tolist()
     )
-    assert not engine.runner.pool.max_shape.num_drafts
+    assert not engine.runner.policy.max_shape.num_drafts
 
 
 @pytest.fixture

@@ -33,7 +33,7 @@ BLOCK_SIZE = 16
 def runner(create_engine):
     """Of an engine that has one graph, of 160 tokens in 8 rows."""
     engine = create_engine(max_num_batched_tokens=160, capture_sizes=(160,), num_kv_blocks=129)
-    assert engine.runner.pool.shapes() == [SHAPE]
+    assert engine.runner.policy.shapes() == [SHAPE]
     return engine.runner
 
 

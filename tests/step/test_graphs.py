@@ -1,91 +1,22 @@
 """Which graph serves a step, what is captured when, and what is counted; with graphs that run nothing."""
 
 import pickle
-import weakref
-from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from unittest import mock
 
 import pytest
 import torch
+from fake_graphs import MIB, Device, FakeGraph, create_policy, create_pool, plan
 from hypothesis import given
 from hypothesis import strategies as st
 from tiny import drain
 
-from stepgraph.config import GraphConfig
 from stepgraph.engine.sampling_params import SamplingParams
-from stepgraph.errors import ConfigError, DeviceMemoryError
-from stepgraph.graph.pool import GraphPool
+from stepgraph.errors import DeviceMemoryError
 from stepgraph.step.eager_reason import EagerReason
-from stepgraph.step.plan import StepKind, StepPlan
+from stepgraph.step.plan import StepKind
 from stepgraph.step.shape import StepShape
-
-
-@dataclass(frozen=True)
-class FakeGraph:
-    shape: StepShape
-
-
-@dataclass
-class Device:
-    """Graph backend and memory in one: a captured graph needs as many bytes as `bytes_of` says, of a memory that all share and
-    that is given back when no graph is left."""
-
-    bytes_of: object = lambda shape: 0
-    name: str = "fake"
-    captured: list = field(default_factory=list)  # (shape, warm-ups, whether inside the capture context)
-    trials: list = field(default_factory=list)
-    inside: bool = False
-    failing: object = lambda shape: None  # raises what the capture of a shape is to fail with
-    num_counted: int = 0  # times that the memory was counted
-    _used_bytes: int = 0
-    _graphs: list = field(default_factory=list)  # weakly
-
-    def capture(self, program, warmups):
-        self.captured.append((program, warmups, self.inside))
-        self.failing(program)
-        self._used_bytes = max(self.memory_bytes(), self.bytes_of(program))
-        graph = FakeGraph(program)
-        self._graphs.append(weakref.ref(graph))
-        return graph
-
-    def memory_bytes(self):
-        self.num_counted += 1
-        return self._used_bytes if any(graph() is not None for graph in self._graphs) else 0
-
-    @contextmanager
-    def context(self):
-        self.inside = True
-        try:
-            yield
-        finally:
-            self.inside = False
-
-    def shapes(self):
-        return [str(shape) for shape, *_ in self.captured]
-
-
-def create_pool(
-    device: Device, *, max_tokens=64, max_rows=8, draft_levels=(0,), graph_bytes=0, lazy=True, **config
-) -> GraphPool:
-    config.setdefault("capture_sizes", (8, 16, 64))
-    config.setdefault("capture_rows", (2, 8))
-    return GraphPool(
-        GraphConfig(**config),
-        device,
-        lambda shape: shape,
-        device.context,
-        device.trials.append,
-        lambda: graph_bytes,
-        max_tokens=max_tokens,
-        max_rows=max_rows,
-        draft_levels=draft_levels,
-        lazy=lazy,
-    )
-
-
-def plan(*query_lens: int, prefill_rows: int = 0) -> StepPlan:
-    return StepPlan(tuple((slot, n) for slot, n in enumerate(query_lens, start=1)), (), prefill_rows)
+from stepgraph.step.shape_policy import ShapePolicy
 
 
 @pytest.mark.parametrize(
@@ -108,32 +39,11 @@ def test_the_smallest_captured_shape_that_holds_the_step_is_chosen(query_lens, s
     assert graph == FakeGraph(record.shape)
 
 
-@given(
-    max_tokens=st.integers(1, 3000),
-    max_rows=st.integers(1, 1024),
-    tokens=st.integers(1, 3000),
-    rows=st.integers(1, 1024),
-)
-def test_chosen_sizes_hold_every_step_with_less_than_a_quarter_of_padding_beyond_16_tokens(
-    max_tokens, max_rows, tokens, rows
-) -> None:
-    max_rows = min(max_rows, max_tokens)
-    tokens = min(tokens, max_tokens)
-    rows = min(rows, tokens, max_rows)
-    pool = create_pool(Device(), max_tokens=max_tokens, max_rows=max_rows, capture_sizes=None, capture_rows=None)
-    shape = pool.round_up(tokens, rows)
-    assert shape in pool.shapes()
-    assert tokens <= shape.num_tokens <= max(16, 4 / 3 * tokens)
-    assert rows <= shape.num_rows <= max(8, 8 * rows)
-    assert pool.max_tokens == max_tokens
-    assert len(pool.shapes()) <= 160
-
-
 def test_plans_of_one_epoch_are_one_use_however_they_came() -> None:
     pool = create_pool(Device())
     first = replace(plan(1, 1), epoch=3)
     record, graph = pool.graph_for(first)
-    with mock.patch.object(pool, "round_up", side_effect=AssertionError("searched again")):
+    with mock.patch.object(ShapePolicy, "shape_of", side_effect=AssertionError("searched again")):
         for like_it in (pickle.loads(pickle.dumps(first)), replace(first, deltas=((1, 0, 2),))):
             assert pool.graph_for(like_it) == (replace(record, captured=False), graph)
         for other in (replace(first, epoch=4), replace(first, epoch=None)):
@@ -169,7 +79,7 @@ def test_all_captures_every_shape_largest_first_and_nothing_later() -> None:
     pool = create_pool(device, lazy=False)
     pool.capture_all(progress=False)
     assert device.shapes() == ["64x8", "64x2", "16x8", "16x2", "8x8", "8x2"]
-    assert device.shapes() == [str(shape) for shape in pool.shapes()]
+    assert device.shapes() == [str(shape) for shape in pool.policy.shapes()]
     for query_lens in ([1], [64], [8] * 8):
         pool.graph_for(plan(*query_lens))
     assert len(device.captured) == 6
@@ -181,30 +91,6 @@ def test_every_capture_is_warmed_up_inside_the_context_that_leaves_no_trace_and_
     pool.capture_all(progress=False)
     assert {(warmups, inside) for _, warmups, inside in device.captured} == {(3, True)}
     assert device.trials == [FakeGraph(StepShape(64, 8))]
-
-
-def test_max_capture_size_drops_larger_sizes_and_bounds_the_steps() -> None:
-    pool = create_pool(Device(), max_capture_size=16)
-    assert pool.max_tokens == 16
-    assert pool.max_shape == StepShape(16, 8)
-    assert create_pool(Device(), max_capture_size=512).max_tokens == 64
-    assert create_pool(Device(), capture_sizes=None, max_capture_size=20).max_tokens == 20
-
-
-@pytest.mark.parametrize(
-    ("config", "message"),
-    [
-        ({"capture_sizes": (8, 128)}, r"capture_sizes=\[128\] are above max_num_batched_tokens=64.*drop them or raise"),
-        ({"capture_sizes": (4,)}, "largest captured size 4 is below max_num_seqs=8.*capture a size of at least that"),
-        ({"capture_sizes": (16,), "max_capture_size": 8}, "largest captured size 0 is below max_num_seqs=8"),
-    ],
-)
-def test_sizes_that_cannot_serve_the_engine_are_refused(config, message) -> None:
-    with pytest.raises(ConfigError, match=message):
-        create_pool(Device(), **config)
-
-
-MIB = 2**20
 
 
 def test_a_shape_over_the_byte_budget_runs_in_the_smallest_larger_graph_captured() -> None:
@@ -287,7 +173,7 @@ def test_the_limit_of_prefills_leaves_longer_ones_without_a_graph_for_a_reason_o
 ):
     device = Device()
     pool = create_pool(device, max_prefill_capture_size=16)
-    assert (pool.max_tokens, len(pool.shapes())) == (64, 6)
+    assert (pool.policy.max_tokens, len(pool.policy.shapes())) == (64, 6)
     record, graph = pool.graph_for(plan(9, 8, prefill_rows=2))
     assert (record.shape, graph) == (StepShape(64, 2), pool.eager_twin(StepShape(64, 2)))
     assert device.captured == []
@@ -304,7 +190,7 @@ def test_the_limit_of_prefills_leaves_longer_ones_without_a_graph_for_a_reason_o
 
 def test_only_prefill_graphs_capture_nothing_that_prompts_do_not_come_to_as_a_rule(caplog) -> None:
     settings = {"max_tokens": 256, "max_rows": 64, "capture_sizes": None, "capture_rows": None}
-    every, device = create_pool(Device(), **settings).shapes(), Device()
+    every, device = create_policy(**settings).shapes(), Device()
     pool = create_pool(device, **settings, lazy=False, cudagraph_only_prefill=True, max_prefill_capture_size=130)
     assert "those that decode (cudagraph_only_prefill) and those that only prefill, more than 130 tokens" in caplog.text
     pool.capture_all(progress=False)
