@@ -9,7 +9,6 @@ from __future__ import annotations
 import functools
 import logging
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,16 +25,14 @@ LANES = 16
 """Sizes that kernels split into registers are multiples of this; the widest registers hold so many float32."""
 
 
-def declare(schema: str, fake: Callable[..., Any]) -> Any:
+def declare(schema: str) -> Any:
     """Define ``stepgraph_native::<schema>``, whose kernel the library brings, and return the callable operator.
 
     Args:
         schema: torch.library schema without the namespace.
-        fake: shape function for fake tensors.
     """
     name = schema.split("(", 1)[0]
     _LIBRARY.define(schema)
-    torch.library.register_fake(f"stepgraph_native::{name}", fake, lib=_LIBRARY)
     return getattr(torch.ops.stepgraph_native, name).default
 
 

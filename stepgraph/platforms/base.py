@@ -55,7 +55,7 @@ class DeviceMemory(Protocol):
 
 
 class Platform(Protocol):
-    """One accelerator family. Kernels are registered per torch dispatch key, not here."""
+    """One accelerator family. Its kernels are registered under its name, see `stepgraph.platforms.kernels`."""
 
     name: str
     device: torch.device

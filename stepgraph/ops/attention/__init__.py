@@ -13,12 +13,11 @@ Source of the split and its combination: Dao et al., "Flash-Decoding" (2023); on
 
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from stepgraph.ops.attention import cpu
-from stepgraph.ops.attention.geometry import ITEM_SIZE, AttentionGeometry, attention_geometry, max_tiles, tall_tile
-from stepgraph.ops.registry import register
+from stepgraph.ops.attention.geometry import AttentionGeometry, attention_geometry, max_tiles, tall_tile
+from stepgraph.ops.registry import Inlined, register
 
 __all__ = [
     "AttentionGeometry",
@@ -46,50 +45,10 @@ class AttentionPlan(NamedTuple):
     counters: Tensor  # [max_partials, G] int32 scratch
 
 
-def _plan_fake(
-    row_slot: Tensor,
-    query_start: Tensor,
-    kv_len: Tensor,
-    num_heads: int,
-    num_kv_heads: int,
-    head_dim: int,
-    tile: int,
-    min_split_keys: int,
-    split_target: int,
-    max_items: int,
-    max_partials: int,
-    window: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    if query_start.device.type == "cpu":
-        return cpu.attention_plan(
-            row_slot,
-            query_start,
-            kv_len,
-            num_heads,
-            num_kv_heads,
-            head_dim,
-            tile,
-            min_split_keys,
-            split_target,
-            max_items,
-            max_partials,
-            window,
-        )
-    new = query_start.new_empty
-    return (
-        new(max_items, ITEM_SIZE, dtype=torch.int32),
-        new(2, dtype=torch.int32),
-        new(max_partials, num_kv_heads, tile, head_dim + 2, dtype=torch.float32),
-        new(max_partials, num_kv_heads, dtype=torch.int32),
-    )
-
-
 _attention_plan = register(
     "attention_plan(Tensor row_slot, Tensor query_start, Tensor kv_len, int num_heads, int num_kv_heads, int head_dim, int tile, "
     "int min_split_keys, int split_target, int max_items, int max_partials, int window) -> (Tensor, Tensor, Tensor, Tensor)",
-    cpu=cpu.attention_plan,
-    fake=_plan_fake,
-    cuda="stepgraph.ops.attention.triton:attention_plan",
+    {"cpu": cpu.attention_plan, "cuda": "stepgraph.ops.attention.triton:attention_plan"},
 )
 
 
@@ -144,35 +103,14 @@ def attention_plan(
     )
 
 
-def _attention_fake(
-    q: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    block_table: Tensor,
-    row_slot: Tensor,
-    query_start: Tensor,
-    kv_len: Tensor,
-    items: Tensor,
-    header: Tensor,
-    partials: Tensor,
-    counters: Tensor,
-    scale: float,
-    tile: int,
-    num_programs: int,
-    window: int,
-    deterministic: bool,
-) -> Tensor:
-    return q.new_empty(q.shape[0], q.shape[1] * q.shape[2])
-
-
 _paged_attention = register(
     "paged_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor block_table, Tensor row_slot, Tensor query_start, "
     "Tensor kv_len, Tensor items, Tensor header, Tensor(a!) partials, Tensor(b!) counters, float scale, int tile, "
     "int num_programs, int window, bool deterministic) -> Tensor",
-    cpu=cpu.paged_attention,
-    fake=_attention_fake,
-    cuda="stepgraph.ops.attention.triton:paged_attention",
-    inline_on_cpu=cpu.recorded_attention,
+    {
+        "cpu": Inlined(cpu.paged_attention, recorded=cpu.recorded_attention),
+        "cuda": "stepgraph.ops.attention.triton:paged_attention",
+    },
 )
 
 

@@ -6,11 +6,10 @@ before it saw the request finish comes out empty, and the rows after it close up
 
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from stepgraph.ops.build import reference
-from stepgraph.ops.registry import register
+from stepgraph.ops.registry import Inlined, register
 
 
 class StepTokens(NamedTuple):
@@ -49,29 +48,11 @@ class BuiltStep(NamedTuple):
     samples: StepSamples
 
 
-def _fake(
-    plan: Tensor,
-    lines: Tensor,
-    tokens: Tensor,
-    block_table: Tensor,
-    num_tokens: int,
-    num_rows: int,
-    num_samples: int,
-    num_deltas: int,
-    block_size: int,
-) -> tuple[Tensor, ...]:
-    T, R, S = num_tokens, num_rows, num_samples
-    return tuple(plan.new_empty(size, dtype=torch.int32) for size in (T, T, T, R, R + 1, R, R + 1, S, S, S))
-
-
 _build_step = register(
     "build_step(Tensor plan, Tensor lines, Tensor tokens, Tensor(a!) block_table, int num_tokens, int num_rows, "
     "int num_samples, int num_deltas, int block_size) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, "
     "Tensor, Tensor)",
-    cpu=reference.build_step,
-    fake=_fake,
-    cuda="stepgraph.ops.build.triton:build_step",
-    inline_on_cpu=True,
+    {"cpu": Inlined(reference.build_step), "cuda": "stepgraph.ops.build.triton:build_step"},
 )
 
 

@@ -3,15 +3,12 @@
 from torch import Tensor
 
 from stepgraph.ops.commit import reference
-from stepgraph.ops.registry import register
+from stepgraph.ops.registry import Inlined, register
 
 _commit = register(
     "commit(Tensor(a!) lines, Tensor(b!) tokens, Tensor(c!) counter, Tensor(d!) ring, Tensor row_slot, "
     "Tensor query_start, Tensor kv_len, Tensor sample_start, Tensor sampled, int num_drafts) -> ()",
-    cpu=reference.commit,
-    fake=lambda *_: None,
-    cuda="stepgraph.ops.commit.triton:commit",
-    inline_on_cpu=True,
+    {"cpu": Inlined(reference.commit), "cuda": "stepgraph.ops.commit.triton:commit"},
 )
 
 

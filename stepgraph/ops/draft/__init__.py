@@ -5,12 +5,11 @@ All of it runs after `commit`: `length` counts the tokens just sampled.
 
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from stepgraph.ops.build import StepTokens
 from stepgraph.ops.draft import reference
-from stepgraph.ops.registry import register
+from stepgraph.ops.registry import Inlined, register
 
 
 class DraftInputs(NamedTuple):
@@ -26,36 +25,17 @@ class DraftInputs(NamedTuple):
 _draft_inputs = register(
     "draft_inputs(Tensor lines, Tensor tokens, Tensor row_slot, Tensor query_start, Tensor kv_len, Tensor positions) "
     "-> (Tensor, Tensor, Tensor)",
-    cpu=reference.draft_inputs,
-    fake=lambda lines, tokens, row_slot, query_start, kv_len, positions: (
-        torch.empty_like(positions),
-        torch.empty_like(row_slot),
-        torch.empty_like(row_slot),
-    ),
-    cuda="stepgraph.ops.draft.triton:draft_inputs",
-    inline_on_cpu=True,
+    {"cpu": Inlined(reference.draft_inputs), "cuda": "stepgraph.ops.draft.triton:draft_inputs"},
 )
 _draft_row_tokens = register(
     "draft_row_tokens(Tensor lines, Tensor block_table, Tensor slot, int place, int block_size) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-    cpu=reference.draft_row_tokens,
-    fake=lambda lines, block_table, slot, place, block_size: (
-        torch.empty_like(slot),
-        torch.empty_like(slot),
-        torch.empty_like(slot),
-        slot.new_empty(slot.shape[0] + 1),
-        torch.empty_like(slot),
-    ),
-    cuda="stepgraph.ops.draft.triton:draft_row_tokens",
-    inline_on_cpu=True,
+    {"cpu": Inlined(reference.draft_row_tokens), "cuda": "stepgraph.ops.draft.triton:draft_row_tokens"},
 )
 _propose = register(
     "propose(Tensor(a!) lines, Tensor(b!) tokens, Tensor counter, Tensor(c!) ring, Tensor row_slot, Tensor drafts, "
     "Tensor count) -> ()",
-    cpu=reference.propose,
-    fake=lambda *_: None,
-    cuda="stepgraph.ops.draft.triton:propose",
-    inline_on_cpu=True,
+    {"cpu": Inlined(reference.propose), "cuda": "stepgraph.ops.draft.triton:propose"},
 )
 
 

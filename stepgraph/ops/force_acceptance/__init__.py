@@ -3,19 +3,15 @@
 For tests and measurements: answers are no longer the model's.
 """
 
-import torch
 from torch import Tensor
 
 from stepgraph.ops.force_acceptance import reference
-from stepgraph.ops.registry import register
+from stepgraph.ops.registry import Inlined, register
 
 _force_acceptance = register(
     "force_acceptance(Tensor lines, Tensor tokens, Tensor sample_slot, Tensor sample_offset, Tensor sampled, "
     "float probability, int vocab_size) -> Tensor",
-    cpu=reference.force_acceptance,
-    fake=lambda lines, tokens, sample_slot, sample_offset, sampled, *_: torch.empty_like(sampled),
-    cuda="stepgraph.ops.force_acceptance.triton:force_acceptance",
-    inline_on_cpu=True,
+    {"cpu": Inlined(reference.force_acceptance), "cuda": "stepgraph.ops.force_acceptance.triton:force_acceptance"},
 )
 
 

@@ -26,27 +26,19 @@ __all__ = [
 
 _fp8_linear = register(
     "fp8_linear(Tensor x, Tensor weight, Tensor scale, Tensor? bias, bool by_row) -> Tensor",
-    cpu=cpu.fp8_linear,
-    fake=lambda x, weight, scale, bias, by_row: x.new_empty(x.shape[0], weight.shape[0]),
-    cuda="stepgraph.ops.fp8_linear.triton:fp8_linear",
+    {"cpu": cpu.fp8_linear, "cuda": "stepgraph.ops.fp8_linear.triton:fp8_linear"},
 )
 _fp8_linear_add = register(
     "fp8_linear_add(Tensor x, Tensor weight, Tensor scale, Tensor? bias, Tensor(a!) residual, float multiplier) -> ()",
-    cpu=cpu.fp8_linear_add,
-    fake=lambda *_: None,
-    cuda="stepgraph.ops.fp8_linear.triton:fp8_linear_add",
+    {"cpu": cpu.fp8_linear_add, "cuda": "stepgraph.ops.fp8_linear.triton:fp8_linear_add"},
 )
 _fp8_norm_linear = register(
     "fp8_norm_linear(Tensor x, Tensor norm_weight, float eps, Tensor weight, Tensor scale, Tensor? bias) -> Tensor",
-    cpu=cpu.fp8_norm_linear,
-    fake=lambda x, norm_weight, eps, weight, scale, bias: x.new_empty(x.shape[0], weight.shape[0]),
-    cuda="stepgraph.ops.fp8_linear.triton:fp8_norm_linear",
+    {"cpu": cpu.fp8_norm_linear, "cuda": "stepgraph.ops.fp8_linear.triton:fp8_norm_linear"},
 )
 _fp8_norm_gated_linear = register(
     "fp8_norm_gated_linear(Tensor x, Tensor norm_weight, float eps, Tensor weight, Tensor scale, bool gelu) -> Tensor",
-    cpu=cpu.fp8_norm_gated_linear,
-    fake=lambda x, norm_weight, eps, weight, scale, gelu: x.new_empty(x.shape[0], weight.shape[0] // 2),
-    cuda="stepgraph.ops.fp8_linear.triton:fp8_norm_gated_linear",
+    {"cpu": cpu.fp8_norm_gated_linear, "cuda": "stepgraph.ops.fp8_linear.triton:fp8_norm_gated_linear"},
 )
 
 

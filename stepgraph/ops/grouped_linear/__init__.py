@@ -10,9 +10,11 @@ from stepgraph.ops.registry import register
 
 _grouped_linear = register(
     "grouped_linear(Tensor x, Tensor weight, Tensor ends) -> Tensor",
-    cpu=reference.grouped_linear,
-    fake=lambda x, weight, ends: x.new_empty(x.shape[0], weight.shape[1]),
-    cuda="stepgraph.ops.grouped_linear.triton:grouped_linear",
+    {
+        "cpu": reference.grouped_linear,
+        "cuda": "stepgraph.ops.grouped_linear.triton:grouped_linear",
+        "meta": lambda x, weight, ends: x.new_empty(x.shape[0], weight.shape[1]),
+    },
 )
 
 

@@ -11,48 +11,31 @@ instead of two or three.
 from torch import Tensor
 
 from stepgraph.ops.linear import cpu
-from stepgraph.ops.registry import register
+from stepgraph.ops.registry import Inlined, register
 
 _linear = register(
     "linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor",
-    cpu=cpu.linear,
-    fake=lambda x, weight, bias: x.new_empty(x.shape[0], weight.shape[0]),
-    cuda="stepgraph.ops.linear.triton:linear",
-    inline_on_cpu=True,
+    {"cpu": Inlined(cpu.linear), "cuda": "stepgraph.ops.linear.triton:linear"},
 )
 _linear_out = register(
     "linear_out(Tensor x, Tensor weight, Tensor(a!) out) -> ()",
-    cpu=cpu.linear_out,
-    fake=lambda *_: None,
-    cuda="stepgraph.ops.linear.triton:linear_out",
-    inline_on_cpu=True,
+    {"cpu": Inlined(cpu.linear_out), "cuda": "stepgraph.ops.linear.triton:linear_out"},
 )
 _linear_add = register(
     "linear_add(Tensor x, Tensor weight, Tensor? bias, Tensor(a!) residual, float multiplier) -> ()",
-    cpu=cpu.linear_add,
-    fake=lambda *_: None,
-    cuda="stepgraph.ops.linear.triton:linear_add",
-    inline_on_cpu=True,
+    {"cpu": Inlined(cpu.linear_add), "cuda": "stepgraph.ops.linear.triton:linear_add"},
 )
 _norm_linear = register(
     "norm_linear(Tensor x, Tensor norm_weight, float eps, Tensor weight, Tensor? bias) -> Tensor",
-    cpu=cpu.norm_linear,
-    fake=lambda x, norm_weight, eps, weight, bias: x.new_empty(x.shape[0], weight.shape[0]),
-    cuda="stepgraph.ops.linear.triton:norm_linear",
-    inline_on_cpu=True,
+    {"cpu": Inlined(cpu.norm_linear), "cuda": "stepgraph.ops.linear.triton:norm_linear"},
 )
 _norm_gated_linear = register(
     "norm_gated_linear(Tensor x, Tensor norm_weight, float eps, Tensor weight, bool gelu) -> Tensor",
-    cpu=cpu.norm_gated_linear,
-    fake=lambda x, norm_weight, eps, weight, gelu: x.new_empty(x.shape[0], weight.shape[0] // 2),
-    cuda="stepgraph.ops.linear.triton:norm_gated_linear",
-    inline_on_cpu=True,
+    {"cpu": Inlined(cpu.norm_gated_linear), "cuda": "stepgraph.ops.linear.triton:norm_gated_linear"},
 )
 _linear_by_row = register(
     "linear_by_row(Tensor x, Tensor weight, Tensor? bias, Tensor(a!) out) -> ()",
-    cpu=cpu.linear_by_row,
-    fake=lambda *_: None,
-    cuda="stepgraph.ops.linear.triton:linear_by_row",
+    {"cpu": cpu.linear_by_row, "cuda": "stepgraph.ops.linear.triton:linear_by_row"},
 )
 
 

@@ -7,9 +7,7 @@ from stepgraph.ops.registry import register
 
 _logprobs = register(
     "logprobs(Tensor logits, Tensor target, Tensor count, Tensor counter, Tensor(a!) ring, int first_line) -> ()",
-    cpu=cpu.logprobs,
-    fake=lambda *_: None,
-    cuda="stepgraph.ops.logprobs.triton:logprobs",
+    {"cpu": cpu.logprobs, "cuda": "stepgraph.ops.logprobs.triton:logprobs"},
 )
 
 

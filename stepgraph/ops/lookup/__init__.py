@@ -13,13 +13,7 @@ from stepgraph.ops.registry import register
 _lookup = register(
     "lookup(Tensor row_slot, Tensor lines, Tensor tokens, Tensor memory, Tensor keys, int num_drafts, int min_match, "
     "int max_match, bool adaptive) -> (Tensor, Tensor, Tensor)",
-    cpu=cpu.lookup,
-    fake=lambda row_slot, lines, tokens, memory, keys, num_drafts, *_: (
-        row_slot.new_empty(row_slot.shape[0], num_drafts),
-        row_slot.new_empty(row_slot.shape[0]),
-        row_slot.new_empty(row_slot.shape[0]),
-    ),
-    cuda="stepgraph.ops.lookup.triton:lookup",
+    {"cpu": cpu.lookup, "cuda": "stepgraph.ops.lookup.triton:lookup"},
 )
 
 

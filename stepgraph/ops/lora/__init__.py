@@ -13,9 +13,7 @@ from stepgraph.ops.registry import register
 
 _lora = register(
     "lora(Tensor x, Tensor a, Tensor b, Tensor index, int[] parts, bool deterministic, Tensor(a!) out) -> ()",
-    cpu=cpu.lora,
-    fake=lambda *_: None,
-    cuda="stepgraph.ops.lora.triton:lora",
+    {"cpu": cpu.lora, "cuda": "stepgraph.ops.lora.triton:lora"},
 )
 
 

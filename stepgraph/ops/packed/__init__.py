@@ -21,29 +21,18 @@ EXACT_TOKENS = 16
 for 16 and for 80 tokens, 18 and 62 ms in float32 and 9 and 29 ms in bfloat16."""
 _NEVER = 1 << 62
 
-_packed_linear = declare(
-    "packed_linear(Tensor x, Tensor codes, int bfloat16_from) -> Tensor",
-    lambda x, codes, bfloat16_from: x.new_empty(x.shape[0], codes.shape[0]),
-)
-_packed_linear_out = declare(
-    "packed_linear_out(Tensor x, Tensor codes, int bfloat16_from, Tensor(a!) out) -> ()", lambda *_: None
-)
+_packed_linear = declare("packed_linear(Tensor x, Tensor codes, int bfloat16_from) -> Tensor")
+_packed_linear_out = declare("packed_linear_out(Tensor x, Tensor codes, int bfloat16_from, Tensor(a!) out) -> ()")
 _packed_linear_add = declare(
-    "packed_linear_add(Tensor x, Tensor codes, int bfloat16_from, Tensor(a!) residual, float multiplier) -> ()",
-    lambda *_: None,
+    "packed_linear_add(Tensor x, Tensor codes, int bfloat16_from, Tensor(a!) residual, float multiplier) -> ()"
 )
 _packed_norm_linear = declare(
-    "packed_norm_linear(Tensor x, Tensor norm_weight, float eps, Tensor codes, int bfloat16_from) -> Tensor",
-    lambda x, norm_weight, eps, codes, bfloat16_from: x.new_empty(x.shape[0], codes.shape[0]),
+    "packed_norm_linear(Tensor x, Tensor norm_weight, float eps, Tensor codes, int bfloat16_from) -> Tensor"
 )
 _packed_norm_swiglu = declare(
-    "packed_norm_swiglu(Tensor x, Tensor norm_weight, float eps, Tensor codes, int bfloat16_from) -> Tensor",
-    lambda x, norm_weight, eps, codes, bfloat16_from: x.new_empty(x.shape[0], codes.shape[0] // 2),
+    "packed_norm_swiglu(Tensor x, Tensor norm_weight, float eps, Tensor codes, int bfloat16_from) -> Tensor"
 )
-_packed_rows = declare(
-    "packed_rows(Tensor codes, Tensor index, int width) -> Tensor",
-    lambda codes, index, width: codes.new_empty(index.shape[0], width, dtype=torch.float32),
-)
+_packed_rows = declare("packed_rows(Tensor codes, Tensor index, int width) -> Tensor")
 
 
 def packed_linear(x: Tensor, codes: Tensor, *, exact_tokens: int | None, out: Tensor | None = None) -> Tensor:

@@ -11,9 +11,7 @@ from stepgraph.ops.registry import register
 _process_logits = register(
     "process_logits(Tensor logits, Tensor row_slot, Tensor offset, Tensor lines, Tensor tokens, Tensor biases, Tensor bad_words, "
     "Tensor masks, Tensor(a!) counts, Tensor(b!) out) -> ()",
-    cpu=cpu.process_logits,
-    fake=lambda *_: None,
-    cuda="stepgraph.ops.process_logits.triton:process_logits",
+    {"cpu": cpu.process_logits, "cuda": "stepgraph.ops.process_logits.triton:process_logits"},
 )
 
 

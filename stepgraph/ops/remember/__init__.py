@@ -8,9 +8,7 @@ from stepgraph.ops.remember import reference
 _remember = register(
     "remember(Tensor(a!) memory, Tensor(b!) keys, Tensor(c!) cursor, Tensor lines, Tensor tokens, Tensor row_slot, "
     "Tensor finished) -> ()",
-    cpu=reference.remember,
-    fake=lambda *_: None,
-    cuda="stepgraph.ops.remember.triton:remember",
+    {"cpu": reference.remember, "cuda": "stepgraph.ops.remember.triton:remember"},
 )
 
 

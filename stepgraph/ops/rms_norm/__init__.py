@@ -5,18 +5,14 @@ rounded: a weight of the activations' dtype as in transformers' LlamaRMSNorm (no
 float32 weight as in Gemma3RMSNorm (normalise and multiply in float32, round once).
 """
 
-import torch
 from torch import Tensor
 
-from stepgraph.ops.registry import register
+from stepgraph.ops.registry import Inlined, register
 from stepgraph.ops.rms_norm import cpu
 
 _rms_norm = register(
     "rms_norm(Tensor x, Tensor weight, float eps) -> Tensor",
-    cpu=cpu.rms_norm,
-    fake=lambda x, weight, eps: torch.empty_like(x),
-    cuda="stepgraph.ops.rms_norm.triton:rms_norm",
-    inline_on_cpu=True,
+    {"cpu": Inlined(cpu.rms_norm), "cuda": "stepgraph.ops.rms_norm.triton:rms_norm"},
 )
 
 

@@ -9,48 +9,24 @@ from torch import Tensor
 
 from stepgraph.ops.attention import AttentionGeometry, AttentionPlan, paged_attention
 from stepgraph.ops.build import StepTokens
-from stepgraph.ops.registry import register
+from stepgraph.ops.registry import brings_kernel, register
 from stepgraph.ops.rope_attention import reference
 from stepgraph.ops.rope_cache import rope_cache
-
-
-def _fake(
-    qkv: Tensor,
-    kv_slots: Tensor,
-    cos_sin: Tensor,
-    q_norm: Tensor | None,
-    k_norm: Tensor | None,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    block_table: Tensor,
-    row_slot: Tensor,
-    query_start: Tensor,
-    kv_len: Tensor,
-    items: Tensor,
-    header: Tensor,
-    partials: Tensor,
-    counters: Tensor,
-    num_heads: int,
-    eps: float,
-    scale: float,
-) -> Tensor:
-    return qkv.new_empty(qkv.shape[0], num_heads * k_cache.shape[-1])
-
 
 _rope_attention = register(
     "rope_attention(Tensor qkv, Tensor kv_slots, Tensor cos_sin, Tensor? q_norm, Tensor? k_norm, Tensor(a!) k_cache, "
     "Tensor(b!) v_cache, Tensor block_table, Tensor row_slot, Tensor query_start, Tensor kv_len, Tensor items, Tensor header, "
     "Tensor(c!) partials, Tensor(d!) counters, int num_heads, float eps, float scale) -> Tensor",
-    cpu=reference.rope_attention,
-    fake=_fake,
-    cuda="stepgraph.ops.rope_attention.triton:rope_attention",
+    {"cpu": reference.rope_attention, "cuda": "stepgraph.ops.rope_attention.triton:rope_attention"},
 )
 
 
 def has_kernel(qkv: Tensor, head_dim: int, geometry: AttentionGeometry, window: int) -> bool:
     """Whether one kernel can do it all: tensor cores take halves of heads, of powers of two."""
     halves_fit = head_dim >= 32 and head_dim & (head_dim - 1) == 0
-    return qkv.is_cuda and geometry.is_one_row and not window and halves_fit
+    if not (geometry.is_one_row and not window and halves_fit) or qkv.is_cpu:
+        return False
+    return brings_kernel("rope_attention", qkv.device)
 
 
 def rope_attention(

@@ -6,32 +6,13 @@ Source: Su et al., "RoFormer" (2021), in the half-split form used by Llama and Q
 
 from torch import Tensor
 
-from stepgraph.ops.registry import register
+from stepgraph.ops.registry import Inlined, register
 from stepgraph.ops.rope_cache import cpu
-
-
-def _fake(
-    qkv: Tensor,
-    positions: Tensor,
-    kv_slots: Tensor,
-    cos_sin: Tensor,
-    q_norm: Tensor | None,
-    k_norm: Tensor | None,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    num_heads: int,
-    eps: float,
-) -> Tensor:
-    return qkv.new_empty(qkv.shape[0], num_heads, k_cache.shape[-1])
-
 
 _rope_cache = register(
     "rope_cache(Tensor qkv, Tensor positions, Tensor kv_slots, Tensor cos_sin, Tensor? q_norm, Tensor? k_norm, "
     "Tensor(a!) k_cache, Tensor(b!) v_cache, int num_heads, float eps) -> Tensor",
-    cpu=cpu.rope_cache,
-    fake=_fake,
-    cuda="stepgraph.ops.rope_cache.triton:rope_cache",
-    inline_on_cpu=True,
+    {"cpu": Inlined(cpu.rope_cache), "cuda": "stepgraph.ops.rope_cache.triton:rope_cache"},
 )
 
 

@@ -8,10 +8,7 @@ from stepgraph.ops.rope_cache import reference
 
 _rope_cache = native.declare(
     "rope_cache(Tensor qkv, Tensor positions, Tensor kv_slots, Tensor cos_sin, Tensor(a!) k_cache, Tensor(b!) v_cache, "
-    "int num_heads) -> Tensor",
-    lambda qkv, positions, kv_slots, cos_sin, k_cache, v_cache, num_heads: qkv.new_empty(
-        qkv.shape[0], num_heads, k_cache.shape[-1]
-    ),
+    "int num_heads) -> Tensor"
 )
 
 

@@ -15,9 +15,7 @@ from stepgraph.ops.sample import cpu
 
 _sample = register(
     "sample(Tensor logits, Tensor row_slot, Tensor offset, Tensor lines) -> Tensor",
-    cpu=cpu.sample,
-    fake=lambda logits, row_slot, offset, lines: row_slot.new_empty(logits.shape[0]),
-    cuda="stepgraph.ops.sample.triton:sample",
+    {"cpu": cpu.sample, "cuda": "stepgraph.ops.sample.triton:sample"},
 )
 
 

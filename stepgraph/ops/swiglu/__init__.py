@@ -6,27 +6,16 @@ Error Linear Units" (2016).
 
 from torch import Tensor
 
-from stepgraph.ops.registry import register
+from stepgraph.ops.registry import Inlined, register
 from stepgraph.ops.swiglu import reference
-
-
-def _fake(gate_up: Tensor) -> Tensor:
-    return gate_up.new_empty(gate_up.shape[0], gate_up.shape[1] // 2)
-
 
 _swiglu = register(
     "swiglu(Tensor gate_up) -> Tensor",
-    cpu=reference.swiglu,
-    fake=_fake,
-    cuda="stepgraph.ops.swiglu.triton:swiglu",
-    inline_on_cpu=True,
+    {"cpu": Inlined(reference.swiglu), "cuda": "stepgraph.ops.swiglu.triton:swiglu"},
 )
 _geglu = register(
     "geglu(Tensor gate_up) -> Tensor",
-    cpu=reference.geglu,
-    fake=_fake,
-    cuda="stepgraph.ops.swiglu.triton:geglu",
-    inline_on_cpu=True,
+    {"cpu": Inlined(reference.geglu), "cuda": "stepgraph.ops.swiglu.triton:geglu"},
 )
 
 

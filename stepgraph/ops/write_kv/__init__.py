@@ -2,20 +2,12 @@
 
 from torch import Tensor
 
-from stepgraph.ops.registry import register
+from stepgraph.ops.registry import Inlined, register
 from stepgraph.ops.write_kv import reference
-
-
-def _fake(k: Tensor, v: Tensor, kv_slots: Tensor, k_cache: Tensor, v_cache: Tensor) -> None:
-    pass
-
 
 _write_kv = register(
     "write_kv(Tensor k, Tensor v, Tensor kv_slots, Tensor(a!) k_cache, Tensor(b!) v_cache) -> ()",
-    cpu=reference.write_kv,
-    fake=_fake,
-    cuda="stepgraph.ops.write_kv.triton:write_kv",
-    inline_on_cpu=True,
+    {"cpu": Inlined(reference.write_kv), "cuda": "stepgraph.ops.write_kv.triton:write_kv"},
 )
 
 
