@@ -6,6 +6,7 @@ import hashlib
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from itertools import repeat
+from typing import Protocol
 
 from stepgraph.abi import slot_line
 
@@ -33,8 +34,25 @@ def memory_key(salt: str | None, secret: bytes) -> int:
     )
 
 
+class Fence(Protocol):
+    """Work that may touch KV blocks after their holders have released them, and that the device's stream of steps does not order
+    before what comes next: a transfer that was given up and may still read or write, for one."""
+
+    def done(self) -> bool:
+        """Whether it can touch them no more. Once it is, it stays so."""
+        ...
+
+
 class BlockPool:
     """Reference-counted KV blocks with a prefix cache. Block 0 is the null block and is never handed out.
+
+    A block returns to the pool when its last holder has released it and every fence on it is done. Until then it is quarantined:
+    not free, and never handed out for new content; what it holds can still be found.
+
+    Steps need no fence among themselves: they run on one stream, so that a step of a block's next holder, planned after the
+    release, touches the block after every step that was planned before. That orders nothing else. Whoever reads or writes blocks
+    beside the stream holds them meanwhile, starts after the steps planned by then, and, if it lets go of them before it is
+    sure to have ended, releases them with a fence.
 
     A block without holders keeps its content until it is handed out again, least recently released first, so a cached prefix
     lives as long as memory allows and never stands in the way of a request.
@@ -48,14 +66,22 @@ class BlockPool:
         # Free and without content; the next one last.
         self._empty = list(range(num_blocks - 1, slot_line.NULL_BLOCK, -1))
         self._cached: OrderedDict[int, None] = OrderedDict()  # free and with content; the least recently released first
-        self._holders = [1] * num_blocks  # of blocks with a key, which alone can be shared
+        self._holders = [1] * num_blocks  # of an empty block that of the holder to come: handing it out changes nothing
         self._keys: list[bytes | None] = [None] * num_blocks
         self._blocks_by_key: dict[bytes, int] = {}
+        self._fenced: dict[Fence, list[int]] = {}  # the fences not known to be done, and their blocks
+        self._num_fences: dict[int, int] = {}  # of blocks that have any
+        self._quarantined: set[int] = set()  # without holders
 
     @property
     def num_free(self) -> int:
-        """Blocks nobody holds, those with cached content included."""
+        """Blocks that can be handed out, those with cached content included."""
         return len(self._empty) + len(self._cached)
+
+    @property
+    def num_quarantined(self) -> int:
+        """Blocks that nobody holds and that wait for their fences."""
+        return len(self._quarantined)
 
     def extend(self, blocks: list[int], count: int, slot: int) -> Iterator[tuple[int, int, int]]:
         """Add `count` blocks for new content, held once, to those of a slot. There must be so many free ones.
@@ -69,9 +95,7 @@ class BlockPool:
         del self._empty[len(self._empty) - (len(blocks) - first) :]
         while len(blocks) < first + count:
             block, _ = self._cached.popitem(last=False)
-            key, self._keys[block] = self._keys[block], None
-            assert key is not None, block
-            del self._blocks_by_key[key]
+            self._forget_key(block)
             self._holders[block] = 1
             blocks.append(block)
         return zip(repeat(slot), range(first, first + count), blocks[first:], strict=False)
@@ -88,41 +112,75 @@ class BlockPool:
         return self._blocks_by_key.get(key)
 
     def count_free(self, blocks: Sequence[int]) -> int:
-        """How many of `blocks` nobody holds: holding those takes them from the free ones."""
-        return sum(not self._holders[block] for block in blocks)
+        """How many of `blocks`, which were found, are free: holding those takes them from the free ones."""
+        return sum(block in self._cached for block in blocks)
 
     def hold(self, blocks: Sequence[int]) -> None:
-        """Add a holder to blocks that were found."""
+        """Add a holder to blocks that somebody holds, or that were found."""
         for block in blocks:
             if not self._holders[block]:
-                del self._cached[block]
+                if block in self._quarantined:
+                    self._quarantined.remove(block)
+                else:
+                    del self._cached[block]
             self._holders[block] += 1
 
-    def release(self, blocks: Sequence[int]) -> None:
-        """Drop a holder. The last block of a chain is reused first: without it the blocks before it are still a prefix."""
-        keys, empty = self._keys, self._empty
+    def release(self, blocks: Sequence[int], fence: Fence | None = None) -> None:
+        """Drop a holder. The last block of a chain is reused first: without it the blocks before it are still a prefix.
+
+        Args:
+            blocks: any that are held.
+            fence: what may still touch them, beside steps.
+        """
+        if fence is not None and blocks:
+            self._fenced.setdefault(fence, []).extend(reversed(blocks))
+            for block in blocks:
+                self._num_fences[block] = self._num_fences.get(block, 0) + 1
+        holders, keys, empty, fences = self._holders, self._keys, self._empty, self._num_fences
         for block in reversed(blocks):
-            if keys[block] is None:
+            if holders[block] != 1:
+                holders[block] -= 1
+                assert holders[block] > 0, block
+            elif fences and block in fences:
+                holders[block] = 0
+                self._quarantined.add(block)
+            elif keys[block] is None:
                 empty.append(block)
-                continue
-            self._holders[block] -= 1
-            assert self._holders[block] >= 0, block
-            if not self._holders[block]:
+            else:
+                holders[block] = 0
                 self._cached[block] = None
         assert self.num_free <= self.num_usable, blocks
 
+    def reclaim(self) -> None:
+        """Take back the quarantined blocks whose fences are done."""
+        for fence in [fence for fence in self._fenced if fence.done()]:
+            for block in self._fenced.pop(fence):
+                self._num_fences[block] -= 1
+                if not self._num_fences[block]:
+                    del self._num_fences[block]
+                    if block in self._quarantined:
+                        self._quarantined.remove(block)
+                        self._holders[block] = 1
+                        self.release((block,))
+
     def forget(self) -> None:
         """Drop all cached content; nobody may hold a block. For when the cache's memory or the weights change."""
-        assert self.num_free == self.num_usable, (self.num_free, self.num_usable)
+        assert self.num_free + self.num_quarantined == self.num_usable, (self.num_free, self.num_usable)
         self.forget_free()
 
     def forget_free(self) -> int:
         """Drop the cached content of blocks that nobody holds; returns how many others can still be found."""
         for block in self._cached:
-            key, self._keys[block] = self._keys[block], None
-            assert key is not None, block
-            del self._blocks_by_key[key]
+            self._forget_key(block)
             self._holders[block] = 1
         self._empty += reversed(self._cached)
         self._cached.clear()
+        for block in self._quarantined:
+            self._forget_key(block)
         return len(self._blocks_by_key)
+
+    def _forget_key(self, block: int) -> None:
+        """Let a block be found no more."""
+        key, self._keys[block] = self._keys[block], None
+        if key is not None:
+            del self._blocks_by_key[key]

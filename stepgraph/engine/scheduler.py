@@ -134,9 +134,10 @@ class Scheduler:
         self._token_sizes = tuple(token_sizes)
         self._pure_steps = pure_steps
         self._choose_drafts = choose_drafts
-        self._blocks = BlockPool(num_kv_blocks)
-        self._prefixes = PrefixCache(self._blocks, block_size, lookahead, prefix_caching)
-        self._watermark = int(self._blocks.num_usable * WATERMARK)
+        self.blocks = BlockPool(num_kv_blocks)
+        """All KV blocks; those who move their content elsewhere hold them meanwhile."""
+        self._prefixes = PrefixCache(self.blocks, block_size, lookahead, prefix_caching)
+        self._watermark = int(self.blocks.num_usable * WATERMARK)
         self._free_slots = list(range(config.max_num_seqs, 0, -1))
         self._generations = [0] * (config.max_num_seqs + 1)
         self._waiting = WaitingLine(config, clock)
@@ -170,7 +171,7 @@ class Scheduler:
 
     @property
     def num_free_blocks(self) -> int:
-        return self._blocks.num_free
+        return self.blocks.num_free
 
     @property
     def has_requests(self) -> bool:
@@ -191,10 +192,10 @@ class Scheduler:
                 f"request id {request.id!r} is in use; ids must differ while requests run", param="request_id"
             )
         needed = self._blocks_for(request.max_length - 1)  # the last token it may sample is never computed
-        if needed > self._blocks.num_usable:
+        if needed > self.blocks.num_usable:
             raise RequestError(
                 f"the request needs KV blocks for {request.max_length - 1} tokens ({needed} blocks of {self._block_size}), "
-                f"and the cache has {self._blocks.num_usable}; lower max_tokens, shorten the prompt, or raise num_kv_blocks",
+                f"and the cache has {self.blocks.num_usable}; lower max_tokens, shorten the prompt, or raise num_kv_blocks",
                 param="max_tokens",
                 code=CONTEXT_LENGTH_EXCEEDED,
             )
@@ -218,11 +219,11 @@ class Scheduler:
         self._end_lockstep()
         while self._running:
             self._preempt(self._running[-1])
-        self._blocks.forget()
+        self.blocks.forget()
 
     def forget_free(self) -> int:
         """Forget the cached content that no running request holds; returns how many blocks can still be found."""
-        return self._blocks.forget_free()
+        return self.blocks.forget_free()
 
     def schedule(self) -> ScheduledStep | None:
         """Plan one step; None if nothing can run until results or requests arrive."""
@@ -230,6 +231,7 @@ class Scheduler:
         plan = self._next_in_lockstep()
         if plan is not None:
             return ScheduledStep(plan)
+        self.blocks.reclaim()
         if self._pure_steps:
             decodes_first = self._prefilled_last
             draft = self._draft(decodes=decodes_first, prompts=not decodes_first)
@@ -357,9 +359,9 @@ class Scheduler:
             needed = (
                 self._blocks_for(self._with_drafts(request, request.num_known, draft))
                 - len(hits)
-                + self._blocks.count_free(hits)
+                + self.blocks.count_free(hits)
             )
-            if needed > self._blocks.num_free - (self._watermark if self._running else 0):
+            if needed > self.blocks.num_free - (self._watermark if self._running else 0):
                 return
             rest = request.num_known - num_cached
             partial_left = limits.max_num_partial_prefills - num_partial
@@ -377,7 +379,7 @@ class Scheduler:
         for chunk in draft.chunks:
             request = chunk.request
             if draft.budget and _is_prefilling(request):
-                room = (len(request.blocks) + self._blocks.num_free) * self._block_size - request.planned
+                room = (len(request.blocks) + self.blocks.num_free) * self._block_size - request.planned
                 room -= max(0, draft.num_drafts - 1)
                 self._extend(chunk, max(0, min(request.prefill_len - request.planned, draft.budget, room)), draft)
 
@@ -442,7 +444,7 @@ class Scheduler:
         if self._last_plan is not None and plan.repeats(self._last_plan):
             plan = replace(plan, epoch=self._epoch)
             if Lockstep.may_begin(self._running, plan):
-                self._lockstep = Lockstep(self._running, plan, self._blocks, self._block_size)
+                self._lockstep = Lockstep(self._running, plan, self.blocks, self._block_size)
         else:
             self._epoch += 1
         self._last_plan = plan
@@ -548,21 +550,21 @@ class Scheduler:
         lacking = self._blocks_for(num_tokens) - len(request.blocks)
         if lacking <= 0:
             return True
-        while self._blocks.num_free < lacking:
+        while self.blocks.num_free < lacking:
             draft.short_of_blocks = True
             victim = self._running[-1]
             if victim is request:
                 break
             victim.overtaken += request.arrival > victim.arrival
             self._preempt(victim)
-        count = min(lacking, self._blocks.num_free)
-        deltas += self._blocks.extend(request.blocks, count, slot)
+        count = min(lacking, self.blocks.num_free)
+        deltas += self.blocks.extend(request.blocks, count, slot)
         return count == lacking
 
     def _take_back(self, request: Request, num_blocks: int) -> None:
         """Undo a request's last grants. The device is not to hear of them."""
         if num_blocks:
-            self._blocks.release(request.blocks[-num_blocks:])
+            self.blocks.release(request.blocks[-num_blocks:])
             del request.blocks[-num_blocks:]
 
     def _num_admissible(self, num_prefilling: int) -> int:
@@ -587,7 +589,7 @@ class Scheduler:
         self._waiting.enter(request)
         slot = self._free_slots.pop()
         self._generations[slot] += 1
-        self._blocks.hold(hits)
+        self.blocks.hold(hits)
         request.slot, request.generation = slot, self._generations[slot]
         request.prefill_len = request.num_known
         request.blocks = list(hits)
@@ -626,7 +628,7 @@ class Scheduler:
         self._running.remove(request)
         del self._by_slot[request.slot]
         self._free_slots.append(request.slot)
-        self._blocks.release(request.blocks)
+        self.blocks.release(request.blocks)
         request.slot, request.blocks, request.planned, request.num_published = None, [], 0, 0
         request.spread = request.num_unread = request.num_drafts = 0
         request.draft_token_ids, request.was_drafted = (), True

@@ -243,6 +243,8 @@ class Loop:
         )
         self.device = Device(max_num_seqs, num_kv_blocks, block_size, lookahead=lookahead, accuracy=accuracy)
         self.in_flight: deque = deque()
+        self.held_elsewhere: set[int] = set()
+        """Blocks that others than requests hold, or may still touch."""
         self._seen: dict[
             int, tuple[int, int]
         ] = {}  # by slot: generation, and tokens computed in steps whose results were read
@@ -347,7 +349,7 @@ class Loop:
             for index, block in enumerate(request.blocks):
                 if index >= request.num_found:
                     assert owners.setdefault(block, request.slot) == request.slot
-        held = {block for request in running.values() for block in request.blocks}
+        held = {block for request in running.values() for block in request.blocks} | self.held_elsewhere
         assert self.scheduler.num_free_blocks + len(held) == self.num_kv_blocks - 1, (
             "a block was lost, or released twice"
         )
