@@ -16,6 +16,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from stepgraph import __version__
+from stepgraph.devices import package_of, plugins
 
 Report = dict[str, dict[str, str]]
 """Facts by section and name."""
@@ -59,6 +60,7 @@ def collect() -> Report:
         "stepgraph": _stepgraph(),
         "packages": {name: _version(name) for name in _PACKAGES},
         "system": _system(),
+        "platforms": {name: ", ".join(map(package_of, entries)) for name, entries in sorted(plugins().items())},
         **_torch(),
         "environment": {
             name: value

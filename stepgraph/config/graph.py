@@ -16,7 +16,7 @@ class GraphConfig:
     graph_backend: str = setting(
         "auto",
         "how steps are captured: CUDA graphs, recorded torch operators (cpu), or not at all (eager); auto is "
-        "cuda on CUDA and cpu on CPU",
+        "cuda on CUDA, cpu on CPU, and else what the platform brings",
         choices=("auto", "cuda", "cpu", "eager"),
     )
     capture: str = setting(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from stepgraph.config.fields import check, setting
+from stepgraph.devices import check_device
 from stepgraph.errors import ConfigError
 
 _QUANTIZATIONS = ("auto", "fp8", "none", None)
@@ -36,13 +37,19 @@ class ModelConfig:
     seed: int = setting(
         0, "seed of everything random: dummy weights and requests without a seed of their own", minimum=-(2**63)
     )
-    device: str = setting("auto", "auto takes CUDA if there is one", choices=("auto", "cpu", "cuda"))
+    device: str = setting(
+        "auto",
+        "auto (CUDA if there is one), cpu, cuda, or the name of a platform that an installed package brings; "
+        "`stepgraph env` lists those",
+        metavar="auto|cpu|cuda|NAME",
+    )
     deterministic: bool = setting(
         False, "a request's tokens are bit for bit the same alone, in any batch and however its prompt is cut; slower"
     )
 
     def __post_init__(self) -> None:
         check(self)
+        check_device(self.device)
         if self.seed < 0:  # as in requests: the 64 bits it has
             object.__setattr__(self, "seed", self.seed + 2**64)
         if self.quantization not in _QUANTIZATIONS:

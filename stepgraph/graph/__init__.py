@@ -1,5 +1,7 @@
 """Capturing steps: the backends, the pool of captured graphs, and the check that a graph is right."""
 
+import importlib
+
 from stepgraph.graph.base import Graph, GraphBackend
 from stepgraph.graph.eager import EagerBackend
 
@@ -7,7 +9,11 @@ __all__ = ["Graph", "GraphBackend", "create_backend"]
 
 
 def create_backend(name: str) -> GraphBackend:
-    """The backend of that name: ``"cuda"``, ``"cpu"`` or ``"eager"``."""
+    """A new backend.
+
+    Args:
+        name: ``"cuda"``, ``"cpu"``, ``"eager"``, or ``"module:class"``, as packages with a platform of their own have it.
+    """
     if name == "cuda":
         from stepgraph.graph.cuda import CudaBackend
 
@@ -16,5 +22,8 @@ def create_backend(name: str) -> GraphBackend:
         from stepgraph.graph.cpu import CpuBackend
 
         return CpuBackend()
-    assert name == "eager", name
-    return EagerBackend()
+    if name == "eager":
+        return EagerBackend()
+    module, class_name = name.split(":")
+    backend: GraphBackend = getattr(importlib.import_module(module), class_name)()
+    return backend

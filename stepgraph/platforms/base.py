@@ -9,6 +9,9 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+PROTOCOL_VERSION = 1
+"""Of `Platform` and what belongs to it: rises when a platform that was written for it must change."""
+
 
 class CompiledKernels(NamedTuple):
     """How many kernels were not in this process's memory, by where they came from."""
@@ -57,10 +60,14 @@ class DeviceMemory(Protocol):
 class Platform(Protocol):
     """One accelerator family. Its kernels are registered under its name, see `stepgraph.platforms.kernels`."""
 
+    protocol_version: int
+    """The PROTOCOL_VERSION that it was written for; read from the class, before a platform is made."""
     name: str
+    """The value of the setting `device` that asks for it."""
     device: torch.device
     default_dtype: torch.dtype
     default_graph_backend: str
+    """What captures steps unless settings say otherwise: a name that `stepgraph.graph.create_backend` takes."""
     captures_all_by_default: bool
     captures_addresses: bool
     """Whether a captured graph reads parameters where they lie, so that their values may come later."""

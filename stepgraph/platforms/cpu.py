@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from stepgraph import openmp
-from stepgraph.platforms.base import CompiledKernels
+from stepgraph.platforms.base import PROTOCOL_VERSION, CompiledKernels
 from stepgraph.platforms.torch_memory import TorchMemory
 
 logger = logging.getLogger(__name__)
@@ -30,6 +30,7 @@ class _Done:
 class CpuPlatform:
     """See `stepgraph.platforms.base.Platform`."""
 
+    protocol_version = PROTOCOL_VERSION
     name = "cpu"
     device = torch.device("cpu")
     default_dtype = torch.float32

@@ -9,7 +9,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from stepgraph.platforms.base import CompiledKernels, DeviceMemory
+from stepgraph.errors import ConfigError
+from stepgraph.platforms.base import PROTOCOL_VERSION, CompiledKernels, DeviceMemory
 from stepgraph.platforms.cuda_memory import SleepableMemory
 from stepgraph.platforms.kernel_cache import guard_kernel_cache
 from stepgraph.platforms.torch_memory import TorchMemory
@@ -31,8 +32,13 @@ class _Event:
 
 
 class CudaPlatform:
-    """See `stepgraph.platforms.base.Platform`."""
+    """See `stepgraph.platforms.base.Platform`.
 
+    Raises:
+        ConfigError: torch sees no such GPU.
+    """
+
+    protocol_version = PROTOCOL_VERSION
     name = "cuda"
     default_dtype = torch.bfloat16
     default_graph_backend = "cuda"
@@ -42,6 +48,11 @@ class CudaPlatform:
     graph_node_bytes = 5 << 10  # measured on an H200, see benchmarks/h200.md
 
     def __init__(self) -> None:
+        if not torch.cuda.is_available():
+            raise ConfigError(
+                f"device='cuda', but torch {torch.__version__} sees no CUDA device; use device='cpu', or check the driver "
+                "and that torch was installed with CUDA"
+            )
         guard_kernel_cache()
         self.device = torch.device("cuda", torch.cuda.current_device())
         self.supports_fp8 = torch.cuda.get_device_capability(self.device) >= (8, 9)

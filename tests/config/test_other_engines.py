@@ -253,6 +253,7 @@ def test_command_lines_may_be_spelled_as_there(parse, line, settings):
         ("--compilation-config [1]", "compilation_config must be a JSON object, not list"),
         ("--compilation-config.modes 3", "compilation_config has no key 'modes'; known keys: backend, "),
         ("--num-gpu-blocks-override 5 --num-kv-blocks 6", "asks for num_kv_blocks="),
+        ("--device cuda:0", "device='cuda:0' is not known; choose one of: auto, cpu, cuda. "),
         ("--num-gpu-blocks-override many", "num_kv_blocks='many' must be a whole number"),
         ("--reasoning-parser qwen-3", "reasoning_parser='qwen-3' is not known; choose one of: auto, none, think\n"),
         ("--enforce-eager -O 0 --graph-backend cpu", "asks for graph_backend='eager', and graph_backend for 'cpu'"),
@@ -269,7 +270,7 @@ def test_a_command_line_that_cannot_be_followed_ends_with_one_sentence_and_exit_
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("--device cuda:0", "argument --device: invalid choice: 'cuda:0'"),
+        ("--capture sometimes", "argument --capture: invalid choice: 'sometimes'"),
         ("--max-num-seqs", "argument --max-num-seqs: expected one argument"),
         ("--enforce-eager=True", "argument --enforce-eager/--no-enforce-eager: ignored explicit argument 'True'"),
     ],
