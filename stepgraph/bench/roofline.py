@@ -14,8 +14,8 @@ from typing import Literal
 
 import torch
 
-from stepgraph.layers.embedding import Embedding
-from stepgraph.layers.linear import Linear
+from stepgraph.layers.formats import Packed
+from stepgraph.layers.matrix import Matrix
 from stepgraph.models.decoder import Decoder
 from stepgraph.models.language_model import LanguageModel
 from stepgraph.platforms import Platform
@@ -142,8 +142,8 @@ def _keys_seen(rows: Sequence[tuple[int, int]]) -> int:
 def _packed_away(model: LanguageModel) -> int:
     """Weights less bytes, of those layers that pack their weights."""
     modules = model.modules() if isinstance(model, Decoder) else ()
-    packed = [m for m in modules if isinstance(m, Linear | Embedding) and m.packing is not None]
-    return sum(len(m.weight) * m.packing.width - m.weight.numel() for m in packed if m.packing is not None)
+    packed = [m for m in modules if isinstance(m, Matrix) and isinstance(m.format.base, Packed)]
+    return sum(m.out_features * m.in_features - m.weight.numel() for m in packed)
 
 
 def _time(call: Callable[[], object], platform: Platform) -> float:

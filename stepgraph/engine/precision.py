@@ -22,7 +22,7 @@ def describe(model: LanguageModel, dtype: torch.dtype) -> str:
     """For people: the dtype of weights and activations, and which products are of smaller numbers, on this machine."""
     name = str(dtype).removeprefix("torch.")
     linears = (module for module in model.modules() if isinstance(module, Linear))
-    limit = max((layer.exact_tokens for layer in linears if layer.exact_tokens is not None), default=None)
+    limit = max((layer.format.rounds_above for layer in linears if layer.format.rounds_above is not None), default=None)
     if limit is None or not rounds_to_bfloat16():
         return name
     return f"{name}, products in steps of more than {limit} tokens bfloat16"

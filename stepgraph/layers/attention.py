@@ -83,7 +83,7 @@ class Attention(nn.Module):
             [T, H·D], dtype of `x_TE`. What is left is `o_proj`.
         """
         return rope_attention(
-            self.qkv_proj.after_norm(norm, x_TE),
+            self.qkv_proj.product(x_TE, norm=norm),
             cos_sin,
             self.q_norm.weight if self.q_norm is not None else None,
             self.k_norm.weight if self.k_norm is not None else None,
@@ -104,7 +104,7 @@ class Attention(nn.Module):
         """Write this step's keys and values; arguments as of `forward`."""
         tokens = inputs.tokens
         rope_cache(
-            self.qkv_proj.after_norm(norm, x_TE),
+            self.qkv_proj.product(x_TE, norm=norm),
             tokens.positions,
             tokens.kv_slots,
             cos_sin,

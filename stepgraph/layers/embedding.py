@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
+from torch import Tensor
 
-from stepgraph import ops
-from stepgraph.layers.packing import Packing
+from stepgraph.layers.formats import Plain, WeightFormat
+from stepgraph.layers.matrix import Matrix
+
+_PLAIN = Plain()
 
 
-class Embedding(nn.Module):
+class Embedding(Matrix):
     """Rows of a [V, E] table, multiplied by a constant in some models. May run inside a graph."""
-
-    packing: Packing | None = None
-    """How `weight` is packed, if it is; set at load."""
 
     def __init__(
         self,
@@ -22,6 +20,7 @@ class Embedding(nn.Module):
         hidden_size: int,
         *,
         multiplier: float = 1.0,
+        format: WeightFormat = _PLAIN,
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
@@ -29,17 +28,14 @@ class Embedding(nn.Module):
         vocab_size: V.
         hidden_size: E.
         multiplier: of the rows that `forward` returns, first rounded to `dtype`, as Gemma was trained with.
-        dtype: of the table.
+        format: of the table.
+        dtype: of the activations.
         device: of the table.
         """
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(vocab_size, hidden_size, dtype=dtype, device=device), False)
+        super().__init__(hidden_size, vocab_size, bias=False, format=format, dtype=dtype, device=device)
         self.multiplier = float(torch.tensor(multiplier, dtype=dtype))
 
     def forward(self, token_ids_T: Tensor) -> Tensor:
         """Return a fresh [T, E] tensor, which the caller may update in place."""
-        if self.packing is None:
-            x_TE = F.embedding(token_ids_T, self.weight)
-        else:
-            x_TE = ops.packed_rows(self.weight, token_ids_T, self.packing.width)
+        x_TE = self.format.rows(self.parameters_by_name, token_ids_T)
         return x_TE if self.multiplier == 1.0 else x_TE * self.multiplier

@@ -7,6 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from stepgraph.layers.formats import End
 from stepgraph.layers.linear import Linear, MergedLinear
 from stepgraph.layers.norm import RMSNorm
 
@@ -38,8 +39,8 @@ class MLP(nn.Module):
             device=device,
         )
         self.down_proj = Linear(intermediate_size, hidden_size, bias=bias, dtype=dtype, device=device)
-        self.activation = activation
+        self._end = End.GEGLU if activation == "gelu_tanh" else End.SWIGLU
 
     def hidden(self, norm: RMSNorm, x_TE: Tensor) -> Tensor:
         """Return `activation(gate(norm(x))) · up(norm(x))`: [T, M], dtype of `x_TE`. What is left is `down_proj`."""
-        return self.gate_up_proj.gated_after_norm(norm, x_TE, gelu=self.activation == "gelu_tanh")
+        return self.gate_up_proj.product(x_TE, norm=norm, end=self._end)

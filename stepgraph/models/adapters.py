@@ -24,6 +24,7 @@ from torch import Tensor
 
 from stepgraph.config.lora import LoRAConfig
 from stepgraph.errors import RequestError
+from stepgraph.layers.formats import Adapted
 from stepgraph.layers.linear import Linear, MergedLinear
 from stepgraph.layers.lora import LoRA, token_adapters
 from stepgraph.models.conversion import Converted
@@ -134,19 +135,20 @@ class AdapterStore:
                 continue
             parts = tuple(module.parts.values()) if isinstance(module, MergedLinear) else (module.out_features,)
             zeros = partial(torch.zeros, dtype=model.dtype, device=module.weight.device)
-            module.lora = LoRA(
+            lora = LoRA(
                 a=zeros(config.max_loras + 1, len(parts) * rank, module.in_features),
                 b=zeros(config.max_loras + 1, module.out_features, rank),
                 parts=parts,
                 index=self._index,
             )
-            self._loras.append(module.lora)
+            module.use(Adapted(module.format.base, lora))
+            self._loras.append(lora)
             if f"{path}.weight" in targets:
-                self._places[path] = _Place(module.lora, 0, len(parts), targets[f"{path}.weight"])
+                self._places[path] = _Place(lora, 0, len(parts), targets[f"{path}.weight"])
             elif isinstance(module, MergedLinear):
                 for i, part in enumerate(module.parts):
                     name = f"{path.rpartition('.')[0]}.{part}"
-                    self._places[name] = _Place(module.lora, i, 1, targets[f"{name}.weight"])
+                    self._places[name] = _Place(lora, i, 1, targets[f"{name}.weight"])
         self._adapters: dict[str, Adapter] = {}  # by their folders, least recently asked for first
 
     @property

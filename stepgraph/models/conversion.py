@@ -3,29 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-
-class Target(Protocol):
-    """Where a tensor of a checkpoint goes: a parameter, a view into one, or a `Converted` one."""
-
-    @property
-    def shape(self) -> torch.Size:
-        """Of the checkpoint's tensor."""
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """In which `copy_` loses nothing."""
-
-    @property
-    def device(self) -> torch.device:
-        """On which `copy_` is fastest; it takes values on the CPU too."""
-
-    def copy_(self, values: Tensor, /) -> Any:
-        """Fill the target."""
+from stepgraph.layers.formats import Target
 
 
 def quantization_of(target: Target) -> str | None:

@@ -14,16 +14,15 @@ from torch import Tensor, nn
 
 from stepgraph.layers.attention import Attention
 from stepgraph.layers.embedding import Embedding
-from stepgraph.layers.fp8_linear import FP8Linear, fp8_targets
+from stepgraph.layers.formats import End, Target
 from stepgraph.layers.inputs import StepInputs
 from stepgraph.layers.linear import Linear, MergedLinear
+from stepgraph.layers.matrix import Matrix
 from stepgraph.layers.mlp import MLP
 from stepgraph.layers.norm import RMSNorm
 from stepgraph.layers.rotary import cos_sin_table, rotary_order
 from stepgraph.models.config import DecoderConfig
-from stepgraph.models.conversion import Target, with_head_order, with_offset
-from stepgraph.models.packing import PackedTarget
-from stepgraph.ops import linear, linear_by_row, packed_linear
+from stepgraph.models.conversion import with_head_order, with_offset
 
 
 class DecoderLayer(nn.Module):
@@ -81,10 +80,9 @@ class DecoderLayer(nn.Module):
         o_proj, down_proj = self.self_attn.o_proj, self.mlp.down_proj
         attended_TF = self.self_attn(self.input_layernorm, residual_TE, cos_sin, cache, inputs)
         if self.pre_feedforward_layernorm is None or self.post_feedforward_layernorm is None:
-            o_proj.add_to(residual_TE, attended_TF, self.residual_multiplier)
-            down_proj.add_to(
-                residual_TE, self.mlp.hidden(self.post_attention_layernorm, residual_TE), self.residual_multiplier
-            )
+            o_proj.product(attended_TF, end=End.ADD, out=residual_TE, multiplier=self.residual_multiplier)
+            hidden_TM = self.mlp.hidden(self.post_attention_layernorm, residual_TE)
+            down_proj.product(hidden_TM, end=End.ADD, out=residual_TE, multiplier=self.residual_multiplier)
         else:
             residual_TE.add_(self.post_attention_layernorm(o_proj(attended_TF)))
             hidden_TM = self.mlp.hidden(self.pre_feedforward_layernorm, residual_TE)
@@ -109,7 +107,6 @@ class Decoder(nn.Module, ABC):
     """
 
     lm_head: Linear | None
-    deterministic = False
 
     def __init__(self, config: DecoderConfig, *, max_model_len: int, dtype: torch.dtype, device: torch.device) -> None:
         """Args:
@@ -165,23 +162,16 @@ class Decoder(nn.Module, ABC):
         embedding_TE: Tensor = self.embed_tokens(token_ids_T)
         return embedding_TE
 
+    @property
+    def head(self) -> Matrix:
+        """The output head; in some models it is the embedding table."""
+        return self.embed_tokens if self.lm_head is None else self.lm_head
+
     def logits(self, hidden_RE: Tensor, out: Tensor) -> Tensor:
         """Write logits into `out`, [R, V] of the dtype of `hidden_RE`, and return it. Runs inside the graph."""
-        head = self.embed_tokens if self.lm_head is None else self.lm_head
         if self.config.logits_divisor != 1.0:
             hidden_RE = hidden_RE / self.config.logits_divisor
-        if head.packing is not None:
-            return packed_linear(hidden_RE, head.weight, exact_tokens=None, out=out)
-        if self.deterministic:
-            return linear_by_row(hidden_RE, head.weight, None, out)
-        return linear(hidden_RE, head.weight, None, out)
-
-    def make_deterministic(self) -> None:
-        """Have every matrix product give each token bits that do not depend on the tokens beside it."""
-        self.deterministic = True
-        for module in self.modules():
-            if isinstance(module, Linear):
-                module.deterministic = True
+        return self.head.product(hidden_RE, out=out)
 
     def checkpoint_tensors(self) -> dict[str, Target]:
         """Where each tensor of a checkpoint goes: checkpoint name → parameter, view into a merged one, or one that is
@@ -201,17 +191,13 @@ def named_targets(root: nn.Module, config: DecoderConfig, layers: Mapping[str, i
     """
     targets: dict[str, Target] = {}
     for path, module in root.named_modules():
-        parameters: Mapping[str, Tensor] = dict(module.named_parameters(recurse=False))
-        if isinstance(module, MergedLinear) and not config.merged_projections:
-            path, parameters = path.rpartition(".")[0], module.named_parts()
-        tensors: dict[str, Target] = {**parameters}
+        tensors: dict[str, Target] = dict(module.named_parameters(recurse=False))
         if isinstance(module, RMSNorm) and module.weight_offset:
-            tensors = {name: with_offset(tensor, module.weight_offset) for name, tensor in parameters.items()}
-        elif isinstance(module, FP8Linear):
-            tensors = {**fp8_targets(parameters)}
-        elif isinstance(module, Linear | Embedding) and module.packing is not None:
-            codes = {name: part for name, part in parameters.items() if name.endswith("weight")}
-            tensors |= {name: PackedTarget(part, module.packing) for name, part in codes.items()}
+            tensors = {name: with_offset(tensor, module.weight_offset) for name, tensor in tensors.items()}
+        elif isinstance(module, MergedLinear) and not config.merged_projections:
+            path, tensors = path.rpartition(".")[0], module.part_targets()
+        elif isinstance(module, Matrix):
+            tensors = module.targets()
         targets |= {f"{path}.{name}": tensor for name, tensor in tensors.items()}
     for path, index in layers.items():
         _reorder_heads(targets, f"{path}.self_attn", config, index)

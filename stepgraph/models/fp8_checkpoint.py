@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from stepgraph.errors import ModelError
-from stepgraph.layers.fp8_linear import pack, quantization_name
+from stepgraph.layers.formats.fp8 import FP8, pack
 from stepgraph.models.checkpoint import CheckpointTensor
 from stepgraph.ops.fp8_linear import GROUP_SIZE, dequantize, num_groups
 
@@ -106,7 +106,7 @@ class FP8Tensor(CheckpointTensor):
                 f"matrices, of outputs, or of blocks of {GROUP_SIZE} × {GROUP_SIZE}."
             )
         self.groups = blocks[1] if self._blocked else 1
-        self.quantization = quantization_name(self.groups)
+        self.quantization = FP8(grouped=self.groups > 1).encoding
         self.nbytes = math.prod(self.shape) + 4 * math.prod(scale.shape)
         self._codes, self._scale = codes, scale
 
@@ -115,7 +115,7 @@ class FP8Tensor(CheckpointTensor):
         return dequantize(*self._read(device)).to(dtype)
 
     def packed(self) -> Tensor:
-        """See `CheckpointTensor.packed`; the bytes are those of `stepgraph.layers.fp8_linear.pack`."""
+        """See `CheckpointTensor.packed`; the bytes are those of `stepgraph.layers.formats.fp8.pack`."""
         return pack(*self._read(torch.device("cpu")))
 
     def _read(self, device: torch.device) -> tuple[Tensor, Tensor]:

@@ -7,22 +7,21 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from stepgraph.errors import ConfigError
-from stepgraph.layers.fp8_linear import FP8Linear, fp8_targets
+from stepgraph.layers.formats import FP8, Target
+from stepgraph.layers.matrix import Matrix
 from stepgraph.layers.norm import RMSNorm
 from stepgraph.models.checkpoint import CheckpointTensor
 from stepgraph.models.config import DecoderConfig
-from stepgraph.models.conversion import Target
 from stepgraph.models.decoder import Decoder
 from stepgraph.models.language_model import LanguageModel
 from stepgraph.models.memory import check_fits, tell_of_dequantised
 from stepgraph.models.mtp_tensors import without_mtp
 from stepgraph.models.output_head import fit_head, has_own_head
-from stepgraph.models.packing import pack
-from stepgraph.models.quantization import materialise, quantize_layers
+from stepgraph.models.quantization import choose_formats, materialise
 from stepgraph.models.registry import ARCHITECTURES
 from stepgraph.models.source import ModelSource
 from stepgraph.models.transformers_config import TransformersConfig
@@ -133,15 +132,20 @@ def create_model(
         config = replace(config, tie_word_embeddings=False)
     meta = torch.device("meta")
     model = ARCHITECTURES[config.architecture](config, max_model_len=max_model_len, dtype=dtype, device=meta)
-    if quantization not in ("none", None):
-        has_fp8 = quantize_layers(model, tensors, everything=quantization == "fp8")
-        if has_fp8 and not supports_fp8:
-            raise ConfigError(
-                f"weights of 8 bits ({source.description}, quantization={quantization!r}) need a GPU of compute capability 8.9 "
-                "or later; use quantization='none', which keeps them in 16 bits"
-            )
-        if packed:
-            pack(model, tensors, merged=config.merged_projections, exact_tokens=exact_tokens)
+    choose_formats(
+        model,
+        tensors,
+        keep=quantization not in ("none", None),
+        to_fp8=quantization == "fp8",
+        packed=packed,
+        deterministic=deterministic,
+        exact_tokens=exact_tokens,
+    )
+    if not supports_fp8 and any(isinstance(matrix.format, FP8) for matrix in _matrices(model)):
+        raise ConfigError(
+            f"weights of 8 bits ({source.description}, quantization={quantization!r}) need a GPU of compute capability 8.9 "
+            "or later; use quantization='none', which keeps them in 16 bits"
+        )
     if load_format != "dummy":
         matches = _match(model, tensors, source)  # before memory is taken for sizes that may be damaged
         tell_of_dequantised(matches, source, warn=packed)
@@ -149,8 +153,6 @@ def create_model(
     nbytes = sum(parameter.nbytes for parameter in parameters)
     check_fits(sum(parameter.numel() for parameter in parameters), nbytes, free_bytes, dtype=dtype, source=source)
     materialise(model, device)
-    if deterministic:
-        model.make_deterministic()
     return model.eval()
 
 
@@ -185,7 +187,11 @@ def fills_in_place(model: LanguageModel) -> bool:
     """Whether `fill` allocates nothing on the device, so that graphs may be captured and memory be shared out meanwhile: so it
     is for native models whose weights are not rounded to 8 bits there. Nor may it launch kernels of Triton, which are not run
     while others compile them ahead."""
-    return isinstance(model, Decoder) and not any(isinstance(module, FP8Linear) for module in model.modules())
+    return isinstance(model, Decoder) and all(matrix.format.base.fills_in_place for matrix in _matrices(model))
+
+
+def _matrices(model: Decoder) -> Iterator[Matrix]:
+    return (module for module in model.modules() if isinstance(module, Matrix))
 
 
 def _fill_randomly(model: Decoder) -> Iterator[None]:
@@ -198,14 +204,12 @@ def fill_randomly(model: nn.Module, device: torch.device) -> None:
     """Fill a native model's parameters as `load_format` "dummy" says, the same way every time."""
     generator = torch.Generator(device).manual_seed(0)
     for module in model.modules():
-        parameters = dict(module.named_parameters(recurse=False))
-        if isinstance(module, FP8Linear):
-            for target in fp8_targets(parameters).values():
-                values = torch.empty(target.shape, dtype=target.dtype, device=device)
-                target.copy_(values.normal_(0.0, 0.02, generator=generator))
-            continue
-        for parameter in parameters.values():
-            if isinstance(module, RMSNorm):
-                parameter.fill_(1.0)
-            else:
-                parameter.normal_(0.0, 0.02, generator=generator)
+        if isinstance(module, RMSNorm):
+            module.weight.fill_(1.0)
+        for target in module.targets().values() if isinstance(module, Matrix) else ():
+            values = (
+                target if isinstance(target, Tensor) else torch.empty(target.shape, dtype=target.dtype, device=device)
+            )
+            values.normal_(0.0, 0.02, generator=generator)
+            if values is not target:
+                target.copy_(values)

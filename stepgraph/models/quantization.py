@@ -1,4 +1,4 @@
-"""Which layers of a model get weights of 8 bits: decided before any weight takes memory."""
+"""How the layers of a model keep their weights: decided before any weight takes memory."""
 
 from __future__ import annotations
 
@@ -7,41 +7,72 @@ from collections.abc import Iterable
 import torch
 from torch import nn
 
-from stepgraph.layers.fp8_linear import fp8_linear
+from stepgraph.layers.formats import FORMATS, FP8, FormatOptions, Packed, Plain, WeightFormat
 from stepgraph.layers.linear import Linear, MergedLinear
+from stepgraph.layers.matrix import Matrix
 from stepgraph.models.checkpoint import CheckpointTensor
 from stepgraph.models.decoder import Decoder
-from stepgraph.models.fp8_checkpoint import FP8Tensor
+from stepgraph.ops.packed import BLOCK
 
 
-def quantize_layers(model: Decoder, tensors: Iterable[CheckpointTensor], *, everything: bool) -> bool:
-    """Replace those linear layers whose weights a checkpoint has in 8 bits. Embedding, norms and output head stay.
+def choose_formats(
+    model: Decoder,
+    tensors: Iterable[CheckpointTensor],
+    *,
+    keep: bool,
+    to_fp8: bool,
+    packed: bool,
+    deterministic: bool,
+    exact_tokens: int | None,
+) -> None:
+    """Have each layer of a model keep its weight as the checkpoint does, where there is a format for that.
 
     Args:
-        model: unfilled; on the meta device, so that its layers take memory only as what they become.
-        tensors: of the checkpoint.
-        everything: quantise the other layers' weights too, as they are read, with one scale per output.
-
-    Returns:
-        Whether there are any.
+        model: unfilled; on the meta device, so that its layers take memory only in the format that they get.
+        tensors: of the checkpoint; nothing is read.
+        keep: quantised weights stay so; else they become numbers.
+        to_fp8: the other linear layers' weights are rounded to 8 bits as they are read, with one scale per output. Embedding,
+            norms and output head stay.
+        packed, deterministic, exact_tokens: see `FormatOptions`.
     """
-    stored = {tensor.name: tensor for tensor in tensors}
-    chosen: dict[str, tuple[Linear, int]] = {}
-    for path, module in model.layers.named_modules(prefix="layers"):
-        if not isinstance(module, Linear):
+    encodings = {tensor.name: tensor.quantization for tensor in tensors}
+    for path, module in model.named_modules():
+        if not isinstance(module, Matrix):
             continue
-        names = [path]
-        if isinstance(module, MergedLinear) and not model.config.merged_projections:
-            names = [f"{path.rpartition('.')[0]}.{part}" for part in module.parts]
-        weights = [stored.get(f"model.{name}.weight") for name in names]
-        groups = {weight.groups if isinstance(weight, FP8Tensor) else None for weight in weights}
-        common = groups.pop() if len(groups) == 1 else None
-        if common is not None or everything:
-            chosen[path] = module, common or 1
-    for path, (module, count) in chosen.items():
-        parent, _, name = path.rpartition(".")
-        setattr(model.get_submodule(parent), name, fp8_linear(module, count))
-    return bool(chosen)
+        options = FormatOptions(path.startswith("layers."), deterministic, packed, exact_tokens)
+        found = {encodings.get(name) for name in _tensor_names(path, module, merged=model.config.merged_projections)}
+        encoding = found.pop() if len(found) == 1 else None
+        module.use(
+            (_keeping(encoding, module.in_features, options) if keep and encoding is not None else None)
+            or (FP8(deterministic=deterministic) if to_fp8 and options.in_layers else Plain(deterministic))
+        )
+
+
+def _keeping(encoding: str, inputs: int, options: FormatOptions) -> WeightFormat | None:
+    candidates = (format.keeping(encoding, inputs, options) for format in FORMATS)
+    return next((format for format in candidates if format is not None), None)
+
+
+def pack_rounded(module: nn.Module, *, exact_tokens: int | None) -> None:
+    """Have the linear layers of a module keep blocks of Q8_0, made of whatever they are filled with.
+
+    Args:
+        module: in float32 on the CPU, not filled yet: layers get new parameters.
+        exact_tokens: see `Packed`.
+    """
+    for layer in module.modules():
+        if isinstance(layer, Linear) and layer.in_features % BLOCK == 0:
+            layer.use(Packed("Q8_0", exact_tokens, takes_values=True))
+
+
+def _tensor_names(path: str, module: Matrix, *, merged: bool) -> list[str]:
+    """Names in the checkpoint of the tensors that a layer's weight is made of."""
+    if not path.startswith("lm_head"):
+        path = f"model.{path}"
+    if isinstance(module, MergedLinear) and not merged:
+        parent = path.rpartition(".")[0]
+        return [f"{parent}.{part}.weight" for part in module.parts]
+    return [f"{path}.weight"]
 
 
 def materialise(model: nn.Module, device: torch.device) -> None:

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from stepgraph.errors import ModelError
+from stepgraph.layers.formats import Target
 from stepgraph.models.checkpoint import CheckpointTensor
 from stepgraph.models.config import DecoderConfig
-from stepgraph.models.conversion import Target, quantization_of, takes_values
+from stepgraph.models.conversion import quantization_of, takes_values
 from stepgraph.models.decoder import Decoder
 from stepgraph.models.language_model import LanguageModel, LanguageModelConfig
 from stepgraph.models.mtp_tensors import without_mtp

@@ -24,12 +24,12 @@ from torch import Tensor, nn
 
 from stepgraph import ops
 from stepgraph.abi import slot_line
+from stepgraph.layers.formats import Target, WeightFormat
 from stepgraph.layers.inputs import StepInputs
 from stepgraph.layers.linear import Linear
 from stepgraph.layers.norm import RMSNorm
 from stepgraph.layers.rotary import cos_sin_table
 from stepgraph.models.config import DecoderConfig
-from stepgraph.models.conversion import Target
 from stepgraph.models.decoder import DecoderLayer, named_targets
 from stepgraph.models.language_model import LanguageModel
 from stepgraph.spec.drafter import Drafts, DraftStep
@@ -138,33 +138,29 @@ class DraftHead(nn.Module):
 
     token_ids: Tensor
 
-    def __init__(self, num_tokens: int, weight_VE: Tensor, logits_RV: Tensor, *, is_packed: bool) -> None:
+    def __init__(self, num_tokens: int, hidden_size: int, format: WeightFormat, logits_RV: Tensor) -> None:
         """Args:
         num_tokens: N.
-        weight_VE: of the model's head, for its form only.
-        logits_RV: filled with -inf; receives the logits of as many rows as it has.
-        is_packed: `weight_VE` is in blocks, see `stepgraph.ops.packed`.
+        hidden_size: E.
+        format: of the weight.
+        logits_RV: filled with -inf, in the dtype of the hidden states; receives the logits of as many rows as it has.
         """
         super().__init__()
-        self.weight = nn.Parameter(weight_VE.new_empty(num_tokens, weight_VE.shape[1]), False)
-        self._is_packed = is_packed
+        self.part = Linear(hidden_size, num_tokens, format=format, dtype=logits_RV.dtype, device=logits_RV.device)
         token_ids_N = torch.zeros(num_tokens, dtype=torch.int64, device=logits_RV.device)
         self.register_buffer("token_ids", token_ids_N, persistent=False)
         self._logits_RV = logits_RV
 
     def fill(self, weight_VE: Tensor, token_ids_N: Tensor) -> None:
-        """Take the rows of these tokens, int64, from the model's head. Not inside a graph; the same tokens every time."""
+        """Take the rows of these tokens, int64, from the weight of the model's head, which is in the same format. Not inside a
+        graph; the same tokens every time."""
         self.token_ids.copy_(token_ids_N)
-        self.weight.copy_(weight_VE.index_select(0, self.token_ids))
+        self.part.weight.copy_(weight_VE.index_select(0, self.token_ids))
 
     def forward(self, hidden_RE: Tensor) -> Tensor:
         """Logits of all of the vocabulary, -inf outside the part: [R, V]. The next call overwrites them."""
         logits_RV = self._logits_RV[: hidden_RE.shape[0]]
-        if self._is_packed:
-            logits_RN = ops.packed_linear(hidden_RE, self.weight, exact_tokens=None)
-        else:
-            logits_RN = ops.linear(hidden_RE, self.weight, None)
-        return logits_RV.index_copy_(1, self.token_ids, logits_RN)
+        return logits_RV.index_copy_(1, self.token_ids, self.part(hidden_RE))
 
 
 class MTPDrafter:

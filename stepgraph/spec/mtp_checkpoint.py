@@ -15,16 +15,16 @@ from tqdm import tqdm
 
 from stepgraph.config import EngineConfig
 from stepgraph.errors import ConfigError, ModelError
+from stepgraph.layers.formats import Packed, Plain, Target, WeightFormat
 from stepgraph.layers.linear import Linear
 from stepgraph.models.checkpoint import CheckpointTensor
 from stepgraph.models.config import DecoderConfig
-from stepgraph.models.conversion import Target
 from stepgraph.models.decoder import Decoder
 from stepgraph.models.ernie4_5 import Ernie45
 from stepgraph.models.language_model import LanguageModel
 from stepgraph.models.loader import fill_randomly
 from stepgraph.models.mtp_tensors import mtp_names
-from stepgraph.models.packing import pack_rounded, plain_weight
+from stepgraph.models.quantization import pack_rounded
 from stepgraph.models.registry import ARCHITECTURES
 from stepgraph.models.safetensors import read_safetensors
 from stepgraph.models.source import PACKAGED, FolderSource, ModelSource, hub_folder
@@ -149,18 +149,17 @@ def load_mtp(
         for _ in range(num_modules)
     ]
     modules = model.modules() if isinstance(model, Decoder) else ()
-    packings = (module.packing for module in modules if isinstance(module, Linear))
-    packing = next((packing for packing in packings if packing is not None), None)
-    if packing is not None and read is not None:  # beside a model in blocks, float32 would take most of the time
+    formats = (module.format.base for module in modules if isinstance(module, Linear))
+    packed = next((format for format in formats if isinstance(format, Packed)), None)
+    if packed is not None and read is not None:  # beside a model in blocks, float32 would take most of the time
         for layer in layers:
-            pack_rounded(layer, exact_tokens=packing.exact_tokens)
+            pack_rounded(layer, exact_tokens=packed.exact_tokens)
     max_rows = config.scheduler.max_num_seqs
     head = None
     if num_draft_ids:
         size = (max_rows, layer_config.vocab_size)
         logits_RV = torch.full(size, -torch.inf, dtype=model.dtype, device=platform.device)
-        weight_VE = _head_weight(model)
-        head = DraftHead(num_draft_ids, weight_VE, logits_RV, is_packed=weight_VE.dtype == torch.uint8)
+        head = DraftHead(num_draft_ids, layer_config.hidden_size, _head_weight(model)[0], logits_RV)
     _fill(layers, head, model, read, progress=progress)
     fill = partial(_fill, layers, head, model, read, progress=False)
     return MTPDrafter(layers, model, head, fill, max_rows=max_rows, multiprocessors=platform.multiprocessors)
@@ -188,7 +187,7 @@ def _fill(
             layer.norm.weight.copy_(_final_norm(model))
     if head is not None:
         assert found.draft_token_ids is not None
-        head.fill(_head_weight(model), _token_ids(found, len(head.token_ids), model.config.vocab_size))
+        head.fill(_head_weight(model)[1], _token_ids(found, len(head.token_ids), model.config.vocab_size))
 
 
 def _read(config: EngineConfig, source: ModelSource) -> _Found:
@@ -354,12 +353,13 @@ def _final_norm(model: LanguageModel) -> Tensor:
     return module.weight
 
 
-def _head_weight(model: LanguageModel) -> Tensor:
-    """Matrix of the model's output head, [V, E], scaled so that products with it are logits; its blocks if it has such."""
+def _head_weight(model: LanguageModel) -> tuple[WeightFormat, Tensor]:
+    """Of the model's output head: format and matrix, [V, E] or its blocks, scaled so that products with it are logits."""
     if isinstance(model, Decoder):
-        head = model.embed_tokens if model.lm_head is None else model.lm_head
-        return head.weight if model.config.logits_divisor == 1.0 else plain_weight(head) / model.config.logits_divisor
+        if model.config.logits_divisor != 1.0:
+            return Plain(), model.head.values() / model.config.logits_divisor
+        return model.head.format if isinstance(model.head.format, Packed) else Plain(), model.head.weight
     from stepgraph.models.transformers_model import TransformersModel
 
     assert isinstance(model, TransformersModel), model
-    return model.head.get_output_embeddings().weight  # type: ignore[operator]
+    return Plain(), model.head.get_output_embeddings().weight  # type: ignore[operator]

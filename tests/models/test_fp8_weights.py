@@ -11,7 +11,7 @@ from stepping import Stepper
 from transformers import GptOssConfig, LlamaConfig
 
 from stepgraph.errors import ConfigError, ModelError
-from stepgraph.layers.fp8_linear import FP8Linear
+from stepgraph.layers.formats import FP8
 from stepgraph.layers.linear import Linear
 from stepgraph.models import load_model, resolve
 from stepgraph.models.fp8_checkpoint import READABLE
@@ -49,7 +49,7 @@ def test_a_checkpoint_in_8_bits_keeps_its_codes_and_scales(layout, folder, tmp_p
     model = load(tmp_path / "fp8")
     expected = layers_of(plain)
     for name, layer in layers_of(model).items():
-        assert isinstance(layer, FP8Linear)
+        assert isinstance(layer.format, FP8)
         assert layer.scale.shape[1] == (-(-layer.weight.shape[1] // 128) if "block" in layout else 1)
         assert torch.equal(dequantize(layer.weight, layer.scale), expected[name].weight)
     torch.testing.assert_close(logits(model), logits(plain))
@@ -62,14 +62,14 @@ def test_every_kind_of_model_runs_in_8_bits(name, layout, tmp_path) -> None:
     random_hf_model(HF_CONFIGS[name]()).save_pretrained(tmp_path / "source")
     plain = load(write_fp8(tmp_path / "source", tmp_path / "fp8", layout))
     model = load(tmp_path / "fp8")
-    assert all(isinstance(layer, FP8Linear) for layer in layers_of(model).values())
+    assert all(isinstance(layer.format, FP8) for layer in layers_of(model).values())
     torch.testing.assert_close(logits(model), logits(plain))
 
 
 def test_layers_that_a_checkpoint_left_out_stay_as_they_are(folder, tmp_path) -> None:
     plain = load(write_fp8(folder, tmp_path / "fp8", "a scale per output", ignored=("layers.0.mlp", "1.self_attn.k_")))
     model = load(tmp_path / "fp8")
-    stay = {name for name, layer in layers_of(model).items() if not isinstance(layer, FP8Linear)}
+    stay = {name for name, layer in layers_of(model).items() if not isinstance(layer.format, FP8)}
     assert stay == {"0.mlp.gate_up_proj", "0.mlp.down_proj", "1.self_attn.qkv_proj"}
     torch.testing.assert_close(logits(model), logits(plain))
 

@@ -11,9 +11,10 @@ from transformers import Qwen2Config
 from stepgraph import EngineConfig, SamplingParams, native
 from stepgraph.engine.engine import Engine
 from stepgraph.errors import ModelError
+from stepgraph.layers.formats import Packed
+from stepgraph.layers.formats.packed import round_to_q8_0
 from stepgraph.layers.linear import Linear
 from stepgraph.models import load_model, resolve
-from stepgraph.models.packing import plain_weight, round_to_q8_0
 from stepgraph.models.update import plan_update, write
 from stepgraph.ops.packed import EXACT_TOKENS
 from stepgraph.step.plan import StepKind
@@ -37,7 +38,7 @@ def load(path, **settings):
 def formats(model):
     """Formats of the linear layers, by path."""
     return {
-        path: module.packing and module.packing.format
+        path: module.format.blocks if isinstance(module.format, Packed) else None
         for path, module in model.named_modules()
         if isinstance(module, Linear)
     }
@@ -85,8 +86,8 @@ def test_layers_without_kernels_and_mixtures_are_dequantised_and_that_is_logged(
 
 def test_plain_weight_has_the_dequantised_bits(folder):
     packed, plain = load(folder / "a.gguf"), load(folder / "a.gguf", packed=False)
-    assert torch.equal(plain_weight(packed.embed_tokens), plain.embed_tokens.weight)
-    assert plain_weight(plain.embed_tokens) is plain.embed_tokens.weight
+    assert torch.equal(packed.embed_tokens.values(), plain.embed_tokens.weight)
+    assert plain.embed_tokens.values() is plain.embed_tokens.weight
 
 
 def test_without_kernels_weights_are_dequantised(folder, monkeypatch):
@@ -132,8 +133,11 @@ def test_settings_decide_how_weights_are_kept(folder, settings, expected, precis
         engine = Engine(EngineConfig.from_settings(**settings))
     assert engine.precision == precision
     assert f"{engine.source.name} on cpu: {precision}" in caplog.messages
-    embedding = engine.runner.model.embed_tokens
-    assert (embedding.packing is not None, embedding.packing and embedding.packing.exact_tokens) == expected
+    model = engine.runner.model
+    layer_format, head_format = model.layers[0].mlp.down_proj.format, model.head.format
+    assert isinstance(head_format, Packed) == isinstance(layer_format, Packed) == expected[0]
+    if expected[0]:
+        assert (layer_format.exact_tokens, head_format.exact_tokens) == (expected[1], None), "logits are never rounded"
     requests = [
         engine.add_request(str(i), TOKENS[: 3 + 9 * i], SamplingParams(temperature=0, max_tokens=5, ignore_eos=True))
         for i in range(4)

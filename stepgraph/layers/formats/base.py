@@ -1,0 +1,132 @@
+"""How a layer keeps its weight, and the products it computes with it.
+
+Shapes: T tokens, I inputs, O outputs.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import Enum
+from typing import ClassVar, NamedTuple
+
+import torch
+from torch import Tensor
+
+from stepgraph import ops
+from stepgraph.layers.formats.target import Target
+from stepgraph.layers.norm import RMSNorm
+
+Weights = Mapping[str, Tensor]
+"""A layer's parameters by name: those of its format, and "bias", [O], if it has one. Parts of a layer have views of them."""
+
+
+class End(Enum):
+    """What becomes of a product."""
+
+    STORE = "store"
+    ADD = "add"
+    """Added, times a multiplier, to what is there."""
+    SWIGLU = "swiglu"
+    """The product with the weight's first half is the gate of that with its second; likewise GEGLU."""
+    GEGLU = "geglu"
+
+
+class ParameterSpec(NamedTuple):
+    """A parameter to be made."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True)
+class FormatOptions:
+    """What decides, beside the checkpoint, how a layer keeps its weight."""
+
+    in_layers: bool  # of the decoder, and not at its ends: embedding table and output head
+    deterministic: bool  # see `WeightFormat`
+    packed: bool  # blocks of quantised checkpoints are kept where there are kernels for them
+    exact_tokens: int | None  # see `stepgraph.layers.formats.packed.Packed`
+
+
+class WeightFormat(ABC):
+    """How a layer keeps its weight: the parameters that hold it, what fills them, and the products with it.
+
+    A format has no state: layers own the parameters. What a format has to define are `parameters`, `plain_product` and `values`;
+    `product` puts what comes before and after a product around it, and is overridden where one kernel does it all.
+    """
+
+    deterministic: bool
+    """Whether a token's product may not depend, bit for bit, on the tokens beside it."""
+    fills_in_place: ClassVar[bool] = True
+    """Whether filling a parameter takes no memory on the device, and launches no kernels of Triton there."""
+
+    @property
+    def base(self) -> WeightFormat:
+        """The format that keeps the weight: this one, unless it adds to the products of another."""
+        return self
+
+    @property
+    def rounds_above(self) -> int | None:
+        """Products of more tokens than this may round their operands to bfloat16; None: none does."""
+        return None
+
+    @classmethod
+    def keeping(cls, encoding: str, inputs: int, options: FormatOptions) -> WeightFormat | None:
+        """The format that keeps a checkpoint's tensors as they are encoded.
+
+        Args:
+            encoding: of all tensors that make up the weight, see `CheckpointTensor.quantization`.
+            inputs: I.
+            options: of the layer.
+
+        Returns:
+            None if this is not the format for them: the weight is then kept as numbers.
+        """
+        return None
+
+    @abstractmethod
+    def parameters(self, outputs: int, inputs: int, dtype: torch.dtype) -> dict[str, ParameterSpec]:
+        """What a weight [O, I] is kept in, by name.
+
+        Args:
+            outputs, inputs: O and I.
+            dtype: of the activations.
+        """
+
+    def targets(self, weights: Weights) -> dict[str, Target]:
+        """What a loader fills, by the names of the tensors in a checkpoint: each parameter once, alone or with others."""
+        return {**weights}
+
+    def product(
+        self,
+        weights: Weights,
+        x_TI: Tensor,
+        *,
+        norm: RMSNorm | None = None,
+        end: End = End.STORE,
+        out: Tensor | None = None,
+        multiplier: float = 1.0,
+    ) -> Tensor:
+        """Arguments as of `stepgraph.layers.matrix.Matrix.product`, and the parameters."""
+        if end is End.STORE:
+            return self.plain_product(weights, x_TI if norm is None else norm(x_TI), out)
+        product_TO = self.product(weights, x_TI, norm=norm)
+        if end is End.ADD:
+            assert out is not None
+            # `alpha` of 16 bits rounds by position.
+            return out.add_(product_TO if multiplier == 1.0 else product_TO.float() * multiplier)
+        return (ops.geglu if end is End.GEGLU else ops.swiglu)(product_TO)
+
+    @abstractmethod
+    def plain_product(self, weights: Weights, x_TI: Tensor, out: Tensor | None) -> Tensor:
+        """Return `x @ weight.T + bias`: [T, O], dtype of `x_TI`; in `out` if that is given, which goes without a bias."""
+
+    def rows(self, weights: Weights, index_T: Tensor) -> Tensor:
+        """Return a fresh [T, I] tensor of some rows of the weight. Only of formats that embedding tables may have."""
+        raise AssertionError(f"{self} keeps no embedding table")
+
+    @abstractmethod
+    def values(self, weights: Weights) -> Tensor:
+        """The weight as numbers, [O, I]: the parameter itself, or a new tensor of what it stands for."""

@@ -1,0 +1,98 @@
+"""A layer that is one matrix, in whatever format.
+
+Shapes: T tokens, I inputs, O outputs.
+"""
+
+from __future__ import annotations
+
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from stepgraph.layers.formats import End, Target, WeightFormat, Weights
+from stepgraph.layers.norm import RMSNorm
+
+
+class Matrix(nn.Module):
+    """A weight [O, I] in a format, and a bias [O] if it has one. Uninitialised until a loader fills `targets`."""
+
+    weight: nn.Parameter
+    bias: nn.Parameter | None
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        bias: bool,
+        format: WeightFormat,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        """Args:
+        in_features, out_features: I and O.
+        bias: whether it has one.
+        format: of the weight.
+        dtype: of the activations.
+        device: of the parameters.
+        """
+        super().__init__()
+        self.in_features, self.out_features, self.dtype = in_features, out_features, dtype
+        self.use(format, device)
+        self.bias = nn.Parameter(torch.empty(out_features, dtype=dtype, device=device), False) if bias else None
+
+    def use(self, format: WeightFormat, device: torch.device | None = None) -> None:
+        """Keep the weight in another format.
+
+        Args:
+            format: in place of the one it has. Parameters that both keep alike stay, filled or not; the others are new ones,
+                uninitialised.
+            device: of new ones; None: that of the old.
+        """
+        device = self.weight.device if device is None else device
+        specs = format.parameters(self.out_features, self.in_features, self.dtype)
+        for name in self._parameters.keys() - specs.keys() - {"bias"}:
+            delattr(self, name)
+        for name, spec in specs.items():
+            old = self._parameters.get(name)
+            if old is None or (tuple(old.shape), old.dtype) != spec:
+                setattr(self, name, nn.Parameter(torch.empty(spec.shape, dtype=spec.dtype, device=device), False))
+        self.format = format
+
+    @property
+    def parameters_by_name(self) -> Weights:
+        """Those of the format, and the bias, if there is one."""
+        return cast(Weights, self._parameters)
+
+    def targets(self) -> dict[str, Target]:
+        """What a loader fills, by the names of a checkpoint's tensors after the layer's."""
+        return self.format.targets(self.parameters_by_name)
+
+    def values(self) -> Tensor:
+        """The weight as numbers, [O, I]: the parameter itself, or a new tensor of what it stands for."""
+        return self.format.values(self.parameters_by_name)
+
+    def product(
+        self,
+        x_TI: Tensor,
+        *,
+        norm: RMSNorm | None = None,
+        end: End = End.STORE,
+        out: Tensor | None = None,
+        multiplier: float = 1.0,
+    ) -> Tensor:
+        """`x @ weight.T + bias`, with what comes before and after. May run inside a graph.
+
+        Args:
+            x_TI: [T, I].
+            norm: of `x_TI`, if the product is that of the normalised inputs.
+            end: what becomes of the product.
+            out: [T, O], dtype of `x_TI`, contiguous. With `End.ADD`, what is added to; with `End.STORE`, of a layer without bias,
+                where to write, or None; else None.
+            multiplier: of what is added.
+
+        Returns:
+            `out`, or a new tensor: [T, O], with an activation [T, O / 2], dtype of `x_TI`.
+        """
+        return self.format.product(self.parameters_by_name, x_TI, norm=norm, end=end, out=out, multiplier=multiplier)
