@@ -9,7 +9,7 @@ one for each grammar, see `stepgraph.engine.grammar_process`; the engine has a `
 
 from __future__ import annotations
 
-import importlib.util
+import importlib.metadata
 import json
 import os
 import re
@@ -33,6 +33,8 @@ if TYPE_CHECKING:
 
     from stepgraph.engine.sampling_params import StructuredOutputs
 
+XGRAMMAR_SERIES = "0.2."
+"""Releases whose behaviour the rewriting of schemas, tags and expressions was found by; pyproject.toml asks for the same."""
 MAX_WHITESPACE = 20
 """Characters of white space between two parts of a JSON text: enough to indent it, and no place for a model to stay."""
 _THREADS = max(1, min(8, (os.cpu_count() or 1) // 2))
@@ -58,10 +60,18 @@ class CompiledGuide(NamedTuple):
 
 
 def require_xgrammar() -> None:
-    """ConfigError if xgrammar is not installed."""
-    if importlib.util.find_spec("xgrammar") is None:
+    """ConfigError if xgrammar is not installed, or in a release that nobody has held against what is relied on here."""
+    try:
+        version = importlib.metadata.version("xgrammar")
+    except importlib.metadata.PackageNotFoundError:
         raise ConfigError(
             "structured outputs need the package xgrammar, which is not installed: pip install 'stepgraph[guidance]'",
+            param="structured_outputs",
+        ) from None
+    if not version.startswith(XGRAMMAR_SERIES):
+        raise ConfigError(
+            f"structured outputs are exact with xgrammar {XGRAMMAR_SERIES}x, and {version} is installed: "
+            "pip install 'stepgraph[guidance]'",
             param="structured_outputs",
         )
 

@@ -1,8 +1,11 @@
+import importlib.metadata
 import json
 import random
 import re
 import sys
 import threading
+import tomllib
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,7 +14,15 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from stepgraph.engine import guided_text
-from stepgraph.engine.guidance import MAX_WHITESPACE, GuidanceCompiler, Guide, GuideError, read_vocabulary
+from stepgraph.engine.guidance import (
+    MAX_WHITESPACE,
+    XGRAMMAR_SERIES,
+    GuidanceCompiler,
+    Guide,
+    GuideError,
+    read_vocabulary,
+    require_xgrammar,
+)
 from stepgraph.engine.sampling_params import StructuredOutputs
 from stepgraph.errors import ConfigError, RequestError
 
@@ -427,3 +438,13 @@ def test_missing_xgrammar_and_missing_end_tokens_are_explained(monkeypatch) -> N
     monkeypatch.setitem(sys.modules, "xgrammar", None)
     with pytest.raises(ConfigError, match=r"pip install 'stepgraph\[guidance\]'"):
         read_vocabulary(byte_tokenizer(), VOCAB_SIZE, [END])
+
+
+def test_a_release_that_nobody_has_tried_is_refused_by_its_number(monkeypatch) -> None:
+    require_xgrammar()
+    monkeypatch.setattr(importlib.metadata, "version", lambda package: "0.3.1")
+    with pytest.raises(ConfigError, match=r"exact with xgrammar 0\.2\.x, and 0\.3\.1 is installed: pip install"):
+        require_xgrammar()
+    requirements = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
+    [asked] = requirements["optional-dependencies"]["guidance"]
+    assert asked == f"xgrammar>={XGRAMMAR_SERIES}8,<0.3"
