@@ -16,7 +16,7 @@ class ScriptedDrafter:
     Requests are told apart by their first token: give each prompt its own. See `stepgraph.spec.drafter.Drafter`.
     """
 
-    num_layers = 0
+    attention_specs = ()
     lookahead = 0
     costs_when_idle = False
 
@@ -35,6 +35,9 @@ class ScriptedDrafter:
             assert not texts[prompt[0]].any(), "two prompts begin alike"
             texts[prompt[0], : len(text)] = torch.tensor(text, dtype=torch.int32)
         self._texts = texts.to(device)
+
+    def cache_specs(self, dtype: torch.dtype) -> tuple[()]:
+        return ()
 
     def parameters(self) -> Iterator[nn.Parameter]:
         return iter(())

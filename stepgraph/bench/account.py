@@ -213,11 +213,11 @@ class _Recorder(TorchDispatchMode):
 
     def __init__(self, runner: StepRunner, rows: Sequence[tuple[int, int]]):
         super().__init__()
-        self._rows, self._config = rows, runner.model.config
+        self._rows, self._num_heads = rows, runner.model.config.attention_specs[0].num_heads
         model = cast(nn.Module, runner.model)
         named = [*model.named_parameters(), *model.named_buffers()]
         self._names = {_address(tensor): name for name, tensor in named}
-        self._caches = {_address(cache) for pair in runner.kv_caches for cache in pair}
+        self._caches = {_address(tensor) for cache in runner.caches for tensor in cache.block_tensors}
         self._synchronize = runner.platform.synchronize
         self._calls: list[Call] = []
 
@@ -258,7 +258,7 @@ class _Recorder(TorchDispatchMode):
                 if path:
                     roles.append(_role(path, is_lookup="embedding" in name))
         results = [_operand(tensor) for tensor in _tensors(result) if _address(tensor) not in known]
-        cost = operator_cost(name, operands, results, self._rows, self._config.num_heads)
+        cost = operator_cost(name, operands, results, self._rows, self._num_heads)
         return Call(" ".join([name, ", ".join(dict.fromkeys(roles))]).strip(), cost, 1e6 * seconds)
 
 

@@ -64,9 +64,10 @@ def step_cost(model: LanguageModel, rows: Sequence[tuple[int, int]]) -> StepCost
     if len(tables) > 1:  # the embedding is only looked up; a tied one is read whole as the head
         weights -= head
         weight_bytes -= tables[0].nbytes
-    kv_per_token = 2 * config.num_layers * config.num_kv_heads * config.head_dim
+    specs = config.attention_specs
+    kv_per_token = sum(spec.num_kv_heads * (spec.head_dim + spec.value_dim) for spec in specs)
     cached = next(model.parameters()).element_size() * kv_per_token * sum(kv_len + n for n, kv_len in rows)
-    attention = 4 * config.num_layers * config.num_heads * config.head_dim * _keys_seen(rows)
+    attention = 2 * sum(spec.num_heads * (spec.head_dim + spec.value_dim) for spec in specs) * _keys_seen(rows)
     return StepCost(weight_bytes + cached, 2 * num_tokens * (weights - head) + 2 * len(rows) * head + attention)
 
 

@@ -78,13 +78,14 @@ def round_costs(runner: StepRunner, rows: int, context: int, num_drafts: int) ->
     assert drafter is not None
     parameters = list(drafter.parameters())
     size = parameters[0].element_size()
-    module = sum(parameter.numel() for parameter in parameters) // drafter.num_layers
+    module = sum(parameter.numel() for parameter in parameters) // drafter.lookahead
     head = config.vocab_size * config.hidden_size
-    kv_per_token = 2 * config.num_kv_heads * config.head_dim
+    (spec,) = drafter.attention_specs
+    kv_per_token = spec.num_kv_heads * (spec.head_dim + spec.value_dim)
 
     def sub_step(query_len: int, kv_len: int) -> StepCost:
         seen = query_len * kv_len - query_len * (query_len - 1) // 2
-        attention = 4 * config.num_heads * config.head_dim * seen
+        attention = 2 * spec.num_heads * (spec.head_dim + spec.value_dim) * seen
         return StepCost(
             size * (module + head + rows * kv_per_token * (kv_len + query_len)),
             rows * (2 * query_len * module + 2 * head + attention),

@@ -224,7 +224,7 @@ def check_rows(config: EngineConfig, rows: int) -> None:
 
 
 def _check_memory(engine: Engine, count: int) -> None:
-    tensors = [*engine.runner.model.parameters(), *(x for caches in engine.runner.kv_caches for x in caches)]
+    tensors = [*engine.runner.model.parameters(), *(x for cache in engine.runner.caches for x in cache.block_tensors)]
     needed = (count - 1) * sum(tensor.numel() * tensor.element_size() for tensor in tensors)
     free = engine.platform.free_memory_bytes()
     if needed > free:

@@ -1,7 +1,8 @@
 """One step of one composition, laid out in fresh state among poison, and everything that came of it.
 
-All a step must not read is NaN: every KV entry outside the rows' contexts, the null block's included. And it must write to its
-own tokens' entries and to the null block only; a draft model also to those of the proposals it makes.
+All a step must not read is NaN: every KV entry outside the rows' contexts, the null block's included, and the lines of slots that
+do not run or that run their request's first token. And it must write to its own tokens' entries, its own slots' lines, the null
+block and the null line only; a draft model also to the entries of the proposals it makes.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from torch import Tensor
 from stepgraph.abi import slot_line
 from stepgraph.graph.base import Graph
 from stepgraph.graph.compositions import Composition, Row, random_sampling
+from stepgraph.layers.cache import LayerCache
 from stepgraph.step.plan import StepPlan
 from stepgraph.step.program import StepOutput
 from stepgraph.step.runner import StepRunner
@@ -37,9 +39,10 @@ class Result:
     ring: list[list[int]]  # a line per row, as far as it is specified
     lines: Tensor
     tokens: Tensor
-    written: Tensor  # keys and values this step wrote, all layers
+    written: Tensor  # cache entries this step wrote, all layers
     draft_written: Tensor  # those of the draft model
-    strays: int  # cache entries that changed beside those and the null block's
+    states: Tensor  # what the slots' lines say after it, all layers
+    strays: int  # cache entries and lines that changed beside those and the null ones
     logprobs: Tensor  # what the step reported, bits
 
 
@@ -116,9 +119,11 @@ def _run(
     state.tokens.copy_(torch.randint(vocab, state.tokens.shape, generator=generator, dtype=torch.int32))
     for ring in (state.ring, state.logprob_ring, state.prompt_logprob_ring):
         ring.zero_()
-    for caches in runner.kv_caches:
-        for cache in caches:
-            _fill(cache, poison)
+    model_caches = _distinct(runner.caches[: runner.num_model_caches])
+    draft_caches = _distinct(runner.caches[runner.num_model_caches :])
+    for cache in (*model_caches, *draft_caches):
+        for tensor in (*cache.block_tensors, *cache.line_tensors):
+            _fill(tensor, poison)
 
     free_blocks = (torch.randperm(runner.num_kv_blocks - 1, generator=generator) + 1).tolist()
     settings = random.Random(composition.seed)
@@ -148,6 +153,9 @@ def _run(
         state.lines[slot, slot_line.NUM_DRAFTS] = row.num_drafts
         proposed = torch.tensor(proposals[slot - 1][: row.num_drafts], dtype=torch.int32)
         state.tokens[slot, row.length : row.length + row.num_drafts] = proposed
+        if row.computed:
+            for cache in (*model_caches, *draft_caches):
+                cache.lay_out(slot, row.computed, generator)
         entries = [blocks[p // block_size] * block_size + p % block_size for p in range(num_granted)]
         prefix_slots.extend(entries[: row.computed])
         if only is None or slot - 1 == only:
@@ -155,23 +163,29 @@ def _run(
             deltas.extend((slot, i, blocks[i]) for i in range(known, len(blocks)))
 
     prefix = torch.tensor(prefix_slots, device=runner.platform.device, dtype=torch.long)
+    model_entries, draft_entries = _by_entry(model_caches), _by_entry(draft_caches)
     before = []
-    for caches in runner.kv_caches:
-        for cache in caches:
-            values = torch.randn(len(prefix_slots), cache[0, 0].numel(), generator=generator)
-            flat = cache.view(-1, cache[0, 0].numel())
-            flat[prefix] = values.to(cache)
-            before.append(flat[prefix])
+    for flat in (*model_entries, *draft_entries):
+        flat[prefix] = torch.randn(len(prefix_slots), flat.shape[1], generator=generator).to(flat)
+        before.append(flat[prefix])
+    line_tensors = [tensor for cache in (*model_caches, *draft_caches) for tensor in cache.line_tensors]
+    lines_before = [tensor.clone() for tensor in line_tensors]
 
     rows = tuple((item.slot, item.row.query_len) for item in placed)
     runner.load(StepPlan(rows, tuple(deltas), 0, shape.variant, shape.num_drafts), shape)
     output = graph.replay()
     runner.platform.synchronize()
 
-    own = [entry for p in placed if p.row.active for entry in p.entries[p.row.computed : p.row.end]]
-    drafted = [entry for p in placed if p.row.active for entry in _drafted_entries(p, state.lines, shape.num_drafts)]
-    num_layers = 2 * runner.model.config.num_layers
-    changed = [_changed(cache, prefix, old) for cache, old in zip(_flat(runner), before, strict=True)]
+    ran = [item for item in placed if item.row.active]
+    own = [entry for p in ran for entry in p.entries[p.row.computed : p.row.end]]
+    drafted = [entry for p in ran for entry in _drafted_entries(p, state.lines, shape.num_drafts)]
+    changed = [_changed(flat, prefix, old) for flat, old in zip((*model_entries, *draft_entries), before, strict=True)]
+    states = [
+        tensor
+        for cache in (*model_caches, *draft_caches)
+        for item in ran
+        for tensor in cache.line_content(item.slot, item.row.end)
+    ]
     num_samples = sum(item.row.num_samples for item in placed)
     first_logits = min(num_samples, output.sampled.shape[0] - output.logits.shape[0])
     return Result(
@@ -181,10 +195,12 @@ def _run(
         ring=[_specified(line) for line in state.ring[0, : len(placed)].tolist()],
         lines=state.lines.clone(),
         tokens=state.tokens.clone(),
-        written=_content(runner, slice(0, num_layers), own),
-        draft_written=_content(runner, slice(num_layers, None), own + drafted),
-        strays=_count_strays(changed[:num_layers], own, block_size)
-        + _count_strays(changed[num_layers:], own + drafted, block_size),
+        written=_as_one([flat[own] for flat in model_entries]),
+        draft_written=_as_one([flat[own + drafted] for flat in draft_entries]),
+        states=_as_one(states),
+        strays=_count_strays(changed[: len(model_entries)], own, block_size)
+        + _count_strays(changed[len(model_entries) :], own + drafted, block_size)
+        + _count_stray_lines(line_tensors, lines_before, [slot_line.NULL_SLOT, *(item.slot for item in ran)]),
         logprobs=torch.cat((state.logprob_ring[0], state.prompt_logprob_ring[0])),
     )
 
@@ -205,15 +221,19 @@ def _drafted_entries(item: _Placed, lines: Tensor, num_drafts: int) -> list[int]
     return item.entries[max(item.row.end, computed) : computed + room - 1]
 
 
-def _flat(runner: StepRunner) -> list[Tensor]:
-    """Each cache as [entries, G · D]."""
-    return [cache.flatten(0, 1).flatten(1) for caches in runner.kv_caches for cache in caches]
+def _distinct(caches: Sequence[LayerCache]) -> list[LayerCache]:
+    """Each once, of layers that share one too."""
+    return list({id(cache): cache for cache in caches}.values())
 
 
-def _content(runner: StepRunner, layers: slice, entries: list[int]) -> Tensor:
-    index = torch.tensor(entries, device=runner.platform.device, dtype=torch.long)
-    found = [flat[index] for flat in _flat(runner)[layers]]
-    return torch.stack(found) if found else torch.empty(0)
+def _by_entry(caches: Sequence[LayerCache]) -> list[Tensor]:
+    """The tensors of blocks as [entries, width]."""
+    return [tensor.flatten(0, 1).flatten(1) for cache in caches for tensor in cache.block_tensors]
+
+
+def _as_one(tensors: Sequence[Tensor]) -> Tensor:
+    """All values in a row; float64 holds those of any dtype."""
+    return torch.cat([tensor.double().flatten() for tensor in tensors]) if tensors else torch.empty(0)
 
 
 def _changed(flat: Tensor, prefix: Tensor, before: Tensor) -> Tensor:
@@ -233,17 +253,28 @@ def _count_strays(changed: list[Tensor], allowed: list[int], block_size: int) ->
     return int(strays.sum())
 
 
+def _count_stray_lines(tensors: Sequence[Tensor], before: Sequence[Tensor], allowed: list[int]) -> int:
+    """Lines that changed in any of the tensors, and may not."""
+    strays: set[int] = set()
+    for tensor, old in zip(tensors, before, strict=True):
+        same = (tensor == old) | (tensor.isnan() & old.isnan())
+        strays.update((~same.flatten(1).all(1)).nonzero().flatten().tolist())
+    return len(strays.difference(allowed))
+
+
 def _specified(line: list[int]) -> list[int]:
     """A row's line of the output ring without the columns that may hold anything."""
     tokens = line[slot_line.OUT_TOKENS :][: line[slot_line.OUT_NUM_TOKENS]]
     return line[: slot_line.OUT_TOKENS] + tokens + line[slot_line.OUT_DRAFTS :][: line[slot_line.OUT_NUM_DRAFTS]]
 
 
-def _fill(cache: Tensor, value: float) -> None:
-    if cache.dtype == torch.float8_e4m3fn:  # on CPU, torch cannot fill it
-        cache.view(torch.uint8).fill_(int(torch.tensor(value).to(cache.dtype).view(torch.uint8)))
+def _fill(tensor: Tensor, value: float) -> None:
+    if tensor.dtype == torch.float8_e4m3fn:  # on CPU, torch cannot fill it
+        tensor.view(torch.uint8).fill_(int(torch.tensor(value).to(tensor.dtype).view(torch.uint8)))
+    elif tensor.is_floating_point():
+        tensor.fill_(value)
     else:
-        cache.fill_(value)
+        tensor.fill_(torch.iinfo(tensor.dtype).max)
 
 
 def _random_mask(rng: random.Random, vocab_size: int) -> npt.NDArray[np.int32]:

@@ -157,6 +157,7 @@ def _disagreement(found: Result, expected: Result) -> str | None:
         "tokens": "token history",
         "written": "KV cache",
         "draft_written": "the draft model's KV cache",
+        "states": "layers' state of slots",
         "logits": "logits",
         "logprobs": "logprobs",
     }

@@ -10,7 +10,8 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from stepgraph.layers.inputs import StepInputs
+from stepgraph.layers.cache import PagedCache
+from stepgraph.layers.inputs import AttentionSpec, StepInputs
 from stepgraph.layers.linear import Linear, MergedLinear
 from stepgraph.layers.norm import RMSNorm
 from stepgraph.ops import rope_attention, rope_cache
@@ -28,15 +29,12 @@ class Attention(nn.Module):
     def __init__(
         self,
         hidden_size: int,
-        num_heads: int,
-        num_kv_heads: int,
-        head_dim: int,
+        spec: AttentionSpec,
         *,
         qkv_bias: bool,
         output_bias: bool,
         qk_norm: bool,
         norm_weight_offset: float,
-        window: int,
         scale: float | None,
         eps: float,
         dtype: torch.dtype,
@@ -44,16 +42,16 @@ class Attention(nn.Module):
     ) -> None:
         """Args:
         hidden_size: E.
-        num_heads, num_kv_heads, head_dim: H, G, D.
+        spec: H, G, D and window; values are as wide as keys.
         qkv_bias, output_bias: of the projections.
         qk_norm: normalise every query and key head.
-        window: a token sees its last `window` keys, itself included; 0: all.
         scale: multiplies q·k; None: D^-1/2.
         eps: of the RMS norms.
         dtype, device: of the parameters.
         """
         super().__init__()
-        self.num_heads, self.window, self.eps = num_heads, window, eps
+        num_heads, num_kv_heads, head_dim = spec.num_heads, spec.num_kv_heads, spec.head_dim
+        self.spec, self.eps = spec, eps
         self.scale = head_dim**-0.5 if scale is None else scale
         self.qkv_proj = MergedLinear(
             hidden_size,
@@ -67,21 +65,20 @@ class Attention(nn.Module):
         self.q_norm = norm() if qk_norm else None
         self.k_norm = norm() if qk_norm else None
 
-    def forward(
-        self, norm: RMSNorm, x_TE: Tensor, cos_sin: Tensor, cache: tuple[Tensor, Tensor], inputs: StepInputs
-    ) -> Tensor:
+    def forward(self, norm: RMSNorm, x_TE: Tensor, cos_sin: Tensor, cache: PagedCache, inputs: StepInputs) -> Tensor:
         """Attend, writing this step's keys and values.
 
         Args:
             norm: of `x_TE`.
             x_TE: [T, E].
             cos_sin: [max positions, D] float32, see `stepgraph.layers.rotary`.
-            cache: this layer's keys and values, each [blocks, B, G, D].
+            cache: this layer's.
             inputs: of the step.
 
         Returns:
             [T, H·D], dtype of `x_TE`. What is left is `o_proj`.
         """
+        work = inputs.attention[self.spec]
         return rope_attention(
             self.qkv_proj.product(x_TE, norm=norm),
             cos_sin,
@@ -90,17 +87,15 @@ class Attention(nn.Module):
             *cache,
             inputs.block_table,
             inputs.tokens,
-            inputs.attention_plans[self.window],
-            inputs.geometry,
-            num_heads=self.num_heads,
+            work.plan,
+            work.geometry,
+            num_heads=self.spec.num_heads,
             eps=self.eps,
             scale=self.scale,
-            window=self.window,
+            window=self.spec.window,
         )
 
-    def cache_only(
-        self, norm: RMSNorm, x_TE: Tensor, cos_sin: Tensor, cache: tuple[Tensor, Tensor], inputs: StepInputs
-    ) -> None:
+    def cache_only(self, norm: RMSNorm, x_TE: Tensor, cos_sin: Tensor, cache: PagedCache, inputs: StepInputs) -> None:
         """Write this step's keys and values; arguments as of `forward`."""
         tokens = inputs.tokens
         rope_cache(
@@ -111,6 +106,6 @@ class Attention(nn.Module):
             self.q_norm.weight if self.q_norm is not None else None,
             self.k_norm.weight if self.k_norm is not None else None,
             *cache,
-            self.num_heads,
+            self.spec.num_heads,
             self.eps,
         )

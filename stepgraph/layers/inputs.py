@@ -2,19 +2,54 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from stepgraph.ops import AttentionGeometry, AttentionPlan, StepTokens
+from stepgraph import ops
+
+
+@dataclass(frozen=True, order=True)
+class AttentionSpec:
+    """What a layer's attention needs to know to list its work. Layers with equal specs share one list."""
+
+    num_heads: int  # query heads
+    num_kv_heads: int
+    head_dim: int  # of queries and keys
+    value_dim: int
+    window: int = 0  # last keys a token sees, its own included; 0: all
+
+
+class AttentionWork(NamedTuple):
+    """The work of one step for layers of one spec."""
+
+    plan: ops.AttentionPlan
+    geometry: ops.AttentionGeometry
+
+    @classmethod
+    def of(cls, spec: AttentionSpec, tokens: ops.StepTokens, geometry: ops.AttentionGeometry) -> AttentionWork:
+        """List it. Runs inside the graph."""
+        plan = ops.attention_plan(
+            tokens.row_slot,
+            tokens.query_start,
+            tokens.kv_len,
+            spec.num_heads,
+            spec.num_kv_heads,
+            spec.value_dim,
+            geometry,
+            spec.window,
+        )
+        return cls(plan, geometry)
 
 
 @dataclass(frozen=True)
 class StepInputs:
     """One step's tensors, built on the device inside the graph."""
 
-    tokens: StepTokens
-    attention_plans: dict[int, AttentionPlan]  # by the sliding window of the layers that use it; 0: full attention
-    geometry: AttentionGeometry
+    tokens: ops.StepTokens
+    attention: Mapping[AttentionSpec, AttentionWork]
     block_table: Tensor  # [slots, max blocks] int32
-    kv_caches: tuple[tuple[Tensor, Tensor], ...]  # per layer: keys, values, each [blocks, block_size, G, D]
+    block_size: int
+    caches: tuple[Any, ...]  # one per layer, of the kind of its `CacheSpec`

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from stepgraph.errors import ModelError
+from stepgraph.layers.inputs import AttentionSpec
 from stepgraph.layers.mlp import Activation
 from stepgraph.layers.rotary import RotaryFrequencies, rotary_frequencies
 from stepgraph.models.fp8_checkpoint import READABLE, refusal
@@ -18,8 +19,7 @@ _ACTIVATIONS: dict[str, Activation] = {"silu": "silu", "gelu_pytorch_tanh": "gel
 
 @dataclass(frozen=True)
 class DecoderConfig:
-    """Sizes and options of a Llama-like decoder; those with a default are as in Llama. The KV cache has `num_layers` pairs of
-    [blocks, block_size, `num_kv_heads`, `head_dim`]."""
+    """Sizes and options of a Llama-like decoder; those with a default are as in Llama."""
 
     architecture: str  # class name in transformers, e.g. "LlamaForCausalLM"
     vocab_size: int
@@ -53,6 +53,14 @@ class DecoderConfig:
     num_mtp_modules: int = (
         0  # modules for speculative decoding that the model was trained with, see `stepgraph.spec.mtp`
     )
+
+    @property
+    def attention_specs(self) -> tuple[AttentionSpec, ...]:
+        """Of every layer."""
+        return tuple(
+            AttentionSpec(self.num_heads, self.num_kv_heads, self.head_dim, self.head_dim, window)
+            for window in self.windows
+        )
 
     @classmethod
     def from_hf(

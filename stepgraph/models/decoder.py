@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from stepgraph.layers.attention import Attention
+from stepgraph.layers.cache import PagedCache, PagedSpec
 from stepgraph.layers.embedding import Embedding
 from stepgraph.layers.formats import End, Target
 from stepgraph.layers.inputs import StepInputs
@@ -41,14 +42,11 @@ class DecoderLayer(nn.Module):
         self.input_layernorm = _norm(config, config.hidden_size, dtype, device)
         self.self_attn = Attention(
             config.hidden_size,
-            config.num_heads,
-            config.num_kv_heads,
-            config.head_dim,
+            config.attention_specs[index],
             qkv_bias=config.qkv_bias,
             output_bias=config.output_bias,
             qk_norm=config.qk_norm,
             norm_weight_offset=config.norm_weight_offset,
-            window=config.windows[index],
             scale=config.attention_scale,
             eps=config.rms_norm_eps,
             dtype=dtype,
@@ -68,7 +66,7 @@ class DecoderLayer(nn.Module):
             self.pre_feedforward_layernorm = _norm(config, config.hidden_size, dtype, device)
             self.post_feedforward_layernorm = _norm(config, config.hidden_size, dtype, device)
 
-    def forward(self, residual_TE: Tensor, cos_sin: Tensor, cache: tuple[Tensor, Tensor], inputs: StepInputs) -> None:
+    def forward(self, residual_TE: Tensor, cos_sin: Tensor, cache: PagedCache, inputs: StepInputs) -> None:
         """Add to the residual stream, in place, what attention and feed-forward make of it.
 
         Args:
@@ -142,17 +140,21 @@ class Decoder(nn.Module, ABC):
     def config_from_hf(cls, hf_config: Any) -> DecoderConfig:
         """Read a transformers config of this architecture; ModelError if its rope settings are unsupported."""
 
+    def cache_specs(self, dtype: torch.dtype) -> tuple[PagedSpec, ...]:
+        """See `LanguageModel.cache_specs`."""
+        return tuple(PagedSpec.of(spec, dtype) for spec in self.config.attention_specs)
+
     def forward(self, inputs: StepInputs) -> Tensor:
         """Run the layers over a step's tokens, writing their keys and values. Runs inside the graph.
 
         Args:
-            inputs: of the step, with one KV cache per layer.
+            inputs: of the step, with the caches of `cache_specs`.
 
         Returns:
             [T, E] hidden states after the final norm. Those of padding tokens are unspecified.
         """
         residual_TE = self.embed(inputs.tokens.token_ids)
-        for layer, table, cache in zip(self.layers, self._table_names, inputs.kv_caches, strict=True):
+        for layer, table, cache in zip(self.layers, self._table_names, inputs.caches, strict=True):
             layer(residual_TE, self.get_buffer(table), cache, inputs)
         normalised_TE: Tensor = self.norm(residual_TE)
         return normalised_TE

@@ -8,12 +8,12 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from stepgraph.layers.inputs import StepInputs
+from stepgraph.layers.cache import CacheSpec
+from stepgraph.layers.inputs import AttentionSpec, StepInputs
 
 
 class LanguageModelConfig(Protocol):
-    """Sizes that the step and its buffers depend on. The KV cache has `num_layers` pairs of [blocks, block_size,
-    `num_kv_heads`, `head_dim`]."""
+    """Sizes that the step and its buffers depend on."""
 
     @property
     def architecture(self) -> str:
@@ -29,23 +29,11 @@ class LanguageModelConfig(Protocol):
 
     @property
     def num_layers(self) -> int:
-        """Layers, each with one attention."""
+        """Layers."""
 
     @property
-    def num_heads(self) -> int:
-        """Query heads of a layer."""
-
-    @property
-    def num_kv_heads(self) -> int:
-        """Key/value heads of a layer."""
-
-    @property
-    def head_dim(self) -> int:
-        """Size of a head, of queries, keys and values alike."""
-
-    @property
-    def windows(self) -> tuple[int, ...]:
-        """Per layer: last keys a token sees, its own included; 0: all."""
+    def attention_specs(self) -> tuple[AttentionSpec, ...]:
+        """Of each layer that has attention."""
 
     @property
     def max_position_embeddings(self) -> int:
@@ -68,11 +56,17 @@ class LanguageModel(Protocol):
         """Of the activations."""
 
     def __call__(self, inputs: StepInputs) -> Tensor:
-        """Run the layers over a step's tokens, writing their keys and values. Runs inside the graph.
+        """Run the layers over a step's tokens, writing to their caches. Runs inside the graph.
+
+        Args:
+            inputs: of the step, with a cache for each of `cache_specs`.
 
         Returns:
             [T, E] hidden states that `logits` takes. Those of padding tokens are unspecified.
         """
+
+    def cache_specs(self, dtype: torch.dtype) -> tuple[CacheSpec, ...]:
+        """What each layer keeps of requests; keys and values in `dtype`."""
 
     def embed(self, token_ids_T: Tensor) -> Tensor:
         """Embeddings of tokens, as the first layer takes them: [T, E]. May run inside a graph."""

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from stepgraph.layers.inputs import AttentionSpec
+
 
 @dataclass(frozen=True)
 class TransformersConfig:
@@ -22,3 +24,11 @@ class TransformersConfig:
     eos_token_ids: tuple[int, ...]
     num_parameters: int
     hf_config: Any = field(repr=False)
+
+    @property
+    def attention_specs(self) -> tuple[AttentionSpec, ...]:
+        """Of every layer."""
+        return tuple(
+            AttentionSpec(self.num_heads, self.num_kv_heads, self.head_dim, self.head_dim, window)
+            for window in self.windows
+        )

@@ -31,6 +31,7 @@ from transformers.utils import logging as transformers_logging
 from stepgraph import ops
 from stepgraph.errors import CaptureError, ModelError
 from stepgraph.graph.cpu import CpuBackend
+from stepgraph.layers.cache import PagedCache, PagedSpec
 from stepgraph.layers.inputs import StepInputs
 from stepgraph.models.config import architecture_of, as_token_ids
 from stepgraph.models.mtp_tensors import mtp_names
@@ -107,7 +108,7 @@ class TransformersModel(nn.Module):
             ModelError: tokens meet outside attention.
         """
         super().__init__()
-        self.config = config
+        self.config, self._attention_specs = config, config.attention_specs
         self.base, self.head = _take_apart(hf_model)
         self.eval().requires_grad_(False)
         for module in self.modules():
@@ -209,28 +210,32 @@ class TransformersModel(nn.Module):
             if not (hidden_E - other_E).norm() <= tolerance * hidden_E.norm():  # not for NaN either
                 raise RefusalError(what, instead).of(self.config.architecture)
 
+    def cache_specs(self, dtype: torch.dtype) -> tuple[PagedSpec, ...]:
+        """See `LanguageModel.cache_specs`."""
+        return tuple(PagedSpec.of(spec, dtype) for spec in self.config.attention_specs)
+
     def forward(self, inputs: StepInputs) -> Tensor:
         """See `LanguageModel.__call__`."""
         tokens = inputs.tokens
 
         def attend(call: AttentionCall) -> Tensor:
-            k_cache, v_cache = inputs.kv_caches[call.layer]
+            cache: PagedCache = inputs.caches[call.layer]
+            spec = self._attention_specs[call.layer]
+            work = inputs.attention[spec]
             q_THD, k_TGD, v_TGD = (x.squeeze(0).transpose(0, 1) for x in (call.query, call.key, call.value))
             k_TGD, v_TGD = (x if x.stride(-1) == 1 else x.contiguous() for x in (k_TGD, v_TGD))
-            ops.write_kv(k_TGD, v_TGD, tokens.kv_slots, k_cache, v_cache)
-            window = self.config.windows[call.layer]
+            ops.write_kv(k_TGD, v_TGD, tokens.kv_slots, *cache)
             attended_TF = ops.paged_attention(
                 q_THD.contiguous(),
-                k_cache,
-                v_cache,
+                *cache,
                 inputs.block_table,
                 tokens.row_slot,
                 tokens.query_start,
                 tokens.kv_len,
-                inputs.attention_plans[window],
-                inputs.geometry,
+                work.plan,
+                work.geometry,
                 call.scale,
-                window,
+                spec.window,
             )
             return attended_TF.view(1, *q_THD.shape)
 

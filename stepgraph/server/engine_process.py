@@ -441,7 +441,8 @@ def _longest_step_s(engine: Engine) -> float:
         return 0.0
     model = engine.runner.model
     num_weights = sum(parameter.numel() for parameter in model.parameters())
-    num_attended = 2 * engine.max_model_len * model.config.num_layers * model.config.num_heads * model.config.head_dim
+    width = sum(spec.num_heads * (spec.head_dim + spec.value_dim) for spec in model.config.attention_specs)
+    num_attended = engine.max_model_len * width
     return 2 * engine.runner.policy.max_tokens * (num_weights + num_attended) / _SLOWEST_FLOPS
 
 

@@ -7,11 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
+import torch
 from torch import Tensor, nn
 
-from stepgraph.layers.inputs import StepInputs
+from stepgraph.layers.cache import CacheSpec
+from stepgraph.layers.inputs import AttentionSpec, StepInputs
 
 
 @dataclass(frozen=True)
@@ -23,7 +25,7 @@ class DraftStep:
     """[T, E], the model's hidden states after its final norm. Those after proposals that fell are of no use."""
     lines: Tensor  # [slots, LINE_WIDTH] int32, see `stepgraph.abi.slot_line`; `length` counts the new tokens
     tokens: Tensor  # [slots, max_model_len] int32
-    kv_caches: tuple[tuple[Tensor, Tensor], ...]  # the drafter's own
+    caches: tuple[Any, ...]  # the drafter's own, one for each of its `cache_specs`
     num_drafts: int  # K
 
 
@@ -37,12 +39,17 @@ class Drafts(NamedTuple):
 class Drafter(Protocol):
     """Proposes what follows. Proposals are a guess at what the model will sample: they change its speed, never its answers."""
 
-    num_layers: int
-    """KV caches it needs, beside the model's and of the same shape."""
     lookahead: int
     """Tokens after a KV block that the block's content depends on."""
     costs_when_idle: bool
     """A step with room for proposals is slower also where there are none."""
+
+    @property
+    def attention_specs(self) -> tuple[AttentionSpec, ...]:
+        """Of its layers that take the step's own list of work."""
+
+    def cache_specs(self, dtype: torch.dtype) -> tuple[CacheSpec, ...]:
+        """What each of its layers keeps of requests; keys and values in `dtype`."""
 
     def parameters(self) -> Iterator[nn.Parameter]:
         """Weights of its own."""

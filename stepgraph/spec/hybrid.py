@@ -10,6 +10,7 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
+from stepgraph.layers.cache import CacheSpec
 from stepgraph.spec.drafter import Drafter, Drafts, DraftStep
 from stepgraph.spec.lookup import LookupDrafter
 
@@ -25,8 +26,12 @@ class HybridDrafter:
         model: proposes elsewhere.
         min_match: in tokens.
         """
-        self.num_layers, self.lookahead = model.num_layers, model.lookahead
+        self.attention_specs, self.lookahead = model.attention_specs, model.lookahead
         self._lookup, self._model, self._min_match = lookup, model, min_match
+
+    def cache_specs(self, dtype: torch.dtype) -> tuple[CacheSpec, ...]:
+        """See `Drafter.cache_specs`."""
+        return self._model.cache_specs(dtype)
 
     def parameters(self) -> Iterator[nn.Parameter]:
         """See `Drafter.parameters`."""

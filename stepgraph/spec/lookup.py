@@ -25,7 +25,7 @@ class LookupDrafter:
     aborts) do not. A request finds those of its own memory key alone, see `stepgraph.abi.slot_line`.
     """
 
-    num_layers = 0
+    attention_specs = ()
     lookahead = 0
     costs_when_idle = False
 
@@ -43,6 +43,10 @@ class LookupDrafter:
         self._memory_M = torch.full((memory_tokens,), slot_line.NO_TOKEN, dtype=torch.int32, device=device)
         self._keys_M2 = torch.zeros(memory_tokens, slot_line.MEMORY_KEY_WIDTH, dtype=torch.int32, device=device)
         self._cursor = torch.zeros(1, dtype=torch.int32, device=device)
+
+    def cache_specs(self, dtype: torch.dtype) -> tuple[()]:
+        """See `Drafter.cache_specs`."""
+        return ()
 
     def parameters(self) -> Iterator[nn.Parameter]:
         """See `Drafter.parameters`."""

@@ -24,8 +24,9 @@ from torch import Tensor, nn
 
 from stepgraph import ops
 from stepgraph.abi import slot_line
+from stepgraph.layers.cache import PagedCache, PagedSpec
 from stepgraph.layers.formats import Target, WeightFormat
-from stepgraph.layers.inputs import StepInputs
+from stepgraph.layers.inputs import AttentionSpec, AttentionWork, StepInputs
 from stepgraph.layers.linear import Linear
 from stepgraph.layers.norm import RMSNorm
 from stepgraph.layers.rotary import cos_sin_table
@@ -71,7 +72,7 @@ class MTPLayer(nn.Module):
         super().__init__()
         E, last = config.hidden_size, config.num_layers - 1
         self.config, self.options = config, options
-        self.window = config.windows[last]
+        self.attention_spec = config.attention_specs[last]
         self.embedding_norm, self.hidden_norm, self.norm = (
             RMSNorm(
                 E,
@@ -102,14 +103,14 @@ class MTPLayer(nn.Module):
         return (hidden_TE / self.norm.weight).to(hidden_TE.dtype)
 
     def forward(
-        self, embedding_TE: Tensor, hidden_TE: Tensor, cache: tuple[Tensor, Tensor], inputs: StepInputs
+        self, embedding_TE: Tensor, hidden_TE: Tensor, cache: PagedCache, inputs: StepInputs
     ) -> tuple[Tensor, Tensor]:
         """Run the module, caching its keys and values.
 
         Args:
             embedding_TE: of the token after each.
             hidden_TE: of each token.
-            cache: the module's keys and values.
+            cache: the module's.
             inputs: where the tokens lie.
 
         Returns:
@@ -120,9 +121,7 @@ class MTPLayer(nn.Module):
         normalised_TE = self.norm(residual_TE)
         return normalised_TE, normalised_TE if self.options.hands_over_normalised else residual_TE
 
-    def cache_only(
-        self, embedding_TE: Tensor, hidden_TE: Tensor, cache: tuple[Tensor, Tensor], inputs: StepInputs
-    ) -> None:
+    def cache_only(self, embedding_TE: Tensor, hidden_TE: Tensor, cache: PagedCache, inputs: StepInputs) -> None:
         """Cache keys and values as `forward` does, and no more."""
         x_TE = self._combine(embedding_TE, hidden_TE)
         self.block.self_attn.cache_only(self.block.input_layernorm, x_TE, self.cos_sin, cache, inputs)
@@ -191,7 +190,7 @@ class MTPDrafter:
         multiprocessors: of the device.
         """
         self.layers = tuple(layers)
-        self.num_layers = self.lookahead = len(self.layers)
+        self.lookahead = len(self.layers)
         self._model, self._head, self._fill = model, head, fill
         self._multiprocessors = multiprocessors
         weight = self.layers[0].projection.weight
@@ -200,6 +199,15 @@ class MTPDrafter:
         # Of each module but the last, for each slot, the null slot included; see `stepgraph.spec.mtp_levels`.
         size = 1 + max_rows, weight.shape[0]
         self._carried = [torch.zeros(size, dtype=model.dtype, device=weight.device) for _ in self.layers[1:]]
+
+    @property
+    def attention_specs(self) -> tuple[AttentionSpec, ...]:
+        """See `Drafter.attention_specs`: the first module runs over the step's own tokens."""
+        return (self.layers[0].attention_spec,)
+
+    def cache_specs(self, dtype: torch.dtype) -> tuple[PagedSpec, ...]:
+        """See `Drafter.cache_specs`."""
+        return tuple(PagedSpec.of(layer.attention_spec, dtype) for layer in self.layers)
 
     def parameters(self) -> Iterator[nn.Parameter]:
         """See `Drafter.parameters`."""
@@ -211,15 +219,14 @@ class MTPDrafter:
     def propose(self, step: DraftStep) -> Drafts:
         """See `Drafter.propose`."""
         slot_R, index_R, drafts, hidden_TE = self._run_modules(step)
-        D, last, cache = len(self.layers), self.layers[-1], step.kv_caches[-1]
+        D, last, cache = len(self.layers), self.layers[-1], step.caches[-1]
         hidden_RE = hidden_TE.index_select(0, index_R)
-        geometry = self._geometry(slot_R.shape[0], slot_R.shape[0], decode_tokens=1)
-        block_size = cache[0].shape[1]
+        geometry = self._geometry(last, slot_R.shape[0], slot_R.shape[0], decode_tokens=1)
         for place in range(D, step.num_drafts):
             tokens = ops.draft_row_tokens(
-                step.lines, step.inputs.block_table, slot_R, drafts[-1], place - D + 1, block_size
+                step.lines, step.inputs.block_table, slot_R, drafts[-1], place - D + 1, step.inputs.block_size
             )
-            inputs = self._inputs(step, tokens, last.window, geometry)
+            inputs = self._inputs(step, last, tokens, geometry)
             normalised_RE, hidden_RE = last(self._model.embed(drafts[-1]), hidden_RE, cache, inputs)
             drafts.append(self._choose(normalised_RE, slot_R, place, step.lines))
         return Drafts(torch.stack(drafts, dim=1), torch.full_like(slot_R, step.num_drafts))
@@ -246,13 +253,13 @@ class MTPDrafter:
         level = first_level(step.inputs.tokens, start.next_ids)
         hidden_TE, index_R, inputs = self.layers[0].first_hidden(step.hidden), start.token_index, step.inputs
         drafts: list[Tensor] = []
-        for k, (layer, cache) in enumerate(zip(self.layers, step.kv_caches, strict=True), start=1):
+        for k, (layer, cache) in enumerate(zip(self.layers, step.caches, strict=True), start=1):
             if k > 1:
                 level, hidden_TE = self._next_level(step, level, k, hidden_TE)
                 geometry = self._geometry(
-                    level.tokens.token_ids.shape[0], start.slot.shape[0], decode_tokens=k + step.num_drafts
+                    layer, level.tokens.token_ids.shape[0], start.slot.shape[0], decode_tokens=k + step.num_drafts
                 )
-                inputs = self._inputs(step, level.tokens, layer.window, geometry)
+                inputs = self._inputs(step, layer, level.tokens, geometry)
                 index_R = (level.tokens.query_start[1:] - 1) * (start.slot != slot_line.NULL_SLOT)
             embedding_TE = self._model.embed(level.tokens.token_ids)
             if k == len(self.layers) and k > step.num_drafts:
@@ -277,30 +284,29 @@ class MTPDrafter:
             step.inputs.block_table,
             hidden_TE,
             carried_SE,
-            step.kv_caches[0][0].shape[1],
+            step.inputs.block_size,
         )
         carry(level, k - 1, step.lines, hidden_TE, carried_SE)
         return following
 
-    def _geometry(self, num_tokens: int, num_rows: int, *, decode_tokens: int) -> ops.AttentionGeometry:
-        config = self._model.config
+    def _geometry(
+        self, layer: MTPLayer, num_tokens: int, num_rows: int, *, decode_tokens: int
+    ) -> ops.AttentionGeometry:
         return ops.attention_geometry(
             num_tokens,
             num_rows,
-            config.num_heads,
-            config.num_kv_heads,
+            layer.attention_spec.num_heads,
+            layer.attention_spec.num_kv_heads,
             self._multiprocessors,
             decode_tokens=decode_tokens,
         )
 
     def _inputs(
-        self, step: DraftStep, tokens: ops.StepTokens, window: int, geometry: ops.AttentionGeometry
+        self, step: DraftStep, layer: MTPLayer, tokens: ops.StepTokens, geometry: ops.AttentionGeometry
     ) -> StepInputs:
         """What a module sees of tokens that are not laid out as the step's are."""
-        config = self._model.config
-        heads = config.num_heads, config.num_kv_heads, config.head_dim
-        plan = ops.attention_plan(tokens.row_slot, tokens.query_start, tokens.kv_len, *heads, geometry, window)
-        return replace(step.inputs, tokens=tokens, attention_plans={window: plan}, geometry=geometry)
+        work = AttentionWork.of(layer.attention_spec, tokens, geometry)
+        return replace(step.inputs, tokens=tokens, attention={layer.attention_spec: work})
 
     def _choose(self, normalised_RE: Tensor, slot_R: Tensor, place: int, lines: Tensor) -> Tensor:
         """The proposal for the place after `place` others: [R] int32."""

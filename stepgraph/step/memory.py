@@ -6,13 +6,12 @@ import logging
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from stepgraph.config import CacheConfig, EngineConfig
 from stepgraph.errors import ConfigError
-from stepgraph.models.language_model import LanguageModelConfig
+from stepgraph.layers.cache import CacheSpec, LayerCache
 from stepgraph.platforms import DeviceMemory, Platform
 
 logger = logging.getLogger(__name__)
@@ -24,38 +23,60 @@ _CPU_SHARE = 0.5
 
 
 @dataclass(frozen=True)
-class KVLayout:
-    """What one KV block looks like."""
+class CacheLayout:
+    """The caches of all layers: how many bytes they take, and what follows from them for those who grant blocks."""
 
-    num_layers: int
+    specs: tuple[CacheSpec, ...]  # of the model's layers, then of the drafter's
     block_size: int
-    num_kv_heads: int
-    head_dim: int
-    dtype: torch.dtype
+    num_slots: int  # the null slot included
+    num_drafts: int  # most proposals of a row
 
-    @classmethod
-    def of(
-        cls, model: LanguageModelConfig, cache: CacheConfig, dtype: torch.dtype, *, num_draft_layers: int = 0
-    ) -> KVLayout:
-        """The layout for a model whose activations are of `dtype`, and a drafter with so many layers alike."""
-        cache_dtype = torch.float8_e4m3fn if cache.kv_cache_dtype == "fp8" else dtype
-        return cls(
-            model.num_layers + num_draft_layers, cache.block_size, model.num_kv_heads, model.head_dim, cache_dtype
-        )
+    def __post_init__(self) -> None:
+        for index, spec in enumerate(self.specs):
+            assert spec.shares is None or spec.shares < index, (index, spec)
 
     @property
     def block_bytes(self) -> int:
-        """Of all layers together."""
-        return 2 * self.num_layers * self.block_size * self.num_kv_heads * self.head_dim * self.dtype.itemsize
+        """Of a block, in all layers together."""
+        return sum(item.num_bytes for spec in self._owners for item in spec.per_block(self.block_size))
+
+    @property
+    def line_bytes(self) -> int:
+        """Of all slots' lines, in all layers together."""
+        return self.num_slots * sum(item.num_bytes for spec in self._owners for item in spec.per_line(self.num_drafts))
 
     def sizes(self, num_blocks: int) -> list[int]:
-        """Bytes of each of the caches that `allocate` makes."""
-        return [num_blocks * self.block_bytes // (2 * self.num_layers)] * (2 * self.num_layers)
+        """Bytes of each of the tensors that `allocate` makes."""
+        return [
+            count * item.num_bytes
+            for spec in self._owners
+            for count, items in (
+                (num_blocks, spec.per_block(self.block_size)),
+                (self.num_slots, spec.per_line(self.num_drafts)),
+            )
+            for item in items
+        ]
 
-    def allocate(self, num_blocks: int, memory: DeviceMemory) -> tuple[tuple[Tensor, Tensor], ...]:
-        """One cache of keys and one of values per layer, [blocks, block_size, G, D], block 0 being the null block."""
-        shape = (num_blocks, self.block_size, self.num_kv_heads, self.head_dim)
-        return tuple((memory.zeros(shape, self.dtype), memory.zeros(shape, self.dtype)) for _ in range(self.num_layers))
+    def allocate(self, num_blocks: int, memory: DeviceMemory) -> tuple[LayerCache, ...]:
+        """The cache of each layer, zero, block 0 being the null block and line 0 that of the null slot."""
+        caches: list[LayerCache] = []
+        for spec in self.specs:
+            if spec.shares is not None:
+                caches.append(caches[spec.shares])
+                continue
+            block_tensors, line_tensors = (
+                [memory.zeros((count, *item.shape), item.dtype) for item in items]
+                for count, items in (
+                    (num_blocks, spec.per_block(self.block_size)),
+                    (self.num_slots, spec.per_line(self.num_drafts)),
+                )
+            )
+            caches.append(spec.cache(block_tensors, line_tensors))
+        return tuple(caches)
+
+    @property
+    def _owners(self) -> list[CacheSpec]:
+        return [spec for spec in self.specs if spec.shares is None]
 
 
 class OperatorCount(TorchDispatchMode):
@@ -84,7 +105,7 @@ def place_weights(parameters: list[nn.Parameter], config: CacheConfig, platform:
 
 
 def choose_num_blocks(
-    layout: KVLayout,
+    layout: CacheLayout,
     config: EngineConfig,
     platform: Platform,
     *,
@@ -98,7 +119,7 @@ def choose_num_blocks(
     of the largest step twice (run eagerly and in the graphs' memory pool), less what comes later.
 
     Args:
-        layout: of a block.
+        layout: of the caches.
         config: `num_kv_blocks` decides if it is set.
         platform: asked for its memory.
         max_model_len: tokens of the longest request.
@@ -109,13 +130,13 @@ def choose_num_blocks(
     Raises:
         ConfigError: the blocks do not fit into free memory, or there is room for none.
     """
-    block_bytes = layout.block_bytes
+    block_bytes, line_bytes = layout.block_bytes, layout.line_bytes
     blocks_per_request = -(-max_model_len // layout.block_size)
     num_blocks = config.cache.num_kv_blocks
     free = platform.free_memory_bytes()
     if num_blocks is None:
         if platform.device.type == "cpu":
-            wanted = max(_CPU_CACHE_BYTES, (blocks_per_request + 1) * block_bytes)
+            wanted = max(_CPU_CACHE_BYTES, (blocks_per_request + 1) * block_bytes + line_bytes)
             budget = min(wanted, int(free * _CPU_SHARE))
             sum_of_parts = f"{_gib(free)} are free, of which the cache may take {_CPU_SHARE:.0%}"
         else:
@@ -127,13 +148,14 @@ def choose_num_blocks(
                 f"{_gib(total - free)} are in use, {_gib(2 * activation_bytes)} go to activations and {_gib(later_bytes)} to "
                 "graphs"
             )
-        num_blocks = min(budget // block_bytes, config.scheduler.max_num_seqs * blocks_per_request + 1)
+        most = config.scheduler.max_num_seqs * blocks_per_request + 1
+        num_blocks = min((budget - line_bytes) // block_bytes, most) if block_bytes else most
         if num_blocks < 2:
             raise ConfigError(
                 f"no memory is left for the KV cache: {sum_of_parts}; free memory, raise gpu_memory_utilization, lower "
                 "max_num_batched_tokens, or set num_kv_blocks"
             )
-    needed = num_blocks * block_bytes
+    needed = num_blocks * block_bytes + line_bytes
     if needed > free:
         raise ConfigError(
             f"the KV cache needs {_gib(needed)} and {_gib(free)} are free; lower num_kv_blocks, max_model_len or "

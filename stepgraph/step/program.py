@@ -12,7 +12,7 @@ Shapes: T tokens, R rows, S samples, of which C and D are worked on at a time, E
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -21,7 +21,8 @@ from torch import Tensor
 
 from stepgraph import ops
 from stepgraph.abi import slot_line
-from stepgraph.layers.inputs import StepInputs
+from stepgraph.layers.cache import LayerCache
+from stepgraph.layers.inputs import AttentionSpec, AttentionWork, StepInputs
 from stepgraph.models.adapters import AdapterStore
 from stepgraph.models.language_model import LanguageModel
 from stepgraph.ops.rows import row_of
@@ -55,10 +56,12 @@ class StepProgram:
 
     model: LanguageModel
     state: SlotState
-    kv_caches: tuple[tuple[Tensor, Tensor], ...]  # the model's, then the drafter's
+    caches: tuple[LayerCache, ...]  # the model's
+    draft_caches: tuple[LayerCache, ...]  # the drafter's
     buffers: LogitBuffers
     shape: StepShape
-    geometry: ops.AttentionGeometry
+    attention: Mapping[AttentionSpec, ops.AttentionGeometry]  # of all layers
+    block_size: int
     adapters: AdapterStore | None = None
     drafter: Drafter | None = None
     acceptance: float | None = None
@@ -66,9 +69,8 @@ class StepProgram:
 
     def __call__(self) -> StepOutput:
         """Run one step of the plan in `state.plan`."""
-        state, config = self.state, self.model.config
+        state = self.state
         T, R, K = self.shape.num_tokens, self.shape.num_rows, self.shape.num_drafts
-        block_size = self.kv_caches[0][0].shape[1]
 
         # 1 build: rows → token ids, positions, KV slots, samples, attention work
         tokens, samples = ops.build_step(
@@ -79,21 +81,14 @@ class StepProgram:
             T,
             R,
             self.shape.num_samples,
-            self.shape.num_deltas(block_size),
-            block_size,
+            self.shape.num_deltas(self.block_size),
+            self.block_size,
         )
-        heads = config.num_heads, config.num_kv_heads, config.head_dim
-        attention = {
-            window: ops.attention_plan(
-                tokens.row_slot, tokens.query_start, tokens.kv_len, *heads, self.geometry, window
-            )
-            for window in sorted(set(config.windows))
-        }
-        # 2 forward: layers over T tokens, keys and values written in place
+        attention = {spec: AttentionWork.of(spec, tokens, geometry) for spec, geometry in self.attention.items()}
+        # 2 forward: layers over T tokens, their caches written in place
         if self.adapters is not None:
             self.adapters.select(tokens, state.lines)
-        caches, draft_caches = self.kv_caches[: config.num_layers], self.kv_caches[config.num_layers :]
-        inputs = StepInputs(tokens, attention, self.geometry, state.block_table, caches)
+        inputs = StepInputs(tokens, attention, state.block_table, self.block_size, self.caches)
         hidden_TE = self.model(inputs)
         # 3 logits, 4 sample: after each row's last known token and each of its proposals
         if self.shape.variant >= Variant.PROMPT_LOGPROBS:
@@ -101,7 +96,13 @@ class StepProgram:
         logits_CV, sampled_S = self._sample(samples, hidden_TE)
         if self.acceptance is not None:
             sampled_S = ops.force_acceptance(
-                state.lines, state.tokens, samples.slot, samples.offset, sampled_S, self.acceptance, config.vocab_size
+                state.lines,
+                state.tokens,
+                samples.slot,
+                samples.offset,
+                sampled_S,
+                self.acceptance,
+                self.model.config.vocab_size,
             )
         # 5 commit: verify, append to history, advance, report
         ops.commit(
@@ -118,7 +119,7 @@ class StepProgram:
         )
         # 6 draft: proposals behind the history
         if self.drafter is not None:
-            step = DraftStep(inputs, hidden_TE, state.lines, state.tokens, draft_caches, K)
+            step = DraftStep(inputs, hidden_TE, state.lines, state.tokens, self.draft_caches, K)
             if K:
                 drafts = self.drafter.propose(step)
                 ops.propose(state.lines, state.tokens, state.counter, state.ring, tokens.row_slot, *drafts)

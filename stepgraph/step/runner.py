@@ -6,6 +6,7 @@ import logging
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import cached_property
 from typing import NamedTuple
 
@@ -13,7 +14,6 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from stepgraph import ops
 from stepgraph.abi import slot_line
 from stepgraph.config import EngineConfig
 from stepgraph.errors import ConfigError
@@ -24,7 +24,8 @@ from stepgraph.models.adapters import AdapterStore
 from stepgraph.models.language_model import LanguageModel
 from stepgraph.platforms import CompiledKernels, Platform
 from stepgraph.spec.drafter import Drafter
-from stepgraph.step.memory import KVLayout, OperatorCount, choose_num_blocks
+from stepgraph.step.attention import AttentionSizes
+from stepgraph.step.memory import CacheLayout, OperatorCount, choose_num_blocks
 from stepgraph.step.plan import StepPlan
 from stepgraph.step.program import LogitBuffers, StepOutput, StepProgram
 from stepgraph.step.shape import StepShape, Variant
@@ -118,7 +119,6 @@ class StepRunner:
         self.block_size = config.cache.block_size
         self.vocab_size = model.config.vocab_size
         self.model = model
-        self._multiprocessors = platform.multiprocessors
         self._adapters, self._drafter = adapters, drafter
         self._acceptance = config.speculative.speculative_acceptance
         self.deterministic = config.model.deterministic
@@ -155,12 +155,27 @@ class StepRunner:
         self._loaded: tuple[int | None, StepShape] | None = None
         if config.cache.kv_cache_dtype == "fp8" and not platform.supports_fp8:
             raise ConfigError("kv_cache_dtype=fp8 needs a GPU of compute capability 8.9 or later; leave it at auto")
-        layout = KVLayout.of(model.config, config.cache, dtype, num_draft_layers=drafter.num_layers if drafter else 0)
-        self._tall_tile = ops.tall_tile(
-            platform.device, dtype, layout.dtype, layout.head_dim, layout.block_size, model.config.windows
+        cache_dtype = torch.float8_e4m3fn if config.cache.kv_cache_dtype == "fp8" else dtype
+        model_specs = model.cache_specs(cache_dtype)
+        draft_specs = drafter.cache_specs(cache_dtype) if drafter else ()
+        layout = CacheLayout(
+            (*model_specs, *draft_specs),
+            self.block_size,
+            scheduler.max_num_seqs + 1,
+            self.policy.max_shape.num_drafts,
         )
-        memory = platform.memory(layout.sizes(1), sleepable=False)
-        self.kv_caches = layout.allocate(1, memory)  # the null block is all that a dry run touches
+        self._attention = AttentionSizes(
+            (*model.config.attention_specs, *(drafter.attention_specs if drafter else ())),
+            platform,
+            dtype=dtype,
+            cache_dtype=cache_dtype,
+            block_size=self.block_size,
+            deterministic=self.deterministic,
+        )
+        self.num_model_caches = len(model_specs)
+        null = replace(layout, num_slots=1)  # a dry run touches no more than the null block and the null slot
+        self.caches = null.allocate(1, platform.memory(null.sizes(1), sleepable=False))
+        """The model's `num_model_caches`, then the drafter's."""
         self.kernels = CompiledKernels(0, 0)
         """Those that were compiled before anything launched them."""
         if self.compile_kernels([self.policy.max_shape]).compiled and not self.pool.lazy:  # the cache on disk is cold
@@ -181,7 +196,7 @@ class StepRunner:
             later_bytes=graphs_bytes + self._extended_rows * self.vocab_size * _EXTENDED_ITEM_BYTES,
         )
         self.kv_memory = platform.memory(layout.sizes(self.num_kv_blocks), sleepable=config.cache.enable_sleep_mode)
-        self.kv_caches = layout.allocate(self.num_kv_blocks, self.kv_memory)
+        self.caches = layout.allocate(self.num_kv_blocks, self.kv_memory)
 
         plan_length = self.state.plan.shape[0]
         self._staging = [platform.host_buffer(plan_length) for _ in range(RING_DEPTH)]
@@ -257,24 +272,15 @@ class StepRunner:
 
     def create_program(self, shape: StepShape) -> StepProgram:
         """The program of `shape` over this runner's buffers."""
-        config = self.model.config
-        geometry = ops.attention_geometry(
-            shape.num_tokens,
-            shape.num_rows,
-            config.num_heads,
-            config.num_kv_heads,
-            self._multiprocessors,
-            decode_tokens=1 + shape.num_drafts,
-            deterministic=self.deterministic,
-            tall_tile=self._tall_tile,
-        )
         return StepProgram(
             self.model,
             self.state,
-            self.kv_caches,
+            self.caches[: self.num_model_caches],
+            self.caches[self.num_model_caches :],
             self._logit_buffers(shape),
             shape,
-            geometry,
+            self._attention.of(shape),
+            self.block_size,
             self._adapters,
             self._drafter,
             self._acceptance,

@@ -274,7 +274,7 @@ def test_an_fp8_cache_runs_in_graphs_and_is_refused_where_kernels_cannot_read_it
     requests = [engine.add_request(str(n), STEM[: 10 + n], GREEDY) for n in range(4)]
     drain(engine)
     assert [len(request.output_token_ids) for request in requests] == [20] * 4
-    assert engine.runner.kv_caches[0][0].dtype == torch.float8_e4m3fn
+    assert engine.runner.caches[0].block_tensors[0].dtype == torch.float8_e4m3fn
     assert engine.runner.pool.statistics.num_eager_steps == 0
     monkeypatch.setattr(
         type(engine.platform), "supports_fp8", property(lambda _: False, lambda *_: None), raising=False

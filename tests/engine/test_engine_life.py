@@ -147,7 +147,7 @@ def storage_bytes(tensors) -> int:
 
 
 def caches(engine) -> list[torch.Tensor]:
-    return [cache for pair in engine.runner.kv_caches for cache in pair]
+    return [cache for caches in engine.runner.caches for cache in caches.block_tensors]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="on CUDA, memory is given up below torch's storages")

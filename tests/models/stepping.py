@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from stepgraph.layers.inputs import StepInputs
+from stepgraph.layers.inputs import AttentionWork, StepInputs
 from stepgraph.models import Decoder
-from stepgraph.ops import StepTokens, attention_geometry, attention_plan
+from stepgraph.ops import StepTokens, attention_geometry
 
 BLOCK_SIZE = 16
 
@@ -16,13 +16,13 @@ class Stepper:
     """One sequence in slot 1, whose KV block i is block i + 1."""
 
     def __init__(self, model: Decoder, max_len: int) -> None:
-        config = model.config
         num_blocks = -(-max_len // BLOCK_SIZE)
-        shape = (num_blocks + 1, BLOCK_SIZE, config.num_kv_heads, config.head_dim)
         self.model = model
         self.caches = tuple(
-            (torch.zeros(shape, dtype=model.dtype), torch.zeros(shape, dtype=model.dtype))
-            for _ in range(config.num_layers)
+            spec.cache(
+                [torch.zeros(num_blocks + 1, *item.shape, dtype=item.dtype) for item in spec.per_block(BLOCK_SIZE)], ()
+            )
+            for spec in model.cache_specs(model.dtype)
         )
         self.block_table = torch.zeros(2, num_blocks, dtype=torch.int32)
         self.block_table[1] = torch.arange(1, num_blocks + 1)
@@ -44,14 +44,14 @@ class Stepper:
 
     def run(self, tokens: StepTokens) -> Tensor:
         """The logits at every token, [tokens, vocabulary]."""
-        config, n = self.model.config, tokens.token_ids.shape[0]
-        geometry = attention_geometry(n, 1, config.num_heads, config.num_kv_heads, multiprocessors=1)
-        heads = config.num_heads, config.num_kv_heads, config.head_dim
-        plans = {
-            window: attention_plan(tokens.row_slot, tokens.query_start, tokens.kv_len, *heads, geometry, window)
-            for window in set(config.windows)
+        n = tokens.token_ids.shape[0]
+        attention = {
+            spec: AttentionWork.of(
+                spec, tokens, attention_geometry(n, 1, spec.num_heads, spec.num_kv_heads, multiprocessors=1)
+            )
+            for spec in self.model.config.attention_specs
         }
-        hidden = self.model(StepInputs(tokens, plans, geometry, self.block_table, self.caches))
+        hidden = self.model(StepInputs(tokens, attention, self.block_table, BLOCK_SIZE, self.caches))
         out = hidden.new_empty(hidden.shape[0], self.model.config.vocab_size)
         return self.model.logits(hidden, out=out)
 

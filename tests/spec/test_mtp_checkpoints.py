@@ -308,7 +308,7 @@ def test_dummy_modules_need_no_files_and_are_the_same_every_time(tmp_path, confi
     save_model(tmp_path, LlamaConfig(**SIZES), {} if configured is None else {"num_nextn_predict_layers": configured})
     (tmp_path / "model.safetensors").unlink()
     drafters = [create(tmp_path, {}, load_format="dummy")._drafter for _ in range(2)]
-    assert drafters[0].num_layers == drafters[0].lookahead == (configured or 1)
+    assert len(drafters[0].layers) == drafters[0].lookahead == (configured or 1)
     for a, b in zip(*(drafter.parameters() for drafter in drafters), strict=True):
         assert torch.equal(a, b)
         assert (a == 1).all() if a.dim() == 1 else 0.01 < a.std() < 0.03
@@ -317,7 +317,7 @@ def test_dummy_modules_need_no_files_and_are_the_same_every_time(tmp_path, confi
 def test_the_module_that_ships_for_the_embedded_model_is_found(smollm2):
     settings = {"max_model_len": 64, "max_num_batched_tokens": 64, "capture_sizes": (64,), "num_kv_blocks": 9}
     drafter = create("smollm2", {}, **settings, quantization="none")._drafter
-    assert drafter.num_layers == 1
+    assert len(drafter.layers) == 1
     assert len({tuple(parameter.shape) for parameter in drafter.parameters()} & {(576, 1152), (8192, 576)}) == 2
     if (
         native.available()

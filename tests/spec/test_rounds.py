@@ -30,7 +30,7 @@ def cached(engine: Engine, slot: int, num_tokens: int) -> list[torch.Tensor]:
     position = torch.arange(num_tokens, device=engine.platform.device)
     block = engine.runner.state.block_table[slot, position // engine.runner.block_size].long()
     entry = block * engine.runner.block_size + position % engine.runner.block_size
-    return [cache.flatten(0, 1)[entry] for caches in engine.runner.kv_caches for cache in caches]
+    return [cache.flatten(0, 1)[entry] for caches in engine.runner.caches for cache in caches.block_tensors]
 
 
 @pytest.mark.parametrize("num_drafts", [1, 2, 3, 5, 8])

@@ -370,7 +370,9 @@ def test_capture_and_the_trial_at_the_largest_context_leave_no_trace(create_engi
 
     def snapshot() -> list[torch.Tensor]:
         state = runner.state
-        caches = [cache[1:] for pair in runner.kv_caches for cache in pair]  # of the null block nobody reads
+        caches = [
+            cache[1:] for caches in runner.caches for cache in caches.block_tensors
+        ]  # of the null block nobody reads
         return [t.clone() for t in (state.lines, state.tokens, state.block_table, state.counter, state.ring, *caches)]
 
     before = snapshot()

@@ -1,0 +1,134 @@
+"""What a layer keeps of requests between steps.
+
+A model lists one `CacheSpec` per layer, a drafter its own. Whoever is above the layers adds up bytes, allocates, and hands each
+layer its cache, without looking inside: only a layer and the operators of its kind do that.
+
+Memory comes in two forms. *Blocks* are granted to requests as they grow, and hold an entry for each of `block_size` tokens.
+*Lines* belong to slots for good: a request uses that of its slot from its first token to its last. Block 0 and line 0 are null:
+padding reads and writes there.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import prod
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from stepgraph.layers.inputs import AttentionSpec
+
+
+class Item(NamedTuple):
+    """What one block, or one line, has in one tensor of a cache."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def num_bytes(self) -> int:
+        return prod(self.shape) * self.dtype.itemsize
+
+
+class LayerCache(Protocol):
+    """The tensors of one layer, at addresses that stay. For those that check them all; what they mean, the layer knows."""
+
+    @property
+    def block_tensors(self) -> tuple[Tensor, ...]:
+        """Each [blocks, block_size, …]."""
+
+    @property
+    def line_tensors(self) -> tuple[Tensor, ...]:
+        """Each [slots, …]."""
+
+    def lay_out(self, slot: int, computed: int, generator: torch.Generator) -> None:
+        """Fill a slot's line at random with what earlier steps may have left there of a request of `computed` tokens. For checks;
+        not inside a graph."""
+
+    def line_content(self, slot: int, end: int) -> tuple[Tensor, ...]:
+        """What a slot's line says after a step that ran its request's tokens up to position `end`, exclusive: all that a later
+        step may read. For checks."""
+
+
+class CacheSpec(ABC):
+    """What one layer keeps. A kind of cache is a subclass, and the class of its tensors."""
+
+    shares: int | None = None
+    """An earlier layer whose cache this layer uses too; counted through the model's layers and on through the drafter's."""
+
+    @property
+    @abstractmethod
+    def reach(self) -> int | None:
+        """The last positions whose blocks a token reads, its own included; 0: all; None: it reads no blocks."""
+
+    @abstractmethod
+    def per_block(self, block_size: int) -> tuple[Item, ...]:
+        """What a block of `block_size` tokens has in each of `LayerCache.block_tensors`; shapes begin with `block_size`."""
+
+    @abstractmethod
+    def per_line(self, num_drafts: int) -> tuple[Item, ...]:
+        """What a line has in each of `LayerCache.line_tensors`, where a step verifies up to `num_drafts` proposals of a row."""
+
+    @abstractmethod
+    def cache(self, block_tensors: Sequence[Tensor], line_tensors: Sequence[Tensor]) -> LayerCache:
+        """The layer's cache over tensors that were made for it."""
+
+
+@dataclass(frozen=True)
+class PagedSpec(CacheSpec):
+    """Keys and values of grouped-query attention, in blocks."""
+
+    num_kv_heads: int
+    head_dim: int
+    dtype: torch.dtype
+    window: int = 0  # last keys a token sees, its own included; 0: all
+    shares: int | None = None
+
+    @classmethod
+    def of(cls, attention: AttentionSpec, dtype: torch.dtype) -> PagedSpec:
+        """What a layer of such attention keeps in `dtype`."""
+        return cls(attention.num_kv_heads, attention.head_dim, dtype, attention.window)
+
+    @property
+    def reach(self) -> int:
+        """See `CacheSpec.reach`."""
+        return self.window
+
+    def per_block(self, block_size: int) -> tuple[Item, ...]:
+        """See `CacheSpec.per_block`."""
+        return (Item((block_size, self.num_kv_heads, self.head_dim), self.dtype),) * 2
+
+    def per_line(self, num_drafts: int) -> tuple[Item, ...]:
+        """See `CacheSpec.per_line`."""
+        return ()
+
+    def cache(self, block_tensors: Sequence[Tensor], line_tensors: Sequence[Tensor]) -> PagedCache:
+        """See `CacheSpec.cache`."""
+        return PagedCache(*block_tensors)
+
+
+class PagedCache(NamedTuple):
+    """Of a `PagedSpec`. Entry i of block b belongs to token i of those that b holds."""
+
+    keys: Tensor  # [blocks, block_size, G, D]
+    values: Tensor  # likewise
+
+    @property
+    def block_tensors(self) -> tuple[Tensor, ...]:
+        """See `LayerCache.block_tensors`."""
+        return self
+
+    @property
+    def line_tensors(self) -> tuple[Tensor, ...]:
+        """See `LayerCache.line_tensors`."""
+        return ()
+
+    def lay_out(self, slot: int, computed: int, generator: torch.Generator) -> None:
+        """See `LayerCache.lay_out`."""
+
+    def line_content(self, slot: int, end: int) -> tuple[Tensor, ...]:
+        """See `LayerCache.line_content`."""
+        return ()

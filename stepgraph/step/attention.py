@@ -1,0 +1,66 @@
+"""Which sizes the attention of a step gets, for each kind of attention that its layers have."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable
+
+import torch
+
+from stepgraph import ops
+from stepgraph.layers.inputs import AttentionSpec
+from stepgraph.platforms import Platform
+from stepgraph.step.shape import StepShape
+
+
+class AttentionSizes:
+    """Chooses an `AttentionGeometry` per `AttentionSpec` and StepShape."""
+
+    def __init__(
+        self,
+        specs: Iterable[AttentionSpec],
+        platform: Platform,
+        *,
+        dtype: torch.dtype,
+        cache_dtype: torch.dtype,
+        block_size: int,
+        deterministic: bool,
+    ) -> None:
+        """Args:
+        specs: of all layers, the drafter's too.
+        platform: that runs them.
+        dtype: of the activations.
+        cache_dtype: of keys and values.
+        block_size: tokens per KV block.
+        deterministic: a token's result must not depend on the batch.
+        """
+        self._multiprocessors, self._deterministic = platform.multiprocessors, deterministic
+        self._specs = sorted(set(specs))
+        windows = defaultdict(set)
+        for spec in self._specs:
+            windows[_heads(spec)].add(spec.window)
+        self._tall_tiles = {
+            heads: ops.tall_tile(platform.device, dtype, cache_dtype, heads[2], block_size, windows[heads])
+            for heads in windows
+        }
+
+    def of(self, shape: StepShape) -> dict[AttentionSpec, ops.AttentionGeometry]:
+        """The geometries of a step, in the order in which it lists their work; the same for specs that differ in their window
+        alone."""
+        return {
+            spec: ops.attention_geometry(
+                shape.num_tokens,
+                shape.num_rows,
+                spec.num_heads,
+                spec.num_kv_heads,
+                self._multiprocessors,
+                decode_tokens=1 + shape.num_drafts,
+                deterministic=self._deterministic,
+                tall_tile=self._tall_tiles[_heads(spec)],
+            )
+            for spec in self._specs
+        }
+
+
+def _heads(spec: AttentionSpec) -> tuple[int, int, int]:
+    return spec.num_heads, spec.num_kv_heads, spec.head_dim
