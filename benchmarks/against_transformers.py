@@ -18,6 +18,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from stepgraph import EngineConfig, SamplingParams
 from stepgraph.bench.report import check_outputs, machine, table, write_json
+from stepgraph.engine.build import build_engine
 from stepgraph.engine.engine import Engine
 
 
@@ -78,7 +79,7 @@ def main() -> None:
 
     settings = {"model": "smollm2", "dtype": "float32", "device": "cpu", "max_num_seqs": 1, "max_model_len": 1024}
     graphs, eager = (
-        Engine(EngineConfig.from_settings(**settings, max_num_batched_tokens=512, graph_backend=backend))
+        build_engine(EngineConfig.from_settings(**settings, max_num_batched_tokens=512, graph_backend=backend))
         for backend in ("cpu", "eager")
     )
     reference = transformers_model(graphs)
@@ -109,7 +110,7 @@ def main() -> None:
                     f"{ms['transformers'] / ms['graphs']:.2f}x",
                 )
             )
-    where = machine(graphs.platform)
+    where = machine(graphs.executor.specs.device)
     print(f"smollm2, float32, {where['device']}, {where['threads']} threads; medians, ms")
     print(table(("", "transformers", "eager", "graphs", "eager / graphs", "transformers / graphs"), rows))
     if arguments.json:

@@ -24,6 +24,7 @@ from against_transformers import engine_times, transformers_model, transformers_
 from stepgraph import EngineConfig, SamplingParams
 from stepgraph.bench.report import check_outputs, machine, table, write_json
 from stepgraph.bench.roofline import measure_limits
+from stepgraph.engine.build import build_engine
 from stepgraph.engine.engine import Engine
 from stepgraph.models.source import packaged_file
 
@@ -77,7 +78,7 @@ def main() -> None:
     arguments = parser.parse_args()
     check_outputs(arguments)
 
-    engine = Engine(EngineConfig.from_settings(model="smollm2", device="cpu", enable_prefix_caching=False))
+    engine = build_engine(EngineConfig.from_settings(model="smollm2", device="cpu", enable_prefix_caching=False))
     times: dict[str, Callable[[list[int], int], Iterator[float]]] = {
         "stepgraph": lambda prompt, tokens: engine_times(engine, prompt, tokens)
     }
@@ -95,8 +96,8 @@ def main() -> None:
         llama = Llama(str(path), n_ctx=1024, n_threads=threads, n_threads_batch=threads, verbose=False)
         times["llama.cpp Q4_1"] = lambda prompt, tokens: llama_cpp_times(llama, prompt, tokens)
 
-    limits = measure_limits(engine.platform, torch.float32)
-    weight_bytes = sum(parameter.nbytes for parameter in engine.runner.model.parameters())
+    limits = measure_limits(engine.executor.runner.platform, torch.float32)
+    weight_bytes = sum(parameter.nbytes for parameter in engine.executor.runner.model.parameters())
     first: dict[tuple[str, int], list[float]] = defaultdict(list)
     decode: dict[tuple[str, int], list[float]] = defaultdict(list)
     together: dict[str, list[float]] = defaultdict(list)
@@ -122,7 +123,7 @@ def main() -> None:
         peers.append({"name": name, "prompts": lengths, "rows": {"rows": ROWS, "tokens_per_s": rate}})
         cells = (f"{case['first_token_ms']:.0f} / {case['tokens_per_s']:.1f}" for case in lengths.values())
         rows.append((name, *cells, "-" if rate is None else f"{rate:.0f}"))
-    where = machine(engine.platform)
+    where = machine(engine.executor.specs.device)
     print(f"smollm2, {where['device']}, {where['threads']} threads; first token ms / decode tokens per s; medians")
     print(table(("", *(f"{length}-token prompt" for length in PROMPTS), f"{ROWS} rows, tokens per s"), rows))
     least_ms = 1e3 * weight_bytes / limits.copy_bytes_per_s

@@ -25,7 +25,7 @@ import torch
 
 from stepgraph.bench.report import check_outputs, table, write_json
 from stepgraph.config import EngineConfig
-from stepgraph.engine.engine import Engine
+from stepgraph.engine.build import build_engine
 
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 
@@ -85,7 +85,7 @@ def main() -> int:
     check_outputs(arguments)
 
     settings = {"model": "smollm2", "device": "cpu", "max_num_seqs": 1, "max_model_len": 1024, "quantization": "none"}
-    engine = Engine(EngineConfig.from_settings(**settings))
+    engine = build_engine(EngineConfig.from_settings(**settings))
     reference = transformers_model(engine)
     comparisons = []
     for ids in texts(engine.tokenizer):

@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from stepgraph.bench.report import check_outputs, machine, write_json
 from stepgraph.config import EngineConfig
-from stepgraph.engine.engine import Engine
+from stepgraph.engine.build import build_engine
 from stepgraph.graph.compositions import Composition, Row
 from stepgraph.graph.verify import verify_shape
 from stepgraph.step.shape import StepShape
@@ -69,7 +69,7 @@ def main() -> int:
     check_outputs(arguments)
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "config.json").write_text(json.dumps(CONFIG))
-        engine = Engine(
+        engine = build_engine(
             EngineConfig.from_settings(
                 model=folder,
                 load_format="dummy",
@@ -82,7 +82,7 @@ def main() -> int:
                 num_kv_blocks=257,
             )
         )
-    for parameter in engine.runner.model.parameters():
+    for parameter in engine.executor.runner.model.parameters():
         if parameter.dim() > 1:
             parameter.data.normal_(0, 0.3)  # large enough that every key and token matters
     rng = random.Random(0)
@@ -98,7 +98,7 @@ def main() -> int:
         graph_difference = alone_difference = 0.0
         mismatches: list[str] = []
         for composition in tqdm(compositions, desc=family, leave=False, disable=not sys.stderr.isatty()):
-            report = verify_shape(engine.runner, StepShape(TOKENS, ROWS), [composition], alone_rows=0)
+            report = verify_shape(engine.executor.runner, StepShape(TOKENS, ROWS), [composition], alone_rows=0)
             graph_difference = max(graph_difference, report.worst_graph_difference)
             alone_difference = max(alone_difference, report.worst_alone_difference)
             mismatches += report.mismatches
@@ -117,7 +117,7 @@ def main() -> int:
         write_json(
             arguments.json,
             {
-                "machine": machine(engine.platform),
+                "machine": machine(engine.executor.specs.device),
                 "tokens": TOKENS,
                 "rows": ROWS,
                 "model": CONFIG,

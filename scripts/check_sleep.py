@@ -21,17 +21,20 @@ def main(model: str) -> None:
     """Run the check; raises AssertionError if somebody noticed."""
     # Deterministic, since a request that is computed again runs in other batches.
     llm = LLM(model, load_format="dummy", enable_sleep_mode=True, deterministic=True, max_model_len=512, progress=False)
-    engine, pool = llm.engine, llm.engine.runner.pool
+    engine, pool = llm.engine, llm.engine.executor.runner.pool
     expected = [output.outputs[0].token_ids for output in llm.generate(PROMPTS, GREEDY, use_tqdm=False)]
-    weights = {name: tensor.detach().cpu().clone() for name, tensor in engine.runner.model.checkpoint_tensors().items()}
+    weights = {
+        name: tensor.detach().cpu().clone()
+        for name, tensor in engine.executor.runner.model.checkpoint_tensors().items()
+    }
     records = [(record.shape, record.capture_ms) for record in pool.records()]
 
     def timed(what: str, call: Callable[[], object]) -> None:
-        engine.platform.synchronize()
-        before, started = engine.platform.free_memory_bytes(), time.perf_counter()
+        engine.executor.runner.platform.synchronize()
+        before, started = engine.executor.runner.platform.free_memory_bytes(), time.perf_counter()
         call()
-        engine.platform.synchronize()
-        elapsed, after = time.perf_counter() - started, engine.platform.free_memory_bytes()
+        engine.executor.runner.platform.synchronize()
+        elapsed, after = time.perf_counter() - started, engine.executor.runner.platform.free_memory_bytes()
         print(f"{what:<24} {elapsed:7.2f} s   free {before / 2**30:7.2f} -> {after / 2**30:7.2f} GiB")
 
     for level in (1, 2):

@@ -16,15 +16,15 @@ import random
 import time
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import torch
 
 from stepgraph.config import EngineConfig
-from stepgraph.engine import engine as engine_module
+from stepgraph.engine.build import build_engine
 from stepgraph.engine.engine import Engine
 from stepgraph.engine.request import Request
 from stepgraph.engine.sampling_params import SamplingParams
+from stepgraph.executor.build import build_local_executor
 from stepgraph.models.loader import load_model
 from stepgraph.models.source import resolve
 from stepgraph.platforms import create_platform
@@ -104,16 +104,9 @@ def main() -> int:
         config = EngineConfig.from_settings(
             **(general | settings | ({"speculative_config": speculative} if speculative else {}))
         )
-        # Filled already, which an engine that fills while it captures would not know.
-        filled = {
-            "create_model": lambda *_, **__: model,
-            "fill": lambda *_, **__: iter(()),
-            "fills_in_place": lambda _: False,
-        }
-        with mock.patch.multiple(engine_module, **filled):
-            engine = Engine(config, source=source)
+        engine = build_engine(config, source=source, executor=build_local_executor(config, source, model=model))
         requests = run(engine, some, temperature, alone=alone, trouble=trouble)
-        statistics = engine.runner.pool.statistics
+        statistics = engine.executor.statistics
         result = {
             "tokens": [request.output_token_ids for request in requests],
             "steps": statistics.num_steps,

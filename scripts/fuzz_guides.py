@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from stepgraph.config import EngineConfig
+from stepgraph.engine.build import build_engine
 from stepgraph.engine.engine import Engine
 from stepgraph.engine.request import FinishReason, Request
 from stepgraph.engine.sampling_params import SamplingParams, StructuredOutputs
@@ -241,7 +242,7 @@ def main() -> None:
     parser.add_argument("--max-gap", type=float, help="fail if a stream waited longer for a token, in seconds")
     parser.add_argument("--json", type=Path, help="write the report here, too")
     arguments = parser.parse_args()
-    engine = Engine(EngineConfig.from_settings(**SETTINGS), progress=True)
+    engine = build_engine(EngineConfig.from_settings(**SETTINGS), progress=True)
     report = fuzz(engine, seconds=arguments.seconds, seed=arguments.seed, at_once=arguments.at_once, note=print)
     engine.shutdown()
     text = json.dumps(report, indent=2, ensure_ascii=False)

@@ -14,7 +14,7 @@ import time
 import torch
 
 from stepgraph.config import EngineConfig
-from stepgraph.engine.engine import Engine
+from stepgraph.engine.build import build_engine
 from stepgraph.step.shape import Variant
 
 
@@ -34,15 +34,15 @@ def main() -> None:
         name, _, value = pair.partition("=")
         settings[name] = json.loads(value)
     torch.zeros(1, device="cuda")
-    engine = Engine(
+    engine = build_engine(
         EngineConfig.from_settings(model=arguments.model, load_format="dummy", capture="lazy", **settings),
         progress=True,
     )
-    pool, operators = engine.runner.pool, engine.runner.graph_operators
+    pool, operators = engine.executor.runner.pool, engine.executor.runner.graph_operators
     torch.cuda.empty_cache()
     print(f"{arguments.model} {settings}: {operators} operators a step")
     for variant in (Variant.PLAIN, Variant.EXTENDED):
-        shapes = engine.runner.policy.shapes(variant, engine.draft_levels[-1])
+        shapes = engine.executor.runner.policy.shapes(variant, engine.draft_levels[-1])
         used, reserved, counted, started = used_bytes(), torch.cuda.memory_reserved(), pool.bytes, time.perf_counter()
         for shape in shapes:
             pool.graph(shape)

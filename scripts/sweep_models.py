@@ -32,7 +32,7 @@ from transformers.models.auto import modeling_auto
 from transformers.utils import logging as transformers_logging
 
 from stepgraph.config import EngineConfig
-from stepgraph.engine.engine import Engine
+from stepgraph.engine.build import build_engine
 from stepgraph.engine.sampling_params import SamplingParams
 from stepgraph.errors import ModelError
 from stepgraph.models.source import resolve
@@ -171,12 +171,12 @@ def try_one(config: Any, folder: Path) -> tuple[str, str]:
             "max_model_len": 64,
         }
         settings |= {"max_num_seqs": 2, "max_num_batched_tokens": 16, "capture_sizes": (2, 16), "num_kv_blocks": 9}
-        engine = Engine(EngineConfig.from_settings(**settings))
+        engine = build_engine(EngineConfig.from_settings(**settings))
         params = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=0, ignore_eos=True)
         request = engine.add_request("a", TOKENS, params)
         while engine.has_work:
             engine.step()
-        eager = engine.runner.pool.statistics.num_eager_steps
+        eager = engine.executor.statistics.num_eager_steps
         engine.shutdown()
     except ModelError as error:
         return refused(error, folder)

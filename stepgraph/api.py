@@ -14,9 +14,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from stepgraph.config import EngineConfig
+from stepgraph.engine.build import build_engine
 from stepgraph.engine.chat_messages import Message
 from stepgraph.engine.chat_template import ChatTemplate
-from stepgraph.engine.engine import Engine
 from stepgraph.engine.interrupts import interrupts_held
 from stepgraph.engine.outputs import RequestOutput
 from stepgraph.engine.prompts import Prompt, tokenize
@@ -56,7 +56,7 @@ class LLM:
         self, model: str = "smollm2", *, progress: bool = True, source: ModelSource | None = None, **settings: Any
     ):
         config = EngineConfig.from_settings(model=model, **settings)
-        self.engine = Engine(config, source=source, needs_tokenizer=True, progress=progress)
+        self.engine = build_engine(config, source=source, needs_tokenizer=True, progress=progress)
         self.tokenizer = self.engine.tokenizer
         self._chat_template = ChatTemplate(self.tokenizer)
         self._ids = (f"request-{number}" for number in count())

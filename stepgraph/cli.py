@@ -153,9 +153,10 @@ def _graphs_list(arguments: argparse.Namespace) -> int:
         return 0
 
     from stepgraph.bench.report import table
-    from stepgraph.engine.engine import Engine
+    from stepgraph.executor.build import build_local_executor
+    from stepgraph.models.source import resolve_configured
 
-    pool = Engine(config, progress=_progress()).runner.pool
+    pool = build_local_executor(config, resolve_configured(config.model), progress=_progress()).runner.pool
     pool.capture_all(progress=_progress())
     records = pool.records()
     rows_of_cells = [[str(r.shape), f"{r.capture_ms:.1f}", f"{r.bytes / 2**20:.1f}"] for r in records]

@@ -17,12 +17,15 @@ from typing import Any
 
 from stepgraph.bench.report import machine, table
 from stepgraph.config import EngineConfig
+from stepgraph.engine.build import build_engine
 from stepgraph.engine.chat_template import ChatTemplate
-from stepgraph.engine.engine import Engine, context_len
+from stepgraph.engine.engine import Engine
 from stepgraph.engine.request import Request, RequestUpdate
 from stepgraph.engine.sampling_params import SamplingParams
 from stepgraph.engine.session import Session
 from stepgraph.errors import ConfigError
+from stepgraph.executor.build import context_len
+from stepgraph.executor.local import runner_of
 from stepgraph.graph.pool import StepRecord
 from stepgraph.models.source import ModelSource, resolve_configured
 
@@ -99,15 +102,18 @@ def main(settings: dict[str, Any], *, progress: bool) -> int:
     needed = max(map(len, prompts.values())) + ANSWER_TOKENS
     if needed > context_len(config, source):
         raise ConfigError(f"max_model_len={context_len(config, source)} is too small; the demo needs {needed}")
-    engine = Engine(config, source=source, progress=progress)
-    where = machine(engine.platform)
+    engine = build_engine(config, source=source, progress=progress)
+    where = machine(engine.executor.specs.device)
     versions = ", ".join(f"{name} {version}" for name, version in where["versions"].items())
     print(f"{versions}\n{where['device']}, {where['threads']} threads")
     seconds = time.perf_counter() - started
-    print(f"loaded {engine.source.name} in {seconds:.1f} s on {engine.platform.name}: {engine.precision}")
+    print(
+        f"loaded {engine.source.name} in {seconds:.1f} s on {engine.executor.specs.platform}: {engine.executor.specs.precision}"
+    )
 
     started = time.perf_counter()
-    pool, largest = engine.runner.pool, engine.runner.policy.max_shape
+    runner = runner_of(engine.executor)
+    pool, largest = runner.pool, runner.policy.max_shape
     pool.capture_all(progress=progress)
     memory = f", {pool.bytes / 2**20:.0f} MiB" if pool.bytes else ""  # on CPU a graph holds none
     print(
@@ -158,7 +164,7 @@ class Workload:
 
     def step(self) -> tuple[Sequence[RequestUpdate], StepRecord | None]:
         """Run one step; what it returned, and the record of the step it launched, if it launched one."""
-        statistics = self.engine.runner.pool.statistics
+        statistics = self.engine.executor.statistics
         before = statistics.num_steps
         updates = self.engine.step()
         self.step_index += 1
@@ -242,7 +248,7 @@ def _step_lines(records: Sequence[tuple[int, StepRecord]]) -> list[list[str]]:
 
 def _compare(engine: Engine, eager_config: EngineConfig, prompts: dict[str, list[int]], *, progress: bool) -> int:
     """Run the prompts again with and without graphs, step by step in turn, and print what each kind of step took."""
-    eager_engine = Engine(eager_config, source=engine.source, progress=progress)
+    eager_engine = build_engine(eager_config, source=engine.source, progress=progress)
     times_ms: dict[StepRecord, tuple[list[float], list[float]]] = defaultdict(lambda: ([], []))
     same = total = 0
     for number in range(ROUNDS):
@@ -255,7 +261,7 @@ def _compare(engine: Engine, eager_config: EngineConfig, prompts: dict[str, list
                 workload.arrive()
                 started = time.perf_counter()
                 _, record = workload.step()
-                workload.engine.platform.synchronize()
+                runner_of(workload.engine.executor).platform.synchronize()
                 elapsed_ms = (time.perf_counter() - started) * 1e3
                 if record is not None:
                     times_ms[replace(record, eager_reason=None)][turn].append(elapsed_ms)

@@ -148,7 +148,7 @@ def _require_answer(output: RequestOutput) -> None:
 
 def _log_steps(llm: LLM) -> None:
     """With -v: how many steps ran in a graph, why others did not, how much was padding, and what came of proposals."""
-    statistics = llm.engine.runner.pool.statistics
+    statistics = llm.engine.executor.statistics
     eager = {f"{kind} ({reason})": n for (kind, reason), n in statistics.steps.items() if reason is not None}
     logger.info(
         "%d of %d steps ran in a graph%s; %d tokens computed, %d more were padding",

@@ -15,8 +15,11 @@ from hypothesis import HealthCheck, settings
 from tiny import TINY_SETTINGS, save_tiny_model
 
 from stepgraph.config import EngineConfig
+from stepgraph.engine.build import build_engine
 from stepgraph.engine.engine import Engine
-from stepgraph.models.source import ModelSource, packaged_file, resolve
+from stepgraph.executor.build import build_local_executor
+from stepgraph.models.source import ModelSource, packaged_file, resolve, resolve_configured
+from stepgraph.spec.drafter import Drafter
 
 settings.register_profile(
     "stepgraph", deadline=None, suppress_health_check=[HealthCheck.too_slow]
@@ -61,9 +64,11 @@ def tiny_model(tmp_path_factory) -> str:
 def create_engine(tiny_model, device):
     """Makes engines of the tiny model: `create_engine(max_num_seqs=3)`."""
 
-    def create(**settings) -> Engine:
-        return Engine(
-            EngineConfig.from_settings(**({"model": tiny_model, "device": device} | TINY_SETTINGS | settings))
-        )
+    def create(*, drafter: Drafter | None = None, **settings) -> Engine:
+        config = EngineConfig.from_settings(**({"model": tiny_model, "device": device} | TINY_SETTINGS | settings))
+        if drafter is None:
+            return build_engine(config)
+        source = resolve_configured(config.model)
+        return build_engine(config, source=source, executor=build_local_executor(config, source, drafter=drafter))
 
     return create

@@ -131,10 +131,10 @@ def test_text_is_left_out_if_nobody_wants_it(llm) -> None:
     ],
 )
 def test_one_unusable_prompt_refuses_the_call_before_anything_runs(llm, prompts, params, message) -> None:
-    steps = llm.engine.runner.pool.statistics.num_steps
+    steps = llm.engine.executor.statistics.num_steps
     with pytest.raises(RequestError, match=message):
         generate(llm, prompts, params)
-    assert llm.engine.runner.pool.statistics.num_steps == steps
+    assert llm.engine.executor.statistics.num_steps == steps
     assert not llm.engine.has_work
 
 
@@ -281,12 +281,12 @@ def test_an_answer_stops_at_a_stop_string_and_so_does_its_request(llm) -> None:
     stop = text[20:24]
     start = text.index(stop)
     stopping = SamplingParams(temperature=0, max_tokens=400, ignore_eos=True, stop=[stop, "never"])
-    steps = llm.engine.runner.pool.statistics.num_steps
+    steps = llm.engine.executor.statistics.num_steps
     [output] = generate(llm, "Hello", stopping)
     [completion] = output.outputs
     assert (completion.text, completion.finish_reason, completion.stop_reason) == (text[:start], "stop", stop)
     assert completion.token_ids == tokens[: len(completion.token_ids)]
-    assert llm.engine.runner.pool.statistics.num_steps - steps < 100
+    assert llm.engine.executor.statistics.num_steps - steps < 100
     assert not llm.engine.scheduler.has_requests
     streamed = list(llm.stream("Hello", stopping))
     assert streamed[-1].outputs == output.outputs

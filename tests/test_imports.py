@@ -45,7 +45,7 @@ def test_an_engine_imports_torch_and_what_torch_needs(code) -> None:
 def test_a_first_token_needs_no_compiler_of_torch() -> None:
     start = """
 from stepgraph.config import EngineConfig
-from stepgraph.engine.engine import Engine
+from stepgraph.engine.build import build_engine
 from stepgraph.models import source
 from stepgraph.engine.sampling_params import SamplingParams
 
@@ -59,7 +59,7 @@ def small(*args, **settings):
 
 source.hf_config_from_json = small
 settings = dict(load_format="dummy", device="cpu", num_kv_blocks=9, max_model_len=128)
-engine = Engine(EngineConfig.from_settings(model="qwen3-0.6b", **settings))
+engine = build_engine(EngineConfig.from_settings(model="qwen3-0.6b", **settings))
 engine.add_request("a", [1, 2, 3], SamplingParams(max_tokens=2))
 while engine.has_work:
     engine.step()

@@ -28,7 +28,7 @@ def no_model(monkeypatch):
     def is_not_there(model, **_):
         raise ModelError(f'Cannot find the model "{model}".')
 
-    monkeypatch.setattr("stepgraph.engine.engine.create_model", load)
+    monkeypatch.setattr("stepgraph.executor.build.create_model", load)
     monkeypatch.setattr(subprocess, "Popen", load)
     monkeypatch.setattr("stepgraph.models.source.hub_folder", is_not_there)
 

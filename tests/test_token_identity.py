@@ -13,9 +13,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from stepgraph import native
 from stepgraph.config import EngineConfig
-from stepgraph.engine import engine as engine_module
+from stepgraph.engine.build import build_engine
 from stepgraph.engine.engine import Engine
 from stepgraph.engine.sampling_params import SamplingParams
+from stepgraph.executor.build import build_local_executor
 from stepgraph.layers.formats import Packed
 from stepgraph.models.loader import load_model
 from stepgraph.ops.packed import EXACT_TOKENS
@@ -46,13 +47,8 @@ def create_engine(smollm2, decoder, device):
     """Makes engines that share one copy of the weights."""
 
     def create(**settings) -> Engine:
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(engine_module, "create_model", lambda *_, **__: decoder)
-            patch.setattr(engine_module, "fill", lambda *_, **__: iter(()))
-            patch.setattr(
-                engine_module, "fills_in_place", lambda _: False
-            )  # else they are zero while graphs are captured
-            return Engine(EngineConfig.from_settings(device=device, **(SETTINGS | settings)), source=smollm2)
+        config = EngineConfig.from_settings(device=device, **(SETTINGS | settings))
+        return build_engine(config, source=smollm2, executor=build_local_executor(config, smollm2, model=decoder))
 
     return create
 
@@ -84,7 +80,7 @@ def test_the_reference_has_chat_code_and_prose_from_3_to_1000_tokens() -> None:
 
 def test_all_prompts_batched_in_graphs_match_transformers(engine) -> None:
     assert_identical(engine, REFERENCE)
-    statistics = engine.runner.pool.statistics
+    statistics = engine.executor.statistics
     assert statistics.num_steps > 0
     assert statistics.num_eager_steps == 0
 
@@ -97,31 +93,31 @@ def test_a_prompt_alone_in_graphs_matches_transformers(engine, index) -> None:
 def test_prompts_run_eagerly_match_transformers(create_engine) -> None:
     engine = create_engine(graph_backend="eager", max_num_seqs=8, capture_sizes=None, capture_rows=None)
     assert_identical(engine, BY_LENGTH[2:-1:12])
-    assert engine.runner.pool.statistics.num_eager_steps == engine.runner.pool.statistics.num_steps
+    assert engine.executor.statistics.num_eager_steps == engine.executor.statistics.num_steps
 
 
 def test_prompts_in_chunks_of_at_most_64_tokens_match_transformers(create_engine) -> None:
     engine = create_engine(max_num_seqs=8, max_num_batched_tokens=64, capture_sizes=(16, 64))
     assert_identical(engine, BY_LENGTH[4::18] + BY_LENGTH[-1:], num_tokens=16)
-    assert engine.runner.pool.statistics.num_eager_steps == 0
+    assert engine.executor.statistics.num_eager_steps == 0
 
 
 @pytest.fixture(scope="module")
 def packed_engine(smollm2) -> Engine:
     """As a user gets it who asks for float32 on a CPU."""
-    return Engine(EngineConfig.from_settings(device="cpu", **SETTINGS), source=smollm2)
+    return build_engine(EngineConfig.from_settings(device="cpu", **SETTINGS), source=smollm2)
 
 
 @pytest.mark.skipif(not native.available(), reason=f"no kernels: {native.missing()}")
 def test_weights_in_the_files_own_blocks_give_the_same_tokens(packed_engine) -> None:
-    assert isinstance(packed_engine.runner.model.embed_tokens.format, Packed)
+    assert isinstance(packed_engine.executor.runner.model.embed_tokens.format, Packed)
     assert_identical(packed_engine, BY_LENGTH[2:-1:10])
 
 
 @pytest.mark.skipif(not native.available(), reason=f"no kernels: {native.missing()}")
 def test_determinism_on_the_files_own_blocks_gives_the_same_tokens(smollm2) -> None:
     settings = SETTINGS | {"dtype": "auto", "deterministic": True}
-    engine = Engine(EngineConfig.from_settings(device="cpu", **settings), source=smollm2)
+    engine = build_engine(EngineConfig.from_settings(device="cpu", **settings), source=smollm2)
     assert_identical(engine, BY_LENGTH[2:-1:10])
 
 
@@ -191,7 +187,7 @@ def test_speculation_changes_no_token(create_engine, method, num_drafts, tight) 
         speculative_config={"method": method, "num_speculative_tokens": num_drafts, "adaptive": False}, **settings
     )
     assert_identical(engine, BY_LENGTH[:8], num_tokens=32)
-    statistics = engine.runner.pool.statistics
+    statistics = engine.executor.statistics
     assert statistics.num_eager_steps == 0
     assert engine.speculation.num_accepted_tokens > 0
     assert (engine.scheduler.statistics.preemptions > 0) == tight

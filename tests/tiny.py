@@ -2,6 +2,7 @@
 
 import json
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -89,6 +90,11 @@ def mtp_tensors(config: LlamaConfig, num_modules: int, seed: int = 1) -> dict[st
         for k in range(num_modules)
         for name, shape in shapes.items()
     }
+
+
+def set_run_ahead(engine, run_ahead: int) -> None:
+    """Have the engine read each step's results after it has launched so many others."""
+    engine.executor.specs = replace(engine.executor.specs, run_ahead=run_ahead)
 
 
 def drain(engine) -> None:

@@ -13,6 +13,7 @@ from itertools import count
 
 from stepgraph.bench.report import machine
 from stepgraph.config import EngineConfig
+from stepgraph.engine.build import build_engine
 from stepgraph.engine.engine import Engine
 from stepgraph.engine.sampling_params import SamplingParams
 from stepgraph.errors import StepgraphError
@@ -48,10 +49,10 @@ def step_ms(engine: Engine, rows: int, seconds: float) -> float:
 
 def main() -> None:
     """See the module."""
-    engine = Engine(EngineConfig.from_settings(**json.loads(sys.argv[1])))
+    engine = build_engine(EngineConfig.from_settings(**json.loads(sys.argv[1])))
     for rows in json.loads(sys.stdin.readline()):
         step_ms(engine, rows, 0.0)
-    print(json.dumps(machine(engine.platform)), flush=True)
+    print(json.dumps(machine(engine.executor.specs.device)), flush=True)
     for line in sys.stdin:
         rows, seconds = json.loads(line)
         print(json.dumps(step_ms(engine, rows, seconds)), flush=True)

@@ -81,9 +81,9 @@ def run(arguments: argparse.Namespace) -> int:
             f"{most} streams do not run at once with max_num_seqs={config.scheduler.max_num_seqs}; raise it"
         )
 
-    from stepgraph.engine.engine import Engine
+    from stepgraph.engine.build import build_engine
 
-    engine = Engine(config, progress=sys.stderr.isatty())
+    engine = build_engine(config, progress=sys.stderr.isatty())
     rng, vocab_size = np.random.default_rng(0), engine.source.config.vocab_size
     found: dict[int, tuple[list[Pace], list[Pace]]] = {}
     with _server(settings) as url:
@@ -101,7 +101,7 @@ def run(arguments: argparse.Namespace) -> int:
         write_json(
             arguments.json,
             {
-                "machine": machine(engine.platform),
+                "machine": machine(engine.executor.specs.device),
                 "settings": {"prompt_len": arguments.prompt_len, "output_len": arguments.output_len, **settings},
                 "rounds": {
                     str(streams): {

@@ -19,9 +19,11 @@ from stepgraph.bench.account import KernelTime, StepAccount, account
 from stepgraph.bench.report import choose, machine, pyplot, save_figure, table, write_json
 from stepgraph.bench.roofline import Limits, measure_limits, step_cost
 from stepgraph.config import EngineConfig, add_flags, settings_from_flags
+from stepgraph.engine.build import build_engine
 from stepgraph.engine.engine import Engine
 from stepgraph.engine.sampling_params import SamplingParams
 from stepgraph.errors import ConfigError
+from stepgraph.executor.local import runner_of
 from stepgraph.graph.base import Graph
 from stepgraph.graph.eager import EagerGraph
 from stepgraph.step.plan import StepPlan
@@ -125,19 +127,20 @@ def run(arguments: argparse.Namespace) -> int:
     asked = choose(CASES, arguments.cases)
     # Prompts of repeated steps are alike, and shall be computed each time.
     config = EngineConfig.from_settings(**({"enable_prefix_caching": False} | settings_from_flags(arguments)))
-    engine = Engine(config, progress=sys.stderr.isatty())
-    limits = measure_limits(engine.platform, engine.dtype)
+    engine = build_engine(config, progress=sys.stderr.isatty())
+    runner = runner_of(engine.executor)
+    limits = measure_limits(runner.platform, runner.model.dtype)
     cases = [case for case in asked if _fits(case, engine, arguments.repeats)]
     skipped = [case.name for case in asked if case not in cases]
     measured = [
         measure(engine, case, limits, arguments.repeats)
         for case in tqdm(cases, desc="measuring", file=sys.stderr, leave=False, disable=not sys.stderr.isatty())
     ]
-    records = engine.runner.pool.records()
-    capture_s, pool_mib = sum(r.capture_ms for r in records) / 1e3, engine.runner.pool.bytes / 2**20
-    where = machine(engine.platform)
+    records = engine.executor.graph_records()
+    capture_s, pool_mib = sum(r.capture_ms for r in records) / 1e3, engine.executor.graph_counts().bytes / 2**20
+    where = machine(engine.executor.specs.device)
     print(
-        f"{engine.source.name}, {str(engine.dtype).removeprefix('torch.')}, {engine.runner.pool.backend_name} graphs, "
+        f"{engine.source.name}, {engine.executor.specs.dtype}, {engine.executor.specs.graph_backend} graphs, "
         f"{where['device']}; medians of {arguments.repeats} interleaved runs\n"
         f"limits measured here: copy {limits.copy_bytes_per_s / 1e9:.0f} GB/s, "
         f"matrix product {limits.flops_per_s / 1e12:.2f} TFLOP/s\n"
@@ -175,7 +178,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 def measure(engine: Engine, case: Case, limits: Limits, repeats: int) -> Measurement:
     """Time one case."""
-    runner = engine.runner
+    runner = runner_of(engine.executor)
     with runner.workbench():
         plan = lay_out(runner, case.rows, GREEDY)
         shape = runner.policy.round_up(plan.num_tokens, len(plan.rows))
@@ -202,7 +205,7 @@ def measure(engine: Engine, case: Case, limits: Limits, repeats: int) -> Measure
 
 def take_apart(engine: Engine, case: Case, limits: Limits) -> StepAccount:
     """Where the time of a case's captured step goes; on CPU, of the same step run eagerly."""
-    runner = engine.runner
+    runner = runner_of(engine.executor)
     with runner.workbench():
         plan = lay_out(runner, case.rows, GREEDY)
         shape = runner.policy.round_up(plan.num_tokens, len(plan.rows))
@@ -299,7 +302,7 @@ def _time_engine(engine: Engine, case: Case, repeats: int) -> tuple[float, float
         engine.abort(name)
     while engine.has_work:
         engine.step()
-    return median(step_ms), median(host_us) if engine.platform.run_ahead else None
+    return median(step_ms), median(host_us) if engine.executor.specs.run_ahead else None
 
 
 def _steps_needed(repeats: int, num_decodes: int) -> int:
@@ -308,13 +311,13 @@ def _steps_needed(repeats: int, num_decodes: int) -> int:
 
 
 def _fits(case: Case, engine: Engine, repeats: int) -> bool:
-    scheduler, block_size = engine.config.scheduler, engine.runner.block_size
+    scheduler, block_size = engine.config.scheduler, engine.executor.specs.block_size
     longest = case.context + _steps_needed(repeats, case.num_decodes)
     tokens = [longest] * case.num_decodes + [n + 1 for n in case.prompts]
     return (
-        sum(-(-n // block_size) for n in tokens) < engine.runner.num_kv_blocks
+        sum(-(-n // block_size) for n in tokens) < engine.executor.specs.num_kv_blocks
         and len(case.rows) <= scheduler.max_num_seqs
-        and sum(n for n, _ in case.rows) <= engine.runner.policy.max_tokens
+        and sum(n for n, _ in case.rows) <= engine.executor.specs.max_tokens
         and max(tokens) <= engine.max_model_len
     )
 

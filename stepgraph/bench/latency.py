@@ -18,8 +18,10 @@ from stepgraph.bench.peers import Mark, Peers, load_peers, mark_cells
 from stepgraph.bench.report import choose, machine, pyplot, save_figure, table, write_json
 from stepgraph.bench.roofline import Limits, StepCost, measure_limits, step_cost
 from stepgraph.config import EngineConfig, add_flags, settings_from_flags
+from stepgraph.engine.build import build_engine
 from stepgraph.engine.engine import Engine
 from stepgraph.errors import ConfigError
+from stepgraph.executor.local import runner_of
 
 _POINTS = (("measured", "#2f6fde", "o"), ("peer", "#b0b7c3", "o"), ("target", "#2a9d5c", "_"))
 """Of the plot: label, colour, marker."""
@@ -107,10 +109,11 @@ def run(arguments: argparse.Namespace) -> int:
     asked = choose(CASES, arguments.cases)
     # Prompts of repeated rounds are alike, and shall be computed each time.
     config = EngineConfig.from_settings(**({"enable_prefix_caching": False} | settings_from_flags(arguments)))
-    engine = Engine(config, progress=sys.stderr.isatty())
-    limits = measure_limits(engine.platform, engine.dtype)
+    engine = build_engine(config, progress=sys.stderr.isatty())
+    runner = runner_of(engine.executor)
+    limits = measure_limits(runner.platform, runner.model.dtype)
     cases = [case for case in asked if _fits(case, engine)]
-    where = machine(engine.platform)
+    where = machine(engine.executor.specs.device)
     peers = load_peers(engine.source.name, where["device"])
     measured = [
         measure(engine, case, limits, peers, arguments.repeats if case.is_first_token else arguments.rounds)
@@ -166,7 +169,7 @@ def measure(engine: Engine, case: Case, limits: Limits, peers: Peers, rounds: in
         for step in round_.steps
         if case.is_first_token or step.record.num_tokens == case.num_requests
     ]
-    cost = step_cost(engine.runner.model, case.rows)
+    cost = step_cost(runner_of(engine.executor).model, case.rows)
     return Measurement(
         case=case.name,
         ms=1e3 * median(samples_s),
@@ -192,11 +195,11 @@ def _samples_s(round_: Round, case: Case) -> Iterator[float]:
 
 
 def _fits(case: Case, engine: Engine) -> bool:
-    length, block_size = case.prompt_len + case.answer_len, engine.runner.block_size
+    length, block_size = case.prompt_len + case.answer_len, engine.executor.specs.block_size
     return (
         length <= engine.max_model_len
         and case.num_requests <= engine.config.scheduler.max_num_seqs
-        and case.num_requests * -(-length // block_size) < engine.runner.num_kv_blocks
+        and case.num_requests * -(-length // block_size) < engine.executor.specs.num_kv_blocks
     )
 
 

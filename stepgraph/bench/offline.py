@@ -58,7 +58,7 @@ class StepShares:
             in_graphs=sum(record.eager_reason is None for record in records) / len(records),
             padding=1 - sum(r.num_tokens for r in records) / sum(r.shape.num_tokens for r in records),
             captured=sum(record.captured for record in records),
-            host_us=1e6 * median(step.host_seconds for step in steps) if engine.platform.run_ahead else None,
+            host_us=1e6 * median(step.host_seconds for step in steps) if engine.executor.specs.run_ahead else None,
         )
 
     def cells(self) -> tuple[str, ...]:
@@ -128,6 +128,6 @@ def _seconds_to_wait(engine: Engine, until_arrival_s: float | None) -> float:
 def settings_line(engine: Engine, where: dict[str, Any]) -> str:
     """What was measured, on what."""
     return (
-        f"{engine.source.name}, {str(engine.dtype).removeprefix('torch.')}, {engine.runner.pool.backend_name} graphs, "
+        f"{engine.source.name}, {engine.executor.specs.dtype}, {engine.executor.specs.graph_backend} graphs, "
         f"{where['device']}"
     )

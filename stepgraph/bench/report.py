@@ -17,7 +17,7 @@ import stepgraph
 from stepgraph.errors import ConfigError
 
 if TYPE_CHECKING:
-    from stepgraph.platforms import Platform
+    pass
 
 _SECRET_FLAGS = ("--api-key", "--header")
 
@@ -44,8 +44,8 @@ def choose(cases: Sequence[C], part: str | None) -> list[C]:
     return chosen
 
 
-def machine(target: Platform) -> dict[str, Any]:
-    """Where and with what a result was measured."""
+def machine(device: str) -> dict[str, Any]:
+    """Where and with what a result was measured, on a device as torch names it."""
     import torch
     import transformers
 
@@ -55,11 +55,11 @@ def machine(target: Platform) -> dict[str, Any]:
         "torch": torch.__version__,
         "transformers": transformers.__version__,
     }
-    if target.device.type == "cuda":
+    if torch.device(device).type == "cuda":
         import triton
 
         versions |= {"triton": triton.__version__, "cuda": torch.version.cuda}
-        name = torch.cuda.get_device_name(target.device)
+        name = torch.cuda.get_device_name(device)
     else:
         name = f"{cpu_name()} ({torch.backends.cpu.get_cpu_capability()})"
     return {"device": name, "threads": torch.get_num_threads(), "versions": versions}

@@ -15,8 +15,10 @@ from stepgraph.abi import slot_line
 from stepgraph.bench.graphs import CONTEXT, GREEDY, Contender, lay_out, time_interleaved
 from stepgraph.bench.report import machine, table, write_json
 from stepgraph.config import EngineConfig, add_flags, settings_from_flags
-from stepgraph.engine.engine import Engine, context_len
+from stepgraph.engine.build import build_engine
 from stepgraph.errors import ConfigError
+from stepgraph.executor.build import context_len
+from stepgraph.executor.local import runner_of
 from stepgraph.models.source import resolve_configured
 from stepgraph.step.runner import StepRunner
 from stepgraph.step.shape import Variant
@@ -106,17 +108,17 @@ def run(arguments: argparse.Namespace) -> int:
         raise ConfigError(
             f"max_model_len={longest} is too small for decode steps at {CONTEXT} tokens of context; give {CONTEXT + 2} or more"
         )
-    engine = Engine(config, source=source, progress=sys.stderr.isatty())
-    runner = engine.runner
+    engine = build_engine(config, source=source, progress=sys.stderr.isatty())
+    runner = runner_of(engine.executor)
     most = min(runner.policy.max_shape.num_rows, (runner.num_kv_blocks - 1) // -(-(CONTEXT + 1) // runner.block_size))
     if not most:
         raise ConfigError(
             f"num_kv_blocks={runner.num_kv_blocks} hold no request of {CONTEXT + 1} tokens; raise it, or leave it unset"
         )
     costs = [cost for rows in ROWS if rows <= most for cost in measure(runner, rows, arguments.repeats)]
-    where = machine(engine.platform)
+    where = machine(engine.executor.specs.device)
     print(
-        f"{engine.source.name}, {str(engine.dtype).removeprefix('torch.')}, {runner.pool.backend_name} graphs, "
+        f"{engine.source.name}, {engine.executor.specs.dtype}, {runner.pool.backend_name} graphs, "
         f"{where['device']}; decode steps at {CONTEXT} tokens of context, medians of {arguments.repeats} interleaved runs\n"
     )
     print(_table(costs))

@@ -22,7 +22,6 @@ from stepgraph.bench.simulation import BLOCK_SIZE, QWEN3_0_6B_ON_H100, Scenario,
 from stepgraph.bench.workloads import LENGTHS, Lengths, load_lengths, make_trace
 from stepgraph.config import SchedulerConfig
 from stepgraph.errors import ConfigError
-from stepgraph.platforms import create_platform
 
 _PERCENTILES = (50, 90, 99)
 _SCARCE_REQUESTS = 4  # of average length, that fit beside the longest one where memory is scarce
@@ -151,7 +150,7 @@ def run(arguments: argparse.Namespace) -> int:
         outcomes.append(run_case(case, populations[case.lengths]))
     by_load, varied = outcomes[: len(loads)], outcomes[len(loads) : len(loads) + len(variations)]
     checked = outcomes[len(loads) + len(variations) :]
-    where = machine(create_platform("cpu"))
+    where = machine("cpu")
 
     for name in arguments.lengths:
         print(f"\n{name}, times of Qwen3-0.6B on an H100 by formula, ms\n{_load_table(by_load, name)}")

@@ -129,7 +129,7 @@ def _run_text(arguments: argparse.Namespace, settings: dict[str, Any]) -> int:
     engines = spec_text.create_engines(settings, source, prompts, options, progress=sys.stderr.isatty())
     results = spec_text.measure(engines, prompts, options)
     engine = engines[BASELINE]
-    where = machine(engine.platform)
+    where = machine(engine.executor.specs.device)
     print(
         f"{_describe(engine)}, {where['device']}; medians of {options.rounds} rounds, methods in turn, after one round that "
         f"captured graphs; temperature {options.temperature:g}, answers of up to {options.output_len} tokens"
@@ -186,7 +186,7 @@ def _run_forced(arguments: argparse.Namespace, settings: dict[str, Any]) -> int:
     if max(options.num_drafts) > MAX_DRAFTS:
         raise ConfigError(f"--drafts {max(options.num_drafts)} is above {MAX_DRAFTS}, the most a step verifies")
     engine, limits, results = spec_forced.measure(settings, options, progress=sys.stderr.isatty())
-    where = machine(engine.platform)
+    where = machine(engine.executor.specs.device)
     print(
         f"{_describe(engine)}, {where['device']}; random weights, each proposal stands with probability {options.acceptance:g}, "
         f"{options.context} tokens of context; medians over {options.rounds} windows, with and without speculation in turn\n"
@@ -212,7 +212,7 @@ def _run_forced(arguments: argparse.Namespace, settings: dict[str, Any]) -> int:
 
 
 def _describe(engine: Engine) -> str:
-    return f"{engine.source.name}, {str(engine.dtype).removeprefix('torch.')}, {engine.runner.pool.backend_name} graphs"
+    return f"{engine.source.name}, {engine.executor.specs.dtype}, {engine.executor.specs.graph_backend} graphs"
 
 
 def _without_method(settings: dict[str, Any]) -> dict[str, Any]:

@@ -21,10 +21,12 @@ from stepgraph.bench.roofline import Limits, measure_limits
 from stepgraph.bench.spec_cost import RoundCosts, RoundTimes, expected_tokens, round_costs, time_round
 from stepgraph.bench.spec_text import WATERMARK, check_rows
 from stepgraph.config import CacheConfig, EngineConfig, SchedulerConfig
+from stepgraph.engine.build import build_engine
 from stepgraph.engine.engine import Engine
 from stepgraph.engine.reports import StepReport
 from stepgraph.engine.sampling_params import SamplingParams
 from stepgraph.errors import ConfigError
+from stepgraph.executor.local import runner_of
 from stepgraph.models.source import ModelSource, resolve_configured
 from stepgraph.platforms import create_platform
 from stepgraph.step.plan import StepKind
@@ -141,10 +143,10 @@ def measure(
     configs = {num_drafts: _config(settings, options, num_drafts) for num_drafts in options.num_drafts}
     for config in (EngineConfig.from_settings(**settings), *configs.values()):
         check_rows(config, max(options.batch_sizes))
-    plain = Engine(EngineConfig.from_settings(**settings), source=source, progress=progress)
-    limits, results = measure_limits(plain.platform, plain.dtype), []
+    plain = build_engine(EngineConfig.from_settings(**settings), source=source, progress=progress)
+    limits, results = measure_limits(platform, runner_of(plain.executor).model.dtype), []
     for num_drafts, config in configs.items():
-        engine = Engine(config, source=source, progress=progress)
+        engine = build_engine(config, source=source, progress=progress)
         for batch_size in tqdm(
             options.batch_sizes, f"{num_drafts} proposals", leave=False, disable=not sys.stderr.isatty()
         ):
@@ -203,7 +205,7 @@ def _measure(
         else:
             plains.append(pair[0])
             rounds.append(pair[1])
-    costs: RoundCosts = round_costs(engine.runner, batch_size, options.context, num_drafts)
+    costs: RoundCosts = round_costs(runner_of(engine.executor), batch_size, options.context, num_drafts)
     return ForcedResult(
         batch_size=batch_size,
         num_drafts=num_drafts,
@@ -212,7 +214,7 @@ def _measure(
         row_tokens=fmean(tokens for window in rounds for tokens in window.row_tokens),
         plain_ms=median(ms for window in plains for ms in window.step_ms),
         round_ms=median(ms for window in rounds for ms in window.step_ms),
-        graphs=time_round(engine.runner, batch_size, options.context, num_drafts, options.repeats),
+        graphs=time_round(runner_of(engine.executor), batch_size, options.context, num_drafts, options.repeats),
         ideal_speedup=costs.speedup_by_bytes(expected),
         roofline_speedup=costs.speedup_by_roofline(expected, limits),
         plain_host_us=median(us for window in plains for us in window.host_us),
@@ -231,7 +233,7 @@ def _window(
     params = SamplingParams(
         temperature=0,
         ignore_eos=True,
-        max_tokens=_reach(options, num_drafts, batch_size, engine.runner.policy.max_tokens),
+        max_tokens=_reach(options, num_drafts, batch_size, engine.executor.specs.max_tokens),
     )
     rng = np.random.default_rng(0)
     for index in range(batch_size):
@@ -277,12 +279,12 @@ def _reach(options: ForcedOptions, num_drafts: int, rows: int, budget: int) -> i
 def _count_launches(engine: Engine) -> Launches:
     """Calls to the CUDA runtime and driver in steady steps."""
     activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
-    steps = engine.runner.pool.statistics.num_steps
+    steps = engine.executor.statistics.num_steps
     with torch.profiler.profile(activities=activities) as profiler:
         for _ in range(_WINDOW_STEPS):
             engine.step()
-        engine.platform.synchronize()
-    steps = engine.runner.pool.statistics.num_steps - steps
+        runner_of(engine.executor).platform.synchronize()
+    steps = engine.executor.statistics.num_steps - steps
     return launches_of({event.key: event.count for event in profiler.key_averages()}, steps)
 
 

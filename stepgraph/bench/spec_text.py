@@ -16,12 +16,14 @@ from stepgraph.abi.slot_line import MAX_DRAFTS
 from stepgraph.bench.spec_cost import RoundTimes, TimedStep, spread, time_round, time_steps
 from stepgraph.bench.spec_workloads import Workload
 from stepgraph.config import CacheConfig, EngineConfig
+from stepgraph.engine.build import build_engine
 from stepgraph.engine.chat_template import ChatTemplate
 from stepgraph.engine.engine import Engine
 from stepgraph.engine.prompts import require_tokenizer
 from stepgraph.engine.reports import StepReport
 from stepgraph.engine.sampling_params import SamplingParams
 from stepgraph.errors import ConfigError
+from stepgraph.executor.local import runner_of
 from stepgraph.models.source import ModelSource
 from stepgraph.step.plan import StepKind
 from stepgraph.step.shape import StepShape
@@ -197,7 +199,7 @@ def create_engines(
         check_rows(config, rows)
     engines: dict[str, Engine] = {}
     for method, config in configs.items():
-        engine = engines[method] = Engine(config, source=source, progress=progress)
+        engine = engines[method] = build_engine(config, source=source, progress=progress)
         if len(engines) == 1:
             _check_memory(engine, len(options.methods))
     return engines
@@ -224,9 +226,10 @@ def check_rows(config: EngineConfig, rows: int) -> None:
 
 
 def _check_memory(engine: Engine, count: int) -> None:
-    tensors = [*engine.runner.model.parameters(), *(x for cache in engine.runner.caches for x in cache.block_tensors)]
+    runner = runner_of(engine.executor)
+    tensors = [*runner.model.parameters(), *(x for cache in runner.caches for x in cache.block_tensors)]
     needed = (count - 1) * sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-    free = engine.platform.free_memory_bytes()
+    free = runner.platform.free_memory_bytes()
     if needed > free:
         raise ConfigError(
             f"{count} engines side by side need {needed / 2**30:.1f} GiB more and {free / 2**30:.1f} GiB are free; name fewer "
@@ -257,9 +260,9 @@ def measure(engines: Mapping[str, Engine], prompts: Sequence[Prompts], options: 
 
 def run_pass(engine: Engine, prompts: Sequence[list[int]], batch_size: int, options: TextOptions) -> Pass:
     """Answer all prompts, `batch_size` at a time: when one ends, the next starts."""
-    with engine.runner.workbench():
+    with runner_of(engine.executor).workbench():
         pass  # leaving it forgets cached prefixes and earlier answers, which hold what is asked for again here
-    pool, reports = engine.runner.pool, list[StepReport]()
+    pool, reports = runner_of(engine.executor).pool, list[StepReport]()
     capture_seconds, num_graphs = pool.capture_seconds, pool.num_graphs
     waiting, requests = deque(enumerate(prompts)), []
     engine.on_step = reports.append
@@ -306,7 +309,7 @@ def _summarise(
     times, ideal = None, None
     if method != BASELINE:
         num_drafts = engine.config.speculative.max_drafts
-        times = time_round(engine.runner, batch_size, context, num_drafts, options.repeats)
+        times = time_round(runner_of(engine.executor), batch_size, context, num_drafts, options.repeats)
         ideal = _ideal_speedup(engine, mine, baseline, context, options.repeats)
     verified = [sum(counts) for counts in zip(*(p.verified for p in mine), strict=True)]
     stood = [sum(counts) for counts in zip(*(p.stood for p in mine), strict=True)]
@@ -361,7 +364,9 @@ def _ideal_speedup(
             steps.append(TimedStep(shape, spread(*sizes.most_common(1)[0][0]), drafts))
             counts.append(sizes.total())
     spent = {False: 0.0, True: 0.0}
-    for step, count, ms in zip(steps, counts, time_steps(engine.runner, steps, context, repeats), strict=True):
+    for step, count, ms in zip(
+        steps, counts, time_steps(runner_of(engine.executor), steps, context, repeats), strict=True
+    ):
         spent[step.drafts] += count * ms
     tokens = [sum(p.decode_tokens for p in passes) for passes in (mine, baseline)]
     if not (all(tokens) and all(spent.values())):

@@ -18,9 +18,9 @@ from typing import Any
 from stepgraph.errors import StepgraphError
 
 _PHASES = (
-    ("read config", "stepgraph.engine.engine", "resolve_configured"),
-    ("model without weights", "stepgraph.engine.engine", "create_model"),
-    ("weights", "stepgraph.engine.in_background", "_run"),
+    ("read config", "stepgraph.engine.build", "resolve_configured"),
+    ("model without weights", "stepgraph.executor.build", "create_model"),
+    ("weights", "stepgraph.executor.in_background", "_run"),
     ("buffers and KV cache", "stepgraph.step.runner", "StepRunner.__init__"),
     ("capture", "stepgraph.graph.pool", "GraphPool.capture_all"),
     ("tokenizer", "stepgraph.models.source", "ModelSource.tokenizer_if_any"),
@@ -78,7 +78,7 @@ def main() -> None:
     from stepgraph.bench.report import machine
 
     phases = sorted(stopwatch.phases, key=lambda phase: phase[1])
-    print(json.dumps({"began": began, "phases": phases, "machine": machine(llm.engine.platform)}))
+    print(json.dumps({"began": began, "phases": phases, "machine": machine(llm.engine.executor.specs.device)}))
 
 
 if __name__ == "__main__":

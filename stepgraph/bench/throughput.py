@@ -21,8 +21,9 @@ from stepgraph.bench.serve_prompts import PromptOptions, make_prompts
 from stepgraph.bench.serve_report import latency_table, summary_table
 from stepgraph.bench.workloads import arrival_times
 from stepgraph.config import EngineConfig, add_flags, settings_from_flags
-from stepgraph.engine.engine import Engine, context_len
+from stepgraph.engine.build import build_engine
 from stepgraph.errors import ConfigError, StepgraphError
+from stepgraph.executor.build import context_len
 from stepgraph.models.source import resolve_configured
 
 _INPUT_LEN, _OUTPUT_LEN = 512, 128
@@ -87,7 +88,7 @@ def run(arguments: argparse.Namespace) -> int:
             f"a prompt of {inputs[1]} tokens and an answer of {outputs[1]} do not fit into max_model_len={longest}; shorten them "
             "or raise it"
         )
-    engine = Engine(config, source=source, progress=sys.stderr.isatty())
+    engine = build_engine(config, source=source, progress=sys.stderr.isatty())
     options = PromptOptions(
         dataset="random",
         chat=False,
@@ -115,7 +116,7 @@ def run(arguments: argparse.Namespace) -> int:
         shown.outcomes, duration_s=shown.duration_s, metrics=_METRICS, percentiles=_PERCENTILES, goodput_ms={}
     )
     shares = StepShares.of(engine, shown.steps)
-    where = machine(engine.platform)
+    where = machine(engine.executor.specs.device)
     peers = load_peers(engine.source.name, where["device"])
     print(f"{settings_line(engine, where)}; {workload}, the median of {repeats} rounds\n")
     print(summary_table(summary, arguments.num_prompts, ()))

@@ -22,10 +22,12 @@ from torch import Tensor
 
 from stepgraph.bench.report import machine, table, write_json
 from stepgraph.config import EngineConfig, add_flags, settings_from_flags
+from stepgraph.engine.build import build_engine
 from stepgraph.engine.engine import Engine
 from stepgraph.engine.prompts import encode_text
 from stepgraph.engine.sampling_params import SamplingParams
 from stepgraph.errors import ConfigError
+from stepgraph.executor.local import runner_of
 from stepgraph.step.plan import StepPlan
 from stepgraph.step.runner import StepRunner
 from stepgraph.step.slot_sampling import SlotSampling
@@ -139,7 +141,7 @@ class _Answers:
 
 
 def _answer(settings: dict[str, Any], arguments: argparse.Namespace) -> _Answers:
-    engine = Engine(EngineConfig.from_settings(**settings), progress=sys.stderr.isatty())
+    engine = build_engine(EngineConfig.from_settings(**settings), progress=sys.stderr.isatty())
     prompts = _prompts(engine, arguments.prompts)
     params = SamplingParams(temperature=0, max_tokens=arguments.tokens)
     waiting = list(enumerate(prompts))
@@ -152,12 +154,12 @@ def _answer(settings: dict[str, Any], arguments: argparse.Namespace) -> _Answers
             index, prompt = waiting.pop(0)
             requests[index] = engine.add_request(str(index), prompt, params)
         engine.step()
-    statistics = engine.runner.pool.statistics
+    statistics = engine.executor.statistics
     answers = _Answers(
         name=engine.source.name,
-        where=machine(engine.platform),
+        where=machine(engine.executor.specs.device),
         tokens=[requests[i].output_token_ids for i in range(len(prompts))],
-        log_probs=torch.stack([_next_log_probs(engine.runner, prompt) for prompt in prompts]),
+        log_probs=torch.stack([_next_log_probs(runner_of(engine.executor), prompt) for prompt in prompts]),
         steps=statistics.num_steps,
         eager_steps=statistics.num_eager_steps,
     )
@@ -172,7 +174,7 @@ def _prompts(engine: Engine, count: int) -> list[list[int]]:
     """Slices of Python's own documentation, technical English and code, of 3 to 1,000 tokens."""
     tokenizer = engine.tokenizer
     rng = random.Random(0)
-    longest = min(1000, engine.max_model_len // 2, engine.runner.policy.max_tokens)
+    longest = min(1000, engine.max_model_len // 2, engine.executor.specs.max_tokens)
     lengths = [max(3, round(longest ** (i / max(count - 1, 1)))) for i in range(count)]
     if tokenizer is None:
         return [[rng.randrange(engine.source.config.vocab_size) for _ in range(n)] for n in lengths]

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from stepgraph.config import EngineConfig
 from stepgraph.engine.adapter_reader import AdapterReader
-from stepgraph.engine.engine import Engine
+from stepgraph.engine.build import build_engine
 from stepgraph.engine.outputs import RequestOutput
 from stepgraph.engine.prompts import Prompt, TokenizedPrompt, require_tokenizer, tokenize
 from stepgraph.engine.request import RequestUpdate
@@ -83,7 +83,7 @@ class AsyncEngine:
     """
 
     def __init__(self, config: EngineConfig, *, progress: bool = False):
-        self.engine = Engine(config, needs_tokenizer=True, progress=progress)
+        self.engine = build_engine(config, needs_tokenizer=True, progress=progress)
         self.tokenizer = self.engine.tokenizer
         self._commands: deque[Callable[[], None]] = deque()
         self._wake = threading.Condition()

@@ -2,58 +2,44 @@
 
 from __future__ import annotations
 
-import gc
 import logging
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
-from functools import cached_property
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, NamedTuple
 
-import torch
 from torch import Tensor
 
 from stepgraph.config import EngineConfig
 from stepgraph.engine.grammars import Grammars
-from stepgraph.engine.guidance import Vocabulary, read_vocabulary
-from stepgraph.engine.in_background import in_background
 from stepgraph.engine.intake import RequestIntake
+from stepgraph.engine.lifecycle import Lifecycle
 from stepgraph.engine.masks import TokenMasks, num_until_end
-from stepgraph.engine.model_defaults import end_tokens_of
-from stepgraph.engine.precision import describe, exact_tokens
-from stepgraph.engine.prompts import require_tokenizer
 from stepgraph.engine.reports import HostTime, StepReport
 from stepgraph.engine.request import FinishReason, Request, RequestUpdate
 from stepgraph.engine.sampling_params import SamplingParams
 from stepgraph.engine.scheduler import ScheduledStep, Scheduler
 from stepgraph.engine.speculation import SpeculationStatistics
-from stepgraph.errors import ConfigError, EngineDeadError, Fault, StepgraphError
-from stepgraph.models.adapters import Adapter, AdapterFile, AdapterStore
-from stepgraph.models.decoder import Decoder
-from stepgraph.models.language_model import LanguageModel
-from stepgraph.models.loader import create_model, fill, fills_in_place
-from stepgraph.models.source import ModelSource, resolve, resolve_configured
-from stepgraph.models.update import plan_update, write
-from stepgraph.platforms import create_platform
-from stepgraph.spec.create import create_drafter
-from stepgraph.spec.depth import LEVELS, DraftDepth
-from stepgraph.spec.drafter import Drafter
-from stepgraph.step.memory import place_weights
+from stepgraph.errors import ConfigError, DeviceMemoryError, EngineDeadError, Fault
+from stepgraph.executor.base import Executor
+from stepgraph.models.adapters import AdapterFile
+from stepgraph.models.source import ModelSource, resolve
+from stepgraph.spec.depth import DraftDepth
 from stepgraph.step.plan import StepKind, StepPlan
-from stepgraph.step.runner import StepResults, StepRunner, Ticket
+from stepgraph.step.runner import StepResults, Ticket
 from stepgraph.step.shape import Variant
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
+    from stepgraph.engine.adapters import Adapter
+
 logger = logging.getLogger(__name__)
 
 _WAIT_SECONDS = 0.002
 """How long a step waits for a grammar where nothing else is to be done."""
-
-T = TypeVar("T")
 
 
 class _InFlight(NamedTuple):
@@ -66,149 +52,72 @@ class _InFlight(NamedTuple):
 
 
 class Engine:
-    """Runs requests to completion, step by step.
+    """Runs requests to completion, step by step. Made by `stepgraph.engine.build.build_engine`.
 
     Args:
         config: all settings.
-        source: the model, if it is resolved already.
-        needs_tokenizer: read the tokenizer now, while weights are loaded, rather than at its first use.
-        progress: show progress bars on stderr while loading and capturing.
-
-    Raises:
-        ConfigError: settings that this model or machine cannot meet.
-        ModelError: the model cannot be found, read or run.
+        source: the model.
+        executor: runs the steps.
+        scheduler: plans them.
+        draft_depth: chooses numbers of proposals for the scheduler; told what came of them.
+        masks: of tokens that requests may sample.
+        intake: makes requests.
+        end_token_ids: tokens with which the model ends an answer.
+        read_tokenizer: gives the model's tokenizer, the same at each call; None if it has none that can be read.
+        clock: seconds, monotonic.
     """
 
     def __init__(
         self,
         config: EngineConfig,
+        source: ModelSource,
+        executor: Executor,
+        scheduler: Scheduler,
         *,
-        source: ModelSource | None = None,
-        needs_tokenizer: bool = False,
-        progress: bool = False,
+        draft_depth: DraftDepth,
+        masks: TokenMasks,
+        intake: RequestIntake,
+        end_token_ids: tuple[int, ...],
+        read_tokenizer: Callable[[], PreTrainedTokenizerFast | None],
+        clock: Callable[[], float] = time.monotonic,
     ):
         self.config = config
-        self.source = source or resolve_configured(config.model)
-        self.platform = create_platform(config.model.device)
-        self.max_model_len = context_len(config, self.source)
-        self.end_token_ids = end_tokens_of(self.source)
-        """Tokens with which the model ends an answer."""
-        self.dtype: torch.dtype = (
-            self.platform.default_dtype if config.model.dtype == "auto" else getattr(torch, config.model.dtype)
-        )
-        model = create_model(
-            self.source,
-            dtype=self.dtype,
-            device=self.platform.device,
-            load_format=config.model.load_format,
-            quantization=config.model.quantization,
-            supports_fp8=self.platform.supports_fp8,
-            max_model_len=self.max_model_len,
-            deterministic=config.model.deterministic,
-            packed=config.model.quantization == "auto" and (self.dtype, self.platform.name) == (torch.float32, "cpu"),
-            exact_tokens=exact_tokens(config),
-            free_bytes=self.platform.free_memory_bytes(),
-            progress=progress,
-        )
-
-        def weights() -> Iterator[None]:
-            return fill(model, self.source, load_format=config.model.load_format, progress=progress)
-
-        weights_first = not (
-            self.platform.captures_addresses
-            and fills_in_place(model)
-            and config.speculative.speculative_method not in ("mtp", "hybrid")  # whose modules share some
-        )
-        if weights_first:
-            with in_background(weights(), self.platform):
-                _ = self.tokenizer if needs_tokenizer else None
-        self._drafter = create_drafter(
-            config,
-            self.source,
-            model,
-            self.platform,
-            max_model_len=self.max_model_len,
-            progress=progress,
-        )
-        max_drafts = config.speculative.max_drafts
-        self._depth = DraftDepth(
-            max_drafts,
-            self._draft_levels(self._drafter),
-            costs_when_idle=self._drafter is None or self._drafter.costs_when_idle,
-        )
-        drafter_parameters = [] if self._drafter is None else self._drafter.parameters()
-        self._weights = place_weights([*model.parameters(), *drafter_parameters], config.cache, self.platform)
-        adapters = _create_adapters(model, config)
-        if not weights_first:
-            torch._foreach_zero_(list(model.parameters()))  # capturing runs programs on them, which must not meet NaN
-        with nullcontext() if weights_first else in_background(weights(), self.platform):
-            _ = self.tokenizer if needs_tokenizer else None
-            self.runner = StepRunner(
-                model,
-                config,
-                self.platform,
-                max_model_len=self.max_model_len,
-                adapters=adapters,
-                drafter=self._drafter,
-                draft_levels=self._depth.levels,
-            )
-            if not self.runner.pool.lazy:
-                self.runner.pool.capture_all(progress=progress)
-        self.scheduler = Scheduler(
-            config.scheduler,
-            max_tokens=self.runner.policy.max_tokens,
-            num_kv_blocks=self.runner.num_kv_blocks,
-            block_size=config.cache.block_size,
-            token_sizes=self.runner.policy.token_sizes,
-            prefix_caching=config.cache.enable_prefix_caching,
-            pure_steps=config.graph.cudagraph_only_prefill and config.scheduler.insertion_policy == "gather",
-            choose_drafts=self._depth.choose,
-            lookahead=0 if self._drafter is None else self._drafter.lookahead,
-        )
-        self.runner.cache_lost = self.scheduler.preempt_all
+        self.source = source
+        self.executor = executor
+        self.scheduler = scheduler
+        self.end_token_ids = end_token_ids
         self.host_time = HostTime()
         self.on_step: Callable[[StepReport], None] = lambda report: None
         """Called in the engine's thread when a step's results have been read; whoever watches the steps sets it."""
-        self._masks = TokenMasks(self._read_vocabulary, self.source.config.vocab_size, max_drafts, config.guidance)
-        self._intake = RequestIntake(
-            adapters,
-            vocab_size=self.source.config.vocab_size,
-            max_model_len=self.max_model_len,
-            end_token_ids=self.end_token_ids,
-            read_tokenizer=lambda: require_tokenizer(self.tokenizer),
-            seed=config.model.seed,
-        )
+        self._depth = draft_depth
+        self._masks = masks
+        self._intake = intake
+        self._read_tokenizer = read_tokenizer
+        self._clock = clock
+        self._life = Lifecycle()
         self._in_flight: deque[_InFlight] = deque()
         self._collected_at = 0.0  # when the results of the last step had been read
         self._undelivered: list[RequestUpdate] = []
-        self._paused = False
-        self._sleep_level = 0
-        self._has_weights = True
-        self._failure: BaseException | None = None
-        self._is_shut_down = False
-        logger.info("%s on %s: %s", self.source.name, self.platform.name, self.precision)
-        if max_drafts:
-            logger.info("speculative decoding: %s", config.speculative)
-
-    @cached_property
-    def tokenizer(self) -> PreTrainedTokenizerFast | None:
-        """The model's tokenizer; None if it has none that can be read, which leaves prompts of token ids."""
-        return self.source.tokenizer_if_any()
 
     @property
-    def precision(self) -> str:
-        """For people: in which numbers the steps compute."""
-        return describe(self.runner.model, self.dtype)
+    def tokenizer(self) -> PreTrainedTokenizerFast | None:
+        """The model's tokenizer; None if it has none that can be read, which leaves prompts of token ids."""
+        return self._read_tokenizer()
+
+    @property
+    def max_model_len(self) -> int:
+        """Most tokens of a prompt and its answer."""
+        return self.executor.specs.max_model_len
+
+    @property
+    def draft_levels(self) -> tuple[int, ...]:
+        """How many proposals the rows of a step may get at most, ascending; each number has graphs of its own."""
+        return self.executor.specs.draft_levels
 
     @property
     def speculation(self) -> SpeculationStatistics:
         """What came of the proposals of all requests."""
         return self.scheduler.speculation
-
-    @property
-    def draft_levels(self) -> tuple[int, ...]:
-        """How many proposals the rows of a step may get at most, ascending; each number has graphs of its own."""
-        return self._depth.levels
 
     @property
     def grammars(self) -> Grammars:
@@ -231,37 +140,33 @@ class Engine:
     @property
     def idle_reason(self) -> str | None:
         """Why no step is launched whatever waits, and what ends that; None if steps are launched."""
-        if self._sleep_level:
-            return "it sleeps; call wake_up()"
-        if not self._has_weights:
-            return "it has no weights; call update_weights()"
-        return "it is paused; call resume()" if self._paused else None
+        return self._life.idle_reason
 
     @property
     def is_paused(self) -> bool:
         """Whether `pause` was called, and `resume` not since."""
-        return self._paused
+        return self._life.is_paused
 
     @property
     def is_sleeping(self) -> bool:
         """Whether `sleep` was called, and `wake_up` not since."""
-        return self._sleep_level > 0
+        return self._life.sleep_level > 0
 
     @property
     def has_weights(self) -> bool:
         """Whether the model's weights are there, or kept for `wake_up`; if not, `update_weights` must come before any step."""
-        return self._has_weights
+        return self._life.has_weights
 
     def pause(self) -> None:
         """Launch no more steps until `resume`. Steps under way are finished and delivered by the next calls of `step`; requests
         can be added, and wait, and aborted."""
-        self._check_alive()
-        self._paused = True
+        self._life.check_alive()
+        self._life.is_paused = True
 
     def resume(self) -> None:
         """Launch steps again."""
-        self._check_alive()
-        self._paused = False
+        self._life.check_alive()
+        self._life.is_paused = False
 
     def sleep(self, level: int = 1) -> None:
         """Give memory of the device back until `wake_up`, and launch no steps meanwhile. Captured graphs stay.
@@ -277,21 +182,19 @@ class Engine:
         Raises:
             ConfigError: another level, or `enable_sleep_mode` is off on a GPU.
         """
-        self._check_alive()
+        self._life.check_alive()
         if level not in (1, 2):
             raise ConfigError(
                 f"sleep level {level!r} is unknown; use 1 to keep the weights in host memory, 2 to drop them"
             )
-        if not self._weights.releasable:
+        if not self.executor.specs.can_sleep:
             raise ConfigError(
                 "sleep() needs memory that can be given back; start the engine with enable_sleep_mode=True"
             )
         self._stop_running()
-        self._weights.release(keep_content=level == 1 and self._has_weights)
-        self.runner.kv_memory.release(keep_content=False)
-        self.platform.release_cached_memory()
-        self._sleep_level = max(self._sleep_level, level)
-        self._has_weights = self._has_weights and level == 1
+        self.executor.sleep(keep_weights=level == 1 and self._life.has_weights)
+        self._life.sleep_level = max(self._life.sleep_level, level)
+        self._life.has_weights = self._life.has_weights and level == 1
 
     def wake_up(self) -> None:
         """Take the memory back that `sleep` gave up, and go on with the requests.
@@ -299,11 +202,10 @@ class Engine:
         Raises:
             ConfigError: others use the memory now; the engine sleeps on, and this can be called again.
         """
-        self._check_alive()
-        if self._sleep_level:
-            self._weights.restore()
-            self.runner.kv_memory.restore()
-            self._sleep_level = 0
+        self._life.check_alive()
+        if self._life.sleep_level:
+            self.executor.wake()
+            self._life.sleep_level = 0
 
     def update_weights(self, weights: str | Path | ModelSource | Iterable[tuple[str, Tensor]]) -> None:
         """Replace the model's weights; captured graphs stay. Requests that run go on, with the new weights from here on. Draft
@@ -318,18 +220,16 @@ class Engine:
                 step is launched before another call has succeeded.
             ConfigError: the engine sleeps.
         """
-        self._check_alive()
-        if self._sleep_level:
+        self._life.check_alive()
+        if self._life.sleep_level:
             raise ConfigError("weights cannot be updated while the engine sleeps; call wake_up() first")
         if isinstance(weights, str | Path):
             weights = resolve(str(weights), model_impl=self.config.model.model_impl)
-        update = plan_update(self.runner.model, weights)
+        self.executor.check_weights(weights)
         self._stop_running()
-        self._has_weights = False
-        write(update)
-        if self._drafter is not None:
-            self._drafter.reload()
-        self._has_weights = True
+        self._life.has_weights = False
+        self.executor.write_weights()
+        self._life.has_weights = True
 
     def reset_prefix_cache(self, *, preempt: bool = False) -> int:
         """Forget the prefixes that the KV cache holds of requests that have ended.
@@ -340,7 +240,7 @@ class Engine:
         Returns:
             Blocks of running requests that later ones can still find: 0 if `preempt`, or if none runs.
         """
-        self._check_alive()
+        self._life.check_alive()
         if not preempt:
             return self.scheduler.forget_free()
         self._stop_running()
@@ -349,17 +249,10 @@ class Engine:
     def shutdown(self) -> None:
         """End the engine: its threads stop, and graphs, KV cache and weights are freed. Requests get nothing more. Later calls,
         except of this and `abort`, raise EngineDeadError."""
-        if self._is_shut_down:
-            return
-        self._is_shut_down = True
-        self._masks.shutdown()
-        self.platform.synchronize()
-        memories = self._weights, self.runner.kv_memory
-        del self.runner, self._intake, self._drafter
-        gc.collect()  # graphs and their buffers are parts of cycles
-        for memory in memories:
-            memory.free()
-        self.platform.release_cached_memory()
+        if not self._life.is_shut_down:
+            self._life.is_shut_down = True
+            self._masks.shutdown()
+            self.executor.close()
 
     def add_request(
         self,
@@ -390,7 +283,7 @@ class Engine:
             ConfigError: the request needs a package that is not installed, or a tokenizer and the model has none.
             EngineDeadError: an earlier step failed.
         """
-        self._check_alive()
+        self._life.check_alive()
         request = self._intake.take(
             request_id,
             prompt_token_ids,
@@ -432,7 +325,7 @@ class Engine:
         Raises:
             RequestError: unfinished requests use `max_loras` others.
         """
-        self._check_alive()
+        self._life.check_alive()
         adapters = self._intake.adapters_for(file)
         if replace:
             adapters.forget(file.folder)
@@ -456,29 +349,19 @@ class Engine:
         Raises:
             EngineDeadError: this or an earlier step failed.
         """
-        self._check_alive()
-        return self._noting_failure(self._step)
+        self._life.check_alive()
+        return self._life.noting_failure(self._step)
 
     def prepare(self) -> bool:
         """Use a moment without requests: capture one graph that steps may need later. False if nothing is left to prepare."""
-        return self.idle_reason is None and self._noting_failure(self.runner.pool.capture_spare)
+        return self.idle_reason is None and self._life.noting_failure(self.executor.prepare)
 
     def _adapters_in_use(self) -> set[Adapter]:
         """Those of unfinished requests."""
         return {request.adapter for request in self.scheduler.requests if request.adapter is not None}
 
-    def _noting_failure(self, call: Callable[[], T]) -> T:
-        """What fails in `call` leaves requests and the device in a state nobody knows: the engine ends."""
-        try:
-            return call()
-        except BaseException as error:
-            self._failure = error
-            if isinstance(error, StepgraphError) or not isinstance(error, Exception):
-                raise
-            raise EngineDeadError(f"the engine stopped on an error: {error}") from error
-
     def _step(self) -> Sequence[RequestUpdate]:
-        started = time.perf_counter()
+        started = self._clock()
         updates, self._undelivered = self._undelivered, []
         collected: Sequence[RequestUpdate] = []
         scheduled = None
@@ -486,18 +369,18 @@ class Engine:
             updates += self._take_masks()
             scheduled = self._schedule(updates)
         if scheduled is not None:
-            launching = time.perf_counter()
+            launching = self._clock()
             try:
-                ticket = self.runner.launch(scheduled.plan)
-            except torch.OutOfMemoryError as error:
+                ticket = self.executor.launch(scheduled.plan)
+            except DeviceMemoryError as error:
                 updates += self._give_up(scheduled.plan, error)
             else:
                 # where nothing runs ahead, launching a step is computing it
-                planned = launching if self.platform.run_ahead == 0 else time.perf_counter()
+                planned = launching if self.executor.specs.run_ahead == 0 else self._clock()
                 self._in_flight.append(_InFlight(scheduled, ticket, launching, planned - started))
                 self.host_time.steps += 1
                 self.host_time.seconds += planned - started
-        if self._in_flight and (scheduled is None or len(self._in_flight) > self.platform.run_ahead):
+        if self._in_flight and (scheduled is None or len(self._in_flight) > self.executor.specs.run_ahead):
             collected = self._collect()
         elif scheduled is None and not updates:
             self.grammars.wait(_WAIT_SECONDS)
@@ -509,7 +392,7 @@ class Engine:
         for request in requests:
             if request.slot is not None and request.error is None:
                 with self._blaming(request):
-                    self.runner.state.set_masks(request.slot, self._masks.masks(request))
+                    self.executor.set_masks(request.slot, self._masks.masks(request))
         return [self._fail(request) for request in requests if request.error is not None]
 
     def _schedule(self, updates: list[RequestUpdate]) -> ScheduledStep | None:
@@ -521,20 +404,20 @@ class Engine:
             failed = [request for request in scheduled.admitted if not self._admit(request)]
             if not failed:
                 return scheduled
-            self.platform.synchronize()  # a device that is broken fails all, and does so here
+            self.executor.recover()  # a device that is broken fails all, and does so here
             updates += [self._fail(request) for request in failed]
             # A row that cannot run is planned, and rows after it may count on the blocks it was to fill: plan everything anew.
             self.scheduler.preempt_all()
 
-    def _give_up(self, plan: StepPlan, error: torch.OutOfMemoryError) -> list[RequestUpdate]:
+    def _give_up(self, plan: StepPlan, error: DeviceMemoryError) -> list[RequestUpdate]:
         """End those requests of a step that was not launched, for lack of memory, which want more of it than a plain step takes;
-        the others start anew. Raises `error` if there are none."""
+        the others start anew. EngineDeadError if there are none."""
         slots = {slot for slot, _ in plan.rows}
         failed = [r for r in self.scheduler.requests if r.slot in slots and r.variant > Variant.PLAIN]
         if not failed:
-            raise error
+            raise EngineDeadError(f"the engine stopped on an error: {error}") from error
         logger.warning("a step with log-probabilities, penalties, biases or masks was given up: %s", error)
-        self.runner.recover()
+        self.executor.recover()
         for request in failed:
             request.error = Fault(
                 "the device has no memory left for a step with what the request asks for: log-probabilities, penalties, biases, "
@@ -549,16 +432,16 @@ class Engine:
         """Take in the results of the oldest step under way."""
         step = self._in_flight.popleft()
         plan = step.ticket.plan
-        self.runner.wait(step.ticket)
-        collected = time.perf_counter()
-        results = self.runner.collect(step.ticket)
+        self.executor.wait(step.ticket)
+        collected = self._clock()
+        results = self.executor.collect(step.ticket)
         updates = self.scheduler.reconcile(step.scheduled, results)
         if step.scheduled.follows_grammar:
             updates = [update if update.request.guide is None else self._follow_grammar(update) for update in updates]
         seconds = collected - max(step.launched_at, self._collected_at)
         if len(self._depth.levels) > 1:
             self._observe(step.ticket, results, seconds)
-        reading = time.perf_counter() - collected
+        reading = self._clock() - collected
         self.host_time.seconds += reading
         self.on_step(
             StepReport(step.ticket.record, seconds, step.host_seconds + reading, results, plan.num_prefill_rows)
@@ -576,7 +459,7 @@ class Engine:
 
     def _stop_running(self) -> None:
         """Finish the steps under way and send every running request back to wait; the KV cache holds nothing after that."""
-        self._noting_failure(self._drain)
+        self._life.noting_failure(self._drain)
 
     def _drain(self) -> None:
         while self._in_flight:
@@ -588,10 +471,9 @@ class Engine:
         cannot be done; the request's `error` is set then."""
         assert request.slot is not None
         if request.admitted_at is None:
-            request.admitted_at = time.monotonic()
-        state = self.runner.state
+            request.admitted_at = self._clock()
         with self._blaming(request):
-            state.admit(
+            self.executor.admit(
                 request.slot,
                 tokens=request.tokens(0, request.num_known),
                 prompt_len=request.prompt_len,
@@ -602,7 +484,7 @@ class Engine:
                 sampling=request.sampling,
             )
             if request.sampling.masked:
-                state.set_masks(request.slot, self._masks.masks(request))
+                self.executor.set_masks(request.slot, self._masks.masks(request))
         return request.error is None
 
     def _follow_grammar(self, update: RequestUpdate) -> RequestUpdate:
@@ -638,40 +520,3 @@ class Engine:
         assert update is not None
         self._masks.drop(request)
         return update
-
-    def _draft_levels(self, drafter: Drafter | None) -> Sequence[int]:
-        """Numbers of proposals to choose from. Where a capture takes as long as many steps, few are worth one: on CPU three, as
-        four tokens cost little more than two."""
-        if drafter is None or not self.config.speculative.speculative_adaptive:
-            return ()
-        return LEVELS if self.platform.captures_all_by_default else (0, 3)
-
-    def _read_vocabulary(self) -> Vocabulary:
-        return read_vocabulary(require_tokenizer(self.tokenizer), self.source.config.vocab_size, self.end_token_ids)
-
-    def _check_alive(self) -> None:
-        if self._is_shut_down:
-            raise EngineDeadError("the engine was shut down; create another one")
-        if self._failure is not None:
-            raise EngineDeadError(f"the engine stopped on an earlier error: {self._failure}") from self._failure
-
-
-def context_len(config: EngineConfig, source: ModelSource) -> int:
-    """Most tokens of a prompt and its answer; ConfigError if more are asked for than the model has positions."""
-    wanted, limit = config.model.max_model_len, source.config.max_position_embeddings
-    if wanted is not None and wanted > limit:
-        raise ConfigError(
-            f"max_model_len={wanted} is above the {limit} positions {source.name} was made for; use {limit} or less"
-        )
-    return wanted or limit
-
-
-def _create_adapters(model: LanguageModel, config: EngineConfig) -> AdapterStore | None:
-    if not config.lora.enable_lora:
-        return None
-    if not isinstance(model, Decoder):
-        raise ConfigError(
-            f"enable_lora=True needs a native model, and {model.config.architecture} runs through transformers; choose a "
-            "native model, or leave enable_lora off"
-        )
-    return AdapterStore(model, config.lora, max_tokens=config.scheduler.max_num_batched_tokens)

@@ -12,12 +12,13 @@ from numbers import Integral
 from typing import TYPE_CHECKING
 
 from stepgraph.abi import slot_line
+from stepgraph.engine.adapters import Adapter, AdapterTable
 from stepgraph.engine.blocks import memory_key
 from stepgraph.engine.prompts import check_length
 from stepgraph.engine.request import Request
 from stepgraph.engine.sampling_params import SamplingParams, bad_word_token_ids
 from stepgraph.errors import RequestError
-from stepgraph.models.adapters import Adapter, AdapterFile, AdapterStore
+from stepgraph.models.adapters import AdapterFile
 from stepgraph.step.slot_sampling import SlotSampling
 
 if TYPE_CHECKING:
@@ -37,7 +38,7 @@ class RequestIntake:
 
     def __init__(
         self,
-        adapters: AdapterStore | None,
+        adapters: AdapterTable | None,
         *,
         vocab_size: int,
         max_model_len: int,
@@ -106,7 +107,7 @@ class RequestIntake:
             prompt_logprobs=[] if params.prompt_logprobs is None else [None] * len(prompt),
         )
 
-    def adapters_for(self, wanted: str | AdapterFile) -> AdapterStore:
+    def adapters_for(self, wanted: str | AdapterFile) -> AdapterTable:
         """Where a LoRA adapter is held; RequestError if the engine takes none."""
         if self._adapters is None:
             folder = wanted if isinstance(wanted, str) else wanted.folder

@@ -17,8 +17,8 @@ from stepgraph.step.shape import Variant
 from stepgraph.step.slot_sampling import SlotSampling
 
 if TYPE_CHECKING:
+    from stepgraph.engine.adapters import Adapter
     from stepgraph.engine.grammars import RemoteGuide
-    from stepgraph.models.adapters import Adapter
 
 
 class FinishReason(StrEnum):

@@ -27,10 +27,11 @@ from tqdm import tqdm
 
 from stepgraph.bench.report import machine, write_json
 from stepgraph.config import EngineConfig
-from stepgraph.engine.engine import Engine
+from stepgraph.executor.build import build_local_executor
 from stepgraph.graph.compositions import Composition, random_compositions
 from stepgraph.graph.eager import EagerGraph
 from stepgraph.graph.trial import Proposals, Result, mostly_right_proposals, run
+from stepgraph.models.source import resolve_configured
 from stepgraph.step.runner import StepRunner
 from stepgraph.step.shape import StepShape, Variant
 
@@ -196,14 +197,15 @@ def main_verify(
     Returns:
         Exit code: 0 if everything agrees, 1 on a mismatch.
     """
-    engine = Engine(config, progress=progress)
-    runner = engine.runner
+    source = resolve_configured(config.model)
+    executor = build_local_executor(config, source, progress=progress)
+    specs, runner = executor.specs, executor.runner
     print(
-        f"{engine.source.name}, {str(engine.dtype).removeprefix('torch.')}, {runner.pool.backend_name} graphs on "
-        f"{engine.platform.name}; {rounds} compositions a shape, seed {seed}"
+        f"{source.name}, {specs.dtype}, {runner.pool.backend_name} graphs on "
+        f"{specs.platform}; {rounds} compositions a shape, seed {seed}"
     )
     reports = verify_pool(
-        runner, rounds=rounds, seed=seed, variants=variants, draft_levels=engine.draft_levels, progress=progress
+        runner, rounds=rounds, seed=seed, variants=variants, draft_levels=specs.draft_levels, progress=progress
     )
     print(f"{'tokens x rows':>24} {'compositions':>13} {'graph - eager':>14} {'batch - alone':>14}  result")
     for report in reports:
@@ -218,15 +220,15 @@ def main_verify(
         f"{len(reports)} graphs, {sum(report.compositions for report in reports)} compositions, "
         f"{len(mismatches)} mismatches (graph - eager: largest logit difference; batch - alone: relative)"
     )
-    if engine.dtype != torch.float32 and not runner.deterministic:
+    if specs.dtype != "float32" and not runner.deterministic:
         print("batch - alone is rounding here, and not judged; run with --dtype float32 for that check")
     if json_file is not None:
         write_json(
             json_file,
             {
-                "machine": machine(engine.platform),
-                "model": engine.source.name,
-                "dtype": str(engine.dtype).removeprefix("torch."),
+                "machine": machine(specs.device),
+                "model": source.name,
+                "dtype": specs.dtype,
                 "deterministic": runner.deterministic,
                 "backend": runner.pool.backend_name,
                 "rounds": rounds,

@@ -10,7 +10,8 @@ from pathlib import Path
 from tqdm import tqdm
 
 from stepgraph.config import EngineConfig
-from stepgraph.engine.engine import Engine
+from stepgraph.executor.build import build_local_executor
+from stepgraph.models.source import resolve_configured
 from stepgraph.platforms import create_platform
 from stepgraph.step.shape import Variant
 
@@ -26,18 +27,20 @@ def main_warm(config: EngineConfig, *, progress: bool) -> int:
         print("nothing to compile: operators on CPU come compiled, and graphs are captured when they are first used")
         return 0
     started = time.perf_counter()
-    engine = Engine(
+    source = resolve_configured(config.model)
+    executor = build_local_executor(
         replace(
             config,
             model=replace(config.model, load_format="dummy"),
             graph=replace(config.graph, capture="lazy"),
         ),
+        source,
         progress=progress,
     )
-    runner = engine.runner
+    runner = executor.runner
     shapes = [
         shape
-        for num_drafts in sorted({0, *engine.draft_levels})
+        for num_drafts in sorted({0, *executor.specs.draft_levels})
         for variant in Variant
         for shape in runner.policy.shapes(variant, num_drafts)
     ]
@@ -49,7 +52,7 @@ def main_warm(config: EngineConfig, *, progress: bool) -> int:
     folder = Path(knobs.cache.dir)
     num_bytes = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     print(
-        f"{engine.source.name}: {runner.kernels.compiled} kernels compiled, {runner.kernels.from_disk} were there, for "
+        f"{source.name}: {runner.kernels.compiled} kernels compiled, {runner.kernels.from_disk} were there, for "
         f"{len(shapes)} graphs, in {time.perf_counter() - started:.1f} s; {folder} holds {num_bytes / 2**20:.1f} MiB"
     )
     return 0

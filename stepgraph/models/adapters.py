@@ -9,8 +9,7 @@ import json
 import math
 import os
 import re
-import secrets
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -101,18 +100,8 @@ class AdapterFile:
     products: Sequence[_Product | None]  # of the model's projections, in their order; None where it changes nothing
 
 
-@dataclass(frozen=True)
-class Adapter:
-    """An adapter in the device's memory."""
-
-    number: int  # for the slot's line; from 1 on
-    key: str
-    """Random, and another one whenever a folder is read again: as a cache salt it keeps prefixes apart, and no user can guess it
-    to read those of others."""
-
-
 class AdapterStore:
-    """The adapters in the device's memory.
+    """The device's memory of adapters.
 
     Makes the buffers of all projections of a model's layers, once; graphs are captured over them. Driven by the engine's
     thread, but for `read`; writes are ordered before the next step on the device's stream.
@@ -124,7 +113,7 @@ class AdapterStore:
         config: how many adapters of what rank.
         max_tokens: of the largest step.
         """
-        self._max_loras, self._max_rank = config.max_loras, config.max_lora_rank
+        self._max_rank = config.max_lora_rank
         rank = max(_MIN_RANK, 1 << (config.max_lora_rank - 1).bit_length())
         self._index = torch.zeros(max_tokens, dtype=torch.int32, device=model.embed_tokens.weight.device)
         self._loras: list[LoRA] = []
@@ -149,7 +138,6 @@ class AdapterStore:
                 for i, part in enumerate(module.parts):
                     name = f"{path.rpartition('.')[0]}.{part}"
                     self._places[name] = _Place(lora, i, 1, targets[f"{name}.weight"])
-        self._adapters: dict[str, Adapter] = {}  # by their folders, least recently asked for first
 
     @property
     def bytes(self) -> int:
@@ -161,13 +149,9 @@ class AdapterStore:
 
         Args:
             tokens: of the step.
-            lines: [slots, LINE_WIDTH]; column ADAPTER holds an `Adapter.number`, or 0.
+            lines: [slots, LINE_WIDTH]; column ADAPTER holds the number of an adapter, or 0.
         """
         self._index[: tokens.token_ids.shape[0]].copy_(token_adapters(tokens, lines))
-
-    def holds(self, folder: str) -> bool:
-        """Whether an adapter is in memory. Looks at no file: the drive may not answer."""
-        return os.path.abspath(folder) in self._adapters
 
     def read(self, folder: str) -> AdapterFile:
         """Read an adapter into host memory, laid out as the device's. May take long, and may be called in any thread.
@@ -187,47 +171,19 @@ class AdapterStore:
             products[index] = product
         return AdapterFile(os.path.abspath(folder), products)
 
-    def load(self, source: str | AdapterFile, in_use: Collection[Adapter]) -> Adapter:
-        """Bring an adapter into the device's memory, unless it is there, in place of the one that was asked for least recently.
+    def write(self, number: int, file: AdapterFile) -> None:
+        """Put an adapter into the device's memory, as the one that slots of `SlotSampling.adapter` = `number` use.
 
         Args:
-            source: what `read` found, or the folder, which is then read here if it is not in memory.
-            in_use: those that unfinished requests use. They stay.
-
-        Raises:
-            RequestError: the folder is not an adapter that this model can run, or `max_loras` others are in use.
+            number: 1 … `max_loras`.
+            file: from `read`.
         """
-        folder = os.path.abspath(source) if isinstance(source, str) else source.folder
-        adapter = self._adapters.pop(folder, None)
-        if adapter is None:
-            file = self.read(source) if isinstance(source, str) else source
-            adapter = Adapter(self._free_number(in_use), secrets.token_hex(16))
-            for lora, product in zip(self._loras, file.products, strict=True):
-                for buffer, matrix in zip((lora.a, lora.b), product or (None, None), strict=True):
-                    if matrix is None:  # both sides: what a damaged adapter left, times zero, may be NaN
-                        buffer[adapter.number].zero_()
-                    else:
-                        buffer[adapter.number].copy_(matrix)
-        self._adapters[folder] = adapter
-        return adapter
-
-    def forget(self, folder: str) -> None:
-        """Do not find a folder's adapter any more. Requests that use it keep it, and its place is the next to be taken."""
-        adapter = self._adapters.pop(os.path.abspath(folder), None)
-        if adapter is not None:
-            self._adapters = {adapter.key: adapter, **self._adapters}  # no folder has that name
-
-    def _free_number(self, in_use: Collection[Adapter]) -> int:
-        if len(self._adapters) < self._max_loras:
-            return len(self._adapters) + 1
-        unused = next((folder for folder, adapter in self._adapters.items() if adapter not in in_use), None)
-        if unused is None:
-            raise RequestError(
-                f"unfinished requests use {self._max_loras} LoRA adapters, as many as max_loras={self._max_loras} keeps; wait "
-                "until the requests of one have ended, or start the engine with a larger max_loras",
-                param="adapter",
-            )
-        return self._adapters.pop(unused).number
+        for lora, product in zip(self._loras, file.products, strict=True):
+            for buffer, matrix in zip((lora.a, lora.b), product or (None, None), strict=True):
+                if matrix is None:  # both sides: what a damaged adapter left, times zero, may be NaN
+                    buffer[number].zero_()
+                else:
+                    buffer[number].copy_(matrix)
 
     def _read(self, folder: Path) -> dict[str, tuple[Tensor, Tensor]]:
         """Each module's two matrices, [r, I] and [O, r] float32, the second one scaled. Sizes are checked before any is read."""

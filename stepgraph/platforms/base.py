@@ -75,6 +75,11 @@ class Platform(Protocol):
     """Steps the host may launch before it has read the results of an earlier one."""
     supports_fp8: bool
     """Whether kernels can read and write an FP8 (e4m3) cache."""
+    packed_dtypes: tuple[torch.dtype, ...]
+    """Of activations that kernels can multiply with the blocks of a quantised checkpoint as they are."""
+    slowest_flops: float
+    """Operations per second that any machine of the family computes, other work beside included; inf where steps take next to
+    nothing."""
     multiprocessors: int
     """Programs that run side by side; sizes the attention grid."""
     graph_node_bytes: int

@@ -39,6 +39,8 @@ class CpuPlatform:
     captures_addresses = False
     run_ahead = 0
     supports_fp8 = True
+    packed_dtypes: tuple[torch.dtype, ...] = (torch.float32,)
+    slowest_flops = 2e10
     multiprocessors = 1
     graph_node_bytes = 0
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from math import inf
 
 import torch
 from torch import Tensor
@@ -45,6 +46,8 @@ class CudaPlatform:
     captures_all_by_default = True
     captures_addresses = True
     run_ahead = 1
+    packed_dtypes: tuple[torch.dtype, ...] = ()
+    slowest_flops = inf
     graph_node_bytes = 5 << 10  # measured on an H200, see benchmarks/h200.md
 
     def __init__(self) -> None:

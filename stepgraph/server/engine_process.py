@@ -25,6 +25,7 @@ import zmq
 from stepgraph.config import EngineConfig
 from stepgraph.config.server import engine_log_level
 from stepgraph.engine.adapter_reader import AdapterReader
+from stepgraph.engine.build import build_engine
 from stepgraph.engine.engine import Engine
 from stepgraph.engine.reports import StepReport
 from stepgraph.engine.request import FinishReason, Request, RequestUpdate
@@ -66,7 +67,6 @@ logger = logging.getLogger(__name__)
 
 _LAST_WORD_MS = 5000  # how long the last message may take to leave
 _BEAT_S = 0.5  # the front hears of the loop at least so often, but for what takes longer by itself
-_SLOWEST_FLOPS = 2e10  # per second: what any machine computes, a CPU with other work beside included
 _READING_S = 0.01  # the loop looks so often whether an adapter has been read
 _USER_ERROR, _FAILURE = 2, 1
 _PR_SET_PDEATHSIG = 1  # of Linux's prctl: the signal that a process gets when its parent ends
@@ -86,7 +86,7 @@ class EngineProcess:
         self._awaiting: list[tuple[Add | LoadAdapter, Future[AdapterFile]]] = []  # until their adapter is read
         self._control = EngineControl(engine, self._send)
         engine.on_step = self._on_step
-        engine.runner.pool.before_capture = lambda: self._send(Beat(captures=True))
+        engine.executor.watch_captures(lambda: self._send(Beat(captures=True)))
 
     def update_weights(self, folder: str) -> None:
         """Replace the model's own weights, before it serves. ModelError if they do not fit."""
@@ -289,19 +289,20 @@ class EngineProcess:
 
 def load_of(engine: Engine) -> Load:
     """How full an engine is."""
-    scheduler, pool = engine.scheduler, engine.runner.pool
+    scheduler, executor = engine.scheduler, engine.executor
+    graphs = executor.graph_counts()
     counts, speculation = scheduler.statistics, engine.speculation
     return Load(
         num_running=scheduler.num_running,
         num_waiting=scheduler.num_waiting,
-        kv_usage=1 - scheduler.num_free_blocks / (engine.runner.num_kv_blocks - 1),
+        kv_usage=1 - scheduler.num_free_blocks / (executor.specs.num_kv_blocks - 1),
         preemptions=counts.preemptions,
         prompt_tokens=counts.prompt_tokens,
         cached_prompt_tokens=counts.cached_prompt_tokens,
-        num_graphs=pool.num_graphs,
-        graph_bytes=pool.bytes,
-        capture_seconds=pool.capture_seconds,
-        failed_captures=pool.statistics.failed_captures,
+        num_graphs=graphs.num_graphs,
+        graph_bytes=graphs.bytes,
+        capture_seconds=graphs.capture_seconds,
+        failed_captures=executor.statistics.failed_captures,
         num_grammars=engine.grammars.num_processes,
         grammar_bytes=engine.grammars.num_bytes,
         drafts=speculation.num_drafts,
@@ -313,18 +314,18 @@ def load_of(engine: Engine) -> Load:
 
 def pool_of(engine: Engine) -> dict[str, Any]:
     """The graph pool as `/graphs` shows it."""
-    pool = engine.runner.pool
-    statistics = pool.statistics
+    executor = engine.executor
+    statistics = executor.statistics
     return {
-        "backend": pool.backend_name,
+        "backend": executor.specs.graph_backend,
         "steps": statistics.num_steps,
         "eager_steps": statistics.num_eager_steps,
         "eager_reasons": _eager_reasons(engine),
         "real_tokens": statistics.real_tokens,
         "padding_tokens": statistics.padding_tokens,
-        "bytes": pool.bytes,
+        "bytes": executor.graph_counts().bytes,
         "failed_captures": statistics.failed_captures,
-        "token_sizes": list(engine.runner.policy.token_sizes),
+        "token_sizes": list(executor.specs.token_sizes),
         "graphs": [
             {
                 "num_tokens": record.shape.num_tokens,
@@ -337,14 +338,14 @@ def pool_of(engine: Engine) -> dict[str, Any]:
                 "real_tokens": record.real_tokens,
                 "padding_tokens": record.padding_tokens,
             }
-            for record in pool.records()
+            for record in executor.graph_records()
         ],
     }
 
 
 def _eager_reasons(engine: Engine) -> dict[str, int]:
     reasons: dict[str, int] = {}
-    for (_, reason), count in engine.runner.pool.statistics.steps.items():
+    for (_, reason), count in engine.executor.statistics.steps.items():
         if reason is not None:
             reasons[str(reason)] = reasons.get(str(reason), 0) + count
     return reasons
@@ -384,7 +385,7 @@ def main() -> int:
 
 def _serve(start: Start, socket: zmq.Socket[bytes]) -> int:
     try:
-        engine = Engine(EngineConfig.from_settings(**start.settings), progress=start.progress)
+        engine = build_engine(EngineConfig.from_settings(**start.settings), progress=start.progress)
         process = EngineProcess(engine, socket)
         if start.weights is not None:
             process.update_weights(start.weights)
@@ -420,30 +421,19 @@ def _connect(context: zmq.Context[Any], start: Start) -> zmq.Socket[bytes]:
 
 
 def _ready(engine: Engine) -> Ready:
+    specs = engine.executor.specs
     return Ready(
-        max_model_len=engine.max_model_len,
+        max_model_len=specs.max_model_len,
         max_num_seqs=engine.config.scheduler.max_num_seqs,
-        backend=engine.runner.pool.backend_name,
-        device=str(engine.platform.device),
-        precision=engine.precision,
-        num_kv_blocks=engine.runner.num_kv_blocks,
-        block_size=engine.config.cache.block_size,
+        backend=specs.graph_backend,
+        device=specs.device,
+        precision=specs.precision,
+        num_kv_blocks=specs.num_kv_blocks,
+        block_size=specs.block_size,
         max_drafts=engine.config.speculative.max_drafts,
         end_token_ids=engine.end_token_ids,
-        longest_step_s=_longest_step_s(engine),
+        longest_step_s=specs.longest_step_s,
     )
-
-
-def _longest_step_s(engine: Engine) -> float:
-    """What the largest step takes on the slowest machine: products with the weights and with all keys and values, two operations
-    an entry. On a GPU, next to nothing."""
-    if engine.platform.name != "cpu":
-        return 0.0
-    model = engine.runner.model
-    num_weights = sum(parameter.numel() for parameter in model.parameters())
-    width = sum(spec.num_heads * (spec.head_dim + spec.value_dim) for spec in model.config.attention_specs)
-    num_attended = engine.max_model_len * width
-    return 2 * engine.runner.policy.max_tokens * (num_weights + num_attended) / _SLOWEST_FLOPS
 
 
 def _end_with_the_front() -> None:

@@ -38,6 +38,11 @@ _RELUCTANCE = 1.1
 """How much better still it must be to propose nothing, where only proposals that are made cost time."""
 
 
+def draft_levels(max_drafts: int, choices: Sequence[int]) -> tuple[int, ...]:
+    """The numbers of proposals to choose from, ascending: those of `choices` below the most there may be, and that."""
+    return tuple(sorted({level for level in choices if level < max_drafts} | {max_drafts}))
+
+
 @dataclass
 class _Bucket:
     """What is known of steps of about one number of rows."""
@@ -61,7 +66,7 @@ class DraftDepth:
     """
 
     def __init__(self, max_drafts: int, levels: Sequence[int] = LEVELS, *, costs_when_idle: bool = True):
-        self.levels = tuple(sorted({level for level in levels if level < max_drafts} | {max_drafts}))
+        self.levels = draft_levels(max_drafts, levels)
         """The numbers to choose from, ascending."""
         self._costs_when_idle = costs_when_idle
         # Of rows whose proposals before the j-th (from 1) all stood, the share in which it does too, and the rows behind that.

@@ -99,14 +99,14 @@ def test_a_step_reads_every_weight_once_and_says_what_it_is_for(create_engine) -
     products = {o.operator: o for o in step.operators if o.flops and not o.operator.startswith("paged_attention")}
     for role in ("qkv_proj", "o_proj", "gate_up_proj", "down_proj", "output head"):
         assert any(role in name for name in products), role
-    matrices = [p for p in engine.runner.model.parameters() if p.ndim == 2]
-    table = engine.runner.model.embed_tokens.weight
+    matrices = [p for p in engine.executor.runner.model.parameters() if p.ndim == 2]
+    table = engine.executor.runner.model.embed_tokens.weight
     weights = sum(p.numel() for p in matrices if p is not table)
     activations = sum(o.bytes for o in products.values()) - weights * 4
     assert 0 < activations < weights * 4
     assert sum(o.us for o in step.operators) + step.between_us == pytest.approx(step.us)
     assert step.unexplained == 0
-    assert not engine.runner.state.lines.any()
+    assert not engine.executor.runner.state.lines.any()
 
 
 def test_the_account_is_printed_and_written(tiny_model, tmp_path, capsys) -> None:

@@ -45,7 +45,7 @@ def test_the_ideal_counts_the_bytes_of_verification_and_of_each_sub_step() -> No
 
 def test_a_round_must_read_the_module_and_the_head_once_per_sub_step(create_engine) -> None:
     engine = create_engine(speculative_config={"method": "mtp", "num_speculative_tokens": 3})
-    costs = round_costs(engine.runner, rows=2, context=20, num_drafts=3)
+    costs = round_costs(engine.executor.runner, rows=2, context=20, num_drafts=3)
     hidden, vocab, kv = 32, 257, 2 * 2 * 16
     attention = hidden * 64 + 2 * hidden * 32 + 64 * hidden  # q, k and v, o
     module = 2 * hidden * hidden + attention + 3 * hidden * 64 + 5 * hidden  # projection, MLP, norms
@@ -87,12 +87,12 @@ def test_calls_are_counted_by_what_they_launch() -> None:
 
 def test_verifying_and_drafting_are_timed_apart_and_leave_nothing_behind(create_engine) -> None:
     engine = create_engine(speculative_config={"method": "mtp", "num_speculative_tokens": 3})
-    times = time_round(engine.runner, rows=2, context=20, num_drafts=3, repeats=1)
+    times = time_round(engine.executor.runner, rows=2, context=20, num_drafts=3, repeats=1)
     assert min(times.plain_ms, times.verify_ms, times.round_ms) > 0
     assert RoundTimes(1.0, 1.5, 2.25).draft_ms == 0.75
-    assert not engine.runner.state.lines.any()
+    assert not engine.executor.runner.state.lines.any()
     with pytest.raises(ConfigError, match="raise num_kv_blocks"):
-        time_round(engine.runner, rows=8, context=600, num_drafts=3, repeats=1)
+        time_round(engine.executor.runner, rows=8, context=600, num_drafts=3, repeats=1)
 
 
 def test_a_pass_finds_nothing_of_the_answers_of_the_pass_before(create_engine) -> None:

@@ -67,7 +67,7 @@ def test_answers_go_to_stdout_and_know_what_was_said(llm, talk) -> None:
 
 
 def pressing(llm, monkeypatch, at_step: int, presses: int = 1) -> None:
-    launch, steps = llm.engine.runner.launch, []
+    launch, steps = llm.engine.executor.runner.launch, []
 
     def press(plan):
         steps.append(plan)
@@ -76,7 +76,7 @@ def pressing(llm, monkeypatch, at_step: int, presses: int = 1) -> None:
                 signal.raise_signal(signal.SIGINT)
         return launch(plan)
 
-    monkeypatch.setattr(llm.engine.runner, "launch", press)
+    monkeypatch.setattr(llm.engine.executor.runner, "launch", press)
 
 
 @pytest.mark.parametrize("presses", [1, 3])

@@ -70,7 +70,7 @@ def test_concurrent_callers_get_what_each_gets_alone(engine, create_engine) -> N
         request = alone.add_request("r", prompt, GREEDY)
         drain(alone)
         assert tuple(request.output_token_ids) == tokens
-    assert max(record.num_rows for record in engine.engine.runner.pool.statistics.recent) > 1  # they did run together
+    assert max(record.num_rows for record in engine.engine.executor.statistics.recent) > 1  # they did run together
 
 
 def test_a_caller_that_leaves_early_ends_its_request_and_no_other(engine) -> None:
@@ -85,7 +85,7 @@ def test_a_caller_that_leaves_early_ends_its_request_and_no_other(engine) -> Non
         return tokens
 
     assert run(leave_beside_a_neighbour()) == run(collect(engine, PROMPTS[2]))[-1].outputs[0].token_ids
-    assert engine.engine.runner.pool.statistics.num_steps < 300
+    assert engine.engine.executor.statistics.num_steps < 300
     assert engine.engine.scheduler.num_running == 0
 
 
@@ -100,7 +100,7 @@ def test_a_cancelled_task_ends_its_request(engine) -> None:
         await until_idle(engine)
 
     run(cancel())
-    assert engine.engine.runner.pool.statistics.num_steps < 300
+    assert engine.engine.executor.statistics.num_steps < 300
 
 
 def test_abort_gives_the_caller_a_last_output_that_says_so(engine) -> None:
@@ -156,7 +156,7 @@ def test_a_caller_whose_event_loop_is_gone_harms_nobody(engine) -> None:
     loop.close()
     assert num_tokens(run(collect(engine, PROMPTS[0]))) == 12
     run(until_idle(engine))
-    assert engine.engine.runner.pool.statistics.num_steps < 300
+    assert engine.engine.executor.statistics.num_steps < 300
 
 
 def test_shutdown_ends_waiting_callers_and_refuses_later_ones(engine) -> None:
@@ -201,7 +201,7 @@ def test_a_failed_step_is_reported_to_every_caller_and_all_later_ones(engine, mo
     def launch(plan):
         raise RuntimeError("the device fell over")
 
-    monkeypatch.setattr(engine.engine.runner, "launch", launch)
+    monkeypatch.setattr(engine.engine.executor.runner, "launch", launch)
 
     async def many():
         return await asyncio.gather(*(collect(engine, prompt) for prompt in PROMPTS), return_exceptions=True)
@@ -248,7 +248,7 @@ def test_abort_ends_all_answers_of_a_request(engine) -> None:
 
     last = run(abort())
     assert [completion.finish_reason for completion in last.outputs] == ["abort"] * 3
-    assert engine.engine.runner.pool.statistics.num_steps < 300
+    assert engine.engine.executor.statistics.num_steps < 300
     assert num_tokens(run(collect(engine, PROMPTS[0], request_id="long"))) == 12  # its id is free again
 
 
@@ -261,7 +261,7 @@ def test_a_caller_that_leaves_several_answers_ends_them_all(engine) -> None:
         await until_idle(engine)
 
     run(leave())
-    assert engine.engine.runner.pool.statistics.num_steps < 300
+    assert engine.engine.executor.statistics.num_steps < 300
     assert num_tokens(run(collect(engine, PROMPTS[0], request_id="left"))) == 12
 
 
@@ -269,7 +269,7 @@ def test_a_stop_string_ends_the_answer_and_its_request(engine) -> None:
     text = run(text_of(engine))
     stop = text[20:24]
     params = SamplingParams(temperature=0, max_tokens=400, ignore_eos=True, stop=stop)
-    before = engine.engine.runner.pool.statistics.num_steps
+    before = engine.engine.executor.statistics.num_steps
 
     async def stop_and_start_again():
         outputs = await collect(engine, PROMPTS[3], params, request_id="mine")
@@ -286,7 +286,7 @@ def test_a_stop_string_ends_the_answer_and_its_request(engine) -> None:
     )
     assert all(completion.text.startswith(output.outputs[0].text) for output in outputs)
     assert again[-1].outputs == outputs[-1].outputs
-    assert engine.engine.runner.pool.statistics.num_steps - before < 300
+    assert engine.engine.executor.statistics.num_steps - before < 300
 
 
 def test_an_id_is_in_use_until_the_last_of_its_answers_has_ended(engine) -> None:
@@ -318,7 +318,7 @@ def test_priority_and_cache_salt_reach_the_engine(engine, monkeypatch) -> None:
 
 def test_work_that_becomes_due_later_is_waited_for_and_a_new_request_is_not_kept_waiting(engine, monkeypatch) -> None:
     run(collect(engine, PROMPTS[1]))  # captures its graphs
-    statistics = engine.engine.runner.pool.statistics
+    statistics = engine.engine.executor.statistics
     before = statistics.num_steps
     due: list[float | None] = [3600.0]
     monkeypatch.setattr(type(engine.engine), "seconds_until_work", property(lambda _: due[0]))
@@ -449,8 +449,8 @@ def test_an_idle_engine_captures_the_graphs_of_fewer_proposals_and_answers_meanw
             speculative_config={"method": "suffix", "num_speculative_tokens": 4},
         )
     )
-    pool, levels = engine.engine.runner.pool, engine.engine.draft_levels
-    wanted = {shape for level in levels for shape in engine.engine.runner.policy.shapes(num_drafts=level)}
+    pool, levels = engine.engine.executor.runner.pool, engine.engine.draft_levels
+    wanted = {shape for level in levels for shape in engine.engine.executor.runner.policy.shapes(num_drafts=level)}
     assert len(levels) > 1
 
     async def answer_and_wait() -> None:

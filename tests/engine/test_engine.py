@@ -4,7 +4,7 @@ import random
 from dataclasses import replace
 
 import pytest
-from tiny import MAX_MODEL_LEN, VOCAB_SIZE, drain
+from tiny import MAX_MODEL_LEN, VOCAB_SIZE, drain, set_run_ahead
 
 from stepgraph.engine.request import FinishReason
 from stepgraph.engine.sampling_params import SamplingParams
@@ -83,25 +83,25 @@ def run_with_random_arrivals(engine, seed: int = 0) -> list[list[int]]:
 def test_random_arrivals_get_the_tokens_they_get_alone(create_engine, answers_alone, settings) -> None:
     engine = create_engine(**settings)
     assert run_with_random_arrivals(engine) == answers_alone
-    statistics = engine.runner.pool.statistics
+    statistics = engine.executor.statistics
     assert statistics.num_steps > 50
     assert len({kind for kind, _ in statistics.steps}) == 3  # prefill, decode and mixed steps
     assert statistics.num_eager_steps == (statistics.num_steps if settings == {"graph_backend": "eager"} else 0)
     assert engine.host_time.steps == statistics.num_steps
-    assert engine.scheduler.num_free_blocks == engine.runner.num_kv_blocks - 1
+    assert engine.scheduler.num_free_blocks == engine.executor.runner.num_kv_blocks - 1
 
 
 @pytest.mark.parametrize("run_ahead", [0, 1, 3])
 def test_the_depth_of_run_ahead_changes_no_token(create_engine, answers_alone, run_ahead) -> None:
     engine = create_engine()
-    engine.platform.run_ahead = run_ahead
+    set_run_ahead(engine, run_ahead)
     assert run_with_random_arrivals(engine, seed=1) == answers_alone
 
 
 def test_only_prefill_graphs_give_the_same_tokens_with_decodes_run_eagerly(create_engine, answers_alone) -> None:
     engine = create_engine(cudagraph_only_prefill=True)
     assert run_with_random_arrivals(engine) == answers_alone
-    assert set(engine.runner.pool.statistics.steps) == {
+    assert set(engine.executor.statistics.steps) == {
         ("prefill", None),
         ("decode", "not_pure_prefill"),
         ("mixed", "not_pure_prefill"),
@@ -114,7 +114,7 @@ def test_a_limit_of_prefills_gives_the_same_tokens_with_longer_ones_alone_run_ea
     engine, unlimited = create_engine(max_prefill_capture_size=8), create_engine()
     for prompt in prompts:
         assert answer(engine, prompt, params).output_token_ids == answer(unlimited, prompt, params).output_token_ids
-    steps = engine.runner.pool.statistics.steps
+    steps = engine.executor.statistics.steps
     assert steps == {("prefill", None): 1, ("prefill", "long_prefill"): 2, ("decode", None): 9}
 
 
@@ -147,7 +147,7 @@ def test_an_answer_ends_with_a_stop_token_and_counts_it(create_engine) -> None:
 
 def test_an_answer_ends_at_the_models_end_token_unless_that_is_ignored(create_engine, monkeypatch) -> None:
     whole = answer(create_engine(), range(9)).output_token_ids
-    monkeypatch.setattr("stepgraph.engine.engine.end_tokens_of", lambda source: (whole[3], whole[7]))
+    monkeypatch.setattr("stepgraph.engine.build.end_tokens_of", lambda source: (whole[3], whole[7]))
     engine = create_engine()
     request = answer(engine, range(9), replace(GREEDY, ignore_eos=False))
     assert request.output_token_ids == whole[:4]
@@ -194,7 +194,7 @@ def test_a_request_may_be_aborted_while_it_waits_prefills_or_decodes_and_the_oth
     assert [request.output_token_ids for request in (prefilling, waiting)] == [[], []]
     assert bystander.output_token_ids == expected
     assert engine.abort("bystander") is None
-    assert engine.scheduler.num_free_blocks == engine.runner.num_kv_blocks - 1
+    assert engine.scheduler.num_free_blocks == engine.executor.runner.num_kv_blocks - 1
 
 
 @pytest.mark.parametrize(
@@ -255,7 +255,7 @@ def test_a_failed_step_stops_the_engine_which_says_why_from_then_on(create_engin
         raise RuntimeError("the device fell over")
 
     with monkeypatch.context() as patch:
-        patch.setattr(engine.runner, "launch", launch)
+        patch.setattr(engine.executor.runner, "launch", launch)
         with pytest.raises(EngineDeadError, match="the device fell over") as caught:
             engine.step()
     assert isinstance(caught.value.__cause__, RuntimeError)

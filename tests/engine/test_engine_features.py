@@ -100,7 +100,7 @@ def test_every_mixture_of_features_gets_the_tokens_it_gets_alone(create_engine, 
     engine = create_engine(**settings)
     requests = run(engine)
     assert answers(requests) == answers(alone)
-    statistics, pool = engine.scheduler.statistics, engine.runner.pool.statistics
+    statistics, pool = engine.scheduler.statistics, engine.executor.statistics
     assert (statistics.cached_prompt_tokens > 100) == settings.get("enable_prefix_caching", True)
     assert sum(request.num_cached_tokens for request in requests) == statistics.cached_prompt_tokens
     assert (statistics.preemptions > 0) == ("num_kv_blocks" in settings)
@@ -108,7 +108,7 @@ def test_every_mixture_of_features_gets_the_tokens_it_gets_alone(create_engine, 
         assert set(pool.steps) == {("prefill", None), ("decode", "not_pure_prefill")}
     else:
         assert pool.num_eager_steps == 0
-    assert engine.scheduler.num_free_blocks == engine.runner.num_kv_blocks - 1
+    assert engine.scheduler.num_free_blocks == engine.executor.runner.num_kv_blocks - 1
     for request, reference in zip(requests, alone, strict=True):
         for ours, theirs in zip(request.output_logprobs, reference.output_logprobs, strict=True):
             assert (ours.token, ours.rank, [t for t, _ in ours.top]) == (
@@ -129,7 +129,7 @@ def test_a_step_runs_the_extended_graph_only_while_a_row_needs_it(create_engine)
         engine.step()
     engine.add_request("extended", STEM[:5], replace(GREEDY, max_tokens=4, logprobs=1))
     drain(engine)
-    variants = [record.shape.variant.name for record in engine.runner.pool.statistics.recent]
+    variants = [record.shape.variant.name for record in engine.executor.statistics.recent]
     assert variants == ["PLAIN"] * 5 + ["EXTENDED"] * 4 + ["PLAIN"] * 12
     assert plain.output_token_ids == expected.output_token_ids
 
@@ -139,7 +139,7 @@ def test_several_requests_of_one_prompt_compute_it_once(create_engine) -> None:
     params = [SamplingParams(temperature=1, seed=seed, max_tokens=12, ignore_eos=True) for seed in range(4)]
     requests = [engine.add_request(f"r{i}", STEM, p) for i, p in enumerate(params)]
     engine.step()
-    [record] = engine.runner.pool.statistics.recent
+    [record] = engine.executor.statistics.recent
     assert record.num_tokens == 70 + 3 * 6  # 64 of the 70 tokens are shared within the step
     drain(engine)
     assert [request.num_cached_tokens for request in requests] == [0, 64, 64, 64]
@@ -153,7 +153,7 @@ def test_several_requests_of_one_prompt_compute_it_once(create_engine) -> None:
 def test_logprobs_are_those_of_the_models_logits(create_engine) -> None:
     engine = create_engine(graph_backend="eager")
     logits: list[torch.Tensor] = []
-    replay = engine.runner.pool.eager_twin
+    replay = engine.executor.runner.pool.eager_twin
 
     def spy(shape):
         class Graph:
@@ -164,7 +164,7 @@ def test_logprobs_are_those_of_the_models_logits(create_engine) -> None:
 
         return Graph()
 
-    engine.runner.pool.eager_twin = spy
+    engine.executor.runner.pool.eager_twin = spy
     params = SamplingParams(temperature=1, seed=3, max_tokens=6, ignore_eos=True, logprobs=4, repetition_penalty=1.5)
     request = engine.add_request("r", STEM[:20], params)
     drain(engine)
@@ -203,7 +203,7 @@ def test_prompt_logprobs_come_in_chunks_and_predict_each_token_from_those_before
         assert entry.rank == forced.output_logprobs[0].rank
         assert entry.logprob == pytest.approx(forced.output_logprobs[0].logprob, abs=1e-4)
         assert [t for t, _ in entry.top] == [t for t, _ in forced.output_logprobs[0].top]
-    assert engine.runner.pool.statistics.num_eager_steps == 0
+    assert engine.executor.statistics.num_eager_steps == 0
 
 
 def test_a_request_that_leaves_no_token_to_sample_ends_with_an_error_and_harms_no_other(create_engine) -> None:
@@ -274,10 +274,10 @@ def test_an_fp8_cache_runs_in_graphs_and_is_refused_where_kernels_cannot_read_it
     requests = [engine.add_request(str(n), STEM[: 10 + n], GREEDY) for n in range(4)]
     drain(engine)
     assert [len(request.output_token_ids) for request in requests] == [20] * 4
-    assert engine.runner.caches[0].block_tensors[0].dtype == torch.float8_e4m3fn
-    assert engine.runner.pool.statistics.num_eager_steps == 0
+    assert engine.executor.runner.caches[0].block_tensors[0].dtype == torch.float8_e4m3fn
+    assert engine.executor.statistics.num_eager_steps == 0
     monkeypatch.setattr(
-        type(engine.platform), "supports_fp8", property(lambda _: False, lambda *_: None), raising=False
+        type(engine.executor.runner.platform), "supports_fp8", property(lambda _: False, lambda *_: None), raising=False
     )
     with pytest.raises(ConfigError, match=r"kv_cache_dtype=fp8 needs a GPU of compute capability 8\.9"):
         create_engine(kv_cache_dtype="fp8")

@@ -12,7 +12,7 @@ from itertools import count
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny import TINY_SETTINGS, drain, save_tiny_model
+from tiny import TINY_SETTINGS, drain, save_tiny_model, set_run_ahead
 
 from stepgraph import LLM
 from stepgraph.config import EngineConfig
@@ -22,7 +22,6 @@ from stepgraph.engine.request import FinishReason
 from stepgraph.engine.sampling_params import SamplingParams, StructuredOutputs
 from stepgraph.errors import ConfigError, EngineDeadError, Fault, ModelError, RequestError
 from stepgraph.models.source import resolve
-from stepgraph.platforms.torch_memory import TorchMemory
 
 GREEDY = SamplingParams(temperature=0, max_tokens=24, ignore_eos=True)
 CASES = [
@@ -61,7 +60,7 @@ def updates_until_idle(engine) -> list:
 
 def graphs(engine) -> dict:
     """The captured graphs, by shape."""
-    pool = engine.runner.pool
+    pool = engine.executor.runner.pool
     return {record.shape: id(pool.graph(record.shape)) for record in pool.records()}
 
 
@@ -91,7 +90,7 @@ def other_model(tmp_path_factory, tiny_model) -> str:
 @pytest.mark.parametrize("run_ahead", [0, 1])
 def test_a_paused_engine_finishes_what_is_under_way_and_nothing_else(create_engine, expected, run_ahead) -> None:
     engine = create_engine()
-    engine.platform.run_ahead = run_ahead
+    set_run_ahead(engine, run_ahead)
     requests = add_all(engine)
     got = steps(engine, 9)
     launched = engine.host_time.steps
@@ -147,7 +146,7 @@ def storage_bytes(tensors) -> int:
 
 
 def caches(engine) -> list[torch.Tensor]:
-    return [cache for caches in engine.runner.caches for cache in caches.block_tensors]
+    return [cache for caches in engine.executor.runner.caches for cache in caches.block_tensors]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="on CUDA, memory is given up below torch's storages")
@@ -156,11 +155,11 @@ def test_sleep_gives_memory_up_and_wake_up_goes_on_with_the_same_graphs(
     create_engine, tiny_model, expected, level
 ) -> None:
     engine = create_engine()
-    engine.platform.run_ahead = 1
+    set_run_ahead(engine, 1)
     requests = add_all(engine)
     got = steps(engine, 9)
     captured = graphs(engine)
-    parameters = list(engine.runner.model.parameters())
+    parameters = list(engine.executor.runner.model.parameters())
 
     engine.sleep(level)
     assert engine.is_sleeping
@@ -186,7 +185,7 @@ def test_sleep_gives_memory_up_and_wake_up_goes_on_with_the_same_graphs(
 
 def test_nothing_is_delivered_of_a_request_after_its_abort(create_engine) -> None:
     engine = create_engine(enable_sleep_mode=True)
-    engine.platform.run_ahead = 1
+    set_run_ahead(engine, 1)
     request = engine.add_request("a", [1, 2, 3], GREEDY)
     steps(engine, 5)
     engine.sleep()
@@ -202,7 +201,7 @@ def test_a_light_sleep_can_become_a_deep_one_and_a_deep_one_not_a_light_one(
     create_engine, tiny_model, expected
 ) -> None:
     engine = create_engine()
-    parameters = list(engine.runner.model.parameters())
+    parameters = list(engine.executor.runner.model.parameters())
     for level, dropped in ((1, False), (2, True), (1, True)):
         engine.sleep(level)
         assert (storage_bytes(parameters) == 0) == dropped
@@ -233,32 +232,34 @@ def test_a_gpus_memory_is_free_during_sleep_and_its_graphs_are_valid_after_it(le
         progress=False,
     ) as llm:
         engine = llm.engine
-        weights = {name: t.detach().cpu() for name, t in engine.runner.model.checkpoint_tensors().items()}
-        weight_bytes = sum(parameter.nbytes for parameter in engine.runner.model.parameters())
+        weights = {name: t.detach().cpu() for name, t in engine.executor.runner.model.checkpoint_tensors().items()}
+        weight_bytes = sum(parameter.nbytes for parameter in engine.executor.runner.model.parameters())
         cache_bytes = sum(cache.nbytes for cache in caches(engine))
         prompts = [list(range(n, 3 * n)) for n in (5, 90, 200)]
         expected = [output.outputs[0].token_ids for output in llm.generate(prompts, GREEDY, use_tqdm=False)]
         requests = [engine.add_request(f"r{n}", prompt, GREEDY) for n, prompt in enumerate(prompts)]
         steps(engine, 12)
-        captured, free = graphs(engine), engine.platform.free_memory_bytes()
-        addresses = [tensor.data_ptr() for tensor in (*engine.runner.model.parameters(), *caches(engine))]
+        captured, free = graphs(engine), engine.executor.runner.platform.free_memory_bytes()
+        addresses = [tensor.data_ptr() for tensor in (*engine.executor.runner.model.parameters(), *caches(engine))]
 
         engine.sleep(level)
-        assert engine.platform.free_memory_bytes() - free >= 0.99 * (weight_bytes + cache_bytes)
+        assert engine.executor.runner.platform.free_memory_bytes() - free >= 0.99 * (weight_bytes + cache_bytes)
         engine.wake_up()
         if level == 2:
             engine.update_weights(weights.items())
         drain(engine)
         assert [tuple(request.output_token_ids) for request in requests] == expected
         assert graphs(engine) == captured
-        assert [tensor.data_ptr() for tensor in (*engine.runner.model.parameters(), *caches(engine))] == addresses
+        assert [
+            tensor.data_ptr() for tensor in (*engine.executor.runner.model.parameters(), *caches(engine))
+        ] == addresses
 
 
 def test_sleep_refuses_what_it_cannot_do(create_engine, tiny_model) -> None:
     engine = create_engine()
     with pytest.raises(ConfigError, match="sleep level 3 is unknown; use 1"):
         engine.sleep(3)
-    engine._weights = TorchMemory(engine.platform.device, releasable=False)  # as on CUDA without the setting
+    engine.executor.specs = replace(engine.executor.specs, can_sleep=False)  # as on CUDA without the setting
     with pytest.raises(ConfigError, match="start the engine with enable_sleep_mode=True"):
         engine.sleep()
     assert not engine.is_sleeping
@@ -318,7 +319,7 @@ def test_weights_of_another_model_are_refused_before_any_is_written(create_engin
         engine.update_weights([*zeros.items(), (name, zeros[name])])
     with pytest.raises(ModelError, match="is of another model than the one that runs"):
         engine.update_weights(save_tiny_model(tmp_path, num_layers=3))
-    targets = engine.runner.model.checkpoint_tensors()
+    targets = engine.executor.runner.model.checkpoint_tensors()
     assert all(torch.equal(targets[other].cpu(), tensor) for other, tensor in tensors.items())
     assert engine.idle_reason is None
 
@@ -356,9 +357,9 @@ def test_shutdown_frees_everything_and_leaves_room_for_another_engine(create_eng
     engine = create_engine()
     requests = add_all(engine)
     steps(engine, 5)
-    tensors = [*engine.runner.model.parameters(), *caches(engine)]
-    runner, pool = weakref.ref(engine.runner), weakref.ref(engine.runner.pool)
-    graph = weakref.ref(engine.runner.pool.graph(engine.runner.pool.records()[0].shape))
+    tensors = [*engine.executor.runner.model.parameters(), *caches(engine)]
+    runner, pool = weakref.ref(engine.executor.runner), weakref.ref(engine.executor.runner.pool)
+    graph = weakref.ref(engine.executor.runner.pool.graph(engine.executor.runner.pool.records()[0].shape))
     for _ in range(2):
         engine.shutdown()
     assert (runner(), pool(), graph()) == (None, None, None)
@@ -378,13 +379,13 @@ def test_shutdown_frees_everything_and_leaves_room_for_another_engine(create_eng
 def test_an_engine_that_failed_can_be_shut_down(create_engine, monkeypatch) -> None:
     engine = create_engine()
     engine.add_request("a", [1], GREEDY)
-    monkeypatch.setattr(engine.runner, "launch", lambda plan: 1 / 0)
+    monkeypatch.setattr(engine.executor.runner, "launch", lambda plan: 1 / 0)
     with pytest.raises(EngineDeadError):
         engine.step()
-    runner = weakref.ref(engine.runner)
+    runner = weakref.ref(engine.executor.runner)
     monkeypatch.undo()
     engine.shutdown()
-    engine._failure = None  # it holds the frames that failed
+    engine._life.failure = None  # it holds the frames that failed
     gc.collect()
     assert runner() is None
 
@@ -404,7 +405,7 @@ def test_leaving_the_block_of_an_llm_shuts_it_down(tiny_model) -> None:
 @pytest.mark.parametrize("first", [True, False], ids=["admitted first", "admitted among others"])
 def test_a_request_that_cannot_be_admitted_fails_alone(create_engine, run_ahead, first) -> None:
     engine, alone = create_engine(max_num_batched_tokens=96, capture_sizes=(8, 96)), create_engine()
-    engine.platform.run_ahead = run_ahead
+    set_run_ahead(engine, run_ahead)
     running = [engine.add_request(f"before{i}", [i, 3], GREEDY) for i in range(2)]
     steps(engine, 4)
     stem = list(range(32))  # whoever comes after the poisoned request counts on the blocks it was to fill
@@ -420,7 +421,7 @@ def test_a_request_that_cannot_be_admitted_fails_alone(create_engine, run_ahead,
         drain(alone)
         assert request.output_token_ids == copy.output_token_ids, request.id
         assert request.finish_reason is FinishReason.LENGTH
-    assert engine.scheduler.num_free_blocks == engine.runner.num_kv_blocks - 1
+    assert engine.scheduler.num_free_blocks == engine.executor.runner.num_kv_blocks - 1
 
 
 def test_a_request_whose_masks_break_fails_alone(create_engine, expected, monkeypatch) -> None:
@@ -451,8 +452,8 @@ def test_a_device_that_fails_while_a_request_is_admitted_stops_the_engine(create
         raise RuntimeError("the device fell over")
 
     with monkeypatch.context() as patch:
-        patch.setattr(engine.runner.state, "admit", fail)
-        patch.setattr(type(engine.platform), "synchronize", fail)
+        patch.setattr(engine.executor.runner.state, "admit", fail)
+        patch.setattr(type(engine.executor.runner.platform), "synchronize", fail)
         with pytest.raises(EngineDeadError, match="the device fell over"):
             engine.step()
 
@@ -470,7 +471,7 @@ def ctrl_c_interrupts() -> Iterator[None]:
 
 def interrupting(llm: LLM, monkeypatch, at_step: int, presses: int = 1) -> list[str]:
     """Have Ctrl-C pressed in the middle of a step; returns what happened there."""
-    launch, log = llm.engine.runner.launch, []
+    launch, log = llm.engine.executor.runner.launch, []
 
     def press(plan):
         ticket = launch(plan)
@@ -481,7 +482,7 @@ def interrupting(llm: LLM, monkeypatch, at_step: int, presses: int = 1) -> list[
                 log.append("held")
         return ticket
 
-    monkeypatch.setattr(llm.engine.runner, "launch", press)
+    monkeypatch.setattr(llm.engine.executor.runner, "launch", press)
     return log
 
 

@@ -42,7 +42,7 @@ class FailingBackend:
 
 def break_captures(engine: Engine, how: str, fails=lambda shape: True) -> None:
     """From now on, captures fail; there are no graphs of before."""
-    pool = engine.runner.pool
+    pool = engine.executor.runner.pool
     pool._backend = FailingBackend(pool._backend, fails, how)
     pool._entries.clear()
     pool._last = None
@@ -98,7 +98,7 @@ def test_a_capture_that_fails_while_serving_changes_no_answer_and_is_counted(
     engine = create_engine(capture="lazy", **settings(num_drafts))
     found = answers(engine, variant, before=lambda engine: break_captures(engine, how))
     assert found == expected(variant, num_drafts)
-    statistics = engine.runner.pool.statistics
+    statistics = engine.executor.statistics
     assert statistics.failed_captures > 0
     assert {reason for _, reason in statistics.steps} == {None, EagerReason.CAPTURE_FAILED}
 
@@ -107,13 +107,13 @@ def test_a_graph_of_more_than_what_could_not_be_captured_serves_the_step(create_
     engine = create_engine(capture="lazy")
     engine.add_request("first", [1, 2, 3], ASKING[Variant.PROMPT_LOGPROBS])
     drain(engine)
-    pool = engine.runner.pool
+    pool = engine.executor.runner.pool
     break_captures(engine, "no memory in the warm-up", fails=lambda shape: shape.variant < Variant.PROMPT_LOGPROBS)
-    for shape in engine.runner.policy.shapes(Variant.PROMPT_LOGPROBS):
+    for shape in engine.executor.runner.policy.shapes(Variant.PROMPT_LOGPROBS):
         pool.graph(shape)
     answers(engine, Variant.EXTENDED)
-    assert engine.runner.pool.statistics.num_eager_steps == 0
-    assert engine.runner.pool.statistics.failed_captures > 0
+    assert engine.executor.statistics.num_eager_steps == 0
+    assert engine.executor.statistics.failed_captures > 0
 
 
 class LateFailure:
@@ -130,7 +130,7 @@ class LateFailure:
 def run_out_of_memory(engine: Engine, *, late: bool) -> None:
     """From now on, steps that are not plain find no memory: for their buffers, or at their very end, when the device's state of
     the step has been written."""
-    runner, create_program = engine.runner, engine.runner.create_program
+    runner, create_program = engine.executor.runner, engine.executor.runner.create_program
 
     def failing(shape):
         if shape.variant is Variant.PLAIN:
@@ -153,12 +153,12 @@ def test_a_request_for_whose_step_there_is_no_memory_ends_alone(
 ) -> None:
     alone, *_ = expected(Variant.PLAIN, num_drafts)
     engine = create_engine(capture="lazy", **settings(num_drafts))
-    create_program = engine.runner.create_program
+    create_program = engine.executor.runner.create_program
     neighbour, *_, finish_reason = answers(engine, variant, before=lambda engine: run_out_of_memory(engine, late=late))
     assert neighbour == alone
     assert finish_reason is FinishReason.ERROR
-    engine.runner.pool._create_program = create_program  # there is memory again
-    engine.runner.pool._eager.clear()
+    engine.executor.runner.pool._create_program = create_program  # there is memory again
+    engine.executor.runner.pool._eager.clear()
     request = engine.add_request("later", [3, 4, 5], ASKING[variant])
     drain(engine)
     assert (request.finish_reason, len(request.output_token_ids)) == (FinishReason.LENGTH, 8)
@@ -180,7 +180,7 @@ def test_memory_that_does_not_suffice_for_a_plain_step_is_the_engines_end(create
     def run_out() -> None:
         raise torch.OutOfMemoryError("out of memory")
 
-    engine.runner.pool._create_program = lambda shape: run_out
+    engine.executor.runner.pool._create_program = lambda shape: run_out
     engine.add_request("r", [1, 2, 3], NEIGHBOUR)
     with pytest.raises(Exception, match="out of memory"):
         engine.step()
@@ -190,10 +190,10 @@ def test_buffers_of_extended_steps_are_made_with_the_first_of_them_and_are_bound
     engine = create_engine(capture="lazy", max_num_seqs=200, max_num_batched_tokens=256, capture_sizes=(256,))
     engine.add_request("plain", [1, 2, 3], ASKING[Variant.PLAIN])
     drain(engine)
-    assert "_extended_buffers" not in vars(engine.runner)
+    assert "_extended_buffers" not in vars(engine.executor.runner)
     engine.add_request("extended", [1, 2, 3], ASKING[Variant.EXTENDED])
     drain(engine)
-    buffers = engine.runner._extended_buffers
+    buffers = engine.executor.runner._extended_buffers
     assert buffers.processed.shape[0] == buffers.counts.shape[0] == 128 < buffers.logits.shape[0]
 
 
@@ -201,7 +201,7 @@ def test_steps_of_more_samples_than_the_buffers_hold_answer_as_each_request_alon
     # 5 requests in chunks of 2: the last chunk is short.
     def create() -> Engine:
         engine = create_engine(capture="lazy", max_num_seqs=5, max_num_batched_tokens=64, capture_sizes=(8, 64))
-        engine.runner._extended_rows = 2
+        engine.executor.runner._extended_rows = 2
         return engine
 
     def params(i: int) -> SamplingParams:

@@ -34,21 +34,21 @@ def answers(engine, adapter=None):
 def test_graphs_give_the_tokens_of_eager_launches(create_fp8, create_engine, expected) -> None:
     engine = create_fp8()
     assert answers(engine) == expected
-    assert engine.runner.pool.statistics.num_eager_steps == 0
-    assert not any(report.mismatches for report in verify_pool(engine.runner, rounds=10, seed=0))
+    assert engine.executor.statistics.num_eager_steps == 0
+    assert not any(report.mismatches for report in verify_pool(engine.executor.runner, rounds=10, seed=0))
     assert answers(create_engine()) != expected, "rounding changes nothing"
 
 
 def test_weights_take_a_quarter_of_the_memory_of_32_bits(create_fp8, create_engine) -> None:
     small, large = (
-        sum(parameter.nbytes for parameter in create().runner.model.layers.parameters())
+        sum(parameter.nbytes for parameter in create().executor.runner.model.layers.parameters())
         for create in (create_fp8, create_engine)
     )
     assert small < 0.4 * large  # norms and scales are a good part of layers so small
 
 
 def test_the_least_bytes_of_a_step_are_those_of_the_codes(create_fp8, create_engine) -> None:
-    small, large = create_fp8().runner.model, create_engine().runner.model
+    small, large = create_fp8().executor.runner.model, create_engine().executor.runner.model
     saved = sum(p.nbytes for p in large.parameters()) - sum(p.nbytes for p in small.parameters())
     assert saved > 0
     assert step_cost(small, [(1, 40)]).bytes == step_cost(large, [(1, 40)]).bytes - saved
@@ -56,7 +56,7 @@ def test_the_least_bytes_of_a_step_are_those_of_the_codes(create_fp8, create_eng
 
 def test_deterministic_mode_gives_rows_the_bits_that_they_get_alone(create_fp8) -> None:
     engine = create_fp8(deterministic=True, capture_sizes=(5, 48), capture_rows=(5, 8))
-    for report in verify_pool(engine.runner, rounds=3, seed=3, alone_rows=4):
+    for report in verify_pool(engine.executor.runner, rounds=3, seed=3, alone_rows=4):
         assert report.mismatches == []
         assert report.worst_graph_difference == 0
         assert report.worst_alone_difference == 0

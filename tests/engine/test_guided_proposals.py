@@ -9,7 +9,6 @@ from json_schemas import random_schema
 from scripted import ScriptedDrafter
 from tiny import EOS, MAX_MODEL_LEN, VOCAB_SIZE, drain
 
-from stepgraph.engine import engine as engine_module
 from stepgraph.engine.engine import Engine
 from stepgraph.engine.request import FinishReason, Request
 from stepgraph.engine.sampling_params import SamplingParams, StructuredOutputs
@@ -50,13 +49,12 @@ def plain(create_engine) -> list[Request]:
 
 
 @pytest.fixture
-def create_scripted(create_engine, plain, device, monkeypatch):
+def create_scripted(create_engine, plain, device):
     def create(**settings) -> Engine:
         known = [([number + 1, 2, 3], request.output_token_ids) for number, request in enumerate(plain)]
         drafter = ScriptedDrafter(known, max_model_len=MAX_MODEL_LEN, vocab_size=VOCAB_SIZE, device=device)
-        monkeypatch.setattr(engine_module, "create_drafter", lambda *_, **__: drafter)
         config = {"method": "ngram", "num_speculative_tokens": 5, "adaptive": False}
-        return create_engine(num_kv_blocks=600, speculative_config=config, **settings)
+        return create_engine(drafter=drafter, num_kv_blocks=600, speculative_config=config, **settings)
 
     return create
 
@@ -88,7 +86,7 @@ def test_masks_that_ignore_proposals_are_noticed(create_scripted, plain, monkeyp
     assert [outcome(request) for request in requests] != [outcome(request) for request in plain]
 
 
-def test_an_answer_is_complete_also_where_nothing_can_be_sampled_behind_it(create_engine, device, monkeypatch) -> None:
+def test_an_answer_is_complete_also_where_nothing_can_be_sampled_behind_it(create_engine, device) -> None:
     """A proposed end token stands, and after it only another would be allowed, which is ruled out."""
     params = SamplingParams(
         temperature=0,
@@ -109,6 +107,5 @@ def test_an_answer_is_complete_also_where_nothing_can_be_sampled_behind_it(creat
     # The drafter takes what lies behind these for zeros, which are end tokens.
     known = [(prompt, tokens) for prompt, (tokens, *_) in zip(prompts, plain, strict=True)]
     drafter = ScriptedDrafter(known, max_model_len=MAX_MODEL_LEN, vocab_size=VOCAB_SIZE, device=device)
-    monkeypatch.setattr(engine_module, "create_drafter", lambda *_, **__: drafter)
     config = {"method": "ngram", "num_speculative_tokens": 5, "adaptive": False}
-    assert answers(create_engine(graph_backend="eager", speculative_config=config)) == plain
+    assert answers(create_engine(drafter=drafter, graph_backend="eager", speculative_config=config)) == plain

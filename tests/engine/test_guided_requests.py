@@ -8,12 +8,13 @@ from dataclasses import replace
 import jsonschema
 import pytest
 from json_schemas import REGEXES, random_schema
-from tiny import EOS, drain
+from tiny import EOS, drain, set_run_ahead
 
 from stepgraph import LLM
 from stepgraph.engine.request import FinishReason
 from stepgraph.engine.sampling_params import SamplingParams, StructuredOutputs
 from stepgraph.errors import RequestError
+from stepgraph.models.source import ModelSource
 
 pytest.importorskip("xgrammar", reason="guided answers need xgrammar")
 
@@ -63,7 +64,7 @@ def test_answers_to_random_schemas_are_valid_with_temperature_n_and_free_request
     assert finished > 160
     alone = llm.generate([[1 + len(schemas) % 200, 2, 3]], free, use_tqdm=False)[0]
     assert outputs[len(schemas)].outputs[0].token_ids == alone.outputs[0].token_ids
-    assert llm.engine.runner.pool.statistics.num_eager_steps == 0
+    assert llm.engine.executor.statistics.num_eager_steps == 0
 
 
 def test_answers_match_their_regexes(llm) -> None:
@@ -98,7 +99,7 @@ def test_a_guided_answer_is_the_same_alone_batched_and_after_preemptions(create_
 @pytest.mark.parametrize("run_ahead", [0, 1, 2])
 def test_guided_rows_wait_for_their_mask_while_free_rows_run_ahead(create_engine, run_ahead) -> None:
     engine = create_engine()
-    engine.platform.run_ahead = run_ahead
+    set_run_ahead(engine, run_ahead)
     request = engine.add_request("guided", [3], guided(1, choice=["north", "south", "northwest"]))
     free = engine.add_request("free", [4], SamplingParams(temperature=0, max_tokens=30, ignore_eos=True))
     drain(engine)
@@ -145,9 +146,9 @@ def test_allowed_tokens_and_a_grammar_hold_both(create_engine) -> None:
     assert request.output_token_ids == [letters["k"]] * 3 + [EOS]
 
 
-def test_a_model_without_a_tokenizer_cannot_be_guided(create_engine) -> None:
+def test_a_model_without_a_tokenizer_cannot_be_guided(create_engine, monkeypatch) -> None:
+    monkeypatch.setattr(ModelSource, "tokenizer_if_any", lambda source: None)
     engine = create_engine()
-    engine.__dict__["tokenizer"] = None
     request = engine.add_request("r", [1], guided(0, choice=["a"]))
     drain(engine)
     assert request.finish_reason is FinishReason.ERROR

@@ -9,6 +9,7 @@ from tiny import EOS, TINY_SETTINGS, drain
 from transformers import AutoTokenizer
 
 from stepgraph import EngineConfig, SamplingParams, StructuredOutputs
+from stepgraph.engine.build import build_engine
 from stepgraph.engine.engine import Engine
 from stepgraph.engine.model_defaults import sampling_defaults_of, sampling_overrides
 from stepgraph.engine.request import FinishReason
@@ -45,7 +46,7 @@ def write(folder, name, **fields) -> None:
 
 @pytest.fixture(scope="module")
 def engine(folder, device) -> Engine:
-    return Engine(EngineConfig.from_settings(**{"model": str(folder), "device": device} | TINY_SETTINGS))
+    return build_engine(EngineConfig.from_settings(**{"model": str(folder), "device": device} | TINY_SETTINGS))
 
 
 def answer(engine, **params):
@@ -133,7 +134,7 @@ def test_an_end_token_that_is_no_token_id_is_refused_with_the_file(copy, file, v
 
 def test_a_model_without_end_token_says_so_at_start_and_one_with_too_many_is_refused(copy, caplog) -> None:
     def start() -> None:
-        Engine(EngineConfig.from_settings(**{"model": str(copy), "device": "cpu"} | TINY_SETTINGS)).shutdown()
+        build_engine(EngineConfig.from_settings(**{"model": str(copy), "device": "cpu"} | TINY_SETTINGS)).shutdown()
 
     write(copy, "tokenizer_config.json", eos_token=None)
     (copy / "config.json").write_text(

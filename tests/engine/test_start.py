@@ -5,10 +5,10 @@ import threading
 import pytest
 
 from stepgraph import SamplingParams
-from stepgraph.engine import engine as engine_module
 from stepgraph.engine.engine import Engine
-from stepgraph.engine.in_background import in_background
 from stepgraph.errors import ModelError
+from stepgraph.executor import build
+from stepgraph.executor.in_background import in_background
 from stepgraph.graph.pool import GraphPool
 from stepgraph.platforms import create_platform
 
@@ -27,7 +27,7 @@ def answer(engine: Engine) -> list[int]:
 def test_graphs_captured_before_the_weights_came_answer_as_others(create_engine, monkeypatch) -> None:
     expected = answer(create_engine())
     captured = threading.Event()
-    capture_all, fill = GraphPool.capture_all, engine_module.fill
+    capture_all, fill = GraphPool.capture_all, build.fill
 
     def capture_all_first(pool: GraphPool, *, progress: bool) -> None:
         capture_all(pool, progress=progress)
@@ -40,11 +40,11 @@ def test_graphs_captured_before_the_weights_came_answer_as_others(create_engine,
 
     monkeypatch.setattr(type(create_platform("auto")), "captures_addresses", True)
     monkeypatch.setattr(GraphPool, "capture_all", capture_all_first)
-    monkeypatch.setattr(engine_module, "fill", fill_late)
+    monkeypatch.setattr(build, "fill", fill_late)
     engine = create_engine(capture="all")
     assert captured.is_set()
     assert answer(engine) == expected
-    assert engine.runner.pool.statistics.num_eager_steps == 0
+    assert engine.executor.statistics.num_eager_steps == 0
 
 
 def test_weights_that_do_not_fit_are_refused_while_graphs_are_captured(create_engine, monkeypatch) -> None:
@@ -53,7 +53,7 @@ def test_weights_that_do_not_fit_are_refused_while_graphs_are_captured(create_en
         raise ModelError("a file is damaged")
 
     monkeypatch.setattr(type(create_platform("auto")), "captures_addresses", True)
-    monkeypatch.setattr(engine_module, "fill", damaged)
+    monkeypatch.setattr(build, "fill", damaged)
     with pytest.raises(ModelError, match="damaged"):
         create_engine()
 

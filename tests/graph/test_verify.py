@@ -15,7 +15,7 @@ from triton_operators import make_rows_of_products_independent, triton_operators
 from stepgraph import ops
 from stepgraph.abi import slot_line
 from stepgraph.config import EngineConfig
-from stepgraph.engine.engine import Engine
+from stepgraph.engine.build import build_engine
 from stepgraph.engine.sampling_params import SamplingParams
 from stepgraph.graph import trial
 from stepgraph.graph.compositions import Composition, Row, random_compositions
@@ -30,7 +30,7 @@ MIXED = Composition((Row(20, 1, 21), Row(0, 17, 17), Row(33, 9, 50), Row(7, 1, 8
 
 @pytest.fixture
 def runner(create_engine):
-    return create_engine(capture="lazy").runner
+    return create_engine(capture="lazy").executor.runner
 
 
 def check(runner, *compositions: Composition) -> list[str]:
@@ -93,7 +93,7 @@ def test_where_a_shape_verifies_proposals_most_rows_do_in_uneven_numbers() -> No
 
 
 def test_right_graphs_pass_at_every_shape(create_engine) -> None:
-    reports = verify_pool(create_engine().runner, rounds=12, seed=0)
+    reports = verify_pool(create_engine().executor.runner, rounds=12, seed=0)
     assert [str(report.shape) for report in reports] == ["48x8", "8x8"]
     for report in reports:
         assert report.mismatches == []
@@ -105,11 +105,11 @@ def test_right_graphs_pass_at_every_shape(create_engine) -> None:
 def test_sequences_longer_than_the_model_or_the_cache_allows_are_never_tried(create_engine) -> None:
     for limits in ({"max_model_len": 20}, {"num_kv_blocks": 5}):
         engine = create_engine(max_num_batched_tokens=96, capture_sizes=(96,), **limits)
-        assert [report.mismatches for report in verify_pool(engine.runner, rounds=20, seed=0)] == [[]]
+        assert [report.mismatches for report in verify_pool(engine.executor.runner, rounds=20, seed=0)] == [[]]
 
 
 def test_shapes_that_the_pool_has_no_room_for_are_left_out(create_engine, monkeypatch) -> None:
-    runner = create_engine().runner
+    runner = create_engine().executor.runner
     graph_of = runner.pool.graph
     monkeypatch.setattr(runner.pool, "graph", lambda shape: None if shape.num_tokens == 8 else graph_of(shape))
     assert [str(report.shape) for report in verify_pool(runner, rounds=2, seed=0)] == ["48x8"]
@@ -125,12 +125,12 @@ def test_the_check_leaves_an_engine_that_answers_as_before(create_engine) -> Non
         return request.output_token_ids
 
     before = answer()
-    verify_pool(engine.runner, rounds=3, seed=0)
+    verify_pool(engine.executor.runner, rounds=3, seed=0)
     assert answer() == before
 
 
 def test_extended_graphs_agree_on_rows_with_any_sampling_features(create_engine) -> None:
-    reports = verify_pool(create_engine().runner, rounds=6, seed=0, variants=tuple(Variant))
+    reports = verify_pool(create_engine().executor.runner, rounds=6, seed=0, variants=tuple(Variant))
     assert [(str(report.shape), report.mismatches) for report in reports] == [
         (f"{size}x8{variant}", []) for variant in ("", " extended", " prompt_logprobs") for size in (48, 8)
     ]
@@ -142,9 +142,9 @@ def test_mutant_log_probabilities_of_another_row_are_caught(create_engine, monke
     report = ops.logprobs
     with monkeypatch.context() as patch:
         patch.setattr(ops, "logprobs", lambda logits, target, *rest: report(logits, target.flip(0), *rest))
-        for shape in engine.runner.policy.shapes(Variant.EXTENDED):
-            engine.runner.pool.graph(shape)
-    reports = verify_pool(engine.runner, rounds=6, seed=0, variants=(Variant.EXTENDED,))
+        for shape in engine.executor.runner.policy.shapes(Variant.EXTENDED):
+            engine.executor.runner.pool.graph(shape)
+    reports = verify_pool(engine.executor.runner, rounds=6, seed=0, variants=(Variant.EXTENDED,))
     assert all(any("differ in logprobs" in mismatch for mismatch in report.mismatches) for report in reports)
 
 
@@ -250,7 +250,7 @@ def check_tiles(create_engine, monkeypatch):
     settings = {"max_num_seqs": 2, "max_num_batched_tokens": 16, "capture_sizes": (16,), "capture_rows": (2,)}
 
     def check(*compositions: Composition) -> list[str]:
-        runner = create_engine(capture="lazy", num_kv_blocks=40, **settings).runner
+        runner = create_engine(capture="lazy", num_kv_blocks=40, **settings).executor.runner
         with triton_operators("attention_plan", "paged_attention"):
             return verify_shape(runner, TILES, compositions, alone_rows=2).mismatches
 
@@ -316,7 +316,7 @@ ROUND = replace(SHAPE, num_drafts=3)
 
 @pytest.fixture
 def drafting(create_engine):
-    return create_engine(capture="lazy", **SPECULATIVE).runner
+    return create_engine(capture="lazy", **SPECULATIVE).executor.runner
 
 
 def check_round(runner, *compositions: Composition) -> list[str]:
@@ -330,7 +330,7 @@ def test_right_graphs_pass_with_proposals_of_every_method(create_engine, method)
         speculative_config={"method": method, "num_speculative_tokens": 3},
     )
     levels = (0, 3)
-    reports = verify_pool(engine.runner, rounds=10, seed=0, draft_levels=levels, variants=(Variant.EXTENDED,))
+    reports = verify_pool(engine.executor.runner, rounds=10, seed=0, draft_levels=levels, variants=(Variant.EXTENDED,))
     assert [(str(report.shape), report.mismatches) for report in reports] == [
         (f"{size}x8{drafts} extended", []) for drafts in ("", "+3") for size in (48, 11)
     ]
@@ -417,7 +417,7 @@ def test_mutant_drafts_that_start_from_a_proposal_that_fell_are_caught_in_the_gr
 def test_the_command_checks_every_number_of_proposals_the_engine_chooses_from(tiny_model, device, capsys) -> None:
     settings = TINY_SETTINGS | {"capture": "lazy"} | SPECULATIVE
     config = EngineConfig.from_settings(model=tiny_model, device=device, **settings)
-    levels = Engine(config).draft_levels
+    levels = build_engine(config).draft_levels
     assert levels[-1] == 3
     assert len(levels) > 1
     assert main_verify(config, rounds=2, seed=0, progress=False) == 0

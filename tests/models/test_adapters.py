@@ -10,6 +10,7 @@ from stepping import Stepper
 
 from stepgraph.abi import slot_line
 from stepgraph.config.lora import LoRAConfig
+from stepgraph.engine.adapters import AdapterTable
 from stepgraph.errors import RequestError
 from stepgraph.layers.lora import token_adapters
 from stepgraph.models import load_model, resolve
@@ -64,6 +65,10 @@ def merged_logits(hf_model, modules, scale):
     return logits
 
 
+def table(store, max_loras=2):
+    return AdapterTable(store.read, store.write, max_loras)
+
+
 class AdaptedStepper(Stepper):
     """A Stepper whose sequence uses an adapter."""
 
@@ -104,7 +109,7 @@ def adapter(llama, tmp_path):
 def test_logits_match_transformers_with_the_adapter_merged(name, tmp_path):
     hf_model, model, store = make(name, tmp_path / "model")
     modules = matrices(hf_model, rank=5)
-    number = store.load(save_adapter(tmp_path / "adapter", modules), ()).number
+    number = table(store).load(save_adapter(tmp_path / "adapter", modules), ()).number
     found = AdaptedStepper(model, store, number).step(TOKENS)
     torch.testing.assert_close(found, merged_logits(hf_model, modules, ALPHA / 5), atol=3e-4, rtol=1e-4)
     without = AdaptedStepper(model, store, 0).step(TOKENS)
@@ -118,7 +123,7 @@ def test_logits_match_transformers_with_the_adapter_merged(name, tmp_path):
 def test_an_adapter_may_leave_out_modules_and_scale_by_the_root_of_its_rank(llama, adapter, ends_with, config, scale):
     hf_model, model, _ = llama
     store = AdapterStore(model, LoRAConfig(), max_tokens=128)
-    number = store.load(adapter(ends_with=ends_with, **config), ()).number
+    number = table(store).load(adapter(ends_with=ends_with, **config), ()).number
     found = AdaptedStepper(model, store, number).step(TOKENS)
     expected = merged_logits(hf_model, matrices(hf_model, 4, 0, ends_with), scale)
     torch.testing.assert_close(found, expected, atol=3e-4, rtol=1e-4)
@@ -127,19 +132,20 @@ def test_an_adapter_may_leave_out_modules_and_scale_by_the_root_of_its_rank(llam
 def test_an_adapter_in_use_stays_and_a_reused_place_holds_nothing_of_the_one_before(llama, adapter):
     hf_model, model, _ = llama
     store = AdapterStore(model, LoRAConfig(max_loras=2), max_tokens=128)
+    adapters = table(store)
     everything, keys = adapter("all", rank=16), adapter("k", ends_with="k_proj")
     values = adapter("v", ends_with="v_proj")
-    first, second = store.load(everything, ()), store.load(keys, ())
+    first, second = adapters.load(everything, ()), adapters.load(keys, ())
     assert {first.number, second.number} == {1, 2}
     with pytest.raises(RequestError, match=r"unfinished requests use 2 LoRA adapters.*larger max_loras"):
-        store.load(values, {first, second})
-    assert store.load(everything, {second}) == first, "the refused one has cost nobody's place"
-    third = store.load(values, {second})
+        adapters.load(values, {first, second})
+    assert adapters.load(everything, {second}) == first, "the refused one has cost nobody's place"
+    third = adapters.load(values, {second})
     assert third.number == first.number, "the other one is in use"
     found = AdaptedStepper(model, store, third.number).step(TOKENS)
     expected = merged_logits(hf_model, matrices(hf_model, 4, 0, "v_proj"), ALPHA / 4)
     torch.testing.assert_close(found, expected, atol=3e-4, rtol=1e-4)
-    again = store.load(everything, ())
+    again = adapters.load(everything, ())
     assert again.number == second.number, "values were asked for after keys"
     assert again.key != first.key, "it was read again"
 
@@ -147,15 +153,16 @@ def test_an_adapter_in_use_stays_and_a_reused_place_holds_nothing_of_the_one_bef
 def test_a_forgotten_adapter_stays_with_those_who_use_it_and_its_place_is_the_next_to_be_taken(llama, adapter):
     _, model, _ = llama
     store = AdapterStore(model, LoRAConfig(max_loras=2), max_tokens=128)
+    adapters = table(store)
     everything, keys, values = adapter("all"), adapter("k", ends_with="k_proj"), adapter("v", ends_with="v_proj")
-    first, second = store.load(everything, ()), store.load(keys, ())
-    store.forget(keys)
-    assert (store.holds(everything), store.holds(keys)) == (True, False)
+    first, second = adapters.load(everything, ()), adapters.load(keys, ())
+    adapters.forget(keys)
+    assert (adapters.holds(everything), adapters.holds(keys)) == (True, False)
     with pytest.raises(RequestError, match="unfinished requests use 2"):
-        store.load(keys, {first, second})
-    third = store.load(values, ())
-    assert (third.number, store.holds(everything)) == (second.number, True), "though keys were asked for last"
-    store.forget(keys)  # nothing of it is there
+        adapters.load(keys, {first, second})
+    third = adapters.load(values, ())
+    assert (third.number, adapters.holds(everything)) == (second.number, True), "though keys were asked for last"
+    adapters.forget(keys)  # nothing of it is there
 
 
 def test_every_token_of_a_step_has_its_rows_adapter_and_padding_has_none():
@@ -190,7 +197,7 @@ def test_every_token_of_a_step_has_its_rows_adapter_and_padding_has_none():
 )
 def test_an_adapter_that_computes_something_else_is_refused(llama, adapter, config, message):
     with pytest.raises(RequestError) as error:
-        llama[2].load(adapter(**config), ())
+        llama[2].read(adapter(**config))
     assert message in str(error.value)
 
 
@@ -200,7 +207,7 @@ def test_folders_that_are_no_adapter_of_this_model_are_refused(llama, adapter, t
 
     def refused(folder, message):
         with pytest.raises(RequestError, match=message):
-            store.load(str(folder), ())
+            store.read(str(folder))
 
     refused(tmp_path / "nowhere", "holds no adapter_config.json")
     empty = tmp_path / "empty"

@@ -11,7 +11,7 @@ from transformers import LlamaConfig
 
 from stepgraph import native
 from stepgraph.config import EngineConfig
-from stepgraph.engine.engine import Engine
+from stepgraph.engine.build import build_engine
 from stepgraph.errors import DeviceMemoryError
 from stepgraph.models import load_model, resolve
 from stepgraph.models.loader import create_model
@@ -96,4 +96,4 @@ def test_an_engine_asks_its_machine_before_it_reads_weights(tmp_path, monkeypatc
     random_hf_model(HF_CONFIGS["llama"]()).save_pretrained(tmp_path)
     monkeypatch.setattr(CpuPlatform, "free_memory_bytes", lambda _: 1000)
     with pytest.raises(DeviceMemoryError, match=r"the weights of .* and 0\.0 MiB are free"):
-        Engine(EngineConfig.from_settings(model=str(tmp_path), device="cpu"))
+        build_engine(EngineConfig.from_settings(model=str(tmp_path), device="cpu"))

@@ -5,7 +5,7 @@ import torch
 from checkpoints import HF_CONFIGS, random_hf_model
 
 from stepgraph.config import EngineConfig
-from stepgraph.engine.engine import Engine
+from stepgraph.engine.build import build_engine
 from stepgraph.engine.sampling_params import SamplingParams
 
 MODELS = [
@@ -27,7 +27,7 @@ PROMPTS = [[(7 * i + 3) % 96 for i in range(70)], [(5 * i + 11) % 96 for i in ra
 def test_tokens_are_the_most_likely_ones_for_transformers_too(name, tmp_path) -> None:
     hf_model = random_hf_model(HF_CONFIGS[name]())
     hf_model.save_pretrained(tmp_path)
-    engine = Engine(
+    engine = build_engine(
         EngineConfig.from_settings(
             model=str(tmp_path),
             device="cpu",
@@ -45,8 +45,8 @@ def test_tokens_are_the_most_likely_ones_for_transformers_too(name, tmp_path) ->
     requests = [engine.add_request(str(i), prompt, params) for i, prompt in enumerate(PROMPTS)]
     while engine.has_work:
         engine.step()
-    assert {reason for _, reason in engine.runner.pool.statistics.steps} == {None}
-    assert {str(record.shape) for record in engine.runner.pool.records()} == {"2x2", "32x2"}
+    assert {reason for _, reason in engine.executor.statistics.steps} == {None}
+    assert {str(record.shape) for record in engine.executor.runner.pool.records()} == {"2x2", "32x2"}
     for prompt, request in zip(PROMPTS, requests, strict=True):
         tokens = request.output_token_ids
         assert len(tokens) == 12

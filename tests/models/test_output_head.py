@@ -12,7 +12,7 @@ from stepping import Stepper
 from transformers import AutoModelForCausalLM
 
 from stepgraph import EngineConfig, SamplingParams
-from stepgraph.engine.engine import Engine
+from stepgraph.engine.build import build_engine
 from stepgraph.errors import ModelError
 from stepgraph.models import load_model, resolve
 from stepgraph.models.update import plan_update, write
@@ -109,7 +109,7 @@ def test_both_implementations_give_an_engine_the_same_log_probabilities(tmp_path
     answers = []
     for model_impl in ("native", "transformers"):
         settings = {"device": "cpu", "dtype": "float32", "max_model_len": 64, "num_kv_blocks": 9, "max_num_seqs": 2}
-        engine = Engine(EngineConfig.from_settings(model=str(tmp_path), model_impl=model_impl, **settings))
+        engine = build_engine(EngineConfig.from_settings(model=str(tmp_path), model_impl=model_impl, **settings))
         params = SamplingParams(temperature=0, max_tokens=4, ignore_eos=True, logprobs=0)
         request = engine.add_request("a", TOKENS[:8], params)
         while engine.has_work:

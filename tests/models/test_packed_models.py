@@ -9,7 +9,7 @@ from stepping import Stepper
 from transformers import Qwen2Config
 
 from stepgraph import EngineConfig, SamplingParams, native
-from stepgraph.engine.engine import Engine
+from stepgraph.engine.build import build_engine
 from stepgraph.errors import ModelError
 from stepgraph.layers.formats import Packed
 from stepgraph.layers.formats.packed import round_to_q8_0
@@ -128,12 +128,12 @@ def rounding_above(tokens):
 )
 def test_settings_decide_how_weights_are_kept(folder, settings, expected, precision, monkeypatch, caplog):
     settings = {"model": str(folder / "a.gguf"), "device": "cpu", "max_model_len": 64, "max_num_seqs": 4} | settings
-    monkeypatch.setattr("stepgraph.engine.precision.rounds_to_bfloat16", lambda: True)
+    monkeypatch.setattr("stepgraph.executor.precision.rounds_to_bfloat16", lambda: True)
     with caplog.at_level(logging.INFO, logger="stepgraph"):
-        engine = Engine(EngineConfig.from_settings(**settings))
-    assert engine.precision == precision
+        engine = build_engine(EngineConfig.from_settings(**settings))
+    assert engine.executor.specs.precision == precision
     assert f"{engine.source.name} on cpu: {precision}" in caplog.messages
-    model = engine.runner.model
+    model = engine.executor.runner.model
     layer_format, head_format = model.layers[0].mlp.down_proj.format, model.head.format
     assert isinstance(head_format, Packed) == isinstance(layer_format, Packed) == expected[0]
     if expected[0]:
@@ -144,7 +144,7 @@ def test_settings_decide_how_weights_are_kept(folder, settings, expected, precis
     ]
     while engine.has_work:
         engine.step()
-    assert engine.runner.pool.statistics.num_eager_steps == 0
+    assert engine.executor.statistics.num_eager_steps == 0
     assert all(len(request.output_token_ids) == 5 for request in requests)
 
 
@@ -154,7 +154,7 @@ def test_proposals_are_verified_by_the_numbers_that_tokens_are_sampled_by_withou
 
     def answers(**settings):
         settings = {"model": str(folder / "a.gguf"), "device": "cpu", "max_model_len": 64, "max_num_seqs": 4} | settings
-        engine, steps = Engine(EngineConfig.from_settings(**settings)), []
+        engine, steps = build_engine(EngineConfig.from_settings(**settings)), []
         engine.on_step = steps.append
         requests = [engine.add_request(str(i), prompt, params) for i, prompt in enumerate(prompts)]
         while engine.has_work:

@@ -11,7 +11,7 @@ from tiny import TINY_SETTINGS, drain
 
 from stepgraph.abi import slot_line
 from stepgraph.config import EngineConfig
-from stepgraph.engine.engine import Engine
+from stepgraph.engine.build import build_engine
 from stepgraph.engine.sampling_params import SamplingParams
 from stepgraph.errors import ConfigError, ModelError
 from stepgraph.graph.verify import verify_pool
@@ -175,7 +175,7 @@ def test_an_engine_gives_the_native_models_tokens(tiny_model, device) -> None:
     answers = []
     for model_impl in ("native", "transformers"):
         settings = {"model": tiny_model, "device": device, "model_impl": model_impl} | TINY_SETTINGS
-        engine = Engine(EngineConfig.from_settings(**settings), source=resolve(tiny_model, model_impl=model_impl))
+        engine = build_engine(EngineConfig.from_settings(**settings), source=resolve(tiny_model, model_impl=model_impl))
         requests = [engine.add_request(str(n), list(range(1, n)), params) for n in (3, 90, 17)]
         drain(engine)
         answers.append([request.output_token_ids for request in requests])

@@ -14,7 +14,7 @@ from tiny import TINY_SETTINGS, drain
 from torch import nn
 
 from stepgraph.config import EngineConfig
-from stepgraph.engine.engine import Engine
+from stepgraph.engine.build import build_engine
 from stepgraph.engine.sampling_params import SamplingParams
 from stepgraph.errors import ConfigError
 from stepgraph.platforms import cuda_memory
@@ -270,7 +270,7 @@ def test_sleep_mode_without_the_drivers_bindings_says_what_to_install(monkeypatc
 def test_an_engine_in_such_memory_wakes_up_to_the_same_answers(driver, tiny_model, monkeypatch) -> None:
     monkeypatch.setattr(CpuPlatform, "memory", lambda self, sizes, *, sleepable: SleepableMemory(sizes, CPU))
     settings = {"model": tiny_model, "device": "cpu"} | TINY_SETTINGS
-    engine = Engine(EngineConfig.from_settings(**settings))
+    engine = build_engine(EngineConfig.from_settings(**settings))
     params = SamplingParams(temperature=0, max_tokens=20, ignore_eos=True)
     expected = engine.add_request("a", [1, 2, 3], params)
     drain(engine)

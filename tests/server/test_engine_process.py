@@ -7,8 +7,8 @@ import pytest
 import zmq
 from lora_folders import matrices, save_adapter
 
-from stepgraph.engine import engine as engine_module
 from stepgraph.errors import EngineDeadError, ModelError
+from stepgraph.executor import local
 from stepgraph.server.engine_control import EngineControl
 from stepgraph.server.engine_process import EngineProcess
 from stepgraph.server.messages import (
@@ -139,7 +139,7 @@ def test_bad_words_come_as_tokens_and_the_engine_reads_no_tokenizer(create_engin
     free = Front([add("free")], lambda message: [Stop()] if ended(message) else [])
     EngineProcess(engine, free).run()
     first = free.tokens("free")[0]
-    monkeypatch.setattr(type(engine), "tokenizer", property(lambda _: pytest.fail("the engine reads the tokenizer")))
+    monkeypatch.setattr(type(engine.source), "tokenizer", lambda _: pytest.fail("the engine reads the tokenizer"))
     words = {"settings": {"bad_words": ["whatever it is"]}, "bad_words": [[first]]}
     front = Front([add("clean", **words)], lambda message: [Stop()] if ended(message) else [])
     EngineProcess(engine, front).run()
@@ -170,14 +170,14 @@ def test_an_engine_that_cannot_wake_up_sleeps_on_and_can_be_woken_later(create_e
 
 def test_weights_that_turn_out_damaged_leave_the_old_ones(create_engine, tiny_model, monkeypatch):
     engine, damages = create_engine(), [ModelError("a file is damaged")]
-    write = engine_module.write
+    write = local.write
 
     def write_unless_damaged(update):
         if damages:
             raise damages.pop()
         write(update)
 
-    monkeypatch.setattr(engine_module, "write", write_unless_damaged)
+    monkeypatch.setattr(local, "write", write_unless_damaged)
     control = EngineControl(engine, lambda beat: None)
     with pytest.raises(ModelError, match="a file is damaged"):
         control.obey(UpdateWeights(1, tiny_model))

@@ -17,7 +17,7 @@ class Round(NamedTuple):
 def watch_rounds(engine: Engine) -> list[Round]:
     """The engine's rounds: a list that grows as it runs."""
     rounds: list[Round] = []
-    collect = engine.runner.collect
+    collect = engine.executor.collect
 
     def watching(ticket):
         results = collect(ticket)
@@ -28,5 +28,5 @@ def watch_rounds(engine: Engine) -> list[Round]:
                 rounds.append(Round(known, tuple(results.drafts[index, : row.num_drafts].tolist())))
         return results
 
-    engine.runner.collect = watching
+    engine.executor.collect = watching
     return rounds

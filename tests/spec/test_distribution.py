@@ -13,7 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from stepgraph import ops
 from stepgraph.config import EngineConfig
-from stepgraph.engine.engine import Engine
+from stepgraph.engine.build import build_engine
 from stepgraph.engine.sampling_params import SamplingParams
 
 VOCAB_SIZE = 5
@@ -64,7 +64,7 @@ def distribution(small_vocabulary) -> dict[tuple[int, ...], float]:
 
 def sample(folders: tuple[str, str], method: str) -> tuple[Counter[tuple[int, ...]], int]:
     """Answers with consecutive seeds, and how many proposals stood."""
-    engine = Engine(
+    engine = build_engine(
         EngineConfig.from_settings(
             model=folders[0],
             dtype="float32",

@@ -1,16 +1,14 @@
 """Speculation changes how fast answers come, and nothing about them."""
 
 import random
-from copy import copy
 from dataclasses import replace
 
 import pytest
 import torch
 from scripted import ScriptedDrafter, wrong_commit
-from tiny import EOS, MAX_MODEL_LEN, VOCAB_SIZE, drain
+from tiny import EOS, MAX_MODEL_LEN, VOCAB_SIZE, drain, set_run_ahead
 
 from stepgraph import ops
-from stepgraph.engine import engine as engine_module
 from stepgraph.engine.engine import Engine
 from stepgraph.engine.request import Request
 from stepgraph.engine.sampling_params import SamplingParams
@@ -71,12 +69,6 @@ def run(engine: Engine, cases=CASES, seed: int = 0) -> list[Request]:
     return requests
 
 
-def run_ahead(engine: Engine) -> None:
-    """Have the engine read each step's results after it has launched the next."""
-    engine.platform = copy(engine.platform)
-    engine.platform.run_ahead = 1
-
-
 def answers(requests: list[Request]) -> list[tuple]:
     return [(request.output_token_ids, request.finish_reason, request.stop_token) for request in requests]
 
@@ -99,14 +91,13 @@ def plain(create_engine) -> list[Request]:
 
 
 @pytest.fixture
-def create_scripted(create_engine, plain, device, monkeypatch):
+def create_scripted(create_engine, plain, device):
     """Makes engines whose drafter knows what `plain` got."""
 
     def create(**settings) -> Engine:
         known = [(case[0], request.output_token_ids) for case, request in zip(CASES, plain, strict=True)]
         drafter = ScriptedDrafter(known, max_model_len=MAX_MODEL_LEN, vocab_size=VOCAB_SIZE, device=device)
-        monkeypatch.setattr(engine_module, "create_drafter", lambda *_, **__: drafter)
-        return create_engine(**settings)
+        return create_engine(drafter=drafter, **settings)
 
     return create
 
@@ -125,14 +116,14 @@ def test_proposals_that_often_stand_change_no_answer(create_scripted, plain, bac
     accepted = sum(len(request.accepted) for request in requests)
     assert drafted / 3 < accepted < drafted, "proposals must stand and fall"
     if backend == "auto":
-        assert engine.runner.pool.statistics.num_eager_steps == 0
+        assert engine.executor.statistics.num_eager_steps == 0
 
 
 @pytest.mark.parametrize("num_drafts", [2, 5])
 def test_steps_planned_before_results_are_read_change_no_answer(create_scripted, plain, num_drafts):
     """As on a GPU: the host plans a step before it knows how many proposals of the one before stood."""
     engine = create_scripted(graph_backend="eager", **speculative(num=num_drafts))
-    run_ahead(engine)
+    set_run_ahead(engine, 1)
     assert_same(run(engine), plain)
 
 
@@ -152,7 +143,7 @@ def test_steps_planned_before_results_are_read_change_no_answer(create_scripted,
 def test_tight_limits_change_no_answer(create_scripted, plain, settings, steps_ahead):
     engine = create_scripted(graph_backend="eager", max_model_len=160, **speculative(num=5), **settings)
     if steps_ahead:
-        run_ahead(engine)
+        set_run_ahead(engine, 1)
     requests = run(engine)
     assert_same(requests, plain)
     if "num_kv_blocks" in settings:
@@ -164,7 +155,7 @@ def test_every_method_in_graphs_changes_no_answer(create_engine, plain, method):
     engine = create_engine(**speculative(method, 3))
     requests = run(engine)
     assert_same(requests, plain)
-    assert engine.runner.pool.statistics.num_eager_steps == 0
+    assert engine.executor.statistics.num_eager_steps == 0
     assert sum(request.num_draft_tokens for request in requests) > 0
 
 
@@ -178,7 +169,7 @@ def test_a_draft_model_survives_preemption_chunks_and_shared_prefixes(create_eng
         capture_sizes=(16,),
         **speculative(method, 4),
     )
-    run_ahead(engine)
+    set_run_ahead(engine, 1)
     assert_same(run(engine), plain)
     assert engine.scheduler.statistics.preemptions > 0
 

@@ -36,7 +36,7 @@ def test_a_guess_at_an_answer_of_another_salt_gets_the_proposals_that_an_empty_m
     alone = answer(create_suffix_engine(memory_tokens=0), guess, PROBED)
     for other in {None, "mine", "theirs"} - {salt}:
         assert answer(engine, guess, PROBED, other) == alone
-        engine._drafter.forget()  # the probe's own answer
+        engine.executor._drafter.forget()  # the probe's own answer
         answer(engine, PROMPT, ANSWERED, salt)
     tokens, num_drafts = answer(engine, guess, PROBED, salt)
     assert tokens == alone[0]

@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from stepgraph.abi import slot_line
 from stepgraph.config import EngineConfig
+from stepgraph.engine.build import build_engine
 from stepgraph.engine.engine import Engine
 from stepgraph.engine.sampling_params import SamplingParams
 
@@ -39,7 +40,7 @@ def create(folder: str, num_drafts: int, acceptance: float = 0.6, **settings) ->
         "adaptive": False,
         "acceptance": acceptance,
     }
-    return Engine(
+    return build_engine(
         EngineConfig.from_settings(
             **{"model": folder, "graph_backend": "eager", "speculative_config": speculative} | TINY_SETTINGS | settings
         )
@@ -139,7 +140,7 @@ def test_several_modules_leave_answers_as_they_are(folders):
     prompts = [text(n, length) for n, length in enumerate((1, 5, 60))]
 
     def answers(settings: dict) -> list[list[int]]:
-        engine = Engine(
+        engine = build_engine(
             EngineConfig.from_settings(**TINY_SETTINGS | {"model": folders[3], "graph_backend": "eager"} | settings)
         )
         requests = [engine.add_request(str(n), prompt, params(30)) for n, prompt in enumerate(prompts)]
@@ -193,4 +194,4 @@ def test_a_request_that_starts_behind_cached_tokens_says_so_in_its_slot(folders)
     for n in range(2):
         engine.add_request(str(n), text(0, 70), params(2))
         drain(engine)
-    assert {0, 64} == {int(line[slot_line.START]) for line in engine.runner.state.lines}
+    assert {0, 64} == {int(line[slot_line.START]) for line in engine.executor.runner.state.lines}

@@ -21,6 +21,7 @@ from transformers import (
 
 from stepgraph import native
 from stepgraph.config import EngineConfig
+from stepgraph.engine.build import build_engine
 from stepgraph.engine.engine import Engine
 from stepgraph.engine.sampling_params import SamplingParams
 from stepgraph.errors import ConfigError, ModelError
@@ -146,7 +147,7 @@ def add_tensors(folder: Path, tensors: dict[str, torch.Tensor]) -> None:
 
 def create(folder: Path | str, speculative: dict | None = None, **settings) -> Engine:
     config = {"speculative_config": {"method": "mtp", "num_speculative_tokens": 3, "adaptive": False} | speculative}
-    return Engine(
+    return build_engine(
         EngineConfig.from_settings(
             **{"model": str(folder), "graph_backend": "eager"} | TINY_SETTINGS | config | settings
         )
@@ -181,7 +182,7 @@ def test_a_published_layout_drafts_as_its_makers_say(tmp_path, published):
         request.output_token_ids
         == hf_model.generate(tokens, max_new_tokens=4, do_sample=False, eos_token_id=[-1])[0, 27:].tolist()
     )
-    assert not engine.runner.policy.max_shape.num_drafts
+    assert not engine.executor.runner.policy.max_shape.num_drafts
 
 
 @pytest.fixture

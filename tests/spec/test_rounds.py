@@ -27,10 +27,10 @@ def generate(engine: Engine, prompt: list[int], max_tokens: int) -> list[int]:
 
 def cached(engine: Engine, slot: int, num_tokens: int) -> list[torch.Tensor]:
     """Keys and values of a slot's first tokens, of every layer: [num_tokens, G, D]."""
-    position = torch.arange(num_tokens, device=engine.platform.device)
-    block = engine.runner.state.block_table[slot, position // engine.runner.block_size].long()
-    entry = block * engine.runner.block_size + position % engine.runner.block_size
-    return [cache.flatten(0, 1)[entry] for caches in engine.runner.caches for cache in caches.block_tensors]
+    position = torch.arange(num_tokens, device=engine.executor.runner.platform.device)
+    block = engine.executor.runner.state.block_table[slot, position // engine.executor.runner.block_size].long()
+    entry = block * engine.executor.runner.block_size + position % engine.executor.runner.block_size
+    return [cache.flatten(0, 1)[entry] for caches in engine.executor.runner.caches for cache in caches.block_tensors]
 
 
 @pytest.mark.parametrize("num_drafts", [1, 2, 3, 5, 8])
@@ -41,14 +41,14 @@ def test_if_all_proposals_stand_a_round_yields_one_token_more_than_there_are(cre
     # The prompt's step yields a token; a round yields 1 + K, or what is left.
     rounds = -(-(max_tokens - 1) // (1 + num_drafts))
     # Where the host runs ahead, it has planned another by the time it sees the end.
-    assert 0 <= engine.runner.pool.statistics.num_steps - (1 + rounds) <= engine.platform.run_ahead
+    assert 0 <= engine.executor.statistics.num_steps - (1 + rounds) <= engine.executor.specs.run_ahead
 
 
 @pytest.mark.parametrize("num_drafts", [1, 5])
 def test_if_no_proposal_stands_a_round_yields_one_token(create_engine, num_drafts):
     engine = create_engine(graph_backend="eager", **speculative(0.0, num_drafts))
     assert len(generate(engine, PROMPT, 21)) == 21
-    assert 0 <= engine.runner.pool.statistics.num_steps - 21 <= engine.platform.run_ahead
+    assert 0 <= engine.executor.statistics.num_steps - 21 <= engine.executor.specs.run_ahead
 
 
 @pytest.mark.parametrize("acceptance", [0.0, 0.6, 1.0])
@@ -61,7 +61,9 @@ def test_the_cache_holds_what_the_tokens_that_stand_give(create_engine, acceptan
     generate(fresh, text[:-1], 1)
     # An entry of the draft module depends on the token after: that of the prompt's last is another one in the fresh engine.
     num_tokens = len(text) - 2
-    (slot,) = {plan_slot for plan_slot in range(1, 9) if engine.runner.state.lines[plan_slot, slot_line.GENERATION]}
+    (slot,) = {
+        plan_slot for plan_slot in range(1, 9) if engine.executor.runner.state.lines[plan_slot, slot_line.GENERATION]
+    }
     found, expected = cached(engine, slot, num_tokens), cached(fresh, slot, num_tokens)
     assert len(found) == 2 * 3, "two layers of the model and one of the draft module"
     for a, b in zip(found, expected, strict=True):
@@ -97,12 +99,12 @@ def test_a_round_is_one_launch(create_engine, device, monkeypatch, method):
             return replay(graph)
 
     monkeypatch.setattr(CpuGraph, "replay", counted)
-    steps = engine.runner.pool.statistics.num_steps
+    steps = engine.executor.statistics.num_steps
     with CountOperators() as operators:
         for _ in range(6):
             engine.step()
-    assert len(launches) == engine.runner.pool.statistics.num_steps - steps == 6
-    assert engine.runner.pool.statistics.num_eager_steps == 0
+    assert len(launches) == engine.executor.statistics.num_steps - steps == 6
+    assert engine.executor.statistics.num_eager_steps == 0
     others = {name for name in operators.names if "slice" not in name}
     assert others <= {"aten.copy_.default"}, "beside the graph there is the copy of the plan, where that changed"
 
@@ -122,5 +124,5 @@ def test_uneven_numbers_of_proposals_share_a_graph(create_engine):
     drain(engine)
     assert params.max_num_drafts == slot_line.MAX_DRAFTS
     assert [len(request.accepted) for request in requests] == [0, 16, 24]
-    assert 0 <= engine.runner.pool.statistics.num_steps - 33 <= engine.platform.run_ahead
-    assert {record.shape.num_drafts for record in engine.runner.pool.records()} == {3}
+    assert 0 <= engine.executor.statistics.num_steps - 33 <= engine.executor.specs.run_ahead
+    assert {record.shape.num_drafts for record in engine.executor.runner.pool.records()} == {3}

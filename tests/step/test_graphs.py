@@ -347,13 +347,13 @@ def test_graphs_captured_in_the_middle_of_a_generation_do_not_change_its_tokens(
     request = engine.add_request("first", range(5, 12), params)
     for _ in range(6):
         engine.step()
-    assert len(engine.runner.pool.records()) == 1
+    assert len(engine.executor.runner.pool.records()) == 1
     if how == "for a new prompt":
         engine.add_request("second", range(100, 140), params)
     else:
-        engine.runner.pool.capture_all(progress=False)
+        engine.executor.runner.pool.capture_all(progress=False)
     drain(engine)
-    assert len(engine.runner.pool.records()) == 2
+    assert len(engine.executor.runner.pool.records()) == 2
     assert request.output_token_ids == alone.output_token_ids
 
 
@@ -362,7 +362,7 @@ def test_capture_and_the_trial_at_the_largest_context_leave_no_trace(create_engi
     engine.add_request("running", range(60), SamplingParams(temperature=0, max_tokens=24, ignore_eos=True))
     for _ in range(4):
         engine.step()
-    runner = engine.runner
+    runner = engine.executor.runner
     captured = dict(runner.pool._entries)  # kept: CUDA drops a memory pool with its last graph
     runner.pool._entries.clear()  # the next capture is the first again, which is tried at the largest context
     assert captured
@@ -394,7 +394,7 @@ def test_the_trial_is_no_answer_that_a_drafter_remembers(create_engine) -> None:
         if settings["capture"] == "lazy":
             engine.add_request("0", [1, 2, 3], SamplingParams(max_tokens=5, ignore_eos=True))
             drain(engine)
-        return int(engine.runner._drafter._cursor)
+        return int(engine.executor.runner._drafter._cursor)
 
     assert remembered(capture="lazy") == 5 + 1
     assert remembered(capture="all") == 0
@@ -403,7 +403,7 @@ def test_the_trial_is_no_answer_that_a_drafter_remembers(create_engine) -> None:
 def test_the_trial_runs_one_row_at_the_largest_context(create_engine) -> None:
     seen = []
     engine = create_engine(capture="lazy", capture_context_len=300, graph_backend="eager")
-    runner = engine.runner
+    runner = engine.executor.runner
 
     class Graph:
         def replay(self) -> None:

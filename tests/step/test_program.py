@@ -33,8 +33,8 @@ BLOCK_SIZE = 16
 def runner(create_engine):
     """Of an engine that has one graph, of 160 tokens in 8 rows."""
     engine = create_engine(max_num_batched_tokens=160, capture_sizes=(160,), num_kv_blocks=129)
-    assert engine.runner.policy.shapes() == [SHAPE]
-    return engine.runner
+    assert engine.executor.runner.policy.shapes() == [SHAPE]
+    return engine.executor.runner
 
 
 def partitions(total: int, max_parts: int, largest: int | None = None) -> Iterator[tuple[int, ...]]:
@@ -99,9 +99,9 @@ def test_one_graph_is_right_on_120_random_compositions_that_verify_proposals(cre
         capture_rows=(6,),
         speculative_config={"method": "mtp", "num_speculative_tokens": 5},
     )
-    room = {"max_len": engine.runner.max_model_len - 1, "num_blocks": 128, "block_size": BLOCK_SIZE}
+    room = {"max_len": engine.executor.runner.max_model_len - 1, "num_blocks": 128, "block_size": BLOCK_SIZE}
     compositions = list(random_compositions(shape, 120, random.Random(1), **room))
-    report = verify_shape(engine.runner, shape, compositions, alone_rows=1)
+    report = verify_shape(engine.executor.runner, shape, compositions, alone_rows=1)
     assert report.compositions == 120
     assert report.mismatches == []
 
@@ -166,8 +166,8 @@ def test_a_step_of_triton_kernels_is_the_step_of_cpu_kernels(create_engine, devi
     settings = {"graph_backend": "eager", "num_kv_blocks": 40}
     if shape.num_drafts:
         settings["speculative_config"] = {"method": "hybrid", "num_speculative_tokens": shape.num_drafts}
-    reference = create_engine(**settings, device="cpu").runner
-    runner = create_engine(**settings, device=device).runner
+    reference = create_engine(**settings, device="cpu").executor.runner
+    runner = create_engine(**settings, device=device).executor.runner
     if device == "cpu":
         runner._multiprocessors = 4  # enough programs for rows to be split over their keys
         kernel_of_one_row = sys.modules[ops.rope_attention.__module__]

@@ -1,0 +1,104 @@
+"""From settings to an engine."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from functools import cache
+
+from stepgraph.config import EngineConfig
+from stepgraph.engine.adapters import AdapterTable
+from stepgraph.engine.engine import Engine
+from stepgraph.engine.guidance import read_vocabulary
+from stepgraph.engine.intake import RequestIntake
+from stepgraph.engine.masks import TokenMasks
+from stepgraph.engine.model_defaults import end_tokens_of
+from stepgraph.engine.prompts import require_tokenizer
+from stepgraph.engine.scheduler import Scheduler
+from stepgraph.executor.base import Executor
+from stepgraph.executor.build import build_local_executor
+from stepgraph.models.source import ModelSource, resolve_configured
+from stepgraph.spec.depth import DraftDepth
+
+logger = logging.getLogger(__name__)
+
+
+def build_engine(
+    config: EngineConfig,
+    *,
+    source: ModelSource | None = None,
+    executor: Executor | None = None,
+    create_scheduler: Callable[..., Scheduler] = Scheduler,
+    clock: Callable[[], float] = time.monotonic,
+    needs_tokenizer: bool = False,
+    progress: bool = False,
+) -> Engine:
+    """An engine, ready for requests.
+
+    Args:
+        config: all settings.
+        source: the model, if it is resolved already.
+        executor: what runs the steps; default: one device of this process, with the model on it.
+        create_scheduler: makes what plans them.
+        clock: seconds, monotonic.
+        needs_tokenizer: read the tokenizer now, while weights are loaded, rather than at its first use.
+        progress: show progress bars on stderr while loading and capturing.
+
+    Raises:
+        ConfigError: settings that this model or machine cannot meet.
+        ModelError: the model cannot be found, read or run.
+    """
+    source = source or resolve_configured(config.model)
+    end_token_ids = end_tokens_of(source)
+    read_tokenizer = cache(source.tokenizer_if_any)
+    executor = executor or build_local_executor(
+        config, source, meanwhile=read_tokenizer if needs_tokenizer else lambda: None, progress=progress
+    )
+    specs = executor.specs
+    draft_depth = DraftDepth(specs.draft_levels[-1], specs.draft_levels, costs_when_idle=specs.drafts_cost_when_idle)
+    scheduler = create_scheduler(
+        config.scheduler,
+        max_tokens=specs.max_tokens,
+        num_kv_blocks=specs.num_kv_blocks,
+        block_size=specs.block_size,
+        token_sizes=specs.token_sizes,
+        prefix_caching=config.cache.enable_prefix_caching,
+        pure_steps=config.graph.cudagraph_only_prefill and config.scheduler.insertion_policy == "gather",
+        choose_drafts=draft_depth.choose,
+        lookahead=specs.lookahead,
+        clock=clock,
+    )
+    executor.watch_cache(scheduler.preempt_all)
+    masks = TokenMasks(
+        lambda: read_vocabulary(require_tokenizer(read_tokenizer()), specs.vocab_size, end_token_ids),
+        specs.vocab_size,
+        specs.draft_levels[-1],
+        config.guidance,
+    )
+    adapters = (
+        AdapterTable(executor.read_adapter, executor.write_adapter, specs.max_adapters) if specs.max_adapters else None
+    )
+    intake = RequestIntake(
+        adapters,
+        vocab_size=specs.vocab_size,
+        max_model_len=specs.max_model_len,
+        end_token_ids=end_token_ids,
+        read_tokenizer=lambda: require_tokenizer(read_tokenizer()),
+        seed=config.model.seed,
+    )
+    logger.info("%s on %s: %s", source.name, specs.platform, specs.precision)
+    if config.speculative.max_drafts:
+        logger.info("speculative decoding: %s", config.speculative)
+    return Engine(
+        config,
+        source,
+        executor,
+        scheduler,
+        draft_depth=draft_depth,
+        masks=masks,
+        intake=intake,
+        end_token_ids=end_token_ids,
+        read_tokenizer=read_tokenizer,
+        clock=clock,
+    )

@@ -1,0 +1,181 @@
+"""Executor: all that an engine knows of the devices that run its steps.
+
+What goes in and comes out are plain values: numbers, tuples, NumPy arrays, and what was read from files into host memory. No
+tensor of a device passes, nor anything that holds one, so that the devices may be other processes'.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+import numpy as np
+import numpy.typing as npt
+from torch import Tensor
+
+from stepgraph.graph.pool import GraphRecord, PoolStatistics
+from stepgraph.models.adapters import AdapterFile
+from stepgraph.models.source import ModelSource
+from stepgraph.step.plan import StepPlan
+from stepgraph.step.runner import StepResults, Ticket
+from stepgraph.step.slot_sampling import SlotSampling
+
+
+@dataclass(frozen=True)
+class ExecutorSpecs:
+    """What an executor can do, known once it has been built."""
+
+    platform: str
+    """Name of its platform."""
+    device: str
+    """Where steps run, for people."""
+    dtype: str
+    """Of weights and activations: `bfloat16`."""
+    precision: str
+    """For people: in which numbers the steps compute."""
+    graph_backend: str
+    """Name of what captures its graphs."""
+    vocab_size: int
+    max_model_len: int
+    """Most tokens of a prompt and its answer."""
+    num_kv_blocks: int
+    """The null block included."""
+    block_size: int
+    """Tokens of a KV block."""
+    max_tokens: int
+    """Most tokens of a step."""
+    token_sizes: tuple[int, ...]
+    """Captured token counts, ascending."""
+    run_ahead: int
+    """Steps that may be launched before the results of an earlier one are read; with 0, launching a step is computing it."""
+    draft_levels: tuple[int, ...] = (0,)
+    """Numbers of proposals of a row that steps may be planned with, ascending; each has graphs of its own."""
+    lookahead: int = 0
+    """Tokens after a KV block that its content depends on."""
+    drafts_cost_when_idle: bool = True
+    """A step with room for proposals is slower also where there are none."""
+    max_adapters: int = 0
+    """LoRA adapters that it holds at a time; 0 if it takes none."""
+    can_sleep: bool = False
+    """Whether `sleep` is allowed."""
+    longest_step_s: float = 0.0
+    """What its largest step takes on the slowest machine; 0 where that is next to nothing."""
+
+
+class GraphCounts(NamedTuple):
+    """The captured graphs in numbers."""
+
+    num_graphs: int
+    bytes: int
+    capture_seconds: float
+    """Time that all captures took."""
+
+
+class Executor(Protocol):
+    """Runs an engine's steps. Driven by the engine's thread alone, but for `read_adapter`."""
+
+    specs: ExecutorSpecs
+
+    @property
+    def statistics(self) -> PoolStatistics:
+        """Which graphs served the steps launched so far."""
+
+    # Steps
+
+    def admit(
+        self,
+        slot: int,
+        *,
+        tokens: Sequence[int],
+        prompt_len: int,
+        blocks: Sequence[int],
+        computed: int,
+        generation: int,
+        max_length: int,
+        sampling: SlotSampling,
+    ) -> None:
+        """Start a request in a slot, ordered before the next step; see `stepgraph.step.state.SlotState.admit`."""
+
+    def set_masks(self, slot: int, masks: npt.NDArray[np.int32]) -> None:
+        """Say which tokens a slot may sample, ordered before the next step; see `stepgraph.step.state.SlotState.set_masks`."""
+
+    def launch(self, plan: StepPlan) -> Ticket:
+        """Launch a step. At most `run_ahead` others may be launched and not collected.
+
+        Raises:
+            DeviceMemoryError: there is no memory for it; `recover` before the next one.
+        """
+
+    def wait(self, ticket: Ticket) -> None:
+        """Block until a launched step is done."""
+
+    def collect(self, ticket: Ticket) -> StepResults:
+        """Results of a step that is done. Log-probabilities and proposals are valid until the next launch."""
+
+    def recover(self) -> None:
+        """Make the devices ready after a launch or an admission that failed, maybe half-way; raises what ails them if they are
+        broken. What was left of requests' state is undefined: they must be admitted anew."""
+
+    # LoRA adapters
+
+    def read_adapter(self, folder: str) -> AdapterFile:
+        """Read an adapter into host memory. May take long, and may be called in any thread.
+
+        Raises:
+            RequestError: the folder is not an adapter that this model can run.
+        """
+
+    def write_adapter(self, number: int, file: AdapterFile) -> None:
+        """Put an adapter where slots of `SlotSampling.adapter` = `number`, 1 … `max_adapters`, find it; ordered before the next
+        step."""
+
+    # Life
+
+    def sleep(self, *, keep_weights: bool) -> None:
+        """Give the memory of weights and KV cache up, with no step under way. Can be called again, to drop kept weights.
+
+        Args:
+            keep_weights: keep them in host memory until `wake`.
+        """
+
+    def wake(self) -> None:
+        """Take the memory back. ConfigError if others use it now; it sleeps on then."""
+
+    def check_weights(self, weights: ModelSource | Iterable[tuple[str, Tensor]]) -> None:
+        """Check that new weights fit the model, all of them, and keep them for `write_weights`; steps may be under way.
+
+        Args:
+            weights: a checkpoint of the same model, or all of its tensors, in host memory or not, under their names in
+                transformers' checkpoints.
+
+        Raises:
+            ModelError: they are of another model, incomplete or of other shapes, or cannot be read.
+        """
+
+    def write_weights(self) -> None:
+        """Write the weights that were checked, with no step under way. If it fails, there are some old and some new ones.
+
+        Raises:
+            ModelError: a file is damaged.
+        """
+
+    def close(self) -> None:
+        """Free graphs, KV cache and weights, for good."""
+
+    def watch_cache(self, lost: Callable[[], None]) -> None:
+        """Have `lost` called when the KV cache no longer holds what was put there, though the executor did not sleep."""
+
+    # Graphs
+
+    def prepare(self) -> bool:
+        """Capture one graph that steps may need later; False if none is left."""
+
+    def graph_counts(self) -> GraphCounts:
+        """How many graphs there are, and what they take."""
+
+    def graph_records(self) -> list[GraphRecord]:
+        """The captured graphs and their use, smallest first."""
+
+    def watch_captures(self, about_to: Callable[[], None]) -> None:
+        """Have `about_to` called, by `launch` or `prepare`, when a graph is about to be captured, which may take long."""

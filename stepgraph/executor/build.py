@@ -1,0 +1,184 @@
+"""From settings to a LocalExecutor: the model, its memory, its drafter, its graphs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+
+from stepgraph.config import EngineConfig
+from stepgraph.errors import ConfigError
+from stepgraph.executor.base import ExecutorSpecs
+from stepgraph.executor.in_background import in_background
+from stepgraph.executor.local import LocalExecutor
+from stepgraph.executor.precision import describe, exact_tokens
+from stepgraph.models.adapters import AdapterStore
+from stepgraph.models.decoder import Decoder
+from stepgraph.models.language_model import LanguageModel
+from stepgraph.models.loader import create_model, fill, fills_in_place
+from stepgraph.models.source import ModelSource
+from stepgraph.platforms import Platform, create_platform
+from stepgraph.spec.create import create_drafter
+from stepgraph.spec.depth import LEVELS, draft_levels
+from stepgraph.spec.drafter import Drafter
+from stepgraph.step.memory import place_weights
+from stepgraph.step.runner import StepRunner
+
+_FEW_LEVELS = (0, 3)
+"""Numbers of proposals to choose from where a capture takes as long as many steps, so that few are worth one: on CPU, four tokens
+cost little more than two."""
+
+
+def build_local_executor(
+    config: EngineConfig,
+    source: ModelSource,
+    *,
+    model: LanguageModel | None = None,
+    drafter: Drafter | None = None,
+    meanwhile: Callable[[], object] = lambda: None,
+    progress: bool = False,
+) -> LocalExecutor:
+    """All that runs an engine's steps, on one device of this process.
+
+    Where graphs read weights where they lie, these are read while the graphs are captured; else before.
+
+    Args:
+        config: all settings.
+        source: the model.
+        model: the same, filled already; default: made and filled here.
+        drafter: proposes tokens; default: the one that the settings ask for.
+        meanwhile: called while weights are read, and again; the second time should take no time.
+        progress: show progress bars on stderr while loading and capturing.
+
+    Raises:
+        ConfigError: settings that this model or machine cannot meet.
+        ModelError: the model cannot be read or run.
+    """
+    platform = create_platform(config.model.device)
+    max_model_len = context_len(config, source)
+    dtype = platform.default_dtype if config.model.dtype == "auto" else getattr(torch, config.model.dtype)
+    fills_late = False
+    if model is None:
+        model = _create_model(config, source, platform, dtype, max_model_len, progress=progress)
+        fills_late = platform.captures_addresses and fills_in_place(model) and not _drafts_with_the_model(config)
+        if not fills_late:
+            with _filling(model, config, source, platform, progress=progress):
+                meanwhile()
+    if drafter is None:
+        drafter = create_drafter(config, source, model, platform, max_model_len=max_model_len, progress=progress)
+    levels = draft_levels(config.speculative.max_drafts, _levels_to_choose_from(config, drafter, platform))
+    parameters = [*model.parameters(), *(() if drafter is None else drafter.parameters())]
+    weights_memory = place_weights(parameters, config.cache, platform)
+    adapters = _create_adapters(model, config)
+    if fills_late:
+        torch._foreach_zero_(list(model.parameters()))  # capturing runs programs on them, which must not meet NaN
+    with _filling(model, config, source, platform, progress=progress) if fills_late else nullcontext():
+        meanwhile()
+        runner = StepRunner(
+            model,
+            config,
+            platform,
+            max_model_len=max_model_len,
+            adapters=adapters,
+            drafter=drafter,
+            draft_levels=levels,
+        )
+        if not runner.pool.lazy:
+            runner.pool.capture_all(progress=progress)
+    specs = ExecutorSpecs(
+        platform=platform.name,
+        device=str(platform.device),
+        dtype=str(dtype).removeprefix("torch."),
+        precision=describe(model, dtype),
+        graph_backend=runner.pool.backend_name,
+        vocab_size=runner.vocab_size,
+        max_model_len=max_model_len,
+        num_kv_blocks=runner.num_kv_blocks,
+        block_size=runner.block_size,
+        max_tokens=runner.policy.max_tokens,
+        token_sizes=runner.policy.token_sizes,
+        run_ahead=platform.run_ahead,
+        draft_levels=levels,
+        lookahead=0 if drafter is None else drafter.lookahead,
+        drafts_cost_when_idle=drafter is None or drafter.costs_when_idle,
+        max_adapters=0 if adapters is None else config.lora.max_loras,
+        can_sleep=weights_memory.releasable,
+        longest_step_s=_longest_step_s(runner),
+    )
+    return LocalExecutor(runner, specs, weights_memory, adapters, drafter)
+
+
+def context_len(config: EngineConfig, source: ModelSource) -> int:
+    """Most tokens of a prompt and its answer; ConfigError if more are asked for than the model has positions."""
+    wanted, limit = config.model.max_model_len, source.config.max_position_embeddings
+    if wanted is not None and wanted > limit:
+        raise ConfigError(
+            f"max_model_len={wanted} is above the {limit} positions {source.name} was made for; use {limit} or less"
+        )
+    return wanted or limit
+
+
+def _create_model(
+    config: EngineConfig,
+    source: ModelSource,
+    platform: Platform,
+    dtype: torch.dtype,
+    max_model_len: int,
+    *,
+    progress: bool,
+) -> LanguageModel:
+    settings = config.model
+    return create_model(
+        source,
+        dtype=dtype,
+        device=platform.device,
+        load_format=settings.load_format,
+        quantization=settings.quantization,
+        supports_fp8=platform.supports_fp8,
+        max_model_len=max_model_len,
+        deterministic=settings.deterministic,
+        packed=settings.quantization == "auto" and dtype in platform.packed_dtypes,
+        exact_tokens=exact_tokens(config),
+        free_bytes=platform.free_memory_bytes(),
+        progress=progress,
+    )
+
+
+def _filling(
+    model: LanguageModel, config: EngineConfig, source: ModelSource, platform: Platform, *, progress: bool
+) -> AbstractContextManager[None]:
+    """Inside, a thread reads weights to where the model's parameters lie now; leaving waits for its end."""
+    return in_background(fill(model, source, load_format=config.model.load_format, progress=progress), platform)
+
+
+def _drafts_with_the_model(config: EngineConfig) -> bool:
+    """Whether the drafter has modules that share weights with the model."""
+    return config.speculative.speculative_method in ("mtp", "hybrid")
+
+
+def _levels_to_choose_from(config: EngineConfig, drafter: Drafter | None, platform: Platform) -> tuple[int, ...]:
+    """Numbers of proposals, beside the most there may be."""
+    if drafter is None or not config.speculative.speculative_adaptive:
+        return ()
+    return LEVELS if platform.captures_all_by_default else _FEW_LEVELS
+
+
+def _create_adapters(model: LanguageModel, config: EngineConfig) -> AdapterStore | None:
+    if not config.lora.enable_lora:
+        return None
+    if not isinstance(model, Decoder):
+        raise ConfigError(
+            f"enable_lora=True needs a native model, and {model.config.architecture} runs through transformers; choose a "
+            "native model, or leave enable_lora off"
+        )
+    return AdapterStore(model, config.lora, max_tokens=config.scheduler.max_num_batched_tokens)
+
+
+def _longest_step_s(runner: StepRunner) -> float:
+    """What the largest step takes on the slowest machine of the platform: products with the weights and with all keys and values,
+    two operations an entry."""
+    num_weights = sum(parameter.numel() for parameter in runner.model.parameters())
+    width = sum(spec.num_heads * (spec.head_dim + spec.value_dim) for spec in runner.model.config.attention_specs)
+    num_attended = runner.max_model_len * width
+    return 2 * runner.policy.max_tokens * (num_weights + num_attended) / runner.platform.slowest_flops
