@@ -8,13 +8,14 @@ dependent launch and synchronization".
 A kernel that calls `wait_for_previous` is launched with ``**LAUNCH``; all others wait for the previous kernel as ever.
 """
 
-import torch
 import triton
 import triton.language as tl
 from triton import knobs
 from triton.language.extra import cuda
 
-SUPPORTED = not knobs.runtime.interpret and torch.cuda.is_available() and torch.cuda.get_device_capability() >= (9, 0)
+from stepgraph.platforms.kernels import kernel_tuning
+
+SUPPORTED = kernel_tuning().dependent_launch and not knobs.runtime.interpret
 _SUPPORTED = tl.constexpr(SUPPORTED)
 
 LAUNCH: dict[str, bool] = {"launch_pdl": True} if SUPPORTED else {}

@@ -43,7 +43,7 @@ def create_platform(device: str) -> Platform:
     if device == AUTO:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     platform: Platform = BUILT_IN[device].load()() if device in BUILT_IN else _from_package(device)
-    use_kernels(platform.name, platform.device)
+    use_kernels(platform.name, platform.device, platform.tuning)
     return platform
 
 

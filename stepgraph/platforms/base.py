@@ -9,6 +9,8 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from stepgraph.platforms.tuning import KernelTuning
+
 PROTOCOL_VERSION = 1
 """Of `Platform` and what belongs to it: rises when a platform that was written for it must change."""
 
@@ -82,6 +84,8 @@ class Platform(Protocol):
     nothing."""
     multiprocessors: int
     """Programs that run side by side; sizes the attention grid."""
+    tuning: KernelTuning
+    """What operators choose kernels and sizes by; read when the platform is made."""
     graph_node_bytes: int
     """Memory that the driver holds for each operator of a captured graph, beside tensors."""
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from stepgraph import openmp
 from stepgraph.platforms.base import PROTOCOL_VERSION, CompiledKernels
 from stepgraph.platforms.torch_memory import TorchMemory
+from stepgraph.platforms.tuning import DEFAULT
 
 logger = logging.getLogger(__name__)
 
@@ -42,6 +43,7 @@ class CpuPlatform:
     packed_dtypes: tuple[torch.dtype, ...] = (torch.float32,)
     slowest_flops = 2e10
     multiprocessors = 1
+    tuning = DEFAULT
     graph_node_bytes = 0
 
     def __init__(self) -> None:

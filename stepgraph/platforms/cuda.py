@@ -15,6 +15,7 @@ from stepgraph.platforms.base import PROTOCOL_VERSION, CompiledKernels, DeviceMe
 from stepgraph.platforms.cuda_memory import SleepableMemory
 from stepgraph.platforms.kernel_cache import guard_kernel_cache
 from stepgraph.platforms.torch_memory import TorchMemory
+from stepgraph.platforms.tuning import of_capability
 
 DEVICE = threading.RLock()
 """Held while a graph is captured and while the whole device is waited for: the latter, in any thread, breaks the former."""
@@ -58,7 +59,9 @@ class CudaPlatform:
             )
         guard_kernel_cache()
         self.device = torch.device("cuda", torch.cuda.current_device())
-        self.supports_fp8 = torch.cuda.get_device_capability(self.device) >= (8, 9)
+        capability = torch.cuda.get_device_capability(self.device)
+        self.supports_fp8 = capability >= (8, 9)
+        self.tuning = of_capability(capability)
         self.multiprocessors = torch.cuda.get_device_properties(self.device).multi_processor_count
 
     def free_memory_bytes(self) -> int:

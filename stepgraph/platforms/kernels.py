@@ -17,6 +17,7 @@ from typing import Any, NoReturn, TypeAlias
 import torch
 
 from stepgraph.errors import ConfigError
+from stepgraph.platforms.tuning import DEFAULT, KernelTuning, of_capability
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,7 @@ _BUILT_IN = ("cpu", "cuda", "meta")
 come out."""
 _KERNELS: dict[str, dict[str, Kernel]] = {}  # by operator and platform
 _IN_USE: dict[str, str] = {}  # by type of device, the platform that `use_kernels` was called for
+_TUNING: dict[str, KernelTuning] = {}  # by type of device, of the platform in use
 _BROUGHT: set[tuple[str, str]] = (
     set()
 )  # (operator, type of device) with a kernel of the platform there, not a substitute
@@ -77,9 +79,9 @@ def register_kernels(platform: str, kernels: Mapping[str, Kernel]) -> None:
         _KERNELS[name][platform] = kernel
 
 
-def use_kernels(platform: str, device: torch.device) -> None:
+def use_kernels(platform: str, device: torch.device, tuning: KernelTuning = DEFAULT) -> None:
     """Have operators on tensors of the device's type run the kernels of `platform`, from now on. An operator that it has no
-    kernel for runs that of the CPU where the memory is the host's, and refuses to run elsewhere.
+    kernel for runs that of the CPU where the memory is the host's, and refuses to run elsewhere. Triton kernels follow `tuning`.
 
     Raises:
         ConfigError: this process uses another platform on such tensors.
@@ -93,9 +95,19 @@ def use_kernels(platform: str, device: torch.device) -> None:
             f"{device.type!r}, which has one set of kernels; use one process for each"
         )
     _IN_USE[device.type] = platform
+    _TUNING[device.type] = tuning
     if platform not in _BUILT_IN:  # whose kernels are there
         for name in _KERNELS:
             _install(name, device.type, platform)
+
+
+def kernel_tuning() -> KernelTuning:
+    """What this process's Triton kernels follow: the tuning of the accelerator whose platform is in use, or else of the NVIDIA
+    GPU that there is. Read once, by modules that are imported when they are first called."""
+    in_use = [tuning for device_type, tuning in _TUNING.items() if device_type != "cpu"]
+    if in_use:
+        return in_use[0]
+    return of_capability(torch.cuda.get_device_capability()) if torch.cuda.is_available() else DEFAULT
 
 
 def brings_kernel(operator: str, device: torch.device) -> bool:

@@ -33,6 +33,7 @@ from stepgraph.layers.rotary import cos_sin_table
 from stepgraph.models.config import DecoderConfig
 from stepgraph.models.decoder import DecoderLayer, named_targets
 from stepgraph.models.language_model import LanguageModel
+from stepgraph.platforms import Platform
 from stepgraph.spec.drafter import Drafts, DraftStep
 from stepgraph.spec.mtp_levels import Level, carry, extend_history, first_level, next_level
 
@@ -179,7 +180,7 @@ class MTPDrafter:
         fill: Callable[[], None],
         *,
         max_rows: int,
-        multiprocessors: int,
+        platform: Platform,
     ) -> None:
         """Args:
         layers: the modules in order, filled.
@@ -187,12 +188,12 @@ class MTPDrafter:
         head: over a part of the vocabulary.
         fill: fills modules and head anew.
         max_rows: of a step.
-        multiprocessors: of the device.
+        platform: that its steps run on.
         """
         self.layers = tuple(layers)
         self.lookahead = len(self.layers)
         self._model, self._head, self._fill = model, head, fill
-        self._multiprocessors = multiprocessors
+        self._platform = platform
         weight = self.layers[0].projection.weight
         width = 0 if head is not None else model.config.vocab_size
         self._logits_RV = torch.empty(max_rows, width, dtype=model.dtype, device=weight.device)
@@ -297,8 +298,9 @@ class MTPDrafter:
             num_rows,
             layer.attention_spec.num_heads,
             layer.attention_spec.num_kv_heads,
-            self._multiprocessors,
+            self._platform.multiprocessors,
             decode_tokens=decode_tokens,
+            tuning=self._platform.tuning,
         )
 
     def _inputs(

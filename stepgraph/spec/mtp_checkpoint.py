@@ -162,7 +162,7 @@ def load_mtp(
         head = DraftHead(num_draft_ids, layer_config.hidden_size, _head_weight(model)[0], logits_RV)
     _fill(layers, head, model, read, progress=progress)
     fill = partial(_fill, layers, head, model, read, progress=False)
-    return MTPDrafter(layers, model, head, fill, max_rows=max_rows, multiprocessors=platform.multiprocessors)
+    return MTPDrafter(layers, model, head, fill, max_rows=max_rows, platform=platform)
 
 
 @torch.no_grad()

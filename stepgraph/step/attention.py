@@ -34,13 +34,13 @@ class AttentionSizes:
         block_size: tokens per KV block.
         deterministic: a token's result must not depend on the batch.
         """
-        self._multiprocessors, self._deterministic = platform.multiprocessors, deterministic
+        self._platform, self._deterministic = platform, deterministic
         self._specs = sorted(set(specs))
         windows = defaultdict(set)
         for spec in self._specs:
             windows[_heads(spec)].add(spec.window)
         self._tall_tiles = {
-            heads: ops.tall_tile(platform.device, dtype, cache_dtype, heads[2], block_size, windows[heads])
+            heads: ops.tall_tile(platform.tuning, dtype, cache_dtype, heads[2], block_size, windows[heads])
             for heads in windows
         }
 
@@ -53,10 +53,11 @@ class AttentionSizes:
                 shape.num_rows,
                 spec.num_heads,
                 spec.num_kv_heads,
-                self._multiprocessors,
+                self._platform.multiprocessors,
                 decode_tokens=1 + shape.num_drafts,
                 deterministic=self._deterministic,
                 tall_tile=self._tall_tiles[_heads(spec)],
+                tuning=self._platform.tuning,
             )
             for spec in self._specs
         }

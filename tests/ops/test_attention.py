@@ -31,7 +31,8 @@ from torch import Tensor
 
 from stepgraph.ops.attention import AttentionPlan, attention_geometry, max_tiles
 from stepgraph.ops.attention import triton as kernels
-from stepgraph.ops.attention.geometry import HOPPER_TILE, KV_BLOCK, MIN_SPLIT_KEYS, TALL_TILE
+from stepgraph.ops.attention.geometry import HOPPER_TILE, KV_BLOCK, TALL_TILE
+from stepgraph.platforms.tuning import DEFAULT
 
 
 def compositions(total: int, max_parts: int) -> Iterator[tuple[int, ...]]:
@@ -218,7 +219,7 @@ def test_a_float8_cache_is_read_as_the_values_it_holds(rows: list[tuple[int, int
     group=st.sampled_from([1, 2, 3, 5, 8]),
     num_kv_heads=st.sampled_from([1, 2, 8]),
     multiprocessors=st.integers(1, 80),
-    min_split_keys=st.sampled_from([KV_BLOCK, MIN_SPLIT_KEYS]),
+    min_split_keys=st.sampled_from([KV_BLOCK, DEFAULT.min_split_keys]),
     window=st.one_of(st.just(0), st.integers(1, 300), st.integers(1, 6000)),
     tall_tile=st.sampled_from([TALL_TILE, HOPPER_TILE]),
     data=st.data(),

@@ -12,6 +12,8 @@ from triton.experimental.gluon import language as gluon_language
 
 from stepgraph.ops import attention
 from stepgraph.ops.attention.geometry import HOPPER_TILE, TALL_TILE, attention_geometry, max_tiles, tall_tile
+from stepgraph.platforms.cpu import CpuPlatform
+from stepgraph.platforms.tuning import SM_90, of_capability
 
 
 def most_tiles_over_all_splits(num_tokens: int, num_rows: int, group: int, tile: int) -> int:
@@ -133,7 +135,7 @@ def test_rows_that_verify_proposals_get_small_tiles() -> None:
 
 
 SERVED: dict[str, Any] = {
-    "device": torch.device("cuda"),
+    "tuning": SM_90,
     "dtype": torch.bfloat16,
     "cache_dtype": torch.bfloat16,
     "head_dim": 128,
@@ -152,7 +154,7 @@ SERVED: dict[str, Any] = {
         ((9, 0), {"block_size": 128}, HOPPER_TILE),
         ((8, 9), {}, TALL_TILE),
         ((10, 0), {}, TALL_TILE),
-        ((9, 0), {"device": torch.device("cpu")}, TALL_TILE),
+        ((9, 0), {"tuning": CpuPlatform.tuning}, TALL_TILE),
         ((9, 0), {"dtype": torch.float32, "cache_dtype": torch.float32}, TALL_TILE),
         ((9, 0), {"cache_dtype": torch.float8_e4m3fn}, TALL_TILE),
         ((9, 0), {"head_dim": 256}, TALL_TILE),
@@ -162,17 +164,15 @@ SERVED: dict[str, Any] = {
     ],
 )
 def test_tiles_are_as_tall_as_the_kernel_for_them_serves(
-    capability: tuple[int, int], changes: dict[str, Any], tile: int, monkeypatch: pytest.MonkeyPatch
+    capability: tuple[int, int], changes: dict[str, Any], tile: int
 ) -> None:
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: capability)
-    assert tall_tile(**SERVED | changes) == tile
+    assert tall_tile(**SERVED | {"tuning": of_capability(capability)} | changes) == tile
 
 
 @pytest.mark.parametrize("lacks", ["module", "name"])
 def test_a_triton_that_lacks_gluon_as_it_is_now_gets_the_kernel_that_needs_none(
     lacks: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
     monkeypatch.delattr(attention, "hopper", raising=False)
     if lacks == "module":
         monkeypatch.setitem(sys.modules, "stepgraph.ops.attention.hopper", None)

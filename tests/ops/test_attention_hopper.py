@@ -9,7 +9,8 @@ import torch
 from attention_batches import Batch, assert_matches, attend, geometry_of, make_batch, needs_hopper, plan_of
 
 from stepgraph.ops.attention import AttentionGeometry
-from stepgraph.ops.attention.geometry import HOPPER_TILE, KV_BLOCK, MIN_SPLIT_KEYS_TALL
+from stepgraph.ops.attention.geometry import HOPPER_TILE, KV_BLOCK
+from stepgraph.platforms.tuning import SM_90
 
 pytestmark = needs_hopper
 
@@ -39,7 +40,7 @@ def tall_geometry(batch: Batch, multiprocessors: int, min_split_keys: int) -> At
 
 
 def assert_hopper_matches(
-    batch: Batch, *, multiprocessors: int = 132, min_split_keys: int = MIN_SPLIT_KEYS_TALL
+    batch: Batch, *, multiprocessors: int = 132, min_split_keys: int = SM_90.min_split_keys_tall
 ) -> None:
     """Twice over one plan: a layer leaves the counters to the next as it found them."""
     batch = batch.to("cuda")
@@ -72,7 +73,7 @@ def test_split_rows_are_combined(multiprocessors: int) -> None:
 def test_a_ring_that_goes_round_many_times_in_one_program_stays_in_step() -> None:
     """One program does all items of a prompt on a long context, each of other lengths."""
     batch = make_batch([(512, 2048), (70, 900)], num_tokens=600, poisoned=True, **MODEL)
-    geometry = replace(tall_geometry(batch, 132, MIN_SPLIT_KEYS_TALL), num_programs=1)
+    geometry = replace(tall_geometry(batch, 132, SM_90.min_split_keys_tall), num_programs=1)
     batch = batch.to("cuda")
     assert_matches(attend(batch, plan_of(batch, geometry), geometry), batch)
 

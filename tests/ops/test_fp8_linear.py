@@ -95,7 +95,7 @@ FORMS = [(kernel, True), (cpu, False)]
 FUSED_CASES = [
     (tokens, inputs, dtype)
     for dtype in (torch.float32, torch.float16)
-    for tokens, inputs in [(1, 16), (1, 600), (1, kernel.MAX_STREAMED_INPUTS + 8), (2, 136), (5, 300), (40, 136)]
+    for tokens, inputs in [(1, 16), (1, 600), (1, kernel.TUNING.streamed_inputs + 8), (2, 136), (5, 300), (40, 136)]
 ]
 
 

@@ -5,6 +5,7 @@ import torch
 
 from stepgraph.ops.linear import cpu, ends, few_tokens
 from stepgraph.ops.linear import triton as kernels
+from stepgraph.platforms.tuning import FlatTile
 
 EPS = 1e-5
 TOLERANCE = {torch.float32: 2e-5, torch.float16: 4e-3}
@@ -15,7 +16,7 @@ CASES = [
     for tokens, inputs in [
         (1, 16),
         (1, 600),
-        (1, kernels.MAX_STREAMED_INPUTS + 8),
+        (1, kernels.TUNING.streamed_inputs + 8),
         (2, 136),
         (5, 48),
         (40, 136),
@@ -98,6 +99,6 @@ def test_a_flat_tile_holds_gates_beside_their_partners(tokens, gelu, device):
     gate, up = (x.double() @ weight.double().T).chunk(2, dim=1)
     activation = torch.nn.functional.gelu(gate, approximate="tanh") if gelu else torch.nn.functional.silu(gate)
     out = torch.full((tokens, 45), torch.nan, dtype=torch.float16, device=device)
-    tile = few_tokens.FlatTile(outputs=64, inputs=64, num_stages=3)
+    tile = FlatTile(outputs=64, inputs=64, num_stages=3)
     few_tokens.multiply(x.to(device), weight.to(device), None, out, tile, ends.GEGLU if gelu else ends.SWIGLU)
     assert_close(out, activation * up, torch.float16)

@@ -6,6 +6,10 @@ import torch
 
 from stepgraph.ops.linear import cpu, few_tokens
 from stepgraph.ops.linear import triton as kernel
+from stepgraph.platforms.tuning import FlatTile, SlicedTile
+
+MAX_TOKENS = 64
+"""Of products that some tile is for."""
 
 TILES = [kernel.SMALL_TILE, kernel.LARGE_TILE, kernel.FLOAT32_TILE]
 
@@ -52,7 +56,7 @@ def test_a_token_gets_the_same_sum_alone_and_beside_others(device):
 
 @pytest.mark.parametrize(
     ("tokens", "inputs", "dtype"),
-    [(5, 32, torch.float32), (few_tokens.MAX_TOKENS + 1, 32, torch.float16), (3, 33, torch.float16)],
+    [(5, 32, torch.float32), (MAX_TOKENS + 1, 32, torch.float16), (3, 33, torch.float16)],
     ids=["float32", "many tokens", "unaligned rows"],
 )
 def test_products_without_a_kernel_go_to_the_library(tokens, inputs, dtype, device):
@@ -62,7 +66,7 @@ def test_products_without_a_kernel_go_to_the_library(tokens, inputs, dtype, devi
 
 MOST_TOKENS = {
     tile: tokens
-    for tokens in (1, 8, 16, 32, few_tokens.MAX_TOKENS)
+    for tokens in (1, 8, 16, 32, MAX_TOKENS)
     for outputs in (1024, 2048, 4096, 24576, 151936)
     for gated in (False, True)
     if (tile := few_tokens.choose_tile(torch.empty(tokens, 1024, dtype=torch.float16), outputs, gated=gated))
@@ -71,7 +75,7 @@ MOST_TOKENS = {
 TILES_FOR_FEW_TOKENS = sorted(MOST_TOKENS, key=str)
 BROADEST_TILES = [
     max((tile for tile in TILES_FOR_FEW_TOKENS if isinstance(tile, kind)), key=lambda tile: MOST_TOKENS[tile])
-    for kind in (few_tokens.FlatTile, few_tokens.Tile)
+    for kind in (FlatTile, SlicedTile)
 ]
 """Of each kind, the one for the most tokens."""
 
@@ -111,7 +115,7 @@ def test_every_tile_for_few_tokens_matches_float64(tile, device):
 @pytest.mark.parametrize("tile", TILES_FOR_FEW_TOKENS, ids=str)
 def test_tiles_for_few_tokens_fit_into_shared_memory_without_bank_conflicts(tile):
     assert tile.shared_bytes(MOST_TOKENS[tile]) <= 227 << 10
-    assert isinstance(tile, few_tokens.FlatTile) or tile.outputs >= tile.min_size
+    assert isinstance(tile, FlatTile) or tile.outputs >= tile.min_size
 
 
 @pytest.mark.parametrize("tile", TILES, ids=["small", "large", "float32"])

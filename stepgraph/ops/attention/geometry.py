@@ -11,28 +11,18 @@ from functools import lru_cache
 import numpy as np
 import torch
 
+from stepgraph.platforms.tuning import DEFAULT, KernelTuning
+
 KV_BLOCK = 64
 """Keys one inner iteration of the attention kernel reads; KV splits are multiples of it."""
 
 ITEM_SIZE = 8
 """Numbers of an item, one of them unused, so that it lies within one 32-byte sector of memory."""
 
-MIN_SPLIT_KEYS = 256
-"""Below this a split costs more than it saves. On an H100 (8 KV heads of 128, bf16), eight rows of 129 keys take 7.9 us
-unsplit and 8.9 us in splits of 128."""
-MIN_SPLIT_KEYS_TALL = 1024
-"""Of tall tiles: a long prompt has enough of them, and to combine one costs more."""
-
 TALL_TILE = 64
 """Rows of a tile of longer queries, wherever a kernel runs."""
 HOPPER_TILE = 128
 """Rows of a tile of `stepgraph.ops.attention.hopper`, which see there."""
-HOPPER_MIN_TOKENS = 512
-"""Of a step with such tiles. Among a layer's other kernels, such a launch costs an H100 some 6 us more than one of other tiles,
-which 80 tokens do not make up for, and 2,048 do several times over."""
-MAX_PROMPT_OF_SMALL_TILES = 256
-"""Tokens of a step beyond those that its rows have if all of them decode. They may be a prompt, which small tiles have read its
-keys again for every 16 of its queries: beside 200 rows of 576 keys, a prompt of 1,848 tokens took 8 of 13 ms."""
 
 UNSPLIT = 1 << 30
 """As `min_split_keys`: more keys than any context has, so that no row is split."""
@@ -111,7 +101,7 @@ def max_tiles(num_tokens: int, num_rows: int, group: int, tile: int) -> int:
 
 
 def tall_tile(
-    device: torch.device,
+    tuning: KernelTuning,
     dtype: torch.dtype,
     cache_dtype: torch.dtype,
     head_dim: int,
@@ -125,7 +115,7 @@ def tall_tile(
     serves all layers.
 
     Args:
-        device: of the step.
+        tuning: of the platform.
         dtype: of the activations.
         cache_dtype: of the keys and values.
         head_dim: numbers of a head.
@@ -133,8 +123,7 @@ def tall_tile(
         windows: of the layers; 0: full attention.
     """
     serves = (
-        device.type == "cuda"
-        and torch.cuda.get_device_capability(device)[0] == 9
+        tuning.hopper_attention
         and dtype in (torch.bfloat16, torch.float16)
         and cache_dtype == dtype
         and head_dim in (64, 128)
@@ -160,11 +149,12 @@ def attention_geometry(
     decode_tokens: int = 1,
     deterministic: bool = False,
     tall_tile: int = TALL_TILE,
+    tuning: KernelTuning = DEFAULT,
 ) -> AttentionGeometry:
     """Choose the sizes for a step of `num_tokens` tokens in `num_rows` rows.
 
     A row that decodes has up to `decode_tokens` tokens. `tall_tile` is what the function of that name says, for steps whose rows
-    have more than a few queries.
+    have more than a few queries. `multiprocessors` and `tuning` are the platform's.
 
     Splitting adds at most ``target`` items to the tiles, and at most ``2 · target`` of all items belong to a split tile
     (see `attention_plan`), which bounds the item list and the partial results whatever the batch.
@@ -174,13 +164,13 @@ def attention_geometry(
     """
     group = num_heads // num_kv_heads
     longest_prompt = num_tokens - num_rows * decode_tokens
-    small = num_tokens * group <= 16 * num_rows and longest_prompt <= MAX_PROMPT_OF_SMALL_TILES
+    small = num_tokens * group <= 16 * num_rows and longest_prompt <= tuning.max_prompt_of_small_tiles
     if deterministic:
         tile = DETERMINISTIC_TILE
     elif small:
         tile = 16
     else:
-        tile = tall_tile if num_tokens >= HOPPER_MIN_TOKENS else TALL_TILE
+        tile = tall_tile if num_tokens >= tuning.hopper_min_tokens else TALL_TILE
     busy = occupancy(num_rows, num_kv_heads, deterministic)
     is_one_row = num_rows == 1 and small and not deterministic
     if tile == HOPPER_TILE or is_one_row:  # both kernels keep so much that a multiprocessor holds one program
@@ -189,7 +179,7 @@ def attention_geometry(
         resident = multiprocessors * (4 if tile == 16 and busy is not Occupancy.LOW else 2)
     target = max(1, resident // num_kv_heads - is_one_row)
     max_items = max_tiles(num_tokens, num_rows, group, tile) + (0 if deterministic else target)
-    min_split_keys = MIN_SPLIT_KEYS if tile == 16 else MIN_SPLIT_KEYS_TALL
+    min_split_keys = tuning.min_split_keys if tile == 16 else tuning.min_split_keys_tall
     return AttentionGeometry(
         tile=tile,
         min_split_keys=UNSPLIT if deterministic else min_split_keys,

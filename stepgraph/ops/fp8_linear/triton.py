@@ -7,6 +7,7 @@ outputs multiply the finished sum, those of groups each group's part of it.
 Shapes: T tokens, N outputs, K inputs, G groups of inputs, S slices.
 """
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -18,9 +19,11 @@ from stepgraph.ops.dependent_launch import LAUNCH, wait_for_previous
 from stepgraph.ops.fp8_linear.reference import GROUP_SIZE
 from stepgraph.ops.launched import launched
 from stepgraph.ops.linear.ends import ADD, GEGLU, STORE, SWIGLU, before_add, finish
-from stepgraph.ops.linear.triton import MAX_STREAMED_INPUTS, MAX_STREAMED_TOKENS, streams_with_norm
+from stepgraph.ops.linear.triton import streams_with_norm
 from stepgraph.ops.rms_norm.triton import normalise, rms_norm
 from stepgraph.ops.swiglu.triton import geglu, swiglu
+from stepgraph.platforms.kernels import kernel_tuning
+from stepgraph.platforms.tuning import FewTokensTile, SlicedTile, tile_for
 
 _GROUP = tl.constexpr(GROUP_SIZE)
 
@@ -32,16 +35,6 @@ class StreamedTile:
     outputs: int
     inputs: int  # per iteration, a multiple of `GROUP_SIZE`
     num_warps: int
-
-
-@dataclass(frozen=True)
-class SlicedTile:
-    """For some tokens: one program has all of them and few outputs, and its warps share the inputs."""
-
-    outputs: int
-    inputs: int  # per slice and iteration; divides `GROUP_SIZE`
-    slices: int  # warps
-    num_stages: int
 
 
 @dataclass(frozen=True)
@@ -57,18 +50,13 @@ class BlockTile:
 
 Tile = StreamedTile | SlicedTile | BlockTile
 
-STREAMED_BYTES = 8 * 1024
-"""Of weight under way per program."""
-MAX_SLICED_TOKENS = 64
-"""All tokens are in one tile: of more, registers overflow."""
 MAX_GATED_TOKENS = 32
-"""In a tile with both halves, likewise."""
+"""All tokens are in one tile: of more, with both halves, registers overflow."""
 FLOAT32_TILE = BlockTile(tokens=32, outputs=32, inputs=32, num_warps=4, num_stages=2)
 """Not on tensor cores, which round float32: for checks rather than speed."""
 BY_ROW_TILE = BlockTile(tokens=64, outputs=64, inputs=128, num_warps=4, num_stages=4)
 """One for any number of tokens, as another one might add up otherwise."""
-ENOUGH_PROGRAMS = 96
-"""A Hopper GPU has 132 multiprocessors; large tiles pay while three quarters of them have one."""
+TUNING = kernel_tuning()
 
 
 @triton.jit
@@ -309,25 +297,26 @@ def choose_tile(x: Tensor, outputs: int, *, by_row: bool = False) -> Tile:
     tokens, inputs = x.shape
     if by_row:
         return FLOAT32_TILE if x.dtype == torch.float32 else BY_ROW_TILE
-    if tokens <= MAX_STREAMED_TOKENS:
-        at_once = min(MAX_STREAMED_INPUTS, max(GROUP_SIZE, triton.next_power_of_2(inputs)))
-        return StreamedTile(outputs=STREAMED_BYTES // at_once, inputs=at_once, num_warps=8)
+    if tokens <= TUNING.streamed_tokens:
+        at_once = min(TUNING.streamed_inputs, max(GROUP_SIZE, triton.next_power_of_2(inputs)))
+        return StreamedTile(outputs=TUNING.streamed_fp8_bytes // at_once, inputs=at_once, num_warps=8)
     if x.dtype == torch.float32:
         return FLOAT32_TILE
-    if tokens <= 16:
-        return SlicedTile(outputs=16, inputs=128, slices=4, num_stages=4)
-    if outputs < 16384 and tokens <= 32:
-        return SlicedTile(outputs=16, inputs=64, slices=4, num_stages=5 if outputs <= 4096 else 4)
-    if outputs <= 4096 and tokens <= MAX_SLICED_TOKENS:
-        return SlicedTile(outputs=16, inputs=64, slices=4, num_stages=4)
+    if (few := _choose_sliced(tokens, outputs)) is not None:
+        return few
     for tile in (
         BlockTile(tokens=256, outputs=128, inputs=64, num_warps=8, num_stages=4),
         BlockTile(tokens=128, outputs=64, inputs=128, num_warps=4, num_stages=3),
     ):
         programs = triton.cdiv(tokens, tile.tokens) * triton.cdiv(outputs, tile.outputs)
-        if 2 * tokens > tile.tokens and programs >= ENOUGH_PROGRAMS:
+        if 2 * tokens > tile.tokens and programs >= TUNING.min_fp8_programs:
             return tile
     return BlockTile(tokens=64, outputs=64, inputs=128, num_warps=4, num_stages=3)
+
+
+@functools.cache
+def _choose_sliced(tokens: int, outputs: int) -> FewTokensTile | None:
+    return tile_for(TUNING.few_tokens_fp8, tokens, outputs)
 
 
 def multiply(
@@ -346,8 +335,8 @@ def multiply(
     Args:
         x, weight, scale, bias: as of `fp8_linear`; weight and scale of twice the outputs, and no bias, if `end` is an activation.
         out: [T, N], dtype of `x`, contiguous; overwritten, or added to.
-        tile: a `StreamedTile` takes up to two tokens, a `SlicedTile` 16-bit ones up to `MAX_SLICED_TOKENS`, a `BlockTile` has no
-            activations.
+        tile: a `StreamedTile` takes up to two tokens, a `SlicedTile` 16-bit ones up to those of `KernelTuning.few_tokens_fp8`, a
+            `BlockTile` has no activations.
         end: see `stepgraph.ops.linear.ends`.
         multiplier: of what is added.
         norm: weight and eps of an RMS norm of `x`, which only a `StreamedTile` of all inputs has; None: no norm.

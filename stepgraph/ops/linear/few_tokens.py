@@ -10,7 +10,7 @@ No two programs write the same output, and the order of each sum is fixed: calls
 Shapes: T tokens, N outputs, K inputs, S slices.
 """
 
-from dataclasses import dataclass
+import functools
 
 import torch
 import triton
@@ -20,54 +20,10 @@ from torch import Tensor
 from stepgraph.ops.dependent_launch import LAUNCH, wait_for_previous
 from stepgraph.ops.launched import launched
 from stepgraph.ops.linear.ends import STORE, before_add, finish
+from stepgraph.platforms.kernels import kernel_tuning
+from stepgraph.platforms.tuning import FewTokensTile, FlatTile, tile_for
 
-MAX_TOKENS = 64
-"""Beyond, no tile was faster than the library by more than a few percent."""
-HEAD_OUTPUTS = 1 << 16
-"""Weights of at least so many outputs are output heads."""
-
-
-@dataclass(frozen=True)
-class FlatTile:
-    """What one program computes, and how, with all of its warps on one product."""
-
-    outputs: int
-    inputs: int  # per iteration
-    num_stages: int
-    num_warps: int = 4
-
-    def tokens(self, num_tokens: int) -> int:
-        """Tokens with padding."""
-        return max(16, triton.next_power_of_2(num_tokens))
-
-    def shared_bytes(self, num_tokens: int) -> int:
-        """Shared memory of a program."""
-        return 2 * (self.num_stages - 1) * self.inputs * (self.outputs + self.tokens(num_tokens))
-
-
-@dataclass(frozen=True)
-class Tile:
-    """What one program computes, and how. All are powers of two, but `num_stages`."""
-
-    outputs: int  # at least 8, which tensor cores take at once; 16 waste none
-    inputs: int  # per slice and iteration
-    slices: int  # warps
-    num_stages: int  # one less is the number of iterations whose loads are under way
-
-    @property
-    def min_size(self) -> int:
-        """The least number of outputs, and of tokens with padding, at which Triton lays slices out one after the other in
-        shared memory: 512 bytes of a warp's load, `slices` warps, and one row more. With fewer it interleaves them, so that
-        eight rows of a slice, which a warp reads at once, lie in the same banks: an eighth of the bandwidth."""
-        return 512 * self.slices // self.inputs
-
-    def tokens(self, num_tokens: int) -> int:
-        """Tokens with padding: a tensor core takes 8."""
-        return max(8, self.min_size, triton.next_power_of_2(num_tokens))
-
-    def shared_bytes(self, num_tokens: int) -> int:
-        """Shared memory of a program; a Hopper multiprocessor has 227 KiB for all that it runs at once."""
-        return 2 * (self.num_stages - 1) * self.slices * self.inputs * (self.outputs + self.tokens(num_tokens))
+TUNING = kernel_tuning()
 
 
 @launched
@@ -168,31 +124,20 @@ def _flat_kernel(
     finish(out_NT, product_NT, up_NT, before_NT, multiplier, inside_NT, END)
 
 
-def choose_tile(x: Tensor, outputs: int, *, gated: bool = False) -> Tile | FlatTile | None:
+def choose_tile(x: Tensor, outputs: int, *, gated: bool = False) -> FewTokensTile | None:
     """The tile for these tokens, [T, K], and a weight of so many outputs, a gate's partners included; None where the library
-    is as fast.
-
-    Chosen by timing on an H100, with Qwen3-0.6B's and 8B's weights in bfloat16 coming from memory: of 3 to 8 tokens the library
-    takes 1.49 times as long for 1,024 outputs, 1.08 for about 5,000, 1.06 for 24,576 and 1.08 for an output head; of 16 tokens
-    1.14, 1.23, 1.11, 1.07 and 1.02 times for the flat tile's 4,096 to 24,576 outputs; of 24 to 32 tokens 1.18 times for 1,024
-    outputs. What an activation at the end spares, a launch and the traffic of two matrices, comes on top. Tensor cores would
-    round float32, and rows of the weight that are not aligned to 16 bytes cannot be copied asynchronously: those go to the
-    library too.
+    is as fast, see `KernelTuning.few_tokens`. Tensor cores would round float32, and rows of the weight that are not aligned to
+    16 bytes cannot be copied asynchronously: those go to the library too.
     """
     tokens, inputs = x.shape
-    if x.dtype not in (torch.bfloat16, torch.float16) or inputs % 8 or tokens > MAX_TOKENS:
+    if x.dtype not in (torch.bfloat16, torch.float16) or inputs % 8:
         return None
-    if outputs >= HEAD_OUTPUTS:
-        return Tile(outputs=32, inputs=128, slices=2, num_stages=5) if tokens <= 16 else None
-    if tokens > 32:
-        return FlatTile(outputs=64, inputs=128, num_stages=5) if gated else None
-    if outputs < 4096:
-        return Tile(outputs=8, inputs=256, slices=4, num_stages=4 if tokens <= 8 else 3)
-    if tokens > 8:
-        return FlatTile(outputs=64, inputs=128, num_stages=3 if outputs >= 16384 else 5)
-    if outputs < 16384:
-        return Tile(outputs=8, inputs=128, slices=2, num_stages=4)
-    return Tile(outputs=8, inputs=256, slices=4, num_stages=3)
+    return _choose_tile(tokens, outputs, gated)
+
+
+@functools.cache
+def _choose_tile(tokens: int, outputs: int, gated: bool) -> FewTokensTile | None:
+    return tile_for(TUNING.few_tokens, tokens, outputs, gated=gated)
 
 
 def multiply(
@@ -200,7 +145,7 @@ def multiply(
     weight: Tensor,
     bias: Tensor | None,
     out: Tensor,
-    tile: Tile | FlatTile,
+    tile: FewTokensTile,
     end: str = STORE,
     multiplier: float = 1.0,
 ) -> None:

@@ -18,17 +18,9 @@ from stepgraph.ops.linear import few_tokens
 from stepgraph.ops.linear.ends import ADD, GEGLU, STORE, SWIGLU, before_add, finish
 from stepgraph.ops.rms_norm.triton import normalise, rms_norm
 from stepgraph.ops.swiglu.triton import geglu, swiglu
+from stepgraph.platforms.kernels import kernel_tuning
 
-MAX_STREAMED_TOKENS = 2
-"""Up to this many tokens streaming beats the library's kernels: on an H100, one token times the four weights of a
-Qwen3-0.6B layer takes 4.8 + 3.5 + 6.1 + 4.7 us against 5.9 + 6.0 + 7.2 + 7.9 us (the copy limit is 2.8 + 1.4 + 4.2 + 2.1);
-at four tokens the arithmetic in its inner loop takes longer than the memory, and the two are even."""
-
-
-STREAMED_BYTES = 16 * 1024
-"""Of weight under way per program."""
-MAX_STREAMED_INPUTS = 4096
-"""Read at once; more in turn."""
+TUNING = kernel_tuning()
 
 
 @launched
@@ -98,14 +90,14 @@ def stream(
     multiplier: float = 1.0,
     norm: tuple[Tensor, float] | None = None,
 ) -> None:
-    """`few_tokens.multiply` for at most MAX_STREAMED_TOKENS tokens of any dtype.
+    """`few_tokens.multiply` for at most `KernelTuning.streamed_tokens` tokens of any dtype.
 
     Args:
-        norm: weight and eps of an RMS norm of `x`, of at most MAX_STREAMED_INPUTS inputs; None: no norm.
+        norm: weight and eps of an RMS norm of `x`, of at most `KernelTuning.streamed_inputs` inputs; None: no norm.
     """
     (tokens, inputs), outputs = x.shape, out.shape[1]
-    block_inputs = min(MAX_STREAMED_INPUTS, triton.next_power_of_2(inputs))
-    block_outputs = max(1, STREAMED_BYTES // (block_inputs * x.itemsize))
+    block_inputs = min(TUNING.streamed_inputs, triton.next_power_of_2(inputs))
+    block_outputs = max(1, TUNING.streamed_bytes // (block_inputs * x.itemsize))
     norm_weight, eps = norm or (None, 0.0)
     _stream_kernel[(triton.cdiv(outputs, block_outputs),)](
         x,
@@ -130,7 +122,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """See `stepgraph.ops.linear.linear`."""
     tokens, outputs = x.shape[0], weight.shape[0]
     tile = few_tokens.choose_tile(x, outputs) if tokens > 1 else None
-    if tile is None and tokens > MAX_STREAMED_TOKENS:
+    if tile is None and tokens > TUNING.streamed_tokens:
         return F.linear(x, weight, bias)
     out = x.new_empty(tokens, outputs)
     if tile is not None:
@@ -146,7 +138,7 @@ def linear_add(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor,
     tile = few_tokens.choose_tile(x, outputs) if tokens > 1 else None
     if tile is not None:
         few_tokens.multiply(x, weight, bias, residual, tile, ADD, multiplier)
-    elif tokens <= MAX_STREAMED_TOKENS:
+    elif tokens <= TUNING.streamed_tokens:
         stream(x, weight, bias, residual, ADD, multiplier)
     else:
         residual.addmm_(x, weight.t(), alpha=multiplier)
@@ -182,7 +174,7 @@ def norm_gated_linear(x: Tensor, norm_weight: Tensor, eps: float, weight: Tensor
 
 def streams_with_norm(x: Tensor) -> bool:
     """Whether a program can normalise what it streams the weight for: a second token would cost another pass."""
-    return x.shape[0] == 1 and x.shape[1] <= MAX_STREAMED_INPUTS
+    return x.shape[0] == 1 and x.shape[1] <= TUNING.streamed_inputs
 
 
 @dataclass(frozen=True)
@@ -202,8 +194,6 @@ hold. Fewer tokens per tile would leave Hopper's wgmma, and with it the bits of 
 LARGE_TILE = Tile(tokens=128, outputs=128, inputs=64, num_warps=8, num_stages=3)
 FLOAT32_TILE = Tile(tokens=32, outputs=32, inputs=32, num_warps=4, num_stages=2)
 """Not on tensor cores, which round float32: for checks rather than speed."""
-MIN_LARGE_TILES = 128
-"""About one per multiprocessor."""
 
 
 @launched
@@ -262,7 +252,7 @@ def linear_by_row(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -
     tokens, outputs = out.shape
     if x.dtype == torch.float32:
         tile = FLOAT32_TILE
-    elif triton.cdiv(tokens, LARGE_TILE.tokens) * triton.cdiv(outputs, LARGE_TILE.outputs) >= MIN_LARGE_TILES:
+    elif triton.cdiv(tokens, LARGE_TILE.tokens) * triton.cdiv(outputs, LARGE_TILE.outputs) >= TUNING.min_large_tiles:
         tile = LARGE_TILE
     else:
         tile = SMALL_TILE

@@ -1,0 +1,153 @@
+"""Which kernels are chosen, and how large their work is cut: numbers found by timing on one architecture.
+
+A platform has the numbers of its architecture, and operators take them from there; they ask no device what it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TypeAlias
+
+
+@dataclass(frozen=True)
+class FlatTile:
+    """What one program of a product of few tokens computes, and how, with all of its warps on one product."""
+
+    outputs: int
+    inputs: int  # per iteration
+    num_stages: int
+    num_warps: int = 4
+
+    def tokens(self, num_tokens: int) -> int:
+        """Tokens with padding."""
+        return max(16, _next_power_of_2(num_tokens))
+
+    def shared_bytes(self, num_tokens: int) -> int:
+        """Shared memory of a program, of numbers of 16 bits."""
+        return 2 * (self.num_stages - 1) * self.inputs * (self.outputs + self.tokens(num_tokens))
+
+
+@dataclass(frozen=True)
+class SlicedTile:
+    """What one program of a product of few tokens computes, and how, whose warps share the inputs. All are powers of two, but
+    `num_stages`."""
+
+    outputs: int  # at least 8, which tensor cores take at once; 16 waste none
+    inputs: int  # per slice and iteration
+    slices: int  # warps
+    num_stages: int  # one less is the number of iterations whose loads are under way
+
+    @property
+    def min_size(self) -> int:
+        """The least number of outputs, and of tokens with padding, at which Triton lays slices out one after the other in
+        shared memory: 512 bytes of a warp's load, `slices` warps, and one row more. With fewer it interleaves them, so that
+        eight rows of a slice, which a warp reads at once, lie in the same banks: an eighth of the bandwidth."""
+        return 512 * self.slices // self.inputs
+
+    def tokens(self, num_tokens: int) -> int:
+        """Tokens with padding: a tensor core takes 8."""
+        return max(8, self.min_size, _next_power_of_2(num_tokens))
+
+    def shared_bytes(self, num_tokens: int) -> int:
+        """Shared memory of a program, of numbers of 16 bits; a Hopper multiprocessor has 227 KiB for all that it runs at once."""
+        return 2 * (self.num_stages - 1) * self.slices * self.inputs * (self.outputs + self.tokens(num_tokens))
+
+
+FewTokensTile: TypeAlias = FlatTile | SlicedTile
+
+
+@dataclass(frozen=True)
+class TileRange:
+    """The products that a tile is for."""
+
+    tokens: range
+    outputs: range
+    """Rows of the weight; of a gated product, those of gate and partner together."""
+    tile: FewTokensTile
+    only_gated: bool = False
+
+
+def tile_for(ranges: Sequence[TileRange], tokens: int, outputs: int, *, gated: bool = False) -> FewTokensTile | None:
+    """The tile of the range that holds this product, None if none does."""
+    for r in ranges:
+        if tokens in r.tokens and outputs in r.outputs and (gated or not r.only_gated):
+            return r.tile
+    return None
+
+
+@dataclass(frozen=True)
+class KernelTuning:
+    """Of one architecture. What is not given is what NVIDIA GPUs before Hopper get."""
+
+    dependent_launch: bool = False
+    """Whether a kernel's programs may start while those of the kernel before it finish, see `ops.dependent_launch`."""
+    hopper_attention: bool = False
+    """Whether there is `stepgraph.ops.attention.hopper`, if Triton has what it is written in."""
+
+    min_split_keys: int = 256
+    """Keys of attention: below this a split costs more than it saves. On an H100 (8 KV heads of 128, bf16), eight rows of 129
+    keys take 7.9 us unsplit and 8.9 us in splits of 128."""
+    min_split_keys_tall: int = 1024
+    """Of tall tiles: a long prompt has enough of them, and to combine one costs more."""
+    hopper_min_tokens: int = 512
+    """Of a step whose tiles are for `hopper_attention`. Among a layer's other kernels, such a launch costs an H100 some 6 us
+    more than one of other tiles, which 80 tokens do not make up for, and 2,048 do several times over."""
+    max_prompt_of_small_tiles: int = 256
+    """Tokens of a step beyond those that its rows have if all of them decode. They may be a prompt, which small tiles have
+    read its keys again for every 16 of its queries: beside 200 rows of 576 keys, a prompt of 1,848 tokens took 8 of 13 ms."""
+
+    streamed_tokens: int = 2
+    """Up to this many tokens, streaming a weight of 16 bits beats the library's kernels: on an H100, one token times the four
+    weights of a Qwen3-0.6B layer takes 4.8 + 3.5 + 6.1 + 4.7 us against 5.9 + 6.0 + 7.2 + 7.9 us (the copy limit is 2.8 + 1.4
+    + 4.2 + 2.1); at four tokens the arithmetic in its inner loop takes longer than the memory, and the two are even."""
+    streamed_inputs: int = 4096
+    """Read at once; more in turn."""
+    streamed_bytes: int = 16 * 1024
+    """Of weight under way per program."""
+    streamed_fp8_bytes: int = 8 * 1024
+    """Likewise, of a weight of 8 bits."""
+    min_large_tiles: int = 128
+    """Large tiles of a product that is the same for every row pay from so many on: about one per multiprocessor."""
+    min_fp8_programs: int = 96
+    """A Hopper GPU has 132 multiprocessors; large tiles of a weight of 8 bits pay while three quarters of them have one."""
+    few_tokens: tuple[TileRange, ...] = (
+        TileRange(range(17), range(1 << 16, 1 << 62), SlicedTile(outputs=32, inputs=128, slices=2, num_stages=5)),
+        TileRange(range(9), range(4096), SlicedTile(outputs=8, inputs=256, slices=4, num_stages=4)),
+        TileRange(range(9, 33), range(4096), SlicedTile(outputs=8, inputs=256, slices=4, num_stages=3)),
+        TileRange(range(9), range(4096, 16384), SlicedTile(outputs=8, inputs=128, slices=2, num_stages=4)),
+        TileRange(range(9), range(16384, 1 << 16), SlicedTile(outputs=8, inputs=256, slices=4, num_stages=3)),
+        TileRange(range(9, 33), range(4096, 16384), FlatTile(outputs=64, inputs=128, num_stages=5)),
+        TileRange(range(9, 33), range(16384, 1 << 16), FlatTile(outputs=64, inputs=128, num_stages=3)),
+        TileRange(range(33, 65), range(1 << 16), FlatTile(outputs=64, inputs=128, num_stages=5), only_gated=True),
+    )
+    """Products of weights of 16 bits; others are the library's. Weights of 2^16 outputs are output heads; beyond 64 tokens,
+    no tile was faster than the library by more than a few percent.
+
+    Chosen by timing on an H100, with Qwen3-0.6B's and 8B's weights in bfloat16 coming from memory: of 3 to 8 tokens the
+    library takes 1.49 times as long for 1,024 outputs, 1.08 for about 5,000, 1.06 for 24,576 and 1.08 for an output head; of
+    16 tokens 1.14, 1.23, 1.11, 1.07 and 1.02 times for the flat tile's 4,096 to 24,576 outputs; of 24 to 32 tokens 1.18 times
+    for 1,024 outputs. What an activation at the end spares, a launch and the traffic of two matrices, comes on top."""
+    few_tokens_fp8: tuple[TileRange, ...] = (
+        TileRange(range(17), range(1 << 62), SlicedTile(outputs=16, inputs=128, slices=4, num_stages=4)),
+        TileRange(range(17, 33), range(4097), SlicedTile(outputs=16, inputs=64, slices=4, num_stages=5)),
+        TileRange(range(17, 33), range(4097, 16384), SlicedTile(outputs=16, inputs=64, slices=4, num_stages=4)),
+        TileRange(range(33, 65), range(4097), SlicedTile(outputs=16, inputs=64, slices=4, num_stages=4)),
+    )
+    """Products of weights of 8 bits; others go in tiles of many tokens."""
+
+
+DEFAULT = KernelTuning()
+SM_90 = replace(DEFAULT, dependent_launch=True, hopper_attention=True)
+"""Hopper: H100, H200."""
+
+
+def of_capability(capability: tuple[int, int]) -> KernelTuning:
+    """Of NVIDIA GPUs with this compute capability."""
+    if capability[0] == 9:
+        return SM_90
+    return replace(DEFAULT, dependent_launch=capability > (9, 0))
+
+
+def _next_power_of_2(number: int) -> int:
+    return 1 << (number - 1).bit_length()
