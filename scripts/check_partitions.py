@@ -4,7 +4,7 @@
 
 All 2,214 partitions of 160 into up to 3 rows, 2,000 random ones into up to 8, and adversarial ones (all ones and the rest, tile
 borders ± 1), each with random contexts, on a random two-layer model whose 5 query heads per KV head and tiles of 64 rows are
-those of the batch pair [160, 0] and [80, 80] that needs 13 and 14 tiles. See `stepgraph.graph.verify` for what is compared.
+those of the batch pair [160, 0] and [80, 80] that needs 13 and 14 tiles. See `stepgraph.verify.graphs` for what is compared.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from tqdm import tqdm
 from stepgraph.bench.report import check_outputs, machine, write_json
 from stepgraph.config import EngineConfig
 from stepgraph.engine.build import build_engine
-from stepgraph.graph.compositions import Composition, Row
-from stepgraph.graph.verify import verify_shape
 from stepgraph.step.shape import StepShape
+from stepgraph.verify.compositions import Composition, Row
+from stepgraph.verify.graphs import verify_shape
 
 TOKENS, ROWS = 160, 8
 CONFIG = {

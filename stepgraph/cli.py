@@ -171,8 +171,8 @@ def _graphs_verify(arguments: argparse.Namespace) -> int:
         raise ConfigError(f"rounds={arguments.rounds} checks nothing; use at least 1")
     config = _capturing_config(arguments)
     from stepgraph.bench.report import check_outputs
-    from stepgraph.graph.verify import main_verify
     from stepgraph.step.shape import Variant
+    from stepgraph.verify.graphs import main_verify
 
     check_outputs(arguments)
     variants = [Variant[name.upper()] for name in arguments.variants]
@@ -188,7 +188,7 @@ def _graphs_verify(arguments: argparse.Namespace) -> int:
 
 def _graphs_warm(arguments: argparse.Namespace) -> int:
     config = _capturing_config(arguments)
-    from stepgraph.graph.warm import main_warm
+    from stepgraph.verify.warm import main_warm
 
     return main_warm(config, progress=_progress())
 

@@ -8,7 +8,7 @@ import torch
 from tiny import VOCAB_SIZE, drain
 
 from stepgraph import SamplingParams, ops
-from stepgraph.graph.verify import verify_pool
+from stepgraph.verify.graphs import verify_pool
 
 PROMPT_LENGTHS = (1, 3, 17, 40, 75, 130)
 

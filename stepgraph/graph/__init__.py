@@ -1,4 +1,4 @@
-"""Capturing steps: the backends, the pool of captured graphs, and the check that a graph is right."""
+"""Capturing programs: the backends, and the captured graphs."""
 
 import importlib
 

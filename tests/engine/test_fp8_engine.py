@@ -9,7 +9,7 @@ from tiny import drain
 
 from stepgraph import SamplingParams
 from stepgraph.bench.roofline import step_cost
-from stepgraph.graph.verify import verify_pool
+from stepgraph.verify.graphs import verify_pool
 
 PROMPTS = [[(5 * i + 3 * j) % 257 for j in range(length)] for i, length in enumerate((9, 30, 2, 60, 17, 5))]
 GREEDY = SamplingParams(max_tokens=8, temperature=0, ignore_eos=True)

@@ -14,7 +14,6 @@ from stepgraph.config import EngineConfig
 from stepgraph.engine.build import build_engine
 from stepgraph.engine.sampling_params import SamplingParams
 from stepgraph.errors import ConfigError, ModelError
-from stepgraph.graph.verify import verify_pool
 from stepgraph.models import DecoderConfig, load_model, resolve
 from stepgraph.models.transformers_config import TransformersConfig
 from stepgraph.models.transformers_interfaces import IMPLEMENTATIONS
@@ -22,6 +21,7 @@ from stepgraph.models.transformers_model import TransformersModel, judge
 from stepgraph.platforms import create_platform
 from stepgraph.step.plan import StepPlan
 from stepgraph.step.runner import StepRunner
+from stepgraph.verify.graphs import verify_pool
 
 MAX_MODEL_LEN = 128
 SETTINGS = {

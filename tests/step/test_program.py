@@ -16,13 +16,13 @@ import torch
 from triton_operators import triton_operators
 
 from stepgraph import ops
-from stepgraph.graph.compositions import Composition, Row, random_compositions
 from stepgraph.graph.eager import EagerGraph
-from stepgraph.graph.trial import mostly_right_proposals, run
-from stepgraph.graph.verify import verify_shape
 from stepgraph.ops.attention import attention_geometry, max_tiles
 from stepgraph.step.plan import StepPlan
 from stepgraph.step.shape import StepShape
+from stepgraph.verify.compositions import Composition, Row, random_compositions
+from stepgraph.verify.graphs import verify_shape
+from stepgraph.verify.trial import mostly_right_proposals, run
 
 SHAPE = StepShape(160, 8)
 """The shape of the seed's bug: 160 tokens as [160, 0] need 13 query tiles of 64 (group 5), as [80, 80] 14."""

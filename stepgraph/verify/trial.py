@@ -18,12 +18,12 @@ from torch import Tensor
 
 from stepgraph.abi import slot_line
 from stepgraph.graph.base import Graph
-from stepgraph.graph.compositions import Composition, Row, random_sampling
 from stepgraph.layers.cache import LayerCache
 from stepgraph.step.plan import StepPlan
 from stepgraph.step.program import StepOutput
 from stepgraph.step.runner import StepRunner
 from stepgraph.step.shape import StepShape
+from stepgraph.verify.compositions import Composition, Row, random_sampling
 
 Proposals = Sequence[Sequence[int]]
 """Of each row of a composition."""

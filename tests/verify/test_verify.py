@@ -17,12 +17,12 @@ from stepgraph.abi import slot_line
 from stepgraph.config import EngineConfig
 from stepgraph.engine.build import build_engine
 from stepgraph.engine.sampling_params import SamplingParams
-from stepgraph.graph import trial
-from stepgraph.graph.compositions import Composition, Row, random_compositions
-from stepgraph.graph.verify import main_verify, verify_pool, verify_shape
 from stepgraph.ops import AttentionPlan, BuiltStep, attention_plan, build_step, paged_attention
 from stepgraph.ops.attention import max_tiles
 from stepgraph.step.shape import StepShape, Variant
+from stepgraph.verify import trial
+from stepgraph.verify.compositions import Composition, Row, random_compositions
+from stepgraph.verify.graphs import main_verify, verify_pool, verify_shape
 
 SHAPE = StepShape(48, 8)
 MIXED = Composition((Row(20, 1, 21), Row(0, 17, 17), Row(33, 9, 50), Row(7, 1, 8, active=False), Row(0, 3, 3)), seed=1)

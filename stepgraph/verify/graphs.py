@@ -8,7 +8,7 @@ Three runs of the same composition must agree:
   deterministic engine). This catches what graph and twin would get wrong together, such as a launch grid too small for the
   composition.
 
-Each runs in fresh state among poison, see `stepgraph.graph.trial`. Proposals, where there are any, are right up to some place of
+Each runs in fresh state among poison, see `stepgraph.verify.trial`. Proposals, where there are any, are right up to some place of
 a row, so that verification ends at every place.
 """
 
@@ -28,12 +28,12 @@ from tqdm import tqdm
 from stepgraph.bench.report import machine, write_json
 from stepgraph.config import EngineConfig
 from stepgraph.executor.build import build_local_executor
-from stepgraph.graph.compositions import Composition, random_compositions
 from stepgraph.graph.eager import EagerGraph
-from stepgraph.graph.trial import Proposals, Result, mostly_right_proposals, run
 from stepgraph.models.source import resolve_configured
 from stepgraph.step.runner import StepRunner
 from stepgraph.step.shape import StepShape, Variant
+from stepgraph.verify.compositions import Composition, random_compositions
+from stepgraph.verify.trial import Proposals, Result, mostly_right_proposals, run
 
 _ROUNDING = 1e-3
 """Largest ‖difference‖ / ‖logits‖ that the order of additions may cause in float32. In 16 bits a deep model on random tokens
