@@ -16,9 +16,10 @@ from typing import Any
 
 from tqdm import tqdm
 
+from stepgraph.bench.counting_device import BLOCK_SIZE
 from stepgraph.bench.report import machine, pyplot, save_figure, table, write_json
 from stepgraph.bench.scheduler_cost import HostCost, measure_costs
-from stepgraph.bench.simulation import BLOCK_SIZE, QWEN3_0_6B_ON_H100, Scenario, ShapeUse, Simulation, simulate
+from stepgraph.bench.simulation import QWEN3_0_6B_ON_H100, Scenario, ShapeUse, Simulation, simulate
 from stepgraph.bench.workloads import LENGTHS, Lengths, load_lengths, make_trace
 from stepgraph.config import SchedulerConfig
 from stepgraph.errors import ConfigError

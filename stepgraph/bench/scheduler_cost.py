@@ -6,23 +6,20 @@ CPU time of the thread, which other work on the machine changes less than the ti
 from __future__ import annotations
 
 import time
-from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from statistics import mean, median
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 
-from stepgraph.bench.simulation import BLOCK_SIZE, Device
+from stepgraph.bench.counting_device import BLOCK_SIZE, CountingDevice, engine_over
 from stepgraph.bench.workloads import VOCAB_SIZE
 from stepgraph.config import GraphConfig, SchedulerConfig
-from stepgraph.engine.request import Request
+from stepgraph.engine.request import Request, RequestUpdate
 from stepgraph.engine.sampling_params import SamplingParams
 from stepgraph.engine.scheduler import ScheduledStep, Scheduler
 from stepgraph.step.runner import StepResults
-from stepgraph.step.shape_policy import ShapePolicy
-from stepgraph.step.slot_sampling import SlotSampling
 
 NUM_RUNNING = (1, 8, 64, 256, 1024)
 NUM_WAITING = 10_000
@@ -66,29 +63,49 @@ def measure_costs() -> list[HostCost]:
     return costs
 
 
+class _TimedScheduler(Scheduler):
+    """Notes what its last calls took, in µs of CPU time."""
+
+    def __init__(self, *arguments: Any, **options: Any):
+        super().__init__(*arguments, **options)
+        self.add_us = self.schedule_us = self.reconcile_us = 0.0
+
+    def add(self, request: Request) -> None:
+        add = super().add
+        _, self.add_us = _timed(lambda: add(request))
+
+    def schedule(self) -> ScheduledStep | None:
+        scheduled, self.schedule_us = _timed(super().schedule)
+        return scheduled
+
+    def reconcile(self, step: ScheduledStep, results: StepResults) -> Sequence[RequestUpdate]:
+        reconcile = super().reconcile
+        updates, self.reconcile_us = _timed(lambda: reconcile(step, results))
+        return updates
+
+
 class _Case:
-    """A scheduler with requests that decode without end, and one step of run-ahead."""
+    """An engine with requests that decode without end."""
 
     def __init__(self, num_slots: int, num_decoding: int, **limits: object):
         config = SchedulerConfig(max_num_seqs=num_slots, **limits)  # type: ignore[arg-type]
-        self._scheduler = Scheduler(
+        self._engine, _ = engine_over(
+            CountingDevice(num_slots),
             config,
-            max_tokens=config.max_num_batched_tokens,
+            GraphConfig(),
             num_kv_blocks=2 + num_slots * (2 + _ENDLESS // BLOCK_SIZE),
-            block_size=BLOCK_SIZE,
-            token_sizes=ShapePolicy.of(GraphConfig(), config).token_sizes,
+            max_model_len=_PROMPT + _ENDLESS,
+            create_scheduler=_TimedScheduler,
         )
-        self._device = Device(num_slots)
-        self._in_flight: deque[tuple[ScheduledStep, StepResults]] = deque()
         self._prompts = self._generate_prompts()
-        self._answers: dict[str, int] = {}
+        self._num_added = 0
         self._add_us: list[float] = []
         for index in range(num_decoding):  # of different lengths, so that their block borders fall into different steps
             self._add(1 + index % BLOCK_SIZE, _ENDLESS)
-        while self._scheduler.num_running < num_decoding:
-            self._step()
+        while self._engine.scheduler.num_running < num_decoding:
+            self._engine.step()
         for _ in range(20):
-            self._step()
+            self._engine.step()
 
     def add_waiting(self, *, num_priorities: int = 1) -> None:
         """Queue prompts whose answers are one token; those that come later have the better priorities."""
@@ -114,30 +131,22 @@ class _Case:
         )
 
     def _add(self, prompt_len: int, answer_len: int, priority: int = 0) -> None:
-        request = Request(
-            id=str(len(self._answers)),
-            prompt_token_ids=next(self._prompts)[:prompt_len],
-            params=SamplingParams(),
-            max_length=prompt_len + answer_len,
-            sampling=SlotSampling(seed=0),
-            priority=priority,
-        )
-        self._answers[request.id] = answer_len
-        _, microseconds = _timed(lambda: self._scheduler.add(request))
+        self._num_added += 1
+        params = SamplingParams(max_tokens=answer_len, ignore_eos=True)
+        prompt = next(self._prompts)[:prompt_len]
+        self._engine.add_request(str(self._num_added), prompt, params, priority=priority)
         if answer_len == 1:
-            self._add_us.append(microseconds)
+            self._add_us.append(self._scheduler.add_us)
 
     def _step(self) -> tuple[float, float, int]:
-        scheduled, schedule_us = _timed(self._scheduler.schedule)
-        assert scheduled is not None
-        for request in scheduled.admitted:
-            self._device.admit(request, self._answers[request.id])
-        self._in_flight.append((scheduled, self._device.run(scheduled.plan)[0]))
-        reconcile_us = 0.0
-        if len(self._in_flight) > 1:
-            step, results = self._in_flight.popleft()
-            _, reconcile_us = _timed(lambda: self._scheduler.reconcile(step, results))
-        return schedule_us, reconcile_us, len(scheduled.plan.rows)
+        self._engine.step()
+        scheduler = self._scheduler
+        return scheduler.schedule_us, scheduler.reconcile_us, self._engine.executor.statistics.recent[-1].num_rows
+
+    @property
+    def _scheduler(self) -> _TimedScheduler:
+        assert isinstance(self._engine.scheduler, _TimedScheduler)
+        return self._engine.scheduler
 
     def _generate_prompts(self) -> Iterator[list[int]]:
         generator = np.random.default_rng(0)

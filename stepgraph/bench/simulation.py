@@ -1,33 +1,27 @@
-"""The real scheduler before a simulated device: no model, no tensors, a clock that a formula moves.
+"""The real engine before a simulated device: no model, no tensors, a clock that a formula moves, one step of run-ahead.
 
-The simulation plays the engine's loop with one step of run-ahead. What the scheduler promises is watched from outside, by
-counts of its own: see `Watch`.
+What the scheduler promises is watched from outside, by counts of its own: see `Watch`.
 """
 
 from __future__ import annotations
 
-from collections import Counter, deque
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from statistics import mean, quantiles
 from typing import Protocol
 
-from stepgraph.abi import slot_line
-from stepgraph.bench.workloads import VOCAB_SIZE, Arrival, Lengths
+from stepgraph.bench.counting_device import BLOCK_SIZE, CountingDevice, engine_over
+from stepgraph.bench.workloads import Arrival, Lengths
 from stepgraph.config import GraphConfig, SchedulerConfig
-from stepgraph.engine.request import FinishReason, Request
+from stepgraph.engine.request import FinishReason, Request, RequestUpdate
 from stepgraph.engine.sampling_params import SamplingParams
 from stepgraph.engine.scheduler import WATERMARK, ScheduledStep, Scheduler
 from stepgraph.engine.waiting import MAX_OVERTAKEN
-from stepgraph.step.plan import StepPlan
-from stepgraph.step.runner import RowResult, StepResults
+from stepgraph.graph.pool import StepRecord
 from stepgraph.step.shape_policy import ShapePolicy
-from stepgraph.step.slot_sampling import SlotSampling
 
-BLOCK_SIZE = 16
-_RUN_AHEAD = 1
 _LEAST_WAIT_S = 1e-6  # a shorter one may be lost to rounding, and time stand still
-_GREEDY = SlotSampling(seed=0)
 
 
 class StepTime(Protocol):
@@ -189,115 +183,41 @@ def simulate(
     return _Loop(trace, scenario, create_scheduler).run()
 
 
-class Device:
-    """Slots that count tokens instead of computing them, as `build_step` and `commit` would."""
-
-    def __init__(self, num_slots: int):
-        self._slots = [_Slot() for _ in range(num_slots + 1)]
-
-    def admit(self, request: Request, answer_len: int) -> None:
-        assert request.slot is not None
-        self._slots[request.slot] = _Slot(
-            generation=request.generation,
-            known=request.num_known,
-            computed=request.num_found * BLOCK_SIZE,
-            end=request.prompt_len + answer_len,
-            max_length=request.max_length,
-            first_token=request.arrival * 7919,
-            active=True,
-        )
-
-    def run(self, plan: StepPlan) -> tuple[StepResults, int]:
-        """Results of a step, and how many tokens it really ran."""
-        rows = []
-        num_tokens = 0
-        for index, bound in plan.rows:
-            slot = self._slots[index]
-            ran = min(bound, slot.known - slot.computed) if slot.active else 0
-            slot.computed += ran
-            num_tokens += ran
-            tokens: tuple[int, ...] = ()
-            finish = slot_line.RUNNING
-            if ran and slot.computed == slot.known:
-                tokens = ((slot.first_token + slot.known) % VOCAB_SIZE,)
-                slot.known += 1
-                if slot.known == slot.end:
-                    slot.active = False
-                    finish = slot_line.FINISHED_LENGTH if slot.end == slot.max_length else slot_line.FINISHED_STOP
-            rows.append(RowResult(index, slot.generation, finish, len(tokens), tokens=tokens))
-        return StepResults.of(rows), num_tokens
-
-
-@dataclass
-class _Slot:
-    generation: int = 0
-    known: int = 0  # tokens of prompt and answer so far
-    computed: int = 0
-    end: int = 0  # tokens at which the answer is complete
-    max_length: int = 0
-    first_token: int = 0
-    active: bool = False
-
-
-@dataclass
-class _Clock:
-    """Apart from the loop, so that a scheduler does not keep a whole trace alive."""
-
-    now: float = 0.0
-
-    def read(self) -> float:
-        return self.now
-
-
 class _Loop:
     def __init__(self, trace: Sequence[Arrival], scenario: Scenario, create_scheduler: type[Scheduler]):
         config = scenario.config
         self._trace, self._scenario = trace, scenario
-        self._clock = _Clock()
         self._shapes = ShapePolicy.of(scenario.graph, config)
-        self._scheduler = create_scheduler(
+        self._device = CountingDevice(config.max_num_seqs, [arrival.answer_len for arrival in trace])
+        self._engine, self._executor = engine_over(
+            self._device,
             config,
-            max_tokens=config.max_num_batched_tokens,
+            scenario.graph,
             num_kv_blocks=scenario.num_kv_blocks,
-            block_size=BLOCK_SIZE,
-            token_sizes=(
-                self._shapes.token_sizes if scenario.snapping else range(1, config.max_num_batched_tokens + 1)
-            ),
-            clock=self._clock.read,
+            max_model_len=1 + max((len(a.prompt_token_ids) + a.max_tokens for a in trace), default=1),
+            token_sizes=None if scenario.snapping else tuple(range(1, config.max_num_batched_tokens + 1)),
+            step_seconds=self._account,
+            create_scheduler=_watched(create_scheduler, self._after_schedule),
         )
-        self._device = Device(config.max_num_seqs)
+        self._clock = self._executor.clock
         self._result = Simulation()
-        self._watch = Watch(self._scheduler, scenario, may_overtake=len({a.priority for a in trace}) > 1)
+        self._watch = Watch(self._engine.scheduler, scenario, may_overtake=len({a.priority for a in trace}) > 1)
         self._requests: list[Request] = []  # in the order of the trace
-        self._arrivals: dict[str, Arrival] = {}
-        self._first_slot: dict[str, float] = {}
         self._first_token: dict[str, float] = {}
 
     def run(self) -> Simulation:
-        result, scheduler = self._result, self._scheduler
-        in_flight: deque[tuple[ScheduledStep, StepResults, float]] = deque()
-        device_free = 0.0
+        result, engine = self._result, self._engine
         most_steps = 100 + 4 * sum(len(a.prompt_token_ids) + a.answer_len for a in self._trace)
-        while len(self._requests) < len(self._trace) or scheduler.has_requests or in_flight:
+        while (len(self._requests) < len(self._trace) or engine.has_work) and result.steps <= most_steps:
             self._add_arrived()
-            scheduled = scheduler.schedule()
-            self._watch.after_schedule(scheduled, self._clock.now)
-            if scheduled is not None:
-                results, num_tokens = self._launch(scheduled)
-                device_free = max(self._clock.now, device_free) + self._account(scheduled.plan, num_tokens)
-                in_flight.append((scheduled, results, device_free))
-            if in_flight and (scheduled is None or len(in_flight) > _RUN_AHEAD):
-                step, results, end = in_flight.popleft()
-                self._clock.now = max(self._clock.now, end)
-                self._reconcile(step, results)
-            elif scheduled is None and not self._sleep():
-                break
-            if result.steps > most_steps:
+            had_rest = not self._executor.num_in_flight
+            self._take(engine.step())
+            if had_rest and not self._executor.num_in_flight and not self._sleep():
                 break
         self._watch.at_the_end(self._requests, result)
         result.seconds = self._clock.now
         result.snapped = sum(request.was_snapped for request in self._requests)
-        statistics = scheduler.statistics
+        statistics = engine.scheduler.statistics
         result.preemptions = statistics.preemptions
         result.prompt_tokens, result.cached_prompt_tokens = statistics.prompt_tokens, statistics.cached_prompt_tokens
         return result
@@ -306,50 +226,38 @@ class _Loop:
         while len(self._requests) < len(self._trace) and self._trace[len(self._requests)].at_s <= self._clock.now:
             index = len(self._requests)
             arrival = self._trace[index]
-            request = Request(
-                id=str(index),
-                prompt_token_ids=arrival.prompt_token_ids,
-                params=SamplingParams(),
-                max_length=len(arrival.prompt_token_ids) + arrival.max_tokens,
-                sampling=_GREEDY,
-                priority=arrival.priority,
-            )
-            self._arrivals[request.id] = arrival
+            params = SamplingParams(max_tokens=arrival.max_tokens, seed=index, ignore_eos=True)
+            request = self._engine.add_request(str(index), arrival.prompt_token_ids, params, priority=arrival.priority)
             self._requests.append(request)
-            self._scheduler.add(request)
             self._watch.after_add(request)
 
-    def _launch(self, scheduled: ScheduledStep) -> tuple[StepResults, int]:
-        for request in scheduled.admitted:
-            self._first_slot.setdefault(request.id, self._clock.now)
-            self._device.admit(request, self._arrivals[request.id].answer_len)
-        return self._device.run(scheduled.plan)
+    def _after_schedule(self, scheduled: ScheduledStep | None) -> None:
+        self._watch.after_schedule(scheduled, self._clock.now)
 
-    def _account(self, plan: StepPlan, num_tokens: int) -> float:
+    def _account(self, record: StepRecord) -> float:
         """Note a step; returns its seconds."""
-        result, step_time = self._result, self._scenario.step_time
-        shape = self._shapes.round_up(plan.num_tokens, len(plan.rows))
+        result, step_time, shape = self._result, self._scenario.step_time, record.shape
         use = result.uses.setdefault(shape.num_tokens, ShapeUse())
         use.steps += 1
-        use.planned_tokens += plan.num_tokens
-        use.real_tokens += num_tokens
+        use.planned_tokens += record.num_tokens
+        use.real_tokens += self._device.real_tokens
         seconds = step_time.seconds(shape.num_tokens, shape.num_rows)
-        result.num_rows += len(plan.rows)
+        result.num_rows += record.num_rows
         result.captured_rows += shape.num_rows
         result.busy_s += seconds
-        result.unpadded_s += step_time.seconds(plan.num_tokens, len(plan.rows))
+        result.unpadded_s += step_time.seconds(record.num_tokens, record.num_rows)
         return seconds
 
-    def _reconcile(self, step: ScheduledStep, results: StepResults) -> None:
-        for update in self._scheduler.reconcile(step, results):
-            request = update.request
+    def _take(self, updates: Sequence[RequestUpdate]) -> None:
+        for request, _, finish_reason in updates:
             self._first_token.setdefault(request.id, self._clock.now)
-            if update.finish_reason is not None:
+            if finish_reason is not None:
                 self._watch.after_finish(request)
-                arrival = self._arrivals[request.id]
+                arrival = self._trace[int(request.id)]
+                assert request.admitted_at is not None
                 self._result.served.append(
                     Served(
-                        queue_s=self._first_slot[request.id] - arrival.at_s,
+                        queue_s=request.admitted_at - arrival.at_s,
                         first_token_s=self._first_token[request.id] - arrival.at_s,
                         total_s=self._clock.now - arrival.at_s,
                         alone_s=self._seconds_alone(request.prompt_len, arrival.answer_len),
@@ -369,13 +277,25 @@ class _Loop:
         times = []
         if len(self._requests) < len(self._trace):
             times.append(self._trace[len(self._requests)].at_s)
-        seconds = self._scheduler.seconds_until_work()
+        seconds = self._engine.seconds_until_work
         if seconds is not None:
             times.append(self._clock.now + max(seconds, _LEAST_WAIT_S))
         if not times:
             return False
         self._clock.now = max(self._clock.now, min(times))
         return True
+
+
+def _watched(kind: type[Scheduler], after_schedule: Callable[[ScheduledStep | None], None]) -> type[Scheduler]:
+    """A scheduler of some kind that shows each step it plans, and that it plans none."""
+
+    class Watched(kind):  # type: ignore[misc, valid-type]
+        def schedule(self) -> ScheduledStep | None:
+            scheduled = super().schedule()
+            after_schedule(scheduled)
+            return scheduled
+
+    return Watched
 
 
 class Watch:
