@@ -63,7 +63,7 @@ def build_engine(
         num_kv_blocks=specs.num_kv_blocks,
         block_size=specs.block_size,
         token_sizes=specs.token_sizes,
-        prefix_caching=config.cache.enable_prefix_caching,
+        prefix_caching=config.cache.enable_prefix_caching and specs.reuses_prefixes,
         pure_steps=config.graph.cudagraph_only_prefill and config.scheduler.insertion_policy == "gather",
         choose_drafts=draft_depth.choose,
         lookahead=specs.lookahead,
@@ -88,6 +88,10 @@ def build_engine(
         seed=config.model.seed,
     )
     logger.info("%s on %s: %s", source.name, specs.platform, specs.precision)
+    if config.cache.enable_prefix_caching and not specs.reuses_prefixes:
+        logger.info(
+            "prefix caching is off: layers of this model carry a state from token to token, which blocks do not hold"
+        )
     if config.speculative.max_drafts:
         logger.info("speculative decoding: %s", config.speculative)
     return Engine(

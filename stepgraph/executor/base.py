@@ -53,6 +53,10 @@ class ExecutorSpecs:
     """Numbers of proposals of a row that steps may be planned with, ascending; each has graphs of its own."""
     lookahead: int = 0
     """Tokens after a KV block that its content depends on."""
+    reuses_prefixes: bool = True
+    """Whether requests can start from KV blocks that others have filled."""
+    reach: int = 0
+    """The last positions, the first of a step's own included, whose KV blocks the step may read; 0: all."""
     drafts_cost_when_idle: bool = True
     """A step with room for proposals is slower also where there are none."""
     max_adapters: int = 0

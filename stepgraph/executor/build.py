@@ -101,6 +101,8 @@ def build_local_executor(
         run_ahead=platform.run_ahead,
         draft_levels=levels,
         lookahead=0 if drafter is None else drafter.lookahead,
+        reuses_prefixes=runner.reuses_prefixes,
+        reach=runner.reach,
         drafts_cost_when_idle=drafter is None or drafter.costs_when_idle,
         max_adapters=0 if adapters is None else config.lora.max_loras,
         can_sleep=weights_memory.releasable,

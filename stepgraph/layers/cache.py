@@ -59,6 +59,9 @@ class CacheSpec(ABC):
     shares: int | None = None
     """An earlier layer whose cache this layer uses too; counted through the model's layers and on through the drafter's."""
 
+    starts_from_blocks: bool = True
+    """Whether a request can start behind tokens of which it has the blocks and nothing else."""
+
     @property
     @abstractmethod
     def reach(self) -> int | None:

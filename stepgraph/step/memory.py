@@ -75,6 +75,21 @@ class CacheLayout:
         return tuple(caches)
 
     @property
+    def reuses_prefixes(self) -> bool:
+        """Whether requests can start from blocks that others have filled."""
+        return all(spec.starts_from_blocks for spec in self.specs)
+
+    def reach(self, lookahead: int) -> int:
+        """The last positions, the first of a step's own included, whose blocks the step may read; 0: all.
+
+        Args:
+            lookahead: of the drafter; 0 without one. Of several draft modules, the k-th runs from k - 1 positions before the
+                step's own on.
+        """
+        reaches = [spec.reach for spec in self.specs if spec.reach is not None]
+        return max(reaches) + max(0, lookahead - 1) if all(reaches) and reaches else 0
+
+    @property
     def _owners(self) -> list[CacheSpec]:
         return [spec for spec in self.specs if spec.shares is None]
 
@@ -116,7 +131,7 @@ def choose_num_blocks(
     """KV blocks of the engine, the null block included: as configured, or as many as memory and use allow.
 
     On a GPU that is ``gpu_memory_utilization`` of the device, less what is in use (the weights are loaded), less the activations
-    of the largest step twice (run eagerly and in the graphs' memory pool), less what comes later.
+    of the largest step twice (run eagerly and in the graphs' memory pool), less what comes later, less the slots' lines.
 
     Args:
         layout: of the caches.

@@ -173,6 +173,9 @@ class StepRunner:
             deterministic=self.deterministic,
         )
         self.num_model_caches = len(model_specs)
+        self.reuses_prefixes = layout.reuses_prefixes
+        self.reach = layout.reach(drafter.lookahead if drafter else 0)
+        """See `CacheLayout.reach`."""
         null = replace(layout, num_slots=1)  # a dry run touches no more than the null block and the null slot
         self.caches = null.allocate(1, platform.memory(null.sizes(1), sleepable=False))
         """The model's `num_model_caches`, then the drafter's."""
