@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import json
 import math
 import types
@@ -40,6 +41,9 @@ def setting(
 _EXPECTED = {bool: "true or false", int: "a whole number", float: "a number", str: "text", Mapping: "a JSON object"}
 
 
+_type_hints = functools.cache(typing.get_type_hints)  # which evaluates text anew at each call
+
+
 def check(config: Any) -> None:
     """Raise ConfigError for a field of the wrong type, outside its choices or below its minimum. Called at birth."""
     for field in dataclasses.fields(config):
@@ -53,7 +57,7 @@ def check_value(config_type: type, name: str, value: Any) -> None:
         ConfigError: it has the wrong type, is outside its choices or below its minimum.
     """
     field = next(field for field in dataclasses.fields(config_type) if field.name == name)
-    if value is None and type(None) in typing.get_args(typing.get_type_hints(config_type)[name]):
+    if value is None and type(None) in typing.get_args(_type_hints(config_type)[name]):
         return
     kind, several = scalar_type(config_type, name)
     shown = f"{name}={value!r}" if field.repr else name
@@ -76,7 +80,7 @@ def check_value(config_type: type, name: str, value: Any) -> None:
 
 def scalar_type(config_type: type, name: str) -> tuple[type, bool]:
     """The element type of a field and whether it takes several: ``tuple[int, ...] | None`` gives ``(int, True)``."""
-    hint = typing.get_type_hints(config_type)[name]
+    hint = _type_hints(config_type)[name]
     if isinstance(hint, types.UnionType):
         hint = next(part for part in typing.get_args(hint) if part is not type(None))
     if typing.get_origin(hint) is tuple:

@@ -478,7 +478,7 @@ class Engine:
                 tokens=request.tokens(0, request.num_known),
                 prompt_len=request.prompt_len,
                 blocks=request.blocks[: request.num_found],
-                computed=request.num_found * self.config.cache.block_size,
+                computed=request.num_found * self.executor.specs.block_size,
                 generation=request.generation,
                 max_length=request.max_length,
                 sampling=request.sampling,

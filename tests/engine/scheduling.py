@@ -1,4 +1,4 @@
-"""A scheduler's surroundings for tests: a device in plain Python, and the engine's loop around both.
+"""A scheduler's surroundings for tests: the engine over a device in plain Python, each plan looked at.
 
 The device computes what `build_step`, a model of two layers and `commit` compute, in exact integers: a layer writes every row's
 entries before any row reads, and a token's value depends on every entry of its context. Two runs can only agree if every
@@ -11,18 +11,23 @@ like those of a layer, that of a position being made of all tokens up to `lookah
 import random
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from itertools import cycle
 
 from stepgraph.abi import slot_line
-from stepgraph.config import SchedulerConfig
+from stepgraph.config import CacheConfig, EngineConfig, GraphConfig, SchedulerConfig
+from stepgraph.engine.build import build_engine
+from stepgraph.engine.reports import StepReport
 from stepgraph.engine.request import Request
 from stepgraph.engine.sampling_params import SamplingParams
 from stepgraph.engine.scheduler import Scheduler
+from stepgraph.executor.fake import FakeClock, FakeExecutor, fake_specs
+from stepgraph.models.source import ModelSource, resolve
 from stepgraph.step.plan import StepPlan
 from stepgraph.step.runner import RowResult, StepResults
 from stepgraph.step.shape import StepShape
+from stepgraph.step.shape_policy import ShapePolicy
 from stepgraph.step.slot_sampling import SlotSampling
 
 VOCAB = 11
@@ -93,20 +98,17 @@ class Device:
         self.kv: list[dict[tuple[int, int], object]] = [{}, {}]
         self.draft_kv: dict[tuple[int, int], object] = {}
 
-    def admit(self, request: Request) -> None:
+    def admit(self, slot, *, tokens, prompt_len, blocks, computed, generation, max_length, sampling) -> None:
         """What `SlotState.admit` does with what the engine gives it."""
-        for index, block in enumerate(request.blocks[: request.num_found]):
-            self.block_table[request.slot, index] = block
-        self.slots[request.slot] = Slot(
-            list(request.tokens(0, request.num_known)),
-            [],
-            [*request.prompt_token_ids, *answer_alone(request)],
-            request.num_found * self.block_size,
-            True,
-            request.generation,
-            request.max_length,
-            request.sampling,
-        )
+        for index, block in enumerate(blocks):
+            self.block_table[slot, index] = block
+        prompt = tuple(tokens[:prompt_len])
+        answer = _answer(prompt, max_length, sampling.seed, sampling.stop_token_ids)
+        whole = [*prompt, *answer]
+        self.slots[slot] = Slot(list(tokens), [], whole, computed, True, generation, max_length, sampling)
+
+    def set_masks(self, slot, masks) -> None:
+        raise AssertionError("it knows none")
 
     def run(self, plan: StepPlan) -> StepResults:
         for slot, index, block in plan.deltas:
@@ -201,11 +203,16 @@ class Device:
         return self.block_table[index, position // self.block_size], position % self.block_size
 
 
-class Loop:
-    """The engine's loop around a scheduler; checks every plan.
+@cache
+def _source() -> ModelSource:
+    """A model whose weights and tokenizer nobody looks at."""
+    return resolve("qwen3-0.6b", weights=False)
 
-    `now` is the scheduler's clock, in seconds; `step_seconds` pass with every step. Steps make up to as many proposals as
-    `num_drafts` says in turn.
+
+class Loop:
+    """The engine over a device of exact integers; checks every plan.
+
+    `step_seconds` pass with every step. Steps make up to as many proposals as `num_drafts` says in turn.
     """
 
     def __init__(
@@ -226,21 +233,8 @@ class Loop:
         **limits,
     ):
         self.config = SchedulerConfig(max_num_seqs=max_num_seqs, max_num_batched_tokens=max_tokens, **limits)
-        self.block_size, self.run_ahead, self.num_kv_blocks = block_size, run_ahead, num_kv_blocks
-        self.now, self.step_seconds = 0.0, step_seconds
-        turns = cycle(num_drafts)
-        self.scheduler = Scheduler(
-            self.config,
-            max_tokens=max_tokens,
-            num_kv_blocks=num_kv_blocks,
-            block_size=block_size,
-            token_sizes=token_sizes or tuple(range(1, max_tokens + 1)),
-            prefix_caching=prefix_caching,
-            pure_steps=pure_steps,
-            choose_drafts=lambda num_decodes: next(turns),
-            lookahead=lookahead,
-            clock=lambda: self.now,
-        )
+        self.block_size, self.num_kv_blocks = block_size, num_kv_blocks
+        self.clock, self.step_seconds = FakeClock(), step_seconds
         self.device = Device(max_num_seqs, num_kv_blocks, block_size, lookahead=lookahead, accuracy=accuracy)
         self.in_flight: deque = deque()
         self.held_elsewhere: set[int] = set()
@@ -251,6 +245,34 @@ class Loop:
         self.plans: list[StepPlan] = []
         self.admitted: list[str] = []
         self.updates = []
+        policy = ShapePolicy.of(GraphConfig(), self.config, draft_levels=(max(num_drafts),))
+        specs = replace(
+            fake_specs(
+                policy,
+                vocab_size=128,
+                max_model_len=1 << 20,
+                num_kv_blocks=num_kv_blocks,
+                block_size=block_size,
+                run_ahead=run_ahead,
+            ),
+            token_sizes=token_sizes or tuple(range(1, max_tokens + 1)),
+            draft_levels=policy.draft_levels,
+            lookahead=lookahead,
+        )
+        turns = cycle(num_drafts)
+
+        def create_scheduler(config, **options) -> Scheduler:
+            return Scheduler(config, **options | {"pure_steps": pure_steps, "choose_drafts": lambda _: next(turns)})
+
+        self.engine = build_engine(
+            EngineConfig(scheduler=self.config, cache=CacheConfig(enable_prefix_caching=prefix_caching)),
+            source=_source(),
+            executor=FakeExecutor(self, specs, policy, self.clock),
+            create_scheduler=create_scheduler,
+            clock=self.clock,
+        )
+        self.engine.on_step = self._on_step
+        self.scheduler = self.engine.scheduler
 
     def add(
         self,
@@ -267,37 +289,47 @@ class Loop:
         """Queue a request; a prompt given by its length has tokens that depend on the id."""
         if isinstance(prompt, int):
             prompt = [(7 * i + len(id) + sum(map(ord, id))) % VOCAB for i in range(prompt)]
-        request = Request(
-            id,
-            prompt,
-            SamplingParams(),
-            max_length=len(prompt) + max_tokens,
-            sampling=SlotSampling(seed=seed, stop_token_ids=(STOP,) if stop else (), max_num_drafts=max_num_drafts),
-            priority=priority,
-            cache_salt=salt,
+        params = SamplingParams(
+            max_tokens=max_tokens,
+            seed=seed,
+            ignore_eos=True,
+            stop_token_ids=(STOP,) if stop else (),
+            speculative={"num_speculative_tokens": max_num_drafts},
         )
-        self.scheduler.add(request)
-        return request
+        return self.engine.add_request(id, prompt, params, priority=priority, cache_salt=salt)
 
     def step(self) -> None:
-        scheduled = self.scheduler.schedule()
-        self.now += self.step_seconds
-        if scheduled is not None:
-            for request in scheduled.admitted:
-                self.device.admit(request)
-                self.admitted.append(request.id)
-                self._seen[request.slot] = request.generation, request.num_found * self.block_size
-            self._check(scheduled.plan)
-            self.plans.append(scheduled.plan)
-            results = self.device.run(scheduled.plan)
-            computed = [self.device.slots[slot].computed for slot, _ in scheduled.plan.rows]
-            self.in_flight.append((scheduled, results, computed))
-        if self.in_flight and (scheduled is None or len(self.in_flight) > self.run_ahead):
-            step, results, computed = self.in_flight.popleft()
-            for row, end in zip(results.rows, computed, strict=True):
-                if self._seen[row.slot][0] == row.generation:
-                    self._seen[row.slot] = row.generation, end
-            self.updates += self.scheduler.reconcile(step, results)
+        self.updates += self.engine.step()
+        self.clock.now += self.step_seconds
+
+    # The device, as the executor sees it
+
+    def admit(self, slot, **state) -> None:
+        self.device.admit(slot, **state)
+        (request,) = [request for request in self.scheduler.running() if request.slot == slot]
+        self.admitted.append(request.id)
+        self._seen[slot] = state["generation"], state["computed"]
+
+    def set_masks(self, slot, masks) -> None:
+        self.device.set_masks(slot, masks)
+
+    def forget(self) -> None:
+        self.device.forget()
+
+    def run(self, plan: StepPlan) -> StepResults:
+        self._check(plan)
+        self.plans.append(plan)
+        results = self.device.run(plan)
+        computed = [self.device.slots[slot].computed for slot, _ in plan.rows]
+        self.in_flight.append((plan, results, computed))
+        return results
+
+    def _on_step(self, report: StepReport) -> None:
+        _, results, computed = self.in_flight.popleft()
+        assert report.results is results
+        for row, end in zip(results.rows, computed, strict=True):
+            if self._seen[row.slot][0] == row.generation:
+                self._seen[row.slot] = row.generation, end
 
     def drain(self) -> None:
         for _ in range(3000):
@@ -358,10 +390,10 @@ class Loop:
         """Positions of a request that may hold something after a step of up to `bound` of its tokens, whatever stands."""
         generation, computed = self._seen[request.slot]
         assert generation == request.generation
-        for step, results, _ in self.in_flight:
+        for planned, results, _ in self.in_flight:
             computed += sum(
                 under_way
-                for (slot, under_way), row in zip(step.plan.rows, results.rows, strict=True)
+                for (slot, under_way), row in zip(planned.rows, results.rows, strict=True)
                 if (slot, row.generation) == (request.slot, generation)
             )
         end = computed + bound

@@ -528,7 +528,7 @@ def test_a_lone_prompt_enters_after_the_gathering_time_since_the_last_arrival() 
 def test_decodes_go_on_while_prompts_gather() -> None:
     loop = Loop(insertion_policy="gather", prefill_gather_size=2, prefill_gather_ms=100)
     loop.add("a", 5, 8)
-    loop.now = 1.0
+    loop.clock.now = 1.0
     loop.step()
     loop.add("b", 5, 8)
     for _ in range(3):
