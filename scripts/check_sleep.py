@@ -21,13 +21,13 @@ def main(model: str) -> None:
     """Run the check; raises AssertionError if somebody noticed."""
     # Deterministic, since a request that is computed again runs in other batches.
     llm = LLM(model, load_format="dummy", enable_sleep_mode=True, deterministic=True, max_model_len=512, progress=False)
-    engine, pool = llm.engine, llm.engine.executor.runner.pool
+    engine, graphs = llm.engine, llm.engine.executor.runner.graphs
     expected = [output.outputs[0].token_ids for output in llm.generate(PROMPTS, GREEDY, use_tqdm=False)]
     weights = {
         name: tensor.detach().cpu().clone()
         for name, tensor in engine.executor.runner.model.checkpoint_tensors().items()
     }
-    records = [(record.shape, record.capture_ms) for record in pool.records()]
+    records = [(record.shape, record.capture_ms) for record in graphs.records()]
 
     def timed(what: str, call: Callable[[], object]) -> None:
         engine.executor.runner.platform.synchronize()
@@ -50,7 +50,9 @@ def main(model: str) -> None:
             engine.step()
         answers = [tuple(request.output_token_ids) for request in [*requests, late]]
         assert answers == [*expected, expected[0]], "an answer changed"
-        assert [(record.shape, record.capture_ms) for record in pool.records()] == records, "a graph was captured again"
+        assert [(record.shape, record.capture_ms) for record in graphs.records()] == records, (
+            "a graph was captured again"
+        )
         print(f"{len(answers)} of {len(answers)} answers unchanged, {len(records)} graphs kept")
     timed("shutdown()", llm.shutdown)
 

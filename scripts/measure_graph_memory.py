@@ -1,4 +1,4 @@
-"""What captured graphs hold of a GPU's memory, as the pool counts it and as the device sees it.
+"""What captured graphs hold of a GPU's memory, as they are counted and as the device sees it.
 
     python scripts/measure_graph_memory.py qwen3-0.6b [setting=value ...]
 
@@ -38,17 +38,17 @@ def main() -> None:
         EngineConfig.from_settings(model=arguments.model, load_format="dummy", capture="lazy", **settings),
         progress=True,
     )
-    pool, operators = engine.executor.runner.pool, engine.executor.runner.graph_operators
+    store, operators = engine.executor.runner.graphs.store, engine.executor.runner.graph_operators
     torch.cuda.empty_cache()
     print(f"{arguments.model} {settings}: {operators} operators a step")
     for variant in (Variant.PLAIN, Variant.EXTENDED):
         shapes = engine.executor.runner.policy.shapes(variant, engine.draft_levels[-1])
-        used, reserved, counted, started = used_bytes(), torch.cuda.memory_reserved(), pool.bytes, time.perf_counter()
+        used, reserved, counted, started = used_bytes(), torch.cuda.memory_reserved(), store.bytes, time.perf_counter()
         for shape in shapes:
-            pool.graph(shape)
+            store.graph(shape)
         seconds = time.perf_counter() - started
         reserved = torch.cuda.memory_reserved() - reserved
-        driver, counted = used_bytes() - used - reserved, pool.bytes - counted
+        driver, counted = used_bytes() - used - reserved, store.bytes - counted
         print(
             f"{variant.name.lower()}: {len(shapes)} graphs in {seconds:.1f} s, {counted / 2**20:.0f} MiB as counted; the driver "
             f"took {driver / 2**20:.0f} MiB, {driver / len(shapes) / operators / 1024:.2f} KiB an operator, torch's allocator "

@@ -156,13 +156,13 @@ def _graphs_list(arguments: argparse.Namespace) -> int:
     from stepgraph.executor.build import build_local_executor
     from stepgraph.models.source import resolve_configured
 
-    pool = build_local_executor(config, resolve_configured(config.model), progress=_progress()).runner.pool
-    pool.capture_all(progress=_progress())
-    records = pool.records()
+    graphs = build_local_executor(config, resolve_configured(config.model), progress=_progress()).runner.graphs
+    graphs.capture_all(progress=_progress())
+    records, store = graphs.records(), graphs.store
     rows_of_cells = [[str(r.shape), f"{r.capture_ms:.1f}", f"{r.bytes / 2**20:.1f}"] for r in records]
     print(table(["tokens x rows", "capture ms", "MiB"], rows_of_cells))
     total_s = sum(record.capture_ms for record in records) / 1e3
-    print(f"{len(records)} {pool.backend_name} graphs, {total_s:.2f} s, {pool.bytes / 2**20:.1f} MiB")
+    print(f"{len(records)} {store.backend_name} graphs, {total_s:.2f} s, {store.bytes / 2**20:.1f} MiB")
     return 0
 
 
@@ -207,7 +207,7 @@ def _capturing_config(arguments: argparse.Namespace) -> EngineConfig:
 
 
 def _shapes(config: EngineConfig) -> list[StepShape]:
-    """The shapes a pool of these settings may capture; they depend on no model, so none is loaded."""
+    """The shapes that an engine of these settings captures ahead; they depend on no model, so none is loaded."""
     from stepgraph.step.shape_policy import ShapePolicy
 
     return ShapePolicy.of(config.graph, config.scheduler).shapes_ahead([0])

@@ -26,8 +26,8 @@ from stepgraph.engine.session import Session
 from stepgraph.errors import ConfigError
 from stepgraph.executor.build import context_len
 from stepgraph.executor.local import runner_of
-from stepgraph.graph.pool import StepRecord
 from stepgraph.models.source import ModelSource, resolve_configured
+from stepgraph.step.log import StepRecord
 
 SETTINGS = {
     "max_num_seqs": 4,
@@ -113,11 +113,11 @@ def main(settings: dict[str, Any], *, progress: bool) -> int:
 
     started = time.perf_counter()
     runner = runner_of(engine.executor)
-    pool, largest = runner.pool, runner.policy.max_shape
-    pool.capture_all(progress=progress)
-    memory = f", {pool.bytes / 2**20:.0f} MiB" if pool.bytes else ""  # on CPU a graph holds none
+    graphs, store, largest = runner.graphs, runner.graphs.store, runner.policy.max_shape
+    graphs.capture_all(progress=progress)
+    memory = f", {store.bytes / 2**20:.0f} MiB" if store.bytes else ""  # on CPU a graph holds none
     print(
-        f"captured {len(pool.records())} {pool.backend_name} graphs in {time.perf_counter() - started:.1f} s{memory}: "
+        f"captured {store.num_graphs} {store.backend_name} graphs in {time.perf_counter() - started:.1f} s{memory}: "
         f"steps of up to {largest.num_tokens} tokens in up to {largest.num_rows} rows",
         flush=True,
     )

@@ -15,8 +15,8 @@ from stepgraph.engine.build import build_engine
 from stepgraph.engine.engine import Engine
 from stepgraph.engine.scheduler import Scheduler
 from stepgraph.executor.fake import FakeClock, FakeExecutor, fake_specs
-from stepgraph.graph.pool import StepRecord
 from stepgraph.models.source import resolve
+from stepgraph.step.log import StepRecord
 from stepgraph.step.plan import StepPlan
 from stepgraph.step.runner import RowResult, StepResults
 from stepgraph.step.shape_policy import ShapePolicy

@@ -184,7 +184,7 @@ def measure(engine: Engine, case: Case, limits: Limits, repeats: int) -> Measure
         shape = runner.policy.round_up(plan.num_tokens, len(plan.rows))
         exact = StepShape(plan.num_tokens, len(plan.rows))
         eager = EagerGraph(runner.create_program(exact))
-        captured = runner.pool.graph(shape) or runner.pool.eager_twin(shape)
+        captured = runner.graphs.store.graph(shape) or runner.graphs.store.eager_twin(shape)
         lines = runner.state.lines.clone()
         contenders = [Contender(plan, exact, eager, lines), Contender(plan, shape, captured, lines)]
         eager_ms, graph_ms = time_interleaved(runner, contenders, repeats)
@@ -209,8 +209,8 @@ def take_apart(engine: Engine, case: Case, limits: Limits) -> StepAccount:
     with runner.workbench():
         plan = lay_out(runner, case.rows, GREEDY)
         shape = runner.policy.round_up(plan.num_tokens, len(plan.rows))
-        twin = runner.pool.eager_twin(shape)
-        graph = runner.pool.graph(shape) or twin
+        twin = runner.graphs.store.eager_twin(shape)
+        graph = runner.graphs.store.graph(shape) or twin
         lines = runner.state.lines.clone()
 
         def prepare() -> None:

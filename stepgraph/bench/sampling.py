@@ -118,7 +118,7 @@ def run(arguments: argparse.Namespace) -> int:
     costs = [cost for rows in ROWS if rows <= most for cost in measure(runner, rows, arguments.repeats)]
     where = machine(engine.executor.specs.device)
     print(
-        f"{engine.source.name}, {engine.executor.specs.dtype}, {runner.pool.backend_name} graphs, "
+        f"{engine.source.name}, {engine.executor.specs.dtype}, {runner.graphs.store.backend_name} graphs, "
         f"{where['device']}; decode steps at {CONTEXT} tokens of context, medians of {arguments.repeats} interleaved runs\n"
     )
     print(_table(costs))
@@ -145,7 +145,7 @@ def measure(runner: StepRunner, rows: int, repeats: int) -> list[Cost]:
         for feature in tqdm(FEATURES, f"preparing {rows} rows", leave=False, disable=not sys.stderr.isatty()):
             plan = lay_out(runner, [(1, CONTEXT + 1)] * rows, feature.sampling)
             shape = runner.policy.round_up(rows, rows, feature.variant)
-            graph = runner.pool.graph(shape) or runner.pool.eager_twin(shape)
+            graph = runner.graphs.store.graph(shape) or runner.graphs.store.eager_twin(shape)
             contenders.append(Contender(plan, shape, graph, runner.state.lines.clone()))
         times = time_interleaved(runner, contenders, repeats)
     return [

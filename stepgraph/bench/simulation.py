@@ -18,7 +18,7 @@ from stepgraph.engine.request import FinishReason, Request, RequestUpdate
 from stepgraph.engine.sampling_params import SamplingParams
 from stepgraph.engine.scheduler import WATERMARK, ScheduledStep, Scheduler
 from stepgraph.engine.waiting import MAX_OVERTAKEN
-from stepgraph.graph.pool import StepRecord
+from stepgraph.step.log import StepRecord
 from stepgraph.step.shape_policy import ShapePolicy
 
 _LEAST_WAIT_S = 1e-6  # a shorter one may be lost to rounding, and time stand still

@@ -151,14 +151,14 @@ def time_steps(runner: StepRunner, steps: Sequence[TimedStep], context: int, rep
                 f"{len(step.num_proposed)} rows of {context} tokens need {blocks} KV blocks and there are "
                 f"{runner.num_kv_blocks - 1}; raise num_kv_blocks"
             )
-    backend = create_backend(runner.pool.backend_name)
+    backend = create_backend(runner.graphs.store.backend_name)
     with runner.workbench():
         runner.state.plan.zero_()  # captures run on nothing
         runner.state.lines.zero_()
         graphs = []
         for step in steps:
             if step.drafts:
-                graphs.append(runner.pool.graph(step.shape) or runner.pool.eager_twin(step.shape))
+                graphs.append(runner.graphs.store.graph(step.shape) or runner.graphs.store.eager_twin(step.shape))
             else:
                 program = runner.create_program(step.shape)
                 acceptance = program.acceptance if step.shape.num_drafts else None

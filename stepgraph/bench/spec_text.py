@@ -262,8 +262,8 @@ def run_pass(engine: Engine, prompts: Sequence[list[int]], batch_size: int, opti
     """Answer all prompts, `batch_size` at a time: when one ends, the next starts."""
     with runner_of(engine.executor).workbench():
         pass  # leaving it forgets cached prefixes and earlier answers, which hold what is asked for again here
-    pool, reports = runner_of(engine.executor).pool, list[StepReport]()
-    capture_seconds, num_graphs = pool.capture_seconds, pool.num_graphs
+    store, reports = runner_of(engine.executor).graphs.store, list[StepReport]()
+    capture_seconds, num_graphs = store.capture_seconds, store.num_graphs
     waiting, requests = deque(enumerate(prompts)), []
     engine.on_step = reports.append
     started = time.perf_counter()
@@ -273,7 +273,7 @@ def run_pass(engine: Engine, prompts: Sequence[list[int]], batch_size: int, opti
             params = SamplingParams(temperature=options.temperature, seed=index, max_tokens=options.output_len)
             requests.append(engine.add_request(str(index), prompt, params))
         engine.step()
-    seconds = time.perf_counter() - started - (pool.capture_seconds - capture_seconds)
+    seconds = time.perf_counter() - started - (store.capture_seconds - capture_seconds)
     steady = [
         report
         for report in reports
@@ -283,7 +283,7 @@ def run_pass(engine: Engine, prompts: Sequence[list[int]], batch_size: int, opti
     return Pass(
         answers=[list(request.output_token_ids) for request in requests],
         seconds=seconds,
-        num_captures=pool.num_graphs - num_graphs,
+        num_captures=store.num_graphs - num_graphs,
         num_steps=len(reports),
         num_eager_steps=sum(report.record.eager_reason is not None for report in reports),
         decode_seconds=sum(report.seconds for report in steady),

@@ -22,7 +22,7 @@ _PHASES = (
     ("model without weights", "stepgraph.executor.build", "create_model"),
     ("weights", "stepgraph.executor.in_background", "_run"),
     ("buffers and KV cache", "stepgraph.step.runner", "StepRunner.__init__"),
-    ("capture", "stepgraph.graph.pool", "GraphPool.capture_all"),
+    ("capture", "stepgraph.step.graphs", "StepGraphs.capture_all"),
     ("tokenizer", "stepgraph.models.source", "ModelSource.tokenizer_if_any"),
 )
 """Name, module, and what in it does the phase."""

@@ -198,7 +198,7 @@ def _next_log_probs(runner: StepRunner, prompt: Sequence[int]) -> Tensor:
         )
         shape = runner.policy.round_up(len(prompt), 1)
         runner.load(StepPlan(((1, len(prompt)),), (), 1), shape)
-        output = runner.pool.eager_twin(shape).replay()
+        output = runner.graphs.store.eager_twin(shape).replay()
         return output.logits[0].float().log_softmax(-1).cpu()
 
 

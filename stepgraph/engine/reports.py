@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from stepgraph.graph.pool import StepRecord
+from stepgraph.step.log import StepRecord
 from stepgraph.step.runner import RowResult, StepResults
 
 

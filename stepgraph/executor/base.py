@@ -14,9 +14,9 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
-from stepgraph.graph.pool import GraphRecord, PoolStatistics
 from stepgraph.models.adapters import AdapterFile
 from stepgraph.models.source import ModelSource
+from stepgraph.step.log import GraphRecord, StepLog
 from stepgraph.step.plan import StepPlan
 from stepgraph.step.runner import StepResults, Ticket
 from stepgraph.step.slot_sampling import SlotSampling
@@ -74,6 +74,8 @@ class GraphCounts(NamedTuple):
     bytes: int
     capture_seconds: float
     """Time that all captures took."""
+    failed_captures: int
+    """Captures that failed while steps were served; these ran otherwise."""
 
 
 class Executor(Protocol):
@@ -82,7 +84,7 @@ class Executor(Protocol):
     specs: ExecutorSpecs
 
     @property
-    def statistics(self) -> PoolStatistics:
+    def statistics(self) -> StepLog:
         """Which graphs served the steps launched so far."""
 
     # Steps

@@ -84,14 +84,14 @@ def build_local_executor(
             drafter=drafter,
             draft_levels=levels,
         )
-        if not runner.pool.lazy:
-            runner.pool.capture_all(progress=progress)
+        if not runner.graphs.lazy:
+            runner.graphs.capture_all(progress=progress)
     specs = ExecutorSpecs(
         platform=platform.name,
         device=str(platform.device),
         dtype=str(dtype).removeprefix("torch."),
         precision=describe(model, dtype),
-        graph_backend=runner.pool.backend_name,
+        graph_backend=runner.graphs.store.backend_name,
         vocab_size=runner.vocab_size,
         max_model_len=max_model_len,
         num_kv_blocks=runner.num_kv_blocks,

@@ -14,9 +14,9 @@ import numpy.typing as npt
 from torch import Tensor
 
 from stepgraph.executor.base import ExecutorSpecs, GraphCounts
-from stepgraph.graph.pool import GraphRecord, PoolStatistics, StepRecord
 from stepgraph.models.adapters import AdapterFile
 from stepgraph.models.source import ModelSource
+from stepgraph.step.log import GraphRecord, StepLog, StepRecord
 from stepgraph.step.plan import StepPlan
 from stepgraph.step.runner import StepResults, Ticket
 from stepgraph.step.shape_policy import ShapePolicy
@@ -107,7 +107,7 @@ class FakeExecutor:
     ):
         self.specs = specs
         self.clock = clock
-        self.statistics = PoolStatistics()
+        self.statistics = StepLog()
         self.adapters: dict[int, AdapterFile] = {}
         """By their numbers."""
         self.weights: ModelSource | Iterable[tuple[str, Tensor]] | None = None
@@ -236,7 +236,7 @@ class FakeExecutor:
 
     def graph_counts(self) -> GraphCounts:
         """See `Executor.graph_counts`."""
-        return GraphCounts(0, 0, 0.0)
+        return GraphCounts(0, 0, 0.0, 0)
 
     def graph_records(self) -> list[GraphRecord]:
         """See `Executor.graph_records`."""

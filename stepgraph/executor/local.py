@@ -12,12 +12,12 @@ from torch import Tensor
 
 from stepgraph.errors import DeviceMemoryError
 from stepgraph.executor.base import Executor, ExecutorSpecs, GraphCounts
-from stepgraph.graph.pool import GraphRecord, PoolStatistics
 from stepgraph.models.adapters import AdapterFile, AdapterStore
 from stepgraph.models.source import ModelSource
 from stepgraph.models.update import Update, plan_update, write
 from stepgraph.platforms import DeviceMemory
 from stepgraph.spec.drafter import Drafter
+from stepgraph.step.log import GraphRecord, StepLog
 from stepgraph.step.plan import StepPlan
 from stepgraph.step.runner import StepResults, StepRunner, Ticket
 from stepgraph.step.slot_sampling import SlotSampling
@@ -49,9 +49,9 @@ class LocalExecutor:
         self._update: Update = ()  # checked weights
 
     @property
-    def statistics(self) -> PoolStatistics:
+    def statistics(self) -> StepLog:
         """See `Executor.statistics`."""
-        return self.runner.pool.statistics
+        return self.runner.graphs.log
 
     def admit(
         self,
@@ -136,8 +136,9 @@ class LocalExecutor:
         """See `Executor.close`. Nothing else can be called after it."""
         platform, memories = self.runner.platform, (self._weights, self.runner.kv_memory)
         platform.synchronize()
+        self.runner.graphs.close()
         del self.runner, self._adapters, self._drafter, self._update
-        gc.collect()  # graphs and their buffers are parts of cycles
+        gc.collect()  # the buffers are parts of cycles
         for memory in memories:
             memory.free()
         platform.release_cached_memory()
@@ -148,20 +149,20 @@ class LocalExecutor:
 
     def prepare(self) -> bool:
         """See `Executor.prepare`."""
-        return self.runner.pool.capture_spare()
+        return self.runner.graphs.capture_spare()
 
     def graph_counts(self) -> GraphCounts:
         """See `Executor.graph_counts`."""
-        pool = self.runner.pool
-        return GraphCounts(pool.num_graphs, pool.bytes, pool.capture_seconds)
+        store = self.runner.graphs.store
+        return GraphCounts(store.num_graphs, store.bytes, store.capture_seconds, store.failed_captures)
 
     def graph_records(self) -> list[GraphRecord]:
         """See `Executor.graph_records`."""
-        return self.runner.pool.records()
+        return self.runner.graphs.records()
 
     def watch_captures(self, about_to: Callable[[], None]) -> None:
         """See `Executor.watch_captures`."""
-        self.runner.pool.before_capture = about_to
+        self.runner.graphs.store.before_capture = about_to
 
 
 def runner_of(executor: Executor) -> StepRunner:

@@ -224,13 +224,13 @@ class EngineClient:
         self.abort(generation.requests)
 
     async def graphs(self) -> dict[str, Any]:
-        """The graph pool.
+        """The captured graphs and their uses.
 
         Raises:
             EngineDeadError: the engine is not there, or does not answer.
         """
-        pool: dict[str, Any] = await self.ask(AskGraphs, _ANSWER_S)
-        return pool
+        graphs: dict[str, Any] = await self.ask(AskGraphs, _ANSWER_S)
+        return graphs
 
     async def ask(self, question: Callable[[int], Question], timeout_s: float | None = None) -> Any:
         """The engine's answer; see `Questions.ask`. EngineDeadError if the engine is not there."""

@@ -162,7 +162,7 @@ class EngineProcess:
                     return
                 content: Any = None
             elif isinstance(question, AskGraphs):
-                content = pool_of(self._engine)
+                content = graphs_of(self._engine)
             else:
                 content = self._control.obey(question)
                 if isinstance(question, Pause | Sleep):
@@ -302,7 +302,7 @@ def load_of(engine: Engine) -> Load:
         num_graphs=graphs.num_graphs,
         graph_bytes=graphs.bytes,
         capture_seconds=graphs.capture_seconds,
-        failed_captures=executor.statistics.failed_captures,
+        failed_captures=graphs.failed_captures,
         num_grammars=engine.grammars.num_processes,
         grammar_bytes=engine.grammars.num_bytes,
         drafts=speculation.num_drafts,
@@ -312,10 +312,10 @@ def load_of(engine: Engine) -> Load:
     )
 
 
-def pool_of(engine: Engine) -> dict[str, Any]:
-    """The graph pool as `/graphs` shows it."""
+def graphs_of(engine: Engine) -> dict[str, Any]:
+    """The captured graphs as `/graphs` shows it."""
     executor = engine.executor
-    statistics = executor.statistics
+    statistics, counts = executor.statistics, executor.graph_counts()
     return {
         "backend": executor.specs.graph_backend,
         "steps": statistics.num_steps,
@@ -323,8 +323,8 @@ def pool_of(engine: Engine) -> dict[str, Any]:
         "eager_reasons": _eager_reasons(engine),
         "real_tokens": statistics.real_tokens,
         "padding_tokens": statistics.padding_tokens,
-        "bytes": executor.graph_counts().bytes,
-        "failed_captures": statistics.failed_captures,
+        "bytes": counts.bytes,
+        "failed_captures": counts.failed_captures,
         "token_sizes": list(executor.specs.token_sizes),
         "graphs": [
             {

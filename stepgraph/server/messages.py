@@ -56,7 +56,7 @@ class Abort(msgspec.Struct, tag=True):
 
 
 class AskGraphs(msgspec.Struct, tag=True):
-    """For the graph pool; see `/graphs`. This and what follows with a number is answered by `Answer` or `Declined`."""
+    """For the captured graphs; see `/graphs`. This and what follows with a number is answered by `Answer` or `Declined`."""
 
     number: int
 
@@ -235,7 +235,7 @@ class Load(NamedTuple):
     graph_bytes: int
     capture_seconds: float
     failed_captures: int = 0
-    """Of those for steps that waited, or for steps to come; see `GraphPool`."""
+    """Of those for steps that waited, or for steps to come; see `GraphStore`."""
     num_grammars: int = 0
     """Grammars of structured outputs that have a process."""
     grammar_bytes: int = 0

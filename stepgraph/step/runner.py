@@ -19,12 +19,14 @@ from stepgraph.config import EngineConfig
 from stepgraph.errors import ConfigError
 from stepgraph.graph import Graph, create_backend
 from stepgraph.graph.eager import EagerGraph
-from stepgraph.graph.pool import GraphPool, StepRecord
+from stepgraph.graph.store import GraphStore
 from stepgraph.models.adapters import AdapterStore
 from stepgraph.models.language_model import LanguageModel
 from stepgraph.platforms import CompiledKernels, Platform
 from stepgraph.spec.drafter import Drafter
 from stepgraph.step.attention import AttentionSizes
+from stepgraph.step.graphs import StepGraphs
+from stepgraph.step.log import StepRecord
 from stepgraph.step.memory import CacheLayout, OperatorCount, choose_num_blocks
 from stepgraph.step.plan import StepPlan
 from stepgraph.step.program import LogitBuffers, StepOutput, StepProgram
@@ -127,16 +129,7 @@ class StepRunner:
             platform.default_graph_backend if graph.graph_backend == "auto" else graph.graph_backend
         )
         self.policy = ShapePolicy.of(graph, scheduler, draft_levels=draft_levels, graphs_off=backend.name == "eager")
-        self.pool: GraphPool[StepOutput] = GraphPool(
-            graph,
-            backend,
-            self.create_program,
-            self._leaving_no_trace,
-            self._try_largest_context,
-            lambda: self._graph_bytes,
-            self.policy,
-            lazy=graph.capture == "lazy" or (graph.capture == "auto" and not platform.captures_all_by_default),
-        )
+        lazy = graph.capture == "lazy" or (graph.capture == "auto" and not platform.captures_all_by_default)
         self.state = SlotState(
             max_num_seqs=scheduler.max_num_seqs,
             max_model_len=max_model_len,
@@ -181,22 +174,27 @@ class StepRunner:
         """The model's `num_model_caches`, then the drafter's."""
         self.kernels = CompiledKernels(0, 0)
         """Those that were compiled before anything launched them."""
-        if self.compile_kernels([self.policy.max_shape]).compiled and not self.pool.lazy:  # the cache on disk is cold
+        if self.compile_kernels([self.policy.max_shape]).compiled and not lazy:  # the cache on disk is cold
             self.compile_kernels(shape for level in draft_levels for shape in self.policy.shapes(num_drafts=level))
         with OperatorCount() as operators:
             activation_bytes = platform.peak_memory_bytes(self._dry_run)
         self.graph_operators = operators.count
         """Operators of the largest step, which are about those of any; 0 where no dry run is needed."""
-        self._graph_bytes = operators.count * platform.graph_node_bytes
+        graph_bytes = operators.count * platform.graph_node_bytes
         num_graphs = len(self.policy.shapes()) * len(Variant) * len(draft_levels)
-        graphs_bytes = (graph.graph_memory_mib or 0) << 20 or num_graphs * self._graph_bytes
+        budget_bytes = None if graph.graph_memory_mib is None else graph.graph_memory_mib << 20
+        store: GraphStore[StepShape, StepOutput] = GraphStore(
+            backend, self, budget_bytes=budget_bytes, driver_bytes=graph_bytes, warmups=graph.capture_warmups
+        )
+        self.graphs = StepGraphs(graph, self.policy, store, lazy=lazy)
         self.num_kv_blocks = choose_num_blocks(
             layout,
             config,
             platform,
             max_model_len=max_model_len,
             activation_bytes=activation_bytes,
-            later_bytes=graphs_bytes + self._extended_rows * self.vocab_size * _EXTENDED_ITEM_BYTES,
+            later_bytes=(budget_bytes or num_graphs * graph_bytes)
+            + self._extended_rows * self.vocab_size * _EXTENDED_ITEM_BYTES,
         )
         self.kv_memory = platform.memory(layout.sizes(self.num_kv_blocks), sleepable=config.cache.enable_sleep_mode)
         self.caches = layout.allocate(self.num_kv_blocks, self.kv_memory)
@@ -215,7 +213,7 @@ class StepRunner:
 
         At most RING_DEPTH - 1 steps may be launched and not collected.
         """
-        record, graph = self.pool.graph_for(plan)
+        record, graph = self.graphs.graph_for(plan)
         self.load(plan, record.shape)
         graph.replay()
         self._completions[self._launched % RING_DEPTH].record()
@@ -315,7 +313,7 @@ class StepRunner:
     def compile_kernels(self, shapes: Iterable[StepShape]) -> CompiledKernels:
         """Compile the kernels of steps of these shapes, side by side, while no step is under way. Returns how many were new."""
         started = time.perf_counter()
-        with self._leaving_no_trace():
+        with self.leaving_no_trace():
             kernels = self.platform.compile_ahead(EagerGraph(self.create_program(shape)).replay for shape in shapes)
         self.kernels = CompiledKernels(*map(sum, zip(self.kernels, kernels, strict=True)))
         if any(kernels):
@@ -323,7 +321,7 @@ class StepRunner:
         return kernels
 
     @contextmanager
-    def _leaving_no_trace(self) -> Iterator[None]:
+    def leaving_no_trace(self) -> Iterator[None]:
         """Inside, programs run on the null plan: they touch the null slot and the null block only."""
         with self.state.preserved():
             self._loaded = None
@@ -332,13 +330,13 @@ class StepRunner:
 
     def _dry_run(self) -> None:
         """Run the largest step on nothing."""
-        with self._leaving_no_trace():
+        with self.leaving_no_trace():
             EagerGraph(self.create_program(self.policy.max_shape)).replay()
 
-    def _try_largest_context(self, graph: Graph[StepOutput]) -> None:
+    def try_out(self, graph: Graph[StepOutput]) -> None:
         """Launch `graph` on one decode row at the largest context, in the null slot and the null block."""
         line = self.state.lines[slot_line.NULL_SLOT]
-        with self._leaving_no_trace():
+        with self.leaving_no_trace():
             self.state.plan[: slot_line.ROW_WIDTH] = torch.tensor([slot_line.NULL_SLOT, 1], dtype=torch.int32)
             line[slot_line.LENGTH], line[slot_line.COMPUTED] = self._trial_context_len, self._trial_context_len - 1
             line[slot_line.ACTIVE], line[slot_line.MAX_LENGTH] = 1, self.max_model_len

@@ -54,6 +54,15 @@ class StepShape:
         """Length of the packed plan, in int32."""
         return self.deltas_start + slot_line.DELTA_WIDTH * self.num_deltas(block_size)
 
+    def holds(self, other: StepShape) -> bool:
+        """Whether a graph of this shape can run whatever one of `other` can. How many proposals it makes is part of the graph."""
+        return (
+            self.num_tokens >= other.num_tokens
+            and self.num_rows >= other.num_rows
+            and self.variant >= other.variant
+            and self.num_drafts == other.num_drafts
+        )
+
     def __str__(self) -> str:
         drafts = f"+{self.num_drafts}" if self.num_drafts else ""
         suffix = f" {self.variant.name.lower()}" if self.variant else ""

@@ -62,9 +62,9 @@ def verify_shape(
         compositions: that fit the shape.
         alone_rows: rows of each composition that are also run alone; the last is always among them.
     """
-    graph = runner.pool.graph(shape)
+    graph = runner.graphs.store.graph(shape)
     assert graph is not None, f"{shape} is over the graph memory budget"
-    twin = runner.pool.eager_twin(shape)
+    twin = runner.graphs.store.eager_twin(shape)
     report = ShapeReport(shape)
     for composition in compositions:
         report.compositions += 1
@@ -142,7 +142,7 @@ def verify_pool(
     for shape in tqdm(
         shapes, desc="verifying graphs", unit="graph", disable=not progress, leave=False, file=sys.stderr
     ):
-        if runner.pool.graph(shape) is None:
+        if runner.graphs.store.graph(shape) is None:
             continue  # over the memory budget
         compositions = list(random_compositions(shape, rounds, rng, **room))
         reports.append(verify_shape(runner, shape, compositions, alone_rows))
@@ -201,7 +201,7 @@ def main_verify(
     executor = build_local_executor(config, source, progress=progress)
     specs, runner = executor.specs, executor.runner
     print(
-        f"{source.name}, {specs.dtype}, {runner.pool.backend_name} graphs on "
+        f"{source.name}, {specs.dtype}, {runner.graphs.store.backend_name} graphs on "
         f"{specs.platform}; {rounds} compositions a shape, seed {seed}"
     )
     reports = verify_pool(
@@ -230,7 +230,7 @@ def main_verify(
                 "model": source.name,
                 "dtype": specs.dtype,
                 "deterministic": runner.deterministic,
-                "backend": runner.pool.backend_name,
+                "backend": runner.graphs.store.backend_name,
                 "rounds": rounds,
                 "seed": seed,
                 "graphs": [asdict(report) | {"shape": str(report.shape)} for report in reports],

@@ -449,15 +449,15 @@ def test_an_idle_engine_captures_the_graphs_of_fewer_proposals_and_answers_meanw
             speculative_config={"method": "suffix", "num_speculative_tokens": 4},
         )
     )
-    pool, levels = engine.engine.executor.runner.pool, engine.engine.draft_levels
+    graphs, levels = engine.engine.executor.runner.graphs, engine.engine.draft_levels
     wanted = {shape for level in levels for shape in engine.engine.executor.runner.policy.shapes(num_drafts=level)}
     assert len(levels) > 1
 
     async def answer_and_wait() -> None:
         before = (await collect(engine, PROMPTS[3]))[-1].outputs[0].token_ids
-        pool.lazy = False  # as where captures are done ahead
+        graphs.lazy = False  # as where captures are done ahead
         assert (await collect(engine, PROMPTS[3]))[-1].outputs[0].token_ids == before
-        while not wanted <= {record.shape for record in pool.records()}:
+        while not wanted <= {record.shape for record in graphs.records()}:
             await asyncio.sleep(0.01)
         assert (await collect(engine, PROMPTS[3]))[-1].outputs[0].token_ids == before
 

@@ -153,7 +153,7 @@ def test_several_requests_of_one_prompt_compute_it_once(create_engine) -> None:
 def test_logprobs_are_those_of_the_models_logits(create_engine) -> None:
     engine = create_engine(graph_backend="eager")
     logits: list[torch.Tensor] = []
-    replay = engine.executor.runner.pool.eager_twin
+    replay = engine.executor.runner.graphs.store.eager_twin
 
     def spy(shape):
         class Graph:
@@ -164,7 +164,7 @@ def test_logprobs_are_those_of_the_models_logits(create_engine) -> None:
 
         return Graph()
 
-    engine.executor.runner.pool.eager_twin = spy
+    engine.executor.runner.graphs.store.eager_twin = spy
     params = SamplingParams(temperature=1, seed=3, max_tokens=6, ignore_eos=True, logprobs=4, repetition_penalty=1.5)
     request = engine.add_request("r", STEM[:20], params)
     drain(engine)

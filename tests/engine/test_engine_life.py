@@ -60,8 +60,8 @@ def updates_until_idle(engine) -> list:
 
 def graphs(engine) -> dict:
     """The captured graphs, by shape."""
-    pool = engine.executor.runner.pool
-    return {record.shape: id(pool.graph(record.shape)) for record in pool.records()}
+    graphs = engine.executor.runner.graphs
+    return {record.shape: id(graphs.store.graph(record.shape)) for record in graphs.records()}
 
 
 @pytest.fixture(scope="module")
@@ -358,11 +358,11 @@ def test_shutdown_frees_everything_and_leaves_room_for_another_engine(create_eng
     requests = add_all(engine)
     steps(engine, 5)
     tensors = [*engine.executor.runner.model.parameters(), *caches(engine)]
-    runner, pool = weakref.ref(engine.executor.runner), weakref.ref(engine.executor.runner.pool)
-    graph = weakref.ref(engine.executor.runner.pool.graph(engine.executor.runner.pool.records()[0].shape))
+    runner, store = weakref.ref(engine.executor.runner), weakref.ref(engine.executor.runner.graphs.store)
+    graph = weakref.ref(engine.executor.runner.graphs.store.graph(engine.executor.runner.graphs.records()[0].shape))
     for _ in range(2):
         engine.shutdown()
-    assert (runner(), pool(), graph()) == (None, None, None)
+    assert (runner(), store(), graph()) == (None, None, None)
     assert storage_bytes(tensors) == 0
     calls = [engine.step, engine.pause, engine.resume, engine.sleep, engine.wake_up, lambda: engine.update_weights([])]
     for call in [*calls, lambda: engine.add_request("x", [1], GREEDY)]:

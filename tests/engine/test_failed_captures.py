@@ -42,10 +42,10 @@ class FailingBackend:
 
 def break_captures(engine: Engine, how: str, fails=lambda shape: True) -> None:
     """From now on, captures fail; there are no graphs of before."""
-    pool = engine.executor.runner.pool
-    pool._backend = FailingBackend(pool._backend, fails, how)
-    pool._entries.clear()
-    pool._last = None
+    graphs = engine.executor.runner.graphs
+    graphs.store._backend = FailingBackend(graphs.store._backend, fails, how)
+    graphs.store._captured.clear()
+    graphs._last = None
 
 
 def answers(engine: Engine, variant: Variant, *, before=lambda engine: None) -> list:
@@ -99,7 +99,7 @@ def test_a_capture_that_fails_while_serving_changes_no_answer_and_is_counted(
     found = answers(engine, variant, before=lambda engine: break_captures(engine, how))
     assert found == expected(variant, num_drafts)
     statistics = engine.executor.statistics
-    assert statistics.failed_captures > 0
+    assert engine.executor.graph_counts().failed_captures > 0
     assert {reason for _, reason in statistics.steps} == {None, EagerReason.CAPTURE_FAILED}
 
 
@@ -107,13 +107,13 @@ def test_a_graph_of_more_than_what_could_not_be_captured_serves_the_step(create_
     engine = create_engine(capture="lazy")
     engine.add_request("first", [1, 2, 3], ASKING[Variant.PROMPT_LOGPROBS])
     drain(engine)
-    pool = engine.executor.runner.pool
+    store = engine.executor.runner.graphs.store
     break_captures(engine, "no memory in the warm-up", fails=lambda shape: shape.variant < Variant.PROMPT_LOGPROBS)
     for shape in engine.executor.runner.policy.shapes(Variant.PROMPT_LOGPROBS):
-        pool.graph(shape)
+        store.graph(shape)
     answers(engine, Variant.EXTENDED)
     assert engine.executor.statistics.num_eager_steps == 0
-    assert engine.executor.statistics.failed_captures > 0
+    assert engine.executor.graph_counts().failed_captures > 0
 
 
 class LateFailure:
@@ -139,7 +139,7 @@ def run_out_of_memory(engine: Engine, *, late: bool) -> None:
             raise torch.OutOfMemoryError("out of memory")
         return LateFailure(create_program(shape))
 
-    runner.pool._create_program = failing
+    runner.create_program = failing
     if late:
         break_captures(engine, "no memory in the warm-up", fails=lambda shape: shape.variant > Variant.PLAIN)
 
@@ -157,8 +157,8 @@ def test_a_request_for_whose_step_there_is_no_memory_ends_alone(
     neighbour, *_, finish_reason = answers(engine, variant, before=lambda engine: run_out_of_memory(engine, late=late))
     assert neighbour == alone
     assert finish_reason is FinishReason.ERROR
-    engine.executor.runner.pool._create_program = create_program  # there is memory again
-    engine.executor.runner.pool._eager.clear()
+    engine.executor.runner.create_program = create_program  # there is memory again
+    engine.executor.runner.graphs.store._eager.clear()
     request = engine.add_request("later", [3, 4, 5], ASKING[variant])
     drain(engine)
     assert (request.finish_reason, len(request.output_token_ids)) == (FinishReason.LENGTH, 8)
@@ -180,7 +180,7 @@ def test_memory_that_does_not_suffice_for_a_plain_step_is_the_engines_end(create
     def run_out() -> None:
         raise torch.OutOfMemoryError("out of memory")
 
-    engine.executor.runner.pool._create_program = lambda shape: run_out
+    engine.executor.runner.create_program = lambda shape: run_out
     engine.add_request("r", [1, 2, 3], NEIGHBOUR)
     with pytest.raises(Exception, match="out of memory"):
         engine.step()

@@ -9,8 +9,8 @@ from stepgraph.engine.engine import Engine
 from stepgraph.errors import ModelError
 from stepgraph.executor import build
 from stepgraph.executor.in_background import in_background
-from stepgraph.graph.pool import GraphPool
 from stepgraph.platforms import create_platform
+from stepgraph.step.graphs import StepGraphs
 
 PROMPT = [5, 9, 2, 7, 7, 1]
 
@@ -27,10 +27,10 @@ def answer(engine: Engine) -> list[int]:
 def test_graphs_captured_before_the_weights_came_answer_as_others(create_engine, monkeypatch) -> None:
     expected = answer(create_engine())
     captured = threading.Event()
-    capture_all, fill = GraphPool.capture_all, build.fill
+    capture_all, fill = StepGraphs.capture_all, build.fill
 
-    def capture_all_first(pool: GraphPool, *, progress: bool) -> None:
-        capture_all(pool, progress=progress)
+    def capture_all_first(graphs: StepGraphs, *, progress: bool) -> None:
+        capture_all(graphs, progress=progress)
         captured.set()
 
     def fill_late(*args, **settings):
@@ -39,7 +39,7 @@ def test_graphs_captured_before_the_weights_came_answer_as_others(create_engine,
         yield from weights
 
     monkeypatch.setattr(type(create_platform("auto")), "captures_addresses", True)
-    monkeypatch.setattr(GraphPool, "capture_all", capture_all_first)
+    monkeypatch.setattr(StepGraphs, "capture_all", capture_all_first)
     monkeypatch.setattr(build, "fill", fill_late)
     engine = create_engine(capture="all")
     assert captured.is_set()

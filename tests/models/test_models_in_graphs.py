@@ -46,7 +46,7 @@ def test_tokens_are_the_most_likely_ones_for_transformers_too(name, tmp_path) ->
     while engine.has_work:
         engine.step()
     assert {reason for _, reason in engine.executor.statistics.steps} == {None}
-    assert {str(record.shape) for record in engine.executor.runner.pool.records()} == {"2x2", "32x2"}
+    assert {str(record.shape) for record in engine.executor.runner.graphs.records()} == {"2x2", "32x2"}
     for prompt, request in zip(PROMPTS, requests, strict=True):
         tokens = request.output_token_ids
         assert len(tokens) == 12

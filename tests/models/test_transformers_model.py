@@ -119,8 +119,8 @@ def logits_in_steps(runner, sequences, steps) -> dict[tuple[int, int], torch.Ten
                 line[slot_line.MAX_LENGTH], line[slot_line.STOP_TOKENS :] = MAX_MODEL_LEN, -1
                 state.tokens[i + 1, :end] = torch.tensor(sequences[i][:end], dtype=torch.int32)
             plan = StepPlan(tuple((i + 1, n) for i, n in rows), (), 0)
-            record, graph = runner.pool.graph_for(plan)
-            assert runner.pool.graph(record.shape) is not None
+            record, graph = runner.graphs.graph_for(plan)
+            assert runner.graphs.store.graph(record.shape) is not None
             runner.load(plan, record.shape)
             logits = graph.replay().logits
             runner.platform.synchronize()

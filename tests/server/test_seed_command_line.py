@@ -29,4 +29,4 @@ def test_the_command_line_starts_a_server_that_prefills_in_graphs_and_says_that_
         said = "".join(server.output)
         assert said.count("tensor_parallel_size=1 has no effect here: the engine runs on one device") == 1
         assert "steps without a graph: those that decode (cudagraph_only_prefill)" in said
-        assert "WARNING stepgraph.graph.pool: steps that run without a graph" in said
+        assert "WARNING stepgraph.step.graphs: steps that run without a graph" in said

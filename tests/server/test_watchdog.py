@@ -118,5 +118,5 @@ def test_a_loop_that_is_idle_or_asleep_beats_and_a_capture_is_announced(create_e
     assert asleep.sent[1:] == [Beat()] * (len(asleep.waits) - 1)
     engine.wake_up()
     process = EngineProcess(engine, socket)
-    engine.executor.runner.pool.graph(engine.executor.runner.policy.shapes()[-1])
+    engine.executor.runner.graphs.store.graph(engine.executor.runner.policy.shapes()[-1])
     assert socket.sent[-1] == Beat(captures=True)

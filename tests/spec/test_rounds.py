@@ -125,4 +125,4 @@ def test_uneven_numbers_of_proposals_share_a_graph(create_engine):
     assert params.max_num_drafts == slot_line.MAX_DRAFTS
     assert [len(request.accepted) for request in requests] == [0, 16, 24]
     assert 0 <= engine.executor.statistics.num_steps - 33 <= engine.executor.specs.run_ahead
-    assert {record.shape.num_drafts for record in engine.executor.runner.pool.records()} == {3}
+    assert {record.shape.num_drafts for record in engine.executor.runner.graphs.records()} == {3}

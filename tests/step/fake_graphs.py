@@ -5,7 +5,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from stepgraph.config import GraphConfig, SchedulerConfig
-from stepgraph.graph.pool import GraphPool
+from stepgraph.graph.store import GraphStore
+from stepgraph.step.graphs import StepGraphs
 from stepgraph.step.plan import StepPlan
 from stepgraph.step.shape import StepShape
 from stepgraph.step.shape_policy import ShapePolicy
@@ -20,8 +21,8 @@ class FakeGraph:
 
 @dataclass
 class Device:
-    """Graph backend and memory in one: a captured graph needs as many bytes as `bytes_of` says, of a memory that all share and
-    that is given back when no graph is left."""
+    """Graph backend, source of programs and memory in one: a captured graph needs as many bytes as `bytes_of` says, of a memory
+    that all share and that is given back when no graph is left."""
 
     bytes_of: object = lambda shape: 0
     name: str = "fake"
@@ -45,8 +46,14 @@ class Device:
         self.num_counted += 1
         return self._used_bytes if any(graph() is not None for graph in self._graphs) else 0
 
+    def create_program(self, shape):
+        return shape
+
+    def try_out(self, graph):
+        self.trials.append(graph)
+
     @contextmanager
-    def context(self):
+    def leaving_no_trace(self):
         self.inside = True
         try:
             yield
@@ -70,25 +77,26 @@ def graph_config(**config) -> GraphConfig:
     return GraphConfig(**{"capture_sizes": (8, 16, 64), "capture_rows": (2, 8)} | config)
 
 
-def create_pool(
+def create_graphs(
     device: Device, *, max_tokens=64, max_rows=8, draft_levels=(0,), graph_bytes=0, lazy=True, **config
-) -> GraphPool:
-    return GraphPool(
-        graph_config(**config),
+) -> StepGraphs:
+    settings = graph_config(**config)
+    budget = settings.graph_memory_mib
+    store = GraphStore(
         device,
-        lambda shape: shape,
-        device.context,
-        device.trials.append,
-        lambda: graph_bytes,
-        create_policy(
-            max_tokens=max_tokens,
-            max_rows=max_rows,
-            draft_levels=draft_levels,
-            graphs_off=device.name == "eager",
-            **config,
-        ),
-        lazy=lazy,
+        device,
+        budget_bytes=None if budget is None else budget * MIB,
+        driver_bytes=graph_bytes,
+        warmups=settings.capture_warmups,
     )
+    policy = create_policy(
+        max_tokens=max_tokens,
+        max_rows=max_rows,
+        draft_levels=draft_levels,
+        graphs_off=device.name == "eager",
+        **config,
+    )
+    return StepGraphs(settings, policy, store, lazy=lazy)
 
 
 def plan(*query_lens: int, prefill_rows: int = 0) -> StepPlan:

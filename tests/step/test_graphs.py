@@ -6,7 +6,7 @@ from unittest import mock
 
 import pytest
 import torch
-from fake_graphs import MIB, Device, FakeGraph, create_policy, create_pool, plan
+from fake_graphs import MIB, Device, FakeGraph, create_graphs, create_policy, plan
 from hypothesis import given
 from hypothesis import strategies as st
 from tiny import drain
@@ -34,134 +34,134 @@ from stepgraph.step.shape_policy import ShapePolicy
     ],
 )
 def test_the_smallest_captured_shape_that_holds_the_step_is_chosen(query_lens, shape) -> None:
-    record, graph = create_pool(Device()).graph_for(plan(*query_lens))
+    record, graph = create_graphs(Device()).graph_for(plan(*query_lens))
     assert str(record.shape) == shape
     assert graph == FakeGraph(record.shape)
 
 
 def test_plans_of_one_epoch_are_one_use_however_they_came() -> None:
-    pool = create_pool(Device())
+    graphs = create_graphs(Device())
     first = replace(plan(1, 1), epoch=3)
-    record, graph = pool.graph_for(first)
+    record, graph = graphs.graph_for(first)
     with mock.patch.object(ShapePolicy, "shape_of", side_effect=AssertionError("searched again")):
         for like_it in (pickle.loads(pickle.dumps(first)), replace(first, deltas=((1, 0, 2),))):
-            assert pool.graph_for(like_it) == (replace(record, captured=False), graph)
+            assert graphs.graph_for(like_it) == (replace(record, captured=False), graph)
         for other in (replace(first, epoch=4), replace(first, epoch=None)):
             with pytest.raises(AssertionError, match="searched again"):
-                pool.graph_for(other)
-    pool.graph_for(plan(1, 1))
-    assert str(pool.graph_for(plan(9))[0].shape) == "16x2", "plans without an epoch are like no other"
+                graphs.graph_for(other)
+    graphs.graph_for(plan(1, 1))
+    assert str(graphs.graph_for(plan(9))[0].shape) == "16x2", "plans without an epoch are like no other"
 
 
 def test_padding_is_counted_for_each_graph_and_for_all() -> None:
-    pool = create_pool(Device())
+    graphs = create_graphs(Device())
     for query_lens in ([1], [3, 2], [9]):
-        pool.graph_for(plan(*query_lens))
-    small, large = pool.records()
+        graphs.graph_for(plan(*query_lens))
+    small, large = graphs.records()
     assert (str(small.shape), small.uses, small.real_tokens, small.padding_tokens) == ("8x2", 2, 6, 10)
     assert (str(large.shape), large.uses, large.real_tokens, large.padding_tokens) == ("16x2", 1, 9, 7)
-    assert (pool.statistics.real_tokens, pool.statistics.padding_tokens) == (15, 17)
-    assert [(r.num_tokens, r.num_rows) for r in pool.statistics.recent] == [(1, 1), (5, 2), (9, 1)]
+    assert (graphs.log.real_tokens, graphs.log.padding_tokens) == (15, 17)
+    assert [(r.num_tokens, r.num_rows) for r in graphs.log.recent] == [(1, 1), (5, 2), (9, 1)]
 
 
 def test_lazy_captures_each_shape_once_at_its_first_use() -> None:
     device = Device()
-    pool = create_pool(device)
+    graphs = create_graphs(device)
     assert device.captured == []
     for query_lens in ([1], [2], [9], [1]):
-        pool.graph_for(plan(*query_lens))
+        graphs.graph_for(plan(*query_lens))
     assert device.shapes() == ["8x2", "16x2"]
     assert device.trials == [], "the step waits"
 
 
 def test_all_captures_every_shape_largest_first_and_nothing_later() -> None:
     device = Device()
-    pool = create_pool(device, lazy=False)
-    pool.capture_all(progress=False)
+    graphs = create_graphs(device, lazy=False)
+    graphs.capture_all(progress=False)
     assert device.shapes() == ["64x8", "64x2", "16x8", "16x2", "8x8", "8x2"]
-    assert device.shapes() == [str(shape) for shape in pool.policy.shapes()]
+    assert device.shapes() == [str(shape) for shape in graphs.policy.shapes()]
     for query_lens in ([1], [64], [8] * 8):
-        pool.graph_for(plan(*query_lens))
+        graphs.graph_for(plan(*query_lens))
     assert len(device.captured) == 6
 
 
 def test_every_capture_is_warmed_up_inside_the_context_that_leaves_no_trace_and_one_graph_is_tried() -> None:
     device = Device()
-    pool = create_pool(device, capture_warmups=3)
-    pool.capture_all(progress=False)
+    graphs = create_graphs(device, capture_warmups=3)
+    graphs.capture_all(progress=False)
     assert {(warmups, inside) for _, warmups, inside in device.captured} == {(3, True)}
     assert device.trials == [FakeGraph(StepShape(64, 8))]
 
 
 def test_a_shape_over_the_byte_budget_runs_in_the_smallest_larger_graph_captured() -> None:
-    pool = create_pool(Device(bytes_of=lambda shape: 40 * MIB), graph_bytes=20 * MIB, graph_memory_mib=100)
-    pool.capture_all(progress=False)
-    assert [(str(record.shape), record.bytes // MIB) for record in pool.records()] == [
+    graphs = create_graphs(Device(bytes_of=lambda shape: 40 * MIB), graph_bytes=20 * MIB, graph_memory_mib=100)
+    graphs.capture_all(progress=False)
+    assert [(str(record.shape), record.bytes // MIB) for record in graphs.records()] == [
         ("16x8", 20),
         ("64x2", 20),
         ("64x8", 60),
     ]
-    assert pool.bytes == 100 * MIB
-    assert [str(pool.graph_for(plan(*lens))[0].shape) for lens in ([1], [1] * 8, [40])] == ["16x8", "16x8", "64x2"]
-    assert pool.statistics.num_eager_steps == 0
+    assert graphs.store.bytes == 100 * MIB
+    assert [str(graphs.graph_for(plan(*lens))[0].shape) for lens in ([1], [1] * 8, [40])] == ["16x8", "16x8", "64x2"]
+    assert graphs.log.num_eager_steps == 0
 
 
 def test_a_shape_over_the_byte_budget_that_no_graph_holds_runs_eagerly_with_the_reason() -> None:
     device = Device(bytes_of=lambda shape: shape.num_tokens * MIB)
-    pool = create_pool(device, graph_memory_mib=20)
-    assert pool.graph_for(plan(8))[1] == FakeGraph(StepShape(8, 2))
-    record, graph = pool.graph_for(plan(64))
+    graphs = create_graphs(device, graph_memory_mib=20)
+    assert graphs.graph_for(plan(8))[1] == FakeGraph(StepShape(8, 2))
+    record, graph = graphs.graph_for(plan(64))
     assert record.shape == StepShape(64, 2)
-    assert graph is pool.eager_twin(record.shape)
-    assert pool.statistics.steps == {(StepKind.DECODE, None): 1, (StepKind.DECODE, EagerReason.MEMORY_BUDGET): 1}
-    pool.graph_for(plan(64))
+    assert graph is graphs.store.eager_twin(record.shape)
+    assert graphs.log.steps == {(StepKind.DECODE, None): 1, (StepKind.DECODE, EagerReason.MEMORY_BUDGET): 1}
+    graphs.graph_for(plan(64))
     assert device.shapes().count("64x2") == 1  # a shape found too large is not captured again
 
 
 def test_what_a_graph_over_the_budget_left_behind_is_counted_and_smaller_graphs_use_it() -> None:
-    pool = create_pool(Device(bytes_of=lambda shape: shape.num_tokens * MIB), graph_memory_mib=20)
+    graphs = create_graphs(Device(bytes_of=lambda shape: shape.num_tokens * MIB), graph_memory_mib=20)
     for query_lens, num_bytes in (([8], 8 * MIB), ([64], 64 * MIB), ([16], 64 * MIB)):
-        record, _ = pool.graph_for(plan(*query_lens))
-        assert pool.bytes == num_bytes
+        record, _ = graphs.graph_for(plan(*query_lens))
+        assert graphs.store.bytes == num_bytes
     assert record.eager_reason is None
 
 
 def test_the_memory_of_graphs_over_the_budget_comes_back_where_no_other_shares_it() -> None:
-    pool = create_pool(Device(bytes_of=lambda shape: shape.num_tokens * MIB), graph_memory_mib=20)
-    pool.capture_all(progress=False)
-    assert [str(record.shape) for record in pool.records()] == ["8x2", "8x8", "16x2", "16x8"]
-    assert pool.bytes == 16 * MIB
+    graphs = create_graphs(Device(bytes_of=lambda shape: shape.num_tokens * MIB), graph_memory_mib=20)
+    graphs.capture_all(progress=False)
+    assert [str(record.shape) for record in graphs.records()] == ["8x2", "8x8", "16x2", "16x8"]
+    assert graphs.store.bytes == 16 * MIB
 
 
 def test_the_memory_of_graphs_is_counted_after_captures_only() -> None:
     device = Device(lambda shape: 8 * MIB)
-    pool = create_pool(device)
-    pool.graph_for(plan(1))
+    graphs = create_graphs(device)
+    graphs.graph_for(plan(1))
     counted = device.num_counted
     assert counted > 0
     for _ in range(10):  # as after every step
-        pool.graph_for(plan(1))
-        assert pool.bytes == 8 * MIB
+        graphs.graph_for(plan(1))
+        assert graphs.store.bytes == 8 * MIB
     assert device.num_counted == counted
 
 
 def test_a_budget_that_nothing_fits_runs_everything_eagerly() -> None:
-    pool = create_pool(Device(bytes_of=lambda shape: 5 * MIB), graph_memory_mib=1)
-    pool.capture_all(progress=False)
-    assert (pool.records(), pool.bytes) == ([], 0)
+    graphs = create_graphs(Device(bytes_of=lambda shape: 5 * MIB), graph_memory_mib=1)
+    graphs.capture_all(progress=False)
+    assert (graphs.records(), graphs.store.bytes) == ([], 0)
     for query_lens in ([1], [64], [1]):
-        pool.graph_for(plan(*query_lens))
-    assert pool.statistics.steps == {(StepKind.DECODE, EagerReason.MEMORY_BUDGET): 3}
+        graphs.graph_for(plan(*query_lens))
+    assert graphs.log.steps == {(StepKind.DECODE, EagerReason.MEMORY_BUDGET): 3}
 
 
 def test_only_prefill_graphs_run_pure_prefills_and_all_else_runs_eagerly_with_the_reason() -> None:
     device = Device()
-    pool = create_pool(device, cudagraph_only_prefill=True)
-    pool.graph_for(plan(1, 1))
-    pool.graph_for(plan(1, 9, prefill_rows=1))
+    graphs = create_graphs(device, cudagraph_only_prefill=True)
+    graphs.graph_for(plan(1, 1))
+    graphs.graph_for(plan(1, 9, prefill_rows=1))
     assert device.captured == []
-    assert pool.graph_for(plan(9, 5, prefill_rows=2))[1] == FakeGraph(StepShape(16, 2))
-    assert pool.statistics.steps == {
+    assert graphs.graph_for(plan(9, 5, prefill_rows=2))[1] == FakeGraph(StepShape(16, 2))
+    assert graphs.log.steps == {
         (StepKind.DECODE, EagerReason.NOT_PURE_PREFILL): 1,
         (StepKind.MIXED, EagerReason.NOT_PURE_PREFILL): 1,
         (StepKind.PREFILL, None): 1,
@@ -172,15 +172,15 @@ def test_the_limit_of_prefills_leaves_longer_ones_without_a_graph_for_a_reason_o
     None
 ):
     device = Device()
-    pool = create_pool(device, max_prefill_capture_size=16)
-    assert (pool.policy.max_tokens, len(pool.policy.shapes())) == (64, 6)
-    record, graph = pool.graph_for(plan(9, 8, prefill_rows=2))
-    assert (record.shape, graph) == (StepShape(64, 2), pool.eager_twin(StepShape(64, 2)))
+    graphs = create_graphs(device, max_prefill_capture_size=16)
+    assert (graphs.policy.max_tokens, len(graphs.policy.shapes())) == (64, 6)
+    record, graph = graphs.graph_for(plan(9, 8, prefill_rows=2))
+    assert (record.shape, graph) == (StepShape(64, 2), graphs.store.eager_twin(StepShape(64, 2)))
     assert device.captured == []
-    assert pool.graph_for(plan(8, 8, prefill_rows=2))[1] == FakeGraph(StepShape(16, 2))
-    assert pool.graph_for(plan(1, 16, prefill_rows=1))[1] == FakeGraph(StepShape(64, 2))
-    assert pool.graph_for(plan(9, 8))[1] == FakeGraph(StepShape(64, 2))  # proposals to verify
-    assert pool.statistics.steps == {
+    assert graphs.graph_for(plan(8, 8, prefill_rows=2))[1] == FakeGraph(StepShape(16, 2))
+    assert graphs.graph_for(plan(1, 16, prefill_rows=1))[1] == FakeGraph(StepShape(64, 2))
+    assert graphs.graph_for(plan(9, 8))[1] == FakeGraph(StepShape(64, 2))  # proposals to verify
+    assert graphs.log.steps == {
         (StepKind.PREFILL, EagerReason.LONG_PREFILL): 1,
         (StepKind.PREFILL, None): 1,
         (StepKind.MIXED, None): 1,
@@ -191,9 +191,9 @@ def test_the_limit_of_prefills_leaves_longer_ones_without_a_graph_for_a_reason_o
 def test_only_prefill_graphs_capture_nothing_that_prompts_do_not_come_to_as_a_rule(caplog) -> None:
     settings = {"max_tokens": 256, "max_rows": 64, "capture_sizes": None, "capture_rows": None}
     every, device = create_policy(**settings).shapes(), Device()
-    pool = create_pool(device, **settings, lazy=False, cudagraph_only_prefill=True, max_prefill_capture_size=130)
+    graphs = create_graphs(device, **settings, lazy=False, cudagraph_only_prefill=True, max_prefill_capture_size=130)
     assert "those that decode (cudagraph_only_prefill) and those that only prefill, more than 130 tokens" in caplog.text
-    pool.capture_all(progress=False)
+    graphs.capture_all(progress=False)
     captured = [shape for shape, *_ in device.captured]
     assert set(every) - set(captured) == {
         shape
@@ -201,21 +201,23 @@ def test_only_prefill_graphs_capture_nothing_that_prompts_do_not_come_to_as_a_ru
         if shape.num_tokens > 160 or (shape.num_rows > 8 and shape.num_tokens < 2 * shape.num_rows)
     }
     assert {"160x64", "128x64", "64x8", "8x8", "1x1"} <= {str(shape) for shape in captured}
-    assert not pool.capture_spare()
-    record, graph = pool.graph_for(plan(*[1] * 64, prefill_rows=64))  # prompts that do come to it have their graph, too
+    assert not graphs.capture_spare()
+    record, graph = graphs.graph_for(
+        plan(*[1] * 64, prefill_rows=64)
+    )  # prompts that do come to it have their graph, too
     assert (str(record.shape), record.captured, graph) == ("64x64", True, FakeGraph(record.shape))
 
 
 def test_graphs_off_runs_every_step_eagerly_at_its_padded_shape_with_the_reason() -> None:
     device = Device(name="eager")
-    pool = create_pool(device)
-    pool.capture_all(progress=False)
-    record, graph = pool.graph_for(plan(9))
-    assert graph is pool.eager_twin(StepShape(16, 2))
+    graphs = create_graphs(device)
+    graphs.capture_all(progress=False)
+    record, graph = graphs.graph_for(plan(9))
+    assert graph is graphs.store.eager_twin(StepShape(16, 2))
     assert record.shape == StepShape(16, 2)
     assert device.captured == []
-    assert pool.statistics.steps == {(StepKind.DECODE, EagerReason.GRAPHS_OFF): 1}
-    assert pool.statistics.padding_tokens == 7
+    assert graphs.log.steps == {(StepKind.DECODE, EagerReason.GRAPHS_OFF): 1}
+    assert graphs.log.padding_tokens == 7
 
 
 @given(
@@ -226,16 +228,16 @@ def test_graphs_off_runs_every_step_eagerly_at_its_padded_shape_with_the_reason(
 )
 def test_every_step_is_counted_and_every_eager_one_has_a_reason(steps, budget, only_prefill, name) -> None:
     device = Device(bytes_of=lambda shape: shape.num_tokens * MIB, name=name)
-    pool = create_pool(device, graph_memory_mib=budget, cudagraph_only_prefill=only_prefill)
+    graphs = create_graphs(device, graph_memory_mib=budget, cudagraph_only_prefill=only_prefill)
     for query_lens, prefill in steps:
-        record, graph = pool.graph_for(plan(*query_lens, prefill_rows=len(query_lens) if prefill else 0))
-        assert record is pool.statistics.recent[-1]
+        record, graph = graphs.graph_for(plan(*query_lens, prefill_rows=len(query_lens) if prefill else 0))
+        assert record is graphs.log.recent[-1]
         assert record.shape.num_tokens >= sum(query_lens)
         assert record.shape.num_rows >= len(query_lens)
         assert (graph == FakeGraph(record.shape)) == (record.eager_reason is None)
-    assert pool.statistics.num_steps == len(steps)
-    assert pool.statistics.num_eager_steps + sum(record.uses for record in pool.records()) == len(steps)
-    assert budget is None or sum(record.bytes for record in pool.records()) <= budget * MIB
+    assert graphs.log.num_steps == len(steps)
+    assert graphs.log.num_eager_steps + sum(record.uses for record in graphs.records()) == len(steps)
+    assert budget is None or sum(record.bytes for record in graphs.records()) <= budget * MIB
 
 
 @pytest.mark.parametrize(
@@ -247,14 +249,14 @@ def test_a_step_whose_graph_cannot_be_captured_runs_in_a_larger_one_and_else_eag
             raise error
 
     device = Device(failing=failing)
-    pool = create_pool(device)
-    record, graph = pool.graph_for(plan(4))
-    assert (record.eager_reason, graph) == (EagerReason.CAPTURE_FAILED, pool.eager_twin(StepShape(8, 2)))
-    assert pool.graph_for(plan(9))[1] == FakeGraph(StepShape(16, 2))
-    record, graph = pool.graph_for(plan(4))
+    graphs = create_graphs(device)
+    record, graph = graphs.graph_for(plan(4))
+    assert (record.eager_reason, graph) == (EagerReason.CAPTURE_FAILED, graphs.store.eager_twin(StepShape(8, 2)))
+    assert graphs.graph_for(plan(9))[1] == FakeGraph(StepShape(16, 2))
+    record, graph = graphs.graph_for(plan(4))
     assert (record.eager_reason, graph, str(record.shape)) == (None, FakeGraph(StepShape(16, 2)), "16x2")
     assert device.shapes() == ["8x2", "16x2"], "what failed is not tried at each step"
-    assert pool.statistics.failed_captures == 1
+    assert graphs.store.failed_captures == 1
     assert not device.inside
 
 
@@ -267,15 +269,15 @@ def test_a_graph_that_found_no_memory_is_tried_again_later_and_one_with_a_fault_
 
     monkeypatch.setattr("time.monotonic", lambda: now[0])
     device = Device(failing=failing)
-    pool = create_pool(device)
+    graphs = create_graphs(device)
     for _ in range(3):
         for query_lens in ([1], [64]):
-            assert pool.graph_for(plan(*query_lens))[0].eager_reason is EagerReason.CAPTURE_FAILED
+            assert graphs.graph_for(plan(*query_lens))[0].eager_reason is EagerReason.CAPTURE_FAILED
     assert device.shapes() == ["8x2", "64x2"]
     errors.clear()
     now[0] += 61
-    assert pool.graph_for(plan(1))[0].eager_reason is None
-    assert pool.graph_for(plan(64))[0].eager_reason is EagerReason.CAPTURE_FAILED
+    assert graphs.graph_for(plan(1))[0].eager_reason is None
+    assert graphs.graph_for(plan(64))[0].eager_reason is EagerReason.CAPTURE_FAILED
 
 
 def test_a_capture_that_fails_before_requests_are_served_is_an_error() -> None:
@@ -283,39 +285,39 @@ def test_a_capture_that_fails_before_requests_are_served_is_an_error() -> None:
         raise DeviceMemoryError("no memory")
 
     with pytest.raises(DeviceMemoryError):
-        create_pool(Device(failing=failing), lazy=False).capture_all(progress=False)
+        create_graphs(Device(failing=failing), lazy=False).capture_all(progress=False)
 
 
 def test_graphs_of_fewer_proposals_are_captured_in_spare_moments_smallest_first() -> None:
     device = Device()
-    pool = create_pool(device, draft_levels=(0, 1, 3), lazy=False)
-    pool.capture_all(progress=False)
+    graphs = create_graphs(device, draft_levels=(0, 1, 3), lazy=False)
+    graphs.capture_all(progress=False)
     assert device.shapes() == ["64x8+3", "64x2+3", "16x8+3", "16x2+3", "8x8+3", "8x2+3"]
-    assert pool.graph_for(replace(plan(1, 1), num_drafts=1))[0].captured  # a step that cannot wait
+    assert graphs.graph_for(replace(plan(1, 1), num_drafts=1))[0].captured  # a step that cannot wait
     del device.captured[:]
-    while pool.capture_spare():
+    while graphs.capture_spare():
         pass
     assert device.shapes() == [
         *("8x2", "8x8", "16x2", "16x8", "64x2", "64x8"),
         *("8x8+1", "16x2+1", "16x8+1", "64x2+1", "64x8+1"),
     ]
     for num_drafts in (0, 1, 3):
-        record, _ = pool.graph_for(replace(plan(1, 1), num_drafts=num_drafts))
+        record, _ = graphs.graph_for(replace(plan(1, 1), num_drafts=num_drafts))
         assert (record.shape.num_drafts, record.captured, record.eager_reason) == (num_drafts, False, None)
 
 
 def test_all_graphs_asked_for_by_name_are_those_of_fewer_proposals_too() -> None:
     device = Device()
-    pool = create_pool(device, draft_levels=(0, 1, 3), lazy=False, capture="all")
-    pool.capture_all(progress=False)
-    assert (len(device.captured), pool.num_graphs) == (18, 18)
-    assert not pool.capture_spare()
+    graphs = create_graphs(device, draft_levels=(0, 1, 3), lazy=False, capture="all")
+    graphs.capture_all(progress=False)
+    assert (len(device.captured), graphs.store.num_graphs) == (18, 18)
+    assert not graphs.capture_spare()
 
 
 @pytest.mark.parametrize(("lazy", "name"), [(True, "fake"), (False, "eager")])
 def test_nothing_is_captured_in_spare_moments_where_nothing_is_captured_ahead(lazy, name) -> None:
     device = Device(name=name)
-    assert not create_pool(device, draft_levels=(0, 3), lazy=lazy).capture_spare()
+    assert not create_graphs(device, draft_levels=(0, 3), lazy=lazy).capture_spare()
     assert device.captured == []
 
 
@@ -325,12 +327,12 @@ def test_spare_captures_keep_to_the_budget_and_survive_failures() -> None:
             raise DeviceMemoryError("no memory")
 
     device = Device(failing=failing)
-    pool = create_pool(device, draft_levels=(0, 3), graph_bytes=10 * MIB, graph_memory_mib=80, lazy=False)
-    pool.capture_all(progress=False)
-    while pool.capture_spare():
+    graphs = create_graphs(device, draft_levels=(0, 3), graph_bytes=10 * MIB, graph_memory_mib=80, lazy=False)
+    graphs.capture_all(progress=False)
+    while graphs.capture_spare():
         pass
-    assert [str(r.shape) for r in pool.records() if not r.shape.num_drafts] == ["8x2", "16x2"]
-    assert (pool.bytes, pool.statistics.failed_captures) == (80 * MIB, 1)
+    assert [str(r.shape) for r in graphs.records() if not r.shape.num_drafts] == ["8x2", "16x2"]
+    assert (graphs.store.bytes, graphs.store.failed_captures) == (80 * MIB, 1)
 
 
 # With the tiny model, whose graphs run.
@@ -347,13 +349,13 @@ def test_graphs_captured_in_the_middle_of_a_generation_do_not_change_its_tokens(
     request = engine.add_request("first", range(5, 12), params)
     for _ in range(6):
         engine.step()
-    assert len(engine.executor.runner.pool.records()) == 1
+    assert len(engine.executor.runner.graphs.records()) == 1
     if how == "for a new prompt":
         engine.add_request("second", range(100, 140), params)
     else:
-        engine.executor.runner.pool.capture_all(progress=False)
+        engine.executor.runner.graphs.capture_all(progress=False)
     drain(engine)
-    assert len(engine.executor.runner.pool.records()) == 2
+    assert len(engine.executor.runner.graphs.records()) == 2
     assert request.output_token_ids == alone.output_token_ids
 
 
@@ -363,8 +365,8 @@ def test_capture_and_the_trial_at_the_largest_context_leave_no_trace(create_engi
     for _ in range(4):
         engine.step()
     runner = engine.executor.runner
-    captured = dict(runner.pool._entries)  # kept: CUDA drops a memory pool with its last graph
-    runner.pool._entries.clear()  # the next capture is the first again, which is tried at the largest context
+    captured = dict(runner.graphs.store._captured)  # kept: CUDA drops a memory pool with its last graph
+    runner.graphs.store._captured.clear()  # the next capture is the first again, which is tried at the largest context
     assert captured
     runner.platform.synchronize()
 
@@ -379,9 +381,9 @@ def test_capture_and_the_trial_at_the_largest_context_leave_no_trace(create_engi
     assert before[0][1:, 0].any()
     assert before[-1].any()
     trials = []
-    trial = runner.pool._trial
-    runner.pool._trial = lambda graph: (trials.append(graph), trial(graph))
-    runner.pool.capture_all(progress=False)
+    try_out = runner.try_out
+    runner.try_out = lambda graph: (trials.append(graph), try_out(graph))
+    runner.graphs.capture_all(progress=False)
     assert len(trials) == 1
     for old, new in zip(before, snapshot(), strict=True):
         assert torch.equal(old, new)
@@ -410,6 +412,6 @@ def test_the_trial_runs_one_row_at_the_largest_context(create_engine) -> None:
             line = runner.state.lines[0]
             seen.append((runner.state.plan[:2].tolist(), line[:3].tolist()))
 
-    runner._try_largest_context(Graph())
+    runner.try_out(Graph())
     assert seen == [([0, 1], [300, 299, 1])]
     assert not runner.state.lines[0].any()

@@ -65,7 +65,7 @@ def assert_right(runner, compositions: Sequence[Composition]) -> None:
     report = verify_shape(runner, SHAPE, compositions, alone_rows=1)
     assert report.compositions == len(compositions)
     assert report.mismatches == []
-    assert [str(record.shape) for record in runner.pool.records()] == ["160x8"]
+    assert [str(record.shape) for record in runner.graphs.records()] == ["160x8"]
 
 
 def test_there_are_2214_partitions_of_160_tokens_into_up_to_3_rows() -> None:

@@ -110,8 +110,8 @@ def test_sequences_longer_than_the_model_or_the_cache_allows_are_never_tried(cre
 
 def test_shapes_that_the_pool_has_no_room_for_are_left_out(create_engine, monkeypatch) -> None:
     runner = create_engine().executor.runner
-    graph_of = runner.pool.graph
-    monkeypatch.setattr(runner.pool, "graph", lambda shape: None if shape.num_tokens == 8 else graph_of(shape))
+    graph_of = runner.graphs.store.graph
+    monkeypatch.setattr(runner.graphs.store, "graph", lambda shape: None if shape.num_tokens == 8 else graph_of(shape))
     assert [str(report.shape) for report in verify_pool(runner, rounds=2, seed=0)] == ["48x8"]
 
 
@@ -143,7 +143,7 @@ def test_mutant_log_probabilities_of_another_row_are_caught(create_engine, monke
     with monkeypatch.context() as patch:
         patch.setattr(ops, "logprobs", lambda logits, target, *rest: report(logits, target.flip(0), *rest))
         for shape in engine.executor.runner.policy.shapes(Variant.EXTENDED):
-            engine.executor.runner.pool.graph(shape)
+            engine.executor.runner.graphs.store.graph(shape)
     reports = verify_pool(engine.executor.runner, rounds=6, seed=0, variants=(Variant.EXTENDED,))
     assert all(any("differ in logprobs" in mismatch for mismatch in report.mismatches) for report in reports)
 
@@ -338,7 +338,7 @@ def test_right_graphs_pass_with_proposals_of_every_method(create_engine, method)
 
 def test_in_some_rows_proposals_stand_and_in_some_they_fall(drafting) -> None:
     """Whatever the check finds right, it has looked at."""
-    twin = drafting.pool.eager_twin(ROUND)
+    twin = drafting.graphs.store.eager_twin(ROUND)
     proposals = trial.mostly_right_proposals(drafting, twin, ROUND, PROPOSED)
     ring = trial.run(drafting, twin, ROUND, PROPOSED, proposals).ring
     accepted = [line[slot_line.OUT_NUM_ACCEPTED] for line in ring]
@@ -373,7 +373,7 @@ def test_mutant_commit_that_takes_one_proposal_too_many_in_the_graph_is_caught(d
 
     with monkeypatch.context() as patch:
         patch.setattr(ops, "commit", mutant)
-        assert drafting.pool.graph(ROUND) is not None
+        assert drafting.graphs.store.graph(ROUND) is not None
     assert any("graph and eager differ in" in mismatch for mismatch in check_round(drafting))
 
 
@@ -410,7 +410,7 @@ def test_mutant_drafts_that_start_from_a_proposal_that_fell_are_caught_in_the_gr
 
     with monkeypatch.context() as patch:
         patch.setattr(ops, "draft_inputs", mutant)
-        assert drafting.pool.graph(ROUND) is not None
+        assert drafting.graphs.store.graph(ROUND) is not None
     assert any("graph and eager differ in tokens" in mismatch for mismatch in check_round(drafting))
 
 
