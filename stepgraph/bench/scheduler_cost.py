@@ -18,7 +18,8 @@ from stepgraph.bench.workloads import VOCAB_SIZE
 from stepgraph.config import GraphConfig, SchedulerConfig
 from stepgraph.engine.request import Request, RequestUpdate
 from stepgraph.engine.sampling_params import SamplingParams
-from stepgraph.engine.scheduler import ScheduledStep, Scheduler
+from stepgraph.engine.scheduler import Scheduler
+from stepgraph.engine.step_draft import ScheduledStep
 from stepgraph.step.runner import StepResults
 
 NUM_RUNNING = (1, 8, 64, 256, 1024)

@@ -16,7 +16,8 @@ from stepgraph.bench.workloads import Arrival, Lengths
 from stepgraph.config import GraphConfig, SchedulerConfig
 from stepgraph.engine.request import FinishReason, Request, RequestUpdate
 from stepgraph.engine.sampling_params import SamplingParams
-from stepgraph.engine.scheduler import WATERMARK, ScheduledStep, Scheduler
+from stepgraph.engine.scheduler import WATERMARK, Scheduler
+from stepgraph.engine.step_draft import ScheduledStep
 from stepgraph.engine.waiting import MAX_OVERTAKEN
 from stepgraph.step.log import StepRecord
 from stepgraph.step.shape_policy import ShapePolicy
@@ -377,7 +378,7 @@ class Watch:
         """Whether a step with prompts made room that it cannot give away itself: it cut a prompt to a captured size, or
         completed a long one that counted when others were refused."""
         snapped = {request.arrival for request in self._running.values() if request.was_snapped}
-        partial = {r.arrival for r in self._running.values() if r.planned < r.prefill_len}
+        partial = {r.arrival for r in self._running.values() if self._scheduler.is_prefilling(r)}
         completed = (self._partial | {request.arrival for request in scheduled.admitted}) - partial
         made_room = not snapped <= self._snapped or any(
             self._is_long(self._running[arrival]) for arrival in completed if arrival in self._running
@@ -389,9 +390,12 @@ class Watch:
         rows = {slot for slot, _ in scheduled.plan.rows} if scheduled else set()
         if len(rows) == len(self._running) or was_preempted or not self._scheduler.num_free_blocks:
             return
+        table = self._scheduler.table
         for request in self._running.values():
-            may_run = request.planned < max(request.prefill_len, request.max_length - 1)
-            if request.slot not in rows and may_run and tokens_left:
+            slot = request.slot
+            assert slot is not None
+            may_run = table.planned[slot] < max(table.prefill_len[slot], table.end[slot])
+            if slot not in rows and may_run and tokens_left:
                 self._broken["a running request was left out of a step that had room"] += 1
 
     def _check_waiting(self, tokens_left: int, is_excused: bool, now: float) -> None:
@@ -420,7 +424,7 @@ class Watch:
     def _next_that_could_run(self, tokens_left: int) -> Request | None:
         """The next in turn, if nothing that can be seen keeps it from running."""
         config = self._config
-        partial = [request for request in self._running.values() if request.planned < request.prefill_len]
+        partial = [request for request in self._running.values() if self._scheduler.is_prefilling(request)]
         long_is_running = sum(map(self._is_long, partial)) >= config.max_long_partial_prefills
         in_turn = min(self._waiting.values(), key=self._turn)
         if not self._is_overdue(in_turn):

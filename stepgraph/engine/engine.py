@@ -20,8 +20,9 @@ from stepgraph.engine.masks import TokenMasks, num_until_end
 from stepgraph.engine.reports import HostTime, StepReport
 from stepgraph.engine.request import FinishReason, Request, RequestUpdate
 from stepgraph.engine.sampling_params import SamplingParams
-from stepgraph.engine.scheduler import ScheduledStep, Scheduler
+from stepgraph.engine.scheduler import Scheduler
 from stepgraph.engine.speculation import SpeculationStatistics
+from stepgraph.engine.step_draft import ScheduledStep
 from stepgraph.errors import ConfigError, DeviceMemoryError, EngineDeadError, Fault
 from stepgraph.executor.base import Executor
 from stepgraph.models.adapters import AdapterFile

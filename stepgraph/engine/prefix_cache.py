@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from stepgraph.engine.blocks import BlockPool, block_key, root_key
 from stepgraph.engine.request import Request
+from stepgraph.engine.request_table import RequestTable
 from stepgraph.step.shape import Variant
 
 
@@ -16,13 +17,20 @@ class PrefixCache:
 
     Args:
         blocks: all KV blocks.
+        table: the counts of the requests that run.
         block_size: tokens per block.
         lookahead: tokens after a block that its content depends on.
         enabled: off, nothing is ever found.
     """
 
-    def __init__(self, blocks: BlockPool, block_size: int, lookahead: int, enabled: bool):
-        self._blocks, self._block_size, self._lookahead, self._enabled = blocks, block_size, lookahead, enabled
+    def __init__(self, blocks: BlockPool, table: RequestTable, block_size: int, lookahead: int, enabled: bool):
+        self._blocks, self._table, self._block_size, self._lookahead, self._enabled = (
+            blocks,
+            table,
+            block_size,
+            lookahead,
+            enabled,
+        )
         self._ends: dict[bytes, dict[Request, None]] = {}
         """Requests that run, by the key of the last block of theirs that can be found."""
 
@@ -48,13 +56,15 @@ class PrefixCache:
 
     def publish_planned(self, request: Request) -> None:
         """Let others find the blocks of a prompt that are full once its planned tokens are computed."""
-        num_tokens = min(request.planned, request.prefill_len - self._lookahead)
+        slot = request.slot
+        assert slot is not None
+        num_tokens = min(self._table.planned[slot], self._table.prefill_len[slot] - self._lookahead)
         self._publish(request, max(0, num_tokens) // self._block_size)
 
     def leave(self, request: Request) -> None:
         """The request is about to give its slot and blocks up; let others find those that it has filled."""
         if self._enabled:
-            if request.num_known > request.prefill_len:  # before, it may not even have computed its prompt
+            if self._has_decoded(request):  # before, it may not even have computed its prompt
                 self._publish(request, self._num_full(request))
             self._forget_end(request)
 
@@ -62,13 +72,18 @@ class PrefixCache:
         """Blocks that a request's known tokens fill; the last token is not computed yet."""
         return (request.num_known - max(1, self._lookahead)) // self._block_size
 
+    def _has_decoded(self, request: Request) -> bool:
+        """Whether a request that runs has got a token in its slot."""
+        assert request.slot is not None
+        return request.num_known > self._table.prefill_len[request.slot]
+
     def _publish_next(self, key: bytes) -> bool:
         """Let others find the next block, if it is full, of each request whose last one to be found is `key`'s. False if there
         is none."""
         requests = [
             request
             for request in self._ends.get(key, ())
-            if request.num_known > request.prefill_len and self._num_full(request) > request.num_published
+            if self._has_decoded(request) and self._num_full(request) > request.num_published
         ]
         for request in requests:
             self._publish(request, request.num_published + 1)

@@ -109,21 +109,8 @@ class Request(AnsweredRequest):
     slot: int | None = None
     """Index of its device-side state while it runs."""
     generation: int = 0
-    prefill_len: int = 0
-    """Tokens known when it got its slot: the prompt, and after a preemption the answer so far."""
-    planned: int = 0
-    """Tokens whose computation is planned: the device has computed these, or will before anything planned later. Like the two
-    below, as of the beginning of a `Lockstep` while it decodes in one."""
-    spread: int = 0
-    """Proposals in steps under way: if all stand, so many tokens more are computed than `planned`."""
-    num_unread: int = 0
-    """Steps under way that sample for it."""
-    num_drafts: int = 0
-    """Proposals that wait for its next step; with steps under way, the most that may."""
-    was_drafted: bool = True
-    """Its last known step made proposals. Those of the step under way are expected to be like that."""
     draft_token_ids: Sequence[int] = ()
-    """Those proposals, if it follows a grammar."""
+    """Proposals that wait for its next step, if it follows a grammar."""
     blocks: list[int] = field(default_factory=list)
     """KV blocks granted, in order."""
     arrival: int = 0

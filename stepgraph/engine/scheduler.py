@@ -17,19 +17,21 @@ from __future__ import annotations
 import time
 from bisect import bisect_left, bisect_right, insort
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
-from typing import NamedTuple
+from dataclasses import dataclass
 
-from stepgraph.abi import slot_line
 from stepgraph.config import SchedulerConfig
 from stepgraph.engine.blocks import BlockPool
-from stepgraph.engine.lockstep import Lockstep
-from stepgraph.engine.logprobs import PromptSpan, add_logprobs, read_prompt_logprobs
+from stepgraph.engine.logprobs import read_prompt_logprobs
 from stepgraph.engine.prefix_cache import PrefixCache
 from stepgraph.engine.request import FinishReason, Request, RequestUpdate
+from stepgraph.engine.request_blocks import RequestBlocks
+from stepgraph.engine.request_table import RequestTable
+from stepgraph.engine.row_results import read_rows
 from stepgraph.engine.speculation import SpeculationStatistics
+from stepgraph.engine.steady import SteadyDecode
+from stepgraph.engine.step_draft import Chunk, ScheduledStep, StepDraft
 from stepgraph.engine.waiting import WaitingLine, rank
-from stepgraph.errors import CONTEXT_LENGTH_EXCEEDED, Fault, RequestError
+from stepgraph.errors import CONTEXT_LENGTH_EXCEEDED, RequestError
 from stepgraph.step.plan import StepPlan
 from stepgraph.step.runner import StepResults
 from stepgraph.step.shape import Variant
@@ -40,22 +42,7 @@ WATERMARK = 0.01
 SNAP_SAVING = 1 / 4
 """Share of two steps' tokens that cutting a chunk to a captured size must save: it costs its prompt one step."""
 
-_FINISH_REASONS = {
-    slot_line.FINISHED_STOP: FinishReason.STOP,
-    slot_line.FINISHED_LENGTH: FinishReason.LENGTH,
-    slot_line.FINISHED_ERROR: FinishReason.ERROR,
-}
-
-
-class ScheduledStep(NamedTuple):
-    """A plan, and what the engine does before and after it runs."""
-
-    plan: StepPlan
-    admitted: tuple[Request, ...] = ()
-    """Requests whose device-side state must be written first."""
-    prompt_spans: tuple[PromptSpan, ...] = ()
-    follows_grammar: bool = False
-    """Whether it samples for a request that does."""
+_WAIT, _DECODE, _PREFILL = range(3)  # what a running request would do in a step
 
 
 @dataclass
@@ -67,32 +54,6 @@ class SchedulerStatistics:
     """Tokens of prompts that got a slot, those of preempted requests counted once."""
     cached_prompt_tokens: int = 0
     """Of these, tokens whose keys and values were found in the prefix cache."""
-
-
-@dataclass(slots=True)
-class _Chunk:
-    """A row of prompt tokens."""
-
-    request: Request
-    slot: int
-    start: int  # position of its first token
-    num_tokens: int = 0
-    deltas: list[tuple[int, int, int]] = field(default_factory=list)
-
-
-@dataclass(slots=True)
-class _Draft:
-    """A step in the making."""
-
-    budget: int  # tokens left
-    num_drafts: int  # proposals to make for each row
-    decodes: list[tuple[int, int]] = field(default_factory=list)  # rows of one token and its proposals
-    decode_deltas: list[tuple[int, int, int]] = field(default_factory=list)
-    chunks: list[_Chunk] = field(default_factory=list)
-    admitted: list[Request] = field(default_factory=list)
-    variant: Variant = Variant.PLAIN  # of the decodes
-    short_of_blocks: bool = False
-    follows_grammar: bool = False
 
 
 class Scheduler:
@@ -136,7 +97,10 @@ class Scheduler:
         self._choose_drafts = choose_drafts
         self.blocks = BlockPool(num_kv_blocks)
         """All KV blocks; those who move their content elsewhere hold them meanwhile."""
-        self._prefixes = PrefixCache(self.blocks, block_size, lookahead, prefix_caching)
+        self.table = RequestTable(config.max_num_seqs)
+        """How far those that run have come."""
+        self._grants = RequestBlocks(self.blocks, self.table, block_size)
+        self._prefixes = PrefixCache(self.blocks, self.table, block_size, lookahead, prefix_caching)
         self._watermark = int(self.blocks.num_usable * WATERMARK)
         self._free_slots = list(range(config.max_num_seqs, 0, -1))
         self._generations = [0] * (config.max_num_seqs + 1)
@@ -145,10 +109,9 @@ class Scheduler:
         self._by_slot: dict[int, Request] = {}
         self._requests: dict[str, Request] = {}
         self._prefilled_last = False
-        self._last_plan: StepPlan | None = None
-        self._epoch = 0  # of the last plan
-        self._lockstep: Lockstep | None = None
-        self._unpublished: _Chunk | None = None
+        self._last_plan = StepPlan((), (), 0, epoch=0)
+        self._steady: SteadyDecode | None = None
+        self._unpublished: Chunk | None = None
         """The last chunk planned. The row may still be cut, and naming its blocks takes time: they become findable when the next
         prompt is looked at, or once the step is on its way."""
 
@@ -191,7 +154,7 @@ class Scheduler:
             raise RequestError(
                 f"request id {request.id!r} is in use; ids must differ while requests run", param="request_id"
             )
-        needed = self._blocks_for(request.max_length - 1)  # the last token it may sample is never computed
+        needed = self._grants.count(request.max_length - 1)  # the last token it may sample is never computed
         if needed > self.blocks.num_usable:
             raise RequestError(
                 f"the request needs KV blocks for {request.max_length - 1} tokens ({needed} blocks of {self._block_size}), "
@@ -211,12 +174,12 @@ class Scheduler:
         request = self._requests.get(request_id)
         if request is None:
             return None
-        self._end_lockstep()
-        return self._finish(request, reason, ())
+        self._steady = None
+        return self._finish(RequestUpdate(request, (), reason))
 
     def preempt_all(self) -> None:
         """Send every running request back to wait, and forget all cached content. For when the KV cache's content is lost."""
-        self._end_lockstep()
+        self._steady = None
         while self._running:
             self._preempt(self._running[-1])
         self.blocks.forget()
@@ -228,84 +191,50 @@ class Scheduler:
     def schedule(self) -> ScheduledStep | None:
         """Plan one step; None if nothing can run until results or requests arrive."""
         self._publish_pending()
-        plan = self._next_in_lockstep()
-        if plan is not None:
-            return ScheduledStep(plan)
+        step = self._next_steady()
+        if step is not None:
+            return step
         self.blocks.reclaim()
         if self._pure_steps:
             decodes_first = self._prefilled_last
             draft = self._draft(decodes=decodes_first, prompts=not decodes_first)
-            if not (draft.decodes or draft.chunks):
+            if not draft:
                 draft = self._draft(decodes=not decodes_first, prompts=decodes_first)
         else:
             draft = self._draft(decodes=True, prompts=True)
-        if not (draft.decodes or draft.chunks):
+        if not draft:
             return None
         self._prefilled_last = bool(draft.chunks)
         return self._complete(draft)
 
     def reconcile(self, step: ScheduledStep, results: StepResults) -> Sequence[RequestUpdate]:
         """Take in the results of a step; rows of requests that have left their slot since it was planned are dropped."""
-        if self._lockstep is not None:
-            updates = self._lockstep.read(results) if step.plan.epoch == self._lockstep.plan.epoch else None
+        if self._steady is not None:
+            updates = self._steady.read(results) if step.plan.epoch == self._steady.plan.epoch else None
             if updates is not None:
                 if step.plan.num_drafts:
                     self.speculation.add(results.outcomes())
                 return updates
-            self._end_lockstep()
+            self._steady = None
         for span in step.prompt_spans:
             assert results.prompt_logprobs is not None
             if span.request.generation == span.generation:
                 read_prompt_logprobs(span, results.prompt_logprobs)
-        return self._read(step.plan, results)
-
-    def _read(self, plan: StepPlan, results: StepResults) -> list[RequestUpdate]:
-        """Take in the new tokens of a step's rows, one by one."""
-        updates, decoded = [], []
-        by_slot = self._by_slot
-        for index, line in enumerate(results.table.tolist()):
-            slot, generation, finish, num_tokens, num_verified, num_accepted, first_sample, num_drafts, *new = line
-            request = by_slot.get(slot)
-            if request is None or request.generation != generation:
-                continue
-            tokens = tuple(new[:num_tokens])
-            if not tokens and finish == slot_line.RUNNING:
-                continue
-            if index >= plan.num_prefill_rows:
-                request.planned += num_tokens - 1
-                request.spread -= plan.rows[index][1] - 1
-                request.num_draft_tokens += num_verified
-                request.count_accepted(num_accepted)
-                decoded.append((num_tokens, num_verified, num_accepted))
-            request.num_unread -= 1
-            if plan.num_drafts:
-                request.was_drafted = num_drafts > 0
-            if not request.num_unread:
-                request.num_drafts = num_drafts
-                if request.guide is not None:
-                    drafts = results.drafts
-                    request.draft_token_ids = () if drafts is None else drafts[index, :num_drafts].tolist()
-            request.output_token_ids += tokens
-            add_logprobs(request, tokens, results.logprobs, first_sample)
-            if finish == slot_line.RUNNING:
-                updates.append(RequestUpdate(request, tokens, None))
-            else:
-                reason = _FINISH_REASONS[finish]
-                if reason is FinishReason.STOP:
-                    request.stop_token = tokens[-1]
-                elif reason is FinishReason.ERROR:
-                    request.error = Fault("no token could be sampled: every logit was NaN or ruled out", is_users=False)
-                updates.append(self._finish(request, reason, tokens))
-        if plan.num_drafts:
-            self.speculation.add(decoded)
+        updates, outcomes = read_rows(step.plan, results, self._by_slot, self.table)
+        if step.plan.num_drafts:
+            self.speculation.add(outcomes)
+        for update in updates:
+            if update.finish_reason is not None:
+                self._finish(update)
         return updates
 
     # Planning
 
-    def _draft(self, *, decodes: bool, prompts: bool) -> _Draft:
-        num_decodes = sum(map(_can_decode, self._running))
-        draft = _Draft(self._max_tokens, self._choose_drafts(num_decodes))
-        self._plan_running(draft, num_decodes if decodes else 0, prompts=prompts)
+    def _draft(self, *, decodes: bool, prompts: bool) -> StepDraft:
+        stages = list(map(self._stage, self._running))
+        num_decodes = stages.count(_DECODE)
+        draft = StepDraft(self._max_tokens, self._choose_drafts(num_decodes))
+        self._plan_running(draft, stages, num_decodes if decodes else 0, prompts=prompts)
         if prompts:
             self._waiting.open_gate()
             if self._waiting and not draft.short_of_blocks:
@@ -315,34 +244,43 @@ class Scheduler:
                 self._snap(draft)
         return draft
 
-    def _plan_running(self, draft: _Draft, decodes_left: int, *, prompts: bool) -> None:
+    def _stage(self, request: Request) -> int:
+        """What a running request would do in a step."""
+        slot, table = request.slot, self.table
+        assert slot is not None
+        planned = table.planned[slot]
+        if planned < table.prefill_len[slot]:
+            return _PREFILL
+        return _DECODE if planned < table.end[slot] and not request.awaits_host else _WAIT
+
+    def _plan_running(self, draft: StepDraft, stages: Sequence[int], decodes_left: int, *, prompts: bool) -> None:
         """Rows of the requests that hold slots, highest rank first, so that whoever must be preempted has no row yet.
 
         `decodes_left`: rows to decode; with 0, nobody does.
         """
         decodes = decodes_left > 0
-        prefills_left = sum(map(_is_prefilling, self._running))
+        prefills_left = stages.count(_PREFILL)
         newcomers = min(self._config.max_num_partial_prefills - prefills_left, self._num_admissible(prefills_left))
-        index = 0
-        while index < len(self._running):
+        for index, stage in enumerate(stages):
+            if index == len(self._running):
+                return  # the others were preempted
             request = self._running[index]
-            index += 1
-            if _can_decode(request):
+            if stage == _DECODE:
                 if decodes:
                     decodes_left -= 1
                     self._plan_decode(request, draft.budget - decodes_left, draft)
-            elif _is_prefilling(request):
+            elif stage == _PREFILL:
                 if prompts:
                     share = -(-(draft.budget - decodes_left) // (prefills_left + max(0, newcomers)))
                     self._plan_chunk(request, share, draft)
                 prefills_left -= 1
 
-    def _admit_waiting(self, draft: _Draft) -> None:
+    def _admit_waiting(self, draft: StepDraft) -> None:
         """Give waiting requests slots and chunks of their prompts, highest rank first, while both and blocks are there."""
         if not self._free_slots:
             return
         limits = self._config
-        num_partial = sum(_is_prefilling(request) for request in self._running)
+        num_partial = sum(self.is_prefilling(request) for request in self._running)
         num_long = self._num_long_prefilling()
         for request in tuple(self._waiting):
             if not self._free_slots or not draft.budget:
@@ -357,7 +295,9 @@ class Scheduler:
             hits = self._prefixes.find(request)
             num_cached = len(hits) * self._block_size
             needed = (
-                self._blocks_for(self._with_drafts(request, request.num_known, draft))
+                self._grants.count(
+                    _with_drafts(request.num_known, request.sampling.max_num_drafts, request.max_length - 1, draft)
+                )
                 - len(hits)
                 + self.blocks.count_free(hits)
             )
@@ -370,185 +310,147 @@ class Scheduler:
                 return
             self._admit(request, hits, draft)
             self._plan_chunk(request, share if partial_left > 0 else draft.budget, draft)
-            if _is_prefilling(request):
+            if self.is_prefilling(request):
                 num_partial += 1
                 num_long += self._is_long(request)
 
-    def _top_up(self, draft: _Draft) -> None:
+    def _top_up(self, draft: StepDraft) -> None:
         """Give what the shares of short prompts left over to the longer ones, as far as there are free blocks."""
+        table = self.table
         for chunk in draft.chunks:
-            request = chunk.request
-            if draft.budget and _is_prefilling(request):
-                room = (len(request.blocks) + self.blocks.num_free) * self._block_size - request.planned
+            left = table.prefill_len[chunk.slot] - table.planned[chunk.slot]
+            if draft.budget and left > 0:
+                room = table.room[chunk.slot] + self.blocks.num_free * self._block_size - table.planned[chunk.slot]
                 room -= max(0, draft.num_drafts - 1)
-                self._extend(chunk, max(0, min(request.prefill_len - request.planned, draft.budget, room)), draft)
+                self._extend(chunk, max(0, min(left, draft.budget, room)), draft)
 
-    def _snap(self, draft: _Draft) -> None:
+    def _snap(self, draft: StepDraft) -> None:
         """Cut the last prompt's chunk so that the step ends at a captured size, where that saves enough padding.
 
         What is cut off runs in the next step, which decodes anyway. That costs the prompt one step, so it happens to a
         prompt once at most, and only if it would be complete: a prompt that fills the budget has no padding.
         """
         chunk = self._unpublished
-        if chunk is None or chunk.request.was_snapped or _is_prefilling(chunk.request):
+        if chunk is None or chunk.request.was_snapped or self.is_prefilling(chunk.request):
             return
         num_tokens = self._max_tokens - draft.budget
         down = bisect_right(self._token_sizes, num_tokens) - 1
         if down < 0 or not 0 < (cut := num_tokens - self._token_sizes[down]) < chunk.num_tokens:
             return
         next_decodes = sum(n for _, n in draft.decodes) + sum(
-            not _is_prefilling(other.request) for other in draft.chunks
+            not self.is_prefilling(other.request) for other in draft.chunks
         )
         whole = self._round_up(num_tokens) + self._round_up(next_decodes)
         snapped = self._token_sizes[down] + self._round_up(next_decodes - 1 + cut)
         if whole - snapped >= whole * SNAP_SAVING:
             request = chunk.request
             request.was_snapped = True
-            request.planned -= cut
+            self.table.plan_prompt(chunk.slot, -cut)
             chunk.num_tokens -= cut
             draft.budget += cut
-            surplus = len(request.blocks) - self._blocks_for(self._num_written(request, 0, draft))
+            surplus = len(request.blocks) - self._grants.count(self._num_written(chunk.slot, 0, draft))
             if surplus:
-                self._take_back(request, surplus)
+                self._grants.take_back(request, surplus)
                 del chunk.deltas[-surplus:]
 
     def _round_up(self, num_tokens: int) -> int:
         """The smallest captured size that holds so many tokens."""
         return self._token_sizes[min(bisect_left(self._token_sizes, num_tokens), len(self._token_sizes) - 1)]
 
-    def _complete(self, draft: _Draft) -> ScheduledStep:
-        variant = draft.variant
-        spans = []
-        first_line = 0
+    def _complete(self, draft: StepDraft) -> ScheduledStep:
         for chunk in draft.chunks:
-            request = chunk.request
-            if not _is_prefilling(request):
-                self._expect_token(request, draft)
-            needed = request.variant
-            if needed is Variant.PROMPT_LOGPROBS:
-                if chunk.start < request.prompt_len - 1:
-                    spans.append(PromptSpan(request, request.generation, first_line, chunk.start, chunk.num_tokens))
-                else:
-                    needed = Variant.EXTENDED
-            variant = max(variant, needed)
-            first_line += chunk.num_tokens
-        # Decodes come last: they may turn out empty on the device, and the host must know where a prompt's tokens lie.
-        plan = StepPlan(
-            rows=(*[(chunk.slot, chunk.num_tokens) for chunk in draft.chunks], *draft.decodes),
-            deltas=(*[delta for chunk in draft.chunks for delta in chunk.deltas], *draft.decode_deltas),
-            num_prefill_rows=len(draft.chunks),
-            variant=variant,
-            num_drafts=draft.num_drafts,
-            epoch=self._epoch + 1,
-        )
-        if self._last_plan is not None and plan.repeats(self._last_plan):
-            plan = replace(plan, epoch=self._epoch)
-            if Lockstep.may_begin(self._running, plan):
-                self._lockstep = Lockstep(self._running, plan, self.blocks, self._block_size)
-        else:
-            self._epoch += 1
+            if not self.table.is_prefilling(chunk.slot):
+                self.table.expect(chunk.slot, draft.num_drafts)
+                self._expect_masks(chunk.request, draft)
+        plan, spans = draft.plan(self._last_plan)
+        if plan.epoch == self._last_plan.epoch and SteadyDecode.may_begin(self._running, plan, self.table):
+            self._steady = SteadyDecode(self._running, plan, self.table, self._grants)
         self._last_plan = plan
-        return ScheduledStep(plan, tuple(draft.admitted), tuple(spans), draft.follows_grammar)
+        return ScheduledStep(plan, tuple(draft.admitted), spans, draft.follows_grammar)
 
-    def _next_in_lockstep(self) -> StepPlan | None:
-        """The plan of those that decode in lockstep, if nobody else may run and there is nothing else to decide."""
-        lockstep = self._lockstep
-        if lockstep is None:
+    def _next_steady(self) -> ScheduledStep | None:
+        """The next step of those that decode steadily, if nobody else may run and there is nothing else to decide."""
+        steady = self._steady
+        if steady is None:
             return None
         if self._waiting:
             self._waiting.open_gate()
-        plan = None
-        if not (self._waiting and self._free_slots) and self._repeats_drafts(lockstep.plan):
-            plan = lockstep.next_plan()
-        if plan is None:
-            self._end_lockstep()
-        return plan
+        step = None
+        if not (self._waiting and self._free_slots):
+            plan = steady.plan
+            if self._choose_drafts(len(plan.rows)) == plan.num_drafts:
+                step = steady.next_step()
+        if step is None:
+            self._steady = None
+        return step
 
-    def _repeats_drafts(self, plan: StepPlan) -> bool:
-        return self._choose_drafts(len(plan.rows)) == plan.num_drafts
-
-    def _end_lockstep(self) -> None:
-        """Let the requests' own counters count again."""
-        if self._lockstep is not None:
-            self._lockstep.settle()
-            self._lockstep = None
-
-    def _plan_decode(self, request: Request, limit: int, draft: _Draft) -> None:
+    def _plan_decode(self, request: Request, limit: int, draft: StepDraft) -> None:
         """Plan a row of one token and its proposals, up to `limit` in all, if there are blocks for it."""
-        slot = request.slot
+        table, slot = self.table, request.slot
         assert slot is not None
-        num_tokens = min(1 + min(request.num_drafts, draft.num_drafts), limit) if draft.num_drafts else 1
-        num_written = request.planned + request.spread + num_tokens
-        if len(request.blocks) * self._block_size < num_written + draft.num_drafts:  # else there are enough for sure
-            num_written = self._with_drafts(request, num_written, draft)
+        num_tokens = min(1 + min(table.drafts[slot], draft.num_drafts), limit) if draft.num_drafts else 1
+        num_written = table.planned[slot] + table.unread_drafts[slot] + num_tokens
+        if table.room[slot] < num_written + draft.num_drafts:  # else there are enough for sure
+            num_written = _with_drafts(num_written, table.max_drafts[slot], table.end[slot], draft)
             deltas: list[tuple[int, int, int]] = []
-            if not self._grant(request, slot, num_written, deltas, draft):
-                self._take_back(request, len(deltas))
+            if not self._grant(request, num_written, deltas, draft):
+                self._grants.take_back(request, len(deltas))
                 return
             draft.decode_deltas += deltas
-        request.planned += 1
-        request.spread += num_tokens - 1
-        self._expect_token(request, draft)
+        table.plan_decode(slot, num_tokens - 1, draft.num_drafts)
+        if request.guide is not None:
+            self._expect_masks(request, draft)
         draft.decodes.append((slot, num_tokens))
         draft.budget -= num_tokens
         if request.variant > draft.variant:
             draft.variant = Variant.EXTENDED
 
-    def _plan_chunk(self, request: Request, limit: int, draft: _Draft) -> None:
+    def _plan_chunk(self, request: Request, limit: int, draft: StepDraft) -> None:
         """Plan up to `limit` tokens of a prompt, as far as blocks can be had for it."""
         assert request.slot is not None
-        chunk = _Chunk(request, request.slot, request.planned)
-        self._extend(chunk, min(request.prefill_len - request.planned, limit, draft.budget), draft)
+        planned = self.table.planned[request.slot]
+        chunk = Chunk(request, request.slot, planned)
+        self._extend(chunk, min(self.table.prefill_len[request.slot] - planned, limit, draft.budget), draft)
         if chunk.num_tokens:
             draft.chunks.append(chunk)
             self._publish_pending()
             self._unpublished = chunk
         else:
-            self._take_back(request, len(chunk.deltas))
+            self._grants.take_back(request, len(chunk.deltas))
 
-    def _extend(self, chunk: _Chunk, num_tokens: int, draft: _Draft) -> None:
+    def _extend(self, chunk: Chunk, num_tokens: int, draft: StepDraft) -> None:
         """Add tokens to a chunk, as far as blocks can be had for it."""
-        request = chunk.request
+        table, slot = self.table, chunk.slot
         while num_tokens:
-            num_written = self._num_written(request, num_tokens, draft)
-            if self._grant(request, chunk.slot, num_written, chunk.deltas, draft):
+            if self._grant(chunk.request, self._num_written(slot, num_tokens, draft), chunk.deltas, draft):
                 break
-            room = len(request.blocks) * self._block_size - request.planned
-            num_tokens = min(num_tokens - 1, room)
-        request.planned += num_tokens
+            num_tokens = min(num_tokens - 1, table.room[slot] - table.planned[slot])
+        table.plan_prompt(slot, num_tokens)
         chunk.num_tokens += num_tokens
         draft.budget -= num_tokens
 
-    def _num_written(self, request: Request, num_tokens: int, draft: _Draft) -> int:
+    def _num_written(self, slot: int, num_tokens: int, draft: StepDraft) -> int:
         """Tokens of a request whose keys and values exist after `num_tokens` more of its prompt. The device makes proposals as
         soon as all of that but the last token are computed, whether the host expects any or not."""
-        end = request.planned + num_tokens
-        return end if end < request.prefill_len - 1 else self._with_drafts(request, end, draft)
+        table = self.table
+        end = table.planned[slot] + num_tokens
+        if end < table.prefill_len[slot] - 1:
+            return end
+        return _with_drafts(end, table.max_drafts[slot], table.end[slot], draft)
 
-    def _with_drafts(self, request: Request, num_tokens: int, draft: _Draft) -> int:
-        """Tokens of a request whose keys and values exist once proposals follow `num_tokens`: a draft model computes all of these
-        but the last."""
-        num_drafts = min(draft.num_drafts, request.sampling.max_num_drafts)
-        return min(num_tokens + max(0, num_drafts - 1), request.max_length - 1)
-
-    def _expect_token(self, request: Request, draft: _Draft) -> None:
-        """The step samples for a request, which a grammar must see before the next, and makes proposals for it."""
+    def _expect_masks(self, request: Request, draft: StepDraft) -> None:
+        """The step samples for a request; if it follows a grammar, that must see the token before the next."""
         if request.guide is not None:
             request.awaits_host = draft.follows_grammar = True
-        request.num_unread += 1
-        # What the step will propose is not known before its results; if it is more, the rest of it is not verified.
-        request.num_drafts = min(draft.num_drafts, request.sampling.max_num_drafts) if request.was_drafted else 0
 
-    def _grant(
-        self, request: Request, slot: int, num_tokens: int, deltas: list[tuple[int, int, int]], draft: _Draft
-    ) -> bool:
+    def _grant(self, request: Request, num_tokens: int, deltas: list[tuple[int, int, int]], draft: StepDraft) -> bool:
         """Give a request the blocks that so many tokens lack, preempting lower ranks if need be. False if there are fewer left
         for it, which it has then.
 
         Requests are planned in the order of their rank, so whoever is preempted has no row yet.
         """
-        lacking = self._blocks_for(num_tokens) - len(request.blocks)
-        if lacking <= 0:
+        lacking = self._grants.lacking(request, num_tokens)
+        if not lacking:
             return True
         while self.blocks.num_free < lacking:
             draft.short_of_blocks = True
@@ -558,14 +460,8 @@ class Scheduler:
             victim.overtaken += request.arrival > victim.arrival
             self._preempt(victim)
         count = min(lacking, self.blocks.num_free)
-        deltas += self.blocks.extend(request.blocks, count, slot)
+        deltas += self._grants.grant(request, count)
         return count == lacking
-
-    def _take_back(self, request: Request, num_blocks: int) -> None:
-        """Undo a request's last grants. The device is not to hear of them."""
-        if num_blocks:
-            self.blocks.release(request.blocks[-num_blocks:])
-            del request.blocks[-num_blocks:]
 
     def _num_admissible(self, num_prefilling: int) -> int:
         """Waiting requests that the limit on long prompts lets in, as far as a step's shares need to know."""
@@ -577,28 +473,37 @@ class Scheduler:
         return len(self._waiting) - longs + min(longs, max(0, room))
 
     def _num_long_prefilling(self) -> int:
-        return sum(_is_prefilling(request) and self._is_long(request) for request in self._running)
+        return sum(self.is_prefilling(request) and self._is_long(request) for request in self._running)
+
+    def is_prefilling(self, request: Request) -> bool:
+        """Whether a request runs, and a part of its prompt is not planned."""
+        return request.slot is not None and self.table.is_prefilling(request.slot)
 
     def _is_long(self, request: Request) -> bool:
         return 0 < self._config.long_prefill_token_threshold < request.prompt_len
 
     # Slots
 
-    def _admit(self, request: Request, hits: list[int], draft: _Draft) -> None:
+    def _admit(self, request: Request, hits: list[int], draft: StepDraft) -> None:
         """Give a request a slot, and the cached blocks of its prefix."""
         self._waiting.enter(request)
         slot = self._free_slots.pop()
         self._generations[slot] += 1
-        self.blocks.hold(hits)
         request.slot, request.generation = slot, self._generations[slot]
-        request.prefill_len = request.num_known
-        request.blocks = list(hits)
+        num_cached = len(hits) * self._block_size
+        self.table.enter(
+            slot,
+            planned=num_cached,
+            prefill_len=request.num_known,
+            end=request.max_length - 1,
+            max_drafts=request.sampling.max_num_drafts,
+        )
+        self._grants.enter(request, hits)
         request.num_found = request.num_published = len(hits)
-        request.planned = len(hits) * self._block_size
         if not request.num_preemptions:
-            request.num_cached_tokens = request.planned
+            request.num_cached_tokens = num_cached
             self.statistics.prompt_tokens += request.prompt_len
-            self.statistics.cached_prompt_tokens += request.planned
+            self.statistics.cached_prompt_tokens += num_cached
         self._prefixes.enter(request)
         self._by_slot[slot] = request
         insort(self._running, request, key=rank)
@@ -611,14 +516,15 @@ class Scheduler:
         self.statistics.preemptions += 1
         self._waiting.come_back(request)
 
-    def _finish(self, request: Request, reason: FinishReason, tokens: tuple[int, ...]) -> RequestUpdate:
-        request.finish_reason = reason
+    def _finish(self, update: RequestUpdate) -> RequestUpdate:
+        request = update.request
+        request.finish_reason = update.finish_reason
         del self._requests[request.id]
         if request.slot is None:
             self._waiting.give_up(request)
         else:
             self._leave_slot(request)
-        return RequestUpdate(request, tokens, reason)
+        return update
 
     def _leave_slot(self, request: Request) -> None:
         assert request.slot is not None
@@ -628,15 +534,8 @@ class Scheduler:
         self._running.remove(request)
         del self._by_slot[request.slot]
         self._free_slots.append(request.slot)
-        self.blocks.release(request.blocks)
-        request.slot, request.blocks, request.planned, request.num_published = None, [], 0, 0
-        request.spread = request.num_unread = request.num_drafts = 0
-        request.draft_token_ids, request.was_drafted = (), True
-
-    # Blocks
-
-    def _blocks_for(self, num_tokens: int) -> int:
-        return -(-num_tokens // self._block_size)
+        self._grants.leave(request)
+        request.slot, request.num_published, request.draft_token_ids = None, 0, ()
 
     def _publish_pending(self) -> None:
         """Let others find the last prompt row's blocks. They will be full when the step has run, and every operator of a step
@@ -646,9 +545,7 @@ class Scheduler:
             self._unpublished = None
 
 
-def _is_prefilling(request: Request) -> bool:
-    return request.planned < request.prefill_len
-
-
-def _can_decode(request: Request) -> bool:
-    return request.prefill_len <= request.planned < request.max_length - 1 and not request.awaits_host
+def _with_drafts(num_tokens: int, max_drafts: int, end: int, draft: StepDraft) -> int:
+    """Tokens of a request whose keys and values exist once proposals follow `num_tokens`: a draft model computes all of these but
+    the last. The request takes `max_drafts` proposals and computes `end` tokens, at most."""
+    return min(num_tokens + max(0, min(draft.num_drafts, max_drafts) - 1), end)

@@ -50,15 +50,6 @@ class StepPlan:
             return StepKind.DECODE
         return StepKind.PREFILL if self.num_prefill_rows == len(self.rows) else StepKind.MIXED
 
-    def repeats(self, last: StepPlan) -> bool:
-        """Whether it decodes the same rows as `last`, and asks for the same of them: whether both may be of one epoch."""
-        return (
-            self.num_prefill_rows == last.num_prefill_rows == 0
-            and self.num_drafts == last.num_drafts
-            and self.variant == last.variant
-            and self.rows == last.rows
-        )
-
     def pack(self, shape: StepShape, block_size: int, out: npt.NDArray[np.int32], start: int = 0) -> None:
         """Write the plan for the device: rows, then deltas, each padded with zeros (null slot, null block).
 

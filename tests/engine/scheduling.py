@@ -365,7 +365,7 @@ class Loop:
         for request in running.values():
             assert slot_line.NULL_BLOCK not in request.blocks
             planned = min(
-                request.planned, request.max_length - 1
+                self.scheduler.table.planned[request.slot], request.max_length - 1
             )  # it may be planned beyond its end, and then runs nothing
             assert len(request.blocks) * self.block_size >= planned
         for slot, bound in plan.rows:
@@ -398,4 +398,4 @@ class Loop:
             )
         end = computed + bound
         num_drafts = min(plan.num_drafts, request.sampling.max_num_drafts)
-        return end + (num_drafts - 1 if num_drafts and end >= request.prefill_len - 1 else 0)
+        return end + (num_drafts - 1 if num_drafts and end >= self.scheduler.table.prefill_len[request.slot] - 1 else 0)

@@ -1,4 +1,4 @@
-"""Lockstep: nothing but the host's time tells it from planning and reading row by row."""
+"""Steady decoding: nothing but the host's time tells it from planning and reading row by row."""
 
 from dataclasses import replace
 from unittest import mock
@@ -9,28 +9,20 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from scheduling import Loop, answer_alone
 
-from stepgraph.engine.lockstep import Lockstep
 from stepgraph.engine.request import Request, RequestUpdate, SteadyUpdates
 from stepgraph.engine.sampling_params import SamplingParams
+from stepgraph.engine.steady import SteadyDecode
 from stepgraph.step.plan import StepPlan
 from stepgraph.step.runner import RowResult, StepResults
 from stepgraph.step.state import SlotSampling
 
-COUNTERS = (
-    "planned",
-    "spread",
-    "num_unread",
-    "num_drafts",
-    "blocks",
-    "output_token_ids",
-    "accepted",
-    "num_draft_tokens",
-)
+COUNTERS = ("planned", "unread_drafts", "drafts", "room")
+ATTRIBUTES = ("blocks", "output_token_ids", "accepted", "num_draft_tokens")
 
 
-def count_lockstep(run) -> int:
-    """Steps that `run` plans in lockstep."""
-    with mock.patch.object(Lockstep, "next_plan", autospec=True, side_effect=Lockstep.next_plan) as planned:
+def count_steady(run) -> int:
+    """Steps that `run` plans steadily."""
+    with mock.patch.object(SteadyDecode, "next_step", autospec=True, side_effect=SteadyDecode.next_step) as planned:
         run()
     return planned.call_count
 
@@ -63,7 +55,7 @@ def count_lockstep(run) -> int:
 def test_the_same_steps_are_planned_and_the_same_updates_come_as_row_by_row(
     requests, run_ahead, num_kv_blocks, num_drafts, lookahead, accuracy, arrivals, aborts
 ) -> None:
-    def run(*, in_lockstep: bool) -> tuple:
+    def run(*, steadily: bool) -> tuple:
         loop = Loop(
             max_tokens=24,
             num_kv_blocks=num_kv_blocks,
@@ -73,7 +65,7 @@ def test_the_same_steps_are_planned_and_the_same_updates_come_as_row_by_row(
             accuracy=accuracy,
         )
         held = []
-        with mock.patch.object(Lockstep, "may_begin", Lockstep.may_begin if in_lockstep else lambda *args: False):
+        with mock.patch.object(SteadyDecode, "may_begin", SteadyDecode.may_begin if steadily else lambda *args: False):
             for index, (prompt_len, max_tokens, stop, most) in enumerate(requests):
                 loop.add(f"r{index}", prompt_len, max_tokens, stop=stop, max_num_drafts=most)
             for step in range(120):
@@ -85,12 +77,12 @@ def test_the_same_steps_are_planned_and_the_same_updates_come_as_row_by_row(
                 held.append(loop.scheduler.num_free_blocks)
         return loop.plans, [(u.request.id, *u[1:]) for u in loop.updates], held, loop.scheduler.speculation
 
-    assert run(in_lockstep=True) == run(in_lockstep=False)
+    assert run(steadily=True) == run(steadily=False)
 
 
 @pytest.mark.parametrize("run_ahead", [0, 1, 2])
 @pytest.mark.parametrize(("num_drafts", "lookahead"), [(0, 0), (3, 0), (3, 1)])
-def test_nearly_all_steps_of_long_answers_are_in_lockstep(run_ahead, num_drafts, lookahead) -> None:
+def test_nearly_all_steps_of_long_answers_are_steady(run_ahead, num_drafts, lookahead) -> None:
     loop = Loop(
         num_kv_blocks=200,
         max_tokens=32,
@@ -100,22 +92,28 @@ def test_nearly_all_steps_of_long_answers_are_in_lockstep(run_ahead, num_drafts,
         accuracy=1.0,
     )
     requests = [loop.add(id, 2 + index, 100) for index, id in enumerate("abc")]
-    num_in_lockstep = count_lockstep(loop.drain)
+    num_steady = count_steady(loop.drain)
     assert [request.output_token_ids for request in requests] == [answer_alone(request) for request in requests]
-    assert num_in_lockstep > 0.7 * len(loop.plans)
+    assert num_steady > 0.7 * len(loop.plans)
 
 
 @pytest.mark.parametrize("num_drafts", [0, 2])
-def test_a_request_can_be_aborted_in_lockstep_and_the_others_counters_are_right(num_drafts) -> None:
+def test_a_request_can_be_aborted_while_all_decode_steadily_and_the_others_counters_are_right(num_drafts) -> None:
     loops = [Loop(run_ahead=1, num_drafts=(num_drafts,), accuracy=1.0, max_tokens=20) for _ in range(2)]
     states = []
-    for loop, may_begin in zip(loops, (Lockstep.may_begin, lambda *args: False), strict=True):
-        with mock.patch.object(Lockstep, "may_begin", may_begin):
+    for loop, may_begin in zip(loops, (SteadyDecode.may_begin, lambda *args: False), strict=True):
+        with mock.patch.object(SteadyDecode, "may_begin", may_begin):
             requests = [loop.add(id, 3, 40) for id in "abc"]
             for _ in range(9):
                 loop.step()
             loop.scheduler.abort("b")
-        states.append([[getattr(request, name) for name in COUNTERS] for request in requests])
+        table = loop.scheduler.table
+        states.append(
+            [
+                [[getattr(request, name) for name in ATTRIBUTES] for request in requests],
+                [[getattr(table, name)[r.slot] for name in COUNTERS] for r in requests if r.slot is not None],
+            ]
+        )
     assert states[0] == states[1]
 
 
@@ -148,7 +146,7 @@ def test_a_prompt_that_finds_no_slot_does_not_end_it() -> None:
     for id in "ab":
         loop.add(id, 4, 60)
     waiting = loop.add("c", 4, 5)
-    assert count_lockstep(lambda: [loop.step() for _ in range(50)]) > 40
+    assert count_steady(lambda: [loop.step() for _ in range(50)]) > 40
     loop.drain()
     assert waiting.output_token_ids == answer_alone(waiting)
 

@@ -1,0 +1,101 @@
+"""What the scheduler counts of the requests that run: one column per count, one line per slot.
+
+A column is an array, so that steps which move all lines alike cost the host the same at any number of requests. One entry at a
+time is read through a memoryview of the same memory, which takes a quarter of the time that an array takes for it.
+
+Shapes: S slots, the null slot included; R rows, all of a step.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+_ONE = np.array(1)  # as an array of no dimension it spares each operation a conversion
+
+
+class RequestTable:
+    """The counts of all slots. The methods below are all that changes them; those of a free slot mean nothing.
+
+    Steps under way are no count: once its prompt is planned, a request has `planned` + 1 less the tokens known of it.
+
+    Args:
+        num_slots: the null slot not included.
+    """
+
+    def __init__(self, num_slots: int):
+        columns: npt.NDArray[np.int64] = np.zeros((8, num_slots + 1), dtype=np.int64)
+        self.planned_S, self.unread_drafts_S, self.drafts_S, self.room_S, self.end_S, self.max_drafts_S = columns[:6]
+        views: list[memoryview[int]] = [memoryview(column) for column in columns]
+        self.planned = views[0]
+        """Tokens whose computation is planned: the device has computed these, or will before anything planned later. Of the
+        proposals under way as if none stood."""
+        self.unread_drafts = views[1]
+        """Proposals in steps under way: if all stand, so many tokens more are computed than `planned`."""
+        self.drafts = views[2]
+        """Proposals that wait for its next step; with steps under way, the most that may."""
+        self.room = views[3]
+        """Tokens that its KV blocks hold."""
+        self.end = views[4]
+        """Tokens that it computes at most: the last one that it may sample never is."""
+        self.max_drafts = views[5]
+        """Proposals that it takes at once, at most."""
+        self.prefill_len = views[6]
+        """Tokens known when it got its slot: the prompt, and after a preemption the answer so far."""
+        self._was_drafted = views[7]
+        """Whether its last known step made proposals. Those of the step under way are expected to be like that."""
+
+    def enter(self, slot: int, *, planned: int, prefill_len: int, end: int, max_drafts: int) -> None:
+        """A request gets the slot, without any room yet."""
+        self.planned[slot], self.prefill_len[slot] = planned, prefill_len
+        self.end[slot], self.max_drafts[slot] = end, max_drafts
+        self.unread_drafts[slot] = self.drafts[slot] = self.room[slot] = 0
+        self._was_drafted[slot] = 1
+
+    def is_prefilling(self, slot: int) -> bool:
+        """Whether a part of its prompt is not planned."""
+        return self.planned[slot] < self.prefill_len[slot]
+
+    def set_room(self, slot: int, num_tokens: int) -> None:
+        self.room[slot] = num_tokens
+
+    def plan_prompt(self, slot: int, num_tokens: int) -> None:
+        """So many more tokens of its prompt are planned; negative: so many fewer."""
+        self.planned[slot] += num_tokens
+
+    def plan_decode(self, slot: int, num_verified: int, num_drafts: int) -> None:
+        """A step runs its next token, verifies proposals, and makes up to `num_drafts` new ones."""
+        self.planned[slot] += 1
+        if num_verified:
+            self.unread_drafts[slot] += num_verified
+        self.expect(slot, num_drafts)
+
+    def expect(self, slot: int, num_drafts: int) -> None:
+        """The last step planned samples for it, and makes up to `num_drafts` proposals."""
+        # What the step will propose is not known before its results; if it is more, the rest of it is not verified.
+        self.drafts[slot] = min(num_drafts, self.max_drafts[slot]) if num_drafts and self._was_drafted[slot] else 0
+
+    def read(self, slot: int, num_verified: int, num_stood: int, num_drafts: int, *, is_last: bool) -> None:
+        """A step's results are known, which was to verify so many proposals: so many stood, and it made `num_drafts` new ones.
+        `is_last`: no other step is under way."""
+        if num_verified:
+            self.planned[slot] += num_stood
+            self.unread_drafts[slot] -= num_verified
+        self._was_drafted[slot] = num_drafts > 0
+        if is_last:
+            self.drafts[slot] = num_drafts
+
+    def plan_all(self, num_verified_S: npt.NDArray[np.int64] | None) -> None:
+        """`plan_decode` for every request that runs, each expecting as many proposals as before."""
+        np.add(self.planned_S, _ONE, self.planned_S)
+        if num_verified_S is not None:
+            self.unread_drafts_S += num_verified_S
+
+    def read_all(
+        self, num_verified_S: npt.NDArray[np.int64], slots_R: npt.NDArray[np.int64], num_stood_R: npt.NDArray[Any]
+    ) -> None:
+        """`read` for every request that runs, each having as many proposals as before."""
+        self.planned_S[slots_R] += num_stood_R
+        self.unread_drafts_S -= num_verified_S
