@@ -15,6 +15,7 @@ from stepgraph.layers.inputs import AttentionSpec, StepInputs
 from stepgraph.layers.linear import Linear, MergedLinear
 from stepgraph.layers.norm import RMSNorm
 from stepgraph.ops import rope_attention, rope_cache
+from stepgraph.parallel.shard import Axis, Shard
 
 
 class Attention(nn.Module):
@@ -37,30 +38,44 @@ class Attention(nn.Module):
         norm_weight_offset: float,
         scale: float | None,
         eps: float,
+        shard: Shard,
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
         """Args:
         hidden_size: E.
-        spec: H, G, D and window; values are as wide as keys.
+        spec: H, G, D and window, of the whole; values are as wide as keys.
         qkv_bias, output_bias: of the projections.
         qk_norm: normalise every query and key head.
         scale: multiplies q·k; None: D^-1/2.
         eps: of the RMS norms.
+        shard: the part of this rank: some of the heads.
         dtype, device: of the parameters.
         """
         super().__init__()
-        num_heads, num_kv_heads, head_dim = spec.num_heads, spec.num_kv_heads, spec.head_dim
-        self.spec, self.eps = spec, eps
+        head_dim, heads, kv_heads = spec.head_dim, shard.cut(spec.num_heads), shard.heads(spec.num_kv_heads)
+        self.spec, self.eps = spec.sharded(shard), eps
         self.scale = head_dim**-0.5 if scale is None else scale
         self.qkv_proj = MergedLinear(
             hidden_size,
-            {"q_proj": num_heads * head_dim, "k_proj": num_kv_heads * head_dim, "v_proj": num_kv_heads * head_dim},
+            {
+                "q_proj": heads.times(head_dim),
+                "k_proj": kv_heads.times(head_dim),
+                "v_proj": kv_heads.times(head_dim),
+            },
             bias=qkv_bias,
             dtype=dtype,
             device=device,
         )
-        self.o_proj = Linear(num_heads * head_dim, hidden_size, bias=output_bias, dtype=dtype, device=device)
+        self.o_proj = Linear(
+            spec.num_heads * head_dim,
+            hidden_size,
+            bias=output_bias,
+            axis=Axis.IN,
+            shard=shard,
+            dtype=dtype,
+            device=device,
+        )
         norm = partial(RMSNorm, head_dim, eps, weight_offset=norm_weight_offset, dtype=dtype, device=device)
         self.q_norm = norm() if qk_norm else None
         self.k_norm = norm() if qk_norm else None

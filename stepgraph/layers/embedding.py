@@ -7,12 +7,13 @@ from torch import Tensor
 
 from stepgraph.layers.formats import Plain, WeightFormat
 from stepgraph.layers.matrix import Matrix
+from stepgraph.parallel.shard import Cut
 
 _PLAIN = Plain()
 
 
 class Embedding(Matrix):
-    """Rows of a [V, E] table, multiplied by a constant in some models. May run inside a graph."""
+    """Rows of a [V, E] table, multiplied by a constant in some models. Every rank has all of it. May run inside a graph."""
 
     def __init__(
         self,
@@ -32,7 +33,8 @@ class Embedding(Matrix):
         dtype: of the activations.
         device: of the table.
         """
-        super().__init__(hidden_size, vocab_size, bias=False, format=format, dtype=dtype, device=device)
+        inputs, outputs = Cut.whole(hidden_size), [Cut.whole(vocab_size)]
+        super().__init__(inputs, outputs, axis=None, bias=False, format=format, dtype=dtype, device=device)
         self.multiplier = float(torch.tensor(multiplier, dtype=dtype))
 
     def forward(self, token_ids_T: Tensor) -> Tensor:

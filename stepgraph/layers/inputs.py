@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 from torch import Tensor
 
 from stepgraph import ops
+from stepgraph.parallel.shard import Shard
 
 
 @dataclass(frozen=True, order=True)
@@ -20,6 +21,11 @@ class AttentionSpec:
     head_dim: int  # of queries and keys
     value_dim: int
     window: int = 0  # last keys a token sees, its own included; 0: all
+
+    def sharded(self, shard: Shard) -> AttentionSpec:
+        """Of the heads that a rank keeps."""
+        heads, kv_heads = shard.cut(self.num_heads), shard.heads(self.num_kv_heads)
+        return replace(self, num_heads=heads.length, num_kv_heads=kv_heads.length)
 
 
 class AttentionWork(NamedTuple):

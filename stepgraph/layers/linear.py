@@ -1,15 +1,18 @@
 """Matrix products with weights in the checkpoint's [out, in] layout.
 
-Shapes: T tokens, I inputs, O outputs.
+Shapes: T tokens, I inputs, O outputs, of what the rank keeps.
 """
 
 from __future__ import annotations
+
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
 from stepgraph.layers.formats import Plain, Target, WeightFormat
 from stepgraph.layers.matrix import Matrix
+from stepgraph.parallel.shard import WHOLE, Axis, Cut, Shard
 
 _PLAIN = Plain()
 
@@ -23,12 +26,21 @@ class Linear(Matrix):
         out_features: int,
         *,
         bias: bool = False,
+        axis: Axis | None = None,
+        shard: Shard = WHOLE,
         format: WeightFormat = _PLAIN,
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
-        """Arguments as of `Matrix`."""
-        super().__init__(in_features, out_features, bias=bias, format=format, dtype=dtype, device=device)
+        """Args:
+        in_features, out_features: of the whole.
+        axis: along which ranks share it; None: each has all of it.
+        shard: the part of this rank.
+        bias, format, dtype, device: as of `Matrix`.
+        """
+        inputs = shard.cut(in_features) if axis is Axis.IN else Cut.whole(in_features)
+        outputs = shard.cut(out_features) if axis is Axis.OUT else Cut.whole(out_features)
+        super().__init__(inputs, [outputs], axis=axis, bias=bias, format=format, dtype=dtype, device=device)
 
     def forward(self, x_TI: Tensor) -> Tensor:
         """Return [T, O], dtype of `x_TI`."""
@@ -36,12 +48,13 @@ class Linear(Matrix):
 
 
 class MergedLinear(Linear):
-    """Projections of one input, kept by checkpoints as several matrices and computed here as one product."""
+    """Projections of one input, kept by checkpoints as several matrices and computed here as one product. Ranks share them along
+    their outputs."""
 
     def __init__(
         self,
         in_features: int,
-        parts: dict[str, int],
+        parts: Mapping[str, Cut],
         *,
         bias: bool = False,
         format: WeightFormat = _PLAIN,
@@ -50,19 +63,28 @@ class MergedLinear(Linear):
     ) -> None:
         """Args:
         in_features: I.
-        parts: outputs of each projection by its checkpoint name, in the order in which they are stacked.
+        parts: which outputs of each projection the rank keeps, by its checkpoint name, in the order in which they are stacked.
         bias: whether every projection has one.
         format, dtype, device: as of `Matrix`.
         """
-        super().__init__(in_features, sum(parts.values()), bias=bias, format=format, dtype=dtype, device=device)
-        self.parts = parts
+        Matrix.__init__(
+            self,
+            Cut.whole(in_features),
+            list(parts.values()),
+            axis=Axis.OUT,
+            bias=bias,
+            format=format,
+            dtype=dtype,
+            device=device,
+        )
+        self.parts = dict(parts)
 
     def part_targets(self) -> dict[str, Target]:
         """What a loader fills, by the names of the projections' tensors (``"q_proj.weight"``, ``"q_proj.bias"``, …)."""
-        sizes = list(self.parts.values())
-        views = {name: parameter.split(sizes) for name, parameter in self.parameters_by_name.items()}
+        lengths = [cut.length for cut in self.outputs]
+        views = {name: parameter.split(lengths) for name, parameter in self.parameters_by_name.items()}
         return {
             f"{part}.{name}": target
-            for index, part in enumerate(self.parts)
-            for name, target in self.format.targets({name: view[index] for name, view in views.items()}).items()
+            for index, (part, cut) in enumerate(self.parts.items())
+            for name, target in self.targets_of({name: view[index] for name, view in views.items()}, [cut]).items()
         }

@@ -1,17 +1,20 @@
-"""A layer that is one matrix, in whatever format.
+"""A layer that is one matrix, or a rank's part of one, in whatever format.
 
-Shapes: T tokens, I inputs, O outputs.
+Shapes: T tokens, I inputs, O outputs, of what the rank keeps.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import cast
 
 import torch
 from torch import Tensor, nn
 
 from stepgraph.layers.formats import End, Target, WeightFormat, Weights
+from stepgraph.layers.formats.target import Sharded, Skipped
 from stepgraph.layers.norm import RMSNorm
+from stepgraph.parallel.shard import Axis, Cut, Part
 
 
 class Matrix(nn.Module):
@@ -22,25 +25,34 @@ class Matrix(nn.Module):
 
     def __init__(
         self,
-        in_features: int,
-        out_features: int,
+        inputs: Cut,
+        outputs: Sequence[Cut],
         *,
+        axis: Axis | None,
         bias: bool,
         format: WeightFormat,
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
         """Args:
-        in_features, out_features: I and O.
-        bias: whether it has one.
+        inputs: which inputs the rank keeps.
+        outputs: which outputs, of each of the matrices that are stacked in this one.
+        axis: along which ranks share it; None: each has all of it.
+        bias: whether it has one. If the ranks' products are summed, only the first of them has.
         format: of the weight.
         dtype: of the activations.
         device: of the parameters.
         """
         super().__init__()
-        self.in_features, self.out_features, self.dtype = in_features, out_features, dtype
+        self.axis, self.inputs, self.outputs = axis, inputs, tuple(outputs)
+        self.in_features, self.out_features = inputs.length, sum(cut.length for cut in outputs)
+        self.dtype = dtype
         self.use(format, device)
-        self.bias = nn.Parameter(torch.empty(out_features, dtype=dtype, device=device), False) if bias else None
+        has_bias = bias and (axis is not Axis.IN or inputs.begin == 0)
+        self.bias = (
+            nn.Parameter(torch.empty(self.out_features, dtype=dtype, device=device), False) if has_bias else None
+        )
+        self.bias_is_elsewhere = bias and not has_bias
 
     def use(self, format: WeightFormat, device: torch.device | None = None) -> None:
         """Keep the weight in another format.
@@ -65,9 +77,31 @@ class Matrix(nn.Module):
         """Those of the format, and the bias, if there is one."""
         return cast(Weights, self._parameters)
 
+    def kept_targets(self) -> dict[str, Target]:
+        """What the rank keeps, as targets that take it as if it were all: of shapes [O, I] and [O]."""
+        return self.format.targets(self.parameters_by_name)
+
     def targets(self) -> dict[str, Target]:
         """What a loader fills, by the names of a checkpoint's tensors after the layer's."""
-        return self.format.targets(self.parameters_by_name)
+        return self.targets_of(self.parameters_by_name, self.outputs)
+
+    def targets_of(self, weights: Weights, outputs: Sequence[Cut]) -> dict[str, Target]:
+        """What a loader fills of some outputs.
+
+        Args:
+            weights: views of the parameters.
+            outputs: which of the checkpoint's they hold.
+        """
+        targets, part = self.format.targets(weights), Part(tuple(outputs), self.inputs)
+        if not part.is_whole:
+            parts = {name: part if len(target.shape) == 2 else part.along_rows() for name, target in targets.items()}
+            targets = {
+                name: target if parts[name].is_whole else Sharded(target, parts[name])
+                for name, target in targets.items()
+            }
+        if self.bias_is_elsewhere:
+            targets["bias"] = Skipped(torch.Size(part.along_rows().shape), self.dtype, self.weight.device)
+        return targets
 
     def values(self) -> Tensor:
         """The weight as numbers, [O, I]: the parameter itself, or a new tensor of what it stands for."""

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from stepgraph.layers.formats import End
 from stepgraph.layers.linear import Linear, MergedLinear
 from stepgraph.layers.norm import RMSNorm
+from stepgraph.parallel.shard import Axis, Shard
 
 Activation = Literal["silu", "gelu_tanh"]
 
@@ -27,18 +28,28 @@ class MLP(nn.Module):
         *,
         activation: Activation,
         bias: bool,
+        shard: Shard,
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
+        """Args:
+        hidden_size, intermediate_size: E and M, of the whole.
+        activation: of the gate.
+        bias: of all projections.
+        shard: the part of this rank: some of the M.
+        dtype, device: of the parameters.
+        """
         super().__init__()
         self.gate_up_proj = MergedLinear(
             hidden_size,
-            {"gate_proj": intermediate_size, "up_proj": intermediate_size},
+            dict.fromkeys(("gate_proj", "up_proj"), shard.cut(intermediate_size)),
             bias=bias,
             dtype=dtype,
             device=device,
         )
-        self.down_proj = Linear(intermediate_size, hidden_size, bias=bias, dtype=dtype, device=device)
+        self.down_proj = Linear(
+            intermediate_size, hidden_size, bias=bias, axis=Axis.IN, shard=shard, dtype=dtype, device=device
+        )
         self._end = End.GEGLU if activation == "gelu_tanh" else End.SWIGLU
 
     def hidden(self, norm: RMSNorm, x_TE: Tensor) -> Tensor:

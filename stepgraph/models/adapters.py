@@ -23,12 +23,15 @@ from torch import Tensor
 
 from stepgraph.config.lora import LoRAConfig
 from stepgraph.errors import RequestError
-from stepgraph.layers.formats import Adapted
+from stepgraph.layers.formats import Adapted, Target
+from stepgraph.layers.formats.target import part_of
 from stepgraph.layers.linear import Linear, MergedLinear
 from stepgraph.layers.lora import LoRA, token_adapters
+from stepgraph.models.checkpoint import take
 from stepgraph.models.conversion import Converted
 from stepgraph.models.decoder import Decoder
 from stepgraph.ops import StepTokens
+from stepgraph.parallel.shard import Cut, Part
 
 _MIN_RANK = 16
 """Inner size of the smallest product of a tensor core; buffers of smaller adapters are padded to it."""
@@ -62,7 +65,7 @@ class _Place:
     lora: LoRA
     first: int
     count: int  # projections that the checkpoint merges as well
-    target: Any  # of the module's weight, which says how its rows are converted
+    target: Target  # of the module's weight, which says what the rank keeps of it and how its rows are converted
 
     @property
     def rows(self) -> slice:
@@ -71,15 +74,19 @@ class _Place:
         return slice(begin, begin + sum(self.lora.parts[self.first : self.first + self.count]))
 
     @property
-    def shape(self) -> tuple[int, int]:
-        """[O, I] of the module's weight."""
-        return self.rows.stop - self.rows.start, self.lora.a.shape[2]
+    def shape(self) -> tuple[int, ...]:
+        """[O, I] of the module's weight, whole."""
+        return tuple(self.target.shape)
 
     def fill(self, product: _Product, a_rI: Tensor, b_Or: Tensor) -> None:
         """Write the module's matrices into those of its product."""
-        rank, padded = a_rI.shape[0], product.b.shape[1]
-        for part in range(self.first, self.first + self.count):
-            product.a[part * padded : part * padded + rank].copy_(a_rI)
+        rank, padded, part = a_rI.shape[0], product.b.shape[1], part_of(self.target)
+        if part is not None:
+            assert part.columns is not None
+            a_rI = take(a_rI, Part((Cut.whole(rank),), part.columns))
+            b_Or = take(b_Or, Part(part.rows, Cut.whole(rank)))
+        for index in range(self.first, self.first + self.count):
+            product.a[index * padded : index * padded + rank].copy_(a_rI)
         if isinstance(self.target, Converted):
             b_Or = self.target.convert(b_Or)
         product.b[self.rows, :rank].copy_(b_Or)
@@ -122,7 +129,7 @@ class AdapterStore:
         for path, module in model.layers.named_modules(prefix="model.layers"):
             if not isinstance(module, Linear):
                 continue
-            parts = tuple(module.parts.values()) if isinstance(module, MergedLinear) else (module.out_features,)
+            parts = tuple(cut.length for cut in module.outputs)
             zeros = partial(torch.zeros, dtype=model.dtype, device=module.weight.device)
             lora = LoRA(
                 a=zeros(config.max_loras + 1, len(parts) * rank, module.in_features),

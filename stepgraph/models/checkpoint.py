@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from stepgraph.parallel.shard import Part
 
 
 class CheckpointTensor(ABC):
@@ -23,21 +26,41 @@ class CheckpointTensor(ABC):
     """Whether values are stored in 8 bits; their scales are then in a tensor of their own, see `fp8_checkpoint`."""
 
     @abstractmethod
-    def load(self, dtype: torch.dtype, device: torch.device) -> Tensor:
+    def load(self, dtype: torch.dtype, device: torch.device, part: Part | None = None) -> Tensor:
         """Return the values, dequantised if need be, as `dtype` on `device`.
 
+        Args:
+            dtype, device: of the result.
+            part: of the tensor, which alone is read; None: all of it.
+
         Raises:
             ModelError: the file cannot be read.
         """
 
-    def stored(self) -> Tensor:
+    def stored(self, part: Part | None = None) -> Tensor:
         """Return the values in the type that loses none, without a copy where that can be.
 
+        Args:
+            part: as of `load`.
+
         Raises:
             ModelError: the file cannot be read.
         """
-        return self.load(torch.float32, torch.device("cpu"))
+        return self.load(torch.float32, torch.device("cpu"), part)
 
-    def packed(self) -> Tensor:
-        """Return the stored bytes of a quantised tensor: [rows, bytes per row] uint8 on the CPU, rows as in `shape`."""
+    def packed(self, part: Part | None = None) -> Tensor:
+        """Return the stored bytes of a quantised tensor: [rows, bytes per row] uint8 on the CPU, rows as in `shape`.
+
+        Args:
+            part: of the tensor, which alone is read; its columns begin and end where scales do. None: all of it.
+        """
         raise AssertionError(f"{self.name} is not quantised")
+
+
+def take(stored: Any, part: Part | None) -> Tensor:
+    """A part of a tensor, or of anything that is indexed like one and gives tensors; a view of it, where that can be."""
+    if part is None:
+        taken: Tensor = stored[...]
+        return taken
+    pieces = [stored[index] for index in part.slices]
+    return pieces[0] if len(pieces) == 1 else torch.cat(pieces)

@@ -12,6 +12,7 @@ from stepgraph.layers.inputs import AttentionSpec
 from stepgraph.layers.mlp import Activation
 from stepgraph.layers.rotary import RotaryFrequencies, rotary_frequencies
 from stepgraph.models.fp8_checkpoint import READABLE, refusal
+from stepgraph.parallel.shard import Shard, sizes_that_divide
 
 _FULL, _SLIDING = "full_attention", "sliding_attention"
 _ACTIVATIONS: dict[str, Activation] = {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
@@ -175,6 +176,17 @@ def check_supported(hf_config: Any) -> None:
         refuse(
             f'its feed-forward activation is "{_activation_of(hf_config)}"',
             f"{' and '.join(_ACTIVATIONS)} are supported.",
+        )
+
+
+def check_shard(config: DecoderConfig, shard: Shard) -> None:
+    """Raise ModelError, naming those that do, if so many ranks cannot share a model evenly."""
+    sizes = sizes_that_divide(config.num_heads, config.num_kv_heads, config.intermediate_size)
+    if shard.size not in sizes:
+        raise ModelError(
+            f"{shard.size} devices cannot share this {config.architecture} evenly: it has {config.num_heads} query heads, "
+            f"{config.num_kv_heads} key/value heads, which may be repeated, and {config.intermediate_size} intermediate values. "
+            f"Numbers that can: {', '.join(map(str, sizes))}."
         )
 
 

@@ -7,26 +7,17 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from stepgraph.layers.formats import Target
-
-
-def quantization_of(target: Target) -> str | None:
-    """Block format whose stored bytes `copy_` takes beside values, see `CheckpointTensor.packed`; None if it takes none."""
-    return getattr(target, "quantization", None)
-
-
-def takes_values(target: Target) -> bool:
-    """Whether a target can be filled with values; else only with the stored bytes of its `quantization_of`."""
-    return getattr(target, "takes_values", True)
+from stepgraph.layers.formats.target import Target, part_of, quantization_of, takes_values
 
 
 class Converted:
-    """A target that holds a function of the checkpoint's tensor, of the same shape. Only rows of stored bytes can be moved."""
+    """A target that holds a function, of the same shape, of the checkpoint's tensor or of the part of it that the rank keeps.
+    Only rows of stored bytes can be moved."""
 
     def __init__(self, target: Target, convert: Callable[[Tensor], Tensor]) -> None:
         self._target, self.convert = target, convert
         self.shape, self.dtype, self.device = target.shape, target.dtype, target.device
-        self.quantization, self.takes_values = quantization_of(target), takes_values(target)
+        self.quantization, self.takes_values, self.part = quantization_of(target), takes_values(target), part_of(target)
 
     def copy_(self, values: Tensor) -> None:
         """See `Target.copy_`."""
@@ -39,9 +30,19 @@ def with_offset(target: Target, offset: float) -> Target:
 
 
 def with_head_order(target: Target, order_D: Tensor, num_heads: int) -> Target:
-    """A target whose first `num_heads` heads, D rows each, hold the checkpoint's rows of that head in the order `order_D`."""
+    """A target whose first `num_heads` heads, D rows each, hold the checkpoint's rows of that head in the order `order_D`.
+
+    Args:
+        target: of a projection's tensor, or of a norm's.
+        order_D: see `stepgraph.layers.rotary.rotary_order`.
+        num_heads: that the rank keeps.
+    """
     head_dim = len(order_D)
     start_H1 = torch.arange(num_heads).unsqueeze(1) * head_dim
-    rest = torch.arange(num_heads * head_dim, target.shape[0])
-    index = torch.cat(((start_H1 + order_D).flatten(), rest))
-    return Converted(target, lambda values: values[index.to(values.device)])
+    index = (start_H1 + order_D).flatten()
+
+    def reorder(values: Tensor) -> Tensor:
+        rest = torch.arange(num_heads * head_dim, len(values))
+        return values[torch.cat((index, rest)).to(values.device)]
+
+    return Converted(target, reorder)

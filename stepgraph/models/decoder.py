@@ -24,6 +24,7 @@ from stepgraph.layers.norm import RMSNorm
 from stepgraph.layers.rotary import cos_sin_table, rotary_order
 from stepgraph.models.config import DecoderConfig
 from stepgraph.models.conversion import with_head_order, with_offset
+from stepgraph.parallel.shard import WHOLE, Shard
 
 
 class DecoderLayer(nn.Module):
@@ -36,7 +37,15 @@ class DecoderLayer(nn.Module):
     pre_feedforward_layernorm: RMSNorm | None
     post_feedforward_layernorm: RMSNorm | None
 
-    def __init__(self, config: DecoderConfig, index: int, *, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self, config: DecoderConfig, index: int, *, shard: Shard, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        """Args:
+        config: of the model.
+        index: of the layer.
+        shard: the part of this rank.
+        dtype, device: of the parameters.
+        """
         super().__init__()
         self.residual_multiplier = config.residual_multiplier
         self.input_layernorm = _norm(config, config.hidden_size, dtype, device)
@@ -49,6 +58,7 @@ class DecoderLayer(nn.Module):
             norm_weight_offset=config.norm_weight_offset,
             scale=config.attention_scale,
             eps=config.rms_norm_eps,
+            shard=shard,
             dtype=dtype,
             device=device,
         )
@@ -58,6 +68,7 @@ class DecoderLayer(nn.Module):
             config.intermediate_size,
             activation=config.activation,
             bias=config.mlp_bias,
+            shard=shard,
             dtype=dtype,
             device=device,
         )
@@ -106,20 +117,30 @@ class Decoder(nn.Module, ABC):
 
     lm_head: Linear | None
 
-    def __init__(self, config: DecoderConfig, *, max_model_len: int, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self,
+        config: DecoderConfig,
+        *,
+        max_model_len: int,
+        shard: Shard = WHOLE,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
         """Args:
         config: of the model.
         max_model_len: longest sequence, in tokens; sizes the rotary table.
+        shard: the part of this rank; embedding table, output head and norms are whole on all.
         dtype: of parameters and activations.
         device: of the parameters.
         """
         super().__init__()
         self.config, self.dtype = config, dtype
+        self.attention_specs = tuple(spec.sharded(shard) for spec in config.attention_specs)
         self.embed_tokens = Embedding(
             config.vocab_size, config.hidden_size, multiplier=config.embedding_multiplier, dtype=dtype, device=device
         )
         self.layers = nn.ModuleList(
-            DecoderLayer(config, index, dtype=dtype, device=device) for index in range(config.num_layers)
+            DecoderLayer(config, index, shard=shard, dtype=dtype, device=device) for index in range(config.num_layers)
         )
         self.norm = _norm(config, config.hidden_size, dtype, device)
         self.lm_head = (
@@ -142,7 +163,7 @@ class Decoder(nn.Module, ABC):
 
     def cache_specs(self, dtype: torch.dtype) -> tuple[PagedSpec, ...]:
         """See `LanguageModel.cache_specs`."""
-        return tuple(PagedSpec.of(spec, dtype) for spec in self.config.attention_specs)
+        return tuple(PagedSpec.of(spec, dtype) for spec in self.attention_specs)
 
     def forward(self, inputs: StepInputs) -> Tensor:
         """Run the layers over a step's tokens, writing their keys and values. Runs inside the graph.
@@ -202,17 +223,21 @@ def named_targets(root: nn.Module, config: DecoderConfig, layers: Mapping[str, i
             tensors = module.targets()
         targets |= {f"{path}.{name}": tensor for name, tensor in tensors.items()}
     for path, index in layers.items():
-        _reorder_heads(targets, f"{path}.self_attn", config, index)
+        layer = root.get_submodule(path)
+        assert isinstance(layer, DecoderLayer)
+        _reorder_heads(targets, f"{path}.self_attn", layer.self_attn, config, index)
     return targets
 
 
-def _reorder_heads(targets: dict[str, Target], path: str, config: DecoderConfig, index: int) -> None:
+def _reorder_heads(
+    targets: dict[str, Target], path: str, attention: Attention, config: DecoderConfig, index: int
+) -> None:
     """Have the attention at `path` filled so that the dimensions its checkpoint rotates together meet; see `rotary_order`."""
     order_D = rotary_order(config.ropes[index], config.head_dim, interleaved=config.interleaved_rope)
     if torch.equal(order_D, torch.arange(config.head_dim)):
         return
-    num_heads = {"q_proj": config.num_heads, "k_proj": config.num_kv_heads, "q_norm": 1, "k_norm": 1}
-    num_heads["qkv_proj"] = config.num_heads + config.num_kv_heads  # values stay
+    num_heads = {"q_proj": attention.spec.num_heads, "k_proj": attention.spec.num_kv_heads, "q_norm": 1, "k_norm": 1}
+    num_heads["qkv_proj"] = attention.spec.num_heads + attention.spec.num_kv_heads  # values stay
     for part, heads in num_heads.items():
         for kind in ("weight", "bias"):
             name = f"{path}.{part}.{kind}"

@@ -18,8 +18,9 @@ from torch import Tensor
 
 from stepgraph.errors import ModelError
 from stepgraph.layers.formats.fp8 import FP8, pack
-from stepgraph.models.checkpoint import CheckpointTensor
+from stepgraph.models.checkpoint import CheckpointTensor, take
 from stepgraph.ops.fp8_linear import GROUP_SIZE, dequantize, num_groups
+from stepgraph.parallel.shard import Cut, Part
 
 _SCALES = ("_scale_inv", "_scale")
 """What follows a weight's name in that of its scales; both are factors, the first in spite of its name."""
@@ -110,22 +111,30 @@ class FP8Tensor(CheckpointTensor):
         self.nbytes = math.prod(self.shape) + 4 * math.prod(scale.shape)
         self._codes, self._scale = codes, scale
 
-    def load(self, dtype: torch.dtype, device: torch.device) -> Tensor:
+    def load(self, dtype: torch.dtype, device: torch.device, part: Part | None = None) -> Tensor:
         """See `CheckpointTensor.load`."""
-        return dequantize(*self._read(device)).to(dtype)
+        if part is None or not self._blocked:
+            return dequantize(*self._read(device, part)).to(dtype)
+        widened = part.widened(GROUP_SIZE)
+        return take(dequantize(*self._read(device, widened)), part.within(widened)).to(dtype)
 
-    def packed(self) -> Tensor:
+    def packed(self, part: Part | None = None) -> Tensor:
         """See `CheckpointTensor.packed`; the bytes are those of `stepgraph.layers.formats.fp8.pack`."""
-        return pack(*self._read(torch.device("cpu")))
+        return pack(*self._read(torch.device("cpu"), part))
 
-    def _read(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Codes [O, I] and scales [O, G]."""
-        codes_OI = self._codes.load(torch.float8_e4m3fn, device)
-        scale = self._scale.load(torch.float32, device)
-        if self._blocked:
-            scale = scale.view(num_groups(self.shape[0]), self.groups)
-            return codes_OI, scale.repeat_interleave(GROUP_SIZE, 0)[: self.shape[0]]
-        return codes_OI, scale.view(-1, 1).expand(self.shape[0], 1)
+    def _read(self, device: torch.device, part: Part | None) -> tuple[Tensor, Tensor]:
+        """Codes [O, I] and scales [O, G] of a part, whose columns begin and end where groups do; None: of the whole."""
+        codes_OI = self._codes.load(torch.float8_e4m3fn, device, part)
+        scale = self._scale.load(torch.float32, device)  # a fraction of the codes: not worth reading in parts
+        part = part or Part((Cut.whole(self.shape[0]),), Cut.whole(self.shape[1]))
+        row_O = torch.cat([torch.arange(cut.begin, cut.begin + cut.length) for cut in part.row_cuts]).to(device)
+        if not self._blocked:
+            return codes_OI, scale.view(-1, 1).expand(self.shape[0], 1).index_select(0, row_O)
+        assert part.columns is not None
+        begin, end = part.columns.begin, part.columns.begin + part.columns.length
+        assert begin % GROUP_SIZE == 0, part
+        scale_OG = scale.view(num_groups(self.shape[0]), self.groups).index_select(0, row_O // GROUP_SIZE)
+        return codes_OI, scale_OG[:, begin // GROUP_SIZE : num_groups(end)]
 
 
 def join_scales(tensors: Iterable[CheckpointTensor]) -> Iterator[CheckpointTensor]:

@@ -14,12 +14,13 @@ from torch import Tensor
 
 from stepgraph.errors import ModelError
 from stepgraph.layers.rotary import RotaryFrequencies
-from stepgraph.models.checkpoint import CheckpointTensor
+from stepgraph.models.checkpoint import CheckpointTensor, take
 from stepgraph.models.config import DecoderConfig
 from stepgraph.models.end_tokens import end_tokens
 from stepgraph.models.gguf_reader import Texts, open_gguf
 from stepgraph.models.hf_config import check_sizes, plain_config, why_unusable
 from stepgraph.models.registry import read_config
+from stepgraph.parallel.shard import Cut, Part
 
 
 @dataclass(frozen=True)
@@ -285,27 +286,45 @@ class _GGUFTensor(CheckpointTensor):
         self.nbytes = int(tensor.n_bytes)
         self._type, self._data, self._permuted_heads = tensor.tensor_type, tensor.data, permuted_heads
 
-    def load(self, dtype: torch.dtype, device: torch.device) -> Tensor:
+    def load(self, dtype: torch.dtype, device: torch.device, part: Part | None = None) -> Tensor:
         """See `CheckpointTensor.load`."""
         import gguf
 
-        values = gguf.quants.dequantize(self._rows(), self._type)
-        return _to_torch(values).to(device).to(dtype)
+        block, _ = gguf.GGML_QUANT_SIZES[self._type]
+        if part is None or part.columns is None:
+            values = _to_torch(gguf.quants.dequantize(self._rows(part), self._type))
+        else:
+            widened = part.widened(block)
+            values = take(_to_torch(gguf.quants.dequantize(self._rows(widened), self._type)), part.within(widened))
+        return values.to(device).to(dtype)
 
-    def packed(self) -> Tensor:
+    def packed(self, part: Part | None = None) -> Tensor:
         """See `CheckpointTensor.packed`."""
-        return _to_torch(self._rows()) if self.quantization else super().packed()
+        return _to_torch(self._rows(part)) if self.quantization else super().packed(part)
 
-    def _rows(self) -> np.ndarray:
-        """The stored rows, queries and keys back in the order in which transformers rotates them.
+    def _rows(self, part: Part | None) -> np.ndarray:
+        """The stored rows, or those of a part that begins and ends with blocks, queries and keys back in the order in which
+        transformers rotates them.
 
         Per head, llama.cpp interleaves the two halves of the rows; blocks of quantisation never span rows, so that rows
-        can be moved while packed.
+        can be moved while packed. A part holds whole heads.
         """
-        rows = self._data
+        rows: np.ndarray = self._data if part is None else self._part(part)
         if self._permuted_heads is None:
             return rows
-        return rows.reshape(self._permuted_heads, -1, 2, *rows.shape[1:]).swapaxes(1, 2).reshape(rows.shape)
+        halves = self.shape[0] // self._permuted_heads // 2
+        return rows.reshape(-1, halves, 2, *rows.shape[1:]).swapaxes(1, 2).reshape(rows.shape)
+
+    def _part(self, part: Part) -> np.ndarray:
+        import gguf
+
+        if part.columns is not None and self._data.dtype == np.uint8:
+            block, nbytes = gguf.GGML_QUANT_SIZES[self._type]
+            begin, length = part.columns.begin, part.columns.length
+            assert begin % block == length % block == 0, part
+            row = Cut(self._data.shape[1], begin // block * nbytes, length // block * nbytes)
+            part = Part(part.rows, row)
+        return np.concatenate([self._data[index] for index in part.slices])
 
 
 def _to_torch(array: np.ndarray) -> Tensor:

@@ -15,7 +15,7 @@ from stepgraph.layers.formats import FP8, Target
 from stepgraph.layers.matrix import Matrix
 from stepgraph.layers.norm import RMSNorm
 from stepgraph.models.checkpoint import CheckpointTensor
-from stepgraph.models.config import DecoderConfig
+from stepgraph.models.config import DecoderConfig, check_shard
 from stepgraph.models.decoder import Decoder
 from stepgraph.models.language_model import LanguageModel
 from stepgraph.models.memory import check_fits, tell_of_dequantised
@@ -26,6 +26,7 @@ from stepgraph.models.registry import ARCHITECTURES
 from stepgraph.models.source import ModelSource
 from stepgraph.models.transformers_config import TransformersConfig
 from stepgraph.models.update import match_tensors, write_each
+from stepgraph.parallel.shard import WHOLE, Shard
 
 logger = logging.getLogger(__name__)
 
@@ -41,6 +42,7 @@ def load_model(
     supports_fp8: bool = True,
     deterministic: bool = False,
     packed: bool = False,
+    shard: Shard = WHOLE,
     progress: bool = False,
 ) -> LanguageModel:
     """Build a model and fill it; see `create_model` and `fill` for arguments and errors."""
@@ -54,6 +56,7 @@ def load_model(
         supports_fp8=supports_fp8,
         deterministic=deterministic,
         packed=packed,
+        shard=shard,
         progress=progress,
     )
     for _ in fill(model, source, load_format=load_format, progress=progress):
@@ -72,6 +75,7 @@ def create_model(
     supports_fp8: bool = True,
     deterministic: bool = False,
     packed: bool = False,
+    shard: Shard = WHOLE,
     exact_tokens: int | None = None,
     free_bytes: int | None = None,
     progress: bool = False,
@@ -90,15 +94,17 @@ def create_model(
         supports_fp8: whether the device can.
         deterministic: a token's result may not depend, bit for bit, on the tokens beside it.
         packed: keep the blocks of a quantised checkpoint where this machine has kernels for them; needs float32 on the CPU.
+        shard: the part of the model that this rank keeps. What its layers add to the residual stream is then a part, too.
         exact_tokens: products of more tokens with packed weights may round their operands, see `ops.packed_linear`.
         free_bytes: of memory on the device, which the weights must fit in; None: not known.
         progress: show a bar on stderr.
 
     Raises:
         DeviceMemoryError: the weights take more than that.
-        ModelError: a model that transformers loads does not fit its checkpoint, or a file is damaged.
-        ConfigError: `deterministic` or quantization "fp8" with a model that only transformers runs, or weights of 8 bits on a
-            device that has none.
+        ModelError: a model that transformers loads does not fit its checkpoint, or a file is damaged; or so many ranks cannot
+            share the model.
+        ConfigError: `deterministic`, quantization "fp8" or a shard of a model that only transformers runs, or weights of 8 bits
+            on a device that has none.
     """
     assert load_format in ("auto", "dummy"), load_format
     config = source.config
@@ -112,6 +118,11 @@ def create_model(
             raise ConfigError(
                 f"quantization='fp8' needs a native model, and {config.architecture} would run through transformers, whose "
                 "layers keep their weights; choose a native model, or leave quantization at auto"
+            )
+        if shard != WHOLE:
+            raise ConfigError(
+                f"several devices can share native models, and {config.architecture} would run through transformers; choose a "
+                "native model, or one device"
             )
         check_fits(
             config.num_parameters, config.num_parameters * dtype.itemsize, free_bytes, dtype=dtype, source=source
@@ -130,8 +141,11 @@ def create_model(
             source.description,
         )
         config = replace(config, tie_word_embeddings=False)
+    check_shard(config, shard)
     meta = torch.device("meta")
-    model = ARCHITECTURES[config.architecture](config, max_model_len=max_model_len, dtype=dtype, device=meta)
+    model = ARCHITECTURES[config.architecture](
+        config, max_model_len=max_model_len, shard=shard, dtype=dtype, device=meta
+    )
     choose_formats(
         model,
         tensors,
@@ -201,15 +215,20 @@ def _fill_randomly(model: Decoder) -> Iterator[None]:
 
 @torch.no_grad()
 def fill_randomly(model: nn.Module, device: torch.device) -> None:
-    """Fill a native model's parameters as `load_format` "dummy" says, the same way every time."""
+    """Fill a native model's parameters as `load_format` "dummy" says, the same way every time. Ranks draw the same numbers
+    for what all of them keep."""
     generator = torch.Generator(device).manual_seed(0)
     for module in model.modules():
         if isinstance(module, RMSNorm):
             module.weight.fill_(1.0)
-        for target in module.targets().values() if isinstance(module, Matrix) else ():
+        if not isinstance(module, Matrix):
+            continue
+        for target in module.kept_targets().values():
             values = (
                 target if isinstance(target, Tensor) else torch.empty(target.shape, dtype=target.dtype, device=device)
             )
             values.normal_(0.0, 0.02, generator=generator)
             if values is not target:
                 target.copy_(values)
+        if module.bias_is_elsewhere:
+            torch.empty(module.out_features, dtype=module.dtype, device=device).normal_(generator=generator)

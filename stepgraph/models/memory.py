@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import logging
+import math
 
 import torch
 
 from stepgraph import native
 from stepgraph.errors import DeviceMemoryError
-from stepgraph.models.conversion import quantization_of
+from stepgraph.layers.formats.target import part_of, quantization_of
 from stepgraph.models.source import ModelSource
 from stepgraph.models.update import Update
 from stepgraph.ops.packed import BLOCK_BYTES
@@ -50,8 +51,10 @@ def tell_of_dequantised(matches: Update, source: ModelSource, *, warn: bool) -> 
     for target, tensor in matches:
         if tensor.quantization is not None and tensor.quantization != quantization_of(target):
             formats.add(tensor.quantization)
-            kept += target.shape.numel() * target.dtype.itemsize
-            stored += tensor.nbytes
+            part = part_of(target)
+            numel = math.prod(target.shape if part is None else part.kept_shape)
+            kept += numel * target.dtype.itemsize
+            stored += tensor.nbytes * numel // math.prod(target.shape)
             dtype = target.dtype
     if not formats:
         return

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from stepgraph.errors import ModelError
 from stepgraph.models.checkpoint import CheckpointTensor
+from stepgraph.parallel.shard import Part
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
@@ -21,13 +22,13 @@ class _Renamed(CheckpointTensor):
         self.quantization, self.is_e4m3 = tensor.quantization, tensor.is_e4m3
         self._tensor = tensor
 
-    def load(self, dtype: torch.dtype, device: torch.device) -> Tensor:
+    def load(self, dtype: torch.dtype, device: torch.device, part: Part | None = None) -> Tensor:
         """See `CheckpointTensor.load`."""
-        return self._tensor.load(dtype, device)
+        return self._tensor.load(dtype, device, part)
 
-    def packed(self) -> Tensor:
+    def packed(self, part: Part | None = None) -> Tensor:
         """See `CheckpointTensor.packed`."""
-        return self._tensor.packed()
+        return self._tensor.packed(part)
 
 
 def has_own_head(tensors: Sequence[CheckpointTensor], *, tied: bool) -> bool:

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 import torch
 from torch import nn
 
+from stepgraph.errors import ModelError
 from stepgraph.layers.formats import FORMATS, FP8, FormatOptions, Packed, Plain, WeightFormat
 from stepgraph.layers.linear import Linear, MergedLinear
 from stepgraph.layers.matrix import Matrix
@@ -34,6 +35,9 @@ def choose_formats(
         to_fp8: the other linear layers' weights are rounded to 8 bits as they are read, with one scale per output. Embedding,
             norms and output head stay.
         packed, deterministic, exact_tokens: see `FormatOptions`.
+
+    Raises:
+        ModelError: ranks would share a layer's inputs where its format keeps some together.
     """
     encodings = {tensor.name: tensor.quantization for tensor in tensors}
     for path, module in model.named_modules():
@@ -43,14 +47,27 @@ def choose_formats(
         found = {encodings.get(name) for name in _tensor_names(path, module, merged=model.config.merged_projections)}
         encoding = found.pop() if len(found) == 1 else None
         module.use(
-            (_keeping(encoding, module.in_features, options) if keep and encoding is not None else None)
+            (_keeping(encoding, module.inputs.size, options) if keep and encoding is not None else None)
             or (FP8(deterministic=deterministic) if to_fp8 and options.in_layers else Plain(deterministic))
         )
+        _check_inputs(path, module)
 
 
 def _keeping(encoding: str, inputs: int, options: FormatOptions) -> WeightFormat | None:
     candidates = (format.keeping(encoding, inputs, options) for format in FORMATS)
     return next((format for format in candidates if format is not None), None)
+
+
+def _check_inputs(path: str, module: Matrix) -> None:
+    inputs, unit = module.inputs, module.format.input_unit
+    if inputs.is_whole or inputs.length % unit == 0:
+        return
+    possible = [str(size) for size in range(1, inputs.size // unit + 1) if inputs.size % (size * unit) == 0]
+    raise ModelError(
+        f"{inputs.size // inputs.length} devices cannot share {path} evenly: its weights are quantised in groups of {unit} of "
+        f"{inputs.size} inputs. Numbers that can: {', '.join(possible or ['1'])}. Or set quantization to none, which keeps them "
+        "as numbers."
+    )
 
 
 def pack_rounded(module: nn.Module, *, exact_tokens: int | None) -> None:

@@ -11,10 +11,11 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from stepgraph.errors import ModelError
-from stepgraph.models.checkpoint import CheckpointTensor
+from stepgraph.models.checkpoint import CheckpointTensor, take
 from stepgraph.models.fp8_checkpoint import join_scales
 from stepgraph.models.json_file import read_json
 from stepgraph.models.tensor_names import native_name
+from stepgraph.parallel.shard import Part
 
 _SINGLE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
@@ -78,18 +79,20 @@ class _SafetensorsTensor(CheckpointTensor):
         self.is_e4m3 = stored.get_dtype() == "F8_E4M3"
         self._path, self._file = path, file
 
-    def load(self, dtype: torch.dtype, device: torch.device) -> Tensor:
+    def load(self, dtype: torch.dtype, device: torch.device, part: Part | None = None) -> Tensor:
         """See `CheckpointTensor.load`."""
-        values = self.stored()
+        values = self.stored(part)
         if dtype.is_floating_point and not values.is_floating_point():
             raise ModelError(
                 f"{self._path} holds {self._stored_name} as {values.dtype}, which is no weight; download it again."
             )
         return values.to(device).to(dtype)  # moved first: the conversion is faster there
 
-    def stored(self) -> Tensor:
-        """See `CheckpointTensor.stored`; a view of the mapped file."""
+    def stored(self, part: Part | None = None) -> Tensor:
+        """See `CheckpointTensor.stored`; a view of the mapped file, or copies of its pieces."""
         try:
+            if part is not None:
+                return take(self._file.get_slice(self._stored_name), part)
             values: Tensor = self._file.get_tensor(self._stored_name)
         except (SafetensorError, OSError, ValueError) as error:
             raise _unreadable(self._path, error) from error

@@ -9,10 +9,9 @@ import torch
 from torch import Tensor
 
 from stepgraph.errors import ModelError
-from stepgraph.layers.formats import Target
-from stepgraph.models.checkpoint import CheckpointTensor
+from stepgraph.layers.formats.target import Skipped, Target, part_of, quantization_of, takes_values
+from stepgraph.models.checkpoint import CheckpointTensor, take
 from stepgraph.models.config import DecoderConfig
-from stepgraph.models.conversion import quantization_of, takes_values
 from stepgraph.models.decoder import Decoder
 from stepgraph.models.language_model import LanguageModel, LanguageModelConfig
 from stepgraph.models.mtp_tensors import without_mtp
@@ -20,6 +19,7 @@ from stepgraph.models.output_head import fit_head, has_own_head
 from stepgraph.models.source import ModelSource
 from stepgraph.models.tensor_names import native_name
 from stepgraph.models.transformers_config import TransformersConfig
+from stepgraph.parallel.shard import Part
 
 Update = Iterable[tuple[Target, CheckpointTensor]]
 """Where each tensor goes; names and shapes are checked, values are not read yet."""
@@ -32,9 +32,9 @@ class TensorInMemory(CheckpointTensor):
         self.name, self.shape = name, tuple(values.shape)
         self._values = values
 
-    def load(self, dtype: torch.dtype, device: torch.device) -> Tensor:
+    def load(self, dtype: torch.dtype, device: torch.device, part: Part | None = None) -> Tensor:
         """See `CheckpointTensor.load`."""
-        return self._values.to(device).to(dtype)
+        return take(self._values, part).to(device).to(dtype)
 
 
 def plan_update(model: LanguageModel, source: ModelSource | Iterable[tuple[str, Tensor]]) -> Update:
@@ -95,12 +95,14 @@ def write_each(update: Update, *, on_host: bool = False) -> Iterator[None]:
         on_host: convert tensors in host memory, so that the device needs none for them.
     """
     for target, tensor in update:
-        device = torch.device("cpu") if on_host else target.device
+        device, part = torch.device("cpu") if on_host else target.device, part_of(target)
         with torch.no_grad():
-            if tensor.quantization is not None and tensor.quantization == quantization_of(target):
-                target.copy_(tensor.packed().to(device))
+            if isinstance(target, Skipped):
+                pass
+            elif tensor.quantization is not None and tensor.quantization == quantization_of(target):
+                target.copy_(tensor.packed(part).to(device))
             else:
-                target.copy_(tensor.load(target.dtype, device))
+                target.copy_(tensor.load(target.dtype, device, part))
         yield
 
 

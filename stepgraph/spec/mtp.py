@@ -33,6 +33,7 @@ from stepgraph.layers.rotary import cos_sin_table
 from stepgraph.models.config import DecoderConfig
 from stepgraph.models.decoder import DecoderLayer, named_targets
 from stepgraph.models.language_model import LanguageModel
+from stepgraph.parallel.shard import WHOLE, Shard
 from stepgraph.platforms import Platform
 from stepgraph.spec.drafter import Drafts, DraftStep
 from stepgraph.spec.mtp_levels import Level, carry, extend_history, first_level, next_level
@@ -61,6 +62,7 @@ class MTPLayer(nn.Module):
         options: MTPOptions,
         *,
         max_model_len: int,
+        shard: Shard = WHOLE,
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
@@ -68,12 +70,13 @@ class MTPLayer(nn.Module):
         config: of the decoder layer, which is like the last of the model.
         options: of the module.
         max_model_len: longest sequence, in tokens.
+        shard: the part of this rank; projection and norms are whole on all.
         dtype, device: of the parameters.
         """
         super().__init__()
         E, last = config.hidden_size, config.num_layers - 1
         self.config, self.options = config, options
-        self.attention_spec = config.attention_specs[last]
+        self.attention_spec = config.attention_specs[last].sharded(shard)
         self.embedding_norm, self.hidden_norm, self.norm = (
             RMSNorm(
                 E,
@@ -85,7 +88,7 @@ class MTPLayer(nn.Module):
             for _ in range(3)
         )
         self.projection = Linear(2 * E, E, dtype=dtype, device=device)
-        self.block = DecoderLayer(config, last, dtype=dtype, device=device)
+        self.block = DecoderLayer(config, last, shard=shard, dtype=dtype, device=device)
         table = cos_sin_table(config.ropes[last], config.head_dim, max_model_len, device)
         self.register_buffer("cos_sin", table, persistent=False)
 

@@ -17,7 +17,7 @@ from stepgraph.config import EngineConfig
 from stepgraph.errors import ConfigError, ModelError
 from stepgraph.layers.formats import Packed, Plain, Target, WeightFormat
 from stepgraph.layers.linear import Linear
-from stepgraph.models.checkpoint import CheckpointTensor
+from stepgraph.models.checkpoint import CheckpointTensor, take
 from stepgraph.models.config import DecoderConfig
 from stepgraph.models.decoder import Decoder
 from stepgraph.models.ernie4_5 import Ernie45
@@ -30,6 +30,7 @@ from stepgraph.models.safetensors import read_safetensors
 from stepgraph.models.source import PACKAGED, FolderSource, ModelSource, hub_folder
 from stepgraph.models.transformers_config import TransformersConfig
 from stepgraph.models.update import match_tensors, write
+from stepgraph.parallel.shard import Part
 from stepgraph.platforms import Platform
 from stepgraph.spec.mtp import DraftHead, MTPDrafter, MTPLayer, MTPOptions
 
@@ -278,9 +279,10 @@ class _Scaled(CheckpointTensor):
         self.name, self.shape = values.name, values.shape
         self._values, self._scale = values, scale
 
-    def load(self, dtype: torch.dtype, device: torch.device) -> Tensor:
+    def load(self, dtype: torch.dtype, device: torch.device, part: Part | None = None) -> Tensor:
         """See `CheckpointTensor.load`."""
-        values, scale = self._values.stored().to(device), self._scale.load(torch.float32, device)
+        values = self._values.stored(part).to(device)
+        scale = take(self._scale.load(torch.float32, device).view(-1), part and part.along_rows())
         return (values.float() * scale.view(-1, 1)).to(dtype)
 
 

@@ -13,6 +13,7 @@ from stepgraph.layers.formats import FP8, Adapted, End, Packed, Plain
 from stepgraph.layers.linear import Linear, MergedLinear
 from stepgraph.layers.lora import LoRA
 from stepgraph.layers.norm import RMSNorm
+from stepgraph.parallel.shard import Cut
 
 TOKENS, INPUTS, EPS = 3, 64, 1e-5
 SHORT = {
@@ -192,7 +193,9 @@ def test_another_format_brings_new_parameters_and_keeps_those_that_it_keeps_alik
 @pytest.mark.parametrize("name", FORMATS)
 def test_parts_of_a_merged_layer_are_filled_apart(name) -> None:
     skip_without_kernels(name)
-    layer = MergedLinear(INPUTS, {"a": 32, "b": 96}, bias=True, format=FORMATS[name](False), **CPU)
+    layer = MergedLinear(
+        INPUTS, {"a": Cut.whole(32), "b": Cut.whole(96)}, bias=True, format=FORMATS[name](False), **CPU
+    )
     assert layer.part_targets().keys() == {"a.weight", "a.bias", "b.weight", "b.bias"}
     generator = torch.Generator().manual_seed(0)
     given = {}

@@ -31,6 +31,11 @@ class Adapted(WeightFormat):
         return self.wrapped.deterministic
 
     @property
+    def input_unit(self) -> int:
+        """See `WeightFormat.input_unit`."""
+        return self.wrapped.input_unit
+
+    @property
     def rounds_above(self) -> int | None:
         """See `WeightFormat.rounds_above`."""
         return self.wrapped.rounds_above

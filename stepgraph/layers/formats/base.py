@@ -68,6 +68,11 @@ class WeightFormat(ABC):
         return self
 
     @property
+    def input_unit(self) -> int:
+        """Inputs that are kept together: ranks share a weight's inputs at multiples of this only."""
+        return 1
+
+    @property
     def rounds_above(self) -> int | None:
         """Products of more tokens than this may round their operands to bfloat16; None: none does."""
         return None

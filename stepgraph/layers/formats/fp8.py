@@ -38,6 +38,11 @@ class FP8(WeightFormat):
         """Of tensors with such scales, see `CheckpointTensor.quantization`."""
         return f"FP8 in groups of {GROUP_SIZE}" if self.grouped else "FP8"
 
+    @property
+    def input_unit(self) -> int:
+        """See `WeightFormat.input_unit`."""
+        return GROUP_SIZE if self.grouped else 1
+
     def parameters(self, outputs: int, inputs: int, dtype: torch.dtype) -> dict[str, ParameterSpec]:
         """See `WeightFormat.parameters`."""
         groups = num_groups(inputs) if self.grouped else 1

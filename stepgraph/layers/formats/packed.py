@@ -29,6 +29,11 @@ class Packed(WeightFormat):
     deterministic: bool = False  # no product may round its operands either
 
     @property
+    def input_unit(self) -> int:
+        """See `WeightFormat.input_unit`."""
+        return BLOCK
+
+    @property
     def rounds_above(self) -> int | None:
         """See `WeightFormat.rounds_above`."""
         return None if self.deterministic else self.exact_tokens
