@@ -1,5 +1,7 @@
 """Shards of models: each parameter is its part of the whole model's, nothing else is read, and the parts' products add up."""
 
+import math
+
 import pytest
 import torch
 from checkpoints import HF_CONFIGS, SIZES, random_hf_model
@@ -13,10 +15,12 @@ from transformers import LlamaConfig, Phi3Config, Qwen2Config, Qwen3Config
 from stepgraph import native
 from stepgraph.config.lora import LoRAConfig
 from stepgraph.errors import ConfigError, ModelError
+from stepgraph.layers.formats.target import part_of
+from stepgraph.layers.linear import Linear
 from stepgraph.models import load_model, resolve, safetensors
 from stepgraph.models.adapters import AdapterStore
 from stepgraph.models.update import TensorInMemory, match_tensors, plan_update, write
-from stepgraph.parallel.shard import Cut, Part, Shard, sizes_that_divide
+from stepgraph.parallel.shard import Axis, Cut, Part, Shard, sizes_that_divide
 from stepgraph.spec.mtp import MTPLayer, MTPOptions
 from stepgraph.spec.mtp_checkpoint import _dequantised
 
@@ -339,3 +343,45 @@ def test_a_part_widened_to_blocks_holds_the_part() -> None:
         (index,) = part.within(widened).slices
         assert torch.equal(read[index], values[[1, 2, 6], begin : begin + length])
         assert (part.shape, part.kept_shape) == ((7, 100), (3, length))
+
+
+def test_outputs_of_ranks_are_the_wholes_side_by_side_and_their_sums_are_the_wholes() -> None:
+    generator = torch.Generator().manual_seed(0)
+    float64 = {"dtype": torch.float64, "device": torch.device("cpu")}
+    weight, bias = (torch.randn(*shape, generator=generator, dtype=torch.float64) for shape in ((96, 64), (96,)))
+    x = torch.randn(5, 64, generator=generator, dtype=torch.float64)
+    tensors = [TensorInMemory("weight", weight), TensorInMemory("bias", bias)]
+
+    def filled(axis, shard):
+        layer = Linear(64, 96, bias=True, axis=axis, shard=shard, **float64)
+        write(match_tensors(layer.targets(), tensors, "made up"))
+        return layer
+
+    for size in (1, 2, 4):
+        shards = [Shard(rank, size) for rank in range(size)]
+        side_by_side = torch.cat([filled(Axis.OUT, shard)(x) for shard in shards], 1)
+        added = sum(filled(Axis.IN, shard)(x.chunk(size, 1)[shard.rank].contiguous()) for shard in shards)
+        for found in (side_by_side, added):
+            torch.testing.assert_close(found, x @ weight.T + bias, atol=1e-12, rtol=1e-12)
+
+
+def test_of_blocks_no_more_is_dequantised_than_is_kept(tmp_path, monkeypatch) -> None:
+    gguf = pytest.importorskip("gguf", reason="writes GGUF files")
+    path = write_blocks(BLOCKS["llama"](), tmp_path / "model.gguf")
+    sizes, dequantize = [], gguf.quants.dequantize
+
+    def noted(stored, kind):
+        values = dequantize(stored, kind)
+        sizes.append(values.size)
+        return values
+
+    monkeypatch.setattr(gguf.quants, "dequantize", noted)
+    shard = load(path, shard=Shard(1, 4))
+    read = [size for size in sizes if size > 32]  # a file is opened with a trial of one block
+    assert sorted(read) == sorted(target_sizes(shard))
+
+
+def target_sizes(model):
+    """Numbers in the parts of a checkpoint's tensors that a model keeps."""
+    parts = [(target, part_of(target)) for target in model.checkpoint_tensors().values()]
+    return [math.prod(target.shape if part is None else part.kept_shape) for target, part in parts]
