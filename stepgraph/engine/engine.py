@@ -23,10 +23,10 @@ from stepgraph.engine.sampling_params import SamplingParams
 from stepgraph.engine.scheduler import Scheduler
 from stepgraph.engine.speculation import SpeculationStatistics
 from stepgraph.engine.step_draft import ScheduledStep
-from stepgraph.errors import ConfigError, DeviceMemoryError, EngineDeadError, Fault
+from stepgraph.errors import DeviceMemoryError, EngineDeadError, Fault
 from stepgraph.executor.base import Executor
 from stepgraph.models.adapters import AdapterFile
-from stepgraph.models.source import ModelSource, resolve
+from stepgraph.models.source import ModelSource
 from stepgraph.spec.depth import DraftDepth
 from stepgraph.step.plan import StepKind, StepPlan
 from stepgraph.step.runner import StepResults, Ticket
@@ -95,7 +95,7 @@ class Engine:
         self._intake = intake
         self._read_tokenizer = read_tokenizer
         self._clock = clock
-        self._life = Lifecycle()
+        self._life = Lifecycle(executor, self._drain, config.model.model_impl)
         self._in_flight: deque[_InFlight] = deque()
         self._collected_at = 0.0  # when the results of the last step had been read
         self._undelivered: list[RequestUpdate] = []
@@ -151,7 +151,7 @@ class Engine:
     @property
     def is_sleeping(self) -> bool:
         """Whether `sleep` was called, and `wake_up` not since."""
-        return self._life.sleep_level > 0
+        return self._life.is_sleeping
 
     @property
     def has_weights(self) -> bool:
@@ -170,67 +170,16 @@ class Engine:
         self._life.is_paused = False
 
     def sleep(self, level: int = 1) -> None:
-        """Give memory of the device back until `wake_up`, and launch no steps meanwhile. Captured graphs stay.
-
-        Requests are kept: those that run are computed again after `wake_up` from the tokens known by now, and get the answers
-        they would have got. What they got up to now is delivered by the next call of `step`.
-
-        Args:
-            level: 1 drops the KV cache and keeps the weights in host memory; 2 drops the weights too, and after `wake_up` no
-                step is launched before `update_weights`. From level 1, the engine can be sent to 2. What is small stays on the
-                device: graphs, buffers of steps, LoRA adapters.
-
-        Raises:
-            ConfigError: another level, or `enable_sleep_mode` is off on a GPU.
-        """
-        self._life.check_alive()
-        if level not in (1, 2):
-            raise ConfigError(
-                f"sleep level {level!r} is unknown; use 1 to keep the weights in host memory, 2 to drop them"
-            )
-        if not self.executor.specs.can_sleep:
-            raise ConfigError(
-                "sleep() needs memory that can be given back; start the engine with enable_sleep_mode=True"
-            )
-        self._stop_running()
-        self.executor.sleep(keep_weights=level == 1 and self._life.has_weights)
-        self._life.sleep_level = max(self._life.sleep_level, level)
-        self._life.has_weights = self._life.has_weights and level == 1
+        """Give memory of the device back until `wake_up`, and launch no steps meanwhile. See `Lifecycle.sleep`."""
+        self._life.sleep(level)
 
     def wake_up(self) -> None:
-        """Take the memory back that `sleep` gave up, and go on with the requests.
-
-        Raises:
-            ConfigError: others use the memory now; the engine sleeps on, and this can be called again.
-        """
-        self._life.check_alive()
-        if self._life.sleep_level:
-            self.executor.wake()
-            self._life.sleep_level = 0
+        """Take the memory back that `sleep` gave up, and go on with the requests. See `Lifecycle.wake_up`."""
+        self._life.wake_up()
 
     def update_weights(self, weights: str | Path | ModelSource | Iterable[tuple[str, Tensor]]) -> None:
-        """Replace the model's weights; captured graphs stay. Requests that run go on, with the new weights from here on. Draft
-        modules keep theirs, which are read again from where they came from.
-
-        Args:
-            weights: a checkpoint of the same model, named as the setting `model`, or all of its tensors under their names in
-                transformers' checkpoints.
-
-        Raises:
-            ModelError: the weights do not fit the model, or cannot be read. If that shows only while they are written, no
-                step is launched before another call has succeeded.
-            ConfigError: the engine sleeps.
-        """
-        self._life.check_alive()
-        if self._life.sleep_level:
-            raise ConfigError("weights cannot be updated while the engine sleeps; call wake_up() first")
-        if isinstance(weights, str | Path):
-            weights = resolve(str(weights), model_impl=self.config.model.model_impl)
-        self.executor.check_weights(weights)
-        self._stop_running()
-        self._life.has_weights = False
-        self.executor.write_weights()
-        self._life.has_weights = True
+        """Replace the model's weights; requests that run go on with the new ones. See `Lifecycle.update_weights`."""
+        self._life.update_weights(weights)
 
     def reset_prefix_cache(self, *, preempt: bool = False) -> int:
         """Forget the prefixes that the KV cache holds of requests that have ended.
@@ -244,7 +193,7 @@ class Engine:
         self._life.check_alive()
         if not preempt:
             return self.scheduler.forget_free()
-        self._stop_running()
+        self._life.stop_running()
         return 0
 
     def shutdown(self) -> None:
@@ -458,11 +407,8 @@ class Engine:
         if accepted:
             self._depth.observe(len(accepted), plan.num_drafts, accepted, seconds if telling else None)
 
-    def _stop_running(self) -> None:
-        """Finish the steps under way and send every running request back to wait; the KV cache holds nothing after that."""
-        self._life.noting_failure(self._drain)
-
     def _drain(self) -> None:
+        """Finish the steps under way and send every running request back to wait; the KV cache holds nothing after that."""
         while self._in_flight:
             self._undelivered += self._collect()
         self.scheduler.preempt_all()
