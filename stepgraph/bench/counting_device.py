@@ -18,7 +18,7 @@ from stepgraph.executor.fake import FakeClock, FakeExecutor, fake_specs
 from stepgraph.models.source import resolve
 from stepgraph.step.log import StepRecord
 from stepgraph.step.plan import StepPlan
-from stepgraph.step.runner import RowResult, StepResults
+from stepgraph.step.results import RowResult, StepResults
 from stepgraph.step.shape_policy import ShapePolicy
 from stepgraph.step.slot_sampling import SlotSampling
 

@@ -20,7 +20,7 @@ from stepgraph.engine.request import Request, RequestUpdate
 from stepgraph.engine.sampling_params import SamplingParams
 from stepgraph.engine.scheduler import Scheduler
 from stepgraph.engine.step_draft import ScheduledStep
-from stepgraph.step.runner import StepResults
+from stepgraph.step.results import StepResults
 
 NUM_RUNNING = (1, 8, 64, 256, 1024)
 NUM_WAITING = 10_000

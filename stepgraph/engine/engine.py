@@ -29,7 +29,7 @@ from stepgraph.models.adapters import AdapterFile
 from stepgraph.models.source import ModelSource
 from stepgraph.spec.depth import DraftDepth
 from stepgraph.step.plan import StepKind, StepPlan
-from stepgraph.step.runner import StepResults, Ticket
+from stepgraph.step.results import StepResults, Ticket
 from stepgraph.step.shape import Variant
 
 if TYPE_CHECKING:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from stepgraph.step.log import StepRecord
-from stepgraph.step.runner import RowResult, StepResults
+from stepgraph.step.results import RowResult, StepResults
 
 
 @dataclass

@@ -10,7 +10,7 @@ from stepgraph.engine.request import FinishReason, Request, RequestUpdate
 from stepgraph.engine.request_table import RequestTable
 from stepgraph.errors import Fault
 from stepgraph.step.plan import StepPlan
-from stepgraph.step.runner import StepResults
+from stepgraph.step.results import StepResults
 
 _FINISH_REASONS = {
     slot_line.RUNNING: None,

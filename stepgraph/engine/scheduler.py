@@ -33,7 +33,7 @@ from stepgraph.engine.step_draft import Chunk, ScheduledStep, StepDraft
 from stepgraph.engine.waiting import WaitingLine, rank
 from stepgraph.errors import CONTEXT_LENGTH_EXCEEDED, RequestError
 from stepgraph.step.plan import StepPlan
-from stepgraph.step.runner import StepResults
+from stepgraph.step.results import StepResults
 from stepgraph.step.shape import Variant
 
 WATERMARK = 0.01

@@ -22,7 +22,7 @@ from stepgraph.engine.request_blocks import RequestBlocks
 from stepgraph.engine.request_table import RequestTable
 from stepgraph.engine.step_draft import ScheduledStep
 from stepgraph.step.plan import StepPlan
-from stepgraph.step.runner import StepResults
+from stepgraph.step.results import StepResults
 
 
 class SteadyDecode:

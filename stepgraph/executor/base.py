@@ -18,7 +18,7 @@ from stepgraph.models.adapters import AdapterFile
 from stepgraph.models.source import ModelSource
 from stepgraph.step.log import GraphRecord, StepLog
 from stepgraph.step.plan import StepPlan
-from stepgraph.step.runner import StepResults, Ticket
+from stepgraph.step.results import StepResults, Ticket
 from stepgraph.step.slot_sampling import SlotSampling
 
 

@@ -19,7 +19,8 @@ from stepgraph.platforms import DeviceMemory
 from stepgraph.spec.drafter import Drafter
 from stepgraph.step.log import GraphRecord, StepLog
 from stepgraph.step.plan import StepPlan
-from stepgraph.step.runner import StepResults, StepRunner, Ticket
+from stepgraph.step.results import StepResults, Ticket
+from stepgraph.step.runner import StepRunner
 from stepgraph.step.slot_sampling import SlotSampling
 
 

@@ -25,7 +25,7 @@ from stepgraph.engine.scheduler import Scheduler
 from stepgraph.executor.fake import FakeClock, FakeExecutor, fake_specs
 from stepgraph.models.source import ModelSource, resolve
 from stepgraph.step.plan import StepPlan
-from stepgraph.step.runner import RowResult, StepResults
+from stepgraph.step.results import RowResult, StepResults
 from stepgraph.step.shape import StepShape
 from stepgraph.step.shape_policy import ShapePolicy
 from stepgraph.step.slot_sampling import SlotSampling

@@ -13,7 +13,7 @@ from stepgraph.engine.request import Request, RequestUpdate, SteadyUpdates
 from stepgraph.engine.sampling_params import SamplingParams
 from stepgraph.engine.steady import SteadyDecode
 from stepgraph.step.plan import StepPlan
-from stepgraph.step.runner import RowResult, StepResults
+from stepgraph.step.results import RowResult, StepResults
 from stepgraph.step.state import SlotSampling
 
 COUNTERS = ("planned", "unread_drafts", "drafts", "room")
