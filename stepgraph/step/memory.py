@@ -6,6 +6,7 @@ import logging
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -26,14 +27,21 @@ _CPU_SHARE = 0.5
 class CacheLayout:
     """The caches of all layers: how many bytes they take, and what follows from them for those who grant blocks."""
 
-    specs: tuple[CacheSpec, ...]  # of the model's layers, then of the drafter's
+    model_specs: tuple[CacheSpec, ...]
+    draft_specs: tuple[CacheSpec, ...]
     block_size: int
     num_slots: int  # the null slot included
     num_drafts: int  # most proposals of a row
+    lookahead: int = 0  # of the drafter
 
     def __post_init__(self) -> None:
         for index, spec in enumerate(self.specs):
             assert spec.shares is None or spec.shares < index, (index, spec)
+
+    @property
+    def specs(self) -> tuple[CacheSpec, ...]:
+        """Of the model's layers, then of the drafter's."""
+        return self.model_specs + self.draft_specs
 
     @property
     def block_bytes(self) -> int:
@@ -79,15 +87,12 @@ class CacheLayout:
         """Whether requests can start from blocks that others have filled."""
         return all(spec.starts_from_blocks for spec in self.specs)
 
-    def reach(self, lookahead: int) -> int:
-        """The last positions, the first of a step's own included, whose blocks the step may read; 0: all.
-
-        Args:
-            lookahead: of the drafter; 0 without one. Of several draft modules, the k-th runs from k - 1 positions before the
-                step's own on.
-        """
+    @property
+    def reach(self) -> int:
+        """The last positions, the first of a step's own included, whose blocks the step may read; 0: all."""
         reaches = [spec.reach for spec in self.specs if spec.reach is not None]
-        return max(reaches) + max(0, lookahead - 1) if all(reaches) and reaches else 0
+        # Of several draft modules, the k-th runs from k - 1 positions before the step's own on.
+        return max(reaches) + max(0, self.lookahead - 1) if all(reaches) and reaches else 0
 
     @property
     def _owners(self) -> list[CacheSpec]:
@@ -117,6 +122,15 @@ def place_weights(parameters: list[nn.Parameter], config: CacheConfig, platform:
     memory.adopt(parameters)
     platform.release_cached_memory()
     return memory
+
+
+def kv_cache_dtype(config: CacheConfig, platform: Platform, dtype: torch.dtype) -> torch.dtype:
+    """In what keys and values of a model whose activations are of `dtype` are kept; ConfigError if the platform cannot."""
+    if config.kv_cache_dtype == "auto":
+        return dtype
+    if not platform.supports_fp8:
+        raise ConfigError("kv_cache_dtype=fp8 needs a GPU of compute capability 8.9 or later; leave it at auto")
+    return torch.float8_e4m3fn
 
 
 def choose_num_blocks(

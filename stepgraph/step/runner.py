@@ -13,7 +13,6 @@ import torch
 
 from stepgraph.abi import slot_line
 from stepgraph.config import EngineConfig
-from stepgraph.errors import ConfigError
 from stepgraph.graph import Graph, create_backend
 from stepgraph.graph.eager import EagerGraph
 from stepgraph.graph.store import GraphStore
@@ -23,7 +22,7 @@ from stepgraph.platforms import CompiledKernels, Platform
 from stepgraph.spec.drafter import Drafter
 from stepgraph.step.attention import AttentionSizes
 from stepgraph.step.graphs import StepGraphs
-from stepgraph.step.memory import CacheLayout, OperatorCount, choose_num_blocks
+from stepgraph.step.memory import CacheLayout, OperatorCount, choose_num_blocks, kv_cache_dtype
 from stepgraph.step.plan import StepPlan
 from stepgraph.step.program import LogitBuffers, StepOutput, StepProgram
 from stepgraph.step.results import StepResults, Ticket
@@ -85,16 +84,14 @@ class StepRunner:
         """Called when the KV cache no longer holds what was put there; whoever counts on its content sets it."""
         self._launched = 0
         self._loaded: tuple[int | None, StepShape] | None = None
-        if config.cache.kv_cache_dtype == "fp8" and not platform.supports_fp8:
-            raise ConfigError("kv_cache_dtype=fp8 needs a GPU of compute capability 8.9 or later; leave it at auto")
-        cache_dtype = torch.float8_e4m3fn if config.cache.kv_cache_dtype == "fp8" else dtype
-        model_specs = model.cache_specs(cache_dtype)
-        draft_specs = drafter.cache_specs(cache_dtype) if drafter else ()
-        layout = CacheLayout(
-            (*model_specs, *draft_specs),
+        cache_dtype = kv_cache_dtype(config.cache, platform, dtype)
+        self.layout = layout = CacheLayout(
+            model.cache_specs(cache_dtype),
+            drafter.cache_specs(cache_dtype) if drafter else (),
             self.block_size,
             scheduler.max_num_seqs + 1,
             self.policy.max_shape.num_drafts,
+            drafter.lookahead if drafter else 0,
         )
         self._attention = AttentionSizes(
             (*model.config.attention_specs, *(drafter.attention_specs if drafter else ())),
@@ -104,13 +101,9 @@ class StepRunner:
             block_size=self.block_size,
             deterministic=self.deterministic,
         )
-        self.num_model_caches = len(model_specs)
-        self.reuses_prefixes = layout.reuses_prefixes
-        self.reach = layout.reach(drafter.lookahead if drafter else 0)
-        """See `CacheLayout.reach`."""
         null = replace(layout, num_slots=1)  # a dry run touches no more than the null block and the null slot
         self.caches = null.allocate(1, platform.memory(null.sizes(1), sleepable=False))
-        """The model's `num_model_caches`, then the drafter's."""
+        """Of `layout.specs`."""
         self.kernels = CompiledKernels(0, 0)
         """Those that were compiled before anything launched them."""
         if self.compile_kernels([self.policy.max_shape]).compiled and not lazy:  # the cache on disk is cold
@@ -215,8 +208,8 @@ class StepRunner:
         return StepProgram(
             self.model,
             self.state,
-            self.caches[: self.num_model_caches],
-            self.caches[self.num_model_caches :],
+            self.caches[: len(self.layout.model_specs)],
+            self.caches[len(self.layout.model_specs) :],
             self._logit_buffers(shape),
             shape,
             self._attention.of(shape),

@@ -119,8 +119,8 @@ def _run(
     state.tokens.copy_(torch.randint(vocab, state.tokens.shape, generator=generator, dtype=torch.int32))
     for ring in (state.ring, state.logprob_ring, state.prompt_logprob_ring):
         ring.zero_()
-    model_caches = _distinct(runner.caches[: runner.num_model_caches])
-    draft_caches = _distinct(runner.caches[runner.num_model_caches :])
+    model_caches = _distinct(runner.caches[: len(runner.layout.model_specs)])
+    draft_caches = _distinct(runner.caches)[len(model_caches) :]
     for cache in (*model_caches, *draft_caches):
         for tensor in (*cache.block_tensors, *cache.line_tensors):
             _fill(tensor, poison)

@@ -21,8 +21,8 @@ SHARING = PagedSpec(2, 16, torch.bfloat16, window=40, shares=0)
 STATE = RecurrentSpec((Item((4, 8), torch.float32),), (Item((4,), torch.bfloat16), Item((), torch.float32)))
 
 
-def layout(*specs, num_drafts: int = 3) -> CacheLayout:
-    return CacheLayout(specs, block_size=4, num_slots=5, num_drafts=num_drafts)
+def layout(*specs, num_drafts: int = 3, lookahead: int = 0) -> CacheLayout:
+    return CacheLayout(specs[:1], specs[1:], block_size=4, num_slots=5, num_drafts=num_drafts, lookahead=lookahead)
 
 
 def test_a_layout_counts_every_byte_that_it_allocates() -> None:
@@ -53,7 +53,7 @@ def test_a_layout_counts_every_byte_that_it_allocates() -> None:
     ],
 )
 def test_a_step_reaches_as_far_back_as_the_widest_window(specs, lookahead, reach) -> None:
-    assert layout(*specs).reach(lookahead) == reach
+    assert layout(*specs, lookahead=lookahead).reach == reach
 
 
 def test_prefixes_are_reused_where_blocks_hold_all_there_is() -> None:
