@@ -114,7 +114,7 @@ def _compare_with_rows_alone(
             )
 
 
-def verify_pool(
+def verify_graphs(
     runner: StepRunner,
     *,
     rounds: int,
@@ -124,7 +124,7 @@ def verify_pool(
     alone_rows: int = 2,
     progress: bool = False,
 ) -> list[ShapeReport]:
-    """Check every shape of the pool that can be captured, in each of `variants` and with each of `draft_levels` as the most
+    """Check every shape that can be captured, in each of `variants` and with each of `draft_levels` as the most
     proposals of a row, on `rounds` compositions each."""
     rng = random.Random(seed)
     room = {
@@ -204,7 +204,7 @@ def main_verify(
         f"{source.name}, {specs.dtype}, {runner.graphs.store.backend_name} graphs on "
         f"{specs.platform}; {rounds} compositions a shape, seed {seed}"
     )
-    reports = verify_pool(
+    reports = verify_graphs(
         runner, rounds=rounds, seed=seed, variants=variants, draft_levels=specs.draft_levels, progress=progress
     )
     print(f"{'tokens x rows':>24} {'compositions':>13} {'graph - eager':>14} {'batch - alone':>14}  result")

@@ -21,7 +21,7 @@ from stepgraph.models.transformers_model import TransformersModel, judge
 from stepgraph.platforms import create_platform
 from stepgraph.step.plan import StepPlan
 from stepgraph.step.runner import StepRunner
-from stepgraph.verify.graphs import verify_pool
+from stepgraph.verify.graphs import verify_graphs
 
 MAX_MODEL_LEN = 128
 SETTINGS = {
@@ -166,7 +166,7 @@ def test_logits_are_those_of_the_native_model(name, tmp_path, device) -> None:
 def test_graphs_are_right_on_random_compositions_with_poisoned_padding(name, tmp_path, device) -> None:
     random_hf_model(SUPPORTED[name]()).save_pretrained(tmp_path)
     runner = create_runner(through_transformers(tmp_path), device)
-    reports = verify_pool(runner, rounds=8, seed=0)
+    reports = verify_graphs(runner, rounds=8, seed=0)
     assert [report.mismatches for report in reports] == [[]] * len(runner.policy.shapes())
 
 

@@ -16,7 +16,7 @@ from stepgraph.engine.engine import Engine
 from stepgraph.engine.sampling_params import SamplingParams
 from stepgraph.executor.local import runner_of
 from stepgraph.layers.recurrent import RecurrentCache, RecurrentSpec
-from stepgraph.verify.graphs import verify_pool
+from stepgraph.verify.graphs import verify_graphs
 
 NUM_DRAFTS = 3
 SPECULATIVE = {"speculative_config": {"method": "ngram", "num_speculative_tokens": NUM_DRAFTS}}
@@ -95,7 +95,7 @@ def generate(engine: Engine, prompt: list[int], max_tokens: int):
 
 
 def mismatches(engine: Engine) -> list[str]:
-    reports = verify_pool(runner_of(engine.executor), rounds=8, seed=0, draft_levels=(0, NUM_DRAFTS))
+    reports = verify_graphs(runner_of(engine.executor), rounds=8, seed=0, draft_levels=(0, NUM_DRAFTS))
     assert {report.shape.num_drafts for report in reports} == {0, NUM_DRAFTS}
     return [mismatch for report in reports for mismatch in report.mismatches]
 

@@ -1,11 +1,12 @@
 """StepShape and the ladders of sizes."""
 
 import itertools
+from dataclasses import replace
 
 from hypothesis import given
 from hypothesis import strategies as st
 
-from stepgraph.step.shape import StepShape, row_sizes, token_sizes
+from stepgraph.step.shape import StepShape, Variant, row_sizes, token_sizes
 
 
 @given(
@@ -51,3 +52,17 @@ def test_row_sizes_rise_to_the_most_rows_that_the_tokens_can_have(tokens, max_ro
     assert sizes == sorted(set(sizes))
     assert all(b <= 8 * a for a, b in itertools.pairwise(sizes))
     assert len(sizes) <= 4
+
+
+def test_a_shape_holds_what_is_no_larger_and_no_more_special_with_as_many_proposals() -> None:
+    shape = StepShape(16, 4, Variant.EXTENDED, 2)
+    held = [shape, replace(shape, num_tokens=8), replace(shape, num_rows=1), replace(shape, variant=Variant.PLAIN)]
+    assert all(shape.holds(other) for other in held)
+    others = [
+        replace(shape, num_tokens=17),
+        replace(shape, num_rows=5),
+        replace(shape, variant=Variant.PROMPT_LOGPROBS),
+        replace(shape, num_drafts=3),
+        replace(shape, num_drafts=1),
+    ]
+    assert not any(shape.holds(other) for other in others)
