@@ -20,6 +20,7 @@ from stepgraph.ops.lookup import lookup
 from stepgraph.ops.lora import lora
 from stepgraph.ops.packed import packed_linear, packed_linear_add, packed_norm_linear, packed_norm_swiglu, packed_rows
 from stepgraph.ops.process_logits import process_logits
+from stepgraph.ops.registry import register_kernels
 from stepgraph.ops.remember import remember
 from stepgraph.ops.rms_norm import rms_norm
 from stepgraph.ops.rope_attention import rope_attention
@@ -63,6 +64,7 @@ __all__ = [
     "paged_attention",
     "process_logits",
     "propose",
+    "register_kernels",
     "remember",
     "rms_norm",
     "rope_attention",

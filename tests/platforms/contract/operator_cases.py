@@ -1,0 +1,173 @@
+"""Arguments of operators and what they must give, by plain torch in host memory.
+
+Shapes: T tokens, K inputs, N outputs, H query heads, G key/value heads, D head size, B tokens per block, V vocabulary entries.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from slot_fixtures import slot_line, slot_lines
+from torch import Tensor
+
+from stepgraph.abi import slot_line as line
+from stepgraph.ops.build.reference import build_step
+from stepgraph.ops.commit.reference import commit
+from stepgraph.ops.grouped_linear.reference import grouped_linear
+from stepgraph.ops.linear.reference import linear
+from stepgraph.ops.logprobs.reference import logprobs
+from stepgraph.ops.rms_norm.reference import rms_norm
+from stepgraph.ops.rope_cache.reference import rope_cache
+from stepgraph.ops.sample.reference import sample
+from stepgraph.ops.swiglu.reference import geglu, swiglu
+from stepgraph.ops.write_kv.reference import write_kv
+
+EPS = 1e-5
+T, K, N, H, G, D, B, V = 5, 96, 40, 4, 2, 32, 8, 97
+NUM_BLOCKS = 4
+
+
+class Case(NamedTuple):
+    """One call of `torch.ops.stepgraph.<operator>`."""
+
+    operator: str
+    reference: Callable[..., Any]
+    """Has the operator's arguments; writes to those that it writes to."""
+    args: Callable[[torch.Generator], tuple[Any, ...]]
+    rows: tuple[int, ...] = ()
+    """Which arguments have a row per token, where a token's result depends on its own rows alone: a row of what is returned, or
+    else of the last of these arguments."""
+
+
+def random(generator: torch.Generator, *size: int) -> Tensor:
+    return torch.randn(size, generator=generator)
+
+
+def int32(*values: int) -> Tensor:
+    return torch.tensor(values, dtype=torch.int32)
+
+
+def linear_add(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor, multiplier: float) -> None:
+    residual += multiplier * linear(x, weight, bias)
+
+
+def norm_linear(x: Tensor, norm: Tensor, eps: float, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return linear(rms_norm(x, norm, eps), weight, bias)
+
+
+def norm_gated_linear(x: Tensor, norm: Tensor, eps: float, weight: Tensor, gelu: bool) -> Tensor:
+    return (geglu if gelu else swiglu)(norm_linear(x, norm, eps, weight, None))
+
+
+def linear_out(x: Tensor, weight: Tensor, out: Tensor) -> None:
+    out.copy_(linear(x, weight, None))
+
+
+def linear_by_row(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
+    out.copy_(linear(x, weight, bias))
+
+
+def caches(g: torch.Generator) -> tuple[Tensor, Tensor]:
+    return random(g, NUM_BLOCKS, B, G, D), random(g, NUM_BLOCKS, B, G, D)
+
+
+def rotated(g: torch.Generator, *norms: Tensor | None) -> tuple[Any, ...]:
+    angle = random(g, 64, D // 2)
+    cos_sin = torch.cat((angle.cos(), angle.sin()), dim=1)
+    qkv = random(g, T, (H + 2 * G) * D)
+    return qkv, int32(3, 4, 5, 60, 0), int32(11, 12, 13, 30, 9), cos_sin, *norms, *caches(g), H, EPS
+
+
+def planned(_: torch.Generator) -> tuple[Any, ...]:
+    """Two rows that run, one that has ended, and one of padding; a block granted."""
+    lines = slot_lines(
+        slot_line(length=9, computed=8), slot_line(length=20, computed=0), slot_line(length=7, computed=6, active=False)
+    )
+    plan = int32(1, 1, 2, 12, 3, 1, 0, 0, 2, 0, 3, 0, 0, 0)
+    tokens = torch.arange(4 * 64, dtype=torch.int32).view(4, 64) % V
+    table = torch.arange(4 * 8, dtype=torch.int32).view(4, 8) % NUM_BLOCKS
+    return plan, lines, tokens, table, 16, 4, 4, 2, B
+
+
+def sampled(g: torch.Generator) -> tuple[Any, ...]:
+    """What `planned` ran, two tokens sampled, one of which ends its request."""
+    lines = slot_lines(
+        slot_line(length=9, computed=8, max_length=50, stop_tokens=(17,)),
+        slot_line(length=12, computed=0, max_length=50),
+        slot_line(length=7, computed=6, active=False),
+    )
+    tokens = torch.randint(V, (4, 64), generator=g, dtype=torch.int32)
+    ring = torch.zeros(4, 4, line.OUTPUT_WIDTH, dtype=torch.int32)
+    return (
+        lines, tokens, int32(2), ring, int32(1, 2, 3, 0), int32(0, 1, 13, 13, 13), int32(9, 12, 6, 0), int32(0, 1, 2, 2, 2),
+        int32(17, 30, 0, 0), 0,
+    )  # fmt: skip
+
+
+def drawn(g: torch.Generator) -> tuple[Any, ...]:
+    lines = slot_lines(
+        slot_line(),
+        slot_line(temperature=0.8, seed=11),
+        slot_line(temperature=1.5, seed=12, top_k=5, length=30),
+        slot_line(temperature=1.0, seed=1 << 40, top_p=0.7, min_p=0.02),
+    )
+    return 4 * random(g, 5, V), int32(1, 2, 3, 4, 0), int32(0, 0, 2, 1, 0), lines
+
+
+def asked(g: torch.Generator) -> tuple[Any, ...]:
+    ring = torch.zeros(4, 6, line.LOGPROB_WIDTH, dtype=torch.int32)
+    return 3 * random(g, 4, V), int32(1, 50, 96, 0), int32(1, 0, 4, 0), int32(3), ring, 1
+
+
+CASES = {
+    "swiglu": Case("swiglu", swiglu, lambda g: (3 * random(g, T, 2 * K),), rows=(0,)),
+    "geglu": Case("geglu", geglu, lambda g: (3 * random(g, T, 2 * K),), rows=(0,)),
+    "rms_norm": Case("rms_norm", rms_norm, lambda g: (random(g, T, K), random(g, K), EPS), rows=(0,)),
+    "linear": Case("linear", linear, lambda g: (random(g, T, K), random(g, N, K), random(g, N)), rows=(0,)),
+    "linear of one token": Case("linear", linear, lambda g: (random(g, 1, K), random(g, N, K), None)),
+    "linear_out": Case(
+        "linear_out", linear_out, lambda g: (random(g, T, K), random(g, N, K), random(g, T, N)), rows=(0, 2)
+    ),
+    "linear_add": Case(
+        "linear_add", linear_add, lambda g: (random(g, T, K), random(g, N, K), None, random(g, T, N), 0.5), rows=(0, 3)
+    ),
+    "norm_linear": Case(
+        "norm_linear", norm_linear, lambda g: (random(g, T, K), random(g, K), EPS, random(g, N, K), None), rows=(0,)
+    ),
+    "norm_gated_linear": Case(
+        "norm_gated_linear",
+        norm_gated_linear,
+        lambda g: (random(g, T, K), random(g, K), EPS, random(g, 2 * N, K) / 4, False),
+        rows=(0,),
+    ),
+    "linear_by_row": Case(
+        "linear_by_row", linear_by_row, lambda g: (random(g, T, K), random(g, N, K), None, random(g, T, N)), rows=(0, 3)
+    ),
+    "grouped_linear": Case(
+        "grouped_linear", grouped_linear, lambda g: (random(g, 7, K), random(g, 3, N, K), int32(2, 2, 7))
+    ),
+    "rope_cache": Case("rope_cache", rope_cache, lambda g: rotated(g, None, None)),
+    "rope_cache with norms": Case("rope_cache", rope_cache, lambda g: rotated(g, random(g, D), random(g, D))),
+    "write_kv": Case(
+        "write_kv", write_kv, lambda g: (random(g, T, G, D), random(g, T, G, D), int32(9, 8, 31, 16, 17), *caches(g))
+    ),
+    "build_step": Case("build_step", build_step, planned),
+    "commit": Case("commit", commit, sampled),
+    "sample": Case("sample", sample, drawn),
+    "logprobs": Case("logprobs", logprobs, asked),
+}
+"""Of float32. Attention has a test of its own."""
+
+IN_STEPS = {"attention_plan", "rope_attention", "process_logits", "draft_inputs", "draft_row_tokens", "propose"}
+"""Operators that the steps of test_steps.py run, where a graph is held to what runs eagerly, and both to rows alone."""
+OF_SETTINGS = {
+    "fp8_linear",
+    "fp8_linear_add",
+    "fp8_norm_linear",
+    "fp8_norm_gated_linear",
+    "lora",
+    "lookup",
+    "remember",
+    "force_acceptance",
+}
+"""Operators of settings that a platform need not serve: of FP8 weights, LoRA, and drafting by lookup."""

@@ -1,0 +1,88 @@
+"""Operators on the platform's device against plain torch."""
+
+import pytest
+import torch
+from attention_batches import make_batch
+from operator_cases import CASES, IN_STEPS, OF_SETTINGS
+
+from stepgraph import ops
+from stepgraph.ops.attention import attention_geometry
+
+TOLERANCE = {"rtol": 1e-4, "atol": 1e-4}
+
+
+def moved(args, device):
+    return tuple(arg.to(device, copy=True) if isinstance(arg, torch.Tensor) else arg for arg in args)
+
+
+def results(returned, args) -> list[torch.Tensor]:
+    """All that a call gave, in host memory: what it returned and what its arguments hold then."""
+    returned = returned if isinstance(returned, tuple) else () if returned is None else (returned,)
+    return [tensor.cpu() for tensor in (*returned, *args) if isinstance(tensor, torch.Tensor)]
+
+
+def test_every_operator_is_checked_somewhere() -> None:
+    registered = {
+        n.removeprefix("stepgraph::") for n in torch._C._dispatch_get_all_op_names() if n.startswith("stepgraph::")
+    }
+    assert {case.operator for case in CASES.values()} | IN_STEPS | OF_SETTINGS | {"paged_attention"} == registered
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("name", CASES)
+def test_an_operator_gives_what_plain_torch_gives(platform, name, seed) -> None:
+    case = CASES[name]
+    args = case.args(torch.Generator().manual_seed(seed))
+    on_device = moved(args, platform.device)
+    found = results(getattr(torch.ops.stepgraph, case.operator).default(*on_device), on_device)
+    expected = results(case.reference(*args), args)
+    assert len(found) == len(expected)
+    for tensor, reference in zip(found, expected, strict=True):
+        assert tensor.shape == reference.shape
+        if reference.dtype.is_floating_point:
+            torch.testing.assert_close(tensor, reference, **TOLERANCE)
+        elif name == "logprobs":  # whose lines hold float32 beside whole numbers
+            torch.testing.assert_close(tensor.view(torch.float32), reference.view(torch.float32), **TOLERANCE)
+        else:
+            assert torch.equal(tensor, reference)
+
+
+@pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.rows])
+def test_a_token_depends_on_its_own_rows_alone(platform, name) -> None:
+    """As padding may hold anything: rows after the real ones are NaN."""
+    case = CASES[name]
+    args = case.args(torch.Generator().manual_seed(2))
+    num_rows = args[case.rows[0]].shape[0]
+    padded = list(moved(args, platform.device))
+    for index in case.rows:
+        padding = torch.full((3, *padded[index].shape[1:]), torch.nan, device=platform.device)
+        padded[index] = torch.cat((padded[index], padding))
+    returned = getattr(torch.ops.stepgraph, case.operator).default(*padded)
+    found = (padded[case.rows[-1]] if returned is None else returned)[:num_rows].cpu()
+    expected = case.reference(*args)
+    torch.testing.assert_close(found, args[case.rows[-1]] if expected is None else expected, **TOLERANCE)
+
+
+@pytest.mark.parametrize("window", [0, 5])
+@pytest.mark.parametrize(
+    "rows",
+    [[(1, 0)], [(1, 37)], [(13, 0)], [(1, 5), (1, 63), (1, 64)], [(7, 30), (1, 12), (20, 0), (1, 0)]],
+    ids=["first", "decode", "prompt", "decodes", "mixed"],
+)
+def test_attention_reads_its_rows_keys_and_no_others(platform, rows, window) -> None:
+    """Keys and values of nobody are NaN, and so are those before a window."""
+    batch = make_batch(rows, num_tokens=48, head_dim=32, window=window, poisoned=True)
+    there = batch.to(str(platform.device))
+    num_heads, num_kv_heads, head_dim = batch.q.shape[1], *batch.k_cache.shape[2:]
+    geometry = attention_geometry(
+        48, len(rows), num_heads, num_kv_heads, platform.multiprocessors, tuning=platform.tuning
+    )
+    step = there.row_slot, there.query_start, there.kv_len
+    plan = ops.attention_plan(*step, num_heads, num_kv_heads, head_dim, geometry, window)
+    for _ in range(2):  # scratch is left as it was found
+        found = ops.paged_attention(
+            there.q, there.k_cache, there.v_cache, there.block_table, *step, plan, geometry, batch.scale, window
+        )
+        torch.testing.assert_close(
+            found[: batch.num_real_tokens].cpu().view(-1), batch.expected().float().view(-1), **TOLERANCE
+        )
