@@ -8,7 +8,7 @@ from tiny import MAX_MODEL_LEN, VOCAB_SIZE, drain, set_run_ahead
 
 from stepgraph.engine.request import FinishReason
 from stepgraph.engine.sampling_params import SamplingParams
-from stepgraph.errors import CONTEXT_LENGTH_EXCEEDED, ConfigError, EngineDeadError, RequestError
+from stepgraph.errors import CONTEXT_LENGTH_EXCEEDED, ConfigError, RequestError
 from stepgraph.step.plan import StepPlan
 
 GREEDY = SamplingParams(temperature=0, max_tokens=20, ignore_eos=True)
@@ -244,24 +244,6 @@ def test_an_id_in_use_is_refused_without_harm_to_its_owner(create_engine) -> Non
         engine.add_request("same", [1], GREEDY)
     drain(engine)
     assert len(owner.output_token_ids) == GREEDY.max_tokens
-
-
-def test_a_failed_step_stops_the_engine_which_says_why_from_then_on(create_engine, monkeypatch) -> None:
-    engine = create_engine()
-    engine.add_request("a", [1], GREEDY)
-    engine.step()
-
-    def launch(plan):
-        raise RuntimeError("the device fell over")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(engine.executor.runner, "launch", launch)
-        with pytest.raises(EngineDeadError, match="the device fell over") as caught:
-            engine.step()
-    assert isinstance(caught.value.__cause__, RuntimeError)
-    for later in (engine.step, lambda: engine.add_request("b", [1], GREEDY)):
-        with pytest.raises(EngineDeadError, match="stopped on an earlier error: the device fell over"):
-            later()
 
 
 def test_steady_decoding_sends_the_device_no_plan_but_where_a_block_begins(create_engine, monkeypatch) -> None:

@@ -444,20 +444,6 @@ def test_a_request_whose_masks_break_fails_alone(create_engine, expected, monkey
     engine.shutdown()
 
 
-def test_a_device_that_fails_while_a_request_is_admitted_stops_the_engine(create_engine, monkeypatch) -> None:
-    engine = create_engine()
-    engine.add_request("a", [1], GREEDY)
-
-    def fail(*_, **__):
-        raise RuntimeError("the device fell over")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(engine.executor.runner.state, "admit", fail)
-        patch.setattr(type(engine.executor.runner.platform), "synchronize", fail)
-        with pytest.raises(EngineDeadError, match="the device fell over"):
-            engine.step()
-
-
 # Ctrl-C
 
 
