@@ -213,7 +213,7 @@ class _Recorder(TorchDispatchMode):
 
     def __init__(self, runner: StepRunner, rows: Sequence[tuple[int, int]]):
         super().__init__()
-        self._rows, self._num_heads = rows, runner.model.config.attention_specs[0].num_heads
+        self._rows, self._num_heads = rows, runner.model.attention_specs[0].num_heads
         model = cast(nn.Module, runner.model)
         named = [*model.named_parameters(), *model.named_buffers()]
         self._names = {_address(tensor): name for name, tensor in named}

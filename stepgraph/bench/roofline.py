@@ -64,7 +64,7 @@ def step_cost(model: LanguageModel, rows: Sequence[tuple[int, int]]) -> StepCost
     if len(tables) > 1:  # the embedding is only looked up; a tied one is read whole as the head
         weights -= head
         weight_bytes -= tables[0].nbytes
-    specs = config.attention_specs
+    specs = model.attention_specs
     kv_per_token = sum(spec.num_kv_heads * (spec.head_dim + spec.value_dim) for spec in specs)
     cached = next(model.parameters()).element_size() * kv_per_token * sum(kv_len + n for n, kv_len in rows)
     attention = 2 * sum(spec.num_heads * (spec.head_dim + spec.value_dim) for spec in specs) * _keys_seen(rows)

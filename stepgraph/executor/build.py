@@ -181,6 +181,6 @@ def _longest_step_s(runner: StepRunner) -> float:
     """What the largest step takes on the slowest machine of the platform: products with the weights and with all keys and values,
     two operations an entry."""
     num_weights = sum(parameter.numel() for parameter in runner.model.parameters())
-    width = sum(spec.num_heads * (spec.head_dim + spec.value_dim) for spec in runner.model.config.attention_specs)
+    width = sum(spec.num_heads * (spec.head_dim + spec.value_dim) for spec in runner.model.attention_specs)
     num_attended = runner.max_model_len * width
     return 2 * runner.policy.max_tokens * (num_weights + num_attended) / runner.platform.slowest_flops

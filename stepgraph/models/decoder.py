@@ -134,7 +134,7 @@ class Decoder(nn.Module, ABC):
         device: of the parameters.
         """
         super().__init__()
-        self.config, self.dtype = config, dtype
+        self.config, self.dtype, self.shard = config, dtype, shard
         self.attention_specs = tuple(spec.sharded(shard) for spec in config.attention_specs)
         self.embed_tokens = Embedding(
             config.vocab_size, config.hidden_size, multiplier=config.embedding_multiplier, dtype=dtype, device=device

@@ -55,6 +55,10 @@ class LanguageModel(Protocol):
     def dtype(self) -> torch.dtype:
         """Of the activations."""
 
+    @property
+    def attention_specs(self) -> tuple[AttentionSpec, ...]:
+        """As of the config, of the heads that this rank keeps."""
+
     def __call__(self, inputs: StepInputs) -> Tensor:
         """Run the layers over a step's tokens, writing to their caches. Runs inside the graph.
 

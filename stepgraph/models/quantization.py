@@ -32,8 +32,8 @@ def choose_formats(
         model: unfilled; on the meta device, so that its layers take memory only in the format that they get.
         tensors: of the checkpoint; nothing is read.
         keep: quantised weights stay so; else they become numbers.
-        to_fp8: the other linear layers' weights are rounded to 8 bits as they are read, with one scale per output. Embedding,
-            norms and output head stay.
+        to_fp8: the other linear layers' weights are rounded to 8 bits as they are read, with one scale per output, of the inputs
+            that the rank keeps. Embedding, norms and output head stay.
         packed, deterministic, exact_tokens: see `FormatOptions`.
 
     Raises:

@@ -108,7 +108,7 @@ class TransformersModel(nn.Module):
             ModelError: tokens meet outside attention.
         """
         super().__init__()
-        self.config, self._attention_specs = config, config.attention_specs
+        self.config, self.attention_specs = config, config.attention_specs
         self.base, self.head = _take_apart(hf_model)
         self.eval().requires_grad_(False)
         for module in self.modules():
@@ -212,7 +212,7 @@ class TransformersModel(nn.Module):
 
     def cache_specs(self, dtype: torch.dtype) -> tuple[PagedSpec, ...]:
         """See `LanguageModel.cache_specs`."""
-        return tuple(PagedSpec.of(spec, dtype) for spec in self.config.attention_specs)
+        return tuple(PagedSpec.of(spec, dtype) for spec in self.attention_specs)
 
     def forward(self, inputs: StepInputs) -> Tensor:
         """See `LanguageModel.__call__`."""
@@ -220,7 +220,7 @@ class TransformersModel(nn.Module):
 
         def attend(call: AttentionCall) -> Tensor:
             cache: PagedCache = inputs.caches[call.layer]
-            spec = self._attention_specs[call.layer]
+            spec = self.attention_specs[call.layer]
             work = inputs.attention[spec]
             q_THD, k_TGD, v_TGD = (x.squeeze(0).transpose(0, 1) for x in (call.query, call.key, call.value))
             k_TGD, v_TGD = (x if x.stride(-1) == 1 else x.contiguous() for x in (k_TGD, v_TGD))

@@ -33,7 +33,7 @@ from stepgraph.layers.rotary import cos_sin_table
 from stepgraph.models.config import DecoderConfig
 from stepgraph.models.decoder import DecoderLayer, named_targets
 from stepgraph.models.language_model import LanguageModel
-from stepgraph.parallel.shard import WHOLE, Shard
+from stepgraph.parallel.shard import Shard
 from stepgraph.platforms import Platform
 from stepgraph.spec.drafter import Drafts, DraftStep
 from stepgraph.spec.mtp_levels import Level, carry, extend_history, first_level, next_level
@@ -62,7 +62,7 @@ class MTPLayer(nn.Module):
         options: MTPOptions,
         *,
         max_model_len: int,
-        shard: Shard = WHOLE,
+        shard: Shard,
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:

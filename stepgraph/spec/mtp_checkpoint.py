@@ -30,7 +30,7 @@ from stepgraph.models.safetensors import read_safetensors
 from stepgraph.models.source import PACKAGED, FolderSource, ModelSource, hub_folder
 from stepgraph.models.transformers_config import TransformersConfig
 from stepgraph.models.update import match_tensors, write
-from stepgraph.parallel.shard import Part
+from stepgraph.parallel.shard import WHOLE, Part
 from stepgraph.platforms import Platform
 from stepgraph.spec.mtp import DraftHead, MTPDrafter, MTPLayer, MTPOptions
 
@@ -146,7 +146,14 @@ def load_mtp(
         options, num_modules = found.layout.options, len(found.numbers)
         num_draft_ids = found.draft_token_ids.shape[0] if found.draft_token_ids else 0
     layers = [
-        MTPLayer(layer_config, options, max_model_len=max_model_len, dtype=model.dtype, device=platform.device).eval()
+        MTPLayer(
+            layer_config,
+            options,
+            max_model_len=max_model_len,
+            shard=model.shard if isinstance(model, Decoder) else WHOLE,
+            dtype=model.dtype,
+            device=platform.device,
+        ).eval()
         for _ in range(num_modules)
     ]
     modules = model.modules() if isinstance(model, Decoder) else ()

@@ -94,7 +94,7 @@ class StepRunner:
             drafter.lookahead if drafter else 0,
         )
         self._attention = AttentionSizes(
-            (*model.config.attention_specs, *(drafter.attention_specs if drafter else ())),
+            (*model.attention_specs, *(drafter.attention_specs if drafter else ())),
             platform,
             dtype=dtype,
             cache_dtype=cache_dtype,

@@ -1,11 +1,9 @@
 """What a shard of a model must hold, cut out of the whole model by hand, and a step of ranks that are all in one process."""
 
 import torch
-from stepping import BLOCK_SIZE, Stepper
+from stepping import Stepper
 
 from stepgraph.layers.formats import FP8
-from stepgraph.layers.inputs import AttentionWork, StepInputs
-from stepgraph.ops import attention_geometry
 
 
 def kv_head_of(config, rank, size):
@@ -68,40 +66,27 @@ class ShardedStepper(Stepper):
 
     def __init__(self, models, max_len: int) -> None:
         super().__init__(models[0], max_len)
-        self.models = models
-        self.rank_caches = [Stepper(model, max_len).caches for model in models]
+        self.ranks = [Stepper(model, max_len) for model in models]
 
     def run(self, tokens):
         """See `Stepper.run`."""
-        ranks = [
-            self.inputs_of(model, caches, tokens) for model, caches in zip(self.models, self.rank_caches, strict=True)
-        ]
-        first = self.models[0]
+        ranks = [(stepper.model, stepper.inputs(tokens)) for stepper in self.ranks]
+        first = self.model
         residual = first.embed(tokens.token_ids)
         multiplier = first.config.residual_multiplier
         for index, layer in enumerate(first.layers):
-            layers = [model.layers[index] for model in self.models]
+            layers = [(model.layers[index], inputs) for model, inputs in ranks]
             table = first.get_buffer(first._table_names[index])
             attended = sum(
                 each.self_attn.o_proj(
                     each.self_attn(each.input_layernorm, residual, table, inputs.caches[index], inputs)
                 )
-                for each, inputs in zip(layers, ranks, strict=True)
+                for each, inputs in layers
             )
             norms = layer.post_attention_layernorm, layer.pre_feedforward_layernorm, layer.post_feedforward_layernorm
             residual = residual + (multiplier * attended if norms[1] is None else norms[0](attended))
             before = norms[0] if norms[1] is None else norms[1]
-            fed = sum(each.mlp.down_proj(each.mlp.hidden(before, residual)) for each in layers)
+            fed = sum(each.mlp.down_proj(each.mlp.hidden(before, residual)) for each, _ in layers)
             residual = residual + (multiplier * fed if norms[2] is None else norms[2](fed))
         hidden = first.norm(residual)
         return first.logits(hidden, out=hidden.new_empty(len(hidden), first.config.vocab_size))
-
-    def inputs_of(self, model, caches, tokens):
-        n = len(tokens.token_ids)
-        attention = {
-            spec: AttentionWork.of(
-                spec, tokens, attention_geometry(n, 1, spec.num_heads, spec.num_kv_heads, multiprocessors=1)
-            )
-            for spec in model.attention_specs
-        }
-        return StepInputs(tokens, attention, self.block_table, BLOCK_SIZE, caches)

@@ -44,16 +44,20 @@ class Stepper:
 
     def run(self, tokens: StepTokens) -> Tensor:
         """The logits at every token, [tokens, vocabulary]."""
+        hidden = self.model(self.inputs(tokens))
+        out = hidden.new_empty(hidden.shape[0], self.model.config.vocab_size)
+        return self.model.logits(hidden, out=out)
+
+    def inputs(self, tokens: StepTokens) -> StepInputs:
+        """What the model sees of a step."""
         n = tokens.token_ids.shape[0]
         attention = {
             spec: AttentionWork.of(
                 spec, tokens, attention_geometry(n, 1, spec.num_heads, spec.num_kv_heads, multiprocessors=1)
             )
-            for spec in self.model.config.attention_specs
+            for spec in self.model.attention_specs
         }
-        hidden = self.model(StepInputs(tokens, attention, self.block_table, BLOCK_SIZE, self.caches))
-        out = hidden.new_empty(hidden.shape[0], self.model.config.vocab_size)
-        return self.model.logits(hidden, out=out)
+        return StepInputs(tokens, attention, self.block_table, BLOCK_SIZE, self.caches)
 
     def step(self, token_ids: list[int]) -> Tensor:
         """Feed the sequence's next tokens; return the logits at each of them."""

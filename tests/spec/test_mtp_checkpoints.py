@@ -308,7 +308,7 @@ def test_a_model_whose_layers_are_unknown_here_is_refused(tmp_path):
 def test_dummy_modules_need_no_files_and_are_the_same_every_time(tmp_path, configured):
     save_model(tmp_path, LlamaConfig(**SIZES), {} if configured is None else {"num_nextn_predict_layers": configured})
     (tmp_path / "model.safetensors").unlink()
-    drafters = [create(tmp_path, {}, load_format="dummy")._drafter for _ in range(2)]
+    drafters = [create(tmp_path, {}, load_format="dummy").executor._drafter for _ in range(2)]
     assert len(drafters[0].layers) == drafters[0].lookahead == (configured or 1)
     for a, b in zip(*(drafter.parameters() for drafter in drafters), strict=True):
         assert torch.equal(a, b)
@@ -317,13 +317,13 @@ def test_dummy_modules_need_no_files_and_are_the_same_every_time(tmp_path, confi
 
 def test_the_module_that_ships_for_the_embedded_model_is_found(smollm2):
     settings = {"max_model_len": 64, "max_num_batched_tokens": 64, "capture_sizes": (64,), "num_kv_blocks": 9}
-    drafter = create("smollm2", {}, **settings, quantization="none")._drafter
+    drafter = create("smollm2", {}, **settings, quantization="none").executor._drafter
     assert len(drafter.layers) == 1
     assert len({tuple(parameter.shape) for parameter in drafter.parameters()} & {(576, 1152), (8192, 576)}) == 2
     if (
         native.available()
     ):  # beside a model that stays in blocks, it is in blocks too, and stays so when it is filled anew
-        drafter = create("smollm2", {}, **settings)._drafter
+        drafter = create("smollm2", {}, **settings).executor._drafter
         matrices = [parameter for parameter in drafter.parameters() if parameter.dim() == 2]
         assert {matrix.dtype for matrix in matrices} == {torch.uint8}
         before = [matrix.clone() for matrix in matrices]

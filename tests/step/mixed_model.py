@@ -177,6 +177,7 @@ class MixedModel(nn.Module):
     def __init__(self, layers: Sequence[Attends | Recurs], device: str = "cpu") -> None:
         super().__init__()
         self.config = MixedConfig(tuple(layers))
+        self.attention_specs = self.config.attention_specs
         with torch.random.fork_rng():
             torch.manual_seed(0)
             self.tokens = weight(VOCAB_SIZE, E, device=device, scale=2.0)
