@@ -7,7 +7,7 @@ import torch
 
 from stepgraph.config import EngineConfig
 from stepgraph.errors import ConfigError
-from stepgraph.layers.cache import Item, PagedSpec
+from stepgraph.layers.cache import CacheSpec, Item, PagedSpec
 from stepgraph.layers.inputs import AttentionSpec
 from stepgraph.layers.recurrent import RecurrentSpec
 from stepgraph.platforms import create_platform
@@ -59,6 +59,35 @@ def test_a_step_reaches_as_far_back_as_the_widest_window(specs, lookahead, reach
 def test_prefixes_are_reused_where_blocks_hold_all_there_is() -> None:
     assert layout(FULL, WINDOWED, SHARING).reuses_prefixes
     assert not layout(FULL, STATE).reuses_prefixes
+
+
+@dataclass(frozen=True)
+class LatentSpec(CacheSpec):
+    """A kind that none of the code knows: one vector per token, in blocks."""
+
+    width: int
+
+    @property
+    def reach(self) -> int:
+        return 0
+
+    def per_block(self, block_size: int) -> tuple[Item, ...]:
+        return (Item((block_size, self.width), torch.bfloat16),)
+
+    def per_line(self, num_drafts: int) -> tuple[Item, ...]:
+        return ()
+
+    def cache(self, block_tensors, line_tensors):
+        (latent,) = block_tensors
+        return latent
+
+
+def test_a_kind_of_cache_of_its_own_needs_nothing_but_its_spec() -> None:
+    found = layout(LatentSpec(576), WINDOWED)
+    assert found.block_bytes == 4 * 576 * 2 + 2 * 4 * 8
+    assert (found.reach, found.reuses_prefixes) == (0, True)
+    latent, paged = found.allocate(7, create_platform("cpu").memory([], sleepable=False))
+    assert (tuple(latent.shape), tuple(paged.keys.shape)) == ((7, 4, 576), (7, 4, 1, 8))
 
 
 @dataclass

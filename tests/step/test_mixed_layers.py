@@ -9,6 +9,7 @@ from mixed_model import MIXED_ATTENTION, RECURRENT, MixedModel, engines_of
 from scripted import ScriptedDrafter
 from tiny import MAX_MODEL_LEN, VOCAB_SIZE, drain, set_run_ahead
 from torch import Tensor
+from triton_operators import triton_operators
 
 from stepgraph import ops
 from stepgraph.abi import slot_line
@@ -136,6 +137,17 @@ def test_tokens_are_the_same_after_preemptions(create, layers, answers, device) 
 
 def test_captured_graphs_pass_the_check(create) -> None:
     assert mismatches(create(**SPECULATIVE)) == []
+
+
+def test_triton_kernels_give_the_tokens_of_the_loop(create, layers, answers, device) -> None:
+    """Lists of work are read by them alone: on CPU there are none."""
+    numbers = [5, 9, 13]
+    params = [SamplingParams(temperature=0, max_tokens=min(3, LENGTHS[n]), ignore_eos=True) for n in numbers]
+    with triton_operators():
+        engine = create(graph_backend="eager", drafter=knowing(answers[layers], device), **SPECULATIVE)
+        requests = [engine.add_request(f"{n}", PROMPTS[n], p) for n, p in zip(numbers, params, strict=True)]
+        drain(engine)
+    assert [r.output_token_ids for r in requests] == [answers[layers][n][: min(3, LENGTHS[n])] for n in numbers]
 
 
 # Attention
