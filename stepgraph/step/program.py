@@ -27,6 +27,7 @@ from stepgraph.models.adapters import AdapterStore
 from stepgraph.models.language_model import LanguageModel
 from stepgraph.ops.rows import row_of
 from stepgraph.spec.drafter import Drafter, DraftStep
+from stepgraph.step.logits import LogitBuffers
 from stepgraph.step.shape import StepShape, Variant
 from stepgraph.step.state import SlotState
 
@@ -39,15 +40,6 @@ class StepOutput(NamedTuple):
 
     logits: Tensor  # [S, V], of the last chunk if the samples do not fit into `LogitBuffers` at once
     sampled: Tensor  # [S] int32
-
-
-class LogitBuffers(NamedTuple):
-    """Buffers that all shapes share: as graph memory they would be kept once per graph. More samples than they hold are worked
-    through in chunks."""
-
-    logits: Tensor  # [C, V] in the model's dtype
-    processed: Tensor | None = None  # [D, V] float32: after penalties, biases, bans and masks; None in plain steps
-    counts: Tensor | None = None  # [D, V] int32 scratch, zero between steps; likewise
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,6 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import cached_property
 
 import torch
 
@@ -22,22 +21,16 @@ from stepgraph.platforms import CompiledKernels, Platform
 from stepgraph.spec.drafter import Drafter
 from stepgraph.step.attention import AttentionSizes
 from stepgraph.step.graphs import StepGraphs
+from stepgraph.step.logits import LogitMemory
 from stepgraph.step.memory import CacheLayout, OperatorCount, choose_num_blocks, kv_cache_dtype
 from stepgraph.step.plan import StepPlan
-from stepgraph.step.program import LogitBuffers, StepOutput, StepProgram
+from stepgraph.step.program import StepOutput, StepProgram
 from stepgraph.step.results import StepResults, Ticket
 from stepgraph.step.shape import StepShape, Variant
 from stepgraph.step.shape_policy import ShapePolicy
 from stepgraph.step.state import RING_DEPTH, SlotState
 
 logger = logging.getLogger(__name__)
-
-_LOGIT_ROWS = 512
-"""Samples whose logits are computed at once. A step of more samples than it has requests may read the output head more often."""
-_EXTENDED_ROWS = 128
-"""Samples whose logits are processed at once in steps of extended variants."""
-_EXTENDED_ITEM_BYTES = torch.float32.itemsize + torch.int32.itemsize
-"""Of each of these logits, what `LogitBuffers` holds beside it."""
 
 
 class StepRunner:
@@ -77,9 +70,13 @@ class StepRunner:
             platform=platform,
         )
         dtype = model.dtype
-        rows = min(self.policy.max_shape.num_samples, max(scheduler.max_num_seqs, _LOGIT_ROWS))
-        self._extended_rows = min(rows, _EXTENDED_ROWS)
-        self._logits = torch.empty(rows, self.vocab_size, dtype=dtype, device=platform.device)
+        self.logits = LogitMemory(
+            max_samples=self.policy.max_shape.num_samples,
+            max_num_seqs=scheduler.max_num_seqs,
+            vocab_size=self.vocab_size,
+            dtype=dtype,
+            device=platform.device,
+        )
         self.cache_lost: Callable[[], None] = lambda: None
         """Called when the KV cache no longer holds what was put there; whoever counts on its content sets it."""
         self._launched = 0
@@ -125,8 +122,7 @@ class StepRunner:
             platform,
             max_model_len=max_model_len,
             activation_bytes=activation_bytes,
-            later_bytes=(budget_bytes or num_graphs * graph_bytes)
-            + self._extended_rows * self.vocab_size * _EXTENDED_ITEM_BYTES,
+            later_bytes=(budget_bytes or num_graphs * graph_bytes) + self.logits.later_bytes,
         )
         self.kv_memory = platform.memory(layout.sizes(self.num_kv_blocks), sleepable=config.cache.enable_sleep_mode)
         self.caches = layout.allocate(self.num_kv_blocks, self.kv_memory)
@@ -210,28 +206,13 @@ class StepRunner:
             self.state,
             self.caches[: len(self.layout.model_specs)],
             self.caches[len(self.layout.model_specs) :],
-            self._logit_buffers(shape),
+            self.logits.buffers(shape.variant),
             shape,
             self._attention.of(shape),
             self.block_size,
             self._adapters,
             self._drafter,
             self._acceptance,
-        )
-
-    def _logit_buffers(self, shape: StepShape) -> LogitBuffers:
-        if shape.variant < Variant.EXTENDED:
-            return LogitBuffers(self._logits)
-        return self._extended_buffers
-
-    @cached_property
-    def _extended_buffers(self) -> LogitBuffers:
-        """Made for the first step that is not plain. torch.OutOfMemoryError if there is no memory for them."""
-        size = self._extended_rows, self.vocab_size
-        return LogitBuffers(
-            self._logits,
-            processed=torch.empty(size, dtype=torch.float32, device=self.platform.device),
-            counts=torch.zeros(size, dtype=torch.int32, device=self.platform.device),
         )
 
     def recover(self) -> None:

@@ -190,10 +190,10 @@ def test_buffers_of_extended_steps_are_made_with_the_first_of_them_and_are_bound
     engine = create_engine(capture="lazy", max_num_seqs=200, max_num_batched_tokens=256, capture_sizes=(256,))
     engine.add_request("plain", [1, 2, 3], ASKING[Variant.PLAIN])
     drain(engine)
-    assert "_extended_buffers" not in vars(engine.executor.runner)
+    assert "extended" not in vars(engine.executor.runner.logits)
     engine.add_request("extended", [1, 2, 3], ASKING[Variant.EXTENDED])
     drain(engine)
-    buffers = engine.executor.runner._extended_buffers
+    buffers = engine.executor.runner.logits.extended
     assert buffers.processed.shape[0] == buffers.counts.shape[0] == 128 < buffers.logits.shape[0]
 
 
@@ -201,7 +201,7 @@ def test_steps_of_more_samples_than_the_buffers_hold_answer_as_each_request_alon
     # 5 requests in chunks of 2: the last chunk is short.
     def create() -> Engine:
         engine = create_engine(capture="lazy", max_num_seqs=5, max_num_batched_tokens=64, capture_sizes=(8, 64))
-        engine.executor.runner._extended_rows = 2
+        engine.executor.runner.logits.extended_rows = 2
         return engine
 
     def params(i: int) -> SamplingParams:
