@@ -103,3 +103,12 @@ def test_a_platform_that_breaks_a_rule_is_caught(broken, fault) -> None:
 def test_without_a_fault_the_same_platform_is_sound(broken) -> None:
     done = contract(*(CONTRACT / test for test in BREACHES.values()), "--platform", "broken", folders=broken)
     assert done.returncode == 0, done.stdout
+
+
+def test_the_documented_code_is_the_examples() -> None:
+    page = (ROOT / "docs" / "adding-a-platform.md").read_text()
+    shown = page.split("<!-- not run: part of a file -->\n```python\n")[1:]
+    shown += page.split("```\n[project.entry-points")[1:]
+    files = "".join(path.read_text() for path in (EXAMPLE / "pyproject.toml", *EXAMPLE.glob("*/*.py")))
+    assert len(shown) == 6
+    assert [block for block in shown if block.split("```")[0].rstrip() not in files] == []
