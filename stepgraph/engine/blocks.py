@@ -34,6 +34,12 @@ def memory_key(salt: str | None, secret: bytes) -> int:
     )
 
 
+def num_unseen(position: int, window: int, block_size: int) -> int:
+    """Blocks, from the first on, of which neither the token at `position` nor a later one sees anything. A token sees the last
+    `window` ones, its own included; 0: all."""
+    return max(0, position - window + 1) // block_size if window else 0
+
+
 class Fence(Protocol):
     """Work that may touch KV blocks after their holders have released them, and that the device's stream of steps does not order
     before what comes next: a transfer that was given up and may still read or write, for one."""

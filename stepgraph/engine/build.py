@@ -67,6 +67,7 @@ def build_engine(
         pure_steps=config.graph.cudagraph_only_prefill and config.scheduler.insertion_policy == "gather",
         choose_drafts=draft_depth.choose,
         lookahead=specs.lookahead,
+        reach=specs.reach,
         clock=clock,
     )
     executor.watch_cache(scheduler.preempt_all)

@@ -6,7 +6,8 @@ what may lie in them, or when the request leaves: most are never asked for while
 
 from __future__ import annotations
 
-from stepgraph.engine.blocks import BlockPool, block_key, root_key
+from stepgraph.abi.slot_line import NULL_BLOCK
+from stepgraph.engine.blocks import BlockPool, block_key, num_unseen, root_key
 from stepgraph.engine.request import Request
 from stepgraph.engine.request_table import RequestTable
 from stepgraph.step.shape import Variant
@@ -19,11 +20,14 @@ class PrefixCache:
         blocks: all KV blocks.
         table: the counts of the requests that run.
         block_size: tokens per block.
+        window: tokens that one sees, its own included; 0: all before it.
         lookahead: tokens after a block that its content depends on.
         enabled: off, nothing is ever found.
     """
 
-    def __init__(self, blocks: BlockPool, table: RequestTable, block_size: int, lookahead: int, enabled: bool):
+    def __init__(
+        self, blocks: BlockPool, table: RequestTable, block_size: int, *, window: int, lookahead: int, enabled: bool
+    ):
         self._blocks, self._table, self._block_size, self._lookahead, self._enabled = (
             blocks,
             table,
@@ -31,23 +35,41 @@ class PrefixCache:
             lookahead,
             enabled,
         )
+        self._window = window
         self._ends: dict[bytes, dict[Request, None]] = {}
         """Requests that run, by the key of the last block of theirs that can be found."""
 
     def find(self, request: Request) -> list[int]:
-        """Cached blocks that a request can start from. Its last known token is computed in any case, for its logits."""
+        """Cached blocks that a request can start from. Its last known token is computed in any case, for its logits. Under a
+        window, it can start behind any block if those are there of which the next token sees something; the null block is in the
+        place of the others."""
         if not self._enabled or request.variant is Variant.PROMPT_LOGPROBS:
             return []
-        num_blocks = self._num_full(request)
         found: list[int] = []
-        while len(found) < num_blocks:
-            self._extend_keys(request, len(found) + 1)  # one by one: most prompts share little with others
-            block = self._blocks.find(request.block_keys[len(found)])
-            if block is not None:
-                found.append(block)
-            elif not self._publish_next(_key_before(request, len(found))):
-                break
-        return found
+        num_usable = first_of_run = 0
+        for index in range(self._num_full(request)):
+            block = self._find(request, index)
+            if block is None:
+                if not self._window:
+                    break
+                first_of_run, block = index + 1, NULL_BLOCK
+            found.append(block)
+            if first_of_run <= self._num_unseen(index + 1):
+                num_usable = index + 1
+        num_unseen = self._num_unseen(num_usable)
+        return [NULL_BLOCK] * num_unseen + found[num_unseen:num_usable]
+
+    def _find(self, request: Request, index: int) -> int | None:
+        """The cached block for the place of a request's block `index`."""
+        self._extend_keys(request, index + 1)  # one by one: most prompts share little with others
+        while True:
+            block = self._blocks.find(request.block_keys[index])
+            if block is not None or not self._publish_next(_key_before(request, index)):
+                return block
+
+    def _num_unseen(self, num_blocks: int) -> int:
+        """Of so many blocks, those of which no token behind them sees anything."""
+        return num_unseen(num_blocks * self._block_size, self._window, self._block_size)
 
     def enter(self, request: Request) -> None:
         """The request got a slot; so many of its blocks as `num_published` says were found."""
@@ -60,6 +82,15 @@ class PrefixCache:
         assert slot is not None
         num_tokens = min(self._table.planned[slot], self._table.prefill_len[slot] - self._lookahead)
         self._publish(request, max(0, num_tokens) // self._block_size)
+
+    def give_up(self, request: Request, num_blocks: int) -> int:
+        """A request that runs needs its first `num_blocks` blocks no more; let others find them. Returns how many it can release
+        now: those that others may find only when they know all of their tokens."""
+        if not self._enabled:
+            return num_blocks
+        num_blocks = min(num_blocks, self._num_full(request))
+        self._publish(request, num_blocks)
+        return num_blocks
 
     def leave(self, request: Request) -> None:
         """The request is about to give its slot and blocks up; let others find those that it has filled."""

@@ -113,6 +113,8 @@ class Request(AnsweredRequest):
     """Proposals that wait for its next step, if it follows a grammar."""
     blocks: list[int] = field(default_factory=list)
     """KV blocks granted, in order."""
+    num_unseen: int = 0
+    """Of these, the first so many are null: no further token sees anything of them."""
     arrival: int = 0
     """Its number in the order of arrivals."""
     overtaken: int = 0

@@ -69,6 +69,7 @@ class Scheduler:
         pure_steps: a step either computes prompts or decodes; prompts and decodes take turns.
         choose_drafts: how many proposals the step should make for each row, given how many rows decode in it.
         lookahead: tokens after a block that its content depends on.
+        reach: last positions, that of a row's first token included, whose blocks the row reads; 0: all.
         clock: seconds, monotonic.
     """
 
@@ -84,6 +85,7 @@ class Scheduler:
         pure_steps: bool = False,
         choose_drafts: Callable[[int], int] = lambda num_decodes: 0,
         lookahead: int = 0,
+        reach: int = 0,
         clock: Callable[[], float] = time.monotonic,
     ):
         assert max_tokens >= config.max_num_seqs, (max_tokens, config)
@@ -99,8 +101,10 @@ class Scheduler:
         """All KV blocks; those who move their content elsewhere hold them meanwhile."""
         self.table = RequestTable(config.max_num_seqs)
         """How far those that run have come."""
-        self._grants = RequestBlocks(self.blocks, self.table, block_size)
-        self._prefixes = PrefixCache(self.blocks, self.table, block_size, lookahead, prefix_caching)
+        self._prefixes = PrefixCache(
+            self.blocks, self.table, block_size, window=reach, lookahead=lookahead, enabled=prefix_caching
+        )
+        self._grants = RequestBlocks(self.blocks, self.table, self._prefixes, block_size, reach)
         self._watermark = int(self.blocks.num_usable * WATERMARK)
         self._free_slots = list(range(config.max_num_seqs, 0, -1))
         self._generations = [0] * (config.max_num_seqs + 1)
@@ -154,7 +158,8 @@ class Scheduler:
             raise RequestError(
                 f"request id {request.id!r} is in use; ids must differ while requests run", param="request_id"
             )
-        needed = self._grants.count(request.max_length - 1)  # the last token it may sample is never computed
+        # The last token it may sample is never computed.
+        needed = self._grants.most_held(request.max_length - 1, _most_in_flight(request, 1))
         if needed > self.blocks.num_usable:
             raise RequestError(
                 f"the request needs KV blocks for {request.max_length - 1} tokens ({needed} blocks of {self._block_size}), "
@@ -294,12 +299,10 @@ class Scheduler:
             self._publish_pending()
             hits = self._prefixes.find(request)
             num_cached = len(hits) * self._block_size
-            needed = (
-                self._grants.count(
-                    _with_drafts(request.num_known, request.sampling.max_num_drafts, request.max_length - 1, draft)
-                )
-                - len(hits)
-                + self.blocks.count_free(hits)
+            needed = self._grants.needed(
+                hits,
+                _with_drafts(request.num_known, request.sampling.max_num_drafts, request.max_length - 1, draft),
+                _most_in_flight(request, self._max_tokens if self._running else 1),
             )
             if needed > self.blocks.num_free - (self._watermark if self._running else 0):
                 return
@@ -393,7 +396,7 @@ class Scheduler:
         if table.room[slot] < num_written + draft.num_drafts:  # else there are enough for sure
             num_written = _with_drafts(num_written, table.max_drafts[slot], table.end[slot], draft)
             deltas: list[tuple[int, int, int]] = []
-            if not self._grant(request, num_written, deltas, draft):
+            if not self._grant(request, table.planned[slot], num_written, deltas, draft):
                 self._grants.take_back(request, len(deltas))
                 return
             draft.decode_deltas += deltas
@@ -422,7 +425,8 @@ class Scheduler:
         """Add tokens to a chunk, as far as blocks can be had for it."""
         table, slot = self.table, chunk.slot
         while num_tokens:
-            if self._grant(chunk.request, self._num_written(slot, num_tokens, draft), chunk.deltas, draft):
+            num_written = self._num_written(slot, num_tokens, draft)
+            if self._grant(chunk.request, chunk.start, num_written, chunk.deltas, draft):
                 break
             num_tokens = min(num_tokens - 1, table.room[slot] - table.planned[slot])
         table.plan_prompt(slot, num_tokens)
@@ -443,15 +447,18 @@ class Scheduler:
         if request.guide is not None:
             request.awaits_host = draft.follows_grammar = True
 
-    def _grant(self, request: Request, num_tokens: int, deltas: list[tuple[int, int, int]], draft: StepDraft) -> bool:
-        """Give a request the blocks that so many tokens lack, preempting lower ranks if need be. False if there are fewer left
-        for it, which it has then.
+    def _grant(
+        self, request: Request, start: int, num_tokens: int, deltas: list[tuple[int, int, int]], draft: StepDraft
+    ) -> bool:
+        """Give a request whose row starts at position `start` the blocks that so many tokens lack, preempting lower ranks if need
+        be. False if there are fewer left for it, which it has then.
 
         Requests are planned in the order of their rank, so whoever is preempted has no row yet.
         """
         lacking = self._grants.lacking(request, num_tokens)
         if not lacking:
             return True
+        self._grants.release_unseen(request, start)
         while self.blocks.num_free < lacking:
             draft.short_of_blocks = True
             victim = self._running[-1]
@@ -549,3 +556,9 @@ def _with_drafts(num_tokens: int, max_drafts: int, end: int, draft: StepDraft) -
     """Tokens of a request whose keys and values exist once proposals follow `num_tokens`: a draft model computes all of these but
     the last. The request takes `max_drafts` proposals and computes `end` tokens, at most."""
     return min(num_tokens + max(0, min(draft.num_drafts, max_drafts) - 1), end)
+
+
+def _most_in_flight(request: Request, num_tokens: int) -> int:
+    """Tokens that steps under way may compute at once for a request: `num_tokens` that are known, proposals to verify, and those
+    that a draft model computes behind them."""
+    return num_tokens + 2 * request.sampling.max_num_drafts

@@ -122,6 +122,10 @@ class SteadyDecode:
             written_N, end_N = written_R.take(short_N), end_R.take(short_N)
             if (written_N > end_N).any():
                 return None
+            for row, planned in zip(
+                short_N.tolist(), table.planned_S.take(slots_R.take(short_N)).tolist(), strict=True
+            ):
+                self._blocks.release_unseen(self._requests[row], planned)
             counts = (-(-(written_N - room_R.take(short_N)) // self._blocks.block_size)).tolist()
             if sum(counts) > self._blocks.pool.num_free:
                 return None

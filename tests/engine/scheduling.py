@@ -34,25 +34,30 @@ VOCAB = 11
 STOP = 0
 
 
-def answer_alone(request: Request) -> list[int]:
-    """What the request must get, whatever runs beside it."""
-    return list(
-        _answer(
-            tuple(request.prompt_token_ids), request.max_length, request.sampling.seed, request.sampling.stop_token_ids
-        )
-    )
+def answer_alone(request: Request, window: int = 0) -> list[int]:
+    """What the request must get, whatever runs beside it, where a token sees the last `window` ones of each layer; 0: all."""
+    sampling = request.sampling
+    prompt = tuple(request.prompt_token_ids)
+    return list(_answer(prompt, request.max_length, sampling.seed, sampling.stop_token_ids, window))
 
 
 @cache
-def _answer(prompt: tuple[int, ...], max_length: int, seed: int, stop_token_ids: tuple[int, ...]) -> tuple[int, ...]:
+def _answer(
+    prompt: tuple[int, ...], max_length: int, seed: int, stop_token_ids: tuple[int, ...], window: int
+) -> tuple[int, ...]:
     tokens = list(prompt)
     second: list[int] = []
     while len(tokens) < max_length:
-        second += [hash(tuple(enumerate(tokens[: i + 1]))) for i in range(len(second), len(tokens))]
-        tokens.append(next_token(second, seed))
+        first = list(enumerate(tokens))
+        second += [hash(tuple(first[_first_seen(i, window) : i + 1])) for i in range(len(second), len(tokens))]
+        tokens.append(next_token(second[_first_seen(len(tokens) - 1, window) :], seed))
         if tokens[-1] in stop_token_ids:
             break
     return tuple(tokens[len(prompt) :])
+
+
+def _first_seen(position: int, window: int) -> int:
+    return max(0, position - window + 1) if window else 0
 
 
 def next_token(values: list[int], seed: int) -> int:
@@ -82,14 +87,24 @@ class Slot:
 class Device:
     """Slots, a block table, two layers of KV entries, and those of a draft model."""
 
-    def __init__(self, num_slots: int, num_blocks: int, block_size: int, *, lookahead: int = 0, accuracy: float = 0.7):
-        """`accuracy` is the chance that a proposal is right; if all are, there are as many as a request takes."""
+    def __init__(
+        self,
+        num_slots: int,
+        num_blocks: int,
+        block_size: int,
+        *,
+        lookahead: int = 0,
+        accuracy: float = 0.7,
+        window: int = 0,
+    ):
+        """A token sees the last `window` ones of each layer; 0: all. `accuracy` is the chance that a proposal is right; if all
+        are, there are as many as a request takes."""
         self.slots = [Slot() for _ in range(num_slots + 1)]
         self.block_table: dict[tuple[int, int], int] = {}
         self.num_blocks, self.block_size = num_blocks, block_size
         self.limits = [0] * (num_slots + 1)
         """Positions that a slot may write; set before each step."""
-        self._lookahead, self._accuracy = lookahead, accuracy
+        self._lookahead, self._accuracy, self._window = lookahead, accuracy, window
         self._random = random.Random(0)
         self.forget()
 
@@ -103,7 +118,7 @@ class Device:
         for index, block in enumerate(blocks):
             self.block_table[slot, index] = block
         prompt = tuple(tokens[:prompt_len])
-        answer = _answer(prompt, max_length, sampling.seed, sampling.stop_token_ids)
+        answer = _answer(prompt, max_length, sampling.seed, sampling.stop_token_ids, self._window)
         whole = [*prompt, *answer]
         self.slots[slot] = Slot(list(tokens), [], whole, computed, True, generation, max_length, sampling)
 
@@ -122,8 +137,12 @@ class Device:
                 for position in range(start, end):
                     self._write(layer, index, position, row[position - start])
             for row, ((index, _), (start, end)) in enumerate(zip(plan.rows, spans, strict=True)):
-                context = [layer[self._entry(index, position)] for position in range(end)]
-                values[row] = [hash(tuple(context[: position + 1])) for position in range(start, end)]
+                first = _first_seen(start, self._window)
+                context = [layer[self._entry(index, position)] for position in range(first, end)]
+                values[row] = [
+                    hash(tuple(context[_first_seen(position, self._window) - first : position + 1 - first]))
+                    for position in range(start, end)
+                ]
         results = [self._commit(index, span) for (index, _), span in zip(plan.rows, spans, strict=True)]
         if self._lookahead:
             for (index, _), span in zip(plan.rows, spans, strict=True):
@@ -148,12 +167,14 @@ class Device:
         if start == end or end < length:
             slot.computed = end
             return RowResult(index, slot.generation, slot_line.RUNNING, 0)
-        values = [self.kv[1][self._entry(index, position)] for position in range(end)]
+        first = _first_seen(length - 1, self._window)
+        values = [self.kv[1][self._entry(index, position)] for position in range(first, end)]
         num_verified, num_accepted = end - length, 0
         finish, stands = slot_line.RUNNING, True
         while stands:
             place = len(slot.tokens) - length
-            token = next_token(values[: length + place], slot.sampling.seed)
+            seen = values[_first_seen(length + place - 1, self._window) - first : length + place - first]
+            token = next_token(seen, slot.sampling.seed)
             slot.tokens.append(token)
             stands = place < num_verified and drafts[place] == token
             num_accepted += stands
@@ -181,7 +202,8 @@ class Device:
         slot = self.slots[index]
         room = min(slot.room, num_drafts)
         if self._lookahead and room:
-            for position in range(slot.computed - self._lookahead + 1):
+            end = slot.computed - self._lookahead + 1
+            for position in range(_first_seen(end - 1, self._window), end):
                 entry = self.draft_kv[self._entry(index, position)]
                 assert entry == self._draft_entry(slot.tokens, position), (index, position)
             for place in range(1, room):
@@ -230,12 +252,16 @@ class Loop:
         num_drafts: Sequence[int] = (0,),
         lookahead: int = 0,
         accuracy: float = 0.7,
+        window: int = 0,
         **limits,
     ):
         self.config = SchedulerConfig(max_num_seqs=max_num_seqs, max_num_batched_tokens=max_tokens, **limits)
         self.block_size, self.num_kv_blocks = block_size, num_kv_blocks
         self.clock, self.step_seconds = FakeClock(), step_seconds
-        self.device = Device(max_num_seqs, num_kv_blocks, block_size, lookahead=lookahead, accuracy=accuracy)
+        self.window, self.lookahead = window, lookahead
+        self.device = Device(
+            max_num_seqs, num_kv_blocks, block_size, lookahead=lookahead, accuracy=accuracy, window=window
+        )
         self.in_flight: deque = deque()
         self.held_elsewhere: set[int] = set()
         """Blocks that others than requests hold, or may still touch."""
@@ -258,6 +284,7 @@ class Loop:
             token_sizes=token_sizes or tuple(range(1, max_tokens + 1)),
             draft_levels=policy.draft_levels,
             lookahead=lookahead,
+            reach=window + max(0, lookahead - 1) if window else 0,
         )
         turns = cycle(num_drafts)
 
@@ -345,11 +372,11 @@ class Loop:
         assert scheduler.num_free_blocks == self.num_kv_blocks - 1
         everything = self.add("all blocks", 1, (self.num_kv_blocks - 1) * self.block_size)
         self.drain()
-        assert everything.output_token_ids == answer_alone(everything)
+        assert everything.output_token_ids == answer_alone(everything, self.window)
         many = [self.add(f"slot {i}", 1, 3) for i in range(self.config.max_num_seqs)]
         self.drain()
         assert max(len(plan.rows) for plan in self.plans) == self.config.max_num_seqs
-        assert [request.output_token_ids for request in many] == [answer_alone(request) for request in many]
+        assert [r.output_token_ids for r in many] == [answer_alone(r, self.window) for r in many]
 
     def _check(self, plan: StepPlan) -> None:
         assert 1 <= len(plan.rows) <= self.config.max_num_seqs
@@ -363,7 +390,11 @@ class Loop:
         running = {request.slot: request for request in self.scheduler.running()}
         assert set(slots) <= set(running)
         for request in running.values():
-            assert slot_line.NULL_BLOCK not in request.blocks
+            num_unseen = request.num_unseen
+            assert set(request.blocks[:num_unseen]) <= {slot_line.NULL_BLOCK}
+            assert slot_line.NULL_BLOCK not in request.blocks[num_unseen:]
+            first_seen = _first_seen(self.device.slots[request.slot].computed, self.window)
+            assert num_unseen * self.block_size <= first_seen, "a block is gone that a token will see"
             planned = min(
                 self.scheduler.table.planned[request.slot], request.max_length - 1
             )  # it may be planned beyond its end, and then runs nothing
@@ -373,15 +404,16 @@ class Loop:
             written = min(self._may_write(request, bound, plan), request.max_length - 1)
             assert len(request.blocks) * self.block_size >= written, (request, plan)
             table = self.device.block_table | {delta[:2]: delta[2] for delta in plan.deltas}
-            assert [table[slot, index] for index in range(len(request.blocks))] == request.blocks
+            seen = range(request.num_unseen, len(request.blocks))
+            assert [table[slot, index] for index in seen] == request.blocks[request.num_unseen :]
             self.device.limits[slot] = len(request.blocks) * self.block_size
         # A block that two requests hold is one that the later found in the cache, complete before it writes.
         owners: dict[int, int] = {}
         for request in running.values():
             for index, block in enumerate(request.blocks):
-                if index >= request.num_found:
+                if index >= max(request.num_found, request.num_unseen):
                     assert owners.setdefault(block, request.slot) == request.slot
-        held = {block for request in running.values() for block in request.blocks} | self.held_elsewhere
+        held = {block for request in running.values() for block in request.blocks if block} | self.held_elsewhere
         assert self.scheduler.num_free_blocks + len(held) == self.num_kv_blocks - 1, (
             "a block was lost, or released twice"
         )

@@ -38,6 +38,7 @@ def count_steady(run) -> int:
     num_kv_blocks=st.integers(18, 80),
     lookahead=st.integers(0, 1),
     accuracy=st.sampled_from([0.7, 1.0]),
+    window=st.sampled_from([0, 0, 6]),
     arrivals=st.sets(st.integers(1, 40), max_size=3),
     aborts=st.sets(st.integers(1, 40), max_size=2),
 )
@@ -48,12 +49,13 @@ def count_steady(run) -> int:
     num_kv_blocks=80,
     lookahead=0,
     accuracy=0.7,
+    window=0,
     arrivals=set(),
     aborts=set(),
 )
 @settings(max_examples=60)
 def test_the_same_steps_are_planned_and_the_same_updates_come_as_row_by_row(
-    requests, run_ahead, num_kv_blocks, num_drafts, lookahead, accuracy, arrivals, aborts
+    requests, run_ahead, num_kv_blocks, num_drafts, lookahead, accuracy, window, arrivals, aborts
 ) -> None:
     def run(*, steadily: bool) -> tuple:
         loop = Loop(
@@ -63,6 +65,7 @@ def test_the_same_steps_are_planned_and_the_same_updates_come_as_row_by_row(
             num_drafts=(num_drafts,),
             lookahead=lookahead,
             accuracy=accuracy,
+            window=window,
         )
         held = []
         with mock.patch.object(SteadyDecode, "may_begin", SteadyDecode.may_begin if steadily else lambda *args: False):
