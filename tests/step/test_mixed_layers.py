@@ -135,6 +135,26 @@ def test_tokens_are_the_same_after_preemptions(create, layers, answers, device) 
     assert engine.scheduler.statistics.preemptions > 0
 
 
+def test_tokens_are_the_same_after_a_sleep_that_loses_all_caches(create, layers, answers) -> None:
+    engine = create(enable_sleep_mode=True)
+    requests = [
+        engine.add_request(f"{number}", PROMPTS[number], SamplingParams(temperature=0, max_tokens=20, ignore_eos=True))
+        for number in range(8)
+    ]
+    for _ in range(8):
+        engine.step()
+    assert any(request.output_token_ids for request in requests)
+    engine.sleep()
+    engine.wake_up()
+    for cache in runner_of(engine.executor).caches:
+        for tensor in (*cache.block_tensors, *cache.line_tensors):
+            tensor.fill_(torch.nan if tensor.is_floating_point() else torch.iinfo(tensor.dtype).max)
+    drain(engine)
+    for request, answer in zip(requests, answers[layers], strict=False):
+        shorter = min(len(answer), 20)
+        assert request.output_token_ids[:shorter] == answer[:shorter]
+
+
 def test_captured_graphs_pass_the_check(create) -> None:
     assert mismatches(create(**SPECULATIVE)) == []
 
