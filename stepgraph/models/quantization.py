@@ -46,10 +46,9 @@ def choose_formats(
         options = FormatOptions(path.startswith("layers."), deterministic, packed, exact_tokens)
         found = {encodings.get(name) for name in _tensor_names(path, module, merged=model.config.merged_projections)}
         encoding = found.pop() if len(found) == 1 else None
-        module.use(
-            (_keeping(encoding, module.inputs.size, options) if keep and encoding is not None else None)
-            or (FP8(deterministic=deterministic) if to_fp8 and options.in_layers else Plain(deterministic))
-        )
+        kept = _keeping(encoding, module.inputs.size, options) if keep and encoding is not None else None
+        rounded = FP8(deterministic=deterministic) if to_fp8 and options.in_layers else None
+        module.use(kept or rounded or Plain(deterministic))
         _check_inputs(path, module)
 
 

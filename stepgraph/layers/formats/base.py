@@ -54,7 +54,7 @@ class WeightFormat(ABC):
     """How a layer keeps its weight: the parameters that hold it, what fills them, and the products with it.
 
     A format has no state: layers own the parameters. What a format has to define are `parameters`, `plain_product` and `values`;
-    `product` puts what comes before and after a product around it, and is overridden where one kernel does it all.
+    `product` puts what comes before and after a product around it, unless `fused_product` has a kernel that does it all.
     """
 
     deterministic: bool
@@ -115,8 +115,13 @@ class WeightFormat(ABC):
         multiplier: float = 1.0,
     ) -> Tensor:
         """Arguments as of `stepgraph.layers.matrix.Matrix.product`, and the parameters."""
-        if end is End.STORE:
-            return self.plain_product(weights, x_TI if norm is None else norm(x_TI), out)
+        if norm is None and end is End.STORE:
+            return self.plain_product(weights, x_TI, out)
+        fused = self.fused_product(weights, x_TI, norm, end, out, multiplier)
+        if fused is not None:
+            return fused
+        if norm is not None and end is End.STORE:
+            return self.plain_product(weights, norm(x_TI), out)
         product_TO = self.product(weights, x_TI, norm=norm)
         if end is End.ADD:
             assert out is not None
@@ -127,6 +132,12 @@ class WeightFormat(ABC):
     @abstractmethod
     def plain_product(self, weights: Weights, x_TI: Tensor, out: Tensor | None) -> Tensor:
         """Return `x @ weight.T + bias`: [T, O], dtype of `x_TI`; in `out` if that is given, which goes without a bias."""
+
+    def fused_product(
+        self, weights: Weights, x_TI: Tensor, norm: RMSNorm | None, end: End, out: Tensor | None, multiplier: float
+    ) -> Tensor | None:
+        """`product` by one kernel, where something comes before or after; None if there is none for it."""
+        return None
 
     def rows(self, weights: Weights, index_T: Tensor) -> Tensor:
         """Return a fresh [T, I] tensor of some rows of the weight. Only of formats that embedding tables may have."""

@@ -56,29 +56,21 @@ class FP8(WeightFormat):
         others = {name: tensor for name, tensor in weights.items() if name not in ("weight", "scale")}
         return {"weight": FP8Target(weights["weight"], weights["scale"], self.encoding), **others}
 
-    def product(
-        self,
-        weights: Weights,
-        x_TI: Tensor,
-        *,
-        norm: RMSNorm | None = None,
-        end: End = End.STORE,
-        out: Tensor | None = None,
-        multiplier: float = 1.0,
-    ) -> Tensor:
-        """See `WeightFormat.product`."""
-        weight, scale, bias = weights["weight"], weights["scale"], weights.get("bias")
+    def fused_product(
+        self, weights: Weights, x_TI: Tensor, norm: RMSNorm | None, end: End, out: Tensor | None, multiplier: float
+    ) -> Tensor | None:
+        """See `WeightFormat.fused_product`."""
         if self.deterministic:
-            pass
-        elif norm is None and end is End.ADD:
-            assert out is not None
+            return None
+        weight, scale, bias = weights["weight"], weights["scale"], weights.get("bias")
+        if norm is None and end is End.ADD and out is not None:
             ops.fp8_linear_add(x_TI, weight, scale, bias, out, multiplier)
             return out
-        elif norm is not None and end is End.STORE and out is None:
+        if norm is not None and end is End.STORE and out is None:
             return ops.fp8_norm_linear(x_TI, norm.weight, norm.eps, weight, scale, bias)
-        elif norm is not None and end in (End.SWIGLU, End.GEGLU) and bias is None:
+        if norm is not None and end in (End.SWIGLU, End.GEGLU) and bias is None:
             return ops.fp8_norm_gated_linear(x_TI, norm.weight, norm.eps, weight, scale, gelu=end is End.GEGLU)
-        return super().product(weights, x_TI, norm=norm, end=end, out=out, multiplier=multiplier)
+        return None
 
     def plain_product(self, weights: Weights, x_TI: Tensor, out: Tensor | None) -> Tensor:
         """See `WeightFormat.plain_product`."""

@@ -54,29 +54,21 @@ class Packed(WeightFormat):
         """See `WeightFormat.targets`."""
         return {**weights, "weight": PackedTarget(weights["weight"], self._inputs(weights), self)}
 
-    def product(
-        self,
-        weights: Weights,
-        x_TI: Tensor,
-        *,
-        norm: RMSNorm | None = None,
-        end: End = End.STORE,
-        out: Tensor | None = None,
-        multiplier: float = 1.0,
-    ) -> Tensor:
-        """See `WeightFormat.product`."""
-        codes, exact_tokens = weights["weight"], self.rounds_above
+    def fused_product(
+        self, weights: Weights, x_TI: Tensor, norm: RMSNorm | None, end: End, out: Tensor | None, multiplier: float
+    ) -> Tensor | None:
+        """See `WeightFormat.fused_product`."""
         if "bias" in weights:
-            pass
-        elif norm is None and end is End.ADD:
-            assert out is not None
+            return None
+        codes, exact_tokens = weights["weight"], self.rounds_above
+        if norm is None and end is End.ADD and out is not None:
             ops.packed_linear_add(x_TI, codes, out, multiplier, exact_tokens=exact_tokens)
             return out
-        elif norm is not None and end is End.STORE and out is None:
+        if norm is not None and end is End.STORE and out is None:
             return ops.packed_norm_linear(x_TI, norm.weight, norm.eps, codes, exact_tokens=exact_tokens)
-        elif norm is not None and end is End.SWIGLU and codes.shape[0] % (2 * BLOCK) == 0:
+        if norm is not None and end is End.SWIGLU and codes.shape[0] % (2 * BLOCK) == 0:
             return ops.packed_norm_swiglu(x_TI, norm.weight, norm.eps, codes, exact_tokens=exact_tokens)
-        return super().product(weights, x_TI, norm=norm, end=end, out=out, multiplier=multiplier)
+        return None
 
     def plain_product(self, weights: Weights, x_TI: Tensor, out: Tensor | None) -> Tensor:
         """See `WeightFormat.plain_product`."""
