@@ -20,6 +20,7 @@ class GraphBackend(Protocol):
     """Turns a program into a graph."""
 
     name: str
+    """What `stepgraph.graph.create_backend` makes it of."""
 
     def capture(self, program: Callable[[], Output], warmups: int) -> Graph[Output]:
         """Capture `program`, a function of fixed device buffers that returns a NamedTuple of tensors.

@@ -10,7 +10,7 @@ import torch
 from stepgraph.devices import AUTO, BUILT_IN, check_device, package_of, plugins
 from stepgraph.errors import ConfigError
 from stepgraph.platforms.base import PROTOCOL_VERSION, CompiledKernels, Completion, DeviceMemory, Platform
-from stepgraph.platforms.kernels import register_kernels, use_kernels
+from stepgraph.platforms.kernels import use_kernels
 
 __all__ = [
     "PROTOCOL_VERSION",
@@ -19,7 +19,6 @@ __all__ = [
     "DeviceMemory",
     "Platform",
     "create_platform",
-    "register_kernels",
 ]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import NamedTuple, Protocol
 
 import torch
@@ -86,6 +87,8 @@ class Platform(Protocol):
     """Programs that run side by side; sizes the attention grid."""
     tuning: KernelTuning
     """What operators choose kernels and sizes by; read when the platform is made."""
+    kernel_cache: Path | None
+    """Folder of the kernels that were compiled at run time; None where they come compiled."""
     graph_node_bytes: int
     """Memory that the driver holds for each operator of a captured graph, beside tensors."""
 

@@ -44,6 +44,7 @@ class CpuPlatform:
     slowest_flops = 2e10
     multiprocessors = 1
     tuning = DEFAULT
+    kernel_cache: Path | None = None
     graph_node_bytes = 0
 
     def __init__(self) -> None:

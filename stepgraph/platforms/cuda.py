@@ -57,7 +57,7 @@ class CudaPlatform:
                 f"device='cuda', but torch {torch.__version__} sees no CUDA device; use device='cpu', or check the driver "
                 "and that torch was installed with CUDA"
             )
-        guard_kernel_cache()
+        self.kernel_cache = guard_kernel_cache()
         self.device = torch.device("cuda", torch.cuda.current_device())
         capability = torch.cuda.get_device_capability(self.device)
         self.supports_fp8 = capability >= (8, 9)

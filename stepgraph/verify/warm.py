@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 import time
 from dataclasses import replace
-from pathlib import Path
 
 from tqdm import tqdm
 
@@ -23,8 +22,12 @@ def main_warm(config: EngineConfig, *, progress: bool) -> int:
     Returns:
         Exit code 0.
     """
-    if create_platform(config.model.device).name == "cpu":
-        print("nothing to compile: operators on CPU come compiled, and graphs are captured when they are first used")
+    platform = create_platform(config.model.device)
+    if platform.kernel_cache is None:
+        name = {"cpu": "CPU"}.get(platform.name, platform.name)
+        print(
+            f"nothing to compile: operators on {name} come compiled, and graphs are captured when they are first used"
+        )
         return 0
     started = time.perf_counter()
     source = resolve_configured(config.model)
@@ -47,9 +50,7 @@ def main_warm(config: EngineConfig, *, progress: bool) -> int:
     runner.compile_kernels(
         tqdm(shapes, desc="finding kernels", unit="graph", disable=not progress, leave=False, file=sys.stderr)
     )
-    from triton import knobs
-
-    folder = Path(knobs.cache.dir)
+    folder = platform.kernel_cache
     num_bytes = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     print(
         f"{source.name}: {runner.kernels.compiled} kernels compiled, {runner.kernels.from_disk} were there, for "

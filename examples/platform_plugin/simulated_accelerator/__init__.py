@@ -35,6 +35,7 @@ class SimulatedPlatform:
     slowest_flops = 2e10
     multiprocessors = 1
     tuning = KernelTuning()
+    kernel_cache = None
     graph_node_bytes = 0
 
     def free_memory_bytes(self) -> int:

@@ -31,7 +31,7 @@ class StreamGraph(Generic[Output]):
 class StreamBackend:
     """See `stepgraph.graph.GraphBackend`."""
 
-    name = "simulated"
+    name = "simulated_accelerator.graphs:StreamBackend"
 
     def capture(self, program: Callable[[], Output], warmups: int) -> StreamGraph[Output]:
         STREAM.synchronize()  # capturing runs the program, here and now

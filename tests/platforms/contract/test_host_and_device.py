@@ -26,6 +26,10 @@ def test_it_says_what_it_is(platform, platform_name) -> None:
         assert isinstance(getattr(platform, flag), bool), flag
 
 
+def test_what_captures_its_steps_can_be_made_again_by_name(platform, backend) -> None:
+    assert backend.name == platform.default_graph_backend
+
+
 def test_the_host_runs_ahead_by_fewer_steps_than_the_ring_holds(platform) -> None:
     assert 0 <= platform.run_ahead < RING_DEPTH - 1
 
