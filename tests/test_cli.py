@@ -173,7 +173,7 @@ def test_a_model_without_a_tokenizer_is_refused_before_its_weights_are_read(
     command, tiny_model, tmp_path, monkeypatch, capsys
 ):
     shutil.copy(f"{tiny_model}/config.json", tmp_path)
-    monkeypatch.setattr("stepgraph.api.Engine", lambda *_, **__: pytest.fail("the engine was started"))
+    monkeypatch.setattr("stepgraph.api.build_engine", lambda *_, **__: pytest.fail("the engine was started"))
     assert main([*command, *quick(str(tmp_path))]) == 2
     err = capsys.readouterr().err
     assert err.startswith(f"error: {tmp_path} holds no tokenizer (tokenizer.json), ")

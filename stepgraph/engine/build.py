@@ -77,11 +77,9 @@ def build_engine(
         specs.draft_levels[-1],
         config.guidance,
     )
-    adapters = (
-        AdapterTable(executor.read_adapter, executor.write_adapter, specs.max_adapters) if specs.max_adapters else None
-    )
+    adapters = AdapterTable(executor.read_adapter, executor.write_adapter, specs.max_adapters)
     intake = RequestIntake(
-        adapters,
+        adapters if specs.max_adapters else None,
         vocab_size=specs.vocab_size,
         max_model_len=specs.max_model_len,
         end_token_ids=end_token_ids,

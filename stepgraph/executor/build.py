@@ -18,7 +18,7 @@ from stepgraph.models.decoder import Decoder
 from stepgraph.models.language_model import LanguageModel
 from stepgraph.models.loader import create_model, fill, fills_in_place
 from stepgraph.models.source import ModelSource
-from stepgraph.platforms import Platform, create_platform
+from stepgraph.platforms import DeviceMemory, Platform, create_platform
 from stepgraph.spec.create import create_drafter
 from stepgraph.spec.depth import LEVELS, draft_levels
 from stepgraph.spec.drafter import Drafter
@@ -48,7 +48,7 @@ def build_local_executor(
         source: the model.
         model: the same, filled already; default: made and filled here.
         drafter: proposes tokens; default: the one that the settings ask for.
-        meanwhile: called while weights are read, and again; the second time should take no time.
+        meanwhile: called while weights are read, if they are.
         progress: show progress bars on stderr while loading and capturing.
 
     Raises:
@@ -69,12 +69,13 @@ def build_local_executor(
         drafter = create_drafter(config, source, model, platform, max_model_len=max_model_len, progress=progress)
     levels = draft_levels(config.speculative.max_drafts, _levels_to_choose_from(config, drafter, platform))
     parameters = [*model.parameters(), *(() if drafter is None else drafter.parameters())]
-    weights_memory = place_weights(parameters, config.cache, platform)
+    weights = place_weights(parameters, config.cache, platform)
     adapters = _create_adapters(model, config)
     if fills_late:
         torch._foreach_zero_(list(model.parameters()))  # capturing runs programs on them, which must not meet NaN
     with _filling(model, config, source, platform, progress=progress) if fills_late else nullcontext():
-        meanwhile()
+        if fills_late:
+            meanwhile()
         runner = StepRunner(
             model,
             config,
@@ -86,29 +87,33 @@ def build_local_executor(
         )
         if not runner.graphs.lazy:
             runner.graphs.capture_all(progress=progress)
-    specs = ExecutorSpecs(
+    return LocalExecutor(runner, _specs(runner, config, weights, drafter), weights, adapters, drafter)
+
+
+def _specs(runner: StepRunner, config: EngineConfig, weights: DeviceMemory, drafter: Drafter | None) -> ExecutorSpecs:
+    platform, policy = runner.platform, runner.policy
+    return ExecutorSpecs(
         platform=platform.name,
         device=str(platform.device),
-        dtype=str(dtype).removeprefix("torch."),
-        precision=describe(model, dtype),
+        dtype=str(runner.model.dtype).removeprefix("torch."),
+        precision=describe(runner.model),
         graph_backend=runner.graphs.store.backend_name,
         vocab_size=runner.vocab_size,
-        max_model_len=max_model_len,
+        max_model_len=runner.max_model_len,
         num_kv_blocks=runner.num_kv_blocks,
         block_size=runner.block_size,
-        max_tokens=runner.policy.max_tokens,
-        token_sizes=runner.policy.token_sizes,
+        max_tokens=policy.max_tokens,
+        token_sizes=policy.token_sizes,
         run_ahead=platform.run_ahead,
-        draft_levels=levels,
+        draft_levels=policy.draft_levels,
         lookahead=0 if drafter is None else drafter.lookahead,
         reuses_prefixes=runner.layout.reuses_prefixes,
         reach=runner.layout.reach,
         drafts_cost_when_idle=drafter is None or drafter.costs_when_idle,
-        max_adapters=0 if adapters is None else config.lora.max_loras,
-        can_sleep=weights_memory.releasable,
+        max_adapters=config.lora.max_loras if config.lora.enable_lora else 0,
+        can_sleep=weights.releasable,
         longest_step_s=_longest_step_s(runner),
     )
-    return LocalExecutor(runner, specs, weights_memory, adapters, drafter)
 
 
 def context_len(config: EngineConfig, source: ModelSource) -> int:

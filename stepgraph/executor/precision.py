@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import torch
-
 from stepgraph.config import EngineConfig
 from stepgraph.layers.linear import Linear
 from stepgraph.models.language_model import LanguageModel
@@ -18,9 +16,9 @@ def exact_tokens(config: EngineConfig) -> int | None:
     return max(EXACT_TOKENS, min(EXACT_TOKENS, config.scheduler.max_num_seqs) * (1 + config.speculative.max_drafts))
 
 
-def describe(model: LanguageModel, dtype: torch.dtype) -> str:
+def describe(model: LanguageModel) -> str:
     """For people: the dtype of weights and activations, and which products are of smaller numbers, on this machine."""
-    name = str(dtype).removeprefix("torch.")
+    name = str(model.dtype).removeprefix("torch.")
     linears = (module for module in model.modules() if isinstance(module, Linear))
     limit = max((layer.format.rounds_above for layer in linears if layer.format.rounds_above is not None), default=None)
     if limit is None or not rounds_to_bfloat16():
