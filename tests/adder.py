@@ -9,7 +9,7 @@ from stepgraph.engine.engine import Engine
 from stepgraph.executor.fake import FakeClock, FakeDevice, FakeExecutor, fake_specs
 from stepgraph.models.source import resolve
 from stepgraph.step.plan import StepPlan
-from stepgraph.step.runner import RowResult, StepResults
+from stepgraph.step.results import RowResult, StepResults
 from stepgraph.step.shape_policy import ShapePolicy
 
 VOCAB = 97

@@ -15,7 +15,7 @@ from stepgraph.executor.base import Executor
 from stepgraph.executor.build import build_local_executor
 from stepgraph.models.source import ModelSource, resolve
 from stepgraph.step.plan import StepKind, StepPlan
-from stepgraph.step.runner import StepResults
+from stepgraph.step.results import StepResults
 from stepgraph.step.shape import Variant
 from stepgraph.step.slot_sampling import SlotSampling
 
