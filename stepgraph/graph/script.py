@@ -3,7 +3,7 @@
 The interpreter dispatches operators from C++ and needs no compiler. The graph is built call by call, with neither a tracer nor
 fake tensors: that takes about 25 us an operator, where tracing (`make_fx`, then `torch.jit.trace`) took 600. Torch deprecates
 TorchScript; but with the same calls in a list that a loop in Python runs, a decode step of SmolLM2 took 8.6 % longer (median of
-300 pairs on one core: 17.5 ms and 1.5 ms more, 4 us for each of 360 calls).
+300 pairs on one core: 17.5 ms and 1.5 ms more, 4 us for each of 360 calls); a prompt of 512 tokens took as long (1.9 s).
 """
 
 from __future__ import annotations

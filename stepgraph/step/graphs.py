@@ -63,9 +63,9 @@ class StepGraphs(Generic[Output]):
             self.log.add(last.record, last.use)
             return last.record, last.graph
         shape, reason = self.policy.shape_of(plan), self.policy.eager_reason(plan)
-        num_seconds = self.store.capture_seconds
+        seconds = self.store.capture_seconds
         found = self.store.serving(shape) if reason is None else None
-        captured = self.store.capture_seconds > num_seconds
+        captured = self.store.capture_seconds > seconds
         if found is not None:
             shape = found.key
         elif reason is None:
