@@ -15,7 +15,7 @@ highest rank can preempt all others and fits alone, so there is always progress.
 from __future__ import annotations
 
 import time
-from bisect import bisect_left, bisect_right, insort
+from bisect import insort
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -26,21 +26,18 @@ from stepgraph.engine.prefix_cache import PrefixCache
 from stepgraph.engine.request import FinishReason, Request, RequestUpdate
 from stepgraph.engine.request_blocks import RequestBlocks
 from stepgraph.engine.request_table import RequestTable
+from stepgraph.engine.row_planner import RowPlanner
 from stepgraph.engine.row_results import read_rows
 from stepgraph.engine.speculation import SpeculationStatistics
 from stepgraph.engine.steady import SteadyDecode
-from stepgraph.engine.step_draft import Chunk, ScheduledStep, StepDraft
+from stepgraph.engine.step_draft import ScheduledStep, StepDraft
 from stepgraph.engine.waiting import WaitingLine, rank
 from stepgraph.errors import CONTEXT_LENGTH_EXCEEDED, RequestError
 from stepgraph.step.plan import StepPlan
 from stepgraph.step.results import StepResults
-from stepgraph.step.shape import Variant
 
 WATERMARK = 0.01
 """Share of the KV blocks that a new request leaves free for those that run, which would otherwise soon preempt it."""
-
-SNAP_SAVING = 1 / 4
-"""Share of two steps' tokens that cutting a chunk to a captured size must save: it costs its prompt one step."""
 
 _WAIT, _DECODE, _PREFILL = range(3)  # what a running request would do in a step
 
@@ -94,7 +91,6 @@ class Scheduler:
         self._config = config
         self._max_tokens = max_tokens
         self._block_size = block_size
-        self._token_sizes = tuple(token_sizes)
         self._pure_steps = pure_steps
         self._choose_drafts = choose_drafts
         self.blocks = BlockPool(num_kv_blocks)
@@ -115,9 +111,7 @@ class Scheduler:
         self._prefilled_last = False
         self._last_plan = StepPlan((), (), 0, epoch=0)
         self._steady: SteadyDecode | None = None
-        self._unpublished: Chunk | None = None
-        """The last chunk planned. The row may still be cut, and naming its blocks takes time: they become findable when the next
-        prompt is looked at, or once the step is on its way."""
+        self._rows = RowPlanner(self.table, self._grants, self._prefixes, self._preempt_for, max_tokens, token_sizes)
 
     @property
     def requests(self) -> tuple[Request, ...]:
@@ -195,7 +189,7 @@ class Scheduler:
 
     def schedule(self) -> ScheduledStep | None:
         """Plan one step; None if nothing can run until results or requests arrive."""
-        self._publish_pending()
+        self._rows.publish_pending()
         step = self._next_steady()
         if step is not None:
             return step
@@ -244,9 +238,9 @@ class Scheduler:
             self._waiting.open_gate()
             if self._waiting and not draft.short_of_blocks:
                 self._admit_waiting(draft)
-            self._top_up(draft)
+            self._rows.top_up(draft)
             if draft.decodes:
-                self._snap(draft)
+                self._rows.snap(draft)
         return draft
 
     def _stage(self, request: Request) -> int:
@@ -273,11 +267,11 @@ class Scheduler:
             if stage == _DECODE:
                 if decodes:
                     decodes_left -= 1
-                    self._plan_decode(request, draft.budget - decodes_left, draft)
+                    self._rows.plan_decode(request, draft.budget - decodes_left, draft)
             elif stage == _PREFILL:
                 if prompts:
                     share = -(-(draft.budget - decodes_left) // (prefills_left + max(0, newcomers)))
-                    self._plan_chunk(request, share, draft)
+                    self._rows.plan_chunk(request, share, draft)
                 prefills_left -= 1
 
     def _admit_waiting(self, draft: StepDraft) -> None:
@@ -296,12 +290,12 @@ class Scheduler:
                 return
             if self._is_long(request) and num_long >= limits.max_long_partial_prefills:
                 continue
-            self._publish_pending()
+            self._rows.publish_pending()
             hits = self._prefixes.find(request)
             num_cached = len(hits) * self._block_size
             needed = self._grants.needed(
                 hits,
-                _with_drafts(request.num_known, request.sampling.max_num_drafts, request.max_length - 1, draft),
+                draft.with_proposals(request.num_known, request.sampling.max_num_drafts, request.max_length - 1),
                 _most_in_flight(request, self._max_tokens if self._running else 1),
             )
             if needed > self.blocks.num_free - (self._watermark if self._running else 0):
@@ -312,59 +306,16 @@ class Scheduler:
             if rest > draft.budget and partial_left <= 0:
                 return
             self._admit(request, hits, draft)
-            self._plan_chunk(request, share if partial_left > 0 else draft.budget, draft)
+            self._rows.plan_chunk(request, share if partial_left > 0 else draft.budget, draft)
             if self.is_prefilling(request):
                 num_partial += 1
                 num_long += self._is_long(request)
-
-    def _top_up(self, draft: StepDraft) -> None:
-        """Give what the shares of short prompts left over to the longer ones, as far as there are free blocks."""
-        table = self.table
-        for chunk in draft.chunks:
-            left = table.prefill_len[chunk.slot] - table.planned[chunk.slot]
-            if draft.budget and left > 0:
-                room = table.room[chunk.slot] + self.blocks.num_free * self._block_size - table.planned[chunk.slot]
-                room -= max(0, draft.num_drafts - 1)
-                self._extend(chunk, max(0, min(left, draft.budget, room)), draft)
-
-    def _snap(self, draft: StepDraft) -> None:
-        """Cut the last prompt's chunk so that the step ends at a captured size, where that saves enough padding.
-
-        What is cut off runs in the next step, which decodes anyway. That costs the prompt one step, so it happens to a
-        prompt once at most, and only if it would be complete: a prompt that fills the budget has no padding.
-        """
-        chunk = self._unpublished
-        if chunk is None or chunk.request.was_snapped or self.is_prefilling(chunk.request):
-            return
-        num_tokens = self._max_tokens - draft.budget
-        down = bisect_right(self._token_sizes, num_tokens) - 1
-        if down < 0 or not 0 < (cut := num_tokens - self._token_sizes[down]) < chunk.num_tokens:
-            return
-        next_decodes = sum(n for _, n in draft.decodes) + sum(
-            not self.is_prefilling(other.request) for other in draft.chunks
-        )
-        whole = self._round_up(num_tokens) + self._round_up(next_decodes)
-        snapped = self._token_sizes[down] + self._round_up(next_decodes - 1 + cut)
-        if whole - snapped >= whole * SNAP_SAVING:
-            request = chunk.request
-            request.was_snapped = True
-            self.table.plan_prompt(chunk.slot, -cut)
-            chunk.num_tokens -= cut
-            draft.budget += cut
-            surplus = len(request.blocks) - self._grants.count(self._num_written(chunk.slot, 0, draft))
-            if surplus:
-                self._grants.take_back(request, surplus)
-                del chunk.deltas[-surplus:]
-
-    def _round_up(self, num_tokens: int) -> int:
-        """The smallest captured size that holds so many tokens."""
-        return self._token_sizes[min(bisect_left(self._token_sizes, num_tokens), len(self._token_sizes) - 1)]
 
     def _complete(self, draft: StepDraft) -> ScheduledStep:
         for chunk in draft.chunks:
             if not self.table.is_prefilling(chunk.slot):
                 self.table.expect(chunk.slot, draft.num_drafts)
-                self._expect_masks(chunk.request, draft)
+                self._rows.expect_masks(chunk.request, draft)
         plan, spans = draft.plan(self._last_plan)
         if plan.epoch == self._last_plan.epoch and SteadyDecode.may_begin(self._running, plan, self.table):
             self._steady = SteadyDecode(self._running, plan, self.table, self._grants)
@@ -386,89 +337,6 @@ class Scheduler:
         if step is None:
             self._steady = None
         return step
-
-    def _plan_decode(self, request: Request, limit: int, draft: StepDraft) -> None:
-        """Plan a row of one token and its proposals, up to `limit` in all, if there are blocks for it."""
-        table, slot = self.table, request.slot
-        assert slot is not None
-        num_tokens = min(1 + min(table.drafts[slot], draft.num_drafts), limit) if draft.num_drafts else 1
-        num_written = table.planned[slot] + table.unread_drafts[slot] + num_tokens
-        if table.room[slot] < num_written + draft.num_drafts:  # else there are enough for sure
-            num_written = _with_drafts(num_written, table.max_drafts[slot], table.end[slot], draft)
-            deltas: list[tuple[int, int, int]] = []
-            if not self._grant(request, table.planned[slot], num_written, deltas, draft):
-                self._grants.take_back(request, len(deltas))
-                return
-            draft.decode_deltas += deltas
-        table.plan_decode(slot, num_tokens - 1, draft.num_drafts)
-        if request.guide is not None:
-            self._expect_masks(request, draft)
-        draft.decodes.append((slot, num_tokens))
-        draft.budget -= num_tokens
-        if request.variant > draft.variant:
-            draft.variant = Variant.EXTENDED
-
-    def _plan_chunk(self, request: Request, limit: int, draft: StepDraft) -> None:
-        """Plan up to `limit` tokens of a prompt, as far as blocks can be had for it."""
-        assert request.slot is not None
-        planned = self.table.planned[request.slot]
-        chunk = Chunk(request, request.slot, planned)
-        self._extend(chunk, min(self.table.prefill_len[request.slot] - planned, limit, draft.budget), draft)
-        if chunk.num_tokens:
-            draft.chunks.append(chunk)
-            self._publish_pending()
-            self._unpublished = chunk
-        else:
-            self._grants.take_back(request, len(chunk.deltas))
-
-    def _extend(self, chunk: Chunk, num_tokens: int, draft: StepDraft) -> None:
-        """Add tokens to a chunk, as far as blocks can be had for it."""
-        table, slot = self.table, chunk.slot
-        while num_tokens:
-            num_written = self._num_written(slot, num_tokens, draft)
-            if self._grant(chunk.request, chunk.start, num_written, chunk.deltas, draft):
-                break
-            num_tokens = min(num_tokens - 1, table.room[slot] - table.planned[slot])
-        table.plan_prompt(slot, num_tokens)
-        chunk.num_tokens += num_tokens
-        draft.budget -= num_tokens
-
-    def _num_written(self, slot: int, num_tokens: int, draft: StepDraft) -> int:
-        """Tokens of a request whose keys and values exist after `num_tokens` more of its prompt. The device makes proposals as
-        soon as all of that but the last token are computed, whether the host expects any or not."""
-        table = self.table
-        end = table.planned[slot] + num_tokens
-        if end < table.prefill_len[slot] - 1:
-            return end
-        return _with_drafts(end, table.max_drafts[slot], table.end[slot], draft)
-
-    def _expect_masks(self, request: Request, draft: StepDraft) -> None:
-        """The step samples for a request; if it follows a grammar, that must see the token before the next."""
-        if request.guide is not None:
-            request.awaits_host = draft.follows_grammar = True
-
-    def _grant(
-        self, request: Request, start: int, num_tokens: int, deltas: list[tuple[int, int, int]], draft: StepDraft
-    ) -> bool:
-        """Give a request whose row starts at position `start` the blocks that so many tokens lack, preempting lower ranks if need
-        be. False if there are fewer left for it, which it has then.
-
-        Requests are planned in the order of their rank, so whoever is preempted has no row yet.
-        """
-        lacking = self._grants.lacking(request, num_tokens)
-        if not lacking:
-            return True
-        self._grants.release_unseen(request, start)
-        while self.blocks.num_free < lacking:
-            draft.short_of_blocks = True
-            victim = self._running[-1]
-            if victim is request:
-                break
-            victim.overtaken += request.arrival > victim.arrival
-            self._preempt(victim)
-        count = min(lacking, self.blocks.num_free)
-        deltas += self._grants.grant(request, count)
-        return count == lacking
 
     def _num_admissible(self, num_prefilling: int) -> int:
         """Waiting requests that the limit on long prompts lets in, as far as a step's shares need to know."""
@@ -516,6 +384,15 @@ class Scheduler:
         insort(self._running, request, key=rank)
         draft.admitted.append(request)
 
+    def _preempt_for(self, request: Request) -> bool:
+        """Preempt the running request of the lowest rank; False if that is the one given."""
+        victim = self._running[-1]
+        if victim is request:
+            return False
+        victim.overtaken += request.arrival > victim.arrival
+        self._preempt(victim)
+        return True
+
     def _preempt(self, request: Request) -> None:
         self._leave_slot(request)
         request.num_preemptions += 1
@@ -535,27 +412,13 @@ class Scheduler:
 
     def _leave_slot(self, request: Request) -> None:
         assert request.slot is not None
-        if self._unpublished is not None and self._unpublished.request is request:
-            self._publish_pending()
+        self._rows.leave(request)
         self._prefixes.leave(request)
         self._running.remove(request)
         del self._by_slot[request.slot]
         self._free_slots.append(request.slot)
         self._grants.leave(request)
         request.slot, request.num_published, request.draft_token_ids = None, 0, ()
-
-    def _publish_pending(self) -> None:
-        """Let others find the last prompt row's blocks. They will be full when the step has run, and every operator of a step
-        writes all rows' keys and values before it reads any: a prompt may share blocks with one before it in its step."""
-        if self._unpublished is not None:
-            self._prefixes.publish_planned(self._unpublished.request)
-            self._unpublished = None
-
-
-def _with_drafts(num_tokens: int, max_drafts: int, end: int, draft: StepDraft) -> int:
-    """Tokens of a request whose keys and values exist once proposals follow `num_tokens`: a draft model computes all of these but
-    the last. The request takes `max_drafts` proposals and computes `end` tokens, at most."""
-    return min(num_tokens + max(0, min(draft.num_drafts, max_drafts) - 1), end)
 
 
 def _most_in_flight(request: Request, num_tokens: int) -> int:

@@ -51,6 +51,11 @@ class StepDraft:
         """Whether it has any row."""
         return bool(self.decodes or self.chunks)
 
+    def with_proposals(self, num_tokens: int, max_drafts: int, end: int) -> int:
+        """Tokens of a request whose keys and values exist once proposals follow `num_tokens`: a draft model computes all of these
+        but the last. The request takes `max_drafts` proposals and computes `end` tokens, at most."""
+        return min(num_tokens + max(0, min(self.num_drafts, max_drafts) - 1), end)
+
     def plan(self, last: StepPlan) -> tuple[StepPlan, tuple[PromptSpan, ...]]:
         """The plan of its rows, and where prompts' log-probabilities will lie in its results. It is of the `last` plan's epoch if
         it decodes the same rows and asks for the same of them, else of the next."""

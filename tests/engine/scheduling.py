@@ -393,8 +393,11 @@ class Loop:
             num_unseen = request.num_unseen
             assert set(request.blocks[:num_unseen]) <= {slot_line.NULL_BLOCK}
             assert slot_line.NULL_BLOCK not in request.blocks[num_unseen:]
-            first_seen = _first_seen(self.device.slots[request.slot].computed, self.window)
-            assert num_unseen * self.block_size <= first_seen, "a block is gone that a token will see"
+            state = self.device.slots[request.slot]  # which may have ended: then nothing reads any more
+            first_seen = _first_seen(state.computed, self.window)
+            assert not state.active or num_unseen * self.block_size <= first_seen, (
+                "a block is gone that a token will see"
+            )
             planned = min(
                 self.scheduler.table.planned[request.slot], request.max_length - 1
             )  # it may be planned beyond its end, and then runs nothing

@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from scheduling import VOCAB, Loop, answer_alone
 
@@ -61,6 +61,23 @@ def test_a_request_holds_its_window_and_what_is_under_way(window, run_ahead, pre
     num_kv_blocks=st.integers(12, 40),
     prefix_caching=st.booleans(),
     aborts=st.sets(st.integers(1, 40), max_size=2),
+)
+@example(  # it ends on the device, which the host does not know yet
+    window=4,
+    requests=[
+        (1, 1, False, 0),
+        (1, 1, False, 0),
+        (1, 5, False, 0),
+        (1, 4, False, 0),
+        (1, 3, False, 0),
+        (1, 26, True, 8),
+    ],
+    num_drafts=3,
+    lookahead=1,
+    run_ahead=2,
+    num_kv_blocks=31,
+    prefix_caching=False,
+    aborts=set(),
 )
 @settings(max_examples=150)
 def test_answers_are_those_of_requests_that_keep_all_blocks(
