@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from stepgraph.ops.attention import AttentionGeometry, AttentionPlan, attention_geometry, cpu, reference
+from stepgraph.ops.attention import AttentionGeometry, AttentionPlan, attention_geometry, cpu, plan_triton, reference
 from stepgraph.ops.attention import triton as kernels
 from stepgraph.ops.attention.geometry import KV_BLOCK, TALL_TILE
 
@@ -134,7 +134,7 @@ def plan_of(batch: Batch, geometry: AttentionGeometry) -> AttentionPlan:
     G = batch.k_cache.shape[2]
     sizes = (geometry.tile, geometry.min_split_keys, geometry.split_target, geometry.max_items, geometry.max_partials)
     return AttentionPlan(
-        *kernels.attention_plan(batch.row_slot, batch.query_start, batch.kv_len, H, G, D, *sizes, batch.window)
+        *plan_triton.attention_plan(batch.row_slot, batch.query_start, batch.kv_len, H, G, D, *sizes, batch.window)
     )
 
 

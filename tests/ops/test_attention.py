@@ -29,7 +29,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from stepgraph.ops.attention import AttentionPlan, attention_geometry, max_tiles
+from stepgraph.ops.attention import AttentionPlan, attention_geometry, max_tiles, plan_triton
 from stepgraph.ops.attention import triton as kernels
 from stepgraph.ops.attention.geometry import HOPPER_TILE, KV_BLOCK, TALL_TILE
 from stepgraph.platforms.tuning import DEFAULT
@@ -245,7 +245,7 @@ def test_items_cover_every_tile_and_key_once_within_the_bounds(
     geometry = replace(geometry, min_split_keys=min_split_keys)
     query_start = torch.tensor([0, *query_lens]).cumsum(0).int().to(device)
     plan = AttentionPlan(
-        *kernels.attention_plan(
+        *plan_triton.attention_plan(
             torch.arange(R, dtype=torch.int32, device=device),
             query_start,
             torch.tensor(kv_len, dtype=torch.int32, device=device),

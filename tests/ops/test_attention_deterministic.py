@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from triton_operators import make_rows_of_products_independent
 
-from stepgraph.ops.attention import attention_geometry, cpu, reference
+from stepgraph.ops.attention import attention_geometry, cpu, plan_triton, reference
 from stepgraph.ops.attention import triton as kernels
 from stepgraph.ops.attention.geometry import KV_BLOCK
 
@@ -95,7 +95,7 @@ def run_step(world: World, rows: list[Chunk], rng: Random, device: str, *, deter
             query_start, kv_len,
         )
     ]  # fmt: skip
-    plan = module.attention_plan(
+    plan = (plan_triton if device else cpu).attention_plan(
         *arrays[-3:], H, G, D, geometry.tile, geometry.min_split_keys, geometry.split_target, geometry.max_items,
         geometry.max_partials, world.window,
     )  # fmt: skip

@@ -7,8 +7,7 @@ import torch
 from torch import Tensor
 
 from stepgraph import ops
-from stepgraph.ops.attention import AttentionPlan, attention_geometry
-from stepgraph.ops.attention import triton as attention_kernels
+from stepgraph.ops.attention import AttentionPlan, attention_geometry, plan_triton
 from stepgraph.ops.attention.geometry import KV_BLOCK
 from stepgraph.ops.rope_attention import reference
 from stepgraph.ops.rope_attention import triton as kernels
@@ -50,7 +49,7 @@ def run_kernel(inputs, geometry, group, device):
     inputs = [None if t is None else t.to(device) for t in inputs]
     (G, D), (row_slot, query_start, kv_len) = inputs[5].shape[2:], inputs[-3:]
     sizes = (geometry.tile, geometry.min_split_keys, geometry.split_target, geometry.max_items, geometry.max_partials)
-    plan = AttentionPlan(*attention_kernels.attention_plan(row_slot, query_start, kv_len, G * group, G, D, *sizes, 0))
+    plan = AttentionPlan(*plan_triton.attention_plan(row_slot, query_start, kv_len, G * group, G, D, *sizes, 0))
     out = kernels.rope_attention(*inputs, *plan, G * group, EPS, D**-0.5)
     assert not plan.counters.any()
     return out.cpu(), [cache.cpu() for cache in inputs[5:7]], plan

@@ -5,7 +5,7 @@ batch has; `paged_attention` runs a fixed number of programs that loop over the 
 the buffers of partial results are sized by `AttentionGeometry`, which depends on the StepShape only.
 
 There are three kinds of tiles on CUDA. Those of 16 rows are for steps of few queries a row, which wait for memory. Those of 64
-(`stepgraph.ops.attention.triton`, like the first) serve every GPU, dtype and window. Those of 128
+(`stepgraph.ops.attention.triton`) serve every GPU, dtype and window. Those of 128
 (`stepgraph.ops.attention.hopper`) are for what `tall_tile` lists, where they take a prompt of 2048 tokens in 0.6 of the time.
 
 Source of the split and its combination: Dao et al., "Flash-Decoding" (2023); online softmax: Milakov and Gimelshein (2018).
@@ -48,7 +48,7 @@ class AttentionPlan(NamedTuple):
 _attention_plan = register(
     "attention_plan(Tensor row_slot, Tensor query_start, Tensor kv_len, int num_heads, int num_kv_heads, int head_dim, int tile, "
     "int min_split_keys, int split_target, int max_items, int max_partials, int window) -> (Tensor, Tensor, Tensor, Tensor)",
-    {"cpu": cpu.attention_plan, "cuda": "stepgraph.ops.attention.triton:attention_plan"},
+    {"cpu": cpu.attention_plan, "cuda": "stepgraph.ops.attention.plan_triton:attention_plan"},
 )
 
 
