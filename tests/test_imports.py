@@ -1,13 +1,9 @@
 """What a start imports, as sets of modules: no heavy library before it is needed. Each case is a process of its own."""
 
-import ast
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
-
-import stepgraph
 
 HEAVY = (
     "torch",
@@ -75,22 +71,3 @@ while engine.has_work:
 
 def test_the_config_of_a_common_model_is_read_without_transformers() -> None:
     assert "transformers" not in imported_by("from stepgraph.models import resolve\nresolve('qwen3-8b')")
-
-
-def imports_of(package: str) -> set[str]:
-    """Modules of stepgraph that those of a package name in their imports, wherever these stand."""
-    found = set()
-    for file in (Path(stepgraph.__file__).parent / package).glob("**/*.py"):
-        for node in ast.walk(ast.parse(file.read_text())):
-            if isinstance(node, ast.ImportFrom) and node.module:
-                found.add(node.module)
-            elif isinstance(node, ast.Import):
-                found |= {alias.name for alias in node.names}
-    return {name for name in found if name.split(".")[0] == "stepgraph"}
-
-
-def test_graphs_know_nothing_of_what_is_captured_in_them() -> None:
-    above = ("api", "bench", "cli", "engine", "executor", "models", "server", "spec", "step", "verify")
-    found = imports_of("graph")
-    assert "stepgraph.graph.base" in found
-    assert not {name for name in found if name.split(".")[1] in above}

@@ -2,40 +2,26 @@
 
 import importlib
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 from unittest import mock
 
 import pytest
 import torch
 
-from stepgraph.ops.registry import INLINED
+import stepgraph.ops  # noqa: F401  # registers the operators
+from stepgraph.platforms.kernels import _KERNELS, INLINED
 
-LAUNCHERS = {
-    name: getattr(importlib.import_module(f"stepgraph.ops.{folder}.triton"), name)
-    for folder, names in {
-        "attention": ("attention_plan", "paged_attention"),
-        "build": ("build_step",),
-        "commit": ("commit",),
-        "draft": ("draft_inputs", "draft_row_tokens", "propose"),
-        "force_acceptance": ("force_acceptance",),
-        "fp8_linear": ("fp8_linear", "fp8_linear_add", "fp8_norm_gated_linear", "fp8_norm_linear"),
-        "grouped_linear": ("grouped_linear",),
-        "linear": ("linear", "linear_add", "linear_by_row", "linear_out", "norm_gated_linear", "norm_linear"),
-        "logprobs": ("logprobs",),
-        "lookup": ("lookup",),
-        "lora": ("lora",),
-        "process_logits": ("process_logits",),
-        "remember": ("remember",),
-        "rms_norm": ("rms_norm",),
-        "rope_attention": ("rope_attention",),
-        "rope_cache": ("rope_cache",),
-        "sample": ("sample",),
-        "swiglu": ("swiglu", "geglu"),
-        "write_kv": ("write_kv",),
-    }.items()
-    for name in names
-}
+
+def launcher(target: str) -> Callable[..., Any]:
+    """What ``"module:function"`` names."""
+    module, function = target.split(":")
+    return getattr(importlib.import_module(module), function)
+
+
+LAUNCHERS = {name: launcher(kernels["cuda"]) for name, kernels in _KERNELS.items()}
+"""Of each operator, what launches its Triton kernel."""
 
 
 @contextmanager
