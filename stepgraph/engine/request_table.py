@@ -8,8 +8,6 @@ Shapes: S slots, the null slot included; R rows, all of a step.
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import numpy.typing as npt
 
@@ -27,6 +25,7 @@ class RequestTable:
 
     def __init__(self, num_slots: int):
         columns: npt.NDArray[np.int64] = np.zeros((8, num_slots + 1), dtype=np.int64)
+        self._counts_2S = columns[:2]
         self.planned_S, self.unread_drafts_S, self.drafts_S, self.room_S, self.end_S, self.max_drafts_S = columns[:6]
         views: list[memoryview[int]] = [memoryview(column) for column in columns]
         self.planned = views[0]
@@ -87,15 +86,15 @@ class RequestTable:
         if is_last:
             self.drafts[slot] = num_drafts
 
-    def plan_all(self, num_verified_S: npt.NDArray[np.int64] | None) -> None:
-        """`plan_decode` for every request that runs, each expecting as many proposals as before."""
-        np.add(self.planned_S, _ONE, self.planned_S)
-        if num_verified_S is not None:
-            self.unread_drafts_S += num_verified_S
+    def plan_all(self, advance_2S: npt.NDArray[np.int64] | None) -> None:
+        """`plan_decode` for every request that runs, each expecting as many proposals as before. `advance_2S`: 1, and the
+        proposals that the step verifies; None if it verifies none."""
+        if advance_2S is None:
+            np.add(self.planned_S, _ONE, self.planned_S)
+        else:
+            np.add(self._counts_2S, advance_2S, self._counts_2S)
 
-    def read_all(
-        self, num_verified_S: npt.NDArray[np.int64], slots_R: npt.NDArray[np.int64], num_stood_R: npt.NDArray[Any]
-    ) -> None:
-        """`read` for every request that runs, each having as many proposals as before."""
-        self.planned_S[slots_R] += num_stood_R
-        self.unread_drafts_S -= num_verified_S
+    def read_all(self, outcome_2S: npt.NDArray[np.int64]) -> None:
+        """`read` for every request that runs, each having as many proposals as before. `outcome_2S`: the proposals that stood,
+        and less those that the step was to verify."""
+        np.add(self._counts_2S, outcome_2S, self._counts_2S)

@@ -44,11 +44,11 @@ def read_rows(
         tokens = tuple(new[:num_tokens])
         if not tokens and finish == slot_line.RUNNING:
             continue
-        is_last = table.planned[slot] == request.num_known  # no other step under way samples for it
-        if is_last and request.guide is not None:
+        if request.guide is not None:
             drafts = results.drafts
             request.draft_token_ids = () if drafts is None else drafts[index, :num_drafts].tolist()
         if plan.num_drafts:
+            is_last = table.planned[slot] == request.num_known  # no other step under way samples for it
             num_verifiable = 0
             if index >= plan.num_prefill_rows:
                 num_verifiable = plan.rows[index][1] - 1

@@ -44,10 +44,11 @@ class SteadyDecode:
         # Beyond the tokens planned: those of a step, and what a draft model computes of the proposals after it.
         num_drafts_R = np.minimum(plan.num_drafts, table.max_drafts_S[self._slots_R])
         self._written_R = bound_R + np.maximum(num_drafts_R - 1, 0)
-        self._verified_S: npt.NDArray[np.int64] | None = None  # proposals that a step verifies
+        self._advance_2S: npt.NDArray[np.int64] | None = None  # see `RequestTable.plan_all`
         if plan.num_drafts:
-            self._verified_S = np.zeros_like(table.planned_S)
-            self._verified_S[self._slots_R] = bound_R - 1
+            self._advance_2S = np.ones((2, len(table.planned_S)), dtype=np.int64)
+            self._advance_2S[1, self._slots_R] = bound_R - 1
+            self._outcome_2S = -self._advance_2S  # see `RequestTable.read_all`; what stood is written for each step
         self._end_R = table.end_S[self._slots_R]
         self._num_sure = 0  # steps to come in which nobody needs a block
         # What the results of each row begin with, and how many proposals they end with.
@@ -82,7 +83,7 @@ class SteadyDecode:
                 return None
             if deltas:
                 step = ScheduledStep(replace(self.plan, deltas=deltas))
-        self._table.plan_all(self._verified_S)
+        self._table.plan_all(self._advance_2S)
         return step
 
     def read(self, results: StepResults) -> Sequence[RequestUpdate] | None:
@@ -92,10 +93,10 @@ class SteadyDecode:
         tokens_R: Iterable[tuple[int, ...]]
         if table[:, : self._num_expected].tobytes() != self._expected:
             return None
-        if self._verified_S is not None:
+        if self._advance_2S is not None:
             if not self._repeats_drafts(table[:, slot_line.OUT_NUM_DRAFTS]):
                 return None
-            tokens_R = self._take_verified(table, self._verified_S)
+            tokens_R = self._take_verified(table)
         else:
             new_R = table[:, slot_line.OUT_TOKENS].tolist()
             for append, token in zip(self._appends, new_R, strict=True):
@@ -112,7 +113,7 @@ class SteadyDecode:
         """Grant the blocks that the next step needs; None if it cannot be as those before it."""
         table, slots_R, end_R = self._table, self._slots_R, self._end_R
         written_R = table.planned_S.take(slots_R) + self._written_R
-        if self._verified_S is not None:
+        if self._advance_2S is not None:
             written_R += table.unread_drafts_S.take(slots_R)
         room_R = table.room_S.take(slots_R)
         spare_R = np.minimum(room_R, end_R) - written_R
@@ -144,7 +145,7 @@ class SteadyDecode:
         num_unread = self._table.planned[self.plan.rows[0][0]] + 1 - self._requests[0].num_known
         return num_unread > 1 and bool(((drafts_R > 0) == has_drafts_R).all())
 
-    def _take_verified(self, table: npt.NDArray[np.int32], verified_S: npt.NDArray[np.int64]) -> list[tuple[int, ...]]:
+    def _take_verified(self, table: npt.NDArray[np.int32]) -> list[tuple[int, ...]]:
         """Take in the rows' new tokens where some are proposals that stood."""
         tokens_R = []
         for request, line in zip(self._requests, table.tolist(), strict=True):
@@ -153,5 +154,6 @@ class SteadyDecode:
             request.count_accepted(line[slot_line.OUT_NUM_ACCEPTED])
             request.output_token_ids += tokens
             tokens_R.append(tuple(tokens))
-        self._table.read_all(verified_S, self._slots_R, table[:, slot_line.OUT_NUM_TOKENS] - 1)
+        self._outcome_2S[0, self._slots_R] = table[:, slot_line.OUT_NUM_TOKENS] - 1
+        self._table.read_all(self._outcome_2S)
         return tokens_R
