@@ -1,7 +1,8 @@
 """What the scheduler counts of the requests that run: one column per count, one line per slot.
 
-A column is an array, so that steps which move all lines alike cost the host the same at any number of requests. One entry at a
-time is read through a memoryview of the same memory, which takes a quarter of the time that an array takes for it.
+Columns that steady steps change or read are arrays, so that such a step costs the host the same at any number of requests. One
+entry at a time is read through a memoryview of the same memory, which takes a quarter of the time that an array takes for it. The
+other columns are lists, which are faster still at that.
 
 Shapes: S slots, the null slot included; R rows, all of a step.
 """
@@ -24,26 +25,26 @@ class RequestTable:
     """
 
     def __init__(self, num_slots: int):
-        columns: npt.NDArray[np.int64] = np.zeros((8, num_slots + 1), dtype=np.int64)
+        columns: npt.NDArray[np.int64] = np.zeros((4, num_slots + 1), dtype=np.int64)
         self._counts_2S = columns[:2]
-        self.planned_S, self.unread_drafts_S, self.drafts_S, self.room_S, self.end_S, self.max_drafts_S = columns[:6]
+        self.planned_S, self.unread_drafts_S, self.room_S, self.end_S = columns
         views: list[memoryview[int]] = [memoryview(column) for column in columns]
         self.planned = views[0]
         """Tokens whose computation is planned: the device has computed these, or will before anything planned later. Of the
         proposals under way as if none stood."""
         self.unread_drafts = views[1]
         """Proposals in steps under way: if all stand, so many tokens more are computed than `planned`."""
-        self.drafts = views[2]
+        self.drafts = [0] * (num_slots + 1)
         """Proposals that wait for its next step; with steps under way, the most that may."""
-        self.room = views[3]
+        self.room = views[2]
         """Tokens that its KV blocks hold."""
-        self.end = views[4]
+        self.end = views[3]
         """Tokens that it computes at most: the last one that it may sample never is."""
-        self.max_drafts = views[5]
+        self.max_drafts = [0] * (num_slots + 1)
         """Proposals that it takes at once, at most."""
-        self.prefill_len = views[6]
+        self.prefill_len = [0] * (num_slots + 1)
         """Tokens known when it got its slot: the prompt, and after a preemption the answer so far."""
-        self._was_drafted = views[7]
+        self._was_drafted = [True] * (num_slots + 1)
         """Whether its last known step made proposals. Those of the step under way are expected to be like that."""
 
     def enter(self, slot: int, *, planned: int, prefill_len: int, end: int, max_drafts: int) -> None:
@@ -51,7 +52,7 @@ class RequestTable:
         self.planned[slot], self.prefill_len[slot] = planned, prefill_len
         self.end[slot], self.max_drafts[slot] = end, max_drafts
         self.unread_drafts[slot] = self.drafts[slot] = self.room[slot] = 0
-        self._was_drafted[slot] = 1
+        self._was_drafted[slot] = True
 
     def is_prefilling(self, slot: int) -> bool:
         """Whether a part of its prompt is not planned."""
@@ -76,11 +77,12 @@ class RequestTable:
         # What the step will propose is not known before its results; if it is more, the rest of it is not verified.
         self.drafts[slot] = min(num_drafts, self.max_drafts[slot]) if num_drafts and self._was_drafted[slot] else 0
 
-    def read(self, slot: int, num_verified: int, num_stood: int, num_drafts: int, *, is_last: bool) -> None:
+    def read(self, slot: int, num_verified: int, num_stood: int, num_drafts: int, is_last: bool) -> None:
         """A step's results are known, which was to verify so many proposals: so many stood, and it made `num_drafts` new ones.
-        `is_last`: no other step is under way."""
+        `is_last`: no other step that samples for it is under way, so that the next one verifies these."""
         if num_verified:
-            self.planned[slot] += num_stood
+            if num_stood:
+                self.planned[slot] += num_stood
             self.unread_drafts[slot] -= num_verified
         self._was_drafted[slot] = num_drafts > 0
         if is_last:

@@ -48,14 +48,16 @@ def read_rows(
             drafts = results.drafts
             request.draft_token_ids = () if drafts is None else drafts[index, :num_drafts].tolist()
         if plan.num_drafts:
-            is_last = table.planned[slot] == request.num_known  # no other step under way samples for it
             num_verifiable = 0
             if index >= plan.num_prefill_rows:
                 num_verifiable = plan.rows[index][1] - 1
                 request.num_draft_tokens += num_verified
                 request.count_accepted(num_accepted)
                 outcomes.append((num_tokens, num_verified, num_accepted))
-            table.read(slot, num_verifiable, num_tokens - 1, num_drafts, is_last=is_last)
+            is_last = (
+                num_drafts != table.drafts[slot] and table.planned[slot] == request.num_known
+            )  # matters if they differ
+            table.read(slot, num_verifiable, num_tokens - 1, num_drafts, is_last)
         request.output_token_ids += tokens
         add_logprobs(request, tokens, results.logprobs, first_sample)
         reason = _FINISH_REASONS[finish]

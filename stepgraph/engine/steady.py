@@ -42,7 +42,7 @@ class SteadyDecode:
         self._slots_R, bound_R = np.array(plan.rows).T.copy()
         self._most = int(bound_R.max())  # tokens that a step gives a row
         # Beyond the tokens planned: those of a step, and what a draft model computes of the proposals after it.
-        num_drafts_R = np.minimum(plan.num_drafts, table.max_drafts_S[self._slots_R])
+        num_drafts_R = np.minimum(plan.num_drafts, [table.max_drafts[slot] for slot, _ in plan.rows])
         self._written_R = bound_R + np.maximum(num_drafts_R - 1, 0)
         self._advance_2S: npt.NDArray[np.int64] | None = None  # see `RequestTable.plan_all`
         if plan.num_drafts:
@@ -69,7 +69,7 @@ class SteadyDecode:
         return bool(
             (unread_R == unread_R[0]).all()
             and (table.unread_drafts_S[slots_R] == unread_R * (bound_R - 1)).all()
-            and (table.drafts_S[slots_R] == bound_R - 1).all()
+            and all(table.drafts[slot] == bound - 1 for slot, bound in plan.rows)
         )
 
     def next_step(self) -> ScheduledStep | None:
