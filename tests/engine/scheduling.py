@@ -434,3 +434,8 @@ class Loop:
         end = computed + bound
         num_drafts = min(plan.num_drafts, request.sampling.max_num_drafts)
         return end + (num_drafts - 1 if num_drafts and end >= self.scheduler.table.prefill_len[request.slot] - 1 else 0)
+
+
+def tokens_of(plans: Sequence[StepPlan]) -> list[list[int]]:
+    """At most how many tokens each row of some plans has."""
+    return [[bound for _, bound in plan.rows] for plan in plans]
