@@ -156,13 +156,13 @@ def _graphs_list(arguments: argparse.Namespace) -> int:
     from stepgraph.executor.build import build_local_executor
     from stepgraph.models.source import resolve_configured
 
-    graphs = build_local_executor(config, resolve_configured(config.model), progress=_progress()).runner.graphs
-    graphs.capture_all(progress=_progress())
-    records, store = graphs.records(), graphs.store
+    executor = build_local_executor(config, resolve_configured(config.model), progress=_progress())
+    executor.runner.graphs.capture_all(progress=_progress())
+    records, num_bytes = executor.graph_records(), executor.graph_counts().bytes
     rows_of_cells = [[str(r.shape), f"{r.capture_ms:.1f}", f"{r.bytes / 2**20:.1f}"] for r in records]
     print(table(["tokens x rows", "capture ms", "MiB"], rows_of_cells))
     total_s = sum(record.capture_ms for record in records) / 1e3
-    print(f"{len(records)} {store.backend_name} graphs, {total_s:.2f} s, {store.bytes / 2**20:.1f} MiB")
+    print(f"{len(records)} {executor.specs.graph_backend} graphs, {total_s:.2f} s, {num_bytes / 2**20:.1f} MiB")
     return 0
 
 

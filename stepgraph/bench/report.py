@@ -11,13 +11,10 @@ import platform
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import stepgraph
 from stepgraph.errors import ConfigError
-
-if TYPE_CHECKING:
-    pass
 
 _SECRET_FLAGS = ("--api-key", "--header")
 

@@ -118,7 +118,7 @@ def run(arguments: argparse.Namespace) -> int:
     costs = [cost for rows in ROWS if rows <= most for cost in measure(runner, rows, arguments.repeats)]
     where = machine(engine.executor.specs.device)
     print(
-        f"{engine.source.name}, {engine.executor.specs.dtype}, {runner.graphs.store.backend_name} graphs, "
+        f"{engine.source.name}, {engine.executor.specs.dtype}, {engine.executor.specs.graph_backend} graphs, "
         f"{where['device']}; decode steps at {CONTEXT} tokens of context, medians of {arguments.repeats} interleaved runs\n"
     )
     print(_table(costs))

@@ -57,7 +57,9 @@ class AdapterTable:
         if adapter is None:
             file = self.read(source) if isinstance(source, str) else source
             adapter = Adapter(self._free_number(in_use), secrets.token_hex(16))
+            self._adapters = {adapter.key: adapter, **self._adapters}  # of no folder until it is written
             self._write(adapter.number, file)
+            del self._adapters[adapter.key]
         self._adapters[folder] = adapter
         return adapter
 

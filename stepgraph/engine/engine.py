@@ -1,4 +1,4 @@
-"""Engine: the loop that joins scheduler and runner. One thread drives it; `LLM` and `AsyncEngine` do."""
+"""Engine: the loop that joins scheduler and executor. One thread drives it; `LLM` and `AsyncEngine` do."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from stepgraph.engine.sampling_params import SamplingParams
 from stepgraph.engine.scheduler import Scheduler
 from stepgraph.engine.speculation import SpeculationStatistics
 from stepgraph.engine.step_draft import ScheduledStep
-from stepgraph.errors import DeviceMemoryError, EngineDeadError, Fault
+from stepgraph.errors import DeviceMemoryError, Fault
 from stepgraph.executor.base import Executor
 from stepgraph.models.adapters import AdapterFile
 from stepgraph.models.source import ModelSource
@@ -361,11 +361,11 @@ class Engine:
 
     def _give_up(self, plan: StepPlan, error: DeviceMemoryError) -> list[RequestUpdate]:
         """End those requests of a step that was not launched, for lack of memory, which want more of it than a plain step takes;
-        the others start anew. EngineDeadError if there are none."""
+        the others start anew. Raises `error` if there are none."""
         slots = {slot for slot, _ in plan.rows}
         failed = [r for r in self.scheduler.requests if r.slot in slots and r.variant > Variant.PLAIN]
         if not failed:
-            raise EngineDeadError(f"the engine stopped on an error: {error}") from error
+            raise error
         logger.warning("a step with log-probabilities, penalties, biases or masks was given up: %s", error)
         self.executor.recover()
         for request in failed:

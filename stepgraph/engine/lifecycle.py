@@ -8,7 +8,7 @@ from typing import TypeVar
 
 from torch import Tensor
 
-from stepgraph.errors import ConfigError, EngineDeadError, StepgraphError
+from stepgraph.errors import ConfigError, DeviceMemoryError, EngineDeadError, StepgraphError
 from stepgraph.executor.base import Executor
 from stepgraph.models.source import ModelSource, resolve
 
@@ -60,7 +60,9 @@ class Lifecycle:
             return call()
         except BaseException as error:
             self.failure = error
-            if isinstance(error, StepgraphError) or not isinstance(error, Exception):
+            if not isinstance(error, Exception):
+                raise
+            if isinstance(error, StepgraphError) and not isinstance(error, DeviceMemoryError):
                 raise
             raise EngineDeadError(f"the engine stopped on an error: {error}") from error
 

@@ -79,7 +79,8 @@ class GraphCounts(NamedTuple):
 
 
 class Executor(Protocol):
-    """Runs an engine's steps. Driven by the engine's thread alone, but for `read_adapter`."""
+    """Runs the steps of one engine, by whose generations and epochs it tells requests and plans apart. Driven by that engine's
+    thread alone, but for `read_adapter`."""
 
     specs: ExecutorSpecs
 

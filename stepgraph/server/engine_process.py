@@ -80,7 +80,7 @@ class EngineProcess:
         self._socket = socket
         self._steps: list[StepInfo] = []
         self._num_sent: dict[str, int] = {}  # of each unfinished request: output tokens that were sent
-        self._load_told: Load | None = None
+        self._last_load: Load | None = None
         self._sent_at = 0.0
         self._adapters = AdapterReader(engine.read_adapter)
         self._awaiting: list[tuple[Add | LoadAdapter, Future[AdapterFile]]] = []  # until their adapter is read
@@ -260,10 +260,10 @@ class EngineProcess:
 
     def _tell(self, updates: Sequence[RequestUpdate]) -> None:
         load = load_of(self._engine)
-        if not (updates or self._steps) and load == self._load_told:
+        if not (updates or self._steps) and load == self._last_load:
             return
         self._send(Progress([self._update(update) for update in updates], self._steps, load))
-        self._steps, self._load_told = [], load
+        self._steps, self._last_load = [], load
 
     def _update(self, update: RequestUpdate) -> TokenUpdate:
         request, num_sent = update.request, self._num_sent[update.request.id]

@@ -201,7 +201,7 @@ def main_verify(
     executor = build_local_executor(config, source, progress=progress)
     specs, runner = executor.specs, executor.runner
     print(
-        f"{source.name}, {specs.dtype}, {runner.graphs.store.backend_name} graphs on "
+        f"{source.name}, {specs.dtype}, {specs.graph_backend} graphs on "
         f"{specs.platform}; {rounds} compositions a shape, seed {seed}"
     )
     reports = verify_graphs(
@@ -230,7 +230,7 @@ def main_verify(
                 "model": source.name,
                 "dtype": specs.dtype,
                 "deterministic": runner.deterministic,
-                "backend": runner.graphs.store.backend_name,
+                "backend": specs.graph_backend,
                 "rounds": rounds,
                 "seed": seed,
                 "graphs": [asdict(report) | {"shape": str(report.shape)} for report in reports],

@@ -115,7 +115,7 @@ def test_memory_that_does_not_suffice_for_a_plain_step_is_the_engines_end() -> N
     engine.add_request("r", [1, 2, 3], GREEDY)
     with pytest.raises(EngineDeadError, match="the engine stopped on an error: out of memory"):
         engine.step()
-    with pytest.raises(EngineDeadError, match="stopped on an earlier error"):
+    with pytest.raises(EngineDeadError, match="stopped on an earlier error: out of memory"):
         engine.step()
 
 
