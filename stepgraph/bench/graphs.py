@@ -16,6 +16,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from stepgraph.bench.account import KernelTime, StepAccount, account
+from stepgraph.bench.offline import settings_line
 from stepgraph.bench.report import choose, machine, pyplot, save_figure, table, write_json
 from stepgraph.bench.roofline import Limits, measure_limits, step_cost
 from stepgraph.config import EngineConfig, add_flags, settings_from_flags
@@ -140,8 +141,7 @@ def run(arguments: argparse.Namespace) -> int:
     capture_s, pool_mib = sum(r.capture_ms for r in records) / 1e3, engine.executor.graph_counts().bytes / 2**20
     where = machine(engine.executor.specs.device)
     print(
-        f"{engine.source.name}, {engine.executor.specs.dtype}, {engine.executor.specs.graph_backend} graphs, "
-        f"{where['device']}; medians of {arguments.repeats} interleaved runs\n"
+        f"{settings_line(engine, where)}; medians of {arguments.repeats} interleaved runs\n"
         f"limits measured here: copy {limits.copy_bytes_per_s / 1e9:.0f} GB/s, "
         f"matrix product {limits.flops_per_s / 1e12:.2f} TFLOP/s\n"
     )

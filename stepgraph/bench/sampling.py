@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from stepgraph.abi import slot_line
 from stepgraph.bench.graphs import CONTEXT, GREEDY, Contender, lay_out, time_interleaved
+from stepgraph.bench.offline import settings_line
 from stepgraph.bench.report import machine, table, write_json
 from stepgraph.config import EngineConfig, add_flags, settings_from_flags
 from stepgraph.engine.build import build_engine
@@ -118,8 +119,8 @@ def run(arguments: argparse.Namespace) -> int:
     costs = [cost for rows in ROWS if rows <= most for cost in measure(runner, rows, arguments.repeats)]
     where = machine(engine.executor.specs.device)
     print(
-        f"{engine.source.name}, {engine.executor.specs.dtype}, {engine.executor.specs.graph_backend} graphs, "
-        f"{where['device']}; decode steps at {CONTEXT} tokens of context, medians of {arguments.repeats} interleaved runs\n"
+        f"{settings_line(engine, where)}; decode steps at {CONTEXT} tokens of context, medians of {arguments.repeats} "
+        "interleaved runs\n"
     )
     print(_table(costs))
     if arguments.json:

@@ -10,6 +10,7 @@ from typing import Any
 
 from stepgraph.abi.slot_line import MAX_DRAFTS
 from stepgraph.bench import spec_forced, spec_text
+from stepgraph.bench.offline import settings_line
 from stepgraph.bench.report import machine, write_json
 from stepgraph.bench.spec_forced import ForcedOptions, ForcedResult
 from stepgraph.bench.spec_report import cost_table, forced_tables, plot_forced, plot_text, text_table
@@ -17,7 +18,6 @@ from stepgraph.bench.spec_text import BASELINE, MethodResult, TextOptions
 from stepgraph.bench.spec_workloads import WORKLOADS, load_workload
 from stepgraph.config import EngineConfig, add_flags, settings_from_flags
 from stepgraph.config.speculative import SpeculativeConfig
-from stepgraph.engine.engine import Engine
 from stepgraph.engine.sampling_params import SamplingParams
 from stepgraph.errors import ConfigError
 from stepgraph.models.source import resolve_configured
@@ -131,7 +131,7 @@ def _run_text(arguments: argparse.Namespace, settings: dict[str, Any]) -> int:
     engine = engines[BASELINE]
     where = machine(engine.executor.specs.device)
     print(
-        f"{_describe(engine)}, {where['device']}; medians of {options.rounds} rounds, methods in turn, after one round that "
+        f"{settings_line(engine, where)}; medians of {options.rounds} rounds, methods in turn, after one round that "
         f"captured graphs; temperature {options.temperature:g}, answers of up to {options.output_len} tokens"
     )
     for each in prompts:
@@ -188,7 +188,7 @@ def _run_forced(arguments: argparse.Namespace, settings: dict[str, Any]) -> int:
     engine, limits, results = spec_forced.measure(settings, options, progress=sys.stderr.isatty())
     where = machine(engine.executor.specs.device)
     print(
-        f"{_describe(engine)}, {where['device']}; random weights, each proposal stands with probability {options.acceptance:g}, "
+        f"{settings_line(engine, where)}; random weights, each proposal stands with probability {options.acceptance:g}, "
         f"{options.context} tokens of context; medians over {options.rounds} windows, with and without speculation in turn\n"
         f"limits measured here: copy {limits.copy_bytes_per_s / 1e9:.0f} GB/s, matrix product {limits.flops_per_s / 1e12:.2f} "
         f"TFLOP/s\n\n{forced_tables(results)}"
@@ -209,10 +209,6 @@ def _run_forced(arguments: argparse.Namespace, settings: dict[str, Any]) -> int:
         title = f"{engine.source.name} on {where['device']}, acceptance {options.acceptance:g}"
         plot_forced(arguments.plot, results, title)
     return 0
-
-
-def _describe(engine: Engine) -> str:
-    return f"{engine.source.name}, {engine.executor.specs.dtype}, {engine.executor.specs.graph_backend} graphs"
 
 
 def _without_method(settings: dict[str, Any]) -> dict[str, Any]:

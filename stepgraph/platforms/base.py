@@ -83,6 +83,8 @@ class Platform(Protocol):
     slowest_flops: float
     """Operations per second that any machine of the family computes, other work beside included; inf where steps take next to
     nothing."""
+    shares_host_memory: bool
+    """Its memory is the host's, which others need too: the KV cache takes what it can use, not all there is."""
     multiprocessors: int
     """Programs that run side by side; sizes the attention grid."""
     tuning: KernelTuning

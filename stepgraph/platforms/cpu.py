@@ -42,6 +42,7 @@ class CpuPlatform:
     supports_fp8 = True
     packed_dtypes: tuple[torch.dtype, ...] = (torch.float32,)
     slowest_flops = 2e10
+    shares_host_memory = True
     multiprocessors = 1
     tuning = DEFAULT
     kernel_cache: Path | None = None

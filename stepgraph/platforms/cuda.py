@@ -49,6 +49,7 @@ class CudaPlatform:
     run_ahead = 1
     packed_dtypes: tuple[torch.dtype, ...] = ()
     slowest_flops = inf
+    shares_host_memory = False
     graph_node_bytes = 5 << 10  # measured on an H200, see benchmarks/h200.md
 
     def __init__(self) -> None:

@@ -164,7 +164,7 @@ def choose_num_blocks(
     num_blocks = config.cache.num_kv_blocks
     free = platform.free_memory_bytes()
     if num_blocks is None:
-        if platform.device.type == "cpu":
+        if platform.shares_host_memory:
             wanted = max(_CPU_CACHE_BYTES, (blocks_per_request + 1) * block_bytes + line_bytes)
             budget = min(wanted, int(free * _CPU_SHARE))
             sum_of_parts = f"{_gib(free)} are free, of which the cache may take {_CPU_SHARE:.0%}"

@@ -95,7 +95,7 @@ class Machine:
     """What `choose_num_blocks` asks of a platform."""
 
     free: int
-    device = torch.device("cuda")
+    shares_host_memory: bool = False
 
     def free_memory_bytes(self) -> int:
         return self.free
@@ -104,11 +104,10 @@ class Machine:
         return 1 << 20
 
 
-def num_blocks(*specs, free: int, **settings) -> int:
+def num_blocks(*specs, free: int, shares_host_memory: bool = False, **settings) -> int:
     config = EngineConfig.from_settings(max_num_seqs=4, gpu_memory_utilization=1.0, **settings)
-    return choose_num_blocks(
-        layout(*specs), config, Machine(free), max_model_len=400, activation_bytes=1000, later_bytes=500
-    )
+    machine = Machine(free, shares_host_memory)
+    return choose_num_blocks(layout(*specs), config, machine, max_model_len=400, activation_bytes=1000, later_bytes=500)
 
 
 def test_blocks_get_what_lines_and_the_rest_leave() -> None:
@@ -119,6 +118,12 @@ def test_blocks_get_what_lines_and_the_rest_leave() -> None:
     assert num_blocks(FULL, STATE, free=free, num_kv_blocks=20) == 20
     most = 4 * 100 + 1
     assert num_blocks(STATE, free=free) == num_blocks(FULL, free=1 << 20) == most
+
+
+def test_of_the_hosts_memory_half_of_what_is_free_is_left_to_others() -> None:
+    block_bytes, line_bytes = layout(FULL, STATE).block_bytes, layout(FULL, STATE).line_bytes
+    assert num_blocks(FULL, free=50_000, shares_host_memory=True) == 25_000 // block_bytes
+    assert num_blocks(FULL, STATE, free=50_000, shares_host_memory=True) == (25_000 - line_bytes) // block_bytes
 
 
 def test_lines_that_leave_no_room_are_refused() -> None:

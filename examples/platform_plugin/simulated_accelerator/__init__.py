@@ -33,6 +33,7 @@ class SimulatedPlatform:
     supports_fp8 = True
     packed_dtypes: tuple[torch.dtype, ...] = ()
     slowest_flops = 2e10
+    shares_host_memory = True
     multiprocessors = 1
     tuning = KernelTuning()
     kernel_cache = None

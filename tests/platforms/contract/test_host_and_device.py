@@ -22,7 +22,7 @@ def test_it_says_what_it_is(platform, platform_name) -> None:
     assert platform.multiprocessors >= 1
     assert platform.graph_node_bytes >= 0
     assert platform.slowest_flops > 0
-    for flag in ("captures_all_by_default", "captures_addresses", "supports_fp8"):
+    for flag in ("captures_all_by_default", "captures_addresses", "supports_fp8", "shares_host_memory"):
         assert isinstance(getattr(platform, flag), bool), flag
 
 
