@@ -130,10 +130,12 @@ class FP8Tensor(CheckpointTensor):
         row_O = torch.cat([torch.arange(cut.begin, cut.begin + cut.length) for cut in part.row_cuts]).to(device)
         if not self._blocked:
             return codes_OI, scale.view(-1, 1).expand(self.shape[0], 1).index_select(0, row_O)
+        scale_OG = scale.view(num_groups(self.shape[0]), self.groups).index_select(0, row_O // GROUP_SIZE)
+        if self.groups == 1:
+            return codes_OI, scale_OG
         assert part.columns is not None
         begin, end = part.columns.begin, part.columns.begin + part.columns.length
         assert begin % GROUP_SIZE == 0, part
-        scale_OG = scale.view(num_groups(self.shape[0]), self.groups).index_select(0, row_O // GROUP_SIZE)
         return codes_OI, scale_OG[:, begin // GROUP_SIZE : num_groups(end)]
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from stepgraph.devices import AUTO, BUILT_IN, check_device, package_of, plugins
-from stepgraph.errors import ConfigError
+from stepgraph.errors import ConfigError, StepgraphError
 from stepgraph.platforms.base import PROTOCOL_VERSION, CompiledKernels, Completion, DeviceMemory, Platform
 from stepgraph.platforms.kernels import use_kernels
 
@@ -62,18 +62,30 @@ def _from_package(device: str) -> Platform:
             "one of them"
         )
     [entry] = entries
-    made: Platform = _load(entry)()
-    if made.name != device:
+    brought = f"device={device!r} is brought by {package_of(entry)}"
+    factory = _load(entry, brought)
+    try:
+        made: Platform = factory()
+    except StepgraphError:
+        raise
+    except Exception as error:  # of code that is not ours
         raise ConfigError(
-            f"device={device!r} is brought by {package_of(entry)}, whose platform calls itself {made.name!r}; its entry point "
-            "must have the platform's name"
+            f"{brought}, whose platform cannot be made ({type(error).__name__}: {error}); check its device and driver"
+        ) from error
+    if getattr(made, "name", device) != device:
+        raise ConfigError(
+            f"{brought}, whose platform calls itself {made.name!r}; its entry point must have the platform's name"
+        )
+    asked = {*Platform.__annotations__, *(name for name in vars(Platform) if not name.startswith("_"))}
+    if lacking := sorted(name for name in asked if not hasattr(made, name)):
+        raise ConfigError(
+            f"{brought}, whose platform lacks {', '.join(lacking)}; it must have all that stepgraph.platforms.Platform asks for"
         )
     return made
 
 
-def _load(entry: EntryPoint) -> Any:
-    """The class that makes a package's platform."""
-    brought = f"device={entry.name!r} is brought by {package_of(entry)}"
+def _load(entry: EntryPoint, brought: str) -> Any:
+    """The class that makes a package's platform; `brought` begins what is said if there is none."""
     try:
         factory = entry.load()
     except Exception as error:  # of code that is not ours

@@ -42,8 +42,9 @@ WIDE = {
     "llama": lambda: LlamaConfig(**GROUPED, head_dim=128, attention_bias=True, mlp_bias=True),
     "qwen3": lambda: Qwen3Config(**GROUPED, head_dim=128),
     "phi 3, merged": lambda: Phi3Config(**GROUPED | {"hidden_size": 512}, pad_token_id=0),
+    "llama, one group": lambda: LlamaConfig(**SIZES | {"hidden_size": 256, "intermediate_size": 128}, head_dim=32),
 }
-"""Of which every rank of four has whole groups of inputs."""
+"""Of which every rank of four has whole groups of inputs, or a part of the only one, which all of them share."""
 BLOCKS = {
     "llama": lambda: LlamaConfig(**SIZES | {"intermediate_size": 128}, head_dim=32),
     "qwen2": lambda: Qwen2Config(**SIZES | {"hidden_size": 128, "intermediate_size": 128}),

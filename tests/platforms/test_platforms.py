@@ -84,6 +84,15 @@ def test_names_of_platforms_that_packages_bring_are_settings_and_in_the_report(i
             f"class Platform: protocol_version, name = {PROTOCOL_VERSION}, 'cpu'",
             "acme-npu 1.2, whose platform calls itself 'cpu'; its entry point must have the platform's name",
         ),
+        (
+            f"class Platform:\n protocol_version, name = {PROTOCOL_VERSION}, 'npu'\n def __init__(self): self.driver = 1 / 0",
+            "acme-npu 1.2, whose platform cannot be made (ZeroDivisionError: division by zero); check its device and driver",
+        ),
+        (
+            f"class Platform:\n protocol_version, name = {PROTOCOL_VERSION}, 'npu'\n def __getattr__(self, name):\n"
+            "  if name in ('side_stream', 'tuning'): raise AttributeError(name)",
+            "acme-npu 1.2, whose platform lacks side_stream, tuning; it must have all that stepgraph.platforms.Platform asks for",
+        ),
     ],
 )
 def test_a_package_that_cannot_be_used_is_named_in_one_sentence(install, code, message) -> None:
