@@ -6,7 +6,6 @@ Shapes: T tokens, I inputs, O outputs, of what the rank keeps.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -75,7 +74,7 @@ class Matrix(nn.Module):
     @property
     def parameters_by_name(self) -> Weights:
         """Those of the format, and the bias, if there is one."""
-        return cast(Weights, self._parameters)
+        return self._parameters  # type: ignore[return-value]  # a bias that is None is not among them
 
     def kept_targets(self) -> dict[str, Target]:
         """What the rank keeps, as targets that take it as if it were all: of shapes [O, I] and [O]."""

@@ -4,6 +4,9 @@ torch finds a kernel by the type of device that an operator's tensors are on, wh
 torch for AMD GPUs has the type of NVIDIA's, and a platform whose memory is the host's has the CPU's. So kernels are kept by the
 platform's name, and `use_kernels` puts those of one platform in torch's table, for the life of the process. Until it is called,
 the built-in platforms' are there.
+
+As torch's table is the process's, so are the tables here: all engines of a process share them. Operators and kernels are added
+where modules are imported; what runs on a type of device is settled by the first platform of that type, and stays so.
 """
 
 from __future__ import annotations
@@ -43,9 +46,8 @@ come out."""
 _KERNELS: dict[str, dict[str, Kernel]] = {}  # by operator and platform
 _IN_USE: dict[str, str] = {}  # by type of device, the platform that `use_kernels` was called for
 _TUNING: dict[str, KernelTuning] = {}  # by type of device, of the platform in use
-_BROUGHT: set[tuple[str, str]] = (
-    set()
-)  # (operator, type of device) with a kernel of the platform there, not a substitute
+_BROUGHT: set[tuple[str, str]] = set()
+"""Operators and types of device for which the platform in use has a kernel, not a substitute."""
 _LIBRARY = torch.library.Library("stepgraph", "IMPL")
 
 

@@ -1,6 +1,7 @@
 """Which kernels an architecture's numbers choose, against choices that were written down when their speed was measured."""
 
 import json
+from collections.abc import Iterator
 from dataclasses import astuple
 from pathlib import Path
 
@@ -21,13 +22,18 @@ ARCHITECTURES = [SM_90, of_capability((10, 0)), DEFAULT]
 
 
 @pytest.fixture(params=ARCHITECTURES, ids=["sm_90", "sm_100", "default"])
-def tuning(request, monkeypatch) -> KernelTuning:
+def tuning(request, monkeypatch) -> Iterator[KernelTuning]:
     """The kernels' modules follow it."""
     for module in (few_tokens, linear, fp8_linear):
         monkeypatch.setattr(module, "TUNING", request.param)
+    forget_choices()
+    yield request.param
+    forget_choices()
+
+
+def forget_choices() -> None:
     few_tokens._choose_tile.cache_clear()
     fp8_linear._choose_sliced.cache_clear()
-    return request.param
 
 
 def shown(tile: object) -> str | None:

@@ -93,7 +93,8 @@ class WeightFormat(ABC):
 
     @abstractmethod
     def parameters(self, outputs: int, inputs: int, dtype: torch.dtype) -> dict[str, ParameterSpec]:
-        """What a weight [O, I] is kept in, by name.
+        """What a weight [O, I] is kept in, by name; one is "weight". The first dimension of each is O: projections that a layer
+        merges have rows of it.
 
         Args:
             outputs, inputs: O and I.
