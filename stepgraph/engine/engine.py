@@ -255,6 +255,7 @@ class Engine:
 
     def holds_adapter(self, folder: str) -> bool:
         """Whether a LoRA adapter need not be read before a request can use it; RequestError if none can be used."""
+        self._life.check_alive()
         return self._intake.adapters_for(folder).holds(folder)
 
     def read_adapter(self, folder: str) -> AdapterFile:
@@ -263,6 +264,7 @@ class Engine:
         Raises:
             RequestError: the folder is not an adapter that this model can run.
         """
+        self._life.check_alive()
         return self._intake.adapters_for(folder).read(folder)
 
     def load_adapter(self, file: AdapterFile, *, replace: bool = False) -> None:
@@ -283,6 +285,7 @@ class Engine:
 
     def forget_adapter(self, folder: str) -> None:
         """Have a LoRA adapter read again when the next request asks for it; those that run keep it."""
+        self._life.check_alive()
         self._intake.adapters_for(folder).forget(folder)
 
     def abort(self, request_id: str) -> RequestUpdate | None:
@@ -304,6 +307,7 @@ class Engine:
 
     def prepare(self) -> bool:
         """Use a moment without requests: capture one graph that steps may need later. False if nothing is left to prepare."""
+        self._life.check_alive()
         return self.idle_reason is None and self._life.noting_failure(self.executor.prepare)
 
     def _adapters_in_use(self) -> set[Adapter]:

@@ -24,10 +24,7 @@ def main_warm(config: EngineConfig, *, progress: bool) -> int:
     """
     platform = create_platform(config.model.device)
     if platform.kernel_cache is None:
-        name = {"cpu": "CPU"}.get(platform.name, platform.name)
-        print(
-            f"nothing to compile: operators on {name} come compiled, and graphs are captured when they are first used"
-        )
+        print(f"nothing to compile: operators on {platform.name} come compiled")
         return 0
     started = time.perf_counter()
     source = resolve_configured(config.model)

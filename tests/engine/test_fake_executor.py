@@ -4,6 +4,7 @@ import pytest
 from adder import VOCAB, Adder, engine_over, fake_executor
 from tiny import drain
 
+from stepgraph.engine.engine import Engine
 from stepgraph.engine.request import FinishReason
 from stepgraph.engine.sampling_params import SamplingParams
 from stepgraph.errors import DeviceMemoryError, EngineDeadError, ModelError
@@ -137,6 +138,35 @@ def test_memory_that_does_not_suffice_ends_those_who_ask_for_more_than_a_plain_s
 
 
 # Life
+
+
+def test_after_the_end_every_call_says_so_and_requests_can_be_aborted() -> None:
+    engine = engine_over(fake_executor(max_adapters=1))
+    file = engine.read_adapter("folder")
+    engine.add_request("a", [1, 2, 3], GREEDY)
+    engine.shutdown()
+    engine.shutdown()
+    calls = {
+        "add_request": lambda: engine.add_request("b", [1], GREEDY),
+        "forget_adapter": lambda: engine.forget_adapter("folder"),
+        "holds_adapter": lambda: engine.holds_adapter("folder"),
+        "load_adapter": lambda: engine.load_adapter(file),
+        "pause": engine.pause,
+        "prepare": engine.prepare,
+        "read_adapter": lambda: engine.read_adapter("folder"),
+        "reset_prefix_cache": engine.reset_prefix_cache,
+        "resume": engine.resume,
+        "sleep": engine.sleep,
+        "step": engine.step,
+        "update_weights": lambda: engine.update_weights([]),
+        "wake_up": engine.wake_up,
+    }
+    public = {name for name, value in vars(Engine).items() if callable(value) and not name.startswith("_")}
+    assert public == {*calls, "abort", "shutdown"}
+    for call in calls.values():
+        with pytest.raises(EngineDeadError, match="the engine was shut down; create another one"):
+            call()
+    assert engine.abort("a").finish_reason is FinishReason.ABORT
 
 
 @pytest.mark.parametrize("level", [1, 2])
