@@ -56,6 +56,12 @@ def build_local_executor(
         ModelError: the model cannot be read or run.
     """
     platform = create_platform(config.model.device)
+    if config.graph.graph_backend == "cuda" and platform.device.type != "cuda":
+        raise ConfigError(
+            f"graph_backend='cuda' captures what CUDA devices do, and device={platform.name!r} is none; leave it at auto, or use "
+            "device='cuda'",
+            param="graph_backend",
+        )
     max_model_len = context_len(config, source)
     dtype = platform.default_dtype if config.model.dtype == "auto" else getattr(torch, config.model.dtype)
     fills_late = False

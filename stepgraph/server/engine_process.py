@@ -426,7 +426,7 @@ def _ready(engine: Engine) -> Ready:
         max_model_len=specs.max_model_len,
         max_num_seqs=engine.config.scheduler.max_num_seqs,
         backend=specs.graph_backend,
-        device=specs.device,
+        device=specs.platform,
         precision=specs.precision,
         num_kv_blocks=specs.num_kv_blocks,
         block_size=specs.block_size,

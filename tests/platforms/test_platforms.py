@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from stepgraph import collect_env
+from stepgraph import LLM, collect_env
 from stepgraph.config import EngineConfig
 from stepgraph.errors import ConfigError
+from stepgraph.executor import build
 from stepgraph.platforms import PROTOCOL_VERSION, create_platform
 
 
@@ -114,3 +115,12 @@ def test_a_package_cannot_take_a_built_in_name(install) -> None:
     install("acme-npu", "1.2", "cpu", "1 / 0")
     assert create_platform("cpu").name == "cpu"
     assert collect_env.collect()["platforms"] == {}
+
+
+def test_cuda_graphs_elsewhere_are_refused_before_the_model_is_read(monkeypatch, tiny_model) -> None:
+    """Where there is a GPU too, its graph would hold nothing of what the CPU did."""
+    monkeypatch.setattr(build, "create_model", None)
+    with pytest.raises(
+        ConfigError, match=r"^graph_backend='cuda' captures .*, and device='cpu' is none; leave it at auto"
+    ):
+        LLM(model=tiny_model, device="cpu", graph_backend="cuda")
