@@ -66,11 +66,16 @@ def register_kernels(platform: str, kernels: Mapping[str, Kernel]) -> None:
         kernels: by the names of operators, as in `torch.ops.stepgraph`.
 
     Raises:
-        ConfigError: an operator is unknown, or the platform is another one's.
+        ConfigError: an operator is unknown, the platform is built in, or its kernels run already.
     """
     if platform in _BUILT_IN:
         raise ConfigError(
             f"kernels of platform {platform!r} are built in; register yours under another platform's name"
+        )
+    if platform in _IN_USE.values():
+        raise ConfigError(
+            f"kernels of platform {platform!r} come too late: this process runs those that it had when it was made; register "
+            "them where its package is imported"
         )
     if unknown := sorted(kernels.keys() - _KERNELS.keys()):
         raise ConfigError(

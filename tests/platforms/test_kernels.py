@@ -80,6 +80,21 @@ def test_two_platforms_of_one_type_of_device_are_refused_in_one_process() -> Non
     )
 
 
+def test_kernels_that_would_not_run_any_more_are_refused() -> None:
+    run(
+        """
+        register_kernels("third", {"swiglu": lambda x: x[:, :4]})
+        use_kernels("third", CPU)
+        try:
+            register_kernels("third", {"geglu": lambda x: x[:, :4]})
+        except ConfigError as error:
+            assert "kernels of platform 'third' come too late" in str(error), error
+        else:
+            raise AssertionError("not refused")
+        """
+    )
+
+
 def test_elsewhere_an_operator_without_a_kernel_is_refused_by_name() -> None:
     run(
         """
