@@ -30,7 +30,7 @@ class RequestBlocks:
 
     def __init__(self, pool: BlockPool, table: RequestTable, prefixes: PrefixCache, block_size: int, window: int):
         self.pool, self.block_size = pool, block_size
-        self._table, self._prefixes, self._window = table, prefixes, window
+        self._table, self._prefixes, self.window = table, prefixes, window
 
     def count(self, num_tokens: int) -> int:
         """Blocks for so many tokens."""
@@ -39,7 +39,7 @@ class RequestBlocks:
     def most_held(self, num_tokens: int, num_in_flight: int) -> int:
         """Blocks that a request of `num_tokens` holds at once if its steps under way have up to `num_in_flight` of them."""
         count = self.count(num_tokens)
-        return min(count, self.count(self._window + num_in_flight) + 1) if self._window else count
+        return min(count, self.count(self.window + num_in_flight) + 1) if self.window else count
 
     def needed(self, found: Sequence[int], num_tokens: int, num_in_flight: int) -> int:
         """Free blocks that a request takes which starts from `found`; the rest as in `most_held`."""
@@ -66,13 +66,14 @@ class RequestBlocks:
             What changes in the block table: (slot, index of the block in its line, block).
         """
         assert request.slot is not None
-        deltas = self.pool.extend(request.blocks, count, request.slot)
-        self._set_room(request)
+        blocks = request.blocks
+        deltas = self.pool.extend(blocks, count, request.slot)
+        self._table.set_room(request.slot, len(blocks) * self.block_size)
         return deltas
 
     def release_unseen(self, request: Request, start: int) -> None:
         """Release the blocks of which no token from position `start` on sees anything, where the request's next row starts."""
-        num_blocks = num_unseen(start, self._window, self.block_size)
+        num_blocks = num_unseen(start, self.window, self.block_size)
         if num_blocks > request.num_unseen:
             num_blocks = self._prefixes.give_up(request, num_blocks)
             unseen = slice(request.num_unseen, num_blocks)

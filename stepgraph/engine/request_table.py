@@ -70,7 +70,10 @@ class RequestTable:
         self.planned[slot] += 1
         if num_verified:
             self.unread_drafts[slot] += num_verified
-        self.expect(slot, num_drafts)
+        if num_drafts:
+            self.expect(slot, num_drafts)
+        else:
+            self.drafts[slot] = 0
 
     def expect(self, slot: int, num_drafts: int) -> None:
         """The last step planned samples for it, and makes up to `num_drafts` proposals."""

@@ -47,11 +47,12 @@ class RowPlanner:
         table, slot = self._table, request.slot
         assert slot is not None
         num_tokens = min(1 + min(table.drafts[slot], draft.num_drafts), limit) if draft.num_drafts else 1
-        num_written = table.planned[slot] + table.unread_drafts[slot] + num_tokens
+        planned = table.planned[slot]
+        num_written = planned + table.unread_drafts[slot] + num_tokens
         if table.room[slot] < num_written + draft.num_drafts:  # else there are enough for sure
             num_written = draft.with_proposals(num_written, table.max_drafts[slot], table.end[slot])
             deltas: list[tuple[int, int, int]] = []
-            if not self._grant(request, table.planned[slot], num_written, deltas, draft):
+            if not self._grant(request, planned, num_written, deltas, draft):
                 self._blocks.take_back(request, len(deltas))
                 return
             draft.decode_deltas += deltas

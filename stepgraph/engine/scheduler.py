@@ -230,7 +230,7 @@ class Scheduler:
     # Planning
 
     def _draft(self, *, decodes: bool, prompts: bool) -> StepDraft:
-        stages = list(map(self._stage, self._running))
+        stages = self._stages()
         num_decodes = stages.count(_DECODE)
         draft = StepDraft(self._max_tokens, self._choose_drafts(num_decodes))
         self._plan_running(draft, stages, num_decodes if decodes else 0, prompts=prompts)
@@ -243,14 +243,18 @@ class Scheduler:
                 self._rows.snap(draft)
         return draft
 
-    def _stage(self, request: Request) -> int:
-        """What a running request would do in a step."""
-        slot, table = request.slot, self.table
-        assert slot is not None
-        planned = table.planned[slot]
-        if planned < table.prefill_len[slot]:
-            return _PREFILL
-        return _DECODE if planned < table.end[slot] and not request.awaits_host else _WAIT
+    def _stages(self) -> list[int]:
+        """What each running request would do in a step."""
+        planned, prefill_len, end = self.table.planned, self.table.prefill_len, self.table.end
+        stages = []
+        for request in self._running:
+            slot: int = request.slot  # type: ignore[assignment]  # those that run have one
+            position = planned[slot]
+            if position < prefill_len[slot]:
+                stages.append(_PREFILL)
+            else:
+                stages.append(_DECODE if position < end[slot] and not request.awaits_host else _WAIT)
+        return stages
 
     def _plan_running(self, draft: StepDraft, stages: Sequence[int], decodes_left: int, *, prompts: bool) -> None:
         """Rows of the requests that hold slots, highest rank first, so that whoever must be preempted has no row yet.

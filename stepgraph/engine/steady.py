@@ -43,13 +43,17 @@ class SteadyDecode:
         self._most = int(bound_R.max())  # tokens that a step gives a row
         # Beyond the tokens planned: those of a step, and what a draft model computes of the proposals after it.
         num_drafts_R = np.minimum(plan.num_drafts, [table.max_drafts[slot] for slot, _ in plan.rows])
-        self._written_R = bound_R + np.maximum(num_drafts_R - 1, 0)
+        written_R = bound_R + np.maximum(num_drafts_R - 1, 0)
         self._advance_2S: npt.NDArray[np.int64] | None = None  # see `RequestTable.plan_all`
         if plan.num_drafts:
             self._advance_2S = np.ones((2, len(table.planned_S)), dtype=np.int64)
             self._advance_2S[1, self._slots_R] = bound_R - 1
             self._outcome_2S = -self._advance_2S  # see `RequestTable.read_all`; what stood is written for each step
-        self._end_R = table.end_S[self._slots_R]
+        self._slots: list[int] = self._slots_R.tolist()
+        self._ends: list[int] = table.end_S[self._slots_R].tolist()
+        # How many tokens may be planned, proposals under way counted, while the next step needs no block.
+        self._limit_R = np.minimum(table.room_S[self._slots_R], table.end_S[self._slots_R]) - written_R
+        self._limit: memoryview[int] = memoryview(self._limit_R)
         self._num_sure = 0  # steps to come in which nobody needs a block
         # What the results of each row begin with, and how many proposals they end with.
         expected = [(request.slot, request.generation, slot_line.RUNNING, 1) for request in requests]
@@ -111,28 +115,30 @@ class SteadyDecode:
 
     def _grow(self) -> tuple[tuple[int, int, int], ...] | None:
         """Grant the blocks that the next step needs; None if it cannot be as those before it."""
-        table, slots_R, end_R = self._table, self._slots_R, self._end_R
-        written_R = table.planned_S.take(slots_R) + self._written_R
+        table = self._table
+        spare_R = self._limit_R - table.planned_S.take(self._slots_R)
         if self._advance_2S is not None:
-            written_R += table.unread_drafts_S.take(slots_R)
-        room_R = table.room_S.take(slots_R)
-        spare_R = np.minimum(room_R, end_R) - written_R
-        short_N = (spare_R < 0).nonzero()[0]
+            spare_R -= table.unread_drafts_S.take(self._slots_R)
         deltas: list[tuple[int, int, int]] = []
-        if len(short_N):
-            written_N, end_N = written_R.take(short_N), end_R.take(short_N)
-            if (written_N > end_N).any():
-                return None
-            for row, planned in zip(
-                short_N.tolist(), table.planned_S.take(slots_R.take(short_N)).tolist(), strict=True
-            ):
-                self._blocks.release_unseen(self._requests[row], planned)
-            counts = (-(-(written_N - room_R.take(short_N)) // self._blocks.block_size)).tolist()
+        short = (spare_R < 0).nonzero()[0].tolist()
+        if short:
+            counts = []
+            for row in short:
+                spare = int(spare_R[row])
+                if min(table.room[self._slots[row]], self._ends[row]) - spare > self._ends[row]:
+                    return None
+                counts.append(-(spare // self._blocks.block_size))
             if sum(counts) > self._blocks.pool.num_free:
                 return None
-            for row, count in zip(short_N.tolist(), counts, strict=True):
-                deltas += self._blocks.grant(self._requests[row], count)
-            spare_R[short_N] = np.minimum(table.room_S.take(slots_R.take(short_N)), end_N) - written_N
+            for row, count in zip(short, counts, strict=True):
+                slot, end, request = self._slots[row], self._ends[row], self._requests[row]
+                before = min(table.room[slot], end)
+                if self._blocks.window:
+                    self._blocks.release_unseen(request, table.planned[slot])
+                deltas += self._blocks.grant(request, count)
+                gained = min(table.room[slot], end) - before
+                self._limit[row] += gained
+                spare_R[row] += gained
         self._num_sure = int(spare_R.min()) // self._most  # more, once the results tell of proposals that fell
         return tuple(deltas)
 
