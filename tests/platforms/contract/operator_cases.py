@@ -97,6 +97,7 @@ def sampled(g: torch.Generator) -> tuple[Any, ...]:
         slot_line(length=7, computed=6, active=False),
     )
     tokens = torch.randint(V, (4, 64), generator=g, dtype=torch.int32)
+    tokens[0] = 0  # the null slot's, which padding may write again
     ring = torch.zeros(4, 4, line.OUTPUT_WIDTH, dtype=torch.int32)
     return (
         lines, tokens, int32(2), ring, int32(1, 2, 3, 0), int32(0, 1, 13, 13, 13), int32(9, 12, 6, 0), int32(0, 1, 2, 2, 2),
@@ -111,7 +112,7 @@ def drawn(g: torch.Generator) -> tuple[Any, ...]:
         slot_line(temperature=1.5, seed=12, top_k=5, length=30),
         slot_line(temperature=1.0, seed=1 << 40, top_p=0.7, min_p=0.02),
     )
-    return 4 * random(g, 5, V), int32(1, 2, 3, 4, 0), int32(0, 0, 2, 1, 0), lines
+    return 4 * random(g, 4, V), int32(1, 2, 3, 4), int32(0, 0, 2, 1), lines  # what the null slot gets is left open
 
 
 def asked(g: torch.Generator) -> tuple[Any, ...]:
@@ -171,3 +172,33 @@ OF_SETTINGS = {
     "force_acceptance",
 }
 """Operators of settings that a platform need not serve: of FP8 weights, LoRA, and drafting by lookup."""
+
+TOLERANCE = {"rtol": 1e-4, "atol": 1e-4}
+
+
+def moved(args, device):
+    return tuple(arg.to(device, copy=True) if isinstance(arg, torch.Tensor) else arg for arg in args)
+
+
+def results(returned, args) -> list[torch.Tensor]:
+    """All that a call gave, in host memory: what it returned and what its arguments hold then."""
+    returned = returned if isinstance(returned, tuple) else () if returned is None else (returned,)
+    return [tensor.cpu() for tensor in (*returned, *args) if isinstance(tensor, torch.Tensor)]
+
+
+def assert_as_reference(name: str, seed: int, device: torch.device) -> None:
+    """An operator gives, on a device, what its reference gives."""
+    case = CASES[name]
+    args = case.args(torch.Generator().manual_seed(seed))
+    on_device = moved(args, device)
+    found = results(getattr(torch.ops.stepgraph, case.operator).default(*on_device), on_device)
+    expected = results(case.reference(*args), args)
+    assert len(found) == len(expected)
+    for tensor, reference in zip(found, expected, strict=True):
+        assert tensor.shape == reference.shape
+        if reference.dtype.is_floating_point:
+            torch.testing.assert_close(tensor, reference, **TOLERANCE)
+        elif name == "logprobs":  # whose lines hold float32 beside whole numbers
+            torch.testing.assert_close(tensor.view(torch.float32), reference.view(torch.float32), **TOLERANCE)
+        else:
+            assert torch.equal(tensor, reference)

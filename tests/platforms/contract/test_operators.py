@@ -3,22 +3,10 @@
 import pytest
 import torch
 from attention_batches import make_batch
-from operator_cases import CASES, IN_STEPS, OF_SETTINGS
+from operator_cases import CASES, IN_STEPS, OF_SETTINGS, TOLERANCE, assert_as_reference, moved
 
 from stepgraph import ops
 from stepgraph.ops.attention import attention_geometry
-
-TOLERANCE = {"rtol": 1e-4, "atol": 1e-4}
-
-
-def moved(args, device):
-    return tuple(arg.to(device, copy=True) if isinstance(arg, torch.Tensor) else arg for arg in args)
-
-
-def results(returned, args) -> list[torch.Tensor]:
-    """All that a call gave, in host memory: what it returned and what its arguments hold then."""
-    returned = returned if isinstance(returned, tuple) else () if returned is None else (returned,)
-    return [tensor.cpu() for tensor in (*returned, *args) if isinstance(tensor, torch.Tensor)]
 
 
 def test_every_operator_is_checked_somewhere() -> None:
@@ -31,20 +19,7 @@ def test_every_operator_is_checked_somewhere() -> None:
 @pytest.mark.parametrize("seed", [0, 1])
 @pytest.mark.parametrize("name", CASES)
 def test_an_operator_gives_what_plain_torch_gives(platform, name, seed) -> None:
-    case = CASES[name]
-    args = case.args(torch.Generator().manual_seed(seed))
-    on_device = moved(args, platform.device)
-    found = results(getattr(torch.ops.stepgraph, case.operator).default(*on_device), on_device)
-    expected = results(case.reference(*args), args)
-    assert len(found) == len(expected)
-    for tensor, reference in zip(found, expected, strict=True):
-        assert tensor.shape == reference.shape
-        if reference.dtype.is_floating_point:
-            torch.testing.assert_close(tensor, reference, **TOLERANCE)
-        elif name == "logprobs":  # whose lines hold float32 beside whole numbers
-            torch.testing.assert_close(tensor.view(torch.float32), reference.view(torch.float32), **TOLERANCE)
-        else:
-            assert torch.equal(tensor, reference)
+    assert_as_reference(name, seed, platform.device)
 
 
 @pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.rows])
