@@ -8,6 +8,7 @@ from stepgraph.engine.build import build_engine
 from stepgraph.engine.engine import Engine
 from stepgraph.executor.fake import FakeClock, FakeDevice, FakeExecutor, fake_specs
 from stepgraph.models.source import resolve
+from stepgraph.step.admission import Admission
 from stepgraph.step.plan import StepPlan
 from stepgraph.step.results import RowResult, StepResults
 from stepgraph.step.shape_policy import ShapePolicy
@@ -32,9 +33,10 @@ class Adder:
         self._slots: dict[int, _Slot] = {}
         self._allowed: dict[int, list[int]] = {}
 
-    def admit(self, slot, *, tokens, prompt_len, blocks, computed, generation, max_length, sampling) -> None:
-        self._slots[slot] = _Slot(list(tokens), computed, generation, max_length)
-        if not sampling.masked:
+    def admit(self, admission: Admission) -> None:
+        slot, tokens = admission.slot, list(admission.tokens)
+        self._slots[slot] = _Slot(tokens, admission.computed, admission.generation, admission.max_length)
+        if not admission.sampling.masked:
             self._allowed[slot] = list(range(VOCAB))
 
     def set_masks(self, slot, masks) -> None:

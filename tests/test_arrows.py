@@ -23,7 +23,7 @@ ORDER = (
 )
 """What stands lower comes first. A package imports what stands below it, and those beside it among the first and the last."""
 LEVELS = {package: level for level, packages in enumerate(ORDER) for package in packages}
-PLAIN_VALUES = {f"stepgraph.step.{name}" for name in ("plan", "shape", "slot_sampling", "results", "log")}
+PLAIN_VALUES = {f"stepgraph.step.{name}" for name in ("admission", "plan", "shape", "slot_sampling", "results", "log")}
 """What of the step an engine may know: plans go to the executor, results and records come back."""
 
 

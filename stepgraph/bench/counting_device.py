@@ -16,11 +16,11 @@ from stepgraph.engine.engine import Engine
 from stepgraph.engine.scheduler import Scheduler
 from stepgraph.executor.fake import FakeClock, FakeExecutor, fake_specs
 from stepgraph.models.source import resolve
+from stepgraph.step.admission import Admission
 from stepgraph.step.log import StepRecord
 from stepgraph.step.plan import StepPlan
 from stepgraph.step.results import RowResult, StepResults
 from stepgraph.step.shape_policy import ShapePolicy
-from stepgraph.step.slot_sampling import SlotSampling
 
 BLOCK_SIZE = 16
 _RUN_AHEAD = 1
@@ -84,19 +84,9 @@ class CountingDevice:
         self._slots = [_Slot() for _ in range(num_slots + 1)]
         self._answer_lens = answer_lens
 
-    def admit(
-        self,
-        slot: int,
-        *,
-        tokens: Sequence[int],
-        prompt_len: int,
-        blocks: Sequence[int],
-        computed: int,
-        generation: int,
-        max_length: int,
-        sampling: SlotSampling,
-    ) -> None:
+    def admit(self, admission: Admission) -> None:
         """See `Executor.admit`."""
+        slot, tokens, prompt_len, generation, max_length, sampling, _, computed = admission
         self._slots[slot] = _Slot(
             generation=generation,
             known=len(tokens),

@@ -27,6 +27,7 @@ from stepgraph.errors import ConfigError
 from stepgraph.executor.local import runner_of
 from stepgraph.graph.base import Graph
 from stepgraph.graph.eager import EagerGraph
+from stepgraph.step.admission import Admission
 from stepgraph.step.plan import StepPlan
 from stepgraph.step.program import StepOutput
 from stepgraph.step.runner import StepRunner
@@ -234,14 +235,16 @@ def lay_out(runner: StepRunner, rows: Sequence[tuple[int, int]], sampling: SlotS
     for slot, (query_len, kv_len) in enumerate(rows, start=1):
         num_blocks = -(-kv_len // runner.block_size)
         runner.state.admit(
-            slot,
-            tokens=torch.randint(runner.vocab_size, (kv_len,), generator=generator).tolist(),
-            prompt_len=max(1, kv_len // 2),
-            blocks=range(next_block, next_block + num_blocks),
-            computed=kv_len - query_len,
-            generation=1,
-            max_length=runner.max_model_len,
-            sampling=sampling,
+            Admission(
+                slot,
+                tokens=torch.randint(runner.vocab_size, (kv_len,), generator=generator).tolist(),
+                prompt_len=max(1, kv_len // 2),
+                blocks=range(next_block, next_block + num_blocks),
+                computed=kv_len - query_len,
+                generation=1,
+                max_length=runner.max_model_len,
+                sampling=sampling,
+            )
         )
         next_block += num_blocks
     plan_rows = tuple((slot, query_len) for slot, (query_len, _) in enumerate(rows, start=1))

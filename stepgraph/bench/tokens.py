@@ -28,6 +28,7 @@ from stepgraph.engine.prompts import encode_text
 from stepgraph.engine.sampling_params import SamplingParams
 from stepgraph.errors import ConfigError
 from stepgraph.executor.local import runner_of
+from stepgraph.step.admission import Admission
 from stepgraph.step.plan import StepPlan
 from stepgraph.step.runner import StepRunner
 from stepgraph.step.slot_sampling import SlotSampling
@@ -188,13 +189,15 @@ def _next_log_probs(runner: StepRunner, prompt: Sequence[int]) -> Tensor:
     """Log-probabilities [V] of the token after a prompt, by one prefill step."""
     with runner.workbench():
         runner.state.admit(
-            1,
-            tokens=prompt,
-            prompt_len=len(prompt),
-            blocks=range(1, -(-len(prompt) // runner.block_size) + 1),
-            generation=1,
-            max_length=runner.max_model_len,
-            sampling=SlotSampling(seed=0),
+            Admission(
+                1,
+                tokens=prompt,
+                prompt_len=len(prompt),
+                blocks=range(1, -(-len(prompt) // runner.block_size) + 1),
+                generation=1,
+                max_length=runner.max_model_len,
+                sampling=SlotSampling(seed=0),
+            )
         )
         shape = runner.policy.round_up(len(prompt), 1)
         runner.load(StepPlan(((1, len(prompt)),), (), 1), shape)

@@ -28,6 +28,7 @@ from stepgraph.executor.base import Executor
 from stepgraph.models.adapters import AdapterFile
 from stepgraph.models.source import ModelSource
 from stepgraph.spec.depth import DraftDepth
+from stepgraph.step.admission import Admission
 from stepgraph.step.plan import StepKind, StepPlan
 from stepgraph.step.results import StepResults, Ticket
 from stepgraph.step.shape import Variant
@@ -425,14 +426,16 @@ class Engine:
             request.admitted_at = self._clock()
         with self._blaming(request):
             self.executor.admit(
-                request.slot,
-                tokens=request.tokens(0, request.num_known),
-                prompt_len=request.prompt_len,
-                blocks=request.blocks[: request.num_found],
-                computed=request.num_found * self.executor.specs.block_size,
-                generation=request.generation,
-                max_length=request.max_length,
-                sampling=request.sampling,
+                Admission(
+                    request.slot,
+                    tokens=request.tokens(0, request.num_known),
+                    prompt_len=request.prompt_len,
+                    generation=request.generation,
+                    max_length=request.max_length,
+                    sampling=request.sampling,
+                    blocks=request.blocks[: request.num_found],
+                    computed=request.num_found * self.executor.specs.block_size,
+                )
             )
             if request.sampling.masked:
                 self.executor.set_masks(request.slot, self._masks.masks(request))

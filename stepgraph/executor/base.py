@@ -6,7 +6,7 @@ tensor of a device passes, nor anything that holds one, so that the devices may 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
@@ -16,10 +16,10 @@ from torch import Tensor
 
 from stepgraph.models.adapters import AdapterFile
 from stepgraph.models.source import ModelSource
+from stepgraph.step.admission import Admission
 from stepgraph.step.log import GraphRecord, StepLog
 from stepgraph.step.plan import StepPlan
 from stepgraph.step.results import StepResults, Ticket
-from stepgraph.step.slot_sampling import SlotSampling
 
 
 @dataclass(frozen=True)
@@ -90,19 +90,8 @@ class Executor(Protocol):
 
     # Steps
 
-    def admit(
-        self,
-        slot: int,
-        *,
-        tokens: Sequence[int],
-        prompt_len: int,
-        blocks: Sequence[int],
-        computed: int,
-        generation: int,
-        max_length: int,
-        sampling: SlotSampling,
-    ) -> None:
-        """Start a request in a slot, ordered before the next step; see `stepgraph.step.state.SlotState.admit`."""
+    def admit(self, admission: Admission) -> None:
+        """Start a request in its slot, ordered before the next step; see `stepgraph.step.state.SlotState.admit`."""
 
     def set_masks(self, slot: int, masks: npt.NDArray[np.int32]) -> None:
         """Say which tokens a slot may sample, ordered before the next step; see `stepgraph.step.state.SlotState.set_masks`."""

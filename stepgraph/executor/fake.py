@@ -6,7 +6,7 @@ For simulations and tests of what the host does: the engine's loop, scheduler, l
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -16,28 +16,17 @@ from torch import Tensor
 from stepgraph.executor.base import ExecutorSpecs, GraphCounts
 from stepgraph.models.adapters import AdapterFile
 from stepgraph.models.source import ModelSource
+from stepgraph.step.admission import Admission
 from stepgraph.step.log import GraphRecord, StepLog, StepRecord
 from stepgraph.step.plan import StepPlan
 from stepgraph.step.results import StepResults, Ticket
 from stepgraph.step.shape_policy import ShapePolicy
-from stepgraph.step.slot_sampling import SlotSampling
 
 
 class FakeDevice(Protocol):
     """What a `FakeExecutor` runs steps on: each is done when the call returns."""
 
-    def admit(
-        self,
-        slot: int,
-        *,
-        tokens: Sequence[int],
-        prompt_len: int,
-        blocks: Sequence[int],
-        computed: int,
-        generation: int,
-        max_length: int,
-        sampling: SlotSampling,
-    ) -> None:
+    def admit(self, admission: Admission) -> None:
         """See `Executor.admit`."""
 
     def set_masks(self, slot: int, masks: npt.NDArray[np.int32]) -> None:
@@ -127,32 +116,12 @@ class FakeExecutor:
         """Steps launched and not collected."""
         return len(self._in_flight)
 
-    def admit(
-        self,
-        slot: int,
-        *,
-        tokens: Sequence[int],
-        prompt_len: int,
-        blocks: Sequence[int],
-        computed: int,
-        generation: int,
-        max_length: int,
-        sampling: SlotSampling,
-    ) -> None:
+    def admit(self, admission: Admission) -> None:
         """See `Executor.admit`."""
         self._check_awake()
-        assert computed < len(tokens), (computed, len(tokens))
-        assert len(blocks) * self.specs.block_size == computed, (len(blocks), computed)
-        self._device.admit(
-            slot,
-            tokens=tokens,
-            prompt_len=prompt_len,
-            blocks=blocks,
-            computed=computed,
-            generation=generation,
-            max_length=max_length,
-            sampling=sampling,
-        )
+        assert admission.computed < len(admission.tokens), admission
+        assert len(admission.blocks) * self.specs.block_size == admission.computed, admission
+        self._device.admit(admission)
 
     def set_masks(self, slot: int, masks: npt.NDArray[np.int32]) -> None:
         """See `Executor.set_masks`."""

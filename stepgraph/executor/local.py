@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 
 import numpy as np
 import numpy.typing as npt
@@ -17,11 +17,11 @@ from stepgraph.models.source import ModelSource
 from stepgraph.models.update import Update, plan_update, write
 from stepgraph.platforms import DeviceMemory
 from stepgraph.spec.drafter import Drafter
+from stepgraph.step.admission import Admission
 from stepgraph.step.log import GraphRecord, StepLog
 from stepgraph.step.plan import StepPlan
 from stepgraph.step.results import StepResults, Ticket
 from stepgraph.step.runner import StepRunner
-from stepgraph.step.slot_sampling import SlotSampling
 
 
 class LocalExecutor:
@@ -54,29 +54,9 @@ class LocalExecutor:
         """See `Executor.statistics`."""
         return self.runner.graphs.log
 
-    def admit(
-        self,
-        slot: int,
-        *,
-        tokens: Sequence[int],
-        prompt_len: int,
-        blocks: Sequence[int],
-        computed: int,
-        generation: int,
-        max_length: int,
-        sampling: SlotSampling,
-    ) -> None:
+    def admit(self, admission: Admission) -> None:
         """See `Executor.admit`."""
-        self.runner.state.admit(
-            slot,
-            tokens=tokens,
-            prompt_len=prompt_len,
-            blocks=blocks,
-            computed=computed,
-            generation=generation,
-            max_length=max_length,
-            sampling=sampling,
-        )
+        self.runner.state.admit(admission)
 
     def set_masks(self, slot: int, masks: npt.NDArray[np.int32]) -> None:
         """See `Executor.set_masks`."""

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from stepgraph.abi import slot_line
 from stepgraph.platforms import Platform
+from stepgraph.step.admission import Admission
 from stepgraph.step.shape import StepShape
 from stepgraph.step.slot_sampling import SlotSampling
 
@@ -58,30 +59,9 @@ class SlotState:
         self.prompt_logprob_ring = platform.host_buffer(RING_DEPTH, max_shape.num_tokens, slot_line.LOGPROB_WIDTH)
         self._platform = platform
 
-    def admit(
-        self,
-        slot: int,
-        *,
-        tokens: Sequence[int],
-        prompt_len: int,
-        blocks: Sequence[int] = (),
-        computed: int = 0,
-        generation: int,
-        max_length: int,
-        sampling: SlotSampling,
-    ) -> None:
-        """Start a request in `slot`: a few copies, ordered before the next step on the device's stream.
-
-        Args:
-            slot: 1 … max_num_seqs.
-            tokens: all known token ids, the prompt first.
-            prompt_len: how many of them are the prompt.
-            blocks: KV blocks of the first `computed` tokens.
-            computed: tokens whose keys and values are cached; fewer than `tokens`.
-            generation: differs from that of the slot's previous request.
-            max_length: tokens of prompt and answer at which the request ends.
-            sampling: how its tokens are chosen.
-        """
+    def admit(self, admission: Admission) -> None:
+        """Start a request in its slot: a few copies, ordered before the next step on the device's stream."""
+        slot, tokens, prompt_len, generation, max_length, sampling, blocks, computed = admission
         assert 0 < slot < self.lines.shape[0], slot
         assert computed < len(tokens), (computed, len(tokens))
         line = _line(sampling)

@@ -19,6 +19,7 @@ from torch import Tensor
 from stepgraph.abi import slot_line
 from stepgraph.graph.base import Graph
 from stepgraph.layers.cache import LayerCache
+from stepgraph.step.admission import Admission
 from stepgraph.step.plan import StepPlan
 from stepgraph.step.program import StepOutput
 from stepgraph.step.runner import StepRunner
@@ -138,14 +139,16 @@ def _run(
         blocks = [free_blocks.pop() for _ in range(-(-num_granted // block_size))]
         known = -(-row.computed // block_size)
         state.admit(
-            slot,
-            tokens=state.tokens[slot, : row.length].tolist(),
-            prompt_len=settings.randint(1, row.length),
-            blocks=blocks[:known],
-            computed=row.computed,
-            generation=slot - 1,
-            max_length=max_length,
-            sampling=sampling,
+            Admission(
+                slot,
+                tokens=state.tokens[slot, : row.length].tolist(),
+                prompt_len=settings.randint(1, row.length),
+                blocks=blocks[:known],
+                computed=row.computed,
+                generation=slot - 1,
+                max_length=max_length,
+                sampling=sampling,
+            )
         )
         if sampling.masked:
             state.set_masks(slot, np.stack([_random_mask(settings, vocab) for _ in range(state.masks.shape[1])]))

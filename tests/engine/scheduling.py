@@ -24,6 +24,7 @@ from stepgraph.engine.sampling_params import SamplingParams
 from stepgraph.engine.scheduler import Scheduler
 from stepgraph.executor.fake import FakeClock, FakeExecutor, fake_specs
 from stepgraph.models.source import ModelSource, resolve
+from stepgraph.step.admission import Admission
 from stepgraph.step.plan import StepPlan
 from stepgraph.step.results import RowResult, StepResults
 from stepgraph.step.shape import StepShape
@@ -113,8 +114,9 @@ class Device:
         self.kv: list[dict[tuple[int, int], object]] = [{}, {}]
         self.draft_kv: dict[tuple[int, int], object] = {}
 
-    def admit(self, slot, *, tokens, prompt_len, blocks, computed, generation, max_length, sampling) -> None:
+    def admit(self, admission: Admission) -> None:
         """What `SlotState.admit` does with what the engine gives it."""
+        slot, tokens, prompt_len, generation, max_length, sampling, blocks, computed = admission
         for index, block in enumerate(blocks):
             self.block_table[slot, index] = block
         prompt = tuple(tokens[:prompt_len])
@@ -331,11 +333,11 @@ class Loop:
 
     # The device, as the executor sees it
 
-    def admit(self, slot, **state) -> None:
-        self.device.admit(slot, **state)
-        (request,) = [request for request in self.scheduler.running() if request.slot == slot]
+    def admit(self, admission: Admission) -> None:
+        self.device.admit(admission)
+        (request,) = [request for request in self.scheduler.running() if request.slot == admission.slot]
         self.admitted.append(request.id)
-        self._seen[slot] = state["generation"], state["computed"]
+        self._seen[admission.slot] = admission.generation, admission.computed
 
     def set_masks(self, slot, masks) -> None:
         self.device.set_masks(slot, masks)

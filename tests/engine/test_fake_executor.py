@@ -29,10 +29,10 @@ class Faulty(Adder):
         super().__init__()
         self.admit_errors, self.run_errors = list(admit), list(run)
 
-    def admit(self, slot, **state) -> None:
+    def admit(self, admission) -> None:
         if self.admit_errors:
             raise self.admit_errors.pop(0)
-        super().admit(slot, **state)
+        super().admit(admission)
 
     def run(self, plan):
         if self.run_errors:

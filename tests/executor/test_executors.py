@@ -14,6 +14,7 @@ from stepgraph.config import EngineConfig
 from stepgraph.executor.base import Executor
 from stepgraph.executor.build import build_local_executor
 from stepgraph.models.source import ModelSource, resolve
+from stepgraph.step.admission import Admission
 from stepgraph.step.plan import StepKind, StepPlan
 from stepgraph.step.results import StepResults
 from stepgraph.step.shape import Variant
@@ -43,14 +44,16 @@ def executor(create) -> Executor:
 
 def admit(executor: Executor, slot: int, tokens, *, generation: int = 1, max_length: int = 64, **sampling) -> None:
     executor.admit(
-        slot,
-        tokens=array("i", tokens),
-        prompt_len=len(tokens),
-        blocks=(),
-        computed=0,
-        generation=generation,
-        max_length=max_length,
-        sampling=SlotSampling(seed=0, **sampling),
+        Admission(
+            slot,
+            tokens=array("i", tokens),
+            prompt_len=len(tokens),
+            blocks=(),
+            computed=0,
+            generation=generation,
+            max_length=max_length,
+            sampling=SlotSampling(seed=0, **sampling),
+        )
     )
 
 

@@ -6,6 +6,7 @@ import torch
 
 from stepgraph.abi import slot_line
 from stepgraph.platforms import create_platform
+from stepgraph.step.admission import Admission
 from stepgraph.step.shape import StepShape
 from stepgraph.step.slot_sampling import SlotSampling
 from stepgraph.step.state import RING_DEPTH, SlotState
@@ -72,7 +73,7 @@ def test_every_buffer_is_there_at_birth_and_zero(state) -> None:
 
 
 def test_admit_writes_the_requests_line_and_tokens(state) -> None:
-    state.admit(2, **REQUEST)
+    state.admit(Admission(2, **REQUEST))
     line = state.lines[2].cpu()
     whole = {
         slot_line.LENGTH: 4,
@@ -112,7 +113,7 @@ def test_admit_writes_the_requests_line_and_tokens(state) -> None:
 
 
 def test_admit_starts_a_request_after_the_blocks_that_are_cached(state) -> None:
-    state.admit(3, **REQUEST | {"tokens": range(40), "blocks": [8, 5], "computed": 32})
+    state.admit(Admission(3, **REQUEST | {"tokens": range(40), "blocks": [8, 5], "computed": 32}))
     assert state.lines[3, slot_line.COMPUTED] == 32
     assert state.block_table[3].tolist() == [8, 5, 0, 0]
 
@@ -130,16 +131,18 @@ def test_masks_are_written_to_their_slot_only_and_those_not_given_stay(state) ->
 def test_admit_touches_no_other_slot(state) -> None:
     for buffer in buffers(state):
         buffer.fill_(8)
-    state.admit(2, **REQUEST)
+    state.admit(Admission(2, **REQUEST))
     for buffer in buffers(state):
         assert (buffer[[0, 1, 3, 4]] == 8).all()
 
 
 def test_a_slots_next_request_inherits_nothing(state) -> None:
-    state.admit(2, **REQUEST)
+    state.admit(Admission(2, **REQUEST))
     state.lines[2, slot_line.COMPUTED] = 17
     state.lines[2, slot_line.NUM_DRAFTS] = 4
-    state.admit(2, **REQUEST | {"tokens": [9], "prompt_len": 1, "generation": 4, "sampling": SlotSampling(seed=1)})
+    state.admit(
+        Admission(2, **REQUEST | {"tokens": [9], "prompt_len": 1, "generation": 4, "sampling": SlotSampling(seed=1)})
+    )
     line = state.lines[2].cpu()
     assert (line[slot_line.LENGTH], line[slot_line.COMPUTED], line[slot_line.TOP_K]) == (1, 0, 0)
     assert not line[slot_line.MIN_LENGTH : slot_line.MAX_NUM_DRAFTS].any()
@@ -151,7 +154,7 @@ def test_a_slots_next_request_inherits_nothing(state) -> None:
 def test_the_null_slot_and_slots_that_do_not_exist_admit_nobody(state) -> None:
     for slot in (0, 5, -1):
         with pytest.raises(AssertionError):
-            state.admit(slot, **REQUEST)
+            state.admit(Admission(slot, **REQUEST))
 
 
 def test_what_runs_preserved_leaves_counter_and_ring_as_they_were_even_if_it_fails(state) -> None:
