@@ -10,6 +10,7 @@ one for each grammar, see `stepgraph.engine.grammar_process`; the engine has a `
 from __future__ import annotations
 
 import importlib.metadata
+import importlib.util
 import json
 import os
 import re
@@ -61,13 +62,12 @@ class CompiledGuide(NamedTuple):
 
 def require_xgrammar() -> None:
     """ConfigError if xgrammar is not installed, or in a release that nobody has held against what is relied on here."""
-    try:
-        version = importlib.metadata.version("xgrammar")
-    except importlib.metadata.PackageNotFoundError:
+    if importlib.util.find_spec("xgrammar") is None:
         raise ConfigError(
             "structured outputs need the package xgrammar, which is not installed: pip install 'stepgraph[guidance]'",
             param="structured_outputs",
-        ) from None
+        )
+    version = importlib.metadata.version("xgrammar")
     if not version.startswith(XGRAMMAR_SERIES):
         raise ConfigError(
             f"structured outputs are exact with xgrammar {XGRAMMAR_SERIES}x, and {version} is installed: "

@@ -254,7 +254,7 @@ def test_nothing_is_kept_where_nothing_is_proposed(create_recurrent) -> None:
 
 
 def test_prompts_that_start_alike_share_no_blocks_where_layers_carry_state(create, layers, caplog) -> None:
-    with caplog.at_level(logging.INFO):
+    with caplog.at_level(logging.INFO, logger="stepgraph"):
         engine = create(graph_backend="eager")
     said = [record.message for record in caplog.records if "prefix caching is off" in record.message]
     prompt = list(range(100, 150))
