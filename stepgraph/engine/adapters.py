@@ -57,7 +57,7 @@ class AdapterTable:
         if adapter is None:
             file = self.read(source) if isinstance(source, str) else source
             adapter = Adapter(self._free_number(in_use), secrets.token_hex(16))
-            self._adapters = {adapter.key: adapter, **self._adapters}  # of no folder until it is written
+            self._keep_without_folder(adapter)  # until it is written
             self._write(adapter.number, file)
             del self._adapters[adapter.key]
         self._adapters[folder] = adapter
@@ -67,7 +67,11 @@ class AdapterTable:
         """Do not find a folder's adapter any more. Requests that use it keep it, and its place is the next to be taken."""
         adapter = self._adapters.pop(os.path.abspath(folder), None)
         if adapter is not None:
-            self._adapters = {adapter.key: adapter, **self._adapters}  # no folder has that name
+            self._keep_without_folder(adapter)
+
+    def _keep_without_folder(self, adapter: Adapter) -> None:
+        """Leave an adapter its number, though it is found for no folder; it is the next to make room."""
+        self._adapters = {adapter.key: adapter, **self._adapters}  # no folder has that name
 
     def _free_number(self, in_use: Collection[Adapter]) -> int:
         if len(self._adapters) < self._max_loras:

@@ -66,9 +66,8 @@ class RequestBlocks:
             What changes in the block table: (slot, index of the block in its line, block).
         """
         assert request.slot is not None
-        blocks = request.blocks
-        deltas = self.pool.extend(blocks, count, request.slot)
-        self._table.set_room(request.slot, len(blocks) * self.block_size)
+        deltas = self.pool.extend(request.blocks, count, request.slot)
+        self._set_room(request)
         return deltas
 
     def release_unseen(self, request: Request, start: int) -> None:

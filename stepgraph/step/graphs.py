@@ -84,7 +84,7 @@ class StepGraphs(Generic[Output]):
         """The captured graphs and their uses, smallest first."""
         records = []
         for found in self.store.captured:
-            use = self.log.uses[found.key]
+            use = self.log.uses.get(found.key, GraphUse())
             records.append(GraphRecord(found.key, found.capture_ms, found.bytes, use.uses, use.real_tokens))
         return records
 

@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from stepgraph.config import CacheConfig, EngineConfig
 from stepgraph.errors import ConfigError
-from stepgraph.layers.cache import CacheSpec, LayerCache
+from stepgraph.layers.cache import CacheSpec, Item, LayerCache
 from stepgraph.platforms import DeviceMemory, Platform
 
 logger = logging.getLogger(__name__)
@@ -58,10 +58,7 @@ class CacheLayout:
         return [
             count * item.num_bytes
             for spec in self._owners
-            for count, items in (
-                (num_blocks, spec.per_block(self.block_size)),
-                (self.num_slots, spec.per_line(self.num_drafts)),
-            )
+            for count, items in self._items(spec, num_blocks)
             for item in items
         ]
 
@@ -74,10 +71,7 @@ class CacheLayout:
                 continue
             block_tensors, line_tensors = (
                 [memory.zeros((count, *item.shape), item.dtype) for item in items]
-                for count, items in (
-                    (num_blocks, spec.per_block(self.block_size)),
-                    (self.num_slots, spec.per_line(self.num_drafts)),
-                )
+                for count, items in self._items(spec, num_blocks)
             )
             caches.append(spec.cache(block_tensors, line_tensors))
         return tuple(caches)
@@ -93,6 +87,10 @@ class CacheLayout:
         reaches = [spec.reach for spec in self.specs if spec.reach is not None]
         # Of several draft modules, the k-th runs from k - 1 positions before the step's own on.
         return max(reaches) + max(0, self.lookahead - 1) if all(reaches) and reaches else 0
+
+    def _items(self, spec: CacheSpec, num_blocks: int) -> tuple[tuple[int, tuple[Item, ...]], ...]:
+        """How many blocks, and how many lines, a layer's cache has, each with what one of them has in each tensor."""
+        return (num_blocks, spec.per_block(self.block_size)), (self.num_slots, spec.per_line(self.num_drafts))
 
     @property
     def _owners(self) -> list[CacheSpec]:
