@@ -65,9 +65,9 @@ class Measurement:
     ms: float  # median
     mean_ms: float
     samples: int
-    least_ms: float  # roofline, without padding
-    bytes: int
-    flops: int
+    least_ms: float  # roofline, without padding, nor what ranks send each other
+    bytes: int  # of a rank
+    flops: int  # of a rank
     steps: StepShares
     mark: Mark
 
@@ -114,13 +114,14 @@ def run(arguments: argparse.Namespace) -> int:
     limits = measure_limits(runner.platform, runner.model.dtype)
     cases = [case for case in asked if _fits(case, engine)]
     where = machine(engine.executor.specs.device)
-    peers = load_peers(engine.source.name, where["device"])
+    peers = load_peers(engine.source.name, where["device"], engine.executor.specs.num_ranks)
     measured = [
         measure(engine, case, limits, peers, arguments.repeats if case.is_first_token else arguments.rounds)
         for case in tqdm(cases, desc="measuring", file=sys.stderr, leave=False, disable=not sys.stderr.isatty())
     ]
     print(
-        f"{settings_line(engine, where)}; medians\nlimits measured here: copy {limits.copy_bytes_per_s / 1e9:.0f} GB/s, "
+        f"{settings_line(engine, where)}; medians\n"
+        f"limits of one device, measured here: copy {limits.copy_bytes_per_s / 1e9:.0f} GB/s, "
         f"matrix product {limits.flops_per_s / 1e12:.2f} TFLOP/s\n"
     )
     print(_table(measured))
@@ -139,6 +140,7 @@ def run(arguments: argparse.Namespace) -> int:
             {
                 "benchmark": "latency",
                 "machine": where,
+                "num_ranks": engine.executor.specs.num_ranks,
                 "settings": asdict(config),
                 "limits": asdict(limits),
                 "cases": [asdict(m) | {"roofline": m.roofline} for m in measured],
@@ -169,7 +171,7 @@ def measure(engine: Engine, case: Case, limits: Limits, peers: Peers, rounds: in
         for step in round_.steps
         if case.is_first_token or step.record.num_tokens == case.num_requests
     ]
-    cost = step_cost(runner_of(engine.executor).model, case.rows)
+    cost = step_cost(runner_of(engine.executor).model, case.rows, engine.executor.specs.num_ranks)
     return Measurement(
         case=case.name,
         ms=1e3 * median(samples_s),

@@ -127,7 +127,6 @@ def _seconds_to_wait(engine: Engine, until_arrival_s: float | None) -> float:
 
 def settings_line(engine: Engine, where: dict[str, Any]) -> str:
     """What was measured, on what."""
-    return (
-        f"{engine.source.name}, {engine.executor.specs.dtype}, {engine.executor.specs.graph_backend} graphs, "
-        f"{where['device']}"
-    )
+    specs = engine.executor.specs
+    devices = f"{specs.num_ranks} x " if specs.num_ranks > 1 else ""
+    return f"{engine.source.name}, {specs.dtype}, {specs.graph_backend} graphs, {devices}{where['device']}"

@@ -1,6 +1,7 @@
 """Figures to compare with: what another engine took for the same work on the same kind of machine, and what we aim for.
 
-They are in `peers.json`, by the name of a shape, of a workload and of a figure, with their source.
+They are in `peers.json`: a table for each kind of device and number of ranks, with its source; in it figures by the name of a
+shape, of a workload and of a figure.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ class Mark:
 
 @dataclass(frozen=True)
 class Peers:
-    """What is known for one shape on one device; nothing for others."""
+    """What is known for one shape on devices of one kind; nothing for others."""
 
     source: str
     """Who measured how; empty if nothing is known."""
@@ -33,16 +34,16 @@ class Peers:
         return self.figures.get(workload, {}).get(figure, Mark())
 
 
-def load_peers(shape: str, device: str) -> Peers:
-    """Figures for a named shape on a device of this name."""
-    content = json.loads((files("stepgraph.bench") / "peers.json").read_text())
-    if device != content["device"] or shape not in content["shapes"]:
-        return Peers("", {})
-    workloads = content["shapes"][shape]
-    return Peers(
-        f"peer: {content['source']}",
-        {name: {figure: Mark(**mark) for figure, mark in marks.items()} for name, marks in workloads.items()},
-    )
+def load_peers(shape: str, device: str, tensor_parallel_size: int) -> Peers:
+    """Figures for a named shape, shared by so many devices of this name."""
+    for table in json.loads((files("stepgraph.bench") / "peers.json").read_text())["tables"]:
+        known = (table["device"], table["tensor_parallel_size"]) == (device, tensor_parallel_size)
+        if known and (workloads := table["shapes"].get(shape)):
+            return Peers(
+                f"peer: {table['source']}",
+                {name: {figure: Mark(**mark) for figure, mark in marks.items()} for name, marks in workloads.items()},
+            )
+    return Peers("", {})
 
 
 def mark_cells(mark: Mark, form: str) -> tuple[str, str]:

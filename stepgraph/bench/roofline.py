@@ -53,17 +53,25 @@ def measure_limits(platform: Platform, dtype: torch.dtype) -> Limits:
     return Limits(2 * source.numel() / copy_s, 2 * size**3 / product_s)
 
 
-def step_cost(model: LanguageModel, rows: Sequence[tuple[int, int]]) -> StepCost:
-    """Cost of a step of `rows`, each (query length, cached keys including this step's)."""
+def step_cost(model: LanguageModel, rows: Sequence[tuple[int, int]], num_ranks: int = 1) -> StepCost:
+    """Cost of a step for one of the ranks that share a model. What they send each other is not counted.
+
+    Args:
+        model: what the rank keeps.
+        rows: each (query length, cached keys including this step's).
+        num_ranks: how many share it. Each has the whole embedding table, and computes its part of the logits.
+    """
     config = model.config
     num_tokens = sum(query_len for query_len, _ in rows)
     weights = sum(p.numel() for p in model.parameters()) + _packed_away(model)
     weight_bytes = sum(p.nbytes for p in model.parameters())  # layers may have fewer bits than the rest
-    tables = [p for p in model.parameters() if p.shape[0] == config.vocab_size]
-    head = config.vocab_size * config.hidden_size
-    if len(tables) > 1:  # the embedding is only looked up; a tied one is read whole as the head
-        weights -= head
-        weight_bytes -= tables[0].nbytes
+    head_rows = -(-config.vocab_size // num_ranks)
+    table, head = config.vocab_size * config.hidden_size, head_rows * config.hidden_size
+    tables = [p for p in model.parameters() if p.shape[0] in (config.vocab_size, head_rows)]
+    # The embedding is only looked up. A tied one is also the head, of which the rank reads its part.
+    unread = table if len(tables) > 1 else table - head
+    weights -= unread
+    weight_bytes -= tables[0].nbytes * unread // table
     specs = model.attention_specs
     kv_per_token = sum(spec.num_kv_heads * (spec.head_dim + spec.value_dim) for spec in specs)
     cached = next(model.parameters()).element_size() * kv_per_token * sum(kv_len + n for n, kv_len in rows)

@@ -117,7 +117,7 @@ def run(arguments: argparse.Namespace) -> int:
     )
     shares = StepShares.of(engine, shown.steps)
     where = machine(engine.executor.specs.device)
-    peers = load_peers(engine.source.name, where["device"])
+    peers = load_peers(engine.source.name, where["device"], engine.executor.specs.num_ranks)
     print(f"{settings_line(engine, where)}; {workload}, the median of {repeats} rounds\n")
     print(summary_table(summary, arguments.num_prompts, ()))
     print(f"\n{latency_table(summary, _METRICS, _PERCENTILES)}")
@@ -135,6 +135,7 @@ def run(arguments: argparse.Namespace) -> int:
             {
                 "benchmark": "throughput",
                 "machine": where,
+                "num_ranks": engine.executor.specs.num_ranks,
                 "settings": asdict(config),
                 "workload": workload,
                 "rounds_s": [round_.duration_s for round_ in rounds],

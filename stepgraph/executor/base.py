@@ -49,6 +49,8 @@ class ExecutorSpecs:
     """Captured token counts, ascending."""
     run_ahead: int
     """Steps that may be launched before the results of an earlier one are read; with 0, launching a step is computing it."""
+    num_ranks: int = 1
+    """Devices that share the model, and every step."""
     draft_levels: tuple[int, ...] = (0,)
     """Numbers of proposals of a row that steps may be planned with, ascending; each has graphs of its own."""
     lookahead: int = 0

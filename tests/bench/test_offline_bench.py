@@ -4,14 +4,19 @@ import json
 import time
 
 import pytest
+import torch
 
 from stepgraph import bench
 from stepgraph.bench.latency import CASES, Case, _samples_s
 from stepgraph.bench.offline import Job, Round, StepShares, run_round
 from stepgraph.bench.peers import Mark, load_peers
+from stepgraph.bench.roofline import step_cost
 from stepgraph.bench.serve_metrics import Outcome
 from stepgraph.errors import ConfigError
-from stepgraph.models.source import shape_names
+from stepgraph.models.decoder import Decoder
+from stepgraph.models.loader import create_model
+from stepgraph.models.source import resolve, shape_names
+from stepgraph.parallel.shard import WHOLE, Shard
 
 FLAGS = [
     *("--dtype=float32", "--max-num-seqs=8", "--max-num-batched-tokens=48"),
@@ -61,19 +66,55 @@ def test_gaps_count_only_while_all_requests_decode() -> None:
     assert list(_samples_s(Round(outcomes[1:], 12, []), first_token)) == [3]
 
 
-def test_figures_of_others_are_for_cases_and_shapes_that_exist() -> None:
-    device = "NVIDIA H100 80GB HBM3"
+@pytest.mark.parametrize(
+    ("device", "num_ranks"), [("NVIDIA H100 80GB HBM3", 1), ("NVIDIA H200", 1), ("NVIDIA H200", 2)]
+)
+def test_figures_of_others_are_for_cases_and_shapes_that_exist(device, num_ranks) -> None:
     for shape in ("qwen3-0.6b", "qwen3-8b"):
         assert shape in shape_names()
-        peers = load_peers(shape, device)
+        peers = load_peers(shape, device, num_ranks)
         assert "vLLM" in peers.source
         names = {name for name, figures in peers.figures.items() if "ms" in figures}
         assert names <= {case.name for case in CASES}
         assert {name for name in peers.figures if " x " not in name} == names
-    assert load_peers("qwen3-0.6b", device).mark("decode 1", "ms") == Mark(1.68, 0.60)
-    assert load_peers("qwen3-0.6b", device).mark("decode 1", "hours") == Mark()
-    for shape, other in (("smollm2", device), ("qwen3-0.6b", "NVIDIA B200")):
-        assert load_peers(shape, other).figures == {}
+
+
+def test_figures_of_others_are_of_the_same_devices_and_as_many() -> None:
+    h100, h200 = "NVIDIA H100 80GB HBM3", "NVIDIA H200"
+    assert load_peers("qwen3-0.6b", h100, 1).mark("decode 1", "ms") == Mark(1.68, 0.60)
+    assert load_peers("qwen3-0.6b", h100, 1).mark("decode 1", "hours") == Mark()
+    assert load_peers("qwen3-8b", h200, 1).mark("decode 1", "ms") == Mark(5.19)
+    assert load_peers("qwen3-8b", h200, 2).mark("decode 1", "ms") == Mark(3.73, 2.4)
+    for shape, device, num_ranks in (
+        ("smollm2", h100, 1),
+        ("qwen3-0.6b", "NVIDIA B200", 1),
+        ("qwen3-8b", h100, 2),
+        ("qwen3-8b", h200, 4),
+    ):
+        assert load_peers(shape, device, num_ranks).figures == {}
+
+
+@pytest.mark.parametrize("size", [2, 4, 8])
+def test_what_ranks_must_do_adds_up_to_what_one_would(size) -> None:
+    """All but the norms, of which no rank is spared."""
+
+    def model(shard: Shard = WHOLE) -> Decoder:
+        source = resolve("qwen3-0.6b")
+        return create_model(
+            source,
+            dtype=torch.bfloat16,
+            device=torch.device("meta"),
+            max_model_len=64,
+            load_format="dummy",
+            shard=shard,
+        )
+
+    rows = [(1, 30)] * 7 + [(40, 90)]
+    whole = step_cost(model(), rows)
+    costs = [step_cost(model(Shard(rank, size)), rows, size) for rank in range(size)]
+    norms = sum(p.numel() for name, p in model().named_parameters() if "norm" in name)
+    assert sum(cost.bytes for cost in costs) == whole.bytes + 2 * (size - 1) * norms
+    assert sum(cost.flops for cost in costs) == whole.flops + 2 * 47 * (size - 1) * norms
 
 
 def test_latency_is_printed_written_and_drawn(tiny_model, tmp_path, capsys) -> None:
@@ -118,7 +159,7 @@ def test_figures_of_a_known_workload_stand_beside_ours(tiny_model, monkeypatch, 
     from stepgraph.bench.peers import Peers
 
     known = {"3 x (4 in + 2 out)": {"total_token_throughput": Mark(107_000, 200_000)}}
-    monkeypatch.setattr(throughput, "load_peers", lambda shape, device: Peers("peer: somebody", known))
+    monkeypatch.setattr(throughput, "load_peers", lambda shape, device, num_ranks: Peers("peer: somebody", known))
     flags = ["--num-prompts=3", "--input-len=4", "--output-len=2", "--repeats=1", *FLAGS]
     assert bench.main(["throughput", tiny_model, *flags]) == 0
     out = capsys.readouterr().out
