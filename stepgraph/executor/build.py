@@ -67,7 +67,8 @@ def build_local_executor(
     fills_late = False
     if model is None:
         model = _create_model(config, source, platform, dtype, max_model_len, progress=progress)
-        fills_late = platform.captures_addresses and fills_in_place(model) and not _drafts_with_the_model(config)
+        in_place = fills_in_place(model, config.model.load_format)
+        fills_late = platform.captures_addresses and in_place and not _drafts_with_the_model(config)
         if not fills_late:
             with _filling(model, config, source, platform, progress=progress):
                 meanwhile()

@@ -76,10 +76,6 @@ class Matrix(nn.Module):
         """Those of the format, and the bias, if there is one."""
         return self._parameters  # type: ignore[return-value]  # a bias that is None is not among them
 
-    def kept_targets(self) -> dict[str, Target]:
-        """What the rank keeps, as targets that take it as if it were all: of shapes [O, I] and [O]."""
-        return self.format.targets(self.parameters_by_name)
-
     def targets(self) -> dict[str, Target]:
         """What a loader fills, by the names of a checkpoint's tensors after the layer's."""
         return self.targets_of(self.parameters_by_name, self.outputs)

@@ -64,3 +64,23 @@ def take(stored: Any, part: Part | None) -> Tensor:
         return taken
     pieces = [stored[index] for index in part.slices]
     return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+
+
+def keep_rows(rows: Tensor, begin: int, part: Part, kept: Tensor) -> None:
+    """Copy what a part has of some rows of a tensor to where it belongs.
+
+    Args:
+        rows: those from `begin` on, whole.
+        begin: number of the first.
+        part: of the tensor.
+        kept: the part, of which rows are overwritten.
+    """
+    columns = () if part.columns is None else (slice(part.columns.begin, part.columns.begin + part.columns.length),)
+    place = 0
+    for cut in part.row_cuts:
+        first = max(cut.begin, begin)
+        count = min(cut.begin + cut.length, begin + len(rows)) - first
+        if count > 0:
+            source = rows[(slice(first - begin, first - begin + count), *columns)]
+            kept[place + first - cut.begin :][:count].copy_(source)
+        place += cut.length

@@ -179,9 +179,14 @@ def check_supported(hf_config: Any) -> None:
         )
 
 
+def possible_sizes(config: DecoderConfig) -> list[int]:
+    """Numbers of ranks that can share a model, if its format lets them."""
+    return sizes_that_divide(config.num_heads, config.num_kv_heads, config.intermediate_size)
+
+
 def check_shard(config: DecoderConfig, shard: Shard) -> None:
     """Raise ModelError, naming those that do, if so many ranks cannot share a model evenly."""
-    sizes = sizes_that_divide(config.num_heads, config.num_kv_heads, config.intermediate_size)
+    sizes = possible_sizes(config)
     if shard.size not in sizes:
         raise ModelError(
             f"{shard.size} devices cannot share this {config.architecture} evenly: it has {config.num_heads} query heads, "

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from stepgraph.layers.formats.target import Target, part_of, quantization_of, takes_values
+from stepgraph.layers.formats.target import Target, part_of, quantization_of, takes_values, values_part_of
 
 
 class Converted:
@@ -17,7 +17,8 @@ class Converted:
     def __init__(self, target: Target, convert: Callable[[Tensor], Tensor]) -> None:
         self._target, self.convert = target, convert
         self.shape, self.dtype, self.device = target.shape, target.dtype, target.device
-        self.quantization, self.takes_values, self.part = quantization_of(target), takes_values(target), part_of(target)
+        self.quantization, self.takes_values = quantization_of(target), takes_values(target)
+        self.part, self.values_part = part_of(target), values_part_of(target)
 
     def copy_(self, values: Tensor) -> None:
         """See `Target.copy_`."""

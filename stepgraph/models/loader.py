@@ -7,13 +7,11 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 import torch
-from torch import Tensor, nn
 from tqdm import tqdm
 
 from stepgraph.errors import ConfigError
 from stepgraph.layers.formats import FP8, Target
 from stepgraph.layers.matrix import Matrix
-from stepgraph.layers.norm import RMSNorm
 from stepgraph.models.checkpoint import CheckpointTensor
 from stepgraph.models.config import DecoderConfig, check_shard
 from stepgraph.models.decoder import Decoder
@@ -22,6 +20,7 @@ from stepgraph.models.memory import check_fits, tell_of_dequantised
 from stepgraph.models.mtp_tensors import without_mtp
 from stepgraph.models.output_head import fit_head, has_own_head
 from stepgraph.models.quantization import choose_formats, materialise
+from stepgraph.models.random_weights import fill_randomly
 from stepgraph.models.registry import ARCHITECTURES
 from stepgraph.models.source import ModelSource
 from stepgraph.models.transformers_config import TransformersConfig
@@ -197,11 +196,13 @@ def _match(
     return match_tensors(model.checkpoint_tensors(), fitting, source.description)
 
 
-def fills_in_place(model: LanguageModel) -> bool:
+def fills_in_place(model: LanguageModel, load_format: str = "auto") -> bool:
     """Whether `fill` allocates nothing on the device, so that graphs may be captured and memory be shared out meanwhile: so it
-    is for native models whose weights are not rounded to 8 bits there. Nor may it launch kernels of Triton, which are not run
-    while others compile them ahead."""
-    return isinstance(model, Decoder) and all(matrix.format.base.fills_in_place for matrix in _matrices(model))
+    is for native models whose weights are not rounded to 8 bits there, nor drawn there of which only a part is kept. Nor may it
+    launch kernels of Triton, which are not run while others compile them ahead."""
+    if not isinstance(model, Decoder) or (load_format == "dummy" and model.shard != WHOLE):
+        return False
+    return all(matrix.format.base.fills_in_place for matrix in _matrices(model))
 
 
 def _matrices(model: Decoder) -> Iterator[Matrix]:
@@ -211,24 +212,3 @@ def _matrices(model: Decoder) -> Iterator[Matrix]:
 def _fill_randomly(model: Decoder) -> Iterator[None]:
     fill_randomly(model, model.embed_tokens.weight.device)
     yield
-
-
-@torch.no_grad()
-def fill_randomly(model: nn.Module, device: torch.device) -> None:
-    """Fill a native model's parameters as `load_format` "dummy" says, the same way every time. Ranks draw the same numbers
-    for what all of them keep."""
-    generator = torch.Generator(device).manual_seed(0)
-    for module in model.modules():
-        if isinstance(module, RMSNorm):
-            module.weight.fill_(1.0)
-        if not isinstance(module, Matrix):
-            continue
-        for target in module.kept_targets().values():
-            values = (
-                target if isinstance(target, Tensor) else torch.empty(target.shape, dtype=target.dtype, device=device)
-            )
-            values.normal_(0.0, 0.02, generator=generator)
-            if values is not target:
-                target.copy_(values)
-        if module.bias_is_elsewhere:
-            torch.empty(module.out_features, dtype=module.dtype, device=device).normal_(generator=generator)

@@ -26,6 +26,10 @@ class _Renamed(CheckpointTensor):
         """See `CheckpointTensor.load`."""
         return self._tensor.load(dtype, device, part)
 
+    def stored(self, part: Part | None = None) -> Tensor:
+        """See `CheckpointTensor.stored`."""
+        return self._tensor.stored(part)
+
     def packed(self, part: Part | None = None) -> Tensor:
         """See `CheckpointTensor.packed`."""
         return self._tensor.packed(part)

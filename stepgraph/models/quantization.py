@@ -12,6 +12,7 @@ from stepgraph.layers.formats import FORMATS, FP8, FormatOptions, Packed, Plain,
 from stepgraph.layers.linear import Linear, MergedLinear
 from stepgraph.layers.matrix import Matrix
 from stepgraph.models.checkpoint import CheckpointTensor
+from stepgraph.models.config import possible_sizes
 from stepgraph.models.decoder import Decoder
 from stepgraph.ops.packed import BLOCK
 
@@ -32,8 +33,8 @@ def choose_formats(
         model: unfilled; on the meta device, so that its layers take memory only in the format that they get.
         tensors: of the checkpoint; nothing is read.
         keep: quantised weights stay so; else they become numbers.
-        to_fp8: the other linear layers' weights are rounded to 8 bits as they are read, with one scale per output, of the inputs
-            that the rank keeps. Embedding, norms and output head stay.
+        to_fp8: the other linear layers' weights are rounded to 8 bits as they are read, with one scale per output, of all its
+            inputs whichever the rank keeps. Embedding, norms and output head stay.
         packed, deterministic, exact_tokens: see `FormatOptions`.
 
     Raises:
@@ -49,7 +50,7 @@ def choose_formats(
         kept = _keeping(encoding, module.inputs.size, options) if keep and encoding is not None else None
         rounded = FP8(deterministic=deterministic) if to_fp8 and options.in_layers else None
         module.use(kept or rounded or Plain(deterministic))
-        _check_inputs(path, module)
+    _check_inputs(model)
 
 
 def _keeping(encoding: str, inputs: int, options: FormatOptions) -> WeightFormat | None:
@@ -57,16 +58,27 @@ def _keeping(encoding: str, inputs: int, options: FormatOptions) -> WeightFormat
     return next((format for format in candidates if format is not None), None)
 
 
-def _check_inputs(path: str, module: Matrix) -> None:
-    inputs, unit = module.inputs, module.format.input_unit
-    if inputs.is_whole or inputs.length % unit == 0:
-        return
-    possible = [str(size) for size in range(1, inputs.size // unit + 1) if inputs.size % (size * unit) == 0]
-    raise ModelError(
-        f"{inputs.size // inputs.length} devices cannot share {path} evenly: its weights are quantised in groups of {unit} of "
-        f"{inputs.size} inputs. Numbers that can: {', '.join(possible or ['1'])}. Or set quantization to none, which keeps them "
-        "as numbers."
-    )
+def _check_inputs(model: Decoder) -> None:
+    """Refuse, with the numbers that can, so many ranks as would share inputs that are quantised together."""
+    cut = {
+        path: module
+        for path, module in model.named_modules()
+        if isinstance(module, Matrix) and not module.inputs.is_whole
+    }
+    for path, module in cut.items():
+        inputs, unit = module.inputs, module.format.input_unit
+        if inputs.length % unit == 0:
+            continue
+        possible = [
+            str(size)
+            for size in possible_sizes(model.config)
+            if all(m.inputs.size % (size * m.format.input_unit) == 0 or size == 1 for m in cut.values())
+        ]
+        raise ModelError(
+            f"{model.shard.size} devices cannot share {path} evenly: its weights are quantised in groups of {unit} of "
+            f"{inputs.size} inputs. Numbers that can: {', '.join(possible)}. Or set quantization to none, which keeps them as "
+            "numbers."
+        )
 
 
 def pack_rounded(module: nn.Module, *, exact_tokens: int | None) -> None:

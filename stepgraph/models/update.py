@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from stepgraph.errors import ModelError
-from stepgraph.layers.formats.target import Skipped, Target, part_of, quantization_of, takes_values
+from stepgraph.layers.formats.target import Skipped, Target, part_of, quantization_of, takes_values, values_part_of
 from stepgraph.models.checkpoint import CheckpointTensor, take
 from stepgraph.models.config import DecoderConfig
 from stepgraph.models.decoder import Decoder
@@ -35,6 +35,10 @@ class TensorInMemory(CheckpointTensor):
     def load(self, dtype: torch.dtype, device: torch.device, part: Part | None = None) -> Tensor:
         """See `CheckpointTensor.load`."""
         return take(self._values, part).to(device).to(dtype)
+
+    def stored(self, part: Part | None = None) -> Tensor:
+        """See `CheckpointTensor.stored`; where the values are."""
+        return take(self._values, part)
 
 
 def plan_update(model: LanguageModel, source: ModelSource | Iterable[tuple[str, Tensor]]) -> Update:
@@ -74,7 +78,7 @@ def plan_update(model: LanguageModel, source: ModelSource | Iterable[tuple[str, 
                 "table; a head cannot be added to graphs that are captured. Start another engine for it."
             )
         tensors = fit_head(tensors, tied=tied, in_model=in_model, description=description)
-    return match_tensors(_targets(model), tensors, description)
+    return match_tensors(targets_of(model), tensors, description)
 
 
 def write(update: Update) -> None:
@@ -95,14 +99,14 @@ def write_each(update: Update, *, on_host: bool = False) -> Iterator[None]:
         on_host: convert tensors in host memory, so that the device needs none for them.
     """
     for target, tensor in update:
-        device, part = torch.device("cpu") if on_host else target.device, part_of(target)
+        device = torch.device("cpu") if on_host else target.device
         with torch.no_grad():
             if isinstance(target, Skipped):
                 pass
             elif tensor.quantization is not None and tensor.quantization == quantization_of(target):
-                target.copy_(tensor.packed(part).to(device))
+                target.copy_(tensor.packed(part_of(target)).to(device))
             else:
-                target.copy_(tensor.load(target.dtype, device, part))
+                target.copy_(tensor.load(target.dtype, device, values_part_of(target)))
         yield
 
 
@@ -152,7 +156,8 @@ def _is_redundant(name: str) -> bool:
     return name.endswith("rotary_emb.inv_freq")
 
 
-def _targets(model: LanguageModel) -> dict[str, Target]:
+def targets_of(model: LanguageModel) -> dict[str, Target]:
+    """What is to be filled of a model that is in use, by the names of its tensors."""
     if isinstance(model, Decoder):
         return model.checkpoint_tensors()
     from stepgraph.models.transformers_model import TransformersModel
@@ -171,7 +176,7 @@ def _read_with_transformers(model: LanguageModel, source: ModelSource) -> list[C
         model.config, source.folder, dtype=dtype, device=torch.device("cpu"), progress=False
     )
     values = {**dict(new.named_parameters(remove_duplicate=False)), **dict(new.named_buffers())}
-    known = _targets(model).keys() & values.keys()
+    known = targets_of(model).keys() & values.keys()
     taken = {
         id(values[name]) for name in known
     }  # a head that is the embedding has two names, of which either model may lack one

@@ -83,6 +83,11 @@ class Part:
     rows: tuple[Cut, ...]
     columns: Cut | None  # None: the tensor has one dimension
 
+    @classmethod
+    def whole(cls, shape: Sequence[int]) -> Part:
+        """All of a tensor of one or two dimensions."""
+        return cls((Cut.whole(shape[0]),), None if len(shape) == 1 else Cut.whole(shape[1]))
+
     @property
     def is_whole(self) -> bool:
         """Whether everything is kept."""
@@ -118,6 +123,11 @@ class Part:
     def along_rows(self) -> Part:
         """The part of a tensor that has one number for each row: a bias."""
         return Part(self.rows, None)
+
+    def with_all_columns(self) -> Part:
+        """The same rows, whole."""
+        assert self.columns is not None
+        return replace(self, columns=Cut.whole(self.columns.size))
 
     def widened(self, unit: int) -> Part:
         """With columns around these that begin and end at multiples of `unit`."""

@@ -22,9 +22,9 @@ from stepgraph.models.config import DecoderConfig
 from stepgraph.models.decoder import Decoder
 from stepgraph.models.ernie4_5 import Ernie45
 from stepgraph.models.language_model import LanguageModel
-from stepgraph.models.loader import fill_randomly
 from stepgraph.models.mtp_tensors import mtp_names
 from stepgraph.models.quantization import pack_rounded
+from stepgraph.models.random_weights import fill_randomly
 from stepgraph.models.registry import ARCHITECTURES
 from stepgraph.models.safetensors import read_safetensors
 from stepgraph.models.source import PACKAGED, FolderSource, ModelSource, hub_folder

@@ -17,7 +17,7 @@ from stepgraph.config.lora import LoRAConfig
 from stepgraph.errors import ConfigError, ModelError
 from stepgraph.layers.formats.target import part_of
 from stepgraph.layers.linear import Linear
-from stepgraph.models import load_model, resolve, safetensors
+from stepgraph.models import load_model, random_weights, resolve, safetensors
 from stepgraph.models.adapters import AdapterStore
 from stepgraph.models.update import TensorInMemory, match_tensors, plan_update, write
 from stepgraph.parallel.shard import Axis, Cut, Part, Shard, sizes_that_divide
@@ -131,6 +131,21 @@ def test_shards_in_blocks_keep_the_files_own(name, tmp_path) -> None:
     assert_adds_up(path, packed=True)
 
 
+@pytest.mark.skipif(not native.available(), reason=f"no kernels: {native.missing()}")
+def test_a_real_file_of_blocks_is_shared_by_three_and_by_no_others() -> None:
+    tokens = [(7919 * i + 3) % 49152 for i in range(12)]
+    expected = Stepper(load("smollm2", packed=True), 64).step(tokens)
+    shards = [load("smollm2", packed=True, shard=Shard(rank, 3)) for rank in range(3)]
+    down_proj = shards[1].layers[0].mlp.down_proj
+    assert down_proj.weight.dtype == torch.uint8
+    assert (down_proj.in_features, shards[1].layers[0].self_attn.qkv_proj.out_features) == (512, 5 * 64)
+    found = ShardedStepper(shards, 64).step(tokens)
+    torch.testing.assert_close(found, expected, atol=5e-3, rtol=1e-3)
+    for size in (2, 4, 9):
+        with pytest.raises(ModelError, match=r"devices cannot share .*can: 1, 3\."):
+            load("smollm2", packed=True, shard=Shard(1, size))
+
+
 @pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3"])
 def test_shards_of_blocks_are_dequantised_wherever_they_are_cut(name, tmp_path) -> None:
     assert_shards(write_blocks(HF_CONFIGS[name](), tmp_path / "model.gguf"))
@@ -229,6 +244,18 @@ def test_groups_of_inputs_are_not_cut(tmp_path) -> None:
     load(tmp_path / "fp8", shard=Shard(1, 4), quantization="none")
 
 
+@pytest.mark.skipif(not native.available(), reason=f"no kernels: {native.missing()}")
+def test_blocks_of_inputs_are_not_cut(tmp_path) -> None:
+    sizes = {"hidden_size": 192, "num_attention_heads": 12, "num_key_value_heads": 12, "intermediate_size": 192}
+    config = LlamaConfig(**SIZES | sizes, head_dim=16)
+    path = write_blocks(config, tmp_path / "model.gguf")
+    load(path, packed=True, shard=Shard(1, 3))
+    with pytest.raises(
+        ModelError, match=r"4 devices cannot share .*o_proj evenly.* groups of 32 of 192 .*can: 1, 2, 3, 6\."
+    ):
+        load(path, packed=True, shard=Shard(1, 4))
+
+
 def test_a_shard_refuses_what_does_not_fit_the_whole_model(tmp_path) -> None:
     save(HF_CONFIGS["llama with every bias"](), tmp_path)
     model = load(tmp_path, shard=Shard(1, 2))
@@ -287,6 +314,43 @@ def test_adapters_add_up_over_shards(name, tmp_path) -> None:
     assert (expected - Stepper(load(tmp_path / "model"), 64).step(TOKENS)).norm() > 0.1 * expected.norm()
 
 
+@pytest.mark.parametrize(
+    "projection", ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", ""]
+)
+def test_each_tokens_adapter_is_cut_as_each_projection_is(projection, tmp_path) -> None:
+    """Of which one is cut otherwise than its projection, or added by every rank, shows alone."""
+    config = LlamaConfig(
+        **SIZES | {"hidden_size": 96, "num_attention_heads": 12, "num_key_value_heads": 12}, head_dim=8
+    )
+    hf_model = random_hf_model(config)
+    hf_model.save_pretrained(tmp_path / "model")
+    folders = [
+        save_adapter(tmp_path / f"adapter {seed}", matrices(hf_model, rank=3 + seed, seed=seed, ends_with=projection))
+        for seed in (1, 2)
+    ]
+
+    def adapted(**settings):
+        model = load(tmp_path / "model", **settings)
+        store = AdapterStore(model, LoRAConfig(enable_lora=True, max_loras=2), max_tokens=128)
+        for number, folder in enumerate(folders, 1):
+            store.write(number, store.read(folder))
+        store._index.copy_(torch.arange(128) % 3)
+        return model, store
+
+    expected = Stepper(adapted()[0], 64).step(TOKENS)
+    for size in (2, 3, 4):
+        shards = [adapted(shard=Shard(rank, size)) for rank in range(size)]
+        found = ShardedStepper([model for model, _ in shards], 64).step(TOKENS)
+        torch.testing.assert_close(found, expected, atol=2e-4, rtol=1e-4)
+        for model, store in shards:
+            linears = [module for module in model.layers.modules() if isinstance(module, Linear)]
+            widths = sum(len(linear.outputs) * linear.in_features + linear.out_features for linear in linears)
+            assert store.bytes == 3 * 16 * widths * 4
+    without = Stepper(load(tmp_path / "model"), 64).step(TOKENS)
+    changed = [bool((found - other).abs().max() > 1e-3) for found, other in zip(expected, without, strict=True)]
+    assert changed[:3] == [False, True, True], "the first token has no adapter, and sees no other"
+
+
 def test_draft_modules_are_cut_as_layers_are(tmp_path) -> None:
     config = load(save(HF_CONFIGS["ernie 4.5 with every bias"](), tmp_path)).config
     generator = torch.Generator().manual_seed(0)
@@ -313,14 +377,31 @@ def test_draft_modules_are_cut_as_layers_are(tmp_path) -> None:
         assert_is_shard(filled(Shard(rank, size)), whole, rank, size)
 
 
-def test_ranks_draw_the_same_random_numbers_for_what_all_of_them_keep(tmp_path) -> None:
-    save(HF_CONFIGS["llama with every bias"](), tmp_path)
-    for quantization in ("auto", "fp8"):
-        shards = [
-            load(tmp_path, load_format="dummy", quantization=quantization, shard=Shard(rank, 2)) for rank in range(2)
-        ]
-        assert torch.equal(shards[0].embed_tokens.weight, shards[1].embed_tokens.weight)
-        assert torch.equal(shards[0].lm_head.weight, shards[1].lm_head.weight)
+@pytest.mark.parametrize("name", ["llama with every bias", "phi 4 with long rope"])
+@pytest.mark.parametrize("quantization", ["auto", "fp8"])
+def test_random_weights_of_ranks_are_parts_of_the_wholes(name, quantization, tmp_path, monkeypatch) -> None:
+    """Also where a matrix is drawn in several pieces."""
+    save(HF_CONFIGS[name](), tmp_path)
+    monkeypatch.setattr(random_weights, "_PIECE", 1000)
+    assert_shards(tmp_path, load_format="dummy", quantization=quantization)
+    numbers = load(tmp_path, load_format="dummy").layers[0].mlp.down_proj.weight.flatten()
+    assert len(numbers.unique()) > 0.99 * len(numbers)
+    assert 0.018 < numbers.std() < 0.022
+
+
+@pytest.mark.parametrize("name", ["llama with every bias", "phi 3 with windows"])
+def test_shards_rounded_to_8_bits_as_they_are_read_have_the_codes_of_the_whole(name, tmp_path) -> None:
+    save(HF_CONFIGS[name](), tmp_path)
+    assert_shards(tmp_path, quantization="fp8")
+    assert_adds_up(tmp_path, tolerance=1e-3, quantization="fp8")
+    shard, whole = load(tmp_path, shard=Shard(1, 2), quantization="fp8"), load(tmp_path, quantization="fp8")
+    write(
+        plan_update(shard, ((name, 2 * values) for name, values in load_file(tmp_path / "model.safetensors").items()))
+    )
+    write(
+        plan_update(whole, ((name, 2 * values) for name, values in load_file(tmp_path / "model.safetensors").items()))
+    )
+    assert_is_shard(shard, whole, 1, 2)
 
 
 def test_heads_of_a_rank_are_those_that_its_queries_use() -> None:

@@ -16,6 +16,7 @@ from stepgraph.layers.formats.base import End, FormatOptions, ParameterSpec, Wei
 from stepgraph.layers.formats.target import Target
 from stepgraph.layers.norm import RMSNorm
 from stepgraph.ops.fp8_linear import GROUP_SIZE, dequantize, num_groups, quantize
+from stepgraph.parallel.shard import Cut
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,8 @@ class FP8(WeightFormat):
     def targets(self, weights: Weights) -> dict[str, Target]:
         """See `WeightFormat.targets`."""
         others = {name: tensor for name, tensor in weights.items() if name not in ("weight", "scale")}
-        return {"weight": FP8Target(weights["weight"], weights["scale"], self.encoding), **others}
+        target = FP8Target if self.grouped else FP8RowTarget
+        return {"weight": target(weights["weight"], weights["scale"], self.encoding), **others}
 
     def fused_product(
         self, weights: Weights, x_TI: Tensor, norm: RMSNorm | None, end: End, out: Tensor | None, multiplier: float
@@ -104,6 +106,16 @@ class FP8Target:
             codes_OI, scale_OG = quantize(values, self._scale_OG.shape[1])
             self._weight_OI.copy_(codes_OI)
             self._scale_OG.copy_(scale_OG)
+
+
+class FP8RowTarget(FP8Target):
+    """One with a scale for each output: of all its inputs, so that what ranks keep of a weight has the codes of the whole."""
+
+    def copy_columns(self, values: Tensor, columns: Cut) -> None:
+        """See `RoundsRows.copy_columns`."""
+        codes_OI, scale_O1 = quantize(values, 1)
+        self._weight_OI.copy_(codes_OI[:, columns.begin : columns.begin + columns.length])
+        self._scale_OG.copy_(scale_O1)
 
 
 def pack(codes_OI: Tensor, scale_OG: Tensor) -> Tensor:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor
 
-from stepgraph.parallel.shard import Part
+from stepgraph.parallel.shard import Cut, Part
 
 
 class Target(Protocol):
@@ -30,17 +30,30 @@ class Target(Protocol):
         """Fill the target."""
 
 
+class RoundsRows(Target, Protocol):
+    """A target that rounds values, all of a row by one scale: that of a whole row, of which a rank may keep some."""
+
+    def copy_columns(self, values: Tensor, columns: Cut) -> None:
+        """Fill the target with some columns of `values`, which are whole rows."""
+
+
 class Sharded:
-    """A target that holds a part of the checkpoint's tensor. `copy_` takes that part."""
+    """A target that holds a part of the checkpoint's tensor. `copy_` takes that part; values, where they are rounded by scales of
+    whole rows, with all columns."""
 
     def __init__(self, target: Target, part: Part) -> None:
         self._target, self.part = target, part
         self.shape, self.dtype, self.device = torch.Size(part.shape), target.dtype, target.device
         self.quantization, self.takes_values = quantization_of(target), takes_values(target)
+        self._rounds_rows = hasattr(target, "copy_columns")
+        self.values_part = part.with_all_columns() if self._rounds_rows else part
 
     def copy_(self, values: Tensor) -> None:
         """See `Target.copy_`."""
-        self._target.copy_(values)
+        if self._rounds_rows and values.is_floating_point():
+            cast(RoundsRows, self._target).copy_columns(values, cast(Cut, self.part.columns))
+        else:
+            self._target.copy_(values)
 
 
 @dataclass(frozen=True)
@@ -56,8 +69,13 @@ class Skipped:
 
 
 def part_of(target: Target) -> Part | None:
-    """Which part of the checkpoint's tensor `copy_` takes; None: all of it."""
+    """Which part of the checkpoint's tensor `copy_` takes as it is stored; None: all of it."""
     return getattr(target, "part", None)
+
+
+def values_part_of(target: Target) -> Part | None:
+    """Which part of the checkpoint's tensor `copy_` takes as values; None: all of it."""
+    return getattr(target, "values_part", None)
 
 
 def quantization_of(target: Target) -> str | None:

@@ -1,0 +1,53 @@
+"""Weights of `load_format` "dummy": random, the same ones every time, and for every number of ranks."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from stepgraph.layers.formats import Target
+from stepgraph.layers.formats.target import values_part_of
+from stepgraph.layers.matrix import Matrix
+from stepgraph.layers.norm import RMSNorm
+from stepgraph.models.checkpoint import keep_rows
+from stepgraph.parallel.shard import Part
+
+_DEVIATION = 0.02
+_PIECE = 2**24
+"""Numbers drawn at once."""
+
+
+@torch.no_grad()
+def fill_randomly(model: nn.Module, device: torch.device) -> None:
+    """Fill a native model's parameters as `load_format` "dummy" says, the same way every time. A rank draws what the whole model
+    would be filled with, which takes no longer than there, and keeps its part.
+
+    Args:
+        model: on `device`. Where ranks share it, a piece of a matrix takes memory meanwhile.
+        device: numbers are drawn there, and depend on its kind.
+    """
+    generator = torch.Generator(device).manual_seed(0)
+    for module in model.modules():
+        if isinstance(module, RMSNorm):
+            module.weight.fill_(1.0)
+        if isinstance(module, Matrix):
+            for target in module.targets().values():
+                _draw(target, generator)
+
+
+def _draw(target: Target, generator: torch.Generator) -> None:
+    part, shape = values_part_of(target), tuple(target.shape)
+    length = max(1, _PIECE // math.prod(shape[1:]))  # rows of a piece
+    if part is None and isinstance(target, Tensor):
+        for piece in target.split(length):
+            piece.normal_(0.0, _DEVIATION, generator=generator)
+        return
+    part = part or Part.whole(shape)
+    kept = torch.empty(part.kept_shape, dtype=target.dtype, device=generator.device)
+    piece = torch.empty(min(length, shape[0]), *shape[1:], dtype=target.dtype, device=generator.device)
+    for begin in range(0, shape[0], length):
+        drawn = piece[: shape[0] - begin].normal_(0.0, _DEVIATION, generator=generator)
+        keep_rows(drawn, begin, part, kept)
+    target.copy_(kept)
