@@ -80,11 +80,13 @@ class Attention(nn.Module):
         self.q_norm = norm() if qk_norm else None
         self.k_norm = norm() if qk_norm else None
 
-    def forward(self, norm: RMSNorm, x_TE: Tensor, cos_sin: Tensor, cache: PagedCache, inputs: StepInputs) -> Tensor:
+    def forward(
+        self, norm: RMSNorm | None, x_TE: Tensor, cos_sin: Tensor, cache: PagedCache, inputs: StepInputs
+    ) -> Tensor:
         """Attend, writing this step's keys and values.
 
         Args:
-            norm: of `x_TE`.
+            norm: of `x_TE`; None: it is normalised.
             x_TE: [T, E].
             cos_sin: [max positions, D] float32, see `stepgraph.layers.rotary`.
             cache: this layer's.
@@ -110,7 +112,9 @@ class Attention(nn.Module):
             window=self.spec.window,
         )
 
-    def cache_only(self, norm: RMSNorm, x_TE: Tensor, cos_sin: Tensor, cache: PagedCache, inputs: StepInputs) -> None:
+    def cache_only(
+        self, norm: RMSNorm | None, x_TE: Tensor, cos_sin: Tensor, cache: PagedCache, inputs: StepInputs
+    ) -> None:
         """Write this step's keys and values; arguments as of `forward`."""
         tokens = inputs.tokens
         rope_cache(

@@ -39,7 +39,7 @@ class Linear(Matrix):
         bias, format, dtype, device: as of `Matrix`.
         """
         inputs = shard.cut(in_features) if axis is Axis.IN else Cut.whole(in_features)
-        outputs = shard.cut(out_features) if axis is Axis.OUT else Cut.whole(out_features)
+        outputs = shard.span(out_features) if axis is Axis.OUT else Cut.whole(out_features)
         super().__init__(inputs, [outputs], axis=axis, bias=bias, format=format, dtype=dtype, device=device)
 
     def forward(self, x_TI: Tensor) -> Tensor:

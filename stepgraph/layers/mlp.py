@@ -52,6 +52,7 @@ class MLP(nn.Module):
         )
         self._end = End.GEGLU if activation == "gelu_tanh" else End.SWIGLU
 
-    def hidden(self, norm: RMSNorm, x_TE: Tensor) -> Tensor:
-        """Return `activation(gate(norm(x))) · up(norm(x))`: [T, M], dtype of `x_TE`. What is left is `down_proj`."""
+    def hidden(self, norm: RMSNorm | None, x_TE: Tensor) -> Tensor:
+        """Return `activation(gate(norm(x))) · up(norm(x))`: [T, M], dtype of `x_TE`. What is left is `down_proj`. Without a norm,
+        `x_TE` is normalised."""
         return self.gate_up_proj.product(x_TE, norm=norm, end=self._end)

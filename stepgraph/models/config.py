@@ -181,7 +181,8 @@ def check_supported(hf_config: Any) -> None:
 
 def possible_sizes(config: DecoderConfig) -> list[int]:
     """Numbers of ranks that can share a model, if its format lets them."""
-    return sizes_that_divide(config.num_heads, config.num_kv_heads, config.intermediate_size)
+    sizes = sizes_that_divide(config.num_heads, config.num_kv_heads, config.intermediate_size)
+    return [size for size in sizes if size**2 <= config.vocab_size]  # see `Shard.span`
 
 
 def check_shard(config: DecoderConfig, shard: Shard) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,16 +16,19 @@ from torch import Tensor, nn
 from stepgraph.layers.attention import Attention
 from stepgraph.layers.cache import PagedCache, PagedSpec
 from stepgraph.layers.embedding import Embedding
-from stepgraph.layers.formats import End, Target
+from stepgraph.layers.formats import Target
+from stepgraph.layers.head import HeadPart
 from stepgraph.layers.inputs import StepInputs
 from stepgraph.layers.linear import Linear, MergedLinear
 from stepgraph.layers.matrix import Matrix
 from stepgraph.layers.mlp import MLP
 from stepgraph.layers.norm import RMSNorm
+from stepgraph.layers.residual import ResidualStream
 from stepgraph.layers.rotary import cos_sin_table, rotary_order
 from stepgraph.models.config import DecoderConfig
 from stepgraph.models.conversion import with_head_order, with_offset
-from stepgraph.parallel.shard import WHOLE, Shard
+from stepgraph.parallel.group import Group
+from stepgraph.parallel.shard import WHOLE, Axis, Shard
 
 
 class DecoderLayer(nn.Module):
@@ -77,25 +81,26 @@ class DecoderLayer(nn.Module):
             self.pre_feedforward_layernorm = _norm(config, config.hidden_size, dtype, device)
             self.post_feedforward_layernorm = _norm(config, config.hidden_size, dtype, device)
 
-    def forward(self, residual_TE: Tensor, cos_sin: Tensor, cache: PagedCache, inputs: StepInputs) -> None:
-        """Add to the residual stream, in place, what attention and feed-forward make of it.
+    def forward(
+        self, stream: ResidualStream, cos_sin: Tensor, cache: PagedCache, inputs: StepInputs, next_norm: RMSNorm
+    ) -> None:
+        """Add to the residual stream what attention and feed-forward make of it.
 
         Args:
-            residual_TE: updated.
+            stream: [T, E], updated.
             cos_sin: [max positions, D] float32.
             cache: this layer's keys and values.
             inputs: of the step.
+            next_norm: after which the stream is read next: the next layer's first norm, or the final one.
         """
-        o_proj, down_proj = self.self_attn.o_proj, self.mlp.down_proj
-        attended_TF = self.self_attn(self.input_layernorm, residual_TE, cos_sin, cache, inputs)
-        if self.pre_feedforward_layernorm is None or self.post_feedforward_layernorm is None:
-            o_proj.product(attended_TF, end=End.ADD, out=residual_TE, multiplier=self.residual_multiplier)
-            hidden_TM = self.mlp.hidden(self.post_attention_layernorm, residual_TE)
-            down_proj.product(hidden_TM, end=End.ADD, out=residual_TE, multiplier=self.residual_multiplier)
-        else:
-            residual_TE.add_(self.post_attention_layernorm(o_proj(attended_TF)))
-            hidden_TM = self.mlp.hidden(self.pre_feedforward_layernorm, residual_TE)
-            residual_TE.add_(self.post_feedforward_layernorm(down_proj(hidden_TM)))
+        after_attention, before_mlp = None, self.post_attention_layernorm
+        if self.pre_feedforward_layernorm is not None:
+            after_attention, before_mlp = self.post_attention_layernorm, self.pre_feedforward_layernorm
+        add = partial(stream.add, multiplier=self.residual_multiplier)
+        attended_TF = self.self_attn(*stream.inputs(self.input_layernorm), cos_sin, cache, inputs)
+        add(self.self_attn.o_proj, attended_TF, post_norm=after_attention, next_norm=before_mlp)
+        hidden_TM = self.mlp.hidden(*stream.inputs(before_mlp))
+        add(self.mlp.down_proj, hidden_TM, post_norm=self.post_feedforward_layernorm, next_norm=next_norm)
 
 
 def _norm(config: DecoderConfig, width: int, dtype: torch.dtype, device: torch.device) -> RMSNorm:
@@ -116,6 +121,7 @@ class Decoder(nn.Module, ABC):
     """
 
     lm_head: Linear | None
+    head_part: HeadPart | None
 
     def __init__(
         self,
@@ -123,18 +129,21 @@ class Decoder(nn.Module, ABC):
         *,
         max_model_len: int,
         shard: Shard = WHOLE,
+        group: Group | None = None,
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
         """Args:
         config: of the model.
         max_model_len: longest sequence, in tokens; sizes the rotary table.
-        shard: the part of this rank; embedding table, output head and norms are whole on all.
+        shard: the part of this rank; embedding table and norms are whole on all.
+        group: the ranks that share the model, this one among them; None: there is one, or it is not to run.
         dtype: of parameters and activations.
         device: of the parameters.
         """
         super().__init__()
-        self.config, self.dtype, self.shard = config, dtype, shard
+        assert group is None or group.shard == shard, shard
+        self.config, self.dtype, self.shard, self.group = config, dtype, shard, group
         self.attention_specs = tuple(spec.sharded(shard) for spec in config.attention_specs)
         self.embed_tokens = Embedding(
             config.vocab_size, config.hidden_size, multiplier=config.embedding_multiplier, dtype=dtype, device=device
@@ -146,10 +155,11 @@ class Decoder(nn.Module, ABC):
         self.lm_head = (
             None
             if config.tie_word_embeddings
-            else Linear(config.hidden_size, config.vocab_size, dtype=dtype, device=device)
+            else Linear(config.hidden_size, config.vocab_size, axis=Axis.OUT, shard=shard, dtype=dtype, device=device)
         )
         # Tables have values from the start, which a model on the meta device keeps in host memory.
         device = torch.device("cpu") if device.type == "meta" else device
+        self.head_part = None if group is None else HeadPart(config.vocab_size, group, dtype=dtype, device=device)
         ropes = list(dict.fromkeys(config.ropes))
         for i, rope in enumerate(ropes):
             table = cos_sin_table(rope, config.head_dim, max_model_len, device)
@@ -174,11 +184,11 @@ class Decoder(nn.Module, ABC):
         Returns:
             [T, E] hidden states after the final norm. Those of padding tokens are unspecified.
         """
-        residual_TE = self.embed(inputs.tokens.token_ids)
-        for layer, table, cache in zip(self.layers, self._table_names, inputs.caches, strict=True):
-            layer(residual_TE, self.get_buffer(table), cache, inputs)
-        normalised_TE: Tensor = self.norm(residual_TE)
-        return normalised_TE
+        stream = ResidualStream(self.embed(inputs.tokens.token_ids), self.group)
+        next_norms = [*(layer.input_layernorm for layer in self.layers), self.norm][1:]
+        for layer, table, cache, norm in zip(self.layers, self._table_names, inputs.caches, next_norms, strict=True):
+            layer(stream, self.get_buffer(table), cache, inputs, norm)
+        return stream.normalised(self.norm)
 
     def embed(self, token_ids_T: Tensor) -> Tensor:
         """Embeddings of tokens, as the first layer takes them: [T, E]. May run inside a graph."""
@@ -187,14 +197,17 @@ class Decoder(nn.Module, ABC):
 
     @property
     def head(self) -> Matrix:
-        """The output head; in some models it is the embedding table."""
+        """The output head; in some models it is the embedding table. Of a head of their own, ranks have a part each."""
         return self.embed_tokens if self.lm_head is None else self.lm_head
 
     def logits(self, hidden_RE: Tensor, out: Tensor) -> Tensor:
         """Write logits into `out`, [R, V] of the dtype of `hidden_RE`, and return it. Runs inside the graph."""
         if self.config.logits_divisor != 1.0:
             hidden_RE = hidden_RE / self.config.logits_divisor
-        return self.head.product(hidden_RE, out=out)
+        if self.head_part is None:
+            return self.head.product(hidden_RE, out=out)
+        logits_RV: Tensor = self.head_part(self.head, hidden_RE, out)
+        return logits_RV
 
     def checkpoint_tensors(self) -> dict[str, Target]:
         """Where each tensor of a checkpoint goes: checkpoint name → parameter, view into a merged one, or one that is

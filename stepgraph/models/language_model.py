@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from stepgraph.layers.cache import CacheSpec
 from stepgraph.layers.inputs import AttentionSpec, StepInputs
+from stepgraph.parallel.group import Group
 
 
 class LanguageModelConfig(Protocol):
@@ -54,6 +55,10 @@ class LanguageModel(Protocol):
     @property
     def dtype(self) -> torch.dtype:
         """Of the activations."""
+
+    @property
+    def group(self) -> Group | None:
+        """The ranks that share the model, this one among them; None: there is one."""
 
     @property
     def attention_specs(self) -> tuple[AttentionSpec, ...]:

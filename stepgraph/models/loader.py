@@ -25,6 +25,7 @@ from stepgraph.models.registry import ARCHITECTURES
 from stepgraph.models.source import ModelSource
 from stepgraph.models.transformers_config import TransformersConfig
 from stepgraph.models.update import match_tensors, write_each
+from stepgraph.parallel.group import Group
 from stepgraph.parallel.shard import WHOLE, Shard
 
 logger = logging.getLogger(__name__)
@@ -42,6 +43,7 @@ def load_model(
     deterministic: bool = False,
     packed: bool = False,
     shard: Shard = WHOLE,
+    group: Group | None = None,
     progress: bool = False,
 ) -> LanguageModel:
     """Build a model and fill it; see `create_model` and `fill` for arguments and errors."""
@@ -56,6 +58,7 @@ def load_model(
         deterministic=deterministic,
         packed=packed,
         shard=shard,
+        group=group,
         progress=progress,
     )
     for _ in fill(model, source, load_format=load_format, progress=progress):
@@ -75,6 +78,7 @@ def create_model(
     deterministic: bool = False,
     packed: bool = False,
     shard: Shard = WHOLE,
+    group: Group | None = None,
     exact_tokens: int | None = None,
     free_bytes: int | None = None,
     progress: bool = False,
@@ -93,7 +97,8 @@ def create_model(
         supports_fp8: whether the device can.
         deterministic: a token's result may not depend, bit for bit, on the tokens beside it.
         packed: keep the blocks of a quantised checkpoint where this machine has kernels for them; needs float32 on the CPU.
-        shard: the part of the model that this rank keeps. What its layers add to the residual stream is then a part, too.
+        shard: the part of the model to keep. To run a part takes a group.
+        group: the ranks that share the model, whose `shard` says which part this one keeps.
         exact_tokens: products of more tokens with packed weights may round their operands, see `ops.packed_linear`.
         free_bytes: of memory on the device, which the weights must fit in; None: not known.
         progress: show a bar on stderr.
@@ -106,6 +111,7 @@ def create_model(
             on a device that has none.
     """
     assert load_format in ("auto", "dummy"), load_format
+    shard = shard if group is None else group.shard
     config = source.config
     if isinstance(config, TransformersConfig):
         if deterministic:
@@ -143,7 +149,7 @@ def create_model(
     check_shard(config, shard)
     meta = torch.device("meta")
     model = ARCHITECTURES[config.architecture](
-        config, max_model_len=max_model_len, shard=shard, dtype=dtype, device=meta
+        config, max_model_len=max_model_len, shard=shard, group=group, dtype=dtype, device=meta
     )
     choose_formats(
         model,

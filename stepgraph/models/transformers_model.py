@@ -46,6 +46,7 @@ from stepgraph.models.transformers_interfaces import (
     RefusalError,
     refuse,
 )
+from stepgraph.parallel.group import Group
 
 logger = logging.getLogger(__name__)
 
@@ -98,6 +99,8 @@ def _runs(hf_config: Any) -> bool:
 
 class TransformersModel(nn.Module):
     """A transformers class taken apart: its base model runs the layers, the rest of it makes logits. See `LanguageModel`."""
+
+    group: Group | None = None
 
     def __init__(self, config: TransformersConfig, hf_model: Any) -> None:
         """Args:

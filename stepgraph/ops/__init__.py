@@ -12,9 +12,15 @@ from stepgraph.ops.build import BuiltStep, StepSamples, StepTokens, build_step
 from stepgraph.ops.commit import commit
 from stepgraph.ops.draft import draft_inputs, draft_row_tokens, propose
 from stepgraph.ops.force_acceptance import force_acceptance
-from stepgraph.ops.fp8_linear import fp8_linear, fp8_linear_add, fp8_norm_gated_linear, fp8_norm_linear
+from stepgraph.ops.fp8_linear import (
+    fp8_gated_linear,
+    fp8_linear,
+    fp8_linear_add,
+    fp8_norm_gated_linear,
+    fp8_norm_linear,
+)
 from stepgraph.ops.grouped_linear import grouped_linear
-from stepgraph.ops.linear import linear, linear_add, linear_by_row, norm_gated_linear, norm_linear
+from stepgraph.ops.linear import gated_linear, linear, linear_add, linear_by_row, norm_gated_linear, norm_linear
 from stepgraph.ops.logprobs import logprobs
 from stepgraph.ops.lookup import lookup
 from stepgraph.ops.lora import lora
@@ -42,10 +48,12 @@ __all__ = [
     "draft_inputs",
     "draft_row_tokens",
     "force_acceptance",
+    "fp8_gated_linear",
     "fp8_linear",
     "fp8_linear_add",
     "fp8_norm_gated_linear",
     "fp8_norm_linear",
+    "gated_linear",
     "geglu",
     "grouped_linear",
     "linear",

@@ -10,6 +10,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
 
+_ALIGNMENT = 16
+"""Entries that kernels read at once, at aligned addresses."""
+
 
 class Axis(Enum):
     """Along which dimension of its weight [outputs, inputs] a product is cut."""
@@ -63,6 +66,16 @@ class Shard:
         """This rank's part of a dimension that the number of ranks divides."""
         assert size % self.size == 0, (self, size)
         return Cut(size, size // self.size * self.rank, size // self.size)
+
+    def span(self, size: int) -> Cut:
+        """This rank's part of a dimension, which need not divide: all ranks but the last keep as much as the first, and the last
+        what is left. That is something wherever `size` is at least the square of the number of ranks."""
+        width = -(-size // self.size)
+        aligned = -(-width // _ALIGNMENT) * _ALIGNMENT
+        if aligned * (self.size - 1) < size:
+            width = aligned
+        begin = width * self.rank
+        return Cut(size, begin, min(width, size - begin))
 
     def heads(self, num_heads: int) -> Cut:
         """This rank's key/value heads. If there are fewer than ranks, neighbouring ranks keep the same one."""

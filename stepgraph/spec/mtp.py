@@ -29,11 +29,13 @@ from stepgraph.layers.formats import Target, WeightFormat
 from stepgraph.layers.inputs import AttentionSpec, AttentionWork, StepInputs
 from stepgraph.layers.linear import Linear
 from stepgraph.layers.norm import RMSNorm
+from stepgraph.layers.residual import ResidualStream
 from stepgraph.layers.rotary import cos_sin_table
 from stepgraph.models.config import DecoderConfig
 from stepgraph.models.decoder import DecoderLayer, named_targets
 from stepgraph.models.language_model import LanguageModel
-from stepgraph.parallel.shard import Shard
+from stepgraph.parallel.group import Group
+from stepgraph.parallel.shard import WHOLE, Shard
 from stepgraph.platforms import Platform
 from stepgraph.spec.drafter import Drafts, DraftStep
 from stepgraph.spec.mtp_levels import Level, carry, extend_history, first_level, next_level
@@ -62,7 +64,8 @@ class MTPLayer(nn.Module):
         options: MTPOptions,
         *,
         max_model_len: int,
-        shard: Shard,
+        shard: Shard = WHOLE,
+        group: Group | None = None,
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
@@ -70,12 +73,12 @@ class MTPLayer(nn.Module):
         config: of the decoder layer, which is like the last of the model.
         options: of the module.
         max_model_len: longest sequence, in tokens.
-        shard: the part of this rank; projection and norms are whole on all.
+        shard, group: as of the model; projection and norms are whole on all ranks.
         dtype, device: of the parameters.
         """
         super().__init__()
         E, last = config.hidden_size, config.num_layers - 1
-        self.config, self.options = config, options
+        self.config, self.options, self.group = config, options, group
         self.attention_spec = config.attention_specs[last].sharded(shard)
         self.embedding_norm, self.hidden_norm, self.norm = (
             RMSNorm(
@@ -120,10 +123,10 @@ class MTPLayer(nn.Module):
         Returns:
             [T, E] for the output head, and [T, E] for the next proposal.
         """
-        residual_TE = self._combine(embedding_TE, hidden_TE)
-        self.block(residual_TE, self.cos_sin, cache, inputs)
-        normalised_TE = self.norm(residual_TE)
-        return normalised_TE, normalised_TE if self.options.hands_over_normalised else residual_TE
+        stream = ResidualStream(self._combine(embedding_TE, hidden_TE), self.group)
+        self.block(stream, self.cos_sin, cache, inputs, self.norm)
+        normalised_TE = stream.normalised(self.norm)
+        return normalised_TE, normalised_TE if self.options.hands_over_normalised else stream.residual_TE
 
     def cache_only(self, embedding_TE: Tensor, hidden_TE: Tensor, cache: PagedCache, inputs: StepInputs) -> None:
         """Cache keys and values as `forward` does, and no more."""

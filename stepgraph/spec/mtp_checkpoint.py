@@ -150,7 +150,8 @@ def load_mtp(
             layer_config,
             options,
             max_model_len=max_model_len,
-            shard=model.shard if isinstance(model, Decoder) else WHOLE,
+            shard=WHOLE if model.group is None else model.group.shard,
+            group=model.group,
             dtype=model.dtype,
             device=platform.device,
         ).eval()
@@ -164,7 +165,8 @@ def load_mtp(
             pack_rounded(layer, exact_tokens=packed.exact_tokens)
     max_rows = config.scheduler.max_num_seqs
     head = None
-    if num_draft_ids:
+    shares_head = isinstance(model, Decoder) and not model.head.outputs[0].is_whole
+    if num_draft_ids and not shares_head:  # where no rank has all rows to choose from, modules propose any token
         size = (max_rows, layer_config.vocab_size)
         logits_RV = torch.full(size, -torch.inf, dtype=model.dtype, device=platform.device)
         head = DraftHead(num_draft_ids, layer_config.hidden_size, _head_weight(model)[0], logits_RV)

@@ -1,7 +1,6 @@
-"""What a shard of a model must hold, cut out of the whole model by hand, and a step of ranks that are all in one process."""
+"""What a shard of a model must hold, cut out of the whole model by hand."""
 
 import torch
-from stepping import Stepper
 
 from stepgraph.layers.formats import FP8
 
@@ -30,6 +29,14 @@ def rows_of(path, config, rank, size):
     return span(0, rank * part, part) + span(M, rank * part, part)
 
 
+def rows_of_head(vocab_size, rank, size):
+    """As many on all ranks but the last, by the sixteen where that leaves the last one some."""
+    width = -(-vocab_size // size)
+    if (size - 1) * (width + -width % 16) < vocab_size:
+        width += -width % 16
+    return slice(rank * width, (rank + 1) * width)
+
+
 def expected_parameters(model, rank, size):
     """The parameters of a shard by name, of the whole model's."""
     expected = {}
@@ -43,6 +50,8 @@ def expected_parameters(model, rank, size):
                 continue
             if kind == "weight" or (isinstance(module.format, FP8) and module.format.grouped and kind == "scale"):
                 parameter = parameter.chunk(size, 1)[rank]
+        elif path == "lm_head":
+            parameter = parameter[rows_of_head(len(parameter), rank, size)]
         expected[name] = parameter
     return expected
 
@@ -61,32 +70,7 @@ def as_bytes(values):
     return values.detach().contiguous().view(torch.uint8)
 
 
-class ShardedStepper(Stepper):
-    """A Stepper over the shards of a model, which adds up what they compute where ranks would."""
-
-    def __init__(self, models, max_len: int) -> None:
-        super().__init__(models[0], max_len)
-        self.ranks = [Stepper(model, max_len) for model in models]
-
-    def run(self, tokens):
-        """See `Stepper.run`."""
-        ranks = [(stepper.model, stepper.inputs(tokens)) for stepper in self.ranks]
-        first = self.model
-        residual = first.embed(tokens.token_ids)
-        multiplier = first.config.residual_multiplier
-        for index, layer in enumerate(first.layers):
-            layers = [(model.layers[index], inputs) for model, inputs in ranks]
-            table = first.get_buffer(first._table_names[index])
-            attended = sum(
-                each.self_attn.o_proj(
-                    each.self_attn(each.input_layernorm, residual, table, inputs.caches[index], inputs)
-                )
-                for each, inputs in layers
-            )
-            norms = layer.post_attention_layernorm, layer.pre_feedforward_layernorm, layer.post_feedforward_layernorm
-            residual = residual + (multiplier * attended if norms[1] is None else norms[0](attended))
-            before = norms[0] if norms[1] is None else norms[1]
-            fed = sum(each.mlp.down_proj(each.mlp.hidden(before, residual)) for each, _ in layers)
-            residual = residual + (multiplier * fed if norms[2] is None else norms[2](fed))
-        hidden = first.norm(residual)
-        return first.logits(hidden, out=hidden.new_empty(len(hidden), first.config.vocab_size))
+def run_stepper(stepper, tokens):
+    """Logits of some tokens, fed in two steps, so that a step's parts meet what another left in the cache."""
+    half = len(tokens) // 2 + 1
+    return torch.cat([stepper.step(tokens[:half]), stepper.step(tokens[half:])])

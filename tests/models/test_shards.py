@@ -7,9 +7,10 @@ import torch
 from checkpoints import HF_CONFIGS, SIZES, random_hf_model
 from fp8_folders import write_fp8
 from safetensors.torch import load_file
-from shards import ShardedStepper, assert_is_shard
+from shards import assert_is_shard, run_stepper
 from stepping import Stepper
 from test_adapters import matrices, save_adapter
+from thread_group import run_ranks
 from transformers import LlamaConfig, Phi3Config, Qwen2Config, Qwen3Config
 
 from stepgraph import native
@@ -75,10 +76,9 @@ def assert_shards(path, **settings) -> None:
 def assert_adds_up(path, *, tolerance=2e-4, **settings) -> None:
     expected = Stepper(load(path, **settings), 64).step(TOKENS)
     for size in (2, 4):
-        shards = [load(path, shard=Shard(rank, size), **settings) for rank in range(size)]
-        stepper = ShardedStepper(shards, 64)
-        found = torch.cat([stepper.step(TOKENS[:33]), stepper.step(TOKENS[33:])])
-        torch.testing.assert_close(found, expected, atol=tolerance, rtol=1e-4)
+        found = run_ranks(size, lambda group: run_stepper(Stepper(load(path, group=group, **settings), 64), TOKENS))
+        assert all(torch.equal(each, found[0]) for each in found)
+        torch.testing.assert_close(found[0], expected, atol=tolerance, rtol=1e-4)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -309,8 +309,8 @@ def test_adapters_add_up_over_shards(name, tmp_path) -> None:
 
     expected = Stepper(adapted(), 64).step(TOKENS)
     for size in (2, 4):
-        found = ShardedStepper([adapted(shard=Shard(rank, size)) for rank in range(size)], 64).step(TOKENS)
-        torch.testing.assert_close(found, expected, atol=5e-4, rtol=1e-4)
+        found = run_ranks(size, lambda group: Stepper(adapted(group=group), 64).step(TOKENS))
+        torch.testing.assert_close(found[0], expected, atol=5e-4, rtol=1e-4)
     assert (expected - Stepper(load(tmp_path / "model"), 64).step(TOKENS)).norm() > 0.1 * expected.norm()
 
 

@@ -138,6 +138,10 @@ def test_products_fused_with_what_is_around_them_match_float64(form, on_device, 
     for gelu in (False, True):
         active = torch.nn.functional.gelu(gate, approximate="tanh") if gelu else torch.nn.functional.silu(gate)
         check(form.fp8_norm_gated_linear(x_, norm_weight_, EPS, weight_, scale_, gelu), active * up)
+    gate, up = (x.double() @ exact_weight.T).chunk(2, 1)
+    for gelu in (False, True):
+        active = torch.nn.functional.gelu(gate, approximate="tanh") if gelu else torch.nn.functional.silu(gate)
+        check(form.fp8_gated_linear(x_, weight_, scale_, gelu), active * up)
 
 
 def test_result_is_the_same_whichever_kernel_a_number_of_tokens_chooses(device):

@@ -81,13 +81,19 @@ def test_norm_linear_multiplies_what_is_normalised(form, on_device, tokens, inpu
 @pytest.mark.parametrize(("form", "on_device"), FORMS, ids=["cuda", "cpu"])
 @pytest.mark.parametrize(("tokens", "inputs", "dtype"), CASES)
 @pytest.mark.parametrize("gelu", [False, True])
-def test_norm_gated_linear_gates_the_second_half_with_the_first(form, on_device, tokens, inputs, dtype, gelu, device):
+@pytest.mark.parametrize("normed", [False, True])
+def test_gated_linear_gates_the_second_half_with_the_first(
+    form, on_device, tokens, inputs, dtype, gelu, normed, device
+):
     place = device if on_device else "cpu"
     x, weight, _ = operands(tokens, inputs, 2 * 21, dtype)
     norm_weight = 1 + randn(inputs).to(dtype) / 4
-    gate, up = (norm(x, norm_weight) @ weight.double().T).chunk(2, dim=1)
+    gate, up = ((norm(x, norm_weight) if normed else x.double()) @ weight.double().T).chunk(2, dim=1)
     activation = torch.nn.functional.gelu(gate, approximate="tanh") if gelu else torch.nn.functional.silu(gate)
-    found = form.norm_gated_linear(x.to(place), norm_weight.to(place), EPS, weight.to(place), gelu)
+    if normed:
+        found = form.norm_gated_linear(x.to(place), norm_weight.to(place), EPS, weight.to(place), gelu)
+    else:
+        found = form.gated_linear(x.to(place), weight.to(place), gelu)
     assert found.shape == (tokens, 21)
     assert_close(found, activation * up, dtype)
 

@@ -70,7 +70,9 @@ class FP8(WeightFormat):
             return out
         if norm is not None and end is End.STORE and out is None:
             return ops.fp8_norm_linear(x_TI, norm.weight, norm.eps, weight, scale, bias)
-        if norm is not None and end in (End.SWIGLU, End.GEGLU) and bias is None:
+        if end in (End.SWIGLU, End.GEGLU) and bias is None:
+            if norm is None:
+                return ops.fp8_gated_linear(x_TI, weight, scale, gelu=end is End.GEGLU)
             return ops.fp8_norm_gated_linear(x_TI, norm.weight, norm.eps, weight, scale, gelu=end is End.GEGLU)
         return None
 

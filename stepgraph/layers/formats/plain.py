@@ -38,7 +38,9 @@ class Plain(WeightFormat):
             return out
         if norm is not None and end is End.STORE and out is None:
             return ops.norm_linear(x_TI, norm.weight, norm.eps, weight, bias)
-        if norm is not None and end in (End.SWIGLU, End.GEGLU) and bias is None:
+        if end in (End.SWIGLU, End.GEGLU) and bias is None:
+            if norm is None:
+                return ops.gated_linear(x_TI, weight, gelu=end is End.GEGLU)
             return ops.norm_gated_linear(x_TI, norm.weight, norm.eps, weight, gelu=end is End.GEGLU)
         return None
 

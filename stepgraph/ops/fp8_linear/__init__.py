@@ -16,6 +16,7 @@ from stepgraph.ops.registry import register
 __all__ = [
     "GROUP_SIZE",
     "dequantize",
+    "fp8_gated_linear",
     "fp8_linear",
     "fp8_linear_add",
     "fp8_norm_gated_linear",
@@ -31,6 +32,10 @@ _fp8_linear = register(
 _fp8_linear_add = register(
     "fp8_linear_add(Tensor x, Tensor weight, Tensor scale, Tensor? bias, Tensor(a!) residual, float multiplier) -> ()",
     {"cpu": cpu.fp8_linear_add, "cuda": "stepgraph.ops.fp8_linear.triton:fp8_linear_add"},
+)
+_fp8_gated_linear = register(
+    "fp8_gated_linear(Tensor x, Tensor weight, Tensor scale, bool gelu) -> Tensor",
+    {"cpu": cpu.fp8_gated_linear, "cuda": "stepgraph.ops.fp8_linear.triton:fp8_gated_linear"},
 )
 _fp8_norm_linear = register(
     "fp8_norm_linear(Tensor x, Tensor norm_weight, float eps, Tensor weight, Tensor scale, Tensor? bias) -> Tensor",
@@ -73,6 +78,20 @@ def fp8_linear_add(
     _fp8_linear_add(x, weight, scale, bias, residual, multiplier)
 
 
+def fp8_gated_linear(x: Tensor, weight: Tensor, scale: Tensor, *, gelu: bool) -> Tensor:
+    """`swiglu`, or `geglu`, of `fp8_linear`. May run inside a graph.
+
+    Args:
+        x: as of `fp8_linear`.
+        weight, scale: as of `fp8_linear`, of 2N outputs; the gate's in the first half.
+        gelu: which activation.
+
+    Returns:
+        [T, N], dtype of `x`.
+    """
+    return _fp8_gated_linear(x, weight, scale, gelu)
+
+
 def fp8_norm_linear(
     x: Tensor, norm_weight: Tensor, eps: float, weight: Tensor, scale: Tensor, bias: Tensor | None
 ) -> Tensor:
@@ -91,13 +110,11 @@ def fp8_norm_linear(
 def fp8_norm_gated_linear(
     x: Tensor, norm_weight: Tensor, eps: float, weight: Tensor, scale: Tensor, *, gelu: bool
 ) -> Tensor:
-    """`swiglu`, or `geglu`, of `fp8_linear` of `rms_norm`. May run inside a graph.
+    """`fp8_gated_linear` of `rms_norm`. May run inside a graph.
 
     Args:
-        x: as of `fp8_linear`.
+        x, weight, scale, gelu: as of `fp8_gated_linear`.
         norm_weight, eps: [K], as of `rms_norm`.
-        weight, scale: as of `fp8_linear`, of 2N outputs; the gate's in the first half.
-        gelu: which activation.
 
     Returns:
         [T, N], dtype of `x`.

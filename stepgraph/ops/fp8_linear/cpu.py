@@ -25,6 +25,11 @@ def fp8_linear_add(
     residual.add_(reference.fp8_linear(x, weight, scale, bias).float() * multiplier)
 
 
+def fp8_gated_linear(x: Tensor, weight: Tensor, scale: Tensor, gelu: bool) -> Tensor:
+    """See `stepgraph.ops.fp8_linear.fp8_gated_linear`."""
+    return (geglu if gelu else swiglu)(reference.fp8_linear(x, weight, scale, None))
+
+
 def fp8_norm_linear(
     x: Tensor, norm_weight: Tensor, eps: float, weight: Tensor, scale: Tensor, bias: Tensor | None
 ) -> Tensor:
@@ -36,4 +41,4 @@ def fp8_norm_gated_linear(
     x: Tensor, norm_weight: Tensor, eps: float, weight: Tensor, scale: Tensor, gelu: bool
 ) -> Tensor:
     """See `stepgraph.ops.fp8_linear.fp8_norm_gated_linear`."""
-    return (geglu if gelu else swiglu)(fp8_norm_linear(x, norm_weight, eps, weight, scale, None))
+    return fp8_gated_linear(rms_norm(x, norm_weight, eps), weight, scale, gelu)

@@ -19,7 +19,7 @@ from stepgraph.ops.dependent_launch import LAUNCH, wait_for_previous
 from stepgraph.ops.fp8_linear.reference import GROUP_SIZE
 from stepgraph.ops.launched import launched
 from stepgraph.ops.linear.ends import ADD, GEGLU, STORE, SWIGLU, before_add, finish
-from stepgraph.ops.linear.triton import streams_with_norm
+from stepgraph.ops.linear.triton import streams_at_once
 from stepgraph.ops.rms_norm.triton import normalise, rms_norm
 from stepgraph.ops.swiglu.triton import geglu, swiglu
 from stepgraph.platforms.kernels import kernel_tuning
@@ -271,24 +271,33 @@ def fp8_norm_linear(
     x: Tensor, norm_weight: Tensor, eps: float, weight: Tensor, scale: Tensor, bias: Tensor | None
 ) -> Tensor:
     """See `stepgraph.ops.fp8_linear.fp8_norm_linear`."""
-    if not streams_with_norm(x):
+    if not streams_at_once(x):
         return fp8_linear(rms_norm(x, norm_weight, eps), weight, scale, bias, False)
     out = x.new_empty(1, weight.shape[0])
     multiply(x, weight, scale, bias, out, choose_tile(x, weight.shape[0]), norm=(norm_weight, eps))
     return out
 
 
+def fp8_gated_linear(x: Tensor, weight: Tensor, scale: Tensor, gelu: bool) -> Tensor:
+    """See `stepgraph.ops.fp8_linear.fp8_gated_linear`."""
+    return _gated(x, weight, scale, gelu, norm=None)
+
+
 def fp8_norm_gated_linear(
     x: Tensor, norm_weight: Tensor, eps: float, weight: Tensor, scale: Tensor, gelu: bool
 ) -> Tensor:
     """See `stepgraph.ops.fp8_linear.fp8_norm_gated_linear`."""
+    if streams_at_once(x):
+        return _gated(x, weight, scale, gelu, norm=(norm_weight, eps))
+    return _gated(rms_norm(x, norm_weight, eps), weight, scale, gelu, norm=None)
+
+
+def _gated(x: Tensor, weight: Tensor, scale: Tensor, gelu: bool, norm: tuple[Tensor, float] | None) -> Tensor:
     tile = choose_tile(x, weight.shape[0])
-    norm = (norm_weight, eps) if streams_with_norm(x) else None
-    normed = rms_norm(x, norm_weight, eps) if norm is None else x
     if isinstance(tile, BlockTile) or x.shape[0] > MAX_GATED_TOKENS:
-        return (geglu if gelu else swiglu)(fp8_linear(normed, weight, scale, None, False))
+        return (geglu if gelu else swiglu)(fp8_linear(x, weight, scale, None, False))
     out = x.new_empty(x.shape[0], weight.shape[0] // 2)
-    multiply(normed, weight, scale, None, out, tile, GEGLU if gelu else SWIGLU, norm=norm)
+    multiply(x, weight, scale, None, out, tile, GEGLU if gelu else SWIGLU, norm=norm)
     return out
 
 

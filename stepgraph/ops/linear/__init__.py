@@ -4,8 +4,8 @@
 a kernel that only streams it gets closer to the memory's bandwidth. Both choose how they add up by the number of tokens, so
 a token's result changes in its last bits with the tokens beside it. `linear_by_row` has none of that, and is slower.
 
-`linear_add`, `norm_linear` and `norm_gated_linear` are a product with what comes after or before it: for few tokens one kernel
-instead of two or three.
+`linear_add`, `gated_linear`, `norm_linear` and `norm_gated_linear` are a product with what comes after or before it: for few
+tokens one kernel instead of two or three.
 """
 
 from torch import Tensor
@@ -24,6 +24,10 @@ _linear_out = register(
 _linear_add = register(
     "linear_add(Tensor x, Tensor weight, Tensor? bias, Tensor(a!) residual, float multiplier) -> ()",
     {"cpu": Inlined(cpu.linear_add), "cuda": "stepgraph.ops.linear.triton:linear_add"},
+)
+_gated_linear = register(
+    "gated_linear(Tensor x, Tensor weight, bool gelu) -> Tensor",
+    {"cpu": Inlined(cpu.gated_linear), "cuda": "stepgraph.ops.linear.triton:gated_linear"},
 )
 _norm_linear = register(
     "norm_linear(Tensor x, Tensor norm_weight, float eps, Tensor weight, Tensor? bias) -> Tensor",
@@ -74,6 +78,20 @@ def linear_add(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor,
     _linear_add(x, weight, bias, residual, multiplier)
 
 
+def gated_linear(x: Tensor, weight: Tensor, *, gelu: bool) -> Tensor:
+    """`swiglu`, or `geglu`, of `linear`. May run inside a graph.
+
+    Args:
+        x: [T, K] bfloat16, float16 or float32, contiguous.
+        weight: [2N, K], dtype of `x`, contiguous; the gate's in the first half.
+        gelu: which activation.
+
+    Returns:
+        [T, N], dtype of `x`.
+    """
+    return _gated_linear(x, weight, gelu)
+
+
 def norm_linear(x: Tensor, norm_weight: Tensor, eps: float, weight: Tensor, bias: Tensor | None) -> Tensor:
     """`linear` of `rms_norm`. May run inside a graph.
 
@@ -90,13 +108,11 @@ def norm_linear(x: Tensor, norm_weight: Tensor, eps: float, weight: Tensor, bias
 
 
 def norm_gated_linear(x: Tensor, norm_weight: Tensor, eps: float, weight: Tensor, *, gelu: bool) -> Tensor:
-    """`swiglu`, or `geglu`, of `linear` of `rms_norm`. May run inside a graph.
+    """`gated_linear` of `rms_norm`. May run inside a graph.
 
     Args:
-        x: [T, K] bfloat16, float16 or float32, contiguous.
+        x, weight, gelu: as of `gated_linear`.
         norm_weight, eps: [K], as of `rms_norm`.
-        weight: [2N, K], dtype of `x`, contiguous; the gate's in the first half.
-        gelu: which activation.
 
     Returns:
         [T, N], dtype of `x`.

@@ -45,6 +45,11 @@ def linear_add(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor,
     )  # `alpha` of 16 bits rounds by position
 
 
+def gated_linear(x: Tensor, weight: Tensor, gelu: bool) -> Tensor:
+    """See `stepgraph.ops.linear.gated_linear`."""
+    return (geglu if gelu else swiglu)(linear(x, weight, None))
+
+
 def norm_linear(x: Tensor, norm_weight: Tensor, eps: float, weight: Tensor, bias: Tensor | None) -> Tensor:
     """See `stepgraph.ops.linear.norm_linear`."""
     return linear(rms_norm(x, norm_weight, eps), weight, bias)
@@ -52,7 +57,7 @@ def norm_linear(x: Tensor, norm_weight: Tensor, eps: float, weight: Tensor, bias
 
 def norm_gated_linear(x: Tensor, norm_weight: Tensor, eps: float, weight: Tensor, gelu: bool) -> Tensor:
     """See `stepgraph.ops.linear.norm_gated_linear`."""
-    return (geglu if gelu else swiglu)(norm_linear(x, norm_weight, eps, weight, None))
+    return gated_linear(rms_norm(x, norm_weight, eps), weight, gelu)
 
 
 def linear_by_row(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:

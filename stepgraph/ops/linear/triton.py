@@ -146,9 +146,25 @@ def linear_add(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor,
             residual.add_(bias, alpha=multiplier)
 
 
+def gated_linear(x: Tensor, weight: Tensor, gelu: bool) -> Tensor:
+    """See `stepgraph.ops.linear.gated_linear`."""
+    tokens, width = x.shape[0], weight.shape[0] // 2
+    end = GEGLU if gelu else SWIGLU
+    streamed = streams_at_once(x)
+    tile = None if streamed else few_tokens.choose_tile(x, 2 * width, gated=True)
+    if tile is None and not streamed:
+        return (geglu if gelu else swiglu)(linear(x, weight, None))
+    out = x.new_empty(tokens, width)
+    if tile is None:
+        stream(x, weight, None, out, end)
+    else:
+        few_tokens.multiply(x, weight, None, out, tile, end)
+    return out
+
+
 def norm_linear(x: Tensor, norm_weight: Tensor, eps: float, weight: Tensor, bias: Tensor | None) -> Tensor:
     """See `stepgraph.ops.linear.norm_linear`."""
-    if not streams_with_norm(x):
+    if not streams_at_once(x):
         return linear(rms_norm(x, norm_weight, eps), weight, bias)
     out = x.new_empty(1, weight.shape[0])
     stream(x, weight, bias, out, norm=(norm_weight, eps))
@@ -157,23 +173,16 @@ def norm_linear(x: Tensor, norm_weight: Tensor, eps: float, weight: Tensor, bias
 
 def norm_gated_linear(x: Tensor, norm_weight: Tensor, eps: float, weight: Tensor, gelu: bool) -> Tensor:
     """See `stepgraph.ops.linear.norm_gated_linear`."""
-    tokens, width = x.shape[0], weight.shape[0] // 2
-    end = GEGLU if gelu else SWIGLU
-    if streams_with_norm(x):
-        out = x.new_empty(1, width)
-        stream(x, weight, None, out, end, norm=(norm_weight, eps))
-        return out
-    normed = rms_norm(x, norm_weight, eps)
-    tile = few_tokens.choose_tile(x, 2 * width, gated=True)
-    if tile is None:
-        return (geglu if gelu else swiglu)(linear(normed, weight, None))
-    out = x.new_empty(tokens, width)
-    few_tokens.multiply(normed, weight, None, out, tile, end)
+    if not streams_at_once(x):
+        return gated_linear(rms_norm(x, norm_weight, eps), weight, gelu)
+    out = x.new_empty(1, weight.shape[0] // 2)
+    stream(x, weight, None, out, GEGLU if gelu else SWIGLU, norm=(norm_weight, eps))
     return out
 
 
-def streams_with_norm(x: Tensor) -> bool:
-    """Whether a program can normalise what it streams the weight for: a second token would cost another pass."""
+def streams_at_once(x: Tensor) -> bool:
+    """Whether a program has all inputs that it streams the weight for at once, and so can normalise them: a second token would
+    cost another pass."""
     return x.shape[0] == 1 and x.shape[1] <= TUNING.streamed_inputs
 
 

@@ -55,8 +55,12 @@ def norm_linear(x: Tensor, norm: Tensor, eps: float, weight: Tensor, bias: Tenso
     return linear(rms_norm(x, norm, eps), weight, bias)
 
 
+def gated_linear(x: Tensor, weight: Tensor, gelu: bool) -> Tensor:
+    return (geglu if gelu else swiglu)(linear(x, weight, None))
+
+
 def norm_gated_linear(x: Tensor, norm: Tensor, eps: float, weight: Tensor, gelu: bool) -> Tensor:
-    return (geglu if gelu else swiglu)(norm_linear(x, norm, eps, weight, None))
+    return gated_linear(rms_norm(x, norm, eps), weight, gelu)
 
 
 def linear_out(x: Tensor, weight: Tensor, out: Tensor) -> None:
@@ -132,6 +136,9 @@ CASES = {
     "linear_add": Case(
         "linear_add", linear_add, lambda g: (random(g, T, K), random(g, N, K), None, random(g, T, N), 0.5), rows=(0, 3)
     ),
+    "gated_linear": Case(
+        "gated_linear", gated_linear, lambda g: (random(g, T, K), random(g, 2 * N, K) / 4, True), rows=(0,)
+    ),
     "norm_linear": Case(
         "norm_linear", norm_linear, lambda g: (random(g, T, K), random(g, K), EPS, random(g, N, K), None), rows=(0,)
     ),
@@ -165,6 +172,7 @@ OF_SETTINGS = {
     "fp8_linear",
     "fp8_linear_add",
     "fp8_norm_linear",
+    "fp8_gated_linear",
     "fp8_norm_gated_linear",
     "lora",
     "lookup",

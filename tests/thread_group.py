@@ -1,0 +1,91 @@
+"""Ranks that are threads of one process: a `Group` by its definition, in plain torch."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from stepgraph.ops.rms_norm.reference import rms_norm
+from stepgraph.parallel.shard import Shard
+
+
+class ThreadGroup:
+    """See `stepgraph.parallel.group.Group`. Nobody waits longer than a minute for a rank that does not come."""
+
+    def __init__(self, rank: int, parts: list[Tensor | None], barrier: threading.Barrier) -> None:
+        self.shard = Shard(rank, len(parts))
+        self.calls: list[str] = []
+        self._parts, self._barrier = parts, barrier
+
+    def add_sum(self, part_TE, residual_TE, *, multiplier=1.0, post_norm=None, norm=None):
+        """See `Group.add_sum`."""
+        assert part_TE.dtype == residual_TE.dtype
+        assert part_TE.is_contiguous()
+        assert residual_TE.is_contiguous()
+        parts = self._exchange("add_sum", part_TE)
+        total_TE = parts[0].float()
+        for other_TE in parts[1:]:
+            total_TE = total_TE + other_TE.float()
+        if post_norm is not None:
+            total_TE = rms_norm(total_TE, post_norm.weight.float(), post_norm.eps)
+        residual_TE.copy_(residual_TE.float() + multiplier * total_TE)
+        return residual_TE if norm is None else rms_norm(residual_TE, norm.weight, norm.eps)
+
+    def gather(self, part_RW, out_RV):
+        """See `Group.gather`."""
+        width, ranks = part_RW.shape[1], self.shard.size
+        assert width * (ranks - 1) < out_RV.shape[1] <= width * ranks
+        assert part_RW.is_contiguous()
+        assert out_RV.is_contiguous()
+        return out_RV.copy_(torch.cat(self._exchange("gather", part_RW), 1)[:, : out_RV.shape[1]])
+
+    def loop_back(self):
+        """See `Group.loop_back`; no rank runs anything by itself."""
+        return nullcontext()
+
+    def fault(self):
+        """See `Group.fault`."""
+
+    def abort(self) -> None:
+        """See `Group.abort`."""
+        self._barrier.abort()
+
+    def close(self) -> None:
+        """See `Group.close`."""
+
+    def _exchange(self, name: str, part: Tensor) -> list[Tensor]:
+        """All ranks' parts, copied."""
+        self.calls.append(f"{name} {list(part.shape)}")
+        self._parts[self.shard.rank] = part.clone()
+        self._barrier.wait()
+        parts = list(self._parts)
+        self._barrier.wait()
+        return parts
+
+
+def run_ranks(size: int, run: Callable[[ThreadGroup], Any]) -> Sequence[Any]:
+    """What `run` returns on each of so many ranks."""
+    barrier, parts = threading.Barrier(size, timeout=60), [None] * size
+    groups = [ThreadGroup(rank, parts, barrier) for rank in range(size)]
+
+    def run_rank(group: ThreadGroup) -> Any:
+        try:
+            with torch.no_grad():
+                return run(group)
+        except BaseException as error:
+            barrier.abort()
+            raise error
+
+    with ThreadPoolExecutor(size) as threads:
+        futures = [threads.submit(run_rank, group) for group in groups]
+        errors = [error for future in futures if (error := future.exception()) is not None]
+        for error in errors:
+            if not isinstance(error, threading.BrokenBarrierError):
+                raise error
+        return [future.result() for future in futures]
