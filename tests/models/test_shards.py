@@ -135,11 +135,15 @@ def test_shards_in_blocks_keep_the_files_own(name, tmp_path) -> None:
 def test_a_real_file_of_blocks_is_shared_by_three_and_by_no_others() -> None:
     tokens = [(7919 * i + 3) % 49152 for i in range(12)]
     expected = Stepper(load("smollm2", packed=True), 64).step(tokens)
-    shards = [load("smollm2", packed=True, shard=Shard(rank, 3)) for rank in range(3)]
-    down_proj = shards[1].layers[0].mlp.down_proj
+
+    def run(group):
+        model = load("smollm2", packed=True, group=group)
+        return model, Stepper(model, 64).step(tokens)
+
+    (_, found), (shard, _), _ = run_ranks(3, run)
+    down_proj = shard.layers[0].mlp.down_proj
     assert down_proj.weight.dtype == torch.uint8
-    assert (down_proj.in_features, shards[1].layers[0].self_attn.qkv_proj.out_features) == (512, 5 * 64)
-    found = ShardedStepper(shards, 64).step(tokens)
+    assert (down_proj.in_features, shard.layers[0].self_attn.qkv_proj.out_features) == (512, 5 * 64)
     torch.testing.assert_close(found, expected, atol=5e-3, rtol=1e-3)
     for size in (2, 4, 9):
         with pytest.raises(ModelError, match=r"devices cannot share .*can: 1, 3\."):
@@ -337,12 +341,15 @@ def test_each_tokens_adapter_is_cut_as_each_projection_is(projection, tmp_path) 
         store._index.copy_(torch.arange(128) % 3)
         return model, store
 
+    def run(group):
+        model, store = adapted(group=group)
+        return Stepper(model, 64).step(TOKENS), model, store
+
     expected = Stepper(adapted()[0], 64).step(TOKENS)
     for size in (2, 3, 4):
-        shards = [adapted(shard=Shard(rank, size)) for rank in range(size)]
-        found = ShardedStepper([model for model, _ in shards], 64).step(TOKENS)
-        torch.testing.assert_close(found, expected, atol=2e-4, rtol=1e-4)
-        for model, store in shards:
+        ranks = run_ranks(size, run)
+        torch.testing.assert_close(ranks[0][0], expected, atol=2e-4, rtol=1e-4)
+        for _, model, store in ranks:
             linears = [module for module in model.layers.modules() if isinstance(module, Linear)]
             widths = sum(len(linear.outputs) * linear.in_features + linear.out_features for linear in linears)
             assert store.bytes == 3 * 16 * widths * 4
