@@ -11,7 +11,8 @@ ROOT = Path(__file__).parents[1]
 ORDER = (
     {"__version__", "abi", "command_parser", "config", "devices", "errors", "openmp", "trusted_folder"},
     {"native", "platforms"},
-    {"ops", "parallel"},
+    {"ops"},
+    {"parallel"},
     {"layers"},
     {"graph"},
     {"models"},

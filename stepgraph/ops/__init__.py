@@ -9,6 +9,7 @@ from stepgraph.ops.attention import (
     tall_tile,
 )
 from stepgraph.ops.build import BuiltStep, StepSamples, StepTokens, build_step
+from stepgraph.ops.collectives import Mailbox, all_gather_columns, all_reduce_add, reduce_gathered
 from stepgraph.ops.commit import commit
 from stepgraph.ops.draft import draft_inputs, draft_row_tokens, propose
 from stepgraph.ops.force_acceptance import force_acceptance
@@ -39,8 +40,11 @@ __all__ = [
     "AttentionGeometry",
     "AttentionPlan",
     "BuiltStep",
+    "Mailbox",
     "StepSamples",
     "StepTokens",
+    "all_gather_columns",
+    "all_reduce_add",
     "attention_geometry",
     "attention_plan",
     "build_step",
@@ -72,6 +76,7 @@ __all__ = [
     "paged_attention",
     "process_logits",
     "propose",
+    "reduce_gathered",
     "register_kernels",
     "remember",
     "rms_norm",

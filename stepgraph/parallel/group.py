@@ -36,8 +36,13 @@ class Group(Protocol):
     value, the same bits on all ranks, whatever carries it and however many tokens there are beside: sums are of float32, in the
     order of the ranks. Collectives may run inside a graph."""
 
+    name: str
+    """What carries its collectives, for logs and reports."""
     shard: Shard
     """This rank's part of the model: its rank, and how many there are."""
+    fault_flag: Tensor | None
+    """[1] int32 on the device, not zero once a collective was given up: for `ops.commit`, so that no token leaves that came of
+    it. None where nothing on the device tells."""
 
     def add_sum(
         self,
@@ -66,7 +71,7 @@ class Group(Protocol):
 
         Args:
             part_RW: [R, W], contiguous, of the same W on all ranks.
-            out_RV: [R, V], W·(N-1) < V ≤ W·N, contiguous, overwritten with the first V columns of all.
+            out_RV: [R, V], W·(N-1) < V ≤ W·N, contiguous, overwritten with the first V columns of all; -0.0 may become 0.0.
 
         Returns:
             `out_RV`.

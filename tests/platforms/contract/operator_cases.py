@@ -12,6 +12,7 @@ from torch import Tensor
 
 from stepgraph.abi import slot_line as line
 from stepgraph.ops.build.reference import build_step
+from stepgraph.ops.collectives.reference import reduce_gathered
 from stepgraph.ops.commit.reference import commit
 from stepgraph.ops.grouped_linear.reference import grouped_linear
 from stepgraph.ops.linear.reference import linear
@@ -124,6 +125,11 @@ def asked(g: torch.Generator) -> tuple[Any, ...]:
     return 3 * random(g, 4, V), int32(1, 50, 96, 0), int32(1, 0, 4, 0), int32(3), ring, 1
 
 
+def gathered(g: torch.Generator) -> tuple[Any, ...]:
+    """What three ranks have, and both norms."""
+    return random(g, 3, T, K), random(g, T, K), torch.zeros(T, K), 0.5, random(g, K), EPS, random(g, K), EPS
+
+
 CASES = {
     "swiglu": Case("swiglu", swiglu, lambda g: (3 * random(g, T, 2 * K),), rows=(0,)),
     "geglu": Case("geglu", geglu, lambda g: (3 * random(g, T, 2 * K),), rows=(0,)),
@@ -162,6 +168,7 @@ CASES = {
     "build_step": Case("build_step", build_step, planned),
     "commit": Case("commit", commit, sampled),
     "sample": Case("sample", sample, drawn),
+    "reduce_gathered": Case("reduce_gathered", reduce_gathered, gathered),
     "logprobs": Case("logprobs", logprobs, asked),
 }
 """Of float32. Attention has a test of its own."""
@@ -178,8 +185,10 @@ OF_SETTINGS = {
     "lookup",
     "remember",
     "force_acceptance",
+    "all_reduce_add",
+    "all_gather_columns",
 }
-"""Operators of settings that a platform need not serve: of FP8 weights, LoRA, and drafting by lookup."""
+"""Operators of settings that a platform need not serve: of FP8 weights, LoRA, drafting by lookup, and several devices."""
 
 TOLERANCE = {"rtol": 1e-4, "atol": 1e-4}
 

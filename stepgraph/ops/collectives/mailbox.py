@@ -1,0 +1,54 @@
+"""Mailbox: what a rank has of the others, for collectives that need no library.
+
+Shapes: N ranks, P programs of a kernel.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+ABORT, RECORD = 0, 1
+"""Words of `Mailbox.host`: not zero if collectives are to be given up; what the first one that was given up waited for."""
+LOOP_BACK, FAULT = 0, 1
+"""Words of `Mailbox.flags`."""
+ALL_REDUCE, ALL_GATHER = 1, 2
+"""Collectives, as `Record` has them."""
+
+
+class Mailbox(NamedTuple):
+    """How a rank reaches the others: memory that they share, and its own account of it."""
+
+    inbox: Tensor
+    """Of a GPU: [3, N, slot] int16 or int32, bits of the group's dtype, in which the other ranks write; all -0.0 at first. Of a
+    CPU: [N, cpu.HEADER + 2 · slot] uint8, memory of all ranks, of which each writes its own line; zero at first."""
+    peers: Tensor
+    """[N] int64: the address of each rank's inbox, as this process sees it; unused on a CPU."""
+    state: Tensor
+    """[P, 2] int64, zero at first: see the kernels. Of a CPU [1, 1]."""
+    flags: Tensor
+    """[2] int32, on the device. LOOP_BACK is not zero while the rank is by itself; FAULT after a collective was given up."""
+    host: Tensor
+    """[2] int64, in host memory that the device reads and writes. See ABORT, and `Record`."""
+
+
+class Record(NamedTuple):
+    """What a collective that was given up leaves in `Mailbox.host`."""
+
+    rank: int
+    """Whose part did not come."""
+    collective: int
+    """ALL_REDUCE or ALL_GATHER."""
+    sequence: int
+    """Of collectives that ran before it, in this mailbox."""
+
+    @classmethod
+    def of(cls, word: int) -> Record | None:
+        """What the word says; None if nothing was given up."""
+        return cls((word & 255) - 1, word >> 8 & 255, word >> 16) if word else None
+
+    @property
+    def word(self) -> int:
+        """The word that says it; not zero."""
+        return self.sequence << 16 | self.collective << 8 | self.rank + 1

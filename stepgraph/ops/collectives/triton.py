@@ -1,0 +1,434 @@
+"""Triton kernels of the collectives.
+
+Between GPUs, a rank stores what it has straight into the other ranks' inboxes, and polls its own: one way over the link, with no
+barrier (the one-shot "Lamport" all-reduce of TensorRT-LLM). A number of -0.0 in an inbox says that none has arrived; one that is
+to be sent is replaced by 0.0, which changes no sum that begins with zero.
+
+**Why it is right.** An inbox has three buffers. A launch has an *epoch*, the number of launches before it, and uses the buffer of
+its epoch modulo three. All ranks launch the same collectives in the same order, and every launch, whatever it carries, runs the
+same P programs, each of which counts the launches it has run in device memory: so all programs of all ranks agree on the epoch,
+and a graph replayed any number of times keeps count. Launch e
+
+1. sends: stores this rank's numbers into buffer e mod 3 of the other ranks;
+2. clears the buffer of launch e - 1 in its own inbox, as far as launch e - 1 was sent (the programs keep its length);
+3. receives: polls buffer e mod 3 of its own inbox until no number is -0.0.
+
+Which program stores, clears or polls which word differs from launch to launch. That is no matter, as what must come in order is
+apart by whole launches, and kernels of one GPU run one after the other (a dependent launch waits for the end of the one before as
+its first act):
+
+- *A buffer is clear before anything arrives in it.* Rank A sends launch e + 2 after its launch e + 1 has ended, which has
+  received numbers of launch e + 1 of every other rank B. B sent these after its launch e had ended, which cleared that buffer.
+- *Nothing arrives before what was there has been read.* Launch e of B began after its launch e - 1 had read the buffer. The rest
+  is as above.
+- *What is read was sent in this launch.* Launch e - 3 was the last one that used the buffer; its numbers were cleared by launch
+  e - 2.
+
+Clearing goes beyond the length to whole blocks: those words are -0.0 already, and nothing arrives there until launch e + 2. A
+launch that carries nothing would receive nothing to wait for, so there is none.
+
+Programs wait for no other program of their GPU, and store all they have to send before they wait: so a launch ends if all
+programs of all ranks run at some time. P is at most the number of multiprocessors, so that they all fit.
+
+**Waiting ends.** Now and then a poll looks at a word in host memory, ABORT, and at the clock. The first program that gives up
+sets FAULT and writes a `Record`; others see FAULT, and later launches begin with it, and neither send nor wait.
+
+One program has a whole row, whatever the number of rows, so that a row has the same bits in any company.
+
+Shapes: N ranks, T tokens, E hidden size, R rows, W columns that a rank computes, V all columns, P programs.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton import knobs
+from triton.language.extra import cuda
+
+from stepgraph.ops.collectives import mailbox
+from stepgraph.ops.dependent_launch import LAUNCH, wait_for_previous
+from stepgraph.ops.launched import launched
+from stepgraph.ops.rms_norm.triton import normalise
+
+_ABORT, _RECORD = tl.constexpr(mailbox.ABORT), tl.constexpr(mailbox.RECORD)
+_LOOP_BACK, _FAULT = tl.constexpr(mailbox.LOOP_BACK), tl.constexpr(mailbox.FAULT)
+_ALL_REDUCE, _ALL_GATHER = tl.constexpr(mailbox.ALL_REDUCE), tl.constexpr(mailbox.ALL_GATHER)
+_HAS_CLOCK = tl.constexpr(not knobs.runtime.interpret)
+_POLLS = tl.constexpr(8 if knobs.runtime.interpret else 1024)
+"""Between two looks at the clock; a poll takes about a microsecond."""
+CLEARED_AT_ONCE = 2048
+"""Elements; slots of inboxes are multiples of it."""
+_CLEARED_AT_ONCE = tl.constexpr(CLEARED_AT_ONCE)
+_BITS = {2: torch.int16, 4: torch.int32}
+
+
+@triton.jit
+def _empty(bits):
+    """What stands for a number that has not arrived: -0.0, the least whole number of its size."""
+    return tl.full(bits.shape, -(1 << (bits.dtype.primitive_bitwidth - 1)), bits.dtype)
+
+
+@triton.jit
+def _slot_of(inbox, turn, sender, SLOT, N: tl.constexpr):
+    """Where in an inbox the numbers of a sender lie in a turn."""
+    return inbox + (turn * N + sender) * SLOT
+
+
+@triton.jit
+def _send(bits, offset, inside, peers_ptr, turn, rank, SLOT, N: tl.constexpr):
+    """Store numbers, none of them -0.0, at their place in the message in the inboxes of all other ranks."""
+    for peer in tl.static_range(N):
+        if peer != rank:
+            inbox = tl.multiple_of(tl.load(peers_ptr + peer).to(tl.pointer_type(bits.dtype)), 16)
+            tl.store(_slot_of(inbox, turn, rank, SLOT, N) + offset, bits, mask=inside)
+
+
+@triton.jit
+def _clear(inbox_ptr, turn, length, rank, SLOT, N: tl.constexpr, P: tl.constexpr):
+    """This program's share of making a turn's messages empty."""
+    element = tl.arange(0, _CLEARED_AT_ONCE)
+    for sender in tl.static_range(N):
+        if sender != rank:
+            slot = _slot_of(inbox_ptr, turn, sender, SLOT, N)
+            for block in range(tl.program_id(0), tl.cdiv(length, _CLEARED_AT_ONCE), P):
+                tl.store(
+                    slot + block * _CLEARED_AT_ONCE + element,
+                    tl.full(
+                        [_CLEARED_AT_ONCE],
+                        -(1 << (inbox_ptr.dtype.element_ty.primitive_bitwidth - 1)),
+                        inbox_ptr.dtype.element_ty,
+                    ),
+                )
+
+
+@triton.jit
+def _receive(words, inside, gave_up, sender, COLLECTIVE: tl.constexpr, epoch, flags_ptr, host_ptr, time_limit):
+    """Wait for numbers of a sender. Returns their bits, and whether this or an earlier wait was given up."""
+    bits = tl.load(words, mask=inside, other=0, volatile=True)
+    empty = _empty(bits)
+    missing = tl.max((bits == empty).to(tl.int32), axis=0)
+    polls = missing * 0
+    deadline = epoch * 0
+    while (missing != 0) & (gave_up == 0):
+        bits = tl.load(words, mask=inside, other=0, volatile=True)
+        missing = tl.max((bits == empty).to(tl.int32), axis=0)
+        polls += 1
+        if (polls % _POLLS == 0) & (missing != 0):
+            ends = tl.load(host_ptr + _ABORT, volatile=True) != 0
+            ends |= tl.load(flags_ptr + _FAULT, volatile=True) != 0
+            if _HAS_CLOCK:
+                now = cuda.globaltimer()
+                deadline = tl.where(deadline == 0, now + time_limit, deadline)
+                ends |= now > deadline
+            if ends:
+                if tl.atomic_cas(flags_ptr + _FAULT, 0, 1) == 0:
+                    tl.store(host_ptr + _RECORD, (epoch << 16) | (COLLECTIVE << 8) | (sender + 1))
+                gave_up += 1
+    return bits, gave_up
+
+
+@triton.jit
+def _add_and_normalise(
+    sum,
+    row,
+    inside,
+    residual,
+    post_weight,
+    weight,
+    residual_ptr,
+    out_ptr,
+    multiplier,
+    post_eps,
+    eps,
+    E: tl.constexpr,
+    POST_NORM: tl.constexpr,
+    NORM: tl.constexpr,
+):
+    """What follows the sum of one row, [BLOCK] float32 with zeros beyond E, as `residual`, `post_weight` and `weight` are."""
+    if POST_NORM:
+        sum = normalise(sum, post_weight, post_eps, E).to(tl.float32)
+    updated = (residual.to(tl.float32) + sum * multiplier).to(residual.dtype)
+    offset = row.to(tl.int64) * E + tl.arange(0, sum.shape[0])
+    tl.store(residual_ptr + offset, updated, mask=inside)
+    if NORM:
+        normed = normalise(updated.to(tl.float32), weight, eps, E)
+        tl.store(out_ptr + offset, normed.to(updated.dtype), mask=inside)
+
+
+@launched
+@triton.jit
+def _reduce_gathered_kernel(
+    parts_ptr,
+    residual_ptr,
+    out_ptr,
+    post_weight_ptr,
+    weight_ptr,
+    PART_STRIDE,
+    multiplier,
+    post_eps,
+    eps,
+    N: tl.constexpr,
+    E: tl.constexpr,
+    BLOCK: tl.constexpr,
+    POST_NORM: tl.constexpr,
+    NORM: tl.constexpr,
+):
+    row = tl.program_id(0)
+    column = tl.arange(0, BLOCK)
+    inside = column < E
+    post_weight = tl.load(post_weight_ptr + column, mask=inside, other=0.0)
+    weight = tl.load(weight_ptr + column, mask=inside, other=0.0)
+    wait_for_previous()
+    offset = row.to(tl.int64) * E + column
+    residual = tl.load(residual_ptr + offset, mask=inside, other=0.0)
+    sum = tl.zeros([BLOCK], tl.float32)
+    for rank in tl.static_range(N):
+        sum += tl.load(parts_ptr + rank * PART_STRIDE + offset, mask=inside, other=0.0).to(tl.float32)
+    _add_and_normalise(
+        sum, row, inside, residual, post_weight, weight, residual_ptr, out_ptr, multiplier, post_eps, eps, E, POST_NORM, NORM
+    )  # fmt: skip
+
+
+@launched
+@triton.jit(do_not_specialize=["T", "rank"])
+def _all_reduce_add_kernel(
+    part_ptr,
+    residual_ptr,
+    out_ptr,
+    post_weight_ptr,
+    weight_ptr,
+    inbox_ptr,
+    peers_ptr,
+    state_ptr,
+    flags_ptr,
+    host_ptr,
+    T,
+    SLOT,
+    rank,
+    time_limit,
+    multiplier,
+    post_eps,
+    eps,
+    N: tl.constexpr,
+    E: tl.constexpr,
+    P: tl.constexpr,
+    BLOCK: tl.constexpr,
+    POST_NORM: tl.constexpr,
+    NORM: tl.constexpr,
+):
+    program = tl.program_id(0)
+    column = tl.arange(0, BLOCK)
+    inside = column < E
+    post_weight = tl.load(post_weight_ptr + column, mask=inside, other=0.0)
+    weight = tl.load(weight_ptr + column, mask=inside, other=0.0)
+    wait_for_previous()
+    epoch = tl.load(state_ptr + 2 * program)
+    last_length = tl.load(state_ptr + 2 * program + 1)
+    alone = tl.load(flags_ptr + _LOOP_BACK) | tl.load(flags_ptr + _FAULT)
+    turn = epoch % 3
+    if alone == 0:
+        for row in range(program, T, P):
+            bits = tl.load(part_ptr + row.to(tl.int64) * E + column, mask=inside, other=0)
+            bits = tl.where(bits == _empty(bits), 0, bits)
+            _send(bits, row * E + column, inside, peers_ptr, turn, rank, SLOT, N)
+        _clear(inbox_ptr, (turn + 2) % 3, last_length, rank, SLOT, N, P)
+    gave_up = alone
+    for row in range(program, T, P):
+        offset = row.to(tl.int64) * E + column
+        own_bits = tl.load(part_ptr + offset, mask=inside, other=0)
+        residual = tl.load(residual_ptr + offset, mask=inside, other=0.0)
+        sum = tl.zeros([BLOCK], tl.float32)
+        for sender in tl.static_range(N):
+            bits = own_bits
+            if (alone == 0) & (sender != rank):
+                words = _slot_of(inbox_ptr, turn, sender, SLOT, N) + row * E + column
+                bits, gave_up = _receive(
+                    words, inside, gave_up, sender, _ALL_REDUCE, epoch, flags_ptr, host_ptr, time_limit
+                )
+            sum += bits.to(residual.dtype, bitcast=True).to(tl.float32)
+        _add_and_normalise(
+            sum, row, inside, residual, post_weight, weight, residual_ptr, out_ptr, multiplier, post_eps, eps, E, POST_NORM, NORM
+        )  # fmt: skip
+    if alone == 0:
+        tl.debug_barrier()  # all threads have read them
+        tl.store(state_ptr + 2 * program, epoch + 1)
+        tl.store(state_ptr + 2 * program + 1, (T * E).to(tl.int64))
+
+
+@launched
+@triton.jit(do_not_specialize=["R", "rank"])
+def _all_gather_columns_kernel(
+    part_ptr,
+    out_ptr,
+    inbox_ptr,
+    peers_ptr,
+    state_ptr,
+    flags_ptr,
+    host_ptr,
+    R,
+    W,
+    V,
+    SLOT,
+    rank,
+    time_limit,
+    N: tl.constexpr,
+    P: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    program = tl.program_id(0)
+    wait_for_previous()
+    epoch = tl.load(state_ptr + 2 * program)
+    last_length = tl.load(state_ptr + 2 * program + 1)
+    alone = tl.load(flags_ptr + _LOOP_BACK) | tl.load(flags_ptr + _FAULT)
+    turn = epoch % 3
+    num_blocks = tl.cdiv(W, BLOCK)
+    if alone == 0:
+        for item in range(program, R * num_blocks, P):
+            row, column = item // num_blocks, item % num_blocks * BLOCK + tl.arange(0, BLOCK)
+            bits = tl.load(part_ptr + row * W + column, mask=column < W, other=0)
+            bits = tl.where(bits == _empty(bits), 0, bits)
+            _send(bits, row * W + column, column < W, peers_ptr, turn, rank, SLOT, N)
+        _clear(inbox_ptr, (turn + 2) % 3, last_length, rank, SLOT, N, P)
+    gave_up = alone
+    for item in range(program, R * num_blocks, P):
+        row, column = item // num_blocks, item % num_blocks * BLOCK + tl.arange(0, BLOCK)
+        own_bits = tl.load(part_ptr + row * W + column, mask=column < W, other=0)
+        own_bits = tl.where(own_bits == _empty(own_bits), 0, own_bits)
+        for sender in tl.static_range(N):
+            bits = own_bits
+            if (alone == 0) & (sender != rank):
+                words = _slot_of(inbox_ptr, turn, sender, SLOT, N) + row * W + column
+                bits, gave_up = _receive(
+                    words, column < W, gave_up, sender, _ALL_GATHER, epoch, flags_ptr, host_ptr, time_limit
+                )
+            there = sender * W + column
+            tl.store(out_ptr + row.to(tl.int64) * V + there, bits, mask=(column < W) & (there < V))
+    if alone == 0:
+        tl.debug_barrier()  # all threads have read them
+        tl.store(state_ptr + 2 * program, epoch + 1)
+        tl.store(state_ptr + 2 * program + 1, (R * W).to(tl.int64))
+
+
+def _row_options(width: int) -> dict[str, object]:
+    """Of kernels in which a program has a row. Nothing is fused: a product is rounded before it is added."""
+    block = triton.next_power_of_2(width)
+    return {"BLOCK": block, "num_warps": min(max(block // 512, 1), 16), "enable_fp_fusion": False}
+
+
+def reduce_gathered(
+    parts: Tensor,
+    residual: Tensor,
+    out: Tensor | None,
+    multiplier: float,
+    post_weight: Tensor | None,
+    post_eps: float,
+    weight: Tensor | None,
+    eps: float,
+) -> None:
+    """See `stepgraph.ops.collectives.reduce_gathered`."""
+    rows, width = residual.shape
+    _reduce_gathered_kernel[(rows,)](
+        parts,
+        residual,
+        residual if out is None else out,
+        residual if post_weight is None else post_weight,
+        residual if weight is None else weight,
+        parts.stride(0),
+        multiplier,
+        post_eps,
+        eps,
+        N=parts.shape[0],
+        E=width,
+        POST_NORM=post_weight is not None,
+        NORM=weight is not None,
+        **_row_options(width),
+        **LAUNCH,
+    )
+
+
+def all_reduce_add(
+    part: Tensor,
+    residual: Tensor,
+    out: Tensor | None,
+    inbox: Tensor,
+    peers: Tensor,
+    state: Tensor,
+    flags: Tensor,
+    host: Tensor,
+    rank: int,
+    time_limit_ns: int,
+    multiplier: float,
+    post_weight: Tensor | None,
+    post_eps: float,
+    weight: Tensor | None,
+    eps: float,
+) -> None:
+    """See `stepgraph.ops.collectives.all_reduce_add`."""
+    rows, width = part.shape
+    _, num_ranks, slot = inbox.shape
+    assert part.numel() <= slot, (part.shape, slot)
+    num_programs = state.shape[0]
+    _all_reduce_add_kernel[(num_programs,)](
+        part.view(inbox.dtype),
+        residual,
+        residual if out is None else out,
+        residual if post_weight is None else post_weight,
+        residual if weight is None else weight,
+        inbox,
+        peers,
+        state,
+        flags,
+        host,
+        rows,
+        slot,
+        rank,
+        time_limit_ns,
+        multiplier,
+        post_eps,
+        eps,
+        N=num_ranks,
+        E=width,
+        P=num_programs,
+        POST_NORM=post_weight is not None,
+        NORM=weight is not None,
+        **_row_options(width),
+        **LAUNCH,
+    )
+
+
+def all_gather_columns(
+    part: Tensor,
+    out: Tensor,
+    inbox: Tensor,
+    peers: Tensor,
+    state: Tensor,
+    flags: Tensor,
+    host: Tensor,
+    rank: int,
+    time_limit_ns: int,
+) -> None:
+    """See `stepgraph.ops.collectives.all_gather_columns`."""
+    rows, width = part.shape
+    _, num_ranks, slot = inbox.shape
+    assert part.numel() <= slot, (part.shape, slot)
+    num_programs = state.shape[0]
+    _all_gather_columns_kernel[(num_programs,)](
+        part.view(inbox.dtype),
+        out.view(inbox.dtype),
+        inbox,
+        peers,
+        state,
+        flags,
+        host,
+        rows,
+        width,
+        out.shape[1],
+        slot,
+        rank,
+        time_limit_ns,
+        N=num_ranks,
+        P=num_programs,
+        BLOCK=CLEARED_AT_ONCE,
+        num_warps=4,
+        **LAUNCH,
+    )

@@ -1,0 +1,64 @@
+"""Which group a rank gets: the fastest that its devices allow."""
+
+from __future__ import annotations
+
+import torch
+
+from stepgraph.errors import ConfigError
+from stepgraph.parallel.exchange import Exchange
+from stepgraph.parallel.group import Group
+from stepgraph.parallel.shard import Shard
+from stepgraph.parallel.shared_memory import create_shared_group
+from stepgraph.platforms import Platform
+
+_COLUMN_PADDING = 16
+"""Columns that a rank may have beyond its share, so that rows begin at multiples of so many."""
+_HOST_SLOT_BYTES = 2 << 20
+_UNIT = 8192
+"""Bytes of which slots are multiples."""
+
+
+def create_group(
+    shard: Shard,
+    exchange: Exchange,
+    platform: Platform,
+    *,
+    dtype: torch.dtype,
+    hidden_size: int,
+    max_tokens: int,
+    vocab_size: int,
+    max_samples: int,
+    time_limit_s: float = 30.0,
+) -> Group:
+    """The group of the ranks that call this, each with its own shard and device, before anything is captured.
+
+    Args:
+        shard: this rank's.
+        exchange: of the ranks.
+        platform: whose device this rank computes on.
+        dtype: of activations and logits.
+        hidden_size: E of sums.
+        max_tokens: of sums, as a rule; more go in several messages.
+        vocab_size: V of what is gathered, at most.
+        max_samples: rows of what is gathered, as a rule.
+        time_limit_s: of a wait for another rank.
+
+    Raises:
+        ConfigError: there are no collectives for such devices.
+        StepgraphError: the memory that they need cannot be shared, or another rank failed.
+    """
+    columns = -(-vocab_size // shard.size) + _COLUMN_PADDING
+    most = max(max_tokens * hidden_size, max_samples * columns) * dtype.itemsize
+    row = max(hidden_size, columns) * dtype.itemsize
+    if platform.device.type == "cpu":
+        slot_bytes = _slot(row, most, _HOST_SLOT_BYTES)
+        return create_shared_group(shard, exchange, slot_bytes=slot_bytes, dtype=dtype, time_limit_s=time_limit_s)
+    raise ConfigError(
+        f"device={platform.name!r} has no collectives, so one device must do: leave tensor_parallel_size at 1, or use "
+        "device='cpu' or 'cuda'"
+    )
+
+
+def _slot(row: int, most: int, limit: int) -> int:
+    """Bytes of a slot: of the largest message, or of `limit`, or at least of one row."""
+    return -(-max(row, min(most, limit)) // _UNIT) * _UNIT

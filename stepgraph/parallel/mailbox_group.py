@@ -1,0 +1,114 @@
+"""A group whose collectives are stepgraph's own operators, over memory that the ranks share.
+
+Shapes: T tokens, E hidden size, R rows, W columns that a rank computes, V all columns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from stepgraph.ops.collectives import Mailbox, all_gather_columns, all_reduce_add
+from stepgraph.ops.collectives.mailbox import ABORT, ALL_GATHER, ALL_REDUCE, FAULT, LOOP_BACK, RECORD, Record
+from stepgraph.parallel.group import Fault, Norm
+from stepgraph.parallel.shard import Shard
+
+_COLLECTIVES = {ALL_REDUCE: "all_reduce", ALL_GATHER: "all_gather"}
+
+
+class MailboxGroup:
+    """See `stepgraph.parallel.group.Group`. What does not fit into a slot of the mailbox goes in several messages."""
+
+    def __init__(
+        self,
+        name: str,
+        shard: Shard,
+        mailbox: Mailbox,
+        *,
+        slot_elements: int,
+        time_limit_s: float,
+        close: Callable[[], None],
+    ) -> None:
+        """Args:
+        name: of the group, see `Group.name`.
+        shard: this rank's.
+        mailbox: of this rank, which has the group from now on.
+        slot_elements: numbers that a message may have.
+        time_limit_s: of a wait for another rank.
+        close: gives up the mailbox's memory, once the device is done with it.
+        """
+        self.name, self.shard = name, shard
+        self.fault_flag: Tensor | None = mailbox.flags[FAULT : FAULT + 1]
+        self._mailbox, self._slot_elements = mailbox, slot_elements
+        self._time_limit_ns = round(1e9 * time_limit_s)
+        self._host = mailbox.host.numpy()
+        self._depth = 0  # of loop_back
+        self._close = close
+
+    def add_sum(
+        self,
+        part_TE: Tensor,
+        residual_TE: Tensor,
+        *,
+        multiplier: float = 1.0,
+        post_norm: Norm | None = None,
+        norm: Norm | None = None,
+    ) -> Tensor:
+        """See `Group.add_sum`."""
+        out_TE = None if norm is None else torch.empty_like(residual_TE)
+        for rows in self._messages(part_TE):
+            all_reduce_add(
+                part_TE[rows],
+                residual_TE[rows],
+                None if out_TE is None else out_TE[rows],
+                self._mailbox,
+                self.shard.rank,
+                self._time_limit_ns,
+                multiplier,
+                *(post_norm or (None, 0.0)),
+                *(norm or (None, 0.0)),
+            )
+        return residual_TE if out_TE is None else out_TE
+
+    def gather(self, part_RW: Tensor, out_RV: Tensor) -> Tensor:
+        """See `Group.gather`."""
+        for rows in self._messages(part_RW):
+            all_gather_columns(part_RW[rows], out_RV[rows], self._mailbox, self.shard.rank, self._time_limit_ns)
+        return out_RV
+
+    @contextmanager
+    def loop_back(self) -> Iterator[None]:
+        """See `Group.loop_back`."""
+        self._set_depth(self._depth + 1)
+        try:
+            yield
+        finally:
+            self._set_depth(self._depth - 1)
+
+    def fault(self) -> Fault | None:
+        """See `Group.fault`."""
+        record = Record.of(int(self._host[RECORD]))
+        return record and Fault(record.rank, _COLLECTIVES[record.collective], record.sequence)
+
+    def abort(self) -> None:
+        """See `Group.abort`."""
+        self._host[ABORT] = 1
+
+    def close(self) -> None:
+        """See `Group.close`."""
+        self._close()
+
+    def _set_depth(self, depth: int) -> None:
+        self._depth = depth
+        self._mailbox.flags[LOOP_BACK].fill_(depth)
+
+    def _messages(self, part: Tensor) -> Iterator[slice]:
+        """The rows of `part`, as many at a time as fit into a slot."""
+        rows, width = part.shape
+        most = self._slot_elements // width
+        assert most, (width, self._slot_elements)
+        for start in range(0, rows, most):
+            yield slice(start, min(start + most, rows))
