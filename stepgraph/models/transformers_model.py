@@ -130,13 +130,7 @@ def _runs(hf_config: Any) -> bool:
 class TransformersModel(nn.Module):
     """A transformers class taken apart: its base model runs the layers, the rest of it makes logits. See `LanguageModel`."""
 
-<<<<<<< HEAD
-    group: Group | None = None
-
-    def __init__(self, config: TransformersConfig, hf_model: Any) -> None:
-=======
     def __init__(self, config: TransformersConfig, hf_model: Any, part: ModelPart | None = None) -> None:
->>>>>>> 61e38e4 (Share transformers' classes among ranks by transformers' own plan for them)
         """Args:
         config: of the model.
         hf_model: built with our attention, and filled; must not be used elsewhere afterwards.

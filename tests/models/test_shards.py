@@ -15,7 +15,7 @@ from transformers import LlamaConfig, Phi3Config, Qwen2Config, Qwen3Config
 
 from stepgraph import native
 from stepgraph.config.lora import LoRAConfig
-from stepgraph.errors import ConfigError, ModelError
+from stepgraph.errors import ModelError
 from stepgraph.layers.formats.target import part_of
 from stepgraph.layers.linear import Linear
 from stepgraph.models import load_model, random_weights, resolve, safetensors

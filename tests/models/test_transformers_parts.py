@@ -1,20 +1,21 @@
 """transformers' own classes shared by ranks: the same numbers as whole, the same bits on all ranks, and what is refused."""
 
 import copy
-import math
 
 import pytest
 import torch
 import transformers
 from checkpoints import SIZES, random_hf_model
+from shards import run_stepper
 from stepping import Stepper
 from test_transformers_model import GPT2_SIZES, MOE, refused_config
 from thread_group import run_ranks
 
 from stepgraph.errors import ModelError
-from stepgraph.layers.formats import Target
+from stepgraph.models import load_model, resolve
 from stepgraph.models.transformers_model import TransformersModel, judge, judge_part
 from stepgraph.models.transformers_parts import ShapesOnly, keep_part
+from stepgraph.models.update import plan_update, write
 from stepgraph.parallel.shard import Shard
 
 TOKENS = [(7 * i + 3) % 190 for i in range(40)]
@@ -33,11 +34,8 @@ SHARED = {
 
 
 def step(model):
-    """A prompt in two steps, and what they left in the cache."""
     with torch.no_grad():
-        stepper = Stepper(model, 64)
-        logits = torch.cat([stepper.step(TOKENS[:33]), stepper.step(TOKENS[33:])])
-    return logits
+        return run_stepper(Stepper(model, 64), TOKENS)
 
 
 @pytest.mark.parametrize("name", SHARED)
@@ -105,3 +103,49 @@ def test_what_cannot_be_shared_is_refused_with_the_reason_before_weights_are_rea
     with pytest.raises(ModelError, match=message) as info:
         judge_part(config, ShapesOnly(Shard(0, size)))
     assert "stepgraph" not in str(info.value)
+
+
+class Alone(ShapesOnly):
+    """One rank, by itself in loop-back."""
+
+    def add_sum(self, part_TE, residual_TE, *, multiplier=1.0, post_norm=None, norm=None):
+        return residual_TE.add_(part_TE, alpha=self.shard.size)
+
+    def gather(self, part_RW, out_RV):
+        return out_RV.copy_(part_RW.repeat(1, self.shard.size)[:, : out_RV.shape[1]])
+
+
+def assert_is_part(model, whole, rank, size) -> None:
+    expected = dict(whole.named_parameters())
+    for name, parameter in model.named_parameters():
+        values = expected[name]
+        if name.endswith(("o_proj.weight", "down_proj.weight")):
+            values = values.chunk(size, 1)[rank]
+        elif name.endswith(("q_proj.weight", "gate_proj.weight", "up_proj.weight")):
+            values = values.chunk(size)[rank]
+        elif name.endswith(("k_proj.weight", "v_proj.weight")):
+            values = values.chunk(2)[rank * 2 // size]
+        elif name == "head.lm_head.weight":
+            values = values[rank * 51 : rank * 51 + 51]
+        assert torch.equal(parameter, values), name
+    assert len(list(model.parameters())) == len(expected)
+
+
+def test_what_is_read_drawn_and_written_anew_is_the_ranks_part(tmp_path) -> None:
+    hf_model = random_hf_model(SHARED["llama: untied head"]())
+    hf_model.save_pretrained(tmp_path / "old")
+    with torch.no_grad():
+        for parameter in hf_model.parameters():
+            parameter.normal_()
+    hf_model.save_pretrained(tmp_path / "new")
+    old, new = (resolve(str(tmp_path / name), model_impl="transformers") for name in ("old", "new"))
+    settings = {"dtype": torch.float32, "device": torch.device("cpu"), "max_model_len": 64}
+    for rank in range(4):
+        group = Alone(Shard(rank, 4))
+        drawn = load_model(old, load_format="dummy", group=group, **settings)
+        assert_is_part(drawn, load_model(old, load_format="dummy", **settings), rank, 4)
+        model = load_model(old, group=group, **settings)
+        assert model.group is group
+        assert_is_part(model, load_model(old, **settings), rank, 4)
+        write(plan_update(model, new))
+        assert_is_part(model, load_model(new, **settings), rank, 4)
