@@ -97,7 +97,8 @@ def _kept(values: Tensor, part: Part) -> nn.Parameter:
 class ShapesOnly:
     """In place of a group: for trials on tensors without values."""
 
-    name, fault_flag = "none", None
+    name = "none"
+    fault_flag: Tensor | None = None
 
     def __init__(self, shard: Shard) -> None:
         self.shard = shard
