@@ -191,7 +191,8 @@ def check_shard(config: DecoderConfig, shard: Shard) -> None:
     if shard.size not in sizes:
         raise ModelError(
             f"{shard.size} devices cannot share this {config.architecture} evenly: it has {config.num_heads} query heads, "
-            f"{config.num_kv_heads} key/value heads, which may be repeated, and {config.intermediate_size} intermediate values. "
+            f"{config.num_kv_heads} key/value heads, which may be repeated, {config.intermediate_size} intermediate values and "
+            f"{config.vocab_size} entries in its vocabulary. "
             f"Numbers that can: {', '.join(map(str, sizes))}."
         )
 
