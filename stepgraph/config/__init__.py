@@ -6,6 +6,7 @@ from stepgraph.config.file import read_settings
 from stepgraph.config.flags import add_flags, settings_from_flags
 from stepgraph.config.graph import GraphConfig
 from stepgraph.config.model import ModelConfig
+from stepgraph.config.parallel import ParallelConfig
 from stepgraph.config.scheduler import SchedulerConfig
 from stepgraph.config.server import ServerConfig, serve_config
 from stepgraph.config.speculative import SpeculativeConfig
@@ -15,6 +16,7 @@ __all__ = [
     "EngineConfig",
     "GraphConfig",
     "ModelConfig",
+    "ParallelConfig",
     "SchedulerConfig",
     "ServerConfig",
     "SpeculativeConfig",

@@ -13,6 +13,7 @@ from stepgraph.config.guidance import GuidanceConfig
 from stepgraph.config.lora import LoRAConfig
 from stepgraph.config.model import ModelConfig
 from stepgraph.config.other_engines import translated, translated_keys
+from stepgraph.config.parallel import ParallelConfig
 from stepgraph.config.scheduler import SchedulerConfig
 from stepgraph.config.speculative import SpeculativeConfig, check_method_is_named, check_speculative_keys
 from stepgraph.errors import ConfigError
@@ -29,6 +30,7 @@ class EngineConfig:
     guidance: GuidanceConfig = field(default_factory=GuidanceConfig)
     lora: LoRAConfig = field(default_factory=LoRAConfig)
     speculative: SpeculativeConfig = field(default_factory=SpeculativeConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
 
     @classmethod
     def from_settings(cls, **settings: Any) -> EngineConfig:
@@ -133,5 +135,6 @@ ENGINE_PARTS: dict[str, Any] = {
     "guidance": GuidanceConfig,
     "lora": LoRAConfig,
     "speculative": SpeculativeConfig,
+    "parallel": ParallelConfig,
 }
 """The dataclasses by the names of `EngineConfig`'s fields, in the order in which they are shown."""

@@ -18,6 +18,7 @@ from stepgraph.engine.prompts import require_tokenizer
 from stepgraph.engine.scheduler import Scheduler
 from stepgraph.executor.base import Executor
 from stepgraph.executor.build import build_local_executor
+from stepgraph.executor.ranked import build_ranked_executor
 from stepgraph.models.source import ModelSource, resolve_configured
 from stepgraph.spec.depth import DraftDepth
 
@@ -39,7 +40,7 @@ def build_engine(
     Args:
         config: all settings.
         source: the model, if it is resolved already.
-        executor: what runs the steps; default: one device of this process, with the model on it.
+        executor: what runs the steps; default: one device with the model on it, or as many as share it.
         create_scheduler: makes what plans them.
         clock: seconds, monotonic.
         needs_tokenizer: read the tokenizer now, while weights are loaded, rather than at its first use.
@@ -52,7 +53,8 @@ def build_engine(
     source = source or resolve_configured(config.model)
     end_token_ids = end_tokens_of(source)
     read_tokenizer = cache(source.tokenizer_if_any)
-    executor = executor or build_local_executor(
+    build_executor = build_local_executor if config.parallel.tensor_parallel_size == 1 else build_ranked_executor
+    executor = executor or build_executor(
         config, source, meanwhile=read_tokenizer if needs_tokenizer else lambda: None, progress=progress
     )
     specs = executor.specs

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -20,6 +20,8 @@ from stepgraph.step.admission import Admission
 from stepgraph.step.log import GraphRecord, StepLog
 from stepgraph.step.plan import StepPlan
 from stepgraph.step.results import StepResults, Ticket
+
+R = TypeVar("R")
 
 
 @dataclass(frozen=True)
@@ -78,6 +80,23 @@ class GraphCounts(NamedTuple):
     """Time that all captures took."""
     failed_captures: int
     """Captures that failed while steps were served; these ran otherwise."""
+
+
+class RankReport(NamedTuple):
+    """One of the processes that share a model."""
+
+    rank: int
+    device: str
+    pid: int
+    num_graphs: int
+    graph_bytes: int
+    free_memory_bytes: int
+    total_memory_bytes: int
+    """Of the device."""
+    cpu_share: float
+    """Of a core, since the engine was built."""
+    waiting_share: float
+    """Of the time since then, what it waited for orders; 0 of the one that gives them."""
 
 
 class Executor(Protocol):
@@ -177,3 +196,20 @@ class Executor(Protocol):
 
     def watch_captures(self, about_to: Callable[[], None]) -> None:
         """Have `about_to` called, by `launch` or `prepare`, when a graph is about to be captured, which may take long."""
+
+    # Ranks
+
+    def on_all(self, function: Callable[..., R], *args: Any) -> list[R]:
+        """Call ``function(executor, *args)`` on every rank at the same time, with the `LocalExecutor` of each, with no step under
+        way. It may run collectives if it does the same on all. Returns what it returned, in the order of the ranks.
+
+        Args:
+            function: which other processes can import.
+            args: that can be pickled, as can what it returns.
+
+        Raises:
+            StepgraphError: what it raised on a rank.
+        """
+
+    def rank_reports(self) -> list[RankReport]:
+        """How the ranks do, in their order."""

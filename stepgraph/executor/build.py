@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from typing import NamedTuple
 
 import torch
 
@@ -18,16 +19,34 @@ from stepgraph.models.decoder import Decoder
 from stepgraph.models.language_model import LanguageModel
 from stepgraph.models.loader import create_model, fill, fills_in_place
 from stepgraph.models.source import ModelSource
+from stepgraph.parallel.create import create_group
+from stepgraph.parallel.exchange import Exchange, alone
+from stepgraph.parallel.group import Group
+from stepgraph.parallel.shard import WHOLE, Shard
 from stepgraph.platforms import DeviceMemory, Platform, create_platform
 from stepgraph.spec.create import create_drafter
 from stepgraph.spec.depth import LEVELS, draft_levels
 from stepgraph.spec.drafter import Drafter
 from stepgraph.step.memory import place_weights
 from stepgraph.step.runner import StepRunner
+from stepgraph.step.shape_policy import ShapePolicy
 
 _FEW_LEVELS = (0, 3)
 """Numbers of proposals to choose from where a capture takes as long as many steps, so that few are worth one: on CPU, four tokens
 cost little more than two."""
+
+
+class Ranks(NamedTuple):
+    """Those that share a model, as one of them sees the others."""
+
+    shard: Shard = WHOLE
+    """Which of them it is, and how many there are."""
+    exchange: Exchange = alone
+    time_limit_s: float = 30.0
+    """How long a collective waits for the others."""
+
+
+ALONE = Ranks()
 
 
 def build_local_executor(
@@ -38,8 +57,9 @@ def build_local_executor(
     drafter: Drafter | None = None,
     meanwhile: Callable[[], object] = lambda: None,
     progress: bool = False,
+    ranks: Ranks = ALONE,
 ) -> LocalExecutor:
-    """All that runs an engine's steps, on one device of this process.
+    """All that runs an engine's steps on one device of this process.
 
     Where graphs read weights where they lie, these are read while the graphs are captured; else before.
 
@@ -50,12 +70,14 @@ def build_local_executor(
         drafter: proposes tokens; default: the one that the settings ask for.
         meanwhile: called while weights are read, if they are.
         progress: show progress bars on stderr while loading and capturing.
+        ranks: with which the model is shared; all of them build at the same time.
 
     Raises:
         ConfigError: settings that this model or machine cannot meet.
         ModelError: the model cannot be read or run.
     """
-    platform = create_platform(config.model.device)
+    shard = ranks.shard
+    platform = create_platform(config.model.device, shard.rank if shard.size > 1 else None)
     if config.graph.graph_backend == "cuda" and platform.device.type != "cuda":
         raise ConfigError(
             f"graph_backend='cuda' captures what CUDA devices do, and device={platform.name!r} is none; leave it at auto, or use "
@@ -64,9 +86,10 @@ def build_local_executor(
         )
     max_model_len = context_len(config, source)
     dtype = platform.default_dtype if config.model.dtype == "auto" else getattr(torch, config.model.dtype)
+    group = None if shard.size == 1 else _create_group(config, source, platform, dtype, ranks)
     fills_late = False
     if model is None:
-        model = _create_model(config, source, platform, dtype, max_model_len, progress=progress)
+        model = _create_model(config, source, platform, dtype, max_model_len, group, progress=progress)
         in_place = fills_in_place(model, config.model.load_format)
         fills_late = platform.captures_addresses and in_place and not _drafts_with_the_model(config)
         if not fills_late:
@@ -91,10 +114,12 @@ def build_local_executor(
             adapters=adapters,
             drafter=drafter,
             draft_levels=levels,
+            group=group,
+            exchange=ranks.exchange,
         )
         if not runner.graphs.lazy:
             runner.graphs.capture_all(progress=progress)
-    return LocalExecutor(runner, _specs(runner, config, weights, drafter), weights, adapters, drafter)
+    return LocalExecutor(runner, _specs(runner, config, weights, drafter), weights, adapters, drafter, group)
 
 
 def _specs(runner: StepRunner, config: EngineConfig, weights: DeviceMemory, drafter: Drafter | None) -> ExecutorSpecs:
@@ -139,6 +164,7 @@ def _create_model(
     platform: Platform,
     dtype: torch.dtype,
     max_model_len: int,
+    group: Group | None,
     *,
     progress: bool,
 ) -> LanguageModel:
@@ -155,7 +181,27 @@ def _create_model(
         packed=settings.quantization == "auto" and dtype in platform.packed_dtypes,
         exact_tokens=exact_tokens(config),
         free_bytes=platform.free_memory_bytes(),
+        group=group,
         progress=progress,
+    )
+
+
+def _create_group(
+    config: EngineConfig, source: ModelSource, platform: Platform, dtype: torch.dtype, ranks: Ranks
+) -> Group:
+    max_shape = ShapePolicy.of(
+        config.graph, config.scheduler, draft_levels=(0, config.speculative.max_drafts)
+    ).max_shape
+    return create_group(
+        ranks.shard,
+        ranks.exchange,
+        platform,
+        dtype=dtype,
+        hidden_size=source.config.hidden_size,
+        max_tokens=max_shape.num_tokens,
+        vocab_size=source.config.vocab_size,
+        max_samples=max_shape.num_samples,
+        time_limit_s=ranks.time_limit_s,
     )
 
 

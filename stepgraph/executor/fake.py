@@ -7,13 +7,13 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterable
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
-from stepgraph.executor.base import ExecutorSpecs, GraphCounts
+from stepgraph.executor.base import ExecutorSpecs, GraphCounts, R, RankReport
 from stepgraph.models.adapters import AdapterFile
 from stepgraph.models.source import ModelSource
 from stepgraph.step.admission import Admission
@@ -213,6 +213,14 @@ class FakeExecutor:
 
     def watch_captures(self, about_to: Callable[[], None]) -> None:
         """See `Executor.watch_captures`: there are none."""
+
+    def on_all(self, function: Callable[..., R], *args: Any) -> list[R]:
+        """See `Executor.on_all`."""
+        raise AssertionError("no rank of it has a device")
+
+    def rank_reports(self) -> list[RankReport]:
+        """See `Executor.rank_reports`."""
+        return []
 
     def _check_awake(self) -> None:
         assert not self._is_closed, "it was closed"

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Iterable
+import os
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -11,10 +14,12 @@ import torch
 from torch import Tensor
 
 from stepgraph.errors import DeviceMemoryError
-from stepgraph.executor.base import Executor, ExecutorSpecs, GraphCounts
+from stepgraph.executor.base import Executor, ExecutorSpecs, GraphCounts, R, RankReport
 from stepgraph.models.adapters import AdapterFile, AdapterStore
 from stepgraph.models.source import ModelSource
+from stepgraph.models.tensor_stream import Announced, Arriving, Piece, announce, buckets
 from stepgraph.models.update import Update, plan_update, write
+from stepgraph.parallel.group import Group
 from stepgraph.platforms import DeviceMemory
 from stepgraph.spec.drafter import Drafter
 from stepgraph.step.admission import Admission
@@ -33,6 +38,7 @@ class LocalExecutor:
         weights: memory of the model's parameters, and of the drafter's.
         adapters: buffers of LoRA adapters, if there are any.
         drafter: proposes tokens, if anything does.
+        group: the ranks that share the model, of which this is one.
     """
 
     def __init__(
@@ -42,12 +48,18 @@ class LocalExecutor:
         weights: DeviceMemory,
         adapters: AdapterStore | None,
         drafter: Drafter | None,
+        group: Group | None = None,
     ):
         self.specs = specs
         self.runner = runner
         self._weights = weights
+        self.group = group
+        self.waited_s: Callable[[], float] = lambda: 0.0
+        """Seconds that were spent waiting for orders; who takes them says."""
+        self._built_at, self._cpu_at_build = time.perf_counter(), time.process_time()
         self._adapters, self._drafter = adapters, drafter
         self._update: Update = ()  # checked weights
+        self._arriving: Arriving | None = None  # or those that come in pieces
 
     @property
     def statistics(self) -> StepLog:
@@ -71,7 +83,7 @@ class LocalExecutor:
 
     def wait(self, ticket: Ticket) -> None:
         """See `Executor.wait`."""
-        self.runner.wait(ticket)
+        self.runner.completion(ticket).wait()
 
     def collect(self, ticket: Ticket) -> StepResults:
         """See `Executor.collect`."""
@@ -104,12 +116,32 @@ class LocalExecutor:
 
     def check_weights(self, weights: ModelSource | Iterable[tuple[str, Tensor]]) -> None:
         """See `Executor.check_weights`."""
-        self._update = plan_update(self.runner.model, weights)
+        self._update, self._arriving = plan_update(self.runner.model, weights), None
+
+    def announced_weights(self) -> list[Announced]:
+        """What was checked, for other ranks, which `expect_weights`."""
+        return announce(self._update)
+
+    def buckets(self, limit: int) -> Iterator[list[Piece]]:
+        """The values of what was checked, for other ranks, which `take_weights`; see `stepgraph.models.tensor_stream.buckets`."""
+        return buckets(self._update, limit)
+
+    def expect_weights(self, announced: Sequence[Announced]) -> None:
+        """`check_weights`, of tensors that another process has."""
+        self._update, self._arriving = (), Arriving(self.runner.model, announced)
+
+    def take_weights(self, bucket: Sequence[Piece]) -> None:
+        """Write some of what is expected, before `write_weights`, with no step under way."""
+        assert self._arriving is not None
+        self._arriving.take(bucket)
 
     def write_weights(self) -> None:
         """See `Executor.write_weights`. Draft modules keep theirs, which are read again from where they came from."""
-        update, self._update = self._update, ()
+        update, arriving = self._update, self._arriving
+        self._update, self._arriving = (), None
         write(update)
+        if arriving is not None:
+            arriving.finish()
         if self._drafter is not None:
             self._drafter.reload()
 
@@ -118,7 +150,9 @@ class LocalExecutor:
         platform, memories = self.runner.platform, (self._weights, self.runner.kv_memory)
         platform.synchronize()
         self.runner.graphs.close()
-        del self.runner, self._adapters, self._drafter, self._update
+        if self.group is not None:
+            self.group.close()
+        del self.runner, self._adapters, self._drafter, self._update, self._arriving
         gc.collect()  # the buffers are parts of cycles
         for memory in memories:
             memory.free()
@@ -143,10 +177,36 @@ class LocalExecutor:
 
     def watch_captures(self, about_to: Callable[[], None]) -> None:
         """See `Executor.watch_captures`."""
-        self.runner.graphs.store.before_capture = about_to
+        self.runner.graphs.store.before_capture = lambda key: about_to()
+
+    def on_all(self, function: Callable[..., R], *args: Any) -> list[R]:
+        """See `Executor.on_all`."""
+        return [function(self, *args)]
+
+    def rank_reports(self) -> list[RankReport]:
+        """See `Executor.rank_reports`."""
+        return [self.report()]
+
+    def report(self) -> RankReport:
+        """How this rank does."""
+        platform, counts = self.runner.platform, self.graph_counts()
+        seconds = max(time.perf_counter() - self._built_at, 1e-9)
+        return RankReport(
+            rank=0 if self.group is None else self.group.shard.rank,
+            device=self.specs.device,
+            pid=os.getpid(),
+            num_graphs=counts.num_graphs,
+            graph_bytes=counts.bytes,
+            free_memory_bytes=platform.free_memory_bytes(),
+            total_memory_bytes=platform.total_memory_bytes(),
+            cpu_share=(time.process_time() - self._cpu_at_build) / seconds,
+            waiting_share=self.waited_s() / seconds,
+        )
 
 
 def runner_of(executor: Executor) -> StepRunner:
-    """The device of an executor of this process, for those who check or time its steps: an engine has no use for it."""
-    assert isinstance(executor, LocalExecutor), executor
-    return executor.runner
+    """The device of an executor, or of its rank in this process, for those who check or time its steps: an engine has no use for
+    it. What replays graphs on several ranks does so on all of them, by `Executor.on_all`."""
+    runner = getattr(executor, "runner", None)
+    assert isinstance(runner, StepRunner), executor
+    return runner

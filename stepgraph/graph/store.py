@@ -15,8 +15,10 @@ import torch
 from tqdm import tqdm
 
 from stepgraph.errors import DeviceMemoryError
+from stepgraph.graph.agreement import agree
 from stepgraph.graph.base import Graph, GraphBackend, Output
 from stepgraph.graph.eager import EagerGraph
+from stepgraph.parallel.exchange import Exchange, alone
 
 logger = logging.getLogger(__name__)
 
@@ -63,12 +65,16 @@ class CapturedGraph(Generic[Key, Output]):
 class GraphStore(Generic[Key, Output]):
     """Captures graphs, keeps them, and finds them again.
 
+    Several ranks that share a model have a store each, and keep the same graphs: whatever one of them lacks for a graph, all do
+    without. They are told to capture the same graphs in the same order.
+
     Args:
         backend: how to capture.
         source: what to capture.
         budget_bytes: memory that the graphs may take; None if all there is.
         driver_bytes: what the driver holds for each graph, beside the memory that the backend knows of.
         warmups: runs before each capture.
+        exchange: between the ranks, by which they agree; default: there is one.
     """
 
     def __init__(
@@ -79,8 +85,9 @@ class GraphStore(Generic[Key, Output]):
         budget_bytes: int | None = None,
         driver_bytes: int = 0,
         warmups: int = 1,
+        exchange: Exchange = alone,
     ):
-        self.before_capture: Callable[[], None] = lambda: None
+        self.before_capture: Callable[[Key], None] = lambda key: None
         """Called when a graph is about to be captured, which may take long; whoever waits for the engine sets it."""
         self.capture_seconds = 0.0
         """Time all captures took, those of graphs over the budget included."""
@@ -88,6 +95,7 @@ class GraphStore(Generic[Key, Output]):
         """Captures that failed while somebody was served, who was served otherwise."""
         self._backend, self._source = backend, source
         self._budget_bytes, self._driver_bytes, self._warmups = budget_bytes, driver_bytes, warmups
+        self._exchange = exchange
         self._captured: dict[Key, CapturedGraph[Key, Output]] = {}
         self._backend_bytes = 0  # by the backend, which takes long to count; only a capture changes it
         self._eager: dict[Key, Graph[Output]] = {}
@@ -118,6 +126,10 @@ class GraphStore(Generic[Key, Output]):
     def __contains__(self, key: Key) -> bool:
         return key in self._captured
 
+    def captured_graph(self, key: Key) -> Graph[Output]:
+        """The graph of a key that was captured."""
+        return self._captured[key].graph
+
     def graph(self, key: Key) -> Graph[Output] | None:
         """The graph of exactly this key, captured now if need be; None if the budget forbids it.
 
@@ -142,6 +154,22 @@ class GraphStore(Generic[Key, Output]):
         if key not in self._eager:
             self._eager[key] = EagerGraph(self._source.create_program(key))
         return self._eager[key]
+
+    def try_eager_twin(self, key: Key) -> None:
+        """Run a program without a graph, on nothing, so that its memory is there when it counts.
+
+        Raises:
+            DeviceMemoryError: there is none for it, here or on another rank.
+        """
+        failure: Exception | None = None
+        try:
+            with self._source.leaving_no_trace():
+                self.eager_twin(key).replay()
+        except Exception as error:
+            failure = error
+        verdict = agree(self._exchange, failure)
+        if isinstance(verdict, Exception):
+            raise verdict from failure
 
     def capture_all(self, keys: Sequence[Key], *, progress: bool) -> None:
         """Capture graphs before anybody waits for one, in this order, until the memory budget is used up. The first is tried out:
@@ -196,25 +224,42 @@ class GraphStore(Generic[Key, Output]):
     def _capture(self, key: Key) -> CapturedGraph[Key, Output] | None:
         if key in self._over_budget:
             return None
-        self.before_capture()
+        self.before_capture(key)
+        graph: Graph[Output] | None = None
+        failure: Exception | None = None
         before, started = self.bytes, time.perf_counter()
         try:
             with self._source.leaving_no_trace():
                 graph = self._backend.capture(self._source.create_program(key), self._warmups)
+        except Exception as error:
+            failure = error
         finally:
             seconds = time.perf_counter() - started
             self.capture_seconds += seconds
             self._backend_bytes = self._backend.memory_bytes()
         num_bytes = self.bytes + self._driver_bytes - before
-        if self._budget_bytes is not None and before + num_bytes - self._left_behind > self._budget_bytes:
-            self._over_budget.add(key)
-            del graph
-            self._backend_bytes = self._backend.memory_bytes()
-            self._left_behind += self.bytes - before
-            return None
-        found = self._captured[key] = CapturedGraph(key, graph, seconds * 1e3, num_bytes)
-        logger.debug("captured %s in %.1f ms, %d bytes", key, found.capture_ms, num_bytes)
-        return found
+        budget = self._budget_bytes
+        lacks_budget = failure is None and budget is not None and before + num_bytes - self._left_behind > budget
+        verdict = agree(self._exchange, failure, lacks_budget=lacks_budget)
+        if verdict is None:
+            assert graph is not None
+            found = self._captured[key] = CapturedGraph(key, graph, seconds * 1e3, num_bytes)
+            logger.debug("captured %s in %.1f ms, %d bytes", key, found.capture_ms, num_bytes)
+            return found
+        del graph
+        self._backend_bytes = self._backend.memory_bytes()
+        if failure is not None:
+            try:
+                raise failure
+            finally:
+                failure = None  # whose traceback holds this frame, and so what the program had taken
+        self._left_behind += self.bytes - before
+        if isinstance(verdict, Exception):
+            raise verdict
+        self._over_budget.add(key)
+        if verdict:
+            logger.info("the graph %s is over the memory budget of %s", key, verdict)
+        return None
 
     def _covering(self, key: Key) -> CapturedGraph[Key, Output] | None:
         """The smallest captured graph that holds `key`."""

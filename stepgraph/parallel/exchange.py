@@ -10,6 +10,11 @@ Exchange: TypeAlias = Callable[[bytes], list[bytes]]
 StepgraphError if a rank ended, or failed, before it gave its own."""
 
 
+def alone(value: bytes) -> list[bytes]:
+    """The exchange of one rank."""
+    return [value]
+
+
 def least(exchange: Exchange, value: int) -> int:
     """The least of the ranks' values."""
     return min(int(other) for other in exchange(str(value).encode()))

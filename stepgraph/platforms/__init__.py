@@ -22,12 +22,14 @@ __all__ = [
 ]
 
 
-def create_platform(device: str) -> Platform:
+def create_platform(device: str, index: int | None = None) -> Platform:
     """The platform that the setting `device` names, whose kernels run from now on.
 
     Args:
         device: ``"cpu"``, ``"cuda"``, ``"auto"`` (CUDA if there is one), or the name of a platform that an installed package
             brings.
+        index: of the device, where the machine has several of which each is to be used by one process; default: that which is
+            torch's current one.
 
     Raises:
         ConfigError: there is no such platform, its device is not there, its package cannot be used, or this process uses another
@@ -41,7 +43,10 @@ def create_platform(device: str) -> Platform:
         )
     if device == AUTO:
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    platform: Platform = BUILT_IN[device].load()() if device in BUILT_IN else _from_package(device)
+    if device == "cuda":
+        platform: Platform = BUILT_IN[device].load()(index)
+    else:
+        platform = BUILT_IN[device].load()() if device in BUILT_IN else _from_package(device)
     use_kernels(platform.name, platform.device, platform.tuning)
     return platform
 

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from contextvars import ContextVar
+from functools import partial
 from typing import Any
 
 import torch
@@ -30,16 +31,21 @@ _ONE_AT_A_TIME = threading.Lock()
 _THREADS = "stepgraph-compile"
 
 
-def compile_ahead(programs: Iterable[Callable[[], object]]) -> CompiledKernels:
+def compile_ahead(programs: Iterable[Callable[[], object]], device: torch.device | None = None) -> CompiledKernels:
     """Compile every Triton kernel that some programs launch.
 
     The programs are run, but for their launches, so their buffers must hold a plan that leaves no trace. Must not be called
     by a thread that captures a graph.
+
+    Args:
+        programs: to be run.
+        device: that runs them, a GPU, of which each thread has a current one of its own; None: the first.
     """
+    in_thread = None if device is None else partial(torch.cuda.set_device, device)
     with (
         torch.no_grad(),
         _counting() as counts,
-        ThreadPoolExecutor(os.cpu_count(), thread_name_prefix=_THREADS) as threads,
+        ThreadPoolExecutor(os.cpu_count(), _THREADS, in_thread) as threads,
         _compiling_only(),
         triton.AsyncCompileMode(threads),
         _NewTensorsZero(),

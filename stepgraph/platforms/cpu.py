@@ -27,6 +27,9 @@ class _Done:
     def wait(self) -> None:
         pass
 
+    def is_done(self) -> bool:
+        return True
+
 
 class CpuPlatform:
     """See `stepgraph.platforms.base.Platform`."""

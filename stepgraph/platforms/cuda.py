@@ -32,9 +32,15 @@ class _Event:
     def wait(self) -> None:
         self._event.synchronize()
 
+    def is_done(self) -> bool:
+        return self._event.query()
+
 
 class CudaPlatform:
     """See `stepgraph.platforms.base.Platform`.
+
+    Args:
+        index: of the GPU, among those that torch sees, which becomes this thread's current one; default: what that is now.
 
     Raises:
         ConfigError: torch sees no such GPU.
@@ -52,12 +58,14 @@ class CudaPlatform:
     shares_host_memory = False
     graph_node_bytes = 5 << 10  # measured on an H200, see benchmarks/h200.md
 
-    def __init__(self) -> None:
+    def __init__(self, index: int | None = None) -> None:
         if not torch.cuda.is_available():
             raise ConfigError(
                 f"device='cuda', but torch {torch.__version__} sees no CUDA device; use device='cpu', or check the driver "
                 "and that torch was installed with CUDA"
             )
+        if index is not None:
+            torch.cuda.set_device(index)
         self.kernel_cache = guard_kernel_cache()
         self.device = torch.device("cuda", torch.cuda.current_device())
         capability = torch.cuda.get_device_capability(self.device)
@@ -108,4 +116,4 @@ class CudaPlatform:
     def compile_ahead(self, programs: Iterable[Callable[[], object]]) -> CompiledKernels:
         from stepgraph.platforms.compile_ahead import compile_ahead
 
-        return compile_ahead(programs)
+        return compile_ahead(programs, self.device)

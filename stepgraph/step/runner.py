@@ -5,9 +5,11 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from stepgraph.abi import slot_line
@@ -17,7 +19,9 @@ from stepgraph.graph.eager import EagerGraph
 from stepgraph.graph.store import GraphStore
 from stepgraph.models.adapters import AdapterStore
 from stepgraph.models.language_model import LanguageModel
-from stepgraph.platforms import CompiledKernels, Platform
+from stepgraph.parallel.exchange import Exchange, alone, least
+from stepgraph.parallel.group import Group
+from stepgraph.platforms import CompiledKernels, Completion, Platform
 from stepgraph.spec.drafter import Drafter
 from stepgraph.step.attention import AttentionSizes
 from stepgraph.step.graphs import StepGraphs
@@ -46,13 +50,15 @@ class StepRunner:
         adapters: AdapterStore | None = None,
         drafter: Drafter | None = None,
         draft_levels: Sequence[int] = (0,),
+        group: Group | None = None,
+        exchange: Exchange = alone,
     ):
         self.platform = platform
         self.max_model_len = max_model_len
         self.block_size = config.cache.block_size
         self.vocab_size = model.config.vocab_size
         self.model = model
-        self._adapters, self._drafter = adapters, drafter
+        self._adapters, self._drafter, self._group = adapters, drafter, group
         self._acceptance = config.speculative.speculative_acceptance
         self.deterministic = config.model.deterministic
         scheduler, graph = config.scheduler, config.graph
@@ -113,10 +119,15 @@ class StepRunner:
         num_graphs = len(self.policy.shapes()) * len(Variant) * len(draft_levels)
         budget_bytes = None if graph.graph_memory_mib is None else graph.graph_memory_mib << 20
         store: GraphStore[StepShape, StepOutput] = GraphStore(
-            backend, self, budget_bytes=budget_bytes, driver_bytes=graph_bytes, warmups=graph.capture_warmups
+            backend,
+            self,
+            budget_bytes=budget_bytes,
+            driver_bytes=graph_bytes,
+            warmups=graph.capture_warmups,
+            exchange=exchange,
         )
         self.graphs = StepGraphs(graph, self.policy, store, lazy=lazy)
-        self.num_kv_blocks = choose_num_blocks(
+        num_kv_blocks = choose_num_blocks(
             layout,
             config,
             platform,
@@ -124,6 +135,7 @@ class StepRunner:
             activation_bytes=activation_bytes,
             later_bytes=(budget_bytes or num_graphs * graph_bytes) + self.logits.later_bytes,
         )
+        self.num_kv_blocks = least(exchange, num_kv_blocks)
         self.kv_memory = platform.memory(layout.sizes(self.num_kv_blocks), sleepable=config.cache.enable_sleep_mode)
         self.caches = layout.allocate(self.num_kv_blocks, self.kv_memory)
 
@@ -143,27 +155,45 @@ class StepRunner:
         """
         record, graph = self.graphs.graph_for(plan)
         self.load(plan, record.shape)
-        graph.replay()
-        self._completions[self._launched % RING_DEPTH].record()
-        self._launched += 1
-        return Ticket(self._launched - 1, plan, record)
+        return Ticket(self.run(graph), plan, record)
 
     def load(self, plan: StepPlan, shape: StepShape) -> None:
         """Put `plan` where graphs of `shape` read it; nothing to do if it lies there already."""
+        self.put(self.pack(plan, shape))
+
+    def pack(self, plan: StepPlan, shape: StepShape) -> slice:
+        """Pack what graphs of `shape` are to read of `plan` and does not lie there already, see `staged`. Returns where it
+        belongs in the packed plan, at whose end it ends; an empty slice if all lies there."""
         # Deltas are idempotent, so rows that repeat without new ones can run on the plan as it lies on the device. A slot's new
         # user needs a block for its first row, so its plan has deltas.
         has_rows = plan.epoch is not None and self._loaded == (plan.epoch, shape)
+        end = shape.plan_length(self.block_size)
         if has_rows and not plan.deltas:
-            return
-        start, end = shape.deltas_start if has_rows else 0, shape.plan_length(self.block_size)
-        turn = self._launched % RING_DEPTH
-        plan.pack(shape, self.block_size, self._staging_arrays[turn][:end], start)
-        self.state.plan[start:end].copy_(self._staging[turn][start:end], non_blocking=True)
+            return slice(end, end)
+        start = shape.deltas_start if has_rows else 0
+        plan.pack(shape, self.block_size, self._staging_arrays[self._launched % RING_DEPTH][:end], start)
         self._loaded = (plan.epoch, shape)
+        return slice(start, end)
 
-    def wait(self, ticket: Ticket) -> None:
-        """Block until a launched step is done."""
-        self._completions[ticket.step % RING_DEPTH].wait()
+    def staged(self, part: slice) -> npt.NDArray[np.int32]:
+        """Where a part of the next step's packed plan waits for `put`."""
+        return self._staging_arrays[self._launched % RING_DEPTH][part]
+
+    def put(self, part: slice) -> None:
+        """Copy a staged part of a plan to where graphs read it."""
+        if part.start < part.stop:
+            self.state.plan[part].copy_(self._staging[self._launched % RING_DEPTH][part], non_blocking=True)
+
+    def run(self, graph: Graph[StepOutput]) -> int:
+        """Launch a step on the plan that lies there; returns its number."""
+        graph.replay()
+        self._completions[self._launched % RING_DEPTH].record()
+        self._launched += 1
+        return self._launched - 1
+
+    def completion(self, ticket: Ticket) -> Completion:
+        """The mark at the end of a launched step."""
+        return self._completions[ticket.step % RING_DEPTH]
 
     def collect(self, ticket: Ticket) -> StepResults:
         """Results of a step that is done. Log-probabilities and proposals are valid for `RING_DEPTH` launches from the ticket's
@@ -235,8 +265,9 @@ class StepRunner:
 
     @contextmanager
     def leaving_no_trace(self) -> Iterator[None]:
-        """Inside, programs run on the null plan: they touch the null slot and the null block only."""
-        with self.state.preserved():
+        """Inside, programs run on the null plan: they touch the null slot and the null block only, and nothing of other ranks."""
+        by_itself = nullcontext() if self._group is None else self._group.loop_back()
+        with self.state.preserved(), by_itself:
             self._loaded = None
             self.state.plan.zero_()
             yield

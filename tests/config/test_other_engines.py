@@ -169,14 +169,15 @@ def test_secrets_are_not_shown(parse, caplog):
 
 def test_files_and_keyword_arguments_know_them_too(tmp_path, caplog):
     settings = {
-        "tensor-parallel-size": 1,
+        "pipeline-parallel-size": 1,
+        "tensor-parallel-size": 2,
         "enforce_eager": True,
         "num-gpu-blocks-override": 50,
         "dtype": "half",
         "swap_space": 4,
     }
     (tmp_path / "serve.yaml").write_text(yaml.safe_dump(settings))
-    expected = {"graph_backend": "eager", "num_kv_blocks": 50, "dtype": "float16"}
+    expected = {"graph_backend": "eager", "num_kv_blocks": 50, "dtype": "float16", "tensor_parallel_size": 2}
     assert read_settings(str(tmp_path / "serve.yaml")) == expected
     assert len(caplog.messages) == 2
     named = {name.replace("-", "_"): value for name, value in settings.items()}
@@ -191,7 +192,7 @@ def test_files_and_keyword_arguments_know_them_too(tmp_path, caplog):
 @pytest.mark.parametrize(
     ("line", "settings"),
     [
-        ("-tp 1 -dp=1 -asc 4 --max_model_len 8k", {"max_model_len": 8000}),
+        ("-tp 2 -dp=1 -asc 4 --max_model_len 8k", {"max_model_len": 8000, "tensor_parallel_size": 2}),
         ("--max-num-batched-tokens 8K --max-num-seqs=64", {"max_num_batched_tokens": 8192, "max_num_seqs": 64}),
         ("-O0", {"graph_backend": "eager"}),
         ("-O 3", {}),
@@ -238,7 +239,10 @@ def test_command_lines_may_be_spelled_as_there(parse, line, settings):
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("-tp 2", "tensor_parallel_size=2 is not supported: the engine runs on one device; leave it out, or give 1"),
+        (
+            "-pp 2",
+            "pipeline_parallel_size=2 is not supported: tensor_parallel_size is how devices share a model",
+        ),
         ("--tool-call-parser qwen3_coder", "tool_call_parser='qwen3_coder' is not supported: calls in other forms"),
         (
             "--reasoning-parser=openai_gptoss",

@@ -116,7 +116,7 @@ def test_the_first_of_graphs_captured_all_at_once_is_tried_out() -> None:
 def test_whoever_waits_is_told_before_each_capture() -> None:
     workshop = Workshop()
     store = create_store(workshop)
-    store.before_capture = lambda: workshop.log.append("tell")
+    store.before_capture = lambda key: workshop.log.append("tell")
     store.serving(Size(4))
     store.serving(Size(4))
     assert workshop.log == ["tell", "create 4, inside"]

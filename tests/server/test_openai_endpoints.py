@@ -207,7 +207,7 @@ def test_a_wrong_key_is_an_authentication_error(fastdeploy) -> None:
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--tensor-parallel-size", "2"], "tensor_parallel_size=2 .* one device"),
+        (["--pipeline-parallel-size", "2"], "pipeline_parallel_size=2 is not supported"),
         (["--max-model-len", "999999"], "max_model_len=999999 is above the 512 positions"),
     ],
 )

@@ -1,0 +1,19 @@
+"""How many devices share the model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from stepgraph.config.fields import check, setting
+
+
+@dataclass(frozen=True)
+class ParallelConfig:
+    """Devices that run every step together, each with a part of the weights and of the keys and values."""
+
+    tensor_parallel_size: int = setting(
+        1, "devices of this machine that share the model, one process for each; on CPU, so many processes", minimum=1
+    )
+
+    def __post_init__(self) -> None:
+        check(self)

@@ -1,0 +1,58 @@
+"""What keeps devices from sharing a model, told before anything is loaded."""
+
+from __future__ import annotations
+
+import sys
+
+import torch
+
+from stepgraph.config import EngineConfig
+from stepgraph.devices import AUTO, BUILT_IN
+from stepgraph.errors import ConfigError
+from stepgraph.models.config import DecoderConfig, check_shard
+from stepgraph.models.source import ModelSource
+from stepgraph.parallel.shard import Shard
+
+
+def check_ranks(config: EngineConfig, source: ModelSource) -> None:
+    """Check that as many devices as are asked for can share the model.
+
+    Raises:
+        ConfigError: there are too few, they differ, or nothing is known of how they could.
+        ModelError: the model cannot be cut into so many parts.
+    """
+    size, device = config.parallel.tensor_parallel_size, config.model.device
+    if sys.platform == "win32":
+        raise ConfigError(
+            f"tensor_parallel_size={size} needs processes that share memory by descriptors, which Windows does not have; use 1"
+        )
+    if device not in (AUTO, *BUILT_IN):
+        raise ConfigError(
+            f"tensor_parallel_size={size} needs devices that exchange sums, of which device={device!r} says nothing; use "
+            f"tensor_parallel_size=1, or device={' or '.join(map(repr, sorted(BUILT_IN)))}"
+        )
+    if isinstance(source.config, DecoderConfig):
+        check_shard(source.config, Shard(0, size))
+    if device == "cuda" or (device == AUTO and torch.cuda.is_available()):
+        _check_gpus(size)
+
+
+def _check_gpus(size: int) -> None:
+    there = torch.cuda.device_count()
+    if there < size:
+        raise ConfigError(
+            f"tensor_parallel_size={size} needs as many GPUs, and torch sees {there}; use {there or 'the CPU'}"
+            f"{' or less' if there > 1 else ''}, or make more visible (CUDA_VISIBLE_DEVICES)"
+        )
+    first, *others = ((gpu.name, gpu.total_memory) for gpu in map(torch.cuda.get_device_properties, range(size)))
+    for index, other in enumerate(others, start=1):
+        # Memory of GPUs of one kind differs by what their firmware keeps back.
+        if other[0] != first[0] or abs(other[1] - first[1]) > first[1] // 20:
+            raise ConfigError(
+                f"tensor_parallel_size={size} needs equal GPUs, and GPU 0 is {_describe(*first)} where GPU {index} is "
+                f"{_describe(*other)}; choose equal ones with CUDA_VISIBLE_DEVICES, or a smaller tensor_parallel_size"
+            )
+
+
+def _describe(name: str, memory: int) -> str:
+    return f"{name} with {memory / 2**30:.0f} GiB"

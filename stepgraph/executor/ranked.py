@@ -1,0 +1,378 @@
+"""RankedExecutor: several devices, each driven by a process of its own, of which this one tells the others what to do."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from stepgraph.config import EngineConfig
+from stepgraph.errors import DeviceMemoryError, EngineDeadError, StepgraphError
+from stepgraph.executor.base import GraphCounts, R, RankReport
+from stepgraph.executor.build import Ranks, build_local_executor
+from stepgraph.executor.limits import check_ranks
+from stepgraph.executor.local import LocalExecutor
+from stepgraph.executor.orders import words_of_admission, words_of_call, words_of_shape
+from stepgraph.executor.ring import NOTHING, Kind, Words
+from stepgraph.executor.workers import Build, Workers, log_level
+from stepgraph.models.adapters import AdapterFile
+from stepgraph.models.source import ModelSource, resolve
+from stepgraph.parallel.shard import Shard
+from stepgraph.step.admission import Admission
+from stepgraph.step.log import GraphRecord, StepLog
+from stepgraph.step.plan import StepPlan
+from stepgraph.step.results import StepResults, Ticket
+from stepgraph.step.runner import StepRunner
+from stepgraph.step.shape import StepShape
+
+TIME_LIMIT_S = 30.0
+"""How long a collective waits for another rank before it is given up."""
+_BUCKET_BYTES = 64 << 20
+"""Of new weights, sent to other ranks at a time."""
+
+
+def build_ranked_executor(
+    config: EngineConfig,
+    source: ModelSource,
+    *,
+    meanwhile: Callable[[], object] = lambda: None,
+    progress: bool = False,
+    workers: Workers | None = None,
+    time_limit_s: float = TIME_LIMIT_S,
+) -> RankedExecutor:
+    """All that runs an engine's steps on several devices: this process has the first of them, and processes that it starts have
+    the others.
+
+    Args:
+        config: all settings.
+        source: the model; the others find it by the settings.
+        meanwhile: called while weights are read, if they are.
+        progress: show progress bars of the first device on stderr.
+        workers: of as many ranks, which are used and not ended; default: new ones.
+        time_limit_s: how long a collective waits for another rank before it is given up.
+
+    Raises:
+        ConfigError: settings that this model or machine cannot meet.
+        ModelError: the model cannot be read or run.
+        EngineDeadError: a process ended while it built its part.
+    """
+    size = config.parallel.tensor_parallel_size
+    check_ranks(config, source)
+    given, workers = workers, workers or Workers(size)
+    assert workers.size == size, (workers.size, size)
+    computes_here = config.model.device == "cpu" or not torch.cuda.is_available()
+    threads = Threads(size) if computes_here else None
+    try:
+        build = Build(config, None if threads is None else threads.each, time_limit_s, log_level())
+        workers.build(build)
+        ranks = Ranks(Shard(0, size), workers.exchange, time_limit_s)
+        local = build_local_executor(config, source, meanwhile=meanwhile, progress=progress, ranks=ranks)
+        workers.replies(in_time=False)
+    except BaseException:
+        workers.close(now=True)
+        if threads is not None:
+            threads.restore()
+        raise
+    return RankedExecutor(local, workers, build, ends_workers=given is None, threads=threads)
+
+
+class Threads:
+    """The cores of this machine, shared out among ranks that compute on them.
+
+    Args:
+        size: ranks.
+    """
+
+    def __init__(self, size: int) -> None:
+        self._before = torch.get_num_threads()
+        self.each = max(1, self._before // size)
+        """Threads of each rank."""
+        torch.set_num_threads(self.each)
+
+    def restore(self) -> None:
+        """Give this process all of them back."""
+        torch.set_num_threads(self._before)
+
+
+class RankedExecutor:
+    """See `stepgraph.executor.base.Executor`. This process is rank 0, the leader: it alone decides what steps run, and at what
+    shapes, and it alone reads their results.
+
+    Args:
+        local: of rank 0.
+        workers: of all others, which have built their parts.
+        build: what they were told.
+        ends_workers: end them with `close`.
+        threads: what was taken from this process for them.
+    """
+
+    def __init__(
+        self,
+        local: LocalExecutor,
+        workers: Workers,
+        build: Build,
+        *,
+        ends_workers: bool,
+        threads: Threads | None,
+    ) -> None:
+        self.specs = replace(local.specs, num_ranks=workers.size)
+        assert local.group is not None
+        self._local, self._workers, self._group = local, workers, local.group
+        self._ends_workers, self._threads = ends_workers, threads
+        self._model_impl, self._time_limit_s = build.config.model.model_impl, build.time_limit_s
+        self._sends_weights = False  # those that were checked are this process's
+        self._shapes: dict[StepShape, int] = {}  # that workers know, by their numbers
+        self._tried: set[StepShape] = set()  # that run without a graph, and had memory
+        self._launched = 0
+        self._about_to: Callable[[], None] = lambda: None
+        self._failure: StepgraphError | None = None
+        self._is_closed = False
+        workers.on_end = self._group.abort
+        self._store = local.runner.graphs.store
+        self._store.before_capture = self._order_capture
+
+    @property
+    def runner(self) -> StepRunner:
+        """Of rank 0."""
+        return self._local.runner
+
+    @property
+    def statistics(self) -> StepLog:
+        """See `Executor.statistics`: those of all ranks, which run the same."""
+        return self._local.statistics
+
+    # Steps
+
+    def admit(self, admission: Admission) -> None:
+        """See `Executor.admit`. Workers do it meanwhile."""
+        self._order(Kind.ADMIT, words=words_of_admission(admission))
+        position = self._workers.ring.position
+        try:
+            self._local.admit(admission)
+        finally:
+            self._workers.ring.wait_until_done(position)
+            failures = self._workers.failures()
+        if failures:
+            raise failures[0]
+
+    def set_masks(self, slot: int, masks: npt.NDArray[np.int32]) -> None:
+        """See `Executor.set_masks`."""
+        self._order(Kind.MASKS, slot, words=masks.ravel())
+        self._local.set_masks(slot, masks)
+
+    def launch(self, plan: StepPlan) -> Ticket:
+        """See `Executor.launch`.
+
+        Raises:
+            EngineDeadError: a rank has ended, or does not come.
+        """
+        self._check()
+        runner = self.runner
+        try:
+            record, graph = runner.graphs.graph_for(plan)
+            if record.eager_reason is not None and record.shape not in self._tried:
+                self._order(Kind.TRY, shape=self._number_of(record.shape))
+                self._store.try_eager_twin(record.shape)
+                self._tried.add(record.shape)
+        except torch.OutOfMemoryError as error:  # before anybody was told to launch
+            raise DeviceMemoryError(str(error)) from error
+        shape = self._number_of(record.shape)
+        part = runner.pack(plan, record.shape)
+        kind = Kind.LAUNCH if record.eager_reason is None else Kind.EAGER
+        self._order(kind, self._launched, shape, runner.staged(part))
+        self._launched += 1
+        try:
+            runner.put(part)
+            step = runner.run(graph)
+        except Exception as error:
+            raise self._fail(f"rank 0 could not launch a step that others had launched: {error}") from error
+        self._check()
+        return Ticket(step, plan, record)
+
+    def wait(self, ticket: Ticket) -> None:
+        """See `Executor.wait`.
+
+        Raises:
+            EngineDeadError: a rank has ended, or does not come.
+        """
+        completion = self.runner.completion(ticket)
+        while not completion.is_done():
+            self._check()
+        self._check()
+
+    def collect(self, ticket: Ticket) -> StepResults:
+        """See `Executor.collect`."""
+        return self._local.collect(ticket)
+
+    def recover(self) -> None:
+        """See `Executor.recover`."""
+        self._tried.clear()
+        self.on_all(LocalExecutor.recover)
+
+    # LoRA adapters
+
+    def read_adapter(self, folder: str) -> AdapterFile:
+        """See `Executor.read_adapter`: this rank's part."""
+        return self._local.read_adapter(folder)
+
+    def write_adapter(self, number: int, file: AdapterFile) -> None:
+        """See `Executor.write_adapter`. The other ranks read their parts now."""
+        write = partial(self._local.write_adapter, number, file)
+        self._together(write, _read_and_write_adapter, number, file.folder)
+
+    # Life
+
+    def sleep(self, *, keep_weights: bool) -> None:
+        """See `Executor.sleep`."""
+        self._tried.clear()
+        self.on_all(_sleep, keep_weights)
+
+    def wake(self) -> None:
+        """See `Executor.wake`. If a rank cannot, all sleep on."""
+        try:
+            self.on_all(LocalExecutor.wake)
+        except StepgraphError:
+            self.on_all(_sleep, True)
+            raise
+
+    def check_weights(self, weights: ModelSource | Iterable[tuple[str, Tensor]]) -> None:
+        """See `Executor.check_weights`. Each rank reads its part of a checkpoint; tensors are sent to the others."""
+        self._sends_weights = not isinstance(weights, ModelSource)
+        if isinstance(weights, ModelSource):
+            check = partial(self._local.check_weights, weights)
+            self._together(check, _check_source, weights.name, self._model_impl)
+        else:
+            self._local.check_weights(weights)
+            self._together(lambda: None, LocalExecutor.expect_weights, self._local.announced_weights())
+
+    def write_weights(self) -> None:
+        """See `Executor.write_weights`."""
+        if self._sends_weights:
+            for bucket in self._local.buckets(_BUCKET_BYTES):
+                self._together(lambda: None, LocalExecutor.take_weights, bucket)
+        self.on_all(LocalExecutor.write_weights)
+
+    def close(self) -> None:
+        """See `Executor.close`. Takes a bounded time, whatever the other ranks do."""
+        if self._is_closed:
+            return
+        self._is_closed = True
+        try:
+            self._workers.check()
+            self._workers.ring.write(Kind.END)
+        except StepgraphError as error:
+            self._failure = self._failure or error
+        if self._failure is not None:
+            self._workers.close(now=True)
+        self._local.close()
+        if self._ends_workers:
+            self._workers.close()
+        if self._threads is not None:
+            self._threads.restore()
+
+    def watch_cache(self, lost: Callable[[], None]) -> None:
+        """See `Executor.watch_cache`."""
+        self._local.watch_cache(lost)
+
+    # Graphs
+
+    def prepare(self) -> bool:
+        """See `Executor.prepare`."""
+        self._check()
+        return self._local.prepare()
+
+    def graph_counts(self) -> GraphCounts:
+        """See `Executor.graph_counts`: those of rank 0; others have the same graphs."""
+        return self._local.graph_counts()
+
+    def graph_records(self) -> list[GraphRecord]:
+        """See `Executor.graph_records`: those of rank 0."""
+        return self._local.graph_records()
+
+    def watch_captures(self, about_to: Callable[[], None]) -> None:
+        """See `Executor.watch_captures`."""
+        self._about_to = about_to
+
+    # Ranks
+
+    def on_all(self, function: Callable[..., R], *args: Any) -> list[R]:
+        """See `Executor.on_all`."""
+        own, *others = self._together(partial(function, self._local, *args), function, *args)
+        return [own, *others]
+
+    def rank_reports(self) -> list[RankReport]:
+        """See `Executor.rank_reports`."""
+        return self.on_all(LocalExecutor.report)
+
+    def _together(self, own: Callable[[], Any], function: Any, *args: Any) -> list[Any]:
+        """What `own` returns here, and ``function(executor, *args)`` meanwhile on each of the others. If several fail, the error
+        is that of the least rank."""
+        self._check()
+        self._order(Kind.CALL, words=words_of_call(function, args))
+        self._store.before_capture = lambda key: self._about_to()  # the others come to it by themselves
+        failure: BaseException | None = None
+        results = []
+        try:
+            results.append(own())
+        except BaseException as error:
+            failure = error
+        finally:
+            self._store.before_capture = self._order_capture
+        try:
+            results += self._workers.replies()
+        except StepgraphError:
+            if failure is None:
+                raise
+        if failure is not None:
+            raise failure
+        return results
+
+    def _order(self, kind: Kind, number: int = 0, shape: int = 0, words: Words = NOTHING) -> None:
+        self._workers.ring.write(kind, number, shape, words)
+
+    def _number_of(self, shape: StepShape) -> int:
+        """Under which workers know a shape, which they are told at its first use."""
+        number = self._shapes.get(shape)
+        if number is None:
+            number = self._shapes[shape] = len(self._shapes)
+            self._order(Kind.SHAPE, words=words_of_shape(shape))
+        return number
+
+    def _order_capture(self, shape: StepShape) -> None:
+        self._order(Kind.CAPTURE, shape=self._number_of(shape))
+        self._about_to()
+
+    def _check(self) -> None:
+        """EngineDeadError if a rank has ended, or a collective was given up."""
+        if self._failure is not None:
+            raise self._failure
+        self._workers.check()
+        fault = self._group.fault()
+        if fault is not None:
+            raise self._fail(
+                f"rank {fault.rank} did not come to collective {fault.sequence} ({fault.collective}) within "
+                f"{self._time_limit_s:.0f} s"
+            )
+
+    def _fail(self, what: str) -> EngineDeadError:
+        self._group.abort()
+        self._failure = EngineDeadError(what)
+        return self._failure
+
+
+def _check_source(executor: LocalExecutor, name: str, model_impl: str) -> None:
+    executor.check_weights(resolve(name, model_impl=model_impl))
+
+
+def _sleep(executor: LocalExecutor, keep_weights: bool) -> None:
+    executor.sleep(keep_weights=keep_weights)
+
+
+def _read_and_write_adapter(executor: LocalExecutor, number: int, folder: str) -> None:
+    executor.write_adapter(number, executor.read_adapter(folder))

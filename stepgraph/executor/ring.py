@@ -1,0 +1,273 @@
+"""The ring of orders: memory that a leader writes and its workers read, each at its own pace.
+
+An order is four int32 words (a kind, a number, a shape, how many words follow) and, rarely, more. So a step that differs from the
+one before it in nothing costs 16 bytes. Orders may be longer than the ring: they pass through it piece by piece.
+
+A reader spins for some microseconds and then sleeps until the writer wakes it; the writer pays a system call only for those that
+sleep.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import select
+import struct
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Sequence
+from enum import IntEnum
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+Words = npt.NDArray[np.int32]
+
+CAPACITY = 1 << 18
+"""Words of the ring."""
+_HEADER = struct.Struct("4i")
+_HEADER_WORDS = 4
+_LINE = 8
+"""int64 words of a line of the table before the ring, so that no two processes write one line of a cache."""
+_READ, _DONE, _ASLEEP, _FAILED = range(4)
+"""Columns of a reader's line. Line 0 is the writer's, where `_READ` says how many words it has written."""
+_SPIN_S = 20e-6
+_NAP_S = 0.1
+"""How long a reader sleeps at most: stores of two processes may pass each other on some machines, and a wake-up be lost."""
+
+
+class Kind(IntEnum):
+    """What an order is about."""
+
+    LAUNCH = 1
+    """Launch the graph of a shape, on a plan that changed where words follow."""
+    EAGER = 2
+    """The same without a graph."""
+    SHAPE = 3
+    """Give a shape a number."""
+    CAPTURE = 4
+    """Capture the graph of a shape, and agree on it."""
+    TRY = 5
+    """Run a shape without a graph, on nothing, and agree on whether memory suffices."""
+    ADMIT = 6
+    MASKS = 7
+    CALL = 8
+    """Call a function and reply."""
+    END = 9
+    """There are no more orders of this engine."""
+
+
+class Order(NamedTuple):
+    """What a leader wants."""
+
+    kind: int
+    number: int
+    shape: int
+    words: Words
+    """What follows."""
+
+
+NOTHING: Words = np.zeros(0, dtype=np.int32)
+
+
+def create_memory(num_readers: int, capacity: int = CAPACITY) -> int:
+    """A file that is no name's, of the size of a ring; returns its descriptor."""
+    if hasattr(os, "memfd_create"):
+        descriptor = os.memfd_create("stepgraph-ring")
+    else:
+        descriptor, path = tempfile.mkstemp(prefix="stepgraph-ring-")
+        os.unlink(path)
+    os.ftruncate(descriptor, _size(num_readers, capacity))
+    return descriptor
+
+
+def _size(num_readers: int, capacity: int) -> int:
+    return 8 * _LINE * (1 + num_readers) + 4 * capacity
+
+
+class _Memory:
+    def __init__(self, descriptor: int, num_readers: int, capacity: int) -> None:
+        self.map = mmap.mmap(descriptor, _size(num_readers, capacity))
+        self.start = 8 * _LINE * (1 + num_readers)
+        self.table = memoryview(self.map)[: self.start].cast("q")
+        self.words: Words = np.frombuffer(self.map, dtype=np.int32, offset=self.start)
+        self.capacity = capacity
+        self._lock = threading.Lock()
+
+    def fence(self) -> None:
+        """What was stored before is seen before what is stored after, and what is loaded after was not before."""
+        with self._lock:
+            pass
+        with self._lock:
+            pass
+
+
+class RingWriter:
+    """The leader's end. One thread writes.
+
+    Args:
+        descriptor: of `create_memory`.
+        wakes: of each reader, the descriptor by which it is woken.
+        check: called while a reader is waited for; raises what ends the waiting.
+        capacity: words of the ring.
+    """
+
+    def __init__(
+        self, descriptor: int, wakes: Sequence[int], check: Callable[[], None], capacity: int = CAPACITY
+    ) -> None:
+        self._memory = _Memory(descriptor, len(wakes), capacity)
+        self._wakes, self._check = wakes, check
+        self._lines = range(_LINE, _LINE * (1 + len(wakes)), _LINE)
+        self._written = 0
+        self._limit = capacity  # words up to which there is room, as far as is known
+
+    @property
+    def position(self) -> int:
+        """Words written so far."""
+        return self._written
+
+    def write(self, kind: Kind, number: int = 0, shape: int = 0, words: Words = NOTHING) -> None:
+        """Give an order. Waits where readers leave no room.
+
+        Args:
+            words: contiguous.
+        """
+        memory, length = self._memory, len(words)
+        if self._limit - self._written < _HEADER_WORDS:
+            self._await_room(_HEADER_WORDS)
+        offset = memory.start + 4 * (self._written % memory.capacity)
+        _HEADER.pack_into(memory.map, offset, kind, number, shape, length)
+        self._written += _HEADER_WORDS
+        done = 0
+        while done < length:
+            if self._limit == self._written:
+                self._publish()
+                self._await_room(1)
+            begin = self._written % memory.capacity
+            count = min(length - done, self._limit - self._written, memory.capacity - begin)
+            memory.words[begin : begin + count] = words[done : done + count]
+            self._written += count
+            done += count
+        self._written += -length % _HEADER_WORDS  # where the next order begins: a header lies in one piece
+        self._publish()
+
+    def is_done(self, reader: int, position: int) -> bool:
+        """Whether a reader has carried out all orders up to `position`."""
+        return self._memory.table[self._lines[reader] + _DONE] >= position
+
+    def take_failure(self, reader: int) -> bool:
+        """Whether a reader could not carry out an order, and has said so, since the last call."""
+        failed = self._memory.table[self._lines[reader] + _FAILED] != 0
+        if failed:
+            self._memory.table[self._lines[reader] + _FAILED] = 0
+        return failed
+
+    def wait_until_done(self, position: int) -> None:
+        """Wait until all readers have carried out the orders up to `position`."""
+        for reader in range(len(self._wakes)):
+            spun = time.perf_counter() + 1e-3
+            while not self.is_done(reader, position):
+                if time.perf_counter() > spun:
+                    self._check()
+                    time.sleep(20e-6)
+
+    def _publish(self) -> None:
+        memory = self._memory
+        memory.fence()
+        memory.table[_READ] = self._written
+        memory.fence()
+        for line, wake in zip(self._lines, self._wakes, strict=True):
+            if memory.table[line + _ASLEEP]:
+                memory.table[line + _ASLEEP] = 0
+                self._wake(wake)
+
+    def _wake(self, wake: int) -> None:
+        try:
+            os.write(wake, b"\0")
+        except BlockingIOError:  # it has been told often enough
+            return
+        except BrokenPipeError:
+            self._check()  # it is gone, and that says how
+
+    def _await_room(self, count: int) -> None:
+        memory = self._memory
+        while True:
+            self._limit = min(memory.table[line + _READ] for line in self._lines) + memory.capacity
+            if self._limit - self._written >= count:
+                memory.fence()
+                return
+            self._check()
+            time.sleep(20e-6)
+
+
+class RingReader:
+    """A worker's end.
+
+    Args:
+        descriptor: of `create_memory`.
+        reader: its number, from 0 on.
+        num_readers: of the ring.
+        wake: by which the writer wakes it.
+        capacity: words of the ring.
+    """
+
+    def __init__(self, descriptor: int, reader: int, num_readers: int, wake: int, capacity: int = CAPACITY) -> None:
+        self.waited_s = 0.0
+        """Seconds spent waiting for orders."""
+        self._memory = _Memory(descriptor, num_readers, capacity)
+        self._line = _LINE * (1 + reader)
+        self._wake = wake
+        self._poll = select.poll()
+        self._poll.register(wake, select.POLLIN)
+        self._read = self._memory.table[self._line + _READ]
+
+    def next(self) -> Order:
+        """The next order; waits for it. Those before it are done."""
+        memory = self._memory
+        memory.table[self._line + _DONE] = self._read
+        self._await_words()
+        offset = memory.start + 4 * (self._read % memory.capacity)
+        kind, number, shape, length = _HEADER.unpack_from(memory.map, offset)
+        self._read += _HEADER_WORDS
+        words = self._take(length) if length else NOTHING
+        memory.fence()
+        memory.table[self._line + _READ] = self._read
+        return Order(kind, number, shape, words)
+
+    def report_failure(self) -> None:
+        """Have the leader see that an order could not be carried out."""
+        self._memory.table[self._line + _FAILED] = 1
+
+    def _take(self, length: int) -> Words:
+        memory, words, done = self._memory, np.empty(length, dtype=np.int32), 0
+        while done < length:
+            written = self._await_words()
+            begin = self._read % memory.capacity
+            count = min(length - done, written - self._read, memory.capacity - begin)
+            words[done : done + count] = memory.words[begin : begin + count]
+            done += count
+            self._read += count
+            if done < length:
+                memory.fence()
+                memory.table[self._line + _READ] = self._read
+        self._read += -length % _HEADER_WORDS
+        return words
+
+    def _await_words(self) -> int:
+        """Wait until there are words that were not read; returns how many were written in all."""
+        memory, table = self._memory, self._memory.table
+        if table[_READ] <= self._read:
+            started = time.perf_counter()
+            while table[_READ] <= self._read and time.perf_counter() - started < _SPIN_S:
+                pass
+            while table[_READ] <= self._read:
+                table[self._line + _ASLEEP] = 1
+                memory.fence()
+                if table[_READ] <= self._read and self._poll.poll(_NAP_S * 1e3):
+                    os.read(self._wake, 4096)
+                table[self._line + _ASLEEP] = 0
+            self.waited_s += time.perf_counter() - started
+        memory.fence()
+        return table[_READ]

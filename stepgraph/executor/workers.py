@@ -1,0 +1,291 @@
+"""Workers: the processes of all ranks but the leader's, as the leader sees them.
+
+Each has a pipe for what is rare (builds, exchanged values, replies), a reader's place at the ring of orders, and a thread of the
+leader's process that starts it and waits for its end. A worker ends when the leader's process does: the kernel sees to it, and
+its standard input, which only the leader holds, ends.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import subprocess
+import sys
+import threading
+import time
+import weakref
+from collections.abc import Callable, Iterator
+from multiprocessing import Pipe
+from multiprocessing.connection import Connection
+from signal import Signals
+from typing import Any, NamedTuple
+
+import torch
+
+from stepgraph import errors
+from stepgraph.config import EngineConfig
+from stepgraph.errors import DeviceMemoryError, EngineDeadError, StepgraphError
+from stepgraph.executor.ring import RingWriter, create_memory
+
+_ANSWER_S = 600.0
+"""A worker that serves answers within this, whatever it is asked."""
+_END_S = 5.0
+"""How long a worker may take to end by itself."""
+
+
+class Build(NamedTuple):
+    """What a worker needs to know to build its part of an engine."""
+
+    config: EngineConfig
+    threads: int | None
+    """Of a rank on CPU; None: as many as there are."""
+    time_limit_s: float
+    """How long a collective waits for another rank."""
+    log_level: int
+
+
+class Message(NamedTuple):
+    """What a worker says."""
+
+    kind: str
+    """`VALUE`, `REPLY` or `ERROR`."""
+    content: Any
+
+    @classmethod
+    def of(cls, error: BaseException) -> Message:
+        """What went wrong."""
+        kind = DeviceMemoryError if isinstance(error, torch.OutOfMemoryError) else type(error)
+        return cls(ERROR, (kind.__name__, str(error) or repr(error)))
+
+
+VALUE, REPLY, ERROR = "value", "reply", "error"
+
+
+class _Worker:
+    """One process, from its start to its end."""
+
+    def __init__(self, rank: int, size: int, ring: int, on_end: Callable[[], None]) -> None:
+        self.rank = rank
+        self.ended = threading.Event()
+        self.end = ""
+        """How it ended, once it has."""
+        self.process: subprocess.Popen[bytes] | None = None
+        self.pipe, self._theirs = Pipe()
+        self._wakes, self.wake = os.pipe()
+        os.set_blocking(self.wake, False)
+        self._on_end = on_end
+        self._started = threading.Event()
+        command = [sys.executable, "-m", "stepgraph.executor.worker"]
+        numbers = (rank, size, os.getpid(), ring, self._theirs.fileno(), self._wakes)
+        self._command = [*command, *map(str, numbers)]
+        self._pass = (ring, self._theirs.fileno(), self._wakes)
+        # The kernel ends a worker with the thread that started it, so that is one which lives as long.
+        self._thread = threading.Thread(target=self._run, name=f"stepgraph-rank-{rank}", daemon=True)
+        self._thread.start()
+        self._started.wait()
+
+    def _run(self) -> None:
+        paths = [path or os.getcwd() for path in sys.path]
+        try:
+            process = subprocess.Popen(
+                self._command,
+                stdin=subprocess.PIPE,
+                stdout=2,  # what it prints is for people
+                pass_fds=self._pass,
+                start_new_session=True,  # Ctrl-C is not for it
+                env=os.environ | {"PYTHONPATH": os.pathsep.join(paths), "PYTHONSAFEPATH": "1"},
+            )
+        except OSError as error:
+            self.end = f"could not be started: {error}"
+        else:
+            self.process = process
+        finally:
+            self._theirs.close()
+            os.close(self._wakes)
+            self._started.set()
+        if self.process is not None:
+            status = self.process.wait()
+            self.end = f"was ended by {Signals(-status).name}" if status < 0 else f"ended with exit status {status}"
+        self.ended.set()
+        self._on_end()
+
+    def finish(self, seconds: float) -> None:
+        """Have it end, if need be by force, and let go of what belongs to it."""
+        if self.process is not None:
+            assert self.process.stdin is not None
+            with contextlib.suppress(OSError):
+                self.process.stdin.close()
+            if not self.ended.wait(seconds):
+                self.process.kill()
+        self._thread.join()
+        self.pipe.close()
+        os.close(self.wake)
+
+
+class Workers:
+    """Processes that wait for a build, serve as ranks 1 … size - 1 of an engine, and wait for the next build when it is closed.
+
+    Everything but `on_end` belongs to one thread.
+
+    Args:
+        size: ranks, the leader's included.
+    """
+
+    def __init__(self, size: int) -> None:
+        assert size > 1, size
+        self.size = size
+        self.on_end: Callable[[], None] = lambda: None
+        """Called by another thread when a worker has ended though nobody asked it to."""
+        self._failure: StepgraphError | None = None
+        self._is_closed = False
+        ring = create_memory(size - 1)
+        told = _weakly(self)
+        self._workers = [_Worker(rank, size, ring, told) for rank in range(1, size)]
+        self.ring = RingWriter(ring, [worker.wake for worker in self._workers], self.check)
+        os.close(ring)
+        self._finalizer = weakref.finalize(self, _end, self._workers)
+
+    def build(self, build: Build) -> None:
+        """Have all build their part of an engine; `ready` waits for it."""
+        for worker in self._workers:
+            self._send(worker, build)
+
+    def exchange(self, value: bytes) -> list[bytes]:
+        """See `stepgraph.parallel.exchange.Exchange`; of rank 0."""
+        values = [value, *self._messages(VALUE)]
+        for worker in self._workers:
+            self._send(worker, values)
+        return values
+
+    def replies(self, *, in_time: bool = True) -> list[Any]:
+        """What the workers reply, in the order of their ranks.
+
+        Args:
+            in_time: raise EngineDeadError if it takes too long.
+        """
+        return list(self._messages(REPLY, _ANSWER_S if in_time else None))
+
+    def check(self) -> None:
+        """EngineDeadError if a worker has ended."""
+        if self._failure is None:
+            for worker in self._workers:
+                if worker.ended.is_set():
+                    self._failure = EngineDeadError(f"rank {worker.rank} {worker.end}{self._last_words(worker)}")
+                    break
+        if self._failure is not None:
+            raise self._failure
+
+    def failures(self) -> list[StepgraphError]:
+        """What workers could not do since the last call; they go on."""
+        found = []
+        for index, worker in enumerate(self._workers):
+            if self.ring.take_failure(index):
+                found.append(self._error(worker, self._receive(worker, _ANSWER_S).content))
+        return found
+
+    @property
+    def pids(self) -> list[int]:
+        """Of the processes, in the order of their ranks."""
+        return [worker.process.pid for worker in self._workers if worker.process is not None]
+
+    def close(self, *, now: bool = False) -> None:
+        """End the processes.
+
+        Args:
+            now: by force.
+        """
+        if not self._is_closed:
+            self._is_closed = True
+            self.on_end = lambda: None
+            for worker in self._workers:
+                if now and worker.process is not None:
+                    worker.process.kill()
+            self._finalizer()
+
+    def _messages(self, kind: str, seconds: float | None = None) -> Iterator[Any]:
+        """A message of each; a StepgraphError if one failed, once all have said what they have to say."""
+        contents, failed = [], None
+        for worker in self._workers:
+            message = self._receive(worker, seconds)
+            if message.kind == ERROR:
+                failed = failed or self._error(worker, message.content)
+                if kind == VALUE:  # those who wait for an exchange are not told of a failure
+                    break
+            else:
+                assert message.kind == kind, message
+            contents.append(message.content)
+        if failed is not None:
+            raise failed
+        yield from contents
+
+    def _receive(self, worker: _Worker, seconds: float | None) -> Message:
+        deadline = None if seconds is None else time.monotonic() + seconds
+        try:
+            while not worker.pipe.poll(0.1):
+                self.check()
+                if deadline is not None and time.monotonic() > deadline:
+                    raise EngineDeadError(f"rank {worker.rank} gave no answer within {seconds:.0f} s")
+            return Message(*worker.pipe.recv())
+        except (EOFError, OSError):
+            raise self._gone(worker) from None
+
+    def _send(self, worker: _Worker, content: Any) -> None:
+        try:
+            worker.pipe.send(content)
+        except OSError:
+            raise self._gone(worker) from None
+
+    def _gone(self, worker: _Worker) -> StepgraphError:
+        worker.ended.wait(_END_S)
+        try:
+            self.check()
+        except StepgraphError as error:
+            return error
+        return EngineDeadError(f"rank {worker.rank} has closed its pipe")
+
+    def _error(self, worker: _Worker, content: tuple[str, str]) -> StepgraphError:
+        """What a worker said went wrong, as the error it was."""
+        name, sentence = content
+        kind = getattr(errors, name, StepgraphError)
+        if not (isinstance(kind, type) and issubclass(kind, StepgraphError)):
+            kind = StepgraphError
+        return kind(f"rank {worker.rank}: {sentence}")
+
+    def _last_words(self, worker: _Worker) -> str:
+        """What a worker said of its end, if anything."""
+        said = ""
+        with contextlib.suppress(EOFError, OSError):
+            while worker.pipe.poll():
+                message = Message(*worker.pipe.recv())
+                if message.kind == ERROR:
+                    said = f": {message.content[1]}"
+        return said
+
+
+def _weakly(workers: Workers) -> Callable[[], None]:
+    """Calls `workers.on_end`, if there is still anybody to be told."""
+    reference = weakref.ref(workers)
+
+    def told() -> None:
+        there = reference()
+        if there is not None:
+            there.on_end()
+
+    return told
+
+
+def _end(workers: list[_Worker]) -> None:
+    deadline = time.monotonic() + _END_S
+    for worker in workers:
+        worker.finish(max(0.0, deadline - time.monotonic()))
+
+
+def log_level() -> int:
+    """What is logged here, and so by workers."""
+    return logging.getLogger("stepgraph").getEffectiveLevel()
+
+
+def connection(descriptor: int) -> Connection:
+    """A worker's end of its pipe."""
+    return Connection(descriptor)

@@ -1,0 +1,110 @@
+"""The ring of orders, its ends in threads of this process."""
+
+import os
+import threading
+import time
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+
+from stepgraph.executor.ring import Kind, Order, RingReader, RingWriter, create_memory
+
+CAPACITY = 64
+
+
+class Ends:
+    """A writer, and readers of a ring of few words."""
+
+    def __init__(self, num_readers: int) -> None:
+        memory, pipes = create_memory(num_readers, CAPACITY), [os.pipe() for _ in range(num_readers)]
+        self.descriptors = [memory, *(end for pipe in pipes for end in pipe)]
+        for _, wake in pipes:
+            os.set_blocking(wake, False)
+        self.checks = 0
+        self.failure: Exception | None = None
+        self.writer = RingWriter(memory, [wake for _, wake in pipes], self.check, CAPACITY)
+        self.readers = [RingReader(memory, i, num_readers, pipe[0], CAPACITY) for i, pipe in enumerate(pipes)]
+
+    def check(self) -> None:
+        self.checks += 1
+        if self.failure is not None:
+            raise self.failure
+
+
+@pytest.fixture
+def two() -> Iterator[Ends]:
+    ends = Ends(2)
+    yield ends
+    for descriptor in ends.descriptors:
+        os.close(descriptor)
+
+
+def read(reader: RingReader, count: int, into: list[Order], seconds: float = 0.0) -> None:
+    for _ in range(count):
+        into.append(reader.next())
+        time.sleep(seconds)
+
+
+def test_every_reader_gets_all_orders_in_order_whatever_their_length_and_its_pace(two) -> None:
+    lengths = [0, 3, 4, 5, 0, CAPACITY - 4, CAPACITY, CAPACITY + 1, 1, 1000, 0] * 4
+    found: list[list[Order]] = [[], []]
+    threads = [
+        threading.Thread(target=read, args=(reader, len(lengths), into, pause))
+        for reader, into, pause in zip(two.readers, found, (0.0, 0.002), strict=True)
+    ]
+    for thread in threads:
+        thread.start()
+    rng = np.random.default_rng(0)
+    sent = [rng.integers(-(2**31), 2**31, length, dtype=np.int32) for length in lengths]
+    for number, words in enumerate(sent):
+        two.writer.write(Kind.LAUNCH, number, shape=7, words=words)
+    for thread in threads:
+        thread.join()
+    for orders in found:
+        assert [order[:3] for order in orders] == [(Kind.LAUNCH, number, 7) for number in range(len(sent))]
+        assert all(np.array_equal(order.words, words) for order, words in zip(orders, sent, strict=True))
+
+
+def test_an_order_without_words_takes_sixteen_bytes(two) -> None:
+    before = two.writer.position
+    two.writer.write(Kind.LAUNCH, 1, 2)
+    assert 4 * (two.writer.position - before) == 16
+
+
+def test_a_reader_that_sleeps_is_woken_and_says_how_long_it_waited(two) -> None:
+    found: list[Order] = []
+    thread = threading.Thread(target=read, args=(two.readers[0], 1, found))
+    thread.start()
+    time.sleep(0.05)
+    two.writer.write(Kind.END)
+    thread.join()
+    assert [order.kind for order in found] == [Kind.END]
+    assert two.readers[0].waited_s > 0.01
+
+
+def test_the_writer_waits_until_all_have_carried_an_order_out(two) -> None:
+    two.writer.write(Kind.ADMIT)
+    position = two.writer.position
+    for reader in two.readers:
+        reader.next()
+    assert not any(two.writer.is_done(reader, position) for reader in (0, 1))
+    two.writer.write(Kind.END)
+    two.readers[0].next()  # which says that it is done with what was before
+    assert [two.writer.is_done(reader, position) for reader in (0, 1)] == [True, False]
+    threading.Timer(0.05, two.readers[1].next).start()
+    two.writer.wait_until_done(position)
+    assert two.writer.is_done(1, position)
+
+
+def test_waiting_for_a_reader_ends_with_what_the_check_raises(two) -> None:
+    two.failure = RuntimeError("rank 2 is gone")
+    with pytest.raises(RuntimeError, match="rank 2 is gone"):
+        two.writer.write(Kind.ADMIT, words=np.zeros(CAPACITY, dtype=np.int32))
+    with pytest.raises(RuntimeError, match="rank 2 is gone"):
+        two.writer.wait_until_done(two.writer.position + 4)
+
+
+def test_a_failure_is_taken_once(two) -> None:
+    two.readers[1].report_failure()
+    assert [two.writer.take_failure(reader) for reader in (0, 1, 1)] == [False, True, False]
