@@ -107,8 +107,8 @@ def create_model(
         DeviceMemoryError: the weights take more than that.
         ModelError: a model that transformers loads does not fit its checkpoint, or a file is damaged; or so many ranks cannot
             share the model.
-        ConfigError: `deterministic`, quantization "fp8" or a shard of a model that only transformers runs, or weights of 8 bits
-            on a device that has none.
+        ConfigError: `deterministic` or quantization "fp8" of a model that only transformers runs, or weights of 8 bits on a
+            device that has none.
     """
     assert load_format in ("auto", "dummy"), load_format
     shard = shard if group is None else group.shard
@@ -124,19 +124,17 @@ def create_model(
                 f"quantization='fp8' needs a native model, and {config.architecture} would run through transformers, whose "
                 "layers keep their weights; choose a native model, or leave quantization at auto"
             )
-        if shard != WHOLE:
-            raise ConfigError(
-                f"several devices can share native models, and {config.architecture} would run through transformers; choose a "
-                "native model, or one device"
-            )
-        check_fits(
-            config.num_parameters, config.num_parameters * dtype.itemsize, free_bytes, dtype=dtype, source=source
-        )
-        from stepgraph.models.transformers_model import TransformersModel
+        assert group is not None or shard == WHOLE, "the trial of a part takes its group"
+        from stepgraph.models.transformers_model import TransformersModel, judge_part
 
-        if load_format == "dummy":
-            return TransformersModel.with_random_weights(config, dtype=dtype, device=device)
-        return TransformersModel.from_folder(config, source.folder, dtype=dtype, device=device, progress=progress)
+        dummy = load_format == "dummy"
+        part = None if group is None else judge_part(config, group)
+        num_parameters = config.num_parameters if part is None or dummy else part.num_parameters
+        check_fits(num_parameters, num_parameters * dtype.itemsize, free_bytes, dtype=dtype, source=source)
+        if dummy:
+            return TransformersModel.with_random_weights(config, dtype=dtype, device=device, part=part)
+        folder = source.folder
+        return TransformersModel.from_folder(config, folder, dtype=dtype, device=device, part=part, progress=progress)
     assert isinstance(config, DecoderConfig), config
     tensors = [] if load_format == "dummy" else without_mtp(source.tensors())
     if config.tie_word_embeddings and has_own_head(tensors, tied=True):

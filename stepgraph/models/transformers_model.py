@@ -16,8 +16,8 @@ from __future__ import annotations
 import copy
 import logging
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -32,7 +32,7 @@ from stepgraph import ops
 from stepgraph.errors import CaptureError, ModelError
 from stepgraph.graph.cpu import CpuBackend
 from stepgraph.layers.cache import PagedCache, PagedSpec
-from stepgraph.layers.inputs import StepInputs
+from stepgraph.layers.inputs import AttentionSpec, StepInputs
 from stepgraph.models.config import architecture_of, as_token_ids
 from stepgraph.models.mtp_tensors import mtp_names
 from stepgraph.models.safetensors import read_safetensors
@@ -46,6 +46,7 @@ from stepgraph.models.transformers_interfaces import (
     RefusalError,
     refuse,
 )
+from stepgraph.models.transformers_parts import ShapesOnly, keep_part, refuse_to_share
 from stepgraph.parallel.group import Group
 
 logger = logging.getLogger(__name__)
@@ -65,11 +66,40 @@ def judge(hf_config: Any) -> TransformersConfig:
         raise error.of(architecture_of(hf_config)) from error
 
 
+@dataclass(frozen=True)
+class ModelPart:
+    """What a rank keeps of a model, made by `judge_part`."""
+
+    group: Group
+    attention_specs: tuple[AttentionSpec, ...]
+    num_parameters: int
+
+
+def judge_part(config: TransformersConfig, group: Group) -> ModelPart:
+    """Judge whether ranks can share a model, by running a part of it on tensors without values.
+
+    Raises:
+        ModelError: transformers has no plan for the class, or one that cannot be followed, or so many ranks cannot share it.
+    """
+    trial = ShapesOnly(group.shard)
+    try:
+        calls, _, _, num_parameters = _probe(config.hf_config, lambda hf_model: keep_part(hf_model, config, trial))
+        _check_layers(config.hf_config, calls)
+    except RefusalError as error:
+        refuse_to_share(config, f"cut by transformers' plan, {error.what}")
+    heads = calls[0].query.shape[1], calls[0].key.shape[1]
+    whole = config.attention_specs
+    ways = tuple(spec.sharded(group.shard) for spec in whole), whole  # some plans cut what is around attention only
+    specs = next((specs for specs in ways if heads == (specs[0].num_heads, specs[0].num_kv_heads)), None)
+    if specs is None:
+        refuse_to_share(config, f"cut by transformers' plan, {heads[0]} queries would attend to {heads[1]} keys")
+    return ModelPart(group, specs, num_parameters)
+
+
 def _judge(hf_config: Any) -> TransformersConfig:
     check_class(hf_config, _runs)
     check_fields(hf_config)
     calls, hidden_size, vocab_size, num_parameters = _probe(hf_config)
-    calls.sort(key=lambda call: call.layer)
     _check_layers(hf_config, calls)
     check_last(hf_config)
     num_heads, head_dim = calls[0].query.shape[1], calls[0].query.shape[3]
@@ -100,24 +130,30 @@ def _runs(hf_config: Any) -> bool:
 class TransformersModel(nn.Module):
     """A transformers class taken apart: its base model runs the layers, the rest of it makes logits. See `LanguageModel`."""
 
-    group: Group | None = None
-
-    def __init__(self, config: TransformersConfig, hf_model: Any) -> None:
+    def __init__(self, config: TransformersConfig, hf_model: Any, part: ModelPart | None = None) -> None:
         """Args:
         config: of the model.
         hf_model: built with our attention, and filled; must not be used elsewhere afterwards.
+        part: of it that `hf_model` is; None: it is whole.
 
         Raises:
             ModelError: tokens meet outside attention.
         """
         super().__init__()
-        self.config, self.attention_specs = config, config.attention_specs
+        self.config, self.part = config, part
+        self.attention_specs = config.attention_specs if part is None else part.attention_specs
         self.base, self.head = _take_apart(hf_model)
         self.eval().requires_grad_(False)
         for module in self.modules():
             for name, buffer in module.named_buffers(recurse=False):
                 setattr(module, name, buffer.clone())  # loading leaves views, whose base a record would not know
-        self._check_tokens_apart()
+        with nullcontext() if part is None else part.group.loop_back():
+            self._check_tokens_apart()
+
+    @property
+    def group(self) -> Group | None:
+        """See `LanguageModel.group`."""
+        return None if self.part is None else self.part.group
 
     @property
     def dtype(self) -> torch.dtype:
@@ -126,7 +162,14 @@ class TransformersModel(nn.Module):
 
     @classmethod
     def from_folder(
-        cls, config: TransformersConfig, folder: Path, *, dtype: torch.dtype, device: torch.device, progress: bool
+        cls,
+        config: TransformersConfig,
+        folder: Path,
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+        part: ModelPart | None = None,
+        progress: bool,
     ) -> TransformersModel:
         """Load a checkpoint the way transformers does, which renames and merges tensors where its class asks for it.
 
@@ -135,6 +178,7 @@ class TransformersModel(nn.Module):
             folder: with safetensors files.
             dtype: of parameters and activations.
             device: of the parameters, which go there through host memory.
+            part: that this rank keeps on the device; all of the model is in host memory meanwhile. None: all of it.
             progress: show a bar on stderr.
 
         Raises:
@@ -170,17 +214,22 @@ class TransformersModel(nn.Module):
                 f"The checkpoint in {folder} does not fit the {config.architecture} that its config describes "
                 f"({'; '.join(odd)}); config and weights are not of one model."
             )
-        return cls(config, hf_model.to(device))
+        if part is not None:
+            keep_part(hf_model, config, part.group)
+        return cls(config, hf_model.to(device), part)
 
     @classmethod
     def with_random_weights(
-        cls, config: TransformersConfig, *, dtype: torch.dtype, device: torch.device
+        cls, config: TransformersConfig, *, dtype: torch.dtype, device: torch.device, part: ModelPart | None = None
     ) -> TransformersModel:
-        """Build a model with the weights that transformers begins training with, the same ones every time."""
+        """Build a model with the weights that transformers begins training with, the same ones every time: whole, on the device,
+        of which a rank then keeps its part."""
         with torch.random.fork_rng([device] if device.type == "cuda" else []), device:
             torch.manual_seed(0)
             hf_model = AutoModelForCausalLM.from_config(copy.deepcopy(config.hf_config), dtype=dtype, **IMPLEMENTATIONS)
-        return cls(config, hf_model)
+        if part is not None:
+            keep_part(hf_model, config, part.group)
+        return cls(config, hf_model, part)
 
     @torch.no_grad()
     def _check_tokens_apart(self) -> None:
@@ -307,10 +356,17 @@ class _Probed(NamedTuple):
     logits: Tensor  # [T, V]
 
 
-def _probe(hf_config: Any) -> tuple[list[AttentionCall], int, int, int]:
-    """Build the model and capture it on tensors without values: its calls of attention, E, V and the number of its parameters.
-    Reads no weights and takes no memory. Fake tensors would not do: where transformers' code sees one, it leaves out what it does
-    with values."""
+def _probe(
+    hf_config: Any, prepare: Callable[[Any], object] = lambda hf_model: None
+) -> tuple[list[AttentionCall], int, int, int]:
+    """Build the model and capture it on tensors without values: its calls of attention in the order of its layers, E, V and the
+    number of its parameters. Reads no weights and takes no memory. Fake tensors would not do: where transformers' code sees one,
+    it leaves out what it does with values.
+
+    Args:
+        hf_config: transformers' config object.
+        prepare: changes the model first.
+    """
     calls: list[AttentionCall] = []
     probed: list[_Probed] = []
 
@@ -324,6 +380,7 @@ def _probe(hf_config: Any) -> tuple[list[AttentionCall], int, int, int]:
             plain = copy.deepcopy(hf_config)
             plain.__dict__.pop("quantization_config", None)
             hf_model = AutoModelForCausalLM.from_config(plain, dtype=torch.bfloat16, **IMPLEMENTATIONS).eval()
+            prepare(hf_model)
             num_parameters = sum(parameter.numel() for parameter in hf_model.parameters())
             base, head = _take_apart(hf_model)
             token_ids_T = torch.zeros(_PROBE_TOKENS, dtype=torch.int32)
@@ -341,6 +398,7 @@ def _probe(hf_config: Any) -> tuple[list[AttentionCall], int, int, int]:
     except Exception as error:  # code of some hundred models, not written for this
         logger.debug("%s cannot be probed", architecture_of(hf_config), exc_info=error)
         raise explain(error) from error
+    calls.sort(key=lambda call: call.layer)
     return calls, probed[0].hidden.shape[-1], probed[0].logits.shape[-1], num_parameters
 
 

@@ -173,7 +173,7 @@ def _read_with_transformers(model: LanguageModel, source: ModelSource) -> list[C
     assert isinstance(model, TransformersModel), model
     dtype = next(model.parameters()).dtype
     new = TransformersModel.from_folder(
-        model.config, source.folder, dtype=dtype, device=torch.device("cpu"), progress=False
+        model.config, source.folder, dtype=dtype, device=torch.device("cpu"), part=model.part, progress=False
     )
     values = {**dict(new.named_parameters(remove_duplicate=False)), **dict(new.named_buffers())}
     known = targets_of(model).keys() & values.keys()

@@ -322,6 +322,26 @@ def _mixed_case() -> Case:
     return _case(lines, [(1, 1, [3]), (2, 4, []), (3, 3, [1005, 4, 4]), (0, 0, [])], num_drafts=2)
 
 
+def _after_fault(commit: Commit, case: Case, device: str, fault: int) -> Outcome:
+    actual = case.copy(device)
+    commit(*actual.arguments(), torch.tensor([fault], dtype=torch.int32, device=device))
+    return _outcome(actual.copy(), case)
+
+
+@pytest.mark.parametrize("commit", [reference.commit, kernels.commit], ids=["reference", "triton"])
+def test_after_a_fault_no_row_emits_or_advances(commit: Commit, device: str) -> None:
+    case = replace(_mixed_case(), sampled=torch.tensor([3, 1005, 4, 4, 5, 5, 5], dtype=torch.int32))
+    where = "cpu" if commit is reference.commit else device
+    still = replace(case, query_start=torch.zeros_like(case.query_start), sample_start=case.sample_start * 0)
+    after = _after_fault(commit, case, where, 1)
+    assert after.lines == _expected(still).lines
+    assert after.tokens == case.tokens.tolist()
+    assert after.counter == _expected(case).counter
+    assert [report[line.OUT_NUM_TOKENS] for report in after.reports] == [0] * 4
+    assert [report[line.OUT_FINISH] for report in after.reports] == [line.RUNNING] * 4
+    assert _after_fault(commit, case, where, 0) == _expected(case)
+
+
 class Counter(NamedTuple):
     value: Tensor
 

@@ -7,7 +7,7 @@ from stepgraph.ops.registry import Inlined, register
 
 _commit = register(
     "commit(Tensor(a!) lines, Tensor(b!) tokens, Tensor(c!) counter, Tensor(d!) ring, Tensor row_slot, "
-    "Tensor query_start, Tensor kv_len, Tensor sample_start, Tensor sampled, int num_drafts) -> ()",
+    "Tensor query_start, Tensor kv_len, Tensor sample_start, Tensor sampled, int num_drafts, Tensor? fault=None) -> ()",
     {"cpu": Inlined(reference.commit), "cuda": "stepgraph.ops.commit.triton:commit"},
 )
 
@@ -23,6 +23,7 @@ def commit(
     sample_start: Tensor,
     sampled: Tensor,
     num_drafts: int,
+    fault: Tensor | None = None,
 ) -> None:
     """Advance every slot that ran in this step. Runs inside the graph.
 
@@ -46,5 +47,6 @@ def commit(
         query_start, sample_start: [R + 1] int32, see `stepgraph.ops.build`.
         sampled: [S] int32, a token or NO_TOKEN.
         num_drafts: K, the most proposals of a row: it has at most 1 + K samples.
+        fault: [1] int32. If it is not zero, what was sampled is worth nothing: all rows are as rows without tokens.
     """
-    _commit(lines, tokens, counter, ring, row_slot, query_start, kv_len, sample_start, sampled, num_drafts)
+    _commit(lines, tokens, counter, ring, row_slot, query_start, kv_len, sample_start, sampled, num_drafts, fault)

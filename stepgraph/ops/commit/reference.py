@@ -22,6 +22,7 @@ def commit(
     sample_start: Tensor,
     sampled: Tensor,
     num_drafts: int,
+    fault: Tensor | None = None,
 ) -> None:
     """See `stepgraph.ops.commit.commit`."""
     num_rows = row_slot.shape[0]
@@ -29,6 +30,8 @@ def commit(
     length_R = lines_RL[:, line.LENGTH]
     ran_R = query_start[1:] > query_start[:-1]
     num_samples_R = sample_start[1:] - sample_start[:-1]
+    if fault is not None:
+        ran_R, num_samples_R = ran_R & (fault == 0), num_samples_R * (fault == 0)
 
     offset_J = torch.arange(1 + num_drafts, dtype=torch.int32, device=lines.device)
     real_RJ = offset_J < num_samples_R.unsqueeze(1)

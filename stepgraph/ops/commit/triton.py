@@ -46,12 +46,14 @@ def _commit_kernel(
     kv_len_ptr,
     sample_start_ptr,
     sampled_ptr,
+    fault_ptr,
     R,
     MAX_LEN,
     DEPTH,
     RING_STRIDE,
     K: tl.constexpr,
     BLOCK_R: tl.constexpr,
+    OBEYS_FAULT: tl.constexpr,
 ):
     row_R = tl.arange(0, BLOCK_R)
     inside_R = row_R < R
@@ -62,6 +64,10 @@ def _commit_kernel(
     kv_len_R = tl.load(kv_len_ptr + row_R, mask=inside_R, other=0)
     first_sample_R = tl.load(sample_start_ptr + row_R, mask=inside_R, other=0)
     num_samples_R = tl.load(sample_start_ptr + 1 + row_R, mask=inside_R, other=0) - first_sample_R
+    if OBEYS_FAULT:
+        faultless = tl.load(fault_ptr) == 0
+        query_end_R = tl.where(faultless, query_end_R, query_start_R)
+        num_samples_R = tl.where(faultless, num_samples_R, 0)
 
     line_R = lines_ptr + slot_R * _LINE_WIDTH
     length_R = tl.load(line_R + _LENGTH, mask=inside_R, other=0)
@@ -129,6 +135,7 @@ def commit(
     sample_start: Tensor,
     sampled: Tensor,
     num_drafts: int,
+    fault: Tensor | None = None,
 ) -> None:
     """See `stepgraph.ops.commit.commit`."""
     block_rows = row_capacity(row_slot.shape[0])
@@ -142,11 +149,13 @@ def commit(
         kv_len,
         sample_start,
         sampled,
+        counter if fault is None else fault,
         row_slot.shape[0],
         tokens.stride(0),
         ring.shape[0],
         ring.stride(0),
         K=num_drafts,
         BLOCK_R=block_rows,
+        OBEYS_FAULT=fault is not None,
         num_warps=max(1, block_rows // 32),
     )
