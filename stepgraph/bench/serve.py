@@ -22,10 +22,10 @@ from tqdm import tqdm
 
 import stepgraph
 from stepgraph.bench.length_flags import add_length_flags, check_lengths, length_range
-from stepgraph.bench.report import cpu_name, write_json
+from stepgraph.bench.report import cpu_name, num_cores, write_json
 from stepgraph.bench.serve_metrics import GOODPUT_METRICS, METRICS, count_without_usage, errors_by_kind, summarize
 from stepgraph.bench.serve_prompts import DATASETS, DEFAULT_OUTPUT_LEN, Prompt, PromptOptions, make_prompts
-from stepgraph.bench.serve_report import plot, report, request_details
+from stepgraph.bench.serve_report import LIMIT_SHARE, plot, report, request_details
 from stepgraph.bench.workloads import arrival_times
 from stepgraph.errors import ConfigError
 
@@ -46,6 +46,7 @@ _ONLY_FOR = {
     "dataset_path": ("sharegpt", "file"),
 }
 _DEFAULT_INPUT_LEN = 1024
+_STREAMS_PER_PROCESS = 32
 _INTERRUPTED = 130  # 128 + SIGINT, as shells report it
 
 
@@ -131,6 +132,13 @@ def add_parser(commands: Any) -> None:
         help="shape of the gamma distribution of the gaps: 1 is a Poisson process (default), less comes in bursts, inf in a beat",
     )
     load.add_argument("--max-concurrency", type=int, metavar="N", help="requests under way at once (default: any)")
+    load.add_argument(
+        "--client-processes",
+        type=int,
+        metavar="N",
+        help="processes that send; one reads a few ten thousand tokens per second (default: one for each "
+        f"{_STREAMS_PER_PROCESS} requests under way, on up to a quarter of the cores)",
+    )
     load.add_argument(
         "--num-warmups",
         type=int,
@@ -218,7 +226,7 @@ def run(arguments: argparse.Namespace) -> int:
         len(measured), rate=arguments.request_rate, burstiness=arguments.burstiness, seed=arguments.seed
     )
     date = datetime.now().strftime("%Y%m%d-%H%M%S")
-    done = _run_load(load(measured, times_s), "request")
+    done = _run_load(load(measured, times_s), "request", _num_processes(arguments))
     summary = summarize(
         done.outcomes, duration_s=done.duration_s, metrics=metrics, percentiles=percentiles, goodput_ms=goodput_ms
     )
@@ -255,7 +263,10 @@ def run(arguments: argparse.Namespace) -> int:
         "client": {
             "device": cpu_name(),
             "versions": {"stepgraph": stepgraph.__version__, "python": platform.python_version()},
-            "cpu_share": done.cpu_s / done.duration_s,
+            "processes": len(done.cpu_shares),
+            "cpu_share": max(done.cpu_shares),
+            "cpu_shares": done.cpu_shares,
+            "was_limit": max(done.cpu_shares) > LIMIT_SHARE,
             "max_late_ms": 1e3 * done.max_late_s,
         },
     }
@@ -281,18 +292,28 @@ def _first_model(base_url: str, headers: Mapping[str, str]) -> str:
 
 
 def _warm_up(load: Load) -> Run:
-    done = _run_load(load, "warm-up")
+    done = _run_load(load, "warm-up", 1)
     failed = [outcome.error for outcome in done.outcomes if outcome.error]
     if failed:
         print(f"{len(failed)} of {len(load.bodies)} warm-ups failed, the first with {failed[0]}", file=sys.stderr)
     return done
 
 
-def _run_load(load: Load, unit: str) -> Run:
+def _run_load(load: Load, unit: str, num_processes: int) -> Run:
     from stepgraph.bench.serve_client import run_load
+    from stepgraph.bench.serve_processes import run_in_processes
 
     with tqdm(total=len(load.bodies), unit=unit, leave=False, disable=not sys.stderr.isatty()) as bar:
-        return run_load(load, on_end=bar.update)
+        if num_processes == 1:
+            return run_load(load, on_end=bar.update)
+        return run_in_processes(load, num_processes, on_end=bar.update)
+
+
+def _num_processes(arguments: argparse.Namespace) -> int:
+    if arguments.client_processes is not None:
+        return int(arguments.client_processes)
+    under_way = min(arguments.num_prompts, arguments.max_concurrency or arguments.num_prompts)
+    return max(1, min(num_cores() // 4, under_way // _STREAMS_PER_PROCESS))
 
 
 def _check(arguments: argparse.Namespace) -> None:
@@ -302,6 +323,7 @@ def _check(arguments: argparse.Namespace) -> None:
         ("num_prompts", 1),
         ("num_warmups", 0),
         ("max_concurrency", 1),
+        ("client_processes", 1),
         ("prefix_len", 0),
         ("suffix_len", 1),
         ("num_prefixes", 1),
@@ -313,6 +335,16 @@ def _check(arguments: argparse.Namespace) -> None:
     for name in ("request_rate", "burstiness", "request_timeout"):
         if not flags[name] > 0:
             raise ConfigError(f"{_flag(name)}={flags[name]} must be above 0")
+    for name in ("num_prompts", "max_concurrency"):
+        if (
+            arguments.client_processes is not None
+            and flags[name] is not None
+            and arguments.client_processes > flags[name]
+        ):
+            raise ConfigError(
+                f"--client-processes={arguments.client_processes} is more than {_flag(name)}={flags[name]}: some would have "
+                f"nothing to send; lower it to {flags[name]} or less"
+            )
     check_lengths(arguments)
     for name, datasets in _ONLY_FOR.items():
         if flags[name] is not None and arguments.dataset not in datasets:

@@ -14,7 +14,8 @@ import re
 import signal
 import time
 from collections.abc import Callable, Coroutine, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from operator import itemgetter
 from typing import Any
 
 import aiohttp
@@ -44,6 +45,37 @@ class Load:
     timeout_s: float
     """For one whole answer."""
 
+    def part(self, rank: int, size: int) -> Load:
+        """What one of `size` clients sends, with its share of the places: no fewer than clients, if they are limited."""
+        indices, limit = self.indices(rank, size), self.max_concurrency
+        return replace(
+            self,
+            bodies=[self.bodies[index] for index in indices],
+            input_lens=[self.input_lens[index] for index in indices],
+            times_s=[self.times_s[index] for index in indices],
+            max_concurrency=None if limit is None else len(range(rank, limit, size)),
+        )
+
+    def indices(self, rank: int, size: int) -> list[int]:
+        """The requests of that client: they go round among the clients, or among the places, as many as each has."""
+        limit = self.max_concurrency or size
+        return [index for index in range(len(self.bodies)) if index % limit % size == rank]
+
+
+@dataclass(frozen=True)
+class PartRun:
+    """What became of one client's part of a load."""
+
+    outcomes: Sequence[Outcome | None]
+    """Of its requests; None: it had not ended at Ctrl-C."""
+    duration_s: float
+    cpu_s: float
+    """CPU time of the process."""
+    max_late_s: float
+    """The longest that it was behind when it had a request to send."""
+    interrupted: bool
+    """By Ctrl-C."""
+
 
 @dataclass(frozen=True)
 class Run:
@@ -52,12 +84,29 @@ class Run:
     outcomes: Sequence[Outcome]
     """Of the requests that ended, in the order in which they were due."""
     duration_s: float
-    cpu_s: float
-    """CPU time of this process; close to the duration, it measured itself rather than the server."""
+    cpu_shares: Sequence[float]
+    """Of each client's time, how much it used a core; near 1, it measured itself rather than the server."""
     max_late_s: float
-    """The longest that this process was behind when it had a request to send."""
+    """The longest that a client was behind when it had a request to send."""
     interrupted: bool
     """By Ctrl-C: what was under way then has no outcome."""
+
+    @classmethod
+    def of(cls, load: Load, parts: Sequence[PartRun]) -> Run:
+        """Of a load's parts, by rank; all began at one time."""
+        ended = [
+            (index, outcome)
+            for rank, part in enumerate(parts)
+            for index, outcome in zip(load.indices(rank, len(parts)), part.outcomes, strict=True)
+            if outcome is not None
+        ]
+        return cls(
+            outcomes=[outcome for _, outcome in sorted(ended, key=itemgetter(0))],
+            duration_s=max(part.duration_s for part in parts),
+            cpu_shares=[part.cpu_s / part.duration_s for part in parts],
+            max_late_s=max(part.max_late_s for part in parts),
+            interrupted=any(part.interrupted for part in parts),
+        )
 
 
 @dataclass(frozen=True)
@@ -103,10 +152,20 @@ def run_load(load: Load, *, on_end: Callable[[], object]) -> Run:
         load: what to send.
         on_end: called after each request.
     """
+    return Run.of(load, [run_part(load, on_end=on_end, begin=time.perf_counter)])
+
+
+def run_part(load: Load, *, on_end: Callable[[], object], begin: Callable[[], float]) -> PartRun:
+    """The same for one client's part of a load.
+
+    Args:
+        load, on_end: see `run_load`.
+        begin: called when all is ready and Ctrl-C would be heard; returns when the run begins, in `time.perf_counter`'s seconds.
+    """
     gc.freeze()  # a full collection would walk over everything there is, prompts included, while answers arrive
     try:
         with asyncio.Runner(loop_factory=_event_loop_factory()) as runner:
-            return runner.run(_run_load(load, on_end))
+            return runner.run(_run_part(load, on_end, begin))
     finally:
         gc.unfreeze()
 
@@ -171,7 +230,7 @@ def read_stream(reads: Sequence[tuple[float, bytes]]) -> Stream:
     return Stream(chunk_times_s, end_s, _count(usage, "prompt_tokens"), _count(usage, "completion_tokens"))
 
 
-async def _run_load(load: Load, on_end: Callable[[], object]) -> Run:
+async def _run_part(load: Load, on_end: Callable[[], object], begin: Callable[[], float]) -> PartRun:
     outcomes: list[Outcome | None] = [None] * len(load.bodies)
     late_s = [0.0] * len(load.bodies)
     places = contextlib.nullcontext() if load.max_concurrency is None else asyncio.Semaphore(load.max_concurrency)
@@ -180,26 +239,28 @@ async def _run_load(load: Load, on_end: Callable[[], object]) -> Run:
     headers = {"Content-Type": "application/json", "Accept-Encoding": "identity", **load.headers}
     timeout = aiohttp.ClientTimeout(total=load.timeout_s)
     async with aiohttp.ClientSession(connector=connector, headers=headers, timeout=timeout) as session:
-        begin, begin_cpu = time.perf_counter(), time.process_time()
+        begin_s, begin_cpu = time.perf_counter(), time.process_time()
 
         async def serve(index: int) -> None:
-            late_s[index] = time.perf_counter() - begin - load.times_s[index]
+            late_s[index] = time.perf_counter() - begin_s - load.times_s[index]
             async with places:
-                outcomes[index] = await _send(session, load.url, load.bodies[index], load.input_lens[index], begin)
+                outcomes[index] = await _send(session, load.url, load.bodies[index], load.input_lens[index], begin_s)
             on_end()
 
         async def send_all() -> None:
+            nonlocal begin_s, begin_cpu
+            begin_s, begin_cpu = begin(), time.process_time()
             async with asyncio.TaskGroup() as requests:
                 for index, due_s in enumerate(load.times_s):
-                    wait_s = begin + due_s - time.perf_counter()
+                    wait_s = begin_s + due_s - time.perf_counter()
                     if wait_s > 0:
                         await asyncio.sleep(wait_s)
                     requests.create_task(serve(index))
 
         interrupted = await _until_interrupt(send_all())
-        duration_s, cpu_s = time.perf_counter() - begin, time.process_time() - begin_cpu
-    return Run(
-        outcomes=[outcome for outcome in outcomes if outcome is not None],
+        duration_s, cpu_s = time.perf_counter() - begin_s, time.process_time() - begin_cpu
+    return PartRun(
+        outcomes=outcomes,
         duration_s=duration_s,
         cpu_s=cpu_s,
         # All at once cannot be in time.

@@ -16,6 +16,8 @@ _LATE_MS = 5.0
 """Behind by more, the load was not the one asked for; timers alone are up to 1 ms late."""
 _BUSY_SHARE = 0.5
 """Of a core: a client busier than this adds waiting of its own to what it measures."""
+LIMIT_SHARE = 0.9
+"""A client busier than this was the limit, or may have been: the server could have sent more."""
 
 
 def report(
@@ -133,9 +135,15 @@ def _notes(done: Run) -> list[str]:
         notes.append(
             f"The load generator was late by up to {1e3 * done.max_late_s:.0f} ms: not quite the load that was asked for."
         )
-    share = done.cpu_s / done.duration_s
+    share, num_processes = max(done.cpu_shares), len(done.cpu_shares)
     if share > _BUSY_SHARE:
-        notes.append(f"The load generator used {share:.0%} of a core: latencies include waiting for it.")
+        who = "The load generator" if num_processes == 1 else f"The busiest of {num_processes} load generators"
+        what = (
+            "the figures are its own limit and not the server's"
+            if share > LIMIT_SHARE
+            else "latencies include waiting for it"
+        )
+        notes.append(f"{who} used {share:.0%} of a core: {what}; more --client-processes share the work.")
     without = count_without_usage(done.outcomes)
     if without:
         notes.append(

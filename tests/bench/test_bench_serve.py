@@ -15,8 +15,8 @@ from aiohttp import web
 
 from stepgraph import bench
 from stepgraph.bench import report as bench_report
-from stepgraph.bench import serve, serve_client
-from stepgraph.errors import ConfigError
+from stepgraph.bench import serve, serve_client, serve_processes
+from stepgraph.errors import ConfigError, StepgraphError
 
 VLLM_FIELDS = {
     *("date", "endpoint_type", "backend", "model_id", "tokenizer_id", "num_prompts", "request_rate", "burstiness"),
@@ -164,7 +164,8 @@ def test_results_have_the_names_of_vllm(measure) -> None:
     assert result["backend"] == result["endpoint_type"] == "openai"
     assert result["model_id"] == "first/model"
     assert result["request_rate"] == "inf"
-    assert {"device", "versions", "cpu_share", "max_late_ms"} == set(result["client"])
+    client = {"device", "versions", "processes", "cpu_share", "cpu_shares", "was_limit", "max_late_ms"}
+    assert client == set(result["client"])
 
 
 def test_a_chat_gets_messages(server, measure) -> None:
@@ -313,6 +314,71 @@ def test_ctrl_c_reports_what_has_ended(server, measure, capsys) -> None:
     assert "Interrupted" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("num_processes", ["1", "3"])
+def test_several_processes_send_what_one_would_and_no_more_at_once(server, measure, num_processes) -> None:
+    """Groups of four must be under way at once; the lengths tell the requests apart, and their order."""
+    complete = [asyncio.Event() for _ in range(3)]
+
+    async def answer_in_fours(number: int, request: web.Request, body: dict) -> web.StreamResponse:
+        if number % 4 == 3:
+            complete[number // 4].set()
+        await complete[number // 4].wait()
+        return await answer_in_full(number, request, body)
+
+    server.answer = answer_in_fours
+    flags = ("--num-prompts", "12", "--max-concurrency", "4", "--client-processes", num_processes)
+    lengths = ("--random-input-range", "5", "500", "--random-output-range", "1", "9", "--seed", "3")
+    result = measure(*flags, *lengths, "--dataset", "random")
+    assert (result["completed"], result["failed"]) == (12, 0)
+    assert server.most_active == result["max_concurrent_requests"] == 4
+    assert result["client"]["processes"] == len(result["client"]["cpu_shares"]) == int(num_processes)
+    options = serve.PromptOptions("random", chat=False, seed=3, output_range=(1, 9), input_range=(5, 500))
+    expected = serve.make_prompts(options, 12)
+    assert result["input_lens"] == [len(prompt.content) for prompt in expected]
+    assert result["output_lens"] == [prompt.max_tokens for prompt in expected]
+    assert sorted(body["prompt"] for body in server.bodies) == sorted(prompt.content for prompt in expected)
+    assert all(0 < seconds < result["duration"] for seconds in result["start_times"])
+
+
+def test_ctrl_c_ends_all_processes_and_reports_what_has_ended(server, measure) -> None:
+    async def interrupt_at_the_last(number: int, request: web.Request, body: dict) -> web.StreamResponse:
+        if number < 3:
+            return await answer_in_full(number, request, body)
+        if number == 4:
+            os.kill(os.getpid(), signal.SIGINT)
+        await asyncio.Event().wait()
+        raise AssertionError
+
+    server.answer = interrupt_at_the_last
+    before = signal.signal(signal.SIGINT, lambda number, frame: pytest.fail("Ctrl-C went past the run"))
+    try:
+        result = measure("--num-prompts", "8", "--max-concurrency", "2", "--client-processes", "2", code=130)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert (result["completed"], result["failed"], result["interrupted"]) == (3, 0, True)
+
+
+def test_a_process_that_dies_is_told_and_takes_the_others_with_it(server, monkeypatch) -> None:
+    async def never(number: int, request: web.Request, body: dict) -> web.StreamResponse:
+        os.kill(started[0].pid, signal.SIGKILL)
+        await asyncio.Event().wait()
+        raise AssertionError
+
+    started = []
+
+    def start(*arguments, **settings) -> subprocess.Popen:
+        started.append(popen(*arguments, **settings))
+        return started[-1]
+
+    popen = subprocess.Popen
+    monkeypatch.setattr(serve_processes.subprocess, "Popen", start)
+    server.answer = never
+    flags = ["--random-input-len", "3", "--num-prompts", "4", "--client-processes", "2"]
+    with pytest.raises(StepgraphError, match=r"process of the load generator died \(exit code -9\)"):
+        bench.main(["serve", "--base-url", server.url, *flags])
+    assert [process.poll() is not None for process in started] == [True, True]
+
+
 def test_warm_ups_are_other_prompts_and_not_counted(server, measure) -> None:
     result = measure("--num-prompts", "3", "--num-warmups", "2")
     assert result["completed"] == result["num_prompts"] == 3
@@ -397,13 +463,45 @@ def test_the_notes_tell_of_a_generator_that_was_late_or_busy(measure, monkeypatc
 
     def slow(load, *, on_end):
         done = real(load, on_end=on_end)
-        return type(done)(done.outcomes, done.duration_s, 0.9 * done.duration_s, 0.25, done.interrupted)
+        return type(done)(done.outcomes, done.duration_s, shares, 0.25, done.interrupted)
 
     monkeypatch.setattr(serve_client, "run_load", slow)
-    assert measure("--num-prompts", "1")["client"]["max_late_ms"] == 250.0
+    shares = [0.25, 0.75]
+    client = measure("--num-prompts", "1", "--client-processes", "1")["client"]
+    assert (client["max_late_ms"], client["processes"], client["cpu_share"], client["was_limit"]) == (
+        250,
+        2,
+        0.75,
+        False,
+    )
     shown = capsys.readouterr().out
     assert "late by up to 250 ms" in shown
-    assert "used 90% of a core" in shown
+    assert "busiest of 2 load generators used 75% of a core: latencies include waiting" in shown
+    shares = [0.95]
+    assert measure("--num-prompts", "1", "--client-processes", "1")["client"]["was_limit"]
+    assert "The load generator used 95% of a core: the figures are its own limit" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("flags", "cores", "processes"),
+    [
+        ("--num-prompts 1000 --max-concurrency 128", 32, 4),
+        ("--num-prompts 1000 --max-concurrency 128", 8, 2),
+        ("--num-prompts 1000 --max-concurrency 31", 32, 1),
+        ("--num-prompts 70", 128, 2),
+        ("--num-prompts 1000 --max-concurrency 128", 2, 1),
+        ("--num-prompts 1000 --max-concurrency 128 --client-processes 7", 2, 7),
+    ],
+)
+def test_processes_are_as_many_as_requests_under_way_and_cores_allow(
+    server, monkeypatch, flags, cores, processes
+) -> None:
+    asked = []
+    monkeypatch.setattr(serve, "num_cores", lambda: cores)
+    monkeypatch.setattr(serve, "_run_load", lambda load, unit, num_processes: asked.append(num_processes) or 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        bench.main(["serve", "--base-url", server.url, "--random-input-len", "1", *flags.split()])
+    assert asked == [processes]
 
 
 def test_a_server_that_cannot_be_reached_is_refused_with_the_fix() -> None:
@@ -446,6 +544,9 @@ sys.exit(bench.main({flags}))
     [
         ("--num-prompts 0", "--num-prompts=0 is too small; the smallest value is 1"),
         ("--max-concurrency 0", "--max-concurrency=0 is too small"),
+        ("--client-processes 0", "--client-processes=0 is too small"),
+        ("--client-processes 3 --num-prompts 2", "more than --num-prompts=2.*lower it to 2 or less"),
+        ("--client-processes 3 --max-concurrency 2", "more than --max-concurrency=2.*lower it to 2"),
         ("--request-rate 0", "--request-rate=0.0 must be above 0"),
         ("--burstiness nan", "--burstiness=nan must be above 0"),
         ("--random-range-ratio 1", "--random-range-ratio=1.0 must be at least 0 and below 1"),

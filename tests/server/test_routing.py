@@ -19,7 +19,7 @@ from stepgraph.server.routing import (
     choose,
 )
 
-BLOCK = 16
+BLOCK, SPAN = 16, 64
 
 LOADS = st.lists(st.none() | st.integers(0, 4 * MAX_EXCESS_TOKENS), min_size=1, max_size=8).filter(
     lambda loads: any(load is not None for load in loads)
@@ -123,14 +123,14 @@ def test_fronts_that_know_nothing_of_each_other_send_new_prefixes_to_the_same_re
 
 def test_new_prompts_after_a_beginning_that_all_replicas_have_are_spread():
     router = new_router()
-    template = prompt("template", BLOCK)
+    template = prompt("template", SPAN)
     for loads in ([0, 10_000], [10_000, 0]):
         router.route(template + prompt("first", 100), loads)
     chosen = Counter(router.route(template + prompt(seed, 100), [0, 0]) for seed in range(64))
     assert min(chosen[0], chosen[1]) > 16
 
 
-def test_prompts_shorter_than_a_block_are_spread_too():
+def test_prompts_shorter_than_a_span_are_spread_too():
     router = new_router()
     assert {router.route([token], [0, 0]) for token in range(16)} == {0, 1}
 
@@ -173,14 +173,14 @@ def test_requests_of_a_session_meet_though_their_prompts_differ_from_the_first_t
 
 
 def test_memory_is_bounded_and_the_ends_of_old_prompts_go_first(monkeypatch):
-    monkeypatch.setattr(routing, "MAX_BLOCKS", 100)
-    router = new_router(1)
-    shared = prompt("shared", 40 * BLOCK)
+    monkeypatch.setattr(routing, "MAX_SPANS", 100)
+    router = new_router(1, num_kv_blocks=2**20)
+    shared = prompt("shared", 40 * SPAN)
     for seed in range(50):
-        router.route(shared + prompt(seed, 30 * BLOCK), [0])
-        router.route(prompt(("lone", seed), 300 * BLOCK), [0])
+        router.route(shared + prompt(seed, 30 * SPAN), [0])
+        router.route(prompt(("lone", seed), 300 * SPAN), [0])
         router.route(shared, [0])
-    (held,) = router._blocks
+    (held,) = router._prefixes
     assert len(held._keys) == 100
     keys, _ = router._keys(shared, None)
     assert held.prefix_len(keys) == 40
@@ -189,14 +189,14 @@ def test_memory_is_bounded_and_the_ends_of_old_prompts_go_first(monkeypatch):
 @given(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 3), st.integers(0, 12)), max_size=60), st.integers(0, 9))
 def test_whatever_was_sent_a_block_is_held_with_all_before_it(sent, capacity):
     """Which the search by halves relies on."""
-    router = new_router(1, num_kv_blocks=capacity)
-    stems = [prompt(stem, 6 * BLOCK) for stem in range(4)]
+    router = new_router(1, num_kv_blocks=capacity * SPAN // BLOCK)
+    stems = [prompt(stem, 6 * SPAN) for stem in range(4)]
     chains = []
     for stem, branch, length in sent:
-        text = (stems[stem][: 3 * BLOCK] + stems[branch])[: length * BLOCK]
+        text = (stems[stem][: 3 * SPAN] + stems[branch])[: length * SPAN]
         router.route(text, [0])
         chains.append(router._keys(text, None)[0])
-    (held,) = router._blocks
+    (held,) = router._prefixes
     assert len(held._keys) <= capacity
     for chain in chains:
         here = [key in held._keys for key in chain]
@@ -215,9 +215,21 @@ def test_a_replica_started_anew_has_nothing():
     assert router.route(text, loads, adapter="/a") != first
 
 
-@pytest.mark.parametrize("token_ids", [[2**64], [-(2**70)], []])
+@pytest.mark.parametrize("token_ids", [[2**64 - 1], [-(2**63)], []])
 def test_prompts_that_the_engine_will_refuse_go_somewhere(token_ids):
     assert new_router().route(token_ids, [None, 0]) == 1
+
+
+def test_longer_kv_blocks_are_compared_as_wholes():
+    router = new_router(block_size=256)
+    text = prompt(0, 256)
+    first = router.route(text, [0, 0])
+    loads = [0, 0]
+    loads[first] = TOLERANCE_TOKENS + 64
+    assert router.route([*text[:255], 7, 7], loads) != first
+    router = new_router(block_size=256)
+    router.route(text, [None if replica != first else 0 for replica in range(2)])
+    assert router.route([*text, 7, 7], loads) == first
 
 
 def test_a_load_is_what_the_report_counts_and_what_it_cannot_count_yet():
