@@ -146,6 +146,8 @@ def keep_part(hf_model: Any, config: TransformersConfig, group: Group) -> None:
         ModelError: transformers has no plan for the class, or one that cannot be followed, or so many ranks cannot share it.
     """
     cuts = list(_cuts(hf_model, config))
+    if all(_is_head(path) for path, _ in cuts):
+        refuse_to_share(config, "transformers' plan for it (base_model_tp_plan) cuts none of its layers")
     _check_sizes(hf_model, config, group.shard, cuts)
     embedding = hf_model.get_input_embeddings().weight
     for path, kind in cuts:
