@@ -167,7 +167,7 @@ class AdapterStore:
             RequestError: the folder is not an adapter that this model can run.
         """
         products: list[_Product | None] = [None] * len(self._loras)
-        for name, (a_rI, b_Or) in self._read(Path(folder)).items():
+        for name, a_rI, b_Or in self._read(Path(folder)):
             place = self._places[name]
             index = next(index for index, lora in enumerate(self._loras) if lora is place.lora)
             a, b = place.lora.a[0], place.lora.b[0]
@@ -192,8 +192,9 @@ class AdapterStore:
                 else:
                     buffer[number].copy_(matrix)
 
-    def _read(self, folder: Path) -> dict[str, tuple[Tensor, Tensor]]:
-        """Each module's two matrices, [r, I] and [O, r] float32, the second one scaled. Sizes are checked before any is read."""
+    def _read(self, folder: Path) -> Iterator[tuple[str, Tensor, Tensor]]:
+        """Each module's two matrices, whole, [r, I] and [O, r] float32, the second one scaled. Sizes are checked before any is
+        read."""
         config = _read_config(folder)
         with _opened(folder) as file:
             modules = _modules(folder, _shapes(file))
@@ -202,13 +203,11 @@ class AdapterStore:
             # Not mapped: where a drive fails or the file is cut meanwhile, reading fails, and does not end the process.
             file.seek(0)
             stored = load(file.read())
-            matrices = {}
             for name, sides in modules.items():
                 a_rI, b_Or = (stored[tensor].float() for tensor, _ in sides)
                 rank = a_rI.shape[0]
                 scale = config["lora_alpha"] / (math.sqrt(rank) if config.get("use_rslora") else rank)
-                matrices[name] = a_rI, b_Or * scale
-        return matrices
+                yield name, a_rI, b_Or * scale
 
     def _check_sizes(self, folder: Path, name: str, a_shape: list[int], b_shape: list[int]) -> None:
         place = self._places.get(name)
