@@ -11,12 +11,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stepgraph.ops.rms_norm.reference import rms_norm
+from stepgraph.ops.collectives.reference import reduce_gathered
 from stepgraph.parallel.shard import Shard
 
 
 class ThreadGroup:
     """See `stepgraph.parallel.group.Group`. Nobody waits longer than a minute for a rank that does not come."""
+
+    name = "threads"
+    fault_flag = None
 
     def __init__(self, rank: int, parts: list[Tensor | None], barrier: threading.Barrier) -> None:
         self.shard = Shard(rank, len(parts))
@@ -28,14 +31,10 @@ class ThreadGroup:
         assert part_TE.dtype == residual_TE.dtype
         assert part_TE.is_contiguous()
         assert residual_TE.is_contiguous()
-        parts = self._exchange("add_sum", part_TE)
-        total_TE = parts[0].float()
-        for other_TE in parts[1:]:
-            total_TE = total_TE + other_TE.float()
-        if post_norm is not None:
-            total_TE = rms_norm(total_TE, post_norm.weight.float(), post_norm.eps)
-        residual_TE.copy_(residual_TE.float() + multiplier * total_TE)
-        return residual_TE if norm is None else rms_norm(residual_TE, norm.weight, norm.eps)
+        parts_NTE, out_TE = torch.stack(self._exchange("add_sum", part_TE)), torch.empty_like(residual_TE)
+        options = (multiplier, *(post_norm or (None, 0.0)), *(norm or (None, 0.0)))
+        reduce_gathered(parts_NTE, residual_TE, out_TE, *options)
+        return residual_TE if norm is None else out_TE
 
     def gather(self, part_RW, out_RV):
         """See `Group.gather`."""
