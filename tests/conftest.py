@@ -11,6 +11,7 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before the imports below, one of which imports Triton
 
 import pytest
+import triton_interpreter  # noqa: F401  # mends it
 from hypothesis import HealthCheck, settings
 from tiny import TINY_SETTINGS, save_tiny_model
 
@@ -25,18 +26,6 @@ settings.register_profile(
     "stepgraph", deadline=None, suppress_health_check=[HealthCheck.too_slow]
 )  # no test asserts a time
 settings.load_profile("stepgraph")
-
-if not torch.cuda.is_available():
-    from triton.runtime import interpreter
-
-    # Triton 3.6's interpreter cannot use a scalar as a loop bound with NumPy 2.4 or later (triton-lang/triton#9171).
-    patch_tensor = interpreter._patch_lang_tensor
-
-    def patch_tensor_for_new_numpy(tensor, scope) -> None:
-        patch_tensor(tensor, scope)
-        scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
-
-    interpreter._patch_lang_tensor = patch_tensor_for_new_numpy
 
 
 @pytest.fixture(scope="session")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from stepgraph.errors import ConfigError
-from stepgraph.parallel.exchange import Exchange
+from stepgraph.parallel.exchange import Exchange, least
 from stepgraph.parallel.group import Group
 from stepgraph.parallel.shard import Shard
 from stepgraph.parallel.shared_memory import create_shared_group
@@ -14,6 +14,10 @@ from stepgraph.platforms import Platform
 _COLUMN_PADDING = 16
 """Columns that a rank may have beyond its share, so that rows begin at multiples of so many."""
 _HOST_SLOT_BYTES = 2 << 20
+_DEVICE_BUFFER_BYTES = 32 << 20
+"""Of a GPU's inbox for one turn, slots of all ranks together: three times as much is taken. Two ranks have messages of 16 MiB,
+which take some 40 us of their link: what further messages begin with is little beside."""
+_MAX_PROGRAMS = 128
 _UNIT = 8192
 """Bytes of which slots are multiples."""
 
@@ -53,6 +57,21 @@ def create_group(
     if platform.device.type == "cpu":
         slot_bytes = _slot(row, most, _HOST_SLOT_BYTES)
         return create_shared_group(shard, exchange, slot_bytes=slot_bytes, dtype=dtype, time_limit_s=time_limit_s)
+    if platform.name == "cuda":
+        from stepgraph.parallel.nccl import NcclGroup
+        from stepgraph.parallel.peer_memory import create_push_group
+
+        num_programs = least(exchange, platform.multiprocessors)
+        group = create_push_group(
+            shard,
+            exchange,
+            platform.device,
+            slot_bytes=_slot(row, most, _DEVICE_BUFFER_BYTES // shard.size),
+            dtype=dtype,
+            num_programs=min(num_programs, _MAX_PROGRAMS),
+            time_limit_s=time_limit_s,
+        )
+        return group or NcclGroup(shard, exchange, platform.device, time_limit_s=time_limit_s)
     raise ConfigError(
         f"device={platform.name!r} has no collectives, so one device must do: leave tensor_parallel_size at 1, or use "
         "device='cpu' or 'cuda'"

@@ -36,7 +36,7 @@ def create_shared_group(
         StepgraphError: there is no room for the memory, or another rank failed.
     """
     line_bytes = HEADER + 2 * slot_bytes
-    memory = _shared(shard, exchange, shard.size * line_bytes)
+    memory = map_shared(shard, exchange, shard.size * line_bytes)
     mailbox = Mailbox(
         inbox=torch.frombuffer(memory, dtype=torch.uint8).view(shard.size, line_bytes),  # keeps the mapping
         peers=torch.zeros(shard.size, dtype=torch.int64),
@@ -54,8 +54,12 @@ def create_shared_group(
     )
 
 
-def _shared(shard: Shard, exchange: Exchange, num_bytes: int) -> mmap.mmap:
-    """Zeroed memory of all ranks. Its file has no name any more when this returns."""
+def map_shared(shard: Shard, exchange: Exchange, num_bytes: int) -> mmap.mmap:
+    """Zeroed memory of all ranks, which all call this. Its file has no name any more when it returns.
+
+    Raises:
+        StepgraphError: there is no room for it, or another rank failed.
+    """
     with contextlib.ExitStack() as stack:
         path, error = b"", b""
         if shard.rank == 0:

@@ -130,7 +130,7 @@ def _receive(words, inside, gave_up, sender, COLLECTIVE: tl.constexpr, epoch, fl
 @triton.jit
 def _add_and_normalise(
     sum,
-    row,
+    offset,
     inside,
     residual,
     post_weight,
@@ -148,7 +148,6 @@ def _add_and_normalise(
     if POST_NORM:
         sum = normalise(sum, post_weight, post_eps, E).to(tl.float32)
     updated = (residual.to(tl.float32) + sum * multiplier).to(residual.dtype)
-    offset = row.to(tl.int64) * E + tl.arange(0, sum.shape[0])
     tl.store(residual_ptr + offset, updated, mask=inside)
     if NORM:
         normed = normalise(updated.to(tl.float32), weight, eps, E)
@@ -173,19 +172,19 @@ def _reduce_gathered_kernel(
     POST_NORM: tl.constexpr,
     NORM: tl.constexpr,
 ):
-    row = tl.program_id(0)
     column = tl.arange(0, BLOCK)
     inside = column < E
     post_weight = tl.load(post_weight_ptr + column, mask=inside, other=0.0)
     weight = tl.load(weight_ptr + column, mask=inside, other=0.0)
     wait_for_previous()
-    offset = row.to(tl.int64) * E + column
+    offset = tl.program_id(0).to(tl.int64) * E + column
     residual = tl.load(residual_ptr + offset, mask=inside, other=0.0)
     sum = tl.zeros([BLOCK], tl.float32)
     for rank in tl.static_range(N):
         sum += tl.load(parts_ptr + rank * PART_STRIDE + offset, mask=inside, other=0.0).to(tl.float32)
     _add_and_normalise(
-        sum, row, inside, residual, post_weight, weight, residual_ptr, out_ptr, multiplier, post_eps, eps, E, POST_NORM, NORM
+        sum, offset, inside, residual, post_weight, weight, residual_ptr, out_ptr, multiplier, post_eps, eps, E,
+        POST_NORM, NORM,
     )  # fmt: skip
 
 
@@ -228,13 +227,13 @@ def _all_reduce_add_kernel(
     turn = epoch % 3
     if alone == 0:
         for row in range(program, T, P):
-            bits = tl.load(part_ptr + row.to(tl.int64) * E + column, mask=inside, other=0)
+            bits = tl.load(part_ptr + row * E + column, mask=inside, other=0)
             bits = tl.where(bits == _empty(bits), 0, bits)
             _send(bits, row * E + column, inside, peers_ptr, turn, rank, SLOT, N)
         _clear(inbox_ptr, (turn + 2) % 3, last_length, rank, SLOT, N, P)
     gave_up = alone
     for row in range(program, T, P):
-        offset = row.to(tl.int64) * E + column
+        offset = row * E + column
         own_bits = tl.load(part_ptr + offset, mask=inside, other=0)
         residual = tl.load(residual_ptr + offset, mask=inside, other=0.0)
         sum = tl.zeros([BLOCK], tl.float32)
@@ -247,7 +246,8 @@ def _all_reduce_add_kernel(
                 )
             sum += bits.to(residual.dtype, bitcast=True).to(tl.float32)
         _add_and_normalise(
-            sum, row, inside, residual, post_weight, weight, residual_ptr, out_ptr, multiplier, post_eps, eps, E, POST_NORM, NORM
+            sum, offset, inside, residual, post_weight, weight, residual_ptr, out_ptr, multiplier, post_eps, eps, E,
+            POST_NORM, NORM,
         )  # fmt: skip
     if alone == 0:
         tl.debug_barrier()  # all threads have read them
@@ -302,7 +302,7 @@ def _all_gather_columns_kernel(
                     words, column < W, gave_up, sender, _ALL_GATHER, epoch, flags_ptr, host_ptr, time_limit
                 )
             there = sender * W + column
-            tl.store(out_ptr + row.to(tl.int64) * V + there, bits, mask=(column < W) & (there < V))
+            tl.store(out_ptr + row * V + there, bits, mask=(column < W) & (there < V))
     if alone == 0:
         tl.debug_barrier()  # all threads have read them
         tl.store(state_ptr + 2 * program, epoch + 1)

@@ -1,0 +1,115 @@
+"""Groups of ranks on GPUs that do not reach each other's memory: NCCL gathers the parts, and each rank adds them up.
+
+Shapes: N ranks, T tokens, E hidden size, R rows, W columns that a rank computes, V all columns.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from datetime import timedelta
+
+import torch
+from torch import Tensor
+from torch.distributed import FileStore, ProcessGroupNCCL  # type: ignore[attr-defined]  # which its stubs do not export
+
+from stepgraph.ops.collectives import reduce_gathered
+from stepgraph.ops.collectives.reference import gather_columns
+from stepgraph.parallel.exchange import Exchange
+from stepgraph.parallel.group import Fault, Norm
+from stepgraph.parallel.shard import Shard
+
+
+class NcclGroup:
+    """See `stepgraph.parallel.group.Group`. A graph with a collective communicates in loop-back, too, so that all ranks must try
+    it out together. NCCL does not say for whom it waits: there is no time limit, and no fault is named."""
+
+    name = "nccl"
+
+    def __init__(self, shard: Shard, exchange: Exchange, device: torch.device, *, time_limit_s: float) -> None:
+        """Args:
+        shard, exchange: as of `create_group`.
+        device: of this rank.
+        time_limit_s: of starting together.
+        """
+        self.shard, self._device = shard, device
+        self.fault_flag: Tensor | None = torch.zeros(1, dtype=torch.int32, pin_memory=True)
+        self._depth = 0  # of loop_back
+        folder = tempfile.mkdtemp(prefix="stepgraph-") if shard.rank == 0 else ""  # none but this user's
+        try:
+            folder, *_ = (path.decode() for path in exchange(folder.encode()))
+            store = FileStore(os.path.join(folder, "nccl"), shard.size)
+            options = ProcessGroupNCCL.Options()
+            options._timeout = timedelta(seconds=time_limit_s)
+            self._nccl = ProcessGroupNCCL(store, shard.rank, shard.size, options)
+            self._gathered(torch.zeros(1, 1, device=device))  # which connects them
+            torch.cuda.synchronize(device)
+            exchange(b"")
+        finally:
+            if shard.rank == 0:
+                shutil.rmtree(folder, ignore_errors=True)
+
+    def add_sum(
+        self,
+        part_TE: Tensor,
+        residual_TE: Tensor,
+        *,
+        multiplier: float = 1.0,
+        post_norm: Norm | None = None,
+        norm: Norm | None = None,
+    ) -> Tensor:
+        """See `Group.add_sum`."""
+        out_TE = None if norm is None else torch.empty_like(residual_TE)
+        reduce_gathered(
+            self._gathered(part_TE),
+            residual_TE,
+            out_TE,
+            multiplier,
+            *(post_norm or (None, 0.0)),
+            *(norm or (None, 0.0)),
+        )
+        return residual_TE if out_TE is None else out_TE
+
+    def gather(self, part_RW: Tensor, out_RV: Tensor) -> Tensor:
+        """See `Group.gather`."""
+        gather_columns(self._gathered(part_RW), out_RV)
+        return out_RV
+
+    @contextmanager
+    def loop_back(self) -> Iterator[None]:
+        """See `Group.loop_back`."""
+        self._depth += 1
+        try:
+            yield
+        finally:
+            self._depth -= 1
+
+    def fault(self) -> Fault | None:
+        """None: see the class."""
+        return None
+
+    def abort(self) -> None:
+        """See `Group.abort`."""
+        assert self.fault_flag is not None
+        self.fault_flag.fill_(1)
+        with suppress(RuntimeError):  # of a communicator that failed by itself
+            self._nccl.abort()
+
+    def close(self) -> None:
+        """See `Group.close`."""
+        torch.cuda.synchronize(self._device)
+        with suppress(RuntimeError):
+            self._nccl.abort()
+
+    def _gathered(self, part: Tensor) -> Tensor:
+        """All ranks' parts, [N, *part.shape]."""
+        if self._depth and not torch.cuda.is_current_stream_capturing():
+            return part.expand(self.shard.size, *part.shape)
+        parts = part.new_empty(self.shard.size, *part.shape)
+        if part.numel():
+            # Without a public name, but what all_gather_into_tensor calls.
+            self._nccl._allgather_base(parts, part.contiguous()).wait()  # type: ignore[attr-defined]
+        return parts
