@@ -9,9 +9,10 @@ import argparse
 import json
 import os
 import platform
+import re
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -115,12 +116,11 @@ def _version(package: str) -> str:
 
 
 def _system() -> dict[str, str]:
-    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     model, flags = _cpu()
     facts = {
         "platform": platform.platform(),
         "cpu": model,
-        "cores": f"{os.cpu_count()}, {usable} usable",
+        "cores": f"{os.cpu_count()}, {num_cores()} usable",
         "cpu flags": " ".join(flag for flag in _CPU_FLAGS if flag in flags) or "unknown",
     }
     if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
@@ -144,7 +144,7 @@ def _torch() -> Report:
     try:
         import torch
     except Exception as error:  # a broken installation raises many types, and is what the report is for
-        return {"torch": {"error": f"cannot be imported: {error!r}"}, "gpus": {}}
+        return {"torch": {"error": f"cannot be imported: {error!r}"}, "gpus": {}, "ranks": {}}
     facts = {
         "cpu capability": torch.backends.cpu.get_cpu_capability(),
         "threads": str(torch.get_num_threads()),
@@ -154,14 +154,44 @@ def _torch() -> Report:
     }
     if driver := _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"):
         facts["nvidia driver"] = driver.splitlines()[0]
-    gpus = {}
-    for index in range(torch.cuda.device_count()):
+    gpus, count = {}, torch.cuda.device_count()
+    for index in range(count):
         gpu = torch.cuda.get_device_properties(index)
         gpus[str(index)] = (
             f"{gpu.name}, compute capability {gpu.major}.{gpu.minor}, {gpu.multi_processor_count} multiprocessors, "
             f"{_gib(gpu.total_memory)}"
         )
-    return {"torch": facts, "gpus": gpus}
+    pairs = [(a, b) for a in range(count) for b in range(count) if a != b]
+    apart = {(a, b) for a, b in pairs if not torch.cuda.can_device_access_peer(a, b)}
+    return {"torch": facts, "gpus": gpus, "ranks": _ranks(count, apart)}
+
+
+def _ranks(num_gpus: int, apart: Collection[tuple[int, int]]) -> dict[str, str]:
+    """How many processes with a device each could run, and what is between their devices.
+
+    Args:
+        num_gpus: those that torch sees.
+        apart: pairs of which the first cannot reach the second's memory.
+    """
+    if not num_gpus:
+        cores = num_cores()
+        return {
+            "most": f"tensor_parallel_size x data_parallel_size = {cores}, one for each usable core; on CPU to try it out"
+        }
+    facts = {"most": f"tensor_parallel_size x data_parallel_size = {num_gpus}, one for each GPU"}
+    if num_gpus > 1:
+        facts["peer access"] = (
+            "between all" if not apart else "not " + ", ".join(f"{a} to {b}" for a, b in sorted(apart))
+        )
+        topology = re.sub(r"\x1b\[\d*m", "", _output("nvidia-smi", "topo", "-m") or "")
+        rows = re.findall(r"^(GPU\d+)\s+(.*)", topology, re.MULTILINE)
+        facts |= {f"{name} by nvidia-smi": " ".join(cells.split()[: len(rows)]) for name, cells in rows}
+    return facts
+
+
+def num_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _cpu_kernels() -> str:

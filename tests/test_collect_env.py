@@ -5,6 +5,7 @@ import json
 import subprocess
 import sys
 from importlib.metadata import version
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -23,6 +24,51 @@ def test_the_report_names_versions_the_machine_and_the_environment(monkeypatch) 
     assert report["system"]["cpu"]
     assert report["environment"]["OMP_NUM_THREADS"] == "3"
     assert "hf_secret" not in json.dumps(report)
+
+
+TOPOLOGY = """
+\t\x1b[4mGPU0\tGPU1\tGPU2\tNIC0\tCPU Affinity\tNUMA Affinity\tGPU NUMA ID\x1b[0m
+GPU0\t X \tNV18\tSYS\tPIX\t0-47\t0\t\tN/A
+GPU1\tNV18\t X \tSYS\tSYS\t0-47\t0\t\tN/A
+GPU2\tSYS\tSYS\t X \tNODE\t48-95\t1\t\tN/A
+NIC0\tPIX\tSYS\tNODE\t X
+
+Legend:
+
+  X    = Self
+  NV#  = Connection traversing a bonded set of # NVLinks
+"""
+
+
+@pytest.fixture
+def three_gpus(monkeypatch) -> set[tuple[int, int]]:
+    """GPUs for torch and nvidia-smi; returns the pairs that are no peers."""
+    gpu = SimpleNamespace(name="A GPU", major=9, minor=0, multi_processor_count=132, total_memory=2**37)
+    apart: set[tuple[int, int]] = set()
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: gpu)
+    monkeypatch.setattr(torch.cuda, "can_device_access_peer", lambda a, b: (a, b) not in apart)
+    monkeypatch.setattr(collect_env, "_output", lambda *command: TOPOLOGY if "topo" in command else None)
+    return apart
+
+
+def test_what_is_between_gpus_is_told(three_gpus) -> None:
+    assert collect_env.collect()["ranks"] == {
+        "most": "tensor_parallel_size x data_parallel_size = 3, one for each GPU",
+        "peer access": "between all",
+        "GPU0 by nvidia-smi": "X NV18 SYS",
+        "GPU1 by nvidia-smi": "NV18 X SYS",
+        "GPU2 by nvidia-smi": "SYS SYS X",
+    }
+    three_gpus |= {(2, 0), (0, 2)}
+    assert collect_env.collect()["ranks"]["peer access"] == "not 0 to 2, 2 to 0"
+
+
+def test_one_gpu_has_no_peers_and_a_cpu_has_cores(three_gpus, monkeypatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    assert collect_env.collect()["ranks"].keys() == {"most"}
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    assert f"= {collect_env.num_cores()}, one for each usable core" in collect_env.collect()["ranks"]["most"]
 
 
 def test_a_checkout_says_its_commit_and_whether_it_was_changed(monkeypatch, tmp_path) -> None:

@@ -22,11 +22,12 @@ from tqdm import tqdm
 
 import stepgraph
 from stepgraph.bench.length_flags import add_length_flags, check_lengths, length_range
-from stepgraph.bench.report import cpu_name, num_cores, write_json
+from stepgraph.bench.report import cpu_name, write_json
 from stepgraph.bench.serve_metrics import GOODPUT_METRICS, METRICS, count_without_usage, errors_by_kind, summarize
 from stepgraph.bench.serve_prompts import DATASETS, DEFAULT_OUTPUT_LEN, Prompt, PromptOptions, make_prompts
 from stepgraph.bench.serve_report import LIMIT_SHARE, plot, report, request_details
 from stepgraph.bench.workloads import arrival_times
+from stepgraph.collect_env import num_cores
 from stepgraph.errors import ConfigError
 
 if TYPE_CHECKING:
