@@ -26,6 +26,7 @@ _BENCHMARKS = (
         "front",
         "spec",
         "busy",
+        "collectives",
     ),
 )
 
