@@ -153,10 +153,10 @@ def _graphs_list(arguments: argparse.Namespace) -> int:
         return 0
 
     from stepgraph.bench.report import table
-    from stepgraph.executor.build import build_local_executor
+    from stepgraph.executor.ranked import build_executor
     from stepgraph.models.source import resolve_configured
 
-    executor = build_local_executor(config, resolve_configured(config.model), progress=_progress())
+    executor = build_executor(config, resolve_configured(config.model), progress=_progress())
     executor.runner.graphs.capture_all(progress=_progress())
     records, num_bytes = executor.graph_records(), executor.graph_counts().bytes
     rows_of_cells = [[str(r.shape), f"{r.capture_ms:.1f}", f"{r.bytes / 2**20:.1f}"] for r in records]

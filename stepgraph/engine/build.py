@@ -17,8 +17,7 @@ from stepgraph.engine.model_defaults import end_tokens_of
 from stepgraph.engine.prompts import require_tokenizer
 from stepgraph.engine.scheduler import Scheduler
 from stepgraph.executor.base import Executor
-from stepgraph.executor.build import build_local_executor
-from stepgraph.executor.ranked import build_ranked_executor
+from stepgraph.executor.ranked import build_executor
 from stepgraph.models.source import ModelSource, resolve_configured
 from stepgraph.spec.depth import DraftDepth
 
@@ -53,7 +52,6 @@ def build_engine(
     source = source or resolve_configured(config.model)
     end_token_ids = end_tokens_of(source)
     read_tokenizer = cache(source.tokenizer_if_any)
-    build_executor = build_local_executor if config.parallel.tensor_parallel_size == 1 else build_ranked_executor
     executor = executor or build_executor(
         config, source, meanwhile=read_tokenizer if needs_tokenizer else lambda: None, progress=progress
     )

@@ -67,7 +67,8 @@ class Follower:
     def __init__(self, executor: LocalExecutor, orders: RingReader, send: Callable[[Message], None]) -> None:
         self._executor, self._orders, self._send = executor, orders, send
         self._runner = executor.runner
-        executor.waited_s = lambda: orders.waited_s
+        before = orders.waited_s
+        executor.waited_s = lambda: orders.waited_s - before
         self._shapes: list[StepShape] = []
         self._launched = 0
 

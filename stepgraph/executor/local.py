@@ -187,6 +187,11 @@ class LocalExecutor:
         """See `Executor.rank_reports`."""
         return [self.report()]
 
+    def checksum(self) -> int:
+        """Of what the device knows of requests, which all ranks must know alike; with no step under way."""
+        lines = self.runner.state.lines.flatten().to(torch.int64)
+        return int((lines * torch.arange(1, lines.shape[0] + 1, device=lines.device)).sum())
+
     def report(self) -> RankReport:
         """How this rank does."""
         platform, counts = self.runner.platform, self.graph_counts()

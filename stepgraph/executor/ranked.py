@@ -37,6 +37,19 @@ _BUCKET_BYTES = 64 << 20
 """Of new weights, sent to other ranks at a time."""
 
 
+def build_executor(
+    config: EngineConfig,
+    source: ModelSource,
+    *,
+    meanwhile: Callable[[], object] = lambda: None,
+    progress: bool = False,
+) -> LocalExecutor | RankedExecutor:
+    """What runs an engine's steps, on as many devices as the settings ask for. See `build_local_executor` and
+    `build_ranked_executor` for arguments and errors."""
+    build = build_local_executor if config.parallel.tensor_parallel_size == 1 else build_ranked_executor
+    return build(config, source, meanwhile=meanwhile, progress=progress)
+
+
 def build_ranked_executor(
     config: EngineConfig,
     source: ModelSource,
@@ -129,7 +142,7 @@ class RankedExecutor:
         self._sends_weights = False  # those that were checked are this process's
         self._shapes: dict[StepShape, int] = {}  # that workers know, by their numbers
         self._tried: set[StepShape] = set()  # that run without a graph, and had memory
-        self._launched = 0
+        self._launched = self._alike_at = 0
         self._about_to: Callable[[], None] = lambda: None
         self._failure: StepgraphError | None = None
         self._is_closed = False
@@ -283,9 +296,17 @@ class RankedExecutor:
     # Graphs
 
     def prepare(self) -> bool:
-        """See `Executor.prepare`."""
+        """See `Executor.prepare`. Where nothing is left, ranks are asked whether they are still alike.
+
+        Raises:
+            EngineDeadError: they are not.
+        """
         self._check()
-        return self._local.prepare()
+        if self._local.prepare():
+            return True
+        if self._launched != self._alike_at:
+            self.check_alike()
+        return False
 
     def graph_counts(self) -> GraphCounts:
         """See `Executor.graph_counts`: those of rank 0; others have the same graphs."""
@@ -305,6 +326,17 @@ class RankedExecutor:
         """See `Executor.on_all`."""
         own, *others = self._together(partial(function, self._local, *args), function, *args)
         return [own, *others]
+
+    def check_alike(self) -> None:
+        """EngineDeadError if a rank knows something else of the requests than rank 0, with no step under way."""
+        first, *others = self.on_all(LocalExecutor.checksum)
+        for rank, other in enumerate(others, start=1):
+            if other != first:
+                raise self._fail(
+                    f"rank {rank} has computed something else than rank 0 in one of {self._launched} steps, so that no answer "
+                    "since then can be trusted; this is a fault of stepgraph or of a device"
+                )
+        self._alike_at = self._launched
 
     def rank_reports(self) -> list[RankReport]:
         """See `Executor.rank_reports`."""
@@ -329,6 +361,9 @@ class RankedExecutor:
         except StepgraphError:
             if failure is None:
                 raise
+        except BaseException:
+            self._fail("what all ranks were told to do was interrupted")  # and what they reply may come later
+            raise
         if failure is not None:
             raise failure
         return results
@@ -352,7 +387,10 @@ class RankedExecutor:
         """EngineDeadError if a rank has ended, or a collective was given up."""
         if self._failure is not None:
             raise self._failure
-        self._workers.check()
+        try:
+            self._workers.check()
+        except EngineDeadError as error:
+            raise self._fail(str(error)) from None
         fault = self._group.fault()
         if fault is not None:
             raise self._fail(
@@ -361,8 +399,10 @@ class RankedExecutor:
             )
 
     def _fail(self, what: str) -> EngineDeadError:
+        """Note what ended the engine, and end all other ranks."""
         self._group.abort()
         self._failure = EngineDeadError(what)
+        self._workers.close(now=True)
         return self._failure
 
 

@@ -93,7 +93,7 @@ class _Worker:
                 stdin=subprocess.PIPE,
                 stdout=2,  # what it prints is for people
                 pass_fds=self._pass,
-                start_new_session=True,  # Ctrl-C is not for it
+                process_group=0,  # Ctrl-C is not for it
                 env=os.environ | {"PYTHONPATH": os.pathsep.join(paths), "PYTHONSAFEPATH": "1"},
             )
         except OSError as error:

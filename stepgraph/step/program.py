@@ -58,6 +58,8 @@ class StepProgram:
     drafter: Drafter | None = None
     acceptance: float | None = None
     """Let proposals stand with this probability, whatever the logits say; for tests and measurements."""
+    fault: Tensor | None = None
+    """[1] int32, not zero once a sum of several ranks lacks a part: nothing is committed any more."""
 
     def __call__(self) -> StepOutput:
         """Run one step of the plan in `state.plan`."""
@@ -108,6 +110,7 @@ class StepProgram:
             samples.start,
             sampled_S,
             K,
+            self.fault,
         )
         # 6 draft: proposals behind the history
         if self.drafter is not None:

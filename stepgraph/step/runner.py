@@ -243,6 +243,7 @@ class StepRunner:
             self._adapters,
             self._drafter,
             self._acceptance,
+            None if self._group is None else self._group.fault_flag,
         )
 
     def recover(self) -> None:

@@ -1,14 +1,21 @@
-"""Two ranks on CPU: the answers of one, and what happens when something fails. Workers serve all tests of this module."""
+"""Two ranks on CPU: the answers of one, and what happens when something fails. One worker serves most tests of this module."""
 
+import os
+import shutil
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 
 import pytest
+import rank_faults
+import torch
+from safetensors.torch import load_file, save_file
 from tiny import TINY_SETTINGS, drain
 
 from stepgraph.config import EngineConfig
 from stepgraph.engine.build import build_engine
 from stepgraph.engine.engine import Engine
-from stepgraph.engine.sampling_params import SamplingParams
+from stepgraph.engine.sampling_params import SamplingParams, StructuredOutputs
+from stepgraph.errors import ConfigError, ModelError
 from stepgraph.executor.ranked import build_ranked_executor
 from stepgraph.executor.workers import Workers
 from stepgraph.models.source import resolve
@@ -51,11 +58,160 @@ def answers(engine: Engine, prompts=PROMPTS, **settings) -> list[list[int]]:
     return [list(request.output_token_ids) for request in requests]
 
 
-def test_answers_are_those_of_one_rank(engine) -> None:
-    two, one = engine(2), engine(1)
-    assert two.executor.specs.num_ranks == 2
-    assert answers(two) == answers(one)
+CASES = {
+    "in graphs, prompts in chunks": ({}, {}),
+    "no graphs": ({"graph_backend": "eager"}, {}),
+    "no graphs where rows decode": ({"cudagraph_only_prefill": True, "insertion_policy": "gather"}, {}),
+    "sampled": ({}, {"temperature": 1.0, "seed": 3, "top_p": 0.9}),
+    "penalties and log-probabilities": ({}, {"repetition_penalty": 1.3, "logprobs": 3, "prompt_logprobs": 2}),
+    "few blocks, so that requests wait and start anew": ({"num_kv_blocks": 12, "block_size": 8}, {"max_tokens": 24}),
+    "proposals that are looked up": ({"speculative_method": "suffix", "num_speculative_tokens": 3}, {"max_tokens": 24}),
+    "a grammar": ({}, {"structured_outputs": StructuredOutputs(regex="[a-f]{4}(one|two)"), "ignore_eos": False}),
+    "deterministic": ({"deterministic": True}, {}),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_answers_are_those_of_one_rank(engine, case) -> None:
+    settings, params = CASES[case]
+    two, one = engine(2, **settings), engine(1, **settings)
+    assert answers(two, **params) == answers(one, **params)
+    assert answers(two, **params) == answers(one, **params)  # of cached prefixes
+    assert two.scheduler.statistics == one.scheduler.statistics
+    two.executor.check_alike()
+
+
+def test_ranks_have_the_same_graphs_and_say_how_they_do(engine) -> None:
+    two = engine(2)
+    answers(two)
     reports = two.executor.rank_reports()
     assert [report.rank for report in reports] == [0, 1]
     assert len({report.pid for report in reports}) == 2
     assert reports[0].num_graphs == reports[1].num_graphs > 0
+    assert reports[1].cpu_share > 0
+    assert 0 < reports[1].waiting_share < 1
+    assert two.executor.specs.num_ranks == 2
+
+
+def test_cores_are_shared_out_and_given_back(engine, monkeypatch) -> None:
+    before = torch.get_num_threads()
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 6)
+    two = engine(2)
+    monkeypatch.undo()
+    assert two.executor.on_all(rank_faults.threads) == [3, 3]
+    two.shutdown()
+    torch.set_num_threads(before)
+
+
+def test_an_aborted_request_leaves_the_others_alone(engine) -> None:
+    two, one = engine(2), engine(1)
+    params = SamplingParams(temperature=0, max_tokens=40, ignore_eos=True)
+    found = []
+    for created in (two, one):
+        kept = created.add_request("kept", PROMPTS[0], params)
+        created.add_request("dropped", PROMPTS[2], params)
+        for _ in range(8):
+            created.step()
+        created.abort("dropped")
+        later = created.add_request("later", PROMPTS[3], params)
+        drain(created)
+        found.append([list(kept.output_token_ids), list(later.output_token_ids)])
+    assert found[0] == found[1]
+
+
+def test_requests_sleep_and_wake_on_all_ranks(engine) -> None:
+    two, one = engine(2), engine(1)
+    expected = answers(one, max_tokens=30)
+    requests = [
+        two.add_request(f"{i}", prompt, SamplingParams(temperature=0, max_tokens=30, ignore_eos=True))
+        for i, prompt in enumerate(PROMPTS)
+    ]
+    for _ in range(6):
+        two.step()
+    two.sleep(1)
+    two.wake_up()
+    drain(two)
+    assert [list(request.output_token_ids) for request in requests] == expected
+
+
+@pytest.mark.parametrize("given", ["folder", "tensors"])
+def test_new_weights_reach_all_ranks_or_none(engine, tiny_model, tmp_path, given) -> None:
+    two, one = engine(2), engine(1)
+    old = answers(two)
+    tensors = {name: values * 0.9 for name, values in load_file(f"{tiny_model}/model.safetensors").items()}
+    shutil.copytree(tiny_model, tmp_path / "new")
+    save_file(tensors, tmp_path / "new/model.safetensors")
+    for created in (two, one):
+        created.update_weights(tmp_path / "new" if given == "folder" else iter(tensors.items()))
+    assert answers(two) == answers(one) != old
+    lacking = {name: values for name, values in tensors.items() if name != "model.norm.weight"}
+    with pytest.raises(ModelError, match=r"1 \(model.norm.weight\) missing"):
+        two.update_weights(iter(lacking.items()))
+    assert answers(two) == answers(one)
+
+
+def test_a_graph_that_one_rank_cannot_capture_is_none_of_any(engine, caplog) -> None:
+    two, one = engine(2), engine(1)
+    two.executor.on_all(rank_faults.fail_captures, 1, "no room for a graph")
+    assert answers(two) == answers(one)
+    assert "rank 1: no room for a graph" in caplog.text
+    assert two.executor.on_all(rank_faults.num_graphs) == [0, 0]
+    assert two.executor.graph_counts().failed_captures > 0
+    assert two.executor.statistics.num_eager_steps == two.executor.statistics.num_steps
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_request_whose_step_one_rank_has_no_memory_for_ends_alone(engine, rank) -> None:
+    two, one = engine(2, graph_backend="eager"), engine(1)
+    assert answers(two) == answers(one)
+    two.executor.on_all(rank_faults.fail_eagerly, rank, "no room for logits")
+    [bad] = [two.add_request("bad", PROMPTS[0], SamplingParams(temperature=0, logprobs=2, max_tokens=4))]
+    drain(two)
+    assert "no memory left for a step with what the request asks for" in bad.error.message
+    two.executor.on_all(rank_faults.fail_eagerly, rank, "")
+    assert answers(two) == answers(one)
+
+
+def test_a_request_that_one_rank_cannot_admit_ends_alone(engine) -> None:
+    two, one = engine(2), engine(1)
+    two.executor.on_all(rank_faults.fail_admissions, 1, "no room for a prompt")
+    bad = two.add_request("bad", PROMPTS[0], SamplingParams(temperature=0, max_tokens=4))
+    drain(two)
+    assert bad.error.message == "rank 1: no room for a prompt"
+    two.executor.on_all(rank_faults.fail_admissions, 1, "")
+    assert answers(two) == answers(one)
+
+
+def test_what_one_rank_raises_is_raised_with_its_number_and_all_go_on(engine) -> None:
+    two = engine(2)
+    with pytest.raises(ConfigError, match="rank 1: no such thing"):
+        two.executor.on_all(rank_faults.raise_on, 1, ConfigError, "no such thing")
+    with pytest.raises(KeyError):
+        two.executor.on_all(rank_faults.raise_on, 0, KeyError, "here")
+    assert two.executor.on_all(rank_faults.raise_on, 2, KeyError, "") == [0, 1]
+
+
+def test_numbers_of_ranks_that_do_not_divide_are_refused_before_a_process_starts(tiny_model, monkeypatch) -> None:
+    monkeypatch.setattr("stepgraph.executor.ranked.Workers", None)
+    config = EngineConfig.from_settings(model=tiny_model, device="cpu", tensor_parallel_size=3)
+    with pytest.raises(ModelError, match=r"3 devices cannot share this .* evenly.* Numbers that can: 1, 2, 4"):
+        build_ranked_executor(config, resolve(tiny_model))
+
+
+def test_gpus_that_are_too_few_or_unequal_are_refused(tiny_model, monkeypatch) -> None:
+    config = EngineConfig.from_settings(model=tiny_model, device="cuda", tensor_parallel_size=2)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(
+        ConfigError, match="tensor_parallel_size=2 needs as many GPUs, and torch sees 1; use 1, or make"
+    ):
+        build_ranked_executor(config, resolve(tiny_model))
+    gpus = [SimpleNamespace(name="A", total_memory=80 << 30), SimpleNamespace(name="A", total_memory=40 << 30)]
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: gpus[index])
+    with pytest.raises(ConfigError, match="GPU 0 is A with 80 GiB where GPU 1 is A with 40 GiB"):
+        build_ranked_executor(config, resolve(tiny_model))
+
+
+def test_nothing_is_left_in_shared_memory(workers) -> None:
+    if os.path.isdir("/dev/shm"):
+        assert not [name for name in os.listdir("/dev/shm") if name.startswith("stepgraph-")]

@@ -1,0 +1,121 @@
+"""Ranks that go, hang or cannot be built: the engine says which, and no process stays."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+
+import pytest
+import rank_faults
+from tiny import TINY_SETTINGS, drain
+
+from stepgraph.config import EngineConfig
+from stepgraph.engine.build import build_engine
+from stepgraph.engine.engine import Engine
+from stepgraph.engine.sampling_params import SamplingParams
+from stepgraph.errors import EngineDeadError, ModelError
+from stepgraph.executor.ranked import build_ranked_executor
+from stepgraph.executor.workers import Workers
+from stepgraph.models.source import resolve
+
+PROMPTS = [list(range(1, 60)), [7, 7, 7]]
+
+
+def run(engine: Engine, prompts=PROMPTS) -> None:
+    for i, prompt in enumerate(prompts):
+        engine.add_request(f"{i}", prompt, SamplingParams(temperature=0, max_tokens=4, ignore_eos=True))
+    drain(engine)
+
+
+def test_ranks_that_differ_are_noticed_where_the_engine_rests(tiny_model) -> None:
+    with own_engine(tiny_model) as two:
+        run(two)
+        assert not two.prepare()
+        two.executor.on_all(rank_faults.change_line, 1)
+        assert not two.prepare()  # nothing ran since
+        run(two, PROMPTS[:1])
+        two.executor.on_all(rank_faults.change_line, 1)
+        with pytest.raises(EngineDeadError, match="rank 1 has computed something else than rank 0"):
+            two.prepare()
+
+
+@contextmanager
+def own_engine(model: str, **settings) -> Iterator[Engine]:
+    """An engine whose worker is its own, since it will not outlive the test."""
+    time_limit_s = settings.pop("time_limit_s", 30.0)
+    config = EngineConfig.from_settings(
+        **TINY_SETTINGS | {"model": model, "device": "cpu", "tensor_parallel_size": 2} | settings
+    )
+    executor = build_ranked_executor(config, resolve(model), time_limit_s=time_limit_s)
+    engine = build_engine(config, executor=executor)
+    pids = executor.on_all(rank_faults.pid)[1:]
+    try:
+        yield engine
+    finally:
+        engine.shutdown()
+        assert not [pid for pid in pids if os.path.exists(f"/proc/{pid}")]
+
+
+@pytest.mark.parametrize(
+    ("fault", "said"),
+    [
+        ("kill", "rank 1 was ended by SIGKILL"),
+        ("stop", r"rank 1 did not come to collective \d+ \(\w+\) within 1 s"),
+        ("raise", "rank 1 ended with exit status 1: no current"),
+    ],
+)
+def test_a_worker_that_goes_while_it_serves_is_named(tiny_model, fault, said) -> None:
+    with own_engine(tiny_model, time_limit_s=1.0 if fault == "stop" else 30.0) as two:
+        run(two)
+        _, worker = two.executor.on_all(rank_faults.pid)
+        two.add_request("last", PROMPTS[0], SamplingParams(temperature=0, max_tokens=100, ignore_eos=True))
+        two.step()
+        if fault == "raise":
+            two.executor.on_all(rank_faults.fail_launches, 1)
+        else:
+            os.kill(worker, signal.SIGKILL if fault == "kill" else signal.SIGSTOP)
+        started = time.monotonic()
+        with pytest.raises(EngineDeadError, match=said):
+            drain(two)
+        assert time.monotonic() - started < 20  # not the time limit
+        with pytest.raises(EngineDeadError, match=said):
+            two.step()
+
+
+def test_workers_end_with_a_leader_that_is_killed(tiny_model) -> None:
+    code = f"""
+from stepgraph import LLM
+import sys, time
+sys.path.insert(0, {os.path.dirname(__file__)!r})
+import rank_faults
+if __name__ == "__main__":
+    llm = LLM({tiny_model!r}, device="cpu", tensor_parallel_size=2, progress=False)
+    print(*llm.engine.executor.on_all(rank_faults.pid), flush=True)
+    time.sleep(600)
+"""
+    leader = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    [_, worker] = map(int, leader.stdout.readline().split())
+    leader.kill()
+    leader.wait()
+    leader.stdout.close()
+    deadline = time.monotonic() + 20
+    while os.path.exists(f"/proc/{worker}") and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not os.path.exists(f"/proc/{worker}")
+
+
+def test_what_keeps_a_worker_from_building_its_part_is_said_with_its_rank(tiny_model, tmp_path, monkeypatch) -> None:
+    config = EngineConfig.from_settings(
+        **TINY_SETTINGS | {"model": tiny_model, "device": "cpu", "tensor_parallel_size": 2}
+    )
+    source, workers = resolve(tiny_model), Workers(2)
+    workers.build = lambda build, told=workers.build: told(  # the worker finds another model than the leader
+        build._replace(config=replace(config, model=replace(config.model, model=str(tmp_path))))
+    )
+    with pytest.raises(ModelError, match=r"rank 1: .* has no config.json"):
+        build_ranked_executor(config, source, workers=workers)
+    assert not [pid for pid in workers.pids if os.path.exists(f"/proc/{pid}")]
