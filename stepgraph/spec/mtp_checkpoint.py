@@ -165,7 +165,7 @@ def load_mtp(
             pack_rounded(layer, exact_tokens=packed.exact_tokens)
     max_rows = config.scheduler.max_num_seqs
     head = None
-    shares_head = isinstance(model, Decoder) and not model.head.outputs[0].is_whole
+    shares_head = model.group is not None and len(_head_weight(model)[1]) < layer_config.vocab_size
     if num_draft_ids and not shares_head:  # where no rank has all rows to choose from, modules propose any token
         size = (max_rows, layer_config.vocab_size)
         logits_RV = torch.full(size, -torch.inf, dtype=model.dtype, device=platform.device)
