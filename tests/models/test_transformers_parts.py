@@ -10,29 +10,17 @@ from shards import run_stepper
 from stepping import Stepper
 from test_transformers_model import (
     GPT2_SIZES,
-    MAX_MODEL_LEN,
     MOE,
-    SEQUENCES,
-    SETTINGS,
-    STEPS,
-    create_runner,
-    logits_in_steps,
     refused_config,
-    through_transformers,
 )
 from thread_group import run_ranks
 
-from stepgraph.bench.ranks import run_ranks as run_processes
-from stepgraph.config import EngineConfig
 from stepgraph.errors import ModelError
 from stepgraph.models import load_model, resolve
 from stepgraph.models.transformers_model import TransformersModel, judge, judge_part
 from stepgraph.models.transformers_parts import ShapesOnly, keep_part
 from stepgraph.models.update import plan_update, write
-from stepgraph.parallel.create import create_group
 from stepgraph.parallel.shard import Shard
-from stepgraph.platforms import create_platform
-from stepgraph.step.runner import StepRunner
 
 TOKENS = [(7 * i + 3) % 190 for i in range(40)]
 WIDE = SIZES | {"vocab_size": 203, "num_attention_heads": 8, "pad_token_id": 0}
@@ -170,29 +158,3 @@ def test_what_is_read_drawn_and_written_anew_is_the_ranks_part(tmp_path) -> None
         assert_is_part(model, load_model(old, **settings), rank, 4)
         write(plan_update(model, new))
         assert_is_part(model, load_model(new, **settings), rank, 4)
-
-
-def logits_of_rank(shard, exchange, folder):
-    """Of steps in graphs, by sequence and position."""
-    torch.set_num_threads(1)
-    platform = create_platform("cpu")
-    sizes = {"hidden_size": 64, "max_tokens": 48, "vocab_size": 203, "max_samples": 4}
-    group = create_group(shard, exchange, platform, dtype=torch.float32, **sizes)
-    source = through_transformers(folder)
-    settings = {"dtype": torch.float32, "device": platform.device, "max_model_len": MAX_MODEL_LEN}
-    model = load_model(source, group=group, **settings)
-    config = EngineConfig.from_settings(model=source.name, device="cpu", **SETTINGS)
-    runner = StepRunner(model, config, platform, max_model_len=MAX_MODEL_LEN)
-    found = logits_in_steps(runner, SEQUENCES, STEPS)
-    assert group.fault() is None
-    group.close()
-    return found
-
-
-def test_ranks_in_processes_capture_it_in_graphs(tmp_path) -> None:
-    random_hf_model(SHARED["glm4: gate and up in one"]()).save_pretrained(tmp_path)
-    expected = logits_in_steps(create_runner(through_transformers(tmp_path), "cpu"), SEQUENCES, STEPS)
-    found = run_processes(logits_of_rank, 2, tmp_path)
-    for place, logits in expected.items():
-        torch.testing.assert_close(found[0][place], logits, atol=1e-4, rtol=1e-4)
-        assert torch.equal(found[0][place], found[1][place])
