@@ -220,7 +220,7 @@ def test_of_a_large_tensor_no_more_is_read_than_is_kept(name, layout, tmp_path, 
             most = numel * (1 + 1 + 1) // (4 + 2 + 2)
         if tensor.endswith(("o_proj.bias", "down_proj.bias")):
             most = 0
-        elif not projection:
+        elif not projection and tensor != "lm_head.weight":
             continue
         assert numbers.get(tensor, 0) == most, tensor
     assert sum(numbers.values()) < sum(stored.values())
