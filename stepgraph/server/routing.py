@@ -16,6 +16,7 @@ import hashlib
 from bisect import bisect_left
 from collections import OrderedDict
 from collections.abc import Sequence
+from contextlib import suppress
 
 from stepgraph.engine.blocks import root_key
 from stepgraph.errors import EngineDeadError
@@ -106,7 +107,6 @@ class Router:
 
         Raises:
             EngineDeadError: no replica takes requests.
-            OverflowError: a token id has more than 64 bits.
         """
         keys, whole = self._keys(prompt_token_ids, salt if adapter is None else f"{adapter}\n{salt or ''}")
         adapter_key = () if adapter is None else (root_key(adapter),)
@@ -136,10 +136,11 @@ class Router:
         """Names of a prompt's beginnings of one, two, … spans, and of all of it."""
         digest, size, keys = hashlib.sha256(root_key(salt)), self._span, []
         end = len(token_ids) - len(token_ids) % size
-        for first in range(0, end, size):
-            digest.update(encode(token_ids[first : first + size]))  # the quickest way from integers to bytes
-            keys.append(digest.digest())
-        digest.update(encode(token_ids[end:]))
+        with suppress(OverflowError):  # a token of more than 64 bits: the request is refused, wherever it goes
+            for first in range(0, end, size):
+                digest.update(encode(token_ids[first : first + size]))  # the quickest way from integers to bytes
+                keys.append(digest.digest())
+            digest.update(encode(token_ids[end:]))
         return keys, digest.digest()
 
 
