@@ -60,7 +60,7 @@ def create_push_group(
             return None
         mailbox = Mailbox(
             inbox,
-            torch.tensor(addresses, dtype=torch.int64, device=device),
+            addresses,
             state=torch.zeros(num_programs, 2, dtype=torch.int64, device=device),
             flags=torch.zeros(2, dtype=torch.int32, device=device),
             host=torch.zeros(2, dtype=torch.int64, pin_memory=True),

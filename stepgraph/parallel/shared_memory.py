@@ -39,7 +39,7 @@ def create_shared_group(
     memory = map_shared(shard, exchange, shard.size * line_bytes)
     mailbox = Mailbox(
         inbox=torch.frombuffer(memory, dtype=torch.uint8).view(shard.size, line_bytes),  # keeps the mapping
-        peers=torch.zeros(shard.size, dtype=torch.int64),
+        peers=(),
         state=torch.zeros(1, 1, dtype=torch.int64),
         flags=torch.zeros(2, dtype=torch.int32),
         host=torch.zeros(2, dtype=torch.int64),

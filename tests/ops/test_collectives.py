@@ -93,7 +93,7 @@ class Rank:
         """Of all ranks."""
         self.mailbox = Mailbox(
             self.inboxes[rank],
-            torch.tensor([inbox.data_ptr() for inbox in self.inboxes], device=device),
+            [inbox.data_ptr() for inbox in self.inboxes],
             torch.zeros(programs, 2, dtype=torch.int64, device=device),
             torch.zeros(2, dtype=torch.int32, device=device),
             torch.zeros(2, dtype=torch.int64, pin_memory=device == "cuda"),

@@ -33,7 +33,7 @@ def push_group(shard: Shard, exchange: Exchange, *, time_limit_s: float = 60.0) 
     exchange(b"")
     mailbox = Mailbox(
         inboxes[shard.rank],
-        torch.tensor([inbox.data_ptr() for inbox in inboxes]),
+        [inbox.data_ptr() for inbox in inboxes],
         torch.zeros(PROGRAMS, 2, dtype=torch.int64),
         torch.zeros(2, dtype=torch.int32),
         torch.zeros(2, dtype=torch.int64),

@@ -25,13 +25,13 @@ _reduce_gathered = register(
     {"cpu": Inlined(reference.reduce_gathered), "cuda": "stepgraph.ops.collectives.triton:reduce_gathered"},
 )
 _all_reduce_add = register(
-    "all_reduce_add(Tensor part, Tensor(a!) residual, Tensor(b!)? out, Tensor(c!) inbox, Tensor peers, Tensor(d!) state, "
+    "all_reduce_add(Tensor part, Tensor(a!) residual, Tensor(b!)? out, Tensor(c!) inbox, int[] peers, Tensor(d!) state, "
     "Tensor(e!) flags, Tensor(f!) host, int rank, int time_limit_ns, float multiplier, Tensor? post_weight, "
     "float post_eps, Tensor? weight, float eps) -> ()",
     {"cpu": cpu.all_reduce_add, "cuda": "stepgraph.ops.collectives.triton:all_reduce_add"},
 )
 _all_gather_columns = register(
-    "all_gather_columns(Tensor part, Tensor(a!) out, Tensor(b!) inbox, Tensor peers, Tensor(c!) state, Tensor(d!) flags, "
+    "all_gather_columns(Tensor part, Tensor(a!) out, Tensor(b!) inbox, int[] peers, Tensor(c!) state, Tensor(d!) flags, "
     "Tensor(e!) host, int rank, int time_limit_ns) -> ()",
     {"cpu": cpu.all_gather_columns, "cuda": "stepgraph.ops.collectives.triton:all_gather_columns"},
 )

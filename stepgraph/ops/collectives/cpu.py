@@ -17,6 +17,7 @@ import ctypes
 import os
 import threading
 import time
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
@@ -36,7 +37,7 @@ def all_reduce_add(
     residual: Tensor,
     out: Tensor | None,
     inbox: Tensor,
-    peers: Tensor,
+    peers: Sequence[int],
     state: Tensor,
     flags: Tensor,
     host: Tensor,
@@ -57,7 +58,7 @@ def all_gather_columns(
     part: Tensor,
     out: Tensor,
     inbox: Tensor,
-    peers: Tensor,
+    peers: Sequence[int],
     state: Tensor,
     flags: Tensor,
     host: Tensor,

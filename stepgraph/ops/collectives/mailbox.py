@@ -5,6 +5,7 @@ Shapes: N ranks, P programs of a kernel.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from torch import Tensor
@@ -23,8 +24,8 @@ class Mailbox(NamedTuple):
     inbox: Tensor
     """Of a GPU: [3, N, slot] int16 or int32, bits of the group's dtype, in which the other ranks write; all -0.0 at first. Of a
     CPU: [N, cpu.HEADER + 2 · slot] uint8, memory of all ranks, of which each writes its own line; zero at first."""
-    peers: Tensor
-    """[N] int64: the address of each rank's inbox, as this process sees it; unused on a CPU."""
+    peers: Sequence[int]
+    """Of GPUs: the address of each rank's inbox, as this process sees it."""
     state: Tensor
     """[P, 2] int64, zero at first: see the kernels. Of a CPU [1, 1]."""
     flags: Tensor

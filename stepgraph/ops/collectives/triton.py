@@ -38,7 +38,8 @@ One program has a whole row, whatever the number of rows, so that a row has the 
 Shapes: N ranks, T tokens, E hidden size, R rows, W columns that a rank computes, V all columns, P programs.
 """
 
-import torch
+from collections.abc import Sequence
+
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -59,7 +60,6 @@ _POLLS = tl.constexpr(8 if knobs.runtime.interpret else 1024)
 CLEARED_AT_ONCE = 2048
 """Elements; slots of inboxes are multiples of it."""
 _CLEARED_AT_ONCE = tl.constexpr(CLEARED_AT_ONCE)
-_BITS = {2: torch.int16, 4: torch.int32}
 
 
 @triton.jit
@@ -75,11 +75,12 @@ def _slot_of(inbox, turn, sender, SLOT, N: tl.constexpr):
 
 
 @triton.jit
-def _send(bits, offset, inside, peers_ptr, turn, rank, SLOT, N: tl.constexpr):
-    """Store numbers, none of them -0.0, at their place in the message in the inboxes of all other ranks."""
+def _send(bits, offset, inside, peers, turn, rank, SLOT, N: tl.constexpr):
+    """Store numbers at their place in the message in the inboxes of all other ranks."""
+    bits = tl.where(bits == _empty(bits), 0, bits)
     for peer in tl.static_range(N):
         if peer != rank:
-            inbox = tl.multiple_of(tl.load(peers_ptr + peer).to(tl.pointer_type(bits.dtype)), 16)
+            inbox = tl.multiple_of(peers[peer].to(tl.pointer_type(bits.dtype)), 16)
             tl.store(_slot_of(inbox, turn, rank, SLOT, N) + offset, bits, mask=inside)
 
 
@@ -197,7 +198,7 @@ def _all_reduce_add_kernel(
     post_weight_ptr,
     weight_ptr,
     inbox_ptr,
-    peers_ptr,
+    peers,
     state_ptr,
     flags_ptr,
     host_ptr,
@@ -221,15 +222,16 @@ def _all_reduce_add_kernel(
     post_weight = tl.load(post_weight_ptr + column, mask=inside, other=0.0)
     weight = tl.load(weight_ptr + column, mask=inside, other=0.0)
     wait_for_previous()
+    bits = tl.load(part_ptr + program * E + column, mask=inside & (program < T), other=0)
     epoch = tl.load(state_ptr + 2 * program)
     last_length = tl.load(state_ptr + 2 * program + 1)
     alone = tl.load(flags_ptr + _LOOP_BACK) | tl.load(flags_ptr + _FAULT)
     turn = epoch % 3
     if alone == 0:
         for row in range(program, T, P):
-            bits = tl.load(part_ptr + row * E + column, mask=inside, other=0)
-            bits = tl.where(bits == _empty(bits), 0, bits)
-            _send(bits, row * E + column, inside, peers_ptr, turn, rank, SLOT, N)
+            next_bits = tl.load(part_ptr + (row + P) * E + column, mask=inside & (row + P < T), other=0)
+            _send(bits, row * E + column, inside, peers, turn, rank, SLOT, N)
+            bits = next_bits
         _clear(inbox_ptr, (turn + 2) % 3, last_length, rank, SLOT, N, P)
     gave_up = alone
     for row in range(program, T, P):
@@ -261,7 +263,7 @@ def _all_gather_columns_kernel(
     part_ptr,
     out_ptr,
     inbox_ptr,
-    peers_ptr,
+    peers,
     state_ptr,
     flags_ptr,
     host_ptr,
@@ -286,8 +288,7 @@ def _all_gather_columns_kernel(
         for item in range(program, R * num_blocks, P):
             row, column = item // num_blocks, item % num_blocks * BLOCK + tl.arange(0, BLOCK)
             bits = tl.load(part_ptr + row * W + column, mask=column < W, other=0)
-            bits = tl.where(bits == _empty(bits), 0, bits)
-            _send(bits, row * W + column, column < W, peers_ptr, turn, rank, SLOT, N)
+            _send(bits, row * W + column, column < W, peers, turn, rank, SLOT, N)
         _clear(inbox_ptr, (turn + 2) % 3, last_length, rank, SLOT, N, P)
     gave_up = alone
     for item in range(program, R * num_blocks, P):
@@ -351,7 +352,7 @@ def all_reduce_add(
     residual: Tensor,
     out: Tensor | None,
     inbox: Tensor,
-    peers: Tensor,
+    peers: Sequence[int],
     state: Tensor,
     flags: Tensor,
     host: Tensor,
@@ -375,7 +376,7 @@ def all_reduce_add(
         residual if post_weight is None else post_weight,
         residual if weight is None else weight,
         inbox,
-        peers,
+        tuple(peers),
         state,
         flags,
         host,
@@ -400,7 +401,7 @@ def all_gather_columns(
     part: Tensor,
     out: Tensor,
     inbox: Tensor,
-    peers: Tensor,
+    peers: Sequence[int],
     state: Tensor,
     flags: Tensor,
     host: Tensor,
@@ -416,7 +417,7 @@ def all_gather_columns(
         part.view(inbox.dtype),
         out.view(inbox.dtype),
         inbox,
-        peers,
+        tuple(peers),
         state,
         flags,
         host,
