@@ -1,10 +1,12 @@
 """Tries every causal language model of the installed transformers, tiny and with random weights: as its config is, and with each
 switch of its config the other way. Each must give an engine the log-probabilities of transformers, or be refused in a sentence.
 
-    python scripts/sweep_models.py [--types gpt2,gemma3n_text] [--plain] [--others] [--seconds 3000] [--out sweep.json]
+    python scripts/sweep_models.py [--types gpt2,phi] [--plain] [--others] [--ranks 2] [--seconds 3000] [--out sweep.json]
 
 A sentence is for people: one that shows names from inside (`INNER_NAMES`) counts as a failure. So does advice that would be
 refused in turn: what a sentence says to add to config.json is added, and must help.
+
+With --ranks, so many processes share each, or it is refused in a sentence.
 
 With --others, the model types that write no text (encoders, vision, sound, …) are tried too: each must be refused in a sentence.
 """
@@ -35,10 +37,15 @@ from stepgraph.config import EngineConfig
 from stepgraph.engine.build import build_engine
 from stepgraph.engine.sampling_params import SamplingParams
 from stepgraph.errors import ModelError
+from stepgraph.executor.ranked import build_ranked_executor
+from stepgraph.executor.workers import Workers
 from stepgraph.models.source import resolve
+from stepgraph.models.transformers_model import judge_part
+from stepgraph.models.transformers_parts import ShapesOnly
+from stepgraph.parallel.shard import Shard
 
 SIZES = {
-    **dict.fromkeys(("vocab_size",), 96),
+    **dict.fromkeys(("vocab_size",), 200),
     **dict.fromkeys(("hidden_size", "n_embd", "d_model", "dim", "embedding_size", "word_embed_proj_dim"), 64),
     **dict.fromkeys(
         ("intermediate_size", "n_inner", "ffn_dim", "moe_intermediate_size", "shared_expert_intermediate_size"), 96
@@ -141,13 +148,21 @@ def others() -> Iterator[tuple[str, str | None]]:
         yield from ((model_type, name) for name in sorted(classes - {causal.get(model_type)}) or [None])
 
 
-def try_one(config: Any, folder: Path) -> tuple[str, str]:
-    """What came of it ("right", "wrong", "refused", "failed", or "transformers fails"), and a sentence about it."""
+def try_one(config: Any, folder: Path, workers: Workers | None) -> tuple[str, str]:
+    """What came of it ("right", "wrong", "refused", "failed", or "transformers fails"), and a sentence about it.
+
+    Args:
+        config: of transformers.
+        folder: empty.
+        workers: of the ranks that share it; None: there is one.
+    """
     classes = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
     config.architectures = [(classes[0] if isinstance(classes, tuple) else classes).__name__]
     try:
         config.save_pretrained(folder)
-        resolve(str(folder), model_impl="transformers")  # first: a model of parts that are not tiny takes long to fill
+        source = resolve(str(folder), model_impl="transformers")  # first: parts that are not tiny take long to fill
+        if workers is not None:
+            judge_part(source.config, ShapesOnly(Shard(0, workers.size)))  # a build that fails ends the workers
     except ModelError as error:
         return refused(error, folder)
     except Exception as error:  # a traceback where a sentence should be: what this looks for
@@ -171,7 +186,11 @@ def try_one(config: Any, folder: Path) -> tuple[str, str]:
             "max_model_len": 64,
         }
         settings |= {"max_num_seqs": 2, "max_num_batched_tokens": 16, "capture_sizes": (2, 16), "num_kv_blocks": 9}
-        engine = build_engine(EngineConfig.from_settings(**settings))
+        engine_config, executor = EngineConfig.from_settings(**settings), None
+        if workers is not None:
+            engine_config = EngineConfig.from_settings(**settings, tensor_parallel_size=workers.size)
+            executor = build_ranked_executor(engine_config, source, workers=workers)
+        engine = build_engine(engine_config, executor=executor)
         params = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=0, ignore_eos=True)
         request = engine.add_request("a", TOKENS, params)
         while engine.has_work:
@@ -196,6 +215,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=3000.0, help="begin no other variant after so long")
     parser.add_argument("--plain", action="store_true", help="only each config as it is")
     parser.add_argument("--others", action="store_true", help="model types that write no text, too")
+    parser.add_argument("--ranks", type=int, default=1, help="processes that share each model")
     parser.add_argument("--out", type=Path, help="JSON file for all results")
     options = parser.parse_args()
     warnings.simplefilter("ignore")
@@ -204,6 +224,7 @@ def main() -> None:
     logging.getLogger("stepgraph").setLevel(logging.ERROR)
     types = {config_class: model_type for model_type, config_class in CONFIG_MAPPING.items()}
     wanted = options.types.split(",") if options.types else None
+    workers = Workers(options.ranks) if options.ranks > 1 else None
     results: list[dict[str, str]] = []
     begun = time.monotonic()
 
@@ -233,7 +254,7 @@ def main() -> None:
                 except Exception as error:
                     outcome, about = "transformers fails", repr(error)[:200]
                 else:
-                    outcome, about = try_one(config, Path(folder))
+                    outcome, about = try_one(config, Path(folder), workers)
             record(model_type, name, outcome, about)
     for model_type, architecture in others() if options.others else ():
         if (wanted is not None and model_type not in wanted) or time.monotonic() - begun > options.seconds:
