@@ -31,9 +31,21 @@ class ServerConfig:
     )
     engine_worker_queue_port: int | None = setting(
         None,
-        "loopback port between the HTTP process and the engine's; default: a socket file",
+        "loopback port between the HTTP process and the engine's, and those after it for further engines; default: a socket file",
         minimum=1,
         metavar="PORT",
+    )
+    data_parallel_size: int = setting(
+        1,
+        "engines behind the server, each with a whole model and devices (on a CPU: cores) of its own; a request goes where its "
+        "prefix is cached, and by load",
+        minimum=1,
+    )
+    api_server_count: int | None = setting(
+        None,
+        "processes that answer HTTP, each good for some 20000 streamed tokens per second; default: by engines and cores, and 1 "
+        "for a CPU",
+        minimum=1,
     )
     root_path: str | None = setting(None, "path that a proxy in front takes off the URLs, e.g. /llm", metavar="PATH")
     served_model_name: tuple[str, ...] | None = setting(
@@ -220,6 +232,11 @@ class ServerConfig:
                 continue
             if port > 65535:
                 raise ConfigError(f"{name}={port} is not a port; the largest is 65535")
+            if name == "engine_worker_queue_port" and port + self.data_parallel_size > 65536:
+                raise ConfigError(
+                    f"{name}={port} and data_parallel_size={self.data_parallel_size} need ports up to "
+                    f"{port + self.data_parallel_size - 1}, and the largest is 65535; give a smaller one"
+                )
             if port in taken:
                 raise ConfigError(f"{name}={port} is {taken[port]} too; give them different ports")
             taken[port] = name

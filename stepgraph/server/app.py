@@ -16,7 +16,7 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 import stepgraph
-from stepgraph.server.administration import ADMINISTRATION, Administration, add_administration
+from stepgraph.server.administration import ADMINISTRATION, add_administration
 from stepgraph.server.anthropic import MessagesReply, count_tokens
 from stepgraph.server.anthropic_errors import error_reply
 from stepgraph.server.anthropic_requests import CountTokensRequest, MessagesRequest
@@ -25,7 +25,6 @@ from stepgraph.server.chat import ChatReply
 from stepgraph.server.completions import CompletionCall
 from stepgraph.server.directory import endpoints, methods_of, not_allowed, not_found
 from stepgraph.server.errors import APIError, api_error, report, timed_out
-from stepgraph.server.metrics import Metrics
 from stepgraph.server.middleware import RequestMiddleware
 from stepgraph.server.operations import add_health, add_operations
 from stepgraph.server.protocol import ChatRequest, CompletionRequest
@@ -71,7 +70,7 @@ class Streamable(Protocol):
         """Forget what only the prompt was made of."""
 
 
-def create_app(service: Service, metrics: Metrics, *, api_keys: Sequence[str]) -> ASGIApp:
+def create_app(service: Service, *, api_keys: Sequence[str]) -> ASGIApp:
     """The application, ready for an ASGI server."""
     config = service.config
     app = FastAPI(
@@ -88,14 +87,14 @@ def create_app(service: Service, metrics: Metrics, *, api_keys: Sequence[str]) -
     _add_generation(app, service)
     add_tokenizer(app, service)
     _add_models(app, service)
-    add_operations(app, service, metrics)
+    add_operations(app, service)
     if config.enable_admin_endpoints:
-        add_administration(app, Administration(service))
+        add_administration(app, service)
     middleware = RequestMiddleware(
         _HeadAsGet(app),
         api_keys=tuple(api_keys),
         bodies=service.bodies,
-        on_response=metrics.on_response,
+        on_response=service.counts.on_response,
     )
     if not config.cors_allow_origins:
         return middleware
@@ -103,12 +102,12 @@ def create_app(service: Service, metrics: Metrics, *, api_keys: Sequence[str]) -
     return CORSMiddleware(middleware, allow_origins=config.cors_allow_origins, allow_methods=["*"], allow_headers=["*"])
 
 
-def create_metrics_app(service: Service, metrics: Metrics) -> ASGIApp:
+def create_metrics_app(service: Service) -> ASGIApp:
     """What --metrics-port serves: /metrics and /health."""
     app = FastAPI(title="stepgraph metrics", version=stepgraph.__version__, openapi_url=None)
     app.router.route_class = _Route
     _add_error_handlers(app)
-    add_health(app, service, metrics)
+    add_health(app, service)
     return RequestMiddleware(_HeadAsGet(app), api_keys=(), bodies=service.bodies, on_response=lambda path, status: None)
 
 

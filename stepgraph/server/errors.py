@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import msgspec
 from starlette.responses import Response
@@ -32,6 +32,8 @@ _CODES = {
     503: "unavailable",
     504: "timeout",
 }
+_SHOWN_NAMES = 20
+"""Of models, in a message."""
 
 
 class APIError(Exception):
@@ -111,3 +113,9 @@ def report(error: Exception, request_id: str, spelled: Callable[[str], str] | No
 def timed_out(seconds: float) -> APIError:
     """The reply to a request that took longer than the server's limit."""
     return APIError(504, f"the request took longer than request_timeout={seconds:g} s and was ended")
+
+
+def shortened(names: Sequence[str]) -> str:
+    """A list of names for a message."""
+    more = f" and {len(names) - _SHOWN_NAMES} more" if len(names) > _SHOWN_NAMES else ""
+    return ", ".join(names[:_SHOWN_NAMES]) + more

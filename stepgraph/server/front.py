@@ -1,4 +1,4 @@
-"""The HTTP front's process: from open ports to the last reply."""
+"""An HTTP front: from open ports to the last reply."""
 
 from __future__ import annotations
 
@@ -9,13 +9,11 @@ import gc
 import logging
 import signal
 import socket
-import subprocess
-import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import uvicorn
 
@@ -24,12 +22,17 @@ from stepgraph.config.server import ServerConfig
 from stepgraph.engine.chat_template import ChatTemplate
 from stepgraph.server.app import create_app, create_metrics_app
 from stepgraph.server.connections import Connection, Connections, Limits
+from stepgraph.server.control import Control
 from stepgraph.server.conversation import ChatForm
+from stepgraph.server.counts import FrontCounts, RequestCounts
 from stepgraph.server.engine_client import EngineClient
+from stepgraph.server.engine_life import Launch
 from stepgraph.server.generation import EndedRequest
 from stepgraph.server.log_limit import LogLimit, is_refused_access, shorten_path
-from stepgraph.server.metrics import Metrics
+from stepgraph.server.replicas import Replicas
+from stepgraph.server.rest import Rest
 from stepgraph.server.service import ServedModel, Service
+from stepgraph.server.supervisor import OneFront, Supervisor
 from stepgraph.server.tracing import Tracer, create_tracer
 
 logger = logging.getLogger(__name__)
@@ -48,8 +51,6 @@ _LARGE_BLOCK_BYTES = 512 * 1024
 class Front:
     """What is settled before anything is loaded."""
 
-    settings: dict[str, Any]
-    """Of the engine, as `EngineConfig.from_settings` takes them."""
     engine_config: EngineConfig
     config: ServerConfig
     api_keys: tuple[str, ...]
@@ -59,26 +60,8 @@ class Front:
     metrics_listening: socket.socket | None
     max_connections: int
     """Of the API's port."""
-    engine_process: subprocess.Popen[bytes]
-    """Started already, so that both processes load side by side."""
     started_at: float
     """`time.monotonic()` seconds."""
-
-
-def run_front(front: Front) -> int:
-    """Serve until SIGTERM or Ctrl-C; returns the exit code.
-
-    Raises:
-        ConfigError: the settings or the model are unusable.
-        EngineDeadError: the engine cannot start.
-    """
-    _give_back_large_blocks()
-    try:
-        import uvloop
-    except ImportError:  # it is not there for every platform
-        return asyncio.run(_serve(front))
-    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        return runner.run(_serve(front))
 
 
 def _give_back_large_blocks() -> None:
@@ -87,65 +70,191 @@ def _give_back_large_blocks() -> None:
         ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, _LARGE_BLOCK_BYTES)
 
 
-async def _serve(front: Front) -> int:
-    config, listening = front.config, front.listening
-    name = (config.served_model_name or (front.engine_config.model.model,))[0]
-    tracer = None if config.otlp_traces_endpoint is None else create_tracer(config.otlp_traces_endpoint)
-    metrics = Metrics(name) if tracer is None else _TracedMetrics(name, tracer)
-    client = EngineClient(
-        front.settings,
-        port=config.engine_worker_queue_port,
-        hang_timeout_s=config.engine_hang_timeout,
-        observer=metrics,
-        first_process=front.engine_process,
-        progress=sys.stderr.isatty(),
-    )
-    service = Service(config, client, lambda: _served_model(front))
-    connections = Connections(Limits.of(config), front.max_connections)
-    metrics.watch(service.bodies, connections, client.rest)
-    servers = [(_server(create_app(service, metrics, api_keys=front.api_keys), config, connections), listening)]
-    if front.metrics_listening is not None:
-        of_operators = Connections(Limits.of(config), _MAX_OPERATORS)
-        servers.append((_server(create_metrics_app(service, metrics), config, of_operators), front.metrics_listening))
-    _limit_logs()
-    stop = _Stop()
-    await client.start()
-    tasks = [asyncio.create_task(server.serve([sock])) for server, sock in servers]
+class HttpFront:
+    """HTTP in front of the engines. Belongs to one event loop.
+
+    Args:
+        front: what is settled.
+        sends: for each engine, what sends it an encoded message.
+        control: the way to whoever owns the engines.
+        rest, adapters: how these are brought to rest, and folders of LoRA adapters by the names that requests can give; others
+            change both.
+        shared: the engines have other fronts, too.
+    """
+
+    def __init__(
+        self,
+        front: Front,
+        sends: Sequence[Callable[[bytes], None]],
+        control: Control,
+        rest: Rest,
+        adapters: Mapping[str, str],
+        *,
+        shared: bool = False,
+    ):
+        config = self._config = front.config
+        self._tracer = None if config.otlp_traces_endpoint is None else create_tracer(config.otlp_traces_endpoint)
+        self._counts = FrontCounts.of(len(sends))
+        observers = [
+            counts if self._tracer is None else _Traced(counts, self._tracer) for counts in self._counts.engines
+        ]
+        clients = [EngineClient(send, each, shared=shared) for send, each in zip(sends, observers, strict=True)]
+        self.replicas = Replicas(clients, rest, max_adapters=front.engine_config.lora.max_loras)
+        self.service = Service(config, self.replicas, lambda: _served_model(front), control, adapters, self._counts)
+        self._connections = Connections(Limits.of(config), front.max_connections)
+        app = create_app(self.service, api_keys=front.api_keys)
+        self._servers = [(_server(app, config, self._connections), front.listening)]
+        if front.metrics_listening is not None:
+            of_operators = Connections(Limits.of(config), _MAX_OPERATORS)
+            self._servers.append(
+                (_server(create_metrics_app(self.service), config, of_operators), front.metrics_listening)
+            )
+        self.tasks: list[asyncio.Task[None]] = []
+        """The servers, once they run."""
+
+    def start(self) -> None:
+        """Listen."""
+        if self._config.log_requests:
+            logging.getLogger("stepgraph.server.requests").setLevel(logging.INFO)
+        _limit_logs()
+        self.tasks = [asyncio.create_task(server.serve([sock])) for server, sock in self._servers]
+
+    async def load(self) -> None:
+        """Load what a front needs of the model."""
+        await self.service.load()
+        gc.collect()
+        gc.freeze()  # libraries and tokenizer stay: later collections, which hold up all streams, need not visit them
+
+    def counts(self) -> FrontCounts:
+        """What was counted, as it is now."""
+        counts = self._counts
+        counts.num_connections, counts.body_bytes = self._connections.num_open, self.service.bodies.num_bytes
+        counts.connections_ended = {str(reason): count for reason, count in self._connections.ended.items()}
+        counts.num_unfinished = [client.num_unfinished for client in self.replicas.clients]
+        return counts
+
+    async def drain(self, hurry: asyncio.Event) -> None:
+        """Refuse new requests, and let those that run finish: until the limit, until one is to `hurry`, or if they would not."""
+        self.service.draining = True
+        replicas, limit_s = self.replicas, self._config.shutdown_timeout
+        if not replicas.num_unfinished:
+            return
+        if replicas.rest.standstill is None:
+            logger.warning(
+                "shutting down: %d requests have %g s to finish; once more to end them now",
+                replicas.num_unfinished,
+                limit_s,
+            )
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(limit_s):
+                while replicas.num_unfinished and replicas.rest.standstill is None and not hurry.is_set():
+                    await asyncio.sleep(_POLL_S)
+        if left := replicas.num_unfinished:
+            reason = "" if replicas.rest.standstill is None else f": {replicas.rest.standstill}"
+            logger.warning("%d requests are ended before they are done%s", left, reason)
+
+    async def close(self) -> None:
+        """Send what is being sent, and listen no more."""
+        for server, _ in self._servers:
+            server.should_exit = True
+        await asyncio.gather(*self.tasks, return_exceptions=True)
+        self.service.shut_down()
+        if self._tracer is not None:
+            await asyncio.to_thread(self._tracer.shutdown)
+
+
+def run_in_loop(main: Coroutine[Any, Any, int]) -> int:
+    """Run a front's or a supervisor's process; returns its exit code."""
+    _give_back_large_blocks()
     try:
-        loading: asyncio.Future[Any] = asyncio.gather(service.load(), client.wait_ready())
-        await asyncio.wait([loading, stop.task(), *tasks], return_when=asyncio.FIRST_COMPLETED)
+        import uvloop
+    except ImportError:  # it is not there for every platform
+        return asyncio.run(main)
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        return runner.run(main)
+
+
+class Served(Protocol):
+    """One front or several, as whoever serves has them."""
+
+    @property
+    def tasks(self) -> Sequence[asyncio.Task[None]]:
+        """None of which ends before all is over."""
+
+    def start(self) -> None:
+        """Begin to listen."""
+
+    async def load(self) -> None:
+        """Load what a front needs of the model."""
+
+    async def drain(self, hurry: asyncio.Event) -> None:
+        """Refuse new requests, and let those that run finish."""
+
+    async def close(self) -> None:
+        """Listen no more."""
+
+
+async def serve_alone(front: Front, launches: Sequence[Launch]) -> int:
+    """Serve with the only front in this process; see `serve`."""
+    supervisor = Supervisor(launches, model_name(front), front.config.adapters())
+    sends = [engine.send_encoded for engine in supervisor.engines]
+    http = HttpFront(front, sends, supervisor, supervisor.rest, supervisor.adapters)
+    supervisor.attach(OneFront(http.replicas, http.counts))
+    return await serve(front, supervisor, http, 1)
+
+
+async def serve(front: Front, supervisor: Supervisor, served: Served, num_fronts: int) -> int:
+    """Serve until SIGTERM or Ctrl-C; returns the exit code.
+
+    Raises:
+        ConfigError: the settings or the model are unusable.
+        EngineDeadError: an engine, or a front, cannot start.
+    """
+    stop = Stop()
+    await supervisor.start()
+    served.start()
+    try:
+        loading: asyncio.Future[Any] = asyncio.gather(served.load(), supervisor.wait_ready())
+        await asyncio.wait([loading, stop.task(), *served.tasks], return_when=asyncio.FIRST_COMPLETED)
         if loading.done():
             await loading
-            gc.collect()
-            gc.freeze()  # libraries and tokenizer stay: later collections, which hold up all streams, need not visit them
-            ready = client.ready
-            assert ready is not None
-            host = f"[{config.host}]" if ":" in config.host else config.host
-            seconds = time.monotonic() - front.started_at
-            print(
-                f"stepgraph serves {name} at http://{host}:{listening.getsockname()[1]} ({ready.backend} graphs on "
-                f"{ready.device}, {ready.precision}; context {ready.max_model_len}); ready in {seconds:.1f} s",
-                flush=True,
-            )
-            if eager_steps := front.engine_config.graph.eager_steps():
-                print(f"steps without a graph: {eager_steps}", flush=True)
-            if ready.max_drafts:
-                print(f"speculative decoding: {front.engine_config.speculative}", flush=True)
-            await asyncio.wait([stop.task(), *tasks], return_when=asyncio.FIRST_COMPLETED)
-            await _drain(service, stop)
+            announce(front, supervisor, num_fronts)
+            await asyncio.wait([stop.task(), *served.tasks], return_when=asyncio.FIRST_COMPLETED)
+            await served.drain(stop.hurry)
         else:
             loading.cancel()
             await asyncio.gather(loading, return_exceptions=True)
     finally:
         stop.close()
-        await client.stop()
-        for server, _ in servers:
-            server.should_exit = True
-        await asyncio.gather(*tasks, return_exceptions=True)
-        service.shut_down()
-        if tracer is not None:
-            await asyncio.to_thread(tracer.shutdown)
+        await supervisor.stop()
+        await served.close()
     return 0
+
+
+def model_name(front: Front) -> str:
+    """As answers give it, and metrics."""
+    return (front.config.served_model_name or (front.engine_config.model.model,))[0]
+
+
+def announce(front: Front, supervisor: Supervisor, num_fronts: int) -> None:
+    """Print what is served, and where."""
+    config, engine_config = front.config, front.engine_config
+    ready = supervisor.engines[0].status.ready
+    assert ready is not None
+    host = f"[{config.host}]" if ":" in config.host else config.host
+    seconds = time.monotonic() - front.started_at
+    num_engines = len(supervisor.engines)
+    several = f"; {num_engines} engines" if num_engines > 1 else ""
+    several += f"; {num_fronts} front processes" if num_fronts > 1 else ""
+    print(
+        f"stepgraph serves {model_name(front)} at http://{host}:{front.listening.getsockname()[1]} ({ready.backend} graphs on "
+        f"{ready.device}, {ready.precision}; context {ready.max_model_len}{several}); ready in {seconds:.1f} s",
+        flush=True,
+    )
+    if eager_steps := engine_config.graph.eager_steps():
+        print(f"steps without a graph: {eager_steps}", flush=True)
+    if ready.max_drafts:
+        print(f"speculative decoding: {engine_config.speculative}", flush=True)
 
 
 def _limit_logs() -> None:
@@ -157,16 +266,19 @@ def _limit_logs() -> None:
         logging.getLogger(name).addFilter(LogLimit())
 
 
-class _TracedMetrics(Metrics):
-    """Metrics, and a span for each answer."""
+class _Traced:
+    """A `RequestObserver` that counts, and makes a span of each answer."""
 
-    def __init__(self, model_name: str, tracer: Tracer):
-        super().__init__(model_name)
+    def __init__(self, counts: RequestCounts, tracer: Tracer):
+        self._counts = counts
         self._tracer = tracer
+        self.on_progress = counts.on_progress
+        self.on_first_token = counts.on_first_token
+        self.on_token_gap = counts.on_token_gap
 
     def on_end(self, request: EndedRequest) -> None:
-        """See `Observer.on_end`."""
-        super().on_end(request)
+        """See `RequestObserver`."""
+        self._counts.on_end(request)
         if (origin := request.origin) is not None:
             self._tracer.on_end(
                 request,
@@ -177,31 +289,12 @@ class _TracedMetrics(Metrics):
             )
 
 
-async def _drain(service: Service, stop: _Stop) -> None:
-    """Refuse new requests, and let those that run finish: until the limit, until told again to stop, or until they would not."""
-    service.draining = True
-    client = service.client
-    if not client.num_unfinished:
-        return
-    limit_s = service.config.shutdown_timeout
-    if client.rest.standstill is None:
-        logger.warning(
-            "shutting down: %d requests have %g s to finish; once more to end them now", client.num_unfinished, limit_s
-        )
-    with contextlib.suppress(TimeoutError):
-        async with asyncio.timeout(limit_s):
-            while client.num_unfinished and client.rest.standstill is None and stop.count < 2:
-                await asyncio.sleep(_POLL_S)
-    if left := client.num_unfinished:
-        reason = "" if client.rest.standstill is None else f": {client.rest.standstill}"
-        logger.warning("%d requests are ended before they are done%s", left, reason)
-
-
-class _Stop:
-    """Counts the signals that ask to stop."""
+class Stop:
+    """Hears the signals that ask to stop."""
 
     def __init__(self) -> None:
-        self.count = 0
+        self.hurry = asyncio.Event()
+        """It was asked again."""
         self._asked = asyncio.Event()
         self._loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
@@ -216,7 +309,8 @@ class _Stop:
         self._task.cancel()
 
     def _ask(self) -> None:
-        self.count += 1
+        if self._asked.is_set():
+            self.hurry.set()
         self._asked.set()
 
 

@@ -200,6 +200,10 @@ class Generation:
         request.drop_tokens(len(request.output_token_ids) - self._session.num_tokens(request_id))
         self._client.abort((request_id,), FinishReason.STOP)
 
+    def leave(self) -> None:
+        """The reader has what it wants: what still runs ends."""
+        self._client.leave(self)
+
     def accept(self) -> None:
         """For the client: the engine has queued it."""
         self._accepted.set()

@@ -29,6 +29,8 @@ class Start(msgspec.Struct, tag=True):
     """Key of the socket's other end if it is a TCP port, which others on the machine could connect to."""
     weights: str | None = None
     """Folder of those that replaced the model's own; see `UpdateWeights`."""
+    fronts: str | None = None
+    """Where the engine is to listen for front processes of their own."""
 
 
 # From the front to the engine.
@@ -53,6 +55,17 @@ class Abort(msgspec.Struct, tag=True):
     """End requests, if they still run. There is no answer."""
 
     ids: list[str]
+
+
+class Hello(msgspec.Struct, tag=True):
+    """A front process is there, and is to hear of the load. There is no answer."""
+
+
+class FrontGone(msgspec.Struct, tag=True):
+    """A front process has ended: its requests end. There is no answer."""
+
+    front: str
+    """The name of its socket."""
 
 
 class AskGraphs(msgspec.Struct, tag=True):
@@ -124,7 +137,7 @@ class Stop(msgspec.Struct, tag=True):
 
 
 Question = AskGraphs | Pause | Resume | Sleep | WakeUp | UpdateWeights | ResetPrefixCache | LoadAdapter
-ToEngine = Add | Abort | Question | ForgetAdapter | AbortAll | Stop
+ToEngine = Add | Abort | Hello | FrontGone | Question | ForgetAdapter | AbortAll | Stop
 
 
 # From the engine to the front.

@@ -138,7 +138,10 @@ class SamplingFields(RequestOptions):
     store: bool | None = Field(None, description="without effect: nothing is kept")
     service_tier: str | None = Field(None, description="without effect")
     safety_identifier: str | None = Field(None, description="without effect")
-    prompt_cache_key: str | None = Field(None, description="without effect: prefixes are found by their content")
+    prompt_cache_key: str | None = Field(
+        None,
+        description="where there are several engines, new prefixes of the same go to the same one",
+    )
 
     def _spellings(self) -> dict[str, str]:
         return super()._spellings() | {"adapter": "model"} | _form_spellings(self)

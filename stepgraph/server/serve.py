@@ -1,12 +1,14 @@
-"""`stepgraph serve`: settles what can be settled at once, starts the engine's process, and becomes the HTTP front.
+"""`stepgraph serve`: settles what can be settled at once, starts the engines' processes, and becomes the HTTP front.
 
-Imports nothing heavy: the engine's process loads beside the front, and bad settings are refused before either.
+Imports nothing heavy: the engines' processes load beside the front, and bad settings are refused before either.
 """
 
 from __future__ import annotations
 
 import logging
+import math
 import socket
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ from stepgraph.config import EngineConfig
 from stepgraph.config.server import ServerConfig, engine_log_level
 from stepgraph.errors import ConfigError
 from stepgraph.server.descriptors import raise_descriptor_limit, room_for_connections
+from stepgraph.server.places import default_fronts, places
 from stepgraph.server.spawn import spawn_engine
 
 logger = logging.getLogger(__name__)
@@ -42,42 +45,68 @@ def run(settings: dict[str, Any], config: ServerConfig) -> int:
                 "PEFT's save_pretrained wrote"
             )
     engine_log_level()  # refused here, where it is one sentence, and not in the process that reads it
-    if config.log_requests:
-        logging.getLogger("stepgraph.server.requests").setLevel(logging.INFO)
     if config.host not in ("127.0.0.1", "localhost", "::1") and not api_keys:
         what = "use and administer the API" if config.enable_admin_endpoints else "use the API"
         logger.warning("everybody who reaches %s can %s: set an API key", config.host, what)
-    listening = _listen(config.host, config.port, "port")
-    metrics_listening = (
-        None if config.metrics_port is None else _listen(config.host, config.metrics_port, "metrics_port")
-    )
-    process = spawn_engine()
+    engine_places = places(engine_config, config.data_parallel_size)
+    num_fronts = config.api_server_count or default_fronts(engine_config, config.data_parallel_size)
+    listening = _listen(config.host, config.port, "port", num_fronts)
+    metrics_listening: list[socket.socket] | None = None
+    if config.metrics_port is not None:
+        metrics_listening = _listen(config.host, config.metrics_port, "metrics_port", num_fronts)
+    processes = [spawn_engine(place) for place in engine_places]  # so that they load side by side, and beside this one
     try:
-        from stepgraph.server.front import Front, run_front
+        from stepgraph.server.engine_life import Launch
+        from stepgraph.server.front import Front, run_in_loop, serve_alone
+        from stepgraph.server.front_processes import serve_with_processes
 
-        return run_front(
-            Front(
+        launches = [
+            Launch(
                 settings,
-                engine_config,
-                config,
-                api_keys,
-                chat_template,
-                listening,
-                metrics_listening,
-                room_for_connections(config.max_connections),
+                None if config.engine_worker_queue_port is None else config.engine_worker_queue_port + number,
+                place,
                 process,
-                started_at,
+                config.engine_hang_timeout,
+                progress=number == 0 and sys.stderr.isatty(),
+                takes_fronts=num_fronts > 1,
             )
+            for number, (place, process) in enumerate(zip(engine_places, processes, strict=True))
+        ]
+        front = Front(
+            engine_config,
+            config,
+            api_keys,
+            chat_template,
+            listening[0],
+            None if metrics_listening is None else metrics_listening[0],
+            room_for_connections(math.ceil(config.max_connections / num_fronts)),
+            started_at,
         )
+        if num_fronts == 1:
+            return run_in_loop(serve_alone(front, launches))
+        return run_in_loop(serve_with_processes(front, settings, launches, listening, metrics_listening))
     finally:
-        process.kill()
+        for process in processes:
+            process.kill()
 
 
-def _listen(host: str, port: int, setting: str) -> socket.socket:
-    """Open a port, so that whoever is there already is found before anything is loaded."""
+def _listen(host: str, port: int, setting: str, count: int) -> list[socket.socket]:
+    """Open a port, so that whoever is there already is found before anything is loaded. Of several sockets, each gets its share
+    of the connections."""
+    sockets = [_open(host, port, setting, shared=False)]
+    if count == 1:
+        return sockets
+    port = sockets[0].getsockname()[1]
+    sockets[0].close()  # nobody is there: one that would share the port with others could be let in by them
+    return [_open(host, port, setting, shared=True) for _ in range(count)]
+
+
+def _open(host: str, port: int, setting: str, *, shared: bool) -> socket.socket:
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     sock = socket.socket(family, socket.SOCK_STREAM)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    if shared:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
     try:
         sock.bind((host, port))
         sock.listen(2048)

@@ -21,13 +21,14 @@ from stepgraph.engine.sampling_params import SamplingParams, bad_word_token_ids
 from stepgraph.engine.session import AnswerDelta
 from stepgraph.errors import CONTEXT_LENGTH_EXCEEDED, RequestError
 from stepgraph.server.bodies import Bodies
+from stepgraph.server.control import Control
 from stepgraph.server.conversation import ChatForm
-from stepgraph.server.engine_client import EngineClient
+from stepgraph.server.counts import FrontCounts
 from stepgraph.server.engine_observer import EngineState
-from stepgraph.server.errors import APIError
+from stepgraph.server.errors import APIError, shortened
 from stepgraph.server.generation import Generation, Origin
-from stepgraph.server.messages import Ready
 from stepgraph.server.protocol import CompletionRequest, SamplingFields, StreamOptions
+from stepgraph.server.replicas import Replicas
 from stepgraph.server.replies import CompletionTokensDetails, PromptTokensDetails, Usage
 
 if TYPE_CHECKING:
@@ -36,8 +37,6 @@ if TYPE_CHECKING:
 request_log = logging.getLogger("stepgraph.server.requests")
 T = TypeVar("T")
 
-_SHOWN_NAMES = 20
-"""Of models, in a message."""
 _THREADS = 2
 """For tokenising and chat templates: beside each other, so that one long prompt does not hold up every short one."""
 
@@ -75,16 +74,28 @@ class Service:
 
     Args:
         config: the server's settings.
-        client: the engine.
+        client: the engines.
         load_model: loads the model's tokenizer; takes seconds, and is called in a thread.
+        control: the way to whoever owns the engines.
+        adapters: folders of the LoRA adapters that requests can name; others change it.
+        counts: what this front counts.
     """
 
-    def __init__(self, config: ServerConfig, client: EngineClient, load_model: Callable[[], ServedModel]):
+    def __init__(
+        self,
+        config: ServerConfig,
+        client: Replicas,
+        load_model: Callable[[], ServedModel],
+        control: Control,
+        adapters: Mapping[str, str],
+        counts: FrontCounts,
+    ):
         self.config = config
         self.client = client
+        self.control = control
+        self.counts = counts
         self.started_at = int(time.time())
-        self.adapters = config.adapters()
-        """Folders of the LoRA adapters that requests can name."""
+        self.adapters = adapters
         self.draining = False
         self._load_model = load_model
         self._model: ServedModel | None = None
@@ -126,8 +137,8 @@ class Service:
     @property
     def fullness(self) -> str | None:
         """Why one more request would be refused; None if it would not."""
-        if self.client.ready is not None and self.client.num_unfinished >= self._capacity(self.client.ready):
-            return f"the queue is full: {self.client.num_unfinished} requests run or wait"
+        if self.client.ready is not None and self.client.num_everybodys >= self._capacity:
+            return f"the queue is full: {self.client.num_everybodys} requests run or wait"
         return None
 
     @property
@@ -242,6 +253,7 @@ class Service:
                 priority=request.priority,
                 adapter=adapter,
                 bad_words=bad_words,
+                session=request.prompt_cache_key,
                 arrived_at=context.arrived_at,
                 origin=Origin(
                     "text_completion" if isinstance(request, CompletionRequest) else "chat",
@@ -250,7 +262,7 @@ class Service:
                     context.traceparent,
                 ),
             )
-            context.at_end.callback(self.client.leave, generation)
+            context.at_end.callback(generation.leave)
             generations.append(generation)
         context.prepared()
         for generation in generations:
@@ -274,17 +286,16 @@ class Service:
             return prompt
         return TokenizedPrompt(None, prompt.token_ids[-num_tokens:])
 
-    def _capacity(self, ready: Ready) -> int:
+    @property
+    def _capacity(self) -> int:
         """Requests that may run or wait at once."""
-        return ready.max_num_seqs + self.config.max_queue
+        return self.client.capacity + self.config.max_queue
 
     def check_queue(self, num_requests: int = 1) -> None:
         """A 429 if there is no room for so many answers now, a 503 if requests are not served."""
         if (trouble := self.trouble) is not None:
             raise APIError(503, trouble, headers={"Retry-After": "5"})
-        ready = self.client.ready
-        assert ready is not None
-        most, unfinished = self._capacity(ready), self.client.num_unfinished
+        most, unfinished = self._capacity, self.client.num_everybodys
         if num_requests > most:
             raise RequestError(
                 f"the request asks for {num_requests} answers, and the server holds {most} at once; ask for fewer",
@@ -292,7 +303,7 @@ class Service:
             )
         if unfinished + num_requests > most:
             retry_s = min(
-                60, max(1, math.ceil(self.client.mean_request_s * self.config.max_queue / ready.max_num_seqs / 2))
+                60, max(1, math.ceil(self.client.mean_request_s * self.config.max_queue / self.client.capacity / 2))
             )
             raise APIError(
                 429,
@@ -300,12 +311,6 @@ class Service:
                 f"again in {retry_s} s",
                 headers={"Retry-After": str(retry_s)},
             )
-
-
-def shortened(names: Sequence[str]) -> str:
-    """A list of names for a message."""
-    more = f" and {len(names) - _SHOWN_NAMES} more" if len(names) > _SHOWN_NAMES else ""
-    return ", ".join(names[:_SHOWN_NAMES]) + more
 
 
 def new_id(prefix: str) -> str:

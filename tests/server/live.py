@@ -112,11 +112,15 @@ class LiveServer:
 
     def engine_pid(self) -> int:
         """Of the engine's process, a child of the server's."""
+        [pid] = self.pids("engine_process")
+        return pid
+
+    def pids(self, module: str) -> list[int]:
+        """Of the server's children that run a module, the oldest first."""
         children = subprocess.run(
             ["ps", "--ppid", str(self.process.pid), "-o", "pid=,args="], capture_output=True, text=True, check=True
         ).stdout
-        [line] = [line for line in children.splitlines() if "engine_process" in line]
-        return int(line.split()[0])
+        return sorted(int(line.split()[0]) for line in children.splitlines() if module in line)
 
     def wait_idle(self) -> None:
         """Wait until the engine holds no request."""

@@ -1,17 +1,25 @@
 """What an observer of the server is told, made up for tests."""
 
-import asyncio
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
+
+from prometheus_client.core import Metric
 
 from stepgraph.config.server import ServerConfig
 from stepgraph.engine.sampling_params import SamplingParams
-from stepgraph.server.bodies import Bodies
-from stepgraph.server.connections import Connections, Limits
-from stepgraph.server.engine_observer import EngineState
+from stepgraph.server.counts import EngineCounts, FrontCounts, RequestCounts
+from stepgraph.server.engine_client import EngineClient
+from stepgraph.server.engine_life import Launch
+from stepgraph.server.engine_observer import EngineState, EngineStatus
 from stepgraph.server.generation import EndedRequest
 from stepgraph.server.messages import Load, Progress, Ready, StepInfo, TokenUpdate
 from stepgraph.server.metrics import Metrics
+from stepgraph.server.replicas import Replicas
 from stepgraph.server.rest import Rest
+from stepgraph.server.service import Service
+from stepgraph.server.supervisor import OneFront, Supervisor
 
 ENDED = EndedRequest(
     finish_reason="stop",
@@ -57,9 +65,57 @@ IN_GRAPH = StepInfo("mixed", "plain", 24, 8, 3, 21, None, 0.004, 0.001)
 EAGER = StepInfo("decode", "extended", 2, 2, 0, 2, "not_pure_prefill", 0.05, 0.002)
 
 
-def busy_metrics() -> Metrics:
+class OneServer:
+    """What is counted of a server with one engine and one front, by its name in tests: as the two tell it."""
+
+    def __init__(self, model_name: str, num_engines: int = 1):
+        self.engine = EngineCounts()
+        self.engines = [self.engine, *(EngineCounts() for _ in range(num_engines - 1))]
+        self.front = FrontCounts.of(num_engines)
+        self.requests = self.front.engines[0]
+        self._metrics = Metrics(model_name, self.engines, Rest())
+        self.on_first_token, self.on_token_gap = self.requests.on_first_token, self.requests.on_token_gap
+        self.on_end, self.on_response = self.requests.on_end, self.front.on_response
+        self.on_restart = self.engine.on_restart
+
+    def on_progress(self, message: Progress) -> None:
+        self.engine.on_progress(message)
+        self.requests.on_progress(message)
+
+    def on_state(self, state: EngineState) -> None:
+        self.engine.on_status(EngineStatus(state))
+
+    def render(self, accept: str | None) -> tuple[bytes, str]:
+        return self._metrics.render(accept, self.front)
+
+    def collect(self) -> Iterator[Metric]:
+        self.render(None)
+        return self._metrics.collect()
+
+
+def one_engine(send: Callable[[bytes], None] = lambda content: None, *, is_ready: bool = True) -> Replicas:
+    """An engine of which a front has heard that it takes requests."""
+    replicas = Replicas([EngineClient(send, RequestCounts())], Rest())
+    if is_ready:
+        replicas.on_status(0, EngineStatus(EngineState.READY, READY))
+    return replicas
+
+
+def service(
+    config: ServerConfig | None = None,
+    replicas: Replicas | None = None,
+    load_model: Any = SimpleNamespace,
+) -> Service:
+    """What endpoints share, in front of `replicas`."""
+    config, replicas = config or ServerConfig(), replicas or one_engine(is_ready=False)
+    counts, supervisor = FrontCounts.of(1), Supervisor([Launch({})], "tiny", config.adapters())
+    supervisor.attach(OneFront(replicas, lambda: counts))
+    return Service(config, replicas, load_model, supervisor, supervisor.adapters, counts)
+
+
+def busy_metrics() -> OneServer:
     """Metrics that have seen one of everything."""
-    metrics = Metrics("tiny")
+    metrics = OneServer("tiny")
     metrics.on_state(EngineState.READY)
     metrics.on_progress(Progress([TokenUpdate("a", (5,)), TokenUpdate("b", (6, 7))], [IN_GRAPH, EAGER], LOAD))
     metrics.on_first_token(0.02)
@@ -67,6 +123,5 @@ def busy_metrics() -> Metrics:
     for reason in ("stop", "length", "abort", "error"):
         metrics.on_end(replace(ENDED, finish_reason=reason))
     metrics.on_response("/v1/chat/completions", 200)
-    config = ServerConfig()
-    metrics.watch(Bodies(config, asyncio.to_thread), Connections(Limits.of(config), max_open=8), Rest())
+    metrics.front.connections_ended = {"idle": 1}
     return metrics

@@ -8,20 +8,18 @@ import signal
 import threading
 
 import pytest
+from engines import FakeEngine, FakeFronts
 from live import TINY_FLAGS, running_server
 from lora_folders import matrices, save_adapter
+from observed import service
 from safetensors.torch import load_file, save_file
 from starlette.testclient import TestClient
 
 from stepgraph.config.server import ServerConfig
-from stepgraph.server.administration import Administration
+from stepgraph.server.administrator import Administrator
 from stepgraph.server.app import create_app
 from stepgraph.server.directory import ADMINISTRATION
-from stepgraph.server.engine_observer import EngineState
-from stepgraph.server.messages import AbortAll
-from stepgraph.server.metrics import Metrics
 from stepgraph.server.rest import Rest
-from stepgraph.server.service import Service
 
 FLAGS = ["--enable-admin-endpoints", "--enable-lora", "--max-lora-rank", "4", "--max-loras", "2", *TINY_FLAGS]
 SHORT = {"prompt": "abc" * 20, "max_tokens": 8, "temperature": 0, "ignore_eos": True}
@@ -102,10 +100,7 @@ def load(server, name, folder, **more):
 
 
 def app_of(config: ServerConfig, **options) -> TestClient:
-    class Client:
-        rest = Rest()
-
-    return TestClient(create_app(Service(config, Client(), None), Metrics("tiny"), api_keys=options.get("keys", ())))
+    return TestClient(create_app(service(config), api_keys=options.get("keys", ())))
 
 
 def test_administration_is_there_with_its_flag_only_and_under_the_key() -> None:
@@ -220,28 +215,20 @@ def test_sleep_can_wait_for_requests_or_end_them(server) -> None:
 
 
 def test_a_call_that_aborts_does_not_wait_for_one_that_waits_for_requests() -> None:
-    class Client:
-        rest, state, is_dormant, num_unfinished = Rest(), EngineState.READY, False, 1
-
-        def tell(self, message):
-            assert isinstance(message, AbortAll)
-            self.num_unfinished = 0
-
-        async def ask(self, question):
-            pass
+    engine, rest = FakeEngine(0), Rest()
 
     async def both() -> None:
-        administration = Administration(Service(ServerConfig(), client, None))
-        waiting = asyncio.create_task(administration.sleep(1, "wait"))
+        administrator = Administrator([engine], FakeFronts([engine]), rest, {})
+        waiting = asyncio.create_task(administrator.sleep(1, "wait"))
         await asyncio.sleep(0)
-        assert client.rest.coming is not None
+        assert rest.coming is not None
         async with asyncio.timeout(10):
-            await administration.pause("abort")
+            await administrator.pause("abort")
             await waiting
 
-    client = Client()
+    engine.num_unfinished = 1
     asyncio.run(both())
-    assert (client.rest.sleep_level, client.rest.paused, client.rest.coming) == (1, True, None)
+    assert (rest.sleep_level, rest.paused, rest.coming) == (1, True, None)
 
 
 def test_calls_at_once_are_done_one_after_the_other(server, expected) -> None:

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from observed import READY
+from observed import one_engine, service
 from pydantic import BaseModel
 
 from stepgraph.config.server import ServerConfig
@@ -16,12 +16,8 @@ from stepgraph.errors import RequestError
 from stepgraph.server import bodies, chat
 from stepgraph.server.app import create_app
 from stepgraph.server.bodies import MAX_DEPTH, Bodies, Body, ItemCount
-from stepgraph.server.engine_client import EngineClient
 from stepgraph.server.errors import APIError
-from stepgraph.server.messages import encode
-from stepgraph.server.metrics import Metrics
 from stepgraph.server.protocol import ChatRequest
-from stepgraph.server.service import Service
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.text(st.characters(exclude_categories=["Cs"])) | st.just('\\"[{'),
@@ -189,14 +185,11 @@ class Server:
     """A server in this process, to which requests come in pieces."""
 
     def __init__(self, **settings) -> None:
-        metrics = Metrics("tiny")
-        client = EngineClient({}, observer=metrics)
-        client._take(encode(READY))
-        self.service = Service(ServerConfig(**settings), client, lambda: SimpleNamespace())
+        self.service = service(ServerConfig(**settings), one_engine())
         self.service._model = SimpleNamespace(
             name="tiny", tokenizer=None, chat_form=None, sampling_defaults={}, longest_token=8
         )
-        self.app = create_app(self.service, metrics, api_keys=())
+        self.app = create_app(self.service, api_keys=())
 
     async def post(self, path: str, *pieces: bytes) -> tuple[int, dict, int]:
         """Status, reply, and how many of the pieces were asked for."""

@@ -4,12 +4,11 @@ import re
 from html.parser import HTMLParser
 
 import pytest
+from observed import service
 from starlette.testclient import TestClient
 
 from stepgraph.config.server import ServerConfig
 from stepgraph.server.app import create_app, create_metrics_app
-from stepgraph.server.metrics import Metrics
-from stepgraph.server.service import Service
 
 BROWSER = {"Accept": "text/html,application/xhtml+xml,*/*;q=0.8"}
 
@@ -17,17 +16,14 @@ BROWSER = {"Accept": "text/html,application/xhtml+xml,*/*;q=0.8"}
 @pytest.fixture(scope="module", params=["", "/llm"], ids=["plain", "behind a proxy"])
 def web(request):
     """The application without an engine, and the path that comes before all others."""
-    service = Service(ServerConfig(root_path=request.param or None), None, None)
-    client = TestClient(create_app(service, Metrics("tiny"), api_keys=()), base_url="http://here")
-    yield client, request.param
-    service.shut_down()
+    app = create_app(service(ServerConfig(root_path=request.param or None)), api_keys=())
+    client = TestClient(app, base_url="http://here")
+    return client, request.param
 
 
 @pytest.fixture(scope="module")
 def app():
-    service = Service(ServerConfig(), None, None)
-    yield TestClient(create_app(service, Metrics("tiny"), api_keys=()))
-    service.shut_down()
+    return TestClient(create_app(service(), api_keys=()))
 
 
 class References(HTMLParser):
@@ -141,9 +137,7 @@ def test_another_method_than_a_path_has_is_answered_with_those_it_has(app) -> No
 
 @pytest.fixture
 def port_of_metrics():
-    service = Service(ServerConfig(), None, None)
-    yield TestClient(create_metrics_app(service, Metrics("tiny")))
-    service.shut_down()
+    return TestClient(create_metrics_app(service()))
 
 
 @pytest.mark.parametrize("path", ["/v1/models", "/v1/messages"])

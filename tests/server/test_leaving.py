@@ -10,12 +10,14 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from observed import one_engine, service
 
 from stepgraph.config.server import ServerConfig
 from stepgraph.server.app import create_app
-from stepgraph.server.engine_client import EngineClient
-from stepgraph.server.metrics import Metrics
-from stepgraph.server.service import Service
+from stepgraph.server.counts import FrontCounts
+from stepgraph.server.engine_life import Launch
+from stepgraph.server.replicas import Replicas
+from stepgraph.server.supervisor import OneFront, Supervisor
 
 TIMEOUT_S = 1.0
 MODEL = SimpleNamespace(name="tiny", tokenizer=None, sampling_defaults={}, longest_token=8)
@@ -24,10 +26,10 @@ MODEL = SimpleNamespace(name="tiny", tokenizer=None, sampling_defaults={}, longe
 class Server:
     """A server in this process, whose engine takes requests and says nothing more of them."""
 
-    def __init__(self, client: EngineClient, metrics: Metrics) -> None:
+    def __init__(self, client: Replicas) -> None:
         self.client = client
-        self.service = Service(ServerConfig(request_timeout=TIMEOUT_S), client, lambda: MODEL)
-        self.app = create_app(self.service, metrics, api_keys=())
+        self.service = service(ServerConfig(request_timeout=TIMEOUT_S), client, lambda: MODEL)
+        self.app = create_app(self.service, api_keys=())
         self.status = 0
 
     async def answer(self, *, starts: bool = True, **fields) -> None:
@@ -65,16 +67,17 @@ def told_to_the_engine(use: Callable[[Server], Awaitable[None]]) -> list[str]:
     )
 
     async def serve() -> None:
-        metrics = Metrics("tiny")
-        client = EngineClient({}, observer=metrics, first_process=process)
-        await client.start()
-        server = Server(client, metrics)
+        supervisor = Supervisor([Launch({}, first_process=process)], "tiny", {})
+        client = one_engine(supervisor.engines[0].send_encoded, is_ready=False)
+        supervisor.attach(OneFront(client, lambda: FrontCounts.of(1)))
+        await supervisor.start()
+        server = Server(client)
         try:
-            await asyncio.gather(client.wait_ready(), server.service.load())
+            await asyncio.gather(supervisor.wait_ready(), server.service.load())
             await use(server)
             assert client.num_unfinished == 0
         finally:
-            await client.stop()
+            await supervisor.stop()
             server.service.shut_down()
 
     asyncio.run(serve())

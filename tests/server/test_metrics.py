@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from observed import EAGER, ENDED, IN_GRAPH, LOAD, busy_metrics
+from observed import EAGER, ENDED, IN_GRAPH, LOAD, OneServer, busy_metrics
 from prometheus_client import parser
 from prometheus_client.openmetrics import parser as openmetrics_parser
 from prometheus_client.samples import Sample
@@ -15,7 +15,6 @@ from prometheus_client.samples import Sample
 from stepgraph import __version__
 from stepgraph.server.engine_observer import EngineState, RestartCause
 from stepgraph.server.messages import Load, Progress, TokenUpdate
-from stepgraph.server.metrics import Metrics
 from stepgraph.step.eager_reason import EagerReason
 
 DOCS = Path(__file__).parents[2] / "docs" / "metrics.md"
@@ -73,8 +72,8 @@ VLLM_BOUNDS = {
 Labels = frozenset[tuple[str, str]]
 
 
-def samples(metrics: Metrics) -> dict[tuple[str, Labels], float]:
-    """The server's metrics by name without the prefix, and labels without the model's name."""
+def samples(metrics: OneServer) -> dict[tuple[str, Labels], float]:
+    """The server's metrics by name without the prefix, and labels without the model's name and the only engine's number."""
     return by_name_and_labels(sample for family in metrics.collect() for sample in family.samples)
 
 
@@ -82,29 +81,29 @@ def by_name_and_labels(samples: Iterable[Sample]) -> dict[tuple[str, Labels], fl
     return {
         (
             sample.name.removeprefix("stepgraph:"),
-            frozenset((name, value) for name, value in sample.labels.items() if name != "model_name"),
+            frozenset((name, value) for name, value in sample.labels.items() if name not in ("model_name", "engine")),
         ): sample.value
         for sample in samples
     }
 
 
-def scrape(metrics: Metrics) -> dict[tuple[str, Labels], float]:
+def scrape(metrics: OneServer) -> dict[tuple[str, Labels], float]:
     """What Prometheus reads, the process's metrics included."""
     families = parser.text_string_to_metric_families(metrics.render(None)[0].decode())
     return by_name_and_labels(sample for family in families for sample in family.samples)
 
 
-def value(metrics: Metrics, name: str, **labels: str) -> float:
+def value(metrics: OneServer, name: str, **labels: str) -> float:
     return samples(metrics)[name, frozenset(labels.items())]
 
 
-def count_and_sum(metrics: Metrics, name: str) -> tuple[float, float]:
+def count_and_sum(metrics: OneServer, name: str) -> tuple[float, float]:
     return value(metrics, f"{name}_count"), value(metrics, f"{name}_sum")
 
 
 def test_every_metric_of_the_server_carries_the_name_of_the_model():
     name = 'a "model" \\ of\nours'
-    text = Metrics(name).render(None)[0].decode()
+    text = OneServer(name).render(None)[0].decode()
     for family in parser.text_string_to_metric_families(text):
         for sample in family.samples:
             if sample.name.startswith("stepgraph:"):
@@ -112,13 +111,13 @@ def test_every_metric_of_the_server_carries_the_name_of_the_model():
 
 
 def test_two_servers_in_one_process_share_no_counts():
-    busy, idle = busy_metrics(), Metrics("tiny")
+    busy, idle = busy_metrics(), OneServer("tiny")
     assert value(busy, "generation_tokens_total") == 3
     assert value(idle, "generation_tokens_total") == 0
 
 
 def test_steps_are_counted_by_how_they_ran_and_their_tokens_by_use():
-    metrics = Metrics("tiny")
+    metrics = OneServer("tiny")
     metrics.on_progress(Progress([], [IN_GRAPH, IN_GRAPH, EAGER], LOAD))
     assert value(metrics, "steps_total", mode="graph", reason="", kind="mixed") == 2
     assert value(metrics, "steps_total", mode="eager", reason="not_pure_prefill", kind="decode") == 1
@@ -132,7 +131,7 @@ def test_steps_are_counted_by_how_they_ran_and_their_tokens_by_use():
 
 
 def test_steps_that_never_happened_are_counted_as_none_so_that_rates_start_at_the_first():
-    metrics = Metrics("tiny")
+    metrics = OneServer("tiny")
     for kind in ("prefill", "decode", "mixed"):
         assert value(metrics, "steps_total", mode="graph", reason="", kind=kind) == 0
         for reason in EagerReason:
@@ -141,7 +140,7 @@ def test_steps_that_never_happened_are_counted_as_none_so_that_rates_start_at_th
 
 
 def test_phases_of_a_complete_answer_are_measured():
-    metrics = Metrics("tiny")
+    metrics = OneServer("tiny")
     metrics.on_end(ENDED)
     assert value(metrics, "request_success_total", finished_reason="stop") == 1
     assert {
@@ -172,21 +171,21 @@ def test_phases_of_a_complete_answer_are_measured():
 
 @pytest.mark.parametrize("reason", ["abort", "error"])
 def test_requests_that_were_given_up_are_counted_and_not_measured(reason):
-    metrics = Metrics("tiny")
+    metrics = OneServer("tiny")
     metrics.on_end(replace(ENDED, finish_reason=reason, admitted_at=None, first_token_at=None, last_token_at=None))
     assert value(metrics, "request_success_total", finished_reason=reason) == 1
     assert value(metrics, "e2e_request_latency_seconds_count") == 0
 
 
 def test_an_answer_of_one_token_has_no_time_between_tokens():
-    metrics = Metrics("tiny")
+    metrics = OneServer("tiny")
     metrics.on_end(replace(ENDED, num_output_tokens=1, last_token_at=ENDED.first_token_at))
     assert value(metrics, "request_time_per_output_token_seconds_count") == 0
     assert count_and_sum(metrics, "request_decode_time_seconds") == (1, 0)
 
 
 def test_responses_are_counted_by_route_and_status():
-    metrics = Metrics("tiny")
+    metrics = OneServer("tiny")
     for status in (200, 200, 404):
         metrics.on_response("/v1/models/{name}", status)
     assert value(metrics, "http_requests_total", handler="/v1/models/{name}", status="200") == 2
@@ -197,7 +196,7 @@ def test_responses_are_counted_by_route_and_status():
     ("status", "reason"), [(401, "unauthorized"), (413, "too_large"), (429, "queue_full"), (503, "unavailable")]
 )
 def test_refusals_are_counted_and_an_unhealthy_server_refuses_nothing_by_saying_so(status, reason):
-    metrics = Metrics("tiny")
+    metrics = OneServer("tiny")
     metrics.on_response("/v1/completions", status)
     metrics.on_response("/health", status)
     assert value(metrics, "requests_refused_total", reason=reason) == 1
@@ -206,7 +205,7 @@ def test_refusals_are_counted_and_an_unhealthy_server_refuses_nothing_by_saying_
 
 @given(st.lists(st.floats(0, 1e4) | st.sampled_from([0.001, 0.00125, 0.025, 80.0])))
 def test_a_bucket_counts_the_values_up_to_its_bound(seconds):
-    metrics = Metrics("tiny")
+    metrics = OneServer("tiny")
     for gap in seconds:
         metrics.on_token_gap(gap)
     buckets = {
@@ -223,7 +222,7 @@ def test_a_bucket_counts_the_values_up_to_its_bound(seconds):
 
 @pytest.mark.parametrize("name", VLLM_BOUNDS)
 def test_histograms_have_the_bounds_of_vllm_and_go_on_to_infinity(name):
-    bounds = {float(dict(labels)["le"]) for sample, labels in samples(Metrics("tiny")) if sample == f"{name}_bucket"}
+    bounds = {float(dict(labels)["le"]) for sample, labels in samples(OneServer("tiny")) if sample == f"{name}_bucket"}
     assert {*VLLM_BOUNDS[name], inf} <= bounds
 
 
@@ -240,7 +239,7 @@ lives = st.lists(
 @settings(max_examples=50)
 @given(lives)
 def test_counts_never_fall_and_lose_nothing_when_the_engine_is_restarted(lives):
-    metrics = Metrics("tiny")
+    metrics = OneServer("tiny")
     expected = dict.fromkeys((*COUNTS.values(), "generation_tokens_total"), 0.0)
 
     def check() -> None:
@@ -264,7 +263,7 @@ def test_counts_never_fall_and_lose_nothing_when_the_engine_is_restarted(lives):
 
 
 def test_restarts_are_counted_by_what_caused_them():
-    metrics = Metrics("tiny")
+    metrics = OneServer("tiny")
     for cause in (RestartCause.HUNG, RestartCause.DIED, RestartCause.HUNG):
         metrics.on_restart(cause)
     assert {cause: value(metrics, "engine_restarts_total", cause=cause) for cause in RestartCause} == {
@@ -299,7 +298,7 @@ def test_accepted_proposals_are_counted_on_when_the_engine_is_restarted_and_thei
 
 
 def test_a_server_that_does_not_speculate_says_so_in_numbers():
-    metrics = Metrics("tiny")
+    metrics = OneServer("tiny")
     assert value(metrics, "spec_decode_num_drafts_total") == 0
     assert value(metrics, "spec_decode_mean_accepted_length") == 1
     assert not [name for name, _ in samples(metrics) if name == "spec_decode_num_accepted_tokens_per_pos_total"]
@@ -317,13 +316,13 @@ def test_a_dead_engine_is_down_and_runs_nothing():
 
 
 def test_build_info_tells_versions():
-    [labels] = [dict(labels) for name, labels in samples(Metrics("tiny")) if name == "build_info"]
+    [labels] = [dict(labels) for name, labels in samples(OneServer("tiny")) if name == "build_info"]
     assert labels["version"] == __version__
     assert labels.keys() == {"version", "python", "torch"}
 
 
 def test_the_process_is_measured_too():
-    assert scrape(Metrics("tiny"))["process_resident_memory_bytes", frozenset()] > 0
+    assert scrape(OneServer("tiny"))["process_resident_memory_bytes", frozenset()] > 0
 
 
 @pytest.mark.parametrize(
@@ -355,7 +354,7 @@ ACCEPTABLE = r"(application/openmetrics-text|text/plain) ?; ?(version|escaping)=
 @settings(max_examples=50)
 @given(st.text() | st.from_regex(ACCEPTABLE))
 def test_any_accept_header_gets_an_answer(accept):
-    content, content_type = Metrics("tiny").render(accept)
+    content, content_type = OneServer("tiny").render(accept)
     assert b"stepgraph:engine_up" in content
     assert content_type.startswith(("text/plain", "application/openmetrics-text"))
 
@@ -370,7 +369,7 @@ def test_documentation_lists_every_metric_with_its_type_and_labels():
     registered = {}
     for family in busy_metrics().collect():
         suffix = {"counter": "_total", "info": "_info"}.get(family.type, "")
-        labels = {label for sample in family.samples for label in sample.labels} - {"model_name", "le"}
+        labels = {label for sample in family.samples for label in sample.labels} - {"model_name", "le", "engine"}
         registered[family.name.removeprefix("stepgraph:") + suffix] = (family.type, frozenset(labels))
     assert documented == registered
 

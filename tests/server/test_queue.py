@@ -4,23 +4,20 @@ import time
 from types import SimpleNamespace
 
 import pytest
-from observed import LOAD, READY
+from observed import LOAD, one_engine
+from observed import service as service_of
 
 from stepgraph.config.server import ServerConfig
 from stepgraph.engine.prompts import TokenizedPrompt
 from stepgraph.engine.sampling_params import SamplingParams
-from stepgraph.server.engine_client import EngineClient
 from stepgraph.server.errors import APIError
 from stepgraph.server.generation import Origin
-from stepgraph.server.messages import Progress, TokenUpdate, encode
-from stepgraph.server.metrics import Metrics
-from stepgraph.server.service import Service
+from stepgraph.server.messages import Progress, TokenUpdate
 
 
 def test_the_time_to_come_again_follows_from_what_answers_took_and_not_from_refusals() -> None:
-    client = EngineClient({}, observer=Metrics("tiny"))
-    client._take(encode(READY))
-    service = Service(ServerConfig(max_queue=1), client, lambda: SimpleNamespace())
+    client = one_engine()
+    service = service_of(ServerConfig(max_queue=1), client)
     service._model = SimpleNamespace(name="tiny")
 
     def submit(id: str, *, seconds_ago: float = 0) -> None:
@@ -35,9 +32,9 @@ def test_the_time_to_come_again_follows_from_what_answers_took_and_not_from_refu
 
     for id, seconds in (("a", 30), ("b", 50)):
         submit(id, seconds_ago=seconds)
-        client._take(encode(Progress([TokenUpdate(id, (5,), "stop")], [], LOAD)))
+        client.on_message(0, Progress([TokenUpdate(id, (5,), "stop")], [], LOAD))
     submit("given up", seconds_ago=0.1)
-    client.abort(["given up"])
+    client.clients[0].abort(["given up"])
     for id in ("runs", "waits"):
         submit(id)
     for _ in range(100):

@@ -1,0 +1,67 @@
+"""Where several engines run, and how many fronts there are for them. Known before anything heavy is loaded."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from stepgraph.config import EngineConfig
+from stepgraph.devices import AUTO
+from stepgraph.errors import ConfigError
+from stepgraph.server.spawn import Place
+
+_FRONTS_PER_ENGINE = 2
+"""Fronts that a GPU's engine may keep busy: small models give more tokens than one front streams."""
+_CORES_PER_FRONT = 4
+"""Of those that the engines leave: fronts are not alone on a machine."""
+
+
+def places(config: EngineConfig, num_engines: int) -> list[Place]:
+    """For each engine, what of the machine is its own. One alone has all.
+
+    Raises:
+        ConfigError: there are too few devices.
+    """
+    if num_engines == 1:
+        return [Place()]
+    device = config.model.device
+    visible = visible_gpus()
+    if device == "cpu" or (device == AUTO and not visible):
+        cores = sorted(os.sched_getaffinity(0))
+        share = len(cores) // num_engines
+        return [
+            Place(cores=tuple(cores[number * share : (number + 1) * share]) or None, is_one_of_many=True)
+            for number in range(num_engines)
+        ]
+    if device not in (AUTO, "cuda"):
+        raise ConfigError(
+            f"data_parallel_size={num_engines} is for device=cuda and device=cpu; start a server for each of the "
+            f"devices {device!r}, behind a proxy"
+        )
+    ranks = config.parallel.tensor_parallel_size
+    if num_engines * ranks > len(visible):
+        each = "" if ranks == 1 else f", each of tensor_parallel_size={ranks},"
+        raise ConfigError(
+            f"data_parallel_size={num_engines}{each} needs {num_engines * ranks} devices, and {len(visible)} can be seen; lower "
+            "it, or let more be seen (CUDA_VISIBLE_DEVICES)"
+        )
+    return [
+        Place(devices=",".join(visible[number * ranks : (number + 1) * ranks]), is_one_of_many=True)
+        for number in range(num_engines)
+    ]
+
+
+def visible_gpus() -> list[str]:
+    """NVIDIA's devices that this process may use, as CUDA_VISIBLE_DEVICES names them."""
+    given = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if given is None:
+        return [str(number) for number in range(len(list(Path("/dev").glob("nvidia[0-9]*"))))]
+    return [name.strip() for name in given.split(",") if name.strip() and name.strip() != "-1"]
+
+
+def default_fronts(config: EngineConfig, num_engines: int) -> int:
+    """How many fronts there are where nobody said it: one, but for GPUs' engines on machines with many cores."""
+    if config.model.device == "cpu" or not visible_gpus():
+        return 1
+    spare = len(os.sched_getaffinity(0)) - num_engines * config.parallel.tensor_parallel_size
+    return max(1, min(_FRONTS_PER_ENGINE * num_engines, spare // _CORES_PER_FRONT))
