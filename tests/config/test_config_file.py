@@ -99,7 +99,7 @@ def test_flags_override_the_file_inside_the_graphs_json_too(file):
         ("80: port", "the file: the key 80 is not text"),
         (
             "prot: 80",
-            r"unknown setting 'prot'; did you mean 'port'\? Known settings: access_log, api_key, api_key_file, block_size, ",
+            r"unknown setting 'prot'; did you mean 'port'\? Known settings: access_log, api_key, api_key_file, api_server_count",
         ),
         ("port: 80\nserver: {port: 80}", "port is given twice"),
         ("max-num-seqs: 8\nmax_num_seqs: 8", "max_num_seqs is given twice"),

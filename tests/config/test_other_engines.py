@@ -192,7 +192,10 @@ def test_files_and_keyword_arguments_know_them_too(tmp_path, caplog):
 @pytest.mark.parametrize(
     ("line", "settings"),
     [
-        ("-tp 2 -dp=1 -asc 4 --max_model_len 8k", {"max_model_len": 8000, "tensor_parallel_size": 2}),
+        (
+            "-tp 2 -dp=1 -asc 4 --max_model_len 8k",
+            {"max_model_len": 8000, "tensor_parallel_size": 2, "data_parallel_size": 1, "api_server_count": 4},
+        ),
         ("--max-num-batched-tokens 8K --max-num-seqs=64", {"max_num_batched_tokens": 8192, "max_num_seqs": 64}),
         ("-O0", {"graph_backend": "eager"}),
         ("-O 3", {}),
@@ -227,7 +230,7 @@ def test_files_and_keyword_arguments_know_them_too(tmp_path, caplog):
         ("--seed -1 --generation-config vllm", {"seed": -1, "generation_config": "none"}),
         (
             "--splitwise-role mixed --use-cudagraph --workers 1 --swap-space 4 --cache-queue-port 7734 --cuda-graph-sizes 512",
-            {},
+            {"api_server_count": 1},
         ),
         ("--guided-decoding-disable-any-whitespace True", {"disable_any_whitespace": True}),
     ],
