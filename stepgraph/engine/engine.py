@@ -24,7 +24,7 @@ from stepgraph.engine.scheduler import Scheduler
 from stepgraph.engine.speculation import SpeculationStatistics
 from stepgraph.engine.step_draft import ScheduledStep
 from stepgraph.errors import DeviceMemoryError, Fault
-from stepgraph.executor.base import Executor
+from stepgraph.executor.base import AdmissionError, Executor
 from stepgraph.models.adapters import AdapterFile
 from stepgraph.models.source import ModelSource
 from stepgraph.spec.depth import DraftDepth
@@ -387,7 +387,7 @@ class Engine:
         """Take in the results of the oldest step under way."""
         step = self._in_flight.popleft()
         plan = step.ticket.plan
-        self.executor.wait(step.ticket)
+        ended = self._wait(step.ticket)
         collected = self._clock()
         results = self.executor.collect(step.ticket)
         updates = self.scheduler.reconcile(step.scheduled, results)
@@ -402,7 +402,23 @@ class Engine:
             StepReport(step.ticket.record, seconds, step.host_seconds + reading, results, plan.num_prefill_rows)
         )
         self._collected_at = collected
-        return updates
+        return [*ended, *updates] if ended else updates
+
+    def _wait(self, ticket: Ticket) -> list[RequestUpdate]:
+        """Wait for a step. Ends the requests that turn out not to have been admitted everywhere; the others start anew, and what
+        steps under way yield for them is dropped."""
+        try:
+            self.executor.wait(ticket)
+        except AdmissionError as error:
+            logger.warning("a step was given up: %s", error)
+            self.executor.recover()
+            failed = [request for request in self.scheduler.requests if request.slot in error.slots]
+            for request in failed:
+                request.error = Fault(str(error), is_users=False)
+            updates = [self._fail(request) for request in failed]
+            self.scheduler.preempt_all()
+            return updates
+        return []
 
     def _observe(self, ticket: Ticket, results: StepResults, seconds: float) -> None:
         """Let the choice of how many tokens to propose learn from a step."""

@@ -6,7 +6,7 @@ tensor of a device passes, nor anything that holds one, so that the devices may 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol, TypeVar
 
@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
+from stepgraph.errors import DeviceMemoryError
 from stepgraph.models.adapters import AdapterFile
 from stepgraph.models.source import ModelSource
 from stepgraph.step.admission import Admission
@@ -71,6 +72,19 @@ class ExecutorSpecs:
     """What its largest step takes on the slowest machine; 0 where that is next to nothing."""
 
 
+class AdmissionError(DeviceMemoryError):
+    """A rank could not admit requests for lack of memory, as is found when the next results are read.
+
+    Args:
+        message: for people.
+        slots: of the requests.
+    """
+
+    def __init__(self, message: str, slots: Sequence[int]):
+        super().__init__(message)
+        self.slots = tuple(slots)
+
+
 class GraphCounts(NamedTuple):
     """The captured graphs in numbers."""
 
@@ -125,7 +139,13 @@ class Executor(Protocol):
         """
 
     def wait(self, ticket: Ticket) -> None:
-        """Block until a launched step is done."""
+        """Block until a launched step is done.
+
+        Raises:
+            AdmissionError: another rank could not admit some requests, and what was computed since is worth nothing; `recover`
+                before the next step.
+            EngineDeadError: another rank has ended, or does not come.
+        """
 
     def collect(self, ticket: Ticket) -> StepResults:
         """Results of a step that is done. Log-probabilities and proposals are valid until the next launch."""

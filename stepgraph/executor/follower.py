@@ -40,7 +40,7 @@ def serve(rank: int, size: int, *, ring: int, pipe: int, wake: int) -> None:
                 torch.set_num_threads(build.threads)
             ranks = Ranks(Shard(rank, size), exchange, build.time_limit_s)
             executor = build_local_executor(build.config, resolve_configured(build.config.model), ranks=ranks)
-            to_leader.send(Message(REPLY, None))
+            to_leader.send(Message(REPLY, executor.specs))
             gc.collect()
             gc.freeze()  # what is there lives as long as the engine
             Follower(executor, orders, to_leader.send).run()
@@ -116,11 +116,12 @@ class Follower:
             logger.debug("%s failed: %s", shape, error)
 
     def _admit(self, words: Words) -> None:
+        admission = admission_of(words)
         try:
-            self._executor.admit(admission_of(words))
+            self._executor.admit(admission)
         except Exception as error:
-            self._send(Message.of(error))
-            self._orders.report_failure()
+            logger.warning("the request of slot %d could not be taken in: %s", admission.slot, error)
+            self._orders.report_failure(admission.slot)
 
     def _call(self, words: Words) -> None:
         function, args = call_of(words)

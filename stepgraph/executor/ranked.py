@@ -14,7 +14,7 @@ from torch import Tensor
 
 from stepgraph.config import EngineConfig
 from stepgraph.errors import DeviceMemoryError, EngineDeadError, StepgraphError
-from stepgraph.executor.base import GraphCounts, R, RankReport
+from stepgraph.executor.base import AdmissionError, GraphCounts, R, RankReport
 from stepgraph.executor.build import Ranks, build_local_executor
 from stepgraph.executor.limits import check_ranks
 from stepgraph.executor.local import LocalExecutor
@@ -86,7 +86,10 @@ def build_ranked_executor(
         workers.build(build)
         ranks = Ranks(Shard(0, size), workers.exchange, time_limit_s)
         local = build_local_executor(config, source, meanwhile=meanwhile, progress=progress, ranks=ranks)
-        workers.replies(in_time=False)
+        for rank, specs in enumerate(workers.built(), start=1):
+            alike = replace(specs, device=local.specs.device, longest_step_s=local.specs.longest_step_s)
+            if alike != local.specs:
+                raise StepgraphError(f"rank {rank} was built otherwise than rank 0: {specs}, not {local.specs}")
     except BaseException:
         workers.close(now=True)
         if threads is not None:
@@ -163,16 +166,9 @@ class RankedExecutor:
     # Steps
 
     def admit(self, admission: Admission) -> None:
-        """See `Executor.admit`. Workers do it meanwhile."""
+        """See `Executor.admit`. Workers do it meanwhile; `wait` says if one could not."""
         self._order(Kind.ADMIT, words=words_of_admission(admission))
-        position = self._workers.ring.position
-        try:
-            self._local.admit(admission)
-        finally:
-            self._workers.ring.wait_until_done(position)
-            failures = self._workers.failures()
-        if failures:
-            raise failures[0]
+        self._local.admit(admission)
 
     def set_masks(self, slot: int, masks: npt.NDArray[np.int32]) -> None:
         """See `Executor.set_masks`."""
@@ -205,19 +201,15 @@ class RankedExecutor:
             step = runner.run(graph)
         except Exception as error:
             raise self._fail(f"rank 0 could not launch a step that others had launched: {error}") from error
-        self._check()
         return Ticket(step, plan, record)
 
     def wait(self, ticket: Ticket) -> None:
-        """See `Executor.wait`.
-
-        Raises:
-            EngineDeadError: a rank has ended, or does not come.
-        """
-        completion = self.runner.completion(ticket)
-        while not completion.is_done():
-            self._check()
+        """See `Executor.wait`. It ends whatever happens to other ranks: collectives are given up then."""
+        self._local.wait(ticket)
         self._check()
+        failures = self._workers.admission_failures()
+        if failures:
+            raise AdmissionError(failures[0].message, [failure.slot for failure in failures])
 
     def collect(self, ticket: Ticket) -> StepResults:
         """See `Executor.collect`."""
@@ -227,6 +219,7 @@ class RankedExecutor:
         """See `Executor.recover`."""
         self._tried.clear()
         self.on_all(LocalExecutor.recover)
+        self._workers.admission_failures()  # which are those of requests that will be admitted anew
 
     # LoRA adapters
 
@@ -358,6 +351,8 @@ class RankedExecutor:
             self._store.before_capture = self._order_capture
         try:
             results += self._workers.replies()
+        except EngineDeadError as error:
+            raise self._fail(str(error)) from failure
         except StepgraphError:
             if failure is None:
                 raise
@@ -369,7 +364,10 @@ class RankedExecutor:
         return results
 
     def _order(self, kind: Kind, number: int = 0, shape: int = 0, words: Words = NOTHING) -> None:
-        self._workers.ring.write(kind, number, shape, words)
+        try:
+            self._workers.ring.write(kind, number, shape, words)
+        except EngineDeadError as error:
+            raise self._fail(str(error)) from None
 
     def _number_of(self, shape: StepShape) -> int:
         """Under which workers know a shape, which they are told at its first use."""
@@ -387,10 +385,11 @@ class RankedExecutor:
         """EngineDeadError if a rank has ended, or a collective was given up."""
         if self._failure is not None:
             raise self._failure
-        try:
-            self._workers.check()
-        except EngineDeadError as error:
-            raise self._fail(str(error)) from None
+        if self._workers.has_ended:
+            try:
+                self._workers.check()
+            except EngineDeadError as error:
+                raise self._fail(str(error)) from None
         fault = self._group.fault()
         if fault is not None:
             raise self._fail(
@@ -398,8 +397,10 @@ class RankedExecutor:
                 f"{self._time_limit_s:.0f} s"
             )
 
-    def _fail(self, what: str) -> EngineDeadError:
-        """Note what ended the engine, and end all other ranks."""
+    def _fail(self, what: str) -> StepgraphError:
+        """Note what ended the engine, and end all other ranks. Returns what was noted first."""
+        if self._failure is not None:
+            return self._failure
         self._group.abort()
         self._failure = EngineDeadError(what)
         self._workers.close(now=True)

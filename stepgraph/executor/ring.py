@@ -3,12 +3,14 @@
 An order is four int32 words (a kind, a number, a shape, how many words follow) and, rarely, more. So a step that differs from the
 one before it in nothing costs 16 bytes. Orders may be longer than the ring: they pass through it piece by piece.
 
-A reader spins for some microseconds and then sleeps until the writer wakes it; the writer pays a system call only for those that
-sleep.
+A reader spins for some microseconds, then looks again and again with short naps between, and some milliseconds after the last
+order it falls asleep until the writer wakes it. The writer pays a system call only for those that are asleep: none while steps
+follow each other.
 """
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 import os
 import select
@@ -31,10 +33,17 @@ _HEADER = struct.Struct("4i")
 _HEADER_WORDS = 4
 _LINE = 8
 """int64 words of a line of the table before the ring, so that no two processes write one line of a cache."""
-_READ, _DONE, _ASLEEP, _FAILED = range(4)
+_READ, _ASLEEP, _FAILED = range(3)
 """Columns of a reader's line. Line 0 is the writer's, where `_READ` says how many words it has written."""
 _SPIN_S = 20e-6
-_NAP_S = 0.1
+_SPIN_BEFORE_LAUNCH_S = 300e-6
+"""After orders that a launch follows as a rule."""
+_NAP_S = 50e-6
+_AWAKE_S = 20e-3
+"""So long after the last order a reader falls asleep."""
+_PATIENT_S = 200e-6
+"""After so long a wait for a reader, the writer looks what ails it."""
+_SLEEP_S = 0.1
 """How long a reader sleeps at most: stores of two processes may pass each other on some machines, and a wake-up be lost."""
 
 
@@ -110,23 +119,19 @@ class RingWriter:
     Args:
         descriptor: of `create_memory`.
         wakes: of each reader, the descriptor by which it is woken.
-        check: called while a reader is waited for; raises what ends the waiting.
+        check: called again and again while a reader is waited for, with its number and the seconds since it did anything;
+            raises what ends the waiting.
         capacity: words of the ring.
     """
 
     def __init__(
-        self, descriptor: int, wakes: Sequence[int], check: Callable[[], None], capacity: int = CAPACITY
+        self, descriptor: int, wakes: Sequence[int], check: Callable[[int, float], None], capacity: int = CAPACITY
     ) -> None:
         self._memory = _Memory(descriptor, len(wakes), capacity)
         self._wakes, self._check = wakes, check
         self._lines = range(_LINE, _LINE * (1 + len(wakes)), _LINE)
         self._written = 0
         self._limit = capacity  # words up to which there is room, as far as is known
-
-    @property
-    def position(self) -> int:
-        """Words written so far."""
-        return self._written
 
     def write(self, kind: Kind, number: int = 0, shape: int = 0, words: Words = NOTHING) -> None:
         """Give an order. Waits where readers leave no room.
@@ -153,25 +158,12 @@ class RingWriter:
         self._written += -length % _HEADER_WORDS  # where the next order begins: a header lies in one piece
         self._publish()
 
-    def is_done(self, reader: int, position: int) -> bool:
-        """Whether a reader has carried out all orders up to `position`."""
-        return self._memory.table[self._lines[reader] + _DONE] >= position
-
-    def take_failure(self, reader: int) -> bool:
-        """Whether a reader could not carry out an order, and has said so, since the last call."""
-        failed = self._memory.table[self._lines[reader] + _FAILED] != 0
+    def take_failure(self, reader: int) -> int:
+        """What a reader could not carry out, as it has reported since the last call; 0 if nothing."""
+        failed = self._memory.table[self._lines[reader] + _FAILED]
         if failed:
             self._memory.table[self._lines[reader] + _FAILED] = 0
         return failed
-
-    def wait_until_done(self, position: int) -> None:
-        """Wait until all readers have carried out the orders up to `position`."""
-        for reader in range(len(self._wakes)):
-            spun = time.perf_counter() + 1e-3
-            while not self.is_done(reader, position):
-                if time.perf_counter() > spun:
-                    self._check()
-                    time.sleep(20e-6)
 
     def _publish(self) -> None:
         memory = self._memory
@@ -181,25 +173,28 @@ class RingWriter:
         for line, wake in zip(self._lines, self._wakes, strict=True):
             if memory.table[line + _ASLEEP]:
                 memory.table[line + _ASLEEP] = 0
-                self._wake(wake)
-
-    def _wake(self, wake: int) -> None:
-        try:
-            os.write(wake, b"\0")
-        except BlockingIOError:  # it has been told often enough
-            return
-        except BrokenPipeError:
-            self._check()  # it is gone, and that says how
+                # It may have been told often enough, or be gone, as those find who wait for it.
+                with contextlib.suppress(BlockingIOError, BrokenPipeError):
+                    os.write(wake, b"\0")
 
     def _await_room(self, count: int) -> None:
         memory = self._memory
-        while True:
-            self._limit = min(memory.table[line + _READ] for line in self._lines) + memory.capacity
-            if self._limit - self._written >= count:
-                memory.fence()
-                return
-            self._check()
-            time.sleep(20e-6)
+        for reader in range(len(self._wakes)):
+            self._await(reader, self._written + count - memory.capacity)
+        self._limit = min(memory.table[line + _READ] for line in self._lines) + memory.capacity
+        memory.fence()
+
+    def _await(self, reader: int, position: int) -> None:
+        """Wait until a reader has read the words up to `position`."""
+        table, place = self._memory.table, self._lines[reader] + _READ
+        seen, since = table[place], time.perf_counter()
+        while (now := table[place]) < position:
+            waited = time.perf_counter() - since
+            if now != seen:
+                seen, since = now, time.perf_counter()
+            if waited > _PATIENT_S:
+                self._check(reader, waited)
+                time.sleep(_PATIENT_S / 10)
 
 
 class RingReader:
@@ -222,11 +217,11 @@ class RingReader:
         self._poll = select.poll()
         self._poll.register(wake, select.POLLIN)
         self._read = self._memory.table[self._line + _READ]
+        self._spin_s = _SPIN_S
 
     def next(self) -> Order:
-        """The next order; waits for it. Those before it are done."""
+        """The next order; waits for it."""
         memory = self._memory
-        memory.table[self._line + _DONE] = self._read
         self._await_words()
         offset = memory.start + 4 * (self._read % memory.capacity)
         kind, number, shape, length = _HEADER.unpack_from(memory.map, offset)
@@ -234,11 +229,16 @@ class RingReader:
         words = self._take(length) if length else NOTHING
         memory.fence()
         memory.table[self._line + _READ] = self._read
+        self._spin_s = _SPIN_BEFORE_LAUNCH_S if kind in (Kind.ADMIT, Kind.MASKS) else _SPIN_S
         return Order(kind, number, shape, words)
 
-    def report_failure(self) -> None:
-        """Have the leader see that an order could not be carried out."""
-        self._memory.table[self._line + _FAILED] = 1
+    def report_failure(self, what: int) -> None:
+        """Have the leader see that an order could not be carried out.
+
+        Args:
+            what: not 0; kept until the leader takes it.
+        """
+        self._memory.table[self._line + _FAILED] = self._memory.table[self._line + _FAILED] or what
 
     def _take(self, length: int) -> Words:
         memory, words, done = self._memory, np.empty(length, dtype=np.int32), 0
@@ -260,12 +260,15 @@ class RingReader:
         memory, table = self._memory, self._memory.table
         if table[_READ] <= self._read:
             started = time.perf_counter()
-            while table[_READ] <= self._read and time.perf_counter() - started < _SPIN_S:
-                pass
+            waited = 0.0
+            while table[_READ] <= self._read and waited < _AWAKE_S:
+                if waited > self._spin_s:
+                    time.sleep(_NAP_S)
+                waited = time.perf_counter() - started
             while table[_READ] <= self._read:
                 table[self._line + _ASLEEP] = 1
                 memory.fence()
-                if table[_READ] <= self._read and self._poll.poll(_NAP_S * 1e3):
+                if table[_READ] <= self._read and self._poll.poll(_SLEEP_S * 1e3):
                     os.read(self._wake, 4096)
                 table[self._line + _ASLEEP] = 0
             self.waited_s += time.perf_counter() - started

@@ -15,7 +15,8 @@ import signal
 import sys
 import threading
 
-_PR_SET_PDEATHSIG = 1  # of Linux's prctl: the signal that a process gets when its parent ends
+# Of Linux's prctl: the signal that a process gets when its parent ends, and how late a sleeping thread may wake up, in ns.
+_PR_SET_PDEATHSIG, _PR_SET_TIMERSLACK = 1, 29
 
 
 def main() -> None:
@@ -32,7 +33,9 @@ def _end_with(leader: int) -> None:
     if (
         sys.platform == "linux"
     ):  # the thread below is of no use to a process that is stopped, or hangs with Python's lock
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        prctl = ctypes.CDLL(None).prctl
+        prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        prctl(_PR_SET_TIMERSLACK, 1000)  # its naps between orders are short
     if os.getppid() != leader:  # it has ended already
         os._exit(0)
     threading.Thread(target=_read_to_the_end, name="stepgraph-lifeline", daemon=True).start()

@@ -30,6 +30,8 @@ from stepgraph.executor.ring import RingWriter, create_memory
 
 _ANSWER_S = 600.0
 """A worker that serves answers within this, whatever it is asked."""
+_ORDER_S = 60.0
+"""A worker that serves goes on to the next order within this: what takes longer is asked for, and answered."""
 _END_S = 5.0
 """How long a worker may take to end by itself."""
 
@@ -57,6 +59,13 @@ class Message(NamedTuple):
         """What went wrong."""
         kind = DeviceMemoryError if isinstance(error, torch.OutOfMemoryError) else type(error)
         return cls(ERROR, (kind.__name__, str(error) or repr(error)))
+
+
+class NotAdmitted(NamedTuple):
+    """A request that a worker could not admit."""
+
+    slot: int
+    message: str
 
 
 VALUE, REPLY, ERROR = "value", "reply", "error"
@@ -137,17 +146,21 @@ class Workers:
         self.size = size
         self.on_end: Callable[[], None] = lambda: None
         """Called by another thread when a worker has ended though nobody asked it to."""
+        self.has_ended = False
+        """Whether one has: `check` says which."""
         self._failure: StepgraphError | None = None
+        self._limit_s: float | None = None  # of an answer
         self._is_closed = False
         ring = create_memory(size - 1)
         told = _weakly(self)
         self._workers = [_Worker(rank, size, ring, told) for rank in range(1, size)]
-        self.ring = RingWriter(ring, [worker.wake for worker in self._workers], self.check)
+        self.ring = RingWriter(ring, [worker.wake for worker in self._workers], self._check_orders)
         os.close(ring)
         self._finalizer = weakref.finalize(self, _end, self._workers)
 
     def build(self, build: Build) -> None:
-        """Have all build their part of an engine; `ready` waits for it."""
+        """Have all build their part of an engine; `built` waits for it."""
+        self._limit_s = None
         for worker in self._workers:
             self._send(worker, build)
 
@@ -158,13 +171,21 @@ class Workers:
             self._send(worker, values)
         return values
 
-    def replies(self, *, in_time: bool = True) -> list[Any]:
-        """What the workers reply, in the order of their ranks.
+    def built(self) -> list[Any]:
+        """What workers say of what they have built, however long it took."""
+        specs = self.replies()
+        self._limit_s = _ANSWER_S
+        return specs
 
-        Args:
-            in_time: raise EngineDeadError if it takes too long.
-        """
-        return list(self._messages(REPLY, _ANSWER_S if in_time else None))
+    def replies(self) -> list[Any]:
+        """What the workers reply, in the order of their ranks. A StepgraphError if one failed, once all have replied."""
+        return list(self._messages(REPLY))
+
+    def _check_orders(self, reader: int, waited_s: float) -> None:
+        """EngineDeadError if a worker has ended, or does not carry out orders."""
+        self.check()
+        if waited_s > _ORDER_S:
+            raise EngineDeadError(f"rank {1 + reader} has carried out no order for {waited_s:.0f} s")
 
     def check(self) -> None:
         """EngineDeadError if a worker has ended."""
@@ -176,13 +197,13 @@ class Workers:
         if self._failure is not None:
             raise self._failure
 
-    def failures(self) -> list[StepgraphError]:
-        """What workers could not do since the last call; they go on."""
-        found = []
-        for index, worker in enumerate(self._workers):
-            if self.ring.take_failure(index):
-                found.append(self._error(worker, self._receive(worker, _ANSWER_S).content))
-        return found
+    def admission_failures(self) -> list[NotAdmitted]:
+        """The requests that a worker could not admit since the last call."""
+        return [
+            NotAdmitted(slot, f"rank {worker.rank} could not take the request in; its log says why")
+            for index, worker in enumerate(self._workers)
+            if (slot := self.ring.take_failure(index))
+        ]
 
     @property
     def pids(self) -> list[int]:
@@ -203,11 +224,11 @@ class Workers:
                     worker.process.kill()
             self._finalizer()
 
-    def _messages(self, kind: str, seconds: float | None = None) -> Iterator[Any]:
+    def _messages(self, kind: str) -> Iterator[Any]:
         """A message of each; a StepgraphError if one failed, once all have said what they have to say."""
         contents, failed = [], None
         for worker in self._workers:
-            message = self._receive(worker, seconds)
+            message = self._receive(worker)
             if message.kind == ERROR:
                 failed = failed or self._error(worker, message.content)
                 if kind == VALUE:  # those who wait for an exchange are not told of a failure
@@ -219,13 +240,13 @@ class Workers:
             raise failed
         yield from contents
 
-    def _receive(self, worker: _Worker, seconds: float | None) -> Message:
-        deadline = None if seconds is None else time.monotonic() + seconds
+    def _receive(self, worker: _Worker) -> Message:
+        started = time.monotonic()
         try:
             while not worker.pipe.poll(0.1):
                 self.check()
-                if deadline is not None and time.monotonic() > deadline:
-                    raise EngineDeadError(f"rank {worker.rank} gave no answer within {seconds:.0f} s")
+                if self._limit_s is not None and time.monotonic() - started > self._limit_s:
+                    raise EngineDeadError(f"rank {worker.rank} gave no answer within {self._limit_s:.0f} s")
             return Message(*worker.pipe.recv())
         except (EOFError, OSError):
             raise self._gone(worker) from None
@@ -270,6 +291,7 @@ def _weakly(workers: Workers) -> Callable[[], None]:
     def told() -> None:
         there = reference()
         if there is not None:
+            there.has_ended = True
             there.on_end()
 
     return told

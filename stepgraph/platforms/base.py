@@ -32,9 +32,6 @@ class Completion(Protocol):
     def wait(self) -> None:
         """Block until the marked work is done."""
 
-    def is_done(self) -> bool:
-        """Whether the marked work is done. Asked only of platforms whose devices share models."""
-
 
 class DeviceMemory(Protocol):
     """Memory of some tensors that can be given up as a whole. Tensors in it stay, unusable until it is taken back."""

@@ -27,9 +27,6 @@ class _Done:
     def wait(self) -> None:
         pass
 
-    def is_done(self) -> bool:
-        return True
-
 
 class CpuPlatform:
     """See `stepgraph.platforms.base.Platform`."""

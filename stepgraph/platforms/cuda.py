@@ -32,9 +32,6 @@ class _Event:
     def wait(self) -> None:
         self._event.synchronize()
 
-    def is_done(self) -> bool:
-        return self._event.query()
-
 
 class CudaPlatform:
     """See `stepgraph.platforms.base.Platform`.

@@ -139,6 +139,7 @@ def choose_num_blocks(
     max_model_len: int,
     activation_bytes: int,
     later_bytes: int,
+    num_ranks: int = 1,
 ) -> int:
     """KV blocks of the engine, the null block included: as configured, or as many as memory and use allow.
 
@@ -153,6 +154,7 @@ def choose_num_blocks(
         activation_bytes: measured peak of the largest step.
         later_bytes: what captured graphs, of variants and numbers of proposals that are not yet in use too, and their buffers
             take beside activations.
+        num_ranks: that share the model, and the host's memory where that is the platform's.
 
     Raises:
         ConfigError: the blocks do not fit into free memory, or there is room for none.
@@ -163,9 +165,9 @@ def choose_num_blocks(
     free = platform.free_memory_bytes()
     if num_blocks is None:
         if platform.shares_host_memory:
-            wanted = max(_CPU_CACHE_BYTES, (blocks_per_request + 1) * block_bytes + line_bytes)
-            budget = min(wanted, int(free * _CPU_SHARE))
-            sum_of_parts = f"{_gib(free)} are free, of which the cache may take {_CPU_SHARE:.0%}"
+            wanted = max(_CPU_CACHE_BYTES // num_ranks, (blocks_per_request + 1) * block_bytes + line_bytes)
+            budget = min(wanted, int(free * _CPU_SHARE / num_ranks))
+            sum_of_parts = f"{_gib(free)} are free, of which the cache may take {_CPU_SHARE / num_ranks:.0%}"
         else:
             total = platform.total_memory_bytes()
             usable = int(total * config.cache.gpu_memory_utilization)

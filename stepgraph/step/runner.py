@@ -134,6 +134,7 @@ class StepRunner:
             max_model_len=max_model_len,
             activation_bytes=activation_bytes,
             later_bytes=(budget_bytes or num_graphs * graph_bytes) + self.logits.later_bytes,
+            num_ranks=1 if group is None else group.shard.size,
         )
         self.num_kv_blocks = least(exchange, num_kv_blocks)
         self.kv_memory = platform.memory(layout.sizes(self.num_kv_blocks), sleepable=config.cache.enable_sleep_mode)

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import rank_faults
 from tiny import TINY_SETTINGS, drain
@@ -84,6 +85,15 @@ def test_a_worker_that_goes_while_it_serves_is_named(tiny_model, fault, said) ->
         assert time.monotonic() - started < 20  # not the time limit
         with pytest.raises(EngineDeadError, match=said):
             two.step()
+
+
+def test_a_worker_that_takes_no_orders_is_named(tiny_model, monkeypatch) -> None:
+    monkeypatch.setattr("stepgraph.executor.workers._ORDER_S", 1.0)
+    with own_engine(tiny_model) as two:
+        _, worker = two.executor.on_all(rank_faults.pid)
+        os.kill(worker, signal.SIGSTOP)
+        with pytest.raises(EngineDeadError, match="rank 1 has carried out no order for 1 s"):
+            two.executor.set_masks(1, np.zeros((1, 1 << 20), dtype=np.int32))  # more than the ring holds
 
 
 def test_workers_end_with_a_leader_that_is_killed(tiny_model) -> None:

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 import rank_faults
 import torch
+from lora_folders import matrices, save_adapter
 from safetensors.torch import load_file, save_file
 from tiny import TINY_SETTINGS, drain
 
@@ -150,6 +151,20 @@ def test_new_weights_reach_all_ranks_or_none(engine, tiny_model, tmp_path, given
     assert answers(two) == answers(one)
 
 
+def test_each_rank_reads_its_part_of_an_adapter(engine, tmp_path) -> None:
+    folder = save_adapter(tmp_path, matrices(0))
+    two, one = engine(2, enable_lora=True, max_loras=1), engine(1, enable_lora=True, max_loras=1)
+    found = []
+    for created in (two, one):
+        params = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
+        adapted = created.add_request("adapted", PROMPTS[0], params, adapter=folder)
+        plain = created.add_request("plain", PROMPTS[0], params)
+        drain(created)
+        found.append([list(adapted.output_token_ids), list(plain.output_token_ids)])
+    assert found[0] == found[1]
+    assert found[0][0] != found[0][1]
+
+
 def test_a_graph_that_one_rank_cannot_capture_is_none_of_any(engine, caplog) -> None:
     two, one = engine(2), engine(1)
     two.executor.on_all(rank_faults.fail_captures, 1, "no room for a graph")
@@ -177,7 +192,7 @@ def test_a_request_that_one_rank_cannot_admit_ends_alone(engine) -> None:
     two.executor.on_all(rank_faults.fail_admissions, 1, "no room for a prompt")
     bad = two.add_request("bad", PROMPTS[0], SamplingParams(temperature=0, max_tokens=4))
     drain(two)
-    assert bad.error.message == "rank 1: no room for a prompt"
+    assert bad.error.message == "rank 1 could not take the request in; its log says why"
     two.executor.on_all(rank_faults.fail_admissions, 1, "")
     assert answers(two) == answers(one)
 
