@@ -18,7 +18,9 @@ WIDTH = 24
 PANEL_HEIGHT = 8
 ROW_HEIGHT = 1
 DATASOURCE = {"type": "prometheus", "uid": "${datasource}"}
-MODEL = 'model_name=~"$model_name"'
+MODEL, ENGINE = 'model_name=~"$model_name"', 'engine=~"$engine"'
+OF_FRONTS = ("http_requests_total", "requests_refused_total")
+"""Metrics that no engine has to do with."""
 
 
 class Panel(NamedTuple):
@@ -33,15 +35,20 @@ class Panel(NamedTuple):
     stacked: bool = False
 
 
+def chosen(metric: str, *labels: str) -> str:
+    """Series of the chosen models and engines."""
+    return f"stepgraph:{metric}{{{','.join((MODEL, *(() if metric in OF_FRONTS else (ENGINE,)), *labels))}}}"
+
+
 def rate(metric: str, by: str = "", **labels: str) -> str:
     """A counter's growth per second, summed over servers and over all labels but `by`."""
-    selected = ",".join((MODEL, *(f'{name}="{value}"' for name, value in labels.items())))
-    return f"sum{f' by ({by}) ' if by else ''}(rate(stepgraph:{metric}{{{selected}}}[$__rate_interval]))"
+    series = chosen(metric, *(f'{name}="{value}"' for name, value in labels.items()))
+    return f"sum{f' by ({by}) ' if by else ''}(rate({series}[$__rate_interval]))"
 
 
-def total(metric: str) -> str:
-    """A gauge, summed over servers."""
-    return f"sum(stepgraph:{metric}{{{MODEL}}})"
+def total(metric: str, by: str = "") -> str:
+    """A gauge, summed over servers and over all labels but `by`."""
+    return f"sum{f' by ({by}) ' if by else ''}({chosen(metric)})"
 
 
 def mean(metric: str) -> str:
@@ -120,16 +127,45 @@ ROWS: tuple[tuple[str, tuple[Panel, ...]], ...] = (
                 "KV cache",
                 "percentunit",
                 (
-                    (f"max(stepgraph:kv_cache_usage_perc{{{MODEL}}})", "in use"),
+                    (f"max({chosen('kv_cache_usage_perc')})", "in use"),
                     (
                         f"{rate('prefix_cache_hits_total')} / {rate('prefix_cache_queries_total')}",
                         "prompt tokens from the prefix cache",
                     ),
                 ),
-                "Usage is that of the fullest server.",
+                "Usage is that of the fullest engine.",
             ),
             Panel(
                 "Preemptions", "cps", ((rate("num_preemptions_total"), "preemptions"),), "A full KV cache causes them."
+            ),
+        ),
+    ),
+    (
+        "Engines",
+        (
+            Panel(
+                "Requests by engine",
+                "short",
+                ((total("num_requests_running", by="engine"), "{{engine}}"),),
+                "Running ones. A server sends each request to the engine that has its prefix, or less to do.",
+            ),
+            Panel("Waiting requests by engine", "short", ((total("num_requests_waiting", by="engine"), "{{engine}}"),)),
+            Panel(
+                "Generated tokens by engine",
+                "short",
+                ((rate("generation_tokens_total", by="engine"), "{{engine}}"),),
+                stacked=True,
+            ),
+            Panel(
+                "Prefix cache by engine",
+                "percentunit",
+                (
+                    (
+                        f"{rate('prefix_cache_hits_total', by='engine')} / {rate('prefix_cache_queries_total', by='engine')}",
+                        "{{engine}}",
+                    ),
+                ),
+                "Share of prompt tokens found there.",
             ),
         ),
     ),
@@ -229,13 +265,13 @@ ROWS: tuple[tuple[str, tuple[Panel, ...]], ...] = (
                 "Engine",
                 "short",
                 (
-                    (f"min(stepgraph:engine_up{{{MODEL}}})", "up"),
+                    (f"min({chosen('engine_up')})", "up"),
                     (
-                        f"sum(increase(stepgraph:engine_restarts_total{{{MODEL}}}[$__rate_interval]))",
+                        f"sum(increase({chosen('engine_restarts_total')}[$__rate_interval]))",
                         "restarts",
                     ),
                 ),
-                "Up is 0 while any server's engine takes no requests.",
+                "Up is 0 while any engine takes no requests.",
             ),
             Panel(
                 "Errors",
@@ -243,7 +279,7 @@ ROWS: tuple[tuple[str, tuple[Panel, ...]], ...] = (
                 (
                     (rate("request_success_total", finished_reason="error"), "answers ended by an error"),
                     (
-                        f'sum(rate(stepgraph:http_requests_total{{{MODEL},status=~"5.."}}[$__rate_interval]))',
+                        "sum(rate(" + chosen("http_requests_total", 'status=~"5.."') + "[$__rate_interval]))",
                         "HTTP 5xx",
                     ),
                 ),
@@ -255,7 +291,7 @@ ROWS: tuple[tuple[str, tuple[Panel, ...]], ...] = (
                 (
                     (
                         "rate(process_cpu_seconds_total[$__rate_interval]) "
-                        f"and on (job, instance) stepgraph:engine_up{{{MODEL}}}",
+                        f"and on (job, instance) {chosen('engine_up')}",
                         "CPU of {{instance}}",
                     ),
                 ),
@@ -326,18 +362,24 @@ def _panel(panel: Panel, id: int, position: dict[str, int]) -> dict[str, Any]:
 def _variables() -> list[dict[str, Any]]:
     return [
         {"name": "datasource", "label": "Data source", "type": "datasource", "query": "prometheus"},
-        {
-            "name": "model_name",
-            "label": "Model",
-            "type": "query",
-            "datasource": DATASOURCE,
-            "query": {"query": "label_values(stepgraph:engine_up, model_name)", "refId": "model_name"},
-            "refresh": 2,  # whenever the range of time changes
-            "multi": True,
-            "includeAll": True,
-            "current": {"text": ["All"], "value": ["$__all"]},
-        },
+        _label("model_name", "Model", "stepgraph:engine_up"),
+        _label("engine", "Engine", f"stepgraph:engine_up{{{MODEL}}}"),
     ]
+
+
+def _label(name: str, title: str, series: str) -> dict[str, Any]:
+    """A choice among the values of a label; all at first."""
+    return {
+        "name": name,
+        "label": title,
+        "type": "query",
+        "datasource": DATASOURCE,
+        "query": {"query": f"label_values({series}, {name})", "refId": name},
+        "refresh": 2,  # whenever the range of time changes
+        "multi": True,
+        "includeAll": True,
+        "current": {"text": ["All"], "value": ["$__all"]},
+    }
 
 
 def text() -> str:

@@ -99,7 +99,12 @@ class HttpFront:
             counts if self._tracer is None else _Traced(counts, self._tracer) for counts in self._counts.engines
         ]
         clients = [EngineClient(send, each, shared=shared) for send, each in zip(sends, observers, strict=True)]
-        self.replicas = Replicas(clients, rest, max_adapters=front.engine_config.lora.max_loras)
+        self.replicas = Replicas(
+            clients,
+            rest,
+            max_adapters=front.engine_config.lora.max_loras,
+            keeps_prefixes=front.engine_config.cache.enable_prefix_caching,
+        )
         self.service = Service(config, self.replicas, lambda: _served_model(front), control, adapters, self._counts)
         self._connections = Connections(Limits.of(config), front.max_connections)
         app = create_app(self.service, api_keys=front.api_keys)

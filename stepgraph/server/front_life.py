@@ -163,7 +163,7 @@ class FrontLife:
             self._owner.on_front_gone(name, counts)
             if self._draining or not self._loaded.is_set():
                 return
-            lives, failures = lives + 1, 0 if time.monotonic() - started > _STEADY_S else failures + 1
+            lives, failures = lives + 1, 1 if time.monotonic() - started > _STEADY_S else failures + 1
             wait_s = _BACK_OFF_S[min(failures, len(_BACK_OFF_S)) - 1]
             how = f"was killed by signal {-code}" if code < 0 else f"ended with code {code}"
             logger.error("front %d %s; starting it again in %g s", self._number, how, wait_s)

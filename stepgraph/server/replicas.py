@@ -26,14 +26,18 @@ class Replicas:
         clients: one for each engine.
         rest: how the engines were brought to rest.
         max_adapters: LoRA adapters that an engine keeps.
+        keeps_prefixes: they cache prefixes.
     """
 
-    def __init__(self, clients: Sequence[EngineClient], rest: Rest, *, max_adapters: int = 1):
+    def __init__(
+        self, clients: Sequence[EngineClient], rest: Rest, *, max_adapters: int = 1, keeps_prefixes: bool = True
+    ):
         self.clients = tuple(clients)
         self.rest = rest
         self.ready: Ready | None = None
         """What the engines said of themselves; it is the same of all."""
         self._max_adapters = max_adapters
+        self._keeps_prefixes = keeps_prefixes
         self._router: Router | None = None
 
     @property
@@ -125,7 +129,7 @@ class Replicas:
                 self._router = Router(
                     len(self.clients),
                     block_size=self.ready.block_size,
-                    num_kv_blocks=self.ready.num_kv_blocks,
+                    num_kv_blocks=self.ready.num_kv_blocks if self._keeps_prefixes else 0,
                     max_adapters=self._max_adapters,
                 )
 

@@ -81,6 +81,12 @@ def test_every_query_of_the_server_is_for_the_chosen_models(queries):
             assert 'model_name=~"$model_name"' in selector or name.startswith("process_"), query
 
 
+def test_every_query_of_engines_is_for_the_chosen_ones(queries, labels_of):
+    for query in queries:
+        for name, selector in METRIC.findall(query):
+            assert ('engine=~"$engine"' in selector) == ("engine" in labels_of[name]), query
+
+
 def test_brackets_of_queries_match(queries):
     for query in queries:
         rest = re.sub(r"[^()\[\]{}]", "", re.sub(r'"[^"]*"', "", query))
@@ -99,6 +105,6 @@ def test_panels_have_ids_of_their_own_and_do_not_overlap(dashboard):
     assert all(0 <= panel["gridPos"]["x"] <= 24 - panel["gridPos"]["w"] for panel in panels)
 
 
-def test_data_source_and_model_can_be_chosen(dashboard):
-    assert [variable["name"] for variable in dashboard["templating"]["list"]] == ["datasource", "model_name"]
+def test_data_source_model_and_engines_can_be_chosen(dashboard):
+    assert [variable["name"] for variable in dashboard["templating"]["list"]] == ["datasource", "model_name", "engine"]
     assert {panel["datasource"]["uid"] for panel in dashboard["panels"] if "targets" in panel} == {"${datasource}"}
