@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import zip_longest
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +15,7 @@ import msgspec
 
 from stepgraph.engine.request import FinishReason
 from stepgraph.server.engine_observer import EngineState, EngineStatus, RestartCause
-from stepgraph.server.messages import Load
+from stepgraph.server.messages import Load, RankInfo
 from stepgraph.server.middleware import OPEN_PATHS
 from stepgraph.step.eager_reason import EagerReason
 from stepgraph.step.plan import StepKind
@@ -235,6 +235,8 @@ class EngineCounts:
         self.replays: Counter[tuple[str, ...]] = Counter()
         self.real_tokens = self.padding_tokens = 0
         self.histograms = _empty(STEP_HISTOGRAMS)
+        self.ranks: Sequence[RankInfo] = ()
+        """Of the processes that share the model, as they were when somebody asked last."""
         self._ended_loads: Counter[str] = Counter()  # of processes that are gone, by `_COUNTS`
         self._ended_accepted: list[int] = []  # likewise, of `Load.accepted_per_position`
 
@@ -258,7 +260,7 @@ class EngineCounts:
         for name in _COUNTS:
             self._ended_loads[name] += getattr(self.load, name)
         self._ended_accepted = self.accepted_per_position
-        self.load = _IDLE
+        self.load, self.ranks = _IDLE, ()
         self.state = status.state
 
     def on_restart(self, cause: RestartCause) -> None:

@@ -30,7 +30,7 @@ from stepgraph.engine.sampling_params import SamplingParams
 from stepgraph.errors import ConfigError, EngineDeadError, Fault, ModelError, RequestError, StepgraphError
 from stepgraph.models.adapters import AdapterFile
 from stepgraph.server.engine_control import EngineControl
-from stepgraph.server.engine_report import first_token, graphs_of, load_of, ready_of, step_info
+from stepgraph.server.engine_report import first_token, graphs_of, load_of, ranks_of, ready_of, step_info
 from stepgraph.server.lifeline import end_with_parent
 from stepgraph.server.messages import (
     Abort,
@@ -39,6 +39,7 @@ from stepgraph.server.messages import (
     Add,
     Answer,
     AskGraphs,
+    AskRanks,
     Beat,
     Declined,
     Failed,
@@ -162,6 +163,8 @@ class EngineProcess:
                 content: Any = None
             elif isinstance(question, AskGraphs):
                 content = graphs_of(self._engine)
+            elif isinstance(question, AskRanks):
+                content = ranks_of(self._engine)
             else:
                 content = self._control.obey(question)
                 if isinstance(question, Pause | Sleep):

@@ -7,7 +7,7 @@ from typing import Any
 from stepgraph.engine.engine import Engine
 from stepgraph.engine.reports import StepReport
 from stepgraph.engine.request import Request
-from stepgraph.server.messages import FirstToken, Load, Ready, StepInfo
+from stepgraph.server.messages import FirstToken, Load, RankInfo, Ready, StepInfo
 
 
 def load_of(engine: Engine) -> Load:
@@ -33,6 +33,22 @@ def load_of(engine: Engine) -> Load:
         saved_steps=speculation.num_saved_steps,
         accepted_per_position=tuple(speculation.num_accepted_per_position[: engine.config.speculative.max_drafts]),
     )
+
+
+def ranks_of(engine: Engine) -> list[RankInfo]:
+    """The processes that share the model."""
+    return [
+        RankInfo(
+            report.rank,
+            report.device,
+            report.graph_bytes,
+            report.free_memory_bytes,
+            report.total_memory_bytes,
+            report.cpu_share,
+            report.waiting_share,
+        )
+        for report in engine.executor.rank_reports()
+    ]
 
 
 def graphs_of(engine: Engine) -> dict[str, Any]:

@@ -74,6 +74,12 @@ class AskGraphs(msgspec.Struct, tag=True):
     number: int
 
 
+class AskRanks(msgspec.Struct, tag=True):
+    """For a `RankInfo` of each process that shares the model."""
+
+    number: int
+
+
 class Pause(msgspec.Struct, tag=True):
     """See `Engine.pause`; answered when the steps under way are done and delivered."""
 
@@ -136,7 +142,7 @@ class Stop(msgspec.Struct, tag=True):
     """End the process; what runs gets no answer."""
 
 
-Question = AskGraphs | Pause | Resume | Sleep | WakeUp | UpdateWeights | ResetPrefixCache | LoadAdapter
+Question = AskGraphs | AskRanks | Pause | Resume | Sleep | WakeUp | UpdateWeights | ResetPrefixCache | LoadAdapter
 ToEngine = Add | Abort | Hello | FrontGone | Question | ForgetAdapter | AbortAll | Stop
 
 
@@ -258,6 +264,18 @@ class Load(NamedTuple):
     saved_steps: int = 0
     accepted_per_position: tuple[int, ...] = ()
     """One for each proposal that a row may have. These four: see `stepgraph.engine.speculation`."""
+
+
+class RankInfo(NamedTuple):
+    """One of the processes that share the model; see `RankReport`."""
+
+    rank: int
+    device: str
+    graph_bytes: int
+    free_memory_bytes: int
+    total_memory_bytes: int
+    cpu_share: float
+    waiting_share: float
 
 
 class Progress(msgspec.Struct, tag=True):

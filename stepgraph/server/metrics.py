@@ -175,6 +175,14 @@ class Metrics(Collector):
             "grammar_bytes", "Memory that these take, compiled.", lambda engine: engine.load.grammar_bytes
         )
         yield self._gauges("graph_bytes", "Memory that captured graphs take.", lambda engine: engine.load.graph_bytes)
+        for name, field, documentation in (
+            ("rank_graph_bytes", "graph_bytes", "Memory that a rank's captured graphs take."),
+            ("rank_free_memory_bytes", "free_memory_bytes", "Memory of a rank's device that nobody has taken."),
+            ("rank_total_memory_bytes", "total_memory_bytes", "Memory of a rank's device."),
+            ("rank_cpu_share", "cpu_share", "Of a core that a rank's process uses, since the engine was built."),
+            ("rank_waiting_share", "waiting_share", "Of the time since then, what a rank waited for orders."),
+        ):
+            yield self._of_ranks(name, documentation, field)
         yield self._counts("graph_capture_seconds", "Time spent capturing graphs.", "capture_seconds")
         yield self._counts(
             "graph_capture_failures",
@@ -227,6 +235,14 @@ class Metrics(Collector):
         family = GaugeMetricFamily(_PREFIX + name, documentation, labels=("model_name", "engine"))
         for number, engine in enumerate(self._engines):
             family.add_metric((self._model_name, str(number)), value(engine))
+        return family
+
+    def _of_ranks(self, name: str, documentation: str, field: str) -> Metric:
+        family = GaugeMetricFamily(_PREFIX + name, documentation, labels=("model_name", "engine", "rank", "device"))
+        for number, engine in enumerate(self._engines):
+            for rank in engine.ranks:
+                labels = (self._model_name, str(number), str(rank.rank), rank.device)
+                family.add_metric(labels, getattr(rank, field))
         return family
 
     def _counts(self, name: str, documentation: str, field: str) -> Metric:

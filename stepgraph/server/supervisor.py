@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
-from stepgraph.errors import EngineDeadError
+from stepgraph.errors import EngineDeadError, StepgraphError
 from stepgraph.server.administrator import ACTIONS, Administrator, Fronts
 from stepgraph.server.counts import EngineCounts, FrontCounts
 from stepgraph.server.engine_life import EngineLife, Launch
 from stepgraph.server.engine_observer import EngineStatus, RestartCause
-from stepgraph.server.messages import AskGraphs, FromEngine, Progress
+from stepgraph.server.messages import AskGraphs, AskRanks, FromEngine, Progress, RankInfo
 from stepgraph.server.metrics import Metrics
 from stepgraph.server.replicas import Replicas
 from stepgraph.server.rest import Rest
 from stepgraph.server.socket_folder import remove_abandoned
 
+_LOOK_S = 0.5
+"""What it may take where a scraper waits."""
 _ANSWER_S = 30.0
 """How long an engine may take to answer a question: longer than most steps."""
 
@@ -94,7 +97,10 @@ class Supervisor:
     async def metrics(self, accept: str | None) -> tuple[bytes, str]:
         """See `Control`."""
         assert self._fronts is not None
-        return self._metrics.render(accept, await self._fronts.counts())
+        looks = asyncio.gather(*map(self._look_at_ranks, self.engines))
+        fronts = await self._fronts.counts()
+        await looks
+        return self._metrics.render(accept, fronts)
 
     async def load(self) -> list[int]:
         """See `Control`."""
@@ -107,6 +113,12 @@ class Supervisor:
         if all(isinstance(each, EngineDeadError) for each in found):
             raise found[0]
         return [{"error": str(each)} if isinstance(each, EngineDeadError) else each for each in found]
+
+    async def _look_at_ranks(self, engine: EngineLife) -> None:
+        """Ask for its ranks' reports. An engine that does something else, or is not there, leaves those from before."""
+        with contextlib.suppress(StepgraphError):
+            reports = await engine.ask(AskRanks, _LOOK_S)
+            self._counts[engine.replica].ranks = [RankInfo(*report) for report in reports]
 
     # See `EngineListener`
 

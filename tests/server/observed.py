@@ -14,7 +14,7 @@ from stepgraph.server.engine_client import EngineClient
 from stepgraph.server.engine_life import Launch
 from stepgraph.server.engine_observer import EngineState, EngineStatus
 from stepgraph.server.generation import EndedRequest
-from stepgraph.server.messages import Load, Progress, Ready, StepInfo, TokenUpdate
+from stepgraph.server.messages import Load, Progress, RankInfo, Ready, StepInfo, TokenUpdate
 from stepgraph.server.metrics import Metrics
 from stepgraph.server.replicas import Replicas
 from stepgraph.server.rest import Rest
@@ -124,4 +124,8 @@ def busy_metrics() -> OneServer:
         metrics.on_end(replace(ENDED, finish_reason=reason))
     metrics.on_response("/v1/chat/completions", 200)
     metrics.front.connections_ended = {"idle": 1}
+    metrics.engine.ranks = [
+        RankInfo(0, "cuda:0", 1000, 20, 80, 0.5, 0.0),
+        RankInfo(1, "cuda:1", 900, 30, 80, 0.25, 0.75),
+    ]
     return metrics

@@ -4,6 +4,7 @@ from dataclasses import replace
 from math import inf
 from pathlib import Path
 
+import msgspec
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -13,10 +14,12 @@ from prometheus_client.openmetrics import parser as openmetrics_parser
 from prometheus_client.samples import Sample
 
 from stepgraph import __version__
+from stepgraph.server.counts import FrontCounts
 from stepgraph.server.engine_observer import EngineState, RestartCause
 from stepgraph.server.messages import Load, Progress, TokenUpdate
 from stepgraph.step.eager_reason import EagerReason
 
+encode, decode = msgspec.msgpack.Encoder().encode, msgspec.msgpack.Decoder(FrontCounts).decode
 DOCS = Path(__file__).parents[2] / "docs" / "metrics.md"
 OPEN_METRICS = "application/openmetrics-text; version=1.0.0; charset=utf-8"
 IDLE = Load(0, 0, 0.0, 0, 0, 0, 0, 0, 0.0)
@@ -313,6 +316,41 @@ def test_a_dead_engine_is_down_and_runs_nothing():
         assert value(metrics, name) == 0, name
     metrics.on_state(EngineState.READY)
     assert value(metrics, "engine_up") == 1
+
+
+def test_each_rank_of_an_engine_is_measured_until_its_process_ends():
+    metrics = busy_metrics()
+    waiting = {rank: value(metrics, "rank_waiting_share", rank=rank, device=f"cuda:{rank}") for rank in ("0", "1")}
+    assert waiting == {"0": 0.0, "1": 0.75}
+    assert value(metrics, "rank_free_memory_bytes", rank="1", device="cuda:1") == 30
+    metrics.on_state(EngineState.RESTARTING)
+    assert not [name for name, _ in samples(metrics) if name.startswith("rank_")]
+
+
+def test_engines_are_told_apart_by_number_and_fronts_are_summed_also_those_that_are_gone():
+    metrics = OneServer("tiny", num_engines=2)
+    metrics.on_progress(Progress([], [IN_GRAPH], LOAD))
+    gone, other = FrontCounts.of(2), FrontCounts.of(2)
+    for front, engine, seconds in ((gone, 0, 0.3), (gone, 1, 0.2), (other, 1, 0.1)):
+        front.engines[engine].on_first_token(seconds)
+        front.engines[engine].on_end(ENDED)
+        front.on_response("/v1/completions", 429)
+        front.num_connections, front.num_unfinished = 3, [0, 2]
+    metrics.front.add(decode(encode(gone)), is_gone=True)
+    metrics.front.add(decode(encode(other)))
+    found = {
+        (sample.name.removeprefix("stepgraph:"), sample.labels.get("engine"), sample.labels.get("le")): sample.value
+        for family in metrics.collect()
+        for sample in family.samples
+    }
+    assert [found["num_requests_running", engine, None] for engine in "01"] == [LOAD.num_running, 0]
+    assert [found["time_to_first_token_seconds_count", engine, None] for engine in "01"] == [1, 2]
+    assert found["time_to_first_token_seconds_sum", "1", None] == pytest.approx(0.3)
+    assert [found["time_to_first_token_seconds_bucket", "1", bound] for bound in ("0.1", "0.25")] == [1, 2]
+    assert [found["e2e_request_latency_seconds_count", engine, None] for engine in "01"] == [1, 2]
+    assert found["http_requests_total", None, None] == metrics.front.refused["queue_full"] == 3
+    assert found["http_connections", None, None] == 3
+    assert metrics.front.num_unfinished == [0, 2]
 
 
 def test_build_info_tells_versions():

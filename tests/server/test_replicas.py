@@ -5,11 +5,17 @@ import http.client
 import json
 import os
 import signal
+import socket
+import subprocess
+import sys
 import threading
 
 import pytest
 from live import TINY_FLAGS, LiveServer, running_server
 from lora_folders import matrices, save_adapter
+
+from stepgraph.server.front_messages import StartFront, encode_start
+from stepgraph.server.spawn import spawn_front
 
 FLAGS = [
     *("--served-model-name", "tiny", "--data-parallel-size", "2", "--api-server-count", "2"),
@@ -31,6 +37,8 @@ def server(tiny_model):
 def all_is_there(server):
     """Each test finds all processes, and leaves no request."""
     yield
+    if server.process.poll() is not None:
+        return
     server.wait_for(lambda: server.get("/health").json.get("engines") == ["ok", "ok"])
     server.wait_for(lambda: len(server.pids("front_process")) == 2)
     server.wait_for(lambda: server.get("/load").json == {"server_load": 0, "engines": [0, 0]})
@@ -176,12 +184,35 @@ def test_an_adapter_is_everybodys_at_once_and_its_requests_stay_with_one_engine(
     assert {server.post("/v1/completions", SHORT | {"model": "poet"}).status for _ in range(FEW)} == {404}
 
 
-def test_all_finish_what_runs_when_the_server_is_to_end(tiny_model) -> None:
-    with running_server(tiny_model, FLAGS) as server:
-        begun = streams(server, 4)
-        pids = server.pids("front_process") + server.pids("engine_process")
-        server.process.send_signal(signal.SIGTERM)
-        assert all(not stream.join().error for stream in begun)
-        assert len({stream.text for stream in begun}) == 1
-        assert server.process.wait(60) == 0
-        assert not [pid for pid in pids if os.path.exists(f"/proc/{pid}")]
+def test_the_port_is_nobody_elses(server) -> None:
+    for count in ("1", "2"):
+        flags = ["--port", str(server.port), "--api-server-count", count]
+        second = subprocess.run(
+            [sys.executable, "-m", "stepgraph.server", "--model", "smollm2", *flags],
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+        assert (second.returncode, f"port={server.port} at host 127.0.0.1 cannot be opened" in second.stderr) == (
+            2,
+            True,
+        )
+
+
+def test_all_finish_what_runs_when_the_server_is_to_end(server) -> None:
+    begun = streams(server, 4)
+    pids = server.pids("front_process") + server.pids("engine_process")
+    server.process.send_signal(signal.SIGTERM)
+    assert all(stream.join().is_whole for stream in begun)
+    assert len({stream.text for stream in begun}) == 1
+    assert server.process.wait(60) == 0
+    assert not [pid for pid in pids if os.path.exists(f"/proc/{pid}")]
+
+
+def test_a_front_ends_with_whoever_started_it() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        start = StartFront("front", "ipc:///nowhere", {}, {}, [], None, listening.fileno(), None, 8, 1)
+        process = spawn_front([listening.fileno()])
+    process.stdin.write(encode_start(start) + b"\n")
+    process.stdin.close()
+    assert process.wait(60) == 0
