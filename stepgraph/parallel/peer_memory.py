@@ -12,6 +12,7 @@ from torch import Tensor
 
 from stepgraph.errors import DeviceMemoryError
 from stepgraph.ops.collectives import Mailbox
+from stepgraph.ops.collectives.mailbox import MOST_PROGRAMS_A_MULTIPROCESSOR
 from stepgraph.parallel.exchange import Exchange
 from stepgraph.parallel.mailbox_group import MailboxGroup
 from stepgraph.parallel.shard import Shard
@@ -40,7 +41,7 @@ def create_push_group(
         device: of this rank.
         slot_bytes: that a message may have, a multiple of 8 KiB.
         dtype: of the numbers in messages.
-        num_programs: P of every kernel, the same on all ranks, at most the multiprocessors of each.
+        num_programs: of a kernel that has little to do, the same on all ranks, at most the multiprocessors of each.
         time_limit_s: of a wait for another rank.
 
     Returns:
@@ -61,7 +62,7 @@ def create_push_group(
         mailbox = Mailbox(
             inbox,
             addresses,
-            state=torch.zeros(num_programs, 2, dtype=torch.int64, device=device),
+            state=torch.zeros(num_programs * MOST_PROGRAMS_A_MULTIPROCESSOR, 2, dtype=torch.int64, device=device),
             flags=torch.zeros(2, dtype=torch.int32, device=device),
             host=torch.zeros(2, dtype=torch.int64, pin_memory=True),
         )

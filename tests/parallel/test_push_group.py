@@ -10,6 +10,7 @@ from triton_operators import triton_operators
 
 from stepgraph.bench.ranks import run_ranks
 from stepgraph.ops.collectives import Mailbox, reference
+from stepgraph.ops.collectives.mailbox import MOST_PROGRAMS_A_MULTIPROCESSOR
 from stepgraph.ops.collectives.triton import CLEARED_AT_ONCE
 from stepgraph.parallel.exchange import Exchange
 from stepgraph.parallel.group import Fault, Norm
@@ -34,7 +35,7 @@ def push_group(shard: Shard, exchange: Exchange, *, time_limit_s: float = 60.0) 
     mailbox = Mailbox(
         inboxes[shard.rank],
         [inbox.data_ptr() for inbox in inboxes],
-        torch.zeros(PROGRAMS, 2, dtype=torch.int64),
+        torch.zeros(PROGRAMS * MOST_PROGRAMS_A_MULTIPROCESSOR, 2, dtype=torch.int64),
         torch.zeros(2, dtype=torch.int32),
         torch.zeros(2, dtype=torch.int64),
     )

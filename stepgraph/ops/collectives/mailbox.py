@@ -1,6 +1,6 @@
 """Mailbox: what a rank has of the others, for collectives that need no library.
 
-Shapes: N ranks, P programs of a kernel.
+Shapes: N ranks, P programs of a kernel that has little to do.
 """
 
 from __future__ import annotations
@@ -10,6 +10,8 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+MOST_PROGRAMS_A_MULTIPROCESSOR = 16
+"""Of the kernels of a GPU; those with little to do have one on each, at most."""
 ABORT, RECORD = 0, 1
 """Words of `Mailbox.host`: not zero if collectives are to be given up; what the first one that was given up waited for."""
 LOOP_BACK, FAULT = 0, 1
@@ -27,7 +29,8 @@ class Mailbox(NamedTuple):
     peers: Sequence[int]
     """Of GPUs: the address of each rank's inbox, as this process sees it."""
     state: Tensor
-    """[P, 2] int64, zero at first: see the kernels. Of a CPU [1, 1]."""
+    """Of a GPU: [MOST_PROGRAMS_A_MULTIPROCESSOR · P, 2] int64, for each program the number of collectives so far and the length
+    of the last one's messages; of a CPU [1, 1], their number. Zero at first."""
     flags: Tensor
     """[2] int32, on the device. LOOP_BACK is not zero while the rank is by itself; FAULT after a collective was given up."""
     host: Tensor

@@ -5,9 +5,9 @@ barrier (the one-shot "Lamport" all-reduce of TensorRT-LLM). A number of -0.0 in
 to be sent is replaced by 0.0, which changes no sum that begins with zero.
 
 **Why it is right.** An inbox has three buffers. A launch has an *epoch*, the number of launches before it, and uses the buffer of
-its epoch modulo three. All ranks launch the same collectives in the same order, and every launch, whatever it carries, runs the
-same P programs, each of which counts the launches it has run in device memory: so all programs of all ranks agree on the epoch,
-and a graph replayed any number of times keeps count. Launch e
+its epoch modulo three. All ranks launch the same collectives in the same order, and every launch, whatever it carries and with
+however many programs, counts itself once for each program that a launch may have, in device memory: so all programs of all ranks
+agree on the epoch, and a graph replayed any number of times keeps count. Launch e
 
 1. sends: stores this rank's numbers into buffer e mod 3 of the other ranks;
 2. clears the buffer of launch e - 1 in its own inbox, as far as launch e - 1 was sent (the programs keep its length);
@@ -27,8 +27,9 @@ its first act):
 Clearing goes beyond the length to whole blocks: those words are -0.0 already, and nothing arrives there until launch e + 2. A
 launch that carries nothing would receive nothing to wait for, so there is none.
 
-Programs wait for no other program of their GPU, and store all they have to send before they wait: so a launch ends if all
-programs of all ranks run at some time. P is at most the number of multiprocessors, so that they all fit.
+A program sends a piece of the message, and then the next one, before it waits for the first piece of others: what it waits for is
+sent by the program of its number on another rank before that one waits for anything later, and no program waits for another one
+of its GPU. So a launch ends if all programs run at some time; their number is such that they all fit at once.
 
 **Waiting ends.** Now and then a poll looks at a word in host memory, ABORT, and at the clock. The first program that gives up
 sets FAULT and writes a `Record`; others see FAULT, and later launches begin with it, and neither send nor wait.
@@ -47,6 +48,7 @@ from triton import knobs
 from triton.language.extra import cuda
 
 from stepgraph.ops.collectives import mailbox
+from stepgraph.ops.collectives.mailbox import MOST_PROGRAMS_A_MULTIPROCESSOR
 from stepgraph.ops.dependent_launch import LAUNCH, wait_for_previous
 from stepgraph.ops.launched import launched
 from stepgraph.ops.rms_norm.triton import normalise
@@ -60,6 +62,11 @@ _POLLS = tl.constexpr(8 if knobs.runtime.interpret else 1024)
 CLEARED_AT_ONCE = 2048
 """Elements; slots of inboxes are multiples of it."""
 _CLEARED_AT_ONCE = tl.constexpr(CLEARED_AT_ONCE)
+_MOST_PROGRAMS_A_MULTIPROCESSOR = tl.constexpr(MOST_PROGRAMS_A_MULTIPROCESSOR)
+_WARPS_A_MULTIPROCESSOR, _REGISTERS = 24, 80
+"""That run at once, of so many registers a thread: nearly all there are. With fewer, some would be kept in memory."""
+_COLUMNS, _COLUMN_WARPS = 2048, 4
+"""Of a piece of a row that is gathered, and of its program."""
 
 
 @triton.jit
@@ -85,21 +92,25 @@ def _send(bits, offset, inside, peers, turn, rank, SLOT, N: tl.constexpr):
 
 
 @triton.jit
-def _clear(inbox_ptr, turn, length, rank, SLOT, N: tl.constexpr, P: tl.constexpr):
-    """This program's share of making a turn's messages empty."""
-    element = tl.arange(0, _CLEARED_AT_ONCE)
+def _clear(inbox_ptr, turn, length, rank, SLOT, N: tl.constexpr):
+    """This program's share of making a turn's messages empty: most of it falls to programs that have nothing to send."""
+    empty = _empty(tl.zeros([_CLEARED_AT_ONCE], inbox_ptr.dtype.element_ty))
+    first = tl.num_programs(0) - 1 - tl.program_id(0)
     for sender in tl.static_range(N):
         if sender != rank:
             slot = _slot_of(inbox_ptr, turn, sender, SLOT, N)
-            for block in range(tl.program_id(0), tl.cdiv(length, _CLEARED_AT_ONCE), P):
-                tl.store(
-                    slot + block * _CLEARED_AT_ONCE + element,
-                    tl.full(
-                        [_CLEARED_AT_ONCE],
-                        -(1 << (inbox_ptr.dtype.element_ty.primitive_bitwidth - 1)),
-                        inbox_ptr.dtype.element_ty,
-                    ),
-                )
+            for block in range(first, tl.cdiv(length, _CLEARED_AT_ONCE), tl.num_programs(0)):
+                tl.store(slot + block * _CLEARED_AT_ONCE + tl.arange(0, _CLEARED_AT_ONCE), empty)
+
+
+@triton.jit
+def _count(state_ptr, epoch, length, MOST_PROGRAMS: tl.constexpr):
+    """Note the launch and the length of its messages for this program, and for those which it stands for that have not run."""
+    tl.debug_barrier()  # all threads have read them
+    program = tl.program_id(0) + tl.num_programs(0) * tl.arange(0, _MOST_PROGRAMS_A_MULTIPROCESSOR)
+    there = program < MOST_PROGRAMS
+    tl.store(state_ptr + 2 * program, epoch + 1 + tl.zeros_like(program), mask=there)
+    tl.store(state_ptr + 2 * program + 1, length + tl.zeros_like(program).to(tl.int64), mask=there)
 
 
 @triton.jit
@@ -211,7 +222,7 @@ def _all_reduce_add_kernel(
     eps,
     N: tl.constexpr,
     E: tl.constexpr,
-    P: tl.constexpr,
+    MOST_PROGRAMS: tl.constexpr,
     BLOCK: tl.constexpr,
     POST_NORM: tl.constexpr,
     NORM: tl.constexpr,
@@ -219,30 +230,33 @@ def _all_reduce_add_kernel(
     program = tl.program_id(0)
     column = tl.arange(0, BLOCK)
     inside = column < E
-    post_weight = tl.load(post_weight_ptr + column, mask=inside, other=0.0)
-    weight = tl.load(weight_ptr + column, mask=inside, other=0.0)
     wait_for_previous()
-    bits = tl.load(part_ptr + program * E + column, mask=inside & (program < T), other=0)
+    P = tl.num_programs(0)
+    offset = program * E + column
+    own_bits = tl.load(part_ptr + offset, mask=inside & (program < T), other=0)
+    residual = tl.load(residual_ptr + offset, mask=inside & (program < T), other=0.0)
     epoch = tl.load(state_ptr + 2 * program)
     last_length = tl.load(state_ptr + 2 * program + 1)
     alone = tl.load(flags_ptr + _LOOP_BACK) | tl.load(flags_ptr + _FAULT)
     turn = epoch % 3
     if alone == 0:
-        for row in range(program, T, P):
-            next_bits = tl.load(part_ptr + (row + P) * E + column, mask=inside & (row + P < T), other=0)
-            _send(bits, row * E + column, inside, peers, turn, rank, SLOT, N)
-            bits = next_bits
-        _clear(inbox_ptr, (turn + 2) % 3, last_length, rank, SLOT, N, P)
+        if program < T:
+            _send(own_bits, offset, inside, peers, turn, rank, SLOT, N)
+        _clear(inbox_ptr, (turn + 2) % 3, last_length, rank, SLOT, N)
+    post_weight = tl.load(post_weight_ptr + column, mask=inside, other=0.0)
+    weight = tl.load(weight_ptr + column, mask=inside, other=0.0)
     gave_up = alone
     for row in range(program, T, P):
         offset = row * E + column
-        own_bits = tl.load(part_ptr + offset, mask=inside, other=0)
-        residual = tl.load(residual_ptr + offset, mask=inside, other=0.0)
+        next_inside = inside & (row + P < T)
+        if (alone == 0) & (row + P < T):
+            next_bits = tl.load(part_ptr + offset + P * E, mask=inside, other=0)
+            _send(next_bits, offset + P * E, inside, peers, turn, rank, SLOT, N)
         sum = tl.zeros([BLOCK], tl.float32)
         for sender in tl.static_range(N):
             bits = own_bits
             if (alone == 0) & (sender != rank):
-                words = _slot_of(inbox_ptr, turn, sender, SLOT, N) + row * E + column
+                words = _slot_of(inbox_ptr, turn, sender, SLOT, N) + offset
                 bits, gave_up = _receive(
                     words, inside, gave_up, sender, _ALL_REDUCE, epoch, flags_ptr, host_ptr, time_limit
                 )
@@ -251,10 +265,18 @@ def _all_reduce_add_kernel(
             sum, offset, inside, residual, post_weight, weight, residual_ptr, out_ptr, multiplier, post_eps, eps, E,
             POST_NORM, NORM,
         )  # fmt: skip
+        own_bits = tl.load(part_ptr + offset + P * E, mask=next_inside, other=0)
+        residual = tl.load(residual_ptr + offset + P * E, mask=next_inside, other=0.0)
     if alone == 0:
-        tl.debug_barrier()  # all threads have read them
-        tl.store(state_ptr + 2 * program, epoch + 1)
-        tl.store(state_ptr + 2 * program + 1, (T * E).to(tl.int64))
+        _count(state_ptr, epoch, (T * E).to(tl.int64), MOST_PROGRAMS)
+
+
+@triton.jit
+def _block_of(item, W, BLOCK: tl.constexpr):
+    """The row of a piece of a message, its columns, and which of them there are."""
+    num_blocks = tl.cdiv(W, BLOCK)
+    column = item % num_blocks * BLOCK + tl.arange(0, BLOCK)
+    return item // num_blocks, column, column < W
 
 
 @launched
@@ -274,7 +296,7 @@ def _all_gather_columns_kernel(
     rank,
     time_limit,
     N: tl.constexpr,
-    P: tl.constexpr,
+    MOST_PROGRAMS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     program = tl.program_id(0)
@@ -283,34 +305,43 @@ def _all_gather_columns_kernel(
     last_length = tl.load(state_ptr + 2 * program + 1)
     alone = tl.load(flags_ptr + _LOOP_BACK) | tl.load(flags_ptr + _FAULT)
     turn = epoch % 3
-    num_blocks = tl.cdiv(W, BLOCK)
+    P, num_items = tl.num_programs(0), R * tl.cdiv(W, BLOCK)
+    row, column, inside = _block_of(program, W, BLOCK)
+    own_bits = tl.load(part_ptr + row * W + column, mask=inside & (program < num_items), other=0)
     if alone == 0:
-        for item in range(program, R * num_blocks, P):
-            row, column = item // num_blocks, item % num_blocks * BLOCK + tl.arange(0, BLOCK)
-            bits = tl.load(part_ptr + row * W + column, mask=column < W, other=0)
-            _send(bits, row * W + column, column < W, peers, turn, rank, SLOT, N)
-        _clear(inbox_ptr, (turn + 2) % 3, last_length, rank, SLOT, N, P)
+        if program < num_items:
+            _send(own_bits, row * W + column, inside, peers, turn, rank, SLOT, N)
+        _clear(inbox_ptr, (turn + 2) % 3, last_length, rank, SLOT, N)
     gave_up = alone
-    for item in range(program, R * num_blocks, P):
-        row, column = item // num_blocks, item % num_blocks * BLOCK + tl.arange(0, BLOCK)
-        own_bits = tl.load(part_ptr + row * W + column, mask=column < W, other=0)
-        own_bits = tl.where(own_bits == _empty(own_bits), 0, own_bits)
+    for item in range(program, num_items, P):
+        row, column, inside = _block_of(item, W, BLOCK)
+        next_row, next_column, next_inside = _block_of(item + P, W, BLOCK)
+        next_bits = tl.load(part_ptr + next_row * W + next_column, mask=next_inside & (item + P < num_items), other=0)
+        if (alone == 0) & (item + P < num_items):
+            _send(next_bits, next_row * W + next_column, next_inside, peers, turn, rank, SLOT, N)
         for sender in tl.static_range(N):
-            bits = own_bits
+            bits = tl.where(own_bits == _empty(own_bits), 0, own_bits)
             if (alone == 0) & (sender != rank):
                 words = _slot_of(inbox_ptr, turn, sender, SLOT, N) + row * W + column
                 bits, gave_up = _receive(
-                    words, column < W, gave_up, sender, _ALL_GATHER, epoch, flags_ptr, host_ptr, time_limit
+                    words, inside, gave_up, sender, _ALL_GATHER, epoch, flags_ptr, host_ptr, time_limit
                 )
             there = sender * W + column
-            tl.store(out_ptr + row * V + there, bits, mask=(column < W) & (there < V))
+            tl.store(out_ptr + row * V + there, bits, mask=inside & (there < V))
+        own_bits = next_bits
     if alone == 0:
-        tl.debug_barrier()  # all threads have read them
-        tl.store(state_ptr + 2 * program, epoch + 1)
-        tl.store(state_ptr + 2 * program + 1, (R * W).to(tl.int64))
+        _count(state_ptr, epoch, (R * W).to(tl.int64), MOST_PROGRAMS)
 
 
-def _row_options(width: int) -> dict[str, object]:
+def _num_programs(state: Tensor, pieces: int, num_warps: int) -> int:
+    """Programs of a launch: one on each multiprocessor or more, up to one for each piece of its message, if they all fit."""
+    programs = state.shape[0] // MOST_PROGRAMS_A_MULTIPROCESSOR
+    return min(
+        max(programs, pieces), programs * min(_WARPS_A_MULTIPROCESSOR // num_warps, MOST_PROGRAMS_A_MULTIPROCESSOR)
+    )
+
+
+def _row_options(width: int) -> dict[str, int]:
     """Of kernels in which a program has a row. Nothing is fused: a product is rounded before it is added."""
     block = triton.next_power_of_2(width)
     return {"BLOCK": block, "num_warps": min(max(block // 512, 1), 16), "enable_fp_fusion": False}
@@ -368,8 +399,8 @@ def all_reduce_add(
     rows, width = part.shape
     _, num_ranks, slot = inbox.shape
     assert part.numel() <= slot, (part.shape, slot)
-    num_programs = state.shape[0]
-    _all_reduce_add_kernel[(num_programs,)](
+    options = _row_options(width)
+    _all_reduce_add_kernel[(_num_programs(state, rows, options["num_warps"]),)](
         part.view(inbox.dtype),
         residual,
         residual if out is None else out,
@@ -389,10 +420,11 @@ def all_reduce_add(
         eps,
         N=num_ranks,
         E=width,
-        P=num_programs,
+        MOST_PROGRAMS=state.shape[0],
         POST_NORM=post_weight is not None,
         NORM=weight is not None,
-        **_row_options(width),
+        maxnreg=_REGISTERS,
+        **options,
         **LAUNCH,
     )
 
@@ -412,8 +444,8 @@ def all_gather_columns(
     rows, width = part.shape
     _, num_ranks, slot = inbox.shape
     assert part.numel() <= slot, (part.shape, slot)
-    num_programs = state.shape[0]
-    _all_gather_columns_kernel[(num_programs,)](
+    pieces = rows * triton.cdiv(width, _COLUMNS)
+    _all_gather_columns_kernel[(_num_programs(state, pieces, _COLUMN_WARPS),)](
         part.view(inbox.dtype),
         out.view(inbox.dtype),
         inbox,
@@ -428,8 +460,9 @@ def all_gather_columns(
         rank,
         time_limit_ns,
         N=num_ranks,
-        P=num_programs,
-        BLOCK=CLEARED_AT_ONCE,
-        num_warps=4,
+        MOST_PROGRAMS=state.shape[0],
+        BLOCK=_COLUMNS,
+        num_warps=_COLUMN_WARPS,
+        maxnreg=_REGISTERS,
         **LAUNCH,
     )
