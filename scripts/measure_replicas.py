@@ -50,20 +50,28 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--client-processes", type=int, metavar="N", help="of bench serve")
     parser.add_argument("--no-kill", action="store_true", help="leave the last server's engines alone")
     parser.add_argument("--json", type=Path, metavar="FILE")
-    parser.add_argument("serve", nargs="*", metavar="FLAG", help="after --: more flags of stepgraph serve")
-    options = parser.parse_args(argv)
+    parser.add_argument("--vocab-size", type=int, default=1000, metavar="N", help="token ids are below N")
+    parser.epilog = "What follows -- is given to stepgraph serve."
+    given = list(sys.argv[1:] if argv is None else argv)
+    end = given.index("--") if "--" in given else len(given)
+    options, flags = parser.parse_args(given[:end]), given[end + 1 :]
     results: list[dict[str, Any]] = []
     killed: dict[str, Any] | None = None
     with tempfile.TemporaryDirectory() as scratch:
         folder = _folder(options.model, Path(scratch))
         for replicas in options.replicas:
             began = time.monotonic()
-            with _server(folder, replicas, max(options.max_concurrency), options.serve) as (process, url):
+            with _server(folder, replicas, max(options.max_concurrency), flags) as (process, url):
                 start_s = time.monotonic() - began
                 fronts = max(1, len(_processes(process.pid, "front_process")))
                 for at_once in options.max_concurrency:
                     load = _load(
-                        options, url, at_once, seed=1000 * replicas + at_once, file=Path(scratch) / "load.json"
+                        options,
+                        url,
+                        at_once,
+                        seed=1000 * replicas + at_once,
+                        file=Path(scratch) / "load.json",
+                        num_warmups=at_once // 2,
                     )
                     results.append({"replicas": replicas, "fronts": fronts, "start_s": start_s, **load})
                     print("  ".join(_row(results[-1], results)), flush=True)
@@ -124,14 +132,16 @@ def _server(
         process.wait()
 
 
-def _load(options: argparse.Namespace, url: str, at_once: int, *, seed: int, file: Path) -> dict[str, Any]:
+def _load(
+    options: argparse.Namespace, url: str, at_once: int, *, seed: int, file: Path, num_warmups: int
+) -> dict[str, Any]:
     """`bench serve` in processes of its own."""
     before = _by_engine(url)
     low, high = map(str, options.input_range)
     command = [sys.executable, "-m", "stepgraph.bench", "serve", "--base-url", url, "--seed", str(seed)]
     command += ["--random-input-range", low, high, "--random-output-len", str(options.output_len)]
     command += ["--max-concurrency", str(at_once), "--num-prompts", str(at_once * options.prompts_per_place)]
-    command += ["--num-warmups", str(at_once // 2), "--json", str(file)]
+    command += ["--num-warmups", str(num_warmups), "--vocab-size", str(options.vocab_size), "--json", str(file)]
     if options.client_processes:
         command += ["--client-processes", str(options.client_processes)]
     subprocess.run(command, check=False, stdout=subprocess.DEVNULL)
@@ -146,7 +156,7 @@ def _kill_one(options: argparse.Namespace, server: int, url: str, file: Path) ->
     found: dict[str, Any] = {}
 
     def send() -> None:
-        found.update(_load(options, url, at_once, seed=7, file=file))
+        found.update(_load(options, url, at_once, seed=7, file=file, num_warmups=0))
 
     load = threading.Thread(target=send)
     load.start()
