@@ -80,7 +80,7 @@ def test_without_the_flag_some_bits_differ(create_engine):
 
 def test_rows_of_random_compositions_have_the_logits_they_have_alone_at_their_exact_shape(dtype, create_deterministic):
     engine = create_deterministic(dtype=dtype)
-    for report in verify_graphs(engine.executor.runner, rounds=6, seed=3, alone_rows=8):
+    for report in verify_graphs(engine.executor, rounds=6, seed=3, alone_rows=8):
         assert report.mismatches == []
         assert report.worst_graph_difference == 0
         assert report.worst_alone_difference == 0

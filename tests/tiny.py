@@ -32,16 +32,11 @@ def save_tiny_model(
 
     Weights are large enough that another token, position or key anywhere in the context changes the answer.
     """
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE({"<end>": EOS} | {c: i for i, c in enumerate(alphabet, start=1)}, []))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>", chat_template=CHAT_TEMPLATE)
-    fast.save_pretrained(folder)
+    save_byte_tokenizer(folder)
     torch.manual_seed(0)
     model = LlamaForCausalLM(
         LlamaConfig(
-            vocab_size=len(alphabet) + 1,
+            vocab_size=VOCAB_SIZE,
             hidden_size=32,
             intermediate_size=64,
             num_hidden_layers=num_layers,
@@ -62,6 +57,16 @@ def save_tiny_model(
     files = dict.fromkeys(model.state_dict(), "model.safetensors") | dict.fromkeys(modules, "mtp.safetensors")
     (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": files}))
     return str(folder)
+
+
+def save_byte_tokenizer(folder: Path) -> None:
+    """Write a tokenizer of one token per byte, and "<end>"."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE({"<end>": EOS} | {c: i for i, c in enumerate(alphabet, start=1)}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>", chat_template=CHAT_TEMPLATE)
+    fast.save_pretrained(folder)
 
 
 def mtp_tensors(config: LlamaConfig, num_modules: int, seed: int = 1) -> dict[str, torch.Tensor]:

@@ -10,16 +10,22 @@ Three runs of the same composition must agree:
 
 Each runs in fresh state among poison, see `stepgraph.verify.trial`. Proposals, where there are any, are right up to some place of
 a row, so that verification ends at every place.
+
+Ranks that share a model do this together, each with its part of the weights and of the cache, and must come to the same tokens,
+logits, SlotState and residual stream, bit for bit. What they launch depends on no result, so that they stay together even where
+one is wrong.
 """
 
 from __future__ import annotations
 
+import hashlib
 import random
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from itertools import accumulate
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,7 +33,9 @@ from tqdm import tqdm
 
 from stepgraph.bench.report import machine, write_json
 from stepgraph.config import EngineConfig
-from stepgraph.executor.build import build_local_executor
+from stepgraph.executor.base import Executor
+from stepgraph.executor.local import LocalExecutor, runner_of
+from stepgraph.executor.ranked import build_executor
 from stepgraph.graph.eager import EagerGraph
 from stepgraph.models.source import resolve_configured
 from stepgraph.step.runner import StepRunner
@@ -49,6 +57,8 @@ class ShapeReport:
     worst_graph_difference: float = 0.0  # largest |logit difference| to the eager twin
     worst_alone_difference: float = 0.0  # largest ‖difference‖ / ‖logits‖ to rows run alone
     mismatches: list[str] = field(default_factory=list)
+    digests: list[str] = field(default_factory=list, repr=False)
+    """Of each composition, of all that ranks must have alike: what the graph and its twin left of it, a line for each."""
 
 
 def verify_shape(
@@ -71,6 +81,7 @@ def verify_shape(
         proposals = mostly_right_proposals(runner, twin, shape, composition)
         expected = run(runner, twin, shape, composition, proposals)
         found = run(runner, graph, shape, composition, proposals)
+        report.digests.append(f"{_shared_digest(found)} {_shared_digest(expected)}")
         report.worst_graph_difference = max(report.worst_graph_difference, _distance(found.logits, expected.logits))
         if found.strays:
             report.mismatches.append(
@@ -115,7 +126,7 @@ def _compare_with_rows_alone(
 
 
 def verify_graphs(
-    runner: StepRunner,
+    executor: Executor,
     *,
     rounds: int,
     seed: int,
@@ -125,7 +136,8 @@ def verify_graphs(
     progress: bool = False,
 ) -> list[ShapeReport]:
     """Check every shape that can be captured, in each of `variants` and with each of `draft_levels` as the most
-    proposals of a row, on `rounds` compositions each."""
+    proposals of a row, on `rounds` compositions each, on all ranks; no request may be running."""
+    runner = runner_of(executor)
     rng = random.Random(seed)
     room = {
         "max_len": runner.max_model_len - 1,
@@ -142,11 +154,47 @@ def verify_graphs(
     for shape in tqdm(
         shapes, desc="verifying graphs", unit="graph", disable=not progress, leave=False, file=sys.stderr
     ):
-        if runner.graphs.store.graph(shape) is None:
-            continue  # over the memory budget
         compositions = list(random_compositions(shape, rounds, rng, **room))
-        reports.append(verify_shape(runner, shape, compositions, alone_rows))
+        found = executor.on_all(_verify_if_captured, shape, compositions, alone_rows)
+        if ranks := [report for report in found if report is not None]:
+            reports.append(_together(ranks, compositions))
     return reports
+
+
+def _verify_if_captured(
+    executor: LocalExecutor, shape: StepShape, compositions: Sequence[Composition], alone_rows: int
+) -> ShapeReport | None:
+    """`verify_shape` of one rank; None if the graph is over the memory budget, which it is then on all of them."""
+    if executor.runner.graphs.store.graph(shape) is None:
+        return None
+    return verify_shape(executor.runner, shape, compositions, alone_rows)
+
+
+def _together(ranks: Sequence[ShapeReport], compositions: Sequence[Composition]) -> ShapeReport:
+    """One report of what all ranks have found at a shape."""
+    if len(ranks) == 1:
+        return ranks[0]
+    mismatches = [f"rank {rank}: {text}" for rank, report in enumerate(ranks) for text in report.mismatches]
+    for composition, *digests in zip(compositions, *(report.digests for report in ranks), strict=True):
+        others = [str(rank) for rank, digest in enumerate(digests) if digest != digests[0]]
+        if others:
+            mismatches.append(
+                f"rank {', '.join(others)} and rank 0 differ in tokens, logits, slots or residual stream on rows {composition}"
+            )
+    return replace(
+        ranks[0],
+        worst_graph_difference=max(report.worst_graph_difference for report in ranks),
+        worst_alone_difference=max(report.worst_alone_difference for report in ranks),
+        mismatches=mismatches,
+    )
+
+
+def _shared_digest(result: Result) -> str:
+    """Of what every rank computes, or gets from the others: not of its own part of the cache."""
+    digest = hashlib.sha256(repr((result.sampled, result.ring)).encode())
+    for tensor in (result.lines, result.tokens, result.logits, result.logprobs, result.hidden):
+        digest.update(tensor.cpu().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def _disagreement(found: Result, expected: Result) -> str | None:
@@ -179,6 +227,12 @@ def _distance(a: Tensor, b: Tensor) -> float:
     return _nan_as_inf((a - b).abs().max().item()) if a.numel() else 0.0
 
 
+def _as_json(report: ShapeReport) -> dict[str, Any]:
+    fields = asdict(report) | {"shape": str(report.shape)}
+    del fields["digests"]
+    return fields
+
+
 def _nan_as_inf(value: float) -> float:
     return value if value == value else float("inf")
 
@@ -198,15 +252,19 @@ def main_verify(
         Exit code: 0 if everything agrees, 1 on a mismatch.
     """
     source = resolve_configured(config.model)
-    executor = build_local_executor(config, source, progress=progress)
-    specs, runner = executor.specs, executor.runner
+    executor = build_executor(config, source, progress=progress)
+    specs, deterministic = executor.specs, config.model.deterministic
+    ranks = f", {specs.num_ranks} ranks" if specs.num_ranks > 1 else ""
     print(
         f"{source.name}, {specs.dtype}, {specs.graph_backend} graphs on "
-        f"{specs.platform}; {rounds} compositions a shape, seed {seed}"
+        f"{specs.platform}{ranks}; {rounds} compositions a shape, seed {seed}"
     )
-    reports = verify_graphs(
-        runner, rounds=rounds, seed=seed, variants=variants, draft_levels=specs.draft_levels, progress=progress
-    )
+    try:
+        reports = verify_graphs(
+            executor, rounds=rounds, seed=seed, variants=variants, draft_levels=specs.draft_levels, progress=progress
+        )
+    finally:
+        executor.close()
     print(f"{'tokens x rows':>24} {'compositions':>13} {'graph - eager':>14} {'batch - alone':>14}  result")
     for report in reports:
         print(
@@ -220,7 +278,7 @@ def main_verify(
         f"{len(reports)} graphs, {sum(report.compositions for report in reports)} compositions, "
         f"{len(mismatches)} mismatches (graph - eager: largest logit difference; batch - alone: relative)"
     )
-    if specs.dtype != "float32" and not runner.deterministic:
+    if specs.dtype != "float32" and not deterministic:
         print("batch - alone is rounding here, and not judged; run with --dtype float32 for that check")
     if json_file is not None:
         write_json(
@@ -229,11 +287,12 @@ def main_verify(
                 "machine": machine(specs.device),
                 "model": source.name,
                 "dtype": specs.dtype,
-                "deterministic": runner.deterministic,
+                "deterministic": deterministic,
+                "num_ranks": specs.num_ranks,
                 "backend": specs.graph_backend,
                 "rounds": rounds,
                 "seed": seed,
-                "graphs": [asdict(report) | {"shape": str(report.shape)} for report in reports],
+                "graphs": [_as_json(report) for report in reports],
                 "mismatches": len(mismatches),
             },
         )

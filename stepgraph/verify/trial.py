@@ -8,7 +8,8 @@ block and the null line only; a draft model also to the entries of the proposals
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,11 +20,13 @@ from torch import Tensor
 from stepgraph.abi import slot_line
 from stepgraph.graph.base import Graph
 from stepgraph.layers.cache import LayerCache
+from stepgraph.layers.head import HeadPart
+from stepgraph.models.language_model import LanguageModel
 from stepgraph.step.admission import Admission
 from stepgraph.step.plan import StepPlan
 from stepgraph.step.program import StepOutput
 from stepgraph.step.runner import StepRunner
-from stepgraph.step.shape import StepShape
+from stepgraph.step.shape import StepShape, Variant
 from stepgraph.verify.compositions import Composition, Row, random_sampling
 
 Proposals = Sequence[Sequence[int]]
@@ -45,6 +48,9 @@ class Result:
     states: Tensor  # what the slots' lines say after it, all layers
     strays: int  # cache entries and lines that changed beside those and the null ones
     logprobs: Tensor  # what the step reported, bits
+    hidden: (
+        Tensor  # of a rank that ran without a graph, what its part of the first logits was computed from; else empty
+    )
 
 
 def random_proposals(composition: Composition, vocab_size: int) -> list[list[int]]:
@@ -176,7 +182,8 @@ def _run(
 
     rows = tuple((item.slot, item.row.query_len) for item in placed)
     runner.load(StepPlan(rows, tuple(deltas), 0, shape.variant, shape.num_drafts), shape)
-    output = graph.replay()
+    with _inputs_of_head(runner.model) as hidden:
+        output = graph.replay()
     runner.platform.synchronize()
 
     ran = [item for item in placed if item.row.active]
@@ -190,6 +197,8 @@ def _run(
         for tensor in cache.line_content(item.slot, item.row.end)
     ]
     num_samples = sum(item.row.num_samples for item in placed)
+    prompts_first = shape.variant >= Variant.PROMPT_LOGPROBS  # logits of all tokens come before those of samples
+    num_hidden = sum(item.row.query_len for item in ran) if prompts_first else num_samples
     first_logits = min(num_samples, output.sampled.shape[0] - output.logits.shape[0])
     return Result(
         first_logits=first_logits,
@@ -205,7 +214,22 @@ def _run(
         + _count_strays(changed[len(model_entries) :], own + drafted, block_size)
         + _count_stray_lines(line_tensors, lines_before, [slot_line.NULL_SLOT, *(item.slot for item in ran)]),
         logprobs=torch.cat((state.logprob_ring[0], state.prompt_logprob_ring[0])),
+        hidden=hidden[0][:num_hidden].float() if hidden else torch.empty(0),
     )
+
+
+@contextmanager
+def _inputs_of_head(model: LanguageModel) -> Iterator[list[Tensor]]:
+    """What an output head that ranks share is given inside, call by call, by steps that run without a graph. Logits do not tell
+    whether ranks hold the same residual stream: each computes a part of them, for all."""
+    inputs: list[Tensor] = []
+    heads = [module for module in model.modules() if isinstance(module, HeadPart)]
+    hooks = [head.register_forward_pre_hook(lambda head, args: inputs.append(args[1].clone())) for head in heads]
+    try:
+        yield inputs
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def _drafted_entries(item: _Placed, lines: Tensor, num_drafts: int) -> list[int]:

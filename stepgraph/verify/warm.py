@@ -9,7 +9,8 @@ from dataclasses import replace
 from tqdm import tqdm
 
 from stepgraph.config import EngineConfig
-from stepgraph.executor.build import build_local_executor
+from stepgraph.executor.local import runner_of
+from stepgraph.executor.ranked import build_executor
 from stepgraph.models.source import resolve_configured
 from stepgraph.platforms import create_platform
 from stepgraph.step.shape import Variant
@@ -28,7 +29,7 @@ def main_warm(config: EngineConfig, *, progress: bool) -> int:
         return 0
     started = time.perf_counter()
     source = resolve_configured(config.model)
-    executor = build_local_executor(
+    executor = build_executor(
         replace(
             config,
             model=replace(config.model, load_format="dummy"),
@@ -37,7 +38,7 @@ def main_warm(config: EngineConfig, *, progress: bool) -> int:
         source,
         progress=progress,
     )
-    runner = executor.runner
+    runner = runner_of(executor)  # other ranks' kernels are of the same sizes
     shapes = [
         shape
         for num_drafts in sorted({0, *executor.specs.draft_levels})

@@ -35,7 +35,7 @@ def test_graphs_give_the_tokens_of_eager_launches(create_fp8, create_engine, exp
     engine = create_fp8()
     assert answers(engine) == expected
     assert engine.executor.statistics.num_eager_steps == 0
-    assert not any(report.mismatches for report in verify_graphs(engine.executor.runner, rounds=10, seed=0))
+    assert not any(report.mismatches for report in verify_graphs(engine.executor, rounds=10, seed=0))
     assert answers(create_engine()) != expected, "rounding changes nothing"
 
 
@@ -56,7 +56,7 @@ def test_the_least_bytes_of_a_step_are_those_of_the_codes(create_fp8, create_eng
 
 def test_deterministic_mode_gives_rows_the_bits_that_they_get_alone(create_fp8) -> None:
     engine = create_fp8(deterministic=True, capture_sizes=(5, 48), capture_rows=(5, 8))
-    for report in verify_graphs(engine.executor.runner, rounds=3, seed=3, alone_rows=4):
+    for report in verify_graphs(engine.executor, rounds=3, seed=3, alone_rows=4):
         assert report.mismatches == []
         assert report.worst_graph_difference == 0
         assert report.worst_alone_difference == 0

@@ -14,6 +14,7 @@ from stepgraph.config import EngineConfig
 from stepgraph.engine.build import build_engine
 from stepgraph.engine.sampling_params import SamplingParams
 from stepgraph.errors import ConfigError, ModelError
+from stepgraph.executor.build import build_local_executor
 from stepgraph.models import DecoderConfig, load_model, resolve
 from stepgraph.models.transformers_config import TransformersConfig
 from stepgraph.models.transformers_interfaces import IMPLEMENTATIONS
@@ -165,9 +166,11 @@ def test_logits_are_those_of_the_native_model(name, tmp_path, device) -> None:
 @pytest.mark.parametrize("name", ["cohere2: windows in some layers", "qwen3_moe"])
 def test_graphs_are_right_on_random_compositions_with_poisoned_padding(name, tmp_path, device) -> None:
     random_hf_model(SUPPORTED[name]()).save_pretrained(tmp_path)
-    runner = create_runner(through_transformers(tmp_path), device)
-    reports = verify_graphs(runner, rounds=8, seed=0)
-    assert [report.mismatches for report in reports] == [[]] * len(runner.policy.shapes())
+    source = through_transformers(tmp_path)
+    config = EngineConfig.from_settings(model=source.name, model_impl="transformers", device=device, **SETTINGS)
+    executor = build_local_executor(config, source)
+    reports = verify_graphs(executor, rounds=8, seed=0)
+    assert [report.mismatches for report in reports] == [[]] * len(executor.runner.policy.shapes())
 
 
 def test_an_engine_gives_the_native_models_tokens(tiny_model, device) -> None:

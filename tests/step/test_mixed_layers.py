@@ -99,7 +99,7 @@ def generate(engine: Engine, prompt: list[int], max_tokens: int):
 
 
 def mismatches(engine: Engine) -> list[str]:
-    reports = verify_graphs(runner_of(engine.executor), rounds=8, seed=0, draft_levels=(0, NUM_DRAFTS))
+    reports = verify_graphs(engine.executor, rounds=8, seed=0, draft_levels=(0, NUM_DRAFTS))
     assert {report.shape.num_drafts for report in reports} == {0, NUM_DRAFTS}
     return [mismatch for report in reports for mismatch in report.mismatches]
 

@@ -93,7 +93,7 @@ def test_where_a_shape_verifies_proposals_most_rows_do_in_uneven_numbers() -> No
 
 
 def test_right_graphs_pass_at_every_shape(create_engine) -> None:
-    reports = verify_graphs(create_engine().executor.runner, rounds=12, seed=0)
+    reports = verify_graphs(create_engine().executor, rounds=12, seed=0)
     assert [str(report.shape) for report in reports] == ["48x8", "8x8"]
     for report in reports:
         assert report.mismatches == []
@@ -105,14 +105,14 @@ def test_right_graphs_pass_at_every_shape(create_engine) -> None:
 def test_sequences_longer_than_the_model_or_the_cache_allows_are_never_tried(create_engine) -> None:
     for limits in ({"max_model_len": 20}, {"num_kv_blocks": 5}):
         engine = create_engine(max_num_batched_tokens=96, capture_sizes=(96,), **limits)
-        assert [report.mismatches for report in verify_graphs(engine.executor.runner, rounds=20, seed=0)] == [[]]
+        assert [report.mismatches for report in verify_graphs(engine.executor, rounds=20, seed=0)] == [[]]
 
 
 def test_shapes_that_the_pool_has_no_room_for_are_left_out(create_engine, monkeypatch) -> None:
-    runner = create_engine().executor.runner
-    graph_of = runner.graphs.store.graph
-    monkeypatch.setattr(runner.graphs.store, "graph", lambda shape: None if shape.num_tokens == 8 else graph_of(shape))
-    assert [str(report.shape) for report in verify_graphs(runner, rounds=2, seed=0)] == ["48x8"]
+    executor = create_engine().executor
+    store, graph_of = executor.runner.graphs.store, executor.runner.graphs.store.graph
+    monkeypatch.setattr(store, "graph", lambda shape: None if shape.num_tokens == 8 else graph_of(shape))
+    assert [str(report.shape) for report in verify_graphs(executor, rounds=2, seed=0)] == ["48x8"]
 
 
 def test_the_check_leaves_an_engine_that_answers_as_before(create_engine) -> None:
@@ -125,12 +125,12 @@ def test_the_check_leaves_an_engine_that_answers_as_before(create_engine) -> Non
         return request.output_token_ids
 
     before = answer()
-    verify_graphs(engine.executor.runner, rounds=3, seed=0)
+    verify_graphs(engine.executor, rounds=3, seed=0)
     assert answer() == before
 
 
 def test_extended_graphs_agree_on_rows_with_any_sampling_features(create_engine) -> None:
-    reports = verify_graphs(create_engine().executor.runner, rounds=6, seed=0, variants=tuple(Variant))
+    reports = verify_graphs(create_engine().executor, rounds=6, seed=0, variants=tuple(Variant))
     assert [(str(report.shape), report.mismatches) for report in reports] == [
         (f"{size}x8{variant}", []) for variant in ("", " extended", " prompt_logprobs") for size in (48, 8)
     ]
@@ -144,7 +144,7 @@ def test_mutant_log_probabilities_of_another_row_are_caught(create_engine, monke
         patch.setattr(ops, "logprobs", lambda logits, target, *rest: report(logits, target.flip(0), *rest))
         for shape in engine.executor.runner.policy.shapes(Variant.EXTENDED):
             engine.executor.runner.graphs.store.graph(shape)
-    reports = verify_graphs(engine.executor.runner, rounds=6, seed=0, variants=(Variant.EXTENDED,))
+    reports = verify_graphs(engine.executor, rounds=6, seed=0, variants=(Variant.EXTENDED,))
     assert all(any("differ in logprobs" in mismatch for mismatch in report.mismatches) for report in reports)
 
 
@@ -330,9 +330,7 @@ def test_right_graphs_pass_with_proposals_of_every_method(create_engine, method)
         speculative_config={"method": method, "num_speculative_tokens": 3},
     )
     levels = (0, 3)
-    reports = verify_graphs(
-        engine.executor.runner, rounds=10, seed=0, draft_levels=levels, variants=(Variant.EXTENDED,)
-    )
+    reports = verify_graphs(engine.executor, rounds=10, seed=0, draft_levels=levels, variants=(Variant.EXTENDED,))
     assert [(str(report.shape), report.mismatches) for report in reports] == [
         (f"{size}x8{drafts} extended", []) for drafts in ("", "+3") for size in (48, 11)
     ]

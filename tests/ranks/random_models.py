@@ -1,0 +1,141 @@
+"""Random small models of every native architecture, in sizes that 2, 3 and 4 ranks can share."""
+
+import json
+import random
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from gguf import GGMLQuantizationType
+from gguf_files import write_gguf
+from safetensors.torch import save_file
+from tiny import MAX_MODEL_LEN, mtp_tensors, save_byte_tokenizer
+from transformers import (
+    AutoModelForCausalLM,
+    CwmConfig,
+    Ernie4_5Config,
+    Gemma3TextConfig,
+    GraniteConfig,
+    LlamaConfig,
+    MistralConfig,
+    Phi3Config,
+    Qwen2Config,
+    Qwen3Config,
+    SeedOssConfig,
+    SmolLM3Config,
+)
+
+NUM_HEADS = 12
+ADAPTER_RANK = 4
+WINDOW = 24
+MIXED_LAYERS = {"num_hidden_layers": 3, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}
+GEMMA_ROPE = {kind: {"rope_type": "default", "rope_theta": 1e4} for kind in ("sliding_attention", "full_attention")}
+CONFIGS = {
+    "llama": lambda **sizes: LlamaConfig(**sizes),
+    "llama with every bias": lambda **sizes: LlamaConfig(**sizes, attention_bias=True, mlp_bias=True),
+    "mistral": lambda **sizes: MistralConfig(**sizes, sliding_window=WINDOW),
+    "qwen2": lambda **sizes: Qwen2Config(**sizes),
+    "qwen3": lambda **sizes: Qwen3Config(**sizes),
+    "ernie 4.5": lambda **sizes: Ernie4_5Config(**sizes),
+    "gemma 3": lambda **sizes: Gemma3TextConfig(
+        **sizes | MIXED_LAYERS, query_pre_attn_scalar=24, sliding_window=WINDOW, rope_parameters=GEMMA_ROPE
+    ),
+    "granite": lambda **sizes: GraniteConfig(
+        **sizes, embedding_multiplier=3.0, residual_multiplier=0.5, attention_multiplier=0.2, logits_scaling=2.0
+    ),
+    "phi 3": lambda **sizes: Phi3Config(**sizes, pad_token_id=0),
+    "seed oss": lambda **sizes: SeedOssConfig(**sizes, attention_bias=True, attention_out_bias=True, mlp_bias=True),
+    "smollm 3": lambda **sizes: SmolLM3Config(**sizes, pad_token_id=0, no_rope_layer_interval=2),
+    "cwm": lambda **sizes: CwmConfig(
+        **sizes | MIXED_LAYERS, sliding_window=WINDOW, rope_parameters={"rope_type": "default", "rope_theta": 1e4}
+    ),
+}
+BLOCK_TYPES = ("Q8_0", "Q4_0", "Q4_1")
+
+
+class RandomModel(NamedTuple):
+    """What a model is, apart from its weights."""
+
+    architecture: str
+    sizes: dict[str, object]
+    num_mtp_modules: int = 0
+    num_adapters: int = 0
+    block_type: str | None = None
+    """Of a GGUF file, which has no tokenizer."""
+
+
+def random_model(rng: random.Random, num_ranks: int, *, drafts: bool) -> RandomModel:
+    """One that so many ranks can share: each has key/value heads of its own, or the same as others.
+
+    Args:
+        rng: decides everything else.
+        num_ranks: that share it.
+        drafts: give it modules that propose tokens.
+    """
+    architecture = "llama" if drafts else rng.choice(list(CONFIGS))
+    kv_heads = [n for n in (1, 2, 3, 4, 6, 12) if n % num_ranks == 0 or num_ranks % n == 0]
+    sizes = {
+        "vocab_size": rng.randint(257, 280),
+        "hidden_size": NUM_HEADS * rng.randint(2, 5),
+        "intermediate_size": NUM_HEADS * rng.randint(2, 8),
+        "num_hidden_layers": rng.randint(1, 3),
+        "num_attention_heads": NUM_HEADS,
+        "num_key_value_heads": rng.choice(kv_heads),
+        "head_dim": rng.choice((8, 16)),
+        "max_position_embeddings": MAX_MODEL_LEN,
+        "bos_token_id": 1,
+        "eos_token_id": 0,
+        "tie_word_embeddings": rng.random() < 0.5,
+    }
+    if architecture == "phi 3":
+        sizes |= {"hidden_size": NUM_HEADS * sizes["head_dim"]}  # whose head size follows from it
+    if architecture in ("llama", "qwen2", "qwen3") and not drafts and rng.random() < 0.5:
+        # Of which every rank has whole blocks of 32.
+        blocks = {"hidden_size": 96, "head_dim": 32, "intermediate_size": 384}
+        return RandomModel(architecture, sizes | blocks, block_type=rng.choice(BLOCK_TYPES))
+    adapters = rng.choice((0, 2)) if architecture != "phi 3" else 0
+    return RandomModel(architecture, sizes, num_mtp_modules=rng.randint(1, 2) if drafts else 0, num_adapters=adapters)
+
+
+def model_path(model: RandomModel, folder: Path) -> str:
+    """What to load, of what `save_model` has written."""
+    return str(folder if model.block_type is None else folder / "model.gguf")
+
+
+def save_model(model: RandomModel, folder: Path) -> None:
+    """Write it, its tokenizer, draft modules and adapters."""
+    folder.mkdir(parents=True, exist_ok=True)
+    torch.manual_seed(0)
+    hf_model = AutoModelForCausalLM.from_config(CONFIGS[model.architecture](**model.sizes), dtype=torch.float32)
+    with torch.no_grad():
+        for name, parameter in hf_model.named_parameters():
+            parameter.normal_(1.0 if "norm" in name else 0.0, 0.3)
+    if model.block_type is not None:
+        types = {"token_embd": "Q8_0", "_norm": "F32", "weight": model.block_type}
+        file = model_path(model, folder)
+        write_gguf(file, hf_model, {part: GGMLQuantizationType[name] for part, name in types.items()})
+        return
+    save_byte_tokenizer(folder)
+    hf_model.save_pretrained(folder)
+    if model.num_mtp_modules:
+        modules = mtp_tensors(hf_model.config, model.num_mtp_modules)
+        save_file(modules, folder / "mtp.safetensors")
+        files = dict.fromkeys(hf_model.state_dict(), "model.safetensors") | dict.fromkeys(modules, "mtp.safetensors")
+        (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": files}))
+    for number in range(model.num_adapters):
+        _save_adapter(folder / f"adapter{number}", hf_model, number)
+
+
+def _save_adapter(folder: Path, hf_model, seed: int) -> None:
+    """One of some matrices of every layer, as PEFT saves it."""
+    folder.mkdir()
+    generator = torch.Generator().manual_seed(seed)
+    tensors = {}
+    for name, weight in hf_model.named_parameters():
+        if name.endswith(("q_proj.weight", "v_proj.weight", "o_proj.weight", "gate_proj.weight", "down_proj.weight")):
+            stem, (outputs, inputs) = f"base_model.model.{name.removesuffix('.weight')}", weight.shape
+            tensors[f"{stem}.lora_A.weight"] = torch.randn(ADAPTER_RANK, inputs, generator=generator) / inputs**0.5
+            tensors[f"{stem}.lora_B.weight"] = torch.randn(outputs, ADAPTER_RANK, generator=generator) / 4
+    save_file(tensors, folder / "adapter_model.safetensors")
+    settings = {"peft_type": "LORA", "r": ADAPTER_RANK, "lora_alpha": 2 * ADAPTER_RANK}
+    (folder / "adapter_config.json").write_text(json.dumps(settings))
