@@ -79,6 +79,7 @@ def graphs_of(engine: Engine) -> dict[str, Any]:
             }
             for record in executor.graph_records()
         ],
+        "ranks": [report._asdict() for report in executor.rank_reports()],
     }
 
 
