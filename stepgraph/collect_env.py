@@ -183,6 +183,7 @@ def _ranks(num_gpus: int, apart: Collection[tuple[int, int]]) -> dict[str, str]:
         facts["peer access"] = (
             "between all" if not apart else "not " + ", ".join(f"{a} to {b}" for a, b in sorted(apart))
         )
+        facts["collectives"] = "nccl" if apart else "push"
         topology = re.sub(r"\x1b\[\d*m", "", _output("nvidia-smi", "topo", "-m") or "")
         rows = re.findall(r"^(GPU\d+)\s+(.*)", topology, re.MULTILINE)
         facts |= {f"{name} by nvidia-smi": " ".join(cells.split()[: len(rows)]) for name, cells in rows}

@@ -56,12 +56,14 @@ def test_what_is_between_gpus_is_told(three_gpus) -> None:
     assert collect_env.collect()["ranks"] == {
         "most": "tensor_parallel_size x data_parallel_size = 3, one for each GPU",
         "peer access": "between all",
+        "collectives": "push",
         "GPU0 by nvidia-smi": "X NV18 SYS",
         "GPU1 by nvidia-smi": "NV18 X SYS",
         "GPU2 by nvidia-smi": "SYS SYS X",
     }
     three_gpus |= {(2, 0), (0, 2)}
-    assert collect_env.collect()["ranks"]["peer access"] == "not 0 to 2, 2 to 0"
+    ranks = collect_env.collect()["ranks"]
+    assert (ranks["peer access"], ranks["collectives"]) == ("not 0 to 2, 2 to 0", "nccl")
 
 
 def test_one_gpu_has_no_peers_and_a_cpu_has_cores(three_gpus, monkeypatch) -> None:

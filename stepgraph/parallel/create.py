@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+
 import torch
 
 from stepgraph.errors import ConfigError
@@ -10,6 +12,8 @@ from stepgraph.parallel.group import Group
 from stepgraph.parallel.shard import Shard
 from stepgraph.parallel.shared_memory import create_shared_group
 from stepgraph.platforms import Platform
+
+logger = logging.getLogger(__name__)
 
 _COLUMN_PADDING = 16
 """Columns that a rank may have beyond its share, so that rows begin at multiples of so many."""
@@ -51,6 +55,22 @@ def create_group(
         ConfigError: there are no collectives for such devices.
         StepgraphError: the memory that they need cannot be shared, or another rank failed.
     """
+    group = _create(shard, exchange, platform, dtype, hidden_size, max_tokens, vocab_size, max_samples, time_limit_s)
+    logger.info("collectives of %d ranks by %s", shard.size, group.name)
+    return group
+
+
+def _create(
+    shard: Shard,
+    exchange: Exchange,
+    platform: Platform,
+    dtype: torch.dtype,
+    hidden_size: int,
+    max_tokens: int,
+    vocab_size: int,
+    max_samples: int,
+    time_limit_s: float,
+) -> Group:
     columns = -(-vocab_size // shard.size) + _COLUMN_PADDING
     most = max(max_tokens * hidden_size, max_samples * columns) * dtype.itemsize
     row = max(hidden_size, columns) * dtype.itemsize
