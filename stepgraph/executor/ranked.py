@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from stepgraph.config import EngineConfig
-from stepgraph.errors import DeviceMemoryError, EngineDeadError, StepgraphError
+from stepgraph.errors import DeviceMemoryError, EngineDeadError, RequestError, StepgraphError
 from stepgraph.executor.base import AdmissionError, GraphCounts, R, RankReport
 from stepgraph.executor.build import Ranks, build_local_executor
 from stepgraph.executor.limits import check_ranks
@@ -228,9 +228,13 @@ class RankedExecutor:
         return self._local.read_adapter(folder)
 
     def write_adapter(self, number: int, file: AdapterFile) -> None:
-        """See `Executor.write_adapter`. The other ranks read their parts now."""
-        write = partial(self._local.write_adapter, number, file)
-        self._together(write, _read_and_write_adapter, number, file.folder)
+        """See `Executor.write_adapter`. The other ranks read their parts now.
+
+        Raises:
+            RequestError: the folder holds something else by now.
+        """
+        self._together(lambda: None, _read_and_write_adapter, number, file.folder, file.version)
+        self._local.write_adapter(number, file)
 
     # Life
 
@@ -415,5 +419,8 @@ def _sleep(executor: LocalExecutor, keep_weights: bool) -> None:
     executor.sleep(keep_weights=keep_weights)
 
 
-def _read_and_write_adapter(executor: LocalExecutor, number: int, folder: str) -> None:
-    executor.write_adapter(number, executor.read_adapter(folder))
+def _read_and_write_adapter(executor: LocalExecutor, number: int, folder: str, version: tuple[int, ...]) -> None:
+    file = executor.read_adapter(folder)
+    if file.version != version:
+        raise RequestError(f"the LoRA adapter {folder} was changed after rank 0 had read it; ask for it again")
+    executor.write_adapter(number, file)

@@ -10,7 +10,7 @@ import math
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -35,7 +35,7 @@ from stepgraph.parallel.shard import Cut, Part
 
 _MIN_RANK = 16
 """Inner size of the smallest product of a tensor core; buffers of smaller adapters are padded to it."""
-_WEIGHTS = "adapter_model.safetensors"
+_WEIGHTS, _CONFIG = "adapter_model.safetensors", "adapter_config.json"
 _NAME = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<side>[AB])\.weight")
 _OFF = (
     "alora_invocation_tokens",
@@ -105,6 +105,8 @@ class AdapterFile:
 
     folder: str
     products: Sequence[_Product | None]  # of the model's projections, in their order; None where it changes nothing
+    version: tuple[int, ...] = ()
+    """Differs from that of what the folder held before or after."""
 
 
 class AdapterStore:
@@ -167,6 +169,7 @@ class AdapterStore:
             RequestError: the folder is not an adapter that this model can run.
         """
         products: list[_Product | None] = [None] * len(self._loras)
+        version = _version(Path(folder))
         for name, a_rI, b_Or in self._read(Path(folder)):
             place = self._places[name]
             index = next(index for index, lora in enumerate(self._loras) if lora is place.lora)
@@ -176,7 +179,9 @@ class AdapterStore:
             )
             place.fill(product, a_rI, b_Or)
             products[index] = product
-        return AdapterFile(os.path.abspath(folder), products)
+        if _version(Path(folder)) != version:
+            _refuse(Path(folder), "it was written to while it was read", "Ask for it again")
+        return AdapterFile(os.path.abspath(folder), products, version)
 
     def write(self, number: int, file: AdapterFile) -> None:
         """Put an adapter into the device's memory, as the one that slots of `SlotSampling.adapter` = `number` use.
@@ -243,6 +248,17 @@ def _opened(folder: Path) -> Iterator[BinaryIO]:
         _refuse(folder, f"{_WEIGHTS} cannot be read: {error}", "Copy it again")
 
 
+def _version(folder: Path) -> tuple[int, ...]:
+    """When and where a folder's files were written, and how long they are; nothing of those that cannot be found, as those find
+    who read them."""
+    numbers: list[int] = []
+    for name in (_CONFIG, _WEIGHTS):
+        with suppress(OSError, ValueError):
+            stat = os.stat(folder / name)
+            numbers += (stat.st_mtime_ns, stat.st_ino, stat.st_size)
+    return tuple(numbers)
+
+
 def _shapes(file: BinaryIO) -> dict[str, list[int]]:
     """The shapes of the tensors in a safetensors file, from its header; ValueError if they and the file's size differ."""
     size = os.fstat(file.fileno()).st_size
@@ -280,7 +296,7 @@ def _modules(folder: Path, shapes: Mapping[str, list[int]]) -> dict[str, _Sides]
 
 def _read_config(folder: Path) -> dict[str, Any]:
     try:
-        with (folder / "adapter_config.json").open("rb") as file:
+        with (folder / _CONFIG).open("rb") as file:
             config = json.loads(file.read(_HEADER_BYTES))
         config["lora_alpha"] + 0.0  # a number, or the file is none of PEFT's
     except FileNotFoundError:

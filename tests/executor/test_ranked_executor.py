@@ -16,7 +16,7 @@ from stepgraph.config import EngineConfig
 from stepgraph.engine.build import build_engine
 from stepgraph.engine.engine import Engine
 from stepgraph.engine.sampling_params import SamplingParams, StructuredOutputs
-from stepgraph.errors import ConfigError, ModelError
+from stepgraph.errors import ConfigError, ModelError, RequestError
 from stepgraph.executor.ranked import build_ranked_executor
 from stepgraph.executor.workers import Workers
 from stepgraph.models.source import resolve
@@ -165,6 +165,10 @@ def test_each_rank_reads_its_part_of_an_adapter(engine, tmp_path) -> None:
         found.append([list(adapted.output_token_ids), list(plain.output_token_ids)])
     assert found[0] == found[1]
     assert found[0][0] != found[0][1]
+    file = two.read_adapter(folder)
+    save_adapter(tmp_path, matrices(1))
+    with pytest.raises(RequestError, match=r"rank 1: .* was changed after rank 0 had read it; ask for it again"):
+        two.load_adapter(file, replace=True)
 
 
 def test_a_graph_that_one_rank_cannot_capture_is_none_of_any(engine, caplog) -> None:
