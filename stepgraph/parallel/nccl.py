@@ -13,9 +13,9 @@ from contextlib import contextmanager, suppress
 from datetime import timedelta
 
 import torch
-from torch import Tensor
-from torch.distributed import FileStore, ProcessGroupNCCL  # type: ignore[attr-defined]  # which its stubs do not export
+from torch import Tensor, distributed
 
+from stepgraph.errors import ConfigError
 from stepgraph.ops.collectives import reduce_gathered
 from stepgraph.ops.collectives.reference import gather_columns
 from stepgraph.parallel.exchange import Exchange
@@ -34,17 +34,26 @@ class NcclGroup:
         shard, exchange: as of `create_group`.
         device: of this rank.
         time_limit_s: of starting together.
+
+        Raises:
+            ConfigError: torch was built without NCCL.
         """
+        if not distributed.is_nccl_available():
+            raise ConfigError(
+                f"tensor_parallel_size={shard.size}, but the GPUs have no access to each other's memory, and torch "
+                f"{torch.__version__} was built without NCCL; install a build that has it, or use one device"
+            )
         self.shard, self._device = shard, device
         self.fault_flag: Tensor | None = torch.zeros(1, dtype=torch.int32, pin_memory=True)
         self._depth = 0  # of loop_back
         folder = tempfile.mkdtemp(prefix="stepgraph-") if shard.rank == 0 else ""  # none but this user's
         try:
             folder, *_ = (path.decode() for path in exchange(folder.encode()))
-            store = FileStore(os.path.join(folder, "nccl"), shard.size)
-            options = ProcessGroupNCCL.Options()
+            path = os.path.join(folder, "nccl")
+            store = distributed.FileStore(path, shard.size)  # type: ignore[attr-defined]  # its stubs lack it
+            options = distributed.ProcessGroupNCCL.Options()
             options._timeout = timedelta(seconds=time_limit_s)
-            self._nccl = ProcessGroupNCCL(store, shard.rank, shard.size, options)
+            self._nccl = distributed.ProcessGroupNCCL(store, shard.rank, shard.size, options)
             self._gathered(torch.zeros(1, 1, device=device))  # which connects them
             torch.cuda.synchronize(device)
             exchange(b"")
