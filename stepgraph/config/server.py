@@ -226,20 +226,22 @@ class ServerConfig:
 
     def _check_ports(self) -> None:
         taken: dict[int, str] = {}
-        for name in ("port", "metrics_port", "engine_worker_queue_port"):
+        for name, count in (("port", 1), ("metrics_port", 1), ("engine_worker_queue_port", self.data_parallel_size)):
             port = getattr(self, name)
             if port is None or port == 0:
                 continue
             if port > 65535:
                 raise ConfigError(f"{name}={port} is not a port; the largest is 65535")
-            if name == "engine_worker_queue_port" and port + self.data_parallel_size > 65536:
+            if (last := port + count - 1) > 65535:
                 raise ConfigError(
-                    f"{name}={port} and data_parallel_size={self.data_parallel_size} need ports up to "
-                    f"{port + self.data_parallel_size - 1}, and the largest is 65535; give a smaller one"
+                    f"{name}={port} and data_parallel_size={count} need ports up to {last}, and the largest is 65535; give a "
+                    "smaller one"
                 )
-            if port in taken:
-                raise ConfigError(f"{name}={port} is {taken[port]} too; give them different ports")
-            taken[port] = name
+            for one in range(port, port + count):
+                if one in taken:
+                    which = f"{name}={port}" if count == 1 else f"{name}={port} takes {count} ports, and {one}"
+                    raise ConfigError(f"{which} is {taken[one]} too; give them different ports")
+                taken[one] = name
 
     def _check_names(self) -> None:
         names = list(self.served_model_name or ())

@@ -113,6 +113,7 @@ class Administrator:
                     await self._clear(mode)
                     await self._sleep(level)
                     self.rest.sleep_level = level
+                    self._forget_prefixes(self._engines)
                 logger.warning("administration: the engine sleeps (level %d, mode %s)", level, mode)
             elif mode != "keep":
                 await self._clear(mode)
@@ -160,9 +161,9 @@ class Administrator:
                 raise error
             for engine, outcome in zip(self._engines, outcomes, strict=True):
                 engine.weights = path
-                self._fronts.forget_prefixes(engine.replica)
                 if isinstance(outcome, Exception):
                     engine.replace()
+            self._forget_prefixes(self._engines)
             if error is not None:
                 raise EngineDeadError(f"{error}; it is started again with the weights that the others have") from error
             logger.warning("administration: the weights are those of %s", path)
@@ -176,8 +177,7 @@ class Administrator:
         async with self._turn:
             there = self._not_dormant()
             kept = await self._ask(there, partial(ResetPrefixCache, preempt=preempt))
-            for engine in there:
-                self._fronts.forget_prefixes(engine.replica)
+            self._forget_prefixes(there)
             return sum(kept)
 
     async def load_adapter(self, name: str, folder: str, *, inplace: bool) -> str:
@@ -244,6 +244,10 @@ class Administrator:
         """No name is that of the adapter in `folder` any more; unless another one is, it is read again if it is loaded again."""
         if folder not in self._adapters.values():
             self._tell(ForgetAdapter(folder))
+
+    def _forget_prefixes(self, engines: Iterable[EngineLife]) -> None:
+        for engine in engines:
+            self._fronts.forget_prefixes(engine.replica)
 
     @asynccontextmanager
     async def _coming(self, what: str | None) -> AsyncIterator[None]:

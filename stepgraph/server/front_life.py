@@ -195,7 +195,11 @@ class FrontLife:
                 if receiving.done():
                     receiving.result()
             finally:
-                for task in (ending, receiving, watching, *self._calls):
+                for task in (
+                    ending,
+                    receiving,
+                    watching,
+                ):  # what it asked of the supervisor is done, though nobody hears of it
                     task.cancel()
         finally:
             process.kill()
@@ -230,16 +234,16 @@ class FrontLife:
         elif isinstance(message, FrontFailed):
             self._failure = message
         else:
-            call = asyncio.create_task(self._do(message))
+            call = asyncio.create_task(self._do(message, self._socket))
             self._calls.add(call)
             call.add_done_callback(self._calls.discard)
 
-    async def _do(self, call: Call) -> None:
+    async def _do(self, call: Call, asked: zmq.asyncio.Socket | None) -> None:
         try:
-            content = await self._owner.call(call.method, call.arguments)
+            answer: ToFront = CallAnswer(call.number, await self._owner.call(call.method, call.arguments))
         except Exception as error:
             if not isinstance(error, StepgraphError | APIError):
                 logger.exception("%s failed", call.method)
-            self.tell(CallFailed.of(call.number, error))
-        else:
-            self.tell(CallAnswer(call.number, content))
+            answer = CallFailed.of(call.number, error)
+        if self._socket is asked:  # of another process, this may be the number of another call
+            self.tell(answer)

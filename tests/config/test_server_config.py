@@ -19,7 +19,7 @@ NON_DEFAULT = {
     "host": "0.0.0.0",
     "port": 8988,
     "metrics_port": 7733,
-    "engine_worker_queue_port": 7732,
+    "engine_worker_queue_port": 7731,
     "data_parallel_size": 2,
     "api_server_count": 3,
     "root_path": "/llm",
@@ -104,6 +104,10 @@ def test_flat_settings_are_sorted_into_those_of_the_engine_and_of_the_server():
         ({"max_num_seq": 8}, r"unknown setting 'max_num_seq'; did you mean 'max_num_seqs'\?"),
         ({"zzz": 8}, r"unknown setting 'zzz'; known settings: [^;]*$"),
         ({"pipeline_parallel_size": 2}, "pipeline_parallel_size=2 is not supported: tensor_parallel_size is how"),
+        (
+            {"port": 8001, "engine_worker_queue_port": 8000, "data_parallel_size": 2},
+            "engine_worker_queue_port=8000 takes 2 ports, and 8001 is port too",
+        ),
         ({"data_parallel_size": 0}, "data_parallel_size=0 is too small; the smallest value is 1"),
         (
             {"engine_worker_queue_port": 65535, "data_parallel_size": 2},

@@ -105,6 +105,11 @@ def test_blocks_that_stay_are_counted_over_all_and_routing_forgets(two) -> None:
     assert two.fronts.forgotten == [0, 1]
 
 
+def test_engines_that_slept_have_no_prefixes(two) -> None:
+    two.do(two.administrator.sleep(1, "keep"))
+    assert two.fronts.forgotten == [0, 1]
+
+
 def test_a_fault_of_ours_is_no_ones_answer(two) -> None:
     two.fail(0, ResetPrefixCache, StepgraphError("a bug"))
     with pytest.raises(StepgraphError, match="engine 0: a bug"):

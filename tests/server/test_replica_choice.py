@@ -1,0 +1,131 @@
+"""Which engine a front sends a request to, and what it knows of those that are gone."""
+
+import time
+from collections import Counter
+
+import msgspec
+import pytest
+from observed import LOAD, service
+from observed import READY as NOT_LARGE
+
+from stepgraph.config.server import ServerConfig
+from stepgraph.engine.prompts import TokenizedPrompt
+from stepgraph.engine.sampling_params import SamplingParams
+from stepgraph.errors import EngineDeadError
+from stepgraph.server.counts import RequestCounts
+from stepgraph.server.engine_client import EngineClient
+from stepgraph.server.engine_observer import EngineState, EngineStatus
+from stepgraph.server.generation import Origin
+from stepgraph.server.messages import Accepted, Add, Failed, Progress, TokenUpdate, decode_to_engine
+from stepgraph.server.replicas import Replicas
+from stepgraph.server.rest import Rest
+from stepgraph.server.routing import MAX_EXCESS_TOKENS, REQUEST_TOKENS
+
+PROMPT = [*range(1, 49)]
+READY = msgspec.structs.replace(NOT_LARGE, num_kv_blocks=4097)
+
+
+class Front:
+    """A front of engines that take every request, and end none by themselves."""
+
+    def __init__(self, num_engines: int = 2, *, shared: bool = False):
+        self.sent: list[list[Add]] = [[] for _ in range(num_engines)]
+        clients = [EngineClient(self._taker(number), RequestCounts(), shared=shared) for number in range(num_engines)]
+        self.replicas = Replicas(clients, Rest())
+        for number in range(num_engines):
+            self.replicas.on_status(number, EngineStatus(EngineState.READY, READY))
+        self._count = 0
+
+    def _taker(self, number: int):
+        def take(content: bytes) -> None:
+            if isinstance(message := decode_to_engine(content), Add):
+                self.sent[number].append(message)
+                self.replicas.on_message(number, Accepted(message.group))
+
+        return take
+
+    def submit(self, prompt=PROMPT, *, salt=None, **options) -> int:
+        """Send a request; the engine that got it."""
+        self._count += 1
+        before = [len(adds) for adds in self.sent]
+        self.replicas.submit(
+            f"r{self._count}",
+            TokenizedPrompt(None, list(prompt), salt),
+            SamplingParams(),
+            None,
+            arrived_at=time.monotonic(),
+            origin=Origin("chat", "tiny", "r", None),
+            **options,
+        )
+        [engine] = [number for number, adds in enumerate(self.sent) if len(adds) > before[number]]
+        return engine
+
+    def begin(self, engine: int) -> None:
+        """An engine's last request gets its first token."""
+        running = LOAD._replace(num_running=len(self.sent[engine]), num_waiting=0)
+        first = TokenUpdate(self.sent[engine][-1].requests[0][0], (5,))
+        self.replicas.on_message(engine, Progress([first], [], running))
+
+
+def test_a_prefix_is_sent_where_it_is_until_that_engine_is_much_busier() -> None:
+    front = Front()
+    counts, excess = Counter(), 0
+    for _ in range(400):
+        counts[engine := front.submit(PROMPT * 100)] += 1
+        front.begin(engine)
+        excess = max(excess, abs(counts[0] - counts[1]))
+    assert 8 <= excess <= MAX_EXCESS_TOKENS / REQUEST_TOKENS + 2
+    assert min(counts.values()) > 100
+
+
+def test_other_prompts_are_shared_out() -> None:
+    front = Front(4)
+    counts = Counter(front.submit([number, *PROMPT]) for number in range(100))
+    assert max(counts.values()) - min(counts.values()) <= 2
+
+
+@pytest.mark.parametrize("named", [{"adapter": "/poet"}, {"session": "talk"}])
+def test_first_requests_of_an_adapter_or_a_session_share_an_engine(named) -> None:
+    for name in range(6):
+        front, others = Front(4), {key: f"{value}{name}" for key, value in named.items()}
+        ends = set()
+        for number in range(5):
+            engine = front.submit([number, name, *PROMPT], **others)
+            front.replicas.clients[engine].abort([front.sent[engine][-1].requests[0][0]])
+            ends.add(engine)
+        assert len(ends) == 1
+
+
+def test_an_engine_that_is_not_there_gets_nothing_and_its_requests_end() -> None:
+    front = Front()
+    first = front.submit()
+    other = 1 - first
+    died = Failed("its process was killed by signal 9", is_users=False)
+    front.replicas.on_status(first, EngineStatus(EngineState.RESTARTING, READY, died))
+    front.replicas.on_end(first, "the engine stopped: its process was killed by signal 9")
+    assert front.replicas.num_unfinished == 0
+    assert {front.submit() for _ in range(5)} == {other}
+    assert (front.replicas.trouble, front.replicas.capacity) == (None, READY.max_num_seqs)
+    assert front.replicas.troubles[other] is None
+    assert "killed by signal 9" in front.replicas.troubles[first]
+    front.replicas.on_status(other, EngineStatus(EngineState.RESTARTING, READY, died))
+    with pytest.raises(
+        EngineDeadError, match=r"the engine stopped \(its process was killed by signal 9\) and is being"
+    ):
+        front.submit()
+    front.replicas.on_status(first, EngineStatus(EngineState.READY, READY))
+    assert front.submit() == first
+    assert front.replicas.capacity == READY.max_num_seqs
+
+
+def test_the_queue_is_that_of_all_fronts() -> None:
+    front = Front(shared=True)
+    served = service(ServerConfig(max_queue=3), front.replicas)
+    for engine, others in ((0, 2), (1, 1)):
+        front.replicas.on_message(engine, Progress([], [], LOAD._replace(num_running=others, num_waiting=0)))
+    assert served.fullness is None
+    front.submit()
+    assert front.replicas.num_everybodys == 4
+    front.submit()
+    assert served.fullness == "the queue is full: 5 requests run or wait"
+    assert front.replicas.num_unfinished == 2
