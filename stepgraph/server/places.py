@@ -10,8 +10,8 @@ from stepgraph.devices import AUTO
 from stepgraph.errors import ConfigError
 from stepgraph.server.spawn import Place
 
-_FRONTS_PER_ENGINE = 2
-"""Fronts that a GPU's engine may keep busy: small models give more tokens than one front streams."""
+_FRONTS_PER_ENGINE = 3
+"""Fronts that a GPU's engine may keep busy: an H200 gives some 60k tokens per second of a small model, a front streams 22k."""
 _CORES_PER_FRONT = 4
 """Of those that the engines leave: fronts are not alone on a machine."""
 

@@ -60,8 +60,9 @@ def test_more_engines_than_devices_are_refused_with_both_numbers(machine) -> Non
     ("cores", "devices", "device", "num_engines", "fronts"),
     [
         (2, "0", "cuda", 1, 1),
-        (16, "0", "cuda", 1, 2),
-        (64, "0,1", "auto", 2, 4),
+        (16, "0", "cuda", 1, 3),
+        (9, "0", "cuda", 1, 2),
+        (64, "0,1", "auto", 2, 6),
         (16, "0,1", "cuda", 2, 3),
         (128, "", "auto", 2, 1),
         (128, "0,1", "cpu", 2, 1),
