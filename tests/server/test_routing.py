@@ -69,6 +69,14 @@ def test_a_replica_that_alone_saves_what_it_is_busier_is_chosen_whatever_the_key
     assert loads[holder] > least + max(MAX_EXCESS_TOKENS, least // 2) or choose(loads, saved, key) == holder
 
 
+def test_both_bounds_grow_with_the_least_load():
+    least = 4 * MAX_EXCESS_TOKENS
+    assert choose([least, least + least // 2], [0, 2 * least], b"") == 1
+    assert choose([least, least + least // 2 + 1], [0, 2 * least], b"") == 0
+    assert {choose([least, least + least // 16], [0, 0], b"%d" % key) for key in range(16)} == {0, 1}
+    assert {choose([least, least + least // 16 + 1], [0, 0], b"%d" % key) for key in range(16)} == {0}
+
+
 def test_without_a_replica_there_is_an_error_that_is_no_fault_of_the_request():
     with pytest.raises(EngineDeadError, match="no replica"):
         new_router().route([1, 2, 3], [None, None])
