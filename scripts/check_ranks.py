@@ -1,0 +1,130 @@
+"""Do ranks that share a model say what one would, and do they hold the same bits?
+
+Random engines of mixed features (architectures, formats, block sizes, chunked prompts, prefix caching, speculation, grammars,
+penalties, log-probabilities, LoRA, determinism, preemption, aborts, sleep, new weights) on 2, 3 and 4 ranks on CPU, each held
+against one rank on the same requests, in float32 token for token but for ties; what ranks keep alike is compared bit for bit
+every few steps. `tests/ranks/random_engines.py` makes them.
+
+    python scripts/check_ranks.py --engines 300 --seed 1 --json benchmarks/results/cpu-ranks-random.json
+
+With --smollm2, 40 prompts of chat, code and prose, the answers 64 tokens long, on 3 ranks, which is what can share SmolLM2; with
+every method of speculation and with none; against what transformers says, whose choices are nowhere nearly tied:
+
+    python scripts/check_ranks.py --smollm2 --json benchmarks/results/cpu-ranks-smollm2.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+TESTS = Path(__file__).parents[1] / "tests"
+sys.path += [str(TESTS), str(TESTS / "ranks"), str(TESTS / "models")]
+
+from random_engines import Arrival, Case, Outcome, random_case, run_case, serve_ranked  # noqa: E402
+from random_models import RandomModel  # noqa: E402
+from ranked_engines import EngineFactory  # noqa: E402
+from transformers.utils import logging  # noqa: E402
+
+from stepgraph.bench.report import check_outputs, machine, write_json  # noqa: E402
+from stepgraph.engine.sampling_params import SamplingParams  # noqa: E402
+from stepgraph.errors import StepgraphError  # noqa: E402
+
+NUM_RANKS = (2, 3, 4)
+SMOLLM2 = RandomModel("smollm2", {}, name="smollm2")
+SMOLLM2_RANKS, NUM_PROMPTS, NUM_TOKENS = 3, 40, 64
+SMOLLM2_SETTINGS = {
+    "device": "cpu",
+    "dtype": "float32",
+    "max_model_len": 1088,
+    "num_kv_blocks": 1200,
+    "max_num_seqs": 40,
+    "max_num_batched_tokens": 256,
+    "capture_sizes": (40, 160, 256),
+    "capture_rows": (40,),
+}
+
+
+def check_random_engines(options: argparse.Namespace, create: EngineFactory) -> dict[str, Any]:
+    outcomes: list[Outcome] = []
+    failures: list[str] = []
+    for index in range(options.engines):
+        number = 1_000_000 * options.seed + index
+        case = random_case(number, NUM_RANKS[index % len(NUM_RANKS)])
+        with tempfile.TemporaryDirectory() as folder:
+            try:
+                outcomes.append(run_case(case, Path(folder), create))
+            except (AssertionError, StepgraphError) as error:
+                failures.append(f"{number} on {case.num_ranks} ranks, {', '.join(case.features)}: {error}")
+                print(f"FAILED {failures[-1]}", flush=True)
+                create.close()  # of processes in whatever state
+        if (index + 1) % 10 == 0:
+            print(f"{index + 1} engines, {len(failures)} failures", flush=True)
+    features: dict[str, int] = {}
+    for outcome in outcomes:
+        for feature in outcome.features:
+            features[feature] = features.get(feature, 0) + 1
+    sums = {
+        name: sum(getattr(outcome, name) for outcome in outcomes)
+        for name in ("tokens", "steps", "eager_steps", "preemptions", "accepted", "ties")
+    }
+    print(f"{len(outcomes)} engines agree, {len(failures)} do not; {sums}")
+    return {
+        "seed": options.seed,
+        "failures": failures,
+        **sums,
+        "features": dict(sorted(features.items())),
+        "engines": [asdict(o) for o in outcomes],
+    }
+
+
+def check_smollm2(create: EngineFactory) -> dict[str, Any]:
+    answers = json.loads((TESTS / "data/smollm2_greedy.json").read_text())["answers"][:NUM_PROMPTS]
+    params = SamplingParams(temperature=0, max_tokens=NUM_TOKENS, ignore_eos=True)
+    arrivals = tuple(Arrival(0, tuple(answer["prompt"]), params, 0, None, None) for answer in answers)
+    lines, failures = [], []
+    for method in ("none", "mtp", "suffix", "ngram", "hybrid"):
+        proposing = {"speculative_method": method, "num_speculative_tokens": 3, "speculative_adaptive": False}
+        settings = SMOLLM2_SETTINGS | (proposing if method != "none" else {})
+        case = Case(0, SMOLLM2_RANKS, SMOLLM2, settings, arrivals, event=None)
+        outcome, started = Outcome(0, SMOLLM2_RANKS, case.features), time.perf_counter()
+        found = serve_ranked(case, Path(), create, outcome)
+        outcome.seconds = time.perf_counter() - started
+        pairs = zip(found, answers, strict=True)
+        parted = [i for i, (request, answer) in enumerate(pairs) if request.output_token_ids != answer["tokens"]]
+        failures += [f"{method}: answer {index} parts" for index in parted]
+        lines.append(asdict(outcome) | {"method": method, "identical": len(found) - len(parted)})
+        print(f"{method:>7}: {lines[-1]['identical']} of {len(found)} identical, {outcome.steps} steps", flush=True)
+    return {"prompts": len(answers), "answer_tokens": NUM_TOKENS, "failures": failures, "methods": lines}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--engines", type=int, default=20, help="random engines (default: 20)")
+    parser.add_argument("--seed", type=int, default=0, help="which ones (default: 0)")
+    parser.add_argument("--smollm2", action="store_true", help="the embedded model instead")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write what came of it")
+    options = parser.parse_args()
+    check_outputs(options)
+    logging.disable_progress_bar()
+    started, create = time.perf_counter(), EngineFactory()
+    try:
+        result = check_smollm2(create) if options.smollm2 else check_random_engines(options, create)
+    finally:
+        create.close()
+    for failure in result["failures"]:
+        print(failure)
+    if options.json:
+        seconds = time.perf_counter() - started
+        write_json(options.json, {"check": "ranks", "machine": machine("cpu"), "seconds": seconds, **result})
+    return 1 if result["failures"] else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
