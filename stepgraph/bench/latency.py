@@ -22,6 +22,7 @@ from stepgraph.engine.build import build_engine
 from stepgraph.engine.engine import Engine
 from stepgraph.errors import ConfigError
 from stepgraph.executor.local import runner_of
+from stepgraph.parallel.shard import Shard
 
 _POINTS = (("measured", "#2f6fde", "o"), ("peer", "#b0b7c3", "o"), ("target", "#2a9d5c", "_"))
 """Of the plot: label, colour, marker."""
@@ -119,6 +120,7 @@ def run(arguments: argparse.Namespace) -> int:
         measure(engine, case, limits, peers, arguments.repeats if case.is_first_token else arguments.rounds)
         for case in tqdm(cases, desc="measuring", file=sys.stderr, leave=False, disable=not sys.stderr.isatty())
     ]
+    engine.shutdown()
     print(
         f"{settings_line(engine, where)}; medians\n"
         f"limits of one device, measured here: copy {limits.copy_bytes_per_s / 1e9:.0f} GB/s, "
@@ -171,7 +173,7 @@ def measure(engine: Engine, case: Case, limits: Limits, peers: Peers, rounds: in
         for step in round_.steps
         if case.is_first_token or step.record.num_tokens == case.num_requests
     ]
-    cost = step_cost(runner_of(engine.executor).model, case.rows, engine.executor.specs.num_ranks)
+    cost = step_cost(runner_of(engine.executor).model, case.rows, Shard(0, engine.executor.specs.num_ranks))
     return Measurement(
         case=case.name,
         ms=1e3 * median(samples_s),

@@ -18,6 +18,7 @@ from stepgraph.layers.formats import Packed
 from stepgraph.layers.matrix import Matrix
 from stepgraph.models.decoder import Decoder
 from stepgraph.models.language_model import LanguageModel
+from stepgraph.parallel.shard import WHOLE, Shard
 from stepgraph.platforms import Platform
 
 
@@ -53,19 +54,19 @@ def measure_limits(platform: Platform, dtype: torch.dtype) -> Limits:
     return Limits(2 * source.numel() / copy_s, 2 * size**3 / product_s)
 
 
-def step_cost(model: LanguageModel, rows: Sequence[tuple[int, int]], num_ranks: int = 1) -> StepCost:
+def step_cost(model: LanguageModel, rows: Sequence[tuple[int, int]], shard: Shard = WHOLE) -> StepCost:
     """Cost of a step for one of the ranks that share a model. What they send each other is not counted.
 
     Args:
         model: what the rank keeps.
         rows: each (query length, cached keys including this step's).
-        num_ranks: how many share it. Each has the whole embedding table, and computes its part of the logits.
+        shard: which rank it is. It has the whole embedding table, and computes its part of the logits.
     """
     config = model.config
     num_tokens = sum(query_len for query_len, _ in rows)
     weights = sum(p.numel() for p in model.parameters()) + _packed_away(model)
     weight_bytes = sum(p.nbytes for p in model.parameters())  # layers may have fewer bits than the rest
-    head_rows = -(-config.vocab_size // num_ranks)
+    head_rows = shard.span(config.vocab_size).length
     table, head = config.vocab_size * config.hidden_size, head_rows * config.hidden_size
     tables = [p for p in model.parameters() if p.shape[0] in (config.vocab_size, head_rows)]
     # The embedding is only looked up. A tied one is also the head, of which the rank reads its part.

@@ -110,6 +110,7 @@ def run(arguments: argparse.Namespace) -> int:
         _check(run_round(engine, jobs[: arguments.num_prompts]))
         for _ in tqdm(range(repeats), desc="rounds", leave=False, disable=not sys.stderr.isatty())
     ]
+    engine.shutdown()
     in_order = sorted(rounds, key=lambda round_: round_.duration_s)
     shown = in_order[(len(in_order) - 1) // 2]
     summary = summarize(

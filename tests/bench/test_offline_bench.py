@@ -94,12 +94,13 @@ def test_figures_of_others_are_of_the_same_devices_and_as_many() -> None:
         assert load_peers(shape, device, num_ranks).figures == {}
 
 
+@pytest.mark.parametrize("shape", ["qwen3-0.6b", "qwen3-8b"])
 @pytest.mark.parametrize("size", [2, 4, 8])
-def test_what_ranks_must_do_adds_up_to_what_one_would(size) -> None:
-    """All but the norms, of which no rank is spared."""
+def test_what_ranks_must_do_adds_up_to_what_one_would(shape, size) -> None:
+    """All but the norms, of which no rank is spared. The first one's output head is its embedding table, the other's is not."""
 
     def model(shard: Shard = WHOLE) -> Decoder:
-        source = resolve("qwen3-0.6b")
+        source = resolve(shape)
         return create_model(
             source,
             dtype=torch.bfloat16,
@@ -111,10 +112,21 @@ def test_what_ranks_must_do_adds_up_to_what_one_would(size) -> None:
 
     rows = [(1, 30)] * 7 + [(40, 90)]
     whole = step_cost(model(), rows)
-    costs = [step_cost(model(Shard(rank, size)), rows, size) for rank in range(size)]
+    costs = [step_cost(model(shard), rows, shard) for shard in (Shard(rank, size) for rank in range(size))]
     norms = sum(p.numel() for name, p in model().named_parameters() if "norm" in name)
     assert sum(cost.bytes for cost in costs) == whole.bytes + 2 * (size - 1) * norms
     assert sum(cost.flops for cost in costs) == whole.flops + 2 * 47 * (size - 1) * norms
+
+
+def test_latency_of_two_ranks_is_measured_as_that_of_one(tiny_model, tmp_path, capsys) -> None:
+    file = tmp_path / "latency.json"
+    ranks = ["--tensor-parallel-size=2", "--device=cpu", "--cases=decode 1", "--repeats=1", "--rounds=1"]
+    assert bench.main(["latency", tiny_model, f"--json={file}", *FLAGS, *ranks]) == 0
+    result = json.loads(file.read_text())
+    assert result["num_ranks"] == 2
+    [case] = result["cases"]
+    assert case["steps"]["in_graphs"] == 1
+    assert ", 2 x " in capsys.readouterr().out
 
 
 def test_latency_is_printed_written_and_drawn(tiny_model, tmp_path, capsys) -> None:
