@@ -85,7 +85,7 @@ def _create(
         group = create_push_group(
             shard,
             exchange,
-            platform.device,
+            platform,
             slot_bytes=_slot(row, most, _DEVICE_BUFFER_BYTES // shard.size),
             dtype=dtype,
             num_programs=min(num_programs, _MAX_PROGRAMS),

@@ -30,6 +30,7 @@ class MailboxGroup:
         *,
         slot_elements: int,
         time_limit_s: float,
+        synchronize: Callable[[], None],
         close: Callable[[], None],
     ) -> None:
         """Args:
@@ -38,6 +39,7 @@ class MailboxGroup:
         mailbox: of this rank, which has the group from now on.
         slot_elements: numbers that a message may have.
         time_limit_s: of a wait for another rank.
+        synchronize: waits for all that the device was given.
         close: gives up the mailbox's memory, once the device is done with it.
         """
         self.name, self.shard = name, shard
@@ -46,7 +48,7 @@ class MailboxGroup:
         self._time_limit_ns = round(1e9 * time_limit_s)
         self._host = mailbox.host.numpy()
         self._depth = 0  # of loop_back
-        self._close = close
+        self._synchronize, self._close = synchronize, close
 
     def add_sum(
         self,
@@ -102,8 +104,11 @@ class MailboxGroup:
         self._close()
 
     def _set_depth(self, depth: int) -> None:
+        """Nothing is under way before or after, on any stream: what a failed capture left behind is not to reach other ranks."""
+        self._synchronize()
         self._depth = depth
         self._mailbox.flags[LOOP_BACK].fill_(depth)
+        self._synchronize()
 
     def _messages(self, part: Tensor) -> Iterator[slice]:
         """The rows of `part`, as many at a time as fit into a slot."""

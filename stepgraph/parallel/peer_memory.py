@@ -16,6 +16,7 @@ from stepgraph.ops.collectives.mailbox import MOST_PROGRAMS_A_MULTIPROCESSOR
 from stepgraph.parallel.exchange import Exchange
 from stepgraph.parallel.mailbox_group import MailboxGroup
 from stepgraph.parallel.shard import Shard
+from stepgraph.platforms import Platform
 
 logger = logging.getLogger(__name__)
 
@@ -27,7 +28,7 @@ _BITS = {2: torch.int16, 4: torch.int32}
 def create_push_group(
     shard: Shard,
     exchange: Exchange,
-    device: torch.device,
+    platform: Platform,
     *,
     slot_bytes: int,
     dtype: torch.dtype,
@@ -38,7 +39,7 @@ def create_push_group(
 
     Args:
         shard, exchange: as of `create_group`.
-        device: of this rank.
+        platform: whose device, a GPU, this rank computes on.
         slot_bytes: that a message may have, a multiple of 8 KiB.
         dtype: of the numbers in messages.
         num_programs: of a kernel that has little to do, the same on all ranks, at most the multiprocessors of each.
@@ -47,7 +48,7 @@ def create_push_group(
     Returns:
         None, on all ranks, where one cannot open another one's inbox, or what is sent does not arrive.
     """
-    elements = slot_bytes // dtype.itemsize
+    device, elements = platform.device, slot_bytes // dtype.itemsize
     shape = (3, shard.size, elements)
     with torch.cuda.device(device):
         inboxes = _Inboxes(3 * shard.size * slot_bytes, device)
@@ -67,7 +68,13 @@ def create_push_group(
             host=torch.zeros(2, dtype=torch.int64, pin_memory=True),
         )
         group = MailboxGroup(
-            "push", shard, mailbox, slot_elements=elements, time_limit_s=time_limit_s, close=inboxes.close
+            "push",
+            shard,
+            mailbox,
+            slot_elements=elements,
+            time_limit_s=time_limit_s,
+            synchronize=platform.synchronize,
+            close=inboxes.close,
         )
         if b"" in exchange(b"arrived" if _arrives(group, dtype, device) else b""):
             group.close()

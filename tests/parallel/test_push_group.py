@@ -39,7 +39,15 @@ def push_group(shard: Shard, exchange: Exchange, *, time_limit_s: float = 60.0) 
         torch.zeros(2, dtype=torch.int32),
         torch.zeros(2, dtype=torch.int64),
     )
-    return MailboxGroup("push", shard, mailbox, slot_elements=SLOT, time_limit_s=time_limit_s, close=lambda: None)
+    return MailboxGroup(
+        "push",
+        shard,
+        mailbox,
+        slot_elements=SLOT,
+        time_limit_s=time_limit_s,
+        synchronize=lambda: None,
+        close=lambda: None,
+    )
 
 
 def generator(step: int, rank: int) -> torch.Generator:
