@@ -54,6 +54,8 @@ class ExecutorSpecs:
     """Steps that may be launched before the results of an earlier one are read; with 0, launching a step is computing it."""
     num_ranks: int = 1
     """Devices that share the model, and every step."""
+    collectives: str = ""
+    """Name of what carries sums between them; none of one device."""
     draft_levels: tuple[int, ...] = (0,)
     """Numbers of proposals of a row that steps may be planned with, ascending; each has graphs of its own."""
     lookahead: int = 0
@@ -232,4 +234,4 @@ class Executor(Protocol):
         """
 
     def rank_reports(self) -> list[RankReport]:
-        """How the ranks do, in their order."""
+        """How the ranks do, in their order. Steps may be under way."""

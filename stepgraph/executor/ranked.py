@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from typing import Any
+from weakref import finalize
 
 import numpy as np
 import numpy.typing as npt
@@ -106,14 +108,12 @@ class Threads:
     """
 
     def __init__(self, size: int) -> None:
-        self._before = torch.get_num_threads()
-        self.each = max(1, self._before // size)
+        before = torch.get_num_threads()
+        self.each = max(1, before // size)
         """Threads of each rank."""
         torch.set_num_threads(self.each)
-
-    def restore(self) -> None:
-        """Give this process all of them back."""
-        torch.set_num_threads(self._before)
+        self.restore: Callable[[], object] = finalize(self, torch.set_num_threads, before)
+        """Gives this process all of them back; so does the end of this object."""
 
 
 class RankedExecutor:
@@ -137,8 +137,8 @@ class RankedExecutor:
         ends_workers: bool,
         threads: Threads | None,
     ) -> None:
-        self.specs = replace(local.specs, num_ranks=workers.size)
         assert local.group is not None
+        self.specs = replace(local.specs, num_ranks=workers.size, collectives=local.group.name)
         self._local, self._workers, self._group = local, workers, local.group
         self._ends_workers, self._threads = ends_workers, threads
         self._model_impl, self._time_limit_s = build.config.model.model_impl, build.time_limit_s
@@ -239,16 +239,20 @@ class RankedExecutor:
     # Life
 
     def sleep(self, *, keep_weights: bool) -> None:
-        """See `Executor.sleep`."""
+        """See `Executor.sleep`. If a rank cannot, none does; of one that slept already, it is not known then what it kept."""
         self._tried.clear()
-        self.on_all(_sleep, keep_weights)
+        try:
+            self.on_all(_sleep, keep_weights)
+        except Exception as error:
+            self._on_all_or_none(LocalExecutor.wake, error)
+            raise
 
     def wake(self) -> None:
         """See `Executor.wake`. If a rank cannot, all sleep on."""
         try:
             self.on_all(LocalExecutor.wake)
-        except StepgraphError:
-            self.on_all(_sleep, True)
+        except Exception as error:
+            self._on_all_or_none(_sleep, error, True)
             raise
 
     def check_weights(self, weights: ModelSource | Iterable[tuple[str, Tensor]]) -> None:
@@ -273,18 +277,17 @@ class RankedExecutor:
         if self._is_closed:
             return
         self._is_closed = True
-        try:
-            self._workers.check()
-            self._workers.ring.write(Kind.END)
-        except StepgraphError as error:
-            self._failure = self._failure or error
-        if self._failure is not None:
-            self._workers.close(now=True)
-        self._local.close()
-        if self._ends_workers:
-            self._workers.close()
-        if self._threads is not None:
-            self._threads.restore()
+        with ExitStack() as rest:
+            if self._threads is not None:
+                rest.callback(self._threads.restore)
+            if self._ends_workers:
+                rest.callback(self._workers.close)
+            try:
+                self._check()
+                self._order(Kind.END)
+            except StepgraphError:  # and so all others have been ended
+                pass
+            self._local.close()
 
     def watch_cache(self, lost: Callable[[], None]) -> None:
         """See `Executor.watch_cache`."""
@@ -326,7 +329,7 @@ class RankedExecutor:
 
     def check_alike(self) -> None:
         """EngineDeadError if a rank knows something else of the requests than rank 0, with no step under way."""
-        first, *others = self.on_all(LocalExecutor.checksum)
+        first, *others = self._on_all_soon(LocalExecutor.checksum)
         for rank, other in enumerate(others, start=1):
             if other != first:
                 raise self._fail(
@@ -337,11 +340,27 @@ class RankedExecutor:
 
     def rank_reports(self) -> list[RankReport]:
         """See `Executor.rank_reports`."""
-        return self.on_all(LocalExecutor.report)
+        return self._on_all_soon(LocalExecutor.report)
 
-    def _together(self, own: Callable[[], Any], function: Any, *args: Any) -> list[Any]:
+    def _on_all_soon(self, function: Callable[[LocalExecutor], R]) -> list[R]:
+        """`on_all` of what takes no time, so that a rank which does not answer is one that hangs."""
+        own, *others = self._together(partial(function, self._local), function, limit_s=self._time_limit_s)
+        return [own, *others]
+
+    def _on_all_or_none(self, function: Any, reason: Exception, *args: Any) -> None:
+        """Undo what not all could do. The engine ends if that fails, too."""
+        if self._failure is not None:
+            return
+        try:
+            self.on_all(function, *args)
+        except Exception as error:
+            raise self._fail(f"{reason}; and then not all ranks could be brought back to where they were: {error}") from reason
+
+    def _together(
+        self, own: Callable[[], Any], function: Any, *args: Any, limit_s: float | None = None
+    ) -> list[Any]:
         """What `own` returns here, and ``function(executor, *args)`` meanwhile on each of the others. If several fail, the error
-        is that of the least rank."""
+        is that of the least rank. `limit_s`: how long the answers may take after `own`; default: what `Workers` allows."""
         self._check()
         self._order(Kind.CALL, words=words_of_call(function, args))
         self._store.before_capture = lambda key: self._about_to()  # the others come to it by themselves
@@ -354,7 +373,7 @@ class RankedExecutor:
         finally:
             self._store.before_capture = self._order_capture
         try:
-            results += self._workers.replies()
+            results += self._workers.replies(limit_s)
         except EngineDeadError as error:
             raise self._fail(str(error)) from failure
         except StepgraphError:
@@ -372,6 +391,9 @@ class RankedExecutor:
             self._workers.ring.write(kind, number, shape, words)
         except EngineDeadError as error:
             raise self._fail(str(error)) from None
+        except BaseException:
+            self._fail("an order was interrupted, of which other ranks have read a part")
+            raise
 
     def _number_of(self, shape: StepShape) -> int:
         """Under which workers know a shape, which they are told at its first use."""

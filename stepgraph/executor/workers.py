@@ -127,7 +127,8 @@ class _Worker:
                 self.process.stdin.close()
             if not self.ended.wait(seconds):
                 self.process.kill()
-        self._thread.join()
+        if self._thread is not threading.current_thread():  # which lets go of the last that knew of it
+            self._thread.join()
         self.pipe.close()
         os.close(self.wake)
 
@@ -177,9 +178,10 @@ class Workers:
         self._limit_s = _ANSWER_S
         return specs
 
-    def replies(self) -> list[Any]:
-        """What the workers reply, in the order of their ranks. A StepgraphError if one failed, once all have replied."""
-        return list(self._messages(REPLY))
+    def replies(self, limit_s: float | None = None) -> list[Any]:
+        """What the workers reply, in the order of their ranks. A StepgraphError if one failed, once all have replied; an
+        EngineDeadError if one takes longer than `limit_s`, or than anything may."""
+        return list(self._messages(REPLY, limit_s))
 
     def _check_orders(self, reader: int, waited_s: float) -> None:
         """EngineDeadError if a worker has ended, or does not carry out orders."""
@@ -224,11 +226,11 @@ class Workers:
                     worker.process.kill()
             self._finalizer()
 
-    def _messages(self, kind: str) -> Iterator[Any]:
+    def _messages(self, kind: str, limit_s: float | None = None) -> Iterator[Any]:
         """A message of each; a StepgraphError if one failed, once all have said what they have to say."""
         contents, failed = [], None
         for worker in self._workers:
-            message = self._receive(worker)
+            message = self._receive(worker, self._limit_s if limit_s is None else limit_s)
             if message.kind == ERROR:
                 failed = failed or self._error(worker, message.content)
                 if kind == VALUE:  # those who wait for an exchange are not told of a failure
@@ -240,13 +242,13 @@ class Workers:
             raise failed
         yield from contents
 
-    def _receive(self, worker: _Worker) -> Message:
+    def _receive(self, worker: _Worker, limit_s: float | None) -> Message:
         started = time.monotonic()
         try:
             while not worker.pipe.poll(0.1):
                 self.check()
-                if self._limit_s is not None and time.monotonic() - started > self._limit_s:
-                    raise EngineDeadError(f"rank {worker.rank} gave no answer within {self._limit_s:.0f} s")
+                if limit_s is not None and time.monotonic() - started > limit_s:
+                    raise EngineDeadError(f"rank {worker.rank} gave no answer within {limit_s:.0f} s")
             return Message(*worker.pipe.recv())
         except (EOFError, OSError):
             raise self._gone(worker) from None

@@ -65,6 +65,10 @@ def graphs_of(engine: Engine) -> dict[str, Any]:
         "bytes": counts.bytes,
         "failed_captures": counts.failed_captures,
         "token_sizes": list(executor.specs.token_sizes),
+        "ranks": [
+            {"rank": report.rank, "device": report.device, "graphs": report.num_graphs, "bytes": report.graph_bytes}
+            for report in executor.rank_reports()
+        ],
         "graphs": [
             {
                 "num_tokens": record.shape.num_tokens,
@@ -114,6 +118,8 @@ def ready_of(engine: Engine) -> Ready:
         max_drafts=engine.config.speculative.max_drafts,
         end_token_ids=engine.end_token_ids,
         longest_step_s=specs.longest_step_s,
+        num_ranks=specs.num_ranks,
+        collectives=specs.collectives,
     )
 
 

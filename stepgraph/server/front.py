@@ -249,7 +249,8 @@ def announce(front: Front, supervisor: Supervisor, num_fronts: int) -> None:
     host = f"[{config.host}]" if ":" in config.host else config.host
     seconds = time.monotonic() - front.started_at
     num_engines = len(supervisor.engines)
-    several = f"; {num_engines} engines" if num_engines > 1 else ""
+    several = f"; {ready.num_ranks} ranks by {ready.collectives}" if ready.num_ranks > 1 else ""
+    several += f"; {num_engines} engines" if num_engines > 1 else ""
     several += f"; {num_fronts} front processes" if num_fronts > 1 else ""
     print(
         f"stepgraph serves {model_name(front)} at http://{host}:{front.listening.getsockname()[1]} ({ready.backend} graphs on "

@@ -165,6 +165,9 @@ class Ready(msgspec.Struct, tag=True):
     """Those with which the model ends an answer."""
     longest_step_s: float
     """No step takes longer, nor anything else that the loop does, but for captures."""
+    num_ranks: int = 1
+    collectives: str = ""
+    """These two: see `ExecutorSpecs`."""
 
 
 class Beat(msgspec.Struct, tag=True):
