@@ -6,6 +6,7 @@ import gc
 import logging
 import sys
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -26,15 +27,21 @@ def serve(rank: int, size: int, *, ring: int, pipe: int, wake: int) -> None:
     """Serve one engine after another as one of its ranks. Ends when the leader closes the pipe, or with what went wrong."""
     to_leader, orders = connection(pipe), RingReader(ring, rank - 1, size - 1, wake)
 
+    def receive() -> Any:
+        try:
+            return to_leader.recv()
+        except (EOFError, OSError) as error:
+            raise _LeaderGoneError from error
+
     def exchange(value: bytes) -> list[bytes]:
         to_leader.send(Message(VALUE, value))
-        values: list[bytes] = to_leader.recv()
+        values: list[bytes] = receive()
         return values
 
     logging.basicConfig(format=f"rank {rank} %(levelname)s %(name)s: %(message)s", stream=sys.stderr)
     try:
         while True:
-            build: Build = to_leader.recv()
+            build: Build = receive()
             logging.getLogger("stepgraph").setLevel(build.log_level)
             if build.threads is not None:
                 torch.set_num_threads(build.threads)
@@ -47,12 +54,16 @@ def serve(rank: int, size: int, *, ring: int, pipe: int, wake: int) -> None:
             executor.close()
             del executor
             gc.unfreeze()
-    except EOFError:
+    except _LeaderGoneError:
         return
     except BaseException as error:
         logger.debug("rank %d ends", rank, exc_info=error)
         to_leader.send(Message.of(error))
         sys.exit(1)
+
+
+class _LeaderGoneError(Exception):
+    """The leader has closed the pipe, or is gone."""
 
 
 class Follower:

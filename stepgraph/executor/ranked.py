@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -239,12 +239,14 @@ class RankedExecutor:
     # Life
 
     def sleep(self, *, keep_weights: bool) -> None:
-        """See `Executor.sleep`. If a rank cannot, none does; of one that slept already, it is not known then what it kept."""
+        """See `Executor.sleep`. If a rank cannot, none does, or the engine ends where others have dropped their weights."""
         self._tried.clear()
         try:
             self.on_all(_sleep, keep_weights)
         except Exception as error:
-            self._on_all_or_none(LocalExecutor.wake, error)
+            if not keep_weights:
+                raise self._fail(f"not all ranks could drop their weights: {error}") from error
+            self._undo(error, LocalExecutor.wake)
             raise
 
     def wake(self) -> None:
@@ -252,7 +254,7 @@ class RankedExecutor:
         try:
             self.on_all(LocalExecutor.wake)
         except Exception as error:
-            self._on_all_or_none(_sleep, error, True)
+            self._undo(error, _sleep, True)
             raise
 
     def check_weights(self, weights: ModelSource | Iterable[tuple[str, Tensor]]) -> None:
@@ -282,11 +284,9 @@ class RankedExecutor:
                 rest.callback(self._threads.restore)
             if self._ends_workers:
                 rest.callback(self._workers.close)
-            try:
+            with suppress(StepgraphError):  # if there is one, all others have been ended
                 self._check()
                 self._order(Kind.END)
-            except StepgraphError:  # and so all others have been ended
-                pass
             self._local.close()
 
     def watch_cache(self, lost: Callable[[], None]) -> None:
@@ -347,18 +347,16 @@ class RankedExecutor:
         own, *others = self._together(partial(function, self._local), function, limit_s=self._time_limit_s)
         return [own, *others]
 
-    def _on_all_or_none(self, function: Any, reason: Exception, *args: Any) -> None:
-        """Undo what not all could do. The engine ends if that fails, too."""
+    def _undo(self, reason: Exception, function: Any, *args: Any) -> None:
+        """Bring back those that could do what others could not, for a reason. If that fails, too, the engine ends."""
         if self._failure is not None:
             return
         try:
             self.on_all(function, *args)
         except Exception as error:
-            raise self._fail(f"{reason}; and then not all ranks could be brought back to where they were: {error}") from reason
+            raise self._fail(f"{reason}; and then: {error}") from reason
 
-    def _together(
-        self, own: Callable[[], Any], function: Any, *args: Any, limit_s: float | None = None
-    ) -> list[Any]:
+    def _together(self, own: Callable[[], Any], function: Any, *args: Any, limit_s: float | None = None) -> list[Any]:
         """What `own` returns here, and ``function(executor, *args)`` meanwhile on each of the others. If several fail, the error
         is that of the least rank. `limit_s`: how long the answers may take after `own`; default: what `Workers` allows."""
         self._check()
@@ -387,6 +385,8 @@ class RankedExecutor:
         return results
 
     def _order(self, kind: Kind, number: int = 0, shape: int = 0, words: Words = NOTHING) -> None:
+        if self._workers.has_ended:
+            self._check()
         try:
             self._workers.ring.write(kind, number, shape, words)
         except EngineDeadError as error:

@@ -14,6 +14,7 @@ import os
 import signal
 import sys
 import threading
+from multiprocessing.connection import Connection
 
 # Of Linux's prctl: the signal that a process gets when its parent ends, and how late a sleeping thread may wake up, in ns.
 _PR_SET_PDEATHSIG, _PR_SET_TIMERSLACK = 1, 29
@@ -23,8 +24,12 @@ def main() -> None:
     """Entry point of the process."""
     rank, size, leader, ring, pipe, wake = map(int, sys.argv[1:])
     _end_with(leader)
-    from stepgraph.executor.follower import serve
-
+    try:
+        from stepgraph.executor.follower import serve
+    except Exception as error:  # a library is missing or broken, or there is no memory for it
+        # What the leader takes for a `Message` that something went wrong.
+        Connection(pipe).send(("error", ("EngineDeadError", f"its process cannot start: {error}")))
+        sys.exit(1)
     serve(rank, size, ring=ring, pipe=pipe, wake=wake)
 
 

@@ -132,6 +132,14 @@ class _Worker:
         self.pipe.close()
         os.close(self.wake)
 
+    def leave(self) -> None:
+        """Let go of what belongs to it, in a process that was forked from this one: only this one's hold it then."""
+        if self.process is not None:
+            assert self.process.stdin is not None
+            self.process.stdin.close()
+        self.pipe.close()
+        os.close(self.wake)
+
 
 class Workers:
     """Processes that wait for a build, serve as ranks 1 … size - 1 of an engine, and wait for the next build when it is closed.
@@ -153,11 +161,12 @@ class Workers:
         self._limit_s: float | None = None  # of an answer
         self._is_closed = False
         ring = create_memory(size - 1)
-        told = _weakly(self)
+        told = _weakly(self, Workers._tell)
         self._workers = [_Worker(rank, size, ring, told) for rank in range(1, size)]
         self.ring = RingWriter(ring, [worker.wake for worker in self._workers], self._check_orders)
         os.close(ring)
         self._finalizer = weakref.finalize(self, _end, self._workers)
+        os.register_at_fork(after_in_child=_weakly(self, Workers._leave))
 
     def build(self, build: Build) -> None:
         """Have all build their part of an engine; `built` waits for it."""
@@ -182,6 +191,20 @@ class Workers:
         """What the workers reply, in the order of their ranks. A StepgraphError if one failed, once all have replied; an
         EngineDeadError if one takes longer than `limit_s`, or than anything may."""
         return list(self._messages(REPLY, limit_s))
+
+    def _tell(self) -> None:
+        self.has_ended = True
+        self.on_end()
+
+    def _leave(self) -> None:
+        """This process is a copy of the one that the workers belong to, and has nothing to do with them."""
+        self._failure = EngineDeadError(
+            "this process was forked from the one that started the ranks; create an engine in it, or start it otherwise"
+        )
+        self.has_ended = self._is_closed = True
+        self._finalizer.detach()
+        for worker in self._workers:
+            worker.leave()
 
     def _check_orders(self, reader: int, waited_s: float) -> None:
         """EngineDeadError if a worker has ended, or does not carry out orders."""
@@ -286,17 +309,16 @@ class Workers:
         return said
 
 
-def _weakly(workers: Workers) -> Callable[[], None]:
-    """Calls `workers.on_end`, if there is still anybody to be told."""
+def _weakly(workers: Workers, method: Callable[[Workers], None]) -> Callable[[], None]:
+    """Calls a method, if there are still any workers."""
     reference = weakref.ref(workers)
 
-    def told() -> None:
+    def call() -> None:
         there = reference()
         if there is not None:
-            there.has_ended = True
-            there.on_end()
+            method(there)
 
-    return told
+    return call
 
 
 def _end(workers: list[_Worker]) -> None:

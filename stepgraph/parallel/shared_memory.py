@@ -83,12 +83,21 @@ def map_shared(shard: Shard, exchange: Exchange, num_bytes: int) -> mmap.mmap:
 
 @contextlib.contextmanager
 def _file(num_bytes: int) -> Iterator[str]:
-    """A new file of zeros that is there while it is wanted, in memory if there is room."""
+    """A new file of zeros that is there while it is wanted, in memory if there is room. Where it needs no name, none can be left
+    behind by a process that is killed."""
+    if hasattr(os, "memfd_create") and os.path.isdir(own := f"/proc/{os.getpid()}/fd"):
+        descriptor = os.memfd_create("stepgraph-ranks")
+        try:
+            os.posix_fallocate(descriptor, 0, num_bytes)  # else a write to it could end the process
+            yield f"{own}/{descriptor}"
+        finally:
+            os.close(descriptor)
+        return
     folders = [_MEMORY_FOLDER, tempfile.gettempdir()] if os.path.isdir(_MEMORY_FOLDER) else [tempfile.gettempdir()]
     for folder in folders:
         descriptor, path = tempfile.mkstemp(prefix="stepgraph-", dir=folder)
         try:
-            os.posix_fallocate(descriptor, 0, num_bytes)  # else a write to it could end the process
+            os.posix_fallocate(descriptor, 0, num_bytes)
         except OSError:
             os.unlink(path)
             if folder == folders[-1]:

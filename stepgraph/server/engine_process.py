@@ -307,7 +307,7 @@ def _serve(start: Start, socket: zmq.Socket[bytes], fronts: zmq.Socket[bytes] | 
         socket.send(encode(Failed(str(error), is_users=True)))
         return _USER_ERROR
     except Exception as error:
-        logger.exception("the engine cannot start")
+        _log("the engine cannot start", error)
         socket.send(encode(Failed(str(error) or repr(error), is_users=False)))
         return _FAILURE
     gc.collect()
@@ -316,11 +316,17 @@ def _serve(start: Start, socket: zmq.Socket[bytes], fronts: zmq.Socket[bytes] | 
     try:
         process.run()
     except StepgraphError as error:
-        logger.exception("the engine stopped")
+        _log("the engine stopped", error)
         socket.send(encode(Failed(str(error), is_users=False)))
         return _FAILURE
     engine.shutdown()
     return 0
+
+
+def _log(what: str, error: Exception) -> None:
+    """Where it came from, unless it says itself what happened."""
+    says_it = isinstance(error, StepgraphError) and error.__cause__ is None
+    logger.error("%s: %s", what, error, exc_info=None if says_it else error)
 
 
 def _connect(context: zmq.Context[Any], start: Start) -> zmq.Socket[bytes]:

@@ -81,3 +81,13 @@ def change_line(executor: LocalExecutor, rank: int) -> None:
 def pid(executor: LocalExecutor) -> int:
     """Of the rank's process."""
     return os.getpid()
+
+
+def fail_sleeping(executor: LocalExecutor, rank: int) -> None:
+    """A rank cannot give the memory of its KV cache up, once it has given up that of its weights."""
+
+    def fail(**_: object) -> NoReturn:
+        raise MemoryError("no host memory")
+
+    if executor.group.shard.rank == rank:
+        executor.runner.kv_memory.release = fail

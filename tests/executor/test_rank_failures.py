@@ -96,6 +96,54 @@ def test_a_worker_that_takes_no_orders_is_named(tiny_model, monkeypatch) -> None
             two.executor.set_masks(1, np.zeros((1, 1 << 20), dtype=np.int32))  # more than the ring holds
 
 
+def stop_at_rest(two: Engine) -> None:
+    run(two)
+    os.kill(two.executor.on_all(rank_faults.pid)[1], signal.SIGSTOP)
+    two.prepare()
+
+
+def drop_weights_on_some(two: Engine) -> None:
+    two.executor.on_all(rank_faults.fail_sleeping, 1)
+    two.sleep(2)
+
+
+def interrupt_an_order(two: Engine) -> None:
+    write = two.executor._workers.ring._publish
+    two.executor._workers.ring._publish = lambda: signal.raise_signal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        two.executor.on_all(rank_faults.pid)
+    two.executor._workers.ring._publish = write
+    two.executor.rank_reports()
+
+
+@pytest.mark.parametrize(
+    ("fault", "said"),
+    [
+        (stop_at_rest, "rank 1 gave no answer within 1 s"),
+        (drop_weights_on_some, "not all ranks could drop their weights: rank 1: no host memory"),
+        (interrupt_an_order, "an order was interrupted, of which other ranks have read a part"),
+    ],
+)
+def test_what_leaves_ranks_in_different_states_ends_the_engine(tiny_model, fault, said) -> None:
+    with own_engine(tiny_model, time_limit_s=1.0) as two:
+        run(two)
+        with pytest.raises(EngineDeadError, match=said):
+            fault(two)
+        with pytest.raises(EngineDeadError, match=said):
+            run(two)
+
+
+def test_a_worker_that_cannot_start_says_why(tiny_model, tmp_path, monkeypatch, capfd) -> None:
+    (tmp_path / "torch.py").write_text("raise ImportError('libtorch_cpu.so is not there')")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    config = EngineConfig.from_settings(
+        **TINY_SETTINGS | {"model": tiny_model, "device": "cpu", "tensor_parallel_size": 2}
+    )
+    with pytest.raises(EngineDeadError, match=r"^rank 1: its process cannot start: libtorch_cpu.so is not there$"):
+        build_ranked_executor(config, resolve(tiny_model))
+    assert "Traceback" not in capfd.readouterr().err
+
+
 def test_workers_end_with_a_leader_that_is_killed(tiny_model) -> None:
     code = f"""
 from stepgraph import LLM

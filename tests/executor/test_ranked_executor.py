@@ -16,7 +16,7 @@ from stepgraph.config import EngineConfig
 from stepgraph.engine.build import build_engine
 from stepgraph.engine.engine import Engine
 from stepgraph.engine.sampling_params import SamplingParams, StructuredOutputs
-from stepgraph.errors import ConfigError, ModelError, RequestError
+from stepgraph.errors import ConfigError, EngineDeadError, ModelError, RequestError, StepgraphError
 from stepgraph.executor.ranked import build_ranked_executor
 from stepgraph.executor.workers import Workers
 from stepgraph.models.source import resolve
@@ -135,6 +135,32 @@ def test_requests_sleep_and_wake_on_all_ranks(engine) -> None:
     two.wake_up()
     drain(two)
     assert [list(request.output_token_ids) for request in requests] == expected
+
+
+def test_no_rank_sleeps_where_one_cannot(engine) -> None:
+    two, one = engine(2), engine(1)
+    assert answers(two) == answers(one)
+    two.executor.on_all(rank_faults.fail_sleeping, 1)
+    with pytest.raises(StepgraphError, match="rank 1: no host memory"):
+        two.sleep(1)
+    assert not two.is_sleeping
+    assert answers(two) == answers(one)
+
+
+def test_a_process_that_is_forked_leaves_the_ranks_alone(engine) -> None:
+    two, one = engine(2), engine(1)
+    child = os.fork()
+    if child == 0:  # a copy of this process, which must not come back into pytest
+        status = 1
+        try:
+            two.add_request("theirs", [1, 2, 3], SamplingParams(temperature=0, max_tokens=4))
+            drain(two)
+        except EngineDeadError as error:
+            status = 0 if "forked" in str(error) else 2
+        finally:
+            os._exit(status)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    assert answers(two) == answers(one)
 
 
 @pytest.mark.parametrize("given", ["folder", "tensors"])
