@@ -65,10 +65,6 @@ def graphs_of(engine: Engine) -> dict[str, Any]:
         "bytes": counts.bytes,
         "failed_captures": counts.failed_captures,
         "token_sizes": list(executor.specs.token_sizes),
-        "ranks": [
-            {"rank": report.rank, "device": report.device, "graphs": report.num_graphs, "bytes": report.graph_bytes}
-            for report in executor.rank_reports()
-        ],
         "graphs": [
             {
                 "num_tokens": record.shape.num_tokens,

@@ -1,5 +1,6 @@
 """Two ranks on CPU: the answers of one, and what happens when something fails. One worker serves most tests of this module."""
 
+import os
 import shutil
 import sys
 from collections.abc import Callable, Iterator

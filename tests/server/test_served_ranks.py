@@ -43,7 +43,7 @@ def test_ranks_are_told_of(server) -> None:
     server.client().completions.create(model="tiny", prompt="abc", max_tokens=8)
     reports = server.get("/graphs").json["ranks"]
     assert [(report["rank"], report["device"]) for report in reports] == [(0, "cpu"), (1, "cpu")]
-    assert reports[0]["graphs"] == reports[1]["graphs"] > 0
+    assert reports[0]["num_graphs"] == reports[1]["num_graphs"] > 0
     assert server.metric("rank_total_memory_bytes", rank="1") > 0
 
 
