@@ -65,6 +65,7 @@ logger = logging.getLogger(__name__)
 
 _LAST_WORD_MS = 5000  # how long the last message may take to leave
 _BEAT_S = 0.5  # the front hears of the loop at least so often, but for what takes longer by itself
+_MAX_MESSAGES = 128  # of a turn: a burst of requests holds up those that run for a few milliseconds at a time
 _READING_S = 0.01  # the loop looks so often whether an adapter has been read
 _USER_ERROR, _FAILURE = 2, 1
 
@@ -100,13 +101,14 @@ class EngineProcess:
                 time.monotonic() - self._peers.sent_at >= _BEAT_S
             ):  # by this thread: another one would beat on while this one hangs
                 self._send(Beat())
-            received = self._receive()
+            received, num_received = self._receive(), 0
             while received is not None:
                 peer, message = received
                 if isinstance(message, Stop):
                     return
                 self._obey(peer, message)
-                received = self._peers.receive()
+                num_received += 1
+                received = self._peers.receive() if num_received < _MAX_MESSAGES else None
             if self._awaiting:
                 self._go_on_awaiting()
             updates = self._engine.step() if self._engine.has_work else []

@@ -5,9 +5,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import socket
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -74,15 +75,17 @@ class FrontLife:
 
     Args:
         number: which of the fronts it is.
-        start: what each process is told first; its name and the supervisor's address are filled in.
+        start: what each process is told first; its name, the supervisor's address and the sockets are filled in.
+        listening: sockets of the first process, whose they are then: if it dies, the system gives connections to others.
         owner: hears what becomes of it, and answers it.
     """
 
-    def __init__(self, number: int, start: StartFront, owner: FrontOwner):
+    def __init__(self, number: int, start: StartFront, listening: Sequence[socket.socket], owner: FrontOwner):
         self.counts: FrontCounts | None = None
         """What it told last."""
         self._number = number
         self._start = start
+        self._listening = list(listening)
         self._owner = owner
         self._context = zmq.asyncio.Context()
         self._socket: zmq.asyncio.Socket | None = None
@@ -171,15 +174,16 @@ class FrontLife:
 
     async def _run(self, name: str, folder: Path) -> int:
         """One life of the process, until it ends; returns its exit code."""
-        socket = self._socket = self._context.socket(zmq.PAIR)
-        socket.set_hwm(0)
+        link = self._socket = self._context.socket(zmq.PAIR)
+        link.set_hwm(0)
         address = f"ipc://{folder / 'front'}"
-        socket.bind(address)
-        start = msgspec.structs.replace(self._start, name=name, address=address, is_another=self._loaded.is_set())
-        descriptors = (
-            [start.listening] if start.metrics_listening is None else [start.listening, start.metrics_listening]
-        )
-        process = spawn_front(descriptors)
+        link.bind(address)
+        listening = [sock.fileno() for sock in self._listening]
+        start = msgspec.structs.replace(self._start, name=name, address=address, listening=listening)
+        process = spawn_front(listening)
+        for sock in self._listening:
+            sock.close()
+        self._listening.clear()
         assert process.stdin is not None
         try:
             with contextlib.suppress(BrokenPipeError):  # it has died; that is seen below
@@ -187,7 +191,7 @@ class FrontLife:
                 process.stdin.flush()
             self._heard_at = time.monotonic()
             ending = asyncio.create_task(ended(process))
-            receiving = asyncio.create_task(receive(socket, self._take))
+            receiving = asyncio.create_task(receive(link, self._take))
             watching = asyncio.create_task(self._watch(process))
             try:
                 await asyncio.wait((receiving, ending, watching), return_when=asyncio.FIRST_COMPLETED)
@@ -195,11 +199,7 @@ class FrontLife:
                 if receiving.done():
                     receiving.result()
             finally:
-                for task in (
-                    ending,
-                    receiving,
-                    watching,
-                ):  # what it asked of the supervisor is done, though nobody hears of it
+                for task in (ending, receiving, watching):  # not its calls: what it asked for is done
                     task.cancel()
         finally:
             process.kill()
@@ -207,7 +207,7 @@ class FrontLife:
                 process.stdin.close()
             code = process.wait()
             self._socket, self._is_there = None, False
-            socket.close(linger=0)
+            link.close(linger=0)
             self._questions.fail(EngineDeadError(f"front {self._number} ended"))
         return code
 

@@ -25,13 +25,11 @@ class StartFront(msgspec.Struct, tag=True):
     """The fields of ServerConfig."""
     api_keys: list[str]
     chat_template: str | None
-    listening: int
-    """The descriptor that it listens on."""
-    metrics_listening: int | None
+    listening: list[int]
+    """Descriptors that it listens on: for the API, and for metrics where these have a port of their own. Empty for one in whose
+    place there was another: it opens its own, once it has loaded what the model needs."""
     max_connections: int
     num_engines: int
-    is_another: bool = False
-    """There was one in its place before: what the model needs is loaded before connections are taken, which wait meanwhile."""
 
 
 # From the supervisor to a front.

@@ -41,6 +41,7 @@ from stepgraph.server.front_messages import (
 from stepgraph.server.lifeline import end_with_parent
 from stepgraph.server.messages import Hello, decode_from_engine
 from stepgraph.server.messages import encode as encode_to_engine
+from stepgraph.server.ports import bind
 from stepgraph.server.questions import Questions
 from stepgraph.server.rest import Rest
 from stepgraph.server.sockets import drain, receive, send_now
@@ -191,13 +192,13 @@ async def _serve(start: StartFront) -> int:
     server_settings: dict[str, Any] = {
         name: tuple(value) if isinstance(value, list) else value for name, value in start.server_settings.items()
     }
+    config = ServerConfig(**server_settings)
     front = Front(
         EngineConfig.from_settings(**start.settings),
-        ServerConfig(**server_settings),
+        config,
         tuple(start.api_keys),
         start.chat_template,
-        socket.socket(fileno=start.listening),
-        None if start.metrics_listening is None else socket.socket(fileno=start.metrics_listening),
+        *_sockets(start, config),
         start.max_connections,
         time.monotonic(),
     )
@@ -207,7 +208,7 @@ async def _serve(start: StartFront) -> int:
         http = HttpFront(front, [line.send for line in link.lines], link, link.rest, link.adapters, shared=True)
         listening = asyncio.create_task(link.serve(http))
         link.tell(FrontUp())
-        if not start.is_another:
+        if start.listening:
             http.start()
         try:
             await http.load()
@@ -217,7 +218,7 @@ async def _serve(start: StartFront) -> int:
             link.tell(FrontFailed(str(error) or repr(error), is_users=is_users))
             await http.close()
             return _USER_ERROR if is_users else _FAILURE
-        if start.is_another:
+        if not start.listening:
             http.start()
         link.tell(Loaded())
         draining = asyncio.create_task(link.draining.wait())
@@ -232,6 +233,16 @@ async def _serve(start: StartFront) -> int:
     finally:
         link.close()
         context.term()
+
+
+def _sockets(start: StartFront, config: ServerConfig) -> tuple[socket.socket, socket.socket | None]:
+    """Those of the API and of metrics."""
+    given = [socket.socket(fileno=descriptor) for descriptor in start.listening]
+    if not given:
+        given.append(bind(config.host, config.port, "port", shared=True))
+        if config.metrics_port is not None:
+            given.append(bind(config.host, config.metrics_port, "metrics_port", shared=True))
+    return given[0], given[1] if len(given) > 1 else None
 
 
 def main() -> int:

@@ -9,7 +9,6 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
-from stepgraph.config.server import ServerConfig
 from stepgraph.server.counts import FrontCounts
 from stepgraph.server.engine_life import Launch
 from stepgraph.server.engine_observer import EngineStatus
@@ -39,13 +38,14 @@ class FrontProcesses:
     """A `FrontSide`, and the `FrontOwner` of all. Belongs to one event loop.
 
     Args:
-        starts: what each is told first.
+        start: what each is told first; see `FrontLife`.
+        listening: the sockets of each.
         supervisor: owns the engines.
     """
 
-    def __init__(self, starts: Sequence[StartFront], supervisor: Supervisor):
+    def __init__(self, start: StartFront, listening: Sequence[Sequence[socket.socket]], supervisor: Supervisor):
         self._supervisor = supervisor
-        self._fronts = [FrontLife(number, start, self) for number, start in enumerate(starts)]
+        self._fronts = [FrontLife(number, start, sockets, self) for number, sockets in enumerate(listening)]
         self._gone = FrontCounts.of(len(supervisor.engines))  # what processes have counted that are no more
         self.tasks: tuple[asyncio.Task[None], ...] = ()
         """There is none of which the end is the end of all."""
@@ -147,30 +147,34 @@ async def serve_with_processes(
     listening: Sequence[socket.socket],
     metrics_listening: Sequence[socket.socket] | None,
 ) -> int:
-    """Serve with a front process for each socket; see `serve`. What a front may hold is its part of what the server may."""
+    """Serve with a front process for each socket but the last; see `serve`. What a front may hold is its part of what the server
+    may."""
     supervisor = Supervisor(launches, model_name(front), front.config.adapters())
-    num_fronts = len(listening)
-    starts = [
-        StartFront(
-            name="",
-            address="",
-            settings=dict(settings),
-            server_settings=_server_settings(front.config, num_fronts),
-            api_keys=list(front.api_keys),
-            chat_template=front.chat_template,
-            listening=sock.fileno(),
-            metrics_listening=None if metrics_listening is None else metrics_listening[number].fileno(),
-            max_connections=front.max_connections,
-            num_engines=len(launches),
-        )
-        for number, sock in enumerate(listening)
-    ]
-    fronts = FrontProcesses(starts, supervisor)
+    ports = [listening] if metrics_listening is None else [listening, metrics_listening]
+    sockets = [list(of_front) for of_front in zip(*ports, strict=True)][:-1]
+    start = StartFront(
+        name="",
+        address="",
+        settings=dict(settings),
+        server_settings=_server_settings(front, len(sockets)),
+        api_keys=list(front.api_keys),
+        chat_template=front.chat_template,
+        listening=[],
+        max_connections=front.max_connections,
+        num_engines=len(launches),
+    )
+    fronts = FrontProcesses(start, sockets, supervisor)
     supervisor.attach(fronts)
-    return await serve(front, supervisor, fronts, num_fronts)
+    return await serve(front, supervisor, fronts, len(sockets))
 
 
-def _server_settings(config: ServerConfig, num_fronts: int) -> dict[str, Any]:
-    """Those of one of several fronts: bodies take memory of each, and one of the largest must find room."""
+def _server_settings(front: Front, num_fronts: int) -> dict[str, Any]:
+    """Those of one of several fronts: bodies take memory of each, and one of the largest must find room. Ports are those that are
+    open."""
+    config = front.config
     most_mib = max(config.max_bodies_mib / num_fronts, min(config.max_bodies_mib, config.max_body_mib))
-    return dataclasses.asdict(dataclasses.replace(config, max_bodies_mib=most_mib))
+    port = front.listening.getsockname()[1]
+    metrics_port = None if front.metrics_listening is None else front.metrics_listening.getsockname()[1]
+    return dataclasses.asdict(
+        dataclasses.replace(config, max_bodies_mib=most_mib, port=port, metrics_port=metrics_port)
+    )

@@ -30,7 +30,7 @@ class Peers:
         self._supervisor = supervisor
         self._fronts = fronts
         self._known: set[bytes] = set()
-        self._gone: set[bytes] = set()
+        self._gone: dict[bytes, bytes] = {}  # the last name of each front that is, by what its names begin with
         self._steps: list[StepInfo] = []
         self._load: Load | None = None  # as all know it
         self._told_at = 0.0
@@ -57,7 +57,7 @@ class Peers:
                 peer, content = self._fronts.recv_multipart(zmq.NOBLOCK)
             except zmq.Again:
                 break
-            if peer in self._gone:
+            if self._gone.get(_place(peer)) == peer:
                 continue
             self._known.add(peer)
             message: ToEngine = decode_to_engine(content)
@@ -69,7 +69,7 @@ class Peers:
 
     def forget(self, front: bytes) -> None:
         """A front is gone: what may still come of it counts for nothing."""
-        self._gone.add(front)
+        self._gone[_place(front)] = front
         self._known.discard(front)
 
     def send(self, peer: bytes, message: Any) -> None:
@@ -100,3 +100,8 @@ class Peers:
         self._steps = []
         for peer in self._known - updates.keys():
             self.send(peer, Progress([], [], load))
+
+
+def _place(front: bytes) -> bytes:
+    """What the names of all processes that are the same front begin with."""
+    return front.rpartition(b"-")[0]

@@ -18,6 +18,7 @@ from stepgraph.config.server import ServerConfig, engine_log_level
 from stepgraph.errors import ConfigError
 from stepgraph.server.descriptors import raise_descriptor_limit, room_for_connections
 from stepgraph.server.places import default_fronts, places
+from stepgraph.server.ports import listen
 from stepgraph.server.spawn import spawn_engine
 
 logger = logging.getLogger(__name__)
@@ -50,10 +51,10 @@ def run(settings: dict[str, Any], config: ServerConfig) -> int:
         logger.warning("everybody who reaches %s can %s: set an API key", config.host, what)
     engine_places = places(engine_config, config.data_parallel_size)
     num_fronts = config.api_server_count or default_fronts(engine_config, config.data_parallel_size)
-    listening = _listen(config.host, config.port, "port", num_fronts)
+    listening = listen(config.host, config.port, "port", num_fronts)
     metrics_listening: list[socket.socket] | None = None
     if config.metrics_port is not None:
-        metrics_listening = _listen(config.host, config.metrics_port, "metrics_port", num_fronts)
+        metrics_listening = listen(config.host, config.metrics_port, "metrics_port", num_fronts)
     processes = [spawn_engine(place) for place in engine_places]  # so that they load side by side, and beside this one
     try:
         from stepgraph.server.engine_life import Launch
@@ -77,8 +78,8 @@ def run(settings: dict[str, Any], config: ServerConfig) -> int:
             config,
             api_keys,
             chat_template,
-            listening[0],
-            None if metrics_listening is None else metrics_listening[0],
+            listening[-1],
+            None if metrics_listening is None else metrics_listening[-1],
             room_for_connections(math.ceil(config.max_connections / num_fronts)),
             started_at,
         )
@@ -88,31 +89,3 @@ def run(settings: dict[str, Any], config: ServerConfig) -> int:
     finally:
         for process in processes:
             process.kill()
-
-
-def _listen(host: str, port: int, setting: str, count: int) -> list[socket.socket]:
-    """Open a port, so that whoever is there already is found before anything is loaded. Of several sockets, each gets its share
-    of the connections."""
-    sockets = [_open(host, port, setting, shared=False)]
-    if count == 1:
-        return sockets
-    port = sockets[0].getsockname()[1]
-    sockets[0].close()  # nobody is there: one that would share the port with others could be let in by them
-    return [_open(host, port, setting, shared=True) for _ in range(count)]
-
-
-def _open(host: str, port: int, setting: str, *, shared: bool) -> socket.socket:
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    sock = socket.socket(family, socket.SOCK_STREAM)
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    if shared:
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
-    try:
-        sock.bind((host, port))
-        sock.listen(2048)
-    except OSError as error:
-        sock.close()
-        raise ConfigError(
-            f"{setting}={port} at host {host} cannot be opened: {error.strerror}; choose a free port, or end what listens there"
-        ) from error
-    return sock

@@ -118,11 +118,11 @@ def test_each_front_hears_of_its_own_requests_and_all_of_the_load_and_the_steps_
 
 
 def test_requests_of_a_front_that_is_gone_end_also_those_that_come_later(engine) -> None:
-    with serving(engine, "dead", "other") as (supervisor, dead, other):
+    with serving(engine, "front-0-0", "front-1-0") as (supervisor, dead, other):
         dead.send(add("long", 490))
         other.send(add("longer", 490))
         dead.wait_for(lambda message: dead.tokens("long"))
-        supervisor.send(FrontGone("dead"))
+        supervisor.send(FrontGone("front-0-0"))
         supervisor.send(AskGraphs(1))
         supervisor.wait_for(lambda message: getattr(message, "number", None) == 1)
         dead.send(add("late", 4))

@@ -5,7 +5,6 @@ import http.client
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -130,6 +129,8 @@ def test_a_killed_front_breaks_its_own_connections_only_and_its_requests_end(ser
     begun = streams(server)
     victim, other = server.pids("front_process")
     os.kill(victim, signal.SIGKILL)
+    server.wait_for(lambda: not os.path.exists(f"/proc/{victim}"))
+    assert {server.get("/ready").status for _ in range(FEW)} == {200}  # by the other one
     ended = [stream.join() for stream in begun]
     assert 0 < sum(stream.is_whole for stream in ended) < len(ended)
     assert all(stream.text == whole for stream in ended if stream.is_whole)
@@ -210,9 +211,8 @@ def test_all_finish_what_runs_when_the_server_is_to_end(server) -> None:
 
 
 def test_a_front_ends_with_whoever_started_it() -> None:
-    with socket.create_server(("127.0.0.1", 0)) as listening:
-        start = StartFront("front", "ipc:///nowhere", {}, {}, [], None, listening.fileno(), None, 8, 1)
-        process = spawn_front([listening.fileno()])
+    start = StartFront("front-0-0", "ipc:///nowhere", {}, {"port": 0}, [], None, [], 8, 1)
+    process = spawn_front([])
     process.stdin.write(encode_start(start) + b"\n")
     process.stdin.close()
     assert process.wait(60) == 0
