@@ -51,9 +51,9 @@ def serve(rank: int, size: int, *, ring: int, pipe: int, wake: int) -> None:
             gc.collect()
             gc.freeze()  # what is there lives as long as the engine
             Follower(executor, orders, to_leader.send).run()
+            gc.unfreeze()
             executor.close()
             del executor
-            gc.unfreeze()
     except _LeaderGoneError:
         return
     except BaseException as error:

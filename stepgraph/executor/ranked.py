@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack, suppress
 from dataclasses import replace
@@ -22,6 +23,7 @@ from stepgraph.executor.limits import check_ranks
 from stepgraph.executor.local import LocalExecutor
 from stepgraph.executor.orders import words_of_admission, words_of_call, words_of_shape
 from stepgraph.executor.ring import NOTHING, Kind, Words
+from stepgraph.executor.step_watch import StepWatch
 from stepgraph.executor.workers import Build, Workers, log_level
 from stepgraph.models.adapters import AdapterFile
 from stepgraph.models.source import ModelSource, resolve
@@ -150,6 +152,8 @@ class RankedExecutor:
         self._failure: StepgraphError | None = None
         self._is_closed = False
         workers.on_end = self._group.abort
+        self._watch = StepWatch(2 * build.time_limit_s, self._group.abort)
+        self._end_watch = weakref.finalize(self, self._watch.close)
         self._store = local.runner.graphs.store
         self._store.before_capture = self._order_capture
 
@@ -205,7 +209,8 @@ class RankedExecutor:
 
     def wait(self, ticket: Ticket) -> None:
         """See `Executor.wait`. It ends whatever happens to other ranks: collectives are given up then."""
-        self._local.wait(ticket)
+        with self._watch.watching():
+            self._local.wait(ticket)
         self._check()
         failures = self._workers.admission_failures()
         if failures:
@@ -287,6 +292,8 @@ class RankedExecutor:
             with suppress(StepgraphError):  # if there is one, all others have been ended
                 self._check()
                 self._order(Kind.END)
+            self._end_watch()
+            del self._store  # which knows the runner
             self._local.close()
 
     def watch_cache(self, lost: Callable[[], None]) -> None:
@@ -421,6 +428,11 @@ class RankedExecutor:
             raise self._fail(
                 f"rank {fault.rank} did not come to collective {fault.sequence} ({fault.collective}) within "
                 f"{self._time_limit_s:.0f} s"
+            )
+        if self._watch.is_late:
+            raise self._fail(
+                f"a step was not done within {self._watch.limit_s:.0f} s: a rank hangs, and collectives by {self._group.name} do "
+                "not say which"
             )
 
     def _fail(self, what: str) -> StepgraphError:

@@ -252,6 +252,7 @@ class StepRunner:
         requests' state is undefined: they must be admitted anew."""
         self.platform.synchronize()
         self.platform.release_cached_memory()
+        self.state.lines.zero_()
         self.state.counter.fill_(self._launched % RING_DEPTH)
         self._loaded = None
 

@@ -1,8 +1,10 @@
 """Two ranks on CPU: the answers of one, and what happens when something fails. One worker serves most tests of this module."""
 
+import gc
 import os
 import shutil
 import sys
+import weakref
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 
@@ -11,7 +13,7 @@ import rank_faults
 import torch
 from lora_folders import matrices, save_adapter
 from safetensors.torch import load_file, save_file
-from tiny import TINY_SETTINGS, drain
+from tiny import TINY_SETTINGS, drain, set_run_ahead
 
 from stepgraph.config import EngineConfig
 from stepgraph.engine.build import build_engine
@@ -95,6 +97,16 @@ def test_ranks_have_the_same_graphs_and_say_how_they_do(engine) -> None:
     assert 0 < reports[1].waiting_share < 1
     assert two.executor.specs.num_ranks == 2
     assert [rank["rank"] for rank in graphs_of(two)["ranks"]] == [0, 1]
+
+
+def test_what_is_closed_keeps_nothing_of_its_device(engine) -> None:
+    two = engine(2)
+    state = weakref.ref(two.executor.runner.state)
+    answers(two)
+    two.shutdown()
+    gc.collect()
+    assert state() is None
+    assert two.executor is not None
 
 
 def test_cores_are_shared_out_and_given_back(engine, monkeypatch) -> None:
@@ -220,14 +232,29 @@ def test_a_request_whose_step_one_rank_has_no_memory_for_ends_alone(engine, rank
     assert answers(two) == answers(one)
 
 
-def test_a_request_that_one_rank_cannot_admit_ends_alone(engine) -> None:
+@pytest.mark.parametrize("run_ahead", [0, 1])
+def test_a_request_that_one_rank_cannot_admit_ends_alone(engine, run_ahead) -> None:
     two, one = engine(2), engine(1)
-    two.executor.on_all(rank_faults.fail_admissions, 1, "no room for a prompt")
-    bad = two.add_request("bad", PROMPTS[0], SamplingParams(temperature=0, max_tokens=4))
-    drain(two)
-    assert bad.error.message == "rank 1 could not take the request in; its log says why"
-    two.executor.on_all(rank_faults.fail_admissions, 1, "")
+    set_run_ahead(two, run_ahead)
+    params = SamplingParams(temperature=0.7, seed=1, max_tokens=30, ignore_eos=True)
+    found = []
+    for created in (one, two):
+        others = [created.add_request(f"{i}", prompt, params) for i, prompt in enumerate(PROMPTS[:2])]
+        for _ in range(8):
+            created.step()
+        if created is two:
+            two.executor.on_all(rank_faults.fail_admissions, 1, "no room for a prompt")
+            bad = two.add_request("bad", PROMPTS[2], params)
+            while bad.error is None:
+                two.step()
+            two.executor.check_alike()
+            two.executor.on_all(rank_faults.fail_admissions, 1, "")
+            assert bad.error.message == "rank 1 could not take the request in; its log says why"
+        drain(created)
+        found.append([list(request.output_token_ids) for request in others])
+    assert found[0] == found[1]
     assert answers(two) == answers(one)
+    two.executor.check_alike()
 
 
 def test_what_one_rank_raises_is_raised_with_its_number_and_all_go_on(engine) -> None:
