@@ -47,16 +47,22 @@ class Peers:
         return bool(self._poller.poll(timeout_ms))
 
     def receive(self) -> tuple[bytes, ToEngine] | None:
-        """The next message and whose it is, if there is one. The supervisor's come first."""
+        """The next message and whose it is, if there is one. The fronts' come first: what they sent before they told the
+        supervisor that they send no more is not to come after what it asks then."""
+        received = None if self._fronts is None else self._receive_from(self._fronts)
+        if received is not None:
+            return received
         try:
             return SUPERVISOR, decode_to_engine(self._supervisor.recv(zmq.NOBLOCK))
         except zmq.Again:
-            pass
-        while self._fronts is not None:
+            return None
+
+    def _receive_from(self, fronts: zmq.Socket[bytes]) -> tuple[bytes, ToEngine] | None:
+        while True:
             try:
-                peer, content = self._fronts.recv_multipart(zmq.NOBLOCK)
+                peer, content = fronts.recv_multipart(zmq.NOBLOCK)
             except zmq.Again:
-                break
+                return None
             if self._gone.get(_place(peer)) == peer:
                 continue
             self._known.add(peer)
@@ -65,7 +71,6 @@ class Peers:
                 return peer, message
             if self._load is not None:
                 self.send(peer, Progress([], [], self._load))
-        return None
 
     def forget(self, front: bytes) -> None:
         """A front is gone: what may still come of it counts for nothing."""
