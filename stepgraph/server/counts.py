@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from itertools import zip_longest
 from typing import TYPE_CHECKING, Any
 
@@ -213,14 +213,6 @@ class FrontCounts(msgspec.Struct):
         self.num_unfinished = [
             mine + its for mine, its in zip_longest(self.num_unfinished, other.num_unfinished, fillvalue=0)
         ]
-
-    @classmethod
-    def total(cls, num_engines: int, fronts: Iterable[FrontCounts]) -> FrontCounts:
-        """The sum of several."""
-        total = cls.of(num_engines)
-        for front in fronts:
-            total.add(front)
-        return total
 
 
 class EngineCounts:
