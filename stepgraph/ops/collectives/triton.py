@@ -65,8 +65,9 @@ _CLEARED_AT_ONCE = tl.constexpr(CLEARED_AT_ONCE)
 _MOST_PROGRAMS_A_MULTIPROCESSOR = tl.constexpr(MOST_PROGRAMS_A_MULTIPROCESSOR)
 _WARPS_A_MULTIPROCESSOR, _REGISTERS = 24, 80
 """That run at once, of so many registers a thread: nearly all there are. With fewer, some would be kept in memory."""
-_COLUMNS, _COLUMN_WARPS = 2048, 4
-"""Of a piece of a row that is gathered, and of its program."""
+_COLUMNS, _COLUMN_WARPS = 2048, 8
+"""Of a piece of a row that is gathered, and of its program. Between two H200s, 1, 64 and 256 rows of 151,936 columns take 2.9, 31
+and 120 us; with 4 warps 3.3, 33 and 124, with pieces of 4,096 3.5, 34 and 125."""
 
 
 @triton.jit
@@ -342,7 +343,10 @@ def _num_programs(state: Tensor, pieces: int, num_warps: int) -> int:
 
 
 def _row_options(width: int) -> dict[str, int]:
-    """Of kernels in which a program has a row. Nothing is fused: a product is rounded before it is added."""
+    """Of kernels in which a program has a row. Nothing is fused: a product is rounded before it is added.
+
+    Between two H200s, sums of 1, 128 and 2,048 rows of 4,096 columns take 3.1, 6.1 and 54 us; with half or twice the warps, as
+    long within 4 %."""
     block = triton.next_power_of_2(width)
     return {"BLOCK": block, "num_warps": min(max(block // 512, 1), 16), "enable_fp_fusion": False}
 
