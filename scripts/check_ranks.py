@@ -7,6 +7,10 @@ every few steps. `tests/ranks/random_engines.py` makes them.
 
     python scripts/check_ranks.py --engines 300 --seed 1 --json benchmarks/results/cpu-ranks-random.json
 
+On two GPUs, with kernels of one model's sizes:
+
+    python scripts/check_ranks.py --device cuda --ranks 2 --one-model --engines 20
+
 With --smollm2, 40 prompts of chat, code and prose, the answers 64 tokens long, on 3 ranks, which is what can share SmolLM2; with
 every method of speculation and with none; against what transformers says, whose choices are nowhere nearly tied:
 
@@ -16,10 +20,13 @@ every method of speculation and with none; against what transformers says, whose
 from __future__ import annotations
 
 import argparse
+import contextlib
+import io
 import json
 import sys
 import tempfile
 import time
+from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -36,7 +43,23 @@ from stepgraph.bench.report import check_outputs, machine, write_json  # noqa: E
 from stepgraph.engine.sampling_params import SamplingParams  # noqa: E402
 from stepgraph.errors import StepgraphError  # noqa: E402
 
-NUM_RANKS = (2, 3, 4)
+ONE_MODEL = RandomModel(
+    "llama",
+    {
+        "vocab_size": 257,
+        "hidden_size": 192,
+        "intermediate_size": 384,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 12,
+        "num_key_value_heads": 12,
+        "head_dim": 16,
+        "max_position_embeddings": 512,
+        "bos_token_id": 1,
+        "eos_token_id": 0,
+    },
+    num_mtp_modules=1,
+    num_adapters=2,
+)
 SMOLLM2 = RandomModel("smollm2", {}, name="smollm2")
 SMOLLM2_RANKS, NUM_PROMPTS, NUM_TOKENS = 3, 40, 64
 SMOLLM2_SETTINGS = {
@@ -56,7 +79,8 @@ def check_random_engines(options: argparse.Namespace, create: EngineFactory) -> 
     failures: list[str] = []
     for index in range(options.engines):
         number = 1_000_000 * options.seed + index
-        case = random_case(number, NUM_RANKS[index % len(NUM_RANKS)])
+        num_ranks = options.ranks[index % len(options.ranks)]
+        case = random_case(number, num_ranks, model=ONE_MODEL if options.one_model else None, device=options.device)
         with tempfile.TemporaryDirectory() as folder:
             try:
                 outcomes.append(run_case(case, Path(folder), create))
@@ -66,21 +90,23 @@ def check_random_engines(options: argparse.Namespace, create: EngineFactory) -> 
                 create.close()  # of processes in whatever state
         if (index + 1) % 10 == 0:
             print(f"{index + 1} engines, {len(failures)} failures", flush=True)
-    features: dict[str, int] = {}
-    for outcome in outcomes:
-        for feature in outcome.features:
-            features[feature] = features.get(feature, 0) + 1
+            write(options, _summary(options, outcomes, failures))  # it may take an hour
+    return _summary(options, outcomes, failures)
+
+
+def _summary(options: argparse.Namespace, outcomes: list[Outcome], failures: list[str]) -> dict[str, Any]:
+    features = Counter(feature for outcome in outcomes for feature in outcome.features)
     sums = {
         name: sum(getattr(outcome, name) for outcome in outcomes)
-        for name in ("tokens", "steps", "eager_steps", "preemptions", "accepted", "ties")
+        for name in ("tokens", "steps", "eager_steps", "preemptions", "accepted", "ties", "seconds")
     }
-    print(f"{len(outcomes)} engines agree, {len(failures)} do not; {sums}")
     return {
         "seed": options.seed,
+        "num_engines": len(outcomes) + len(failures),
         "failures": failures,
         **sums,
         "features": dict(sorted(features.items())),
-        "engines": [asdict(o) for o in outcomes],
+        "engines": [asdict(outcome) for outcome in outcomes],
     }
 
 
@@ -108,22 +134,28 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--engines", type=int, default=20, help="random engines (default: 20)")
     parser.add_argument("--seed", type=int, default=0, help="which ones (default: 0)")
+    parser.add_argument("--ranks", type=int, nargs="+", default=[2, 3, 4], metavar="N", help="in turn (default: 2 3 4)")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")
+    parser.add_argument("--one-model", action="store_true", help="the same model for all of them")
     parser.add_argument("--smollm2", action="store_true", help="the embedded model instead")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write what came of it")
     options = parser.parse_args()
     check_outputs(options)
     logging.disable_progress_bar()
-    started, create = time.perf_counter(), EngineFactory()
+    create = EngineFactory()
     try:
         result = check_smollm2(create) if options.smollm2 else check_random_engines(options, create)
     finally:
         create.close()
-    for failure in result["failures"]:
-        print(failure)
-    if options.json:
-        seconds = time.perf_counter() - started
-        write_json(options.json, {"check": "ranks", "machine": machine("cpu"), "seconds": seconds, **result})
+    print({name: value for name, value in result.items() if isinstance(value, int | float)})
+    write(options, result)
     return 1 if result["failures"] else 0
+
+
+def write(options: argparse.Namespace, result: dict[str, Any]) -> None:
+    if options.json:
+        with contextlib.redirect_stdout(io.StringIO()):
+            write_json(options.json, {"check": "ranks", "machine": machine(options.device), **result})
 
 
 if __name__ == "__main__":

@@ -98,17 +98,27 @@ class Case:
         return names + ([self.event[1]] if self.event else [])
 
 
-def random_case(number: int, num_ranks: int) -> Case:
-    """Always the same for the same numbers."""
+def random_case(number: int, num_ranks: int, *, model: RandomModel | None = None, device: str = "cpu") -> Case:
+    """Always the same for the same numbers.
+
+    Args:
+        number: which.
+        num_ranks: of its engine.
+        model: a native one that can do everything; default: a random one.
+        device: where it runs.
+    """
     rng = random.Random(f"{number} {num_ranks}")
     method = _METHODS[number % len(_METHODS)]
-    model = random_model(rng, num_ranks, drafts=method in ("mtp", "hybrid"))
-    settings = _random_settings(rng, model, method)
+    fixed, model = model, model or random_model(rng, num_ranks, drafts=method in ("mtp", "hybrid"))
+    settings = _random_settings(rng, model, method) | {"device": device}
+    if fixed is not None:  # kernels are compiled for sizes and formats, which takes longer than all else
+        settings |= {"quantization": "auto", "block_size": 16, "capture": "lazy"}
     guided = model.block_type is None and rng.random() < 0.1
     stem = [rng.randrange(1, 257) for _ in range(40)]
     arrivals = tuple(_random_arrival(rng, settings, stem, guided) for _ in range(rng.randint(3, 7)))
     events = [name for name in _EVENTS if model.block_type is None or "tensors" not in name]
     event = (rng.randint(2, 15), rng.choice(events)) if rng.random() < 0.25 else None
+    settings |= {"enable_sleep_mode": True} if event and "sleep" in event[1] else {}
     return Case(number, num_ranks, model, settings, arrivals, event)
 
 
@@ -282,7 +292,7 @@ def keep_hidden_states(executor: LocalExecutor) -> None:
     """Have a rank's hidden states be part of its `state_digest`, of graphs too if they are captured later. Logits would not do:
     each rank computes a part of them, for all."""
     model, buffers = executor.runner.model, executor.runner.logits.buffers(Variant.PLAIN)
-    kept = torch.zeros(buffers.logits.shape[0], model.config.hidden_size, dtype=model.dtype)
+    kept = buffers.logits.new_zeros(buffers.logits.shape[0], model.config.hidden_size)
     right = model.logits
 
     def keeping(hidden_RE: Tensor, out: Tensor) -> Tensor:
@@ -297,10 +307,11 @@ def state_digest(executor: LocalExecutor) -> str:
     """Of all that ranks keep alike, bit for bit: requests' state, history, block tables, masks, the ring of results, and the last
     hidden states that logits were computed from."""
     state = executor.runner.state
+    executor.runner.platform.synchronize()
     digest = hashlib.sha256()
     alike = (state.lines, state.tokens, state.block_table, state.ring, state.counter, state.masks, executor.kept_hidden)
     for tensor in alike:
-        digest.update(tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+        digest.update(tensor.cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
 
