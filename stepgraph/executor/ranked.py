@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 import weakref
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack, suppress
@@ -29,7 +30,7 @@ from stepgraph.models.adapters import AdapterFile
 from stepgraph.models.source import ModelSource, resolve
 from stepgraph.parallel.shard import Shard
 from stepgraph.step.admission import Admission
-from stepgraph.step.log import GraphRecord, StepLog
+from stepgraph.step.log import GraphRecord, StepLog, StepRecord
 from stepgraph.step.plan import StepPlan
 from stepgraph.step.results import StepResults, Ticket
 from stepgraph.step.runner import StepRunner
@@ -148,6 +149,9 @@ class RankedExecutor:
         self._shapes: dict[StepShape, int] = {}  # that workers know, by their numbers
         self._tried: set[StepShape] = set()  # that run without a graph, and had memory
         self._launched = self._alike_at = 0
+        self._admitted_at = -1  # the first step after the last admission
+        self._last_record: StepRecord | None = None
+        self._last_shape = 0  # the number of its shape
         self._about_to: Callable[[], None] = lambda: None
         self._failure: StepgraphError | None = None
         self._is_closed = False
@@ -171,6 +175,7 @@ class RankedExecutor:
 
     def admit(self, admission: Admission) -> None:
         """See `Executor.admit`. Workers do it meanwhile; `wait` says if one could not."""
+        self._admitted_at = self._launched
         self._order(Kind.ADMIT, words=words_of_admission(admission))
         self._local.admit(admission)
 
@@ -185,7 +190,6 @@ class RankedExecutor:
         Raises:
             EngineDeadError: a rank has ended, or does not come.
         """
-        self._check()
         runner = self.runner
         try:
             record, graph = runner.graphs.graph_for(plan)
@@ -195,10 +199,11 @@ class RankedExecutor:
                 self._tried.add(record.shape)
         except torch.OutOfMemoryError as error:  # before anybody was told to launch
             raise DeviceMemoryError(str(error)) from error
-        shape = self._number_of(record.shape)
+        if record is not self._last_record:
+            self._last_record, self._last_shape = record, self._number_of(record.shape)
         part = runner.pack(plan, record.shape)
         kind = Kind.LAUNCH if record.eager_reason is None else Kind.EAGER
-        self._order(kind, self._launched, shape, runner.staged(part))
+        self._order(kind, self._launched, self._last_shape, runner.staged(part) if part.stop else NOTHING)
         self._launched += 1
         try:
             runner.put(part)
@@ -209,12 +214,16 @@ class RankedExecutor:
 
     def wait(self, ticket: Ticket) -> None:
         """See `Executor.wait`. It ends whatever happens to other ranks: collectives are given up then."""
-        with self._watch.watching():
+        self._watch.since = time.monotonic()
+        try:
             self._local.wait(ticket)
+        finally:
+            self._watch.since = None
         self._check()
-        failures = self._workers.admission_failures()
-        if failures:
-            raise AdmissionError(failures[0].message, [failure.slot for failure in failures])
+        if ticket.step <= self._admitted_at:
+            failures = self._workers.admission_failures()
+            if failures:
+                raise AdmissionError(failures[0].message, [failure.slot for failure in failures])
 
     def collect(self, ticket: Ticket) -> StepResults:
         """See `Executor.collect`."""
@@ -392,7 +401,7 @@ class RankedExecutor:
         return results
 
     def _order(self, kind: Kind, number: int = 0, shape: int = 0, words: Words = NOTHING) -> None:
-        if self._workers.has_ended:
+        if self._failure is not None or self._workers.has_ended:
             self._check()
         try:
             self._workers.ring.write(kind, number, shape, words)

@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import mmap
 import os
+import platform
 import select
 import struct
 import tempfile
@@ -29,6 +30,8 @@ Words = npt.NDArray[np.int32]
 
 CAPACITY = 1 << 18
 """Words of the ring."""
+_STORES_IN_ORDER = platform.machine() in ("x86_64", "AMD64")
+"""Whether processors show each other their stores in the order of the program."""
 _HEADER = struct.Struct("4i")
 _HEADER_WORDS = 4
 _LINE = 8
@@ -104,6 +107,12 @@ class _Memory:
         self.words: Words = np.frombuffer(self.map, dtype=np.int32, offset=self.start)
         self.capacity = capacity
         self._lock = threading.Lock()
+        self._acquire, self._release = self._lock.acquire, self._lock.release
+
+    def exchange_fence(self) -> None:
+        """What was stored before is seen before anything is loaded after."""
+        self._acquire()
+        self._release()
 
     def fence(self) -> None:
         """What was stored before is seen before what is stored after, and what is loaded after was not before."""
@@ -130,6 +139,7 @@ class RingWriter:
         self._memory = _Memory(descriptor, len(wakes), capacity)
         self._wakes, self._check = wakes, check
         self._lines = range(_LINE, _LINE * (1 + len(wakes)), _LINE)
+        self._sleepers = [(line + _ASLEEP, wake) for line, wake in zip(self._lines, wakes, strict=True)]
         self._written = 0
         self._limit = capacity  # words up to which there is room, as far as is known
 
@@ -139,13 +149,19 @@ class RingWriter:
         Args:
             words: contiguous.
         """
+        # Steps follow each other at some hundred microseconds, after which any line of Python is slow: there are few here.
         memory, length = self._memory, len(words)
         if self._limit - self._written < _HEADER_WORDS:
             self._await_room(_HEADER_WORDS)
         offset = memory.start + 4 * (self._written % memory.capacity)
         _HEADER.pack_into(memory.map, offset, kind, number, shape, length)
         self._written += _HEADER_WORDS
-        done = 0
+        if length:
+            self._write_words(words)
+        self._publish()
+
+    def _write_words(self, words: Words) -> None:
+        memory, length, done = self._memory, len(words), 0
         while done < length:
             if self._limit == self._written:
                 self._publish()
@@ -156,7 +172,6 @@ class RingWriter:
             self._written += count
             done += count
         self._written += -length % _HEADER_WORDS  # where the next order begins: a header lies in one piece
-        self._publish()
 
     def take_failure(self, reader: int) -> int:
         """What a reader could not carry out, as it has reported since the last call; 0 if nothing."""
@@ -166,13 +181,14 @@ class RingWriter:
         return failed
 
     def _publish(self) -> None:
-        memory = self._memory
-        memory.fence()
-        memory.table[_READ] = self._written
-        memory.fence()
-        for line, wake in zip(self._lines, self._wakes, strict=True):
-            if memory.table[line + _ASLEEP]:
-                memory.table[line + _ASLEEP] = 0
+        memory, table = self._memory, self._memory.table
+        if not _STORES_IN_ORDER:
+            memory.fence()
+        table[_READ] = self._written
+        memory.exchange_fence()
+        for asleep, wake in self._sleepers:
+            if table[asleep]:
+                table[asleep] = 0
                 # It may have been told often enough, or be gone, as those find who wait for it.
                 with contextlib.suppress(BlockingIOError, BrokenPipeError):
                     os.write(wake, b"\0")

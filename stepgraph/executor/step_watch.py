@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 
 _LOOKS = 8
 """In the time of the limit."""
@@ -24,19 +23,11 @@ class StepWatch:
         self.is_late = False
         """Whether a step has taken longer."""
         self._late = late
-        self._since: float | None = None  # when the wait under way began
+        self.since: float | None = None
+        """When the wait under way began, by `time.monotonic`; who waits says so."""
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._run, name="stepgraph-step-watch", daemon=True)
         self._thread.start()
-
-    @contextmanager
-    def watching(self) -> Iterator[None]:
-        """Inside, a step is waited for."""
-        self._since = time.monotonic()
-        try:
-            yield
-        finally:
-            self._since = None
 
     def close(self) -> None:
         """End the thread."""
@@ -45,7 +36,7 @@ class StepWatch:
 
     def _run(self) -> None:
         while not self._closed.wait(self.limit_s / _LOOKS):
-            since = self._since
+            since = self.since
             if since is not None and time.monotonic() - since > self.limit_s:
                 self.is_late = True
                 self._late()

@@ -36,6 +36,8 @@ from stepgraph.step.state import RING_DEPTH, SlotState
 
 logger = logging.getLogger(__name__)
 
+_NOTHING = slice(0, 0)
+
 
 class StepRunner:
     """Owns the device side of an engine: SlotState, KV cache, graphs."""
@@ -168,10 +170,9 @@ class StepRunner:
         # Deltas are idempotent, so rows that repeat without new ones can run on the plan as it lies on the device. A slot's new
         # user needs a block for its first row, so its plan has deltas.
         has_rows = plan.epoch is not None and self._loaded == (plan.epoch, shape)
-        end = shape.plan_length(self.block_size)
         if has_rows and not plan.deltas:
-            return slice(end, end)
-        start = shape.deltas_start if has_rows else 0
+            return _NOTHING
+        start, end = shape.deltas_start if has_rows else 0, shape.plan_length(self.block_size)
         plan.pack(shape, self.block_size, self._staging_arrays[self._launched % RING_DEPTH][:end], start)
         self._loaded = (plan.epoch, shape)
         return slice(start, end)
