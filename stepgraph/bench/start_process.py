@@ -17,8 +17,9 @@ from typing import Any
 
 from stepgraph.errors import StepgraphError
 
-_PHASES = (
+PHASES = (
     ("read config", "stepgraph.engine.build", "resolve_configured"),
+    ("meeting other ranks", "stepgraph.executor.build", "_create_group"),
     ("model without weights", "stepgraph.executor.build", "create_model"),
     ("weights", "stepgraph.executor.in_background", "_run"),
     ("buffers and KV cache", "stepgraph.step.runner", "StepRunner.__init__"),
@@ -67,7 +68,7 @@ def main() -> None:
     with stopwatch.phase("import"):
         from stepgraph.api import LLM
         from stepgraph.engine.sampling_params import SamplingParams
-    for name, module, path in _PHASES:
+    for name, module, path in PHASES:
         stopwatch.watch(name, module, path)
     with stopwatch.phase("engine, all of it"):
         llm = LLM(**request["settings"], progress=False)

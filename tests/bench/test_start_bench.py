@@ -1,12 +1,14 @@
 """``bench start``: the phases of a real start, seen from outside the process."""
 
+import importlib
 import json
+from operator import attrgetter
 
 import pytest
 from tiny import TINY_SETTINGS
 
 from stepgraph import bench
-from stepgraph.bench import start
+from stepgraph.bench import start, start_process
 from stepgraph.bench.start import Phase, Start, start_once
 from stepgraph.bench.start_process import Stopwatch
 from stepgraph.errors import ConfigError, StepgraphError
@@ -24,6 +26,11 @@ def test_a_watched_function_works_as_before_and_is_noted(monkeypatch) -> None:
     with pytest.raises(TypeError):
         json.dumps({1, 2})
     assert len(stopwatch.phases) == 3, "a phase that fails has taken time, too"
+
+
+def test_every_phase_is_a_function_that_there_is() -> None:
+    for name, module, path in start_process.PHASES:
+        assert callable(attrgetter(path)(importlib.import_module(module))), name
 
 
 @pytest.mark.slow
