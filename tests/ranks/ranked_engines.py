@@ -5,11 +5,11 @@ import gc
 from stepgraph.config import EngineConfig
 from stepgraph.engine.build import build_engine
 from stepgraph.engine.engine import Engine
-from stepgraph.errors import StepgraphError
+from stepgraph.errors import EngineDeadError
 from stepgraph.executor.local import LocalExecutor
-from stepgraph.executor.ranked import build_ranked_executor
+from stepgraph.executor.ranked import RankedExecutor, build_ranked_executor
 from stepgraph.executor.workers import Workers
-from stepgraph.models.source import resolve_configured
+from stepgraph.models.source import ModelSource, resolve_configured
 
 
 class EngineFactory:
@@ -22,20 +22,23 @@ class EngineFactory:
 
     def __call__(self, config: EngineConfig) -> Engine:
         """An engine with these settings."""
-        size, source, executor = config.parallel.tensor_parallel_size, resolve_configured(config.model), None
-        if size > 1:
-            is_first = size not in self._workers
-            if is_first:
-                self._workers[size] = Workers(size)
-            try:
-                executor = build_ranked_executor(config, source, workers=self._workers[size])
-            except StepgraphError:
-                del self._workers[size]  # which have ended
-                raise
-            if is_first:
-                executor.on_all(_freeze)
+        source, executor = resolve_configured(config.model), None
+        if config.parallel.tensor_parallel_size > 1:
+            executor = self._build_ranked(config, source)
         self._made.append(build_engine(config, source=source, executor=executor))
         return self._made[-1]
+
+    def _build_ranked(self, config: EngineConfig, source: ModelSource) -> RankedExecutor:
+        size = config.parallel.tensor_parallel_size
+        workers = self._workers.get(size)
+        if workers is not None and not _are_there(workers):  # an engine that failed has ended them
+            del self._workers[size]
+        if size in self._workers:
+            return build_ranked_executor(config, source, workers=self._workers[size])
+        self._workers[size] = Workers(size)
+        executor = build_ranked_executor(config, source, workers=self._workers[size])
+        executor.on_all(_freeze)
+        return executor
 
     def shut_engines_down(self) -> None:
         """All that were made."""
@@ -50,6 +53,14 @@ class EngineFactory:
             workers.close()
         self._workers.clear()
         gc.unfreeze()
+
+
+def _are_there(workers: Workers) -> bool:
+    try:
+        workers.check()
+    except EngineDeadError:
+        return False
+    return True
 
 
 def _freeze(executor: LocalExecutor | None = None) -> None:
