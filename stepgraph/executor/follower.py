@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from stepgraph.errors import StepgraphError
+from stepgraph.errors import EngineDeadError, StepgraphError
 from stepgraph.executor.build import Ranks, build_local_executor
 from stepgraph.executor.local import LocalExecutor
 from stepgraph.executor.orders import admission_of, call_of, shape_of
@@ -77,15 +77,24 @@ class Follower:
 
     def __init__(self, executor: LocalExecutor, orders: RingReader, send: Callable[[Message], None]) -> None:
         self._executor, self._orders, self._send = executor, orders, send
-        self._runner = executor.runner
+        assert executor.group is not None
+        self._runner, self._group = executor.runner, executor.group
         before = orders.waited_s
         executor.waited_s = lambda: orders.waited_s - before
         self._shapes: list[StepShape] = []
         self._launched = 0
 
     def run(self) -> None:
-        """Until there are no more. What a launch raises is raised: the other ranks wait for this one's part of the step."""
+        """Until there are no more. What a launch raises is raised: the other ranks wait for this one's part of the step.
+
+        Raises:
+            EngineDeadError: another rank did not come to a collective.
+        """
         while True:
+            if (fault := self._group.fault()) is not None:
+                raise EngineDeadError(
+                    f"rank {fault.rank} did not come to collective {fault.sequence} ({fault.collective}) in time"
+                )
             kind, number, shape, words = self._orders.next()
             if kind in (Kind.LAUNCH, Kind.EAGER):
                 self._launch(kind, number, self._shapes[shape], words)

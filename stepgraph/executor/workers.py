@@ -32,6 +32,9 @@ _ANSWER_S = 600.0
 """A worker that serves answers within this, whatever it is asked."""
 _ORDER_S = 60.0
 """A worker that serves goes on to the next order within this: what takes longer is asked for, and answered."""
+_PATIENCE_S, _MOST_PATIENCE_S = 0.1, 10.0
+"""Of one who waits for an answer, between looks at the other workers: ever longer, for whoever watches whether this process
+computes anything must not take its waiting for that."""
 _END_S = 5.0
 """How long a worker may take to end by itself."""
 
@@ -92,6 +95,9 @@ class _Worker:
         # The kernel ends a worker with the thread that started it, so that is one which lives as long.
         self._thread = threading.Thread(target=self._run, name=f"stepgraph-rank-{rank}", daemon=True)
         self._thread.start()
+
+    def wait_started(self) -> None:
+        """Wait until there is a process, or cannot be."""
         self._started.wait()
 
     def _run(self) -> None:
@@ -121,6 +127,7 @@ class _Worker:
 
     def finish(self, seconds: float) -> None:
         """Have it end, if need be by force, and let go of what belongs to it."""
+        self._started.wait()
         if self.process is not None:
             assert self.process.stdin is not None
             with contextlib.suppress(OSError):
@@ -156,16 +163,25 @@ class Workers:
         self.on_end: Callable[[], None] = lambda: None
         """Called by another thread when a worker has ended though nobody asked it to."""
         self.has_ended = False
-        """Whether one has: `check` says which."""
+        """Whether one has, or is as good as gone: `check` says which."""
         self._failure: StepgraphError | None = None
         self._limit_s: float | None = None  # of an answer
         self._is_closed = False
         ring = create_memory(size - 1)
         told = _weakly(self, Workers._tell)
-        self._workers = [_Worker(rank, size, ring, told) for rank in range(1, size)]
-        self.ring = RingWriter(ring, [worker.wake for worker in self._workers], self._check_orders)
-        os.close(ring)
+        self._workers: list[_Worker] = []
         self._finalizer = weakref.finalize(self, _end, self._workers)
+        try:
+            for rank in range(1, size):
+                self._workers.append(_Worker(rank, size, ring, told))
+            for worker in self._workers:
+                worker.wait_started()
+            self.ring = RingWriter(ring, [worker.wake for worker in self._workers], self._check_orders)
+        except BaseException:  # Ctrl-C, or the system has no more threads or descriptors
+            self.close(now=True)
+            raise
+        finally:
+            os.close(ring)
         os.register_at_fork(after_in_child=_weakly(self, Workers._leave))
 
     def build(self, build: Build) -> None:
@@ -259,19 +275,21 @@ class Workers:
                 if kind == VALUE:  # those who wait for an exchange are not told of a failure
                     break
             else:
-                assert message.kind == kind, message
+                if message.kind != kind:
+                    raise self._lost(f"rank {worker.rank} is at something else than rank 0: {message.kind}, not {kind}")
             contents.append(message.content)
         if failed is not None:
             raise failed
         yield from contents
 
     def _receive(self, worker: _Worker, limit_s: float | None) -> Message:
-        started = time.monotonic()
+        started, patience_s = time.monotonic(), _PATIENCE_S
         try:
-            while not worker.pipe.poll(0.1):
+            while not worker.pipe.poll(patience_s if limit_s is None else min(patience_s, limit_s)):
                 self.check()
                 if limit_s is not None and time.monotonic() - started > limit_s:
-                    raise EngineDeadError(f"rank {worker.rank} gave no answer within {limit_s:.0f} s")
+                    raise self._lost(f"rank {worker.rank} gave no answer within {limit_s:.0f} s")
+                patience_s = min(2 * patience_s, _MOST_PATIENCE_S)
             return Message(*worker.pipe.recv())
         except (EOFError, OSError):
             raise self._gone(worker) from None
@@ -281,6 +299,12 @@ class Workers:
             worker.pipe.send(content)
         except OSError:
             raise self._gone(worker) from None
+
+    def _lost(self, what: str) -> StepgraphError:
+        """What a worker says from now on may be the answer to something else: nothing more is asked."""
+        self._failure = EngineDeadError(what)
+        self.has_ended = True
+        return self._failure
 
     def _gone(self, worker: _Worker) -> StepgraphError:
         worker.ended.wait(_END_S)

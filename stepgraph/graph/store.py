@@ -14,7 +14,7 @@ from typing import Any, Generic, Protocol, Self, TypeVar
 import torch
 from tqdm import tqdm
 
-from stepgraph.errors import DeviceMemoryError
+from stepgraph.errors import DeviceMemoryError, EngineDeadError
 from stepgraph.graph.agreement import agree
 from stepgraph.graph.base import Graph, GraphBackend, Output
 from stepgraph.graph.eager import EagerGraph
@@ -198,11 +198,17 @@ class GraphStore(Generic[Key, Output]):
             )
 
     def try_to_capture(self, key: Key) -> CapturedGraph[Key, Output] | None:
-        """Capture a graph while others are served, who must not suffer if that fails: None then, and the log says why."""
+        """Capture a graph while others are served, who must not suffer if that fails: None then, and the log says why.
+
+        Raises:
+            EngineDeadError: another rank is gone.
+        """
         if time.monotonic() < self._failed.get(key, 0.0):
             return None
         try:
             return self._capture(key)
+        except EngineDeadError:  # not about the graph: another rank is gone
+            raise
         except Exception as error:
             for_good = not isinstance(error, DeviceMemoryError | torch.OutOfMemoryError)
             self._failed[key] = inf if for_good else time.monotonic() + _RETRY_SECONDS

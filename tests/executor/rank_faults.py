@@ -1,6 +1,7 @@
 """What goes wrong on one rank, for `Executor.on_all`: functions that workers can import."""
 
 import os
+import time
 from typing import NoReturn
 
 import torch
@@ -81,6 +82,25 @@ def change_line(executor: LocalExecutor, rank: int) -> None:
 def pid(executor: LocalExecutor) -> int:
     """Of the rank's process."""
     return os.getpid()
+
+
+def capture_slowly(executor: LocalExecutor, rank: int, seconds: float) -> None:
+    """From now on, a rank takes so long for a graph."""
+    backend = executor.runner.graphs.store._backend
+    capture = backend.capture
+
+    def slowly(*args: object) -> object:
+        time.sleep(seconds)
+        return capture(*args)
+
+    if executor.group.shard.rank == rank:
+        backend.capture = slowly
+
+
+def gather_alone(executor: LocalExecutor, rank: int) -> None:
+    """A rank comes to a collective that others do not come to."""
+    if executor.group.shard.rank == rank:
+        executor.group.gather(torch.zeros(1, 4), torch.zeros(1, 4 * executor.group.shard.size))
 
 
 def fail_sleeping(executor: LocalExecutor, rank: int) -> None:

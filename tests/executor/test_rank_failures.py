@@ -102,6 +102,18 @@ def stop_at_rest(two: Engine) -> None:
     two.prepare()
 
 
+def hang_in_a_capture(two: Engine) -> None:
+    two.executor.on_all(rank_faults.capture_slowly, 1, 10.0)
+    two.executor._workers._limit_s = 1.0
+    two.add_request("extended", PROMPTS[1], SamplingParams(temperature=0, max_tokens=4, logprobs=1))
+    drain(two)
+
+
+def stay_away(two: Engine) -> None:
+    two.executor.on_all(rank_faults.gather_alone, 1)
+    two.executor.rank_reports()
+
+
 def drop_weights_on_some(two: Engine) -> None:
     two.executor.on_all(rank_faults.fail_sleeping, 1)
     two.sleep(2)
@@ -120,6 +132,8 @@ def interrupt_an_order(two: Engine) -> None:
     ("fault", "said"),
     [
         (stop_at_rest, "rank 1 gave no answer within 1 s"),
+        (hang_in_a_capture, "rank 1 gave no answer within 1 s"),
+        (stay_away, r"rank 1.*: rank 0 did not come to collective \d+ \(all_gather\) in time"),
         (drop_weights_on_some, "not all ranks could drop their weights: rank 1: no host memory"),
         (interrupt_an_order, "an order was interrupted, of which other ranks have read a part"),
     ],
