@@ -218,7 +218,7 @@ def test_the_engines_log_level_is_the_variables_in_any_case(value, level, monkey
 @pytest.mark.parametrize("value", ["", "loud", "NOTSET"])
 def test_a_log_level_that_is_none_is_refused_before_anything_starts(value, monkeypatch):
     monkeypatch.setenv("STEPGRAPH_LOG_LEVEL", value)
-    monkeypatch.setattr(serve, "_listen", lambda *_: pytest.fail("it went on"))
+    monkeypatch.setattr(serve, "listen", lambda *_: pytest.fail("it went on"))
     with pytest.raises(ConfigError, match=f"STEPGRAPH_LOG_LEVEL: '{value}' is not known; choose one of: DEBUG, INFO"):
         serve.run({}, ServerConfig())
 
