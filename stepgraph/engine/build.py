@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from functools import cache
 
 from stepgraph.config import EngineConfig
@@ -17,7 +18,7 @@ from stepgraph.engine.model_defaults import end_tokens_of
 from stepgraph.engine.prompts import require_tokenizer
 from stepgraph.engine.scheduler import Scheduler
 from stepgraph.executor.base import Executor
-from stepgraph.executor.ranked import build_executor
+from stepgraph.executor.ranked import build_executor, start_workers
 from stepgraph.models.source import ModelSource, resolve_configured
 from stepgraph.spec.depth import DraftDepth
 
@@ -49,12 +50,21 @@ def build_engine(
         ConfigError: settings that this model or machine cannot meet.
         ModelError: the model cannot be found, read or run.
     """
-    source = source or resolve_configured(config.model)
-    end_token_ids = end_tokens_of(source)
-    read_tokenizer = cache(source.tokenizer_if_any)
-    executor = executor or build_executor(
-        config, source, meanwhile=read_tokenizer if needs_tokenizer else lambda: None, progress=progress
-    )
+    with ExitStack() as on_failure:
+        workers = None if executor is not None else start_workers(config)
+        if workers is not None:
+            on_failure.callback(workers.close, now=True)
+        source = source or resolve_configured(config.model)
+        end_token_ids = end_tokens_of(source)
+        read_tokenizer = cache(source.tokenizer_if_any)
+        executor = executor or build_executor(
+            config,
+            source,
+            workers=workers,
+            meanwhile=read_tokenizer if needs_tokenizer else lambda: None,
+            progress=progress,
+        )
+        on_failure.pop_all()
     specs = executor.specs
     draft_depth = DraftDepth(specs.draft_levels[-1], specs.draft_levels, costs_when_idle=specs.drafts_cost_when_idle)
     scheduler = create_scheduler(

@@ -14,12 +14,11 @@ from stepgraph.models.source import ModelSource
 from stepgraph.parallel.shard import Shard
 
 
-def check_ranks(config: EngineConfig, source: ModelSource) -> None:
-    """Check that as many devices as are asked for can share the model.
+def check_devices(config: EngineConfig) -> None:
+    """Check that there are as many devices as are to share a model.
 
     Raises:
         ConfigError: there are too few, they differ, or nothing is known of how they could.
-        ModelError: the model cannot be cut into so many parts.
     """
     size, device = config.parallel.tensor_parallel_size, config.model.device
     if sys.platform == "win32":
@@ -31,10 +30,14 @@ def check_ranks(config: EngineConfig, source: ModelSource) -> None:
             f"tensor_parallel_size={size} needs devices that exchange sums, of which device={device!r} says nothing; use "
             f"tensor_parallel_size=1, or device={' or '.join(map(repr, sorted(BUILT_IN)))}"
         )
-    if isinstance(source.config, DecoderConfig):
-        check_shard(source.config, Shard(0, size))
     if device == "cuda" or (device == AUTO and torch.cuda.is_available()):
         _check_gpus(size)
+
+
+def check_parts(config: EngineConfig, source: ModelSource) -> None:
+    """ModelError unless the model can be cut into as many parts as there are to be devices."""
+    if isinstance(source.config, DecoderConfig):
+        check_shard(source.config, Shard(0, config.parallel.tensor_parallel_size))
 
 
 def _check_gpus(size: int) -> None:

@@ -20,7 +20,7 @@ from stepgraph.config import EngineConfig
 from stepgraph.errors import DeviceMemoryError, EngineDeadError, RequestError, StepgraphError
 from stepgraph.executor.base import AdmissionError, GraphCounts, R, RankReport
 from stepgraph.executor.build import Ranks, build_local_executor
-from stepgraph.executor.limits import check_ranks
+from stepgraph.executor.limits import check_devices, check_parts
 from stepgraph.executor.local import LocalExecutor
 from stepgraph.executor.orders import words_of_admission, words_of_call, words_of_shape
 from stepgraph.executor.ring import NOTHING, Kind, Words
@@ -42,17 +42,37 @@ _BUCKET_BYTES = 64 << 20
 """Of new weights, sent to other ranks at a time."""
 
 
+def start_workers(config: EngineConfig) -> Workers | None:
+    """The processes that `build_executor` needs; None for one device. They import for seconds, in which the model can be found.
+
+    Raises:
+        ConfigError: this machine does not have the devices.
+    """
+    if config.parallel.tensor_parallel_size == 1:
+        return None
+    check_devices(config)
+    return Workers(config.parallel.tensor_parallel_size)
+
+
 def build_executor(
     config: EngineConfig,
     source: ModelSource,
     *,
+    workers: Workers | None = None,
     meanwhile: Callable[[], object] = lambda: None,
     progress: bool = False,
 ) -> LocalExecutor | RankedExecutor:
     """What runs an engine's steps, on as many devices as the settings ask for. See `build_local_executor` and
-    `build_ranked_executor` for arguments and errors."""
-    build = build_local_executor if config.parallel.tensor_parallel_size == 1 else build_ranked_executor
-    return build(config, source, meanwhile=meanwhile, progress=progress)
+    `build_ranked_executor` for arguments and errors.
+
+    Args:
+        workers: from `start_workers`, which end with it.
+    """
+    if config.parallel.tensor_parallel_size == 1:
+        return build_local_executor(config, source, meanwhile=meanwhile, progress=progress)
+    return build_ranked_executor(
+        config, source, meanwhile=meanwhile, progress=progress, workers=workers, ends_workers=True
+    )
 
 
 def build_ranked_executor(
@@ -62,6 +82,7 @@ def build_ranked_executor(
     meanwhile: Callable[[], object] = lambda: None,
     progress: bool = False,
     workers: Workers | None = None,
+    ends_workers: bool = False,
     time_limit_s: float = TIME_LIMIT_S,
 ) -> RankedExecutor:
     """All that runs an engine's steps on several devices: this process has the first of them, and processes that it starts have
@@ -72,7 +93,8 @@ def build_ranked_executor(
         source: the model; the others find it by the settings.
         meanwhile: called while weights are read, if they are.
         progress: show progress bars of the first device on stderr.
-        workers: of as many ranks, which are used and not ended; default: new ones.
+        workers: of as many ranks, which wait for another engine after this one; default: new ones, which end with it.
+        ends_workers: end the given ones, too.
         time_limit_s: how long a collective waits for another rank before it is given up.
 
     Raises:
@@ -81,8 +103,10 @@ def build_ranked_executor(
         EngineDeadError: a process ended while it built its part.
     """
     size = config.parallel.tensor_parallel_size
-    check_ranks(config, source)
-    given, workers = workers, workers or Workers(size)
+    check_devices(config)
+    check_parts(config, source)
+    ends_workers = ends_workers or workers is None
+    workers = workers or Workers(size)
     assert workers.size == size, (workers.size, size)
     computes_here = config.model.device == "cpu" or not torch.cuda.is_available()
     threads = Threads(size) if computes_here else None
@@ -100,7 +124,7 @@ def build_ranked_executor(
         if threads is not None:
             threads.restore()
         raise
-    return RankedExecutor(local, workers, build, ends_workers=given is None, threads=threads)
+    return RankedExecutor(local, workers, build, ends_workers=ends_workers, threads=threads)
 
 
 class Threads:

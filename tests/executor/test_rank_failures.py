@@ -191,3 +191,13 @@ def test_what_keeps_a_worker_from_building_its_part_is_said_with_its_rank(tiny_m
     with pytest.raises(ModelError, match=r"rank 1: .* has no config.json"):
         build_ranked_executor(config, source, workers=workers)
     assert not [pid for pid in workers.pids if os.path.exists(f"/proc/{pid}")]
+
+
+def test_a_model_that_is_not_found_leaves_no_process_that_was_started_for_it(tmp_path, monkeypatch) -> None:
+    started: list[Workers] = []
+    monkeypatch.setattr("stepgraph.executor.ranked.Workers", lambda size: started.append(Workers(size)) or started[-1])
+    config = EngineConfig.from_settings(model=str(tmp_path), device="cpu", tensor_parallel_size=2)
+    with pytest.raises(ModelError, match=r"has no config.json"):
+        build_engine(config)
+    assert len(started) == 1
+    assert not [pid for pid in started[0].pids if os.path.exists(f"/proc/{pid}")]
