@@ -159,7 +159,9 @@ def measure(shard: Shard, exchange: Exchange, options: Options) -> Report:
     link = _link_bytes_per_s(shard, exchange, platform)
     bench = Bench(shard, exchange, platform, options)
     bench.check()
-    return Report(bench.group.name, list(bench.time_all()), link)
+    report = Report(bench.group.name, list(bench.time_all()), link)
+    bench.group.close()
+    return report
 
 
 class Bench:
@@ -243,6 +245,9 @@ class Bench:
                 None if nccl is None else self.time(lambda: nccl.group.gather(part, out)),  # noqa: B023
                 None,
             )
+        self.exchange(b"")  # a rank that ends takes away what NCCL may still read
+        if nccl is not None:
+            nccl.close()
 
     def time(self, collective: Callable[[], Tensor]) -> float:
         """Median microseconds of one, of a graph of several. All ranks call it."""
@@ -317,6 +322,11 @@ class _Nccl:
         """In place."""
         torch.distributed.all_reduce(part)
         return part
+
+    def close(self) -> None:
+        """Leave all groups. All ranks call it."""
+        self.group.close()
+        torch.distributed.destroy_process_group()
 
 
 def _link_bytes_per_s(shard: Shard, exchange: Exchange, platform: Platform) -> float:
