@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import time
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
@@ -20,6 +21,8 @@ from stepgraph.server.socket_folder import remove_abandoned
 
 _LOOK_S = 0.5
 """What it may take where a scraper waits."""
+_RANKS_S = 2.0
+"""They are not asked again for so long, however many scrapers come."""
 _ANSWER_S = 30.0
 """How long an engine may take to answer a question: longer than most steps."""
 
@@ -54,6 +57,7 @@ class Supervisor:
         self.adapters = adapters
         self.engines = [EngineLife(number, launch, self.rest, self) for number, launch in enumerate(launches)]
         self._counts = [EngineCounts() for _ in launches]
+        self._looked_at = [-_RANKS_S for _ in launches]
         self._metrics = Metrics(model_name, self._counts, self.rest)
         self._fronts: FrontSide | None = None
         self._administrator: Administrator | None = None
@@ -115,7 +119,12 @@ class Supervisor:
         return [{"error": str(each)} if isinstance(each, EngineDeadError) else each for each in found]
 
     async def _look_at_ranks(self, engine: EngineLife) -> None:
-        """Ask for its ranks' reports. An engine that does something else, or is not there, leaves those from before."""
+        """Ask for its ranks' reports, which a step waits for. An engine that does something else, or is not there, leaves those
+        from before, and so do scrapers that come more often than is of use."""
+        now = time.monotonic()
+        if now - self._looked_at[engine.replica] < _RANKS_S:
+            return
+        self._looked_at[engine.replica] = now
         with contextlib.suppress(StepgraphError):
             reports = await engine.ask(AskRanks, _LOOK_S)
             self._counts[engine.replica].ranks = [RankInfo(*report) for report in reports]

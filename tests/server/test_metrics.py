@@ -1,3 +1,4 @@
+import asyncio
 import re
 from collections.abc import Iterable
 from dataclasses import replace
@@ -6,17 +7,20 @@ from pathlib import Path
 
 import msgspec
 import pytest
+from engines import FakeEngine
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from observed import EAGER, ENDED, IN_GRAPH, LOAD, OneServer, busy_metrics
+from observed import EAGER, ENDED, IN_GRAPH, LOAD, OneServer, busy_metrics, one_engine
 from prometheus_client import parser
 from prometheus_client.openmetrics import parser as openmetrics_parser
 from prometheus_client.samples import Sample
 
 from stepgraph import __version__
 from stepgraph.server.counts import FrontCounts
+from stepgraph.server.engine_life import Launch
 from stepgraph.server.engine_observer import EngineState, RestartCause
-from stepgraph.server.messages import Load, Progress, TokenUpdate
+from stepgraph.server.messages import AskRanks, Load, Progress, TokenUpdate
+from stepgraph.server.supervisor import OneFront, Supervisor
 from stepgraph.step.eager_reason import EagerReason
 
 encode, decode = msgspec.msgpack.Encoder().encode, msgspec.msgpack.Decoder(FrontCounts).decode
@@ -316,6 +320,19 @@ def test_a_dead_engine_is_down_and_runs_nothing():
         assert value(metrics, name) == 0, name
     metrics.on_state(EngineState.READY)
     assert value(metrics, "engine_up") == 1
+
+
+def test_scrapers_that_come_often_do_not_hold_up_steps():
+    engine, counts = FakeEngine(0), FrontCounts.of(1)
+    engine.answers[AskRanks] = [(0, "cpu", 1000, 30, 80, 0.5, 0.0)]
+    supervisor = Supervisor([Launch({})], "tiny", {})
+    supervisor.engines = [engine]
+    supervisor.attach(OneFront(one_engine(), lambda: counts))
+    texts = [asyncio.run(supervisor.metrics(None))[0].decode() for _ in range(3)]
+    assert all(
+        'stepgraph:rank_graph_bytes{device="cpu",engine="0",model_name="tiny",rank="0"} 1000.0' in t for t in texts
+    )
+    assert [type(question) for question in engine.heard] == [AskRanks]
 
 
 def test_each_rank_of_an_engine_is_measured_until_its_process_ends():
