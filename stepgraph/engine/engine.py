@@ -23,7 +23,7 @@ from stepgraph.engine.sampling_params import SamplingParams
 from stepgraph.engine.scheduler import Scheduler
 from stepgraph.engine.speculation import SpeculationStatistics
 from stepgraph.engine.step_draft import ScheduledStep
-from stepgraph.errors import DeviceMemoryError, Fault
+from stepgraph.errors import DeviceMemoryError, EngineDeadError, Fault
 from stepgraph.executor.base import AdmissionError, Executor
 from stepgraph.models.adapters import AdapterFile
 from stepgraph.models.source import ModelSource
@@ -479,6 +479,8 @@ class Engine:
         """What fails inside is about one request: note it as its `error`, for the others do not suffer from it."""
         try:
             yield
+        except EngineDeadError:
+            raise
         except Exception as error:
             request.error = Fault.of(error)
             if not request.error.is_users:

@@ -144,8 +144,9 @@ class Follower:
             self._orders.report_failure(admission.slot)
 
     def _call(self, words: Words) -> None:
-        function, args = call_of(words)
+        function: Any = None
         try:
+            function, args = call_of(words)
             reply = Message(REPLY, function(self._executor, *args))
         except Exception as error:
             if not isinstance(error, StepgraphError):

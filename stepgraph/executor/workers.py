@@ -121,7 +121,7 @@ class _Worker:
             self._started.set()
         if self.process is not None:
             status = self.process.wait()
-            self.end = f"was ended by {Signals(-status).name}" if status < 0 else f"ended with exit status {status}"
+            self.end = f"was ended by {_signal_name(-status)}" if status < 0 else f"ended with exit status {status}"
         self.ended.set()
         self._on_end()
 
@@ -312,7 +312,7 @@ class Workers:
             self.check()
         except StepgraphError as error:
             return error
-        return EngineDeadError(f"rank {worker.rank} has closed its pipe")
+        return self._lost(f"rank {worker.rank} has closed its pipe")
 
     def _error(self, worker: _Worker, content: tuple[str, str]) -> StepgraphError:
         """What a worker said went wrong, as the error it was."""
@@ -331,6 +331,13 @@ class Workers:
                 if message.kind == ERROR:
                     said = f": {message.content[1]}"
         return said
+
+
+def _signal_name(number: int) -> str:
+    try:
+        return Signals(number).name
+    except ValueError:  # a real-time signal
+        return f"signal {number}"
 
 
 def _weakly(workers: Workers, method: Callable[[Workers], None]) -> Callable[[], None]:

@@ -6,7 +6,7 @@ import shutil
 import sys
 import weakref
 from collections.abc import Callable, Iterator
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import rank_faults
@@ -264,6 +264,16 @@ def test_what_one_rank_raises_is_raised_with_its_number_and_all_go_on(engine) ->
     with pytest.raises(KeyError):
         two.executor.on_all(rank_faults.raise_on, 0, KeyError, "here")
     assert two.executor.on_all(rank_faults.raise_on, 2, KeyError, "") == [0, 1]
+
+
+def test_a_function_that_workers_do_not_have_is_refused_by_them_and_all_go_on(engine, monkeypatch) -> None:
+    two = engine(2)
+    here = ModuleType("only_here")
+    exec("def rank(executor): return executor.group.shard.rank", vars(here))
+    monkeypatch.setitem(sys.modules, "only_here", here)
+    with pytest.raises(StepgraphError, match="rank 1: No module named 'only_here'"):
+        two.executor.on_all(here.rank)
+    assert two.executor.on_all(rank_faults.num_graphs) == [0, 0]
 
 
 def test_numbers_of_ranks_that_do_not_divide_are_refused_before_a_process_starts(tiny_model, monkeypatch) -> None:
