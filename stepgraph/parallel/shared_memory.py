@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import mmap
 import os
 import tempfile
@@ -86,6 +87,8 @@ def _file(num_bytes: int) -> Iterator[str]:
     """A new file of zeros that is there while it is wanted, in memory if there is room. Where it needs no name, none can be left
     behind by a process that is killed."""
     if hasattr(os, "memfd_create") and os.path.isdir(own := f"/proc/{os.getpid()}/fd"):
+        if num_bytes > os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2:
+            raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))  # else the kernel ends processes to make room
         descriptor = os.memfd_create("stepgraph-ranks")
         try:
             os.posix_fallocate(descriptor, 0, num_bytes)  # else a write to it could end the process
