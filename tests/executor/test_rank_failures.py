@@ -106,7 +106,10 @@ def hang_in_a_capture(two: Engine) -> None:
     two.executor.on_all(rank_faults.capture_slowly, 1, 10.0)
     two.executor._workers._limit_s = 1.0
     two.add_request("extended", PROMPTS[1], SamplingParams(temperature=0, max_tokens=4, logprobs=1))
-    drain(two)
+    try:
+        drain(two)
+    finally:
+        assert two.executor.graph_counts().failed_captures == 0  # it is the engine that failed
 
 
 def stay_away(two: Engine) -> None:

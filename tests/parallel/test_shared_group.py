@@ -1,5 +1,7 @@
 """Ranks that share a host's memory: each test runs its own processes."""
 
+import os
+import tempfile
 import time
 from typing import NamedTuple
 
@@ -15,6 +17,7 @@ from stepgraph.parallel.create import create_group
 from stepgraph.parallel.exchange import Exchange
 from stepgraph.parallel.group import Fault, Group, Norm
 from stepgraph.parallel.shard import Shard
+from stepgraph.parallel.shared_memory import map_shared
 from stepgraph.platforms.cpu import CpuPlatform
 
 E, V = 48, 101
@@ -212,3 +215,11 @@ def test_where_memory_cannot_be_shared_all_ranks_say_so() -> None:
     assert texts[0] == texts[1]
     assert "StepgraphError" in texts[0]
     assert "memory that ranks share cannot be made" in texts[0]
+
+
+@pytest.mark.skipif(not hasattr(os, "memfd_create"), reason="only Linux has files without names that others can open")
+def test_what_ranks_share_has_no_name_that_a_killed_process_could_leave_behind(monkeypatch) -> None:
+    monkeypatch.setattr(tempfile, "mkstemp", None)
+    memory = map_shared(Shard(0, 1), lambda value: [value], 4096)
+    memory[:4] = b"here"
+    assert len(memory) == 4096
