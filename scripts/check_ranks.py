@@ -77,8 +77,13 @@ SMOLLM2_SETTINGS = {
 def check_random_engines(options: argparse.Namespace, create: EngineFactory) -> dict[str, Any]:
     outcomes: list[Outcome] = []
     failures: list[str] = []
+    before = json.loads(options.json.read_text())["engines"] if options.resume else []
+    known = {outcome["number"]: Outcome(**outcome) for outcome in before}
     for index in range(options.engines):
         number = 1_000_000 * options.seed + index
+        if number in known:
+            outcomes.append(known[number])
+            continue
         num_ranks = options.ranks[index % len(options.ranks)]
         case = random_case(number, num_ranks, model=ONE_MODEL if options.one_model else None, device=options.device)
         with tempfile.TemporaryDirectory() as folder:
@@ -137,6 +142,7 @@ def main() -> int:
     parser.add_argument("--ranks", type=int, nargs="+", default=[2, 3, 4], metavar="N", help="in turn (default: 2 3 4)")
     parser.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")
     parser.add_argument("--one-model", action="store_true", help="the same model for all of them")
+    parser.add_argument("--resume", action="store_true", help="leave out engines that agree by the file of --json")
     parser.add_argument("--smollm2", action="store_true", help="the embedded model instead")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write what came of it")
     options = parser.parse_args()
