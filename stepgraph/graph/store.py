@@ -235,14 +235,15 @@ class GraphStore(Generic[Key, Output]):
         failure: Exception | None = None
         before, started = self.bytes, time.perf_counter()
         try:
-            with self._source.leaving_no_trace():
-                graph = self._backend.capture(self._source.create_program(key), self._warmups)
-        except Exception as error:
+            try:
+                with self._source.leaving_no_trace():
+                    graph = self._backend.capture(self._source.create_program(key), self._warmups)
+            finally:
+                seconds = time.perf_counter() - started
+                self.capture_seconds += seconds
+                self._backend_bytes = self._backend.memory_bytes()
+        except Exception as error:  # whatever it is, the other ranks wait to hear of it
             failure = error
-        finally:
-            seconds = time.perf_counter() - started
-            self.capture_seconds += seconds
-            self._backend_bytes = self._backend.memory_bytes()
         num_bytes = self.bytes + self._driver_bytes - before
         budget = self._budget_bytes
         lacks_budget = failure is None and budget is not None and before + num_bytes - self._left_behind > budget
