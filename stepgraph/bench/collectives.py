@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import hashlib
 import statistics
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
@@ -64,8 +63,6 @@ class Timing:
     rows: int
     bytes: int  # that a rank sends to each other one
     us: float  # median, of the slowest rank
-    nccl_us: float | None  # the same value by way of NCCL: all parts gathered, then added up by one kernel
-    nccl_all_reduce_us: float | None  # NCCL's all-reduce alone, which adds in an order of its own
 
 
 class Report(NamedTuple):
@@ -80,7 +77,7 @@ def add_parser(commands: Any) -> None:
     """Register ``bench collectives``."""
     parser = commands.add_parser(
         "collectives",
-        help="sums and gathers of the ranks of a model, beside NCCL and what the link allows",
+        help="sums and gathers of the ranks of a model, beside what the link allows",
         description="Start a process for each rank, compare what their collectives compute with the definition, bit by bit, and "
         "time them inside graphs: the sum with residual and norm, and the gather of logits.",
     )
@@ -135,17 +132,12 @@ def run(arguments: argparse.Namespace) -> int:
 def slowest(timings: tuple[Timing, ...]) -> Timing:
     """What the ranks found of one case, as one."""
 
-    def most(values: list[float | None]) -> float | None:
-        return max((value for value in values if value is not None), default=None)
-
     first = timings[0]
     return Timing(
         first.collective,
         first.rows,
         first.bytes,
         max(timing.us for timing in timings),
-        most([timing.nccl_us for timing in timings]),
-        most([timing.nccl_all_reduce_us for timing in timings]),
     )
 
 
@@ -160,6 +152,7 @@ def measure(shard: Shard, exchange: Exchange, options: Options) -> Report:
     bench = Bench(shard, exchange, platform, options)
     bench.check()
     report = Report(bench.group.name, list(bench.time_all()), link)
+    exchange(b"")  # a rank that ends takes its memory away, where others may still send to
     bench.group.close()
     return report
 
@@ -222,7 +215,6 @@ class Bench:
 
     def time_all(self) -> Iterator[Timing]:
         """Every case."""
-        nccl = _Nccl(self.shard, self.exchange, self.platform) if self.platform.device.type == "cuda" else None
         for tokens in _TOKENS[self.options.device]:
             part, residual = self._random(self.shard.rank, tokens) / 64, self._random(3, tokens)
             yield Timing(
@@ -230,8 +222,6 @@ class Bench:
                 tokens,
                 part.numel() * part.element_size(),
                 self.time(lambda: self.group.add_sum(part, residual, norm=self.norm)),  # noqa: B023  # run at once
-                None if nccl is None else self.time(lambda: nccl.group.add_sum(part, residual, norm=self.norm)),  # noqa: B023
-                None if nccl is None else self.time(lambda: nccl.all_reduce(part)),  # noqa: B023
             )
         columns = -(-self.options.vocab_size // self.shard.size)
         for rows in _ROWS:
@@ -242,12 +232,7 @@ class Bench:
                 rows,
                 part.numel() * part.element_size(),
                 self.time(lambda: self.group.gather(part, out)),  # noqa: B023
-                None if nccl is None else self.time(lambda: nccl.group.gather(part, out)),  # noqa: B023
-                None,
             )
-        self.exchange(b"")  # a rank that ends takes away what NCCL may still read
-        if nccl is not None:
-            nccl.close()
 
     def time(self, collective: Callable[[], Tensor]) -> float:
         """Median microseconds of one, of a graph of several. All ranks call it."""
@@ -303,32 +288,6 @@ class _Output(NamedTuple):
     value: Tensor
 
 
-class _Nccl:
-    """What NCCL does, for comparison."""
-
-    def __init__(self, shard: Shard, exchange: Exchange, platform: Platform) -> None:
-        from stepgraph.parallel.nccl import NcclGroup
-
-        self.group = NcclGroup(shard, exchange, platform.device, time_limit_s=60.0)
-        folder, *_ = exchange(tempfile.mkdtemp(prefix="stepgraph-").encode() if shard.rank == 0 else b"")
-        store = torch.distributed.FileStore(f"{folder.decode()}/nccl", shard.size)  # type: ignore[attr-defined]
-        torch.distributed.init_process_group(
-            "nccl", store=store, rank=shard.rank, world_size=shard.size, device_id=platform.device
-        )
-        self.all_reduce(torch.zeros(1, device=platform.device))
-        platform.synchronize()
-
-    def all_reduce(self, part: Tensor) -> Tensor:
-        """In place."""
-        torch.distributed.all_reduce(part)
-        return part
-
-    def close(self) -> None:
-        """Leave all groups. All ranks call it."""
-        self.group.close()
-        torch.distributed.destroy_process_group()
-
-
 def _link_bytes_per_s(shard: Shard, exchange: Exchange, platform: Platform) -> float:
     """A large copy's, one way: between GPUs 0 and 1, or from a CPU's memory to itself."""
     found = 0.0
@@ -351,9 +310,6 @@ def _link_bytes_per_s(shard: Shard, exchange: Exchange, platform: Platform) -> f
 
 
 def _table(timings: list[Timing], num_ranks: int, link_bytes_per_s: float) -> str:
-    def shown(us: float | None) -> str:
-        return "" if us is None else f"{us:.2f}"
-
     rows = []
     for timing in timings:
         least = 1e6 * (num_ranks - 1) * timing.bytes / link_bytes_per_s
@@ -364,9 +320,7 @@ def _table(timings: list[Timing], num_ranks: int, link_bytes_per_s: float) -> st
                 f"{timing.bytes / 1024:,.0f}",
                 f"{timing.us:.2f}",
                 f"{least:.2f}",
-                shown(timing.nccl_us),
-                shown(timing.nccl_all_reduce_us),
             ]
         )
-    header = ["collective", "rows", "KiB", "us", "link us", "by NCCL us", "NCCL's all-reduce us"]
+    header = ["collective", "rows", "KiB", "us", "link us"]
     return table(header, rows)
