@@ -51,6 +51,11 @@ def total(metric: str, by: str = "") -> str:
     return f"sum{f' by ({by}) ' if by else ''}({chosen(metric)})"
 
 
+def by_rank(metric: str, worst: str) -> tuple[tuple[str, str], ...]:
+    """A gauge of ranks: for each, the worst of all servers, which is what `worst` of PromQL gives."""
+    return ((f"{worst} by (engine, rank) ({chosen(metric)})", "engine {{engine}} rank {{rank}}"),)
+
+
 def mean(metric: str) -> str:
     """Of a histogram's values."""
     return f"{rate(f'{metric}_sum')} / {rate(f'{metric}_count')}"
@@ -255,6 +260,30 @@ ROWS: tuple[tuple[str, tuple[Panel, ...]], ...] = (
                         "{{tokens}}x{{rows}}+{{drafts}} {{variant}}",
                     ),
                 ),
+            ),
+        ),
+    ),
+    (
+        "Ranks",
+        (
+            Panel("Graph memory by rank", "bytes", by_rank("rank_graph_bytes", "max")),
+            Panel(
+                "Free memory by rank",
+                "bytes",
+                by_rank("rank_free_memory_bytes", "min"),
+                "Of its device. The KV cache, of a size fixed at the start, is not free.",
+            ),
+            Panel(
+                "CPU by rank",
+                "percentunit",
+                by_rank("rank_cpu_share", "max"),
+                "Of a core, since the engine was built.",
+            ),
+            Panel(
+                "Waiting by rank",
+                "percentunit",
+                by_rank("rank_waiting_share", "max"),
+                "For orders, since the engine was built. Rank 0 gives them.",
             ),
         ),
     ),

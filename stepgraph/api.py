@@ -38,11 +38,13 @@ class LLM:
         progress: show progress bars on stderr while loading and capturing.
         source: what `model` names, if that is resolved already.
         settings: any field of the dataclasses in `stepgraph.config`, e.g. ``dtype="bfloat16"``, ``max_num_seqs=8``,
-            ``max_model_len=4096``, ``graph_optimization_config={"use_cudagraph": False}``.
+            ``max_model_len=4096``, ``graph_optimization_config={"use_cudagraph": False}``. With ``tensor_parallel_size=2``, two
+            devices of this machine share the model: this process has one, and a process that it starts has the other.
 
     Raises:
-        ConfigError: an unknown setting or a bad value.
-        ModelError: the model cannot be found, read or run.
+        ConfigError: an unknown setting, a bad value, or more devices than there are.
+        ModelError: the model cannot be found, read or run, or not be cut for so many devices.
+        EngineDeadError: the process of another device ended while it built its part.
 
     Example:
         >>> llm = LLM("smollm2")

@@ -128,6 +128,12 @@ def test_a_demo_that_does_not_fit(refused, smollm2, tiny_model) -> None:
     assert "max_model_len=64 is too small; the demo needs " in refused("demo", tiny_model, "--max-model-len", "64")
 
 
+@pytest.mark.parametrize("name", ["graphs", "sampling", "tokens", "spec"])
+def test_steps_of_several_devices_are_not_taken_apart(refused, tiny_model, name) -> None:
+    said = refused("bench", name, tiny_model, "--device", "cpu", "--tensor-parallel-size", "2")
+    assert "tensor_parallel_size=2: this benchmark takes the steps of one device apart; leave it at 1" in said
+
+
 @pytest.mark.parametrize("command", ["list", "verify", "warm"])
 def test_graphs_of_an_engine_without(refused, command) -> None:
     assert "captures no graphs" in refused("graphs", command, "--graph-backend", "eager")

@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from stepgraph.bench.account import KernelTime, StepAccount, account
 from stepgraph.bench.offline import settings_line
-from stepgraph.bench.report import choose, machine, pyplot, save_figure, table, write_json
+from stepgraph.bench.report import check_one_device, choose, machine, pyplot, save_figure, table, write_json
 from stepgraph.bench.roofline import Limits, measure_limits, step_cost
 from stepgraph.config import EngineConfig, add_flags, settings_from_flags
 from stepgraph.engine.build import build_engine
@@ -129,6 +129,7 @@ def run(arguments: argparse.Namespace) -> int:
     asked = choose(CASES, arguments.cases)
     # Prompts of repeated steps are alike, and shall be computed each time.
     config = EngineConfig.from_settings(**({"enable_prefix_caching": False} | settings_from_flags(arguments)))
+    check_one_device(config)
     engine = build_engine(config, progress=sys.stderr.isatty())
     runner = runner_of(engine.executor)
     limits = measure_limits(runner.platform, runner.model.dtype)

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 import stepgraph
+from stepgraph.config import EngineConfig
 from stepgraph.errors import ConfigError
 
 _SECRET_FLAGS = ("--api-key", "--header")
@@ -39,6 +40,19 @@ def choose(cases: Sequence[C], part: str | None) -> list[C]:
     if not chosen:
         raise ConfigError(f"cases={part!r} is in no case's name; there are {', '.join(case.name for case in cases)}")
     return chosen
+
+
+def check_one_device(config: EngineConfig) -> None:
+    """For benchmarks that run steps beside the engine, of which other ranks would know nothing.
+
+    Raises:
+        ConfigError: several devices are to share the model.
+    """
+    if (size := config.parallel.tensor_parallel_size) > 1:
+        raise ConfigError(
+            f"tensor_parallel_size={size}: this benchmark takes the steps of one device apart; leave it at 1, or run bench "
+            "latency, throughput or start, which measure several"
+        )
 
 
 def machine(device: str) -> dict[str, Any]:

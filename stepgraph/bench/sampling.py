@@ -14,7 +14,7 @@ from tqdm import tqdm
 from stepgraph.abi import slot_line
 from stepgraph.bench.graphs import CONTEXT, GREEDY, Contender, lay_out, time_interleaved
 from stepgraph.bench.offline import settings_line
-from stepgraph.bench.report import machine, table, write_json
+from stepgraph.bench.report import check_one_device, machine, table, write_json
 from stepgraph.config import EngineConfig, add_flags, settings_from_flags
 from stepgraph.engine.build import build_engine
 from stepgraph.errors import ConfigError
@@ -104,6 +104,7 @@ def run(arguments: argparse.Namespace) -> int:
         raise ConfigError(f"repeats={arguments.repeats} must be 1 or more")
     settings: dict[str, Any] = {"max_num_seqs": max(ROWS), "capture": "lazy"} | settings_from_flags(arguments)
     config = EngineConfig.from_settings(**settings)
+    check_one_device(config)
     source = resolve_configured(config.model)
     if (longest := context_len(config, source)) < CONTEXT + 2:
         raise ConfigError(

@@ -11,7 +11,7 @@ from typing import Any
 from stepgraph.abi.slot_line import MAX_DRAFTS
 from stepgraph.bench import spec_forced, spec_text
 from stepgraph.bench.offline import settings_line
-from stepgraph.bench.report import machine, write_json
+from stepgraph.bench.report import check_one_device, machine, write_json
 from stepgraph.bench.spec_forced import ForcedOptions, ForcedResult
 from stepgraph.bench.spec_report import cost_table, forced_tables, plot_forced, plot_text, text_table
 from stepgraph.bench.spec_text import BASELINE, MethodResult, TextOptions
@@ -105,6 +105,7 @@ def run(arguments: argparse.Namespace) -> int:
         if name in settings:
             raise ConfigError(f"{name}={settings[name]!r}: the benchmark sets it itself; use {instead}")
     settings["speculative_method"] = BASELINE  # until an engine gets its own
+    check_one_device(EngineConfig.from_settings(**settings))
     return _run_forced(arguments, settings) if forced else _run_text(arguments, settings)
 
 

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stepgraph.bench.report import machine, table, write_json
+from stepgraph.bench.report import check_one_device, machine, table, write_json
 from stepgraph.config import EngineConfig, add_flags, settings_from_flags
 from stepgraph.engine.build import build_engine
 from stepgraph.engine.engine import Engine
@@ -78,7 +78,7 @@ def run(arguments: argparse.Namespace) -> int:
     settings = settings_from_flags(arguments) | {"seed": 0}
     precisions = {name: _precision(name) for name in arguments.dtypes}
     for precision in precisions.values():  # a bad one is found before the others have been measured
-        EngineConfig.from_settings(**(settings | precision))
+        check_one_device(EngineConfig.from_settings(**(settings | precision)))
     float32_tokens: list[list[int]] = []
     float32_log_probs = torch.empty(0)
     comparisons = []

@@ -135,7 +135,7 @@ def test_an_aborted_request_leaves_the_others_alone(engine) -> None:
     assert found[0] == found[1]
 
 
-def test_requests_sleep_and_wake_on_all_ranks(engine) -> None:
+def test_requests_sleep_wake_and_pause_on_all_ranks(engine) -> None:
     two, one = engine(2), engine(1)
     expected = answers(one, max_tokens=30)
     requests = [
@@ -146,6 +146,15 @@ def test_requests_sleep_and_wake_on_all_ranks(engine) -> None:
         two.step()
     two.sleep(1)
     two.wake_up()
+    two.step()
+    two.pause()
+    num_steps = two.executor.statistics.num_steps
+    for _ in range(3):
+        two.step()
+        two.prepare()
+    assert two.executor.statistics.num_steps == num_steps
+    assert max(len(request.output_token_ids) for request in requests) < 30
+    two.resume()
     drain(two)
     assert [list(request.output_token_ids) for request in requests] == expected
 

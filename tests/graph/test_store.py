@@ -1,8 +1,10 @@
 """GraphStore knows of its keys that they are ordered and which holds which."""
 
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from threading import Barrier
 
 import pytest
 
@@ -105,6 +107,53 @@ def test_the_budget_and_a_failure_are_told_apart() -> None:
     assert [store.serving(key) for key in (Size(2), Size(3))] == [None, None]
     assert [store.is_over_budget(key) for key in (Size(2), Size(3))] == [False, True]
     assert store.bytes == 7
+
+
+def serve_two(*workshops: Workshop, **settings) -> list[GraphStore]:
+    """Two ranks' stores, after each was asked for the same key."""
+    said, barrier = [b"", b""], Barrier(2, timeout=30)
+
+    def exchange_of(rank: int):
+        def exchange(value: bytes) -> list[bytes]:
+            said[rank] = value
+            barrier.wait()
+            heard = list(said)
+            barrier.wait()
+            return heard
+
+        return exchange
+
+    stores = [
+        create_store(workshop, exchange=exchange_of(rank), **{name: of[rank] for name, of in settings.items()})
+        for rank, workshop in enumerate(workshops)
+    ]
+    with ThreadPoolExecutor(2) as threads:
+        list(threads.map(lambda store: store.serving(Size(4)), stores))
+    return stores
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("fault", [DeviceMemoryError("no memory"), CaptureError("a fault"), RuntimeError("a compiler")])
+def test_a_graph_that_a_rank_cannot_compile_or_capture_is_nobodys_and_all_say_whose_fault_it_is(
+    rank, fault, caplog
+) -> None:
+    workshops = [Workshop(), Workshop()]
+    workshops[rank].faults[Size(4)] = fault
+    stores = serve_two(*workshops)
+    assert [(Size(4) in store, store.num_graphs, store.failed_captures) for store in stores] == [(False, 0, 1)] * 2
+    assert f"rank {rank}: {fault}" in caplog.text
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_graph_over_the_budget_of_one_rank_is_over_that_of_all(rank) -> None:
+    budgets = [10, 10]
+    budgets[rank] = 5
+    stores = serve_two(Workshop(), Workshop(), budget_bytes=budgets, driver_bytes=[7, 7])
+    assert [(Size(4) in store, store.is_over_budget(Size(4)), store.bytes) for store in stores] == [
+        (False, True, 0)
+    ] * 2
+    stores = serve_two(Workshop(), Workshop(), budget_bytes=[10, 10], driver_bytes=[7, 7])
+    assert [Size(4) in store for store in stores] == [True, True]
 
 
 def test_the_first_of_graphs_captured_all_at_once_is_tried_out() -> None:
