@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 import logging
 import socket
-import subprocess
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -160,39 +159,45 @@ class FrontLife:
         while True:
             started = time.monotonic()
             name = f"front-{self._number}-{lives}"
-            with socket_folder() as folder:
-                code = await self._run(name, folder)
+            try:
+                with socket_folder() as folder:
+                    code = await self._run(name, folder)
+            except Exception as error:
+                logger.exception("the supervisor lost front %d", self._number)
+                self._failure, how = FrontFailed(str(error) or repr(error), is_users=False), "could not be run"
+            else:
+                how = f"was killed by signal {-code}" if code < 0 else f"ended with code {code}"
             counts, self.counts = self.counts, None
             self._owner.on_front_gone(name, counts)
             if self._draining or not self._loaded.is_set():
                 return
             lives, failures = lives + 1, 1 if time.monotonic() - started > _STEADY_S else failures + 1
             wait_s = _BACK_OFF_S[min(failures, len(_BACK_OFF_S)) - 1]
-            how = f"was killed by signal {-code}" if code < 0 else f"ended with code {code}"
             logger.error("front %d %s; starting it again in %g s", self._number, how, wait_s)
             await asyncio.sleep(wait_s)
 
     async def _run(self, name: str, folder: Path) -> int:
         """One life of the process, until it ends; returns its exit code."""
         link = self._socket = self._context.socket(zmq.PAIR)
-        link.set_hwm(0)
-        address = f"ipc://{folder / 'front'}"
-        link.bind(address)
-        listening = [sock.fileno() for sock in self._listening]
-        start = msgspec.structs.replace(self._start, name=name, address=address, listening=listening)
-        process = spawn_front(listening)
-        for sock in self._listening:
-            sock.close()
-        self._listening.clear()
-        assert process.stdin is not None
+        process, code = None, 0
         try:
+            link.set_hwm(0)
+            address = f"ipc://{folder / 'front'}"
+            link.bind(address)
+            listening = [sock.fileno() for sock in self._listening]
+            start = msgspec.structs.replace(self._start, name=name, address=address, listening=listening)
+            process = spawn_front(listening)
+            for sock in self._listening:
+                sock.close()
+            self._listening.clear()
+            assert process.stdin is not None
             with contextlib.suppress(BrokenPipeError):  # it has died; that is seen below
                 process.stdin.write(encode_start(start) + b"\n")
                 process.stdin.flush()
             self._heard_at = time.monotonic()
             ending = asyncio.create_task(ended(process))
             receiving = asyncio.create_task(receive(link, self._take))
-            watching = asyncio.create_task(self._watch(process))
+            watching = asyncio.create_task(self._watch())
             try:
                 await asyncio.wait((receiving, ending, watching), return_when=asyncio.FIRST_COMPLETED)
                 await asyncio.wait((receiving,), timeout=_LAST_WORDS_S)
@@ -202,16 +207,18 @@ class FrontLife:
                 for task in (ending, receiving, watching):  # not its calls: what it asked for is done
                     task.cancel()
         finally:
-            process.kill()
-            with contextlib.suppress(BrokenPipeError):
-                process.stdin.close()
-            code = process.wait()
+            if process is not None:
+                process.kill()
+                assert process.stdin is not None
+                with contextlib.suppress(BrokenPipeError):
+                    process.stdin.close()
+                code = process.wait()
             self._socket, self._is_there = None, False
             link.close(linger=0)
             self._questions.fail(EngineDeadError(f"front {self._number} ended"))
         return code
 
-    async def _watch(self, process: subprocess.Popen[bytes]) -> None:
+    async def _watch(self) -> None:
         """Ask for its counts now and then; returns when it hangs."""
         while time.monotonic() - self._heard_at < (_HANG_S if self._is_there else _START_S):
             await asyncio.sleep(_LOOK_S)
