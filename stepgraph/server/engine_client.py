@@ -49,6 +49,7 @@ class EngineClient:
         self._observer = observer
         self._generations: dict[str, Generation] = {}
         self._running: dict[str, tuple[Generation, RemoteRequest]] = {}  # by id of the engine's requests
+        self._unanswered: dict[str, Add] = {}  # of generations whose requests all run, without a token so far
         self._recent_seconds: deque[float] = deque(maxlen=_NUM_RECENT)
         self._heard_at = time.monotonic()
         self._shared = shared
@@ -112,11 +113,29 @@ class EngineClient:
             raise RequestError("the request holds half of a surrogate pair, which is no text; leave it out") from error
         except OverflowError as error:
             raise RequestError("the request holds a whole number of more than 64 bits; give a smaller one") from error
-        self._generations[id] = generation
+        self._add(generation, message, content)
+        return generation
+
+    @property
+    def unanswered(self) -> list[tuple[Generation, Add]]:
+        """Generations of which nothing has come that a reader could have seen, and what was sent."""
+        return [(self._generations[id], message) for id, message in self._unanswered.items()]
+
+    def hand_over(self, generation: Generation, other: EngineClient) -> None:
+        """Have another engine answer a generation of `unanswered`; this one is gone."""
+        message = self._unanswered.pop(generation.id)
+        del self._generations[generation.id]
+        for request_id in generation.requests:
+            del self._running[request_id]
+        generation.move(other)
+        other._add(generation, message, encode(message))
+
+    def _add(self, generation: Generation, message: Add, content: bytes) -> None:
+        id, prompt = generation.id, generation.prompt
+        self._generations[id], self._unanswered[id] = generation, message
         self._running.update((one_id, (generation, one)) for one_id, one in generation.requests.items())
         self.load.sent(id, len(generation.requests), len(prompt.token_ids))
         self._send(content)
-        return generation
 
     def abort(self, request_ids: Iterable[str], reason: FinishReason = FinishReason.ABORT) -> None:
         """End requests; nothing more is heard of them. `reason` is what they count as."""
@@ -169,6 +188,7 @@ class EngineClient:
         if update.token_ids:
             if request.last_token_at is None:
                 self.load.began(generation.id)
+                self._unanswered.pop(generation.id, None)
                 request.first_token_at = self._heard_at
                 self._observer.on_first_token(self._heard_at - request.arrived_at)
             else:
@@ -184,6 +204,7 @@ class EngineClient:
         running = self._running.pop(request_id, None)
         if running is not None:
             generation, request = running
+            self._unanswered.pop(generation.id, None)
             if self._running.keys().isdisjoint(generation.requests):
                 self.load.ended(generation.id)
             ended = request.ended(reason)

@@ -226,8 +226,8 @@ async def _serve(start: StartFront) -> int:
         if listening.done():
             listening.result()
         await http.drain(link.hurry)
-        for number in range(start.num_engines):
-            http.replicas.on_end(number, "the engine stopped: the server is shutting down")
+        for client in http.replicas.clients:
+            client.fail("the engine stopped: the server is shutting down")
         await http.close()
         return 0
     finally:

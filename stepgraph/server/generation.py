@@ -120,6 +120,8 @@ class Generation:
             for one_id, one in split(id, params, end_token_ids)
         }
         """One for each answer, by their ids in the engine."""
+        self.has_moved = False
+        """Whether the engine that it was sent to first is gone, and another one has it."""
         self._client = client
         self._session = Session(
             list(self.requests.values()),
@@ -203,6 +205,10 @@ class Generation:
     def leave(self) -> None:
         """The reader has what it wants: what still runs ends."""
         self._client.leave(self)
+
+    def move(self, client: RequestOwner) -> None:
+        """For the client: this one has it from now on."""
+        self._client, self.has_moved = client, True
 
     def accept(self) -> None:
         """For the client: the engine has queued it."""

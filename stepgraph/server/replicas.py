@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -17,6 +18,8 @@ from stepgraph.server.routing import Router
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
+
+logger = logging.getLogger(__name__)
 
 
 class Replicas:
@@ -135,8 +138,20 @@ class Replicas:
 
     def on_end(self, replica: int, reason: str) -> None:
         """See `EngineListener`."""
-        self.clients[replica].fail(reason)
         self.forget_prefixes(replica)
+        self._hand_over(self.clients[replica])
+        self.clients[replica].fail(reason)
+
+    def _hand_over(self, gone: EngineClient) -> None:
+        """Have the other engines, if there are any, answer what an engine that is gone has given no token of: once, for a request
+        that ends engines must not end them all."""
+        if self.trouble is not None:
+            return
+        waiting = [(generation, message) for generation, message in gone.unanswered if not generation.has_moved]
+        for generation, message in waiting:
+            gone.hand_over(generation, self._choose(generation.prompt, message.adapter, None))
+        if waiting:
+            logger.warning("%d prompts that an engine gave no token of go to others", len(waiting))
 
     def _choose(self, prompt: TokenizedPrompt, adapter: str | None, session: str | None) -> EngineClient:
         if self._router is None:

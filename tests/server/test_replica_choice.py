@@ -1,5 +1,6 @@
 """Which engine a front sends a request to, and what it knows of those that are gone."""
 
+import asyncio
 import time
 from collections import Counter
 
@@ -15,7 +16,7 @@ from stepgraph.errors import EngineDeadError
 from stepgraph.server.counts import RequestCounts
 from stepgraph.server.engine_client import EngineClient
 from stepgraph.server.engine_observer import EngineState, EngineStatus
-from stepgraph.server.generation import Origin
+from stepgraph.server.generation import Generation, Origin
 from stepgraph.server.messages import Accepted, Add, Failed, Progress, TokenUpdate, decode_to_engine
 from stepgraph.server.replicas import Replicas
 from stepgraph.server.rest import Rest
@@ -34,7 +35,7 @@ class Front:
         self.replicas = Replicas(clients, Rest())
         for number in range(num_engines):
             self.replicas.on_status(number, EngineStatus(EngineState.READY, READY))
-        self._count = 0
+        self.generations: dict[str, Generation] = {}
 
     def _taker(self, number: int):
         def take(content: bytes) -> None:
@@ -46,10 +47,10 @@ class Front:
 
     def submit(self, prompt=PROMPT, *, salt=None, **options) -> int:
         """Send a request; the engine that got it."""
-        self._count += 1
         before = [len(adds) for adds in self.sent]
-        self.replicas.submit(
-            f"r{self._count}",
+        id = f"r{len(self.generations)}"
+        self.generations[id] = self.replicas.submit(
+            id,
             TokenizedPrompt(None, list(prompt), salt),
             SamplingParams(),
             None,
@@ -103,7 +104,7 @@ def test_an_engine_that_is_not_there_gets_nothing_and_its_requests_end() -> None
     died = Failed("its process was killed by signal 9", is_users=False)
     front.replicas.on_status(first, EngineStatus(EngineState.RESTARTING, READY, died))
     front.replicas.on_end(first, "the engine stopped: its process was killed by signal 9")
-    assert front.replicas.num_unfinished == 0
+    assert front.replicas.num_unfinished == 1  # that goes to the other one
     assert {front.submit() for _ in range(5)} == {other}
     assert (front.replicas.trouble, front.replicas.capacity) == (None, READY.max_num_seqs)
     assert front.replicas.troubles[other] is None
@@ -116,6 +117,46 @@ def test_an_engine_that_is_not_there_gets_nothing_and_its_requests_end() -> None
     front.replicas.on_status(first, EngineStatus(EngineState.READY, READY))
     assert front.submit() == first
     assert front.replicas.capacity == READY.max_num_seqs
+
+
+def end(front: Front, engine: int) -> None:
+    """Its process is gone."""
+    died = Failed("its process was killed by signal 9", is_users=False)
+    front.replicas.on_status(engine, EngineStatus(EngineState.RESTARTING, READY, died))
+    front.replicas.on_end(engine, "the engine stopped: its process was killed by signal 9")
+
+
+def test_what_an_engine_that_dies_gave_no_token_of_is_answered_by_another_once() -> None:
+    front = Front(3)
+    first = front.submit(adapter="/poet")
+    assert front.submit(PROMPT * 2, adapter="/poet") == first
+    front.begin(first)
+    waiting, begun = front.sent[first]
+    moved, failed = (front.generations[message.group] for message in (waiting, begun))
+    end(front, first)
+    [second] = [number for number, adds in enumerate(front.sent) if waiting in adds and number != first]
+    assert not any(begun in adds for number, adds in enumerate(front.sent) if number != first)
+    assert front.replicas.num_unfinished == front.replicas.clients[second].num_unfinished == 1
+    assert front.replicas.clients[second].load.tokens == REQUEST_TOKENS + len(PROMPT)
+    with pytest.raises(EngineDeadError, match="killed by signal 9"):
+        asyncio.run(failed.accepted())
+    asyncio.run(moved.accepted())
+    front.begin(second)
+    assert moved.requests[waiting.requests[0][0]].output_token_ids == [5]
+    moved.leave()
+    assert front.replicas.num_unfinished == 0
+
+    unlucky = front.submit()
+    generation = front.generations[front.sent[unlucky][-1].group]
+    end(front, unlucky)
+    assert front.replicas.num_unfinished == (unlucky != first)
+    for number in range(3):
+        front.replicas.on_status(number, EngineStatus(EngineState.READY, READY))
+    [heir] = [number for number, client in enumerate(front.replicas.clients) if client.num_unfinished]
+    end(front, heir)
+    assert front.replicas.num_unfinished == 0
+    with pytest.raises(EngineDeadError, match="killed by signal 9"):
+        asyncio.run(generation.accepted())
 
 
 def test_the_queue_is_that_of_all_fronts() -> None:
