@@ -14,7 +14,7 @@ from stepgraph.errors import EngineDeadError, StepgraphError
 from stepgraph.executor.build import Ranks, build_local_executor
 from stepgraph.executor.local import LocalExecutor
 from stepgraph.executor.orders import admission_of, call_of, shape_of
-from stepgraph.executor.ring import Kind, RingReader, Words
+from stepgraph.executor.ring import NUMBERS, Kind, RingReader, Words
 from stepgraph.executor.workers import REPLY, VALUE, Build, Message, connection
 from stepgraph.models.source import resolve_configured
 from stepgraph.parallel.shard import Shard
@@ -82,7 +82,6 @@ class Follower:
         before = orders.waited_s
         executor.waited_s = lambda: orders.waited_s - before
         self._shapes: list[StepShape] = []
-        self._launched = 0
 
     def run(self) -> None:
         """Until there are no more. What a launch raises is raised: the other ranks wait for this one's part of the step.
@@ -113,9 +112,9 @@ class Follower:
                 return
 
     def _launch(self, kind: int, number: int, shape: StepShape, words: Words) -> None:
-        assert number == self._launched, f"step {self._launched} was expected, and {number} came"
-        self._launched += 1
         runner = self._runner
+        expected = runner.num_launched % NUMBERS
+        assert number == expected, f"step {expected} was expected, and {number} came"
         graph = (
             runner.graphs.store.eager_twin(shape) if kind == Kind.EAGER else runner.graphs.store.captured_graph(shape)
         )

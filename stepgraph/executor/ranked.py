@@ -23,7 +23,7 @@ from stepgraph.executor.build import Ranks, build_local_executor
 from stepgraph.executor.limits import check_devices, check_parts
 from stepgraph.executor.local import LocalExecutor
 from stepgraph.executor.orders import words_of_admission, words_of_call, words_of_shape
-from stepgraph.executor.ring import NOTHING, Kind, Words
+from stepgraph.executor.ring import NOTHING, NUMBERS, Kind, Words
 from stepgraph.executor.step_watch import StepWatch
 from stepgraph.executor.workers import Build, Workers, log_level
 from stepgraph.models.adapters import AdapterFile
@@ -172,7 +172,7 @@ class RankedExecutor:
         self._sends_weights = False  # those that were checked are this process's
         self._shapes: dict[StepShape, int] = {}  # that workers know, by their numbers
         self._tried: set[StepShape] = set()  # that run without a graph, and had memory
-        self._launched = self._alike_at = 0
+        self._alike_at = 0  # steps after which all ranks knew the same
         self._admitted_at = -1  # the first step after the last admission
         self._last_record: StepRecord | None = None
         self._last_shape = 0  # the number of its shape
@@ -199,7 +199,7 @@ class RankedExecutor:
 
     def admit(self, admission: Admission) -> None:
         """See `Executor.admit`. Workers do it meanwhile; `wait` says if one could not."""
-        self._admitted_at = self._launched
+        self._admitted_at = self.runner.num_launched
         self._order(Kind.ADMIT, words=words_of_admission(admission))
         self._local.admit(admission)
 
@@ -227,8 +227,8 @@ class RankedExecutor:
             self._last_record, self._last_shape = record, self._number_of(record.shape)
         part = runner.pack(plan, record.shape)
         kind = Kind.LAUNCH if record.eager_reason is None else Kind.EAGER
-        self._order(kind, self._launched, self._last_shape, runner.staged(part) if part.stop else NOTHING)
-        self._launched += 1
+        number = runner.num_launched % NUMBERS
+        self._order(kind, number, self._last_shape, runner.staged(part) if part.stop else NOTHING)
         try:
             runner.put(part)
             step = runner.run(graph)
@@ -344,7 +344,7 @@ class RankedExecutor:
         self._check()
         if self._local.prepare():
             return True
-        if self._launched != self._alike_at:
+        if self.runner.num_launched != self._alike_at:
             self.check_alike()
         return False
 
@@ -373,10 +373,10 @@ class RankedExecutor:
         for rank, other in enumerate(others, start=1):
             if other != first:
                 raise self._fail(
-                    f"rank {rank} has computed something else than rank 0 in one of {self._launched} steps, so that no answer "
-                    "since then can be trusted; this is a fault of stepgraph or of a device"
+                    f"rank {rank} has computed something else than rank 0 in one of {self.runner.num_launched} steps, so that no "
+                    "answer since then can be trusted; this is a fault of stepgraph or of a device"
                 )
-        self._alike_at = self._launched
+        self._alike_at = self.runner.num_launched
 
     def rank_reports(self) -> list[RankReport]:
         """See `Executor.rank_reports`."""

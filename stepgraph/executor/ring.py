@@ -30,6 +30,8 @@ Words = npt.NDArray[np.int32]
 
 CAPACITY = 1 << 18
 """Words of the ring."""
+NUMBERS = 1 << 31
+"""Numbers of orders are below it."""
 _STORES_IN_ORDER = platform.machine() in ("x86_64", "AMD64")
 """Whether processors show each other their stores in the order of the program."""
 _HEADER = struct.Struct("4i")

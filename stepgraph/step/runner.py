@@ -87,7 +87,8 @@ class StepRunner:
         )
         self.cache_lost: Callable[[], None] = lambda: None
         """Called when the KV cache no longer holds what was put there; whoever counts on its content sets it."""
-        self._launched = 0
+        self.num_launched = 0
+        """Steps so far."""
         self._loaded: tuple[int | None, StepShape] | None = None
         cache_dtype = kv_cache_dtype(config.cache, platform, dtype)
         self.layout = layout = CacheLayout(
@@ -173,25 +174,25 @@ class StepRunner:
         if has_rows and not plan.deltas:
             return _NOTHING
         start, end = shape.deltas_start if has_rows else 0, shape.plan_length(self.block_size)
-        plan.pack(shape, self.block_size, self._staging_arrays[self._launched % RING_DEPTH][:end], start)
+        plan.pack(shape, self.block_size, self._staging_arrays[self.num_launched % RING_DEPTH][:end], start)
         self._loaded = (plan.epoch, shape)
         return slice(start, end)
 
     def staged(self, part: slice) -> npt.NDArray[np.int32]:
         """Where a part of the next step's packed plan waits for `put`."""
-        return self._staging_arrays[self._launched % RING_DEPTH][part]
+        return self._staging_arrays[self.num_launched % RING_DEPTH][part]
 
     def put(self, part: slice) -> None:
         """Copy a staged part of a plan to where graphs read it."""
         if part.start < part.stop:
-            self.state.plan[part].copy_(self._staging[self._launched % RING_DEPTH][part], non_blocking=True)
+            self.state.plan[part].copy_(self._staging[self.num_launched % RING_DEPTH][part], non_blocking=True)
 
     def run(self, graph: Graph[StepOutput]) -> int:
         """Launch a step on the plan that lies there; returns its number."""
         graph.replay()
-        self._completions[self._launched % RING_DEPTH].record()
-        self._launched += 1
-        return self._launched - 1
+        self._completions[self.num_launched % RING_DEPTH].record()
+        self.num_launched += 1
+        return self.num_launched - 1
 
     def completion(self, ticket: Ticket) -> Completion:
         """The mark at the end of a launched step."""
@@ -200,7 +201,7 @@ class StepRunner:
     def collect(self, ticket: Ticket) -> StepResults:
         """Results of a step that is done. Log-probabilities and proposals are valid for `RING_DEPTH` launches from the ticket's
         own."""
-        assert self._launched - ticket.step <= RING_DEPTH, (ticket, self._launched)
+        assert self.num_launched - ticket.step <= RING_DEPTH, (ticket, self.num_launched)
         entry, plan = ticket.step % RING_DEPTH, ticket.plan
         num_rows, num_drafts = len(plan.rows), plan.num_drafts
         return StepResults(
@@ -225,7 +226,7 @@ class StepRunner:
         finally:
             self.platform.synchronize()
             self.state.lines.zero_()
-            self.state.counter.fill_(self._launched % RING_DEPTH)
+            self.state.counter.fill_(self.num_launched % RING_DEPTH)
             if self._drafter is not None:
                 self._drafter.forget()
             self._loaded = None
@@ -254,7 +255,7 @@ class StepRunner:
         self.platform.synchronize()
         self.platform.release_cached_memory()
         self.state.lines.zero_()
-        self.state.counter.fill_(self._launched % RING_DEPTH)
+        self.state.counter.fill_(self.num_launched % RING_DEPTH)
         self._loaded = None
 
     def compile_kernels(self, shapes: Iterable[StepShape]) -> CompiledKernels:

@@ -46,6 +46,11 @@ def fail_admissions(executor: LocalExecutor, rank: int, message: str) -> None:
             executor.runner.state.admit = fail
 
 
+def count_steps(executor: LocalExecutor, count: int) -> None:
+    """As if so many steps more had been launched."""
+    executor.runner.num_launched += count
+
+
 def fail_launches(executor: LocalExecutor, rank: int) -> None:
     """The next step of a rank fails."""
 

@@ -24,6 +24,7 @@ from stepgraph.executor.ranked import build_ranked_executor
 from stepgraph.executor.workers import Workers
 from stepgraph.models.source import resolve
 from stepgraph.server.engine_report import graphs_of
+from stepgraph.step.state import RING_DEPTH
 
 PROMPTS = [list(range(1, 60)), [7, 7, 7], list(range(100, 132)), [250, 3, 9]]
 
@@ -117,6 +118,14 @@ def test_cores_are_shared_out_and_given_back(engine, monkeypatch) -> None:
     assert two.executor.on_all(rank_faults.threads) == [3, 3]
     two.shutdown()
     torch.set_num_threads(before)
+
+
+def test_steps_are_numbered_beyond_what_a_word_of_an_order_holds(engine) -> None:
+    two, one = engine(2), engine(1)
+    expected = answers(one)
+    two.executor.on_all(rank_faults.count_steps, 2**31 - RING_DEPTH)
+    assert answers(two) == expected
+    assert two.executor.runner.num_launched > 2**31
 
 
 def test_an_aborted_request_leaves_the_others_alone(engine) -> None:
