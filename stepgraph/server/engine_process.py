@@ -28,10 +28,10 @@ from stepgraph.engine.reports import StepReport
 from stepgraph.engine.request import FinishReason, RequestUpdate
 from stepgraph.engine.sampling_params import SamplingParams
 from stepgraph.errors import ConfigError, EngineDeadError, Fault, ModelError, RequestError, StepgraphError
+from stepgraph.lifeline import end_with_parent
 from stepgraph.models.adapters import AdapterFile
 from stepgraph.server.engine_control import EngineControl
 from stepgraph.server.engine_report import first_token, graphs_of, load_of, ranks_of, ready_of, step_info
-from stepgraph.server.lifeline import end_with_parent
 from stepgraph.server.messages import (
     Abort,
     AbortAll,

@@ -15,6 +15,7 @@ import zmq.asyncio
 from stepgraph.config import EngineConfig
 from stepgraph.config.server import ServerConfig
 from stepgraph.errors import USER_ERRORS
+from stepgraph.lifeline import end_with_parent
 from stepgraph.server.engine_client import EngineClient
 from stepgraph.server.front import Front, HttpFront, run_in_loop
 from stepgraph.server.front_messages import (
@@ -38,7 +39,6 @@ from stepgraph.server.front_messages import (
     decode_to_front,
     encode,
 )
-from stepgraph.server.lifeline import end_with_parent
 from stepgraph.server.messages import Hello, decode_from_engine
 from stepgraph.server.messages import encode as encode_to_engine
 from stepgraph.server.ports import bind

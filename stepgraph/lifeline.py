@@ -15,9 +15,8 @@ _PR_SET_PDEATHSIG = 1
 
 def end_with_parent() -> None:
     """From here on, end this process when the parent, which holds the other end of its standard input, does."""
-    if (
-        sys.platform == "linux"
-    ):  # the thread below is of no use to a process that is stopped, or that hangs with Python's lock
+    if sys.platform == "linux":
+        # The thread below is of no use to a process that is stopped, or that hangs with Python's lock.
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     threading.Thread(target=_wait, name="stepgraph-lifeline", daemon=True).start()
 
