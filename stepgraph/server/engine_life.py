@@ -176,7 +176,7 @@ class EngineLife:
                 try:
                     await self._run_once()
                 except Exception as error:
-                    logger.exception("the front lost the engine")
+                    logger.exception("the supervisor lost %s", self._name)
                     self.status.failure = Failed(str(error) or repr(error), is_users=isinstance(error, ConfigError))
                 if self.status.state is EngineState.LOADING:
                     self._change(EngineState.FAILED)

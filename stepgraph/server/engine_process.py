@@ -64,7 +64,7 @@ from stepgraph.server.peers import SUPERVISOR, Peers
 logger = logging.getLogger(__name__)
 
 _LAST_WORD_MS = 5000  # how long the last message may take to leave
-_BEAT_S = 0.5  # the front hears of the loop at least so often, but for what takes longer by itself
+_BEAT_S = 0.5  # the supervisor hears of the loop at least so often, but for what takes longer by itself
 _MAX_MESSAGES = 128  # of a turn: a burst of requests holds up those that run for a few milliseconds at a time
 _READING_S = 0.01  # the loop looks so often whether an adapter has been read
 _USER_ERROR, _FAILURE = 2, 1
@@ -285,7 +285,7 @@ def main() -> int:
         return 0
     start = decode_start(first_line)
     if hasattr(signal, "SIGUSR1"):
-        faulthandler.register(signal.SIGUSR1)  # the front asks where an engine hangs before it kills it
+        faulthandler.register(signal.SIGUSR1)  # the supervisor asks where an engine hangs before it kills it
     end_with_parent()
     context = zmq.Context()
     socket = _connect(context, start)

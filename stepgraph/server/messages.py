@@ -1,4 +1,4 @@
-"""What the HTTP front and the engine's process tell each other, in MessagePack.
+"""What the supervisor, the HTTP fronts and an engine's process tell each other, in MessagePack.
 
 Both sides are started together from the same installation, so messages have no versions. Times are `time.monotonic()` seconds, a
 clock that all processes of a machine share.
@@ -33,7 +33,7 @@ class Start(msgspec.Struct, tag=True):
     """Where the engine is to listen for front processes of their own."""
 
 
-# From the front to the engine.
+# From the supervisor or a front to the engine.
 
 
 class Add(msgspec.Struct, tag=True):
@@ -146,7 +146,7 @@ Question = AskGraphs | AskRanks | Pause | Resume | Sleep | WakeUp | UpdateWeight
 ToEngine = Add | Abort | Hello | FrontGone | Question | ForgetAdapter | AbortAll | Stop
 
 
-# From the engine to the front.
+# From the engine to the supervisor and the fronts.
 
 
 class Ready(msgspec.Struct, tag=True):

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 @dataclass
 class Rest:
-    """Kept by the front: it holds for the next process, too, if the engine's ends."""
+    """Kept by the supervisor: it holds for the next process, too, if the engine's ends."""
 
     sleep_level: int = 0
     """See `Engine.sleep`; 0 is awake."""

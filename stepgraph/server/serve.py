@@ -1,6 +1,7 @@
-"""`stepgraph serve`: settles what can be settled at once, starts the engines' processes, and becomes the HTTP front.
+"""`stepgraph serve`: settles what can be settled at once, starts the engines' processes, and becomes the HTTP front,
+or the supervisor of several.
 
-Imports nothing heavy: the engines' processes load beside the front, and bad settings are refused before either.
+Imports nothing heavy: the engines' processes load beside this one, and bad settings are refused before either.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Folders for the socket between the two processes. Those of fronts that were killed are removed when the next one starts."""
+"""Folders for sockets between processes. Those of servers that were killed are removed when the next one starts."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def socket_folder(parent: Path | None = None) -> Iterator[Path]:
 
 
 def remove_abandoned(parent: Path | None = None) -> None:
-    """Remove what `socket_folder` made there for fronts of this user that are gone."""
+    """Remove what `socket_folder` made there for servers of this user that are gone."""
     for folder in (parent or Path(tempfile.gettempdir())).glob(f"{_PREFIX}*"):
         with contextlib.suppress(OSError):
             status = folder.lstat()
