@@ -67,7 +67,7 @@ def wrong_commit(accept: Callable[[Tensor, Tensor], Tensor]) -> Callable[..., No
     there are none, gives what is taken for the samples."""
     commit = ops.commit
 
-    def wrong(lines, tokens, counter, ring, row_slot, query_start, kv_len, sample_start, sampled, num_drafts) -> None:
+    def wrong(lines, tokens, counter, ring, row_slot, query_start, kv_len, sample_start, sampled, *rest) -> None:
         proposals = torch.full_like(sampled, slot_line.NO_TOKEN)
         sample_S = torch.arange(sampled.shape[0], device=sampled.device)
         row_S = torch.searchsorted(sample_start[1:], sample_S, right=True).clamp(max=row_slot.shape[0] - 1)
@@ -77,6 +77,6 @@ def wrong_commit(accept: Callable[[Tensor, Tensor], Tensor]) -> Callable[..., No
         position_S = (lines[slot_S, slot_line.LENGTH] + offset_S) * proposed_S
         proposals = torch.where(proposed_S, tokens[slot_S, position_S], proposals)
         sampled = accept(sampled, proposals).to(torch.int32)
-        commit(lines, tokens, counter, ring, row_slot, query_start, kv_len, sample_start, sampled, num_drafts)
+        commit(lines, tokens, counter, ring, row_slot, query_start, kv_len, sample_start, sampled, *rest)
 
     return wrong

@@ -225,8 +225,10 @@ def test_an_empty_text_is_refused_and_not_taken_for_no_prompt(llm) -> None:
 def test_settings_reach_the_engine_and_wrong_ones_are_refused(tiny_model) -> None:
     with pytest.raises(ConfigError, match="unknown setting 'max_num_sequences'"):
         LLM(tiny_model, max_num_sequences=8)
-    with pytest.raises(ConfigError, match="tensor_parallel_size=2 is not supported"):
-        LLM(tiny_model, tensor_parallel_size=2)
+    with pytest.raises(ConfigError, match="pipeline_parallel_size=2 is not supported"):
+        LLM(tiny_model, pipeline_parallel_size=2)
+    with pytest.raises(ConfigError, match="data_parallel_size is a setting of the server"):
+        LLM(tiny_model, data_parallel_size=2)
     with pytest.raises(ModelError):
         LLM(tiny_model + "/nowhere")
 
