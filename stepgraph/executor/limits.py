@@ -43,9 +43,10 @@ def check_parts(config: EngineConfig, source: ModelSource) -> None:
 def _check_gpus(size: int) -> None:
     there = torch.cuda.device_count()
     if there < size:
+        instead = f"{there}{' or less' if there > 1 else ''}" if there else "device='cpu'"
         raise ConfigError(
-            f"tensor_parallel_size={size} needs as many GPUs, and torch sees {there}; use {there or 'the CPU'}"
-            f"{' or less' if there > 1 else ''}, or make more visible (CUDA_VISIBLE_DEVICES)"
+            f"tensor_parallel_size={size} needs as many GPUs, and torch sees {there}; use {instead}, or make more visible "
+            "(CUDA_VISIBLE_DEVICES)"
         )
     first, *others = ((gpu.name, gpu.total_memory) for gpu in map(torch.cuda.get_device_properties, range(size)))
     for index, other in enumerate(others, start=1):
