@@ -38,8 +38,10 @@ _HEADER = struct.Struct("4i")
 _HEADER_WORDS = 4
 _LINE = 8
 """int64 words of a line of the table before the ring, so that no two processes write one line of a cache."""
-_READ, _ASLEEP, _FAILED = range(3)
-"""Columns of a reader's line. Line 0 is the writer's, where `_READ` says how many words it has written."""
+_READ, _ASLEEP, _FAILED, _TAKEN = range(4)
+"""Columns of a reader's line. Line 0 is the writer's, where `_READ` says how many words it has written. `_FAILED` has the number
+of a failure above what failed, and `_TAKEN`, which the writer writes, that of the last one taken."""
+_WHAT_BITS = 32
 _SPIN_S = 20e-6
 _SPIN_BEFORE_LAUNCH_S = 300e-6
 """After orders that a launch follows as a rule."""
@@ -177,10 +179,12 @@ class RingWriter:
 
     def take_failure(self, reader: int) -> int:
         """What a reader could not carry out, as it has reported since the last call; 0 if nothing."""
-        failed = self._memory.table[self._lines[reader] + _FAILED]
-        if failed:
-            self._memory.table[self._lines[reader] + _FAILED] = 0
-        return failed
+        table, line = self._memory.table, self._lines[reader]
+        number, what = divmod(table[line + _FAILED], 1 << _WHAT_BITS)
+        if number == table[line + _TAKEN]:
+            return 0
+        table[line + _TAKEN] = number
+        return what
 
     def _publish(self) -> None:
         memory, table = self._memory, self._memory.table
@@ -254,9 +258,12 @@ class RingReader:
         """Have the leader see that an order could not be carried out.
 
         Args:
-            what: not 0; kept until the leader takes it.
+            what: not 0; kept until the leader takes it, and dropped while it has not taken the one before.
         """
-        self._memory.table[self._line + _FAILED] = self._memory.table[self._line + _FAILED] or what
+        table, line = self._memory.table, self._line
+        number = table[line + _FAILED] >> _WHAT_BITS
+        if number == table[line + _TAKEN]:
+            table[line + _FAILED] = (number + 1) << _WHAT_BITS | what
 
     def _take(self, length: int) -> Words:
         memory, words, done = self._memory, np.empty(length, dtype=np.int32), 0

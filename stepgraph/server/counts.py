@@ -190,7 +190,7 @@ class FrontCounts(msgspec.Struct):
     @classmethod
     def of(cls, num_engines: int) -> FrontCounts:
         """With nothing counted."""
-        return cls([RequestCounts() for _ in range(num_engines)])
+        return cls([RequestCounts() for _ in range(num_engines)], num_unfinished=[0] * num_engines)
 
     def on_response(self, path_template: str, status: int) -> None:
         """An HTTP request was answered. The path is its route's: one with ids in it would make a series of each."""

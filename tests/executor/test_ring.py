@@ -98,3 +98,29 @@ def test_the_first_failure_is_taken_once(two) -> None:
     two.readers[1].report_failure(5)
     two.readers[1].report_failure(6)
     assert [two.writer.take_failure(reader) for reader in (0, 1, 1)] == [0, 5, 0]
+    two.readers[1].report_failure(5)
+    assert [two.writer.take_failure(1) for _ in range(2)] == [5, 0]
+
+
+def test_a_failure_that_is_taken_while_the_next_one_is_reported_is_not_told_again(two) -> None:
+    [reader, _], taken = two.readers, []
+
+    class Table:
+        """A reader's, where the writer looks after each of its looks."""
+
+        def __init__(self, table: memoryview) -> None:
+            self.table = table
+
+        def __getitem__(self, place: int) -> int:
+            found = self.table[place]
+            taken.append(two.writer.take_failure(0))
+            return found
+
+        def __setitem__(self, place: int, value: int) -> None:
+            self.table[place] = value
+
+    reader.report_failure(5)
+    reader._memory.table = Table(reader._memory.table)
+    reader.report_failure(6)
+    taken.append(two.writer.take_failure(0))
+    assert [what for what in taken if what] in ([5], [5, 6])

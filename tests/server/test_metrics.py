@@ -348,6 +348,7 @@ def test_engines_are_told_apart_by_number_and_fronts_are_summed_also_those_that_
     metrics = OneServer("tiny", num_engines=2)
     metrics.on_progress(Progress([], [IN_GRAPH], LOAD))
     gone, other = FrontCounts.of(2), FrontCounts.of(2)
+    assert gone.num_unfinished == [0, 0]
     for front, engine, seconds in ((gone, 0, 0.3), (gone, 1, 0.2), (other, 1, 0.1)):
         front.engines[engine].on_first_token(seconds)
         front.engines[engine].on_end(ENDED)
