@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import signal
 import sys
 from multiprocessing.connection import Connection
 
@@ -25,6 +26,7 @@ def main() -> None:
     end_with_parent()
     if os.getppid() != leader:  # it has ended already
         os._exit(0)
+    signal.signal(signal.SIGTTOU, signal.SIG_IGN)  # some terminals stop those in the background that write to them
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_TIMERSLACK, 1000)  # its naps between orders are short
     try:

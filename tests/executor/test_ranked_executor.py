@@ -3,6 +3,7 @@
 import gc
 import os
 import shutil
+import signal
 import sys
 import weakref
 from collections.abc import Callable, Iterator
@@ -89,6 +90,7 @@ def test_answers_are_those_of_one_rank(engine, case) -> None:
 
 def test_ranks_have_the_same_graphs_and_say_how_they_do(engine) -> None:
     two = engine(2)
+    os.kill(two.executor.rank_reports()[1].pid, signal.SIGTTOU)  # by a terminal, for its log
     answers(two)
     reports = two.executor.rank_reports()
     assert [report.rank for report in reports] == [0, 1]
