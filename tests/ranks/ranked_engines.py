@@ -67,3 +67,15 @@ def _freeze(executor: LocalExecutor | None = None) -> None:
     """Have what there is by now not looked at whenever an engine ends, which takes longer than the rest of a small one's life."""
     gc.collect()
     gc.freeze()
+
+
+def add_by_another_rule(executor) -> None:
+    """Rank 1 rounds its sums otherwise, as if it added in another order, in graphs and without."""
+    group = executor.group
+    right = group.add_sum
+
+    def wrong(part_TE, residual_TE, **options):
+        result = right(part_TE, residual_TE, **options)
+        return result.mul_(1 + 2**-20) if group.shard.rank == 1 else result
+
+    group.add_sum = wrong

@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 from random_engines import Arrival, Case, check_ranks, count_ties, keep_hidden_states, serve, serve_reference
 from random_models import save_model
+from ranked_engines import add_by_another_rule
 from test_ranked_answers import MODEL, SETTINGS
 
 from stepgraph.config import EngineConfig
@@ -24,18 +25,6 @@ ARRIVALS = tuple(
     for step in range(6)
 )
 CASE = Case(0, 2, MODEL, SETTINGS | {"graph_backend": "eager"}, ARRIVALS, event=None)
-
-
-def add_by_another_rule(executor) -> None:
-    """Rank 1 rounds its sums otherwise, as if it added in another order."""
-    group = executor.group
-    right = group.add_sum
-
-    def wrong(part_TE, residual_TE, **options):
-        result = right(part_TE, residual_TE, **options)
-        return result.mul_(1 + 2**-20) if group.shard.rank == 1 else result
-
-    group.add_sum = wrong
 
 
 def leave_a_part_out(executor) -> None:
