@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import heapq
 import random
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import count, product
@@ -74,16 +75,16 @@ class Workload:
         return workload
 
 
-class Policy:
+class Policy(ABC):
     """A front's way to choose. `sent` and the others of `LoadEstimate` are told by the simulation."""
 
     def __init__(self, num_replicas: int):
         self.loads = [LoadEstimate() for _ in range(num_replicas)]
         self._numbers = count()
 
+    @abstractmethod
     def route(self, prompt: Sequence[int]) -> int:
         """The replica for a prompt."""
-        raise NotImplementedError
 
 
 class RoundRobin(Policy):
