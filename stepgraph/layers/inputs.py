@@ -51,6 +51,18 @@ class AttentionWork(NamedTuple):
 
 
 @dataclass(frozen=True)
+class DispatchTable:
+    """How the tokens of a step come to their experts, by the number of tokens of its shape; the same for all layers."""
+
+    most_pairs_tokens: int = 0
+    """Up to so many tokens by `ExpertDispatch.PAIRS`, more by `ExpertDispatch.TILES`."""
+
+    def of(self, num_tokens: int) -> ops.ExpertDispatch:
+        """That of steps, and of a drafter's part of a step, of so many tokens, padding included."""
+        return ops.ExpertDispatch.PAIRS if num_tokens <= self.most_pairs_tokens else ops.ExpertDispatch.TILES
+
+
+@dataclass(frozen=True)
 class StepInputs:
     """One step's tensors, built on the device inside the graph."""
 
@@ -59,3 +71,4 @@ class StepInputs:
     block_table: Tensor  # [slots, max blocks] int32
     block_size: int
     caches: tuple[Any, ...]  # one per layer, of the kind of its `CacheSpec`
+    dispatch: DispatchTable = DispatchTable()  # of layers with experts

@@ -8,8 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from stepgraph.layers.formats import End
+from stepgraph.layers.inputs import StepInputs
 from stepgraph.layers.linear import Linear, MergedLinear
 from stepgraph.layers.norm import RMSNorm
+from stepgraph.layers.residual import ResidualStream
 from stepgraph.parallel.shard import Axis, Shard
 
 Activation = Literal["silu", "gelu_tanh"]
@@ -51,6 +53,27 @@ class MLP(nn.Module):
             intermediate_size, hidden_size, bias=bias, axis=Axis.IN, shard=shard, dtype=dtype, device=device
         )
         self._end = End.GEGLU if activation == "gelu_tanh" else End.SWIGLU
+
+    def add_to(
+        self,
+        stream: ResidualStream,
+        norm: RMSNorm,
+        inputs: StepInputs,
+        *,
+        multiplier: float,
+        post_norm: RMSNorm | None,
+        next_norm: RMSNorm,
+    ) -> None:
+        """Add the layer's product to the residual stream.
+
+        Args:
+            stream: [T, E], updated.
+            norm: of the stream, before the layer.
+            inputs: of the step.
+            multiplier, post_norm, next_norm: as of `ResidualStream.add`.
+        """
+        hidden_TM = self.hidden(*stream.inputs(norm))
+        stream.add(self.down_proj, hidden_TM, multiplier=multiplier, post_norm=post_norm, next_norm=next_norm)
 
     def hidden(self, norm: RMSNorm | None, x_TE: Tensor) -> Tensor:
         """Return `activation(gate(norm(x))) · up(norm(x))`: [T, M], dtype of `x_TE`. What is left is `down_proj`. Without a norm,

@@ -40,6 +40,11 @@ class ResidualStream:
         left, x_TE = self.inputs(norm)
         return x_TE if left is None else left(x_TE)
 
+    @property
+    def takes_products(self) -> bool:
+        """Whether what a layer computes can be added to `residual_TE` as it is computed: there is one rank."""
+        return self._group is None
+
     def add(
         self, matrix: Matrix, x_TI: Tensor, *, multiplier: float, post_norm: RMSNorm | None, next_norm: RMSNorm
     ) -> None:
@@ -52,9 +57,20 @@ class ResidualStream:
             post_norm: of the product.
             next_norm: after which the stream is read next.
         """
+        if self.takes_products and post_norm is None:
+            matrix.product(x_TI, end=End.ADD, out=self.residual_TE, multiplier=multiplier)
+        else:
+            self.add_part(matrix.product(x_TI), multiplier=multiplier, post_norm=post_norm, next_norm=next_norm)
+
+    def add_part(self, part_TE: Tensor, *, multiplier: float, post_norm: RMSNorm | None, next_norm: RMSNorm) -> None:
+        """Add what a layer has computed; arguments as of `add`.
+
+        Args:
+            part_TE: [T, E], contiguous; of several ranks, what is added is the sum of theirs.
+        """
         if self._group is not None:
             self._normalised_TE = self._group.add_sum(
-                matrix.product(x_TI),
+                part_TE,
                 self.residual_TE,
                 multiplier=multiplier if post_norm is None else 1.0,
                 post_norm=None if post_norm is None else _norm(post_norm),
@@ -62,9 +78,9 @@ class ResidualStream:
             )
             self._norm = next_norm
         elif post_norm is None:
-            matrix.product(x_TI, end=End.ADD, out=self.residual_TE, multiplier=multiplier)
+            self.residual_TE.add_(part_TE if multiplier == 1.0 else part_TE.float() * multiplier)
         else:
-            self.residual_TE.add_(post_norm(matrix.product(x_TI)))
+            self.residual_TE.add_(post_norm(part_TE))
 
 
 def _norm(norm: RMSNorm) -> Norm:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from stepgraph.errors import ModelError
+from stepgraph.layers.experts import ExpertsSpec
 from stepgraph.layers.inputs import AttentionSpec
 from stepgraph.layers.mlp import Activation
 from stepgraph.layers.rotary import RotaryFrequencies, rotary_frequencies
@@ -15,6 +16,8 @@ from stepgraph.models.fp8_checkpoint import READABLE, refusal
 from stepgraph.parallel.shard import Shard, sizes_that_divide
 
 _FULL, _SLIDING = "full_attention", "sliding_attention"
+_WITH_EXPERTS = frozenset(("Qwen3MoeForCausalLM",))
+"""Classes whose mixtures of experts are native."""
 _ACTIVATIONS: dict[str, Activation] = {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
 
 
@@ -51,6 +54,9 @@ class DecoderConfig:
     logits_divisor: float = 1.0
     interleaved_rope: bool = False  # the checkpoint rotates adjacent dimensions; see `rotary_order`
     merged_projections: bool = False  # the checkpoint stores qkv_proj and gate_up_proj as one matrix each
+    mixtures: tuple[
+        ExpertsSpec | None, ...
+    ] = ()  # per layer: of its experts, None if it has none; empty: no layer has any
     num_mtp_modules: int = (
         0  # modules for speculative decoding that the model was trained with, see `stepgraph.spec.mtp`
     )
@@ -62,6 +68,10 @@ class DecoderConfig:
             AttentionSpec(self.num_heads, self.num_kv_heads, self.head_dim, self.head_dim, window)
             for window in self.windows
         )
+
+    def mixture(self, layer: int) -> ExpertsSpec | None:
+        """The experts of a layer; None of one that all tokens take."""
+        return self.mixtures[layer] if self.mixtures else None
 
     @classmethod
     def from_hf(
@@ -153,7 +163,7 @@ def check_supported(hf_config: Any) -> None:
     if field("vision_config") or field("audio_config") or field("text_config"):
         refuse("it is multimodal", "Text-only decoders are supported.")
     for name in ("num_local_experts", "num_experts", "n_routed_experts"):
-        if field(name):
+        if field(name) and architecture_of(hf_config) not in _WITH_EXPERTS:
             refuse(f"it is a mixture of experts ({name} = {field(name)})", "Dense decoders are supported.")
     if field("kv_lora_rank"):
         refuse(

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from functools import partial
 from typing import Any
 
 import torch
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 from stepgraph.layers.attention import Attention
 from stepgraph.layers.cache import PagedCache, PagedSpec
 from stepgraph.layers.embedding import Embedding
+from stepgraph.layers.experts import ExpertShard, MixtureMLP
 from stepgraph.layers.formats import Target
 from stepgraph.layers.head import HeadPart
 from stepgraph.layers.inputs import StepInputs
@@ -67,15 +67,28 @@ class DecoderLayer(nn.Module):
             device=device,
         )
         self.post_attention_layernorm = _norm(config, config.hidden_size, dtype, device)
-        self.mlp = MLP(
-            config.hidden_size,
-            config.intermediate_size,
-            activation=config.activation,
-            bias=config.mlp_bias,
-            shard=shard,
-            dtype=dtype,
-            device=device,
-        )
+        mixture = config.mixture(index)
+        self.mlp: MLP | MixtureMLP
+        if mixture is None:
+            self.mlp = MLP(
+                config.hidden_size,
+                config.intermediate_size,
+                activation=config.activation,
+                bias=config.mlp_bias,
+                shard=shard,
+                dtype=dtype,
+                device=device,
+            )
+        else:
+            self.mlp = MixtureMLP(
+                mixture,
+                config.hidden_size,
+                activation=config.activation,
+                shard=shard,
+                expert_shard=ExpertShard(inner=shard),
+                dtype=dtype,
+                device=device,
+            )
         self.pre_feedforward_layernorm = self.post_feedforward_layernorm = None
         if config.output_norms:
             self.pre_feedforward_layernorm = _norm(config, config.hidden_size, dtype, device)
@@ -96,11 +109,22 @@ class DecoderLayer(nn.Module):
         after_attention, before_mlp = None, self.post_attention_layernorm
         if self.pre_feedforward_layernorm is not None:
             after_attention, before_mlp = self.post_attention_layernorm, self.pre_feedforward_layernorm
-        add = partial(stream.add, multiplier=self.residual_multiplier)
         attended_TF = self.self_attn(*stream.inputs(self.input_layernorm), cos_sin, cache, inputs)
-        add(self.self_attn.o_proj, attended_TF, post_norm=after_attention, next_norm=before_mlp)
-        hidden_TM = self.mlp.hidden(*stream.inputs(before_mlp))
-        add(self.mlp.down_proj, hidden_TM, post_norm=self.post_feedforward_layernorm, next_norm=next_norm)
+        stream.add(
+            self.self_attn.o_proj,
+            attended_TF,
+            multiplier=self.residual_multiplier,
+            post_norm=after_attention,
+            next_norm=before_mlp,
+        )
+        self.mlp.add_to(
+            stream,
+            before_mlp,
+            inputs,
+            multiplier=self.residual_multiplier,
+            post_norm=self.post_feedforward_layernorm,
+            next_norm=next_norm,
+        )
 
 
 def _norm(config: DecoderConfig, width: int, dtype: torch.dtype, device: torch.device) -> RMSNorm:

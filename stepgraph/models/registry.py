@@ -22,6 +22,7 @@ from stepgraph.models.minicpm import MiniCPM
 from stepgraph.models.phi3 import Phi3
 from stepgraph.models.qwen2 import Qwen2
 from stepgraph.models.qwen3 import Qwen3
+from stepgraph.models.qwen3_moe import Qwen3Moe
 from stepgraph.models.seed_oss import SeedOss
 from stepgraph.models.smollm3 import SmolLM3
 
@@ -43,6 +44,7 @@ ARCHITECTURES: dict[str, type[Decoder]] = {
     "XverseForCausalLM": Llama,
     "Qwen2ForCausalLM": Qwen2,
     "Qwen3ForCausalLM": Qwen3,
+    "Qwen3MoeForCausalLM": Qwen3Moe,
     "MiMoForCausalLM": Qwen2,
     "Ernie4_5ForCausalLM": Ernie45,
     "Gemma3ForCausalLM": Gemma3,

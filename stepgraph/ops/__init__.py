@@ -12,6 +12,7 @@ from stepgraph.ops.build import BuiltStep, StepSamples, StepTokens, build_step
 from stepgraph.ops.collectives import Mailbox, all_gather_columns, all_reduce_add, reduce_gathered
 from stepgraph.ops.commit import commit
 from stepgraph.ops.draft import draft_inputs, draft_row_tokens, propose
+from stepgraph.ops.experts import ExpertDispatch, ExpertWork, expert_work, gated_experts, sum_experts
 from stepgraph.ops.force_acceptance import force_acceptance
 from stepgraph.ops.fp8_linear import (
     fp8_gated_linear,
@@ -32,6 +33,7 @@ from stepgraph.ops.remember import remember
 from stepgraph.ops.rms_norm import rms_norm
 from stepgraph.ops.rope_attention import rope_attention
 from stepgraph.ops.rope_cache import rope_cache
+from stepgraph.ops.route import Chosen, Routing, route
 from stepgraph.ops.sample import sample
 from stepgraph.ops.swiglu import geglu, swiglu
 from stepgraph.ops.write_kv import write_kv
@@ -40,7 +42,11 @@ __all__ = [
     "AttentionGeometry",
     "AttentionPlan",
     "BuiltStep",
+    "Chosen",
+    "ExpertDispatch",
+    "ExpertWork",
     "Mailbox",
+    "Routing",
     "StepSamples",
     "StepTokens",
     "all_gather_columns",
@@ -51,12 +57,14 @@ __all__ = [
     "commit",
     "draft_inputs",
     "draft_row_tokens",
+    "expert_work",
     "force_acceptance",
     "fp8_gated_linear",
     "fp8_linear",
     "fp8_linear_add",
     "fp8_norm_gated_linear",
     "fp8_norm_linear",
+    "gated_experts",
     "gated_linear",
     "geglu",
     "grouped_linear",
@@ -82,7 +90,9 @@ __all__ = [
     "rms_norm",
     "rope_attention",
     "rope_cache",
+    "route",
     "sample",
+    "sum_experts",
     "swiglu",
     "tall_tile",
     "write_kv",

@@ -22,7 +22,7 @@ from torch import Tensor
 from stepgraph import ops
 from stepgraph.abi import slot_line
 from stepgraph.layers.cache import LayerCache
-from stepgraph.layers.inputs import AttentionSpec, AttentionWork, StepInputs
+from stepgraph.layers.inputs import AttentionSpec, AttentionWork, DispatchTable, StepInputs
 from stepgraph.models.adapters import AdapterStore
 from stepgraph.models.language_model import LanguageModel
 from stepgraph.ops.rows import row_of
@@ -54,6 +54,7 @@ class StepProgram:
     shape: StepShape
     attention: Mapping[AttentionSpec, ops.AttentionGeometry]  # of all layers
     block_size: int
+    dispatch: DispatchTable  # of layers with experts
     adapters: AdapterStore | None = None
     drafter: Drafter | None = None
     acceptance: float | None = None
@@ -82,7 +83,7 @@ class StepProgram:
         # 2 forward: layers over T tokens, their caches written in place
         if self.adapters is not None:
             self.adapters.select(tokens, state.lines)
-        inputs = StepInputs(tokens, attention, state.block_table, self.block_size, self.caches)
+        inputs = StepInputs(tokens, attention, state.block_table, self.block_size, self.caches, self.dispatch)
         hidden_TE = self.model(inputs)
         # 3 logits, 4 sample: after each row's last known token and each of its proposals
         if self.shape.variant >= Variant.PROMPT_LOGPROBS:

@@ -17,6 +17,7 @@ from stepgraph.config import EngineConfig
 from stepgraph.graph import Graph, create_backend
 from stepgraph.graph.eager import EagerGraph
 from stepgraph.graph.store import GraphStore
+from stepgraph.layers.inputs import DispatchTable
 from stepgraph.models.adapters import AdapterStore
 from stepgraph.models.language_model import LanguageModel
 from stepgraph.parallel.exchange import Exchange, alone, least
@@ -63,6 +64,8 @@ class StepRunner:
         self._adapters, self._drafter, self._group = adapters, drafter, group
         self._acceptance = config.speculative.speculative_acceptance
         self.deterministic = config.model.deterministic
+        self.dispatch = DispatchTable()
+        """How tokens come to experts."""
         scheduler, graph = config.scheduler, config.graph
         backend = create_backend(
             platform.default_graph_backend if graph.graph_backend == "auto" else graph.graph_backend
@@ -243,6 +246,7 @@ class StepRunner:
             shape,
             self._attention.of(shape),
             self.block_size,
+            self.dispatch,
             self._adapters,
             self._drafter,
             self._acceptance,

@@ -140,6 +140,41 @@ class WeightFormat(ABC):
         """`product` by one kernel, where something comes before or after; None if there is none for it."""
         return None
 
+    def gated_experts(self, weights: Weights, x_TE: Tensor, work: ops.ExpertWork, end: End) -> Tensor:
+        """See `ops.gated_experts`. Only of formats that experts may have.
+
+        Args:
+            weights: with a dimension for the experts, [N, 2M, E].
+            x_TE: [T, E].
+            work: the pairs of tokens and experts.
+            end: `End.SWIGLU` or `End.GEGLU`.
+        """
+        raise AssertionError(f"{self} keeps no experts")
+
+    def sum_experts(
+        self,
+        weights: Weights,
+        hidden_PM: Tensor,
+        work: ops.ExpertWork,
+        shape: torch.Size,
+        add_to: Tensor | None,
+        multiplier: float,
+    ) -> Tensor:
+        """See `ops.sum_experts`. Only of formats that experts may have.
+
+        Args:
+            weights: with a dimension for the experts, [N, E, M].
+            hidden_PM: [P, M], from `gated_experts`.
+            work: the pairs of tokens and experts.
+            shape: [T, E].
+            add_to: [T, E], to which it is added; None: to nothing.
+            multiplier: of what is added.
+
+        Returns:
+            `add_to` or a new tensor.
+        """
+        raise AssertionError(f"{self} keeps no experts")
+
     def rows(self, weights: Weights, index_T: Tensor) -> Tensor:
         """Return a fresh [T, I] tensor of some rows of the weight. Only of formats that embedding tables may have."""
         raise AssertionError(f"{self} keeps no embedding table")

@@ -81,6 +81,26 @@ class FP8(WeightFormat):
         assert out is None, "output heads, which have one, are not of 8 bits"
         return ops.fp8_linear(x_TI, weights["weight"], weights["scale"], weights.get("bias"), by_row=self.deterministic)
 
+    def gated_experts(self, weights: Weights, x_TE: Tensor, work: ops.ExpertWork, end: End) -> Tensor:
+        """See `WeightFormat.gated_experts`."""
+        return ops.gated_experts(x_TE, weights["weight"], weights["scale"], work, gelu=end is End.GEGLU)
+
+    def sum_experts(
+        self,
+        weights: Weights,
+        hidden_PM: Tensor,
+        work: ops.ExpertWork,
+        shape: torch.Size,
+        add_to: Tensor | None,
+        multiplier: float,
+    ) -> Tensor:
+        """See `WeightFormat.sum_experts`."""
+        out = hidden_PM.new_empty(shape) if add_to is None else add_to
+        ops.sum_experts(
+            hidden_PM, weights["weight"], weights["scale"], work, out, add=add_to is not None, multiplier=multiplier
+        )
+        return out
+
     def values(self, weights: Weights) -> Tensor:
         """See `WeightFormat.values`; float32."""
         return dequantize(weights["weight"], weights["scale"])

@@ -49,6 +49,24 @@ class Plain(WeightFormat):
         product = ops.linear_by_row if self.deterministic else ops.linear
         return product(x_TI, weights["weight"], weights.get("bias"), out)
 
+    def gated_experts(self, weights: Weights, x_TE: Tensor, work: ops.ExpertWork, end: End) -> Tensor:
+        """See `WeightFormat.gated_experts`."""
+        return ops.gated_experts(x_TE, weights["weight"], None, work, gelu=end is End.GEGLU)
+
+    def sum_experts(
+        self,
+        weights: Weights,
+        hidden_PM: Tensor,
+        work: ops.ExpertWork,
+        shape: torch.Size,
+        add_to: Tensor | None,
+        multiplier: float,
+    ) -> Tensor:
+        """See `WeightFormat.sum_experts`."""
+        out = hidden_PM.new_empty(shape) if add_to is None else add_to
+        ops.sum_experts(hidden_PM, weights["weight"], None, work, out, add=add_to is not None, multiplier=multiplier)
+        return out
+
     def rows(self, weights: Weights, index_T: Tensor) -> Tensor:
         """See `WeightFormat.rows`."""
         return F.embedding(index_T, weights["weight"])

@@ -1,0 +1,286 @@
+"""Mixture of experts: a feed-forward layer of many, of which each token takes a few.
+
+Shapes: T tokens, E hidden size, N experts, K of them for a token, M width of an expert, P = T·K.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from stepgraph import ops
+from stepgraph.layers.formats import End, Plain, Target
+from stepgraph.layers.formats.target import Skipped
+from stepgraph.layers.inputs import StepInputs
+from stepgraph.layers.linear import Linear, MergedLinear
+from stepgraph.layers.matrix import Matrix
+from stepgraph.layers.mlp import MLP, Activation
+from stepgraph.layers.norm import RMSNorm
+from stepgraph.layers.residual import ResidualStream
+from stepgraph.ops.route import Routing
+from stepgraph.parallel.shard import WHOLE, Axis, Cut, Shard
+
+_PLAIN = Plain()
+
+
+@dataclass(frozen=True)
+class ExpertsSpec:
+    """The mixture of one layer."""
+
+    num_experts: int
+    intermediate_size: int
+    """M."""
+    routing: Routing
+    has_bias: bool = False
+    """Whether experts are chosen by scores with a bias that was learned."""
+    shared_intermediate_size: int = 0
+    """Of a feed-forward layer beside the experts that all tokens take; 0: there is none."""
+    has_shared_gate: bool = False
+    """Whether what it adds is multiplied by the sigmoid of a product with a vector."""
+
+
+@dataclass(frozen=True)
+class ExpertShard:
+    """How ranks share the experts of a layer.
+
+    Either each has some of the experts, whole, or some of the M of every one.
+    """
+
+    experts: Shard = WHOLE
+    inner: Shard = WHOLE
+
+
+class Router(nn.Module):
+    """What chooses the experts; whole on all ranks, in float32."""
+
+    totals: Tensor
+    """[N] int64: tokens that chose each expert so far."""
+
+    def __init__(self, spec: ExpertsSpec, hidden_size: int, *, device: torch.device) -> None:
+        """Args:
+        spec: of the mixture.
+        hidden_size: E.
+        device: of the parameters.
+        """
+        super().__init__()
+        self._routing = spec.routing
+        size = spec.num_experts, hidden_size
+        self.weight = nn.Parameter(torch.empty(size, dtype=torch.float32, device=device), False)
+        self.bias = (
+            nn.Parameter(torch.empty(size[0], dtype=torch.float32, device=device), False) if spec.has_bias else None
+        )
+        device = torch.device("cpu") if device.type == "meta" else device  # buffers have values from the start
+        self.register_buffer("totals", torch.zeros(size[0], dtype=torch.int64, device=device), persistent=False)
+
+    def forward(self, x_TE: Tensor, counts_B: Tensor) -> ops.Chosen:
+        """Choose; see `ops.route`. May run inside a graph."""
+        return ops.route(x_TE, self.weight, self.bias, counts_B, self.totals, self._routing)
+
+
+class ExpertLinear(MergedLinear):
+    """The weights of all experts that a rank keeps, stacked: [N·O, I], and what else the format has. Checkpoints keep each
+    expert's as matrices of their own."""
+
+    def __init__(
+        self,
+        inputs: Cut,
+        outputs: dict[str, Cut],
+        num_experts: int,
+        experts: Cut,
+        *,
+        axis: Axis,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        """Args:
+        inputs: which inputs of each expert the rank keeps.
+        outputs: which outputs, of each of the projections that are stacked in an expert, by checkpoint name.
+        num_experts: of the layer.
+        experts: those that the rank keeps.
+        axis: along which ranks share each expert, if they do.
+        dtype, device: as of `Matrix`.
+        """
+        kept = range(experts.begin, experts.begin + experts.length)
+        parts = {
+            f"{expert}.{name}": cut if expert in kept else Cut(cut.size, 0, 0)
+            for expert in range(num_experts)
+            for name, cut in outputs.items()
+        }
+        Matrix.__init__(
+            self, inputs, list(parts.values()), axis=axis, bias=False, format=_PLAIN, dtype=dtype, device=device
+        )
+        self.parts = parts
+        self.num_kept = experts.length
+
+    def part_targets(self) -> dict[str, Target]:
+        """See `MergedLinear.part_targets`. Of other ranks' experts, nothing is read."""
+        targets = super().part_targets()
+        for name, cut in self.parts.items():
+            if cut.length == 0:
+                shape = torch.Size((cut.size, self.inputs.size))
+                targets |= {f"{name}.weight": Skipped(shape, self.dtype, self.weight.device)}
+        return targets
+
+    @property
+    def stacked(self) -> dict[str, Tensor]:
+        """The parameters with a dimension for the experts: [N, O, I]."""
+        return {
+            name: parameter.view(self.num_kept, -1, *parameter.shape[1:])
+            for name, parameter in self.parameters_by_name.items()
+        }
+
+
+class Experts(nn.Module):
+    """Weights of a layer's experts. May run inside a graph."""
+
+    def __init__(
+        self,
+        spec: ExpertsSpec,
+        hidden_size: int,
+        *,
+        activation: Activation,
+        shard: ExpertShard,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        """Args:
+        spec: of the mixture.
+        hidden_size: E.
+        activation: of the gates.
+        shard: what this rank keeps.
+        dtype, device: of the parameters.
+        """
+        super().__init__()
+        experts, inner = shard.experts.cut(spec.num_experts), shard.inner.cut(spec.intermediate_size)
+        self.first, self.count = experts.begin, experts.length
+        self.gate_up_proj = ExpertLinear(
+            Cut.whole(hidden_size),
+            dict.fromkeys(("gate_proj", "up_proj"), inner),
+            spec.num_experts,
+            experts,
+            axis=Axis.OUT,
+            dtype=dtype,
+            device=device,
+        )
+        self.down_proj = ExpertLinear(
+            inner,
+            {"down_proj": Cut.whole(hidden_size)},
+            spec.num_experts,
+            experts,
+            axis=Axis.IN,
+            dtype=dtype,
+            device=device,
+        )
+        self._end = End.GEGLU if activation == "gelu_tanh" else End.SWIGLU
+
+    def forward(
+        self,
+        x_TE: Tensor,
+        chosen: ops.Chosen,
+        dispatch: ops.ExpertDispatch,
+        *,
+        add_to: Tensor | None = None,
+        multiplier: float = 1.0,
+    ) -> Tensor:
+        """What the experts that are kept here make of their tokens.
+
+        Args:
+            x_TE: [T, E], normalised.
+            chosen: the experts of each token.
+            dispatch: how tokens come to them.
+            add_to: [T, E], to which it is added; None: to nothing.
+            multiplier: of what is added.
+
+        Returns:
+            [T, E], `add_to` or a new tensor.
+        """
+        work = ops.expert_work(chosen, self.first, self.count, dispatch)
+        gate_up, down = self.gate_up_proj, self.down_proj
+        hidden_PM = gate_up.format.gated_experts(gate_up.stacked, x_TE, work, self._end)
+        return down.format.sum_experts(down.stacked, hidden_PM, work, x_TE.shape, add_to, multiplier)
+
+
+class MixtureMLP(nn.Module):
+    """The routed experts and, in some models, a feed-forward layer that all tokens take. May run inside a graph.
+
+    Source: Shazeer et al., "Outrageously Large Neural Networks" (2017); Dai et al., "DeepSeekMoE" (2024).
+    """
+
+    shared_experts: MLP | None
+    shared_expert_gate: Linear | None
+
+    def __init__(
+        self,
+        spec: ExpertsSpec,
+        hidden_size: int,
+        *,
+        activation: Activation,
+        shard: Shard,
+        expert_shard: ExpertShard,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        """Args:
+        spec: of the mixture.
+        hidden_size: E.
+        activation: of all gates.
+        shard: the part of this rank of what all tokens take.
+        expert_shard: its part of the experts.
+        dtype, device: of the parameters.
+        """
+        super().__init__()
+        self.gate = Router(spec, hidden_size, device=device)
+        self.experts = Experts(spec, hidden_size, activation=activation, shard=expert_shard, dtype=dtype, device=device)
+        self.shared_experts = self.shared_expert_gate = None
+        if spec.shared_intermediate_size:
+            self.shared_experts = MLP(
+                hidden_size,
+                spec.shared_intermediate_size,
+                activation=activation,
+                bias=False,
+                shard=shard,
+                dtype=dtype,
+                device=device,
+            )
+            if spec.has_shared_gate:
+                self.shared_expert_gate = Linear(hidden_size, 1, dtype=dtype, device=device)
+
+    def add_to(
+        self,
+        stream: ResidualStream,
+        norm: RMSNorm,
+        inputs: StepInputs,
+        *,
+        multiplier: float,
+        post_norm: RMSNorm | None,
+        next_norm: RMSNorm,
+    ) -> None:
+        """See `stepgraph.layers.mlp.MLP.add_to`."""
+        x_TE = stream.normalised(norm)
+        chosen = self.gate(x_TE, inputs.tokens.query_start[-1:])
+        dispatch = inputs.dispatch.of(x_TE.shape[0])
+        if stream.takes_products and post_norm is None:
+            self.experts(x_TE, chosen, dispatch, add_to=stream.residual_TE, multiplier=multiplier)
+            if self.shared_experts is not None:
+                shared_TM = self._shared_hidden(x_TE)
+                stream.add(
+                    self.shared_experts.down_proj,
+                    shared_TM,
+                    multiplier=multiplier,
+                    post_norm=None,
+                    next_norm=next_norm,
+                )
+            return
+        part_TE = self.experts(x_TE, chosen, dispatch)
+        if self.shared_experts is not None:
+            self.shared_experts.down_proj.product(self._shared_hidden(x_TE), end=End.ADD, out=part_TE)
+        stream.add_part(part_TE, multiplier=multiplier, post_norm=post_norm, next_norm=next_norm)
+
+    def _shared_hidden(self, x_TE: Tensor) -> Tensor:
+        assert self.shared_experts is not None
+        hidden_TM = self.shared_experts.hidden(None, x_TE)
+        if self.shared_expert_gate is None:
+            return hidden_TM
+        return hidden_TM * self.shared_expert_gate(x_TE).sigmoid()
