@@ -14,6 +14,9 @@ class ParallelConfig:
     tensor_parallel_size: int = setting(
         1, "devices of this machine that share the model, one process for each; on CPU, so many processes", minimum=1
     )
+    enable_expert_parallel: bool = setting(
+        False, "let each of these devices have some of the experts, whole, instead of a part of every one"
+    )
 
     def __post_init__(self) -> None:
         check(self)

@@ -182,6 +182,7 @@ def _create_model(
         exact_tokens=exact_tokens(config),
         free_bytes=platform.free_memory_bytes(),
         group=group,
+        expert_parallel=config.parallel.enable_expert_parallel,
         progress=progress,
     )
 

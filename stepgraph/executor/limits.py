@@ -9,7 +9,7 @@ import torch
 from stepgraph.config import EngineConfig
 from stepgraph.devices import AUTO, BUILT_IN
 from stepgraph.errors import ConfigError
-from stepgraph.models.config import DecoderConfig, check_shard
+from stepgraph.models.config import DecoderConfig, no_experts, shard_experts
 from stepgraph.models.source import ModelSource
 from stepgraph.parallel.shard import Shard
 
@@ -35,9 +35,13 @@ def check_devices(config: EngineConfig) -> None:
 
 
 def check_parts(config: EngineConfig, source: ModelSource) -> None:
-    """ModelError unless the model can be cut into as many parts as there are to be devices."""
+    """Check that the model can be cut into as many parts as there are to be devices; raises as `create_model`."""
     if isinstance(source.config, DecoderConfig):
-        check_shard(source.config, Shard(0, config.parallel.tensor_parallel_size))
+        parallel = config.parallel
+        shard = Shard(0, parallel.tensor_parallel_size)
+        shard_experts(source.config, shard, expert_parallel=parallel.enable_expert_parallel)
+    elif config.parallel.enable_expert_parallel:
+        raise no_experts(source.config.architecture, "which would run through transformers")
 
 
 def _check_gpus(size: int) -> None:

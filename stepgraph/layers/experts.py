@@ -52,6 +52,10 @@ class ExpertShard:
     inner: Shard = WHOLE
 
 
+ALL_EXPERTS = ExpertShard()
+"""One rank has all of them."""
+
+
 class Router(nn.Module):
     """What chooses the experts; whole on all ranks, in float32."""
 

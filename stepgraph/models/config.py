@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from stepgraph.errors import ModelError
-from stepgraph.layers.experts import ExpertsSpec
+from stepgraph.errors import ConfigError, ModelError
+from stepgraph.layers.experts import ExpertShard, ExpertsSpec
 from stepgraph.layers.inputs import AttentionSpec
 from stepgraph.layers.mlp import Activation
 from stepgraph.layers.rotary import RotaryFrequencies, rotary_frequencies
@@ -60,6 +60,11 @@ class DecoderConfig:
     num_mtp_modules: int = (
         0  # modules for speculative decoding that the model was trained with, see `stepgraph.spec.mtp`
     )
+
+    @property
+    def kinds_of_mlp(self) -> set[ExpertsSpec | None]:
+        """Mixtures of the layers; None among them if there are layers that all tokens take."""
+        return {self.mixture(layer) for layer in range(self.num_layers)}
 
     @property
     def attention_specs(self) -> tuple[AttentionSpec, ...]:
@@ -189,22 +194,62 @@ def check_supported(hf_config: Any) -> None:
         )
 
 
-def possible_sizes(config: DecoderConfig) -> list[int]:
-    """Numbers of ranks that can share a model, if its format lets them."""
-    sizes = sizes_that_divide(config.num_heads, config.num_kv_heads, config.intermediate_size)
+def shard_experts(config: DecoderConfig, shard: Shard, *, expert_parallel: bool) -> ExpertShard:
+    """The part of the experts that a rank keeps.
+
+    Args:
+        config: of the model.
+        shard: its part of the rest.
+        expert_parallel: it keeps whole experts; else a part of every one.
+
+    Raises:
+        ConfigError: there are no experts that ranks could keep.
+        ModelError: so many ranks cannot share the model evenly; names numbers that can.
+    """
+    if expert_parallel and config.kinds_of_mlp == {None}:
+        raise no_experts(config.architecture, "which has none")
+    sizes = possible_sizes(config, expert_parallel=expert_parallel)
+    if shard.size not in sizes:
+        other_way = "without" if expert_parallel else "with"
+        others = possible_sizes(config, expert_parallel=not expert_parallel)
+        raise ModelError(
+            f"{shard.size} devices cannot share this {config.architecture} evenly: it has {config.num_heads} query heads, "
+            f"{config.num_kv_heads} key/value heads, which may be repeated, {_widths(config)} and {config.vocab_size} entries in "
+            f"its vocabulary. Numbers that can: {', '.join(map(str, sizes))}."
+            + (f" {other_way.capitalize()} enable_expert_parallel, {shard.size} can." if shard.size in others else "")
+        )
+    return ExpertShard(experts=shard) if expert_parallel else ExpertShard(inner=shard)
+
+
+def no_experts(architecture: str, why: str) -> ConfigError:
+    """That a setting asks for what only models with experts can do."""
+    return ConfigError(
+        f"enable_expert_parallel=True needs a native model with experts, and this is a {architecture}, {why}; leave it off",
+        param="enable_expert_parallel",
+    )
+
+
+def possible_sizes(config: DecoderConfig, *, expert_parallel: bool) -> list[int]:
+    """Numbers of ranks that can share a model, if its format lets them; arguments as of `shard_experts`."""
+    mixtures = config.kinds_of_mlp - {None}
+    widths = [config.intermediate_size] if None in config.kinds_of_mlp else []
+    for mixture in mixtures:
+        assert mixture is not None
+        widths += [mixture.num_experts if expert_parallel else mixture.intermediate_size]
+        widths += [mixture.shared_intermediate_size]  # every number divides none
+    sizes = sizes_that_divide(config.num_heads, config.num_kv_heads, *widths)
     return [size for size in sizes if size**2 <= config.vocab_size]  # see `Shard.span`
 
 
-def check_shard(config: DecoderConfig, shard: Shard) -> None:
-    """Raise ModelError, naming those that do, if so many ranks cannot share a model evenly."""
-    sizes = possible_sizes(config)
-    if shard.size not in sizes:
-        raise ModelError(
-            f"{shard.size} devices cannot share this {config.architecture} evenly: it has {config.num_heads} query heads, "
-            f"{config.num_kv_heads} key/value heads, which may be repeated, {config.intermediate_size} intermediate values and "
-            f"{config.vocab_size} entries in its vocabulary. "
-            f"Numbers that can: {', '.join(map(str, sizes))}."
-        )
+def _widths(config: DecoderConfig) -> str:
+    """What ranks share of the feed-forward layers."""
+    texts = [f"{config.intermediate_size} intermediate values"] if None in config.kinds_of_mlp else []
+    for mixture in sorted(config.kinds_of_mlp - {None}, key=str):
+        assert mixture is not None
+        texts.append(f"{mixture.num_experts} experts of {mixture.intermediate_size} intermediate values")
+        if mixture.shared_intermediate_size:
+            texts.append(f"{mixture.shared_intermediate_size} of a shared expert")
+    return ", ".join(texts)
 
 
 def check_quantization(hf_config: Any) -> None:

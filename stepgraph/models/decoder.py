@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from stepgraph.layers.attention import Attention
 from stepgraph.layers.cache import PagedCache, PagedSpec
 from stepgraph.layers.embedding import Embedding
-from stepgraph.layers.experts import ExpertShard, MixtureMLP
+from stepgraph.layers.experts import ALL_EXPERTS, ExpertShard, MixtureMLP
 from stepgraph.layers.formats import Target
 from stepgraph.layers.head import HeadPart
 from stepgraph.layers.inputs import StepInputs
@@ -42,12 +42,20 @@ class DecoderLayer(nn.Module):
     post_feedforward_layernorm: RMSNorm | None
 
     def __init__(
-        self, config: DecoderConfig, index: int, *, shard: Shard, dtype: torch.dtype, device: torch.device
+        self,
+        config: DecoderConfig,
+        index: int,
+        *,
+        shard: Shard,
+        expert_shard: ExpertShard,
+        dtype: torch.dtype,
+        device: torch.device,
     ) -> None:
         """Args:
         config: of the model.
         index: of the layer.
         shard: the part of this rank.
+        expert_shard: its part of the experts.
         dtype, device: of the parameters.
         """
         super().__init__()
@@ -85,7 +93,7 @@ class DecoderLayer(nn.Module):
                 config.hidden_size,
                 activation=config.activation,
                 shard=shard,
-                expert_shard=ExpertShard(inner=shard),
+                expert_shard=expert_shard,
                 dtype=dtype,
                 device=device,
             )
@@ -153,6 +161,7 @@ class Decoder(nn.Module, ABC):
         *,
         max_model_len: int,
         shard: Shard = WHOLE,
+        expert_shard: ExpertShard = ALL_EXPERTS,
         group: Group | None = None,
         dtype: torch.dtype,
         device: torch.device,
@@ -161,19 +170,22 @@ class Decoder(nn.Module, ABC):
         config: of the model.
         max_model_len: longest sequence, in tokens; sizes the rotary table.
         shard: the part of this rank; embedding table and norms are whole on all.
+        expert_shard: its part of the experts.
         group: the ranks that share the model, this one among them; None: there is one, or it is not to run.
         dtype: of parameters and activations.
         device: of the parameters.
         """
         super().__init__()
         assert group is None or group.shard == shard, shard
-        self.config, self.dtype, self.shard, self.group = config, dtype, shard, group
+        self.config, self.dtype, self.group = config, dtype, group
+        self.shard, self.expert_shard = shard, expert_shard
         self.attention_specs = tuple(spec.sharded(shard) for spec in config.attention_specs)
         self.embed_tokens = Embedding(
             config.vocab_size, config.hidden_size, multiplier=config.embedding_multiplier, dtype=dtype, device=device
         )
         self.layers = nn.ModuleList(
-            DecoderLayer(config, index, shard=shard, dtype=dtype, device=device) for index in range(config.num_layers)
+            DecoderLayer(config, index, shard=shard, expert_shard=expert_shard, dtype=dtype, device=device)
+            for index in range(config.num_layers)
         )
         self.norm = _norm(config, config.hidden_size, dtype, device)
         self.lm_head = (

@@ -13,7 +13,7 @@ from stepgraph.errors import ConfigError
 from stepgraph.layers.formats import FP8, Target
 from stepgraph.layers.matrix import Matrix
 from stepgraph.models.checkpoint import CheckpointTensor
-from stepgraph.models.config import DecoderConfig, check_shard
+from stepgraph.models.config import DecoderConfig, no_experts, shard_experts
 from stepgraph.models.decoder import Decoder
 from stepgraph.models.language_model import LanguageModel
 from stepgraph.models.memory import check_fits, tell_of_dequantised
@@ -44,6 +44,7 @@ def load_model(
     packed: bool = False,
     shard: Shard = WHOLE,
     group: Group | None = None,
+    expert_parallel: bool = False,
     progress: bool = False,
 ) -> LanguageModel:
     """Build a model and fill it; see `create_model` and `fill` for arguments and errors."""
@@ -59,6 +60,7 @@ def load_model(
         packed=packed,
         shard=shard,
         group=group,
+        expert_parallel=expert_parallel,
         progress=progress,
     )
     for _ in fill(model, source, load_format=load_format, progress=progress):
@@ -79,6 +81,7 @@ def create_model(
     packed: bool = False,
     shard: Shard = WHOLE,
     group: Group | None = None,
+    expert_parallel: bool = False,
     exact_tokens: int | None = None,
     free_bytes: int | None = None,
     progress: bool = False,
@@ -99,6 +102,7 @@ def create_model(
         packed: keep the blocks of a quantised checkpoint where this machine has kernels for them; needs float32 on the CPU.
         shard: the part of the model to keep. To run a part takes a group.
         group: the ranks that share the model, whose `shard` says which part this one keeps.
+        expert_parallel: ranks keep whole experts each; else a part of every one.
         exact_tokens: products of more tokens with packed weights may round their operands, see `ops.packed_linear`.
         free_bytes: of memory on the device, which the weights must fit in; None: not known.
         progress: show a bar on stderr.
@@ -107,8 +111,8 @@ def create_model(
         DeviceMemoryError: the weights take more than that.
         ModelError: a model that transformers loads does not fit its checkpoint, or a file is damaged; or so many ranks cannot
             share the model.
-        ConfigError: `deterministic` or quantization "fp8" of a model that only transformers runs, or weights of 8 bits on a
-            device that has none.
+        ConfigError: `deterministic`, `expert_parallel` or quantization "fp8" of a model that only transformers runs, weights of
+            8 bits on a device that has none, or `expert_parallel` of a model without experts.
     """
     assert load_format in ("auto", "dummy"), load_format
     shard = shard if group is None else group.shard
@@ -124,6 +128,8 @@ def create_model(
                 f"quantization='fp8' needs a native model, and {config.architecture} would run through transformers, whose "
                 "layers keep their weights; choose a native model, or leave quantization at auto"
             )
+        if expert_parallel:
+            raise no_experts(config.architecture, "which would run through transformers")
         assert group is not None or shard == WHOLE, "the trial of a part takes its group"
         from stepgraph.models.transformers_model import TransformersModel, judge_part
 
@@ -144,10 +150,16 @@ def create_model(
             source.description,
         )
         config = replace(config, tie_word_embeddings=False)
-    check_shard(config, shard)
+    expert_shard = shard_experts(config, shard, expert_parallel=expert_parallel)
     meta = torch.device("meta")
     model = ARCHITECTURES[config.architecture](
-        config, max_model_len=max_model_len, shard=shard, group=group, dtype=dtype, device=meta
+        config,
+        max_model_len=max_model_len,
+        shard=shard,
+        expert_shard=expert_shard,
+        group=group,
+        dtype=dtype,
+        device=meta,
     )
     choose_formats(
         model,

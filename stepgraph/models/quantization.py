@@ -15,6 +15,7 @@ from stepgraph.models.checkpoint import CheckpointTensor
 from stepgraph.models.config import possible_sizes
 from stepgraph.models.decoder import Decoder
 from stepgraph.ops.packed import BLOCK
+from stepgraph.parallel.shard import WHOLE
 
 
 def choose_formats(
@@ -71,7 +72,7 @@ def _check_inputs(model: Decoder) -> None:
             continue
         possible = [
             str(size)
-            for size in possible_sizes(model.config)
+            for size in possible_sizes(model.config, expert_parallel=model.expert_shard.experts != WHOLE)
             if all(m.inputs.size % (size * m.format.input_unit) == 0 or size == 1 for m in cut.values())
         ]
         raise ModelError(

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from stepgraph import ops
 from stepgraph.abi import slot_line
 from stepgraph.layers.cache import PagedCache, PagedSpec
+from stepgraph.layers.experts import ALL_EXPERTS, ExpertShard
 from stepgraph.layers.formats import Target, WeightFormat
 from stepgraph.layers.inputs import AttentionSpec, AttentionWork, StepInputs
 from stepgraph.layers.linear import Linear
@@ -65,6 +66,7 @@ class MTPLayer(nn.Module):
         *,
         max_model_len: int,
         shard: Shard = WHOLE,
+        expert_shard: ExpertShard = ALL_EXPERTS,
         group: Group | None = None,
         dtype: torch.dtype,
         device: torch.device,
@@ -73,7 +75,7 @@ class MTPLayer(nn.Module):
         config: of the decoder layer, which is like the last of the model.
         options: of the module.
         max_model_len: longest sequence, in tokens.
-        shard, group: as of the model; projection and norms are whole on all ranks.
+        shard, expert_shard, group: as of the model; projection and norms are whole on all ranks.
         dtype, device: of the parameters.
         """
         super().__init__()
@@ -91,7 +93,7 @@ class MTPLayer(nn.Module):
             for _ in range(3)
         )
         self.projection = Linear(2 * E, E, dtype=dtype, device=device)
-        self.block = DecoderLayer(config, last, shard=shard, dtype=dtype, device=device)
+        self.block = DecoderLayer(config, last, shard=shard, expert_shard=expert_shard, dtype=dtype, device=device)
         table = cos_sin_table(config.ropes[last], config.head_dim, max_model_len, device)
         self.register_buffer("cos_sin", table, persistent=False)
 

@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from stepgraph.config import EngineConfig
 from stepgraph.errors import ConfigError, ModelError
+from stepgraph.layers.experts import ALL_EXPERTS
 from stepgraph.layers.formats import Packed, Plain, Target, WeightFormat
 from stepgraph.layers.linear import Linear
 from stepgraph.models.checkpoint import CheckpointTensor, take
@@ -151,6 +152,7 @@ def load_mtp(
             options,
             max_model_len=max_model_len,
             shard=WHOLE if model.group is None else model.group.shard,
+            expert_shard=model.expert_shard if isinstance(model, Decoder) else ALL_EXPERTS,
             group=model.group,
             dtype=model.dtype,
             device=platform.device,
