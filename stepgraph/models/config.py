@@ -16,7 +16,7 @@ from stepgraph.models.fp8_checkpoint import READABLE, refusal
 from stepgraph.parallel.shard import Shard, sizes_that_divide
 
 _FULL, _SLIDING = "full_attention", "sliding_attention"
-_WITH_EXPERTS = frozenset(("Qwen3MoeForCausalLM",))
+_WITH_EXPERTS = frozenset(("MixtralForCausalLM", "Qwen2MoeForCausalLM", "Qwen3MoeForCausalLM"))
 """Classes whose mixtures of experts are native."""
 _ACTIVATIONS: dict[str, Activation] = {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
 
@@ -167,14 +167,18 @@ def check_supported(hf_config: Any) -> None:
 
     if field("vision_config") or field("audio_config") or field("text_config"):
         refuse("it is multimodal", "Text-only decoders are supported.")
-    for name in ("num_local_experts", "num_experts", "n_routed_experts"):
-        if field(name) and architecture_of(hf_config) not in _WITH_EXPERTS:
-            refuse(f"it is a mixture of experts ({name} = {field(name)})", "Dense decoders are supported.")
-    if field("kv_lora_rank"):
+    if field("kv_lora_rank"):  # before experts, which are not what is in the way
         refuse(
-            "it uses multi-head latent attention, whose cache differs",
+            f"its attention is multi-head latent attention (kv_lora_rank = {field('kv_lora_rank')}), whose cache differs",
             "Multi-head and grouped-query attention are supported.",
         )
+    for name in ("num_local_experts", "num_experts", "n_routed_experts"):
+        if field(name) and architecture_of(hf_config) not in _WITH_EXPERTS:
+            refuse(
+                f"it is a mixture of experts ({name} = {field(name)}), and {architecture_of(hf_config)} is none of the classes "
+                "whose experts native models have",
+                f"Dense decoders are supported, and {', '.join(sorted(_WITH_EXPERTS))}.",
+            )
     if field("is_encoder_decoder") or field("use_bidirectional_attention") or field("is_causal") is False:
         refuse("its attention is not causal", "Decoder-only causal models are supported.")
     if odd := sorted(set(field("layer_types") or ()) - {_FULL, _SLIDING}):

@@ -19,8 +19,10 @@ from stepgraph.models.hf_config import hf_config_from_json
 from stepgraph.models.language_model import LanguageModelConfig
 from stepgraph.models.llama import Llama
 from stepgraph.models.minicpm import MiniCPM
+from stepgraph.models.mixtral import Mixtral
 from stepgraph.models.phi3 import Phi3
 from stepgraph.models.qwen2 import Qwen2
+from stepgraph.models.qwen2_moe import Qwen2Moe
 from stepgraph.models.qwen3 import Qwen3
 from stepgraph.models.qwen3_moe import Qwen3Moe
 from stepgraph.models.seed_oss import SeedOss
@@ -46,6 +48,8 @@ ARCHITECTURES: dict[str, type[Decoder]] = {
     "Qwen3ForCausalLM": Qwen3,
     "Qwen3MoeForCausalLM": Qwen3Moe,
     "MiMoForCausalLM": Qwen2,
+    "MixtralForCausalLM": Mixtral,
+    "Qwen2MoeForCausalLM": Qwen2Moe,
     "Ernie4_5ForCausalLM": Ernie45,
     "Gemma3ForCausalLM": Gemma3,
     "GraniteForCausalLM": Granite,

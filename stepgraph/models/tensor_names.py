@@ -18,6 +18,17 @@ _EXAONE = {
     "mlp.c_proj": "mlp.down_proj",
 }
 _NAME = re.compile(r"transformer\.(?:h\.(?P<layer>\d+)\.)?(?P<part>.+)\.(?P<kind>\w+)")
+_OF_EXPERTS = (
+    # Mixtral's
+    (re.compile(r"\.block_sparse_moe\."), ".mlp."),
+    (re.compile(r"(\.experts\.\d+)\.w1\."), r"\1.gate_proj."),
+    (re.compile(r"(\.experts\.\d+)\.w2\."), r"\1.down_proj."),
+    (re.compile(r"(\.experts\.\d+)\.w3\."), r"\1.up_proj."),
+    # Qwen2's
+    (re.compile(r"\.mlp\.shared_expert\."), ".mlp.shared_experts."),
+    # ERNIE's, in checkpoints and in memory; DeepSeek's, which GLM has too
+    (re.compile(r"\.mlp\.(?:gate\.)?(?:moe_statics\.)?e_score_correction_bias$"), ".mlp.gate.bias"),
+)
 
 
 def native_name(name: str) -> str:
@@ -25,9 +36,13 @@ def native_name(name: str) -> str:
 
     >>> native_name("transformer.h.3.mlp.c_fc_0.weight_scale")
     'model.layers.3.mlp.gate_proj.weight_scale'
+    >>> native_name("model.layers.3.block_sparse_moe.experts.7.w2.weight")
+    'model.layers.3.mlp.experts.7.down_proj.weight'
     """
     match = _NAME.fullmatch(name)
     if match is None or match["part"] not in _EXAONE:
+        for pattern, native in _OF_EXPERTS:
+            name = pattern.sub(native, name)
         return name
     layer = "" if match["layer"] is None else f"layers.{match['layer']}."
     return f"model.{layer}{_EXAONE[match['part']]}.{match['kind']}"

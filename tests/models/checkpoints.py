@@ -12,9 +12,12 @@ from transformers import (
     LlamaConfig,
     MinistralConfig,
     MistralConfig,
+    MixtralConfig,
     Phi3Config,
     Qwen2Config,
+    Qwen2MoeConfig,
     Qwen3Config,
+    Qwen3MoeConfig,
     SeedOssConfig,
     SmolLM3Config,
 )
@@ -54,6 +57,7 @@ GEMMA3_ROPE = {
 DYNAMIC_ROPE = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 6.0}
 WINDOW = 24
 MIXED_LAYERS = {"num_hidden_layers": 3, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}
+EXPERTS = {"num_experts_per_tok": 3, "moe_intermediate_size": 32}
 
 HF_CONFIGS = {
     "llama": lambda: LlamaConfig(**SIZES),
@@ -109,6 +113,17 @@ HF_CONFIGS = {
         no_rope_layer_interval=2,
         use_sliding_window=True,
         sliding_window=WINDOW,
+    ),
+    "mixtral with windows": lambda: MixtralConfig(**SIZES, num_local_experts=8, sliding_window=WINDOW),
+    "qwen2 moe": lambda: Qwen2MoeConfig(
+        **SIZES | {"num_hidden_layers": 3},
+        **EXPERTS,
+        num_experts=8,
+        shared_expert_intermediate_size=48,
+        mlp_only_layers=[1],
+    ),
+    "qwen3 moe": lambda: Qwen3MoeConfig(
+        **SIZES, **EXPERTS, head_dim=16, num_experts=8, norm_topk_prob=True, decoder_sparse_step=2
     ),
 }
 

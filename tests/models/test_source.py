@@ -38,7 +38,10 @@ def offline(monkeypatch):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"model_type": "mixtral", "num_local_experts": 8}, "mixture of experts.*Dense decoders"),
+        (
+            {"model_type": "mixtral", "num_local_experts": 8},
+            "mixture of experts.*LlamaForCausalLM is none.*Dense decoders.*MixtralForCausalLM",
+        ),
         ({"model_type": "qwen3_moe", "num_experts": 8}, "mixture of experts"),
         ({"layer_types": ["chunked_attention"] * 2}, "layers of type chunked_attention.*full_attention and sliding"),
         ({"layer_types": ["sliding_attention"] * 2}, "sliding_window is None.*Give"),
@@ -46,7 +49,7 @@ def offline(monkeypatch):
         (GEMMA | {"final_logit_softcapping": 30.0}, "caps logits.*final_logit_softcapping = 30.0"),
         (GEMMA | {"use_bidirectional_attention": True}, "not causal"),
         ({"hidden_act": "gelu"}, 'activation is "gelu".*silu and gelu_pytorch_tanh'),
-        ({"kv_lora_rank": 64}, "latent attention"),
+        ({"kv_lora_rank": 64, "num_experts": 8}, "its attention is multi-head latent attention"),
         ({"is_encoder_decoder": True}, "not causal"),
         (
             {"rope_parameters": {"rope_type": "axial", "rope_theta": 1e4}},
@@ -107,6 +110,7 @@ PUBLISHED_PARAMETERS = {
     "qwen2.5-7b": 7_615_616_512,
     "qwen3-0.6b": 596_049_920,
     "qwen3-1.7b": 1_720_574_976,
+    "qwen3-30b-a3b": 30_532_122_624,
     "qwen3-8b": 8_190_735_360,
 }
 
