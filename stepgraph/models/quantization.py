@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from stepgraph.errors import ModelError
+from stepgraph.layers.experts import ExpertLinear
 from stepgraph.layers.formats import FORMATS, FP8, FormatOptions, Packed, Plain, WeightFormat
 from stepgraph.layers.linear import Linear, MergedLinear
 from stepgraph.layers.matrix import Matrix
@@ -66,20 +67,23 @@ def _check_inputs(model: Decoder) -> None:
         for path, module in model.named_modules()
         if isinstance(module, Matrix) and not module.inputs.is_whole
     }
-    for path, module in cut.items():
-        inputs, unit = module.inputs, module.format.input_unit
-        if inputs.length % unit == 0:
-            continue
-        possible = [
-            str(size)
-            for size in possible_sizes(model.config, expert_parallel=model.expert_shard.experts != WHOLE)
-            if all(m.inputs.size % (size * m.format.input_unit) == 0 or size == 1 for m in cut.values())
-        ]
-        raise ModelError(
-            f"{model.shard.size} devices cannot share {path} evenly: its weights are quantised in groups of {unit} of "
-            f"{inputs.size} inputs. Numbers that can: {', '.join(possible)}. Or set quantization to none, which keeps them as "
-            "numbers."
-        )
+    uneven = {path: m for path, m in cut.items() if m.inputs.length % m.format.input_unit}
+    if not uneven:
+        return
+    path, module = next(iter(uneven.items()))
+    possible = [
+        str(size)
+        for size in possible_sizes(model.config, expert_parallel=model.expert_shard.experts != WHOLE)
+        if all(m.inputs.size % (size * m.format.input_unit) == 0 or size == 1 for m in cut.values())
+    ]
+    only_experts = all(isinstance(m, ExpertLinear) for m in uneven.values())
+    in_experts = only_experts and model.shard.size in possible_sizes(model.config, expert_parallel=True)
+    raise ModelError(
+        f"{model.shard.size} devices cannot share {path} evenly: its weights are quantised in groups of "
+        f"{module.format.input_unit} of {module.inputs.size} inputs. Numbers that can: {', '.join(possible)}. Or set "
+        + ("enable_expert_parallel, which keeps experts whole, or " if in_experts else "")
+        + "quantization to none, which keeps them as numbers."
+    )
 
 
 def pack_rounded(module: nn.Module, *, exact_tokens: int | None) -> None:

@@ -7,6 +7,7 @@ import math
 import torch
 from torch import Tensor, nn
 
+from stepgraph.layers.experts import Router
 from stepgraph.layers.formats import Target
 from stepgraph.layers.formats.target import values_part_of
 from stepgraph.layers.matrix import Matrix
@@ -32,6 +33,9 @@ def fill_randomly(model: nn.Module, device: torch.device) -> None:
     for module in model.modules():
         if isinstance(module, RMSNorm):
             module.weight.fill_(1.0)
+        if isinstance(module, Router):
+            for parameter in module.parameters(recurse=False):
+                _draw(parameter, generator)
         if isinstance(module, Matrix):
             for target in module.targets().values():
                 _draw(target, generator)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from stepgraph.errors import ModelError
-from stepgraph.layers.formats.target import values_part_of
+from stepgraph.layers.formats.target import Skipped, values_part_of
 from stepgraph.models.checkpoint import CheckpointTensor, keep_rows
 from stepgraph.models.language_model import LanguageModel
 from stepgraph.models.update import Update, match_tensors, targets_of
@@ -107,14 +107,17 @@ class Arriving:
             if (piece.number, piece.begin) != (self._next, self._arrived):
                 raise ModelError("New weights came in another order than they were announced in; give them again.")
             target, tensor = self._update[piece.number]
+            is_kept = not isinstance(target, Skipped)
             part = values_part_of(target) or Part.whole(tensor.shape)
-            if self._kept is None:
+            if is_kept and self._kept is None:
                 self._kept = torch.empty(part.kept_shape, dtype=piece.rows.dtype)
-            keep_rows(piece.rows, piece.begin, part, self._kept)
+            if self._kept is not None:
+                keep_rows(piece.rows, piece.begin, part, self._kept)
             self._arrived += len(piece.rows)
             if self._arrived == tensor.shape[0]:
-                with torch.no_grad():
-                    target.copy_(self._kept.to(target.device).to(target.dtype))
+                if self._kept is not None:
+                    with torch.no_grad():
+                        target.copy_(self._kept.to(target.device).to(target.dtype))
                 self._next, self._arrived, self._kept = self._next + 1, 0, None
 
     def finish(self) -> None:

@@ -2,7 +2,9 @@
 
 import torch
 
+from stepgraph.layers.experts import ExpertLinear
 from stepgraph.layers.formats import FP8
+from stepgraph.layers.matrix import Matrix
 
 
 def kv_head_of(config, rank, size):
@@ -24,7 +26,8 @@ def rows_of(path, config, rank, size):
         first, count = kv_head_of(config, rank, size)
         queries = span(0, rank * H // size * D, H // size * D)
         return queries + span(H * D, first * D, count * D) + span((H + G) * D, first * D, count * D)
-    M = config.intermediate_size
+    shared = next((spec.shared_intermediate_size for spec in config.kinds_of_mlp if spec is not None), None)
+    M = shared if "shared" in path else config.intermediate_size
     part = M // size
     return span(0, rank * part, part) + span(M, rank * part, part)
 
@@ -37,18 +40,33 @@ def rows_of_head(vocab_size, rank, size):
     return slice(rank * width, (rank + 1) * width)
 
 
-def expected_parameters(model, rank, size):
+def part_of_experts(path, parameter, num_experts, rank, size, *, cuts_inputs, expert_parallel):
+    """Of the stacked matrices of a layer's experts: some of them, or of each the gates and what they multiply, or inputs."""
+    experts = parameter.unflatten(0, (num_experts, -1))
+    if expert_parallel:
+        return experts.chunk(size)[rank].flatten(0, 1)
+    if path.endswith("gate_up_proj"):
+        return experts.unflatten(1, (2, -1)).chunk(size, 2)[rank].flatten(0, 2)
+    return parameter.chunk(size, 1)[rank] if cuts_inputs else parameter
+
+
+def expected_parameters(model, rank, size, *, expert_parallel=False):
     """The parameters of a shard by name, of the whole model's."""
     expected = {}
     for name, parameter in model.named_parameters():
         path, _, kind = name.rpartition(".")
         module = model.get_submodule(path)
-        if path.endswith(("qkv_proj", "gate_up_proj")):
+        grouped = isinstance(module, Matrix) and isinstance(module.format, FP8) and module.format.grouped
+        cuts_inputs = kind == "weight" or (grouped and kind == "scale")
+        if isinstance(module, ExpertLinear):
+            of = {"cuts_inputs": cuts_inputs, "expert_parallel": expert_parallel}
+            parameter = part_of_experts(path, parameter, module.num_kept, rank, size, **of)
+        elif path.endswith(("qkv_proj", "gate_up_proj")):
             parameter = parameter[rows_of(path, model.config, rank, size)]
         elif path.endswith(("o_proj", "down_proj")):
             if kind == "bias" and rank > 0:
                 continue
-            if kind == "weight" or (isinstance(module.format, FP8) and module.format.grouped and kind == "scale"):
+            if cuts_inputs:
                 parameter = parameter.chunk(size, 1)[rank]
         elif path == "lm_head":
             parameter = parameter[rows_of_head(len(parameter), rank, size)]
@@ -56,9 +74,12 @@ def expected_parameters(model, rank, size):
     return expected
 
 
-def assert_is_shard(shard, whole, rank, size) -> None:
+def assert_is_shard(shard, whole, rank, size, *, expert_parallel=False) -> None:
     """Every parameter has the bits of its part of the whole model's."""
-    expected, found = expected_parameters(whole, rank, size), dict(shard.named_parameters())
+    expected, found = (
+        expected_parameters(whole, rank, size, expert_parallel=expert_parallel),
+        dict(shard.named_parameters()),
+    )
     assert found.keys() == expected.keys()
     for name, parameter in found.items():
         assert parameter.shape == expected[name].shape, name
