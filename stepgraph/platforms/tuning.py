@@ -77,6 +77,29 @@ def tile_for(ranges: Sequence[TileRange], tokens: int, outputs: int, *, gated: b
 
 
 @dataclass(frozen=True)
+class ExpertTile:
+    """What one program of a product of pairs with their expert's weight computes, and how. All are powers of two, but
+    `num_stages`."""
+
+    rows: int  # pairs, at least 16
+    outputs: int  # rows of the weight, a gate's partners included; at least 64, which a tensor core of Hopper takes
+    inputs: int  # per iteration; divides the inputs that share a scale
+    num_warps: int
+    num_stages: int
+    group: int = 16  # tiles that read a part of the weight together before they go on to the next part
+
+
+@dataclass(frozen=True)
+class ExpertTiles:
+    """For how many pairs tiles are."""
+
+    max_average: float
+    """Pairs of an average expert."""
+    gated: ExpertTile
+    down: ExpertTile
+
+
+@dataclass(frozen=True)
 class KernelTuning:
     """Of one architecture. What is not given is what NVIDIA GPUs before Hopper get."""
 
@@ -144,6 +167,22 @@ class KernelTuning:
         TileRange(range(33, 65), range(4097), SlicedTile(outputs=16, inputs=64, slices=4, num_stages=4)),
     )
     """Products of weights of 8 bits; others go in tiles of many tokens."""
+
+    expert_tiles: tuple[ExpertTiles, ...] = (
+        ExpertTiles(8, ExpertTile(16, 64, 128, 4, 4), ExpertTile(16, 64, 128, 4, 4)),
+        ExpertTiles(16, ExpertTile(32, 64, 128, 4, 4), ExpertTile(32, 64, 128, 4, 4)),
+        ExpertTiles(32, ExpertTile(64, 128, 64, 4, 4), ExpertTile(64, 128, 64, 4, 4)),
+        ExpertTiles(float("inf"), ExpertTile(128, 128, 64, 4, 4), ExpertTile(128, 128, 64, 4, 4)),
+    )
+    """Products of experts' weights of 16 bits, in ascending order. Up to some 64 pairs an expert they are a read of the weights,
+    which a tile of twice the average has done once of nearly all experts."""
+    expert_tiles_fp8: tuple[ExpertTiles, ...] = (
+        ExpertTiles(8, ExpertTile(16, 64, 128, 4, 5), ExpertTile(16, 64, 128, 4, 5)),
+        ExpertTiles(16, ExpertTile(32, 64, 128, 4, 5), ExpertTile(32, 64, 128, 4, 5)),
+        ExpertTiles(32, ExpertTile(64, 128, 128, 4, 4), ExpertTile(64, 128, 128, 4, 4)),
+        ExpertTiles(float("inf"), ExpertTile(128, 128, 128, 8, 3), ExpertTile(128, 128, 128, 8, 3)),
+    )
+    """Likewise of 8 bits."""
 
 
 DEFAULT = KernelTuning()

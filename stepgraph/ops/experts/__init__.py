@@ -22,17 +22,17 @@ __all__ = ["ExpertDispatch", "ExpertWork", "expert_work", "gated_experts", "max_
 
 _sort_pairs = register(
     "sort_pairs(Tensor expert, int first, int count) -> (Tensor, Tensor)",
-    {"cpu": reference.sort_pairs},
+    {"cpu": reference.sort_pairs, "cuda": "stepgraph.ops.experts.sort:sort_pairs"},
 )
 _gated_experts = register(
     "gated_experts(Tensor x, Tensor weight, Tensor? scale, Tensor expert, int first, Tensor? order, Tensor? ends, bool gelu) "
     "-> Tensor",
-    {"cpu": reference.gated_experts},
+    {"cpu": reference.gated_experts, "cuda": "stepgraph.ops.experts.triton:gated_experts"},
 )
 _sum_experts = register(
     "sum_experts(Tensor hidden, Tensor weight, Tensor? scale, Tensor expert, Tensor pair_weight, int first, Tensor? order, "
     "Tensor? ends, Tensor(a!) out, bool add, float multiplier) -> ()",
-    {"cpu": reference.sum_experts},
+    {"cpu": reference.sum_experts, "cuda": "stepgraph.ops.experts.triton:sum_experts"},
 )
 
 
