@@ -241,7 +241,7 @@ def _step_lines(records: Sequence[tuple[int, StepRecord]]) -> list[list[str]]:
         indices = [index for index, _ in group]
         steps = str(indices[0]) if len(indices) == 1 else f"{indices[0]}-{indices[-1]}"
         graph = str(record.shape) if record.eager_reason is None else f"none ({record.eager_reason})"
-        padding = record.shape.num_tokens - record.num_tokens
+        padding = record.padding_tokens
         lines.append([steps, record.kind, str(record.num_tokens), str(record.num_rows), graph, str(padding)])
     return lines
 

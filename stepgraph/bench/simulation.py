@@ -202,7 +202,9 @@ class _Loop:
         )
         self._clock = self._executor.clock
         self._result = Simulation()
-        self._watch = Watch(self._engine.scheduler, scenario, may_overtake=len({a.priority for a in trace}) > 1)
+        scheduler = self._engine.scheduler
+        assert isinstance(scheduler, Scheduler)
+        self._watch = Watch(scheduler, scenario, may_overtake=len({a.priority for a in trace}) > 1)
         self._requests: list[Request] = []  # in the order of the trace
         self._first_token: dict[str, float] = {}
 

@@ -6,13 +6,14 @@ import logging
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
-from functools import cache
+from functools import cache, partial
 
 from stepgraph.config import EngineConfig
 from stepgraph.engine.adapters import AdapterTable
 from stepgraph.engine.engine import Engine
 from stepgraph.engine.guidance import read_vocabulary
 from stepgraph.engine.intake import RequestIntake
+from stepgraph.engine.lockstep import LockstepScheduler
 from stepgraph.engine.masks import TokenMasks
 from stepgraph.engine.model_defaults import end_tokens_of
 from stepgraph.engine.prompts import require_tokenizer
@@ -41,7 +42,7 @@ def build_engine(
         config: all settings.
         source: the model, if it is resolved already.
         executor: what runs the steps; default: one device with the model on it, or as many as share it.
-        create_scheduler: makes what plans them.
+        create_scheduler: makes what plans them; where ranks have requests of their own, those of each.
         clock: seconds, monotonic.
         needs_tokenizer: read the tokenizer now, while weights are loaded, rather than at its first use.
         progress: show progress bars on stderr while loading and capturing.
@@ -67,7 +68,8 @@ def build_engine(
         on_failure.pop_all()
     specs = executor.specs
     draft_depth = DraftDepth(specs.draft_levels[-1], specs.draft_levels, costs_when_idle=specs.drafts_cost_when_idle)
-    scheduler = create_scheduler(
+    create = partial(
+        create_scheduler,
         config.scheduler,
         max_tokens=specs.max_tokens,
         num_kv_blocks=specs.num_kv_blocks,
@@ -75,10 +77,16 @@ def build_engine(
         token_sizes=specs.token_sizes,
         prefix_caching=config.cache.enable_prefix_caching and specs.reuses_prefixes,
         pure_steps=config.graph.cudagraph_only_prefill and config.scheduler.insertion_policy == "gather",
-        choose_drafts=draft_depth.choose,
         lookahead=specs.lookahead,
         reach=specs.reach,
         clock=clock,
+    )
+    scheduler = (
+        create(choose_drafts=draft_depth.choose)
+        if specs.data_parallel_size == 1
+        else LockstepScheduler(
+            specs.data_parallel_size, config.scheduler.max_num_seqs, create, choose_drafts=draft_depth.choose
+        )
     )
     executor.watch_cache(scheduler.preempt_all)
     masks = TokenMasks(

@@ -16,6 +16,7 @@ from stepgraph.config import EngineConfig
 from stepgraph.engine.grammars import Grammars
 from stepgraph.engine.intake import RequestIntake
 from stepgraph.engine.lifecycle import Lifecycle
+from stepgraph.engine.lockstep import LockstepScheduler
 from stepgraph.engine.masks import TokenMasks, num_until_end
 from stepgraph.engine.reports import HostTime, StepReport
 from stepgraph.engine.request import FinishReason, Request, RequestUpdate
@@ -74,7 +75,7 @@ class Engine:
         config: EngineConfig,
         source: ModelSource,
         executor: Executor,
-        scheduler: Scheduler,
+        scheduler: Scheduler | LockstepScheduler,
         *,
         draft_depth: DraftDepth,
         masks: TokenMasks,

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import KW_ONLY, dataclass, field
 from enum import StrEnum
 from functools import cached_property, partial
-from itertools import repeat
+from itertools import chain, repeat
 from typing import TYPE_CHECKING, Any, NamedTuple, cast, overload
 
 from stepgraph.engine.sampling_params import SamplingParams
@@ -167,6 +167,12 @@ class SteadyUpdates(Sequence[RequestUpdate]):
 
     def __init__(self, requests: Sequence[Request], tokens: Iterable[tuple[int, ...]]):
         self._requests, self._tokens = requests, tokens
+
+    @classmethod
+    def joined(cls, parts: Sequence[SteadyUpdates]) -> SteadyUpdates:
+        """Those of all, in their order."""
+        requests = chain.from_iterable(part._requests for part in parts)
+        return cls(tuple(requests), chain.from_iterable(part._tokens for part in parts))
 
     @cached_property
     def _updates(self) -> list[RequestUpdate]:

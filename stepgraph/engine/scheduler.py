@@ -39,6 +39,9 @@ from stepgraph.step.results import StepResults
 WATERMARK = 0.01
 """Share of the KV blocks that a new request leaves free for those that run, which would otherwise soon preempt it."""
 
+TOKENS_OF_REQUEST = 256
+"""Tokens of a prompt that are as much work as the rest of a request."""
+
 _WAIT, _DECODE, _PREFILL = range(3)  # what a running request would do in a step
 
 
@@ -67,6 +70,7 @@ class Scheduler:
         choose_drafts: how many proposals the step should make for each row, given how many rows decode in it.
         lookahead: tokens after a block that its content depends on.
         reach: last positions, that of a row's first token included, whose blocks the row reads; 0: all.
+        first_slot: slots are numbered from `first_slot` + 1 on; those before are others'.
         clock: seconds, monotonic.
     """
 
@@ -83,6 +87,7 @@ class Scheduler:
         choose_drafts: Callable[[int], int] = lambda num_decodes: 0,
         lookahead: int = 0,
         reach: int = 0,
+        first_slot: int = 0,
         clock: Callable[[], float] = time.monotonic,
     ):
         assert max_tokens >= config.max_num_seqs, (max_tokens, config)
@@ -95,15 +100,16 @@ class Scheduler:
         self._choose_drafts = choose_drafts
         self.blocks = BlockPool(num_kv_blocks)
         """All KV blocks; those who move their content elsewhere hold them meanwhile."""
-        self.table = RequestTable(config.max_num_seqs)
+        last_slot = first_slot + config.max_num_seqs
+        self.table = RequestTable(last_slot)
         """How far those that run have come."""
         self._prefixes = PrefixCache(
             self.blocks, self.table, block_size, window=reach, lookahead=lookahead, enabled=prefix_caching
         )
         self._grants = RequestBlocks(self.blocks, self.table, self._prefixes, block_size, reach)
         self._watermark = int(self.blocks.num_usable * WATERMARK)
-        self._free_slots = list(range(config.max_num_seqs, 0, -1))
-        self._generations = [0] * (config.max_num_seqs + 1)
+        self._free_slots = list(range(last_slot, first_slot, -1))
+        self._generations = [0] * (last_slot + 1)
         self._waiting = WaitingLine(config, clock)
         self._running: list[Request] = []  # by rank
         self._by_slot: dict[int, Request] = {}
@@ -135,6 +141,16 @@ class Scheduler:
         return self.blocks.num_free
 
     @property
+    def kv_usage(self) -> float:
+        """Share of the KV blocks that requests hold."""
+        return 1 - self.blocks.num_free / self.blocks.num_usable
+
+    @property
+    def load(self) -> int:
+        """What it has to do, in tokens of prompts: those that wait, and what `TOKENS_OF_REQUEST` says for each request."""
+        return TOKENS_OF_REQUEST * len(self._requests) + self._waiting.num_tokens
+
+    @property
     def has_requests(self) -> bool:
         return bool(self._requests)
 
@@ -163,6 +179,33 @@ class Scheduler:
             )
         self._requests[request.id] = request
         self._waiting.arrive(request)
+
+    def has(self, request_id: str) -> bool:
+        """Whether a request of this id has not ended."""
+        return request_id in self._requests
+
+    def num_cached(self, request: Request) -> int:
+        """Tokens of a request that waits nowhere yet, or here, which would be found in the prefix cache."""
+        return len(self._prefixes.find(request)) * self._block_size
+
+    def can_take(self, request: Request) -> bool:
+        """Whether a request that waits elsewhere could get a slot here, and all blocks for what is known of it, at once."""
+        return not self._waiting and not self.is_short_for(request)
+
+    def is_short_for(self, request: Request) -> bool:
+        """Whether there is no free slot, or not enough blocks for what is known of a request."""
+        return not self._free_slots or self._grants.count(request.num_known) > self.blocks.num_free - self._watermark
+
+    def first_in_line(self) -> Request | None:
+        """The first request that waits for nothing but room, if it has never run."""
+        first = next(filter(self._waiting.may_enter, self._waiting), None)
+        return None if first is None or first.num_preemptions else first
+
+    def hand_over(self, request: Request, other: Scheduler) -> None:
+        """Let another scheduler have a request that waits."""
+        del self._requests[request.id]
+        self._waiting.give_up(request)
+        other.add(request)
 
     def abort(self, request_id: str) -> RequestUpdate | None:
         """End a request now, waiting or running. None if it is not known (any more)."""

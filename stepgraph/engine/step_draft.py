@@ -20,6 +20,8 @@ class ScheduledStep(NamedTuple):
     prompt_spans: tuple[PromptSpan, ...] = ()
     follows_grammar: bool = False
     """Whether it samples for a request that does."""
+    ranks: tuple[ScheduledStep | None, ...] = ()
+    """Where ranks have requests of their own: what was scheduled for each of them, None if nothing."""
 
 
 @dataclass(slots=True)

@@ -37,6 +37,8 @@ class WaitingLine:
         self._last_arrival = 0.0  # seconds
         self._gathered = 0  # requests that arrived up to this number may enter
         self._num_gathering = 0  # waiting requests beyond it
+        self.num_tokens = 0
+        """Known of all that wait."""
 
     def __len__(self) -> int:
         return len(self._requests)
@@ -57,6 +59,7 @@ class WaitingLine:
         """Queue a request that lost its slot, in its old place."""
         insort(self._requests, request, key=rank)
         self._priorities[request.priority] += 1
+        self.num_tokens += request.num_known
 
     def give_up(self, request: Request) -> None:
         """A waiting request has ended."""
@@ -99,6 +102,7 @@ class WaitingLine:
 
     def _remove(self, request: Request) -> None:
         self._requests.remove(request)
+        self.num_tokens -= request.num_known
         self._priorities[request.priority] -= 1
         if not self._priorities[request.priority]:
             del self._priorities[request.priority]

@@ -54,6 +54,9 @@ class ExecutorSpecs:
     """Steps that may be launched before the results of an earlier one are read; with 0, launching a step is computing it."""
     num_ranks: int = 1
     """Devices that share the model, and every step."""
+    data_parallel_size: int = 1
+    """Ranks of which each has requests of its own, with slots, KV blocks and tokens of a step as said here. Slots of rank r are
+    numbered from r · slots + 1 on, and plans have a part for each rank: see `StepPlan.ranks`."""
     collectives: str = ""
     """Name of what carries sums between them; none of one device."""
     draft_levels: tuple[int, ...] = (0,)

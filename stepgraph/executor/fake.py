@@ -133,7 +133,7 @@ class FakeExecutor:
         self._check_awake()
         assert len(self._in_flight) <= self.specs.run_ahead, "an earlier step must be collected before"
         shape, reason = self._policy.shape_of(plan), self._policy.eager_reason(plan)
-        record = StepRecord(plan.kind, shape, plan.num_tokens, len(plan.rows), reason)
+        record = StepRecord(plan.kind, shape, plan.num_tokens, len(plan.rows), reason, num_ranks=plan.num_ranks)
         ticket = Ticket(self._launched, plan, record)
         results = self._device.run(plan)
         self._launched += 1

@@ -18,7 +18,7 @@ def load_of(engine: Engine) -> Load:
     return Load(
         num_running=scheduler.num_running,
         num_waiting=scheduler.num_waiting,
-        kv_usage=1 - scheduler.num_free_blocks / (executor.specs.num_kv_blocks - 1),
+        kv_usage=scheduler.kv_usage,
         preemptions=counts.preemptions,
         prompt_tokens=counts.prompt_tokens,
         cached_prompt_tokens=counts.cached_prompt_tokens,

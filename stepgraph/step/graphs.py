@@ -71,7 +71,7 @@ class StepGraphs(Generic[Output]):
         elif reason is None:
             over_budget = self.store.is_over_budget(shape)
             reason = EagerReason.MEMORY_BUDGET if over_budget else EagerReason.CAPTURE_FAILED
-        record = StepRecord(plan.kind, shape, plan.num_tokens, len(plan.rows), reason, captured)
+        record = StepRecord(plan.kind, shape, plan.num_tokens, len(plan.rows), reason, captured, plan.num_ranks)
         if found is None:
             self.log.add(record)
             return record, self.store.eager_twin(shape)
@@ -85,7 +85,9 @@ class StepGraphs(Generic[Output]):
         records = []
         for found in self.store.captured:
             use = self.log.uses.get(found.key, GraphUse())
-            records.append(GraphRecord(found.key, found.capture_ms, found.bytes, use.uses, use.real_tokens))
+            records.append(
+                GraphRecord(found.key, found.capture_ms, found.bytes, use.uses, use.real_tokens, use.padding_tokens)
+            )
         return records
 
     def capture_all(self, *, progress: bool) -> None:

@@ -21,6 +21,13 @@ class StepRecord:
     eager_reason: EagerReason | None
     captured: bool = False
     """Its graph was captured for it, which took longer than the step."""
+    num_ranks: int = 1
+    """Ranks that ran rows of their own at this shape; tokens and rows are those of all."""
+
+    @property
+    def padding_tokens(self) -> int:
+        """Tokens computed for nothing."""
+        return self.num_ranks * self.shape.num_tokens - self.num_tokens
 
 
 @dataclass
@@ -29,6 +36,8 @@ class GraphUse:
 
     uses: int = 0
     real_tokens: int = 0
+    padding_tokens: int = 0
+    """Computed for nothing."""
 
 
 @dataclass(frozen=True)
@@ -40,11 +49,8 @@ class GraphRecord:
     bytes: int
     uses: int
     real_tokens: int
-
-    @property
-    def padding_tokens(self) -> int:
-        """Tokens computed for nothing over all uses."""
-        return self.uses * self.shape.num_tokens - self.real_tokens
+    padding_tokens: int
+    """Computed for nothing over all uses."""
 
 
 @dataclass
@@ -62,11 +68,12 @@ class StepLog:
         """Note a step, and that it was one of the uses of a graph unless it ran without."""
         self.steps[record.kind, record.eager_reason] += 1
         self.real_tokens += record.num_tokens
-        self.padding_tokens += record.shape.num_tokens - record.num_tokens
+        self.padding_tokens += record.padding_tokens
         self.recent.append(record)
         if use is not None:
             use.uses += 1
             use.real_tokens += record.num_tokens
+            use.padding_tokens += record.padding_tokens
 
     @property
     def num_steps(self) -> int:

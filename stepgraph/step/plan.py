@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from functools import cached_property
@@ -38,6 +39,27 @@ class StepPlan:
     epoch: int | None = None
     """Plans of one epoch decode the same rows and differ in their deltas only, so what is known of one holds for all. Whoever
     makes the plans of a runner numbers them, ascending; None is like no other plan."""
+    ranks: tuple[StepPlan, ...] = ()
+    """Where ranks have requests of their own: what each of them runs, in their order, a step of one shape and variant. The fields
+    above are then of all, rows of prompts first, but for the deltas, which are only here."""
+
+    @classmethod
+    def joined(cls, ranks: Sequence[StepPlan], epoch: int) -> StepPlan:
+        """What ranks with requests of their own run in one step, each its plan of as many proposals as the others."""
+        prompts: list[tuple[int, int]] = []
+        decodes: list[tuple[int, int]] = []
+        for plan in ranks:
+            prompts += plan.rows[: plan.num_prefill_rows]
+            decodes += plan.rows[plan.num_prefill_rows :]
+        return cls(
+            rows=(*prompts, *decodes),
+            deltas=(),
+            num_prefill_rows=len(prompts),
+            variant=max(plan.variant for plan in ranks),
+            num_drafts=ranks[0].num_drafts,
+            epoch=epoch,
+            ranks=tuple(ranks),
+        )
 
     @cached_property
     def num_tokens(self) -> int:
@@ -45,12 +67,29 @@ class StepPlan:
         return sum(query_len for _, query_len in self.rows)
 
     @property
+    def num_ranks(self) -> int:
+        """Ranks that have rows of their own; 1 where all run the same."""
+        return max(1, len(self.ranks))
+
+    @property
+    def most_tokens(self) -> int:
+        """Upper bound of the tokens that a rank runs."""
+        return max(plan.num_tokens for plan in self.ranks) if self.ranks else self.num_tokens
+
+    @property
+    def most_rows(self) -> int:
+        """Most rows that a rank runs."""
+        return max(len(plan.rows) for plan in self.ranks) if self.ranks else len(self.rows)
+
+    @property
     def kind(self) -> StepKind:
         if self.num_prefill_rows == 0:
             return StepKind.DECODE
         return StepKind.PREFILL if self.num_prefill_rows == len(self.rows) else StepKind.MIXED
 
-    def pack(self, shape: StepShape, block_size: int, out: npt.NDArray[np.int32], start: int = 0) -> None:
+    def pack(
+        self, shape: StepShape, block_size: int, out: npt.NDArray[np.int32], start: int = 0, first_slot: int = 0
+    ) -> None:
         """Write the plan for the device: rows, then deltas, each padded with zeros (null slot, null block).
 
         Args:
@@ -58,18 +97,31 @@ class StepPlan:
             block_size: tokens per KV block.
             out: [plan_length] int32, overwritten from `start` on.
             start: `shape.deltas_start` where the rows lie on the device already, else 0.
+            first_slot: what the device calls slot n is `first_slot` + n here.
         """
         assert len(self.deltas) <= shape.num_deltas(block_size), (len(self.deltas), shape)
         out[start:] = 0
         if start == 0:
             assert self.num_tokens <= shape.num_tokens, (self.num_tokens, shape)
             assert len(self.rows) <= shape.num_rows, (len(self.rows), shape)
-            _put(self.rows, out)
-        _put(self.deltas, out[shape.deltas_start :])
+            _put(self.rows, out, first_slot)
+        _put(self.deltas, out[shape.deltas_start :], first_slot)
 
 
-def _put(entries: tuple[tuple[int, ...], ...], out: npt.NDArray[np.int32]) -> None:
-    """Write entries of equal length to where `out` begins."""
+IDLE_EPOCH = -1
+"""Of plans without rows."""
+
+
+def idle_plan(num_drafts: int) -> StepPlan:
+    """What a rank runs that has nothing to do, where others have."""
+    return StepPlan((), (), 0, num_drafts=num_drafts, epoch=IDLE_EPOCH)
+
+
+def _put(entries: tuple[tuple[int, ...], ...], out: npt.NDArray[np.int32], first_slot: int) -> None:
+    """Write entries of equal length, which begin with slots, to where `out` begins."""
     if entries:
-        flat = np.fromiter(chain.from_iterable(entries), dtype=np.int32, count=len(entries) * len(entries[0]))
+        width = len(entries[0])
+        flat = np.fromiter(chain.from_iterable(entries), dtype=np.int32, count=len(entries) * width)
+        if first_slot:
+            flat[::width] -= first_slot
         out[: flat.size] = flat

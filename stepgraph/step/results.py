@@ -38,6 +38,9 @@ class StepResults(NamedTuple):
     """[tokens, LOGPROB_WIDTH], likewise; tokens lie where the plan puts them if every row before runs in full."""
     drafts: npt.NDArray[np.int32] | None = None
     """[rows, K] proposals for the next step, of which `RowResult.num_drafts` count. None if the step made none."""
+    ranks: tuple[StepResults, ...] = ()
+    """Where ranks have requests of their own: what each of them produced. `table` is then of all, as the joined plan has the
+    rows; what else there is, is only here."""
 
     @property
     def rows(self) -> list[RowResult]:
@@ -54,13 +57,21 @@ class StepResults(NamedTuple):
         return list(map(tuple, columns.tolist()))
 
     @classmethod
-    def of(cls, rows: Sequence[RowResult], **rest: npt.NDArray[np.int32] | None) -> StepResults:
+    def joined(cls, ranks: Sequence[StepResults], plan: StepPlan) -> StepResults:
+        """Results of a plan that ranks with requests of their own have run."""
+        pairs = list(zip(ranks, plan.ranks, strict=True))
+        prompts = [results.table[: own.num_prefill_rows] for results, own in pairs]
+        decodes = [results.table[own.num_prefill_rows :] for results, own in pairs]
+        return cls(np.concatenate((*prompts, *decodes)), ranks=tuple(ranks))
+
+    @classmethod
+    def of(cls, rows: Sequence[RowResult], logprobs: npt.NDArray[np.int32] | None = None) -> StepResults:
         """Results of a step that ran somewhere else than on a device."""
         width = slot_line.OUT_TOKENS + max((len(row.tokens) for row in rows), default=0)
         table = np.zeros((len(rows), width), dtype=np.int32)
         for line, row in zip(table, rows, strict=True):
             line[: slot_line.OUT_TOKENS + len(row.tokens)] = (*row[: slot_line.OUT_TOKENS], *row.tokens)
-        return cls(table, **rest)
+        return cls(table, logprobs)
 
 
 class Ticket(NamedTuple):

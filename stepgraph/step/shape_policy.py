@@ -108,8 +108,8 @@ class ShapePolicy:
         raise AssertionError(f"{num_rows} rows fit no captured shape")
 
     def shape_of(self, plan: StepPlan) -> StepShape:
-        """The shape that `plan` runs at, in a graph or without one."""
-        return self.round_up(plan.num_tokens, len(plan.rows), plan.variant, plan.num_drafts)
+        """The shape that `plan` runs at, in a graph or without one, on all ranks."""
+        return self.round_up(plan.most_tokens, plan.most_rows, plan.variant, plan.num_drafts)
 
     def eager_reason(self, plan: StepPlan) -> EagerReason | None:
         """Why `plan` is to run without a graph; None if it is to run in one."""
@@ -117,7 +117,7 @@ class ShapePolicy:
             return EagerReason.GRAPHS_OFF
         if self.only_prefill and plan.kind is not StepKind.PREFILL:
             return EagerReason.NOT_PURE_PREFILL
-        if plan.num_tokens > self.longest_prefill and plan.kind is StepKind.PREFILL:
+        if plan.most_tokens > self.longest_prefill and plan.kind is StepKind.PREFILL:
             return EagerReason.LONG_PREFILL
         return None
 
