@@ -46,6 +46,9 @@ What differs although it has the same name:
   `--tool-call-parser none --reasoning-parser none` leaves both in the text.
 - Their environment variables are not read. A server is not started where `VLLM_API_KEY` or `FD_API_KEY` was to protect it and
   nothing else does: set `STEPGRAPH_API_KEY`.
+- FastDeploy's `FD_XPU_ENABLE_MIXED_EP_MODE=1`, by which an instance that both reads prompts and decodes changes between two ways
+  to its experts, is `--expert-parallel-mixed on`, the default here: each step goes the way that is faster for its number of
+  tokens, and mixtures need no special case. Its `0`, the default there, is `--expert-parallel-mixed off`: one way for all steps.
 - Captured sizes bound steps: one family of graphs serves prompts, decodes and mixtures, so the largest of
   `cudagraph_capture_sizes` (or `max_capture_size`) is the most tokens of a step, and longer prompts are cut. Leave sizes out,
   and every step has its graph.

@@ -159,8 +159,13 @@ def _graphs_list(arguments: argparse.Namespace) -> int:
     executor = build_executor(config, resolve_configured(config.model), progress=_progress())
     executor.runner.graphs.capture_all(progress=_progress())
     records, num_bytes = executor.graph_records(), executor.graph_counts().bytes
+    header = ["tokens x rows", "capture ms", "MiB"]
     rows_of_cells = [[str(r.shape), f"{r.capture_ms:.1f}", f"{r.bytes / 2**20:.1f}"] for r in records]
-    print(table(["tokens x rows", "capture ms", "MiB"], rows_of_cells))
+    if executor.specs.dispatch is not None:
+        header.append("experts")
+        for cells, record in zip(rows_of_cells, records, strict=True):
+            cells.append(f"{executor.specs.dispatch_of(record.shape)}")
+    print(table(header, rows_of_cells))
     total_s = sum(record.capture_ms for record in records) / 1e3
     print(f"{len(records)} {executor.specs.graph_backend} graphs, {total_s:.2f} s, {num_bytes / 2**20:.1f} MiB")
     return 0
@@ -269,7 +274,11 @@ def _parser() -> argparse.ArgumentParser:
         description="List, verify or prepare the captured graphs.",
     ).add_subparsers(required=True, metavar="COMMAND")
     listing = _add(graphs, "list", _graphs_list, "show which graphs these settings capture", flags=True)
-    listing.add_argument("--capture-now", action="store_true", help="load the model, capture them and show the cost")
+    listing.add_argument(
+        "--capture-now",
+        action="store_true",
+        help="load the model, capture them and show the cost, and the way to experts",
+    )
     verify = _add(
         graphs,
         "verify",

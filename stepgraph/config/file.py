@@ -65,6 +65,8 @@ def _flat(loaded: Any) -> dict[str, Any]:
             part = SERVE_PARTS[homes[name]]
             if isinstance(value, str) and scalar_type(part, name) == (str, True):
                 flat[name] = value = (value,)
+            if isinstance(value, bool) and "on" in (part.__dataclass_fields__[name].metadata["choices"] or ()):
+                flat[name] = value = "on" if value else "off"  # as which YAML reads these words
             check_value(part, name, tuple(value) if isinstance(value, list) else value)
     return flat
 

@@ -17,6 +17,12 @@ class ParallelConfig:
     enable_expert_parallel: bool = setting(
         False, "let each of these devices have some of the experts, whole, instead of a part of every one"
     )
+    expert_parallel_mixed: str = setting(
+        "on",
+        "how tokens come to the experts of a model that has some: as is fastest for the number of tokens of each step (on), or "
+        "one way for all steps (off)",
+        choices=("on", "off"),
+    )
 
     def __post_init__(self) -> None:
         check(self)

@@ -15,12 +15,14 @@ import numpy.typing as npt
 from torch import Tensor
 
 from stepgraph.errors import DeviceMemoryError
+from stepgraph.layers.inputs import DispatchTable
 from stepgraph.models.adapters import AdapterFile
 from stepgraph.models.source import ModelSource
 from stepgraph.step.admission import Admission
 from stepgraph.step.log import GraphRecord, StepLog
 from stepgraph.step.plan import StepPlan
 from stepgraph.step.results import StepResults, Ticket
+from stepgraph.step.shape import StepShape
 
 R = TypeVar("R")
 
@@ -61,6 +63,8 @@ class ExecutorSpecs:
     """Name of what carries sums between them; none of one device."""
     draft_levels: tuple[int, ...] = (0,)
     """Numbers of proposals of a row that steps may be planned with, ascending; each has graphs of its own."""
+    dispatch: DispatchTable | None = None
+    """How the tokens of a step come to their experts; None without experts."""
     lookahead: int = 0
     """Tokens after a KV block that its content depends on."""
     reuses_prefixes: bool = True
@@ -75,6 +79,10 @@ class ExecutorSpecs:
     """Whether `sleep` is allowed."""
     longest_step_s: float = 0.0
     """What its largest step takes on the slowest machine; 0 where that is next to nothing."""
+
+    def dispatch_of(self, shape: StepShape) -> str | None:
+        """How the tokens of steps of a shape come to their experts; None without experts."""
+        return None if self.dispatch is None else str(self.dispatch.of(shape.num_tokens))
 
 
 class AdmissionError(DeviceMemoryError):

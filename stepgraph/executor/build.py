@@ -14,6 +14,7 @@ from stepgraph.executor.base import ExecutorSpecs
 from stepgraph.executor.in_background import in_background
 from stepgraph.executor.local import LocalExecutor
 from stepgraph.executor.precision import describe, exact_tokens
+from stepgraph.layers.inputs import DispatchTable
 from stepgraph.models.adapters import AdapterStore
 from stepgraph.models.decoder import Decoder
 from stepgraph.models.language_model import LanguageModel
@@ -27,8 +28,9 @@ from stepgraph.platforms import DeviceMemory, Platform, create_platform
 from stepgraph.spec.create import create_drafter
 from stepgraph.spec.depth import LEVELS, draft_levels
 from stepgraph.spec.drafter import Drafter
+from stepgraph.step.dispatch import ONE_WAY, choose_dispatch
 from stepgraph.step.memory import place_weights
-from stepgraph.step.runner import StepRunner
+from stepgraph.step.runner import StepRunner, backend_name
 from stepgraph.step.shape_policy import ShapePolicy
 
 _FEW_LEVELS = (0, 3)
@@ -103,6 +105,15 @@ def build_local_executor(
     adapters = _create_adapters(model, config)
     if fills_late:
         torch._foreach_zero_(list(model.parameters()))  # capturing runs programs on them, which must not meet NaN
+    dispatch = choose_dispatch(
+        model,
+        config,
+        platform,
+        graph_backend=backend_name(config, platform),
+        token_sizes=ShapePolicy.of(config.graph, config.scheduler).token_sizes,
+        is_leader=shard.rank == 0,
+        exchange=ranks.exchange,
+    )
     with _filling(model, config, source, platform, progress=progress) if fills_late else nullcontext():
         if fills_late:
             meanwhile()
@@ -114,15 +125,22 @@ def build_local_executor(
             adapters=adapters,
             drafter=drafter,
             draft_levels=levels,
+            dispatch=dispatch or ONE_WAY,
             group=group,
             exchange=ranks.exchange,
         )
         if not runner.graphs.lazy:
             runner.graphs.capture_all(progress=progress)
-    return LocalExecutor(runner, _specs(runner, config, weights, drafter), weights, adapters, drafter, group)
+    return LocalExecutor(runner, _specs(runner, config, weights, drafter, dispatch), weights, adapters, drafter, group)
 
 
-def _specs(runner: StepRunner, config: EngineConfig, weights: DeviceMemory, drafter: Drafter | None) -> ExecutorSpecs:
+def _specs(
+    runner: StepRunner,
+    config: EngineConfig,
+    weights: DeviceMemory,
+    drafter: Drafter | None,
+    dispatch: DispatchTable | None,
+) -> ExecutorSpecs:
     platform, policy = runner.platform, runner.policy
     return ExecutorSpecs(
         platform=platform.name,
@@ -138,6 +156,7 @@ def _specs(runner: StepRunner, config: EngineConfig, weights: DeviceMemory, draf
         token_sizes=policy.token_sizes,
         run_ahead=platform.run_ahead,
         draft_levels=policy.draft_levels,
+        dispatch=dispatch,
         lookahead=0 if drafter is None else drafter.lookahead,
         reuses_prefixes=runner.layout.reuses_prefixes,
         reach=runner.layout.reach,

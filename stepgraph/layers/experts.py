@@ -69,7 +69,7 @@ class Router(nn.Module):
         device: of the parameters.
         """
         super().__init__()
-        self._routing = spec.routing
+        self.routing = spec.routing
         size = spec.num_experts, hidden_size
         self.weight = nn.Parameter(torch.empty(size, dtype=torch.float32, device=device), False)
         self.bias = (
@@ -80,7 +80,7 @@ class Router(nn.Module):
 
     def forward(self, x_TE: Tensor, counts_B: Tensor) -> ops.Chosen:
         """Choose; see `ops.route`. May run inside a graph."""
-        return ops.route(x_TE, self.weight, self.bias, counts_B, self.totals, self._routing)
+        return ops.route(x_TE, self.weight, self.bias, counts_B, self.totals, self.routing)
 
 
 class ExpertLinear(MergedLinear):

@@ -77,6 +77,7 @@ def graphs_of(engine: Engine) -> dict[str, Any]:
                 "real_tokens": record.real_tokens,
                 "padding_tokens": record.padding_tokens,
             }
+            | ({} if (way := executor.specs.dispatch_of(record.shape)) is None else {"dispatch": way})
             for record in executor.graph_records()
         ],
         "ranks": [report._asdict() for report in executor.rank_reports()],

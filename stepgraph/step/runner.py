@@ -40,6 +40,12 @@ logger = logging.getLogger(__name__)
 _NOTHING = slice(0, 0)
 
 
+def backend_name(config: EngineConfig, platform: Platform) -> str:
+    """What captures the steps, as `create_backend` takes it."""
+    wanted = config.graph.graph_backend
+    return platform.default_graph_backend if wanted == "auto" else wanted
+
+
 class StepRunner:
     """Owns the device side of an engine: SlotState, KV cache, graphs."""
 
@@ -53,6 +59,7 @@ class StepRunner:
         adapters: AdapterStore | None = None,
         drafter: Drafter | None = None,
         draft_levels: Sequence[int] = (0,),
+        dispatch: DispatchTable = DispatchTable(),  # noqa: B008  # frozen
         group: Group | None = None,
         exchange: Exchange = alone,
     ):
@@ -64,12 +71,10 @@ class StepRunner:
         self._adapters, self._drafter, self._group = adapters, drafter, group
         self._acceptance = config.speculative.speculative_acceptance
         self.deterministic = config.model.deterministic
-        self.dispatch = DispatchTable()
+        self.dispatch = dispatch
         """How tokens come to experts."""
         scheduler, graph = config.scheduler, config.graph
-        backend = create_backend(
-            platform.default_graph_backend if graph.graph_backend == "auto" else graph.graph_backend
-        )
+        backend = create_backend(backend_name(config, platform))
         self.policy = ShapePolicy.of(graph, scheduler, draft_levels=draft_levels, graphs_off=backend.name == "eager")
         lazy = graph.capture == "lazy" or (graph.capture == "auto" and not platform.captures_all_by_default)
         self.state = SlotState(

@@ -265,10 +265,12 @@ def main_verify(
         )
     finally:
         executor.close()
-    print(f"{'tokens x rows':>24} {'compositions':>13} {'graph - eager':>14} {'batch - alone':>14}  result")
+    experts = "" if specs.dispatch is None else f"{'experts':>8} "
+    print(f"{'tokens x rows':>24} {experts}{'compositions':>13} {'graph - eager':>14} {'batch - alone':>14}  result")
     for report in reports:
+        way = experts and f"{specs.dispatch_of(report.shape):>8} "
         print(
-            f"{report.shape!s:>24} {report.compositions:>13} {report.worst_graph_difference:>14.3g} "
+            f"{report.shape!s:>24} {way}{report.compositions:>13} {report.worst_graph_difference:>14.3g} "
             f"{report.worst_alone_difference:>14.3g}  {'ok' if not report.mismatches else 'MISMATCH'}"
         )
     mismatches = [mismatch for report in reports for mismatch in report.mismatches]
@@ -292,7 +294,7 @@ def main_verify(
                 "backend": specs.graph_backend,
                 "rounds": rounds,
                 "seed": seed,
-                "graphs": [_as_json(report) for report in reports],
+                "graphs": [_as_json(report) | {"dispatch": specs.dispatch_of(report.shape)} for report in reports],
                 "mismatches": len(mismatches),
             },
         )

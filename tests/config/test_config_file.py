@@ -155,3 +155,9 @@ def test_without_pyyaml_the_error_says_what_to_install(file, monkeypatch):
     monkeypatch.setitem(sys.modules, "yaml", None)
     with pytest.raises(ConfigError, match=r"needs PyYAML; run: pip install 'stepgraph\[server\]'"):
         read_settings(file("port: 80"))
+
+
+@pytest.mark.parametrize("word", ["on", "off"])
+def test_words_that_yaml_takes_for_booleans_stay_words_where_they_are_values(file, word):
+    assert read_settings(file(f"expert-parallel-mixed: {word}")) == {"expert_parallel_mixed": word}
+    assert read_settings(file(f"parallel: {{expert_parallel_mixed: '{word}'}}")) == {"expert_parallel_mixed": word}
