@@ -16,7 +16,17 @@ from stepgraph.models.fp8_checkpoint import READABLE, refusal
 from stepgraph.parallel.shard import Shard, sizes_that_divide
 
 _FULL, _SLIDING = "full_attention", "sliding_attention"
-_WITH_EXPERTS = frozenset(("MixtralForCausalLM", "Qwen2MoeForCausalLM", "Qwen3MoeForCausalLM"))
+_WITH_EXPERTS = frozenset(
+    (
+        "Dots1ForCausalLM",
+        "Ernie4_5_MoeForCausalLM",
+        "Glm4MoeForCausalLM",
+        "GraniteMoeForCausalLM",
+        "MixtralForCausalLM",
+        "Qwen2MoeForCausalLM",
+        "Qwen3MoeForCausalLM",
+    )
+)
 """Classes whose mixtures of experts are native."""
 _ACTIVATIONS: dict[str, Activation] = {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
 
@@ -231,6 +241,35 @@ def no_experts(architecture: str, why: str) -> ConfigError:
         f"enable_expert_parallel=True needs a native model with experts, and this is a {architecture}, {why}; leave it off",
         param="enable_expert_parallel",
     )
+
+
+def check_mixtures(config: DecoderConfig) -> None:
+    """Raise ModelError, saying which number of config.json is wrong, if the experts of a layer cannot be chosen as it says."""
+    for spec in filter(None, dict.fromkeys(config.mixtures)):
+        routing, size = spec.routing, spec.num_experts // spec.routing.groups
+        limits = {
+            "the number of experts": (spec.num_experts, 1, None),
+            "the number of groups of experts": (routing.groups, 1, spec.num_experts),
+            "the number of groups that a token's experts are of": (routing.kept_groups, 1, routing.groups),
+            "the number of experts per token": (
+                routing.top,
+                1,
+                spec.num_experts if routing.groups == 1 else size * routing.kept_groups,
+            ),
+            "the width of an expert": (spec.intermediate_size, 1, None),
+            "the width of the experts that all tokens take": (spec.shared_intermediate_size, 0, None),
+        }
+        for what, (number, least, most) in limits.items():
+            if number < least or (most is not None and number > most):
+                raise ModelError(
+                    f"{what[0].upper()}{what[1:]} is {number} in the config of this {config.architecture}, and must be at least "
+                    f"{least}{'' if most is None else f' and at most {most}'}. Correct config.json, or download it again."
+                )
+        if routing.groups > 1 and (spec.num_experts % routing.groups or size < routing.group_top):
+            raise ModelError(
+                f"The {spec.num_experts} experts of this {config.architecture} cannot be split into {routing.groups} groups: "
+                f"groups must be equal, of at least {routing.group_top}. Correct config.json, or download it again."
+            )
 
 
 def possible_sizes(config: DecoderConfig, *, expert_parallel: bool) -> list[int]:

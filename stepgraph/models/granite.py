@@ -1,4 +1,4 @@
-"""Granite 3, dense: Llama with a constant factor at the embedding, the residual stream, attention and the logits.
+"""Granite 3, dense and with experts: Llama with a constant factor at the embedding, residual stream, attention and logits.
 
 Source: Granite Team, "Granite 3.0 Language Models" (2024); the factors are those of Yang et al., "Tensor Programs V" (2022).
 """
@@ -8,8 +8,10 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+from stepgraph.layers.experts import ExpertsSpec
 from stepgraph.models.config import DecoderConfig
 from stepgraph.models.decoder import Decoder
+from stepgraph.ops import Routing
 
 
 class Granite(Decoder):
@@ -26,3 +28,15 @@ class Granite(Decoder):
             residual_multiplier=hf_config.residual_multiplier,
             logits_divisor=hf_config.logits_scaling,
         )
+
+
+class GraniteMoe(Granite):
+    """The shared decoder with factors, and experts in all layers."""
+
+    @classmethod
+    def config_from_hf(cls, hf_config: Any) -> DecoderConfig:
+        """See `Decoder.config_from_hf`."""
+        config = super().config_from_hf(hf_config)
+        routing = Routing(hf_config.num_experts_per_tok)
+        spec = ExpertsSpec(hf_config.num_local_experts, config.intermediate_size, routing)
+        return replace(config, mixtures=(spec,) * config.num_layers)

@@ -31,6 +31,16 @@ _DEFAULTS: dict[tuple[Any, Any], dict[str, Any]] = {
     ("llama", "LlamaForCausalLM"): _COMMON,
     ("qwen2", "Qwen2ForCausalLM"): _COMMON | {"use_sliding_window": False},
     ("qwen3", "Qwen3ForCausalLM"): _COMMON | {"use_sliding_window": False, "head_dim": 128},
+    ("qwen3_moe", "Qwen3MoeForCausalLM"): _COMMON
+    | {
+        "use_sliding_window": False,
+        "num_experts": 128,
+        "num_experts_per_tok": 8,
+        "moe_intermediate_size": 768,
+        "norm_topk_prob": False,
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": (),
+    },
 }
 """By model type and class: the fields that a config may lack, and what they are then in transformers' class."""
 _SIZES = (
@@ -50,8 +60,10 @@ _OF_NO_ACCOUNT = frozenset(
         "initializer_range",
         "max_window_layers",
         "model_type",
+        "output_router_logits",
         "pad_token_id",
         "pretraining_tp",
+        "router_aux_loss_coef",
         "transformers_version",
         "use_cache",
     )
@@ -60,9 +72,11 @@ _OF_NO_ACCOUNT = frozenset(
 
 
 _COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "num_attention_heads", "n_head", "num_heads")
+_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 _WIDTHS = ("vocab_size", "hidden_size", "n_embd", "d_model", "max_position_embeddings", "n_positions")
 _OPTIONAL_WIDTHS = ("intermediate_size", "n_inner", "ffn_dim", "num_key_value_heads", "head_dim")
-_MOST_OF = dict.fromkeys(_COUNTS, 2**12) | dict.fromkeys((*_WIDTHS, *_OPTIONAL_WIDTHS), 2**24)
+_OPTIONAL = (*_OPTIONAL_WIDTHS, *_EXPERTS)
+_MOST_OF = dict.fromkeys((*_COUNTS, *_EXPERTS), 2**12) | dict.fromkeys((*_WIDTHS, *_OPTIONAL_WIDTHS), 2**24)
 """By the names that a config may give to the sizes of a model: more than any model has. Lists are made and loops run by them, in
 transformers' classes too, before a weight is read that might say otherwise."""
 
@@ -71,7 +85,7 @@ def check_sizes(fields: Mapping[str, Any], where: object) -> None:
     """Raise ModelError if a config says that a model has so many layers, say, as none can have. Of what is no whole number,
     whoever reads it judges."""
     for name, most in _MOST_OF.items():
-        size, least = fields.get(name), 0 if name in _OPTIONAL_WIDTHS else 1
+        size, least = fields.get(name), 0 if name in _OPTIONAL else 1
         if type(size) is int and not least <= size <= most:
             raise ModelError(
                 f"{where}: {name} is {size}, and must be between {least} and {most}; download the file again."
@@ -176,6 +190,8 @@ def plain_config(fields: Mapping[str, Any]) -> SimpleNamespace | None:
         return None
     if set(rest.pop("layer_types", None) or ()) - {"full_attention"}:
         return None
+    if rest.pop("mlp_only_layers", None):
+        return None
     if (dtype := rest.pop("torch_dtype", None)) is not None:
         rest.setdefault("dtype", dtype)
     for name in _OF_NO_ACCOUNT:
@@ -185,8 +201,9 @@ def plain_config(fields: Mapping[str, Any]) -> SimpleNamespace | None:
     if any(rest.get(name, default) is None for name, default in defaults.items() if default is not None):
         return None
     config = SimpleNamespace(**(defaults | rest), model_type=fields["model_type"], rope_parameters=rope)
+    counts = [name for name, default in defaults.items() if type(default) is int]
     if (
-        any(type(getattr(config, name)) is not int for name in _SIZES)
+        any(type(getattr(config, name)) is not int for name in (*_SIZES, *counts))
         or config.hidden_size % config.num_attention_heads
     ):
         return None

@@ -10,11 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from stepgraph.errors import ModelError
-from stepgraph.models.config import DecoderConfig, architecture_of, check_quantization, check_supported
+from stepgraph.models.config import DecoderConfig, architecture_of, check_mixtures, check_quantization, check_supported
 from stepgraph.models.decoder import Decoder
+from stepgraph.models.dots1 import Dots1
 from stepgraph.models.ernie4_5 import Ernie45
+from stepgraph.models.ernie4_5_moe import Ernie45Moe
 from stepgraph.models.gemma3 import Gemma3
-from stepgraph.models.granite import Granite
+from stepgraph.models.glm4_moe import Glm4Moe
+from stepgraph.models.granite import Granite, GraniteMoe
 from stepgraph.models.hf_config import hf_config_from_json
 from stepgraph.models.language_model import LanguageModelConfig
 from stepgraph.models.llama import Llama
@@ -50,9 +53,13 @@ ARCHITECTURES: dict[str, type[Decoder]] = {
     "MiMoForCausalLM": Qwen2,
     "MixtralForCausalLM": Mixtral,
     "Qwen2MoeForCausalLM": Qwen2Moe,
+    "Dots1ForCausalLM": Dots1,
     "Ernie4_5ForCausalLM": Ernie45,
+    "Ernie4_5_MoeForCausalLM": Ernie45Moe,
     "Gemma3ForCausalLM": Gemma3,
+    "Glm4MoeForCausalLM": Glm4Moe,
     "GraniteForCausalLM": Granite,
+    "GraniteMoeForCausalLM": GraniteMoe,
     "MiniCPMForCausalLM": MiniCPM,
     "Phi3ForCausalLM": Phi3,
     "SeedOssForCausalLM": SeedOss,
@@ -140,6 +147,7 @@ def read_config(hf_config: Any) -> DecoderConfig:
         )
     with _telling_of_odd_fields():
         config = ARCHITECTURES[architecture].config_from_hf(hf_config)
+        check_mixtures(config)
     check_quantization(hf_config)  # last: of a model that cannot run, no other checkpoint does
     return config
 

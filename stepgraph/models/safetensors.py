@@ -12,6 +12,7 @@ from torch import Tensor
 
 from stepgraph.errors import ModelError
 from stepgraph.models.checkpoint import CheckpointTensor, take
+from stepgraph.models.expert_tensors import split_experts
 from stepgraph.models.fp8_checkpoint import join_scales
 from stepgraph.models.json_file import read_json
 from stepgraph.models.tensor_names import native_name
@@ -58,7 +59,7 @@ def read_safetensors(folder: Path) -> Iterator[CheckpointTensor]:
     Raises:
         ModelError: a file is missing, truncated or not a safetensors file, or scales do not fit their weight.
     """
-    yield from join_scales(_stored(folder))
+    yield from join_scales(split_experts(_stored(folder)))
 
 
 def _stored(folder: Path) -> Iterator[CheckpointTensor]:

@@ -19,11 +19,14 @@ _EXAONE = {
 }
 _NAME = re.compile(r"transformer\.(?:h\.(?P<layer>\d+)\.)?(?P<part>.+)\.(?P<kind>\w+)")
 _OF_EXPERTS = (
-    # Mixtral's
+    # Mixtral's; Granite's has all experts in one tensor
     (re.compile(r"\.block_sparse_moe\."), ".mlp."),
     (re.compile(r"(\.experts\.\d+)\.w1\."), r"\1.gate_proj."),
     (re.compile(r"(\.experts\.\d+)\.w2\."), r"\1.down_proj."),
     (re.compile(r"(\.experts\.\d+)\.w3\."), r"\1.up_proj."),
+    (re.compile(r"\.mlp\.input_linear\.weight$"), ".mlp.experts.gate_up_proj"),
+    (re.compile(r"\.mlp\.output_linear\.weight$"), ".mlp.experts.down_proj"),
+    (re.compile(r"\.mlp\.router\.(?:layer\.)?weight$"), ".mlp.gate.weight"),
     # Qwen2's
     (re.compile(r"\.mlp\.shared_expert\."), ".mlp.shared_experts."),
     # ERNIE's, in checkpoints and in memory; DeepSeek's, which GLM has too

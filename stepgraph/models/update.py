@@ -13,6 +13,7 @@ from stepgraph.layers.formats.target import Skipped, Target, part_of, quantizati
 from stepgraph.models.checkpoint import CheckpointTensor, take
 from stepgraph.models.config import DecoderConfig
 from stepgraph.models.decoder import Decoder
+from stepgraph.models.expert_tensors import split_experts
 from stepgraph.models.language_model import LanguageModel, LanguageModelConfig
 from stepgraph.models.mtp_tensors import without_mtp
 from stepgraph.models.output_head import fit_head, has_own_head
@@ -63,7 +64,7 @@ def plan_update(model: LanguageModel, source: ModelSource | Iterable[tuple[str, 
         tensors = source.tensors() if isinstance(model, Decoder) else _read_with_transformers(model, source)
     else:
         description = "given as tensors"
-        tensors = (TensorInMemory(native_name(name), values) for name, values in source)
+        tensors = split_experts(TensorInMemory(native_name(name), values) for name, values in source)
         if not isinstance(model, Decoder):
             raise ModelError(
                 f"{model.config.architecture} runs through transformers, which renames and merges tensors as it reads a "

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,7 +21,6 @@ from stepgraph.layers.linear import Linear
 from stepgraph.models.checkpoint import CheckpointTensor, take
 from stepgraph.models.config import DecoderConfig
 from stepgraph.models.decoder import Decoder
-from stepgraph.models.ernie4_5 import Ernie45
 from stepgraph.models.language_model import LanguageModel
 from stepgraph.models.mtp_tensors import mtp_names
 from stepgraph.models.quantization import pack_rounded
@@ -143,7 +142,7 @@ def load_mtp(
     if config.model.load_format != "dummy":
         read = partial(_read, config, source)
         found = read()
-        _check_runs(found)
+        layer_config = _with_mixture(layer_config, found)
         options, num_modules = found.layout.options, len(found.numbers)
         num_draft_ids = found.draft_token_ids.shape[0] if found.draft_token_ids else 0
     layers = [
@@ -321,43 +320,32 @@ def _token_ids(found: _Found, num_ids: int, vocab_size: int) -> Tensor:
     return ids_N
 
 
-def _check_runs(found: _Found) -> None:
-    experts = sorted(tensor.name for tensor in found.tensors if ".mlp.experts." in tensor.name)
-    if experts:
-        raise ConfigError(
-            f"speculative_config: the module in {found.description} has a mixture of experts ({experts[0]}, …); modules with a "
-            'dense feed-forward are run. Choose the method "suffix" or "ngram", which need no module.'
-        )
-
-
-def _glm4_moe(hf_config: Any) -> DecoderConfig:
-    return DecoderConfig.from_hf(
-        hf_config,
-        qkv_bias=hf_config.attention_bias,
-        output_bias=False,
-        qk_norm=hf_config.use_qk_norm,
-        partial_rope=True,
-    )
-
-
-_DENSE_PARTS = {"Ernie4_5_MoeForCausalLM": Ernie45.config_from_hf, "Glm4MoeForCausalLM": _glm4_moe}
-"""How to read the configs of models that are not native here, but whose modules are made like a native model's layers."""
-
-
 def _layer_config(model: LanguageModel) -> DecoderConfig:
-    """What the decoder layer of a module is like: the model's own last layer, with a dense feed-forward."""
+    """What the decoder layer of a module is like: the model's own last layer."""
     config = model.config
     if isinstance(config, DecoderConfig):
         return config
     assert isinstance(config, TransformersConfig), config
     if config.architecture in ARCHITECTURES:
         return ARCHITECTURES[config.architecture].config_from_hf(config.hf_config)
-    if config.architecture not in _DENSE_PARTS:
+    raise ConfigError(
+        f'speculative_config: the method "mtp" knows no modules for {config.architecture}, which runs through transformers. It '
+        'knows those of native models; elsewhere, choose the method "suffix" or "ngram".'
+    )
+
+
+def _with_mixture(config: DecoderConfig, found: _Found) -> DecoderConfig:
+    """With layers that have experts if the module in a checkpoint has any, and are dense else: beside models with experts, there are
+    modules of either kind."""
+    experts = sorted(tensor.name for tensor in found.tensors if ".mlp.experts." in tensor.name)
+    mixture = next((mixture for mixture in reversed(config.mixtures) if mixture is not None), None)
+    if experts and mixture is None:
         raise ConfigError(
-            f'speculative_config: the method "mtp" knows no modules for {config.architecture}, which runs through transformers. '
-            f'It knows those of native models, {" and ".join(_DENSE_PARTS)}; elsewhere, choose the method "suffix" or "ngram".'
+            f"speculative_config: the module in {found.description} has a mixture of experts ({experts[0]}, …), and the model, a "
+            f"{config.architecture}, has none. Give a module that was trained for it, or choose the method "
+            '"suffix" or "ngram", which need none.'
         )
-    return _DENSE_PARTS[config.architecture](config.hf_config)
+    return replace(config, mixtures=(mixture if experts else None,) * config.num_layers)
 
 
 def _final_norm(model: LanguageModel) -> Tensor:

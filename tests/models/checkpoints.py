@@ -6,9 +6,13 @@ import transformers
 from transformers import (
     AutoModelForCausalLM,
     CwmConfig,
+    Dots1Config,
+    Ernie4_5_MoeConfig,
     Ernie4_5Config,
     Gemma3TextConfig,
+    Glm4MoeConfig,
     GraniteConfig,
+    GraniteMoeConfig,
     LlamaConfig,
     MinistralConfig,
     MistralConfig,
@@ -122,6 +126,33 @@ HF_CONFIGS = {
         shared_expert_intermediate_size=48,
         mlp_only_layers=[1],
     ),
+    "ernie 4.5 moe": lambda: Ernie4_5_MoeConfig(
+        **SIZES | {"num_hidden_layers": 3},
+        moe_num_experts=8,
+        moe_k=3,
+        moe_intermediate_size=32,
+        moe_num_shared_experts=2,
+        moe_layer_start_index=0,
+        moe_layer_end_index=1,
+    ),
+    "glm 4.5": lambda: Glm4MoeConfig(
+        **SIZES | {"num_hidden_layers": 3},
+        **EXPERTS,
+        head_dim=16,
+        n_routed_experts=12,
+        n_group=4,
+        topk_group=2,
+        routed_scaling_factor=2.5,
+        use_qk_norm=True,
+        attention_bias=True,
+        rope_parameters={"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5},
+    ),
+    "dots 1": lambda: Dots1Config(
+        **SIZES, **EXPERTS, head_dim=16, n_routed_experts=8, n_shared_experts=1, first_k_dense_replace=1
+    ),
+    "granite moe": lambda: GraniteMoeConfig(
+        **SIZES, num_local_experts=8, embedding_multiplier=12.0, residual_multiplier=0.22, attention_multiplier=0.1
+    ),
     "qwen3 moe": lambda: Qwen3MoeConfig(
         **SIZES, **EXPERTS, head_dim=16, num_experts=8, norm_topk_prob=True, decoder_sparse_step=2
     ),
@@ -142,4 +173,7 @@ def random_hf_model(hf_config):
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.normal_(1.0 if "norm" in name else 0.0, 0.2)
+        for name, buffer in model.named_buffers():
+            if name.endswith("e_score_correction_bias"):
+                buffer.normal_(0.0, 0.2)
     return model

@@ -35,8 +35,21 @@ CONFIGS = {
     | {"rope_scaling": None, "head_dim": 16},
     "qwen2": OF_EVERY_KIND | {"architectures": ["Qwen2ForCausalLM"]} | WINDOWS,
     "qwen3": OF_EVERY_KIND | {"architectures": ["Qwen3ForCausalLM"], "attention_bias": True, "head_dim": 32} | WINDOWS,
+    "qwen3_moe": OF_EVERY_KIND
+    | {"architectures": ["Qwen3MoeForCausalLM"], "attention_bias": False, "head_dim": 32, "router_aux_loss_coef": 0.001}
+    | {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "norm_topk_prob": True}
+    | {"decoder_sparse_step": 1, "mlp_only_layers": [], "output_router_logits": False}
+    | WINDOWS,
 }
-OF_NO_ACCOUNT = ("attention_dropout", "initializer_range", "max_window_layers", "pretraining_tp", "use_cache")
+OF_NO_ACCOUNT = (
+    "attention_dropout",
+    "initializer_range",
+    "max_window_layers",
+    "output_router_logits",
+    "pretraining_tp",
+    "router_aux_loss_coef",
+    "use_cache",
+)
 CHANGES = {
     "attention_bias": [True],
     "dtype": ["float16"],
@@ -44,6 +57,8 @@ CHANGES = {
     "head_dim": [8, 128],
     "layer_types": [["full_attention"] * 3, ["full_attention", "sliding_attention", "sliding_attention"]],
     "mlp_bias": [True],
+    "mlp_only_layers": [[1]],
+    "num_experts": [0, 4],
     "num_key_value_heads": [4],
     "rope_parameters": [{"rope_type": "default", "rope_theta": 7.0}, {"rope_type": "linear", "rope_theta": 7.0, "factor": 2.0}],
     "rope_scaling": [{"rope_type": "linear", "factor": 4.0}],

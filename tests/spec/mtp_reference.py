@@ -6,6 +6,7 @@ size.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,6 +27,8 @@ class Reference:
     hands_over_normalised: bool = False
     draft_token_ids: tuple[int, ...] = ()
     interleaved_rope: bool = False
+    mixture: Callable[[Tensor], Tensor] | None = None
+    """Feed-forward layer of all modules, [1, T, E] of a normalised stream, if it is not dense."""
 
     @torch.no_grad()
     def drafts(self, tokens: list[int], num_drafts: int) -> list[int]:
@@ -100,6 +103,8 @@ class Reference:
         attended_HTD = F.scaled_dot_product_attention(q_HTD, k_HTD, v_HTD, is_causal=True)
         x_TE = x_TE + linear("self_attn.o_proj", attended_HTD.transpose(0, 1).reshape(num_tokens, -1))
         normalised_TE = self._norm(module["post_attention_layernorm.weight"], x_TE)
+        if self.mixture is not None:
+            return x_TE + self.mixture(normalised_TE[None])[0]
         gate_TM, up_TM = linear("mlp.gate_proj", normalised_TE), linear("mlp.up_proj", normalised_TE)
         return x_TE + linear("mlp.down_proj", F.silu(gate_TM) * up_TM)
 

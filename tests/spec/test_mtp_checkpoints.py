@@ -17,6 +17,7 @@ from transformers import (
     LlamaConfig,
     Qwen2Config,
     Qwen3Config,
+    Qwen3MoeConfig,
 )
 
 from stepgraph import native
@@ -98,6 +99,14 @@ PUBLISHED = {
         {"interleaved_rope": True},
         {},
     ),
+    "DeepSeek's layout, Qwen3 with experts": (
+        Qwen3MoeConfig(**SIZES, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32),
+        DEEPSEEK,
+        "model.layers.2.",
+        (*BLOCK, *QK_NORMS),
+        {},
+        {},
+    ),
     "MiMo-7B": (
         Qwen2Config(**SIZES),
         MIMO,
@@ -117,13 +126,16 @@ PUBLISHED = {
 }
 
 
-def save_model(folder: Path, hf_config, changes: dict | None = None) -> AutoModelForCausalLM:
+def save_model(folder: Path, hf_config, changes: dict | None = None, *, seed: int = 0) -> AutoModelForCausalLM:
     """Write a model with every parameter random."""
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(hf_config, dtype=torch.float32).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.normal_(1.0 if "norm" in name else 0.0, 0.2)
+        for name, buffer in model.named_buffers():
+            if name.endswith("e_score_correction_bias"):
+                buffer.normal_(0.0, 0.2)
     model.save_pretrained(folder)
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | (changes or {})))
@@ -183,6 +195,42 @@ def test_a_published_layout_drafts_as_its_makers_say(tmp_path, published):
         == hf_model.generate(tokens, max_new_tokens=4, do_sample=False, eos_token_id=[-1])[0, 27:].tolist()
     )
     assert not engine.executor.runner.policy.max_shape.num_drafts
+
+
+@pytest.mark.parametrize("published", ["GLM-4.5", "ERNIE 4.5 with experts", "DeepSeek's layout, Qwen3 with experts"])
+@pytest.mark.parametrize("num_modules", [1, 2])
+def test_a_module_may_have_experts_as_the_models_layers_have(tmp_path, published, num_modules):
+    hf_config, names, block, _, how, _ = PUBLISHED[published]
+    folder, other = tmp_path / "model", tmp_path / "other"
+    hf_model, donor = save_model(folder, hf_config), save_model(other, hf_config, seed=1)
+    module, last = module_tensors(hf_config, names), "model.layers.1."
+    stored = load_file(other / "model.safetensors")
+    module |= {name.removeprefix(last): tensor for name, tensor in stored.items() if name.startswith(last)}
+    assert any("experts.3.up_proj" in name for name in module)
+    for k in range(num_modules):
+        add_tensors(
+            folder,
+            {names.get(name, block + name).replace(*numbers(block, k), 1): t.clone() for name, t in module.items()},
+        )
+    ref = Reference(hf_model, (module,) * num_modules, mixture=donor.model.layers[1].mlp, **how)
+    check_proposals(create(folder, {"acceptance": 0.5}), ref)
+
+    engine = create(folder, {})  # which accepts what is right
+    prompts, params = (
+        [list(range(3, 30)), [5, 6], [9] * 17],
+        SamplingParams(temperature=0, max_tokens=12, ignore_eos=True),
+    )
+    requests = [engine.add_request(str(i), prompt, params) for i, prompt in enumerate(prompts)]
+    drain(engine)
+    for prompt, request in zip(prompts, requests, strict=True):
+        expected = hf_model.generate(torch.tensor([prompt]), max_new_tokens=12, do_sample=False, eos_token_id=[-1])
+        assert request.output_token_ids == expected[0, len(prompt) :].tolist()
+
+
+def numbers(block: str, k: int) -> tuple[str, str]:
+    """The number of the first module in its names, and that of the k-th after it."""
+    first = "layers.2." if block == "model.layers.2." else ".0."
+    return first, first.replace("2", str(2 + k)).replace("0", str(k))
 
 
 @pytest.fixture
@@ -285,13 +333,12 @@ def test_who_has_no_module_is_told_what_to_do(llama, tmp_path):
         create(folder, {"model": str(tmp_path / "module.bin" / "nowhere")})
 
 
-def test_a_module_with_experts_is_refused(tmp_path):
-    hf_config = Glm4MoeConfig(**SIZES, **GLM)
-    save_model(tmp_path, hf_config)
-    module = module_tensors(hf_config, (*DEEPSEEK, *BLOCK[:-3], *QK_NORMS))
-    add_tensors(tmp_path, deepseek(module | {"mlp.experts.0.gate_proj.weight": torch.zeros(32, 64)}))
-    with pytest.raises(ConfigError, match=r"has a mixture of experts \(model.layers.2.mlp.experts.0.gate_proj.weight"):
-        create(tmp_path, {})
+def test_a_module_with_experts_is_refused_beside_a_model_that_has_none(llama):
+    folder, _, module = llama
+    add_tensors(folder, deepseek(module | {"mlp.experts.0.gate_proj.weight": torch.zeros(32, 64)}))
+    message = r"a mixture of experts \(model.layers.2.mlp.experts.0.gate_proj.weight, …\), and .* a LlamaForCausalLM, has none"
+    with pytest.raises(ConfigError, match=message):
+        create(folder, {})
 
 
 def test_a_model_whose_layers_are_unknown_here_is_refused(tmp_path):
@@ -299,7 +346,7 @@ def test_a_model_whose_layers_are_unknown_here_is_refused(tmp_path):
 
     save_model(tmp_path, Olmo2Config(**{name: value for name, value in SIZES.items() if name != "head_dim"}))
     with pytest.raises(
-        ConfigError, match=r"knows no modules for Olmo2ForCausalLM, .*Ernie4_5_MoeForCausalLM and Glm4Moe"
+        ConfigError, match=r"knows no modules for Olmo2ForCausalLM, .*those of native models; elsewhere"
     ):
         create(tmp_path, {})
 

@@ -1,0 +1,70 @@
+"""A mixture's tensors as native models take them: a matrix for each projection of each expert.
+
+Most published checkpoints hold them so. transformers keeps those of all experts of a layer in one tensor while it runs a model,
+and Granite's checkpoints do too.
+
+Shapes: N experts, M width of an expert, E hidden size.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator
+
+import torch
+from torch import Tensor
+
+from stepgraph.errors import ModelError
+from stepgraph.models.checkpoint import CheckpointTensor, take
+from stepgraph.parallel.shard import Cut, Part
+
+_MERGED = re.compile(r"(.+\.mlp\.experts)\.(gate_up_proj|down_proj)")
+_PARTS = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
+_BIAS = ".mlp.gate.bias"
+
+
+class _Piece(CheckpointTensor):
+    """A tensor that is stored as a part of another, or in another shape."""
+
+    def __init__(self, stored: CheckpointTensor, name: str, shape: tuple[int, ...], part: Part | None) -> None:
+        self.name, self.shape = name, shape
+        self._stored, self._part = stored, part
+
+    def load(self, dtype: torch.dtype, device: torch.device, part: Part | None = None) -> Tensor:
+        """See `CheckpointTensor.load`."""
+        return take(self._stored.load(dtype, device, self._part).reshape(self.shape), part)
+
+    def stored(self, part: Part | None = None) -> Tensor:
+        """See `CheckpointTensor.stored`."""
+        return take(self._stored.stored(self._part).reshape(self.shape), part)
+
+
+def split_experts(tensors: Iterable[CheckpointTensor]) -> Iterator[CheckpointTensor]:
+    """A checkpoint's tensors, by their names in native models: one tensor of all experts of a layer ([N, 2M, E] or [N, E, M]) as
+    those of each, and a router's bias, which ERNIE stores as [1, N], as one row.
+
+    Raises:
+        ModelError: the tensor of all experts' gates and ups cannot be halved.
+    """
+    for tensor in tensors:
+        match = _MERGED.fullmatch(tensor.name)
+        if match is not None and len(tensor.shape) == 3:
+            yield from _of_each(tensor, match[1], _PARTS[match[2]])
+        elif tensor.name.endswith(_BIAS) and len(tensor.shape) == 2 and tensor.shape[0] == 1:
+            yield _Piece(tensor, tensor.name, tensor.shape[1:], None)
+        else:
+            yield tensor
+
+
+def _of_each(tensor: CheckpointTensor, path: str, parts: tuple[str, ...]) -> Iterator[CheckpointTensor]:
+    num_experts, outputs, inputs = tensor.shape
+    if outputs % len(parts):
+        raise ModelError(
+            f"{tensor.name} has shape {list(tensor.shape)}: of each expert, {outputs} rows are not {' and '.join(parts)} of "
+            "equal length; config and weights are not of one model."
+        )
+    rows = outputs // len(parts)
+    for expert in range(num_experts):
+        for index, part in enumerate(parts):
+            piece = Part((Cut(num_experts, expert, 1),), Cut(outputs, index * rows, rows))
+            yield _Piece(tensor, f"{path}.{expert}.{part}.weight", (rows, inputs), piece)
