@@ -335,8 +335,8 @@ def _layer_config(model: LanguageModel) -> DecoderConfig:
 
 
 def _with_mixture(config: DecoderConfig, found: _Found) -> DecoderConfig:
-    """With layers that have experts if the module in a checkpoint has any, and are dense else: beside models with experts, there are
-    modules of either kind."""
+    """With layers that have experts if the module in a checkpoint has any, and are dense else: beside models with experts,
+    there are modules of either kind."""
     experts = sorted(tensor.name for tensor in found.tensors if ".mlp.experts." in tensor.name)
     mixture = next((mixture for mixture in reversed(config.mixtures) if mixture is not None), None)
     if experts and mixture is None:
