@@ -227,7 +227,9 @@ def test_settings_reach_the_engine_and_wrong_ones_are_refused(tiny_model) -> Non
         LLM(tiny_model, max_num_sequences=8)
     with pytest.raises(ConfigError, match="pipeline_parallel_size=2 is not supported"):
         LLM(tiny_model, pipeline_parallel_size=2)
-    with pytest.raises(ConfigError, match="data_parallel_size is a setting of the server"):
+    with pytest.raises(
+        ConfigError, match="data_parallel_size=2 without enable_expert_parallel gives independent replicas"
+    ):
         LLM(tiny_model, data_parallel_size=2)
     with pytest.raises(ModelError):
         LLM(tiny_model + "/nowhere")

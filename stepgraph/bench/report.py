@@ -48,9 +48,9 @@ def check_one_device(config: EngineConfig) -> None:
     Raises:
         ConfigError: several devices are to share the model.
     """
-    if (size := config.parallel.tensor_parallel_size) > 1:
+    if config.parallel.num_ranks > 1:
         raise ConfigError(
-            f"tensor_parallel_size={size}: this benchmark takes the steps of one device apart; leave it at 1, or run bench "
+            f"{config.parallel.size_setting}: this benchmark takes the steps of one device apart; leave it at 1, or run bench "
             "latency, throughput or start, which measure several"
         )
 

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from stepgraph.config.engine import ENGINE_PARTS, EngineConfig, flattened
-from stepgraph.config.fields import check, homes_of, refuse_unknown, setting
+from stepgraph.config.fields import check, check_value, homes_of, refuse_unknown, setting
+from stepgraph.config.parallel import ParallelConfig
 from stepgraph.errors import ConfigError
 
 API_KEY_VARIABLE = "STEPGRAPH_API_KEY"
@@ -34,12 +35,6 @@ class ServerConfig:
         "loopback port between the HTTP process and the engine's, and those after it for further engines; default: a socket file",
         minimum=1,
         metavar="PORT",
-    )
-    data_parallel_size: int = setting(
-        1,
-        "engines behind the server, each with a whole model and devices (on a CPU: cores) of its own; a request goes where its "
-        "prefix is cached, and by load",
-        minimum=1,
     )
     api_server_count: int | None = setting(
         None,
@@ -159,7 +154,7 @@ class ServerConfig:
         for name in ("host", "root_path", "chat_template", "api_key_file", "otlp_traces_endpoint"):
             if getattr(self, name) == "":
                 raise ConfigError(f"{name} is empty; give it a value, or leave it unset")
-        self._check_ports()
+        self.check_ports()
         if self.max_n > MAX_ANSWERS:
             raise ConfigError(
                 f"max_n={self.max_n} is above {MAX_ANSWERS}, the most answers the engine gives to a request"
@@ -224,9 +219,14 @@ class ServerConfig:
             return self.chat_template
         return _text_of(self.chat_template, "chat_template")
 
-    def _check_ports(self) -> None:
+    def check_ports(self, num_engines: int = 1) -> None:
+        """Check that the ports of the server and of so many engines are ports, and differ.
+
+        Raises:
+            ConfigError: they do not.
+        """
         taken: dict[int, str] = {}
-        for name, count in (("port", 1), ("metrics_port", 1), ("engine_worker_queue_port", self.data_parallel_size)):
+        for name, count in (("port", 1), ("metrics_port", 1), ("engine_worker_queue_port", num_engines)):
             port = getattr(self, name)
             if port is None or port == 0:
                 continue
@@ -277,16 +277,32 @@ def engine_log_level() -> str:
     return given.upper()
 
 
+def split_replicas(settings: Mapping[str, Any]) -> tuple[dict[str, Any], int]:
+    """Flat settings as each engine of a server gets them, and how many engines there are: without `enable_expert_parallel`,
+    `data_parallel_size` is not about one of them.
+
+    Raises:
+        ConfigError: there cannot be so many, or two settings contradict each other.
+    """
+    settings = flattened(settings)
+    if settings.get("enable_expert_parallel"):
+        return settings, 1
+    num_engines = settings.pop("data_parallel_size", 1)
+    check_value(ParallelConfig, "data_parallel_size", num_engines)
+    return settings, num_engines
+
+
 def serve_config(settings: Mapping[str, Any]) -> tuple[EngineConfig, ServerConfig]:
     """Sort flat settings, e.g. ``{"model": "smollm2", "port": 8080}``, into those of the engine and of the server.
 
     Raises:
         ConfigError: unknown setting, bad value, or settings that contradict each other.
     """
-    settings = flattened(settings)
+    settings, num_engines = split_replicas(settings)
     refuse_unknown(settings, homes_of(SERVE_PARTS))
     of_server = {name: settings.pop(name) for name in ServerConfig.__dataclass_fields__ if name in settings}
     engine, server = EngineConfig.from_settings(**settings), ServerConfig(**of_server)
+    server.check_ports(num_engines)
     if server.lora_modules and not engine.lora.enable_lora:
         raise ConfigError(f"lora_modules={' '.join(server.lora_modules)} needs enable_lora; add it, or leave them out")
     if server.served_model_name is None and engine.model.model in server.adapters():

@@ -6,7 +6,7 @@ import sys
 
 import torch
 
-from stepgraph.config import EngineConfig
+from stepgraph.config import EngineConfig, ParallelConfig
 from stepgraph.devices import AUTO, BUILT_IN
 from stepgraph.errors import ConfigError
 from stepgraph.models.config import DecoderConfig, no_experts, shard_experts
@@ -20,18 +20,18 @@ def check_devices(config: EngineConfig) -> None:
     Raises:
         ConfigError: there are too few, they differ, or nothing is known of how they could.
     """
-    size, device = config.parallel.tensor_parallel_size, config.model.device
+    wanted, device = config.parallel.size_setting, config.model.device
     if sys.platform == "win32":
         raise ConfigError(
-            f"tensor_parallel_size={size} needs processes that share memory by descriptors, which Windows does not have; use 1"
+            f"{wanted} needs processes that share memory by descriptors, which Windows does not have; use 1"
         )
     if device not in (AUTO, *BUILT_IN):
         raise ConfigError(
-            f"tensor_parallel_size={size} needs devices that exchange sums, of which device={device!r} says nothing; use "
-            f"tensor_parallel_size=1, or device={' or '.join(map(repr, sorted(BUILT_IN)))}"
+            f"{wanted} needs devices that exchange sums, of which device={device!r} says nothing; use "
+            f"1, or device={' or '.join(map(repr, sorted(BUILT_IN)))}"
         )
     if device == "cuda" or (device == AUTO and torch.cuda.is_available()):
-        _check_gpus(size)
+        _check_gpus(config.parallel)
 
 
 def check_parts(config: EngineConfig, source: ModelSource) -> None:
@@ -44,12 +44,12 @@ def check_parts(config: EngineConfig, source: ModelSource) -> None:
         raise no_experts(source.config.architecture, "which would run through transformers")
 
 
-def _check_gpus(size: int) -> None:
-    there = torch.cuda.device_count()
+def _check_gpus(parallel: ParallelConfig) -> None:
+    there, size, wanted = torch.cuda.device_count(), parallel.num_ranks, parallel.size_setting
     if there < size:
         instead = f"{there}{' or less' if there > 1 else ''}" if there else "device='cpu'"
         raise ConfigError(
-            f"tensor_parallel_size={size} needs as many GPUs, and torch sees {there}; use {instead}, or make more visible "
+            f"{wanted} needs as many GPUs, and torch sees {there}; use {instead}, or make more visible "
             "(CUDA_VISIBLE_DEVICES)"
         )
     first, *others = ((gpu.name, gpu.total_memory) for gpu in map(torch.cuda.get_device_properties, range(size)))
@@ -57,8 +57,8 @@ def _check_gpus(size: int) -> None:
         # Memory of GPUs of one kind differs by what their firmware keeps back.
         if other[0] != first[0] or abs(other[1] - first[1]) > first[1] // 20:
             raise ConfigError(
-                f"tensor_parallel_size={size} needs equal GPUs, and GPU 0 is {_describe(*first)} where GPU {index} is "
-                f"{_describe(*other)}; choose equal ones with CUDA_VISIBLE_DEVICES, or a smaller tensor_parallel_size"
+                f"{wanted} needs equal GPUs, and GPU 0 is {_describe(*first)} where GPU {index} is "
+                f"{_describe(*other)}; choose equal ones with CUDA_VISIBLE_DEVICES, or fewer"
             )
 
 

@@ -38,7 +38,7 @@ def places(config: EngineConfig, num_engines: int) -> list[Place]:
             f"data_parallel_size={num_engines} is for device=cuda and device=cpu; start a server for each of the "
             f"devices {device!r}, behind a proxy"
         )
-    ranks = config.parallel.tensor_parallel_size
+    ranks = config.parallel.num_ranks
     if num_engines * ranks > len(visible):
         each = "" if ranks == 1 else f", each of tensor_parallel_size={ranks},"
         raise ConfigError(
@@ -63,5 +63,5 @@ def default_fronts(config: EngineConfig, num_engines: int) -> int:
     """How many fronts there are where nobody said it: one, but for GPUs' engines on machines with many cores."""
     if config.model.device == "cpu" or not visible_gpus():
         return 1
-    spare = len(os.sched_getaffinity(0)) - num_engines * config.parallel.tensor_parallel_size
+    spare = len(os.sched_getaffinity(0)) - num_engines * config.parallel.num_ranks
     return max(1, min(_FRONTS_PER_ENGINE * num_engines, spare // _CORES_PER_FRONT))

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from stepgraph.config import EngineConfig
-from stepgraph.config.server import ServerConfig, engine_log_level
+from stepgraph.config.server import ServerConfig, engine_log_level, split_replicas
 from stepgraph.errors import ConfigError
 from stepgraph.server.descriptors import raise_descriptor_limit, room_for_connections
 from stepgraph.server.places import default_fronts, places
@@ -29,7 +29,7 @@ def run(settings: dict[str, Any], config: ServerConfig) -> int:
     """Serve until SIGTERM or Ctrl-C; returns the exit code.
 
     Args:
-        settings: of the engine, as `EngineConfig.from_settings` takes them.
+        settings: of the engines, as `split_replicas` takes them.
         config: of the server.
 
     Raises:
@@ -38,6 +38,7 @@ def run(settings: dict[str, Any], config: ServerConfig) -> int:
     """
     started_at = time.monotonic()
     raise_descriptor_limit()
+    settings, num_engines = split_replicas(settings)
     engine_config = EngineConfig.from_settings(**settings)
     api_keys, chat_template = config.api_keys(), config.chat_template_text()
     for name, folder in config.adapters().items():
@@ -50,8 +51,8 @@ def run(settings: dict[str, Any], config: ServerConfig) -> int:
     if config.host not in ("127.0.0.1", "localhost", "::1") and not api_keys:
         what = "use and administer the API" if config.enable_admin_endpoints else "use the API"
         logger.warning("everybody who reaches %s can %s: set an API key", config.host, what)
-    engine_places = places(engine_config, config.data_parallel_size)
-    num_fronts = config.api_server_count or default_fronts(engine_config, config.data_parallel_size)
+    engine_places = places(engine_config, num_engines)
+    num_fronts = config.api_server_count or default_fronts(engine_config, num_engines)
     listening = listen(config.host, config.port, "port", num_fronts)
     metrics_listening: list[socket.socket] | None = None
     if config.metrics_port is not None:

@@ -20,7 +20,6 @@ NON_DEFAULT = {
     "port": 8988,
     "metrics_port": 7733,
     "engine_worker_queue_port": 7731,
-    "data_parallel_size": 2,
     "api_server_count": 3,
     "root_path": "/llm",
     "served_model_name": ("assistant", "smollm2"),

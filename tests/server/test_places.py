@@ -5,7 +5,8 @@ import os
 import pytest
 
 from stepgraph import LLM
-from stepgraph.config import EngineConfig
+from stepgraph.config import EngineConfig, serve_config
+from stepgraph.config.server import split_replicas
 from stepgraph.errors import ConfigError
 from stepgraph.server.places import default_fronts, places
 from stepgraph.server.spawn import ALONE
@@ -76,8 +77,24 @@ def test_fronts_are_as_many_as_engines_may_keep_busy_and_cores_allow(
 
 
 def test_in_python_there_is_one_engine() -> None:
-    for name in ("data_parallel_size", "api_server_count"):
-        with pytest.raises(
-            ConfigError, match=f"{name} is a setting of the server, which only `stepgraph serve` starts"
-        ):
-            LLM("smollm2", **{name: 2})
+    with pytest.raises(ConfigError, match="api_server_count is a setting of the server, which only `stepgraph serve`"):
+        LLM("smollm2", api_server_count=2)
+    with pytest.raises(ConfigError, match="data_parallel_size=2 without enable_expert_parallel gives independent repl"):
+        LLM("smollm2", data_parallel_size=2)
+
+
+def test_ranks_that_share_experts_are_one_engine(machine) -> None:
+    settings = {
+        "model": "m",
+        "data_parallel_size": 2,
+        "enable_expert_parallel": True,
+        "engine_worker_queue_port": 65535,
+    }
+    of_engine, num_engines = split_replicas(settings)
+    assert (of_engine, num_engines) == (settings, 1)
+    engine, _ = serve_config(settings)
+    assert engine.parallel.num_ranks == 2
+    machine(8, "0,1,2,3")
+    assert default_fronts(engine, 1) == 1
+    of_engine, num_engines = split_replicas(settings | {"enable_expert_parallel": False})
+    assert (of_engine.get("data_parallel_size"), num_engines) == (None, 2)
