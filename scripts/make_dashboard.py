@@ -288,6 +288,27 @@ ROWS: tuple[tuple[str, tuple[Panel, ...]], ...] = (
         ),
     ),
     (
+        "Experts",
+        (
+            Panel(
+                "Busiest experts",
+                "cps",
+                ((f"topk(8, {rate('expert_tokens_total', by='expert')})", "expert {{expert}}"),),
+                "Tokens that choose them, in all layers together.",
+            ),
+            Panel(
+                "Imbalance",
+                "short",
+                (
+                    (f"max({chosen('expert_imbalance')})", "experts"),
+                    (f"max({chosen('expert_rank_imbalance')})", "ranks"),
+                ),
+                "Tokens of the busiest over the mean, since the engine started; 1 is balance.",
+            ),
+            Panel("Experts' tokens by rank", "short", by_rank("rank_expert_tokens", "max")),
+        ),
+    ),
+    (
         "Health",
         (
             Panel(

@@ -124,6 +124,11 @@ class RankReport(NamedTuple):
     """Of a core, since the engine was built."""
     waiting_share: float
     """Of the time since then, what it waited for orders; 0 of the one that gives them."""
+    experts: tuple[int, int] = (0, 0)
+    """The first of a layer's experts that it keeps, and how many."""
+    expert_tokens: tuple[int, ...] = ()
+    """Of rank 0, which sees all tokens: how many chose each expert, in all layers together, since the engine was built; while
+    steps run, as of the report before."""
 
 
 class Executor(Protocol):

@@ -58,6 +58,7 @@ class LocalExecutor:
         """Seconds that were spent waiting for orders; who takes them says."""
         self._built_at, self._cpu_at_build = time.perf_counter(), time.process_time()
         self._adapters, self._drafter = adapters, drafter
+        self._num_collected = 0  # steps
         self._update: Update = ()  # checked weights
         self._arriving: Arriving | None = None  # or those that come in pieces
 
@@ -87,6 +88,7 @@ class LocalExecutor:
 
     def collect(self, ticket: Ticket) -> StepResults:
         """See `Executor.collect`."""
+        self._num_collected = ticket.step + 1
         return self.runner.collect(ticket)
 
     def recover(self) -> None:
@@ -194,10 +196,11 @@ class LocalExecutor:
 
     def report(self) -> RankReport:
         """How this rank does."""
-        platform, counts = self.runner.platform, self.graph_counts()
+        platform, counts, experts = self.runner.platform, self.graph_counts(), self.runner.expert_counts
         seconds = max(time.perf_counter() - self._built_at, 1e-9)
+        rank = 0 if self.group is None else self.group.shard.rank
         return RankReport(
-            rank=0 if self.group is None else self.group.shard.rank,
+            rank=rank,
             device=self.specs.device,
             pid=os.getpid(),
             num_graphs=counts.num_graphs,
@@ -206,6 +209,8 @@ class LocalExecutor:
             total_memory_bytes=platform.total_memory_bytes(),
             cpu_share=(time.process_time() - self._cpu_at_build) / seconds,
             waiting_share=self.waited_s() / seconds,
+            experts=experts.kept,
+            expert_tokens=() if rank else experts.read(self.runner.num_launched, self._num_collected),
         )
 
 

@@ -231,6 +231,7 @@ class EngineCounts:
         """Of the processes that share the model, as they were when somebody asked last."""
         self._ended_loads: Counter[str] = Counter()  # of processes that are gone, by `_COUNTS`
         self._ended_accepted: list[int] = []  # likewise, of `Load.accepted_per_position`
+        self._ended_expert_tokens: list[int] = []  # likewise, of `RankInfo.expert_tokens`
 
     def on_progress(self, message: Progress) -> None:
         """Steps ran, or the load changed."""
@@ -251,7 +252,7 @@ class EngineCounts:
             return
         for name in _COUNTS:
             self._ended_loads[name] += getattr(self.load, name)
-        self._ended_accepted = self.accepted_per_position
+        self._ended_accepted, self._ended_expert_tokens = self.accepted_per_position, self.expert_tokens
         self.load, self.ranks = _IDLE, ()
         self.state = status.state
 
@@ -267,10 +268,16 @@ class EngineCounts:
     @property
     def accepted_per_position(self) -> list[int]:
         """See `Load`; over all processes."""
-        return [
-            before + now
-            for before, now in zip_longest(self._ended_accepted, self.load.accepted_per_position, fillvalue=0)
-        ]
+        return _sums(self._ended_accepted, self.load.accepted_per_position)
+
+    @property
+    def expert_tokens(self) -> list[int]:
+        """See `RankInfo`; over all processes. Empty without experts."""
+        return _sums(self._ended_expert_tokens, self.ranks[0].expert_tokens if self.ranks else ())
+
+
+def _sums(counts: Sequence[int], others: Sequence[int]) -> list[int]:
+    return [count + other for count, other in zip_longest(counts, others, fillvalue=0)]
 
 
 def _add(counts: dict[Any, int], others: Mapping[Any, int]) -> None:

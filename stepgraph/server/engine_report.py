@@ -37,6 +37,8 @@ def load_of(engine: Engine) -> Load:
 
 def ranks_of(engine: Engine) -> list[RankInfo]:
     """The processes that share the model."""
+    reports = engine.executor.rank_reports()
+    tokens = reports[0].expert_tokens if reports else ()
     return [
         RankInfo(
             report.rank,
@@ -46,8 +48,10 @@ def ranks_of(engine: Engine) -> list[RankInfo]:
             report.total_memory_bytes,
             report.cpu_share,
             report.waiting_share,
+            sum(tokens[report.experts[0] : sum(report.experts)]),
+            report.expert_tokens,
         )
-        for report in engine.executor.rank_reports()
+        for report in reports
     ]
 
 

@@ -279,6 +279,9 @@ class RankInfo(NamedTuple):
     total_memory_bytes: int
     cpu_share: float
     waiting_share: float
+    num_expert_tokens: int = 0
+    """Of the experts that it keeps: tokens that chose them, each counted once for each."""
+    expert_tokens: tuple[int, ...] = ()
 
 
 class Progress(msgspec.Struct, tag=True):

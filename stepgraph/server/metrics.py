@@ -74,6 +74,7 @@ class Metrics(Collector):
         yield from self._of_load()
         yield from self._of_steps()
         yield from self._of_speculation()
+        yield from self._of_experts()
         for name, (documentation, bounds) in REQUEST_HISTOGRAMS.items():
             yield self._histogram(
                 name, documentation, bounds, [requests.histograms[name] for requests in self._fronts.engines]
@@ -212,6 +213,32 @@ class Metrics(Collector):
             lambda engine: 1 + sum(engine.load.accepted_per_position) / max(1, engine.load.drafts),
         )
 
+    def _of_experts(self) -> Iterator[Metric]:
+        """What is summed over layers: a series for each expert of each layer would be thousands."""
+        if not any(engine.expert_tokens for engine in self._engines):
+            return
+        yield self._of_engines(
+            "expert_tokens",
+            "Tokens that chose each expert, in all layers together.",
+            ("expert",),
+            lambda engine: {(str(expert),): count for expert, count in enumerate(engine.expert_tokens)},
+        )
+        yield self._gauges(
+            "expert_imbalance",
+            "Tokens of the expert that got most over their mean, since the engine started; 1 is balance.",
+            lambda engine: _imbalance(engine.expert_tokens),
+        )
+        yield self._of_ranks(
+            "rank_expert_tokens",
+            "Tokens that chose experts of a rank, each counted for each of these, since the engine was built.",
+            "num_expert_tokens",
+        )
+        yield self._gauges(
+            "expert_rank_imbalance",
+            "That of the rank that got most over their mean; 1 is balance.",
+            lambda engine: _imbalance([rank.num_expert_tokens for rank in engine.ranks]),
+        )
+
     # Families
 
     def _histogram(
@@ -285,6 +312,11 @@ class Metrics(Collector):
         for label_values, value in values.items():
             family.add_metric((self._model_name, *label_values), value)
         return family
+
+
+def _imbalance(counts: Sequence[int]) -> float:
+    """The largest over the mean; 1 of nothing."""
+    return max(counts) * len(counts) / sum(counts) if any(counts) else 1.0
 
 
 def _keyed(counts: Mapping[str, int]) -> dict[tuple[str, ...], int]:

@@ -25,6 +25,7 @@ from stepgraph.parallel.group import Group
 from stepgraph.platforms import CompiledKernels, Completion, Platform
 from stepgraph.spec.drafter import Drafter
 from stepgraph.step.attention import AttentionSizes
+from stepgraph.step.expert_counts import ExpertCounts
 from stepgraph.step.graphs import StepGraphs
 from stepgraph.step.logits import LogitMemory
 from stepgraph.step.memory import CacheLayout, OperatorCount, choose_num_blocks, kv_cache_dtype
@@ -73,6 +74,7 @@ class StepRunner:
         self.deterministic = config.model.deterministic
         self.dispatch = dispatch
         """How tokens come to experts."""
+        self.expert_counts = ExpertCounts(model, platform)
         scheduler, graph = config.scheduler, config.graph
         backend = create_backend(backend_name(config, platform))
         self.policy = ShapePolicy.of(graph, scheduler, draft_levels=draft_levels, graphs_off=backend.name == "eager")
@@ -224,13 +226,14 @@ class StepRunner:
         """Borrow the buffers for checks and timings, while no request runs.
 
         Inside, state may be laid out at will, plans loaded and graphs replayed, from step 0 on; afterwards all slots are
-        empty, the KV cache's content is lost and the engine's steps count on.
+        empty, the KV cache's content is lost and the engine's steps count on, but not experts' tokens.
         """
         self.platform.synchronize()
         self.state.counter.zero_()
         self._loaded = None
         try:
-            yield
+            with self.expert_counts.preserved():
+                yield
         finally:
             self.platform.synchronize()
             self.state.lines.zero_()
@@ -294,7 +297,7 @@ class StepRunner:
     def try_out(self, graph: Graph[StepOutput]) -> None:
         """Launch `graph` on one decode row at the largest context, in the null slot and the null block."""
         line = self.state.lines[slot_line.NULL_SLOT]
-        with self.leaving_no_trace():
+        with self.leaving_no_trace(), self.expert_counts.preserved():
             self.state.plan[: slot_line.ROW_WIDTH] = torch.tensor([slot_line.NULL_SLOT, 1], dtype=torch.int32)
             line[slot_line.LENGTH], line[slot_line.COMPUTED] = self._trial_context_len, self._trial_context_len - 1
             line[slot_line.ACTIVE], line[slot_line.MAX_LENGTH] = 1, self.max_model_len

@@ -125,7 +125,7 @@ def busy_metrics() -> OneServer:
     metrics.on_response("/v1/chat/completions", 200)
     metrics.front.connections_ended = {"idle": 1}
     metrics.engine.ranks = [
-        RankInfo(0, "cuda:0", 1000, 20, 80, 0.5, 0.0),
-        RankInfo(1, "cuda:1", 900, 30, 80, 0.25, 0.75),
+        RankInfo(0, "cuda:0", 1000, 20, 80, 0.5, 0.0, 4, (3, 1, 0, 12)),
+        RankInfo(1, "cuda:1", 900, 30, 80, 0.25, 0.75, 12),
     ]
     return metrics

@@ -19,7 +19,7 @@ from stepgraph import __version__
 from stepgraph.server.counts import FrontCounts
 from stepgraph.server.engine_life import Launch
 from stepgraph.server.engine_observer import EngineState, RestartCause
-from stepgraph.server.messages import AskRanks, Load, Progress, TokenUpdate
+from stepgraph.server.messages import AskRanks, Load, Progress, RankInfo, TokenUpdate
 from stepgraph.server.supervisor import OneFront, Supervisor
 from stepgraph.step.eager_reason import EagerReason
 
@@ -435,3 +435,25 @@ def test_queries_in_the_documentation_are_for_samples_that_exist():
     assert len(queries) >= 9
     named = {name for query in queries for name in re.findall(r"stepgraph:(\w+)", query)}
     assert named <= {name for name, _ in samples(busy_metrics())}
+
+
+def test_tokens_of_experts_go_on_counting_when_an_engine_is_started_again():
+    metrics = busy_metrics()
+    before = {expert: value(metrics, "expert_tokens_total", expert=expert) for expert in "0123"}
+    assert before == {"0": 3, "1": 1, "2": 0, "3": 12}
+    assert value(metrics, "rank_expert_tokens", rank="1", device="cuda:1") == 12
+    assert value(metrics, "expert_imbalance") == 3
+    assert value(metrics, "expert_rank_imbalance") == 1.5
+    metrics.on_state(EngineState.RESTARTING)
+    assert value(metrics, "expert_tokens_total", expert="3") == 12
+    assert value(metrics, "expert_rank_imbalance") == 1
+    metrics.on_state(EngineState.READY)
+    metrics.engine.ranks = [RankInfo(0, "cuda:0", 0, 0, 0, 0.0, 0.0, 6, (1, 1, 2, 2))]
+    assert [value(metrics, "expert_tokens_total", expert=expert) for expert in "0123"] == [4, 2, 2, 14]
+
+
+def test_a_model_without_experts_has_no_metrics_of_any():
+    metrics = OneServer("tiny")
+    metrics.on_state(EngineState.READY)
+    metrics.engine.ranks = [RankInfo(0, "cpu", 0, 0, 0, 0.0, 0.0)]
+    assert not [name for name, _ in samples(metrics) if "expert" in name]

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+from tiny_mixture import save_tiny_mixture
 
 from stepgraph import LLM, SamplingParams, ops
 from stepgraph.cli import main
@@ -26,30 +26,7 @@ PROMPTS = [[5, 6, 7, 8, 9], [10, 11], [30] * 20]
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A tiny model with a mixture in two of its three layers."""
-    torch.manual_seed(0)
-    model = Qwen3MoeForCausalLM(
-        Qwen3MoeConfig(
-            vocab_size=96,
-            hidden_size=32,
-            intermediate_size=48,
-            moe_intermediate_size=16,
-            num_hidden_layers=3,
-            num_attention_heads=2,
-            num_key_value_heads=1,
-            head_dim=16,
-            num_experts=8,
-            num_experts_per_tok=3,
-            mlp_only_layers=[1],
-            max_position_embeddings=128,
-            initializer_range=0.2,
-            bos_token_id=1,
-            eos_token_id=2,
-        )
-    )
-    folder = tmp_path_factory.mktemp("moe")
-    model.save_pretrained(folder)
-    return str(folder)
+    return save_tiny_mixture(tmp_path_factory.mktemp("mixture"))
 
 
 def answers(folder: str, **settings) -> list[list[int]]:
