@@ -14,7 +14,7 @@ from stepgraph import ops
 from stepgraph.layers.formats import End, Plain, Target
 from stepgraph.layers.formats.target import Skipped
 from stepgraph.layers.inputs import StepInputs
-from stepgraph.layers.linear import Linear, MergedLinear
+from stepgraph.layers.linear import MergedLinear
 from stepgraph.layers.matrix import Matrix
 from stepgraph.layers.mlp import MLP, Activation
 from stepgraph.layers.norm import RMSNorm
@@ -213,7 +213,7 @@ class MixtureMLP(nn.Module):
     """
 
     shared_experts: MLP | None
-    shared_expert_gate: Linear | None
+    shared_expert_gate: Matrix | None
 
     def __init__(
         self,
@@ -249,7 +249,15 @@ class MixtureMLP(nn.Module):
                 device=device,
             )
             if spec.has_shared_gate:
-                self.shared_expert_gate = Linear(hidden_size, 1, dtype=dtype, device=device)
+                self.shared_expert_gate = Matrix(
+                    Cut.whole(hidden_size),
+                    [Cut.whole(1)],
+                    axis=None,
+                    bias=False,
+                    format=_PLAIN,
+                    dtype=dtype,
+                    device=device,
+                )
 
     def add_to(
         self,
@@ -287,4 +295,4 @@ class MixtureMLP(nn.Module):
         hidden_TM = self.shared_experts.hidden(None, x_TE)
         if self.shared_expert_gate is None:
             return hidden_TM
-        return hidden_TM * self.shared_expert_gate(x_TE).sigmoid()
+        return hidden_TM * self.shared_expert_gate.product(x_TE).sigmoid()

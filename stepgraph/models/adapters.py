@@ -23,6 +23,7 @@ from torch import Tensor
 
 from stepgraph.config.lora import LoRAConfig
 from stepgraph.errors import RequestError
+from stepgraph.layers.experts import ExpertLinear
 from stepgraph.layers.formats import Adapted, Target
 from stepgraph.layers.formats.target import part_of
 from stepgraph.layers.linear import Linear, MergedLinear
@@ -30,6 +31,7 @@ from stepgraph.layers.lora import LoRA, token_adapters
 from stepgraph.models.checkpoint import take
 from stepgraph.models.conversion import Converted
 from stepgraph.models.decoder import Decoder
+from stepgraph.models.tensor_names import native_name
 from stepgraph.ops import StepTokens
 from stepgraph.parallel.shard import Cut, Part
 
@@ -54,6 +56,7 @@ _HEADER_BYTES = 16 * 2**20
 """More than the names and settings of any adapter take."""
 _WIDEST = 8
 """Bytes of a number at most."""
+_OF_EXPERTS = re.compile(r"\.mlp\.(?P<part>experts\b|gate$|shared_expert_gate$)")
 _INITIALISATIONS = (True, False, "gaussian", "eva", "orthogonal")
 """Those that leave the base weights as they are."""
 
@@ -129,7 +132,7 @@ class AdapterStore:
         self._places: dict[str, _Place] = {}
         targets = model.checkpoint_tensors()
         for path, module in model.layers.named_modules(prefix="model.layers"):
-            if not isinstance(module, Linear):
+            if not isinstance(module, Linear) or isinstance(module, ExpertLinear):
                 continue
             parts = tuple(cut.length for cut in module.outputs)
             zeros = partial(torch.zeros, dtype=model.dtype, device=module.weight.device)
@@ -171,7 +174,7 @@ class AdapterStore:
         products: list[_Product | None] = [None] * len(self._loras)
         version = _version(Path(folder))
         for name, a_rI, b_Or in self._read(Path(folder)):
-            place = self._places[name]
+            place = self._places[_native(name)]
             index = next(index for index, lora in enumerate(self._loras) if lora is place.lora)
             a, b = place.lora.a[0], place.lora.b[0]
             product = products[index] or _Product(
@@ -215,7 +218,14 @@ class AdapterStore:
                 yield name, a_rI, b_Or * scale
 
     def _check_sizes(self, folder: Path, name: str, a_shape: list[int], b_shape: list[int]) -> None:
-        place = self._places.get(name)
+        place = self._places.get(_native(name))
+        if place is None and (match := _OF_EXPERTS.search(_native(name))):
+            _refuse(
+                folder,
+                f"it adapts {name}, {'an expert' if match['part'] == 'experts' else 'a gate'} of a mixture",
+                "Attention and feed-forward layers that all tokens take can be adapted: train it with target_modules of these, "
+                "or merge it into the base model",
+            )
         if place is None:
             known = sorted({known.rpartition(".")[2] for known in self._places})
             _refuse(folder, f"it adapts {name}", f"The modules of layers that can be adapted are {', '.join(known)}")
@@ -292,6 +302,11 @@ def _modules(folder: Path, shapes: Mapping[str, list[int]]) -> dict[str, _Sides]
         if sides["A"][1][0] < 1:
             _refuse(folder, f"its matrices of {name} are of rank {sides['A'][1][0]}", "Save the adapter again")
     return {name: [sides["A"], sides["B"]] for name, sides in found.items()}
+
+
+def _native(module: str) -> str:
+    """The name in native models of a module that an adapter names as its checkpoint does."""
+    return native_name(f"{module}.weight").removesuffix(".weight")
 
 
 def _read_config(folder: Path) -> dict[str, Any]:

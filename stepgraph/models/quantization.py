@@ -50,7 +50,9 @@ def choose_formats(
         found = {encodings.get(name) for name in _tensor_names(path, module, merged=model.config.merged_projections)}
         encoding = found.pop() if len(found) == 1 else None
         kept = _keeping(encoding, module.inputs.size, options) if keep and encoding is not None else None
-        rounded = FP8(deterministic=deterministic) if to_fp8 and options.in_layers else None
+        rounded = (
+            FP8(deterministic=deterministic) if to_fp8 and options.in_layers and isinstance(module, Linear) else None
+        )
         module.use(kept or rounded or Plain(deterministic))
     _check_inputs(model)
 

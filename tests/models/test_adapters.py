@@ -54,6 +54,7 @@ def merged_logits(hf_model, modules, scale):
     """Logits of transformers' model in float64 with ``weight + scale · B A``."""
     weights = {name: hf_model.get_submodule(name).weight for name in modules}
     before = {name: weight.clone() for name, weight in weights.items()}
+    hf_model.set_experts_implementation("eager")  # the others have no float64
     with torch.no_grad():
         hf_model.double()
         for name, (a, b) in modules.items():
@@ -105,16 +106,47 @@ def adapter(llama, tmp_path):
     return write
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen2", "ernie 4.5", "gemma 3", "phi 4 with long rope"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "llama",
+        "qwen2",
+        "ernie 4.5",
+        "gemma 3",
+        "phi 4 with long rope",
+        "mixtral with windows",
+        "qwen2 moe",
+        "ernie 4.5 moe",
+    ],
+)
 def test_logits_match_transformers_with_the_adapter_merged(name, tmp_path):
     hf_model, model, store = make(name, tmp_path / "model")
-    modules = matrices(hf_model, rank=5)
+    modules = matrices(hf_model, rank=5, ends_with="_proj")
     number = table(store).load(save_adapter(tmp_path / "adapter", modules), ()).number
     found = AdaptedStepper(model, store, number).step(TOKENS)
     torch.testing.assert_close(found, merged_logits(hf_model, modules, ALPHA / 5), atol=3e-4, rtol=1e-4)
     without = AdaptedStepper(model, store, 0).step(TOKENS)
     torch.testing.assert_close(without, merged_logits(hf_model, {}, 1), atol=3e-4, rtol=1e-4)
     assert (found - without).norm() > 0.1 * without.norm()
+
+
+@pytest.mark.parametrize(
+    ("module", "what"),
+    [
+        ("block_sparse_moe.experts.0.w1", "an expert"),
+        ("mlp.experts.5.down_proj", "an expert"),
+        ("mlp.experts", "an expert"),
+        ("block_sparse_moe.gate", "a gate"),
+        ("mlp.shared_expert_gate", "a gate"),
+    ],
+)
+def test_what_adapts_experts_or_their_gates_is_refused_by_name(tmp_path, module, what):
+    _, _, store = make("qwen2 moe", tmp_path / "model")
+    folder = save_adapter(tmp_path / "adapter", {f"model.layers.0.{module}": (torch.zeros(4, 64), torch.zeros(32, 4))})
+    with pytest.raises(
+        RequestError, match=rf"it adapts model.layers.0.{module}, {what} of a mixture. Attention and feed-forw"
+    ):
+        table(store).load(folder, ())
 
 
 @pytest.mark.parametrize(
