@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stepgraph.ops.collectives.reference import reduce_gathered
+from stepgraph.ops.collectives.reference import reduce_gathered, tokens
+from stepgraph.parallel.group import GatheredTokens
 from stepgraph.parallel.shard import Shard
 
 
@@ -21,7 +22,7 @@ class ThreadGroup:
     name = "threads"
     fault_flag = None
 
-    def __init__(self, rank: int, parts: list[Tensor | None], barrier: threading.Barrier) -> None:
+    def __init__(self, rank: int, parts: list[tuple[Tensor, ...] | None], barrier: threading.Barrier) -> None:
         self.shard = Shard(rank, len(parts))
         self.calls: list[str] = []
         self._parts, self._barrier = parts, barrier
@@ -31,7 +32,7 @@ class ThreadGroup:
         assert part_TE.dtype == residual_TE.dtype
         assert part_TE.is_contiguous()
         assert residual_TE.is_contiguous()
-        parts_NTE, out_TE = torch.stack(self._exchange("add_sum", part_TE)), torch.empty_like(residual_TE)
+        parts_NTE, out_TE = torch.stack(self._parts_of("add_sum", part_TE)), torch.empty_like(residual_TE)
         options = (multiplier, *(post_norm or (None, 0.0)), *(norm or (None, 0.0)))
         reduce_gathered(parts_NTE, residual_TE, out_TE, *options)
         return residual_TE if norm is None else out_TE
@@ -42,7 +43,30 @@ class ThreadGroup:
         assert width * (ranks - 1) < out_RV.shape[1] <= width * ranks
         assert part_RW.is_contiguous()
         assert out_RV.is_contiguous()
-        return out_RV.copy_(torch.cat(self._exchange("gather", part_RW), 1)[:, : out_RV.shape[1]])
+        return out_RV.copy_(torch.cat(self._parts_of("gather", part_RW), 1)[:, : out_RV.shape[1]])
+
+    def gather_tokens(self, x_TE, count_1, *, norm=None):
+        """See `Group.gather_tokens`; what is left open is NaN."""
+        assert x_TE.is_contiguous()
+        assert count_1.dtype == torch.int32
+        ranks = self._exchange("gather_tokens", (tokens(x_TE, *(norm or (None, 0.0))), count_1))
+        x_NTE = torch.stack([x_TE for x_TE, _ in ranks])
+        counts_N = torch.cat([count_1 for _, count_1 in ranks])
+        for rank, count in enumerate(counts_N.tolist()):
+            if rank != self.shard.rank:
+                x_NTE[rank, count:] = torch.nan
+        return GatheredTokens(x_NTE.flatten(0, 1), counts_N)
+
+    def scatter_sum(self, part_AE, counts_N, residual_TE, *, multiplier=1.0, post_norm=None, norm=None):
+        """See `Group.scatter_sum`."""
+        assert part_AE.dtype == residual_TE.dtype
+        assert part_AE.is_contiguous()
+        rank = self.shard.rank
+        ranks = self._exchange("scatter_sum", (part_AE.view(self.shard.size, *residual_TE.shape),))
+        parts_NTE, out_TE = torch.stack([part_NTE[rank] for (part_NTE,) in ranks]), torch.empty_like(residual_TE)
+        options = (multiplier, *(post_norm or (None, 0.0)), *(norm or (None, 0.0)))
+        reduce_gathered(parts_NTE, residual_TE, out_TE, *options, counts_N[rank])
+        return residual_TE if norm is None else out_TE
 
     def loop_back(self):
         """See `Group.loop_back`; no rank runs anything by itself."""
@@ -58,10 +82,14 @@ class ThreadGroup:
     def close(self) -> None:
         """See `Group.close`."""
 
-    def _exchange(self, name: str, part: Tensor) -> list[Tensor]:
+    def _parts_of(self, name: str, part: Tensor) -> list[Tensor]:
         """All ranks' parts, copied."""
-        self.calls.append(f"{name} {list(part.shape)}")
-        self._parts[self.shard.rank] = part.clone()
+        return [part for (part,) in self._exchange(name, (part,))]
+
+    def _exchange(self, name: str, tensors: tuple[Tensor, ...]) -> list[tuple[Tensor, ...]]:
+        """What all ranks give, copied."""
+        self.calls.append(f"{name} {list(tensors[0].shape)}")
+        self._parts[self.shard.rank] = tuple(tensor.clone() for tensor in tensors)
         self._barrier.wait()
         parts = list(self._parts)
         self._barrier.wait()

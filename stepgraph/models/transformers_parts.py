@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from stepgraph.errors import ModelError
 from stepgraph.models.checkpoint import take
 from stepgraph.models.transformers_config import TransformersConfig
-from stepgraph.parallel.group import Fault, Group, Norm
+from stepgraph.parallel.group import Fault, GatheredTokens, Group, Norm
 from stepgraph.parallel.shard import Axis, Cut, Part, Shard, sizes_that_divide
 
 _GATHERED_ROWS = 512
@@ -118,6 +118,23 @@ class ShapesOnly:
     def gather(self, part_RW: Tensor, out_RV: Tensor) -> Tensor:
         """See `Group.gather`."""
         return out_RV
+
+    def gather_tokens(self, x_TE: Tensor, count_1: Tensor, *, norm: Norm | None = None) -> GatheredTokens:
+        """See `Group.gather_tokens`."""
+        return GatheredTokens(x_TE.repeat(self.shard.size, 1), count_1.repeat(self.shard.size))
+
+    def scatter_sum(
+        self,
+        part_AE: Tensor,
+        counts_N: Tensor,
+        residual_TE: Tensor,
+        *,
+        multiplier: float = 1.0,
+        post_norm: Norm | None = None,
+        norm: Norm | None = None,
+    ) -> Tensor:
+        """See `Group.scatter_sum`."""
+        return residual_TE
 
     def loop_back(self) -> AbstractContextManager[None]:
         """See `Group.loop_back`."""

@@ -9,7 +9,14 @@ from stepgraph.ops.attention import (
     tall_tile,
 )
 from stepgraph.ops.build import BuiltStep, StepSamples, StepTokens, build_step
-from stepgraph.ops.collectives import Mailbox, all_gather_columns, all_reduce_add, reduce_gathered
+from stepgraph.ops.collectives import (
+    Mailbox,
+    all_gather_columns,
+    all_reduce_add,
+    gather_tokens,
+    reduce_gathered,
+    scatter_sum,
+)
 from stepgraph.ops.commit import commit
 from stepgraph.ops.draft import draft_inputs, draft_row_tokens, propose
 from stepgraph.ops.experts import ExpertDispatch, ExpertWork, expert_work, gated_experts, sum_experts
@@ -66,6 +73,7 @@ __all__ = [
     "fp8_norm_linear",
     "gated_experts",
     "gated_linear",
+    "gather_tokens",
     "geglu",
     "grouped_linear",
     "linear",
@@ -92,6 +100,7 @@ __all__ = [
     "rope_cache",
     "route",
     "sample",
+    "scatter_sum",
     "sum_experts",
     "swiglu",
     "tall_tile",

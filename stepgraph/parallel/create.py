@@ -7,6 +7,7 @@ import logging
 import torch
 
 from stepgraph.errors import ConfigError
+from stepgraph.ops.collectives.mailbox import HEAD_BYTES
 from stepgraph.parallel.exchange import Exchange, least
 from stepgraph.parallel.group import Group
 from stepgraph.parallel.shard import Shard
@@ -45,7 +46,7 @@ def create_group(
         exchange: of the ranks.
         platform: whose device this rank computes on.
         dtype: of activations and logits.
-        hidden_size: E of sums.
+        hidden_size: E of sums and of tokens.
         max_tokens: of sums, as a rule; more go in several messages.
         vocab_size: V of what is gathered, at most.
         max_samples: rows of what is gathered, as a rule.
@@ -72,8 +73,10 @@ def _create(
     time_limit_s: float,
 ) -> Group:
     columns = -(-vocab_size // shard.size) + _COLUMN_PADDING
-    most = max(max_tokens * hidden_size, max_samples * columns) * dtype.itemsize
-    row = max(hidden_size, columns) * dtype.itemsize
+    most = max(max_tokens * hidden_size, max_samples * columns) * dtype.itemsize + HEAD_BYTES
+    row = (
+        max(shard.size * hidden_size, columns) * dtype.itemsize + HEAD_BYTES
+    )  # of what is made of tokens, one of each rank
     if platform.device.type == "cpu":
         slot_bytes = _slot(row, most, _HOST_SLOT_BYTES)
         return create_shared_group(shard, exchange, slot_bytes=slot_bytes, dtype=dtype, time_limit_s=time_limit_s)

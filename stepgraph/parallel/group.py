@@ -1,6 +1,6 @@
 """Group: the ranks that share a model, as the layers of one of them see the others.
 
-Shapes: T tokens, E hidden size, R rows, W columns that a rank computes, V all columns.
+Shapes: N ranks, T tokens of each, A = N·T tokens, E hidden size, R rows, W columns that a rank computes, V all columns.
 """
 
 from __future__ import annotations
@@ -18,6 +18,16 @@ class Norm(NamedTuple):
 
     weight: Tensor  # [E]
     eps: float
+
+
+class GatheredTokens(NamedTuple):
+    """What ranks with tokens of their own have together."""
+
+    x: Tensor
+    """[A, E]: T rows of rank 0, T of rank 1, and so on; of each, the first are tokens. What other ranks' padding holds is left
+    open."""
+    counts: Tensor
+    """[N] int32: how many tokens each rank has."""
 
 
 class Fault(NamedTuple):
@@ -75,6 +85,40 @@ class Group(Protocol):
 
         Returns:
             `out_RV`.
+        """
+
+    def gather_tokens(self, x_TE: Tensor, count_1: Tensor, *, norm: Norm | None = None) -> GatheredTokens:
+        """Put the tokens of all ranks one after another, where each has its own.
+
+        Args:
+            x_TE: [T, E], T ≥ 1 and the same on all ranks, contiguous.
+            count_1: [1] int32 on the device: so many of the rows, the first ones, are tokens, and the others padding, which is
+                not sent; 0 on a rank that has nothing to do.
+            norm: of the tokens.
+
+        Returns:
+            All ranks', after the norm, with 0.0 in place of -0.0.
+        """
+
+    def scatter_sum(
+        self,
+        part_AE: Tensor,
+        counts_N: Tensor,
+        residual_TE: Tensor,
+        *,
+        multiplier: float = 1.0,
+        post_norm: Norm | None = None,
+        norm: Norm | None = None,
+    ) -> Tensor:
+        """Add the sum of what all ranks made of this rank's tokens to its residual stream, and normalise the stream.
+
+        Args:
+            part_AE: [A, E], what this rank made of all ranks' tokens, contiguous. Padding is not read.
+            counts_N: [N] int32, as `gather_tokens` returned it; the sums of padding are 0.
+            residual_TE: [T, E], this rank's own; otherwise this and the others as of `add_sum`.
+
+        Returns:
+            As `add_sum`.
         """
 
     def loop_back(self) -> AbstractContextManager[None]:

@@ -1,6 +1,6 @@
 """A group whose collectives are stepgraph's own operators, over memory that the ranks share.
 
-Shapes: T tokens, E hidden size, R rows, W columns that a rank computes, V all columns.
+Shapes: N ranks, T tokens of each, A = N·T tokens, E hidden size, R rows, W columns that a rank computes, V all columns.
 """
 
 from __future__ import annotations
@@ -11,12 +11,29 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from stepgraph.ops.collectives import Mailbox, all_gather_columns, all_reduce_add
-from stepgraph.ops.collectives.mailbox import ABORT, ALL_GATHER, ALL_REDUCE, FAULT, LOOP_BACK, RECORD, Record
-from stepgraph.parallel.group import Fault, Norm
+from stepgraph.ops.collectives import Mailbox, all_gather_columns, all_reduce_add, gather_tokens, scatter_sum
+from stepgraph.ops.collectives.mailbox import (
+    ABORT,
+    ALL_GATHER,
+    ALL_REDUCE,
+    FAULT,
+    GATHER_TOKENS,
+    HEAD_BYTES,
+    LOOP_BACK,
+    MOST_ROWS,
+    RECORD,
+    SCATTER_SUM,
+    Record,
+)
+from stepgraph.parallel.group import Fault, GatheredTokens, Norm
 from stepgraph.parallel.shard import Shard
 
-_COLLECTIVES = {ALL_REDUCE: "all_reduce", ALL_GATHER: "all_gather"}
+_COLLECTIVES = {
+    ALL_REDUCE: "all_reduce",
+    ALL_GATHER: "all_gather",
+    GATHER_TOKENS: "gather_tokens",
+    SCATTER_SUM: "scatter_sum",
+}
 
 
 class MailboxGroup:
@@ -61,7 +78,7 @@ class MailboxGroup:
     ) -> Tensor:
         """See `Group.add_sum`."""
         out_TE = None if norm is None else torch.empty_like(residual_TE)
-        for rows in self._messages(part_TE):
+        for rows in self._messages(*part_TE.shape):
             all_reduce_add(
                 part_TE[rows],
                 residual_TE[rows],
@@ -77,9 +94,57 @@ class MailboxGroup:
 
     def gather(self, part_RW: Tensor, out_RV: Tensor) -> Tensor:
         """See `Group.gather`."""
-        for rows in self._messages(part_RW):
+        for rows in self._messages(*part_RW.shape):
             all_gather_columns(part_RW[rows], out_RV[rows], self._mailbox, self.shard.rank, self._time_limit_ns)
         return out_RV
+
+    def gather_tokens(self, x_TE: Tensor, count_1: Tensor, *, norm: Norm | None = None) -> GatheredTokens:
+        """See `Group.gather_tokens`."""
+        x_NTE, counts_N = x_TE.new_empty(self.shard.size, *x_TE.shape), count_1.new_empty(self.shard.size)
+        weight, eps = norm or (None, 0.0)
+        for rows in self._messages(*x_TE.shape, head=HEAD_BYTES // x_TE.element_size(), most=MOST_ROWS):
+            gather_tokens(
+                x_TE[rows],
+                count_1,
+                weight,
+                eps,
+                x_NTE[:, rows],
+                counts_N,
+                rows.start,
+                self._mailbox,
+                self.shard.rank,
+                self._time_limit_ns,
+            )
+        return GatheredTokens(x_NTE.flatten(0, 1), counts_N)
+
+    def scatter_sum(
+        self,
+        part_AE: Tensor,
+        counts_N: Tensor,
+        residual_TE: Tensor,
+        *,
+        multiplier: float = 1.0,
+        post_norm: Norm | None = None,
+        norm: Norm | None = None,
+    ) -> Tensor:
+        """See `Group.scatter_sum`."""
+        out_TE = None if norm is None else torch.empty_like(residual_TE)
+        part_NTE, head = part_AE.view(self.shard.size, *residual_TE.shape), HEAD_BYTES // part_AE.element_size()
+        for rows in self._messages(*residual_TE.shape, ranks=self.shard.size, head=head):
+            scatter_sum(
+                part_NTE[:, rows],
+                counts_N,
+                residual_TE[rows],
+                None if out_TE is None else out_TE[rows],
+                rows.start,
+                self._mailbox,
+                self.shard.rank,
+                self._time_limit_ns,
+                multiplier,
+                *(post_norm or (None, 0.0)),
+                *(norm or (None, 0.0)),
+            )
+        return residual_TE if out_TE is None else out_TE
 
     @contextmanager
     def loop_back(self) -> Iterator[None]:
@@ -110,10 +175,19 @@ class MailboxGroup:
         self._mailbox.flags[LOOP_BACK].fill_(depth)
         self._synchronize()
 
-    def _messages(self, part: Tensor) -> Iterator[slice]:
-        """The rows of `part`, as many at a time as fit into a slot."""
-        rows, width = part.shape
-        most = self._slot_elements // width
-        assert most, (width, self._slot_elements)
-        for start in range(0, rows, most):
-            yield slice(start, min(start + most, rows))
+    def _messages(
+        self, num_rows: int, width: int, *, ranks: int = 1, head: int = 0, most: int | None = None
+    ) -> Iterator[slice]:
+        """Which rows go in each message.
+
+        Args:
+            num_rows, width: of all.
+            ranks: for which a message has so many rows each.
+            head: numbers of a message before its rows.
+            most: rows of a message, even if more fit.
+        """
+        fit = (self._slot_elements - head) // (ranks * width)
+        assert fit > 0, (width, self._slot_elements)
+        step = fit if most is None else min(fit, most)
+        for start in range(0, num_rows, step):
+            yield slice(start, min(start + step, num_rows))

@@ -1,6 +1,6 @@
 """Groups of ranks on GPUs that do not reach each other's memory: NCCL gathers the parts, and each rank adds them up.
 
-Shapes: N ranks, T tokens, E hidden size, R rows, W columns that a rank computes, V all columns.
+Shapes: N ranks, T tokens of each, A = N·T tokens, E hidden size, R rows, W columns that a rank computes, V all columns.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from torch import Tensor, distributed
 
 from stepgraph.errors import ConfigError
 from stepgraph.ops.collectives import reduce_gathered
-from stepgraph.ops.collectives.reference import gather_columns
+from stepgraph.ops.collectives.reference import gather_columns, tokens
 from stepgraph.parallel.exchange import Exchange
-from stepgraph.parallel.group import Fault, Norm
+from stepgraph.parallel.group import Fault, GatheredTokens, Norm
 from stepgraph.parallel.shard import Shard
 
 
@@ -87,6 +87,34 @@ class NcclGroup:
         gather_columns(self._gathered(part_RW), out_RV)
         return out_RV
 
+    def gather_tokens(self, x_TE: Tensor, count_1: Tensor, *, norm: Norm | None = None) -> GatheredTokens:
+        """See `Group.gather_tokens`; padding is sent, too."""
+        x_NTE = self._gathered(tokens(x_TE, *(norm or (None, 0.0))))
+        return GatheredTokens(x_NTE.flatten(0, 1), self._gathered(count_1).flatten())
+
+    def scatter_sum(
+        self,
+        part_AE: Tensor,
+        counts_N: Tensor,
+        residual_TE: Tensor,
+        *,
+        multiplier: float = 1.0,
+        post_norm: Norm | None = None,
+        norm: Norm | None = None,
+    ) -> Tensor:
+        """See `Group.scatter_sum`; padding is sent, too."""
+        rank, part_NTE = self.shard.rank, part_AE.view(self.shard.size, *residual_TE.shape)
+        if self._is_by_itself:
+            parts_NTE = part_NTE[rank].expand_as(part_NTE)
+        else:
+            parts_NTE = torch.empty_like(part_NTE)
+            # Without a public name, but what all_to_all_single calls.
+            self._nccl.alltoall_base(parts_NTE, part_NTE, [], []).wait()  # type: ignore[attr-defined]
+        out_TE = None if norm is None else torch.empty_like(residual_TE)
+        (post_weight, post_eps), (weight, eps) = post_norm or (None, 0.0), norm or (None, 0.0)
+        reduce_gathered(parts_NTE, residual_TE, out_TE, multiplier, post_weight, post_eps, weight, eps, counts_N[rank])
+        return residual_TE if out_TE is None else out_TE
+
     @contextmanager
     def loop_back(self) -> Iterator[None]:
         """See `Group.loop_back`."""
@@ -113,9 +141,13 @@ class NcclGroup:
         with suppress(RuntimeError):
             self._nccl.abort()
 
+    @property
+    def _is_by_itself(self) -> bool:
+        return self._depth > 0 and not torch.cuda.is_current_stream_capturing()
+
     def _gathered(self, part: Tensor) -> Tensor:
         """All ranks' parts, [N, *part.shape]."""
-        if self._depth and not torch.cuda.is_current_stream_capturing():
+        if self._is_by_itself:
             return part.expand(self.shard.size, *part.shape)
         parts = part.new_empty(self.shard.size, *part.shape)
         if part.numel():

@@ -13,9 +13,10 @@ from torch import Tensor
 from stepgraph.ops.collectives import Mailbox, mailbox, reference
 from stepgraph.ops.collectives import triton as kernels
 from stepgraph.ops.collectives.mailbox import ABORT, ALL_GATHER, ALL_REDUCE, FAULT, LOOP_BACK, RECORD, Record
+from stepgraph.ops.collectives.triton_push import CLEARED_AT_ONCE
 
 EPS = 1e-5
-SLOT = kernels.CLEARED_AT_ONCE
+SLOT = CLEARED_AT_ONCE
 EMPTY = {2: -(1 << 15), 4: -(1 << 31)}
 MOST_PROGRAMS = 2 * mailbox.MOST_PROGRAMS_A_MULTIPROCESSOR
 DTYPES = [torch.float16, torch.float32]  # Triton's interpreter truncates to bfloat16 instead of rounding

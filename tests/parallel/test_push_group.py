@@ -11,7 +11,7 @@ from triton_operators import triton_operators
 from stepgraph.bench.ranks import run_ranks
 from stepgraph.ops.collectives import Mailbox, reference
 from stepgraph.ops.collectives.mailbox import MOST_PROGRAMS_A_MULTIPROCESSOR
-from stepgraph.ops.collectives.triton import CLEARED_AT_ONCE
+from stepgraph.ops.collectives.triton_push import CLEARED_AT_ONCE
 from stepgraph.parallel.exchange import Exchange
 from stepgraph.parallel.group import Fault, Norm
 from stepgraph.parallel.mailbox_group import MailboxGroup

@@ -20,10 +20,21 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from stepgraph.ops.collectives import reference
-from stepgraph.ops.collectives.mailbox import ABORT, ALL_GATHER, ALL_REDUCE, FAULT, RECORD, Record
+from stepgraph.ops.collectives.mailbox import (
+    ABORT,
+    ALL_GATHER,
+    ALL_REDUCE,
+    FAULT,
+    GATHER_TOKENS,
+    HEAD_BYTES,
+    RECORD,
+    SCATTER_SUM,
+    Record,
+)
 
 HEADER = 64
 """Bytes before a line's two buffers, a cache line; the count of posted parts is the first eight."""
@@ -68,6 +79,65 @@ def all_gather_columns(
     """See `stepgraph.ops.collectives.all_gather_columns`."""
     reference.gather_columns(
         _gathered(part, inbox, state, flags, host, rank, time_limit_ns, collective=ALL_GATHER), out
+    )
+
+
+def gather_tokens(
+    x: Tensor,
+    count: Tensor,
+    weight: Tensor | None,
+    eps: float,
+    out: Tensor,
+    counts: Tensor,
+    start: int,
+    inbox: Tensor,
+    peers: Sequence[int],
+    state: Tensor,
+    flags: Tensor,
+    host: Tensor,
+    rank: int,
+    time_limit_ns: int,
+) -> None:
+    """See `stepgraph.ops.collectives.gather_tokens`."""
+    rows = x.shape[0]
+    own_TE = reference.tokens(x, weight, eps)
+    [own_count] = _words(count, ctypes.c_int32, 1)
+    head = count.new_full((HEAD_BYTES // count.element_size(),), min(max(own_count - start, 0), rows))
+    message = torch.cat([head.view(torch.uint8), own_TE.view(torch.uint8).flatten()])
+    messages = _gathered(message, inbox, state, flags, host, rank, time_limit_ns, collective=GATHER_TOKENS)
+    found_NTE = messages[:, HEAD_BYTES:].view(x.dtype).unflatten(1, x.shape)
+    for sender, found in enumerate(messages[:, : count.element_size()].view(torch.int32).flatten().tolist()):
+        there = min(max(found, 0), rows)  # also what was there where waiting was given up
+        if sender == rank:
+            out[sender].copy_(own_TE)
+        else:
+            out[sender, :there].copy_(found_NTE[sender, :there])
+        counts[sender] = there + (counts[sender] if start else 0)
+
+
+def scatter_sum(
+    part: Tensor,
+    counts: Tensor,
+    residual: Tensor,
+    out: Tensor | None,
+    start: int,
+    inbox: Tensor,
+    peers: Sequence[int],
+    state: Tensor,
+    flags: Tensor,
+    host: Tensor,
+    rank: int,
+    time_limit_ns: int,
+    multiplier: float,
+    post_weight: Tensor | None,
+    post_eps: float,
+    weight: Tensor | None,
+    eps: float,
+) -> None:
+    """See `stepgraph.ops.collectives.scatter_sum`."""
+    parts_NNTE = _gathered(part, inbox, state, flags, host, rank, time_limit_ns, collective=SCATTER_SUM)
+    reference.reduce_gathered(
+        parts_NNTE[:, rank], residual, out, multiplier, post_weight, post_eps, weight, eps, counts[rank] - start
     )
 
 

@@ -16,8 +16,12 @@ ABORT, RECORD = 0, 1
 """Words of `Mailbox.host`: not zero if collectives are to be given up; what the first one that was given up waited for."""
 LOOP_BACK, FAULT = 0, 1
 """Words of `Mailbox.flags`."""
-ALL_REDUCE, ALL_GATHER = 1, 2
+ALL_REDUCE, ALL_GATHER, GATHER_TOKENS, SCATTER_SUM = 1, 2, 3, 4
 """Collectives, as `Record` has them."""
+HEAD_BYTES = 64
+"""Of a message of tokens, before its rows."""
+MOST_ROWS = (1 << 15) - 1
+"""Of a message of tokens, whose head says how many there are in a number of 16 bits."""
 
 
 class Mailbox(NamedTuple):
@@ -43,7 +47,7 @@ class Record(NamedTuple):
     rank: int
     """Whose part did not come."""
     collective: int
-    """ALL_REDUCE or ALL_GATHER."""
+    """ALL_REDUCE, ALL_GATHER, GATHER_TOKENS or SCATTER_SUM."""
     sequence: int
     """Of collectives that ran before it, in this mailbox."""
 

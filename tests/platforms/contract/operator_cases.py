@@ -187,6 +187,8 @@ OF_SETTINGS = {
     "force_acceptance",
     "all_reduce_add",
     "all_gather_columns",
+    "gather_tokens",
+    "scatter_sum",
 }
 """Operators of settings that a platform need not serve: of FP8 weights, LoRA, drafting by lookup, and several devices."""
 
