@@ -1,4 +1,5 @@
-// The block formats of GGUF files that are multiplied as they are: 32 weights of one row in a block, scaled by a half.
+// The block formats of GGUF files that are multiplied as they are: 32 weights of one row in a block, scaled by a half. And plain
+// numbers.
 //
 // Layout: ggml-common.h of the ggml project. A decoded weight has the bits that gguf's own dequantisation gives it: d·q is
 // exact in float32, so rounding d·q + m once, in a fused multiply-add, and rounding it in a sum are the same.
@@ -68,6 +69,21 @@ struct Q8_0 {  // w = d · q
   }
 };
 
+// Weights that are no codes, in pieces of as many: products take them like blocks.
+struct F32 {
+  static constexpr int BYTES = 128;
+  static void decode(const uint8_t* block, Lanes* w) {
+    for (int i = 0; i < PARTS; i++) w[i] = load(reinterpret_cast<const float*>(block) + i * LANES);
+  }
+};
+
+struct BF16 {
+  static constexpr int BYTES = 64;
+  static void decode(const uint8_t* block, Lanes* w) {
+    for (int i = 0; i < PARTS; i++) w[i] = from_bfloat16(block + i * LANES * 2);
+  }
+};
+
 // Call `with(format)`, an instance of the format whose blocks have so many bytes.
 template <typename With>
 void with_format(int64_t block_bytes, const With& with) {
@@ -75,6 +91,8 @@ void with_format(int64_t block_bytes, const With& with) {
     case Q4_0::BYTES: return with(Q4_0{});
     case Q4_1::BYTES: return with(Q4_1{});
     case Q8_0::BYTES: return with(Q8_0{});
+    case BF16::BYTES: return with(BF16{});
+    case F32::BYTES: return with(F32{});
     default: throw std::runtime_error("stepgraph's CPU kernels: unknown block format");
   }
 }

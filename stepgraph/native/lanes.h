@@ -25,6 +25,10 @@ inline Lanes where_less(Lanes a, Lanes b, Lanes x, Lanes otherwise) {
 inline Lanes from_bytes(const void* signed_bytes) {
   return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(static_cast<const __m128i*>(signed_bytes))));
 }
+inline Lanes from_bfloat16(const void* p) {  // the upper halves of floats
+  const __m256i halves = _mm256_loadu_si256(static_cast<const __m256i*>(p));
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16));
+}
 inline Lanes round(Lanes a) { return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEAREST_INT); }
 inline Lanes power_of_two(Lanes whole) {
   return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_add_epi32(_mm512_cvtps_epi32(whole), _mm512_set1_epi32(127)), 23));
@@ -68,6 +72,10 @@ inline Lanes where_less(Lanes a, Lanes b, Lanes x, Lanes otherwise) {
 }
 inline Lanes from_bytes(const void* signed_bytes) {
   return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(static_cast<const __m128i*>(signed_bytes))));
+}
+inline Lanes from_bfloat16(const void* p) {  // the upper halves of floats
+  const __m128i halves = _mm_loadu_si128(static_cast<const __m128i*>(p));
+  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(halves), 16));
 }
 inline Lanes round(Lanes a) { return _mm256_round_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 inline Lanes power_of_two(Lanes whole) {

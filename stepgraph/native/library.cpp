@@ -4,6 +4,7 @@
 namespace stepgraph {
 
 void register_attention(TorchLibraryHandle library);
+void register_experts(TorchLibraryHandle library);
 void register_linear(TorchLibraryHandle library);
 void register_rows(TorchLibraryHandle library);
 
@@ -13,6 +14,7 @@ const bool registered = [] {
   TorchLibraryHandle library;  // kept for the life of the process, as the registrations are
   check(aoti_torch_library_init_impl("stepgraph_native", "CPU", __FILE__, __LINE__, &library));
   register_attention(library);
+  register_experts(library);
   register_linear(library);
   register_rows(library);
   return true;

@@ -10,6 +10,7 @@
 #include "blocks.h"
 #include "buffer.h"
 #include "norm.h"
+#include "products.h"
 #include "torch_abi.h"
 
 namespace stepgraph {
@@ -17,7 +18,6 @@ namespace {
 
 constexpr int64_t FEW_TOKENS = 8;
 constexpr int64_t BUFFER_ROWS = 32;  // decoded at a time: of 1,536 inputs 192 KiB, half that in bfloat16
-constexpr int64_t SHARE_TOKENS = 16;  // that are worth waking a thread for, if each is a few thousand operations
 constexpr int TILE_ROWS = 4;
 #if defined(__AVX512F__)
 constexpr int TILE_TOKENS = 4;  // 16 sums are added up at once
@@ -220,70 +220,53 @@ void many_in_bfloat16(const uint8_t* codes, const float* x, int64_t tokens, int6
 
 #endif
 
-// What is done with the columns begin … end of a product as soon as a thread has them.
-struct Ends {
-  float* out;                // the product, [T, O]
-  float* residual = nullptr;  // [T, O]: the product times `multiplier` is added
-  float multiplier = 1.0f;
-  float* gated = nullptr;  // [T, O / 2]: silu of the product's first half, times its second
+}  // namespace
 
-  void finish(int64_t tokens, int64_t outputs, int64_t begin, int64_t end) const {
-    for (int64_t t = 0; t < tokens; t++) {
-      const float* row = out + t * outputs;
-      if (residual != nullptr)
-        for (int64_t o = begin; o < end; o++) residual[t * outputs + o] += multiplier * row[o];
-      if (gated != nullptr) {
-        const int64_t half = outputs / 2;
-        for (int64_t o = begin; o < end; o += LANES) store(gated + t * half + o, silu(load(row + o)) * load(row + half + o));
-      }
-    }
-  }
-};
+bool is_rounded(const Operands& p) {
+#if defined(__AVX512BF16__)
+  return p.tokens >= p.bfloat16_from;
+#else
+  (void)p;
+  return false;
+#endif
+}
 
-struct Operands {
-  const float* x;
-  const uint8_t* codes;
-  int64_t tokens, inputs, outputs, block_bytes, bfloat16_from;
-
-  Operands(const Tensor& x_TI, const Tensor& codes_OB, int64_t from)
-      : x(x_TI.data<float>()),
-        codes(codes_OB.data<uint8_t>()),
-        tokens(x_TI.size(0)),
-        inputs(x_TI.size(1)),
-        outputs(codes_OB.size(0)),
-        block_bytes(codes_OB.size(1) * BLOCK / inputs),
-        bfloat16_from(from) {}
-};
-
-void product(const Operands& p, const Ends& ends) {
-  // A gated product's shares are of both halves.
+void columns_of_product(const Operands& p, const Ends& ends, int64_t begin, int64_t end) {
   const int64_t parts = ends.gated != nullptr ? 2 : 1, columns = p.outputs / parts;
   with_format(p.block_bytes, [&](auto format) {
     using Format = decltype(format);
-#if defined(__AVX512BF16__)
-    if (p.tokens >= p.bfloat16_from) {
-      many_in_bfloat16<Format>(p.codes, p.x, p.tokens, p.inputs, ends.out, p.outputs);
-      return parallel(p.tokens, SHARE_TOKENS, [&](int64_t begin, int64_t end) {
-        const int64_t first = begin * p.outputs;
-        Ends{ends.out + first, ends.residual ? ends.residual + first : nullptr, ends.multiplier,
-             ends.gated ? ends.gated + first / 2 : nullptr}
-            .finish(end - begin, p.outputs, 0, columns);
-      });
+    for (int64_t part = 0; part < parts; part++) {
+      const int64_t offset = part * columns;
+      if (p.tokens <= FEW_TOKENS)
+        few<Format>(p.codes, p.x, p.tokens, p.inputs, ends.out, p.outputs, offset + begin, offset + end);
+      else
+        many<Format>(p.codes, p.x, p.tokens, p.inputs, ends.out, p.outputs, offset + begin, offset + end);
     }
-#endif
-    parallel((columns + LANES - 1) / LANES, 1, [&](int64_t first, int64_t last) {
-      const int64_t begin = first * LANES, end = std::min(last * LANES, columns);
-      for (int64_t part = 0; part < parts; part++) {
-        const int64_t offset = part * columns;
-        if (p.tokens <= FEW_TOKENS)
-          few<Format>(p.codes, p.x, p.tokens, p.inputs, ends.out, p.outputs, offset + begin, offset + end);
-        else
-          many<Format>(p.codes, p.x, p.tokens, p.inputs, ends.out, p.outputs, offset + begin, offset + end);
-      }
-      ends.finish(p.tokens, p.outputs, begin, end);
+  });
+  ends.finish(p.tokens, p.outputs, begin, end);
+}
+
+void product(const Operands& p, const Ends& ends) {
+  const int64_t columns = p.outputs / (ends.gated != nullptr ? 2 : 1);
+#if defined(__AVX512BF16__)
+  if (is_rounded(p)) {
+    with_format(p.block_bytes, [&](auto format) {
+      many_in_bfloat16<decltype(format)>(p.codes, p.x, p.tokens, p.inputs, ends.out, p.outputs);
     });
+    return parallel(p.tokens, SHARE_TOKENS, [&](int64_t begin, int64_t end) {
+      const int64_t first = begin * p.outputs;
+      Ends{ends.out + first, ends.residual ? ends.residual + first : nullptr, ends.multiplier,
+           ends.gated ? ends.gated + first / 2 : nullptr}
+          .finish(end - begin, p.outputs, 0, columns);
+    });
+  }
+#endif
+  parallel((columns + LANES - 1) / LANES, 1, [&](int64_t first, int64_t last) {
+    columns_of_product(p, ends, first * LANES, std::min(last * LANES, columns));
   });
 }
+
+namespace {
 
 Tensor normalised(const Tensor& x_TI, const Tensor& weight_I, float eps) {
   const int64_t tokens = x_TI.size(0), width = x_TI.size(1);
@@ -300,7 +283,7 @@ void packed_linear(StableIValue* values, uint64_t, uint64_t) {
   Stack stack(values);
   const Tensor x_TI = stack.tensor(), codes_OB = stack.tensor();
   Tensor out_TO = Tensor::empty({x_TI.size(0), codes_OB.size(0)});
-  product({x_TI, codes_OB, stack.integer()}, {out_TO.data<float>()});
+  product(Operands::of(x_TI, codes_OB, stack.integer()), {out_TO.data<float>()});
   stack.give(std::move(out_TO));
 }
 
@@ -309,7 +292,7 @@ void packed_linear_out(StableIValue* values, uint64_t, uint64_t) {
   const Tensor x_TI = stack.tensor(), codes_OB = stack.tensor();
   const int64_t bfloat16_from = stack.integer();
   const Tensor out_TO = stack.tensor();
-  product({x_TI, codes_OB, bfloat16_from}, {out_TO.data<float>()});
+  product(Operands::of(x_TI, codes_OB, bfloat16_from), {out_TO.data<float>()});
 }
 
 void packed_linear_add(StableIValue* values, uint64_t, uint64_t) {
@@ -319,7 +302,7 @@ void packed_linear_add(StableIValue* values, uint64_t, uint64_t) {
   const Tensor residual_TO = stack.tensor();
   const float multiplier = stack.real();
   const Buffer<float> out(x_TI.size(0) * codes_OB.size(0));
-  product({x_TI, codes_OB, bfloat16_from}, {out.get(), residual_TO.data<float>(), multiplier});
+  product(Operands::of(x_TI, codes_OB, bfloat16_from), {out.get(), residual_TO.data<float>(), multiplier});
 }
 
 void packed_norm_linear(StableIValue* values, uint64_t, uint64_t) {
@@ -328,7 +311,7 @@ void packed_norm_linear(StableIValue* values, uint64_t, uint64_t) {
   const float eps = stack.real();
   const Tensor codes_OB = stack.tensor();
   Tensor out_TO = Tensor::empty({x_TI.size(0), codes_OB.size(0)});
-  product({normalised(x_TI, norm_I, eps), codes_OB, stack.integer()}, {out_TO.data<float>()});
+  product(Operands::of(normalised(x_TI, norm_I, eps), codes_OB, stack.integer()), {out_TO.data<float>()});
   stack.give(std::move(out_TO));
 }
 
@@ -340,7 +323,7 @@ void packed_norm_swiglu(StableIValue* values, uint64_t, uint64_t) {
   const int64_t tokens = x_TI.size(0), outputs = codes_OB.size(0);
   Tensor gated_TM = Tensor::empty({tokens, outputs / 2});
   const Buffer<float> out(tokens * outputs);
-  product({normalised(x_TI, norm_I, eps), codes_OB, stack.integer()},
+  product(Operands::of(normalised(x_TI, norm_I, eps), codes_OB, stack.integer()),
           {out.get(), nullptr, 1.0f, gated_TM.data<float>()});
   stack.give(std::move(gated_TM));
 }

@@ -34,6 +34,7 @@ from stepgraph.ops.logprobs import logprobs
 from stepgraph.ops.lookup import lookup
 from stepgraph.ops.lora import lora
 from stepgraph.ops.packed import packed_linear, packed_linear_add, packed_norm_linear, packed_norm_swiglu, packed_rows
+from stepgraph.ops.packed.experts import packed_gated_experts, packed_sum_experts
 from stepgraph.ops.process_logits import process_logits
 from stepgraph.ops.registry import register_kernels
 from stepgraph.ops.remember import remember
@@ -84,11 +85,13 @@ __all__ = [
     "lora",
     "norm_gated_linear",
     "norm_linear",
+    "packed_gated_experts",
     "packed_linear",
     "packed_linear_add",
     "packed_norm_linear",
     "packed_norm_swiglu",
     "packed_rows",
+    "packed_sum_experts",
     "paged_attention",
     "process_logits",
     "propose",

@@ -77,6 +77,34 @@ class Packed(WeightFormat):
             out_TO.add_(bias)
         return out_TO
 
+    def gated_experts(self, weights: Weights, x_TE: Tensor, work: ops.ExpertWork, end: End) -> Tensor:
+        """See `WeightFormat.gated_experts`."""
+        return ops.packed_gated_experts(
+            x_TE, weights["weight"], work, gelu=end is End.GEGLU, exact_tokens=self.rounds_above
+        )
+
+    def sum_experts(
+        self,
+        weights: Weights,
+        hidden_PM: Tensor,
+        work: ops.ExpertWork,
+        shape: torch.Size,
+        add_to: Tensor | None,
+        multiplier: float,
+    ) -> Tensor:
+        """See `WeightFormat.sum_experts`."""
+        out = hidden_PM.new_empty(shape) if add_to is None else add_to
+        ops.packed_sum_experts(
+            hidden_PM,
+            weights["weight"],
+            work,
+            out,
+            add=add_to is not None,
+            multiplier=multiplier,
+            exact_tokens=self.rounds_above,
+        )
+        return out
+
     def rows(self, weights: Weights, index_T: Tensor) -> Tensor:
         """See `WeightFormat.rows`."""
         return ops.packed_rows(weights["weight"], index_T, self._inputs(weights))

@@ -14,15 +14,15 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from stepgraph.ops.experts import reference
-from stepgraph.ops.registry import register
+from stepgraph.ops.experts import cpu, reference
+from stepgraph.ops.registry import Inlined, register
 from stepgraph.ops.route import Chosen
 
 __all__ = ["ExpertDispatch", "ExpertWork", "expert_work", "gated_experts", "max_tiles", "sum_experts"]
 
 _sort_pairs = register(
     "sort_pairs(Tensor expert, int first, int count) -> (Tensor, Tensor)",
-    {"cpu": reference.sort_pairs, "cuda": "stepgraph.ops.experts.sort:sort_pairs"},
+    {"cpu": Inlined(cpu.sort_pairs), "cuda": "stepgraph.ops.experts.sort:sort_pairs"},
 )
 _gated_experts = register(
     "gated_experts(Tensor x, Tensor weight, Tensor? scale, Tensor expert, int first, Tensor? order, Tensor? ends, bool gelu) "

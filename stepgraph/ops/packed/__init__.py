@@ -52,8 +52,8 @@ def packed_linear(x: Tensor, codes: Tensor, *, exact_tokens: int | None, out: Te
         [T, O] float32; `out` if that was given.
     """
     if out is None:
-        return _packed_linear(x, codes, _bfloat16_from(exact_tokens))
-    _packed_linear_out(x, codes, _bfloat16_from(exact_tokens), out)
+        return _packed_linear(x, codes, bfloat16_from(exact_tokens))
+    _packed_linear_out(x, codes, bfloat16_from(exact_tokens), out)
     return out
 
 
@@ -61,21 +61,21 @@ def packed_linear_add(
     x: Tensor, codes: Tensor, residual: Tensor, multiplier: float, *, exact_tokens: int | None
 ) -> None:
     """``residual += multiplier · packed_linear(x, codes)``; `residual` is [T, O] float32, contiguous. May run inside a graph."""
-    _packed_linear_add(x, codes, _bfloat16_from(exact_tokens), residual, multiplier)
+    _packed_linear_add(x, codes, bfloat16_from(exact_tokens), residual, multiplier)
 
 
 def packed_norm_linear(
     x: Tensor, norm_weight: Tensor, eps: float, codes: Tensor, *, exact_tokens: int | None
 ) -> Tensor:
     """``packed_linear(rms_norm(x, norm_weight, eps), codes)``; `norm_weight` is [I] float32. May run inside a graph."""
-    return _packed_norm_linear(x, norm_weight, eps, codes, _bfloat16_from(exact_tokens))
+    return _packed_norm_linear(x, norm_weight, eps, codes, bfloat16_from(exact_tokens))
 
 
 def packed_norm_swiglu(
     x: Tensor, norm_weight: Tensor, eps: float, codes: Tensor, *, exact_tokens: int | None
 ) -> Tensor:
     """``swiglu(packed_norm_linear(…))``: [T, O / 2] float32; O / 2 is a multiple of BLOCK. May run inside a graph."""
-    return _packed_norm_swiglu(x, norm_weight, eps, codes, _bfloat16_from(exact_tokens))
+    return _packed_norm_swiglu(x, norm_weight, eps, codes, bfloat16_from(exact_tokens))
 
 
 @functools.cache
@@ -88,7 +88,8 @@ def rounds_to_bfloat16() -> bool:
     return packed_linear(just_above_one, ones, exact_tokens=0).item() == BLOCK
 
 
-def _bfloat16_from(exact_tokens: int | None) -> int:
+def bfloat16_from(exact_tokens: int | None) -> int:
+    """`exact_tokens` as the kernels take it: the least number of tokens for which they may round."""
     return _NEVER if exact_tokens is None else exact_tokens + 1
 
 
