@@ -18,8 +18,8 @@ class ParallelConfig:
     data_parallel_size: int = setting(
         1,
         "with --enable-expert-parallel: devices of one engine that share its experts, each with all other weights and with "
-        "requests of its own. Without: engines behind a server, each with a whole model and devices (on a CPU: cores) of its own; "
-        "a request goes where its prefix is cached, and by load",
+        "requests of its own. Without: engines behind a server, each with a whole model and devices (on a CPU: cores) of its "
+        "own; a request goes where its prefix is cached, and by load",
         minimum=1,
     )
     enable_expert_parallel: bool = setting(

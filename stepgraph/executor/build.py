@@ -163,6 +163,7 @@ def _specs(
         drafts_cost_when_idle=drafter is None or drafter.costs_when_idle,
         max_adapters=config.lora.max_loras if config.lora.enable_lora else 0,
         can_sleep=weights.releasable,
+        data_parallel_size=config.parallel.data_parallel_size,
         longest_step_s=_longest_step_s(runner),
     )
 

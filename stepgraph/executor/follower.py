@@ -13,7 +13,7 @@ import torch
 from stepgraph.errors import EngineDeadError, StepgraphError
 from stepgraph.executor.build import Ranks, build_local_executor
 from stepgraph.executor.local import LocalExecutor
-from stepgraph.executor.orders import admission_of, call_of, shape_of
+from stepgraph.executor.orders import admission_of, call_of, part_of, shape_of
 from stepgraph.executor.ring import NUMBERS, Kind, RingReader, Words
 from stepgraph.executor.workers import REPLY, VALUE, Build, Message, connection
 from stepgraph.models.source import resolve_configured
@@ -82,6 +82,7 @@ class Follower:
         before = orders.waited_s
         executor.waited_s = lambda: orders.waited_s - before
         self._shapes: list[StepShape] = []
+        self._rank, self._num_own = executor.group.shard.rank, executor.specs.data_parallel_size
 
     def run(self) -> None:
         """Until there are no more. What a launch raises is raised: the other ranks wait for this one's part of the step.
@@ -107,6 +108,9 @@ class Follower:
                 self._agree(kind, self._shapes[shape])
             elif kind == Kind.CALL:
                 self._call(words)
+            elif kind == Kind.ONLY:
+                if number != self._rank:
+                    self._orders.next()
             else:
                 assert kind == Kind.END, kind
                 return
@@ -118,6 +122,8 @@ class Follower:
         graph = (
             runner.graphs.store.eager_twin(shape) if kind == Kind.EAGER else runner.graphs.store.captured_graph(shape)
         )
+        if self._num_own > 1:
+            words = part_of(words, self._rank, self._num_own)
         end = shape.plan_length(runner.block_size)
         part = slice(end - len(words), end)
         runner.staged(part)[:] = words

@@ -154,6 +154,8 @@ class LocalExecutor:
         self.runner.graphs.close()
         if self.group is not None:
             self.group.close()
+        if self.runner.shared_rings is not None:
+            self.runner.shared_rings.close()
         del self.runner, self._adapters, self._drafter, self._update, self._arriving
         gc.collect()  # the buffers are parts of cycles
         for memory in memories:

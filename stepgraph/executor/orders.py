@@ -54,6 +54,20 @@ def call_of(words: Words) -> tuple[Any, tuple[Any, ...]]:
     return function, args
 
 
+def words_of_parts(parts: Sequence[Words]) -> Words:
+    """Words for each rank: how many each has, and all of them."""
+    return np.concatenate((_words([len(part) for part in parts]), *parts))
+
+
+def part_of(words: Words, rank: int, size: int) -> Words:
+    """Those for one of `size` ranks, of what `words_of_parts` wrote; none of none."""
+    if not len(words):
+        return words
+    lengths = words[:size].tolist()
+    start = size + sum(lengths[:rank])
+    return words[start : start + lengths[rank]]
+
+
 def _words(values: Sequence[int]) -> Words:
     return np.asarray(values, dtype=np.int32)
 

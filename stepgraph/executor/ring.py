@@ -73,6 +73,8 @@ class Kind(IntEnum):
     """Call a function and reply."""
     END = 9
     """There are no more orders of this engine."""
+    ONLY = 10
+    """The next order is for one rank alone."""
 
 
 class Order(NamedTuple):
@@ -251,7 +253,7 @@ class RingReader:
         words = self._take(length) if length else NOTHING
         memory.fence()
         memory.table[self._line + _READ] = self._read
-        self._spin_s = _SPIN_BEFORE_LAUNCH_S if kind in (Kind.ADMIT, Kind.MASKS) else _SPIN_S
+        self._spin_s = _SPIN_BEFORE_LAUNCH_S if kind in (Kind.ADMIT, Kind.MASKS, Kind.ONLY) else _SPIN_S
         return Order(kind, number, shape, words)
 
     def report_failure(self, what: int) -> None:

@@ -67,7 +67,9 @@ class Message(NamedTuple):
 class NotAdmitted(NamedTuple):
     """A request that a worker could not admit."""
 
+    rank: int
     slot: int
+    """As that rank numbers them."""
     message: str
 
 
@@ -241,7 +243,7 @@ class Workers:
     def admission_failures(self) -> list[NotAdmitted]:
         """The requests that a worker could not admit since the last call."""
         return [
-            NotAdmitted(slot, f"rank {worker.rank} could not take the request in; its log says why")
+            NotAdmitted(worker.rank, slot, f"rank {worker.rank} could not take the request in; its log says why")
             for index, worker in enumerate(self._workers)
             if (slot := self.ring.take_failure(index))
         ]

@@ -27,18 +27,19 @@ from stepgraph.spec.drafter import Drafter
 from stepgraph.step.attention import AttentionSizes
 from stepgraph.step.expert_counts import ExpertCounts
 from stepgraph.step.graphs import StepGraphs
+from stepgraph.step.loaded_plan import LoadedPlan
 from stepgraph.step.logits import LogitMemory
 from stepgraph.step.memory import CacheLayout, OperatorCount, choose_num_blocks, kv_cache_dtype
+from stepgraph.step.output_rings import RING_DEPTH, OutputReader
 from stepgraph.step.plan import StepPlan
 from stepgraph.step.program import StepOutput, StepProgram
 from stepgraph.step.results import StepResults, Ticket
 from stepgraph.step.shape import StepShape, Variant
 from stepgraph.step.shape_policy import ShapePolicy
-from stepgraph.step.state import RING_DEPTH, SlotState
+from stepgraph.step.shared_rings import SharedRings
+from stepgraph.step.state import SlotState
 
 logger = logging.getLogger(__name__)
-
-_NOTHING = slice(0, 0)
 
 
 def backend_name(config: EngineConfig, platform: Platform) -> str:
@@ -79,6 +80,15 @@ class StepRunner:
         backend = create_backend(backend_name(config, platform))
         self.policy = ShapePolicy.of(graph, scheduler, draft_levels=draft_levels, graphs_off=backend.name == "eager")
         lazy = graph.capture == "lazy" or (graph.capture == "auto" and not platform.captures_all_by_default)
+        num_own = config.parallel.data_parallel_size
+        self.shared_rings: SharedRings | None = None
+        """Of all ranks, where each has requests of its own."""
+        if num_own > 1:
+            assert group is not None
+            self.shared_rings = SharedRings(self.policy.max_shape, group.shard, exchange, platform.device)
+        self._is_read_elsewhere = group is not None and num_own > 1 and group.shard.rank > 0
+        self.loaded = [LoadedPlan(self.block_size, rank * scheduler.max_num_seqs) for rank in range(num_own)]
+        """What lies where this rank's graphs read it and, on rank 0, where others' do that have requests of their own."""
         self.state = SlotState(
             max_num_seqs=scheduler.max_num_seqs,
             max_model_len=max_model_len,
@@ -86,6 +96,7 @@ class StepRunner:
             vocab_size=self.vocab_size,
             max_shape=self.policy.max_shape,
             platform=platform,
+            rings=None if self.shared_rings is None or group is None else self.shared_rings.of_ranks[group.shard.rank],
         )
         dtype = model.dtype
         self.logits = LogitMemory(
@@ -99,7 +110,6 @@ class StepRunner:
         """Called when the KV cache no longer holds what was put there; whoever counts on its content sets it."""
         self.num_launched = 0
         """Steps so far."""
-        self._loaded: tuple[int | None, StepShape] | None = None
         cache_dtype = kv_cache_dtype(config.cache, platform, dtype)
         self.layout = layout = CacheLayout(
             model.cache_specs(cache_dtype),
@@ -157,9 +167,7 @@ class StepRunner:
         self._staging = [platform.host_buffer(plan_length) for _ in range(RING_DEPTH)]
         self._staging_arrays = [buffer.numpy() for buffer in self._staging]
         self._completions = [platform.completion() for _ in range(RING_DEPTH)]
-        self._ring = self.state.ring.numpy()
-        self._logprob_ring = self.state.logprob_ring.numpy()
-        self._prompt_logprob_ring = self.state.prompt_logprob_ring.numpy()
+        self._output = OutputReader(self.state.rings)
         self._trial_context_len = min(graph.capture_context_len or max_model_len, max_model_len - 1)
 
     def launch(self, plan: StepPlan) -> Ticket:
@@ -178,15 +186,7 @@ class StepRunner:
     def pack(self, plan: StepPlan, shape: StepShape) -> slice:
         """Pack what graphs of `shape` are to read of `plan` and does not lie there already, see `staged`. Returns where it
         belongs in the packed plan, at whose end it ends; an empty slice if all lies there."""
-        # Deltas are idempotent, so rows that repeat without new ones can run on the plan as it lies on the device. A slot's new
-        # user needs a block for its first row, so its plan has deltas.
-        has_rows = plan.epoch is not None and self._loaded == (plan.epoch, shape)
-        if has_rows and not plan.deltas:
-            return _NOTHING
-        start, end = shape.deltas_start if has_rows else 0, shape.plan_length(self.block_size)
-        plan.pack(shape, self.block_size, self._staging_arrays[self.num_launched % RING_DEPTH][:end], start)
-        self._loaded = (plan.epoch, shape)
-        return slice(start, end)
+        return self.loaded[0].pack(plan, shape, self._staging_arrays[self.num_launched % RING_DEPTH])
 
     def staged(self, part: slice) -> npt.NDArray[np.int32]:
         """Where a part of the next step's packed plan waits for `put`."""
@@ -200,9 +200,15 @@ class StepRunner:
     def run(self, graph: Graph[StepOutput]) -> int:
         """Launch a step on the plan that lies there; returns its number."""
         graph.replay()
+        if self._is_read_elsewhere:
+            self._tell_done()
         self._completions[self.num_launched % RING_DEPTH].record()
         self.num_launched += 1
         return self.num_launched - 1
+
+    def _tell_done(self) -> None:
+        """Have the leader see what is done by now, in the order of the device's work."""
+        self.state.rings.counter.copy_(self.state.counter, non_blocking=True)
 
     def completion(self, ticket: Ticket) -> Completion:
         """The mark at the end of a launched step."""
@@ -212,14 +218,7 @@ class StepRunner:
         """Results of a step that is done. Log-probabilities and proposals are valid for `RING_DEPTH` launches from the ticket's
         own."""
         assert self.num_launched - ticket.step <= RING_DEPTH, (ticket, self.num_launched)
-        entry, plan = ticket.step % RING_DEPTH, ticket.plan
-        num_rows, num_drafts = len(plan.rows), plan.num_drafts
-        return StepResults(
-            self._ring[entry, :num_rows, : slot_line.OUT_TOKENS + 1 + num_drafts].copy(),
-            self._logprob_ring[entry] if plan.variant >= Variant.EXTENDED else None,
-            self._prompt_logprob_ring[entry] if plan.variant >= Variant.PROMPT_LOGPROBS else None,
-            self._ring[entry, :num_rows, slot_line.OUT_DRAFTS :][:, :num_drafts] if num_drafts else None,
-        )
+        return self._output.read(ticket.step, ticket.plan)
 
     @contextmanager
     def workbench(self) -> Iterator[None]:
@@ -230,17 +229,17 @@ class StepRunner:
         """
         self.platform.synchronize()
         self.state.counter.zero_()
-        self._loaded = None
+        self._forget_plans()
         try:
             with self.expert_counts.preserved():
                 yield
         finally:
             self.platform.synchronize()
             self.state.lines.zero_()
-            self.state.counter.fill_(self.num_launched % RING_DEPTH)
+            self._set_counter()
             if self._drafter is not None:
                 self._drafter.forget()
-            self._loaded = None
+            self._forget_plans()
             self.cache_lost()
 
     def create_program(self, shape: StepShape) -> StepProgram:
@@ -267,8 +266,19 @@ class StepRunner:
         self.platform.synchronize()
         self.platform.release_cached_memory()
         self.state.lines.zero_()
+        self._set_counter()
+        self._forget_plans()
+
+    def _set_counter(self) -> None:
+        """All steps launched so far are done."""
         self.state.counter.fill_(self.num_launched % RING_DEPTH)
-        self._loaded = None
+        if self._is_read_elsewhere:
+            self._tell_done()
+
+    def _forget_plans(self) -> None:
+        """Where graphs read plans lies something else, on all ranks: they do the same."""
+        for loaded in self.loaded:
+            loaded.forget()
 
     def compile_kernels(self, shapes: Iterable[StepShape]) -> CompiledKernels:
         """Compile the kernels of steps of these shapes, side by side, while no step is under way. Returns how many were new."""
@@ -285,7 +295,7 @@ class StepRunner:
         """Inside, programs run on the null plan: they touch the null slot and the null block only, and nothing of other ranks."""
         by_itself = nullcontext() if self._group is None else self._group.loop_back()
         with self.state.preserved(), by_itself:
-            self._loaded = None
+            self._forget_plans()
             self.state.plan.zero_()
             yield
 

@@ -16,17 +16,16 @@ from torch import Tensor
 from stepgraph.abi import slot_line
 from stepgraph.platforms import Platform
 from stepgraph.step.admission import Admission
+from stepgraph.step.output_rings import OutputRings
 from stepgraph.step.shape import StepShape
 from stepgraph.step.slot_sampling import SlotSampling
-
-RING_DEPTH = 4
-"""Steps whose output is kept; more than any platform runs ahead."""
 
 _Copy: TypeAlias = "tuple[array[int] | npt.NDArray[np.int32], Tensor]"
 
 
 class SlotState:
-    """Device arrays with one line per slot, and the buffers that carry plans in and tokens out.
+    """Device arrays with one line per slot, and the buffers that carry plans in and tokens out. `rings` are those that another
+    process reads; default: new ones.
 
     Line 0 is the null slot: inactive, all zero, where padding points. All addresses are fixed for the engine's life.
     """
@@ -40,6 +39,7 @@ class SlotState:
         vocab_size: int,
         max_shape: StepShape,
         platform: Platform,
+        rings: OutputRings | None = None,
     ):
         slots = max_num_seqs + 1
 
@@ -54,9 +54,8 @@ class SlotState:
         self.masks = zeros(slots, 1 + max_shape.num_drafts, -(-vocab_size // slot_line.MASK_BITS))
         self.plan = zeros(max_shape.plan_length(block_size))
         self.counter = zeros(1)  # steps committed, modulo RING_DEPTH
-        self.ring = platform.host_buffer(RING_DEPTH, max_shape.num_rows, slot_line.OUTPUT_WIDTH)
-        self.logprob_ring = platform.host_buffer(RING_DEPTH, max_shape.num_samples, slot_line.LOGPROB_WIDTH)
-        self.prompt_logprob_ring = platform.host_buffer(RING_DEPTH, max_shape.num_tokens, slot_line.LOGPROB_WIDTH)
+        self.rings = OutputRings.create(max_shape, platform.host_buffer) if rings is None else rings
+        self.ring, self.logprob_ring, self.prompt_logprob_ring, _ = self.rings
         self._platform = platform
 
     def admit(self, admission: Admission) -> None:

@@ -25,7 +25,7 @@ from stepgraph.executor.ranked import build_ranked_executor
 from stepgraph.executor.workers import Workers
 from stepgraph.models.source import resolve
 from stepgraph.server.engine_report import graphs_of
-from stepgraph.step.state import RING_DEPTH
+from stepgraph.step.output_rings import RING_DEPTH
 
 PROMPTS = [list(range(1, 60)), [7, 7, 7], list(range(100, 132)), [250, 3, 9]]
 

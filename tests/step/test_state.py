@@ -7,9 +7,10 @@ import torch
 from stepgraph.abi import slot_line
 from stepgraph.platforms import create_platform
 from stepgraph.step.admission import Admission
+from stepgraph.step.output_rings import RING_DEPTH
 from stepgraph.step.shape import StepShape
 from stepgraph.step.slot_sampling import SlotSampling
-from stepgraph.step.state import RING_DEPTH, SlotState
+from stepgraph.step.state import SlotState
 
 SAMPLING = SlotSampling(
     seed=0xFEDCBA9876543210,

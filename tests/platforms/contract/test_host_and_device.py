@@ -9,7 +9,7 @@ from device_work import Reporter
 from stepgraph.devices import BUILT_IN, plugins
 from stepgraph.platforms import PROTOCOL_VERSION
 from stepgraph.platforms.tuning import KernelTuning
-from stepgraph.step.state import RING_DEPTH
+from stepgraph.step.output_rings import RING_DEPTH
 
 
 def test_it_says_what_it_is(platform, platform_name) -> None:
