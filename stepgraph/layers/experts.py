@@ -270,6 +270,9 @@ class MixtureMLP(nn.Module):
         next_norm: RMSNorm,
     ) -> None:
         """See `stepgraph.layers.mlp.MLP.add_to`."""
+        if stream.expert_group is not None:
+            self._add_exchanged(stream, norm, inputs, multiplier=multiplier, post_norm=post_norm, next_norm=next_norm)
+            return
         x_TE = stream.normalised(norm)
         chosen = self.gate(x_TE, inputs.tokens.query_start[-1:])
         dispatch = inputs.dispatch.of(x_TE.shape[0])
@@ -289,6 +292,34 @@ class MixtureMLP(nn.Module):
         if self.shared_experts is not None:
             self.shared_experts.down_proj.product(self._shared_hidden(x_TE), end=End.ADD, out=part_TE)
         stream.add_part(part_TE, multiplier=multiplier, post_norm=post_norm, next_norm=next_norm)
+
+    def _add_exchanged(
+        self,
+        stream: ResidualStream,
+        norm: RMSNorm,
+        inputs: StepInputs,
+        *,
+        multiplier: float,
+        post_norm: RMSNorm | None,
+        next_norm: RMSNorm,
+    ) -> None:
+        """As `add_to`, where ranks have tokens of their own: those of all come to the experts here, and what they make of them
+        goes back. All ranks choose experts for all tokens, as that takes less than to send what was chosen.
+
+        What all tokens take is added apart, so that the bits of a token do not depend on the rank that has it."""
+        assert stream.expert_group is not None
+        num_tokens, rank = stream.residual_TE.shape[0], stream.expert_group.shard.rank
+        x_AE, counts_N = stream.gather_tokens(norm, inputs.tokens.query_start[-1:])
+        chosen = self.gate(x_AE, counts_N)
+        part_AE = self.experts(x_AE, chosen, inputs.dispatch.of(x_AE.shape[0]))
+        if self.shared_experts is not None:
+            own = slice(num_tokens * rank, num_tokens * (rank + 1))
+            down_proj, shared_TM = self.shared_experts.down_proj, self._shared_hidden(x_AE[own])
+            if post_norm is None:
+                stream.add(down_proj, shared_TM, multiplier=multiplier, post_norm=None, next_norm=next_norm)
+            else:  # of the sum of both
+                down_proj.product(shared_TM, end=End.ADD, out=part_AE[own])
+        stream.scatter_sum(part_AE, counts_N, multiplier=multiplier, post_norm=post_norm, next_norm=next_norm)
 
     def _shared_hidden(self, x_TE: Tensor) -> Tensor:
         assert self.shared_experts is not None

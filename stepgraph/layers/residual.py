@@ -1,6 +1,6 @@
 """The residual stream of one forward.
 
-Shapes: T tokens, E hidden size, I inputs.
+Shapes: T tokens, A tokens of all ranks, N ranks, E hidden size, I inputs.
 """
 
 from __future__ import annotations
@@ -10,23 +10,27 @@ from torch import Tensor
 from stepgraph.layers.formats import End
 from stepgraph.layers.matrix import Matrix
 from stepgraph.layers.norm import RMSNorm
-from stepgraph.parallel.group import Group, Norm
+from stepgraph.parallel.group import GatheredTokens, Group, Norm
 
 
 class ResidualStream:
-    """What layers add to, and read normalised. All ranks hold the same one. May be used inside a graph.
+    """What layers add to, and read normalised. May be used inside a graph.
 
     A model of one device normalises the stream as it reads it: that, and adding to the stream, are parts of the products before
-    and after. Where ranks share the model, what a layer adds is a sum over all of them, and their collective adds it and
-    normalises the stream for the next reader.
+    and after. Where ranks share the model, all hold the same stream; what a layer adds is a sum over all of them, and their
+    collective adds it and normalises the stream for the next reader. Where ranks share only experts, each has tokens and a stream
+    of its own; that of all layers with experts comes back to it as such a sum.
     """
 
-    def __init__(self, residual_TE: Tensor, group: Group | None) -> None:
+    def __init__(self, residual_TE: Tensor, group: Group | None, expert_group: Group | None = None) -> None:
         """Args:
         residual_TE: [T, E], updated by `add`.
         group: the ranks that share the model; None: there is one.
+        expert_group: ranks with tokens of their own that share experts; None: this one has all, or `group` shares them.
         """
+        assert group is None or expert_group is None
         self.residual_TE = residual_TE
+        self.expert_group = expert_group
         self._group = group
         self._norm: RMSNorm | None = None  # of
         self._normalised_TE = residual_TE
@@ -59,6 +63,7 @@ class ResidualStream:
         """
         if self.takes_products and post_norm is None:
             matrix.product(x_TI, end=End.ADD, out=self.residual_TE, multiplier=multiplier)
+            self._norm = None
         else:
             self.add_part(matrix.product(x_TI), multiplier=multiplier, post_norm=post_norm, next_norm=next_norm)
 
@@ -77,10 +82,44 @@ class ResidualStream:
                 norm=_norm(next_norm),
             )
             self._norm = next_norm
-        elif post_norm is None:
+            return
+        if post_norm is None:
             self.residual_TE.add_(part_TE if multiplier == 1.0 else part_TE.float() * multiplier)
         else:
             self.residual_TE.add_(post_norm(part_TE))
+        self._norm = None
+
+    def gather_tokens(self, norm: RMSNorm, count_1: Tensor) -> GatheredTokens:
+        """The streams of the ranks of `expert_group` after `norm`; see `Group.gather_tokens`."""
+        assert self.expert_group is not None
+        left, x_TE = self.inputs(norm)
+        return self.expert_group.gather_tokens(x_TE, count_1, norm=None if left is None else _norm(left))
+
+    def scatter_sum(
+        self,
+        part_AE: Tensor,
+        counts_N: Tensor,
+        *,
+        multiplier: float,
+        post_norm: RMSNorm | None,
+        next_norm: RMSNorm,
+    ) -> None:
+        """Add the sum of what the ranks of `expert_group` have computed for this one; arguments as of `add`.
+
+        Args:
+            part_AE: [A, E], what this rank computed of the tokens of all.
+            counts_N: [N] int32, as `gather_tokens` returned it.
+        """
+        assert self.expert_group is not None
+        self._normalised_TE = self.expert_group.scatter_sum(
+            part_AE,
+            counts_N,
+            self.residual_TE,
+            multiplier=multiplier if post_norm is None else 1.0,
+            post_norm=None if post_norm is None else _norm(post_norm),
+            norm=_norm(next_norm),
+        )
+        self._norm = next_norm
 
 
 def _norm(norm: RMSNorm) -> Norm:

@@ -235,6 +235,29 @@ def shard_experts(config: DecoderConfig, shard: Shard, *, expert_parallel: bool)
     return ExpertShard(experts=shard) if expert_parallel else ExpertShard(inner=shard)
 
 
+def spread_experts(config: DecoderConfig, shard: Shard) -> ExpertShard:
+    """The part of the experts that a rank keeps which has all of the rest.
+
+    Args:
+        config: of the model.
+        shard: which of the ranks it is.
+
+    Raises:
+        ConfigError: there are no experts that ranks could keep.
+        ModelError: so many ranks cannot share them evenly; names numbers that can.
+    """
+    numbers = {mixture.num_experts for mixture in config.kinds_of_mlp if mixture is not None}
+    if not numbers:
+        raise no_experts(config.architecture, "which has none")
+    sizes = [size for size in range(1, min(numbers) + 1) if all(number % size == 0 for number in numbers)]
+    if shard.size not in sizes:
+        raise ModelError(
+            f"{shard.size} devices cannot share the {' and '.join(map(str, sorted(numbers)))} experts of this "
+            f"{config.architecture} evenly. Numbers that can: {', '.join(map(str, sizes))}."
+        )
+    return ExpertShard(experts=shard)
+
+
 def no_experts(architecture: str, why: str) -> ConfigError:
     """That a setting asks for what only models with experts can do."""
     return ConfigError(

@@ -163,6 +163,7 @@ class Decoder(nn.Module, ABC):
         shard: Shard = WHOLE,
         expert_shard: ExpertShard = ALL_EXPERTS,
         group: Group | None = None,
+        expert_group: Group | None = None,
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
@@ -172,12 +173,14 @@ class Decoder(nn.Module, ABC):
         shard: the part of this rank; embedding table and norms are whole on all.
         expert_shard: its part of the experts.
         group: the ranks that share the model, this one among them; None: there is one, or it is not to run.
+        expert_group: ranks that share experts only, this one among them, each with tokens of its own; None: there are none.
         dtype: of parameters and activations.
         device: of the parameters.
         """
         super().__init__()
         assert group is None or group.shard == shard, shard
-        self.config, self.dtype, self.group = config, dtype, group
+        assert expert_group is None or expert_group.shard == expert_shard.experts, expert_shard
+        self.config, self.dtype, self.group, self.expert_group = config, dtype, group, expert_group
         self.shard, self.expert_shard = shard, expert_shard
         self.attention_specs = tuple(spec.sharded(shard) for spec in config.attention_specs)
         self.embed_tokens = Embedding(
@@ -220,7 +223,7 @@ class Decoder(nn.Module, ABC):
         Returns:
             [T, E] hidden states after the final norm. Those of padding tokens are unspecified.
         """
-        stream = ResidualStream(self.embed(inputs.tokens.token_ids), self.group)
+        stream = ResidualStream(self.embed(inputs.tokens.token_ids), self.group, self.expert_group)
         next_norms = [*(layer.input_layernorm for layer in self.layers), self.norm][1:]
         for layer, table, cache, norm in zip(self.layers, self._table_names, inputs.caches, next_norms, strict=True):
             layer(stream, self.get_buffer(table), cache, inputs, norm)

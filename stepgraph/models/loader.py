@@ -13,7 +13,7 @@ from stepgraph.errors import ConfigError
 from stepgraph.layers.formats import FP8, Target
 from stepgraph.layers.matrix import Matrix
 from stepgraph.models.checkpoint import CheckpointTensor
-from stepgraph.models.config import DecoderConfig, no_experts, shard_experts
+from stepgraph.models.config import DecoderConfig, no_experts, shard_experts, spread_experts
 from stepgraph.models.decoder import Decoder
 from stepgraph.models.language_model import LanguageModel
 from stepgraph.models.memory import check_fits, tell_of_dequantised
@@ -44,6 +44,7 @@ def load_model(
     packed: bool = False,
     shard: Shard = WHOLE,
     group: Group | None = None,
+    expert_group: Group | None = None,
     expert_parallel: bool = False,
     progress: bool = False,
 ) -> LanguageModel:
@@ -60,6 +61,7 @@ def load_model(
         packed=packed,
         shard=shard,
         group=group,
+        expert_group=expert_group,
         expert_parallel=expert_parallel,
         progress=progress,
     )
@@ -81,6 +83,7 @@ def create_model(
     packed: bool = False,
     shard: Shard = WHOLE,
     group: Group | None = None,
+    expert_group: Group | None = None,
     expert_parallel: bool = False,
     exact_tokens: int | None = None,
     free_bytes: int | None = None,
@@ -102,6 +105,7 @@ def create_model(
         packed: keep the blocks of a quantised checkpoint where this machine has kernels for them; needs float32 on the CPU.
         shard: the part of the model to keep. To run a part takes a group.
         group: the ranks that share the model, whose `shard` says which part this one keeps.
+        expert_group: ranks that share experts only, each with tokens of its own and all other weights; without `group`.
         expert_parallel: ranks keep whole experts each; else a part of every one.
         exact_tokens: products of more tokens with packed weights may round their operands, see `ops.packed_linear`.
         free_bytes: of memory on the device, which the weights must fit in; None: not known.
@@ -128,7 +132,7 @@ def create_model(
                 f"quantization='fp8' needs a native model, and {config.architecture} would run through transformers, whose "
                 "layers keep their weights; choose a native model, or leave quantization at auto"
             )
-        if expert_parallel:
+        if expert_parallel or expert_group is not None:
             raise no_experts(config.architecture, "which would run through transformers")
         assert group is not None or shard == WHOLE, "the trial of a part takes its group"
         from stepgraph.models.transformers_model import TransformersModel, judge_part
@@ -150,7 +154,10 @@ def create_model(
             source.description,
         )
         config = replace(config, tie_word_embeddings=False)
-    expert_shard = shard_experts(config, shard, expert_parallel=expert_parallel)
+    if expert_group is None:
+        expert_shard = shard_experts(config, shard, expert_parallel=expert_parallel)
+    else:
+        expert_shard = spread_experts(config, expert_group.shard)
     meta = torch.device("meta")
     model = ARCHITECTURES[config.architecture](
         config,
@@ -158,6 +165,7 @@ def create_model(
         shard=shard,
         expert_shard=expert_shard,
         group=group,
+        expert_group=expert_group,
         dtype=dtype,
         device=meta,
     )

@@ -68,6 +68,7 @@ class MTPLayer(nn.Module):
         shard: Shard = WHOLE,
         expert_shard: ExpertShard = ALL_EXPERTS,
         group: Group | None = None,
+        expert_group: Group | None = None,
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
@@ -75,12 +76,13 @@ class MTPLayer(nn.Module):
         config: of the decoder layer, which is like the last of the model.
         options: of the module.
         max_model_len: longest sequence, in tokens.
-        shard, expert_shard, group: as of the model; projection and norms are whole on all ranks.
+        shard, expert_shard, group, expert_group: as of the model; projection and norms are whole on all ranks.
         dtype, device: of the parameters.
         """
         super().__init__()
         E, last = config.hidden_size, config.num_layers - 1
-        self.config, self.options, self.group = config, options, group
+        self.config, self.options = config, options
+        self.group, self.expert_group = group, expert_group
         self.attention_spec = config.attention_specs[last].sharded(shard)
         self.embedding_norm, self.hidden_norm, self.norm = (
             RMSNorm(
@@ -125,7 +127,7 @@ class MTPLayer(nn.Module):
         Returns:
             [T, E] for the output head, and [T, E] for the next proposal.
         """
-        stream = ResidualStream(self._combine(embedding_TE, hidden_TE), self.group)
+        stream = ResidualStream(self._combine(embedding_TE, hidden_TE), self.group, self.expert_group)
         self.block(stream, self.cos_sin, cache, inputs, self.norm)
         normalised_TE = stream.normalised(self.norm)
         return normalised_TE, normalised_TE if self.options.hands_over_normalised else stream.residual_TE

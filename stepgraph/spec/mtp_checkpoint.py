@@ -153,6 +153,7 @@ def load_mtp(
             shard=WHOLE if model.group is None else model.group.shard,
             expert_shard=model.expert_shard if isinstance(model, Decoder) else ALL_EXPERTS,
             group=model.group,
+            expert_group=model.expert_group if isinstance(model, Decoder) else None,
             dtype=model.dtype,
             device=platform.device,
         ).eval()
