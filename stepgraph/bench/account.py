@@ -21,7 +21,7 @@ from torch.autograd import DeviceType  # type: ignore[attr-defined]
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from stepgraph.bench.roofline import Limits, Operand, StepCost, operator_cost
+from stepgraph.bench.roofline import ExpertLoad, Limits, Operand, StepCost, operator_cost
 from stepgraph.step.runner import StepRunner
 
 _MARK = "operator call "
@@ -220,6 +220,8 @@ class _Recorder(TorchDispatchMode):
         self._caches = {_address(tensor) for cache in runner.caches for tensor in cache.block_tensors}
         self._synchronize = runner.platform.synchronize
         self._calls: list[Call] = []
+        self._chosen: list[int] = []
+        """Tokens that chose each expert in the last layer that had any."""
 
     def run(self, prepare: Callable[[], None], eager: Callable[[], object]) -> tuple[float, list[Call]]:
         """Seconds of one step, and its calls."""
@@ -235,19 +237,24 @@ class _Recorder(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func.is_view:
             return func(*args, **(kwargs or {}))
+        totals = dict(zip((argument.name for argument in func._schema.arguments), args, strict=False)).get("totals")
+        before = [] if totals is None else totals.tolist()
         with torch.profiler.record_function(f"{_MARK}{len(self._calls)}"):
             started = time.perf_counter()
             result = func(*args, **(kwargs or {}))
             seconds = time.perf_counter() - started
+        if totals is not None:
+            self._chosen = [now - then for now, then in zip(totals.tolist(), before, strict=True)]
         self._calls.append(self._note(func, args, kwargs or {}, result, seconds))
         return result
 
     def _note(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], result: Any, seconds: float) -> Call:
         name = func._schema.name.partition("::")[2]
-        operands, roles, known = [], [], set()
+        operands, roles, known, first = [], [], set(), 0
         given = {argument.name: argument for argument in func._schema.arguments}
         for argument, value in [*zip(given.values(), args, strict=False), *((given[k], v) for k, v in kwargs.items())]:
             is_written = argument.alias_info is not None and argument.alias_info.is_write
+            first = value if argument.name == "first" else first  # of the experts that are kept
             for tensor in _tensors(value):
                 known.add(_address(tensor))
                 path = self._names.get(_address(tensor), "")
@@ -258,7 +265,9 @@ class _Recorder(TorchDispatchMode):
                 if path:
                     roles.append(_role(path, is_lookup="embedding" in name))
         results = [_operand(tensor) for tensor in _tensors(result) if _address(tensor) not in known]
-        cost = operator_cost(name, operands, results, self._rows, self._num_heads)
+        kept = max((operand.shape[0] for operand in operands if operand.kind == "weight"), default=0)
+        load = ExpertLoad.of(self._chosen[first : first + kept])
+        cost = operator_cost(name, operands, results, self._rows, self._num_heads, load)
         return Call(" ".join([name, ", ".join(dict.fromkeys(roles))]).strip(), cost, 1e6 * seconds)
 
 

@@ -17,6 +17,7 @@ from stepgraph.bench.offline import HEADER, Job, Round, StepShares, run_round, s
 from stepgraph.bench.peers import Mark, Peers, load_peers, mark_cells
 from stepgraph.bench.report import choose, machine, pyplot, save_figure, table, write_json
 from stepgraph.bench.roofline import Limits, StepCost, measure_limits, step_cost
+from stepgraph.bench.routing import Census, add_routing_flag, apply_routing, check_routing, take_census
 from stepgraph.config import EngineConfig, add_flags, settings_from_flags
 from stepgraph.engine.build import build_engine
 from stepgraph.engine.engine import Engine
@@ -71,6 +72,8 @@ class Measurement:
     flops: int  # of a rank
     steps: StepShares
     mark: Mark
+    experts: dict[str, float] | None = None
+    """What tokens chose, see `Census`; None of a model without experts."""
 
     @property
     def roofline(self) -> float:
@@ -97,6 +100,7 @@ def add_parser(commands: Any) -> None:
         help=f"rounds of {_ANSWER} tokens for each number of requests (default: 2)",
     )
     parser.add_argument("--cases", metavar="TEXT", help="only cases whose name contains this")
+    add_routing_flag(parser)
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the result as JSON")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the roofline as PNG (needs matplotlib)")
     add_flags(parser)
@@ -110,7 +114,9 @@ def run(arguments: argparse.Namespace) -> int:
     asked = choose(CASES, arguments.cases)
     # Prompts of repeated rounds are alike, and shall be computed each time.
     config = EngineConfig.from_settings(**({"enable_prefix_caching": False} | settings_from_flags(arguments)))
+    check_routing(arguments.routing, config)
     engine = build_engine(config, progress=sys.stderr.isatty())
+    apply_routing(arguments.routing, engine)
     runner = runner_of(engine.executor)
     limits = measure_limits(runner.platform, runner.model.dtype)
     cases = [case for case in asked if _fits(case, engine)]
@@ -127,6 +133,8 @@ def run(arguments: argparse.Namespace) -> int:
         f"matrix product {limits.flops_per_s / 1e12:.2f} TFLOP/s\n"
     )
     print(_table(measured))
+    for line in _experts_lines(measured):
+        print(line)
     for line in _long_contexts(measured, limits):
         print(line)
     if peers.source:
@@ -144,6 +152,7 @@ def run(arguments: argparse.Namespace) -> int:
                 "machine": where,
                 "num_ranks": engine.executor.specs.num_ranks,
                 "settings": asdict(config),
+                "routing": arguments.routing,
                 "limits": asdict(limits),
                 "cases": [asdict(m) | {"roofline": m.roofline} for m in measured],
                 "peers": peers.source,
@@ -173,7 +182,8 @@ def measure(engine: Engine, case: Case, limits: Limits, peers: Peers, rounds: in
         for step in round_.steps
         if case.is_first_token or step.record.num_tokens == case.num_requests
     ]
-    cost = step_cost(runner_of(engine.executor).model, case.rows, Shard(0, engine.executor.specs.num_ranks))
+    census = take_census(engine, jobs(warmups + rounds), sum(n for n, _ in case.rows), whole_round=case.is_first_token)
+    cost = max(_costs(engine, case, census), key=lambda cost: cost.least_ms(limits))
     return Measurement(
         case=case.name,
         ms=1e3 * median(samples_s),
@@ -184,7 +194,19 @@ def measure(engine: Engine, case: Case, limits: Limits, peers: Peers, rounds: in
         flops=cost.flops,
         steps=StepShares.of(engine, steps),
         mark=peers.mark(case.name, "ms"),
+        experts=None if census is None else census.asdict(),
     )
+
+
+def _costs(engine: Engine, case: Case, census: Census | None) -> list[StepCost]:
+    """Of the step that is timed, for each of the ranks that have experts of their own; they differ in nothing else."""
+    model, parallel = runner_of(engine.executor).model, engine.config.parallel
+    if census is None:
+        return [step_cost(model, case.rows, Shard(0, parallel.num_ranks))]
+    if parallel.data_parallel_size > 1:  # each attends to its own rows
+        rows = case.rows[: -(-len(case.rows) // parallel.data_parallel_size)]
+        return [step_cost(model, rows, loads=loads) for loads in census.loads]
+    return [step_cost(model, case.rows, Shard(0, parallel.num_ranks), loads) for loads in census.loads]
 
 
 def _samples_s(round_: Round, case: Case) -> Iterator[float]:
@@ -200,10 +222,11 @@ def _samples_s(round_: Round, case: Case) -> Iterator[float]:
 
 def _fits(case: Case, engine: Engine) -> bool:
     length, block_size = case.prompt_len + case.answer_len, engine.executor.specs.block_size
+    num_requests = -(-case.num_requests // engine.config.parallel.data_parallel_size)  # of a device with its own
     return (
         length <= engine.max_model_len
-        and case.num_requests <= engine.config.scheduler.max_num_seqs
-        and case.num_requests * -(-length // block_size) < engine.executor.specs.num_kv_blocks
+        and num_requests <= engine.config.scheduler.max_num_seqs
+        and num_requests * -(-length // block_size) < engine.executor.specs.num_kv_blocks
     )
 
 
@@ -221,6 +244,30 @@ def _table(measured: Sequence[Measurement]) -> str:
         for m in measured
     ]
     return table(header, rows)
+
+
+def _experts_lines(measured: Sequence[Measurement]) -> Iterator[str]:
+    """What the tokens of each case chose, of models with experts."""
+    rows = [
+        (
+            m.case,
+            f"{m.experts['touched']:.1f}",
+            f"{m.experts['expected']:.1f}",
+            f"{m.experts['imbalance']:.2f}",
+            f"{m.experts['rank_imbalance']:.2f}",
+        )
+        for m in measured
+        if m.experts is not None
+    ]
+    if rows:
+        header = (
+            "experts, means over the layers",
+            "in the step",
+            "if uniform",
+            "busiest / mean",
+            "busiest rank / mean",
+        )
+        yield "\n" + table(header, rows)
 
 
 def _long_contexts(measured: Sequence[Measurement], limits: Limits) -> Iterator[str]:

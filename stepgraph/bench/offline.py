@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import median
 from typing import Any
@@ -70,14 +70,26 @@ class StepShares:
 HEADER = ("steps", "in graphs", "padding", "host us")
 
 
-def run_round(engine: Engine, jobs: Sequence[Job]) -> Round:
-    """Serve jobs, in the order in which they are due, with an engine that has nothing else to do."""
+def run_round(engine: Engine, jobs: Sequence[Job], *, on_step: Callable[[StepReport], None] | None = None) -> Round:
+    """Serve jobs, in the order in which they are due, with an engine that has nothing else to do.
+
+    Args:
+        engine: which is idle.
+        jobs: of the round.
+        on_step: called after each step, with its report.
+    """
     assert not engine.has_work
     steps: list[StepReport] = []
     times: list[list[float]] = [[] for _ in jobs]
     errors = [""] * len(jobs)
     arrived = 0
-    before, engine.on_step = engine.on_step, steps.append
+
+    def note(step: StepReport) -> None:
+        steps.append(step)
+        if on_step is not None:
+            on_step(step)
+
+    before, engine.on_step = engine.on_step, note
     started = time.perf_counter()
     try:
         while arrived < len(jobs) or engine.has_work:

@@ -14,12 +14,14 @@ from typing import Literal
 
 import torch
 
+from stepgraph.layers.experts import Experts, MixtureMLP
 from stepgraph.layers.formats import Packed
 from stepgraph.layers.matrix import Matrix
 from stepgraph.models.decoder import Decoder
 from stepgraph.models.language_model import LanguageModel
 from stepgraph.parallel.shard import WHOLE, Shard
 from stepgraph.platforms import Platform
+from stepgraph.step.dispatch import mixtures_of
 
 
 @dataclass(frozen=True)
@@ -32,7 +34,7 @@ class Limits:
 
 @dataclass(frozen=True)
 class StepCost:
-    """What a step must do at least: each weight read once, each cached key and value read once and written once."""
+    """What a step must do at least: each weight that it needs read once, each cached key and value read once and written once."""
 
     bytes: int
     flops: int
@@ -54,13 +56,43 @@ def measure_limits(platform: Platform, dtype: torch.dtype) -> Limits:
     return Limits(2 * source.numel() / copy_s, 2 * size**3 / product_s)
 
 
-def step_cost(model: LanguageModel, rows: Sequence[tuple[int, int]], shard: Shard = WHOLE) -> StepCost:
+@dataclass(frozen=True)
+class ExpertLoad:
+    """What a step asks of the experts of a layer, or of those that a rank keeps."""
+
+    touched: float
+    """Experts that tokens have chosen, whose weights must be read."""
+    pairs: float
+    """Of a token and one of its experts."""
+
+    @classmethod
+    def of(cls, counts: Sequence[int]) -> ExpertLoad:
+        """Of counted tokens of each expert."""
+        return cls(sum(count > 0 for count in counts), sum(counts))
+
+    @classmethod
+    def expected(cls, num_tokens: int, num_experts: int, top: int, kept: int) -> ExpertLoad:
+        """The mean where each token chooses any `top` of the experts, independently, all equally likely.
+
+        One expert is left out by a token with probability 1 - top / experts, and by all of them with that to the power of their
+        number.
+        """
+        return cls(kept * (1 - (1 - top / num_experts) ** num_tokens), num_tokens * top * kept / num_experts)
+
+
+def step_cost(
+    model: LanguageModel,
+    rows: Sequence[tuple[int, int]],
+    shard: Shard = WHOLE,
+    loads: Sequence[ExpertLoad] | None = None,
+) -> StepCost:
     """Cost of a step for one of the ranks that share a model. What they send each other is not counted.
 
     Args:
         model: what the rank keeps.
         rows: each (query length, cached keys including this step's).
         shard: which rank it is. It has the whole embedding table, and computes its part of the logits.
+        loads: of the experts that the rank keeps, for each layer that has some; None: those expected of the tokens of `rows`.
     """
     config = model.config
     num_tokens = sum(query_len for query_len, _ in rows)
@@ -77,7 +109,28 @@ def step_cost(model: LanguageModel, rows: Sequence[tuple[int, int]], shard: Shar
     kv_per_token = sum(spec.num_kv_heads * (spec.head_dim + spec.value_dim) for spec in specs)
     cached = next(model.parameters()).element_size() * kv_per_token * sum(kv_len + n for n, kv_len in rows)
     attention = 2 * sum(spec.num_heads * (spec.head_dim + spec.value_dim) for spec in specs) * _keys_seen(rows)
-    return StepCost(weight_bytes + cached, 2 * num_tokens * (weights - head) + 2 * len(rows) * head + attention)
+    mixtures = mixtures_of(model)
+    loads = [_expected(mixture, num_tokens) for mixture in mixtures] if loads is None else loads
+    experts = [_experts_cost(mixture.experts, load, num_tokens) for mixture, load in zip(mixtures, loads, strict=True)]
+    return StepCost(
+        weight_bytes + cached + sum(cost.bytes for cost in experts),
+        2 * num_tokens * (weights - head) + 2 * len(rows) * head + attention + sum(cost.flops for cost in experts),
+    )
+
+
+def _expected(mixture: MixtureMLP, num_tokens: int) -> ExpertLoad:
+    gate = mixture.gate
+    return ExpertLoad.expected(num_tokens, gate.weight.shape[0], gate.routing.top, mixture.experts.count)
+
+
+def _experts_cost(experts: Experts, load: ExpertLoad, num_tokens: int) -> StepCost:
+    """What a layer's experts cost less (negative, as a rule) than if all tokens went through all of them."""
+    num_bytes = sum(p.nbytes for p in experts.parameters())
+    weights = sum(p.numel() for p in experts.parameters()) + _packed_away(experts)
+    return StepCost(
+        round(num_bytes * (load.touched / experts.count - 1)),
+        round(2 * weights * (load.pairs / experts.count - num_tokens)),
+    )
 
 
 @dataclass(frozen=True)
@@ -107,13 +160,19 @@ _LOOKUPS = ("embedding", "index_select", "index", "gather")
 
 
 def operator_cost(
-    name: str, operands: Sequence[Operand], results: Sequence[Operand], rows: Sequence[tuple[int, int]], num_heads: int
+    name: str,
+    operands: Sequence[Operand],
+    results: Sequence[Operand],
+    rows: Sequence[tuple[int, int]],
+    num_heads: int,
+    load: ExpertLoad | None = None,
 ) -> StepCost:
     """What one operator of a step must do at least, of whatever it is made.
 
     Weights are read once, activations once, and written once. An operator named attention reads the keys and values of `rows`;
     any other that is given them writes those of its tokens. Integers (token ids, block tables, state) are not counted, nor is
-    scratch memory. A matrix costs two FLOPs per entry and token.
+    scratch memory. A matrix costs two FLOPs per entry and token. Stacked matrices of experts are read, and multiplied, as far as
+    tokens have chosen them.
 
     Args:
         name: of the operator, without namespace.
@@ -121,6 +180,7 @@ def operator_cost(
         results: those it returned anew.
         rows: (query length, cached keys including this step's) of the step, as for `step_cost`.
         num_heads: query heads.
+        load: of the experts whose matrices the operator was given.
     """
     activations = [x for x in operands if x.kind == "other" and x.is_activation]
     num_tokens = activations[0].shape[0] if activations else 0
@@ -130,6 +190,10 @@ def operator_cost(
     for weight in (x for x in operands if x.kind == "weight"):
         if name in _LOOKUPS:
             bytes_ += written
+            continue
+        if load is not None and len(weight.shape) == 3:
+            bytes_ += round(weight.bytes * load.touched / weight.shape[0])
+            flops += round(2 * load.pairs * prod(weight.shape[1:]))
             continue
         bytes_ += weight.bytes
         if len(weight.shape) == 2:
@@ -149,9 +213,9 @@ def _keys_seen(rows: Sequence[tuple[int, int]]) -> int:
     return sum(n * kv_len - n * (n - 1) // 2 for n, kv_len in rows)
 
 
-def _packed_away(model: LanguageModel) -> int:
+def _packed_away(model: LanguageModel | Experts) -> int:
     """Weights less bytes, of those layers that pack their weights."""
-    modules = model.modules() if isinstance(model, Decoder) else ()
+    modules = model.modules() if isinstance(model, Decoder | Experts) else ()
     packed = [m for m in modules if isinstance(m, Matrix) and isinstance(m.format.base, Packed)]
     return sum(m.out_features * m.in_features - m.weight.numel() for m in packed)
 

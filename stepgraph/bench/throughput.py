@@ -16,6 +16,7 @@ from stepgraph.bench.length_flags import add_length_flags, check_lengths, length
 from stepgraph.bench.offline import HEADER, Job, Round, StepShares, run_round, settings_line
 from stepgraph.bench.peers import Peers, load_peers, mark_cells
 from stepgraph.bench.report import machine, table, write_json
+from stepgraph.bench.routing import add_routing_flag, apply_routing, check_routing
 from stepgraph.bench.serve_metrics import summarize
 from stepgraph.bench.serve_prompts import PromptOptions, make_prompts
 from stepgraph.bench.serve_report import latency_table, summary_table
@@ -58,6 +59,7 @@ def add_parser(commands: Any) -> None:
         metavar="N",
         help="rounds, of which the one of median throughput is reported (default: 3; 1 with --request-rate)",
     )
+    add_routing_flag(parser)
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the result as JSON")
     add_flags(parser)
     parser.set_defaults(run=run)
@@ -88,7 +90,9 @@ def run(arguments: argparse.Namespace) -> int:
             f"a prompt of {inputs[1]} tokens and an answer of {outputs[1]} do not fit into max_model_len={longest}; shorten them "
             "or raise it"
         )
+    check_routing(arguments.routing, config)
     engine = build_engine(config, source=source, progress=sys.stderr.isatty())
+    apply_routing(arguments.routing, engine)
     options = PromptOptions(
         dataset="random",
         chat=False,
@@ -138,6 +142,7 @@ def run(arguments: argparse.Namespace) -> int:
                 "machine": where,
                 "num_ranks": engine.executor.specs.num_ranks,
                 "settings": asdict(config),
+                "routing": arguments.routing,
                 "workload": workload,
                 "rounds_s": [round_.duration_s for round_ in rounds],
                 **summary,
