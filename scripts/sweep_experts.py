@@ -1,0 +1,285 @@
+"""Tries every family of native models with experts in random tiny sizes against transformers in float32: 1 to 64 experts, 1 to 8
+of them for a token, groups, scales and biases of routers, dense layers among the others, shared experts.
+
+Each must give transformers' most likely tokens and log-probabilities: several requests at once, prompts in chunks, with prefixes
+that are found in the cache; and the same tokens alone, with looked-up proposals, and with those of a draft module with experts.
+
+    python scripts/sweep_experts.py [--seeds 12] [--families glm4_moe,mixtral] [--device cpu] [--out sweep.json]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from stepgraph.config import EngineConfig
+from stepgraph.engine.build import build_engine
+from stepgraph.engine.engine import Engine
+from stepgraph.engine.request import Request
+from stepgraph.engine.sampling_params import SamplingParams
+from stepgraph.layers.experts import Router
+
+SIZES: dict[str, Any] = {
+    "vocab_size": 96,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+SETTINGS: dict[str, Any] = {
+    "dtype": "float32",
+    "max_model_len": 96,
+    "max_num_seqs": 3,
+    "max_num_batched_tokens": 24,
+    "capture_sizes": (3, 24),
+    "capture_rows": (3,),
+    "num_kv_blocks": 33,
+}
+STEM = [(7 * i + 3) % 96 for i in range(40)]
+PROMPTS = [STEM, [(5 * i + 11) % 96 for i in range(9)], [*STEM[:35], 4, 4, 4]]
+WAYS: dict[str, tuple[list[list[int]], dict[str, Any]]] = {
+    "alone": (PROMPTS[:1], {}),
+    "with looked-up proposals": (PROMPTS, {"speculative_config": {"method": "suffix", "num_speculative_tokens": 3}}),
+    "with a draft module": (
+        PROMPTS,
+        {"speculative_config": {"method": "mtp", "num_speculative_tokens": 2, "adaptive": False}},
+    ),
+}
+"""Which may change no token: prompts, and settings."""
+NUM_TOKENS = 10
+TOLERANCE = 1e-3
+"""Of log-probabilities, most of which are between -1 and -10."""
+
+
+def _counts(rng: random.Random, least: int = 1) -> tuple[int, int]:
+    """Experts, and how many of them a token takes."""
+    experts = rng.choice([n for n in (1, 2, 3, 4, 8, 16, 60, 64) if n >= least])
+    return experts, rng.randint(1, min(8, experts))
+
+
+def _groups(rng: random.Random) -> dict[str, Any]:
+    """What DeepSeek-V3's routers differ in."""
+    size, groups = rng.choice((2, 3, 4, 8)), rng.choice((1, 2, 4, 8))
+    kept = rng.randint(1, groups)
+    return {
+        "n_routed_experts": size * groups,
+        "n_group": groups,
+        "topk_group": kept,
+        "num_experts_per_tok": rng.randint(1, min(8, size * kept)),
+        "n_shared_experts": rng.randint(1, 2),
+        "moe_intermediate_size": rng.choice((24, 32)),
+        "first_k_dense_replace": rng.randint(0, 2),
+        "norm_topk_prob": rng.random() < 0.5,
+        "routed_scaling_factor": rng.choice((1.0, 2.5)),
+        "attention_bias": rng.random() < 0.5,
+    }
+
+
+def _qwen(rng: random.Random) -> dict[str, Any]:
+    experts, top = _counts(rng)
+    return {
+        "num_experts": experts,
+        "num_experts_per_tok": top,
+        "moe_intermediate_size": rng.choice((24, 32)),
+        "norm_topk_prob": rng.random() < 0.5,
+        "decoder_sparse_step": rng.randint(1, 2),
+        "mlp_only_layers": rng.choice(([], [0], [2])),
+        "hidden_act": rng.choice(("silu", "silu", "gelu_pytorch_tanh")),
+    }
+
+
+def _of_few_fields(rng: random.Random) -> dict[str, Any]:
+    experts, top = _counts(rng)
+    return {"num_local_experts": experts, "num_experts_per_tok": top}
+
+
+def _mixtral(rng: random.Random) -> Any:
+    return transformers.MixtralConfig(**SIZES, **_of_few_fields(rng), sliding_window=rng.choice((None, 20)))
+
+
+def _qwen2_moe(rng: random.Random) -> Any:
+    shared = {"shared_expert_intermediate_size": rng.choice((32, 48)), "qkv_bias": rng.random() < 0.7}
+    return transformers.Qwen2MoeConfig(**SIZES, **_qwen(rng), **shared)
+
+
+def _qwen3_moe(rng: random.Random) -> Any:
+    return transformers.Qwen3MoeConfig(**SIZES, **_qwen(rng), head_dim=rng.choice((16, 32)))
+
+
+def _ernie4_5_moe(rng: random.Random) -> Any:
+    experts, top = _counts(rng)
+    return transformers.Ernie4_5_MoeConfig(
+        **SIZES,
+        moe_num_experts=experts,
+        moe_k=top,
+        moe_intermediate_size=rng.choice((24, 32)),
+        moe_num_shared_experts=rng.randint(0, 2),
+        moe_layer_start_index=rng.randint(0, 1),
+        moe_layer_end_index=rng.choice((-1, 1, 2)),
+        moe_layer_interval=rng.randint(1, 2),
+        moe_norm_min=rng.choice((1e-12, 0.5)),
+        tie_word_embeddings=rng.random() < 0.5,
+    )
+
+
+def _glm4_moe(rng: random.Random) -> Any:
+    rope = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": rng.choice((0.5, 1.0))}
+    head = {"head_dim": rng.choice((16, 32)), "use_qk_norm": rng.random() < 0.5}
+    return transformers.Glm4MoeConfig(**SIZES, **_groups(rng), **head, rope_parameters=rope)
+
+
+def _dots1(rng: random.Random) -> Any:
+    return transformers.Dots1Config(**SIZES, **_groups(rng), head_dim=16)
+
+
+def _granitemoe(rng: random.Random) -> Any:
+    factors = {
+        "residual_multiplier": 0.3,
+        "logits_scaling": 4.0,
+        "embedding_multiplier": 6.0,
+        "attention_multiplier": 0.1,
+    }
+    return transformers.GraniteMoeConfig(**SIZES, **_of_few_fields(rng), **factors)
+
+
+FAMILIES: dict[str, Callable[[random.Random], Any]] = {
+    "mixtral": _mixtral,
+    "qwen2_moe": _qwen2_moe,
+    "qwen3_moe": _qwen3_moe,
+    "ernie4_5_moe": _ernie4_5_moe,
+    "glm4_moe": _glm4_moe,
+    "dots1": _dots1,
+    "granitemoe": _granitemoe,
+}
+"""By model type: a random config."""
+
+
+def write_model(config: Any, folder: Path) -> Any:
+    """Write a random model, and a module that drafts for it in DeepSeek's layout, with its last layer; return the model."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.normal_(1.0 if "norm" in name else 0.0, 0.15)
+        for name, buffer in model.named_buffers():
+            if name.endswith("e_score_correction_bias"):
+                buffer.normal_(0.0, 0.15)
+    model.save_pretrained(folder)
+    path, (E, L) = folder / "model.safetensors", (config.hidden_size, config.num_hidden_layers)
+    stored = load_file(path)
+    module = {name: torch.randn(shape) * 0.15 + (len(shape) == 1) for name, shape in _module_shapes(E).items()}
+    last = f"model.layers.{L - 1}."
+    module |= {name.removeprefix(last): tensor.clone() for name, tensor in stored.items() if name.startswith(last)}
+    save_file(stored | {f"model.layers.{L}.{name}": t for name, t in module.items()}, path, metadata={"format": "pt"})
+    return model
+
+
+def _module_shapes(hidden_size: int) -> dict[str, tuple[int, ...]]:
+    norms = ("enorm", "hnorm", "shared_head.norm")
+    return {"eh_proj.weight": (hidden_size, 2 * hidden_size)} | {f"{name}.weight": (hidden_size,) for name in norms}
+
+
+def answer(
+    folder: Path, prompts: list[list[int]], device: str = "cpu", **settings: Any
+) -> tuple[Engine, list[Request]]:
+    """An engine that has answered these prompts, the last after the others."""
+    engine = build_engine(EngineConfig.from_settings(model=str(folder), device=device, **SETTINGS | settings))
+    params = SamplingParams(temperature=0, max_tokens=NUM_TOKENS, ignore_eos=True, logprobs=0)
+    requests: list[Request] = []
+    for part in (prompts[:-1], prompts[-1:]):
+        requests += [engine.add_request(str(len(requests) + i), prompt, params) for i, prompt in enumerate(part)]
+        while engine.has_work:
+            engine.step()
+    assert engine.executor.statistics.num_eager_steps == 0
+    return engine, requests
+
+
+def differences(model: Any, requests: list[Request]) -> list[str]:
+    """Where answers are not transformers'."""
+    found = []
+    for prompt, request in zip(PROMPTS, requests, strict=True):
+        tokens = torch.tensor(request.output_token_ids)
+        with torch.no_grad():
+            logits = model(torch.tensor([prompt + request.output_token_ids])).logits[0, len(prompt) - 1 : -1]
+        expected = logits.log_softmax(-1)
+        chosen = expected.gather(1, tokens[:, None])[:, 0]
+        reported = torch.tensor([entry.logprob for entry in request.output_logprobs])
+        for what, off in (("token", expected.amax(1) - chosen), ("log-probability", (reported - chosen).abs())):
+            if not bool((off < TOLERANCE).all()):
+                found.append(f"request {request.id}: a {what} is off by {off.max():.1e}")
+    return found
+
+
+def miscounted(engine: Engine) -> list[str]:
+    """Layers whose experts got other tokens than those that steps computed."""
+    num_tokens = engine.executor.statistics.real_tokens
+    routers = {
+        name: module for name, module in engine.executor.runner.model.named_modules() if isinstance(module, Router)
+    }
+    return [
+        f"{name} gave {int(router.totals.sum())} tokens to experts, and {router.routing.top} experts get {num_tokens} each"
+        for name, router in routers.items()
+        if int(router.totals.sum()) != router.routing.top * num_tokens
+    ]
+
+
+def check(config: Any, folder: Path, device: str = "cpu") -> list[str]:
+    """What is wrong with a model of this config."""
+    model = write_model(config, folder)
+    engine, requests = answer(folder, PROMPTS, device)
+    found = differences(model, requests) + miscounted(engine)
+    engine.shutdown()
+    if not requests[-1].num_cached_tokens:
+        found.append("no prefix was found in the cache")
+    for way, (prompts, settings) in WAYS.items():
+        engine, others = answer(folder, prompts, device, **settings)
+        engine.shutdown()
+        for ours, other in zip(requests, others, strict=False):
+            if ours.output_token_ids != other.output_token_ids:
+                found.append(f"request {ours.id}, {way}: {other.output_token_ids}, not {ours.output_token_ids}")
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, default=12, help="configs of each family")
+    parser.add_argument("--families", help="model types, with commas between them; all if not given")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--out", type=Path, help="JSON file for all results")
+    options = parser.parse_args()
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    families = options.families.split(",") if options.families else list(FAMILIES)
+    begun, results = time.monotonic(), []
+    for family in families:
+        for seed in range(options.seeds):
+            config = FAMILIES[family](random.Random(seed))
+            with tempfile.TemporaryDirectory() as folder:
+                found = check(config, Path(folder), options.device)
+            results.append({"family": family, "seed": seed, "differences": found})
+            for difference in found:
+                print(f"{family}, seed {seed}: {difference}", flush=True)
+            if options.out:
+                options.out.write_text(json.dumps(results, indent=1))
+    wrong = sum(bool(result["differences"]) for result in results)
+    print(f"{len(results)} models in {time.monotonic() - begun:.0f} s, {wrong} wrong")
+    raise SystemExit(1 if wrong else 0)
+
+
+if __name__ == "__main__":
+    main()

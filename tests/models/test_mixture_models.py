@@ -1,0 +1,127 @@
+"""Models with experts through the engine, against transformers. `scripts/sweep_experts.py` tries as many as one likes."""
+
+import importlib.util
+import random
+from pathlib import Path
+
+import pytest
+import torch
+from checkpoints import HF_CONFIGS, SIZES, random_hf_model
+from safetensors.torch import load_file, save_file
+from transformers import MixtralConfig, Qwen2MoeConfig
+
+from stepgraph import ops
+from stepgraph.errors import ModelError
+from stepgraph.layers.experts import Router
+from stepgraph.models import load_model, resolve
+from stepgraph.models.registry import read_config
+from stepgraph.models.update import plan_update, write
+
+SCRIPT = Path(__file__).parents[2] / "scripts" / "sweep_experts.py"
+FAMILIES = {"glm4_moe": 2, "ernie4_5_moe": 7, "qwen2_moe": 4}
+"""And which of their random configs."""
+
+
+@pytest.fixture(scope="module")
+def script():
+    spec = importlib.util.spec_from_file_location("sweep_experts", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_answers_are_transformers_however_they_are_computed(script, family, tmp_path) -> None:
+    config = script.FAMILIES[family](random.Random(FAMILIES[family]))
+    assert script.check(config, tmp_path) == []
+
+
+@pytest.fixture(scope="module")
+def glm(script, tmp_path_factory):
+    """A folder, and what transformers loads from it."""
+    folder = tmp_path_factory.mktemp("glm")
+    return folder, script.write_model(script.FAMILIES["glm4_moe"](random.Random(2)), folder)
+
+
+def test_a_router_without_its_bias_is_found_out(script, glm, tmp_path) -> None:
+    folder, hf_model = glm
+    tensors = load_file(folder / "model.safetensors")
+    forgotten = {name: tensor * (not name.endswith("e_score_correction_bias")) for name, tensor in tensors.items()}
+    save_file(forgotten, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    (tmp_path / "config.json").write_text((folder / "config.json").read_text())
+    engine, requests = script.answer(tmp_path, script.PROMPTS)
+    assert script.differences(hf_model, requests)
+    assert not script.miscounted(engine)
+
+
+def test_padding_that_reaches_experts_is_found_out(script, glm, monkeypatch) -> None:
+    def careless(self, x_TE, counts_B):
+        everything = torch.full_like(counts_B, len(x_TE))
+        return ops.route(x_TE, self.weight, self.bias, everything, self.totals, self.routing)
+
+    monkeypatch.setattr(Router, "forward", careless)
+    engine, _ = script.answer(glm[0], script.PROMPTS)
+    assert script.miscounted(engine)
+
+
+@pytest.mark.parametrize("name", ["mixtral with windows", "qwen2 moe", "ernie 4.5 moe", "glm 4.5", "granite moe"])
+@pytest.mark.parametrize("form", ["as published", "as in memory"])
+def test_new_weights_come_in_the_names_of_checkpoints_or_of_transformers_models(name, form, tmp_path) -> None:
+    new = random_hf_model(HF_CONFIGS[name]())
+    new.save_pretrained(tmp_path)
+    model = load_model(resolve(str(tmp_path)), dtype=torch.float32, device=torch.device("cpu"), max_model_len=64)
+    expected = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    for parameter in model.parameters():
+        parameter.zero_()
+    tensors = new.state_dict() if form == "as in memory" else load_file(tmp_path / "model.safetensors")
+    assert any("experts.gate_up_proj" in name for name in tensors) == (form == "as in memory")
+    write(plan_update(model, tensors.items()))
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, expected[name]), name
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "message"),
+    [
+        (
+            "glm 4.5",
+            {"num_experts_per_tok": 7},
+            "experts per token is 7 in .* Glm4MoeForCausalLM, .* at least 1 and at most 6",
+        ),
+        ("glm 4.5", {"topk_group": 5}, "groups that a token's experts are of is 5 in .* at most 4"),
+        ("glm 4.5", {"n_group": 5, "topk_group": 2}, "12 experts of this .* cannot be split into 5 groups"),
+        (
+            "glm 4.5",
+            {"n_group": 12, "topk_group": 4},
+            "cannot be split into 12 groups: groups must be equal, of at least 2",
+        ),
+        ("glm 4.5", {"n_routed_experts": 0}, "number of experts is 0 in"),
+        (
+            "mixtral with windows",
+            {"num_experts_per_tok": 9},
+            "experts per token is 9 .* at most 8. Correct config.json",
+        ),
+        ("mixtral with windows", {"num_experts_per_tok": 0}, "experts per token is 0 .* at least 1"),
+        ("mixtral with windows", {"hidden_act": "relu"}, 'activation is "relu".*silu and gelu_pytorch_tanh'),
+        ("qwen2 moe", {"moe_intermediate_size": 0}, "width of an expert is 0"),
+        ("ernie 4.5 moe", {"use_bias": True}, "use_bias is true .* output head"),
+    ],
+)
+def test_a_mixture_that_cannot_be_is_refused(name, changes, message) -> None:
+    config = HF_CONFIGS[name]()
+    config.architectures = [type(random_hf_model(config)).__name__]
+    read_config(config)
+    for field, value in changes.items():
+        setattr(config, field, value)
+    with pytest.raises(ModelError, match=message):
+        read_config(config)
+
+
+def test_more_experts_than_any_model_has_are_refused_before_a_list_of_them_is_made(tmp_path) -> None:
+    for config, field in (
+        (MixtralConfig(**SIZES, num_local_experts=2**20), "num_local_experts"),
+        (Qwen2MoeConfig(**SIZES, num_experts=2**20), "num_experts"),
+    ):
+        config.save_pretrained(tmp_path)
+        with pytest.raises(ModelError, match=f"{field} is 1048576, and must be between 0 and 4096"):
+            resolve(str(tmp_path))
