@@ -27,13 +27,17 @@ from stepgraph.parallel.shard import Cut, Part
 class _Architecture:
     model_type: str  # in transformers
     class_name: str
-    permuted: bool  # query and key rows are reordered for llama.cpp's rotation of adjacent pairs
+    permuted: bool = False  # query and key rows are reordered for llama.cpp's rotation of adjacent pairs
+    has_experts: bool = False
+    normalised: bool = False  # whether llama.cpp divides the weights of a token's experts by their sum
 
 
 _ARCHITECTURES = {
     "llama": _Architecture("llama", "LlamaForCausalLM", permuted=True),
-    "qwen2": _Architecture("qwen2", "Qwen2ForCausalLM", permuted=False),
-    "qwen3": _Architecture("qwen3", "Qwen3ForCausalLM", permuted=False),
+    "qwen2": _Architecture("qwen2", "Qwen2ForCausalLM"),
+    "qwen2moe": _Architecture("qwen2_moe", "Qwen2MoeForCausalLM", has_experts=True),
+    "qwen3": _Architecture("qwen3", "Qwen3ForCausalLM"),
+    "qwen3moe": _Architecture("qwen3_moe", "Qwen3MoeForCausalLM", has_experts=True, normalised=True),
 }
 
 _MODEL_NAMES = {
@@ -53,7 +57,20 @@ _LAYER_NAMES = {
     "ffn_gate": "mlp.gate_proj",
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
+    "ffn_gate_inp": "mlp.gate",
+    "ffn_gate_shexp": "mlp.shared_experts.gate_proj",
+    "ffn_up_shexp": "mlp.shared_experts.up_proj",
+    "ffn_down_shexp": "mlp.shared_experts.down_proj",
+    "ffn_gate_inp_shexp": "mlp.shared_expert_gate",
 }
+_EXPERT_NAMES = {"ffn_gate_exps": "gate_proj", "ffn_up_exps": "up_proj", "ffn_down_exps": "down_proj"}
+"""Of tensors that hold a matrix of each expert."""
+_ONLY_CHOICES = {
+    "expert_gating_func": (0, 1),
+    "expert_group_count": (0, 1),
+    "expert_weights_scale": (0.0, 1.0),
+}
+"""Metadata of other mixtures, and what they are in those that are read, if they are there: softmax, no groups, no scale."""
 _ROPE_FACTORS = "rope_freqs.weight"
 _REQUIRED: Any = object()
 _ENDS = (
@@ -164,11 +181,14 @@ class GGUFFile:
             stem, _, kind = name.rpartition(".")
             if stem.startswith("blk.") and stem.count(".") > 1:
                 _, layer, part = stem.split(".", 2)
+                if part in _EXPERT_NAMES and len(tensor.shape) == 3:
+                    yield from _of_each_expert(tensor, f"model.layers.{layer}.mlp.experts", _EXPERT_NAMES[part], kind)
+                    continue
                 new_stem = f"model.layers.{layer}.{_LAYER_NAMES[part]}" if part in _LAYER_NAMES else stem
                 permuted_heads = heads.get(part) if self._architecture.permuted else None
             else:
                 new_stem, permuted_heads = _MODEL_NAMES.get(stem, stem), None
-            yield _GGUFTensor(f"{new_stem}.{kind}", tensor, permuted_heads)
+            yield _GGUFTensor(f"{new_stem}.{kind}", tensor, permuted_heads=permuted_heads)
 
     def _hf_config(self) -> Any:
         prefix = self.value("general.architecture", str)
@@ -176,8 +196,12 @@ class GGUFFile:
         def value(key: str, kind: type = int, default: Any = _REQUIRED) -> Any:
             return self.value(f"{prefix}.{key}", kind, default)
 
-        if num_experts := value("expert_count", int, 0):
-            raise ModelError(f"{self.path} is a mixture of {num_experts} experts; dense decoders are supported.")
+        if not self._architecture.has_experts and (num_experts := value("expert_count", int, 0)):
+            known = [name for name, architecture in _ARCHITECTURES.items() if architecture.has_experts]
+            raise ModelError(
+                f"{self.path} is a mixture of {num_experts} experts; with experts, GGUF files are read of architecture "
+                f"{' and '.join(known)}. Use the model's safetensors folder if its architecture is supported there."
+            )
         if not value("attention.causal", bool, True):
             raise ModelError(f"{self.path} has attention that is not causal; causal models are supported.")
         hidden_size, num_heads = value("embedding_length"), value("attention.head_count")
@@ -209,6 +233,8 @@ class GGUFFile:
             "bos_token_id": self.value("tokenizer.ggml.bos_token_id", int, None),
             "eos_token_id": self._end_tokens() or None,
         }
+        if self._architecture.has_experts:
+            fields |= self._experts(fields["intermediate_size"])
         check_sizes(fields, self.path)
         plain = plain_config(fields)
         if plain is not None:
@@ -222,6 +248,33 @@ class GGUFFile:
                 f"{self.path} describes no model that transformers knows: {why_unusable(error, fields)}. Convert the model to "
                 "GGUF again."
             ) from error
+
+    def _experts(self, intermediate_size: int) -> dict[str, Any]:
+        """Fields of transformers' config that describe the mixture, with llama.cpp's defaults."""
+        prefix = self.value("general.architecture", str)
+        count, used = (self.value(f"{prefix}.{key}", int) for key in ("expert_count", "expert_used_count"))
+        if not 1 <= used <= count:
+            raise ModelError(
+                f"{self.path} takes {used} of {count} experts for a token ({prefix}.expert_used_count, "
+                f"{prefix}.expert_count); it must be between 1 and {count}. Convert the model to GGUF again."
+            )
+        for name, choices in _ONLY_CHOICES.items():
+            found = self.value(f"{prefix}.{name}", type(choices[0]), choices[0])
+            if found not in choices:
+                raise ModelError(
+                    f"{self.path} has {prefix}.{name} = {found}; mixtures of this architecture are read with "
+                    f"{choices[1]}, or without it."
+                )
+        width = self.value(f"{prefix}.expert_feed_forward_length", int, 0)
+        shared = self.value(f"{prefix}.expert_shared_feed_forward_length", int, 0)
+        return {
+            "num_experts": count,
+            "num_experts_per_tok": used,
+            "moe_intermediate_size": width or intermediate_size // used,
+            "norm_topk_prob": self.value(f"{prefix}.expert_weights_norm", bool, self._architecture.normalised),
+            "decoder_sparse_step": 1,
+            "mlp_only_layers": [],
+        } | ({"shared_expert_intermediate_size": shared or intermediate_size} if prefix == "qwen2moe" else {})
 
     def _end_tokens(self) -> list[int]:
         """Tokens that end an answer: those that the file names so, and control tokens that do so in every model that has them, if
@@ -269,7 +322,8 @@ class GGUFFile:
         return rope
 
     def _dtype(self) -> torch.dtype:
-        stored = self._tensor("blk.0.ffn_down.weight").tensor_type.name
+        down = "ffn_down_exps" if self._architecture.has_experts else "ffn_down"
+        stored = self._tensor(f"blk.0.{down}.weight").tensor_type.name
         return {"F32": torch.float32, "F16": torch.float16}.get(stored, torch.bfloat16)
 
     def _tensor(self, name: str) -> Any:
@@ -278,13 +332,23 @@ class GGUFFile:
         return self._tensors[name]
 
 
+def _of_each_expert(tensor: Any, path: str, projection: str, kind: str) -> Iterator[CheckpointTensor]:
+    """A tensor of all experts of a layer as those of each, views of the mapped file."""
+    for expert in range(int(tensor.shape[-1])):
+        yield _GGUFTensor(f"{path}.{expert}.{projection}.{kind}", tensor, expert=expert)
+
+
 class _GGUFTensor(CheckpointTensor):
-    def __init__(self, name: str, tensor: Any, permuted_heads: int | None) -> None:
+    def __init__(self, name: str, tensor: Any, *, permuted_heads: int | None = None, expert: int | None = None) -> None:
         self.name = name
-        self.shape = tuple(int(size) for size in reversed(tensor.shape))
+        shape, self._data = tuple(int(size) for size in reversed(tensor.shape)), tensor.data
+        if expert is not None:
+            shape, self._data = shape[1:], self._data[expert]
+        elif name.endswith(".shared_expert_gate.weight") and len(shape) == 1:
+            shape, self._data = (1, *shape), self._data[None]
+        self.shape, self.nbytes = shape, self._data.nbytes
         self.quantization = None if tensor.tensor_type.name in ("F32", "F16", "BF16") else tensor.tensor_type.name
-        self.nbytes = int(tensor.n_bytes)
-        self._type, self._data, self._permuted_heads = tensor.tensor_type, tensor.data, permuted_heads
+        self._type, self._permuted_heads = tensor.tensor_type, permuted_heads
 
     def load(self, dtype: torch.dtype, device: torch.device, part: Part | None = None) -> Tensor:
         """See `CheckpointTensor.load`."""

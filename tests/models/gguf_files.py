@@ -17,6 +17,14 @@ LAYER_NAMES = {
     "mlp.gate_proj": "ffn_gate",
     "mlp.up_proj": "ffn_up",
     "mlp.down_proj": "ffn_down",
+    "mlp.gate": "ffn_gate_inp",
+    "mlp.experts.gate_proj": "ffn_gate_exps",
+    "mlp.experts.up_proj": "ffn_up_exps",
+    "mlp.experts.down_proj": "ffn_down_exps",
+    "mlp.shared_expert.gate_proj": "ffn_gate_shexp",
+    "mlp.shared_expert.up_proj": "ffn_up_shexp",
+    "mlp.shared_expert.down_proj": "ffn_down_shexp",
+    "mlp.shared_expert_gate": "ffn_gate_inp_shexp",
 }
 
 
@@ -38,11 +46,25 @@ def permute(rows: np.ndarray, num_heads: int) -> np.ndarray:
     return rows[order]
 
 
+def named_matrices(hf_model):
+    """Views of a model's parameters, of which one may hold the gates and ups of all experts of a layer."""
+    for name, parameter in hf_model.named_parameters():
+        if name.endswith("mlp.experts.gate_up_proj"):
+            for part, values in zip(("gate_proj", "up_proj"), parameter.data.chunk(2, dim=1), strict=True):
+                yield name.replace("gate_up_proj", f"{part}.weight"), values
+        elif name.endswith("mlp.experts.down_proj"):
+            yield f"{name}.weight", parameter.data
+        elif name.endswith("mlp.shared_expert_gate.weight"):
+            yield name, parameter.data[0]
+        else:
+            yield name, parameter.data
+
+
 def write_gguf(path, hf_model, types=None, *, metadata=(), tensors=None) -> None:
     """Write `hf_model` as llama.cpp's converter does. `types` gives the type of matrices by a part of their GGUF name;
     the model's own weights are replaced by what the types make of them."""
     config = hf_model.config
-    architecture = config.model_type
+    architecture = config.model_type.replace("_", "")
     writer = gguf.GGUFWriter(path, architecture)
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
@@ -58,18 +80,24 @@ def write_gguf(path, hf_model, types=None, *, metadata=(), tensors=None) -> None
     if getattr(config, "head_dim", None):
         writer.add_key_length(config.head_dim)
         writer.add_value_length(config.head_dim)
+    if hasattr(config, "moe_intermediate_size"):
+        writer.add_expert_count(config.num_experts)
+        writer.add_expert_used_count(config.num_experts_per_tok)
+        writer.add_expert_feed_forward_length(config.moe_intermediate_size)
+    if hasattr(config, "shared_expert_intermediate_size"):
+        writer.add_expert_shared_feed_forward_length(config.shared_expert_intermediate_size)
     for add in metadata:
         add(writer)
     for name, data in (tensors or {}).items():
         writer.add_tensor(name, data)
-    for name, parameter in hf_model.named_parameters():
+    for name, values in named_matrices(hf_model):
         new_name = gguf_name(name)
         heads = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads}.get(
             new_name.split(".")[-2]
         )
         type_ = next((t for part, t in (types or {}).items() if part in new_name), gguf.GGMLQuantizationType.F32)
-        packed = gguf.quants.quantize(parameter.detach().numpy(), type_)
-        parameter.data.copy_(torch.from_numpy(gguf.quants.dequantize(packed, type_).copy()))
+        packed = gguf.quants.quantize(values.detach().contiguous().numpy(), type_)
+        values.copy_(torch.from_numpy(gguf.quants.dequantize(packed, type_).copy()))
         writer.add_tensor(
             new_name, permute(packed, heads) if heads and architecture == "llama" else packed, raw_dtype=type_
         )

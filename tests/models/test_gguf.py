@@ -214,7 +214,7 @@ def test_another_kind_of_file_is_refused(tmp_path) -> None:
 @pytest.mark.parametrize(
     ("metadata", "message"),
     [
-        (lambda writer: writer.add_expert_count(8), "mixture of 8 experts"),
+        (lambda writer: writer.add_expert_count(8), "mixture of 8 experts; .* architecture qwen2moe and qwen3moe"),
         (lambda writer: writer.add_sliding_window(64), "sliding window"),
         (lambda writer: writer.add_rope_dimension_count(8), r"rope\.dimension_count = 8"),
         (lambda writer: writer.add_uint16("split.count", 3), "one of 3 parts"),
@@ -248,7 +248,7 @@ def test_an_unsupported_architecture_and_tensor_type_are_refused_with_the_suppor
         resolve(str(tmp_path / "types.gguf"))
     hf_model.config.model_type = "falcon"
     write_gguf(tmp_path / "architecture.gguf", hf_model)
-    with pytest.raises(ModelError, match=r'"falcon".*llama, qwen2, qwen3'):
+    with pytest.raises(ModelError, match=r'"falcon".*llama, qwen2, qwen2moe, qwen3, qwen3moe'):
         resolve(str(tmp_path / "architecture.gguf"))
 
 
