@@ -86,6 +86,7 @@ class ExpertTile:
     inputs: int  # per iteration; divides the inputs that share a scale
     num_warps: int
     num_stages: int
+    copied: bool = False  # the weight, by the copy engine that Hopper has for blocks of tensors
     group: int = 16  # tiles that read a part of the weight together before they go on to the next part
 
 

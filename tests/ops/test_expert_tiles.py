@@ -1,6 +1,7 @@
 """Experts in tiles: sorting and both products, under every kind of routing, against products in float64."""
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,6 +13,8 @@ from stepgraph.platforms.tuning import ExpertTile
 
 NUM_EXPERTS = 6
 TILE = ExpertTile(rows=16, outputs=32, inputs=32, num_warps=4, num_stages=2, group=2)
+FLAT = replace(TILE, outputs=64)
+COPIED = replace(TILE, copied=True)
 
 
 def random_pairs(tokens, top, num_experts=NUM_EXPERTS):
@@ -124,9 +127,7 @@ def check(routing, device, dtype, *, hidden_size=40, width=24, groups=None, gelu
     order[num_here:] = 2**30  # may be anything, and is not to be read
     pair_J = order[:num_here].long()
 
-    sorted_PM = tiles.gated_experts(
-        *on(device, x, *gate_up[:2], order, ends), gelu, **({} if tile is None else {"tile": tile})
-    ).cpu()
+    sorted_PM = tiles.gated_experts(*on(device, x, *gate_up[:2], order, ends), gelu, tile=tile).cpu()
     expected_PM = exact_hidden(x, gate_up[2], expert, first, gelu)
     rtol, atol = (1e-5, 1e-5) if dtype == torch.float32 else (4 * torch.finfo(dtype).eps, 2 * torch.finfo(dtype).eps)
     torch.testing.assert_close(sorted_PM[:num_here].double(), expected_PM[pair_J], rtol=rtol, atol=atol)
@@ -139,15 +140,8 @@ def check(routing, device, dtype, *, hidden_size=40, width=24, groups=None, gelu
     before_TE[~here_TK.any(1)] = torch.nan  # which a token without an expert here keeps
     for add in (False, True):
         out_TE = before_TE.to(device, copy=True)
-        tiles.sum_experts(
-            *on(device, sorted_PM, *down[:2], expert, pair_weight),
-            first,
-            *on(device, order, ends),
-            out_TE,
-            add,
-            0.5,
-            **({} if tile is None else {"tile": tile}),
-        )
+        down_PE = tiles.down_experts(*on(device, sorted_PM, *down[:2], order, ends), tile=tile)
+        tiles.combine(down_PE, *on(device, expert, pair_weight), first, count, out_TE, add, 0.5)
         expected = before_TE.double() + 0.5 * expected_TE if add else 0.5 * expected_TE
         torch.testing.assert_close(out_TE.cpu().double(), expected, rtol=rtol, atol=8 * atol, equal_nan=True)
 
@@ -163,6 +157,12 @@ def test_products_are_those_of_float64_under_any_routing(routing, device) -> Non
 )
 def test_odd_sizes_and_weights_of_8_bits(groups, gelu, device) -> None:
     check(ROUTINGS["some here"], device, torch.float16, hidden_size=150, width=37, groups=groups, gelu=gelu)
+
+
+@pytest.mark.parametrize("tile", [FLAT, COPIED], ids=["flat", "copied"])
+@pytest.mark.parametrize("groups", [None, 2], ids=["16 bits", "scales of groups"])
+def test_kinds_of_tiles(tile, groups, device) -> None:
+    check(ROUTINGS["some here"], device, torch.float16, hidden_size=160, width=48, groups=groups, tile=tile)
 
 
 @pytest.mark.parametrize("groups", [None, 1, 2])

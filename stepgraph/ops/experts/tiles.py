@@ -20,6 +20,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from stepgraph.ops.dependent_launch import LAUNCH, wait_for_previous
 from stepgraph.ops.experts import max_tiles
@@ -63,63 +64,98 @@ def _find_tile(ends_ptr, program, N, BLOCKS, BLOCK_N: tl.constexpr, BLOCK_S: tl.
 
 @triton.jit
 def _multiply(
-    weight_W,
-    scale_W,
+    weight,
+    scale_ptr,
     x_S,
-    inside_W,
     inside_S,
+    matrix,
+    column,
+    GATED: tl.constexpr,
+    O: tl.constexpr,  # noqa: E741
     I: tl.constexpr,  # noqa: E741
     GROUPS: tl.constexpr,
+    COPIED: tl.constexpr,
     BLOCK_W: tl.constexpr,
     BLOCK_S: tl.constexpr,
     BLOCK_J: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """Products of rows of a weight with rows of the pairs, [BLOCK_W, BLOCK_S] float32.
+    """Products of rows of a weight with rows of the pairs, float32.
 
     Args:
-        weight_W, x_S: pointers to the rows.
-        scale_W: to the rows' scales; of no use if GROUPS is 0.
-        inside_W, inside_S: which rows there are.
+        weight: [matrices, O, I], its pointer or, if COPIED, its descriptor.
+        scale_ptr: [matrices, O, GROUPS]; of no use if GROUPS is 0.
+        x_S: pointers to the rows of the pairs.
+        inside_S: which of those there are.
+        matrix, column: where the rows of the weight begin.
+        GATED: of the next matrix the same rows are multiplied too.
+
+    Returns:
+        Two products [B, BLOCK_S], the second of no use unless GATED.
     """
-    input_J = tl.arange(0, BLOCK_J)
-    sum_WS = tl.zeros([BLOCK_W, BLOCK_S], tl.float32)
-    weight_WJ = weight_W[:, None] + input_J[None, :]
+    FLAT: tl.constexpr = GATED and BLOCK_W == 64
+    BLOCK_B: tl.constexpr = BLOCK_W // 2 if GATED else BLOCK_W
+    BLOCK_D: tl.constexpr = BLOCK_W if FLAT else BLOCK_B
+    place_D, input_J = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_J)
+    column_D = column + place_D % BLOCK_B
+    row_D = (matrix + place_D // BLOCK_B).to(tl.int64) * O + column_D
+    inside_D = column_D < O
+    sum_DS = tl.zeros([BLOCK_D, BLOCK_S], tl.float32)
+    up_DS = tl.zeros([BLOCK_D, BLOCK_S], tl.float32)
     x_JS = x_S[None, :] + input_J[:, None]
+    weight_DJ = weight + row_D[:, None] * I + input_J[None, :] if not COPIED else row_D
     for start in tl.range(0, I, BLOCK_J, num_stages=STAGES):
-        if I % BLOCK_J == 0:
-            weight = tl.load(weight_WJ + start, mask=inside_W[:, None], other=0.0)
-            x = tl.load(x_JS + start, mask=inside_S[None, :], other=0.0)
-        else:
+        inside_JS, inside_DJ = inside_S[None, :], inside_D[:, None]
+        if I % BLOCK_J != 0:
             inside_J = start + input_J < I
-            weight = tl.load(weight_WJ + start, mask=inside_W[:, None] & inside_J[None, :], other=0.0)
-            x = tl.load(x_JS + start, mask=inside_S[None, :] & inside_J[:, None], other=0.0)
-        if GROUPS > 1:
-            scale = tl.load(scale_W + start // _GROUP, mask=inside_W, other=0.0)
-            part_WS = tl.dot(weight.to(x.dtype), x, out_dtype=tl.float32, input_precision="ieee")
-            sum_WS += part_WS * scale[:, None]
+            inside_JS, inside_DJ = inside_JS & inside_J[:, None], inside_DJ & inside_J[None, :]
+        x = tl.load(x_JS + start, mask=inside_JS, other=0.0)
+        if COPIED:
+            block = tl.reshape(weight.load([matrix, column, start]), [BLOCK_D, BLOCK_J])
         else:
-            sum_WS = tl.dot(weight.to(x.dtype), x, sum_WS, input_precision="ieee")
+            block = tl.load(weight_DJ + start, mask=inside_DJ, other=0.0)
+        if GROUPS > 1:
+            scale_D = tl.load(scale_ptr + row_D * GROUPS + start // _GROUP, mask=inside_D, other=0.0)
+            part_DS = tl.dot(block.to(x.dtype), x, out_dtype=tl.float32, input_precision="ieee")
+            sum_DS += part_DS * scale_D[:, None]
+        else:
+            sum_DS = tl.dot(block.to(x.dtype), x, sum_DS, input_precision="ieee")
+        if GATED and not FLAT:
+            if COPIED:
+                up_block = tl.reshape(weight.load([matrix + 1, column, start]), [BLOCK_D, BLOCK_J])
+            else:
+                up_block = tl.load(weight_DJ + tl.cast(O, tl.int64) * I + start, mask=inside_DJ, other=0.0)
+            if GROUPS > 1:
+                scale_D = tl.load(scale_ptr + (row_D + O) * GROUPS + start // _GROUP, mask=inside_D, other=0.0)
+                part_DS = tl.dot(up_block.to(x.dtype), x, out_dtype=tl.float32, input_precision="ieee")
+                up_DS += part_DS * scale_D[:, None]
+            else:
+                up_DS = tl.dot(up_block.to(x.dtype), x, up_DS, input_precision="ieee")
     if GROUPS == 1:
-        sum_WS *= tl.load(scale_W, mask=inside_W, other=0.0)[:, None]
-    return sum_WS
+        sum_DS *= tl.load(scale_ptr + row_D, mask=inside_D, other=0.0)[:, None]
+        if GATED and not FLAT:
+            up_DS *= tl.load(scale_ptr + row_D + O, mask=inside_D, other=0.0)[:, None]
+    if FLAT:
+        sum_DS, up_DS = tl.split(tl.permute(tl.reshape(sum_DS, [2, BLOCK_B, BLOCK_S]), 1, 2, 0))
+    return sum_DS, up_DS
 
 
 @launched
 @triton.jit
 def _gated_kernel(
     x_ptr,
-    weight_ptr,
+    weight,  # [2N, O, I]: of each expert the gates, and their partners
     scale_ptr,
     order_ptr,
     ends_ptr,
     out_ptr,
-    N: tl.constexpr,
     K: tl.constexpr,
+    GELU: tl.constexpr,
+    N: tl.constexpr,
     O: tl.constexpr,  # noqa: E741
     I: tl.constexpr,  # noqa: E741
-    GELU: tl.constexpr,
     GROUPS: tl.constexpr,  # scales of a row of the weight; 0: there are none
+    COPIED: tl.constexpr,
     BLOCK_N: tl.constexpr,  # at least N
     BLOCK_W: tl.constexpr,  # gates and then their partners
     BLOCK_S: tl.constexpr,
@@ -135,24 +171,25 @@ def _gated_kernel(
         place_S = begin + tl.arange(0, BLOCK_S)
         inside_S = place_S < end
         token_S = tl.load(order_ptr + place_S, mask=inside_S, other=0) // K
-        place_W = tl.arange(0, BLOCK_W)
-        column_W = block * BLOCK_B + place_W % BLOCK_B
-        row_W = expert.to(tl.int64) * (2 * O) + column_W + place_W // BLOCK_B * O
-        sum_WS = _multiply(
-            weight_ptr + row_W * I,
-            scale_ptr + row_W * GROUPS if GROUPS > 0 else row_W,
+        column = block * BLOCK_B
+        gate_BS, up_BS = _multiply(
+            weight,
+            scale_ptr,
             x_ptr + token_S.to(tl.int64) * I,
-            column_W < O,
             inside_S,
+            2 * expert,
+            column,
+            True,
+            O,
             I,
             GROUPS,
+            COPIED,
             BLOCK_W,
             BLOCK_S,
             BLOCK_J,
             STAGES,
         )
-        gate_BS, up_BS = tl.split(tl.permute(tl.reshape(sum_WS, [2, BLOCK_B, BLOCK_S]), 1, 2, 0))
-        column_B = block * BLOCK_B + tl.arange(0, BLOCK_B)
+        column_B = column + tl.arange(0, BLOCK_B)
         out_BS = out_ptr + place_S.to(tl.int64)[None, :] * O + column_B[:, None]
         inside_BS = (column_B < O)[:, None] & inside_S[None, :]
         tl.store(out_BS, gated(gate_BS, up_BS, GELU).to(out_ptr.dtype.element_ty), mask=inside_BS)
@@ -162,7 +199,7 @@ def _gated_kernel(
 @triton.jit
 def _down_kernel(
     hidden_ptr,
-    weight_ptr,
+    weight,  # [N, O, I]
     scale_ptr,
     order_ptr,
     ends_ptr,
@@ -170,7 +207,8 @@ def _down_kernel(
     N: tl.constexpr,
     O: tl.constexpr,  # noqa: E741
     I: tl.constexpr,  # noqa: E741
-    GROUPS: tl.constexpr,
+    GROUPS: tl.constexpr,  # as of `_gated_kernel`
+    COPIED: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_W: tl.constexpr,
     BLOCK_S: tl.constexpr,
@@ -185,21 +223,25 @@ def _down_kernel(
         place_S = begin + tl.arange(0, BLOCK_S)
         inside_S = place_S < end
         pair_S = tl.load(order_ptr + place_S, mask=inside_S, other=0)
-        column_W = block * BLOCK_W + tl.arange(0, BLOCK_W)
-        row_W = expert.to(tl.int64) * O + column_W
-        sum_WS = _multiply(
-            weight_ptr + row_W * I,
-            scale_ptr + row_W * GROUPS if GROUPS > 0 else row_W,
+        column = block * BLOCK_W
+        sum_WS, _ = _multiply(
+            weight,
+            scale_ptr,
             hidden_ptr + place_S.to(tl.int64) * I,
-            column_W < O,
             inside_S,
+            expert,
+            column,
+            False,
+            O,
             I,
             GROUPS,
+            COPIED,
             BLOCK_W,
             BLOCK_S,
             BLOCK_J,
             STAGES,
         )
+        column_W = column + tl.arange(0, BLOCK_W)
         out_WS = out_ptr + pair_S.to(tl.int64)[None, :] * O + column_W[:, None]
         tl.store(out_WS, sum_WS.to(out_ptr.dtype.element_ty), mask=(column_W < O)[:, None] & inside_S[None, :])
 
@@ -263,19 +305,18 @@ def gated_experts(
     (num_tokens, inputs), num_pairs, (num_experts, rows, _) = x.shape, order.shape[0], weight.shape
     tile = tile or choose_tile(weight, x.dtype, num_pairs, by_row=by_row, is_gated=True)
     out = x.new_empty(num_pairs, rows // 2)
-    grid = max_tiles(num_pairs, num_experts, tile.rows) * triton.cdiv(rows // 2, tile.outputs // 2)
+    matrices = weight.view(2 * num_experts, rows // 2, inputs)
+    grid = max_tiles(num_pairs, num_experts, tile.rows) * triton.cdiv(rows, tile.outputs)
     _gated_kernel[(grid,)](
         x,
-        weight,
+        _operand(matrices, tile, 2),
         scale,
         order,
         ends,
         out,
         K=num_pairs // num_tokens,
-        O=rows // 2,
-        I=inputs,
         GELU=gelu,
-        **_options(tile, scale, num_experts),
+        **_options(matrices, scale, tile, num_experts),
     )
     return out
 
@@ -294,22 +335,65 @@ def sum_experts(
     multiplier: float,
     *,
     by_row: bool = False,
-    tile: ExpertTile | None = None,
 ) -> None:
     """See `stepgraph.ops.experts.sum_experts`, of pairs that are sorted. A pair's product is rounded before they are added up.
 
     Args:
         hidden, weight, scale, out, add, multiplier: as there.
         expert, pair_weight, first, order, ends: as of `stepgraph.ops.experts.ExpertWork`.
-        by_row, tile: as of `gated_experts`.
+        by_row: as of `gated_experts`.
     """
-    (num_experts, outputs, inputs), (num_tokens, top) = weight.shape, expert.shape
-    tile = tile or choose_tile(weight, hidden.dtype, expert.numel(), by_row=by_row)
-    down = hidden.new_empty(expert.numel(), outputs)
-    grid = max_tiles(expert.numel(), num_experts, tile.rows) * triton.cdiv(outputs, tile.outputs)
+    down = down_experts(hidden, weight, scale, order, ends, by_row=by_row)
+    combine(down, expert, pair_weight, first, weight.shape[0], out, add, multiplier)
+
+
+def down_experts(
+    hidden: Tensor,
+    weight: Tensor,
+    scale: Tensor | None,
+    order: Tensor,
+    ends: Tensor,
+    *,
+    by_row: bool = False,
+    tile: ExpertTile | None = None,
+) -> Tensor:
+    """Each pair's product with the down projection of its expert.
+
+    Args:
+        hidden, weight, scale, order, ends: as of `sum_experts`.
+        by_row, tile: as of `gated_experts`.
+
+    Returns:
+        [P, E], dtype of `hidden`, in the order of the pairs' numbers. Rows of pairs whose experts are not here are unspecified.
+    """
+    (num_experts, outputs, _), num_pairs = weight.shape, order.shape[0]
+    tile = tile or choose_tile(weight, hidden.dtype, num_pairs, by_row=by_row)
+    down = hidden.new_empty(num_pairs, outputs)
+    grid = max_tiles(num_pairs, num_experts, tile.rows) * triton.cdiv(outputs, tile.outputs)
     _down_kernel[(grid,)](
-        hidden, weight, scale, order, ends, down, O=outputs, I=inputs, **_options(tile, scale, num_experts)
+        hidden, _operand(weight, tile, 1), scale, order, ends, down, **_options(weight, scale, tile, num_experts)
     )
+    return down
+
+
+def combine(
+    down: Tensor,
+    expert: Tensor,
+    pair_weight: Tensor,
+    first: int,
+    count: int,
+    out: Tensor,
+    add: bool,
+    multiplier: float,
+) -> None:
+    """Each token's weighted sum, see `sum_experts`.
+
+    Args:
+        down: from `down_experts`.
+        expert, pair_weight, out, add, multiplier: as of `sum_experts`.
+        first, count: the experts that are kept here.
+    """
+    (num_tokens, top), outputs = expert.shape, down.shape[1]
     _combine_kernel[(num_tokens, triton.cdiv(outputs, COMBINED_OUTPUTS))](
         down,
         expert,
@@ -317,7 +401,7 @@ def sum_experts(
         out,
         multiplier,
         first,
-        num_experts,
+        count,
         K=top,
         O=outputs,
         ADD=add,
@@ -341,11 +425,26 @@ def choose_tile(
     return chosen.gated if is_gated else chosen.down
 
 
-def _options(tile: ExpertTile, scale: Tensor | None, num_experts: int) -> dict[str, int | bool]:
+def _operand(weight: Tensor, tile: ExpertTile, parts: int) -> Tensor | TensorDescriptor:
+    """A weight as the kernels take it: [matrices, O, I], of which a program reads the same rows of some matrices at once."""
+    if not _is_copied(weight, tile):
+        return weight
+    return TensorDescriptor.from_tensor(weight, [1, tile.outputs // parts, tile.inputs])
+
+
+def _is_copied(weight: Tensor, tile: ExpertTile) -> bool:
+    """Whether the copy engine takes a weight's blocks, whose rows it needs at multiples of 16 bytes."""
+    return tile.copied and weight.shape[2] * weight.element_size() % 16 == 0
+
+
+def _options(weight: Tensor, scale: Tensor | None, tile: ExpertTile, num_experts: int) -> dict[str, int | bool]:
     """Options of a launch that both products have."""
     return {
         "N": num_experts,
+        "O": weight.shape[1],
+        "I": weight.shape[2],
         "GROUPS": 0 if scale is None else scale.shape[-1],
+        "COPIED": _is_copied(weight, tile),
         "BLOCK_N": triton.next_power_of_2(num_experts),
         "BLOCK_W": tile.outputs,
         "BLOCK_S": tile.rows,
