@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Qwen2MoeConfig, Qwen2MoeForCausalLM
 
 CHAT_TEMPLATE = "{% for m in messages %}[{{ m['role'] }}]{{ m['content'] }}{% endfor %}[assistant]"
 MAX_MODEL_LEN = 512
@@ -56,6 +56,39 @@ def save_tiny_model(
     save_file(modules, folder / "mtp.safetensors")
     files = dict.fromkeys(model.state_dict(), "model.safetensors") | dict.fromkeys(modules, "mtp.safetensors")
     (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": files}))
+    return str(folder)
+
+
+def save_tiny_mixture(folder: Path) -> str:
+    """Write a Qwen2 with experts and one that all tokens take, and a tokenizer of one token per byte. Returns the folder.
+
+    Routers have pairs of experts that they hardly tell apart, of which rounding chooses one.
+    """
+    save_byte_tokenizer(folder)
+    torch.manual_seed(0)
+    model = Qwen2MoeForCausalLM(
+        Qwen2MoeConfig(
+            vocab_size=VOCAB_SIZE,
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            max_position_embeddings=MAX_MODEL_LEN,
+            num_experts=8,
+            num_experts_per_tok=3,
+            moe_intermediate_size=32,
+            shared_expert_intermediate_size=32,
+            bos_token_id=None,
+            eos_token_id=EOS,
+        )
+    )
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.normal_(1.0 if "norm" in name else 0.0, 0.3)
+            if name.endswith("mlp.gate.weight"):
+                parameter[1::2] = torch.nextafter(parameter[::2], parameter[1::2])
+    model.save_pretrained(folder)
     return str(folder)
 
 

@@ -61,6 +61,8 @@ class Router(nn.Module):
 
     totals: Tensor
     """[N] int64: tokens that chose each expert so far."""
+    is_watched = False
+    """Whether forward hooks want to see, or to say, what is chosen: then nothing may choose without this module."""
 
     def __init__(self, spec: ExpertsSpec, hidden_size: int, *, device: torch.device) -> None:
         """Args:

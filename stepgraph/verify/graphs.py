@@ -4,9 +4,9 @@ Three runs of the same composition must agree:
 
 - the captured graph;
 - its eager twin, the same program at the same padded shape: tokens, proposals, logits, SlotState and KV cache must be the same;
-- some of its rows alone, eagerly, at their exact shape: logits must be the same up to rounding (bit for bit in a
-  deterministic engine). This catches what graph and twin would get wrong together, such as a launch grid too small for the
-  composition.
+- some of its rows alone, eagerly, at their exact shape, with the experts that were chosen in the batch: logits must be the same
+  up to rounding (bit for bit in a deterministic engine). This catches what graph and twin would get wrong together, such as a
+  launch grid too small for the composition.
 
 Each runs in fresh state among poison, see `stepgraph.verify.trial`. Proposals, where there are any, are right up to some place of
 a row, so that verification ends at every place.
@@ -41,6 +41,7 @@ from stepgraph.models.source import resolve_configured
 from stepgraph.step.runner import StepRunner
 from stepgraph.step.shape import StepShape, Variant
 from stepgraph.verify.compositions import Composition, random_compositions
+from stepgraph.verify.routing import Choice, imposed_choices, kept_choices
 from stepgraph.verify.trial import Proposals, Result, mostly_right_proposals, run
 
 _ROUNDING = 1e-3
@@ -79,7 +80,10 @@ def verify_shape(
     for composition in compositions:
         report.compositions += 1
         proposals = mostly_right_proposals(runner, twin, shape, composition)
-        expected = run(runner, twin, shape, composition, proposals)
+        with kept_choices(runner.model) as choices:
+            expected = run(runner, twin, shape, composition, proposals)
+        if any(choice.takes_padding for choice in choices):
+            report.mismatches.append(f"padding reached experts on rows {composition}")
         found = run(runner, graph, shape, composition, proposals)
         report.digests.append(f"{_shared_digest(found)} {_shared_digest(expected)}")
         report.worst_graph_difference = max(report.worst_graph_difference, _distance(found.logits, expected.logits))
@@ -94,7 +98,7 @@ def verify_shape(
             report.mismatches.append(
                 f"proposals depend on what nothing wrote: something read a poisoned entry on rows {composition}"
             )
-        _compare_with_rows_alone(runner, report, composition, proposals, found, alone_rows)
+        _compare_with_rows_alone(runner, report, composition, proposals, found, choices, alone_rows)
     return report
 
 
@@ -104,9 +108,11 @@ def _compare_with_rows_alone(
     composition: Composition,
     proposals: Proposals,
     found: Result,
+    choices: Sequence[Choice],
     alone_rows: int,
 ) -> None:
-    """Run some rows of a composition without the others and compare their logits with those of the batch."""
+    """Run some rows of a composition without the others and compare their logits with those of the batch. `choices`: of experts,
+    in the batch, which rows alone are to make too, but in a deterministic engine, where they do."""
     judged = runner.deterministic or runner.model.dtype == torch.float32
     allowed = 0.0 if runner.deterministic else _ROUNDING
     starts = list(accumulate((row.num_samples for row in composition.rows), initial=-found.first_logits))
@@ -114,7 +120,15 @@ def _compare_with_rows_alone(
     chosen = set(emitting[-1:]) | set(random.Random(composition.seed).sample(emitting, min(alone_rows, len(emitting))))
     for index in sorted(chosen):
         shape = StepShape(composition.rows[index].query_len, 1, num_drafts=report.shape.num_drafts)
-        alone = run(runner, EagerGraph(runner.create_program(shape)), shape, composition, proposals, only=index)
+        first = sum(row.query_len for row in composition.rows[:index] if row.active)
+        tokens = slice(first, first + shape.num_tokens)
+        with imposed_choices(() if runner.deterministic else choices, tokens) as wrong:
+            alone = run(runner, EagerGraph(runner.create_program(shape)), shape, composition, proposals, only=index)
+        if wrong:
+            report.mismatches.append(
+                f"row {index} went to other experts than alone, in routers {', '.join(map(str, wrong))} of {len(choices)}, on "
+                f"rows {composition}"
+            )
         reference = alone.logits
         difference = (found.logits[starts[index] : starts[index + 1]] - reference).norm() / reference.norm()
         report.worst_alone_difference = max(report.worst_alone_difference, _nan_as_inf(difference.item()))
