@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from stepgraph import ops
 from stepgraph.layers.formats import End, Plain, Target
 from stepgraph.layers.formats.target import Skipped
-from stepgraph.layers.inputs import StepInputs
+from stepgraph.layers.inputs import DispatchTable, StepInputs
 from stepgraph.layers.linear import MergedLinear
 from stepgraph.layers.matrix import Matrix
 from stepgraph.layers.mlp import MLP, Activation
@@ -83,6 +83,39 @@ class Router(nn.Module):
     def forward(self, x_TE: Tensor, counts_B: Tensor) -> ops.Chosen:
         """Choose; see `ops.route`. May run inside a graph."""
         return ops.route(x_TE, self.weight, self.bias, counts_B, self.totals, self.routing)
+
+    def mixture(
+        self,
+        norm: RMSNorm | None,
+        x_TE: Tensor,
+        counts_B: Tensor,
+        weights: ops.ExpertWeights,
+        *,
+        gelu: bool,
+        add_to: Tensor | None,
+        multiplier: float,
+    ) -> tuple[Tensor, Tensor]:
+        """Normalise, choose, and compute what the experts make of it; see `ops.mixture`. May run inside a graph.
+
+        Returns:
+            `x_TE` after `norm`, and `add_to` or a new tensor.
+        """
+        out_TE = torch.empty_like(x_TE) if add_to is None else add_to
+        x_TE = ops.mixture(
+            x_TE,
+            None if norm is None else (norm.weight, norm.eps),
+            self.weight,
+            self.bias,
+            counts_B,
+            self.totals,
+            self.routing,
+            weights,
+            out_TE,
+            gelu=gelu,
+            add=add_to is not None,
+            multiplier=multiplier,
+        )
+        return x_TE, out_TE
 
 
 class ExpertLinear(MergedLinear):
@@ -181,6 +214,17 @@ class Experts(nn.Module):
         )
         self._end = End.GEGLU if activation == "gelu_tanh" else End.SWIGLU
 
+    @property
+    def operands(self) -> ops.ExpertWeights | None:
+        """For `ops.mixture`; None if that does not take weights of these formats."""
+        gate_up, down = (proj.format.mixture_operands(proj.stacked) for proj in (self.gate_up_proj, self.down_proj))
+        return None if gate_up is None or down is None else ops.ExpertWeights(*gate_up, *down, self.first)
+
+    @property
+    def is_gelu(self) -> bool:
+        """Whether gates have GELU, not SiLU."""
+        return self._end is End.GEGLU
+
     def forward(
         self,
         x_TE: Tensor,
@@ -275,11 +319,12 @@ class MixtureMLP(nn.Module):
         if stream.expert_group is not None:
             self._add_exchanged(stream, norm, inputs, multiplier=multiplier, post_norm=post_norm, next_norm=next_norm)
             return
-        x_TE = stream.normalised(norm)
-        chosen = self.gate(x_TE, inputs.tokens.query_start[-1:])
-        dispatch = inputs.dispatch.of(x_TE.shape[0])
+        counts_1 = inputs.tokens.query_start[-1:]
+        left, x_TE = stream.inputs(norm)
         if stream.takes_products and post_norm is None:
-            self.experts(x_TE, chosen, dispatch, add_to=stream.residual_TE, multiplier=multiplier)
+            x_TE, _ = self._routed(
+                left, x_TE, counts_1, inputs.dispatch, add_to=stream.residual_TE, multiplier=multiplier
+            )
             if self.shared_experts is not None:
                 shared_TM = self._shared_hidden(x_TE)
                 stream.add(
@@ -290,7 +335,7 @@ class MixtureMLP(nn.Module):
                     next_norm=next_norm,
                 )
             return
-        part_TE = self.experts(x_TE, chosen, dispatch)
+        x_TE, part_TE = self._routed(left, x_TE, counts_1, inputs.dispatch)
         if self.shared_experts is not None:
             self.shared_experts.down_proj.product(self._shared_hidden(x_TE), end=End.ADD, out=part_TE)
         stream.add_part(part_TE, multiplier=multiplier, post_norm=post_norm, next_norm=next_norm)
@@ -312,8 +357,7 @@ class MixtureMLP(nn.Module):
         assert stream.expert_group is not None
         num_tokens, rank = stream.residual_TE.shape[0], stream.expert_group.shard.rank
         x_AE, counts_N = stream.gather_tokens(norm, inputs.tokens.query_start[-1:])
-        chosen = self.gate(x_AE, counts_N)
-        part_AE = self.experts(x_AE, chosen, inputs.dispatch.of(x_AE.shape[0]))
+        _, part_AE = self._routed(None, x_AE, counts_N, inputs.dispatch)
         if self.shared_experts is not None:
             own = slice(num_tokens * rank, num_tokens * (rank + 1))
             down_proj, shared_TM = self.shared_experts.down_proj, self._shared_hidden(x_AE[own])
@@ -322,6 +366,27 @@ class MixtureMLP(nn.Module):
             else:  # of the sum of both
                 down_proj.product(shared_TM, end=End.ADD, out=part_AE[own])
         stream.scatter_sum(part_AE, counts_N, multiplier=multiplier, post_norm=post_norm, next_norm=next_norm)
+
+    def _routed(
+        self,
+        norm: RMSNorm | None,
+        x_TE: Tensor,
+        counts_B: Tensor,
+        table: DispatchTable,
+        *,
+        add_to: Tensor | None = None,
+        multiplier: float = 1.0,
+    ) -> tuple[Tensor, Tensor]:
+        """`x_TE` after `norm`, and what its experts make of it: `add_to` or a new tensor."""
+        dispatch = table.of(x_TE.shape[0])
+        operands = self.experts.operands if dispatch is ops.ExpertDispatch.PAIRS else None
+        if operands is not None:
+            return self.gate.mixture(
+                norm, x_TE, counts_B, operands, gelu=self.experts.is_gelu, add_to=add_to, multiplier=multiplier
+            )
+        normed_TE: Tensor = x_TE if norm is None else norm(x_TE)
+        chosen = self.gate(normed_TE, counts_B)
+        return normed_TE, self.experts(normed_TE, chosen, dispatch, add_to=add_to, multiplier=multiplier)
 
     def _shared_hidden(self, x_TE: Tensor) -> Tensor:
         assert self.shared_experts is not None

@@ -19,7 +19,15 @@ from stepgraph.ops.collectives import (
 )
 from stepgraph.ops.commit import commit
 from stepgraph.ops.draft import draft_inputs, draft_row_tokens, propose
-from stepgraph.ops.experts import ExpertDispatch, ExpertWork, expert_work, gated_experts, sum_experts
+from stepgraph.ops.experts import (
+    ExpertDispatch,
+    ExpertWeights,
+    ExpertWork,
+    expert_work,
+    gated_experts,
+    mixture,
+    sum_experts,
+)
 from stepgraph.ops.force_acceptance import force_acceptance
 from stepgraph.ops.fp8_linear import (
     fp8_gated_linear,
@@ -52,6 +60,7 @@ __all__ = [
     "BuiltStep",
     "Chosen",
     "ExpertDispatch",
+    "ExpertWeights",
     "ExpertWork",
     "Mailbox",
     "Routing",
@@ -83,6 +92,7 @@ __all__ = [
     "logprobs",
     "lookup",
     "lora",
+    "mixture",
     "norm_gated_linear",
     "norm_linear",
     "packed_gated_experts",

@@ -101,6 +101,16 @@ class ExpertTiles:
 
 
 @dataclass(frozen=True)
+class PairTile:
+    """What one program computes of a pair of a token and an expert, or of all pairs of a token, and how."""
+
+    outputs: int  # of each expert; of gates, each with its partner
+    inputs: int  # of a load; of weights whose scales are of groups, a group
+    loads: int  # of each weight, under way
+    num_warps: int
+
+
+@dataclass(frozen=True)
 class KernelTuning:
     """Of one architecture. What is not given is what NVIDIA GPUs before Hopper get."""
 
@@ -135,6 +145,12 @@ class KernelTuning:
     """Large tiles of a product that is the same for every row pay from so many on: about one per multiprocessor."""
     min_fp8_programs: int = 96
     """A Hopper GPU has 132 multiprocessors; large tiles of a weight of 8 bits pay while three quarters of them have one."""
+    gated_pair: PairTile = PairTile(outputs=8, inputs=256, loads=8, num_warps=8)
+    """Of experts' gates, where each pair reads its expert's weights."""
+    summed_pairs: PairTile = PairTile(outputs=4, inputs=256, loads=4, num_warps=8)
+    """Of what is added up, likewise."""
+    min_whole_router_tiles: int = 64
+    """So many programs of a router's logits have all inputs of their tokens; fewer would have a slice, which leaves a sum."""
     few_tokens: tuple[TileRange, ...] = (
         TileRange(range(17), range(1 << 16, 1 << 62), SlicedTile(outputs=32, inputs=128, slices=2, num_stages=5)),
         TileRange(range(33), range(2048, 8192), FlatTile(outputs=64, inputs=128, num_stages=5), only_gated=True),

@@ -140,6 +140,11 @@ class WeightFormat(ABC):
         """`product` by one kernel, where something comes before or after; None if there is none for it."""
         return None
 
+    def mixture_operands(self, weights: Weights) -> tuple[Tensor, Tensor | None] | None:
+        """Weight and scales of experts for `ops.mixture`; None of formats that it does not take, and of deterministic ones, since
+        its sums are not those of steps that it is not for."""
+        return None
+
     def gated_experts(self, weights: Weights, x_TE: Tensor, work: ops.ExpertWork, end: End) -> Tensor:
         """See `ops.gated_experts`. Only of formats that experts may have.
 

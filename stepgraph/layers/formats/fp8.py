@@ -81,9 +81,15 @@ class FP8(WeightFormat):
         assert out is None, "output heads, which have one, are not of 8 bits"
         return ops.fp8_linear(x_TI, weights["weight"], weights["scale"], weights.get("bias"), by_row=self.deterministic)
 
+    def mixture_operands(self, weights: Weights) -> tuple[Tensor, Tensor | None] | None:
+        """See `WeightFormat.mixture_operands`."""
+        return None if self.deterministic else (weights["weight"], weights["scale"])
+
     def gated_experts(self, weights: Weights, x_TE: Tensor, work: ops.ExpertWork, end: End) -> Tensor:
         """See `WeightFormat.gated_experts`."""
-        return ops.gated_experts(x_TE, weights["weight"], weights["scale"], work, gelu=end is End.GEGLU)
+        return ops.gated_experts(
+            x_TE, weights["weight"], weights["scale"], work, gelu=end is End.GEGLU, by_row=self.deterministic
+        )
 
     def sum_experts(
         self,
@@ -97,7 +103,14 @@ class FP8(WeightFormat):
         """See `WeightFormat.sum_experts`."""
         out = hidden_PM.new_empty(shape) if add_to is None else add_to
         ops.sum_experts(
-            hidden_PM, weights["weight"], weights["scale"], work, out, add=add_to is not None, multiplier=multiplier
+            hidden_PM,
+            weights["weight"],
+            weights["scale"],
+            work,
+            out,
+            add=add_to is not None,
+            multiplier=multiplier,
+            by_row=self.deterministic,
         )
         return out
 

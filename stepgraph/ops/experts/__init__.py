@@ -9,6 +9,7 @@ of inputs with a scale each.
 
 from __future__ import annotations
 
+from dataclasses import astuple
 from enum import StrEnum
 from typing import NamedTuple
 
@@ -16,23 +17,39 @@ from torch import Tensor
 
 from stepgraph.ops.experts import cpu, reference
 from stepgraph.ops.registry import Inlined, register
-from stepgraph.ops.route import Chosen
+from stepgraph.ops.route import Chosen, Routing
 
-__all__ = ["ExpertDispatch", "ExpertWork", "expert_work", "gated_experts", "max_tiles", "sum_experts"]
+__all__ = [
+    "ExpertDispatch",
+    "ExpertWeights",
+    "ExpertWork",
+    "expert_work",
+    "gated_experts",
+    "max_tiles",
+    "mixture",
+    "sum_experts",
+]
 
 _sort_pairs = register(
     "sort_pairs(Tensor expert, int first, int count) -> (Tensor, Tensor)",
     {"cpu": Inlined(cpu.sort_pairs), "cuda": "stepgraph.ops.experts.sort:sort_pairs"},
 )
 _gated_experts = register(
-    "gated_experts(Tensor x, Tensor weight, Tensor? scale, Tensor expert, int first, Tensor? order, Tensor? ends, bool gelu) "
-    "-> Tensor",
+    "gated_experts(Tensor x, Tensor weight, Tensor? scale, Tensor expert, int first, Tensor? order, Tensor? ends, bool gelu, "
+    "bool by_row) -> Tensor",
     {"cpu": reference.gated_experts, "cuda": "stepgraph.ops.experts.triton:gated_experts"},
 )
 _sum_experts = register(
     "sum_experts(Tensor hidden, Tensor weight, Tensor? scale, Tensor expert, Tensor pair_weight, int first, Tensor? order, "
-    "Tensor? ends, Tensor(a!) out, bool add, float multiplier) -> ()",
+    "Tensor? ends, Tensor(a!) out, bool add, float multiplier, bool by_row) -> ()",
     {"cpu": reference.sum_experts, "cuda": "stepgraph.ops.experts.triton:sum_experts"},
+)
+_mixture = register(
+    "mixture(Tensor x, Tensor? norm_weight, float eps, Tensor router, Tensor? bias, Tensor counts, Tensor(a!) totals, int top, "
+    "bool sigmoid, bool normalise, float least_sum, float scale, int groups, int kept_groups, int group_top, Tensor gate_up, "
+    "Tensor? gate_up_scale, Tensor down, Tensor? down_scale, int first, bool gelu, Tensor(b!) out, bool add, float multiplier) "
+    "-> Tensor",
+    {"cpu": Inlined(reference.mixture), "cuda": "stepgraph.ops.experts.pairs:mixture"},
 )
 
 
@@ -72,7 +89,9 @@ def expert_work(chosen: Chosen, first: int, count: int, dispatch: ExpertDispatch
     return ExpertWork(*chosen, first, order_P, ends_N)
 
 
-def gated_experts(x: Tensor, weight: Tensor, scale: Tensor | None, work: ExpertWork, *, gelu: bool) -> Tensor:
+def gated_experts(
+    x: Tensor, weight: Tensor, scale: Tensor | None, work: ExpertWork, *, gelu: bool, by_row: bool = False
+) -> Tensor:
     """``activation(gate(x)) · up(x)`` of each pair, accumulated in float32. May run inside a graph.
 
     Args:
@@ -81,12 +100,13 @@ def gated_experts(x: Tensor, weight: Tensor, scale: Tensor | None, work: ExpertW
         scale: [N, 2M, G] float32; None of weights of the dtype of `x`.
         work: the pairs.
         gelu: whether the activation is GELU (by tanh), not SiLU.
+        by_row: a pair's result depends, bit for bit, on its token and the weights only.
 
     Returns:
         [P, M], dtype of `x`: in the order of `work.order`, or else of the pairs. Rows of pairs whose experts are not here are
         unspecified.
     """
-    return _gated_experts(x, weight, scale, work.expert, work.first, work.order, work.ends, gelu)
+    return _gated_experts(x, weight, scale, work.expert, work.first, work.order, work.ends, gelu, by_row)
 
 
 def sum_experts(
@@ -98,9 +118,10 @@ def sum_experts(
     *,
     add: bool = False,
     multiplier: float = 1.0,
+    by_row: bool = False,
 ) -> None:
-    """Each token's sum over its experts of ``weight · down(hidden)``, accumulated in float32, in the order in which they were
-    chosen. May run inside a graph.
+    """Each token's sum over its experts of ``weight · down(hidden)``, accumulated in float32, in an order that is always the
+    same; products may be rounded before. May run inside a graph.
 
     Args:
         hidden: [P, M], as `gated_experts` returns it.
@@ -110,10 +131,57 @@ def sum_experts(
         out: [T, E], dtype of `hidden`, contiguous; overwritten, with 0 where a token has no expert here, or added to.
         add: whether it is added, rounded once; tokens without an expert here leave `out` as it is.
         multiplier: of the sum.
+        by_row: a token's result depends, bit for bit, on the token and the weights only.
     """
     _sum_experts(
-        hidden, weight, scale, work.expert, work.weight, work.first, work.order, work.ends, out, add, multiplier
+        hidden, weight, scale, work.expert, work.weight, work.first, work.order, work.ends, out, add, multiplier, by_row
     )
+
+
+class ExpertWeights(NamedTuple):
+    """Those that are kept here, as operators take them."""
+
+    gate_up: Tensor  # [N, 2M, E], see `gated_experts`
+    gate_up_scale: Tensor | None  # [N, 2M, G]
+    down: Tensor  # [N, E, M], see `sum_experts`
+    down_scale: Tensor | None  # [N, E, G]
+    first: int  # number of the first expert
+
+
+def mixture(
+    x: Tensor,
+    norm: tuple[Tensor, float] | None,
+    router: Tensor,
+    bias: Tensor | None,
+    counts: Tensor,
+    totals: Tensor,
+    routing: Routing,
+    weights: ExpertWeights,
+    out: Tensor,
+    *,
+    gelu: bool,
+    add: bool = False,
+    multiplier: float = 1.0,
+) -> Tensor:
+    """All of a mixture at once, for few tokens: `rms_norm`, `route`, `gated_experts` and `sum_experts` by pairs, up to the last
+    bits. May run inside a graph.
+
+    Args:
+        x: [T, E] bfloat16, float16 or float32, contiguous.
+        norm: weight and eps of the norm of `x`; None: `x` is normalised.
+        router, bias, counts, totals, routing: as `weight` and so on of `route`.
+        weights: of the experts.
+        out, add, multiplier: as of `sum_experts`; `out` may be `x` if there is a norm.
+        gelu: as of `gated_experts`.
+
+    Returns:
+        `x` normalised.
+    """
+    norm_weight, eps = norm or (None, 0.0)
+    normed = _mixture(
+        x, norm_weight, eps, router, bias, counts, totals, *astuple(routing), *weights, gelu, out, add, multiplier
+    )
+    return x if norm is None else normed
 
 
 def max_tiles(num_pairs: int, num_experts: int, tile: int) -> int:

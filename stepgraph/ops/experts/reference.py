@@ -28,6 +28,7 @@ def gated_experts(
     order: Tensor | None,
     ends: Tensor | None,
     gelu: bool,
+    by_row: bool,
 ) -> Tensor:
     """See `stepgraph.ops.experts.gated_experts`. Opaque to a recording: it reads which experts there are."""
     num_experts, top = weight.shape[0], expert.shape[1]
@@ -51,6 +52,7 @@ def sum_experts(
     out: Tensor,
     add: bool,
     multiplier: float,
+    by_row: bool,
 ) -> None:
     """See `stepgraph.ops.experts.sum_experts`. Opaque to a recording."""
     num_experts, top = weight.shape[0], expert.shape[1]
@@ -66,6 +68,42 @@ def sum_experts(
         out[some_T] = (out[some_T].float() + sum_TE[some_T] * multiplier).to(out.dtype)
     else:
         out.copy_(sum_TE * multiplier)
+
+
+def mixture(
+    x: Tensor,
+    norm_weight: Tensor | None,
+    eps: float,
+    router: Tensor,
+    bias: Tensor | None,
+    counts: Tensor,
+    totals: Tensor,
+    top: int,
+    sigmoid: bool,
+    normalise: bool,
+    least_sum: float,
+    scale: float,
+    groups: int,
+    kept_groups: int,
+    group_top: int,
+    gate_up: Tensor,
+    gate_up_scale: Tensor | None,
+    down: Tensor,
+    down_scale: Tensor | None,
+    first: int,
+    gelu: bool,
+    out: Tensor,
+    add: bool,
+    multiplier: float,
+) -> Tensor:
+    """See `stepgraph.ops.experts.mixture`: the operators that it joins, one after the other."""
+    op = torch.ops.stepgraph
+    normed = x if norm_weight is None else op.rms_norm(x, norm_weight, eps)
+    routing = top, sigmoid, normalise, least_sum, scale, groups, kept_groups, group_top
+    expert, pair_weight = op.route(normed, router, bias, counts, totals, *routing)
+    hidden = op.gated_experts(normed, gate_up, gate_up_scale, expert, first, None, None, gelu, False)
+    op.sum_experts(hidden, down, down_scale, expert, pair_weight, first, None, None, out, add, multiplier, False)
+    return normed if norm_weight is not None else x.new_empty(0)
 
 
 def _each_expert(

@@ -1,8 +1,8 @@
-"""CUDA kernels of the experts' products, by their dispatch."""
+"""Triton kernels of `gated_experts` and `sum_experts`: of pairs as they come, or sorted."""
 
 from torch import Tensor
 
-from stepgraph.ops.experts import tiles
+from stepgraph.ops.experts import pairs, tiles
 
 
 def gated_experts(
@@ -14,11 +14,12 @@ def gated_experts(
     order: Tensor | None,
     ends: Tensor | None,
     gelu: bool,
+    by_row: bool,
 ) -> Tensor:
-    """See `stepgraph.ops.experts.gated_experts`."""
-    assert order is not None, "pairs that are not sorted have no kernel"
-    assert ends is not None
-    return tiles.gated_experts(x, weight, scale, order, ends, gelu)
+    """See `stepgraph.ops.experts.gated_experts`. Each pair has its own program where they are not sorted, `by_row` or not."""
+    if order is None or ends is None:
+        return pairs.gated_experts(x, weight, scale, expert, first, gelu)
+    return tiles.gated_experts(x, weight, scale, order, ends, gelu, by_row=by_row)
 
 
 def sum_experts(
@@ -33,8 +34,12 @@ def sum_experts(
     out: Tensor,
     add: bool,
     multiplier: float,
+    by_row: bool,
 ) -> None:
-    """See `stepgraph.ops.experts.sum_experts`."""
-    assert order is not None, "pairs that are not sorted have no kernel"
-    assert ends is not None
-    tiles.sum_experts(hidden, weight, scale, expert, pair_weight, first, order, ends, out, add, multiplier)
+    """See `stepgraph.ops.experts.sum_experts`; likewise."""
+    if order is None or ends is None:
+        pairs.sum_experts(hidden, weight, scale, expert, pair_weight, first, out, add, multiplier)
+    else:
+        tiles.sum_experts(
+            hidden, weight, scale, expert, pair_weight, first, order, ends, out, add, multiplier, by_row=by_row
+        )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from typing import NamedTuple
 
 from torch import Tensor
@@ -13,7 +13,7 @@ from stepgraph.ops.route import reference
 _route = register(
     "route(Tensor x, Tensor weight, Tensor? bias, Tensor counts, Tensor(a!) totals, int top, bool sigmoid, bool normalise, "
     "float least_sum, float scale, int groups, int kept_groups, int group_top) -> (Tensor, Tensor)",
-    {"cpu": reference.route},
+    {"cpu": reference.route, "cuda": "stepgraph.ops.route.triton:route"},
 )
 
 
@@ -68,19 +68,5 @@ def route(x: Tensor, weight: Tensor, bias: Tensor | None, counts: Tensor, totals
     Source: Shazeer et al., "Outrageously Large Neural Networks" (2017); groups and bias: DeepSeek-AI, "DeepSeek-V3 Technical
     Report" (2024).
     """
-    expert_TK, weight_TK = _route(
-        x,
-        weight,
-        bias,
-        counts,
-        totals,
-        routing.top,
-        routing.sigmoid,
-        routing.normalise,
-        routing.least_sum,
-        routing.scale,
-        routing.groups,
-        routing.kept_groups,
-        routing.group_top,
-    )
+    expert_TK, weight_TK = _route(x, weight, bias, counts, totals, *astuple(routing))
     return Chosen(expert_TK, weight_TK)

@@ -1,0 +1,466 @@
+"""Triton kernels of experts for few tokens: each pair of a token and an expert is a read of the expert's weights.
+
+Products are multiplied and added up on the way from memory. Pairs that share an expert read it at about the same time, so that
+all but one find it in the L2 cache. Whole, from the stream of residuals to what is added to it, a mixture is three kernels: the
+router's logits, of the tokens normalised; gate and up; down. The last two find out for themselves which experts the logits
+choose, which takes less than a kernel of its own; the last one does so, and has its first weights under way, before the other one
+ends.
+
+Shapes: T tokens, K experts of a token, P = T·K pairs, N experts of the layer, E hidden size, M width of an expert, I inputs of a
+block, R rows of a choice, one for each warp and all the same, so that no warp waits for another.
+"""
+
+from dataclasses import dataclass
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from stepgraph.ops.dependent_launch import LAUNCH, wait_for_previous
+from stepgraph.ops.fp8_linear.reference import GROUP_SIZE
+from stepgraph.ops.launched import launched
+from stepgraph.ops.route import Routing
+from stepgraph.ops.route.triton import choose, is_token, load_logits, write_logits
+from stepgraph.ops.swiglu.triton import gated
+from stepgraph.platforms.kernels import kernel_tuning
+from stepgraph.platforms.tuning import PairTile
+
+TUNING = kernel_tuning()
+
+
+@triton.jit
+def _chosen(
+    logits_ptr,
+    bias_ptr,
+    counts_ptr,
+    token,
+    T,
+    blocks,
+    rounds,
+    least_sum,
+    scale,
+    N: tl.constexpr,
+    SLICES: tl.constexpr,
+    TOP: tl.constexpr,
+    TOP_BLOCK: tl.constexpr,
+    SIGMOID: tl.constexpr,
+    NORMALISE: tl.constexpr,
+    GROUPS: tl.constexpr,
+    KEPT_GROUPS: tl.constexpr,
+    GROUP_TOP: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    """`choose` for one token: experts and weights [TOP_BLOCK], and the last round's expert. A padding token's are N."""
+    number_N = tl.arange(0, BLOCK_N)
+    token_R = token + tl.zeros([ROWS], tl.int32)
+    inside_RN = (token_R < T)[:, None] & (number_N < N)[None, :]
+    logit_RN = load_logits(logits_ptr, token_R, inside_RN, number_N, T, N, SLICES)
+    expert_RK, weight_RK, last_R = choose(
+        logit_RN,
+        number_N,
+        bias_ptr,
+        rounds,
+        N,
+        TOP,
+        TOP_BLOCK,
+        SIGMOID,
+        NORMALISE,
+        least_sum,
+        scale,
+        GROUPS,
+        KEPT_GROUPS,
+        GROUP_TOP,
+    )
+    counts = is_token(counts_ptr, token, T, blocks)
+    expert_K, weight_K = tl.max(expert_RK, axis=0), tl.max(weight_RK, axis=0)
+    return tl.where(counts, expert_K, N), weight_K, tl.where(counts, tl.max(last_R, axis=0), N)
+
+
+@launched
+@triton.jit(do_not_specialize=["T", "blocks", "first"])
+def _gated_kernel(
+    x_ptr,
+    weight_ptr,
+    scale_ptr,
+    expert_ptr,  # None: those that the logits choose
+    logits_ptr,
+    bias_ptr,
+    counts_ptr,
+    totals_ptr,
+    out_ptr,
+    T,
+    blocks,
+    first,
+    COUNT: tl.constexpr,
+    E: tl.constexpr,
+    M: tl.constexpr,
+    GROUPS_I: tl.constexpr,  # scales of an output; 0: none
+    GELU: tl.constexpr,
+    N: tl.constexpr,
+    SLICES: tl.constexpr,
+    TOP: tl.constexpr,
+    SIGMOID: tl.constexpr,
+    GROUPS: tl.constexpr,
+    KEPT_GROUPS: tl.constexpr,
+    GROUP_TOP: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_I: tl.constexpr,
+    CHUNK: tl.constexpr,  # inputs under way
+):
+    """One program per pair and BLOCK_M outputs; those of the same outputs of all pairs are neighbours."""
+    pair = tl.program_id(0)
+    token = pair // TOP
+    place_M = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
+    inside_M = place_M < M
+    input_I = tl.arange(0, BLOCK_I)
+    wait_for_previous()
+    if expert_ptr is not None:
+        expert = tl.load(expert_ptr + pair)
+    else:
+        _expert_K, _weight_K, expert = _chosen(
+            logits_ptr,
+            bias_ptr,
+            counts_ptr,
+            token,
+            T,
+            blocks,
+            pair % TOP + 1,
+            0.0,
+            1.0,
+            N,
+            SLICES,
+            TOP,
+            1,
+            SIGMOID,
+            False,
+            GROUPS,
+            KEPT_GROUPS,
+            GROUP_TOP,
+            BLOCK_N,
+            ROWS,
+        )
+        tl.atomic_add(totals_ptr + expert, 1, mask=(tl.program_id(1) == 0) & (expert < N), sem="relaxed")
+    place = expert - first
+    if (place >= 0) & (place < COUNT):
+        gate_MI = weight_ptr + place.to(tl.int64) * (2 * M * E) + place_M[:, None] * E + input_I[None, :]
+        # Every warp loads the inputs that it takes, from cache: sharing one load would have all wait for each other.
+        x_MI = x_ptr + token.to(tl.int64) * E + input_I[None, :] + tl.zeros([BLOCK_M, 1], tl.int32)
+        gate_sum_MI = tl.zeros([BLOCK_M, BLOCK_I], tl.float32)
+        up_sum_MI = tl.zeros([BLOCK_M, BLOCK_I], tl.float32)
+        if GROUPS_I > 0:
+            scale_M = scale_ptr + place.to(tl.int64) * (2 * M * GROUPS_I) + place_M * GROUPS_I
+        for chunk in range(0, E, CHUNK):
+            for step in tl.static_range(0, CHUNK, BLOCK_I):
+                start = chunk + step
+                inside_I = start + input_I < E
+                inside_MI = inside_M[:, None] & inside_I[None, :]
+                x = tl.load(x_MI + start, mask=inside_MI, other=0.0).to(tl.float32)
+                product_MI = tl.load(gate_MI + start, mask=inside_MI, other=0.0).to(tl.float32) * x
+                up_MI = tl.load(gate_MI + M * E + start, mask=inside_MI, other=0.0).to(tl.float32) * x
+                if GROUPS_I > 1:
+                    group = start // BLOCK_I
+                    inside = inside_M & (group < GROUPS_I)
+                    product_MI *= tl.load(scale_M + group, mask=inside, other=0.0)[:, None]
+                    up_MI *= tl.load(scale_M + M * GROUPS_I + group, mask=inside, other=0.0)[:, None]
+                gate_sum_MI += product_MI
+                up_sum_MI += up_MI
+        gate_M, up_M = tl.sum(gate_sum_MI, axis=1), tl.sum(up_sum_MI, axis=1)
+        if GROUPS_I == 1:
+            gate_M *= tl.load(scale_M, mask=inside_M, other=0.0)
+            up_M *= tl.load(scale_M + M, mask=inside_M, other=0.0)
+        out_M = out_ptr + pair.to(tl.int64) * M + place_M
+        tl.store(out_M, gated(gate_M, up_M, GELU).to(out_ptr.dtype.element_ty), mask=inside_M)
+
+
+@launched
+@triton.jit(do_not_specialize=["T", "blocks", "first"])
+def _sum_kernel(
+    hidden_ptr,
+    weight_ptr,
+    scale_ptr,
+    expert_ptr,  # None: those that the logits choose
+    pair_weight_ptr,
+    logits_ptr,
+    bias_ptr,
+    counts_ptr,
+    out_ptr,
+    T,
+    blocks,
+    first,
+    multiplier,
+    least_sum,
+    scale,
+    COUNT: tl.constexpr,
+    E: tl.constexpr,
+    M: tl.constexpr,
+    GROUPS_I: tl.constexpr,  # scales of an output; 0: none
+    ADD: tl.constexpr,
+    N: tl.constexpr,
+    SLICES: tl.constexpr,
+    TOP: tl.constexpr,
+    SIGMOID: tl.constexpr,
+    NORMALISE: tl.constexpr,
+    GROUPS: tl.constexpr,
+    KEPT_GROUPS: tl.constexpr,
+    GROUP_TOP: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    ROWS: tl.constexpr,
+    TOP_BLOCK: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    BLOCK_I: tl.constexpr,
+    CHUNK: tl.constexpr,  # inputs under way
+):
+    """One program per token and BLOCK_E outputs. What chose the experts is older than the previous kernel, which is the one that
+    computed their gates."""
+    token = tl.program_id(1)
+    place_E = tl.program_id(0) * BLOCK_E + tl.arange(0, BLOCK_E)
+    place_K = tl.arange(0, TOP_BLOCK)
+    input_I = tl.arange(0, BLOCK_I)
+    if expert_ptr is not None:
+        expert_K = tl.load(expert_ptr + token * TOP + place_K, mask=place_K < TOP, other=-1)
+        weight_K = tl.load(pair_weight_ptr + token * TOP + place_K, mask=place_K < TOP, other=0.0)
+    else:
+        expert_K, weight_K, _last = _chosen(
+            logits_ptr,
+            bias_ptr,
+            counts_ptr,
+            token,
+            T,
+            blocks,
+            TOP,
+            least_sum,
+            scale,
+            N,
+            SLICES,
+            TOP,
+            TOP_BLOCK,
+            SIGMOID,
+            NORMALISE,
+            GROUPS,
+            KEPT_GROUPS,
+            GROUP_TOP,
+            BLOCK_N,
+            ROWS,
+        )
+    local_K = expert_K - first
+    here_K = (local_K >= 0) & (local_K < COUNT) & (place_K < TOP)
+    inside_E = place_E < E
+    here_EK = inside_E[:, None] & here_K[None, :]
+    row_EK = local_K.to(tl.int64)[None, :] * E + place_E[:, None]
+    weight_EKI = weight_ptr + row_EK[:, :, None] * M + input_I[None, None, :]
+    inside_EKI = here_EK[:, :, None] & (input_I < M)[None, None, :]
+    first_EKI = tl.load(weight_EKI, mask=inside_EKI, other=0.0)
+    hidden_1KI = hidden_ptr + (token * TOP + place_K).to(tl.int64)[None, :, None] * M + input_I[None, None, :]
+    out_E = out_ptr + token.to(tl.int64) * E + place_E
+    wait_for_previous()
+    before_E = tl.load(out_E, mask=inside_E & ADD, other=0.0)
+    sum_EKI = tl.zeros([BLOCK_E, TOP_BLOCK, BLOCK_I], tl.float32)
+    for chunk in range(0, M, CHUNK):
+        for step in tl.static_range(0, CHUNK, BLOCK_I):
+            start = chunk + step
+            inside_I = start + input_I < M
+            inside_1KI = here_K[None, :, None] & inside_I[None, None, :]
+            h_1KI = tl.load(hidden_1KI + start, mask=inside_1KI, other=0.0).to(tl.float32)
+            block_EKI = first_EKI
+            if CHUNK < M or step > 0:
+                inside_EKI = here_EK[:, :, None] & inside_I[None, None, :]
+                block_EKI = tl.load(weight_EKI + start, mask=inside_EKI, other=0.0)
+            product_EKI = block_EKI.to(tl.float32) * h_1KI
+            if GROUPS_I > 1:
+                group = start // BLOCK_I
+                inside_EK = here_EK & (group < GROUPS_I)
+                scale_EK = tl.load(scale_ptr + row_EK * GROUPS_I + group, mask=inside_EK, other=0.0)
+                product_EKI *= scale_EK[:, :, None]
+            sum_EKI += product_EKI
+    sum_EK = tl.sum(sum_EKI, axis=2)
+    if GROUPS_I == 1:
+        sum_EK *= tl.load(scale_ptr + row_EK, mask=here_EK, other=0.0)
+    sum_E = tl.sum(sum_EK * tl.where(here_K, weight_K, 0.0)[None, :], axis=1) * multiplier
+    tl.store(out_E, (before_E.to(tl.float32) + sum_E).to(out_ptr.dtype.element_ty), mask=inside_E)
+
+
+ONE = Routing(1)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What the experts of tokens are, or come from."""
+
+    expert: Tensor | None = None  # [T, K] int32
+    weight: Tensor | None = None  # [T, K] float32
+    logits: Tensor | None = None  # [S, T, N] float32, where there is no `expert`
+    bias: Tensor | None = None
+    counts: Tensor | None = None
+    totals: Tensor | None = None
+    routing: Routing = ONE
+
+    def options(self, num_warps: int) -> dict[str, int | bool]:
+        """Compile-time arguments of kernels that choose."""
+        slices, num_experts = (1, 1) if self.logits is None else (self.logits.shape[0], self.logits.shape[2])
+        return {
+            "N": num_experts,
+            "SLICES": slices,
+            "TOP": self.routing.top,
+            "SIGMOID": self.routing.sigmoid,
+            "GROUPS": self.routing.groups,
+            "KEPT_GROUPS": self.routing.kept_groups,
+            "GROUP_TOP": self.routing.group_top,
+            "BLOCK_N": triton.next_power_of_2(num_experts),
+            "ROWS": num_warps,
+        }
+
+    @property
+    def blocks(self) -> int:
+        """Of tokens, with a count each."""
+        return 1 if self.counts is None else self.counts.shape[0]
+
+
+def launch_gated(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor | None,
+    choice: Choice,
+    first: int,
+    gelu: bool,
+    tile: PairTile,
+) -> Tensor:
+    """`gated_experts` in such tiles."""
+    T, (count, rows, inputs) = x.shape[0], weight.shape
+    pairs, width = T * choice.routing.top, rows // 2
+    out = x.new_empty(pairs, width)
+    groups = 0 if scale is None else scale.shape[2]
+    block = GROUP_SIZE if groups > 1 else min(tile.inputs, max(16, triton.next_power_of_2(inputs)))
+    _gated_kernel[(pairs, triton.cdiv(width, tile.outputs))](
+        x,
+        weight,
+        scale,
+        choice.expert,
+        choice.logits,
+        choice.bias,
+        choice.counts,
+        choice.totals,
+        out,
+        T,
+        choice.blocks,
+        first,
+        COUNT=count,
+        E=inputs,
+        M=width,
+        GROUPS_I=groups,
+        GELU=gelu,
+        BLOCK_M=tile.outputs,
+        BLOCK_I=block,
+        CHUNK=block * min(tile.loads, triton.cdiv(inputs, block)),
+        **choice.options(tile.num_warps),
+        num_warps=tile.num_warps,
+        **LAUNCH,
+    )
+    return out
+
+
+def launch_sum(
+    hidden: Tensor,
+    weight: Tensor,
+    scale: Tensor | None,
+    choice: Choice,
+    first: int,
+    out: Tensor,
+    add: bool,
+    multiplier: float,
+    tile: PairTile,
+) -> None:
+    """`sum_experts` in such tiles."""
+    T, (count, outputs, inputs) = out.shape[0], weight.shape
+    groups = 0 if scale is None else scale.shape[2]
+    block = GROUP_SIZE if groups > 1 else min(tile.inputs, max(16, triton.next_power_of_2(inputs)))
+    _sum_kernel[(triton.cdiv(outputs, tile.outputs), T)](
+        hidden,
+        weight,
+        scale,
+        choice.expert,
+        choice.weight,
+        choice.logits,
+        choice.bias,
+        choice.counts,
+        out,
+        T,
+        choice.blocks,
+        first,
+        multiplier,
+        choice.routing.least_sum,
+        choice.routing.scale,
+        COUNT=count,
+        E=outputs,
+        M=inputs,
+        GROUPS_I=groups,
+        ADD=add,
+        NORMALISE=choice.routing.normalise,
+        TOP_BLOCK=triton.next_power_of_2(choice.routing.top),
+        BLOCK_E=tile.outputs,
+        BLOCK_I=block,
+        CHUNK=block * min(tile.loads, triton.cdiv(inputs, block)),
+        **choice.options(tile.num_warps),
+        num_warps=tile.num_warps,
+        **LAUNCH,
+    )
+
+
+def gated_experts(x: Tensor, weight: Tensor, scale: Tensor | None, expert: Tensor, first: int, gelu: bool) -> Tensor:
+    """See `stepgraph.ops.experts.gated_experts`; pairs are not sorted."""
+    return launch_gated(
+        x, weight, scale, Choice(expert, routing=Routing(expert.shape[1])), first, gelu, TUNING.gated_pair
+    )
+
+
+def sum_experts(
+    hidden: Tensor,
+    weight: Tensor,
+    scale: Tensor | None,
+    expert: Tensor,
+    pair_weight: Tensor,
+    first: int,
+    out: Tensor,
+    add: bool,
+    multiplier: float,
+) -> None:
+    """See `stepgraph.ops.experts.sum_experts`; pairs are not sorted."""
+    choice = Choice(expert, pair_weight, routing=Routing(expert.shape[1]))
+    launch_sum(hidden, weight, scale, choice, first, out, add, multiplier, TUNING.summed_pairs)
+
+
+def mixture(
+    x: Tensor,
+    norm_weight: Tensor | None,
+    eps: float,
+    router: Tensor,
+    bias: Tensor | None,
+    counts: Tensor,
+    totals: Tensor,
+    top: int,
+    sigmoid: bool,
+    normalise: bool,
+    least_sum: float,
+    scale: float,
+    groups: int,
+    kept_groups: int,
+    group_top: int,
+    gate_up: Tensor,
+    gate_up_scale: Tensor | None,
+    down: Tensor,
+    down_scale: Tensor | None,
+    first: int,
+    gelu: bool,
+    out: Tensor,
+    add: bool,
+    multiplier: float,
+) -> Tensor:
+    """See `stepgraph.ops.experts.mixture`."""
+    routing = Routing(top, sigmoid, normalise, least_sum, scale, groups, kept_groups, group_top)
+    logits, normed = write_logits(x, router, None if norm_weight is None else (norm_weight, eps))
+    choice = Choice(logits=logits, bias=bias, counts=counts, totals=totals, routing=routing)
+    hidden = launch_gated(normed, gate_up, gate_up_scale, choice, first, gelu, TUNING.gated_pair)
+    launch_sum(hidden, down, down_scale, choice, first, out, add, multiplier, TUNING.summed_pairs)
+    return normed if norm_weight is not None else x.new_empty(0)

@@ -1,0 +1,152 @@
+"""`route`: reference and kernels against scores in float64, under every kind of routing."""
+
+from dataclasses import astuple, replace
+
+import pytest
+import torch
+
+from stepgraph.ops.route import Routing, reference
+from stepgraph.ops.route import triton as kernel
+
+ROUTINGS = {
+    "softmax": (6, Routing(top=2), False),
+    "softmax, weights as they are, scaled": (16, Routing(top=3, normalise=False, scale=2.5), False),
+    "softmax and bias": (5, Routing(top=2), True),
+    "sigmoid and bias": (9, Routing(top=4, sigmoid=True, least_sum=1e-20), True),
+    "sigmoid, where the sum is small": (7, Routing(top=2, sigmoid=True, least_sum=3.0), False),
+    "groups": (12, Routing(top=3, sigmoid=True, groups=4, kept_groups=2, scale=2.0), True),
+    "groups, by the best of each": (20, Routing(top=4, groups=5, kept_groups=1, group_top=1), False),
+    "one expert": (1, Routing(top=1), False),
+    "all experts": (3, Routing(top=3), False),
+    "many": (100, Routing(top=10), False),
+}
+
+
+@pytest.fixture(params=["reference", "few", "many"])
+def route(request, monkeypatch, device):
+    """`route` by the reference, or by the kernels for few or for many tokens."""
+    if request.param == "reference":
+        return reference.route
+    tiles = 1 if request.param == "many" else 1 << 30
+    monkeypatch.setattr(kernel, "TUNING", replace(kernel.TUNING, min_whole_router_tiles=tiles))
+
+    def call(x, weight, bias, counts, totals, *routing):
+        on_device = [t if t is None else t.to(device) for t in (x, weight, bias, counts, totals)]
+        found = kernel.route(*on_device, *routing)
+        totals.copy_(on_device[-1])
+        return [t.cpu() for t in found]
+
+    return call
+
+
+def operands(tokens, num_experts, hidden_size, *, dtype, with_bias=False):
+    generator = torch.Generator().manual_seed(num_experts)
+    x = torch.randn(tokens, hidden_size, generator=generator).to(dtype)
+    weight = torch.randn(num_experts, hidden_size, generator=generator) * (2 / hidden_size**0.5)
+    return x, weight, torch.randn(num_experts, generator=generator) if with_bias else None
+
+
+def exact(x, weight, bias, routing):
+    """Of one token, in float64: experts and weights."""
+    logits = weight.double() @ x.double()
+    scores = logits.sigmoid() if routing.sigmoid else logits.softmax(0)
+    ranked = dict(enumerate((scores if bias is None else scores + bias.double()).tolist()))
+    if routing.groups > 1:
+        size = len(ranked) // routing.groups
+        groups = [range(g * size, (g + 1) * size) for g in range(routing.groups)]
+        best = {g: sum(sorted(ranked[n] for n in group)[-routing.group_top :]) for g, group in enumerate(groups)}
+        kept = sorted(best, key=best.__getitem__)[-routing.kept_groups :]
+        ranked = {n: ranked[n] for g in kept for n in groups[g]}
+    experts = sorted(ranked, key=ranked.__getitem__, reverse=True)[: routing.top]
+    weights = scores[experts]
+    if routing.normalise:
+        weights = weights / max(float(weights.sum()), routing.least_sum)
+    return experts, weights * routing.scale
+
+
+@pytest.mark.parametrize("kind", ROUTINGS)
+def test_experts_and_weights_are_those_of_float64_and_padding_has_none(kind, route):
+    """Two blocks of tokens, the rest of which is padding and NaN."""
+    num_experts, routing, with_bias = ROUTINGS[kind]
+    x, weight, bias = operands(10, num_experts, 40, dtype=torch.bfloat16, with_bias=with_bias)
+    tokens = [0, 1, 2, 5]
+    padding = sorted(set(range(10)) - set(tokens))
+    x[padding] = torch.nan
+    totals = torch.arange(num_experts)
+    expert, pair_weight = route(x, weight, bias, torch.tensor([3, 1], dtype=torch.int32), totals, *astuple(routing))
+    assert expert.dtype == torch.int32
+    assert (expert[padding] == num_experts).all()
+    assert (pair_weight[padding] == 0).all()
+    for token in tokens:
+        experts, weights = exact(x[token], weight, bias, routing)
+        assert expert[token].tolist() == experts
+        torch.testing.assert_close(pair_weight[token].double(), weights, rtol=1e-5, atol=1e-7)
+    counted = torch.bincount(expert[tokens].flatten(), minlength=num_experts)
+    assert torch.equal(totals, torch.arange(num_experts) + counted)
+
+
+def test_without_tokens_nothing_is_chosen(route):
+    x, weight, _ = operands(3, 6, 32, dtype=torch.float32)
+    totals = torch.zeros(6, dtype=torch.int64)
+    expert, _ = route(x * torch.nan, weight, None, torch.zeros(1, dtype=torch.int32), totals, *astuple(Routing(top=2)))
+    assert (expert == 6).all()
+    assert (totals == 0).all()
+
+
+def test_of_equal_experts_the_first_ones_are_chosen(route):
+    """Of whole numbers, no sum is rounded."""
+    x, weight = torch.arange(64.0).view(2, 32), torch.ones(1, 32)
+    expert, pair_weight = route(
+        x,
+        weight.expand(7, 32).contiguous(),
+        None,
+        torch.tensor([2], dtype=torch.int32),
+        torch.zeros(7, dtype=torch.int64),
+        *astuple(Routing(top=4)),
+    )
+    assert expert.tolist() == [[0, 1, 2, 3]] * 2
+    torch.testing.assert_close(pair_weight, torch.full((2, 4), 0.25))
+
+
+@pytest.mark.parametrize("many", [False, True])
+@pytest.mark.parametrize("slices", [1, 2, 16])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_logits_are_as_exact_as_in_float32(dtype, slices, many, monkeypatch, device):
+    """Whatever a slice is: all inputs, several blocks of them, or one."""
+    monkeypatch.setattr(kernel, "MAX_SLICES", slices)
+    x, weight, _ = operands(3, 18, 300, dtype=dtype)
+    logits, _ = kernel.write_logits(x.to(device), weight.to(device), many=many)
+    assert logits.shape == (1 if many else min(slices, 3) if slices != 2 else 2, 3, 18)
+    error = (logits.cpu().double().sum(0) - x.double() @ weight.double().T).abs()
+    assert (error <= 2**-21 * (x.double().abs() @ weight.double().abs().T)).all()
+
+
+def test_few_tokens_are_normalised_on_the_way(device):
+    x, weight, _ = operands(9, 5, 150, dtype=torch.float16)
+    norm = torch.rand(150).half()
+    logits, normed = kernel.write_logits(x.to(device), weight.to(device), (norm.to(device), 1e-5))
+    scaled = x.double() * (x.double().square().mean(1, keepdim=True) + 1e-5).rsqrt()
+    torch.testing.assert_close(normed.cpu().double(), scaled * norm.double(), rtol=2e-3, atol=0)
+    torch.testing.assert_close(
+        logits.cpu().double().sum(0), normed.cpu().double() @ weight.double().T, rtol=1e-5, atol=1e-5
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize(("num_experts", "hidden_size"), [(128, 2048), (256, 7168), (60, 1000)])
+def test_gpu_tokens_keep_their_bits_in_every_batch(dtype, num_experts, hidden_size, device):
+    if device != "cuda":
+        pytest.skip("Triton's interpreter adds up with numpy's products, not with tensor cores")
+    x, weight, _ = (t if t is None else t.to(device) for t in operands(2048, num_experts, hidden_size, dtype=dtype))
+    routing = astuple(Routing(top=min(8, num_experts)))
+
+    def chosen(rows):
+        counts = torch.tensor([len(rows)], dtype=torch.int32, device=device)
+        totals = torch.zeros(num_experts, dtype=torch.int64, device=device)
+        return kernel.route(rows.contiguous(), weight, None, counts, totals, *routing)
+
+    expert, pair_weight = chosen(x)
+    for size in (1, 2, 7, 16, 33, 300, 1100):
+        found = chosen(x[-size:])
+        assert torch.equal(found[0], expert[-size:])
+        assert torch.equal(found[1], pair_weight[-size:])
