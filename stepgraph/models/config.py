@@ -166,6 +166,17 @@ def as_token_ids(value: Any, where: object = "config.json") -> tuple[int, ...]:
     )
 
 
+def check_attention(hf_config: Any) -> None:
+    """Raise ModelError if a model's attention is of a kind that has no cache here, whoever's code runs it."""
+    if rank := getattr(hf_config, "kv_lora_rank", None):
+        experts = getattr(hf_config, "n_routed_experts", None)
+        raise ModelError(
+            f"{getattr(hf_config, 'model_type', None) or 'This'} model cannot run: its attention is multi-head latent attention "
+            f"(kv_lora_rank = {rank}), whose cache differs{'; its experts are not what is in the way' if experts else ''}. "
+            "Multi-head and grouped-query attention are supported."
+        )
+
+
 def check_supported(hf_config: Any) -> None:
     """Raise ModelError, saying what, why and what works instead, if native decoders cannot run this model."""
 
@@ -177,11 +188,7 @@ def check_supported(hf_config: Any) -> None:
 
     if field("vision_config") or field("audio_config") or field("text_config"):
         refuse("it is multimodal", "Text-only decoders are supported.")
-    if field("kv_lora_rank"):  # before experts, which are not what is in the way
-        refuse(
-            f"its attention is multi-head latent attention (kv_lora_rank = {field('kv_lora_rank')}), whose cache differs",
-            "Multi-head and grouped-query attention are supported.",
-        )
+    check_attention(hf_config)  # before experts, which are not what is in the way
     for name in ("num_local_experts", "num_experts", "n_routed_experts"):
         if field(name) and architecture_of(hf_config) not in _WITH_EXPERTS:
             refuse(

@@ -10,7 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from stepgraph.errors import ModelError
-from stepgraph.models.config import DecoderConfig, architecture_of, check_mixtures, check_quantization, check_supported
+from stepgraph.models.config import (
+    DecoderConfig,
+    architecture_of,
+    check_attention,
+    check_mixtures,
+    check_quantization,
+    check_supported,
+)
 from stepgraph.models.decoder import Decoder
 from stepgraph.models.dots1 import Dots1
 from stepgraph.models.ernie4_5 import Ernie45
@@ -115,8 +122,12 @@ def _without_class(hf_config: Any) -> ModelError:
 def _judge(hf_config: Any) -> LanguageModelConfig:
     from stepgraph.models.transformers_model import judge
 
-    with _telling_of_odd_fields():
-        return judge(hf_config)
+    try:
+        with _telling_of_odd_fields():
+            return judge(hf_config)
+    except ModelError:
+        check_attention(hf_config)  # a trial of such a model may fail wherever its code first asks for something else
+        raise
 
 
 def _runs_through_transformers(path: Path) -> bool:

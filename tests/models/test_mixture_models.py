@@ -8,7 +8,7 @@ import pytest
 import torch
 from checkpoints import HF_CONFIGS, SIZES, random_hf_model
 from safetensors.torch import load_file, save_file
-from transformers import MixtralConfig, Qwen2MoeConfig
+from transformers import DeepseekV2Config, DeepseekV3Config, MixtralConfig, Qwen2MoeConfig
 
 from stepgraph import ops
 from stepgraph.errors import ModelError
@@ -115,6 +115,18 @@ def test_a_mixture_that_cannot_be_is_refused(name, changes, message) -> None:
         setattr(config, field, value)
     with pytest.raises(ModelError, match=message):
         read_config(config)
+
+
+@pytest.mark.parametrize("model_impl", ["auto", "native", "transformers"])
+@pytest.mark.parametrize("config", [DeepseekV2Config, DeepseekV3Config])
+def test_of_deepseeks_models_the_attention_is_refused_and_not_the_experts(config, model_impl, tmp_path) -> None:
+    architecture = config.__name__.replace("Config", "ForCausalLM")
+    config(**SIZES, n_routed_experts=16, architectures=[architecture]).save_pretrained(tmp_path)
+    with pytest.raises(
+        ModelError, match=r"its attention is multi-head latent .* = 512\), .*; its experts are not what"
+    ) as refused:
+        resolve(str(tmp_path), model_impl=model_impl)
+    assert "mixture" not in str(refused.value)
 
 
 def test_more_experts_than_any_model_has_are_refused_before_a_list_of_them_is_made(tmp_path) -> None:
