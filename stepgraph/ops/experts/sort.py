@@ -17,9 +17,9 @@ MAX_BLOCK = 8192
 
 @triton.jit
 def _load_experts(expert_ptr, pair_B, first, N, P):
-    """Places of the pairs' experts among those that are kept here; N for pairs of others, and behind the last pair."""
-    local_B = tl.load(expert_ptr + pair_B, mask=pair_B < P, other=-1) - first
-    return tl.where((pair_B < P) & (local_B >= 0) & (local_B < N), local_B, N)
+    """Places of the pairs' experts among the N that are kept here; N or more for pairs of others, and behind the last pair."""
+    local_B = tl.load(expert_ptr + pair_B, mask=pair_B < P, other=0) - first
+    return tl.where((pair_B < P) & (local_B >= 0), local_B, N)
 
 
 @launched

@@ -63,6 +63,16 @@ def _find_tile(ends_ptr, program, N, BLOCKS, BLOCK_N: tl.constexpr, BLOCK_S: tl.
 
 
 @triton.jit
+def _add_product(sum_DS, block_DJ, x_JS, scale_D, inside_D, GROUPS: tl.constexpr):
+    """Add a product of a block of a weight, with its scales if those are of groups. `scale_D`: pointers to them."""
+    block_DJ = block_DJ.to(x_JS.dtype)
+    if GROUPS > 1:
+        part_DS = tl.dot(block_DJ, x_JS, out_dtype=tl.float32, input_precision="ieee")
+        return sum_DS + part_DS * tl.load(scale_D, mask=inside_D, other=0.0)[:, None]
+    return tl.dot(block_DJ, x_JS, sum_DS, input_precision="ieee")
+
+
+@triton.jit
 def _multiply(
     weight,
     scale_ptr,
@@ -80,7 +90,7 @@ def _multiply(
     BLOCK_J: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """Products of rows of a weight with rows of the pairs, float32.
+    """Products of BLOCK_W rows of a weight with rows of the pairs, float32.
 
     Args:
         weight: [matrices, O, I], its pointer or, if COPIED, its descriptor.
@@ -88,23 +98,25 @@ def _multiply(
         x_S: pointers to the rows of the pairs.
         inside_S: which of those there are.
         matrix, column: where the rows of the weight begin.
-        GATED: of the next matrix the same rows are multiplied too.
+        GATED: half of the rows are of the next matrix.
 
     Returns:
-        Two products [B, BLOCK_S], the second of no use unless GATED.
+        Two products [B, BLOCK_S], the second that with the next matrix, of no use unless GATED.
     """
-    FLAT: tl.constexpr = GATED and BLOCK_W == 64
+    FLAT: tl.constexpr = GATED and BLOCK_W == 64  # of which a product of half would not fill an instruction
     BLOCK_B: tl.constexpr = BLOCK_W // 2 if GATED else BLOCK_W
     BLOCK_D: tl.constexpr = BLOCK_W if FLAT else BLOCK_B
     place_D, input_J = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_J)
     column_D = column + place_D % BLOCK_B
     row_D = (matrix + place_D // BLOCK_B).to(tl.int64) * O + column_D
     inside_D = column_D < O
+    scale_D = scale_ptr + row_D * GROUPS if GROUPS > 0 else row_D
+    weight_DJ = row_D if COPIED else weight + row_D[:, None] * I + input_J[None, :]
+    x_JS = x_S[None, :] + input_J[:, None]
     sum_DS = tl.zeros([BLOCK_D, BLOCK_S], tl.float32)
     up_DS = tl.zeros([BLOCK_D, BLOCK_S], tl.float32)
-    x_JS = x_S[None, :] + input_J[:, None]
-    weight_DJ = weight + row_D[:, None] * I + input_J[None, :] if not COPIED else row_D
     for start in tl.range(0, I, BLOCK_J, num_stages=STAGES):
+        group = start // _GROUP
         inside_JS, inside_DJ = inside_S[None, :], inside_D[:, None]
         if I % BLOCK_J != 0:
             inside_J = start + input_J < I
@@ -114,27 +126,17 @@ def _multiply(
             block = tl.reshape(weight.load([matrix, column, start]), [BLOCK_D, BLOCK_J])
         else:
             block = tl.load(weight_DJ + start, mask=inside_DJ, other=0.0)
-        if GROUPS > 1:
-            scale_D = tl.load(scale_ptr + row_D * GROUPS + start // _GROUP, mask=inside_D, other=0.0)
-            part_DS = tl.dot(block.to(x.dtype), x, out_dtype=tl.float32, input_precision="ieee")
-            sum_DS += part_DS * scale_D[:, None]
-        else:
-            sum_DS = tl.dot(block.to(x.dtype), x, sum_DS, input_precision="ieee")
+        sum_DS = _add_product(sum_DS, block, x, scale_D + group, inside_D, GROUPS)
         if GATED and not FLAT:
             if COPIED:
-                up_block = tl.reshape(weight.load([matrix + 1, column, start]), [BLOCK_D, BLOCK_J])
+                block = tl.reshape(weight.load([matrix + 1, column, start]), [BLOCK_D, BLOCK_J])
             else:
-                up_block = tl.load(weight_DJ + tl.cast(O, tl.int64) * I + start, mask=inside_DJ, other=0.0)
-            if GROUPS > 1:
-                scale_D = tl.load(scale_ptr + (row_D + O) * GROUPS + start // _GROUP, mask=inside_D, other=0.0)
-                part_DS = tl.dot(up_block.to(x.dtype), x, out_dtype=tl.float32, input_precision="ieee")
-                up_DS += part_DS * scale_D[:, None]
-            else:
-                up_DS = tl.dot(up_block.to(x.dtype), x, up_DS, input_precision="ieee")
+                block = tl.load(weight_DJ + O * I + start, mask=inside_DJ, other=0.0)
+            up_DS = _add_product(up_DS, block, x, scale_D + O * GROUPS + group, inside_D, GROUPS)
     if GROUPS == 1:
-        sum_DS *= tl.load(scale_ptr + row_D, mask=inside_D, other=0.0)[:, None]
+        sum_DS *= tl.load(scale_D, mask=inside_D, other=0.0)[:, None]
         if GATED and not FLAT:
-            up_DS *= tl.load(scale_ptr + row_D + O, mask=inside_D, other=0.0)[:, None]
+            up_DS *= tl.load(scale_D + O, mask=inside_D, other=0.0)[:, None]
     if FLAT:
         sum_DS, up_DS = tl.split(tl.permute(tl.reshape(sum_DS, [2, BLOCK_B, BLOCK_S]), 1, 2, 0))
     return sum_DS, up_DS
