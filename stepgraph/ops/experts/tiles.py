@@ -33,6 +33,9 @@ from stepgraph.platforms.tuning import ExpertTile
 _GROUP = tl.constexpr(GROUP_SIZE)
 FLOAT32_TILE = ExpertTile(rows=16, outputs=32, inputs=32, num_warps=4, num_stages=2)
 """Not on tensor cores, which round float32: for checks rather than speed."""
+BY_ROW_TILE = ExpertTile(rows=64, outputs=128, inputs=64, num_warps=4, num_stages=4)
+"""One for any number of pairs, as another one might add up otherwise: wide enough for a prompt, and narrow enough for a read of
+the weights to last longer than its products."""
 COMBINED_OUTPUTS = 1024
 """Of a program that adds up: 128 threads load 16 bytes each of a 16-bit dtype."""
 TUNING = kernel_tuning()
@@ -419,9 +422,9 @@ def choose_tile(
     """How to cut the product of so many pairs of a dtype with a weight, [N, O, I]: by the pairs of an average expert."""
     if dtype == torch.float32:
         return FLOAT32_TILE
-    tiles = TUNING.expert_tiles_fp8 if weight.dtype == torch.float8_e4m3fn else TUNING.expert_tiles
     if by_row:
-        return tiles[0].gated if is_gated else tiles[0].down
+        return BY_ROW_TILE
+    tiles = TUNING.expert_tiles_fp8 if weight.dtype == torch.float8_e4m3fn else TUNING.expert_tiles
     average = num_pairs / weight.shape[0]
     chosen = next((t for t in tiles if average <= t.max_average), tiles[-1])
     return chosen.gated if is_gated else chosen.down
