@@ -1,4 +1,4 @@
-"""Has the ranks of a model add up and gather numbers in an order made to break it, and counts what comes out wrong.
+"""Has ranks add up and gather numbers, and exchange tokens, in an order made to break it, and counts what comes out wrong.
 
 Graphs of several collectives of all sizes are replayed at random, beside collectives outside of graphs and ranks that run by
 themselves, while each rank is now and then late, on the host or on the device. Every collective has numbers of its own, so that
@@ -85,8 +85,35 @@ class Check:
         number = (index * 7 + rank * 131 + self.number * 31) % 61 - 30
         return torch.where(number == 0, -0.0, number.to(self.dtype)).to(self.dtype)
 
+    def is_token(self, rank: int, rows: int) -> Tensor:
+        """Which of a rank's rows are tokens: often none or all; [rows, 1]."""
+        count = ((self.number * 37 + rank * 53) % (2 * rows + 1) - rows // 2).clamp(0, rows)
+        return (torch.arange(rows, device=self.number.device) < count)[:, None]
+
+    def exchange_tokens(self, rows: int) -> None:
+        """Gather tokens, then bring back sums. May run inside a graph."""
+        size, rank = self.shard.size, self.shard.rank
+        are_tokens = [self.is_token(other, rows) for other in range(size)]
+        parts = [self.part(other, rows, self.hidden) for other in range(size)]
+        own_TE = torch.where(are_tokens[rank], parts[rank], torch.nan)
+        x_AE, counts_N = self.group.gather_tokens(own_TE, are_tokens[rank].sum(dtype=torch.int32).view(1))
+        self.wrong += (counts_N != torch.stack([are.sum() for are in are_tokens])).sum()
+        for found_TE, are, expected_TE in zip(x_AE.split(rows), are_tokens, parts, strict=True):
+            self.wrong += ((found_TE != expected_TE) & are).sum()
+        self.number += 1
+        made = [[self.part(3 * maker + other, rows, self.hidden) for other in range(size)] for maker in range(size)]
+        part_AE = torch.cat([torch.where(are, x, torch.nan) for x, are in zip(made[rank], are_tokens, strict=True)])
+        found = torch.ones(rows, self.hidden, dtype=self.dtype, device=self.number.device)
+        normed = self.group.scatter_sum(part_AE, counts_N, found, norm=self.norm)
+        expected = 1 + torch.stack([of_all[rank] for of_all in made]).sum(0) * are_tokens[rank]
+        self.wrong += (~normed.isfinite()).sum() + (found != expected).sum()
+        self.number += 1
+
     def collective(self, kind: str, rows: int) -> None:
-        """Run one and count what is wrong. May run inside a graph."""
+        """Run one, or two with tokens, and count what is wrong. May run inside a graph."""
+        if kind == "tokens":
+            self.exchange_tokens(rows)
+            return
         columns = self.hidden if kind == "sum" else -(-self.vocab // self.shard.size)
         parts = [self.part(rank, rows, columns) for rank in range(self.shard.size)]
         if kind == "sum":
@@ -116,10 +143,11 @@ class Check:
         """Collectives of a graph: often of one row, seldom of many."""
         cases = []
         for _ in range(draw.randint(1, 9)):
-            if draw.random() < 0.8:
-                cases.append(("sum", draw.choice((1, 1, 2, 3, 8, 63, 64, 127, 129, 200, self.most))))
+            kind = draw.choices(("sum", "gather", "tokens"), (0.5, 0.15, 0.35))[0]
+            if kind == "gather":
+                cases.append((kind, draw.choice((1, 1, 2, 7, 64))))
             else:
-                cases.append(("gather", draw.choice((1, 1, 2, 7, 64))))
+                cases.append((kind, draw.choice((1, 1, 2, 3, 8, 63, 64, 127, 129, 200, self.most))))
         return cases
 
     def run(self, steps: int, seed: int) -> Found:
@@ -141,12 +169,13 @@ class Check:
                 with self.group.loop_back():
                     self.group.add_sum(*torch.ones(2, 3, self.hidden, dtype=self.dtype, device=self.number.device))
             if draw.random() < 0.05:
-                self.collective(*draw.choice(cases)[0])
-                done += 1
+                case = draw.choice(cases)[0]
+                self.collective(*case)
+                done += number_of([case])
             else:
                 index = draw.randrange(NUM_GRAPHS)
                 graphs[index].replay()
-                done += len(cases[index])
+                done += number_of(cases[index])
             if launched % AHEAD == 0:
                 self.platform.synchronize()
                 if self.group.fault():
@@ -160,7 +189,7 @@ class Check:
         until_fault_s = after_fault_s = 0.0
         if self.shard.rank < self.shard.size - 1 and self.group.name != "nccl":
             started = time.perf_counter()
-            self.collective("sum", 3)
+            self.collective(draw.choice(("sum", "tokens")), 3)
             self.platform.synchronize()
             until_fault_s = time.perf_counter() - started
             for _ in range(100):
@@ -169,6 +198,11 @@ class Check:
             after_fault_s = time.perf_counter() - started - until_fault_s
         self.exchange(b"")
         return Found(self.group.name, done, wrong, seconds, self.group.fault(), until_fault_s, after_fault_s)
+
+
+def number_of(cases: list[tuple[str, int]]) -> int:
+    """Collectives of some cases."""
+    return sum(2 if kind == "tokens" else 1 for kind, _ in cases)
 
 
 def check(shard: Shard, exchange: Exchange, device: str, steps: int, seed: int) -> Found:

@@ -1,8 +1,8 @@
-"""``bench collectives``: what the ranks of a model take to add up their parts and to gather logits, inside a graph.
+"""``bench collectives``: what ranks take to add up their parts, to gather logits, and to exchange tokens, inside a graph.
 
 First, what they compute is compared with the definition, bit by bit and on all ranks; a wrong result ends the benchmark.
 
-Shapes: N ranks, T tokens, E hidden size, R rows, W columns that a rank computes, V all columns.
+Shapes: N ranks, T tokens of each, A = N·T, E hidden size, R rows, W columns that a rank computes, V all columns.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from stepgraph.bench.ranks import run_ranks
 from stepgraph.bench.report import machine, table, write_json
 from stepgraph.errors import ConfigError, StepgraphError
 from stepgraph.graph import create_backend
+from stepgraph.ops import rms_norm
 from stepgraph.ops.collectives.reference import gather_columns, reduce_gathered
 from stepgraph.parallel.create import create_group
 from stepgraph.parallel.exchange import Exchange
@@ -32,6 +33,8 @@ from stepgraph.platforms import Platform, create_platform
 
 _EPS = 1e-6
 _TOKENS = {"cuda": (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 2048), "cpu": (1, 8, 64, 512)}
+_OWN_TOKENS = {"cuda": (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 4096), "cpu": (1, 8, 64, 512)}
+"""Of each rank, where they have their own."""
 _ROWS = (1, 8, 64, 256)
 _IN_A_GRAPH = {"cuda": 100, "cpu": 4}
 _CYCLES_TO_LAUNCH = 1_000_000
@@ -77,9 +80,10 @@ def add_parser(commands: Any) -> None:
     """Register ``bench collectives``."""
     parser = commands.add_parser(
         "collectives",
-        help="sums and gathers of the ranks of a model, beside what the link allows",
+        help="sums, gathers and exchanges of tokens of the ranks of a model, beside what the link allows",
         description="Start a process for each rank, compare what their collectives compute with the definition, bit by bit, and "
-        "time them inside graphs: the sum with residual and norm, and the gather of logits.",
+        "time them inside graphs: the sum with residual and norm, the gather of logits, and, of ranks that share experts only, "
+        "the norm and gather of tokens and the sums for each rank's own with residual and norm.",
     )
     parser.add_argument("--ranks", type=int, metavar="N", help="processes (default: one for each GPU; 2 on a CPU)")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where (default: auto)")
@@ -168,7 +172,7 @@ class Bench:
             platform,
             dtype=options.dtype,
             hidden_size=options.hidden_size,
-            max_tokens=max(_TOKENS[options.device]),
+            max_tokens=max(_TOKENS[options.device] + _OWN_TOKENS[options.device]),
             vocab_size=options.vocab_size,
             max_samples=_MOST_SAMPLES,
             time_limit_s=options.time_limit_s,
@@ -183,6 +187,8 @@ class Bench:
         Raises:
             StepgraphError: something differs, or ranks do.
         """
+        for rows in (1, 2, 7, 64, 300, 1500):
+            self._check_tokens(rows)
         first_row: Tensor | None = None
         for rows in (1, 2, 7, 64, 200, 1500):
             parts_NTE = torch.stack([self._random(10 + r, rows) for r in range(self.shard.size)])
@@ -213,6 +219,54 @@ class Bench:
         if fault := self.group.fault():
             raise StepgraphError(f"rank {self.shard.rank} gave up: {fault}")
 
+    def _check_tokens(self, rows: int) -> None:
+        """Those of all ranks, and sums for each one's own; of each rank another number, padding is NaN."""
+        size, rank = self.shard.size, self.shard.rank
+        of_ranks = [(rows * (size - other) // size) * (other < size - 1 or rows % 2) for other in range(size)]
+        counts_N = torch.tensor(of_ranks, dtype=torch.int32, device=self.platform.device)
+        is_token_NT = torch.arange(rows, device=self.platform.device) < counts_N[:, None]
+        x_NTE = torch.stack([self._random(30 + other, rows) for other in range(size)])
+        x_NTE[:, :, :3] = -0.0
+        x_NTE[~is_token_NT] = torch.nan
+        found_AE, found_N = self.group.gather_tokens(x_NTE[rank], counts_N[rank : rank + 1])
+        for other, found_TE in enumerate(found_AE.split(rows)):
+            count = of_ranks[other]
+            self._same(f"{rows} tokens of rank {other}", found_TE[:count], x_NTE[other, :count] + 0.0)
+        self._same(f"counts of {rows} tokens", found_N, counts_N)
+        normed_AE, _ = self.group.gather_tokens(x_NTE[rank], counts_N[rank : rank + 1], norm=self.norm)
+        of_all_A = is_token_NT.flatten()
+        expected_AE = rms_norm(x_NTE.flatten(0, 1), *self.norm)
+        self._same(f"norm of {rows} tokens", normed_AE[of_all_A], expected_AE[of_all_A], exact=False)
+        parts_NNTE = torch.stack(
+            [torch.stack([self._random(40 + size * a + b, rows) for b in range(size)]) for a in range(size)]
+        )
+        parts_NNTE[:, ~is_token_NT] = torch.nan
+        for multiplier, post_norm in ((0.22, None), (1.0, self.post_norm)):
+            residual_TE, expected_TE = self._random(3, rows), self._random(3, rows)
+            normed_TE = self.group.scatter_sum(
+                parts_NNTE[rank].flatten(0, 1),
+                counts_N,
+                residual_TE,
+                multiplier=multiplier,
+                post_norm=post_norm,
+                norm=self.norm,
+            )
+            out_TE = torch.empty_like(normed_TE)
+            post_weight, post_eps = post_norm or (None, 0.0)
+            reduce_gathered(
+                parts_NNTE[:, rank],
+                expected_TE,
+                out_TE,
+                multiplier,
+                post_weight,
+                post_eps,
+                *self.norm,
+                counts_N[rank : rank + 1],
+            )
+            what, exact = f"for {rows} rows of its own", post_norm is None
+            self._same(f"sum {what}", residual_TE, expected_TE, exact=exact, of_all=False)
+            self._same(f"norm {what}", normed_TE, out_TE, exact=False, of_all=False)
+
     def time_all(self) -> Iterator[Timing]:
         """Every case."""
         for tokens in _TOKENS[self.options.device]:
@@ -222,6 +276,24 @@ class Bench:
                 tokens,
                 part.numel() * part.element_size(),
                 self.time(lambda: self.group.add_sum(part, residual, norm=self.norm)),  # noqa: B023  # run at once
+            )
+        for tokens in _OWN_TOKENS[self.options.device]:
+            x = self._random(self.shard.rank, tokens)
+            count = torch.full((1,), tokens, dtype=torch.int32, device=self.platform.device)
+            yield Timing(
+                "norm + gather of tokens",
+                tokens,
+                x.numel() * x.element_size(),
+                self.time(lambda: self.group.gather_tokens(x, count, norm=self.norm).x),  # noqa: B023
+            )
+        for tokens in _OWN_TOKENS[self.options.device]:
+            part, residual = self._random(self.shard.rank, self.shard.size * tokens) / 64, self._random(3, tokens)
+            counts = torch.full((self.shard.size,), tokens, dtype=torch.int32, device=self.platform.device)
+            yield Timing(
+                "sum of own tokens + residual + norm",
+                tokens,
+                residual.numel() * residual.element_size(),
+                self.time(lambda: self.group.scatter_sum(part, counts, residual, norm=self.norm)),  # noqa: B023
             )
         columns = -(-self.options.vocab_size // self.shard.size)
         for rows in _ROWS:
@@ -275,11 +347,13 @@ class Bench:
         size = rows, self.options.hidden_size if columns is None else columns
         return torch.randn(size, generator=generator).to(self.options.dtype).to(self.platform.device)
 
-    def _same(self, what: str, found: Tensor, expected: Tensor, *, exact: bool = True) -> None:
+    def _same(self, what: str, found: Tensor, expected: Tensor, *, exact: bool = True, of_all: bool = True) -> None:
+        """`of_all`: whether all ranks find the same."""
         close = torch.equal(found, expected) if exact else torch.allclose(found, expected, rtol=0.02, atol=0.02)
         digests = self.exchange(hashlib.sha256(found.cpu().view(torch.uint8).numpy().tobytes()).digest())
-        if not close or len(set(digests)) > 1:
-            ranks = "; ranks differ" if len(set(digests)) > 1 else ""
+        differ = of_all and len(set(digests)) > 1
+        if not close or differ:
+            ranks = "; ranks differ" if differ else ""
             worst = (found.float() - expected.float()).abs().max()
             raise StepgraphError(f"rank {self.shard.rank}: {what} is not as defined: {worst} off{ranks}")
 

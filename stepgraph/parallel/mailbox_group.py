@@ -102,7 +102,7 @@ class MailboxGroup:
         """See `Group.gather_tokens`."""
         x_NTE, counts_N = x_TE.new_empty(self.shard.size, *x_TE.shape), count_1.new_empty(self.shard.size)
         weight, eps = norm or (None, 0.0)
-        for rows in self._messages(*x_TE.shape, head=HEAD_BYTES // x_TE.element_size(), most=MOST_ROWS):
+        for rows in self._messages(*x_TE.shape, head=HEAD_BYTES // x_TE.element_size()):
             gather_tokens(
                 x_TE[rows],
                 count_1,
@@ -175,19 +175,16 @@ class MailboxGroup:
         self._mailbox.flags[LOOP_BACK].fill_(depth)
         self._synchronize()
 
-    def _messages(
-        self, num_rows: int, width: int, *, ranks: int = 1, head: int = 0, most: int | None = None
-    ) -> Iterator[slice]:
+    def _messages(self, num_rows: int, width: int, *, ranks: int = 1, head: int = 0) -> Iterator[slice]:
         """Which rows go in each message.
 
         Args:
             num_rows, width: of all.
             ranks: for which a message has so many rows each.
             head: numbers of a message before its rows.
-            most: rows of a message, even if more fit.
         """
         fit = (self._slot_elements - head) // (ranks * width)
         assert fit > 0, (width, self._slot_elements)
-        step = fit if most is None else min(fit, most)
+        step = min(fit, MOST_ROWS)
         for start in range(0, num_rows, step):
             yield slice(start, min(start + step, num_rows))

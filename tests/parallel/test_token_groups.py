@@ -276,3 +276,25 @@ def test_a_rank_that_skips_a_collective_is_named(skipped: str) -> None:
 @pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU, Triton does not interpret")
 def test_a_rank_that_leaves_those_who_push_is_named() -> None:
     assert run_ranks(left, 2, "push", "gather_tokens")[0] == Fault(1, "gather_tokens", 2)
+
+
+def of_another_shape(shard: Shard, exchange: Exchange, kind: str, collective: str) -> Fault | None:
+    """The last rank has more rows."""
+    group = MAKERS[kind](shard, exchange, torch.float16)
+    rows = 2 + (shard.rank == shard.size - 1)
+    with triton_operators("gather_tokens", "scatter_sum") if kind == "push" else nullcontext():
+        x_TE, count_1 = torch.ones(rows, E).half(), torch.ones(1, dtype=torch.int32)
+        if collective == "gather_tokens":
+            group.gather_tokens(x_TE, count_1)
+        else:
+            group.scatter_sum(x_TE.repeat(shard.size, 1), count_1.repeat(shard.size), x_TE)
+    exchange(b"")
+    return group.fault()
+
+
+@pytest.mark.parametrize("collective", ["gather_tokens", "scatter_sum"])
+@pytest.mark.parametrize("kind", MAKERS)
+def test_ranks_of_different_shapes_do_not_mix_their_rows(kind: str, collective: str) -> None:
+    if kind == "push" and torch.cuda.is_available():
+        pytest.skip("with a GPU, Triton does not interpret")
+    assert run_ranks(of_another_shape, 2, kind, collective) == [Fault(1, collective, 0), Fault(0, collective, 0)]

@@ -93,7 +93,8 @@ def all_reduce_add(
 
     All ranks call the same collectives in the same order. While `mailbox.flags` say LOOP_BACK, or FAULT, nothing is sent and
     nobody is waited for: the other ranks' parts are as this one's. A rank that waits longer than the time limit, or while
-    `mailbox.host` says ABORT, sets FAULT and leaves a `Record`; what it computes then is undefined.
+    `mailbox.host` says ABORT, sets FAULT and leaves a `Record`; what it computes then is undefined. Likewise one that finds that
+    another has called something else; not all that differs is found.
 
     Args:
         part: [T, E], contiguous, T · E at most a slot of the inbox.

@@ -1,9 +1,10 @@
 """Collectives on a CPU: ranks are processes that share memory.
 
 A rank has a line of that memory, in which it alone writes: how many parts it has posted, and two buffers, for parts of even and
-of odd numbers. It puts its part into a buffer, counts it as posted, waits until all have posted as many, and reads their
-buffers. A buffer is written again two collectives later. By then every other rank has posted the collective between the two,
-which it does after it has read this one; and this rank has waited for that.
+of odd numbers, and what lies in each, so that ranks that do not call the same collective notice it. It puts its part into a
+buffer, counts it as posted, waits until all have posted as many, and reads their buffers. A buffer is written again two
+collectives later. By then every other rank has posted the collective between the two, which it does after it has read this one;
+and this rank has waited for that.
 
 The count must become visible after the part, and the part be read after the count, on processors that reorder memory accesses
 too: see `_order_memory`.
@@ -37,7 +38,8 @@ from stepgraph.ops.collectives.mailbox import (
 )
 
 HEADER = 64
-"""Bytes before a line's two buffers, a cache line; the count of posted parts is the first eight."""
+"""Bytes before a line's two buffers, a cache line; the count of posted parts is the first eight, and those after say of both
+buffers what was put there: its length in bytes, times 256, and the collective."""
 _YIELDS = 100
 """Polls that only let others run, before a rank sleeps between polls."""
 _SHORTEST_SLEEP_S, _LONGEST_SLEEP_S = 20e-6, 1e-3
@@ -164,14 +166,19 @@ def _gathered(
     assert num_bytes <= slot, (num_bytes, slot)
     parts = inbox[:, start : start + num_bytes].view(part.dtype).unflatten(1, part.shape)
     parts[rank].copy_(part)
+    lines = [inbox.data_ptr() + line_bytes * other for other in range(num_ranks)]
+    posted = [ctypes.c_int64.from_address(line) for line in lines]
+    kinds = [ctypes.c_int64.from_address(line + 8 * (1 + sequence % 2)) for line in lines]
+    kinds[rank].value = num_bytes << 8 | collective
     _order_memory()
-    posted = [ctypes.c_int64.from_address(inbox.data_ptr() + line_bytes * other) for other in range(num_ranks)]
     counter[0] = posted[rank].value = sequence + 1
     missing = _wait(posted, sequence + 1, _words(host, ctypes.c_int64, 2), time_limit_ns)
+    _order_memory()
+    if missing is None:
+        missing = next((other for other, kind in enumerate(kinds) if kind.value != kinds[rank].value), None)
     if missing is not None:
         _words(flags, ctypes.c_int32, 2)[FAULT] = 1
         _words(host, ctypes.c_int64, 2)[RECORD] = Record(missing, collective, sequence).word
-    _order_memory()
     return parts
 
 

@@ -21,7 +21,7 @@ ALL_REDUCE, ALL_GATHER, GATHER_TOKENS, SCATTER_SUM = 1, 2, 3, 4
 HEAD_BYTES = 64
 """Of a message of tokens, before its rows."""
 MOST_ROWS = (1 << 15) - 1
-"""Of a message of tokens, whose head says how many there are in a number of 16 bits."""
+"""Of a message, so that the head of one of tokens says how many there are in a number of 16 bits."""
 
 
 class Mailbox(NamedTuple):

@@ -117,6 +117,13 @@ def count_launch(state_ptr, epoch, length, MOST_PROGRAMS: tl.constexpr):
 
 
 @triton.jit
+def give_up(sender, COLLECTIVE: tl.constexpr, epoch, flags_ptr, host_ptr):
+    """Have all collectives given up; the first program that does leaves a record of the sender."""
+    if tl.atomic_cas(flags_ptr + FAULT, 0, 1) == 0:
+        tl.store(host_ptr + _RECORD, (epoch << 16) | (COLLECTIVE << 8) | (sender + 1))
+
+
+@triton.jit
 def receive(words, inside, gave_up, sender, COLLECTIVE: tl.constexpr, epoch, flags_ptr, host_ptr, time_limit):
     """Wait for numbers of a sender. Returns their bits, and whether this or an earlier wait was given up."""
     bits = tl.load(words, mask=inside, other=0, volatile=True)
@@ -136,8 +143,7 @@ def receive(words, inside, gave_up, sender, COLLECTIVE: tl.constexpr, epoch, fla
                 deadline = tl.where(deadline == 0, now + time_limit, deadline)
                 ends |= now > deadline
             if ends:
-                if tl.atomic_cas(flags_ptr + FAULT, 0, 1) == 0:
-                    tl.store(host_ptr + _RECORD, (epoch << 16) | (COLLECTIVE << 8) | (sender + 1))
+                give_up(sender, COLLECTIVE, epoch, flags_ptr, host_ptr)
                 gave_up += 1
     return bits, gave_up
 

@@ -1,8 +1,9 @@
 """Triton kernels that gather the ranks' tokens, and bring the sums of what was made of them back. See `triton_push` for how ranks
 reach each other.
 
-A message has a head, and then rows. Padding rows are not sent. The head of gathered tokens says how many rows there are; that of
-sums says nothing, and is there to be waited for.
+A message has a head, and then rows. Padding rows are not sent. The head says how many rows of gathered tokens there are, and for
+how many a message has room. Ranks that launch different shapes differ in that, and give up. The head of sums says no more, and is
+there to be waited for.
 
 One program has a whole row, whatever the number of rows, so that a row has the same bits in any company.
 
@@ -23,6 +24,7 @@ from stepgraph.ops.collectives.triton_push import (
     REGISTERS,
     clear,
     count_launch,
+    give_up,
     num_programs,
     receive,
     send,
@@ -36,7 +38,7 @@ from stepgraph.ops.rms_norm.triton import normalise
 
 _GATHER_TOKENS, _SCATTER_SUM = tl.constexpr(mailbox.GATHER_TOKENS), tl.constexpr(mailbox.SCATTER_SUM)
 _HEAD_LANES = tl.constexpr(32)
-"""Of a block that has a head's number first."""
+"""Of a block that has a head's two numbers first."""
 
 
 @triton.jit
@@ -46,23 +48,29 @@ def _of_piece(count, START, T):
 
 
 @triton.jit
-def _send_head(number, peers, turn, rank, SLOT, inbox_ptr, N: tl.constexpr):
-    """Store a number, not negative, at the head of this rank's messages."""
+def _send_head(count, T, peers, turn, rank, SLOT, inbox_ptr, N: tl.constexpr):
+    """Store how many rows there are, and for how many there is room, at the head of this rank's messages."""
     lane = tl.arange(0, _HEAD_LANES)
-    bits = (number + tl.zeros_like(lane)).to(inbox_ptr.dtype.element_ty)
-    send(bits, lane, lane == 0, peers, turn, rank, SLOT, N)
+    bits = tl.where(lane == 0, count, T).to(inbox_ptr.dtype.element_ty)
+    send(bits, lane, lane < 2, peers, turn, rank, SLOT, N)
 
 
 @triton.jit
 def _receive_head(
-    inbox_ptr, turn, sender: tl.constexpr, SLOT, gave_up, COLLECTIVE: tl.constexpr, epoch, flags_ptr, host_ptr, time_limit,
+    T, inbox_ptr, turn, sender: tl.constexpr, SLOT, gave_up, COLLECTIVE: tl.constexpr, epoch, flags_ptr, host_ptr, time_limit,
     N: tl.constexpr,
 ):  # fmt: skip
-    """Wait for the number at the head of a sender's message. Returns it, and as `receive`."""
+    """Wait for the head of a sender's message. Returns how many rows there are, at most T, and as `receive`."""
     lane = tl.arange(0, _HEAD_LANES)
     words = slot_of(inbox_ptr, turn, sender, SLOT, N) + lane
-    bits, gave_up = receive(words, lane == 0, gave_up, sender, COLLECTIVE, epoch, flags_ptr, host_ptr, time_limit)
-    return tl.sum(bits.to(tl.int32), axis=0), gave_up
+    bits, gave_up = receive(words, lane < 2, gave_up, sender, COLLECTIVE, epoch, flags_ptr, host_ptr, time_limit)
+    numbers = bits.to(tl.int32)
+    room = tl.sum(tl.where(lane == 1, numbers, 0), axis=0)
+    if (gave_up == 0) & (room != T):
+        give_up(sender, COLLECTIVE, epoch, flags_ptr, host_ptr)
+        gave_up += 1
+    count = tl.sum(tl.where(lane == 0, numbers, 0), axis=0)
+    return _of_piece(count, 0, T), gave_up  # also of what was there where waiting was given up
 
 
 @triton.jit
@@ -116,7 +124,7 @@ def _gather_tokens_kernel(
     own_bits = _token_bits(x, weight, eps, inbox_ptr, E, NORM)
     if alone == 0:
         if program == 0:
-            _send_head(count, peers, turn, rank, SLOT, inbox_ptr, N)
+            _send_head(count, T, peers, turn, rank, SLOT, inbox_ptr, N)
         if program < count:
             send(own_bits, HEAD + offset, inside, peers, turn, rank, SLOT, N)
         clear(inbox_ptr, (turn + 2) % 3, last_length, rank, SLOT, N)
@@ -126,9 +134,8 @@ def _gather_tokens_kernel(
         there = count
         if (alone == 0) & (sender != rank):
             there, gave_up = _receive_head(
-                inbox_ptr, turn, sender, SLOT, gave_up, _GATHER_TOKENS, epoch, flags_ptr, host_ptr, time_limit, N
+                T, inbox_ptr, turn, sender, SLOT, gave_up, _GATHER_TOKENS, epoch, flags_ptr, host_ptr, time_limit, N
             )
-            there = _of_piece(there, 0, T)  # also what was there where waiting was given up
         counts = counts + (there,)  # noqa: RUF005  # Triton has no other way
         if program == 0:
             before = tl.load(counts_ptr + sender, mask=START > 0, other=0)
@@ -208,7 +215,7 @@ def _scatter_sum_kernel(
     turn = epoch % 3
     if alone == 0:
         if program == 0:
-            _send_head(0, peers, turn, rank, SLOT, inbox_ptr, N)
+            _send_head(0, T, peers, turn, rank, SLOT, inbox_ptr, N)
         _send_parts(
             part_ptr, program, column, inside, counts_ptr, peers, turn, rank, T, START, PART_STRIDE, SLOT, N, E, HEAD
         )
@@ -226,7 +233,7 @@ def _scatter_sum_kernel(
         for sender in tl.static_range(N):
             if sender != rank:
                 _, gave_up = _receive_head(
-                    inbox_ptr, turn, sender, SLOT, gave_up, _SCATTER_SUM, epoch, flags_ptr, host_ptr, time_limit, N
+                    T, inbox_ptr, turn, sender, SLOT, gave_up, _SCATTER_SUM, epoch, flags_ptr, host_ptr, time_limit, N
                 )
     for row in range(program, T, P):
         offset = row * E + column
