@@ -82,7 +82,7 @@ class ExecutorSpecs:
 
     def dispatch_of(self, shape: StepShape) -> str | None:
         """How the tokens of steps of a shape come to their experts; None without experts."""
-        return None if self.dispatch is None else str(self.dispatch.of(shape.num_tokens))
+        return None if self.dispatch is None else str(self.dispatch.of(self.data_parallel_size * shape.num_tokens))
 
 
 class AdmissionError(DeviceMemoryError):

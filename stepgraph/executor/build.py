@@ -110,7 +110,7 @@ def build_local_executor(
         config,
         platform,
         graph_backend=backend_name(config, platform),
-        token_sizes=ShapePolicy.of(config.graph, config.scheduler).token_sizes,
+        token_sizes=_expert_tokens(config),
         is_leader=shard.rank == 0,
         exchange=ranks.exchange,
     )
@@ -243,6 +243,12 @@ def _levels_to_choose_from(config: EngineConfig, drafter: Drafter | None, platfo
     if drafter is None or not config.speculative.speculative_adaptive:
         return ()
     return LEVELS if platform.captures_all_by_default else _FEW_LEVELS
+
+
+def _expert_tokens(config: EngineConfig) -> list[int]:
+    """Numbers of tokens that experts see in captured steps: those of all devices that have requests of their own."""
+    sizes = ShapePolicy.of(config.graph, config.scheduler).token_sizes
+    return [config.parallel.data_parallel_size * size for size in sizes]
 
 
 def _create_adapters(model: LanguageModel, config: EngineConfig) -> AdapterStore | None:

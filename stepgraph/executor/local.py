@@ -58,7 +58,7 @@ class LocalExecutor:
         """Seconds that were spent waiting for orders; who takes them says."""
         self._built_at, self._cpu_at_build = time.perf_counter(), time.process_time()
         self._adapters, self._drafter = adapters, drafter
-        self._num_collected = 0  # steps
+        self._num_done = 0  # steps
         self._update: Update = ()  # checked weights
         self._arriving: Arriving | None = None  # or those that come in pieces
 
@@ -85,10 +85,10 @@ class LocalExecutor:
     def wait(self, ticket: Ticket) -> None:
         """See `Executor.wait`."""
         self.runner.completion(ticket).wait()
+        self._num_done = ticket.step + 1
 
     def collect(self, ticket: Ticket) -> StepResults:
         """See `Executor.collect`."""
-        self._num_collected = ticket.step + 1
         return self.runner.collect(ticket)
 
     def recover(self) -> None:
@@ -212,7 +212,7 @@ class LocalExecutor:
             cpu_share=(time.process_time() - self._cpu_at_build) / seconds,
             waiting_share=self.waited_s() / seconds,
             experts=experts.kept,
-            expert_tokens=() if rank else experts.read(self.runner.num_launched, self._num_collected),
+            expert_tokens=() if rank else experts.read(self.runner.num_launched, self._num_done),
         )
 
 

@@ -68,7 +68,7 @@ def choose_dispatch(
         config: all settings.
         platform: of the device.
         graph_backend: how steps are captured.
-        token_sizes: numbers of tokens that experts see in captured steps.
+        token_sizes: numbers of tokens that experts see in captured steps, ascending.
         is_leader: whether this is rank 0.
         exchange: between the ranks.
     """

@@ -34,21 +34,21 @@ class ExpertCounts:
         """Steps that had been launched before the copy under way; None if there is none."""
         self._known = (0,) * num_experts
 
-    def read(self, num_launched: int, num_collected: int) -> tuple[int, ...]:
+    def read(self, num_launched: int, num_done: int) -> tuple[int, ...]:
         """The counts, one for each expert: as they are now if no step is under way, and else as they were when this was last
         called. () of a model without experts.
 
         Args:
             num_launched: steps so far.
-            num_collected: those whose results were read.
+            num_done: those that have been waited for.
         """
         if not self.totals:
             return ()
-        if num_launched == num_collected:
+        if num_launched == num_done:
             self._start()
             self._take()
             return self._known
-        if self._copied_at is not None and num_collected >= self._copied_at:
+        if self._copied_at is not None and num_done >= self._copied_at:
             self._take()
         if self._copied_at is None:
             self._start()

@@ -49,7 +49,7 @@ def test_checks_and_timings_are_not_counted(llm):
 
 
 class SlowPlatform(CpuPlatform):
-    """Whoever waits for work that follows a step which was not collected hangs."""
+    """Whoever waits for work that follows a step which is not known to be done hangs."""
 
     def __init__(self, steps: SimpleNamespace) -> None:
         self.steps = steps
@@ -62,7 +62,7 @@ class SlowPlatform(CpuPlatform):
                 self.after = steps.launched
 
             def wait(self) -> None:
-                assert self.after <= steps.collected, "it waits for a step"
+                assert self.after <= steps.done, "it waits for a step"
 
         return Mark()
 
@@ -74,7 +74,7 @@ def test_nobody_waits_for_a_step_to_read_the_counts(monkeypatch):
         for total in totals
     ]
     monkeypatch.setattr(expert_counts, "mixtures_of", lambda model: layers)
-    steps = SimpleNamespace(launched=0, collected=0)
+    steps = SimpleNamespace(launched=0, done=0)
     counts = ExpertCounts(None, SlowPlatform(steps))
 
     def launch() -> None:
@@ -83,16 +83,16 @@ def test_nobody_waits_for_a_step_to_read_the_counts(monkeypatch):
             total[1] += 1
 
     def read() -> tuple[int, ...]:
-        return counts.read(steps.launched, steps.collected)
+        return counts.read(steps.launched, steps.done)
 
     assert read() == (0, 0)
     launch()
     assert read() == (0, 0), "of the question before, as a step is under way"
     launch()
     assert read() == (0, 0), "the copy waits for the first step"
-    steps.collected = 1
+    steps.done = 1
     assert read() == (0, 3)
-    steps.collected = 2
+    steps.done = 2
     assert read() == (0, 6), "as they are, once nothing is under way"
     launch()
     assert read() == (0, 6)
