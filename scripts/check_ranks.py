@@ -1,9 +1,9 @@
 """Do ranks that share a model say what one would, and do they hold the same bits?
 
-Random engines of mixed features (architectures, formats, block sizes, chunked prompts, prefix caching, speculation, grammars,
-penalties, log-probabilities, LoRA, determinism, preemption, aborts, sleep, new weights) on 2, 3 and 4 ranks on CPU, each held
-against one rank on the same requests, in float32 token for token but for ties; what ranks keep alike is compared bit for bit
-every few steps. `tests/ranks/random_engines.py` makes them.
+Random engines of mixed features (architectures, experts shared in either way, formats, block sizes, chunked prompts, prefix
+caching, speculation, grammars, penalties, log-probabilities, LoRA, determinism, preemption, aborts, sleep, new weights) on 2, 3
+and 4 ranks on CPU, each held against one rank on the same requests, in float32 token for token but for ties; what ranks keep
+alike is compared bit for bit every few steps. `tests/ranks/random_engines.py` makes them.
 
     python scripts/check_ranks.py --engines 300 --seed 1 --json benchmarks/results/cpu-ranks-random.json
 
@@ -85,7 +85,8 @@ def check_random_engines(options: argparse.Namespace, create: EngineFactory) -> 
             outcomes.append(known[number])
             continue
         num_ranks = options.ranks[index % len(options.ranks)]
-        case = random_case(number, num_ranks, model=ONE_MODEL if options.one_model else None, device=options.device)
+        model = ONE_MODEL if options.one_model else None
+        case = random_case(number, num_ranks, model=model, experts=options.experts, device=options.device)
         with tempfile.TemporaryDirectory() as folder:
             try:
                 outcomes.append(run_case(case, Path(folder), create))
@@ -142,6 +143,7 @@ def main() -> int:
     parser.add_argument("--ranks", type=int, nargs="+", default=[2, 3, 4], metavar="N", help="in turn (default: 2 3 4)")
     parser.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")
     parser.add_argument("--one-model", action="store_true", help="the same model for all of them")
+    parser.add_argument("--experts", action="store_true", help="models with experts only")
     parser.add_argument("--resume", action="store_true", help="leave out engines that agree by the file of --json")
     parser.add_argument("--smollm2", action="store_true", help="the embedded model instead")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write what came of it")

@@ -91,25 +91,33 @@ class Case:
         """For people."""
         names = [self.model.architecture, f"{self.num_ranks} ranks", self.settings["dtype"]]
         names += [self.model.block_type] if self.model.block_type else []
+        names += ["experts"] if self.model.experts else []
         for name in ("speculative_method", "quantization", "model_impl", "graph_backend"):
             names += [self.settings[name]] if name in self.settings else []
-        names += [name for name in ("deterministic", "enable_lora", "kv_cache_dtype") if self.settings.get(name)]
+        names += [
+            name
+            for name in ("deterministic", "enable_lora", "kv_cache_dtype", "enable_expert_parallel")
+            if self.settings.get(name)
+        ]
         names += ["guides"] if any(a.params.structured_outputs for a in self.arrivals) else []
         return names + ([self.event[1]] if self.event else [])
 
 
-def random_case(number: int, num_ranks: int, *, model: RandomModel | None = None, device: str = "cpu") -> Case:
+def random_case(
+    number: int, num_ranks: int, *, model: RandomModel | None = None, experts: bool = False, device: str = "cpu"
+) -> Case:
     """Always the same for the same numbers.
 
     Args:
         number: which.
         num_ranks: of its engine.
         model: a native one that can do everything; default: a random one.
+        experts: give a random one experts.
         device: where it runs.
     """
     rng = random.Random(f"{number} {num_ranks}")
     method = _METHODS[number % len(_METHODS)]
-    fixed, model = model, model or random_model(rng, num_ranks, drafts=method in ("mtp", "hybrid"))
+    fixed, model = model, model or random_model(rng, num_ranks, drafts=method in ("mtp", "hybrid"), experts=experts)
     settings = _random_settings(rng, model, method) | {"device": device}
     if fixed is not None:  # kernels are compiled for sizes and formats, which takes longer than all else
         settings |= {"quantization": "auto", "block_size": 16, "capture": "lazy"}
@@ -150,12 +158,14 @@ def _random_settings(rng: random.Random, model: RandomModel, method: str) -> dic
         settings |= {"speculative_adaptive": rng.random() < 0.2}
     if model.num_adapters:
         settings |= {"enable_lora": True, "max_loras": model.num_adapters, "max_lora_rank": ADAPTER_RANK}
-    native = model.block_type or model.num_adapters or model.num_mtp_modules
+    if model.experts and rng.random() < 0.5:
+        settings |= {"enable_expert_parallel": True}
+    native = model.block_type or model.num_adapters or model.num_mtp_modules or model.experts
     if not native and rng.random() < 0.2 and model.architecture != "phi 3":  # whose wide products ranks would gather
         settings |= {"model_impl": "transformers"}
     elif rng.random() < 0.2:
         settings |= {"deterministic": True, "dtype": rng.choice(("float32", "bfloat16"))}
-    elif not native and rng.random() < 0.3:
+    elif (model.experts or not native) and rng.random() < 0.3:
         settings |= {"quantization": "fp8"}
     if rng.random() < 0.1:
         settings |= {"kv_cache_dtype": "fp8"}

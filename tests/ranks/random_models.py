@@ -13,20 +13,28 @@ from tiny import MAX_MODEL_LEN, mtp_tensors, save_byte_tokenizer
 from transformers import (
     AutoModelForCausalLM,
     CwmConfig,
+    Dots1Config,
+    Ernie4_5_MoeConfig,
     Ernie4_5Config,
     Gemma3TextConfig,
+    Glm4MoeConfig,
     GraniteConfig,
+    GraniteMoeConfig,
     LlamaConfig,
     MistralConfig,
+    MixtralConfig,
     Phi3Config,
     Qwen2Config,
+    Qwen2MoeConfig,
     Qwen3Config,
+    Qwen3MoeConfig,
     SeedOssConfig,
     SmolLM3Config,
 )
 
 NUM_HEADS = 12
 ADAPTER_RANK = 4
+ADAPTED = tuple(f"{name}_proj.weight" for name in ("q", "v", "o", "gate", "down"))
 WINDOW = 24
 MIXED_LAYERS = {"num_hidden_layers": 3, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}
 GEMMA_ROPE = {kind: {"rope_type": "default", "rope_theta": 1e4} for kind in ("sliding_attention", "full_attention")}
@@ -50,6 +58,33 @@ CONFIGS = {
         **sizes | MIXED_LAYERS, sliding_window=WINDOW, rope_parameters={"rope_type": "default", "rope_theta": 1e4}
     ),
 }
+DEEPSEEK = (
+    "n_routed_experts",
+    "num_experts_per_tok",
+    "moe_intermediate_size",
+    "norm_topk_prob",
+    "first_k_dense_replace",
+)
+QWEN = ("num_experts", "num_experts_per_tok", "moe_intermediate_size", "norm_topk_prob", "mlp_only_layers")
+ERNIE = ("moe_num_experts", "moe_k", "moe_intermediate_size", None, "moe_layer_start_index")
+WITH_EXPERTS = {
+    "mixtral": (MixtralConfig, ("num_local_experts", "num_experts_per_tok", "intermediate_size"), {}),
+    "qwen2 moe": (Qwen2MoeConfig, QWEN, {"shared_expert_intermediate_size": 36}),
+    "qwen3 moe": (Qwen3MoeConfig, QWEN, {}),
+    "ernie 4.5 moe": (Ernie4_5_MoeConfig, ERNIE, {"moe_num_shared_experts": 2}),
+    "glm 4.5": (
+        Glm4MoeConfig,
+        DEEPSEEK,
+        {"n_group": 3, "topk_group": 2, "routed_scaling_factor": 2.5, "use_qk_norm": True, "attention_bias": True},
+    ),
+    "dots 1": (Dots1Config, DEEPSEEK, {"n_shared_experts": 1}),
+    "granite moe": (
+        GraniteMoeConfig,
+        ("num_local_experts", "num_experts_per_tok", "intermediate_size"),
+        {"embedding_multiplier": 3.0, "residual_multiplier": 0.5, "attention_multiplier": 0.2, "logits_scaling": 2.0},
+    ),
+}
+"""Class, fields for what a model's `RandomModel.experts` says in that order, and others."""
 BLOCK_TYPES = ("Q8_0", "Q4_0", "Q4_1")
 
 
@@ -62,19 +97,26 @@ class RandomModel(NamedTuple):
     num_adapters: int = 0
     block_type: str | None = None
     """Of a GGUF file, which has no tokenizer."""
+    experts: tuple[object, ...] = ()
+    """How many, how many of them for a token, their width, whether weights are normalised, and dense first layers."""
     name: str | None = None
     """Of a model that need not be made."""
 
 
-def random_model(rng: random.Random, num_ranks: int, *, drafts: bool) -> RandomModel:
+def random_model(rng: random.Random, num_ranks: int, *, drafts: bool, experts: bool = False) -> RandomModel:
     """One that so many ranks can share: each has key/value heads of its own, or the same as others.
 
     Args:
         rng: decides everything else.
         num_ranks: that share it.
         drafts: give it modules that propose tokens.
+        experts: give it experts, which others have by chance.
     """
-    architecture = "llama" if drafts else rng.choice(list(CONFIGS))
+    with_experts = rng.random() < 0.4 or experts
+    if drafts:
+        architecture = "mixtral" if with_experts else "llama"
+    else:
+        architecture = rng.choice(list(WITH_EXPERTS if with_experts else CONFIGS))
     kv_heads = [n for n in (1, 2, 3, 4, 6, 12) if n % num_ranks == 0 or num_ranks % n == 0]
     sizes = {
         "vocab_size": rng.randint(257, 280),
@@ -95,8 +137,35 @@ def random_model(rng: random.Random, num_ranks: int, *, drafts: bool) -> RandomM
         # Of which every rank has whole blocks of 32.
         blocks = {"hidden_size": 96, "head_dim": 32, "intermediate_size": 384}
         return RandomModel(architecture, sizes | blocks, block_type=rng.choice(BLOCK_TYPES))
+    mixture = _random_experts(rng, num_ranks, sizes) if architecture in WITH_EXPERTS else ()
     adapters = rng.choice((0, 2)) if architecture != "phi 3" else 0
-    return RandomModel(architecture, sizes, num_mtp_modules=rng.randint(1, 2) if drafts else 0, num_adapters=adapters)
+    return RandomModel(
+        architecture, sizes, num_mtp_modules=rng.randint(1, 2) if drafts else 0, num_adapters=adapters, experts=mixture
+    )
+
+
+def _random_experts(rng: random.Random, num_ranks: int, sizes: dict[str, object]) -> tuple[object, ...]:
+    """As many as ranks can have, of a width that they can share."""
+    number = rng.choice([n for n in (6, 12, 24) if n % num_ranks == 0])
+    first_is_dense = sizes["num_hidden_layers"] > 1 and rng.random() < 0.3
+    return (
+        number,
+        rng.randint(1, min(8, number // 3 * 2)),
+        NUM_HEADS * rng.randint(1, 4),
+        rng.random() < 0.7,
+        int(first_is_dense),
+    )
+
+
+def config_of(model: RandomModel):
+    """As transformers has it."""
+    if not model.experts:
+        return CONFIGS[model.architecture](**model.sizes)
+    of_class, fields, others = WITH_EXPERTS[model.architecture]
+    values = {name: value for name, value in zip(fields, model.experts, strict=False) if name is not None}
+    if "mlp_only_layers" in values:
+        values["mlp_only_layers"] = list(range(values["mlp_only_layers"]))
+    return of_class(**model.sizes | others | values)
 
 
 def model_path(model: RandomModel, folder: Path) -> str:
@@ -108,10 +177,13 @@ def save_model(model: RandomModel, folder: Path) -> None:
     """Write it, its tokenizer, draft modules and adapters."""
     folder.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(0)
-    hf_model = AutoModelForCausalLM.from_config(CONFIGS[model.architecture](**model.sizes), dtype=torch.float32)
+    hf_model = AutoModelForCausalLM.from_config(config_of(model), dtype=torch.float32)
     with torch.no_grad():
         for name, parameter in hf_model.named_parameters():
             parameter.normal_(1.0 if "norm" in name else 0.0, 0.3)
+        for name, buffer in hf_model.named_buffers():
+            if name.endswith("e_score_correction_bias"):
+                buffer.normal_(0.0, 0.3)
     if model.block_type is not None:
         types = {"token_embd": "Q8_0", "_norm": "F32", "weight": model.block_type}
         file = model_path(model, folder)
@@ -134,7 +206,7 @@ def _save_adapter(folder: Path, hf_model, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     tensors = {}
     for name, weight in hf_model.named_parameters():
-        if name.endswith(("q_proj.weight", "v_proj.weight", "o_proj.weight", "gate_proj.weight", "down_proj.weight")):
+        if "expert" not in name and name.endswith(ADAPTED):
             stem, (outputs, inputs) = f"base_model.model.{name.removesuffix('.weight')}", weight.shape
             tensors[f"{stem}.lora_A.weight"] = torch.randn(ADAPTER_RANK, inputs, generator=generator) / inputs**0.5
             tensors[f"{stem}.lora_B.weight"] = torch.randn(outputs, ADAPTER_RANK, generator=generator) / 4
