@@ -80,6 +80,8 @@ class Case:
     arrivals: tuple[Arrival, ...]
     event: tuple[int, str] | None
     """Something of `_EVENTS` that happens before a step, and changes no answer."""
+    lockstep: bool = False
+    """Whether each rank has requests of its own, and they share experts only."""
 
     @property
     def is_comparable(self) -> bool:
@@ -99,12 +101,19 @@ class Case:
             for name in ("deterministic", "enable_lora", "kv_cache_dtype", "enable_expert_parallel")
             if self.settings.get(name)
         ]
+        names += ["lockstep"] if self.lockstep else []
         names += ["guides"] if any(a.params.structured_outputs for a in self.arrivals) else []
         return names + ([self.event[1]] if self.event else [])
 
 
 def random_case(
-    number: int, num_ranks: int, *, model: RandomModel | None = None, experts: bool = False, device: str = "cpu"
+    number: int,
+    num_ranks: int,
+    *,
+    model: RandomModel | None = None,
+    experts: bool = False,
+    lockstep: bool = False,
+    device: str = "cpu",
 ) -> Case:
     """Always the same for the same numbers.
 
@@ -113,23 +122,29 @@ def random_case(
         num_ranks: of its engine.
         model: a native one that can do everything; default: a random one.
         experts: give a random one experts.
+        lockstep: let each rank have requests of its own, which takes experts.
         device: where it runs.
     """
     rng = random.Random(f"{number} {num_ranks}")
     method = _METHODS[number % len(_METHODS)]
-    fixed, model = model, model or random_model(rng, num_ranks, drafts=method in ("mtp", "hybrid"), experts=experts)
+    fixed, model = (
+        model,
+        model or random_model(rng, num_ranks, drafts=method in ("mtp", "hybrid"), experts=experts or lockstep),
+    )
     settings = _random_settings(rng, model, method) | {"device": device}
     if fixed is not None:  # kernels are compiled for sizes and formats, which takes longer than all else
         settings |= {"quantization": "auto", "block_size": 16, "capture": "lazy"}
+    settings |= {"enable_expert_parallel": True} if lockstep else {}
     guided = model.block_type is None and rng.random() < 0.1
     stem = [rng.randrange(1, 257) for _ in range(40)]
-    arrivals = tuple(_random_arrival(rng, settings, stem, guided) for _ in range(rng.randint(3, 7)))
+    most = 3 * num_ranks + 3 if lockstep else 7
+    arrivals = tuple(_random_arrival(rng, settings, stem, guided) for _ in range(rng.randint(3, most)))
     events = [name for name in _EVENTS if model.block_type is None or "tensors" not in name]
     event = (rng.randint(2, 15), rng.choice(events)) if rng.random() < 0.25 else None
     if event and "tensors" in event[1] and "model_impl" in settings:  # transformers' own code takes files only
         event = (event[0], "the same weights again")
     settings |= {"enable_sleep_mode": True} if event and "sleep" in event[1] else {}
-    return Case(number, num_ranks, model, settings, arrivals, event)
+    return Case(number, num_ranks, model, settings, arrivals, event, lockstep)
 
 
 def _random_settings(rng: random.Random, model: RandomModel, method: str) -> dict[str, Any]:
@@ -328,7 +343,9 @@ def state_digest(executor: LocalExecutor) -> str:
 
 
 def check_ranks(engine: Engine) -> None:
-    """AssertionError if the state of one rank is not that of all others."""
+    """AssertionError if the state of one rank is not that of all others, where they run the same."""
+    if engine.executor.specs.data_parallel_size > 1:
+        return
     digests = engine.executor.on_all(state_digest)
     assert len(set(digests)) == 1, f"ranks differ: {[digest[:8] for digest in digests]}"
 
@@ -369,7 +386,8 @@ def run_case(case: Case, folder: Path, create: Create) -> Outcome:
 
 def serve_ranked(case: Case, folder: Path, create: Create, outcome: Outcome) -> list[Request]:
     """Answers of the case's own engine, whose ranks are compared now and then. Notes what it did in `outcome`."""
-    settings = case.settings | {"tensor_parallel_size": case.num_ranks}
+    size = "data_parallel_size" if case.lockstep else "tensor_parallel_size"
+    settings = case.settings | {size: case.num_ranks}
     engine = create(EngineConfig.from_settings(model=model_path(case.model, folder), **settings))
     try:
         engine.executor.on_all(keep_hidden_states)

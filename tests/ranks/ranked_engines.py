@@ -6,8 +6,9 @@ from stepgraph.config import EngineConfig
 from stepgraph.engine.build import build_engine
 from stepgraph.engine.engine import Engine
 from stepgraph.errors import EngineDeadError
+from stepgraph.executor.leading import LeadingExecutor
 from stepgraph.executor.local import LocalExecutor
-from stepgraph.executor.ranked import RankedExecutor, build_ranked_executor
+from stepgraph.executor.ranked import build_ranked_executor
 from stepgraph.executor.workers import Workers
 from stepgraph.models.source import ModelSource, resolve_configured
 
@@ -23,13 +24,13 @@ class EngineFactory:
     def __call__(self, config: EngineConfig) -> Engine:
         """An engine with these settings."""
         source, executor = resolve_configured(config.model), None
-        if config.parallel.tensor_parallel_size > 1:
+        if config.parallel.num_ranks > 1:
             executor = self._build_ranked(config, source)
         self._made.append(build_engine(config, source=source, executor=executor))
         return self._made[-1]
 
-    def _build_ranked(self, config: EngineConfig, source: ModelSource) -> RankedExecutor:
-        size = config.parallel.tensor_parallel_size
+    def _build_ranked(self, config: EngineConfig, source: ModelSource) -> LeadingExecutor:
+        size = config.parallel.num_ranks
         workers = self._workers.get(size)
         if workers is not None and not _are_there(workers):  # an engine that failed has ended them
             del self._workers[size]
