@@ -380,7 +380,7 @@ class MixtureMLP(nn.Module):
         """`x_TE` after `norm`, and what its experts make of it: `add_to` or a new tensor."""
         dispatch = table.of(x_TE.shape[0])
         operands = self.experts.operands if dispatch is ops.ExpertDispatch.PAIRS else None
-        if operands is not None:
+        if operands is not None and not self.gate.is_watched:
             return self.gate.mixture(
                 norm, x_TE, counts_B, operands, gelu=self.experts.is_gelu, add_to=add_to, multiplier=multiplier
             )
