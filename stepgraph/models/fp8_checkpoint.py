@@ -126,17 +126,20 @@ class FP8Tensor(CheckpointTensor):
         """Codes [O, I] and scales [O, G] of a part, whose columns begin and end where groups do; None: of the whole."""
         codes_OI = self._codes.load(torch.float8_e4m3fn, device, part)
         scale = self._scale.load(torch.float32, device)  # a fraction of the codes: not worth reading in parts
-        part = part or Part((Cut.whole(self.shape[0]),), Cut.whole(self.shape[1]))
-        row_O = torch.cat([torch.arange(cut.begin, cut.begin + cut.length) for cut in part.row_cuts]).to(device)
-        if not self._blocked:
-            return codes_OI, scale.view(-1, 1).expand(self.shape[0], 1).index_select(0, row_O)
-        scale_OG = scale.view(num_groups(self.shape[0]), self.groups).index_select(0, row_O // GROUP_SIZE)
-        if self.groups == 1:
+        outputs = self.shape[0]
+        if self._blocked:
+            scale_OG = scale.view(-1, num_groups(self.shape[1])).repeat_interleave(GROUP_SIZE, 0)[:outputs]
+        else:
+            scale_OG = scale.view(-1, 1).expand(outputs, 1)
+        if part is None:
             return codes_OI, scale_OG
-        assert part.columns is not None
-        begin, end = part.columns.begin, part.columns.begin + part.columns.length
-        assert begin % GROUP_SIZE == 0, part
-        return codes_OI, scale_OG[:, begin // GROUP_SIZE : num_groups(end)]
+        columns = Cut.whole(self.groups)
+        if self.groups > 1:
+            assert part.columns is not None
+            begin, end = part.columns.begin, part.columns.begin + part.columns.length
+            assert begin % GROUP_SIZE == 0, part
+            columns = Cut(self.groups, begin // GROUP_SIZE, num_groups(end) - begin // GROUP_SIZE)
+        return codes_OI, take(scale_OG, Part(part.rows, columns))
 
 
 def join_scales(tensors: Iterable[CheckpointTensor]) -> Iterator[CheckpointTensor]:
