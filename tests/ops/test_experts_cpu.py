@@ -152,7 +152,7 @@ def test_blocks_with_the_other_activation():
     assert_near(layer(x, chosen, ExpertDispatch.PAIRS)[:7], layer.expected(x, chosen)[:7], layer.dtype)
 
 
-@pytest.mark.parametrize("name", [name for name in FORMATS if name.startswith("Q")])
+@pytest.mark.parametrize("name", FORMATS)
 def test_deterministic_experts_give_a_token_the_bits_that_it_has_alone(name, computed_by):
     if name.startswith("Q") and computed_by == "the library":
         pytest.skip("blocks are kept where there are kernels")

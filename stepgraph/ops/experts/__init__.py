@@ -37,12 +37,18 @@ _sort_pairs = register(
 _gated_experts = register(
     "gated_experts(Tensor x, Tensor weight, Tensor? scale, Tensor expert, int first, Tensor? order, Tensor? ends, bool gelu, "
     "bool by_row) -> Tensor",
-    {"cpu": reference.gated_experts, "cuda": "stepgraph.ops.experts.triton:gated_experts"},
+    {
+        "cpu": Inlined(cpu.gated_experts, cpu.gated_experts_natively),
+        "cuda": "stepgraph.ops.experts.triton:gated_experts",
+    },
 )
 _sum_experts = register(
     "sum_experts(Tensor hidden, Tensor weight, Tensor? scale, Tensor expert, Tensor pair_weight, int first, Tensor? order, "
     "Tensor? ends, Tensor(a!) out, bool add, float multiplier, bool by_row) -> ()",
-    {"cpu": reference.sum_experts, "cuda": "stepgraph.ops.experts.triton:sum_experts"},
+    {
+        "cpu": Inlined(cpu.sum_experts, cpu.sum_experts_natively),
+        "cuda": "stepgraph.ops.experts.triton:sum_experts",
+    },
 )
 _mixture = register(
     "mixture(Tensor x, Tensor? norm_weight, float eps, Tensor router, Tensor? bias, Tensor counts, Tensor(a!) totals, int top, "

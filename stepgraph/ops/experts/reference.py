@@ -1,4 +1,4 @@
-"""Plain torch definition of the operators of `stepgraph.ops.experts`, which are also its CPU kernels."""
+"""Plain torch definition of the operators of `stepgraph.ops.experts`."""
 
 from __future__ import annotations
 
