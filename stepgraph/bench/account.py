@@ -265,7 +265,7 @@ class _Recorder(TorchDispatchMode):
                 if path:
                     roles.append(_role(path, is_lookup="embedding" in name))
         results = [_operand(tensor) for tensor in _tensors(result) if _address(tensor) not in known]
-        kept = max((operand.shape[0] for operand in operands if operand.kind == "weight"), default=0)
+        kept = max((x.shape[0] for x in operands if x.kind == "weight" and len(x.shape) == 3), default=0)
         load = ExpertLoad.of(self._chosen[first : first + kept])
         cost = operator_cost(name, operands, results, self._rows, self._num_heads, load)
         return Call(" ".join([name, ", ".join(dict.fromkeys(roles))]).strip(), cost, 1e6 * seconds)

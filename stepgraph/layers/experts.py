@@ -322,7 +322,7 @@ class MixtureMLP(nn.Module):
         counts_1 = inputs.tokens.query_start[-1:]
         left, x_TE = stream.inputs(norm)
         if stream.takes_products and post_norm is None:
-            x_TE, _ = self._routed(
+            x_TE, _ = self.routed(
                 left, x_TE, counts_1, inputs.dispatch, add_to=stream.residual_TE, multiplier=multiplier
             )
             if self.shared_experts is not None:
@@ -335,7 +335,7 @@ class MixtureMLP(nn.Module):
                     next_norm=next_norm,
                 )
             return
-        x_TE, part_TE = self._routed(left, x_TE, counts_1, inputs.dispatch)
+        x_TE, part_TE = self.routed(left, x_TE, counts_1, inputs.dispatch)
         if self.shared_experts is not None:
             self.shared_experts.down_proj.product(self._shared_hidden(x_TE), end=End.ADD, out=part_TE)
         stream.add_part(part_TE, multiplier=multiplier, post_norm=post_norm, next_norm=next_norm)
@@ -357,7 +357,7 @@ class MixtureMLP(nn.Module):
         assert stream.expert_group is not None
         num_tokens, rank = stream.residual_TE.shape[0], stream.expert_group.shard.rank
         x_AE, counts_N = stream.gather_tokens(norm, inputs.tokens.query_start[-1:])
-        _, part_AE = self._routed(None, x_AE, counts_N, inputs.dispatch)
+        _, part_AE = self.routed(None, x_AE, counts_N, inputs.dispatch)
         if self.shared_experts is not None:
             own = slice(num_tokens * rank, num_tokens * (rank + 1))
             down_proj, shared_TM = self.shared_experts.down_proj, self._shared_hidden(x_AE[own])
@@ -367,7 +367,7 @@ class MixtureMLP(nn.Module):
                 down_proj.product(shared_TM, end=End.ADD, out=part_AE[own])
         stream.scatter_sum(part_AE, counts_N, multiplier=multiplier, post_norm=post_norm, next_norm=next_norm)
 
-    def _routed(
+    def routed(
         self,
         norm: RMSNorm | None,
         x_TE: Tensor,
@@ -377,7 +377,18 @@ class MixtureMLP(nn.Module):
         add_to: Tensor | None = None,
         multiplier: float = 1.0,
     ) -> tuple[Tensor, Tensor]:
-        """`x_TE` after `norm`, and what its experts make of it: `add_to` or a new tensor."""
+        """Have the routed experts' part of the layer computed.
+
+        Args:
+            norm: of `x_TE`; None: it is normalised.
+            x_TE: [T, E].
+            counts_B: as of `ops.route`.
+            table: how tokens come to experts.
+            add_to, multiplier: as of `Experts`.
+
+        Returns:
+            `x_TE` after `norm`, and what its experts make of it: `add_to` or a new tensor.
+        """
         dispatch = table.of(x_TE.shape[0])
         operands = self.experts.operands if dispatch is ops.ExpertDispatch.PAIRS else None
         if operands is not None and not self.gate.is_watched:

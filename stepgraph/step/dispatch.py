@@ -5,14 +5,14 @@ Shapes: T tokens, E hidden size, N experts, K of them for a token.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import logging
 import os
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,6 +25,7 @@ from stepgraph.config import EngineConfig
 from stepgraph.graph import create_backend
 from stepgraph.layers.experts import MixtureMLP
 from stepgraph.layers.inputs import DispatchTable
+from stepgraph.layers.norm import RMSNorm
 from stepgraph.models.language_model import LanguageModel
 from stepgraph.ops import ExpertDispatch
 from stepgraph.parallel.exchange import Exchange
@@ -89,9 +90,9 @@ def measured(
     """The table with which some of a model's layers take least time, as a file beside the compiled kernels says, if one does, so
     that all engines of these sizes on this kind of device have the same; else as timed now, in some hundred milliseconds.
 
-    Timed are the products of all experts that this rank keeps, in captured graphs, for tokens that choose each expert equally
-    often, at the token counts at which both ways may be faster. Of the tables, that one is taken whose times are, on average
-    over these counts, least above the shorter of the two.
+    Timed is all of it, from the norm before the router to the sum over the experts that this rank keeps, in captured graphs, for
+    tokens that choose each expert about equally often, at the token counts at which both ways may be faster. Of the tables, that
+    one is taken whose times are, on average over these counts, least above the shorter of the two.
 
     Args:
         mixtures: the layers.
@@ -107,8 +108,9 @@ def measured(
     started = time.perf_counter()
     layers = mixtures[:: -(-len(mixtures) // _MOST_LAYERS)]
     trials = {(size, way): _trial(layers, size, way) for size in sizes for way in ExpertDispatch}
-    platform.compile_ahead(trials.values())
-    seconds = _time(trials, platform, graph_backend)
+    with _choosing_at_random(layers):
+        platform.compile_ahead(trials.values())
+        seconds = _time(trials, platform, graph_backend)
     platform.release_cached_memory()
     table = best_table(
         {size: (seconds[size, ExpertDispatch.PAIRS], seconds[size, ExpertDispatch.TILES]) for size in sizes}
@@ -139,27 +141,43 @@ def best_table(seconds: Mapping[int, tuple[float, float]]) -> DispatchTable:
 
 
 class _Output(NamedTuple):
-    part: Tensor
+    sums: Tensor
 
 
 def _trial(layers: Sequence[MixtureMLP], num_tokens: int, way: ExpertDispatch) -> Callable[[], _Output]:
-    """The products of some layers' experts, each of other tokens, which have chosen."""
-    generator = torch.Generator().manual_seed(num_tokens)
-    cases = []
-    for layer in layers:
-        weight, top = layer.gate.weight, layer.gate.routing.top
-        scores_TN = torch.rand(num_tokens, weight.shape[0], generator=generator)
-        x_TE = torch.randn(num_tokens, weight.shape[1], generator=generator)
-        chosen = ops.Chosen(
-            scores_TN.topk(top).indices.to(weight.device, torch.int32),
-            torch.full((num_tokens, top), 1 / top, device=weight.device),
-        )
-        cases.append((layer.experts, x_TE.to(weight.device, layer.experts.gate_up_proj.dtype), chosen))
+    """What some layers' experts make of other tokens each."""
+    table = DispatchTable(num_tokens if way is ExpertDispatch.PAIRS else 0)
+    device, dtype = layers[0].gate.weight.device, layers[0].experts.gate_up_proj.dtype
+    hidden_size = layers[0].gate.weight.shape[1]
+    norm = RMSNorm(hidden_size, 1e-6, dtype=dtype, device=device)
+    norm.weight.fill_(1.0)
+    x_LTE = torch.randn(len(layers), num_tokens, hidden_size, generator=torch.Generator().manual_seed(num_tokens))
+    x_LTE = x_LTE.to(device, dtype)
+    sums_LTE, counts_1 = torch.zeros_like(x_LTE), torch.tensor([num_tokens], dtype=torch.int32, device=device)
 
     def run() -> _Output:
-        return [_Output(experts(x_TE, chosen, way)) for experts, x_TE, chosen in cases][-1]
+        for layer, x_TE, sum_TE in zip(layers, x_LTE, sums_LTE, strict=True):
+            layer.routed(norm, x_TE, counts_1, table, add_to=sum_TE)
+        return _Output(sums_LTE)
 
     return run
+
+
+@contextmanager
+def _choosing_at_random(layers: Sequence[MixtureMLP]) -> Iterator[None]:
+    """Inside, routers have weights by which tokens choose about all experts, whatever they have, and nothing is counted."""
+    gates = [layer.gate for layer in layers]
+    before = [(tensor, tensor.clone()) for gate in gates for tensor in (*gate.parameters(), gate.totals)]
+    for number, gate in enumerate(gates):
+        drawn_NE = torch.randn(gate.weight.shape, generator=torch.Generator().manual_seed(number))
+        gate.weight.copy_(drawn_NE / gate.weight.shape[1] ** 0.5)
+        if gate.bias is not None:
+            gate.bias.zero_()
+    try:
+        yield
+    finally:
+        for tensor, content in before:
+            tensor.copy_(content)
 
 
 def _time(
@@ -208,13 +226,14 @@ def _file(platform: Platform, mixtures: Sequence[MixtureMLP], sizes: Sequence[in
 def _digest_of_kernels() -> str:
     """Of the source of the operators that are compared: whoever changes it shall not get what was measured before."""
     digest = hashlib.sha256()
-    for path in sorted(Path(ops.experts.__file__).parent.glob("*.py")):
-        digest.update(path.read_bytes())
+    for operators in ("experts", "route"):
+        for path in sorted((Path(ops.__file__).parent / operators).glob("*.py")):
+            digest.update(path.read_bytes())
     return digest.hexdigest()
 
 
 def _version_of(package: str) -> str:
-    with contextlib.suppress(ModuleNotFoundError):
+    with suppress(ModuleNotFoundError):
         return version(package)
     return ""
 
@@ -238,7 +257,7 @@ def _keep(file: Path, table: DispatchTable) -> DispatchTable:
                 json.dump({"most_pairs_tokens": table.most_pairs_tokens}, opened)
             if _read(file) is None:  # missing or damaged
                 file.unlink(missing_ok=True)
-            with contextlib.suppress(FileExistsError):
+            with suppress(FileExistsError):
                 os.link(name, file)
         finally:
             os.unlink(name)

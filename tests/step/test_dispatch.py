@@ -6,16 +6,16 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from tiny_mixture import save_tiny_mixture
+from tiny_mixture import TOP, save_tiny_mixture
 
-from stepgraph import LLM, SamplingParams, ops
+from stepgraph import LLM, SamplingParams
 from stepgraph.cli import main
 from stepgraph.config import EngineConfig
 from stepgraph.executor import build
 from stepgraph.layers.inputs import DispatchTable
 from stepgraph.models.loader import create_model
 from stepgraph.models.source import resolve
-from stepgraph.ops import ExpertDispatch, Routing, expert_work
+from stepgraph.ops import ExpertDispatch, Routing
 from stepgraph.parallel.exchange import alone
 from stepgraph.platforms.cpu import CpuPlatform
 from stepgraph.step import dispatch as dispatching
@@ -67,7 +67,7 @@ def choose(model, platform, *, is_leader=True, exchange=alone, **settings) -> Di
 
 
 @pytest.fixture
-def clock(monkeypatch):
+def clock(monkeypatch, model):
     """What timing finds, by size and way; counts how often somebody times."""
     found = SimpleNamespace(seconds=lambda size, way: 1.0, calls=[])
 
@@ -75,6 +75,7 @@ def clock(monkeypatch):
         found.calls.append(sorted(trials))
         for trial in trials.values():
             assert trial()[0].isfinite().all()
+        assert model.layers[0].mlp.gate.totals.count_nonzero() > TOP, "all tokens choose the same experts"
         return {(size, way): found.seconds(size, way) for size, way in trials}
 
     monkeypatch.setattr(dispatching, "_time", time)
@@ -172,9 +173,12 @@ def test_settings_that_ask_for_one_way_get_it_untimed(model, clock, tmp_path):
     assert choose(model, platform, expert_parallel_mixed="on") == DispatchTable(8)
 
 
-def test_the_clock_finds_a_time_for_each_trial(model):
+def test_timing_leaves_no_trace(model):
+    gates = [mixture.gate for mixture in mixtures_of(model)]
+    before = [tensor.clone() for gate in gates for tensor in (gate.weight, gate.totals)]
     table = measured(mixtures_of(model), CpuPlatform(), "cpu", (1, 2))
     assert table.most_pairs_tokens in (0, 1, 2)
+    assert all(map(torch.equal, before, [tensor for gate in gates for tensor in (gate.weight, gate.totals)]))
 
 
 def test_answers_are_equal_with_one_way_and_with_two(folder, monkeypatch):
@@ -182,15 +186,12 @@ def test_answers_are_equal_with_one_way_and_with_two(folder, monkeypatch):
     one = answers(folder, expert_parallel_mixed="off")
     seen = set()
 
-    def two_ways(*arguments, **settings):
-        return DispatchTable(2)
+    class Noting(DispatchTable):
+        def of(self, num_tokens):
+            seen.add(super().of(num_tokens))
+            return super().of(num_tokens)
 
-    def note(chosen, first, count, way):
-        seen.add(way)
-        return expert_work(chosen, first, count, way)
-
-    monkeypatch.setattr(build, "choose_dispatch", two_ways)
-    monkeypatch.setattr(ops, "expert_work", note)
+    monkeypatch.setattr(build, "choose_dispatch", lambda *_, **__: Noting(2))
     assert answers(folder, expert_parallel_mixed="on", max_num_seqs=2) == one
     assert seen == set(ExpertDispatch)
 
