@@ -103,7 +103,7 @@ def save_byte_tokenizer(folder: Path) -> None:
 
 
 def mtp_tensors(config: LlamaConfig, num_modules: int, seed: int = 1) -> dict[str, torch.Tensor]:
-    """Random modules for a Llama, in DeepSeek's layout: what a checkpoint of it would hold beside the model."""
+    """Random modules for a Llama, or a Mixtral, in DeepSeek's layout: what a checkpoint of it would hold beside the model."""
     E, M, D = config.hidden_size, config.intermediate_size, config.head_dim
     shapes = {
         "enorm": (E,),
@@ -116,10 +116,11 @@ def mtp_tensors(config: LlamaConfig, num_modules: int, seed: int = 1) -> dict[st
         "self_attn.v_proj": (config.num_key_value_heads * D, E),
         "self_attn.o_proj": (E, config.num_attention_heads * D),
         "post_attention_layernorm": (E,),
-        "mlp.gate_proj": (M, E),
-        "mlp.up_proj": (M, E),
-        "mlp.down_proj": (E, M),
     }
+    num_experts = getattr(config, "num_local_experts", 0)
+    shapes |= {"mlp.gate": (num_experts, E)} if num_experts else {}
+    for path in [f"mlp.experts.{number}" for number in range(num_experts)] or ["mlp"]:
+        shapes |= {f"{path}.gate_proj": (M, E), f"{path}.up_proj": (M, E), f"{path}.down_proj": (E, M)}
     generator = torch.Generator().manual_seed(seed)
     return {
         f"model.layers.{config.num_hidden_layers + k}.{name}.weight": torch.empty(shape).normal_(

@@ -115,8 +115,8 @@ class AdapterFile:
 class AdapterStore:
     """The device's memory of adapters.
 
-    Makes the buffers of all projections of a model's layers, once; graphs are captured over them. Driven by the engine's
-    thread, but for `read`; writes are ordered before the next step on the device's stream.
+    Makes the buffers of all projections of a model's layers but experts', once; graphs are captured over them. Driven by the
+    engine's thread, but for `read`; writes are ordered before the next step on the device's stream.
     """
 
     def __init__(self, model: Decoder, config: LoRAConfig, *, max_tokens: int) -> None:
