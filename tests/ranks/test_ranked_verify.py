@@ -4,7 +4,7 @@ import json
 
 import pytest
 from ranked_engines import add_by_another_rule
-from tiny import TINY_SETTINGS
+from tiny import TINY_SETTINGS, save_tiny_mixture
 
 from stepgraph.config import EngineConfig
 from stepgraph.step.shape import Variant
@@ -43,6 +43,23 @@ def test_right_graphs_of_two_ranks_pass_at_every_shape(create_two, settings) -> 
     for report in reports:
         assert report.mismatches == []
         assert report.compositions == len(report.digests) == 4
+        assert report.worst_graph_difference == 0
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"enable_expert_parallel": True},
+        {"enable_expert_parallel": True, "dtype": "bfloat16", "deterministic": True},
+        {"enable_expert_parallel": True, "quantization": "fp8"},
+    ],
+    ids=["parts of experts", "whole experts", "deterministic", "fp8 weights"],
+)
+def test_right_graphs_of_ranks_with_experts_pass_at_every_shape(create_two, tmp_path, settings) -> None:
+    executor = create_two(model=save_tiny_mixture(tmp_path), **settings)
+    for report in verify_graphs(executor, rounds=4, seed=0):
+        assert report.mismatches == []
         assert report.worst_graph_difference == 0
 
 
