@@ -4,7 +4,10 @@ of them for a token, groups, scales and biases of routers, dense layers among th
 Each must give transformers' most likely tokens and log-probabilities: several requests at once, prompts in chunks, with prefixes
 that are found in the cache; and the same tokens alone, with looked-up proposals, and with those of a draft module with experts.
 
-    python scripts/sweep_experts.py [--seeds 12] [--families glm4_moe,mixtral] [--device cpu] [--out sweep.json]
+    python scripts/sweep_experts.py [--seeds 12] [--families glm4_moe,mixtral] [--settings JSON] [--out sweep.json]
+
+With --settings '{"tensor_parallel_size": 2, "enable_expert_parallel": true}', two ranks share each, or it is refused in a
+sentence; with '{"device": "cuda"}', kernels for GPUs run.
 """
 
 from __future__ import annotations
@@ -28,6 +31,7 @@ from stepgraph.engine.build import build_engine
 from stepgraph.engine.engine import Engine
 from stepgraph.engine.request import Request
 from stepgraph.engine.sampling_params import SamplingParams
+from stepgraph.errors import ModelError
 from stepgraph.layers.experts import Router
 
 SIZES: dict[str, Any] = {
@@ -42,6 +46,7 @@ SIZES: dict[str, Any] = {
     "eos_token_id": 2,
 }
 SETTINGS: dict[str, Any] = {
+    "device": "cpu",
     "dtype": "float32",
     "max_model_len": 96,
     "max_num_seqs": 3,
@@ -198,7 +203,7 @@ def answer(
     folder: Path, prompts: list[list[int]], device: str = "cpu", **settings: Any
 ) -> tuple[Engine, list[Request]]:
     """An engine that has answered these prompts, the last after the others."""
-    engine = build_engine(EngineConfig.from_settings(model=str(folder), device=device, **SETTINGS | settings))
+    engine = build_engine(EngineConfig.from_settings(model=str(folder), **SETTINGS | settings))
     params = SamplingParams(temperature=0, max_tokens=NUM_TOKENS, ignore_eos=True, logprobs=0)
     requests: list[Request] = []
     for part in (prompts[:-1], prompts[-1:]):
@@ -238,16 +243,16 @@ def miscounted(engine: Engine) -> list[str]:
     ]
 
 
-def check(config: Any, folder: Path, device: str = "cpu") -> list[str]:
-    """What is wrong with a model of this config."""
+def check(config: Any, folder: Path, **settings: Any) -> list[str]:
+    """What is wrong with a model of this config; ModelError if these settings cannot be with it."""
     model = write_model(config, folder)
-    engine, requests = answer(folder, PROMPTS, device)
+    engine, requests = answer(folder, PROMPTS, **settings)
     found = differences(model, requests) + miscounted(engine)
     engine.shutdown()
     if not requests[-1].num_cached_tokens:
         found.append("no prefix was found in the cache")
-    for way, (prompts, settings) in WAYS.items():
-        engine, others = answer(folder, prompts, device, **settings)
+    for way, (prompts, further) in WAYS.items():
+        engine, others = answer(folder, prompts, **settings | further)
         engine.shutdown()
         for ours, other in zip(requests, others, strict=False):
             if ours.output_token_ids != other.output_token_ids:
@@ -259,7 +264,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=12, help="configs of each family")
     parser.add_argument("--families", help="model types, with commas between them; all if not given")
-    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--settings", type=json.loads, default={}, help="of the engines, beside their own")
     parser.add_argument("--out", type=Path, help="JSON file for all results")
     options = parser.parse_args()
     transformers.utils.logging.set_verbosity_error()
@@ -270,14 +275,18 @@ def main() -> None:
         for seed in range(options.seeds):
             config = FAMILIES[family](random.Random(seed))
             with tempfile.TemporaryDirectory() as folder:
-                found = check(config, Path(folder), options.device)
-            results.append({"family": family, "seed": seed, "differences": found})
+                try:
+                    found, refused = check(config, Path(folder), **options.settings), ""
+                except ModelError as error:
+                    found, refused = [], str(error)
+            results.append({"family": family, "seed": seed, "differences": found, "refused": refused})
             for difference in found:
                 print(f"{family}, seed {seed}: {difference}", flush=True)
             if options.out:
                 options.out.write_text(json.dumps(results, indent=1))
     wrong = sum(bool(result["differences"]) for result in results)
-    print(f"{len(results)} models in {time.monotonic() - begun:.0f} s, {wrong} wrong")
+    num_refused = sum(bool(result["refused"]) for result in results)
+    print(f"{len(results)} models in {time.monotonic() - begun:.0f} s, {wrong} wrong, {num_refused} refused")
     raise SystemExit(1 if wrong else 0)
 
 

@@ -74,7 +74,15 @@ _OF_NO_ACCOUNT = frozenset(
 _COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "num_attention_heads", "n_head", "num_heads")
 _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 _WIDTHS = ("vocab_size", "hidden_size", "n_embd", "d_model", "max_position_embeddings", "n_positions")
-_OPTIONAL_WIDTHS = ("intermediate_size", "n_inner", "ffn_dim", "num_key_value_heads", "head_dim")
+_OPTIONAL_WIDTHS = (
+    "intermediate_size",
+    "n_inner",
+    "ffn_dim",
+    "num_key_value_heads",
+    "head_dim",
+    "moe_intermediate_size",
+    "shared_expert_intermediate_size",
+)
 _OPTIONAL = (*_OPTIONAL_WIDTHS, *_EXPERTS)
 _MOST_OF = dict.fromkeys((*_COUNTS, *_EXPERTS), 2**12) | dict.fromkeys((*_WIDTHS, *_OPTIONAL_WIDTHS), 2**24)
 """By the names that a config may give to the sizes of a model: more than any model has. Lists are made and loops run by them, in

@@ -197,6 +197,76 @@ PUBLISHED = {
             "vocab_size": 32000,
         },
     ),
+    "baidu/ERNIE-4.5-21B-A3B-PT": (
+        21_825_437_888,
+        SILU
+        | {
+            "architectures": ["Ernie4_5_MoeForCausalLM"],
+            "model_type": "ernie4_5_moe",
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+            "head_dim": 128,
+            "hidden_size": 2560,
+            "intermediate_size": 12288,
+            "max_position_embeddings": 131072,
+            "moe_capacity": [64, 64, 64],
+            "moe_gate": "topk",
+            "moe_intermediate_size": 1536,
+            "moe_k": 6,
+            "moe_layer_end_index": 27,
+            "moe_layer_interval": 1,
+            "moe_layer_start_index": 1,
+            "moe_num_experts": 64,
+            "moe_num_shared_experts": 2,
+            "moe_use_aux_free": True,
+            "num_attention_heads": 20,
+            "num_hidden_layers": 28,
+            "num_key_value_heads": 4,
+            "num_nextn_predict_layers": 1,
+            "pad_token_id": 0,
+            "rms_norm_eps": 1e-5,
+            "rope_theta": 500000,
+            "tie_word_embeddings": True,
+            "use_bias": False,
+            "vocab_size": 103424,
+        },
+    ),
+    "zai-org/GLM-4.5-Air": (
+        106_852_251_264,  # without its draft module
+        SILU
+        | {
+            "architectures": ["Glm4MoeForCausalLM"],
+            "model_type": "glm4_moe",
+            "attention_bias": True,
+            "attention_dropout": 0.0,
+            "eos_token_id": [151329, 151336, 151338],
+            "first_k_dense_replace": 1,
+            "head_dim": 128,
+            "hidden_size": 4096,
+            "intermediate_size": 10944,
+            "max_position_embeddings": 131072,
+            "moe_intermediate_size": 1408,
+            "n_group": 1,
+            "n_routed_experts": 128,
+            "n_shared_experts": 1,
+            "norm_topk_prob": True,
+            "num_attention_heads": 96,
+            "num_experts_per_tok": 8,
+            "num_hidden_layers": 46,
+            "num_key_value_heads": 8,
+            "num_nextn_predict_layers": 1,
+            "pad_token_id": 151329,
+            "partial_rotary_factor": 0.5,
+            "rms_norm_eps": 1e-5,
+            "rope_scaling": None,
+            "rope_theta": 1000000,
+            "routed_scaling_factor": 1.0,
+            "tie_word_embeddings": False,
+            "topk_group": 1,
+            "use_qk_norm": False,
+            "vocab_size": 151552,
+        },
+    ),
     "Qwen/Qwen1.5-MoE-A2.7B": (
         14_315_784_192,
         SILU
@@ -268,3 +338,13 @@ def test_smollm_3_leaves_every_fourth_layer_without_positions(config_of) -> None
     config = config_of("HuggingFaceTB/SmolLM3-3B")
     assert [bool(rope.inv_freq) for rope in config.ropes] == [True, True, True, False] * 9
     assert set(config.windows) == {0}
+
+
+def test_ernies_and_glms_first_layer_is_dense_and_half_of_glms_heads_is_rotated(config_of) -> None:
+    ernie, glm = (config_of(name) for name in ("baidu/ERNIE-4.5-21B-A3B-PT", "zai-org/GLM-4.5-Air"))
+    for config, top in ((ernie, 6), (glm, 8)):
+        assert config.mixture(0) is None
+        assert {config.mixture(layer).routing.top for layer in range(1, config.num_layers)} == {top}
+        assert config.num_mtp_modules == 1
+    assert (ernie.mixture(1).shared_intermediate_size, glm.mixture(1).shared_intermediate_size) == (3072, 1408)
+    assert {len(rope.inv_freq) for rope in glm.ropes} == {32}
