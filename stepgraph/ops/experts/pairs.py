@@ -55,7 +55,8 @@ def _chosen(
     number_N = tl.arange(0, BLOCK_N)
     token_R = token + tl.zeros([ROWS], tl.int32)
     inside_RN = (token_R < T)[:, None] & (number_N < N)[None, :]
-    logit_RN = load_logits(logits_ptr, token_R, inside_RN, number_N, T, N, SLICES)
+    counts = is_token(counts_ptr, token, T, blocks)
+    logit_RN = tl.where(counts, load_logits(logits_ptr, token_R, inside_RN, number_N, T, N, SLICES), 0.0)
     expert_RK, weight_RK, last_R = choose(
         logit_RN,
         number_N,
@@ -72,7 +73,6 @@ def _chosen(
         KEPT_GROUPS,
         GROUP_TOP,
     )
-    counts = is_token(counts_ptr, token, T, blocks)
     expert_K, weight_K = tl.max(expert_RK, axis=0), tl.max(weight_RK, axis=0)
     return tl.where(counts, expert_K, N), weight_K, tl.where(counts, tl.max(last_R, axis=0), N)
 
