@@ -6,6 +6,7 @@ namespace stepgraph {
 void register_attention(TorchLibraryHandle library);
 void register_experts(TorchLibraryHandle library);
 void register_linear(TorchLibraryHandle library);
+void register_route(TorchLibraryHandle library);
 void register_rows(TorchLibraryHandle library);
 
 namespace {
@@ -16,6 +17,7 @@ const bool registered = [] {
   register_attention(library);
   register_experts(library);
   register_linear(library);
+  register_route(library);
   register_rows(library);
   return true;
 }();

@@ -5,7 +5,8 @@ from dataclasses import astuple, replace
 import pytest
 import torch
 
-from stepgraph.ops.route import Routing, reference
+from stepgraph import native
+from stepgraph.ops.route import Routing, cpu, reference
 from stepgraph.ops.route import triton as kernel
 
 ROUTINGS = {
@@ -22,11 +23,15 @@ ROUTINGS = {
 }
 
 
-@pytest.fixture(params=["reference", "few", "many"])
+@pytest.fixture(params=["reference", "cpu", "few", "many"])
 def route(request, monkeypatch, device):
-    """`route` by the reference, or by the kernels for few or for many tokens."""
+    """`route` by the reference, or by the CPU's kernel, or by those of GPUs for few or for many tokens."""
     if request.param == "reference":
         return reference.route
+    if request.param == "cpu":
+        if not native.available():
+            pytest.skip(f"no kernels: {native.missing()}")
+        return cpu.route_natively
     tiles = 1 if request.param == "many" else 1 << 30
     monkeypatch.setattr(kernel, "TUNING", replace(kernel.TUNING, min_whole_router_tiles=tiles))
 
@@ -68,7 +73,7 @@ def exact(x, weight, bias, routing):
 def test_experts_and_weights_are_those_of_float64_and_padding_has_none(kind, route):
     """Two blocks of tokens, the rest of which is padding and NaN."""
     num_experts, routing, with_bias = ROUTINGS[kind]
-    x, weight, bias = operands(10, num_experts, 40, dtype=torch.bfloat16, with_bias=with_bias)
+    x, weight, bias = operands(10, num_experts, 160, dtype=torch.bfloat16, with_bias=with_bias)
     tokens = [0, 1, 2, 5]
     padding = sorted(set(range(10)) - set(tokens))
     x[padding] = torch.nan
@@ -150,3 +155,40 @@ def test_gpu_tokens_keep_their_bits_in_every_batch(dtype, num_experts, hidden_si
         found = chosen(x[-size:])
         assert torch.equal(found[0], expert[-size:])
         assert torch.equal(found[1], pair_weight[-size:])
+
+
+@pytest.mark.skipif(not native.available(), reason="no kernels")
+def test_on_the_cpu_a_token_has_the_bits_that_it_has_alone():
+    x, weight, bias = operands(40, 60, 96, dtype=torch.float32, with_bias=True)
+    routing = Routing(top=5, sigmoid=True, groups=6, kept_groups=3, scale=1.5)
+
+    def run(x):
+        counts, totals = torch.tensor([len(x)], dtype=torch.int32), torch.zeros(60, dtype=torch.int64)
+        return cpu.route_natively(x, weight, bias, counts, totals, *astuple(routing))
+
+    experts, weights = run(x)
+    for t in range(40):
+        expert, pair_weight = run(x[t : t + 1])
+        assert torch.equal(expert[0], experts[t])
+        assert torch.equal(pair_weight[0], weights[t])
+
+
+@pytest.mark.skipif(not native.available(), reason="no kernels")
+def test_on_the_cpu_tokens_that_are_no_numbers_choose_experts_that_there_are():
+    x, weight, _ = operands(4, 12, 32, dtype=torch.float32)
+    totals = torch.zeros(12, dtype=torch.int64)
+    x[1:3] = torch.nan
+    expert, _ = cpu.route_natively(
+        x, weight, None, torch.tensor([4], dtype=torch.int32), totals, *astuple(Routing(top=3, groups=3, kept_groups=2))
+    )
+    assert all(len(set(row)) == 3 and min(row) >= 0 and max(row) < 12 for row in expert.tolist())
+    assert totals.sum() == 12
+
+
+@pytest.mark.skipif(not native.available(), reason="no kernels")
+@pytest.mark.parametrize("routing", [Routing(top=7), Routing(top=2, groups=3, kept_groups=4), Routing(top=2, groups=6)])
+def test_on_the_cpu_more_experts_than_there_are_cannot_be_chosen(routing):
+    x, weight, _ = operands(1, 6, 32, dtype=torch.float32)
+    counts, totals = torch.ones(1, dtype=torch.int32), torch.zeros(6, dtype=torch.int64)
+    with pytest.raises(RuntimeError, match="more experts are to be chosen than there are"):
+        cpu.route_natively(x, weight, None, counts, totals, *astuple(routing))

@@ -7,13 +7,13 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from stepgraph.ops.registry import register
-from stepgraph.ops.route import reference
+from stepgraph.ops.registry import Inlined, register
+from stepgraph.ops.route import cpu
 
 _route = register(
     "route(Tensor x, Tensor weight, Tensor? bias, Tensor counts, Tensor(a!) totals, int top, bool sigmoid, bool normalise, "
     "float least_sum, float scale, int groups, int kept_groups, int group_top) -> (Tensor, Tensor)",
-    {"cpu": reference.route, "cuda": "stepgraph.ops.route.triton:route"},
+    {"cpu": Inlined(cpu.route, cpu.route_natively), "cuda": "stepgraph.ops.route.triton:route"},
 )
 
 

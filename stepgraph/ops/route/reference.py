@@ -1,4 +1,4 @@
-"""Plain torch definition of `route`, which is also its CPU kernel."""
+"""Plain torch definition of `route`."""
 
 from __future__ import annotations
 
