@@ -18,6 +18,8 @@ def test_it_checks_and_times_every_case(tmp_path, capsys) -> None:
     assert result["ranks"] == 2
     cases = [(timing["collective"], timing["rows"], timing["bytes"]) for timing in result["timings"]]
     assert ("sum + residual + norm", 8, 8 * 64 * 4) in cases
+    assert ("norm + gather of tokens", 8, 8 * 64 * 4) in cases
+    assert ("sum of own tokens + residual + norm", 8, 8 * 64 * 4) in cases
     assert ("gather of logits", 64, 64 * 151 * 4) in cases
     assert all(timing["us"] > 0 for timing in result["timings"])
     assert "all results are the defined ones" in capsys.readouterr().out
