@@ -20,7 +20,7 @@ from stepgraph.ops.dependent_launch import LAUNCH, wait_for_previous
 from stepgraph.ops.fp8_linear.reference import GROUP_SIZE
 from stepgraph.ops.launched import launched
 from stepgraph.ops.route import Routing
-from stepgraph.ops.route.triton import choose, is_token, load_logits, write_logits
+from stepgraph.ops.route.triton import choose, is_token, write_logits
 from stepgraph.ops.swiglu.triton import gated
 from stepgraph.platforms.kernels import kernel_tuning
 from stepgraph.platforms.tuning import PairTile
@@ -52,11 +52,12 @@ def _chosen(
     ROWS: tl.constexpr,
 ):
     """`choose` for one token: experts and weights [TOP_BLOCK], and the last round's expert. A padding token's are N."""
-    number_N = tl.arange(0, BLOCK_N)
-    token_R = token + tl.zeros([ROWS], tl.int32)
-    inside_RN = (token_R < T)[:, None] & (number_N < N)[None, :]
+    number_N, slice_S = tl.arange(0, BLOCK_N), tl.arange(0, triton.next_power_of_2(SLICES))
+    logit_SN = logits_ptr + (slice_S.to(tl.int64) * T + token)[:, None] * N + number_N[None, :]
+    inside_SN = (slice_S < SLICES)[:, None] & (number_N < N)[None, :]
     counts = is_token(counts_ptr, token, T, blocks)
-    logit_RN = tl.where(counts, load_logits(logits_ptr, token_R, inside_RN, number_N, T, N, SLICES), 0.0)
+    logit_N = tl.where(counts, tl.sum(tl.load(logit_SN, mask=inside_SN, other=0.0), axis=0), 0.0)
+    logit_RN = logit_N[None, :] + tl.zeros([ROWS, 1], tl.float32)
     expert_RK, weight_RK, last_R = choose(
         logit_RN,
         number_N,

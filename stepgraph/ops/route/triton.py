@@ -29,6 +29,9 @@ MANY_EXPERTS, MANY_TOKENS = 32, 64
 """Of a program that has all. Fewer than 64 experts, which are the rows of its products, keep Triton to the instruction of the
 small tile, and so to its bits."""
 
+CHOSEN_TOKENS = 4
+"""Of a program that chooses, whatever their number: another one might add up the scores in another order."""
+
 _LOWEST = tl.constexpr(-(1 << 31))
 _LAST = tl.constexpr((1 << 31) - 1)
 
@@ -407,8 +410,7 @@ def route(
     logits, _ = write_logits(x, weight, many=programs >= TUNING.min_whole_router_tiles)
     expert = x.new_empty(T, top, dtype=torch.int32)
     pair_weight = x.new_empty(T, top, dtype=torch.float32)
-    rows = 4 if T < 1024 else 8
-    _choose_kernel[(triton.cdiv(T, rows),)](
+    _choose_kernel[(triton.cdiv(T, CHOSEN_TOKENS),)](
         logits,
         bias,
         counts,
@@ -427,7 +429,7 @@ def route(
         GROUPS=groups,
         KEPT_GROUPS=kept_groups,
         GROUP_TOP=group_top,
-        BLOCK_R=rows,
+        BLOCK_R=CHOSEN_TOKENS,
         BLOCK_N=triton.next_power_of_2(N),
         TOP_BLOCK=triton.next_power_of_2(top),
         num_warps=4,
