@@ -188,7 +188,7 @@ def _create_model(
     *,
     progress: bool,
 ) -> LanguageModel:
-    settings = config.model
+    settings, has_own_requests = config.model, config.parallel.data_parallel_size > 1
     return create_model(
         source,
         dtype=dtype,
@@ -201,7 +201,8 @@ def _create_model(
         packed=settings.quantization == "auto" and dtype in platform.packed_dtypes,
         exact_tokens=exact_tokens(config),
         free_bytes=platform.free_memory_bytes(),
-        group=group,
+        group=None if has_own_requests else group,
+        expert_group=group if has_own_requests else None,
         expert_parallel=config.parallel.enable_expert_parallel,
         progress=progress,
     )

@@ -9,7 +9,7 @@ import torch
 from stepgraph.config import EngineConfig, ParallelConfig
 from stepgraph.devices import AUTO, BUILT_IN
 from stepgraph.errors import ConfigError
-from stepgraph.models.config import DecoderConfig, no_experts, shard_experts
+from stepgraph.models.config import DecoderConfig, no_experts, shard_experts, spread_experts
 from stepgraph.models.source import ModelSource
 from stepgraph.parallel.shard import Shard
 
@@ -36,11 +36,14 @@ def check_devices(config: EngineConfig) -> None:
 
 def check_parts(config: EngineConfig, source: ModelSource) -> None:
     """Check that the model can be cut into as many parts as there are to be devices; raises as `create_model`."""
+    parallel = config.parallel
     if isinstance(source.config, DecoderConfig):
-        parallel = config.parallel
-        shard = Shard(0, parallel.tensor_parallel_size)
-        shard_experts(source.config, shard, expert_parallel=parallel.enable_expert_parallel)
-    elif config.parallel.enable_expert_parallel:
+        shard = Shard(0, parallel.num_ranks)
+        if parallel.data_parallel_size > 1:
+            spread_experts(source.config, shard)
+        else:
+            shard_experts(source.config, shard, expert_parallel=parallel.enable_expert_parallel)
+    elif parallel.enable_expert_parallel:
         raise no_experts(source.config.architecture, "which would run through transformers")
 
 

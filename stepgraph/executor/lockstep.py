@@ -36,10 +36,11 @@ class LockstepExecutor(LeadingExecutor):
         super().__init__(local, *args, **options)
         shared = self.runner.shared_rings
         assert shared is not None
-        self._readers = [OutputReader(rings) for rings in shared.of_ranks]
+        self._readers = [OutputReader(rings) for rings in shared.of_ranks[1:]]
         self._num_slots = self.runner.state.lines.shape[0] - 1  # of a rank, the null slot not counted
         length = self.runner.state.plan.shape[0]
         self._packed = [np.zeros(length, dtype=np.int32) for _ in self._readers]
+        """Plans of the other ranks, on their way to them."""
 
     def admit(self, admission: Admission) -> None:
         """See `Executor.admit`. If it is another rank's, that does it meanwhile; `wait` says if it could not."""
@@ -63,11 +64,12 @@ class LockstepExecutor(LeadingExecutor):
 
     def collect(self, ticket: Ticket) -> StepResults:
         """See `Executor.collect`."""
-        plan = ticket.plan
-        parts = [reader.read(ticket.step, own) for reader, own in zip(self._readers, plan.ranks, strict=True)]
-        for rank, part in enumerate(parts):
-            part.table[:, 0] += rank * self._num_slots
-        return StepResults.joined(parts, plan)
+        own, *others = ticket.plan.ranks
+        parts = [self._local.collect(ticket._replace(plan=own))]
+        for rank, (reader, plan) in enumerate(zip(self._readers, others, strict=True), start=1):
+            parts.append(reader.read(ticket.step, plan))
+            parts[rank].table[:, 0] += rank * self._num_slots
+        return StepResults.joined(parts, ticket.plan)
 
     def check_alike(self) -> None:
         """EngineDeadError if a rank has not run all steps, with none under way."""
@@ -83,15 +85,14 @@ class LockstepExecutor(LeadingExecutor):
     def _pack(self, plan: StepPlan, shape: StepShape) -> tuple[slice, Words]:
         own, *others = plan.ranks
         part = self.runner.pack(own, shape)
-        words = []
-        for rank, other in enumerate(others, start=1):
-            theirs = self.runner.loaded[rank].pack(other, shape, self._packed[rank])
-            words.append(self._packed[rank][theirs])
-        return part, words_of_parts([NOTHING, *words]) if any(map(len, words)) else NOTHING
+        words = [NOTHING]
+        for loaded, other, packed in zip(self.runner.loaded[1:], others, self._packed, strict=True):
+            words.append(packed[loaded.pack(other, shape, packed)])
+        return part, words_of_parts(words) if any(map(len, words)) else NOTHING
 
     def _await(self, ticket: Ticket) -> None:
         super()._await(ticket)
-        for rank, reader in enumerate(self._readers[1:], start=1):
+        for rank, reader in enumerate(self._readers, start=1):
             since = time.perf_counter()
             while not reader.is_done(ticket.step, self.runner.num_launched):
                 if time.perf_counter() - since < _SPIN_S:

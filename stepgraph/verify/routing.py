@@ -29,6 +29,10 @@ class Choice(NamedTuple):
     """[B], see `stepgraph.ops.route`."""
     chosen: Chosen
 
+    def of(self, values: Tensor, tokens: slice) -> Tensor:
+        """Those of `values`, one for each token, that belong to some tokens of the step, on each rank that has tokens of its own."""
+        return values.unflatten(0, (len(self.counts), -1))[:, tokens].flatten(0, 1)
+
     @property
     def takes_padding(self) -> bool:
         """Whether it chose an expert for a token that is none."""
@@ -66,8 +70,8 @@ def imposed_choices(kept: Sequence[Choice], tokens: slice) -> Iterator[list[int]
     def impose(router: Any, args: tuple[Tensor, Tensor], chosen: Chosen) -> Chosen:
         call, choice = next(calls)
         assert choice.router is router
-        in_batch = Chosen(*(values[tokens] for values in choice.chosen))
-        alone = router.forward(choice.x[tokens], args[1])
+        in_batch = Chosen(*(choice.of(values, tokens) for values in choice.chosen))
+        alone = router.forward(choice.of(choice.x, tokens), args[1])
         if not all(map(torch.equal, alone, in_batch)):
             wrong.append(call)
         return in_batch
