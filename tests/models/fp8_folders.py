@@ -114,7 +114,11 @@ def write_fp8(source, folder, layout, *, ignored=()):
                 (target / file.name).write_bytes(file.read_bytes())
     tensors, values = {}, {}
     for name, tensor in load_file(source / "model.safetensors").items():
-        if ".layers." in name and name.endswith("proj.weight") and not any(part in name for part in ignored):
+        if (
+            ".layers." in name
+            and name.endswith(("proj.weight", "w1.weight", "w2.weight", "w3.weight"))
+            and not any(part in name for part in ignored)
+        ):
             tensors[name], scale, values[name] = encode(tensor.float(), per)
             scale = scale[:, None, :, None].contiguous() if layout == "modelopt with a scale per block" else scale
             tensors[name.removesuffix("weight") + suffix] = scale

@@ -56,9 +56,15 @@ def test_a_checkpoint_in_8_bits_keeps_its_codes_and_scales(layout, folder, tmp_p
 
 
 @pytest.mark.parametrize("layout", ["a scale per output", "fp8 with a scale per block"])
-@pytest.mark.parametrize("name", ["ernie 4.5", "phi 4 with long rope", "qwen3", "llama with every bias"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("ernie 4.5", "phi 4 with long rope", "qwen3", "llama with every bias"),
+        *("mixtral with windows", "qwen2 moe", "glm 4.5"),
+    ],
+)
 def test_every_kind_of_model_runs_in_8_bits(name, layout, tmp_path) -> None:
-    """Those whose heads are reordered and those whose projections are merged in the checkpoint among them."""
+    """Those whose heads are reordered and those whose projections are merged among them, and experts by each name."""
     random_hf_model(HF_CONFIGS[name]()).save_pretrained(tmp_path / "source")
     plain = load(write_fp8(tmp_path / "source", tmp_path / "fp8", layout))
     model = load(tmp_path / "fp8")
