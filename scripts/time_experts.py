@@ -35,31 +35,33 @@ FEW = [
     ExpertTile(rows, outputs, inputs, num_warps, num_stages, copied)
     for rows in (16, 32, 64)
     for outputs, inputs, num_warps, num_stages, copied in (
-        (64, 128, 4, 4, False),
         (64, 128, 4, 3, False),
-        (64, 64, 4, 6, False),
-        (128, 64, 4, 4, False),
+        (64, 128, 4, 3, True),
+        (64, 128, 4, 4, True),
         (128, 64, 4, 4, True),
         (128, 64, 4, 5, True),
         (128, 128, 4, 3, True),
-        (128, 128, 8, 3, True),
         (256, 64, 8, 4, True),
     )
 ]
 MANY = [
-    ExpertTile(rows, outputs, inputs, num_warps, num_stages, copied)
-    for rows in (64, 128)
-    for outputs, inputs, num_warps, num_stages, copied in (
-        (128, 64, 4, 4, False),
-        (128, 64, 4, 3, True),
-        (128, 64, 4, 4, True),
-        (128, 64, 8, 4, True),
-        (128, 128, 8, 3, True),
-        (256, 64, 8, 3, True),
-        (256, 64, 8, 4, True),
-        (256, 64, 8, 3, False),
+    ExpertTile(rows, outputs, inputs, num_warps, num_stages, True, rows_copied)
+    for rows_copied in (False, True)
+    for rows, outputs, inputs, num_warps, num_stages in (
+        (64, 128, 64, 4, 3),
+        (64, 128, 64, 4, 4),
+        (64, 256, 64, 8, 4),
+        (128, 64, 128, 4, 3),
+        (128, 128, 64, 4, 3),
+        (128, 128, 64, 8, 3),
+        (128, 128, 64, 8, 4),
+        (128, 128, 128, 8, 3),
+        (128, 256, 64, 8, 3),
+        (128, 256, 64, 8, 4),
+        (256, 128, 64, 8, 3),
+        (256, 128, 64, 8, 4),
     )
-] + [ExpertTile(256, 128, 64, 8, num_stages, True) for num_stages in (3, 4)]
+]
 
 
 @dataclass(frozen=True)
@@ -215,14 +217,22 @@ def fits(tile: ExpertTile, weight: Tensor, tokens: int, sizes: Sizes) -> bool:
     """Whether a tile is worth a try, and has room in shared memory."""
     average = tokens * sizes.top / sizes.experts
     stage = tile.inputs * (tile.outputs * weight.element_size() + tile.rows * 2)
-    return average / 2 <= tile.rows <= max(16, 4 * average) and tile.num_stages * stage < 227 * 1024
+    return average / 8 <= tile.rows <= max(16, 2 * average) and tile.num_stages * stage < 227 * 1024
 
 
 def products(case: Case) -> list[tuple[str, Callable[..., Tensor], list[ExpertTile]]]:
     """Both products, and the tiles to be tried."""
-    candidates = FEW if case.tokens * case.sizes.top <= 32 * case.sizes.experts else MANY
+    candidates = FEW if case.tokens * case.sizes.top <= 16 * case.sizes.experts else MANY
     return [
-        (name, product, [tile for tile in candidates if fits(tile, weight, case.tokens, case.sizes)])
+        (
+            name,
+            product,
+            [
+                tile
+                for tile in candidates
+                if fits(tile, weight, case.tokens, case.sizes) and not (name == "gated" and tile.rows_copied)
+            ],
+        )
         for name, product, weight in (
             ("gated", case.gated, case.layers[0].gate_up),
             ("down", case.down, case.layers[0].down),
@@ -291,7 +301,9 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=768)
     parser.add_argument("--experts", type=int, default=128)
     parser.add_argument("--top", type=int, default=8)
-    parser.add_argument("--tokens", type=int, nargs="+", default=[8, 16, 32, 64, 128, 256, 512, 2048, 8192])
+    parser.add_argument(
+        "--tokens", type=int, nargs="+", default=[1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 8192]
+    )
     parser.add_argument("--formats", nargs="+", choices=FORMATS, default=["bf16", "fp8"])
     parser.add_argument("--routings", nargs="+", choices=ROUTINGS, default=list(ROUTINGS))
     parser.add_argument("--pairs-up-to", type=int, default=64, metavar="T", help="time the pairs' dispatch too")

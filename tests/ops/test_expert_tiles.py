@@ -13,8 +13,8 @@ from stepgraph.platforms.tuning import ExpertTile
 
 NUM_EXPERTS = 6
 TILE = ExpertTile(rows=16, outputs=32, inputs=32, num_warps=4, num_stages=2, group=2)
-FLAT = replace(TILE, outputs=64)
-COPIED = replace(TILE, copied=True)
+COPIED = replace(TILE, copied=True, rows_copied=True)
+HALVED = replace(COPIED, rows=128)
 
 
 def random_pairs(tokens, top, num_experts=NUM_EXPERTS):
@@ -160,7 +160,7 @@ def test_odd_sizes_and_weights_of_8_bits(groups, gelu, device) -> None:
     check(ROUTINGS["some here"], device, torch.float16, hidden_size=135, width=19, groups=groups, gelu=gelu)
 
 
-@pytest.mark.parametrize("tile", [FLAT, COPIED], ids=["flat", "copied"])
+@pytest.mark.parametrize("tile", [COPIED, HALVED], ids=["copied", "halved"])
 @pytest.mark.parametrize("groups", [None, 2], ids=["16 bits", "scales of groups"])
 def test_kinds_of_tiles(tile, groups, device) -> None:
     check(ROUTINGS["some here"], device, torch.float16, hidden_size=136, width=40, groups=groups, tile=tile)

@@ -26,6 +26,7 @@ from stepgraph.ops.dependent_launch import LAUNCH, wait_for_previous
 from stepgraph.ops.experts import max_tiles
 from stepgraph.ops.fp8_linear.reference import GROUP_SIZE
 from stepgraph.ops.launched import launched
+from stepgraph.ops.linear.ends import GEGLU, STORE, SWIGLU
 from stepgraph.ops.swiglu.triton import gated
 from stepgraph.platforms.kernels import kernel_tuning
 from stepgraph.platforms.tuning import ExpertTile
@@ -33,7 +34,7 @@ from stepgraph.platforms.tuning import ExpertTile
 _GROUP = tl.constexpr(GROUP_SIZE)
 FLOAT32_TILE = ExpertTile(rows=16, outputs=32, inputs=32, num_warps=4, num_stages=2)
 """Not on tensor cores, which round float32: for checks rather than speed."""
-BY_ROW_TILE = ExpertTile(rows=64, outputs=128, inputs=64, num_warps=4, num_stages=4)
+BY_ROW_TILE = ExpertTile(rows=64, outputs=128, inputs=64, num_warps=4, num_stages=3)
 """One for any number of pairs, as another one might add up otherwise: wide enough for a prompt, and narrow enough for a read of
 the weights to last longer than its products."""
 COMBINED_OUTPUTS = 1024
@@ -76,14 +77,19 @@ def _add_product(sum_DS, block_DJ, x_JS, scale_D, inside_D, GROUPS: tl.constexpr
 
 
 @triton.jit
-def _multiply(
+def _compute_tile(
+    x_ptr,
+    x,
     weight,
     scale_ptr,
-    x_S,
-    inside_S,
-    matrix,
+    order_ptr,
+    out_ptr,
+    expert,
+    begin,
+    end,
     column,
-    GATED: tl.constexpr,
+    END: tl.constexpr,
+    K: tl.constexpr,
     O: tl.constexpr,  # noqa: E741
     I: tl.constexpr,  # noqa: E741
     GROUPS: tl.constexpr,
@@ -93,29 +99,33 @@ def _multiply(
     BLOCK_J: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """Products of BLOCK_W rows of a weight with rows of the pairs, float32.
+    """The products of some pairs with BLOCK_W rows of their expert's weight, of which half are partners of gates.
+
+    Of 8 bits, gates and partners are one operand, which comes from registers anyway, so that no two warps widen the same codes;
+    of 16 bits they are two, which come from shared memory as they are.
 
     Args:
-        weight: [matrices, O, I], its pointer or, if COPIED, its descriptor.
-        scale_ptr: [matrices, O, GROUPS]; of no use if GROUPS is 0.
-        x_S: pointers to the rows of the pairs.
-        inside_S: which of those there are.
-        matrix, column: where the rows of the weight begin.
-        GATED: half of the rows are of the next matrix.
-
-    Returns:
-        Two products [B, BLOCK_S], the second that with the next matrix, of no use unless GATED.
+        x, weight: the descriptor of the rows, or None; that of the weight if COPIED, or else its pointer.
+        begin, end: the first of the pairs, and the end of the expert's.
+        column: the first of the outputs.
+        others: see `_product_kernel`.
     """
-    FLAT: tl.constexpr = GATED and BLOCK_W == 64  # of which a product of half would not fill an instruction
+    GATED: tl.constexpr = END != "store"
+    FLAT: tl.constexpr = GATED and GROUPS > 0
     BLOCK_B: tl.constexpr = BLOCK_W // 2 if GATED else BLOCK_W
     BLOCK_D: tl.constexpr = BLOCK_W if FLAT else BLOCK_B
+    place_S = begin + tl.arange(0, BLOCK_S)
+    inside_S = place_S < end
+    pair_S = tl.load(order_ptr + place_S, mask=inside_S, other=0)
+    row_S = pair_S // K if GATED else place_S
+    matrix = expert * 2 if GATED else expert
     place_D, input_J = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_J)
     column_D = column + place_D % BLOCK_B
     row_D = (matrix + place_D // BLOCK_B).to(tl.int64) * O + column_D
     inside_D = column_D < O
     scale_D = scale_ptr + row_D * GROUPS if GROUPS > 0 else row_D
     weight_DJ = row_D if COPIED else weight + row_D[:, None] * I + input_J[None, :]
-    x_JS = x_S[None, :] + input_J[:, None]
+    x_JS = x_ptr + row_S.to(tl.int64)[None, :] * I + input_J[:, None]
     sum_DS = tl.zeros([BLOCK_D, BLOCK_S], tl.float32)
     up_DS = tl.zeros([BLOCK_D, BLOCK_S], tl.float32)
     for start in tl.range(0, I, BLOCK_J, num_stages=STAGES):
@@ -124,131 +134,110 @@ def _multiply(
         if I % BLOCK_J != 0:
             inside_J = start + input_J < I
             inside_JS, inside_DJ = inside_JS & inside_J[:, None], inside_DJ & inside_J[None, :]
-        x = tl.load(x_JS + start, mask=inside_JS, other=0.0)
+        rows_JS = tl.load(x_JS + start, mask=inside_JS, other=0.0) if x is None else tl.trans(x.load([begin, start]))
         if COPIED:
             block = tl.reshape(weight.load([matrix, column, start]), [BLOCK_D, BLOCK_J])
         else:
             block = tl.load(weight_DJ + start, mask=inside_DJ, other=0.0)
-        sum_DS = _add_product(sum_DS, block, x, scale_D + group, inside_D, GROUPS)
+        sum_DS = _add_product(sum_DS, block, rows_JS, scale_D + group, inside_D, GROUPS)
         if GATED and not FLAT:
             if COPIED:
                 block = tl.reshape(weight.load([matrix + 1, column, start]), [BLOCK_D, BLOCK_J])
             else:
                 block = tl.load(weight_DJ + O * I + start, mask=inside_DJ, other=0.0)
-            up_DS = _add_product(up_DS, block, x, scale_D + O * GROUPS + group, inside_D, GROUPS)
+            up_DS = _add_product(up_DS, block, rows_JS, scale_D, inside_D, 0)
     if GROUPS == 1:
         sum_DS *= tl.load(scale_D, mask=inside_D, other=0.0)[:, None]
-        if GATED and not FLAT:
-            up_DS *= tl.load(scale_D + O, mask=inside_D, other=0.0)[:, None]
     if FLAT:
         sum_DS, up_DS = tl.split(tl.permute(tl.reshape(sum_DS, [2, BLOCK_B, BLOCK_S]), 1, 2, 0))
-    return sum_DS, up_DS
+    column_B = column + tl.arange(0, BLOCK_B)
+    row_S = place_S if GATED else pair_S
+    out_BS = out_ptr + row_S.to(tl.int64)[None, :] * O + column_B[:, None]
+    inside_BS = (column_B < O)[:, None] & inside_S[None, :]
+    if GATED:
+        sum_DS = gated(sum_DS, up_DS, END == "geglu")
+    tl.store(out_BS, sum_DS.to(out_ptr.dtype.element_ty), mask=inside_BS)
 
 
 @launched
 @triton.jit
-def _gated_kernel(
-    x_ptr,
-    weight,  # [2N, O, I]: of each expert the gates, and their partners
+def _product_kernel(
+    x_ptr,  # [T, I], or, of pairs that are sorted, [P, I]
+    x,  # its descriptor, or None
+    weight,  # [matrices, O, I]: of each expert one, or the gates' and that of their partners; its pointer, or its descriptor
     scale_ptr,
     order_ptr,
     ends_ptr,
     out_ptr,
+    END: tl.constexpr,  # what becomes of the product, see `stepgraph.ops.linear.ends`
     K: tl.constexpr,
-    GELU: tl.constexpr,
     N: tl.constexpr,
     O: tl.constexpr,  # noqa: E741
     I: tl.constexpr,  # noqa: E741
     GROUPS: tl.constexpr,  # scales of a row of the weight; 0: there are none
     COPIED: tl.constexpr,
     BLOCK_N: tl.constexpr,  # at least N
-    BLOCK_W: tl.constexpr,  # gates and then their partners
-    BLOCK_S: tl.constexpr,
-    BLOCK_J: tl.constexpr,
-    STAGES: tl.constexpr,
-    TILES: tl.constexpr,
-):
-    """One program per tile of pairs and block of outputs. Pairs lie as `order` has them."""
-    BLOCK_B: tl.constexpr = BLOCK_W // 2
-    wait_for_previous()
-    expert, begin, end, block = _find_tile(ends_ptr, tl.program_id(0), N, tl.cdiv(O, BLOCK_B), BLOCK_N, BLOCK_S, TILES)
-    if end > 0:
-        place_S = begin + tl.arange(0, BLOCK_S)
-        inside_S = place_S < end
-        token_S = tl.load(order_ptr + place_S, mask=inside_S, other=0) // K
-        column = block * BLOCK_B
-        gate_BS, up_BS = _multiply(
-            weight,
-            scale_ptr,
-            x_ptr + token_S.to(tl.int64) * I,
-            inside_S,
-            2 * expert,
-            column,
-            True,
-            O,
-            I,
-            GROUPS,
-            COPIED,
-            BLOCK_W,
-            BLOCK_S,
-            BLOCK_J,
-            STAGES,
-        )
-        column_B = column + tl.arange(0, BLOCK_B)
-        out_BS = out_ptr + place_S.to(tl.int64)[None, :] * O + column_B[:, None]
-        inside_BS = (column_B < O)[:, None] & inside_S[None, :]
-        tl.store(out_BS, gated(gate_BS, up_BS, GELU).to(out_ptr.dtype.element_ty), mask=inside_BS)
-
-
-@launched
-@triton.jit
-def _down_kernel(
-    hidden_ptr,
-    weight,  # [N, O, I]
-    scale_ptr,
-    order_ptr,
-    ends_ptr,
-    out_ptr,
-    N: tl.constexpr,
-    O: tl.constexpr,  # noqa: E741
-    I: tl.constexpr,  # noqa: E741
-    GROUPS: tl.constexpr,  # as of `_gated_kernel`
-    COPIED: tl.constexpr,
-    BLOCK_N: tl.constexpr,
     BLOCK_W: tl.constexpr,
     BLOCK_S: tl.constexpr,
     BLOCK_J: tl.constexpr,
     STAGES: tl.constexpr,
     TILES: tl.constexpr,
 ):
-    """One program per tile of pairs and block of outputs; those of a pair go to the row of its number."""
+    """One program per tile of pairs and block of outputs. With an activation at the end, rows of `x` are tokens' and outputs lie
+    as `order` has the pairs; without, rows of `x` lie so, and outputs by the pairs' numbers. Of the last pairs of an expert, half
+    a tile does if it holds them."""
+    BLOCK_B: tl.constexpr = BLOCK_W if END == "store" else BLOCK_W // 2
+    HALF: tl.constexpr = BLOCK_S // 2
     wait_for_previous()
-    expert, begin, end, block = _find_tile(ends_ptr, tl.program_id(0), N, tl.cdiv(O, BLOCK_W), BLOCK_N, BLOCK_S, TILES)
+    expert, begin, end, block = _find_tile(ends_ptr, tl.program_id(0), N, tl.cdiv(O, BLOCK_B), BLOCK_N, BLOCK_S, TILES)
+    column = block * BLOCK_B
     if end > 0:
-        place_S = begin + tl.arange(0, BLOCK_S)
-        inside_S = place_S < end
-        pair_S = tl.load(order_ptr + place_S, mask=inside_S, other=0)
-        column = block * BLOCK_W
-        sum_WS, _ = _multiply(
-            weight,
-            scale_ptr,
-            hidden_ptr + place_S.to(tl.int64) * I,
-            inside_S,
-            expert,
-            column,
-            False,
-            O,
-            I,
-            GROUPS,
-            COPIED,
-            BLOCK_W,
-            BLOCK_S,
-            BLOCK_J,
-            STAGES,
-        )
-        column_W = column + tl.arange(0, BLOCK_W)
-        out_WS = out_ptr + pair_S.to(tl.int64)[None, :] * O + column_W[:, None]
-        tl.store(out_WS, sum_WS.to(out_ptr.dtype.element_ty), mask=(column_W < O)[:, None] & inside_S[None, :])
+        if BLOCK_S >= 128 and end - begin <= HALF:
+            _compute_tile(
+                x_ptr,
+                None,
+                weight,
+                scale_ptr,
+                order_ptr,
+                out_ptr,
+                expert,
+                begin,
+                end,
+                column,
+                END,
+                K,
+                O,
+                I,
+                GROUPS,
+                COPIED,
+                BLOCK_W,
+                HALF,
+                BLOCK_J,
+                STAGES,
+            )
+        else:
+            _compute_tile(
+                x_ptr,
+                x,
+                weight,
+                scale_ptr,
+                order_ptr,
+                out_ptr,
+                expert,
+                begin,
+                end,
+                column,
+                END,
+                K,
+                O,
+                I,
+                GROUPS,
+                COPIED,
+                BLOCK_W,
+                BLOCK_S,
+                BLOCK_J,
+                STAGES,
+            )
 
 
 @launched
@@ -307,22 +296,11 @@ def gated_experts(
         by_row: what a token becomes depends, bit for bit, on that token alone.
         tile: of each program; None: `choose_tile`.
     """
-    (num_tokens, inputs), num_pairs, (num_experts, rows, _) = x.shape, order.shape[0], weight.shape
+    num_pairs, (num_experts, rows, inputs) = order.shape[0], weight.shape
     tile = tile or choose_tile(weight, x.dtype, num_pairs, by_row=by_row, is_gated=True)
     out = x.new_empty(num_pairs, rows // 2)
     matrices = weight.view(2 * num_experts, rows // 2, inputs)
-    grid = max_tiles(num_pairs, num_experts, tile.rows) * triton.cdiv(rows, tile.outputs)
-    _gated_kernel[(grid,)](
-        x,
-        _operand(matrices, tile, 2),
-        scale,
-        order,
-        ends,
-        out,
-        K=num_pairs // num_tokens,
-        GELU=gelu,
-        **_options(matrices, scale, tile, num_experts),
-    )
+    _multiply(x, matrices, scale, order, ends, out, tile, GEGLU if gelu else SWIGLU)
     return out
 
 
@@ -371,13 +349,10 @@ def down_experts(
     Returns:
         [P, E], dtype of `hidden`, in the order of the pairs' numbers. Rows of pairs whose experts are not here are unspecified.
     """
-    (num_experts, outputs, _), num_pairs = weight.shape, order.shape[0]
+    num_pairs = order.shape[0]
     tile = tile or choose_tile(weight, hidden.dtype, num_pairs, by_row=by_row)
-    down = hidden.new_empty(num_pairs, outputs)
-    grid = max_tiles(num_pairs, num_experts, tile.rows) * triton.cdiv(outputs, tile.outputs)
-    _down_kernel[(grid,)](
-        hidden, _operand(weight, tile, 1), scale, order, ends, down, **_options(weight, scale, tile, num_experts)
-    )
+    down = hidden.new_empty(num_pairs, weight.shape[1])
+    _multiply(hidden, weight, scale, order, ends, down, tile, STORE)
     return down
 
 
@@ -430,32 +405,49 @@ def choose_tile(
     return chosen.gated if is_gated else chosen.down
 
 
-def _operand(weight: Tensor, tile: ExpertTile, parts: int) -> Tensor | TensorDescriptor:
-    """A weight as the kernels take it: [matrices, O, I], of which a program reads the same rows of some matrices at once."""
-    if not _is_copied(weight, tile):
-        return weight
-    return TensorDescriptor.from_tensor(weight, [1, tile.outputs // parts, tile.inputs])
-
-
-def _is_copied(weight: Tensor, tile: ExpertTile) -> bool:
-    """Whether the copy engine takes a weight's blocks, whose rows it needs at multiples of 16 bytes."""
-    return tile.copied and weight.shape[2] * weight.element_size() % 16 == 0
-
-
-def _options(weight: Tensor, scale: Tensor | None, tile: ExpertTile, num_experts: int) -> dict[str, int | bool]:
-    """Options of a launch that both products have."""
-    return {
-        "N": num_experts,
-        "O": weight.shape[1],
-        "I": weight.shape[2],
-        "GROUPS": 0 if scale is None else scale.shape[-1],
-        "COPIED": _is_copied(weight, tile),
-        "BLOCK_N": triton.next_power_of_2(num_experts),
-        "BLOCK_W": tile.outputs,
-        "BLOCK_S": tile.rows,
-        "BLOCK_J": tile.inputs,
-        "STAGES": tile.num_stages,
-        "TILES": tile.group,
-        "num_warps": tile.num_warps,
+def _multiply(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor | None,
+    order: Tensor,
+    ends: Tensor,
+    out: Tensor,
+    tile: ExpertTile,
+    end: str,
+) -> None:
+    """Write pairs' products into `out`; see `_product_kernel`."""
+    (_, outputs, inputs), num_experts, num_pairs = weight.shape, ends.shape[0], order.shape[0]
+    parts = weight.shape[0] // num_experts
+    is_copied = tile.copied and inputs * weight.element_size() % 16 == 0 and inputs * x.element_size() % 16 == 0
+    operand: Tensor | TensorDescriptor = weight
+    rows = None
+    if is_copied:
+        together = parts if scale is not None else 1
+        operand = TensorDescriptor.from_tensor(weight, [together, tile.outputs // parts, tile.inputs])
+        if end == STORE and tile.rows_copied:
+            rows = TensorDescriptor.from_tensor(x, [tile.rows, tile.inputs])
+    grid = max_tiles(num_pairs, num_experts, tile.rows) * triton.cdiv(parts * outputs, tile.outputs)
+    _product_kernel[(grid,)](
+        x,
+        rows,
+        operand,
+        scale,
+        order,
+        ends,
+        out,
+        END=end,
+        K=num_pairs // x.shape[0],
+        N=num_experts,
+        O=outputs,
+        I=inputs,
+        GROUPS=0 if scale is None else scale.shape[-1],
+        COPIED=is_copied,
+        BLOCK_N=triton.next_power_of_2(num_experts),
+        BLOCK_W=tile.outputs,
+        BLOCK_S=tile.rows,
+        BLOCK_J=tile.inputs,
+        STAGES=tile.num_stages,
+        TILES=tile.group,
+        num_warps=tile.num_warps,
         **LAUNCH,
-    }
+    )
