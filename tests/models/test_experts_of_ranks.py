@@ -4,27 +4,28 @@ import itertools
 
 import pytest
 import torch
-from checkpoints import SIZES, random_hf_model
+from checkpoints import HF_CONFIGS, SIZES, random_hf_model
 from fp8_folders import write_fp8
 from safetensors.torch import load_file
 from shards import assert_is_shard, run_stepper
 from stepping import Stepper
-from test_shards import SHARDS, CountedFile
+from test_shards import SHARDS, CountedFile, write_blocks
 from thread_group import run_ranks
 from transformers import LlamaConfig, Qwen3MoeConfig
 
-from stepgraph.errors import ConfigError, ModelError
+from stepgraph import native
+from stepgraph.errors import ConfigError, DeviceMemoryError, ModelError
 from stepgraph.layers.experts import ExpertLinear, ExpertShard
 from stepgraph.models import load_model, random_weights, resolve, safetensors
 from stepgraph.models.config import shard_experts
+from stepgraph.models.loader import create_model
 from stepgraph.models.tensor_stream import Arriving, announce, buckets
 from stepgraph.models.update import plan_update, write
 from stepgraph.parallel.shard import Shard
 
 EXPERTS = {"num_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 36, "norm_topk_prob": True}
-MODELS = {
+MODELS = {name: HF_CONFIGS[name] for name in ("qwen2 moe", "ernie 4.5 moe", "glm 4.5", "granite moe")} | {
     "qwen3": lambda: Qwen3MoeConfig(**SIZES | EXPERTS),
-    "qwen3 with a dense layer": lambda: Qwen3MoeConfig(**SIZES | EXPERTS, mlp_only_layers=[1]),
 }
 WIDE = SIZES | EXPERTS | {"hidden_size": 256, "moe_intermediate_size": 512, "num_hidden_layers": 1}
 """Of which every rank of four has whole groups of inputs."""
@@ -79,6 +80,32 @@ def test_shards_of_experts_in_8_bits_keep_codes_and_scales(layout, expert_parall
     write_fp8(save(Qwen3MoeConfig(**WIDE, head_dim=128), tmp_path / "plain"), tmp_path / "fp8", layout)
     assert_shards(tmp_path / "fp8", expert_parallel=expert_parallel)
     assert_adds_up(tmp_path / "fp8", tolerance=1e-3, expert_parallel=expert_parallel)
+
+
+@pytest.mark.skipif(not native.available(), reason=f"no kernels: {native.missing()}")
+def test_shards_of_experts_in_blocks_keep_the_files_own(expert_parallel, tmp_path) -> None:
+    config = Qwen3MoeConfig(**SIZES | EXPERTS | {"moe_intermediate_size": 128, "num_hidden_layers": 1}, head_dim=32)
+    path = write_blocks(config, tmp_path / "model.gguf")
+    experts = load(path, packed=True).layers[0].mlp.experts
+    assert {experts.gate_up_proj.weight.dtype, experts.down_proj.weight.dtype} == {torch.uint8}
+    assert_shards(path, packed=True, expert_parallel=expert_parallel)
+    assert_adds_up(path, packed=True, expert_parallel=expert_parallel)
+
+
+def test_memory_is_asked_for_the_experts_that_a_rank_keeps(expert_parallel, tmp_path) -> None:
+    source = resolve(str(save(MODELS["qwen3"](), tmp_path)))
+    settings = {"dtype": torch.float32, "device": torch.device("cpu"), "max_model_len": 64, "shard": Shard(1, 4)}
+
+    def create(free_bytes):
+        return create_model(source, **settings, expert_parallel=expert_parallel, free_bytes=free_bytes)
+
+    nbytes = sum(parameter.nbytes for parameter in create(None).parameters())
+    experts = sum(p.nbytes for name, p in load(tmp_path).named_parameters() if ".experts." in name)
+    others = sum(p.nbytes for name, p in create(None).named_parameters() if ".experts." not in name)
+    assert nbytes == others + experts // 4
+    create(nbytes)
+    with pytest.raises(DeviceMemoryError, match=r"weights of .* take"):
+        create(nbytes - 1)
 
 
 def test_shards_of_experts_rounded_as_they_are_read_have_the_codes_of_the_whole(expert_parallel, tmp_path) -> None:

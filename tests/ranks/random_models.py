@@ -133,10 +133,11 @@ def random_model(rng: random.Random, num_ranks: int, *, drafts: bool, experts: b
     }
     if architecture == "phi 3":
         sizes |= {"hidden_size": NUM_HEADS * sizes["head_dim"]}  # whose head size follows from it
-    if architecture in ("llama", "qwen2", "qwen3") and not drafts and rng.random() < 0.5:
+    if architecture in ("llama", "qwen2", "qwen3", "qwen3 moe") and not drafts and rng.random() < 0.5:
         # Of which every rank has whole blocks of 32.
         blocks = {"hidden_size": 96, "head_dim": 32, "intermediate_size": 384}
-        return RandomModel(architecture, sizes | blocks, block_type=rng.choice(BLOCK_TYPES))
+        mixture = (rng.choice((6, 12)) // 3 * num_ranks, 3, 384, True, 0) if architecture in WITH_EXPERTS else ()
+        return RandomModel(architecture, sizes | blocks, block_type=rng.choice(BLOCK_TYPES), experts=mixture)
     mixture = _random_experts(rng, num_ranks, sizes) if architecture in WITH_EXPERTS else ()
     adapters = rng.choice((0, 2)) if architecture != "phi 3" else 0
     return RandomModel(
