@@ -23,7 +23,7 @@ class ParallelConfig:
         minimum=1,
     )
     enable_expert_parallel: bool = setting(
-        False, "let each of these devices have some of the experts, whole, instead of a part of every one"
+        False, "devices that share a model have some of its experts each, whole, instead of a part of every one"
     )
     expert_parallel_mixed: str = setting(
         "on",
