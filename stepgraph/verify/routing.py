@@ -30,8 +30,8 @@ class Choice(NamedTuple):
     chosen: Chosen
 
     def of(self, values: Tensor, tokens: slice) -> Tensor:
-        """Those of `values`, one for each token, that belong to some tokens of the step, on each rank that has tokens of its own."""
-        return values.unflatten(0, (len(self.counts), -1))[:, tokens].flatten(0, 1)
+        """Those of `values`, one for each token, that belong to some tokens of each rank with tokens of its own."""
+        return values.unflatten(0, (len(self.counts), -1))[:, tokens].flatten(0, 1).contiguous()
 
     @property
     def takes_padding(self) -> bool:

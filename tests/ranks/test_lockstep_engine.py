@@ -1,10 +1,11 @@
-"""Ranks with requests of their own, which share experts: the tokens of one device, whoever has how much to do, and what ends them."""
+"""Ranks with requests of their own, which share experts: the tokens of one device, whoever has how much to do, and their end."""
 
 import os
 import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -88,7 +89,7 @@ def test_a_step_like_the_one_before_costs_16_bytes(model, create_ranked) -> None
     two.on_step = lambda report: written.append(ring._written)
     drain(two)
     assert all(len(request.output_token_ids) == 40 for request in requests)
-    costs = [after - before for before, after in zip(written, written[1:], strict=False)]
+    costs = [after - before for before, after in pairwise(written)]
     assert costs[4:] == [4] * len(costs[4:])  # int32
 
 
