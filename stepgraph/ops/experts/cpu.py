@@ -1,9 +1,9 @@
 """Experts on the CPU: by our own kernels where they take the weights (`stepgraph.ops.experts.native`), else one product of the
 library for each expert that has rows, as in `stepgraph.ops.linear.cpu`.
 
-Of 32 experts of 256, four a token, hidden size 512, a layer takes the following on one core with AVX2, in ms by the number of
-tokens. Float32, 1, 8 and 256: 0.2, 2.3 and 34, by the library 0.9, 8.6 and 38; bfloat16: 0.15, 1.4 and 29, by the library 0.7,
-5.5 and 185. From 1,024 tokens on the library is as fast in float32.
+Of 32 experts of 256, four a token, hidden size 512, a layer takes, on one core with AVX2, in ms for 1, 8, 64 and 256 tokens (the
+best of some calls, by scripts/time_cpu_experts.py, on a machine that others used too): in float32 0.17, 2.3, 6.6 and 23, by the
+library 0.88, 7.9, 16 and 45; in bfloat16 0.16, 0.71, 4.6 and 40, by the library 0.73, 3.7, 66 and 233.
 
 Shapes: T tokens, K experts of a token, P = T·K pairs, of which J have their experts here, N experts, E hidden size, M width of an
 expert, I inputs, O outputs.
@@ -29,7 +29,7 @@ Product = Callable[[Tensor, int], Tensor]
 """Of rows [rows, I] with the weight of an expert, by its number among those that are kept: [rows, O]."""
 
 
-class Groups(NamedTuple):
+class _Groups(NamedTuple):
     """The pairs whose experts are here, expert by expert."""
 
     pair: Tensor  # [J] int64: their numbers
@@ -42,7 +42,7 @@ class Groups(NamedTuple):
         return torch.cat([product(row, number) for row, number in zip(rows, self.numbers, strict=True)])
 
 
-def groups(expert: Tensor, first: int, count: int, order: Tensor | None, ends: Tensor | None) -> Groups:
+def _groups(expert: Tensor, first: int, count: int, order: Tensor | None, ends: Tensor | None) -> _Groups:
     """Read them; arguments as of the operators."""
     pairs: dict[int, list[int]] = {}
     if order is None:
@@ -51,15 +51,15 @@ def groups(expert: Tensor, first: int, count: int, order: Tensor | None, ends: T
                 pairs.setdefault(number, []).append(pair)
         numbers = sorted(pairs)
         pair_J = torch.tensor([pair for number in numbers for pair in pairs[number]], dtype=torch.int64)
-        return Groups(pair_J, [number - first for number in numbers], [len(pairs[number]) for number in numbers])
+        return _Groups(pair_J, [number - first for number in numbers], [len(pairs[number]) for number in numbers])
     assert ends is not None
     end_N = ends.tolist()
     lengths = [end - begin for begin, end in zip([0, *end_N], end_N, strict=False)]
     numbers = [number for number, length in enumerate(lengths) if length]
-    return Groups(order[: end_N[-1]].long(), numbers, [lengths[number] for number in numbers])
+    return _Groups(order[: end_N[-1]].long(), numbers, [lengths[number] for number in numbers])
 
 
-def gated(x: Tensor, width: int, top: int, found: Groups, product: Product, *, sorted: bool, gelu: bool) -> Tensor:
+def _gated(x: Tensor, width: int, top: int, found: _Groups, product: Product, *, sorted: bool, gelu: bool) -> Tensor:
     """See `stepgraph.ops.experts.gated_experts`.
 
     Args:
@@ -79,9 +79,9 @@ def gated(x: Tensor, width: int, top: int, found: Groups, product: Product, *, s
     return hidden_PM
 
 
-def add_up(
+def _add_up(
     hidden: Tensor,
-    found: Groups,
+    found: _Groups,
     product: Product,
     pair_weight: Tensor,
     out: Tensor,
@@ -90,7 +90,7 @@ def add_up(
     add: bool,
     multiplier: float,
 ) -> None:
-    """See `stepgraph.ops.experts.sum_experts`; arguments as there and as of `gated`."""
+    """See `stepgraph.ops.experts.sum_experts`; arguments as there and as of `_gated`."""
     sum_TE = _weighted(hidden, found, product, pair_weight, out.shape[1], sorted=sorted)
     if multiplier != 1.0:
         sum_TE *= multiplier
@@ -99,7 +99,7 @@ def add_up(
 
 
 def _weighted(
-    hidden: Tensor, found: Groups, product: Product, pair_weight: Tensor, width: int, *, sorted: bool
+    hidden: Tensor, found: _Groups, product: Product, pair_weight: Tensor, width: int, *, sorted: bool
 ) -> Tensor:
     tokens, top = pair_weight.shape
     if not found.numbers:
@@ -134,13 +134,29 @@ def gated_experts(
     by_row: bool,
 ) -> Tensor:
     """See `stepgraph.ops.experts.gated_experts`."""
-    hidden_PM: Tensor = gated_experts_natively(x, weight, scale, expert, first, order, ends, gelu, by_row)
-    if hidden_PM is not NotImplemented:
-        return hidden_PM
-    found = groups(expert, first, weight.shape[0], order, ends)
+    pairs = expert, first, order, ends
+    hidden_PM: Tensor = gated_experts_natively(x, weight, scale, *pairs, gelu, by_row)
+    if hidden_PM is NotImplemented:
+        return gated_experts_by_library(x, weight, scale, *pairs, gelu, by_row)
+    return hidden_PM
+
+
+def gated_experts_by_library(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor | None,
+    expert: Tensor,
+    first: int,
+    order: Tensor | None,
+    ends: Tensor | None,
+    gelu: bool,
+    by_row: bool,
+) -> Tensor:
+    """`gated_experts` by the library; opaque to a recording, which would hold the experts of one step."""
+    found = _groups(expert, first, weight.shape[0], order, ends)
     product = _product(weight, scale, by_row)
     width = weight.shape[1] // 2
-    return gated(x, width, expert.shape[1], found, product, sorted=order is not None, gelu=gelu)
+    return _gated(x, width, expert.shape[1], found, product, sorted=order is not None, gelu=gelu)
 
 
 def gated_experts_natively(
@@ -175,11 +191,29 @@ def sum_experts(
     by_row: bool,
 ) -> None:
     """See `stepgraph.ops.experts.sum_experts`."""
-    pairs = expert, pair_weight, first, order, ends
-    if sum_experts_natively(hidden, weight, scale, *pairs, out, add, multiplier, by_row) is NotImplemented:
-        found = groups(expert, first, weight.shape[0], order, ends)
-        product = _product(weight, scale, by_row)
-        add_up(hidden, found, product, pair_weight, out, sorted=order is not None, add=add, multiplier=multiplier)
+    operands = hidden, weight, scale, expert, pair_weight, first, order, ends
+    if sum_experts_natively(*operands, out, add, multiplier, by_row) is NotImplemented:
+        sum_experts_by_library(*operands, out, add, multiplier, by_row)
+
+
+def sum_experts_by_library(
+    hidden: Tensor,
+    weight: Tensor,
+    scale: Tensor | None,
+    expert: Tensor,
+    pair_weight: Tensor,
+    first: int,
+    order: Tensor | None,
+    ends: Tensor | None,
+    out: Tensor,
+    add: bool,
+    multiplier: float,
+    by_row: bool,
+) -> None:
+    """`sum_experts` likewise."""
+    found = _groups(expert, first, weight.shape[0], order, ends)
+    product = _product(weight, scale, by_row)
+    _add_up(hidden, found, product, pair_weight, out, sorted=order is not None, add=add, multiplier=multiplier)
 
 
 def sum_experts_natively(
