@@ -56,6 +56,7 @@ def assert_close(found, expected):
     torch.testing.assert_close(found.cpu().double(), expected, rtol=4 * eps, atol=4 * eps)
 
 
+TUNED = "gated_pairs", "gated_pairs_fp8", "summed_pairs", "summed_pairs_fp8"
 EXPERTS = torch.tensor([[4, 1, 2], [6, 6, 6], [0, 5, 3]], dtype=torch.int32)
 """Of six; the token in the middle is padding."""
 FORMATS = [
@@ -111,7 +112,7 @@ MIXTURES = {
 def test_mixture_is_what_it_joins(kind, with_norm, monkeypatch, device):
     """Two blocks of tokens, the rest of which is padding and NaN; of the six experts, the first is another rank's."""
     routing, dtype, scales, has_bias = MIXTURES[kind]
-    monkeypatch.setattr(pairs, "TUNING", replace(pairs.TUNING, gated_pair=TILE, summed_pairs=TILE))
+    monkeypatch.setattr(pairs, "TUNING", replace(pairs.TUNING, **dict.fromkeys(TUNED, TILE)))
     operands, (gate_up, down) = random_weights(5, dtype, scales)
     generator = torch.Generator().manual_seed(4)
     x = torch.randn(4, gate_up.shape[2], generator=generator).to(dtype)

@@ -1,6 +1,6 @@
 """`route`: reference and kernels against scores in float64, under every kind of routing."""
 
-from dataclasses import astuple, replace
+from dataclasses import astuple
 
 import pytest
 import torch
@@ -23,7 +23,10 @@ ROUTINGS = {
 }
 
 
-@pytest.fixture(params=["reference", "cpu", "few", "many"])
+TILES = {"few": None, "many": kernel.MANY, "most": kernel.MOST}
+
+
+@pytest.fixture(params=["reference", "cpu", *TILES])
 def route(request, monkeypatch, device):
     """`route` by the reference, or by the CPU's kernel, or by those of GPUs for few or for many tokens."""
     if request.param == "reference":
@@ -32,8 +35,7 @@ def route(request, monkeypatch, device):
         if not native.available():
             pytest.skip(f"no kernels: {native.missing()}")
         return cpu.route_natively
-    tiles = 1 if request.param == "many" else 1 << 30
-    monkeypatch.setattr(kernel, "TUNING", replace(kernel.TUNING, min_whole_router_tiles=tiles))
+    monkeypatch.setattr(kernel, "choose_tile", lambda num_tokens: TILES[request.param])
 
     def call(x, weight, bias, counts, totals, *routing):
         on_device = [t if t is None else t.to(device) for t in (x, weight, bias, counts, totals)]
@@ -113,15 +115,15 @@ def test_of_equal_experts_the_first_ones_are_chosen(route):
     torch.testing.assert_close(pair_weight, torch.full((2, 4), 0.25))
 
 
-@pytest.mark.parametrize("many", [False, True])
+@pytest.mark.parametrize("tile", TILES.values(), ids=TILES)
 @pytest.mark.parametrize("slices", [1, 2, 16])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-def test_logits_are_as_exact_as_in_float32(dtype, slices, many, monkeypatch, device):
+def test_logits_are_as_exact_as_in_float32(dtype, slices, tile, monkeypatch, device):
     """Whatever a slice is: all inputs, several blocks of them, or one."""
     monkeypatch.setattr(kernel, "MAX_SLICES", slices)
     x, weight, _ = operands(3, 18, 300, dtype=dtype)
-    logits, _ = kernel.write_logits(x.to(device), weight.to(device), many=many)
-    assert logits.shape == (1 if many else min(slices, 3) if slices != 2 else 2, 3, 18)
+    logits, _ = kernel.write_logits(x.to(device), weight.to(device), tile=tile)
+    assert logits.shape == (1 if tile else min(slices, 3) if slices != 2 else 2, 3, 18)
     error = (logits.cpu().double().sum(0) - x.double() @ weight.double().T).abs()
     assert (error <= 2**-21 * (x.double().abs() @ weight.double().abs().T)).all()
 
@@ -151,7 +153,7 @@ def test_gpu_tokens_keep_their_bits_in_every_batch(dtype, num_experts, hidden_si
         return kernel.route(rows.contiguous(), weight, None, counts, totals, *routing)
 
     expert, pair_weight = chosen(x)
-    for size in (1, 2, 7, 16, 33, 300, 1100):
+    for size in (1, 2, 7, 16, 33, 161, 300, 1100):
         found = chosen(x[-size:])
         assert torch.equal(found[0], expert[-size:])
         assert torch.equal(found[1], pair_weight[-size:])

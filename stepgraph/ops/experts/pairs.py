@@ -214,10 +214,10 @@ def _sum_kernel(
     BLOCK_I: tl.constexpr,
     CHUNK: tl.constexpr,  # inputs under way
 ):
-    """One program per token and BLOCK_E outputs. What chose the experts is older than the previous kernel, which is the one that
-    computed their gates."""
-    token = tl.program_id(1)
-    place_E = tl.program_id(0) * BLOCK_E + tl.arange(0, BLOCK_E)
+    """One program per token and BLOCK_E outputs; those of the same outputs of all tokens are neighbours. What chose the experts
+    is older than the previous kernel, which is the one that computed their gates."""
+    token = tl.program_id(0)
+    place_E = tl.program_id(1) * BLOCK_E + tl.arange(0, BLOCK_E)
     place_K = tl.arange(0, TOP_BLOCK)
     input_I = tl.arange(0, BLOCK_I)
     if expert_ptr is not None:
@@ -254,6 +254,8 @@ def _sum_kernel(
     weight_EKI = weight_ptr + row_EK[:, :, None] * M + input_I[None, None, :]
     inside_EKI = here_EK[:, :, None] & (input_I < M)[None, None, :]
     first_EKI = tl.load(weight_EKI, mask=inside_EKI, other=0.0)
+    inside_EKI = here_EK[:, :, None] & (BLOCK_I + input_I < M)[None, None, :]
+    second_EKI = tl.load(weight_EKI + BLOCK_I, mask=inside_EKI, other=0.0)
     hidden_1KI = hidden_ptr + (token * TOP + place_K).to(tl.int64)[None, :, None] * M + input_I[None, None, :]
     out_E = out_ptr + token.to(tl.int64) * E + place_E
     wait_for_previous()
@@ -265,8 +267,11 @@ def _sum_kernel(
             inside_I = start + input_I < M
             inside_1KI = here_K[None, :, None] & inside_I[None, None, :]
             h_1KI = tl.load(hidden_1KI + start, mask=inside_1KI, other=0.0).to(tl.float32)
-            block_EKI = first_EKI
-            if CHUNK < M or step > 0:
+            if CHUNK >= M and step == 0:
+                block_EKI = first_EKI
+            elif CHUNK >= M and step == BLOCK_I:
+                block_EKI = second_EKI
+            else:
                 inside_EKI = here_EK[:, :, None] & inside_I[None, None, :]
                 block_EKI = tl.load(weight_EKI + start, mask=inside_EKI, other=0.0)
             product_EKI = block_EKI.to(tl.float32) * h_1KI
@@ -377,7 +382,7 @@ def launch_sum(
     T, (count, outputs, inputs) = out.shape[0], weight.shape
     groups = 0 if scale is None else scale.shape[2]
     block = GROUP_SIZE if groups > 1 else min(tile.inputs, max(16, triton.next_power_of_2(inputs)))
-    _sum_kernel[(triton.cdiv(outputs, tile.outputs), T)](
+    _sum_kernel[(T, triton.cdiv(outputs, tile.outputs))](
         hidden,
         weight,
         scale,
@@ -409,6 +414,16 @@ def launch_sum(
     )
 
 
+def _gated_tile(num_tokens: int, scale: Tensor | None) -> PairTile:
+    if scale is not None:
+        return TUNING.gated_pairs_fp8
+    return TUNING.gated_pairs_of_one if num_tokens == 1 else TUNING.gated_pairs
+
+
+def _sum_tile(scale: Tensor | None) -> PairTile:
+    return TUNING.summed_pairs if scale is None else TUNING.summed_pairs_fp8
+
+
 def gated_experts(x: Tensor, weight: Tensor, scale: Tensor | None, expert: Tensor, first: int, gelu: bool) -> Tensor:
     """See `stepgraph.ops.experts.gated_experts`; pairs are not sorted."""
     return launch_gated(
@@ -429,7 +444,7 @@ def sum_experts(
 ) -> None:
     """See `stepgraph.ops.experts.sum_experts`; pairs are not sorted."""
     choice = Choice(expert, pair_weight, routing=Routing(expert.shape[1]))
-    launch_sum(hidden, weight, scale, choice, first, out, add, multiplier, TUNING.summed_pairs)
+    launch_sum(hidden, weight, scale, choice, first, out, add, multiplier, _sum_tile(scale))
 
 
 def mixture(
@@ -462,6 +477,6 @@ def mixture(
     routing = Routing(top, sigmoid, normalise, least_sum, scale, groups, kept_groups, group_top)
     logits, normed = write_logits(x, router, None if norm_weight is None else (norm_weight, eps))
     choice = Choice(logits=logits, bias=bias, counts=counts, totals=totals, routing=routing)
-    hidden = launch_gated(normed, gate_up, gate_up_scale, choice, first, gelu, TUNING.gated_pair)
-    launch_sum(hidden, down, down_scale, choice, first, out, add, multiplier, TUNING.summed_pairs)
+    hidden = launch_gated(normed, gate_up, gate_up_scale, choice, first, gelu, _gated_tile(x.shape[0], gate_up_scale))
+    launch_sum(hidden, down, down_scale, choice, first, out, add, multiplier, _sum_tile(down_scale))
     return normed if norm_weight is not None else x.new_empty(0)
