@@ -17,7 +17,7 @@ from stepgraph.bench.offline import HEADER, Job, Round, StepShares, run_round, s
 from stepgraph.bench.peers import Mark, Peers, load_peers, mark_cells
 from stepgraph.bench.report import choose, machine, pyplot, save_figure, table, write_json
 from stepgraph.bench.roofline import Limits, StepCost, measure_limits, step_cost
-from stepgraph.bench.routing import Census, add_routing_flag, apply_routing, check_routing, take_census
+from stepgraph.bench.routing import ROUTINGS, Census, add_routing_flag, apply_routing, check_routing, take_census
 from stepgraph.config import EngineConfig, add_flags, settings_from_flags
 from stepgraph.engine.build import build_engine
 from stepgraph.engine.engine import Engine
@@ -100,7 +100,7 @@ def add_parser(commands: Any) -> None:
         help=f"rounds of {_ANSWER} tokens for each number of requests (default: 2)",
     )
     parser.add_argument("--cases", metavar="TEXT", help="only cases whose name contains this")
-    add_routing_flag(parser)
+    add_routing_flag(parser, several=True)
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the result as JSON")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the roofline as PNG (needs matplotlib)")
     add_flags(parser)
@@ -116,27 +116,30 @@ def run(arguments: argparse.Namespace) -> int:
     config = EngineConfig.from_settings(**({"enable_prefix_caching": False} | settings_from_flags(arguments)))
     check_routing(arguments.routing, config)
     engine = build_engine(config, progress=sys.stderr.isatty())
-    apply_routing(arguments.routing, engine)
     runner = runner_of(engine.executor)
     limits = measure_limits(runner.platform, runner.model.dtype)
     cases = [case for case in asked if _fits(case, engine)]
     where = machine(engine.executor.specs.device)
     peers = load_peers(engine.source.name, where["device"], engine.executor.specs.num_ranks)
-    measured = [
-        measure(engine, case, limits, peers, arguments.repeats if case.is_first_token else arguments.rounds)
-        for case in tqdm(cases, desc="measuring", file=sys.stderr, leave=False, disable=not sys.stderr.isatty())
-    ]
+    measured_by: dict[str, list[Measurement]] = {}
+    for routing in (routing for routing in ROUTINGS if routing in arguments.routing):
+        apply_routing(routing, engine)
+        measured_by[routing] = [
+            measure(engine, case, limits, peers, arguments.repeats if case.is_first_token else arguments.rounds)
+            for case in tqdm(cases, desc="measuring", file=sys.stderr, leave=False, disable=not sys.stderr.isatty())
+        ]
     engine.shutdown()
     print(
         f"{settings_line(engine, where)}; medians\n"
         f"limits of one device, measured here: copy {limits.copy_bytes_per_s / 1e9:.0f} GB/s, "
         f"matrix product {limits.flops_per_s / 1e12:.2f} TFLOP/s\n"
     )
-    print(_table(measured))
-    for line in _experts_lines(measured):
-        print(line)
-    for line in _long_contexts(measured, limits):
-        print(line)
+    for routing, measured in measured_by.items():
+        if len(measured_by) > 1:
+            print(f"{routing} routing")
+        print(_table(measured))
+        for line in (*_experts_lines(measured), *_long_contexts(measured, limits)):
+            print(line)
     if peers.source:
         print(peers.source)
     if len(cases) < len(asked):
@@ -152,14 +155,17 @@ def run(arguments: argparse.Namespace) -> int:
                 "machine": where,
                 "num_ranks": engine.executor.specs.num_ranks,
                 "settings": asdict(config),
-                "routing": arguments.routing,
                 "limits": asdict(limits),
-                "cases": [asdict(m) | {"roofline": m.roofline} for m in measured],
+                "cases": [
+                    asdict(m) | {"roofline": m.roofline, "routing": routing}
+                    for routing, measured in measured_by.items()
+                    for m in measured
+                ],
                 "peers": peers.source,
             },
         )
     if arguments.plot:
-        _plot(arguments.plot, measured, limits, f"{engine.source.name} on {where['device']}")
+        _plot(arguments.plot, next(iter(measured_by.values())), limits, f"{engine.source.name} on {where['device']}")
     return 0
 
 

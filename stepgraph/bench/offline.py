@@ -53,10 +53,11 @@ class StepShares:
     def of(cls, engine: Engine, steps: Sequence[StepReport]) -> StepShares:
         """Of steps of `engine`, at least one."""
         records = [step.record for step in steps]
+        num_tokens = sum(record.num_tokens for record in records)
         return cls(
             steps=len(steps),
             in_graphs=sum(record.eager_reason is None for record in records) / len(records),
-            padding=1 - sum(r.num_tokens for r in records) / sum(r.shape.num_tokens for r in records),
+            padding=1 - num_tokens / (num_tokens + sum(record.padding_tokens for record in records)),
             captured=sum(record.captured for record in records),
             host_us=1e6 * median(step.host_seconds for step in steps) if engine.executor.specs.run_ahead else None,
         )

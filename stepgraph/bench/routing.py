@@ -21,32 +21,35 @@ from stepgraph.step.dispatch import mixtures_of
 _SKEW = 0.5
 
 
-def add_routing_flag(parser: argparse.ArgumentParser) -> None:
-    """Add ``--routing``."""
+ROUTINGS = ("uniform", "skewed")
+"""As routers are drawn, which choose all experts about equally often; and with some experts favoured. In this order."""
+
+
+def add_routing_flag(parser: argparse.ArgumentParser, *, several: bool = False) -> None:
+    """Add ``--routing``; `several`: it takes more than one."""
     parser.add_argument(
         "--routing",
-        choices=("uniform", "skewed"),
-        default="uniform",
+        choices=ROUTINGS,
+        nargs="+" if several else None,
+        default=[ROUTINGS[0]] if several else ROUTINGS[0],
         help="of dummy weights: routers as they are drawn, which choose all experts about equally often (default), or with rows "
-        "of unequal norms, so that some are favoured",
+        "of unequal norms, so that some are favoured" + ("; both: one after the other" if several else ""),
     )
 
 
-def check_routing(routing: str, config: EngineConfig) -> None:
+def check_routing(routings: Sequence[str], config: EngineConfig) -> None:
     """Raise ConfigError if a checkpoint's routers were to be changed."""
-    if routing != "uniform" and config.model.load_format != "dummy":
+    if "skewed" in routings and config.model.load_format != "dummy":
         raise ConfigError(
-            f"routing={routing!r} changes random weights, and load_format={config.model.load_format!r} reads a checkpoint's; add "
+            f"routing='skewed' changes random weights, and load_format={config.model.load_format!r} reads a checkpoint's; add "
             "--load-format dummy, or leave --routing out"
         )
 
 
 def apply_routing(routing: str, engine: Engine) -> None:
-    """Change the routers of all ranks as the flag says. ConfigError if the model has none."""
+    """Change the routers of all ranks as the flag says, once. ConfigError if the model has none."""
     if routing == "skewed" and not any(engine.executor.on_all(_skew)):
-        raise ConfigError(
-            f"routing={routing!r} has no effect: {engine.source.name} has no experts; leave --routing out"
-        )
+        raise ConfigError(f"routing='skewed' has no effect: {engine.source.name} has no experts; leave --routing out")
 
 
 @torch.no_grad()

@@ -90,7 +90,7 @@ def run(arguments: argparse.Namespace) -> int:
             f"a prompt of {inputs[1]} tokens and an answer of {outputs[1]} do not fit into max_model_len={longest}; shorten them "
             "or raise it"
         )
-    check_routing(arguments.routing, config)
+    check_routing([arguments.routing], config)
     engine = build_engine(config, source=source, progress=sys.stderr.isatty())
     apply_routing(arguments.routing, engine)
     options = PromptOptions(
