@@ -7,6 +7,7 @@ import math
 import torch
 from torch import Tensor, nn
 
+from stepgraph.layers.embedding import Embedding
 from stepgraph.layers.experts import Router
 from stepgraph.layers.formats import Target
 from stepgraph.layers.formats.target import values_part_of
@@ -16,6 +17,9 @@ from stepgraph.models.checkpoint import keep_rows
 from stepgraph.parallel.shard import Part
 
 _DEVIATION = 0.02
+_EMBEDDING_DEVIATION = 4.0
+"""Of models with experts: so much that what layers add hardly turns a token's state. With less, what all tokens of a context have
+in common soon outweighs the token, and all choose the same experts, which no trained router has them do."""
 _PIECE = 2**24
 """Numbers drawn at once."""
 
@@ -30,6 +34,7 @@ def fill_randomly(model: nn.Module, device: torch.device) -> None:
         device: numbers are drawn there, and depend on its kind.
     """
     generator = torch.Generator(device).manual_seed(0)
+    has_experts = any(isinstance(module, Router) for module in model.modules())
     for module in model.modules():
         if isinstance(module, RMSNorm):
             module.weight.fill_(1.0)
@@ -37,21 +42,22 @@ def fill_randomly(model: nn.Module, device: torch.device) -> None:
             for parameter in module.parameters(recurse=False):
                 _draw(parameter, generator)
         if isinstance(module, Matrix):
+            spreads = has_experts and isinstance(module, Embedding)
             for target in module.targets().values():
-                _draw(target, generator)
+                _draw(target, generator, _EMBEDDING_DEVIATION if spreads else _DEVIATION)
 
 
-def _draw(target: Target, generator: torch.Generator) -> None:
+def _draw(target: Target, generator: torch.Generator, deviation: float = _DEVIATION) -> None:
     part, shape = values_part_of(target), tuple(target.shape)
     length = max(1, _PIECE // math.prod(shape[1:]))  # rows of a piece
     if part is None and isinstance(target, Tensor):
         for piece in target.split(length):
-            piece.normal_(0.0, _DEVIATION, generator=generator)
+            piece.normal_(0.0, deviation, generator=generator)
         return
     part = part or Part.whole(shape)
     kept = torch.empty(part.kept_shape, dtype=target.dtype, device=generator.device)
     piece = torch.empty(min(length, shape[0]), *shape[1:], dtype=target.dtype, device=generator.device)
     for begin in range(0, shape[0], length):
-        drawn = piece[: shape[0] - begin].normal_(0.0, _DEVIATION, generator=generator)
+        drawn = piece[: shape[0] - begin].normal_(0.0, deviation, generator=generator)
         keep_rows(drawn, begin, part, kept)
     target.copy_(kept)

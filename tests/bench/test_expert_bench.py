@@ -1,6 +1,7 @@
 """Benchmarks of models with experts: the roofline is that of the weights which the tokens chose, and no others."""
 
 import json
+from importlib.resources import files
 from itertools import combinations, product
 from statistics import fmean
 
@@ -174,3 +175,19 @@ def test_only_dummy_routers_are_skewed(folder, tiny_model):
         bench.main(["latency", folder, "--device=cpu", "--routing=skewed"])
     with pytest.raises(ConfigError, match=r"routing='skewed' has no effect: .* has no experts"):
         bench.main(["throughput", tiny_model, *FLAGS, "--num-prompts=1", "--random-input-len=8", "--routing=skewed"])
+
+
+def test_dummy_weights_let_tokens_choose_experts_about_equally_often(tmp_path):
+    """Though all are of one context, and behind many layers."""
+    shape = json.loads((files("stepgraph.models") / "shapes" / "qwen3-30b-a3b.json").read_text())
+    shape |= {"vocab_size": 512, "hidden_size": 64, "num_hidden_layers": 12, "num_attention_heads": 2, "head_dim": 32}
+    shape |= {"num_key_value_heads": 1, "moe_intermediate_size": 16, "num_experts": 32, "num_experts_per_tok": 2}
+    shape |= {"eos_token_id": 0, "bos_token_id": None}
+    (tmp_path / "config.json").write_text(json.dumps(shape))
+    config = EngineConfig.from_settings(
+        model=str(tmp_path), dtype="float32", device="cpu", load_format="dummy", max_num_seqs=1, max_model_len=256
+    )
+    engine = build_engine(config)
+    census = take_census(engine, [Job(range(2, 202), 1)], 200, whole_round=True)
+    engine.shutdown()
+    assert census.touched > 0.95 * census.expected, census
