@@ -6,7 +6,8 @@ from checkpoints import EXPERTS, SIZES, random_hf_model
 from stepping import Stepper
 from transformers import Qwen2MoeConfig, Qwen3MoeConfig
 
-from stepgraph import native
+from stepgraph import EngineConfig, SamplingParams, native
+from stepgraph.engine.build import build_engine
 from stepgraph.errors import ModelError
 from stepgraph.layers.formats import Packed, Plain
 from stepgraph.models import load_model, resolve
@@ -127,3 +128,28 @@ def test_a_mixture_that_does_not_fit_its_metadata_is_refused(tmp_path, add, mess
     write_gguf(tmp_path / "model.gguf", qwen3moe(), metadata=[add])
     with pytest.raises(ModelError, match=message):
         load(tmp_path / "model.gguf")
+
+
+@pytest.mark.parametrize("settings", [{}, {"deterministic": True}, {"quantization": "none", "dtype": "float32"}])
+def test_requests_are_answered_in_graphs_as_transformers_answers_them(tmp_path, settings) -> None:
+    hf_model = qwen3moe()
+    write_gguf(tmp_path / "model.gguf", hf_model, {"_exps": TYPES.Q8_0})
+    settings = {
+        "model": str(tmp_path / "model.gguf"),
+        "device": "cpu",
+        "max_model_len": 64,
+        "max_num_seqs": 4,
+    } | settings
+    engine = build_engine(EngineConfig.from_settings(**settings))
+    prompts = [TOKENS[:3], TOKENS[5:6], TOKENS[2:14]]
+    params = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
+    requests = [engine.add_request(str(i), prompt, params) for i, prompt in enumerate(prompts)]
+    while engine.has_work:
+        engine.step()
+    assert engine.executor.statistics.num_eager_steps == 0
+    for prompt, request in zip(prompts, requests, strict=True):
+        tokens = prompt + list(request.output_token_ids)
+        with torch.no_grad():
+            best = hf_model(torch.tensor([tokens])).logits[0, len(prompt) - 1 : -1]
+        chosen = best.gather(1, torch.tensor(request.output_token_ids)[:, None])[:, 0]
+        assert (best.amax(1) - chosen).max() < 0.02, "the best token, or as good as it in what rounding leaves"
