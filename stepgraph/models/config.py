@@ -229,6 +229,12 @@ def shard_experts(config: DecoderConfig, shard: Shard, *, expert_parallel: bool)
     """
     if expert_parallel and config.kinds_of_mlp == {None}:
         raise no_experts(config.architecture, "which has none")
+    check_shard(config, shard, expert_parallel=expert_parallel)
+    return ExpertShard(experts=shard) if expert_parallel else ExpertShard(inner=shard)
+
+
+def check_shard(config: DecoderConfig, shard: Shard, *, expert_parallel: bool) -> None:
+    """Raise ModelError, naming those that do, if so many ranks cannot share a model evenly; arguments as of `shard_experts`."""
     sizes = possible_sizes(config, expert_parallel=expert_parallel)
     if shard.size not in sizes:
         other_way = "without" if expert_parallel else "with"
@@ -239,7 +245,6 @@ def shard_experts(config: DecoderConfig, shard: Shard, *, expert_parallel: bool)
             f"its vocabulary. Numbers that can: {', '.join(map(str, sizes))}."
             + (f" {other_way.capitalize()} enable_expert_parallel, {shard.size} can." if shard.size in others else "")
         )
-    return ExpertShard(experts=shard) if expert_parallel else ExpertShard(inner=shard)
 
 
 def spread_experts(config: DecoderConfig, shard: Shard) -> ExpertShard:

@@ -15,11 +15,11 @@ from tqdm import tqdm
 
 from stepgraph.config import EngineConfig
 from stepgraph.errors import ConfigError, ModelError
-from stepgraph.layers.experts import ALL_EXPERTS
+from stepgraph.layers.experts import ExpertShard
 from stepgraph.layers.formats import Packed, Plain, Target, WeightFormat
 from stepgraph.layers.linear import Linear
 from stepgraph.models.checkpoint import CheckpointTensor, take
-from stepgraph.models.config import DecoderConfig
+from stepgraph.models.config import DecoderConfig, check_shard
 from stepgraph.models.decoder import Decoder
 from stepgraph.models.language_model import LanguageModel
 from stepgraph.models.mtp_tensors import mtp_names
@@ -134,7 +134,8 @@ def load_mtp(
 
     Raises:
         ConfigError: there is no module for this model, or none that can be run.
-        ModelError: the module's tensors are not what they should be (missing, left over, of another shape), or a file is damaged.
+        ModelError: the module's tensors are not what they should be (missing, left over, of another shape), or a file is damaged; or
+            so many ranks cannot share it.
     """
     layer_config = _layer_config(model)
     read: Callable[[], _Found] | None = None
@@ -145,13 +146,18 @@ def load_mtp(
         layer_config = _with_mixture(layer_config, found)
         options, num_modules = found.layout.options, len(found.numbers)
         num_draft_ids = found.draft_token_ids.shape[0] if found.draft_token_ids else 0
+    shard = WHOLE if model.group is None else model.group.shard
+    expert_shard = model.expert_shard if isinstance(model, Decoder) else ExpertShard(inner=shard)
+    check_shard(
+        layer_config, shard, expert_parallel=expert_shard.experts != WHOLE
+    )  # a dense module beside experts, for one
     layers = [
         MTPLayer(
             layer_config,
             options,
             max_model_len=max_model_len,
-            shard=WHOLE if model.group is None else model.group.shard,
-            expert_shard=model.expert_shard if isinstance(model, Decoder) else ALL_EXPERTS,
+            shard=shard,
+            expert_shard=expert_shard,
             group=model.group,
             expert_group=model.expert_group if isinstance(model, Decoder) else None,
             dtype=model.dtype,

@@ -1,6 +1,7 @@
 """Experts where ranks share a model: each has some of them, whole, or a part of every one."""
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ from stepgraph import native
 from stepgraph.errors import ConfigError, DeviceMemoryError, ModelError
 from stepgraph.layers.experts import ExpertLinear, ExpertShard
 from stepgraph.models import load_model, random_weights, resolve, safetensors
-from stepgraph.models.config import shard_experts
+from stepgraph.models.config import check_shard, shard_experts
 from stepgraph.models.loader import create_model
 from stepgraph.models.tensor_stream import Arriving, announce, buckets
 from stepgraph.models.update import plan_update, write
@@ -204,6 +205,16 @@ def test_layers_that_all_tokens_take_must_be_even_too(tmp_path) -> None:
     config = config_of(tmp_path, Qwen3MoeConfig(**sizes, mlp_only_layers=[1]))
     with pytest.raises(ModelError, match=r"repeated, 90 intermediate values, 8 experts of 36 .* can: 1, 2\.$"):
         shard_experts(config, Shard(0, 4), expert_parallel=False)
+
+
+def test_a_dense_module_beside_experts_must_be_even_too(tmp_path) -> None:
+    """Which drafts for a model that has no such layer itself."""
+    config = config_of(tmp_path, Qwen3MoeConfig(**SIZES | EXPERTS | {"intermediate_size": 90}))
+    module = replace(config, mixtures=(None, None))
+    check_shard(config, Shard(0, 4), expert_parallel=True)
+    check_shard(module, Shard(0, 2), expert_parallel=True)
+    with pytest.raises(ModelError, match=r"repeated, 90 intermediate values and .* can: 1, 2\.$"):
+        check_shard(module, Shard(0, 4), expert_parallel=True)
 
 
 def test_models_without_experts_have_none_to_share(tmp_path) -> None:
