@@ -102,8 +102,10 @@ def save_byte_tokenizer(folder: Path) -> None:
     fast.save_pretrained(folder)
 
 
-def mtp_tensors(config: LlamaConfig, num_modules: int, seed: int = 1) -> dict[str, torch.Tensor]:
-    """Random modules for a Llama, or a Mixtral, in DeepSeek's layout: what a checkpoint of it would hold beside the model."""
+def mtp_tensors(
+    config: LlamaConfig, num_modules: int, seed: int = 1, *, num_experts: int = 0
+) -> dict[str, torch.Tensor]:
+    """Random modules for a Llama, or one with experts, in DeepSeek's layout: what a checkpoint of it would hold beside the model."""
     E, M, D = config.hidden_size, config.intermediate_size, config.head_dim
     shapes = {
         "enorm": (E,),
@@ -117,7 +119,6 @@ def mtp_tensors(config: LlamaConfig, num_modules: int, seed: int = 1) -> dict[st
         "self_attn.o_proj": (E, config.num_attention_heads * D),
         "post_attention_layernorm": (E,),
     }
-    num_experts = getattr(config, "num_local_experts", 0)
     shapes |= {"mlp.gate": (num_experts, E)} if num_experts else {}
     for path in [f"mlp.experts.{number}" for number in range(num_experts)] or ["mlp"]:
         shapes |= {f"{path}.gate_proj": (M, E), f"{path}.up_proj": (M, E), f"{path}.down_proj": (E, M)}

@@ -134,8 +134,8 @@ def load_mtp(
 
     Raises:
         ConfigError: there is no module for this model, or none that can be run.
-        ModelError: the module's tensors are not what they should be (missing, left over, of another shape), or a file is damaged; or
-            so many ranks cannot share it.
+        ModelError: tensors are not what they should be (missing, left over, of another shape), a file is damaged, or so many
+            ranks cannot share the module.
     """
     layer_config = _layer_config(model)
     read: Callable[[], _Found] | None = None

@@ -193,7 +193,9 @@ def save_model(model: RandomModel, folder: Path) -> None:
     save_byte_tokenizer(folder)
     hf_model.save_pretrained(folder)
     if model.num_mtp_modules:
-        modules = mtp_tensors(hf_model.config, model.num_mtp_modules)
+        modules = mtp_tensors(
+            hf_model.config, model.num_mtp_modules, num_experts=model.experts[0] if model.experts else 0
+        )
         save_file(modules, folder / "mtp.safetensors")
         files = dict.fromkeys(hf_model.state_dict(), "model.safetensors") | dict.fromkeys(modules, "mtp.safetensors")
         (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": files}))
