@@ -105,7 +105,7 @@ def save_byte_tokenizer(folder: Path) -> None:
 def mtp_tensors(
     config: LlamaConfig, num_modules: int, seed: int = 1, *, num_experts: int = 0
 ) -> dict[str, torch.Tensor]:
-    """Random modules for a Llama, or one with experts, in DeepSeek's layout: what a checkpoint of it would hold beside the model."""
+    """Random modules for a Llama, with experts or without, in DeepSeek's layout, as in a checkpoint of it."""
     E, M, D = config.hidden_size, config.intermediate_size, config.head_dim
     shapes = {
         "enorm": (E,),
