@@ -223,3 +223,10 @@ def test_models_without_experts_have_none_to_share(tmp_path) -> None:
         ConfigError, match=r"^enable_expert_parallel=True needs a native model with experts, and this is a Llama"
     ):
         load(tmp_path, expert_parallel=True)
+
+
+def test_experts_that_transformers_runs_are_not_shared(tmp_path) -> None:
+    source = resolve(str(save(MODELS["qwen3"](), tmp_path)), model_impl="transformers")
+    message = r"^enable_expert_parallel=True needs a native model .* a Qwen3MoeForCausalLM, which would run through transformers"
+    with pytest.raises(ConfigError, match=message):
+        load_model(source, dtype=torch.float32, device=torch.device("cpu"), max_model_len=64, expert_parallel=True)
