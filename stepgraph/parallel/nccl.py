@@ -22,6 +22,9 @@ from stepgraph.parallel.exchange import Exchange
 from stepgraph.parallel.group import Fault, GatheredTokens, Norm
 from stepgraph.parallel.shard import Shard
 
+_MOST_GATHERED = 1 << 25
+"""Numbers that a rank has of all parts for all ranks' tokens at a time."""
+
 
 class NcclGroup:
     """See `stepgraph.parallel.group.Group`. A graph with a collective communicates in loop-back, too, so that all ranks must try
@@ -102,14 +105,11 @@ class NcclGroup:
         post_norm: Norm | None = None,
         norm: Norm | None = None,
     ) -> Tensor:
-        """See `Group.scatter_sum`; padding is sent, too."""
-        rank, part_NTE = self.shard.rank, part_AE.view(self.shard.size, *residual_TE.shape)
-        if self._is_by_itself:
-            parts_NTE = part_NTE[rank].expand_as(part_NTE)
-        else:
-            parts_NTE = torch.empty_like(part_NTE)
-            # Without a public name, but what all_to_all_single calls.
-            self._nccl.alltoall_base(parts_NTE, part_NTE, [], []).wait()  # type: ignore[attr-defined]
+        """See `Group.scatter_sum`; all is sent to all ranks, padding too."""
+        rank, size = self.shard.rank, self.shard.size
+        part_NTE = part_AE.view(size, *residual_TE.shape)
+        pieces = part_NTE.split(max(1, _MOST_GATHERED // (size * part_AE[0].numel() * size)), dim=1)
+        parts_NTE = torch.cat([self._gathered(piece)[:, rank] for piece in pieces], dim=1)
         out_TE = None if norm is None else torch.empty_like(residual_TE)
         (post_weight, post_eps), (weight, eps) = post_norm or (None, 0.0), norm or (None, 0.0)
         reduce_gathered(parts_NTE, residual_TE, out_TE, multiplier, post_weight, post_eps, weight, eps, counts_N[rank])
@@ -141,13 +141,9 @@ class NcclGroup:
         with suppress(RuntimeError):
             self._nccl.abort()
 
-    @property
-    def _is_by_itself(self) -> bool:
-        return self._depth > 0 and not torch.cuda.is_current_stream_capturing()
-
     def _gathered(self, part: Tensor) -> Tensor:
         """All ranks' parts, [N, *part.shape]."""
-        if self._is_by_itself:
+        if self._depth and not torch.cuda.is_current_stream_capturing():
             return part.expand(self.shard.size, *part.shape)
         parts = part.new_empty(self.shard.size, *part.shape)
         if part.numel():
