@@ -13,7 +13,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from stepgraph.bench.offline import HEADER, Job, Round, StepShares, run_round, settings_line
+from stepgraph.bench.offline import HEADER, Job, Round, StepShares, answered, run_round, settings_line
 from stepgraph.bench.peers import Mark, Peers, load_peers, mark_cells
 from stepgraph.bench.report import choose, machine, pyplot, save_figure, table, write_json
 from stepgraph.bench.roofline import Limits, StepCost, measure_limits, step_cost
@@ -180,7 +180,7 @@ def measure(engine: Engine, case: Case, limits: Limits, peers: Peers, rounds: in
         ]
 
     warmups = _WARMUPS if case.is_first_token else 1
-    done = [run_round(engine, jobs(turn)) for turn in range(warmups + rounds)][warmups:]
+    done = [answered(run_round(engine, jobs(turn))) for turn in range(warmups + rounds)][warmups:]
     samples_s = [seconds for round_ in done for seconds in _samples_s(round_, case)]
     steps = [
         step

@@ -13,6 +13,7 @@ from stepgraph.engine.engine import Engine
 from stepgraph.engine.reports import StepReport
 from stepgraph.engine.request import FinishReason
 from stepgraph.engine.sampling_params import SamplingParams
+from stepgraph.errors import StepgraphError
 
 
 @dataclass(frozen=True)
@@ -128,6 +129,14 @@ def run_round(engine: Engine, jobs: Sequence[Job], *, on_step: Callable[[StepRep
         for job, seen, error in zip(jobs, times, errors, strict=True)
     ]
     return Round(outcomes, duration_s, steps)
+
+
+def answered(round_: Round) -> Round:
+    """The round. StepgraphError if one of its requests failed."""
+    failed = [outcome.error or "no token" for outcome in round_.outcomes if outcome.error or not outcome.chunk_times_s]
+    if failed:
+        raise StepgraphError(f"{len(failed)} of {len(round_.outcomes)} requests failed, the first with {failed[0]}")
+    return round_
 
 
 def _seconds_to_wait(engine: Engine, until_arrival_s: float | None) -> float:

@@ -10,7 +10,7 @@ from statistics import fmean
 
 import torch
 
-from stepgraph.bench.offline import Job, run_round
+from stepgraph.bench.offline import Job, answered, run_round
 from stepgraph.bench.roofline import ExpertLoad
 from stepgraph.config import EngineConfig
 from stepgraph.engine.engine import Engine
@@ -104,7 +104,7 @@ def take_census(engine: Engine, jobs: Sequence[Job], num_tokens: int, *, whole_r
         return [total.tolist() for total in runner.expert_counts.totals]
 
     seen = [counts()]
-    run_round(engine, jobs, on_step=lambda _: seen.append(counts()))
+    answered(run_round(engine, jobs, on_step=lambda _: seen.append(counts())))
     top, kept = mixtures[0].gate.routing.top, mixtures[0].experts.count
     round_ = _difference(seen[-1], seen[0])
     steps = [_difference(after, before) for before, after in pairwise(seen)]

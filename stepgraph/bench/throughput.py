@@ -13,7 +13,7 @@ from typing import Any, cast
 from tqdm import tqdm
 
 from stepgraph.bench.length_flags import add_length_flags, check_lengths, length_range
-from stepgraph.bench.offline import HEADER, Job, Round, StepShares, run_round, settings_line
+from stepgraph.bench.offline import HEADER, Job, StepShares, answered, run_round, settings_line
 from stepgraph.bench.peers import Peers, load_peers, mark_cells
 from stepgraph.bench.report import machine, table, write_json
 from stepgraph.bench.routing import add_routing_flag, apply_routing, check_routing
@@ -23,7 +23,7 @@ from stepgraph.bench.serve_report import latency_table, summary_table
 from stepgraph.bench.workloads import arrival_times
 from stepgraph.config import EngineConfig, add_flags, settings_from_flags
 from stepgraph.engine.build import build_engine
-from stepgraph.errors import ConfigError, StepgraphError
+from stepgraph.errors import ConfigError
 from stepgraph.executor.build import context_len
 from stepgraph.models.source import resolve_configured
 
@@ -109,9 +109,9 @@ def run(arguments: argparse.Namespace) -> int:
     ]
     workload = _name(arguments.num_prompts, inputs, outputs, arguments.request_rate)
 
-    _check(run_round(engine, jobs[arguments.num_prompts :]))
+    answered(run_round(engine, jobs[arguments.num_prompts :]))
     rounds = [
-        _check(run_round(engine, jobs[: arguments.num_prompts]))
+        answered(run_round(engine, jobs[: arguments.num_prompts]))
         for _ in tqdm(range(repeats), desc="rounds", leave=False, disable=not sys.stderr.isatty())
     ]
     engine.shutdown()
@@ -169,10 +169,3 @@ def _comparison(peers: Peers, workload: str, summary: dict[str, Any]) -> str:
         if name in peers.figures.get(workload, ())
     ]
     return table((workload, "here", "peer", "target"), rows) if rows else ""
-
-
-def _check(round_: Round) -> Round:
-    failed = [outcome.error for outcome in round_.outcomes if outcome.error]
-    if failed:
-        raise StepgraphError(f"{len(failed)} of {len(round_.outcomes)} requests failed, the first with {failed[0]}")
-    return round_

@@ -2,21 +2,25 @@
 
 import json
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from stepgraph import bench
 from stepgraph.bench.latency import CASES, Case, _samples_s
-from stepgraph.bench.offline import Job, Round, StepShares, run_round
+from stepgraph.bench.offline import Job, Round, StepShares, answered, run_round
 from stepgraph.bench.peers import Mark, load_peers
 from stepgraph.bench.roofline import step_cost
 from stepgraph.bench.serve_metrics import Outcome
-from stepgraph.errors import ConfigError
+from stepgraph.errors import ConfigError, StepgraphError
 from stepgraph.models.decoder import Decoder
 from stepgraph.models.loader import create_model
 from stepgraph.models.source import resolve, shape_names
 from stepgraph.parallel.shard import WHOLE, Shard
+from stepgraph.step.log import StepRecord
+from stepgraph.step.plan import StepKind
+from stepgraph.step.shape import StepShape
 
 FLAGS = [
     *("--dtype=float32", "--max-num-seqs=8", "--max-num-batched-tokens=48"),
@@ -52,6 +56,23 @@ def test_a_request_waits_from_the_time_it_is_due(create_engine) -> None:
     assert second.start_s == 0.06
     assert second.ttft_s >= 0.05
     assert second.chunk_times_s[0] in first.chunk_times_s[1:], "it enters between two steps"
+
+
+def test_a_request_that_fails_is_told_with_its_error() -> None:
+    well, failed, silent = (
+        Outcome(0.0, 1.0, 1, 1, times, error=error) for times, error in (([1.0], ""), ([], "x"), ([], ""))
+    )
+    assert answered(Round([well], 1.0, [])).outcomes == [well]
+    with pytest.raises(StepgraphError, match="1 of 2 requests failed, the first with x"):
+        answered(Round([well, failed], 1.0, []))
+    with pytest.raises(StepgraphError, match="2 of 2 requests failed, the first with no token"):
+        answered(Round([silent, failed], 1.0, []))
+
+
+def test_padding_of_a_round_is_that_of_all_ranks(create_engine) -> None:
+    shape = StepShape(8, 8)
+    step = SimpleNamespace(record=StepRecord(StepKind.DECODE, shape, 10, 10, None, num_ranks=2), host_seconds=0.0)
+    assert StepShares.of(create_engine(), [step, step]).padding == pytest.approx(6 / 16)
 
 
 def test_nobody_enters_before_it_is_due(create_engine) -> None:
