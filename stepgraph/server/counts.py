@@ -241,7 +241,7 @@ class EngineCounts:
             if step.eager_reason is None:
                 self.replays[str(step.num_tokens), str(step.num_rows), str(step.num_drafts), step.variant] += 1
             self.real_tokens += step.num_real_tokens
-            self.padding_tokens += step.num_tokens - step.num_real_tokens
+            self.padding_tokens += step.num_ranks * step.num_tokens - step.num_real_tokens
             self.histograms["iteration_tokens_total"].observe(_STEP_TOKENS, step.num_real_tokens)
             self.histograms["step_duration_seconds"].observe(_TOKEN_SECONDS, step.seconds)
             self.histograms["host_step_seconds"].observe(_HOST_SECONDS, step.host_seconds)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from stepgraph.engine.engine import Engine
+from stepgraph.engine.lockstep import LockstepScheduler
 from stepgraph.engine.reports import StepReport
 from stepgraph.engine.request import Request
 from stepgraph.server.messages import FirstToken, Load, RankInfo, Ready, StepInfo
@@ -50,15 +51,23 @@ def ranks_of(engine: Engine) -> list[RankInfo]:
             report.waiting_share,
             sum(tokens[report.experts[0] : sum(report.experts)]),
             report.expert_tokens,
+            *load,
         )
-        for report in reports
+        for report, load in zip(reports, _loads_of_ranks(engine, len(reports)), strict=True)
     ]
+
+
+def _loads_of_ranks(engine: Engine, num_ranks: int) -> list[tuple[int, int]]:
+    """Requests that each rank runs, and that wait for it."""
+    scheduler = engine.scheduler
+    schedulers = scheduler.ranks if isinstance(scheduler, LockstepScheduler) else (scheduler,) * num_ranks
+    return [(each.num_running, each.num_waiting) for each in schedulers]
 
 
 def graphs_of(engine: Engine) -> dict[str, Any]:
     """The captured graphs as `/graphs` shows it."""
     executor = engine.executor
-    statistics, counts = executor.statistics, executor.graph_counts()
+    statistics, counts, reports = executor.statistics, executor.graph_counts(), executor.rank_reports()
     return {
         "backend": executor.specs.graph_backend,
         "steps": statistics.num_steps,
@@ -84,7 +93,10 @@ def graphs_of(engine: Engine) -> dict[str, Any]:
             | ({} if (way := executor.specs.dispatch_of(record.shape)) is None else {"dispatch": way})
             for record in executor.graph_records()
         ],
-        "ranks": [report._asdict() for report in executor.rank_reports()],
+        "ranks": [
+            report._asdict() | {"num_running": running, "num_waiting": waiting}
+            for report, (running, waiting) in zip(reports, _loads_of_ranks(engine, len(reports)), strict=True)
+        ],
     }
 
 
@@ -110,11 +122,11 @@ def ready_of(engine: Engine) -> Ready:
     specs = engine.executor.specs
     return Ready(
         max_model_len=specs.max_model_len,
-        max_num_seqs=engine.config.scheduler.max_num_seqs,
+        max_num_seqs=engine.config.scheduler.max_num_seqs * specs.data_parallel_size,
         backend=specs.graph_backend,
         device=specs.platform,
         precision=specs.precision,
-        num_kv_blocks=specs.num_kv_blocks,
+        num_kv_blocks=specs.num_kv_blocks * specs.data_parallel_size,
         block_size=specs.block_size,
         max_drafts=engine.config.speculative.max_drafts,
         end_token_ids=engine.end_token_ids,
@@ -137,4 +149,5 @@ def step_info(report: StepReport) -> StepInfo:
         None if record.eager_reason is None else str(record.eager_reason),
         report.seconds,
         report.host_seconds,
+        record.num_ranks,
     )

@@ -228,7 +228,8 @@ class FirstToken(msgspec.Struct, array_like=True):
 
 
 class StepInfo(NamedTuple):
-    """One step as it ran. `num_tokens`, `num_rows` and `num_drafts` are those of its graph."""
+    """One step as it ran. `num_tokens`, `num_rows` and `num_drafts` are those of its graph, of which `num_ranks` ran one each on
+    rows of their own."""
 
     kind: str
     variant: str
@@ -239,6 +240,7 @@ class StepInfo(NamedTuple):
     eager_reason: str | None
     seconds: float
     host_seconds: float
+    num_ranks: int = 1
 
 
 class Load(NamedTuple):
@@ -282,6 +284,10 @@ class RankInfo(NamedTuple):
     num_expert_tokens: int = 0
     """Of the experts that it keeps: tokens that chose them, each counted once for each."""
     expert_tokens: tuple[int, ...] = ()
+    num_running: int = 0
+    """Requests that it runs; without requests of its own, all of the engine's."""
+    num_waiting: int = 0
+    """Likewise, those that wait for it."""
 
 
 class Progress(msgspec.Struct, tag=True):

@@ -182,6 +182,8 @@ class Metrics(Collector):
             ("rank_total_memory_bytes", "total_memory_bytes", "Memory of a rank's device."),
             ("rank_cpu_share", "cpu_share", "Of a core that a rank's process uses, since the engine was built."),
             ("rank_waiting_share", "waiting_share", "Of the time since then, what a rank waited for orders."),
+            ("rank_requests_running", "num_running", "Requests that a rank runs."),
+            ("rank_requests_waiting", "num_waiting", "Requests that wait for a rank."),
         ):
             yield self._of_ranks(name, documentation, field)
         yield self._counts("graph_capture_seconds", "Time spent capturing graphs.", "capture_seconds")

@@ -21,6 +21,7 @@ from stepgraph.engine.sampling_params import SamplingParams
 from stepgraph.errors import ConfigError, EngineDeadError, ModelError
 from stepgraph.executor.ranked import build_ranked_executor
 from stepgraph.models.source import resolve
+from stepgraph.server.engine_report import graphs_of, load_of, ranks_of, ready_of, step_info
 from stepgraph.step.shape import Variant
 from stepgraph.verify.graphs import verify_graphs
 
@@ -91,6 +92,25 @@ def test_a_step_like_the_one_before_costs_16_bytes(model, create_ranked) -> None
     assert all(len(request.output_token_ids) == 40 for request in requests)
     costs = [after - before for before, after in pairwise(written)]
     assert costs[4:] == [4] * len(costs[4:])  # int32
+
+
+def test_reports_are_of_all_ranks_together_and_of_each(model, create_ranked) -> None:
+    two, infos = create_ranked(config_of(model, **TWO)), []
+    two.on_step = lambda report: infos.append(step_info(report))
+    for i in range(5):
+        two.add_request(str(i), [3 + i] * (1 + i), GREEDY)
+    two.step()
+    assert (load_of(two).num_running, load_of(two).num_waiting) == (5, 0)
+    assert sorted(rank.num_running for rank in ranks_of(two)) == [2, 3]
+    assert [rank["num_running"] for rank in graphs_of(two)["ranks"]] == [rank.num_running for rank in ranks_of(two)]
+    ready = ready_of(two)
+    assert (ready.max_num_seqs, ready.num_kv_blocks, ready.num_ranks) == (6, 120, 2)
+    drain(two)
+    statistics = two.executor.statistics
+    assert infos[0].num_ranks == 2
+    assert sum(info.num_ranks * info.num_tokens - info.num_real_tokens for info in infos) == statistics.padding_tokens
+    assert sum(info.num_real_tokens for info in infos) == statistics.real_tokens > 5 * 12
+    assert load_of(two).kv_usage == 0
 
 
 def test_graphs_are_right_on_all_ranks(model, create_ranked) -> None:
