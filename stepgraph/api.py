@@ -39,7 +39,8 @@ class LLM:
         source: what `model` names, if that is resolved already.
         settings: any field of the dataclasses in `stepgraph.config`, e.g. ``dtype="bfloat16"``, ``max_num_seqs=8``,
             ``max_model_len=4096``, ``graph_optimization_config={"use_cudagraph": False}``. With ``tensor_parallel_size=2``, two
-            devices of this machine share the model: this process has one, and a process that it starts has the other.
+            devices of this machine share the model: this process has one, and a process that it starts has the other. So it is
+            with ``data_parallel_size=2, enable_expert_parallel=True``, but that they share its experts only.
 
     Raises:
         ConfigError: an unknown setting, a bad value, or more devices than there are.
