@@ -45,8 +45,7 @@ FEW = [
     )
 ]
 MANY = [
-    ExpertTile(rows, outputs, inputs, num_warps, num_stages, True, rows_copied)
-    for rows_copied in (False, True)
+    ExpertTile(rows, outputs, inputs, num_warps, num_stages, copied=True)
     for rows, outputs, inputs, num_warps, num_stages in (
         (64, 128, 64, 4, 3),
         (64, 128, 64, 4, 4),
@@ -227,11 +226,7 @@ def products(case: Case) -> list[tuple[str, Callable[..., Tensor], list[ExpertTi
         (
             name,
             product,
-            [
-                tile
-                for tile in candidates
-                if fits(tile, weight, case.tokens, case.sizes) and not (name == "gated" and tile.rows_copied)
-            ],
+            [tile for tile in candidates if fits(tile, weight, case.tokens, case.sizes)],
         )
         for name, product, weight in (
             ("gated", case.gated, case.layers[0].gate_up),

@@ -13,7 +13,8 @@ from stepgraph.platforms.tuning import ExpertTile
 
 NUM_EXPERTS = 6
 TILE = ExpertTile(rows=16, outputs=32, inputs=32, num_warps=4, num_stages=2, group=2)
-COPIED = replace(TILE, copied=True, rows_copied=True)
+COPIED = replace(TILE, copied=True)
+FLAT = replace(TILE, outputs=64)
 
 
 def random_pairs(tokens, top, num_experts=NUM_EXPERTS):
@@ -160,8 +161,9 @@ def test_odd_sizes_and_weights_of_8_bits(groups, gelu, device) -> None:
 
 
 @pytest.mark.parametrize("groups", [None, 2], ids=["16 bits", "scales of groups"])
-def test_weights_and_rows_that_the_copy_engine_brings(groups, device) -> None:
-    check(ROUTINGS["some here"], device, torch.float16, hidden_size=136, width=40, groups=groups, tile=COPIED)
+@pytest.mark.parametrize("tile", [COPIED, FLAT], ids=["copied", "flat"])
+def test_kinds_of_tiles(tile, groups, device) -> None:
+    check(ROUTINGS["some here"], device, torch.float16, hidden_size=136, width=40, groups=groups, tile=tile)
 
 
 def test_half_a_tile_takes_as_many_pairs_as_it_holds(device) -> None:

@@ -79,7 +79,6 @@ def _add_product(sum_DS, block_DJ, x_JS, scale_D, inside_D, GROUPS: tl.constexpr
 @triton.jit
 def _compute_tile(
     x_ptr,
-    x,
     weight,
     scale_ptr,
     order_ptr,
@@ -101,17 +100,14 @@ def _compute_tile(
 ):
     """The products of some pairs with BLOCK_W rows of their expert's weight, of which half are partners of gates.
 
-    Of 8 bits, gates and partners are one operand, which comes from registers anyway, so that no two warps widen the same codes;
-    of 16 bits they are two, which come from shared memory as they are.
-
     Args:
-        x, weight: the descriptor of the rows, or None; that of the weight if COPIED, or else its pointer.
+        weight: its descriptor if COPIED, or else its pointer.
         begin, end: the first of the pairs, and the end of the expert's.
         column: the first of the outputs.
         others: see `_product_kernel`.
     """
     GATED: tl.constexpr = END != "store"
-    FLAT: tl.constexpr = GATED and GROUPS > 0
+    FLAT: tl.constexpr = GATED and BLOCK_W == 64 and not COPIED  # one product, as half would not fill an instruction
     BLOCK_B: tl.constexpr = BLOCK_W // 2 if GATED else BLOCK_W
     BLOCK_D: tl.constexpr = BLOCK_W if FLAT else BLOCK_B
     place_S = begin + tl.arange(0, BLOCK_S)
@@ -134,7 +130,7 @@ def _compute_tile(
         if I % BLOCK_J != 0:
             inside_J = start + input_J < I
             inside_JS, inside_DJ = inside_JS & inside_J[:, None], inside_DJ & inside_J[None, :]
-        rows_JS = tl.load(x_JS + start, mask=inside_JS, other=0.0) if x is None else tl.trans(x.load([begin, start]))
+        rows_JS = tl.load(x_JS + start, mask=inside_JS, other=0.0)
         if COPIED:
             block = tl.reshape(weight.load([matrix, column, start]), [BLOCK_D, BLOCK_J])
         else:
@@ -145,9 +141,11 @@ def _compute_tile(
                 block = tl.reshape(weight.load([matrix + 1, column, start]), [BLOCK_D, BLOCK_J])
             else:
                 block = tl.load(weight_DJ + O * I + start, mask=inside_DJ, other=0.0)
-            up_DS = _add_product(up_DS, block, rows_JS, scale_D, inside_D, 0)
+            up_DS = _add_product(up_DS, block, rows_JS, scale_D + O * GROUPS + group, inside_D, GROUPS)
     if GROUPS == 1:
         sum_DS *= tl.load(scale_D, mask=inside_D, other=0.0)[:, None]
+        if GATED and not FLAT:
+            up_DS *= tl.load(scale_D + O, mask=inside_D, other=0.0)[:, None]
     if FLAT:
         sum_DS, up_DS = tl.split(tl.permute(tl.reshape(sum_DS, [2, BLOCK_B, BLOCK_S]), 1, 2, 0))
     column_B = column + tl.arange(0, BLOCK_B)
@@ -163,7 +161,6 @@ def _compute_tile(
 @triton.jit
 def _product_kernel(
     x_ptr,  # [T, I], or, of pairs that are sorted, [P, I]
-    x,  # its descriptor, or None
     weight,  # [matrices, O, I]: of each expert one, or the gates' and that of their partners; its pointer, or its descriptor
     scale_ptr,
     order_ptr,
@@ -195,7 +192,6 @@ def _product_kernel(
         if BLOCK_S >= 128 and end - begin <= HALF:
             _compute_tile(
                 x_ptr,
-                None,
                 weight,
                 scale_ptr,
                 order_ptr,
@@ -218,7 +214,6 @@ def _product_kernel(
         else:
             _compute_tile(
                 x_ptr,
-                x,
                 weight,
                 scale_ptr,
                 order_ptr,
@@ -418,18 +413,13 @@ def _multiply(
     """Write pairs' products into `out`; see `_product_kernel`."""
     (_, outputs, inputs), num_experts, num_pairs = weight.shape, ends.shape[0], order.shape[0]
     parts = weight.shape[0] // num_experts
-    is_copied = tile.copied and inputs * weight.element_size() % 16 == 0 and inputs * x.element_size() % 16 == 0
+    is_copied = tile.copied and inputs * weight.element_size() % 16 == 0
     operand: Tensor | TensorDescriptor = weight
-    rows = None
     if is_copied:
-        together = parts if scale is not None else 1
-        operand = TensorDescriptor.from_tensor(weight, [together, tile.outputs // parts, tile.inputs])
-        if end == STORE and tile.rows_copied:
-            rows = TensorDescriptor.from_tensor(x, [tile.rows, tile.inputs])
+        operand = TensorDescriptor.from_tensor(weight, [1, tile.outputs // parts, tile.inputs])
     grid = max_tiles(num_pairs, num_experts, tile.rows) * triton.cdiv(parts * outputs, tile.outputs)
     _product_kernel[(grid,)](
         x,
-        rows,
         operand,
         scale,
         order,
