@@ -41,6 +41,15 @@ class Choice(NamedTuple):
         return bool((self.chosen.expert[is_padding_T] < len(self.router.weight)).any())
 
 
+def has_routers(model: LanguageModel) -> bool:
+    """Whether tokens of a model choose experts."""
+    return bool(_routers(model))
+
+
+def _routers(model: LanguageModel) -> list[Router]:
+    return [module for module in model.modules() if isinstance(module, Router)]
+
+
 @contextmanager
 def kept_choices(model: LanguageModel) -> Iterator[list[Choice]]:
     """What the routers of steps that run inside, without a graph, see and choose: a choice for each call, in their order."""
@@ -50,7 +59,7 @@ def kept_choices(model: LanguageModel) -> Iterator[list[Choice]]:
         x, counts = args
         kept.append(Choice(router, x.clone(), counts.clone(), chosen))
 
-    with _hooked([module for module in model.modules() if isinstance(module, Router)], keep):
+    with _hooked(_routers(model), keep):
         yield kept
 
 

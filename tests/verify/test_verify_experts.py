@@ -9,7 +9,7 @@ from torch import Tensor
 
 from stepgraph.config import EngineConfig
 from stepgraph.engine.build import build_engine
-from stepgraph.layers.experts import Experts, Router
+from stepgraph.layers.experts import Experts, MixtureMLP, Router
 from stepgraph.ops.route import Chosen
 from stepgraph.verify import graphs
 from stepgraph.verify.graphs import verify_graphs
@@ -74,3 +74,15 @@ def test_mutant_experts_that_forget_the_last_tokens_of_a_large_step_are_caught(c
 
     monkeypatch.setattr(Experts, "forward", mutant)
     assert any("differs from the same row alone" in mismatch for mismatch in check())
+
+
+def test_what_rounds_otherwise_while_choices_are_watched_passes(check, monkeypatch) -> None:
+    """As a kernel may that chooses experts and computes them at once, which then does not run."""
+    right = MixtureMLP.routed
+
+    def rounding(self: MixtureMLP, *args, **options) -> tuple[Tensor, Tensor]:
+        normed, part = right(self, *args, **options)
+        return normed, part if self.gate.is_watched else part.mul_(1 + 2**-22)
+
+    monkeypatch.setattr(MixtureMLP, "routed", rounding)
+    assert check() == []
