@@ -70,8 +70,9 @@ FORMATS = [
 
 @pytest.mark.parametrize(("first", "count"), [(0, 6), (1, 4)], ids=["all experts", "some experts"])
 @pytest.mark.parametrize(("dtype", "scales"), FORMATS, ids=str)
-def test_products_of_pairs_match_float64_and_touch_no_other(dtype, scales, first, count, device):
-    """What belongs to padding, or to other ranks' experts, is NaN."""
+def test_products_of_pairs_match_float64_and_touch_no_other(dtype, scales, first, count, monkeypatch, device):
+    """What belongs to padding, or to other ranks' experts, is NaN, and stays what it was."""
+    monkeypatch.setattr(torch.Tensor, "new_empty", lambda tensor, *size, **like: tensor.new_full(size, 77, **like))
     operands, (gate_up, down) = random_weights(count, dtype, scales)
     x = torch.randn(3, gate_up.shape[2], generator=torch.Generator().manual_seed(1)).to(dtype)
     x[1] = torch.nan
@@ -80,6 +81,7 @@ def test_products_of_pairs_match_float64_and_touch_no_other(dtype, scales, first
     weight, scale, down_weight, down_scale = on(device, *operands)
     hidden = pairs.launch_gated(x.to(device), weight, scale, choice, first, False, TILE).cpu()
     here = (first <= EXPERTS) & (first + count > EXPERTS)
+    assert (hidden[~here.flatten()] == 77.0).all()
     hidden[~here.flatten()] = torch.nan
     expected = torch.zeros(3, gate_up.shape[2], dtype=torch.float64)
     for token, place in here.nonzero().tolist():
