@@ -111,7 +111,7 @@ def choose(sizes: Sizes, tokens: int, routing: str) -> Chosen:
     return Chosen(chosen.indices.to(torch.int32), chosen.values.softmax(1))
 
 
-def check(layer: Layer, sizes: Sizes, dispatch: ExpertDispatch, tokens: int, routing: str) -> float:
+def check(layer: Layer, sizes: Sizes, dispatch: ExpertDispatch, tokens: int, routing: str, by_row: bool) -> float:
     """The largest error beside the largest value."""
     chosen, x = choose(sizes, tokens, routing), torch.randn(tokens, sizes.hidden, dtype=torch.bfloat16, device="cuda")
     out = torch.randn_like(x)
@@ -122,8 +122,8 @@ def check(layer: Layer, sizes: Sizes, dispatch: ExpertDispatch, tokens: int, rou
         product = (F.silu(gate) * up) @ values(layer.down, layer.down_scale, number).T
         expected.index_add_(0, token_J, product * chosen.weight[token_J, place_J, None])
     work = expert_work(chosen, 0, sizes.experts, dispatch)
-    hidden = gated_experts(x, layer.gate_up, layer.gate_up_scale, work, gelu=False)
-    sum_experts(hidden, layer.down, layer.down_scale, work, out, add=True)
+    hidden = gated_experts(x, layer.gate_up, layer.gate_up_scale, work, gelu=False, by_row=by_row)
+    sum_experts(hidden, layer.down, layer.down_scale, work, out, add=True, by_row=by_row)
     error = float(((out.float() - expected).abs().max() / expected.abs().max()).cpu())
     if not error < 0.01:
         raise SystemExit(f"{dispatch.value}, {tokens} tokens, {routing}: off by {error:.3g} of the largest value")
@@ -256,9 +256,12 @@ def run_format(name: str, sizes: Sizes, arguments: argparse.Namespace) -> Iterat
     started = time.perf_counter()
     compile_ahead(compiled(cases, arguments))
     print(f"{name}: compiled in {time.perf_counter() - started:.0f} s", flush=True)
-    checks = [(ExpertDispatch.TILES, 50), (ExpertDispatch.TILES, 1000)]
+    checks = [(ExpertDispatch.TILES, tokens) for tokens in (50, 200, 500, 1000)]  # some of each kind of tiles
     for dispatch, tokens in checks + [(ExpertDispatch.PAIRS, 20)] * (arguments.pairs_up_to > 0):
-        errors = [check(layers[0], sizes, dispatch, tokens, routing) for routing in arguments.routings]
+        errors = [
+            check(layers[0], sizes, dispatch, tokens, routing, by_row)
+            for routing, by_row in itertools.product(arguments.routings, (False, True))
+        ]
         print(f"{name}: {dispatch.value}, {tokens} tokens: off by {max(errors):.2g} of the largest value at most")
     print("tokens  routing    sort  gated   down combine  tiles  pairs   least  GB/s TFLOP/s  of least")
     for case in cases:
