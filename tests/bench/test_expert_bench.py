@@ -4,6 +4,7 @@ import json
 from importlib.resources import files
 from itertools import combinations, product
 from statistics import fmean
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,15 +13,17 @@ from tiny_mixture import MIXTURE_LAYERS, NUM_EXPERTS, TOP, save_tiny_mixture
 from stepgraph import bench
 from stepgraph.bench.account import account
 from stepgraph.bench.graphs import GREEDY, lay_out
+from stepgraph.bench.latency import Case, _costs
 from stepgraph.bench.offline import Job
 from stepgraph.bench.roofline import ExpertLoad, Limits, Operand, StepCost, operator_cost, step_cost
-from stepgraph.bench.routing import _skew, take_census
+from stepgraph.bench.routing import Census, _skew, take_census
 from stepgraph.config import EngineConfig
 from stepgraph.engine.build import build_engine
 from stepgraph.errors import ConfigError
 from stepgraph.executor.local import runner_of
 from stepgraph.graph.eager import EagerGraph
 from stepgraph.layers.experts import ExpertShard
+from stepgraph.layers.inputs import DispatchTable
 from stepgraph.models.config import shard_experts
 from stepgraph.models.loader import create_model
 from stepgraph.models.source import resolve
@@ -106,12 +109,16 @@ def test_an_operator_reads_the_matrices_of_the_experts_that_were_chosen():
     assert cost == StepCost(2 * (4 * 64 + 5 * 96 * 64), 2 * 12 * 96 * 64)
 
 
-def test_operators_of_a_step_are_given_what_its_tokens_chose(engine):
-    """The sum over a step's calls is what its own routing touches."""
+@pytest.mark.parametrize(
+    ("most_pairs_tokens", "operators"), [(0, ("gated_experts", "sum_experts")), (48, ("mixture",))]
+)
+def test_operators_of_a_step_are_given_what_its_tokens_chose(engine, monkeypatch, most_pairs_tokens, operators):
+    """The sum over a step's calls is what its own routing touches, whether by several operators or by one."""
     runner = runner_of(engine.executor)
-    model, limits = runner.model, Limits(1e9, 1e9)
+    monkeypatch.setattr(runner, "dispatch", DispatchTable(most_pairs_tokens))
+    limits, rows = Limits(1e9, 1e9), [(1, 30)]
     with runner.workbench():
-        plan = lay_out(runner, ROWS, GREEDY)
+        plan = lay_out(runner, rows, GREEDY)
         shape = StepShape(plan.num_tokens, len(plan.rows))
         program = EagerGraph(runner.create_program(shape))
         lines = runner.state.lines.clone()
@@ -125,15 +132,15 @@ def test_operators_of_a_step_are_given_what_its_tokens_chose(engine):
             total.zero_()
         program.replay()
         loads = [ExpertLoad.of(total.tolist()) for total in runner.expert_counts.totals]
-        step = account(runner, prepare, program.replay, program.replay, ROWS, limits, replays=1)
-    assert [load.pairs for load in loads] == [NUM_TOKENS * TOP] * MIXTURE_LAYERS
-    assert all(TOP < load.touched <= NUM_EXPERTS for load in loads)
-    gated = next(o for o in step.operators if o.operator.startswith("gated_experts"))
-    assert gated.flops == 2 * sum(load.pairs for load in loads) * 2 * 16 * 32
-    weights = 4 * sum(load.touched for load in loads) * 2 * 16 * 32
-    activations = 4 * MIXTURE_LAYERS * NUM_TOKENS * (32 + TOP * 16)
-    assert gated.bytes == weights + activations
-    assert mixtures_of(model)
+        step = account(runner, prepare, program.replay, program.replay, rows, limits, replays=1)
+    assert loads == [ExpertLoad(TOP, TOP)] * MIXTURE_LAYERS
+    found = [o for o in step.operators if o.operator.startswith(operators)]
+    assert len(found) == len(operators)
+    matrices = 3 * 16 * 32 * sum(load.touched for load in loads)
+    least = 4 * matrices + 4 * MIXTURE_LAYERS * 2 * 32  # weights, and the token as it comes and goes
+    assert least <= sum(o.bytes for o in found) < 1.5 * least
+    products = 2 * 3 * 16 * 32 * sum(load.pairs for load in loads)
+    assert products <= sum(o.flops for o in found) < 1.5 * products
 
 
 def test_a_census_finds_the_step_that_is_timed(engine):
@@ -191,3 +198,15 @@ def test_dummy_weights_let_tokens_choose_experts_about_equally_often(tmp_path):
     census = take_census(engine, [Job(range(2, 202), 1)], 200, whole_round=True)
     engine.shutdown()
     assert census.touched > 0.95 * census.expected, census
+
+
+def test_of_ranks_with_requests_of_their_own_the_roofline_is_that_of_the_busiest(engine):
+    """Each reads all weights but experts, its own rows' keys, and its experts for the tokens of all."""
+    case, half = Case("decode 8", 8, 32), (ExpertLoad(3, 10), ExpertLoad(4, 14))
+    census = Census((half, (ExpertLoad(4, 14), ExpertLoad(2, 10))), 6.5, 7.0, 1.0, 1.0)
+    config = EngineConfig.from_settings(data_parallel_size=2, enable_expert_parallel=True)
+    ranks = SimpleNamespace(executor=engine.executor, config=config)
+    model = runner_of(engine.executor).model
+    assert _costs(ranks, case, census) == [step_cost(model, case.rows[:4], loads=loads) for loads in census.loads]
+    together = SimpleNamespace(executor=engine.executor, config=EngineConfig.from_settings(tensor_parallel_size=2))
+    assert _costs(together, case, census)[0] == step_cost(model, case.rows, Shard(0, 2), half)
