@@ -3,6 +3,9 @@
 Alone, a row is rounded otherwise than in a batch. Where two experts' scores are all but equal, that turns a choice over, and what
 follows differs by more than rounding. So a row alone takes the experts that it took in the batch. Whether those were right, by
 what the router saw in the batch, is asked there of these tokens alone, and must be so bit for bit.
+
+A kernel that chooses and computes at once cannot be watched: choices are kept in a run without it. Where it rounds so that a tie
+turns over there, that is reported as a difference; it takes few tokens, so that this is rare.
 """
 
 from __future__ import annotations
