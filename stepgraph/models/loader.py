@@ -10,6 +10,7 @@ import torch
 from tqdm import tqdm
 
 from stepgraph.errors import ConfigError
+from stepgraph.layers.experts import ALL_EXPERTS
 from stepgraph.layers.formats import FP8, Target
 from stepgraph.layers.matrix import Matrix
 from stepgraph.models.checkpoint import CheckpointTensor
@@ -224,7 +225,9 @@ def fills_in_place(model: LanguageModel, load_format: str = "auto") -> bool:
     """Whether `fill` allocates nothing on the device, so that graphs may be captured and memory be shared out meanwhile: so it
     is for native models whose weights are not rounded to 8 bits there, nor drawn there of which only a part is kept. Nor may it
     launch kernels of Triton, which are not run while others compile them ahead."""
-    if not isinstance(model, Decoder) or (load_format == "dummy" and model.shard != WHOLE):
+    if not isinstance(model, Decoder):
+        return False
+    if load_format == "dummy" and (model.shard, model.expert_shard) != (WHOLE, ALL_EXPERTS):
         return False
     return all(matrix.format.base.fills_in_place for matrix in _matrices(model))
 
