@@ -99,20 +99,18 @@ def test_one_slip_of_the_clock_moves_no_threshold():
 
 
 def test_what_one_start_has_timed_the_next_ones_find(model, clock, tmp_path):
-    clock.seconds = pairs_up_to(2)
+    clock.seconds = pairs_up_to(1)
     platform = KeepingPlatform(tmp_path)
-    assert choose(model, platform) == DispatchTable(2)
-    assert clock.calls == [[(size, way) for size in (1, 2, 8) for way in ("pairs", "tiles")]], (
-        "64 tokens cannot be pairs"
-    )
-    clock.seconds = pairs_up_to(8)
-    assert choose(model, platform) == DispatchTable(2)
+    assert choose(model, platform) == DispatchTable(1)
+    assert clock.calls == [[(size, way) for size in (1, 2) for way in ("pairs", "tiles")]], "8 tokens are no candidate"
+    clock.seconds = pairs_up_to(2)
+    assert choose(model, platform) == DispatchTable(1)
     assert len(clock.calls) == 1
     (file,) = tmp_path.iterdir()
     for damaged in ("", "[]", "{}", '{"most_pairs_tokens": "2"}'):
         file.write_text(damaged)
-        assert choose(model, platform) == DispatchTable(8)
-        assert json.loads(file.read_text()) == {"most_pairs_tokens": 8}
+        assert choose(model, platform) == DispatchTable(2)
+        assert json.loads(file.read_text()) == {"most_pairs_tokens": 2}
 
 
 def test_of_two_that_time_at_once_both_use_what_the_first_has_found(model, clock, tmp_path):
@@ -121,7 +119,7 @@ def test_of_two_that_time_at_once_both_use_what_the_first_has_found(model, clock
     def meanwhile(size, way):
         clock.seconds = pairs_up_to(1)
         assert choose(model, platform) == DispatchTable(1)
-        clock.seconds = pairs_up_to(8)
+        clock.seconds = pairs_up_to(2)
         return clock.seconds(size, way)
 
     clock.seconds = meanwhile
@@ -164,13 +162,13 @@ def test_all_ranks_take_what_rank_0_has_timed(model, clock, tmp_path):
 
 def test_settings_that_ask_for_one_way_get_it_untimed(model, clock, tmp_path):
     platform = KeepingPlatform(tmp_path)
-    clock.seconds = pairs_up_to(8)
+    clock.seconds = pairs_up_to(2)
     assert choose(model, platform, deterministic=True) == ONE_WAY
     assert choose(model, platform, expert_parallel_mixed="off") == ONE_WAY
     assert choose(model, CpuPlatform()) == ONE_WAY
     assert choose(torch.nn.Linear(2, 2), platform) is None
     assert clock.calls == []
-    assert choose(model, platform, expert_parallel_mixed="on") == DispatchTable(8)
+    assert choose(model, platform, expert_parallel_mixed="on") == DispatchTable(2)
 
 
 def test_timing_leaves_no_trace(model):
