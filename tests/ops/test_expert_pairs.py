@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from stepgraph.ops.experts import pairs, reference
+from stepgraph.ops.experts import pairs, reference, triton
 from stepgraph.ops.fp8_linear import dequantize, num_groups, quantize
 from stepgraph.ops.route import Routing
 from stepgraph.ops.route import reference as route
@@ -56,7 +56,7 @@ def assert_close(found, expected):
     torch.testing.assert_close(found.cpu().double(), expected, rtol=4 * eps, atol=4 * eps)
 
 
-TUNED = "gated_pairs", "gated_pairs_fp8", "summed_pairs", "summed_pairs_fp8"
+TUNED = "gated_pairs", "gated_pairs_of_one", "gated_pairs_fp8", "summed_pairs", "summed_pairs_fp8"
 EXPERTS = torch.tensor([[4, 1, 2], [6, 6, 6], [0, 5, 3]], dtype=torch.int32)
 """Of six; the token in the middle is padding."""
 FORMATS = [
@@ -95,6 +95,27 @@ def test_products_of_pairs_match_float64_and_touch_no_other(dtype, scales, first
         assert_close(out[:3].cpu(), expected * 0.5 + (residual[:3].double() if add else 0))
         assert torch.equal(out[3].cpu(), residual[3]), "wrote beyond the last token"
         assert not add or torch.equal(out[1].cpu(), residual[1])
+
+
+@pytest.mark.parametrize("tokens", [1, 3])
+@pytest.mark.parametrize("scales", [None, "of outputs"], ids=str)
+def test_operators_take_pairs_that_are_not_sorted(scales, tokens, monkeypatch, device):
+    """In the tiles that are tuned, by whatever name."""
+    monkeypatch.setattr(
+        pairs, "TUNING", replace(pairs.TUNING, min_wide_pair_programs=tokens, **dict.fromkeys(TUNED, TILE))
+    )
+    operands, _ = random_weights(6, torch.float16, scales)
+    generator = torch.Generator().manual_seed(5)
+    x = torch.randn(tokens, SIZES[0], generator=generator).half()
+    expert, pair_weight = EXPERTS[:tokens], torch.rand(tokens, 3, generator=generator)
+    found, expected = x.to(device).clone(), x.clone()
+    for experts, out in ((triton, found), (reference, expected)):
+        x_, gate_up, gate_up_scale, down, down_scale, expert_, pair_weight_ = on(
+            out.device, x, *operands, expert, pair_weight
+        )
+        hidden = experts.gated_experts(x_, gate_up, gate_up_scale, expert_, 0, None, None, False, False)
+        experts.sum_experts(hidden, down, down_scale, expert_, pair_weight_, 0, None, None, out, True, 1.0, False)
+    torch.testing.assert_close(found.cpu(), expected, rtol=4e-3, atol=4e-3)
 
 
 MIXTURES = {

@@ -20,7 +20,7 @@ from stepgraph.ops.dependent_launch import LAUNCH, wait_for_previous
 from stepgraph.ops.fp8_linear.reference import GROUP_SIZE
 from stepgraph.ops.launched import launched
 from stepgraph.ops.route import Routing
-from stepgraph.ops.route.triton import choose, is_token, write_logits
+from stepgraph.ops.route.triton import choose, is_token, load_logits, write_logits
 from stepgraph.ops.swiglu.triton import gated
 from stepgraph.platforms.kernels import kernel_tuning
 from stepgraph.platforms.tuning import PairTile
@@ -52,12 +52,12 @@ def _chosen(
     ROWS: tl.constexpr,
 ):
     """`choose` for one token: experts and weights [TOP_BLOCK], and the last round's expert. A padding token's are N."""
-    number_N, slice_S = tl.arange(0, BLOCK_N), tl.arange(0, triton.next_power_of_2(SLICES))
-    logit_SN = logits_ptr + (slice_S.to(tl.int64) * T + token)[:, None] * N + number_N[None, :]
-    inside_SN = (slice_S < SLICES)[:, None] & (number_N < N)[None, :]
+    number_N = tl.arange(0, BLOCK_N)
+    token_R = token + tl.zeros([ROWS], tl.int32)
+    inside_RN = (token_R < T)[:, None] & (number_N < N)[None, :]
     counts = is_token(counts_ptr, token, T, blocks)
-    logit_N = tl.where(counts, tl.sum(tl.load(logit_SN, mask=inside_SN, other=0.0), axis=0), 0.0)
-    logit_RN = logit_N[None, :] + tl.zeros([ROWS, 1], tl.float32)
+    # Every warp loads the logits: with one load for all, whose parts are added up between warps, a layer took 3 us more.
+    logit_RN = tl.where(counts, load_logits(logits_ptr, token_R, inside_RN, number_N, T, N, SLICES), 0.0)
     expert_RK, weight_RK, last_R = choose(
         logit_RN,
         number_N,
@@ -414,10 +414,12 @@ def launch_sum(
     )
 
 
-def _gated_tile(num_tokens: int, scale: Tensor | None) -> PairTile:
-    if scale is not None:
+def _gated_tile(num_tokens: int, top: int, weight: Tensor) -> PairTile:
+    if weight.itemsize == 1:
         return TUNING.gated_pairs_fp8
-    return TUNING.gated_pairs_of_one if num_tokens == 1 else TUNING.gated_pairs
+    wide = TUNING.gated_pairs_of_one
+    programs = top * triton.cdiv(weight.shape[1] // 2, wide.outputs)
+    return wide if num_tokens == 1 and programs >= TUNING.min_wide_pair_programs else TUNING.gated_pairs
 
 
 def _sum_tile(scale: Tensor | None) -> PairTile:
@@ -426,9 +428,8 @@ def _sum_tile(scale: Tensor | None) -> PairTile:
 
 def gated_experts(x: Tensor, weight: Tensor, scale: Tensor | None, expert: Tensor, first: int, gelu: bool) -> Tensor:
     """See `stepgraph.ops.experts.gated_experts`; pairs are not sorted."""
-    return launch_gated(
-        x, weight, scale, Choice(expert, routing=Routing(expert.shape[1])), first, gelu, TUNING.gated_pair
-    )
+    choice, tile = Choice(expert, routing=Routing(expert.shape[1])), _gated_tile(x.shape[0], expert.shape[1], weight)
+    return launch_gated(x, weight, scale, choice, first, gelu, tile)
 
 
 def sum_experts(
@@ -477,6 +478,6 @@ def mixture(
     routing = Routing(top, sigmoid, normalise, least_sum, scale, groups, kept_groups, group_top)
     logits, normed = write_logits(x, router, None if norm_weight is None else (norm_weight, eps))
     choice = Choice(logits=logits, bias=bias, counts=counts, totals=totals, routing=routing)
-    hidden = launch_gated(normed, gate_up, gate_up_scale, choice, first, gelu, _gated_tile(x.shape[0], gate_up_scale))
+    hidden = launch_gated(normed, gate_up, gate_up_scale, choice, first, gelu, _gated_tile(x.shape[0], top, gate_up))
     launch_sum(hidden, down, down_scale, choice, first, out, add, multiplier, _sum_tile(down_scale))
     return normed if norm_weight is not None else x.new_empty(0)
