@@ -106,7 +106,8 @@ def build_engine(
     )
     logger.info("%s on %s: %s", source.name, specs.platform, specs.precision)
     if specs.num_ranks > 1:
-        logger.info("%d ranks share the model; sums are exchanged by %s", specs.num_ranks, specs.collectives)
+        what = "the model; sums are exchanged" if specs.data_parallel_size == 1 else "its experts; tokens are exchanged"
+        logger.info("%d ranks share %s by %s", specs.num_ranks, what, specs.collectives)
     if config.cache.enable_prefix_caching and not specs.reuses_prefixes:
         logger.info(
             "prefix caching is off: layers of this model carry a state from token to token, which blocks do not hold"
