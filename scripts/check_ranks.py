@@ -9,7 +9,7 @@ alike is compared bit for bit every few steps. `tests/ranks/random_engines.py` m
 
 With --lockstep, each rank has requests of its own, and they share experts only:
 
-    python scripts/check_ranks.py --lockstep --engines 60 --json benchmarks/results/cpu-lockstep-random.json
+    python scripts/check_ranks.py --lockstep --engines 24 --seed 2 --json benchmarks/results/cpu-lockstep-random.json
 
 On two GPUs, with kernels of one model's sizes:
 
