@@ -74,9 +74,8 @@ def _create(
 ) -> Group:
     columns = -(-vocab_size // shard.size) + _COLUMN_PADDING
     most = max(max_tokens * hidden_size, max_samples * columns) * dtype.itemsize + HEAD_BYTES
-    row = (
-        max(shard.size * hidden_size, columns) * dtype.itemsize + HEAD_BYTES
-    )  # of what is made of tokens, one of each rank
+    # At least a row, of what is made of tokens one of each rank's:
+    row = max(shard.size * hidden_size, columns) * dtype.itemsize + HEAD_BYTES
     if platform.device.type == "cpu":
         slot_bytes = _slot(row, most, _HOST_SLOT_BYTES)
         return create_shared_group(shard, exchange, slot_bytes=slot_bytes, dtype=dtype, time_limit_s=time_limit_s)

@@ -148,9 +148,8 @@ def load_mtp(
         num_draft_ids = found.draft_token_ids.shape[0] if found.draft_token_ids else 0
     shard = WHOLE if model.group is None else model.group.shard
     expert_shard = model.expert_shard if isinstance(model, Decoder) else ExpertShard(inner=shard)
-    check_shard(
-        layer_config, shard, expert_parallel=expert_shard.experts != WHOLE
-    )  # a dense module beside experts, for one
+    # A module beside experts may be dense, for one.
+    check_shard(layer_config, shard, expert_parallel=expert_shard.experts != WHOLE)
     layers = [
         MTPLayer(
             layer_config,
