@@ -21,7 +21,7 @@ from stepgraph.bench.routing import ROUTINGS, Census, add_routing_flag, apply_ro
 from stepgraph.config import EngineConfig, add_flags, settings_from_flags
 from stepgraph.engine.build import build_engine
 from stepgraph.engine.engine import Engine
-from stepgraph.errors import ConfigError
+from stepgraph.errors import ConfigError, StepgraphError
 from stepgraph.executor.local import runner_of
 from stepgraph.parallel.shard import Shard
 
@@ -182,6 +182,12 @@ def measure(engine: Engine, case: Case, limits: Limits, peers: Peers, rounds: in
     warmups = _WARMUPS if case.is_first_token else 1
     done = [answered(run_round(engine, jobs(turn))) for turn in range(warmups + rounds)][warmups:]
     samples_s = [seconds for round_ in done for seconds in _samples_s(round_, case)]
+    if not samples_s:
+        raise StepgraphError(
+            f"{case.name}: the first of {case.num_requests} requests had its answer before the last had a token, as a step takes in "
+            f"at most {engine.executor.specs.max_tokens} tokens; raise max_num_batched_tokens and the captured sizes, or leave the "
+            "case out by --cases"
+        )
     steps = [
         step
         for round_ in done

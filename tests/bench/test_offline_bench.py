@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from stepgraph import bench
-from stepgraph.bench.latency import CASES, Case, _samples_s
+from stepgraph.bench.latency import CASES, Case, _samples_s, measure
 from stepgraph.bench.offline import Job, Round, StepShares, answered, run_round
 from stepgraph.bench.peers import Mark, load_peers
-from stepgraph.bench.roofline import step_cost
+from stepgraph.bench.roofline import Limits, step_cost
 from stepgraph.bench.serve_metrics import Outcome
 from stepgraph.errors import ConfigError, StepgraphError
 from stepgraph.models.decoder import Decoder
@@ -41,6 +41,12 @@ def test_every_job_gets_its_whole_answer_and_each_step_is_reported(create_engine
     shares = StepShares.of(engine, done.steps)
     assert (shares.steps, shares.in_graphs) == (len(done.steps), 1)
     assert shares.padding == pytest.approx(1 - tokens / sum(step.record.shape.num_tokens for step in done.steps))
+
+
+def test_requests_that_never_decode_together_are_told_of(create_engine) -> None:
+    engine = create_engine(max_num_seqs=8, max_num_batched_tokens=8, capture_sizes=(8,), capture_rows=(8,))
+    with pytest.raises(StepgraphError, match="the first of 8 requests had its answer .* at most 8 tokens; raise"):
+        measure(engine, Case("decode 8", 8, 16, answer_len=2), Limits(1e9, 1e9), load_peers("tiny", "cpu", 1), 1)
 
 
 def test_a_request_waits_from_the_time_it_is_due(create_engine) -> None:
