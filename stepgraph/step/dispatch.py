@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from stepgraph import __version__, ops
+from stepgraph import ops
 from stepgraph.config import EngineConfig
 from stepgraph.graph import create_backend
 from stepgraph.layers.experts import MixtureMLP
@@ -208,7 +208,7 @@ def _file(platform: Platform, mixtures: Sequence[MixtureMLP], sizes: Sequence[in
     experts = mixtures[0].experts
     device = platform.device
     is_about: dict[str, Any] = {
-        "stepgraph": __version__,
+        "stepgraph": _version_of("stepgraph"),
         "kernels": _digest_of_kernels(),
         "tuning": repr(platform.tuning),
         "torch": torch.__version__,
