@@ -184,9 +184,9 @@ def measure(engine: Engine, case: Case, limits: Limits, peers: Peers, rounds: in
     samples_s = [seconds for round_ in done for seconds in _samples_s(round_, case)]
     if not samples_s:
         raise StepgraphError(
-            f"{case.name}: the first of {case.num_requests} requests had its answer before the last had a token, as a step takes in "
-            f"at most {engine.executor.specs.max_tokens} tokens; raise max_num_batched_tokens and the captured sizes, or leave the "
-            "case out by --cases"
+            f"{case.name}: the first of {case.num_requests} requests had its answer before the last had a token, as a step takes "
+            f"in at most {engine.executor.specs.max_tokens} tokens; raise max_num_batched_tokens and the captured sizes, or "
+            "leave the case out by --cases"
         )
     steps = [
         step

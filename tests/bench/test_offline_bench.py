@@ -45,7 +45,7 @@ def test_every_job_gets_its_whole_answer_and_each_step_is_reported(create_engine
 
 def test_requests_that_never_decode_together_are_told_of(create_engine) -> None:
     engine = create_engine(max_num_seqs=8, max_num_batched_tokens=8, capture_sizes=(8,), capture_rows=(8,))
-    with pytest.raises(StepgraphError, match="the first of 8 requests had its answer .* at most 8 tokens; raise"):
+    with pytest.raises(StepgraphError, match=r"the first of 8 requests had its answer .* at most 8 tokens; raise"):
         measure(engine, Case("decode 8", 8, 16, answer_len=2), Limits(1e9, 1e9), load_peers("tiny", "cpu", 1), 1)
 
 
