@@ -8,6 +8,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from stepgraph.abi import slot_line
+from stepgraph.ops.collectives.cpu import order_memory
 from stepgraph.step.plan import StepPlan
 from stepgraph.step.results import StepResults
 from stepgraph.step.shape import StepShape, Variant
@@ -60,7 +61,10 @@ class OutputReader:
             step: of which all before are known to be done.
             num_launched: steps in all; at most `RING_DEPTH` - 1 from `step` on.
         """
-        return (self._counter[0] - step - 1) % RING_DEPTH < num_launched - step
+        is_done = (self._counter[0] - step - 1) % RING_DEPTH < num_launched - step
+        if is_done:
+            order_memory()  # what is read then was not read before
+        return is_done
 
     def read(self, step: int, plan: StepPlan) -> StepResults:
         """Results of a step that is done. Log-probabilities and proposals are valid for `RING_DEPTH` launches from its own."""

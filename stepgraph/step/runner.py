@@ -20,6 +20,7 @@ from stepgraph.graph.store import GraphStore
 from stepgraph.layers.inputs import DispatchTable
 from stepgraph.models.adapters import AdapterStore
 from stepgraph.models.language_model import LanguageModel
+from stepgraph.ops.collectives.cpu import order_memory
 from stepgraph.parallel.exchange import Exchange, alone, least
 from stepgraph.parallel.group import Group
 from stepgraph.platforms import CompiledKernels, Completion, Platform
@@ -208,6 +209,7 @@ class StepRunner:
 
     def _tell_done(self) -> None:
         """Have the leader see what is done by now, in the order of the device's work."""
+        order_memory()  # results that the host has computed are there before it is said
         self.state.rings.counter.copy_(self.state.counter, non_blocking=True)
 
     def completion(self, ticket: Ticket) -> Completion:

@@ -7,7 +7,7 @@ collectives later. By then every other rank has posted the collective between th
 and this rank has waited for that.
 
 The count must become visible after the part, and the part be read after the count, on processors that reorder memory accesses
-too: see `_order_memory`.
+too: see `order_memory`.
 
 Shapes: N ranks, T tokens, E hidden size, R rows, W columns that a rank computes, V all columns.
 """
@@ -170,10 +170,10 @@ def _gathered(
     posted = [ctypes.c_int64.from_address(line) for line in lines]
     kinds = [ctypes.c_int64.from_address(line + 8 * (1 + sequence % 2)) for line in lines]
     kinds[rank].value = num_bytes << 8 | collective
-    _order_memory()
+    order_memory()
     counter[0] = posted[rank].value = sequence + 1
     missing = _wait(posted, sequence + 1, _words(host, ctypes.c_int64, 2), time_limit_ns)
-    _order_memory()
+    order_memory()
     if missing is None:
         missing = next((other for other, kind in enumerate(kinds) if kind.value != kinds[rank].value), None)
     if missing is not None:
@@ -203,7 +203,7 @@ def _wait(posted: list[ctypes.c_int64], count: int, host: Any, time_limit_ns: in
 _LOCK = threading.Lock()
 
 
-def _order_memory() -> None:
+def order_memory() -> None:
     """Have all accesses before it be done, for other processes, before any after it.
 
     A lock that is given back orders what was done before, and one that is taken orders what is done after; a lock's memory
