@@ -9,7 +9,7 @@ from dataclasses import replace
 from typing import Any
 
 from stepgraph.models.config import DecoderConfig
-from stepgraph.models.glm4_moe import mixtures_of
+from stepgraph.models.glm4_moe import deepseek_mixtures
 from stepgraph.models.qwen3 import Qwen3
 
 
@@ -19,4 +19,4 @@ class Dots1(Qwen3):
     @classmethod
     def config_from_hf(cls, hf_config: Any) -> DecoderConfig:
         """See `Decoder.config_from_hf`."""
-        return replace(super().config_from_hf(hf_config), mixtures=mixtures_of(hf_config))
+        return replace(super().config_from_hf(hf_config), mixtures=deepseek_mixtures(hf_config))

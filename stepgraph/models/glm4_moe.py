@@ -31,10 +31,10 @@ class Glm4Moe(Decoder):
             qk_norm=hf_config.use_qk_norm,
             partial_rope=True,
         )
-        return replace(config, mixtures=mixtures_of(hf_config))
+        return replace(config, mixtures=deepseek_mixtures(hf_config))
 
 
-def mixtures_of(hf_config: Any) -> tuple[ExpertsSpec | None, ...]:
+def deepseek_mixtures(hf_config: Any) -> tuple[ExpertsSpec | None, ...]:
     """The experts of each layer by a config with DeepSeek-V3's fields."""
     routing = Routing(
         hf_config.num_experts_per_tok,

@@ -12,7 +12,7 @@ from transformers.models.granitemoe.modeling_granitemoe import GraniteMoeTopKRou
 from transformers.models.qwen2_moe.modeling_qwen2_moe import Qwen2MoeTopKRouter
 
 from stepgraph import ops
-from stepgraph.models.glm4_moe import mixtures_of
+from stepgraph.models.glm4_moe import deepseek_mixtures
 from stepgraph.ops import Routing
 
 HIDDEN, TOKENS = 24, 40
@@ -65,7 +65,7 @@ def deepseek_v3(rng):
     settings = {"norm_topk_prob": rng.random() < 0.5, "routed_scaling_factor": rng.choice((1.0, 2.5))}
     layers = {"moe_intermediate_size": 8, "n_shared_experts": 1, "first_k_dense_replace": 0, "num_hidden_layers": 1}
     config = fields(*sizes(rng, groups=True), **settings, **layers)
-    (spec,) = mixtures_of(config)
+    (spec,) = deepseek_mixtures(config)
     return DeepseekV3TopkRouter(config), spec.routing
 
 
