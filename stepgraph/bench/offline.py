@@ -151,5 +151,8 @@ def settings_line(engine: Engine, where: dict[str, Any]) -> str:
     """What was measured, on what."""
     specs = engine.executor.specs
     devices = f"{specs.num_ranks} x " if specs.num_ranks > 1 else ""
-    pairs = "" if specs.dispatch is None else f", experts by pairs up to {specs.dispatch.most_pairs_tokens} tokens"
-    return f"{engine.source.name}, {specs.dtype}, {specs.graph_backend} graphs{pairs}, {devices}{where['device']}"
+    experts = ""
+    if specs.dispatch is not None:
+        most = specs.dispatch.most_pairs_tokens
+        experts = f", experts by pairs up to {most} tokens" if most else ", experts by tiles"
+    return f"{engine.source.name}, {specs.dtype}, {specs.graph_backend} graphs{experts}, {devices}{where['device']}"

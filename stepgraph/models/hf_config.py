@@ -84,19 +84,23 @@ _OPTIONAL_WIDTHS = (
     "shared_expert_intermediate_size",
 )
 _OPTIONAL = (*_OPTIONAL_WIDTHS, *_EXPERTS)
-_MOST_OF = dict.fromkeys((*_COUNTS, *_EXPERTS), 2**12) | dict.fromkeys((*_WIDTHS, *_OPTIONAL_WIDTHS), 2**24)
+_MOST_OF = dict.fromkeys((*_COUNTS, *_EXPERTS, "decoder_sparse_step"), 2**12) | dict.fromkeys(
+    (*_WIDTHS, *_OPTIONAL_WIDTHS), 2**24
+)
 """By the names that a config may give to the sizes of a model: more than any model has. Lists are made and loops run by them, in
 transformers' classes too, before a weight is read that might say otherwise."""
 
 
 def check_sizes(fields: Mapping[str, Any], where: object) -> None:
     """Raise ModelError if a config says that a model has so many layers, say, as none can have. Of what is no whole number,
-    whoever reads it judges."""
+    whoever reads it judges, but for numbers of experts: transformers checks them by one of their names only."""
     for name, most in _MOST_OF.items():
         size, least = fields.get(name), 0 if name in _OPTIONAL else 1
-        if type(size) is int and not least <= size <= most:
+        no_number = name in _EXPERTS and isinstance(size, str | float | bool)
+        if no_number or (type(size) is int and not least <= size <= most):
             raise ModelError(
-                f"{where}: {name} is {size}, and must be between {least} and {most}; download the file again."
+                f"{where}: {name} is {size!r:.80}, and must be {'a whole number ' * no_number}between {least} and {most}; "
+                "download the file again."
             )
 
 

@@ -1,6 +1,7 @@
 """Models with experts through the engine, against transformers. `scripts/sweep_experts.py` tries as many as one likes."""
 
 import importlib.util
+import json
 import random
 from pathlib import Path
 
@@ -8,7 +9,7 @@ import pytest
 import torch
 from checkpoints import HF_CONFIGS, SIZES, random_hf_model
 from safetensors.torch import load_file, save_file
-from transformers import DeepseekV2Config, DeepseekV3Config, MixtralConfig, Qwen2MoeConfig
+from transformers import DeepseekV2Config, DeepseekV3Config, MixtralConfig, Qwen2MoeConfig, Qwen3MoeConfig
 
 from stepgraph import ops
 from stepgraph.errors import ModelError
@@ -137,3 +138,21 @@ def test_more_experts_than_any_model_has_are_refused_before_a_list_of_them_is_ma
         config.save_pretrained(tmp_path)
         with pytest.raises(ModelError, match=f"{field} is 1048576, and must be between 0 and 4096"):
             resolve(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "told"),
+    [
+        ("num_local_experts", "8", "num_local_experts is '8', and must be a whole number between 0 and 4096"),
+        ("num_local_experts", 8.5, "num_local_experts is 8.5, and must be a whole number between 0 and 4096"),
+        ("decoder_sparse_step", 0, "decoder_sparse_step is 0, and must be between 1 and 4096"),
+    ],
+)
+def test_numbers_about_experts_that_transformers_does_not_check_are_refused_by_name(
+    tmp_path, field, value, told
+) -> None:
+    Qwen3MoeConfig(**SIZES, architectures=["Qwen3MoeForCausalLM"]).save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {field: value}))
+    with pytest.raises(ModelError, match=told):
+        resolve(str(tmp_path))
