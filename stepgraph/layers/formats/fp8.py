@@ -13,6 +13,7 @@ from torch import Tensor
 
 from stepgraph import ops
 from stepgraph.layers.formats.base import End, FormatOptions, ParameterSpec, WeightFormat, Weights
+from stepgraph.layers.formats.number_format import NumberFormat
 from stepgraph.layers.formats.target import Target
 from stepgraph.layers.norm import RMSNorm
 from stepgraph.ops.fp8_linear import GROUP_SIZE, dequantize, num_groups, quantize
@@ -20,7 +21,7 @@ from stepgraph.parallel.shard import Cut
 
 
 @dataclass(frozen=True)
-class FP8(WeightFormat):
+class FP8(NumberFormat):
     """E4M3 codes [O, I] with float32 scales [O, G]. Bias and updates of adapters keep their dtype."""
 
     grouped: bool = False
@@ -80,39 +81,6 @@ class FP8(WeightFormat):
         """See `WeightFormat.plain_product`."""
         assert out is None, "output heads, which have one, are not of 8 bits"
         return ops.fp8_linear(x_TI, weights["weight"], weights["scale"], weights.get("bias"), by_row=self.deterministic)
-
-    def mixture_operands(self, weights: Weights) -> tuple[Tensor, Tensor | None] | None:
-        """See `WeightFormat.mixture_operands`."""
-        return None if self.deterministic else (weights["weight"], weights["scale"])
-
-    def gated_experts(self, weights: Weights, x_TE: Tensor, work: ops.ExpertWork, end: End) -> Tensor:
-        """See `WeightFormat.gated_experts`."""
-        return ops.gated_experts(
-            x_TE, weights["weight"], weights["scale"], work, gelu=end is End.GEGLU, by_row=self.deterministic
-        )
-
-    def sum_experts(
-        self,
-        weights: Weights,
-        hidden_PM: Tensor,
-        work: ops.ExpertWork,
-        shape: torch.Size,
-        add_to: Tensor | None,
-        multiplier: float,
-    ) -> Tensor:
-        """See `WeightFormat.sum_experts`."""
-        out = hidden_PM.new_empty(shape) if add_to is None else add_to
-        ops.sum_experts(
-            hidden_PM,
-            weights["weight"],
-            weights["scale"],
-            work,
-            out,
-            add=add_to is not None,
-            multiplier=multiplier,
-            by_row=self.deterministic,
-        )
-        return out
 
     def values(self, weights: Weights) -> Tensor:
         """See `WeightFormat.values`; float32."""

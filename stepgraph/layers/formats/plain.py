@@ -12,12 +12,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from stepgraph import ops
-from stepgraph.layers.formats.base import End, ParameterSpec, WeightFormat, Weights
+from stepgraph.layers.formats.base import End, ParameterSpec, Weights
+from stepgraph.layers.formats.number_format import NumberFormat
 from stepgraph.layers.norm import RMSNorm
 
 
 @dataclass(frozen=True)
-class Plain(WeightFormat):
+class Plain(NumberFormat):
     """[O, I] in the dtype of the activations."""
 
     deterministic: bool = False
@@ -48,37 +49,6 @@ class Plain(WeightFormat):
         """See `WeightFormat.plain_product`."""
         product = ops.linear_by_row if self.deterministic else ops.linear
         return product(x_TI, weights["weight"], weights.get("bias"), out)
-
-    def mixture_operands(self, weights: Weights) -> tuple[Tensor, Tensor | None] | None:
-        """See `WeightFormat.mixture_operands`."""
-        return None if self.deterministic else (weights["weight"], None)
-
-    def gated_experts(self, weights: Weights, x_TE: Tensor, work: ops.ExpertWork, end: End) -> Tensor:
-        """See `WeightFormat.gated_experts`."""
-        return ops.gated_experts(x_TE, weights["weight"], None, work, gelu=end is End.GEGLU, by_row=self.deterministic)
-
-    def sum_experts(
-        self,
-        weights: Weights,
-        hidden_PM: Tensor,
-        work: ops.ExpertWork,
-        shape: torch.Size,
-        add_to: Tensor | None,
-        multiplier: float,
-    ) -> Tensor:
-        """See `WeightFormat.sum_experts`."""
-        out = hidden_PM.new_empty(shape) if add_to is None else add_to
-        ops.sum_experts(
-            hidden_PM,
-            weights["weight"],
-            None,
-            work,
-            out,
-            add=add_to is not None,
-            multiplier=multiplier,
-            by_row=self.deterministic,
-        )
-        return out
 
     def rows(self, weights: Weights, index_T: Tensor) -> Tensor:
         """See `WeightFormat.rows`."""
