@@ -197,21 +197,14 @@ def test_mutant_a_rank_out_of_step_ends_the_engine_and_is_named(model, spoil, sa
             answers(two, PROMPTS[1:2])
 
 
-@pytest.mark.parametrize(
-    ("number", "said"),
-    [
-        (signal.SIGKILL, "rank 1 was ended by SIGKILL"),
-        (signal.SIGSTOP, r"rank 1 did not come to collective \d+ \(\w+\) within 1 s"),
-    ],
-)
-def test_a_rank_that_goes_is_named_also_if_it_had_nothing_to_do(model, number, said) -> None:
+def test_a_rank_that_goes_is_named_also_if_it_had_nothing_to_do(model) -> None:
     with own_engine(model) as two:
         answers(two)
         [_, worker] = two.executor.on_all(rank_faults.pid)
         two.add_request("last", PROMPTS[1], SamplingParams(max_tokens=100, ignore_eos=True))
         two.step()
-        os.kill(worker, number)
-        with pytest.raises(EngineDeadError, match=said):
+        os.kill(worker, signal.SIGKILL)
+        with pytest.raises(EngineDeadError, match="rank 1 was ended by SIGKILL"):
             drain(two)
 
 
