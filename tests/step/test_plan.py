@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from stepgraph.step.plan import StepKind, StepPlan
-from stepgraph.step.shape import StepShape
+from stepgraph.step.plan import StepKind, StepPlan, idle_plan
+from stepgraph.step.shape import StepShape, Variant
 
 BLOCK_SIZE = 16
 
@@ -53,3 +53,14 @@ def test_packing_at_another_shape_moves_the_deltas_behind_that_shapes_rows() -> 
         deltas = packed(plan, shape)[2 * shape.num_rows :]
         assert deltas[:3] == [2, 5, 8]
         assert not any(deltas[3:])
+
+
+def test_a_joined_plan_has_room_for_the_rank_with_most_to_do_and_asks_for_all_that_any_needs() -> None:
+    prompt = StepPlan(((1, 9), (2, 1)), ((1, 0, 7),), 1, epoch=5)
+    decodes = StepPlan(((4, 1), (5, 1), (6, 1)), (), 0, Variant.EXTENDED, epoch=2)
+    for ranks in ([prompt, decodes, idle_plan(0)], [idle_plan(0), decodes, prompt]):
+        joined = StepPlan.joined(ranks, epoch=3)
+        assert (joined.most_tokens, joined.most_rows, joined.num_ranks) == (10, 3, 3)
+        assert (joined.num_tokens, len(joined.rows), joined.num_prefill_rows) == (13, 5, 1)
+        assert (joined.variant, joined.epoch, joined.deltas) == (Variant.EXTENDED, 3, ())
+        assert joined.rows[0] == (1, 9)
