@@ -171,6 +171,11 @@ def test_random_requests_get_the_tokens_that_they_get_alone(seed) -> None:
         assert request.output_token_ids == answer
     assert {len(places) for places in ranks.ranks_of.values()} == {1}, "a request goes on where it has run"
     assert {rank for places in ranks.ranks_of.values() for rank in places} == set(range(len(ranks.devices)))
+    assert [plan.epoch for plan in ranks.plans] == sorted(plan.epoch for plan in ranks.plans)
+    by_epoch: dict[int, StepPlan] = {}
+    for plan in ranks.plans:
+        rows_alone = replace(plan, ranks=tuple(replace(own, deltas=()) for own in plan.ranks))
+        assert by_epoch.setdefault(plan.epoch, rows_alone) == rows_alone, "what is known of one holds for all"
     scheduler = ranks.scheduler
     assert (scheduler.num_running, scheduler.num_waiting, scheduler.kv_usage) == (0, 0, 0.0)
     assert [rank.load for rank in scheduler.ranks] == [0] * len(scheduler.ranks)
