@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from math import prod
+from weakref import finalize
 
 import torch
 
@@ -47,16 +48,18 @@ class SharedRings:
             for part in parts
         )
         """Of each rank."""
-        self._registered = 0
+        address = None
         if device.type == "cuda":
             address = parts[shard.rank].data_ptr()
             status = torch.cuda.cudart().cudaHostRegister(address, part_bytes, _PORTABLE)
             if int(status) != 0:
                 raise StepgraphError(f"rank {shard.rank}: its GPU cannot map memory that ranks share ({status})")
-            self._registered = address
+        self.close: finalize[[int | None, torch.Tensor], SharedRings] = finalize(self, _take_back, address, parts)
+        """Takes the memory from the device, which is done with it; so does the end of this object."""
+        self.close.atexit = False  # a device that hangs may keep it
 
-    def close(self) -> None:
-        """Take the memory from the device, which is done with it."""
-        if self._registered:
-            torch.cuda.cudart().cudaHostUnregister(self._registered)
-            self._registered = 0
+
+def _take_back(address: int | None, parts: torch.Tensor) -> None:
+    """`parts`: what lies at the address, which may go then."""
+    if address is not None:
+        torch.cuda.cudart().cudaHostUnregister(address)
