@@ -147,6 +147,10 @@ class DecoderConfig:
         )
 
 
+class ConfigFileError(ModelError):
+    """A config.json is wrong, whoever's code is to run its model."""
+
+
 def architecture_of(hf_config: Any) -> str:
     """Name of the transformers class that a config belongs to; ModelError if it names none."""
     if not hf_config.architectures:
@@ -279,9 +283,9 @@ def no_experts(architecture: str, why: str) -> ConfigError:
 
 
 def check_mixtures(config: DecoderConfig) -> None:
-    """Raise ModelError, saying which number of config.json is wrong, if the experts of a layer cannot be chosen as it says."""
+    """Raise ConfigFileError, naming the number of config.json that is wrong, if experts cannot be chosen as it says."""
     for spec in filter(None, dict.fromkeys(config.mixtures)):
-        routing, size = spec.routing, spec.num_experts // spec.routing.groups
+        routing, size = spec.routing, spec.num_experts // max(1, spec.routing.groups)
         limits = {
             "the number of experts": (spec.num_experts, 1, None),
             "the number of groups of experts": (routing.groups, 1, spec.num_experts),
@@ -296,12 +300,12 @@ def check_mixtures(config: DecoderConfig) -> None:
         }
         for what, (number, least, most) in limits.items():
             if number < least or (most is not None and number > most):
-                raise ModelError(
+                raise ConfigFileError(
                     f"{what[0].upper()}{what[1:]} is {number} in the config of this {config.architecture}, and must be at least "
                     f"{least}{'' if most is None else f' and at most {most}'}. Correct config.json, or download it again."
                 )
         if routing.groups > 1 and (spec.num_experts % routing.groups or size < routing.group_top):
-            raise ModelError(
+            raise ConfigFileError(
                 f"The {spec.num_experts} experts of this {config.architecture} cannot be split into {routing.groups} groups: "
                 f"groups must be equal, of at least {routing.group_top}. Correct config.json, or download it again."
             )

@@ -11,6 +11,7 @@ from typing import Any
 
 from stepgraph.errors import ModelError
 from stepgraph.models.config import (
+    ConfigFileError,
     DecoderConfig,
     architecture_of,
     check_attention,
@@ -94,7 +95,7 @@ def choose_config(hf_config: Any, model_impl: str, path: Path) -> LanguageModelC
     try:
         return read_config(hf_config)
     except ModelError as error:
-        if not _runs_through_transformers(path):
+        if isinstance(error, ConfigFileError) or not _runs_through_transformers(path):
             raise
         raise ModelError(f"{error} Or set model_impl to transformers, whose own code runs this model.") from error
 

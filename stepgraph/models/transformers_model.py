@@ -16,6 +16,7 @@ from __future__ import annotations
 import copy
 import logging
 import math
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -190,7 +191,7 @@ class TransformersModel(nn.Module):
                 f"The {config.architecture} that the config in {folder} describes has {config.num_parameters:,} parameters, and "
                 f"its weight files hold {stored:,}; config and weights are not of one model, or a file is missing."
             )
-        with _progress_bars(progress):
+        with _progress_bars(progress), _report_untold() as untold:
             try:
                 hf_model, report = AutoModelForCausalLM.from_pretrained(
                     folder,
@@ -204,8 +205,12 @@ class TransformersModel(nn.Module):
                     **IMPLEMENTATIONS,
                 )
             except Exception as error:  # transformers raises many types here
+                apart = sorted(set(re.findall(r"^(\S+) *\|[^|]*CONVERSION", "\n".join(untold), re.MULTILINE)))
+                why = (
+                    f"what becomes {', '.join(apart[:3])} is missing in part, or of unequal sizes." if apart else error
+                )
                 raise ModelError(
-                    f"transformers cannot load the checkpoint in {folder}: {error} A file may be truncated, or of another "
+                    f"transformers cannot load the checkpoint in {folder}: {why} A file may be truncated, or of another "
                     "model than config.json; download it again."
                 ) from error
         report["unexpected_keys"] = set(report["unexpected_keys"]) - mtp_names(report["unexpected_keys"])
@@ -455,3 +460,21 @@ def _progress_bars(shown: bool) -> Iterator[None]:
         yield
     finally:
         (transformers_logging.enable_progress_bar if before else transformers_logging.disable_progress_bar)()
+
+
+@contextmanager
+def _report_untold() -> Iterator[list[str]]:
+    """Have transformers log no report of tensors that do not fit, of which an error tells; gives what it would have said."""
+    reports: list[str] = []
+
+    def keep(record: logging.LogRecord) -> bool:
+        if is_report := "LOAD REPORT" in record.getMessage():
+            reports.append(record.getMessage())
+        return not is_report
+
+    logger = logging.getLogger("transformers.modeling_utils")
+    logger.addFilter(keep)
+    try:
+        yield reports
+    finally:
+        logger.removeFilter(keep)

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import logging
 import random
 from pathlib import Path
 
@@ -9,7 +10,15 @@ import pytest
 import torch
 from checkpoints import HF_CONFIGS, SIZES, random_hf_model
 from safetensors.torch import load_file, save_file
-from transformers import DeepseekV2Config, DeepseekV3Config, MixtralConfig, Qwen2MoeConfig, Qwen3MoeConfig
+from transformers import (
+    DeepseekV2Config,
+    DeepseekV3Config,
+    Glm4MoeConfig,
+    MixtralConfig,
+    OlmoeConfig,
+    Qwen2MoeConfig,
+    Qwen3MoeConfig,
+)
 
 from stepgraph import ops
 from stepgraph.errors import ModelError
@@ -156,3 +165,27 @@ def test_numbers_about_experts_that_transformers_does_not_check_are_refused_by_n
     path.write_text(json.dumps(json.loads(path.read_text()) | {field: value}))
     with pytest.raises(ModelError, match=told):
         resolve(str(tmp_path))
+
+
+def test_groups_that_leave_no_choice_are_the_config_s_fault_and_not_the_native_model_s(tmp_path) -> None:
+    for groups, told in ((0, "number of groups of experts is 0"), (3, "8 experts of this .* into 3 groups")):
+        Glm4MoeConfig(
+            **SIZES, architectures=["Glm4MoeForCausalLM"], n_routed_experts=8, n_group=groups, num_experts_per_tok=2
+        ).save_pretrained(tmp_path)
+        with pytest.raises(ModelError, match=told) as refused:
+            resolve(str(tmp_path))
+        assert "model_impl" not in str(refused.value)
+
+
+def test_experts_that_transformers_cannot_join_are_named_in_a_sentence(tmp_path, caplog, monkeypatch) -> None:
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)  # so that `caplog` sees them
+    random_hf_model(OlmoeConfig(**SIZES, num_experts=4, num_experts_per_tok=2)).save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    tensors = load_file(file)
+    del tensors["model.layers.0.mlp.experts.3.up_proj.weight"]
+    save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.raises(
+        ModelError, match=r"what becomes model\.layers\.0\.mlp\.experts\.gate_up_proj is missing in part"
+    ):
+        load_model(resolve(str(tmp_path)), dtype=torch.float32, device=torch.device("cpu"), max_model_len=64)
+    assert "LOAD REPORT" not in caplog.text
