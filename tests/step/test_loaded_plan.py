@@ -29,6 +29,7 @@ IDLE = idle_plan(0)
             (IDLE, LARGE),
             (NEXT, LARGE),
             (replace(NEXT, epoch=None), LARGE),
+            (replace(DECODE, epoch=None), LARGE),
             (DECODE, LARGE),
         ],
     ],
