@@ -175,6 +175,24 @@ def test_on_the_cpu_a_token_has_the_bits_that_it_has_alone():
         assert torch.equal(pair_weight[0], weights[t])
 
 
+@pytest.mark.parametrize("sigmoid", [False, True])
+def test_by_definition_a_token_has_the_bits_that_it_has_alone(sigmoid):
+    """That runs where our own kernel does not."""
+    x, weight, _ = operands(40, 13, 36, dtype=torch.float32)
+    routing = Routing(top=5, sigmoid=sigmoid, scale=1.5)
+
+    def run(x):
+        counts, totals = torch.tensor([len(x)], dtype=torch.int32), torch.zeros(13, dtype=torch.int64)
+        return reference.route(x, weight, None, counts, totals, *astuple(routing))
+
+    for size in (2, 5, 17, 40):
+        experts, weights = run(x[:size])
+        for t in range(size):
+            expert, pair_weight = run(x[t : t + 1])
+            assert torch.equal(expert[0], experts[t])
+            assert torch.equal(pair_weight[0], weights[t])
+
+
 @pytest.mark.skipif(not native.available(), reason="no kernels")
 def test_on_the_cpu_tokens_that_are_no_numbers_choose_experts_that_there_are():
     x, weight, _ = operands(4, 12, 32, dtype=torch.float32)

@@ -30,8 +30,9 @@ def route(
     token_T = torch.cat([torch.arange(count) + block * length for block, count in enumerate(counts.tolist())])
     if len(token_T) == 0:
         return expert_TK, weight_TK
-    logits_TN = torch.stack([F.linear(x[token].float(), weight) for token in token_T.tolist()])
-    scores_TN = logits_TN.sigmoid() if sigmoid else logits_TN.softmax(1)
+    # By token: the last elements of a tensor are rounded otherwise by some of PyTorch's functions.
+    logits = [F.linear(x[token].float(), weight) for token in token_T.tolist()]
+    scores_TN = torch.stack([logits_N.sigmoid() if sigmoid else logits_N.softmax(0) for logits_N in logits])
     ranked_TN = scores_TN if bias is None else scores_TN + bias
     if groups > 1:
         grouped_TGN = ranked_TN.unflatten(1, (groups, -1))
