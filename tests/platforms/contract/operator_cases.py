@@ -14,11 +14,13 @@ from stepgraph.abi import slot_line as line
 from stepgraph.ops.build.reference import build_step
 from stepgraph.ops.collectives.reference import reduce_gathered
 from stepgraph.ops.commit.reference import commit
+from stepgraph.ops.experts.reference import gated_experts, mixture, sort_pairs, sum_experts
 from stepgraph.ops.grouped_linear.reference import grouped_linear
 from stepgraph.ops.linear.reference import linear
 from stepgraph.ops.logprobs.reference import logprobs
 from stepgraph.ops.rms_norm.reference import rms_norm
 from stepgraph.ops.rope_cache.reference import rope_cache
+from stepgraph.ops.route.reference import route
 from stepgraph.ops.sample.reference import sample
 from stepgraph.ops.swiglu.reference import geglu, swiglu
 from stepgraph.ops.write_kv.reference import write_kv
@@ -26,6 +28,7 @@ from stepgraph.ops.write_kv.reference import write_kv
 EPS = 1e-5
 T, K, N, H, G, D, B, V = 5, 96, 40, 4, 2, 32, 8, 97
 NUM_BLOCKS = 4
+EXPERTS, TOP = 8, 3
 
 
 class Case(NamedTuple):
@@ -46,6 +49,40 @@ def random(generator: torch.Generator, *size: int) -> Tensor:
 
 def int32(*values: int) -> Tensor:
     return torch.tensor(values, dtype=torch.int32)
+
+
+def routing() -> tuple[Any, ...]:
+    """How experts are chosen: by sigmoids, within the best two of four groups, with weights that are normalised and scaled."""
+    return TOP, True, True, 1e-20, 2.5, 4, 2, 2
+
+
+def routed(generator: torch.Generator) -> tuple[Any, ...]:
+    """The last token is padding."""
+    scores = random(generator, EXPERTS, K), random(generator, EXPERTS)
+    return random(generator, T, K), *scores, int32(T - 1), torch.zeros(EXPERTS, dtype=torch.int64), *routing()
+
+
+def chosen(generator: torch.Generator) -> Tensor:
+    return torch.stack([torch.randperm(EXPERTS, generator=generator)[:TOP] for _ in range(T)]).int()
+
+
+def gated(generator: torch.Generator, *, is_sorted: bool) -> tuple[Any, ...]:
+    expert = chosen(generator)
+    order = sort_pairs(expert, 0, EXPERTS) if is_sorted else (None, None)
+    return random(generator, T, K), random(generator, EXPERTS, 2 * N, K) / 4, None, expert, 0, *order, False, False
+
+
+def summed(generator: torch.Generator, *, is_sorted: bool) -> tuple[Any, ...]:
+    expert = chosen(generator)
+    order = sort_pairs(expert, 0, EXPERTS) if is_sorted else (None, None)
+    down = random(generator, T * TOP, N), random(generator, EXPERTS, K, N), None
+    return *down, expert, random(generator, T, TOP), 0, *order, random(generator, T, K), True, 0.5, False
+
+
+def mixed(generator: torch.Generator) -> tuple[Any, ...]:
+    x, *router = routed(generator)
+    experts = random(generator, EXPERTS, 2 * N, K) / 4, None, random(generator, EXPERTS, K, N), None
+    return x, random(generator, K), EPS, *router, *experts, 0, False, random(generator, T, K), True, 0.5
 
 
 def linear_add(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor, multiplier: float) -> None:
@@ -160,6 +197,13 @@ CASES = {
     "grouped_linear": Case(
         "grouped_linear", grouped_linear, lambda g: (random(g, 7, K), random(g, 3, N, K), int32(2, 2, 7))
     ),
+    "route": Case("route", route, routed),
+    "sort_pairs": Case("sort_pairs", sort_pairs, lambda g: (chosen(g), 0, EXPERTS)),
+    "gated_experts by pairs": Case("gated_experts", gated_experts, lambda g: gated(g, is_sorted=False)),
+    "gated_experts by tiles": Case("gated_experts", gated_experts, lambda g: gated(g, is_sorted=True)),
+    "sum_experts by pairs": Case("sum_experts", sum_experts, lambda g: summed(g, is_sorted=False)),
+    "sum_experts by tiles": Case("sum_experts", sum_experts, lambda g: summed(g, is_sorted=True)),
+    "mixture": Case("mixture", mixture, mixed),
     "rope_cache": Case("rope_cache", rope_cache, lambda g: rotated(g, None, None)),
     "rope_cache with norms": Case("rope_cache", rope_cache, lambda g: rotated(g, random(g, D), random(g, D))),
     "write_kv": Case(
