@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from stepgraph.ops.experts import max_tiles, reference, sort, tiles
+from stepgraph.ops.capacity import max_tiles
+from stepgraph.ops.experts import reference, sort, tiles
 from stepgraph.ops.fp8_linear import dequantize, num_groups, quantize
 from stepgraph.platforms.tuning import ExpertTile
 

@@ -25,7 +25,6 @@ __all__ = [
     "ExpertWork",
     "expert_work",
     "gated_experts",
-    "max_tiles",
     "mixture",
     "sum_experts",
 ]
@@ -188,10 +187,3 @@ def mixture(
         x, norm_weight, eps, router, bias, counts, totals, *astuple(routing), *weights, gelu, out, add, multiplier
     )
     return x if norm is None else normed
-
-
-def max_tiles(num_pairs: int, num_experts: int, tile: int) -> int:
-    """Most tiles of so many rows that any split of the pairs among the experts gives: a pair for each expert, then whole tiles
-    more."""
-    experts = min(num_pairs, num_experts)
-    return experts + (num_pairs - experts) // tile

@@ -22,8 +22,8 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from stepgraph.ops.capacity import max_tiles
 from stepgraph.ops.dependent_launch import LAUNCH, wait_for_previous
-from stepgraph.ops.experts import max_tiles
 from stepgraph.ops.fp8_linear.reference import GROUP_SIZE
 from stepgraph.ops.launched import launched
 from stepgraph.ops.linear.ends import GEGLU, STORE, SWIGLU

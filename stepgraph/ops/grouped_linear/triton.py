@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from stepgraph.ops.capacity import max_tiles
 from stepgraph.ops.launched import launched
 
 
@@ -62,12 +63,6 @@ def _grouped_linear_kernel(
             weight_KO += BLOCK_K * weight_input_stride
         out_BO = out_ptr + row_B.to(tl.int64)[:, None] * O + output_O[None, :]
         tl.store(out_BO, sum_BO.to(out_ptr.dtype.element_ty), mask=inside_B[:, None] & inside_O[None, :])
-
-
-def max_tiles(num_rows: int, num_groups: int, tile: int) -> int:
-    """Most tiles that any split of the rows into groups gives: a row in each group, then whole tiles more."""
-    groups = min(num_rows, num_groups)
-    return groups + (num_rows - groups) // tile
 
 
 def grouped_linear(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
