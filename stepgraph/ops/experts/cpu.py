@@ -59,48 +59,11 @@ def _groups(expert: Tensor, first: int, count: int, order: Tensor | None, ends: 
     return _Groups(order[: end_N[-1]].long(), numbers, [lengths[number] for number in numbers])
 
 
-def _gated(x: Tensor, width: int, top: int, found: _Groups, product: Product, *, sorted: bool, gelu: bool) -> Tensor:
-    """See `stepgraph.ops.experts.gated_experts`.
-
-    Args:
-        x: [T, E].
-        width: M.
-        top: K.
-        found: the pairs.
-        product: with the weights of gates and, behind them, of what they are for.
-        sorted: whether rows of the result are in the order of the groups; else in that of the pairs.
-        gelu: as there.
-    """
-    hidden_PM = x.new_empty(x.shape[0] * top, width)
-    if found.numbers:
-        product_JO = found.products(x.index_select(0, found.pair // top), product)
-        gated_JM = (geglu if gelu else swiglu)(product_JO)
-        hidden_PM[slice(len(gated_JM)) if sorted else found.pair] = gated_JM
-    return hidden_PM
-
-
-def _add_up(
-    hidden: Tensor,
-    found: _Groups,
-    product: Product,
-    pair_weight: Tensor,
-    out: Tensor,
-    *,
-    sorted: bool,
-    add: bool,
-    multiplier: float,
-) -> None:
-    """See `stepgraph.ops.experts.sum_experts`; arguments as there and as of `_gated`."""
-    sum_TE = _weighted(hidden, found, product, pair_weight, out.shape[1], sorted=sorted)
-    if multiplier != 1.0:
-        sum_TE *= multiplier
-    # Where a token has no expert here, 0 is added.
-    out.add_(sum_TE) if add else out.copy_(sum_TE)
-
-
 def _weighted(
     hidden: Tensor, found: _Groups, product: Product, pair_weight: Tensor, width: int, *, sorted: bool
 ) -> Tensor:
+    """Each token's sum over its experts here, [T, E] float32. `width`: E; `sorted`: whether rows of `hidden` are in the order of
+    the groups, else in that of the pairs."""
     tokens, top = pair_weight.shape
     if not found.numbers:
         return torch.zeros(tokens, width)
@@ -154,9 +117,12 @@ def gated_experts_by_library(
 ) -> Tensor:
     """`gated_experts` by the library; opaque to a recording, which would hold the experts of one step."""
     found = _groups(expert, first, weight.shape[0], order, ends)
-    product = _product(weight, scale, by_row)
-    width = weight.shape[1] // 2
-    return _gated(x, width, expert.shape[1], found, product, sorted=order is not None, gelu=gelu)
+    hidden_PM = x.new_empty(expert.numel(), weight.shape[1] // 2)
+    if found.numbers:
+        x_JE = x.index_select(0, found.pair // expert.shape[1])
+        gated_JM = (geglu if gelu else swiglu)(found.products(x_JE, _product(weight, scale, by_row)))
+        hidden_PM[found.pair if order is None else slice(len(gated_JM))] = gated_JM
+    return hidden_PM
 
 
 def gated_experts_natively(
@@ -213,7 +179,11 @@ def sum_experts_by_library(
     """`sum_experts` likewise."""
     found = _groups(expert, first, weight.shape[0], order, ends)
     product = _product(weight, scale, by_row)
-    _add_up(hidden, found, product, pair_weight, out, sorted=order is not None, add=add, multiplier=multiplier)
+    sum_TE = _weighted(hidden, found, product, pair_weight, out.shape[1], sorted=order is not None)
+    if multiplier != 1.0:
+        sum_TE *= multiplier
+    # Where a token has no expert here, 0 is added.
+    out.add_(sum_TE) if add else out.copy_(sum_TE)
 
 
 def sum_experts_natively(
