@@ -106,7 +106,7 @@ def step_cost(
     weights -= unread
     weight_bytes -= tables[0].nbytes * unread // table
     specs = model.attention_specs
-    kv_per_token = sum(spec.num_kv_heads * (spec.head_dim + spec.value_dim) for spec in specs)
+    kv_per_token = sum(spec.cached_numbers for spec in specs)
     cached = next(model.parameters()).element_size() * kv_per_token * sum(kv_len + n for n, kv_len in rows)
     attention = 2 * sum(spec.num_heads * (spec.head_dim + spec.value_dim) for spec in specs) * _keys_seen(rows)
     mixtures = mixtures_of(model)

@@ -81,7 +81,7 @@ def round_costs(runner: StepRunner, rows: int, context: int, num_drafts: int) ->
     module = sum(parameter.numel() for parameter in parameters) // drafter.lookahead
     head = config.vocab_size * config.hidden_size
     (spec,) = drafter.attention_specs
-    kv_per_token = spec.num_kv_heads * (spec.head_dim + spec.value_dim)
+    kv_per_token = spec.cached_numbers
 
     def sub_step(query_len: int, kv_len: int) -> StepCost:
         seen = query_len * kv_len - query_len * (query_len - 1) // 2

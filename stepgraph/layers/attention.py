@@ -10,7 +10,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from stepgraph.layers.cache import PagedCache
+from stepgraph.layers.cache import PagedCache, PagedSpec
 from stepgraph.layers.inputs import AttentionSpec, StepInputs
 from stepgraph.layers.linear import Linear, MergedLinear
 from stepgraph.layers.norm import RMSNorm
@@ -79,6 +79,10 @@ class Attention(nn.Module):
         norm = partial(RMSNorm, head_dim, eps, weight_offset=norm_weight_offset, dtype=dtype, device=device)
         self.q_norm = norm() if qk_norm else None
         self.k_norm = norm() if qk_norm else None
+
+    def cache_spec(self, dtype: torch.dtype) -> PagedSpec:
+        """What the layer keeps in `dtype`."""
+        return PagedSpec.of(self.spec, dtype)
 
     def forward(
         self, norm: RMSNorm | None, x_TE: Tensor, cos_sin: Tensor, cache: PagedCache, inputs: StepInputs

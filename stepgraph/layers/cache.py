@@ -135,3 +135,52 @@ class PagedCache(NamedTuple):
     def line_content(self, slot: int, end: int) -> tuple[Tensor, ...]:
         """See `LayerCache.line_content`."""
         return ()
+
+
+@dataclass(frozen=True)
+class LatentSpec(CacheSpec):
+    """One entry per token for all heads of multi-head latent attention, in blocks; the same on all ranks."""
+
+    size: int  # of an entry: the latent, and the rotated part of the keys
+    dtype: torch.dtype
+    shares: int | None = None
+
+    @property
+    def reach(self) -> int:
+        """See `CacheSpec.reach`."""
+        return 0
+
+    def per_block(self, block_size: int) -> tuple[Item, ...]:
+        """See `CacheSpec.per_block`."""
+        return (Item((block_size, self.size), self.dtype),)
+
+    def per_line(self, num_drafts: int) -> tuple[Item, ...]:
+        """See `CacheSpec.per_line`."""
+        return ()
+
+    def cache(self, block_tensors: Sequence[Tensor], line_tensors: Sequence[Tensor]) -> LatentCache:
+        """See `CacheSpec.cache`."""
+        return LatentCache(*block_tensors)
+
+
+class LatentCache(NamedTuple):
+    """Of a `LatentSpec`. Entry i of block b belongs to token i of those that b holds."""
+
+    entries: Tensor  # [blocks, block_size, L]
+
+    @property
+    def block_tensors(self) -> tuple[Tensor, ...]:
+        """See `LayerCache.block_tensors`."""
+        return self
+
+    @property
+    def line_tensors(self) -> tuple[Tensor, ...]:
+        """See `LayerCache.line_tensors`."""
+        return ()
+
+    def lay_out(self, slot: int, computed: int, generator: torch.Generator) -> None:
+        """See `LayerCache.lay_out`."""
+
+    def line_content(self, slot: int, end: int) -> tuple[Tensor, ...]:
+        """See `LayerCache.line_content`."""
+        return ()

@@ -21,6 +21,12 @@ class AttentionSpec:
     head_dim: int  # of queries and keys
     value_dim: int
     window: int = 0  # last keys a token sees, its own included; 0: all
+    latent: bool = False  # values are the first part of keys, and cached with them: one entry for all heads
+
+    @property
+    def cached_numbers(self) -> int:
+        """Of one token, in the cache."""
+        return self.num_kv_heads * (self.head_dim if self.latent else self.head_dim + self.value_dim)
 
     def sharded(self, shard: Shard) -> AttentionSpec:
         """Of the heads that a rank keeps."""

@@ -10,17 +10,31 @@ import torch
 from stepgraph.errors import ConfigError, ModelError
 from stepgraph.layers.experts import ExpertShard, ExpertsSpec
 from stepgraph.layers.inputs import AttentionSpec
+from stepgraph.layers.latent_attention import LatentSizes
 from stepgraph.layers.mlp import Activation
 from stepgraph.layers.rotary import RotaryFrequencies, rotary_frequencies
 from stepgraph.models.fp8_checkpoint import READABLE, refusal
 from stepgraph.parallel.shard import Shard, sizes_that_divide
 
 _FULL, _SLIDING = "full_attention", "sliding_attention"
+_LATENT = frozenset(
+    (
+        "DeepseekV2ForCausalLM",
+        "DeepseekV3ForCausalLM",
+        "Glm4MoeLiteForCausalLM",
+        "MiniCPM3ForCausalLM",
+        "YoutuForCausalLM",
+    )
+)
+"""Classes whose multi-head latent attention is native."""
 _WITH_EXPERTS = frozenset(
     (
+        "DeepseekV2ForCausalLM",
+        "DeepseekV3ForCausalLM",
         "Dots1ForCausalLM",
         "Ernie4_5_MoeForCausalLM",
         "Glm4MoeForCausalLM",
+        "Glm4MoeLiteForCausalLM",
         "GraniteMoeForCausalLM",
         "MixtralForCausalLM",
         "Qwen2MoeForCausalLM",
@@ -42,7 +56,7 @@ class DecoderConfig:
     num_layers: int
     num_heads: int
     num_kv_heads: int
-    head_dim: int
+    head_dim: int  # with latent attention, of what is rotated
     rms_norm_eps: float
     ropes: tuple[RotaryFrequencies, ...]  # per layer
     max_position_embeddings: int  # longest sequence the model was made for, in tokens
@@ -67,6 +81,7 @@ class DecoderConfig:
     mixtures: tuple[
         ExpertsSpec | None, ...
     ] = ()  # per layer: of its experts, None if it has none; empty: no layer has any
+    latent: LatentSizes | None = None  # of multi-head latent attention, instead of grouped-query attention
     num_mtp_modules: int = (
         0  # modules for speculative decoding that the model was trained with, see `stepgraph.spec.mtp`
     )
@@ -79,6 +94,8 @@ class DecoderConfig:
     @property
     def attention_specs(self) -> tuple[AttentionSpec, ...]:
         """Of every layer."""
+        if self.latent is not None:
+            return (self.latent.spec(self.num_heads),) * self.num_layers
         return tuple(
             AttentionSpec(self.num_heads, self.num_kv_heads, self.head_dim, self.head_dim, window)
             for window in self.windows
@@ -192,7 +209,8 @@ def check_supported(hf_config: Any) -> None:
 
     if field("vision_config") or field("audio_config") or field("text_config"):
         refuse("it is multimodal", "Text-only decoders are supported.")
-    check_attention(hf_config)  # before experts, which are not what is in the way
+    if architecture_of(hf_config) not in _LATENT:
+        check_attention(hf_config)  # before experts, which are not what is in the way
     for name in ("num_local_experts", "num_experts", "n_routed_experts"):
         if field(name) and architecture_of(hf_config) not in _WITH_EXPERTS:
             refuse(

@@ -13,12 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from stepgraph.layers.attention import Attention
-from stepgraph.layers.cache import PagedCache, PagedSpec
+from stepgraph.layers.cache import CacheSpec
 from stepgraph.layers.embedding import Embedding
 from stepgraph.layers.experts import ALL_EXPERTS, ExpertShard, MixtureMLP
 from stepgraph.layers.formats import Target
 from stepgraph.layers.head import HeadPart
 from stepgraph.layers.inputs import StepInputs
+from stepgraph.layers.latent_attention import LatentAttention
 from stepgraph.layers.linear import Linear, MergedLinear
 from stepgraph.layers.matrix import Matrix
 from stepgraph.layers.mlp import MLP
@@ -29,6 +30,9 @@ from stepgraph.models.config import DecoderConfig
 from stepgraph.models.conversion import with_head_order, with_offset
 from stepgraph.parallel.group import Group
 from stepgraph.parallel.shard import WHOLE, Axis, Shard
+
+_LATENT_EPS = 1e-6
+"""Of the norms of latents, whatever the config says of the others'."""
 
 
 class DecoderLayer(nn.Module):
@@ -61,19 +65,7 @@ class DecoderLayer(nn.Module):
         super().__init__()
         self.residual_multiplier = config.residual_multiplier
         self.input_layernorm = _norm(config, config.hidden_size, dtype, device)
-        self.self_attn = Attention(
-            config.hidden_size,
-            config.attention_specs[index],
-            qkv_bias=config.qkv_bias,
-            output_bias=config.output_bias,
-            qk_norm=config.qk_norm,
-            norm_weight_offset=config.norm_weight_offset,
-            scale=config.attention_scale,
-            eps=config.rms_norm_eps,
-            shard=shard,
-            dtype=dtype,
-            device=device,
-        )
+        self.self_attn = _attention(config, index, shard, dtype, device)
         self.post_attention_layernorm = _norm(config, config.hidden_size, dtype, device)
         mixture = config.mixture(index)
         self.mlp: MLP | MixtureMLP
@@ -103,14 +95,14 @@ class DecoderLayer(nn.Module):
             self.post_feedforward_layernorm = _norm(config, config.hidden_size, dtype, device)
 
     def forward(
-        self, stream: ResidualStream, cos_sin: Tensor, cache: PagedCache, inputs: StepInputs, next_norm: RMSNorm
+        self, stream: ResidualStream, cos_sin: Tensor, cache: Any, inputs: StepInputs, next_norm: RMSNorm
     ) -> None:
         """Add to the residual stream what attention and feed-forward make of it.
 
         Args:
             stream: [T, E], updated.
             cos_sin: [max positions, D] float32.
-            cache: this layer's keys and values.
+            cache: this layer's, of the kind of its `cache_spec`.
             inputs: of the step.
             next_norm: after which the stream is read next: the next layer's first norm, or the final one.
         """
@@ -133,6 +125,35 @@ class DecoderLayer(nn.Module):
             post_norm=self.post_feedforward_layernorm,
             next_norm=next_norm,
         )
+
+
+def _attention(
+    config: DecoderConfig, index: int, shard: Shard, dtype: torch.dtype, device: torch.device
+) -> Attention | LatentAttention:
+    if config.latent is not None:
+        return LatentAttention(
+            config.hidden_size,
+            config.num_heads,
+            config.latent,
+            bias=config.qkv_bias,
+            eps=_LATENT_EPS,
+            shard=shard,
+            dtype=dtype,
+            device=device,
+        )
+    return Attention(
+        config.hidden_size,
+        config.attention_specs[index],
+        qkv_bias=config.qkv_bias,
+        output_bias=config.output_bias,
+        qk_norm=config.qk_norm,
+        norm_weight_offset=config.norm_weight_offset,
+        scale=config.attention_scale,
+        eps=config.rms_norm_eps,
+        shard=shard,
+        dtype=dtype,
+        device=device,
+    )
 
 
 def _norm(config: DecoderConfig, width: int, dtype: torch.dtype, device: torch.device) -> RMSNorm:
@@ -210,9 +231,10 @@ class Decoder(nn.Module, ABC):
     def config_from_hf(cls, hf_config: Any) -> DecoderConfig:
         """Read a transformers config of this architecture; ModelError if its rope settings are unsupported."""
 
-    def cache_specs(self, dtype: torch.dtype) -> tuple[PagedSpec, ...]:
+    def cache_specs(self, dtype: torch.dtype) -> tuple[CacheSpec, ...]:
         """See `LanguageModel.cache_specs`."""
-        return tuple(PagedSpec.of(spec, dtype) for spec in self.attention_specs)
+        attentions = [module for module in self.modules() if isinstance(module, Attention | LatentAttention)]
+        return tuple(attention.cache_spec(dtype) for attention in attentions)
 
     def forward(self, inputs: StepInputs) -> Tensor:
         """Run the layers over a step's tokens, writing their keys and values. Runs inside the graph.
@@ -282,16 +304,27 @@ def named_targets(root: nn.Module, config: DecoderConfig, layers: Mapping[str, i
 
 
 def _reorder_heads(
-    targets: dict[str, Target], path: str, attention: Attention, config: DecoderConfig, index: int
+    targets: dict[str, Target], path: str, attention: Attention | LatentAttention, config: DecoderConfig, index: int
 ) -> None:
     """Have the attention at `path` filled so that the dimensions its checkpoint rotates together meet; see `rotary_order`."""
     order_D = rotary_order(config.ropes[index], config.head_dim, interleaved=config.interleaved_rope)
     if torch.equal(order_D, torch.arange(config.head_dim)):
         return
-    num_heads = {"q_proj": attention.spec.num_heads, "k_proj": attention.spec.num_kv_heads, "q_norm": 1, "k_norm": 1}
-    num_heads["qkv_proj"] = attention.spec.num_heads + attention.spec.num_kv_heads  # values stay
-    for part, heads in num_heads.items():
+    num_heads = attention.spec.num_heads
+    if isinstance(attention, LatentAttention):
+        query_D, entry_D = _behind(attention.sizes.key_dim, order_D), _behind(attention.sizes.kv_rank, order_D)
+        orders = {"q_proj": (query_D, num_heads), "q_b_proj": (query_D, num_heads), "kv_a_proj_with_mqa": (entry_D, 1)}
+    else:
+        heads = {"q_proj": num_heads, "k_proj": attention.spec.num_kv_heads, "q_norm": 1, "k_norm": 1}
+        heads["qkv_proj"] = num_heads + attention.spec.num_kv_heads  # values stay
+        orders = {part: (order_D, number) for part, number in heads.items()}
+    for part, (order_D, number) in orders.items():
         for kind in ("weight", "bias"):
             name = f"{path}.{part}.{kind}"
             if name in targets:
-                targets[name] = with_head_order(targets[name], order_D, heads)
+                targets[name] = with_head_order(targets[name], order_D, number)
+
+
+def _behind(size: int, order_D: Tensor) -> Tensor:
+    """The order of a head that begins with `size` dimensions which stay."""
+    return torch.cat((torch.arange(size), size + order_D))

@@ -19,4 +19,6 @@ class Dots1(Qwen3):
     @classmethod
     def config_from_hf(cls, hf_config: Any) -> DecoderConfig:
         """See `Decoder.config_from_hf`."""
-        return replace(super().config_from_hf(hf_config), mixtures=deepseek_mixtures(hf_config))
+        return replace(
+            super().config_from_hf(hf_config), mixtures=deepseek_mixtures(hf_config, hf_config.first_k_dense_replace)
+        )

@@ -31,11 +31,11 @@ class Glm4Moe(Decoder):
             qk_norm=hf_config.use_qk_norm,
             partial_rope=True,
         )
-        return replace(config, mixtures=deepseek_mixtures(hf_config))
+        return replace(config, mixtures=deepseek_mixtures(hf_config, hf_config.first_k_dense_replace))
 
 
-def deepseek_mixtures(hf_config: Any) -> tuple[ExpertsSpec | None, ...]:
-    """The experts of each layer by a config with DeepSeek-V3's fields."""
+def deepseek_mixtures(hf_config: Any, num_dense: int) -> tuple[ExpertsSpec | None, ...]:
+    """The experts of each layer by a config with DeepSeek-V3's fields; the first `num_dense` layers have none."""
     routing = Routing(
         hf_config.num_experts_per_tok,
         sigmoid=True,
@@ -52,5 +52,4 @@ def deepseek_mixtures(hf_config: Any) -> tuple[ExpertsSpec | None, ...]:
         has_bias=True,
         shared_intermediate_size=hf_config.moe_intermediate_size * hf_config.n_shared_experts,
     )
-    num_dense, num_layers = hf_config.first_k_dense_replace, hf_config.num_hidden_layers
-    return tuple(None if index < num_dense else spec for index in range(num_layers))
+    return tuple(None if index < num_dense else spec for index in range(hf_config.num_hidden_layers))

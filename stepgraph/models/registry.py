@@ -20,16 +20,19 @@ from stepgraph.models.config import (
     check_supported,
 )
 from stepgraph.models.decoder import Decoder
+from stepgraph.models.deepseek import DeepseekV2, DeepseekV3
 from stepgraph.models.dots1 import Dots1
 from stepgraph.models.ernie4_5 import Ernie45
 from stepgraph.models.ernie4_5_moe import Ernie45Moe
 from stepgraph.models.gemma3 import Gemma3
 from stepgraph.models.glm4_moe import Glm4Moe
+from stepgraph.models.glm4_moe_lite import Glm4MoeLite
 from stepgraph.models.granite import Granite, GraniteMoe
 from stepgraph.models.hf_config import hf_config_from_json
 from stepgraph.models.language_model import LanguageModelConfig
 from stepgraph.models.llama import Llama
 from stepgraph.models.minicpm import MiniCPM
+from stepgraph.models.minicpm3 import MiniCPM3
 from stepgraph.models.mixtral import Mixtral
 from stepgraph.models.phi3 import Phi3
 from stepgraph.models.qwen2 import Qwen2
@@ -38,6 +41,7 @@ from stepgraph.models.qwen3 import Qwen3
 from stepgraph.models.qwen3_moe import Qwen3Moe
 from stepgraph.models.seed_oss import SeedOss
 from stepgraph.models.smollm3 import SmolLM3
+from stepgraph.models.youtu import Youtu
 
 logger = logging.getLogger(__name__)
 
@@ -61,17 +65,22 @@ ARCHITECTURES: dict[str, type[Decoder]] = {
     "MiMoForCausalLM": Qwen2,
     "MixtralForCausalLM": Mixtral,
     "Qwen2MoeForCausalLM": Qwen2Moe,
+    "DeepseekV2ForCausalLM": DeepseekV2,
+    "DeepseekV3ForCausalLM": DeepseekV3,
     "Dots1ForCausalLM": Dots1,
     "Ernie4_5ForCausalLM": Ernie45,
     "Ernie4_5_MoeForCausalLM": Ernie45Moe,
     "Gemma3ForCausalLM": Gemma3,
     "Glm4MoeForCausalLM": Glm4Moe,
+    "Glm4MoeLiteForCausalLM": Glm4MoeLite,
     "GraniteForCausalLM": Granite,
     "GraniteMoeForCausalLM": GraniteMoe,
     "MiniCPMForCausalLM": MiniCPM,
+    "MiniCPM3ForCausalLM": MiniCPM3,
     "Phi3ForCausalLM": Phi3,
     "SeedOssForCausalLM": SeedOss,
     "SmolLM3ForCausalLM": SmolLM3,
+    "YoutuForCausalLM": Youtu,
 }
 """Native models by the class name that their checkpoints give: of transformers or, where it has none, of their makers' code
 (`stepgraph.models.alike`)."""

@@ -37,10 +37,13 @@ from stepgraph.ops.fp8_linear import (
     fp8_norm_linear,
 )
 from stepgraph.ops.grouped_linear import grouped_linear
+from stepgraph.ops.head_linear import head_linear
+from stepgraph.ops.latent_queries import latent_queries
 from stepgraph.ops.linear import gated_linear, linear, linear_add, linear_by_row, norm_gated_linear, norm_linear
 from stepgraph.ops.logprobs import logprobs
 from stepgraph.ops.lookup import lookup
 from stepgraph.ops.lora import lora
+from stepgraph.ops.mla_attention import mla_attention, mla_geometry
 from stepgraph.ops.packed import packed_linear, packed_linear_add, packed_norm_linear, packed_norm_swiglu, packed_rows
 from stepgraph.ops.packed.experts import packed_gated_experts, packed_sum_experts
 from stepgraph.ops.process_logits import process_logits
@@ -86,6 +89,8 @@ __all__ = [
     "gather_tokens",
     "geglu",
     "grouped_linear",
+    "head_linear",
+    "latent_queries",
     "linear",
     "linear_add",
     "linear_by_row",
@@ -93,6 +98,8 @@ __all__ = [
     "lookup",
     "lora",
     "mixture",
+    "mla_attention",
+    "mla_geometry",
     "norm_gated_linear",
     "norm_linear",
     "packed_gated_experts",

@@ -18,13 +18,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from stepgraph import ops
 from stepgraph.abi import slot_line
-from stepgraph.layers.cache import PagedCache, PagedSpec
+from stepgraph.layers.cache import CacheSpec
 from stepgraph.layers.experts import ALL_EXPERTS, ExpertShard
 from stepgraph.layers.formats import Target, WeightFormat
 from stepgraph.layers.inputs import AttentionSpec, AttentionWork, StepInputs
@@ -113,9 +114,7 @@ class MTPLayer(nn.Module):
         # Up to a factor, which `hidden_norm` takes out, that is the residual stream before the norm.
         return (hidden_TE / self.norm.weight).to(hidden_TE.dtype)
 
-    def forward(
-        self, embedding_TE: Tensor, hidden_TE: Tensor, cache: PagedCache, inputs: StepInputs
-    ) -> tuple[Tensor, Tensor]:
+    def forward(self, embedding_TE: Tensor, hidden_TE: Tensor, cache: Any, inputs: StepInputs) -> tuple[Tensor, Tensor]:
         """Run the module, caching its keys and values.
 
         Args:
@@ -132,7 +131,7 @@ class MTPLayer(nn.Module):
         normalised_TE = stream.normalised(self.norm)
         return normalised_TE, normalised_TE if self.options.hands_over_normalised else stream.residual_TE
 
-    def cache_only(self, embedding_TE: Tensor, hidden_TE: Tensor, cache: PagedCache, inputs: StepInputs) -> None:
+    def cache_only(self, embedding_TE: Tensor, hidden_TE: Tensor, cache: Any, inputs: StepInputs) -> None:
         """Cache keys and values as `forward` does, and no more."""
         x_TE = self._combine(embedding_TE, hidden_TE)
         self.block.self_attn.cache_only(self.block.input_layernorm, x_TE, self.cos_sin, cache, inputs)
@@ -216,9 +215,9 @@ class MTPDrafter:
         """See `Drafter.attention_specs`: the first module runs over the step's own tokens."""
         return (self.layers[0].attention_spec,)
 
-    def cache_specs(self, dtype: torch.dtype) -> tuple[PagedSpec, ...]:
+    def cache_specs(self, dtype: torch.dtype) -> tuple[CacheSpec, ...]:
         """See `Drafter.cache_specs`."""
-        return tuple(PagedSpec.of(layer.attention_spec, dtype) for layer in self.layers)
+        return tuple(layer.block.self_attn.cache_spec(dtype) for layer in self.layers)
 
     def parameters(self) -> Iterator[nn.Parameter]:
         """See `Drafter.parameters`."""
@@ -303,11 +302,14 @@ class MTPDrafter:
     def _geometry(
         self, layer: MTPLayer, num_tokens: int, num_rows: int, *, decode_tokens: int
     ) -> ops.AttentionGeometry:
+        spec = layer.attention_spec
+        if spec.latent:
+            return ops.mla_geometry(num_tokens, num_rows, spec.num_heads, self._platform.multiprocessors)
         return ops.attention_geometry(
             num_tokens,
             num_rows,
-            layer.attention_spec.num_heads,
-            layer.attention_spec.num_kv_heads,
+            spec.num_heads,
+            spec.num_kv_heads,
             self._platform.multiprocessors,
             decode_tokens=decode_tokens,
             tuning=self._platform.tuning,

@@ -38,7 +38,8 @@ class AttentionSizes:
         self._specs = sorted(set(specs))
         windows = defaultdict(set)
         for spec in self._specs:
-            windows[_heads(spec)].add(spec.window)
+            if not spec.latent:
+                windows[_heads(spec)].add(spec.window)
         self._tall_tiles = {
             heads: ops.tall_tile(platform.tuning, dtype, cache_dtype, heads[2], block_size, windows[heads])
             for heads in windows
@@ -47,20 +48,28 @@ class AttentionSizes:
     def of(self, shape: StepShape) -> dict[AttentionSpec, ops.AttentionGeometry]:
         """The geometries of a step, in the order in which it lists their work; the same for specs that differ in their window
         alone."""
-        return {
-            spec: ops.attention_geometry(
+        return {spec: self._geometry(spec, shape) for spec in self._specs}
+
+    def _geometry(self, spec: AttentionSpec, shape: StepShape) -> ops.AttentionGeometry:
+        if spec.latent:
+            return ops.mla_geometry(
                 shape.num_tokens,
                 shape.num_rows,
                 spec.num_heads,
-                spec.num_kv_heads,
                 self._platform.multiprocessors,
-                decode_tokens=1 + shape.num_drafts,
                 deterministic=self._deterministic,
-                tall_tile=self._tall_tiles[_heads(spec)],
-                tuning=self._platform.tuning,
             )
-            for spec in self._specs
-        }
+        return ops.attention_geometry(
+            shape.num_tokens,
+            shape.num_rows,
+            spec.num_heads,
+            spec.num_kv_heads,
+            self._platform.multiprocessors,
+            decode_tokens=1 + shape.num_drafts,
+            deterministic=self._deterministic,
+            tall_tile=self._tall_tiles[_heads(spec)],
+            tuning=self._platform.tuning,
+        )
 
 
 def _heads(spec: AttentionSpec) -> tuple[int, int, int]:

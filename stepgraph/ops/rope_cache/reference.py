@@ -29,13 +29,13 @@ def rope_cache(
     if q_norm is not None and k_norm is not None:
         q_THD, k_TGD = qk_TND.split([num_heads, G], dim=1)
         qk_TND = torch.cat((rms_norm(q_THD, q_norm, eps), rms_norm(k_TGD, k_norm, eps)), dim=1)
-    rotated_TND = _rotate(qk_TND.float(), *cos_sin.index_select(0, positions).unsqueeze(1).chunk(2, dim=-1))
+    rotated_TND = rotate(qk_TND.float(), *cos_sin.index_select(0, positions).unsqueeze(1).chunk(2, dim=-1))
     q_THD, k_TGD = rotated_TND.to(qkv.dtype).split([num_heads, G], dim=1)
     write_kv(k_TGD, v_TGD, kv_slots, k_cache, v_cache)
     return q_THD.contiguous()
 
 
-def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Turn each pair (x_i, x_{i + D/2}) by its angle."""
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     low, high = x.chunk(2, dim=-1)
