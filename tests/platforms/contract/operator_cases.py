@@ -16,6 +16,8 @@ from stepgraph.ops.collectives.reference import reduce_gathered
 from stepgraph.ops.commit.reference import commit
 from stepgraph.ops.experts.reference import gated_experts, mixture, sort_pairs, sum_experts
 from stepgraph.ops.grouped_linear.reference import grouped_linear
+from stepgraph.ops.head_linear.reference import head_linear
+from stepgraph.ops.latent_queries.reference import latent_queries
 from stepgraph.ops.linear.reference import linear
 from stepgraph.ops.logprobs.reference import logprobs
 from stepgraph.ops.rms_norm.reference import rms_norm
@@ -120,6 +122,23 @@ def rotated(g: torch.Generator, *norms: Tensor | None) -> tuple[Any, ...]:
     return qkv, int32(3, 4, 5, 60, 0), int32(11, 12, 13, 30, 9), cos_sin, *norms, *caches(g), H, EPS
 
 
+def absorbed(g: torch.Generator, *, deterministic: bool) -> tuple[Any, ...]:
+    """Queries and latents are rows of one product; the keys' part of a head's weight lies before its values'."""
+    angle, latent = random(g, 64, D // 4), 2 * D
+    cos_sin = torch.cat((angle.cos(), angle.sin()), dim=1)
+    merged = random(g, T, H * (D + D // 2) + latent + D // 2)
+    weight = random(g, H, D + 24, latent) / 8
+    return (
+        *merged.tensor_split((-latent - D // 2,), dim=1), int32(3, 4, 5, 60, 0), int32(11, 12, 13, 30, 9), cos_sin,
+        random(g, latent), weight[:, :D], random(g, NUM_BLOCKS, B, latent + D // 2), EPS, deterministic,
+    )  # fmt: skip
+
+
+def of_heads(g: torch.Generator, *, deterministic: bool) -> tuple[Any, ...]:
+    """The values' part of a head's weight lies behind its keys'."""
+    return random(g, T, H, 2 * D), random(g, H, D + 24, 2 * D)[:, D:], deterministic
+
+
 def planned(_: torch.Generator) -> tuple[Any, ...]:
     """Two rows that run, one that has ended, and one of padding; a block granted."""
     lines = slot_lines(
@@ -209,13 +228,17 @@ CASES = {
     "write_kv": Case(
         "write_kv", write_kv, lambda g: (random(g, T, G, D), random(g, T, G, D), int32(9, 8, 31, 16, 17), *caches(g))
     ),
+    "latent_queries": Case("latent_queries", latent_queries, lambda g: absorbed(g, deterministic=False)),
+    "latent_queries by token": Case("latent_queries", latent_queries, lambda g: absorbed(g, deterministic=True)),
+    "head_linear": Case("head_linear", head_linear, lambda g: of_heads(g, deterministic=False), rows=(0,)),
+    "head_linear by token": Case("head_linear", head_linear, lambda g: of_heads(g, deterministic=True), rows=(0,)),
     "build_step": Case("build_step", build_step, planned),
     "commit": Case("commit", commit, sampled),
     "sample": Case("sample", sample, drawn),
     "reduce_gathered": Case("reduce_gathered", reduce_gathered, gathered),
     "logprobs": Case("logprobs", logprobs, asked),
 }
-"""Of float32. Attention has a test of its own."""
+"""Of float32. Both kinds of attention have a test of their own."""
 
 IN_STEPS = {"attention_plan", "rope_attention", "process_logits", "draft_inputs", "draft_row_tokens", "propose"}
 """Operators that the steps of test_steps.py run, where a graph is held to what runs eagerly, and both to rows alone."""

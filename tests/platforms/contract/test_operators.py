@@ -7,13 +7,25 @@ from operator_cases import CASES, IN_STEPS, OF_SETTINGS, TOLERANCE, assert_as_re
 
 from stepgraph import ops
 from stepgraph.ops.attention import attention_geometry
+from stepgraph.ops.mla_attention import mla_geometry
+from stepgraph.ops.mla_attention import reference as mla_reference
+
+ATTENTION = {"paged_attention", "mla_attention"}
+ROWS = {
+    "first": [(1, 0)],
+    "decode": [(1, 37)],
+    "prompt": [(13, 0)],
+    "decodes": [(1, 5), (1, 63), (1, 64)],
+    "mixed": [(7, 30), (1, 12), (20, 0), (1, 0)],
+}
+"""New tokens of each row, and those that are cached."""
 
 
 def test_every_operator_is_checked_somewhere() -> None:
     registered = {
         n.removeprefix("stepgraph::") for n in torch._C._dispatch_get_all_op_names() if n.startswith("stepgraph::")
     }
-    assert {case.operator for case in CASES.values()} | IN_STEPS | OF_SETTINGS | {"paged_attention"} == registered
+    assert {case.operator for case in CASES.values()} | IN_STEPS | OF_SETTINGS | ATTENTION == registered
 
 
 @pytest.mark.parametrize("seed", [0, 1])
@@ -39,11 +51,7 @@ def test_a_token_depends_on_its_own_rows_alone(platform, name) -> None:
 
 
 @pytest.mark.parametrize("window", [0, 5])
-@pytest.mark.parametrize(
-    "rows",
-    [[(1, 0)], [(1, 37)], [(13, 0)], [(1, 5), (1, 63), (1, 64)], [(7, 30), (1, 12), (20, 0), (1, 0)]],
-    ids=["first", "decode", "prompt", "decodes", "mixed"],
-)
+@pytest.mark.parametrize("rows", ROWS.values(), ids=ROWS)
 def test_attention_reads_its_rows_keys_and_no_others(platform, rows, window) -> None:
     """Keys and values of nobody are NaN, and so are those before a window."""
     batch = make_batch(rows, num_tokens=48, head_dim=32, window=window, poisoned=True)
@@ -61,3 +69,24 @@ def test_attention_reads_its_rows_keys_and_no_others(platform, rows, window) -> 
         torch.testing.assert_close(
             found[: batch.num_real_tokens].cpu().view(-1), batch.expected().float().view(-1), **TOLERANCE
         )
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+@pytest.mark.parametrize("rows", ROWS.values(), ids=ROWS)
+def test_latent_attention_reads_its_rows_entries_and_no_others(platform, rows, deterministic) -> None:
+    """Entries of nobody are NaN."""
+    value_dim, num_heads = 32, 4
+    batch = make_batch(rows, num_tokens=48, num_kv_heads=1, group=num_heads, head_dim=value_dim + 16, poisoned=True)
+    q, entries, _, *rows_of_cache = batch.inputs()
+    expected = mla_reference.mla_attention(
+        q.double(), entries.squeeze(2).double(), *rows_of_cache, value_dim, batch.scale
+    )
+    there = batch.to(str(platform.device))
+    q, entries, _, block_table, *step = there.inputs()
+    geometry = mla_geometry(48, len(rows), num_heads, platform.multiprocessors, deterministic=deterministic)
+    plan = ops.attention_plan(*step, num_heads, 1, value_dim, geometry)
+    for _ in range(2):  # scratch is left as it was found
+        found = ops.mla_attention(
+            q, entries.squeeze(2), block_table, *step, plan, geometry, value_dim=value_dim, scale=batch.scale
+        )[: batch.num_real_tokens]
+        torch.testing.assert_close(found.cpu(), expected[: batch.num_real_tokens].float(), **TOLERANCE)
