@@ -90,6 +90,7 @@ class LatentAttention(nn.Module):
             self.qkv_proj = merged(hidden_size, {"q_proj": queries, "kv_a_proj_with_mqa": entry})
         self.kv_a_layernorm = norm(sizes.kv_rank)
         self.kv_proj = merged(sizes.kv_rank, {"kv_b_proj": heads.times(sizes.key_dim + sizes.value_dim)})
+        self.kv_proj.needs_numbers = True  # see `_head_weights`
         self.o_proj = linear(num_heads * sizes.value_dim, hidden_size, axis=Axis.IN)
 
     def cache_spec(self, dtype: torch.dtype) -> LatentSpec:

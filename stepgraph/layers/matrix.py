@@ -21,6 +21,8 @@ class Matrix(nn.Module):
 
     weight: nn.Parameter
     bias: nn.Parameter | None
+    needs_numbers: bool = False
+    """Whether operators read the weight itself, so that it is kept as numbers whatever the checkpoint keeps it in."""
 
     def __init__(
         self,

@@ -20,7 +20,7 @@ from stepgraph.models.language_model import LanguageModel
 from stepgraph.models.memory import check_fits, tell_of_dequantised
 from stepgraph.models.mtp_tensors import without_mtp
 from stepgraph.models.output_head import fit_head, has_own_head
-from stepgraph.models.quantization import choose_formats, materialise
+from stepgraph.models.quantization import choose_formats, materialise, names_of_numbers
 from stepgraph.models.random_weights import fill_randomly
 from stepgraph.models.registry import ARCHITECTURES
 from stepgraph.models.source import ModelSource
@@ -186,7 +186,8 @@ def create_model(
         )
     if load_format != "dummy":
         matches = _match(model, tensors, source)  # before memory is taken for sizes that may be damaged
-        tell_of_dequantised(matches, source, warn=packed)
+        numbers = names_of_numbers(model)
+        tell_of_dequantised([match for match in matches if match[1].name not in numbers], source, warn=packed)
     parameters = list(model.parameters())
     nbytes = sum(parameter.nbytes for parameter in parameters)
     check_fits(sum(parameter.numel() for parameter in parameters), nbytes, free_bytes, dtype=dtype, source=source)

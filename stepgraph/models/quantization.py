@@ -34,9 +34,9 @@ def choose_formats(
     Args:
         model: unfilled; on the meta device, so that its layers take memory only in the format that they get.
         tensors: of the checkpoint; nothing is read.
-        keep: quantised weights stay so; else they become numbers.
+        keep: quantised weights stay so; else they become numbers, as those do of layers that need numbers.
         to_fp8: the other linear layers' weights are rounded to 8 bits as they are read, with one scale per output, of all its
-            inputs whichever the rank keeps. Embedding, norms and output head stay.
+            inputs whichever the rank keeps. Embedding, norms, output head, and layers that need numbers, stay.
         packed, deterministic, exact_tokens: see `FormatOptions`.
 
     Raises:
@@ -53,7 +53,8 @@ def choose_formats(
         rounded = (
             FP8(deterministic=deterministic) if to_fp8 and options.in_layers and isinstance(module, Linear) else None
         )
-        module.use(kept or rounded or Plain(deterministic))
+        plain = Plain(deterministic)
+        module.use(plain if module.needs_numbers else kept or rounded or plain)
     _check_inputs(model)
 
 
@@ -96,8 +97,16 @@ def pack_rounded(module: nn.Module, *, exact_tokens: int | None) -> None:
         exact_tokens: see `Packed`.
     """
     for layer in module.modules():
-        if isinstance(layer, Linear) and layer.in_features % BLOCK == 0:
+        if isinstance(layer, Linear) and layer.in_features % BLOCK == 0 and not layer.needs_numbers:
             layer.use(Packed("Q8_0", exact_tokens, takes_values=True))
+
+
+def names_of_numbers(model: Decoder) -> set[str]:
+    """Names in the checkpoint of the tensors that become numbers whatever it keeps them in."""
+    merged = model.config.merged_projections
+    matrices = {path: module for path, module in model.named_modules() if isinstance(module, Matrix)}
+    needing = (_tensor_names(path, m, merged=merged) for path, m in matrices.items() if m.needs_numbers)
+    return {name for names in needing for name in names}
 
 
 def _tensor_names(path: str, module: Matrix, *, merged: bool) -> list[str]:

@@ -116,7 +116,7 @@ def write_fp8(source, folder, layout, *, ignored=()):
     for name, tensor in load_file(source / "model.safetensors").items():
         if (
             ".layers." in name
-            and name.endswith(("proj.weight", "w1.weight", "w2.weight", "w3.weight"))
+            and name.endswith(("proj.weight", "proj_with_mqa.weight", "w1.weight", "w2.weight", "w3.weight"))
             and not any(part in name for part in ignored)
         ):
             tensors[name], scale, values[name] = encode(tensor.float(), per)
