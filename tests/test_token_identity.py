@@ -78,8 +78,8 @@ def test_the_reference_has_chat_code_and_prose_from_3_to_1000_tokens() -> None:
     assert {len(answer["tokens"]) for answer in REFERENCE} == {NUM_TOKENS}
 
 
-def test_all_prompts_batched_in_graphs_match_transformers(engine) -> None:
-    assert_identical(engine, REFERENCE)
+def test_prompts_batched_in_graphs_match_transformers(engine) -> None:
+    assert_identical(engine, REFERENCE[::2] + BY_LENGTH[-1:])
     statistics = engine.executor.statistics
     assert statistics.num_steps > 0
     assert statistics.num_eager_steps == 0
@@ -186,7 +186,7 @@ def test_speculation_changes_no_token(create_engine, method, num_drafts, tight) 
     engine = create_engine(
         speculative_config={"method": method, "num_speculative_tokens": num_drafts, "adaptive": False}, **settings
     )
-    assert_identical(engine, BY_LENGTH[:8], num_tokens=32)
+    assert_identical(engine, BY_LENGTH[:6], num_tokens=32)
     statistics = engine.executor.statistics
     assert statistics.num_eager_steps == 0
     assert engine.speculation.num_accepted_tokens > 0

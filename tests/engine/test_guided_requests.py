@@ -50,7 +50,7 @@ def guided(seed: int, n: int = 1, **structured) -> SamplingParams:
 
 def test_answers_to_random_schemas_are_valid_with_temperature_n_and_free_requests_beside_them(llm) -> None:
     rng = random.Random(0)
-    schemas = [random_schema(rng) for _ in range(120)]
+    schemas = [random_schema(rng) for _ in range(60)]
     free = SamplingParams(temperature=1, seed=5, max_tokens=40, ignore_eos=True)
     params = [guided(i, n=1 + i % 3, json=schema) for i, schema in enumerate(schemas)] + [free] * 4
     outputs = llm.generate([[1 + i % 200, 2, 3] for i in range(len(params))], params, use_tqdm=False)
@@ -61,7 +61,7 @@ def test_answers_to_random_schemas_are_valid_with_temperature_n_and_free_request
             if answer.finish_reason == "stop":
                 finished += 1
                 jsonschema.validate(json.loads(answer.text), schema)
-    assert finished > 160
+    assert finished > 80
     alone = llm.generate([[1 + len(schemas) % 200, 2, 3]], free, use_tqdm=False)[0]
     assert outputs[len(schemas)].outputs[0].token_ids == alone.outputs[0].token_ids
     assert llm.engine.executor.statistics.num_eager_steps == 0

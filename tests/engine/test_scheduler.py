@@ -142,7 +142,7 @@ class Life(RuleBasedStateMachine):
 
 
 TestLife = Life.TestCase
-TestLife.settings = settings(max_examples=150, stateful_step_count=25)
+TestLife.settings = settings(max_examples=90, stateful_step_count=25)
 
 
 def test_a_prompt_longer_than_a_step_is_cut_and_several_prompts_share_a_step() -> None:
@@ -312,7 +312,7 @@ def test_steady_decoding_plans_the_same_rows_and_asks_for_no_block_but_at_border
     num_drafts=st.lists(st.integers(0, 8), min_size=1, max_size=3),
     accuracy=st.sampled_from([0.0, 0.7, 1.0]),
 )
-@settings(max_examples=300)
+@settings(max_examples=150)
 def test_requests_that_take_proposals_and_blocks_from_each_other_get_their_answers(
     num_kv_blocks, max_tokens, run_ahead, requests, num_drafts, accuracy
 ) -> None:

@@ -4,7 +4,7 @@ import pytest
 import schemathesis
 from hypothesis import HealthCheck, Phase, given, settings
 
-EXAMPLES = 25  # of each operation
+EXAMPLES = 12  # of each operation
 
 
 @pytest.mark.slow

@@ -13,7 +13,7 @@ from tiny import EOS
 
 pytest.importorskip("xgrammar", reason="guided answers need xgrammar")
 
-NUM_SCHEMAS = 80
+NUM_SCHEMAS = 40
 NUM_AT_ONCE = 4
 N = 4
 ENDINGS = {str(ord(sign) - 32): 4 for sign in '"}],'} | {str(EOS): 30}
