@@ -5,7 +5,9 @@ namespace stepgraph {
 
 void register_attention(TorchLibraryHandle library);
 void register_experts(TorchLibraryHandle library);
+void register_heads(TorchLibraryHandle library);
 void register_linear(TorchLibraryHandle library);
+void register_mla_attention(TorchLibraryHandle library);
 void register_route(TorchLibraryHandle library);
 void register_rows(TorchLibraryHandle library);
 
@@ -16,7 +18,9 @@ const bool registered = [] {
   check(aoti_torch_library_init_impl("stepgraph_native", "CPU", __FILE__, __LINE__, &library));
   register_attention(library);
   register_experts(library);
+  register_heads(library);
   register_linear(library);
+  register_mla_attention(library);
   register_route(library);
   register_rows(library);
   return true;

@@ -2,6 +2,7 @@
 #include <cstring>
 
 #include "norm.h"
+#include "rotate.h"
 #include "torch_abi.h"
 
 namespace stepgraph {
@@ -22,17 +23,6 @@ void rms_norm(StableIValue* values, uint64_t, uint64_t) {
     for (int64_t t = begin; t < end; t++) rms_norm_row(x + t * width, weight, eps, width, out + t * width);
   });
   stack.give(std::move(out_TE));
-}
-
-// Turn each pair (x_i, x_{i + D/2}) by its angle.
-void rotate(const float* x, const float* cos_sin, int64_t head_dim, float* out) {
-  const int64_t half = head_dim / 2;
-  for (int64_t i = 0; i < half; i += LANES) {
-    const Lanes low = load(x + i), high = load(x + half + i);
-    const Lanes cos = load(cos_sin + i), sin = load(cos_sin + half + i);
-    store(out + i, fma(zero() - high, sin, low * cos));
-    store(out + half + i, fma(low, sin, high * cos));
-  }
 }
 
 // rope_cache(Tensor qkv, Tensor positions, Tensor kv_slots, Tensor cos_sin, Tensor(a!) k_cache, Tensor(b!) v_cache,

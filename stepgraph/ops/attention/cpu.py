@@ -105,7 +105,8 @@ def torch_attention(
     *,
     deterministic: bool,
 ) -> Tensor:
-    """`paged_attention` by torch's kernels, for any dtype. Reads tensor values: opaque to a recording."""
+    """`paged_attention` by torch's kernels, for any dtype; `v_cache` may be `k_cache`, which is read once then. Reads tensor
+    values: opaque to a recording."""
     T, H, D = q.shape
     block_size = k_cache.shape[1]
     out = q.new_zeros(T, H * D)
@@ -179,12 +180,13 @@ def _attend_batch(
         blocks = block_table[torch.tensor(slots).unsqueeze(1), column_nB.clamp_(max=block_table.shape[1] - 1)].flatten()
     else:
         blocks = block_table[slots, :num_blocks].flatten()
-    k_nLGD, v_nLGD = (
-        cache.index_select(0, blocks)
-        .to(q_n.dtype)
-        .view(len(pieces), num_blocks * block_size, G, D)[:, skip : skip + longest]
-        for cache in (k_cache, v_cache)
-    )
+
+    def entries(cache: Tensor) -> Tensor:
+        held = cache.index_select(0, blocks).to(q_n.dtype)
+        return held.view(len(pieces), num_blocks * block_size, G, D)[:, skip : skip + longest]
+
+    k_nLGD = entries(k_cache)
+    v_nLGD = k_nLGD if v_cache is k_cache else entries(v_cache)
     if len(pieces) == 1 and query_len == longest > 1 and (not window or window >= query_len):
         # a whole prompt: half of the scores need not be computed
         q_nHqD = q_n.view(1, query_len, H, D).transpose(1, 2)
@@ -236,9 +238,12 @@ def _attend_tile(
     # A key that no present query sees may hold anything: one that is seen stands in its place, and gets weight 0.
     held_L = key_L.clamp(piece.first_key, piece.kv_len - 1)
     entry_L = table[held_L // block_size].long() * block_size + held_L % block_size
-    k_GLD, v_GLD = (
-        cache.view(-1, G, D).index_select(0, entry_L).to(q_q.dtype).transpose(0, 1) for cache in (k_cache, v_cache)
-    )
+
+    def entries(cache: Tensor) -> Tensor:
+        return cache.view(-1, G, D).index_select(0, entry_L).to(q_q.dtype).transpose(0, 1)
+
+    k_GLD = entries(k_cache)
+    v_GLD = k_GLD if v_cache is k_cache else entries(v_cache)
     q_MGgD = q_q.new_zeros(TILE_TOKENS, G, H // G, D)
     q_MGgD[offset : offset + query_len] = q_q.view(query_len, G, H // G, D)
     attended = F.scaled_dot_product_attention(

@@ -2,12 +2,12 @@
 
 from torch import Tensor
 
-from stepgraph.ops.head_linear import reference
+from stepgraph.ops.head_linear import cpu
 from stepgraph.ops.registry import Inlined, register
 
 _head_linear = register(
     "head_linear(Tensor x, Tensor weight, bool deterministic) -> Tensor",
-    {"cpu": Inlined(reference.head_linear), "cuda": "stepgraph.ops.head_linear.triton:head_linear"},
+    {"cpu": Inlined(cpu.head_linear, recorded=cpu.recorded), "cuda": "stepgraph.ops.head_linear.triton:head_linear"},
 )
 
 

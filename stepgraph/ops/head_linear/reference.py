@@ -1,4 +1,4 @@
-"""Plain torch definition of `head_linear`; also its CPU kernel."""
+"""Plain torch definition of `head_linear`; also its CPU kernel where there is none of our own."""
 
 import torch
 from torch import Tensor

@@ -9,13 +9,16 @@ Source: DeepSeek-AI, "DeepSeek-V2" (2024), section 2.1 and appendix C.
 
 from torch import Tensor
 
-from stepgraph.ops.latent_queries import reference
+from stepgraph.ops.latent_queries import cpu
 from stepgraph.ops.registry import Inlined, register
 
 _latent_queries = register(
     "latent_queries(Tensor q, Tensor latent, Tensor positions, Tensor kv_slots, Tensor cos_sin, Tensor latent_norm, "
     "Tensor key_weight, Tensor(a!) cache, float eps, bool deterministic) -> Tensor",
-    {"cpu": Inlined(reference.latent_queries), "cuda": "stepgraph.ops.latent_queries.triton:latent_queries"},
+    {
+        "cpu": Inlined(cpu.latent_queries, recorded=cpu.recorded),
+        "cuda": "stepgraph.ops.latent_queries.triton:latent_queries",
+    },
 )
 
 

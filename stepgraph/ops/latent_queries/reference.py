@@ -1,4 +1,4 @@
-"""Plain torch definition of `latent_queries`; also its CPU kernel.
+"""Plain torch definition of `latent_queries`; also its CPU kernel where there is none of our own.
 
 Shapes: T tokens, H heads, N dimensions of a head that are not rotated, P that are, R of a latent.
 """

@@ -12,7 +12,7 @@ from torch import Tensor
 from stepgraph.ops.attention import AttentionGeometry, AttentionPlan
 from stepgraph.ops.mla_attention import cpu
 from stepgraph.ops.mla_attention.geometry import mla_geometry
-from stepgraph.ops.registry import register
+from stepgraph.ops.registry import Inlined, register
 
 __all__ = ["mla_attention", "mla_geometry"]
 
@@ -20,7 +20,10 @@ _mla_attention = register(
     "mla_attention(Tensor q, Tensor cache, Tensor block_table, Tensor row_slot, Tensor query_start, Tensor kv_len, Tensor items, "
     "Tensor header, Tensor(a!) partials, Tensor(b!) counters, int value_dim, float scale, int tile, int num_programs, "
     "bool deterministic) -> Tensor",
-    {"cpu": cpu.mla_attention, "cuda": "stepgraph.ops.mla_attention.triton:mla_attention"},
+    {
+        "cpu": Inlined(cpu.mla_attention, recorded=cpu.recorded_attention),
+        "cuda": "stepgraph.ops.mla_attention.triton:mla_attention",
+    },
 )
 
 
