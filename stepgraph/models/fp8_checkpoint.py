@@ -33,8 +33,8 @@ _MODELOPT = ("FP8", "FP8_PER_CHANNEL_PER_TOKEN", "FP8_PB_WO")
 READABLE = (
     "Quantised weights that run: those of 8-bit floating point in native models (compressed-tensors, fp8, modelopt and "
     f"fbgemm_fp8, with a scale per matrix, per output, or per block of {GROUP_SIZE} × {GROUP_SIZE}) and GGUF files of "
-    "architecture llama, qwen2, qwen2moe, qwen3 or qwen3moe. Use such a checkpoint of the model, or the unquantised one, which "
-    "--quantization fp8 rounds to 8 bits as it is read."
+    "architecture llama, qwen2, qwen2moe, qwen3, qwen3moe, deepseek2 or minicpm3. Use such a checkpoint of the model, or the "
+    "unquantised one, which --quantization fp8 rounds to 8 bits as it is read."
 )
 """What to do about a checkpoint that is refused."""
 

@@ -10,17 +10,17 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from stepgraph.errors import ModelError
 from stepgraph.layers.rotary import RotaryFrequencies
-from stepgraph.models.checkpoint import CheckpointTensor, take
+from stepgraph.models import gguf_latent
+from stepgraph.models.checkpoint import CheckpointTensor
 from stepgraph.models.config import DecoderConfig
 from stepgraph.models.end_tokens import end_tokens
 from stepgraph.models.gguf_reader import Texts, open_gguf
+from stepgraph.models.gguf_tensors import GGUFTensor, KeysAndValues
 from stepgraph.models.hf_config import check_sizes, plain_config, why_unusable
 from stepgraph.models.registry import read_config
-from stepgraph.parallel.shard import Cut, Part
 
 
 @dataclass(frozen=True)
@@ -30,6 +30,7 @@ class _Architecture:
     permuted: bool = False  # query and key rows are reordered for llama.cpp's rotation of adjacent pairs
     has_experts: bool = False
     normalised: bool = False  # whether llama.cpp divides the weights of a token's experts by their sum
+    latent: bool = False  # attention; metadata may then say that the model is of another class
 
 
 _ARCHITECTURES = {
@@ -38,6 +39,8 @@ _ARCHITECTURES = {
     "qwen2moe": _Architecture("qwen2_moe", "Qwen2MoeForCausalLM", has_experts=True),
     "qwen3": _Architecture("qwen3", "Qwen3ForCausalLM"),
     "qwen3moe": _Architecture("qwen3_moe", "Qwen3MoeForCausalLM", has_experts=True, normalised=True),
+    "deepseek2": _Architecture("deepseek_v3", "DeepseekV3ForCausalLM", has_experts=True, latent=True),
+    "minicpm3": _Architecture("minicpm3", "MiniCPM3ForCausalLM", latent=True),
 }
 
 _MODEL_NAMES = {
@@ -62,6 +65,7 @@ _LAYER_NAMES = {
     "ffn_up_shexp": "mlp.shared_experts.up_proj",
     "ffn_down_shexp": "mlp.shared_experts.down_proj",
     "ffn_gate_inp_shexp": "mlp.shared_expert_gate",
+    **gguf_latent.TENSOR_NAMES,
 }
 _EXPERT_NAMES = {"ffn_gate_exps": "gate_proj", "ffn_up_exps": "up_proj", "ffn_down_exps": "down_proj"}
 """Of tensors that hold a matrix of each expert."""
@@ -72,6 +76,10 @@ _ONLY_CHOICES = {
 }
 """Metadata of other mixtures, and what they are in those that are read, if they are there: softmax, no groups, no scale."""
 _ROPE_FACTORS = "rope_freqs.weight"
+_LONG_ROPE_FACTORS = {name: f"rope_factors_{name}.weight" for name in ("short", "long")}
+_YARN = {"yarn_beta_fast": "beta_fast", "yarn_beta_slow": "beta_slow"}
+"""Metadata of YaRN that has fields of its own in transformers' configs."""
+_LOG_MULTIPLIER = "yarn_log_multiplier"
 _REQUIRED: Any = object()
 _ENDS = (
     *(
@@ -176,7 +184,7 @@ class GGUFFile:
         num_heads = self.value(f"{prefix}.attention.head_count", int)
         heads = {"attn_q": num_heads, "attn_k": self.value(f"{prefix}.attention.head_count_kv", int, num_heads)}
         for name, tensor in self._tensors.items():
-            if name == _ROPE_FACTORS:
+            if name == _ROPE_FACTORS or name in _LONG_ROPE_FACTORS.values():
                 continue
             stem, _, kind = name.rpartition(".")
             if stem.startswith("blk.") and stem.count(".") > 1:
@@ -184,11 +192,34 @@ class GGUFFile:
                 if part in _EXPERT_NAMES and len(tensor.shape) == 3:
                     yield from _of_each_expert(tensor, f"model.layers.{layer}.mlp.experts", _EXPERT_NAMES[part], kind)
                     continue
+                if self._architecture.latent and part in (gguf_latent.KEYS, gguf_latent.VALUES):
+                    if part == gguf_latent.KEYS:
+                        yield self._keys_and_values(layer)
+                    continue
                 new_stem = f"model.layers.{layer}.{_LAYER_NAMES[part]}" if part in _LAYER_NAMES else stem
                 permuted_heads = heads.get(part) if self._architecture.permuted else None
             else:
                 new_stem, permuted_heads = _MODEL_NAMES.get(stem, stem), None
-            yield _GGUFTensor(f"{new_stem}.{kind}", tensor, permuted_heads=permuted_heads)
+            yield GGUFTensor(f"{new_stem}.{kind}", tensor, permuted_heads=permuted_heads)
+
+    def _keys_and_values(self, layer: str) -> CheckpointTensor:
+        """What makes keys and values of latents, where a file has it in two tensors; ModelError if they do not fit each other."""
+        keys, values = (
+            GGUFTensor(name, self._tensor(name))
+            for name in (f"blk.{layer}.{part}.weight" for part in (gguf_latent.KEYS, gguf_latent.VALUES))
+        )
+        num_heads = self.value(f"{self.value('general.architecture', str)}.attention.head_count", int)
+        shapes = keys.shape, values.shape
+        if (
+            [len(shape) for shape in shapes] != [3, 3]
+            or {shape[0] for shape in shapes} != {num_heads}
+            or keys.shape[1] != values.shape[2]
+        ):
+            raise ModelError(
+                f"{self.path}: {keys.name} has shape {list(keys.shape)} and {values.name} {list(values.shape)}; they must be "
+                f"[{num_heads}, rank, keys] and [{num_heads}, values, rank]. Convert the model to GGUF again."
+            )
+        return KeysAndValues(f"model.layers.{layer}.self_attn.kv_b_proj.weight", keys, values)
 
     def _hf_config(self) -> Any:
         prefix = self.value("general.architecture", str)
@@ -197,18 +228,19 @@ class GGUFFile:
             return self.value(f"{prefix}.{key}", kind, default)
 
         if not self._architecture.has_experts and (num_experts := value("expert_count", int, 0)):
-            known = [name for name, architecture in _ARCHITECTURES.items() if architecture.has_experts]
+            *known, last = (name for name, architecture in _ARCHITECTURES.items() if architecture.has_experts)
             raise ModelError(
                 f"{self.path} is a mixture of {num_experts} experts; with experts, GGUF files are read of architecture "
-                f"{' and '.join(known)}. Use the model's safetensors folder if its architecture is supported there."
+                f"{', '.join(known)} and {last}. Use the model's safetensors folder if its architecture is supported there."
             )
         if not value("attention.causal", bool, True):
             raise ModelError(f"{self.path} has attention that is not causal; causal models are supported.")
         hidden_size, num_heads = value("embedding_length"), value("attention.head_count")
         context_length = value("context_length")
+        described = self._latent(value) if self._architecture.latent else None
         head_dim = value("attention.key_length", int, hidden_size // max(1, num_heads))
         for key in ("attention.value_length", "rope.dimension_count"):
-            if value(key, int, head_dim) != head_dim:
+            if described is None and value(key, int, head_dim) != head_dim:
                 raise ModelError(
                     f"{self.path} has {prefix}.{key} = {value(key)}; native models need the head size, {head_dim}."
                 )
@@ -233,7 +265,10 @@ class GGUFFile:
             "bos_token_id": self.value("tokenizer.ggml.bos_token_id", int, None),
             "eos_token_id": self._end_tokens() or None,
         }
-        if self._architecture.has_experts:
+        if described is not None:
+            del fields["head_dim"]
+            fields |= {"model_type": described.model_type, "architectures": [described.class_name], **described.fields}
+        elif self._architecture.has_experts:
             fields |= self._experts(fields["intermediate_size"])
         check_sizes(fields, self.path)
         plain = plain_config(fields)
@@ -248,6 +283,15 @@ class GGUFFile:
                 f"{self.path} describes no model that transformers knows: {why_unusable(error, fields)}. Convert the model to "
                 "GGUF again."
             ) from error
+
+    def _latent(self, value: gguf_latent.Metadata) -> gguf_latent.Described:
+        """What distinguishes a model with latent attention."""
+        if self._architecture.has_experts:
+            biases = any(name.endswith(".exp_probs_b.bias") for name in self._tensors)
+            return gguf_latent.deepseek2(self.path, value, corrects_choices=biases)
+        stored = {name: self._tensors.get(key) for name, key in _LONG_ROPE_FACTORS.items()}
+        factors = {name: tensor.data.ravel().tolist() for name, tensor in stored.items() if tensor is not None}
+        return gguf_latent.minicpm3(self.path, value, factors)
 
     def _experts(self, intermediate_size: int) -> dict[str, Any]:
         """Fields of transformers' config that describe the mixture, with llama.cpp's defaults."""
@@ -297,7 +341,9 @@ class GGUFFile:
         """Rope settings, with llama.cpp's defaults: scaling by a factor is linear where no type is named, and a factor of 0, or
         none, is 1."""
         prefix = self.value("general.architecture", str) + ".rope."
-        known = {f"{prefix}scaling.{key}" for key in ("type", "factor", "original_context_length", "finetuned")}
+        known = {f"{prefix}scaling.{key}" for key in ("type", "factor", "original_context_length", "finetuned", *_YARN)}
+        if self._architecture.latent:
+            known.add(f"{prefix}scaling.{_LOG_MULTIPLIER}")
         if unknown := [key for key in self._fields if key.startswith(f"{prefix}scaling.") and key not in known]:
             raise ModelError(f"{self.path} has rope settings that are not supported: {', '.join(unknown)}.")
         scaling_type = self.value(f"{prefix}scaling.type", str, "linear")
@@ -319,11 +365,19 @@ class GGUFFile:
             context_length = self.value(f"{prefix.removesuffix('rope.')}context_length", int)
             original = self.value(f"{prefix}scaling.original_context_length", int, context_length)
             rope["original_max_position_embeddings"] = original
+            for key, field in _YARN.items():
+                if f"{prefix}scaling.{key}" in self._fields:
+                    rope[field] = self.value(f"{prefix}scaling.{key}", float)
+            if (
+                f"{prefix}scaling.{_LOG_MULTIPLIER}" in self._fields
+            ):  # a tenth of it, and of "mscale", which is the same
+                rope["mscale_all_dim"] = rope["mscale"] = 10 * self.value(f"{prefix}scaling.{_LOG_MULTIPLIER}", float)
         return rope
 
     def _dtype(self) -> torch.dtype:
-        down = "ffn_down_exps" if self._architecture.has_experts else "ffn_down"
-        stored = self._tensor(f"blk.0.{down}.weight").tensor_type.name
+        down = "blk.0.ffn_down.weight"  # the first layer may be dense beside others with experts
+        experts = self._architecture.has_experts and down not in self._tensors
+        stored = self._tensor("blk.0.ffn_down_exps.weight" if experts else down).tensor_type.name
         return {"F32": torch.float32, "F16": torch.float16}.get(stored, torch.bfloat16)
 
     def _tensor(self, name: str) -> Any:
@@ -335,65 +389,7 @@ class GGUFFile:
 def _of_each_expert(tensor: Any, path: str, projection: str, kind: str) -> Iterator[CheckpointTensor]:
     """A tensor of all experts of a layer as those of each, views of the mapped file."""
     for expert in range(int(tensor.shape[-1])):
-        yield _GGUFTensor(f"{path}.{expert}.{projection}.{kind}", tensor, expert=expert)
-
-
-class _GGUFTensor(CheckpointTensor):
-    def __init__(self, name: str, tensor: Any, *, permuted_heads: int | None = None, expert: int | None = None) -> None:
-        self.name = name
-        shape, self._data = tuple(int(size) for size in reversed(tensor.shape)), tensor.data
-        if expert is not None:
-            shape, self._data = shape[1:], self._data[expert]
-        elif name.endswith(".shared_expert_gate.weight") and len(shape) == 1:
-            shape, self._data = (1, *shape), self._data[None]
-        self.shape, self.nbytes = shape, self._data.nbytes
-        self.quantization = None if tensor.tensor_type.name in ("F32", "F16", "BF16") else tensor.tensor_type.name
-        self._type, self._permuted_heads = tensor.tensor_type, permuted_heads
-
-    def load(self, dtype: torch.dtype, device: torch.device, part: Part | None = None) -> Tensor:
-        """See `CheckpointTensor.load`."""
-        import gguf
-
-        block, _ = gguf.GGML_QUANT_SIZES[self._type]
-        if part is None or part.columns is None:
-            values = _to_torch(gguf.quants.dequantize(self._rows(part), self._type))
-        else:
-            widened = part.widened(block)
-            values = take(_to_torch(gguf.quants.dequantize(self._rows(widened), self._type)), part.within(widened))
-        return values.to(device).to(dtype)
-
-    def packed(self, part: Part | None = None) -> Tensor:
-        """See `CheckpointTensor.packed`."""
-        return _to_torch(self._rows(part)) if self.quantization else super().packed(part)
-
-    def _rows(self, part: Part | None) -> np.ndarray:
-        """The stored rows, or those of a part that begins and ends with blocks, queries and keys back in the order in which
-        transformers rotates them.
-
-        Per head, llama.cpp interleaves the two halves of the rows; blocks of quantisation never span rows, so that rows
-        can be moved while packed. A part holds whole heads.
-        """
-        rows: np.ndarray = self._data if part is None else self._part(part)
-        if self._permuted_heads is None:
-            return rows
-        halves = self.shape[0] // self._permuted_heads // 2
-        return rows.reshape(-1, halves, 2, *rows.shape[1:]).swapaxes(1, 2).reshape(rows.shape)
-
-    def _part(self, part: Part) -> np.ndarray:
-        import gguf
-
-        if part.columns is not None and self._data.dtype == np.uint8:
-            block, nbytes = gguf.GGML_QUANT_SIZES[self._type]
-            begin, length = part.columns.begin, part.columns.length
-            assert begin % block == length % block == 0, part
-            row = Cut(self._data.shape[1], begin // block * nbytes, length // block * nbytes)
-            part = Part(part.rows, row)
-        return np.concatenate([self._data[index] for index in part.slices])
-
-
-def _to_torch(array: np.ndarray) -> Tensor:
-    """Wrap an array, copied if it is a view of the read-only file, which torch must not own."""
-    return torch.from_numpy(array if array.flags.writeable else array.copy())
+        yield GGUFTensor(f"{path}.{expert}.{projection}.{kind}", tensor, expert=expert)
 
 
 def _can_dequantize(tensor_type: Any) -> bool:

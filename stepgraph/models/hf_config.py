@@ -184,7 +184,7 @@ def foreign_code(architecture: str, model_type: str, *, has_code: bool) -> str:
         f'The code of {architecture}, of model type "{model_type}", {where} part of transformers {__version__}{known}; '
         "stepgraph runs no code from checkpoints. What runs are native models and classes of transformers: look for a checkpoint "
         'of this model that was converted to one (its name often ends in "-hf"), or for a GGUF file of architecture llama, '
-        "qwen2, qwen2moe, qwen3 or qwen3moe. Or add a native model: docs/adding-a-model.md."
+        "qwen2, qwen2moe, qwen3, qwen3moe, deepseek2 or minicpm3. Or add a native model: docs/adding-a-model.md."
     )
 
 

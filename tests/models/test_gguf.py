@@ -214,7 +214,10 @@ def test_another_kind_of_file_is_refused(tmp_path) -> None:
 @pytest.mark.parametrize(
     ("metadata", "message"),
     [
-        (lambda writer: writer.add_expert_count(8), "mixture of 8 experts; .* architecture qwen2moe and qwen3moe"),
+        (
+            lambda writer: writer.add_expert_count(8),
+            "mixture of 8 experts; .* architecture qwen2moe, qwen3moe and deepseek2",
+        ),
         (lambda writer: writer.add_sliding_window(64), "sliding window"),
         (lambda writer: writer.add_rope_dimension_count(8), r"rope\.dimension_count = 8"),
         (lambda writer: writer.add_uint16("split.count", 3), "one of 3 parts"),
