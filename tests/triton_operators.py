@@ -20,8 +20,8 @@ def launcher(target: str) -> Callable[..., Any]:
     return getattr(importlib.import_module(module), function)
 
 
-LAUNCHERS = {name: launcher(kernels["cuda"]) for name, kernels in _KERNELS.items() if "cuda" in kernels}
-"""Of each operator, what launches its Triton kernel."""
+TARGETS = {name: kernels["cuda"] for name, kernels in _KERNELS.items() if "cuda" in kernels}
+"""Of each operator, the name of what launches its Triton kernel."""
 
 
 @contextmanager
@@ -29,14 +29,14 @@ def triton_operators(*names: str) -> Iterator[None]:
     """Makes these operators, or all, run their Triton kernels: on CUDA they do; on CPU the interpreter takes the CPU kernels'
     place."""
     registered = {name for name in torch._C._dispatch_get_all_op_names() if name.startswith("stepgraph::")}
-    assert names or {f"stepgraph::{name}" for name in LAUNCHERS} == registered
-    names = names or tuple(LAUNCHERS)
+    assert names or {f"stepgraph::{name}" for name in TARGETS} == registered
+    names = names or tuple(TARGETS)
     library = torch.library.Library("stepgraph", "IMPL")
     if not torch.cuda.is_available():
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch announces that a kernel is overridden, which is the purpose
             for name in names:
-                library.impl(name, LAUNCHERS[name], "CPU", allow_override=True)
+                library.impl(name, launcher(TARGETS[name]), "CPU", allow_override=True)
     try:
         with mock.patch.dict(INLINED):
             for name in names:  # CPU graphs record what the CPU kernels of these are made of
