@@ -34,6 +34,7 @@ class _Alike:
 _ALIKE = {
     "aquila": _Alike("llama"),
     "internlm": _Alike("llama", _internlm),
+    "kimi_k2": _Alike("deepseek_v3"),
     "mimo": _Alike("qwen2"),
     "minicpm": _Alike("llama", _minicpm),
     "telechat3": _Alike("llama"),

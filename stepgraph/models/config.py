@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, NoReturn
 
 import torch
 
@@ -27,6 +28,13 @@ _LATENT = frozenset(
     )
 )
 """Classes whose multi-head latent attention is native."""
+_BESIDE_LATENTS = {
+    "KimiLinearForCausalLM": "most of its layers are recurrent, with a decay for each dimension, and those with latent attention "
+    "rotate nothing",
+    "LongcatFlashForCausalLM": "its layers attend twice, its latents are multiplied, and some of its experts pass tokens through",
+    "Mistral4ForCausalLM": "its queries are multiplied by a function of their position (llama_4_scaling_beta)",
+}
+"""What, beside latents, has no native code in classes that transformers knows."""
 _WITH_EXPERTS = frozenset(
     (
         "DeepseekV2ForCausalLM",
@@ -188,14 +196,34 @@ def as_token_ids(value: Any, where: object = "config.json") -> tuple[int, ...]:
 
 
 def check_attention(hf_config: Any) -> None:
-    """Raise ModelError if a model's attention is of a kind that has no cache here, whoever's code runs it."""
-    if rank := getattr(hf_config, "kv_lora_rank", None):
-        experts = getattr(hf_config, "n_routed_experts", None)
-        raise ModelError(
-            f"{getattr(hf_config, 'model_type', None) or 'This'} model cannot run: its attention is multi-head latent attention "
-            f"(kv_lora_rank = {rank}), whose cache differs{'; its experts are not what is in the way' if experts else ''}. "
-            "Multi-head and grouped-query attention are supported."
+    """Raise ModelError if a model's attention is of a kind that has no cache here or, if it is latent, cannot run with
+    transformers' code."""
+    refuse = partial(_refuse, hf_config)
+    native = ", ".join(sorted(_LATENT))
+    if number := getattr(hf_config, "index_topk", None):
+        refuse(
+            f"its attention is indexed: an indexer with keys of its own chooses the {number} keys that a query attends to "
+            "(index_topk), and here queries attend to all keys",
+            f"Models of the classes {native} run, DeepSeek-V3, R1 and V3.1 among them.",
         )
+    if rank := getattr(hf_config, "kv_lora_rank", None):
+        what = f"its attention is multi-head latent attention (kv_lora_rank = {rank})"
+        architecture = architecture_of(hf_config)
+        if architecture in _LATENT:
+            key_dim, value_dim = hf_config.qk_nope_head_dim + hf_config.qk_rope_head_dim, hf_config.v_head_dim
+            if key_dim == value_dim:
+                return
+            refuse(
+                f"{what}, of which transformers' code makes keys of {key_dim} and values of {value_dim} dimensions, and needs as "
+                "many of both",
+                f"There is a native {architecture}, which keeps latents: set model_impl to native or auto.",
+            )
+        why = _BESIDE_LATENTS.get(architecture, f"no native model is a {architecture}")
+        refuse(f"{what}, and {why}", f"Latent attention runs in {native}. To add a model, see docs/adding-a-model.md.")
+
+
+def _refuse(hf_config: Any, what: str, instead: str) -> NoReturn:
+    raise ModelError(f"{getattr(hf_config, 'model_type', None) or 'This'} model cannot run: {what}. {instead}")
 
 
 def check_supported(hf_config: Any) -> None:
@@ -204,9 +232,7 @@ def check_supported(hf_config: Any) -> None:
     def field(name: str) -> Any:
         return getattr(hf_config, name, None)
 
-    def refuse(what: str, instead: str) -> None:
-        raise ModelError(f"{field('model_type') or 'This'} model cannot run: {what}. {instead}")
-
+    refuse = partial(_refuse, hf_config)
     if field("vision_config") or field("audio_config") or field("text_config"):
         refuse("it is multimodal", "Text-only decoders are supported.")
     if architecture_of(hf_config) not in _LATENT:

@@ -50,6 +50,6 @@ def deepseek_mixtures(hf_config: Any, num_dense: int) -> tuple[ExpertsSpec | Non
         hf_config.moe_intermediate_size,
         routing,
         has_bias=True,
-        shared_intermediate_size=hf_config.moe_intermediate_size * hf_config.n_shared_experts,
+        shared_intermediate_size=hf_config.moe_intermediate_size * (hf_config.n_shared_experts or 0),
     )
     return tuple(None if index < num_dense else spec for index in range(hf_config.num_hidden_layers))

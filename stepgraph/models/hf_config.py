@@ -82,6 +82,11 @@ _OPTIONAL_WIDTHS = (
     "head_dim",
     "moe_intermediate_size",
     "shared_expert_intermediate_size",
+    "q_lora_rank",
+    "kv_lora_rank",
+    "qk_nope_head_dim",
+    "qk_rope_head_dim",
+    "v_head_dim",
 )
 _OPTIONAL = (*_OPTIONAL_WIDTHS, *_EXPERTS)
 _MOST_OF = dict.fromkeys((*_COUNTS, *_EXPERTS, "decoder_sparse_step", "moe_layer_interval"), 2**12) | dict.fromkeys(

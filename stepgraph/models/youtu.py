@@ -18,4 +18,4 @@ class Youtu(Decoder):
     @classmethod
     def config_from_hf(cls, hf_config: Any) -> DecoderConfig:
         """See `Decoder.config_from_hf`."""
-        return latent_config(hf_config, interleaved=hf_config.rope_interleave)
+        return latent_config(hf_config, interleaved=bool(hf_config.rope_interleave))

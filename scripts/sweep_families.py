@@ -1,10 +1,13 @@
-"""Tries every family of native models with experts in random tiny sizes against transformers in float32: 1 to 64 experts, 1 to 8
-of them for a token, groups, scales and biases of routers, dense layers among the others, shared experts.
+"""Tries families of native models in random tiny sizes against transformers in float32: every one with experts (1 to 64, of which
+a token takes 1 to 8; groups, scales and biases of routers; dense layers among the others; shared experts) and every one with
+latent attention (4 to 40 heads, odd ranks and head sizes, with and without a latent of queries, biases, YaRN with its scales,
+LongRoPE).
 
 Each must give transformers' most likely tokens and log-probabilities: several requests at once, prompts in chunks, with prefixes
-that are found in the cache; and the same tokens alone, with looked-up proposals, and with those of a draft module with experts.
+that are found in the cache; and the same tokens alone, with looked-up proposals, and with those of a draft module like its last
+layer.
 
-    python scripts/sweep_experts.py [--seeds 12] [--families glm4_moe,mixtral] [--settings JSON] [--out sweep.json]
+    python scripts/sweep_families.py [--seeds 12] [--families glm4_moe,minicpm3] [--settings JSON] [--out sweep.json]
 
 With --settings '{"tensor_parallel_size": 2, "enable_expert_parallel": true}', two ranks share each, or it is refused in a
 sentence; with '{"device": "cuda"}', kernels for GPUs run.
@@ -162,6 +165,70 @@ def _granitemoe(rng: random.Random) -> Any:
     return transformers.GraniteMoeConfig(**SIZES, **_of_few_fields(rng), **factors)
 
 
+_YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 64}
+
+
+def _latent(rng: random.Random) -> dict[str, Any]:
+    """Sizes of latent attention, some of them odd, of which the norms of latents share no epsilon with the others."""
+    heads, hidden_size = rng.choice(((4, 64), (5, 80), (16, 64), (20, 80), (24, 96), (40, 80)))
+    q_rank = rng.choice((None, 17, 24))
+    yarn = _YARN | {"mscale": rng.choice((0.707, 1.0)), "mscale_all_dim": rng.choice((0.707, 1.0))}
+    return SIZES | {
+        "num_attention_heads": heads,
+        "num_key_value_heads": heads,
+        "hidden_size": hidden_size,
+        "q_lora_rank": q_rank,
+        "kv_lora_rank": rng.choice((21, 32, 48)),
+        "qk_rope_head_dim": rng.choice((6, 8, 16)),
+        "qk_nope_head_dim": rng.choice((13, 16, 24)),
+        "v_head_dim": rng.choice((11, 16, 24)),
+        "attention_bias": q_rank is not None and rng.random() < 0.5,
+        "tie_word_embeddings": rng.random() < 0.3,
+        "rms_norm_eps": rng.choice((1e-6, 0.1)),
+        "rope_parameters": rng.choice(({"rope_type": "default", "rope_theta": 10000.0}, yarn, _YARN)),
+    }
+
+
+def _deepseek_v2(rng: random.Random) -> Any:
+    fields = _groups(rng) | _latent(rng) | {"norm_topk_prob": False}
+    fields["topk_method"] = rng.choice(("greedy", "group_limited_greedy"))
+    if fields["topk_method"] == "greedy":
+        fields["n_group"] = fields["topk_group"] = None
+    for name in ("kv_lora_rank", "qk_nope_head_dim"):
+        fields[name] += fields[name] % 2  # transformers' code rotates complex numbers, which begin at even places
+    return transformers.DeepseekV2Config(**fields)
+
+
+def _deepseek_v3(rng: random.Random) -> Any:
+    return transformers.DeepseekV3Config(**_groups(rng) | _latent(rng), rope_interleave=rng.random() < 0.5)
+
+
+def _glm4_moe_lite(rng: random.Random) -> Any:
+    fields = _groups(rng) | _latent(rng)
+    num_dense = fields.pop("first_k_dense_replace")
+    kinds = ["dense"] * num_dense + ["sparse"] * (fields["num_hidden_layers"] - num_dense)
+    return transformers.Glm4MoeLiteConfig(**fields, mlp_layer_types=kinds, rope_interleave=rng.random() < 0.7)
+
+
+def _minicpm3(rng: random.Random) -> Any:
+    fields = _latent(rng)
+    pairs = fields["qk_rope_head_dim"] // 2
+    if rng.random() < 0.5:
+        fields["rope_parameters"] = {
+            "rope_type": "longrope",
+            "rope_theta": 10000.0,
+            "original_max_position_embeddings": rng.choice((16, 128)),  # fewer than any sequence's tokens, or more
+            "short_factor": [1.0 + 0.1 * pair for pair in range(pairs)],
+            "long_factor": [1.0 + 0.5 * pair for pair in range(pairs)],
+        }
+    factors = {"scale_emb": 3, "scale_depth": rng.choice((1.4, None)), "dim_model_base": rng.choice((32, None))}
+    return transformers.MiniCPM3Config(**fields, **factors, mlp_bias=rng.random() < 0.3)
+
+
+def _youtu(rng: random.Random) -> Any:
+    return transformers.YoutuConfig(**_latent(rng), rope_interleave=rng.random() < 0.5)
+
+
 FAMILIES: dict[str, Callable[[random.Random], Any]] = {
     "mixtral": _mixtral,
     "qwen2_moe": _qwen2_moe,
@@ -170,6 +237,11 @@ FAMILIES: dict[str, Callable[[random.Random], Any]] = {
     "glm4_moe": _glm4_moe,
     "dots1": _dots1,
     "granitemoe": _granitemoe,
+    "deepseek_v2": _deepseek_v2,
+    "deepseek_v3": _deepseek_v3,
+    "glm4_moe_lite": _glm4_moe_lite,
+    "minicpm3": _minicpm3,
+    "youtu": _youtu,
 }
 """By model type: a random config."""
 
