@@ -34,26 +34,33 @@ class AttentionSpec:
         return replace(self, num_heads=heads.length, num_kv_heads=kv_heads.length)
 
 
+class OwnWork(NamedTuple):
+    """The work of latent attention over this step's own keys, where that is apart."""
+
+    plan: ops.AttentionPlan
+    context_len: Tensor  # [R] int32, keys of each row from before this step
+
+
 class AttentionWork(NamedTuple):
     """The work of one step for layers of one spec."""
 
-    plan: ops.AttentionPlan
+    plan: ops.AttentionPlan  # over all keys; where there is `own`, over those from before this step
     geometry: ops.AttentionGeometry
+    own: OwnWork | None = None
 
     @classmethod
     def of(cls, spec: AttentionSpec, tokens: ops.StepTokens, geometry: ops.AttentionGeometry) -> AttentionWork:
         """List it. Runs inside the graph."""
-        plan = ops.attention_plan(
-            tokens.row_slot,
-            tokens.query_start,
-            tokens.kv_len,
-            spec.num_heads,
-            spec.num_kv_heads,
-            spec.value_dim,
-            geometry,
-            spec.window,
-        )
-        return cls(plan, geometry)
+        kv_len, own = tokens.kv_len, None
+        rows = tokens.row_slot, tokens.query_start
+        if geometry.own is not None:
+            context_len = kv_len - (tokens.query_start[1:] - tokens.query_start[:-1])
+            heads = spec.num_heads, spec.num_heads, spec.value_dim
+            own = OwnWork(ops.attention_plan(*rows, kv_len, *heads, geometry.own), context_len)
+            kv_len = context_len
+        heads = spec.num_heads, spec.num_kv_heads, spec.value_dim
+        plan = ops.attention_plan(*rows, kv_len, *heads, geometry, spec.window)
+        return cls(plan, geometry, own)
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from stepgraph.layers.cache import LatentCache, LatentSpec
 from stepgraph.layers.inputs import AttentionSpec, StepInputs
 from stepgraph.layers.linear import Linear, MergedLinear
 from stepgraph.layers.norm import RMSNorm
-from stepgraph.ops import head_linear, latent_queries, mla_attention
+from stepgraph.ops import expanded_attention, head_linear, latent_queries, mla_attention, mla_context_attention
 from stepgraph.parallel.shard import Axis, Cut, Shard
 
 
@@ -44,8 +44,9 @@ class LatentSizes:
 class LatentAttention(nn.Module):
     """Normalise, project, rotate, cache, attend; `o_proj` is the caller's to apply. May run inside a graph.
 
-    Keys and values of a head are products of the latent with `kv_b_proj`, [H, N + V, R]. They are never made: queries are
-    multiplied with the keys' part of it before attention, and what attention gives, with the values' part after.
+    Keys and values of a head are products of the latent with `kv_b_proj`, [H, N + V, R]. They are not made: queries are
+    multiplied with the keys' part of it before attention, and what attention gives, with the values' part after. But in a step
+    with a long prompt those of its own tokens are made, see `stepgraph.ops.expanded_attention`.
 
     Source: DeepSeek-AI, "DeepSeek-V2" (2024), section 2.1.
     """
@@ -114,8 +115,11 @@ class LatentAttention(nn.Module):
         """
         tokens, work = inputs.tokens, inputs.attention[self.spec]
         deterministic = work.geometry.deterministic
+        q_TF, absorbed_THL = self._queries(norm, x_TE, cos_sin, cache, inputs, deterministic)
+        if work.own is not None:
+            return self._expanded(q_TF, absorbed_THL, cache, inputs)
         latent_THR = mla_attention(
-            self._queries(norm, x_TE, cos_sin, cache, inputs, deterministic),
+            absorbed_THL,
             cache.entries,
             inputs.block_table,
             tokens.row_slot,
@@ -126,13 +130,51 @@ class LatentAttention(nn.Module):
             value_dim=self.sizes.kv_rank,
             scale=self.sizes.scale,
         )
-        return head_linear(latent_THR, self._head_weights[:, self.sizes.key_dim :], deterministic=deterministic)
+        return head_linear(latent_THR, self._value_weights, deterministic=deterministic)
 
     def cache_only(
         self, norm: RMSNorm | None, x_TE: Tensor, cos_sin: Tensor, cache: LatentCache, inputs: StepInputs
     ) -> None:
         """Write this step's latents; arguments as of `forward`."""
         self._queries(norm, x_TE, cos_sin, cache, inputs, inputs.attention[self.spec].geometry.deterministic)
+
+    def _expanded(self, q_TF: Tensor, absorbed_THL: Tensor, cache: LatentCache, inputs: StepInputs) -> Tensor:
+        """What `forward` returns, by keys and values of this step's tokens, and absorbed queries for older ones."""
+        tokens, (plan, geometry, own), sizes = inputs.tokens, inputs.attention[self.spec], self.sizes
+        assert own is not None
+        assert geometry.own is not None
+        parts = cache.entries.flatten(0, 1).tensor_split((sizes.kv_rank,), dim=1)
+        latent_TR, key_TP = (part.index_select(0, tokens.kv_slots).to(q_TF.dtype) for part in parts)
+        latent_THR, lse_TH = mla_context_attention(
+            absorbed_THL,
+            cache.entries,
+            inputs.block_table,
+            tokens.row_slot,
+            tokens.query_start,
+            own.context_len,
+            plan,
+            geometry,
+            value_dim=sizes.kv_rank,
+            scale=sizes.scale,
+        )
+        return expanded_attention(
+            q_TF,
+            absorbed_THL,
+            self.kv_proj.product(latent_TR),
+            key_TP,
+            head_linear(latent_THR, self._value_weights, deterministic=False),
+            lse_TH,
+            tokens.query_start,
+            tokens.kv_len,
+            own.plan,
+            geometry.own,
+            scale=sizes.scale,
+        )
+
+    @property
+    def _value_weights(self) -> Tensor:
+        """[H, V, R]."""
+        return self._head_weights[:, self.sizes.key_dim :]
 
     @property
     def _head_weights(self) -> Tensor:
@@ -147,8 +189,8 @@ class LatentAttention(nn.Module):
         cache: LatentCache,
         inputs: StepInputs,
         deterministic: bool,
-    ) -> Tensor:
-        """Absorbed queries, [T, H, R + P]; writes the latents."""
+    ) -> tuple[Tensor, Tensor]:
+        """Queries, [T, H · (N + P)], and absorbed ones, [T, H, R + P]; writes the latents."""
         sizes = self.sizes
         if self.q_a_proj is not None:
             q_TQ = self.q_a_proj.product(x_TE, norm=norm)
@@ -156,7 +198,7 @@ class LatentAttention(nn.Module):
             latent_TL = self.kv_a_proj.product(x_TE, norm=norm)
         else:
             q_TF, latent_TL = self.qkv_proj.product(x_TE, norm=norm).tensor_split((-sizes.entry_size,), dim=1)
-        return latent_queries(
+        absorbed_THL = latent_queries(
             q_TF,
             latent_TL,
             inputs.tokens.positions,
@@ -168,3 +210,4 @@ class LatentAttention(nn.Module):
             self.kv_a_layernorm.eps,
             deterministic=deterministic,
         )
+        return q_TF, absorbed_THL

@@ -19,6 +19,7 @@ from stepgraph.ops.collectives import (
 )
 from stepgraph.ops.commit import commit
 from stepgraph.ops.draft import draft_inputs, draft_row_tokens, propose
+from stepgraph.ops.expanded_attention import expanded_attention, expanded_geometry
 from stepgraph.ops.experts import (
     ExpertDispatch,
     ExpertWeights,
@@ -43,7 +44,7 @@ from stepgraph.ops.linear import gated_linear, linear, linear_add, linear_by_row
 from stepgraph.ops.logprobs import logprobs
 from stepgraph.ops.lookup import lookup
 from stepgraph.ops.lora import lora
-from stepgraph.ops.mla_attention import mla_attention, mla_geometry
+from stepgraph.ops.mla_attention import mla_attention, mla_context_attention, mla_geometry
 from stepgraph.ops.packed import packed_linear, packed_linear_add, packed_norm_linear, packed_norm_swiglu, packed_rows
 from stepgraph.ops.packed.experts import packed_gated_experts, packed_sum_experts
 from stepgraph.ops.process_logits import process_logits
@@ -77,6 +78,8 @@ __all__ = [
     "commit",
     "draft_inputs",
     "draft_row_tokens",
+    "expanded_attention",
+    "expanded_geometry",
     "expert_work",
     "force_acceptance",
     "fp8_gated_linear",
@@ -99,6 +102,7 @@ __all__ = [
     "lora",
     "mixture",
     "mla_attention",
+    "mla_context_attention",
     "mla_geometry",
     "norm_gated_linear",
     "norm_linear",

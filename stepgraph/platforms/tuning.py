@@ -156,6 +156,9 @@ class KernelTuning:
     hopper_min_tokens: int = 512
     """Of a step whose tiles are for `hopper_attention`. Among a layer's other kernels, such a launch costs an H100 some 6 us
     more than one of other tiles, which 80 tokens do not make up for, and 2,048 do several times over."""
+    min_expanded_tokens: float = inf
+    """Tokens of a step beyond those that its rows have if all of them decode, from which on latent attention makes each head's
+    keys and values of all tokens of the step, see `ops.expanded_attention`. Infinity: never."""
     max_prompt_of_small_tiles: int = 256
     """Tokens of a step beyond those that its rows have if all of them decode. They may be a prompt, which small tiles have
     read its keys again for every 16 of its queries: beside 200 rows of 576 keys, a prompt of 1,848 tokens took 8 of 13 ms."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable
+from dataclasses import replace
 
 import torch
 
@@ -52,13 +53,12 @@ class AttentionSizes:
 
     def _geometry(self, spec: AttentionSpec, shape: StepShape) -> ops.AttentionGeometry:
         if spec.latent:
-            return ops.mla_geometry(
-                shape.num_tokens,
-                shape.num_rows,
-                spec.num_heads,
-                self._platform.multiprocessors,
-                deterministic=self._deterministic,
-            )
+            sizes = shape.num_tokens, shape.num_rows, spec.num_heads, self._platform.multiprocessors
+            geometry = ops.mla_geometry(*sizes, deterministic=self._deterministic)
+            longest_prompt = shape.num_tokens - shape.num_rows * (1 + shape.num_drafts)
+            if self._deterministic or longest_prompt < self._platform.tuning.min_expanded_tokens:
+                return geometry
+            return replace(geometry, own=ops.expanded_geometry(*sizes))
         return ops.attention_geometry(
             shape.num_tokens,
             shape.num_rows,

@@ -64,6 +64,9 @@ class AttentionGeometry:
     num_programs: int  # the constant grid; each program loops over units of work
     is_one_row: bool = False  # and all of its tokens lie in one tile
     deterministic: bool = False  # a token's result has the same bits in every batch, chunk of its prompt and StepShape
+    own: AttentionGeometry | None = (
+        None  # of `expanded_attention` to this step's own keys; this launch is then for older ones alone
+    )
 
 
 @lru_cache(maxsize=4096)

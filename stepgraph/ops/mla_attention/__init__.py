@@ -10,11 +10,11 @@ Source: DeepSeek-AI, "DeepSeek-V2" (2024).
 from torch import Tensor
 
 from stepgraph.ops.attention import AttentionGeometry, AttentionPlan
-from stepgraph.ops.mla_attention import cpu
+from stepgraph.ops.mla_attention import cpu, reference
 from stepgraph.ops.mla_attention.geometry import mla_geometry
 from stepgraph.ops.registry import Inlined, register
 
-__all__ = ["mla_attention", "mla_geometry"]
+__all__ = ["mla_attention", "mla_context_attention", "mla_geometry"]
 
 _mla_attention = register(
     "mla_attention(Tensor q, Tensor cache, Tensor block_table, Tensor row_slot, Tensor query_start, Tensor kv_len, Tensor items, "
@@ -79,4 +79,56 @@ def mla_attention(
         geometry.tile,
         geometry.num_programs,
         geometry.deterministic,
+    )
+
+
+_mla_context_attention = register(
+    "mla_context_attention(Tensor q, Tensor cache, Tensor block_table, Tensor row_slot, Tensor query_start, Tensor context_len, "
+    "Tensor items, Tensor header, Tensor(a!) partials, int value_dim, float scale, int tile, "
+    "int num_programs) -> (Tensor, Tensor)",
+    {"cpu": reference.mla_context_attention, "cuda": "stepgraph.ops.mla_attention.triton:mla_context_attention"},
+)
+
+
+def mla_context_attention(
+    q: Tensor,
+    cache: Tensor,
+    block_table: Tensor,
+    row_slot: Tensor,
+    query_start: Tensor,
+    context_len: Tensor,
+    plan: AttentionPlan,
+    geometry: AttentionGeometry,
+    *,
+    value_dim: int,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """`mla_attention` of every row's queries over the entries from before this step alone; see
+    `stepgraph.ops.expanded_attention` for the others. Runs inside the graph.
+
+    Args:
+        context_len: [R] int32, entries of each row from before this step; all tokens of a row see all of them.
+        plan: this step's `attention_plan` with `context_len` in place of the rows' numbers of keys, so that rows without context
+            have no work in it.
+        geometry: as given to `attention_plan`, not deterministic.
+        q, cache, block_table, row_slot, query_start, value_dim, scale: as of `mla_attention`.
+
+    Returns:
+        [T, H, R], dtype of `q`, and [T, H] float32: logarithms, to base 2, of the sums of ``exp(scale * q·k)``. Padding tokens
+        and tokens of rows without context get unspecified values.
+    """
+    return _mla_context_attention(
+        q,
+        cache,
+        block_table,
+        row_slot,
+        query_start,
+        context_len,
+        plan.items,
+        plan.header,
+        plan.partials,
+        value_dim,
+        scale,
+        geometry.tile,
+        geometry.num_programs,
     )

@@ -7,10 +7,11 @@ from operator_cases import CASES, IN_STEPS, OF_SETTINGS, TOLERANCE, assert_as_re
 
 from stepgraph import ops
 from stepgraph.ops.attention import attention_geometry
+from stepgraph.ops.expanded_attention import expanded_geometry
 from stepgraph.ops.mla_attention import mla_geometry
 from stepgraph.ops.mla_attention import reference as mla_reference
 
-ATTENTION = {"paged_attention", "mla_attention"}
+ATTENTION = {"paged_attention", "mla_attention", "mla_context_attention", "expanded_attention"}
 ROWS = {
     "first": [(1, 0)],
     "decode": [(1, 37)],
@@ -90,3 +91,42 @@ def test_latent_attention_reads_its_rows_entries_and_no_others(platform, rows, d
             q, entries.squeeze(2), block_table, *step, plan, geometry, value_dim=value_dim, scale=batch.scale
         )[: batch.num_real_tokens]
         torch.testing.assert_close(found.cpu(), expected[: batch.num_real_tokens].float(), **TOLERANCE)
+
+
+@pytest.mark.parametrize("rows", ROWS.values(), ids=ROWS)
+def test_latent_attention_is_that_over_older_entries_and_then_over_this_steps(platform, rows) -> None:
+    """Heads' own keys and values are here the entries themselves."""
+    value_dim, num_heads = 32, 4
+    batch = make_batch(rows, num_tokens=48, num_kv_heads=1, group=num_heads, head_dim=value_dim + 16, poisoned=True)
+    q, entries, _, *rows_of_cache = batch.inputs()
+    expected = mla_reference.mla_attention(
+        q.double(), entries.squeeze(2).double(), *rows_of_cache, value_dim, batch.scale
+    )[: batch.num_real_tokens]
+    block_table, row_slot, query_start, kv_len = rows_of_cache
+    block_size, own = entries.shape[1], torch.full((48, value_dim + 16), torch.nan)
+    for slot, start, (query_len, context_len) in zip(row_slot, query_start.tolist(), rows, strict=False):
+        position = torch.arange(context_len, context_len + query_len)
+        own[start : start + query_len] = entries.squeeze(2)[
+            block_table[slot, position // block_size], position % block_size
+        ]
+
+    device = platform.device
+    q, entries, own = q.to(device), entries.squeeze(2).to(device), own.to(device)
+    block_table, row_slot, query_start, kv_len = (tensor.to(device) for tensor in rows_of_cache)
+    sizes = 48, len(rows), num_heads, platform.multiprocessors
+    context_len = kv_len - query_start.diff()
+    geometry = mla_geometry(*sizes)
+    plan = ops.attention_plan(row_slot, query_start, context_len, num_heads, 1, value_dim, geometry)
+    own_geometry = expanded_geometry(*sizes)
+    own_plan = ops.attention_plan(row_slot, query_start, kv_len, num_heads, num_heads, value_dim, own_geometry)
+    kv = own[:, None, :value_dim].repeat(1, 2 * num_heads, 1).flatten(1)
+    step = block_table, row_slot, query_start, context_len
+    for _ in range(2):  # scratch is left as it was found
+        context, lse = ops.mla_context_attention(
+            q, entries, *step, plan, geometry, value_dim=value_dim, scale=batch.scale
+        )
+        found = ops.expanded_attention(
+            q.flatten(1), q, kv, own[:, value_dim:], context.flatten(1), lse, query_start, kv_len, own_plan, own_geometry,
+            scale=batch.scale,
+        )  # fmt: skip
+        torch.testing.assert_close(found[: batch.num_real_tokens].cpu(), expected.flatten(1).float(), **TOLERANCE)
