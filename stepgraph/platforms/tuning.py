@@ -147,6 +147,8 @@ class KernelTuning:
     """Whether a kernel's programs may start while those of the kernel before it finish, see `ops.dependent_launch`."""
     hopper_attention: bool = False
     """Whether there is `stepgraph.ops.attention.hopper`, if Triton has what it is written in."""
+    hopper_mla: bool = False
+    """Likewise `stepgraph.ops.mla_attention.hopper`."""
 
     min_split_keys: int = 256
     """Keys of attention: below this a split costs more than it saves. On an H100 (8 KV heads of 128, bf16), eight rows of 129

@@ -15,7 +15,7 @@ from stepgraph.ops.attention.geometry import KV_BLOCK, TALL_TILE
 
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 HAS_HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9
-needs_hopper = pytest.mark.skipif(not HAS_HOPPER, reason="tiles of 128 are for Hopper GPUs")
+needs_hopper = pytest.mark.skipif(not HAS_HOPPER, reason="this kernel is for Hopper GPUs")
 MULTIPROCESSORS = 3  # few programs, so that each loops over many items and long rows are split
 
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import torch
+
 from stepgraph.ops.attention.geometry import DETERMINISTIC_TILE, KV_BLOCK, UNSPLIT, AttentionGeometry, max_tiles
+from stepgraph.platforms.tuning import KernelTuning
 
 TALL_TILE = 64
 """Rows of a tile where a row's (token, head) pairs are more than DETERMINISTIC_TILE."""
@@ -26,3 +29,35 @@ def mla_geometry(
         num_programs=min(max_items, target),
         deterministic=deterministic,
     )
+
+
+def hopper_serves(
+    tuning: KernelTuning, dtype: torch.dtype, cache_dtype: torch.dtype, entry_size: int, value_dim: int, block_size: int
+) -> bool:
+    """Whether `stepgraph.ops.mla_attention.hopper` computes tiles of TALL_TILE, or the kernel for any GPU does.
+
+    It is for a Hopper GPU, under a Triton that has its Gluon; activations of 16 bits and a cache of the same; entries of
+    512 + 64, as all of DeepSeek's have; and blocks of 8 tokens at least, which is what shared memory is arranged by.
+
+    Args:
+        tuning: of the platform.
+        dtype: of the activations.
+        cache_dtype: of the entries.
+        entry_size: numbers of an entry.
+        value_dim: of its part that is the value.
+        block_size: tokens per block of the cache.
+    """
+    serves = (
+        tuning.hopper_mla
+        and dtype in (torch.bfloat16, torch.float16)
+        and cache_dtype == dtype
+        and (entry_size, value_dim) == (576, 512)
+        and block_size % 8 == 0
+    )
+    if not serves:
+        return False
+    try:
+        from stepgraph.ops.mla_attention import hopper  # noqa: F401
+    except (ImportError, AttributeError):  # Gluon is experimental: another release may name things otherwise
+        return False
+    return True

@@ -5,10 +5,11 @@ of the values' dimensions for all pairs. Scores they compute in turns, each of e
 the weights through shared memory. While one takes its exponentials, the other multiplies. A third part of a program, one warp,
 copies blocks of entries into two stages of shared memory. An entry is there once, as key and as value.
 
-Blocks are numbered through a program's work; block b lies in stage b % 2, and consumer b % 2 is its *owner*. What is done with it:
+Blocks are numbered through a program's work; block b lies in stage b % 2, and consumer b % 2 is its *owner*. What is done:
 
 1. The producer waits until both consumers have left block b - 2, each its half (`empty`), and copies (`full`, per half).
-2. The owner multiplies the queries with it, takes the maximum of what was known and of its scores, and publishes it (`max_known`).
+2. The owner multiplies the queries with it, takes the maximum of what was known and of its scores, and publishes it
+   (`max_known`).
 3. The owner takes the weights relative to it, and publishes them, and their sum with all before (`weights_known`). They lie
    where the block's rotated dimensions were, which nobody else reads and nobody reads again.
 4. Each consumer decays its half of the output to that maximum, adds its half of the values, weighted, and leaves the half.
@@ -57,9 +58,6 @@ _ROTATED = gl.constexpr(64)  # as many as a block has keys: where they were, wei
 _COLUMNS = gl.constexpr(64)  # of a copy: 128 bytes, the widest that shared memory is arranged by
 _CONSUMER_REGISTERS = gl.constexpr(232)
 _PRODUCER_REGISTERS = gl.constexpr(40)
-
-SIZES = (2 * _HALF.value + _ROTATED.value, 2 * _HALF.value)
-"""Of an entry and of its value: there is a kernel for these only."""
 
 
 @jit
@@ -202,7 +200,9 @@ def _start_scores(half: gl.constexpr, block, queries, ring):
         q_smem.index(zero), latent_smem.index(half).permute([1, 0]), zeros_MK, use_acc=False, is_async=True
     )
     _wait_copied(ring, 1, half, block)
-    score_MK = warpgroup_mma(q_smem.index(zero + 1), latent_smem.index(2 + half).permute([1, 0]), score_MK, is_async=True)
+    score_MK = warpgroup_mma(
+        q_smem.index(zero + 1), latent_smem.index(2 + half).permute([1, 0]), score_MK, is_async=True
+    )
     return warpgroup_mma(q_rotated_smem.index(zero), rotated_smem.index(half).permute([1, 0]), score_MK, is_async=True)
 
 
@@ -298,7 +298,14 @@ def _consume(
     item = load_item(items_ptr, work, work < num_work, _ITEM)
     while work < num_work:
         begin, end, visible = _keys_of(item, keys_per_split, H)
-        query_start, query_len, kv_len, tile, split, first_partial = item[1], item[2], item[3], item[4], item[5], item[6]
+        query_start, query_len, kv_len, tile, split, first_partial = (
+            item[1],
+            item[2],
+            item[3],
+            item[4],
+            item[5],
+            item[6],
+        )
         if begin < end:
             context_len = kv_len - query_len
             first_pair = tile * _TILE
@@ -437,7 +444,7 @@ def mla_attention(
     """
     num_tokens, num_heads, entry_size = q.shape
     num_blocks, block_size, _ = cache.shape
-    out = q.new_empty(num_tokens, num_heads, SIZES[1])
+    out = q.new_empty(num_tokens, num_heads, 2 * _HALF.value)
     layout = gl.NVMMASharedLayout(128, 16, 2)
 
     def lines(tensor: Tensor, count: int, box: int) -> TensorDescriptor:
