@@ -1,6 +1,7 @@
 """Fixtures of all tests. Without a GPU, Triton kernels run under its interpreter, chosen before anything imports it."""
 
 import os
+from collections.abc import Iterator
 
 import stepgraph  # noqa: F401  # before torch, as it settles how torch's threads wait
 
@@ -12,12 +13,14 @@ if not torch.cuda.is_available():
 
 import pytest
 import triton_interpreter  # noqa: F401  # mends it
+from forked_workers import ForkedWorkers
 from hypothesis import HealthCheck, settings
 from tiny import TINY_SETTINGS, save_tiny_model
 
 from stepgraph.config import EngineConfig
 from stepgraph.engine.build import build_engine
 from stepgraph.engine.engine import Engine
+from stepgraph.executor import workers
 from stepgraph.executor.build import build_local_executor
 from stepgraph.models.source import ModelSource, packaged_file, resolve, resolve_configured
 from stepgraph.spec.drafter import Drafter
@@ -26,6 +29,16 @@ settings.register_profile(
     "stepgraph", deadline=None, suppress_health_check=[HealthCheck.too_slow]
 )  # no test asserts a time
 settings.load_profile("stepgraph")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _forked_workers() -> Iterator[None]:
+    """Ranks of engines in a test's own process start at once."""
+    forked = ForkedWorkers()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(workers, "subprocess", forked)
+        yield
+    forked.close()
 
 
 @pytest.fixture(scope="session")

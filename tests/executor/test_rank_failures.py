@@ -151,6 +151,7 @@ def test_what_leaves_ranks_in_different_states_ends_the_engine(tiny_model, fault
 
 
 def test_a_worker_that_cannot_start_says_why(tiny_model, tmp_path, monkeypatch, capfd) -> None:
+    monkeypatch.setattr("stepgraph.executor.workers.subprocess", subprocess)  # as users start them
     (tmp_path / "torch.py").write_text("raise ImportError('libtorch_cpu.so is not there')")
     monkeypatch.syspath_prepend(str(tmp_path))
     config = EngineConfig.from_settings(

@@ -174,9 +174,8 @@ def test_a_step_of_triton_kernels_is_the_step_of_cpu_kernels(create_engine, devi
         runner._multiprocessors = 4  # enough programs for rows to be split over their keys
         kernel_of_one_row = sys.modules[ops.rope_attention.__module__]
     room = {"max_len": 450, "num_blocks": 39, "block_size": BLOCK_SIZE}
-    for composition in random_compositions(
-        shape, 4 if shape.num_tokens < 20 else 3, random.Random(shape.num_tokens), **room
-    ):
+    compositions = list(random_compositions(shape, 4, random.Random(shape.num_tokens), **room))
+    for composition in compositions[1::2]:  # uneven rows, and random ones or as many proposals as fit
         eager = EagerGraph(reference.create_program(shape))
         proposals = mostly_right_proposals(reference, eager, shape, composition)
         expected = run(reference, eager, shape, composition, proposals)
