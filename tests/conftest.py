@@ -1,5 +1,6 @@
 """Fixtures of all tests. Without a GPU, Triton kernels run under its interpreter, chosen before anything imports it."""
 
+import gc
 import os
 from collections.abc import Iterator
 
@@ -29,6 +30,13 @@ settings.register_profile(
     "stepgraph", deadline=None, suppress_health_check=[HealthCheck.too_slow]
 )  # no test asserts a time
 settings.load_profile("stepgraph")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _frozen() -> None:
+    """Have what was imported and collected not be looked at whenever an engine ends: that takes longer than a small one lives."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session", autouse=True)

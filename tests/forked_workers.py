@@ -9,6 +9,7 @@ from __future__ import annotations
 import array
 import ctypes
 import fcntl
+import gc
 import importlib
 import os
 import pickle
@@ -152,6 +153,8 @@ def main() -> None:
     channel = socket.socket(fileno=int(sys.argv[1]))
     for module in _IMPORTED:
         importlib.import_module(module)
+    gc.collect()
+    gc.freeze()
     command, env = _serve(channel)
     os.environ.clear()
     os.environ.update(env)

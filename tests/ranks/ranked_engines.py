@@ -53,7 +53,6 @@ class EngineFactory:
         for workers in self._workers.values():
             workers.close()
         self._workers.clear()
-        gc.unfreeze()
 
 
 def _are_there(workers: Workers) -> bool:
