@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import nn
@@ -47,9 +47,8 @@ def choose_formats(
         if not isinstance(module, Matrix):
             continue
         options = FormatOptions(path.startswith("layers."), deterministic, packed, exact_tokens)
-        found = {encodings.get(name) for name in _tensor_names(path, module, merged=model.config.merged_projections)}
-        encoding = found.pop() if len(found) == 1 else None
-        kept = _keeping(encoding, module.inputs.size, options) if keep and encoding is not None else None
+        names = _tensor_names(path, module, merged=model.config.merged_projections)
+        kept = _keeping(module, [encodings.get(_in_checkpoint(name)) for name in names], options) if keep else None
         rounded = (
             FP8(deterministic=deterministic) if to_fp8 and options.in_layers and isinstance(module, Linear) else None
         )
@@ -58,8 +57,32 @@ def choose_formats(
     _check_inputs(model)
 
 
-def _keeping(encoding: str, inputs: int, options: FormatOptions) -> WeightFormat | None:
-    candidates = (format.keeping(encoding, inputs, options) for format in FORMATS)
+def keep_fp8(
+    module: nn.Module, tensors: Iterable[CheckpointTensor], name_of: Callable[[str], str], *, merged: bool
+) -> None:
+    """Have the linear layers of a draft module keep weights of 8 bits as a checkpoint does, where ranks cut between its scales.
+
+    Args:
+        module: not filled yet: layers get new parameters.
+        tensors: of the checkpoint; nothing is read.
+        name_of: that in the checkpoint of what has a name in the module.
+        merged: whether the checkpoint merges projections, see `DecoderConfig`.
+    """
+    encodings = {tensor.name: tensor.quantization for tensor in tensors}
+    options = FormatOptions(in_layers=True, deterministic=False, packed=False, exact_tokens=None)
+    for path, layer in module.named_modules():
+        if isinstance(layer, Linear) and not layer.needs_numbers:
+            names = _tensor_names(path, layer, merged=merged)
+            kept = _keeping(layer, [encodings.get(name_of(name)) for name in names], options)
+            if kept is not None and (layer.inputs.is_whole or layer.inputs.length % kept.input_unit == 0):
+                layer.use(kept)
+
+
+def _keeping(layer: Matrix, encodings: Sequence[str | None], options: FormatOptions) -> WeightFormat | None:
+    """The format that keeps tensors in these encodings, which make up a layer's weight; None if they become numbers."""
+    if len(set(encodings)) > 1 or (encoding := encodings[0]) is None:
+        return None
+    candidates = (format.keeping(encoding, layer.inputs.size, options) for format in FORMATS)
     return next((format for format in candidates if format is not None), None)
 
 
@@ -90,7 +113,7 @@ def _check_inputs(model: Decoder) -> None:
 
 
 def pack_rounded(module: nn.Module, *, exact_tokens: int | None) -> None:
-    """Have the linear layers of a module keep blocks of Q8_0, made of whatever they are filled with.
+    """Have the linear layers of a draft module keep blocks of Q8_0, made of whatever they are filled with.
 
     Args:
         module: in float32 on the CPU, not filled yet: layers get new parameters.
@@ -106,17 +129,19 @@ def names_of_numbers(model: Decoder) -> set[str]:
     merged = model.config.merged_projections
     matrices = {path: module for path, module in model.named_modules() if isinstance(module, Matrix)}
     needing = (_tensor_names(path, m, merged=merged) for path, m in matrices.items() if m.needs_numbers)
-    return {name for names in needing for name in names}
+    return {_in_checkpoint(name) for names in needing for name in names}
 
 
 def _tensor_names(path: str, module: Matrix, *, merged: bool) -> list[str]:
-    """Names in the checkpoint of the tensors that a layer's weight is made of."""
-    if not path.startswith("lm_head"):
-        path = f"model.{path}"
+    """Names, by the paths of modules, of the checkpoint's tensors that a layer's weight is made of."""
     if isinstance(module, MergedLinear) and not merged:
         parent = path.rpartition(".")[0]
         return [f"{parent}.{part}.weight" for part in module.parts]
     return [f"{path}.weight"]
+
+
+def _in_checkpoint(name: str) -> str:
+    return name if name.startswith("lm_head") else f"model.{name}"
 
 
 def materialise(model: nn.Module, device: torch.device) -> None:

@@ -97,6 +97,8 @@ class MTPLayer(nn.Module):
         )
         self.projection = Linear(2 * E, E, dtype=dtype, device=device)
         self.block = DecoderLayer(config, last, shard=shard, expert_shard=expert_shard, dtype=dtype, device=device)
+        # It has values from the start, which a module on the meta device keeps in host memory.
+        device = torch.device("cpu") if device.type == "meta" else device
         table = cos_sin_table(config.ropes[last], config.head_dim, max_model_len, device)
         self.register_buffer("cos_sin", table, persistent=False)
 

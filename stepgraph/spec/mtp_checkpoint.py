@@ -23,7 +23,7 @@ from stepgraph.models.config import DecoderConfig, check_shard
 from stepgraph.models.decoder import Decoder
 from stepgraph.models.language_model import LanguageModel
 from stepgraph.models.mtp_tensors import mtp_names
-from stepgraph.models.quantization import pack_rounded
+from stepgraph.models.quantization import keep_fp8, materialise, pack_rounded
 from stepgraph.models.random_weights import fill_randomly
 from stepgraph.models.registry import ARCHITECTURES
 from stepgraph.models.safetensors import read_safetensors
@@ -160,7 +160,7 @@ def load_mtp(
             group=model.group,
             expert_group=model.expert_group if isinstance(model, Decoder) else None,
             dtype=model.dtype,
-            device=platform.device,
+            device=torch.device("meta"),
         ).eval()
         for _ in range(num_modules)
     ]
@@ -170,6 +170,11 @@ def load_mtp(
     if packed is not None and read is not None:  # beside a model in blocks, float32 would take most of the time
         for layer in layers:
             pack_rounded(layer, exact_tokens=packed.exact_tokens)
+    elif read is not None and platform.supports_fp8 and config.model.quantization not in ("none", None):
+        for layer, number in zip(layers, found.numbers, strict=True):
+            keep_fp8(layer, found.tensors, partial(_stored_name, found, number), merged=layer_config.merged_projections)
+    for layer in layers:
+        materialise(layer, platform.device)
     max_rows = config.scheduler.max_num_seqs
     head = None
     shares_head = model.group is not None and len(_head_weight(model)[1]) < layer_config.vocab_size
@@ -283,9 +288,14 @@ def _targets(found: _Found, layers: list[MTPLayer]) -> dict[str, Target]:
     targets = {}
     for layer, number in zip(layers, found.numbers, strict=True):
         for name, target in layer.checkpoint_tensors().items():
-            part, _, rest = name.partition(".")
-            targets[f"{found.prefix}{found.layout.parts[part].format(number)}.{rest}"] = target
+            targets[_stored_name(found, number, name)] = target
     return targets
+
+
+def _stored_name(found: _Found, number: int, name: str) -> str:
+    """The name in the checkpoint of a module's tensor."""
+    part, _, rest = name.partition(".")
+    return f"{found.prefix}{found.layout.parts[part].format(number)}.{rest}"
 
 
 class _Scaled(CheckpointTensor):

@@ -29,6 +29,8 @@ class Reference:
     interleaved_rope: bool = False
     mixture: Callable[[Tensor], Tensor] | None = None
     """Feed-forward layer of all modules, [1, T, E] of a normalised stream, if it is not dense."""
+    layer: Callable[[Tensor], Tensor] | None = None
+    """Decoder layer of all modules over tokens at positions 0, 1, …, [T, E], if its attention is of another kind."""
 
     @torch.no_grad()
     def drafts(self, tokens: list[int], num_drafts: int) -> list[int]:
@@ -82,6 +84,8 @@ class Reference:
 
     def _layer(self, module: dict[str, Tensor], x_TE: Tensor) -> Tensor:
         """A decoder layer over tokens at positions 0, 1, …"""
+        if self.layer is not None:
+            return self.layer(x_TE)
 
         def linear(name: str, x: Tensor) -> Tensor:
             return F.linear(x, module[f"{name}.weight"], module.get(f"{name}.bias"))
