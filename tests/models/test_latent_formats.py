@@ -122,3 +122,19 @@ def test_nothing_is_said_of_the_matrix_that_attention_reads_in_8_bits(folders, t
     with caplog.at_level("INFO"):
         load(tmp_path / "fp8", quantization="none")
     assert "are kept as" in caplog.text
+
+
+def test_an_fp8_cache_holds_what_the_other_holds_rounded(folders) -> None:
+    """Of the first layer, whose entries no attention comes before; values beyond the largest code become that."""
+    model = load(folders("GLM-4.7-Flash"))
+    with torch.no_grad():
+        model.layers[0].self_attn.kv_a_layernorm.weight[::7] *= 500
+    exact, rounded = Stepper(model, 32), Stepper(model, 32)
+    caches = [cache.entries.to(torch.float8_e4m3fn) for cache in rounded.caches]
+    specs = model.cache_specs(torch.float8_e4m3fn)
+    rounded.caches = tuple(spec.cache([entries], ()) for spec, entries in zip(specs, caches, strict=True))
+    expected, found = exact.step(TOKENS), rounded.step(TOKENS)
+    entries = exact.caches[0].entries
+    assert entries.abs().max() > 448
+    assert torch.equal(caches[0].float(), entries.clamp(-448, 448).to(torch.float8_e4m3fn).float())
+    assert not torch.equal(found, expected)

@@ -97,6 +97,45 @@ def test_token_ids_match_the_tokenizer_that_was_converted(tmp_path, pre, origina
         assert tokenizer.encode(text, add_special_tokens=False) == original.encode(text).ids, text
 
 
+def test_words_are_split_as_the_makers_of_models_with_latent_attention_split_them(tmp_path) -> None:
+    original = train(pre_tokenizers.ByteLevel(add_prefix_space=False))
+    text = "Hello world, it's 12345 中文 こん\n\n  x = (foo)  \nЖизнь ä:b "
+    rest = ["\n\n", " ", " x", " =", " (", "foo", ")", "  \n", "Жизнь", " ä", ":b", " "]
+    expected = {
+        "deepseek-llm": [
+            *(
+                "Hello",
+                " world",
+                ",",
+                " it",
+                "'",
+                "s",
+                " ",
+                "1",
+                "2",
+                "3",
+                "4",
+                "5",
+                " ",
+                "中文",
+                " ",
+                "こん",
+                "\n",
+                "\n",
+                " ",
+            ),
+            *(" x", " =", " (", "foo", ")", "  ", "\n", "Жизнь", " ä", ":", "b", " "),
+        ],
+        "deepseek-v3": ["Hello", " world", ",", " it", "'s", " ", "123", "45", " ", "中文", " ", "こん", *rest],
+        "glm4": ["Hello", " world", ",", " it", "'s", " ", "123", "45", " 中文", " こん", *rest],
+    }
+    for pre, words in expected.items():
+        tokenizer = tokenizer_from_gguf(write_gguf(tmp_path / "model.gguf", original, pre))
+        splits = tokenizer.backend_tokenizer.pre_tokenizer.pre_tokenize_str(text)
+        assert [text[slice(*offsets)] for _, offsets in splits] == words, pre
+        assert tokenizer.decode(tokenizer.encode(text, add_special_tokens=False)) == text
+
+
 def test_a_bos_token_is_added_if_the_file_or_the_kind_says_so(tmp_path) -> None:
     original = train(split_by(LLAMA3_PATTERN))
 
