@@ -250,7 +250,7 @@ class _Recorder(TorchDispatchMode):
 
     def _note(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], result: Any, seconds: float) -> Call:
         name = func._schema.name.partition("::")[2]
-        operands, roles, known, first = [], [], set(), 0
+        operands, roles, known, first, has_experts = [], [], set(), 0, False
         given = {argument.name: argument for argument in func._schema.arguments}
         for argument, value in [*zip(given.values(), args, strict=False), *((given[k], v) for k, v in kwargs.items())]:
             is_written = argument.alias_info is not None and argument.alias_info.is_write
@@ -262,11 +262,12 @@ class _Recorder(TorchDispatchMode):
                     continue
                 kind = "weight" if path else "cache" if _address(tensor) in self._caches else "other"
                 operands.append(_operand(tensor, kind, is_written=is_written, is_output=argument.name == "out"))
+                has_experts = has_experts or ".experts." in path
                 if path:
                     roles.append(_role(path, is_lookup="embedding" in name))
         results = [_operand(tensor) for tensor in _tensors(result) if _address(tensor) not in known]
         kept = max((x.shape[0] for x in operands if x.kind == "weight" and len(x.shape) == 3), default=0)
-        load = ExpertLoad.of(self._chosen[first : first + kept])
+        load = ExpertLoad.of(self._chosen[first : first + kept]) if has_experts else None
         cost = operator_cost(name, operands, results, self._rows, self._num_heads, load)
         return Call(" ".join([name, ", ".join(dict.fromkeys(roles))]).strip(), cost, 1e6 * seconds)
 

@@ -16,6 +16,8 @@ import torch
 
 from stepgraph.layers.experts import Experts, MixtureMLP
 from stepgraph.layers.formats import Packed
+from stepgraph.layers.inputs import AttentionSpec
+from stepgraph.layers.latent_attention import LatentSizes
 from stepgraph.layers.matrix import Matrix
 from stepgraph.models.decoder import Decoder
 from stepgraph.models.language_model import LanguageModel
@@ -108,7 +110,7 @@ def step_cost(
     specs = model.attention_specs
     kv_per_token = sum(spec.cached_numbers for spec in specs)
     cached = next(model.parameters()).element_size() * kv_per_token * sum(kv_len + n for n, kv_len in rows)
-    attention = 2 * sum(spec.num_heads * (spec.head_dim + spec.value_dim) for spec in specs) * _keys_seen(rows)
+    attention = sum(attention_flops(spec, rows, latent_sizes(model)) for spec in specs)
     mixtures = mixtures_of(model)
     loads = [_expected(mixture, num_tokens) for mixture in mixtures] if loads is None else loads
     experts = [_experts_cost(mixture.experts, load, num_tokens) for mixture, load in zip(mixtures, loads, strict=True)]
@@ -116,6 +118,43 @@ def step_cost(
         weight_bytes + cached + sum(cost.bytes for cost in experts),
         2 * num_tokens * (weights - head) + 2 * len(rows) * head + attention + sum(cost.flops for cost in experts),
     )
+
+
+def latent_sizes(model: LanguageModel) -> LatentSizes | None:
+    """Those of a model's attention; None: keys and values are cached."""
+    return model.config.latent if isinstance(model, Decoder) else None
+
+
+def attention_flops(spec: AttentionSpec, rows: Sequence[tuple[int, int]], latent: LatentSizes | None) -> int:
+    """What a layer's attention computes at least.
+
+    Latent attention has two ways. Absorbed, each pair of a query and a key costs the sizes of a cached entry and of its latent.
+    Un-absorbed it costs those of a head's key and value, far fewer, and each of the row's earlier tokens a product with
+    `kv_b_proj`, which makes its keys and values again. For each row, the cheaper counts. (Un-absorbed over the step's own tokens
+    and absorbed over earlier ones, with a second product for each of the step's, is never cheaper than the better of both.) One
+    product with `kv_b_proj` for each of the step's tokens is in either way, and not counted here: it is one of the weights.
+
+    Args:
+        spec: of the layer.
+        rows: as of `step_cost`.
+        latent: the sizes, if it is latent.
+    """
+    if latent is None:
+        return 2 * spec.num_heads * (spec.head_dim + spec.value_dim) * _keys_seen(rows)
+    absorbed, expanded = spec.head_dim + spec.value_dim, latent.key_dim + latent.rotated_dim + latent.value_dim
+    product = (latent.key_dim + latent.value_dim) * latent.kv_rank
+    numbers = 0
+    for query_len, kv_len in rows:
+        pairs = _keys_seen([(query_len, kv_len)])
+        numbers += min(absorbed * pairs, expanded * pairs + product * (kv_len - query_len))
+    return 2 * spec.num_heads * numbers
+
+
+def experts_cost(mixtures: Sequence[MixtureMLP], num_tokens: int) -> StepCost:
+    """What the experts of these layers cost less (negative, as a rule) than if all tokens went through all of them, where each
+    token chooses any of them."""
+    costs = [_experts_cost(mixture.experts, _expected(mixture, num_tokens), num_tokens) for mixture in mixtures]
+    return StepCost(sum(cost.bytes for cost in costs), sum(cost.flops for cost in costs))
 
 
 def _expected(mixture: MixtureMLP, num_tokens: int) -> ExpertLoad:
@@ -180,7 +219,7 @@ def operator_cost(
         results: those it returned anew.
         rows: (query length, cached keys including this step's) of the step, as for `step_cost`.
         num_heads: query heads.
-        load: of the experts whose matrices the operator was given.
+        load: of the experts whose matrices the operator was given; None: it was given none.
     """
     activations = [x for x in operands if x.kind == "other" and x.is_activation]
     num_tokens = activations[0].shape[0] if activations else 0
@@ -196,13 +235,17 @@ def operator_cost(
             flops += round(2 * load.pairs * prod(weight.shape[1:]))
             continue
         bytes_ += weight.bytes
-        if len(weight.shape) == 2:
+        if len(weight.shape) > 1:
             flops += 2 * num_tokens * prod(weight.shape)
-    for cache in (x for x in operands if x.kind == "cache"):
+    caches = [x for x in operands if x.kind == "cache"]
+    for cache in caches:
         token_bytes = prod(cache.shape[2:]) * cache.element_size
         if "attention" in name:
             bytes_ += token_bytes * sum(kv_len for _, kv_len in rows)
-            flops += 2 * num_heads * cache.shape[-1] * _keys_seen(rows)  # for the keys, and again for the values
+            size = cache.shape[-1]  # of the keys, or the values
+            if len(caches) == 1 and results:  # latents, which are both: as values without what is rotated
+                size += results[0].shape[-1]
+            flops += 2 * num_heads * size * _keys_seen(rows)
         if cache.is_written:
             bytes_ += token_bytes * num_tokens
     return StepCost(bytes_, flops)

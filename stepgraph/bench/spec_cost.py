@@ -13,9 +13,11 @@ from torch import Tensor
 
 from stepgraph.abi import slot_line
 from stepgraph.bench.graphs import GREEDY, Contender, lay_out, time_interleaved
-from stepgraph.bench.roofline import Limits, StepCost, step_cost
+from stepgraph.bench.roofline import Limits, StepCost, attention_flops, experts_cost, latent_sizes, step_cost
 from stepgraph.errors import ConfigError
 from stepgraph.graph import create_backend
+from stepgraph.layers.experts import MixtureMLP
+from stepgraph.spec.mtp import MTPDrafter
 from stepgraph.step.plan import StepPlan
 from stepgraph.step.runner import StepRunner
 from stepgraph.step.shape import StepShape
@@ -75,20 +77,21 @@ def round_costs(runner: StepRunner, rows: int, context: int, num_drafts: int) ->
     model, new = runner.model, 1 + num_drafts
     config = model.config
     drafter = runner.create_program(runner.policy.max_shape).drafter
-    assert drafter is not None
+    assert isinstance(drafter, MTPDrafter)
     parameters = list(drafter.parameters())
     size = parameters[0].element_size()
     module = sum(parameter.numel() for parameter in parameters) // drafter.lookahead
     head = config.vocab_size * config.hidden_size
+    mixtures = [part for part in drafter.layers[0].modules() if isinstance(part, MixtureMLP)]
     (spec,) = drafter.attention_specs
     kv_per_token = spec.cached_numbers
 
     def sub_step(query_len: int, kv_len: int) -> StepCost:
-        seen = query_len * kv_len - query_len * (query_len - 1) // 2
-        attention = 2 * spec.num_heads * (spec.head_dim + spec.value_dim) * seen
+        attention = attention_flops(spec, [(query_len, kv_len)] * rows, latent_sizes(model))
+        less = experts_cost(mixtures, rows * query_len)
         return StepCost(
-            size * (module + head + rows * kv_per_token * (kv_len + query_len)),
-            rows * (2 * query_len * module + 2 * head + attention),
+            size * (module + head + rows * kv_per_token * (kv_len + query_len)) + less.bytes,
+            rows * (2 * query_len * module + 2 * head) + attention + less.flops,
         )
 
     verify = step_cost(model, [(new, context + num_drafts)] * rows)
