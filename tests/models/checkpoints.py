@@ -6,14 +6,18 @@ import transformers
 from transformers import (
     AutoModelForCausalLM,
     CwmConfig,
+    DeepseekV2Config,
+    DeepseekV3Config,
     Dots1Config,
     Ernie4_5_MoeConfig,
     Ernie4_5Config,
     Gemma3TextConfig,
     Glm4MoeConfig,
+    Glm4MoeLiteConfig,
     GraniteConfig,
     GraniteMoeConfig,
     LlamaConfig,
+    MiniCPM3Config,
     MinistralConfig,
     MistralConfig,
     MixtralConfig,
@@ -24,6 +28,7 @@ from transformers import (
     Qwen3MoeConfig,
     SeedOssConfig,
     SmolLM3Config,
+    YoutuConfig,
 )
 
 SIZES = {
@@ -62,6 +67,23 @@ DYNAMIC_ROPE = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 6.0}
 WINDOW = 24
 MIXED_LAYERS = {"num_hidden_layers": 3, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}
 EXPERTS = {"num_experts_per_tok": 3, "moe_intermediate_size": 32}
+LATENT = SIZES | {
+    "num_key_value_heads": 4,
+    "kv_lora_rank": 32,
+    "qk_nope_head_dim": 16,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 24,
+    "rms_norm_eps": 0.1,  # of all norms but those of latents
+}
+LATENT_YARN = YARN_ROPE | {"mscale": 1.0, "mscale_all_dim": 0.7}
+LATENT_LONG_ROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 10000.0,
+    "original_max_position_embeddings": 64,
+    "short_factor": [1.0, 1.2, 1.5, 2.0],
+    "long_factor": [1.0, 2.0, 4.0, 8.0],
+}
+GROUPS = EXPERTS | {"n_routed_experts": 12, "n_group": 4, "topk_group": 2}
 
 HF_CONFIGS = {
     "llama": lambda: LlamaConfig(**SIZES),
@@ -153,6 +175,20 @@ HF_CONFIGS = {
     "granite moe": lambda: GraniteMoeConfig(
         **SIZES, num_local_experts=8, embedding_multiplier=12.0, residual_multiplier=0.22, attention_multiplier=0.1
     ),
+    "deepseek v2": lambda: DeepseekV2Config(
+        **LATENT | GROUPS, q_lora_rank=None, topk_method="group_limited_greedy", first_k_dense_replace=1
+    ),
+    "deepseek v3": lambda: DeepseekV3Config(
+        **LATENT | GROUPS, q_lora_rank=24, attention_bias=True, first_k_dense_replace=1, rope_parameters=LATENT_YARN
+    ),
+    "glm 4.7 flash": lambda: Glm4MoeLiteConfig(**LATENT | GROUPS, q_lora_rank=24, rope_interleave=False),
+    "minicpm 3": lambda: MiniCPM3Config(
+        **LATENT,
+        q_lora_rank=24,
+        dim_model_base=32,
+        rope_parameters=LATENT_LONG_ROPE,
+    ),
+    "youtu": lambda: YoutuConfig(**LATENT, q_lora_rank=None, tie_word_embeddings=True),
     "qwen3 moe": lambda: Qwen3MoeConfig(
         **SIZES, **EXPERTS, head_dim=16, num_experts=8, norm_topk_prob=True, decoder_sparse_step=2
     ),
