@@ -21,6 +21,16 @@ def rows_of(path, config, rank, size):
     def span(start, begin, length):
         return list(range(start + begin, start + begin + length))
 
+    if config.latent is not None and "self_attn" in path:
+        sizes, H = config.latent, config.num_heads
+        part = {
+            "kv_proj": sizes.key_dim + sizes.value_dim,
+            "q_proj": sizes.key_dim + sizes.rotated_dim,
+            "qkv_proj": 0 if sizes.q_rank else sizes.key_dim + sizes.rotated_dim,
+        }[path.rpartition(".")[2]]
+        heads = span(0, rank * H // size * part, H // size * part)
+        whole = span(H * part, 0, sizes.q_rank + sizes.entry_size)
+        return heads + (whole if path.endswith("qkv_proj") else [])
     if path.endswith("qkv_proj"):
         D, H, G = config.head_dim, config.num_heads, config.num_kv_heads
         first, count = kv_head_of(config, rank, size)
@@ -61,7 +71,7 @@ def expected_parameters(model, rank, size, *, expert_parallel=False):
         if isinstance(module, ExpertLinear):
             of = {"cuts_inputs": cuts_inputs, "expert_parallel": expert_parallel}
             parameter = part_of_experts(path, parameter, module.num_kept, rank, size, **of)
-        elif path.endswith(("qkv_proj", "gate_up_proj")):
+        elif path.endswith(("qkv_proj", ".q_proj", ".kv_proj", "gate_up_proj")):
             parameter = parameter[rows_of(path, model.config, rank, size)]
         elif path.endswith(("o_proj", "down_proj")):
             if kind == "bias" and rank > 0:

@@ -117,6 +117,8 @@ def adapter(llama, tmp_path):
         "mixtral with windows",
         "qwen2 moe",
         "ernie 4.5 moe",
+        "deepseek v2",
+        "deepseek v3",
     ],
 )
 def test_logits_match_transformers_with_the_adapter_merged(name, tmp_path):

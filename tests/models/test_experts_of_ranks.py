@@ -25,7 +25,9 @@ from stepgraph.models.update import plan_update, write
 from stepgraph.parallel.shard import Shard
 
 EXPERTS = {"num_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 36, "norm_topk_prob": True}
-MODELS = {name: HF_CONFIGS[name] for name in ("qwen2 moe", "ernie 4.5 moe", "glm 4.5", "granite moe")} | {
+MODELS = {
+    name: HF_CONFIGS[name] for name in ("qwen2 moe", "ernie 4.5 moe", "glm 4.5", "granite moe", "deepseek v3")
+} | {
     "qwen3": lambda: Qwen3MoeConfig(**SIZES | EXPERTS),
 }
 WIDE = SIZES | EXPERTS | {"hidden_size": 256, "moe_intermediate_size": 512, "num_hidden_layers": 1}

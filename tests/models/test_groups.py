@@ -28,6 +28,8 @@ NAMES = [
     "seed oss with another choice of biases",
     "cwm with windows in some layers",
     "smollm 3",
+    "minicpm 3",
+    "youtu",
 ]
 RANKS = {
     2: {},

@@ -37,6 +37,8 @@ NAMES = [
     "gemma 3",
     "granite",
     "smollm 3",
+    "minicpm 3",
+    "youtu",
 ]
 GROUPED = SIZES | {"intermediate_size": 512}
 WIDE = {
@@ -295,7 +297,7 @@ def test_new_weights_are_written_into_shards(layout, tmp_path) -> None:
         assert_is_shard(shard, load(paths[0]), 3, 4)
 
 
-@pytest.mark.parametrize("name", ["llama", "ernie 4.5", "phi 4 with long rope"])
+@pytest.mark.parametrize("name", ["llama", "ernie 4.5", "phi 4 with long rope", "minicpm 3"])
 def test_adapters_add_up_over_shards(name, tmp_path) -> None:
     hf_model = random_hf_model(HF_CONFIGS[name]())
     hf_model.save_pretrained(tmp_path / "model")
@@ -355,8 +357,9 @@ def test_each_tokens_adapter_is_cut_as_each_projection_is(projection, tmp_path) 
     assert changed[:3] == [False, True, True], "the first token has no adapter, and sees no other"
 
 
-def test_draft_modules_are_cut_as_layers_are(tmp_path) -> None:
-    config = load(save(HF_CONFIGS["ernie 4.5 with every bias"](), tmp_path)).config
+@pytest.mark.parametrize("name", ["ernie 4.5 with every bias", "minicpm 3"])
+def test_draft_modules_are_cut_as_layers_are(name, tmp_path) -> None:
+    config = load(save(HF_CONFIGS[name](), tmp_path)).config
     generator = torch.Generator().manual_seed(0)
     tensors = {}
 
