@@ -57,6 +57,7 @@ _HEADER_BYTES = 16 * 2**20
 _WIDEST = 8
 """Bytes of a number at most."""
 _OF_EXPERTS = re.compile(r"\.mlp\.(?P<part>experts\b|gate$|shared_expert_gate$)")
+_OF_LATENTS = re.compile(r"\.self_attn\.(kv_b_proj)$")
 _INITIALISATIONS = (True, False, "gaussian", "eva", "orthogonal")
 """Those that leave the base weights as they are."""
 
@@ -115,8 +116,9 @@ class AdapterFile:
 class AdapterStore:
     """The device's memory of adapters.
 
-    Makes the buffers of all projections of a model's layers but experts', once; graphs are captured over them. Driven by the
-    engine's thread, but for `read`; writes are ordered before the next step on the device's stream.
+    Makes the buffers of all projections of a model's layers, once, but of experts and of what makes keys and values of latents;
+    graphs are captured over them. Driven by the engine's thread, but for `read`; writes are ordered before the next step on the
+    device's stream.
     """
 
     def __init__(self, model: Decoder, config: LoRAConfig, *, max_tokens: int) -> None:
@@ -132,7 +134,7 @@ class AdapterStore:
         self._places: dict[str, _Place] = {}
         targets = model.checkpoint_tensors()
         for path, module in model.layers.named_modules(prefix="model.layers"):
-            if not isinstance(module, Linear) or isinstance(module, ExpertLinear):
+            if not isinstance(module, Linear) or isinstance(module, ExpertLinear) or module.needs_numbers:
                 continue
             parts = tuple(cut.length for cut in module.outputs)
             zeros = partial(torch.zeros, dtype=model.dtype, device=module.weight.device)
@@ -219,6 +221,13 @@ class AdapterStore:
 
     def _check_sizes(self, folder: Path, name: str, a_shape: list[int], b_shape: list[int]) -> None:
         place = self._places.get(_native(name))
+        if place is None and (match := _OF_LATENTS.search(_native(name))):
+            _refuse(
+                folder,
+                f"it adapts {name}, which makes no keys and values here: queries and results are multiplied with its "
+                "weight instead",
+                f"Train it with target_modules without {match[1]}, or merge it into the base model with PEFT's merge_and_unload",
+            )
         if place is None and (match := _OF_EXPERTS.search(_native(name))):
             _refuse(
                 folder,

@@ -23,7 +23,7 @@ PREFIX = "base_model.model."
 
 
 def matrices(hf_model, rank, seed=0, ends_with=""):
-    """Random A and B of every linear module of the layers whose name ends so."""
+    """Random A and B of every linear module of the layers that can be adapted and whose name ends so."""
     generator = torch.Generator().manual_seed(seed)
     return {
         name: (
@@ -31,7 +31,10 @@ def matrices(hf_model, rank, seed=0, ends_with=""):
             torch.randn(module.out_features, rank, generator=generator) * 0.3,
         )
         for name, module in hf_model.named_modules()
-        if isinstance(module, torch.nn.Linear) and ".layers." in name and name.endswith(ends_with)
+        if isinstance(module, torch.nn.Linear)
+        and ".layers." in name
+        and name.endswith(ends_with)
+        and not name.endswith("kv_b_proj")
     }
 
 
@@ -123,7 +126,7 @@ def adapter(llama, tmp_path):
 )
 def test_logits_match_transformers_with_the_adapter_merged(name, tmp_path):
     hf_model, model, store = make(name, tmp_path / "model")
-    modules = matrices(hf_model, rank=5, ends_with="_proj")
+    modules = matrices(hf_model, rank=5, ends_with=("_proj", "_proj_with_mqa"))
     number = table(store).load(save_adapter(tmp_path / "adapter", modules), ()).number
     found = AdaptedStepper(model, store, number).step(TOKENS)
     torch.testing.assert_close(found, merged_logits(hf_model, modules, ALPHA / 5), atol=3e-4, rtol=1e-4)
@@ -149,6 +152,17 @@ def test_what_adapts_experts_or_their_gates_is_refused_by_name(tmp_path, module,
         RequestError, match=rf"it adapts model.layers.0.{module}, {what} of a mixture. Attention and feed-forw"
     ):
         table(store).load(folder, ())
+
+
+@pytest.mark.parametrize("name", ["deepseek v2", "minicpm 3"])
+def test_what_adapts_the_matrix_that_latent_attention_absorbs_is_refused_by_name(name, tmp_path):
+    hf_model, _, store = make(name, tmp_path / "model")
+    modules = matrices(hf_model, rank=5, ends_with="o_proj")
+    module = "model.layers.1.self_attn.kv_b_proj"
+    weight = hf_model.get_submodule(module).weight
+    modules[module] = (torch.zeros(5, weight.shape[1]), torch.zeros(weight.shape[0], 5))
+    with pytest.raises(RequestError, match=rf"it adapts .*{module}, .* target_modules without kv_b_proj, or merge it"):
+        table(store).load(save_adapter(tmp_path / "adapter", modules), ())
 
 
 @pytest.mark.parametrize(
