@@ -224,8 +224,7 @@ class AdapterStore:
         if place is None and (match := _OF_LATENTS.search(_native(name))):
             _refuse(
                 folder,
-                f"it adapts {name}, which makes no keys and values here: queries and results are multiplied with its "
-                "weight instead",
+                f"it adapts {name}, whose weight is multiplied into queries and results, for all adapters alike",
                 f"Train it with target_modules without {match[1]}, or merge it into the base model with PEFT's merge_and_unload",
             )
         if place is None and (match := _OF_EXPERTS.search(_native(name))):
