@@ -139,4 +139,10 @@ def _yarn_scale(rope: Any) -> float:
     weight, factor = rope.get("mscale_all_dim") or 0, rope.get("factor") or 1
     if rope.get("rope_type", "default") == "default" or not weight or factor <= 1:
         return 1.0
-    return 0.1 * weight * math.log(factor) + 1.0
+    scale = 0.1 * weight * math.log(factor) + 1.0
+    if not math.isfinite(scale):
+        raise ConfigFileError(
+            f"mscale_all_dim and factor are {weight!r:.40} and {factor!r:.40} in config.json, which multiply scores with "
+            f"{scale}; correct them, or download it again."
+        )
+    return scale

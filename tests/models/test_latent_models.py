@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from checkpoints import SIZES, hf_config
+from checkpoints import SIZES, YARN_ROPE, hf_config
 from safetensors.torch import load_file, save_file
 
 from stepgraph.errors import ModelError
@@ -114,6 +114,7 @@ def test_no_layer_need_have_shared_experts(script, v3, tmp_path) -> None:
 
 LATENT = SIZES | {"num_key_value_heads": 4, "q_lora_rank": 24, "kv_lora_rank": 32, "v_head_dim": 40}
 LATENT |= {"qk_nope_head_dim": 16, "qk_rope_head_dim": 8}
+YARN = YARN_ROPE | {"mscale": 1.0}
 EXPERTS = {"n_routed_experts": 8, "n_group": 2, "topk_group": 1, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
 CONFIGS = {
     "DeepseekV2": LATENT | EXPERTS,
@@ -166,6 +167,11 @@ def save(name, folder, **changes):
         ("MiniCPM3", {"qk_rope_head_dim": 1}, "qk_rope_head_dim is 1 .* even"),
         ("MiniCPM3", {"kv_lora_rank": 2**30}, "kv_lora_rank is 1073741824, and must be between"),
         ("Youtu", {"v_head_dim": "40"}, "v_head_dim is '40', which is of no use"),
+        (
+            "Youtu",
+            {"rope_parameters": YARN | {"mscale_all_dim": float("inf")}},
+            "mscale_all_dim and factor are inf and 4.0",
+        ),
         ("DeepseekV32", {}, "its attention is indexed: .* the 64 keys .* DeepSeek-V3, R1 and V3.1 among them"),
         ("GlmMoeDsa", {}, "its attention is indexed"),
         ("DeepseekV4", {}, "its attention is indexed"),
