@@ -1,6 +1,7 @@
 """Models with latent attention through the engine, against transformers, and the configs of theirs that are refused.
 `scripts/sweep_families.py` tries as many random ones as one likes."""
 
+import copy
 import importlib.util
 import json
 import random
@@ -11,9 +12,10 @@ import torch
 import transformers
 from checkpoints import SIZES, YARN_ROPE, hf_config
 from safetensors.torch import load_file, save_file
+from stepping import Stepper
 
 from stepgraph.errors import ModelError
-from stepgraph.models import decoder, resolve
+from stepgraph.models import decoder, load_model, resolve
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "sweep_families.py"
 FAMILIES = {"deepseek_v2": 3, "deepseek_v3": 6, "glm4_moe_lite": 2, "minicpm3": 0, "youtu": 1}
@@ -37,6 +39,9 @@ def test_answers_are_transformers_in_chunks_batched_and_with_prefixes_from_the_c
     engine.shutdown()
 
 
+TOKENS = [(7 * i + 3) % 96 for i in range(40)]
+
+
 @pytest.fixture(scope="module")
 def v3(script, tmp_path_factory):
     """A folder, and what transformers loads from it: queries have a latent, adjacent dimensions rotate, YaRN scales scores."""
@@ -45,6 +50,17 @@ def v3(script, tmp_path_factory):
     yarn = script._YARN | {"mscale": 1.0, "mscale_all_dim": 0.7}
     fields |= {"q_lora_rank": 24, "rope_parameters": yarn, "rope_interleave": True, "rms_norm_eps": 0.1}
     return folder, script.write_model(transformers.DeepseekV3Config(**fields | {"attention_bias": True}), folder)
+
+
+def expected(hf_model):
+    with torch.no_grad():
+        return hf_model(torch.tensor([TOKENS])).logits[0]
+
+
+def off(folder, hf_model):
+    """By how much a checkpoint's logits are not those of a model of transformers."""
+    model = load_model(resolve(str(folder)), dtype=torch.float32, device=torch.device("cpu"), max_model_len=64)
+    return float((Stepper(model, 64).step(TOKENS) - expected(hf_model)).abs().max())
 
 
 def changed(source, folder, fields=None, tensors=lambda name, tensor: tensor):
@@ -70,30 +86,28 @@ def test_an_answer_is_the_same_alone_and_with_proposals(script, v3, tmp_path) ->
         {"routed_scaling_factor": 1.1},
     ],
 )
-def test_another_rotation_or_scale_is_found_out(script, v3, fields, tmp_path) -> None:
+def test_another_rotation_or_scale_is_found_out(v3, fields, tmp_path) -> None:
     folder, hf_model = v3
+    assert off(folder, hf_model) < 2e-4
     if "rope_parameters" in fields:
         fields = {"rope_parameters": hf_model.config.rope_parameters | fields["rope_parameters"]}
-    _, requests = script.answer(changed(folder, tmp_path, fields), script.PROMPTS)
-    assert script.differences(hf_model, requests)
+    assert off(changed(folder, tmp_path, fields), hf_model) > 1e-2
 
 
 @pytest.mark.parametrize("norm", ["q_a_layernorm", "kv_a_layernorm"])
-def test_a_latent_whose_norm_is_forgotten_is_found_out(script, v3, norm, tmp_path) -> None:
+def test_a_latent_whose_norm_is_forgotten_is_found_out(v3, norm, tmp_path) -> None:
     folder, hf_model = v3
     forgotten = changed(folder, tmp_path, tensors=lambda name, t: torch.ones_like(t) if norm in name else t)
-    _, requests = script.answer(forgotten, script.PROMPTS)
-    assert script.differences(hf_model, requests)
+    assert off(forgotten, hf_model) > 1e-2
 
 
-def test_latents_that_are_normalised_with_the_other_norms_epsilon_are_found_out(script, v3, monkeypatch) -> None:
+def test_latents_that_are_normalised_with_the_other_norms_epsilon_are_found_out(v3, monkeypatch) -> None:
     folder, hf_model = v3
     monkeypatch.setattr(decoder, "_LATENT_EPS", hf_model.config.rms_norm_eps)
-    _, requests = script.answer(folder, script.PROMPTS)
-    assert script.differences(hf_model, requests)
+    assert off(folder, hf_model) > 1e-2
 
 
-def test_no_layer_need_have_shared_experts(script, v3, tmp_path) -> None:
+def test_no_layer_need_have_shared_experts(v3, tmp_path) -> None:
     folder, hf_model = v3
     without = changed(
         folder,
@@ -101,15 +115,12 @@ def test_no_layer_need_have_shared_experts(script, v3, tmp_path) -> None:
         {"n_shared_experts": 0},
         lambda name, tensor: None if "shared_experts" in name else tensor,
     )
-    _, requests = script.answer(without, script.PROMPTS)
-    shared = {n: p for n, p in hf_model.named_parameters() if "shared_experts.down_proj" in n}
-    before = {name: parameter.clone() for name, parameter in shared.items()}
+    idle = copy.deepcopy(hf_model)
     with torch.no_grad():
-        for parameter in shared.values():
-            parameter.zero_()
-        assert script.differences(hf_model, requests) == []
-        for name, parameter in shared.items():
-            parameter.copy_(before[name])
+        for name, parameter in idle.named_parameters():
+            parameter.mul_("shared_experts.down_proj" not in name)
+    assert off(without, idle) < 2e-4
+    assert off(without, hf_model) > 1e-2
 
 
 LATENT = SIZES | {"num_key_value_heads": 4, "q_lora_rank": 24, "kv_lora_rank": 32, "v_head_dim": 40}
