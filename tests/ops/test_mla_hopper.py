@@ -17,7 +17,7 @@ from torch import Tensor
 from stepgraph.ops.attention import AttentionGeometry, plan_triton
 from stepgraph.ops.attention.geometry import KV_BLOCK
 from stepgraph.ops.mla_attention import mla_geometry, reference
-from stepgraph.ops.mla_attention.geometry import TALL_TILE, hopper_serves
+from stepgraph.ops.mla_attention.geometry import HOPPER_TILE, hopper_serves
 from stepgraph.platforms.tuning import DEFAULT, SM_90
 
 LATENT, ENTRY = 512, 576
@@ -49,14 +49,14 @@ def attend(batch: Batch, geometry: AttentionGeometry) -> Tensor:
         batch.row_slot, batch.query_start, batch.kv_len, heads, 1, LATENT, *sizes, 0
     )
     cache = batch.k_cache[:, :, 0]
-    out = hopper.mla_attention(
-        batch.q, cache, batch.block_table, items, header, partials, batch.scale, geometry.num_programs
-    )
+    out = batch.q.new_empty(len(batch.q), heads, LATENT)
+    lines = (batch.q, cache, batch.block_table)
+    hopper.attend(*lines, items, header, partials, out, None, batch.scale, geometry.num_programs, causal=True)
     out = out.double().flatten(0, 1)
     num_items, keys_per_split = header.tolist()
     for _, start, query_len, kv_len, tile, split, first_partial, _ in items[:num_items].tolist():
-        first_pair = tile * TALL_TILE
-        pairs = min(TALL_TILE, query_len * heads - first_pair)
+        first_pair = tile * HOPPER_TILE
+        pairs = min(HOPPER_TILE, query_len * heads - first_pair)
         visible = kv_len - query_len + (first_pair + pairs - 1) // heads + 1
         num_parts = -(-visible // keys_per_split)
         if num_parts > 1 and split == 0:
@@ -71,7 +71,7 @@ def attend(batch: Batch, geometry: AttentionGeometry) -> Tensor:
 def assert_matches(batch: Batch, *, min_split_keys: int = KV_BLOCK, multiprocessors: int = MULTIPROCESSORS) -> None:
     T, H, _ = batch.q.shape
     geometry = mla_geometry(T, len(batch.kv_len), H, multiprocessors)
-    sizes = {"tile": TALL_TILE, "min_split_keys": min_split_keys}
+    sizes = {"tile": HOPPER_TILE, "min_split_keys": min_split_keys}
     # As many tiles as any geometry has, whose own may be lower.
     geometry = replace(geometry, max_items=geometry.max_items + T * H, max_partials=2 * multiprocessors, **sizes)
     rows = (batch.block_table, batch.row_slot, batch.query_start, batch.kv_len)
@@ -125,10 +125,10 @@ def test_rows_whose_scores_are_huge_or_alike_stay_exact() -> None:
 def test_it_serves_where_it_was_written_for() -> None:
     tuning = replace(SM_90, hopper_mla=True)
     pytest.importorskip("triton.experimental.gluon")
-    served = (torch.bfloat16, torch.bfloat16, ENTRY, LATENT, 16)
+    served = (HOPPER_TILE, torch.bfloat16, torch.bfloat16, ENTRY, LATENT, 16)
     assert hopper_serves(tuning, *served)
     assert not hopper_serves(DEFAULT, *served)
-    for index, other in enumerate((torch.float16, torch.float8_e4m3fn, 640, 256, 4)):
+    for index, other in enumerate((16, torch.float16, torch.float8_e4m3fn, 640, 256, 4)):
         assert not hopper_serves(tuning, *served[:index], other, *served[index + 1 :])
 
 
@@ -154,9 +154,9 @@ CUDABackend.make_cubin = lambda self, src, metadata, opt, capability: b""  # the
 from stepgraph.ops.mla_attention import hopper
 
 q, cache = torch.zeros(4, 16, 576, dtype=torch.bfloat16), torch.zeros(8, 16, 576, dtype=torch.bfloat16)
-numbers, partials = torch.zeros(8, 8, dtype=torch.int32), torch.zeros(8, 64, 514)
-hopper.mla_attention(q, cache, numbers, numbers, numbers, partials, 0.1, 132)
-[compiled] = hopper._mla_attention_kernel.device_caches[0][0].values()
+out, numbers, partials = q[..., :512].clone(), torch.zeros(8, 8, dtype=torch.int32), torch.zeros(8, 64, 514)
+hopper.attend(q, cache, numbers, numbers, numbers, partials, out, None, 0.1, 132, causal=True)
+[compiled] = hopper._attention_kernel.device_caches[0][0].values()
 ptx = re.sub(r"//.*", "", compiled.asm["ptx"])
 print(compiled.metadata.shared)
 print(*(len(re.findall(rf"wgmma.mma_async.sync.aligned.{shape}k16", ptx)) for shape in ("m64n64", "m64n256")))

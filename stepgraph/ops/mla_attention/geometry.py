@@ -31,16 +31,28 @@ def mla_geometry(
     )
 
 
-def hopper_serves(
-    tuning: KernelTuning, dtype: torch.dtype, cache_dtype: torch.dtype, entry_size: int, value_dim: int, block_size: int
-) -> bool:
-    """Whether `stepgraph.ops.mla_attention.hopper` computes tiles of TALL_TILE, or the kernel for any GPU does.
+HOPPER_TILE = 64
+"""Rows of a tile of `stepgraph.ops.mla_attention.hopper`, which see there."""
 
-    It is for a Hopper GPU, under a Triton that has its Gluon; activations of 16 bits and a cache of the same; entries of
-    512 + 64, as all of DeepSeek's have; and blocks of 8 tokens at least, which is what shared memory is arranged by.
+
+def hopper_serves(
+    tuning: KernelTuning,
+    tile: int,
+    dtype: torch.dtype,
+    cache_dtype: torch.dtype,
+    entry_size: int,
+    value_dim: int,
+    block_size: int,
+) -> bool:
+    """Whether `stepgraph.ops.mla_attention.hopper` does a plan's items, or the kernel for any GPU does.
+
+    It is for tiles of HOPPER_TILE; a Hopper GPU, under a Triton that has its Gluon; activations of 16 bits and a cache of the
+    same; entries of 512 + 64, as all of DeepSeek's have; and blocks of 8 tokens at least, which is what shared memory is arranged
+    by.
 
     Args:
         tuning: of the platform.
+        tile: rows of the plan's tiles.
         dtype: of the activations.
         cache_dtype: of the entries.
         entry_size: numbers of an entry.
@@ -49,6 +61,7 @@ def hopper_serves(
     """
     serves = (
         tuning.hopper_mla
+        and tile == HOPPER_TILE
         and dtype in (torch.bfloat16, torch.float16)
         and cache_dtype == dtype
         and (entry_size, value_dim) == (576, 512)

@@ -48,9 +48,9 @@ from stepgraph.ops.attention.geometry import ITEM_SIZE
 from stepgraph.ops.attention.triton import LOG2_E, load_item, work_of
 from stepgraph.ops.dependent_launch import LAUNCH, wait_for_previous
 from stepgraph.ops.launched import launched
-from stepgraph.ops.mla_attention.geometry import TALL_TILE
+from stepgraph.ops.mla_attention.geometry import HOPPER_TILE
 
-_TILE = gl.constexpr(TALL_TILE)
+_TILE = gl.constexpr(HOPPER_TILE)
 _ITEM = gl.constexpr(ITEM_SIZE)
 _KEYS = gl.constexpr(64)
 _HALF = gl.constexpr(256)  # of the latent's dimensions
@@ -61,11 +61,12 @@ _PRODUCER_REGISTERS = gl.constexpr(40)
 
 
 @jit
-def _keys_of(item, keys_per_split, H: gl.constexpr):
+def _keys_of(item, keys_per_split, H: gl.constexpr, CAUSAL: gl.constexpr):
     """First key of an item, the end of its keys, and how many keys its tile sees."""
     _, _, query_len, kv_len, tile, split, _ = item
-    last_token = gl.minimum((tile * _TILE + _TILE - 1) // H, query_len - 1)
-    visible = kv_len - query_len + last_token + 1
+    visible = kv_len
+    if CAUSAL:
+        visible += gl.minimum((tile * _TILE + _TILE - 1) // H, query_len - 1) + 1 - query_len
     begin = split * keys_per_split
     return begin, gl.minimum(begin + keys_per_split, visible), visible
 
@@ -120,7 +121,7 @@ def _lines_of(table_ptr, start, end, BOX: gl.constexpr, BLOCK_SIZE: gl.constexpr
 
 
 @jit
-def _produce(tensors, plan, queries, ring, H: gl.constexpr, BLOCK_SIZE: gl.constexpr):
+def _produce(tensors, plan, queries, ring, H: gl.constexpr, BLOCK_SIZE: gl.constexpr, CAUSAL: gl.constexpr):
     """Copy the queries and the entries of all items, the last block of an item first."""
     q_desc, cache_desc, block_table_ptr, table_width = tensors
     items_ptr, header_ptr = plan
@@ -135,7 +136,7 @@ def _produce(tensors, plan, queries, ring, H: gl.constexpr, BLOCK_SIZE: gl.const
     work = work_of(0)
     while work < num_work:
         item = load_item(items_ptr, work, work < num_work, _ITEM)
-        begin, end, _ = _keys_of(item, keys_per_split, H)
+        begin, end, _ = _keys_of(item, keys_per_split, H, CAUSAL)
         if begin < end:
             table_ptr = block_table_ptr + item[0].to(gl.int64) * table_width
             num_blocks = gl.cdiv(end - begin, _KEYS)
@@ -278,9 +279,10 @@ def _consume(
     ring,
     H: gl.constexpr,
     BOX: gl.constexpr,
+    CAUSAL: gl.constexpr,
 ):
     """Attention of every tile, one half of the values' dimensions."""
-    out_ptr, partials_ptr = targets
+    out_ptr, lse_ptr, partials_ptr = targets
     items_ptr, header_ptr = plan
     q_full, q_empty = queries[2], queries[3]
     WARPS: gl.constexpr = gl.num_warps()
@@ -297,7 +299,7 @@ def _consume(
     work = work_of(0)
     item = load_item(items_ptr, work, work < num_work, _ITEM)
     while work < num_work:
-        begin, end, visible = _keys_of(item, keys_per_split, H)
+        begin, end, visible = _keys_of(item, keys_per_split, H, CAUSAL)
         query_start, query_len, kv_len, tile, split, first_partial = (
             item[1],
             item[2],
@@ -309,9 +311,12 @@ def _consume(
         if begin < end:
             context_len = kv_len - query_len
             first_pair = tile * _TILE
-            position_M = context_len + (first_pair + gl.arange(0, _TILE, layout=SCORE_ROW)) // H
-            limit_M = gl.minimum(position_M, end - 1)
-            seen_by_all = gl.minimum(end, context_len + first_pair // H + 1)
+            limit_M = gl.full([_TILE], end - 1, gl.int32, SCORE_ROW)
+            seen_by_all = end
+            if CAUSAL:
+                position_M = context_len + (first_pair + gl.arange(0, _TILE, layout=SCORE_ROW)) // H
+                limit_M = gl.minimum(position_M, limit_M)
+                seen_by_all = gl.minimum(context_len + first_pair // H + 1, end)
             num_blocks = gl.cdiv(end - begin, _KEYS)
             start = begin + (num_blocks - 1) * _KEYS
             max_M = gl.full([_TILE], float("-inf"), gl.float32, SCORE_ROW)
@@ -358,6 +363,9 @@ def _consume(
                 line_M = (query_start * H + pair_M).to(gl.int64) * (2 * _HALF)
                 out_MV = (acc_MV / _spread(sum_M, acc_MV)).to(out_ptr.dtype.element_ty)
                 gl.store(out_ptr + line_M[:, None] + dim_V[None, :], out_MV, mask=(pair_M < query_len * H)[:, None])
+                if lse_ptr is not None and half == 0:
+                    lse_M = gl.convert_layout(max_M + gl.log2(sum_M), OUT_ROW)
+                    gl.store(lse_ptr + query_start * H + pair_M, lse_M, mask=pair_M < query_len * H)
             else:
                 part_ptr = partials_ptr + (first_partial + split).to(gl.int64) * (_TILE * (2 * _HALF + 2))
                 row_ptr_M = part_ptr + row_M * (2 * _HALF + 2)
@@ -372,7 +380,7 @@ def _consume(
 
 @launched
 @jit(do_not_specialize=["table_width"])
-def _mla_attention_kernel(
+def _attention_kernel(
     q_desc,
     cache_desc,
     block_table_ptr,
@@ -380,10 +388,12 @@ def _mla_attention_kernel(
     header_ptr,
     partials_ptr,
     out_ptr,
+    lse_ptr,  # None: it is not asked for
     table_width,
     scale_log2,
     H: gl.constexpr,
     BLOCK_SIZE: gl.constexpr,
+    CAUSAL: gl.constexpr,  # else all tokens of a row see all of its keys
 ):
     """Lay out shared memory, then run a producer and two consumers. `q_desc`: [T · H, R + P] in boxes [64, 64]; `cache_desc`:
     [blocks · B, R + P] in boxes [X, 64]."""
@@ -412,45 +422,47 @@ def _mla_attention_kernel(
     wait_for_previous()
 
     tensors = (q_desc, cache_desc, block_table_ptr, table_width)
-    targets = (out_ptr, partials_ptr)
+    targets = (out_ptr, lse_ptr, partials_ptr)
     plan = (items_ptr, header_ptr)
     queries = (q_smem, q_rotated_smem, q_full, q_empty)
     ring = (latent_smem, rotated_smem, full, empty, max_known, weights_known, known_smem)
     gl.warp_specialize(
         [
-            (_consume, (0, targets, plan, scale_log2, queries, ring, H, BOX)),
-            (_consume, (1, targets, plan, scale_log2, queries, ring, H, BOX)),
-            (_produce, (tensors, plan, queries, ring, H, BLOCK_SIZE)),
+            (_consume, (0, targets, plan, scale_log2, queries, ring, H, BOX, CAUSAL)),
+            (_consume, (1, targets, plan, scale_log2, queries, ring, H, BOX, CAUSAL)),
+            (_produce, (tensors, plan, queries, ring, H, BLOCK_SIZE, CAUSAL)),
         ],
         [4, 1],
         [_CONSUMER_REGISTERS, _PRODUCER_REGISTERS],
     )
 
 
-def mla_attention(
+def attend(
     q: Tensor,
     cache: Tensor,
     block_table: Tensor,
     items: Tensor,
     header: Tensor,
     partials: Tensor,
+    out: Tensor,
+    lse: Tensor | None,
     scale: float,
     num_programs: int,
-) -> Tensor:
-    """See `stepgraph.ops.mla_attention.mla_attention`; for what `hopper_serves` asks, in a plan of tiles of TALL_TILE. Of tiles
-    that are split, only the partial results are written.
+    *,
+    causal: bool,
+) -> None:
+    """As `stepgraph.ops.mla_attention.triton.attend`, for what `hopper_serves` asks.
 
     Where queries and entries lie is copied into the launch, and so into a graph that captures it.
     """
     num_tokens, num_heads, entry_size = q.shape
     num_blocks, block_size, _ = cache.shape
-    out = q.new_empty(num_tokens, num_heads, 2 * _HALF.value)
     layout = gl.NVMMASharedLayout(128, 16, 2)
 
     def lines(tensor: Tensor, count: int, box: int) -> TensorDescriptor:
         return TensorDescriptor(tensor, [count, entry_size], [entry_size, 1], [box, _COLUMNS.value], layout)
 
-    _mla_attention_kernel[(num_programs,)](
+    _attention_kernel[(num_programs,)](
         lines(q, num_tokens * num_heads, _TILE.value),
         lines(cache, num_blocks * block_size, math.gcd(block_size, _KEYS.value)),
         block_table,
@@ -458,11 +470,12 @@ def mla_attention(
         header,
         partials,
         out,
+        lse,
         block_table.stride(0),
         scale * LOG2_E,
         H=num_heads,
         BLOCK_SIZE=block_size,
+        CAUSAL=causal,
         num_warps=4,
         **LAUNCH,
     )
-    return out
