@@ -80,15 +80,12 @@ class LatentAttention(nn.Module):
         linear = partial(Linear, bias=bias, shard=shard, dtype=dtype, device=device)
         norm = partial(RMSNorm, eps=eps, dtype=dtype, device=device)
         queries, entry = heads.times(sizes.key_dim + sizes.rotated_dim), Cut.whole(sizes.entry_size)
-        self.q_a_proj: Linear | None = None
         self.q_a_layernorm: RMSNorm | None = None
+        first = {"q_a_proj": Cut.whole(sizes.q_rank)} if sizes.q_rank else {"q_proj": queries}
+        self.qkv_proj = merged(hidden_size, {**first, "kv_a_proj_with_mqa": entry}, bias=bias)
         if sizes.q_rank:
-            self.q_a_proj = linear(hidden_size, sizes.q_rank)
             self.q_a_layernorm = norm(sizes.q_rank)
             self.q_proj = merged(sizes.q_rank, {"q_b_proj": queries})
-            self.kv_a_proj = merged(hidden_size, {"kv_a_proj_with_mqa": entry}, bias=bias)
-        else:
-            self.qkv_proj = merged(hidden_size, {"q_proj": queries, "kv_a_proj_with_mqa": entry})
         self.kv_a_layernorm = norm(sizes.kv_rank)
         self.kv_proj = merged(sizes.kv_rank, {"kv_b_proj": heads.times(sizes.key_dim + sizes.value_dim)})
         self.kv_proj.needs_numbers = True  # see `_head_weights`
@@ -192,12 +189,9 @@ class LatentAttention(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """Queries, [T, H · (N + P)], and absorbed ones, [T, H, R + P]; writes the latents."""
         sizes = self.sizes
-        if self.q_a_proj is not None:
-            q_TQ = self.q_a_proj.product(x_TE, norm=norm)
-            q_TF = self.q_proj.product(q_TQ, norm=self.q_a_layernorm)
-            latent_TL = self.kv_a_proj.product(x_TE, norm=norm)
-        else:
-            q_TF, latent_TL = self.qkv_proj.product(x_TE, norm=norm).tensor_split((-sizes.entry_size,), dim=1)
+        q_TF, latent_TL = self.qkv_proj.product(x_TE, norm=norm).tensor_split((-sizes.entry_size,), dim=1)
+        if self.q_a_layernorm is not None:
+            q_TF = self.q_proj.product(q_TF, norm=self.q_a_layernorm)
         absorbed_THL = latent_queries(
             q_TF,
             latent_TL,

@@ -116,7 +116,7 @@ class Matrix(nn.Module):
         """`x @ weight.T + bias`, with what comes before and after. May run inside a graph.
 
         Args:
-            x_TI: [T, I].
+            x_TI: [T, I]; with a norm, rows may lie apart.
             norm: of `x_TI`, if the product is that of the normalised inputs.
             end: what becomes of the product.
             out: [T, O], dtype of `x_TI`, contiguous. With `End.ADD`, what is added to; with `End.STORE`, of a layer without bias,

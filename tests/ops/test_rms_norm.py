@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from stepgraph.ops.rms_norm import reference
+from stepgraph.ops.rms_norm import cpu, reference
 from stepgraph.ops.rms_norm import triton as kernels
 
 EPS = 1e-5
@@ -33,6 +33,15 @@ def test_rms_norm_matches_the_formula_at_any_width(rows: int, width: int, device
     triton_out = kernels.rms_norm(x.to(device), weight.to(device), EPS).cpu()
     for out in (reference.rms_norm(x, weight, EPS), triton_out):
         torch.testing.assert_close(out.double(), expected, rtol=2e-6, atol=1e-6)
+
+
+def test_rows_may_lie_apart_and_get_the_bits_of_rows_that_do_not(device: str) -> None:
+    x, weight = make(5, 48)
+    apart = torch.cat((x, torch.full((5, 30), torch.nan)), dim=1).to(device)[:, :48]
+    assert torch.equal(
+        kernels.rms_norm(apart, weight.to(device), EPS), kernels.rms_norm(x.to(device), weight.to(device), EPS)
+    )
+    assert torch.equal(cpu.rms_norm(apart.cpu(), weight, EPS), cpu.rms_norm(x, weight, EPS))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

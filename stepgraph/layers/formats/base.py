@@ -116,6 +116,8 @@ class WeightFormat(ABC):
         multiplier: float = 1.0,
     ) -> Tensor:
         """Arguments as of `stepgraph.layers.matrix.Matrix.product`, and the parameters."""
+        if norm is not None and not x_TI.is_contiguous():
+            x_TI, norm = norm(x_TI), None
         if norm is None and end is End.STORE:
             return self.plain_product(weights, x_TI, out)
         fused = self.fused_product(weights, x_TI, norm, end, out, multiplier)

@@ -20,11 +20,11 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """Normalise each row of `x`. May run inside a graph.
 
     Args:
-        x: [rows, width] bfloat16, float16 or float32, contiguous.
+        x: [rows, width] bfloat16, float16 or float32; rows may lie apart.
         weight: [width], same dtype, or float32 for a product that is not rounded before.
         eps: added to the mean square.
 
     Returns:
-        [rows, width], dtype of `x`.
+        [rows, width] contiguous, dtype of `x`.
     """
     return _rms_norm(x, weight, eps)

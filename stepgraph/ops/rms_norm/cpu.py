@@ -11,6 +11,7 @@ _rms_norm = native.declare("rms_norm(Tensor x, Tensor weight, float eps) -> Tens
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """See `stepgraph.ops.rms_norm.rms_norm`."""
+    x = x.contiguous()
     if x.dtype == weight.dtype == torch.float32 and x.shape[1] % native.LANES == 0 and native.available():
         return _rms_norm(x, weight, eps)
     return reference.rms_norm(x, weight, eps)

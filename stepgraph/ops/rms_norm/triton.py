@@ -4,7 +4,6 @@ Arithmetic is in float32 whatever the dtype; a product of two 16-bit numbers is 
 the dtype gives what the reference's 16-bit product gives.
 """
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -28,21 +27,21 @@ def normalise(x, weight, eps, WIDTH: tl.constexpr):
 
 @launched
 @triton.jit
-def _norm_kernel(x_ptr, weight_ptr, out_ptr, eps, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
-    row_start = tl.program_id(0).to(tl.int64) * WIDTH
+def _norm_kernel(x_ptr, weight_ptr, out_ptr, row_stride, eps, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
     inside = column < WIDTH
     weight = tl.load(weight_ptr + column, mask=inside, other=0.0)
     wait_for_previous()
-    x = tl.load(x_ptr + row_start + column, mask=inside, other=0.0).to(tl.float32)
-    tl.store(out_ptr + row_start + column, normalise(x, weight, eps, WIDTH).to(out_ptr.dtype.element_ty), mask=inside)
+    x = tl.load(x_ptr + row * row_stride + column, mask=inside, other=0.0).to(tl.float32)
+    tl.store(out_ptr + row * WIDTH + column, normalise(x, weight, eps, WIDTH).to(out_ptr.dtype.element_ty), mask=inside)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """See `stepgraph.ops.rms_norm.rms_norm`."""
     rows, width = x.shape
-    out = torch.empty_like(x)
+    out = x.new_empty(rows, width)
     block = triton.next_power_of_2(width)
     num_warps = min(max(block // 256, 1), 16)
-    _norm_kernel[(rows,)](x, weight, out, eps, WIDTH=width, BLOCK=block, num_warps=num_warps, **LAUNCH)
+    _norm_kernel[(rows,)](x, weight, out, x.stride(0), eps, WIDTH=width, BLOCK=block, num_warps=num_warps, **LAUNCH)
     return out
