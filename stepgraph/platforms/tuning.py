@@ -165,6 +165,12 @@ class KernelTuning:
     """Tokens of a step beyond those that its rows have if all of them decode. They may be a prompt, which small tiles have
     read its keys again for every 16 of its queries: beside 200 rows of 576 keys, a prompt of 1,848 tokens took 8 of 13 ms."""
 
+    min_split_keys_latent: int = 128
+    """Of latent attention, whose splits are combined by a launch of its own that is there in any case."""
+    latent_tall_tile: int = 16
+    """Rows of its tallest tiles, 16, 32 or 64. With entries of 576 numbers of 16 bits, those of 16 take 91 KiB of shared memory,
+    of which some GPUs have 99 for a program; those of 64 take 185."""
+
     streamed_tokens: int = 2
     """Up to this many tokens, streaming a weight of 16 bits beats the library's kernels: on an H100, one token times the four
     weights of a Qwen3-0.6B layer takes 4.8 + 3.5 + 6.1 + 4.7 us against 5.9 + 6.0 + 7.2 + 7.9 us (the copy limit is 2.8 + 1.4
@@ -237,6 +243,7 @@ SM_90 = replace(
     DEFAULT,
     dependent_launch=True,
     hopper_attention=True,
+    latent_tall_tile=64,
     expert_tiles=HOPPER_EXPERTS,
     expert_tiles_fp8=HOPPER_EXPERTS_FP8,
 )

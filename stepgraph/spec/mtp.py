@@ -306,7 +306,13 @@ class MTPDrafter:
     ) -> ops.AttentionGeometry:
         spec = layer.attention_spec
         if spec.latent:
-            return ops.mla_geometry(num_tokens, num_rows, spec.num_heads, self._platform.multiprocessors)
+            return ops.mla_geometry(
+                num_tokens,
+                num_rows,
+                spec.num_heads,
+                self._platform.multiprocessors,
+                tuning=self._platform.tuning,
+            )
         return ops.attention_geometry(
             num_tokens,
             num_rows,

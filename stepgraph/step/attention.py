@@ -54,7 +54,7 @@ class AttentionSizes:
     def _geometry(self, spec: AttentionSpec, shape: StepShape) -> ops.AttentionGeometry:
         if spec.latent:
             sizes = shape.num_tokens, shape.num_rows, spec.num_heads, self._platform.multiprocessors
-            geometry = ops.mla_geometry(*sizes, deterministic=self._deterministic)
+            geometry = ops.mla_geometry(*sizes, deterministic=self._deterministic, tuning=self._platform.tuning)
             longest_prompt = shape.num_tokens - shape.num_rows * (1 + shape.num_drafts)
             if self._deterministic or longest_prompt < self._platform.tuning.min_expanded_tokens:
                 return geometry

@@ -135,10 +135,12 @@ def combine(
     part_stride,
     num_parts,
     out_ptr,
+    lse_ptr,
     query_start,
     first_pair,
     num_pairs,
     kv_head,
+    first_dim,
     G: tl.constexpr,
     GROUP: tl.constexpr,
     D: tl.constexpr,
@@ -146,11 +148,12 @@ def combine(
     PAIRS: tl.constexpr,
     SPLITS: tl.constexpr,
 ):
-    """Write the normalised output of a tile from its partial results, in split order whatever order they were made in.
+    """Write the normalised output of a tile from its partial results, in split order whatever order they were made in: BLOCK_D
+    of its D dimensions, from `first_dim` on, and, unless `lse_ptr` is None, the log-sum-exp, in units of log 2.
 
     Other multiprocessors wrote them: reads bypass L1 (.cg), which rules out the pipeliner's asynchronous copies too.
     """
-    dim_D = tl.arange(0, BLOCK_D)
+    dim_D = first_dim + tl.arange(0, BLOCK_D)
     for first in tl.range(0, num_pairs, PAIRS, num_stages=1):
         pair_P = first + tl.arange(0, PAIRS)
         inside_P = pair_P < num_pairs
@@ -180,6 +183,8 @@ def combine(
         line_P = line_of(query_start, first_pair + pair_P, kv_head, G, GROUP)
         out_PD = (acc_PD / sum_P[:, None]).to(out_ptr.dtype.element_ty)
         tl.store(out_ptr + line_P[:, None] * D + dim_D[None, :], out_PD, mask=inside_P[:, None] & (dim_D < D)[None, :])
+        if lse_ptr is not None:
+            tl.store(lse_ptr + line_P, max_P + tl.log2(sum_P), mask=inside_P & (first_dim == 0))
 
 
 @triton.jit
@@ -318,7 +323,7 @@ def _attention_kernel(
                     tl.store(counter_ptr, 0)
                     num_pairs = tl.minimum(TILE, query_len * GROUP - first_pair)
                     combine(
-                        tile_ptr, part_stride, num_parts, out_ptr, query_start, first_pair, num_pairs, kv_head,
+                        tile_ptr, part_stride, num_parts, out_ptr, None, query_start, first_pair, num_pairs, kv_head, 0,
                         G, GROUP, D, BLOCK_D, PAIRS, SPLITS,
                     )  # fmt: skip
         turn += 1

@@ -18,7 +18,7 @@ __all__ = ["mla_attention", "mla_context_attention", "mla_geometry"]
 
 _mla_attention = register(
     "mla_attention(Tensor q, Tensor cache, Tensor block_table, Tensor row_slot, Tensor query_start, Tensor kv_len, Tensor items, "
-    "Tensor header, Tensor(a!) partials, Tensor(b!) counters, int value_dim, float scale, int tile, int num_programs, "
+    "Tensor header, Tensor(a!) partials, int value_dim, float scale, int tile, int num_programs, "
     "bool deterministic) -> Tensor",
     {
         "cpu": Inlined(cpu.mla_attention, recorded=cpu.recorded_attention),
@@ -54,8 +54,8 @@ def mla_attention(
         block_table: [slots, max blocks] int32.
         row_slot, kv_len: [R] int32.
         query_start: [R + 1] int32.
-        plan: this step's `attention_plan` for H heads and one key/value head with values of `value_dim`; its scratch buffers are
-            written.
+        plan: this step's `attention_plan` for H heads and one key/value head with values of `value_dim`; its `partials` are
+            written, its counters not used.
         geometry: as given to `attention_plan`; a deterministic one as in `paged_attention`.
         value_dim: R.
         scale: multiplies q·k.
@@ -73,7 +73,6 @@ def mla_attention(
         plan.items,
         plan.header,
         plan.partials,
-        plan.counters,
         value_dim,
         scale,
         geometry.tile,

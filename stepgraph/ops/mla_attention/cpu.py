@@ -25,7 +25,6 @@ def mla_attention(
     items: Tensor,
     header: Tensor,
     partials: Tensor,
-    counters: Tensor,
     value_dim: int,
     scale: float,
     tile: int,

@@ -4,25 +4,38 @@ from __future__ import annotations
 
 import torch
 
-from stepgraph.ops.attention.geometry import DETERMINISTIC_TILE, KV_BLOCK, UNSPLIT, AttentionGeometry, max_tiles
-from stepgraph.platforms.tuning import KernelTuning
+from stepgraph.ops.attention.geometry import DETERMINISTIC_TILE, UNSPLIT, AttentionGeometry, max_tiles
+from stepgraph.platforms.tuning import DEFAULT, KernelTuning
 
 TALL_TILE = 64
-"""Rows of a tile where a row's (token, head) pairs are more than DETERMINISTIC_TILE."""
+"""Rows of the tallest tiles."""
+PROGRAMS = {DETERMINISTIC_TILE: 2, 32: 1, TALL_TILE: 1}
+"""Which a multiprocessor holds, by height of their tiles: entries and outputs of more pairs fill it."""
 
 
 def mla_geometry(
-    num_tokens: int, num_rows: int, num_heads: int, multiprocessors: int, *, deterministic: bool = False
+    num_tokens: int,
+    num_rows: int,
+    num_heads: int,
+    multiprocessors: int,
+    *,
+    deterministic: bool = False,
+    tuning: KernelTuning = DEFAULT,
 ) -> AttentionGeometry:
-    """Choose the sizes for a step of `num_tokens` tokens in `num_rows` rows; see `attention_geometry`. All heads are one group,
-    whose entries fill a multiprocessor's memory: it holds one program."""
+    """Choose the sizes for a step of `num_tokens` tokens in `num_rows` rows; see `attention_geometry`.
+
+    All heads are one group. So the tiles of a row are few where it has one token, and each of them reads all of its entries: they
+    are as tall as an average row needs, up to what the platform's kernels can do.
+    """
     pairs = -(-num_tokens // num_rows) * num_heads
-    tile = DETERMINISTIC_TILE if deterministic or pairs <= DETERMINISTIC_TILE else TALL_TILE
-    target = max(1, multiprocessors)
+    tile = DETERMINISTIC_TILE
+    while not deterministic and tile < min(pairs, tuning.latent_tall_tile):
+        tile *= 2
+    target = max(1, multiprocessors * PROGRAMS[tile])
     max_items = max_tiles(num_tokens, num_rows, num_heads, tile) + (0 if deterministic else target)
     return AttentionGeometry(
         tile=tile,
-        min_split_keys=UNSPLIT if deterministic else 2 * KV_BLOCK,
+        min_split_keys=UNSPLIT if deterministic else tuning.min_split_keys_latent,
         split_target=target,
         max_items=max_items,
         max_partials=0 if deterministic else 2 * target,

@@ -192,7 +192,7 @@ def _rope_attention_kernel(
             if tl.atomic_add(counters_ptr + kv_head, 1, sem="acq_rel", scope="gpu") == num_parts - 1:
                 tl.store(counters_ptr + kv_head, 0)
                 combine(
-                    tile_ptr, part_stride, num_parts, out_ptr, query_start, 0, query_len * GROUP, kv_head,
+                    tile_ptr, part_stride, num_parts, out_ptr, None, query_start, 0, query_len * GROUP, kv_head, 0,
                     G, GROUP, D, D, PAIRS, SPLITS,
                 )  # fmt: skip
 
