@@ -9,7 +9,7 @@ import torch
 
 from stepgraph import native
 from stepgraph.errors import DeviceMemoryError
-from stepgraph.layers.formats.target import part_of, quantization_of
+from stepgraph.layers.formats.target import Skipped, part_of, quantization_of
 from stepgraph.models.source import ModelSource
 from stepgraph.models.update import Update
 from stepgraph.ops.packed import BLOCK_BYTES
@@ -49,6 +49,8 @@ def tell_of_dequantised(matches: Update, source: ModelSource, *, warn: bool) -> 
     """
     formats, kept, stored = set(), 0, 0
     for target, tensor in matches:
+        if isinstance(target, Skipped):
+            continue
         if tensor.quantization is not None and tensor.quantization != quantization_of(target):
             formats.add(tensor.quantization)
             part = part_of(target)

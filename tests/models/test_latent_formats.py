@@ -114,10 +114,13 @@ def test_new_weights_are_rounded_and_those_in_8_bits_are_not(name, folders, tmp_
     assert torch.equal(logits(model), in_8_bits)
 
 
-def test_nothing_is_said_of_the_matrix_that_attention_reads_in_8_bits(folders, tmp_path, caplog) -> None:
+def test_nothing_is_said_of_the_matrix_that_attention_reads_in_8_bits_and_of_what_others_keep(
+    folders, tmp_path, caplog
+) -> None:
     write_fp8(folders("DeepSeek-V3"), tmp_path / "fp8", PER_BLOCK)
     with caplog.at_level("INFO"):
         load(tmp_path / "fp8")
+        load(tmp_path / "fp8", shard=Shard(1, 2), expert_parallel=True)
     assert "are kept as" not in caplog.text
     with caplog.at_level("INFO"):
         load(tmp_path / "fp8", quantization="none")
