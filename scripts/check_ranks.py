@@ -7,6 +7,10 @@ alike is compared bit for bit every few steps. `tests/ranks/random_engines.py` m
 
     python scripts/check_ranks.py --engines 300 --seed 1 --json benchmarks/results/cpu-ranks-random.json
 
+With --latents, models with attention over latents only:
+
+    python scripts/check_ranks.py --latents --engines 60 --ranks 2 4 3 --seed 3 --json benchmarks/results/cpu-ranks-latents.json
+
 With --lockstep, each rank has requests of its own, and they share experts only:
 
     python scripts/check_ranks.py --lockstep --engines 24 --seed 2 --json benchmarks/results/cpu-lockstep-random.json
@@ -91,7 +95,13 @@ def check_random_engines(options: argparse.Namespace, create: EngineFactory) -> 
         num_ranks = options.ranks[index % len(options.ranks)]
         model = ONE_MODEL if options.one_model else None
         case = random_case(
-            number, num_ranks, model=model, experts=options.experts, lockstep=options.lockstep, device=options.device
+            number,
+            num_ranks,
+            model=model,
+            experts=options.experts,
+            latents=options.latents,
+            lockstep=options.lockstep,
+            device=options.device,
         )
         with tempfile.TemporaryDirectory() as folder:
             try:
@@ -150,6 +160,7 @@ def main() -> int:
     parser.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")
     parser.add_argument("--one-model", action="store_true", help="the same model for all of them")
     parser.add_argument("--experts", action="store_true", help="models with experts only")
+    parser.add_argument("--latents", action="store_true", help="models with attention over latents only")
     parser.add_argument("--lockstep", action="store_true", help="ranks with requests of their own, which share experts")
     parser.add_argument("--resume", action="store_true", help="leave out engines that agree by the file of --json")
     parser.add_argument("--smollm2", action="store_true", help="the embedded model instead")

@@ -287,10 +287,12 @@ def check_shard(config: DecoderConfig, shard: Shard, *, expert_parallel: bool) -
     if shard.size not in sizes:
         other_way = "without" if expert_parallel else "with"
         others = possible_sizes(config, expert_parallel=not expert_parallel)
+        heads = f"{config.num_heads} query heads, {config.num_kv_heads} key/value heads, which may be repeated"
+        if config.latent is not None:
+            heads = f"{config.num_heads} heads, whose latents are whole on each"
         raise ModelError(
-            f"{shard.size} devices cannot share this {config.architecture} evenly: it has {config.num_heads} query heads, "
-            f"{config.num_kv_heads} key/value heads, which may be repeated, {_widths(config)} and {config.vocab_size} entries in "
-            f"its vocabulary. Numbers that can: {', '.join(map(str, sizes))}."
+            f"{shard.size} devices cannot share this {config.architecture} evenly: it has {heads}, {_widths(config)} and "
+            f"{config.vocab_size} entries in its vocabulary. Numbers that can: {', '.join(map(str, sizes))}."
             + (f" {other_way.capitalize()} enable_expert_parallel, {shard.size} can." if shard.size in others else "")
         )
 

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, TypeAlias
 
 import pytest
 import torch
-from random_models import ADAPTER_RANK, RandomModel, model_path, random_model, save_model
+from random_models import ADAPTER_RANK, WITH_LATENTS, RandomModel, model_path, random_model, save_model
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -94,6 +94,7 @@ class Case:
         names = [self.model.architecture, f"{self.num_ranks} ranks", self.settings["dtype"]]
         names += [self.model.block_type] if self.model.block_type else []
         names += ["experts"] if self.model.experts else []
+        names += ["latents"] if self.model.architecture in WITH_LATENTS else []
         for name in ("speculative_method", "quantization", "model_impl", "graph_backend"):
             names += [self.settings[name]] if name in self.settings else []
         names += [
@@ -112,6 +113,7 @@ def random_case(
     *,
     model: RandomModel | None = None,
     experts: bool = False,
+    latents: bool = False,
     lockstep: bool = False,
     device: str = "cpu",
 ) -> Case:
@@ -122,15 +124,14 @@ def random_case(
         num_ranks: of its engine.
         model: a native one that can do everything; default: a random one.
         experts: give a random one experts.
+        latents: give a random one attention over latents.
         lockstep: let each rank have requests of its own, which takes experts.
         device: where it runs.
     """
     rng = random.Random(f"{number} {num_ranks}")
     method = _METHODS[number % len(_METHODS)]
-    fixed, model = (
-        model,
-        model or random_model(rng, num_ranks, drafts=method in ("mtp", "hybrid"), experts=experts or lockstep),
-    )
+    fixed, kind = model, {"experts": experts or lockstep, "latents": latents}
+    model = model or random_model(rng, num_ranks, drafts=method in ("mtp", "hybrid"), **kind)
     settings = _random_settings(rng, model, method) | {"device": device}
     if fixed is not None:  # kernels are compiled for sizes and formats, which takes longer than all else
         settings |= {"quantization": "auto", "block_size": 16, "capture": "lazy"}
@@ -176,7 +177,7 @@ def _random_settings(rng: random.Random, model: RandomModel, method: str) -> dic
     if model.experts and rng.random() < 0.5:
         settings |= {"enable_expert_parallel": True}
     native = model.block_type or model.num_adapters or model.num_mtp_modules or model.experts
-    if not native and rng.random() < 0.2 and model.architecture != "phi 3":  # whose wide products ranks would gather
+    if not native and rng.random() < 0.2 and model.architecture not in ("phi 3", *WITH_LATENTS):  # ranks would gather those
         settings |= {"model_impl": "transformers"}
     elif rng.random() < 0.2:
         settings |= {"deterministic": True, "dtype": rng.choice(("float32", "bfloat16"))}

@@ -8,19 +8,23 @@ from typing import NamedTuple
 import torch
 from gguf import GGMLQuantizationType
 from gguf_files import write_gguf
-from safetensors.torch import save_file
-from tiny import MAX_MODEL_LEN, mtp_tensors, save_byte_tokenizer
+from safetensors.torch import load_file, save_file
+from tiny import MAX_MODEL_LEN, save_byte_tokenizer
 from transformers import (
     AutoModelForCausalLM,
     CwmConfig,
+    DeepseekV2Config,
+    DeepseekV3Config,
     Dots1Config,
     Ernie4_5_MoeConfig,
     Ernie4_5Config,
     Gemma3TextConfig,
     Glm4MoeConfig,
+    Glm4MoeLiteConfig,
     GraniteConfig,
     GraniteMoeConfig,
     LlamaConfig,
+    MiniCPM3Config,
     MistralConfig,
     MixtralConfig,
     Phi3Config,
@@ -30,6 +34,7 @@ from transformers import (
     Qwen3MoeConfig,
     SeedOssConfig,
     SmolLM3Config,
+    YoutuConfig,
 )
 
 NUM_HEADS = 12
@@ -57,6 +62,8 @@ CONFIGS = {
     "cwm": lambda **sizes: CwmConfig(
         **sizes | MIXED_LAYERS, sliding_window=WINDOW, rope_parameters={"rope_type": "default", "rope_theta": 1e4}
     ),
+    "minicpm 3": lambda **sizes: MiniCPM3Config(**sizes, scale_emb=3, scale_depth=0.9, dim_model_base=18),
+    "youtu": lambda **sizes: YoutuConfig(**sizes),
 }
 DEEPSEEK = (
     "n_routed_experts",
@@ -78,6 +85,17 @@ WITH_EXPERTS = {
         {"n_group": 3, "topk_group": 2, "routed_scaling_factor": 2.5, "use_qk_norm": True, "attention_bias": True},
     ),
     "dots 1": (Dots1Config, DEEPSEEK, {"n_shared_experts": 1}),
+    "deepseek 2": (
+        DeepseekV2Config,
+        (*DEEPSEEK[:3], None, DEEPSEEK[4]),
+        {"n_shared_experts": 2, "topk_method": "group_limited_greedy", "n_group": 3, "topk_group": 2},
+    ),
+    "deepseek 3": (
+        DeepseekV3Config,
+        DEEPSEEK,
+        {"n_shared_experts": 1, "n_group": 3, "topk_group": 2, "routed_scaling_factor": 2.5},
+    ),
+    "glm 4.7 flash": (Glm4MoeLiteConfig, (*DEEPSEEK[:4], "mlp_layer_types"), {"n_shared_experts": 1}),
     "granite moe": (
         GraniteMoeConfig,
         ("num_local_experts", "num_experts_per_tok", "intermediate_size"),
@@ -85,6 +103,11 @@ WITH_EXPERTS = {
     ),
 }
 """Class, fields for what a model's `RandomModel.experts` says in that order, and others."""
+WITH_LATENTS = ("minicpm 3", "youtu", "deepseek 2", "deepseek 3", "glm 4.7 flash")
+"""Those whose attention is over latents."""
+DRAFTING = ("llama", "youtu", "mixtral", "deepseek 3", "glm 4.7 flash")
+"""Those that may have modules which propose tokens."""
+YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": MAX_MODEL_LEN / 64, "original_max_position_embeddings": 64}
 BLOCK_TYPES = ("Q8_0", "Q4_0", "Q4_1")
 
 
@@ -103,7 +126,9 @@ class RandomModel(NamedTuple):
     """Of a model that need not be made."""
 
 
-def random_model(rng: random.Random, num_ranks: int, *, drafts: bool, experts: bool = False) -> RandomModel:
+def random_model(
+    rng: random.Random, num_ranks: int, *, drafts: bool, experts: bool = False, latents: bool = False
+) -> RandomModel:
     """One that so many ranks can share: each has key/value heads of its own, or the same as others.
 
     Args:
@@ -111,12 +136,13 @@ def random_model(rng: random.Random, num_ranks: int, *, drafts: bool, experts: b
         num_ranks: that share it.
         drafts: give it modules that propose tokens.
         experts: give it experts, which others have by chance.
+        latents: give it attention over latents, likewise.
     """
     with_experts = rng.random() < 0.4 or experts
-    if drafts:
-        architecture = "mixtral" if with_experts else "llama"
-    else:
-        architecture = rng.choice(list(WITH_EXPERTS if with_experts else CONFIGS))
+    possible = [name for name in (WITH_EXPERTS if with_experts else CONFIGS) if name in DRAFTING or not drafts]
+    if latents or rng.random() < 0.3:
+        possible = [name for name in possible if name in WITH_LATENTS]
+    architecture = rng.choice(possible)
     kv_heads = [n for n in (1, 2, 3, 4, 6, 12) if n % num_ranks == 0 or num_ranks % n == 0]
     sizes = {
         "vocab_size": rng.randint(257, 280),
@@ -133,6 +159,8 @@ def random_model(rng: random.Random, num_ranks: int, *, drafts: bool, experts: b
     }
     if architecture == "phi 3":
         sizes |= {"hidden_size": NUM_HEADS * sizes["head_dim"]}  # whose head size follows from it
+    if architecture in WITH_LATENTS:
+        sizes = _with_latents(rng, sizes)
     if architecture in ("llama", "qwen2", "qwen3", "qwen3 moe") and not drafts and rng.random() < 0.5:
         # Of which every rank has whole blocks of 32.
         blocks = {"hidden_size": 96, "head_dim": 32, "intermediate_size": 384}
@@ -143,6 +171,22 @@ def random_model(rng: random.Random, num_ranks: int, *, drafts: bool, experts: b
     return RandomModel(
         architecture, sizes, num_mtp_modules=rng.randint(1, 2) if drafts else 0, num_adapters=adapters, experts=mixture
     )
+
+
+def _with_latents(rng: random.Random, sizes: dict[str, object]) -> dict[str, object]:
+    """What such models have instead of heads of keys and values."""
+    size = {
+        "q_lora_rank": rng.choice((None, 24)),
+        "kv_lora_rank": rng.choice((16, 32)),
+        "qk_rope_head_dim": rng.choice((8, 16)),
+        "qk_nope_head_dim": rng.choice((8, 16)),
+        "v_head_dim": rng.choice((8, 16)),
+    }
+    bias = size["q_lora_rank"] is not None and rng.random() < 0.5
+    scales = {"mscale": 0.707, "mscale_all_dim": rng.choice((0.707, 1.0))}
+    rope = rng.choice(({"rope_type": "default", "rope_theta": 1e4}, YARN | scales))
+    own = size | {"attention_bias": bias, "rope_parameters": rope, "num_key_value_heads": NUM_HEADS}
+    return {name: value for name, value in sizes.items() if name != "head_dim"} | own
 
 
 def _random_experts(rng: random.Random, num_ranks: int, sizes: dict[str, object]) -> tuple[object, ...]:
@@ -166,6 +210,9 @@ def config_of(model: RandomModel):
     values = {name: value for name, value in zip(fields, model.experts, strict=False) if name is not None}
     if "mlp_only_layers" in values:
         values["mlp_only_layers"] = list(range(values["mlp_only_layers"]))
+    if "mlp_layer_types" in values:
+        num_dense, num_layers = values["mlp_layer_types"], model.sizes["num_hidden_layers"]
+        values["mlp_layer_types"] = ["dense"] * num_dense + ["sparse"] * (num_layers - num_dense)
     return of_class(**model.sizes | others | values)
 
 
@@ -193,14 +240,30 @@ def save_model(model: RandomModel, folder: Path) -> None:
     save_byte_tokenizer(folder)
     hf_model.save_pretrained(folder)
     if model.num_mtp_modules:
-        modules = mtp_tensors(
-            hf_model.config, model.num_mtp_modules, num_experts=model.experts[0] if model.experts else 0
-        )
+        stored = load_file(folder / "model.safetensors")
+        modules = _mtp_tensors(stored, hf_model.config, model.num_mtp_modules)
         save_file(modules, folder / "mtp.safetensors")
-        files = dict.fromkeys(hf_model.state_dict(), "model.safetensors") | dict.fromkeys(modules, "mtp.safetensors")
+        files = dict.fromkeys(stored, "model.safetensors") | dict.fromkeys(modules, "mtp.safetensors")
         (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": files}))
     for number in range(model.num_adapters):
         _save_adapter(folder / f"adapter{number}", hf_model, number)
+
+
+def _mtp_tensors(stored: dict[str, torch.Tensor], config, num_modules: int) -> dict[str, torch.Tensor]:
+    """Random modules in DeepSeek's layout whose layers are like a model's last one, of whose stored tensors they have the names."""
+    E, num_layers = config.hidden_size, config.num_hidden_layers
+    last = f"model.layers.{num_layers - 1}."
+    shapes = {name.removeprefix(last): tensor.shape for name, tensor in stored.items() if name.startswith(last)}
+    shapes |= {f"{name}.weight": (E,) for name in ("enorm", "hnorm", "shared_head.norm")}
+    shapes |= {"eh_proj.weight": (E, 2 * E)}
+    generator = torch.Generator().manual_seed(1)
+    return {
+        f"model.layers.{num_layers + k}.{name}": torch.empty(shape).normal_(
+            1.0 if "norm" in name else 0.0, 0.3, generator=generator
+        )
+        for k in range(num_modules)
+        for name, shape in shapes.items()
+    }
 
 
 def _save_adapter(folder: Path, hf_model, seed: int) -> None:
