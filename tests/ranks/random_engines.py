@@ -177,7 +177,9 @@ def _random_settings(rng: random.Random, model: RandomModel, method: str) -> dic
     if model.experts and rng.random() < 0.5:
         settings |= {"enable_expert_parallel": True}
     native = model.block_type or model.num_adapters or model.num_mtp_modules or model.experts
-    if not native and rng.random() < 0.2 and model.architecture not in ("phi 3", *WITH_LATENTS):  # ranks would gather those
+    if (
+        not native and rng.random() < 0.2 and model.architecture not in ("phi 3", *WITH_LATENTS)
+    ):  # ranks would gather those
         settings |= {"model_impl": "transformers"}
     elif rng.random() < 0.2:
         settings |= {"deterministic": True, "dtype": rng.choice(("float32", "bfloat16"))}

@@ -250,7 +250,7 @@ def save_model(model: RandomModel, folder: Path) -> None:
 
 
 def _mtp_tensors(stored: dict[str, torch.Tensor], config, num_modules: int) -> dict[str, torch.Tensor]:
-    """Random modules in DeepSeek's layout whose layers are like a model's last one, of whose stored tensors they have the names."""
+    """Random modules in DeepSeek's layout, whose layers are like a model's last one: with the names of its stored tensors."""
     E, num_layers = config.hidden_size, config.num_hidden_layers
     last = f"model.layers.{num_layers - 1}."
     shapes = {name.removeprefix(last): tensor.shape for name, tensor in stored.items() if name.startswith(last)}

@@ -231,5 +231,15 @@ def test_what_cannot_run_in_lockstep_is_refused_before_anything_is_loaded(model,
 
 def test_the_cases_have_many_features() -> None:
     features = {name for number, num_ranks in CASES for name in random_case(number, num_ranks, lockstep=True).features}
-    expected = {"lockstep", "experts", "enable_expert_parallel", "2 ranks", "3 ranks", "eager", "auto", "latents", "mtp"}
+    expected = {
+        "lockstep",
+        "experts",
+        "enable_expert_parallel",
+        "2 ranks",
+        "3 ranks",
+        "eager",
+        "auto",
+        "latents",
+        "mtp",
+    }
     assert not expected - features
