@@ -5,13 +5,15 @@ import re
 import pytest
 import torch
 from random_models import RandomModel, save_model
+from safetensors.torch import load_file
+from test_shards import CountedFile
 from tiny import TINY_SETTINGS
 
 from stepgraph.config import EngineConfig
 from stepgraph.errors import ModelError
 from stepgraph.layers import latent_attention
 from stepgraph.layers.cache import LatentSpec
-from stepgraph.models import load_model, resolve
+from stepgraph.models import load_model, resolve, safetensors
 from stepgraph.parallel.shard import Shard
 from stepgraph.step.shape import Variant
 from stepgraph.verify.graphs import verify_graphs
@@ -74,6 +76,19 @@ def test_a_rank_has_some_heads_and_all_latents(folder, size) -> None:
         assert set(values) - {name for name, _ in attention.named_parameters()} <= ({"o_proj.bias"} if rank else set())
         assert model.cache_specs(torch.float32) == (LatentSpec(R + P, torch.float32),) * 2
         assert model.attention_specs[0].num_heads == cut
+
+
+def test_no_more_is_read_of_what_is_cut_than_is_kept(folder, monkeypatch) -> None:
+    stored = {name: tensor.numel() for name, tensor in load_file(folder / "model.safetensors").items()}
+    numbers, largest, open_file = {}, {}, safetensors.safe_open
+    monkeypatch.setattr(
+        safetensors, "safe_open", lambda *args, **kwargs: CountedFile(open_file(*args, **kwargs), numbers, largest)
+    )
+    load(folder, Shard(1, 4))
+    cut = ("q_b_proj.weight", "kv_b_proj.weight", "o_proj.weight")
+    for tensor, numel in stored.items():
+        if "self_attn" in tensor and not tensor.endswith("o_proj.bias"):
+            assert numbers[tensor] == (numel // 4 if tensor.endswith(cut) else numel), tensor
 
 
 def test_heads_that_do_not_divide_are_refused_in_words_of_latents(folder) -> None:
