@@ -5,7 +5,9 @@ import copy
 import importlib.util
 import json
 import random
+from dataclasses import replace
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -15,7 +17,10 @@ from safetensors.torch import load_file, save_file
 from stepping import Stepper
 
 from stepgraph.errors import ModelError
+from stepgraph.layers.latent_attention import expanded_attention
 from stepgraph.models import decoder, load_model, resolve
+from stepgraph.platforms.cpu import CpuPlatform
+from stepgraph.platforms.tuning import DEFAULT
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "sweep_families.py"
 FAMILIES = {"deepseek_v2": 3, "deepseek_v3": 6, "glm4_moe_lite": 2, "minicpm3": 0, "youtu": 1}
@@ -36,6 +41,20 @@ def test_answers_are_transformers_in_chunks_batched_and_with_prefixes_from_the_c
     engine, requests = script.answer(tmp_path, script.PROMPTS)
     assert script.differences(hf_model, requests) + script.miscounted(engine) == []
     assert requests[-1].num_cached_tokens
+    engine.shutdown()
+
+
+def test_answers_are_transformers_where_steps_make_keys_and_values_of_their_own_tokens(
+    script, tmp_path, monkeypatch
+) -> None:
+    """Of chunks with context and without, beside decode rows; steps of decode rows alone do not."""
+    monkeypatch.setattr(CpuPlatform, "tuning", replace(DEFAULT, min_expanded_tokens=1))
+    hf_model = script.write_model(script.FAMILIES["deepseek_v2"](random.Random(3)), tmp_path)
+    with mock.patch("stepgraph.layers.latent_attention.expanded_attention", wraps=expanded_attention) as calls:
+        engine, requests = script.answer(tmp_path, script.PROMPTS)
+    assert {call.args[0].shape[0] for call in calls.call_args_list} == {24}
+    assert {record.shape.num_tokens for record in engine.executor.graph_records()} == {3, 24}
+    assert script.differences(hf_model, requests) == []
     engine.shutdown()
 
 
