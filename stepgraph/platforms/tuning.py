@@ -149,6 +149,8 @@ class KernelTuning:
     """Whether there is `stepgraph.ops.attention.hopper`, if Triton has what it is written in."""
     hopper_mla: bool = False
     """Likewise `stepgraph.ops.mla_attention.hopper`."""
+    hopper_expanded: bool = False
+    """Likewise `stepgraph.ops.expanded_attention.hopper`."""
 
     min_split_keys: int = 256
     """Keys of attention: below this a split costs more than it saves. On an H100 (8 KV heads of 128, bf16), eight rows of 129

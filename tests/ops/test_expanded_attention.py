@@ -12,13 +12,16 @@ from dataclasses import dataclass, replace
 
 import pytest
 import torch
+from attention_batches import needs_hopper
 from torch import Tensor
 
 from stepgraph.ops.attention import plan_triton
 from stepgraph.ops.expanded_attention import expanded_geometry, reference
 from stepgraph.ops.expanded_attention import triton as kernels
+from stepgraph.ops.expanded_attention.geometry import hopper_serves
+from stepgraph.platforms.tuning import DEFAULT, SM_90
 
-TOLERANCE = {torch.float32: 1e-5, torch.float16: 4e-3}
+TOLERANCE = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 # Rows (query length, older keys).
 MIXED = {
     "one prompt": [(150, 0)],
@@ -55,6 +58,7 @@ def make_batch(
     num_heads: int = 2,
     dtype: torch.dtype = torch.float32,
     offset: float = 0.0,
+    key_lies_apart: bool = True,
     seed: int = 0,
 ) -> Batch:
     """Rows of random queries, keys and values. Attention in float64 over all keys is expected, that over the older ones is given.
@@ -96,7 +100,7 @@ def make_batch(
         q=torch.cat((q_THN, rotated_elsewhere), dim=2).flatten(1).to(dtype),
         absorbed=torch.cat((torch.full((T, H, R), torch.nan), q_THP), dim=2).to(dtype),
         kv=kv_THF.flatten(1).to(dtype),
-        key=torch.cat((beside, key_TP), dim=1).to(dtype)[:, 3:],
+        key=torch.cat((beside, key_TP), dim=1).to(dtype)[:, 3:] if key_lies_apart else key_TP.to(dtype),
         context=context_THV.flatten(1).to(dtype),
         context_lse=lse_TH.squeeze(2).float(),
         query_start=torch.tensor([0, *query_lens]).cumsum(0).int(),
@@ -162,6 +166,29 @@ def test_the_bound_of_the_list_is_reached(device: str) -> None:
     batch = make_batch([(129, 0), (129, 1)], num_heads=1)
     assert expanded_geometry(258, 2, 1, 1).max_items == 4
     assert_matches(attend(batch, device, multiprocessors=1), batch)
+
+
+HOPPER = replace(SM_90, hopper_expanded=True)
+
+
+@needs_hopper
+@pytest.mark.parametrize("offset", [0.0, -20.0, 20.0])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("rows", [*MIXED.values(), [(1000, 70), (64, 0), (65, 1), (63, 0), (192, 3)]], ids=str)
+def test_the_kernel_for_hopper_matches(rows, dtype, offset, monkeypatch) -> None:
+    monkeypatch.setattr(kernels, "kernel_tuning", lambda: HOPPER)
+    batch = make_batch(rows, sizes=(128, 64, 128), num_heads=3, dtype=dtype, offset=offset, key_lies_apart=False)
+    for multiprocessors in (3, 132):
+        assert_matches(attend(batch, "cuda", multiprocessors), batch)
+
+
+def test_the_kernel_for_hopper_serves_deepseeks_heads_where_it_is_asked_for() -> None:
+    pytest.importorskip("triton.experimental.gluon")
+    served = (torch.bfloat16, 128, 64, 128)
+    assert hopper_serves(HOPPER, *served)
+    assert not hopper_serves(DEFAULT, *served)
+    for index, other in enumerate((torch.float32, 192, 32, 256)):
+        assert not hopper_serves(HOPPER, *served[:index], other, *served[index + 1 :])
 
 
 def test_the_reference_is_whole_attention() -> None:

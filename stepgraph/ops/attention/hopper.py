@@ -38,9 +38,9 @@ _ROWS = gl.constexpr(HOPPER_TILE // 2)  # of a consumer: what its tensor-core pr
 _ITEM = gl.constexpr(ITEM_SIZE)
 # Keys of a block, and blocks in the ring: with heads of 128, all of the shared memory that the queries leave. On an H100, 128
 # keys in two stages took 5 to 20 % more time for prompts without a context, and from 5 % less to 10 % more with one of 4096.
-_KEYS = gl.constexpr(64)
-_STAGES = gl.constexpr(4)
-_COLUMNS = gl.constexpr(64)  # of a copy: 128 bytes, the widest that shared memory is arranged by
+KEYS = gl.constexpr(64)
+STAGES = gl.constexpr(4)
+COLUMNS = gl.constexpr(64)  # of a copy: 128 bytes, the widest that shared memory is arranged by
 _CONSUMER_REGISTERS = gl.constexpr(240)
 _PRODUCER_REGISTERS = gl.constexpr(24)
 
@@ -58,31 +58,31 @@ def _keys_of(item, keys_per_split, GROUP: gl.constexpr):
 
 
 @jit
-def _stage_of(block):
+def stage_of(block):
     """Where in the ring a program's block is, and the parity of its turn there."""
-    return block % _STAGES, block // _STAGES & 1
+    return block % STAGES, block // STAGES & 1
 
 
 @jit
-def _wait_filled(full, block):
+def wait_filled(full, block):
     """Wait until a block is in the ring. `full`: barriers of the stages of keys or of values."""
-    stage, parity = _stage_of(block)
+    stage, parity = stage_of(block)
     mbarrier.wait(full.index(stage), parity)
 
 
 @jit
-def _release(empty, block):
+def release(empty, block):
     """Let the producer overwrite a block, once the other consumer does too. `empty`: barriers of keys or of values."""
-    stage, _ = _stage_of(block)
+    stage, _ = stage_of(block)
     mbarrier.arrive(empty.index(stage), count=1)
 
 
 @jit
-def _boxes(smem, stage, BOX: gl.constexpr):
+def boxes(smem, stage, BOX: gl.constexpr):
     """A stage as the copies see it: [D / 64 · K / X, X, 64], all boxes of the first 64 dimensions first."""
     D: gl.constexpr = smem.shape[2]
     return smem.index(stage)._reinterpret(
-        smem.dtype, [D // _COLUMNS * (_KEYS // BOX), BOX, _COLUMNS], gl.NVMMASharedLayout(128, 16, 2)
+        smem.dtype, [D // COLUMNS * (KEYS // BOX), BOX, COLUMNS], gl.NVMMASharedLayout(128, 16, 2)
     )
 
 
@@ -91,17 +91,17 @@ def _copy_block(desc, rows, dim, smem, full, empty, block):
     """Start to copy a block of keys or values into its stage, once the consumers have left it."""
     BOX: gl.constexpr = desc.block_type.shape[0]
     D: gl.constexpr = smem.shape[2]
-    stage, parity = _stage_of(block)
+    stage, parity = stage_of(block)
     mbarrier.wait(empty.index(stage), parity ^ 1)
-    mbarrier.expect(full.index(stage), _KEYS * D * 2)
-    boxes = _boxes(smem, stage, BOX)
-    for box in gl.static_range(_KEYS // BOX):
-        for part in gl.static_range(D // _COLUMNS):
+    mbarrier.expect(full.index(stage), KEYS * D * 2)
+    targets = boxes(smem, stage, BOX)
+    for box in gl.static_range(KEYS // BOX):
+        for part in gl.static_range(D // COLUMNS):
             tma.async_copy_global_to_shared(
                 desc,
-                [rows[box], dim + part * _COLUMNS],
+                [rows[box], dim + part * COLUMNS],
                 full.index(stage),
-                boxes.index(part * (_KEYS // BOX) + box),
+                targets.index(part * (KEYS // BOX) + box),
             )
 
 
@@ -122,11 +122,11 @@ def _produce(cache, plan, ring, G: gl.constexpr, GROUP: gl.constexpr, BLOCK_SIZE
         item = load_item(items_ptr, work // G, work < num_work, _ITEM)
         begin, end, _ = _keys_of(item, keys_per_split, GROUP)
         table_ptr = block_table_ptr + item[0].to(gl.int64) * table_width
-        num_blocks = gl.cdiv(end - begin, _KEYS)
-        start = begin + (num_blocks - 1) * _KEYS
+        num_blocks = gl.cdiv(end - begin, KEYS)
+        start = begin + (num_blocks - 1) * KEYS
         for _ in range(num_blocks):
             rows = ()
-            for box in gl.static_range(_KEYS // BOX):
+            for box in gl.static_range(KEYS // BOX):
                 key = start + box * BOX
                 entry = gl.load(table_ptr + key // BLOCK_SIZE, mask=key < end, other=-1)
                 # A box outside of the cache is filled with zeros.
@@ -134,7 +134,7 @@ def _produce(cache, plan, ring, G: gl.constexpr, GROUP: gl.constexpr, BLOCK_SIZE
             _copy_block(k_desc, rows, work % G * D, k_smem, k_full, k_empty, block)
             _copy_block(v_desc, rows, work % G * D, v_smem, v_full, v_empty, block)
             block += 1
-            start -= _KEYS
+            start -= KEYS
         turn += 1
         work = work_of(turn)
 
@@ -146,13 +146,13 @@ def _exp2(x):
 
 
 @jit
-def _softmax(score_MK, max_M, sum_M, limit_M, start, scale_log2, MASKED: gl.constexpr):
+def softmax(score_MK, max_M, sum_M, limit_M, start, scale_log2, MASKED: gl.constexpr):
     """Weights of some keys, what older results decay by, and maximum (in units of log 2) and sum with these keys.
 
     Row m sees the keys up to `limit_M`, all of them if not MASKED.
     """
     if MASKED:
-        key_K = start + gl.arange(0, _KEYS, layout=gl.SliceLayout(0, score_MK.type.layout))
+        key_K = start + gl.arange(0, KEYS, layout=gl.SliceLayout(0, score_MK.type.layout))
         score_MK = gl.where(key_K[None, :] <= limit_M[:, None], score_MK, float("-inf"))
     new_max_M = gl.maximum(max_M, gl.max(score_MK, axis=1) * scale_log2)
     # A row that has seen no key yet: any finite reference gives it weights of 0 instead of NaN.
@@ -165,29 +165,29 @@ def _softmax(score_MK, max_M, sum_M, limit_M, start, scale_log2, MASKED: gl.cons
 @jit
 def _start_scores(q_smem, k_smem, k_full, block):
     """Start to multiply the queries with a block of keys, once it is there: [M, K]."""
-    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [gl.num_warps(), 1], [16, _KEYS, 16])
-    _wait_filled(k_full, block)
-    stage, _ = _stage_of(block)
-    zeros_MK = gl.zeros([_ROWS, _KEYS], gl.float32, layout)
+    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [gl.num_warps(), 1], [16, KEYS, 16])
+    wait_filled(k_full, block)
+    stage, _ = stage_of(block)
+    zeros_MK = gl.zeros([_ROWS, KEYS], gl.float32, layout)
     return warpgroup_mma(q_smem, k_smem.index(stage).permute([1, 0]), zeros_MK, use_acc=False, is_async=True)
 
 
 @jit
-def _start_values(weight_MK, v_smem, v_full, block, acc_MD):
+def start_values(weight_MK, v_smem, v_full, block, acc_MD):
     """Start to add a block of values, weighted, to the output, once it is there."""
-    _wait_filled(v_full, block)
-    stage, _ = _stage_of(block)
+    wait_filled(v_full, block)
+    stage, _ = stage_of(block)
     return warpgroup_mma(weight_MK, v_smem.index(stage), acc_MD, is_async=True)
 
 
 @jit
-def _as_operand(weight_MK, like_MD, dtype: gl.constexpr):
+def as_operand(weight_MK, like_MD, dtype: gl.constexpr):
     """Weights as the tensor cores take them from registers, for a product that is added to `like_MD`."""
     return gl.convert_layout(weight_MK.to(dtype), gl.DotOperandLayout(0, like_MD.type.layout, k_width=2))
 
 
 @jit
-def _spread(x_M, like_MD):
+def spread(x_M, like_MD):
     """Numbers of rows, [M, 1], to multiply `like_MD` with."""
     return gl.convert_layout(x_M, gl.SliceLayout(1, like_MD.type.layout))[:, None]
 
@@ -200,28 +200,28 @@ def _attend(block, start, weight_MK, acc_MD, max_M, sum_M, limit_M, scale_log2, 
     """
     k_smem, v_smem, k_full, k_empty, v_full, v_empty = ring
     score_MK = _start_scores(q_smem, k_smem, k_full, block)
-    added_MD = _start_values(weight_MK, v_smem, v_full, block - 1, acc_MD)
+    added_MD = start_values(weight_MK, v_smem, v_full, block - 1, acc_MD)
     score_MK = warpgroup_mma_wait(1, deps=[score_MK])
-    _release(k_empty, block)
-    next_weight_MK, decay_M, max_M, sum_M = _softmax(score_MK, max_M, sum_M, limit_M, start, scale_log2, MASKED)
-    next_weight_MK = _as_operand(next_weight_MK, acc_MD, q_smem.dtype)
+    release(k_empty, block)
+    next_weight_MK, decay_M, max_M, sum_M = softmax(score_MK, max_M, sum_M, limit_M, start, scale_log2, MASKED)
+    next_weight_MK = as_operand(next_weight_MK, acc_MD, q_smem.dtype)
     # The values are there. But the assembler moves nothing past this wait's branch, and would else take the exponentials after
     # the products instead of beside them.
-    _wait_filled(v_full, block - 1)
+    wait_filled(v_full, block - 1)
     acc_MD, next_weight_MK, sum_M = warpgroup_mma_wait(0, deps=[added_MD, next_weight_MK, sum_M])
-    _release(v_empty, block - 1)
-    return next_weight_MK, acc_MD * _spread(decay_M, acc_MD), max_M, sum_M
+    release(v_empty, block - 1)
+    return next_weight_MK, acc_MD * spread(decay_M, acc_MD), max_M, sum_M
 
 
 @jit
-def _pass_by(block, num_blocks, ring):
+def pass_by(block, num_blocks, ring):
     """Let the producer go on, as far as this consumer is concerned, past blocks that it has no queries for."""
     _, _, k_full, k_empty, v_full, v_empty = ring
     for _ in range(num_blocks):
-        _wait_filled(k_full, block)
-        _release(k_empty, block)
-        _wait_filled(v_full, block)
-        _release(v_empty, block)
+        wait_filled(k_full, block)
+        release(k_empty, block)
+        wait_filled(v_full, block)
+        release(v_empty, block)
         block += 1
     return block
 
@@ -233,12 +233,12 @@ def _zero_unwritten(v_smem, block, first, v_full, BOX: gl.constexpr):
     Boxes behind it were not read from the cache. Both consumers do this, with the same values.
     """
     layout: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [gl.num_warps(), 1], [1, 0])
-    _wait_filled(v_full, block)
-    stage, _ = _stage_of(block)
-    boxes = _boxes(v_smem, stage, BOX)
+    wait_filled(v_full, block)
+    stage, _ = stage_of(block)
+    targets = boxes(v_smem, stage, BOX)
     written_X = gl.arange(0, BOX, layout=gl.SliceLayout(1, layout)) < first % BOX
-    for part in gl.static_range(v_smem.shape[2] // _COLUMNS):
-        box = boxes.index(part * (_KEYS // BOX) + first // BOX)
+    for part in gl.static_range(v_smem.shape[2] // COLUMNS):
+        box = targets.index(part * (KEYS // BOX) + first // BOX)
         box.store(gl.where(written_X[:, None], box.load(layout), 0.0))
     fence_async_shared()
 
@@ -263,7 +263,7 @@ def _consume(
     k_smem, v_smem, k_full, k_empty, v_full, v_empty = ring
     D: gl.constexpr = q_smem.shape[1]
     WARPS: gl.constexpr = gl.num_warps()
-    SCORE: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, _KEYS, 16])
+    SCORE: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, KEYS, 16])
     OUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, D, 16])
     WIDE: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [WARPS, 1], [1, 0])  # 16 bytes a thread
     SCORE_ROW: gl.constexpr = gl.SliceLayout(1, SCORE)
@@ -282,7 +282,7 @@ def _consume(
         kv_head = work % G
         first_pair = tile * _TILE + half * _ROWS
         if first_pair >= query_len * GROUP:
-            block = _pass_by(block, gl.cdiv(end - begin, _KEYS), ring)
+            block = pass_by(block, gl.cdiv(end - begin, KEYS), ring)
         elif begin < visible:
             context_len = kv_len - query_len
             pair_M = first_pair + wide_M
@@ -291,10 +291,10 @@ def _consume(
             q_smem.store(gl.load(q_ptr + offset_MD, mask=inside_M1, other=0.0))
             fence_async_shared()
 
-            num_blocks = gl.cdiv(end - begin, _KEYS)
-            start = begin + (num_blocks - 1) * _KEYS
+            num_blocks = gl.cdiv(end - begin, KEYS)
+            start = begin + (num_blocks - 1) * KEYS
             unwritten = kv_len - start
-            if (unwritten < _KEYS) & (unwritten % BOX != 0):
+            if (unwritten < KEYS) & (unwritten % BOX != 0):
                 _zero_unwritten(v_smem, block, unwritten, v_full, BOX)
 
             position_M = context_len + (first_pair + gl.arange(0, _ROWS, layout=SCORE_ROW)) // GROUP
@@ -304,26 +304,26 @@ def _consume(
             acc_MD = gl.zeros([_ROWS, D], gl.float32, OUT)
             # The last block, which has no weights to multiply values with yet.
             score_MK = warpgroup_mma_wait(0, deps=[_start_scores(q_smem, k_smem, k_full, block)])
-            _release(k_empty, block)
-            weight_MK, _, max_M, sum_M = _softmax(score_MK, max_M, sum_M, limit_M, start, scale_log2, True)
-            weight_MK = _as_operand(weight_MK, acc_MD, q_smem.dtype)
+            release(k_empty, block)
+            weight_MK, _, max_M, sum_M = softmax(score_MK, max_M, sum_M, limit_M, start, scale_log2, True)
+            weight_MK = as_operand(weight_MK, acc_MD, q_smem.dtype)
             # Then those that some rows do not see all of, then the others.
             seen_by_all = gl.minimum(end, context_len + first_pair // GROUP + 1)
-            num_masked = gl.maximum(num_blocks - gl.maximum(seen_by_all - begin, 0) // _KEYS - 1, 0)
+            num_masked = gl.maximum(num_blocks - gl.maximum(seen_by_all - begin, 0) // KEYS - 1, 0)
             for unmasked in gl.static_range(2):
                 for _ in range(num_blocks - 1 - num_masked if unmasked else num_masked):
                     block += 1
-                    start -= _KEYS
+                    start -= KEYS
                     weight_MK, acc_MD, max_M, sum_M = _attend(
                         block, start, weight_MK, acc_MD, max_M, sum_M, limit_M, scale_log2, q_smem, ring, unmasked == 0
                     )
-            acc_MD = warpgroup_mma_wait(0, deps=[_start_values(weight_MK, v_smem, v_full, block, acc_MD)])
-            _release(v_empty, block)
+            acc_MD = warpgroup_mma_wait(0, deps=[start_values(weight_MK, v_smem, v_full, block, acc_MD)])
+            release(v_empty, block)
             block += 1
 
             num_parts = gl.cdiv(visible, keys_per_split)
             if num_parts == 1:
-                out_MD = acc_MD / _spread(sum_M, acc_MD)
+                out_MD = acc_MD / spread(sum_M, acc_MD)
                 q_smem.store(out_MD.to(q_smem.dtype))
                 gl.store(out_ptr + offset_MD, q_smem.load(WIDE), mask=inside_M1)
             else:
@@ -413,13 +413,13 @@ def _attention_kernel(
     """Lay out shared memory, then run a producer and two consumers. `k_desc`, `v_desc`: [blocks · B, G · D] in boxes [X, 64]."""
     BOX: gl.constexpr = k_desc.block_type.shape[0]
     q_smem = gl.allocate_shared_memory(k_desc.dtype, [2, _ROWS, D], k_desc.layout)
-    k_smem = gl.allocate_shared_memory(k_desc.dtype, [_STAGES, _KEYS, D], k_desc.layout)
-    v_smem = gl.allocate_shared_memory(k_desc.dtype, [_STAGES, _KEYS, D], k_desc.layout)
-    k_full = gl.allocate_shared_memory(gl.int64, [_STAGES, 1], mbarrier.MBarrierLayout())
-    k_empty = gl.allocate_shared_memory(gl.int64, [_STAGES, 1], mbarrier.MBarrierLayout())
-    v_full = gl.allocate_shared_memory(gl.int64, [_STAGES, 1], mbarrier.MBarrierLayout())
-    v_empty = gl.allocate_shared_memory(gl.int64, [_STAGES, 1], mbarrier.MBarrierLayout())
-    for stage in gl.static_range(_STAGES):
+    k_smem = gl.allocate_shared_memory(k_desc.dtype, [STAGES, KEYS, D], k_desc.layout)
+    v_smem = gl.allocate_shared_memory(k_desc.dtype, [STAGES, KEYS, D], k_desc.layout)
+    k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    k_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    v_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    for stage in gl.static_range(STAGES):
         mbarrier.init(k_full.index(stage), count=1)
         mbarrier.init(v_full.index(stage), count=1)
         mbarrier.init(k_empty.index(stage), count=2)
@@ -463,7 +463,7 @@ def paged_attention(
     num_blocks, block_size, num_kv_heads, _ = k_cache.shape
     width = num_kv_heads * head_dim
     out = q.new_empty(num_tokens, num_heads * head_dim)
-    box = [math.gcd(block_size, _KEYS.value), _COLUMNS.value]
+    box = [math.gcd(block_size, KEYS.value), COLUMNS.value]
     layout = gl.NVMMASharedLayout(128, 16, 2)
     k_desc, v_desc = (
         TensorDescriptor(cache, [num_blocks * block_size, width], [width, 1], box, layout)

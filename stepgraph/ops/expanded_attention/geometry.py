@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import torch
+
 from stepgraph.ops.attention.geometry import UNSPLIT, AttentionGeometry, max_tiles
+from stepgraph.platforms.tuning import KernelTuning
 
 TILE = 128
 """Tokens of a tile, of one head."""
@@ -20,3 +23,24 @@ def expanded_geometry(num_tokens: int, num_rows: int, num_heads: int, multiproce
         max_partials=0,
         num_programs=min(max_items * num_heads, max(1, multiprocessors)),
     )
+
+
+def hopper_serves(tuning: KernelTuning, dtype: torch.dtype, key_dim: int, rotated_dim: int, value_dim: int) -> bool:
+    """Whether `stepgraph.ops.expanded_attention.hopper` computes tiles of TILE, or the kernel for any GPU does.
+
+    It is for a Hopper GPU, under a Triton that has its Gluon; activations of 16 bits; and heads of DeepSeek's sizes.
+
+    Args:
+        tuning: of the platform.
+        dtype: of the activations.
+        key_dim, rotated_dim, value_dim: N, P and V of the operator.
+    """
+    if not tuning.hopper_expanded or dtype not in (torch.bfloat16, torch.float16):
+        return False
+    if (key_dim, rotated_dim, value_dim) != (128, 64, 128):
+        return False
+    try:
+        from stepgraph.ops.expanded_attention import hopper  # noqa: F401
+    except (ImportError, AttributeError):  # Gluon is experimental: another release may name things otherwise
+        return False
+    return True

@@ -1,4 +1,4 @@
-"""Triton kernel of `expanded_attention`.
+"""Triton kernel of `expanded_attention`, which has another one for what `hopper_serves` says.
 
 Shapes in the kernel: M tokens of a tile, which is of one head; K keys of one inner iteration; N, P, V as of the operator,
 where N is A numbers, a power of two, and then B others. Blocks of numbers are padded to a power of two.
@@ -13,7 +13,9 @@ from torch import Tensor
 from stepgraph.ops.attention.geometry import ITEM_SIZE
 from stepgraph.ops.attention.triton import LOG2_E, load_item, work_of
 from stepgraph.ops.dependent_launch import LAUNCH, wait_for_previous
+from stepgraph.ops.expanded_attention.geometry import TILE, hopper_serves
 from stepgraph.ops.launched import launched
+from stepgraph.platforms.kernels import kernel_tuning
 
 
 @dataclass(frozen=True)
@@ -194,6 +196,11 @@ def expanded_attention(
     num_heads, rotated_dim = context_lse.shape[1], key.shape[1]
     key_dim = q.shape[1] // num_heads - rotated_dim
     value_dim = kv.shape[1] // num_heads - key_dim
+    is_whole = kv.is_contiguous() and key.is_contiguous()
+    if tile == TILE and is_whole and hopper_serves(kernel_tuning(), q.dtype, key_dim, rotated_dim, value_dim):
+        from stepgraph.ops.expanded_attention import hopper
+
+        return hopper.expanded_attention(q, absorbed, kv, key, context, context_lse, items, header, scale, num_programs)
     first = 1 << (key_dim.bit_length() - 1)
     block_a, block_b, block_p, block_v = (
         max(16, triton.next_power_of_2(dim)) for dim in (first, key_dim - first, rotated_dim, value_dim)
