@@ -10,6 +10,7 @@ from dataclasses import replace
 import pytest
 import torch
 from attention_batches import make_batch
+from triton_operators import triton_operators
 
 from stepgraph.layers.cache import LatentCache
 from stepgraph.layers.inputs import AttentionSpec, AttentionWork, StepInputs
@@ -68,6 +69,17 @@ def inputs_of(rows: list[tuple[int, int]], geometry: AttentionGeometry, device: 
 @pytest.mark.parametrize("cache_dtype", [torch.float32, torch.float8_e4m3fn], ids=["whole", "fp8"])
 @pytest.mark.parametrize("rows", ROWS.values(), ids=ROWS)
 def test_both_ways_give_the_same(layer, rows, cache_dtype, device) -> None:
+    assert_both_ways_give_the_same(layer, rows, cache_dtype, device)
+
+
+def test_both_ways_give_the_same_by_triton_kernels(layer, device) -> None:
+    with triton_operators("attention_plan", "expanded_attention", "mla_context_attention"):
+        assert_both_ways_give_the_same(layer, ROWS["mixture"], torch.float32, device)
+
+
+def assert_both_ways_give_the_same(
+    layer: LatentAttention, rows: list[tuple[int, int]], cache_dtype: torch.dtype, device: str
+) -> None:
     generator = torch.Generator().manual_seed(1)
     x_TE, norm = (
         torch.randn(T, E, generator=generator),
