@@ -1,10 +1,11 @@
 """One captured graph of 160 tokens and 8 rows against every way to fill it.
 
-    python scripts/check_partitions.py [--device cuda] [--json FILE]
+    python scripts/check_partitions.py [--latent] [--device cuda] [--json FILE]
 
 All 2,214 partitions of 160 into up to 3 rows, 2,000 random ones into up to 8, and adversarial ones (all ones and the rest, tile
 borders ± 1), each with random contexts, on a random two-layer model whose 5 query heads per KV head and tiles of 64 rows are
-those of the batch pair [160, 0] and [80, 80] that needs 13 and 14 tiles. See `stepgraph.verify.graphs` for what is compared.
+those of the batch pair [160, 0] and [80, 80] that needs 13 and 14 tiles. With --latent, the model has latent attention of 5
+heads, which are one group, and experts in its second layer. See `stepgraph.verify.graphs` for what is compared.
 """
 
 from __future__ import annotations
@@ -26,21 +27,43 @@ from stepgraph.verify.compositions import Composition, Row
 from stepgraph.verify.graphs import verify_shape
 
 TOKENS, ROWS = 160, 8
-CONFIG = {
-    "architectures": ["LlamaForCausalLM"],
-    "model_type": "llama",
+SIZES = {
     "vocab_size": 257,
     "hidden_size": 160,
     "intermediate_size": 256,
     "num_hidden_layers": 2,
-    "num_attention_heads": 10,
-    "num_key_value_heads": 2,
-    "head_dim": 16,
     "max_position_embeddings": 512,
     "rms_norm_eps": 1e-5,
     "tie_word_embeddings": False,
     "eos_token_id": 0,
     "bos_token_id": 1,
+}
+GROUPED = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    **SIZES,
+    "num_attention_heads": 10,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+}
+LATENT = {
+    "architectures": ["DeepseekV2ForCausalLM"],
+    "model_type": "deepseek_v2",
+    **SIZES,
+    "num_attention_heads": 5,
+    "num_key_value_heads": 5,
+    "q_lora_rank": None,
+    "kv_lora_rank": 64,
+    "qk_nope_head_dim": 16,
+    "qk_rope_head_dim": 16,
+    "v_head_dim": 16,
+    "first_k_dense_replace": 1,
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 3,
+    "n_shared_experts": 1,
+    "moe_intermediate_size": 32,
+    "topk_method": "greedy",
+    "routed_scaling_factor": 1.0,
 }
 
 
@@ -63,12 +86,14 @@ def query_lengths(rng: random.Random) -> dict[str, list[tuple[int, ...]]]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--latent", action="store_true", help="a model with latent attention")
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the result as JSON")
     arguments = parser.parse_args()
     check_outputs(arguments)
+    config = LATENT if arguments.latent else GROUPED
     with tempfile.TemporaryDirectory() as folder:
-        (Path(folder) / "config.json").write_text(json.dumps(CONFIG))
+        (Path(folder) / "config.json").write_text(json.dumps(config))
         engine = build_engine(
             EngineConfig.from_settings(
                 model=folder,
@@ -120,7 +145,7 @@ def main() -> int:
                 "machine": machine(engine.executor.specs.device),
                 "tokens": TOKENS,
                 "rows": ROWS,
-                "model": CONFIG,
+                "model": config,
                 "families": families,
             },
         )

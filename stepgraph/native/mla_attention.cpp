@@ -21,8 +21,12 @@
 namespace stepgraph {
 namespace {
 
-constexpr int64_t KEYS = 64;
-constexpr int SUMS = LANES == 16 ? 16 : 8;  // in registers at a time
+constexpr int64_t KEYS = 72;
+// Sums in registers at a time, as many as there are room and loads for: of scores, entries, and of values, numbers.
+template <int GROUPS>
+constexpr int ENTRIES = LANES == 16 ? 12 : GROUPS == 2 ? 6 : 8;
+template <int GROUPS>
+constexpr int NUMBERS = (LANES == 16 ? 16 : 8) / GROUPS;
 constexpr float UNSEEN = -1e30f;            // peak of no entries
 
 struct Cache {
@@ -47,7 +51,7 @@ struct Tile {
 // scores[k] = scale · Σ_d q[d] · entry_k[d], for some of the entries
 template <int GROUPS>
 void score(const float* q, const float* const* entries, int64_t dim, Lanes scale, float* scores) {
-  constexpr int COUNT = SUMS / GROUPS;
+  constexpr int COUNT = ENTRIES<GROUPS>;
   Lanes total[COUNT][GROUPS];
   for (auto& groups : total)
     for (auto& lanes : groups) lanes = zero();
@@ -66,7 +70,7 @@ void score(const float* q, const float* const* entries, int64_t dim, Lanes scale
 // sums[d] = Σ_k weights[k] · entry_k[d], for some of the d
 template <int GROUPS>
 void accumulate(const float* weights, const float* const* entries, int64_t count, int64_t d, float* sums) {
-  constexpr int COUNT = SUMS / GROUPS;
+  constexpr int COUNT = NUMBERS<GROUPS>;
   Lanes total[COUNT][GROUPS];
   for (auto& groups : total)
     for (auto& lanes : groups) lanes = zero();
@@ -95,17 +99,18 @@ void load_queries(const Tile& tile, int64_t dim, float* q) {
 // A part, [value_dim + 2] lanes: values weighted with e^(score - peak) and added up, then the peak and the sum of the weights.
 template <int GROUPS>
 void attend_block(const Tile& tile, const Cache& cache, const float* q, int64_t block, float* part) {
-  constexpr int WIDTH = GROUPS * LANES, COUNT = SUMS / GROUPS;
+  constexpr int WIDTH = GROUPS * LANES;
   const int64_t first = block * KEYS, count = std::min(KEYS, tile.end() - first);
   const float* entries[KEYS];
   alignas(64) float weights[KEYS * WIDTH];
+  static_assert(KEYS % ENTRIES<GROUPS> == 0);
   alignas(64) float position[WIDTH];
   for (int64_t k = 0; k < KEYS; k++) {  // those beyond the last one repeat it
     const int64_t key = first + std::min(k, count - 1);
     entries[k] = cache.entries +
                  (tile.blocks[key / cache.block_size] * cache.block_size + key % cache.block_size) * cache.dim;
   }
-  for (int64_t k = 0; k < count; k += COUNT)
+  for (int64_t k = 0; k < count; k += ENTRIES<GROUPS>)
     score<GROUPS>(q, entries + k, cache.dim, all(cache.scale), weights + k * WIDTH);
   const bool masked = first + count > tile.position(0) + 1;
   for (int lane = 0; lane < WIDTH; lane++) position[lane] = static_cast<float>(tile.position(lane));
@@ -129,7 +134,7 @@ void attend_block(const Tile& tile, const Cache& cache, const float* q, int64_t 
     store(part + cache.value_dim * WIDTH + g * LANES, peak);
     store(part + (cache.value_dim + 1) * WIDTH + g * LANES, total);
   }
-  for (int64_t d = 0; d < cache.value_dim; d += COUNT)
+  for (int64_t d = 0; d < cache.value_dim; d += NUMBERS<GROUPS>)
     accumulate<GROUPS>(weights, entries, count, d, part + d * WIDTH);
 }
 
