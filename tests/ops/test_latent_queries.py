@@ -34,9 +34,12 @@ class Inputs:
     cache: Tensor
 
     def to(self, device: str) -> Inputs:
-        """A copy on `device`, of the same strides where it is another one."""
+        """A copy on `device`, of the same strides."""
         return Inputs(
-            *(x.to(device) if x is self.q or x is self.latent else x.to(device, copy=True) for x in vars(self).values())
+            *(
+                torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=device).copy_(x)
+                for x in vars(self).values()
+            )
         )
 
     def run(self, function, deterministic: bool = False) -> tuple[Tensor, Tensor]:
@@ -65,7 +68,7 @@ def make_inputs(
         kv_slots=4 + torch.randperm(4 * (num_blocks - 1), generator=generator)[:num_tokens].int(),
         cos_sin=torch.cat((angle.cos(), angle.sin()), dim=1),
         latent_norm=1 + torch.rand(R, generator=generator).to(dtype),
-        key_weight=torch.randn(H, N + 5, R, generator=generator).to(dtype)[:, :N] / 4,
+        key_weight=(torch.randn(H, N + 5, R, generator=generator) / 4).to(dtype)[:, :N],
         cache=torch.full((num_blocks, 4, R + P), UNTOUCHED).to(cache_dtype or dtype),
     )
 
@@ -168,12 +171,14 @@ def test_a_float8_cache_gets_the_same_entries_rounded(dtype, device) -> None:
         else:
             same = entries.float() == wanted
         assert same.float().mean() > 0.98  # in the others, float32 results round differently
+        beyond = expected.abs() > 465  # what rounds to 448 by itself is below
+        assert torch.equal(entries.float()[beyond], 448 * expected[beyond].sign().float())
 
 
 def test_a_token_keeps_its_bits_in_every_batch_and_place_if_deterministic(device, monkeypatch) -> None:
     """Products add up to nothing, so that absorbed queries are errors of rounding, which another order would change."""
     make_rows_of_products_independent(monkeypatch)
-    inputs = make_inputs(67, (1, 256, 8, 40), torch.float16)
+    inputs = make_inputs(67, (1, 256, 8, 20), torch.float16)
     half = inputs.key_weight[:, :128]
     inputs.q[:, 128:256] = -inputs.q[:, :128].flip(1)
     inputs = replace(inputs, key_weight=1000 * torch.cat((half, half.flip(1)), dim=1))
@@ -189,7 +194,7 @@ def test_a_token_keeps_its_bits_in_every_batch_and_place_if_deterministic(device
         count = 0
         for batch in BATCHES:
             found = run(batch, deterministic)
-            assert found[:, :40].abs().max() > 0
+            assert found[:, :20].abs().max() > 0
             for place in (0, -1):
                 count += not torch.equal(found[place], run((batch[place],), deterministic)[0])
         return count
