@@ -15,9 +15,9 @@ from attention_batches import Batch, make_batch, needs_hopper
 from torch import Tensor
 
 from stepgraph.ops.attention import AttentionGeometry, plan_triton
-from stepgraph.ops.attention.geometry import KV_BLOCK
+from stepgraph.ops.attention.geometry import KV_BLOCK, UNSPLIT
 from stepgraph.ops.mla_attention import mla_geometry, reference
-from stepgraph.ops.mla_attention.geometry import HOPPER_TILE, hopper_serves
+from stepgraph.ops.mla_attention.geometry import TALL_TILE, hopper_serves
 from stepgraph.platforms.tuning import DEFAULT, SM_90
 
 LATENT, ENTRY = 512, 576
@@ -55,8 +55,8 @@ def attend(batch: Batch, geometry: AttentionGeometry) -> Tensor:
     out = out.double().flatten(0, 1)
     num_items, keys_per_split = header.tolist()
     for _, start, query_len, kv_len, tile, split, first_partial, _ in items[:num_items].tolist():
-        first_pair = tile * HOPPER_TILE
-        pairs = min(HOPPER_TILE, query_len * heads - first_pair)
+        first_pair = tile * TALL_TILE
+        pairs = min(TALL_TILE, query_len * heads - first_pair)
         visible = kv_len - query_len + (first_pair + pairs - 1) // heads + 1
         num_parts = -(-visible // keys_per_split)
         if num_parts > 1 and split == 0:
@@ -70,10 +70,15 @@ def attend(batch: Batch, geometry: AttentionGeometry) -> Tensor:
 
 def assert_matches(batch: Batch, *, min_split_keys: int = KV_BLOCK, multiprocessors: int = MULTIPROCESSORS) -> None:
     T, H, _ = batch.q.shape
-    geometry = mla_geometry(T, len(batch.kv_len), H, multiprocessors)
-    sizes = {"tile": HOPPER_TILE, "min_split_keys": min_split_keys}
-    # As many tiles as any geometry has, whose own may be lower.
-    geometry = replace(geometry, max_items=geometry.max_items + T * H, max_partials=2 * multiprocessors, **sizes)
+    # Of few pairs a row the geometry's tiles are lower, and so more; programs are as of tall ones.
+    geometry = replace(
+        mla_geometry(T, len(batch.kv_len), H, multiprocessors),
+        tile=TALL_TILE,
+        min_split_keys=min_split_keys,
+        split_target=multiprocessors,
+        max_partials=2 * multiprocessors,
+        num_programs=multiprocessors,
+    )
     rows = (batch.block_table, batch.row_slot, batch.query_start, batch.kv_len)
     expected = reference.mla_attention(batch.q.double(), batch.k_cache[:, :, 0].double(), *rows, LATENT, batch.scale)
     out = attend(batch, geometry).cpu()
@@ -115,6 +120,32 @@ def test_a_ring_that_goes_round_many_times_in_one_program_stays_in_step() -> Non
 
 
 @needs_hopper
+def test_context_alone_is_attended_to_by_all_tokens_of_a_row_and_its_sums_are_there() -> None:
+    """Unsplit: of split rows the sums are the combining kernel's to write. One row has no context, and so no result."""
+    from stepgraph.ops.mla_attention import hopper
+
+    rows = [(5, 130), (1, 64), (3, 0), (9, 777)]
+    batch = latents_of(rows, 16).to("cuda")
+    context_len = torch.tensor([computed for _, computed in rows], dtype=torch.int32, device="cuda")
+    cache, tokens = batch.k_cache[:, :, 0], (batch.block_table, batch.row_slot, batch.query_start, context_len)
+    geometry = mla_geometry(len(batch.q), len(rows), 16, MULTIPROCESSORS, tuning=SM_90)
+    sizes = (TALL_TILE, UNSPLIT, MULTIPROCESSORS, geometry.max_items, 0)
+    items, header, partials, _ = plan_triton.attention_plan(*tokens[1:], 16, 1, LATENT, *sizes, 0)
+    out = batch.q.new_empty(len(batch.q), 16, LATENT)
+    lse = out.new_empty(len(batch.q), 16, dtype=torch.float32)
+    lines = (batch.q, cache, batch.block_table)
+    hopper.attend(*lines, items, header, partials, out, lse, batch.scale, MULTIPROCESSORS, causal=False)
+    plan = (items, header, partials, LATENT, batch.scale, TALL_TILE, MULTIPROCESSORS)
+    expected = reference.mla_context_attention(batch.q.double(), cache.double(), *tokens, *plan)
+    seen = torch.tensor([computed > 0 for n, computed in rows for _ in range(n)])
+    for found, wanted in zip((out, lse), expected, strict=True):
+        of_rows = slice(batch.num_real_tokens)
+        torch.testing.assert_close(
+            found.cpu().double()[of_rows][seen], wanted.cpu()[of_rows][seen], atol=2e-2, rtol=2e-2
+        )
+
+
+@needs_hopper
 def test_rows_whose_scores_are_huge_or_alike_stay_exact() -> None:
     """Weights of 0, of 1, and all the same."""
     batch = latents_of([(20, 500)], 16)
@@ -125,7 +156,7 @@ def test_rows_whose_scores_are_huge_or_alike_stay_exact() -> None:
 def test_it_serves_where_it_was_written_for() -> None:
     tuning = replace(SM_90, hopper_mla=True)
     pytest.importorskip("triton.experimental.gluon")
-    served = (HOPPER_TILE, torch.bfloat16, torch.bfloat16, ENTRY, LATENT, 16)
+    served = (TALL_TILE, torch.bfloat16, torch.bfloat16, ENTRY, LATENT, 16)
     assert hopper_serves(tuning, *served)
     assert not hopper_serves(DEFAULT, *served)
     for index, other in enumerate((16, torch.float16, torch.float8_e4m3fn, 640, 256, 4)):

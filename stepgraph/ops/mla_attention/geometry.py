@@ -44,10 +44,6 @@ def mla_geometry(
     )
 
 
-HOPPER_TILE = 64
-"""Rows of a tile of `stepgraph.ops.mla_attention.hopper`, which see there."""
-
-
 def hopper_serves(
     tuning: KernelTuning,
     tile: int,
@@ -59,7 +55,7 @@ def hopper_serves(
 ) -> bool:
     """Whether `stepgraph.ops.mla_attention.hopper` does a plan's items, or the kernel for any GPU does.
 
-    It is for tiles of HOPPER_TILE; a Hopper GPU, under a Triton that has its Gluon; activations of 16 bits and a cache of the
+    It is for tiles of TALL_TILE; a Hopper GPU, under a Triton that has its Gluon; activations of 16 bits and a cache of the
     same; entries of 512 + 64, as all of DeepSeek's have; and blocks of 8 tokens at least, which is what shared memory is arranged
     by.
 
@@ -74,7 +70,7 @@ def hopper_serves(
     """
     serves = (
         tuning.hopper_mla
-        and tile == HOPPER_TILE
+        and tile == TALL_TILE
         and dtype in (torch.bfloat16, torch.float16)
         and cache_dtype == dtype
         and (entry_size, value_dim) == (576, 512)

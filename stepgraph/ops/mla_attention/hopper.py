@@ -21,8 +21,7 @@ only for older blocks than it copies, the owner only for its copy and for the bl
 owner: the oldest block that is not done can always be gone on with. Published numbers of b are overwritten by those of b + 2 and
 by its copy, so after both have left b.
 
-The kernel is written in Gluon, which is experimental: only `stepgraph.ops.mla_attention.geometry.hopper_serves` decides whether
-this module is imported.
+Gluon, which the kernel is written in, is experimental: `geometry.hopper_serves` decides whether this module is imported.
 
 Shapes in the kernel: M pairs of a token and a head; K keys of a block; R dimensions of the latent, P rotated ones, V half of R;
 X keys that are copied at once, which lie within one block of the cache.
@@ -48,9 +47,9 @@ from stepgraph.ops.attention.geometry import ITEM_SIZE
 from stepgraph.ops.attention.triton import LOG2_E, load_item, work_of
 from stepgraph.ops.dependent_launch import LAUNCH, wait_for_previous
 from stepgraph.ops.launched import launched
-from stepgraph.ops.mla_attention.geometry import HOPPER_TILE
+from stepgraph.ops.mla_attention.geometry import TALL_TILE
 
-_TILE = gl.constexpr(HOPPER_TILE)
+_TILE = gl.constexpr(TALL_TILE)
 _ITEM = gl.constexpr(ITEM_SIZE)
 _KEYS = gl.constexpr(64)
 _HALF = gl.constexpr(256)  # of the latent's dimensions
@@ -270,6 +269,41 @@ def _zero_unwritten(smem, first, BOX: gl.constexpr):
 
 
 @jit
+def _store_output(half: gl.constexpr, acc_MV, max_M, sum_M, out_ptr, lse_ptr, line, num_pairs):
+    """Write half of the output of pairs that have no other part, from a line on; the sums of their weights if asked for."""
+    # Sixteen bytes a thread of what is its warp's already.
+    WIDE: gl.constexpr = gl.DistributedLinearLayout(
+        reg_bases=[[0, 1], [0, 2], [0, 4], [0, 32], [0, 64], [0, 128], [8, 0]],
+        lane_bases=[[0, 8], [0, 16], [1, 0], [2, 0], [4, 0]],
+        warp_bases=[[16, 0], [32, 0]],
+        block_bases=[],
+        shape=[_TILE, _HALF],
+    )
+    pair_M = gl.arange(0, _TILE, layout=gl.SliceLayout(1, WIDE))
+    dim_V = half * _HALF + gl.arange(0, _HALF, layout=gl.SliceLayout(0, WIDE))
+    out_MV = (acc_MV * _spread(1.0 / sum_M, acc_MV)).to(out_ptr.dtype.element_ty)
+    line_M = (line + pair_M).to(gl.int64) * (2 * _HALF)
+    target_MV = out_ptr + line_M[:, None] + dim_V[None, :]
+    gl.store(target_MV, gl.convert_layout(out_MV, WIDE), mask=(pair_M < num_pairs)[:, None])
+    if lse_ptr is not None and half == 0:
+        row_M = gl.arange(0, _TILE, layout=max_M.type.layout)
+        gl.store(lse_ptr + line + row_M, max_M + gl.log2(sum_M), mask=row_M < num_pairs)
+
+
+@jit
+def _store_part(half: gl.constexpr, acc_MV, max_M, sum_M, part_ptr):
+    """Write half of a tile's partial result, and what it is relative to."""
+    layout: gl.constexpr = acc_MV.type.layout
+    row_M = gl.arange(0, _TILE, layout=gl.SliceLayout(1, layout)) * (2 * _HALF + 2)
+    dim_V = half * _HALF + gl.arange(0, _HALF, layout=gl.SliceLayout(0, layout))
+    gl.store(part_ptr + row_M[:, None] + dim_V[None, :], acc_MV)
+    if half == 0:
+        known_M = part_ptr + gl.arange(0, _TILE, layout=max_M.type.layout) * (2 * _HALF + 2) + 2 * _HALF
+        gl.store(known_M, max_M)
+        gl.store(known_M + 1, sum_M)
+
+
+@jit
 def _consume(
     half: gl.constexpr,
     targets,
@@ -289,7 +323,6 @@ def _consume(
     SCORE: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, _KEYS, 16])
     OUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, _HALF, 16])
     SCORE_ROW: gl.constexpr = gl.SliceLayout(1, SCORE)
-    OUT_ROW: gl.constexpr = gl.SliceLayout(1, OUT)
 
     num_work = gl.load(header_ptr)
     keys_per_split = gl.load(header_ptr + 1)
@@ -356,23 +389,12 @@ def _consume(
                 block += 1
             num_done += 1
 
-            row_M = gl.arange(0, _TILE, layout=OUT_ROW)
-            dim_V = half * _HALF + gl.arange(0, _HALF, layout=gl.SliceLayout(0, OUT))
             if visible <= keys_per_split:
-                pair_M = first_pair + row_M
-                line_M = (query_start * H + pair_M).to(gl.int64) * (2 * _HALF)
-                out_MV = (acc_MV / _spread(sum_M, acc_MV)).to(out_ptr.dtype.element_ty)
-                gl.store(out_ptr + line_M[:, None] + dim_V[None, :], out_MV, mask=(pair_M < query_len * H)[:, None])
-                if lse_ptr is not None and half == 0:
-                    lse_M = gl.convert_layout(max_M + gl.log2(sum_M), OUT_ROW)
-                    gl.store(lse_ptr + query_start * H + pair_M, lse_M, mask=pair_M < query_len * H)
+                line = query_start * H + first_pair
+                _store_output(half, acc_MV, max_M, sum_M, out_ptr, lse_ptr, line, query_len * H - first_pair)
             else:
                 part_ptr = partials_ptr + (first_partial + split).to(gl.int64) * (_TILE * (2 * _HALF + 2))
-                row_ptr_M = part_ptr + row_M * (2 * _HALF + 2)
-                gl.store(row_ptr_M[:, None] + dim_V[None, :], acc_MV)
-                if half == 0:
-                    gl.store(row_ptr_M + 2 * _HALF, gl.convert_layout(max_M, OUT_ROW))
-                    gl.store(row_ptr_M + 2 * _HALF + 1, gl.convert_layout(sum_M, OUT_ROW))
+                _store_part(half, acc_MV, max_M, sum_M, part_ptr)
         turn += 1
         work = work_of(turn)
         item = load_item(items_ptr, work, work < num_work, _ITEM)
@@ -400,10 +422,9 @@ def _attention_kernel(
     BOX: gl.constexpr = cache_desc.block_type.shape[0]
     q_smem = gl.allocate_shared_memory(q_desc.dtype, [2, _TILE, _HALF], q_desc.layout)
     q_rotated_smem = gl.allocate_shared_memory(q_desc.dtype, [1, _TILE, _ROTATED], q_desc.layout)
-    # Of halves and stages: the first halves of both stages come first.
+    # Of both stages the first halves, then the second ones; below likewise maxima, then sums.
     latent_smem = gl.allocate_shared_memory(q_desc.dtype, [4, _KEYS, _HALF], q_desc.layout)
     rotated_smem = gl.allocate_shared_memory(q_desc.dtype, [2, _KEYS, _ROTATED], q_desc.layout)
-    # Maxima of both stages, then sums.
     known_smem = gl.allocate_shared_memory(gl.float32, [4, _TILE], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     full = gl.allocate_shared_memory(gl.int64, [4, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [4, 1], mbarrier.MBarrierLayout())
@@ -414,9 +435,9 @@ def _attention_kernel(
     for part in gl.static_range(4):
         mbarrier.init(full.index(part), count=1)
         mbarrier.init(empty.index(part), count=1)
-    for stage in gl.static_range(2):
-        mbarrier.init(max_known.index(stage), count=1)
-        mbarrier.init(weights_known.index(stage), count=1)
+        if part < 2:
+            mbarrier.init(max_known.index(part), count=1)
+            mbarrier.init(weights_known.index(part), count=1)
     mbarrier.init(q_full, count=1)
     mbarrier.init(q_empty, count=2)
     wait_for_previous()
@@ -451,10 +472,8 @@ def attend(
     *,
     causal: bool,
 ) -> None:
-    """As `stepgraph.ops.mla_attention.triton.attend`, for what `hopper_serves` asks.
-
-    Where queries and entries lie is copied into the launch, and so into a graph that captures it.
-    """
+    """Do the items of a plan, as the kernel for any GPU does, where `hopper_serves`. Where queries and entries lie is copied into
+    the launch, and so into a graph that captures it."""
     num_tokens, num_heads, entry_size = q.shape
     num_blocks, block_size, _ = cache.shape
     layout = gl.NVMMASharedLayout(128, 16, 2)

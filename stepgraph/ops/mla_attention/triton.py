@@ -22,7 +22,7 @@ from stepgraph.ops.attention.geometry import ITEM_SIZE
 from stepgraph.ops.attention.triton import LOG2_E, combine, line_of, load_item, work_of
 from stepgraph.ops.dependent_launch import LAUNCH, wait_for_previous
 from stepgraph.ops.launched import launched
-from stepgraph.ops.mla_attention.geometry import TALL_TILE, hopper_serves
+from stepgraph.ops.mla_attention.geometry import hopper_serves
 from stepgraph.platforms.kernels import kernel_tuning
 
 TUNING = kernel_tuning()
@@ -236,6 +236,11 @@ def _attend(
     """Do the items of a plan: write the outputs of tiles with one split, and partial results of the others."""
     num_heads, entry_size = q.shape[1:]
     rank = out.shape[2]
+    if hopper_serves(TUNING, tile, q.dtype, cache.dtype, entry_size, rank, cache.shape[1]):
+        from stepgraph.ops.mla_attention import hopper
+
+        hopper.attend(q, cache, block_table, items, header, partials, out, lse, scale, num_programs, causal=causal)
+        return
     block_rank, block_rotated = (max(16, triton.next_power_of_2(size)) for size in (rank, entry_size - rank))
     launch = launch_of(tile, (block_rank + block_rotated) * q.element_size())
     _attention_kernel[(num_programs,)](
@@ -316,14 +321,8 @@ def mla_attention(
     deterministic: bool,
 ) -> Tensor:
     """See `stepgraph.ops.mla_attention.mla_attention`."""
-    arguments = q, cache, block_table, items, header, partials
-    if tile == TALL_TILE and hopper_serves(TUNING, q.dtype, cache.dtype, q.shape[2], value_dim, cache.shape[1]):
-        from stepgraph.ops.mla_attention import hopper
-
-        out = hopper.mla_attention(*arguments, scale, num_programs)
-    else:
-        out = q.new_empty(*q.shape[:2], value_dim)
-        _attend(*arguments, out, None, scale, tile, num_programs, causal=True)
+    out = q.new_empty(*q.shape[:2], value_dim)
+    _attend(q, cache, block_table, items, header, partials, out, None, scale, tile, num_programs, causal=True)
     _combine(items, header, partials, out, None, tile, num_programs, causal=True)
     return out
 
