@@ -91,6 +91,23 @@ def test_no_more_is_read_of_what_is_cut_than_is_kept(folder, monkeypatch) -> Non
             assert numbers[tensor] == (numel // 4 if tensor.endswith(cut) else numel), tensor
 
 
+def bytes_of_blocks(executor) -> tuple[int, int]:
+    """By the plan of the cache, and as allocated."""
+    layout, num_blocks = executor.runner.layout, executor.runner.num_kv_blocks
+    tensors = [tensor for cache in executor.runner.caches for tensor in cache.block_tensors]
+    return layout.block_bytes * num_blocks, sum(tensor.nbytes for tensor in tensors)
+
+
+@pytest.mark.parametrize(("settings", "size"), [({}, 4), ({"kv_cache_dtype": "fp8"}, 1)])
+def test_each_rank_has_one_entry_of_a_token_for_all_heads(create_ranked, folder, settings, size) -> None:
+    given = TINY_SETTINGS | {"model": str(folder), "device": "cpu", "tensor_parallel_size": 2} | settings
+    engine = create_ranked(EngineConfig.from_settings(**given, **PROPOSING))
+    layers = len(engine.executor.runner.layout.specs)
+    expected = layers * given["num_kv_blocks"] * engine.executor.runner.block_size * (R + P) * size
+    assert engine.executor.on_all(bytes_of_blocks) == [(expected, expected)] * 2
+    assert layers == 3  # the draft module's, too
+
+
 def test_heads_that_do_not_divide_are_refused_in_words_of_latents(folder) -> None:
     said = r"3 devices cannot share this .*: it has 4 heads, whose latents are whole on each, .* Numbers that can: 1, 2, 4\."
     with pytest.raises(ModelError, match=said):
