@@ -208,10 +208,10 @@ def operator_cost(
 ) -> StepCost:
     """What one operator of a step must do at least, of whatever it is made.
 
-    Weights are read once, activations once, and written once. An operator named attention reads the keys and values of `rows`;
-    any other that is given them writes those of its tokens. Integers (token ids, block tables, state) are not counted, nor is
-    scratch memory. A matrix costs two FLOPs per entry and token. Stacked matrices of experts are read, and multiplied, as far as
-    tokens have chosen them.
+    Weights are read once, activations once, and written once. An operator named attention reads the keys and values of `rows`,
+    one that attends to older latents alone those from before the step; any other that is given them writes those of its tokens.
+    Integers (token ids, block tables, state) are not counted, nor is scratch memory. A matrix costs two FLOPs per entry and
+    token. Stacked matrices of experts are read, and multiplied, as far as tokens have chosen them.
 
     Args:
         name: of the operator, without namespace.
@@ -238,14 +238,22 @@ def operator_cost(
         if len(weight.shape) > 1:
             flops += 2 * num_tokens * prod(weight.shape)
     caches = [x for x in operands if x.kind == "cache"]
+    entries, pairs = sum(kv_len for _, kv_len in rows), _keys_seen(rows)
+    own_pairs = _keys_seen([(query_len, query_len) for query_len, _ in rows])
+    if name == "expanded_attention":
+        flops += (
+            2 * own_pairs * (prod(activations[0].shape[1:]) + prod(results[0].shape[1:]))
+        )  # queries' and values' sizes
+    if name == "mla_context_attention":
+        entries, pairs = entries - sum(query_len for query_len, _ in rows), pairs - own_pairs
     for cache in caches:
         token_bytes = prod(cache.shape[2:]) * cache.element_size
         if "attention" in name:
-            bytes_ += token_bytes * sum(kv_len for _, kv_len in rows)
+            bytes_ += token_bytes * entries
             size = cache.shape[-1]  # of the keys, or the values
             if len(caches) == 1 and results:  # latents, which are both: as values without what is rotated
                 size += results[0].shape[-1]
-            flops += 2 * num_heads * size * _keys_seen(rows)
+            flops += 2 * num_heads * size * pairs
         if cache.is_written:
             bytes_ += token_bytes * num_tokens
     return StepCost(bytes_, flops)

@@ -119,6 +119,15 @@ def test_an_operator_reads_entries_once_and_multiplies_the_latent_part_twice() -
     assert cost == StepCost(2 * (5 * 4 * 72 + 40 * 40), 2 * 4 * 72 * (30 + 7 + 8 + 9 + 10))
 
 
+def test_a_prompts_own_keys_and_older_entries_are_each_attended_to_once() -> None:
+    rows, cache = [(3, 30), (4, 4)], operand("cache", 99, 16, 40)
+    older = operator_cost("mla_context_attention", [cache], [operand("other", 7, 4, 32)], rows, 4)
+    assert older == StepCost(2 * (7 * 4 * 32 + 27 * 40), 2 * 4 * 72 * 3 * 27)
+    q, kv, result = operand("other", 7, 4 * 24), operand("other", 7, 4 * 40), operand("other", 7, 4 * 24)
+    own = operator_cost("expanded_attention", [q, kv], [result], rows, 4)
+    assert own == StepCost(2 * 7 * 4 * (24 + 40 + 24), 2 * 4 * (24 + 24) * (6 + 10))
+
+
 def test_every_head_reads_its_own_part_of_the_matrix_between_latents_and_heads() -> None:
     cost = operator_cost("head_linear", [operand("other", 5, 4, 32), operand("weight", 4, 24, 32)], [], [], 4)
     assert cost == StepCost(2 * (5 * 4 * 32 + 4 * 24 * 32), 2 * 5 * 4 * 24 * 32)
