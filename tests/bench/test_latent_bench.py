@@ -102,7 +102,7 @@ def test_ranks_share_heads_and_each_reads_all_entries() -> None:
     for rank in range(2):
         shard = Shard(rank, 2)
         costs.append(step_cost(on_meta("deepseek-v3-4-layers", shard=shard), rows, shard))
-    on_both = ("norm", ".gate.", "q_a_proj", "kv_a_proj")
+    on_both = ("norm", ".gate.", "qkv_proj")  # the last: what makes latents of queries and of keys
     same = [p for name, p in whole.named_parameters() if any(part in name for part in on_both)]
     cached = 4 * 576 * 2 * sum(kv_len + query_len for query_len, kv_len in rows)
     assert sum(c.bytes for c in costs) == pytest.approx(cost.bytes + sum(p.nbytes for p in same) + cached, abs=8)
