@@ -15,6 +15,7 @@ from attention_batches import MULTIPROCESSORS, TOLERANCE, Batch, make_batch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from triton_operators import make_rows_of_products_independent
 
 from stepgraph.ops.attention import AttentionGeometry, AttentionPlan, max_tiles, plan_triton
 from stepgraph.ops.attention.geometry import KV_BLOCK
@@ -241,3 +242,39 @@ def test_a_bound_of_rows_of_equal_lengths_loses_a_tile(device: str) -> None:
     finally:
         torch.use_deterministic_algorithms(False)
     assert out.isnan().any()
+
+
+LENGTH = 75
+CHUNKS = [[75], [3, 30, 42], [70, 5]]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_deterministic_geometry_gives_a_token_the_same_bits_in_every_step(
+    dtype: torch.dtype, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A prompt in several chunkings, each chunk beside rows that differ from step to step."""
+    if dtype == torch.bfloat16 and device == "cpu":
+        pytest.skip("Triton's interpreter keeps bfloat16 as integers, which its dot multiplies as such")
+    make_rows_of_products_independent(monkeypatch)
+    whole = make_latents([(LENGTH, 0)], 5, (16, 8), dtype=dtype)
+    found = {}
+    for deterministic in (True, False):
+        outputs = []
+        for lengths in CHUNKS:
+            done, parts = 0, []
+            for seed, n in enumerate(lengths):
+                others = make_latents([(1 + seed, 0), (n, done), (3, 64 * seed)], 5, (16, 8), dtype=dtype, padding=seed)
+                q, cache = others.q.clone(), others.k_cache.clone()
+                start, slot = 1 + seed, int(others.row_slot[1])
+                q[start : start + n] = whole.q[done : done + n]
+                position = torch.arange(done + n)
+                target = others.block_table[slot, position // 8].long(), position % 8
+                cache[target] = whole.k_cache[whole.block_table[1, position // 8].long(), position % 8]
+                batch = replace(others, q=q, k_cache=cache).to(device)
+                geometry = geometry_of(batch, 5, deterministic=deterministic)
+                parts.append(attend(batch, 16, plan_of(batch, 16, geometry), geometry)[start : start + n])
+                done += n
+            outputs.append(torch.cat(parts))
+        found[deterministic] = all(torch.equal(outputs[0], other) for other in outputs)
+        assert_matches(outputs[0], whole, 16)
+    assert found == {True: True, False: False}  # else the test would prove nothing
