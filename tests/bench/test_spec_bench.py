@@ -96,7 +96,8 @@ def test_verifying_and_drafting_are_timed_apart_and_leave_nothing_behind(create_
 
 
 def test_a_pass_finds_nothing_of_the_answers_of_the_pass_before(create_engine) -> None:
-    engine = create_engine(speculative_config={"method": "suffix", "num_speculative_tokens": 3})
+    method = {"method": "suffix", "num_speculative_tokens": 3, "adaptive": False}  # else by what steps took
+    engine = create_engine(speculative_config=method)
     options = TextOptions(("none", "suffix"), [Workload("w", "", [])], (2,), 24, 0.0, rounds=1, repeats=1)
     prompts = [[5 * i + j * j % 97 for j in range(20)] for i in range(3)]
     first, second = (run_pass(engine, prompts, 2, options) for _ in range(2))

@@ -118,11 +118,11 @@ def test_nothing_is_said_of_the_matrix_that_attention_reads_in_8_bits_and_of_wha
     folders, tmp_path, caplog
 ) -> None:
     write_fp8(folders("DeepSeek-V3"), tmp_path / "fp8", PER_BLOCK)
-    with caplog.at_level("INFO"):
+    with caplog.at_level("INFO", logger="stepgraph"):
         load(tmp_path / "fp8")
         load(tmp_path / "fp8", shard=Shard(1, 2), expert_parallel=True)
     assert "are kept as" not in caplog.text
-    with caplog.at_level("INFO"):
+    with caplog.at_level("INFO", logger="stepgraph"):
         load(tmp_path / "fp8", quantization="none")
     assert "are kept as" in caplog.text
 

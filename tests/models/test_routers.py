@@ -65,7 +65,7 @@ def deepseek_v3(rng):
     settings = {"norm_topk_prob": rng.random() < 0.5, "routed_scaling_factor": rng.choice((1.0, 2.5))}
     layers = {"moe_intermediate_size": 8, "n_shared_experts": 1, "first_k_dense_replace": 0, "num_hidden_layers": 1}
     config = fields(*sizes(rng, groups=True), **settings, **layers)
-    (spec,) = deepseek_mixtures(config)
+    (spec,) = deepseek_mixtures(config, 0)
     return DeepseekV3TopkRouter(config), spec.routing
 
 
