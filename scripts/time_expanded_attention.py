@@ -20,6 +20,7 @@ from typing import Any
 from unittest import mock
 
 import torch
+from time_experts import time_us
 from torch import Tensor
 from triton.runtime.errors import OutOfResources
 
@@ -130,26 +131,6 @@ def check(calls: dict[str, Callable[[], Tensor]], what: str) -> float:
     return max(errors)
 
 
-def time_us(call: Callable[[], object], replays: int = 5, rounds: int = 3) -> float:
-    """The least of some rounds, in a CUDA graph."""
-    call()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        call()
-    best = float("inf")
-    for _ in range(rounds):
-        graph.replay()
-        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        begin.record()
-        for _ in range(replays):
-            graph.replay()
-        end.record()
-        torch.cuda.synchronize()
-        best = min(best, 1e3 * begin.elapsed_time(end) / replays)
-    return best
-
-
 def own_call(step: StepInputs, num_heads: int, device: torch.device, tile: int) -> Callable[[], Tensor]:
     """The operator over this step's keys alone, of one row."""
     T, tokens = step.tokens.positions.shape[0], step.tokens
@@ -181,9 +162,9 @@ def time_tiles(num_heads: int, num_tokens: int, device: torch.device) -> list[di
     found: list[dict[str, object]] = []
     for tile, launch in product((64, 128), LAUNCHES):
         with mock.patch.object(kernels, "launch_of", lambda *_, launch=launch: launch), suppress(OutOfResources):
-            taken = time_us(own_call(step, num_heads, device, tile))
+            taken = time_us([own_call(step, num_heads, device, tile)])
             found.append({"tile": tile, **asdict(launch), "us": taken, "tflops": flops / taken / 1e6})
-    taken = time_us(partial(on_hopper, own_call(step, num_heads, device, 128)))
+    taken = time_us([partial(on_hopper, own_call(step, num_heads, device, 128))])
     found.append({"tile": 128, "keys": "hopper", "us": taken, "tflops": flops / taken / 1e6})
     for figure in found:
         print(f"{num_heads:5} {num_tokens:7}  {json.dumps(figure)}")
@@ -207,7 +188,7 @@ def main() -> None:
         for num_tokens, case in product(arguments.tokens, BESIDE):
             calls = calls_of(layer, rows_of(num_tokens, case), device)
             error = check(calls, f"{num_heads} heads, {num_tokens} tokens, {case}")
-            taken = {name: time_us(call) for name, call in calls.items()}
+            taken = {name: time_us([call]) for name, call in calls.items()}
             pays[num_tokens] &= min(taken["expanded"], taken["hopper"]) < taken["absorbed"]
             figures.append({"heads": num_heads, "tokens": num_tokens, "case": case, "error": error, **taken})
             times = f"{taken['absorbed']:12.1f} {taken['expanded']:12.1f} {taken['hopper']:13.1f}"

@@ -18,6 +18,7 @@ from functools import partial
 from unittest import mock
 
 import torch
+from time_experts import time_us
 from torch import Tensor
 from triton.runtime.errors import OutOfResources
 
@@ -143,27 +144,10 @@ class Case:
             worst = max(worst, float(difference.nan_to_num(torch.inf)))
         return worst
 
-    def time_us(self, geometry: AttentionGeometry, replays: int = 5, rounds: int = 3) -> float:
-        """Of one call, the least of some rounds."""
+    def time_us(self, geometry: AttentionGeometry, **often: int) -> float:
+        """Of one call, see `time_experts.time_us`."""
         plan = self.plan(geometry)
-        calls = [partial(self.call, index, plan, geometry) for index in range(self.num_calls)]
-        calls[0]()
-        torch.cuda.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            for call in calls:
-                call()
-        graph.replay()
-        best = float("inf")
-        for _ in range(rounds):
-            begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            begin.record()
-            for _ in range(replays):
-                graph.replay()
-            end.record()
-            end.synchronize()
-            best = min(best, begin.elapsed_time(end) * 1000 / replays / len(calls))
-        return best
+        return time_us([partial(self.call, index, plan, geometry) for index in range(self.num_calls)], **often)
 
 
 def check(case: Case, geometry: AttentionGeometry) -> float:
