@@ -262,6 +262,8 @@ def test_items_cover_every_tile_and_key_once_within_the_bounds(
     )
     num_items, keys_per_split = plan.header.tolist()
     assert num_items <= geometry.max_items
+    tiles = sum(-(-n * group // geometry.tile) for n in query_lens)
+    assert num_items <= geometry.split_target or tiles >= geometry.split_target
     assert keys_per_split % KV_BLOCK == 0
     assert keys_per_split >= min_split_keys
     assert not plan.counters.any()
@@ -291,6 +293,26 @@ def test_items_cover_every_tile_and_key_once_within_the_bounds(
     assert sorted(partials) == list(range(len(partials)))
     assert len(partials) <= geometry.max_partials
     assert all((first >= 0) == (splits[row] > 1) for row, _, _, first in listed)
+
+
+@pytest.mark.parametrize(
+    ("kv_len", "expected"),
+    [
+        ([32768] * 4, (8, 16384)),  # an even share of 9 programs has a third, short split of each row
+        ([8192] + [1024] * 3, (9, 1408)),  # of an even share, 1280, there would be ten
+        ([4096], (8, 512)),
+        ([100] * 10, (10, KV_BLOCK * 2)),
+    ],
+)
+def test_no_program_gets_two_items_where_tiles_are_fewer(
+    kv_len: list[int], expected: tuple[int, int], device: str
+) -> None:
+    R = len(kv_len)
+    rows = torch.arange(R + 1, dtype=torch.int32, device=device)
+    plan = plan_triton.attention_plan(
+        rows[:R], rows, torch.tensor(kv_len, dtype=torch.int32, device=device), 1, 1, 8, 16, KV_BLOCK, 9, R + 9, 18, 0
+    )
+    assert tuple(plan[1].tolist()) == expected
 
 
 def test_a_tile_bound_computed_as_if_rows_were_merged_loses_a_row(device: str) -> None:

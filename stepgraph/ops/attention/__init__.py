@@ -70,10 +70,12 @@ def attention_plan(
     - the row's keys from ``context_len_r - window + 1`` (rounded down to KV_BLOCK) on, and
     - ``window`` keys for the tile's first token, one for each later token of a tile, and what rounding its start adds.
 
-    With W = Σ tiles_r · span_r, KV is split every ``max(min_split_keys, ceil(W / split_target) rounded up to KV_BLOCK)`` keys,
-    counted from the first that the tile reads, so that no item is much longer than an even share of the work. Row r
-    contributes ``tiles_r · ceil(span_r / split)`` items (rows of query length 0: none); items whose keys lie wholly after
-    their tile's last query exit early. Since Σ tiles_r · span_r / split ≤ split_target, there are at most
+    With W = Σ tiles_r · span_r, an even share of the work is ``ceil(W / split_target)`` keys. KV is split every so many keys,
+    rounded up to KV_BLOCK and `min_split_keys` at least, counted from the first that the tile reads. Where there are fewer tiles
+    than `split_target`, splits are longer: by the least of some steps with which there are not more items either, since whoever
+    does two of them would be done last. Then they are as short as the same number of each row's allows. Row r contributes
+    ``tiles_r · ceil(span_r / split)`` items (rows of query length 0: none); items whose keys lie wholly after their tile's last
+    query exit early. Since Σ tiles_r · span_r / split ≤ split_target, there are at most
     ``max_tiles + split_target`` items, and at most ``2 · split_target`` of split rows. A `min_split_keys` above every
     `kv_len` leaves ``max_tiles`` items and none of split rows.
 

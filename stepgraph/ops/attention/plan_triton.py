@@ -1,6 +1,6 @@
 """Triton kernel of `attention_plan`.
 
-Shapes in the kernel: R rows, I items.
+Shapes in the kernel: R rows, I items, C candidates for a split's keys.
 """
 
 import torch
@@ -11,6 +11,34 @@ from torch import Tensor
 from stepgraph.ops.attention.geometry import ITEM_SIZE, KV_BLOCK
 from stepgraph.ops.capacity import row_capacity
 from stepgraph.ops.launched import launched
+
+
+@triton.jit
+def _up_to_blocks(keys, KV_BLOCK: tl.constexpr):
+    return tl.cdiv(keys, KV_BLOCK) * KV_BLOCK
+
+
+@triton.jit
+def _keys_per_split(
+    tiles_R, span_R, split_target, KV_BLOCK: tl.constexpr, MIN_SPLIT_KEYS: tl.constexpr, CANDIDATES: tl.constexpr
+):
+    """See `stepgraph.ops.attention.attention_plan`."""
+    work = tl.sum(tiles_R.to(tl.int64) * span_R, axis=0)
+    share = _up_to_blocks(tl.cdiv(work, split_target).to(tl.int32), KV_BLOCK)
+    low = tl.maximum(share, MIN_SPLIT_KEYS)
+    spare = split_target - tl.sum(tiles_R, axis=0)
+    if spare <= 0:
+        return low
+    # Each tile's last split is short: Σ tiles · (span / keys + 1) ≤ split_target certainly holds from here on.
+    enough = tl.minimum(tl.cdiv(work, spare).to(tl.int32), tl.max(span_R, axis=0))
+    high = tl.maximum(_up_to_blocks(enough, KV_BLOCK), low)
+    candidate_C = tl.arange(0, CANDIDATES)
+    keys_C = low + (high - low) // KV_BLOCK * candidate_C // (CANDIDATES - 1) * KV_BLOCK
+    items_C = tl.sum(tiles_R[None, :] * tl.cdiv(span_R[None, :], keys_C[:, None]), axis=1)
+    keys = tl.min(tl.where(items_C <= split_target, keys_C, high), axis=0)
+    # As many splits of each row, of more equal length.
+    even_R = tl.cdiv(span_R, tl.maximum(tl.cdiv(span_R, keys), 1))
+    return tl.maximum(_up_to_blocks(tl.max(even_R, axis=0), KV_BLOCK), MIN_SPLIT_KEYS)
 
 
 @launched
@@ -48,8 +76,7 @@ def _plan_kernel(
         first_key_R = tl.maximum(kv_len_R - query_len_R - WINDOW + 1, 0) // KV_BLOCK * KV_BLOCK
         later_tokens_R = tl.minimum(query_len_R - 1, (TILE + GROUP - 2) // GROUP)  # of a tile, beside its first
         span_R = tl.minimum(kv_len_R - first_key_R, KV_BLOCK - 1 + WINDOW + later_tokens_R)
-    share = tl.cdiv(tl.sum(tiles_R.to(tl.int64) * span_R, axis=0), split_target)
-    keys_per_split = tl.maximum(tl.cdiv(share, KV_BLOCK).to(tl.int32) * KV_BLOCK, MIN_SPLIT_KEYS)
+    keys_per_split = _keys_per_split(tiles_R, span_R, split_target, KV_BLOCK, MIN_SPLIT_KEYS, CANDIDATES=8)
     splits_R = tl.cdiv(span_R, keys_per_split)
     items_R = tiles_R * splits_R
 
