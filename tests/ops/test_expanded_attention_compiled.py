@@ -8,6 +8,7 @@ import sys
 import pytest
 
 COMPILED = """
+import dataclasses
 import subprocess
 import tempfile
 import stepgraph
@@ -24,7 +25,7 @@ class Hopper:
     def get_current_stream(self, device): return 0
 
 driver.set_active(Hopper())
-kernels.kernel_tuning = lambda: tuning.SM_90
+kernels.kernel_tuning = lambda: dataclasses.replace(tuning.SM_90, hopper_expanded=False)
 COMPILING.set(True)
 from stepgraph.ops.expanded_attention.geometry import TILE
 from stepgraph.ops.expanded_attention import hopper

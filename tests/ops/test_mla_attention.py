@@ -99,7 +99,7 @@ def attend(batch: Batch, rank: int, plan: AttentionPlan, geometry: AttentionGeom
 def assert_matches(out: Tensor, batch: Batch, rank: int) -> None:
     q, cache, *rows = inputs(batch.to("cpu"))
     expected = reference.mla_attention(q.double(), cache.double(), *rows, rank, SCALE)[: batch.num_real_tokens]
-    tolerance = TOLERANCE[batch.q.dtype]
+    tolerance = 4 * TOLERANCE[batch.q.dtype]  # sums of four times as many numbers as a head has
     torch.testing.assert_close(out.double(), expected, atol=tolerance, rtol=tolerance)
 
 

@@ -7,6 +7,7 @@ import sys
 import pytest
 
 COMPILED = """
+import dataclasses
 import re
 import subprocess
 import tempfile
@@ -25,7 +26,7 @@ class Hopper:
     def get_current_stream(self, device): return 0
 
 driver.set_active(Hopper())
-kernels.kernel_tuning = lambda: tuning.SM_90
+kernels.kernel_tuning = lambda: dataclasses.replace(tuning.SM_90, hopper_mla=False)
 from stepgraph.ops.mla_attention import triton as mla
 
 def attend(heads, tile, block_size):
