@@ -16,6 +16,7 @@ from stepgraph.config.other_engines import translated, translated_keys
 from stepgraph.config.parallel import ParallelConfig
 from stepgraph.config.scheduler import SchedulerConfig
 from stepgraph.config.speculative import SpeculativeConfig, check_method_is_named, check_speculative_keys
+from stepgraph.config.transfer import TransferConfig
 from stepgraph.errors import ConfigError
 
 
@@ -31,6 +32,7 @@ class EngineConfig:
     lora: LoRAConfig = field(default_factory=LoRAConfig)
     speculative: SpeculativeConfig = field(default_factory=SpeculativeConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    transfer: TransferConfig = field(default_factory=TransferConfig)
 
     @classmethod
     def from_settings(cls, **settings: Any) -> EngineConfig:
@@ -136,5 +138,6 @@ ENGINE_PARTS: dict[str, Any] = {
     "lora": LoRAConfig,
     "speculative": SpeculativeConfig,
     "parallel": ParallelConfig,
+    "transfer": TransferConfig,
 }
 """The dataclasses by the names of `EngineConfig`'s fields, in the order in which they are shown."""

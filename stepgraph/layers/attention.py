@@ -54,7 +54,7 @@ class Attention(nn.Module):
         """
         super().__init__()
         head_dim, heads, kv_heads = spec.head_dim, shard.cut(spec.num_heads), shard.heads(spec.num_kv_heads)
-        self.spec, self.eps = spec.sharded(shard), eps
+        self.spec, self.eps, self.kv_heads = spec.sharded(shard), eps, kv_heads
         self.scale = head_dim**-0.5 if scale is None else scale
         self.qkv_proj = MergedLinear(
             hidden_size,
@@ -82,7 +82,7 @@ class Attention(nn.Module):
 
     def cache_spec(self, dtype: torch.dtype) -> PagedSpec:
         """What the layer keeps in `dtype`."""
-        return PagedSpec.of(self.spec, dtype)
+        return PagedSpec.of(self.spec, dtype, self.kv_heads)
 
     def forward(
         self, norm: RMSNorm | None, x_TE: Tensor, cos_sin: Tensor, cache: PagedCache, inputs: StepInputs

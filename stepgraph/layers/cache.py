@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from stepgraph.layers.inputs import AttentionSpec
+from stepgraph.parallel.shard import Cut
 
 
 class Item(NamedTuple):
@@ -59,6 +60,9 @@ class CacheSpec(ABC):
     shares: int | None = None
     """An earlier layer whose cache this layer uses too; counted through the model's layers and on through the drafter's."""
 
+    heads: Cut | None = None
+    """Where the second dimension of its items is of heads: which of the model's this rank has; None: it has all there is."""
+
     starts_from_blocks: bool = True
     """Whether a request can start behind tokens of which it has the blocks and nothing else."""
 
@@ -89,11 +93,12 @@ class PagedSpec(CacheSpec):
     dtype: torch.dtype
     window: int = 0  # last keys a token sees, its own included; 0: all
     shares: int | None = None
+    heads: Cut | None = None  # which of the model's key/value heads they are; None: all
 
     @classmethod
-    def of(cls, attention: AttentionSpec, dtype: torch.dtype) -> PagedSpec:
+    def of(cls, attention: AttentionSpec, dtype: torch.dtype, heads: Cut | None = None) -> PagedSpec:
         """What a layer of such attention keeps in `dtype`."""
-        return cls(attention.num_kv_heads, attention.head_dim, dtype, attention.window)
+        return cls(attention.num_kv_heads, attention.head_dim, dtype, attention.window, heads=heads)
 
     @property
     def reach(self) -> int:

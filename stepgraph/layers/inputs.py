@@ -75,6 +75,17 @@ class DispatchTable:
         return ops.ExpertDispatch.PAIRS if num_tokens <= self.most_pairs_tokens else ops.ExpertDispatch.TILES
 
 
+class WriteSignals(NamedTuple):
+    """Where a step says of each layer that its entries are in the cache; see `stepgraph.ops.kv_signal`."""
+
+    counts: Tensor  # [1 + N] int64
+    words: Tensor  # [N] int64, host memory
+
+    def wrote(self, layer: int) -> None:
+        """Entry `layer` of the N has written what it caches of this step. Runs inside the graph."""
+        ops.kv_signal(*self, layer)
+
+
 @dataclass(frozen=True)
 class StepInputs:
     """One step's tensors, built on the device inside the graph."""
@@ -85,3 +96,9 @@ class StepInputs:
     block_size: int
     caches: tuple[Any, ...]  # one per layer, of the kind of its `CacheSpec`
     dispatch: DispatchTable = DispatchTable()  # of layers with experts
+    signals: WriteSignals | None = None  # None: nobody watches
+
+    def wrote(self, layer: int) -> None:
+        """A model's layer has written what it caches of this step: whoever watches is told. Runs inside the graph."""
+        if self.signals is not None:
+            self.signals.wrote(layer)

@@ -247,8 +247,10 @@ class Decoder(nn.Module, ABC):
         """
         stream = ResidualStream(self.embed(inputs.tokens.token_ids), self.group, self.expert_group)
         next_norms = [*(layer.input_layernorm for layer in self.layers), self.norm][1:]
-        for layer, table, cache, norm in zip(self.layers, self._table_names, inputs.caches, next_norms, strict=True):
+        parts = zip(self.layers, self._table_names, inputs.caches, next_norms, strict=True)
+        for index, (layer, table, cache, norm) in enumerate(parts):
             layer(stream, self.get_buffer(table), cache, inputs, norm)
+            inputs.wrote(index)
         return stream.normalised(self.norm)
 
     def embed(self, token_ids_T: Tensor) -> Tensor:

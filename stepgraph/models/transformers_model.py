@@ -49,6 +49,7 @@ from stepgraph.models.transformers_interfaces import (
 )
 from stepgraph.models.transformers_parts import ShapesOnly, keep_part, refuse_to_share
 from stepgraph.parallel.group import Group
+from stepgraph.parallel.shard import WHOLE
 
 logger = logging.getLogger(__name__)
 
@@ -269,7 +270,12 @@ class TransformersModel(nn.Module):
 
     def cache_specs(self, dtype: torch.dtype) -> tuple[PagedSpec, ...]:
         """See `LanguageModel.cache_specs`."""
-        return tuple(PagedSpec.of(spec, dtype) for spec in self.attention_specs)
+        whole, part = self.config.attention_specs, self.part
+        shard = WHOLE if part is None or self.attention_specs == whole else part.group.shard
+        return tuple(
+            PagedSpec.of(spec, dtype, shard.heads(of_all.num_kv_heads))
+            for spec, of_all in zip(self.attention_specs, whole, strict=True)
+        )
 
     def forward(self, inputs: StepInputs) -> Tensor:
         """See `LanguageModel.__call__`."""
@@ -282,6 +288,7 @@ class TransformersModel(nn.Module):
             q_THD, k_TGD, v_TGD = (x.squeeze(0).transpose(0, 1) for x in (call.query, call.key, call.value))
             k_TGD, v_TGD = (x if x.stride(-1) == 1 else x.contiguous() for x in (k_TGD, v_TGD))
             ops.write_kv(k_TGD, v_TGD, tokens.kv_slots, *cache)
+            inputs.wrote(call.layer)
             attended_TF = ops.paged_attention(
                 q_THD.contiguous(),
                 *cache,

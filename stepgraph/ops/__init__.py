@@ -39,6 +39,7 @@ from stepgraph.ops.fp8_linear import (
 )
 from stepgraph.ops.grouped_linear import grouped_linear
 from stepgraph.ops.head_linear import head_linear
+from stepgraph.ops.kv_signal import kv_signal
 from stepgraph.ops.latent_queries import latent_queries
 from stepgraph.ops.linear import gated_linear, linear, linear_add, linear_by_row, norm_gated_linear, norm_linear
 from stepgraph.ops.logprobs import logprobs
@@ -93,6 +94,7 @@ __all__ = [
     "geglu",
     "grouped_linear",
     "head_linear",
+    "kv_signal",
     "latent_queries",
     "linear",
     "linear_add",

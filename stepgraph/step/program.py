@@ -22,7 +22,7 @@ from torch import Tensor
 from stepgraph import ops
 from stepgraph.abi import slot_line
 from stepgraph.layers.cache import LayerCache
-from stepgraph.layers.inputs import AttentionSpec, AttentionWork, DispatchTable, StepInputs
+from stepgraph.layers.inputs import AttentionSpec, AttentionWork, DispatchTable, StepInputs, WriteSignals
 from stepgraph.models.adapters import AdapterStore
 from stepgraph.models.language_model import LanguageModel
 from stepgraph.ops.rows import row_of
@@ -61,6 +61,8 @@ class StepProgram:
     """Let proposals stand with this probability, whatever the logits say; for tests and measurements."""
     fault: Tensor | None = None
     """[1] int32, not zero once a sum of several ranks lacks a part: nothing is committed any more."""
+    signals: WriteSignals | None = None
+    """Of the model's layers, and one more of the whole step; None: nobody copies keys and values while a step runs."""
 
     def __call__(self) -> StepOutput:
         """Run one step of the plan in `state.plan`."""
@@ -83,7 +85,9 @@ class StepProgram:
         # 2 forward: layers over T tokens, their caches written in place
         if self.adapters is not None:
             self.adapters.select(tokens, state.lines)
-        inputs = StepInputs(tokens, attention, state.block_table, self.block_size, self.caches, self.dispatch)
+        inputs = StepInputs(
+            tokens, attention, state.block_table, self.block_size, self.caches, self.dispatch, self.signals
+        )
         hidden_TE = self.model(inputs)
         # 3 logits, 4 sample: after each row's last known token and each of its proposals
         if self.shape.variant >= Variant.PROMPT_LOGPROBS:
@@ -121,6 +125,8 @@ class StepProgram:
                 ops.propose(state.lines, state.tokens, state.counter, state.ring, tokens.row_slot, *drafts)
             else:
                 self.drafter.follow(step)
+        if self.signals is not None:
+            self.signals.wrote(len(self.caches))
         return StepOutput(logits_CV, sampled_S)
 
     def _sample(self, samples: ops.StepSamples, hidden_TE: Tensor) -> tuple[Tensor, Tensor]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 
 import numpy as np
@@ -38,6 +38,7 @@ from stepgraph.step.results import StepResults, Ticket
 from stepgraph.step.shape import StepShape, Variant
 from stepgraph.step.shape_policy import ShapePolicy
 from stepgraph.step.shared_rings import SharedRings
+from stepgraph.step.signals import KVSignals
 from stepgraph.step.state import SlotState
 
 logger = logging.getLogger(__name__)
@@ -120,6 +121,8 @@ class StepRunner:
             self.policy.max_shape.num_drafts,
             drafter.lookahead if drafter else 0,
         )
+        self.signals = KVSignals(len(layout.model_specs), platform) if config.transfer.signals_layers else None
+        """Where steps say, layer by layer, that their keys and values are in the cache; None: they do not."""
         self._attention = AttentionSizes(
             (*model.attention_specs, *(drafter.attention_specs if drafter else ())),
             platform,
@@ -233,7 +236,7 @@ class StepRunner:
         self.state.counter.zero_()
         self._forget_plans()
         try:
-            with self.expert_counts.preserved():
+            with self.expert_counts.preserved(), self._silent():
                 yield
         finally:
             self.platform.synchronize()
@@ -260,6 +263,7 @@ class StepRunner:
             self._drafter,
             self._acceptance,
             None if self._group is None else self._group.fault_flag,
+            None if self.signals is None else self.signals.tensors,
         )
 
     def recover(self) -> None:
@@ -274,6 +278,8 @@ class StepRunner:
     def _set_counter(self) -> None:
         """All steps launched so far are done."""
         self.state.counter.fill_(self.num_launched % RING_DEPTH)
+        if self.signals is not None:
+            self.signals.set(self.num_launched)
         if self._is_read_elsewhere:
             self._tell_done()
 
@@ -296,10 +302,14 @@ class StepRunner:
     def leaving_no_trace(self) -> Iterator[None]:
         """Inside, programs run on the null plan: they touch the null slot and the null block only, and nothing of other ranks."""
         by_itself = nullcontext() if self._group is None else self._group.loop_back()
-        with self.state.preserved(), by_itself:
+        with self.state.preserved(), by_itself, self._silent():
             self._forget_plans()
             self.state.plan.zero_()
             yield
+
+    def _silent(self) -> AbstractContextManager[None]:
+        """Inside, no layer of a step is said to have written anything."""
+        return nullcontext() if self.signals is None else self.signals.silent()
 
     def _dry_run(self) -> None:
         """Run the largest step on nothing."""

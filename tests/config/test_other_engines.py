@@ -230,7 +230,7 @@ def test_files_and_keyword_arguments_know_them_too(tmp_path, caplog):
         ("--seed -1 --generation-config vllm", {"seed": -1, "generation_config": "none"}),
         (
             "--splitwise-role mixed --use-cudagraph --workers 1 --swap-space 4 --cache-queue-port 7734 --cuda-graph-sizes 512",
-            {"api_server_count": 1},
+            {"api_server_count": 1, "splitwise_role": "mixed"},
         ),
         ("--guided-decoding-disable-any-whitespace True", {"disable_any_whitespace": True}),
     ],

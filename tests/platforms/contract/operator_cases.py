@@ -17,6 +17,7 @@ from stepgraph.ops.commit.reference import commit
 from stepgraph.ops.experts.reference import gated_experts, mixture, sort_pairs, sum_experts
 from stepgraph.ops.grouped_linear.reference import grouped_linear
 from stepgraph.ops.head_linear.reference import head_linear
+from stepgraph.ops.kv_signal.reference import kv_signal
 from stepgraph.ops.latent_queries.reference import latent_queries
 from stepgraph.ops.linear.reference import linear
 from stepgraph.ops.logprobs.reference import logprobs
@@ -236,6 +237,10 @@ CASES = {
     "build_step": Case("build_step", build_step, planned),
     "commit": Case("commit", commit, sampled),
     "sample": Case("sample", sample, drawn),
+    "kv_signal": Case("kv_signal", kv_signal, lambda g: (torch.tensor([1, 7, 9, 5]), torch.tensor([7, 9, 5]), 1)),
+    "kv_signal without trace": Case(
+        "kv_signal", kv_signal, lambda g: (torch.tensor([0, 7, 9, 5]), torch.tensor([7, 9, 5]), 1)
+    ),
     "reduce_gathered": Case("reduce_gathered", reduce_gathered, gathered),
     "logprobs": Case("logprobs", logprobs, asked),
 }
