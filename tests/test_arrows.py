@@ -18,6 +18,7 @@ ORDER = (
     {"models"},
     {"spec"},
     {"step"},
+    {"transfer"},
     {"executor"},
     {"engine"},
     {"api", "server", "chat", "cli", "text_commands", "demo", "collect_env", "bench", "verify", "__init__", "__main__"},

@@ -1,0 +1,132 @@
+"""Link: an authenticated connection between two engines that carries messages.
+
+Both ends prove that they know a secret, by a keyed hash over numbers that both have chosen, before either reads anything else:
+first the one that asks, so that nobody else gets a hash to try secrets on.
+What follows is neither encrypted nor signed: between machines it belongs on a network of their own.
+
+A frame is four bytes, its length, and so many bytes of content.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import secrets
+import select
+import socket
+import struct
+import threading
+import time
+from contextlib import suppress
+
+from stepgraph.errors import StepgraphError
+from stepgraph.transfer.messages import MAX_MESSAGE_BYTES, Message, ProtocolError, decode, encode
+
+_LENGTH = struct.Struct("!I")
+_NONCE_BYTES = 32
+_ASKED, _ASKING = b"stepgraph kv 1 asked", b"stepgraph kv 1 asking"
+
+
+class LinkError(StepgraphError):
+    """The other end is gone, does not answer, or does not know the secret."""
+
+
+class Link:
+    """One end. One thread receives, and any may send.
+
+    Args:
+        stream: a connected stream socket, which is the link's from now on.
+        secret: that both ends know.
+        is_asking: whether this end has connected to the other.
+        timeout_s: for the proof, and for each frame once it has begun.
+
+    Raises:
+        LinkError: the other end does not know the secret, or does not answer in time.
+    """
+
+    def __init__(self, stream: socket.socket, secret: bytes, *, is_asking: bool, timeout_s: float = 10.0) -> None:
+        self._stream, self._timeout_s = stream, timeout_s
+        self._poll, self._sending = select.poll(), threading.Lock()
+        self._poll.register(stream, select.POLLIN)
+        stream.settimeout(timeout_s)
+        self._received = bytearray()
+        try:
+            self._prove(secret, is_asking, time.monotonic() + timeout_s)
+        except BaseException:
+            stream.close()
+            raise
+
+    def send(self, message: Message) -> None:
+        """Send a message whole. LinkError if the other end takes nothing for `timeout_s`, or is gone."""
+        content = encode(message)
+        assert len(content) <= MAX_MESSAGE_BYTES, len(content)
+        self._send(_LENGTH.pack(len(content)) + content)
+
+    def receive(self, timeout_s: float) -> Message | None:
+        """The next message; None if none begins within `timeout_s`.
+
+        Raises:
+            LinkError: the other end is gone, or stops within a message.
+            ProtocolError: what came is no message; nothing that follows can be trusted.
+        """
+        try:
+            length = _LENGTH.unpack(self._take(_LENGTH.size, time.monotonic() + timeout_s))[0]
+        except _NothingYetError:
+            return None
+        if length > MAX_MESSAGE_BYTES:
+            raise ProtocolError(f"a message of {length} bytes; at most {MAX_MESSAGE_BYTES} are taken")
+        try:
+            return decode(self._take(length, time.monotonic() + self._timeout_s))
+        except _NothingYetError as error:
+            raise LinkError("the other end stopped within a message") from error
+
+    def close(self) -> None:
+        """End the link; whoever receives at either end is told."""
+        with suppress(OSError):  # it has ended
+            self._stream.shutdown(socket.SHUT_RDWR)
+        self._stream.close()
+
+    def _prove(self, secret: bytes, is_asking: bool, deadline: float) -> None:
+        own = secrets.token_bytes(_NONCE_BYTES)
+        mine, others = (_ASKING, _ASKED) if is_asking else (_ASKED, _ASKING)
+        try:
+            self._send(own)
+            other = self._take(_NONCE_BYTES, deadline)
+            nonces = own + other if is_asking else other + own
+            proof = hmac.digest(secret, mine + nonces, hashlib.sha256)
+            if is_asking:
+                self._send(proof)
+            theirs = self._take(len(proof), deadline)
+        except _NothingYetError as error:
+            raise LinkError("the other end of a transfer link does not answer") from error
+        if not hmac.compare_digest(theirs, hmac.digest(secret, others + nonces, hashlib.sha256)):
+            raise LinkError("the other end of a transfer link does not know the secret of this one")
+        if not is_asking:
+            self._send(proof)
+
+    def _send(self, content: bytes) -> None:
+        try:
+            with self._sending:
+                self._stream.sendall(content)
+        except OSError as error:
+            raise LinkError(f"the other end of a transfer link is gone ({error})") from error
+
+    def _take(self, count: int, deadline: float) -> bytes:
+        """The next `count` bytes; what has come of them by the deadline is kept for later."""
+        while len(self._received) < count:
+            if not self._poll.poll(max(0.0, deadline - time.monotonic()) * 1e3):
+                raise _NothingYetError
+            try:
+                received = self._stream.recv(1 << 16)
+            except (OSError, ValueError) as error:
+                raise LinkError(f"the other end of a transfer link is gone ({error})") from error
+            if not received:
+                raise LinkError("the other end of a transfer link is gone")
+            self._received += received
+        taken = bytes(self._received[:count])
+        del self._received[:count]
+        return taken
+
+
+class _NothingYetError(Exception):
+    """It has not come by the deadline."""
