@@ -5,14 +5,13 @@ engine has read the results of the last of these steps. A sink *reads* it, maybe
 it *confirmed* when the bytes have arrived. That ends it: its blocks go back.
 
     growing ──complete──► complete ──confirm──► over
-       └────────┬─────────────┘
-         expired, dropped, cancelled
-                ▼
-             closing ──after a grace period, if anybody may read it──► over
+       │                      ├─dropped──► over
+       │                      └─expired──► closing ──after a grace period, if anybody may read it──► over
+       └─cancelled, as a complete one may be──► over
 
 A lease that is closing or over is lost to whoever asks, with the reason. What was read of it is worth nothing, for its blocks may
-be others' by then; the grace period only spares reads under way the work for nothing. A name that was used once is never taken
-again.
+be others' by then; the grace period only keeps sinks that are late from reading what is written meanwhile. A name that was used
+once is never taken again.
 """
 
 from __future__ import annotations
@@ -120,22 +119,24 @@ class Leases:
                     lease.tell(Complete(name, lease.first + len(lease.blocks)))
 
     def cancel(self, name: str, reason: LossReason) -> None:
-        """End a lease, if it is not over."""
+        """End a lease, if it is not over. `collect` gives its blocks back."""
         with self._lock:
-            self._end(name, reason)
+            self._cancel(name, reason)
 
     def cancel_all(self, reason: LossReason) -> None:
-        """End all leases: what their blocks hold is lost."""
+        """End all leases: what their blocks hold is lost. `collect` gives all of them back."""
         with self._lock:
             for name in list(self._leases):
-                self._end(name, reason)
+                self._cancel(name, reason)
+            self._free += [block for _, blocks in self._closing for block in blocks]
+            self._closing = []
 
     def collect(self) -> list[int]:
         """Blocks that nobody reads any more, each as often as it was given; the caller no longer holds them for a lease."""
         with self._lock:
             now = self._clock()
             for name in [name for name, lease in self._leases.items() if lease.expires_at <= now]:
-                self._end(name, LossReason.EXPIRED)
+                self._expire(name)
             for until, blocks in self._closing:
                 if until <= now:
                     self._free += blocks
@@ -192,18 +193,21 @@ class Leases:
         self._free += self._leases.pop(name).blocks
         self._remember(name, reason)
 
-    def _end(self, name: str, reason: LossReason) -> None:
-        """End a lease, if it is not over, that somebody may read."""
+    def _cancel(self, name: str, reason: LossReason) -> None:
+        """End a lease, if it is not over."""
         lease = self._leases.get(name)
-        if lease is None:
-            return
-        if lease.tell is None:
+        if lease is not None:
             self._give_back(name, reason)
-            return
-        del self._leases[name]
-        self._closing.append((self._clock() + self._grace_s, lease.blocks))
-        self._remember(name, reason)
-        lease.tell(Lost(name, reason))
+            if lease.tell is not None:
+                lease.tell(Lost(name, reason))
+
+    def _expire(self, name: str) -> None:
+        """End a lease that somebody may read."""
+        lease = self._leases.pop(name)
+        self._closing.append((self._clock() + (0.0 if lease.tell is None else self._grace_s), lease.blocks))
+        self._remember(name, LossReason.EXPIRED)
+        if lease.tell is not None:
+            lease.tell(Lost(name, LossReason.EXPIRED))
 
     def _remember(self, name: str, reason: LossReason) -> None:
         self.ended[reason] += 1

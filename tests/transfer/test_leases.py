@@ -104,6 +104,24 @@ def test_a_second_reader_gets_nothing(leases) -> None:
     assert not leases.fill("a", 1, [2], [KEY], 2)
 
 
+def test_blocks_whose_content_is_lost_go_back_at_once(leases, clock) -> None:
+    heard: list = []
+    for number, name in enumerate(("closing", "read", "unread"), start=1):
+        leases.open(name)
+        leases.fill(name, 0, [number], [KEY], 1)
+    leases.complete("closing")
+    leases.read("closing", heard.append)
+    clock.now = DURATION_S
+    assert leases.collect() == []
+    leases.read("read", heard.append)
+    leases.cancel_all(LossReason.CACHE_LOST)
+    assert sorted(leases.collect()) == [1, 2, 3]
+    assert [message for message in heard if isinstance(message, Lost)] == [
+        Lost("closing", LossReason.EXPIRED),
+        Lost("read", LossReason.CACHE_LOST),
+    ]
+
+
 class AnyLeases(RuleBasedStateMachine):
     """Blocks that are given to leases and come back, in any order of what engines and sinks do."""
 
