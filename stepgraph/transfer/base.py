@@ -6,15 +6,22 @@ engine knows of it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Protocol
+from typing import Literal, Protocol
 
 from torch import Tensor
 
+from stepgraph.errors import StepgraphError
 from stepgraph.transfer.leases import Leases, LossReason
+from stepgraph.transfer.link import Link
+from stepgraph.transfer.messages import Hello
 from stepgraph.transfer.reference import Reference
+
+
+class TransferError(StepgraphError):
+    """Bytes cannot go between two engines in this way, or not at the speed that it is for: what is in the way."""
 
 
 class FetchFailure(StrEnum):
@@ -55,11 +62,31 @@ class Fetch(Protocol):
     def reason(self) -> FetchFailure | LossReason | None:
         """Of a fetch that failed, why."""
 
+    @property
+    def seconds(self) -> float:
+        """From its begin to its end, or until now."""
+
     def cancel(self) -> None:
         """Want it no more. Does not wait."""
 
     def done(self) -> bool:
         """Whether nobody can write into the blocks any more for this. Once it is so, it stays so."""
+
+
+@dataclass(frozen=True)
+class TransferCounts:
+    """What has been transferred since the start, and what is on its way."""
+
+    num_leases: int  # now
+    num_fetches: int  # now, those that were cancelled and are not done included
+    blocks_sent: int  # that others have confirmed
+    bytes_sent: int  # of all ranks
+    blocks_received: int
+    bytes_received: int
+    leases_ended: Mapping[str, int]
+    """By `LossReason`."""
+    failures: Mapping[str, int]
+    """Fetches that failed, by `FetchFailure` and `LossReason`."""
 
 
 class Transfers(Protocol):
@@ -82,6 +109,24 @@ class Transfers(Protocol):
             blocks: where they go: taken from the pool, and no step under way touches them but those launched before.
             keys: what each is to hold.
         """
+
+    def renew(self, references: Sequence[Reference]) -> None:
+        """Keep leases alive that are to be fetched later. To be called again and again until then, as often as one likes: what
+        is sent is one message to each source in a third of the time after which leases expire. Does not wait."""
+
+    def cache_lost(self, reason: LossReason) -> None:
+        """End all leases and fetches: what is cached counts no more, or is about to be given up. Until `cache_back`, there are
+        none. Does not wait: memory is not to be given up before the fetches are done."""
+
+    def cache_back(self, model: str) -> None:
+        """There is a cache again.
+
+        Args:
+            model: digest of the weights that it is for, see `Hello.model`.
+        """
+
+    def counts(self) -> TransferCounts:
+        """For metrics."""
 
     def close(self) -> None:
         """End all leases and fetches, for good."""
@@ -106,3 +151,73 @@ class RemoteMemory(Protocol):
 
     def has_written(self, rank: int, signal: int, step: int) -> bool:
         """See `stepgraph.step.signals.KVSignals.has_written`, of a rank; `signal` as `BlockLayout.signal_of` says."""
+
+    def close(self) -> None:
+        """Give it back; nothing is read of it any more."""
+
+
+class Backend(Protocol):
+    """A way for bytes to go between engines, as one rank has it."""
+
+    name: str
+    moves: Literal["sink", "source"]
+    """Whose movers copy."""
+
+    def describe(self) -> str:
+        """This rank's entry of `Hello.ranks`. It may be read by whoever knows the secret of the link."""
+
+    def attach(self, peer: Hello, link: Link) -> RemoteMemory:
+        """Reach the memory of another engine.
+
+        Raises:
+            TransferError: it cannot be reached, or not as fast as it should be.
+        """
+
+
+class Moves(Protocol):
+    """What is copied for one fetch, on all ranks. Any thread may call it."""
+
+    @property
+    def num_moved(self) -> int:
+        """Blocks, from the first on, that have arrived in all layers of all ranks."""
+
+    @property
+    def error(self) -> Exception | None:
+        """Why no more will come."""
+
+    def submit(self, move: Move) -> None:
+        """Copy blocks, after those that were submitted before."""
+
+    def cancel(self) -> None:
+        """Copy no more. Does not wait."""
+
+    def done(self) -> bool:
+        """Whether nothing is copied for it any more, and nothing will be. So it is once it was cancelled and no copy is under
+        way."""
+
+
+class SourceCaches(Protocol):
+    """The caches of a source, as all ranks of a sink reach them."""
+
+    num_blocks: int
+    """The null block included."""
+
+    def begin(self) -> Moves:
+        """What a fetch copies from them."""
+
+    def close(self) -> None:
+        """Reach them no more; all that was begun is done."""
+
+
+class Movers(Protocol):
+    """What copies into the caches of an engine, on all of its ranks."""
+
+    def attach(self, peer: Hello, link: Link) -> SourceCaches:
+        """Reach the caches of another engine. Any thread may call it.
+
+        Raises:
+            TransferError: a rank cannot.
+        """
+
+    def close(self) -> None:
+        """Copy nothing more, and wait for the copies under way."""
