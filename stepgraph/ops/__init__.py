@@ -18,6 +18,7 @@ from stepgraph.ops.collectives import (
     scatter_sum,
 )
 from stepgraph.ops.commit import commit
+from stepgraph.ops.copy_blocks import copy_blocks
 from stepgraph.ops.draft import draft_inputs, draft_row_tokens, propose
 from stepgraph.ops.expanded_attention import expanded_attention, expanded_geometry
 from stepgraph.ops.experts import (
@@ -77,6 +78,7 @@ __all__ = [
     "attention_plan",
     "build_step",
     "commit",
+    "copy_blocks",
     "draft_inputs",
     "draft_row_tokens",
     "expanded_attention",

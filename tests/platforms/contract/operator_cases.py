@@ -14,6 +14,7 @@ from stepgraph.abi import slot_line as line
 from stepgraph.ops.build.reference import build_step
 from stepgraph.ops.collectives.reference import reduce_gathered
 from stepgraph.ops.commit.reference import commit
+from stepgraph.ops.copy_blocks.reference import copy_blocks
 from stepgraph.ops.experts.reference import gated_experts, mixture, sort_pairs, sum_experts
 from stepgraph.ops.grouped_linear.reference import grouped_linear
 from stepgraph.ops.head_linear.reference import head_linear
@@ -229,6 +230,14 @@ CASES = {
     "rope_cache with norms": Case("rope_cache", rope_cache, lambda g: rotated(g, random(g, D), random(g, D))),
     "write_kv": Case(
         "write_kv", write_kv, lambda g: (random(g, T, G, D), random(g, T, G, D), int32(9, 8, 31, 16, 17), *caches(g))
+    ),
+    "copy_blocks": Case(
+        "copy_blocks", copy_blocks, lambda g: (caches(g)[0], int32(3, 1), caches(g)[1], int32(0, 2), 2)
+    ),
+    "copy_blocks of a head": Case(
+        "copy_blocks",
+        copy_blocks,
+        lambda g: (caches(g)[0][:, :, 1:], int32(3, 1), caches(g)[1][:, :, :1], int32(0, 2), 2),
     ),
     "latent_queries": Case("latent_queries", latent_queries, lambda g: absorbed(g, deterministic=False)),
     "latent_queries by token": Case("latent_queries", latent_queries, lambda g: absorbed(g, deterministic=True)),
