@@ -45,7 +45,8 @@ What differs although it has the same name:
 - Tool calls and reasoning are set apart from the text of an answer without a flag, where the chat template shows their form;
   `--tool-call-parser none --reasoning-parser none` leaves both in the text.
 - Their environment variables are not read. A server is not started where `VLLM_API_KEY` or `FD_API_KEY` was to protect it and
-  nothing else does: set `STEPGRAPH_API_KEY`.
+  nothing else does: set `STEPGRAPH_API_KEY`. `VLLM_NIXL_SIDE_CHANNEL_HOST` and `VLLM_NIXL_SIDE_CHANNEL_PORT` are
+  `--kv-transfer-host` and `--kv-transfer-port`; without these, engines of one machine find each other by a socket file.
 - FastDeploy's `FD_XPU_ENABLE_MIXED_EP_MODE=1`, by which an instance that both reads prompts and decodes changes between two ways
   to its experts, is `--expert-parallel-mixed on`, the default here: each step goes the way that is faster for its number of
   tokens, and mixtures need no special case. Its `0`, the default there, is `--expert-parallel-mixed off`: one way for all steps.

@@ -34,6 +34,23 @@ class EngineConfig:
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     transfer: TransferConfig = field(default_factory=TransferConfig)
 
+    def __post_init__(self) -> None:
+        if not self.transfer.is_connected:
+            return
+        if not self.cache.enable_prefix_caching:
+            raise ConfigError(
+                "enable_prefix_caching is off, and keys and values come from other engines, and go to them, by way of the prefix "
+                f"cache: leave it on, or splitwise_role={self.transfer.splitwise_role!r} and what begins with kv_transfer out",
+                param="enable_prefix_caching",
+            )
+        if self.parallel.data_parallel_size > 1:
+            raise ConfigError(
+                f"data_parallel_size={self.parallel.data_parallel_size} of one engine: its devices have caches of their own, and "
+                "no other engine can take from or fill; use tensor_parallel_size, or leave splitwise_role and what begins with "
+                "kv_transfer out",
+                param="data_parallel_size",
+            )
+
     @classmethod
     def from_settings(cls, **settings: Any) -> EngineConfig:
         """Build from flat settings, e.g. ``from_settings(model="smollm2", max_num_seqs=8)``.
@@ -127,6 +144,9 @@ GROUPS = {
     ),
     "compilation_config": Group("graph", None, '{"cudagraph_mode": "FULL"}'),
     "structured_outputs_config": Group("guidance", None, '{"disable_any_whitespace": true}'),
+    "kv_transfer_config": Group(
+        "transfer", None, '{"kv_connector": "NixlConnector", "kv_role": "kv_producer"}', "kv_transfer_"
+    ),
 }
 
 ENGINE_PARTS: dict[str, Any] = {

@@ -10,6 +10,7 @@ import math
 import types
 import typing
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from stepgraph.errors import ConfigError
@@ -107,6 +108,15 @@ def read_object(name: str, given: str | dict[str, Any], example: str) -> dict[st
     if not isinstance(given, dict):
         raise ConfigError(f"{name} must be a JSON object, not {type(given).__name__}")
     return given
+
+
+def text_of_file(path: str, name: str) -> str:
+    """What is in the file that a setting of this name gives. ConfigError if it cannot be read."""
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise ConfigError(f"{name}={path!r} cannot be read: {reason}") from error
 
 
 def flag_of(name: str) -> str:

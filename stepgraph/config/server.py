@@ -5,11 +5,10 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from stepgraph.config.engine import ENGINE_PARTS, EngineConfig, flattened
-from stepgraph.config.fields import check, check_value, homes_of, refuse_unknown, setting
+from stepgraph.config.fields import check, check_value, homes_of, refuse_unknown, setting, text_of_file
 from stepgraph.config.parallel import ParallelConfig
 from stepgraph.errors import ConfigError
 
@@ -191,7 +190,7 @@ class ServerConfig:
         """
         keys = [*(self.api_key or ())]
         if self.api_key_file is not None:
-            lines = [line.strip() for line in _text_of(self.api_key_file, "api_key_file").splitlines()]
+            lines = [line.strip() for line in text_of_file(self.api_key_file, "api_key_file").splitlines()]
             in_file = [line for line in lines if line]
             if not in_file:  # going on would leave a server open that was meant to be closed
                 raise ConfigError(f"api_key_file={self.api_key_file!r} holds no key; write one per line, or unset it")
@@ -217,7 +216,7 @@ class ServerConfig:
         """
         if self.chat_template is None or "{{" in self.chat_template or "{%" in self.chat_template:
             return self.chat_template
-        return _text_of(self.chat_template, "chat_template")
+        return text_of_file(self.chat_template, "chat_template")
 
     def check_ports(self, num_engines: int = 1) -> None:
         """Check that the ports of the server and of so many engines are ports, and differ.
@@ -323,11 +322,3 @@ def _check_keys(keys: Iterable[str], source: str) -> None:
                 f"{source}: key {number} has a space or a character that is not printable ASCII; use letters, digits "
                 "and signs, e.g. what `openssl rand -hex 24` prints"
             )
-
-
-def _text_of(path: str, name: str) -> str:
-    try:
-        return Path(path).read_text(encoding="utf-8")
-    except (OSError, ValueError) as error:
-        reason = error.strerror if isinstance(error, OSError) else error
-        raise ConfigError(f"{name}={path!r} cannot be read: {reason}") from error
