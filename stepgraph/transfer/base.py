@@ -15,7 +15,6 @@ from torch import Tensor
 
 from stepgraph.errors import StepgraphError
 from stepgraph.transfer.leases import Leases, LossReason
-from stepgraph.transfer.link import Link
 from stepgraph.transfer.messages import Hello
 from stepgraph.transfer.reference import Reference
 
@@ -166,8 +165,8 @@ class Backend(Protocol):
     def describe(self) -> str:
         """This rank's entry of `Hello.ranks`. It may be read by whoever knows the secret of the link."""
 
-    def attach(self, peer: Hello, link: Link) -> RemoteMemory:
-        """Reach the memory of another engine.
+    def attach(self, peer: Hello) -> RemoteMemory:
+        """Reach the memory of another engine. In any rank's process, which has no link to that engine.
 
         Raises:
             TransferError: it cannot be reached, or not as fast as it should be.
@@ -203,17 +202,18 @@ class SourceCaches(Protocol):
     """The null block included."""
 
     def begin(self) -> Moves:
-        """What a fetch copies from them."""
+        """What a fetch copies from them. Of this engine's steps, only those may touch the blocks that it fills whose results have
+        been read by now."""
 
     def close(self) -> None:
-        """Reach them no more; all that was begun is done."""
+        """Reach them no more. Whatever was begun is cancelled, and is done when this returns."""
 
 
 class Movers(Protocol):
     """What copies into the caches of an engine, on all of its ranks."""
 
-    def attach(self, peer: Hello, link: Link) -> SourceCaches:
-        """Reach the caches of another engine. Any thread may call it.
+    def attach(self, peer: Hello) -> SourceCaches:
+        """Reach the caches of another engine, which has the same layout. Waits for all ranks. Any thread may call it.
 
         Raises:
             TransferError: a rank cannot.

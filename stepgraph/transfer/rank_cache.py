@@ -1,0 +1,37 @@
+"""What movers and back ends work on in each rank, and what others are told of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from stepgraph.parallel.shard import Shard
+from stepgraph.platforms import DeviceMemory
+from stepgraph.step.signals import KVSignals
+from stepgraph.transfer.layout import BlockLayout
+
+
+@dataclass(frozen=True)
+class RankCache:
+    """The KV cache of one rank, in the process that has it."""
+
+    layout: BlockLayout
+    """The same on all ranks."""
+    shard: Shard
+    """Which of them it is; its key/value heads are those of `Shard.heads`."""
+    tensors: tuple[tuple[Tensor, ...], ...]
+    """Of each entry of `layout.layers`: [blocks, block_size, …] each."""
+    memory: DeviceMemory
+    """That they lie in."""
+    signals: KVSignals | None
+    """Where its steps say what they have written; None: nowhere."""
+
+
+@dataclass(frozen=True)
+class ExportedCache:
+    """The KV cache of an engine, as others are told of it: fields of its `Hello`."""
+
+    layout: BlockLayout
+    is_cut: bool
+    ranks: tuple[str, ...]
