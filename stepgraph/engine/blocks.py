@@ -95,16 +95,21 @@ class BlockPool:
         Returns:
             What changes in the block table: (slot, index of the block in its line, block).
         """
+        first, taken = len(blocks), self.take(count)
+        blocks += taken
+        return zip(repeat(slot), range(first, first + count), taken, strict=False)
+
+    def take(self, count: int) -> list[int]:
+        """Blocks for new content, held once. There must be so many free ones. Steps under way may still read them."""
         assert count <= self.num_free, (count, self.num_free)
-        first = len(blocks)
-        blocks += self._empty[: -count - 1 : -1]
-        del self._empty[len(self._empty) - (len(blocks) - first) :]
-        while len(blocks) < first + count:
+        taken = self._empty[: -count - 1 : -1]
+        del self._empty[len(self._empty) - len(taken) :]
+        while len(taken) < count:
             block, _ = self._cached.popitem(last=False)
             self._forget_key(block)
             self._holders[block] = 1
-            blocks.append(block)
-        return zip(repeat(slot), range(first, first + count), blocks[first:], strict=False)
+            taken.append(block)
+        return taken
 
     def publish(self, block: int, key: bytes) -> None:
         """Let `block`, which somebody holds, be found by `key`. If another block has that content already, it stays the one."""

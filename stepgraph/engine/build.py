@@ -11,6 +11,7 @@ from functools import cache, partial
 from stepgraph.config import EngineConfig
 from stepgraph.engine.adapters import AdapterTable
 from stepgraph.engine.engine import Engine
+from stepgraph.engine.exchange import Exchange
 from stepgraph.engine.guidance import read_vocabulary
 from stepgraph.engine.intake import RequestIntake
 from stepgraph.engine.lockstep import LockstepScheduler
@@ -94,6 +95,7 @@ def build_engine(
         specs.vocab_size,
         specs.draft_levels[-1],
         config.guidance,
+        end_token_ids,
     )
     adapters = AdapterTable(executor.read_adapter, executor.write_adapter, specs.max_adapters)
     intake = RequestIntake(
@@ -122,6 +124,7 @@ def build_engine(
         draft_depth=draft_depth,
         masks=masks,
         intake=intake,
+        exchange=Exchange(),
         end_token_ids=end_token_ids,
         read_tokenizer=read_tokenizer,
         clock=clock,

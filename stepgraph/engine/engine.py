@@ -7,17 +7,19 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from torch import Tensor
 
 from stepgraph.config import EngineConfig
+from stepgraph.engine.exchange import Exchange
 from stepgraph.engine.grammars import Grammars
 from stepgraph.engine.intake import RequestIntake
 from stepgraph.engine.lifecycle import Lifecycle
 from stepgraph.engine.lockstep import LockstepScheduler
-from stepgraph.engine.masks import TokenMasks, num_until_end
+from stepgraph.engine.masks import TokenMasks
 from stepgraph.engine.reports import HostTime, StepReport
 from stepgraph.engine.request import FinishReason, Request, RequestUpdate
 from stepgraph.engine.sampling_params import SamplingParams
@@ -33,6 +35,7 @@ from stepgraph.step.admission import Admission
 from stepgraph.step.plan import StepKind, StepPlan
 from stepgraph.step.results import StepResults, Ticket
 from stepgraph.step.shape import Variant
+from stepgraph.transfer.reference import Offer, Reference
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -65,6 +68,7 @@ class Engine:
         draft_depth: chooses numbers of proposals for the scheduler; told what came of them.
         masks: of tokens that requests may sample.
         intake: makes requests.
+        exchange: brings blocks of prompts here, and gives them to others.
         end_token_ids: tokens with which the model ends an answer.
         read_tokenizer: gives the model's tokenizer, the same at each call; None if it has none that can be read.
         clock: seconds, monotonic.
@@ -80,6 +84,7 @@ class Engine:
         draft_depth: DraftDepth,
         masks: TokenMasks,
         intake: RequestIntake,
+        exchange: Exchange,
         end_token_ids: tuple[int, ...],
         read_tokenizer: Callable[[], PreTrainedTokenizerFast | None],
         clock: Callable[[], float] = time.monotonic,
@@ -95,6 +100,7 @@ class Engine:
         self._depth = draft_depth
         self._masks = masks
         self._intake = intake
+        self._exchange = exchange
         self._read_tokenizer = read_tokenizer
         self._clock = clock
         self._life = Lifecycle(executor, self._drain, config.model.model_impl)
@@ -216,6 +222,7 @@ class Engine:
         cache_salt: str | None = None,
         adapter: str | AdapterFile | None = None,
         bad_words: Sequence[Sequence[int]] | None = None,
+        transfer: Offer | Reference | None = None,
     ) -> Request:
         """Queue a request; it starts with the next step that has room.
 
@@ -228,10 +235,11 @@ class Engine:
             adapter: folder of a LoRA adapter as PEFT saves it, or what `read_adapter` read of it; needs `enable_lora`.
             bad_words: tokens of `params.bad_words`, see `bad_word_token_ids`; default: found here. That, and to
                 read a folder, takes time in which all requests wait.
+            transfer: where the blocks of its prompt go, or come from; see `stepgraph.transfer.reference`.
 
         Raises:
             RequestError: the prompt is empty, holds an id outside the vocabulary, is too long, a parameter does not fit the
-                model, or the id is in use.
+                model, the id is in use, or the engine does not do what `transfer` says.
             ConfigError: the request needs a package that is not installed, or a tokenizer and the model has none.
             EngineDeadError: an earlier step failed.
         """
@@ -245,14 +253,16 @@ class Engine:
             adapter=adapter,
             adapters_in_use=self._adapters_in_use(),
             bad_words=bad_words,
+            transfer=transfer,
         )
         self.scheduler.add(request)
-        if params.structured_outputs is not None:
-            try:
+        try:
+            self._exchange.add(request)
+            if params.structured_outputs is not None:
                 self._masks.start(request, params.structured_outputs)
-            except BaseException:
-                self.scheduler.abort(request_id)
-                raise
+        except BaseException:
+            self.scheduler.abort(request_id)
+            raise
         return request
 
     def holds_adapter(self, folder: str) -> bool:
@@ -393,7 +403,7 @@ class Engine:
         results = self.executor.collect(step.ticket)
         updates = self.scheduler.reconcile(step.scheduled, results)
         if step.scheduled.follows_grammar:
-            updates = [update if update.request.guide is None else self._follow_grammar(update) for update in updates]
+            updates = self._masks.follow(updates, partial(self.scheduler.end, reason=FinishReason.STOP))
         seconds = collected - max(step.launched_at, self._collected_at)
         if len(self._depth.levels) > 1:
             self._observe(step.ticket, results, seconds)
@@ -457,23 +467,6 @@ class Engine:
             if request.sampling.masked:
                 self.executor.set_masks(request.slot, self._masks.masks(request))
         return request.error is None
-
-    def _follow_grammar(self, update: RequestUpdate) -> RequestUpdate:
-        """Move a request on in its grammar, which says later what may come next."""
-        request, tokens = update.request, update.new_token_ids
-        num_taken = num_until_end(update, self.end_token_ids)
-        if num_taken is not None:  # nothing may follow, not even a stop token
-            request.drop_tokens(len(tokens) - num_taken)
-            if update.finish_reason is not None:
-                request.finish_reason, request.stop_token, request.error = FinishReason.STOP, None, None
-            else:
-                self.scheduler.end(request.id, FinishReason.STOP)
-            update = RequestUpdate(request, tokens[:num_taken], FinishReason.STOP)
-        if update.finish_reason is None:
-            self._masks.ask(request)
-        else:
-            self._masks.drop(request)
-        return update
 
     @contextmanager
     def _blaming(self, request: Request) -> Iterator[None]:

@@ -20,6 +20,7 @@ from stepgraph.engine.sampling_params import SamplingParams, bad_word_token_ids
 from stepgraph.errors import RequestError
 from stepgraph.models.adapters import AdapterFile
 from stepgraph.step.slot_sampling import SlotSampling
+from stepgraph.transfer.reference import Offer, Reference
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -64,6 +65,7 @@ class RequestIntake:
         adapter: str | AdapterFile | None,
         adapters_in_use: Collection[Adapter],
         bad_words: Sequence[Sequence[int]] | None,
+        transfer: Offer | Reference | None,
     ) -> Request:
         """A request; see `Engine.add_request`. `adapters_in_use` are those of unfinished requests."""
         assert params.n == 1, params.n
@@ -104,6 +106,7 @@ class RequestIntake:
             priority=priority,
             cache_salt=cache_salt,
             adapter=loaded,
+            transfer=transfer,
             prompt_logprobs=[] if params.prompt_logprobs is None else [None] * len(prompt),
         )
 

@@ -28,12 +28,18 @@ class TokenMasks:
         vocab_size: V.
         max_drafts: most proposals of a step, K.
         config: how JSON is written.
+        end_token_ids: tokens that end an answer.
     """
 
     def __init__(
-        self, read_vocabulary: Callable[[], Vocabulary], vocab_size: int, max_drafts: int, config: GuidanceConfig
+        self,
+        read_vocabulary: Callable[[], Vocabulary],
+        vocab_size: int,
+        max_drafts: int,
+        config: GuidanceConfig,
+        end_token_ids: Collection[int],
     ):
-        self._config = config
+        self._config, self._end_token_ids = config, end_token_ids
         self.grammars = Grammars(read_vocabulary, vocab_size)
         self._max_drafts = max_drafts
         self._num_words = -(-vocab_size // slot_line.MASK_BITS)
@@ -70,6 +76,27 @@ class TokenMasks:
             requests.append(request)
         return requests
 
+    def follow(self, updates: Iterable[RequestUpdate], end: Callable[[str], object]) -> list[RequestUpdate]:
+        """Move requests on in their grammars, which say later what may come next; what has become of their updates. `end` is
+        told the id of a request whose grammar has ended while it goes on."""
+        return [update if update.request.guide is None else self._follow(update, end) for update in updates]
+
+    def _follow(self, update: RequestUpdate, end: Callable[[str], object]) -> RequestUpdate:
+        request, tokens = update.request, update.new_token_ids
+        num_taken = _num_until_end(update, self._end_token_ids)
+        if num_taken is not None:  # nothing may follow, not even a stop token
+            request.drop_tokens(len(tokens) - num_taken)
+            if update.finish_reason is not None:
+                request.finish_reason, request.stop_token, request.error = FinishReason.STOP, None, None
+            else:
+                end(request.id)
+            update = RequestUpdate(request, tokens[:num_taken], FinishReason.STOP)
+        if update.finish_reason is None:
+            self.ask(request)
+        else:
+            self.drop(request)
+        return update
+
     def drop(self, request: Request) -> None:
         """The request has ended."""
         if request.guide is not None and self._guided.pop(request.guide.number, None) is not None:
@@ -104,7 +131,7 @@ class TokenMasks:
             raise RequestError(f"{where} is not JSON: {error}", param=where) from error
 
 
-def num_until_end(update: RequestUpdate, end_token_ids: Collection[int]) -> int | None:
+def _num_until_end(update: RequestUpdate, end_token_ids: Collection[int]) -> int | None:
     """After how many of its new tokens a request's grammar has ended; None if it goes on. It ends with the first end token, which
     is sampled where the answer is complete only."""
     # What ended on the device ended at its last token, or failed after it, unless the grammar ends before that.

@@ -15,6 +15,7 @@ from stepgraph.engine.sampling_params import SamplingParams
 from stepgraph.errors import Fault
 from stepgraph.step.shape import Variant
 from stepgraph.step.slot_sampling import SlotSampling
+from stepgraph.transfer.reference import Offer, Reference
 
 if TYPE_CHECKING:
     from stepgraph.engine.adapters import Adapter
@@ -64,6 +65,8 @@ class AnsweredRequest:
     """Proposals that were verified for it."""
     accepted: list[int] = field(default_factory=list)
     """Of these, those that stood: their places in `output_token_ids`, ascending."""
+    kv_transfer_params: dict[str, Any] | None = None
+    """If its prompt was computed for another engine: what that must be told, once the prompt is done."""
     admitted_at: float | None = None
     """`time.monotonic()` when it first got a slot."""
 
@@ -103,6 +106,8 @@ class Request(AnsweredRequest):
     """Only requests of the same salt share cached prefixes."""
     adapter: Adapter | None = None
     """The LoRA adapter it uses, held in memory until it ends."""
+    transfer: Offer | Reference | None = None
+    """Where the blocks of its prompt go, or come from."""
     guide: RemoteGuide | None = None
     """Where it stands in its grammar, if it follows one."""
 
@@ -128,12 +133,19 @@ class Request(AnsweredRequest):
     """Of its granted blocks, the first so many can be found in the prefix cache."""
     awaits_host: bool = False
     """It cannot run another token before the host has done something: compiled its grammar, prepared its token mask."""
+    awaits_blocks: bool = False
+    """It waits for blocks of its prompt that are brought here."""
     was_snapped: bool = False
     """A chunk of its prompt was cut to a captured size, which costs it one step; it happens once."""
 
     @property
     def prompt_len(self) -> int:
         return len(self.prompt_token_ids)
+
+    @property
+    def is_kept_waiting(self) -> bool:
+        """Whether it could not run if there were room for it."""
+        return self.awaits_host or self.awaits_blocks
 
     @property
     def num_known(self) -> int:

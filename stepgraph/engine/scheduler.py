@@ -377,7 +377,7 @@ class Scheduler:
         if self._waiting:
             self._waiting.open_gate()
         step = None
-        if not (self._waiting and self._free_slots):
+        if not (self._free_slots and any(map(self._waiting.may_enter, self._waiting))):
             plan = steady.plan
             if self._choose_drafts(len(plan.rows)) == plan.num_drafts:
                 step = steady.next_step()

@@ -18,7 +18,7 @@ MAX_OVERTAKEN = 256
 """Later arrivals that may get a slot before a waiting request does, or take a running one's blocks."""
 
 _POLL_S = 0.001
-"""How soon to look again for a request whose grammar is being compiled."""
+"""How soon to look again for a request whose grammar is being compiled, or whose blocks are on their way."""
 
 
 class WaitingLine:
@@ -75,12 +75,12 @@ class WaitingLine:
 
     def may_enter(self, request: Request) -> bool:
         """Whether nothing but room keeps it from running."""
-        return not request.awaits_host and request.arrival <= self._gathered
+        return not request.is_kept_waiting and request.arrival <= self._gathered
 
     def must_wait_for_first(self, request: Request) -> bool:
         """Whether the first in line was overtaken so often that nobody else may pass."""
         first = self._requests[0]
-        return _is_overdue(first) and request is not first and not first.awaits_host
+        return _is_overdue(first) and request is not first and not first.is_kept_waiting
 
     def open_gate(self) -> None:
         """Let those that wait enter, if the insertion policy says that it is time."""
@@ -96,7 +96,7 @@ class WaitingLine:
         self.open_gate()
         if any(map(self.may_enter, self._requests)):
             return None
-        if any(request.awaits_host for request in self._requests):
+        if any(request.is_kept_waiting for request in self._requests):
             return _POLL_S
         return max(0.0, self._last_arrival + self._config.prefill_gather_ms / 1e3 - self._clock())
 
@@ -111,7 +111,7 @@ class WaitingLine:
         arrival, gathered = admitted.arrival, self._gathered
         overdue = []
         for request in self._requests:
-            if request.arrival < arrival and request.arrival <= gathered and not request.awaits_host:
+            if request.arrival < arrival and request.arrival <= gathered and not request.is_kept_waiting:
                 request.overtaken += 1
                 if request.overtaken == MAX_OVERTAKEN:
                     overdue.append(request)

@@ -22,12 +22,6 @@ class Work:
         return self.is_done
 
 
-def take(pool: BlockPool, count: int) -> list[int]:
-    blocks: list[int] = []
-    pool.extend(blocks, count, slot=1)
-    return blocks
-
-
 class Pool(RuleBasedStateMachine):
     """Holders, fences and the prefix cache in any order, beside a model of sets."""
 
@@ -48,7 +42,7 @@ class Pool(RuleBasedStateMachine):
     @rule(data=st.data())
     def extend(self, data):
         if self.pool.num_free:
-            blocks = take(self.pool, data.draw(st.integers(1, self.pool.num_free)))
+            blocks = self.pool.take(data.draw(st.integers(1, self.pool.num_free)))
             assert len(set(blocks)) == len(blocks)
             assert not set(blocks) & (set(self.held()) | self.fenced() | {0})
             for block in blocks:
@@ -121,7 +115,7 @@ class Pool(RuleBasedStateMachine):
         self.pool.reclaim()
         assert (self.pool.num_free, self.pool.num_quarantined) == (self.pool.num_usable, 0)
         self.pool.forget()
-        assert sorted(take(self.pool, self.pool.num_usable)) == list(range(1, self.pool.num_usable + 1))
+        assert sorted(self.pool.take(self.pool.num_usable)) == list(range(1, self.pool.num_usable + 1))
 
 
 Pool.TestCase.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)
@@ -130,7 +124,7 @@ test_blocks_are_never_reused_under_a_holder_or_an_open_fence_and_none_is_lost = 
 
 def test_a_block_waits_for_all_fences_whoever_released_it_last() -> None:
     pool, first, second = BlockPool(3), Work(), Work()
-    blocks = take(pool, 2)
+    blocks = pool.take(2)
     pool.hold(blocks)
     pool.release(blocks, first)
     pool.release(blocks, second)
@@ -142,7 +136,7 @@ def test_a_block_waits_for_all_fences_whoever_released_it_last() -> None:
 
 def test_content_in_quarantine_is_found_and_its_next_holder_inherits_the_fence() -> None:
     pool, work = BlockPool(3), Work()
-    blocks = take(pool, 1)
+    blocks = pool.take(1)
     pool.publish(blocks[0], b"key")
     pool.release(blocks, work)
     assert (pool.find(b"key"), pool.count_free(blocks)) == (blocks[0], 0)
@@ -159,7 +153,7 @@ def test_content_in_quarantine_is_found_and_its_next_holder_inherits_the_fence()
 def test_requests_wait_for_a_transfer_rather_than_take_its_blocks(run_ahead) -> None:
     loop = Loop(num_kv_blocks=9, run_ahead=run_ahead, prefix_caching=False)
     pool, work = loop.scheduler.blocks, Work()
-    sent = take(pool, 6)
+    sent = pool.take(6)
     loop.held_elsewhere |= set(sent)
     requests = [loop.add(id, 5, 20) for id in "ab"]  # of seven blocks each
     for _ in range(30):
