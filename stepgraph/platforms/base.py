@@ -103,15 +103,16 @@ class Platform(Protocol):
     def peak_memory_bytes(self, run: Callable[[], object]) -> int:
         """Most device memory that `run` holds at a time beside what is allocated before it; 0 where that is not known."""
 
-    def memory(self, sizes: Iterable[int], *, sleepable: bool) -> DeviceMemory:
+    def memory(self, sizes: Iterable[int], *, sleepable: bool, shared: bool = False) -> DeviceMemory:
         """New memory for tensors whose storages have `sizes` bytes.
 
         Args:
             sizes: of all storages it will hold.
             sleepable: it will be released and restored.
+            shared: other processes will map it. Asked for by engines alone that give keys and values to others.
 
         Raises:
-            ConfigError: sleeping needs something that is not installed.
+            ConfigError: sleeping or sharing needs something that is not installed.
         """
 
     def release_cached_memory(self) -> None:

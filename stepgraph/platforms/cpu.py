@@ -14,6 +14,7 @@ from torch import Tensor
 
 from stepgraph import openmp
 from stepgraph.platforms.base import PROTOCOL_VERSION, CompiledKernels
+from stepgraph.platforms.shared_memory import SharedMemory
 from stepgraph.platforms.torch_memory import TorchMemory
 from stepgraph.platforms.tuning import DEFAULT
 
@@ -69,8 +70,8 @@ class CpuPlatform:
     def peak_memory_bytes(self, run: Callable[[], object]) -> int:
         return 0  # steps take what they need from the memory that the KV cache leaves
 
-    def memory(self, sizes: Iterable[int], *, sleepable: bool) -> TorchMemory:
-        return TorchMemory(self.device, releasable=True)
+    def memory(self, sizes: Iterable[int], *, sleepable: bool, shared: bool = False) -> TorchMemory:
+        return SharedMemory(sizes) if shared else TorchMemory(self.device, releasable=True)
 
     def release_cached_memory(self) -> None:
         pass

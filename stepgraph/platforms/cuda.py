@@ -85,8 +85,10 @@ class CudaPlatform:
         torch.cuda.empty_cache()
         return peak
 
-    def memory(self, sizes: Iterable[int], *, sleepable: bool) -> DeviceMemory:
-        return SleepableMemory(sizes, self.device) if sleepable else TorchMemory(self.device, releasable=False)
+    def memory(self, sizes: Iterable[int], *, sleepable: bool, shared: bool = False) -> DeviceMemory:
+        return (
+            SleepableMemory(sizes, self.device) if sleepable or shared else TorchMemory(self.device, releasable=False)
+        )
 
     def release_cached_memory(self) -> None:
         torch.cuda.empty_cache()

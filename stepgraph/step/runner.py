@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import numpy.typing as npt
@@ -164,7 +165,8 @@ class StepRunner:
             num_ranks=1 if group is None else group.shard.size,
         )
         self.num_kv_blocks = least(exchange, num_kv_blocks)
-        self.kv_memory = platform.memory(layout.sizes(self.num_kv_blocks), sleepable=config.cache.enable_sleep_mode)
+        make = partial(platform.memory, layout.sizes(self.num_kv_blocks), sleepable=config.cache.enable_sleep_mode)
+        self.kv_memory = make(shared=True) if config.transfer.signals_layers else make()
         self.caches = layout.allocate(self.num_kv_blocks, self.kv_memory)
 
         plan_length = self.state.plan.shape[0]

@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 from math import prod
-from weakref import finalize
 
 import torch
 
-from stepgraph.errors import StepgraphError
 from stepgraph.parallel.exchange import Exchange
 from stepgraph.parallel.shard import Shard
 from stepgraph.parallel.shared_memory import map_shared
+from stepgraph.platforms.shared_memory import pin
 from stepgraph.step.output_rings import OutputRings, ring_sizes
 from stepgraph.step.shape import StepShape
 
 _PAGE = 1 << 14
 """Bytes; a multiple of every system's pages, which devices map one by one."""
-_PORTABLE = 1
-"""Of `cudaHostRegister`."""
 
 
 class SharedRings:
@@ -48,18 +45,5 @@ class SharedRings:
             for part in parts
         )
         """Of each rank."""
-        address = None
-        if device.type == "cuda":
-            address = parts[shard.rank].data_ptr()
-            status = torch.cuda.cudart().cudaHostRegister(address, part_bytes, _PORTABLE)
-            if int(status) != 0:
-                raise StepgraphError(f"rank {shard.rank}: its GPU cannot map memory that ranks share ({status})")
-        self.close: finalize[[int | None, torch.Tensor], SharedRings] = finalize(self, _take_back, address, parts)
+        self.close = pin(self, parts[shard.rank], device)
         """Takes the memory from the device, which is done with it; so does the end of this object."""
-        self.close.atexit = False  # a device that hangs may keep it
-
-
-def _take_back(address: int | None, parts: torch.Tensor) -> None:
-    """`parts`: what lies at the address, which may go then."""
-    if address is not None:
-        torch.cuda.cudart().cudaHostUnregister(address)

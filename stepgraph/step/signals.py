@@ -15,6 +15,7 @@ import torch
 from stepgraph.layers.inputs import WriteSignals
 from stepgraph.ops.collectives.cpu import order_memory
 from stepgraph.platforms import Platform
+from stepgraph.platforms.shared_memory import SharedFile, pin
 
 
 class KVSignals:
@@ -29,7 +30,11 @@ class KVSignals:
     def __init__(self, num_layers: int, platform: Platform) -> None:
         counts = torch.zeros(2 + num_layers, dtype=torch.int64, device=platform.device)
         counts[0] = 1
-        words = platform.host_buffer(2 * (1 + num_layers)).view(torch.int64)
+        self.file = SharedFile(8 * (1 + num_layers))
+        """Memory of `tensors.words`, which begin it: others may map it."""
+        words = torch.frombuffer(self.file.memory, dtype=torch.int64, count=1 + num_layers)
+        self.close = pin(self, words, platform.device)
+        """Takes the memory from the device, which is done with it; so does the end of this object."""
         self.tensors = WriteSignals(counts, words)
         """What the program gets."""
         self._platform = platform
@@ -37,10 +42,7 @@ class KVSignals:
 
     def has_written(self, layer: int, step: int) -> bool:
         """Whether the entries that a step writes of a layer are there. Any thread may ask."""
-        seen = self._seen[layer] > step or self._seen[-1] > step
-        if seen:
-            order_memory()  # what is read then was not read before
-        return seen
+        return has_written(self._seen, layer, step)
 
     @contextmanager
     def silent(self) -> Iterator[None]:
@@ -58,3 +60,11 @@ class KVSignals:
         """So many steps are done, with none under way."""
         self.tensors.counts[1:] = num_steps
         self.tensors.words.fill_(num_steps)
+
+
+def has_written(words: memoryview[int], layer: int, step: int) -> bool:
+    """`KVSignals.has_written`, for those who have mapped its words."""
+    seen = words[layer] > step or words[-1] > step
+    if seen:
+        order_memory()  # what is read then was not read before
+    return seen

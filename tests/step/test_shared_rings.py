@@ -51,5 +51,5 @@ def test_memory_is_taken_back_where_nobody_closes_it(registered) -> None:
 def test_memory_that_the_device_cannot_reach_is_told_of(monkeypatch) -> None:
     cudart = SimpleNamespace(cudaHostRegister=lambda address, num_bytes, flags: 712)
     monkeypatch.setattr(torch.cuda, "cudart", lambda: cudart)
-    with pytest.raises(StepgraphError, match=r"^rank 0: its GPU cannot map memory that ranks share \(712\)$"):
+    with pytest.raises(StepgraphError, match=r"^cuda cannot map memory that processes share \(712\)$"):
         create()
