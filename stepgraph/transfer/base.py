@@ -158,12 +158,20 @@ class RemoteMemory(Protocol):
 class Backend(Protocol):
     """A way for bytes to go between engines, as one rank has it."""
 
-    name: str
-    moves: Literal["sink", "source"]
-    """Whose movers copy."""
+    @property
+    def name(self) -> str:
+        """As `Hello.backends` and settings say it."""
+
+    @property
+    def moves(self) -> Literal["sink", "source"]:
+        """Whose movers copy."""
 
     def describe(self) -> str:
         """This rank's entry of `Hello.ranks`. It may be read by whoever knows the secret of the link."""
+
+    def copy(self, source: Tensor, source_blocks: Sequence[int], target: Tensor, target_blocks: Sequence[int]) -> None:
+        """Copy blocks of one tensor to those of another, [blocks, …] of one dtype and equal otherwise. When it returns, they are
+        there."""
 
     def attach(self, peer: Hello) -> RemoteMemory:
         """Reach the memory of another engine. In any rank's process, which has no link to that engine.
@@ -171,6 +179,9 @@ class Backend(Protocol):
         Raises:
             TransferError: it cannot be reached, or not as fast as it should be.
         """
+
+    def close(self) -> None:
+        """Nobody can attach to this rank any more, and nothing is copied any more."""
 
 
 class Moves(Protocol):

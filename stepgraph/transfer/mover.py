@@ -11,9 +11,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from stepgraph.parallel.shard import Cut
+from stepgraph.parallel.shard import Cut, Shard
 from stepgraph.transfer.base import Move, RemoteMemory
 from stepgraph.transfer.layout import BlockLayout, Piece, pieces
+from stepgraph.transfer.messages import Hello
 
 logger = logging.getLogger(__name__)
 
@@ -30,6 +31,12 @@ def copy_blocks(source: Tensor, source_blocks: Sequence[int], target: Tensor, ta
     returns, they are there."""
     source_N, target_N = torch.tensor(source_blocks), torch.tensor(target_blocks)
     target.view(torch.uint8).index_copy_(0, target_N, source.view(torch.uint8).index_select(0, source_N))
+
+
+def heads_of(peer: Hello) -> list[Heads]:
+    """What each rank of an engine has."""
+    size = len(peer.ranks)
+    return [Shard(rank, size).heads if peer.is_cut else Cut.whole for rank in range(size)]
 
 
 class Moving:
