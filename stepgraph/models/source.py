@@ -67,6 +67,10 @@ class ModelSource(ABC):
     def tensors(self) -> Iterable[CheckpointTensor]:
         """The checkpoint's tensors, read when they are loaded; ModelError if there are none or a file is damaged."""
 
+    @abstractmethod
+    def weight_files(self) -> list[Path]:
+        """The files that hold the weights, in an order that is theirs; ModelError if there are none."""
+
     @property
     def folder(self) -> Path:
         """Where transformers finds the checkpoint; ModelError if there is none."""
@@ -114,6 +118,10 @@ class GGUFSource(ModelSource):
         """See `ModelSource.tensors`."""
         return self._file.tensors()
 
+    def weight_files(self) -> list[Path]:
+        """See `ModelSource.weight_files`."""
+        return [self._file.path]
+
     def check_tokenizer(self) -> None:
         """See `ModelSource.check_tokenizer`."""
         require_known_tokenizer(self._file)
@@ -148,6 +156,10 @@ class FolderSource(ModelSource):
         of_tokenizer = tokenizer_end_token(folder)
         eos += config.eos_token_ids + (() if of_tokenizer is None else (of_tokenizer,))
         self.config = replace(config, eos_token_ids=end_tokens(eos, config.vocab_size, self.description))
+
+    def weight_files(self) -> list[Path]:
+        """See `ModelSource.weight_files`."""
+        return weight_files(self._folder)
 
     @property
     def folder(self) -> Path:
@@ -187,6 +199,10 @@ class ShapeSource(ModelSource):
         )
 
     def tensors(self) -> Iterable[CheckpointTensor]:
+        """Always a ModelError."""
+        raise self._no_weights()
+
+    def weight_files(self) -> list[Path]:
         """Always a ModelError."""
         raise self._no_weights()
 
