@@ -86,9 +86,9 @@ class CudaPlatform:
         return peak
 
     def memory(self, sizes: Iterable[int], *, sleepable: bool, shared: bool = False) -> DeviceMemory:
-        return (
-            SleepableMemory(sizes, self.device) if sleepable or shared else TorchMemory(self.device, releasable=False)
-        )
+        if sleepable or shared:
+            return SleepableMemory(sizes, self.device, is_shared=shared)
+        return TorchMemory(self.device, releasable=False)
 
     def release_cached_memory(self) -> None:
         torch.cuda.empty_cache()

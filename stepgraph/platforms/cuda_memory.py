@@ -1,7 +1,8 @@
 """Device memory that can be given up and taken back at the same addresses, so that captured graphs stay valid.
 
 A range of virtual addresses is reserved for good. Physical memory is mapped into it piece by piece, as tensors are placed, and
-unmapped and mapped again to sleep and to wake up. See "Virtual Memory Management" in NVIDIA's CUDA driver API.
+unmapped and mapped again to sleep and to wake up. Shared memory is one piece, which other processes of the host map by a file
+descriptor. See "Virtual Memory Management" in NVIDIA's CUDA driver API.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import importlib
 import weakref
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,6 +27,7 @@ class SleepableMemory:
     Args:
         sizes: bytes of each storage it will hold.
         device: a CUDA device.
+        is_shared: other processes may map it, see `export`.
 
     Raises:
         ConfigError: the driver's Python bindings are not installed.
@@ -33,10 +35,10 @@ class SleepableMemory:
 
     releasable = True
 
-    def __init__(self, sizes: Iterable[int], device: torch.device):
-        self._device = device
+    def __init__(self, sizes: Iterable[int], device: torch.device, *, is_shared: bool = False):
+        self._device, self._is_shared = device, is_shared
         torch.cuda.synchronize(device)  # makes the device's context this thread's
-        self._driver = _Driver(device)
+        self._driver = _Driver(device, is_shared=is_shared)
         self._size = _round_up(max(1, sum(_round_up(size, _ALIGNMENT) for size in sizes)), self._driver.granularity)
         self._address = self._driver.reserve(self._size)
         self._used = 0  # bytes handed out, from the start
@@ -95,6 +97,17 @@ class SleepableMemory:
         self._content = None
         self._finalizer()
 
+    def export(self) -> Exported:
+        """By what other processes reach it, until it is released: those who have mapped it then keep the old physical memory
+        from going back. Of shared memory that holds something."""
+        assert self._is_shared, self
+        [(address, num_bytes)] = self._mapped
+        return Exported(self._driver.export(address), num_bytes)
+
+    def offset(self, tensor: Tensor) -> int:
+        """Bytes from its start to a tensor in it."""
+        return tensor.data_ptr() - self._address
+
     def _take(self, num_bytes: int) -> Tensor:
         """The next `num_bytes`, [B] uint8, mapped."""
         start = _round_up(self._used, _ALIGNMENT)
@@ -102,7 +115,8 @@ class SleepableMemory:
         assert end <= self._size, (end, self._size)
         mapped = sum(size for _, size in self._mapped)
         if end > mapped:
-            piece = (self._address + mapped, _round_up(end - mapped, self._driver.granularity))
+            until = self._size if self._is_shared else end
+            piece = (self._address + mapped, _round_up(until - mapped, self._driver.granularity))
             self._map(*piece)
             self._pieces.append(piece)
         self._used = end
@@ -127,6 +141,59 @@ class SleepableMemory:
         return torch.as_tensor(_Span(self, self._address + start, end - start), device=self._device)
 
 
+class Exported(NamedTuple):
+    """Physical memory, for other processes of the host."""
+
+    descriptor: int
+    """An open file, to be closed by who has it; while it is open, the memory stays."""
+    num_bytes: int
+
+
+class ImportedMemory:
+    """Memory of another process, or of this one, as a device of this process reaches it.
+
+    Args:
+        exported: what it is; the descriptor stays the caller's.
+        device: a CUDA device of this thread's context, maybe another one than the memory's.
+
+    Raises:
+        RuntimeError: the driver cannot map it: there is no such memory, or no direct way from the device to it. Nothing stands in
+            for one: what is mapped is as fast as the link.
+    """
+
+    def __init__(self, exported: Exported, device: torch.device):
+        self._device = device
+        self._driver = _Driver(device, is_shared=True)
+        self._address = self._driver.reserve(exported.num_bytes)
+        self._size = exported.num_bytes
+        try:
+            self._driver.map_imported(self._address, *exported)
+        except BaseException:
+            self._driver.free_addresses(self._address, self._size)
+            raise
+
+    def tensor(self, offset: int, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """What lies `offset` bytes from its start; not to be used after `close`. To torch it is the device's own, which reads it
+        wherever it lies.
+
+        Raises:
+            ValueError: it does not lie within.
+        """
+        num_bytes = torch.Size(shape).numel() * dtype.itemsize
+        if not 0 <= offset <= self._size - num_bytes or offset % _ALIGNMENT:
+            raise ValueError(f"{num_bytes} bytes from {offset} on are not in {self._size}")
+        # Torch asks the driver of any other address whose it is, and would copy what is another device's.
+        storage = torch._C._construct_storage_from_data_pointer(self._address + offset, self._device, num_bytes)
+        return torch.empty(0, dtype=dtype, device=self._device).set_(storage).resize_(tuple(shape))
+
+    def close(self) -> None:
+        """Map it no more. The device reads nothing of it."""
+        if self._size:
+            self._driver.unmap(self._address, self._size)
+            self._driver.free_addresses(self._address, self._size)
+            self._size = 0
+
+
 class _Span:
     """A range of bytes, for torch to make a tensor of, which keeps it, and with it the memory, alive."""
 
@@ -144,19 +211,22 @@ class _Span:
 class _Driver:
     """The driver's calls on one device, with errors raised."""
 
-    def __init__(self, device: torch.device):
+    def __init__(self, device: torch.device, *, is_shared: bool = False):
         try:
             driver: Any = importlib.import_module("cuda.bindings.driver")
         except ImportError as error:
             raise ConfigError(
-                "enable_sleep_mode needs the Python bindings of the CUDA driver, and cuda.bindings cannot be imported "
-                f"({error}); pip install cuda-bindings, or leave enable_sleep_mode off"
+                "enable_sleep_mode, and KV blocks that go from GPU to GPU, need the Python bindings of the CUDA driver, and "
+                f"cuda.bindings cannot be imported ({error}); pip install cuda-bindings, or leave enable_sleep_mode off"
             ) from error
         self._driver = driver
         self._properties = driver.CUmemAllocationProp()
         self._properties.type = driver.CUmemAllocationType.CU_MEM_ALLOCATION_TYPE_PINNED
         self._properties.location.type = driver.CUmemLocationType.CU_MEM_LOCATION_TYPE_DEVICE
         self._properties.location.id = device.index
+        if is_shared:
+            self._handles = driver.CUmemAllocationHandleType.CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR
+            self._properties.requestedHandleTypes = self._handles
         self._access = driver.CUmemAccessDesc()
         self._access.location = self._properties.location
         self._access.flags = driver.CUmemAccess_flags.CU_MEM_ACCESS_FLAGS_PROT_READWRITE
@@ -174,7 +244,22 @@ class _Driver:
 
     def map(self, address: int, num_bytes: int) -> None:
         """Put new physical memory at reserved addresses; torch.OutOfMemoryError if there is none."""
-        handle = self._call("cuMemCreate", num_bytes, self._properties, 0)
+        self._map(address, num_bytes, self._call("cuMemCreate", num_bytes, self._properties, 0))
+
+    def export(self, address: int) -> int:
+        """A file descriptor of the physical memory of one call of `map`."""
+        handle = self._call("cuMemRetainAllocationHandle", address)
+        try:
+            return int(self._call("cuMemExportToShareableHandle", handle, self._handles, 0))
+        finally:
+            self._call("cuMemRelease", handle)
+
+    def map_imported(self, address: int, descriptor: int, num_bytes: int) -> None:
+        """Put what another process has exported at reserved addresses."""
+        self._map(address, num_bytes, self._call("cuMemImportFromShareableHandle", descriptor, self._handles))
+
+    def _map(self, address: int, num_bytes: int, handle: Any) -> None:
+        """Map a handle, which is given back."""
         try:
             self._call("cuMemMap", address, num_bytes, 0, handle, 0)
         finally:

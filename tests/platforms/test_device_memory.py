@@ -3,13 +3,12 @@
 `SleepableMemory` runs here on a driver that imitates CUDA's rules over host memory, and on a GPU with the real one.
 """
 
-import ctypes
 import gc
-import importlib
-from types import SimpleNamespace
+import os
 
 import pytest
 import torch
+from imitated_cuda import GRANULARITY, MIB, ImitatedDriver, imitate_cuda
 from tiny import TINY_SETTINGS, drain
 from torch import nn
 
@@ -19,110 +18,13 @@ from stepgraph.engine.sampling_params import SamplingParams
 from stepgraph.errors import ConfigError
 from stepgraph.platforms import cuda_memory
 from stepgraph.platforms.cpu import CpuPlatform
-from stepgraph.platforms.cuda_memory import SleepableMemory
+from stepgraph.platforms.cuda_memory import Exported, ImportedMemory, SleepableMemory
 from stepgraph.platforms.torch_memory import TorchMemory
-
-MIB = 2**20
-GRANULARITY = 2 * MIB
-
-
-class ImitatedDriver:
-    """The virtual memory calls of cuda.bindings.driver; physical memory that is unmapped loses its content."""
-
-    CUresult = SimpleNamespace(CUDA_SUCCESS=0, CUDA_ERROR_OUT_OF_MEMORY=2)
-    CUmemAllocationType = SimpleNamespace(CU_MEM_ALLOCATION_TYPE_PINNED=1)
-    CUmemLocationType = SimpleNamespace(CU_MEM_LOCATION_TYPE_DEVICE=1)
-    CUmemAccess_flags = SimpleNamespace(CU_MEM_ACCESS_FLAGS_PROT_READWRITE=3)
-    CUmemAllocationGranularity_flags = SimpleNamespace(CU_MEM_ALLOC_GRANULARITY_MINIMUM=0)
-
-    def __init__(self):
-        self.budget = 64 * MIB
-        self.failing = ""
-        self.reserved: dict[int, int] = {}
-        self.handles: dict[int, int] = {}  # not released yet
-        self.mappings: dict[int, int] = {}
-        self._ranges = []
-
-    def CUmemAllocationProp(self):  # noqa: N802
-        return SimpleNamespace(type=None, location=SimpleNamespace(type=None, id=None))
-
-    def CUmemAccessDesc(self):  # noqa: N802
-        return SimpleNamespace(location=None, flags=None)
-
-    @property
-    def in_use(self) -> int:
-        return sum(self.mappings.values())
-
-    def cuMemGetAllocationGranularity(self, properties, option):  # noqa: N802
-        return 0, GRANULARITY
-
-    def cuMemAddressReserve(self, size, alignment, address, flags):  # noqa: N802
-        assert size % GRANULARITY == alignment == address == flags == 0
-        buffer = (ctypes.c_ubyte * (size + GRANULARITY))()
-        self._ranges.append(buffer)
-        start = -(-ctypes.addressof(buffer) // GRANULARITY) * GRANULARITY
-        self.reserved[start] = size
-        return 0, start
-
-    def cuMemAddressFree(self, address, size):  # noqa: N802
-        assert self.reserved.pop(address) == size
-        assert not any(address <= mapped < address + size for mapped in self.mappings)
-        return (0,)
-
-    def cuMemCreate(self, size, properties, flags):  # noqa: N802
-        assert size % GRANULARITY == flags == 0
-        if self.in_use + size > self.budget:
-            return 2, None
-        handle = 1 + max(self.handles, default=0)
-        self.handles[handle] = size
-        return 0, handle
-
-    def cuMemMap(self, address, size, offset, handle, flags):  # noqa: N802
-        assert (self.handles[handle], offset, flags) == (size, 0, 0)
-        assert any(start <= address and address + size <= start + length for start, length in self.reserved.items())
-        assert all(address + size <= start or start + length <= address for start, length in self.mappings.items())
-        self.mappings[address] = size
-        return (0,)
-
-    def cuMemSetAccess(self, address, size, descriptions, count):  # noqa: N802
-        assert self.mappings[address] == size
-        assert (len(descriptions), descriptions[0].flags, descriptions[0].location.type) == (count, 3, 1)
-        return (999 if self.failing == "access" else 0,)
-
-    def cuMemUnmap(self, address, size):  # noqa: N802
-        assert self.mappings.pop(address) == size
-        ctypes.memset(address, 0xDD, size)
-        return (0,)
-
-    def cuMemRelease(self, handle):  # noqa: N802
-        del self.handles[handle]
-        return (0,)
 
 
 @pytest.fixture
 def driver(monkeypatch) -> ImitatedDriver:
-    """SleepableMemory runs on it, on the CPU, within the test."""
-    driver = ImitatedDriver()
-    import_module = importlib.import_module
-
-    def import_or_fake(name: str, *args):
-        return driver if name == "cuda.bindings.driver" else import_module(name, *args)
-
-    monkeypatch.setattr(cuda_memory.importlib, "import_module", import_or_fake)
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
-    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (driver.budget - driver.in_use, driver.budget))
-
-    def as_tensor(span, device):
-        interface = span.__cuda_array_interface__
-        assert (interface["typestr"], interface["data"][1]) == ("|u1", False)
-        [length] = interface["shape"]
-        memory = (ctypes.c_ubyte * length).from_address(interface["data"][0])
-        memory.keeper = span
-        return torch.frombuffer(memory, dtype=torch.uint8)
-
-    monkeypatch.setattr(torch, "as_tensor", as_tensor)
-    return driver
+    return imitate_cuda(monkeypatch)
 
 
 CPU = torch.device("cpu")
@@ -192,6 +94,77 @@ def test_adopted_parameters_stay_the_same_objects_with_the_same_values_and_share
     memory.release(keep_content=True)
     memory.restore()
     assert all(torch.equal(parameter, value) for parameter, value in zip(parameters, before, strict=True))
+
+
+def shared_memory(*sizes: int) -> tuple[SleepableMemory, list[torch.Tensor]]:
+    memory = SleepableMemory(sizes, CPU, is_shared=True)
+    tensors = [memory.zeros((size,), torch.uint8).fill_(number) for number, size in enumerate(sizes, start=1)]
+    return memory, tensors
+
+
+def imported(memory: SleepableMemory) -> ImportedMemory:
+    exported = memory.export()
+    try:
+        return ImportedMemory(exported, CPU)
+    finally:
+        os.close(exported.descriptor)
+
+
+def test_shared_memory_is_mapped_elsewhere_and_both_see_what_is_written(driver) -> None:
+    memory, tensors = shared_memory(3 * MIB, 1000, 5 * MIB)
+    assert len(driver.mappings) == 1
+    there = imported(memory)
+    views = [there.tensor(memory.offset(tensor), tensor.shape, torch.uint8) for tensor in tensors]
+    assert [int(view.unique()) for view in views] == [1, 2, 3]
+    tensors[1].fill_(9)
+    assert (views[1] == 9).all()
+    numbers = there.tensor(memory.offset(tensors[0]), (2, 3), torch.float32)
+    assert numbers.shape == (2, 3)
+    assert (numbers.view(torch.uint8) == 1).all()
+    assert driver.handles == {}
+
+
+def test_what_others_have_mapped_outlives_its_owner_and_is_let_go_of_once(driver) -> None:
+    memory, tensors = shared_memory(100)
+    there = imported(memory)
+    view = there.tensor(0, (100,), torch.uint8)
+    memory.free()
+    assert driver.in_use == GRANULARITY
+    assert (view == 1).all()
+    del tensors
+    there.close()
+    there.close()
+    assert driver.reserved == driver.mappings == driver.handles == {}
+
+
+def test_after_a_sleep_shared_memory_is_another_one(driver) -> None:
+    memory, [tensor] = shared_memory(100)
+    before = imported(memory)
+    memory.release(keep_content=True)
+    memory.restore()
+    tensor.fill_(7)
+    assert int(imported(memory).tensor(0, (100,), torch.uint8).unique()) == 7
+    assert int(before.tensor(0, (100,), torch.uint8).unique()) == 1
+
+
+@pytest.mark.parametrize(("offset", "size"), [(-512, 1), (512, GRANULARITY), (GRANULARITY, 1), (8, 1)])
+def test_what_lies_outside_of_imported_memory_is_refused(driver, offset, size) -> None:
+    memory, _ = shared_memory(100)
+    with pytest.raises(ValueError, match="are not in 2097152"):
+        imported(memory).tensor(offset, (size,), torch.uint8)
+
+
+def test_what_cannot_be_mapped_leaves_nothing_behind(driver) -> None:
+    memory, tensors = shared_memory(100)
+    descriptor, num_bytes = memory.export()
+    for size in (num_bytes + GRANULARITY, 100, num_bytes):
+        driver.failing = "access" if size == num_bytes else ""
+        with pytest.raises(RuntimeError, match="failed"):
+            ImportedMemory(Exported(descriptor, size), CPU)
+    os.close(descriptor)
+    memory.free()
+    del tensors
+    assert driver.reserved == driver.mappings == driver.handles == {}
 
 
 def test_memory_that_others_took_is_asked_for_again_later(driver) -> None:
@@ -324,3 +297,23 @@ def test_on_a_gpu_the_devices_memory_is_free_while_content_sleeps() -> None:
     graph.replay()
     assert (second == second_before + 1).all()
     memory.free()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="the real driver needs a GPU")
+def test_on_a_gpu_shared_memory_is_mapped_twice() -> None:
+    pytest.importorskip("cuda.bindings.driver", reason="needs the Python bindings of the CUDA driver")
+    device = torch.device("cuda", torch.cuda.current_device())
+    memory = SleepableMemory([1000, 4 * MIB], device, is_shared=True)
+    first, second = memory.zeros((500,), torch.bfloat16).fill_(3), memory.zeros((MIB,), torch.float32)
+    exported = memory.export()
+    there = ImportedMemory(exported, device)
+    os.close(exported.descriptor)
+    second.copy_(torch.arange(MIB, device=device))
+    view = there.tensor(memory.offset(second), (MIB,), torch.float32)
+    assert view.device == device
+    assert torch.equal(view, second)
+    assert torch.equal(there.tensor(memory.offset(first), (500,), torch.bfloat16), first)
+    memory.free()
+    assert view[-1] == MIB - 1
+    torch.cuda.synchronize()
+    there.close()
