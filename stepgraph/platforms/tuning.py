@@ -192,14 +192,14 @@ class KernelTuning:
     gated_pairs: PairTile = PairTile(outputs=4, inputs=256, loads=4, num_warps=4)
     """Of experts' gates, where each pair of a token and an expert reads its expert's weights. On an H200, pairs of four tokens
     with experts of Qwen3-30B-A3B, which are 187 MB, take 51 us, and 53 to 67 in tiles of other sizes."""
-    gated_pairs_of_one: PairTile = PairTile(outputs=16, inputs=256, loads=4, num_warps=8)
-    """Of one token. Likewise 17.3 us for 50 MB, beside 18.4 to 21."""
-    min_wide_pair_programs: int = 256
-    """From so many programs on; of half the experts' width, for example, there are 192, which take 17 us in place of 12."""
+    gated_pairs_of_one: PairTile = PairTile(outputs=4, inputs=512, loads=4, num_warps=4)
+    """Of one token. Likewise 15.2 us for 50 MB, beside 17 in tiles of 16 outputs; DeepSeek-V2-Lite's 69 MB take 19.8 beside 23,
+    and GLM-4.7-Flash's 50 MB 15.0 beside 16.5."""
     gated_pairs_fp8: PairTile = PairTile(outputs=8, inputs=256, loads=4, num_warps=4)
     """Of weights of 8 bits: of eight tokens 62 us, beside 70 to 104; with scales of groups 64, beside 65 to 88."""
-    summed_pairs: PairTile = PairTile(outputs=4, inputs=128, loads=6, num_warps=2)
-    """Of what is added up: of one token 10.4 us for 25 MB, beside 10.5 to 14.7; of half the width 6.9, beside 7.9 to 10.4."""
+    summed_pairs: PairTile = PairTile(outputs=4, inputs=128, loads=12, num_warps=4)
+    """Of what is added up: of one token 8.7 us for 25 MB, beside 9.3 with two warps. All that a program reads of an
+    expert may be under way at once: of DeepSeek-V2-Lite, 11 blocks, which takes 11.7 us for 35 MB, beside 14.6 with six."""
     summed_pairs_fp8: PairTile = PairTile(outputs=8, inputs=128, loads=6, num_warps=4)
     """Of weights of 8 bits: of one token 8.4 us for 13 MB, beside 9.1 to 10.5."""
     few_tokens: tuple[TileRange, ...] = (

@@ -101,9 +101,7 @@ def test_products_of_pairs_match_float64_and_touch_no_other(dtype, scales, first
 @pytest.mark.parametrize("scales", [None, "of outputs"], ids=str)
 def test_operators_take_pairs_that_are_not_sorted(scales, tokens, monkeypatch, device):
     """In the tiles that are tuned, by whatever name."""
-    monkeypatch.setattr(
-        pairs, "TUNING", replace(pairs.TUNING, min_wide_pair_programs=tokens, **dict.fromkeys(TUNED, TILE))
-    )
+    monkeypatch.setattr(pairs, "TUNING", replace(pairs.TUNING, **dict.fromkeys(TUNED, TILE)))
     operands, _ = random_weights(6, torch.float16, scales)
     generator = torch.Generator().manual_seed(5)
     x = torch.randn(tokens, SIZES[0], generator=generator).half()

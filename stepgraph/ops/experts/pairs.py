@@ -359,7 +359,7 @@ def launch_gated(
         GELU=gelu,
         BLOCK_M=tile.outputs,
         BLOCK_I=block,
-        CHUNK=block * min(tile.loads, triton.cdiv(inputs, block)),
+        CHUNK=block * _loads(triton.cdiv(inputs, block), tile.loads),
         **choice.options(tile.num_warps),
         num_warps=tile.num_warps,
         **LAUNCH,
@@ -407,19 +407,22 @@ def launch_sum(
         TOP_BLOCK=triton.next_power_of_2(choice.routing.top),
         BLOCK_E=tile.outputs,
         BLOCK_I=block,
-        CHUNK=block * min(tile.loads, triton.cdiv(inputs, block)),
+        CHUNK=block * _loads(triton.cdiv(inputs, block), tile.loads),
         **choice.options(tile.num_warps),
         num_warps=tile.num_warps,
         **LAUNCH,
     )
 
 
-def _gated_tile(num_tokens: int, top: int, weight: Tensor) -> PairTile:
+def _loads(blocks: int, most: int) -> int:
+    """How many of a line's blocks are under way at once, as many each time."""
+    return triton.cdiv(blocks, triton.cdiv(blocks, most))
+
+
+def _gated_tile(num_tokens: int, weight: Tensor) -> PairTile:
     if weight.itemsize == 1:
         return TUNING.gated_pairs_fp8
-    wide = TUNING.gated_pairs_of_one
-    programs = top * triton.cdiv(weight.shape[1] // 2, wide.outputs)
-    return wide if num_tokens == 1 and programs >= TUNING.min_wide_pair_programs else TUNING.gated_pairs
+    return TUNING.gated_pairs_of_one if num_tokens == 1 else TUNING.gated_pairs
 
 
 def _sum_tile(scale: Tensor | None) -> PairTile:
@@ -428,7 +431,7 @@ def _sum_tile(scale: Tensor | None) -> PairTile:
 
 def gated_experts(x: Tensor, weight: Tensor, scale: Tensor | None, expert: Tensor, first: int, gelu: bool) -> Tensor:
     """See `stepgraph.ops.experts.gated_experts`; pairs are not sorted."""
-    choice, tile = Choice(expert, routing=Routing(expert.shape[1])), _gated_tile(x.shape[0], expert.shape[1], weight)
+    choice, tile = Choice(expert, routing=Routing(expert.shape[1])), _gated_tile(x.shape[0], weight)
     return launch_gated(x, weight, scale, choice, first, gelu, tile)
 
 
@@ -478,6 +481,6 @@ def mixture(
     routing = Routing(top, sigmoid, normalise, least_sum, scale, groups, kept_groups, group_top)
     logits, normed = write_logits(x, router, None if norm_weight is None else (norm_weight, eps))
     choice = Choice(logits=logits, bias=bias, counts=counts, totals=totals, routing=routing)
-    hidden = launch_gated(normed, gate_up, gate_up_scale, choice, first, gelu, _gated_tile(x.shape[0], top, gate_up))
+    hidden = launch_gated(normed, gate_up, gate_up_scale, choice, first, gelu, _gated_tile(x.shape[0], gate_up))
     launch_sum(hidden, down, down_scale, choice, first, out, add, multiplier, _sum_tile(down_scale))
     return normed if norm_weight is not None else x.new_empty(0)
