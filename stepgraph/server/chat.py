@@ -225,6 +225,7 @@ class ChatReply:
             for call_made, texts_of_call in zip(calls, pieces, strict=True):
                 call_made.function.arguments = "".join(texts_of_call)
         reply = ChatCompletion(self._id, self._created, self._model, choices, self._call.usage())
+        reply.kv_transfer_params = self._call.generation.kv_transfer_params
         if self._request.return_token_ids:
             reply.prompt_token_ids = list(self._call.generation.prompt.token_ids)
         if self._request.prompt_logprobs is not None:
@@ -236,7 +237,10 @@ class ChatReply:
         usage = StreamedUsage(self._request.stream_options, self._call.usage)
 
         def chunk(choices: list[ChatChunkChoice], counts: Usage | UnsetType | None) -> bytes:
-            return event(encode_json(ChatChunk(self._id, self._created, self._model, choices, counts)))
+            params = self._call.generation.kv_transfer_params if choices and choices[0].finish_reason else UNSET
+            return event(
+                encode_json(ChatChunk(self._id, self._created, self._model, choices, counts, kv_transfer_params=params))
+            )
 
         first = ChatMessage(None if self._call.tools.must_call else "", "assistant")
         for index in range(self._n):

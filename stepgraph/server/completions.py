@@ -9,7 +9,7 @@ from contextlib import aclosing
 from functools import partial
 from typing import Any
 
-from msgspec import UNSET
+from msgspec import UNSET, UnsetType
 
 from stepgraph.engine.outputs import Logprob, TokenProbabilities
 from stepgraph.engine.prompts import TokenizedPrompt, require_tokenizer
@@ -19,7 +19,7 @@ from stepgraph.errors import RequestError
 from stepgraph.server.errors import APIError
 from stepgraph.server.generation import Generation
 from stepgraph.server.protocol import CompletionRequest, sampling_params
-from stepgraph.server.replies import Completion, CompletionChoice, CompletionLogprobs, encode_json
+from stepgraph.server.replies import Completion, CompletionChoice, CompletionLogprobs, Usage, encode_json
 from stepgraph.server.service import Context, Service, StreamedUsage, Tally, merged, new_id
 from stepgraph.server.sse import DONE, event
 
@@ -87,17 +87,21 @@ class CompletionCall:
                 _join(choices[chunk.index], chunk)
         for choice, texts in zip(choices, pieces, strict=True):
             choice.text = "".join(texts)
-        return encode_json(Completion(self._id, self._created, self._model, choices, self._tally.usage()))
+        return self._encoded(choices, self._tally.usage())
 
     async def events(self) -> AsyncGenerator[bytes]:
         """The answer as server-sent events."""
         usage = StreamedUsage(self._request.stream_options, self._tally.usage)
         async with aclosing(self._chunks()) as chunks:
             async for chunk in chunks:
-                yield event(encode_json(Completion(self._id, self._created, self._model, [chunk], usage.of_chunk())))
+                yield event(self._encoded([chunk], usage.of_chunk()))
         if usage.at_end:
-            yield event(encode_json(Completion(self._id, self._created, self._model, [], self._tally.usage())))
+            yield event(self._encoded([], self._tally.usage()))
         yield DONE
+
+    def _encoded(self, choices: list[CompletionChoice], usage: Usage | UnsetType | None) -> bytes:
+        params = self._generations[0].kv_transfer_params if choices and choices[0].finish_reason else UNSET
+        return encode_json(Completion(self._id, self._created, self._model, choices, usage, kv_transfer_params=params))
 
     def failed(self, failure: APIError) -> bytes:
         """The last event of a stream that breaks off."""

@@ -25,6 +25,7 @@ from stepgraph.server.messages import (
     settings_of,
 )
 from stepgraph.server.routing import LoadEstimate
+from stepgraph.transfer.reference import Offer, Reference
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -83,6 +84,7 @@ class EngineClient:
         priority: int = 0,
         adapter: str | None = None,
         bad_words: list[list[int]] | None = None,
+        transfer: Offer | Reference | None = None,
         arrived_at: float,
         origin: Origin,
     ) -> Generation:
@@ -91,7 +93,7 @@ class EngineClient:
         Args:
             id: differs from that of every other generation.
             prompt, params, priority, adapter: see `AsyncEngine.generate`.
-            bad_words: see `Engine.add_request`.
+            bad_words, transfer: see `Engine.add_request`.
             tokenizer: the model's, for the answers' text.
             arrived_at: `time.monotonic()` seconds, from which waiting counts.
             origin: for traces.
@@ -107,6 +109,10 @@ class EngineClient:
         generation = Generation(self, id, prompt, params, tokenizer, arrived_at, origin, ready.end_token_ids)
         requests = [(one_id, settings_of(one.params)) for one_id, one in generation.requests.items()]
         message = Add(id, requests, prompt.token_ids, priority, prompt.cache_salt, adapter, bad_words)
+        if isinstance(transfer, Offer):
+            message.offer = transfer
+        else:
+            message.reference = transfer
         try:
             content = encode(message)
         except UnicodeEncodeError as error:

@@ -194,6 +194,7 @@ class EngineProcess:
                     cache_salt=message.cache_salt,
                     adapter=adapter,
                     bad_words=message.bad_words,
+                    transfer=message.offer or message.reference,
                 )
                 added.append(request_id)
         except Exception as error:
@@ -269,7 +270,7 @@ class EngineProcess:
         else:
             del self._num_sent[request.id], self._owners[request.id]
             message.finish_reason, message.error = str(update.finish_reason), request.error
-            message.stop_token = request.stop_token
+            message.stop_token, message.kv_transfer_params = request.stop_token, request.kv_transfer_params
         return message
 
     def _send(self, message: Any) -> None:

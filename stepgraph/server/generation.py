@@ -6,7 +6,9 @@ import asyncio
 import time
 from collections.abc import AsyncGenerator, Collection, Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+
+from msgspec import UNSET, UnsetType
 
 from stepgraph.engine.outputs import TokenProbabilities
 from stepgraph.engine.prompts import TokenizedPrompt
@@ -81,6 +83,7 @@ class RemoteRequest(AnsweredRequest):
         if update.finish_reason is not None:
             self.finish_reason = FinishReason(update.finish_reason)
             self.stop_token, self.error = update.stop_token, update.error
+            self.kv_transfer_params = update.kv_transfer_params
 
     def ended(self, reason: str) -> EndedRequest:
         """Its life, now that it is over."""
@@ -139,6 +142,12 @@ class Generation:
     def num_cached_tokens(self) -> int:
         """Prompt tokens that the prefix cache saved the first answer."""
         return next(iter(self.requests.values())).num_cached_tokens
+
+    @property
+    def kv_transfer_params(self) -> dict[str, Any] | UnsetType:
+        """What the client must tell the engine that goes on with the prompt; UNSET if none is to, or before the end."""
+        found = next(iter(self.requests.values())).kv_transfer_params
+        return UNSET if found is None else found
 
     @property
     def num_draft_tokens(self) -> int:

@@ -16,6 +16,7 @@ from stepgraph.engine.guided_text import MAX_TEXT_BYTES, check_text
 from stepgraph.engine.request import TokenLogprobs
 from stepgraph.engine.sampling_params import SamplingParams, StructuredOutputs
 from stepgraph.errors import Fault, RequestError
+from stepgraph.transfer.reference import Offer, Reference
 
 
 class Start(msgspec.Struct, tag=True):
@@ -49,6 +50,9 @@ class Add(msgspec.Struct, tag=True):
     adapter: str | None = None
     bad_words: list[list[int]] | None = None
     """Tokens of the texts of the same name."""
+    offer: Offer | None = None
+    reference: Reference | None = None
+    """At most one of these two: where the blocks of the prompt go, or come from."""
 
 
 class Abort(msgspec.Struct, tag=True):
@@ -216,6 +220,8 @@ class TokenUpdate(msgspec.Struct, array_like=True):
     """Proposals that were verified for the request by now."""
     num_accepted: int = 0
     """The first so many of `token_ids` are proposals that stood."""
+    kv_transfer_params: dict[str, Any] | None = None
+    """With the end of a request whose prompt was computed for another engine: what that must be told."""
 
 
 class FirstToken(msgspec.Struct, array_like=True):

@@ -133,6 +133,11 @@ class SamplingFields(RequestOptions):
         None,
         description='{"num_speculative_tokens": n}: at most n proposals per step, 0 for none; the answer is the same',
     )
+    kv_transfer_params: dict[str, Any] | None = Field(
+        None,
+        description="whether the prompt is computed for another engine to go on with, or was by another one; in vLLM's form, and "
+        "given with the answer to the first of the two",
+    )
     user: str | None = Field(None, description="without effect")
     metadata: dict[str, Any] | None = Field(None, description="without effect")
     store: bool | None = Field(None, description="without effect: nothing is kept")

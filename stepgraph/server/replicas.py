@@ -15,6 +15,7 @@ from stepgraph.server.generation import Generation, Origin
 from stepgraph.server.messages import FromEngine, Ready
 from stepgraph.server.rest import Rest
 from stepgraph.server.routing import Router
+from stepgraph.transfer.reference import Offer, Reference
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -94,6 +95,7 @@ class Replicas:
         adapter: str | None = None,
         bad_words: list[list[int]] | None = None,
         session: str | None = None,
+        transfer: Offer | Reference | None = None,
         arrived_at: float,
         origin: Origin,
     ) -> Generation:
@@ -110,6 +112,7 @@ class Replicas:
             priority=priority,
             adapter=adapter,
             bad_words=bad_words,
+            transfer=transfer,
             arrived_at=arrived_at,
             origin=origin,
         )

@@ -81,6 +81,8 @@ class Completion(msgspec.Struct):
     choices: list[CompletionChoice]
     usage: Usage | UnsetType | None = UNSET
     object: str = "text_completion"
+    kv_transfer_params: dict[str, Any] | UnsetType = UNSET
+    """See `Generation.kv_transfer_params`; of a stream, with the piece that ends it."""
 
 
 class TopLogprob(msgspec.Struct):
@@ -166,6 +168,8 @@ class ChatCompletion(msgspec.Struct):
     object: str = "chat.completion"
     prompt_token_ids: list[int] | UnsetType = UNSET
     prompt_logprobs: Any = UNSET
+    kv_transfer_params: dict[str, Any] | UnsetType = UNSET
+    """See `Generation.kv_transfer_params`."""
 
 
 class ChatChunk(msgspec.Struct):
@@ -177,6 +181,8 @@ class ChatChunk(msgspec.Struct):
     choices: list[ChatChunkChoice]
     usage: Usage | UnsetType | None = UNSET
     object: str = "chat.completion.chunk"
+    kv_transfer_params: dict[str, Any] | UnsetType = UNSET
+    """See `Generation.kv_transfer_params`; with the piece that ends the answer."""
 
 
 class ModelCard(msgspec.Struct):

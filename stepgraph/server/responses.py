@@ -205,7 +205,13 @@ class ResponsesReply:
             ending = {"status": "incomplete", "incomplete_details": details}
         for found in self._output.end(ending["status"]):
             yield found
-        self._response = replace(self._response, **ending, output=self._output.items, usage=self._usage())
+        self._response = replace(
+            self._response,
+            **ending,
+            output=self._output.items,
+            usage=self._usage(),
+            kv_transfer_params=self._call.generation.kv_transfer_params,
+        )
 
     def _logprobs_of(self, delta: AnswerDelta) -> list[TokenLogprob]:
         return [] if delta.logprobs is None else describe_logprobs(delta, self._num_top_logprobs)

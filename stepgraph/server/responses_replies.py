@@ -150,6 +150,8 @@ class ResponseObject(msgspec.Struct, frozen=True, kw_only=True):
     previous_response_id: None = None
     store: bool = False
     truncation: str = "disabled"
+    kv_transfer_params: dict[str, Any] | UnsetType = UNSET
+    """See `Generation.kv_transfer_params`."""
 
 
 class Output(AnswerItems["_Item"]):

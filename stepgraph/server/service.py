@@ -30,6 +30,7 @@ from stepgraph.server.generation import Generation, Origin
 from stepgraph.server.protocol import CompletionRequest, SamplingFields, StreamOptions
 from stepgraph.server.replicas import Replicas
 from stepgraph.server.replies import CompletionTokensDetails, PromptTokensDetails, Usage
+from stepgraph.transfer.reference import PARAM, Offer, read_params
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -234,6 +235,13 @@ class Service:
             RequestError: the engine refuses one of them.
         """
         self.check_room(params, num_prompts=len(prompts))
+        transfer = read_params(request.kv_transfer_params)
+        if isinstance(transfer, Offer) and len(prompts) * params.n > 1:
+            raise RequestError(
+                f"{PARAM}: do_remote_decode is about one prompt and one answer, and the request has {len(prompts)} prompts and "
+                f"n={params.n}; send a request for each",
+                param=PARAM,
+            )
         bad_words = None
         if params.bad_words:
             tokenizer = require_tokenizer(self.model.tokenizer)
@@ -254,6 +262,7 @@ class Service:
                 adapter=adapter,
                 bad_words=bad_words,
                 session=request.prompt_cache_key,
+                transfer=transfer,
                 arrived_at=context.arrived_at,
                 origin=Origin(
                     "text_completion" if isinstance(request, CompletionRequest) else "chat",
