@@ -1,5 +1,7 @@
 """Mends Triton's interpreter, which stands in for a GPU. Imported by all processes of tests that use it."""
 
+from functools import cache
+
 import torch
 
 if not torch.cuda.is_available():
@@ -13,3 +15,26 @@ if not torch.cuda.is_available():
         scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
 
     interpreter._patch_lang_tensor = patch_tensor_for_new_numpy
+
+    # It looks through all of Triton's language at each launch, and at each call of a function from a kernel, to have what is
+    # there interpreted.
+    patch_language = interpreter._patch_lang
+
+    @cache
+    def patch_language_once(function) -> interpreter._LangPatchScope:
+        patch_language(function)
+        return interpreter._LangPatchScope()  # which restores nothing
+
+    interpreter._patch_lang = patch_language_once
+
+    # It makes a table of all types whenever it asks for NumPy's name of one.
+    find_numpy_type = interpreter._get_np_dtype
+    numpy_types = {}
+
+    def numpy_type(triton_type):
+        scalar = triton_type.scalar
+        if scalar.name not in numpy_types:
+            numpy_types[scalar.name] = find_numpy_type(scalar)
+        return numpy_types[scalar.name]
+
+    interpreter._get_np_dtype = numpy_type
