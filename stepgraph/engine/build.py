@@ -19,10 +19,13 @@ from stepgraph.engine.masks import TokenMasks
 from stepgraph.engine.model_defaults import end_tokens_of
 from stepgraph.engine.prompts import require_tokenizer
 from stepgraph.engine.scheduler import Scheduler
+from stepgraph.engine.sink import Sink
+from stepgraph.engine.source import Source
 from stepgraph.executor.base import Executor
 from stepgraph.executor.ranked import build_executor, start_workers
 from stepgraph.models.source import ModelSource, resolve_configured
 from stepgraph.spec.depth import DraftDepth
+from stepgraph.transfer.base import Transfers
 
 logger = logging.getLogger(__name__)
 
@@ -32,6 +35,7 @@ def build_engine(
     *,
     source: ModelSource | None = None,
     executor: Executor | None = None,
+    transfers: Transfers | None = None,
     create_scheduler: Callable[..., Scheduler] = Scheduler,
     clock: Callable[[], float] = time.monotonic,
     needs_tokenizer: bool = False,
@@ -43,6 +47,7 @@ def build_engine(
         config: all settings.
         source: the model, if it is resolved already.
         executor: what runs the steps; default: one device with the model on it, or as many as share it.
+        transfers: with other engines.
         create_scheduler: makes what plans them; where ranks have requests of their own, those of each.
         clock: seconds, monotonic.
         needs_tokenizer: read the tokenizer now, while weights are loaded, rather than at its first use.
@@ -89,7 +94,6 @@ def build_engine(
             specs.data_parallel_size, config.scheduler.max_num_seqs, create, choose_drafts=draft_depth.choose
         )
     )
-    executor.watch_cache(scheduler.preempt_all)
     masks = TokenMasks(
         lambda: read_vocabulary(require_tokenizer(read_tokenizer()), specs.vocab_size, end_token_ids),
         specs.vocab_size,
@@ -124,8 +128,34 @@ def build_engine(
         draft_depth=draft_depth,
         masks=masks,
         intake=intake,
-        exchange=Exchange(),
+        exchange=_exchange_of(config, executor, scheduler, transfers, clock),
         end_token_ids=end_token_ids,
         read_tokenizer=read_tokenizer,
         clock=clock,
     )
+
+
+def _exchange_of(
+    config: EngineConfig,
+    executor: Executor,
+    scheduler: Scheduler | LockstepScheduler,
+    transfers: Transfers | None,
+    clock: Callable[[], float],
+) -> Exchange:
+    """What an engine of this role does with others."""
+    if transfers is None:
+        return Exchange()
+    assert isinstance(scheduler, Scheduler), scheduler
+    source = sink = None
+    if config.transfer.gives:
+        source = Source(transfers, scheduler.blocks, scheduler.prefixes, executor.specs.num_ranks)
+    if config.transfer.takes:
+        sink = Sink(
+            transfers,
+            scheduler,
+            max_num_seqs=config.scheduler.max_num_seqs,
+            timeout_s=config.transfer.kv_transfer_timeout,
+            fails=config.transfer.kv_load_failure == "fail",
+            clock=clock,
+        )
+    return Exchange(transfers, source, sink, blocks=scheduler.blocks)

@@ -5,8 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -14,7 +13,8 @@ from typing import TYPE_CHECKING, NamedTuple
 from torch import Tensor
 
 from stepgraph.config import EngineConfig
-from stepgraph.engine.exchange import Exchange
+from stepgraph.engine.blame import blaming
+from stepgraph.engine.exchange import POLL_S, Exchange
 from stepgraph.engine.grammars import Grammars
 from stepgraph.engine.intake import RequestIntake
 from stepgraph.engine.lifecycle import Lifecycle
@@ -26,7 +26,7 @@ from stepgraph.engine.sampling_params import SamplingParams
 from stepgraph.engine.scheduler import Scheduler
 from stepgraph.engine.speculation import SpeculationStatistics
 from stepgraph.engine.step_draft import ScheduledStep
-from stepgraph.errors import DeviceMemoryError, EngineDeadError, Fault
+from stepgraph.errors import DeviceMemoryError, Fault
 from stepgraph.executor.base import AdmissionError, Executor
 from stepgraph.models.adapters import AdapterFile
 from stepgraph.models.source import ModelSource
@@ -100,10 +100,11 @@ class Engine:
         self._depth = draft_depth
         self._masks = masks
         self._intake = intake
-        self._exchange = exchange
+        self.exchange = exchange
         self._read_tokenizer = read_tokenizer
         self._clock = clock
-        self._life = Lifecycle(executor, self._drain, config.model.model_impl)
+        self._life = Lifecycle(executor, self._drain, exchange, config.model.model_impl)
+        executor.watch_cache(self._lose_cache)
         self._in_flight: deque[_InFlight] = deque()
         self._collected_at = 0.0  # when the results of the last step had been read
         self._undelivered: list[RequestUpdate] = []
@@ -141,9 +142,11 @@ class Engine:
 
     @property
     def seconds_until_work(self) -> float | None:
-        """How long `step` will have nothing to do unless a request arrives; None if it may have work now."""
+        """How long `step` and `prepare` will have nothing to do unless a request arrives; None if they may have work now."""
         if self._in_flight or self._undelivered or self.idle_reason is not None:
             return None
+        if not self.scheduler.has_requests:
+            return POLL_S if self.exchange.is_active else None
         return self.scheduler.seconds_until_work()
 
     @property
@@ -210,6 +213,7 @@ class Engine:
         if not self._life.is_shut_down:
             self._life.is_shut_down = True
             self._masks.shutdown()
+            self.exchange.close()
             self.executor.close()
 
     def add_request(
@@ -257,11 +261,11 @@ class Engine:
         )
         self.scheduler.add(request)
         try:
-            self._exchange.add(request)
+            self.exchange.add(request)
             if params.structured_outputs is not None:
                 self._masks.start(request, params.structured_outputs)
         except BaseException:
-            self.scheduler.abort(request_id)
+            self.abort(request_id)
             raise
         return request
 
@@ -304,7 +308,7 @@ class Engine:
         """End a request now; its slot and blocks are free for the next step. None if it is not running."""
         update = self.scheduler.abort(request_id)
         if update is not None:
-            self._masks.drop(update.request)
+            self._drop(update.request)
             self._undelivered = [other for other in self._undelivered if other.request is not update.request]
         return update
 
@@ -318,8 +322,10 @@ class Engine:
         return self._life.noting_failure(self._step)
 
     def prepare(self) -> bool:
-        """Use a moment without requests: capture one graph that steps may need later. False if nothing is left to prepare."""
+        """Use a moment without requests: take back what other engines need no more, and capture one graph that steps may need
+        later. False if no graph is left to capture."""
         self._life.check_alive()
+        self.exchange.reclaim()
         return self.idle_reason is None and self._life.noting_failure(self.executor.prepare)
 
     def _adapters_in_use(self) -> set[Adapter]:
@@ -333,6 +339,8 @@ class Engine:
         scheduled = None
         if self.idle_reason is None:
             updates += self._take_masks()
+            if self.exchange.is_active:
+                updates += map(self._fail, self.exchange.poll([step.ticket.step for step in self._in_flight]))
             scheduled = self._schedule(updates)
         if scheduled is not None:
             launching = self._clock()
@@ -344,6 +352,8 @@ class Engine:
                 # where nothing runs ahead, launching a step is computing it
                 planned = launching if self.executor.specs.run_ahead == 0 else self._clock()
                 self._in_flight.append(_InFlight(scheduled, ticket, launching, planned - started))
+                if self.exchange.is_active:
+                    self.exchange.launched(ticket.step)
                 self.host_time.steps += 1
                 self.host_time.seconds += planned - started
         if self._in_flight and (scheduled is None or len(self._in_flight) > self.executor.specs.run_ahead):
@@ -357,7 +367,7 @@ class Engine:
         requests = self._masks.collect()
         for request in requests:
             if request.slot is not None and request.error is None:
-                with self._blaming(request):
+                with blaming(request):
                     self.executor.set_masks(request.slot, self._masks.masks(request))
         return [self._fail(request) for request in requests if request.error is not None]
 
@@ -371,9 +381,8 @@ class Engine:
             if not failed:
                 return scheduled
             self.executor.recover()  # a device that is broken fails all, and does so here
-            updates += [self._fail(request) for request in failed]
             # A row that cannot run is planned, and rows after it may count on the blocks it was to fill: plan everything anew.
-            self.scheduler.preempt_all()
+            updates += self._start_anew(failed)
 
     def _give_up(self, plan: StepPlan, error: DeviceMemoryError) -> list[RequestUpdate]:
         """End those requests of a step that was not launched, for lack of memory, which want more of it than a plain step takes;
@@ -390,9 +399,7 @@ class Engine:
                 "bad words or masks; try again later, or without",
                 is_users=False,
             )
-        updates = [self._fail(request) for request in failed]
-        self.scheduler.preempt_all()
-        return updates
+        return self._start_anew(failed)
 
     def _collect(self) -> Sequence[RequestUpdate]:
         """Take in the results of the oldest step under way."""
@@ -404,6 +411,8 @@ class Engine:
         updates = self.scheduler.reconcile(step.scheduled, results)
         if step.scheduled.follows_grammar:
             updates = self._masks.follow(updates, partial(self.scheduler.end, reason=FinishReason.STOP))
+        if self.exchange.is_active:
+            self.exchange.read()
         seconds = collected - max(step.launched_at, self._collected_at)
         if len(self._depth.levels) > 1:
             self._observe(step.ticket, results, seconds)
@@ -426,9 +435,7 @@ class Engine:
             failed = [request for request in self.scheduler.requests if request.slot in error.slots]
             for request in failed:
                 request.error = Fault(str(error), is_users=False)
-            updates = [self._fail(request) for request in failed]
-            self.scheduler.preempt_all()
-            return updates
+            return self._start_anew(failed)
         return []
 
     def _observe(self, ticket: Ticket, results: StepResults, seconds: float) -> None:
@@ -443,6 +450,17 @@ class Engine:
         """Finish the steps under way and send every running request back to wait; the KV cache holds nothing after that."""
         while self._in_flight:
             self._undelivered += self._collect()
+        self._lose_cache()
+
+    def _start_anew(self, failed: Sequence[Request]) -> list[RequestUpdate]:
+        """End requests whose `error` is set. The others start anew."""
+        updates = [self._fail(request) for request in failed]
+        self._lose_cache()
+        return updates
+
+    def _lose_cache(self) -> None:
+        """The KV cache's content counts no more: every running request waits, and other engines get nothing of it."""
+        self.exchange.lost()
         self.scheduler.preempt_all()
 
     def _admit(self, request: Request) -> bool:
@@ -451,7 +469,7 @@ class Engine:
         assert request.slot is not None
         if request.admitted_at is None:
             request.admitted_at = self._clock()
-        with self._blaming(request):
+        with blaming(request):
             self.executor.admit(
                 Admission(
                     request.slot,
@@ -468,21 +486,14 @@ class Engine:
                 self.executor.set_masks(request.slot, self._masks.masks(request))
         return request.error is None
 
-    @contextmanager
-    def _blaming(self, request: Request) -> Iterator[None]:
-        """What fails inside is about one request: note it as its `error`, for the others do not suffer from it."""
-        try:
-            yield
-        except EngineDeadError:
-            raise
-        except Exception as error:
-            request.error = Fault.of(error)
-            if not request.error.is_users:
-                logger.exception("request %s failed", request.id)
-
     def _fail(self, request: Request) -> RequestUpdate:
         """End a request whose `error` is set; the others do not notice."""
         update = self.scheduler.end(request.id, FinishReason.ERROR)
         assert update is not None
-        self._masks.drop(request)
+        self._drop(request)
         return update
+
+    def _drop(self, request: Request) -> None:
+        """A request was ended by the host."""
+        self._masks.drop(request)
+        self.exchange.gone(request)

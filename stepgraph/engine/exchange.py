@@ -2,27 +2,147 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable, Sequence
+
+from stepgraph.engine.blocks import BlockPool
 from stepgraph.engine.request import Request
-from stepgraph.errors import RequestError
+from stepgraph.engine.sink import Sink
+from stepgraph.engine.source import Source
+from stepgraph.errors import ConfigError, RequestError
+from stepgraph.transfer.base import Transfers
+from stepgraph.transfer.leases import LossReason
 from stepgraph.transfer.reference import PARAM, Offer
+
+POLL_S = 0.1
+"""How soon to look again, while no request waits, for leases that are over and blocks that nobody writes any more."""
+
+_PATIENCE_S = 5.0
+"""How long to wait for those who may still write blocks, before the memory of these is given up."""
+
+_NAP_S = 0.001
 
 
 class Exchange:
-    """Belongs to the engine's thread."""
+    """The transfers of an engine's requests. Belongs to the engine's thread. An engine that has to do with no other has one
+    without source and sink, which costs its steps nothing.
+
+    Args:
+        transfers: with other engines.
+        source: gives blocks to others.
+        sink: takes blocks of others.
+        blocks: all KV blocks.
+        identify: digest of the model's weights, see `stepgraph.transfer.messages.Hello.model`.
+    """
+
+    def __init__(
+        self,
+        transfers: Transfers | None = None,
+        source: Source | None = None,
+        sink: Sink | None = None,
+        *,
+        blocks: BlockPool | None = None,
+        identify: Callable[[], str] = str,
+    ) -> None:
+        self.transfers, self.source, self.sink = transfers, source, sink
+        self._blocks, self._identify = blocks, identify
+
+    @property
+    def is_active(self) -> bool:
+        """Whether anything is on its way, or held for others: if not, nothing is to be done at a step."""
+        source, sink = self.source, self.sink
+        return (source is not None and source.is_busy) or (sink is not None and sink.is_busy)
 
     def add(self, request: Request) -> None:
         """A request has been queued.
 
         Raises:
-            RequestError: this engine does not do what it asks for.
+            RequestError: this engine does not do what it asks for, or its lease has a name that was used.
         """
+        transfer = request.transfer
+        if transfer is None:
+            return
+        if isinstance(transfer, Offer):
+            if self.source is not None:
+                self.source.add(request, transfer)
+                return
+            what, role = "its prompt computed for another engine (do_remote_decode)", "prefill"
+        else:
+            if self.sink is not None:
+                self.sink.add(request)
+                return
+            what, role = "blocks that another engine has computed (do_remote_prefill)", "decode"
+        raise RequestError(
+            f"{PARAM}: the request wants {what}, and this engine does not do that; start it with --splitwise-role {role}",
+            param=PARAM,
+        )
+
+    def poll(self, unread: Sequence[int]) -> list[Request]:
+        """Before a step is planned: see `Sink.poll`."""
+        self.reclaim()
+        return [] if self.sink is None else self.sink.poll(unread)
+
+    def launched(self, step: int) -> None:
+        """A step has been launched."""
+        if self.source is not None:
+            self.source.launched(step)
+
+    def read(self) -> None:
+        """The results of a step have been read, and their requests know of them."""
+        if self.source is not None:
+            self.source.read()
+
+    def gone(self, request: Request) -> None:
+        """A request was ended by the host."""
         if request.transfer is not None:
-            what, role = (
-                ("its prompt computed for another engine (do_remote_decode)", "prefill")
-                if isinstance(request.transfer, Offer)
-                else ("blocks that another engine has computed (do_remote_prefill)", "decode")
-            )
-            raise RequestError(
-                f"{PARAM}: the request wants {what}, and this engine does not do that; start it with --splitwise-role {role}",
-                param=PARAM,
-            )
+            if self.source is not None:
+                self.source.gone(request)
+            if self.sink is not None:
+                self.sink.gone(request)
+
+    def lost(self) -> None:
+        """What the cache holds counts no more. Nobody holds a block for others after that; some may be quarantined."""
+        if self.source is not None:
+            self.source.lost()
+        if self.sink is not None:
+            self.sink.lost()
+
+    def reclaim(self) -> None:
+        """Take back the blocks that others need no more, or do not write any more."""
+        if self.source is not None:
+            self.source.collect()
+        if self._blocks is not None:
+            self._blocks.reclaim()
+
+    def rest(self) -> None:
+        """The memory of the cache is about to be given up, or its weights to change: have nothing to do with others until
+        `go_on`, and wait until nobody writes into it. Nobody may hold a block for others.
+
+        Raises:
+            ConfigError: somebody may still write; it goes on then.
+        """
+        if self.transfers is None:
+            return
+        assert self._blocks is not None
+        self.transfers.cache_lost(LossReason.CACHE_LOST)
+        deadline = time.monotonic() + _PATIENCE_S
+        self._blocks.reclaim()
+        while self._blocks.num_quarantined:
+            if time.monotonic() > deadline:
+                self.go_on()
+                raise ConfigError(
+                    f"{self._blocks.num_quarantined} KV blocks may still be written by other engines, which have not answered "
+                    f"for {_PATIENCE_S:g} s; try again, or end those engines"
+                )
+            time.sleep(_NAP_S)
+            self._blocks.reclaim()
+
+    def go_on(self) -> None:
+        """There is a cache again, and it is of the weights that the engine has now."""
+        if self.transfers is not None:
+            self.transfers.cache_back(self._identify())
+
+    def close(self) -> None:
+        """End all leases and fetches, for good; nobody reads or writes blocks after that."""
+        if self.transfers is not None:
+            self.transfers.close()

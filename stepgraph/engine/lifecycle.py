@@ -8,6 +8,7 @@ from typing import TypeVar
 
 from torch import Tensor
 
+from stepgraph.engine.exchange import Exchange
 from stepgraph.errors import ConfigError, DeviceMemoryError, EngineDeadError, StepgraphError
 from stepgraph.executor.base import Executor
 from stepgraph.models.source import ModelSource, resolve
@@ -21,16 +22,17 @@ class Lifecycle:
     Args:
         executor: sleeps, and holds the weights.
         drain: finishes the steps under way and sends every running request back to wait, so that nothing counts on the KV cache.
+        exchange: rests while the engine sleeps or gets new weights.
         model_impl: how names of new weights are read, see `stepgraph.config.ModelConfig`.
     """
 
-    def __init__(self, executor: Executor, drain: Callable[[], None], model_impl: str):
+    def __init__(self, executor: Executor, drain: Callable[[], None], exchange: Exchange, model_impl: str):
         self.is_paused = False
         self.is_shut_down = False
         self.has_weights = True
         """Whether the model's weights are there, or kept for `wake_up`."""
         self.failure: BaseException | None = None
-        self._executor, self._drain, self._model_impl = executor, drain, model_impl
+        self._executor, self._drain, self._exchange, self._model_impl = executor, drain, exchange, model_impl
         self._sleep_level = 0
 
     @property
@@ -82,7 +84,7 @@ class Lifecycle:
                 device: graphs, buffers of steps, LoRA adapters.
 
         Raises:
-            ConfigError: another level, or `enable_sleep_mode` is off on a GPU.
+            ConfigError: another level, `enable_sleep_mode` is off on a GPU, or another engine may still write into the cache.
         """
         self.check_alive()
         if level not in (1, 2):
@@ -94,6 +96,7 @@ class Lifecycle:
                 "sleep() needs memory that can be given back; start the engine with enable_sleep_mode=True"
             )
         self.stop_running()
+        self._exchange.rest()
         self._executor.sleep(keep_weights=level == 1 and self.has_weights)
         self._sleep_level = max(self._sleep_level, level)
         self.has_weights = self.has_weights and level == 1
@@ -108,6 +111,8 @@ class Lifecycle:
         if self._sleep_level:
             self._executor.wake()
             self._sleep_level = 0
+            if self.has_weights:
+                self._exchange.go_on()
 
     def update_weights(self, weights: str | Path | ModelSource | Iterable[tuple[str, Tensor]]) -> None:
         """Replace the model's weights; captured graphs stay. Requests that run go on, with the new weights from here on. Draft
@@ -120,7 +125,7 @@ class Lifecycle:
         Raises:
             ModelError: the weights do not fit the model, or cannot be read. If that shows only while they are written, no
                 step is launched before another call has succeeded.
-            ConfigError: the engine sleeps.
+            ConfigError: the engine sleeps, or another engine may still write into the cache.
         """
         self.check_alive()
         if self._sleep_level:
@@ -129,6 +134,8 @@ class Lifecycle:
             weights = resolve(str(weights), model_impl=self._model_impl)
         self._executor.check_weights(weights)
         self.stop_running()
+        self._exchange.rest()
         self.has_weights = False
         self._executor.write_weights()
         self.has_weights = True
+        self._exchange.go_on()

@@ -28,7 +28,7 @@ class PrefixCache:
     def __init__(
         self, blocks: BlockPool, table: RequestTable, block_size: int, *, window: int, lookahead: int, enabled: bool
     ):
-        self._blocks, self._table, self._block_size, self._lookahead, self._enabled = (
+        self._blocks, self._table, self.block_size, self._lookahead, self._enabled = (
             blocks,
             table,
             block_size,
@@ -69,7 +69,7 @@ class PrefixCache:
 
     def _num_unseen(self, num_blocks: int) -> int:
         """Of so many blocks, those of which no token behind them sees anything."""
-        return num_unseen(num_blocks * self._block_size, self._window, self._block_size)
+        return num_unseen(num_blocks * self.block_size, self._window, self.block_size)
 
     def enter(self, request: Request) -> None:
         """The request got a slot; so many of its blocks as `num_published` says were found."""
@@ -78,10 +78,24 @@ class PrefixCache:
 
     def publish_planned(self, request: Request) -> None:
         """Let others find the blocks of a prompt that are full once its planned tokens are computed."""
+        self._publish(request, self.num_planned(request))
+
+    def num_planned(self, request: Request) -> int:
+        """Blocks of a request that runs which are full once the planned tokens of its prompt are computed."""
         slot = request.slot
         assert slot is not None
         num_tokens = min(self._table.planned[slot], self._table.prefill_len[slot] - self._lookahead)
-        self._publish(request, max(0, num_tokens) // self._block_size)
+        return max(0, num_tokens) // self.block_size
+
+    def wanted(self, request: Request) -> range:
+        """Indices of the blocks that let a request, which has not run, go on behind all blocks that its prompt fills."""
+        num_full = self._num_full(request)
+        return range(self._num_unseen(num_full), num_full)
+
+    def keys(self, request: Request, num_blocks: int) -> list[bytes]:
+        """Names of the first blocks of a request, all of whose tokens are known."""
+        self._extend_keys(request, num_blocks)
+        return request.block_keys[:num_blocks]
 
     def give_up(self, request: Request, num_blocks: int) -> int:
         """A request that runs needs its first `num_blocks` blocks no more; let others find them. Returns how many it can release
@@ -101,7 +115,7 @@ class PrefixCache:
 
     def _num_full(self, request: Request) -> int:
         """Blocks that a request's known tokens fill; the last token is not computed yet."""
-        return (request.num_known - max(1, self._lookahead)) // self._block_size
+        return (request.num_known - max(1, self._lookahead)) // self.block_size
 
     def _has_decoded(self, request: Request) -> bool:
         """Whether a request that runs has got a token in its slot."""
@@ -137,7 +151,7 @@ class PrefixCache:
             del self._ends[key]
 
     def _extend_keys(self, request: Request, num_blocks: int) -> None:
-        keys, size = request.block_keys, self._block_size
+        keys, size = request.block_keys, self.block_size
         if len(keys) >= num_blocks:
             return
         start, end = len(keys) * size, num_blocks * size + self._lookahead

@@ -103,11 +103,11 @@ class Scheduler:
         last_slot = first_slot + config.max_num_seqs
         self.table = RequestTable(last_slot)
         """How far those that run have come."""
-        self._prefixes = PrefixCache(
+        self.prefixes = PrefixCache(
             self.blocks, self.table, block_size, window=reach, lookahead=lookahead, enabled=prefix_caching
         )
-        self._grants = RequestBlocks(self.blocks, self.table, self._prefixes, block_size, reach)
-        self._watermark = int(self.blocks.num_usable * WATERMARK)
+        self._grants = RequestBlocks(self.blocks, self.table, self.prefixes, block_size, reach)
+        self.watermark = int(self.blocks.num_usable * WATERMARK)
         self._free_slots = list(range(last_slot, first_slot, -1))
         self._generations = [0] * (last_slot + 1)
         self._waiting = WaitingLine(config, clock)
@@ -117,7 +117,7 @@ class Scheduler:
         self._prefilled_last = False
         self._last_plan = StepPlan((), (), 0, epoch=0)
         self._steady: SteadyDecode | None = None
-        self._rows = RowPlanner(self.table, self._grants, self._prefixes, self._preempt_for, max_tokens, token_sizes)
+        self._rows = RowPlanner(self.table, self._grants, self.prefixes, self._preempt_for, max_tokens, token_sizes)
 
     @property
     def requests(self) -> tuple[Request, ...]:
@@ -186,7 +186,7 @@ class Scheduler:
 
     def num_cached(self, request: Request) -> int:
         """Tokens of a request that waits nowhere yet, or here, which would be found in the prefix cache."""
-        return len(self._prefixes.find(request)) * self._block_size
+        return len(self.prefixes.find(request)) * self._block_size
 
     def can_take(self, request: Request) -> bool:
         """Whether a request that waits elsewhere could get a slot here, and all blocks for what is known of it, at once."""
@@ -194,7 +194,7 @@ class Scheduler:
 
     def is_short_for(self, request: Request) -> bool:
         """Whether there is no free slot, or not enough blocks for what is known of a request."""
-        return not self._free_slots or self._grants.count(request.num_known) > self.blocks.num_free - self._watermark
+        return not self._free_slots or self._grants.count(request.num_known) > self.blocks.num_free - self.watermark
 
     def first_in_line(self) -> Request | None:
         """The first request that waits for nothing but room, if it has never run."""
@@ -338,14 +338,14 @@ class Scheduler:
             if self._is_long(request) and num_long >= limits.max_long_partial_prefills:
                 continue
             self._rows.publish_pending()
-            hits = self._prefixes.find(request)
+            hits = self.prefixes.find(request)
             num_cached = len(hits) * self._block_size
             needed = self._grants.needed(
                 hits,
                 draft.with_proposals(request.num_known, request.sampling.max_num_drafts, request.max_length - 1),
                 _most_in_flight(request, self._max_tokens if self._running else 1),
             )
-            if needed > self.blocks.num_free - (self._watermark if self._running else 0):
+            if needed > self.blocks.num_free - (self.watermark if self._running else 0):
                 return
             rest = request.num_known - num_cached
             partial_left = limits.max_num_partial_prefills - num_partial
@@ -426,7 +426,7 @@ class Scheduler:
             request.num_cached_tokens = num_cached
             self.statistics.prompt_tokens += request.prompt_len
             self.statistics.cached_prompt_tokens += num_cached
-        self._prefixes.enter(request)
+        self.prefixes.enter(request)
         self._by_slot[slot] = request
         insort(self._running, request, key=rank)
         draft.admitted.append(request)
@@ -460,7 +460,7 @@ class Scheduler:
     def _leave_slot(self, request: Request) -> None:
         assert request.slot is not None
         self._rows.leave(request)
-        self._prefixes.leave(request)
+        self.prefixes.leave(request)
         self._running.remove(request)
         del self._by_slot[request.slot]
         self._free_slots.append(request.slot)

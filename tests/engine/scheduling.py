@@ -17,6 +17,7 @@ from itertools import cycle
 
 from stepgraph.abi import slot_line
 from stepgraph.config import CacheConfig, EngineConfig, GraphConfig, SchedulerConfig
+from stepgraph.config.transfer import TransferConfig
 from stepgraph.engine.build import build_engine
 from stepgraph.engine.reports import StepReport
 from stepgraph.engine.request import Request
@@ -30,6 +31,8 @@ from stepgraph.step.results import RowResult, StepResults
 from stepgraph.step.shape import StepShape
 from stepgraph.step.shape_policy import ShapePolicy
 from stepgraph.step.slot_sampling import SlotSampling
+from stepgraph.transfer.base import Transfers
+from stepgraph.transfer.reference import Offer, Reference
 
 VOCAB = 11
 STOP = 0
@@ -255,6 +258,8 @@ class Loop:
         lookahead: int = 0,
         accuracy: float = 0.7,
         window: int = 0,
+        transfers: Transfers | None = None,
+        transfer: TransferConfig | None = None,
         **limits,
     ):
         self.config = SchedulerConfig(max_num_seqs=max_num_seqs, max_num_batched_tokens=max_tokens, **limits)
@@ -294,7 +299,12 @@ class Loop:
             return Scheduler(config, **options | {"pure_steps": pure_steps, "choose_drafts": lambda _: next(turns)})
 
         self.engine = build_engine(
-            EngineConfig(scheduler=self.config, cache=CacheConfig(enable_prefix_caching=prefix_caching)),
+            EngineConfig(
+                scheduler=self.config,
+                cache=CacheConfig(enable_prefix_caching=prefix_caching),
+                transfer=transfer or TransferConfig(),
+            ),
+            transfers=transfers,
             source=_source(),
             executor=FakeExecutor(self, specs, policy, self.clock),
             create_scheduler=create_scheduler,
@@ -314,6 +324,7 @@ class Loop:
         priority: int = 0,
         salt: str | None = None,
         max_num_drafts: int = slot_line.MAX_DRAFTS,
+        transfer: Offer | Reference | None = None,
     ) -> Request:
         """Queue a request; a prompt given by its length has tokens that depend on the id."""
         if isinstance(prompt, int):
@@ -325,7 +336,7 @@ class Loop:
             stop_token_ids=(STOP,) if stop else (),
             speculative={"num_speculative_tokens": max_num_drafts},
         )
-        return self.engine.add_request(id, prompt, params, priority=priority, cache_salt=salt)
+        return self.engine.add_request(id, prompt, params, priority=priority, cache_salt=salt, transfer=transfer)
 
     def step(self) -> None:
         self.updates += self.engine.step()

@@ -1,0 +1,236 @@
+"""Sink: the engine's side of fetches, by which blocks of prompts come from where they were computed.
+
+What arrives fills the prefix cache, under the names that the prompt gives to its own blocks, and the request then enters as any
+other, by a hit. So whatever does not come is computed here.
+
+    queued ──slot and blocks free──► fetching ──done──► ready: its blocks can be found, and nobody holds them
+       │                                └────failed──► ready without them, or the request fails
+       └──all there already, or nothing to be had──► ready
+
+Blocks that others may still write are quarantined: see `stepgraph.engine.blocks`.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from stepgraph.abi.slot_line import NULL_BLOCK
+from stepgraph.engine.request import Request
+from stepgraph.engine.scheduler import Scheduler
+from stepgraph.engine.waiting import rank
+from stepgraph.errors import Fault
+from stepgraph.step.shape import Variant
+from stepgraph.transfer.base import Fetch, FetchState, Transfers
+from stepgraph.transfer.reference import Reference
+
+logger = logging.getLogger(__name__)
+
+MAX_FETCHED_SHARE = 0.5
+"""Of the blocks: more are on their way at a time for one request alone."""
+
+
+@dataclass
+class _Fetching:
+    """Blocks that are to come for a request."""
+
+    request: Request
+    reference: Reference
+    first: int
+    """Index of the first of them among the request's."""
+    blocks: list[int]
+    held: list[int]
+    """Those before them, which were here."""
+    after: int | None
+    """Step whose results must be read before anybody writes into the blocks; None: no step was under way."""
+    fetch: Fetch | None = None
+
+
+class Sink:
+    """Fetches blocks for requests that wait. Belongs to the engine's thread.
+
+    Args:
+        transfers: brings them.
+        scheduler: of the requests.
+        max_num_seqs: its slots.
+        timeout_s: how long a request waits for blocks to put its own into, while there is a slot for it.
+        fails: whether a request fails whose blocks do not come; else its prompt is computed.
+        clock: seconds, monotonic.
+    """
+
+    def __init__(
+        self,
+        transfers: Transfers,
+        scheduler: Scheduler,
+        *,
+        max_num_seqs: int,
+        timeout_s: float,
+        fails: bool,
+        clock: Callable[[], float],
+    ) -> None:
+        self._transfers, self._scheduler = transfers, scheduler
+        self._blocks, self._prefixes = scheduler.blocks, scheduler.prefixes
+        self._max_num_seqs, self._timeout_s, self._fails, self._clock = max_num_seqs, timeout_s, fails, clock
+        self._queued: dict[Request, float] = {}  # since when there was a slot for it and nothing else
+        self._fetching: dict[Request, _Fetching] = {}
+        self._ready: dict[Request, int] = {}  # tokens that it should find
+        self.failures: Counter[str] = Counter()
+        """Requests that found less than was computed for them elsewhere, by the reason, but for fetches that failed."""
+        self.recomputed_tokens = 0
+        """Of prompts that were computed elsewhere."""
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether there is something to do at the next step."""
+        return bool(self._queued or self._fetching or self._ready or self._blocks.num_quarantined)
+
+    def add(self, request: Request) -> None:
+        """A request has been queued whose prompt is computed elsewhere."""
+        if request.variant is Variant.PROMPT_LOGPROBS:  # these need every token to be computed
+            self._give_up(request, "prompt_logprobs")
+        else:
+            self._queued[request] = self._clock()
+            request.awaits_blocks = True
+
+    def poll(self, unread: Sequence[int]) -> list[Request]:
+        """Let requests enter whose blocks have come, and begin what there is room for.
+
+        Args:
+            unread: the steps under way, in their order.
+
+        Returns:
+            Requests that are to end, with their `error`.
+        """
+        self._blocks.reclaim()
+        failed = [request for request, fetching in tuple(self._fetching.items()) if not self._go_on(fetching, unread)]
+        for request, num_tokens in tuple(self._ready.items()):
+            if request.admitted_at is not None:
+                self._admitted(request, num_tokens)
+        if self._queued:
+            self._start_queued(unread)
+            self._transfers.renew([_reference_of(request) for request in self._queued])
+        return failed
+
+    def gone(self, request: Request) -> None:
+        """A request has ended, whatever it waited for."""
+        self._queued.pop(request, None)
+        self._ready.pop(request, None)
+        if request in self._fetching:
+            self._release(self._fetching[request])
+
+    def lost(self) -> None:
+        """Want nothing of what is on its way, for what the cache holds counts no more. Nothing is held after that, but blocks may
+        be quarantined."""
+        for request, fetching in tuple(self._fetching.items()):
+            self._release(fetching)
+            self._give_up(request, "cache_lost")
+
+    def _start_queued(self, unread: Sequence[int]) -> None:
+        """Begin with those that come first, as long as there are slots and blocks."""
+        for request in sorted(self._queued, key=rank):
+            num_free_slots = self._max_num_seqs - self._scheduler.num_running
+            if len(self._fetching) + len(self._ready) >= num_free_slots:
+                for other in self._queued:
+                    self._queued[other] = self._clock()
+                return
+            if any(fetching.reference == request.transfer for fetching in self._fetching.values()):
+                continue  # a lease is read once; what has come then is found
+            if not self._start(request, unread):
+                if self._clock() - self._queued[request] < self._timeout_s:
+                    return
+                del self._queued[request]
+                self._give_up(request, "no_blocks")
+
+    def _start(self, request: Request, unread: Sequence[int]) -> bool:
+        """Take blocks for a request; False if there are not enough."""
+        hits, wanted, pool = self._prefixes.find(request), self._prefixes.wanted(request), self._blocks
+        held = [block for block in hits if block != NULL_BLOCK]
+        first = max(len(hits), wanted.start)
+        count = wanted.stop - first
+        if count > 0:
+            num_left = pool.num_free - count - pool.count_free(held)
+            on_the_way = sum(len(fetching.blocks) for fetching in self._fetching.values())
+            least = self._scheduler.watermark if self._scheduler.num_running else 0
+            if num_left < least or (on_the_way and on_the_way + count > MAX_FETCHED_SHARE * pool.num_usable):
+                return False
+            pool.hold(held)
+            after = unread[-1] if unread else None
+            self._fetching[request] = _Fetching(request, _reference_of(request), first, pool.take(count), held, after)
+            self._begin(self._fetching[request], unread)
+        del self._queued[request]
+        if count <= 0:
+            self._let_in(request, wanted.stop)
+        return True
+
+    def _begin(self, fetching: _Fetching, unread: Sequence[int]) -> None:
+        """Fetch, as soon as no step under way may read what the blocks held before."""
+        if fetching.after is None or not unread or unread[0] > fetching.after:
+            keys = self._prefixes.keys(fetching.request, fetching.first + len(fetching.blocks))[fetching.first :]
+            fetching.fetch = self._transfers.fetch(fetching.reference, fetching.first, fetching.blocks, keys)
+
+    def _go_on(self, fetching: _Fetching, unread: Sequence[int]) -> bool:
+        """See how a fetch does. False if its request is to end."""
+        request, fetch = fetching.request, fetching.fetch
+        if fetch is None:
+            self._begin(fetching, unread)
+        elif fetch.state is FetchState.DONE:
+            self._commit(fetching, fetch.num_blocks)
+        elif fetch.state is FetchState.FAILED:
+            assert fetch.reason is not None
+            reason = str(fetch.reason)
+            self._release(fetching)
+            logger.warning("request %s: its keys and values did not come: %s", request.id, reason)
+            if self._fails:
+                request.error = Fault(
+                    f"the keys and values of the prompt did not come from the engine that computed them: {reason}; send the "
+                    "prompt again, or start this engine with --kv-load-failure recompute",
+                    is_users=False,
+                )
+                return False
+            self._give_up(request, None)
+        return True
+
+    def _commit(self, fetching: _Fetching, num_blocks: int) -> None:
+        """Let everybody find the blocks that have come. Nobody holds them until their request gets its slot: requests that wait
+        for each other's blocks would wait for ever."""
+        request, first, blocks = fetching.request, fetching.first, fetching.blocks
+        keys = self._prefixes.keys(request, first + num_blocks)[first:]
+        for block, key in zip(blocks[:num_blocks], keys, strict=True):
+            self._blocks.publish(block, key)
+        if num_blocks < len(blocks):
+            self.failures["short"] += 1
+        del self._fetching[request]
+        self._blocks.release(fetching.held + blocks)
+        self._let_in(request, self._prefixes.wanted(request).stop)
+
+    def _release(self, fetching: _Fetching) -> None:
+        """Give the blocks back, of which others may write some for a while."""
+        del self._fetching[fetching.request]
+        fence = fetching.fetch
+        if fence is not None:
+            fence.cancel()
+        self._blocks.release(fetching.blocks, fence)
+        self._blocks.release(fetching.held)
+
+    def _give_up(self, request: Request, reason: str | None) -> None:
+        """Compute what does not come. `reason`: what to count, if nobody has counted it."""
+        if reason is not None:
+            self.failures[reason] += 1
+        self._let_in(request, self._prefixes.wanted(request).stop)
+
+    def _let_in(self, request: Request, num_blocks: int) -> None:
+        """A request waits for nothing but room."""
+        request.awaits_blocks = False
+        self._ready[request] = num_blocks * self._prefixes.block_size
+
+    def _admitted(self, request: Request, num_tokens: int) -> None:
+        """A request has got its slot."""
+        del self._ready[request]
+        self.recomputed_tokens += max(0, num_tokens - request.num_cached_tokens)
+
+
+def _reference_of(request: Request) -> Reference:
+    assert isinstance(request.transfer, Reference), request
+    return request.transfer
