@@ -99,6 +99,9 @@ class Transfers(Protocol):
     leases: Leases
     """What it holds for others."""
 
+    def check(self, reference: Reference) -> None:
+        """RequestError if nothing may be fetched from there, whoever asks. For requests, before they are taken."""
+
     def fetch(self, reference: Reference, first: int, blocks: Sequence[int], keys: Sequence[bytes]) -> Fetch:
         """Bring blocks of a prompt here, in the order of the prompt. Does not wait.
 

@@ -6,7 +6,10 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from math import prod
 from typing import NamedTuple
+
+import torch
 
 from stepgraph.parallel.shard import Cut
 from stepgraph.step.memory import CacheLayout
@@ -56,6 +59,15 @@ class BlockLayout:
     def digest(self) -> str:
         """Names it: equal of equal layouts, and of others never."""
         return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()
+
+    @property
+    def block_bytes(self) -> int:
+        """Of a block, in all layers and of all heads."""
+        tokens = [item for items in self.layers for item in items]
+        return sum(
+            self.block_size * prod(item.shape) * getattr(torch, item.dtype.removeprefix("torch.")).itemsize
+            for item in tokens
+        )
 
     def signal_of(self, layer: int) -> int:
         """Which of `KVSignals`' numbers says that entry `layer` of `layers` has been written: the layer's own, and of a drafter's

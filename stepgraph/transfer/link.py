@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import hmac
+import os
 import secrets
 import select
 import socket
@@ -23,6 +24,7 @@ from stepgraph.errors import StepgraphError
 from stepgraph.transfer.messages import MAX_MESSAGE_BYTES, Message, ProtocolError, decode, encode
 
 _LENGTH = struct.Struct("!I")
+_CREDENTIALS = struct.Struct("iII")
 _NONCE_BYTES = 32
 _ASKED, _ASKING = b"stepgraph kv 1 asked", b"stepgraph kv 1 asking"
 
@@ -41,7 +43,7 @@ class Link:
         timeout_s: for the proof, and for each frame once it has begun.
 
     Raises:
-        LinkError: the other end does not know the secret, or does not answer in time.
+        LinkError: the other end does not know the secret, is of another user of this machine, or does not answer in time.
     """
 
     def __init__(self, stream: socket.socket, secret: bytes, *, is_asking: bool, timeout_s: float = 10.0) -> None:
@@ -51,6 +53,7 @@ class Link:
         stream.settimeout(timeout_s)
         self._received = bytearray()
         try:
+            _check_user(stream)
             self._prove(secret, is_asking, time.monotonic() + timeout_s)
         except BaseException:
             stream.close()
@@ -126,6 +129,15 @@ class Link:
         taken = bytes(self._received[:count])
         del self._received[:count]
         return taken
+
+
+def _check_user(stream: socket.socket) -> None:
+    """LinkError if the other end is on this machine, as can be told, and another user's."""
+    if stream.family == socket.AF_UNIX and hasattr(socket, "SO_PEERCRED"):
+        credentials = stream.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
+        _, user, _ = _CREDENTIALS.unpack(credentials)
+        if user != os.getuid():
+            raise LinkError(f"the other end of a transfer link is of user {user}, and this one of {os.getuid()}")
 
 
 class _NothingYetError(Exception):

@@ -1,0 +1,430 @@
+"""Peer: a source, as a sink sees it: the link to it, and what is fetched from it."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+
+from stepgraph.transfer.base import FetchFailure, FetchState, Move, Movers, Moves, SourceCaches, TransferError
+from stepgraph.transfer.leases import LossReason
+from stepgraph.transfer.link import Link, LinkError
+from stepgraph.transfer.messages import (
+    Bye,
+    Complete,
+    Confirm,
+    Confirmed,
+    Drop,
+    Dropped,
+    Filled,
+    Hello,
+    Lost,
+    Message,
+    Open,
+    ProtocolError,
+    Renew,
+)
+from stepgraph.transfer.outbox import Outbox
+from stepgraph.transfer.reference import Reference
+from stepgraph.transfer.sockets import connect
+
+logger = logging.getLogger(__name__)
+
+_LOOK_S = 0.1
+"""Between two looks at the clock, while nothing comes."""
+_BRIEF_LOOK_S = 2e-4
+"""While bytes are all that is missing."""
+_IDLE_S = 60.0
+"""After which a link that nothing is fetched over ends."""
+
+Reason = FetchFailure | LossReason
+
+
+@dataclass(frozen=True)
+class Patience:
+    """How long a sink waits, in seconds."""
+
+    lease_s: float = 30.0
+    """After which leases expire that nobody renews."""
+    timeout_s: float = 30.0
+    """For anything to happen, once the prompt is computed; and for a connection."""
+    wait_s: float = 120.0
+    """For anything to happen before that: prompts wait for others."""
+
+
+class RemoteFetch:
+    """See `stepgraph.transfer.base.Fetch`. What changes, changes under its peer's lock.
+
+    Args:
+        reference: who has the blocks.
+        first: index of the first of them among those of the prompt.
+        blocks: where they go.
+        keys: what they are to hold.
+        count: hears of its end.
+        clock: seconds, monotonic.
+    """
+
+    def __init__(
+        self,
+        reference: Reference,
+        first: int,
+        blocks: tuple[int, ...],
+        keys: tuple[bytes, ...],
+        count: Callable[[RemoteFetch], None],
+        clock: Callable[[], float],
+    ) -> None:
+        assert len(blocks) == len(keys) > 0, (blocks, keys)
+        self.reference, self.first, self.blocks, self.keys = reference, first, blocks, keys
+        self.state = FetchState.UNDER_WAY
+        self.num_blocks = 0
+        self.reason: Reason | None = None
+        self.peer: Peer | None = None
+        self.moves: Moves | None = None
+        self.num_told = 0
+        """Blocks that the source has filled, from the first on, wanted here or not."""
+        self.total: int | None = None
+        """Blocks to come, once that is known."""
+        self.num_moved = 0
+        self.is_confirming = self.is_dropped = False
+        """Whether the source was told so."""
+        self._count, self._clock = count, clock
+        self._began_at = self.progress_at = clock()
+        self._ended_at: float | None = None
+
+    @property
+    def seconds(self) -> float:
+        """See `Fetch.seconds`."""
+        return (self._clock() if self._ended_at is None else self._ended_at) - self._began_at
+
+    @property
+    def is_under_way(self) -> bool:
+        return self.state is FetchState.UNDER_WAY
+
+    def cancel(self) -> None:
+        """See `Fetch.cancel`."""
+        if self.peer is not None:
+            self.peer.give_up(self, FetchFailure.CANCELLED)
+
+    def done(self) -> bool:
+        """See `Fetch.done`."""
+        return not self.is_under_way and (self.moves is None or self.moves.done())
+
+    def end(self, reason: Reason | None) -> bool:
+        """Has brought what there was, or nothing, for a reason. False if it has ended before."""
+        if not self.is_under_way:
+            return False
+        if self.moves is not None:
+            self.moves.cancel()  # which has nothing to do if all is there
+        self._ended_at, self.reason = self._clock(), reason
+        if reason is None:
+            assert self.total is not None
+            self.num_blocks = self.total
+        self.state = FetchState.DONE if reason is None else FetchState.FAILED
+        self._count(self)
+        return True
+
+
+class Peer:
+    """The link to one source, with a thread that opens it and receives.
+
+    Args:
+        host, port: of the source, see `stepgraph.transfer.sockets.connect`.
+        secret: that it knows.
+        hello: of this engine.
+        movers: of this engine.
+        patience: of this engine.
+        clock: seconds, monotonic.
+        gone: called when nothing can be fetched over it any more.
+    """
+
+    def __init__(
+        self,
+        host: str,
+        port: int,
+        secret: bytes,
+        hello: Hello,
+        movers: Movers,
+        patience: Patience,
+        clock: Callable[[], float],
+        gone: Callable[[Peer], None],
+    ) -> None:
+        self.host, self.port = host, port
+        self._secret, self._hello, self._movers, self._patience, self._clock = secret, hello, movers, patience, clock
+        self._gone = gone
+        self._lock = threading.RLock()
+        self._fetches: dict[str, RemoteFetch] = {}  # by lease; those that the source may still speak of
+        self._waiting: set[str] = set()  # leases to be renewed once there is a link
+        self._source: Hello | None = None
+        self._caches: SourceCaches | None = None
+        self._outbox: Outbox | None = None
+        self._is_over = False
+        self._used_at = self._renewed_at = clock()
+        self._thread = threading.Thread(target=self._run, name="stepgraph-peer", daemon=True)
+        self._thread.start()
+
+    # Any thread
+
+    def fetch(self, fetch: RemoteFetch) -> bool:
+        """Begin a fetch; False if nothing can be fetched from here any more."""
+        with self._lock:
+            if self._is_over:
+                return False
+            self._used_at = self._clock()
+            if fetch.reference.lease in self._fetches:
+                fetch.end(LossReason.CONFIRMED)  # somebody else has it
+                return True
+            fetch.peer = self
+            self._fetches[fetch.reference.lease] = fetch
+            if self._outbox is not None:
+                self._open(fetch)
+            return True
+
+    def renew(self, leases: Collection[str]) -> bool:
+        """Keep leases alive that are not being fetched; False if that cannot be done from here any more."""
+        with self._lock:
+            if self._is_over:
+                return False
+            self._used_at = self._clock()
+            if self._outbox is None:
+                self._waiting |= set(leases)
+            else:
+                self._outbox.post(Renew(tuple(leases)))
+            return True
+
+    def give_up(self, fetch: RemoteFetch, reason: Reason) -> None:
+        """End a fetch that is under way, and tell the source. Does not wait."""
+        with self._lock:
+            if fetch.end(reason) and not self._is_over and self._fetches.get(fetch.reference.lease) is fetch:
+                if self._outbox is None:
+                    del self._fetches[fetch.reference.lease]  # it was never opened
+                else:
+                    fetch.is_dropped = True
+                    self._outbox.post(Drop(fetch.reference.lease))
+
+    def end(self, reason: Reason) -> None:
+        """Fetch nothing any more: all that is under way ends for a reason. Does not wait."""
+        with self._lock:
+            if not self._is_over:
+                self._end(reason)
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether the source's memory may still be reached."""
+        return self._thread.is_alive()
+
+    def join(self, timeout_s: float) -> None:
+        """Wait until the source's memory is not reached any more."""
+        self._thread.join(timeout_s)
+
+    # The peer's thread
+
+    def _run(self) -> None:
+        reason: Reason = FetchFailure.LINK
+        try:
+            self._converse(self._connect())
+        except _RefusedError as refused:
+            reason = refused.reason
+            logger.warning("engine at %s: its keys and values cannot be taken over: %s", self._name, refused)
+        except ProtocolError as error:
+            reason = FetchFailure.PROTOCOL
+            logger.warning("engine at %s does not keep to the protocol of transfers: %s", self._name, error)
+        except (LinkError, OSError) as error:
+            logger.warning("engine at %s cannot be reached: %s", self._name, error)
+        finally:
+            self.end(reason)
+            if self._caches is not None:
+                self._caches.close()
+
+    @property
+    def _name(self) -> str:
+        return self.host if not self.port else f"{self.host}:{self.port}"
+
+    def _connect(self) -> Link:
+        timeout_s = min(self._patience.timeout_s, 10.0)
+        link = Link(connect(self.host, self.port, timeout_s), self._secret, is_asking=True, timeout_s=timeout_s)
+        try:
+            link.send(self._hello)
+            source = link.receive(timeout_s)
+            if source is None:
+                raise LinkError("it does not say who it is")
+            if isinstance(source, Bye):
+                raise LinkError(f"it says: {source.reason[:80]}")
+            if not isinstance(source, Hello):
+                raise ProtocolError(f"it begins with {type(source).__name__}")
+            for mine, its, reason in (
+                (self._hello.protocol, source.protocol, FetchFailure.PROTOCOL),
+                (self._hello.model, source.model, FetchFailure.OTHER_MODEL),
+                (self._hello.layout, source.layout, FetchFailure.OTHER_LAYOUT),
+            ):
+                if mine != its:
+                    raise _RefusedError(reason, f"{reason}: this engine has {mine!r:.80}, and that one {its!r:.80}")
+            try:
+                caches = self._movers.attach(source)
+            except TransferError as error:
+                raise _RefusedError(FetchFailure.BACKEND, str(error)) from error
+            self._caches = caches
+        except BaseException:
+            link.close()
+            raise
+        with self._lock:
+            if self._is_over:
+                link.close()
+                raise LinkError("it is not wanted any more")
+            self._source, self._outbox = source, Outbox(link)
+            for fetch in list(self._fetches.values()):
+                self._open(fetch)
+            if self._waiting:
+                self._outbox.post(Renew(tuple(self._waiting)))
+        return link
+
+    def _converse(self, link: Link) -> None:
+        while True:
+            with self._lock:
+                brief = any(fetch.total is not None and not fetch.is_confirming for fetch in self._under_way())
+            message = link.receive(_BRIEF_LOOK_S if brief else _LOOK_S)
+            with self._lock:
+                if self._is_over:
+                    return
+                if message is not None and not self._hear(message):
+                    return
+                for fetch in self._under_way():
+                    self._look_at(fetch)
+                self._look_at_the_clock()
+                if self._is_over:
+                    return
+
+    def _end(self, reason: Reason) -> None:
+        self._is_over = True
+        for fetch in self._fetches.values():
+            fetch.end(reason)
+        self._fetches.clear()
+        if self._outbox is not None:
+            self._outbox.post(Bye("done"))
+            self._outbox.close()
+        self._gone(self)
+
+    def _under_way(self) -> list[RemoteFetch]:
+        return [fetch for fetch in self._fetches.values() if fetch.is_under_way]
+
+    def _open(self, fetch: RemoteFetch) -> None:
+        assert self._source is not None
+        assert self._caches is not None
+        assert self._outbox is not None
+        if fetch.reference.engine != self._source.engine:
+            del self._fetches[fetch.reference.lease]
+            fetch.end(FetchFailure.STALE)
+            return
+        fetch.moves = self._caches.begin()
+        self._outbox.post(Open(fetch.reference.lease, fetch.first))
+
+    def _hear(self, message: Message) -> bool:
+        """Take a message of the source. False if it ends the link."""
+        match message:
+            case Bye():
+                known = message.reason in LossReason.__members__.values()
+                self._end(LossReason(message.reason) if known else FetchFailure.LINK)
+                return False
+            case Lost():
+                return self._lose(message)
+            case Filled() | Complete() | Confirmed() | Dropped():
+                fetch = self._fetches.get(message.lease)
+                if fetch is None:
+                    raise ProtocolError(f"{type(message).__name__} of a lease that was not opened")
+                if isinstance(message, Dropped) != fetch.is_dropped:
+                    if not fetch.is_dropped:
+                        raise ProtocolError("Dropped of a lease that was not dropped")
+                    return True  # it was on its way
+                match message:
+                    case Filled():
+                        self._fill(fetch, message)
+                    case Complete():
+                        self._complete(fetch, message)
+                    case Confirmed():
+                        if not fetch.is_confirming:
+                            raise ProtocolError("Confirmed before it was asked for")
+                        del self._fetches[message.lease]
+                        fetch.end(None)
+                    case Dropped():
+                        del self._fetches[message.lease]
+            case _:
+                raise ProtocolError(f"a source sent what it may not: {type(message).__name__}")
+        return True
+
+    def _lose(self, message: Lost) -> bool:
+        try:
+            reason = LossReason(message.reason)
+        except ValueError as error:
+            raise ProtocolError("a lease was lost for no known reason") from error
+        fetch = self._fetches.get(message.lease)
+        if fetch is not None and not fetch.is_dropped:  # else it was on its way
+            del self._fetches[message.lease]
+            fetch.end(reason)
+        return True
+
+    def _fill(self, fetch: RemoteFetch, message: Filled) -> None:
+        index = message.start - fetch.first
+        if fetch.total is not None or index < fetch.num_told or not message.blocks:
+            raise ProtocolError("Filled does not go on where it stopped")
+        if index > fetch.num_told:
+            self.give_up(fetch, FetchFailure.OTHER_BLOCKS)  # the first ones that are wanted are not to be had
+            return
+        fetch.num_told += len(message.blocks)
+        fetch.progress_at = self._clock()
+        count = min(fetch.num_told, len(fetch.blocks)) - index
+        if count <= 0:
+            return
+        assert self._caches is not None
+        assert fetch.moves is not None
+        source = message.blocks[:count]
+        if any(bytes.fromhex(key) != fetch.keys[index + k] for k, key in enumerate(message.keys[:count])):
+            self.give_up(fetch, FetchFailure.OTHER_BLOCKS)
+        elif any(not 0 < block < self._caches.num_blocks for block in source):
+            self.give_up(fetch, FetchFailure.OUT_OF_RANGE)
+        else:
+            fetch.moves.submit(Move(source, fetch.blocks[index : index + count], message.step))
+
+    def _complete(self, fetch: RemoteFetch, message: Complete) -> None:
+        if fetch.total is not None or max(0, message.num_blocks - fetch.first) != fetch.num_told:
+            raise ProtocolError(f"Complete with {message.num_blocks} blocks, after {fetch.num_told}")
+        fetch.total = min(fetch.num_told, len(fetch.blocks))
+        fetch.progress_at = self._clock()
+
+    def _look_at(self, fetch: RemoteFetch) -> None:
+        """See how far a fetch under way has come."""
+        if fetch.moves is None or self._outbox is None:
+            return
+        if fetch.moves.error is not None:
+            self.give_up(fetch, FetchFailure.BACKEND)
+            return
+        num_moved, now = fetch.moves.num_moved, self._clock()
+        if num_moved != fetch.num_moved:
+            fetch.num_moved, fetch.progress_at = num_moved, now
+        if fetch.total is not None and num_moved == fetch.total and not fetch.is_confirming:
+            fetch.is_confirming = True
+            self._outbox.post(Confirm(fetch.reference.lease, fetch.first + fetch.total if fetch.total else 0))
+        patience = self._patience
+        limit_s = patience.timeout_s if fetch.total is not None else max(patience.wait_s, patience.timeout_s)
+        if now - fetch.progress_at > limit_s:
+            self.give_up(fetch, FetchFailure.TIMEOUT)
+
+    def _look_at_the_clock(self) -> None:
+        now = self._clock()
+        assert self._outbox is not None
+        if self._fetches:
+            self._used_at = now
+        elif now - self._used_at > _IDLE_S:
+            self._end(FetchFailure.LINK)  # of nothing
+            return
+        if now - self._renewed_at > self._patience.lease_s / 3:
+            self._renewed_at = now
+            if leases := tuple(fetch.reference.lease for fetch in self._under_way()):
+                self._outbox.post(Renew(leases))
+
+
+class _RefusedError(Exception):
+    """A source is not one to fetch from."""
+
+    def __init__(self, reason: FetchFailure, message: str) -> None:
+        super().__init__(message)
+        self.reason = reason
