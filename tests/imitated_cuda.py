@@ -6,6 +6,7 @@ import ctypes
 import importlib
 import mmap
 import os
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
@@ -63,8 +64,12 @@ class ImitatedDriver:
         return 0, GRANULARITY
 
     def cuMemAddressReserve(self, size, alignment, address, flags):  # noqa: N802
-        if size % GRANULARITY:
+        if size < 0:
+            raise OverflowError(size)
+        if size == 0 or size % GRANULARITY:
             return 1, None
+        if size > 1 << 47:
+            return 2, None
         assert alignment == address == flags == 0
         buffer = (ctypes.c_ubyte * (size + GRANULARITY))()
         self._ranges.append(buffer)
@@ -133,7 +138,7 @@ class ImitatedDriver:
 
 
 def imitate_cuda(monkeypatch: pytest.MonkeyPatch) -> ImitatedDriver:
-    """`SleepableMemory` and `ImportedMemory` run on it, on the CPU, within the test."""
+    """What lies in a GPU's memory lies in the host's within the test, and streams do their work at once."""
     driver = ImitatedDriver()
     import_module = importlib.import_module
 
@@ -143,6 +148,9 @@ def imitate_cuda(monkeypatch: pytest.MonkeyPatch) -> ImitatedDriver:
     monkeypatch.setattr(cuda_memory.importlib, "import_module", import_or_fake)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: SimpleNamespace(synchronize=lambda: None))
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (driver.budget - driver.in_use, driver.budget))
 
     def as_tensor(span, device):

@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib
 import weakref
 from collections.abc import Iterable, Sequence
+from math import prod
 from typing import Any, NamedTuple
 
 import torch
@@ -179,7 +180,7 @@ class ImportedMemory:
         Raises:
             ValueError: it does not lie within.
         """
-        num_bytes = torch.Size(shape).numel() * dtype.itemsize
+        num_bytes = prod(shape) * dtype.itemsize
         if not 0 <= offset <= self._size - num_bytes or offset % _ALIGNMENT:
             raise ValueError(f"{num_bytes} bytes from {offset} on are not in {self._size}")
         # Torch asks the driver of any other address whose it is, and would copy what is another device's.

@@ -107,7 +107,7 @@ def map_shared_file(address: Address) -> mmap.mmap:
         raise SharedMemoryError(
             f"memory of process {pid} cannot be mapped ({error}); is it on this machine?"
         ) from error
-    if not secrets.compare_digest(memory[num_bytes:].hex(), token):
+    if memory[num_bytes:].hex() != token:
         raise SharedMemoryError(f"{path} is other memory than was meant; is process {pid} in another container?")
     return memory
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Literal, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 from torch import Tensor
 
@@ -145,6 +145,15 @@ class Move:
     """See `stepgraph.transfer.messages.Filled.step`."""
 
 
+class BlockCopy(NamedTuple):
+    """Blocks of one tensor that go to those of another, [blocks, block_size, …] of one dtype and equal otherwise."""
+
+    source: Tensor
+    source_blocks: tuple[int, ...]
+    target: Tensor
+    target_blocks: tuple[int, ...]
+
+
 class RemoteMemory(Protocol):
     """The caches of another engine, as far as this process reaches them."""
 
@@ -172,9 +181,8 @@ class Backend(Protocol):
     def describe(self) -> str:
         """This rank's entry of `Hello.ranks`. It may be read by whoever knows the secret of the link."""
 
-    def copy(self, source: Tensor, source_blocks: Sequence[int], target: Tensor, target_blocks: Sequence[int]) -> None:
-        """Copy blocks of one tensor to those of another, [blocks, …] of one dtype and equal otherwise. When it returns, they are
-        there."""
+    def copy(self, copies: Sequence[BlockCopy]) -> None:
+        """Copy blocks. When it returns, they are there."""
 
     def attach(self, peer: Hello) -> RemoteMemory:
         """Reach the memory of another engine. In any rank's process, which has no link to that engine.

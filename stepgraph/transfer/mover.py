@@ -11,8 +11,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from stepgraph import ops
 from stepgraph.parallel.shard import Cut, Shard
-from stepgraph.transfer.base import Move, RemoteMemory
+from stepgraph.transfer.base import BlockCopy, Move, RemoteMemory
 from stepgraph.transfer.layout import BlockLayout, Piece, pieces
 from stepgraph.transfer.messages import Hello
 
@@ -21,16 +22,21 @@ logger = logging.getLogger(__name__)
 _NAP_S = 50e-6
 """Between two looks at what is not written yet."""
 
-CopyBlocks = Callable[[Tensor, Sequence[int], Tensor, Sequence[int]], None]
+_LAYERS_AT_ONCE = 8
+"""Of a fetch, if they are written, before others have their turn: who copies by a device waits for it once for all of them."""
+
 Heads = Callable[[int], Cut]
 """Of so many key/value heads, those that a rank has: `Shard.heads` of it, or `Cut.whole`."""
 
 
-def copy_blocks(source: Tensor, source_blocks: Sequence[int], target: Tensor, target_blocks: Sequence[int]) -> None:
-    """Copy blocks of one tensor to those of another, [blocks, …] of one dtype and equal otherwise, in host memory. When it
-    returns, they are there."""
-    source_N, target_N = torch.tensor(source_blocks), torch.tensor(target_blocks)
-    target.view(torch.uint8).index_copy_(0, target_N, source.view(torch.uint8).index_select(0, source_N))
+CopyBlocks = Callable[[Sequence[BlockCopy]], None]
+
+
+def copy_blocks(copies: Sequence[BlockCopy]) -> None:
+    """Copy blocks in host memory. When it returns, they are there."""
+    for source, source_blocks, target, target_blocks in copies:
+        numbers = (torch.tensor(blocks, dtype=torch.int32) for blocks in (source_blocks, target_blocks))
+        ops.copy_blocks(source, next(numbers), target, next(numbers))
 
 
 def heads_of(peer: Hello) -> list[Heads]:
@@ -73,7 +79,7 @@ class _Job:
 
 
 class Mover:
-    """A thread, and what it has to copy. Several fetches take turns, layer by layer.
+    """A thread, and what it has to copy. Several fetches take turns, a few layers at a time.
 
     Args:
         layout: of blocks, at both ends.
@@ -147,20 +153,22 @@ class Mover:
                 time.sleep(_NAP_S)
 
     def _advance(self, job: _Job) -> bool:
-        """Copy the next layer of a job, if it is written. Whether anything was done."""
+        """Copy the next layers of a job, as far as they are written. Whether anything was done."""
         moving = job.moving
         with self.changed:
             if moving.is_over:
                 return True
             moving.is_busy = True
         try:
-            found = self._pieces_of(moving, job.layer)
-            signal = self._layout.signal_of(job.layer)
-            if not all(moving.memory.has_written(rank, signal, job.move.step) for rank in {p.rank for _, p in found}):
+            copies: list[BlockCopy] = []
+            layer, last = job.layer, min(job.layer + _LAYERS_AT_ONCE, len(self._layout.layers))
+            while layer < last and (of_layer := self._copies_of(job, layer)) is not None:
+                copies += of_layer
+                layer += 1
+            if layer == job.layer:
                 return False
-            for number, piece in found:
-                self._copy_piece(job, number, piece)
-            job.layer += 1
+            self._copy(copies)
+            job.layer = layer
             return True
         except Exception as error:  # of a back end: whoever waits hears of it, and other fetches go on
             logger.warning("copying keys and values from another engine failed: %s", error)
@@ -174,6 +182,14 @@ class Mover:
                     self._jobs.remove(job)
                     moving.num_moved += len(job.move.target)
 
+    def _copies_of(self, job: _Job, layer: int) -> list[BlockCopy] | None:
+        """All of a layer, if it is written."""
+        found = self._pieces_of(job.moving, layer)
+        signal, memory = self._layout.signal_of(layer), job.moving.memory
+        if not all(memory.has_written(rank, signal, job.move.step) for rank in {piece.rank for _, piece in found}):
+            return None
+        return [self._copy_of(job, layer, number, piece) for number, piece in found]
+
     def _pieces_of(self, moving: Moving, layer: int) -> list[tuple[int, Piece]]:
         """Of each tensor of a layer, by its number, what comes from where."""
         found = []
@@ -184,10 +200,10 @@ class Mover:
             found += [(number, piece) for piece in pieces(sources, target, self._rank)]
         return found
 
-    def _copy_piece(self, job: _Job, number: int, piece: Piece) -> None:
-        source = job.moving.memory.tensors(piece.rank)[job.layer][number]
-        target = self._tensors[job.layer][number]
-        if self._layout.layers[job.layer][number].has_heads:
+    def _copy_of(self, job: _Job, layer: int, number: int, piece: Piece) -> BlockCopy:
+        source = job.moving.memory.tensors(piece.rank)[layer][number]
+        target = self._tensors[layer][number]
+        if self._layout.layers[layer][number].has_heads:
             source = source[:, :, piece.source : piece.source + piece.length]
             target = target[:, :, piece.target : piece.target + piece.length]
-        self._copy(source, job.move.source, target, job.move.target)
+        return BlockCopy(source, job.move.source, target, job.move.target)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from math import prod
 from typing import Literal
@@ -13,7 +12,8 @@ from torch import Tensor
 from stepgraph.platforms.shared_memory import Address, SharedMemory, SharedMemoryError, map_shared_file
 from stepgraph.step.signals import has_written
 from stepgraph.transfer.base import RemoteMemory, TransferError
-from stepgraph.transfer.layout import BlockLayout, TensorLayout
+from stepgraph.transfer.described import describe, lay_out, read_description
+from stepgraph.transfer.layout import BlockLayout
 from stepgraph.transfer.messages import Hello
 from stepgraph.transfer.mover import Heads, copy_blocks, heads_of
 from stepgraph.transfer.rank_cache import RankCache
@@ -38,16 +38,7 @@ class SharedMemoryBackend:
         memory, signals = self._cache.memory, self._cache.signals
         if signals is None or not isinstance(memory, SharedMemory):
             return ""
-        offsets = [[memory.offset(tensor) for tensor in tensors] for tensors in self._cache.tensors]
-        num_blocks = next(len(tensor) for tensors in self._cache.tensors for tensor in tensors)
-        return json.dumps(
-            {
-                "memory": memory.file.address,
-                "words": signals.file.address,
-                "num_blocks": num_blocks,
-                "offsets": offsets,
-            }
-        )
+        return describe(self._cache, memory.file.address, signals.file.address, memory.offset)
 
     def attach(self, peer: Hello) -> RemoteMemory:
         """See `Backend.attach`."""
@@ -84,43 +75,23 @@ class _MappedRank:
     """
 
     def __init__(self, text: str, heads: Heads, layout: BlockLayout) -> None:
-        try:
-            said = json.loads(text)
-            memory, words = (Address(*said[name]) for name in ("memory", "words"))
-            num_blocks, offsets = said["num_blocks"], said["offsets"]
-            good = all(
-                type(value) is kind for address in (memory, words) for value, kind in zip(address, _KINDS, strict=True)
-            )
-            good = good and type(num_blocks) is int and [len(of) for of in offsets] == [len(of) for of in layout.layers]
-            good = good and all(type(offset) is int for of in offsets for offset in of)
-            good = good and words.num_bytes == 8 * (1 + layout.num_model_layers) and num_blocks > 0
-        except (ValueError, TypeError, KeyError, RecursionError):
-            good = False
-        if not good:
-            raise TransferError(f"another engine's memory is described by {text[:200]!r}, which makes no sense here")
+        said = read_description(text, layout, (int, int, int, str))
+        memory = Address(*said.memory)
         try:
             mapped = map_shared_file(memory)
-            self.words: memoryview[int] = memoryview(map_shared_file(words))[: words.num_bytes].cast("q")
+            self.words = map_words(said.words)
         except SharedMemoryError as error:
             raise TransferError(str(error)) from error
-        self.tensors: list[list[Tensor]] = []
-        for items, of in zip(layout.layers, offsets, strict=True):
-            self.tensors.append([])
-            for item, offset in zip(items, of, strict=True):
-                shape = (num_blocks, layout.block_size, *_shape(item, heads))
-                dtype = getattr(torch, item.dtype.removeprefix("torch."))
-                count = prod(shape)
-                if not 0 <= offset <= memory.num_bytes - count * dtype.itemsize:
-                    raise TransferError(
-                        f"a tensor of {num_blocks} blocks at byte {offset} is beyond another engine's memory"
-                    )
-                self.tensors[-1].append(torch.frombuffer(mapped, dtype=dtype, count=count, offset=offset).view(shape))
+
+        def view(offset: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+            count = prod(shape)
+            if not 0 <= offset <= memory.num_bytes - count * dtype.itemsize:
+                raise ValueError(offset)
+            return torch.frombuffer(mapped, dtype=dtype, count=count, offset=offset).view(shape)
+
+        self.tensors = lay_out(said, layout, heads, view)
 
 
-_KINDS = (int, int, int, str)
-"""Of the fields of an `Address`."""
-
-
-def _shape(item: TensorLayout, heads: Heads) -> tuple[int, ...]:
-    """What a rank has of a token in a tensor."""
-    return (heads(item.shape[0]).length, *item.shape[1:]) if item.has_heads else item.shape
+def map_words(words: Address) -> memoryview[int]:
+    """Another engine's signals, as `has_written` reads them; SharedMemoryError if they cannot be mapped."""
+    return memoryview(map_shared_file(words))[: words.num_bytes].cast("q")
