@@ -117,6 +117,10 @@ class Link:
     def _take(self, count: int, deadline: float) -> bytes:
         """The next `count` bytes; what has come of them by the deadline is kept for later."""
         while len(self._received) < count:
+            if (
+                self._stream.fileno() < 0
+            ):  # closed by this end; the number that is polled may be another stream's by now
+                raise LinkError("this end has closed a transfer link")
             if not self._poll.poll(max(0.0, deadline - time.monotonic()) * 1e3):
                 raise _NothingYetError
             try:

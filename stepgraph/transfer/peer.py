@@ -7,7 +7,8 @@ import threading
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
-from stepgraph.transfer.base import FetchFailure, FetchState, Move, Movers, Moves, SourceCaches, TransferError
+from stepgraph.transfer.base import FetchFailure, Move, Movers, SourceCaches, TransferError
+from stepgraph.transfer.fetch import Reason, RemoteFetch
 from stepgraph.transfer.leases import LossReason
 from stepgraph.transfer.link import Link, LinkError
 from stepgraph.transfer.messages import (
@@ -26,7 +27,6 @@ from stepgraph.transfer.messages import (
     Renew,
 )
 from stepgraph.transfer.outbox import Outbox
-from stepgraph.transfer.reference import Reference
 from stepgraph.transfer.sockets import connect
 
 logger = logging.getLogger(__name__)
@@ -37,8 +37,6 @@ _BRIEF_LOOK_S = 2e-4
 """While bytes are all that is missing."""
 _IDLE_S = 60.0
 """After which a link that nothing is fetched over ends."""
-
-Reason = FetchFailure | LossReason
 
 
 @dataclass(frozen=True)
@@ -51,78 +49,6 @@ class Patience:
     """For anything to happen, once the prompt is computed; and for a connection."""
     wait_s: float = 120.0
     """For anything to happen before that: prompts wait for others."""
-
-
-class RemoteFetch:
-    """See `stepgraph.transfer.base.Fetch`. What changes, changes under its peer's lock.
-
-    Args:
-        reference: who has the blocks.
-        first: index of the first of them among those of the prompt.
-        blocks: where they go.
-        keys: what they are to hold.
-        count: hears of its end.
-        clock: seconds, monotonic.
-    """
-
-    def __init__(
-        self,
-        reference: Reference,
-        first: int,
-        blocks: tuple[int, ...],
-        keys: tuple[bytes, ...],
-        count: Callable[[RemoteFetch], None],
-        clock: Callable[[], float],
-    ) -> None:
-        assert len(blocks) == len(keys) > 0, (blocks, keys)
-        self.reference, self.first, self.blocks, self.keys = reference, first, blocks, keys
-        self.state = FetchState.UNDER_WAY
-        self.num_blocks = 0
-        self.reason: Reason | None = None
-        self.peer: Peer | None = None
-        self.moves: Moves | None = None
-        self.num_told = 0
-        """Blocks that the source has filled, from the first on, wanted here or not."""
-        self.total: int | None = None
-        """Blocks to come, once that is known."""
-        self.num_moved = 0
-        self.is_confirming = self.is_dropped = False
-        """Whether the source was told so."""
-        self._count, self._clock = count, clock
-        self._began_at = self.progress_at = clock()
-        self._ended_at: float | None = None
-
-    @property
-    def seconds(self) -> float:
-        """See `Fetch.seconds`."""
-        return (self._clock() if self._ended_at is None else self._ended_at) - self._began_at
-
-    @property
-    def is_under_way(self) -> bool:
-        return self.state is FetchState.UNDER_WAY
-
-    def cancel(self) -> None:
-        """See `Fetch.cancel`."""
-        if self.peer is not None:
-            self.peer.give_up(self, FetchFailure.CANCELLED)
-
-    def done(self) -> bool:
-        """See `Fetch.done`."""
-        return not self.is_under_way and (self.moves is None or self.moves.done())
-
-    def end(self, reason: Reason | None) -> bool:
-        """Has brought what there was, or nothing, for a reason. False if it has ended before."""
-        if not self.is_under_way:
-            return False
-        if self.moves is not None:
-            self.moves.cancel()  # which has nothing to do if all is there
-        self._ended_at, self.reason = self._clock(), reason
-        if reason is None:
-            assert self.total is not None
-            self.num_blocks = self.total
-        self.state = FetchState.DONE if reason is None else FetchState.FAILED
-        self._count(self)
-        return True
 
 
 class Peer:

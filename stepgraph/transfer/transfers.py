@@ -10,9 +10,10 @@ from collections.abc import Callable, Sequence
 
 from stepgraph.errors import RequestError
 from stepgraph.transfer.base import Fetch, FetchFailure, FetchState, Movers, TransferCounts
+from stepgraph.transfer.fetch import RemoteFetch
 from stepgraph.transfer.leases import Leases, LossReason
 from stepgraph.transfer.messages import PROTOCOL, Hello
-from stepgraph.transfer.peer import Patience, Peer, Reason, RemoteFetch
+from stepgraph.transfer.peer import Patience, Peer
 from stepgraph.transfer.port import Port
 from stepgraph.transfer.rank_cache import ExportedCache
 from stepgraph.transfer.reference import PARAM, Reference
@@ -179,7 +180,7 @@ class EngineTransfers:
                 del self._peers[address]
 
     def _ended(self, fetch: RemoteFetch) -> None:
-        reason: Reason | None = fetch.reason
+        reason = fetch.reason
         with self._lock:
             if fetch.state is FetchState.DONE:
                 self._num_received += fetch.num_blocks

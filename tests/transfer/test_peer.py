@@ -1,17 +1,15 @@
 """Fetches from a source over its port: what comes is what was asked for, and all else ends them with the reason."""
 
-import socket
-import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import replace
 
 import pytest
+from fake_engines import KEYS, LAYOUT, NUM_BLOCKS, SECRET, creating, reference_to, wait
 
 from stepgraph.errors import RequestError
 from stepgraph.transfer.base import FetchFailure, FetchState, TransferError
-from stepgraph.transfer.layout import BlockLayout, TensorLayout
 from stepgraph.transfer.leases import Leases, LossReason
 from stepgraph.transfer.link import Link, LinkError
 from stepgraph.transfer.messages import (
@@ -26,87 +24,11 @@ from stepgraph.transfer.messages import (
     Lost,
     Message,
     Open,
-    Renew,
 )
 from stepgraph.transfer.peer import Patience
-from stepgraph.transfer.rank_cache import ExportedCache
 from stepgraph.transfer.reference import Reference
 from stepgraph.transfer.sockets import AllowedHosts, listen
 from stepgraph.transfer.transfers import EngineTransfers
-
-SECRET = b"secret"
-KEYS = [bytes([number]) * 32 for number in range(9)]
-LAYOUT = BlockLayout(2, 0, 1, ((TensorLayout((3,), "torch.float32", has_heads=False),),), (0,))
-NUM_BLOCKS = 10
-
-
-def wait(condition: Callable[[], object]) -> None:
-    deadline = time.monotonic() + 30
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(1e-3)
-
-
-class FakeMoves:
-    """Says what it was to copy, and is as far as a test says."""
-
-    def __init__(self) -> None:
-        self.num_moved, self.error = 0, None
-        self.is_cancelled, self.is_busy = False, False
-        self.moved: list = []
-
-    def submit(self, move) -> None:
-        assert len(move.source) == len(move.target)
-        self.moved += zip(move.source, move.target, [move.step] * len(move.source), strict=True)
-
-    def cancel(self) -> None:
-        self.is_cancelled = True
-
-    def done(self) -> bool:
-        return self.is_cancelled and not self.is_busy
-
-
-class FakeMovers:
-    """Copies nothing. `attached` has what was begun of each source."""
-
-    def __init__(self) -> None:
-        self.attached: list[list[FakeMoves]] = []
-        self.num_closed = 0
-        self.moves_at_once = True
-        self.error: Exception | None = None
-
-    def attach(self, peer: Hello):
-        if self.error is not None:
-            raise self.error
-        begun: list[FakeMoves] = []
-        self.attached.append(begun)
-        movers = self
-
-        class Source:
-            num_blocks = NUM_BLOCKS
-
-            def begin(self) -> FakeMoves:
-                begun.append(InstantMoves() if movers.moves_at_once else FakeMoves())
-                return begun[-1]
-
-            def close(self) -> None:
-                movers.num_closed += 1
-                assert all(moves.is_cancelled for moves in begun)
-
-        return Source()
-
-    def close(self) -> None: ...
-
-    @property
-    def last(self) -> FakeMoves:
-        """What was begun last."""
-        return self.attached[-1][-1] if self.attached and self.attached[-1] else FakeMoves()
-
-
-class InstantMoves(FakeMoves):
-    def submit(self, move) -> None:
-        super().submit(move)
-        self.num_moved = len(self.moved)
 
 
 class Clock:
@@ -117,29 +39,9 @@ class Clock:
 
 
 @pytest.fixture
-def stack() -> Iterator[ExitStack]:
-    with ExitStack() as stack:
-        yield stack
-
-
-@pytest.fixture
-def create(stack) -> Callable[..., EngineTransfers]:
-    def create(*, model="model", layout=LAYOUT, secret=SECRET, leases=None, **settings) -> EngineTransfers:
-        movers = FakeMovers()
-        cache = ExportedCache(layout, is_cut=False, ranks=("here",))
-        settings = {"hosts": AllowedHosts(None), "address": ("127.0.0.1", None)} | settings
-        made = EngineTransfers(
-            cache, movers, model, "fake", Leases(30.0, 2.0) if leases is None else leases, secret, **settings
-        )
-        stack.callback(made.close)
-        made.movers = movers
-        return made
-
-    return create
-
-
-def reference_to(source: EngineTransfers, lease: str = "a") -> Reference:
-    return Reference(source.engine_id, source.host, source.port, lease)
+def create() -> Iterator[Callable[..., EngineTransfers]]:
+    with creating() as create:
+        yield create
 
 
 @pytest.mark.parametrize("port", [None, 0])
@@ -206,7 +108,7 @@ def fails(fetch, reason) -> None:
     wait(fetch.done)
 
 
-def test_what_another_engine_or_none_has_is_not_fetched(create, stack) -> None:
+def test_what_another_engine_or_none_has_is_not_fetched(create) -> None:
     sink, source = create(), create()
     source.leases.open("a")
     other_layout = replace(LAYOUT, block_size=4)
@@ -516,110 +418,6 @@ def test_messages_that_cross_are_no_mistake(create, rogue) -> None:
         link.send(Confirmed("b"))
         wait(lambda: again.state is FetchState.DONE)
     assert sink.counts().failures == {"cancelled": 1}
-
-
-class TestPort:
-    """A source, before sinks that do as a test says."""
-
-    @pytest.fixture
-    def source(self, create) -> EngineTransfers:
-        return create(address=("127.0.0.1", 0))
-
-    @pytest.fixture
-    def connect(self, source, stack) -> Callable[..., Link]:
-        def connect(*, greets: bool = True, secret: bytes = SECRET) -> Link:
-            link = Link(socket.create_connection((source.host, source.port)), secret, is_asking=True, timeout_s=10)
-            stack.callback(link.close)
-            if greets:
-                link.send(Hello(1, "sink", "model", LAYOUT.digest, ("fake",), False, ("",)))
-                assert isinstance(link.receive(10), Hello)
-            return link
-
-        return connect
-
-    def test_who_does_not_know_the_secret_is_refused(self, connect) -> None:
-        with pytest.raises(LinkError):
-            connect(secret=b"")
-        connect()
-
-    def test_nobody_touches_what_another_link_has_opened(self, source, connect) -> None:
-        one, other = connect(), connect()
-        source.leases.open("a")
-        source.leases.fill("a", 0, [4], KEYS[:1], -1)
-        source.leases.complete("a")
-        one.send(Open("a", 0))
-        assert one.receive(10) == Filled("a", 0, (4,), KEY, -1)
-        for message, answer in (
-            (Confirm("a", 1), Lost("a", "unknown")),
-            (Drop("a"), Dropped("a")),
-            (Open("a", 0), Lost("a", "confirmed")),
-        ):
-            other.send(message)
-            assert other.receive(10) == answer
-        other.close()
-        assert one.receive(10) == Complete("a", 1)
-        one.send(Confirm("a", 1))
-        assert one.receive(10) == Confirmed("a")
-
-    @pytest.mark.parametrize(
-        "message", [Confirmed("a"), Open("a", 0, (1,)), Open("a", 0), Hello(1, "", "", "", (), False, ())]
-    )
-    def test_a_sink_that_makes_no_sense_is_left_and_its_leases_end(self, source, connect, message) -> None:
-        link = connect()
-        source.leases.open("a")
-        link.send(Open("a", 0))
-        link.send(message)
-        with pytest.raises(LinkError):
-            link.receive(10)
-        wait(lambda: source.leases.ended == {LossReason.DROPPED: 1})
-
-    def test_a_link_begins_with_hello(self, source, connect) -> None:
-        link = connect(greets=False)
-        link.send(Renew(("a",)))
-        assert isinstance(link.receive(10), Hello)
-        with pytest.raises(LinkError):
-            link.receive(10)
-
-    def test_leases_of_a_link_that_breaks_end(self, source, connect) -> None:
-        link = connect()
-        source.leases.open("a")
-        source.leases.fill("a", 0, [4], KEYS[:1], -1)
-        link.send(Open("a", 0))
-        assert isinstance(link.receive(10), Filled)
-        link._stream.sendall(b"\0\0\1")  # within a frame
-        link.close()
-        wait(lambda: source.leases.ended == {LossReason.DROPPED: 1})
-        assert source.leases.collect() == [4]
-
-    def test_a_sink_that_reads_nothing_holds_nobody_up(self, source, connect) -> None:
-        link = connect()
-        source.leases.open("a")
-        link.send(Open("a", 0))
-        source.leases.fill("a", 0, [4], KEYS[:1], -1)
-        assert isinstance(link.receive(10), Filled)
-        for number in range(8000):  # more than sockets and queues take
-            if not source.leases.fill("a", 1 + 20 * number, [4] * 20, [KEYS[1]] * 20, -1):
-                break
-        wait(lambda: source.leases.ended == {LossReason.DROPPED: 1})
-
-    def test_links_are_bounded(self, source, connect, monkeypatch) -> None:
-        source._port._places = threading.Semaphore(1)
-        first = connect()
-        with pytest.raises(LinkError):
-            connect()
-        first.close()
-        wait(lambda: source._port._places._value == 1)
-        connect()
-
-    def test_after_the_end_nobody_is_there(self, source, connect) -> None:
-        link = connect()
-        source.close()
-        assert isinstance(link.receive(10), Bye)
-        with pytest.raises(LinkError):
-            link.receive(10)
-        with pytest.raises((LinkError, OSError)):
-            connect()
-        assert not [thread for thread in threading.enumerate() if thread.name == "stepgraph-port"]
 
 
 def test_a_garbled_frame_is_a_protocol_error(create, rogue) -> None:
