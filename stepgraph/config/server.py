@@ -41,6 +41,23 @@ class ServerConfig:
         "for a CPU",
         minimum=1,
     )
+    prefill_devices: tuple[int, ...] | None = setting(
+        None,
+        "numbers of the devices whose engines compute long prompts for those of decode_devices; each engine takes as many as it "
+        "has ranks. GPUs are numbered as this process sees them; on a CPU, engines get equal shares of its cores in this order",
+        minimum=0,
+    )
+    decode_devices: tuple[int, ...] | None = setting(
+        None,
+        "numbers of the devices whose engines answer, with short prompts of their own and long ones of prefill_devices",
+        minimum=0,
+    )
+    min_remote_prefill_tokens: int = setting(
+        512,
+        "with prefill_devices: tokens of a prompt, without those that are cached where it is answered, from which another engine "
+        "computes it",
+        minimum=1,
+    )
     root_path: str | None = setting(None, "path that a proxy in front takes off the URLs, e.g. /llm", metavar="PATH")
     served_model_name: tuple[str, ...] | None = setting(
         None, "names that requests may give as model, the first in answers; default: MODEL as given", metavar="NAME"
@@ -173,6 +190,7 @@ class ServerConfig:
                 )
         _check_keys(self.api_key or (), "api_key")
         self._check_names()
+        self._check_devices()
 
     def adapters(self) -> dict[str, str]:
         """The folders of the LoRA adapters to serve, by their model names."""
@@ -233,7 +251,7 @@ class ServerConfig:
                 raise ConfigError(f"{name}={port} is not a port; the largest is 65535")
             if (last := port + count - 1) > 65535:
                 raise ConfigError(
-                    f"{name}={port} and data_parallel_size={count} need ports up to {last}, and the largest is 65535; give a "
+                    f"{name}={port} of {count} engines needs ports up to {last}, and the largest is 65535; give a "
                     "smaller one"
                 )
             for one in range(port, port + count):
@@ -241,6 +259,19 @@ class ServerConfig:
                     which = f"{name}={port}" if count == 1 else f"{name}={port} takes {count} ports, and {one}"
                     raise ConfigError(f"{which} is {taken[one]} too; give them different ports")
                 taken[one] = name
+
+    def _check_devices(self) -> None:
+        prefill, decode = self.prefill_devices, self.decode_devices
+        if (prefill is None) != (decode is None):
+            given, missing = ("prefill", "decode") if decode is None else ("decode", "prefill")
+            raise ConfigError(
+                f"{given}_devices needs {missing}_devices beside it: one engine begins what the other ends"
+            )
+        for place, device in enumerate(devices := (*(prefill or ()), *(decode or ()))):
+            if device in devices[:place]:
+                raise ConfigError(
+                    f"device {device} is given twice among prefill_devices and decode_devices; each is one engine's"
+                )
 
     def _check_names(self) -> None:
         names = list(self.served_model_name or ())
@@ -276,19 +307,42 @@ def engine_log_level() -> str:
     return given.upper()
 
 
-def split_replicas(settings: Mapping[str, Any]) -> tuple[dict[str, Any], int]:
-    """Flat settings as each engine of a server gets them, and how many engines there are: without `enable_expert_parallel`,
-    `data_parallel_size` is not about one of them.
+def split_replicas(settings: Mapping[str, Any], server: ServerConfig) -> list[dict[str, Any]]:
+    """Flat settings as each engine of a server gets them: without `enable_expert_parallel`, `data_parallel_size` is not about
+    one of them, and with `prefill_devices` each has a role.
 
     Raises:
         ConfigError: there cannot be so many, or two settings contradict each other.
     """
     settings = flattened(settings)
-    if settings.get("enable_expert_parallel"):
-        return settings, 1
-    num_engines = settings.pop("data_parallel_size", 1)
-    check_value(ParallelConfig, "data_parallel_size", num_engines)
-    return settings, num_engines
+    if server.prefill_devices is not None:
+        for name in ("data_parallel_size", "splitwise_role"):
+            if name in settings:
+                raise ConfigError(
+                    f"{name}={settings[name]!r} and prefill_devices do not go together: prefill_devices and decode_devices say "
+                    "how many engines there are, and what each does; leave one out"
+                )
+        num_ranks = settings.get("tensor_parallel_size", 1)
+        check_value(ParallelConfig, "tensor_parallel_size", num_ranks)
+        engines = []
+        for role, devices in (("prefill", server.prefill_devices), ("decode", server.decode_devices or ())):
+            if len(devices) % num_ranks:
+                raise ConfigError(
+                    f"{role}_devices has {len(devices)} devices, and each engine needs tensor_parallel_size={num_ranks}; give so "
+                    "many for each"
+                )
+            engines += [{**settings, "splitwise_role": role} for _ in range(len(devices) // num_ranks)]
+    elif settings.get("enable_expert_parallel"):
+        engines = [settings]
+    else:
+        num_engines = settings.pop("data_parallel_size", 1)
+        check_value(ParallelConfig, "data_parallel_size", num_engines)
+        engines = [dict(settings) for _ in range(num_engines)]
+    port = settings.get("kv_transfer_port")
+    if isinstance(port, int) and port > 0:
+        for number, engine in enumerate(engines):
+            engine["kv_transfer_port"] = port + number
+    return engines
 
 
 def serve_config(settings: Mapping[str, Any]) -> tuple[EngineConfig, ServerConfig]:
@@ -297,11 +351,16 @@ def serve_config(settings: Mapping[str, Any]) -> tuple[EngineConfig, ServerConfi
     Raises:
         ConfigError: unknown setting, bad value, or settings that contradict each other.
     """
-    settings, num_engines = split_replicas(settings)
+    settings = flattened(settings)
     refuse_unknown(settings, homes_of(SERVE_PARTS))
-    of_server = {name: settings.pop(name) for name in ServerConfig.__dataclass_fields__ if name in settings}
-    engine, server = EngineConfig.from_settings(**settings), ServerConfig(**of_server)
-    server.check_ports(num_engines)
+    server = ServerConfig(
+        **{name: settings.pop(name) for name in ServerConfig.__dataclass_fields__ if name in settings}
+    )
+    engines = split_replicas(settings, server)
+    engine = EngineConfig.from_settings(**engines[0])
+    EngineConfig.from_settings(**engines[-1])  # whose port may be too large
+    engine.transfer.secret()
+    server.check_ports(len(engines))
     if server.lora_modules and not engine.lora.enable_lora:
         raise ConfigError(f"lora_modules={' '.join(server.lora_modules)} needs enable_lora; add it, or leave them out")
     if server.served_model_name is None and engine.model.model in server.adapters():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ipaddress
 import os
 from dataclasses import dataclass
 
@@ -33,14 +32,14 @@ class TransferConfig:
     )
     kv_transfer_port: int | None = setting(
         None,
-        "TCP port on which other engines ask for keys and values; 0 takes any that is free; default: a socket file, for engines "
-        "of this machine and user",
+        "TCP port on which other engines ask for keys and values, which needs a secret; 0 takes any that is free, and further "
+        "engines of a server those after it; default: a socket that only this machine and user reach",
         minimum=0,
         metavar="PORT",
     )
     kv_transfer_host: str = setting(
         "127.0.0.1",
-        "address that this port listens on, and that others are told; it needs a secret unless it is loopback",
+        "address that this port listens on, and that others are told",
     )
     kv_transfer_secret_file: str | None = setting(
         None,
@@ -116,11 +115,11 @@ class TransferConfig:
             source = f"kv_transfer_secret_file={self.kv_transfer_secret_file!r}"
             text = text_of_file(self.kv_transfer_secret_file, "kv_transfer_secret_file").strip()
         if text is None:
-            if self.is_connected and self.kv_transfer_port is not None and not _is_loopback(self.kv_transfer_host):
+            if self.kv_transfer_port is not None:
                 raise ConfigError(
-                    f"kv_transfer_host={self.kv_transfer_host!r} can be reached by others, who could take any request's keys and "
+                    f"kv_transfer_port={self.kv_transfer_port} can be reached by others, who could take any request's keys and "
                     f"values; give all engines the same {flag_of('kv_transfer_secret_file')} or {SECRET_VARIABLE}, e.g. what "
-                    "`openssl rand -hex 24` prints"
+                    "`openssl rand -hex 24` prints; or leave the port out if all are on this machine"
                 )
             return b""
         if len(text) < _LEAST_SECRET:
@@ -128,10 +127,3 @@ class TransferConfig:
                 f"{source}: a secret needs {_LEAST_SECRET} characters at least; write e.g. what `openssl rand -hex 24` prints"
             )
         return text.encode()
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"

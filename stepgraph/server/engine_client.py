@@ -49,6 +49,9 @@ class EngineClient:
         self._send = send
         self._observer = observer
         self._generations: dict[str, Generation] = {}
+        self._prefills: dict[
+            str, Callable[[bool], None] | None
+        ] = {}  # for other engines, by id; to be told if accepted
         self._running: dict[str, tuple[Generation, RemoteRequest]] = {}  # by id of the engine's requests
         self._unanswered: dict[str, Add] = {}  # of generations whose requests all run, without a token so far
         self._recent_seconds: deque[float] = deque(maxlen=_NUM_RECENT)
@@ -63,6 +66,11 @@ class EngineClient:
     def is_ready(self) -> bool:
         """Whether requests are served now."""
         return self.status.state is EngineState.READY
+
+    @property
+    def role(self) -> str:
+        """See `TransferConfig.splitwise_role`; "mixed" before the engine is known."""
+        return "mixed" if self.status.ready is None else self.status.ready.role
 
     @property
     def num_unfinished(self) -> int:
@@ -85,6 +93,7 @@ class EngineClient:
         adapter: str | None = None,
         bad_words: list[list[int]] | None = None,
         transfer: Offer | Reference | None = None,
+        is_held: bool = False,
         arrived_at: float,
         origin: Origin,
     ) -> Generation:
@@ -97,6 +106,7 @@ class EngineClient:
             tokenizer: the model's, for the answers' text.
             arrived_at: `time.monotonic()` seconds, from which waiting counts.
             origin: for traces.
+            is_held: it is sent by `release`, and another engine computes the prompt.
 
         Raises:
             RequestError: it cannot be put into a message.
@@ -119,8 +129,47 @@ class EngineClient:
             raise RequestError("the request holds half of a surrogate pair, which is no text; leave it out") from error
         except OverflowError as error:
             raise RequestError("the request holds a whole number of more than 64 bits; give a smaller one") from error
-        self._add(generation, message, content)
+        self._note(generation, message, 0 if is_held else len(prompt.token_ids))
+        if not is_held:
+            self._send(content)
         return generation
+
+    def release(self, generation: Generation, reference: Reference | None) -> None:
+        """Send what is held, unless it has ended; `reference` says where the prompt's blocks come from."""
+        message = self._unanswered.get(generation.id)
+        if message is not None:
+            message.reference = reference
+            self._send(encode(message))
+
+    def prefill(
+        self,
+        id: str,
+        prompt: TokenizedPrompt,
+        offer: Offer,
+        *,
+        priority: int,
+        adapter: str | None,
+        then: Callable[[bool], None],
+    ) -> None:
+        """Have the engine compute a prompt for another one. Nothing is heard of its own answer, of one token.
+
+        Args:
+            id: differs from that of every other, and of every generation.
+            prompt, priority, adapter: see `submit`.
+            offer: for the other engine.
+            then: told, soon and once, whether the engine does it.
+        """
+        request = (id, settings_of(SamplingParams(max_tokens=1, temperature=0)))
+        message = Add(id, [request], prompt.token_ids, priority, prompt.cache_salt, adapter, offer=offer)
+        content = encode(message)
+        self._prefills[id] = then
+        self.load.sent(id, 1, len(prompt.token_ids))
+        self._send(content)
+
+    def leave_prefill(self, id: str) -> None:
+        """Nobody wants it any more, if it has not ended."""
+        if self._end_prefill(id):
+            self._send(encode(Abort([id])))
 
     @property
     def unanswered(self) -> list[tuple[Generation, Add]]:
@@ -133,15 +182,17 @@ class EngineClient:
         del self._generations[generation.id]
         for request_id in generation.requests:
             del self._running[request_id]
+        generation.leave_prefill()
         generation.move(other)
-        other._add(generation, message, encode(message))
+        message.reference = None  # the lease may be over
+        other._note(generation, message, len(generation.prompt.token_ids))
+        other._send(encode(message))
 
-    def _add(self, generation: Generation, message: Add, content: bytes) -> None:
-        id, prompt = generation.id, generation.prompt
+    def _note(self, generation: Generation, message: Add, num_prompt_tokens: int) -> None:
+        id = generation.id
         self._generations[id], self._unanswered[id] = generation, message
         self._running.update((one_id, (generation, one)) for one_id, one in generation.requests.items())
-        self.load.sent(id, len(generation.requests), len(prompt.token_ids))
-        self._send(content)
+        self.load.sent(id, len(generation.requests), num_prompt_tokens)
 
     def abort(self, request_ids: Iterable[str], reason: FinishReason = FinishReason.ABORT) -> None:
         """End requests; nothing more is heard of them. `reason` is what they count as."""
@@ -153,6 +204,7 @@ class EngineClient:
         """The reader of a generation has what it wants: end what still runs of it."""
         self._generations.pop(generation.id, None)
         self.abort(generation.requests)
+        generation.leave_prefill()
 
     def take(self, message: FromEngine) -> None:
         """News from the engine."""
@@ -166,10 +218,13 @@ class EngineClient:
             self.num_others = max(0, num_unfinished - self.num_unfinished) if self._shared else 0
         elif isinstance(message, Accepted):
             self.load.accepted(message.group)
+            self._begin_prefill(message.group, True)
             accepted = self._generations.get(message.group)
             if accepted is not None:
                 accepted.accept()
         elif isinstance(message, Refused):
+            self._begin_prefill(message.group, False)
+            self._end_prefill(message.group)
             refused = self._generations.get(message.group)
             if refused is not None:
                 for request_id in refused.requests:
@@ -184,11 +239,32 @@ class EngineClient:
             self._drop(request_id, FinishReason.ERROR)
         for generation in generations.values():
             generation.fail(error)
+        prefills = tuple(self._prefills)
+        for id in prefills:
+            self._begin_prefill(id, False)
+        self._prefills.clear()
         self.load, self.num_others = LoadEstimate(), 0
+
+    def _begin_prefill(self, id: str, is_accepted: bool) -> None:
+        """The engine computes a prompt for another, or does not."""
+        then = self._prefills.get(id)
+        if then is not None:
+            self._prefills[id] = None
+            then(is_accepted)
+
+    def _end_prefill(self, id: str) -> bool:
+        """The engine is done with it; False if it is not known (any more)."""
+        is_known = id in self._prefills
+        if is_known:
+            del self._prefills[id]
+            self.load.ended(id)
+        return is_known
 
     def _take_update(self, update: TokenUpdate) -> None:
         running = self._running.get(update.id)
-        if running is None:  # it was aborted meanwhile
+        if running is None:  # it was aborted meanwhile, or is another engine's
+            if update.finish_reason is not None:
+                self._end_prefill(update.id)
             return
         generation, request = running
         if update.token_ids:

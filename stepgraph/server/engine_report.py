@@ -8,7 +8,7 @@ from stepgraph.engine.engine import Engine
 from stepgraph.engine.lockstep import LockstepScheduler
 from stepgraph.engine.reports import StepReport
 from stepgraph.engine.request import Request
-from stepgraph.server.messages import FirstToken, Load, RankInfo, Ready, StepInfo
+from stepgraph.server.messages import Door, FirstToken, Load, RankInfo, Ready, StepInfo
 
 
 def load_of(engine: Engine) -> Load:
@@ -119,7 +119,7 @@ def first_token(request: Request) -> FirstToken:
 
 def ready_of(engine: Engine) -> Ready:
     """What it says once it takes requests."""
-    specs = engine.executor.specs
+    specs, transfers = engine.executor.specs, engine.exchange.transfers
     return Ready(
         max_model_len=specs.max_model_len,
         max_num_seqs=engine.config.scheduler.max_num_seqs * specs.data_parallel_size,
@@ -133,6 +133,8 @@ def ready_of(engine: Engine) -> Ready:
         longest_step_s=specs.longest_step_s,
         num_ranks=specs.num_ranks,
         collectives=specs.collectives,
+        role=engine.config.transfer.splitwise_role,
+        door=None if transfers is None else Door(transfers.engine_id, transfers.host, transfers.port),
     )
 
 

@@ -104,6 +104,7 @@ class HttpFront:
             rest,
             max_adapters=front.engine_config.lora.max_loras,
             keeps_prefixes=front.engine_config.cache.enable_prefix_caching,
+            min_remote_prefill_tokens=config.min_remote_prefill_tokens,
         )
         self.service = Service(config, self.replicas, lambda: _served_model(front), control, adapters, self._counts)
         self._connections = Connections(Limits.of(config), front.max_connections)
@@ -250,7 +251,11 @@ def announce(front: Front, supervisor: Supervisor, num_fronts: int) -> None:
     seconds = time.monotonic() - front.started_at
     num_engines = len(supervisor.engines)
     several = f"; {ready.num_ranks} ranks by {ready.collectives}" if ready.num_ranks > 1 else ""
-    several += f"; {num_engines} engines" if num_engines > 1 else ""
+    if (devices := config.prefill_devices) is not None:
+        num_sources = len(devices) // ready.num_ranks
+        several += f"; {num_sources} engines for prompts and {num_engines - num_sources} for answers"
+    elif num_engines > 1:
+        several += f"; {num_engines} engines"
     several += f"; {num_fronts} front processes" if num_fronts > 1 else ""
     print(
         f"stepgraph serves {model_name(front)} at http://{host}:{front.listening.getsockname()[1]} ({ready.backend} graphs on "

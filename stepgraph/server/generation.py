@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, Collection, Iterable
+from collections.abc import AsyncGenerator, Callable, Collection, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
@@ -125,6 +125,8 @@ class Generation:
         """One for each answer, by their ids in the engine."""
         self.has_moved = False
         """Whether the engine that it was sent to first is gone, and another one has it."""
+        self.leave_prefill: Callable[[], None] = lambda: None
+        """What another engine computes of the prompt, if one does, is not wanted any more."""
         self._client = client
         self._session = Session(
             list(self.requests.values()),

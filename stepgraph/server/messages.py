@@ -153,6 +153,14 @@ ToEngine = Add | Abort | Hello | FrontGone | Question | ForgetAdapter | AbortAll
 # From the engine to the supervisor and the fronts.
 
 
+class Door(NamedTuple):
+    """These three: see `stepgraph.transfer.reference.Reference`."""
+
+    engine: str
+    host: str
+    port: int
+
+
 class Ready(msgspec.Struct, tag=True):
     """The engine takes requests."""
 
@@ -172,6 +180,10 @@ class Ready(msgspec.Struct, tag=True):
     num_ranks: int = 1
     collectives: str = ""
     """These two: see `ExecutorSpecs`."""
+    role: str = "mixed"
+    """See `TransferConfig.splitwise_role`."""
+    door: Door | None = None
+    """Where other engines ask for the blocks that it has; None if it has to do with none."""
 
 
 class Beat(msgspec.Struct, tag=True):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from functools import partial
+from secrets import token_hex
 from typing import TYPE_CHECKING
 
 from stepgraph.engine.prompts import TokenizedPrompt
@@ -22,6 +24,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+_LEASE_BYTES = 16
+"""Of a lease's name, which nobody can guess."""
+
 
 class Replicas:
     """All engines. Belongs to one event loop.
@@ -31,15 +36,23 @@ class Replicas:
         rest: how the engines were brought to rest.
         max_adapters: LoRA adapters that an engine keeps.
         keeps_prefixes: they cache prefixes.
+        min_remote_prefill_tokens: of a prompt, without what is cached, from which an engine of its own computes it.
     """
 
     def __init__(
-        self, clients: Sequence[EngineClient], rest: Rest, *, max_adapters: int = 1, keeps_prefixes: bool = True
+        self,
+        clients: Sequence[EngineClient],
+        rest: Rest,
+        *,
+        max_adapters: int = 1,
+        keeps_prefixes: bool = True,
+        min_remote_prefill_tokens: int = 512,
     ):
         self.clients = tuple(clients)
         self.rest = rest
         self.ready: Ready | None = None
-        """What the engines said of themselves; it is the same of all."""
+        """What the first of the engines said of itself; but for its role and its door it is the same of all."""
+        self._min_remote_prefill_tokens = min_remote_prefill_tokens
         self._max_adapters = max_adapters
         self._keeps_prefixes = keeps_prefixes
         self._router: Router | None = None
@@ -65,8 +78,7 @@ class Replicas:
     @property
     def capacity(self) -> int:
         """Requests that can run at once; 0 before anything is known of the engines."""
-        serving = sum(client.is_ready for client in self.clients)
-        return 0 if self.ready is None else self.ready.max_num_seqs * max(1, serving)
+        return 0 if self.ready is None else self.ready.max_num_seqs * max(1, len(self._answering))
 
     @property
     def num_unfinished(self) -> int:
@@ -76,7 +88,7 @@ class Replicas:
     @property
     def num_everybodys(self) -> int:
         """Requests of all fronts, as far as this one knows."""
-        return sum(client.num_unfinished + client.num_others for client in self.clients)
+        return sum(client.num_unfinished + client.num_others for client in self._answering)
 
     @property
     def mean_request_s(self) -> float:
@@ -99,12 +111,18 @@ class Replicas:
         arrived_at: float,
         origin: Origin,
     ) -> Generation:
-        """Send a prompt to the engine that suits it best; see `EngineClient.submit`.
+        """Send a prompt to the engine that suits it best; see `EngineClient.submit`. If it is long, an engine of the role prefill
+        computes it, of which the other hears once that one has it.
 
         Args:
             session: names requests that will share a prefix.
         """
-        return self._choose(prompt, adapter, session).submit(
+        client, num_cached = self._choose(prompt, adapter, session, transfer)
+        num_new = len(prompt.token_ids) - num_cached
+        source = None
+        if transfer is None and num_new >= self._min_remote_prefill_tokens and params.prompt_logprobs is None:
+            source = self._source_for(prompt, adapter, session)
+        generation = client.submit(
             id,
             prompt,
             params,
@@ -113,9 +131,13 @@ class Replicas:
             adapter=adapter,
             bad_words=bad_words,
             transfer=transfer,
+            is_held=source is not None,
             arrived_at=arrived_at,
             origin=origin,
         )
+        if source is not None:
+            _prefill(source, client, generation, priority=priority, adapter=adapter)
+        return generation
 
     def forget_prefixes(self, replica: int) -> None:
         """An engine's prefix cache was emptied."""
@@ -152,16 +174,59 @@ class Replicas:
             return
         waiting = [(generation, message) for generation, message in gone.unanswered if not generation.has_moved]
         for generation, message in waiting:
-            gone.hand_over(generation, self._choose(generation.prompt, message.adapter, None))
+            gone.hand_over(generation, self._choose(generation.prompt, message.adapter, None, message.offer)[0])
         if waiting:
             logger.warning("%d prompts that an engine gave no token of go to others", len(waiting))
 
-    def _choose(self, prompt: TokenizedPrompt, adapter: str | None, session: str | None) -> EngineClient:
+    @property
+    def _answering(self) -> Sequence[EngineClient]:
+        """The engines that answer requests: those of the role prefill do so only while there is no other."""
+        ready = [client for client in self.clients if client.is_ready]
+        return [client for client in ready if client.role != "prefill"] or ready
+
+    def _choose(
+        self, prompt: TokenizedPrompt, adapter: str | None, session: str | None, transfer: Offer | Reference | None
+    ) -> tuple[EngineClient, int]:
+        """The engine to answer a prompt, and how many of its tokens are cached there."""
         if self._router is None:
-            return self.clients[0]
+            return self.clients[0], 0
         if (trouble := self.trouble) is not None:
             raise EngineDeadError(trouble)
-        loads = [client.load.tokens if client.is_ready else None for client in self.clients]
-        return self.clients[
-            self._router.route(prompt.token_ids, loads, salt=prompt.cache_salt, adapter=adapter, session=session)
-        ]
+        among = self._answering
+        if isinstance(transfer, Offer):
+            among = [client for client in self.clients if client.is_ready and client.role != "decode"]
+        return self._best_of(among, prompt, adapter, session)
+
+    def _source_for(self, prompt: TokenizedPrompt, adapter: str | None, session: str | None) -> EngineClient | None:
+        """The engine of the role prefill that is to compute a prompt; None if none can."""
+        answering = self._answering
+        sources = [client for client in self.clients if client.is_ready and client.role == "prefill"]
+        if not sources or sources[0] in answering:
+            return None
+        return self._best_of(sources, prompt, adapter, session)[0]
+
+    def _best_of(
+        self, among: Sequence[EngineClient], prompt: TokenizedPrompt, adapter: str | None, session: str | None
+    ) -> tuple[EngineClient, int]:
+        assert self._router is not None
+        loads = [client.load.tokens if client in among else None for client in self.clients]
+        replica, num_cached = self._router.route(
+            prompt.token_ids, loads, salt=prompt.cache_salt, adapter=adapter, session=session
+        )
+        return self.clients[replica], num_cached
+
+
+def _prefill(
+    source: EngineClient, sink: EngineClient, generation: Generation, *, priority: int, adapter: str | None
+) -> None:
+    """Have `source` compute the prompt of a generation that is held for `sink`."""
+    assert source.status.ready is not None
+    assert source.status.ready.door is not None
+    id, lease = f"{generation.id}-prefill", token_hex(_LEASE_BYTES)
+    reference = Reference(*source.status.ready.door, lease)
+
+    def then(is_accepted: bool) -> None:
+        sink.release(generation, reference if is_accepted else None)
+
+    generation.leave_prefill = partial(source.leave_prefill, id)
+    source.prefill(id, generation.prompt, Offer(lease), priority=priority, adapter=adapter, then=then)

@@ -12,6 +12,7 @@ import socket
 import sys
 import time
 from pathlib import Path
+from secrets import token_hex
 from typing import Any
 
 from stepgraph.config import EngineConfig
@@ -23,6 +24,9 @@ from stepgraph.server.ports import listen
 from stepgraph.server.spawn import spawn_engine
 
 logger = logging.getLogger(__name__)
+
+_SECRET_BYTES = 24
+"""Of what engines behind one server know, and others do not."""
 
 
 def run(settings: dict[str, Any], config: ServerConfig) -> int:
@@ -38,8 +42,9 @@ def run(settings: dict[str, Any], config: ServerConfig) -> int:
     """
     started_at = time.monotonic()
     raise_descriptor_limit()
-    settings, num_engines = split_replicas(settings)
-    engine_config = EngineConfig.from_settings(**settings)
+    engines = split_replicas(settings, config)
+    num_engines = len(engines)
+    engine_config = EngineConfig.from_settings(**engines[0])
     api_keys, chat_template = config.api_keys(), config.chat_template_text()
     for name, folder in config.adapters().items():
         if not (Path(folder) / "adapter_config.json").is_file():
@@ -51,7 +56,11 @@ def run(settings: dict[str, Any], config: ServerConfig) -> int:
     if config.host not in ("127.0.0.1", "localhost", "::1") and not api_keys:
         what = "use and administer the API" if config.enable_admin_endpoints else "use the API"
         logger.warning("everybody who reaches %s can %s: set an API key", config.host, what)
-    engine_places = places(engine_config, num_engines)
+    devices = config.prefill_devices and (*config.prefill_devices, *(config.decode_devices or ()))
+    engine_places = places(engine_config, num_engines, devices)
+    if devices is not None and not engine_config.transfer.secret():
+        secret = token_hex(_SECRET_BYTES)
+        engine_places = [place._replace(secret=secret) for place in engine_places]
     num_fronts = config.api_server_count or default_fronts(engine_config, num_engines)
     listening = listen(config.host, config.port, "port", num_fronts)
     metrics_listening: list[socket.socket] | None = None
@@ -65,7 +74,7 @@ def run(settings: dict[str, Any], config: ServerConfig) -> int:
 
         launches = [
             Launch(
-                settings,
+                engine,
                 None if config.engine_worker_queue_port is None else config.engine_worker_queue_port + number,
                 place,
                 process,
@@ -73,7 +82,7 @@ def run(settings: dict[str, Any], config: ServerConfig) -> int:
                 progress=number == 0 and sys.stderr.isatty(),
                 takes_fronts=num_fronts > 1,
             )
-            for number, (place, process) in enumerate(zip(engine_places, processes, strict=True))
+            for number, (engine, place, process) in enumerate(zip(engines, engine_places, processes, strict=True))
         ]
         front = Front(
             engine_config,
@@ -87,7 +96,7 @@ def run(settings: dict[str, Any], config: ServerConfig) -> int:
         )
         if num_fronts == 1:
             return run_in_loop(serve_alone(front, launches))
-        return run_in_loop(serve_with_processes(front, settings, launches, listening, metrics_listening))
+        return run_in_loop(serve_with_processes(front, engines[0], launches, listening, metrics_listening))
     finally:
         for process in processes:
             process.kill()

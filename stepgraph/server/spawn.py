@@ -8,8 +8,10 @@ import os
 import subprocess
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
+
+from stepgraph.config.transfer import SECRET_VARIABLE
 
 
 class Place(NamedTuple):
@@ -20,6 +22,8 @@ class Place(NamedTuple):
     cores: tuple[int, ...] | None = None
     """The processor's cores that are its own; None: all."""
     is_one_of_many: bool = False
+    secret: str | None = None
+    """What it must know to have to do with the others; see `TransferConfig.secret`."""
 
 
 ALONE = Place()
@@ -28,16 +32,17 @@ ALONE = Place()
 
 def spawn_engine(place: Place = ALONE) -> subprocess.Popen[bytes]:
     """Start an engine's process; it waits for a `Start` message on its standard input, and ends when that is closed."""
-    environment = None if place.devices is None else {**os.environ, "CUDA_VISIBLE_DEVICES": place.devices}
+    own = {"CUDA_VISIBLE_DEVICES": place.devices, SECRET_VARIABLE: place.secret}
+    environment = os.environ | {name: value for name, value in own.items() if value is not None}
     command = [sys.executable, "-m", "stepgraph.server.engine_process"]
     if place.cores is None:
         return _spawn(command, environment)
-    own = os.sched_getaffinity(0)  # of this thread, which the new process inherits
+    all_cores = os.sched_getaffinity(0)  # of this thread, which the new process inherits
     os.sched_setaffinity(0, place.cores)
     try:
         return _spawn(command, environment)
     finally:
-        os.sched_setaffinity(0, own)
+        os.sched_setaffinity(0, all_cores)
 
 
 def spawn_front(descriptors: Sequence[int]) -> subprocess.Popen[bytes]:
@@ -65,7 +70,7 @@ async def ended(process: subprocess.Popen[bytes]) -> int:
 
 
 def _spawn(
-    command: list[str], environment: dict[str, str] | None, descriptors: Sequence[int] = ()
+    command: list[str], environment: Mapping[str, str] | None, descriptors: Sequence[int] = ()
 ) -> subprocess.Popen[bytes]:
     return subprocess.Popen(
         command,

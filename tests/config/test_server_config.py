@@ -18,9 +18,12 @@ from stepgraph.server import serve
 NON_DEFAULT = {
     "host": "0.0.0.0",
     "port": 8988,
-    "metrics_port": 7733,
+    "metrics_port": 7730,
     "engine_worker_queue_port": 7731,
     "api_server_count": 3,
+    "prefill_devices": (0, 2),
+    "decode_devices": (1,),
+    "min_remote_prefill_tokens": 64,
     "root_path": "/llm",
     "served_model_name": ("assistant", "smollm2"),
     "lora_modules": ("poems=adapters/poems", "code=adapters/a=b"),
@@ -68,7 +71,7 @@ def flags_of(server: ServerConfig) -> list[str]:
         if isinstance(value, bool):
             words.append(flag if value else flag.replace("--", "--no-", 1))
         elif isinstance(value, tuple):
-            words += [flag, *value]
+            words += [flag, *map(str, value)]
         elif isinstance(value, dict):
             words += [flag, json.dumps(value)]
         elif value is not None:
@@ -110,7 +113,7 @@ def test_flat_settings_are_sorted_into_those_of_the_engine_and_of_the_server():
         ({"data_parallel_size": 0}, "data_parallel_size=0 is too small; the smallest value is 1"),
         (
             {"engine_worker_queue_port": 65535, "data_parallel_size": 2},
-            "engine_worker_queue_port=65535 and data_parallel_size=2 need ports up to 65536, and the largest is 65535",
+            "engine_worker_queue_port=65535 of 2 engines needs ports up to 65536, and the largest is 65535",
         ),
         ({"max_num_seqs": 0}, "max_num_seqs=0 is too small"),
         ({"port": -1}, "port=-1 is too small; the smallest value is 0"),

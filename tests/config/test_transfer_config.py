@@ -9,7 +9,6 @@ from stepgraph.config.transfer import SECRET_VARIABLE, TransferConfig
 from stepgraph.errors import ConfigError
 
 SECRET = "0123456789abcdef"
-OTHERS = "192.0.2.1"
 
 
 def settings_of(**kv_transfer_config) -> TransferConfig:
@@ -115,16 +114,11 @@ def test_the_secret_is_in_the_file_else_in_the_environment(tmp_path, monkeypatch
         TransferConfig(kv_transfer_secret_file="nowhere").secret()
 
 
-@pytest.mark.parametrize(
-    ("host", "is_open"), [(OTHERS, True), ("host", True), ("127.0.0.9", False), ("localhost", False)]
-)
-def test_a_port_that_others_reach_needs_a_secret(host, is_open, monkeypatch) -> None:
+@pytest.mark.parametrize("host", ["192.0.2.1", "127.0.0.1"])
+def test_a_port_that_others_reach_needs_a_secret(host, monkeypatch) -> None:
     monkeypatch.delenv(SECRET_VARIABLE, raising=False)
     config = TransferConfig(kv_transfer_port=0, kv_transfer_host=host)
-    if is_open:
-        with pytest.raises(ConfigError, match="can be reached by others"):
-            config.secret()
-    else:
-        assert config.secret() == b""
+    with pytest.raises(ConfigError, match="can be reached by others"):
+        config.secret()
     monkeypatch.setenv(SECRET_VARIABLE, SECRET)
     assert config.secret() == SECRET.encode()

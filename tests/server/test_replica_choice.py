@@ -1,71 +1,17 @@
 """Which engine a front sends a request to, and what it knows of those that are gone."""
 
 import asyncio
-import time
 from collections import Counter
 
-import msgspec
 import pytest
+from fronts import PROMPT, READY, Front
 from observed import LOAD, service
-from observed import READY as NOT_LARGE
 
 from stepgraph.config.server import ServerConfig
-from stepgraph.engine.prompts import TokenizedPrompt
-from stepgraph.engine.sampling_params import SamplingParams
 from stepgraph.errors import EngineDeadError
-from stepgraph.server.counts import RequestCounts
-from stepgraph.server.engine_client import EngineClient
 from stepgraph.server.engine_observer import EngineState, EngineStatus
-from stepgraph.server.generation import Generation, Origin
-from stepgraph.server.messages import Accepted, Add, Failed, Progress, TokenUpdate, decode_to_engine
-from stepgraph.server.replicas import Replicas
-from stepgraph.server.rest import Rest
+from stepgraph.server.messages import Failed, Progress
 from stepgraph.server.routing import MAX_EXCESS_TOKENS, REQUEST_TOKENS
-
-PROMPT = [*range(1, 49)]
-READY = msgspec.structs.replace(NOT_LARGE, num_kv_blocks=4097)
-
-
-class Front:
-    """A front of engines that take every request, and end none by themselves."""
-
-    def __init__(self, num_engines: int = 2, *, shared: bool = False):
-        self.sent: list[list[Add]] = [[] for _ in range(num_engines)]
-        clients = [EngineClient(self._taker(number), RequestCounts(), shared=shared) for number in range(num_engines)]
-        self.replicas = Replicas(clients, Rest())
-        for number in range(num_engines):
-            self.replicas.on_status(number, EngineStatus(EngineState.READY, READY))
-        self.generations: dict[str, Generation] = {}
-
-    def _taker(self, number: int):
-        def take(content: bytes) -> None:
-            if isinstance(message := decode_to_engine(content), Add):
-                self.sent[number].append(message)
-                self.replicas.on_message(number, Accepted(message.group))
-
-        return take
-
-    def submit(self, prompt=PROMPT, *, salt=None, **options) -> int:
-        """Send a request; the engine that got it."""
-        before = [len(adds) for adds in self.sent]
-        id = f"r{len(self.generations)}"
-        self.generations[id] = self.replicas.submit(
-            id,
-            TokenizedPrompt(None, list(prompt), salt),
-            SamplingParams(),
-            None,
-            arrived_at=time.monotonic(),
-            origin=Origin("chat", "tiny", "r", None),
-            **options,
-        )
-        [engine] = [number for number, adds in enumerate(self.sent) if len(adds) > before[number]]
-        return engine
-
-    def begin(self, engine: int) -> None:
-        """An engine's last request gets its first token."""
-        running = LOAD._replace(num_running=len(self.sent[engine]), num_waiting=0)
-        first = TokenUpdate(self.sent[engine][-1].requests[0][0], (5,))
-        self.replicas.on_message(engine, Progress([first], [], running))
 
 
 def test_a_prefix_is_sent_where_it_is_until_that_engine_is_much_busier() -> None:
@@ -114,16 +60,9 @@ def test_an_engine_that_is_not_there_gets_nothing_and_its_requests_end() -> None
         EngineDeadError, match=r"the engine stopped \(its process was killed by signal 9\) and is being"
     ):
         front.submit()
-    front.replicas.on_status(first, EngineStatus(EngineState.READY, READY))
+    front.start(first)
     assert front.submit() == first
     assert front.replicas.capacity == READY.max_num_seqs
-
-
-def end(front: Front, engine: int) -> None:
-    """Its process is gone."""
-    died = Failed("its process was killed by signal 9", is_users=False)
-    front.replicas.on_status(engine, EngineStatus(EngineState.RESTARTING, READY, died))
-    front.replicas.on_end(engine, "the engine stopped: its process was killed by signal 9")
 
 
 def test_what_an_engine_that_dies_gave_no_token_of_is_answered_by_another_once() -> None:
@@ -133,7 +72,7 @@ def test_what_an_engine_that_dies_gave_no_token_of_is_answered_by_another_once()
     front.begin(first)
     waiting, begun = front.sent[first]
     moved, failed = (front.generations[message.group] for message in (waiting, begun))
-    end(front, first)
+    front.end(first)
     [second] = [number for number, adds in enumerate(front.sent) if waiting in adds and number != first]
     assert not any(begun in adds for number, adds in enumerate(front.sent) if number != first)
     assert front.replicas.num_unfinished == front.replicas.clients[second].num_unfinished == 1
@@ -148,12 +87,12 @@ def test_what_an_engine_that_dies_gave_no_token_of_is_answered_by_another_once()
 
     unlucky = front.submit()
     generation = front.generations[front.sent[unlucky][-1].group]
-    end(front, unlucky)
+    front.end(unlucky)
     assert front.replicas.num_unfinished == (unlucky != first)
     for number in range(3):
-        front.replicas.on_status(number, EngineStatus(EngineState.READY, READY))
+        front.start(number)
     [heir] = [number for number, client in enumerate(front.replicas.clients) if client.num_unfinished]
-    end(front, heir)
+    front.end(heir)
     assert front.replicas.num_unfinished == 0
     with pytest.raises(EngineDeadError, match="killed by signal 9"):
         asyncio.run(generation.accepted())

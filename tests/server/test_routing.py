@@ -33,6 +33,10 @@ STATES = LOADS.flatmap(
 )
 
 
+def to(router, *prompt, **options):
+    return router.route(*prompt, **options).replica
+
+
 def tolerance(least):
     return max(TOLERANCE_TOKENS, least // 16)
 
@@ -79,7 +83,7 @@ def test_both_bounds_grow_with_the_least_load():
 
 def test_without_a_replica_there_is_an_error_that_is_no_fault_of_the_request():
     with pytest.raises(EngineDeadError, match="no replica"):
-        new_router().route([1, 2, 3], [None, None])
+        to(new_router(), [1, 2, 3], [None, None])
 
 
 @given(STATES)
@@ -94,24 +98,24 @@ def test_keys_of_a_replica_that_goes_spread_and_the_others_stay(state):
 def test_the_same_prefix_goes_to_the_same_replica_until_the_bound():
     router = new_router()
     shared = prompt(0, 1024)
-    first = router.route(shared + prompt(0, 64), [0, 0])
+    first = to(router, shared + prompt(0, 64), [0, 0])
     loads = [0, 0]
     for excess in range(0, 1024 + TOLERANCE_TOKENS + 1, BLOCK):
         loads[first] = excess
-        assert router.route(shared + prompt(2 + excess, 64), loads) == first
+        assert to(router, shared + prompt(2 + excess, 64), loads) == first
     loads[first] = 1024 + TOLERANCE_TOKENS + 1
-    assert router.route(shared + prompt(1, 64), loads) == 1 - first
+    assert to(router, shared + prompt(1, 64), loads) == 1 - first
 
 
 def test_a_prefix_that_saves_much_does_not_outweigh_the_bound_on_the_imbalance():
     router = new_router(num_kv_blocks=8192)
     long = prompt(0, 4 * MAX_EXCESS_TOKENS)
-    first = router.route(long, [0, 0])
+    first = to(router, long, [0, 0])
     loads = [0, 0]
     loads[first] = MAX_EXCESS_TOKENS
-    assert router.route(long, loads) == first
+    assert to(router, long, loads) == first
     loads[first] += 1
-    assert router.route(long, loads) == 1 - first
+    assert to(router, long, loads) == 1 - first
 
 
 def test_fronts_that_know_nothing_of_each_other_send_new_prefixes_to_the_same_replica():
@@ -123,7 +127,7 @@ def test_fronts_that_know_nothing_of_each_other_send_new_prefixes_to_the_same_re
         chosen = set()
         for number, front in enumerate(fronts):
             seen = [1000 + loads.randrange(TOLERANCE_TOKENS) for _ in range(4)]
-            chosen.add(front.route(shared + prompt((system, number), 100), seen))
+            chosen.add(to(front, shared + prompt((system, number), 100), seen))
         assert len(chosen) == 1, system
         homes.update(chosen)
     assert set(homes) == {0, 1, 2, 3}
@@ -133,51 +137,51 @@ def test_new_prompts_after_a_beginning_that_all_replicas_have_are_spread():
     router = new_router()
     template = prompt("template", SPAN)
     for loads in ([0, 10_000], [10_000, 0]):
-        router.route(template + prompt("first", 100), loads)
-    chosen = Counter(router.route(template + prompt(seed, 100), [0, 0]) for seed in range(64))
+        to(router, template + prompt("first", 100), loads)
+    chosen = Counter(to(router, template + prompt(seed, 100), [0, 0]) for seed in range(64))
     assert min(chosen[0], chosen[1]) > 16
 
 
 def test_prompts_shorter_than_a_span_are_spread_too():
     router = new_router()
-    assert {router.route([token], [0, 0]) for token in range(16)} == {0, 1}
+    assert {to(router, [token], [0, 0]) for token in range(16)} == {0, 1}
 
 
 @pytest.mark.parametrize("other", [{"salt": "b"}, {"adapter": "/a"}, {"salt": "a", "adapter": "/a"}, {}])
 def test_prompts_of_another_salt_or_adapter_save_nothing(other):
     router = new_router()
     text = prompt(0, 4096)
-    first = router.route(text, [0, 0], salt="a")
+    first = to(router, text, [0, 0], salt="a")
     loads = [0, 0]
     loads[first] = TOLERANCE_TOKENS + 1
-    assert router.route(text, loads, salt="a") == first
-    assert router.route(text, loads, **other) != first
+    assert to(router, text, loads, salt="a") == first
+    assert to(router, text, loads, **other) != first
 
 
 def test_an_adapter_stays_where_it_was_read_until_others_displace_it():
     router = new_router(num_kv_blocks=0)
-    first = router.route(prompt(0, 50), [0, 0], adapter="/adapters/a")
+    first = to(router, prompt(0, 50), [0, 0], adapter="/adapters/a")
     busy = [0, 0]
     busy[first] = ADAPTER_TOKENS
-    assert router.route(prompt(1, 50), busy, adapter="/adapters/a") == first
-    assert router.route(prompt(1, 50), busy) == 1 - first
+    assert to(router, prompt(1, 50), busy, adapter="/adapters/a") == first
+    assert to(router, prompt(1, 50), busy) == 1 - first
     only = [None, None]
     only[first] = 0
     for other in ("/adapters/b", "/adapters/c"):
-        router.route(prompt(2, 50), only, adapter=other)
-    assert router.route(prompt(3, 50), busy, adapter="/adapters/a") == 1 - first
+        to(router, prompt(2, 50), only, adapter=other)
+    assert to(router, prompt(3, 50), busy, adapter="/adapters/a") == 1 - first
 
 
 def test_fronts_read_an_adapter_into_the_same_replica():
     for name in "abcdefgh":
-        routes = {new_router(4).route(prompt(seed, 200), [0] * 4, adapter=name) for seed in range(4)}
+        routes = {to(new_router(4), prompt(seed, 200), [0] * 4, adapter=name) for seed in range(4)}
         assert len(routes) == 1, name
 
 
 def test_requests_of_a_session_meet_though_their_prompts_differ_from_the_first_token_on():
     for name in "abcdefgh":
-        assert len({new_router(4).route(prompt(seed, 200), [0] * 4, session=name) for seed in range(4)}) == 1, name
-    assert {new_router(4).route([1], [0] * 4, session=name) for name in "abcdefghijklmnop"} == {0, 1, 2, 3}
+        assert len({to(new_router(4), prompt(seed, 200), [0] * 4, session=name) for seed in range(4)}) == 1, name
+    assert {to(new_router(4), [1], [0] * 4, session=name) for name in "abcdefghijklmnop"} == {0, 1, 2, 3}
 
 
 def test_memory_is_bounded_and_the_ends_of_old_prompts_go_first(monkeypatch):
@@ -185,9 +189,9 @@ def test_memory_is_bounded_and_the_ends_of_old_prompts_go_first(monkeypatch):
     router = new_router(1, num_kv_blocks=2**20)
     shared = prompt("shared", 40 * SPAN)
     for seed in range(50):
-        router.route(shared + prompt(seed, 30 * SPAN), [0])
-        router.route(prompt(("lone", seed), 300 * SPAN), [0])
-        router.route(shared, [0])
+        to(router, shared + prompt(seed, 30 * SPAN), [0])
+        to(router, prompt(("lone", seed), 300 * SPAN), [0])
+        to(router, shared, [0])
     (held,) = router._prefixes
     assert len(held._keys) == 100
     keys, _ = router._keys(shared, None)
@@ -202,7 +206,7 @@ def test_whatever_was_sent_a_block_is_held_with_all_before_it(sent, capacity):
     chains = []
     for stem, branch, length in sent:
         text = (stems[stem][: 3 * SPAN] + stems[branch])[: length * SPAN]
-        router.route(text, [0])
+        to(router, text, [0])
         chains.append(router._keys(text, None)[0])
     (held,) = router._prefixes
     assert len(held._keys) <= capacity
@@ -215,29 +219,29 @@ def test_whatever_was_sent_a_block_is_held_with_all_before_it(sent, capacity):
 def test_a_replica_started_anew_has_nothing():
     router = new_router()
     text = prompt(0, 8192)
-    first = router.route(text, [0, 0], adapter="/a")
+    first = to(router, text, [0, 0], adapter="/a")
     loads = [0, 0]
     loads[first] = TOLERANCE_TOKENS + 1
-    assert router.route(text, loads, adapter="/a") == first
+    assert to(router, text, loads, adapter="/a") == first
     router.forget(first)
-    assert router.route(text, loads, adapter="/a") != first
+    assert to(router, text, loads, adapter="/a") != first
 
 
 @pytest.mark.parametrize("token_ids", [[2**64], [7] * 200 + [-(2**70)], [-1], []])
 def test_prompts_that_the_engine_will_refuse_go_somewhere(token_ids):
-    assert new_router().route(token_ids, [None, 0]) == 1
+    assert to(new_router(), token_ids, [None, 0]) == 1
 
 
 def test_longer_kv_blocks_are_compared_as_wholes():
     router = new_router(block_size=256)
     text = prompt(0, 256)
-    first = router.route(text, [0, 0])
+    first = to(router, text, [0, 0])
     loads = [0, 0]
     loads[first] = TOLERANCE_TOKENS + 64
-    assert router.route([*text[:255], 7, 7], loads) != first
+    assert to(router, [*text[:255], 7, 7], loads) != first
     router = new_router(block_size=256)
-    router.route(text, [None if replica != first else 0 for replica in range(2)])
-    assert router.route([*text, 7, 7], loads) == first
+    to(router, text, [None if replica != first else 0 for replica in range(2)])
+    assert to(router, [*text, 7, 7], loads) == first
 
 
 def test_a_load_is_what_the_report_counts_and_what_it_cannot_count_yet():
