@@ -1,7 +1,8 @@
 """Executor: all that an engine knows of the devices that run its steps.
 
 What goes in and comes out are plain values: numbers, tuples, NumPy arrays, and what was read from files into host memory. No
-tensor of a device passes, nor anything that holds one, so that the devices may be other processes'.
+tensor of a device passes, nor anything that holds one, so that the devices may be other processes'. (What
+`export_cache` returns is there for other threads, which fill the cache beside the steps.)
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from stepgraph.step.log import GraphRecord, StepLog
 from stepgraph.step.plan import StepPlan
 from stepgraph.step.results import StepResults, Ticket
 from stepgraph.step.shape import StepShape
+from stepgraph.transfer.rank_cache import ExportedCache
 
 R = TypeVar("R")
 
@@ -220,6 +222,19 @@ class Executor(Protocol):
 
     def watch_cache(self, lost: Callable[[], None]) -> None:
         """Have `lost` called when the KV cache no longer holds what was put there, though the executor did not sleep."""
+
+    # Transfers
+
+    def export_cache(self, backend: str) -> ExportedCache:
+        """Let other engines reach the KV cache, and have a mover in each rank that fills it, until the executor is closed. To be
+        called once, with no step under way. While it sleeps, nobody may fill it.
+
+        Args:
+            backend: name of the way to move bytes; see `stepgraph.transfer.create.create_backend`.
+
+        Raises:
+            StepgraphError: the cache does not lie where that needs it.
+        """
 
     # Graphs
 

@@ -21,6 +21,7 @@ from stepgraph.step.log import GraphRecord, StepLog, StepRecord
 from stepgraph.step.plan import StepPlan
 from stepgraph.step.results import StepResults, Ticket
 from stepgraph.step.shape_policy import ShapePolicy
+from stepgraph.transfer.rank_cache import ExportedCache
 
 
 class FakeDevice(Protocol):
@@ -198,6 +199,10 @@ class FakeExecutor:
 
     def watch_cache(self, lost: Callable[[], None]) -> None:
         """See `Executor.watch_cache`: nothing loses it."""
+
+    def export_cache(self, backend: str) -> ExportedCache:
+        """See `Executor.export_cache`."""
+        raise AssertionError("it has no cache")
 
     def prepare(self) -> bool:
         """See `Executor.prepare`."""

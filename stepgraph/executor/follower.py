@@ -23,9 +23,10 @@ from stepgraph.step.shape import StepShape
 logger = logging.getLogger(__name__)
 
 
-def serve(rank: int, size: int, *, ring: int, pipe: int, wake: int) -> None:
+def serve(rank: int, size: int, *, ring: int, pipe: int, wake: int, movers: int) -> None:
     """Serve one engine after another as one of its ranks. Ends when the leader closes the pipe, or with what went wrong."""
     to_leader, orders = connection(pipe), RingReader(ring, rank - 1, size - 1, wake)
+    mover_pipe = connection(movers)
 
     def receive() -> Any:
         try:
@@ -47,6 +48,7 @@ def serve(rank: int, size: int, *, ring: int, pipe: int, wake: int) -> None:
                 torch.set_num_threads(build.threads)
             ranks = Ranks(Shard(rank, size), exchange, build.time_limit_s)
             executor = build_local_executor(build.config, resolve_configured(build.config.model), ranks=ranks)
+            executor.mover_pipe = mover_pipe
             to_leader.send(Message(REPLY, executor.specs))
             gc.collect()
             gc.freeze()  # what is there lives as long as the engine

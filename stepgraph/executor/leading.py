@@ -21,6 +21,7 @@ from stepgraph.errors import DeviceMemoryError, EngineDeadError, RequestError, S
 from stepgraph.executor.base import AdmissionError, GraphCounts, R, RankReport
 from stepgraph.executor.local import LocalExecutor
 from stepgraph.executor.orders import words_of_call, words_of_shape
+from stepgraph.executor.rank_movers import RankedMovers
 from stepgraph.executor.ring import NOTHING, NUMBERS, Kind, Words
 from stepgraph.executor.step_watch import StepWatch
 from stepgraph.executor.workers import Build, NotAdmitted, Workers
@@ -32,6 +33,7 @@ from stepgraph.step.plan import StepPlan
 from stepgraph.step.results import StepResults, Ticket
 from stepgraph.step.runner import StepRunner
 from stepgraph.step.shape import StepShape
+from stepgraph.transfer.rank_cache import ExportedCache
 
 _BUCKET_BYTES = 64 << 20
 """Of new weights, sent to other ranks at a time."""
@@ -88,6 +90,7 @@ class LeadingExecutor(ABC):
         self._last_shape = 0  # the number of its shape
         self._about_to: Callable[[], None] = lambda: None
         self._failure: StepgraphError | None = None
+        self._movers: RankedMovers | None = None
         self._is_closed = False
         workers.on_end = self._group.abort
         self._watch = StepWatch(2 * build.time_limit_s, self._group.abort)
@@ -241,6 +244,8 @@ class LeadingExecutor(ABC):
                 rest.callback(self._threads.restore)
             if self._ends_workers:
                 rest.callback(self._workers.close)
+            if self._movers is not None:
+                self._movers.close()
             with suppress(StepgraphError):  # if there is one, all others have been ended
                 self._check()
                 self._order(Kind.END)
@@ -251,6 +256,14 @@ class LeadingExecutor(ABC):
     def watch_cache(self, lost: Callable[[], None]) -> None:
         """See `Executor.watch_cache`."""
         self._local.watch_cache(lost)
+
+    # Transfers
+
+    def export_cache(self, backend: str) -> ExportedCache:
+        """See `Executor.export_cache`."""
+        exported, *others = self._together(partial(self._local.export_cache, backend), _export_cache, backend)
+        self._movers = RankedMovers(exported.movers, self._workers.mover_pipes, lambda: self._local.num_done)
+        return ExportedCache(exported.layout, exported.is_cut, (*exported.ranks, *others), self._movers)
 
     # Graphs
 
@@ -392,6 +405,10 @@ class LeadingExecutor(ABC):
 
 def _check_source(executor: LocalExecutor, name: str, model_impl: str) -> None:
     executor.check_weights(resolve(name, model_impl=model_impl))
+
+
+def _export_cache(executor: LocalExecutor, backend: str) -> str:
+    return executor.export_cache(backend).ranks[0]
 
 
 def _sleep(executor: LocalExecutor, keep_weights: bool) -> None:

@@ -6,6 +6,7 @@ import gc
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from multiprocessing.connection import Connection
 from typing import Any
 
 import numpy as np
@@ -15,11 +16,13 @@ from torch import Tensor
 
 from stepgraph.errors import DeviceMemoryError
 from stepgraph.executor.base import Executor, ExecutorSpecs, GraphCounts, R, RankReport
+from stepgraph.executor.rank_movers import MoverService
 from stepgraph.models.adapters import AdapterFile, AdapterStore
 from stepgraph.models.source import ModelSource
 from stepgraph.models.tensor_stream import Announced, Arriving, Piece, announce, buckets
 from stepgraph.models.update import Update, plan_update, write
 from stepgraph.parallel.group import Group
+from stepgraph.parallel.shard import WHOLE
 from stepgraph.platforms import DeviceMemory
 from stepgraph.spec.drafter import Drafter
 from stepgraph.step.admission import Admission
@@ -27,6 +30,13 @@ from stepgraph.step.log import GraphRecord, StepLog
 from stepgraph.step.plan import StepPlan
 from stepgraph.step.results import StepResults, Ticket
 from stepgraph.step.runner import StepRunner
+from stepgraph.transfer.create import create_backend
+from stepgraph.transfer.layout import BlockLayout
+from stepgraph.transfer.local_movers import LocalMovers
+from stepgraph.transfer.rank_cache import ExportedCache, RankCache
+
+_NAP_S = 5e-5
+"""Between two looks whether a step has been launched."""
 
 
 class LocalExecutor:
@@ -58,7 +68,11 @@ class LocalExecutor:
         """Seconds that were spent waiting for orders; who takes them says."""
         self._built_at, self._cpu_at_build = time.perf_counter(), time.process_time()
         self._adapters, self._drafter = adapters, drafter
-        self._num_done = 0  # steps
+        self.num_done = 0
+        """Steps that were waited for."""
+        self.mover_pipe: Connection | None = None
+        """Of a worker: by which the leader drives its mover."""
+        self._exported: ExportedCache | None = None
         self._update: Update = ()  # checked weights
         self._arriving: Arriving | None = None  # or those that come in pieces
 
@@ -84,8 +98,8 @@ class LocalExecutor:
 
     def wait(self, ticket: Ticket) -> None:
         """See `Executor.wait`."""
-        self.runner.completion(ticket).wait()
-        self._num_done = ticket.step + 1
+        self.runner.completion(ticket.step).wait()
+        self.num_done = ticket.step + 1
 
     def collect(self, ticket: Ticket) -> StepResults:
         """See `Executor.collect`."""
@@ -149,6 +163,8 @@ class LocalExecutor:
 
     def close(self) -> None:
         """See `Executor.close`. Nothing else can be called after it."""
+        if self._exported is not None:
+            self._exported.movers.close()
         platform, memories = self.runner.platform, (self._weights, self.runner.kv_memory)
         platform.synchronize()
         self.runner.graphs.close()
@@ -156,7 +172,7 @@ class LocalExecutor:
             self.group.close()
         if self.runner.shared_rings is not None:
             self.runner.shared_rings.close()
-        del self.runner, self._adapters, self._drafter, self._update, self._arriving
+        del self.runner, self._adapters, self._drafter, self._update, self._arriving, self._exported
         gc.collect()  # the buffers are parts of cycles
         for memory in memories:
             memory.free()
@@ -165,6 +181,29 @@ class LocalExecutor:
     def watch_cache(self, lost: Callable[[], None]) -> None:
         """See `Executor.watch_cache`: `StepRunner.workbench` loses it."""
         self.runner.cache_lost = lost
+
+    def export_cache(self, backend: str) -> ExportedCache:
+        """See `Executor.export_cache`; of this rank alone."""
+        assert self._exported is None
+        runner, shard = self.runner, WHOLE if self.group is None else self.group.shard
+        layout = BlockLayout.of(runner.layout)
+        for spec in runner.layout.specs:
+            assert spec.heads is None or spec.heads == shard.heads(spec.heads.size), (spec, shard)
+        tensors = tuple(runner.caches[index].block_tensors for index in layout.owners)
+        cache = RankCache(layout, shard, tensors, runner.kv_memory, runner.signals)
+        made = create_backend(backend, cache)
+        movers = LocalMovers(cache, made)
+        self._exported = ExportedCache(layout, shard.size > 1, (made.describe(),), movers)
+        if self.mover_pipe is not None:
+            MoverService(self.mover_pipe, movers, self._wait_done)
+        return self._exported
+
+    def _wait_done(self, num_steps: int) -> None:
+        """Block until so many steps are done on this rank, whose launch was ordered. In any thread."""
+        while self.runner.num_launched < num_steps:
+            time.sleep(_NAP_S)
+        if num_steps:
+            self.runner.completion(num_steps - 1).wait()
 
     def prepare(self) -> bool:
         """See `Executor.prepare`."""
@@ -212,7 +251,7 @@ class LocalExecutor:
             cpu_share=(time.process_time() - self._cpu_at_build) / seconds,
             waiting_share=self.waited_s() / seconds,
             experts=experts.kept,
-            expert_tokens=() if rank else experts.read(self.runner.num_launched, self._num_done),
+            expert_tokens=() if rank else experts.read(self.runner.num_launched, self.num_done),
         )
 
 

@@ -1,8 +1,8 @@
 """A worker's process: the rank that a leader started it for, of one engine after another.
 
-    python -m stepgraph.executor.worker RANK SIZE LEADER RING PIPE WAKE
+    python -m stepgraph.executor.worker RANK SIZE LEADER RING PIPE WAKE MOVERS
 
-LEADER is the process that started it, the last three are descriptors that it inherits; see `stepgraph.executor.workers`.
+LEADER is the process that started it, the last four are descriptors that it inherits; see `stepgraph.executor.workers`.
 Its first act is to tie its life to the leader's: nothing heavy is imported before.
 """
 
@@ -22,7 +22,7 @@ _PR_SET_TIMERSLACK = 29
 
 def main() -> None:
     """Entry point of the process."""
-    rank, size, leader, ring, pipe, wake = map(int, sys.argv[1:])
+    rank, size, leader, ring, pipe, wake, movers = map(int, sys.argv[1:])
     end_with_parent()
     if os.getppid() != leader:  # it has ended already
         os._exit(0)
@@ -35,7 +35,7 @@ def main() -> None:
         # What the leader takes for a `Message` that something went wrong.
         Connection(pipe).send(("error", ("EngineDeadError", f"its process cannot start: {error}")))
         sys.exit(1)
-    serve(rank, size, ring=ring, pipe=pipe, wake=wake)
+    serve(rank, size, ring=ring, pipe=pipe, wake=wake, movers=movers)
 
 
 if __name__ == "__main__":

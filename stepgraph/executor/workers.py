@@ -1,8 +1,8 @@
 """Workers: the processes of all ranks but the leader's, as the leader sees them.
 
-Each has a pipe for what is rare (builds, exchanged values, replies), a reader's place at the ring of orders, and a thread of the
-leader's process that starts it and waits for its end. A worker ends when the leader's process does: the kernel sees to it, and
-its standard input, which only the leader holds, ends.
+Each has a pipe for what is rare (builds, exchanged values, replies), one for its mover, a reader's place at the ring of orders,
+and a thread of the leader's process that starts it and waits for its end. A worker ends when the leader's process does: the
+kernel sees to it, and its standard input, which only the leader holds, ends.
 """
 
 from __future__ import annotations
@@ -85,15 +85,16 @@ class _Worker:
         self.end = ""
         """How it ended, once it has."""
         self.process: subprocess.Popen[bytes] | None = None
-        self.pipe, self._theirs = Pipe()
+        self.pipe, theirs = Pipe()
+        self.mover_pipe, movers = Pipe()
+        self._theirs = (theirs, movers)
         self._wakes, self.wake = os.pipe()
         os.set_blocking(self.wake, False)
         self._on_end = on_end
         self._started = threading.Event()
         command = [sys.executable, "-m", "stepgraph.executor.worker"]
-        numbers = (rank, size, os.getpid(), ring, self._theirs.fileno(), self._wakes)
-        self._command = [*command, *map(str, numbers)]
-        self._pass = (ring, self._theirs.fileno(), self._wakes)
+        self._pass = (ring, theirs.fileno(), self._wakes, movers.fileno())
+        self._command = [*command, *map(str, (rank, size, os.getpid(), *self._pass))]
         # The kernel ends a worker with the thread that started it, so that is one which lives as long.
         self._thread = threading.Thread(target=self._run, name=f"stepgraph-rank-{rank}", daemon=True)
         self._thread.start()
@@ -118,7 +119,8 @@ class _Worker:
         else:
             self.process = process
         finally:
-            self._theirs.close()
+            for theirs in self._theirs:
+                theirs.close()
             os.close(self._wakes)
             self._started.set()
         if self.process is not None:
@@ -139,6 +141,7 @@ class _Worker:
         if self._thread is not threading.current_thread():  # which lets go of the last that knew of it
             self._thread.join()
         self.pipe.close()
+        self.mover_pipe.close()
         os.close(self.wake)
 
     def leave(self) -> None:
@@ -147,6 +150,7 @@ class _Worker:
             assert self.process.stdin is not None
             self.process.stdin.close()
         self.pipe.close()
+        self.mover_pipe.close()
         os.close(self.wake)
 
 
@@ -252,6 +256,11 @@ class Workers:
     def pids(self) -> list[int]:
         """Of the processes, in the order of their ranks."""
         return [worker.process.pid for worker in self._workers if worker.process is not None]
+
+    @property
+    def mover_pipes(self) -> list[Connection]:
+        """To the movers, in the order of their ranks."""
+        return [worker.mover_pipe for worker in self._workers]
 
     def close(self, *, now: bool = False) -> None:
         """End the processes.

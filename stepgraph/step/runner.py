@@ -217,9 +217,9 @@ class StepRunner:
         order_memory()  # results that the host has computed are there before it is said
         self.state.rings.counter.copy_(self.state.counter, non_blocking=True)
 
-    def completion(self, ticket: Ticket) -> Completion:
-        """The mark at the end of a launched step."""
-        return self._completions[ticket.step % RING_DEPTH]
+    def completion(self, step: int) -> Completion:
+        """The mark at the end of a launched step, or of a later one."""
+        return self._completions[step % RING_DEPTH]
 
     def collect(self, ticket: Ticket) -> StepResults:
         """Results of a step that is done. Log-probabilities and proposals are valid for `RING_DEPTH` launches from the ticket's

@@ -210,7 +210,7 @@ class Moves(Protocol):
         """Copy blocks, after those that were submitted before."""
 
     def cancel(self) -> None:
-        """Copy no more. Does not wait."""
+        """Copy no more. Does not wait. Also to be called when all has arrived: then all ranks forget it."""
 
     def done(self) -> bool:
         """Whether nothing is copied for it any more, and nothing will be. So it is once it was cancelled and no copy is under

@@ -1,4 +1,4 @@
-"""What movers and back ends work on in each rank, and what others are told of it."""
+"""The KV cache of an engine, as transfers see it: in each rank's process, and as a whole."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from torch import Tensor
 from stepgraph.parallel.shard import Shard
 from stepgraph.platforms import DeviceMemory
 from stepgraph.step.signals import KVSignals
+from stepgraph.transfer.base import Movers
 from stepgraph.transfer.layout import BlockLayout
 
 
@@ -30,8 +31,10 @@ class RankCache:
 
 @dataclass(frozen=True)
 class ExportedCache:
-    """The KV cache of an engine, as others are told of it: fields of its `Hello`."""
+    """The KV cache of an engine, for whoever tells others of it and fills it with what they have."""
 
     layout: BlockLayout
     is_cut: bool
     ranks: tuple[str, ...]
+    """These two: as `Hello` has them."""
+    movers: Movers
