@@ -25,9 +25,10 @@ from triton.runtime.errors import OutOfResources
 from stepgraph.ops.attention import AttentionGeometry, AttentionPlan, attention_plan, max_tiles
 from stepgraph.ops.mla_attention import mla_attention, mla_geometry, reference
 from stepgraph.ops.mla_attention import triton as kernels
-from stepgraph.ops.mla_attention.geometry import PROGRAMS
+from stepgraph.ops.mla_attention.geometry import programs_of
 from stepgraph.platforms.compile_ahead import compile_ahead
 from stepgraph.platforms.kernels import kernel_tuning
+from stepgraph.platforms.tuning import SM_90
 
 CHUNK = 512
 """Tokens of the prompt that a mixture has beside its rows."""
@@ -192,7 +193,7 @@ class Choice:
     tile: int
     launch: kernels.Launch
     programs: int  # of a multiprocessor
-    min_split_keys: int = 128
+    min_split_keys: int = SM_90.min_split_keys_latent
     columns: int = kernels.COLUMNS
     splits: int = kernels.SPLITS
     shares: int = kernels.SHARES
@@ -218,6 +219,11 @@ class Choice:
         )
 
 
+def chosen(tile: int) -> Choice:
+    """What is used."""
+    return Choice(tile, kernels.LAUNCHES[tile], programs_of(tile, kernel_tuning()))
+
+
 def choices(case: Case) -> list[Choice]:
     """One thing after the other: launches of each height, then splits and their combination with the launch that there is."""
     of_tile = {
@@ -241,8 +247,8 @@ def choices(case: Case) -> list[Choice]:
         if tile <= max(16, 2 * pairs) and pairs <= 8 * tile
         for *launch, programs in launches
     ]
-    now = Choice((tile := case.geometry().tile), kernels.LAUNCHES[tile], PROGRAMS[tile])
-    found += [replace(now, min_split_keys=keys) for keys in (64, 256, 512)]
+    now = chosen(case.geometry().tile)
+    found += [replace(now, min_split_keys=keys) for keys in (128, 256, 512)]
     if len(case.work.rows) < 32:
         found += [replace(now, columns=columns, splits=splits) for columns, splits in ((128, 64), (256, 16), (512, 16))]
         found += [replace(now, shares=shares) for shares in (4, 16)]
@@ -277,7 +283,7 @@ def tune(cases: list[Case], best: int) -> Iterator[dict[str, object]]:
         print(f"{case.work.heads} heads, {len(case.work.rows)} rows of {n} with {n + context}:")
         for place, (us, error, choice) in enumerate(sorted(found, key=lambda triple: triple[0])):
             rate = case.work.num_bytes(case.sizes) / us / 1e3
-            if place < best or choice == Choice(choice.tile, kernels.LAUNCHES[choice.tile], PROGRAMS[choice.tile]):
+            if place < best or choice == chosen(choice.tile):
                 print(f"  {us:8.1f} us {rate:5.0f} GB/s error {error:.2g} {choice}", flush=True)
             yield {"work": asdict(case.work), "us": us, "error": error, **asdict(choice)}
 
@@ -285,14 +291,14 @@ def tune(cases: list[Case], best: int) -> Iterator[dict[str, object]]:
 def compiled(cases: list[Case], tuned: list[Case]) -> Iterator[Callable[[], object]]:
     """Calls that together launch all kernels."""
 
-    def chosen(case: Case, choice: Choice) -> None:
+    def patched(case: Case, choice: Choice) -> None:
         with choice.patched():
             case.once(choice.geometry(case))
 
     for case in cases:
         yield partial(case.once, case.geometry())
     for case in tuned:
-        yield from (partial(chosen, case, choice) for choice in choices(case))
+        yield from (partial(patched, case, choice) for choice in choices(case))
 
 
 def main() -> None:

@@ -7,8 +7,8 @@ from test_attention_geometry import most_tiles_over_all_splits
 
 from stepgraph.ops.attention.geometry import max_tiles
 from stepgraph.ops.mla_attention import mla_geometry
-from stepgraph.ops.mla_attention.geometry import PROGRAMS
-from stepgraph.platforms.tuning import DEFAULT, SM_90
+from stepgraph.ops.mla_attention.geometry import programs_of
+from stepgraph.platforms.tuning import DEFAULT, SM_90, KernelTuning
 
 
 @pytest.mark.parametrize("heads", [16, 20, 40, 128])
@@ -29,13 +29,13 @@ def test_the_bound_of_tiles_equals_the_maximum_over_all_splits(heads: int, tile:
     tuning=st.sampled_from([DEFAULT, SM_90]),
 )
 def test_what_is_allocated_holds_all_that_a_plan_may_list(
-    num_tokens: int, num_rows: int, heads: int, multiprocessors: int, deterministic: bool, tuning: object
+    num_tokens: int, num_rows: int, heads: int, multiprocessors: int, deterministic: bool, tuning: KernelTuning
 ) -> None:
     geometry = mla_geometry(num_tokens, num_rows, heads, multiprocessors, deterministic=deterministic, tuning=tuning)
     splits = 0 if deterministic else geometry.split_target
     assert geometry.max_items == max_tiles(num_tokens, num_rows, heads, geometry.tile) + splits
     assert geometry.max_partials == 2 * splits
-    assert 1 <= geometry.num_programs <= multiprocessors * PROGRAMS[geometry.tile]
+    assert 1 <= geometry.num_programs <= multiprocessors * programs_of(geometry.tile, tuning)
     assert (geometry.tile == 16) >= (deterministic or tuning is DEFAULT)
 
 

@@ -9,8 +9,11 @@ from stepgraph.platforms.tuning import DEFAULT, KernelTuning
 
 TALL_TILE = 64
 """Rows of the tallest tiles."""
-PROGRAMS = {DETERMINISTIC_TILE: 2, 32: 1, TALL_TILE: 1}
-"""Which a multiprocessor holds, by height of their tiles: entries and outputs of more pairs fill it."""
+
+
+def programs_of(tile: int, tuning: KernelTuning) -> int:
+    """How many programs with tiles of this height a multiprocessor holds: entries and outputs of more pairs fill it."""
+    return 2 if tile == DETERMINISTIC_TILE and not tuning.latent_wide_keys else 1
 
 
 def mla_geometry(
@@ -31,7 +34,7 @@ def mla_geometry(
     tile = DETERMINISTIC_TILE
     while not deterministic and tile < min(pairs, tuning.latent_tall_tile):
         tile *= 2
-    target = max(1, multiprocessors * PROGRAMS[tile])
+    target = max(1, multiprocessors * programs_of(tile, tuning))
     max_items = max_tiles(num_tokens, num_rows, num_heads, tile) + (0 if deterministic else target)
     return AttentionGeometry(
         tile=tile,

@@ -37,7 +37,6 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     mbarrier,
-    tma,
     warpgroup_mma,
     warpgroup_mma_wait,
 )
@@ -48,26 +47,22 @@ from stepgraph.ops.attention.triton import LOG2_E, load_item, work_of
 from stepgraph.ops.dependent_launch import LAUNCH, wait_for_previous
 from stepgraph.ops.launched import launched
 from stepgraph.ops.mla_attention.geometry import TALL_TILE
+from stepgraph.ops.mla_attention.hopper_entries import (
+    COLUMNS,
+    KEYS,
+    copy,
+    keys_of,
+    lines_of,
+    prefetch,
+    zero_unwritten,
+)
 
 _TILE = gl.constexpr(TALL_TILE)
 _ITEM = gl.constexpr(ITEM_SIZE)
-_KEYS = gl.constexpr(64)
 _HALF = gl.constexpr(256)  # of the latent's dimensions
 _ROTATED = gl.constexpr(64)  # as many as a block has keys: where they were, weights fit
-_COLUMNS = gl.constexpr(64)  # of a copy: 128 bytes, the widest that shared memory is arranged by
 _CONSUMER_REGISTERS = gl.constexpr(232)
 _PRODUCER_REGISTERS = gl.constexpr(40)
-
-
-@jit
-def _keys_of(item, keys_per_split, H: gl.constexpr, CAUSAL: gl.constexpr):
-    """First key of an item, the end of its keys, and how many keys its tile sees."""
-    _, _, query_len, kv_len, tile, split, _ = item
-    visible = kv_len
-    if CAUSAL:
-        visible += gl.minimum((tile * _TILE + _TILE - 1) // H, query_len - 1) + 1 - query_len
-    begin = split * keys_per_split
-    return begin, gl.minimum(begin + keys_per_split, visible), visible
 
 
 @jit
@@ -89,40 +84,9 @@ def _leave(ring, half: gl.constexpr, stage):
 
 
 @jit
-def _boxes(smem, BOX: gl.constexpr):
-    """A half, or the rotated dimensions, of a block as the copies see it: [columns / 64 · K / X, X, 64]."""
-    return smem._reinterpret(
-        smem.dtype, [smem.shape[1] // _COLUMNS * (_KEYS // BOX), BOX, _COLUMNS], gl.NVMMASharedLayout(128, 16, 2)
-    )
-
-
-@jit
-def _copy(desc, lines, column: gl.constexpr, full, smem):
-    """Start to copy lines of entries, or of queries, from a column on: as many columns as `smem` has."""
-    BOX: gl.constexpr = desc.block_type.shape[0]
-    boxes = _boxes(smem, BOX)
-    for part in gl.static_range(smem.shape[1] // _COLUMNS):
-        for box in gl.static_range(_KEYS // BOX):
-            tma.async_copy_global_to_shared(
-                desc, [lines[box], column + part * _COLUMNS], full, boxes.index(part * (_KEYS // BOX) + box)
-            )
-
-
-@jit
-def _lines_of(table_ptr, start, end, BOX: gl.constexpr, BLOCK_SIZE: gl.constexpr):
-    """Where in the cache the boxes of the block lie whose first key is `start`. A box outside of it is filled with zeros."""
-    lines = ()
-    for box in gl.static_range(_KEYS // BOX):
-        key = start + box * BOX
-        entry = gl.load(table_ptr + key // BLOCK_SIZE, mask=(key >= 0) & (key < end), other=-1)
-        lines += (gl.where(entry < 0, -BOX, entry * BLOCK_SIZE + key % BLOCK_SIZE),)
-    return lines
-
-
-@jit
 def _produce(tensors, plan, queries, ring, H: gl.constexpr, BLOCK_SIZE: gl.constexpr, CAUSAL: gl.constexpr):
     """Copy the queries and the entries of all items, the last block of an item first."""
-    q_desc, cache_desc, block_table_ptr, table_width = tensors
+    q_desc, cache_desc, cache_ptr, block_table_ptr, table_width = tensors
     items_ptr, header_ptr = plan
     q_smem, q_rotated_smem, q_full, q_empty = queries
     latent_smem, rotated_smem, full, empty = ring[0], ring[1], ring[2], ring[3]
@@ -135,33 +99,37 @@ def _produce(tensors, plan, queries, ring, H: gl.constexpr, BLOCK_SIZE: gl.const
     work = work_of(0)
     while work < num_work:
         item = load_item(items_ptr, work, work < num_work, _ITEM)
-        begin, end, _ = _keys_of(item, keys_per_split, H, CAUSAL)
+        begin, end, _ = keys_of(item, keys_per_split, H, _TILE, CAUSAL)
         if begin < end:
             table_ptr = block_table_ptr + item[0].to(gl.int64) * table_width
-            num_blocks = gl.cdiv(end - begin, _KEYS)
-            start = begin + (num_blocks - 1) * _KEYS
-            lines = _lines_of(table_ptr, start, end, BOX, BLOCK_SIZE)
+            num_blocks = gl.cdiv(end - begin, KEYS)
+            start = begin + (num_blocks - 1) * KEYS
+            lines = lines_of(table_ptr, start, end, BOX, BLOCK_SIZE)
             # All heads of a token lie together, and so do a tile's pairs. What follows them is another row's, or zeros.
             q_lines = (item[1] * H + item[4] * _TILE,)
             mbarrier.wait(q_empty, num_done & 1 ^ 1)
             mbarrier.expect(q_full, _TILE * (2 * _HALF + _ROTATED) * 2)
-            _copy(q_desc, q_lines, 0, q_full, q_smem.index(0))
-            _copy(q_desc, q_lines, _HALF, q_full, q_smem.index(1))
-            _copy(q_desc, q_lines, 2 * _HALF, q_full, q_rotated_smem.index(0))
+            copy(q_desc, q_lines, 0, q_full, q_smem.index(0))
+            copy(q_desc, q_lines, _HALF, q_full, q_smem.index(1))
+            copy(q_desc, q_lines, 2 * _HALF, q_full, q_rotated_smem.index(0))
             for _ in range(num_blocks):
                 stage = block % 2
                 empty_parity = block // 2 & 1 ^ 1
                 mbarrier.wait(empty.index(stage), empty_parity)
-                mbarrier.expect(full.index(stage), _KEYS * _HALF * 2)
-                _copy(cache_desc, lines, 0, full.index(stage), latent_smem.index(stage))
+                mbarrier.expect(full.index(stage), KEYS * _HALF * 2)
+                copy(cache_desc, lines, 0, full.index(stage), latent_smem.index(stage))
                 mbarrier.wait(empty.index(2 + stage), empty_parity)
-                mbarrier.expect(full.index(2 + stage), _KEYS * (_HALF + _ROTATED) * 2)
-                _copy(cache_desc, lines, _HALF, full.index(2 + stage), latent_smem.index(2 + stage))
-                _copy(cache_desc, lines, 2 * _HALF, full.index(2 + stage), rotated_smem.index(stage))
+                mbarrier.expect(full.index(2 + stage), KEYS * (_HALF + _ROTATED) * 2)
+                copy(cache_desc, lines, _HALF, full.index(2 + stage), latent_smem.index(2 + stage))
+                copy(cache_desc, lines, 2 * _HALF, full.index(2 + stage), rotated_smem.index(stage))
                 block += 1
-                start -= _KEYS
+                start -= KEYS
                 # Of the next block, while this one's copies run.
-                lines = _lines_of(table_ptr, gl.maximum(start, begin), end, BOX, BLOCK_SIZE)
+                lines = lines_of(table_ptr, gl.maximum(start, begin), end, BOX, BLOCK_SIZE)
+                # Of the one after that, to the second-level cache: shared memory has no room for it.
+                later = start - KEYS
+                later_lines = lines_of(table_ptr, later, gl.where(later >= begin, end, 0), BOX, BLOCK_SIZE)
+                prefetch(cache_ptr, later_lines, BOX, 2 * _HALF + _ROTATED)
             num_done += 1
         turn += 1
         work = work_of(turn)
@@ -193,8 +161,8 @@ def _start_scores(half: gl.constexpr, block, queries, ring):
     # Always 0, which the compiler must not know: it would keep the 36 addresses of queries over the loop, in more registers
     # than there are.
     zero = block >> 30
-    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [gl.num_warps(), 1], [16, _KEYS, 16])
-    zeros_MK = gl.zeros([_TILE, _KEYS], gl.float32, layout)
+    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [gl.num_warps(), 1], [16, KEYS, 16])
+    zeros_MK = gl.zeros([_TILE, KEYS], gl.float32, layout)
     _wait_copied(ring, 0, half, block)
     score_MK = warpgroup_mma(
         q_smem.index(zero), latent_smem.index(half).permute([1, 0]), zeros_MK, use_acc=False, is_async=True
@@ -213,8 +181,8 @@ def _add_own(half: gl.constexpr, start, score_MK, acc_MV, max_M, sum_M, limit_M,
     Row m sees the keys up to `limit_M`, all rows those before `seen_by_all`.
     """
     latent_smem, rotated_smem, _, _, max_known, weights_known, known_smem = ring
-    if start + _KEYS > seen_by_all:
-        key_K = start + gl.arange(0, _KEYS, layout=gl.SliceLayout(0, score_MK.type.layout))
+    if start + KEYS > seen_by_all:
+        key_K = start + gl.arange(0, KEYS, layout=gl.SliceLayout(0, score_MK.type.layout))
         score_MK = gl.where(key_K[None, :] <= limit_M[:, None], score_MK, float("-inf"))
     new_max_M = gl.maximum(max_M, gl.max(score_MK, axis=1) * scale_log2)
     known_smem.index(half).store(new_max_M)
@@ -250,22 +218,6 @@ def _start_other(half: gl.constexpr, block, acc_MV, max_M, ring):
     sum_M = known_smem.index(2 + other).load(max_M.type.layout)
     acc_MV = warpgroup_mma(rotated_smem.index(other), latent_smem.index(2 * half + other), acc_MV, is_async=True)
     return acc_MV, new_max_M, sum_M
-
-
-@jit
-def _zero_unwritten(smem, first, BOX: gl.constexpr):
-    """Zero half of a block's values from its key `first` to the end of the box: they may be NaN, and 0 · NaN is NaN.
-
-    Boxes behind it were not read from the cache. The other consumer may be multiplying the same keys with queries: it has no use
-    for the results.
-    """
-    layout: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [gl.num_warps(), 1], [1, 0])
-    boxes = _boxes(smem, BOX)
-    written_X = gl.arange(0, BOX, layout=gl.SliceLayout(1, layout)) < first % BOX
-    for part in gl.static_range(smem.shape[1] // _COLUMNS):
-        box = boxes.index(part * (_KEYS // BOX) + first // BOX)
-        box.store(gl.where(written_X[:, None], box.load(layout), 0.0))
-    fence_async_shared()
 
 
 @jit
@@ -320,7 +272,7 @@ def _consume(
     items_ptr, header_ptr = plan
     q_full, q_empty = queries[2], queries[3]
     WARPS: gl.constexpr = gl.num_warps()
-    SCORE: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, _KEYS, 16])
+    SCORE: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, KEYS, 16])
     OUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, _HALF, 16])
     SCORE_ROW: gl.constexpr = gl.SliceLayout(1, SCORE)
 
@@ -332,7 +284,7 @@ def _consume(
     work = work_of(0)
     item = load_item(items_ptr, work, work < num_work, _ITEM)
     while work < num_work:
-        begin, end, visible = _keys_of(item, keys_per_split, H, CAUSAL)
+        begin, end, visible = keys_of(item, keys_per_split, H, _TILE, CAUSAL)
         query_start, query_len, kv_len, tile, split, first_partial = (
             item[1],
             item[2],
@@ -350,16 +302,17 @@ def _consume(
                 position_M = context_len + (first_pair + gl.arange(0, _TILE, layout=SCORE_ROW)) // H
                 limit_M = gl.minimum(position_M, limit_M)
                 seen_by_all = gl.minimum(context_len + first_pair // H + 1, end)
-            num_blocks = gl.cdiv(end - begin, _KEYS)
-            start = begin + (num_blocks - 1) * _KEYS
+            num_blocks = gl.cdiv(end - begin, KEYS)
+            start = begin + (num_blocks - 1) * KEYS
             max_M = gl.full([_TILE], float("-inf"), gl.float32, SCORE_ROW)
             sum_M = gl.zeros([_TILE], gl.float32, SCORE_ROW)
             acc_MV = gl.zeros([_TILE, _HALF], gl.float32, OUT)
 
             unwritten = kv_len - start
-            if (unwritten < _KEYS) & (unwritten % BOX != 0):
+            if (unwritten < KEYS) & (unwritten % BOX != 0):
+                # The other consumer may be multiplying the same keys with queries: it has no use for the results.
                 _wait_copied(ring, half, block % 2, block)
-                _zero_unwritten(ring[0].index(half * 2 + block % 2), unwritten, BOX)
+                zero_unwritten(ring[0].index(half * 2 + block % 2), unwritten, BOX)
             mbarrier.wait(q_full, num_done & 1)
             is_own = (block % 2 == half).to(gl.int32)
             if is_own != 0:
@@ -368,7 +321,7 @@ def _consume(
                     half, start, score_MK, acc_MV, max_M, sum_M, limit_M, seen_by_all, scale_log2, ring
                 )
                 block += 1
-                start -= _KEYS
+                start -= KEYS
             num_left = num_blocks - is_own
             for _ in range(num_left // 2):
                 adding_MV, max_M, sum_M = _start_other(half, block, acc_MV, max_M, ring)
@@ -377,10 +330,10 @@ def _consume(
                 _leave(ring, half, 1 - half)
                 score_MK = warpgroup_mma_wait(0, deps=[scores_MK])
                 acc_MV, max_M, sum_M = _add_own(
-                    half, start - _KEYS, score_MK, acc_MV, max_M, sum_M, limit_M, seen_by_all, scale_log2, ring
+                    half, start - KEYS, score_MK, acc_MV, max_M, sum_M, limit_M, seen_by_all, scale_log2, ring
                 )
                 block += 2
-                start -= 2 * _KEYS
+                start -= 2 * KEYS
             mbarrier.arrive(q_empty, count=1)
             if num_left % 2 != 0:
                 adding_MV, max_M, sum_M = _start_other(half, block, acc_MV, max_M, ring)
@@ -405,6 +358,7 @@ def _consume(
 def _attention_kernel(
     q_desc,
     cache_desc,
+    cache_ptr,
     block_table_ptr,
     items_ptr,
     header_ptr,
@@ -423,8 +377,8 @@ def _attention_kernel(
     q_smem = gl.allocate_shared_memory(q_desc.dtype, [2, _TILE, _HALF], q_desc.layout)
     q_rotated_smem = gl.allocate_shared_memory(q_desc.dtype, [1, _TILE, _ROTATED], q_desc.layout)
     # Of both stages the first halves, then the second ones; below likewise maxima, then sums.
-    latent_smem = gl.allocate_shared_memory(q_desc.dtype, [4, _KEYS, _HALF], q_desc.layout)
-    rotated_smem = gl.allocate_shared_memory(q_desc.dtype, [2, _KEYS, _ROTATED], q_desc.layout)
+    latent_smem = gl.allocate_shared_memory(q_desc.dtype, [4, KEYS, _HALF], q_desc.layout)
+    rotated_smem = gl.allocate_shared_memory(q_desc.dtype, [2, KEYS, _ROTATED], q_desc.layout)
     known_smem = gl.allocate_shared_memory(gl.float32, [4, _TILE], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     full = gl.allocate_shared_memory(gl.int64, [4, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [4, 1], mbarrier.MBarrierLayout())
@@ -442,7 +396,7 @@ def _attention_kernel(
     mbarrier.init(q_empty, count=2)
     wait_for_previous()
 
-    tensors = (q_desc, cache_desc, block_table_ptr, table_width)
+    tensors = (q_desc, cache_desc, cache_ptr, block_table_ptr, table_width)
     targets = (out_ptr, lse_ptr, partials_ptr)
     plan = (items_ptr, header_ptr)
     queries = (q_smem, q_rotated_smem, q_full, q_empty)
@@ -479,11 +433,12 @@ def attend(
     layout = gl.NVMMASharedLayout(128, 16, 2)
 
     def lines(tensor: Tensor, count: int, box: int) -> TensorDescriptor:
-        return TensorDescriptor(tensor, [count, entry_size], [entry_size, 1], [box, _COLUMNS.value], layout)
+        return TensorDescriptor(tensor, [count, entry_size], [entry_size, 1], [box, COLUMNS.value], layout)
 
     _attention_kernel[(num_programs,)](
         lines(q, num_tokens * num_heads, _TILE.value),
-        lines(cache, num_blocks * block_size, math.gcd(block_size, _KEYS.value)),
+        lines(cache, num_blocks * block_size, math.gcd(block_size, KEYS.value)),
+        cache,
         block_table,
         items,
         header,

@@ -44,9 +44,10 @@ class Launch:
     num_stages: int  # one less is the number of iterations whose loads are under way
 
 
-LAUNCHES = {16: Launch(32, 4, 3), 32: Launch(32, 8, 3), 64: Launch(32, 8, 3)}
-"""By height of a tile, for entries of up to 1,280 bytes; of larger ones, half as many keys. Of 16 pairs and 1,152 bytes, a Hopper
-multiprocessor has room for two programs, of taller tiles for one: `PROGRAMS` in `stepgraph.ops.mla_attention.geometry`."""
+WIDE = Launch(64, 8, 3)
+LAUNCHES = {16: WIDE if TUNING.latent_wide_keys else Launch(32, 4, 3), 32: Launch(32, 8, 3), 64: Launch(32, 8, 3)}
+"""By height of a tile, for entries of up to 1,280 bytes; of larger ones, half as many keys. How many programs a multiprocessor
+has room for says `programs_of` in `stepgraph.ops.mla_attention.geometry`."""
 
 
 def launch_of(tile: int, entry_bytes: int) -> Launch:
