@@ -25,6 +25,7 @@ from stepgraph.transfer.messages import (
     Renew,
 )
 from stepgraph.transfer.outbox import Outbox
+from stepgraph.transfer.sockets import set_options
 
 logger = logging.getLogger(__name__)
 
@@ -104,8 +105,7 @@ class Port:
 
     def _serve(self, stream: socket.socket) -> None:
         try:
-            if stream.family != socket.AF_UNIX:
-                stream.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            set_options(stream)
             link = Link(stream, self._secret, is_asking=False, timeout_s=self.timeout_s)
             with self._lock:
                 hello = self._hello

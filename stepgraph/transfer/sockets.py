@@ -13,6 +13,9 @@ from stepgraph.errors import ConfigError
 _PREFIX = "@stepgraph-kv-"
 """Of sockets of this machine that have a name and no file, which nobody has to remove. `@` stands for a zero byte, as in `ss`."""
 _BACKLOG = 64
+_KEEP_ALIVE = {"TCP_KEEPIDLE": 5, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 3, "TCP_USER_TIMEOUT": 20_000}
+"""Seconds without a word after which the other end is asked whether it is there, those between questions, how many of these it
+leaves open; and milliseconds for which what was sent may lack a receipt."""
 
 
 def listen(host: str, port: int | None) -> tuple[socket.socket, str, int]:
@@ -54,8 +57,18 @@ def connect(host: str, port: int, timeout_s: float) -> socket.socket:
             raise
         return stream
     stream = socket.create_connection((host, port), timeout=timeout_s)
-    stream.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    set_options(stream)
     return stream
+
+
+def set_options(stream: socket.socket) -> None:
+    """Have a stream of TCP send messages at once, and end soon after the other machine, or the way there, has gone."""
+    if stream.family != socket.AF_UNIX:
+        stream.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        stream.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        for name, value in _KEEP_ALIVE.items():
+            if hasattr(socket, name):  # not everywhere
+                stream.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
 
 
 class AllowedHosts:

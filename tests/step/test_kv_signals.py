@@ -1,6 +1,7 @@
 """Layers say that their keys and values are in the cache when they are, and only then."""
 
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from stepgraph.engine.sampling_params import SamplingParams
 from stepgraph.layers.inputs import StepInputs
 from stepgraph.models.decoder import DecoderLayer
 from stepgraph.ops.kv_signal import reference
+from stepgraph.step.signals import KVSignals
 from stepgraph.verify.graphs import verify_graphs
 
 PROMPTS = ([5, 6, 7] * 25, [9, 8], list(range(1, 30)))
@@ -135,6 +137,19 @@ def test_captures_and_checks_are_nobodys_steps(create) -> None:
     add(engine)
     engine.step()
     assert words.tolist() == [runner.num_launched] * 3
+
+
+def test_mutant_captures_that_count_as_steps_are_caught(create, monkeypatch) -> None:
+    engine = create()
+    add(engine)
+    engine.step()
+    runner = engine.executor.runner
+    graph = next(captured.graph for captured in runner.graphs.store.captured)
+    runner.try_out(graph)
+    assert not runner.signals.has_written(0, 1)
+    monkeypatch.setattr(KVSignals, "silent", lambda signals: nullcontext())
+    runner.try_out(graph)
+    assert runner.signals.has_written(0, 1)  # as whoever waits for the second step would see
 
 
 def test_triton_kernel_counts_as_the_reference(device) -> None:

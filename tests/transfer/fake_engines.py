@@ -93,7 +93,8 @@ def creating() -> Iterator[Callable[..., EngineTransfers]]:
     with ExitStack() as stack:
 
         def create(*, model="model", layout=LAYOUT, secret=SECRET, leases=None, **settings) -> EngineTransfers:
-            cache, movers = ExportedCache(layout, is_cut=False, ranks=("here",)), FakeMovers()
+            movers = FakeMovers()
+            cache = ExportedCache(layout, is_cut=False, ranks=("here",), movers=movers)
             settings = {"hosts": AllowedHosts(None), "address": ("127.0.0.1", None)} | settings
             leases = Leases(30.0, 2.0) if leases is None else leases
             made = EngineTransfers(cache, movers, model, "fake", leases, secret, **settings)

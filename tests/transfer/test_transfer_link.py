@@ -60,6 +60,19 @@ def test_who_does_not_know_the_secret_is_told_nothing() -> None:
             linked(*secrets)
 
 
+def test_another_user_of_the_machine_is_told_nothing(monkeypatch) -> None:
+    monkeypatch.setattr(os, "getuid", lambda: 12_345_678)
+    with pytest.raises(LinkError, match="and this one of 12345678"):
+        linked()
+
+
+def test_a_link_that_this_end_has_closed_is_not_waited_for() -> None:
+    one, _ = linked()
+    one.close()
+    with pytest.raises(LinkError, match="this end has closed"):
+        one.receive(30)
+
+
 def raw(answer: Callable[[socket.socket], None], *, is_asking: bool = False) -> None:
     """Make a link with another end that does as `answer` says."""
     one, other = socket.socketpair()
