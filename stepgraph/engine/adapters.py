@@ -17,8 +17,10 @@ class Adapter:
 
     number: int  # for the slot's line; from 1 on
     key: str
-    """Random, and another one whenever a folder is read again: as a cache salt it keeps prefixes apart, and no user can guess it
-    to read those of others."""
+    """Random, and another one whenever a folder is read again: it keeps remembered answers apart, and no user can guess it to
+    read those of others."""
+    digest: bytes
+    """Of its files, see `AdapterFile.digest`: it keeps cached prefixes apart, here and in engines that take them over."""
 
 
 class AdapterTable:
@@ -56,7 +58,7 @@ class AdapterTable:
         adapter = self._adapters.pop(folder, None)
         if adapter is None:
             file = self.read(source) if isinstance(source, str) else source
-            adapter = Adapter(self._free_number(in_use), secrets.token_hex(16))
+            adapter = Adapter(self._free_number(in_use), secrets.token_hex(16), file.digest)
             self._keep_without_folder(adapter)  # until it is written
             self._write(adapter.number, file)
             del self._adapters[adapter.key]

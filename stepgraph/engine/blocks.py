@@ -21,10 +21,17 @@ def block_key(parent: bytes, tokens: bytes) -> bytes:
     return hashlib.sha256(parent + tokens).digest()
 
 
-def root_key(salt: str | None) -> bytes:
-    """What a chain of keys starts from. Requests with different salts never share a block: a salted chain starts from bytes of
-    another length than any key or block, so that no choice of salt and tokens can imitate another chain."""
-    return b"" if salt is None else b"salt" + hashlib.sha256(salt.encode("utf-8", "surrogatepass")).digest()
+def root_key(salt: str | None, adapter: bytes | None = None) -> bytes:
+    """What a chain of keys starts from. Requests with different salts, or different LoRA adapters, never share a block. Chains
+    with neither, with a salt, with an adapter and with both start from bytes of four lengths, none of which a key has, and blocks
+    are all of one length: so no choice of salt and tokens can imitate another chain.
+
+    Args:
+        salt: any text; None: no salt.
+        adapter: digest of the adapter's files, of 32 bytes; None: no adapter.
+    """
+    root = b"" if adapter is None else b"adapter" + adapter
+    return root if salt is None else root + b"salt" + hashlib.sha256(salt.encode("utf-8", "surrogatepass")).digest()
 
 
 def memory_key(salt: str | None, secret: bytes) -> int:

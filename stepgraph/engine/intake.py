@@ -86,15 +86,13 @@ class RequestIntake:
             )
         if params.bad_words and bad_words is None:
             bad_words = bad_word_token_ids(params.bad_words, self._read_tokenizer())
-        sampling, loaded = self._sampling_of(params, bad_words or ()), None
+        sampling, loaded, memory_salt = self._sampling_of(params, bad_words or ()), None, cache_salt
         if adapter is not None:
             loaded = self.adapters_for(adapter).load(adapter, adapters_in_use)
             sampling = replace(sampling, adapter=loaded.number)
-            cache_salt = (
-                f"{loaded.key} {cache_salt or ''}"  # its keys, values and answers are not those of the model alone
-            )
-        if cache_salt is not None:
-            sampling = replace(sampling, memory_key=memory_key(cache_salt, self._secret))
+            memory_salt = f"{loaded.key} {cache_salt or ''}"  # its answers are not those of the model alone
+        if memory_salt is not None:
+            sampling = replace(sampling, memory_key=memory_key(memory_salt, self._secret))
         return Request(
             id=request_id,
             prompt_token_ids=prompt,

@@ -163,4 +163,6 @@ class PrefixCache:
 
 def _key_before(request: Request, index: int) -> bytes:
     """The key that the chain has before a request's block `index`."""
-    return request.block_keys[index - 1] if index else root_key(request.cache_salt)
+    if index:
+        return request.block_keys[index - 1]
+    return root_key(request.cache_salt, None if request.adapter is None else request.adapter.digest)

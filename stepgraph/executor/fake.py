@@ -5,6 +5,7 @@ For simulations and tests of what the host does: the engine's loop, scheduler, l
 
 from __future__ import annotations
 
+import hashlib
 from collections import deque
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple, Protocol
@@ -162,7 +163,7 @@ class FakeExecutor:
     def read_adapter(self, folder: str) -> AdapterFile:
         """See `Executor.read_adapter`."""
         assert self.specs.max_adapters
-        return AdapterFile(folder, ())
+        return AdapterFile(folder, hashlib.sha256(folder.encode()).digest(), ())
 
     def write_adapter(self, number: int, file: AdapterFile) -> None:
         """See `Executor.write_adapter`."""

@@ -5,6 +5,7 @@ Shapes: I inputs, O outputs, N adapters counted from 1, r rank.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
@@ -108,6 +109,8 @@ class AdapterFile:
     """An adapter in host memory, as `AdapterStore.read` found it."""
 
     folder: str
+    digest: bytes
+    """SHA-256 of all that it computes with: its settings and matrices, whole, whatever part of them this rank keeps."""
     products: Sequence[_Product | None]  # of the model's projections, in their order; None where it changes nothing
     version: tuple[int, ...] = ()
     """Differs from that of what the folder held before or after."""
@@ -174,8 +177,8 @@ class AdapterStore:
             RequestError: the folder is not an adapter that this model can run.
         """
         products: list[_Product | None] = [None] * len(self._loras)
-        version = _version(Path(folder))
-        for name, a_rI, b_Or in self._read(Path(folder)):
+        version, digest = _version(Path(folder)), hashlib.sha256()
+        for name, a_rI, b_Or in self._read(Path(folder), digest):
             place = self._places[_native(name)]
             index = next(index for index, lora in enumerate(self._loras) if lora is place.lora)
             a, b = place.lora.a[0], place.lora.b[0]
@@ -186,7 +189,7 @@ class AdapterStore:
             products[index] = product
         if _version(Path(folder)) != version:
             _refuse(Path(folder), "it was written to while it was read", "Ask for it again")
-        return AdapterFile(os.path.abspath(folder), products, version)
+        return AdapterFile(os.path.abspath(folder), digest.digest(), products, version)
 
     def write(self, number: int, file: AdapterFile) -> None:
         """Put an adapter into the device's memory, as the one that slots of `SlotSampling.adapter` = `number` use.
@@ -202,17 +205,20 @@ class AdapterStore:
                 else:
                     buffer[number].copy_(matrix)
 
-    def _read(self, folder: Path) -> Iterator[tuple[str, Tensor, Tensor]]:
+    def _read(self, folder: Path, digest: hashlib._Hash) -> Iterator[tuple[str, Tensor, Tensor]]:
         """Each module's two matrices, whole, [r, I] and [O, r] float32, the second one scaled. Sizes are checked before any is
-        read."""
+        read. `digest` gets all that is read."""
         config = _read_config(folder)
+        digest.update(hashlib.sha256(json.dumps(config, sort_keys=True).encode()).digest())
         with _opened(folder) as file:
             modules = _modules(folder, _shapes(file))
             for name, sides in modules.items():
                 self._check_sizes(folder, name, *(shape for _, shape in sides))
             # Not mapped: where a drive fails or the file is cut meanwhile, reading fails, and does not end the process.
             file.seek(0)
-            stored = load(file.read())
+            content = file.read()
+            digest.update(content)
+            stored = load(content)
             for name, sides in modules.items():
                 a_rI, b_Or = (stored[tensor].float() for tensor, _ in sides)
                 rank = a_rI.shape[0]

@@ -23,7 +23,7 @@ class Memory:
 @pytest.mark.parametrize("max_loras", [2, 3])
 def test_an_adapter_that_cannot_be_written_takes_the_memory_of_no_other(max_loras) -> None:
     memory = Memory()
-    table = AdapterTable(lambda folder: AdapterFile(folder, ()), memory.write, max_loras)
+    table = AdapterTable(lambda folder: AdapterFile(folder, b"", ()), memory.write, max_loras)
     table.load("/a", ())
     kept = table.load("/b", ())
     memory.unwritable.add("/c")
