@@ -23,9 +23,11 @@ from stepgraph.engine.sink import Sink
 from stepgraph.engine.source import Source
 from stepgraph.executor.base import Executor
 from stepgraph.executor.ranked import build_executor, start_workers
+from stepgraph.models.identity import model_digest, unknown_model_digest
 from stepgraph.models.source import ModelSource, resolve_configured
 from stepgraph.spec.depth import DraftDepth
 from stepgraph.transfer.base import Transfers
+from stepgraph.transfer.create import create_transfers
 
 logger = logging.getLogger(__name__)
 
@@ -47,7 +49,7 @@ def build_engine(
         config: all settings.
         source: the model, if it is resolved already.
         executor: what runs the steps; default: one device with the model on it, or as many as share it.
-        transfers: with other engines.
+        transfers: with other engines; default: as the settings say.
         create_scheduler: makes what plans them; where ranks have requests of their own, those of each.
         clock: seconds, monotonic.
         needs_tokenizer: read the tokenizer now, while weights are loaded, rather than at its first use.
@@ -128,7 +130,7 @@ def build_engine(
         draft_depth=draft_depth,
         masks=masks,
         intake=intake,
-        exchange=_exchange_of(config, executor, scheduler, transfers, clock),
+        exchange=_exchange_of(config, source, executor, scheduler, transfers, clock),
         end_token_ids=end_token_ids,
         read_tokenizer=read_tokenizer,
         clock=clock,
@@ -137,18 +139,30 @@ def build_engine(
 
 def _exchange_of(
     config: EngineConfig,
+    source: ModelSource,
     executor: Executor,
     scheduler: Scheduler | LockstepScheduler,
     transfers: Transfers | None,
     clock: Callable[[], float],
 ) -> Exchange:
     """What an engine of this role does with others."""
-    if transfers is None:
+    if not config.transfer.is_connected:
         return Exchange()
     assert isinstance(scheduler, Scheduler), scheduler
-    source = sink = None
+    specs = executor.specs
+
+    def identify(weights: ModelSource | None) -> str:
+        if weights is None:
+            return unknown_model_digest()
+        return model_digest(
+            weights, config.model, dtype=specs.dtype, device_type=specs.platform, max_model_len=specs.max_model_len
+        )
+
+    model = identify(source)
+    transfers = transfers or create_transfers(config.transfer, executor, model)
+    giver = sink = None
     if config.transfer.gives:
-        source = Source(transfers, scheduler.blocks, scheduler.prefixes, executor.specs.num_ranks)
+        giver = Source(transfers, scheduler.blocks, scheduler.prefixes, specs.num_ranks)
     if config.transfer.takes:
         sink = Sink(
             transfers,
@@ -158,4 +172,4 @@ def _exchange_of(
             fails=config.transfer.kv_load_failure == "fail",
             clock=clock,
         )
-    return Exchange(transfers, source, sink, blocks=scheduler.blocks)
+    return Exchange(transfers, giver, sink, blocks=scheduler.blocks, model=model, identify=identify)

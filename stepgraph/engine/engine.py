@@ -100,7 +100,7 @@ class Engine:
         self._depth = draft_depth
         self._masks = masks
         self._intake = intake
-        self.exchange = exchange
+        self.exchange, self.transfers = exchange, exchange.transfers
         self._read_tokenizer = read_tokenizer
         self._clock = clock
         self._life = Lifecycle(executor, self._drain, exchange, config.model.model_impl)

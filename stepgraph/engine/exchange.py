@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from stepgraph.engine.blocks import BlockPool
 from stepgraph.engine.request import Request
 from stepgraph.engine.sink import Sink
 from stepgraph.engine.source import Source
 from stepgraph.errors import ConfigError, RequestError
+from stepgraph.models.source import ModelSource
 from stepgraph.transfer.base import Transfers
 from stepgraph.transfer.leases import LossReason
 from stepgraph.transfer.reference import PARAM, Offer
@@ -32,7 +33,8 @@ class Exchange:
         source: gives blocks to others.
         sink: takes blocks of others.
         blocks: all KV blocks.
-        identify: digest of the model's weights, see `stepgraph.transfer.messages.Hello.model`.
+        model: digest of the weights, see `stepgraph.transfer.messages.Hello.model`.
+        identify: makes it of other weights; None: of some that cannot be told from any.
     """
 
     def __init__(
@@ -42,10 +44,11 @@ class Exchange:
         sink: Sink | None = None,
         *,
         blocks: BlockPool | None = None,
-        identify: Callable[[], str] = str,
+        model: str = "",
+        identify: Callable[[ModelSource | None], str] = lambda _: "",
     ) -> None:
         self.transfers, self.source, self.sink = transfers, source, sink
-        self._blocks, self._identify = blocks, identify
+        self._blocks, self._model, self._identify = blocks, model, identify
 
     @property
     def is_active(self) -> bool:
@@ -138,9 +141,15 @@ class Exchange:
             self._blocks.reclaim()
 
     def go_on(self) -> None:
-        """There is a cache again, and it is of the weights that the engine has now."""
+        """There is a cache again."""
         if self.transfers is not None:
-            self.transfers.cache_back(self._identify())
+            self.transfers.cache_back(self._model)
+
+    def go_on_with(self, weights: ModelSource | Iterable[object]) -> None:
+        """There is a cache again, of other weights."""
+        if self.transfers is not None:
+            self._model = self._identify(weights if isinstance(weights, ModelSource) else None)
+            self.go_on()
 
     def close(self) -> None:
         """End all leases and fetches, for good; nobody reads or writes blocks after that."""

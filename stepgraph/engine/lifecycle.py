@@ -138,4 +138,4 @@ class Lifecycle:
         self.has_weights = False
         self._executor.write_weights()
         self.has_weights = True
-        self._exchange.go_on()
+        self._exchange.go_on_with(weights)

@@ -2,10 +2,23 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
+from stepgraph.config.transfer import TransferConfig
 from stepgraph.transfer.base import Backend
 from stepgraph.transfer.cuda_peer import CudaBackend
+from stepgraph.transfer.leases import Leases
+from stepgraph.transfer.peer import Patience
 from stepgraph.transfer.rank_cache import RankCache
 from stepgraph.transfer.shared_memory import SharedMemoryBackend
+from stepgraph.transfer.sockets import AllowedHosts
+from stepgraph.transfer.transfers import EngineTransfers
+
+if TYPE_CHECKING:
+    from stepgraph.executor.base import Executor
+
+GRACE_S = 2.0
+"""After which blocks of a lease that has expired while it was read go back."""
 
 
 def create_backend(name: str, cache: RankCache) -> Backend:
@@ -15,3 +28,29 @@ def create_backend(name: str, cache: RankCache) -> Backend:
         ConfigError: the cache does not lie where it needs it.
     """
     return {made.name: made for made in (SharedMemoryBackend, CudaBackend)}[name](cache)
+
+
+def create_transfers(config: TransferConfig, executor: Executor, model: str) -> EngineTransfers:
+    """How an engine has to do with others, as `config` says.
+
+    Args:
+        model: digest of the weights, see `stepgraph.transfer.messages.Hello.model`.
+
+    Raises:
+        ConfigError: its cache does not lie where others reach it, or it cannot listen for them.
+    """
+    backend = config.kv_transfer_backend
+    if backend in (None, "auto"):
+        backend = (CudaBackend if executor.specs.platform == "cuda" else SharedMemoryBackend).name
+    cache = executor.export_cache(backend)
+    return EngineTransfers(
+        cache,
+        cache.movers,
+        model,
+        backend,
+        Leases(config.kv_lease, GRACE_S),
+        config.secret(),
+        address=(config.kv_transfer_host, config.kv_transfer_port) if config.gives else None,
+        hosts=AllowedHosts(config.kv_transfer_peers) if config.takes else None,
+        patience=Patience(config.kv_lease, config.kv_transfer_timeout),
+    )

@@ -16,7 +16,7 @@ from functools import cache
 from itertools import cycle
 
 from stepgraph.abi import slot_line
-from stepgraph.config import CacheConfig, EngineConfig, GraphConfig, SchedulerConfig
+from stepgraph.config import CacheConfig, EngineConfig, GraphConfig, ModelConfig, SchedulerConfig
 from stepgraph.config.transfer import TransferConfig
 from stepgraph.engine.build import build_engine
 from stepgraph.engine.reports import StepReport
@@ -300,6 +300,7 @@ class Loop:
 
         self.engine = build_engine(
             EngineConfig(
+                model=ModelConfig(load_format="dummy"),
                 scheduler=self.config,
                 cache=CacheConfig(enable_prefix_caching=prefix_caching),
                 transfer=transfer or TransferConfig(),

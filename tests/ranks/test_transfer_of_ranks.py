@@ -80,7 +80,7 @@ def joined(ranks: list[list[tuple[int, np.ndarray]]]) -> list[np.ndarray]:
 )
 def test_blocks_of_other_ranks_are_as_good_as_those_of_ones_own(create, model, num_sources, num_sinks) -> None:
     source, sink = create(model, num_sources, "prefill"), create(model, num_sinks, "decode")
-    given, taken = (engine.executor.export_cache("shared_memory") for engine in (source, sink))
+    given, taken = (engine.transfers._cache for engine in (source, sink))
     assert given.layout == taken.layout
     assert len(given.ranks) == num_sources
     num_blocks = (len(PROMPT) - sink.executor.specs.lookahead) // sink.executor.specs.block_size
