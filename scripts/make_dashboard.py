@@ -309,6 +309,38 @@ ROWS: tuple[tuple[str, tuple[Panel, ...]], ...] = (
         ),
     ),
     (
+        "Between engines",
+        (
+            Panel(
+                "Keys and values that came",
+                "Bps",
+                ((rate("kv_transfer_bytes_total", by="engine", direction="received"), "engine {{engine}}"),),
+                "From engines that compute prompts.",
+            ),
+            Panel(
+                "Time until they were there",
+                "s",
+                quantiles("kv_transfer_seconds", 0.5, 0.99),
+                "From asking the other engine to having them, confirmed.",
+            ),
+            Panel(
+                "Prompts on their way",
+                "short",
+                (
+                    (total("kv_leases"), "held for others"),
+                    (total("kv_fetches"), "being fetched"),
+                    (total("kv_blocks_quarantined"), "blocks quarantined"),
+                ),
+            ),
+            Panel(
+                "Prompts that did not come",
+                "reqps",
+                ((rate("kv_transfer_failures_total", by="reason"), "{{reason}}"),),
+                "Where the answer is given, these are computed again.",
+            ),
+        ),
+    ),
+    (
         "Health",
         (
             Panel(

@@ -56,6 +56,11 @@ class Exchange:
         source, sink = self.source, self.sink
         return (source is not None and source.is_busy) or (sink is not None and sink.is_busy)
 
+    @property
+    def num_quarantined(self) -> int:
+        """Blocks that nobody has who may use them, for others may still write them."""
+        return 0 if self._blocks is None else self._blocks.num_quarantined
+
     def add(self, request: Request) -> None:
         """A request has been queued.
 

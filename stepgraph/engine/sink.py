@@ -80,6 +80,8 @@ class Sink:
         """Requests that found less than was computed for them elsewhere, by the reason, but for fetches that failed."""
         self.recomputed_tokens = 0
         """Of prompts that were computed elsewhere."""
+        self.on_fetched: Callable[[float], None] = lambda seconds: None
+        """Called when blocks have come, with the seconds that it took."""
 
     @property
     def is_busy(self) -> bool:
@@ -176,6 +178,7 @@ class Sink:
         if fetch is None:
             self._begin(fetching, unread)
         elif fetch.state is FetchState.DONE:
+            self.on_fetched(fetch.seconds)
             self._commit(fetching, fetch.num_blocks)
         elif fetch.state is FetchState.FAILED:
             assert fetch.reason is not None

@@ -15,7 +15,7 @@ import msgspec
 
 from stepgraph.engine.request import FinishReason
 from stepgraph.server.engine_observer import EngineState, EngineStatus, RestartCause
-from stepgraph.server.messages import Load, RankInfo
+from stepgraph.server.messages import Load, RankInfo, TransferLoad
 from stepgraph.server.middleware import OPEN_PATHS
 from stepgraph.step.eager_reason import EagerReason
 from stepgraph.step.plan import StepKind
@@ -232,6 +232,7 @@ class EngineCounts:
         self._ended_loads: Counter[str] = Counter()  # of processes that are gone, by `_COUNTS`
         self._ended_accepted: list[int] = []  # likewise, of `Load.accepted_per_position`
         self._ended_expert_tokens: list[int] = []  # likewise, of `RankInfo.expert_tokens`
+        self._ended_transfers: TransferLoad | None = None  # likewise, of `Load.transfers`
 
     def on_progress(self, message: Progress) -> None:
         """Steps ran, or the load changed."""
@@ -253,6 +254,8 @@ class EngineCounts:
         for name in _COUNTS:
             self._ended_loads[name] += getattr(self.load, name)
         self._ended_accepted, self._ended_expert_tokens = self.accepted_per_position, self.expert_tokens
+        if (transfers := self.transfers) is not None:
+            self._ended_transfers = transfers._replace(num_leases=0, num_fetches=0, num_quarantined=0)
         self.load, self.ranks = _IDLE, ()
         self.state = status.state
 
@@ -271,6 +274,14 @@ class EngineCounts:
         return _sums(self._ended_accepted, self.load.accepted_per_position)
 
     @property
+    def transfers(self) -> TransferLoad | None:
+        """See `Load`; over all processes, but for what there is now."""
+        ended, now = self._ended_transfers, self.load.transfers
+        if ended is None or now is None:
+            return now or ended
+        return TransferLoad(*map(_sum, ended, now))
+
+    @property
     def expert_tokens(self) -> list[int]:
         """See `RankInfo`; over all processes. Empty without experts."""
         return _sums(self._ended_expert_tokens, self.ranks[0].expert_tokens if self.ranks else ())
@@ -278,6 +289,13 @@ class EngineCounts:
 
 def _sums(counts: Sequence[int], others: Sequence[int]) -> list[int]:
     return [count + other for count, other in zip_longest(counts, others, fillvalue=0)]
+
+
+def _sum(count: Any, other: Any) -> Any:
+    """Of two numbers, or two sets of them."""
+    if isinstance(count, dict):
+        return {key: count.get(key, 0) + other.get(key, 0) for key in count | other}
+    return tuple(_sums(count, other)) if isinstance(count, tuple) else count + other
 
 
 def _add(counts: dict[Any, int], others: Mapping[Any, int]) -> None:

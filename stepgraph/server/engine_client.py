@@ -17,6 +17,7 @@ from stepgraph.server.messages import (
     Abort,
     Accepted,
     Add,
+    Door,
     FromEngine,
     Progress,
     Refused,
@@ -71,6 +72,11 @@ class EngineClient:
     def role(self) -> str:
         """See `TransferConfig.splitwise_role`; "mixed" before the engine is known."""
         return "mixed" if self.status.ready is None else self.status.ready.role
+
+    @property
+    def door(self) -> Door | None:
+        """See `Ready`."""
+        return None if self.status.ready is None else self.status.ready.door
 
     @property
     def num_unfinished(self) -> int:

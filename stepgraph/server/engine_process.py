@@ -60,6 +60,7 @@ from stepgraph.server.messages import (
     encode,
 )
 from stepgraph.server.peers import SUPERVISOR, Peers
+from stepgraph.server.transfer_report import TransferReport
 
 logger = logging.getLogger(__name__)
 
@@ -82,6 +83,7 @@ class EngineProcess:
         self._adapters = AdapterReader(engine.read_adapter)
         self._awaiting: list[tuple[bytes, Add | LoadAdapter, Future[AdapterFile]]] = []  # until their adapter is read
         self._control = EngineControl(engine, self._send)
+        self._transfers = TransferReport(engine.exchange)
         engine.on_step = self._on_step
         engine.executor.watch_captures(lambda: self._send(Beat(captures=True)))
 
@@ -231,7 +233,7 @@ class EngineProcess:
             if isinstance(message, Add) and message.requests:
                 self._peers.send(peer, Accepted(message.group))
                 ends = [TokenUpdate(request_id, (), str(FinishReason.ABORT)) for request_id, _ in message.requests]
-                self._peers.send(peer, Progress(ends, [], load_of(self._engine)))
+                self._peers.send(peer, Progress(ends, [], load_of(self._engine, self._transfers.load())))
                 message.requests = []
 
     def _decline(self, question: Question, error: BaseException) -> None:
@@ -254,7 +256,9 @@ class EngineProcess:
         for update in updates:
             by_peer.setdefault(self._owners[update.request.id], []).append(self._update(update))
         steps, self._steps = self._steps, []
-        self._peers.tell(by_peer, steps, load_of(self._engine), at_once=not self._engine.has_work)
+        self._peers.tell(
+            by_peer, steps, load_of(self._engine, self._transfers.load()), at_once=not self._engine.has_work
+        )
 
     def _update(self, update: RequestUpdate) -> TokenUpdate:
         request, num_sent = update.request, self._num_sent[update.request.id]

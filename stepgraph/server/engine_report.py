@@ -8,11 +8,11 @@ from stepgraph.engine.engine import Engine
 from stepgraph.engine.lockstep import LockstepScheduler
 from stepgraph.engine.reports import StepReport
 from stepgraph.engine.request import Request
-from stepgraph.server.messages import Door, FirstToken, Load, RankInfo, Ready, StepInfo
+from stepgraph.server.messages import Door, FirstToken, Load, RankInfo, Ready, StepInfo, TransferLoad
 
 
-def load_of(engine: Engine) -> Load:
-    """How full an engine is."""
+def load_of(engine: Engine, transfers: TransferLoad | None = None) -> Load:
+    """How full an engine is; `transfers`: see `TransferReport.load`."""
     scheduler, executor = engine.scheduler, engine.executor
     graphs = executor.graph_counts()
     counts, speculation = scheduler.statistics, engine.speculation
@@ -33,6 +33,7 @@ def load_of(engine: Engine) -> Load:
         draft_tokens=speculation.num_draft_tokens,
         saved_steps=speculation.num_saved_steps,
         accepted_per_position=tuple(speculation.num_accepted_per_position[: engine.config.speculative.max_drafts]),
+        transfers=transfers,
     )
 
 

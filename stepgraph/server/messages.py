@@ -261,6 +261,37 @@ class StepInfo(NamedTuple):
     num_ranks: int = 1
 
 
+class TransferLoad(NamedTuple):
+    """What an engine has to do with others, and counts since its process started."""
+
+    num_leases: int
+    """Prompts whose blocks are held for others."""
+    num_fetches: int
+    """Prompts whose blocks are on their way here."""
+    num_quarantined: int
+    """Blocks that were to be filled by others and are not, but may still be written."""
+    blocks_sent: int
+    bytes_sent: int
+    blocks_received: int
+    bytes_received: int
+    recomputed_tokens: int
+    """Of prompts that were computed elsewhere."""
+    leases_ended: dict[str, int]
+    """By `LossReason`."""
+    failures: dict[str, int]
+    """Prompts of which less came than was computed elsewhere, by the reason."""
+    fetch_counts: tuple[int, ...]
+    """Fetches that brought their blocks, by their seconds: one number for each of `FETCH_SECONDS`, and one for more."""
+    fetch_seconds: float
+    """Of all these together."""
+
+
+FETCH_SECONDS = (
+    *(0.0005, 0.001, 0.002, 0.003, 0.005, 0.0075, 0.01, 0.015, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.25, 0.5, 0.75),
+    *(1.0, 1.5, 2.5, 5.0, 10.0, 30.0, 60.0),
+)
+
+
 class Load(NamedTuple):
     """How full the engine is, and counts since its process started."""
 
@@ -287,6 +318,8 @@ class Load(NamedTuple):
     saved_steps: int = 0
     accepted_per_position: tuple[int, ...] = ()
     """One for each proposal that a row may have. These four: see `stepgraph.engine.speculation`."""
+    transfers: TransferLoad | None = None
+    """None if the engine has to do with no other."""
 
 
 class RankInfo(NamedTuple):

@@ -30,6 +30,7 @@ from stepgraph.server.counts import (
     RequestCounts,
 )
 from stepgraph.server.engine_observer import EngineState
+from stepgraph.server.messages import FETCH_SECONDS, TransferLoad
 from stepgraph.server.rest import Rest
 
 _PREFIX = "stepgraph:"
@@ -75,6 +76,7 @@ class Metrics(Collector):
         yield from self._of_steps()
         yield from self._of_speculation()
         yield from self._of_experts()
+        yield from self._of_transfers()
         for name, (documentation, bounds) in REQUEST_HISTOGRAMS.items():
             yield self._histogram(
                 name, documentation, bounds, [requests.histograms[name] for requests in self._fronts.engines]
@@ -239,6 +241,65 @@ class Metrics(Collector):
             "expert_rank_imbalance",
             "That of the rank that got most over their mean; 1 is balance.",
             lambda engine: _imbalance([rank.num_expert_tokens for rank in engine.ranks]),
+        )
+
+    def _of_transfers(self) -> Iterator[Metric]:
+        if not any(engine.transfers for engine in self._engines):
+            return
+
+        def of(values: Callable[[TransferLoad], Mapping[tuple[str, ...], float]]) -> Callable[[EngineCounts], Any]:
+            return lambda engine: {} if engine.transfers is None else values(engine.transfers)
+
+        yield self._of_engines(
+            "kv_transfer_bytes",
+            "Bytes of keys and values that other engines have taken (sent), or that came from them (received).",
+            ("direction",),
+            of(lambda load: {("sent",): load.bytes_sent, ("received",): load.bytes_received}),
+        )
+        yield self._of_engines(
+            "kv_transfer_blocks",
+            "KV blocks, likewise.",
+            ("direction",),
+            of(lambda load: {("sent",): load.blocks_sent, ("received",): load.blocks_received}),
+        )
+        yield self._of_engines(
+            "kv_transfer_failures",
+            "Prompts of which less came than another engine had computed, by why.",
+            ("reason",),
+            of(lambda load: _keyed(load.failures)),
+        )
+        yield self._of_engines(
+            "kv_transfer_recomputed_tokens",
+            "Tokens of prompts that were computed here although another engine had.",
+            (),
+            of(lambda load: {(): load.recomputed_tokens}),
+        )
+        yield self._of_engines(
+            "kv_leases_ended",
+            "Prompts that were held for others and are no more, by why.",
+            ("reason",),
+            of(lambda load: _keyed(load.leases_ended)),
+        )
+        for name, documentation, field in (
+            ("kv_leases", "Prompts whose keys and values are held for other engines.", "num_leases"),
+            ("kv_fetches", "Prompts whose keys and values are on their way from other engines.", "num_fetches"),
+            ("kv_blocks_quarantined", "KV blocks that other engines may still write.", "num_quarantined"),
+        ):
+            yield self._gauges(
+                name,
+                documentation,
+                lambda engine, field=field: getattr(engine.transfers, field, 0),  # type: ignore[misc]
+            )
+        yield self._histogram(
+            "kv_transfer_seconds",
+            "From asking another engine for a prompt's keys and values to having them.",
+            FETCH_SECONDS,
+            [
+                Histogram([0] * (len(FETCH_SECONDS) + 1))
+                if (load := engine.transfers) is None
+                else Histogram(list(load.fetch_counts), load.fetch_seconds)
+                for engine in self._engines
+            ],
         )
 
     # Families

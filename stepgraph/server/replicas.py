@@ -200,7 +200,7 @@ class Replicas:
     def _source_for(self, prompt: TokenizedPrompt, adapter: str | None, session: str | None) -> EngineClient | None:
         """The engine of the role prefill that is to compute a prompt; None if none can."""
         answering = self._answering
-        sources = [client for client in self.clients if client.is_ready and client.role == "prefill"]
+        sources = [client for client in self.clients if client.is_ready and client.role == "prefill" and client.door]
         if not sources or sources[0] in answering:
             return None
         return self._best_of(sources, prompt, adapter, session)[0]
@@ -220,10 +220,9 @@ def _prefill(
     source: EngineClient, sink: EngineClient, generation: Generation, *, priority: int, adapter: str | None
 ) -> None:
     """Have `source` compute the prompt of a generation that is held for `sink`."""
-    assert source.status.ready is not None
-    assert source.status.ready.door is not None
+    assert source.door is not None
     id, lease = f"{generation.id}-prefill", token_hex(_LEASE_BYTES)
-    reference = Reference(*source.status.ready.door, lease)
+    reference = Reference(*source.door, lease)
 
     def then(is_accepted: bool) -> None:
         sink.release(generation, reference if is_accepted else None)

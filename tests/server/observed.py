@@ -14,7 +14,7 @@ from stepgraph.server.engine_client import EngineClient
 from stepgraph.server.engine_life import Launch
 from stepgraph.server.engine_observer import EngineState, EngineStatus
 from stepgraph.server.generation import EndedRequest
-from stepgraph.server.messages import Load, Progress, RankInfo, Ready, StepInfo, TokenUpdate
+from stepgraph.server.messages import Load, Progress, RankInfo, Ready, StepInfo, TokenUpdate, TransferLoad
 from stepgraph.server.metrics import Metrics
 from stepgraph.server.replicas import Replicas
 from stepgraph.server.rest import Rest
@@ -60,6 +60,7 @@ LOAD = Load(
     draft_tokens=28,
     saved_steps=14,
     accepted_per_position=(9, 4, 2),
+    transfers=TransferLoad(1, 2, 3, 40, 4000, 50, 5000, 17, {"confirmed": 6}, {"link": 1}, (0, 2, *[0] * 23), 0.002),
 )
 IN_GRAPH = StepInfo("mixed", "plain", 24, 8, 3, 21, None, 0.004, 0.001)
 EAGER = StepInfo("decode", "extended", 2, 2, 0, 2, "not_pure_prefill", 0.05, 0.002)

@@ -1,0 +1,60 @@
+"""What an engine's process tells of its transfers."""
+
+from __future__ import annotations
+
+import time
+from bisect import bisect_left
+from collections import Counter
+
+from stepgraph.engine.exchange import Exchange
+from stepgraph.server.messages import FETCH_SECONDS, TransferLoad
+
+_LOOK_S = 0.1
+"""Counting takes locks that movers and links take, too, and goes with every step: it is done so often at most."""
+
+
+class TransferReport:
+    """Counts of one engine.
+
+    Args:
+        exchange: the engine's.
+    """
+
+    def __init__(self, exchange: Exchange) -> None:
+        self._exchange = exchange
+        self._fetch_counts = [0] * (len(FETCH_SECONDS) + 1)
+        self._fetch_seconds = 0.0
+        self._load: TransferLoad | None = None
+        self._looked_at = -_LOOK_S
+        if exchange.sink is not None:
+            exchange.sink.on_fetched = self._observe
+
+    def load(self) -> TransferLoad | None:
+        """The counts, as they were a moment ago; None if the engine has to do with no other."""
+        transfers, now = self._exchange.transfers, time.monotonic()
+        if transfers is None or now - self._looked_at < _LOOK_S:
+            return self._load
+        self._looked_at = now
+        counts, sink = transfers.counts(), self._exchange.sink
+        failures = Counter({str(reason): count for reason, count in counts.failures.items()})
+        if sink is not None:
+            failures.update(sink.failures)
+        self._load = TransferLoad(
+            counts.num_leases,
+            counts.num_fetches,
+            self._exchange.num_quarantined,
+            counts.blocks_sent,
+            counts.bytes_sent,
+            counts.blocks_received,
+            counts.bytes_received,
+            0 if sink is None else sink.recomputed_tokens,
+            {str(reason): count for reason, count in counts.leases_ended.items()},
+            dict(failures),
+            tuple(self._fetch_counts),
+            self._fetch_seconds,
+        )
+        return self._load
+
+    def _observe(self, seconds: float) -> None:
+        self._fetch_counts[bisect_left(FETCH_SECONDS, seconds)] += 1
+        self._fetch_seconds += seconds
