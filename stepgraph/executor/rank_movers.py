@@ -11,6 +11,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from multiprocessing.connection import Connection, wait
 from typing import Any, NamedTuple
 
@@ -188,11 +189,13 @@ class RankedMovers:
 
     def close(self) -> None:
         """See `Movers.close`. Can be called again."""
-        if not self._is_closed:
+        with self._sending:
+            if self._is_closed:
+                return
             self._is_closed = True
-            self.send(_End())
-            self._own.close()
-            self._thread.join()
+            self._send(_End())
+        self._own.close()
+        self._thread.join()
 
     def begin(self, source: int, own: SourceCaches) -> Moves:
         """See `SourceCaches.begin`."""
@@ -213,13 +216,15 @@ class RankedMovers:
             logger.warning("memory of another engine is not given back: %s", error)
 
     def send(self, message: Any) -> None:
-        """Tell all workers something, in one order."""
+        """Tell all workers something, in one order; nothing once the movers are closed."""
         with self._sending:
-            for pipe in self._pipes:
-                try:
-                    pipe.send(message)
-                except OSError:
-                    continue  # it is gone, as whoever listens to it finds
+            if not self._is_closed:
+                self._send(message)
+
+    def _send(self, message: Any) -> None:
+        for pipe in self._pipes:
+            with suppress(OSError):  # it is gone, as whoever listens to it finds
+                pipe.send(message)
 
     def _answers_to(self, source: int) -> list[str]:
         """What went wrong on workers, when all have said it."""

@@ -26,17 +26,22 @@ class LocalMovers:
     def __init__(self, cache: RankCache, backend: Backend) -> None:
         self._backend = backend
         self._mover = Mover(cache.layout, cache.tensors, cache.shard.heads, cache.shard.rank, backend.copy)
+        self._sources: list[LocalSource] = []
         self._is_closed = False
 
     def attach(self, peer: Hello) -> LocalSource:
         """See `Movers.attach`."""
-        return LocalSource(self._mover, self._backend.attach(peer), heads_of(peer))
+        source = LocalSource(self._mover, self._backend.attach(peer), heads_of(peer))
+        self._sources = [*(source for source in self._sources if not source.is_closed), source]
+        return source
 
     def close(self) -> None:
-        """See `Movers.close`. Can be called again."""
+        """See `Movers.close`. Sources are closed too. Can be called again."""
         if not self._is_closed:
             self._is_closed = True
             self._mover.close()
+            for source in self._sources:
+                source.close()
             self._backend.close()
 
 
@@ -53,6 +58,7 @@ class LocalSource:
         self.num_blocks = next(len(tensor) for tensors in memory.tensors(0) for tensor in tensors)
         self._mover, self._memory, self._heads = mover, memory, heads
         self._begun: weakref.WeakSet[Moving] = weakref.WeakSet()  # the mover keeps those that it has to do with
+        self.is_closed = False
 
     def begin(self) -> Moving:
         """See `SourceCaches.begin`."""
@@ -61,7 +67,10 @@ class LocalSource:
         return moving
 
     def close(self) -> None:
-        """See `SourceCaches.close`."""
+        """See `SourceCaches.close`. Can be called again."""
+        if self.is_closed:
+            return
+        self.is_closed = True
         for moving in list(self._begun):
             moving.cancel()
             while not moving.done():

@@ -256,13 +256,21 @@ def test_a_worker_that_is_gone_moves_nothing_more(engine) -> None:
 
 
 def test_the_pipes_serve_one_engine_after_another(engine) -> None:
-    for _ in range(2):
+    for number in range(1, 3):
         moves = engine.movers.attach(PEER).begin()
         moves.submit(Move((1,), (4,), -1))
         wait(lambda moves=moves: moves.num_moved == 1)
-        left = engine.movers.attach(PEER).begin()
+        caches = engine.movers.attach(PEER)
+        left = caches.begin()
         left.submit(Move((1,), (5,), 0))
         engine.movers.close()
         assert left.done()
         assert all(backend.is_closed for backend in engine.backends)
+        assert engine.source.times_closed == number * 2 * SIZE
+        left.submit(Move((1,), (5,), -1))  # these three find nobody, now or in the next engine
+        left.cancel()
+        caches.close()
+        assert not any(theirs.poll() for _, theirs in engine.pipes)
+        for backend in engine.backends:
+            backend.is_closed = False
         engine.build()
