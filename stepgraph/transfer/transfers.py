@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import secrets
 import threading
 import time
@@ -19,7 +20,12 @@ from stepgraph.transfer.rank_cache import ExportedCache
 from stepgraph.transfer.reference import PARAM, Reference
 from stepgraph.transfer.sockets import AllowedHosts, listen
 
+logger = logging.getLogger(__name__)
+
 _CLOSE_S = 10.0
+"""For another engine's memory to be let go of."""
+_MAX_PEERS = 256
+"""At a time: requests say how many there are."""
 
 
 class EngineTransfers:
@@ -98,8 +104,10 @@ class EngineTransfers:
         elif self._hosts is None or reference.host not in self._hosts:
             fetch.end(FetchFailure.LINK)
         else:
-            while not self._peer(reference).fetch(fetch):
+            while (peer := self._peer(reference)) is not None and not peer.fetch(fetch):
                 pass  # that one has just ended
+            if peer is None:
+                fetch.end(FetchFailure.LINK)
         return fetch
 
     def renew(self, references: Sequence[Reference]) -> None:
@@ -113,7 +121,8 @@ class EngineTransfers:
             if reference.host in self._hosts:
                 leases.setdefault((reference.host, reference.port), (reference, set()))[1].add(reference.lease)
         for reference, names in leases.values():
-            self._peer(reference).renew(names)
+            if (peer := self._peer(reference)) is not None:
+                peer.renew(names)
 
     def cache_lost(self, reason: LossReason) -> None:
         """See `Transfers.cache_lost`."""
@@ -161,12 +170,15 @@ class EngineTransfers:
         for peer in peers:
             peer.join(_CLOSE_S)
 
-    def _peer(self, reference: Reference) -> Peer:
-        """The one that a reference names, connected or on its way to be."""
+    def _peer(self, reference: Reference) -> Peer | None:
+        """The one that a reference names, connected or on its way to be; None if there are too many."""
         assert self._hello is not None
         address = (reference.host, reference.port)
         with self._lock:
             if address not in self._peers:
+                if len(self._peers) >= _MAX_PEERS:
+                    logger.warning("this engine takes keys and values from %d others, and from no more", _MAX_PEERS)
+                    return None
                 self._peers[address] = Peer(
                     *address, self._secret, self._hello, self._movers, self._patience, self._clock, self._gone
                 )

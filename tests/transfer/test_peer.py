@@ -9,6 +9,7 @@ import pytest
 from fake_engines import KEYS, LAYOUT, NUM_BLOCKS, SECRET, creating, reference_to, wait
 
 from stepgraph.errors import RequestError
+from stepgraph.transfer import transfers
 from stepgraph.transfer.base import FetchFailure, FetchState, TransferError
 from stepgraph.transfer.leases import Leases, LossReason
 from stepgraph.transfer.link import Link, LinkError
@@ -133,6 +134,19 @@ def test_what_another_engine_or_none_has_is_not_fetched(create) -> None:
     assert sink.counts().failures == {
         "other_model": 1, "other_layout": 1, "link": 3, "stale": 1, "unknown": 1, "backend": 1
     }  # fmt: skip
+
+
+def test_requests_cannot_have_any_number_of_places_connected_to(create, monkeypatch) -> None:
+    monkeypatch.setattr(transfers, "_MAX_PEERS", 1)
+    source, other, sink = create(), create(), create()
+    source.leases.open("a")
+    fetch = sink.fetch(reference_to(source), 0, [1], KEYS[:1])
+    sink.renew([reference_to(other)])
+    fails(sink.fetch(reference_to(other), 0, [1], KEYS[:1]), FetchFailure.LINK)
+    fetch.cancel()
+    source.close()
+    wait(lambda: not sink._peers)
+    fails(sink.fetch(reference_to(other), 0, [1], KEYS[:1]), LossReason.UNKNOWN)
 
 
 def test_requests_are_told_where_nothing_is_fetched_from(create) -> None:
