@@ -42,10 +42,8 @@ def create_transfers(config: TransferConfig, executor: Executor, model: str) -> 
     backend = config.kv_transfer_backend
     if backend in (None, "auto"):
         backend = (CudaBackend if executor.specs.platform == "cuda" else SharedMemoryBackend).name
-    cache = executor.export_cache(backend)
     return EngineTransfers(
-        cache,
-        cache.movers,
+        executor.export_cache(backend),
         model,
         backend,
         Leases(config.kv_lease, GRACE_S),

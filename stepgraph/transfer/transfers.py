@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 
 from stepgraph.errors import RequestError
-from stepgraph.transfer.base import Fetch, FetchFailure, FetchState, Movers, TransferCounts
+from stepgraph.transfer.base import Fetch, FetchFailure, FetchState, TransferCounts
 from stepgraph.transfer.fetch import RemoteFetch
 from stepgraph.transfer.leases import Leases, LossReason
 from stepgraph.transfer.messages import PROTOCOL, Hello
@@ -33,7 +33,6 @@ class EngineTransfers:
 
     Args:
         cache: where blocks come from and go to.
-        movers: copy into it.
         model: digest of the weights, see `Hello.model`.
         backend: name of how bytes move.
         leases: what it holds for others.
@@ -50,7 +49,6 @@ class EngineTransfers:
     def __init__(
         self,
         cache: ExportedCache,
-        movers: Movers,
         model: str,
         backend: str,
         leases: Leases,
@@ -64,7 +62,7 @@ class EngineTransfers:
         self.engine_id = secrets.token_hex(16)
         self.leases = leases
         self.host, self.port = "", 0
-        self._cache, self._movers, self._backend, self._secret = cache, movers, backend, secret
+        self._cache, self._backend, self._secret = cache, backend, secret
         self._hosts, self._patience, self._clock = hosts, patience, clock
         self._lock = threading.Lock()
         self._peers: dict[tuple[str, int], Peer] = {}
@@ -180,7 +178,7 @@ class EngineTransfers:
                     logger.warning("this engine takes keys and values from %d others, and from no more", _MAX_PEERS)
                     return None
                 self._peers[address] = Peer(
-                    *address, self._secret, self._hello, self._movers, self._patience, self._clock, self._gone
+                    *address, self._secret, self._hello, self._cache.movers, self._patience, self._clock, self._gone
                 )
             return self._peers[address]
 

@@ -97,7 +97,7 @@ def creating() -> Iterator[Callable[..., EngineTransfers]]:
             cache = ExportedCache(layout, is_cut=False, ranks=("here",), movers=movers)
             settings = {"hosts": AllowedHosts(None), "address": ("127.0.0.1", None)} | settings
             leases = Leases(30.0, 2.0) if leases is None else leases
-            made = EngineTransfers(cache, movers, model, "fake", leases, secret, **settings)
+            made = EngineTransfers(cache, model, "fake", leases, secret, **settings)
             stack.callback(made.close)
             made.movers = movers
             return made
