@@ -42,7 +42,7 @@ def compositions(total: int, max_parts: int) -> Iterator[tuple[int, ...]]:
             yield tuple(end - start for start, end in zip((0, *cuts), (*cuts, total), strict=True))
 
 
-@pytest.mark.parametrize("group", [1, 2, 3, 5])
+@pytest.mark.parametrize("group", [1, 3, 5])
 def test_every_split_of_the_tokens_over_rows_matches_with_one_geometry(group: int, device: str) -> None:
     T, R = 7, 3
     geometries = set()
