@@ -34,10 +34,10 @@ demo: $(MODEL)
 	@$(BIN)/stepgraph demo
 
 test: $(DEV) $(MODEL)
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadfile $(PYTEST_FLAGS)
+	@PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadfile $(PYTEST_FLAGS)
 
 test-ranks: $(DEV)
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadfile $(RANK_TESTS) $(PYTEST_FLAGS)
+	@PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadfile $(RANK_TESTS) $(PYTEST_FLAGS)
 
 lint: $(DEV)
 	$(BIN)/ruff check .
