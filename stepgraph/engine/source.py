@@ -53,8 +53,8 @@ class Source:
 
     @property
     def is_busy(self) -> bool:
-        """Whether there is a lease, or a block held for one."""
-        return self._num_held > 0 or len(self._transfers.leases) > 0
+        """Whether there is a lease, a prompt for one, or a block held for one."""
+        return bool(self._growing) or self._num_held > 0 or len(self._transfers.leases) > 0
 
     def add(self, request: Request, offer: Offer) -> None:
         """Open the lease of a request that has been queued.
