@@ -16,6 +16,7 @@ import logging
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from stepgraph.abi.slot_line import NULL_BLOCK
 from stepgraph.engine.request import Request
@@ -32,6 +33,27 @@ MAX_FETCHED_SHARE = 0.5
 """Of the blocks: more are on their way at a time for one request alone."""
 
 
+class FetchReport(NamedTuple):
+    """A fetch that has ended."""
+
+    waited_s: float
+    """How long its request was queued before."""
+    seconds: float
+    """From its begin to its end."""
+    num_blocks: int
+    """That have come."""
+    reason: str | None
+    """Why they have not, if it failed."""
+
+
+@dataclass
+class _Queued:
+    """A request for which nothing has begun; times in seconds."""
+
+    added_at: float
+    slot_free_since: float
+
+
 @dataclass
 class _Fetching:
     """Blocks that are to come for a request."""
@@ -45,6 +67,8 @@ class _Fetching:
     """Those before them, which were here."""
     after: int | None
     """Step whose results must be read before anybody writes into the blocks; None: no step was under way."""
+    waited_s: float
+    """How long its request was queued."""
     fetch: Fetch | None = None
 
 
@@ -73,13 +97,15 @@ class Sink:
         self._transfers, self._scheduler = transfers, scheduler
         self._blocks, self._prefixes = scheduler.blocks, scheduler.prefixes
         self._max_num_seqs, self._timeout_s, self._fails, self._clock = max_num_seqs, timeout_s, fails, clock
-        self._queued: dict[Request, float] = {}  # since when there was a slot for it and nothing else
+        self._queued: dict[Request, _Queued] = {}
         self._fetching: dict[Request, _Fetching] = {}
         self._ready: dict[Request, int] = {}  # tokens that it should find
         self.failures: Counter[str] = Counter()
         """Requests that found less than was computed for them elsewhere, by the reason, but for fetches that failed."""
         self.recomputed_tokens = 0
         """Of prompts that were computed elsewhere."""
+        self.on_end: Callable[[FetchReport], None] = lambda report: None
+        """Called in the engine's thread when a fetch has ended; whoever watches them sets it."""
         self.on_fetched: Callable[[float], None] = lambda seconds: None
         """Called when blocks have come, with the seconds that it took."""
 
@@ -89,11 +115,16 @@ class Sink:
         return bool(self._queued or self._fetching or self._ready or self._blocks.num_quarantined)
 
     def add(self, request: Request) -> None:
-        """A request has been queued whose prompt is computed elsewhere."""
+        """A request has been queued whose prompt is computed elsewhere.
+
+        Raises:
+            RequestError: nothing is taken from there.
+        """
+        self._transfers.check(_reference_of(request))
         if request.variant is Variant.PROMPT_LOGPROBS:  # these need every token to be computed
             self._give_up(request, "prompt_logprobs")
         else:
-            self._queued[request] = self._clock()
+            self._queued[request] = _Queued(self._clock(), self._clock())
             request.awaits_blocks = True
 
     def poll(self, unread: Sequence[int]) -> list[Request]:
@@ -134,13 +165,13 @@ class Sink:
         for request in sorted(self._queued, key=rank):
             num_free_slots = self._max_num_seqs - self._scheduler.num_running
             if len(self._fetching) + len(self._ready) >= num_free_slots:
-                for other in self._queued:
-                    self._queued[other] = self._clock()
+                for queued in self._queued.values():
+                    queued.slot_free_since = self._clock()
                 return
             if any(fetching.reference == request.transfer for fetching in self._fetching.values()):
                 continue  # a lease is read once; what has come then is found
             if not self._start(request, unread):
-                if self._clock() - self._queued[request] < self._timeout_s:
+                if self._clock() - self._queued[request].slot_free_since < self._timeout_s:
                     return
                 del self._queued[request]
                 self._give_up(request, "no_blocks")
@@ -158,8 +189,11 @@ class Sink:
             if num_left < least or (on_the_way and on_the_way + count > MAX_FETCHED_SHARE * pool.num_usable):
                 return False
             pool.hold(held)
+            waited_s = self._clock() - self._queued[request].added_at
             after = unread[-1] if unread else None
-            self._fetching[request] = _Fetching(request, _reference_of(request), first, pool.take(count), held, after)
+            self._fetching[request] = _Fetching(
+                request, _reference_of(request), first, pool.take(count), held, after, waited_s
+            )
             self._begin(self._fetching[request], unread)
         del self._queued[request]
         if count <= 0:
@@ -179,10 +213,12 @@ class Sink:
             self._begin(fetching, unread)
         elif fetch.state is FetchState.DONE:
             self.on_fetched(fetch.seconds)
+            self.on_end(FetchReport(fetching.waited_s, fetch.seconds, fetch.num_blocks, None))
             self._commit(fetching, fetch.num_blocks)
         elif fetch.state is FetchState.FAILED:
             assert fetch.reason is not None
             reason = str(fetch.reason)
+            self.on_end(FetchReport(fetching.waited_s, fetch.seconds, 0, reason))
             self._release(fetching)
             logger.warning("request %s: its keys and values did not come: %s", request.id, reason)
             if self._fails:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from scheduling import Loop
 
 from stepgraph.config.transfer import TransferConfig
+from stepgraph.errors import RequestError
 from stepgraph.transfer.base import FetchFailure, FetchState, TransferCounts
 from stepgraph.transfer.leases import Leases, LossReason
 from stepgraph.transfer.messages import Complete, Filled, Lost, Message
@@ -107,6 +108,10 @@ class FakeTransfers:
         for reference in [*references, *(fetch.reference for fetch in self.fetches)]:
             if reference.engine in self.network:
                 self.network[reference.engine].leases.renew(reference.lease)
+
+    def check(self, reference: Reference) -> None:
+        if reference.host == "/tmp/forbidden":
+            raise RequestError("not from there")
 
     def cache_lost(self, reason: LossReason) -> None:
         self.is_resting = True

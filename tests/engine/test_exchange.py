@@ -9,6 +9,7 @@ from scheduling import VOCAB, Loop, answer_alone
 from stepgraph.engine import exchange
 from stepgraph.engine.request import FinishReason, Request
 from stepgraph.engine.sampling_params import SamplingParams
+from stepgraph.engine.sink import FetchReport
 from stepgraph.errors import ConfigError, RequestError
 from stepgraph.transfer.base import FetchFailure, FetchState
 from stepgraph.transfer.leases import LossReason
@@ -173,6 +174,18 @@ def test_leases_never_hold_more_than_their_share_and_the_others_are_computed_all
     check_nothing_is_left(source)
 
 
+def test_a_lease_that_is_dropped_before_it_has_a_block_leaves_its_prompt_to_itself() -> None:
+    source, _ = pair(max_tokens=8)
+    request = source.add("a", 30, 1, transfer=Offer("lease"))
+    source.transfers.leases.drop("lease")
+    source.step()
+    other = source.add("b", 30, 1, transfer=Offer("other"))
+    source.drain()
+    check_answers(request, other)
+    assert source.transfers.leases.confirm("other", 7) is None
+    check_nothing_is_left(source)
+
+
 def test_a_name_of_a_lease_that_was_used_is_refused_and_leaves_nothing() -> None:
     source, _ = pair()
     source.add("a", 9, 1, transfer=Offer("lease"))
@@ -193,6 +206,13 @@ def offered(source: Connected, id: str = "a", prompt_len: int = 33, **options) -
     reference = read_params(request.kv_transfer_params)
     assert isinstance(reference, Reference)
     return reference
+
+
+def test_a_reference_to_a_place_that_nothing_is_taken_from_is_refused_and_leaves_nothing() -> None:
+    _, sink = pair()
+    with pytest.raises(RequestError, match="not from there"):
+        sink.add("a", 9, 1, transfer=Reference("engine", "/tmp/forbidden", 0, "lease"))
+    check_nothing_is_left(sink)
 
 
 def test_bytes_wait_for_the_results_of_steps_that_may_read_what_their_blocks_held() -> None:
@@ -250,9 +270,12 @@ def test_blocks_of_another_prompt_are_never_found() -> None:
     source, sink = pair()
     reference = offered(source, salt="theirs")
     request = sink.add("a", 33, 5, transfer=reference, salt="ours")
+    reports: list[FetchReport] = []
+    sink.sink.on_end = reports.append
     run(source, sink)
     check_answers(request)
     assert sink.transfers.failures == {FetchFailure.OTHER_BLOCKS: 1}
+    assert [(report.num_blocks, report.reason) for report in reports] == [(0, "other_blocks")]
     check_nothing_is_left(source, sink)
 
 
