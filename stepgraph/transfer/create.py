@@ -21,13 +21,16 @@ GRACE_S = 2.0
 """After which blocks of a lease that has expired while it was read go back."""
 
 
+_BACKENDS = {made.name: made for made in (SharedMemoryBackend, CudaBackend)}
+
+
 def create_backend(name: str, cache: RankCache) -> Backend:
     """The back end `name` of a rank, in the process that has its cache.
 
     Raises:
         ConfigError: the cache does not lie where it needs it.
     """
-    return {made.name: made for made in (SharedMemoryBackend, CudaBackend)}[name](cache)
+    return _BACKENDS[name](cache)
 
 
 def create_transfers(config: TransferConfig, executor: Executor, model: str) -> EngineTransfers:
@@ -39,13 +42,14 @@ def create_transfers(config: TransferConfig, executor: Executor, model: str) -> 
     Raises:
         ConfigError: its cache does not lie where others reach it, or it cannot listen for them.
     """
-    backend = config.kv_transfer_backend
-    if backend in (None, "auto"):
+    backend = config.kv_transfer_backend or "auto"
+    if backend == "auto":
         backend = (CudaBackend if executor.specs.platform == "cuda" else SharedMemoryBackend).name
     return EngineTransfers(
         executor.export_cache(backend),
         model,
         backend,
+        _BACKENDS[backend].moves,
         Leases(config.kv_lease, GRACE_S),
         config.secret(),
         address=(config.kv_transfer_host, config.kv_transfer_port) if config.gives else None,

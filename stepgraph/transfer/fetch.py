@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from stepgraph.transfer.base import FetchFailure, FetchState, Moves
+from stepgraph.transfer.base import FetchFailure, FetchState, Move, Moves
 from stepgraph.transfer.leases import LossReason
 from stepgraph.transfer.reference import Reference
 
@@ -13,6 +13,28 @@ if TYPE_CHECKING:
     from stepgraph.transfer.peer import Peer
 
 Reason = FetchFailure | LossReason
+
+
+class Pushed:
+    """What the source copies for a fetch, which messages tell it to begin and to end. See `stepgraph.transfer.base.Moves`."""
+
+    def __init__(self) -> None:
+        self.num_moved = 0
+        self.error: Exception | None = None
+        self._is_stopped = False
+
+    def submit(self, move: Move) -> None:
+        """The source knows."""
+
+    def cancel(self) -> None:
+        """The source is told."""
+
+    def stop(self) -> None:
+        """Nobody copies for it any more: the source has said so, or cannot write here any more."""
+        self._is_stopped = True
+
+    def done(self) -> bool:
+        return self._is_stopped
 
 
 class RemoteFetch:
@@ -48,8 +70,10 @@ class RemoteFetch:
         self.total: int | None = None
         """Blocks to come, once that is known."""
         self.num_moved = 0
-        self.is_confirming = self.is_dropped = False
-        """Whether the source was told so."""
+        self.is_confirming = False
+        """Whether the source was asked whether what has come was right."""
+        self.dropped_at: float | None = None
+        """When the source was told that nothing more is wanted, if it was."""
         self._count, self._clock = count, clock
         self._began_at = self.progress_at = clock()
         self._ended_at: float | None = None

@@ -39,6 +39,7 @@ class LossReason(StrEnum):
     DROPPED = "dropped"  # by the sink
     CANCELLED = "cancelled"  # its request has ended before its prompt was computed
     CACHE_LOST = "cache_lost"  # the engine sleeps, has new weights, or could not run a step
+    NOT_MOVED = "not_moved"  # its bytes cannot be copied
     NOT_COMPLETE = "not_complete"  # confirmed too early, or more blocks than there are
 
 

@@ -13,6 +13,9 @@ The *source* has computed blocks and holds them under a lease; the *sink* takes 
                                              Lost       the lease is over, and why
     Bye        the link ends                 Bye
 
+Where the source moves the bytes, it goes on until it has said `Dropped` or `Confirmed`: whatever else ends a lease, the sink
+answers by Drop, and its blocks are nobody else's before that.
+
 No byte counts before `Confirmed`: it is sent after the bytes have arrived, by the one who knows whether the blocks still were
 those of the lease then. Times are durations: clocks differ.
 """

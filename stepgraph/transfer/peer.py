@@ -6,12 +6,14 @@ import logging
 import threading
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
+from typing import Literal
 
 from stepgraph.transfer.base import FetchFailure, Move, Movers, SourceCaches, TransferError
-from stepgraph.transfer.fetch import Reason, RemoteFetch
+from stepgraph.transfer.fetch import Pushed, Reason, RemoteFetch
 from stepgraph.transfer.leases import LossReason
 from stepgraph.transfer.link import Link, LinkError
 from stepgraph.transfer.messages import (
+    Arrived,
     Bye,
     Complete,
     Confirm,
@@ -59,6 +61,7 @@ class Peer:
         secret: that it knows.
         hello: of this engine.
         movers: of this engine.
+        moves: whose movers copy, see `stepgraph.transfer.base.Backend.moves`.
         patience: of this engine.
         clock: seconds, monotonic.
         gone: called when nothing can be fetched over it any more.
@@ -71,13 +74,15 @@ class Peer:
         secret: bytes,
         hello: Hello,
         movers: Movers,
+        moves: Literal["sink", "source"],
         patience: Patience,
         clock: Callable[[], float],
         gone: Callable[[Peer], None],
     ) -> None:
         self.host, self.port = host, port
         self._secret, self._hello, self._movers, self._patience, self._clock = secret, hello, movers, patience, clock
-        self._gone = gone
+        self._gone, self._is_pushed_to = gone, moves == "source"
+        self._pushed: list[Pushed] = []  # that the source may still copy for
         self._lock = threading.RLock()
         self._fetches: dict[str, RemoteFetch] = {}  # by lease; those that the source may still speak of
         self._waiting: set[str] = set()  # leases to be renewed once there is a link
@@ -125,8 +130,7 @@ class Peer:
                 if self._outbox is None:
                     del self._fetches[fetch.reference.lease]  # it was never opened
                 else:
-                    fetch.is_dropped = True
-                    self._outbox.post(Drop(fetch.reference.lease))
+                    self._drop(fetch)
 
     def end(self, reason: Reason) -> None:
         """Fetch nothing any more: all that is under way ends for a reason. Does not wait."""
@@ -161,6 +165,8 @@ class Peer:
             self.end(reason)
             if self._caches is not None:
                 self._caches.close()
+            for pushed in self._pushed:
+                pushed.stop()
 
     @property
     def _name(self) -> str:
@@ -207,7 +213,9 @@ class Peer:
     def _converse(self, link: Link) -> None:
         while True:
             with self._lock:
-                brief = any(fetch.total is not None and not fetch.is_confirming for fetch in self._under_way())
+                brief = not self._is_pushed_to and any(
+                    fetch.total is not None and not fetch.is_confirming for fetch in self._under_way()
+                )
             message = link.receive(_BRIEF_LOOK_S if brief else _LOOK_S)
             with self._lock:
                 if self._is_over:
@@ -241,8 +249,25 @@ class Peer:
             del self._fetches[fetch.reference.lease]
             fetch.end(FetchFailure.STALE)
             return
-        fetch.moves = self._caches.begin()
-        self._outbox.post(Open(fetch.reference.lease, fetch.first))
+        if self._is_pushed_to:
+            self._pushed = [other for other in self._pushed if not other.done()]
+            self._pushed.append(pushed := Pushed())
+            fetch.moves = pushed
+        else:
+            fetch.moves = self._caches.begin()
+        into = fetch.blocks if self._is_pushed_to else ()
+        self._outbox.post(Open(fetch.reference.lease, fetch.first, into))
+
+    def _drop(self, fetch: RemoteFetch) -> None:
+        assert self._outbox is not None
+        fetch.dropped_at = self._clock()
+        self._outbox.post(Drop(fetch.reference.lease))
+
+    def _forget(self, fetch: RemoteFetch) -> None:
+        """The source speaks of it no more, and copies nothing for it."""
+        del self._fetches[fetch.reference.lease]
+        if isinstance(fetch.moves, Pushed):
+            fetch.moves.stop()
 
     def _hear(self, message: Message) -> bool:
         """Take a message of the source. False if it ends the link."""
@@ -253,12 +278,13 @@ class Peer:
                 return False
             case Lost():
                 return self._lose(message)
-            case Filled() | Complete() | Confirmed() | Dropped():
+            case Filled() | Complete() | Arrived() | Confirmed() | Dropped():
                 fetch = self._fetches.get(message.lease)
                 if fetch is None:
                     raise ProtocolError(f"{type(message).__name__} of a lease that was not opened")
-                if isinstance(message, Dropped) != fetch.is_dropped:
-                    if not fetch.is_dropped:
+                is_dropped = fetch.dropped_at is not None
+                if isinstance(message, Dropped) != is_dropped:
+                    if not is_dropped:
                         raise ProtocolError("Dropped of a lease that was not dropped")
                     return True  # it was on its way
                 match message:
@@ -266,13 +292,15 @@ class Peer:
                         self._fill(fetch, message)
                     case Complete():
                         self._complete(fetch, message)
+                    case Arrived():
+                        self._arrive(fetch, message)
                     case Confirmed():
                         if not fetch.is_confirming:
                             raise ProtocolError("Confirmed before it was asked for")
-                        del self._fetches[message.lease]
+                        self._forget(fetch)
                         fetch.end(None)
                     case Dropped():
-                        del self._fetches[message.lease]
+                        self._forget(fetch)
             case _:
                 raise ProtocolError(f"a source sent what it may not: {type(message).__name__}")
         return True
@@ -283,9 +311,12 @@ class Peer:
         except ValueError as error:
             raise ProtocolError("a lease was lost for no known reason") from error
         fetch = self._fetches.get(message.lease)
-        if fetch is not None and not fetch.is_dropped:  # else it was on its way
-            del self._fetches[message.lease]
+        if fetch is not None and fetch.dropped_at is None:  # else it was on its way
             fetch.end(reason)
+            if self._is_pushed_to:
+                self._drop(fetch)  # to hear when nothing is copied any more
+            else:
+                self._forget(fetch)
         return True
 
     def _fill(self, fetch: RemoteFetch, message: Filled) -> None:
@@ -316,6 +347,12 @@ class Peer:
         fetch.total = min(fetch.num_told, len(fetch.blocks))
         fetch.progress_at = self._clock()
 
+    def _arrive(self, fetch: RemoteFetch, message: Arrived) -> None:
+        num_moved = message.num_blocks - fetch.first
+        if not isinstance(fetch.moves, Pushed) or not fetch.moves.num_moved < num_moved <= fetch.num_told:
+            raise ProtocolError(f"Arrived with {message.num_blocks} blocks")
+        fetch.moves.num_moved = num_moved
+
     def _look_at(self, fetch: RemoteFetch) -> None:
         """See how far a fetch under way has come."""
         if fetch.moves is None or self._outbox is None:
@@ -337,6 +374,11 @@ class Peer:
     def _look_at_the_clock(self) -> None:
         now = self._clock()
         assert self._outbox is not None
+        if any(
+            fetch.dropped_at is not None and now - fetch.dropped_at > self._patience.timeout_s
+            for fetch in self._fetches.values()
+        ):
+            raise ProtocolError("no answer to Drop")
         if self._fetches:
             self._used_at = now
         elif now - self._used_at > _IDLE_S:

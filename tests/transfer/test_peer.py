@@ -2,17 +2,15 @@
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 
 import pytest
-from fake_engines import KEYS, LAYOUT, NUM_BLOCKS, SECRET, creating, reference_to, wait
+from fake_engines import KEYS, LAYOUT, NUM_BLOCKS, Clock, Rogue, creating, ends, fails, reference_to, wait
 
 from stepgraph.errors import RequestError
 from stepgraph.transfer import transfers
 from stepgraph.transfer.base import FetchFailure, FetchState, TransferError
 from stepgraph.transfer.leases import Leases, LossReason
-from stepgraph.transfer.link import Link, LinkError
 from stepgraph.transfer.messages import (
     Bye,
     Complete,
@@ -27,16 +25,8 @@ from stepgraph.transfer.messages import (
     Open,
 )
 from stepgraph.transfer.peer import Patience
-from stepgraph.transfer.reference import Reference
-from stepgraph.transfer.sockets import AllowedHosts, listen
+from stepgraph.transfer.sockets import AllowedHosts
 from stepgraph.transfer.transfers import EngineTransfers
-
-
-class Clock:
-    now = 0.0
-
-    def __call__(self) -> float:
-        return self.now
 
 
 @pytest.fixture
@@ -101,12 +91,6 @@ def test_a_prompt_that_is_shorter_than_hoped_brings_what_it_has(create) -> None:
         wait(lambda fetch=fetch: fetch.state is FetchState.DONE)
         assert fetch.num_blocks == num_blocks
     assert len(source.leases) == 0
-
-
-def fails(fetch, reason) -> None:
-    wait(lambda: fetch.state is not FetchState.UNDER_WAY)
-    assert (fetch.state, fetch.reason) == (FetchState.FAILED, reason)
-    wait(fetch.done)
 
 
 def test_what_another_engine_or_none_has_is_not_fetched(create) -> None:
@@ -333,23 +317,6 @@ def test_a_link_that_nobody_needs_ends(create) -> None:
     wait(lambda: sink.movers.num_closed)
 
 
-class Rogue:
-    """A source that does as a test says."""
-
-    def __init__(self) -> None:
-        self.listener, self.host, _ = listen("127.0.0.1", None)
-        self.reference = Reference("rogue", self.host, 0, "a")
-
-    @contextmanager
-    def link(self) -> Iterator[Link]:
-        stream, _ = self.listener.accept()
-        link = Link(stream, SECRET, is_asking=False, timeout_s=10)
-        assert isinstance(link.receive(10), Hello)
-        link.send(Hello(1, "rogue", "model", LAYOUT.digest, ("fake",), False, ("here",)))
-        yield link
-        link.close()
-
-
 @pytest.fixture
 def rogue() -> Iterator[Rogue]:
     made = Rogue()
@@ -386,16 +353,6 @@ def test_a_source_that_makes_no_sense_is_left(create, rogue, messages: list[Mess
             link.send(message)
         fails(fetch, FetchFailure.PROTOCOL)
         assert ends(link)
-
-
-def ends(link: Link) -> bool:
-    """Whether a link ends, after whatever else comes."""
-    try:
-        while link.receive(10) is not None:
-            pass
-    except LinkError:
-        return True
-    return False
 
 
 def test_a_source_that_ends_amid_a_fetch_is_counted(create, rogue) -> None:
