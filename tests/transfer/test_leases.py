@@ -138,7 +138,7 @@ class AnyLeases(RuleBasedStateMachine):
         return f"{name}{self.round}"
 
     def hear(self, message) -> None:
-        if isinstance(message, Lost):
+        if isinstance(message, Lost) and message.reason != LossReason.CONFIRMED:  # else a second reader is told
             self.lost.add(message.lease)
 
     @rule()
