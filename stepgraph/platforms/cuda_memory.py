@@ -100,9 +100,16 @@ class SleepableMemory:
 
     def export(self) -> Exported:
         """By what other processes reach it, until it is released: those who have mapped it then keep the old physical memory
-        from going back. Of shared memory that holds something."""
+        from going back. Of shared memory; any thread of the device's context may call it.
+
+        Raises:
+            RuntimeError: it holds nothing, or has been released.
+        """
         assert self._is_shared, self
-        [(address, num_bytes)] = self._mapped
+        mapped = tuple(self._mapped)
+        if not mapped:
+            raise RuntimeError("the memory is released")
+        [(address, num_bytes)] = mapped
         return Exported(self._driver.export(address), num_bytes)
 
     def offset(self, tensor: Tensor) -> int:

@@ -7,12 +7,13 @@ the memory for its own GPU. There is a direct way between the two then, or the d
 
 from __future__ import annotations
 
+import logging
 import os
 import secrets
 import socket
 import struct
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
 from functools import lru_cache
 from typing import Literal
@@ -30,6 +31,8 @@ from stepgraph.transfer.messages import Hello
 from stepgraph.transfer.mover import Heads, heads_of
 from stepgraph.transfer.rank_cache import RankCache
 from stepgraph.transfer.shared_memory import map_words
+
+logger = logging.getLogger(__name__)
 
 NUM_PROGRAMS = 16
 """Thread blocks that copy, see `stepgraph.ops.copy_blocks`."""
@@ -65,9 +68,15 @@ class CudaBackend:
         if signals is None or not isinstance(memory, SleepableMemory):
             return ""
         assert self._door is None, self._door
-        exported = memory.export()
-        self._door = _Door(exported.descriptor)
-        return describe(self._cache, (self._door.name, exported.num_bytes), signals.file.address, memory.offset)
+        descriptor, num_bytes = memory.export()
+        os.close(descriptor)  # while one is open, the memory stays, and the engine may sleep
+
+        def export() -> int:
+            self._enter()
+            return memory.export().descriptor
+
+        self._door = _Door(export)
+        return describe(self._cache, (self._door.name, num_bytes), signals.file.address, memory.offset)
 
     def copy(self, copies: Sequence[BlockCopy]) -> None:
         """See `Backend.copy`. Beside the work of the engine's thread, and in no order with it."""
@@ -160,11 +169,11 @@ class _Door:
     """Gives a file descriptor to every process of this user that asks.
 
     Args:
-        descriptor: the door's from now on.
+        export: opens one, which the door closes; RuntimeError if there is nothing to give.
     """
 
-    def __init__(self, descriptor: int) -> None:
-        self._descriptor = descriptor
+    def __init__(self, export: Callable[[], int]) -> None:
+        self._export = export
         self.name = f"stepgraph-kv-{secrets.token_hex(16)}"
         """Of the socket, which is in no folder."""
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
@@ -178,7 +187,6 @@ class _Door:
         self._socket.shutdown(socket.SHUT_RDWR)
         self._thread.join()
         self._socket.close()
-        os.close(self._descriptor)
 
     def _serve(self) -> None:
         while True:
@@ -189,7 +197,18 @@ class _Door:
             with other, suppress(OSError):  # whoever asks may be gone
                 credentials = other.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
                 if _CREDENTIALS.unpack(credentials)[1] == os.getuid():
-                    socket.send_fds(other, [b"\0"], [self._descriptor])
+                    self._give(other)
+
+    def _give(self, other: socket.socket) -> None:
+        try:
+            descriptor = self._export()
+        except RuntimeError as error:
+            logger.info("no memory is given to another engine now: %s", error)
+            return
+        try:
+            socket.send_fds(other, [b"\0"], [descriptor])
+        finally:
+            os.close(descriptor)
 
 
 def _fetch_descriptor(name: str) -> int:
@@ -202,5 +221,5 @@ def _fetch_descriptor(name: str) -> int:
     except (OSError, ValueError) as error:
         raise TransferError(f"another engine's memory is not to be had ({error}); is it on this machine?") from error
     if not descriptors:
-        raise TransferError("another engine does not give its memory; is it another user's?")
+        raise TransferError("another engine does not give its memory; does it sleep, or is it another user's?")
     return descriptors[0]

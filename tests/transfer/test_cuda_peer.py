@@ -174,9 +174,26 @@ def test_the_door_gives_to_this_user_alone_and_to_nobody_once_it_is_closed(creat
     descriptors = len(os.listdir("/proc/self/fd"))
     source.close()
     source.close()
-    assert len(os.listdir("/proc/self/fd")) == descriptors - 2
+    assert len(os.listdir("/proc/self/fd")) == descriptors - 1
     with pytest.raises(TransferError, match="not to be had"):
         backend.attach(peer)
+
+
+def test_a_source_that_sleeps_gives_its_memory_back_and_another_one_when_it_wakes_up(create, driver) -> None:
+    backend, _ = create(shared=False)
+    source, cache = create()
+    peer = hello(source)
+    mapped = driver.in_use
+    cache.memory.release(keep_content=False)
+    assert driver.in_use < mapped
+    with pytest.raises(TransferError, match="does it sleep"):
+        backend.attach(peer)
+    cache.memory.restore()
+    cache.tensors[0][0][2] = 7
+    memory = backend.attach(peer)
+    assert (memory.tensors(0)[0][0][2] == 7).all()
+    assert driver.handles == {}
+    memory.close()
 
 
 def _give(pipe: Connection) -> None:
