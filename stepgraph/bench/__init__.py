@@ -27,6 +27,7 @@ _BENCHMARKS = (
         "spec",
         "busy",
         "collectives",
+        "transfer",
     ),
 )
 
