@@ -2,7 +2,6 @@
 
 import random
 import time
-from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -13,12 +12,11 @@ from tiny import TINY_SETTINGS, VOCAB_SIZE, drain, save_tiny_model
 from stepgraph.config import EngineConfig
 from stepgraph.engine.engine import Engine
 from stepgraph.engine.sampling_params import SamplingParams
-from stepgraph.transfer.base import Move, Moves, TransferError
-from stepgraph.transfer.messages import PROTOCOL, Hello
-from stepgraph.transfer.rank_cache import ExportedCache
+from stepgraph.transfer.reference import Offer, Reference
 
 PROPOSING = {"speculative_config": {"method": "mtp", "num_speculative_tokens": 2}}
 PROMPT = [random.Random(5).randrange(1, VOCAB_SIZE) for _ in range(100)]
+FIRST_TOKEN = SamplingParams(max_tokens=1, temperature=0.0)
 GREEDY = SamplingParams(max_tokens=12, temperature=0.0, ignore_eos=True)
 
 
@@ -40,19 +38,6 @@ def create(create_ranked, folders):
     return create
 
 
-def hello(exported: ExportedCache, ranks: tuple[str, ...] | None = None) -> Hello:
-    layout = exported.layout.digest
-    return Hello(PROTOCOL, "source", "model", layout, ("shared_memory",), exported.is_cut, ranks or exported.ranks)
-
-
-def wait(condition: Callable[[], bool], moves: Moves) -> None:
-    deadline = time.monotonic() + 30
-    while not condition():
-        assert moves.error is None
-        assert time.monotonic() < deadline, moves.num_moved
-        time.sleep(1e-3)
-
-
 def content(executor, blocks: list[int]) -> list[tuple[int, np.ndarray]]:
     """Of each tensor of a rank, the first of the heads that it has, and what it has of blocks."""
     runner = executor.runner
@@ -63,10 +48,12 @@ def content(executor, blocks: list[int]) -> list[tuple[int, np.ndarray]]:
     ]
 
 
-def joined(ranks: list[list[tuple[int, np.ndarray]]]) -> list[np.ndarray]:
-    """All heads of each tensor. Those that several ranks have they must have alike."""
+def joined(engine: Engine, keys: list[bytes]) -> list[np.ndarray]:
+    """Of each tensor, all heads of the blocks that the engine has by these names. Those that several ranks have they must have
+    alike."""
+    blocks = [engine.scheduler.blocks.find(key) for key in keys]
     whole = []
-    for parts in zip(*ranks, strict=True):
+    for parts in zip(*engine.executor.on_all(content, blocks), strict=True):
         by_begin: dict[int, np.ndarray] = {}
         for begin, part in parts:
             assert np.array_equal(by_begin.setdefault(begin, part), part), begin
@@ -78,45 +65,27 @@ def joined(ranks: list[list[tuple[int, np.ndarray]]]) -> list[np.ndarray]:
     ("model", "num_sources", "num_sinks"),
     [("heads", 1, 2), ("heads", 2, 1), ("heads", 2, 4), ("latents", 1, 2), ("latents", 2, 1)],
 )
-def test_blocks_of_other_ranks_are_as_good_as_those_of_ones_own(create, model, num_sources, num_sinks) -> None:
+def test_engines_of_other_numbers_of_ranks_go_on_with_a_prompt(create, model, num_sources, num_sinks) -> None:
     source, sink = create(model, num_sources, "prefill"), create(model, num_sinks, "decode")
-    given, taken = (engine.transfers._cache for engine in (source, sink))
-    assert given.layout == taken.layout
-    assert len(given.ranks) == num_sources
-    num_blocks = (len(PROMPT) - sink.executor.specs.lookahead) // sink.executor.specs.block_size
-    there = list(range(1, 1 + num_blocks))  # those that the source will take
-    pool = sink.scheduler.blocks
-    here = pool.take(7 + num_blocks)[7:]
-
-    caches = taken.movers.attach(hello(given))
-    assert caches.num_blocks == source.executor.specs.num_kv_blocks
-    moves = caches.begin()
-    moves.submit(
-        Move(tuple(there[:4]), tuple(here[:4]), 1)
-    )  # before it begins with the prompt, which takes steps 0, 1 and 2
-    moves.submit(Move(tuple(there[4:]), tuple(here[4:]), 2))
-    request = source.add_request("first", PROMPT, GREEDY)
-    source.step()
-    assert request.blocks[: len(there)] == there[: len(request.blocks)]
-    time.sleep(0.02)
-    assert moves.num_moved == 0
-    drain(source)
-    wait(lambda: moves.num_moved == num_blocks, moves)
-    moves.cancel()
-    wait(moves.done, moves)
-
-    expected, found = (
-        joined(engine.executor.on_all(content, blocks)) for engine, blocks in ((source, there), (sink, here))
+    there = source.transfers
+    offered = source.add_request("r", PROMPT, FIRST_TOKEN, transfer=Offer("lease"))
+    request = sink.add_request(
+        "r", PROMPT, GREEDY, transfer=Reference(there.engine_id, there.host, there.port, "lease")
     )
-    assert all(np.array_equal(mine, theirs) for mine, theirs in zip(found, expected, strict=True))
-    for block, key in zip(here, request.block_keys, strict=False):
-        pool.publish(block, key)
-    pool.release(here)
-    again = sink.add_request("second", PROMPT, GREEDY)
-    drain(sink)
-    assert again.num_found == num_blocks
-    assert again.output_token_ids == request.output_token_ids
-
-    caches.close()
-    with pytest.raises(TransferError, match="makes no sense here"):
-        taken.movers.attach(hello(given, ("nonsense",) * num_sources))
+    deadline = time.monotonic() + 60
+    while any(engine.has_work or engine.exchange.is_active for engine in (source, sink)):
+        assert time.monotonic() < deadline, sink.transfers.counts()
+        for engine in (source, sink):
+            engine.step() if engine.has_work else engine.prepare()
+    assert request.num_cached_tokens == 96  # all full blocks of the prompt
+    assert request.output_token_ids[0] == offered.output_token_ids[0]
+    keys = request.block_keys[:6]
+    for mine, theirs in zip(joined(sink, keys), joined(source, keys), strict=True):
+        assert np.array_equal(mine, theirs)
+    alone = source.add_request("alone", PROMPT, GREEDY)
+    drain(source)
+    assert request.output_token_ids == alone.output_token_ids
+    for engine in (source, sink):
+        counts = engine.transfers.counts()
+        assert (counts.num_leases, counts.num_fetches, counts.failures) == (0, 0, {})
+        assert engine.scheduler.blocks.num_free == engine.scheduler.blocks.num_usable
