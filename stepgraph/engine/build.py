@@ -159,7 +159,7 @@ def _exchange_of(
         )
 
     model = identify(source)
-    transfers = transfers or create_transfers(config.transfer, executor, model)
+    transfers = transfers or create_transfers(config.transfer, executor.export_cache, specs.platform, model)
     giver = sink = None
     if config.transfer.gives:
         giver = Source(transfers, scheduler.blocks, scheduler.prefixes, specs.num_ranks)

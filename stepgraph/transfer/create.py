@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Callable
 
 from stepgraph.config.transfer import TransferConfig
 from stepgraph.transfer.base import Backend
 from stepgraph.transfer.cuda_peer import CudaBackend
 from stepgraph.transfer.leases import Leases
 from stepgraph.transfer.peer import Patience
-from stepgraph.transfer.rank_cache import RankCache
+from stepgraph.transfer.rank_cache import ExportedCache, RankCache
 from stepgraph.transfer.shared_memory import SharedMemoryBackend
 from stepgraph.transfer.sockets import AllowedHosts
 from stepgraph.transfer.transfers import EngineTransfers
-
-if TYPE_CHECKING:
-    from stepgraph.executor.base import Executor
 
 GRACE_S = 2.0
 """After which blocks of a lease that has expired while it was read go back."""
@@ -33,10 +30,15 @@ def create_backend(name: str, cache: RankCache) -> Backend:
     return _BACKENDS[name](cache)
 
 
-def create_transfers(config: TransferConfig, executor: Executor, model: str) -> EngineTransfers:
+def create_transfers(
+    config: TransferConfig, export_cache: Callable[[str], ExportedCache], platform: str, model: str
+) -> EngineTransfers:
     """How an engine has to do with others, as `config` says.
 
     Args:
+        config: what it does for others, and how.
+        export_cache: see `stepgraph.executor.base.Executor.export_cache`.
+        platform: name of that where the cache is.
         model: digest of the weights, see `stepgraph.transfer.messages.Hello.model`.
 
     Raises:
@@ -44,9 +46,9 @@ def create_transfers(config: TransferConfig, executor: Executor, model: str) -> 
     """
     backend = config.kv_transfer_backend or "auto"
     if backend == "auto":
-        backend = (CudaBackend if executor.specs.platform == "cuda" else SharedMemoryBackend).name
+        backend = (CudaBackend if platform == "cuda" else SharedMemoryBackend).name
     return EngineTransfers(
-        executor.export_cache(backend),
+        export_cache(backend),
         model,
         backend,
         _BACKENDS[backend].moves,
