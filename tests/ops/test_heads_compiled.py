@@ -55,5 +55,5 @@ def test_they_compile_for_tensor_cores_and_read_weights_of_a_few_tokens_early() 
     found = [line.split() for line in done.stdout.splitlines()]
     assert [products for products, _, _ in found] == ["mma", "wgmma"] * 2
     assert all(int(shared) <= 227 << 10 for _, shared, _ in found)
-    # Of `head_linear`, whose first wait is after a program's 16 KiB of weight: 256 threads read 16 bytes four times.
-    assert int(found[2][2]) == 4
+    # Of `head_linear`, whose first wait is after a program's 32 KiB of weight: 256 threads read 16 bytes eight times.
+    assert int(found[2][2]) == 8
