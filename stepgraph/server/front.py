@@ -253,7 +253,7 @@ def announce(front: Front, supervisor: Supervisor, num_fronts: int) -> None:
     several = f"; {ready.num_ranks} ranks by {ready.collectives}" if ready.num_ranks > 1 else ""
     if (devices := config.prefill_devices) is not None:
         num_sources = len(devices) // ready.num_ranks
-        several += f"; {num_sources} engines for prompts and {num_engines - num_sources} for answers"
+        several += f"; engines: {num_sources} for prompts, {num_engines - num_sources} for answers"
     elif num_engines > 1:
         several += f"; {num_engines} engines"
     several += f"; {num_fronts} front processes" if num_fronts > 1 else ""
