@@ -170,7 +170,7 @@ def _turn(engine: Engine, connection: Connection, number: int) -> None:
         engine.add_request(ask.name, ask.prompt, params, cache_salt=ask.salt, transfer=ask.transfer)
         connection.send(ask.name)
     if not engine.has_work:
-        engine.exchange.reclaim()
+        engine.exchange.reclaim(copies=True)
         return
     updates = engine.step()
     now = time.monotonic()

@@ -35,6 +35,8 @@ class EngineConfig:
     transfer: TransferConfig = field(default_factory=TransferConfig)
 
     def __post_init__(self) -> None:
+        if self.transfer.kv_host_cache_gib:
+            self._check_host_cache()
         if not self.transfer.is_connected:
             return
         if not self.cache.enable_prefix_caching:
@@ -50,6 +52,20 @@ class EngineConfig:
                 "kv_transfer out",
                 param="data_parallel_size",
             )
+
+    def _check_host_cache(self) -> None:
+        given = f"kv_host_cache_gib={self.transfer.kv_host_cache_gib:g}"
+        if not self.cache.enable_prefix_caching:
+            raise ConfigError(
+                f"{given} keeps prefixes, and enable_prefix_caching is off; leave one of them out",
+                param="kv_host_cache_gib",
+            )
+        for name in ("tensor_parallel_size", "data_parallel_size"):
+            if getattr(self.parallel, name) > 1:
+                raise ConfigError(
+                    f"{given} is for engines of one device, and {name}={getattr(self.parallel, name)}; leave one of them out",
+                    param="kv_host_cache_gib",
+                )
 
     @classmethod
     def from_settings(cls, **settings: Any) -> EngineConfig:

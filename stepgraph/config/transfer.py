@@ -69,6 +69,14 @@ class TransferConfig:
         choices=("recompute", "fail"),
     )
 
+    kv_host_cache_gib: float = setting(
+        0.0,
+        "GiB of host memory for keys and values that the device has no room for any more; they are copied back when a prompt "
+        "begins like theirs. For engines of one device",
+        minimum=0,
+        metavar="GIB",
+    )
+
     def __post_init__(self) -> None:
         check(self)
         for name in ("kv_transfer_host", "kv_transfer_secret_file"):

@@ -85,6 +85,7 @@ class BlockPool:
         self._fenced: dict[Fence, list[int]] = {}  # the fences not known to be done, and their blocks
         self._num_fences: dict[int, int] = {}  # of blocks that have any
         self._quarantined: set[int] = set()  # without holders
+        self._cached_lately: dict[int, None] | None = None  # if somebody watches
 
     @property
     def num_free(self) -> int:
@@ -129,6 +130,16 @@ class BlockPool:
         """The block with the content of that name, not yet held; None if there is none."""
         return self._blocks_by_key.get(key)
 
+    def key_of(self, block: int) -> bytes | None:
+        """By what a block can be found; None if it cannot."""
+        return self._keys[block]
+
+    def watch_cached(self) -> dict[int, None]:
+        """Blocks that lose their last holder and can be found, in this order, from now on; the caller takes out what it has
+        seen."""
+        self._cached_lately = {}
+        return self._cached_lately
+
     def count_free(self, blocks: Sequence[int]) -> int:
         """How many of `blocks`, which were found, are free: holding those takes them from the free ones."""
         return sum(block in self._cached for block in blocks)
@@ -167,6 +178,8 @@ class BlockPool:
             else:
                 holders[block] = 0
                 self._cached[block] = None
+                if self._cached_lately is not None:
+                    self._cached_lately[block] = None
         assert self.num_free <= self.num_usable, blocks
 
     def reclaim(self) -> None:

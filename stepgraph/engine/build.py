@@ -13,6 +13,7 @@ from stepgraph.engine.adapters import AdapterTable
 from stepgraph.engine.engine import Engine
 from stepgraph.engine.exchange import Exchange
 from stepgraph.engine.guidance import read_vocabulary
+from stepgraph.engine.host_tier import HostTier
 from stepgraph.engine.intake import RequestIntake
 from stepgraph.engine.lockstep import LockstepScheduler
 from stepgraph.engine.masks import TokenMasks
@@ -21,6 +22,7 @@ from stepgraph.engine.prompts import require_tokenizer
 from stepgraph.engine.scheduler import Scheduler
 from stepgraph.engine.sink import Sink
 from stepgraph.engine.source import Source
+from stepgraph.errors import ConfigError
 from stepgraph.executor.base import Executor
 from stepgraph.executor.ranked import build_executor, start_workers
 from stepgraph.models.identity import model_digest, unknown_model_digest
@@ -112,6 +114,11 @@ def build_engine(
         read_tokenizer=lambda: require_tokenizer(read_tokenizer()),
         seed=config.model.seed,
     )
+    try:
+        exchange = _exchange_of(config, source, executor, scheduler, transfers, clock)
+    except BaseException:
+        executor.close()
+        raise
     logger.info("%s on %s: %s", source.name, specs.platform, specs.precision)
     if specs.num_ranks > 1:
         what = "the model; sums are exchanged" if specs.data_parallel_size == 1 else "its experts; tokens are exchanged"
@@ -130,7 +137,7 @@ def build_engine(
         draft_depth=draft_depth,
         masks=masks,
         intake=intake,
-        exchange=_exchange_of(config, source, executor, scheduler, transfers, clock),
+        exchange=exchange,
         end_token_ids=end_token_ids,
         read_tokenizer=read_tokenizer,
         clock=clock,
@@ -145,11 +152,17 @@ def _exchange_of(
     transfers: Transfers | None,
     clock: Callable[[], float],
 ) -> Exchange:
-    """What an engine of this role does with others."""
-    if not config.transfer.is_connected:
+    """What an engine of this role does with others, and with host memory."""
+    settings, specs = config.transfer, executor.specs
+    if not settings.is_connected and not settings.kv_host_cache_gib:
         return Exchange()
     assert isinstance(scheduler, Scheduler), scheduler
-    specs = executor.specs
+    if not specs.reuses_prefixes:
+        raise ConfigError(
+            f"layers of {source.name} carry a state from token to token, which blocks do not hold: neither other engines nor "
+            "host memory can give them what a prompt needs; leave splitwise_role, kv_host_cache_gib and what begins with "
+            "kv_transfer out"
+        )
 
     def identify(weights: ModelSource | None) -> str:
         if weights is None:
@@ -158,18 +171,22 @@ def _exchange_of(
             weights, config.model, dtype=specs.dtype, device_type=specs.platform, max_model_len=specs.max_model_len
         )
 
-    model = identify(source)
-    transfers = transfers or create_transfers(config.transfer, executor.export_cache, specs.platform, model)
-    giver = sink = None
-    if config.transfer.gives:
-        giver = Source(transfers, scheduler.blocks, scheduler.prefixes, specs.num_ranks)
-    if config.transfer.takes:
+    model, giver, sink, tier = "", None, None, None
+    if settings.is_connected:
+        model = identify(source)
+        transfers = transfers or create_transfers(settings, executor.export_cache, specs.platform, model)
+        if settings.gives:
+            giver = Source(transfers, scheduler.blocks, scheduler.prefixes, specs.num_ranks)
+    if settings.kv_host_cache_gib:
+        tier = HostTier(executor.keep_on_host(int(settings.kv_host_cache_gib * 2**30)), scheduler.blocks)
+    if settings.takes or tier is not None:
         sink = Sink(
-            transfers,
+            transfers if settings.takes else None,
+            tier,
             scheduler,
             max_num_seqs=config.scheduler.max_num_seqs,
-            timeout_s=config.transfer.kv_transfer_timeout,
-            fails=config.transfer.kv_load_failure == "fail",
+            timeout_s=settings.kv_transfer_timeout,
+            fails=settings.kv_load_failure == "fail",
             clock=clock,
         )
     return Exchange(transfers, giver, sink, blocks=scheduler.blocks, model=model, identify=identify)

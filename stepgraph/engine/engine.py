@@ -203,6 +203,7 @@ class Engine:
         """
         self._life.check_alive()
         if not preempt:
+            self.exchange.forget()
             return self.scheduler.forget_free()
         self._life.stop_running()
         return 0
@@ -325,7 +326,7 @@ class Engine:
         """Use a moment without requests: take back what other engines need no more, and capture one graph that steps may need
         later. False if no graph is left to capture."""
         self._life.check_alive()
-        self.exchange.reclaim()
+        self.exchange.reclaim(copies=self.idle_reason is None)
         return self.idle_reason is None and self._life.noting_failure(self.executor.prepare)
 
     def _adapters_in_use(self) -> set[Adapter]:

@@ -67,27 +67,19 @@ class Exchange:
         Raises:
             RequestError: this engine does not do what it asks for, or its lease has a name that was used.
         """
-        transfer = request.transfer
-        if transfer is None:
-            return
+        transfer, source, sink = request.transfer, self.source, self.sink
         if isinstance(transfer, Offer):
-            if self.source is not None:
-                self.source.add(request, transfer)
-                return
-            what, role = "its prompt computed for another engine (do_remote_decode)", "prefill"
-        else:
-            if self.sink is not None:
-                self.sink.add(request)
-                return
-            what, role = "blocks that another engine has computed (do_remote_prefill)", "decode"
-        raise RequestError(
-            f"{PARAM}: the request wants {what}, and this engine does not do that; start it with --splitwise-role {role}",
-            param=PARAM,
-        )
+            if source is None:
+                raise _not_done("its prompt computed for another engine (do_remote_decode)", "prefill")
+            source.add(request, transfer)
+        elif transfer is not None and (sink is None or not sink.takes):
+            raise _not_done("blocks that another engine has computed (do_remote_prefill)", "decode")
+        if sink is not None and (transfer is not None or sink.tier is not None):
+            sink.add(request)
 
     def poll(self, unread: Sequence[int]) -> list[Request]:
         """Before a step is planned: see `Sink.poll`."""
-        self.reclaim()
+        self._collect()
         return [] if self.sink is None else self.sink.poll(unread)
 
     def launched(self, step: int) -> None:
@@ -102,11 +94,10 @@ class Exchange:
 
     def gone(self, request: Request) -> None:
         """A request was ended by the host."""
-        if request.transfer is not None:
-            if self.source is not None:
-                self.source.gone(request)
-            if self.sink is not None:
-                self.sink.gone(request)
+        if self.source is not None:
+            self.source.gone(request)
+        if self.sink is not None:
+            self.sink.gone(request)
 
     def lost(self) -> None:
         """What the cache holds counts no more. Nobody holds a block for others after that; some may be quarantined."""
@@ -115,8 +106,14 @@ class Exchange:
         if self.sink is not None:
             self.sink.lost()
 
-    def reclaim(self) -> None:
-        """Take back the blocks that others need no more, or do not write any more."""
+    def reclaim(self, *, copies: bool) -> None:
+        """Take back the blocks that others need no more, or do not write any more, while no step is under way. `copies`: go on
+        with those to host memory."""
+        self._collect()
+        if copies and self.sink is not None and self.sink.tier is not None:
+            self.sink.tier.poll(())
+
+    def _collect(self) -> None:
         if self.source is not None:
             self.source.collect()
         if self._blocks is not None:
@@ -129,10 +126,10 @@ class Exchange:
         Raises:
             ConfigError: somebody may still write; it goes on then.
         """
-        if self.transfers is None:
+        if self._blocks is None:
             return
-        assert self._blocks is not None
-        self.transfers.cache_lost(LossReason.CACHE_LOST)
+        if self.transfers is not None:
+            self.transfers.cache_lost(LossReason.CACHE_LOST)
         deadline = time.monotonic() + _PATIENCE_S
         self._blocks.reclaim()
         while self._blocks.num_quarantined:
@@ -160,3 +157,17 @@ class Exchange:
         """End all leases and fetches, for good; nobody reads or writes blocks after that."""
         if self.transfers is not None:
             self.transfers.close()
+        if self.sink is not None and self.sink.tier is not None:
+            self.sink.tier.close()
+
+    def forget(self) -> None:
+        """Forget prefixes of requests that have ended."""
+        if self.sink is not None and self.sink.tier is not None:
+            self.sink.tier.clear()
+
+
+def _not_done(what: str, role: str) -> RequestError:
+    return RequestError(
+        f"{PARAM}: the request wants {what}, and this engine does not do that; start it with --splitwise-role {role}",
+        param=PARAM,
+    )

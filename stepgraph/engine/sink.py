@@ -7,7 +7,8 @@ other, by a hit. So whatever does not come is computed here.
        │                                └────failed──► ready without them, or the request fails
        └──all there already, or nothing to be had──► ready
 
-Blocks that others may still write are quarantined: see `stepgraph.engine.blocks`.
+What host memory has comes from there first, and a request may then be queued again for the rest. Blocks that others may still
+write are quarantined: see `stepgraph.engine.blocks`.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from stepgraph.abi.slot_line import NULL_BLOCK
+from stepgraph.engine.host_tier import HostTier
 from stepgraph.engine.request import Request
 from stepgraph.engine.scheduler import Scheduler
 from stepgraph.engine.waiting import rank
@@ -59,7 +61,8 @@ class _Fetching:
     """Blocks that are to come for a request."""
 
     request: Request
-    reference: Reference
+    host_blocks: list[int]
+    """Where they are in host memory; none: with another engine."""
     first: int
     """Index of the first of them among the request's."""
     blocks: list[int]
@@ -76,7 +79,8 @@ class Sink:
     """Fetches blocks for requests that wait. Belongs to the engine's thread.
 
     Args:
-        transfers: brings them.
+        transfers: brings them from other engines; None: nothing does.
+        tier: has some in host memory; None: there is none.
         scheduler: of the requests.
         max_num_seqs: its slots.
         timeout_s: how long a request waits for blocks to put its own into, while there is a slot for it.
@@ -86,7 +90,8 @@ class Sink:
 
     def __init__(
         self,
-        transfers: Transfers,
+        transfers: Transfers | None,
+        tier: HostTier | None,
         scheduler: Scheduler,
         *,
         max_num_seqs: int,
@@ -94,7 +99,7 @@ class Sink:
         fails: bool,
         clock: Callable[[], float],
     ) -> None:
-        self._transfers, self._scheduler = transfers, scheduler
+        self._transfers, self.tier, self._scheduler = transfers, tier, scheduler
         self._blocks, self._prefixes = scheduler.blocks, scheduler.prefixes
         self._max_num_seqs, self._timeout_s, self._fails, self._clock = max_num_seqs, timeout_s, fails, clock
         self._queued: dict[Request, _Queued] = {}
@@ -112,18 +117,28 @@ class Sink:
     @property
     def is_busy(self) -> bool:
         """Whether there is something to do at the next step."""
-        return bool(self._queued or self._fetching or self._ready or self._blocks.num_quarantined)
+        tier_is_busy = self.tier is not None and self.tier.is_busy
+        return tier_is_busy or bool(self._queued or self._fetching or self._ready or self._blocks.num_quarantined)
+
+    @property
+    def takes(self) -> bool:
+        """Whether blocks come from other engines."""
+        return self._transfers is not None
 
     def add(self, request: Request) -> None:
-        """A request has been queued whose prompt is computed elsewhere.
+        """A request has been queued; its prompt may be computed elsewhere.
 
         Raises:
             RequestError: nothing is taken from there.
         """
-        self._transfers.check(_reference_of(request))
+        reference = _reference_of(request)
+        if reference is not None:
+            assert self._transfers is not None
+            self._transfers.check(reference)
         if request.variant is Variant.PROMPT_LOGPROBS:  # these need every token to be computed
-            self._give_up(request, "prompt_logprobs")
-        else:
+            if reference is not None:
+                self._give_up(request, "prompt_logprobs")
+        elif reference is not None or self._num_on_host(request, len(self._prefixes.find(request))):
             self._queued[request] = _Queued(self._clock(), self._clock())
             request.awaits_blocks = True
 
@@ -137,13 +152,17 @@ class Sink:
             Requests that are to end, with their `error`.
         """
         self._blocks.reclaim()
+        if self.tier is not None:
+            self.tier.poll(unread)
         failed = [request for request, fetching in tuple(self._fetching.items()) if not self._go_on(fetching, unread)]
         for request, num_tokens in tuple(self._ready.items()):
             if request.admitted_at is not None:
                 self._admitted(request, num_tokens)
         if self._queued:
             self._start_queued(unread)
-            self._transfers.renew([_reference_of(request) for request in self._queued])
+            references = [reference for request in self._queued if (reference := _reference_of(request)) is not None]
+            if references and self._transfers is not None:
+                self._transfers.renew(references)
         return failed
 
     def gone(self, request: Request) -> None:
@@ -159,6 +178,8 @@ class Sink:
         for request, fetching in tuple(self._fetching.items()):
             self._release(fetching)
             self._give_up(request, "cache_lost")
+        if self.tier is not None:
+            self.tier.clear()
 
     def _start_queued(self, unread: Sequence[int]) -> None:
         """Begin with those that come first, as long as there are slots and blocks."""
@@ -168,7 +189,8 @@ class Sink:
                 for queued in self._queued.values():
                     queued.slot_free_since = self._clock()
                 return
-            if any(fetching.reference == request.transfer for fetching in self._fetching.values()):
+            reference = _reference_of(request)
+            if reference is not None and reference in map(_reference_of, self._fetching):
                 continue  # a lease is read once; what has come then is found
             if not self._start(request, unread):
                 if self._clock() - self._queued[request].slot_free_since < self._timeout_s:
@@ -181,7 +203,8 @@ class Sink:
         hits, wanted, pool = self._prefixes.find(request), self._prefixes.wanted(request), self._blocks
         held = [block for block in hits if block != NULL_BLOCK]
         first = max(len(hits), wanted.start)
-        count = wanted.stop - first
+        num_here = self._num_on_host(request, len(hits))
+        count = num_here or (wanted.stop - first if _reference_of(request) is not None else 0)
         if count > 0:
             num_left = pool.num_free - count - pool.count_free(held)
             on_the_way = sum(len(fetching.blocks) for fetching in self._fetching.values())
@@ -191,20 +214,41 @@ class Sink:
             pool.hold(held)
             waited_s = self._clock() - self._queued[request].added_at
             after = unread[-1] if unread else None
-            self._fetching[request] = _Fetching(
-                request, _reference_of(request), first, pool.take(count), held, after, waited_s
-            )
+            host_blocks: list[int] = []
+            if num_here:
+                assert self.tier is not None
+                host_blocks = self.tier.pin(self._prefixes.keys(request, first + count)[first:])
+            self._fetching[request] = _Fetching(request, host_blocks, first, pool.take(count), held, after, waited_s)
             self._begin(self._fetching[request], unread)
         del self._queued[request]
         if count <= 0:
             self._let_in(request, wanted.stop)
         return True
 
+    def _num_on_host(self, request: Request, num_hits: int) -> int:
+        """How many blocks behind those that were found host memory has."""
+        if self.tier is None:
+            return 0
+        wanted = self._prefixes.wanted(request)
+        first = max(num_hits, wanted.start)
+        if first >= wanted.stop:
+            return 0
+        count = self.tier.count(self._prefixes.keys(request, wanted.stop)[first:])
+        # Behind blocks that nobody sees any more, those that follow are found all together or not at all.
+        return 0 if num_hits < wanted.start and first + count < wanted.stop else count
+
     def _begin(self, fetching: _Fetching, unread: Sequence[int]) -> None:
         """Fetch, as soon as no step under way may read what the blocks held before."""
         if fetching.after is None or not unread or unread[0] > fetching.after:
+            if fetching.host_blocks:
+                assert self.tier is not None
+                fetching.fetch = self.tier.fetch(fetching.host_blocks, fetching.blocks)
+                return
             keys = self._prefixes.keys(fetching.request, fetching.first + len(fetching.blocks))[fetching.first :]
-            fetching.fetch = self._transfers.fetch(fetching.reference, fetching.first, fetching.blocks, keys)
+            reference = _reference_of(fetching.request)
+            assert reference is not None
+            assert self._transfers is not None
+            fetching.fetch = self._transfers.fetch(reference, fetching.first, fetching.blocks, keys)
 
     def _go_on(self, fetching: _Fetching, unread: Sequence[int]) -> bool:
         """See how a fetch does. False if its request is to end."""
@@ -213,8 +257,15 @@ class Sink:
             self._begin(fetching, unread)
         elif fetch.state is FetchState.DONE:
             self.on_fetched(fetch.seconds)
-            self.on_end(FetchReport(fetching.waited_s, fetch.seconds, fetch.num_blocks, None))
+            if not fetching.host_blocks:
+                self.on_end(FetchReport(fetching.waited_s, fetch.seconds, fetch.num_blocks, None))
             self._commit(fetching, fetch.num_blocks)
+        elif fetch.state is FetchState.FAILED and fetching.host_blocks:
+            assert self.tier is not None
+            self._release(fetching)
+            self.tier.clear()
+            self.failures["host_copy"] += 1
+            self._go_on_behind(request)
         elif fetch.state is FetchState.FAILED:
             assert fetch.reason is not None
             reason = str(fetch.reason)
@@ -242,7 +293,23 @@ class Sink:
             self.failures["short"] += 1
         del self._fetching[request]
         self._blocks.release(fetching.held + blocks)
-        self._let_in(request, self._prefixes.wanted(request).stop)
+        if fetching.host_blocks:
+            self._unpin(fetching)
+            self._go_on_behind(request)
+        else:
+            self._let_in(request, self._prefixes.wanted(request).stop)
+
+    def _go_on_behind(self, request: Request) -> None:
+        """Host memory has given a request what it had: another engine may have the rest."""
+        if _reference_of(request) is not None:
+            self._queued[request] = _Queued(self._clock(), self._clock())
+        else:
+            self._let_in(request, 0)
+
+    def _unpin(self, fetching: _Fetching) -> None:
+        if fetching.host_blocks:
+            assert self.tier is not None
+            self.tier.unpin(fetching.host_blocks)
 
     def _release(self, fetching: _Fetching) -> None:
         """Give the blocks back, of which others may write some for a while."""
@@ -252,6 +319,7 @@ class Sink:
             fence.cancel()
         self._blocks.release(fetching.blocks, fence)
         self._blocks.release(fetching.held)
+        self._unpin(fetching)
 
     def _give_up(self, request: Request, reason: str | None) -> None:
         """Compute what does not come. `reason`: what to count, if nobody has counted it."""
@@ -270,6 +338,6 @@ class Sink:
         self.recomputed_tokens += max(0, num_tokens - request.num_cached_tokens)
 
 
-def _reference_of(request: Request) -> Reference:
-    assert isinstance(request.transfer, Reference), request
-    return request.transfer
+def _reference_of(request: Request) -> Reference | None:
+    """Where its prompt is computed, if elsewhere."""
+    return request.transfer if isinstance(request.transfer, Reference) else None

@@ -24,6 +24,7 @@ from stepgraph.step.log import GraphRecord, StepLog
 from stepgraph.step.plan import StepPlan
 from stepgraph.step.results import StepResults, Ticket
 from stepgraph.step.shape import StepShape
+from stepgraph.transfer.host_memory import HostCopies
 from stepgraph.transfer.rank_cache import ExportedCache
 
 R = TypeVar("R")
@@ -234,6 +235,14 @@ class Executor(Protocol):
 
         Raises:
             StepgraphError: the cache does not lie where that needs it.
+        """
+
+    def keep_on_host(self, num_bytes: int) -> HostCopies:
+        """Room for blocks of the KV cache in host memory, until the executor is closed. For one rank alone; to be called once.
+        While it sleeps, nothing is to be copied.
+
+        Raises:
+            ConfigError: there is not so much memory.
         """
 
     # Graphs

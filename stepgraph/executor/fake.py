@@ -22,6 +22,7 @@ from stepgraph.step.log import GraphRecord, StepLog, StepRecord
 from stepgraph.step.plan import StepPlan
 from stepgraph.step.results import StepResults, Ticket
 from stepgraph.step.shape_policy import ShapePolicy
+from stepgraph.transfer.host_memory import HostCopies
 from stepgraph.transfer.rank_cache import ExportedCache
 
 
@@ -203,6 +204,10 @@ class FakeExecutor:
 
     def export_cache(self, backend: str) -> ExportedCache:
         """See `Executor.export_cache`."""
+        raise AssertionError("it has no cache")
+
+    def keep_on_host(self, num_bytes: int) -> HostCopies:
+        """See `Executor.keep_on_host`."""
         raise AssertionError("it has no cache")
 
     def prepare(self) -> bool:

@@ -33,6 +33,7 @@ from stepgraph.step.plan import StepPlan
 from stepgraph.step.results import StepResults, Ticket
 from stepgraph.step.runner import StepRunner
 from stepgraph.step.shape import StepShape
+from stepgraph.transfer.host_memory import HostCopies
 from stepgraph.transfer.rank_cache import ExportedCache
 
 _BUCKET_BYTES = 64 << 20
@@ -264,6 +265,10 @@ class LeadingExecutor(ABC):
         exported, *others = self._together(partial(self._local.export_cache, backend), _export_cache, backend)
         self._movers = RankedMovers(exported.movers, self._workers.mover_pipes, lambda: self._local.num_done)
         return ExportedCache(exported.layout, exported.is_cut, (*exported.ranks, *others), self._movers)
+
+    def keep_on_host(self, num_bytes: int) -> HostCopies:
+        """See `Executor.keep_on_host`."""
+        raise AssertionError("settings refuse it")
 
     # Graphs
 

@@ -30,7 +30,8 @@ from stepgraph.step.log import GraphRecord, StepLog
 from stepgraph.step.plan import StepPlan
 from stepgraph.step.results import StepResults, Ticket
 from stepgraph.step.runner import StepRunner
-from stepgraph.transfer.create import create_backend
+from stepgraph.transfer.create import copy_for, create_backend
+from stepgraph.transfer.host_memory import HostCopies
 from stepgraph.transfer.layout import BlockLayout
 from stepgraph.transfer.local_movers import LocalMovers
 from stepgraph.transfer.rank_cache import ExportedCache, RankCache
@@ -73,6 +74,7 @@ class LocalExecutor:
         self.mover_pipe: Connection | None = None
         """Of a worker: by which the leader drives its mover."""
         self._exported: ExportedCache | None = None
+        self._host_copies: HostCopies | None = None
         self._update: Update = ()  # checked weights
         self._arriving: Arriving | None = None  # or those that come in pieces
 
@@ -165,6 +167,8 @@ class LocalExecutor:
         """See `Executor.close`. Nothing else can be called after it."""
         if self._exported is not None:
             self._exported.movers.close()
+        if self._host_copies is not None:
+            self._host_copies.close()
         platform, memories = self.runner.platform, (self._weights, self.runner.kv_memory)
         platform.synchronize()
         self.runner.graphs.close()
@@ -173,6 +177,7 @@ class LocalExecutor:
         if self.runner.shared_rings is not None:
             self.runner.shared_rings.close()
         del self.runner, self._adapters, self._drafter, self._update, self._arriving, self._exported
+        del self._host_copies
         gc.collect()  # the buffers are parts of cycles
         for memory in memories:
             memory.free()
@@ -185,18 +190,28 @@ class LocalExecutor:
     def export_cache(self, backend: str) -> ExportedCache:
         """See `Executor.export_cache`; of this rank alone."""
         assert self._exported is None
+        cache = self._rank_cache()
+        made = create_backend(backend, cache)
+        movers = LocalMovers(cache, made)
+        self._exported = ExportedCache(cache.layout, cache.shard.size > 1, (made.describe(),), movers)
+        if self.mover_pipe is not None:
+            MoverService(self.mover_pipe, movers, self._wait_done)
+        return self._exported
+
+    def keep_on_host(self, num_bytes: int) -> HostCopies:
+        """See `Executor.keep_on_host`."""
+        assert self._host_copies is None
+        cache = self._rank_cache()
+        self._host_copies = HostCopies(cache, num_bytes, copy_for(cache))
+        return self._host_copies
+
+    def _rank_cache(self) -> RankCache:
         runner, shard = self.runner, WHOLE if self.group is None else self.group.shard
         layout = BlockLayout.of(runner.layout)
         for spec in runner.layout.specs:
             assert spec.heads is None or spec.heads == shard.heads(spec.heads.size), (spec, shard)
         tensors = tuple(runner.caches[index].block_tensors for index in layout.owners)
-        cache = RankCache(layout, shard, tensors, runner.kv_memory, runner.signals)
-        made = create_backend(backend, cache)
-        movers = LocalMovers(cache, made)
-        self._exported = ExportedCache(layout, shard.size > 1, (made.describe(),), movers)
-        if self.mover_pipe is not None:
-            MoverService(self.mover_pipe, movers, self._wait_done)
-        return self._exported
+        return RankCache(layout, shard, tensors, runner.kv_memory, runner.signals)
 
     def _wait_done(self, num_steps: int) -> None:
         """Block until so many steps are done on this rank, whose launch was ordered. In any thread."""

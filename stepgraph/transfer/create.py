@@ -8,6 +8,7 @@ from stepgraph.config.transfer import TransferConfig
 from stepgraph.transfer.base import Backend
 from stepgraph.transfer.cuda_peer import CudaBackend
 from stepgraph.transfer.leases import Leases
+from stepgraph.transfer.mover import CopyBlocks, copy_blocks
 from stepgraph.transfer.peer import Patience
 from stepgraph.transfer.rank_cache import ExportedCache, RankCache
 from stepgraph.transfer.shared_memory import SharedMemoryBackend
@@ -28,6 +29,11 @@ def create_backend(name: str, cache: RankCache) -> Backend:
         ConfigError: the cache does not lie where it needs it.
     """
     return _BACKENDS[name](cache)
+
+
+def copy_for(cache: RankCache) -> CopyBlocks:
+    """What copies blocks between a rank's cache and host memory that its device reaches."""
+    return CudaBackend(cache).copy if cache.tensors[0][0].is_cuda else copy_blocks
 
 
 def create_transfers(

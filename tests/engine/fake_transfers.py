@@ -39,7 +39,7 @@ class FakeFetch:
         if self.state is not FetchState.UNDER_WAY:
             if self._is_writing:
                 for block in self.blocks:
-                    _scribble(self._owner.loop, block)
+                    scribble(self._owner.loop, block)
             self._is_writing = False
             return
         while self.messages and most and self.state is FetchState.UNDER_WAY:
@@ -140,19 +140,19 @@ class FakeTransfers:
         }
 
 
-def _caches(loop: Loop) -> list[dict[tuple[int, int], object]]:
+def caches_of(loop: Loop) -> list[dict[tuple[int, int], object]]:
     return [*loop.device.kv, loop.device.draft_kv]
 
 
 def _copy(source: Loop, source_block: int, target: Loop, target_block: int) -> None:
-    for theirs, ours in zip(_caches(source), _caches(target), strict=True):
+    for theirs, ours in zip(caches_of(source), caches_of(target), strict=True):
         for offset in range(source.block_size):
             if (source_block, offset) in theirs:
                 ours[target_block, offset] = theirs[source_block, offset]
 
 
-def _scribble(loop: Loop, block: int) -> None:
-    for cache in _caches(loop):
+def scribble(loop: Loop, block: int) -> None:
+    for cache in caches_of(loop):
         cache |= {(block, offset): "written late" for offset in range(loop.block_size)}
 
 
