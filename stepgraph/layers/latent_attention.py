@@ -140,8 +140,10 @@ class LatentAttention(nn.Module):
         tokens, (plan, geometry, own), sizes = inputs.tokens, inputs.attention[self.spec], self.sizes
         assert own is not None
         assert geometry.own is not None
-        parts = cache.entries.flatten(0, 1).tensor_split((sizes.kv_rank,), dim=1)
-        latent_TR, key_TP = (part.index_select(0, tokens.kv_slots).to(q_TF.dtype) for part in parts)
+        latent_TR, key_TP = (
+            _entries(part, tokens.kv_slots).to(q_TF.dtype)
+            for part in cache.entries.flatten(0, 1).tensor_split((sizes.kv_rank,), dim=1)
+        )
         latent_THR, lse_TH = mla_context_attention(
             absorbed_THL,
             cache.entries,
@@ -205,3 +207,10 @@ class LatentAttention(nn.Module):
             deterministic=deterministic,
         )
         return q_TF, absorbed_THL
+
+
+def _entries(cache: Tensor, kv_slots: Tensor) -> Tensor:
+    """Those at some slots of a cache, [slots, …]. May run inside a graph."""
+    if cache.dtype.itemsize == 1:  # for numbers of 8 bits, not every device's index_select is there
+        return cache.view(torch.uint8).index_select(0, kv_slots).view(cache.dtype)
+    return cache.index_select(0, kv_slots)

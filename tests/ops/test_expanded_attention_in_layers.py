@@ -10,6 +10,7 @@ from dataclasses import replace
 import pytest
 import torch
 from attention_batches import make_batch
+from torch.utils._python_dispatch import TorchDispatchMode
 from triton_operators import triton_operators
 
 from stepgraph.layers.cache import LatentCache
@@ -70,6 +71,19 @@ def inputs_of(rows: list[tuple[int, int]], geometry: AttentionGeometry, device: 
 @pytest.mark.parametrize("rows", ROWS.values(), ids=ROWS)
 def test_both_ways_give_the_same(layer, rows, cache_dtype, device) -> None:
     assert_both_ways_give_the_same(layer, rows, cache_dtype, device)
+
+
+class SelectsNoFloat8(TorchDispatchMode):
+    """As torch on CUDA, which in some releases gathers no such numbers."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        assert func is not torch.ops.aten.index_select.default or args[0].dtype != torch.float8_e4m3fn
+        return func(*args, **(kwargs or {}))
+
+
+def test_an_fp8_cache_is_read_as_bytes(layer, device) -> None:
+    with SelectsNoFloat8():
+        assert_both_ways_give_the_same(layer, ROWS["mixture"], torch.float8_e4m3fn, device)
 
 
 def test_both_ways_give_the_same_by_triton_kernels(layer, device) -> None:

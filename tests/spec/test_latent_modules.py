@@ -1,5 +1,8 @@
 """Modules whose layer has latent attention and experts, as DeepSeek-V3's and GLM-4.7-Flash's, in the formats they come in."""
 
+from dataclasses import replace
+from math import inf
+
 import pytest
 import torch
 from drafted import watch_rounds
@@ -14,6 +17,8 @@ from stepgraph import native
 from stepgraph.engine.sampling_params import SamplingParams
 from stepgraph.layers.formats import FP8, Packed, Plain
 from stepgraph.layers.linear import Linear
+from stepgraph.platforms.cpu import CpuPlatform
+from stepgraph.platforms.tuning import DEFAULT
 
 SIZES = {
     "vocab_size": 12,  # so that proposals of random modules stand now and then
@@ -85,8 +90,13 @@ def formats(engine):
     return {path: layer.format for path, layer in layers if isinstance(layer, Linear)}
 
 
-@pytest.mark.parametrize(("name", "num_modules"), [("DeepSeek-V3", 2), ("GLM-4.7-Flash", 1)])
-def test_modules_propose_what_their_definition_says(name, num_modules, tmp_path) -> None:
+@pytest.mark.parametrize(
+    ("name", "num_modules", "least"),
+    [("DeepSeek-V3", 2, inf), ("GLM-4.7-Flash", 1, inf), ("DeepSeek-V3", 2, 1)],
+    ids=["DeepSeek-V3", "GLM-4.7-Flash", "DeepSeek-V3, steps of prompts by keys and values of their own tokens"],
+)
+def test_modules_propose_what_their_definition_says(name, num_modules, least, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(CpuPlatform, "tuning", replace(DEFAULT, min_expanded_tokens=least))
     ref = save(tmp_path / "model", name, num_modules)
     rounds = watch_rounds(engine := create(tmp_path / "model", {"acceptance": 0.5}))
     answers(engine, temperatures=[0] * 4)
