@@ -28,11 +28,12 @@ _LATENT = frozenset(
     )
 )
 """Classes whose multi-head latent attention is native."""
+_SCALED_QUERIES = "its queries are multiplied by a function of their position (llama_4_scaling_beta)"
 _BESIDE_LATENTS = {
     "KimiLinearForCausalLM": "most of its layers are recurrent, with a decay for each dimension, and those with latent attention "
     "rotate nothing",
     "LongcatFlashForCausalLM": "its layers attend twice, its latents are multiplied, and some of its experts pass tokens through",
-    "Mistral4ForCausalLM": "its queries are multiplied by a function of their position (llama_4_scaling_beta)",
+    "Mistral4ForCausalLM": _SCALED_QUERIES,
 }
 """What, beside latents, has no native code in classes that transformers knows."""
 _WITH_EXPERTS = frozenset(
@@ -235,8 +236,10 @@ def check_supported(hf_config: Any) -> None:
     refuse = partial(_refuse, hf_config)
     if field("vision_config") or field("audio_config") or field("text_config"):
         refuse("it is multimodal", "Text-only decoders are supported.")
-    if architecture_of(hf_config) not in _LATENT:
+    if architecture_of(hf_config) not in _LATENT or field("index_topk"):
         check_attention(hf_config)  # before experts, which are not what is in the way
+    if (field("rope_parameters") or {}).get("llama_4_scaling_beta"):
+        refuse(_SCALED_QUERIES, "Models that do not scale them are supported.")
     for name in ("num_local_experts", "num_experts", "n_routed_experts"):
         if field(name) and architecture_of(hf_config) not in _WITH_EXPERTS:
             refuse(

@@ -207,6 +207,12 @@ def save(name, folder, **changes):
         ("DeepseekV4", {}, "its attention is indexed"),
         ("KimiLinear", {}, r"latent attention \(kv_lora_rank = 512\), and most of its layers are recurrent"),
         ("LongcatFlash", {}, "latent attention .* its layers attend twice"),
+        ("DeepseekV3", {"index_topk": 64}, "its attention is indexed: .* the 64 keys"),
+        (
+            "DeepseekV3",
+            {"rope_parameters": YARN | {"llama_4_scaling_beta": 0.1}},
+            r"cannot run: its queries are multiplied by a function of their position \(llama_4_scaling_beta\)\. Models",
+        ),
         ("Mistral4", {}, r"its queries are multiplied by a function of their position \(llama_4_scaling_beta\)"),
     ],
 )
