@@ -111,8 +111,6 @@ class Sink:
         """Of prompts that were computed elsewhere."""
         self.on_end: Callable[[FetchReport], None] = lambda report: None
         """Called in the engine's thread when a fetch has ended; whoever watches them sets it."""
-        self.on_fetched: Callable[[float], None] = lambda seconds: None
-        """Called when blocks have come, with the seconds that it took."""
 
     @property
     def is_busy(self) -> bool:
@@ -256,7 +254,6 @@ class Sink:
         if fetch is None:
             self._begin(fetching, unread)
         elif fetch.state is FetchState.DONE:
-            self.on_fetched(fetch.seconds)
             if not fetching.host_blocks:
                 self.on_end(FetchReport(fetching.waited_s, fetch.seconds, fetch.num_blocks, None))
             self._commit(fetching, fetch.num_blocks)

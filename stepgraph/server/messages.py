@@ -284,6 +284,9 @@ class TransferLoad(NamedTuple):
     """Fetches that brought their blocks, by their seconds: one number for each of `FETCH_SECONDS`, and one for more."""
     fetch_seconds: float
     """Of all these together."""
+    wait_counts: tuple[int, ...]
+    wait_seconds: float
+    """These two: the same of what their requests waited before."""
 
 
 FETCH_SECONDS = (

@@ -290,17 +290,31 @@ class Metrics(Collector):
                 documentation,
                 lambda engine, field=field: getattr(engine.transfers, field, 0),  # type: ignore[misc]
             )
-        yield self._histogram(
-            "kv_transfer_seconds",
-            "From asking another engine for a prompt's keys and values to having them.",
-            FETCH_SECONDS,
-            [
-                Histogram([0] * (len(FETCH_SECONDS) + 1))
-                if (load := engine.transfers) is None
-                else Histogram(list(load.fetch_counts), load.fetch_seconds)
-                for engine in self._engines
-            ],
-        )
+        for name, documentation, counts, seconds in (
+            (
+                "kv_transfer_seconds",
+                "From asking another engine for a prompt's keys and values to having them.",
+                "fetch_counts",
+                "fetch_seconds",
+            ),
+            (
+                "kv_transfer_wait_seconds",
+                "From a request's coming to asking another engine for its prompt's keys and values.",
+                "wait_counts",
+                "wait_seconds",
+            ),
+        ):
+            yield self._histogram(
+                name,
+                documentation,
+                FETCH_SECONDS,
+                [
+                    Histogram([0] * (len(FETCH_SECONDS) + 1))
+                    if (load := engine.transfers) is None
+                    else Histogram(list(getattr(load, counts)), getattr(load, seconds))
+                    for engine in self._engines
+                ],
+            )
 
     # Families
 

@@ -7,6 +7,7 @@ from bisect import bisect_left
 from collections import Counter
 
 from stepgraph.engine.exchange import Exchange
+from stepgraph.engine.sink import FetchReport
 from stepgraph.server.messages import FETCH_SECONDS, TransferLoad
 
 _LOOK_S = 0.1
@@ -22,12 +23,11 @@ class TransferReport:
 
     def __init__(self, exchange: Exchange) -> None:
         self._exchange = exchange
-        self._fetch_counts = [0] * (len(FETCH_SECONDS) + 1)
-        self._fetch_seconds = 0.0
+        self._fetches, self._waits = _Times(), _Times()
         self._load: TransferLoad | None = None
         self._looked_at = -_LOOK_S
         if exchange.sink is not None:
-            exchange.sink.on_fetched = self._observe
+            exchange.sink.on_end = self._observe
 
     def load(self) -> TransferLoad | None:
         """The counts, as they were a moment ago; None if the engine has to do with no other."""
@@ -50,11 +50,26 @@ class TransferReport:
             0 if sink is None else sink.recomputed_tokens,
             {str(reason): count for reason, count in counts.leases_ended.items()},
             dict(failures),
-            tuple(self._fetch_counts),
-            self._fetch_seconds,
+            tuple(self._fetches.counts),
+            self._fetches.seconds,
+            tuple(self._waits.counts),
+            self._waits.seconds,
         )
         return self._load
 
-    def _observe(self, seconds: float) -> None:
-        self._fetch_counts[bisect_left(FETCH_SECONDS, seconds)] += 1
-        self._fetch_seconds += seconds
+    def _observe(self, report: FetchReport) -> None:
+        if report.reason is None:
+            self._fetches.add(report.seconds)
+            self._waits.add(report.waited_s)
+
+
+class _Times:
+    """Counts durations by their length."""
+
+    def __init__(self) -> None:
+        self.counts = [0] * (len(FETCH_SECONDS) + 1)
+        self.seconds = 0.0
+
+    def add(self, seconds: float) -> None:
+        self.counts[bisect_left(FETCH_SECONDS, seconds)] += 1
+        self.seconds += seconds

@@ -60,7 +60,9 @@ LOAD = Load(
     draft_tokens=28,
     saved_steps=14,
     accepted_per_position=(9, 4, 2),
-    transfers=TransferLoad(1, 2, 3, 40, 4000, 50, 5000, 17, {"confirmed": 6}, {"link": 1}, (0, 2, *[0] * 23), 0.002),
+    transfers=TransferLoad(
+        1, 2, 3, 40, 4000, 50, 5000, 17, {"confirmed": 6}, {"link": 1}, (0, 2, *[0] * 23), 0.002, (2, *[0] * 24), 0.0
+    ),
 )
 IN_GRAPH = StepInfo("mixed", "plain", 24, 8, 3, 21, None, 0.004, 0.001)
 EAGER = StepInfo("decode", "extended", 2, 2, 0, 2, "not_pure_prefill", 0.05, 0.002)

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 from observed import LOAD, OneServer, busy_metrics
 
+from stepgraph.engine.sink import FetchReport
 from stepgraph.server import transfer_report
 from stepgraph.server.engine_observer import EngineState
 from stepgraph.server.messages import Progress, decode_from_engine, encode
@@ -55,17 +56,18 @@ def test_an_engine_tells_what_it_and_its_links_have_counted_and_asks_them_now_an
         asked["counts"] += 1
         return counts(num_leases=asked["counts"])
 
-    sink = SimpleNamespace(failures=Counter(short=1), recomputed_tokens=7, on_fetched=None)
+    sink = SimpleNamespace(failures=Counter(short=1), recomputed_tokens=7, on_end=None)
     exchange = SimpleNamespace(transfers=SimpleNamespace(counts=count), sink=sink, num_quarantined=8)
     report = TransferReport(exchange)
-    sink.on_fetched(0.0007)
-    sink.on_fetched(1000.0)
+    sink.on_end(FetchReport(0.25, 0.0007, 4, None))
+    sink.on_end(FetchReport(0.25, 1000.0, 4, None))
+    sink.on_end(FetchReport(9.0, 9.0, 0, "link"))
     loads = [report.load() for _ in range(3)]
     assert loads == loads[:1] * 3
     assert (asked["counts"], loads[0].num_quarantined, loads[0].recomputed_tokens) == (1, 8, 7)
     assert (loads[0].leases_ended, loads[0].failures) == ({"expired": 5}, {"link": 6, "short": 1})
     assert (loads[0].fetch_counts[1], loads[0].fetch_counts[-1], sum(loads[0].fetch_counts)) == (1, 1, 2)
-    assert loads[0].fetch_seconds == 1000.0007
+    assert (loads[0].fetch_seconds, loads[0].wait_seconds, sum(loads[0].wait_counts)) == (1000.0007, 0.5, 2)
     now.s = 0.2
     assert report.load().num_leases == 2
     message = Progress([], [], LOAD._replace(transfers=loads[0]))
@@ -101,4 +103,5 @@ def test_counts_go_on_when_an_engine_is_started_again_and_what_was_there_is_gone
     assert value(metrics, "kv_leases_ended_total", reason="confirmed") == 12
     assert (value(metrics, "kv_transfer_seconds_count"), value(metrics, "kv_transfer_seconds_sum")) == (4, 0.004)
     assert value(metrics, "kv_transfer_seconds_bucket", le="0.001") == 4
+    assert value(metrics, "kv_transfer_wait_seconds_count") == 4
     assert value(metrics, "kv_leases") == 1
