@@ -243,7 +243,11 @@ class RankedMovers:
     def _listen(self) -> None:
         pipes = {pipe: worker for worker, pipe in enumerate(self._pipes)}
         while pipes:
-            for pipe in wait(list(pipes)):
+            try:
+                ready = [pipe for pipe in pipes if pipe.closed] or wait(list(pipes))
+            except OSError:
+                continue  # one was closed meanwhile, by whoever ends workers
+            for pipe in ready:
                 assert isinstance(pipe, Connection)
                 try:
                     message = pipe.recv()

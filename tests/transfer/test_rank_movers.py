@@ -255,6 +255,17 @@ def test_a_worker_that_is_gone_moves_nothing_more(engine) -> None:
     assert caches.begin().error is not None
 
 
+def test_pipes_that_are_closed_on_a_failure_end_all(engine) -> None:
+    moves = engine.movers.attach(PEER).begin()
+    moves.submit(Move((1,), (4,), 0))
+    for ours, theirs in engine.pipes:  # as whoever ends workers does, which end by force
+        with socket.socket(fileno=os.dup(theirs.fileno())) as end:
+            end.shutdown(socket.SHUT_RDWR)
+        ours.close()
+    engine.movers.close()
+    assert moves.done()
+
+
 def test_the_pipes_serve_one_engine_after_another(engine) -> None:
     for number in range(1, 3):
         moves = engine.movers.attach(PEER).begin()
