@@ -234,7 +234,7 @@ class Executor(Protocol):
             backend: name of the way to move bytes; see `stepgraph.transfer.create.create_backend`.
 
         Raises:
-            StepgraphError: the cache does not lie where that needs it.
+            ConfigError: the cache does not lie where that needs it, or layers keep something of requests beside it.
         """
 
     def keep_on_host(self, num_bytes: int) -> HostCopies:

@@ -1,7 +1,10 @@
 """Blocks of an engine of so many ranks become those of an engine of others, and its answers do not change."""
 
+import os
 import random
+import signal
 import time
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -11,7 +14,9 @@ from tiny import TINY_SETTINGS, VOCAB_SIZE, drain, save_tiny_model
 
 from stepgraph.config import EngineConfig
 from stepgraph.engine.engine import Engine
+from stepgraph.engine.request import Request
 from stepgraph.engine.sampling_params import SamplingParams
+from stepgraph.errors import EngineDeadError
 from stepgraph.transfer.reference import Offer, Reference
 
 PROPOSING = {"speculative_config": {"method": "mtp", "num_speculative_tokens": 2}}
@@ -61,22 +66,39 @@ def joined(engine: Engine, keys: list[bytes]) -> list[np.ndarray]:
     return whole
 
 
+def add(source: Engine, sink: Engine) -> tuple[Request, Request]:
+    """The prompt, to both."""
+    where = source.transfers
+    reference = Reference(where.engine_id, where.host, where.port, "lease")
+    offered = source.add_request("r", PROMPT, FIRST_TOKEN, transfer=Offer("lease"))
+    return offered, sink.add_request("r", PROMPT, GREEDY, transfer=reference)
+
+
+def run_until(condition: Callable[[], bool], *engines: Engine) -> None:
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < deadline, [engine.transfers.counts() for engine in engines]
+        for engine in engines:
+            engine.step() if engine.has_work else engine.prepare()
+
+
+def has_ended(*engines: Engine) -> bool:
+    return not any(engine.has_work or engine.exchange.is_active for engine in engines)
+
+
+def is_at_rest(engine: Engine) -> bool:
+    counts, blocks = engine.transfers.counts(), engine.scheduler.blocks
+    return (counts.num_leases, counts.num_fetches, blocks.num_free) == (0, 0, blocks.num_usable)
+
+
 @pytest.mark.parametrize(
     ("model", "num_sources", "num_sinks"),
     [("heads", 1, 2), ("heads", 2, 1), ("heads", 2, 4), ("latents", 1, 2), ("latents", 2, 1)],
 )
 def test_engines_of_other_numbers_of_ranks_go_on_with_a_prompt(create, model, num_sources, num_sinks) -> None:
     source, sink = create(model, num_sources, "prefill"), create(model, num_sinks, "decode")
-    there = source.transfers
-    offered = source.add_request("r", PROMPT, FIRST_TOKEN, transfer=Offer("lease"))
-    request = sink.add_request(
-        "r", PROMPT, GREEDY, transfer=Reference(there.engine_id, there.host, there.port, "lease")
-    )
-    deadline = time.monotonic() + 60
-    while any(engine.has_work or engine.exchange.is_active for engine in (source, sink)):
-        assert time.monotonic() < deadline, sink.transfers.counts()
-        for engine in (source, sink):
-            engine.step() if engine.has_work else engine.prepare()
+    offered, request = add(source, sink)
+    run_until(lambda: has_ended(source, sink), source, sink)
     assert request.num_cached_tokens == 96  # all full blocks of the prompt
     assert request.output_token_ids[0] == offered.output_token_ids[0]
     keys = request.block_keys[:6]
@@ -86,6 +108,21 @@ def test_engines_of_other_numbers_of_ranks_go_on_with_a_prompt(create, model, nu
     drain(source)
     assert request.output_token_ids == alone.output_token_ids
     for engine in (source, sink):
-        counts = engine.transfers.counts()
-        assert (counts.num_leases, counts.num_fetches, counts.failures) == (0, 0, {})
-        assert engine.scheduler.blocks.num_free == engine.scheduler.blocks.num_usable
+        assert is_at_rest(engine)
+        assert engine.transfers.counts().failures == {}
+
+
+def test_a_sink_of_which_a_rank_is_killed_ends_and_leaves_nothing_with_its_source(create) -> None:
+    source, sink = create("heads", 1, "prefill"), create("heads", 2, "decode")
+    add(source, sink)
+    source.step()  # a part of the prompt
+    (lease,) = source.transfers.leases._leases.values()
+    run_until(lambda: lease.tell is not None, sink)  # somebody reads it
+    (worker,) = (report.pid for report in sink.executor.rank_reports()[1:])
+    os.kill(worker, signal.SIGKILL)
+    with pytest.raises(EngineDeadError, match="rank 1 was ended by SIGKILL"):
+        run_until(lambda: False, sink)
+    sink.shutdown()
+    run_until(lambda: has_ended(source), source)
+    assert is_at_rest(source)
+    assert source.transfers.counts().leases_ended == {"dropped": 1}

@@ -15,6 +15,7 @@ from stepgraph import ops
 from stepgraph.abi import slot_line
 from stepgraph.engine.engine import Engine
 from stepgraph.engine.sampling_params import SamplingParams
+from stepgraph.errors import ConfigError
 from stepgraph.executor.local import runner_of
 from stepgraph.layers.recurrent import RecurrentCache, RecurrentSpec
 from stepgraph.verify.graphs import verify_graphs
@@ -261,6 +262,14 @@ def test_prompts_that_start_alike_share_no_blocks_where_layers_carry_state(creat
     first, second = (generate(engine, prompt, 4) for _ in range(2))
     assert first.output_token_ids == second.output_token_ids
     assert (len(said), second.num_cached_tokens) == ((1, 0) if layers is RECURRENT else (0, 48))
+
+
+@pytest.mark.parametrize("role", ["prefill", "decode"])
+def test_engines_whose_layers_carry_state_take_and_give_no_blocks(create_recurrent, role) -> None:
+    with pytest.raises(
+        ConfigError, match=r"layers that carry a state from token to token.*leave splitwise_role at mixed"
+    ):
+        create_recurrent(graph_backend="eager", splitwise_role=role)
 
 
 def test_mutant_a_prefix_found_in_blocks_is_caught(create_recurrent, monkeypatch) -> None:
