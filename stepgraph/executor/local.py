@@ -30,10 +30,9 @@ from stepgraph.step.log import GraphRecord, StepLog
 from stepgraph.step.plan import StepPlan
 from stepgraph.step.results import StepResults, Ticket
 from stepgraph.step.runner import StepRunner
-from stepgraph.transfer.create import copy_for, create_backend
+from stepgraph.transfer.create import copy_for, export_cache
 from stepgraph.transfer.host_memory import HostCopies
 from stepgraph.transfer.layout import BlockLayout
-from stepgraph.transfer.local_movers import LocalMovers
 from stepgraph.transfer.rank_cache import ExportedCache, RankCache
 
 _NAP_S = 5e-5
@@ -190,12 +189,9 @@ class LocalExecutor:
     def export_cache(self, backend: str) -> ExportedCache:
         """See `Executor.export_cache`; of this rank alone."""
         assert self._exported is None
-        cache = self._rank_cache()
-        made = create_backend(backend, cache)
-        movers = LocalMovers(cache, made)
-        self._exported = ExportedCache(cache.layout, cache.shard.size > 1, (made.describe(),), movers)
+        self._exported = export_cache(backend, self._rank_cache())
         if self.mover_pipe is not None:
-            MoverService(self.mover_pipe, movers, self._wait_done)
+            MoverService(self.mover_pipe, self._exported.movers, self._wait_done)
         return self._exported
 
     def keep_on_host(self, num_bytes: int) -> HostCopies:

@@ -16,9 +16,7 @@ from multiprocessing.connection import Connection, wait
 from typing import Any, NamedTuple
 
 from stepgraph.transfer.base import Move, Movers, Moves, SourceCaches, TransferError
-from stepgraph.transfer.local_movers import LocalMovers, LocalSource
 from stepgraph.transfer.messages import Hello
-from stepgraph.transfer.mover import Moving
 
 logger = logging.getLogger(__name__)
 
@@ -84,10 +82,10 @@ class MoverService:
         wait_done: blocks until so many steps are done on the rank.
     """
 
-    def __init__(self, pipe: Connection, movers: LocalMovers, wait_done: Callable[[int], None]) -> None:
+    def __init__(self, pipe: Connection, movers: Movers, wait_done: Callable[[int], None]) -> None:
         self._pipe, self._movers, self._wait_done = pipe, movers, wait_done
-        self._sources: dict[int, LocalSource] = {}
-        self._moves: dict[int, tuple[Moving, _Progress]] = {}  # with what was said of each
+        self._sources: dict[int, SourceCaches] = {}
+        self._moves: dict[int, tuple[Moves, _Progress]] = {}  # with what was said of each
         self._thread = threading.Thread(target=self._run, name="stepgraph-mover-service", daemon=True)
         self._thread.start()
 

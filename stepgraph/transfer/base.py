@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Literal, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 from torch import Tensor
 
@@ -168,15 +168,11 @@ class RemoteMemory(Protocol):
 
 
 class Backend(Protocol):
-    """A way for bytes to go between engines, as one rank has it."""
+    """A way for sinks to reach the memory of sources, as one rank has it."""
 
     @property
     def name(self) -> str:
         """As `Hello.backends` and settings say it."""
-
-    @property
-    def moves(self) -> Literal["sink", "source"]:
-        """Whose movers copy."""
 
     def describe(self) -> str:
         """This rank's entry of `Hello.ranks`. It may be read by whoever knows the secret of the link."""
@@ -243,3 +239,13 @@ class Movers(Protocol):
 
     def close(self) -> None:
         """Copy nothing more, and wait for the copies under way."""
+
+
+class Inbox(Protocol):
+    """The caches of a sink, as one source may write into them."""
+
+    ranks: tuple[str, ...]
+    """`Hello.ranks` for that source."""
+
+    def close(self) -> None:
+        """When this returns, the source can write nothing any more, whatever has become of it."""

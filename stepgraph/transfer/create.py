@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from stepgraph.config.transfer import TransferConfig
+from stepgraph.transfer import nixl
 from stepgraph.transfer.base import Backend
 from stepgraph.transfer.cuda_peer import CudaBackend
 from stepgraph.transfer.leases import Leases
+from stepgraph.transfer.local_movers import LocalMovers
 from stepgraph.transfer.mover import CopyBlocks, copy_blocks
 from stepgraph.transfer.peer import Patience
 from stepgraph.transfer.rank_cache import ExportedCache, RankCache
@@ -17,8 +19,6 @@ from stepgraph.transfer.transfers import EngineTransfers
 
 GRACE_S = 2.0
 """After which blocks of a lease that has expired while it was read go back."""
-
-
 _BACKENDS = {made.name: made for made in (SharedMemoryBackend, CudaBackend)}
 
 
@@ -36,14 +36,32 @@ def copy_for(cache: RankCache) -> CopyBlocks:
     return CudaBackend(cache).copy if cache.tensors[0][0].is_cuda else copy_blocks
 
 
+def export_cache(name: str, cache: RankCache) -> ExportedCache:
+    """A rank's cache, in the process that has it, for others to take from and to be filled.
+
+    Args:
+        name: of the back end.
+        cache: of the rank.
+
+    Raises:
+        ConfigError: the cache does not lie where that needs it, or something is not installed.
+    """
+    if name == nixl.NAME:
+        pushing = nixl.NixlMovers(cache)
+        return ExportedCache(cache.layout, is_cut=False, ranks=("",), movers=pushing, receive=pushing.receive)
+    backend = create_backend(name, cache)
+    movers = LocalMovers(cache, backend)
+    return ExportedCache(cache.layout, is_cut=cache.shard.size > 1, ranks=(backend.describe(),), movers=movers)
+
+
 def create_transfers(
-    config: TransferConfig, export_cache: Callable[[str], ExportedCache], platform: str, model: str
+    config: TransferConfig, export: Callable[[str], ExportedCache], platform: str, model: str
 ) -> EngineTransfers:
     """How an engine has to do with others, as `config` says.
 
     Args:
         config: what it does for others, and how.
-        export_cache: see `stepgraph.executor.base.Executor.export_cache`.
+        export: see `stepgraph.executor.base.Executor.export_cache`.
         platform: name of that where the cache is.
         model: digest of the weights, see `stepgraph.transfer.messages.Hello.model`.
 
@@ -54,10 +72,9 @@ def create_transfers(
     if backend == "auto":
         backend = (CudaBackend if platform == "cuda" else SharedMemoryBackend).name
     return EngineTransfers(
-        export_cache(backend),
+        export(backend),
         model,
         backend,
-        _BACKENDS[backend].moves,
         Leases(config.kv_lease, GRACE_S),
         config.secret(),
         address=(config.kv_transfer_host, config.kv_transfer_port) if config.gives else None,

@@ -16,7 +16,6 @@ import threading
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
 from functools import lru_cache
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -49,7 +48,6 @@ class CudaBackend:
     """
 
     name = "cuda"
-    moves: Literal["sink"] = "sink"
 
     def __init__(self, cache: RankCache) -> None:
         self._cache = cache

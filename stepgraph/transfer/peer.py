@@ -5,10 +5,10 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable, Collection
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, replace
+from typing import TypeVar
 
-from stepgraph.transfer.base import FetchFailure, Move, Movers, SourceCaches, TransferError
+from stepgraph.transfer.base import FetchFailure, Inbox, Move, Movers, SourceCaches, TransferError
 from stepgraph.transfer.fetch import Pushed, Reason, RemoteFetch
 from stepgraph.transfer.leases import LossReason
 from stepgraph.transfer.link import Link, LinkError
@@ -41,6 +41,9 @@ _IDLE_S = 60.0
 """After which a link that nothing is fetched over ends."""
 
 
+R = TypeVar("R")
+
+
 @dataclass(frozen=True)
 class Patience:
     """How long a sink waits, in seconds."""
@@ -61,7 +64,7 @@ class Peer:
         secret: that it knows.
         hello: of this engine.
         movers: of this engine.
-        moves: whose movers copy, see `stepgraph.transfer.base.Backend.moves`.
+        receive: see `ExportedCache.receive`.
         patience: of this engine.
         clock: seconds, monotonic.
         gone: called when nothing can be fetched over it any more.
@@ -74,20 +77,21 @@ class Peer:
         secret: bytes,
         hello: Hello,
         movers: Movers,
-        moves: Literal["sink", "source"],
+        receive: Callable[[], Inbox] | None,
         patience: Patience,
         clock: Callable[[], float],
         gone: Callable[[Peer], None],
     ) -> None:
         self.host, self.port = host, port
         self._secret, self._hello, self._movers, self._patience, self._clock = secret, hello, movers, patience, clock
-        self._gone, self._is_pushed_to = gone, moves == "source"
+        self._gone, self._receive, self._is_pushed_to = gone, receive, receive is not None
         self._pushed: list[Pushed] = []  # that the source may still copy for
         self._lock = threading.RLock()
         self._fetches: dict[str, RemoteFetch] = {}  # by lease; those that the source may still speak of
         self._waiting: set[str] = set()  # leases to be renewed once there is a link
         self._source: Hello | None = None
-        self._caches: SourceCaches | None = None
+        self._caches: SourceCaches | None = None  # these two: the one or the other, after the thread has begun
+        self._inbox: Inbox | None = None
         self._outbox: Outbox | None = None
         self._is_over = False
         self._used_at = self._renewed_at = clock()
@@ -165,6 +169,8 @@ class Peer:
             self.end(reason)
             if self._caches is not None:
                 self._caches.close()
+            if self._inbox is not None:
+                self._inbox.close()
             for pushed in self._pushed:
                 pushed.stop()
 
@@ -176,7 +182,7 @@ class Peer:
         timeout_s = min(self._patience.timeout_s, 10.0)
         link = Link(connect(self.host, self.port, timeout_s), self._secret, is_asking=True, timeout_s=timeout_s)
         try:
-            link.send(self._hello)
+            link.send(self._greeting())
             source = link.receive(timeout_s)
             if source is None:
                 raise LinkError("it does not say who it is")
@@ -191,11 +197,13 @@ class Peer:
             ):
                 if mine != its:
                     raise _RefusedError(reason, f"{reason}: this engine has {mine!r:.80}, and that one {its!r:.80}")
-            try:
-                caches = self._movers.attach(source)
-            except TransferError as error:
-                raise _RefusedError(FetchFailure.BACKEND, str(error)) from error
-            self._caches = caches
+            if not set(source.backends) & set(self._hello.backends):
+                raise _RefusedError(
+                    FetchFailure.BACKEND,
+                    f"it moves bytes by {source.backends}, and this engine by {self._hello.backends}",
+                )
+            if not self._is_pushed_to:
+                self._caches = self._reached(lambda: self._movers.attach(source))
         except BaseException:
             link.close()
             raise
@@ -209,6 +217,19 @@ class Peer:
             if self._waiting:
                 self._outbox.post(Renew(tuple(self._waiting)))
         return link
+
+    def _greeting(self) -> Hello:
+        """What the source is told first."""
+        if self._receive is None:
+            return self._hello
+        self._inbox = self._reached(self._receive)
+        return replace(self._hello, ranks=self._inbox.ranks)
+
+    def _reached(self, reach: Callable[[], R]) -> R:
+        try:
+            return reach()
+        except TransferError as error:
+            raise _RefusedError(FetchFailure.BACKEND, str(error)) from error
 
     def _converse(self, link: Link) -> None:
         while True:
@@ -243,7 +264,6 @@ class Peer:
 
     def _open(self, fetch: RemoteFetch) -> None:
         assert self._source is not None
-        assert self._caches is not None
         assert self._outbox is not None
         if fetch.reference.engine != self._source.engine:
             del self._fetches[fetch.reference.lease]
@@ -254,6 +274,7 @@ class Peer:
             self._pushed.append(pushed := Pushed())
             fetch.moves = pushed
         else:
+            assert self._caches is not None
             fetch.moves = self._caches.begin()
         into = fetch.blocks if self._is_pushed_to else ()
         self._outbox.post(Open(fetch.reference.lease, fetch.first, into))
@@ -331,12 +352,11 @@ class Peer:
         count = min(fetch.num_told, len(fetch.blocks)) - index
         if count <= 0:
             return
-        assert self._caches is not None
         assert fetch.moves is not None
         source = message.blocks[:count]
         if any(bytes.fromhex(key) != fetch.keys[index + k] for k, key in enumerate(message.keys[:count])):
             self.give_up(fetch, FetchFailure.OTHER_BLOCKS)
-        elif any(not 0 < block < self._caches.num_blocks for block in source):
+        elif self._caches is not None and any(not 0 < block < self._caches.num_blocks for block in source):
             self.give_up(fetch, FetchFailure.OUT_OF_RANGE)
         else:
             fetch.moves.submit(Move(source, fetch.blocks[index : index + count], message.step))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -9,7 +10,7 @@ from torch import Tensor
 from stepgraph.parallel.shard import Shard
 from stepgraph.platforms import DeviceMemory
 from stepgraph.step.signals import KVSignals
-from stepgraph.transfer.base import Movers
+from stepgraph.transfer.base import Inbox, Movers
 from stepgraph.transfer.layout import BlockLayout
 
 
@@ -38,3 +39,5 @@ class ExportedCache:
     ranks: tuple[str, ...]
     """These two: as `Hello` has them."""
     movers: Movers
+    receive: Callable[[], Inbox] | None = None
+    """Lets one source write into it; TransferError if it cannot. None: sinks move the bytes."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from math import prod
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -27,7 +26,6 @@ class SharedMemoryBackend:
     """
 
     name = "shared_memory"
-    moves: Literal["sink"] = "sink"
     copy = staticmethod(copy_blocks)
 
     def __init__(self, cache: RankCache) -> None:

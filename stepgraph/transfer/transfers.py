@@ -8,7 +8,6 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from typing import Literal
 
 from stepgraph.errors import RequestError
 from stepgraph.transfer.base import Fetch, FetchFailure, FetchState, TransferCounts
@@ -36,7 +35,6 @@ class EngineTransfers:
         cache: where blocks come from and go to.
         model: digest of the weights, see `Hello.model`.
         backend: name of how bytes move.
-        moves: whose movers copy, see `stepgraph.transfer.base.Backend.moves`.
         leases: what it holds for others.
         secret: that the engines know.
         address: host and port to be listened on, see `stepgraph.transfer.sockets.listen`; None: others take nothing from here.
@@ -53,7 +51,6 @@ class EngineTransfers:
         cache: ExportedCache,
         model: str,
         backend: str,
-        moves: Literal["sink", "source"],
         leases: Leases,
         secret: bytes,
         *,
@@ -65,7 +62,7 @@ class EngineTransfers:
         self.engine_id = secrets.token_hex(16)
         self.leases = leases
         self.host, self.port = "", 0
-        self._cache, self._backend, self._moves, self._secret = cache, backend, moves, secret
+        self._cache, self._backend, self._secret = cache, backend, secret
         self._hosts, self._patience, self._clock = hosts, patience, clock
         self._lock = threading.Lock()
         self._peers: dict[tuple[str, int], Peer] = {}
@@ -78,7 +75,7 @@ class EngineTransfers:
         self._port: Port | None = None
         if address is not None:
             listener, self.host, self.port = listen(*address)
-            movers = cache.movers if moves == "source" else None
+            movers = None if cache.receive is None else cache.movers
             self._port = Port(listener, secret, leases, movers, timeout_s=min(patience.timeout_s, 10.0))
         self.cache_back(model)
 
@@ -186,7 +183,7 @@ class EngineTransfers:
                     self._secret,
                     self._hello,
                     self._cache.movers,
-                    self._moves,
+                    self._cache.receive,
                     self._patience,
                     self._clock,
                     self._gone,

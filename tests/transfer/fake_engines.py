@@ -4,6 +4,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 
 from stepgraph.transfer.base import FetchState
 from stepgraph.transfer.layout import BlockLayout, TensorLayout
@@ -79,6 +80,19 @@ class FakeMovers:
 
         return Source()
 
+    def receive(self):
+        """Where sources write, which they can until it is closed."""
+        movers = self
+
+        class Inbox:
+            ranks = ("inbox",)
+
+            def close(self) -> None:
+                movers.may_close.wait()
+                movers.num_closed += 1
+
+        return Inbox()
+
     def close(self) -> None: ...
 
     @property
@@ -103,9 +117,11 @@ def creating() -> Iterator[Callable[..., EngineTransfers]]:
         ) -> EngineTransfers:
             movers = FakeMovers()
             cache = ExportedCache(layout, is_cut=False, ranks=("here",), movers=movers)
+            if moves == "source":
+                cache = replace(cache, receive=movers.receive)
             settings = {"hosts": AllowedHosts(None), "address": ("127.0.0.1", None)} | settings
             leases = Leases(30.0, 2.0) if leases is None else leases
-            made = EngineTransfers(cache, model, "fake", moves, leases, secret, **settings)
+            made = EngineTransfers(cache, model, "fake", leases, secret, **settings)
             stack.callback(made.close)
             made.movers = movers
             return made

@@ -46,7 +46,7 @@ def test_a_source_moves_what_is_filled_where_the_sink_wants_it(create) -> None:
     assert source.movers.last.moved == [(3, 2, 4), (5, 9, 4), (1, 8, 5)]
     assert fetch.num_blocks == 3
     assert fetch.done()
-    assert sink.movers.attached == [[]]
+    assert sink.movers.attached == []
     assert sink.counts().bytes_received == source.counts().bytes_sent == 3 * 24
     assert sorted(source.leases.collect()) == [1, 3, 5, 6, 7]
 
