@@ -309,7 +309,7 @@ ROWS: tuple[tuple[str, tuple[Panel, ...]], ...] = (
         ),
     ),
     (
-        "Between engines",
+        "Between engines, and to host memory",
         (
             Panel(
                 "Keys and values that came",
@@ -337,6 +337,14 @@ ROWS: tuple[tuple[str, tuple[Panel, ...]], ...] = (
                 "reqps",
                 ((rate("kv_transfer_failures_total", by="reason"), "{{reason}}"),),
                 "Where the answer is given, these are computed again.",
+            ),
+            Panel(
+                "Blocks from host memory",
+                "cps",
+                (
+                    (rate("kv_host_cache_hits_total"), "copied back"),
+                    (rate("kv_host_cache_evictions_total"), "made room"),
+                ),
             ),
         ),
     ),

@@ -255,7 +255,9 @@ class EngineCounts:
             self._ended_loads[name] += getattr(self.load, name)
         self._ended_accepted, self._ended_expert_tokens = self.accepted_per_position, self.expert_tokens
         if (transfers := self.transfers) is not None:
-            self._ended_transfers = transfers._replace(num_leases=0, num_fetches=0, num_quarantined=0)
+            self._ended_transfers = transfers._replace(
+                num_leases=0, num_fetches=0, num_quarantined=0, host_blocks=0, host_bytes=0
+            )
         self.load, self.ranks = _IDLE, ()
         self.state = status.state
 

@@ -262,7 +262,7 @@ class StepInfo(NamedTuple):
 
 
 class TransferLoad(NamedTuple):
-    """What an engine has to do with others, and counts since its process started."""
+    """What an engine has to do with others and with host memory, and counts since its process started."""
 
     num_leases: int
     """Prompts whose blocks are held for others."""
@@ -287,6 +287,14 @@ class TransferLoad(NamedTuple):
     wait_counts: tuple[int, ...]
     wait_seconds: float
     """These two: the same of what their requests waited before."""
+    host_blocks: int
+    """Of prefixes, in host memory."""
+    host_bytes: int
+    """All of that memory."""
+    host_hits: int
+    """Blocks that came back from it."""
+    host_evictions: int
+    """That made room there for others."""
 
 
 FETCH_SECONDS = (
@@ -322,7 +330,7 @@ class Load(NamedTuple):
     accepted_per_position: tuple[int, ...] = ()
     """One for each proposal that a row may have. These four: see `stepgraph.engine.speculation`."""
     transfers: TransferLoad | None = None
-    """None if the engine has to do with no other."""
+    """None if the engine has to do with no other, nor with host memory."""
 
 
 class RankInfo(NamedTuple):

@@ -280,10 +280,24 @@ class Metrics(Collector):
             ("reason",),
             of(lambda load: _keyed(load.leases_ended)),
         )
+        yield self._of_engines(
+            "kv_host_cache_hits",
+            "KV blocks that were copied back from host memory.",
+            (),
+            of(lambda load: {(): load.host_hits}),
+        )
+        yield self._of_engines(
+            "kv_host_cache_evictions",
+            "KV blocks in host memory that made room for others.",
+            (),
+            of(lambda load: {(): load.host_evictions}),
+        )
         for name, documentation, field in (
             ("kv_leases", "Prompts whose keys and values are held for other engines.", "num_leases"),
             ("kv_fetches", "Prompts whose keys and values are on their way from other engines.", "num_fetches"),
             ("kv_blocks_quarantined", "KV blocks that other engines may still write.", "num_quarantined"),
+            ("kv_host_cache_blocks", "KV blocks of prefixes that host memory holds.", "host_blocks"),
+            ("kv_host_cache_bytes", "Host memory for KV blocks.", "host_bytes"),
         ):
             yield self._gauges(
                 name,

@@ -9,9 +9,14 @@ from collections import Counter
 from stepgraph.engine.exchange import Exchange
 from stepgraph.engine.sink import FetchReport
 from stepgraph.server.messages import FETCH_SECONDS, TransferLoad
+from stepgraph.transfer.base import TransferCounts
 
 _LOOK_S = 0.1
 """Counting takes locks that movers and links take, too, and goes with every step: it is done so often at most."""
+
+
+_NOTHING = TransferCounts(0, 0, 0, 0, 0, 0, {}, {})
+"""Of an engine that has to do with no other."""
 
 
 class TransferReport:
@@ -30,12 +35,13 @@ class TransferReport:
             exchange.sink.on_end = self._observe
 
     def load(self) -> TransferLoad | None:
-        """The counts, as they were a moment ago; None if the engine has to do with no other."""
-        transfers, now = self._exchange.transfers, time.monotonic()
-        if transfers is None or now - self._looked_at < _LOOK_S:
+        """The counts, as they were a moment ago; None if the engine has to do with no other, nor with host memory."""
+        transfers, sink, now = self._exchange.transfers, self._exchange.sink, time.monotonic()
+        if (transfers is None and sink is None) or now - self._looked_at < _LOOK_S:
             return self._load
         self._looked_at = now
-        counts, sink = transfers.counts(), self._exchange.sink
+        counts = _NOTHING if transfers is None else transfers.counts()
+        tier = None if sink is None else sink.tier
         failures = Counter({str(reason): count for reason, count in counts.failures.items()})
         if sink is not None:
             failures.update(sink.failures)
@@ -54,6 +60,7 @@ class TransferReport:
             self._fetches.seconds,
             tuple(self._waits.counts),
             self._waits.seconds,
+            *((0, 0, 0, 0) if tier is None else (tier.num_blocks, tier.num_bytes, tier.num_hits, tier.num_evictions)),
         )
         return self._load
 

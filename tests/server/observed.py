@@ -61,7 +61,24 @@ LOAD = Load(
     saved_steps=14,
     accepted_per_position=(9, 4, 2),
     transfers=TransferLoad(
-        1, 2, 3, 40, 4000, 50, 5000, 17, {"confirmed": 6}, {"link": 1}, (0, 2, *[0] * 23), 0.002, (2, *[0] * 24), 0.0
+        1,
+        2,
+        3,
+        40,
+        4000,
+        50,
+        5000,
+        17,
+        {"confirmed": 6},
+        {"link": 1},
+        (0, 2, *[0] * 23),
+        0.002,
+        (2, *[0] * 24),
+        0.0,
+        5,
+        640,
+        7,
+        8,
     ),
 )
 IN_GRAPH = StepInfo("mixed", "plain", 24, 8, 3, 21, None, 0.004, 0.001)

@@ -56,7 +56,7 @@ def test_an_engine_tells_what_it_and_its_links_have_counted_and_asks_them_now_an
         asked["counts"] += 1
         return counts(num_leases=asked["counts"])
 
-    sink = SimpleNamespace(failures=Counter(short=1), recomputed_tokens=7, on_end=None)
+    sink = SimpleNamespace(failures=Counter(short=1), recomputed_tokens=7, on_end=None, tier=None)
     exchange = SimpleNamespace(transfers=SimpleNamespace(counts=count), sink=sink, num_quarantined=8)
     report = TransferReport(exchange)
     sink.on_end(FetchReport(0.25, 0.0007, 4, None))
@@ -70,8 +70,17 @@ def test_an_engine_tells_what_it_and_its_links_have_counted_and_asks_them_now_an
     assert (loads[0].fetch_seconds, loads[0].wait_seconds, sum(loads[0].wait_counts)) == (1000.0007, 0.5, 2)
     now.s = 0.2
     assert report.load().num_leases == 2
+    assert report.load()[-4:] == (0, 0, 0, 0)
     message = Progress([], [], LOAD._replace(transfers=loads[0]))
     assert decode_from_engine(encode(message)) == message
+
+
+def test_an_engine_with_host_memory_and_no_other_engine_tells_of_that(now) -> None:
+    tier = SimpleNamespace(num_blocks=3, num_bytes=300, num_hits=2, num_evictions=1)
+    sink = SimpleNamespace(failures=Counter(host_copy=1), recomputed_tokens=0, on_end=None, tier=tier)
+    load = TransferReport(SimpleNamespace(transfers=None, sink=sink, num_quarantined=0)).load()
+    assert load[-4:] == (3, 300, 2, 1)
+    assert (load.num_leases, load.failures) == (0, {"host_copy": 1})
 
 
 def test_an_engine_that_has_to_do_with_no_other_tells_and_shows_nothing() -> None:
@@ -105,3 +114,5 @@ def test_counts_go_on_when_an_engine_is_started_again_and_what_was_there_is_gone
     assert value(metrics, "kv_transfer_seconds_bucket", le="0.001") == 4
     assert value(metrics, "kv_transfer_wait_seconds_count") == 4
     assert value(metrics, "kv_leases") == 1
+    assert (value(metrics, "kv_host_cache_hits_total"), value(metrics, "kv_host_cache_evictions_total")) == (14, 16)
+    assert (value(metrics, "kv_host_cache_blocks"), value(metrics, "kv_host_cache_bytes")) == (5, 640)
