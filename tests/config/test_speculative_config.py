@@ -49,6 +49,7 @@ def test_another_number_of_proposals_is_refused(count) -> None:
     [
         ("deepseek_mtp", "mtp"),
         ("ernie_mtp", "mtp"),
+        ("glm4_moe_lite_mtp", "mtp"),
         ("glm4_moe_mtp", "mtp"),
         ("mimo_mtp", "mtp"),
         ("qwen3_next_mtp", "mtp"),
