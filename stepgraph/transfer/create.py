@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from stepgraph.config.transfer import TransferConfig
+from stepgraph.errors import ConfigError
 from stepgraph.transfer import nixl
 from stepgraph.transfer.base import Backend
 from stepgraph.transfer.cuda_peer import CudaBackend
@@ -49,6 +50,13 @@ def export_cache(name: str, cache: RankCache) -> ExportedCache:
     if name == nixl.NAME:
         pushing = nixl.NixlMovers(cache)
         return ExportedCache(cache.layout, is_cut=False, ranks=("",), movers=pushing, receive=pushing.receive)
+    needed, there = "cuda" if name == CudaBackend.name else "cpu", cache.tensors[0][0].device.type
+    if there != needed:
+        raise ConfigError(
+            f"kv_transfer_backend={name!r} moves what lies in memory of device {needed!r}, and the cache is on {there!r}; use "
+            "auto",
+            param="kv_transfer_backend",
+        )
     backend = create_backend(name, cache)
     movers = LocalMovers(cache, backend)
     return ExportedCache(cache.layout, is_cut=cache.shard.size > 1, ranks=(backend.describe(),), movers=movers)

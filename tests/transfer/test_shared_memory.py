@@ -7,13 +7,14 @@ from dataclasses import replace
 import pytest
 import torch
 
+from stepgraph.errors import ConfigError
 from stepgraph.layers.cache import LatentSpec, PagedSpec
 from stepgraph.parallel.shard import Shard
 from stepgraph.platforms import create_platform
 from stepgraph.step.memory import CacheLayout
 from stepgraph.step.signals import KVSignals
 from stepgraph.transfer.base import Move, TransferError
-from stepgraph.transfer.create import create_backend
+from stepgraph.transfer.create import create_backend, export_cache
 from stepgraph.transfer.layout import BlockLayout
 from stepgraph.transfer.messages import PROTOCOL, Hello
 from stepgraph.transfer.mover import Mover, heads_of
@@ -107,3 +108,11 @@ def test_what_makes_no_sense_is_not_mapped(sources) -> None:
         backend.attach(hello((json.dumps(good),), is_cut=False))
     with pytest.raises(TransferError, match="by other"):
         backend.attach(replace(hello(("",), is_cut=False), backends=("other",)))
+
+
+def test_caches_that_lie_elsewhere_are_refused_by_name() -> None:
+    cache = rank_cache(Shard(), shared=False)
+    on_device = replace(cache, tensors=tuple(tuple(tensor.to("meta") for tensor in of) for of in cache.tensors))
+    for name, given in (("shared_memory", on_device), ("cuda", cache)):
+        with pytest.raises(ConfigError, match=f"kv_transfer_backend='{name}'.*use auto"):
+            export_cache(name, given)
