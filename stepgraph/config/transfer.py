@@ -25,9 +25,9 @@ class TransferConfig:
     )
     kv_transfer_backend: str | None = setting(
         None,
-        "how bytes get to another engine: through memory of this machine (shared_memory), from GPU to GPU (cuda), over a network "
-        "(nixl, which needs the package of this name), or the best that serves both (auto); default: auto for the roles prefill "
-        "and decode, while a mixed engine has to do with others only if this or kv_transfer_port is given",
+        "how bytes get to another engine: through memory of this machine (shared_memory), from GPU to GPU (cuda), from host "
+        "memory over a network (nixl, which needs the package of this name), or as is best on this machine (auto); default: auto "
+        "for the roles prefill and decode, while a mixed engine has to do with others only if this or kv_transfer_port is given",
         choices=("auto", "shared_memory", "cuda", "nixl"),
     )
     kv_transfer_port: int | None = setting(
