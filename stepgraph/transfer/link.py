@@ -48,8 +48,9 @@ class Link:
 
     def __init__(self, stream: socket.socket, secret: bytes, *, is_asking: bool, timeout_s: float = 10.0) -> None:
         self._stream, self._timeout_s = stream, timeout_s
-        self._poll, self._sending = select.poll(), threading.Lock()
+        self._poll, self._room, self._sending = select.poll(), select.poll(), threading.Lock()
         self._poll.register(stream, select.POLLIN)
+        self._room.register(stream, select.POLLOUT)
         stream.settimeout(timeout_s)
         self._received = bytearray()
         try:
@@ -61,9 +62,25 @@ class Link:
 
     def send(self, message: Message) -> None:
         """Send a message whole. LinkError if the other end takes nothing for `timeout_s`, or is gone."""
-        content = encode(message)
-        assert len(content) <= MAX_MESSAGE_BYTES, len(content)
-        self._send(_LENGTH.pack(len(content)) + content)
+        self.send_bytes(frame_of(message))
+
+    def send_bytes(self, content: bytes) -> None:
+        """Send what `frame_of` returned, or what `offer` has left of it; as `send`."""
+        try:
+            with self._sending:
+                self._stream.sendall(content)
+        except OSError as error:
+            raise LinkError(f"the other end of a transfer link is gone ({error})") from error
+
+    def offer(self, content: bytes) -> int:
+        """Send as much of this as is taken without waiting; returns how many bytes. LinkError if the other end is gone."""
+        try:
+            with self._sending:
+                if self._stream.fileno() < 0 or not self._room.poll(0):
+                    return 0
+                return self._stream.send(content)
+        except OSError as error:
+            raise LinkError(f"the other end of a transfer link is gone ({error})") from error
 
     def receive(self, timeout_s: float) -> Message | None:
         """The next message; None if none begins within `timeout_s`.
@@ -93,26 +110,19 @@ class Link:
         own = secrets.token_bytes(_NONCE_BYTES)
         mine, others = (_ASKING, _ASKED) if is_asking else (_ASKED, _ASKING)
         try:
-            self._send(own)
+            self.send_bytes(own)
             other = self._take(_NONCE_BYTES, deadline)
             nonces = own + other if is_asking else other + own
             proof = hmac.digest(secret, mine + nonces, hashlib.sha256)
             if is_asking:
-                self._send(proof)
+                self.send_bytes(proof)
             theirs = self._take(len(proof), deadline)
         except _NothingYetError as error:
             raise LinkError("the other end of a transfer link does not answer") from error
         if not hmac.compare_digest(theirs, hmac.digest(secret, others + nonces, hashlib.sha256)):
             raise LinkError("the other end of a transfer link does not know the secret of this one")
         if not is_asking:
-            self._send(proof)
-
-    def _send(self, content: bytes) -> None:
-        try:
-            with self._sending:
-                self._stream.sendall(content)
-        except OSError as error:
-            raise LinkError(f"the other end of a transfer link is gone ({error})") from error
+            self.send_bytes(proof)
 
     def _take(self, count: int, deadline: float) -> bytes:
         """The next `count` bytes; what has come of them by the deadline is kept for later."""
@@ -133,6 +143,13 @@ class Link:
         taken = bytes(self._received[:count])
         del self._received[:count]
         return taken
+
+
+def frame_of(message: Message) -> bytes:
+    """A message as it is sent."""
+    content = encode(message)
+    assert len(content) <= MAX_MESSAGE_BYTES, len(content)
+    return _LENGTH.pack(len(content)) + content
 
 
 def _check_user(stream: socket.socket) -> None:

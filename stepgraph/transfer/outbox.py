@@ -6,7 +6,7 @@ import logging
 import threading
 from collections import deque
 
-from stepgraph.transfer.link import Link, LinkError
+from stepgraph.transfer.link import Link, LinkError, frame_of
 from stepgraph.transfer.messages import Message
 
 logger = logging.getLogger(__name__)
@@ -16,7 +16,8 @@ _MAX_WAITING = 4096
 
 
 class Outbox:
-    """Sends messages in a thread of its own, and closes the link in the end.
+    """Sends messages: at once if the other end takes them, for another thread may have to wait while this one computes; else
+    in a thread of its own. Closes the link in the end.
 
     Args:
         link: over which nothing else is sent from now on.
@@ -25,8 +26,8 @@ class Outbox:
     def __init__(self, link: Link) -> None:
         self._link = link
         self._changed = threading.Condition()
-        self._messages: deque[Message] = deque()
-        self._is_closed = False
+        self._frames: deque[bytes] = deque()
+        self._is_sending = self._is_closed = False
         threading.Thread(target=self._run, name="stepgraph-outbox", daemon=True).start()
 
     def post(self, message: Message) -> None:
@@ -34,13 +35,21 @@ class Outbox:
         with self._changed:
             if self._is_closed:
                 return
-            if len(self._messages) == _MAX_WAITING:
-                logger.warning("the other end of a transfer link does not take its messages; the link ends")
-                self._messages.clear()
+            frame = frame_of(message)
+            try:
+                if not self._is_sending and not self._frames:
+                    frame = frame[self._link.offer(frame) :]
+                    if not frame:
+                        return
+                if len(self._frames) == _MAX_WAITING:
+                    logger.warning("the other end of a transfer link does not take its messages; the link ends")
+                    raise LinkError("it takes nothing")
+                self._frames.append(frame)
+            except LinkError as error:
+                logger.debug("%s", error)  # who receives hears of it, too
+                self._frames.clear()
                 self._is_closed = True
                 self._link.close()
-            else:
-                self._messages.append(message)
             self._changed.notify()
 
     def close(self) -> None:
@@ -51,18 +60,20 @@ class Outbox:
 
     def _run(self) -> None:
         try:
-            while (message := self._next()) is not None:
-                self._link.send(message)
+            while (frame := self._next()) is not None:
+                self._link.send_bytes(frame)
         except LinkError as error:
             logger.debug("%s", error)  # who receives hears of it, too
         finally:
             with self._changed:
                 self._is_closed = True
-                self._messages.clear()
+                self._frames.clear()
             self._link.close()
 
-    def _next(self) -> Message | None:
+    def _next(self) -> bytes | None:
         with self._changed:
-            while not self._messages and not self._is_closed:
+            self._is_sending = False
+            while not self._frames and not self._is_closed:
                 self._changed.wait()
-            return self._messages.popleft() if self._messages else None
+            self._is_sending = bool(self._frames)
+            return self._frames.popleft() if self._frames else None

@@ -48,7 +48,7 @@ def go_on(engine: Engine) -> Sequence[RequestUpdate]:
     if engine.has_work:
         time.sleep(engine.seconds_until_work or 0)
         return engine.step()
-    engine.exchange.reclaim()
+    engine.exchange.reclaim(copies=False)
     time.sleep(1e-3)
     return ()
 

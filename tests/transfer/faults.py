@@ -93,7 +93,7 @@ class Tap:
                 message = origin.receive(1.0)
                 for one in () if message is None else change(message):
                     if isinstance(one, bytes):
-                        target._send(one)
+                        target.send_bytes(one)
                         return
                     target.send(one)
         except (LinkError, ProtocolError):
