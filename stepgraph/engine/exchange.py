@@ -136,8 +136,8 @@ class Exchange:
             if time.monotonic() > deadline:
                 self.go_on()
                 raise ConfigError(
-                    f"{self._blocks.num_quarantined} KV blocks may still be written by other engines, which have not answered "
-                    f"for {_PATIENCE_S:g} s; try again, or end those engines"
+                    f"{self._blocks.num_quarantined} KV blocks may still be read or written beside the steps, and that has not "
+                    f"ended for {_PATIENCE_S:g} s: another engine does not answer; try again, or end that engine"
                 )
             time.sleep(_NAP_S)
             self._blocks.reclaim()

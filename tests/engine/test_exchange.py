@@ -368,7 +368,7 @@ def test_an_engine_that_rests_has_no_fetch_and_waits_for_those_who_may_write() -
     [fetch] = sink.transfers.fetches
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(exchange, "_PATIENCE_S", 0.01)
-        with pytest.raises(ConfigError, match="8 KV blocks may still be written"):
+        with pytest.raises(ConfigError, match="8 KV blocks may still be"):
             sink.engine.exchange.rest()
     assert not sink.transfers.is_resting
     fetch.advance()

@@ -9,6 +9,7 @@ from tiny import drain, set_run_ahead
 
 from stepgraph.config import EngineConfig
 from stepgraph.config.transfer import TransferConfig
+from stepgraph.engine import exchange
 from stepgraph.engine.request import FinishReason, Request
 from stepgraph.engine.sampling_params import SamplingParams
 from stepgraph.errors import ConfigError
@@ -167,6 +168,44 @@ def test_copies_wait_for_the_results_of_steps_that_write_what_they_read(monkeypa
     while not loop.copies.moves:
         loop.step()
     assert len(loop.plans) - len(loop.in_flight) >= launched - 1
+    loop.check_nothing_is_left()
+
+
+def test_what_is_on_its_way_back_is_not_overwritten(monkeypatch) -> None:
+    loop = Tiered(monkeypatch, num_host_blocks=8, num_kv_blocks=21)
+    loop.add("a", prompt_of(0, 33), 1)
+    loop.settle()
+    loop.engine.exchange.sink.tier._lately.clear()
+    loop.scheduler.forget_free()
+    again = loop.add("again", prompt_of(0, 33), 5)
+    loop.step()
+    [back] = [moves for moves in loop.copies.moves if not moves.num_moved]
+    loop.add("b", prompt_of(1, 33), 1)
+    for _ in range(10):
+        loop.step()
+        loop.copies.moves = [moves for moves in loop.copies.moves if moves is not back]
+        loop.copies.advance()
+    back.advance()
+    loop.settle()
+    assert again.num_cached_tokens == 32
+    assert again.output_token_ids == answer_alone(again)
+    loop.check_nothing_is_left()
+
+
+def test_an_engine_that_rests_waits_for_copies_that_read_its_memory(monkeypatch) -> None:
+    loop = Tiered(monkeypatch)
+    loop.add("a", 33, 1)
+    while not loop.copies.moves:
+        if loop.engine.has_work:
+            loop.step()
+        else:
+            loop.engine.prepare()
+    loop.engine.reset_prefix_cache(preempt=True)
+    monkeypatch.setattr(exchange, "_PATIENCE_S", 0.01)
+    with pytest.raises(ConfigError, match="KV blocks may still be"):
+        loop.engine.exchange.rest()
+    loop.copies.advance()
+    loop.engine.exchange.rest()
     loop.check_nothing_is_left()
 
 

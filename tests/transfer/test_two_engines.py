@@ -4,11 +4,13 @@ import time
 from collections.abc import Callable, Iterator
 
 import pytest
+from safetensors.torch import load_file
 from tiny import TINY_SETTINGS, drain
 
 from stepgraph.config import EngineConfig
 from stepgraph.engine.build import build_engine
 from stepgraph.engine.engine import Engine
+from stepgraph.engine.request import Request
 from stepgraph.engine.sampling_params import SamplingParams
 from stepgraph.transfer.reference import Offer, Reference, read_params
 
@@ -79,3 +81,31 @@ def assert_at_rest(*engines: Engine) -> None:
         counts = engine.transfers.counts()
         assert (counts.num_leases, counts.num_fetches) == (0, 0)
         assert engine.scheduler.blocks.num_free == engine.scheduler.blocks.num_usable
+
+
+def test_engines_that_slept_go_on_and_those_with_other_weights_do_not_mix(build, tiny_model) -> None:
+    source, sink = build("prefill", kv_lease=1.0), build("decode")
+    one, params = SamplingParams(temperature=0, max_tokens=1), SamplingParams(temperature=0, max_tokens=6)
+
+    def transfer(name: str) -> Request:
+        source.add_request(name, PROMPTS[2], one, transfer=Offer(name))
+        request = sink.add_request(name, PROMPTS[2], params, transfer=reference_to(source, name))
+        answered(source, sink)
+        assert_at_rest(source, sink)
+        return request
+
+    first = transfer("first")
+    for engine in (source, sink):
+        engine.sleep()
+        engine.wake_up()
+    second = transfer("second")
+    sink.reset_prefix_cache()
+    source.update_weights(load_file(f"{tiny_model}/model.safetensors").items())  # which might be any
+    third = transfer("third")
+    sink.reset_prefix_cache()
+    source.update_weights(tiny_model)
+    fourth = transfer("fourth")
+    requests = [first, second, third, fourth]
+    assert [request.num_cached_tokens for request in requests] == [96, 96, 0, 96]
+    assert [request.output_token_ids for request in requests] == [first.output_token_ids] * 4
+    assert sink.transfers.counts().failures == {"other_model": 1}
