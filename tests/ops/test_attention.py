@@ -301,6 +301,7 @@ def test_items_cover_every_tile_and_key_once_within_the_bounds(
         ([32768] * 4, (8, 16384)),  # an even share of 9 programs has a third, short split of each row
         ([8192] + [1024] * 3, (9, 1408)),  # of an even share, 1280, there would be ten
         ([4096], (8, 512)),
+        ([0] * 20 + [32768] * 4, (8, 16384)),  # tiles without keys are no work of any program
         ([100] * 10, (10, KV_BLOCK * 2)),
     ],
 )

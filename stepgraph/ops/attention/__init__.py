@@ -64,8 +64,8 @@ def attention_plan(
 ) -> AttentionPlan:
     """List the attention work of a batch. Runs inside the graph.
 
-    Row r has ``tiles_r = ceil(query_len_r · group / tile)`` tiles, each of which reads at most ``span_r`` keys: ``kv_len_r``
-    of them, or, under a window, the fewer of
+    Row r has ``tiles_r = ceil(query_len_r · group / tile)`` tiles, or none if it has no keys. Each reads at most ``span_r`` keys:
+    ``kv_len_r`` of them, or, under a window, the fewer of
 
     - the row's keys from ``context_len_r - window + 1`` (rounded down to KV_BLOCK) on, and
     - ``window`` keys for the tile's first token, one for each later token of a tile, and what rounding its start adds.

@@ -70,7 +70,7 @@ def _plan_kernel(
     end_R = tl.load(query_start_ptr + row_R + 1, mask=real_R, other=0)
     kv_len_R = tl.load(kv_len_ptr + row_R, mask=real_R, other=0)
     query_len_R = end_R - start_R
-    tiles_R = tl.cdiv(query_len_R * GROUP, TILE)
+    tiles_R = tl.where(kv_len_R > 0, tl.cdiv(query_len_R * GROUP, TILE), 0)
     span_R = kv_len_R
     if WINDOW > 0:
         first_key_R = tl.maximum(kv_len_R - query_len_R - WINDOW + 1, 0) // KV_BLOCK * KV_BLOCK
