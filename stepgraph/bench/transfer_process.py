@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import itertools
 import multiprocessing
 import os
 import time
 import traceback
 from collections.abc import Mapping, Sequence
+from functools import partial
 from multiprocessing.connection import Connection, wait
 from typing import Any, NamedTuple
 
@@ -15,6 +15,7 @@ from stepgraph.config import EngineConfig
 from stepgraph.engine.build import build_engine
 from stepgraph.engine.engine import Engine
 from stepgraph.engine.sampling_params import SamplingParams
+from stepgraph.engine.sink import FetchReport
 from stepgraph.errors import StepgraphError
 from stepgraph.transfer.reference import Offer, Reference
 
@@ -52,6 +53,8 @@ class Told(NamedTuple):
     """Where others find its leases, with no lease; None if they do not."""
     counts: dict[str, Any]
     """Its `TransferCounts`; empty if it has to do with no others."""
+    fetch_s: tuple[float, ...]
+    """How long each fetch took that has brought its blocks since it was last asked."""
 
 
 class EngineProcess:
@@ -90,10 +93,10 @@ class EngineProcess:
                 return
             self.given.append(received)
 
-    def counts(self) -> dict[str, Any]:
-        """What it has transferred until now."""
+    def tell(self) -> Told:
+        """What it says of itself now."""
         self.connection.send(_TELL)
-        return self._told().counts
+        return self._told()
 
     def abort_all(self) -> None:
         """End all requests, and forget what they were given."""
@@ -146,16 +149,19 @@ def _serve(connection: Connection, settings: dict[str, Any], device: int | None)
         os.environ["CUDA_VISIBLE_DEVICES"] = str(device) if seen is None else seen.split(",")[device]
     try:
         engine = build_engine(EngineConfig.from_settings(**settings))
-        connection.send(_tell(engine))
-        for number in itertools.count():
-            _turn(engine, connection, number)
+        fetch_s: list[float] = []
+        if engine.exchange.sink is not None:
+            engine.exchange.sink.on_end = partial(_note, fetch_s)
+        connection.send(_tell(engine, fetch_s))
+        while True:
+            _turn(engine, connection, fetch_s)
     except (EOFError, OSError):  # nobody is there any more
         return
     except Exception:
         connection.send(StepgraphError(f"an engine failed:\n{traceback.format_exc()}"))
 
 
-def _turn(engine: Engine, connection: Connection, number: int) -> None:
+def _turn(engine: Engine, connection: Connection, fetch_s: list[float]) -> None:
     """Take what has been asked, and one step."""
     until_work_s = engine.seconds_until_work if engine.has_work else _IDLE_S
     while connection.poll(min(until_work_s or 0.0, _IDLE_S)):
@@ -164,7 +170,7 @@ def _turn(engine: Engine, connection: Connection, number: int) -> None:
         if not isinstance(ask, Ask):
             for request in list(engine.scheduler.requests) if ask == _ABORT else ():
                 engine.abort(request.id)
-            connection.send(_tell(engine))
+            connection.send(_tell(engine, fetch_s))
             continue
         params = SamplingParams(temperature=0, max_tokens=ask.max_tokens, ignore_eos=True)
         engine.add_request(ask.name, ask.prompt, params, cache_salt=ask.salt, transfer=ask.transfer)
@@ -179,12 +185,18 @@ def _turn(engine: Engine, connection: Connection, number: int) -> None:
             connection.send(Given(update.request.id, now, update.new_token_ids, update.finish_reason is not None))
 
 
-def _tell(engine: Engine) -> Told:
+def _note(fetch_s: list[float], report: FetchReport) -> None:
+    if report.reason is None:
+        fetch_s.append(report.seconds)
+
+
+def _tell(engine: Engine, fetch_s: list[float]) -> Told:
     transfers = engine.exchange.transfers
     if transfers is None:
-        return Told(engine.executor.specs.device, None, {})
+        return Told(engine.executor.specs.device, None, {}, ())
+    seconds = tuple(fetch_s)
+    fetch_s.clear()
     reference = Reference(transfers.engine_id, transfers.host, transfers.port, "")
     counts = transfers.counts()
-    return Told(
-        engine.executor.specs.device, reference, {name: getattr(counts, name) for name in counts.__annotations__}
-    )
+    told = {name: getattr(counts, name) for name in counts.__annotations__}
+    return Told(engine.executor.specs.device, reference, told, seconds)

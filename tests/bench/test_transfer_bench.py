@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from stepgraph.bench import main
-from stepgraph.errors import ConfigError
+from stepgraph.bench import main, transfer
+from stepgraph.errors import ConfigError, StepgraphError
 
 
 @pytest.mark.slow
@@ -20,6 +20,25 @@ def test_prompts_are_taken_over_and_answers_do_not_depend_on_that(tiny_model, tm
     assert found["counts"][1]["failures"] == {}
     assert found["counts"][1]["blocks_received"] >= 2 * 3 * 6  # by layer and whole, warm-ups too
     assert found["counts"][0]["num_leases"] == 0
+    assert found["first_tokens"][0]["num_differing"] == 0
+    assert found["first_tokens"][0]["fetch_ms"] > 0
+
+
+def pair(*, is_exact: bool) -> transfer._Pair:
+    made = object.__new__(transfer._Pair)  # without engines
+    made._is_exact = is_exact
+    return made
+
+
+def test_answers_may_differ_in_16_bits_alone_and_must_be_complete() -> None:
+    same, other = list(range(8)), [*range(7), 0]
+    for is_exact in (True, False):
+        assert not pair(is_exact=is_exact)._compare(100, [same, list(same), same])
+        with pytest.raises(StepgraphError, match="do not have 8 tokens"):
+            pair(is_exact=is_exact)._compare(100, [same, same, same[:-1]])
+    assert pair(is_exact=False)._compare(100, [same, same, other])
+    with pytest.raises(StepgraphError, match="differ by how"):
+        pair(is_exact=True)._compare(100, [same, other, same])
 
 
 def test_wrong_numbers_are_refused_before_engines_start() -> None:
