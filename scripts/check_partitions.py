@@ -123,7 +123,7 @@ def main() -> int:
         graph_difference = alone_difference = 0.0
         mismatches: list[str] = []
         for composition in tqdm(compositions, desc=family, leave=False, disable=not sys.stderr.isatty()):
-            report = verify_shape(engine.executor.runner, StepShape(TOKENS, ROWS), [composition], alone_rows=0)
+            report = verify_shape(engine.executor.runner, StepShape(TOKENS, ROWS), [composition], alone_rows=1)
             graph_difference = max(graph_difference, report.worst_graph_difference)
             alone_difference = max(alone_difference, report.worst_alone_difference)
             mismatches += report.mismatches

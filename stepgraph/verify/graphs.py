@@ -71,7 +71,7 @@ def verify_shape(
         runner: with a KV cache that holds the compositions; its slots must be free.
         shape: one of `runner.policy.shapes()`.
         compositions: that fit the shape.
-        alone_rows: rows of each composition that are also run alone; the last is always among them.
+        alone_rows: rows of each composition that are also run alone: the last, and others at random.
     """
     graph = runner.graphs.store.graph(shape)
     assert graph is not None, f"{shape} is over the graph memory budget"
@@ -119,7 +119,8 @@ def _compare_with_rows_alone(
     allowed = 0.0 if runner.deterministic else _ROUNDING
     starts = list(accumulate((row.num_samples for row in composition.rows), initial=-found.first_logits))
     emitting = [i for i, row in enumerate(composition.rows) if row.emits and starts[i] >= 0]
-    chosen = set(emitting[-1:]) | set(random.Random(composition.seed).sample(emitting, min(alone_rows, len(emitting))))
+    others = random.Random(composition.seed).sample(emitting[:-1], len(emitting[:-1]))
+    chosen = [*emitting[-1:], *others][:alone_rows]
     for index in sorted(chosen):
         shape = StepShape(composition.rows[index].query_len, 1, num_drafts=report.shape.num_drafts)
         first = sum(row.query_len for row in composition.rows[:index] if row.active)
@@ -148,7 +149,7 @@ def verify_graphs(
     seed: int,
     variants: Sequence[Variant] = (Variant.PLAIN,),
     draft_levels: Sequence[int] = (0,),
-    alone_rows: int = 2,
+    alone_rows: int = 3,
     progress: bool = False,
 ) -> list[ShapeReport]:
     """Check every shape that can be captured, in each of `variants` and with each of `draft_levels` as the most

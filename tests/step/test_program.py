@@ -60,8 +60,8 @@ def composition(query_lens: Sequence[int], seed: int) -> Composition:
     return Composition(tuple(rows), seed)
 
 
-def assert_right(runner, compositions: Sequence[Composition], *, alone_rows: int = 1) -> None:
-    """The graph gives on each what the same program gives eagerly, and what so many of its rows, or one more, give alone."""
+def assert_right(runner, compositions: Sequence[Composition], *, alone_rows: int = 2) -> None:
+    """The graph gives on each what the same program gives eagerly, and what so many of its rows give alone."""
     report = verify_shape(runner, SHAPE, compositions, alone_rows=alone_rows)
     assert report.compositions == len(compositions)
     assert report.mismatches == []
@@ -82,8 +82,10 @@ def test_the_tile_bound_holds_on_every_partition_and_is_reached(group, tile) -> 
 
 def test_one_graph_is_right_on_every_partition_of_160_tokens_into_up_to_3_rows(runner) -> None:
     compositions = [composition(query_lens, seed) for seed, query_lens in enumerate(PARTITIONS)]
-    assert_right(runner, compositions[::20])
-    assert_right(runner, [c for number, c in enumerate(compositions) if number % 20], alone_rows=0)
+    extremes = sorted(compositions, key=lambda c: max(row.query_len for row in c.rows))
+    with_rows_alone = {c.seed for c in (*compositions[::10], *extremes[:10], *extremes[-10:])}
+    assert_right(runner, [c for c in compositions if c.seed in with_rows_alone])
+    assert_right(runner, [c for c in compositions if c.seed not in with_rows_alone], alone_rows=0)
 
 
 def test_one_graph_is_right_on_500_random_compositions_of_up_to_8_rows(runner) -> None:
@@ -103,7 +105,7 @@ def test_one_graph_is_right_on_120_random_compositions_that_verify_proposals(cre
     )
     room = {"max_len": engine.executor.runner.max_model_len - 1, "num_blocks": 128, "block_size": BLOCK_SIZE}
     compositions = list(random_compositions(shape, 120, random.Random(1), **room))
-    report = verify_shape(engine.executor.runner, shape, compositions, alone_rows=1)
+    report = verify_shape(engine.executor.runner, shape, compositions, alone_rows=2)
     assert report.compositions == 120
     assert report.mismatches == []
 

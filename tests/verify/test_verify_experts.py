@@ -32,7 +32,7 @@ def check(tiny_mixture):
             for module in engine.executor.runner.model.modules():
                 if isinstance(module, Router):
                     module.weight.normal_(0.0, 0.3, generator=generator)
-        reports = verify_graphs(engine.executor, rounds=4, seed=0, alone_rows=4)
+        reports = verify_graphs(engine.executor, rounds=4, seed=0, alone_rows=8)
         assert len(reports) == 2
         return [mismatch for report in reports for mismatch in report.mismatches]
 
