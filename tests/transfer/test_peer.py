@@ -150,7 +150,7 @@ def test_a_lease_is_fetched_once(create) -> None:
     first = sink.fetch(reference_to(source), 0, [1], KEYS[:1])
     fails(sink.fetch(reference_to(source), 0, [2], KEYS[:1]), LossReason.CONFIRMED)
     wait(lambda: sink.movers.attached and sink.movers.attached[0])
-    time.sleep(0.05)
+    wait(lambda: source.leases._leases["a"].tell is not None)
     fails(other.fetch(reference_to(source), 0, [2], KEYS[:1]), LossReason.CONFIRMED)
     source.leases.fill("a", 0, [5], KEYS[:1], -1)
     source.leases.complete("a")
@@ -276,7 +276,9 @@ def test_leases_outlive_their_duration_while_they_are_wanted(create) -> None:
     for _ in range(4):
         clock.now += 10.1
         sink.renew([reference_to(source, "waiting")])
-        time.sleep(0.25)  # longer than peers look away
+        for name in ("fetched", "waiting"):
+            lease = source.leases._leases[name]
+            wait(lambda lease=lease: lease.expires_at == clock.now + 30.0)
         source.leases.collect()
     assert source.leases.ended == {LossReason.EXPIRED: 1}
     assert fetch.state is FetchState.UNDER_WAY
@@ -296,7 +298,7 @@ def test_what_does_not_come_in_time_is_given_up(create) -> None:
     source.leases.fill("b", 0, [4], KEYS[:1], -1)
     source.leases.complete("b")
     wait(lambda: sink.movers.attached and len(sink.movers.attached[0]) == 2 and sink.movers.last.moved)
-    time.sleep(0.3)
+    wait(lambda: stuck.total is not None)
     clock.now += 6
     fails(stuck, FetchFailure.TIMEOUT)  # its bytes
     assert slow.state is FetchState.UNDER_WAY  # prompts may have to wait
