@@ -164,7 +164,13 @@ class Peer:
             reason = FetchFailure.PROTOCOL
             logger.warning("engine at %s does not keep to the protocol of transfers: %s", self._name, error)
         except (LinkError, OSError) as error:
-            logger.warning("engine at %s cannot be reached: %s", self._name, error)
+            # One that this end has ended is gone as it was meant to be.
+            logger.log(
+                logging.DEBUG if self._is_over else logging.WARNING,
+                "engine at %s cannot be reached: %s",
+                self._name,
+                error,
+            )
         finally:
             self.end(reason)
             if self._caches is not None:

@@ -213,6 +213,16 @@ def test_what_the_source_gives_up_is_lost(create) -> None:
     wait(lambda: fetch.state is FetchState.DONE)
 
 
+def test_a_link_that_this_end_has_ended_is_no_trouble(create, caplog) -> None:
+    source, sink = create(), create()
+    source.leases.open("a")
+    sink.fetch(reference_to(source), 0, [1], KEYS[:1])
+    wait(lambda: sink.movers.attached and sink.movers.attached[0])
+    sink.close()
+    wait(lambda: source.leases.ended == {LossReason.DROPPED: 1})
+    assert not caplog.messages
+
+
 def test_a_sink_that_loses_its_cache_fetches_nothing(create) -> None:
     source, sink = create(), create()
     source.leases.open("a")
