@@ -38,11 +38,6 @@ def reference_to(engine: Engine, lease: str) -> Reference:
     return Reference(transfers.engine_id, transfers.host, transfers.port, lease)
 
 
-def address_of(engine: Engine) -> dict[str, Any]:
-    """The same as `kv_transfer_params`, of no lease."""
-    return reference_to(engine, "none").params(0, 1)
-
-
 def go_on(engine: Engine) -> Sequence[RequestUpdate]:
     """What an engine's loop does, once."""
     if engine.has_work:
