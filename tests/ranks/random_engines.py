@@ -115,6 +115,7 @@ def random_case(
     experts: bool = False,
     latents: bool = False,
     lockstep: bool = False,
+    num_arrivals: int | None = None,
     device: str = "cpu",
 ) -> Case:
     """Always the same for the same numbers.
@@ -126,6 +127,7 @@ def random_case(
         experts: give a random one experts.
         latents: give a random one attention over latents.
         lockstep: let each rank have requests of its own, which takes experts.
+        num_arrivals: how many requests; default: a few.
         device: where it runs.
     """
     rng = random.Random(f"{number} {num_ranks}")
@@ -136,10 +138,11 @@ def random_case(
     if fixed is not None:  # kernels are compiled for sizes and formats, which takes longer than all else
         settings |= {"quantization": "auto", "block_size": 16, "capture": "lazy"}
     settings |= {"enable_expert_parallel": True} if lockstep else {}
-    guided = model.block_type is None and rng.random() < 0.1
+    guided = model.block_type is None and (rng.random() < 0.1 or num_arrivals is not None)
     stem = [rng.randrange(1, 257) for _ in range(40)]
     most = 3 * num_ranks + 3 if lockstep else 7
-    arrivals = tuple(_random_arrival(rng, settings, stem, guided) for _ in range(rng.randint(3, most)))
+    count = num_arrivals or rng.randint(3, most)
+    arrivals = tuple(_random_arrival(rng, settings, stem, guided) for _ in range(count))
     events = [name for name in _EVENTS if model.block_type is None or "tensors" not in name]
     event = (rng.randint(2, 15), rng.choice(events)) if rng.random() < 0.25 else None
     if event and "tensors" in event[1] and "model_impl" in settings:  # transformers' own code takes files only
