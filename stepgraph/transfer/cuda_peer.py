@@ -16,6 +16,7 @@ import threading
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
 from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -55,7 +56,7 @@ class CudaBackend:
         self._cache = cache
         self._device = cache.tensors[0][0].device
         self._stream = torch.cuda.Stream(self._device)
-        self._numbers = lru_cache(maxsize=8)(self._on_device)  # those of a move serve all its layers
+        self._numbers = lru_cache(maxsize=16)(self._on_device)  # those of a move serve all its layers
         self._door: _Door | None = None
         for tensor in {
             (tensor.shape, tensor.dtype): tensor for tensors in cache.tensors for tensor in tensors
@@ -81,9 +82,15 @@ class CudaBackend:
     def copy(self, copies: Sequence[BlockCopy]) -> None:
         """See `Backend.copy`. Beside the work of the engine's thread, and in no order with it."""
         with torch.cuda.stream(self._stream):
-            for source, source_blocks, target, target_blocks in copies:
-                numbers = self._numbers(source_blocks), self._numbers(target_blocks)
-                copy_blocks(source, numbers[0], target, numbers[1], NUM_PROGRAMS)
+            for run in _runs(copies):
+                first, count = run.first, run.num_tensors
+                copy_blocks(
+                    _extended(first.source, run.source_step, count),
+                    self._numbers(first.source_blocks, run.source_step, count),
+                    _extended(first.target, run.target_step, count),
+                    self._numbers(first.target_blocks, run.target_step, count),
+                    NUM_PROGRAMS,
+                )
         self._stream.synchronize()
 
     def attach(self, peer: Hello) -> RemoteMemory:
@@ -137,8 +144,54 @@ class CudaBackend:
         torch.cuda.set_device(self._device)
         self._stream.synchronize()
 
-    def _on_device(self, numbers: tuple[int, ...]) -> Tensor:
-        return torch.tensor(numbers, dtype=torch.int32, device=self._device)
+    def _on_device(self, blocks: tuple[int, ...], step: int, count: int) -> Tensor:
+        numbers = torch.tensor(blocks, dtype=torch.int32) + step * torch.arange(count, dtype=torch.int32).unsqueeze(1)
+        return numbers.flatten().to(self._device)
+
+
+class _Run(NamedTuple):
+    """The same blocks of several tensors that lie at equal distances, at both ends. One launch copies them, for it takes the host
+    as long as a layer's copy takes the device."""
+
+    first: BlockCopy
+    num_tensors: int
+    source_step: int
+    """From tensor to tensor, in blocks; any, if there is but one."""
+    target_step: int
+
+
+def _runs(copies: Sequence[BlockCopy]) -> list[_Run]:
+    """All copies, those that follow each other in as few runs as may be."""
+    runs: list[_Run] = []
+    last: BlockCopy | None = None
+    for copy in copies:
+        if last is not None and (last.source_blocks, last.target_blocks) == (copy.source_blocks, copy.target_blocks):
+            run, of_source, of_target = runs[-1], _step(last.source, copy.source), _step(last.target, copy.target)
+            goes_on = run.num_tensors == 1 or (of_source, of_target) == (run.source_step, run.target_step)
+            if of_source is not None and of_target is not None and goes_on:
+                runs[-1], last = _Run(run.first, run.num_tensors + 1, of_source, of_target), copy
+                continue
+        runs.append(_Run(copy, 1, 0, 0))
+        last = copy
+    return runs
+
+
+def _step(tensor: Tensor, following: Tensor) -> int | None:
+    """Blocks from a tensor to one behind it that is laid out alike; None if there is no such number."""
+    if (tensor.shape, tensor.stride(), tensor.dtype) != (following.shape, following.stride(), following.dtype):
+        return None
+    step, rest = divmod(following.data_ptr() - tensor.data_ptr(), tensor.stride(0) * tensor.itemsize)
+    return step if step >= len(tensor) and not rest else None
+
+
+def _extended(tensor: Tensor, step: int, count: int) -> Tensor:
+    """The memory from a tensor on, as one with the blocks of `count` tensors, `step` blocks from each to the next."""
+    if count == 1:
+        return tensor
+    shape = (step * (count - 1) + len(tensor), *tensor.shape[1:])
+    num_bytes = tensor.itemsize * (1 + sum((n - 1) * stride for n, stride in zip(shape, tensor.stride(), strict=True)))
+    storage = torch._C._construct_storage_from_data_pointer(tensor.data_ptr(), tensor.device, num_bytes)
+    return torch.empty(0, dtype=tensor.dtype, device=tensor.device).set_(storage, 0, shape, tensor.stride())
 
 
 class _PeerRank:

@@ -26,6 +26,8 @@ from stepgraph.transfer.messages import MAX_MESSAGE_BYTES, Message, ProtocolErro
 _LENGTH = struct.Struct("!I")
 _CREDENTIALS = struct.Struct("iII")
 _NONCE_BYTES = 32
+_POLL_S = 1e-3
+"""What `poll` waits at least, whatever less it is asked for: it counts in whole milliseconds, rounded up."""
 _ASKED, _ASKING = b"stepgraph kv 1 asked", b"stepgraph kv 1 asking"
 
 
@@ -131,7 +133,7 @@ class Link:
                 self._stream.fileno() < 0
             ):  # closed by this end; the number that is polled may be another stream's by now
                 raise LinkError("this end has closed a transfer link")
-            if not self._poll.poll(max(0.0, deadline - time.monotonic()) * 1e3):
+            if not self._has_come(deadline - time.monotonic()):
                 raise _NothingYetError
             try:
                 received = self._stream.recv(1 << 16)
@@ -143,6 +145,15 @@ class Link:
         taken = bytes(self._received[:count])
         del self._received[:count]
         return taken
+
+    def _has_come(self, within_s: float) -> bool:
+        """Whether there is something to receive by then."""
+        if within_s >= _POLL_S:
+            return bool(self._poll.poll(within_s * 1e3))
+        if self._poll.poll(0):
+            return True
+        time.sleep(max(0.0, within_s))
+        return bool(self._poll.poll(0))
 
 
 def frame_of(message: Message) -> bytes:

@@ -13,6 +13,7 @@ import pytest
 import torch
 from imitated_cuda import imitate_cuda
 
+from stepgraph import ops
 from stepgraph.layers.cache import LatentSpec, PagedSpec
 from stepgraph.parallel.shard import Shard
 from stepgraph.platforms import create_platform
@@ -121,6 +122,38 @@ def test_on_a_gpu_blocks_come_from_two_ranks_once_both_have_written_them() -> No
     moved_once_written(backend, sink, hello(*backends, is_cut=True), sources)
     for made in (backend, *backends):
         made.close()
+
+
+def test_layers_at_equal_distances_are_copied_by_one_launch(create, monkeypatch) -> None:
+    launches = []
+
+    def counted(*args) -> None:
+        launches.append(args)
+        ops.copy_blocks(*args)
+
+    backend, _ = create(shared=False)
+    monkeypatch.setattr(cuda_peer, "copy_blocks", counted)
+    layout = CacheLayout((PagedSpec(HEADS, 8, torch.bfloat16),) * 3 + (LatentSpec(6, torch.bfloat16),) * 2, (), 2, 2, 0)
+    caches = []
+    for num_blocks in (NUM_BLOCKS, NUM_BLOCKS + 4):
+        memory = SleepableMemory(layout.sizes(num_blocks), CPU, is_shared=False)
+        caches.append([tensor for cache in layout.allocate(num_blocks, memory) for tensor in cache.block_tensors])
+    for number, tensor in enumerate(caches[0]):
+        tensor[:] = torch.arange(NUM_BLOCKS).view(-1, *[1] * (tensor.dim() - 1)) + 10 * number
+    pairs = list(zip(*caches, strict=True))
+    whole = [BlockCopy(source, (3, 1), target, (2, 8)) for source, target in pairs]
+    heads = [BlockCopy(source[:, :, 1:3], (4,), target[:, :, 2:], (6,)) for source, target in pairs[:6]]
+    backend.copy([*whole, *heads, BlockCopy(pairs[0][0], (2,), pairs[0][1], (1,)), whole[3], whole[1]])
+    # Keys and values of three layers; latents of two, whose distance is no whole number of blocks; heads; and three in no order.
+    assert len(launches) == 1 + 2 + 1 + 3
+    for number, (_, target) in enumerate(pairs):
+        expected = torch.zeros_like(target)
+        expected[2], expected[8] = 3 + 10 * number, 1 + 10 * number
+        if number < 6:
+            expected[6, :, 2:] = 4 + 10 * number
+        if number == 0:
+            expected[1] = 2
+        assert torch.equal(target, expected)
 
 
 def test_what_makes_no_sense_is_not_mapped(create, driver) -> None:

@@ -45,6 +45,26 @@ def test_messages_pass_both_ways_in_their_order() -> None:
         other.receive(5)
 
 
+def test_a_short_look_is_not_made_a_millisecond_long(monkeypatch) -> None:
+    one, other = linked()
+    waits: list[float] = []
+    polled = one._poll.poll
+
+    class Poll:
+        def poll(self, milliseconds: float) -> list[tuple[int, int]]:
+            waits.append(milliseconds)
+            return polled(milliseconds)
+
+    monkeypatch.setattr(one, "_poll", Poll())
+    assert one.receive(2e-4) is None
+    assert waits == [0, 0]  # `poll` would round up
+    other.send(Confirmed("a"))
+    while (message := one.receive(2e-4)) is None:
+        pass
+    assert message == Confirmed("a")
+    assert not any(waits)
+
+
 def test_many_may_send_at_once() -> None:
     one, other = linked()
     with ThreadPoolExecutor(4) as pool:
