@@ -2,7 +2,6 @@
 
 import gc
 import os
-import sys
 from collections.abc import Iterator
 
 import stepgraph  # noqa: F401  # before torch, as it settles how torch's threads wait
@@ -15,7 +14,7 @@ if not torch.cuda.is_available():
 
 import pytest
 import triton_interpreter  # noqa: F401  # mends it
-from forked_workers import ForkedWorkers
+from forked_processes import FORKED
 from hypothesis import HealthCheck, settings
 from tiny import TINY_SETTINGS, save_tiny_model
 
@@ -43,12 +42,12 @@ def _frozen() -> None:
 @pytest.fixture(scope="session", autouse=True)
 def _forked_workers() -> Iterator[None]:
     """Ranks of engines in a test's own process start at once."""
-    forked = ForkedWorkers()
     with pytest.MonkeyPatch.context() as patch:
-        if sys.platform == "linux":  # which lets processes adopt others
-            patch.setattr(workers, "subprocess", forked)
+        if FORKED is not None:
+            patch.setattr(workers, "subprocess", FORKED)
         yield
-    forked.close()
+    if FORKED is not None:
+        FORKED.close()
 
 
 @pytest.fixture(scope="session")

@@ -18,6 +18,7 @@ from typing import Any
 
 import httpx2
 import openai
+from forked_processes import FORKED
 from published import ReplyCheck
 
 START_S = 120
@@ -118,7 +119,10 @@ class LiveServer:
     def pids(self, module: str) -> list[int]:
         """Of the server's children that run a module, the oldest first."""
         children = subprocess.run(
-            ["ps", "--ppid", str(self.process.pid), "-o", "pid=,args="], capture_output=True, text=True, check=True
+            ["ps", "--ppid", str(self.process.pid), "-o", "pid=,comm=,args="],
+            capture_output=True,
+            text=True,
+            check=True,
         ).stdout
         return sorted(int(line.split()[0]) for line in children.splitlines() if module in line)
 
@@ -181,12 +185,14 @@ class _CheckedStream(httpx2.SyncByteStream, httpx2.AsyncByteStream):
 def running_server(
     model: str, flags: Sequence[str] = (), *, wait_ready: bool = True, **environment: str
 ) -> Iterator[LiveServer]:
-    """Start a server on a free port; it is ended with the block."""
-    process = subprocess.Popen(
+    """Start a server on a free port; it is ended with the block. One with a PYTHONPATH of its own imports everything anew."""
+    forks = FORKED is not None and "PYTHONPATH" not in environment
+    process = (FORKED if forks else subprocess).Popen(
         [sys.executable, "-m", "stepgraph.server", "--model", model, "--port", "0", *flags],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
+        stdin=subprocess.DEVNULL,
         env={**os.environ, "PYTHONUNBUFFERED": "1", **environment},
     )
     server = LiveServer(process)

@@ -26,9 +26,9 @@ def server(tiny_model):
 def worker_of(server: LiveServer) -> int:
     """The process of rank 1, a child of the engine's."""
     found = subprocess.run(
-        ["ps", "--ppid", str(server.engine_pid()), "-o", "pid=,args="], capture_output=True, text=True, check=True
+        ["ps", "--ppid", str(server.engine_pid()), "-o", "pid=,comm=,args="], capture_output=True, text=True, check=True
     ).stdout
-    [pid] = [int(line.split()[0]) for line in found.splitlines() if "stepgraph.executor.worker" in line]
+    [pid] = [int(line.split()[0]) for line in found.splitlines() if "worker" in line]
     return pid
 
 
