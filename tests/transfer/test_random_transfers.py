@@ -5,7 +5,6 @@ blocks, aborts and a forgotten cache: whatever `tests/ranks/random_engines.py` m
 """
 
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 from engines import Pair, check_at_rest, settle
@@ -31,15 +30,20 @@ def create() -> Iterator[EngineFactory]:
 def test_two_engines_answer_random_requests_as_one_does(number, tmp_path, create) -> None:
     case = random_case(number, 1, num_arrivals=NUM_REQUESTS)
     save_model(case.model, tmp_path)
-    settings = case.settings | {"enable_prefix_caching": True, "model": model_path(case.model, Path(tmp_path))}
+    settings = case.settings | {
+        "enable_prefix_caching": True,
+        "model": model_path(case.model, tmp_path),
+        "block_size": 8,
+    }
     source, sink = (
-        create(EngineConfig.from_settings(splitwise_role=role, **settings)) for role in ("prefill", "decode")
+        create(EngineConfig.from_settings(**settings | {"splitwise_role": role, "num_kv_blocks": num_blocks}))
+        for role, num_blocks in (("prefill", 400), ("decode", 60))
     )
     found = serve(Pair(source, sink, number), case, tmp_path)
     for engine in (sink, source):
         settle(engine, 60)
         assert check_at_rest(engine) == [], case.features
-    assert sink.transfers.counts().blocks_received > 0
+    assert sink.transfers.counts().blocks_received >= 10
     create.shut_engines_down()
     ties = count_ties(case, tmp_path, create, found, serve_reference(case, tmp_path, create))
     assert ties <= 1, case.features
