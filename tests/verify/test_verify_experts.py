@@ -45,9 +45,19 @@ def test_right_graphs_pass_whatever_rounding_chooses(check, settings) -> None:
 
 
 def test_mutant_rows_alone_that_choose_anew_differ(check, monkeypatch) -> None:
-    """Of experts that are all but tied."""
+    """Of experts that are all but tied, by routers that round otherwise in steps of other sizes, as some processors do."""
+    right = Router.forward
+
+    def rounded(self: Router, x: Tensor, counts: Tensor) -> Chosen:
+        return right(self, x * (1 + torch.linspace(0, 1e-6 * len(x), x.shape[1])), counts)
+
+    def has_other_values() -> bool:
+        return any("differs from the same row alone" in mismatch for mismatch in check())
+
+    monkeypatch.setattr(Router, "forward", rounded)
+    assert not has_other_values()
     monkeypatch.setattr(graphs, "imposed_choices", lambda kept, tokens: nullcontext([]))
-    assert any("differs from the same row alone" in mismatch for mismatch in check())
+    assert has_other_values()
 
 
 def test_mutant_padding_that_reaches_experts_is_caught(check, monkeypatch) -> None:
