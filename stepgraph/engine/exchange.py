@@ -161,7 +161,8 @@ class Exchange:
             self.sink.tier.close()
 
     def forget(self) -> None:
-        """Forget prefixes of requests that have ended."""
+        """Forget prefixes of requests that have ended. Blocks of leases that are over are nobody's any more."""
+        self._collect()
         if self.sink is not None and self.sink.tier is not None:
             self.sink.tier.clear()
 

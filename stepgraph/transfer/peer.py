@@ -360,7 +360,7 @@ class Peer:
             return
         assert fetch.moves is not None
         source = message.blocks[:count]
-        if any(bytes.fromhex(key) != fetch.keys[index + k] for k, key in enumerate(message.keys[:count])):
+        if any(key != fetch.keys[index + k].hex() for k, key in enumerate(message.keys[:count])):
             self.give_up(fetch, FetchFailure.OTHER_BLOCKS)
         elif self._caches is not None and any(not 0 < block < self._caches.num_blocks for block in source):
             self.give_up(fetch, FetchFailure.OUT_OF_RANGE)

@@ -145,6 +145,17 @@ def test_a_lease_that_nobody_renews_expires_without_traffic() -> None:
     assert source.transfers.leases.ended == {LossReason.EXPIRED: 1}
 
 
+def test_blocks_of_a_lease_that_is_over_can_be_forgotten_at_once() -> None:
+    source, _ = pair()
+    source.add("a", 30, 1, transfer=Offer("lease"))
+    source.drain()
+    assert source.engine.reset_prefix_cache() == 7
+    source.transfers.leases.read("lease", lambda message: None)
+    assert source.transfers.leases.confirm("lease", 7) is None
+    assert source.engine.reset_prefix_cache() == 0
+    check_nothing_is_left(source)
+
+
 def test_what_the_cache_has_lost_is_lost_to_those_who_read_it() -> None:
     source, _ = pair(max_tokens=8)
     messages: dict[str, list[Message]] = {"growing": [], "complete": []}

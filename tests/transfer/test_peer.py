@@ -367,6 +367,16 @@ def test_a_source_that_makes_no_sense_is_left(create, rogue, messages: list[Mess
         assert ends(link)
 
 
+def test_a_key_that_is_no_number_is_another_key(create, rogue) -> None:
+    sink = create()
+    fetch = sink.fetch(rogue.reference, 0, [1], KEYS[:1])
+    with rogue.link() as link:
+        assert link.receive(10) == Open("a", 0)
+        link.send(Filled("a", 0, (1,), ("?" * 64,), -1))
+        assert link.receive(10) == Drop("a")
+        fails(fetch, FetchFailure.OTHER_BLOCKS)
+
+
 def test_a_source_that_ends_amid_a_fetch_is_counted(create, rogue) -> None:
     sink = create()
     fetch = sink.fetch(rogue.reference, 0, [1], KEYS[:1])
