@@ -136,6 +136,7 @@ class Sink:
         if request.variant is Variant.PROMPT_LOGPROBS:  # these need every token to be computed
             if reference is not None:
                 self._give_up(request, "prompt_logprobs")
+                self._leave(request)
         elif reference is not None or self._num_on_host(request, len(self._prefixes.find(request))):
             self._queued[request] = _Queued(self._clock(), self._clock())
             request.awaits_blocks = True
@@ -165,8 +166,9 @@ class Sink:
 
     def gone(self, request: Request) -> None:
         """A request has ended, whatever it waited for."""
-        self._queued.pop(request, None)
         self._ready.pop(request, None)
+        if self._queued.pop(request, None) is not None:
+            self._leave(request)
         if request in self._fetching:
             self._release(self._fetching[request])
 
@@ -195,6 +197,7 @@ class Sink:
                     return
                 del self._queued[request]
                 self._give_up(request, "no_blocks")
+                self._leave(request)
 
     def _start(self, request: Request, unread: Sequence[int]) -> bool:
         """Take blocks for a request; False if there are not enough."""
@@ -221,6 +224,7 @@ class Sink:
         del self._queued[request]
         if count <= 0:
             self._let_in(request, wanted.stop)
+            self._leave(request)
         return True
 
     def _num_on_host(self, request: Request, num_hits: int) -> int:
@@ -323,6 +327,13 @@ class Sink:
         if reason is not None:
             self.failures[reason] += 1
         self._let_in(request, self._prefixes.wanted(request).stop)
+
+    def _leave(self, request: Request) -> None:
+        """A request takes nothing of its lease: if no other does, its source need not keep it."""
+        reference = _reference_of(request)
+        if reference is not None and reference not in map(_reference_of, (*self._queued, *self._fetching)):
+            assert self._transfers is not None
+            self._transfers.leave(reference)
 
     def _let_in(self, request: Request, num_blocks: int) -> None:
         """A request waits for nothing but room."""

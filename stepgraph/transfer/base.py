@@ -116,6 +116,9 @@ class Transfers(Protocol):
         """Keep leases alive that are to be fetched later. To be called again and again until then, as often as one likes: what
         is sent is one message to each source in a third of the time after which leases expire. Does not wait."""
 
+    def leave(self, reference: Reference) -> None:
+        """Nothing is going to be fetched of it: its source need not wait until the lease expires. Does not wait."""
+
     def cache_lost(self, reason: LossReason) -> None:
         """End all leases and fetches: what is cached counts no more, or is about to be given up. Until `cache_back`, there are
         none. Does not wait: memory is not to be given up before the fetches are done."""

@@ -189,6 +189,13 @@ class Leases:
             if name in self._leases:
                 self._give_back(name, LossReason.DROPPED)
 
+    def leave(self, name: str) -> None:
+        """Nobody is going to read a lease: it ends, if nobody reads it now."""
+        with self._lock:
+            lease = self._leases.get(name)
+            if lease is not None and lease.tell is None:
+                self._give_back(name, LossReason.DROPPED)
+
     def _give_back(self, name: str, reason: LossReason) -> None:
         """End a lease that nobody reads."""
         self._free += self._leases.pop(name).blocks

@@ -88,7 +88,7 @@ class Confirm:
 
 @dataclass(frozen=True)
 class Drop:
-    """The sink wants a lease no more."""
+    """The sink wants a lease no more, which it may have opened."""
 
     lease: str
 

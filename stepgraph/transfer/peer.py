@@ -89,6 +89,7 @@ class Peer:
         self._lock = threading.RLock()
         self._fetches: dict[str, RemoteFetch] = {}  # by lease; those that the source may still speak of
         self._waiting: set[str] = set()  # leases to be renewed once there is a link
+        self._left: set[str] = set()  # that nobody fetches, and of which the source has yet to say that it has heard so
         self._source: Hello | None = None
         self._caches: SourceCaches | None = None  # these two: the one or the other, after the thread has begun
         self._inbox: Inbox | None = None
@@ -127,12 +128,23 @@ class Peer:
                 self._outbox.post(Renew(tuple(leases)))
             return True
 
+    def leave(self, lease: str) -> None:
+        """Tell the source that nobody is going to fetch a lease, if nobody does. Does not wait."""
+        with self._lock:
+            if not self._is_over and lease not in self._fetches:
+                self._used_at = self._clock()
+                self._waiting.discard(lease)
+                self._left.add(lease)
+                if self._outbox is not None:
+                    self._outbox.post(Drop(lease))
+
     def give_up(self, fetch: RemoteFetch, reason: Reason) -> None:
         """End a fetch that is under way, and tell the source. Does not wait."""
         with self._lock:
             if fetch.end(reason) and not self._is_over and self._fetches.get(fetch.reference.lease) is fetch:
                 if self._outbox is None:
                     del self._fetches[fetch.reference.lease]  # it was never opened
+                    self.leave(fetch.reference.lease)
                 else:
                     self._drop(fetch)
 
@@ -222,6 +234,8 @@ class Peer:
                 self._open(fetch)
             if self._waiting:
                 self._outbox.post(Renew(tuple(self._waiting)))
+            for lease in self._left:
+                self._outbox.post(Drop(lease))
         return link
 
     def _greeting(self) -> Hello:
@@ -305,6 +319,8 @@ class Peer:
                 return False
             case Lost():
                 return self._lose(message)
+            case Dropped() if message.lease in self._left:
+                self._left.remove(message.lease)
             case Filled() | Complete() | Arrived() | Confirmed() | Dropped():
                 fetch = self._fetches.get(message.lease)
                 if fetch is None:

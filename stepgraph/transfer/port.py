@@ -290,7 +290,9 @@ class _Served:
 
     def _drop(self, name: str) -> None:
         reader = self._readers.pop(name, None)
-        if reader is not None and not reader.is_lost:
+        if reader is None:
+            self._leases.leave(name)
+        elif not reader.is_lost:
             reader.lose()
             self._leases.drop(name)
         if reader is None or reader.moves is None:

@@ -100,8 +100,6 @@ class EngineTransfers:
         self._fetches.append(fetch)
         if self._hello is None:
             fetch.end(LossReason.CACHE_LOST)
-        elif self._hosts is None or reference.host not in self._hosts:
-            fetch.end(FetchFailure.LINK)
         else:
             while (peer := self._peer(reference)) is not None and not peer.fetch(fetch):
                 pass  # that one has just ended
@@ -112,16 +110,20 @@ class EngineTransfers:
     def renew(self, references: Sequence[Reference]) -> None:
         """See `Transfers.renew`."""
         now = self._clock()
-        if self._hosts is None or self._hello is None or now - self._renewed_at < self._patience.lease_s / 3:
+        if self._hello is None or now - self._renewed_at < self._patience.lease_s / 3:
             return
         self._renewed_at = now
         leases: dict[tuple[str, int], tuple[Reference, set[str]]] = {}
         for reference in references:
-            if reference.host in self._hosts:
-                leases.setdefault((reference.host, reference.port), (reference, set()))[1].add(reference.lease)
+            leases.setdefault((reference.host, reference.port), (reference, set()))[1].add(reference.lease)
         for reference, names in leases.values():
             if (peer := self._peer(reference)) is not None:
                 peer.renew(names)
+
+    def leave(self, reference: Reference) -> None:
+        """See `Transfers.leave`."""
+        if (peer := self._peer(reference)) is not None:
+            peer.leave(reference.lease)
 
     def cache_lost(self, reason: LossReason) -> None:
         """See `Transfers.cache_lost`."""
@@ -170,8 +172,10 @@ class EngineTransfers:
             peer.join(_CLOSE_S)
 
     def _peer(self, reference: Reference) -> Peer | None:
-        """The one that a reference names, connected or on its way to be; None if there are too many."""
-        assert self._hello is not None
+        """The one that a reference names, connected or on its way to be; None if nothing may be taken from there, if there are
+        too many, or while there is no cache."""
+        if self._hello is None or self._hosts is None or reference.host not in self._hosts:
+            return None
         address = (reference.host, reference.port)
         with self._lock:
             if address not in self._peers:

@@ -109,6 +109,10 @@ class FakeTransfers:
             if reference.engine in self.network:
                 self.network[reference.engine].leases.renew(reference.lease)
 
+    def leave(self, reference: Reference) -> None:
+        if reference.engine in self.network:
+            self.network[reference.engine].leases.leave(reference.lease)
+
     def check(self, reference: Reference) -> None:
         if reference.host == "/tmp/forbidden":
             raise RequestError("not from there")

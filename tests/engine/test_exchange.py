@@ -298,6 +298,28 @@ def test_an_aborted_request_gives_its_lease_and_blocks_up(steps) -> None:
         sink.step()
     sink.engine.abort("a")
     assert sink.scheduler.blocks.num_quarantined == (8 if steps else 0)
+    assert source.transfers.leases.ended == {LossReason.DROPPED: 1}
+    check_nothing_is_left(source, sink)
+
+
+def test_a_lease_of_which_nothing_is_needed_ends_once_nobody_waits_for_it() -> None:
+    source, sink = pair()
+    prompt, other = list(range(1, 34)), [3] * 33
+    sink.add("before", prompt, 1)
+    sink.drain()
+    request = sink.add("a", prompt, 5, transfer=offered(source, "a", prompt))
+    sink.step()
+    assert source.transfers.leases.ended == {LossReason.DROPPED: 1}
+    others = [
+        sink.add(f"{i}", other, 5, seed=i, transfer=reference)
+        for i, reference in enumerate([offered(source, "b", other)] * 2)
+    ]
+    sink.engine.abort("0")
+    assert source.transfers.leases.ended == {LossReason.DROPPED: 1}
+    run(source, sink)
+    check_answers(request, others[1])
+    assert not sink.transfers.failures
+    assert source.transfers.leases.ended == {LossReason.DROPPED: 1, LossReason.CONFIRMED: 1}
     check_nothing_is_left(source, sink)
 
 
@@ -356,6 +378,7 @@ def test_a_prompt_for_whose_blocks_there_is_no_room_for_long_is_computed_here() 
     for _ in range(3):
         sink.step()
     assert sink.sink.failures == {"no_blocks": 1}
+    assert source.transfers.leases.ended == {LossReason.DROPPED: 1}
     sink.drain()
     check_answers(hog, request)
     check_nothing_is_left(source, sink)
@@ -364,8 +387,10 @@ def test_a_prompt_for_whose_blocks_there_is_no_room_for_long_is_computed_here() 
 def test_prompt_logprobs_are_computed_where_they_are_asked_for() -> None:
     source, sink = pair()
     params = SamplingParams(max_tokens=1, prompt_logprobs=1)
+    source.transfers.leases.open("lease")
     sink.engine.add_request("a", list(range(1, 9)), params, transfer=source.transfers.reference("lease"))
     assert sink.sink.failures == {"prompt_logprobs": 1}
+    assert source.transfers.leases.ended == {LossReason.DROPPED: 1}
     sink.engine.abort("a")
     check_nothing_is_left(sink)
 

@@ -413,6 +413,38 @@ def test_messages_that_cross_are_no_mistake(create, rogue) -> None:
     assert sink.counts().failures == {"cancelled": 1}
 
 
+def test_a_lease_that_nobody_fetches_ends_at_once_and_no_other_does(create) -> None:
+    source, sink, other = create(), create(), create()
+    for name in "abc":
+        source.leases.open(name)
+    fetch = sink.fetch(reference_to(source, "a"), 0, [1], KEYS[:1])
+    wait(lambda: source.leases._leases["a"].tell)
+    for one in (sink, other):
+        one.leave(reference_to(source, "a"))
+    other.leave(reference_to(source, "b"))
+    wait(lambda: source.leases.ended == {LossReason.DROPPED: 1})
+    sink.leave(reference_to(source, "c"))
+    wait(lambda: source.leases.ended == {LossReason.DROPPED: 2})
+    source.leases.complete("a")
+    wait(lambda: fetch.state is FetchState.DONE)
+    for name in "bc":
+        fails(sink.fetch(reference_to(source, name), 0, [1], KEYS[:1]), LossReason.DROPPED)
+
+
+def test_a_fetch_that_is_cancelled_before_there_is_a_link_leaves_its_lease(create, rogue) -> None:
+    sink = create()
+    fetch = sink.fetch(rogue.reference, 0, [1], KEYS[:1])
+    fetch.cancel()
+    assert fetch.done()
+    with rogue.link() as link:
+        assert link.receive(10) == Drop("a")
+        again = sink.fetch(rogue.reference, 0, [1], KEYS[:1])
+        assert link.receive(10) == Open("a", 0)
+        link.send(Dropped("a"))
+        link.send(Lost("a", "dropped"))
+        fails(again, LossReason.DROPPED)
+
+
 def test_a_garbled_frame_is_a_protocol_error(create, rogue) -> None:
     sink = create()
     fetch = sink.fetch(rogue.reference, 0, [1], KEYS[:1])
