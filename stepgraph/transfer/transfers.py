@@ -157,7 +157,7 @@ class EngineTransfers:
             bytes_sent=num_sent * self._cache.layout.block_bytes,
             blocks_received=num_received,
             bytes_received=num_received * self._cache.layout.block_bytes,
-            leases_ended={str(reason): count for reason, count in self.leases.ended.items()},
+            leases_ended={str(reason): count for reason, count in dict(self.leases.ended).items()},
             failures=failures,
         )
 
