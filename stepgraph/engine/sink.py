@@ -158,7 +158,7 @@ class Sink:
             if request.admitted_at is not None:
                 self._admitted(request, num_tokens)
         if self._queued:
-            self._start_queued(unread)
+            failed += self._start_queued(unread)
             references = [reference for request in self._queued if (reference := _reference_of(request)) is not None]
             if references and self._transfers is not None:
                 self._transfers.renew(references)
@@ -181,23 +181,27 @@ class Sink:
         if self.tier is not None:
             self.tier.clear()
 
-    def _start_queued(self, unread: Sequence[int]) -> None:
-        """Begin with those that come first, as long as there are slots and blocks."""
+    def _start_queued(self, unread: Sequence[int]) -> list[Request]:
+        """Begin with those that come first, as long as there are slots and blocks. Returns requests that are to end."""
+        failed: list[Request] = []
         for request in sorted(self._queued, key=rank):
             num_free_slots = self._max_num_seqs - self._scheduler.num_running
             if len(self._fetching) + len(self._ready) >= num_free_slots:
                 for queued in self._queued.values():
                     queued.slot_free_since = self._clock()
-                return
+                break
             reference = _reference_of(request)
             if reference is not None and reference in map(_reference_of, self._fetching):
                 continue  # a lease is read once; what has come then is found
             if not self._start(request, unread):
                 if self._clock() - self._queued[request].slot_free_since < self._timeout_s:
-                    return
+                    break
                 del self._queued[request]
                 self._give_up(request, "no_blocks")
                 self._leave(request)
+                if _reference_of(request) is not None and not self._may_go_on(request, "no_blocks"):
+                    failed.append(request)
+        return failed
 
     def _start(self, request: Request, unread: Sequence[int]) -> bool:
         """Take blocks for a request; False if there are not enough."""
@@ -261,6 +265,8 @@ class Sink:
             if not fetching.host_blocks:
                 self.on_end(FetchReport(fetching.waited_s, fetch.seconds, fetch.num_blocks, None))
             self._commit(fetching, fetch.num_blocks)
+            if fetch.num_blocks < len(fetching.blocks):
+                return self._may_go_on(request, "short")
         elif fetch.state is FetchState.FAILED and fetching.host_blocks:
             assert self.tier is not None
             self._release(fetching)
@@ -273,15 +279,19 @@ class Sink:
             self.on_end(FetchReport(fetching.waited_s, fetch.seconds, 0, reason))
             self._release(fetching)
             logger.warning("request %s: its keys and values did not come: %s", request.id, reason)
-            if self._fails:
-                request.error = Fault(
-                    f"the keys and values of the prompt did not come from the engine that computed them: {reason}; send the "
-                    "prompt again, or start this engine with --kv-load-failure recompute",
-                    is_users=False,
-                )
-                return False
             self._give_up(request, None)
+            return self._may_go_on(request, reason)
         return True
+
+    def _may_go_on(self, request: Request, reason: str) -> bool:
+        """Whether what has not come of a request's blocks is computed here; if not, its `error` is set."""
+        if self._fails:
+            request.error = Fault(
+                f"the keys and values of the prompt did not come from the engine that computed them: {reason}; send the "
+                "prompt again, or start this engine with --kv-load-failure recompute",
+                is_users=False,
+            )
+        return not self._fails
 
     def _commit(self, fetching: _Fetching, num_blocks: int) -> None:
         """Let everybody find the blocks that have come. Nobody holds them until their request gets its slot: requests that wait

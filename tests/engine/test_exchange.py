@@ -277,6 +277,25 @@ def test_a_request_fails_where_that_is_wanted_and_says_why() -> None:
     check_nothing_is_left(sink)
 
 
+def test_a_request_fails_where_that_is_wanted_for_what_is_missing_or_has_no_room() -> None:
+    source, sink = pair(fails=True, num_kv_blocks=33)
+    prompt = [3] * 41
+    short = sink.add("short", prompt, 5, transfer=offered(source, "short", prompt[:17]))
+    run(source, sink)
+    hog = sink.add("hog", 5, 120)
+    for _ in range(90):
+        sink.step()
+    late = sink.add("late", 40, 5, transfer=offered(source, "late", 40))
+    sink.clock.now += 31
+    run(source, sink)
+    check_answers(hog)
+    for request, reason in ((short, "short"), (late, "no_blocks")):
+        assert request.finish_reason is FinishReason.ERROR
+        assert reason in str(request.error)
+    assert sink.sink.failures == {"short": 1, "no_blocks": 1}
+    check_nothing_is_left(source, sink)
+
+
 def test_blocks_of_another_prompt_are_never_found() -> None:
     source, sink = pair()
     reference = offered(source, salt="theirs")
