@@ -114,7 +114,12 @@ class Port:
                 logger.warning("the transfer port has %d links, and takes no more", _MAX_LINKS)
                 stream.close()
                 continue
-            threading.Thread(target=self._serve, args=(stream,), name="stepgraph-port-link", daemon=True).start()
+            try:
+                threading.Thread(target=self._serve, args=(stream,), name="stepgraph-port-link", daemon=True).start()
+            except RuntimeError as error:  # there are too many
+                logger.warning("the transfer port cannot serve a link (%s)", error)
+                stream.close()
+                self._places.release()
 
     def _serve(self, stream: socket.socket) -> None:
         try:

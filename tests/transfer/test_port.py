@@ -131,6 +131,21 @@ def test_links_are_bounded(source, connect) -> None:
     connect()
 
 
+def test_a_port_goes_on_behind_a_link_for_which_there_is_no_thread(source, connect, monkeypatch) -> None:
+    start = threading.Thread.start
+
+    def start_others(thread: threading.Thread) -> None:
+        if thread.name == "stepgraph-port-link":
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", start_others)
+        with pytest.raises(LinkError):
+            connect()
+    connect()
+
+
 def test_after_the_end_nobody_is_there(source, connect) -> None:
     link = connect()
     source.close()
