@@ -278,7 +278,8 @@ class Sink:
             reason = str(fetch.reason)
             self.on_end(FetchReport(fetching.waited_s, fetch.seconds, 0, reason))
             self._release(fetching)
-            logger.warning("request %s: its keys and values did not come: %s", request.id, reason)
+            outcome = "it fails" if self._fails else "its prompt is computed here"
+            logger.warning("request %s: its keys and values did not come (%s); %s", request.id, reason, outcome)
             self._give_up(request, None)
             return self._may_go_on(request, reason)
         return True

@@ -84,7 +84,11 @@ def read_params(given: Any) -> Offer | Reference | None:
     if isinstance(port, str) and port.isascii() and port.isdigit() and len(port) < 6:
         port = int(port)
     if isinstance(port, bool) or not isinstance(port, int) or not 0 <= port < 65536:
-        raise RequestError(f"{PARAM}: remote_port={port!r:.80} must be a port", param=PARAM)
+        raise RequestError(
+            f"{PARAM}: remote_port={port!r:.80} must be a port, or 0, as the answer of the engine that computed the prompt has "
+            "it",
+            param=PARAM,
+        )
     return Reference(
         _text(given, "remote_engine_id"), _text(given, "remote_host"), port, _text(given, "remote_request_id")
     )
