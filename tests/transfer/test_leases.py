@@ -150,6 +150,7 @@ class AnyLeases(RuleBasedStateMachine):
         if self.leases.open(self.name(name)):
             assert self.name(name) not in self.num_blocks
             self.num_blocks[self.name(name)] = 0
+            self.lost.discard(self.name(name))  # for who asked before there was any
 
     @rule(name=NAMES, count=st.integers(1, 3))
     def fill(self, name, count) -> None:
