@@ -150,7 +150,6 @@ class Sink:
         Returns:
             Requests that are to end, with their `error`.
         """
-        self._blocks.reclaim()
         if self.tier is not None:
             self.tier.poll(unread)
         failed = [request for request, fetching in tuple(self._fetching.items()) if not self._go_on(fetching, unread)]
