@@ -1,10 +1,12 @@
 """Conversations whose answers are known, without an engine."""
 
 import asyncio
+from types import SimpleNamespace
 from typing import Any
 
 import httpx2
 from hypothesis import strategies as st
+from msgspec import UNSET
 
 from stepgraph.engine.session import AnswerDelta
 from stepgraph.server.chat import Gain
@@ -22,6 +24,7 @@ class ScriptedCall:
         self._error = error
         self._stalls = stalls
         self.ended = False
+        self.generation = SimpleNamespace(kv_transfer_params=UNSET)
 
     async def gains(self):
         try:

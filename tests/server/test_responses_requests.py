@@ -313,7 +313,7 @@ def test_a_request_reaches_the_engine_as_a_chat(wire, monkeypatch) -> None:
         chat, messages, tools = read()
         sent.append((chat.max_completion_tokens, messages, tools.names, id, adapter))
         call = ScriptedCall([gain(content="Yes"), gain(end="stop")])
-        call.generation = SimpleNamespace(requests={id: SimpleNamespace(params=params)})
+        call.generation.requests = {id: SimpleNamespace(params=params)}
         return call
 
     monkeypatch.setattr(ChatCall, "start", start)
