@@ -22,7 +22,6 @@ from stepgraph.engine.prompts import require_tokenizer
 from stepgraph.engine.scheduler import Scheduler
 from stepgraph.engine.sink import Sink
 from stepgraph.engine.source import Source
-from stepgraph.errors import ConfigError
 from stepgraph.executor.base import Executor
 from stepgraph.executor.ranked import build_executor, start_workers
 from stepgraph.models.identity import model_digest, unknown_model_digest
@@ -157,12 +156,6 @@ def _exchange_of(
     if not settings.is_connected and not settings.kv_host_cache_gib:
         return Exchange()
     assert isinstance(scheduler, Scheduler), scheduler
-    if not specs.reuses_prefixes:
-        raise ConfigError(
-            f"layers of {source.name} carry a state from token to token, which blocks do not hold: neither other engines nor "
-            "host memory can give them what a prompt needs; leave splitwise_role, kv_host_cache_gib and what begins with "
-            "kv_transfer out"
-        )
 
     def identify(weights: ModelSource | None) -> str:
         if weights is None:

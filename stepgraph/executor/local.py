@@ -205,8 +205,9 @@ class LocalExecutor:
         runner, shard = self.runner, WHOLE if self.group is None else self.group.shard
         if not runner.layout.reuses_prefixes:
             raise ConfigError(
-                f"{runner.model.config.architecture} has layers that carry a state from token to token, which no other engine "
-                "can take over: leave splitwise_role at mixed, and what begins with kv_transfer out",
+                f"{runner.model.config.architecture} has layers that carry a state from token to token, which neither "
+                "another engine nor host memory can give back: leave splitwise_role at mixed, and kv_host_cache_gib and what "
+                "begins with kv_transfer out",
                 param="splitwise_role",
             )
         layout = BlockLayout.of(runner.layout)
