@@ -2,6 +2,7 @@
 
 import re
 import tomllib
+from collections import Counter
 from pathlib import Path
 
 import stepgraph
@@ -29,3 +30,9 @@ def test_every_dependency_is_explained():
 
 def test_torch_is_pinned_so_that_no_installation_brings_a_second_one():
     assert re.search(r"^torch==[\d.]+$", CONSTRAINTS, re.MULTILINE)
+
+
+def test_no_two_modules_of_the_tests_share_a_name():
+    """Pytest puts every folder of tests on the path: of two modules of one name, a folder may get the other's."""
+    names = Counter(path.name for path in ROOT.glob("tests/**/*.py") if path.name != "conftest.py")
+    assert [name for name, count in names.items() if count > 1] == []

@@ -8,7 +8,7 @@ import signal
 import threading
 
 import pytest
-from engines import FakeEngine, FakeFronts
+from fakes import FakeEngine, FakeFronts
 from live import TINY_FLAGS, running_server
 from lora_folders import matrices, save_adapter
 from observed import service

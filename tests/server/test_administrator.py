@@ -4,7 +4,7 @@ import asyncio
 from collections.abc import Coroutine
 
 import pytest
-from engines import FakeEngine, FakeFronts
+from fakes import FakeEngine, FakeFronts
 
 from stepgraph.errors import EngineDeadError, RequestError, StepgraphError
 from stepgraph.server.administrator import Administrator

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import msgspec
 import pytest
-from engines import FakeEngine
+from fakes import FakeEngine
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from observed import EAGER, ENDED, IN_GRAPH, LOAD, OneServer, busy_metrics, one_engine

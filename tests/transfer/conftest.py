@@ -8,7 +8,7 @@ import pytest
 
 sys.path += [str(Path(__file__).parents[1] / name) for name in ("ranks", "models")]  # which make random engines
 
-from engines import World, build
+from engine_pairs import World, build
 from tiny import drain
 
 from stepgraph.engine.sampling_params import SamplingParams

@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from engines import ONE_TOKEN, World, failures, go_on
+from engine_pairs import ONE_TOKEN, World, failures, go_on
 from faults import Change, without
 from safetensors.torch import load_file, save_file
 

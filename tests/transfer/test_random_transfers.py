@@ -7,7 +7,7 @@ blocks, aborts and a forgotten cache: whatever `tests/ranks/random_engines.py` m
 from collections.abc import Iterator
 
 import pytest
-from engines import Pair, check_at_rest, settle
+from engine_pairs import Pair, check_at_rest, settle
 from random_engines import count_ties, random_case, serve, serve_reference
 from random_models import model_path, save_model
 from ranked_engines import EngineFactory

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from dataclasses import replace
 
 import pytest
-from engines import failures
+from engine_pairs import failures
 from faults import Change, without
 
 from stepgraph.engine.sampling_params import SamplingParams
