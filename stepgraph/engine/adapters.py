@@ -40,6 +40,11 @@ class AdapterTable:
         self._max_loras = max_loras
         self._adapters: dict[str, Adapter] = {}  # by their folders, least recently asked for first
 
+    @property
+    def folders(self) -> tuple[str, ...]:
+        """Those of adapters that are in memory, and are found there."""
+        return tuple(folder for folder, adapter in self._adapters.items() if folder != adapter.key)
+
     def holds(self, folder: str) -> bool:
         """Whether an adapter is in memory. Looks at no file: the drive may not answer."""
         return os.path.abspath(folder) in self._adapters

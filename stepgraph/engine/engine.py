@@ -99,7 +99,7 @@ class Engine:
         """Called in the engine's thread when a step's results have been read; whoever watches the steps sets it."""
         self._depth = draft_depth
         self._masks = masks
-        self._intake = intake
+        self._intake, self.loaded_adapters = intake, intake.loaded_adapters
         self.exchange, self.transfers = exchange, exchange.transfers
         self._read_tokenizer = read_tokenizer
         self._clock = clock

@@ -108,6 +108,10 @@ class RequestIntake:
             prompt_logprobs=[] if params.prompt_logprobs is None else [None] * len(prompt),
         )
 
+    def loaded_adapters(self) -> tuple[str, ...]:
+        """Folders of the LoRA adapters that a request can use without reading them; none if the engine takes none."""
+        return () if self._adapters is None else self._adapters.folders
+
     def adapters_for(self, wanted: str | AdapterFile) -> AdapterTable:
         """Where a LoRA adapter is held; RequestError if the engine takes none."""
         if self._adapters is None:

@@ -15,7 +15,7 @@ import msgspec
 
 from stepgraph.engine.request import FinishReason
 from stepgraph.server.engine_observer import EngineState, EngineStatus, RestartCause
-from stepgraph.server.messages import Load, RankInfo, TransferLoad
+from stepgraph.server.messages import Load, RankInfo, Ready, TransferLoad
 from stepgraph.server.middleware import OPEN_PATHS
 from stepgraph.step.eager_reason import EagerReason
 from stepgraph.step.plan import StepKind
@@ -221,6 +221,8 @@ class EngineCounts:
     def __init__(self) -> None:
         self.state = EngineState.LOADING
         self.load = _IDLE
+        self.ready: Ready | None = None
+        """What the running process said of itself, or the last one."""
         self.restarts: Counter[str] = Counter(dict.fromkeys(RestartCause, 0))
         self.steps: Counter[tuple[str, str | None]] = Counter()  # by kind and reason to run eagerly
         self.steps.update({(kind, reason): 0 for kind in StepKind for reason in (None, *EagerReason)})
@@ -249,6 +251,7 @@ class EngineCounts:
 
     def on_status(self, status: EngineStatus) -> None:
         """Each change of state ends or begins a process, so that what the last one counted is final."""
+        self.ready = status.ready or self.ready
         if status.state is self.state:
             return
         for name in _COUNTS:

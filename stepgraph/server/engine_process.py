@@ -10,6 +10,7 @@ import contextlib
 import faulthandler
 import gc
 import logging
+import os
 import signal
 import sys
 import time
@@ -45,6 +46,7 @@ from stepgraph.server.messages import (
     Failed,
     ForgetAdapter,
     FrontGone,
+    Load,
     LoadAdapter,
     Pause,
     Progress,
@@ -233,7 +235,7 @@ class EngineProcess:
             if isinstance(message, Add) and message.requests:
                 self._peers.send(peer, Accepted(message.group))
                 ends = [TokenUpdate(request_id, (), str(FinishReason.ABORT)) for request_id, _ in message.requests]
-                self._peers.send(peer, Progress(ends, [], load_of(self._engine, self._transfers.load())))
+                self._peers.send(peer, Progress(ends, [], self._load()))
                 message.requests = []
 
     def _decline(self, question: Question, error: BaseException) -> None:
@@ -256,9 +258,12 @@ class EngineProcess:
         for update in updates:
             by_peer.setdefault(self._owners[update.request.id], []).append(self._update(update))
         steps, self._steps = self._steps, []
-        self._peers.tell(
-            by_peer, steps, load_of(self._engine, self._transfers.load()), at_once=not self._engine.has_work
-        )
+        self._peers.tell(by_peer, steps, self._load(), at_once=not self._engine.has_work)
+
+    def _load(self) -> Load:
+        awaited = {message.adapter for _, message, _ in self._awaiting if isinstance(message, Add) and message.requests}
+        folders = tuple(sorted(os.path.abspath(folder) for folder in awaited if folder is not None))
+        return load_of(self._engine, self._transfers.load(), folders)
 
     def _update(self, update: RequestUpdate) -> TokenUpdate:
         request, num_sent = update.request, self._num_sent[update.request.id]

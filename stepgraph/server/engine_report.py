@@ -11,7 +11,7 @@ from stepgraph.engine.request import Request
 from stepgraph.server.messages import Door, FirstToken, Load, RankInfo, Ready, StepInfo, TransferLoad
 
 
-def load_of(engine: Engine, transfers: TransferLoad | None = None) -> Load:
+def load_of(engine: Engine, transfers: TransferLoad | None = None, awaited_adapters: tuple[str, ...] = ()) -> Load:
     """How full an engine is; `transfers`: see `TransferReport.load`."""
     scheduler, executor = engine.scheduler, engine.executor
     graphs = executor.graph_counts()
@@ -34,6 +34,8 @@ def load_of(engine: Engine, transfers: TransferLoad | None = None) -> Load:
         saved_steps=speculation.num_saved_steps,
         accepted_per_position=tuple(speculation.num_accepted_per_position[: engine.config.speculative.max_drafts]),
         transfers=transfers,
+        adapters=engine.loaded_adapters(),
+        awaited_adapters=awaited_adapters,
     )
 
 
@@ -136,6 +138,7 @@ def ready_of(engine: Engine) -> Ready:
         collectives=specs.collectives,
         role=engine.config.transfer.splitwise_role,
         door=None if transfers is None else Door(transfers.engine_id, transfers.host, transfers.port),
+        max_adapters=specs.max_adapters,
     )
 
 

@@ -184,6 +184,8 @@ class Ready(msgspec.Struct, tag=True):
     """See `TransferConfig.splitwise_role`."""
     door: Door | None = None
     """Where other engines ask for the blocks that it has; None if it has to do with none."""
+    max_adapters: int = 0
+    """LoRA adapters that the device's memory holds at once; 0 if it takes none."""
 
 
 class Beat(msgspec.Struct, tag=True):
@@ -331,6 +333,10 @@ class Load(NamedTuple):
     """One for each proposal that a row may have. These four: see `stepgraph.engine.speculation`."""
     transfers: TransferLoad | None = None
     """None if the engine has to do with no other, nor with host memory."""
+    adapters: tuple[str, ...] = ()
+    """Folders of the LoRA adapters that are in the device's memory."""
+    awaited_adapters: tuple[str, ...] = ()
+    """Folders of those that are being read for requests."""
 
 
 class RankInfo(NamedTuple):

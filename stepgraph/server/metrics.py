@@ -1,4 +1,5 @@
-"""What the server counts and measures, in the form Prometheus reads. Names follow vLLM's, with the prefix `stepgraph:`."""
+"""What the server counts and measures, in the form Prometheus reads. Names follow vLLM's, with the prefix `stepgraph:`; the few
+that routers look for under vLLM's own are in `router_metrics`."""
 
 from __future__ import annotations
 
@@ -32,6 +33,7 @@ from stepgraph.server.counts import (
 from stepgraph.server.engine_observer import EngineState
 from stepgraph.server.messages import FETCH_SECONDS, TransferLoad
 from stepgraph.server.rest import Rest
+from stepgraph.server.router_metrics import router_metrics
 
 _PREFIX = "stepgraph:"
 
@@ -43,12 +45,14 @@ class Metrics(Collector):
         model_name: the label of this name.
         engines: what they do, in the order of their numbers.
         rest: how they were brought to rest.
+        adapters: folders of the LoRA adapters that requests can name; others change it.
     """
 
-    def __init__(self, model_name: str, engines: Sequence[EngineCounts], rest: Rest):
+    def __init__(self, model_name: str, engines: Sequence[EngineCounts], rest: Rest, adapters: Mapping[str, str]):
         self._model_name = model_name
         self._engines = engines
         self._rest = rest
+        self._adapters = adapters
         self._fronts = FrontCounts.of(len(engines))
         self._registry = CollectorRegistry()
         self._registry.register(self)
@@ -70,6 +74,7 @@ class Metrics(Collector):
         """All metrics but the process's, for Prometheus's registry."""
         build = {"version": __version__, "python": platform.python_version(), "torch": version("torch")}
         yield InfoMetricFamily(f"{_PREFIX}build", "Versions.", {"model_name": self._model_name, **build})
+        yield from router_metrics(self._model_name, self._engines, self._adapters)
         yield from self._of_life()
         yield from self._of_http()
         yield from self._of_load()

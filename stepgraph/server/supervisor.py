@@ -58,7 +58,7 @@ class Supervisor:
         self.engines = [EngineLife(number, launch, self.rest, self) for number, launch in enumerate(launches)]
         self._counts = [EngineCounts() for _ in launches]
         self._looked_at = [-_RANKS_S for _ in launches]
-        self._metrics = Metrics(model_name, self._counts, self.rest)
+        self._metrics = Metrics(model_name, self._counts, self.rest, adapters)
         self._fronts: FrontSide | None = None
         self._administrator: Administrator | None = None
 

@@ -44,6 +44,7 @@ READY = Ready(
     max_drafts=0,
     end_token_ids=(0,),
     longest_step_s=0.0,
+    max_adapters=2,
 )
 LOAD = Load(
     num_running=2,
@@ -80,6 +81,8 @@ LOAD = Load(
         7,
         8,
     ),
+    adapters=("/adapters/poet",),
+    awaited_adapters=("/adapters/critic",),
 )
 IN_GRAPH = StepInfo("mixed", "plain", 24, 8, 3, 21, None, 0.004, 0.001)
 EAGER = StepInfo("decode", "extended", 2, 2, 0, 2, "not_pure_prefill", 0.05, 0.002)
@@ -89,11 +92,12 @@ class OneServer:
     """What is counted of a server with one engine and one front, by its name in tests: as the two tell it."""
 
     def __init__(self, model_name: str, num_engines: int = 1):
+        self.adapters = {"poet": "/adapters/poet", "critic": "/adapters/critic", "idle": "/adapters/idle"}
         self.engine = EngineCounts()
         self.engines = [self.engine, *(EngineCounts() for _ in range(num_engines - 1))]
         self.front = FrontCounts.of(num_engines)
         self.requests = self.front.engines[0]
-        self._metrics = Metrics(model_name, self.engines, Rest())
+        self._metrics = Metrics(model_name, self.engines, Rest(), self.adapters)
         self.on_first_token, self.on_token_gap = self.requests.on_first_token, self.requests.on_token_gap
         self.on_end, self.on_response = self.requests.on_end, self.front.on_response
         self.on_restart = self.engine.on_restart
@@ -103,7 +107,7 @@ class OneServer:
         self.requests.on_progress(message)
 
     def on_state(self, state: EngineState) -> None:
-        self.engine.on_status(EngineStatus(state))
+        self.engine.on_status(EngineStatus(state, READY if state is EngineState.READY else None))
 
     def render(self, accept: str | None) -> tuple[bytes, str]:
         return self._metrics.render(accept, self.front)

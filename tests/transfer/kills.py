@@ -8,8 +8,8 @@ import time
 from dataclasses import dataclass, field
 from typing import Any
 
-from engine_processes import EngineProcess, EngineProcesses
 from engine_pairs import ONE_TOKEN, build, check_at_rest, failures, go_on, reference_to, settle
+from engine_processes import EngineProcess, EngineProcesses
 from tiny import TINY_SETTINGS, VOCAB_SIZE, drain
 
 from stepgraph.engine.engine import Engine
