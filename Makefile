@@ -1,5 +1,6 @@
 # make demo   the main job on a fresh machine: set up .venv, install the embedded model, run `stepgraph demo`
 # make test   set up .venv with the development tools and run all tests
+# make dist   build what is released into dist/, and check it
 # make test-ranks   of these, the tests of models that several processes share
 #
 # Tests run in two processes with a thread each; choose another number with make test JOBS=4.
@@ -18,7 +19,7 @@ DEV := $(VENV)/.dev-installed
 MODEL := $(VENV)/.model-installed
 RANK_TESTS := tests/ranks tests/parallel tests/executor
 
-.PHONY: help demo test test-ranks lint format typecheck clean
+.PHONY: help demo test test-ranks lint format typecheck dist clean
 .NOTPARALLEL:  # two installations into one environment would get in each other's way
 
 help:
@@ -28,6 +29,7 @@ help:
 	@echo "make lint       ruff: check style and format"
 	@echo "make format     ruff: fix style and format"
 	@echo "make typecheck  mypy"
+	@echo "make dist       build archive and wheel into dist/ and check them, as they are released (see CONTRIBUTING.md)"
 	@echo "make clean      remove everything that was set up or built"
 
 demo: $(MODEL)
@@ -49,6 +51,10 @@ format: $(DEV)
 
 typecheck: $(DEV)
 	$(BIN)/mypy
+
+dist: $(DEV) $(MODEL)
+	@$(INSTALL) --editable '.[release]'
+	@OMP_NUM_THREADS=1 $(BIN)/python scripts/check_release.py $(RELEASE_FLAGS)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

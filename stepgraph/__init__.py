@@ -5,10 +5,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from stepgraph.openmp import wait_briefly
+from stepgraph.version import VERSION
 
 wait_briefly()  # before anything imports torch
 
-__version__ = "0.1.0"
+__version__ = VERSION
 __all__ = [
     "LLM",
     "AsyncEngine",

@@ -19,10 +19,10 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
-from stepgraph import __version__
 from stepgraph.command_parser import CommandParser
 from stepgraph.config import EngineConfig, ServerConfig, add_flags, serve_config, settings_from_flags
 from stepgraph.errors import ConfigError, ModelError, RequestError, StepgraphError
+from stepgraph.version import described
 
 if TYPE_CHECKING:
     from stepgraph.step.shape import StepShape
@@ -223,11 +223,19 @@ def _progress() -> bool:
     return sys.stderr.isatty()
 
 
+class _Version(argparse.Action):
+    """Asks for the commit, for which a checkout runs git, only if that is what is wanted."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
+        print(f"stepgraph {described()}")
+        parser.exit()
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = CommandParser(
         prog="stepgraph", description="LLM inference in which every step is one launch of one captured graph."
     )
-    parser.add_argument("--version", action="version", version=f"stepgraph {__version__}")
+    parser.add_argument("--version", action=_Version, nargs=0, help="show version and commit, and exit")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     generate = _add(

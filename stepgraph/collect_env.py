@@ -18,6 +18,7 @@ from pathlib import Path
 
 from stepgraph import __version__
 from stepgraph.devices import package_of, plugins
+from stepgraph.version import commit
 
 Report = dict[str, dict[str, str]]
 """Facts by section and name."""
@@ -100,12 +101,7 @@ def print_report(*, as_json: bool) -> None:
 
 def _stepgraph() -> dict[str, str]:
     facts = {"version": __version__, "python": sys.version.replace("\n", " "), "executable": sys.executable}
-    root = Path(__file__).parent.parent
-    if (root / ".git").exists():
-        commit = _output("git", "-C", str(root), "rev-parse", "HEAD")
-        changed = _output("git", "-C", str(root), "status", "--porcelain")
-        facts["commit"] = (commit or "unknown") + (f", {len(changed.splitlines())} files changed" if changed else "")
-    return facts
+    return facts | {"commit": commit() or "unknown"}
 
 
 def _version(package: str) -> str:

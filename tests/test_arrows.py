@@ -9,7 +9,18 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 ORDER = (
-    {"__version__", "abi", "command_parser", "config", "devices", "errors", "lifeline", "openmp", "trusted_folder"},
+    {
+        "__version__",
+        "abi",
+        "command_parser",
+        "config",
+        "devices",
+        "errors",
+        "lifeline",
+        "openmp",
+        "trusted_folder",
+        "version",
+    },
     {"native", "platforms"},
     {"ops"},
     {"parallel"},

@@ -13,7 +13,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from stepgraph import __version__
+from stepgraph import version
 from stepgraph.bench import _BENCHMARKS
 from stepgraph.cli import main
 from stepgraph.config import EngineConfig, ServerConfig
@@ -94,7 +94,15 @@ def test_help_says_what_the_command_does_and_what_each_flag_means(command, capsy
 def test_version_is_that_of_the_package(capsys):
     with pytest.raises(SystemExit, match="0"):
         main(["--version"])
-    assert capsys.readouterr().out == f"stepgraph {__version__}\n"
+    assert capsys.readouterr().out == f"stepgraph {version.described()}\n"
+
+
+def test_only_the_version_asks_for_the_commit(capsys, monkeypatch):
+    monkeypatch.setattr(version, "_git", lambda *_: pytest.fail("git was run"))
+    version.commit.cache_clear()
+    with pytest.raises(SystemExit, match="0"):
+        main(["--help"])
+    assert "--version" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

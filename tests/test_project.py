@@ -6,6 +6,7 @@ from collections import Counter
 from pathlib import Path
 
 import stepgraph
+from stepgraph.version import VERSION
 
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -16,9 +17,10 @@ def requirement_names(requirements: list[str]) -> set[str]:
     return {re.match(r"[\w.-]+", requirement).group() for requirement in requirements}
 
 
-def test_package_has_the_version_of_the_project():
-    assert stepgraph.__version__ == PROJECT["version"]
-    assert f"## [{PROJECT['version']}]" in (ROOT / "CHANGELOG.md").read_text()
+def test_the_version_stands_in_one_place_and_the_changelog_has_it():
+    assert PROJECT["dynamic"] == ["version"]
+    assert stepgraph.__version__ == VERSION
+    assert f"## [{VERSION}]" in (ROOT / "CHANGELOG.md").read_text()
 
 
 def test_every_dependency_is_explained():

@@ -13,6 +13,7 @@ from stepgraph.server.directory import endpoints
 from stepgraph.server.pages import index_page, reference_page
 from stepgraph.server.replies import encode_json, json_response
 from stepgraph.server.service import Service
+from stepgraph.version import commit
 
 
 def add_operations(app: FastAPI, service: Service) -> None:
@@ -24,9 +25,9 @@ def add_operations(app: FastAPI, service: Service) -> None:
     async def ready() -> Response:
         return _status(service.trouble or service.client.rest.delay or service.fullness)
 
-    @app.get("/version", summary="The server's version", tags=["operations"])
+    @app.get("/version", summary="The server's version, and the commit that it was made of", tags=["operations"])
     async def version() -> Response:
-        return json_response({"version": stepgraph.__version__})
+        return json_response({"version": stepgraph.__version__, "commit": await service.in_thread(commit)})
 
     @app.get("/load", summary="Requests that run or wait", tags=["operations"])
     async def load() -> Response:
