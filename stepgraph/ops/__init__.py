@@ -9,6 +9,7 @@ from stepgraph.ops.attention import (
     tall_tile,
 )
 from stepgraph.ops.build import BuiltStep, StepSamples, StepTokens, build_step
+from stepgraph.ops.causal_conv import causal_conv
 from stepgraph.ops.collectives import (
     Mailbox,
     all_gather_columns,
@@ -38,6 +39,8 @@ from stepgraph.ops.fp8_linear import (
     fp8_norm_gated_linear,
     fp8_norm_linear,
 )
+from stepgraph.ops.gated_delta import gated_delta
+from stepgraph.ops.gated_norm import gated_norm
 from stepgraph.ops.grouped_linear import grouped_linear
 from stepgraph.ops.head_linear import head_linear
 from stepgraph.ops.kv_signal import kv_signal
@@ -77,6 +80,7 @@ __all__ = [
     "attention_geometry",
     "attention_plan",
     "build_step",
+    "causal_conv",
     "commit",
     "copy_blocks",
     "draft_inputs",
@@ -90,8 +94,10 @@ __all__ = [
     "fp8_linear_add",
     "fp8_norm_gated_linear",
     "fp8_norm_linear",
+    "gated_delta",
     "gated_experts",
     "gated_linear",
+    "gated_norm",
     "gather_tokens",
     "geglu",
     "grouped_linear",

@@ -12,10 +12,13 @@ from torch import Tensor
 
 from stepgraph.abi import slot_line as line
 from stepgraph.ops.build.reference import build_step
+from stepgraph.ops.causal_conv.reference import causal_conv
 from stepgraph.ops.collectives.reference import reduce_gathered
 from stepgraph.ops.commit.reference import commit
 from stepgraph.ops.copy_blocks.reference import copy_blocks
 from stepgraph.ops.experts.reference import gated_experts, mixture, sort_pairs, sum_experts
+from stepgraph.ops.gated_delta.reference import gated_delta
+from stepgraph.ops.gated_norm.reference import gated_norm
 from stepgraph.ops.grouped_linear.reference import grouped_linear
 from stepgraph.ops.head_linear.reference import head_linear
 from stepgraph.ops.kv_signal.reference import kv_signal
@@ -188,6 +191,21 @@ def gathered(g: torch.Generator) -> tuple[Any, ...]:
     return random(g, 3, T, K), random(g, T, K), torch.zeros(T, K), 0.5, random(g, K), EPS, random(g, K), EPS
 
 
+def stateful_rows() -> tuple[Tensor, ...]:
+    """A new request's prompt, a token of another, tokens of which the last two may be taken back, and an empty row."""
+    return int32(2, 1, 4, 3), int32(0, 20, 21, 25, 25), int32(0, 7, 30, 9), int32(20, 1, 2, 0)
+
+
+def convolved(g: torch.Generator) -> tuple[Any, ...]:
+    return random(g, 25, K + 8)[:, :K], random(g, K, 4), random(g, 5, 3, K), *stateful_rows()
+
+
+def remembered(g: torch.Generator, *, deterministic: bool) -> tuple[Any, ...]:
+    """Two heads of keys, four of values."""
+    gates = random(g, 25, 2 * H + 3)[:, : 2 * H], random(g, H), random(g, H)
+    return random(g, 25, 4 * D + H * K), *gates, random(g, 5, H, D, K), *stateful_rows(), deterministic
+
+
 CASES = {
     "swiglu": Case("swiglu", swiglu, lambda g: (3 * random(g, T, 2 * K),), rows=(0,)),
     "geglu": Case("geglu", geglu, lambda g: (3 * random(g, T, 2 * K),), rows=(0,)),
@@ -243,6 +261,15 @@ CASES = {
     "latent_queries by token": Case("latent_queries", latent_queries, lambda g: absorbed(g, deterministic=True)),
     "head_linear": Case("head_linear", head_linear, lambda g: of_heads(g, deterministic=False), rows=(0,)),
     "head_linear by token": Case("head_linear", head_linear, lambda g: of_heads(g, deterministic=True), rows=(0,)),
+    "causal_conv": Case("causal_conv", causal_conv, convolved),
+    "gated_delta": Case("gated_delta", gated_delta, lambda g: remembered(g, deterministic=False)),
+    "gated_delta by token": Case("gated_delta", gated_delta, lambda g: remembered(g, deterministic=True)),
+    "gated_norm": Case(
+        "gated_norm",
+        gated_norm,
+        lambda g: (random(g, T, H * D), random(g, T, H * D + 5)[:, : H * D], random(g, D), EPS),
+        rows=(0, 1),
+    ),
     "build_step": Case("build_step", build_step, planned),
     "commit": Case("commit", commit, sampled),
     "sample": Case("sample", sample, drawn),

@@ -1,0 +1,134 @@
+"""Triton kernel of `causal_conv`.
+
+A row's first W - 1 tokens and its state are one program's: it reads the old state before it writes the new one. Those behind need
+nothing but tokens of the step, and are spread over blocks of tokens.
+
+Shapes in the kernel: R rows, B tokens of a block, C channels of a block, W width, P = W - 1.
+"""
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from stepgraph.ops.capacity import row_capacity
+from stepgraph.ops.launched import launched
+
+_TOKENS, _CHANNELS = 16, 256
+
+
+@triton.jit
+def _silu(x):
+    return x / (1.0 + tl.exp(-x))
+
+
+@launched
+@triton.jit(do_not_specialize=["num_tokens", "num_rows"])
+def _causal_conv_kernel(
+    x_ptr,
+    weight_ptr,
+    state_ptr,
+    out_ptr,
+    row_slot_ptr,
+    query_start_ptr,
+    start_ptr,
+    num_stored_ptr,
+    x_stride,
+    num_tokens,
+    num_rows,
+    CHANNELS: tl.constexpr,
+    W: tl.constexpr,
+    ROWS: tl.constexpr,  # at least num_rows
+    BLOCK_B: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """The first `num_rows` programs along axis 1 take a row each, the others a block of tokens."""
+    P: tl.constexpr = W - 1
+    channel_C = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+    inside_C = channel_C < CHANNELS
+    program = tl.program_id(1)
+    if program < num_rows:
+        first = tl.load(query_start_ptr + program)
+        length = tl.load(query_start_ptr + program + 1) - first
+        stored = tl.load(num_stored_ptr + program)
+        if length > 0:
+            slot = tl.load(row_slot_ptr + program).to(tl.int64)
+            has_state = tl.load(start_ptr + program) > 0
+            state_C = state_ptr + slot * (P * CHANNELS) + channel_C
+            x_C = x_ptr + first.to(tl.int64) * x_stride + channel_C
+            for place in tl.static_range(P):
+                sum_C = tl.zeros((BLOCK_C,), tl.float32)
+                for tap in tl.static_range(W):
+                    back: tl.constexpr = P - tap
+                    if place >= back:
+                        input_C = tl.load(x_C + (place - back) * x_stride, mask=inside_C & (place < length), other=0.0)
+                    else:
+                        input_C = tl.load(state_C + (P + place - back) * CHANNELS, mask=inside_C & has_state, other=0.0)
+                    tap_C = tl.load(weight_ptr + channel_C * W + tap, mask=inside_C, other=0.0)
+                    sum_C += input_C.to(tl.float32) * tap_C.to(tl.float32)
+                out_C = out_ptr + (first + place).to(tl.int64) * CHANNELS + channel_C
+                tl.store(out_C, _silu(sum_C).to(out_ptr.dtype.element_ty), mask=inside_C & (place < length))
+            # Entry i takes what entry i + stored holds, or a token: later entries are read before they are written.
+            for entry in tl.static_range(P):
+                place = stored - P + entry
+                kept_C = tl.load(
+                    state_C + (stored + entry) * CHANNELS, mask=inside_C & has_state & (place < 0), other=0.0
+                )
+                token_C = tl.load(x_C + place * x_stride, mask=inside_C & (place >= 0), other=0.0)
+                tl.store(state_C + entry * CHANNELS, tl.where(place < 0, kept_C, token_C), mask=inside_C)
+    else:
+        token_B = (program - num_rows) * BLOCK_B + tl.arange(0, BLOCK_B)
+        row_R = tl.arange(0, ROWS)
+        real_R = row_R < num_rows
+        end_R = tl.load(query_start_ptr + row_R + 1, mask=real_R, other=0)
+        begin_R = tl.load(query_start_ptr + row_R, mask=real_R, other=0)
+        holds_BR = (begin_R[None, :] <= token_B[:, None]) & (token_B[:, None] < end_R[None, :])
+        first_B = tl.sum(tl.where(holds_BR, begin_R[None, :], 0), axis=1)
+        is_later_B = (tl.sum(holds_BR.to(tl.int32), axis=1) > 0) & (token_B - first_B >= P) & (token_B < num_tokens)
+        if tl.sum(is_later_B.to(tl.int32), axis=0) > 0:
+            mask_BC = is_later_B[:, None] & inside_C[None, :]
+            sum_BC = tl.zeros((BLOCK_B, BLOCK_C), tl.float32)
+            for tap in tl.static_range(W):
+                source_B = (token_B - (P - tap)).to(tl.int64)
+                input_BC = tl.load(x_ptr + source_B[:, None] * x_stride + channel_C[None, :], mask=mask_BC, other=0.0)
+                tap_C = tl.load(weight_ptr + channel_C * W + tap, mask=inside_C, other=0.0)
+                sum_BC += input_BC.to(tl.float32) * tap_C.to(tl.float32)[None, :]
+            out_BC = out_ptr + token_B.to(tl.int64)[:, None] * CHANNELS + channel_C[None, :]
+            tl.store(out_BC, _silu(sum_BC).to(out_ptr.dtype.element_ty), mask=mask_BC)
+
+
+def causal_conv(
+    x: Tensor,
+    weight: Tensor,
+    state: Tensor,
+    row_slot: Tensor,
+    query_start: Tensor,
+    start: Tensor,
+    num_stored: Tensor,
+) -> Tensor:
+    """See `stepgraph.ops.causal_conv.causal_conv`."""
+    (num_tokens, channels), num_rows = x.shape, row_slot.shape[0]
+    assert x.stride(1) == 1
+    assert weight.is_contiguous()
+    assert state.is_contiguous()
+    out = x.new_empty(num_tokens, channels)
+    grid = triton.cdiv(channels, _CHANNELS), num_rows + triton.cdiv(num_tokens, _TOKENS)
+    _causal_conv_kernel[grid](
+        x,
+        weight,
+        state,
+        out,
+        row_slot,
+        query_start,
+        start,
+        num_stored,
+        x.stride(0),
+        num_tokens,
+        num_rows,
+        CHANNELS=channels,
+        W=weight.shape[1],
+        ROWS=row_capacity(num_rows),
+        BLOCK_B=_TOKENS,
+        BLOCK_C=_CHANNELS,
+        num_warps=4,
+    )
+    return out

@@ -1,0 +1,187 @@
+"""Gated delta rule, its convolution and its norm: reference against a loop of its own, all kernels against the reference."""
+
+import pytest
+import torch
+from recurrent_rows import Rows, random_rows, random_state, with_padding
+from triton_operators import triton_operators
+
+from stepgraph import ops
+from stepgraph.ops.causal_conv import reference as conv_reference
+from stepgraph.ops.gated_delta import chunks, reference
+from stepgraph.ops.gated_delta.triton import most_chunks
+from stepgraph.ops.gated_norm import reference as norm_reference
+
+SIZES = {"small": (1, 2, 16, 16), "odd": (2, 4, 24, 40), "equal heads": (3, 3, 32, 16)}
+"""Heads of keys and of values, and their sizes."""
+SIZES_OF_TRITON = tuple(SIZES) if torch.cuda.is_available() else ("odd",)
+"""Its interpreter takes seconds for each."""
+
+
+@pytest.fixture(params=["cpu", "triton"])
+def kernels(request, device):
+    """Where operators run, by their own kernels there."""
+    if request.param == "cpu":
+        yield "cpu"
+        return
+    with triton_operators("causal_conv", "gated_delta", "gated_norm"):
+        yield device if torch.cuda.is_available() else "interpreter"
+
+
+def delta_inputs(generator: torch.Generator, rows: Rows, G: int, H: int, N: int, D: int, *, repeats: bool = False):
+    """Decays from next to none to nearly all; with `repeats`, keys that are all alike."""
+    U = rows.num_tokens
+    qkv = torch.randn(U, 2 * G * N + H * D, generator=generator)
+    if repeats:
+        qkv[:, G * N : 2 * G * N] = qkv[:1, G * N : 2 * G * N] if U else 0
+    ba = torch.randn(U, 2 * H, generator=generator) * 3
+    a_log = torch.linspace(-6, 2, H)
+    dt_bias = torch.randn(H, generator=generator)
+    return [with_padding(qkv), with_padding(ba), a_log, dt_bias, random_state(generator, rows, H, N, D)]
+
+
+def seeds(kernels: str) -> tuple[int, ...]:
+    return (1,) if kernels == "interpreter" else (0, 1, 2, 3)
+
+
+def on(kernels: str, *tensors) -> list:
+    return [x.clone().to("cpu" if kernels == "interpreter" else kernels) for x in tensors]
+
+
+def by_reference(inputs, rows: Rows):
+    """In float64."""
+    inputs = [x.double() for x in inputs]
+    out = reference.gated_delta(*inputs, *rows, False)
+    return out.float(), inputs[-1].float()
+
+
+def assert_same_rows(rows: Rows, before, found, expected, tolerance: float) -> None:
+    """Outputs and states are as expected, and all other slots as they were."""
+    (out, state), (expected_out, expected_state) = found, expected
+    out, state = out.cpu(), state.cpu()
+    close = {"rtol": tolerance, "atol": tolerance}
+    torch.testing.assert_close(rows.without_padding(out), rows.without_padding(expected_out), **close)
+    running, others = rows.slots_that(run=True), rows.slots_that(run=False)
+    torch.testing.assert_close(state[running], expected_state[running], **close)
+    torch.testing.assert_close(state[others], before[others], rtol=0, atol=0, equal_nan=True)
+
+
+def test_the_reference_is_the_rule(device) -> None:
+    generator = torch.Generator().manual_seed(0)
+    rows = Rows(*(torch.tensor(x, dtype=torch.int32) for x in ([3], [0, 7], [5], [4])))
+    qkv, ba, a_log, dt_bias, state = (x.double() for x in delta_inputs(generator, rows, 1, 2, 16, 8))
+    before = state[3].clone()
+    out = reference.gated_delta(qkv, ba, a_log, dt_bias, state, *rows, False)
+    for head in range(2):
+        s = before[head]
+        for token in range(7):
+            q, k = (x / (x.square().sum() + 1e-6).sqrt() for x in (qkv[token, :16], qkv[token, 16:32]))
+            v = qkv[token, 32 + 8 * head : 40 + 8 * head]
+            alpha = torch.exp(-torch.exp(a_log[head]) * torch.log1p(torch.exp(ba[token, 2 + head] + dt_bias[head])))
+            beta = 1 / (1 + torch.exp(-ba[token, head]))
+            s = alpha * (s - beta * torch.outer(k, s.T @ k)) + beta * torch.outer(k, v)
+            torch.testing.assert_close(out[token, 8 * head : 8 * head + 8], s.T @ q / 4)
+            if token == 3:
+                torch.testing.assert_close(state[3, head], s)
+
+
+@pytest.mark.parametrize("num_drafts", [0, 3])
+@pytest.mark.parametrize(
+    ("kernels", "size"),
+    [(kernels, size) for kernels in ("cpu", "triton") for size in SIZES if kernels == "cpu" or size in SIZES_OF_TRITON],
+    indirect=["kernels"],
+)
+def test_any_partition_into_rows(kernels, size: str, num_drafts: int) -> None:
+    for seed in seeds(kernels):
+        generator = torch.Generator().manual_seed(seed)
+        rows = random_rows(generator, (1, 4, 5, 8)[seed], num_drafts)
+        inputs = delta_inputs(generator, rows, *SIZES[size], repeats=seed == 1)
+        expected = by_reference(inputs, rows)
+        moved = on(kernels, *inputs)
+        out = ops.gated_delta(*moved, *on(kernels, *rows), deterministic=False)
+        assert_same_rows(rows, inputs[-1], (out, moved[-1]), expected, 2e-4)
+
+
+def test_a_deterministic_row_can_be_cut_anywhere(kernels) -> None:
+    generator = torch.Generator().manual_seed(1)
+    whole = Rows(*(torch.tensor(x, dtype=torch.int32) for x in ([2], [0, 12], [0], [12])))
+    inputs = on(kernels, *delta_inputs(generator, whole, *SIZES["odd"]))
+    out = ops.gated_delta(*inputs, *on(kernels, *whole), deterministic=True)
+    state = inputs[-1][2].clone()
+    for begin, end in ((0, 1), (1, 3), (3, 12)):
+        part = Rows(*(torch.tensor(x, dtype=torch.int32) for x in ([2], [0, end - begin], [begin], [end - begin])))
+        qkv, ba = (x[begin:end].contiguous() for x in inputs[:2])
+        found = ops.gated_delta(qkv, ba, *inputs[2:], *on(kernels, *part), deterministic=True)
+        assert torch.equal(found, out[begin:end])
+    assert torch.equal(inputs[-1][2], state)
+
+
+def test_the_grid_has_room_for_all_chunks_of_any_rows() -> None:
+    """Against every way to fill a step with rows of lengths around whole chunks, and proposals."""
+    for num_tokens in (17, 64, 70, 130, 200):
+        for num_rows in (1, 2, 4):
+            length = num_tokens // num_rows
+            for tail in range(8):
+                if length <= chunks.FEW:
+                    continue
+                parts = (length - tail, tail)
+                found = num_rows * sum(-(-part // chunks.CHUNK) for part in parts)
+                assert found <= most_chunks(num_tokens, num_rows)
+
+
+@pytest.mark.parametrize("channels", [40, 300])
+@pytest.mark.parametrize(("width", "num_drafts"), [(4, 0), (4, 3), (2, 1)])
+def test_convolution_of_any_partition_into_rows(kernels, channels: int, width: int, num_drafts: int) -> None:
+    for seed in seeds(kernels):
+        generator = torch.Generator().manual_seed(seed)
+        rows = random_rows(generator, (1, 4, 5, 8)[seed], num_drafts)
+        wide = with_padding(torch.randn(rows.num_tokens, channels + 8, generator=generator))
+        weight = torch.randn(channels, width, generator=generator)
+        before = random_state(generator, rows, width - 1, channels)
+        expected, state_after = by_loop(wide[:, :channels], weight, before, rows)
+        moved, taps, state = on(kernels, wide, weight, before)
+        out = ops.causal_conv(moved[:, :channels], taps, state, *on(kernels, *rows))
+        assert_same_rows(rows, before, (out, state), (expected, state_after), 1e-5)
+
+
+def by_loop(x, weight, before, rows: Rows):
+    """Each row's inputs behind its state, through torch's convolution."""
+    out, state = torch.zeros_like(x), before.clone()
+    width = weight.shape[1]
+    for row, slot in enumerate(rows.row_slot.tolist()):
+        begin, end = rows.query_start[row : row + 2].tolist()
+        if begin == end:
+            continue
+        old = before[slot] if rows.start[row] else torch.zeros_like(before[slot])
+        whole = torch.cat((old, x[begin:end]))
+        sums = torch.nn.functional.conv1d(whole.T[None], weight[:, None], groups=len(weight))[0].T
+        out[begin:end] = torch.nn.functional.silu(sums)
+        state[slot] = whole[int(rows.num_stored[row]) :][: width - 1]
+    return out, state
+
+
+@pytest.mark.parametrize(("heads", "size"), [(3, 24), (2, 128), (40, 32)])
+def test_gated_norm_is_the_formula(kernels, heads: int, size: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x, wide = (torch.randn(4, n, generator=generator) for n in (heads * size, heads * size + 9))
+    weight = torch.randn(size, generator=generator)
+    gate = wide[:, 3 : 3 + heads * size]
+    normalised = torch.nn.functional.rms_norm(x.view(4, heads, size).double(), (size,), weight.double(), 1e-6)
+    expected = (normalised.flatten(1) * torch.nn.functional.silu(gate.double())).float()
+    moved = on(kernels, x, wide, weight)
+    found = ops.gated_norm(moved[0], moved[1][:, 3 : 3 + heads * size], moved[2], 1e-6)
+    torch.testing.assert_close(found.cpu(), expected, rtol=1e-5, atol=1e-5)
+    assert norm_reference.gated_norm(x, gate, weight, 1e-6).dtype == x.dtype
+
+
+def test_all_is_computed_in_float32_and_rounded_once() -> None:
+    generator = torch.Generator().manual_seed(2)
+    rows = random_rows(generator, 3, 0)
+    qkv, ba, *rest = delta_inputs(generator, rows, *SIZES["small"])
+    state = rest[-1].clone()
+    exact = reference.gated_delta(qkv.bfloat16().float(), ba.bfloat16().float(), *rest, *rows, False)
+    rounded = reference.gated_delta(qkv.bfloat16(), ba.bfloat16(), *rest[:-1], state, *rows, False)
+    assert torch.equal(rows.without_padding(rounded), rows.without_padding(exact).bfloat16())
+    x, weight = torch.randn(rows.num_tokens, 8, generator=generator).bfloat16(), torch.randn(8, 4).bfloat16()
+    state = torch.zeros(9, 3, 8)
+    exact = conv_reference.causal_conv(x.float(), weight.float(), state, *rows)
+    assert torch.equal(conv_reference.causal_conv(x, weight, torch.zeros(9, 3, 8).bfloat16(), *rows), exact.bfloat16())
