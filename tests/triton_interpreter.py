@@ -1,10 +1,12 @@
 """Mends Triton's interpreter, which stands in for a GPU. Imported by all processes of tests that use it."""
 
+from dataclasses import replace
 from functools import cache
 
 import torch
 
 if not torch.cuda.is_available():
+    from triton.language import core
     from triton.runtime import interpreter
 
     # Triton 3.6's interpreter cannot use a scalar as a loop bound with NumPy 2.4 or later (triton-lang/triton#9171).
@@ -38,3 +40,27 @@ if not torch.cuda.is_available():
         return numpy_types[scalar.name]
 
     interpreter._get_np_dtype = numpy_type
+
+    # It computes whether sums and products of integers overflow, and says so only when debugging.
+    builder = interpreter.interpreter_builder
+    builder.options = replace(builder.options, sanitize_overflow=builder.options.debug)
+
+    # It works out anew for each value what follows from its type, and for each type of a block what follows from its shape.
+    initialise_tensor, initialise_block_type = core.tensor.__init__, core.block_type.__init__
+    of_tensors, of_block_types = {}, {}
+
+    def initialise_tensor_once(self, handle, type) -> None:
+        if type.name not in of_tensors:
+            initialise_tensor(self, handle, type)
+            of_tensors[type.name] = vars(self) | {"handle": None}
+        vars(self).update(of_tensors[type.name])
+        self.handle = handle
+
+    def initialise_block_type_once(self, element_ty, shape) -> None:
+        key = element_ty.name, *[size.value if isinstance(size, core.constexpr) else size for size in shape]
+        if key not in of_block_types:
+            initialise_block_type(self, element_ty, shape)
+            of_block_types[key] = dict(vars(self))
+        vars(self).update(of_block_types[key])
+
+    core.tensor.__init__, core.block_type.__init__ = initialise_tensor_once, initialise_block_type_once
