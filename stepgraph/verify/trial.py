@@ -265,7 +265,7 @@ def _as_one(tensors: Sequence[Tensor]) -> Tensor:
 
 def _changed(flat: Tensor, prefix: Tensor, before: Tensor) -> Tensor:
     """[entries] bool: those that are not as they were laid out."""
-    changed = ~flat.isnan().all(1)
+    changed = flat.isnan().sum(1) < flat.shape[1]  # `all` takes four times as long
     changed[prefix] = (flat[prefix] != before).any(1)
     return changed
 

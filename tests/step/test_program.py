@@ -80,20 +80,28 @@ def test_the_tile_bound_holds_on_every_partition_and_is_reached(group, tile) -> 
     assert max(tiles) == max_tiles(160, 3, group, tile) <= max_tiles(160, 8, group, tile)
 
 
-def test_one_graph_is_right_on_every_partition_of_160_tokens_into_up_to_3_rows(runner) -> None:
+def test_one_graph_is_right_on_the_partitions_of_160_tokens_into_up_to_3_rows(runner, device) -> None:
+    """On every one where kernels have tiles; where a token more or less makes no difference to what is launched, on each fifth."""
+    every = 1 if device == "cuda" else 5
     compositions = [composition(query_lens, seed) for seed, query_lens in enumerate(PARTITIONS)]
     extremes = sorted(compositions, key=lambda c: max(row.query_len for row in c.rows))
-    with_rows_alone = {c.seed for c in (*compositions[::10], *extremes[:10], *extremes[-10:])}
+    with_rows_alone = {c.seed for c in (*compositions[:: 10 * every], *extremes[:10], *extremes[-10:])}
     assert_right(runner, [c for c in compositions if c.seed in with_rows_alone])
-    assert_right(runner, [c for c in compositions if c.seed not in with_rows_alone], alone_rows=0)
+    others = [c for c in compositions[every // 2 :: every] if c.seed not in with_rows_alone]
+    assert_right(runner, others, alone_rows=0)
 
 
-def test_one_graph_is_right_on_500_random_compositions_of_up_to_8_rows(runner) -> None:
+def num_random(device: str) -> int:
+    """Random compositions, of which the CPU's kernels, which have neither tiles nor splits, need fewer."""
+    return 500 if device == "cuda" else 120
+
+
+def test_one_graph_is_right_on_random_compositions_of_up_to_8_rows(runner, device) -> None:
     room = {"max_len": runner.max_model_len - 1, "num_blocks": runner.num_kv_blocks - 1, "block_size": BLOCK_SIZE}
-    assert_right(runner, list(random_compositions(SHAPE, 500, random.Random(0), **room)))
+    assert_right(runner, list(random_compositions(SHAPE, num_random(device), random.Random(0), **room)))
 
 
-def test_one_graph_is_right_on_120_random_compositions_that_verify_proposals(create_engine) -> None:
+def test_one_graph_is_right_on_random_compositions_that_verify_proposals(create_engine, device) -> None:
     """Uneven numbers of them, beside chunks of prompts, in a shape whose tokens are no multiple of what a row can have."""
     shape = StepShape(40, 6, num_drafts=5)
     engine = create_engine(
@@ -104,9 +112,9 @@ def test_one_graph_is_right_on_120_random_compositions_that_verify_proposals(cre
         speculative_config={"method": "mtp", "num_speculative_tokens": 5},
     )
     room = {"max_len": engine.executor.runner.max_model_len - 1, "num_blocks": 128, "block_size": BLOCK_SIZE}
-    compositions = list(random_compositions(shape, 120, random.Random(1), **room))
+    compositions = list(random_compositions(shape, num_random(device) // 3, random.Random(1), **room))
     report = verify_shape(engine.executor.runner, shape, compositions, alone_rows=2)
-    assert report.compositions == 120
+    assert report.compositions == len(compositions)
     assert report.mismatches == []
 
 
