@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import logging
 import os
@@ -10,6 +11,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -79,8 +81,8 @@ def _cache_folder() -> Path:
 def build(planned: Plan) -> str | Path:
     """Make the library if it is not there, with a line on stderr. Returns its path; or what went wrong, as a string.
 
-    Processes may build at the same time: each writes a file of its own and puts it in place whole. Where others could have put it
-    there, it is made in a new folder, which is the caller's to remove.
+    Of processes that build at the same time, one does, and the others wait for it. A file is put in place whole. Where others
+    could have put it there, it is made in a new folder, which is the caller's to remove.
     """
     library, folder = planned.library, planned.library.parent
     instead = f" with {planned.command[0]}, as there is no {planned.absent_compiler}" if planned.absent_compiler else ""
@@ -96,16 +98,33 @@ def build(planned: Plan) -> str | Path:
                 reason,
             )
             folder = Path(tempfile.mkdtemp(prefix="stepgraph-native-"))
-        print(
-            f"stepgraph: compiling CPU kernels for this machine, once{instead}; this takes some seconds",
-            file=sys.stderr,
-        )
-        found = _compile(planned, folder)
+        with _in_turn(folder):
+            if reason is None and library.exists():
+                return library
+            print(
+                f"stepgraph: compiling CPU kernels for this machine, once{instead}; this takes some seconds",
+                file=sys.stderr,
+            )
+            found = _compile(planned, folder)
     except (OSError, subprocess.TimeoutExpired) as error:
         found = f"they could not be compiled: {error}"
     if isinstance(found, str) and folder != library.parent:
         shutil.rmtree(folder, ignore_errors=True)
     return found
+
+
+@contextlib.contextmanager
+def _in_turn(folder: Path) -> Iterator[None]:
+    """Inside, no other process builds in the folder, or each does where the file system knows no locks."""
+    import fcntl  # which not every system has, and those have that build
+
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def _compile(planned: Plan, folder: Path) -> str | Path:

@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -41,6 +42,13 @@ def test_it_is_built_once_with_a_word_on_stderr(sources, capsys):
     assert capsys.readouterr().err == ""
     assert planned.library.stat().st_mtime_ns == built
     assert [path.name for path in planned.library.parent.iterdir()] == [planned.library.name]  # nothing is left behind
+
+
+def test_of_those_who_build_at_once_one_does_and_the_others_wait_for_it(sources, capsys):
+    planned = building.plan(sources)
+    with ThreadPoolExecutor(3) as pool:
+        assert set(pool.map(building.build, [planned] * 3)) == {planned.library}
+    assert capsys.readouterr().err.count("compiling") == 1
 
 
 def test_its_folder_is_made_so_that_nobody_else_can_enter_it(sources):
