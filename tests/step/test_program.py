@@ -81,7 +81,7 @@ def test_the_tile_bound_holds_on_every_partition_and_is_reached(group, tile) -> 
 
 
 def test_one_graph_is_right_on_the_partitions_of_160_tokens_into_up_to_3_rows(runner, device) -> None:
-    """On every one where kernels have tiles; where a token more or less makes no difference to what is launched, on each fifth."""
+    """On every one where kernels have tiles; where they have none, and tokens make no difference to a launch, on each fifth."""
     every = 1 if device == "cuda" else 5
     compositions = [composition(query_lens, seed) for seed, query_lens in enumerate(PARTITIONS)]
     extremes = sorted(compositions, key=lambda c: max(row.query_len for row in c.rows))
