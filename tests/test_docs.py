@@ -31,7 +31,19 @@ from doc_blocks import LANGUAGES, Block, blocks, pages, simple_commands, without
 PAGES = pages()
 EXTRAS = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
 TARGETS = re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
-PROGRAMS = ("stepgraph", "python", "pip", "make", "curl", "docker", "echo", "printf", ".venv/bin/pre-commit")
+PROGRAMS = (
+    "stepgraph",
+    "python",
+    "pip",
+    "make",
+    "curl",
+    "docker",
+    "kubectl",
+    "helm",
+    "echo",
+    "printf",
+    ".venv/bin/pre-commit",
+)
 
 
 def name_of(page) -> str:
