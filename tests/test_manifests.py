@@ -24,6 +24,7 @@ from stepgraph.server.app import create_app
 ROOT = Path(__file__).parents[1]
 sys.path.append(str(ROOT / "tests" / "server"))
 
+from live import TINY_FLAGS, running_server  # noqa: E402
 from observed import service  # noqa: E402
 
 FOLDER = ROOT / "deploy" / "kubernetes"
@@ -90,8 +91,9 @@ def test_no_manifest_is_left_out() -> None:
 
 
 @pytest.mark.skipif(shutil.which("kubectl") is None, reason="kubectl is not installed")
-@pytest.mark.parametrize("folder", KUSTOMIZATIONS, ids=name_of)
-def test_kubectl_makes_the_same_of_a_folder(folder) -> None:
+@pytest.mark.parametrize("name", ["overlays/cuda-prefill-decode", "disaggregated", "gateway"])
+def test_kubectl_makes_the_same_of_a_folder(name) -> None:
+    folder = FOLDER / name
     made = subprocess.run(["kubectl", "kustomize", folder], capture_output=True, text=True, check=True).stdout
 
     def by_name(resources: list[Resource]) -> dict[tuple[str, str], Resource]:
@@ -269,3 +271,38 @@ def test_the_page_says_how_every_secret_is_made_and_what_every_folder_is_for() -
             assert f"deploy/kubernetes/{name_of(folder)}" in text, folder
     for file in (*LONE, *VALUES):
         assert f"deploy/kubernetes/{name_of(file)}" in text, file
+
+
+WATCHER = """
+import os, sys
+_log = os.open(os.environ["WRITES"], os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
+_WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT
+def _note(event, args):
+    if event == "open" and not args[2] & _WRITING or event not in ("open", "os.mkdir", "os.rename"):
+        return
+    if isinstance(args[0], (str, bytes, os.PathLike)):
+        os.write(_log, os.fsencode(os.path.abspath(args[0])) + b"\\n")
+sys.addaudithook(_note)
+"""
+"""Of a module that Python imports first, in every process of the server: it writes down which files are opened to be written."""
+
+
+def test_a_server_writes_to_no_other_folders_than_those_that_are_mounted(tiny_model, tmp_path) -> None:
+    (tmp_path / "sitecustomize.py").write_text(WATCHER)
+    written, temporary = tmp_path / "written", tmp_path / "tmp"
+    written.touch()
+    temporary.mkdir()
+    environment = {
+        "PYTHONPATH": f"{tmp_path}:{ROOT}",
+        "PYTHONDONTWRITEBYTECODE": "1",
+        "WRITES": str(written),
+        "TMPDIR": str(temporary),
+    }
+    with running_server(tiny_model, TINY_FLAGS, **environment) as server:
+        assert server.post("/v1/completions", {"prompt": "a", "max_tokens": 4}).status == 200
+        assert server.stop() == 0
+    paths = {Path(line) for line in written.read_text().splitlines()}
+    assert any(path.is_relative_to(temporary) for path in paths), "nothing was watched"
+    mounted = (Path.home() / ".cache", temporary, Path("/dev/shm"))
+    always = (Path("/dev/null"), Path("/proc"))
+    assert {path for path in paths if not any(path.is_relative_to(place) for place in (*mounted, *always))} == set()
