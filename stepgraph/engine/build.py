@@ -109,6 +109,7 @@ def build_engine(
         adapters if specs.max_adapters else None,
         vocab_size=specs.vocab_size,
         max_model_len=specs.max_model_len,
+        media_token_ids=source.config.media_token_ids,
         end_token_ids=end_token_ids,
         read_tokenizer=lambda: require_tokenizer(read_tokenizer()),
         seed=config.model.seed,

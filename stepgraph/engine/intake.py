@@ -32,6 +32,7 @@ class RequestIntake:
     Args:
         adapters: None if the engine takes none.
         vocab_size, max_model_len: of the model.
+        media_token_ids: in whose place the model would take images, sound or video.
         end_token_ids: tokens that end an answer.
         read_tokenizer: for bad words that nobody made tokens of; ConfigError if the model has none.
         seed: of the seeds of requests that bring none.
@@ -43,6 +44,7 @@ class RequestIntake:
         *,
         vocab_size: int,
         max_model_len: int,
+        media_token_ids: tuple[int, ...],
         end_token_ids: tuple[int, ...],
         read_tokenizer: Callable[[], PreTrainedTokenizerFast],
         seed: int,
@@ -50,6 +52,7 @@ class RequestIntake:
         self._adapters = adapters
         self._vocab_size, self._max_model_len = vocab_size, max_model_len
         self._end_token_ids = end_token_ids
+        self._media_token_ids = frozenset(media_token_ids)
         self._read_tokenizer = read_tokenizer
         self._seeds = random.Random(seed)
         self._secret = secrets.token_bytes(16)
@@ -73,6 +76,13 @@ class RequestIntake:
         prompt = packed.tolist()  # whatever kind of integers they were
         if not prompt:
             raise RequestError("the prompt is empty; give at least one token", param="prompt")
+        if not self._media_token_ids.isdisjoint(prompt):
+            media = next(token_id for token_id in prompt if token_id in self._media_token_ids)
+            raise RequestError(
+                f"the prompt has token id {media}, in whose place this model takes an image, sound or video, and here it takes "
+                "text only; leave it out",
+                param="prompt",
+            )
         for name, token_ids in (("allowed_token_ids", params.allowed_token_ids), ("logit_bias", params.logit_bias)):
             if token_ids:
                 self._pack(name, token_ids)

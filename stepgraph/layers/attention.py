@@ -5,6 +5,7 @@ Shapes: T tokens, E hidden size, H query heads, G key/value heads, D head size, 
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -16,6 +17,19 @@ from stepgraph.layers.linear import Linear, MergedLinear
 from stepgraph.layers.norm import RMSNorm
 from stepgraph.ops import rope_attention, rope_cache
 from stepgraph.parallel.shard import Axis, Shard
+
+
+@dataclass(frozen=True)
+class QueryScaling:
+    """Multiplies the queries at position p by 1 + beta · ln(1 + ⌊p / length⌋): by 1 within the first `length` positions."""
+
+    beta: float
+    length: int  # tokens
+
+    def table(self, num_positions: int) -> Tensor:
+        """[num_positions] float32 on the CPU."""
+        positions = torch.arange(num_positions, dtype=torch.float32)
+        return 1 + self.beta * torch.log(1 + torch.floor(positions / self.length))
 
 
 class Attention(nn.Module):
@@ -85,7 +99,13 @@ class Attention(nn.Module):
         return PagedSpec.of(self.spec, dtype, self.kv_heads)
 
     def forward(
-        self, norm: RMSNorm | None, x_TE: Tensor, cos_sin: Tensor, cache: PagedCache, inputs: StepInputs
+        self,
+        norm: RMSNorm | None,
+        x_TE: Tensor,
+        cos_sin: Tensor,
+        cache: PagedCache,
+        inputs: StepInputs,
+        query_scale_T: Tensor | None = None,
     ) -> Tensor:
         """Attend, writing this step's keys and values.
 
@@ -95,13 +115,18 @@ class Attention(nn.Module):
             cos_sin: [max positions, D] float32, see `stepgraph.layers.rotary`.
             cache: this layer's.
             inputs: of the step.
+            query_scale_T: [T] float32, multiplies queries, in layers that do not normalise them; see `QueryScaling`.
 
         Returns:
             [T, H·D], dtype of `x_TE`. What is left is `o_proj`.
         """
         work = inputs.attention[self.spec]
+        qkv = self.qkv_proj.product(x_TE, norm=norm)
+        if query_scale_T is not None:
+            assert self.q_norm is None
+            qkv[:, : self.spec.num_heads * self.spec.head_dim] *= query_scale_T.unsqueeze(1)
         return rope_attention(
-            self.qkv_proj.product(x_TE, norm=norm),
+            qkv,
             cos_sin,
             self.q_norm.weight if self.q_norm is not None else None,
             self.k_norm.weight if self.k_norm is not None else None,

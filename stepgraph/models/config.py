@@ -9,6 +9,7 @@ from typing import Any, NoReturn
 import torch
 
 from stepgraph.errors import ConfigError, ModelError
+from stepgraph.layers.attention import QueryScaling
 from stepgraph.layers.experts import ExpertShard, ExpertsSpec
 from stepgraph.layers.inputs import AttentionSpec
 from stepgraph.layers.latent_attention import LatentSizes
@@ -28,6 +29,8 @@ _LATENT = frozenset(
     )
 )
 """Classes whose multi-head latent attention is native."""
+_SCALING_QUERIES = ("Ministral3ForCausalLM",)
+"""Classes that multiply queries by a function of their position."""
 _SCALED_QUERIES = "its queries are multiplied by a function of their position (llama_4_scaling_beta)"
 _BESIDE_LATENTS = {
     "KimiLinearForCausalLM": "most of its layers are recurrent, with a decay for each dimension, and those with latent attention "
@@ -80,6 +83,7 @@ class DecoderConfig:
     dtype: torch.dtype  # of the checkpoint's matrices; bfloat16 for quantised ones
     activation: Activation = "silu"  # of the feed-forward gate
     attention_scale: float | None = None  # multiplies q·k; None: head_dim ** -0.5
+    query_scaling: QueryScaling | None = None  # by position
     norm_weight_offset: float = 0.0  # what the weights of norms lack in the checkpoint; see `RMSNorm`
     output_norms: bool = False  # RMS norm of what attention and feed-forward add to the residual stream
     embedding_multiplier: float = 1.0
@@ -94,6 +98,7 @@ class DecoderConfig:
     num_mtp_modules: int = (
         0  # modules for speculative decoding that the model was trained with, see `stepgraph.spec.mtp`
     )
+    media_token_ids: tuple[int, ...] = ()  # see `LanguageModelConfig.media_token_ids`
 
     @property
     def kinds_of_mlp(self) -> set[ExpertsSpec | None]:
@@ -238,8 +243,9 @@ def check_supported(hf_config: Any) -> None:
         refuse("it is multimodal", "Text-only decoders are supported.")
     if architecture_of(hf_config) not in _LATENT or field("index_topk"):
         check_attention(hf_config)  # before experts, which are not what is in the way
-    if (field("rope_parameters") or {}).get("llama_4_scaling_beta"):
-        refuse(_SCALED_QUERIES, "Models that do not scale them are supported.")
+    scales_queries = architecture_of(hf_config) in _SCALING_QUERIES
+    if (field("rope_parameters") or {}).get("llama_4_scaling_beta") and not scales_queries:
+        refuse(_SCALED_QUERIES, f"Models that do not scale them are supported, and {', '.join(_SCALING_QUERIES)}.")
     for name in ("num_local_experts", "num_experts", "n_routed_experts"):
         if field(name) and architecture_of(hf_config) not in _WITH_EXPERTS:
             refuse(

@@ -95,7 +95,13 @@ class DecoderLayer(nn.Module):
             self.post_feedforward_layernorm = _norm(config, config.hidden_size, dtype, device)
 
     def forward(
-        self, stream: ResidualStream, cos_sin: Tensor, cache: Any, inputs: StepInputs, next_norm: RMSNorm
+        self,
+        stream: ResidualStream,
+        cos_sin: Tensor,
+        cache: Any,
+        inputs: StepInputs,
+        next_norm: RMSNorm,
+        query_scale_T: Tensor | None = None,
     ) -> None:
         """Add to the residual stream what attention and feed-forward make of it.
 
@@ -105,11 +111,13 @@ class DecoderLayer(nn.Module):
             cache: this layer's, of the kind of its `cache_spec`.
             inputs: of the step.
             next_norm: after which the stream is read next: the next layer's first norm, or the final one.
+            query_scale_T: [T] float32, of models that have `DecoderConfig.query_scaling` and reach so far.
         """
         after_attention, before_mlp = None, self.post_attention_layernorm
         if self.pre_feedforward_layernorm is not None:
             after_attention, before_mlp = self.post_attention_layernorm, self.pre_feedforward_layernorm
-        attended_TF = self.self_attn(*stream.inputs(self.input_layernorm), cos_sin, cache, inputs)
+        scaling = () if query_scale_T is None else (query_scale_T,)
+        attended_TF = self.self_attn(*stream.inputs(self.input_layernorm), cos_sin, cache, inputs, *scaling)
         stream.add(
             self.self_attn.o_proj,
             attended_TF,
@@ -174,6 +182,7 @@ class Decoder(nn.Module, ABC):
     """
 
     lm_head: Linear | None
+    query_scale: Tensor | None
     head_part: HeadPart | None
 
     def __init__(
@@ -225,6 +234,9 @@ class Decoder(nn.Module, ABC):
             table = cos_sin_table(rope, config.head_dim, max_model_len, device)
             self.register_buffer(f"cos_sin_{i}", table, persistent=False)
         self._table_names = [f"cos_sin_{ropes.index(rope)}" for rope in config.ropes]
+        scaling = config.query_scaling
+        scales = None if scaling is None or max_model_len <= scaling.length else scaling.table(max_model_len).to(device)
+        self.register_buffer("query_scale", scales, persistent=False)
 
     @classmethod
     @abstractmethod
@@ -247,9 +259,10 @@ class Decoder(nn.Module, ABC):
         """
         stream = ResidualStream(self.embed(inputs.tokens.token_ids), self.group, self.expert_group)
         next_norms = [*(layer.input_layernorm for layer in self.layers), self.norm][1:]
+        scale_T = None if self.query_scale is None else self.query_scale[inputs.tokens.positions]
         parts = zip(self.layers, self._table_names, inputs.caches, next_norms, strict=True)
         for index, (layer, table, cache, norm) in enumerate(parts):
-            layer(stream, self.get_buffer(table), cache, inputs, norm)
+            layer(stream, self.get_buffer(table), cache, inputs, norm, scale_T)
             inputs.wrote(index)
         return stream.normalised(self.norm)
 

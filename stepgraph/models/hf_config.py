@@ -120,7 +120,8 @@ def hf_config_from_json(path: Path, *, for_transformers: bool = False) -> Any:
         ModelError: the file cannot be read, or transformers does not know its model type.
     """
     fields = read_json(path)
-    check_sizes(fields, path)
+    for part in (fields, fields.get("text_config")):
+        check_sizes(part if isinstance(part, dict) else {}, path)
     try:
         config = _read(path, fields, for_transformers=for_transformers)
     except ModelError:

@@ -44,6 +44,10 @@ class LanguageModelConfig(Protocol):
     def eos_token_ids(self) -> tuple[int, ...]:
         """Tokens that end an answer."""
 
+    @property
+    def media_token_ids(self) -> tuple[int, ...]:
+        """Tokens that stand for images, sound or video, which the model would take, but not here."""
+
 
 class LanguageModel(Protocol):
     """A causal language model over one step's tokens."""

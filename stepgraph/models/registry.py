@@ -6,6 +6,7 @@ import copy
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ from stepgraph.models.language_model import LanguageModelConfig
 from stepgraph.models.llama import Llama
 from stepgraph.models.minicpm import MiniCPM
 from stepgraph.models.minicpm3 import MiniCPM3
+from stepgraph.models.ministral3 import Ministral3
 from stepgraph.models.mixtral import Mixtral
 from stepgraph.models.phi3 import Phi3
 from stepgraph.models.qwen2 import Qwen2
@@ -41,6 +43,7 @@ from stepgraph.models.qwen3 import Qwen3
 from stepgraph.models.qwen3_moe import Qwen3Moe
 from stepgraph.models.seed_oss import SeedOss
 from stepgraph.models.smollm3 import SmolLM3
+from stepgraph.models.text_part import alone, is_multimodal, media_token_ids
 from stepgraph.models.youtu import Youtu
 
 logger = logging.getLogger(__name__)
@@ -50,6 +53,7 @@ ARCHITECTURES: dict[str, type[Decoder]] = {
     "LLaMAForCausalLM": Llama,
     "MistralForCausalLM": Llama,
     "MinistralForCausalLM": Llama,
+    "Ministral3ForCausalLM": Ministral3,
     "AquilaForCausalLM": Llama,
     "AquilaModel": Llama,
     "CwmForCausalLM": Llama,
@@ -90,7 +94,7 @@ def choose_config(hf_config: Any, model_impl: str, path: Path) -> LanguageModelC
     """Turn a config object into that of the implementation which will run the model.
 
     Args:
-        hf_config: from `hf_config_from_json`.
+        hf_config: from `hf_config_from_json`. Of a multimodal model, its decoder runs.
         model_impl: "native", "transformers", or "auto": native if a native model runs the architecture.
         path: of the config.json, from which transformers' own object is read where a refusal of the native model depends on it.
 
@@ -99,10 +103,12 @@ def choose_config(hf_config: Any, model_impl: str, path: Path) -> LanguageModelC
     """
     if not hf_config.architectures:
         raise _without_class(hf_config)
-    if model_impl == "transformers" or (model_impl == "auto" and architecture_of(hf_config) not in ARCHITECTURES):
+    native = alone(hf_config) if is_multimodal(hf_config) else hf_config
+    has_native = bool(native.architectures) and architecture_of(native) in ARCHITECTURES
+    if model_impl == "transformers" or (model_impl == "auto" and not has_native):
         return _judge(hf_config)
     try:
-        return read_config(hf_config)
+        return replace(read_config(native), media_token_ids=media_token_ids(hf_config))
     except ModelError as error:
         if isinstance(error, ConfigFileError) or not _runs_through_transformers(path):
             raise

@@ -16,6 +16,7 @@ from stepgraph.models.expert_tensors import split_experts
 from stepgraph.models.fp8_checkpoint import join_scales
 from stepgraph.models.json_file import read_json
 from stepgraph.models.tensor_names import native_name
+from stepgraph.models.text_part import is_of_media
 from stepgraph.parallel.shard import Part
 
 _SINGLE = "model.safetensors"
@@ -54,7 +55,8 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def read_safetensors(folder: Path) -> Iterator[CheckpointTensor]:
-    """Yield every tensor of the checkpoint in `folder` by its name in native models, weights in 8 bits joined with their scales.
+    """Yield every tensor of the checkpoint in `folder` by its name in native models, weights in 8 bits joined with their scales,
+    but for those of what makes embeddings of images, sound or video.
 
     Raises:
         ModelError: a file is missing, truncated or not a safetensors file, or scales do not fit their weight.
@@ -66,7 +68,8 @@ def _stored(folder: Path) -> Iterator[CheckpointTensor]:
     for path in weight_files(folder):
         try:
             file = safe_open(path, framework="pt")
-            tensors = [_SafetensorsTensor(path, file, name) for name in file.keys()]  # noqa: SIM118  (it is not a mapping)
+            names = [name for name in file.keys() if not is_of_media(name)]  # noqa: SIM118  (it is not a mapping)
+            tensors = [_SafetensorsTensor(path, file, name) for name in names]
         except (SafetensorError, OSError, ValueError) as error:
             raise _unreadable(path, error) from error
         yield from tensors

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 
+from stepgraph.models.text_part import in_decoder
+
 _EXAONE = {
     "wte": "embed_tokens",
     "ln_f": "norm",
@@ -39,9 +41,10 @@ def native_name(name: str) -> str:
 
     >>> native_name("transformer.h.3.mlp.c_fc_0.weight_scale")
     'model.layers.3.mlp.gate_proj.weight_scale'
-    >>> native_name("model.layers.3.block_sparse_moe.experts.7.w2.weight")
+    >>> native_name("model.language_model.layers.3.block_sparse_moe.experts.7.w2.weight")
     'model.layers.3.mlp.experts.7.down_proj.weight'
     """
+    name = in_decoder(name)
     match = _NAME.fullmatch(name)
     if match is None or match["part"] not in _EXAONE:
         for pattern, native in _OF_EXPERTS:

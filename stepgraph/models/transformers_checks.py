@@ -14,6 +14,7 @@ from stepgraph.errors import ModelError
 from stepgraph.models.config import architecture_of
 from stepgraph.models.fp8_checkpoint import method_of
 from stepgraph.models.hf_config import foreign_code
+from stepgraph.models.text_part import is_multimodal, text_config
 from stepgraph.models.transformers_interfaces import CAUSAL_ONLY, IMPLEMENTATIONS, REQUIREMENTS, RefusalError, refuse
 
 _KINDS = {
@@ -42,6 +43,8 @@ def check_class(hf_config: Any, runs: Callable[[Any], bool]) -> None:
         RefusalError: the class is another of transformers'.
         ModelError: it is none of transformers'.
     """
+    if is_multimodal(hf_config):
+        return
     architecture, model_type = architecture_of(hf_config), str(hf_config.model_type)
     listed = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(hf_config), ())
     names = [c.__name__ for c in (listed if isinstance(listed, tuple) else (listed,))]
@@ -70,7 +73,7 @@ def _is_of_type(architecture: str, model_type: str) -> bool:
 
 
 def check_fields(hf_config: Any) -> None:
-    """Refuse what a config says and a run on tensors without values does not show."""
+    """Refuse what the config of a decoder says and a run on tensors without values does not show."""
 
     def value(name: str) -> Any:
         return getattr(hf_config, name, None)
@@ -94,7 +97,7 @@ def check_fields(hf_config: Any) -> None:
 
 def check_last(hf_config: Any) -> None:
     """Refuse what keeps a model of a class that runs from doing so: what is said here helps."""
-    if not getattr(hf_config, "max_position_embeddings", None):
+    if not getattr(text_config(hf_config), "max_position_embeddings", None):
         refuse(
             "its config does not say how long a sequence may be",
             'Add "max_position_embeddings", the longest sequence in tokens, to config.json.',
@@ -110,7 +113,7 @@ def without_dynamic_rope(hf_config: Any) -> Any:
     """A copy of a config whose rotation does not look at the longest sequence of a step: what is scaled only for sequences beyond
     max_position_embeddings is not, as there are none."""
     copied = copy.deepcopy(hf_config)
-    for rope in _ropes(copied):
+    for rope in _ropes(text_config(copied)):
         if rope.get("rope_type") == "dynamic" and "alpha" not in rope:
             rope["rope_type"] = "default"
     return copied

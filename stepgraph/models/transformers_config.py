@@ -22,6 +22,7 @@ class TransformersConfig:
     windows: tuple[int, ...]
     max_position_embeddings: int
     eos_token_ids: tuple[int, ...]
+    media_token_ids: tuple[int, ...]
     num_parameters: int
     hf_config: Any = field(repr=False)
 

@@ -25,8 +25,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM
-from transformers.utils import ModelOutput
 from transformers.utils import logging as transformers_logging
 
 from stepgraph import ops
@@ -37,12 +35,13 @@ from stepgraph.layers.inputs import AttentionSpec, StepInputs
 from stepgraph.models.config import architecture_of, as_token_ids
 from stepgraph.models.mtp_tensors import mtp_names
 from stepgraph.models.safetensors import read_safetensors
+from stepgraph.models.text_part import end_token_ids, media_token_ids, text_config
 from stepgraph.models.transformers_checks import check_class, check_fields, check_last, explain, without_dynamic_rope
 from stepgraph.models.transformers_config import TransformersConfig
+from stepgraph.models.transformers_halves import class_of, run_head, run_layers, take_apart
 from stepgraph.models.transformers_interfaces import (
     IMPLEMENTATIONS,
     REQUIREMENTS,
-    Attend,
     AttentionCall,
     RefusalError,
     refuse,
@@ -100,7 +99,7 @@ def judge_part(config: TransformersConfig, group: Group) -> ModelPart:
 
 def _judge(hf_config: Any) -> TransformersConfig:
     check_class(hf_config, _runs)
-    check_fields(hf_config)
+    check_fields(text_config(hf_config))
     calls, hidden_size, vocab_size, num_parameters = _probe(hf_config)
     _check_layers(hf_config, calls)
     check_last(hf_config)
@@ -114,8 +113,9 @@ def _judge(hf_config: Any) -> TransformersConfig:
         num_kv_heads=calls[0].key.shape[1],
         head_dim=head_dim,
         windows=tuple(_window(hf_config, call) for call in calls),
-        max_position_embeddings=hf_config.max_position_embeddings,
-        eos_token_ids=as_token_ids(getattr(hf_config, "eos_token_id", None)),
+        max_position_embeddings=text_config(hf_config).max_position_embeddings,
+        eos_token_ids=as_token_ids(end_token_ids(hf_config)),
+        media_token_ids=media_token_ids(hf_config),
         num_parameters=num_parameters,
         hf_config=hf_config,
     )
@@ -132,11 +132,19 @@ def _runs(hf_config: Any) -> bool:
 class TransformersModel(nn.Module):
     """A transformers class taken apart: its base model runs the layers, the rest of it makes logits. See `LanguageModel`."""
 
-    def __init__(self, config: TransformersConfig, hf_model: Any, part: ModelPart | None = None) -> None:
+    def __init__(
+        self,
+        config: TransformersConfig,
+        hf_model: Any,
+        part: ModelPart | None = None,
+        *,
+        device: torch.device | None = None,
+    ) -> None:
         """Args:
         config: of the model.
         hf_model: built with our attention, and filled; must not be used elsewhere afterwards.
         part: of it that `hf_model` is; None: it is whole.
+        device: of the parameters; None: where they are.
 
         Raises:
             ModelError: tokens meet outside attention.
@@ -144,7 +152,8 @@ class TransformersModel(nn.Module):
         super().__init__()
         self.config, self.part = config, part
         self.attention_specs = config.attention_specs if part is None else part.attention_specs
-        self.base, self.head = _take_apart(hf_model)
+        self.base, self.head = take_apart(hf_model)
+        self.to(device)
         self.eval().requires_grad_(False)
         for module in self.modules():
             for name, buffer in module.named_buffers(recurse=False):
@@ -194,7 +203,7 @@ class TransformersModel(nn.Module):
             )
         with _progress_bars(progress), _report_untold() as untold:
             try:
-                hf_model, report = AutoModelForCausalLM.from_pretrained(
+                hf_model, report = class_of(config.hf_config)[0].from_pretrained(
                     folder,
                     config=copy.deepcopy(config.hf_config),
                     dtype=dtype,
@@ -222,7 +231,7 @@ class TransformersModel(nn.Module):
             )
         if part is not None:
             keep_part(hf_model, config, part.group)
-        return cls(config, hf_model.to(device), part)
+        return cls(config, hf_model, part, device=device)
 
     @classmethod
     def with_random_weights(
@@ -232,10 +241,10 @@ class TransformersModel(nn.Module):
         of which a rank then keeps its part."""
         with torch.random.fork_rng([device] if device.type == "cuda" else []), device:
             torch.manual_seed(0)
-            hf_model = AutoModelForCausalLM.from_config(copy.deepcopy(config.hf_config), dtype=dtype, **IMPLEMENTATIONS)
+            hf_model = _build(copy.deepcopy(config.hf_config), dtype)
         if part is not None:
             keep_part(hf_model, config, part.group)
-        return cls(config, hf_model, part)
+        return cls(config, hf_model, part, device=device)
 
     @torch.no_grad()
     def _check_tokens_apart(self) -> None:
@@ -247,7 +256,7 @@ class TransformersModel(nn.Module):
         def hidden(token_ids: list[int], positions_T: Tensor | None) -> Tensor:
             token_ids_T = torch.tensor(token_ids, dtype=torch.int32, device=device) % self.config.vocab_size
             attend = lambda call: call.query.transpose(1, 2).contiguous()  # noqa: E731
-            return _run_layers(self.base, token_ids_T, positions_T, attend)[1].float()
+            return run_layers(self.base, token_ids_T, positions_T, attend)[1].float()
 
         positions_T = torch.arange(3, dtype=torch.int32, device=device)
         hidden_E = hidden([1, 2, 3], positions_T)
@@ -303,7 +312,7 @@ class TransformersModel(nn.Module):
             )
             return attended_TF.view(1, *q_THD.shape)
 
-        return _run_layers(self.base, tokens.token_ids, tokens.positions, attend)
+        return run_layers(self.base, tokens.token_ids, tokens.positions, attend)
 
     def embed(self, token_ids_T: Tensor) -> Tensor:
         """See `LanguageModel.embed`."""
@@ -312,60 +321,17 @@ class TransformersModel(nn.Module):
 
     def logits(self, hidden_RE: Tensor, out: Tensor) -> Tensor:
         """See `LanguageModel.logits`."""
-        return out.copy_(_run_head(self.head, hidden_RE))
-
-
-@dataclass
-class _Passed(ModelOutput):
-    """What base models of any kind return, of which only the hidden states are known."""
-
-    last_hidden_state: Tensor | None = None
-    past_key_values = None  # no field: transformers has renamed it to `cache` and warns where it is one
-    cache: None = None
-    hidden_states: None = None
-    attentions: None = None
-    cross_attentions: None = None
-    router_logits: None = None
-
-
-class _PassThrough(nn.Module):
-    """In place of a class's base model: gives the embeddings it is given as the last hidden states."""
-
-    def forward(self, *_: Any, inputs_embeds: Tensor, **__: Any) -> _Passed:
-        return _Passed(last_hidden_state=inputs_embeds)
-
-
-def _take_apart(hf_model: Any) -> tuple[nn.Module, nn.Module]:
-    """The base model, and its class without it: hidden states in, logits out, scaled and capped as the class does."""
-    base = getattr(hf_model, hf_model.base_model_prefix)
-    base.warn_if_padding_and_no_attention_mask = _no_warning  # which looks for padding in the tokens, on the host
-    setattr(hf_model, hf_model.base_model_prefix, _PassThrough())
-    return base, hf_model
-
-
-def _no_warning(*_: Any) -> None:
-    pass
-
-
-def _run_layers(base: nn.Module, token_ids_T: Tensor, positions_T: Tensor | None, attend: Attend) -> Tensor:
-    output = base(
-        input_ids=token_ids_T.unsqueeze(0),
-        position_ids=None if positions_T is None else positions_T.unsqueeze(0),
-        use_cache=False,
-        stepgraph_attend=attend,
-    )
-    hidden_TE: Tensor = output.last_hidden_state.squeeze(0)
-    return hidden_TE
-
-
-def _run_head(head: nn.Module, hidden_RE: Tensor) -> Tensor:
-    logits_RV: Tensor = head(inputs_embeds=hidden_RE.unsqueeze(0), use_cache=False).logits.squeeze(0)
-    return logits_RV
+        return out.copy_(run_head(self.head, hidden_RE))
 
 
 class _Probed(NamedTuple):
     hidden: Tensor  # [T, E]
     logits: Tensor  # [T, V]
+
+
+def _build(hf_config: Any, dtype: torch.dtype) -> Any:
+    hf_class, method = class_of(hf_config)
+    return getattr(hf_class, method)(hf_config, dtype=dtype, **IMPLEMENTATIONS)
 
 
 def _probe(
@@ -391,15 +357,16 @@ def _probe(
         with torch.device("meta"), torch.no_grad():
             plain = copy.deepcopy(hf_config)
             plain.__dict__.pop("quantization_config", None)
-            hf_model = AutoModelForCausalLM.from_config(plain, dtype=torch.bfloat16, **IMPLEMENTATIONS).eval()
+            hf_model = _build(plain, torch.bfloat16).eval()
             prepare(hf_model)
-            num_parameters = sum(parameter.numel() for parameter in hf_model.parameters())
-            base, head = _take_apart(hf_model)
+            base, head = take_apart(hf_model)
+            parameters = {id(parameter): parameter for half in (base, head) for parameter in half.parameters()}
+            num_parameters = sum(parameter.numel() for parameter in parameters.values())
             token_ids_T = torch.zeros(_PROBE_TOKENS, dtype=torch.int32)
 
             def run() -> _Probed:
-                hidden_TE = _run_layers(base, token_ids_T, token_ids_T, record)
-                probed.append(_Probed(hidden_TE, _run_head(head, hidden_TE)))
+                hidden_TE = run_layers(base, token_ids_T, token_ids_T, record)
+                probed.append(_Probed(hidden_TE, run_head(head, hidden_TE)))
                 return probed[-1]
 
             CpuBackend().capture(run, warmups=1)
@@ -416,7 +383,7 @@ def _probe(
 
 def _check_layers(hf_config: Any, calls: list[AttentionCall]) -> None:
     """Refuse a model whose layers are not all alike, or not all made of our attention."""
-    num_layers = hf_config.num_hidden_layers
+    num_layers = text_config(hf_config).num_hidden_layers
     if not calls:
         refuse(
             "its layers do not call transformers' AttentionInterface: they have attention of their own, or none, as recurrent "
@@ -439,6 +406,7 @@ def _check_layers(hf_config: Any, calls: list[AttentionCall]) -> None:
 
 def _window(hf_config: Any, call: AttentionCall) -> int:
     """Sliding window of a layer; 0 if it attends to all tokens. ModelError if layer and config disagree."""
+    hf_config = text_config(hf_config)
     layer_types = getattr(hf_config, "layer_types", None)
     configured = getattr(hf_config, "sliding_window", None) or 0
     if layer_types and layer_types[call.layer] != "sliding_attention":

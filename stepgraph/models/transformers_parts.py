@@ -17,7 +17,9 @@ from torch.nn import functional as F
 
 from stepgraph.errors import ModelError
 from stepgraph.models.checkpoint import take
+from stepgraph.models.text_part import text_config
 from stepgraph.models.transformers_config import TransformersConfig
+from stepgraph.models.transformers_halves import decoder_path
 from stepgraph.parallel.group import Fault, GatheredTokens, Group, Norm
 from stepgraph.parallel.shard import Axis, Cut, Part, Shard, sizes_that_divide
 
@@ -177,12 +179,12 @@ def keep_part(hf_model: Any, config: TransformersConfig, group: Group) -> None:
 
 def _cuts(hf_model: Any, config: TransformersConfig) -> Iterator[tuple[str, _Kind]]:
     """Paths of the layers that are cut, and how."""
-    base_plan = getattr(config.hf_config, "base_model_tp_plan", None)
+    base_plan = getattr(text_config(config.hf_config), "base_model_tp_plan", None)
     if not base_plan:
         refuse_to_share(
             config, "transformers has no plan (base_model_tp_plan) for it that says how devices share its layers"
         )
-    prefix = hf_model.base_model_prefix
+    prefix = decoder_path(hf_model)
     plan = {f"{prefix}.{pattern}": kind for pattern, kind in base_plan.items()}
     plan |= getattr(type(hf_model), "_tp_plan", None) or {}
     modules, parameters = dict(hf_model.named_modules()), dict(hf_model.named_parameters(remove_duplicate=False))

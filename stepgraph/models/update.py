@@ -19,6 +19,7 @@ from stepgraph.models.mtp_tensors import without_mtp
 from stepgraph.models.output_head import fit_head, has_own_head
 from stepgraph.models.source import ModelSource
 from stepgraph.models.tensor_names import native_name
+from stepgraph.models.text_part import is_of_media
 from stepgraph.models.transformers_config import TransformersConfig
 from stepgraph.parallel.shard import Part
 
@@ -64,7 +65,8 @@ def plan_update(model: LanguageModel, source: ModelSource | Iterable[tuple[str, 
         tensors = source.tensors() if isinstance(model, Decoder) else _read_with_transformers(model, source)
     else:
         description = "given as tensors"
-        tensors = split_experts(TensorInMemory(native_name(name), values) for name, values in source)
+        own = ((name, values) for name, values in source if not is_of_media(name))
+        tensors = split_experts(TensorInMemory(native_name(name), values) for name, values in own)
         if not isinstance(model, Decoder):
             raise ModelError(
                 f"{model.config.architecture} runs through transformers, which renames and merges tensors as it reads a "
