@@ -32,7 +32,20 @@ ORDER = (
     {"transfer"},
     {"executor"},
     {"engine"},
-    {"api", "server", "chat", "cli", "text_commands", "demo", "collect_env", "bench", "verify", "__init__", "__main__"},
+    {
+        "api",
+        "server",
+        "chat",
+        "cli",
+        "text_commands",
+        "demo",
+        "collect_env",
+        "bench",
+        "ray",
+        "verify",
+        "__init__",
+        "__main__",
+    },
 )
 """What stands lower comes first. A package imports what stands below it, and those beside it among the first and the last."""
 LEVELS = {package: level for level, packages in enumerate(ORDER) for package in packages}

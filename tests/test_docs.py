@@ -40,6 +40,7 @@ PROGRAMS = (
     "docker",
     "kubectl",
     "helm",
+    "serve",
     "echo",
     "printf",
     ".venv/bin/pre-commit",

@@ -25,9 +25,14 @@ def read_settings(path: str) -> dict[str, Any]:
         ConfigError: PyYAML is missing, the file cannot be read, or a key or value is not one; names the file and the key.
     """
     try:
-        return flattened(_flat(_loaded(path)))
+        return settings_in(_loaded(path))
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from error
+
+
+def settings_in(loaded: Any) -> dict[str, Any]:
+    """The settings in what a YAML file holds; see `read_settings`."""
+    return flattened(_flat(loaded))
 
 
 def _loaded(path: str) -> Any:

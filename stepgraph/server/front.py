@@ -56,7 +56,8 @@ class Front:
     api_keys: tuple[str, ...]
     chat_template: str | None
     """Text that replaces the model's."""
-    listening: socket.socket
+    listening: socket.socket | None
+    """None: another program takes requests, and hands them to the application."""
     metrics_listening: socket.socket | None
     max_connections: int
     """Of the API's port."""
@@ -108,8 +109,10 @@ class HttpFront:
         )
         self.service = Service(config, self.replicas, lambda: _served_model(front), control, adapters, self._counts)
         self._connections = Connections(Limits.of(config), front.max_connections)
-        app = create_app(self.service, api_keys=front.api_keys)
-        self._servers = [(_server(app, config, self._connections), front.listening)]
+        self.app = create_app(self.service, api_keys=front.api_keys)
+        self._servers = []
+        if front.listening is not None:
+            self._servers.append((_server(self.app, config, self._connections), front.listening))
         if front.metrics_listening is not None:
             of_operators = Connections(Limits.of(config), _MAX_OPERATORS)
             self._servers.append(
@@ -247,6 +250,7 @@ def announce(front: Front, supervisor: Supervisor, num_fronts: int) -> None:
     config, engine_config = front.config, front.engine_config
     ready = supervisor.engines[0].status.ready
     assert ready is not None
+    assert front.listening is not None
     host = f"[{config.host}]" if ":" in config.host else config.host
     seconds = time.monotonic() - front.started_at
     num_engines = len(supervisor.engines)

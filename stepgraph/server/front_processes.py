@@ -173,6 +173,7 @@ def _server_settings(front: Front, num_fronts: int) -> dict[str, Any]:
     open."""
     config = front.config
     most_mib = max(config.max_bodies_mib / num_fronts, min(config.max_bodies_mib, config.max_body_mib))
+    assert front.listening is not None
     port = front.listening.getsockname()[1]
     metrics_port = None if front.metrics_listening is None else front.metrics_listening.getsockname()[1]
     return dataclasses.asdict(

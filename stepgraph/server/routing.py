@@ -84,7 +84,7 @@ class Router:
     50 µs for 2,000 tokens.
 
     Args:
-        num_replicas: at least 1.
+        num_replicas: of the beginning; there may be more later.
         block_size: tokens of the engines' KV blocks, a power of two.
         num_kv_blocks: of one replica, all of which may hold prefixes; 0 if prefixes are not cached.
         max_adapters: LoRA adapters that a replica keeps.
@@ -92,9 +92,17 @@ class Router:
 
     def __init__(self, num_replicas: int, *, block_size: int, num_kv_blocks: int, max_adapters: int):
         self._span = max(SPAN_TOKENS, block_size)
-        num_spans = min(num_kv_blocks * block_size // self._span, MAX_SPANS)
-        self._prefixes = [_Recent(num_spans) for _ in range(num_replicas)]
-        self._adapters = [_Recent(max_adapters) for _ in range(num_replicas)]
+        self._num_spans = min(num_kv_blocks * block_size // self._span, MAX_SPANS)
+        self._max_adapters = max_adapters
+        self._prefixes: list[_Recent] = []
+        self._adapters: list[_Recent] = []
+        for _ in range(num_replicas):
+            self.add()
+
+    @property
+    def num_replicas(self) -> int:
+        """Also those of which nothing is known."""
+        return len(self._prefixes)
 
     def route(
         self,
@@ -136,6 +144,12 @@ class Router:
         self._prefixes[replica].add(keys)
         self._adapters[replica].add(adapter_key)
         return route
+
+    def add(self) -> int:
+        """One more replica, of which nothing is known; returns its number."""
+        self._prefixes.append(_Recent(self._num_spans))
+        self._adapters.append(_Recent(self._max_adapters))
+        return len(self._prefixes) - 1
 
     def forget(self, replica: int) -> None:
         """What a replica kept is gone: it was started anew, or its prefix cache was emptied."""

@@ -13,7 +13,7 @@ from stepgraph.server.administrator import ACTIONS, Administrator, Fronts
 from stepgraph.server.counts import EngineCounts, FrontCounts
 from stepgraph.server.engine_life import EngineLife, Launch
 from stepgraph.server.engine_observer import EngineStatus, RestartCause
-from stepgraph.server.messages import AskGraphs, AskRanks, FromEngine, Progress, RankInfo
+from stepgraph.server.messages import AskGraphs, AskRanks, FromEngine, Load, Progress, RankInfo
 from stepgraph.server.metrics import Metrics
 from stepgraph.server.replicas import Replicas
 from stepgraph.server.rest import Rest
@@ -110,6 +110,10 @@ class Supervisor:
         """See `Control`."""
         assert self._fronts is not None
         return (await self._fronts.counts()).num_unfinished
+
+    def loads(self) -> list[Load]:
+        """How full each engine is."""
+        return [counts.load for counts in self._counts]
 
     async def graphs(self) -> list[dict[str, Any]]:
         """See `Control`."""
