@@ -25,7 +25,11 @@ from typing import Any
 
 import numpy as np
 
-os.environ |= {"RAY_USAGE_STATS_ENABLED": "0", "RAY_AUTH_MODE": "disabled"}  # before Ray reads them
+os.environ |= {  # before Ray reads them
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_AUTH_MODE": "disabled",
+    "RAY_memory_monitor_refresh_ms": "0",
+}
 
 import ray
 from ray import serve

@@ -19,6 +19,7 @@ WAIT_S = 180
 _ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_AUTH_MODE": "disabled",  # whose keys would lie in the user's home
+    "RAY_memory_monitor_refresh_ms": "0",  # it would end actors for what others on this machine take
     "RAY_SERVE_REPLICA_AUTOSCALING_METRIC_PUSH_INTERVAL_S": "0.1",
     "RAY_SERVE_HANDLE_AUTOSCALING_METRIC_PUSH_INTERVAL_S": "0.1",
     "OMP_NUM_THREADS": "1",
