@@ -29,6 +29,8 @@ class EngineReplica:
         settings: as `serve_config` takes them.
     """
 
+    _stopped = True  # before there is something to stop
+
     async def __init__(self, settings: Mapping[str, Any]):  # type: ignore[misc]  # Serve awaits it
         started_at = time.monotonic()
         logging.getLogger("stepgraph").setLevel(logging.WARNING)
@@ -78,19 +80,19 @@ class EngineReplica:
 
     # What Ray Serve asks of a replica that has it
 
-    def check_health(self) -> None:
+    async def check_health(self) -> None:
         """Raises EngineDeadError while the engine is not there: Serve replaces a replica of which this holds for several checks,
         and so it does not where the engine is started again meanwhile."""
         if (ailment := self._http.service.ailment) is not None:
             raise EngineDeadError(ailment)
 
-    def record_replica_metadata(self) -> dict[str, Any]:
+    async def record_replica_metadata(self) -> dict[str, Any]:
         """What stays as it is, for routers: the tokens that the KV cache holds."""
         ready = self._http.replicas.ready
         assert ready is not None
         return {"kv_tokens": ready.num_kv_blocks * ready.block_size}
 
-    def record_routing_stats(self) -> dict[str, Any]:
+    async def record_routing_stats(self) -> dict[str, Any]:
         """What changes, for routers: whether requests are served, how many there are, and a number that tells one report from
         the next."""
         service = self._http.service
@@ -100,7 +102,7 @@ class EngineReplica:
             "time": time.monotonic(),
         }
 
-    def record_autoscaling_stats(self) -> dict[str, float]:
+    async def record_autoscaling_stats(self) -> dict[str, float]:
         """For `requests_and_cache`. Of several engines, the sums and the fullest cache."""
         loads = self._supervisor.loads()
         return {
