@@ -11,6 +11,7 @@ import numpy.typing as npt
 from stepgraph.abi import slot_line
 from stepgraph.bench.workloads import VOCAB_SIZE
 from stepgraph.config import EngineConfig, GraphConfig, SchedulerConfig
+from stepgraph.config.kv_events import KVEventsConfig
 from stepgraph.engine.build import build_engine
 from stepgraph.engine.engine import Engine
 from stepgraph.engine.scheduler import Scheduler
@@ -36,6 +37,7 @@ def engine_over(
     create_scheduler: Callable[..., Scheduler],
     token_sizes: tuple[int, ...] | None = None,
     step_seconds: Callable[[StepRecord], float] = lambda record: 0.0,
+    kv_events: KVEventsConfig | None = None,
 ) -> tuple[Engine, FakeExecutor]:
     """The real engine over a device that counts, with one step of run-ahead, and what is between them.
 
@@ -47,6 +49,7 @@ def engine_over(
         create_scheduler: makes the scheduler.
         token_sizes: what the scheduler takes for captured token counts; default: those that are.
         step_seconds: time of a step.
+        kv_events: whom to tell what is in the prefix cache; default: nobody.
     """
     policy = ShapePolicy.of(graph, scheduler)
     specs = fake_specs(
@@ -61,7 +64,7 @@ def engine_over(
         specs = replace(specs, token_sizes=token_sizes)
     executor = FakeExecutor(device, specs, policy, FakeClock(), step_seconds)
     engine = build_engine(
-        EngineConfig(scheduler=scheduler, graph=graph),
+        EngineConfig(scheduler=scheduler, graph=graph, kv_events=kv_events or KVEventsConfig()),
         source=resolve("qwen3-0.6b", weights=False),  # whose weights and tokenizer nobody looks at
         executor=executor,
         create_scheduler=create_scheduler,

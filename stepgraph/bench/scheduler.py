@@ -17,6 +17,7 @@ from typing import Any
 from tqdm import tqdm
 
 from stepgraph.bench.counting_device import BLOCK_SIZE
+from stepgraph.bench.kv_event_cost import event_table, measure_event_costs
 from stepgraph.bench.report import machine, pyplot, save_figure, table, write_json
 from stepgraph.bench.scheduler_cost import HostCost, measure_costs
 from stepgraph.bench.simulation import QWEN3_0_6B_ON_H100, Scenario, ShapeUse, Simulation, simulate
@@ -125,6 +126,11 @@ def add_parser(commands: Any) -> None:
         ("seed", 0, "of all traces"),
     ):
         parser.add_argument(f"--{name}", type=int, default=default, metavar="N", help=f"{text} (default: {default})")
+    parser.add_argument(
+        "--kv-events",
+        action="store_true",
+        help="only what it costs the host to publish KV events, against not doing it",
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the result as JSON")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="write the curves as PNG (needs matplotlib)")
     parser.set_defaults(run=run)
@@ -132,6 +138,8 @@ def add_parser(commands: Any) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Run the benchmark; returns 1 if a promise was broken."""
+    if arguments.kv_events:
+        return _run_kv_events(arguments)
     if arguments.requests < 1 or arguments.traces < 0 or min(arguments.loads) <= 0:
         raise ConfigError(
             f"requests={arguments.requests}, traces={arguments.traces}, loads={arguments.loads}: at least one request, no "
@@ -179,6 +187,17 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.plot:
         _plot(arguments.plot, by_load, arguments.lengths)
     return 1 if broken else 0
+
+
+def _run_kv_events(arguments: argparse.Namespace) -> int:
+    if arguments.plot:
+        raise ConfigError("--kv-events has no curves; leave --plot out")
+    costs, where = measure_event_costs(), machine("cpu")
+    print(f"KV events on {where['device']}, us of CPU time per step\n{event_table(costs)}")
+    if arguments.json:
+        result = {"benchmark": "kv_events", "machine": where, "costs": [asdict(cost) for cost in costs]}
+        write_json(arguments.json, result)
+    return 0
 
 
 def run_case(case: Case, lengths: Lengths) -> Outcome:

@@ -10,6 +10,7 @@ from stepgraph.config.cache import CacheConfig
 from stepgraph.config.fields import homes_of, read_object, refuse_unknown
 from stepgraph.config.graph import GraphConfig, check_graph_keys
 from stepgraph.config.guidance import GuidanceConfig
+from stepgraph.config.kv_events import KVEventsConfig
 from stepgraph.config.lora import LoRAConfig
 from stepgraph.config.model import ModelConfig
 from stepgraph.config.other_engines import translated, translated_keys
@@ -33,10 +34,19 @@ class EngineConfig:
     speculative: SpeculativeConfig = field(default_factory=SpeculativeConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     transfer: TransferConfig = field(default_factory=TransferConfig)
+    kv_events: KVEventsConfig = field(default_factory=KVEventsConfig)
 
     def __post_init__(self) -> None:
         if self.transfer.kv_host_cache_gib:
             self._check_host_cache()
+        if self.kv_events.enable_kv_cache_events:
+            self.kv_events.check_ports(self.parallel.data_parallel_size)
+            if not self.cache.enable_prefix_caching:
+                raise ConfigError(
+                    "enable_kv_cache_events tells what is in the prefix cache, and enable_prefix_caching is off; leave one of "
+                    "them out",
+                    param="enable_kv_cache_events",
+                )
         if not self.transfer.is_connected:
             return
         if not self.cache.enable_prefix_caching:
@@ -163,6 +173,7 @@ GROUPS = {
     "kv_transfer_config": Group(
         "transfer", None, '{"kv_connector": "NixlConnector", "kv_role": "kv_producer"}', "kv_transfer_"
     ),
+    "kv_events_config": Group("kv_events", None, '{"enable_kv_cache_events": true}', "kv_events_"),
 }
 
 ENGINE_PARTS: dict[str, Any] = {
@@ -175,5 +186,6 @@ ENGINE_PARTS: dict[str, Any] = {
     "speculative": SpeculativeConfig,
     "parallel": ParallelConfig,
     "transfer": TransferConfig,
+    "kv_events": KVEventsConfig,
 }
 """The dataclasses by the names of `EngineConfig`'s fields, in the order in which they are shown."""

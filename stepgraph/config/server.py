@@ -342,6 +342,10 @@ def split_replicas(settings: Mapping[str, Any], server: ServerConfig) -> list[di
     if isinstance(port, int) and port > 0:
         for number, engine in enumerate(engines):
             engine["kv_transfer_port"] = port + number
+    rank = settings.get("kv_events_rank", 0)
+    if isinstance(rank, int):
+        for number, engine in enumerate(engines[1:], start=1):
+            engine["kv_events_rank"] = rank + number
     return engines
 
 
@@ -360,6 +364,8 @@ def serve_config(settings: Mapping[str, Any]) -> tuple[EngineConfig, ServerConfi
     engine = EngineConfig.from_settings(**engines[0])
     EngineConfig.from_settings(**engines[-1])  # whose port may be too large
     engine.transfer.secret()
+    if engine.kv_events.enable_kv_cache_events:
+        engine.kv_events.check_ports(max(len(engines), engine.parallel.data_parallel_size))
     server.check_ports(len(engines))
     if server.lora_modules and not engine.lora.enable_lora:
         raise ConfigError(f"lora_modules={' '.join(server.lora_modules)} needs enable_lora; add it, or leave them out")

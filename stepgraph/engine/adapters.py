@@ -21,6 +21,8 @@ class Adapter:
     read those of others."""
     digest: bytes
     """Of its files, see `AdapterFile.digest`: it keeps cached prefixes apart, here and in engines that take them over."""
+    name: str = ""
+    """For people and routers: the last part of its folder."""
 
 
 class AdapterTable:
@@ -63,7 +65,7 @@ class AdapterTable:
         adapter = self._adapters.pop(folder, None)
         if adapter is None:
             file = self.read(source) if isinstance(source, str) else source
-            adapter = Adapter(self._free_number(in_use), secrets.token_hex(16), file.digest)
+            adapter = Adapter(self._free_number(in_use), secrets.token_hex(16), file.digest, os.path.basename(folder))
             self._keep_without_folder(adapter)  # until it is written
             self._write(adapter.number, file)
             del self._adapters[adapter.key]

@@ -9,6 +9,7 @@ from itertools import repeat
 from typing import Protocol
 
 from stepgraph.abi import slot_line
+from stepgraph.engine.kv_events import KVEvents
 
 
 def block_key(parent: bytes, tokens: bytes) -> bytes:
@@ -86,6 +87,8 @@ class BlockPool:
         self._num_fences: dict[int, int] = {}  # of blocks that have any
         self._quarantined: set[int] = set()  # without holders
         self._cached_lately: dict[int, None] | None = None  # if somebody watches
+        self.events: KVEvents | None = None
+        """Hears of content that cannot be found any more; whoever tells of it sets it."""
 
     @property
     def num_free(self) -> int:
@@ -112,19 +115,29 @@ class BlockPool:
         assert count <= self.num_free, (count, self.num_free)
         taken = self._empty[: -count - 1 : -1]
         del self._empty[len(self._empty) - len(taken) :]
-        while len(taken) < count:
-            block, _ = self._cached.popitem(last=False)
-            self._forget_key(block)
-            self._holders[block] = 1
-            taken.append(block)
+        if len(taken) < count:
+            taken += self._evict(count - len(taken))
         return taken
 
-    def publish(self, block: int, key: bytes) -> None:
-        """Let `block`, which somebody holds, be found by `key`. If another block has that content already, it stays the one."""
+    def _evict(self, count: int) -> list[int]:
+        """The blocks with content that nobody holds and that were released least recently; now held once."""
+        blocks = [self._cached.popitem(last=False)[0] for _ in range(count)]
+        keys = [key for block in blocks if (key := self._forget_key(block)) is not None]
+        for block in blocks:
+            self._holders[block] = 1
+        if self.events is not None:
+            self.events.removed(keys)
+        return blocks
+
+    def publish(self, block: int, key: bytes) -> bool:
+        """Let `block`, which somebody holds, be found by `key`. False if another block has that content already, which stays the
+        one."""
         assert self._keys[block] is None, block
-        if key not in self._blocks_by_key:
-            self._keys[block] = key
-            self._blocks_by_key[key] = block
+        if key in self._blocks_by_key:
+            return False
+        self._keys[block] = key
+        self._blocks_by_key[key] = block
+        return True
 
     def find(self, key: bytes) -> int | None:
         """The block with the content of that name, not yet held; None if there is none."""
@@ -201,17 +214,21 @@ class BlockPool:
 
     def forget_free(self) -> int:
         """Drop the cached content of blocks that nobody holds; returns how many others can still be found."""
+        gone = [self._forget_key(block) for block in (*self._cached, *self._quarantined)]
         for block in self._cached:
-            self._forget_key(block)
             self._holders[block] = 1
         self._empty += reversed(self._cached)
         self._cached.clear()
-        for block in self._quarantined:
-            self._forget_key(block)
+        if self.events is not None:
+            if not self._blocks_by_key:
+                self.events.cleared()
+            elif keys := [key for key in gone if key is not None]:
+                self.events.removed(keys)
         return len(self._blocks_by_key)
 
-    def _forget_key(self, block: int) -> None:
-        """Let a block be found no more."""
+    def _forget_key(self, block: int) -> bytes | None:
+        """Let a block be found no more; returns by what it could."""
         key, self._keys[block] = self._keys[block], None
         if key is not None:
             del self._blocks_by_key[key]
+        return key

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from functools import cache, partial
+from typing import TYPE_CHECKING
 
 from stepgraph.config import EngineConfig
 from stepgraph.engine.adapters import AdapterTable
@@ -15,6 +16,7 @@ from stepgraph.engine.exchange import Exchange
 from stepgraph.engine.guidance import read_vocabulary
 from stepgraph.engine.host_tier import HostTier
 from stepgraph.engine.intake import RequestIntake
+from stepgraph.engine.kv_events import KVEvents
 from stepgraph.engine.lockstep import LockstepScheduler
 from stepgraph.engine.masks import TokenMasks
 from stepgraph.engine.model_defaults import end_tokens_of
@@ -22,13 +24,17 @@ from stepgraph.engine.prompts import require_tokenizer
 from stepgraph.engine.scheduler import Scheduler
 from stepgraph.engine.sink import Sink
 from stepgraph.engine.source import Source
-from stepgraph.executor.base import Executor
+from stepgraph.errors import ConfigError
+from stepgraph.executor.base import Executor, ExecutorSpecs
 from stepgraph.executor.ranked import build_executor, start_workers
 from stepgraph.models.identity import model_digest, unknown_model_digest
 from stepgraph.models.source import ModelSource, resolve_configured
 from stepgraph.spec.depth import DraftDepth
 from stepgraph.transfer.base import Transfers
 from stepgraph.transfer.create import create_transfers
+
+if TYPE_CHECKING:
+    from stepgraph.engine.kv_event_publisher import KVEventPublisher
 
 logger = logging.getLogger(__name__)
 
@@ -61,6 +67,7 @@ def build_engine(
         ModelError: the model cannot be found, read or run.
     """
     with ExitStack() as on_failure:
+        publishers = _publishers_of(config, on_failure)
         workers = None if executor is not None else start_workers(config)
         if workers is not None:
             on_failure.callback(workers.close, now=True)
@@ -115,10 +122,13 @@ def build_engine(
         seed=config.model.seed,
     )
     try:
-        exchange = _exchange_of(config, source, executor, scheduler, transfers, clock)
+        exchange = _exchange_of(config, source, executor, scheduler, transfers, publishers, clock)
     except BaseException:
         executor.close()
+        for publisher in publishers:
+            publisher.close()
         raise
+    _start_publishers(publishers, config, specs, scheduler, exchange)
     logger.info("%s on %s: %s", source.name, specs.platform, specs.precision)
     if specs.num_ranks > 1:
         what = "the model; sums are exchanged" if specs.data_parallel_size == 1 else "its experts; tokens are exchanged"
@@ -127,6 +137,8 @@ def build_engine(
         logger.info(
             "prefix caching is off: layers of this model carry a state from token to token, which blocks do not hold"
         )
+        if publishers:
+            logger.warning("enable_kv_cache_events has nothing to tell: prefix caching is off for this model")
     if config.speculative.max_drafts:
         logger.info("speculative decoding: %s", config.speculative)
     return Engine(
@@ -150,12 +162,13 @@ def _exchange_of(
     executor: Executor,
     scheduler: Scheduler | LockstepScheduler,
     transfers: Transfers | None,
+    publishers: Sequence[KVEventPublisher],
     clock: Callable[[], float],
 ) -> Exchange:
     """What an engine of this role does with others, and with host memory."""
     settings, specs = config.transfer, executor.specs
     if not settings.is_connected and not settings.kv_host_cache_gib:
-        return Exchange()
+        return Exchange(publishers=publishers)
     assert isinstance(scheduler, Scheduler), scheduler
 
     def identify(weights: ModelSource | None) -> str:
@@ -183,4 +196,47 @@ def _exchange_of(
             fails=settings.kv_load_failure == "fail",
             clock=clock,
         )
-    return Exchange(transfers, giver, sink, blocks=scheduler.blocks, model=model, identify=identify)
+    return Exchange(
+        transfers, giver, sink, blocks=scheduler.blocks, model=model, identify=identify, publishers=publishers
+    )
+
+
+def _publishers_of(config: EngineConfig, on_failure: ExitStack) -> list[KVEventPublisher]:
+    """What tells others of the cache of each rank; none if nobody is to hear of it."""
+    if not config.kv_events.enable_kv_cache_events:
+        return []
+    try:
+        from stepgraph.engine.kv_event_publisher import KVEventPublisher
+    except ImportError as error:
+        raise ConfigError(
+            f"enable_kv_cache_events needs pyzmq and msgspec, which cannot be imported ({error}); pip install "
+            "'stepgraph[server]', or leave it out",
+            param="enable_kv_cache_events",
+        ) from error
+    publishers = []
+    for rank in range(config.parallel.data_parallel_size):
+        publishers.append(KVEventPublisher(config.kv_events, rank))
+        on_failure.callback(publishers[-1].close)
+    return publishers
+
+
+def _start_publishers(
+    publishers: Sequence[KVEventPublisher],
+    config: EngineConfig,
+    specs: ExecutorSpecs,
+    scheduler: Scheduler | LockstepScheduler,
+    exchange: Exchange,
+) -> None:
+    """Have them told, from now on, what enters and leaves the caches."""
+    if not publishers:
+        return
+    from stepgraph.engine.kv_event_wire import Wording
+
+    wording = Wording(specs.block_size, specs.reach, config.kv_events.kv_events_salts == "plain")
+    ranks = scheduler.ranks if isinstance(scheduler, LockstepScheduler) else (scheduler,)
+    for publisher, rank in zip(publishers, ranks, strict=True):
+        events = KVEvents(config.kv_events.kv_events_max_queue_size)
+        rank.prefixes.tell(events)
+        if exchange.sink is not None and exchange.sink.tier is not None:
+            exchange.sink.tier.events = events
+        publisher.start(events, wording)

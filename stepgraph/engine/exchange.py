@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING
 
 from stepgraph.engine.blocks import BlockPool
 from stepgraph.engine.request import Request
@@ -14,6 +15,9 @@ from stepgraph.models.source import ModelSource
 from stepgraph.transfer.base import Transfers
 from stepgraph.transfer.leases import LossReason
 from stepgraph.transfer.reference import PARAM, Offer
+
+if TYPE_CHECKING:
+    from stepgraph.engine.kv_event_publisher import KVEventPublisher
 
 POLL_S = 0.1
 """How soon to look again, while no request waits, for leases that are over and blocks that nobody writes any more."""
@@ -35,6 +39,7 @@ class Exchange:
         blocks: all KV blocks.
         model: digest of the weights, see `stepgraph.transfer.messages.Hello.model`.
         identify: makes it of other weights; None: of some that cannot be told from any.
+        publishers: tell others what is in the cache; one for each data-parallel rank.
     """
 
     def __init__(
@@ -46,9 +51,11 @@ class Exchange:
         blocks: BlockPool | None = None,
         model: str = "",
         identify: Callable[[ModelSource | None], str] = lambda _: "",
+        publishers: Sequence[KVEventPublisher] = (),
     ) -> None:
         self.transfers, self.source, self.sink = transfers, source, sink
         self._blocks, self._model, self._identify = blocks, model, identify
+        self._publishers = publishers
 
     @property
     def is_active(self) -> bool:
@@ -159,6 +166,8 @@ class Exchange:
             self.transfers.close()
         if self.sink is not None and self.sink.tier is not None:
             self.sink.tier.close()
+        for publisher in self._publishers:
+            publisher.close()
 
     def forget(self) -> None:
         """Forget prefixes of requests that have ended. Blocks of leases that are over are nobody's any more."""

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from stepgraph.engine.blocks import BlockPool
+from stepgraph.engine.kv_events import KVEvents
 from stepgraph.transfer.base import FetchFailure, FetchState, Moves
 from stepgraph.transfer.host_memory import HostCopies
 from stepgraph.transfer.leases import LossReason
@@ -89,6 +90,8 @@ class HostTier:
         self._lately = blocks.watch_cached()
         self.num_hits = self.num_evictions = 0
         """Blocks that came back, and that made room for others."""
+        self.events: KVEvents | None = None
+        """Hears which blocks it has; whoever tells of them sets it."""
 
     @property
     def num_blocks(self) -> int:
@@ -145,6 +148,8 @@ class HostTier:
                 copying.moves = self._copies.put(copying.blocks, copying.host_blocks)
         elif copying.moves.num_moved:
             self._by_key.update(zip(copying.keys, copying.host_blocks, strict=True))
+            if self.events is not None:
+                self.events.stored_on_host(copying.keys)
             self._copying = None
             self._blocks.release(copying.blocks)
             for block in copying.blocks:
@@ -156,6 +161,8 @@ class HostTier:
         """Forget all: what the blocks hold counts no more. Nobody holds a block for this after that; some may be quarantined."""
         self._stop()
         self._lately.clear()
+        if self.events is not None and self._by_key:
+            self.events.removed_from_host(list(self._by_key))
         while self._by_key:
             self._give_back(self._by_key.popitem()[1])
 
@@ -194,6 +201,8 @@ class HostTier:
             if block not in self._num_readers:
                 del self._by_key[key]
                 self.num_evictions += 1
+                if self.events is not None:
+                    self.events.removed_from_host((key,))
                 return block
         return None
 

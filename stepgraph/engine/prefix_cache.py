@@ -6,8 +6,12 @@ what may lie in them, or when the request leaves: most are never asked for while
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from itertools import groupby
+
 from stepgraph.abi.slot_line import NULL_BLOCK
 from stepgraph.engine.blocks import BlockPool, block_key, num_unseen, root_key
+from stepgraph.engine.kv_events import KVEvents
 from stepgraph.engine.request import Request
 from stepgraph.engine.request_table import RequestTable
 from stepgraph.step.shape import Variant
@@ -38,6 +42,11 @@ class PrefixCache:
         self._window = window
         self._ends: dict[bytes, dict[Request, None]] = {}
         """Requests that run, by the key of the last block of theirs that can be found."""
+        self._events: KVEvents | None = None
+
+    def tell(self, events: KVEvents) -> None:
+        """Note there, from now on, what can be found and what cannot any more."""
+        self._events = self._blocks.events = events
 
     def find(self, request: Request) -> list[int]:
         """Cached blocks that a request can start from. Its last known token is computed in any case, for its logits. Under a
@@ -106,6 +115,12 @@ class PrefixCache:
         self._publish(request, num_blocks)
         return num_blocks
 
+    def publish_brought(self, request: Request, first: int, blocks: Sequence[int]) -> None:
+        """Let others find `blocks`, which were brought here and somebody holds, in the places from `first` on of a request that
+        does not run."""
+        self._extend_keys(request, first + len(blocks))
+        self._let_find(request, first, blocks)
+
     def leave(self, request: Request) -> None:
         """The request is about to give its slot and blocks up; let others find those that it has filled."""
         if self._enabled:
@@ -139,10 +154,35 @@ class PrefixCache:
         if self._enabled and num_blocks > request.num_published:
             self._forget_end(request)
             self._extend_keys(request, num_blocks)
-            for index in range(request.num_published, num_blocks):
-                self._blocks.publish(request.blocks[index], request.block_keys[index])
+            self._let_find(request, request.num_published, request.blocks[request.num_published : num_blocks])
             request.num_published = num_blocks
             self.enter(request)
+
+    def _let_find(self, request: Request, first: int, blocks: Sequence[int]) -> None:
+        """Let `blocks` be found as a request's from `first` on, whose keys are known."""
+        keys = request.block_keys[first : first + len(blocks)]
+        are_new = list(map(self._blocks.publish, blocks, keys))
+        if self._events is None:
+            return
+        if all(are_new):
+            self._tell_stored(request, first, first + len(blocks))
+            return
+        for is_new, places in groupby(range(first, first + len(blocks)), lambda place: are_new[place - first]):
+            if is_new:
+                start, *rest = places
+                self._tell_stored(request, start, start + 1 + len(rest))
+
+    def _tell_stored(self, request: Request, start: int, end: int) -> None:
+        """Note that a request's blocks from `start` to before `end` can be found."""
+        assert self._events is not None
+        size = self.block_size
+        self._events.stored(
+            request.block_keys[start:end],
+            request.block_keys[start - 1] if start else None,
+            request.token_parts(start * size, end * size),
+            None if request.adapter is None else request.adapter.name,
+            request.cache_salt,
+        )
 
     def _forget_end(self, request: Request) -> None:
         key = _key_before(request, request.num_published)

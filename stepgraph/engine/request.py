@@ -154,11 +154,16 @@ class Request(AnsweredRequest):
 
     def tokens(self, start: int, end: int) -> array[int]:
         """Known tokens start … end - 1, as int32."""
-        prompt = self.prompt_token_ids if self.packed_prompt is None else self.packed_prompt
-        tokens = array("i", prompt[start:end])
-        if end > len(prompt):
-            tokens.extend(self.output_token_ids[max(0, start - len(prompt)) : end - len(prompt)])
+        of_prompt, of_answer = self.token_parts(start, end)
+        tokens = array("i", of_prompt)
+        tokens.extend(of_answer)
         return tokens
+
+    def token_parts(self, start: int, end: int) -> tuple[Sequence[int], Sequence[int]]:
+        """Known tokens start … end - 1: those of the prompt, and those of the answer behind it."""
+        prompt = self.prompt_token_ids if self.packed_prompt is None else self.packed_prompt
+        answer = self.output_token_ids[max(0, start - len(prompt)) : end - len(prompt)] if end > len(prompt) else ()
+        return prompt[start:end], answer
 
 
 class RequestUpdate(NamedTuple):

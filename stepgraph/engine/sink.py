@@ -297,9 +297,7 @@ class Sink:
         """Let everybody find the blocks that have come. Nobody holds them until their request gets its slot: requests that wait
         for each other's blocks would wait for ever."""
         request, first, blocks = fetching.request, fetching.first, fetching.blocks
-        keys = self._prefixes.keys(request, first + num_blocks)[first:]
-        for block, key in zip(blocks[:num_blocks], keys, strict=True):
-            self._blocks.publish(block, key)
+        self._prefixes.publish_brought(request, first, blocks[:num_blocks])
         if num_blocks < len(blocks):
             self.failures["short"] += 1
         del self._fetching[request]

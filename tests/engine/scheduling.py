@@ -17,6 +17,7 @@ from itertools import cycle
 
 from stepgraph.abi import slot_line
 from stepgraph.config import CacheConfig, EngineConfig, GraphConfig, ModelConfig, SchedulerConfig
+from stepgraph.config.kv_events import KVEventsConfig
 from stepgraph.config.transfer import TransferConfig
 from stepgraph.engine.build import build_engine
 from stepgraph.engine.reports import StepReport
@@ -260,6 +261,7 @@ class Loop:
         window: int = 0,
         transfers: Transfers | None = None,
         transfer: TransferConfig | None = None,
+        kv_events: KVEventsConfig | None = None,
         **limits,
     ):
         self.config = SchedulerConfig(max_num_seqs=max_num_seqs, max_num_batched_tokens=max_tokens, **limits)
@@ -304,6 +306,7 @@ class Loop:
                 scheduler=self.config,
                 cache=CacheConfig(enable_prefix_caching=prefix_caching),
                 transfer=transfer or TransferConfig(),
+                kv_events=kv_events or KVEventsConfig(),
             ),
             transfers=transfers,
             source=_source(),

@@ -9,7 +9,8 @@ import pytest
 from scheduling import VOCAB, Device, answer_alone
 
 from stepgraph.abi import slot_line
-from stepgraph.config import EngineConfig, GraphConfig, SchedulerConfig
+from stepgraph.config import EngineConfig, GraphConfig, ParallelConfig, SchedulerConfig
+from stepgraph.config.kv_events import KVEventsConfig
 from stepgraph.engine.build import build_engine
 from stepgraph.engine.lockstep import LockstepScheduler
 from stepgraph.engine.request import FinishReason, Request
@@ -38,6 +39,7 @@ class Ranks:
         block_size: int = 4,
         run_ahead: int = 1,
         num_drafts: tuple[int, ...] = (0,),
+        kv_events: KVEventsConfig | None = None,
         **limits,
     ) -> None:
         self.max_num_seqs, self.num_kv_blocks = max_num_seqs, num_kv_blocks
@@ -64,7 +66,11 @@ class Ranks:
         )
         self.executor = FakeExecutor(self, specs, policy, FakeClock(), lambda record: 0.001)
         self.engine = build_engine(
-            EngineConfig(scheduler=config),
+            EngineConfig(
+                scheduler=config,
+                parallel=ParallelConfig(data_parallel_size=num_ranks, enable_expert_parallel=True),
+                kv_events=kv_events or KVEventsConfig(),
+            ),
             source=resolve("qwen3-0.6b", weights=False),
             executor=self.executor,
             clock=self.executor.clock,
