@@ -11,7 +11,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import median
+from statistics import mean, median
 
 import numpy as np
 
@@ -30,6 +30,8 @@ _NUM_STEPS = 600
 _PAUSE_S = 0.0002
 """Of each step, in which other threads run, as they do while a device computes."""
 _PROMPT, _ANSWER = 512, 128
+_LEFT_OUT = 0.05
+"""Of the steps of a round, at either end."""
 _CACHE = 4
 """So many times the blocks that the streams hold at a time."""
 
@@ -40,10 +42,11 @@ class EventCost:
 
     streams: int
     off_us: float
-    """Of the engine's thread."""
-    on_us: float
-    difference_us: tuple[float, float]
-    """The smallest and the largest of a round."""
+    """Of the engine's thread, the device that counts included."""
+    added_us: float
+    """Of the engine's thread, if events are published."""
+    added_in_rounds_us: tuple[float, float]
+    """The least and the most of a round."""
     others_us: float
     """Of all other threads, which publish and receive."""
     blocks_per_step: float
@@ -58,15 +61,14 @@ def measure_event_costs() -> list[EventCost]:
 def event_table(costs: Sequence[EventCost]) -> str:
     """For people."""
     return table(
-        ("streams", "blocks", "no events", "events", "difference", "of rounds", "other threads"),
+        ("streams", "blocks", "no events", "events add", "of rounds", "other threads"),
         [
             (
                 str(cost.streams),
                 f"{cost.blocks_per_step:.1f}",
                 f"{cost.off_us:.1f}",
-                f"{cost.on_us:.1f}",
-                f"{cost.on_us - cost.off_us:+.1f}",
-                f"{cost.difference_us[0]:+.1f} to {cost.difference_us[1]:+.1f}",
+                f"{cost.added_us:+.1f}",
+                "{:+.1f} to {:+.1f}".format(*cost.added_in_rounds_us),
                 f"{cost.others_us:.1f}",
             )
             for cost in costs
@@ -82,29 +84,35 @@ def _measure(streams: int) -> EventCost:
             rounds = [_round(off, on) for _ in range(1 + NUM_ROUNDS)][1:]
         finally:
             on.close()
-    offs, ons, others = zip(*rounds, strict=True)
-    differences = [with_events - without for with_events, without in zip(ons, offs, strict=True)]
+    offs, added, others = zip(*rounds, strict=True)
     return EventCost(
         streams,
         median(offs),
-        median(ons),
-        (min(differences), max(differences)),
+        median(added),
+        (min(added), max(added)),
         median(others),
         streams * (_PROMPT + _ANSWER) / _ANSWER / BLOCK_SIZE,
     )
 
 
 def _round(off: _Traffic, on: _Traffic) -> tuple[float, float, float]:
-    """µs of CPU time per step: of this thread without events and with, and of all others."""
-    own_s = {off: 0.0, on: 0.0}
+    """µs of CPU time per step: of this thread without events, what events add to it, and of all others. Both kinds have the same
+    requests in the same steps; of these, those that differ most and least are left out, for something came between them."""
+    off_s, added_s = [], []
     own_started, all_started = time.thread_time(), time.process_time()
     for number in range(_NUM_STEPS):
-        for engine in (off, on) if number % 2 else (on, off):  # the first finds colder caches
-            own_s[engine] += engine.step()
+        seconds = {engine: engine.step() for engine in ((off, on) if number % 2 else (on, off))}  # the first is slower
+        off_s.append(seconds[off])
+        added_s.append(seconds[on] - seconds[off])
         time.sleep(_PAUSE_S)
         on.receive()
     others_s = time.process_time() - all_started - (time.thread_time() - own_started)
-    return 1e6 * own_s[off] / _NUM_STEPS, 1e6 * own_s[on] / _NUM_STEPS, 1e6 * others_s / _NUM_STEPS
+    return 1e6 * _trimmed_mean(off_s), 1e6 * _trimmed_mean(added_s), 1e6 * others_s / _NUM_STEPS
+
+
+def _trimmed_mean(values: Sequence[float]) -> float:
+    num_left_out = round(_LEFT_OUT * len(values))
+    return mean(sorted(values)[num_left_out : len(values) - num_left_out])
 
 
 class _Traffic:

@@ -9,7 +9,7 @@ import pytest
 
 from stepgraph import bench
 from stepgraph.bench import scheduler as scheduler_bench
-from stepgraph.bench import scheduler_cost, workloads
+from stepgraph.bench import kv_event_cost, scheduler_cost, workloads
 from stepgraph.bench.scheduler import random_case, run_case
 from stepgraph.bench.simulation import QWEN3_0_6B_ON_H100, Scenario, Simulation, simulate
 from stepgraph.bench.workloads import Arrival, load_lengths, make_trace
@@ -262,6 +262,20 @@ def test_the_command_fails_and_says_which_promise_a_scheduler_broke(monkeypatch,
     monkeypatch.setattr(scheduler_bench, "simulate", partial(simulate, create_scheduler=OneAtATime))
     assert bench.main(FLAGS) == 1
     assert "broken: a request waits though it could run" in capsys.readouterr().out
+
+
+def test_what_kv_events_cost_is_measured_on_the_same_steps_with_and_without(tmp_path, monkeypatch, capsys) -> None:
+    monkeypatch.setattr(kv_event_cost, "NUM_STREAMS", (1, 4))
+    monkeypatch.setattr(kv_event_cost, "NUM_ROUNDS", 2)
+    monkeypatch.setattr(kv_event_cost, "_NUM_STEPS", 20)
+    file = tmp_path / "out.json"
+    assert bench.main(["scheduler", "--kv-events", "--json", str(file)]) == 0
+    assert "events add" in capsys.readouterr().out
+    costs = json.loads(file.read_text())["costs"]
+    assert [cost["streams"] for cost in costs] == [1, 4]
+    assert all(cost["off_us"] > 0 for cost in costs)
+    with pytest.raises(ConfigError, match="no curves"):
+        bench.main(["scheduler", "--kv-events", "--plot", str(tmp_path / "plot.png")])
 
 
 def test_settings_that_measure_nothing_are_refused() -> None:
