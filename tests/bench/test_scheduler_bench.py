@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from stepgraph import bench
-from stepgraph.bench import scheduler as scheduler_bench
 from stepgraph.bench import kv_event_cost, scheduler_cost, workloads
+from stepgraph.bench import scheduler as scheduler_bench
 from stepgraph.bench.scheduler import random_case, run_case
 from stepgraph.bench.simulation import QWEN3_0_6B_ON_H100, Scenario, Simulation, simulate
 from stepgraph.bench.workloads import Arrival, load_lengths, make_trace
