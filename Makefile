@@ -1,6 +1,7 @@
 # make demo   the main job on a fresh machine: set up .venv, install the embedded model, run `stepgraph demo`
 # make test   set up .venv with the development tools and run all tests
 # make dist   build what is released into dist/, and check it
+# make image   build the container image, docs/container.md; TARGET=cuda for GPUs
 # make test-ranks   of these, the tests of models that several processes share
 #
 # Tests run in two processes with a thread each; choose another number with make test JOBS=4.
@@ -9,6 +10,8 @@
 
 PYTHON ?= python3
 JOBS ?= 2
+BUILDER ?= docker
+TARGET ?= cpu
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
@@ -19,7 +22,7 @@ DEV := $(VENV)/.dev-installed
 MODEL := $(VENV)/.model-installed
 RANK_TESTS := tests/ranks tests/parallel tests/executor
 
-.PHONY: help demo test test-ranks lint format typecheck dist clean
+.PHONY: help demo test test-ranks lint format typecheck dist image clean
 .NOTPARALLEL:  # two installations into one environment would get in each other's way
 
 help:
@@ -30,6 +33,7 @@ help:
 	@echo "make format     ruff: fix style and format"
 	@echo "make typecheck  mypy"
 	@echo "make dist       build archive and wheel into dist/ and check them, as they are released (see CONTRIBUTING.md)"
+	@echo "make image      build the container image stepgraph:cpu, or with TARGET=cuda the one for GPUs"
 	@echo "make clean      remove everything that was set up or built"
 
 demo: $(MODEL)
@@ -55,6 +59,10 @@ typecheck: $(DEV)
 dist: $(DEV) $(MODEL)
 	@$(INSTALL) --editable '.[release]'
 	@OMP_NUM_THREADS=1 $(BIN)/python scripts/check_release.py $(RELEASE_FLAGS)
+
+image:
+	$(BUILDER) build --target $(TARGET) --tag stepgraph:$(TARGET) --build-arg COMMIT="$$(git rev-parse HEAD)" \
+		--build-arg VERSION="$$(sed -n 's/^VERSION = "\(.*\)"/\1/p' stepgraph/version.py)" $(IMAGE_FLAGS) .
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -40,7 +40,9 @@ def files_of(tree: Path) -> set[str]:
         return {name for name in listed if (tree / name).is_file()}
     found = {path.relative_to(tree).as_posix() for path in tree.rglob("*") if path.is_file()}
     kept = {
-        name for name in found if not re.search(r"(^|/)(__pycache__|\.\w+_cache|\.venv|\.hypothesis|build|dist)/", name)
+        name
+        for name in found
+        if not re.search(r"(^|/)(__pycache__|\.\w+_cache|\.venv|\.hypothesis|build|dist|ready)/", name)
     }
     return {name for name in kept if not MADE.fullmatch(name) and name != COMMIT_FILE}
 

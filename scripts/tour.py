@@ -82,7 +82,7 @@ class Tour:
         """Each command and block of a page with what came of it."""
         found = blocks(page)
         for block in found:
-            if block.language == "yaml" and "scrape_configs" not in block.text:
+            if block.language == "yaml" and not re.match("scrape_configs:|services:", block.text):
                 (self._scratch / "serve.yaml").write_text(self._here(block.text))  # commands above it name it
         for block in found:
             if block.language == "console":

@@ -65,4 +65,6 @@ def describe() -> str:
     planned = plan()
     if isinstance(planned, str):
         return f"torch's: {planned}"
+    if not planned.command:
+        return f"{planned.capability}, compiled ahead"
     return f"{planned.capability}, {'compiled' if planned.library.exists() else 'compiled at first use'}"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import logging
 import os
 import platform
@@ -17,6 +16,7 @@ from pathlib import Path
 
 import torch
 
+from stepgraph.native import ahead
 from stepgraph.trusted_folder import make_private, why_untrusted
 
 logger = logging.getLogger(__name__)
@@ -39,7 +39,7 @@ class Plan:
     """How the library is made, and where it is then."""
 
     capability: str
-    command: tuple[str, ...]  # the compiler and all arguments but the output's
+    command: tuple[str, ...]  # the compiler and all arguments but the output's; none if the library was compiled ahead
     library: Path
     absent_compiler: str | None  # the one wanted, if there is no such program and the command takes another
 
@@ -48,25 +48,69 @@ def plan(sources: Path = Path(__file__).parent) -> Plan | str:
     """How to make the library of the C++ files in `sources` here; or why that is impossible. Runs nothing."""
     if (given := os.environ.get(SWITCH, "")).lower() in _OFF:
         return f"{SWITCH}={given} is set"
-    if (sys.platform, platform.machine()) != ("linux", "x86_64"):
-        return f"they are written for x86-64 on Linux, and this is {platform.machine()} on {sys.platform}"
+    if reason := _other_machine():
+        return reason
     capability = torch.backends.cpu.get_cpu_capability()
     if capability not in _FLAGS:
         return f"they need AVX2, and torch's CPU capability is {capability}"
+    if library := ahead.find(sources, capability):
+        return Plan(capability, (), library, None)
+    found = _compiler()
+    if isinstance(found, str):
+        return found
+    compiler, absent = found
+    command = _command(compiler, _FLAGS[capability], sources)
+    folder = _cache_folder() / "stepgraph" / "native"
+    return Plan(capability, command, folder / f"{_fingerprint(sources, command)}.so", absent)
+
+
+def compile_ahead(sources: Path = Path(__file__).parent) -> list[Path] | str:
+    """Make the libraries for all kinds of CPUs that are not there. Returns them; or why one cannot be made."""
+    if reason := _other_machine():
+        return reason
+    found = _compiler()
+    if isinstance(found, str):
+        return found
+    made = []
+    for kind in ahead.KINDS:
+        library = ahead.library_of(kind, sources)
+        if not library.exists():
+            planned = Plan(kind.capability, _command(found[0], kind.flags, sources), library, None)
+            try:
+                library.parent.mkdir(exist_ok=True)
+                done = _compile(planned, library.parent)
+            except (OSError, subprocess.TimeoutExpired) as error:
+                return str(error)
+            if isinstance(done, str):
+                return done
+            library.chmod(0o644)  # for the users of this installation
+        made.append(library)
+    return made
+
+
+def _other_machine() -> str | None:
+    if (sys.platform, platform.machine()) == ("linux", "x86_64"):
+        return None
+    return f"they are written for x86-64 on Linux, and this is {platform.machine()} on {sys.platform}"
+
+
+def _compiler() -> tuple[str, str | None] | str:
+    """The compiler, and the one that was wanted instead if there is none such; or why there is none."""
     wanted = os.environ.get("CXX") or _COMPILERS[0]
     candidates = list(dict.fromkeys((wanted, *_COMPILERS)))
-    name, compiler = next(((name, path) for name in candidates if (path := shutil.which(name))), (None, None))
-    if compiler is None:
-        return f"no C++ compiler is installed ({', '.join(candidates)} were looked for); install one, such as g++"
+    for name in candidates:
+        if path := shutil.which(name):
+            return path, None if name == wanted else wanted
+    return f"no C++ compiler is installed ({', '.join(candidates)} were looked for); install one, such as g++"
+
+
+def _command(compiler: str, flags: tuple[str, ...], sources: Path) -> tuple[str, ...]:
     torch_folder = Path(torch.__file__).parent
-    command = (
-        *(compiler, "-std=c++17", "-O3", "-fPIC", "-shared", *_FLAGS[capability]),
+    return (
+        *(compiler, "-std=c++17", "-O3", "-fPIC", "-shared", *flags),
         *map(str, sorted(sources.glob("*.cpp"))),
         *(f"-I{torch_folder / 'include'}", f"-L{torch_folder / 'lib'}", "-ltorch_cpu"),
     )
-    folder = _cache_folder() / "stepgraph" / "native"
-    absent = None if name == wanted else wanted
-    return Plan(capability, command, folder / f"{_fingerprint(sources, command)}.so", absent)
 
 
 def _cache_folder() -> Path:
@@ -84,6 +128,8 @@ def build(planned: Plan) -> str | Path:
     Of processes that build at the same time, one does, and the others wait for it. A file is put in place whole. Where others
     could have put it there, it is made in a new folder, which is the caller's to remove.
     """
+    if not planned.command:
+        return planned.library
     library, folder = planned.library, planned.library.parent
     instead = f" with {planned.command[0]}, as there is no {planned.absent_compiler}" if planned.absent_compiler else ""
     try:
@@ -146,14 +192,5 @@ def _fingerprint(sources: Path, command: tuple[str, ...]) -> str:
     """Differs where the library would: in sources, command, compiler, torch or CPU."""
     compiler = Path(command[0]).resolve()
     status = compiler.stat()
-    facts = [torch.__version__, *command, str(compiler), str(status.st_size), str(status.st_mtime_ns), _cpu_flags()]
-    digest = hashlib.sha256("\n".join(facts).encode())
-    for path in sorted((*sources.glob("*.cpp"), *sources.glob("*.h"))):
-        digest.update(path.name.encode() + b"\0" + path.read_bytes())
-    return digest.hexdigest()[:32]
-
-
-def _cpu_flags() -> str:
-    """What the first core can do, in Linux's words."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    return next((line for line in lines if line.startswith("flags")), "")
+    facts = (torch.__version__, *command, str(compiler), str(status.st_size), str(status.st_mtime_ns))
+    return ahead.digest(sources, (*facts, *sorted(ahead.cpu_features())))

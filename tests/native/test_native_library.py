@@ -230,7 +230,7 @@ import torch
 from stepgraph import native, ops
 from stepgraph.ops.packed import EXACT_TOKENS, reference
 assert native.available(), native.missing()
-assert native.describe() == "AVX2, compiled"
+assert native.describe().startswith("AVX2, compiled")
 torch.manual_seed(0)
 worst = 0
 for block_bytes in (18, 20, 34):
