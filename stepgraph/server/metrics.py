@@ -16,7 +16,7 @@ from prometheus_client.core import (
     InfoMetricFamily,
     Metric,
 )
-from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4, generate_latest
+from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
 from prometheus_client.openmetrics import exposition as openmetrics
 from prometheus_client.registry import Collector
 from prometheus_client.utils import floatToGoString
@@ -31,6 +31,7 @@ from stepgraph.server.counts import (
     RequestCounts,
 )
 from stepgraph.server.engine_observer import EngineState
+from stepgraph.server.exposition import plain_text
 from stepgraph.server.messages import FETCH_SECONDS, TransferLoad
 from stepgraph.server.rest import Rest
 from stepgraph.server.router_metrics import router_metrics
@@ -53,6 +54,7 @@ class Metrics(Collector):
         self._engines = engines
         self._rest = rest
         self._adapters = adapters
+        self._versions = {"version": __version__, "python": platform.python_version(), "torch": version("torch")}
         self._fronts = FrontCounts.of(len(engines))
         self._registry = CollectorRegistry()
         self._registry.register(self)
@@ -68,12 +70,11 @@ class Metrics(Collector):
         if accept is not None and "application/openmetrics-text" in accept:
             text = openmetrics.generate_latest(self._registry, escaping=openmetrics.ALLOWUTF8)
             return text, openmetrics.CONTENT_TYPE_LATEST
-        return generate_latest(self._registry), CONTENT_TYPE_PLAIN_0_0_4
+        return plain_text(self._registry.collect()), CONTENT_TYPE_PLAIN_0_0_4
 
     def collect(self) -> Iterator[Metric]:
         """All metrics but the process's, for Prometheus's registry."""
-        build = {"version": __version__, "python": platform.python_version(), "torch": version("torch")}
-        yield InfoMetricFamily(f"{_PREFIX}build", "Versions.", {"model_name": self._model_name, **build})
+        yield InfoMetricFamily(f"{_PREFIX}build", "Versions.", {"model_name": self._model_name, **self._versions})
         yield from router_metrics(self._model_name, self._engines, self._adapters)
         yield from self._of_life()
         yield from self._of_http()

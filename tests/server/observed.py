@@ -137,9 +137,9 @@ def service(
     return Service(config, replicas, load_model, supervisor, supervisor.adapters, counts)
 
 
-def busy_metrics() -> OneServer:
+def busy_metrics(model_name: str = "tiny") -> OneServer:
     """Metrics that have seen one of everything."""
-    metrics = OneServer("tiny")
+    metrics = OneServer(model_name)
     metrics.on_state(EngineState.READY)
     metrics.on_progress(Progress([TokenUpdate("a", (5,)), TokenUpdate("b", (6, 7))], [IN_GRAPH, EAGER], LOAD))
     metrics.on_first_token(0.02)

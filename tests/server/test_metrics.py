@@ -1,9 +1,11 @@
 import asyncio
 import re
+import time
 from collections.abc import Iterable
 from dataclasses import replace
 from math import inf
 from pathlib import Path
+from types import SimpleNamespace
 
 import msgspec
 import pytest
@@ -12,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from observed import EAGER, ENDED, IN_GRAPH, LOAD, OneServer, busy_metrics, one_engine
 from prometheus_client import parser
+from prometheus_client.exposition import generate_latest
 from prometheus_client.openmetrics import parser as openmetrics_parser
 from prometheus_client.samples import Sample
 
@@ -19,6 +22,7 @@ from stepgraph import __version__
 from stepgraph.server.counts import FrontCounts
 from stepgraph.server.engine_life import Launch
 from stepgraph.server.engine_observer import EngineState, RestartCause
+from stepgraph.server.exposition import plain_text
 from stepgraph.server.messages import AskRanks, Load, Progress, RankInfo, TokenUpdate
 from stepgraph.server.supervisor import OneFront, Supervisor
 from stepgraph.step.eager_reason import EagerReason
@@ -405,6 +409,17 @@ def test_both_formats_are_read_as_what_was_counted():
             assert open_metrics[sample] <= plain[sample] <= number
         else:
             assert open_metrics[sample] == plain[sample] == number, sample
+
+
+@pytest.mark.parametrize("name", ["tiny", 'a "model" \\ of\nours', "モデル"])
+def test_the_text_is_what_prometheus_client_would_write(name, monkeypatch):
+    monkeypatch.setattr(time, "time", lambda: 1.8e9)
+    metrics = busy_metrics(name)
+    for load in (LOAD, LOAD._replace(num_running=2**40, kv_usage=1 / 3)):
+        metrics.on_progress(Progress([], [], load))
+        families = list(metrics.collect())
+        registry = SimpleNamespace(collect=lambda families=families: families)
+        assert plain_text(families) == generate_latest(registry)
 
 
 ACCEPTABLE = r"(application/openmetrics-text|text/plain) ?; ?(version|escaping)=[^,]{0,5}(,.{0,5})?"
