@@ -12,6 +12,7 @@ from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
+from grpc import RpcError
 from msgspec.json import encode
 from ray.exceptions import RayError
 from ray.serve.exceptions import RayServeException
@@ -19,7 +20,7 @@ from ray.serve.handle import DeploymentHandle, DeploymentResponseGenerator
 from starlette.responses import Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from stepgraph.ray.http import Head, HttpRequest
+from stepgraph.ray.http import MAX_PIECE_BYTES, Head, HttpRequest
 from stepgraph.ray.metrics import merged
 from stepgraph.server.anthropic_errors import error_content, error_reply, is_anthropics
 from stepgraph.server.errors import APIError
@@ -36,6 +37,8 @@ _ATTEMPTS = 2
 _LOOK_S = 10.0
 """What all replicas together get to say what they count."""
 _RETRY_AFTER = {"Retry-After": "5"}
+_FAILURES = (RayError, RayServeException, RpcError)
+"""Of what a call of a replica raises: its process is gone, or Serve has no replica, or the way to it is broken."""
 _GONE = "the replica that had the request ended"
 
 
@@ -60,7 +63,12 @@ class ForwardingApp:
 
     def __init__(self, engines: DeploymentHandle[EngineReplica], max_body_mib: float):
         self._engines = engines
-        self._answer = engines.options(method_name="answer", stream=True)
+        self._answer_large = engines.options(method_name="answer", stream=True)
+        self._answer = self._answer_large.options(
+            _by_reference=False,  # each piece of a stream would be an object of Ray's own, which costs several times as much
+            request_serialization="pickle",
+            response_serialization="pickle",
+        )
         # which one replica would answer for itself only
         self._of_all = {"/metrics": self._metrics, "/load": self._load}
         self._most_bytes = int(max_body_mib * 2**20) + 1
@@ -81,7 +89,8 @@ class ForwardingApp:
         if body is None:
             return
         request = HttpRequest(scope["method"], path, scope["query_string"], _for_replica(scope["headers"]), body)
-        forwarding = asyncio.create_task(_Forwarding(self._answer, request, scope, receive, send).run())
+        engines = self._answer if len(body) <= MAX_PIECE_BYTES else self._answer_large
+        forwarding = asyncio.create_task(_Forwarding(engines, request, scope, receive, send).run())
         leaving = asyncio.create_task(_left(receive))
         try:
             await asyncio.wait((forwarding, leaving), return_when=asyncio.FIRST_COMPLETED)
@@ -144,7 +153,7 @@ class _Forwarding:
             try:
                 await self._forward()
                 break
-            except (RayError, RayServeException) as error:
+            except _FAILURES as error:
                 if self._num_bytes or attempt == _ATTEMPTS:
                     logger.error("request %s: %s", self._scope["state"]["request_id"], str(error).partition("\n")[0])
                     await self._fail()
@@ -197,7 +206,7 @@ class _Forwarding:
 async def _unless_failing(ask: Callable[[Scope], Awaitable[Response]], scope: Scope) -> Response:
     try:
         return await ask(scope)
-    except (RayError, RayServeException, TimeoutError) as error:
+    except (*_FAILURES, TimeoutError) as error:
         logger.error("replicas do not tell: %s", error)
         return error_reply(APIError(503, "the replicas cannot be asked now", headers=_RETRY_AFTER), scope)
 

@@ -61,13 +61,18 @@ def running_replicas() -> int:
 
 
 def engine_processes() -> set[int]:
-    """Those that actors have started."""
+    """Those that actors of this process's Ray have started. Of an actor that is gone they would not be known for these: see
+    `running`."""
     return {
         int(entry.name)
         for entry in Path("/proc").iterdir()
-        if entry.name.isdigit() and "stepgraph.server.engine_process" in _read(entry / "cmdline")
-        if _read(Path("/proc") / _parent_of(entry) / "cmdline").startswith("ray::ServeReplica")
+        if entry.name.isdigit() and "stepgraph.server.engine_process" in _read(entry / "cmdline") and _is_ours(entry)
     }
+
+
+def running(engines: set[int]) -> set[int]:
+    """Those of the processes that have not ended, whoever has them now."""
+    return {pid for pid in engines if "stepgraph.server.engine_process" in _read(Path(f"/proc/{pid}/cmdline"))}
 
 
 def wait_for(condition: Callable[[], Any]) -> Any:
@@ -118,5 +123,8 @@ def _read(path: Path) -> str:
         return ""
 
 
-def _parent_of(entry: Path) -> str:
-    return (_read(entry / "stat").rpartition(")")[2].split() or ["", "0"])[1]
+def _is_ours(process: Path) -> bool:
+    """Whether this process started it, or what it was started by."""
+    while process.name not in ("", "0", str(os.getpid())):
+        process = process.with_name((_read(process / "stat").rpartition(")")[2].split() or ["", "0"])[1])
+    return process.name == str(os.getpid())

@@ -8,14 +8,14 @@ from concurrent.futures import ThreadPoolExecutor
 import openai
 import pytest
 import ray
-from cluster import Client, engine_processes, replicas, running_ray, running_replicas, wait_for
+from cluster import Client, engine_processes, replicas, running, running_ray, running_replicas, wait_for
 from ray import serve
 from tiny import TINY_SETTINGS
 
 from stepgraph.errors import ConfigError
 from stepgraph.ray import build_openai_app
 
-_LONG = 400
+_LONG = 470
 SCALING = {
     "min_replicas": 1,
     "max_replicas": 2,
@@ -89,7 +89,9 @@ def client(tiny_model, tmp_path_factory):
                 one.join()
         wait_for(lambda: len(client.by_replica("engine_up")) == 2)  # the router knows both
         yield client
-    assert not engine_processes(), "an engine outlived Ray"
+        engines = engine_processes()
+        assert engines
+    wait_for(lambda: not running(engines))  # no engine outlives Ray
 
 
 def test_all_apis_answer(client) -> None:
@@ -173,12 +175,12 @@ def test_a_replica_that_dies_ends_its_own_streams_only(client, tiny_model) -> No
     streams = [Stream(client, f"{number} " * 9) for number in range(8)]
     for stream in streams:
         assert stream.has_begun.wait(60)
-    running, engines = replicas(), engine_processes()
+    actors, engines = replicas(), engine_processes()
     held = client.by_replica("num_requests_running")
     assert sum(held.values()) == 8
     assert min(held.values()) > 0
     name = min(held)
-    ray.kill(running[name])
+    ray.kill(actors[name])
     for stream in streams:
         stream.join(120)
     broken = [stream for stream in streams if not stream.is_whole]
@@ -189,7 +191,7 @@ def test_a_replica_that_dies_ends_its_own_streams_only(client, tiny_model) -> No
             "unavailable",
             "the replica that had the request ended before the answer did",
         )
-    wait_for(lambda: len(engines & engine_processes()) == 1)
+    wait_for(lambda: len(running(engines)) == 1)
 
 
 def test_replicas_that_nobody_needs_are_ended_with_their_engines(client, tiny_model) -> None:
