@@ -50,6 +50,7 @@ class Attention(nn.Module):
         output_bias: bool,
         qk_norm: bool,
         norm_weight_offset: float,
+        output_gate: bool,
         scale: float | None,
         eps: float,
         shard: Shard,
@@ -61,6 +62,8 @@ class Attention(nn.Module):
         spec: H, G, D and window, of the whole; values are as wide as keys.
         qkv_bias, output_bias: of the projections.
         qk_norm: normalise every query and key head.
+        output_gate: what attention gives is multiplied by sigmoids of a projection of the hidden state, one for each entry of
+            each query head; checkpoints keep it in `q_proj`, behind each head's query.
         scale: multiplies q·k; None: D^-1/2.
         eps: of the RMS norms.
         shard: the part of this rank: some of the heads.
@@ -68,12 +71,12 @@ class Attention(nn.Module):
         """
         super().__init__()
         head_dim, heads, kv_heads = spec.head_dim, shard.cut(spec.num_heads), shard.heads(spec.num_kv_heads)
-        self.spec, self.eps, self.kv_heads = spec.sharded(shard), eps, kv_heads
+        self.spec, self.eps, self.kv_heads, self.output_gate = spec.sharded(shard), eps, kv_heads, output_gate
         self.scale = head_dim**-0.5 if scale is None else scale
         self.qkv_proj = MergedLinear(
             hidden_size,
             {
-                "q_proj": heads.times(head_dim),
+                "q_proj": heads.times(2 * head_dim if output_gate else head_dim),
                 "k_proj": kv_heads.times(head_dim),
                 "v_proj": kv_heads.times(head_dim),
             },
@@ -121,12 +124,12 @@ class Attention(nn.Module):
             [T, H·D], dtype of `x_TE`. What is left is `o_proj`.
         """
         work = inputs.attention[self.spec]
-        qkv = self.qkv_proj.product(x_TE, norm=norm)
+        qkv_TF, gate_TF = self._projected(norm, x_TE)
         if query_scale_T is not None:
             assert self.q_norm is None
-            qkv[:, : self.spec.num_heads * self.spec.head_dim] *= query_scale_T.unsqueeze(1)
-        return rope_attention(
-            qkv,
+            qkv_TF[:, : self.spec.num_heads * self.spec.head_dim] *= query_scale_T.unsqueeze(1)
+        attended_TF = rope_attention(
+            qkv_TF,
             cos_sin,
             self.q_norm.weight if self.q_norm is not None else None,
             self.k_norm.weight if self.k_norm is not None else None,
@@ -140,6 +143,16 @@ class Attention(nn.Module):
             scale=self.scale,
             window=self.spec.window,
         )
+        return attended_TF if gate_TF is None else attended_TF * gate_TF.sigmoid()
+
+    def _projected(self, norm: RMSNorm | None, x_TE: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Queries, keys and values, [T, (H + 2G)·D], and gates, [T, H·D], if there are any."""
+        product_TF = self.qkv_proj.product(x_TE, norm=norm)
+        if not self.output_gate:
+            return product_TF, None
+        width = self.spec.num_heads * self.spec.head_dim
+        q_TF, gate_TF, kv_TF = product_TF.tensor_split((width, 2 * width), dim=1)
+        return torch.cat((q_TF, kv_TF), dim=1), gate_TF
 
     def cache_only(
         self, norm: RMSNorm | None, x_TE: Tensor, cos_sin: Tensor, cache: PagedCache, inputs: StepInputs
@@ -147,7 +160,7 @@ class Attention(nn.Module):
         """Write this step's keys and values; arguments as of `forward`."""
         tokens = inputs.tokens
         rope_cache(
-            self.qkv_proj.product(x_TE, norm=norm),
+            self._projected(norm, x_TE)[0],
             tokens.positions,
             tokens.kv_slots,
             cos_sin,

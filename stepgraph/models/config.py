@@ -11,6 +11,7 @@ import torch
 from stepgraph.errors import ConfigError, ModelError
 from stepgraph.layers.attention import QueryScaling
 from stepgraph.layers.experts import ExpertShard, ExpertsSpec
+from stepgraph.layers.gated_delta import DeltaSizes
 from stepgraph.layers.inputs import AttentionSpec
 from stepgraph.layers.latent_attention import LatentSizes
 from stepgraph.layers.mlp import Activation
@@ -18,7 +19,11 @@ from stepgraph.layers.rotary import RotaryFrequencies, rotary_frequencies
 from stepgraph.models.fp8_checkpoint import READABLE, refusal
 from stepgraph.parallel.shard import Shard, sizes_that_divide
 
-_FULL, _SLIDING = "full_attention", "sliding_attention"
+_FULL, _SLIDING, _LINEAR = "full_attention", "sliding_attention", "linear_attention"
+_WITH_DELTA = frozenset(
+    ("Qwen3NextForCausalLM", "Qwen3_5ForCausalLM", "Qwen3_5MoeForCausalLM"),
+)
+"""Classes whose layers of gated delta rules are native."""
 _LATENT = frozenset(
     (
         "DeepseekV2ForCausalLM",
@@ -51,6 +56,8 @@ _WITH_EXPERTS = frozenset(
         "MixtralForCausalLM",
         "Qwen2MoeForCausalLM",
         "Qwen3MoeForCausalLM",
+        "Qwen3NextForCausalLM",
+        "Qwen3_5MoeForCausalLM",
     )
 )
 """Classes whose mixtures of experts are native."""
@@ -94,6 +101,9 @@ class DecoderConfig:
     mixtures: tuple[
         ExpertsSpec | None, ...
     ] = ()  # per layer: of its experts, None if it has none; empty: no layer has any
+    output_gate: bool = False  # what attention gives is gated, see `Attention`
+    delta: DeltaSizes | None = None  # of layers with gated delta rules in place of attention
+    is_delta: tuple[bool, ...] = ()  # per layer: whether it is one; empty: none is
     latent: LatentSizes | None = None  # of multi-head latent attention, instead of grouped-query attention
     num_mtp_modules: int = (
         0  # modules for speculative decoding that the model was trained with, see `stepgraph.spec.mtp`
@@ -107,13 +117,18 @@ class DecoderConfig:
 
     @property
     def attention_specs(self) -> tuple[AttentionSpec, ...]:
-        """Of every layer."""
+        """Of every layer that has attention."""
+        return tuple(self.attention_spec(layer) for layer in range(self.num_layers) if not self.has_delta(layer))
+
+    def attention_spec(self, layer: int) -> AttentionSpec:
+        """Of a layer that has attention."""
         if self.latent is not None:
-            return (self.latent.spec(self.num_heads),) * self.num_layers
-        return tuple(
-            AttentionSpec(self.num_heads, self.num_kv_heads, self.head_dim, self.head_dim, window)
-            for window in self.windows
-        )
+            return self.latent.spec(self.num_heads)
+        return AttentionSpec(self.num_heads, self.num_kv_heads, self.head_dim, self.head_dim, self.windows[layer])
+
+    def has_delta(self, layer: int) -> bool:
+        """Whether a layer has a gated delta rule in place of attention."""
+        return bool(self.is_delta) and self.is_delta[layer]
 
     def mixture(self, layer: int) -> ExpertsSpec | None:
         """The experts of a layer; None of one that all tokens take."""
@@ -156,7 +171,7 @@ class DecoderConfig:
             architecture=architecture_of(hf_config),
             vocab_size=hf_config.vocab_size,
             hidden_size=hf_config.hidden_size,
-            intermediate_size=hf_config.intermediate_size,
+            intermediate_size=getattr(hf_config, "intermediate_size", 0),  # none where all layers have experts
             num_layers=hf_config.num_hidden_layers,
             num_heads=hf_config.num_attention_heads,
             num_kv_heads=hf_config.num_key_value_heads,
@@ -170,6 +185,7 @@ class DecoderConfig:
             mlp_bias=getattr(hf_config, "mlp_bias", False),
             qk_norm=qk_norm,
             windows=tuple(window if kind == _SLIDING else 0 for kind in layer_types),
+            is_delta=tuple(kind == _LINEAR for kind in layer_types) if _LINEAR in layer_types else (),
             eos_token_ids=as_token_ids(hf_config.eos_token_id),
             bos_token_id=hf_config.bos_token_id,
             dtype=_as_dtype(getattr(hf_config, "dtype", None)),
@@ -255,8 +271,11 @@ def check_supported(hf_config: Any) -> None:
             )
     if field("is_encoder_decoder") or field("use_bidirectional_attention") or field("is_causal") is False:
         refuse("its attention is not causal", "Decoder-only causal models are supported.")
-    if odd := sorted(set(field("layer_types") or ()) - {_FULL, _SLIDING}):
-        refuse(f"it has layers of type {', '.join(odd)}", f"Layers of type {_FULL} and {_SLIDING} are supported.")
+    known = {_FULL, _LINEAR} if architecture_of(hf_config) in _WITH_DELTA else {_FULL, _SLIDING}
+    if odd := sorted(set(field("layer_types") or ()) - known):
+        refuse(
+            f"it has layers of type {', '.join(odd)}", f"Layers of type {' and '.join(sorted(known))} are supported."
+        )
     if _SLIDING in (field("layer_types") or ()) and not field("sliding_window"):
         refuse(
             f"it has layers of type {_SLIDING}, but its sliding_window is {field('sliding_window')}",
@@ -299,6 +318,8 @@ def check_shard(config: DecoderConfig, shard: Shard, *, expert_parallel: bool) -
         heads = f"{config.num_heads} query heads, {config.num_kv_heads} key/value heads, which may be repeated"
         if config.latent is not None:
             heads = f"{config.num_heads} heads, whose latents are whole on each"
+        if config.is_delta:
+            heads = "layers of gated delta rules, which are not shared yet"
         raise ModelError(
             f"{shard.size} devices cannot share this {config.architecture} evenly: it has {heads}, {_widths(config)} and "
             f"{config.vocab_size} entries in its vocabulary. Numbers that can: {', '.join(map(str, sizes))}."
@@ -374,6 +395,8 @@ def possible_sizes(config: DecoderConfig, *, expert_parallel: bool) -> list[int]
         assert mixture is not None
         widths += [mixture.num_experts if expert_parallel else mixture.intermediate_size]
         widths += [mixture.shared_intermediate_size]  # every number divides none
+    if config.is_delta:
+        return [1]
     sizes = sizes_that_divide(config.num_heads, config.num_kv_heads, *widths)
     return [size for size in sizes if size**2 <= config.vocab_size]  # see `Shard.span`
 

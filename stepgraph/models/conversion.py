@@ -30,6 +30,11 @@ def with_offset(target: Target, offset: float) -> Target:
     return Converted(target, lambda values: values + offset)
 
 
+def with_row_order(target: Target, rows: Tensor) -> Target:
+    """A target that holds, row by row, those of the checkpoint's rows, or of the part of them that the rank keeps."""
+    return Converted(target, lambda values: values[rows.to(values.device)])
+
+
 def with_head_order(target: Target, order_D: Tensor, num_heads: int) -> Target:
     """A target whose first `num_heads` heads, D rows each, hold the checkpoint's rows of that head in the order `order_D`.
 

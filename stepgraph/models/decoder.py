@@ -17,6 +17,7 @@ from stepgraph.layers.cache import CacheSpec
 from stepgraph.layers.embedding import Embedding
 from stepgraph.layers.experts import ALL_EXPERTS, ExpertShard, MixtureMLP
 from stepgraph.layers.formats import Target
+from stepgraph.layers.gated_delta import GatedDelta
 from stepgraph.layers.head import HeadPart
 from stepgraph.layers.inputs import StepInputs
 from stepgraph.layers.latent_attention import LatentAttention
@@ -24,10 +25,11 @@ from stepgraph.layers.linear import Linear, MergedLinear
 from stepgraph.layers.matrix import Matrix
 from stepgraph.layers.mlp import MLP
 from stepgraph.layers.norm import RMSNorm
+from stepgraph.layers.recurrent import RecurrentCache, RecurrentRows
 from stepgraph.layers.residual import ResidualStream
 from stepgraph.layers.rotary import cos_sin_table, rotary_order
 from stepgraph.models.config import DecoderConfig
-from stepgraph.models.conversion import with_head_order, with_offset
+from stepgraph.models.conversion import with_head_order, with_offset, with_row_order
 from stepgraph.parallel.group import Group
 from stepgraph.parallel.shard import WHOLE, Axis, Shard
 
@@ -42,6 +44,8 @@ class DecoderLayer(nn.Module):
     `post_attention_layernorm` is then the norm of what attention adds, and `pre_feedforward_layernorm` has its usual place.
     """
 
+    self_attn: Attention | LatentAttention | None
+    linear_attn: GatedDelta | None
     pre_feedforward_layernorm: RMSNorm | None
     post_feedforward_layernorm: RMSNorm | None
 
@@ -65,7 +69,14 @@ class DecoderLayer(nn.Module):
         super().__init__()
         self.residual_multiplier = config.residual_multiplier
         self.input_layernorm = _norm(config, config.hidden_size, dtype, device)
-        self.self_attn = _attention(config, index, shard, dtype, device)
+        self.self_attn = self.linear_attn = None
+        if config.has_delta(index):
+            assert config.delta is not None
+            self.linear_attn = GatedDelta(
+                config.hidden_size, config.delta, eps=config.rms_norm_eps, dtype=dtype, device=device
+            )
+        else:
+            self.self_attn = _attention(config, index, shard, dtype, device)
         self.post_attention_layernorm = _norm(config, config.hidden_size, dtype, device)
         mixture = config.mixture(index)
         self.mlp: MLP | MixtureMLP
@@ -102,6 +113,7 @@ class DecoderLayer(nn.Module):
         inputs: StepInputs,
         next_norm: RMSNorm,
         query_scale_T: Tensor | None = None,
+        rows: RecurrentRows | None = None,
     ) -> None:
         """Add to the residual stream what attention and feed-forward make of it.
 
@@ -112,14 +124,21 @@ class DecoderLayer(nn.Module):
             inputs: of the step.
             next_norm: after which the stream is read next: the next layer's first norm, or the final one.
             query_scale_T: [T] float32, of models that have `DecoderConfig.query_scaling` and reach so far.
+            rows: what layers with a state run; None: there are none.
         """
         after_attention, before_mlp = None, self.post_attention_layernorm
         if self.pre_feedforward_layernorm is not None:
             after_attention, before_mlp = self.post_attention_layernorm, self.pre_feedforward_layernorm
-        scaling = () if query_scale_T is None else (query_scale_T,)
-        attended_TF = self.self_attn(*stream.inputs(self.input_layernorm), cos_sin, cache, inputs, *scaling)
+        if self.self_attn is not None:
+            out_proj = self.self_attn.o_proj
+            scaling = () if query_scale_T is None else (query_scale_T,)
+            attended_TF = self.self_attn(*stream.inputs(self.input_layernorm), cos_sin, cache, inputs, *scaling)
+        else:
+            assert self.linear_attn is not None
+            out_proj = self.linear_attn.out_proj
+            attended_TF = self.linear_attn(*stream.inputs(self.input_layernorm), cache, rows)
         stream.add(
-            self.self_attn.o_proj,
+            out_proj,
             attended_TF,
             multiplier=self.residual_multiplier,
             post_norm=after_attention,
@@ -151,11 +170,12 @@ def _attention(
         )
     return Attention(
         config.hidden_size,
-        config.attention_specs[index],
+        config.attention_spec(index),
         qkv_bias=config.qkv_bias,
         output_bias=config.output_bias,
         qk_norm=config.qk_norm,
         norm_weight_offset=config.norm_weight_offset,
+        output_gate=config.output_gate,
         scale=config.attention_scale,
         eps=config.rms_norm_eps,
         shard=shard,
@@ -245,8 +265,9 @@ class Decoder(nn.Module, ABC):
 
     def cache_specs(self, dtype: torch.dtype) -> tuple[CacheSpec, ...]:
         """See `LanguageModel.cache_specs`."""
-        attentions = [module for module in self.modules() if isinstance(module, Attention | LatentAttention)]
-        return tuple(attention.cache_spec(dtype) for attention in attentions)
+        mixers = [m for m in self.modules() if isinstance(m, Attention | LatentAttention | GatedDelta)]
+        # A state holds activations, whatever keys and values are kept in.
+        return tuple(m.cache_spec(self.dtype if isinstance(m, GatedDelta) else dtype) for m in mixers)
 
     def forward(self, inputs: StepInputs) -> Tensor:
         """Run the layers over a step's tokens, writing their keys and values. Runs inside the graph.
@@ -258,11 +279,13 @@ class Decoder(nn.Module, ABC):
             [T, E] hidden states after the final norm. Those of padding tokens are unspecified.
         """
         stream = ResidualStream(self.embed(inputs.tokens.token_ids), self.group, self.expert_group)
+        states = (cache for cache in inputs.caches if isinstance(cache, RecurrentCache))
+        rows = next((cache.rows(inputs.tokens) for cache in states), None)
         next_norms = [*(layer.input_layernorm for layer in self.layers), self.norm][1:]
         scale_T = None if self.query_scale is None else self.query_scale[inputs.tokens.positions]
         parts = zip(self.layers, self._table_names, inputs.caches, next_norms, strict=True)
         for index, (layer, table, cache, norm) in enumerate(parts):
-            layer(stream, self.get_buffer(table), cache, inputs, norm, scale_T)
+            layer(stream, self.get_buffer(table), cache, inputs, norm, scale_T, rows)
             inputs.wrote(index)
         return stream.normalised(self.norm)
 
@@ -314,7 +337,12 @@ def named_targets(root: nn.Module, config: DecoderConfig, layers: Mapping[str, i
     for path, index in layers.items():
         layer = root.get_submodule(path)
         assert isinstance(layer, DecoderLayer)
-        _reorder_heads(targets, f"{path}.self_attn", layer.self_attn, config, index)
+        if layer.self_attn is not None:
+            _reorder_heads(targets, f"{path}.self_attn", layer.self_attn, config, index)
+        elif config.delta is not None and config.delta.merged:
+            for part, rows in (("qkvz", config.delta.qkvz_rows), ("ba", config.delta.ba_rows)):
+                name = f"{path}.linear_attn.in_proj_{part}.weight"
+                targets[name] = with_row_order(targets[name], rows)
     return targets
 
 
@@ -323,6 +351,12 @@ def _reorder_heads(
 ) -> None:
     """Have the attention at `path` filled so that the dimensions its checkpoint rotates together meet; see `rotary_order`."""
     order_D = rotary_order(config.ropes[index], config.head_dim, interleaved=config.interleaved_rope)
+    if isinstance(attention, Attention) and attention.output_gate:
+        first_H1 = torch.arange(attention.spec.num_heads).unsqueeze(1) * 2 * config.head_dim
+        gate_D = torch.arange(config.head_dim, 2 * config.head_dim)
+        rows = torch.cat(((first_H1 + order_D).flatten(), (first_H1 + gate_D).flatten()))
+        for name in {f"{path}.q_proj.{kind}" for kind in ("weight", "bias")} & targets.keys():
+            targets[name] = with_row_order(targets[name], rows)
     if torch.equal(order_D, torch.arange(config.head_dim)):
         return
     num_heads = attention.spec.num_heads
@@ -330,7 +364,8 @@ def _reorder_heads(
         query_D, entry_D = _behind(attention.sizes.key_dim, order_D), _behind(attention.sizes.kv_rank, order_D)
         orders = {"q_proj": (query_D, num_heads), "q_b_proj": (query_D, num_heads), "kv_a_proj_with_mqa": (entry_D, 1)}
     else:
-        heads = {"q_proj": num_heads, "k_proj": attention.spec.num_kv_heads, "q_norm": 1, "k_norm": 1}
+        heads = {"k_proj": attention.spec.num_kv_heads, "q_norm": 1, "k_norm": 1}
+        heads |= {} if attention.output_gate else {"q_proj": num_heads}
         heads["qkv_proj"] = num_heads + attention.spec.num_kv_heads  # values stay
         orders = {part: (order_D, number) for part, number in heads.items()}
     for part, (order_D, number) in orders.items():

@@ -11,6 +11,7 @@ from stepgraph.layers.embedding import Embedding
 from stepgraph.layers.experts import Router
 from stepgraph.layers.formats import Target
 from stepgraph.layers.formats.target import values_part_of
+from stepgraph.layers.gated_delta import Convolution, GatedDelta
 from stepgraph.layers.matrix import Matrix
 from stepgraph.layers.norm import RMSNorm
 from stepgraph.models.checkpoint import keep_rows
@@ -38,6 +39,11 @@ def fill_randomly(model: nn.Module, device: torch.device) -> None:
     for module in model.modules():
         if isinstance(module, RMSNorm):
             module.weight.fill_(1.0)
+        if isinstance(module, GatedDelta):
+            module.A_log.fill_(0.0)
+            module.dt_bias.fill_(1.0)
+        if isinstance(module, Convolution):
+            module.weight.fill_(1.0 / module.weight.shape[-1])
         if isinstance(module, Router):
             for parameter in module.parameters(recurse=False):
                 _draw(parameter, generator)

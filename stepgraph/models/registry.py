@@ -41,6 +41,7 @@ from stepgraph.models.qwen2 import Qwen2
 from stepgraph.models.qwen2_moe import Qwen2Moe
 from stepgraph.models.qwen3 import Qwen3
 from stepgraph.models.qwen3_moe import Qwen3Moe
+from stepgraph.models.qwen3_next import Qwen3Next, Qwen35, Qwen35Moe
 from stepgraph.models.seed_oss import SeedOss
 from stepgraph.models.smollm3 import SmolLM3
 from stepgraph.models.text_part import alone, is_multimodal, media_token_ids
@@ -66,6 +67,9 @@ ARCHITECTURES: dict[str, type[Decoder]] = {
     "Qwen2ForCausalLM": Qwen2,
     "Qwen3ForCausalLM": Qwen3,
     "Qwen3MoeForCausalLM": Qwen3Moe,
+    "Qwen3NextForCausalLM": Qwen3Next,
+    "Qwen3_5ForCausalLM": Qwen35,
+    "Qwen3_5MoeForCausalLM": Qwen35Moe,
     "MiMoForCausalLM": Qwen2,
     "MixtralForCausalLM": Mixtral,
     "Qwen2MoeForCausalLM": Qwen2Moe,

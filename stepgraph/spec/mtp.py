@@ -84,7 +84,7 @@ class MTPLayer(nn.Module):
         E, last = config.hidden_size, config.num_layers - 1
         self.config, self.options = config, options
         self.group, self.expert_group = group, expert_group
-        self.attention_spec = config.attention_specs[last].sharded(shard)
+        self.attention_spec = config.attention_spec(last).sharded(shard)
         self.embedding_norm, self.hidden_norm, self.norm = (
             RMSNorm(
                 E,

@@ -24,8 +24,11 @@ from transformers import (
     Phi3Config,
     Qwen2Config,
     Qwen2MoeConfig,
+    Qwen3_5MoeTextConfig,
+    Qwen3_5TextConfig,
     Qwen3Config,
     Qwen3MoeConfig,
+    Qwen3NextConfig,
     SeedOssConfig,
     SmolLM3Config,
     YoutuConfig,
@@ -83,6 +86,14 @@ LATENT_LONG_ROPE = {
     "short_factor": [1.0, 1.2, 1.5, 2.0],
     "long_factor": [1.0, 2.0, 4.0, 8.0],
 }
+DELTA = SIZES | {
+    "head_dim": 32,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 6,
+    "linear_key_head_dim": 24,
+    "linear_value_head_dim": 16,
+    "layer_types": ["linear_attention", "full_attention"],
+}
 GROUPS = EXPERTS | {"n_routed_experts": 12, "n_group": 4, "topk_group": 2}
 
 HF_CONFIGS = {
@@ -102,6 +113,22 @@ HF_CONFIGS = {
     ),
     "qwen3": lambda: Qwen3Config(**SIZES, head_dim=32),
     "qwen3 tied": lambda: Qwen3Config(**SIZES, head_dim=32, tie_word_embeddings=True),
+    "qwen3 next": lambda: Qwen3NextConfig(**DELTA | EXPERTS, num_experts=8, shared_expert_intermediate_size=48),
+    "qwen3 next without experts in a layer": lambda: Qwen3NextConfig(
+        **DELTA | EXPERTS | {"layer_types": ["full_attention", "linear_attention"]},
+        num_experts=8,
+        shared_expert_intermediate_size=48,
+        norm_topk_prob=False,
+        mlp_only_layers=[1],
+    ),
+    "qwen3.5": lambda: Qwen3_5TextConfig(**DELTA, tie_word_embeddings=True),
+    "qwen3.5 with biases": lambda: Qwen3_5TextConfig(
+        **DELTA | {"linear_num_value_heads": 2},
+        attention_bias=True,
+        linear_conv_kernel_dim=2,
+        partial_rotary_factor=0.5,
+    ),
+    "qwen3.5 moe": lambda: Qwen3_5MoeTextConfig(**DELTA | EXPERTS, num_experts=8, shared_expert_intermediate_size=48),
     "qwen3 with yarn rope": lambda: Qwen3Config(**SIZES, head_dim=32, rope_parameters=YARN_ROPE),
     "qwen3 with windows in some layers": lambda: Qwen3Config(
         **SIZES | MIXED_LAYERS, head_dim=32, use_sliding_window=True, sliding_window=WINDOW

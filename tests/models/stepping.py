@@ -20,7 +20,8 @@ class Stepper:
         self.model = model
         self.caches = tuple(
             spec.cache(
-                [torch.zeros(num_blocks + 1, *item.shape, dtype=item.dtype) for item in spec.per_block(BLOCK_SIZE)], ()
+                [torch.zeros(num_blocks + 1, *item.shape, dtype=item.dtype) for item in spec.per_block(BLOCK_SIZE)],
+                [torch.zeros(2, *item.shape, dtype=item.dtype) for item in spec.per_line(num_drafts=0)],
             )
             for spec in model.cache_specs(model.dtype)
         )

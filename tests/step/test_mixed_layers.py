@@ -281,20 +281,21 @@ def test_mutant_a_prefix_found_in_blocks_is_caught(create_recurrent, monkeypatch
     assert first.output_token_ids != second.output_token_ids
 
 
-rows, store = RecurrentCache.rows, RecurrentCache.store
+rows, replayed = RecurrentCache.rows, RecurrentCache.replayed
 start_of, next_start = RecurrentCache._start_of, RecurrentCache._next_start
 
 
-def without_reset(cache, tokens, inputs):
-    return rows(cache, tokens, inputs)._replace(state=tuple(x.index_select(0, tokens.row_slot) for x in cache.state))
+def without_reset(cache, tokens):
+    found = rows(cache, tokens)
+    return found._replace(start=found.start.clamp(min=1))
 
 
-def one_more_again(cache, tokens, first_R) -> Tensor:
-    return torch.maximum(start_of(cache, tokens, first_R) - 1, first_R - cache.num_kept)
+def one_more_again(cache, start, tokens, first_R) -> Tensor:
+    return torch.maximum(start_of(cache, start, tokens, first_R) - 1, first_R - cache.num_kept)
 
 
-def one_less_again(cache, tokens, first_R) -> Tensor:
-    return torch.minimum(start_of(cache, tokens, first_R) + 1, first_R)
+def one_less_again(cache, start, tokens, first_R) -> Tensor:
+    return torch.minimum(start_of(cache, start, tokens, first_R) + 1, first_R)
 
 
 def one_too_late(cache, first_R, query_len_R) -> Tensor:
@@ -318,9 +319,9 @@ def test_mutant_of_the_state_changes_tokens(create_recurrent, answers, device, m
     assert run(engine) != answers[RECURRENT]
 
 
-def into_another_slot(cache, tokens, inputs, state) -> None:
-    store(cache, tokens, inputs, state)
-    cache.state[0][-1].copy_(state[0][0])
+def into_another_slot(cache, rows, inputs):
+    cache.state[0][-1].fill_(1.0)
+    return replayed(cache, rows, inputs)
 
 
 @pytest.mark.parametrize(
@@ -328,7 +329,7 @@ def into_another_slot(cache, tokens, inputs, state) -> None:
     [
         ("rows", without_reset, "which hold NaN"),
         ("_start_of", one_more_again, "which hold NaN"),
-        ("store", into_another_slot, "1 cache entries of no token of the step were written"),
+        ("replayed", into_another_slot, "1 cache entries of no token of the step were written"),
     ],
 )
 def test_mutant_of_the_state_fails_the_check(create_recurrent, monkeypatch, name, mutant, said) -> None:

@@ -1,0 +1,146 @@
+"""A layer of gated delta rules (Gated DeltaNet): linear attention with a state per request in place of keys and values.
+
+Shapes: T tokens, U tokens to run (`stepgraph.layers.recurrent`), E hidden size, G heads of queries and keys, N their size, H
+heads of values, D their size, C = 2·G·N + H·D channels of the convolution, W its width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from stepgraph.layers.cache import Item
+from stepgraph.layers.linear import Linear, MergedLinear
+from stepgraph.layers.norm import RMSNorm
+from stepgraph.layers.recurrent import RecurrentCache, RecurrentRows, RecurrentSpec
+from stepgraph.ops import causal_conv, gated_delta, gated_norm
+from stepgraph.parallel.shard import Cut
+
+
+@dataclass(frozen=True)
+class DeltaSizes:
+    """Sizes of a layer, and how checkpoints keep its projections."""
+
+    num_key_heads: int  # G
+    num_value_heads: int  # H
+    key_dim: int  # N
+    value_dim: int  # D
+    conv_width: int  # W
+    merged: bool
+    """Whether queries, keys, values and output gates are one matrix, and rates and decays another, by heads of keys: of each its
+    query, its key, and of all heads of values that go with it the values, then the gates. Else there are four matrices."""
+
+    @property
+    def channels(self) -> int:
+        """C."""
+        return 2 * self.num_key_heads * self.key_dim + self.width
+
+    @property
+    def width(self) -> int:
+        """H·D."""
+        return self.num_value_heads * self.value_dim
+
+    def grouped_rows(self, *per_key_head: int) -> Tensor:
+        """Where rows lie in a checkpoint's matrix that is merged by heads of keys, in the order of parts.
+
+        Args:
+            per_key_head: rows of each part that go with a head of keys.
+        """
+        group = sum(per_key_head)
+        first_G1 = torch.arange(self.num_key_heads).unsqueeze(1) * group
+        rows = torch.arange(group).split(list(per_key_head))
+        return torch.cat([(first_G1 + part).flatten() for part in rows])
+
+    @property
+    def qkvz_rows(self) -> Tensor:
+        """Of the matrix of queries, keys, values and gates."""
+        values = self.width // self.num_key_heads
+        return self.grouped_rows(self.key_dim, self.key_dim, values, values)
+
+    @property
+    def ba_rows(self) -> Tensor:
+        """Of the matrix of rates and decays."""
+        return self.grouped_rows(*[self.num_value_heads // self.num_key_heads] * 2)
+
+
+class Convolution(nn.Module):
+    """The weight of a convolution of each channel, as checkpoints keep it: [C, 1, W]."""
+
+    def __init__(self, channels: int, width: int, *, dtype: torch.dtype, device: torch.device) -> None:
+        """Args:
+        channels, width: C and W.
+        dtype, device: of the weight.
+        """
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(channels, 1, width, dtype=dtype, device=device), False)
+
+
+class GatedDelta(nn.Module):
+    """Normalise, project, convolve, run the rule, normalise heads and gate them; `out_proj` is the caller's to apply. May run
+    inside a graph.
+
+    Source: Yang et al., "Gated Delta Networks" (2024).
+    """
+
+    def __init__(
+        self, hidden_size: int, sizes: DeltaSizes, *, eps: float, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        """Args:
+        hidden_size: E.
+        sizes: of the layer.
+        eps: of the norm of heads.
+        dtype, device: of the parameters; those that decide the decay are float32.
+        """
+        super().__init__()
+        self.sizes, self.eps = sizes, eps
+        qkv, z, of_heads = (Cut.whole(size) for size in (sizes.channels, sizes.width, sizes.num_value_heads))
+        if sizes.merged:
+            qkvz_parts = {"in_proj_qkvz": Cut.whole(qkv.size + z.size)}
+            ba_parts = {"in_proj_ba": Cut.whole(2 * of_heads.size)}
+        else:
+            qkvz_parts = {"in_proj_qkv": qkv, "in_proj_z": z}
+            ba_parts = {"in_proj_b": of_heads, "in_proj_a": of_heads}
+        self.qkvz_proj = MergedLinear(hidden_size, qkvz_parts, dtype=dtype, device=device)
+        self.ba_proj = MergedLinear(hidden_size, ba_parts, dtype=dtype, device=device)
+        self.conv1d = Convolution(sizes.channels, sizes.conv_width, dtype=dtype, device=device)
+        self.A_log = nn.Parameter(torch.empty(of_heads.size, dtype=torch.float32, device=device), False)
+        self.dt_bias = nn.Parameter(torch.empty(of_heads.size, dtype=torch.float32, device=device), False)
+        self.norm = RMSNorm(sizes.value_dim, eps, dtype=dtype, device=device)
+        self.out_proj = Linear(sizes.width, hidden_size, dtype=dtype, device=device)
+
+    def cache_spec(self, dtype: torch.dtype) -> RecurrentSpec:
+        """What the layer keeps of requests whose activations are of `dtype`: the last inputs of the convolution and the rule's
+        state; of a token, what both take."""
+        sizes = self.sizes
+        return RecurrentSpec(
+            state=(
+                Item((sizes.conv_width - 1, sizes.channels), dtype),
+                Item((sizes.num_value_heads, sizes.key_dim, sizes.value_dim), torch.float32),
+            ),
+            inputs=(Item((sizes.channels,), dtype), Item((2 * sizes.num_value_heads,), dtype)),
+        )
+
+    def forward(self, norm: RMSNorm | None, x_TE: Tensor, cache: RecurrentCache, rows: RecurrentRows) -> Tensor:
+        """Run the step's tokens, writing the states after them.
+
+        Args:
+            norm: of `x_TE`; None: it is normalised.
+            x_TE: [T, E].
+            cache: this layer's.
+            rows: of the step.
+
+        Returns:
+            [T, H·D], dtype of `x_TE`. What is left is `out_proj`.
+        """
+        qkv_TC, z_TF = self.qkvz_proj.product(x_TE, norm=norm).tensor_split((self.sizes.channels,), dim=1)
+        ba_TH = self.ba_proj.product(x_TE, norm=norm)
+        qkv_UC, ba_UH = cache.replayed(rows, (qkv_TC, ba_TH))
+        conv_state, state = cache.state
+        qkv_UC = causal_conv(qkv_UC, self.conv1d.weight.squeeze(1), conv_state, *rows.operands)
+        deterministic = self.qkvz_proj.format.deterministic
+        read_UF = gated_delta(
+            qkv_UC, ba_UH, self.A_log, self.dt_bias, state, *rows.operands, deterministic=deterministic
+        )
+        return gated_norm(rows.own(read_UF), z_TF, self.norm.weight, self.eps)

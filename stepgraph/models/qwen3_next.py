@@ -1,0 +1,72 @@
+"""Qwen3-Next, and the language models of Qwen3.5 and 3.6: layers of gated delta rules, each fourth with gated attention, norms
+whose weights are stored less one, a part of each head rotated; dense, or with experts beside one that all tokens take.
+
+Source: Qwen Team, "Qwen3-Next" (2025); Yang et al., "Gated Delta Networks" (2024).
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from stepgraph.layers.experts import ExpertsSpec
+from stepgraph.layers.gated_delta import DeltaSizes
+from stepgraph.models.config import DecoderConfig
+from stepgraph.models.decoder import Decoder
+from stepgraph.models.qwen2_moe import with_sparse_layers
+from stepgraph.ops import Routing
+
+
+class Qwen35(Decoder):
+    """The shared decoder with Qwen3.5's layers, dense."""
+
+    merged_delta = False
+    """See `DeltaSizes.merged`."""
+
+    @classmethod
+    def config_from_hf(cls, hf_config: Any) -> DecoderConfig:
+        """See `Decoder.config_from_hf`."""
+        bias = hf_config.attention_bias
+        config = DecoderConfig.from_hf(hf_config, qkv_bias=bias, output_bias=bias, qk_norm=True, partial_rope=True)
+        sizes = DeltaSizes(
+            num_key_heads=hf_config.linear_num_key_heads,
+            num_value_heads=hf_config.linear_num_value_heads,
+            key_dim=hf_config.linear_key_head_dim,
+            value_dim=hf_config.linear_value_head_dim,
+            conv_width=hf_config.linear_conv_kernel_dim,
+            merged=cls.merged_delta,
+        )
+        return replace(config, norm_weight_offset=1.0, output_gate=True, delta=sizes)
+
+
+class Qwen35Moe(Qwen35):
+    """With experts in all layers."""
+
+    @classmethod
+    def config_from_hf(cls, hf_config: Any) -> DecoderConfig:
+        """See `Decoder.config_from_hf`."""
+        config = super().config_from_hf(hf_config)
+        spec = ExpertsSpec(
+            hf_config.num_experts,
+            hf_config.moe_intermediate_size,
+            Routing(hf_config.num_experts_per_tok, normalise=True),
+            shared_intermediate_size=hf_config.shared_expert_intermediate_size,
+            has_shared_gate=True,
+        )
+        return replace(config, mixtures=(spec,) * config.num_layers)
+
+
+class Qwen3Next(Qwen35):
+    """With experts in all layers or some, and projections merged by heads of keys."""
+
+    merged_delta = True
+
+    @classmethod
+    def config_from_hf(cls, hf_config: Any) -> DecoderConfig:
+        """See `Decoder.config_from_hf`."""
+        return with_sparse_layers(
+            super().config_from_hf(hf_config),
+            hf_config,
+            shared_intermediate_size=hf_config.shared_expert_intermediate_size,
+            has_shared_gate=True,
+        )
