@@ -105,6 +105,12 @@ class DecoderLayer(nn.Module):
             self.pre_feedforward_layernorm = _norm(config, config.hidden_size, dtype, device)
             self.post_feedforward_layernorm = _norm(config, config.hidden_size, dtype, device)
 
+    @property
+    def attention(self) -> Attention | LatentAttention:
+        """Of a layer that has it."""
+        assert self.self_attn is not None
+        return self.self_attn
+
     def forward(
         self,
         stream: ResidualStream,

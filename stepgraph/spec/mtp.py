@@ -136,7 +136,7 @@ class MTPLayer(nn.Module):
     def cache_only(self, embedding_TE: Tensor, hidden_TE: Tensor, cache: Any, inputs: StepInputs) -> None:
         """Cache keys and values as `forward` does, and no more."""
         x_TE = self._combine(embedding_TE, hidden_TE)
-        self.block.self_attn.cache_only(self.block.input_layernorm, x_TE, self.cos_sin, cache, inputs)
+        self.block.attention.cache_only(self.block.input_layernorm, x_TE, self.cos_sin, cache, inputs)
 
     def _combine(self, embedding_TE: Tensor, hidden_TE: Tensor) -> Tensor:
         parts = self.embedding_norm(embedding_TE), self.hidden_norm(hidden_TE)
@@ -219,7 +219,7 @@ class MTPDrafter:
 
     def cache_specs(self, dtype: torch.dtype) -> tuple[CacheSpec, ...]:
         """See `Drafter.cache_specs`."""
-        return tuple(layer.block.self_attn.cache_spec(dtype) for layer in self.layers)
+        return tuple(layer.block.attention.cache_spec(dtype) for layer in self.layers)
 
     def parameters(self) -> Iterator[nn.Parameter]:
         """See `Drafter.parameters`."""

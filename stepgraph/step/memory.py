@@ -182,13 +182,13 @@ def choose_num_blocks(
         if num_blocks < 2:
             raise ConfigError(
                 f"no memory is left for the KV cache: {sum_of_parts}; free memory, raise gpu_memory_utilization, lower "
-                "max_num_batched_tokens, or set num_kv_blocks"
+                f"max_num_batched_tokens, or set num_kv_blocks{_or_states(line_bytes, config)}"
             )
     needed = num_blocks * block_bytes + line_bytes
     if needed > free:
         raise ConfigError(
             f"the KV cache needs {_gib(needed)} and {_gib(free)} are free; lower num_kv_blocks, max_model_len or "
-            "gpu_memory_utilization"
+            f"gpu_memory_utilization{_or_states(line_bytes, config)}"
         )
     num_tokens = (num_blocks - 1) * layout.block_size
     logger.info(
@@ -205,6 +205,13 @@ def choose_num_blocks(
             max_model_len,
         )
     return num_blocks
+
+
+def _or_states(line_bytes: int, config: EngineConfig) -> str:
+    """What else to do, where requests have states."""
+    if not line_bytes:
+        return ""
+    return f"; or lower max_num_seqs={config.scheduler.max_num_seqs}, as many states take {_gib(line_bytes)}"
 
 
 def _gib(num_bytes: int) -> str:

@@ -87,6 +87,7 @@ LATENT_LONG_ROPE = {
     "long_factor": [1.0, 2.0, 4.0, 8.0],
 }
 DELTA = SIZES | {
+    "rms_norm_eps": 1e-3,  # of heads too, which may be small
     "head_dim": 32,
     "linear_num_key_heads": 2,
     "linear_num_value_heads": 6,

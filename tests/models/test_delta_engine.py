@@ -1,0 +1,162 @@
+"""Models with gated delta rules in an engine: states per slot beside keys and values, against transformers in float32."""
+
+import random
+from math import isfinite
+
+import pytest
+import torch
+from checkpoints import HF_CONFIGS, random_hf_model
+from drafted import watch_drafts
+from scripted import ScriptedDrafter
+from tiny import TINY_SETTINGS, drain
+
+from stepgraph.config import EngineConfig
+from stepgraph.engine.build import build_engine
+from stepgraph.engine.engine import Engine
+from stepgraph.engine.sampling_params import SamplingParams
+from stepgraph.errors import ConfigError, ModelError
+from stepgraph.executor.build import build_local_executor
+from stepgraph.executor.local import runner_of
+from stepgraph.models import resolve
+from stepgraph.models.loader import load_model
+from stepgraph.parallel.shard import Shard
+from stepgraph.spec.drafter import Drafter
+from stepgraph.verify.graphs import verify_graphs
+
+TOKENS = 160
+LENGTHS = (1, 2, 16, 17, 40, 63, 64, 65, 127, 128, 129, 190)
+"""Of prompts: around what runs token by token, chunks, and steps."""
+NUM_TOKENS = 12
+NAMES = ("qwen3 next", "qwen3.5", "qwen3.5 moe")
+
+
+@pytest.fixture(scope="module", params=NAMES)
+def checkpoint(request, tmp_path_factory):
+    """A folder, its prompts, and how transformers goes on: tokens and their log-probabilities."""
+    folder = tmp_path_factory.mktemp("checkpoint")
+    hf_model = random_hf_model(HF_CONFIGS[request.param]())
+    with torch.no_grad():
+        hf_model.lm_head.weight.mul_(0.5)
+    hf_model.save_pretrained(folder)
+    rng = random.Random(0)
+    prompts = [[3 + n, *(rng.randrange(3, 96) for _ in range(length - 1))] for n, length in enumerate(LENGTHS)]
+    return str(folder), prompts, [continued(hf_model, prompt) for prompt in prompts]
+
+
+def continued(hf_model, prompt: list[int]) -> tuple[list[int], list[float]]:
+    """Greedily, without a cache."""
+    tokens, logprobs = [], []
+    for _ in range(NUM_TOKENS):
+        with torch.no_grad():
+            row = hf_model(torch.tensor([prompt + tokens])).logits[0, -1].log_softmax(-1)
+        tokens.append(int(row.argmax()))
+        logprobs.append(float(row.max()))
+    return tokens, logprobs
+
+
+def create(folder: str, device: str, *, drafter: Drafter | None = None, **settings) -> Engine:
+    sizes = {"max_num_batched_tokens": TOKENS, "capture_sizes": (8, TOKENS), "max_num_seqs": 5, "num_kv_blocks": 129}
+    config = EngineConfig.from_settings(model=folder, device=device, **TINY_SETTINGS | sizes | settings)
+    source = resolve(folder)
+    executor = None if drafter is None else build_local_executor(config, source, drafter=drafter)
+    return build_engine(config, source=source, executor=executor)
+
+
+@pytest.fixture(scope="module")
+def engine(checkpoint, device):
+    return create(checkpoint[0], device)
+
+
+def generate(engine: Engine, prompts, *, together: bool, preemption: float = 0.0):
+    """What each prompt is answered; with a chance of `preemption` at each step, all that run start anew."""
+    rng, requests = random.Random(1), []
+    params = SamplingParams(temperature=0, max_tokens=NUM_TOKENS, ignore_eos=True, logprobs=0)
+    for number, prompt in enumerate(prompts):
+        requests.append(engine.add_request(f"{number}", prompt, params))
+        if not together:
+            drain(engine)
+    while engine.has_work:
+        if rng.random() < preemption:
+            engine.reset_prefix_cache(preempt=True)
+        engine.step()
+    return requests
+
+
+def assert_as_transformers(requests, answers) -> None:
+    for request, (tokens, logprobs) in zip(requests, answers, strict=True):
+        assert request.output_token_ids == tokens
+        found = [entry.logprob for entry in request.output_logprobs]
+        assert found == pytest.approx(logprobs, abs=2e-4)
+
+
+def test_alone(engine, checkpoint) -> None:
+    _, prompts, answers = checkpoint
+    assert_as_transformers(generate(engine, prompts, together=False), answers)
+
+
+def test_side_by_side_in_mixed_steps(engine, checkpoint) -> None:
+    """Prompts are cut where a step is full, and slots are used by one request after the other."""
+    _, prompts, answers = checkpoint
+    requests = generate(engine, prompts, together=True)
+    assert_as_transformers(requests, answers)
+    assert all(request.num_cached_tokens == 0 for request in requests)
+
+
+def test_started_anew_on_their_way(engine, checkpoint) -> None:
+    _, prompts, answers = checkpoint
+    assert_as_transformers(generate(engine, prompts, together=True, preemption=0.2), answers)
+
+
+@pytest.mark.parametrize("chunk", [13, 64, 65])
+def test_prompts_cut_into_chunks(checkpoint, device, chunk) -> None:
+    folder, prompts, answers = checkpoint
+    engine = create(folder, device, max_num_batched_tokens=chunk, capture_sizes=None, graph_backend="eager")
+    assert_as_transformers(generate(engine, prompts, together=True), answers)
+
+
+def test_proposals_are_taken_back(checkpoint, device) -> None:
+    """Of rounds of up to three, any number stands."""
+    folder, prompts, answers = checkpoint
+    known = [(prompt, tokens) for prompt, (tokens, _) in zip(prompts, answers, strict=True)]
+    drafter = ScriptedDrafter(known, max_model_len=256, vocab_size=96, device=device)
+    settings = {"method": "ngram", "num_speculative_tokens": 3, "adaptive": False}
+    engine = create(folder, device, drafter=drafter, speculative_config=settings)
+    drafts = watch_drafts(engine)
+    assert_as_transformers(generate(engine, prompts, together=True, preemption=0.1), answers)
+    assert {stood for num, stood in drafts if num == 3} == {0, 1, 2, 3}
+
+
+def test_graphs_are_verified(checkpoint, device) -> None:
+    engine = create(checkpoint[0], device, speculative_config={"method": "ngram", "num_speculative_tokens": 2})
+    reports = verify_graphs(engine.executor, rounds=4, seed=0, draft_levels=(0, 2))
+    assert [report.mismatches for report in reports] == [[]] * len(reports)
+
+
+def test_deterministic_answers_do_not_depend_on_the_steps(tmp_path, device) -> None:
+    random_hf_model(HF_CONFIGS["qwen3.5"]()).save_pretrained(tmp_path)
+    prompts = [[3 + (7 * place + number) % 90 for place in range(30 * number)] for number in (1, 2, 3)]
+    found = []
+    for settings in ({}, {"max_num_batched_tokens": 37, "capture_sizes": None}):
+        engine = create(str(tmp_path), device, deterministic=True, graph_backend="eager", **settings)
+        requests = generate(engine, prompts, together=True)
+        found.append([[entry.logprob for entry in request.output_logprobs] for request in requests])
+    assert found[0] == found[1]
+
+
+def test_ranks_are_refused_by_what_they_cannot_share(checkpoint) -> None:
+    with pytest.raises(ModelError, match=r"layers of gated delta rules, which are not shared yet.*can: 1\."):
+        load_model(
+            resolve(checkpoint[0]), dtype=torch.float32, device=torch.device("cpu"), max_model_len=64, shard=Shard(0, 2)
+        )
+
+
+def test_states_are_counted_where_memory_is_short(checkpoint, device) -> None:
+    with pytest.raises(ConfigError, match=r"lower max_num_seqs=5, as many states take"):
+        create(checkpoint[0], device, num_kv_blocks=1 << 40)
+
+
+def test_random_weights_are_finite(checkpoint, device) -> None:
+    engine = create(checkpoint[0], device, load_format="dummy", graph_backend="eager")
+    (request,) = generate(engine, checkpoint[1][-1:], together=True)
+    assert all(isfinite(entry.logprob) for entry in request.output_logprobs)
+    assert all(parameter.isfinite().all() for parameter in runner_of(engine.executor).model.parameters())
