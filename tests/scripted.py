@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from stepgraph import ops
 from stepgraph.abi import slot_line
+from stepgraph.engine.engine import Engine
 from stepgraph.spec.drafter import Drafts, DraftStep
 
 
@@ -80,3 +81,17 @@ def wrong_commit(accept: Callable[[Tensor, Tensor], Tensor]) -> Callable[..., No
         commit(lines, tokens, counter, ring, row_slot, query_start, kv_len, sample_start, sampled, *rest)
 
     return wrong
+
+
+def watch_drafts(engine: Engine) -> list[tuple[int, int]]:
+    """Of each row that verified proposals: how many, and how many stood. A list that grows as the engine runs."""
+    found: list[tuple[int, int]] = []
+    collect = engine.executor.collect
+
+    def watching(ticket):
+        results = collect(ticket)
+        found.extend((row.num_verified, row.num_accepted) for row in results.rows if row.num_verified)
+        return results
+
+    engine.executor.collect = watching
+    return found

@@ -130,6 +130,11 @@ class DecoderConfig:
         """Whether a layer has a gated delta rule in place of attention."""
         return bool(self.is_delta) and self.is_delta[layer]
 
+    @property
+    def last_attention(self) -> int | None:
+        """The last layer that has attention, which draft modules are like; None: none has."""
+        return next((layer for layer in reversed(range(self.num_layers)) if not self.has_delta(layer)), None)
+
     def mixture(self, layer: int) -> ExpertsSpec | None:
         """The experts of a layer; None of one that all tokens take."""
         return self.mixtures[layer] if self.mixtures else None

@@ -9,9 +9,10 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+from stepgraph.errors import ModelError
 from stepgraph.layers.experts import ExpertsSpec
 from stepgraph.layers.gated_delta import DeltaSizes
-from stepgraph.models.config import DecoderConfig
+from stepgraph.models.config import ConfigFileError, DecoderConfig
 from stepgraph.models.decoder import Decoder
 from stepgraph.models.qwen2_moe import with_sparse_layers
 from stepgraph.ops import Routing
@@ -36,7 +37,29 @@ class Qwen35(Decoder):
             conv_width=hf_config.linear_conv_kernel_dim,
             merged=cls.merged_delta,
         )
+        _check(config, sizes)
         return replace(config, norm_weight_offset=1.0, output_gate=True, delta=sizes)
+
+
+def _check(config: DecoderConfig, sizes: DeltaSizes) -> None:
+    """Raise ModelError if layers cannot be of these sizes."""
+    if config.activation != "silu":
+        raise ModelError(
+            f"The activation of this {config.architecture} is {config.activation}, which its convolutions have too, and they "
+            "run with silu."
+        )
+    if config.is_delta and all(config.is_delta):
+        raise ModelError(
+            f"All layers of this {config.architecture} are of type linear_attention, and at least one must be full_attention."
+        )
+    numbers = (sizes.num_key_heads, sizes.num_value_heads, sizes.key_dim, sizes.value_dim)
+    if min(numbers) < 1 or sizes.conv_width < 2 or sizes.num_value_heads % sizes.num_key_heads:
+        raise ConfigFileError(
+            f"The linear_attention layers of this {config.architecture} have {sizes.num_key_heads} key heads of {sizes.key_dim}, "
+            f"{sizes.num_value_heads} value heads of {sizes.value_dim}, and convolutions of {sizes.conv_width} tokens: value "
+            "heads must be a multiple of key heads, and convolutions of at least 2 tokens. Correct config.json, or download it "
+            "again."
+        )
 
 
 class Qwen35Moe(Qwen35):

@@ -17,6 +17,8 @@ _CLASSES = frozenset(
         "Qwen2VLForConditionalGeneration",
         "Qwen2_5_VLForConditionalGeneration",
         "Qwen3VLForConditionalGeneration",
+        "Qwen3_5ForConditionalGeneration",
+        "Qwen3_5MoeForConditionalGeneration",
     )
 )
 """Classes of transformers that pass embeddings of text to their decoder as they are, and mask nothing of it."""

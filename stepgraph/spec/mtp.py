@@ -74,14 +74,15 @@ class MTPLayer(nn.Module):
         device: torch.device,
     ) -> None:
         """Args:
-        config: of the decoder layer, which is like the last of the model.
+        config: of the decoder layer, which is like the last of the model that has attention.
         options: of the module.
         max_model_len: longest sequence, in tokens.
         shard, expert_shard, group, expert_group: as of the model; projection and norms are whole on all ranks.
         dtype, device: of the parameters.
         """
         super().__init__()
-        E, last = config.hidden_size, config.num_layers - 1
+        E, last = config.hidden_size, config.last_attention
+        assert last is not None, config
         self.config, self.options = config, options
         self.group, self.expert_group = group, expert_group
         self.attention_spec = config.attention_spec(last).sharded(shard)
@@ -104,7 +105,8 @@ class MTPLayer(nn.Module):
 
     def checkpoint_tensors(self) -> dict[str, Target]:
         """Where each tensor of a checkpoint goes, by the names of this class; the shared final norm is none of them."""
-        targets = named_targets(self, self.config, {"block": self.config.num_layers - 1})
+        assert self.config.last_attention is not None
+        targets = named_targets(self, self.config, {"block": self.config.last_attention})
         if self.options.shares_final_norm:
             del targets["norm.weight"]
         return targets

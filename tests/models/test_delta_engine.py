@@ -6,8 +6,7 @@ from math import isfinite
 import pytest
 import torch
 from checkpoints import HF_CONFIGS, random_hf_model
-from drafted import watch_drafts
-from scripted import ScriptedDrafter
+from scripted import ScriptedDrafter, watch_drafts
 from tiny import TINY_SETTINGS, drain
 
 from stepgraph.config import EngineConfig
@@ -24,10 +23,10 @@ from stepgraph.spec.drafter import Drafter
 from stepgraph.verify.graphs import verify_graphs
 
 TOKENS = 160
-LENGTHS = (1, 2, 16, 17, 40, 63, 64, 65, 127, 128, 129, 190)
+LENGTHS = (1, 16, 17, 63, 64, 65, 128, 129, 190)
 """Of prompts: around what runs token by token, chunks, and steps."""
-NUM_TOKENS = 12
-NAMES = ("qwen3 next", "qwen3.5", "qwen3.5 moe")
+NUM_TOKENS = 8
+NAMES = ("qwen3 next", "qwen3.5")
 
 
 @pytest.fixture(scope="module", params=NAMES)
@@ -107,7 +106,7 @@ def test_started_anew_on_their_way(engine, checkpoint) -> None:
     assert_as_transformers(generate(engine, prompts, together=True, preemption=0.2), answers)
 
 
-@pytest.mark.parametrize("chunk", [13, 64, 65])
+@pytest.mark.parametrize("chunk", [21, 65])
 def test_prompts_cut_into_chunks(checkpoint, device, chunk) -> None:
     folder, prompts, answers = checkpoint
     engine = create(folder, device, max_num_batched_tokens=chunk, capture_sizes=None, graph_backend="eager")
@@ -128,7 +127,7 @@ def test_proposals_are_taken_back(checkpoint, device) -> None:
 
 def test_graphs_are_verified(checkpoint, device) -> None:
     engine = create(checkpoint[0], device, speculative_config={"method": "ngram", "num_speculative_tokens": 2})
-    reports = verify_graphs(engine.executor, rounds=4, seed=0, draft_levels=(0, 2))
+    reports = verify_graphs(engine.executor, rounds=2, seed=0, draft_levels=(0, 2))
     assert [report.mismatches for report in reports] == [[]] * len(reports)
 
 

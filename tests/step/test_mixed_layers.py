@@ -6,7 +6,7 @@ import random
 import pytest
 import torch
 from mixed_model import MIXED_ATTENTION, RECURRENT, MixedModel, engines_of
-from scripted import ScriptedDrafter
+from scripted import ScriptedDrafter, watch_drafts
 from tiny import MAX_MODEL_LEN, VOCAB_SIZE, drain, set_run_ahead
 from torch import Tensor
 from triton_operators import triton_operators
@@ -77,20 +77,6 @@ def run(engine: Engine, seed: int = 0, *, preemption: float = 0.0) -> list[list[
             engine.reset_prefix_cache(preempt=True)
         engine.step()
     return [request.output_token_ids for request in requests]
-
-
-def watch_drafts(engine: Engine) -> list[tuple[int, int]]:
-    """Of each row that verified proposals: how many, and how many stood. A list that grows as the engine runs."""
-    found: list[tuple[int, int]] = []
-    collect = engine.executor.collect
-
-    def watching(ticket):
-        results = collect(ticket)
-        found.extend((row.num_verified, row.num_accepted) for row in results.rows if row.num_verified)
-        return results
-
-    engine.executor.collect = watching
-    return found
 
 
 def generate(engine: Engine, prompt: list[int], max_tokens: int):
