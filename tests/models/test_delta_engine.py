@@ -114,7 +114,7 @@ def test_prompts_cut_into_chunks(checkpoint, device, chunk) -> None:
 
 
 def test_proposals_are_taken_back(checkpoint, device) -> None:
-    """Of rounds of up to three, any number stands."""
+    """Some rounds stand as a whole, and some fall in the middle."""
     folder, prompts, answers = checkpoint
     known = [(prompt, tokens) for prompt, (tokens, _) in zip(prompts, answers, strict=True)]
     drafter = ScriptedDrafter(known, max_model_len=256, vocab_size=96, device=device)
@@ -122,7 +122,7 @@ def test_proposals_are_taken_back(checkpoint, device) -> None:
     engine = create(folder, device, drafter=drafter, speculative_config=settings)
     drafts = watch_drafts(engine)
     assert_as_transformers(generate(engine, prompts, together=True, preemption=0.1), answers)
-    assert {stood for num, stood in drafts if num == 3} == {0, 1, 2, 3}
+    assert {stood < num for num, stood in drafts} == {True, False}
 
 
 def test_graphs_are_verified(checkpoint, device) -> None:
