@@ -59,7 +59,7 @@ class KVEventsConfig:
     )
     kv_events_buffer_steps: int = setting(
         10_000,
-        "batches that are kept for replay one by one; of older ones, what is in the cache is replayed in one",
+        "batches that are kept for replay as they were; instead of older ones, it says what was in the cache after them",
         minimum=1,
     )
     kv_events_hwm: int = setting(

@@ -5,8 +5,8 @@ own do the work, and the engine's waits for neither: one publishes, one replays.
 (ZeroMQ drops them), sees that by their numbers, and asks for them.
 
 Replay: a subscriber sends the number of the first batch that it wants and gets all from there on, each as (number, batch), and
-then the number -1 with nothing. Of batches that are kept no more, it gets one that has the number of the last of them, says that
-all is cleared, and names what was in the cache then.
+then the number -1 with nothing. Instead of batches that are kept no more, it gets some, under the numbers of the last of them,
+that say that all is cleared and what was in the cache after those.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 
 _NUMBER_BYTES = 8
 _END = (-1).to_bytes(_NUMBER_BYTES, "big", signed=True)
-_LAST_WORD_MS = 200
+_LAST_WORD_MS = 1000
 """How long the last messages may take to leave."""
 _PATIENCE_MS = 5000
 """How long a subscriber may take to make room for the next message of a replay."""
@@ -107,12 +107,13 @@ class KVEventPublisher:
         """The next batch. Never waits: for subscribers that are too slow, ZeroMQ drops it."""
         number, batch = self._next_number, self._encode(events)
         self._next_number += 1
-        self._publish.send_multipart((self._topic, _bytes_of(number), batch))
         with self._lock:
             self._buffer.append((number, batch))
             if len(self._buffer) > self._most_kept:
                 oldest = msgspec.msgpack.decode(self._buffer.popleft()[1], type=EventBatch)
                 self._before.take_in(oldest.events)
+        # After that: whoever has received a batch, and asks for those before it, gets it once more.
+        self._publish.send_multipart((self._topic, _bytes_of(number), batch))
 
     def _encode(self, events: list[WireEvent]) -> bytes:
         return msgspec.msgpack.encode(EventBatch(time.time(), events, self.rank))
@@ -138,9 +139,12 @@ class KVEventPublisher:
         """Send a subscriber what it has missed."""
         with self._lock:
             kept = list(self._buffer)
-            before = self._before.events() if kept and first < kept[0][0] else None
+            before = self._before.copy() if kept and first < kept[0][0] else None
         if before is not None:
-            kept.insert(0, (kept[0][0] - 1, self._encode(before)))
+            oldest = kept[0][0]
+            num_parts = min(before.num_parts, oldest - first)
+            for number, events in enumerate(before.parts(num_parts), oldest - num_parts):
+                socket.send_multipart((subscriber, b"", _bytes_of(number), self._encode(events)))
         for number, batch in kept:
             if number >= first:
                 socket.send_multipart((subscriber, b"", _bytes_of(number), batch))

@@ -7,8 +7,9 @@ with which of its revisions they were compared.
 from __future__ import annotations
 
 import hashlib
+import time
 from array import array
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -20,6 +21,8 @@ from stepgraph.engine.kv_events import Cleared, Event, Medium, Removed, Stored, 
 _KEY_BYTES = 32
 _HASH_BYTES = 8
 _SALT_DIGITS = 32
+_PART = 512
+"""Blocks that are told of at a time, of a whole cache."""
 
 ExtraKeys = list[str] | None
 
@@ -195,27 +198,50 @@ class CacheContent:
             self._on_device[block] = _Block(parent, tokens, event.lora_name, extra_keys[place])
             parent = block
 
-    def events(self) -> list[WireEvent]:
-        """Events that lead here from whatever was known before: each block comes after the one before it in its chain."""
-        told: list[WireEvent] = [AllBlocksCleared()]
+    def copy(self) -> CacheContent:
+        """One that stays as it is."""
+        copy = CacheContent(self._wording)
+        copy._on_device, copy._on_host = dict(self._on_device), dict(self._on_host)
+        return copy
+
+    @property
+    def num_parts(self) -> int:
+        """How many parts to tell it in, that none keeps the engine's thread waiting for long."""
+        return max(1, -(-len(self._on_device) // _PART))
+
+    def parts(self, num_parts: int) -> Iterator[list[WireEvent]]:
+        """Events that lead here from whatever was known before, in so many parts: each block comes after the one before it in its
+        chain."""
+        blocks = self._in_order()
+        size = max(1, -(-len(blocks) // num_parts))
+        for part in range(num_parts):
+            told: list[WireEvent] = [] if part else [AllBlocksCleared()]
+            for block in blocks[part * size : (part + 1) * size]:
+                self._tell(told, block)
+            if self._on_host and part == num_parts - 1:
+                told.append(self._wording.on_host(list(self._on_host)))
+            yield told
+
+    def _in_order(self) -> list[int]:
+        """All blocks on the device, chain after chain."""
+        blocks: list[int] = []
         seen: set[int] = set()
-        for block in self._on_device:
+        for place, block in enumerate(self._on_device):
+            if place % _PART == 0:
+                time.sleep(0)  # the engine's thread may have waited for Python's lock
             chain: list[int] = []
             at: int | None = block
             while at is not None and at in self._on_device and at not in seen:
                 seen.add(at)
                 chain.append(at)
                 at = self._on_device[at].parent
-            for one in reversed(chain):
-                self._tell(told, one)
-        if self._on_host:
-            told.append(self._wording.on_host(list(self._on_host)))
-        return told
+            blocks += reversed(chain)
+        return blocks
 
     def _tell(self, told: list[WireEvent], block: int) -> None:
         """Go on with the last event, if the block follows on it."""
         parent, tokens, adapter, extra_keys = self._on_device[block]
-        last = told[-1]
+        last = told[-1] if told else None
         if isinstance(last, BlockStored) and last.block_hashes[-1] == parent and last.lora_name == adapter:
             assert last.extra_keys is not None
             last.block_hashes.append(block)
