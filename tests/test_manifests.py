@@ -31,7 +31,7 @@ FOLDER = ROOT / "deploy" / "kubernetes"
 PAGE = ROOT / "docs" / "kubernetes.md"
 KUSTOMIZATIONS = sorted(path.parent for path in FOLDER.rglob("kustomization.yaml"))
 LONE = [FOLDER / "gateway" / "inference-pool.yaml", FOLDER / "kserve" / "llm-inference-service.yaml"]
-VALUES = sorted(FOLDER.rglob("router-values.yaml"))
+VALUES = sorted(FOLDER.rglob("router-values*.yaml"))
 SCHEMAS = json.loads((ROOT / "tests" / "data" / "kubernetes_schemas.json").read_text())
 KUBERNETES = ("1.30", kubernetes_validate.latest_version())
 """The oldest that the manifests are for, and the newest that is known."""
@@ -148,6 +148,13 @@ def test_command_lines_are_the_servers_own_and_listen_where_the_cluster_looks(na
         assert ports.get(port, port) == config.port, probe
     if "kv-transfer" in ports:
         assert ports["kv-transfer"] == engine.transfer.kv_transfer_port
+    events = engine.kv_events
+    if "kv-events" in ports:
+        replay = events.replay_endpoint
+        assert events.enable_kv_cache_events
+        assert replay is not None
+        assert (events.endpoint.port, replay.port) == (ports["kv-events"], ports["kv-replay"])
+        assert events.kv_events_topic == f"kv@{VARIABLES['$(POD_IP)']}:{config.port}@{engine.model.model}"
     for proxy in pod.get("initContainers", ()):
         flags = dict(flag.split("=") for flag in proxy["args"])
         assert (int(flags["--model-server-port"]), config.port != int(flags["--port"])) == (config.port, True)
@@ -216,6 +223,8 @@ def test_what_selects_pods_selects_those_of_a_server() -> None:
         spec = resource["spec"]
         if resource["kind"] == "Service":
             assert selected(spec["selector"]), name
+        elif resource["kind"] == "NetworkPolicy":
+            assert selected(spec["podSelector"]["matchLabels"]), name
         elif resource["kind"] in ("Deployment", "InferencePool"):
             assert selected(spec["selector"]["matchLabels"]), name
         elif resource["kind"] == "PodMonitor":
@@ -244,19 +253,34 @@ def test_routes_and_monitors_name_what_is_there(routes) -> None:
     assert endpoint["port"] == "http"
 
 
-def test_a_picker_is_told_only_of_plugins_that_it_has_been_given() -> None:
-    [values] = documents(FOLDER / "disaggregated" / "router-values.yaml")
-    picker = values["router"]["epp"]
+@pytest.mark.parametrize("file", VALUES, ids=name_of)
+def test_a_picker_is_told_only_of_plugins_that_it_has_been_given(file) -> None:
+    [values] = documents(file)
+    picker = values["router"].get("epp")
+    if picker is None:  # its defaults
+        return
     [config] = picker["pluginsCustomConfig"].values()
     assert picker["pluginsConfigFile"] in picker["pluginsCustomConfig"]
     read = yaml.safe_load(config)
-    given = {plugin["type"] for plugin in read["plugins"]}
-    for profile in read["schedulingProfiles"]:
-        assert {plugin["pluginRef"] for plugin in profile["plugins"]} <= given
-    deciders = [
-        plugin["parameters"]["deciders"] for plugin in read["plugins"] if "deciders" in plugin.get("parameters", ())
-    ]
-    assert [decider for each in deciders for decider in each.values()] == ["prefix-based-pd-decider"]
+    given = {plugin["type"]: plugin.get("parameters", {}) for plugin in read["plugins"]}
+    named = {plugin["pluginRef"] for profile in read["schedulingProfiles"] for plugin in profile["plugins"]}
+    for source in read.get("dataLayer", {}).get("sources", ()):
+        named |= {source["pluginRef"], *(extractor["pluginRef"] for extractor in source["extractors"])}
+    for parameters in given.values():
+        named |= {
+            *parameters.get("deciders", {}).values(),
+            *filter(None, [parameters.get("prefixMatchInfoProducerName")]),
+        }
+    assert named <= given.keys()
+    if (cache := given.get("precise-prefix-cache-producer")) is not None:
+        [deployment] = [each for each in build(FOLDER / "overlays" / "cuda-kv-events") if each["kind"] == "Deployment"]
+        ports = {
+            port["name"]: port["containerPort"] for port in server_in(deployment["spec"]["template"]["spec"])["ports"]
+        }
+        assert cache["kvEventsConfig"]["podDiscoveryConfig"]["socketPort"] == ports["kv-events"]
+        assert (
+            cache["tokenProcessorConfig"]["blockSize"] == EngineConfig.from_settings(model="smollm2").cache.block_size
+        )
 
 
 def test_the_page_says_how_every_secret_is_made_and_what_every_folder_is_for() -> None:
