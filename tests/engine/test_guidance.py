@@ -65,20 +65,23 @@ class Walker:
         assert not bits[self.vocab_size :].any(), "bits beyond the vocabulary are set"
         return np.flatnonzero(bits)
 
+    def stops_among(self, allowed_A) -> list[int]:
+        return allowed_A[np.isin(allowed_A, [*self.stops])].tolist()
+
     def answer(self, rng, max_tokens=3000, **spec) -> str:
         guide = Guide(self.compiler.compile(StructuredOutputs(**spec)))
         tokens: list[int] = []
         while True:
             allowed_A = self.allowed(guide)
             assert len(allowed_A), f"nothing can follow {self.tokenizer.decode(tokens)!r} in {spec}"
-            stops = [int(t) for t in allowed_A if t in self.stops]
+            stops = self.stops_among(allowed_A)
             if stops and (rng.random() < 0.6 or len(stops) == len(allowed_A)):
                 guide.accept(rng.choice(stops))
                 assert guide.finished
                 return self.tokenizer.decode(tokens, skip_special_tokens=True)
             rank_A = self.rank[allowed_A]
             if len(tokens) > 150 and rng.random() < 0.2:
-                candidates_A = allowed_A[rank_A <= sorted(rank_A)[min(9, len(rank_A) - 1)]]
+                candidates_A = allowed_A[rank_A <= np.sort(rank_A)[min(9, len(rank_A) - 1)]]
             else:
                 hurries = len(tokens) > 150 or rng.random() < 0.5
                 candidates_A = allowed_A[rank_A == rank_A.min()] if hurries else allowed_A

@@ -3,9 +3,8 @@
 import json
 import random
 
-import jsonschema
 import pytest
-from json_schemas import random_schema
+from json_schemas import check, random_schema
 from scripted import ScriptedDrafter
 from tiny import EOS, MAX_MODEL_LEN, VOCAB_SIZE, drain
 
@@ -69,7 +68,7 @@ def test_guided_answers_are_the_same_with_proposals(create_scripted, plain, back
     for request in guided:
         if request.finish_reason is FinishReason.STOP:
             text = engine.tokenizer.decode(request.output_token_ids, skip_special_tokens=True)
-            jsonschema.validate(json.loads(text), SCHEMAS[int(request.id)])
+            check(json.loads(text), SCHEMAS[int(request.id)])
 
 
 def test_masks_that_ignore_proposals_are_noticed(create_scripted, plain, monkeypatch) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 
 import aiohttp
 import jsonschema
-from json_schemas import REGEXES, random_schema
+from json_schemas import REGEXES, check, random_schema
 from published import ReplyCheck
 
 MODEL = "tiny"
@@ -224,14 +224,14 @@ def _broken_promise(kind: str, body: dict[str, Any], choice: Choice) -> str | No
     }
     try:
         if kind in schemas:
-            jsonschema.validate(json.loads(choice.text), schemas[kind]())
+            check(json.loads(choice.text), schemas[kind]())
         if kind in ("forced tool", "required tool", "response tool"):
             parameters = {
                 tool["name"]: tool["parameters"] for tool in (tool.get("function", tool) for tool in body["tools"])
             }
             assert choice.calls, "no call"
             for name, arguments in choice.calls.values():
-                jsonschema.validate(json.loads(arguments), parameters[name])
+                check(json.loads(arguments), parameters[name])
     except (AssertionError, KeyError, ValueError, jsonschema.ValidationError) as error:
         return f"{type(error).__name__} {str(error)[:200]} of {choice}"
     return None
