@@ -14,6 +14,7 @@ BUILDER ?= docker
 TARGET ?= cpu
 VENV := .venv
 BIN := $(VENV)/bin
+PYTEST := PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadfile --no-loadscope-reorder
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
 CREATED := $(VENV)/.created
@@ -40,10 +41,10 @@ demo: $(MODEL)
 	@$(BIN)/stepgraph demo
 
 test: $(DEV) $(MODEL)
-	@PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadfile $(PYTEST_FLAGS)
+	@$(PYTEST) $(PYTEST_FLAGS)
 
 test-ranks: $(DEV)
-	@PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadfile $(RANK_TESTS) $(PYTEST_FLAGS)
+	@$(PYTEST) $(RANK_TESTS) $(PYTEST_FLAGS)
 
 lint: $(DEV)
 	$(BIN)/ruff check .

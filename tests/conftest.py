@@ -2,6 +2,7 @@
 
 import gc
 import os
+from collections import Counter
 from collections.abc import Iterator
 
 import stepgraph  # noqa: F401  # before torch, as it settles how torch's threads wait
@@ -30,6 +31,13 @@ settings.register_profile(
     "stepgraph", deadline=None, suppress_health_check=[HealthCheck.too_slow]
 )  # no test asserts a time
 settings.load_profile("stepgraph")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files with slow tests come first, then those with many tests: no process is left alone with a long one at the end."""
+    num_tests = Counter(item.path for item in items)
+    with_slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: (item.path not in with_slow, -num_tests[item.path]))
 
 
 @pytest.fixture(scope="session", autouse=True)

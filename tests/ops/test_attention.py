@@ -93,6 +93,7 @@ def test_16_bit_inputs_match(rows: list[tuple[int, int]], dtype: torch.dtype, de
 
 
 @given(data=st.data())
+@pytest.mark.slow
 @settings(max_examples=15)
 def test_random_mixtures_match(data: st.DataObject, device: str) -> None:
     rows = data.draw(st.lists(st.tuples(st.integers(0, 40), st.integers(0, 400)), min_size=1, max_size=4))

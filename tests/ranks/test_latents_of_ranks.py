@@ -132,6 +132,7 @@ def mismatches(create_ranked, folder):
     return check
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("num_ranks", "settings"),
     [

@@ -74,6 +74,7 @@ def answers(engine: Engine, prompts=PROMPTS, params: SamplingParams = GREEDY) ->
     return [list(request.output_token_ids) for request in requests]
 
 
+@pytest.mark.slow
 def test_a_rank_without_requests_takes_part_in_a_thousand_steps(one_layer, create_ranked) -> None:
     params = SamplingParams(temperature=0, max_tokens=250, ignore_eos=True)
     [expected] = answers(create_ranked(config_of(one_layer)), [[5, 6, 7]], params)

@@ -11,6 +11,7 @@ _NUMBERS = (4047, 4061, 4102, 4242, 4288, 4299, 4310, 4465, 4516, 4605)  # which
 CASES = [(number, 2 + number % 3) for number in _NUMBERS]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("number", "num_ranks"), CASES)
 def test_ranks_of_a_random_engine_agree_and_give_the_tokens_of_one(number, num_ranks, tmp_path, create_ranked) -> None:
     outcome = run_case(random_case(number, num_ranks), tmp_path, create_ranked)

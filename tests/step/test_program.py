@@ -80,6 +80,7 @@ def test_the_tile_bound_holds_on_every_partition_and_is_reached(group, tile) -> 
     assert max(tiles) == max_tiles(160, 3, group, tile) <= max_tiles(160, 8, group, tile)
 
 
+@pytest.mark.slow
 def test_one_graph_is_right_on_the_partitions_of_160_tokens_into_up_to_3_rows(runner, device) -> None:
     """On every one where kernels have tiles; where they have none, and tokens make no difference to a launch, on each fifth."""
     every = 1 if device == "cuda" else 5

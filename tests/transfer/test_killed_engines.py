@@ -17,6 +17,7 @@ def processes():
     made.close()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif("sys.platform != 'linux'", reason="engines give their memory to others on Linux alone")
 @pytest.mark.parametrize("killed", ["source", "sink"])
 def test_the_other_engine_answers_right_and_keeps_nothing(killed, processes, tiny_model) -> None:
