@@ -64,3 +64,21 @@ if not torch.cuda.is_available():
         vars(self).update(of_block_types[key])
 
     core.tensor.__init__, core.block_type.__init__ = initialise_tensor_once, initialise_block_type_once
+
+    # It makes a new shape of any two, compares types by the names of what both are unwrapped from, and calls each function of the
+    # language through two others.
+    semantic = interpreter.interpreter_semantic
+    broadcast, are_equal = semantic.broadcast_impl_value, core.dtype.__eq__
+
+    def broadcast_unless_alike(lhs, rhs):
+        if lhs.type.is_block() and rhs.type.is_block() and list(lhs.type.shape) == list(rhs.type.shape):
+            return lhs, rhs
+        return broadcast(lhs, rhs)
+
+    def patch_function(module, name, function, _builder, scope) -> None:
+        body = getattr(function, "__wrapped__", function)
+        scope.set_attr(module, name, lambda *args, **kwargs: body(*args, **kwargs | {"_semantic": semantic}))
+
+    semantic.broadcast_impl_value = broadcast_unless_alike
+    core.dtype.__eq__ = lambda self, other: self is other or are_equal(self, other)
+    interpreter._patch_attr = patch_function
