@@ -16,6 +16,7 @@ import torch
 
 from stepgraph.layers.experts import Experts, MixtureMLP
 from stepgraph.layers.formats import Packed
+from stepgraph.layers.gated_delta import GatedDelta
 from stepgraph.layers.inputs import AttentionSpec
 from stepgraph.layers.latent_attention import LatentSizes
 from stepgraph.layers.matrix import Matrix
@@ -111,13 +112,26 @@ def step_cost(
     kv_per_token = sum(spec.cached_numbers for spec in specs)
     cached = next(model.parameters()).element_size() * kv_per_token * sum(kv_len + n for n, kv_len in rows)
     attention = sum(attention_flops(spec, rows, latent_sizes(model)) for spec in specs)
+    deltas = [module for module in model.modules() if isinstance(module, GatedDelta)]
+    states = sum(2 * item.num_bytes for delta in deltas for item in delta.cache_spec(model.dtype).state)
+    delta_flops = sum(_delta_flops(delta) for delta in deltas)
     mixtures = mixtures_of(model)
     loads = [_expected(mixture, num_tokens) for mixture in mixtures] if loads is None else loads
     experts = [_experts_cost(mixture.experts, load, num_tokens) for mixture, load in zip(mixtures, loads, strict=True)]
     return StepCost(
-        weight_bytes + cached + sum(cost.bytes for cost in experts),
-        2 * num_tokens * (weights - head) + 2 * len(rows) * head + attention + sum(cost.flops for cost in experts),
+        weight_bytes + cached + len(rows) * states + sum(cost.bytes for cost in experts),
+        2 * num_tokens * (weights - head)
+        + 2 * len(rows) * head
+        + attention
+        + num_tokens * delta_flops
+        + sum(cost.flops for cost in experts),
     )
+
+
+def _delta_flops(delta: GatedDelta) -> int:
+    """Of a token: three products of a head's state with a vector, or of two vectors."""
+    sizes = delta.sizes
+    return 6 * sizes.num_value_heads * sizes.key_dim * sizes.value_dim
 
 
 def latent_sizes(model: LanguageModel) -> LatentSizes | None:

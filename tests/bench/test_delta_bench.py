@@ -1,0 +1,19 @@
+"""What a step of a model with gated delta rules costs at least."""
+
+import torch
+
+from stepgraph.bench.roofline import step_cost
+from stepgraph.models import resolve
+from stepgraph.models.registry import ARCHITECTURES
+
+
+def test_states_are_read_and_written_once_per_row() -> None:
+    config = resolve("qwen3.5-9b").config
+    model = ARCHITECTURES[config.architecture](
+        config, max_model_len=64, dtype=torch.bfloat16, device=torch.device("meta")
+    )
+    state = 24 * (32 * 128 * 128 * 4 + 3 * 8192 * 2)
+    key_values = 8 * 2 * 4 * 256 * 2
+    one, longer, two = (step_cost(model, rows) for rows in ([(1, 30)], [(64, 93)], [(1, 30), (1, 50)]))
+    assert two.bytes - one.bytes == 2 * state + key_values * 51
+    assert longer.bytes - one.bytes == key_values * (63 + 63)
