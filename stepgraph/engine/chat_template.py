@@ -143,6 +143,31 @@ class ChatTemplate:
         documents: Sequence[Mapping[str, Any]] | None = None,
         **more: Any,
     ) -> str:
+        if self._shows_parts_only:
+            messages = [_in_parts(message) for message in messages]
+        return self._rendered(messages, tools=tools, documents=documents, **more)
+
+    @cached_property
+    def _shows_parts_only(self) -> bool:
+        """Whether it leaves out content that is a text and no list of parts, as templates of multimodal models may."""
+        probe = {"role": "user", "content": "probetext"}
+
+        def shows(message: Message) -> bool:
+            try:
+                return probe["content"] in self._rendered([message])
+            except Exception:  # templates are programs, and raise what they like
+                return False
+
+        return not shows(probe) and shows(_in_parts(probe))
+
+    def _rendered(
+        self,
+        messages: Sequence[Message],
+        *,
+        tools: Sequence[Mapping[str, Any]] = (),
+        documents: Sequence[Mapping[str, Any]] | None = None,
+        **more: Any,
+    ) -> str:
         return str(
             self._require().apply_chat_template(
                 list(messages),
@@ -160,6 +185,12 @@ class ChatTemplate:
             return self._apply(messages, add_generation_prompt=True, **given)
         except Exception:  # templates are programs, and raise what they like
             return None
+
+
+def _in_parts(message: Message) -> Message:
+    """The same message, its text as the one part of its content."""
+    content = message.get("content")
+    return {**message, "content": [{"type": "text", "text": content}]} if isinstance(content, str) else message
 
 
 def _settled() -> frozenset[str]:

@@ -261,7 +261,10 @@ def check_supported(hf_config: Any) -> None:
 
     refuse = partial(_refuse, hf_config)
     if field("vision_config") or field("audio_config") or field("text_config"):
-        refuse("it is multimodal", "Text-only decoders are supported.")
+        refuse(
+            "it is multimodal",
+            "Text-only decoders are supported, and the text parts of classes that docs/models.md lists.",
+        )
     if architecture_of(hf_config) not in _LATENT or field("index_topk"):
         check_attention(hf_config)  # before experts, which are not what is in the way
     scales_queries = architecture_of(hf_config) in _SCALING_QUERIES

@@ -12,8 +12,16 @@ from typing import Any
 
 _CLASSES = frozenset(
     (
+        "Ernie4_5_VLMoeForConditionalGeneration",
         "Gemma3ForConditionalGeneration",
+        "Gemma4ForConditionalGeneration",
+        "Glm46VForConditionalGeneration",
+        "Glm4vForConditionalGeneration",
+        "InternVLForConditionalGeneration",
+        "Lfm2VlForConditionalGeneration",
+        "MiniCPMV4_6ForConditionalGeneration",
         "Mistral3ForConditionalGeneration",
+        "MuseGlimmerForConditionalGeneration",
         "Qwen2VLForConditionalGeneration",
         "Qwen2_5_VLForConditionalGeneration",
         "Qwen3VLForConditionalGeneration",

@@ -29,6 +29,9 @@ _KINDS = {
     "MODEL_FOR_OBJECT_DETECTION_MAPPING_NAMES": "a model of images",
 }
 """By transformers' lists of model types: what models of these types are."""
+_OTHERS = (
+    "See docs/models.md for those; one that does what its text alone would may be added, see docs/adding-a-model.md."
+)
 _TEXT_ONLY = "What runs are decoders that read and write text only."
 
 
@@ -63,6 +66,8 @@ def check_class(hf_config: Any, runs: Callable[[Any], bool]) -> None:
                 f"it is not the class of its type that writes text, which is {name}",
                 f"A checkpoint that was saved as {name} runs.",
             )
+    if kind == "multimodal":
+        refuse("it is multimodal, and its decoder is none of those that run by themselves", _OTHERS)
     refuse(f"it is {kind}", _TEXT_ONLY)
 
 
@@ -79,7 +84,7 @@ def check_fields(hf_config: Any) -> None:
         return getattr(hf_config, name, None)
 
     if value("vision_config") or value("audio_config") or value("text_config"):
-        refuse("it is multimodal", _TEXT_ONLY)
+        refuse("it is multimodal, and its decoder is none of those that run by themselves", _OTHERS)
     if value("is_encoder_decoder"):
         refuse("it is of an encoder and a decoder (is_encoder_decoder in its config)", CAUSAL_ONLY)
     if value("use_bidirectional_attention") or value("is_causal") is False:

@@ -83,6 +83,7 @@ class _Passed(ModelOutput):
     video_outputs: None = None
     audio_outputs: None = None
     audio_hidden_states: None = None
+    shared_kv_states: None = None
 
 
 class _PassThrough(nn.Module):

@@ -252,6 +252,17 @@ def test_what_is_no_conversation_is_refused_by_its_place(templates, messages, er
         templates["gemma"].render(messages)
 
 
+def test_a_template_that_shows_parts_only_gets_parts() -> None:
+    text = (
+        "{% for m in messages %}<{{ m.role }}>"
+        "{% for part in m['content'] | selectattr('type', 'equalto', 'text') %}{{ part['text'] }}{% endfor %}{% endfor %}"
+    )
+    template = ChatTemplate(TOKENIZER, text)
+    turns = said("system: Be short.", "user: Hello", "assistant: Hi")
+    turns += [{"role": "user", "content": [{"type": "text", "text": "Bye"}]}]
+    assert template.render(turns) == "<system>Be short.<user>Hello<assistant>Hi<user>Bye"
+
+
 def test_content_in_parts_is_their_text(templates) -> None:
     parts = [{"type": "text", "text": "Hel"}, {"type": "input_text", "text": "lo"}, {"type": "refusal", "refusal": "!"}]
     prompt = templates["three roles"].render([{"role": "user", "content": parts}])
