@@ -62,8 +62,9 @@ dist: $(DEV) $(MODEL)
 	@OMP_NUM_THREADS=1 $(BIN)/python scripts/check_release.py $(RELEASE_FLAGS)
 
 image:
-	$(BUILDER) build --target $(TARGET) --tag stepgraph:$(TARGET) --build-arg COMMIT="$$(git rev-parse HEAD)" \
-		--build-arg VERSION="$$(sed -n 's/^VERSION = "\(.*\)"/\1/p' stepgraph/version.py)" $(IMAGE_FLAGS) .
+	version="$$(sed -n 's/^VERSION = "\(.*\)"/\1/p' stepgraph/version.py)" && \
+	$(BUILDER) build --target $(TARGET) --tag stepgraph:$(TARGET) --tag "stepgraph:$$version-$(TARGET)" \
+		--build-arg COMMIT="$$(git rev-parse HEAD)" --build-arg VERSION="$$version" $(IMAGE_FLAGS) .
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

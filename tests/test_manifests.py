@@ -122,6 +122,7 @@ def test_resources_are_what_kubernetes_and_its_extensions_understand(name, versi
         ("InferencePool", ("endpointPickerRef", "port"), 9002),
         ("HTTPRoute", ("rules", 0, "timeouts", "request"), "never"),
         ("PodMonitor", ("podMetricsEndpoints", 0, "port"), 8000),
+        ("ServiceMonitor", ("endpoints", 0, "port"), 8000),
         ("LLMInferenceService", ("images",), []),
         ("InferenceObjective", ("priority",), "high"),
     ],
@@ -225,11 +226,14 @@ def test_what_selects_pods_selects_those_of_a_server() -> None:
             assert selected(spec["selector"]), name
         elif resource["kind"] == "NetworkPolicy":
             assert selected(spec["podSelector"]["matchLabels"]), name
-        elif resource["kind"] in ("Deployment", "InferencePool"):
+        elif resource["kind"] in ("Deployment", "InferencePool", "PodMonitor"):
             assert selected(spec["selector"]["matchLabels"]), name
-        elif resource["kind"] == "PodMonitor":
-            [expression] = spec["selector"]["matchExpressions"]
-            assert all(selected({expression["key"]: value}) for value in expression["values"]), name
+        elif resource["kind"] == "ServiceMonitor":
+            assert any(
+                spec["selector"]["matchLabels"].items() <= each["metadata"]["labels"].items()
+                for each in ALL.values()
+                if each["kind"] == "Service"
+            ), name
     for file in VALUES:
         [values] = documents(file)
         assert selected(values["router"]["modelServers"]["matchLabels"]), file
@@ -247,10 +251,10 @@ def test_routes_and_monitors_name_what_is_there(routes) -> None:
     for path in ("/v1/chat/completions", "/v1/completions"):
         assert ("POST", path) in routes
         assert path.startswith(rule["matches"][0]["path"]["value"])
-    [monitor] = build(FOLDER / "monitoring")
-    [endpoint] = monitor["spec"]["podMetricsEndpoints"]
-    assert ("GET", endpoint["path"]) in routes
-    assert endpoint["port"] == "http"
+    for monitor in build(FOLDER / "monitoring"):
+        [endpoint] = monitor["spec"]["endpoints" if monitor["kind"] == "ServiceMonitor" else "podMetricsEndpoints"]
+        assert ("GET", endpoint["path"]) in routes
+        assert endpoint["port"] == "http"
 
 
 @pytest.mark.parametrize("file", VALUES, ids=name_of)
