@@ -24,7 +24,10 @@ def tiny_server(tiny_model) -> LiveServer:
 @pytest.fixture(scope="session")
 def chat_server(smollm2) -> LiveServer:
     """Serves the embedded model, as "smollm2"."""
-    flags = "--device cpu --dtype float32 --max-num-seqs 8 --max-model-len 2048 --capture-sizes 1 8 64 512 --capture-rows 1 8"
+    flags = (
+        "--device cpu --dtype float32 --max-num-seqs 8 --max-model-len 2048 "
+        "--capture-sizes 1 8 64 128 256 512 --capture-rows 1 8"
+    )
     with running_server("smollm2", shlex.split(flags)) as server:
         yield server
 
