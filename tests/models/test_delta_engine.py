@@ -1,11 +1,15 @@
 """Models with gated delta rules in an engine: states per slot beside keys and values, against transformers in float32."""
 
+import json
 import random
 from math import isfinite
+from shutil import copytree
 
 import pytest
 import torch
 from checkpoints import HF_CONFIGS, random_hf_model
+from lora_folders import ALPHA, RANK, save_adapter
+from safetensors.torch import load_file, save_file
 from scripted import ScriptedDrafter, watch_drafts
 from tiny import TINY_SETTINGS, drain
 
@@ -66,12 +70,12 @@ def engine(checkpoint, device):
     return create(checkpoint[0], device)
 
 
-def generate(engine: Engine, prompts, *, together: bool, preemption: float = 0.0):
+def generate(engine: Engine, prompts, *, together: bool, preemption: float = 0.0, adapter: str | None = None):
     """What each prompt is answered; with a chance of `preemption` at each step, all that run start anew."""
     rng, requests = random.Random(1), []
     params = SamplingParams(temperature=0, max_tokens=NUM_TOKENS, ignore_eos=True, logprobs=0)
     for number, prompt in enumerate(prompts):
-        requests.append(engine.add_request(f"{number}", prompt, params))
+        requests.append(engine.add_request(f"{number}", prompt, params, adapter=adapter))
         if not together:
             drain(engine)
     while engine.has_work:
@@ -159,3 +163,41 @@ def test_random_weights_are_finite(checkpoint, device) -> None:
     (request,) = generate(engine, checkpoint[1][-1:], together=True)
     assert all(isfinite(entry.logprob) for entry in request.output_logprobs)
     assert all(parameter.isfinite().all() for parameter in runner_of(engine.executor).model.parameters())
+
+
+def test_an_adapter_is_what_merged_weights_are(checkpoint, device, tmp_path) -> None:
+    """Of projections whose rows are put in another order as they are loaded."""
+    folder, prompts, _ = checkpoint
+    tensors, pairs = load_file(f"{folder}/model.safetensors"), {}
+    generator = torch.Generator().manual_seed(0)
+    for name in [name for name in tensors if ".in_proj_" in name or ".out_proj" in name or ".self_attn.q_proj" in name]:
+        outputs, inputs = tensors[name].shape
+        a = torch.randn(RANK, inputs, generator=generator) / inputs**0.5
+        b = torch.randn(outputs, RANK, generator=generator) / 4
+        pairs[name.removesuffix(".weight")] = a, b
+        tensors[name] += ALPHA / RANK * b @ a
+    copytree(folder, tmp_path / "merged")
+    save_file(tensors, tmp_path / "merged" / "model.safetensors", metadata={"format": "pt"})
+    (tmp_path / "adapter").mkdir()
+    adapter = save_adapter(tmp_path / "adapter", pairs)
+    merged = generate(create(str(tmp_path / "merged"), device, graph_backend="eager"), prompts[2:6], together=True)
+    engine = create(folder, device, graph_backend="eager", enable_lora=True, max_lora_rank=RANK)
+    adapted = generate(engine, prompts[2:6], together=True, adapter=adapter)
+    assert [request.output_token_ids for request in adapted] == [request.output_token_ids for request in merged]
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"hidden_act": "gelu_pytorch_tanh"}, "run with silu"),
+        ({"linear_num_value_heads": 5}, "must be a multiple of key heads"),
+        ({"linear_conv_kernel_dim": 1}, "at least 2 tokens"),
+        ({"layer_types": ["linear_attention"] * 2}, "at least one must be full_attention"),
+        ({"layer_types": ["linear_attention", "sliding_attention"]}, "layers of type sliding_attention"),
+    ],
+)
+def test_configs_of_other_layers_are_refused(tmp_path, changes, said) -> None:
+    config = HF_CONFIGS["qwen3.5"]().to_dict() | {"architectures": ["Qwen3_5ForCausalLM"]} | changes
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ModelError, match=said):
+        resolve(str(tmp_path))

@@ -58,23 +58,24 @@ def _causal_conv_kernel(
             for place in tl.static_range(P):
                 sum_C = tl.zeros((BLOCK_C,), tl.float32)
                 for tap in tl.static_range(W):
-                    back: tl.constexpr = P - tap
-                    if place >= back:
-                        input_C = tl.load(x_C + (place - back) * x_stride, mask=inside_C & (place < length), other=0.0)
+                    if place + tap >= P:  # P - tap tokens before
+                        input_C = tl.load(
+                            x_C + (place + tap - P) * x_stride, mask=inside_C & (place < length), other=0.0
+                        )
                     else:
-                        input_C = tl.load(state_C + (P + place - back) * CHANNELS, mask=inside_C & has_state, other=0.0)
+                        input_C = tl.load(state_C + (place + tap) * CHANNELS, mask=inside_C & has_state, other=0.0)
                     tap_C = tl.load(weight_ptr + channel_C * W + tap, mask=inside_C, other=0.0)
                     sum_C += input_C.to(tl.float32) * tap_C.to(tl.float32)
                 out_C = out_ptr + (first + place).to(tl.int64) * CHANNELS + channel_C
                 tl.store(out_C, _silu(sum_C).to(out_ptr.dtype.element_ty), mask=inside_C & (place < length))
             # Entry i takes what entry i + stored holds, or a token: later entries are read before they are written.
             for entry in tl.static_range(P):
-                place = stored - P + entry
+                source = stored + entry - P
                 kept_C = tl.load(
-                    state_C + (stored + entry) * CHANNELS, mask=inside_C & has_state & (place < 0), other=0.0
+                    state_C + (stored + entry) * CHANNELS, mask=inside_C & has_state & (source < 0), other=0.0
                 )
-                token_C = tl.load(x_C + place * x_stride, mask=inside_C & (place >= 0), other=0.0)
-                tl.store(state_C + entry * CHANNELS, tl.where(place < 0, kept_C, token_C), mask=inside_C)
+                token_C = tl.load(x_C + source * x_stride, mask=inside_C & (source >= 0), other=0.0)
+                tl.store(state_C + entry * CHANNELS, tl.where(source < 0, kept_C, token_C), mask=inside_C)
     else:
         token_B = (program - num_rows) * BLOCK_B + tl.arange(0, BLOCK_B)
         row_R = tl.arange(0, ROWS)

@@ -21,6 +21,8 @@ _VALUES = 32
 """Of a head, in a program of the scan."""
 _BLOCK = 16
 """Rows of a chunk's system that are solved one by one; blocks of them then follow from each other."""
+_ANY = 1 << 30
+"""More tokens than a row has."""
 
 
 @triton.jit
@@ -248,7 +250,6 @@ def _run_chunks(
 @triton.jit
 def _run(
     state_ND,
-    length,
     first,
     count,
     qkv_ptr,
@@ -267,22 +268,15 @@ def _run(
     E: tl.constexpr,
     CHUNK: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    FEW: tl.constexpr,
-    HAS_CHUNKS: tl.constexpr,
+    CHUNKED: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """The state after `count` tokens from `first` on, of a row that has `length`."""
-    if HAS_CHUNKS:
-        if length > FEW:
-            state_ND = _run_chunks(
-                state_ND, first, count, qkv_ptr, ba_ptr, keys_ptr, values_ptr, out_ptr, a_log, dt_bias, ba_stride, head,
-                entry_D, HEADS, KEY_HEADS, N, E, CHUNK, BLOCK_N, PRECISION,
-            )  # fmt: skip
-        else:
-            state_ND = _run_tokens(
-                state_ND, first, count, qkv_ptr, ba_ptr, out_ptr, a_log, dt_bias, ba_stride, head, entry_D, HEADS, KEY_HEADS,
-                N, E, BLOCK_N,
-            )  # fmt: skip
+    """The state after `count` tokens from `first` on."""
+    if CHUNKED:
+        state_ND = _run_chunks(
+            state_ND, first, count, qkv_ptr, ba_ptr, keys_ptr, values_ptr, out_ptr, a_log, dt_bias, ba_stride, head, entry_D,
+            HEADS, KEY_HEADS, N, E, CHUNK, BLOCK_N, PRECISION,
+        )  # fmt: skip
     else:
         state_ND = _run_tokens(
             state_ND, first, count, qkv_ptr, ba_ptr, out_ptr, a_log, dt_bias, ba_stride, head, entry_D, HEADS, KEY_HEADS, N, E,
@@ -314,15 +308,16 @@ def _scan_kernel(
     CHUNK: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
-    FEW: tl.constexpr,
-    HAS_CHUNKS: tl.constexpr,  # rows of more than FEW tokens can be there, and are to run by chunks
     PRECISION: tl.constexpr,
+    CHUNKED: tl.constexpr,  # else token by token
+    LEAST: tl.constexpr,
+    MOST: tl.constexpr,
 ):
-    """One program per block of values, head and row."""
+    """One program per block of values, head and row of `LEAST` to `MOST` tokens."""
     head, row = tl.program_id(1), tl.program_id(2)
     first = tl.load(query_start_ptr + row)
     length = tl.load(query_start_ptr + row + 1) - first
-    if length > 0:
+    if (length >= LEAST) & (length <= MOST):
         stored = tl.load(num_stored_ptr + row)
         has_state = tl.load(start_ptr + row) > 0
         a_log, dt_bias = tl.load(a_log_ptr + head), tl.load(dt_bias_ptr + head)
@@ -333,14 +328,14 @@ def _scan_kernel(
         place_ND = entry_N[:, None] * E + entry_D[None, :]
         state_ND = tl.load(state_ptr + place_ND, mask=inside_ND & has_state, other=0.0)
         state_ND = _run(
-            state_ND, length, first, stored, qkv_ptr, ba_ptr, keys_ptr, values_ptr, out_ptr, a_log, dt_bias, ba_stride, head,
-            entry_D, HEADS, KEY_HEADS, N, E, CHUNK, BLOCK_N, FEW, HAS_CHUNKS, PRECISION,
+            state_ND, first, stored, qkv_ptr, ba_ptr, keys_ptr, values_ptr, out_ptr, a_log, dt_bias, ba_stride, head,
+            entry_D, HEADS, KEY_HEADS, N, E, CHUNK, BLOCK_N, CHUNKED, PRECISION,
         )  # fmt: skip
         tl.store(state_ptr + place_ND, state_ND, mask=inside_ND)
         if stored < length:
             _run(
-                state_ND, length, first + stored, length - stored, qkv_ptr, ba_ptr, keys_ptr, values_ptr, out_ptr, a_log,
-                dt_bias, ba_stride, head, entry_D, HEADS, KEY_HEADS, N, E, CHUNK, BLOCK_N, FEW, HAS_CHUNKS, PRECISION,
+                state_ND, first + stored, length - stored, qkv_ptr, ba_ptr, keys_ptr, values_ptr, out_ptr, a_log,
+                dt_bias, ba_stride, head, entry_D, HEADS, KEY_HEADS, N, E, CHUNK, BLOCK_N, CHUNKED, PRECISION,
             )  # fmt: skip
 
 
@@ -370,50 +365,26 @@ def gated_delta(
     key_heads = (width - heads * E) // (2 * N)
     # Products of float32 keep all bits; what is of 16 bits is no more exact than three products of TF32.
     precision = "ieee" if qkv.dtype == torch.float32 else "tf32x3"
-    sizes = {"HEADS": heads, "KEY_HEADS": key_heads, "N": N, "E": E, "CHUNK": CHUNK, "FEW": FEW, "PRECISION": precision}
-    block_n, block_d = max(16, triton.next_power_of_2(N)), max(16, min(_VALUES, triton.next_power_of_2(E)))
+    sizes = {"HEADS": heads, "KEY_HEADS": key_heads, "N": N, "E": E, "CHUNK": CHUNK, "PRECISION": precision}
+    sizes |= {"BLOCK_N": max(16, triton.next_power_of_2(N)), "num_warps": 4}
+    block_d = max(16, min(_VALUES, triton.next_power_of_2(E)))
     out = qkv.new_empty(num_tokens, heads * E)
-    num_chunks = 0 if deterministic else most_chunks(num_tokens, num_rows)
-    has_chunks = num_chunks > 0 and num_tokens > FEW
-    keys = values = out
-    if has_chunks:
-        keys, values = qkv.new_empty(num_tokens, heads, N), qkv.new_empty(num_tokens, heads, E)
-        _prepare_kernel[(num_chunks, heads)](
-            qkv,
-            ba,
-            a_log,
-            dt_bias,
-            query_start,
-            num_stored,
-            keys,
-            values,
-            ba.stride(0),
-            num_rows,
-            ROWS=row_capacity(num_rows),
-            BLOCK=_BLOCK,
-            BLOCK_N=block_n,
-            BLOCK_D=block_d,
-            **sizes,
-            num_warps=4,
-        )
-    _scan_kernel[(triton.cdiv(E, block_d), heads, num_rows)](
-        qkv,
-        ba,
-        a_log,
-        dt_bias,
-        keys,
-        values,
-        state,
-        out,
-        row_slot,
-        query_start,
-        start,
-        num_stored,
-        ba.stride(0),
-        BLOCK_N=block_n,
-        BLOCK_D=block_d,
-        HAS_CHUNKS=has_chunks,
-        **sizes,
-        num_warps=4,
-    )
+    grid = triton.cdiv(E, block_d), heads, num_rows
+    inputs = qkv, ba, a_log, dt_bias
+    rows = row_slot, query_start, start, num_stored, ba.stride(0)
+    if deterministic or num_tokens <= FEW:
+        _scan_kernel[grid](
+            *inputs, out, out, state, out, *rows, **sizes, BLOCK_D=block_d, CHUNKED=False, LEAST=1, MOST=_ANY
+        )  # fmt: skip
+        return out
+    keys, values = qkv.new_empty(num_tokens, heads, N), qkv.new_empty(num_tokens, heads, E)
+    _prepare_kernel[(most_chunks(num_tokens, num_rows), heads)](
+        *inputs, query_start, num_stored, keys, values, ba.stride(0), num_rows, **sizes, ROWS=row_capacity(num_rows),
+        BLOCK=_BLOCK, BLOCK_D=block_d, FEW=FEW,
+    )  # fmt: skip
+    # Apart, so that rows of few tokens, which wait for their states, share a multiprocessor with many: chunks take its memory.
+    for chunked, least, most in ((True, FEW + 1, _ANY), (False, 1, FEW)):
+        _scan_kernel[grid](
+            *inputs, keys, values, state, out, *rows, **sizes, BLOCK_D=block_d, CHUNKED=chunked, LEAST=least, MOST=most
+        )  # fmt: skip
     return out

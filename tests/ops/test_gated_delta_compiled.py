@@ -1,0 +1,58 @@
+"""Kernels of gated delta rules, compiled for a Hopper GPU on any machine: the interpreter takes what the compiler would not."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+COMPILED = """
+import re
+import stepgraph
+import torch
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+from stepgraph.platforms import kernels, tuning
+from stepgraph.platforms.compile_ahead import COMPILING
+
+class Hopper:
+    def get_current_target(self): return GPUTarget("cuda", 90, 32)
+    def get_current_device(self): return 0
+    def get_current_stream(self, device): return 0
+
+driver.set_active(Hopper())
+kernels.kernel_tuning = lambda: tuning.SM_90
+COMPILING.set(True)
+from stepgraph.ops.causal_conv import triton as conv
+from stepgraph.ops.gated_delta import triton as delta
+from stepgraph.ops.gated_norm import triton as norm
+
+G, H, N, D = 16, 32, 128, 128
+C = 2 * G * N + H * D
+state = torch.empty(2, H, N, D), torch.empty(2, 3, C, dtype=torch.bfloat16)
+for tokens, rows in ((8, 8), (2048, 64)):
+    slot, start, stored = (torch.zeros(rows, dtype=torch.int32) for _ in range(3))
+    operands = slot, torch.zeros(rows + 1, dtype=torch.int32), start, stored
+    qkvz = torch.empty(tokens, C + H * D, dtype=torch.bfloat16)
+    ba, of_heads = torch.empty(tokens, 2 * H, dtype=torch.bfloat16), torch.empty(H)
+    qkv = conv.causal_conv(qkvz[:, :C], torch.empty(C, 4, dtype=torch.bfloat16), state[1], *operands)
+    out = delta.gated_delta(qkv, ba, of_heads, of_heads, state[0], *operands, False)
+    norm.gated_norm(out, qkvz[:, C:], torch.empty(D, dtype=torch.bfloat16), 1e-6)
+for kernel in (conv._causal_conv_kernel, delta._prepare_kernel, delta._scan_kernel, norm._gated_norm_kernel):
+    for compiled in kernel.device_caches[0][0].values():
+        ptx = compiled.asm["ptx"]
+        products = "wgmma" if "wgmma.mma_async" in ptx else "mma" if "mma.sync" in ptx else "none"
+        print(products, compiled.metadata.shared)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="Triton is there on Linux only")
+def test_they_compile_and_chunks_run_on_tensor_cores() -> None:
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, "-c", COMPILED], env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    found = [line.split() for line in done.stdout.splitlines()]
+    assert [products for products, _ in found] == ["none", "none", "wgmma", "none", "wgmma", "none", "none"]
+    assert all(int(shared) <= 227 << 10 for _, shared in found)
