@@ -5,6 +5,7 @@ import json
 
 import pytest
 import torch
+from fp8_folders import write_fp8
 from multimodal import IMAGE_TOKEN, MULTIMODAL, random_multimodal_model
 from safetensors.torch import load_file, save_file
 from stepping import Stepper
@@ -151,6 +152,12 @@ def test_weights_are_updated_from_all_tensors_of_the_whole_model(saved, tmp_path
     write(plan_update(model, new.items()))
     torch.testing.assert_close(model.norm.weight, new["model.language_model.norm.weight"])
     torch.testing.assert_close(model.embed_tokens.weight, new["model.language_model.embed_tokens.weight"])
+
+
+def test_ministral_3_is_read_in_the_8_bits_in_which_it_is_published(saved, tmp_path) -> None:
+    plain = write_fp8(saved("ministral 3")[1], tmp_path / "fp8", "fp8 as Mistral writes it", ignored=("vision_tower",))
+    expected, found = (all_logits(load_model(resolve(str(path)), **CPU)) for path in (plain, tmp_path / "fp8"))
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
 
 
 def test_what_the_whole_config_says_of_the_decoder_holds(saved, tmp_path) -> None:
