@@ -6,6 +6,7 @@ A reply is a stream: first its status and headers, then pieces of its body.
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from collections.abc import AsyncGenerator
 from typing import NamedTuple, TypeAlias
 
@@ -32,6 +33,8 @@ class HttpRequest(NamedTuple):
     query: bytes
     headers: Headers
     body: bytes
+    sender: str = ""
+    """Names the process that sends it, as routers count what others have sent."""
 
     def scope(self) -> Scope:
         """As ASGI has it."""
@@ -72,6 +75,12 @@ class Answering:
     def __init__(self, app: ASGIApp):
         self._app = app
         self._num_streams = 0
+        self._senders: Counter[str] = Counter()
+
+    @property
+    def num_by_sender(self) -> dict[str, int]:
+        """Requests that are being answered."""
+        return dict(self._senders)
 
     async def answer(self, request: HttpRequest) -> AsyncGenerator[Head | bytes]:
         """A reply. Whoever closes the stream leaves, and ends the request.
@@ -91,6 +100,7 @@ class Answering:
         working = asyncio.ensure_future(self._app(request.scope(), receive, outbox.send))
         working.add_done_callback(outbox.end)
         self._num_streams += 1
+        self._senders[request.sender] += 1
         try:
             head = await outbox.head()
             yield head._replace(content=outbox.take())
@@ -101,6 +111,8 @@ class Answering:
             working.result()
         finally:
             self._num_streams -= 1
+            self._senders[request.sender] -= 1
+            self._senders = +self._senders  # without those that have none left
             left.set()
             if not working.done():
                 await asyncio.wait((working,), timeout=_LEAVE_S)

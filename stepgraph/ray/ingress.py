@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import uuid
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
@@ -71,6 +72,7 @@ class ForwardingApp:
         )
         # which one replica would answer for itself only
         self._of_all = {"/metrics": self._metrics, "/load": self._load}
+        self._name = uuid.uuid4().hex
         self._most_bytes = int(max_body_mib * 2**20) + 1
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -88,7 +90,8 @@ class ForwardingApp:
         body = await self._read(receive)
         if body is None:
             return
-        request = HttpRequest(scope["method"], path, scope["query_string"], _for_replica(scope["headers"]), body)
+        headers = [(bytes(name), bytes(value)) for name, value in scope["headers"]]
+        request = HttpRequest(scope["method"], path, scope["query_string"], headers, body, self._name)
         engines = self._answer if len(body) <= MAX_PIECE_BYTES else self._answer_large
         forwarding = asyncio.create_task(_Forwarding(engines, request, scope, receive, send).run())
         leaving = asyncio.create_task(_left(receive))
@@ -228,7 +231,3 @@ async def _left(receive: Receive) -> None:
 
 def _header(scope: Scope, name: bytes) -> str | None:
     return next((value.decode("latin-1") for key, value in scope["headers"] if key == name), None)
-
-
-def _for_replica(headers: Any) -> list[tuple[bytes, bytes]]:
-    return [(bytes(name), bytes(value)) for name, value in headers]

@@ -93,12 +93,12 @@ class EngineReplica:
         return {"kv_tokens": ready.num_kv_blocks * ready.block_size}
 
     async def record_routing_stats(self) -> dict[str, Any]:
-        """What changes, for routers: whether requests are served, how many there are, and a number that tells one report from
-        the next."""
+        """What changes, for routers: whether requests are served, how many there are of whom, and a number that tells one report
+        from the next."""
         service = self._http.service
         return {
             "is_up": service.trouble is None,
-            "num_unfinished": self._http.replicas.num_unfinished,
+            "num_by_sender": self._answering.num_by_sender,
             "time": time.monotonic(),
         }
 

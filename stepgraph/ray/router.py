@@ -32,7 +32,8 @@ class PrefixAwareRouter(RequestRouter):
         self._router: Router | None = None
         self._places: dict[ReplicaID, int] = {}  # of each replica, its number in the router
         self._free: list[int] = []
-        self._loads: dict[ReplicaID, _Load] = {}
+        self._loads: dict[ReplicaID, ReplicaLoad] = {}
+        self._name = ""
 
     def update_replicas(self, replicas: list[RunningReplica]) -> None:
         """See `RequestRouter`."""
@@ -42,9 +43,9 @@ class PrefixAwareRouter(RequestRouter):
             del self._loads[gone]
         for replica_id in sorted(here.keys() - self._places.keys(), key=str):
             self._places[replica_id] = self._number(here[replica_id])
-            self._loads[replica_id] = _Load()
+            self._loads[replica_id] = ReplicaLoad()
         for replica_id, replica in here.items():
-            self._loads[replica_id].hear(replica.routing_stats)
+            self._loads[replica_id].hear(replica.routing_stats, self._name)
         super().update_replicas(replicas)
 
     async def choose_replicas(
@@ -59,6 +60,8 @@ class PrefixAwareRouter(RequestRouter):
         loads: list[int | None] = [None] * self._router.num_replicas
         for replica_id in up:
             loads[self._places[replica_id]] = self._loads[replica_id].tokens
+        if pending_request.args:
+            self._name = pending_request.args[0].sender
         prompt = _prompt_in(pending_request)
         number = self._router.route(
             prompt.token_ids, loads, salt=f"{prompt.model}\n{prompt.salt or ''}", session=prompt.session
@@ -96,7 +99,7 @@ class PrefixAwareRouter(RequestRouter):
         return number
 
 
-class _Load:
+class ReplicaLoad:
     """What a replica has to do: this router's requests, and those of others, as it told last."""
 
     def __init__(self) -> None:
@@ -121,12 +124,17 @@ class _Load:
         if self._own.pop(id, None) is not None:
             self._estimate.ended(id)
 
-    def hear(self, stats: dict[str, Any]) -> None:
-        """A report, or the last one again. A prompt that was sent before the last one is taken to be computed."""
+    def hear(self, stats: dict[str, Any], name: str) -> None:
+        """A report, or the last one again. A prompt that was sent before the one before is taken to be computed.
+
+        Args:
+            stats: of `EngineReplica.record_routing_stats`.
+            name: whose requests are this router's.
+        """
         if not stats or stats["time"] == self._told_at:
             return
         self._told_at, self.is_up = stats["time"], stats["is_up"]
-        self._num_others = max(0, stats["num_unfinished"] - len(self._own))
+        self._num_others = sum(count for sender, count in stats["num_by_sender"].items() if sender != name)
         for id, was_known in self._own.items():
             if was_known:
                 self._estimate.began(id)

@@ -172,12 +172,13 @@ def test_more_devices_than_a_node_has_are_refused_with_the_reason(client, tiny_m
 
 
 def test_a_replica_that_dies_ends_its_own_streams_only(client, tiny_model) -> None:
-    streams = [Stream(client, f"{number} " * 9) for number in range(8)]
-    for stream in streams:
-        assert stream.has_begun.wait(60)
+    streams = []
+    for number in range(4):  # one by one: the router knows of those before
+        streams.append(Stream(client, f"{number} " * 9))
+        assert streams[-1].has_begun.wait(60)
     actors, engines = replicas(), engine_processes()
     held = client.by_replica("num_requests_running")
-    assert sum(held.values()) == 8
+    assert sum(held.values()) == 4
     assert min(held.values()) > 0
     name = min(held)
     ray.kill(actors[name])

@@ -10,8 +10,9 @@ from stepgraph.ray import app, build_openai_app
 from stepgraph.ray.autoscaling import KV_TARGET, requests_and_cache
 from stepgraph.ray.metrics import merged
 from stepgraph.ray.prompts import prompt_of
+from stepgraph.ray.router import ReplicaLoad
 from stepgraph.ray.settings import from_command_line, read_plan
-from stepgraph.server.routing import Router
+from stepgraph.server.routing import REQUEST_TOKENS, Router
 
 CPU = {"model": "smollm2", "device": "cpu"}
 
@@ -138,6 +139,23 @@ def test_a_router_takes_replicas_that_come_later() -> None:
     assert router.route(prompt, [0, 0]) == (first, 640)
     router.forget(first)
     assert router.route(prompt, [0, 0]).num_cached_tokens == 0
+
+
+def test_a_report_adds_what_others_sent_and_a_routers_own_requests_count_once() -> None:
+    load = ReplicaLoad()
+    load.sent("a", 100)
+    load.sent("b", 50)
+    assert load.tokens == 2 * REQUEST_TOKENS + 150
+    report = {"is_up": True, "num_by_sender": {"mine": 2, "other": 3}, "time": 1.0}
+    load.hear(report, "mine")
+    load.hear(report, "mine")  # again, which is no news
+    assert load.tokens == 5 * REQUEST_TOKENS + 150
+    load.hear({**report, "num_by_sender": {"mine": 2}, "time": 2.0}, "mine")
+    assert load.tokens == 2 * REQUEST_TOKENS  # the prompts are taken to be computed
+    load.ended("a")
+    load.ended("b")
+    load.ended("b")
+    assert load.tokens == 0
 
 
 def test_metrics_of_replicas_are_one_text_with_a_label() -> None:
