@@ -37,7 +37,7 @@ def test_a_layout_counts_every_byte_that_it_allocates() -> None:
             assert all(tensor.shape[0] in (7, 5) for tensor in tensors)
     assert layout(FULL, WINDOWED, SHARING).block_bytes == 2 * 4 * (2 * 16 * 2 + 8)
     assert layout(FULL, STATE).line_bytes == 5 * (4 + 4 * 4 * 8 + 3 * (2 * 4 + 4))
-    assert layout(FULL, STATE, num_drafts=0).line_bytes == 5 * (4 + 4 * 4 * 8)
+    assert layout(FULL, STATE, num_drafts=0).line_bytes == 5 * 4 * 4 * 8
 
 
 @pytest.mark.parametrize(
