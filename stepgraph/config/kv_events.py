@@ -10,6 +10,7 @@ from stepgraph.config.fields import check, setting
 from stepgraph.errors import ConfigError
 
 _LARGEST_PORT = 65535
+_LARGEST_HWM = 2**31 - 1
 _EVERY_ADDRESS = ("*", "0.0.0.0", "[::]", "::")
 
 
@@ -85,6 +86,17 @@ class KVEventsConfig:
 
     def __post_init__(self) -> None:
         check(self)
+        if self.kv_events_hwm > _LARGEST_HWM:
+            raise ConfigError(
+                f"kv_events_hwm={self.kv_events_hwm} is more than ZeroMQ counts; the largest value is {_LARGEST_HWM}, and 0 "
+                "means no limit",
+                param="kv_events_hwm",
+            )
+        if not is_unicode(self.kv_events_topic):
+            raise ConfigError(
+                f"kv_events_topic={self.kv_events_topic!r} is not Unicode text; write it in UTF-8",
+                param="kv_events_topic",
+            )
         replay = self.replay_endpoint
         if replay is not None and replay.port is None and replay == self.endpoint:
             raise ConfigError(
@@ -131,12 +143,22 @@ class KVEventsConfig:
             )
 
 
+def is_unicode(text: str) -> bool:
+    """Whether it can be sent: a file's name, or an argument, that is not UTF-8 has halves of characters here."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def _read(name: str, text: str) -> Endpoint:
-    tcp = re.fullmatch(r"(tcp://(?:\*|\[[0-9a-fA-F:.]+\]|[^\s:/*\[\]]+):)([0-9]+)", text)
-    if tcp is not None and 0 < int(tcp[2]) <= _LARGEST_PORT:
-        return Endpoint(tcp[1], int(tcp[2]))
-    if re.fullmatch(r"ipc://\S+", text) is not None:
-        return Endpoint(text, None)
+    if is_unicode(text):
+        tcp = re.fullmatch(r"(tcp://(?:\*|\[[0-9a-fA-F:.]+\]|[^\s:/*\[\]\0]+):)([0-9]{1,5})", text)
+        if tcp is not None and 0 < int(tcp[2]) <= _LARGEST_PORT:
+            return Endpoint(tcp[1], int(tcp[2]))
+        if re.fullmatch(r"ipc://[^\s\0]+", text) is not None:
+            return Endpoint(text, None)
     raise ConfigError(
         f"{name}={text!r} is not an endpoint; write tcp://*:PORT, tcp://HOST:PORT with a port up to {_LARGEST_PORT}, or ipc://FILE",
         param=name,

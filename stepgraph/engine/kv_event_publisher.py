@@ -107,13 +107,18 @@ class KVEventPublisher:
         """The next batch. Never waits: for subscribers that are too slow, ZeroMQ drops it."""
         number, batch = self._next_number, self._encode(events)
         self._next_number += 1
+        if self._replay is not None:
+            self._keep(number, batch)
+        # After that: whoever has received a batch, and asks for those before it, gets it once more.
+        self._publish.send_multipart((self._topic, _bytes_of(number), batch))
+
+    def _keep(self, number: int, batch: bytes) -> None:
+        """Have a batch at hand for replay."""
         with self._lock:
             self._buffer.append((number, batch))
             if len(self._buffer) > self._most_kept:
                 oldest = msgspec.msgpack.decode(self._buffer.popleft()[1], type=EventBatch)
                 self._before.take_in(oldest.events)
-        # After that: whoever has received a batch, and asks for those before it, gets it once more.
-        self._publish.send_multipart((self._topic, _bytes_of(number), batch))
 
     def _encode(self, events: list[WireEvent]) -> bytes:
         return msgspec.msgpack.encode(EventBatch(time.time(), events, self.rank))
@@ -158,6 +163,8 @@ def _bytes_of(number: int) -> bytes:
 def _open(socket: zmq.Socket[bytes], name: str, endpoint: Endpoint, rank: int, *, must_bind: bool = False) -> None:
     """Listen at an endpoint, or connect to it."""
     address = endpoint.of_rank(rank)
+    if "[" in endpoint.prefix:
+        socket.setsockopt(zmq.IPV6, 1)
     try:
         if must_bind or endpoint.is_bound:
             socket.bind(address)

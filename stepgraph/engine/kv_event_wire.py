@@ -81,6 +81,11 @@ def salt_digest(salt: str) -> str:
     return "salt:" + hashlib.sha256(salt.encode("utf-8", "surrogatepass")).hexdigest()[:_SALT_DIGITS]
 
 
+def _sendable(text: str) -> str:
+    """Text as UTF-8 has it. Names of folders, and salts that no JSON brought, may have halves of characters: they are spelled."""
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
 @dataclass(frozen=True)
 class Wording:
     """How the events of an engine are put.
@@ -144,14 +149,15 @@ class Wording:
 
     def _stored(self, event: Stored) -> BlockStored:
         hashes = hashes_of(event.keys)
-        every: ExtraKeys = None if event.adapter is None else [event.adapter]
+        adapter = None if event.adapter is None else _sendable(event.adapter)
+        every: ExtraKeys = None if adapter is None else [adapter]
         extra_keys = [every] * len(hashes)
         if event.parent is None and event.salt is not None:  # as in vLLM, the first block of a chain alone has it
-            extra_keys[0] = [*(every or ()), event.salt if self.shows_salts else salt_digest(event.salt)]
+            extra_keys[0] = [*(every or ()), _sendable(event.salt) if self.shows_salts else salt_digest(event.salt)]
         parent = None if event.parent is None else hashes_of((event.parent,))[0]
         of_prompt, of_answer = event.tokens
         tokens = array("i", of_prompt).tolist() + array("i", of_answer).tolist()
-        return self.on_device(hashes, parent, tokens, event.adapter, extra_keys)
+        return self.on_device(hashes, parent, tokens, adapter, extra_keys)
 
 
 class _Block(NamedTuple):

@@ -71,6 +71,11 @@ def test_endpoints(endpoint, of_rank_2, is_bound) -> None:
         ({"kv_events_replay_endpoint": "tcp://*:5557"}, "take the same ports"),
         ({"kv_events_endpoint": "ipc://a", "kv_events_replay_endpoint": "ipc://a"}, "are both 'ipc://a'"),
         ({"kv_events_endpoint": "tcp://*:65535", "kv_events_rank": 1}, "needs ports up to 65536"),
+        ({"kv_events_endpoint": "tcp://*:" + "9" * 5000}, "is not an endpoint"),
+        ({"kv_events_endpoint": "ipc:///run/\udc80"}, "is not an endpoint"),
+        ({"kv_events_replay_endpoint": "ipc:///run/a\0b"}, "is not an endpoint"),
+        ({"kv_events_topic": "kv@\udc80"}, r"kv_events_topic='kv@\\udc80' is not Unicode text"),
+        ({"kv_events_hwm": 2**31}, "kv_events_hwm=2147483648 is more than ZeroMQ counts"),
         ({"kv_events_salts": "none"}, "choose one of: digest, plain"),
         ({"enable_kv_cache_events": True, "enable_prefix_caching": False}, "enable_prefix_caching is off"),
         (

@@ -235,7 +235,9 @@ def test_an_engine_that_is_started_again_begins_with_nothing(told) -> None:
     settings = told.settings()
     subscriber = told.subscriber(settings)
     first = told.loop(settings=settings)
-    traffic(first, random.Random(2), 60)
+    rng = random.Random(2)
+    while not subscriber.receive(0.02):  # until it is connected: replays alone would not bring the last word
+        traffic(first, rng, 60)
     subscriber.follow(lambda: knows(subscriber, first) and subscriber.content["GPU"])
     first.engine.shutdown()
     while subscriber.content["GPU"]:  # it says so itself if it ends by itself
@@ -375,6 +377,39 @@ def test_salts_are_shown_only_if_that_is_wanted(told) -> None:
         subscriber.follow(lambda: knows(subscriber, loop) and subscriber.content["GPU"])  # noqa: B023
         (stored, *_) = [event for event in subscriber.events if isinstance(event, BlockStored)]
         assert stored.extra_keys == [[shown], *[None] * (len(stored.block_hashes) - 1)]
+
+
+def test_salts_and_adapters_that_are_no_text_end_nothing(told) -> None:
+    settings = told.settings(kv_events_salts="plain")
+    loop, subscriber = told.loop(settings=settings), told.subscriber(settings)
+    loop.add("one", 20, salt="a\udc80").adapter = replace(ADAPTER, name="sql\udcff")
+    loop.drain()
+    subscriber.follow(lambda: knows(subscriber, loop) and subscriber.content["GPU"])
+    (stored, *_) = [event for event in subscriber.events if isinstance(event, BlockStored)]
+    assert (stored.lora_name, stored.extra_keys[0]) == (r"sql\udcff", [r"sql\udcff", r"a\udc80"])
+
+
+@pytest.mark.skipif(not socket.has_dualstack_ipv6(), reason="this machine has no IPv6")
+def test_ipv6_is_listened_on(told) -> None:
+    first = free_ports(2)
+    settings = KVEventsConfig(
+        enable_kv_cache_events=True,
+        kv_events_endpoint=f"tcp://[::]:{first}",
+        kv_events_replay_endpoint=f"tcp://[::1]:{first + 1}",
+    )
+    told.loop(settings=settings)
+    for host, port in (("127.0.0.1", first), ("::1", first), ("::1", first + 1)):
+        socket.create_connection((host, port), timeout=10).close()
+
+
+def test_nothing_is_kept_for_replays_that_nobody_can_ask_for(told) -> None:
+    loop = told.loop(settings=told.settings(kv_events_replay_endpoint=None))
+    (publisher,) = loop.engine.exchange._publishers
+    loop.add("one", 20)
+    loop.drain()
+    loop.engine.shutdown()
+    assert publisher._next_number > 1
+    assert not publisher._buffer
 
 
 def test_a_place_that_is_taken_is_refused(told) -> None:
