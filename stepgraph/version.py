@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 import subprocess
 from pathlib import Path
 
@@ -16,15 +17,14 @@ COMMIT_FILE = "_commit.txt"
 def commit() -> str | None:
     """The commit in full, with what was changed since; None where neither git nor the build knew it.
 
-    Runs git in a checkout, and reads a file elsewhere.
+    Reads what the build wrote, and runs git in a checkout: a `.git` beside what was built is of somebody else's repository, into
+    which it was installed.
     """
     package = Path(__file__).parent
-    if (package.parent / ".git").exists():
-        return commit_of(package.parent)
     try:
         return (package / COMMIT_FILE).read_text(encoding="ascii").strip() or None
     except (OSError, UnicodeDecodeError):
-        return None
+        return commit_of(package.parent) if (package.parent / ".git").exists() else None
 
 
 def commit_of(checkout: Path) -> str | None:
@@ -41,9 +41,16 @@ def described() -> str:
 
 
 def _git(checkout: Path, *arguments: str) -> str | None:
+    # In a hook of git's, these name the repository that it runs in.
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
     try:
         done = subprocess.run(
-            ("git", "-C", str(checkout), *arguments), capture_output=True, text=True, timeout=10, check=False
+            ("git", "-C", str(checkout), *arguments),
+            capture_output=True,
+            text=True,
+            timeout=10,
+            check=False,
+            env=environment,
         )
     except (OSError, subprocess.TimeoutExpired):
         return None

@@ -20,6 +20,19 @@ from check_release import build, not_ready, problems_of_archive, problems_of_whe
 COMMIT = "0123456789abcdef" * 2 + "01234567"
 
 
+def git(folder: Path, *arguments: str) -> str:
+    names = ("-c", "user.name=a", "-c", "user.email=a@b")
+    done = subprocess.run(["git", "-C", folder, *names, *arguments], capture_output=True, text=True, check=True)
+    return done.stdout.strip()
+
+
+def version_told(folder: Path, **environment: str) -> str:
+    """What the package in a folder says of itself."""
+    command = (sys.executable, "-m", "stepgraph", "--version")
+    alone = os.environ | {"PYTHONPATH": str(folder)} | environment
+    return subprocess.run(command, cwd=folder, env=alone, capture_output=True, text=True, check=True).stdout
+
+
 @pytest.fixture(scope="module")
 def built(tmp_path_factory) -> tuple[Path, Path]:
     """An archive of this tree, and the wheel that was made of it."""
@@ -56,10 +69,15 @@ def test_metadata_is_what_an_index_shows(built):
 def test_an_installation_says_its_commit_without_git(built, tmp_path):
     with zipfile.ZipFile(built[1]) as wheel:
         wheel.extractall(tmp_path)
-    alone = os.environ | {"PYTHONPATH": str(tmp_path), "PATH": ""}
-    command = (sys.executable, "-m", "stepgraph", "--version")
-    told = subprocess.run(command, cwd=tmp_path, env=alone, capture_output=True, text=True, check=True).stdout
-    assert told == f"stepgraph {version.VERSION} ({COMMIT[:12]})\n"
+    assert version_told(tmp_path, PATH="") == f"stepgraph {version.VERSION} ({COMMIT[:12]})\n"
+
+
+def test_an_installation_in_somebodys_repository_says_its_own_commit(built, tmp_path):
+    with zipfile.ZipFile(built[1]) as wheel:
+        wheel.extractall(tmp_path)
+    git(tmp_path, "init")
+    git(tmp_path, "commit", "--allow-empty", "-m", "theirs")
+    assert version_told(tmp_path) == f"stepgraph {version.VERSION} ({COMMIT[:12]})\n"
 
 
 def test_the_source_stays_as_it_is(built):
@@ -70,16 +88,14 @@ def test_the_source_stays_as_it_is(built):
 
 
 def test_a_checkout_says_its_commit_and_whether_it_was_changed(monkeypatch, tmp_path):
-    def git(*arguments: str) -> str:
-        names = ("-c", "user.name=a", "-c", "user.email=a@b")
-        done = subprocess.run(["git", "-C", tmp_path, *names, *arguments], capture_output=True, text=True, check=True)
-        return done.stdout.strip()
-
     assert version.commit_of(tmp_path) is None
-    git("init")
-    git("commit", "--allow-empty", "-m", "first")
-    commit = git("rev-parse", "HEAD")
+    git(tmp_path, "init")
+    git(tmp_path, "commit", "--allow-empty", "-m", "first")
+    commit = git(tmp_path, "rev-parse", "HEAD")
     assert version.commit_of(tmp_path) == commit
+    with monkeypatch.context() as in_a_hook:
+        in_a_hook.setenv("GIT_DIR", str(tmp_path / "other"))
+        assert version.commit_of(tmp_path) == commit
     (tmp_path / "new.py").touch()
     assert version.commit_of(tmp_path) == f"{commit}, 1 files changed"
     monkeypatch.setattr(version, "commit", lambda: f"{commit}, 1 files changed")
