@@ -20,7 +20,7 @@ def merged(texts: Mapping[str, str]) -> str:
     for replica, text in texts.items():
         comments: list[str] = []
         samples: list[str] = []
-        for line in text.splitlines():
+        for line in text.split("\n"):  # labels may hold what other programs take for ends of lines
             if line == _END:
                 is_open = True
             elif line.startswith("#"):

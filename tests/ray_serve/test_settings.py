@@ -167,3 +167,6 @@ def test_metrics_of_replicas_are_one_text_with_a_label() -> None:
         '# HELP x What.\n# TYPE x gauge\nx{replica="a",engine="0"} 1.0\nx{replica="b",engine="0"} 3.0\n'
         '# HELP y Else.\n# TYPE y counter\ny_total{replica="a"} 2.0\ny_total{replica="b"} 4.0\n# EOF\n'
     )
+    name = 'a} "b"\u2028\x85\r'.replace('"', r"\"")
+    heading = "# HELP x What.\n# TYPE x gauge\n"
+    assert merged({"a": f'{heading}x{{model="{name}"}} 1.0\n'}) == f'{heading}x{{replica="a",model="{name}"}} 1.0\n'
