@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import uuid
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
@@ -16,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from grpc import RpcError
 from msgspec.json import encode
 from ray.exceptions import RayError
-from ray.serve.exceptions import RayServeException
+from ray.serve.exceptions import BackPressureError, RayServeException
 from ray.serve.handle import DeploymentHandle, DeploymentResponseGenerator
 from starlette.responses import Response
 from starlette.types import ASGIApp, Receive, Scope, Send
@@ -156,6 +157,9 @@ class _Forwarding:
             try:
                 await self._forward()
                 break
+            except BackPressureError as error:
+                await self._refuse(_overload(error))
+                return
             except _FAILURES as error:
                 if self._num_bytes or attempt == _ATTEMPTS:
                     logger.error("request %s: %s", self._scope["state"]["request_id"], str(error).partition("\n")[0])
@@ -188,12 +192,14 @@ class _Forwarding:
 
     async def _fail(self) -> None:
         if self._head is None:
-            error = APIError(503, f"{_GONE} before it answered; send it again", headers=_RETRY_AFTER)
-            await error_reply(error, self._scope)(self._scope, self._receive, self._send)
+            await self._refuse(APIError(503, f"{_GONE} before it answered; send it again", headers=_RETRY_AFTER))
         elif self._head.is_stream:
             await self._send({"type": "http.response.body", "body": self._last_event(), "more_body": False})
         else:  # all that is left is to break it off
             raise ConnectionResetError(_GONE)
+
+    async def _refuse(self, error: APIError) -> None:
+        await error_reply(error, self._scope)(self._scope, self._receive, self._send)
 
     def _last_event(self) -> bytes:
         """As the application ends a stream that breaks off, in the form of the path's API."""
@@ -204,6 +210,17 @@ class _Forwarding:
             fields = {"type": "error", "code": error.code, "message": error.message, "param": None}
             return event(encode({"sequence_number": self._num_events, **fields}), "error")
         return event(error.body())
+
+
+def _overload(error: BackPressureError) -> APIError:
+    """What Serve refuses, which no replica had: by `max_queued_requests`, in the words of its `backpressure_config`."""
+    wait_s = error.retry_after_s
+    return APIError(
+        error.status_code,
+        "as many requests wait for a replica as max_queued_requests allows; send it again later",
+        code="queue_full",
+        headers=_RETRY_AFTER if wait_s is None else {"Retry-After": str(math.ceil(wait_s))},
+    )
 
 
 async def _unless_failing(ask: Callable[[Scope], Awaitable[Response]], scope: Scope) -> Response:
