@@ -193,7 +193,10 @@ PUBLISHED = (
     ),
     _qwen3_5("Qwen3.5 dense, Qwen3.6-27B, Qwen3.8-27B", 7, experts=False),
     _qwen3_5("Qwen3.5-35B-A3B, Qwen3.6-35B-A3B", 2, experts=True),
-    _with_images("MiniCPM-V-4.6", 1, "MiniCPMV4_6Config", "MiniCPMV4_6ForConditionalGeneration", GDN),
+    _with_images(
+        "MiniCPM-V-4.6", 1, "MiniCPMV4_6Config", "MiniCPMV4_6ForConditionalGeneration", GDN,
+        vision_config=SQUARE | {"insert_layer_id": 0},
+    ),
     Published("Intern-S2-Preview", 1, "InternS2PreviewForConditionalGeneration", None, {}),
     _text(
         "LFM2.5 dense", 6,

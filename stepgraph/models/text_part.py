@@ -40,7 +40,7 @@ _NATIVE = {
 text are one number, however many sections of a head rotate by positions of their own."""
 _OF_MEDIA = re.compile(r"(?:image|video|audio)_token_(?:id|index)")
 _MEDIA_TENSOR = re.compile(
-    r"(?:model\.)?(?:visual|vision_tower|vision_model|audio_tower|multi_modal_projector|embed_vision|embed_audio|connector)\."
+    r"(?:model\.)?(?:visual|vision_tower|vision_model|audio_tower|multi_modal_projector|embed_vision|embed_audio|connector|merger)\."
     r"|(?:model\.)?image_newline"
 )
 _PREFIX = re.compile(r"(?:model\.language_model|language_model\.model|model\.text_model)\.")
@@ -49,8 +49,10 @@ _PREFIX = re.compile(r"(?:model\.language_model|language_model\.model|model\.tex
 def is_of_media(name: str) -> bool:
     """Whether a checkpoint's tensor is of what makes embeddings of images, sound or video.
 
-    >>> is_of_media("model.visual.blocks.0.attn.qkv.weight"), is_of_media("model.layers.0.self_attn.q_proj.weight")
-    (True, False)
+    >>> is_of_media("model.visual.blocks.0.attn.qkv.weight"), is_of_media("model.merger.mlp.0.linear_1.weight")
+    (True, True)
+    >>> is_of_media("model.layers.0.self_attn.q_proj.weight")
+    False
     """
     return _MEDIA_TENSOR.match(name) is not None
 
