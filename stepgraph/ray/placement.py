@@ -36,6 +36,11 @@ def place(
     pairs = (*(server.prefill_devices or ()), *(server.decode_devices or ()))
     num_devices = len(pairs) or ranks
     bundles = options.get("placement_group_bundles")
+    actor = options.get("ray_actor_options") or {}
+    if not isinstance(actor, Mapping):
+        raise ConfigError(f"ray_actor_options={actor!r} must be a mapping")
+    if bundles is not None and not (isinstance(bundles, list) and all(isinstance(one, Mapping) for one in bundles)):
+        raise ConfigError(f"placement_group_bundles={bundles!r} must be a list of mappings")
     if bundles is not None and len(bundles) != 1:
         raise ConfigError(
             f"placement_group_bundles has {len(bundles)} bundles, and a replica needs one with all its devices: {_ONE_MACHINE}; "
@@ -43,7 +48,7 @@ def place(
         )
     if (strategy := options.get("placement_group_strategy", "STRICT_PACK")) != "STRICT_PACK":
         raise ConfigError(f"placement_group_strategy={strategy!r} must be 'STRICT_PACK': {_ONE_MACHINE}; leave it out")
-    actor = dict(options.get("ray_actor_options") or {})
+    actor = dict(actor)
     bundle = {} if bundles is None else dict(bundles[0])
     num_gpus = actor.pop("num_gpus", bundle.pop("GPU", None))
     num_cpus = actor.pop("num_cpus", bundle.pop("CPU", num_devices))

@@ -27,6 +27,18 @@ CPU = {"model": "smollm2", "device": "cpu"}
         ({"data_parallel_size": 2}, "set num_replicas in deployment_config"),
         ({"deployment_config": {"num_replica": 2}}, "deployment_config: unknown setting 'num_replica'"),
         ({"deployment_config": 2}, "deployment_config must be a mapping, not int"),
+        ({"deployment_config": {"num_replicas": 0}}, "deployment_config: num_replicas is expected to"),
+        (
+            {"deployment_config": {"num_replicas": "two"}},
+            "^deployment_config: num_replicas: Input should be a valid integer",
+        ),
+        ({"deployment_config": {"ray_actor_options": {"num_cpus": "a"}}}, "deployment_config: .*'num_cpus'"),
+        ({"deployment_config": {"ray_actor_options": 3}}, "ray_actor_options=3 must be a mapping"),
+        (
+            {"deployment_config": {"placement_group_bundles": [5]}},
+            r"placement_group_bundles=\[5\] must be a list of mappings",
+        ),
+        ({"ingress_deployment_config": {"num_replicas": 0}}, "ingress_deployment_config: num_replicas is"),
         ({"llm_configs": []}, "must be a list of one"),
         ({"engine_kwargs": {"device": "cuda"}}, "device is 'cpu' and, in engine_kwargs, 'cuda'"),
         ({"accelerator_type": "H100"}, "the engine runs on none"),
