@@ -81,8 +81,9 @@ class ForwardingApp:
         if scope["type"] == "lifespan":
             await _live(receive, send)
             return
-        if scope["type"] != "http":
-            raise ValueError(f"there is nothing for {scope['type']}")
+        if scope["type"] == "websocket":
+            await send({"type": "websocket.close"})  # there is none, as with `stepgraph serve`
+            return
         path = scope["path"].removeprefix(scope.get("root_path", "").rstrip("/")) or "/"
         scope = {**scope, "path": path, "state": {"request_id": _header(scope, b"x-request-id")}}
         if path in self._of_all and scope["method"] in ("GET", "HEAD"):

@@ -61,3 +61,14 @@ def test_a_request_that_serve_refuses_is_told_why_and_not_sent_again(path, error
     assert dict(start["headers"])[b"retry-after"] == retry_after.encode()
     assert "max_queued_requests" in json.loads(content["body"])["error"]["message"]
     assert engines.num_calls == 1
+
+
+def test_a_websocket_is_closed() -> None:
+    engines, sent = Engines(BackPressureError(3, 2)), []
+
+    async def send(message) -> None:
+        sent.append(message)
+
+    asyncio.run(ForwardingApp(engines, 1.0)({"type": "websocket", "path": "/v1/realtime"}, None, send))
+    assert sent == [{"type": "websocket.close"}]
+    assert engines.num_calls == 0
