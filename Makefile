@@ -64,7 +64,7 @@ dist: $(DEV) $(MODEL)
 image:
 	version="$$(sed -n 's/^VERSION = "\(.*\)"/\1/p' stepgraph/version.py)" && \
 	$(BUILDER) build --target $(TARGET) --tag stepgraph:$(TARGET) --tag "stepgraph:$$version-$(TARGET)" \
-		--build-arg COMMIT="$$(git rev-parse HEAD)" --build-arg VERSION="$$version" $(IMAGE_FLAGS) .
+		--build-arg COMMIT="$$(git describe --always --abbrev=40 --exclude='*' --dirty=', changed')" --build-arg VERSION="$$version" $(IMAGE_FLAGS) .
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -16,10 +16,11 @@ VERSION = runpy.run_path(str(Path(__file__).parent / "stepgraph" / "version.py")
 
 
 def write_commit(root: str) -> None:
-    """Write the commit, if it is known, into the package below `root`, which was copied there."""
-    if found := os.environ.get("STEPGRAPH_COMMIT") or VERSION["commit"]():
-        path = Path(root, "stepgraph", VERSION["COMMIT_FILE"])
-        path.unlink(missing_ok=True)  # it may be a second name of a file that is kept
+    """Write the commit, if it is known, into the package below `root`, which was copied there. An earlier one goes."""
+    found = os.environ.get("STEPGRAPH_COMMIT") or VERSION["commit"]()
+    path = Path(root, "stepgraph", VERSION["COMMIT_FILE"])
+    path.unlink(missing_ok=True)  # it may be a second name of a file that is kept
+    if found:
         path.write_text(found + "\n", encoding="ascii")
 
 
