@@ -95,6 +95,7 @@ MORE: dict[str, dict[str, Any]] = {
     "youtu": _LATENT,
     "codegen": {"rotary_dim": 8},
     "gptj": {"rotary_dim": 8},
+    "lfm2": {"layer_types": ["conv", "full_attention"]},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
     "mamba2": {"num_heads": 8},
 }

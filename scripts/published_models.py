@@ -210,6 +210,7 @@ PUBLISHED = (
     _with_images(
         "LFM2.5-VL", 2, "Lfm2VlConfig", "Lfm2VlForConditionalGeneration",
         {"layer_types": ["conv", "conv", "full_attention", "conv"]},
+        vision_config=VIT, projector_hidden_size=16, image_token_id=MEDIA,
     ),
     _text(
         "Nemotron 3 Nano 4B, Nemotron Nano 9B v2", 2, "NemotronHConfig", "NemotronHForCausalLM",

@@ -1,7 +1,7 @@
 """Tries families of native models in random tiny sizes against transformers in float32: every one with experts (1 to 64, of which
-a token takes 1 to 8; groups, scales and biases of routers; dense layers among the others; shared experts) and every one with
+a token takes 1 to 8; groups, scales and biases of routers; dense layers among the others; shared experts), every one with
 latent attention (4 to 40 heads, odd ranks and head sizes, with and without a latent of queries, biases, YaRN with its scales,
-LongRoPE).
+LongRoPE), and every one whose layers carry states (gated delta rules, short convolutions).
 
 Each must give transformers' most likely tokens and log-probabilities: several requests at once, prompts in chunks, with prefixes
 that are found in the cache; and the same tokens alone, with looked-up proposals, and with those of a draft module like its last
@@ -167,6 +167,41 @@ def _qwen3_5_moe_text(rng: random.Random) -> Any:
     )
 
 
+def _convolutions(rng: random.Random) -> dict[str, Any]:
+    """Short convolutions below attention, which a draft module is like."""
+    return {
+        "layer_types": [*rng.choices(("conv", "conv", "full_attention"), k=2), "full_attention"],
+        "conv_L_cache": rng.choice((2, 3, 3, 4)),
+        "conv_bias": rng.random() < 0.3,
+        "tie_word_embeddings": rng.random() < 0.7,
+    }
+
+
+def _lfm2(rng: random.Random) -> Any:
+    return transformers.Lfm2Config(
+        **SIZES,
+        **_convolutions(rng),
+        block_auto_adjust_ff_dim=rng.random() < 0.7,
+        block_multiple_of=rng.choice((8, 32)),
+        block_ffn_dim_multiplier=rng.choice((1.0, 1.3)),
+    )
+
+
+def _lfm2_moe(rng: random.Random) -> Any:
+    experts, top = _counts(rng)
+    return transformers.Lfm2MoeConfig(
+        **SIZES,
+        **_convolutions(rng),
+        num_experts=experts,
+        num_experts_per_tok=top,
+        moe_intermediate_size=rng.choice((24, 32)),
+        num_dense_layers=rng.randint(0, 2),
+        use_expert_bias=rng.random() < 0.7,
+        norm_topk_prob=rng.random() < 0.5,
+        routed_scaling_factor=rng.choice((1.0, 2.5)),
+    )
+
+
 def _ernie4_5_moe(rng: random.Random) -> Any:
     experts, top = _counts(rng)
     return transformers.Ernie4_5_MoeConfig(
@@ -274,6 +309,8 @@ FAMILIES: dict[str, Callable[[random.Random], Any]] = {
     "qwen3_next": _qwen3_next,
     "qwen3_5_text": _qwen3_5_text,
     "qwen3_5_moe_text": _qwen3_5_moe_text,
+    "lfm2": _lfm2,
+    "lfm2_moe": _lfm2_moe,
     "ernie4_5_moe": _ernie4_5_moe,
     "glm4_moe": _glm4_moe,
     "dots1": _dots1,
@@ -295,7 +332,7 @@ def write_model(config: Any, folder: Path) -> Any:
         for name, parameter in model.named_parameters():
             parameter.normal_(1.0 if "norm" in name else 0.0, 0.15)
         for name, buffer in model.named_buffers():
-            if name.endswith("e_score_correction_bias"):
+            if name.endswith(("e_score_correction_bias", "expert_bias")):
                 buffer.normal_(0.0, 0.15)
     model.save_pretrained(folder)
     path, (E, L) = folder / "model.safetensors", (config.hidden_size, config.num_hidden_layers)

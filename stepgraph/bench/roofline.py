@@ -20,6 +20,7 @@ from stepgraph.layers.gated_delta import GatedDelta
 from stepgraph.layers.inputs import AttentionSpec
 from stepgraph.layers.latent_attention import LatentSizes
 from stepgraph.layers.matrix import Matrix
+from stepgraph.layers.short_conv import ShortConv
 from stepgraph.models.decoder import Decoder
 from stepgraph.models.language_model import LanguageModel
 from stepgraph.parallel.shard import WHOLE, Shard
@@ -113,7 +114,8 @@ def step_cost(
     cached = next(model.parameters()).element_size() * kv_per_token * sum(kv_len + n for n, kv_len in rows)
     attention = sum(attention_flops(spec, rows, latent_sizes(model)) for spec in specs)
     deltas = [module for module in model.modules() if isinstance(module, GatedDelta)]
-    states = sum(2 * item.num_bytes for delta in deltas for item in delta.cache_spec(model.dtype).state)
+    recurrent = [module for module in model.modules() if isinstance(module, GatedDelta | ShortConv)]
+    states = sum(2 * item.num_bytes for module in recurrent for item in module.cache_spec(model.dtype).state)
     delta_flops = sum(_delta_flops(delta) for delta in deltas)
     mixtures = mixtures_of(model)
     loads = [_expected(mixture, num_tokens) for mixture in mixtures] if loads is None else loads

@@ -15,7 +15,8 @@ from stepgraph.layers.cache import Item
 from stepgraph.layers.linear import Linear, MergedLinear
 from stepgraph.layers.norm import RMSNorm
 from stepgraph.layers.recurrent import RecurrentCache, RecurrentRows, RecurrentSpec
-from stepgraph.ops import causal_conv, gated_delta, gated_norm
+from stepgraph.layers.short_conv import Convolution
+from stepgraph.ops import gated_delta, gated_norm
 from stepgraph.parallel.shard import Cut
 
 
@@ -63,18 +64,6 @@ class DeltaSizes:
     def ba_rows(self) -> Tensor:
         """Of the matrix of rates and decays."""
         return self.grouped_rows(*[self.num_value_heads // self.num_key_heads] * 2)
-
-
-class Convolution(nn.Module):
-    """The weight of a convolution of each channel, as checkpoints keep it: [C, 1, W]."""
-
-    def __init__(self, channels: int, width: int, *, dtype: torch.dtype, device: torch.device) -> None:
-        """Args:
-        channels, width: C and W.
-        dtype, device: of the weight.
-        """
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(channels, 1, width, dtype=dtype, device=device), False)
 
 
 class GatedDelta(nn.Module):
@@ -138,7 +127,7 @@ class GatedDelta(nn.Module):
         ba_TH = self.ba_proj.product(x_TE, norm=norm)
         qkv_UC, ba_UH = cache.replayed(rows, (qkv_TC, ba_TH))
         conv_state, state = cache.state
-        qkv_UC = causal_conv(qkv_UC, self.conv1d.weight.squeeze(1), conv_state, *rows.operands)
+        qkv_UC = self.conv1d(qkv_UC, conv_state, rows, silu=True)
         deterministic = self.qkvz_proj.format.deterministic
         read_UF = gated_delta(
             qkv_UC, ba_UH, self.A_log, self.dt_bias, state, *rows.operands, deterministic=deterministic

@@ -16,14 +16,16 @@ from stepgraph.layers.inputs import AttentionSpec
 from stepgraph.layers.latent_attention import LatentSizes
 from stepgraph.layers.mlp import Activation
 from stepgraph.layers.rotary import RotaryFrequencies, rotary_frequencies
+from stepgraph.layers.short_conv import ConvSizes
 from stepgraph.models.fp8_checkpoint import READABLE, refusal
 from stepgraph.parallel.shard import Shard, sizes_that_divide
 
-_FULL, _SLIDING, _LINEAR = "full_attention", "sliding_attention", "linear_attention"
-_WITH_DELTA = frozenset(
-    ("Qwen3NextForCausalLM", "Qwen3_5ForCausalLM", "Qwen3_5MoeForCausalLM"),
-)
-"""Classes whose layers of gated delta rules are native."""
+_FULL, _SLIDING, _LINEAR, _CONV = "full_attention", "sliding_attention", "linear_attention", "conv"
+_WITH_STATES = {
+    **dict.fromkeys(("Qwen3NextForCausalLM", "Qwen3_5ForCausalLM", "Qwen3_5MoeForCausalLM"), _LINEAR),
+    **dict.fromkeys(("Lfm2ForCausalLM", "Lfm2MoeForCausalLM"), _CONV),
+}
+"""Classes whose layers that carry a state are native, and the type of these: gated delta rules or short convolutions."""
 _LATENT = frozenset(
     (
         "DeepseekV2ForCausalLM",
@@ -53,6 +55,7 @@ _WITH_EXPERTS = frozenset(
         "Glm4MoeForCausalLM",
         "Glm4MoeLiteForCausalLM",
         "GraniteMoeForCausalLM",
+        "Lfm2MoeForCausalLM",
         "MixtralForCausalLM",
         "Qwen2MoeForCausalLM",
         "Qwen3MoeForCausalLM",
@@ -103,7 +106,8 @@ class DecoderConfig:
     ] = ()  # per layer: of its experts, None if it has none; empty: no layer has any
     output_gate: bool = False  # what attention gives is gated, see `Attention`
     delta: DeltaSizes | None = None  # of layers with gated delta rules in place of attention
-    is_delta: tuple[bool, ...] = ()  # per layer: whether it is one; empty: none is
+    short_conv: ConvSizes | None = None  # of layers with short convolutions in place of attention
+    is_recurrent: tuple[bool, ...] = ()  # per layer: whether it has one of both; empty: none has
     latent: LatentSizes | None = None  # of multi-head latent attention, instead of grouped-query attention
     num_mtp_modules: int = (
         0  # modules for speculative decoding that the model was trained with, see `stepgraph.spec.mtp`
@@ -118,7 +122,7 @@ class DecoderConfig:
     @property
     def attention_specs(self) -> tuple[AttentionSpec, ...]:
         """Of every layer that has attention."""
-        return tuple(self.attention_spec(layer) for layer in range(self.num_layers) if not self.has_delta(layer))
+        return tuple(self.attention_spec(layer) for layer in range(self.num_layers) if not self.has_state(layer))
 
     def attention_spec(self, layer: int) -> AttentionSpec:
         """Of a layer that has attention."""
@@ -126,14 +130,14 @@ class DecoderConfig:
             return self.latent.spec(self.num_heads)
         return AttentionSpec(self.num_heads, self.num_kv_heads, self.head_dim, self.head_dim, self.windows[layer])
 
-    def has_delta(self, layer: int) -> bool:
-        """Whether a layer has a gated delta rule in place of attention."""
-        return bool(self.is_delta) and self.is_delta[layer]
+    def has_state(self, layer: int) -> bool:
+        """Whether a layer carries a state in place of attention: of a gated delta rule, or of short convolutions."""
+        return bool(self.is_recurrent) and self.is_recurrent[layer]
 
     @property
     def last_attention(self) -> int | None:
         """The last layer that has attention, which draft modules are like; None: none has."""
-        return next((layer for layer in reversed(range(self.num_layers)) if not self.has_delta(layer)), None)
+        return next((layer for layer in reversed(range(self.num_layers)) if not self.has_state(layer)), None)
 
     def mixture(self, layer: int) -> ExpertsSpec | None:
         """The experts of a layer; None of one that all tokens take."""
@@ -190,7 +194,7 @@ class DecoderConfig:
             mlp_bias=getattr(hf_config, "mlp_bias", False),
             qk_norm=qk_norm,
             windows=tuple(window if kind == _SLIDING else 0 for kind in layer_types),
-            is_delta=tuple(kind == _LINEAR for kind in layer_types) if _LINEAR in layer_types else (),
+            is_recurrent=states if any(states := tuple(kind in (_LINEAR, _CONV) for kind in layer_types)) else (),
             eos_token_ids=as_token_ids(hf_config.eos_token_id),
             bos_token_id=hf_config.bos_token_id,
             dtype=_as_dtype(getattr(hf_config, "dtype", None)),
@@ -279,10 +283,16 @@ def check_supported(hf_config: Any) -> None:
             )
     if field("is_encoder_decoder") or field("use_bidirectional_attention") or field("is_causal") is False:
         refuse("its attention is not causal", "Decoder-only causal models are supported.")
-    known = {_FULL, _LINEAR} if architecture_of(hf_config) in _WITH_DELTA else {_FULL, _SLIDING}
+    recurrent = _WITH_STATES.get(architecture_of(hf_config))
+    known = {_FULL, recurrent or _SLIDING}
     if odd := sorted(set(field("layer_types") or ()) - known):
         refuse(
             f"it has layers of type {', '.join(odd)}", f"Layers of type {' and '.join(sorted(known))} are supported."
+        )
+    if set(field("layer_types") or ()) == {recurrent}:
+        refuse(
+            f"all its layers are of type {recurrent}, and at least one must be {_FULL}",
+            "Correct config.json, or download it again.",
         )
     if _SLIDING in (field("layer_types") or ()) and not field("sliding_window"):
         refuse(
@@ -326,8 +336,9 @@ def check_shard(config: DecoderConfig, shard: Shard, *, expert_parallel: bool) -
         heads = f"{config.num_heads} query heads, {config.num_kv_heads} key/value heads, which may be repeated"
         if config.latent is not None:
             heads = f"{config.num_heads} heads, whose latents are whole on each"
-        if config.is_delta:
-            heads = "layers of gated delta rules, which are not shared yet"
+        if config.is_recurrent:
+            kind = "short convolutions" if config.short_conv is not None else "gated delta rules"
+            heads = f"layers of {kind}, which are not shared yet"
         raise ModelError(
             f"{shard.size} devices cannot share this {config.architecture} evenly: it has {heads}, {_widths(config)} and "
             f"{config.vocab_size} entries in its vocabulary. Numbers that can: {', '.join(map(str, sizes))}."
@@ -403,7 +414,7 @@ def possible_sizes(config: DecoderConfig, *, expert_parallel: bool) -> list[int]
         assert mixture is not None
         widths += [mixture.num_experts if expert_parallel else mixture.intermediate_size]
         widths += [mixture.shared_intermediate_size]  # every number divides none
-    if config.is_delta:
+    if config.is_recurrent:
         return [1]
     sizes = sizes_that_divide(config.num_heads, config.num_kv_heads, *widths)
     return [size for size in sizes if size**2 <= config.vocab_size]  # see `Shard.span`

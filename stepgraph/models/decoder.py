@@ -28,6 +28,7 @@ from stepgraph.layers.norm import RMSNorm
 from stepgraph.layers.recurrent import RecurrentCache, RecurrentRows
 from stepgraph.layers.residual import ResidualStream
 from stepgraph.layers.rotary import cos_sin_table, rotary_order
+from stepgraph.layers.short_conv import ShortConv
 from stepgraph.models.config import DecoderConfig
 from stepgraph.models.conversion import with_head_order, with_offset, with_row_order
 from stepgraph.parallel.group import Group
@@ -46,6 +47,7 @@ class DecoderLayer(nn.Module):
 
     self_attn: Attention | LatentAttention | None
     linear_attn: GatedDelta | None
+    conv: ShortConv | None
     pre_feedforward_layernorm: RMSNorm | None
     post_feedforward_layernorm: RMSNorm | None
 
@@ -69,14 +71,16 @@ class DecoderLayer(nn.Module):
         super().__init__()
         self.residual_multiplier = config.residual_multiplier
         self.input_layernorm = _norm(config, config.hidden_size, dtype, device)
-        self.self_attn = self.linear_attn = None
-        if config.has_delta(index):
+        self.self_attn = self.linear_attn = self.conv = None
+        if not config.has_state(index):
+            self.self_attn = _attention(config, index, shard, dtype, device)
+        elif config.short_conv is not None:
+            self.conv = ShortConv(config.hidden_size, config.short_conv, dtype=dtype, device=device)
+        else:
             assert config.delta is not None
             self.linear_attn = GatedDelta(
                 config.hidden_size, config.delta, eps=config.rms_norm_eps, dtype=dtype, device=device
             )
-        else:
-            self.self_attn = _attention(config, index, shard, dtype, device)
         self.post_attention_layernorm = _norm(config, config.hidden_size, dtype, device)
         mixture = config.mixture(index)
         self.mlp: MLP | MixtureMLP
@@ -140,9 +144,10 @@ class DecoderLayer(nn.Module):
             scaling = () if query_scale_T is None else (query_scale_T,)
             attended_TF = self.self_attn(*stream.inputs(self.input_layernorm), cos_sin, cache, inputs, *scaling)
         else:
-            assert self.linear_attn is not None
-            out_proj = self.linear_attn.out_proj
-            attended_TF = self.linear_attn(*stream.inputs(self.input_layernorm), cache, rows)
+            recurrent = self.linear_attn if self.conv is None else self.conv
+            assert recurrent is not None
+            out_proj = recurrent.out_proj
+            attended_TF = recurrent(*stream.inputs(self.input_layernorm), cache, rows)
         stream.add(
             out_proj,
             attended_TF,
@@ -271,9 +276,9 @@ class Decoder(nn.Module, ABC):
 
     def cache_specs(self, dtype: torch.dtype) -> tuple[CacheSpec, ...]:
         """See `LanguageModel.cache_specs`."""
-        mixers = [m for m in self.modules() if isinstance(m, Attention | LatentAttention | GatedDelta)]
+        mixers = [m for m in self.modules() if isinstance(m, Attention | LatentAttention | GatedDelta | ShortConv)]
         # A state holds activations, whatever keys and values are kept in.
-        return tuple(m.cache_spec(self.dtype if isinstance(m, GatedDelta) else dtype) for m in mixers)
+        return tuple(m.cache_spec(self.dtype if isinstance(m, GatedDelta | ShortConv) else dtype) for m in mixers)
 
     def forward(self, inputs: StepInputs) -> Tensor:
         """Run the layers over a step's tokens, writing their keys and values. Runs inside the graph.

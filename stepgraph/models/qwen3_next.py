@@ -48,10 +48,6 @@ def _check(config: DecoderConfig, sizes: DeltaSizes) -> None:
             f"The activation of this {config.architecture} is {config.activation}, which its convolutions have too, and they "
             "run with silu."
         )
-    if config.is_delta and all(config.is_delta):
-        raise ModelError(
-            f"All layers of this {config.architecture} are of type linear_attention, and at least one must be full_attention."
-        )
     numbers = (sizes.num_key_heads, sizes.num_value_heads, sizes.key_dim, sizes.value_dim)
     if min(numbers) < 1 or sizes.conv_width < 2 or sizes.num_value_heads % sizes.num_key_heads:
         raise ConfigFileError(

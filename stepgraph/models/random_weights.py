@@ -11,9 +11,10 @@ from stepgraph.layers.embedding import Embedding
 from stepgraph.layers.experts import Router
 from stepgraph.layers.formats import Target
 from stepgraph.layers.formats.target import values_part_of
-from stepgraph.layers.gated_delta import Convolution, GatedDelta
+from stepgraph.layers.gated_delta import GatedDelta
 from stepgraph.layers.matrix import Matrix
 from stepgraph.layers.norm import RMSNorm
+from stepgraph.layers.short_conv import Convolution
 from stepgraph.models.checkpoint import keep_rows
 from stepgraph.parallel.shard import Part
 
@@ -44,6 +45,8 @@ def fill_randomly(model: nn.Module, device: torch.device) -> None:
             module.dt_bias.fill_(1.0)
         if isinstance(module, Convolution):
             module.weight.fill_(1.0 / module.weight.shape[-1])
+            if module.bias is not None:
+                module.bias.fill_(0.0)
         if isinstance(module, Router):
             for parameter in module.parameters(recurse=False):
                 _draw(parameter, generator)

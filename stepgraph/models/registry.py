@@ -31,6 +31,7 @@ from stepgraph.models.glm4_moe_lite import Glm4MoeLite
 from stepgraph.models.granite import Granite, GraniteMoe
 from stepgraph.models.hf_config import hf_config_from_json
 from stepgraph.models.language_model import LanguageModelConfig
+from stepgraph.models.lfm2 import Lfm2, Lfm2Moe
 from stepgraph.models.llama import Llama
 from stepgraph.models.minicpm import MiniCPM
 from stepgraph.models.minicpm3 import MiniCPM3
@@ -83,6 +84,8 @@ ARCHITECTURES: dict[str, type[Decoder]] = {
     "Glm4MoeLiteForCausalLM": Glm4MoeLite,
     "GraniteForCausalLM": Granite,
     "GraniteMoeForCausalLM": GraniteMoe,
+    "Lfm2ForCausalLM": Lfm2,
+    "Lfm2MoeForCausalLM": Lfm2Moe,
     "MiniCPMForCausalLM": MiniCPM,
     "MiniCPM3ForCausalLM": MiniCPM3,
     "Phi3ForCausalLM": Phi3,

@@ -20,6 +20,18 @@ _EXAONE = {
     "mlp.c_proj": "mlp.down_proj",
 }
 _NAME = re.compile(r"transformer\.(?:h\.(?P<layer>\d+)\.)?(?P<part>.+)\.(?P<kind>\w+)")
+_OF_LFM2 = (
+    (re.compile(r"^model\.embedding_norm\."), "model.norm."),
+    (re.compile(r"\.operator_norm\."), ".input_layernorm."),
+    (re.compile(r"\.ffn_norm\."), ".post_attention_layernorm."),
+    (re.compile(r"\.self_attn\.out_proj\."), ".self_attn.o_proj."),
+    (re.compile(r"\.self_attn\.([qk])_layernorm\."), r".self_attn.\1_norm."),
+    (re.compile(r"\.feed_forward\.expert_bias$"), ".mlp.gate.bias"),
+    (re.compile(r"\.feed_forward\.w1\."), ".mlp.gate_proj."),
+    (re.compile(r"\.feed_forward\.w2\."), ".mlp.down_proj."),
+    (re.compile(r"\.feed_forward\.w3\."), ".mlp.up_proj."),
+    (re.compile(r"\.feed_forward\."), ".mlp."),
+)
 _OF_EXPERTS = (
     # Mixtral's; Granite's has all experts in one tensor
     (re.compile(r"\.block_sparse_moe\."), ".mlp."),
@@ -43,11 +55,13 @@ def native_name(name: str) -> str:
     'model.layers.3.mlp.gate_proj.weight_scale'
     >>> native_name("model.language_model.layers.3.block_sparse_moe.experts.7.w2.weight")
     'model.layers.3.mlp.experts.7.down_proj.weight'
+    >>> native_name("model.layers.3.feed_forward.experts.7.w2.weight")
+    'model.layers.3.mlp.experts.7.down_proj.weight'
     """
     name = in_decoder(name)
     match = _NAME.fullmatch(name)
     if match is None or match["part"] not in _EXAONE:
-        for pattern, native in _OF_EXPERTS:
+        for pattern, native in (*_OF_LFM2, *_OF_EXPERTS):
             name = pattern.sub(native, name)
         return name
     layer = "" if match["layer"] is None else f"layers.{match['layer']}."

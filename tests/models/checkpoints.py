@@ -16,6 +16,8 @@ from transformers import (
     Glm4MoeLiteConfig,
     GraniteConfig,
     GraniteMoeConfig,
+    Lfm2Config,
+    Lfm2MoeConfig,
     LlamaConfig,
     MiniCPM3Config,
     MinistralConfig,
@@ -95,6 +97,7 @@ DELTA = SIZES | {
     "linear_value_head_dim": 16,
     "layer_types": ["linear_attention", "full_attention"],
 }
+CONVOLUTIONS = SIZES | {"num_hidden_layers": 3, "layer_types": ["conv", "full_attention", "conv"]}
 GROUPS = EXPERTS | {"n_routed_experts": 12, "n_group": 4, "topk_group": 2}
 
 HF_CONFIGS = {
@@ -121,6 +124,17 @@ HF_CONFIGS = {
         shared_expert_intermediate_size=48,
         norm_topk_prob=False,
         mlp_only_layers=[1],
+    ),
+    "lfm2": lambda: Lfm2Config(**CONVOLUTIONS, block_multiple_of=32),
+    "lfm2 with biases": lambda: Lfm2Config(
+        **CONVOLUTIONS | {"layer_types": ["full_attention", "conv", "full_attention"]},
+        conv_bias=True,
+        conv_L_cache=2,
+        block_auto_adjust_ff_dim=False,
+        tie_word_embeddings=False,
+    ),
+    "lfm2 moe": lambda: Lfm2MoeConfig(
+        **CONVOLUTIONS | EXPERTS, num_experts=8, num_dense_layers=1, routed_scaling_factor=1.5
     ),
     "qwen3.5": lambda: Qwen3_5TextConfig(**DELTA, tie_word_embeddings=True),
     "qwen3.5 with biases": lambda: Qwen3_5TextConfig(
@@ -238,6 +252,6 @@ def random_hf_model(hf_config):
         for name, parameter in model.named_parameters():
             parameter.normal_(1.0 if "norm" in name else 0.0, 0.2)
         for name, buffer in model.named_buffers():
-            if name.endswith("e_score_correction_bias"):
+            if name.endswith(("e_score_correction_bias", "expert_bias")):
                 buffer.normal_(0.0, 0.2)
     return model

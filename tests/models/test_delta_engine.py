@@ -1,7 +1,9 @@
-"""Models with gated delta rules in an engine: states per slot beside keys and values, against transformers in float32."""
+"""Models with gated delta rules or short convolutions in an engine: states per slot, keys and values beside them, against
+transformers in float32."""
 
 import json
 import random
+import re
 from math import isfinite
 from shutil import copytree
 
@@ -30,7 +32,7 @@ TOKENS = 160
 LENGTHS = (1, 16, 17, 63, 64, 65, 128, 129, 190)
 """Of prompts: around what runs token by token, chunks, and steps."""
 NUM_TOKENS = 8
-NAMES = ("qwen3 next", "qwen3.5")
+NAMES = ("qwen3 next", "qwen3.5", "lfm2 with biases", "lfm2 moe")
 
 
 @pytest.fixture(scope="module", params=NAMES)
@@ -135,8 +137,9 @@ def test_graphs_are_verified(checkpoint, device) -> None:
     assert [report.mismatches for report in reports] == [[]] * len(reports)
 
 
-def test_deterministic_answers_do_not_depend_on_the_steps(tmp_path, device) -> None:
-    random_hf_model(HF_CONFIGS["qwen3.5"]()).save_pretrained(tmp_path)
+@pytest.mark.parametrize("name", ["qwen3.5", "lfm2"])
+def test_deterministic_answers_do_not_depend_on_the_steps(name, tmp_path, device) -> None:
+    random_hf_model(HF_CONFIGS[name]()).save_pretrained(tmp_path)
     prompts = [[3 + (7 * place + number) % 90 for place in range(30 * number)] for number in (1, 2, 3)]
     found = []
     for settings in ({}, {"max_num_batched_tokens": 37, "capture_sizes": None}):
@@ -147,7 +150,9 @@ def test_deterministic_answers_do_not_depend_on_the_steps(tmp_path, device) -> N
 
 
 def test_ranks_are_refused_by_what_they_cannot_share(checkpoint) -> None:
-    with pytest.raises(ModelError, match=r"layers of gated delta rules, which are not shared yet.*can: 1\."):
+    with pytest.raises(
+        ModelError, match=r"layers of (gated delta rules|short convolutions), which are not shared yet.*can: 1\."
+    ):
         load_model(
             resolve(checkpoint[0]), dtype=torch.float32, device=torch.device("cpu"), max_model_len=64, shard=Shard(0, 2)
         )
@@ -170,7 +175,8 @@ def test_an_adapter_is_what_merged_weights_are(checkpoint, device, tmp_path) -> 
     folder, prompts, _ = checkpoint
     tensors, pairs = load_file(f"{folder}/model.safetensors"), {}
     generator = torch.Generator().manual_seed(0)
-    for name in [name for name in tensors if ".in_proj_" in name or ".out_proj" in name or ".self_attn.q_proj" in name]:
+    adapted = re.compile(r".*\.(in_proj\w*|out_proj|q_proj)\.weight")
+    for name in filter(adapted.fullmatch, list(tensors)):
         outputs, inputs = tensors[name].shape
         a = torch.randn(RANK, inputs, generator=generator) / inputs**0.5
         b = torch.randn(outputs, RANK, generator=generator) / 4
@@ -187,17 +193,30 @@ def test_an_adapter_is_what_merged_weights_are(checkpoint, device, tmp_path) -> 
 
 
 @pytest.mark.parametrize(
-    ("changes", "said"),
+    ("name", "changes", "said"),
     [
-        ({"hidden_act": "gelu_pytorch_tanh"}, "run with silu"),
-        ({"linear_num_value_heads": 5}, "must be a multiple of key heads"),
-        ({"linear_conv_kernel_dim": 1}, "at least 2 tokens"),
-        ({"layer_types": ["linear_attention"] * 2}, "at least one must be full_attention"),
-        ({"layer_types": ["linear_attention", "sliding_attention"]}, "layers of type sliding_attention"),
+        ("qwen3.5", {"hidden_act": "gelu_pytorch_tanh"}, "run with silu"),
+        ("qwen3.5", {"linear_num_value_heads": 5}, "must be a multiple of key heads"),
+        ("qwen3.5", {"linear_conv_kernel_dim": 1}, "at least 2 tokens"),
+        ("qwen3.5", {"layer_types": ["linear_attention"] * 2}, "at least one must be full_attention"),
+        ("qwen3.5", {"layer_types": ["linear_attention", "sliding_attention"]}, "layers of type sliding_attention"),
+        ("qwen3.5", {"layer_types": ["conv", "full_attention"]}, "layers of type conv"),
+        ("lfm2", {"conv_L_cache": 1}, r"of 1 tokens \(conv_L_cache\), and must be of at least 2"),
+        ("lfm2", {"layer_types": ["conv"] * 3}, "at least one must be full_attention"),
+        ("lfm2", {"block_multiple_of": 0}, r"feed-forward layers of -?\d+ values, in multiples of 0"),
+        ("lfm2", {"block_ffn_dim_multiplier": 1e30}, "feed-forward layers of"),
+        ("lfm2 moe", {"layer_types": None}, "no layer_types"),
+        (
+            "lfm2 moe",
+            {"layer_types": ["conv", "linear_attention", "full_attention"]},
+            "layers of type linear_attention",
+        ),
+        ("lfm2 moe", {"num_experts_per_tok": 9}, "number of experts per token is 9"),
     ],
 )
-def test_configs_of_other_layers_are_refused(tmp_path, changes, said) -> None:
-    config = HF_CONFIGS["qwen3.5"]().to_dict() | {"architectures": ["Qwen3_5ForCausalLM"]} | changes
+def test_configs_of_other_layers_are_refused(tmp_path, name, changes, said) -> None:
+    class_name = {"qwen3.5": "Qwen3_5ForCausalLM", "lfm2": "Lfm2ForCausalLM", "lfm2 moe": "Lfm2MoeForCausalLM"}[name]
+    config = HF_CONFIGS[name]().to_dict() | {"architectures": [class_name]} | changes
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(ModelError, match=said):
         resolve(str(tmp_path))

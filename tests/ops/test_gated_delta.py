@@ -129,21 +129,28 @@ def test_the_grid_has_room_for_all_chunks_of_any_rows() -> None:
 
 
 @pytest.mark.parametrize("channels", [40, 300])
-@pytest.mark.parametrize(("width", "num_drafts"), [(4, 0), (4, 3), (2, 1)])
-def test_convolution_of_any_partition_into_rows(kernels, channels: int, width: int, num_drafts: int) -> None:
+@pytest.mark.parametrize(("width", "num_drafts", "plain"), [(4, 0, False), (4, 3, False), (2, 1, False), (3, 2, True)])
+def test_convolution_of_any_partition_into_rows(
+    kernels, channels: int, width: int, num_drafts: int, plain: bool
+) -> None:
+    """With SiLU or, plain, with a bias."""
     for seed in seeds(kernels):
         generator = torch.Generator().manual_seed(seed)
         rows = random_rows(generator, (1, 4, 5, 8)[seed], num_drafts)
         wide = with_padding(torch.randn(rows.num_tokens, channels + 8, generator=generator))
         weight = torch.randn(channels, width, generator=generator)
         before = random_state(generator, rows, width - 1, channels)
-        expected, state_after = by_loop(wide[:, :channels], weight, before, rows)
-        moved, taps, state = on(kernels, wide, weight, before)
-        out = ops.causal_conv(moved[:, :channels], taps, state, *on(kernels, *rows))
+        bias = torch.randn(channels, generator=generator) if plain else None
+        expected, state_after = by_loop(wide[:, :channels], weight, bias, before, rows, silu=not plain)
+        moved, taps, state, *biases = on(kernels, wide, weight, before, *([bias] if plain else []))
+        rows_there = on(kernels, *rows)
+        out = ops.causal_conv(
+            moved[:, :channels], taps, biases[0] if plain else None, state, *rows_there, silu=not plain
+        )
         assert_same_rows(rows, before, (out, state), (expected, state_after), 1e-5)
 
 
-def by_loop(x, weight, before, rows: Rows):
+def by_loop(x, weight, bias, before, rows: Rows, *, silu: bool):
     """Each row's inputs behind its state, through torch's convolution."""
     out, state = torch.zeros_like(x), before.clone()
     width = weight.shape[1]
@@ -153,8 +160,8 @@ def by_loop(x, weight, before, rows: Rows):
             continue
         old = before[slot] if rows.start[row] else torch.zeros_like(before[slot])
         whole = torch.cat((old, x[begin:end]))
-        sums = torch.nn.functional.conv1d(whole.T[None], weight[:, None], groups=len(weight))[0].T
-        out[begin:end] = torch.nn.functional.silu(sums)
+        sums = torch.nn.functional.conv1d(whole.T[None], weight[:, None], bias, groups=len(weight))[0].T
+        out[begin:end] = torch.nn.functional.silu(sums) if silu else sums
         state[slot] = whole[int(rows.num_stored[row]) :][: width - 1]
     return out, state
 
@@ -183,5 +190,6 @@ def test_all_is_computed_in_float32_and_rounded_once() -> None:
     assert torch.equal(rows.without_padding(rounded), rows.without_padding(exact).bfloat16())
     x, weight = torch.randn(rows.num_tokens, 8, generator=generator).bfloat16(), torch.randn(8, 4).bfloat16()
     state = torch.zeros(9, 3, 8)
-    exact = conv_reference.causal_conv(x.float(), weight.float(), state, *rows)
-    assert torch.equal(conv_reference.causal_conv(x, weight, torch.zeros(9, 3, 8).bfloat16(), *rows), exact.bfloat16())
+    exact = conv_reference.causal_conv(x.float(), weight.float(), None, state, *rows, True)
+    rounded = conv_reference.causal_conv(x, weight, None, torch.zeros(9, 3, 8).bfloat16(), *rows, True)
+    assert torch.equal(rounded, exact.bfloat16())

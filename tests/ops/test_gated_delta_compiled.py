@@ -1,4 +1,4 @@
-"""Kernels of gated delta rules, compiled for a Hopper GPU on any machine: the interpreter takes what the compiler would not."""
+"""Kernels of layers with states, compiled for a Hopper GPU on any machine: the interpreter takes what the compiler would not."""
 
 import os
 import subprocess
@@ -35,9 +35,11 @@ for tokens, rows in ((8, 8), (2048, 64)):
     operands = slot, torch.zeros(rows + 1, dtype=torch.int32), start, stored
     qkvz = torch.empty(tokens, C + H * D, dtype=torch.bfloat16)
     ba, of_heads = torch.empty(tokens, 2 * H, dtype=torch.bfloat16), torch.empty(H)
-    qkv = conv.causal_conv(qkvz[:, :C], torch.empty(C, 4, dtype=torch.bfloat16), state[1], *operands)
+    qkv = conv.causal_conv(qkvz[:, :C], torch.empty(C, 4, dtype=torch.bfloat16), None, state[1], *operands, True)
     out = delta.gated_delta(qkv, ba, of_heads, of_heads, state[0], *operands, False)
     norm.gated_norm(out, qkvz[:, C:], torch.empty(D, dtype=torch.bfloat16), 1e-6)
+taps, bias = torch.empty(C, 3, dtype=torch.bfloat16), torch.empty(C, dtype=torch.bfloat16)
+conv.causal_conv(qkvz[:, :C], taps, bias, state[1][:, :2].contiguous(), *operands, False)
 for kernel in (conv._causal_conv_kernel, delta._prepare_kernel, delta._scan_kernel, norm._gated_norm_kernel):
     for compiled in kernel.device_caches[0][0].values():
         ptx = compiled.asm["ptx"]
@@ -54,5 +56,5 @@ def test_they_compile_and_chunks_run_on_tensor_cores() -> None:
     )
     assert done.returncode == 0, done.stderr
     found = [line.split() for line in done.stdout.splitlines()]
-    assert [products for products, _ in found] == ["none", "none", "wgmma", "none", "wgmma", "none", "none"]
+    assert [products for products, _ in found] == ["none", "none", "none", "wgmma", "none", "wgmma", "none", "none"]
     assert all(int(shared) <= 227 << 10 for _, shared in found)

@@ -9,11 +9,13 @@ from stepgraph.ops.rows import row_of
 def causal_conv(
     x: Tensor,
     weight: Tensor,
+    bias: Tensor | None,
     state: Tensor,
     row_slot: Tensor,
     query_start: Tensor,
     start: Tensor,
     num_stored: Tensor,
+    silu: bool,
 ) -> Tensor:
     """See `stepgraph.ops.causal_conv.causal_conv`."""
     U, P, (C, W) = x.shape[0], state.shape[1], weight.shape
@@ -27,6 +29,8 @@ def causal_conv(
         before_UC = old_RPC.view(-1, C).index_select(0, row_U * P + (P + place_U - back).clamp(0, P - 1))
         earlier_UC = torch.where((place_U >= back).unsqueeze(1), within_UC, before_UC)
         out_UC = out_UC + earlier_UC.float() * weight[:, P - back].float()
+    if bias is not None:
+        out_UC = out_UC + bias.float()
 
     entry_P = torch.arange(P, dtype=torch.int32, device=x.device)
     place_RP = num_stored.unsqueeze(1) - P + entry_P
@@ -34,4 +38,4 @@ def causal_conv(
     kept_RPC = old_RPC.gather(1, (P + place_RP).clamp(0, P - 1).long().unsqueeze(2).expand(-1, -1, C))
     new_RPC = torch.where((place_RP >= 0).unsqueeze(2), x.index_select(0, index_RP.flatten()).view(-1, P, C), kept_RPC)
     state.index_put_((row_slot * (num_stored > 0),), new_RPC)
-    return (out_UC / (1 + torch.exp(-out_UC))).to(x.dtype)
+    return (out_UC / (1 + torch.exp(-out_UC)) if silu else out_UC).to(x.dtype)

@@ -17,8 +17,9 @@ _TOKENS, _CHANNELS = 16, 256
 
 
 @triton.jit
-def _silu(x):
-    return x / (1.0 + tl.exp(-x))
+def _end(sum, bias, SILU: tl.constexpr):
+    sum += bias
+    return sum / (1.0 + tl.exp(-sum)) if SILU else sum
 
 
 @launched
@@ -26,6 +27,7 @@ def _silu(x):
 def _causal_conv_kernel(
     x_ptr,
     weight_ptr,
+    bias_ptr,
     state_ptr,
     out_ptr,
     row_slot_ptr,
@@ -37,6 +39,8 @@ def _causal_conv_kernel(
     num_rows,
     CHANNELS: tl.constexpr,
     W: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    SILU: tl.constexpr,
     ROWS: tl.constexpr,  # at least num_rows
     BLOCK_B: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -45,6 +49,7 @@ def _causal_conv_kernel(
     P: tl.constexpr = W - 1
     channel_C = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     inside_C = channel_C < CHANNELS
+    bias_C = tl.load(bias_ptr + channel_C, mask=inside_C & HAS_BIAS, other=0.0).to(tl.float32)
     program = tl.program_id(1)
     if program < num_rows:
         first = tl.load(query_start_ptr + program)
@@ -67,7 +72,9 @@ def _causal_conv_kernel(
                     tap_C = tl.load(weight_ptr + channel_C * W + tap, mask=inside_C, other=0.0)
                     sum_C += input_C.to(tl.float32) * tap_C.to(tl.float32)
                 out_C = out_ptr + (first + place).to(tl.int64) * CHANNELS + channel_C
-                tl.store(out_C, _silu(sum_C).to(out_ptr.dtype.element_ty), mask=inside_C & (place < length))
+                tl.store(
+                    out_C, _end(sum_C, bias_C, SILU).to(out_ptr.dtype.element_ty), mask=inside_C & (place < length)
+                )
             # Entry i takes what entry i + stored holds, or a token: later entries are read before they are written.
             for entry in tl.static_range(P):
                 source = stored + entry - P
@@ -94,17 +101,19 @@ def _causal_conv_kernel(
                 tap_C = tl.load(weight_ptr + channel_C * W + tap, mask=inside_C, other=0.0)
                 sum_BC += input_BC.to(tl.float32) * tap_C.to(tl.float32)[None, :]
             out_BC = out_ptr + token_B.to(tl.int64)[:, None] * CHANNELS + channel_C[None, :]
-            tl.store(out_BC, _silu(sum_BC).to(out_ptr.dtype.element_ty), mask=mask_BC)
+            tl.store(out_BC, _end(sum_BC, bias_C[None, :], SILU).to(out_ptr.dtype.element_ty), mask=mask_BC)
 
 
 def causal_conv(
     x: Tensor,
     weight: Tensor,
+    bias: Tensor | None,
     state: Tensor,
     row_slot: Tensor,
     query_start: Tensor,
     start: Tensor,
     num_stored: Tensor,
+    silu: bool,
 ) -> Tensor:
     """See `stepgraph.ops.causal_conv.causal_conv`."""
     (num_tokens, channels), num_rows = x.shape, row_slot.shape[0]
@@ -116,6 +125,7 @@ def causal_conv(
     _causal_conv_kernel[grid](
         x,
         weight,
+        weight if bias is None else bias,
         state,
         out,
         row_slot,
@@ -127,6 +137,8 @@ def causal_conv(
         num_rows,
         CHANNELS=channels,
         W=weight.shape[1],
+        HAS_BIAS=bias is not None,
+        SILU=silu,
         ROWS=row_capacity(num_rows),
         BLOCK_B=_TOKENS,
         BLOCK_C=_CHANNELS,

@@ -196,8 +196,9 @@ def stateful_rows() -> tuple[Tensor, ...]:
     return int32(2, 1, 4, 3), int32(0, 20, 21, 25, 25), int32(0, 7, 30, 9), int32(20, 1, 2, 0)
 
 
-def convolved(g: torch.Generator) -> tuple[Any, ...]:
-    return random(g, 25, K + 8)[:, :K], random(g, K, 4), random(g, 5, 3, K), *stateful_rows()
+def convolved(g: torch.Generator, *, silu: bool) -> tuple[Any, ...]:
+    bias = None if silu else random(g, K)
+    return random(g, 25, K + 8)[:, :K], random(g, K, 4), bias, random(g, 5, 3, K), *stateful_rows(), silu
 
 
 def remembered(g: torch.Generator, *, deterministic: bool) -> tuple[Any, ...]:
@@ -261,7 +262,8 @@ CASES = {
     "latent_queries by token": Case("latent_queries", latent_queries, lambda g: absorbed(g, deterministic=True)),
     "head_linear": Case("head_linear", head_linear, lambda g: of_heads(g, deterministic=False), rows=(0,)),
     "head_linear by token": Case("head_linear", head_linear, lambda g: of_heads(g, deterministic=True), rows=(0,)),
-    "causal_conv": Case("causal_conv", causal_conv, convolved),
+    "causal_conv": Case("causal_conv", causal_conv, lambda g: convolved(g, silu=True)),
+    "causal_conv with a bias": Case("causal_conv", causal_conv, lambda g: convolved(g, silu=False)),
     "gated_delta": Case("gated_delta", gated_delta, lambda g: remembered(g, deterministic=False)),
     "gated_delta by token": Case("gated_delta", gated_delta, lambda g: remembered(g, deterministic=True)),
     "gated_norm": Case(

@@ -1,0 +1,90 @@
+"""A layer of gated short convolutions in place of attention: its state is the last few inputs of the convolution.
+
+Shapes: T tokens, U tokens to run (`stepgraph.layers.recurrent`), E hidden size and channels, W width of the convolution.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from stepgraph.layers.cache import Item
+from stepgraph.layers.linear import Linear
+from stepgraph.layers.norm import RMSNorm
+from stepgraph.layers.recurrent import RecurrentCache, RecurrentRows, RecurrentSpec
+from stepgraph.ops import causal_conv
+
+
+class Convolution(nn.Module):
+    """The weight of a convolution of each channel, as checkpoints keep it: [channels, 1, W]; and a bias, if it has one."""
+
+    bias: nn.Parameter | None
+
+    def __init__(
+        self, channels: int, width: int, *, bias: bool = False, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        """Args:
+        channels, width: of the convolution.
+        bias: whether each channel has one.
+        dtype, device: of the parameters.
+        """
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(channels, 1, width, dtype=dtype, device=device), False)
+        self.bias = nn.Parameter(torch.empty(channels, dtype=dtype, device=device), False) if bias else None
+
+    def forward(self, x_UC: Tensor, state: Tensor, rows: RecurrentRows, *, silu: bool) -> Tensor:
+        """See `stepgraph.ops.causal_conv`."""
+        return causal_conv(x_UC, self.weight.squeeze(1), self.bias, state, *rows.operands, silu=silu)
+
+
+@dataclass(frozen=True)
+class ConvSizes:
+    """Of a layer."""
+
+    width: int  # W
+    bias: bool  # of the convolution and both projections
+
+
+class ShortConv(nn.Module):
+    """Normalise, project, gate, convolve and gate again; `out_proj` is the caller's to apply. May run inside a graph.
+
+    Source: Liquid AI, "LFM2 Technical Report" (2025).
+    """
+
+    def __init__(self, hidden_size: int, sizes: ConvSizes, *, dtype: torch.dtype, device: torch.device) -> None:
+        """Args:
+        hidden_size: E.
+        sizes: of the layer.
+        dtype, device: of the parameters.
+        """
+        super().__init__()
+        self.sizes, self.hidden_size = sizes, hidden_size
+        self.in_proj = Linear(hidden_size, 3 * hidden_size, bias=sizes.bias, dtype=dtype, device=device)
+        self.conv = Convolution(hidden_size, sizes.width, bias=sizes.bias, dtype=dtype, device=device)
+        self.out_proj = Linear(hidden_size, hidden_size, bias=sizes.bias, dtype=dtype, device=device)
+
+    def cache_spec(self, dtype: torch.dtype) -> RecurrentSpec:
+        """What the layer keeps of requests whose activations are of `dtype`: the last inputs of the convolution; of a token, its
+        input."""
+        return RecurrentSpec(
+            state=(Item((self.sizes.width - 1, self.hidden_size), dtype),), inputs=(Item((self.hidden_size,), dtype),)
+        )
+
+    def forward(self, norm: RMSNorm | None, x_TE: Tensor, cache: RecurrentCache, rows: RecurrentRows) -> Tensor:
+        """Run the step's tokens, writing the states after them.
+
+        Args:
+            norm: of `x_TE`; None: it is normalised.
+            x_TE: [T, E].
+            cache: this layer's.
+            rows: of the step.
+
+        Returns:
+            [T, E], dtype of `x_TE`. What is left is `out_proj`.
+        """
+        in_gate_TE, out_gate_TE, values_TE = self.in_proj.product(x_TE, norm=norm).chunk(3, dim=1)
+        (gated_UE,) = cache.replayed(rows, (in_gate_TE * values_TE,))
+        (state,) = cache.state
+        return out_gate_TE * rows.own(self.conv(gated_UE, state, rows, silu=False))
