@@ -9,6 +9,7 @@ from transformers.models.deepseek_v2.modeling_deepseek_v2 import DeepseekV2TopkR
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3TopkRouter
 from transformers.models.ernie4_5_moe.modeling_ernie4_5_moe import Ernie4_5_MoeTopKRouter
 from transformers.models.granitemoe.modeling_granitemoe import GraniteMoeTopKRouter
+from transformers.models.lfm2_moe.modeling_lfm2_moe import Lfm2MoeTopKRouter
 from transformers.models.qwen2_moe.modeling_qwen2_moe import Qwen2MoeTopKRouter
 
 from stepgraph import ops
@@ -69,12 +70,31 @@ def deepseek_v3(rng):
     return DeepseekV3TopkRouter(config), spec.routing
 
 
+class Lfm2Router(Lfm2MoeTopKRouter):
+    """With the bias that its layer holds."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.register_buffer("e_score_correction_bias", torch.zeros(config.num_experts))
+
+    def forward(self, x):
+        return super().forward(x, self.e_score_correction_bias)
+
+
+def lfm2(rng):
+    numbers, normalise, scale = sizes(rng), rng.random() < 0.5, rng.choice((1.0, 2.5))
+    settings = {"norm_topk_prob": normalise, "routed_scaling_factor": scale, "use_expert_bias": True}
+    routing = Routing(numbers[1], sigmoid=True, normalise=normalise, least_sum=1e-6, scale=scale)
+    return Lfm2Router(fields(*numbers, **settings)), routing
+
+
 ROUTERS = {
     "Mixtral, Granite": granite,
     "Qwen": qwen,
     "ERNIE": ernie,
     "DeepSeek V2": deepseek_v2,
     "DeepSeek V3, GLM": deepseek_v3,
+    "LFM2": lfm2,
 }
 
 
