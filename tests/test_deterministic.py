@@ -108,6 +108,8 @@ OPERATORS = {
     "rope_cache": rope_cache,
     "swiglu": ops.swiglu,
     "geglu": ops.geglu,
+    "sigmoid_gate": lambda x: ops.sigmoid_gate(x[:, 1:].contiguous(), x[:, 1:]),
+    "sigmoid_gate of tokens": lambda x: ops.sigmoid_gate(x, x[:, :1].contiguous()),
 }
 
 

@@ -15,7 +15,7 @@ from stepgraph.layers.cache import PagedCache, PagedSpec
 from stepgraph.layers.inputs import AttentionSpec, StepInputs
 from stepgraph.layers.linear import Linear, MergedLinear
 from stepgraph.layers.norm import RMSNorm
-from stepgraph.ops import rope_attention, rope_cache
+from stepgraph.ops import rope_attention, rope_cache, sigmoid_gate
 from stepgraph.parallel.shard import Axis, Shard
 
 
@@ -143,7 +143,7 @@ class Attention(nn.Module):
             scale=self.scale,
             window=self.spec.window,
         )
-        return attended_TF if gate_TF is None else attended_TF * gate_TF.sigmoid()
+        return attended_TF if gate_TF is None else sigmoid_gate(attended_TF, gate_TF)
 
     def _projected(self, norm: RMSNorm | None, x_TE: Tensor) -> tuple[Tensor, Tensor | None]:
         """Queries, keys and values, [T, (H + 2G)·D], and gates, [T, H·D], if there are any."""

@@ -404,4 +404,4 @@ class MixtureMLP(nn.Module):
         hidden_TM = self.shared_experts.hidden(None, x_TE)
         if self.shared_expert_gate is None:
             return hidden_TM
-        return hidden_TM * self.shared_expert_gate.product(x_TE).sigmoid()
+        return ops.sigmoid_gate(hidden_TM, self.shared_expert_gate.product(x_TE))

@@ -60,6 +60,7 @@ from stepgraph.ops.rope_attention import rope_attention
 from stepgraph.ops.rope_cache import rope_cache
 from stepgraph.ops.route import Chosen, Routing, route
 from stepgraph.ops.sample import sample
+from stepgraph.ops.sigmoid_gate import sigmoid_gate
 from stepgraph.ops.swiglu import geglu, swiglu
 from stepgraph.ops.write_kv import write_kv
 
@@ -135,6 +136,7 @@ __all__ = [
     "route",
     "sample",
     "scatter_sum",
+    "sigmoid_gate",
     "sum_experts",
     "swiglu",
     "tall_tile",

@@ -29,6 +29,7 @@ from stepgraph.ops.rms_norm.reference import rms_norm
 from stepgraph.ops.rope_cache.reference import rope_cache
 from stepgraph.ops.route.reference import route
 from stepgraph.ops.sample.reference import sample
+from stepgraph.ops.sigmoid_gate.reference import sigmoid_gate
 from stepgraph.ops.swiglu.reference import geglu, swiglu
 from stepgraph.ops.write_kv.reference import write_kv
 
@@ -271,6 +272,12 @@ CASES = {
         gated_norm,
         lambda g: (random(g, T, H * D), random(g, T, H * D + 5)[:, : H * D], random(g, D), EPS),
         rows=(0, 1),
+    ),
+    "sigmoid_gate": Case(
+        "sigmoid_gate", sigmoid_gate, lambda g: (random(g, T, K), random(g, T, K + 5)[:, :K]), rows=(0, 1)
+    ),
+    "sigmoid_gate of tokens": Case(
+        "sigmoid_gate", sigmoid_gate, lambda g: (random(g, T, K), random(g, T, 1)), rows=(0, 1)
     ),
     "build_step": Case("build_step", build_step, planned),
     "commit": Case("commit", commit, sampled),
