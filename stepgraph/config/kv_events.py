@@ -122,19 +122,19 @@ class KVEventsConfig:
     def check_ports(self, num_ranks: int) -> None:
         """Raise ConfigError if so many data-parallel ranks, from `kv_events_rank` on, have not a port each for events and one
         for replay."""
-        ports = [self.endpoint.port]
-        if self.replay_endpoint is not None:
-            ports.append(self.replay_endpoint.port)
-        names = ("kv_events_endpoint", "kv_events_replay_endpoint")
+        port = self.endpoint.port
+        replay_port = None if self.replay_endpoint is None else self.replay_endpoint.port
         of = "" if num_ranks == 1 else f" of {num_ranks} engines or ranks"
-        for name, port in zip(names, ports, strict=False):
-            if port is not None and (last := port + self.kv_events_rank + num_ranks - 1) > _LARGEST_PORT:
+        for name, first in (("kv_events_endpoint", port), ("kv_events_replay_endpoint", replay_port)):
+            if first is not None and (last := first + self.kv_events_rank + num_ranks - 1) > _LARGEST_PORT:
                 raise ConfigError(
                     f"{name}={getattr(self, name)!r}{of} needs ports up to {last}, and the largest is {_LARGEST_PORT}; give a "
                     "smaller one",
                     param=name,
                 )
-        if None not in ports and len(ports) == 2 and self.endpoint.is_bound and abs(ports[0] - ports[1]) < num_ranks:  # type: ignore[operator]
+        if port is None or replay_port is None or not self.endpoint.is_bound:
+            return
+        if abs(port - replay_port) < num_ranks:
             raise ConfigError(
                 f"kv_events_endpoint={self.kv_events_endpoint!r} and kv_events_replay_endpoint="
                 f"{self.kv_events_replay_endpoint!r}{of} take the same ports, for each rank has the next ones; leave {num_ranks} "

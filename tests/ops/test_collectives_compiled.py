@@ -1,28 +1,11 @@
 """The kernels that push, compiled for a Hopper GPU on any machine: the interpreter takes what the compiler would not."""
 
-import os
-import subprocess
 import sys
 
 import pytest
+from compiled_for_hopper import lines_of
 
 COMPILED = """
-import re
-import stepgraph
-import torch
-from triton.backends.compiler import GPUTarget
-from triton.runtime import driver
-from stepgraph.platforms import kernels, tuning
-from stepgraph.platforms.compile_ahead import COMPILING
-
-class Hopper:
-    def get_current_target(self): return GPUTarget("cuda", 90, 32)
-    def get_current_device(self): return 0
-    def get_current_stream(self, device): return 0
-
-driver.set_active(Hopper())
-kernels.kernel_tuning = lambda: tuning.SM_90
-COMPILING.set(True)
 from stepgraph.ops.collectives import triton as push
 from stepgraph.ops.collectives import triton_tokens
 
@@ -51,12 +34,7 @@ for kernel in (
 
 @pytest.mark.skipif(sys.platform != "linux", reason="Triton is there on Linux only")
 def test_they_compile_and_send_and_poll_sixteen_bytes_at_a_time() -> None:
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    done = subprocess.run(
-        [sys.executable, "-c", COMPILED], env=environment, capture_output=True, text=True, timeout=300
-    )
-    assert done.returncode == 0, done.stderr
-    lines = done.stdout.splitlines()
+    lines = lines_of(COMPILED)
     for accesses, waits in zip(lines[::2], lines[1::2], strict=True):
         assert "ld.volatile.global.v4.b32" in accesses
         assert "st.global.v4.b32" in accesses

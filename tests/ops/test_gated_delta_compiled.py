@@ -1,28 +1,11 @@
 """Kernels of layers with states, compiled for a Hopper GPU on any machine: the interpreter takes what the compiler would not."""
 
-import os
-import subprocess
 import sys
 
 import pytest
+from compiled_for_hopper import lines_of
 
 COMPILED = """
-import re
-import stepgraph
-import torch
-from triton.backends.compiler import GPUTarget
-from triton.runtime import driver
-from stepgraph.platforms import kernels, tuning
-from stepgraph.platforms.compile_ahead import COMPILING
-
-class Hopper:
-    def get_current_target(self): return GPUTarget("cuda", 90, 32)
-    def get_current_device(self): return 0
-    def get_current_stream(self, device): return 0
-
-driver.set_active(Hopper())
-kernels.kernel_tuning = lambda: tuning.SM_90
-COMPILING.set(True)
 from stepgraph.ops.causal_conv import triton as conv
 from stepgraph.ops.gated_delta import triton as delta
 from stepgraph.ops.gated_norm import triton as norm
@@ -50,11 +33,6 @@ for kernel in (conv._causal_conv_kernel, delta._prepare_kernel, delta._scan_kern
 
 @pytest.mark.skipif(sys.platform != "linux", reason="Triton is there on Linux only")
 def test_they_compile_and_chunks_run_on_tensor_cores() -> None:
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    done = subprocess.run(
-        [sys.executable, "-c", COMPILED], env=environment, capture_output=True, text=True, timeout=300
-    )
-    assert done.returncode == 0, done.stderr
-    found = [line.split() for line in done.stdout.splitlines()]
+    found = [line.split() for line in lines_of(COMPILED)]
     assert [products for products, _ in found] == ["none", "none", "none", "wgmma", "none", "wgmma", "none", "none"]
     assert all(int(shared) <= 227 << 10 for _, shared in found)

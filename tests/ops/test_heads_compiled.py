@@ -1,28 +1,11 @@
 """Products of heads, compiled for a Hopper GPU on any machine: the interpreter takes what the compiler would not."""
 
-import os
-import subprocess
 import sys
 
 import pytest
+from compiled_for_hopper import lines_of
 
 COMPILED = """
-import re
-import stepgraph
-import torch
-from triton.backends.compiler import GPUTarget
-from triton.runtime import driver
-from stepgraph.platforms import kernels, tuning
-from stepgraph.platforms.compile_ahead import COMPILING
-
-class Hopper:
-    def get_current_target(self): return GPUTarget("cuda", 90, 32)
-    def get_current_device(self): return 0
-    def get_current_stream(self, device): return 0
-
-driver.set_active(Hopper())
-kernels.kernel_tuning = lambda: tuning.SM_90
-COMPILING.set(True)
 from stepgraph.ops.head_linear import triton as after
 from stepgraph.ops.latent_queries import triton as before
 
@@ -47,12 +30,7 @@ for kernel in (before._latent_queries_kernel, after._head_linear_kernel):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="Triton is there on Linux only")
 def test_they_compile_for_tensor_cores_and_read_weights_of_a_few_tokens_early() -> None:
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    done = subprocess.run(
-        [sys.executable, "-c", COMPILED], env=environment, capture_output=True, text=True, timeout=300
-    )
-    assert done.returncode == 0, done.stderr
-    found = [line.split() for line in done.stdout.splitlines()]
+    found = [line.split() for line in lines_of(COMPILED)]
     assert [products for products, _, _ in found] == ["mma", "wgmma"] * 2
     assert all(int(shared) <= 227 << 10 for _, shared, _ in found)
     # Of `head_linear`, whose first wait is after a program's 32 KiB of weight: 256 threads read 16 bytes eight times.
