@@ -41,6 +41,7 @@ LINE_WIDTH = STOP_TOKENS + MAX_STOP_TOKENS
 
 NULL_SLOT = 0
 NULL_BLOCK = 0
+NULL_LINE = 0
 
 MAX_BIASES = 512
 """Logit biases of a slot: [slots, MAX_BIASES, 2] int32, token id and float32 bits."""
@@ -76,3 +77,8 @@ ROW_WIDTH = 2
 """Columns of a plan row: slot, query length bound."""
 DELTA_WIDTH = 3
 """Columns of a block-table delta: slot, index in its block table, block."""
+
+READ_LINE, WRITE_LINE, NEXT_LINE = 0, 1, 2
+NUM_LINES = 3
+"""Where layers have lines, a slot's line of the block table has so many columns more, behind those of blocks: the lines that its
+next step reads and writes, and the one that the step after that writes. Deltas set them like blocks."""

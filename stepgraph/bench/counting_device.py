@@ -89,7 +89,7 @@ class CountingDevice:
 
     def admit(self, admission: Admission) -> None:
         """See `Executor.admit`."""
-        slot, tokens, prompt_len, generation, max_length, sampling, _, computed = admission
+        slot, tokens, prompt_len, generation, max_length, sampling, _, computed, _ = admission
         self._slots[slot] = _Slot(
             generation=generation,
             known=len(tokens),

@@ -15,20 +15,21 @@ from stepgraph.step.shape import StepShape, Variant
 
 
 def words_of_admission(admission: Admission) -> Words:
-    """An admission: eight lengths and numbers, tokens, blocks, and how to sample."""
-    slot, tokens, prompt_len, generation, max_length, sampling, blocks, computed = admission
+    """An admission: nine lengths and numbers, tokens, blocks, lines, and how to sample."""
+    slot, tokens, prompt_len, generation, max_length, sampling, blocks, computed, lines = admission
     how = pickle.dumps(sampling)
-    numbers = (slot, prompt_len, generation, max_length, computed, len(tokens), len(blocks), len(how))
+    numbers = (slot, prompt_len, generation, max_length, computed, len(tokens), len(blocks), len(lines), len(how))
     padded = np.frombuffer(how + bytes(-len(how) % 4), dtype=np.int32)
-    return np.concatenate((_words(numbers), _words(tokens), _words(blocks), padded))
+    return np.concatenate((_words(numbers), _words(tokens), _words(blocks), _words(lines), padded))
 
 
 def admission_of(words: Words) -> Admission:
     """What `words_of_admission` wrote."""
-    slot, prompt_len, generation, max_length, computed, num_tokens, num_blocks, length = words[:8].tolist()
-    tokens, blocks, how = np.split(words[8:], (num_tokens, num_tokens + num_blocks))
+    slot, prompt_len, generation, max_length, computed, *sizes, length = words[:9].tolist()
+    tokens, blocks, lines, how = np.split(words[9:], np.cumsum(sizes))
     sampling = pickle.loads(how.tobytes()[:length])
-    return Admission(slot, _array(tokens), prompt_len, generation, max_length, sampling, _array(blocks), computed)
+    values = slot, _array(tokens), prompt_len, generation, max_length, sampling, _array(blocks), computed
+    return Admission(*values, tuple(lines.tolist()))
 
 
 def words_of_shape(shape: StepShape) -> Words:

@@ -4,8 +4,8 @@ A model lists one `CacheSpec` per layer, a drafter its own. Whoever is above the
 layer its cache, without looking inside: only a layer and the operators of its kind do that.
 
 Memory comes in two forms. *Blocks* are granted to requests as they grow, and hold an entry for each of `block_size` tokens.
-*Lines* belong to slots for good: a request uses that of its slot from its first token to its last. Block 0 and line 0 are null:
-padding reads and writes there.
+A *line* holds what a layer knows of a request as a whole: each that runs writes one, and goes on to another where the one it had
+is kept for others (`LineRows`). Block 0 and line 0 are null: padding reads and writes there.
 """
 
 from __future__ import annotations
@@ -43,14 +43,14 @@ class LayerCache(Protocol):
 
     @property
     def line_tensors(self) -> tuple[Tensor, ...]:
-        """Each [slots, …]."""
+        """Each [lines, …]."""
 
-    def lay_out(self, slot: int, computed: int, generator: torch.Generator) -> None:
-        """Fill a slot's line at random with what earlier steps may have left there of a request of `computed` tokens. For checks;
+    def lay_out(self, line: int, computed: int, generator: torch.Generator) -> None:
+        """Fill a line at random with what earlier steps may have left there of a request of `computed` tokens. For checks;
         not inside a graph."""
 
-    def line_content(self, slot: int, end: int) -> tuple[Tensor, ...]:
-        """What a slot's line says after a step that ran its request's tokens up to position `end`, exclusive: all that a later
+    def line_content(self, line: int, end: int) -> tuple[Tensor, ...]:
+        """What a line says after a step that ran a request's tokens up to position `end`, exclusive: all that a later
         step may read. For checks."""
 
 
@@ -134,10 +134,10 @@ class PagedCache(NamedTuple):
         """See `LayerCache.line_tensors`."""
         return ()
 
-    def lay_out(self, slot: int, computed: int, generator: torch.Generator) -> None:
+    def lay_out(self, line: int, computed: int, generator: torch.Generator) -> None:
         """See `LayerCache.lay_out`."""
 
-    def line_content(self, slot: int, end: int) -> tuple[Tensor, ...]:
+    def line_content(self, line: int, end: int) -> tuple[Tensor, ...]:
         """See `LayerCache.line_content`."""
         return ()
 
@@ -183,9 +183,9 @@ class LatentCache(NamedTuple):
         """See `LayerCache.line_tensors`."""
         return ()
 
-    def lay_out(self, slot: int, computed: int, generator: torch.Generator) -> None:
+    def lay_out(self, line: int, computed: int, generator: torch.Generator) -> None:
         """See `LayerCache.lay_out`."""
 
-    def line_content(self, slot: int, end: int) -> tuple[Tensor, ...]:
+    def line_content(self, line: int, end: int) -> tuple[Tensor, ...]:
         """See `LayerCache.line_content`."""
         return ()

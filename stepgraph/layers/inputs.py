@@ -75,6 +75,26 @@ class DispatchTable:
         return ops.ExpertDispatch.PAIRS if num_tokens <= self.most_pairs_tokens else ops.ExpertDispatch.TILES
 
 
+class LineRows(NamedTuple):
+    """The lines of a step's rows, in caches that have lines. What a row writes, no other row reads or writes, but for the null
+    line. What rows only read is as it was before the step."""
+
+    read: Tensor  # [R] int32, what earlier steps have left of the row's first tokens
+    write: Tensor  # [R] int32, where the step leaves that of all; mostly the same
+
+    @classmethod
+    def take(cls, table: Tensor, row_slot: Tensor) -> LineRows:
+        """Those of a step, and move the slots on to those of their next one. Runs inside the graph, once.
+
+        Args:
+            table: [slots, 3] int32, of each slot what `slot_line` calls READ_LINE, WRITE_LINE and NEXT_LINE. Updated.
+            row_slot: [R] int32.
+        """
+        lines_R3 = table.index_select(0, row_slot)
+        table[:, :2].index_put_((row_slot,), lines_R3[:, 1:])
+        return cls(lines_R3[:, 0], lines_R3[:, 1])
+
+
 class WriteSignals(NamedTuple):
     """Where a step says of each layer that its entries are in the cache; see `stepgraph.ops.kv_signal`."""
 
@@ -97,6 +117,7 @@ class StepInputs:
     caches: tuple[Any, ...]  # one per layer, of the kind of its `CacheSpec`
     dispatch: DispatchTable = DispatchTable()  # of layers with experts
     signals: WriteSignals | None = None  # None: nobody watches
+    lines: LineRows | None = None  # None: no layer has any
 
     def wrote(self, layer: int) -> None:
         """A model's layer has written what it caches of this step: whoever watches is told. Runs inside the graph."""

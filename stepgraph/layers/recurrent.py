@@ -1,8 +1,8 @@
 """State that a layer carries from token to token of a request: of a recurrence, or of a convolution over the last few tokens.
 
-A slot has one state, not one per position, so a step that has run proposals cannot go back to before those that fall. Nor does
-it copy states in advance: a line holds the state at a position up to which everything stands, and the inputs of the few tokens
-since, which the next step runs again as far as they stand. K being the most proposals of a row, the line of a slot whose request
+A request has one state, not one per position, so a step that has run proposals cannot go back to before those that fall. Nor
+does it copy states in advance: a line holds the state at a position up to which everything stands, and the inputs of the few
+tokens since, which the next step runs again as far as they stand. K being the most proposals of a row, the line of a request that
 has c > 0 tokens computed holds between steps
 
 - `start`: a position p with c - K ≤ p ≤ c, the same in all layers of a model;
@@ -10,18 +10,21 @@ has c > 0 tokens computed holds between steps
 - `inputs`: at q mod K, what the recurrence takes from the token at position q, for p ≤ q < c. Those of proposals that fell may
   lie behind, where nothing reads them and the next step writes its own.
 
-A step that runs n tokens of the slot from position c on runs the kept ones from p on again, then its own, and leaves `start` =
-p' = max(c + 1, c + n - K), the state there and the inputs from there on. It ends with c' tokens computed: c < c' ≤ c + n, as a
+A step that runs n tokens of the request from position c on runs the kept ones from p on again, then its own, and leaves `start`
+= p' = max(c + 1, c + n - K), the state there and the inputs from there on. It ends with c' tokens computed: c < c' ≤ c + n, as a
 row's first token always stands, and c' = c + n if n > 1 + K, as such a row has no proposals. So p' ≤ c' ≤ p' + K, whatever
 stood. Without speculation K = 0: there is nothing but the state, and nothing is run twice.
 
-A request's first step is the one with c = 0. The state before it is zero, whatever its line holds: that is all there is to a new
-user of a slot, and to a request that starts anew after a preemption. Nothing is copied or cleared when a request is admitted. It
-must start at 0, as blocks of others hold no state; see `CacheSpec.starts_from_blocks`.
+A row reads one line and writes another (`LineRows`), mostly the same. As p' > c, what it writes holds nothing from before c but
+the state, so a line of c tokens can be read by any number of rows, in as many steps, that write elsewhere: such a line is a
+checkpoint, from which requests start whose first c tokens are the same. Nothing is ever copied.
+
+A request that starts at c = 0 has zero as the state before, whatever its line holds: that is all there is to a line's new user,
+and to a request that starts anew after a preemption. Nothing is cleared when a request is admitted.
 
 All of it runs inside the graph. What a step runs is the same for all layers, so that it is found once (`RecurrentCache.rows`).
-States are read and written by operators, in place (`stepgraph.ops.causal_conv`, `stepgraph.ops.gated_delta`). Rows that run no
-token, padding rows too, write to the null line.
+States are read and written by operators (`stepgraph.ops.causal_conv`, `stepgraph.ops.gated_delta`). Rows that run no token,
+padding rows too, write to the null line.
 
 Shapes: T tokens of the step, R rows, U tokens to run: T, and R·K more where tokens are kept; those behind the last row are
 padding.
@@ -38,15 +41,15 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from stepgraph.layers.cache import CacheSpec, Item
-from stepgraph.ops import StepTokens
+from stepgraph.layers.inputs import LineRows, StepInputs
 from stepgraph.ops.rows import row_of
 
 
 @dataclass(frozen=True)
 class RecurrentSpec(CacheSpec):
-    """A state per slot."""
+    """A state in a line."""
 
-    state: tuple[Item, ...]  # of a slot
+    state: tuple[Item, ...]  # of a request
     inputs: tuple[Item, ...]  # of a token, from which the state before it becomes that after it
 
     starts_from_blocks = False
@@ -74,19 +77,19 @@ class Replay(NamedTuple):
     """Where what a step runs comes from and goes to, where tokens are kept."""
 
     is_again: Tensor  # [U] bool, kept tokens that stand
-    from_kept: Tensor  # [U] int32, where they are among all slots' kept ones; 0 of others
+    from_kept: Tensor  # [U] int32, where they are among all lines' kept ones; 0 of others
     from_step: Tensor  # [U] int32, where the others are among the T; 0 of those
     own: Tensor  # [T] int32, where the step's own tokens are among the U
-    kept_slot: Tensor  # [T] int32, the slot that keeps each of them; the null slot: none does
+    kept_line: Tensor  # [T] int32, the line that keeps each of them; the null line: none does
     kept_place: Tensor  # [T] int32, and where there
-    slot: Tensor  # [R] int32, of rows that run tokens; of others the null slot
+    line: Tensor  # [R] int32, that rows with tokens write; of others the null line
     next_start: Tensor  # [R] int32, `start` after the step
 
 
 class RecurrentRows(NamedTuple):
     """A step's rows as a recurrence runs them: of each row the kept tokens that stand, then its own."""
 
-    slot: Tensor  # [R] int32
+    lines: LineRows
     query_start: Tensor  # [R + 1] int32, where each row begins among the U, and the end of all
     start: Tensor  # [R] int32, the position that it begins at; 0: the state before it is zero
     num_stored: (
@@ -95,9 +98,9 @@ class RecurrentRows(NamedTuple):
     replay: Replay | None  # None: U = T
 
     @property
-    def operands(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def operands(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """The last arguments of operators that run a recurrence."""
-        return self.slot, self.query_start, self.start, self.num_stored
+        return *self.lines, self.query_start, self.start, self.num_stored
 
     def own(self, x_U: Tensor) -> Tensor:
         """Of what is of tokens to run, [U, …], that of the step's own: [T, …]."""
@@ -108,25 +111,27 @@ class RecurrentRows(NamedTuple):
 class RecurrentCache:
     """Of a `RecurrentSpec`."""
 
-    state: tuple[Tensor, ...]  # [slots, …] each
-    inputs: tuple[Tensor, ...]  # [slots, K, …] each; none if K = 0
-    start: Tensor | None  # [slots, 1] int32; None if K = 0
+    state: tuple[Tensor, ...]  # [lines, …] each
+    inputs: tuple[Tensor, ...]  # [lines, K, …] each; none if K = 0
+    start: Tensor | None  # [lines, 1] int32; None if K = 0
 
     @property
     def num_kept(self) -> int:
         """K."""
         return self.inputs[0].shape[1] if self.inputs else 0
 
-    def rows(self, tokens: StepTokens) -> RecurrentRows:
+    def rows(self, inputs: StepInputs) -> RecurrentRows:
         """What a step has to run in this layer, and in all others of the model. Runs inside the graph."""
+        tokens, lines = inputs.tokens, inputs.lines
+        assert lines is not None
         query_len_R = tokens.query_start.diff()
         first_R = tokens.kv_len - query_len_R
         if self.start is None:
-            return RecurrentRows(tokens.row_slot, tokens.query_start, first_R, query_len_R, None)
+            return RecurrentRows(lines, tokens.query_start, first_R, query_len_R, None)
         T, R, K = tokens.token_ids.shape[0], tokens.row_slot.shape[0], self.num_kept
         ran_R = query_len_R > 0
         is_later_R = ran_R & (first_R > 0)
-        start_R = torch.where(is_later_R, self._start_of(self.start, tokens, first_R), first_R)
+        start_R = torch.where(is_later_R, self._start_of(self.start, lines.read, first_R), first_R)
         next_R = self._next_start(first_R, query_len_R)
         num_again_R = first_R - start_R
         query_start = pad((num_again_R + query_len_R).cumsum(0, dtype=torch.int32), (1, 0))
@@ -142,18 +147,18 @@ class RecurrentCache:
         place_U = token_U - query_start.index_select(0, row_U)
         is_real_U = token_U < query_start[-1]
         is_again_U = is_real_U & (place_U < num_again_R.index_select(0, row_U))
-        kept_U = tokens.row_slot.index_select(0, row_U) * K + (start_R.index_select(0, row_U) + place_U) % K
+        kept_U = lines.read.index_select(0, row_U) * K + (start_R.index_select(0, row_U) + place_U) % K
         replay = Replay(
             is_again=is_again_U,
             from_kept=kept_U * is_again_U,
             from_step=(token_U - shift_R.index_select(0, row_U)) * (is_real_U & ~is_again_U),
             own=(token_T + shift_R.index_select(0, row_T)) * is_real_T,
-            kept_slot=tokens.row_slot.index_select(0, row_T) * is_kept_T,
+            kept_line=lines.write.index_select(0, row_T) * is_kept_T,
             kept_place=tokens.positions % K * is_kept_T,
-            slot=tokens.row_slot * ran_R,
+            line=lines.write * ran_R,
             next_start=next_R,
         )
-        return RecurrentRows(tokens.row_slot, query_start, start_R, (next_R - start_R) * ran_R, replay)
+        return RecurrentRows(lines, query_start, start_R, (next_R - start_R) * ran_R, replay)
 
     def replayed(self, rows: RecurrentRows, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """The inputs of all tokens to run, [U, …] each, from those of the step's tokens, [T, …]; and keep of these what the next
@@ -168,14 +173,14 @@ class RecurrentCache:
             for old, x in zip(again, inputs, strict=True)
         ]
         for kept, x in zip(self.inputs, inputs, strict=True):
-            kept.index_put_((replay.kept_slot, replay.kept_place), x)
+            kept.index_put_((replay.kept_line, replay.kept_place), x)
         assert self.start is not None
-        self.start.index_put_((replay.slot,), replay.next_start.unsqueeze(1))
+        self.start.index_put_((replay.line,), replay.next_start.unsqueeze(1))
         return tuple(taken)
 
-    def _start_of(self, start: Tensor, tokens: StepTokens, first_R: Tensor) -> Tensor:
+    def _start_of(self, start: Tensor, line_R: Tensor, first_R: Tensor) -> Tensor:
         """p of each row. Within its bounds for any content: the null line's is anybody's."""
-        start_R = start.index_select(0, tokens.row_slot).squeeze(1)
+        start_R = start.index_select(0, line_R).squeeze(1)
         return torch.minimum(torch.maximum(start_R, first_R - self.num_kept), first_R)
 
     def _next_start(self, first_R: Tensor, query_len_R: Tensor) -> Tensor:
@@ -192,25 +197,25 @@ class RecurrentCache:
         """See `LayerCache.line_tensors`."""
         return *self.state, *(() if self.start is None else (self.start, *self.inputs))
 
-    def lay_out(self, slot: int, computed: int, generator: torch.Generator) -> None:
+    def lay_out(self, line: int, computed: int, generator: torch.Generator) -> None:
         """See `LayerCache.lay_out`."""
         kept = []
         if self.start is not None:
             # Not drawn: all layers of a request have the same.
-            start = computed - (7 * slot + computed) % (min(computed, self.num_kept) + 1)
-            self.start[slot] = start
-            kept = [line[slot, position % self.num_kept] for line in self.inputs for position in range(start, computed)]
-        for target in (*(line[slot] for line in self.state), *kept):
+            start = computed - (7 * line + computed) % (min(computed, self.num_kept) + 1)
+            self.start[line] = start
+            kept = [x[line, position % self.num_kept] for x in self.inputs for position in range(start, computed)]
+        for target in (*(x[line] for x in self.state), *kept):
             target.copy_(torch.randn(target.shape, generator=generator))
 
-    def line_content(self, slot: int, end: int) -> tuple[Tensor, ...]:
+    def line_content(self, line: int, end: int) -> tuple[Tensor, ...]:
         """See `LayerCache.line_content`."""
-        state = tuple(line[slot] for line in self.state)
+        state = tuple(x[line] for x in self.state)
         if self.start is None:
             return state
-        positions = range(max(int(self.start[slot]), end - self.num_kept), end)
-        kept = [line[slot, position % self.num_kept] for line in self.inputs for position in positions]
-        return *state, self.start[slot], *kept
+        positions = range(max(int(self.start[line]), end - self.num_kept), end)
+        kept = [x[line, position % self.num_kept] for x in self.inputs for position in positions]
+        return *state, self.start[line], *kept
 
 
 def _over(mask_N: Tensor, x: Tensor) -> Tensor:

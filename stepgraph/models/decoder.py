@@ -291,7 +291,7 @@ class Decoder(nn.Module, ABC):
         """
         stream = ResidualStream(self.embed(inputs.tokens.token_ids), self.group, self.expert_group)
         states = (cache for cache in inputs.caches if isinstance(cache, RecurrentCache))
-        rows = next((cache.rows(inputs.tokens) for cache in states), None)
+        rows = next((cache.rows(inputs) for cache in states), None)
         next_norms = [*(layer.input_layernorm for layer in self.layers), self.norm][1:]
         scale_T = None if self.query_scale is None else self.query_scale[inputs.tokens.positions]
         parts = zip(self.layers, self._table_names, inputs.caches, next_norms, strict=True)

@@ -27,3 +27,6 @@ class Admission(NamedTuple):
     """KV blocks of the first `computed` tokens."""
     computed: int = 0
     """Tokens whose keys and values are cached; fewer than `tokens`."""
+    lines: Sequence[int] = ()
+    """Where layers have lines: the one that its first step reads, which holds the first `computed` tokens, and the one that it
+    writes; none: both are that of the slot's number."""

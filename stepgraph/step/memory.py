@@ -30,7 +30,7 @@ class CacheLayout:
     model_specs: tuple[CacheSpec, ...]
     draft_specs: tuple[CacheSpec, ...]
     block_size: int
-    num_slots: int  # the null slot included
+    num_lines: int  # the null line included
     num_drafts: int  # most proposals of a row
     lookahead: int = 0  # of the drafter
 
@@ -50,8 +50,8 @@ class CacheLayout:
 
     @property
     def line_bytes(self) -> int:
-        """Of all slots' lines, in all layers together."""
-        return self.num_slots * sum(item.num_bytes for spec in self._owners for item in spec.per_line(self.num_drafts))
+        """Of all lines, in all layers together."""
+        return self.num_lines * sum(item.num_bytes for spec in self._owners for item in spec.per_line(self.num_drafts))
 
     def sizes(self, num_blocks: int) -> list[int]:
         """Bytes of each of the tensors that `allocate` makes."""
@@ -63,7 +63,7 @@ class CacheLayout:
         ]
 
     def allocate(self, num_blocks: int, memory: DeviceMemory) -> tuple[LayerCache, ...]:
-        """The cache of each layer, zero, block 0 being the null block and line 0 that of the null slot."""
+        """The cache of each layer, zero, block 0 being the null block and line 0 the null line."""
         caches: list[LayerCache] = []
         for spec in self.specs:
             if spec.shares is not None:
@@ -75,6 +75,11 @@ class CacheLayout:
             )
             caches.append(spec.cache(block_tensors, line_tensors))
         return tuple(caches)
+
+    @property
+    def has_lines(self) -> bool:
+        """Whether any layer has lines."""
+        return any(spec.per_line(self.num_drafts) for spec in self.specs)
 
     @property
     def reuses_prefixes(self) -> bool:
@@ -90,7 +95,7 @@ class CacheLayout:
 
     def _items(self, spec: CacheSpec, num_blocks: int) -> tuple[tuple[int, tuple[Item, ...]], ...]:
         """How many blocks, and how many lines, a layer's cache has, each with what one of them has in each tensor."""
-        return (num_blocks, spec.per_block(self.block_size)), (self.num_slots, spec.per_line(self.num_drafts))
+        return (num_blocks, spec.per_block(self.block_size)), (self.num_lines, spec.per_line(self.num_drafts))
 
     @property
     def _owners(self) -> list[CacheSpec]:

@@ -22,7 +22,7 @@ from torch import Tensor
 from stepgraph import ops
 from stepgraph.abi import slot_line
 from stepgraph.layers.cache import LayerCache
-from stepgraph.layers.inputs import AttentionSpec, AttentionWork, DispatchTable, StepInputs, WriteSignals
+from stepgraph.layers.inputs import AttentionSpec, AttentionWork, DispatchTable, LineRows, StepInputs, WriteSignals
 from stepgraph.models.adapters import AdapterStore
 from stepgraph.models.language_model import LanguageModel
 from stepgraph.ops.rows import row_of
@@ -66,7 +66,7 @@ class StepProgram:
 
     def __call__(self) -> StepOutput:
         """Run one step of the plan in `state.plan`."""
-        state = self.state
+        state, line_table = self.state, self.state.line_table
         T, R, K = self.shape.num_tokens, self.shape.num_rows, self.shape.num_drafts
 
         # 1 build: rows → token ids, positions, KV slots, samples, attention work
@@ -74,7 +74,7 @@ class StepProgram:
             state.plan,
             state.lines,
             state.tokens,
-            state.block_table,
+            state.tables,
             T,
             R,
             self.shape.num_samples,
@@ -86,7 +86,14 @@ class StepProgram:
         if self.adapters is not None:
             self.adapters.select(tokens, state.lines)
         inputs = StepInputs(
-            tokens, attention, state.block_table, self.block_size, self.caches, self.dispatch, self.signals
+            tokens,
+            attention,
+            state.block_table,
+            self.block_size,
+            self.caches,
+            self.dispatch,
+            self.signals,
+            None if line_table is None else LineRows.take(line_table, tokens.row_slot),
         )
         hidden_TE = self.model(inputs)
         # 3 logits, 4 sample: after each row's last known token and each of its proposals

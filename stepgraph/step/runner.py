@@ -92,15 +92,6 @@ class StepRunner:
         self._is_read_elsewhere = group is not None and num_own > 1 and group.shard.rank > 0
         self.loaded = [LoadedPlan(self.block_size, rank * scheduler.max_num_seqs) for rank in range(num_own)]
         """What lies where this rank's graphs read it and, on rank 0, where others' do that have requests of their own."""
-        self.state = SlotState(
-            max_num_seqs=scheduler.max_num_seqs,
-            max_model_len=max_model_len,
-            block_size=self.block_size,
-            vocab_size=self.vocab_size,
-            max_shape=self.policy.max_shape,
-            platform=platform,
-            rings=None if self.shared_rings is None or group is None else self.shared_rings.of_ranks[group.shard.rank],
-        )
         dtype = model.dtype
         self.logits = LogitMemory(
             max_samples=self.policy.max_shape.num_samples,
@@ -122,6 +113,16 @@ class StepRunner:
             self.policy.max_shape.num_drafts,
             drafter.lookahead if drafter else 0,
         )
+        self.state = SlotState(
+            max_num_seqs=scheduler.max_num_seqs,
+            max_model_len=max_model_len,
+            block_size=self.block_size,
+            vocab_size=self.vocab_size,
+            max_shape=self.policy.max_shape,
+            platform=platform,
+            rings=None if self.shared_rings is None or group is None else self.shared_rings.of_ranks[group.shard.rank],
+            has_lines=layout.has_lines,
+        )
         self.signals = KVSignals(len(layout.model_specs), platform) if config.transfer.signals_layers else None
         """Where steps say, layer by layer, that their keys and values are in the cache; None: they do not."""
         self._attention = AttentionSizes(
@@ -132,7 +133,7 @@ class StepRunner:
             block_size=self.block_size,
             deterministic=self.deterministic,
         )
-        null = replace(layout, num_slots=1)  # a dry run touches no more than the null block and the null slot
+        null = replace(layout, num_lines=1)  # a dry run touches no more than the null block and the null line
         self.caches = null.allocate(1, platform.memory(null.sizes(1), sleepable=False))
         """Of `layout.specs`."""
         self.kernels = CompiledKernels(0, 0)

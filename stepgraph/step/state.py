@@ -28,6 +28,8 @@ class SlotState:
     process reads; default: new ones.
 
     Line 0 is the null slot: inactive, all zero, where padding points. All addresses are fixed for the engine's life.
+
+    `has_lines`: whether layers have lines, of which slots are told.
     """
 
     def __init__(
@@ -40,6 +42,7 @@ class SlotState:
         max_shape: StepShape,
         platform: Platform,
         rings: OutputRings | None = None,
+        has_lines: bool = False,
     ):
         slots = max_num_seqs + 1
 
@@ -48,7 +51,8 @@ class SlotState:
 
         self.lines = zeros(slots, slot_line.LINE_WIDTH)  # see stepgraph.abi.slot_line
         self.tokens = zeros(slots, max_model_len)  # token history
-        self.block_table = zeros(slots, -(-max_model_len // block_size))
+        self._max_blocks, self._has_lines = -(-max_model_len // block_size), has_lines
+        self.tables = zeros(slots, self._max_blocks + has_lines * slot_line.NUM_LINES)  # what deltas change
         self.biases = zeros(slots, slot_line.MAX_BIASES, 2)
         self.bad_words = zeros(slots, slot_line.MAX_BAD_WORDS, slot_line.BAD_WORD_WIDTH)
         self.masks = zeros(slots, 1 + max_shape.num_drafts, -(-vocab_size // slot_line.MASK_BITS))
@@ -58,15 +62,28 @@ class SlotState:
         self.ring, self.logprob_ring, self.prompt_logprob_ring, _ = self.rings
         self._platform = platform
 
+    @property
+    def block_table(self) -> Tensor:
+        """The KV blocks of slots: [slots, max blocks]. May be asked for inside a graph."""
+        return self.tables[:, : self._max_blocks] if self._has_lines else self.tables
+
+    @property
+    def line_table(self) -> Tensor | None:
+        """The lines of slots, as `LineRows.take` wants them; None if layers have none. May be asked for inside a graph."""
+        return self.tables[:, self._max_blocks :] if self._has_lines else None
+
     def admit(self, admission: Admission) -> None:
         """Start a request in its slot: a few copies, ordered before the next step on the device's stream."""
-        slot, tokens, prompt_len, generation, max_length, sampling, blocks, computed = admission
+        slot, tokens, prompt_len, generation, max_length, sampling, blocks, computed, lines = admission
         assert 0 < slot < self.lines.shape[0], slot
         assert computed < len(tokens), (computed, len(tokens))
         line = _line(sampling)
         copies: list[_Copy] = [(line, self.lines[slot]), (array("i", tokens), self.tokens[slot])]
         if blocks:
             copies.append((array("i", blocks), self.block_table[slot]))
+        if self.line_table is not None:
+            read, write = lines or (slot, slot)
+            copies.append((array("i", (read, write, write)), self.line_table[slot]))
         if sampling.logit_bias:
             biases = np.zeros((len(sampling.logit_bias), 2), dtype=np.int32)
             biases[:, 0] = [token for token, _ in sampling.logit_bias]

@@ -1,8 +1,9 @@
 """One step of one composition, laid out in fresh state among poison, and everything that came of it.
 
-All a step must not read is NaN: every KV entry outside the rows' contexts, the null block's included, and the lines of slots that
-do not run or that run their request's first token. And it must write to its own tokens' entries, its own slots' lines, the null
-block and the null line only; a draft model also to the entries of the proposals it makes.
+All a step must not read is NaN: every KV entry outside the rows' contexts, the null block's included, and all lines but those
+that rows read behind their requests' first tokens. And it must write to its own tokens' entries, its own rows' lines, the null
+block and the null line only; a draft model also to the entries of the proposals it makes. Where there are lines enough, some rows
+read another line than they write.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ class Result:
     tokens: Tensor
     written: Tensor  # cache entries this step wrote, all layers
     draft_written: Tensor  # those of the draft model
-    states: Tensor  # what the slots' lines say after it, all layers
+    states: Tensor  # what the rows' lines say after it, all layers
     strays: int  # cache entries and lines that changed beside those and the null ones
     logprobs: Tensor  # what the step reported, bits
     hidden: (
@@ -107,6 +108,7 @@ class _Placed:
 
     row: Row
     slot: int
+    line: int  # that it writes
     entries: list[int]  # of the KV cache, of every position that blocks were granted for
 
 
@@ -134,6 +136,8 @@ def _run(
 
     free_blocks = (torch.randperm(runner.num_kv_blocks - 1, generator=generator) + 1).tolist()
     settings = random.Random(composition.seed)
+    free_lines = settings.sample(range(1, runner.layout.num_lines), runner.layout.num_lines - 1)
+    num_spare = len(free_lines) - len(composition.rows)  # lines
     most = min(runner.max_model_len, len(free_blocks) * block_size + 1)  # tokens of the longest sequence
     placed: list[_Placed] = []
     deltas: list[tuple[int, int, int]] = []
@@ -144,6 +148,9 @@ def _run(
         num_granted = max(row.end, min(row.end + shape.num_drafts - 1, max_length - 1))
         blocks = [free_blocks.pop() for _ in range(-(-num_granted // block_size))]
         known = -(-row.computed // block_size)
+        read = line = free_lines.pop()
+        if num_spare and settings.random() < 0.5:
+            read, num_spare = free_lines.pop(), num_spare - 1
         state.admit(
             Admission(
                 slot,
@@ -154,6 +161,7 @@ def _run(
                 generation=slot - 1,
                 max_length=max_length,
                 sampling=sampling,
+                lines=(read, line),
             )
         )
         if sampling.masked:
@@ -164,11 +172,11 @@ def _run(
         state.tokens[slot, row.length : row.length + row.num_drafts] = proposed
         if row.computed:
             for cache in (*model_caches, *draft_caches):
-                cache.lay_out(slot, row.computed, generator)
+                cache.lay_out(read, row.computed, generator)
         entries = [blocks[p // block_size] * block_size + p % block_size for p in range(num_granted)]
         prefix_slots.extend(entries[: row.computed])
         if only is None or slot - 1 == only:
-            placed.append(_Placed(row, slot, entries))
+            placed.append(_Placed(row, slot, line, entries))
             deltas.extend((slot, i, blocks[i]) for i in range(known, len(blocks)))
 
     prefix = torch.tensor(prefix_slots, device=runner.platform.device, dtype=torch.long)
@@ -194,7 +202,7 @@ def _run(
         tensor
         for cache in (*model_caches, *draft_caches)
         for item in ran
-        for tensor in cache.line_content(item.slot, item.row.end)
+        for tensor in cache.line_content(item.line, item.row.end)
     ]
     num_samples = sum(item.row.num_samples for item in placed)
     prompts_first = shape.variant >= Variant.PROMPT_LOGPROBS  # logits of all tokens come before those of samples
@@ -212,7 +220,7 @@ def _run(
         states=_as_one(states),
         strays=_count_strays(changed[: len(model_entries)], own, block_size)
         + _count_strays(changed[len(model_entries) :], own + drafted, block_size)
-        + _count_stray_lines(line_tensors, lines_before, [slot_line.NULL_SLOT, *(item.slot for item in ran)]),
+        + _count_stray_lines(line_tensors, lines_before, [slot_line.NULL_LINE, *(item.line for item in ran)]),
         logprobs=torch.cat((state.logprob_ring[0], state.prompt_logprob_ring[0])),
         hidden=hidden[0][:num_hidden].float() if hidden else torch.empty(0),
     )

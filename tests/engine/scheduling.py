@@ -120,7 +120,7 @@ class Device:
 
     def admit(self, admission: Admission) -> None:
         """What `SlotState.admit` does with what the engine gives it."""
-        slot, tokens, prompt_len, generation, max_length, sampling, blocks, computed = admission
+        slot, tokens, prompt_len, generation, max_length, sampling, blocks, computed, _ = admission
         for index, block in enumerate(blocks):
             self.block_table[slot, index] = block
         prompt = tuple(tokens[:prompt_len])

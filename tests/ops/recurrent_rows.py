@@ -8,14 +8,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-NUM_SLOTS, PADDING = 9, 5
+NUM_LINES, PADDING = 17, 5
 LENGTHS = (0, 0, 1, 1, 2, 3, 4, 5, 15, 16, 17, 40, 63, 64, 65, 100, 128, 130)
 
 
 class Rows(NamedTuple):
     """The last arguments of the operators."""
 
-    row_slot: Tensor
+    read_line: Tensor
+    write_line: Tensor
     query_start: Tensor
     start: Tensor
     num_stored: Tensor
@@ -25,13 +26,13 @@ class Rows(NamedTuple):
         """Without padding."""
         return int(self.query_start[-1])
 
-    def slots_that(self, *, run: bool) -> Tensor:
-        """Of requests: those whose row runs tokens, or all others."""
-        running = self.row_slot[self.query_start.diff() > 0].long()
-        others = torch.ones(NUM_SLOTS, dtype=torch.bool)
-        others[running] = False
+    def lines_that_are(self, *, written: bool) -> Tensor:
+        """Those of rows that run tokens, or all others but the null line."""
+        lines = self.write_line[self.query_start.diff() > 0].long()
+        others = torch.ones(NUM_LINES, dtype=torch.bool)
+        others[lines] = False
         others[0] = False
-        return running if run else others.nonzero().flatten()
+        return lines if written else others.nonzero().flatten()
 
     def without_padding(self, x_U: Tensor) -> Tensor:
         """Of what is of tokens."""
@@ -39,17 +40,21 @@ class Rows(NamedTuple):
 
 
 def random_rows(generator: torch.Generator, num_rows: int, num_drafts: int) -> Rows:
-    """Rows in slots of their own, some empty, some of new requests, padding rows last."""
+    """Rows that write lines of their own, some empty, some of new requests, padding rows last. Half of them read other lines than
+    they write, of which rows may read the same."""
 
     def draw(*bounds: int) -> int:
         return int(torch.randint(*bounds, (), generator=generator))
 
     lengths = [LENGTHS[draw(0, len(LENGTHS))] for _ in range(num_rows)]
-    slots = (1 + torch.randperm(NUM_SLOTS - 1, generator=generator)[:num_rows]).int()
+    lines = (1 + torch.randperm(NUM_LINES - 1, generator=generator)).int().tolist()
+    write, spare = lines[:num_rows], lines[num_rows:]
+    read = [line if draw(0, 2) else spare[draw(0, 4)] for line in write]
     start = torch.tensor([draw(0, 2) * draw(1, 100) for _ in range(num_rows)] + [0], dtype=torch.int32)
     stored = [max(min(1, length), length - draw(0, num_drafts + 1)) for length in lengths] + [0]
     return Rows(
-        torch.cat((slots, torch.zeros(1, dtype=torch.int32))),
+        torch.tensor([*read, 0], dtype=torch.int32),
+        torch.tensor([*write, 0], dtype=torch.int32),
         torch.tensor([0, *lengths, 0]).cumsum(0).int(),
         start,
         torch.tensor(stored, dtype=torch.int32),
@@ -58,10 +63,10 @@ def random_rows(generator: torch.Generator, num_rows: int, num_drafts: int) -> R
 
 def random_state(generator: torch.Generator, rows: Rows, *shape: int) -> Tensor:
     """NaN where nothing may be read."""
-    state = torch.full((NUM_SLOTS, *shape), torch.nan)
+    state = torch.full((NUM_LINES, *shape), torch.nan)
     is_read = (rows.start > 0) & (rows.query_start.diff() > 0)
-    for slot in rows.row_slot[is_read].tolist():
-        state[slot] = torch.randn(shape, generator=generator)
+    for line in rows.read_line[is_read].tolist():
+        state[line] = torch.randn(shape, generator=generator)
     return state
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from recurrent_rows import Rows, random_rows, random_state, with_padding
+from recurrent_rows import NUM_LINES, Rows, random_rows, random_state, with_padding
 from triton_operators import triton_operators
 
 from stepgraph import ops
@@ -55,19 +55,19 @@ def by_reference(inputs, rows: Rows):
 
 
 def assert_same_rows(rows: Rows, before, found, expected, tolerance: float) -> None:
-    """Outputs and states are as expected, and all other slots as they were."""
+    """Outputs and states are as expected, and all other lines as they were."""
     (out, state), (expected_out, expected_state) = found, expected
     out, state = out.cpu(), state.cpu()
     close = {"rtol": tolerance, "atol": tolerance}
     torch.testing.assert_close(rows.without_padding(out), rows.without_padding(expected_out), **close)
-    running, others = rows.slots_that(run=True), rows.slots_that(run=False)
+    running, others = rows.lines_that_are(written=True), rows.lines_that_are(written=False)
     torch.testing.assert_close(state[running], expected_state[running], **close)
     torch.testing.assert_close(state[others], before[others], rtol=0, atol=0, equal_nan=True)
 
 
 def test_the_reference_is_the_rule(device) -> None:
     generator = torch.Generator().manual_seed(0)
-    rows = Rows(*(torch.tensor(x, dtype=torch.int32) for x in ([3], [0, 7], [5], [4])))
+    rows = Rows(*(torch.tensor(x, dtype=torch.int32) for x in ([3], [2], [0, 7], [5], [4])))
     qkv, ba, a_log, dt_bias, state = (x.double() for x in delta_inputs(generator, rows, 1, 2, 16, 8))
     before = state[3].clone()
     out = reference.gated_delta(qkv, ba, a_log, dt_bias, state, *rows, False)
@@ -81,7 +81,7 @@ def test_the_reference_is_the_rule(device) -> None:
             s = alpha * (s - beta * torch.outer(k, s.T @ k)) + beta * torch.outer(k, v)
             torch.testing.assert_close(out[token, 8 * head : 8 * head + 8], s.T @ q / 4)
             if token == 3:
-                torch.testing.assert_close(state[3, head], s)
+                torch.testing.assert_close(state[2, head], s)
 
 
 @pytest.mark.parametrize("num_drafts", [0, 3])
@@ -103,12 +103,13 @@ def test_any_partition_into_rows(kernels, size: str, num_drafts: int) -> None:
 
 def test_a_deterministic_row_can_be_cut_anywhere(kernels) -> None:
     generator = torch.Generator().manual_seed(1)
-    whole = Rows(*(torch.tensor(x, dtype=torch.int32) for x in ([2], [0, 12], [0], [12])))
+    whole = Rows(*(torch.tensor(x, dtype=torch.int32) for x in ([2], [2], [0, 12], [0], [12])))
     inputs = on(kernels, *delta_inputs(generator, whole, *SIZES["odd"]))
     out = ops.gated_delta(*inputs, *on(kernels, *whole), deterministic=True)
     state = inputs[-1][2].clone()
     for begin, end in ((0, 1), (1, 3), (3, 12)):
-        part = Rows(*(torch.tensor(x, dtype=torch.int32) for x in ([2], [0, end - begin], [begin], [end - begin])))
+        lines = ([2], [2])
+        part = Rows(*(torch.tensor(x, dtype=torch.int32) for x in (*lines, [0, end - begin], [begin], [end - begin])))
         qkv, ba = (x[begin:end].contiguous() for x in inputs[:2])
         found = ops.gated_delta(qkv, ba, *inputs[2:], *on(kernels, *part), deterministic=True)
         assert torch.equal(found, out[begin:end])
@@ -154,15 +155,15 @@ def by_loop(x, weight, bias, before, rows: Rows, *, silu: bool):
     """Each row's inputs behind its state, through torch's convolution."""
     out, state = torch.zeros_like(x), before.clone()
     width = weight.shape[1]
-    for row, slot in enumerate(rows.row_slot.tolist()):
+    for row, (read, write) in enumerate(zip(rows.read_line.tolist(), rows.write_line.tolist(), strict=True)):
         begin, end = rows.query_start[row : row + 2].tolist()
         if begin == end:
             continue
-        old = before[slot] if rows.start[row] else torch.zeros_like(before[slot])
+        old = before[read] if rows.start[row] else torch.zeros_like(before[read])
         whole = torch.cat((old, x[begin:end]))
         sums = torch.nn.functional.conv1d(whole.T[None], weight[:, None], bias, groups=len(weight))[0].T
         out[begin:end] = torch.nn.functional.silu(sums) if silu else sums
-        state[slot] = whole[int(rows.num_stored[row]) :][: width - 1]
+        state[write] = whole[int(rows.num_stored[row]) :][: width - 1]
     return out, state
 
 
@@ -189,7 +190,7 @@ def test_all_is_computed_in_float32_and_rounded_once() -> None:
     rounded = reference.gated_delta(qkv.bfloat16(), ba.bfloat16(), *rest[:-1], state, *rows, False)
     assert torch.equal(rows.without_padding(rounded), rows.without_padding(exact).bfloat16())
     x, weight = torch.randn(rows.num_tokens, 8, generator=generator).bfloat16(), torch.randn(8, 4).bfloat16()
-    state = torch.zeros(9, 3, 8)
+    state = torch.zeros(NUM_LINES, 3, 8)
     exact = conv_reference.causal_conv(x.float(), weight.float(), None, state, *rows, True)
-    rounded = conv_reference.causal_conv(x, weight, None, torch.zeros(9, 3, 8).bfloat16(), *rows, True)
+    rounded = conv_reference.causal_conv(x, weight, None, torch.zeros(NUM_LINES, 3, 8).bfloat16(), *rows, True)
     assert torch.equal(rounded, exact.bfloat16())

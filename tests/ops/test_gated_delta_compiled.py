@@ -14,8 +14,8 @@ G, H, N, D = 16, 32, 128, 128
 C = 2 * G * N + H * D
 state = torch.empty(2, H, N, D), torch.empty(2, 3, C, dtype=torch.bfloat16)
 for tokens, rows in ((8, 8), (2048, 64)):
-    slot, start, stored = (torch.zeros(rows, dtype=torch.int32) for _ in range(3))
-    operands = slot, torch.zeros(rows + 1, dtype=torch.int32), start, stored
+    read, write, start, stored = (torch.zeros(rows, dtype=torch.int32) for _ in range(4))
+    operands = read, write, torch.zeros(rows + 1, dtype=torch.int32), start, stored
     qkvz = torch.empty(tokens, C + H * D, dtype=torch.bfloat16)
     ba, of_heads = torch.empty(tokens, 2 * H, dtype=torch.bfloat16), torch.empty(H)
     qkv = conv.causal_conv(qkvz[:, :C], torch.empty(C, 4, dtype=torch.bfloat16), None, state[1], *operands, True)

@@ -126,11 +126,11 @@ class RecurrentLayer(nn.Module):
         return RecurrentSpec(state=(Item((N,), torch.float32),), inputs=(Item((N,), torch.float32),))
 
     def forward(self, x_TE: Tensor, cache: RecurrentCache, inputs: StepInputs) -> Tensor:
-        rows = cache.rows(inputs.tokens)
+        rows = cache.rows(inputs)
         (u_UN,) = cache.replayed(rows, (x_TE @ self.w,))
         token_U = torch.arange(u_UN.shape[0], dtype=torch.int32, device=u_UN.device)
         u_UN = torch.where((token_U < rows.query_start[-1]).unsqueeze(1), u_UN, 0)
-        h_RN = torch.where((rows.start > 0).unsqueeze(1), cache.state[0].index_select(0, rows.slot), 0)
+        h_RN = torch.where((rows.start > 0).unsqueeze(1), cache.state[0].index_select(0, rows.lines.read), 0)
         row_U = row_of(token_U, rows.query_start[1:])
         place_U = token_U - rows.query_start.index_select(0, row_U)
         distance_UU = token_U.unsqueeze(1) - token_U
@@ -138,7 +138,7 @@ class RecurrentLayer(nn.Module):
         power_UUN = self.decay_N ** distance_UU.clamp(min=0).unsqueeze(2) * sees_UU.unsqueeze(2)
         h_UN = (power_UUN * u_UN).sum(1) + self.decay_N ** (place_U + 1).unsqueeze(1) * h_RN.index_select(0, row_U)
         last_R = (rows.query_start[:-1] + rows.num_stored - 1).clamp(min=0)
-        cache.state[0].index_put_((rows.slot * (rows.num_stored > 0),), h_UN.index_select(0, last_R))
+        cache.state[0].index_put_((rows.lines.write * (rows.num_stored > 0),), h_UN.index_select(0, last_R))
         return rows.own(h_UN) @ self.o
 
     def start(self) -> list[Tensor]:

@@ -22,7 +22,7 @@ STATE = RecurrentSpec((Item((4, 8), torch.float32),), (Item((4,), torch.bfloat16
 
 
 def layout(*specs, num_drafts: int = 3, lookahead: int = 0) -> CacheLayout:
-    return CacheLayout(specs[:1], specs[1:], block_size=4, num_slots=5, num_drafts=num_drafts, lookahead=lookahead)
+    return CacheLayout(specs[:1], specs[1:], block_size=4, num_lines=5, num_drafts=num_drafts, lookahead=lookahead)
 
 
 def test_a_layout_counts_every_byte_that_it_allocates() -> None:

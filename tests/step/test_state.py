@@ -1,10 +1,13 @@
 """SlotState: admitting a request writes its slot and nothing else; captures leave no trace."""
 
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
 
 from stepgraph.abi import slot_line
+from stepgraph.layers.inputs import LineRows
 from stepgraph.platforms import create_platform
 from stepgraph.step.admission import Admission
 from stepgraph.step.output_rings import RING_DEPTH
@@ -42,8 +45,9 @@ SHAPE = StepShape(32, 4, num_drafts=2)
 
 
 @pytest.fixture
-def state(device) -> SlotState:
-    return SlotState(
+def create_state(device):
+    return partial(
+        SlotState,
         max_num_seqs=4,
         max_model_len=50,
         block_size=16,
@@ -51,6 +55,11 @@ def state(device) -> SlotState:
         max_shape=SHAPE,
         platform=create_platform(device),
     )
+
+
+@pytest.fixture
+def state(create_state) -> SlotState:
+    return create_state()
 
 
 def buffers(state) -> tuple[torch.Tensor, ...]:
@@ -117,6 +126,20 @@ def test_admit_starts_a_request_after_the_blocks_that_are_cached(state) -> None:
     state.admit(Admission(3, **REQUEST | {"tokens": range(40), "blocks": [8, 5], "computed": 32}))
     assert state.lines[3, slot_line.COMPUTED] == 32
     assert state.block_table[3].tolist() == [8, 5, 0, 0]
+
+
+def test_admit_says_which_lines_the_first_step_reads_and_writes(create_state, device) -> None:
+    state = create_state(has_lines=True)
+    for admission in (Admission(3, **REQUEST | {"lines": (7, 2)}), Admission(4, **REQUEST)):
+        state.admit(admission)
+    assert (state.block_table.shape, state.line_table.shape) == ((5, 4), (5, 3))
+    assert state.line_table.tolist() == [[0, 0, 0]] * 3 + [[7, 2, 2], [4, 4, 4]]
+    assert not state.block_table.any()
+    for expected in ([7, 2, 9], [2, 9, 9], [9, 9, 9]):
+        state.line_table[3, slot_line.NEXT_LINE] = 9
+        lines = LineRows.take(state.line_table, torch.tensor([4, 3, 0, 0], dtype=torch.int32, device=device))
+        assert (lines.read.tolist(), lines.write.tolist()) == ([4, expected[0], 0, 0], [4, expected[1], 0, 0])
+    assert state.line_table.tolist() == [[0, 0, 0]] * 3 + [[9, 9, 9], [4, 4, 4]]
 
 
 def test_masks_are_written_to_their_slot_only_and_those_not_given_stay(state) -> None:

@@ -78,7 +78,7 @@ def build_step(
             index, block). All-zero rows and deltas are padding: they name the null slot and the null block.
         lines: [slots, LINE_WIDTH] int32, see `stepgraph.abi.slot_line`.
         tokens: [slots, max_model_len] int32 token history.
-        block_table: [slots, max blocks] int32; updated with the deltas before it is read.
+        block_table: [slots, at least max blocks] int32; updated with the deltas before it is read.
         num_tokens: T, captured tokens.
         num_rows: R, captured rows.
         num_samples: S, at most T.

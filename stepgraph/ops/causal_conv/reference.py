@@ -11,7 +11,8 @@ def causal_conv(
     weight: Tensor,
     bias: Tensor | None,
     state: Tensor,
-    row_slot: Tensor,
+    read_line: Tensor,
+    write_line: Tensor,
     query_start: Tensor,
     start: Tensor,
     num_stored: Tensor,
@@ -19,8 +20,8 @@ def causal_conv(
 ) -> Tensor:
     """See `stepgraph.ops.causal_conv.causal_conv`."""
     U, P, (C, W) = x.shape[0], state.shape[1], weight.shape
-    slot_R = row_slot * (num_stored > 0)  # a row without tokens leaves its slot alone
-    old_RPC = torch.where((start > 0).view(-1, 1, 1), state.index_select(0, slot_R), 0)
+    ran_R = num_stored > 0  # a row without tokens leaves its lines alone
+    old_RPC = torch.where((start > 0).view(-1, 1, 1), state.index_select(0, read_line * ran_R), 0)
     token_U = torch.arange(U, dtype=torch.int32, device=x.device)
     row_U = row_of(token_U, query_start[1:])
     place_U = token_U - query_start.index_select(0, row_U)
@@ -38,5 +39,5 @@ def causal_conv(
     index_RP = (query_start[:-1].unsqueeze(1) + place_RP).clamp(0, U - 1)
     kept_RPC = old_RPC.gather(1, (P + place_RP).clamp(0, P - 1).long().unsqueeze(2).expand(-1, -1, C))
     new_RPC = torch.where((place_RP >= 0).unsqueeze(2), x.index_select(0, index_RP.flatten()).view(-1, P, C), kept_RPC)
-    state.index_put_((slot_R,), new_RPC)
+    state.index_put_((write_line * ran_R,), new_RPC)
     return (out_UC / (1 + torch.exp(-out_UC)) if silu else out_UC).to(x.dtype)

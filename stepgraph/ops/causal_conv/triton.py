@@ -30,7 +30,8 @@ def _causal_conv_kernel(
     bias_ptr,
     state_ptr,
     out_ptr,
-    row_slot_ptr,
+    read_line_ptr,
+    write_line_ptr,
     query_start_ptr,
     start_ptr,
     num_stored_ptr,
@@ -56,9 +57,11 @@ def _causal_conv_kernel(
         length = tl.load(query_start_ptr + program + 1) - first
         stored = tl.load(num_stored_ptr + program)
         if length > 0:
-            slot = tl.load(row_slot_ptr + program).to(tl.int64)
+            read = tl.load(read_line_ptr + program).to(tl.int64)
+            write = tl.load(write_line_ptr + program).to(tl.int64)
             has_state = tl.load(start_ptr + program) > 0
-            state_C = state_ptr + slot * (P * CHANNELS) + channel_C
+            state_C = state_ptr + read * (P * CHANNELS) + channel_C
+            new_state_C = state_ptr + write * (P * CHANNELS) + channel_C
             x_C = x_ptr + first.to(tl.int64) * x_stride + channel_C
             for place in tl.static_range(P):
                 sum_C = tl.zeros((BLOCK_C,), tl.float32)
@@ -75,14 +78,15 @@ def _causal_conv_kernel(
                 tl.store(
                     out_C, _end(sum_C, bias_C, SILU).to(out_ptr.dtype.element_ty), mask=inside_C & (place < length)
                 )
-            # Entry i takes what entry i + stored holds, or a token: later entries are read before they are written.
+            # Entry i takes what entry i + stored holds, or a token: where both lines are one, later entries are read before they
+            # are written.
             for entry in tl.static_range(P):
                 source = stored + entry - P
                 kept_C = tl.load(
                     state_C + (stored + entry) * CHANNELS, mask=inside_C & has_state & (source < 0), other=0.0
                 )
                 token_C = tl.load(x_C + source * x_stride, mask=inside_C & (source >= 0), other=0.0)
-                tl.store(state_C + entry * CHANNELS, tl.where(source < 0, kept_C, token_C), mask=inside_C)
+                tl.store(new_state_C + entry * CHANNELS, tl.where(source < 0, kept_C, token_C), mask=inside_C)
     else:
         token_B = (program - num_rows) * BLOCK_B + tl.arange(0, BLOCK_B)
         row_R = tl.arange(0, ROWS)
@@ -109,14 +113,15 @@ def causal_conv(
     weight: Tensor,
     bias: Tensor | None,
     state: Tensor,
-    row_slot: Tensor,
+    read_line: Tensor,
+    write_line: Tensor,
     query_start: Tensor,
     start: Tensor,
     num_stored: Tensor,
     silu: bool,
 ) -> Tensor:
     """See `stepgraph.ops.causal_conv.causal_conv`."""
-    (num_tokens, channels), num_rows = x.shape, row_slot.shape[0]
+    (num_tokens, channels), num_rows = x.shape, read_line.shape[0]
     assert x.stride(1) == 1
     assert weight.is_contiguous()
     assert state.is_contiguous()
@@ -128,7 +133,8 @@ def causal_conv(
         weight if bias is None else bias,
         state,
         out,
-        row_slot,
+        read_line,
+        write_line,
         query_start,
         start,
         num_stored,

@@ -1,4 +1,4 @@
-"""The gated delta rule over packed rows: a state per slot and head that forgets, corrects what it holds of a key, and is read by
+"""The gated delta rule over packed rows: a state per line and head that forgets, corrects what it holds of a key, and is read by
 a query. Rows of a token and rows of thousands are one operator with a constant grid.
 
 With q and k normalised, a decay α = exp(-exp(a_log) · softplus(a + dt_bias)) and a rate β = sigmoid(b), a token makes of the
@@ -18,8 +18,8 @@ from torch import Tensor
 from stepgraph.ops.registry import register
 
 _gated_delta = register(
-    "gated_delta(Tensor qkv, Tensor ba, Tensor a_log, Tensor dt_bias, Tensor(a!) state, Tensor row_slot, Tensor query_start, "
-    "Tensor start, Tensor num_stored, bool deterministic) -> Tensor",
+    "gated_delta(Tensor qkv, Tensor ba, Tensor a_log, Tensor dt_bias, Tensor(a!) state, Tensor read_line, "
+    "Tensor write_line, Tensor query_start, Tensor start, Tensor num_stored, bool deterministic) -> Tensor",
     {"cpu": "stepgraph.ops.gated_delta.cpu:gated_delta", "cuda": "stepgraph.ops.gated_delta.triton:gated_delta"},
 )
 
@@ -30,14 +30,15 @@ def gated_delta(
     a_log: Tensor,
     dt_bias: Tensor,
     state: Tensor,
-    row_slot: Tensor,
+    read_line: Tensor,
+    write_line: Tensor,
     query_start: Tensor,
     start: Tensor,
     num_stored: Tensor,
     *,
     deterministic: bool,
 ) -> Tensor:
-    """Run every row's tokens from its slot's state on. Runs inside the graph.
+    """Run every row's tokens from its state on. Runs inside the graph.
 
     Shapes: U tokens, R rows, G heads of queries and keys, N their size, H heads of values, a multiple of G, D their size. Head h
     of the values goes with head h // (H / G) of queries and keys.
@@ -47,12 +48,14 @@ def gated_delta(
             and queries divided by √N.
         ba: [U, 2·H], of each head b, then of each head a; rows may lie apart.
         a_log, dt_bias: [H] float32.
-        state: [slots, H, N, D] float32. Updated.
-        row_slot, query_start, start, num_stored: of the rows, as of `causal_conv`.
+        state: [lines, H, N, D] float32. Updated.
+        read_line, write_line, query_start, start, num_stored: of the rows, as of `causal_conv`.
         deterministic: a token's result does not depend, bit for bit, on which of its row's tokens are in the same step: all rows
             run token by token.
 
     Returns:
         [U, H·D] contiguous, dtype of `qkv`. Padding tokens get unspecified values.
     """
-    return _gated_delta(qkv, ba, a_log, dt_bias, state, row_slot, query_start, start, num_stored, deterministic)
+    return _gated_delta(
+        qkv, ba, a_log, dt_bias, state, read_line, write_line, query_start, start, num_stored, deterministic
+    )

@@ -17,7 +17,8 @@ def gated_delta(
     a_log: Tensor,
     dt_bias: Tensor,
     state: Tensor,
-    row_slot: Tensor,
+    read_line: Tensor,
+    write_line: Tensor,
     query_start: Tensor,
     start: Tensor,
     num_stored: Tensor,
@@ -30,32 +31,39 @@ def gated_delta(
     heads = heads_of(qkv[:num_tokens], ba[:num_tokens], a_log, dt_bias, state)
     out_UHD = qkv.new_zeros(qkv.shape[0], H, D, dtype=heads.v.dtype)
     if not deterministic:
-        _run_single_tokens(heads, state, row_slot, query_start, start, out_UHD)
-    rows = zip(row_slot.tolist(), borders, borders[1:], start.tolist(), num_stored.tolist(), strict=False)
-    for slot, begin, end, position, stored in rows:
+        _run_single_tokens(heads, state, read_line, write_line, query_start, start, out_UHD)
+    lines = zip(read_line.tolist(), write_line.tolist(), strict=True)
+    rows = zip(lines, borders, borders[1:], start.tolist(), num_stored.tolist(), strict=False)
+    for (read, write), begin, end, position, stored in rows:
         if end - begin < (1 if deterministic else 2):
             continue
         run = advance if deterministic or end - begin <= FEW else advance_by_chunks
         middle = begin + stored
-        row_state = state[slot] if position else torch.zeros_like(state[slot])
+        row_state = state[read] if position else torch.zeros_like(state[read])
         row_state = run(row_state, Heads(*(x[begin:middle] for x in heads)), out_UHD[begin:middle])
-        state[slot] = row_state
+        state[write] = row_state
         run(row_state, Heads(*(x[middle:end] for x in heads)), out_UHD[middle:end])
     return out_UHD.flatten(1).to(qkv.dtype)
 
 
 def _run_single_tokens(
-    heads: Heads, state: Tensor, row_slot: Tensor, query_start: Tensor, start: Tensor, out_UHD: Tensor
+    heads: Heads,
+    state: Tensor,
+    read_line: Tensor,
+    write_line: Tensor,
+    query_start: Tensor,
+    start: Tensor,
+    out_UHD: Tensor,
 ) -> None:
     """All rows of one token."""
     row_S = (query_start.diff() == 1).nonzero().flatten()
     if not len(row_S):
         return
-    slot_S, token_S = row_slot[row_S].long(), query_start[row_S].long()
+    read_S, write_S, token_S = (x[row_S].long() for x in (read_line, write_line, query_start))
     q_SHN, k_SHN, v_SHD, log_decay_SH, rate_SH = (x[token_S] for x in heads)
     decay_SH = torch.where((start[row_S] > 0).unsqueeze(1), log_decay_SH.exp(), 0)
-    state_SHND = torch.where((start[row_S] > 0).view(-1, 1, 1, 1), state[slot_S], 0).mul_(decay_SH[..., None, None])
+    state_SHND = torch.where((start[row_S] > 0).view(-1, 1, 1, 1), state[read_S], 0).mul_(decay_SH[..., None, None])
     known_SHD = torch.einsum("shnd,shn->shd", state_SHND, k_SHN)
     state_SHND += k_SHN.unsqueeze(3) * ((v_SHD - known_SHD) * rate_SH.unsqueeze(2)).unsqueeze(2)
     out_UHD[token_S] = torch.einsum("shnd,shn->shd", state_SHND, q_SHN)
-    state[slot_S] = state_SHND
+    state[write_S] = state_SHND

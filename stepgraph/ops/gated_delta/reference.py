@@ -54,7 +54,8 @@ def gated_delta(
     a_log: Tensor,
     dt_bias: Tensor,
     state: Tensor,
-    row_slot: Tensor,
+    read_line: Tensor,
+    write_line: Tensor,
     query_start: Tensor,
     start: Tensor,
     num_stored: Tensor,
@@ -64,13 +65,14 @@ def gated_delta(
     heads = heads_of(qkv, ba, a_log, dt_bias, state)
     out_UHD = torch.zeros_like(heads.v)
     borders = query_start.tolist()
-    rows = zip(row_slot.tolist(), borders, borders[1:], start.tolist(), num_stored.tolist(), strict=False)
-    for slot, begin, end, position, stored in rows:
+    lines = zip(read_line.tolist(), write_line.tolist(), strict=True)
+    rows = zip(lines, borders, borders[1:], start.tolist(), num_stored.tolist(), strict=False)
+    for (read, write), begin, end, position, stored in rows:
         if begin == end:
             continue
-        row_state = state[slot] if position else torch.zeros_like(state[slot])
+        row_state = state[read] if position else torch.zeros_like(state[read])
         middle = begin + stored
         row_state = advance(row_state, Heads(*(x[begin:middle] for x in heads)), out_UHD[begin:middle])
-        state[slot] = row_state
+        state[write] = row_state
         advance(row_state, Heads(*(x[middle:end] for x in heads)), out_UHD[middle:end])
     return out_UHD.flatten(1).to(qkv.dtype)

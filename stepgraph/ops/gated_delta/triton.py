@@ -296,7 +296,8 @@ def _scan_kernel(
     values_ptr,
     state_ptr,
     out_ptr,
-    row_slot_ptr,
+    read_line_ptr,
+    write_line_ptr,
     query_start_ptr,
     start_ptr,
     num_stored_ptr,
@@ -323,15 +324,17 @@ def _scan_kernel(
         a_log, dt_bias = tl.load(a_log_ptr + head), tl.load(dt_bias_ptr + head)
         entry_N, entry_D = tl.arange(0, BLOCK_N), tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
         inside_ND = (entry_N < N)[:, None] & (entry_D < E)[None, :]
-        slot = tl.load(row_slot_ptr + row).to(tl.int64)
-        state_ptr += (slot * HEADS + head) * (N * E)
+        read = tl.load(read_line_ptr + row).to(tl.int64)
+        write = tl.load(write_line_ptr + row).to(tl.int64)
         place_ND = entry_N[:, None] * E + entry_D[None, :]
-        state_ND = tl.load(state_ptr + place_ND, mask=inside_ND & has_state, other=0.0)
+        state_ND = tl.load(
+            state_ptr + (read * HEADS + head) * (N * E) + place_ND, mask=inside_ND & has_state, other=0.0
+        )
         state_ND = _run(
             state_ND, first, stored, qkv_ptr, ba_ptr, keys_ptr, values_ptr, out_ptr, a_log, dt_bias, ba_stride, head,
             entry_D, HEADS, KEY_HEADS, N, E, CHUNK, BLOCK_N, CHUNKED, PRECISION,
         )  # fmt: skip
-        tl.store(state_ptr + place_ND, state_ND, mask=inside_ND)
+        tl.store(state_ptr + (write * HEADS + head) * (N * E) + place_ND, state_ND, mask=inside_ND)
         if stored < length:
             _run(
                 state_ND, first + stored, length - stored, qkv_ptr, ba_ptr, keys_ptr, values_ptr, out_ptr, a_log,
@@ -351,14 +354,15 @@ def gated_delta(
     a_log: Tensor,
     dt_bias: Tensor,
     state: Tensor,
-    row_slot: Tensor,
+    read_line: Tensor,
+    write_line: Tensor,
     query_start: Tensor,
     start: Tensor,
     num_stored: Tensor,
     deterministic: bool,
 ) -> Tensor:
     """See `stepgraph.ops.gated_delta.gated_delta`."""
-    (num_tokens, width), num_rows, (heads, N, E) = qkv.shape, row_slot.shape[0], state.shape[1:]
+    (num_tokens, width), num_rows, (heads, N, E) = qkv.shape, read_line.shape[0], state.shape[1:]
     assert qkv.is_contiguous()
     assert state.is_contiguous()
     assert ba.stride(1) == 1
@@ -371,7 +375,7 @@ def gated_delta(
     out = qkv.new_empty(num_tokens, heads * E)
     grid = triton.cdiv(E, block_d), heads, num_rows
     inputs = qkv, ba, a_log, dt_bias
-    rows = row_slot, query_start, start, num_stored, ba.stride(0)
+    rows = read_line, write_line, query_start, start, num_stored, ba.stride(0)
     if deterministic or num_tokens <= FEW:
         _scan_kernel[grid](
             *inputs, out, out, state, out, *rows, **sizes, BLOCK_D=block_d, CHUNKED=False, LEAST=1, MOST=_ANY

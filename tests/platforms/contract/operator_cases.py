@@ -193,19 +193,20 @@ def gathered(g: torch.Generator) -> tuple[Any, ...]:
 
 
 def stateful_rows() -> tuple[Tensor, ...]:
-    """A new request's prompt, a token of another, tokens of which the last two may be taken back, and an empty row."""
-    return int32(2, 1, 4, 3), int32(0, 20, 21, 25, 25), int32(0, 7, 30, 9), int32(20, 1, 2, 0)
+    """A new request's prompt, a token of another, tokens of which the last two may be taken back, and an empty row. Two read one
+    line, and write others."""
+    return int32(2, 3, 3, 5), int32(2, 1, 4, 5), int32(0, 20, 21, 25, 25), int32(0, 7, 30, 9), int32(20, 1, 2, 0)
 
 
 def convolved(g: torch.Generator, *, silu: bool) -> tuple[Any, ...]:
     bias = None if silu else random(g, K)
-    return random(g, 25, K + 8)[:, :K], random(g, K, 4), bias, random(g, 5, 3, K), *stateful_rows(), silu
+    return random(g, 25, K + 8)[:, :K], random(g, K, 4), bias, random(g, 6, 3, K), *stateful_rows(), silu
 
 
 def remembered(g: torch.Generator, *, deterministic: bool) -> tuple[Any, ...]:
     """Two heads of keys, four of values."""
     gates = random(g, 25, 2 * H + 3)[:, : 2 * H], random(g, H), random(g, H)
-    return random(g, 25, 4 * D + H * K), *gates, random(g, 5, H, D, K), *stateful_rows(), deterministic
+    return random(g, 25, 4 * D + H * K), *gates, random(g, 6, H, D, K), *stateful_rows(), deterministic
 
 
 CASES = {
