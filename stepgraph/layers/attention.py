@@ -76,10 +76,11 @@ class Attention(nn.Module):
         self.qkv_proj = MergedLinear(
             hidden_size,
             {
-                "q_proj": heads.times(2 * head_dim if output_gate else head_dim),
-                "k_proj": kv_heads.times(head_dim),
-                "v_proj": kv_heads.times(head_dim),
+                "q_proj": [heads.times(head_dim)] * (2 if output_gate else 1),
+                "k_proj": [kv_heads.times(head_dim)],
+                "v_proj": [kv_heads.times(head_dim)],
             },
+            by_heads=["q_proj"],
             bias=qkv_bias,
             dtype=dtype,
             device=device,

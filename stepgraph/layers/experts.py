@@ -142,13 +142,20 @@ class ExpertLinear(MergedLinear):
         dtype, device: as of `Matrix`.
         """
         kept = range(experts.begin, experts.begin + experts.length)
-        parts = {
-            f"{expert}.{name}": cut if expert in kept else Cut(cut.size, 0, 0)
+        parts: dict[str, tuple[Cut, ...]] = {
+            f"{expert}.{name}": (cut if expert in kept else Cut(cut.size, 0, 0),)
             for expert in range(num_experts)
             for name, cut in outputs.items()
         }
         Matrix.__init__(
-            self, inputs, list(parts.values()), axis=axis, bias=False, format=_PLAIN, dtype=dtype, device=device
+            self,
+            inputs,
+            [cut for (cut,) in parts.values()],
+            axis=axis,
+            bias=False,
+            format=_PLAIN,
+            dtype=dtype,
+            device=device,
         )
         self.parts = parts
         self.num_kept = experts.length
@@ -156,7 +163,7 @@ class ExpertLinear(MergedLinear):
     def part_targets(self) -> dict[str, Target]:
         """See `MergedLinear.part_targets`. Of other ranks' experts, nothing is read."""
         targets = super().part_targets()
-        for name, cut in self.parts.items():
+        for name, (cut,) in self.parts.items():
             if cut.length == 0:
                 shape = torch.Size((cut.size, self.inputs.size))
                 targets |= {f"{name}.weight": Skipped(shape, self.dtype, self.weight.device)}

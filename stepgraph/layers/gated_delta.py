@@ -1,23 +1,25 @@
 """A layer of gated delta rules (Gated DeltaNet): linear attention with a state per request in place of keys and values.
 
-Shapes: T tokens, U tokens to run (`stepgraph.layers.recurrent`), E hidden size, G heads of queries and keys, N their size, H
-heads of values, D their size, C = 2·G·N + H·D channels of the convolution, W its width.
+Shapes: T tokens, U tokens to run (`stepgraph.layers.recurrent`), E hidden size; of what the rank keeps, G heads of queries and
+keys, N their size, H heads of values, D their size, C = 2·G·N + H·D channels of the convolution, W its width.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
 from stepgraph.layers.cache import Item
+from stepgraph.layers.formats import Target
+from stepgraph.layers.formats.target import sharded
 from stepgraph.layers.linear import Linear, MergedLinear
 from stepgraph.layers.norm import RMSNorm
 from stepgraph.layers.recurrent import RecurrentCache, RecurrentRows, RecurrentSpec
 from stepgraph.layers.short_conv import Convolution
 from stepgraph.ops import gated_delta, gated_norm
-from stepgraph.parallel.shard import Cut
+from stepgraph.parallel.shard import WHOLE, Axis, Part, Shard
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,11 @@ class DeltaSizes:
     def width(self) -> int:
         """H·D."""
         return self.num_value_heads * self.value_dim
+
+    def sharded(self, shard: Shard) -> DeltaSizes:
+        """Those of a rank's part: heads of keys, and the heads of values that go with them."""
+        heads = shard.cut(self.num_key_heads).length, shard.cut(self.num_value_heads).length
+        return replace(self, num_key_heads=heads[0], num_value_heads=heads[1])
 
     def grouped_rows(self, *per_key_head: int) -> Tensor:
         """Where rows lie in a checkpoint's matrix that is merged by heads of keys, in the order of parts.
@@ -74,30 +81,45 @@ class GatedDelta(nn.Module):
     """
 
     def __init__(
-        self, hidden_size: int, sizes: DeltaSizes, *, eps: float, dtype: torch.dtype, device: torch.device
+        self,
+        hidden_size: int,
+        sizes: DeltaSizes,
+        *,
+        eps: float,
+        shard: Shard = WHOLE,
+        dtype: torch.dtype,
+        device: torch.device,
     ) -> None:
         """Args:
         hidden_size: E.
-        sizes: of the layer.
+        sizes: of the whole layer.
         eps: of the norm of heads.
+        shard: the part of this rank: some of the heads of keys, and the heads of values that go with them.
         dtype, device: of the parameters; those that decide the decay are float32.
         """
         super().__init__()
-        self.sizes, self.eps = sizes, eps
-        qkv, z, of_heads = (Cut.whole(size) for size in (sizes.channels, sizes.width, sizes.num_value_heads))
+        self.sizes, self.eps = sizes.sharded(shard), eps
+        heads = shard.cut(sizes.num_value_heads)
+        keys, values = shard.cut(sizes.num_key_heads).times(sizes.key_dim), heads.times(sizes.value_dim)
+        qkv = [keys, keys, values]
         if sizes.merged:
-            qkvz_parts = {"in_proj_qkvz": Cut.whole(qkv.size + z.size)}
-            ba_parts = {"in_proj_ba": Cut.whole(2 * of_heads.size)}
+            qkvz_parts, ba_parts = {"in_proj_qkvz": [*qkv, values]}, {"in_proj_ba": [heads, heads]}
         else:
-            qkvz_parts = {"in_proj_qkv": qkv, "in_proj_z": z}
-            ba_parts = {"in_proj_b": of_heads, "in_proj_a": of_heads}
-        self.qkvz_proj = MergedLinear(hidden_size, qkvz_parts, dtype=dtype, device=device)
-        self.ba_proj = MergedLinear(hidden_size, ba_parts, dtype=dtype, device=device)
-        self.conv1d = Convolution(sizes.channels, sizes.conv_width, dtype=dtype, device=device)
-        self.A_log = nn.Parameter(torch.empty(of_heads.size, dtype=torch.float32, device=device), False)
-        self.dt_bias = nn.Parameter(torch.empty(of_heads.size, dtype=torch.float32, device=device), False)
+            qkvz_parts = {"in_proj_qkv": qkv, "in_proj_z": [values]}
+            ba_parts = {"in_proj_b": [heads], "in_proj_a": [heads]}
+        by_heads = ("in_proj_qkvz", "in_proj_ba")
+        self.qkvz_proj = MergedLinear(hidden_size, qkvz_parts, by_heads=by_heads, dtype=dtype, device=device)
+        self.ba_proj = MergedLinear(hidden_size, ba_parts, by_heads=by_heads, dtype=dtype, device=device)
+        self.conv1d = Convolution(qkv, sizes.conv_width, dtype=dtype, device=device)
+        self.heads = Part((heads,), None)
+        self.A_log = nn.Parameter(torch.empty(heads.length, dtype=torch.float32, device=device), False)
+        self.dt_bias = nn.Parameter(torch.empty(heads.length, dtype=torch.float32, device=device), False)
         self.norm = RMSNorm(sizes.value_dim, eps, dtype=dtype, device=device)
-        self.out_proj = Linear(sizes.width, hidden_size, dtype=dtype, device=device)
+        self.out_proj = Linear(sizes.width, hidden_size, axis=Axis.IN, shard=shard, dtype=dtype, device=device)
+
+    def targets(self) -> dict[str, Target]:
+        """What a loader fills of the layer's own parameters, by the names of a checkpoint's tensors after the layer's."""
+        return {name: sharded(parameter, self.heads) for name, parameter in self.named_parameters(recurse=False)}
 
     def cache_spec(self, dtype: torch.dtype) -> RecurrentSpec:
         """What the layer keeps of requests whose activations are of `dtype`: the last inputs of the convolution and the rule's

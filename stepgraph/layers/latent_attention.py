@@ -81,13 +81,13 @@ class LatentAttention(nn.Module):
         norm = partial(RMSNorm, eps=eps, dtype=dtype, device=device)
         queries, entry = heads.times(sizes.key_dim + sizes.rotated_dim), Cut.whole(sizes.entry_size)
         self.q_a_layernorm: RMSNorm | None = None
-        first = {"q_a_proj": Cut.whole(sizes.q_rank)} if sizes.q_rank else {"q_proj": queries}
-        self.qkv_proj = merged(hidden_size, {**first, "kv_a_proj_with_mqa": entry}, bias=bias)
+        first = {"q_a_proj": [Cut.whole(sizes.q_rank)]} if sizes.q_rank else {"q_proj": [queries]}
+        self.qkv_proj = merged(hidden_size, {**first, "kv_a_proj_with_mqa": [entry]}, bias=bias)
         if sizes.q_rank:
             self.q_a_layernorm = norm(sizes.q_rank)
-            self.q_proj = merged(sizes.q_rank, {"q_b_proj": queries})
+            self.q_proj = merged(sizes.q_rank, {"q_b_proj": [queries]})
         self.kv_a_layernorm = norm(sizes.kv_rank)
-        self.kv_proj = merged(sizes.kv_rank, {"kv_b_proj": heads.times(sizes.key_dim + sizes.value_dim)})
+        self.kv_proj = merged(sizes.kv_rank, {"kv_b_proj": [heads.times(sizes.key_dim + sizes.value_dim)]})
         self.kv_proj.needs_numbers = True  # see `_head_weights`
         self.o_proj = linear(num_heads * sizes.value_dim, hidden_size, axis=Axis.IN)
 

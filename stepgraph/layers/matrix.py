@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from stepgraph.layers.formats import End, Target, WeightFormat, Weights
-from stepgraph.layers.formats.target import Sharded, Skipped
+from stepgraph.layers.formats.target import Skipped, sharded
 from stepgraph.layers.norm import RMSNorm
 from stepgraph.parallel.shard import Axis, Cut, Part
 
@@ -92,10 +92,7 @@ class Matrix(nn.Module):
         targets, part = self.format.targets(weights), Part(tuple(outputs), self.inputs)
         if not part.is_whole:
             parts = {name: part if len(target.shape) == 2 else part.along_rows() for name, target in targets.items()}
-            targets = {
-                name: target if parts[name].is_whole else Sharded(target, parts[name])
-                for name, target in targets.items()
-            }
+            targets = {name: sharded(target, parts[name]) for name, target in targets.items()}
         if self.bias_is_elsewhere:
             targets["bias"] = Skipped(torch.Size(part.along_rows().shape), self.dtype, self.weight.device)
         return targets

@@ -44,7 +44,7 @@ class MLP(nn.Module):
         super().__init__()
         self.gate_up_proj = MergedLinear(
             hidden_size,
-            dict.fromkeys(("gate_proj", "up_proj"), shard.cut(intermediate_size)),
+            dict.fromkeys(("gate_proj", "up_proj"), (shard.cut(intermediate_size),)),
             bias=bias,
             dtype=dtype,
             device=device,

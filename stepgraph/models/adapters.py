@@ -139,7 +139,7 @@ class AdapterStore:
         for path, module in model.layers.named_modules(prefix="model.layers"):
             if not isinstance(module, Linear) or isinstance(module, ExpertLinear) or module.needs_numbers:
                 continue
-            parts = tuple(cut.length for cut in module.outputs)
+            parts = module.lengths
             zeros = partial(torch.zeros, dtype=model.dtype, device=module.weight.device)
             lora = LoRA(
                 a=zeros(config.max_loras + 1, len(parts) * rank, module.in_features),

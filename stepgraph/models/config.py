@@ -336,9 +336,10 @@ def check_shard(config: DecoderConfig, shard: Shard, *, expert_parallel: bool) -
         heads = f"{config.num_heads} query heads, {config.num_kv_heads} key/value heads, which may be repeated"
         if config.latent is not None:
             heads = f"{config.num_heads} heads, whose latents are whole on each"
-        if config.is_recurrent:
-            kind = "short convolutions" if config.short_conv is not None else "gated delta rules"
-            heads = f"layers of {kind}, which are not shared yet"
+        if config.delta is not None:
+            heads += f", {config.delta.num_key_heads} key heads of gated delta rules"
+        if config.short_conv is not None:
+            heads += f", convolutions of {config.hidden_size} channels"
         raise ModelError(
             f"{shard.size} devices cannot share this {config.architecture} evenly: it has {heads}, {_widths(config)} and "
             f"{config.vocab_size} entries in its vocabulary. Numbers that can: {', '.join(map(str, sizes))}."
@@ -414,8 +415,8 @@ def possible_sizes(config: DecoderConfig, *, expert_parallel: bool) -> list[int]
         assert mixture is not None
         widths += [mixture.num_experts if expert_parallel else mixture.intermediate_size]
         widths += [mixture.shared_intermediate_size]  # every number divides none
-    if config.is_recurrent:
-        return [1]
+    widths += [config.delta.num_key_heads] if config.delta is not None else []
+    widths += [config.hidden_size] if config.short_conv is not None else []
     sizes = sizes_that_divide(config.num_heads, config.num_kv_heads, *widths)
     return [size for size in sizes if size**2 <= config.vocab_size]  # see `Shard.span`
 

@@ -28,7 +28,7 @@ from stepgraph.layers.norm import RMSNorm
 from stepgraph.layers.recurrent import RecurrentCache, RecurrentRows
 from stepgraph.layers.residual import ResidualStream
 from stepgraph.layers.rotary import cos_sin_table, rotary_order
-from stepgraph.layers.short_conv import ShortConv
+from stepgraph.layers.short_conv import Convolution, ShortConv
 from stepgraph.models.config import DecoderConfig
 from stepgraph.models.conversion import with_head_order, with_offset, with_row_order
 from stepgraph.parallel.group import Group
@@ -75,11 +75,11 @@ class DecoderLayer(nn.Module):
         if not config.has_state(index):
             self.self_attn = _attention(config, index, shard, dtype, device)
         elif config.short_conv is not None:
-            self.conv = ShortConv(config.hidden_size, config.short_conv, dtype=dtype, device=device)
+            self.conv = ShortConv(config.hidden_size, config.short_conv, shard=shard, dtype=dtype, device=device)
         else:
             assert config.delta is not None
             self.linear_attn = GatedDelta(
-                config.hidden_size, config.delta, eps=config.rms_norm_eps, dtype=dtype, device=device
+                config.hidden_size, config.delta, eps=config.rms_norm_eps, shard=shard, dtype=dtype, device=device
             )
         self.post_attention_layernorm = _norm(config, config.hidden_size, dtype, device)
         mixture = config.mixture(index)
@@ -342,7 +342,7 @@ def named_targets(root: nn.Module, config: DecoderConfig, layers: Mapping[str, i
             tensors = {name: with_offset(tensor, module.weight_offset) for name, tensor in tensors.items()}
         elif isinstance(module, MergedLinear) and not config.merged_projections:
             path, tensors = path.rpartition(".")[0], module.part_targets()
-        elif isinstance(module, Matrix):
+        elif isinstance(module, Matrix | Convolution | GatedDelta):
             tensors = module.targets()
         targets |= {f"{path}.{name}": tensor for name, tensor in tensors.items()}
     for path, index in layers.items():
@@ -350,8 +350,8 @@ def named_targets(root: nn.Module, config: DecoderConfig, layers: Mapping[str, i
         assert isinstance(layer, DecoderLayer)
         if layer.self_attn is not None:
             _reorder_heads(targets, f"{path}.self_attn", layer.self_attn, config, index)
-        elif config.delta is not None and config.delta.merged:
-            for part, rows in (("qkvz", config.delta.qkvz_rows), ("ba", config.delta.ba_rows)):
+        elif layer.linear_attn is not None and (sizes := layer.linear_attn.sizes).merged:
+            for part, rows in (("qkvz", sizes.qkvz_rows), ("ba", sizes.ba_rows)):
                 name = f"{path}.linear_attn.in_proj_{part}.weight"
                 targets[name] = with_row_order(targets[name], rows)
     return targets

@@ -45,6 +45,11 @@ class Cut:
         """The same part of a dimension that has `unit` entries for each of this one's."""
         return Cut(self.size * unit, self.begin * unit, self.length * unit)
 
+    @classmethod
+    def of_heads(cls, cuts: Sequence[Cut]) -> Cut:
+        """Of several dimensions that are stacked head by head, what a rank keeps which keeps these, the same heads, of each."""
+        return cls(sum(cut.size for cut in cuts), sum(cut.begin for cut in cuts), sum(cut.length for cut in cuts))
+
     def widened(self, unit: int) -> Cut:
         """The least part around this one that begins and ends at multiples of `unit`, or at the end of the dimension."""
         begin = self.begin // unit * unit

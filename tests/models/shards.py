@@ -1,5 +1,7 @@
 """What a shard of a model must hold, cut out of the whole model by hand."""
 
+import re
+
 import torch
 
 from stepgraph.layers.experts import ExpertLinear
@@ -35,11 +37,37 @@ def rows_of(path, config, rank, size):
         D, H, G = config.head_dim, config.num_heads, config.num_kv_heads
         first, count = kv_head_of(config, rank, size)
         queries = span(0, rank * H // size * D, H // size * D)
+        if config.output_gate:
+            queries += span(H * D, rank * H // size * D, H // size * D)
+            H *= 2
         return queries + span(H * D, first * D, count * D) + span((H + G) * D, first * D, count * D)
     shared = next((spec.shared_intermediate_size for spec in config.kinds_of_mlp if spec is not None), None)
     M = shared if "shared" in path else config.intermediate_size
     part = M // size
     return span(0, rank * part, part) + span(M, rank * part, part)
+
+
+STATEFUL = re.compile(r"\.(linear_attn|conv)\.(?P<name>\w+)(\.weight|\.bias|\.scale|)$")
+
+
+def rows_of_states(name, config):
+    """Of a parameter of a layer with a state, the numbers of rows that are stacked in it, of each of which a rank keeps its part;
+    None: it is not cut along its rows."""
+    if config.short_conv is not None:
+        return {"in_proj": [config.hidden_size] * 3, "conv": [config.hidden_size]}.get(name)
+    sizes = config.delta
+    H, keys, values = (
+        sizes.num_value_heads,
+        sizes.num_key_heads * sizes.key_dim,
+        sizes.num_value_heads * sizes.value_dim,
+    )
+    return {
+        "qkvz_proj": [keys, keys, values, values],
+        "ba_proj": [H, H],
+        "conv1d": [keys, keys, values],
+        "A_log": [H],
+        "dt_bias": [H],
+    }.get(name)
 
 
 def rows_of_head(vocab_size, rank, size):
@@ -71,9 +99,11 @@ def expected_parameters(model, rank, size, *, expert_parallel=False):
         if isinstance(module, ExpertLinear):
             of = {"cuts_inputs": cuts_inputs, "expert_parallel": expert_parallel}
             parameter = part_of_experts(path, parameter, module.num_kept, rank, size, **of)
+        elif (match := STATEFUL.search(name)) and (parts := rows_of_states(match["name"], model.config)):
+            parameter = torch.cat([rows.chunk(size)[rank] for rows in parameter.split(parts)])
         elif path.endswith(("qkv_proj", ".q_proj", ".kv_proj", "gate_up_proj")):
             parameter = parameter[rows_of(path, model.config, rank, size)]
-        elif path.endswith(("o_proj", "down_proj")):
+        elif path.endswith(("o_proj", "out_proj", "down_proj")):
             if kind == "bias" and rank > 0:
                 continue
             if cuts_inputs:

@@ -23,8 +23,6 @@ from stepgraph.errors import ConfigError, ModelError
 from stepgraph.executor.build import build_local_executor
 from stepgraph.executor.local import runner_of
 from stepgraph.models import resolve
-from stepgraph.models.loader import load_model
-from stepgraph.parallel.shard import Shard
 from stepgraph.spec.drafter import Drafter
 from stepgraph.verify.graphs import verify_graphs
 
@@ -147,15 +145,6 @@ def test_deterministic_answers_do_not_depend_on_the_steps(name, tmp_path, device
         requests = generate(engine, prompts, together=True)
         found.append([[entry.logprob for entry in request.output_logprobs] for request in requests])
     assert found[0] == found[1]
-
-
-def test_ranks_are_refused_by_what_they_cannot_share(checkpoint) -> None:
-    with pytest.raises(
-        ModelError, match=r"layers of (gated delta rules|short convolutions), which are not shared yet.*can: 1\."
-    ):
-        load_model(
-            resolve(checkpoint[0]), dtype=torch.float32, device=torch.device("cpu"), max_model_len=64, shard=Shard(0, 2)
-        )
 
 
 def test_states_are_counted_where_memory_is_short(checkpoint, device) -> None:

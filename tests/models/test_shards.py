@@ -350,7 +350,7 @@ def test_each_tokens_adapter_is_cut_as_each_projection_is(projection, tmp_path) 
         torch.testing.assert_close(ranks[0][0], expected, atol=2e-4, rtol=1e-4)
         for _, model, store in ranks:
             linears = [module for module in model.layers.modules() if isinstance(module, Linear)]
-            widths = sum(len(linear.outputs) * linear.in_features + linear.out_features for linear in linears)
+            widths = sum(len(linear.lengths) * linear.in_features + linear.out_features for linear in linears)
             assert store.bytes == 3 * 16 * widths * 4
     without = Stepper(load(tmp_path / "model"), 64).step(TOKENS)
     changed = [bool((found - other).abs().max() > 1e-3) for found, other in zip(expected, without, strict=True)]

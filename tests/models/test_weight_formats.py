@@ -194,7 +194,7 @@ def test_another_format_brings_new_parameters_and_keeps_those_that_it_keeps_alik
 def test_parts_of_a_merged_layer_are_filled_apart(name) -> None:
     skip_without_kernels(name)
     layer = MergedLinear(
-        INPUTS, {"a": Cut.whole(32), "b": Cut.whole(96)}, bias=True, format=FORMATS[name](False), **CPU
+        INPUTS, {"a": [Cut.whole(32)], "b": [Cut.whole(96)]}, bias=True, format=FORMATS[name](False), **CPU
     )
     assert layer.part_targets().keys() == {"a.weight", "a.bias", "b.weight", "b.bias"}
     generator = torch.Generator().manual_seed(0)

@@ -43,7 +43,8 @@ class Sharded:
 
     def __init__(self, target: Target, part: Part) -> None:
         self._target, self.part = target, part
-        self.shape, self.dtype, self.device = torch.Size(part.shape), target.dtype, target.device
+        self.shape = torch.Size((*part.shape, *target.shape[len(part.shape) :]))
+        self.dtype, self.device = target.dtype, target.device
         self.quantization, self.takes_values = quantization_of(target), takes_values(target)
         self._rounds_rows = hasattr(target, "copy_columns")
         self.values_part = part.with_all_columns() if self._rounds_rows else part
@@ -54,6 +55,11 @@ class Sharded:
             cast(RoundsRows, self._target).copy_columns(values, cast(Cut, self.part.columns))
         else:
             self._target.copy_(values)
+
+
+def sharded(target: Target, part: Part) -> Target:
+    """A target that holds a part of the checkpoint's tensor, which may be all of it."""
+    return target if part.is_whole else Sharded(target, part)
 
 
 @dataclass(frozen=True)
