@@ -28,6 +28,17 @@ from stepgraph.transfer.transfers import EngineTransfers
 KEY = (KEYS[0].hex(),)
 
 
+def accepting() -> set[threading.Thread]:
+    """Threads of ports, whoever's."""
+    return {thread for thread in threading.enumerate() if thread.name == "stepgraph-port"}
+
+
+@pytest.fixture
+def others() -> set[threading.Thread]:
+    """Those of before."""
+    return accepting()
+
+
 @pytest.fixture
 def source() -> Iterator[EngineTransfers]:
     with creating() as create:
@@ -146,7 +157,8 @@ def test_a_port_goes_on_behind_a_link_for_which_there_is_no_thread(source, conne
     connect()
 
 
-def test_after_the_end_nobody_is_there(source, connect) -> None:
+def test_after_the_end_nobody_is_there(others, source, connect) -> None:
+    assert accepting() - others
     link = connect()
     source.close()
     assert isinstance(link.receive(10), Bye)
@@ -154,4 +166,4 @@ def test_after_the_end_nobody_is_there(source, connect) -> None:
         link.receive(10)
     with pytest.raises((LinkError, OSError)):
         connect()
-    assert not [thread for thread in threading.enumerate() if thread.name == "stepgraph-port"]
+    wait(lambda: not accepting() - others)
