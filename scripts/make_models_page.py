@@ -87,9 +87,21 @@ _LATENT = {
     "head_dim": 8,
 }
 MORE: dict[str, dict[str, Any]] = {
+    "axk1": _LATENT,
+    "bert-generation": {"is_decoder": True},
     "deepseek_v2": _LATENT,
     "deepseek_v3": _LATENT,
+    "dory": {
+        "rope_parameters": None,
+        "layer_types": ["sliding_attention", "mlp", "sliding_attention", "mlp", "full_attention", "mlp"],
+        "num_hidden_layers": 6,
+        "n_input_layers": 2,
+        "n_recurrent_layers": 2,
+        "n_output_layers": 2,
+    },
+    "gemma4_text": {"vocab_size_per_layer_input": 200},
     "glm4_moe_lite": _LATENT,
+    "longcat_flash": _LATENT | {"qk_head_dim": 24, "zero_expert_num": 2},
     "minicpm3": _LATENT,
     "sarvam_mla": _LATENT,
     "youtu": _LATENT,

@@ -227,30 +227,15 @@ def as_token_ids(value: Any, where: object = "config.json") -> tuple[int, ...]:
 
 
 def check_attention(hf_config: Any) -> None:
-    """Raise ModelError if a model's attention is of a kind that has no cache here or, if it is latent, cannot run with
-    transformers' code."""
-    refuse = partial(_refuse, hf_config)
+    """Raise ModelError if a model's attention is of a kind that has no cache here."""
     native = ", ".join(sorted(_LATENT))
     if number := getattr(hf_config, "index_topk", None):
-        refuse(
+        _refuse(
+            hf_config,
             f"its attention is indexed: an indexer with keys of its own chooses the {number} keys that a query attends to "
             "(index_topk), and here queries attend to all keys",
             f"Models of the classes {native} run, DeepSeek-V3, R1 and V3.1 among them.",
         )
-    if rank := getattr(hf_config, "kv_lora_rank", None):
-        what = f"its attention is multi-head latent attention (kv_lora_rank = {rank})"
-        architecture = architecture_of(hf_config)
-        if architecture in _LATENT:
-            key_dim, value_dim = hf_config.qk_nope_head_dim + hf_config.qk_rope_head_dim, hf_config.v_head_dim
-            if key_dim == value_dim:
-                return
-            refuse(
-                f"{what}, of which transformers' code makes keys of {key_dim} and values of {value_dim} dimensions, and needs as "
-                "many of both",
-                f"There is a native {architecture}, which keeps latents: set model_impl to native or auto.",
-            )
-        why = _BESIDE_LATENTS.get(architecture, f"no native model is a {architecture}")
-        refuse(f"{what}, and {why}", f"Latent attention runs in {native}. To add a model, see docs/adding-a-model.md.")
 
 
 def _refuse(hf_config: Any, what: str, instead: str) -> NoReturn:
@@ -269,8 +254,13 @@ def check_supported(hf_config: Any) -> None:
             "it is multimodal",
             "Text-only decoders are supported, and the text parts of classes that docs/models.md lists.",
         )
-    if architecture_of(hf_config) not in _LATENT or field("index_topk"):
-        check_attention(hf_config)  # before experts, which are not what is in the way
+    check_attention(hf_config)  # before experts, which are not what is in the way
+    if field("kv_lora_rank") and architecture_of(hf_config) not in _LATENT:
+        refuse(
+            f"its attention is multi-head latent attention (kv_lora_rank = {field('kv_lora_rank')}), and "
+            f"{_BESIDE_LATENTS.get(architecture_of(hf_config), f'no native model is a {architecture_of(hf_config)}')}",
+            f"Latent attention is native in {', '.join(sorted(_LATENT))}. To add a model, see docs/adding-a-model.md.",
+        )
     scales_queries = architecture_of(hf_config) in _SCALING_QUERIES
     if (field("rope_parameters") or {}).get("llama_4_scaling_beta") and not scales_queries:
         refuse(_SCALED_QUERIES, f"Models that do not scale them are supported, and {', '.join(_SCALING_QUERIES)}.")

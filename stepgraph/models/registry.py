@@ -15,7 +15,6 @@ from stepgraph.models.config import (
     ConfigFileError,
     DecoderConfig,
     architecture_of,
-    check_attention,
     check_mixtures,
     check_quantization,
     check_supported,
@@ -145,12 +144,8 @@ def _without_class(hf_config: Any) -> ModelError:
 def _judge(hf_config: Any) -> LanguageModelConfig:
     from stepgraph.models.transformers_model import judge
 
-    try:
-        with _telling_of_odd_fields():
-            return judge(hf_config)
-    except ModelError:
-        check_attention(hf_config)  # a trial of such a model may fail wherever its code first asks for something else
-        raise
+    with _telling_of_odd_fields():
+        return judge(hf_config)
 
 
 def _runs_through_transformers(path: Path) -> bool:

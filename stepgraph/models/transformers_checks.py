@@ -93,6 +93,12 @@ def check_fields(hf_config: Any) -> None:
         refuse(
             f"it has layers of type {', '.join(odd)}", "What runs are layers of full_attention and sliding_attention."
         )
+    if value("kv_lora_rank") and any(rope.get("llama_4_scaling_beta") for rope in _ropes(hf_config)):
+        refuse(
+            "its queries are multiplied by a function of their position (llama_4_scaling_beta), which few classes with latent "
+            "attention do",
+            "Models that do not scale them are supported.",
+        )
     if any(rope.get("rope_type") == "longrope" for rope in _ropes(hf_config)):
         refuse(
             'its rope type is "longrope", whose angles transformers chooses anew by the longest sequence of each step',

@@ -15,11 +15,8 @@ class TransformersConfig:
     architecture: str
     vocab_size: int
     hidden_size: int
-    num_layers: int
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    windows: tuple[int, ...]
+    attention_specs: tuple[AttentionSpec, ...]
+    """Of every call of attention, in the order in which they are made."""
     max_position_embeddings: int
     eos_token_ids: tuple[int, ...]
     media_token_ids: tuple[int, ...]
@@ -27,9 +24,6 @@ class TransformersConfig:
     hf_config: Any = field(repr=False)
 
     @property
-    def attention_specs(self) -> tuple[AttentionSpec, ...]:
-        """Of every layer."""
-        return tuple(
-            AttentionSpec(self.num_heads, self.num_kv_heads, self.head_dim, self.head_dim, window)
-            for window in self.windows
-        )
+    def num_layers(self) -> int:
+        """As many as attend; of a class that runs layers several times, so many times."""
+        return len(self.attention_specs)

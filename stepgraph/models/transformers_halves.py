@@ -17,7 +17,7 @@ from transformers.utils import ModelOutput
 
 from stepgraph.models.config import architecture_of
 from stepgraph.models.text_part import is_multimodal
-from stepgraph.models.transformers_interfaces import Attend
+from stepgraph.models.transformers_interfaces import Attend, Relay
 
 
 def class_of(hf_config: Any) -> tuple[Any, str]:
@@ -40,6 +40,7 @@ def take_apart(hf_model: Any) -> tuple[nn.Module, nn.Module]:
     base = hf_model.get_submodule(decoder_path(hf_model))
     base.warn_if_padding_and_no_attention_mask = _no_warning  # which looks for padding in the tokens, on the host
     setattr(hf_model, hf_model.base_model_prefix, _PassThrough())
+    Relay(base)
     return base, hf_model
 
 
@@ -52,12 +53,12 @@ def run_layers(base: nn.Module, token_ids_T: Tensor, positions_T: Tensor | None,
         positions_T: of each; None: the class counts them itself.
         attend: answers the layers' calls of attention.
     """
-    output = base(
-        input_ids=token_ids_T.unsqueeze(0),
-        position_ids=None if positions_T is None else positions_T.unsqueeze(0),
-        use_cache=False,
-        stepgraph_attend=attend,
-    )
+    with Relay.of(base).answered_by(attend):
+        output = base(
+            input_ids=token_ids_T.unsqueeze(0),
+            position_ids=None if positions_T is None else positions_T.unsqueeze(0),
+            use_cache=False,
+        )
     hidden_TE: Tensor = output.last_hidden_state.squeeze(0)
     return hidden_TE
 
@@ -88,6 +89,11 @@ class _Passed(ModelOutput):
 
 class _PassThrough(nn.Module):
     """In place of a class's base model: gives the embeddings it is given as the last hidden states."""
+
+    @property
+    def decoder(self) -> nn.Module:
+        """Itself: some heads call the decoder that is all of their base model."""
+        return self
 
     def forward(self, *_: Any, inputs_embeds: Tensor, **__: Any) -> _Passed:
         return _Passed(last_hidden_state=inputs_embeds)

@@ -7,8 +7,10 @@ expert.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import count
 from typing import Any, NoReturn
 
 import torch
@@ -24,8 +26,7 @@ IMPLEMENTATIONS = {"attn_implementation": _NAME, "experts_implementation": _NAME
 """Arguments of transformers' `from_config` and `from_pretrained`."""
 
 REQUIREMENTS = (
-    "What runs are native models and those classes of transformers whose layers all call its AttentionInterface with the model's "
-    "keyword arguments."
+    "What runs are native models and those classes of transformers whose layers all call its AttentionInterface."
 )
 CAUSAL_ONLY = "What runs are causal models: decoders, whose tokens see themselves and earlier ones."
 _HARMLESS = {"dropout", "position_ids", "use_cache", "cache_position"}
@@ -40,16 +41,58 @@ _UNSUPPORTED = {
 class AttentionCall:
     """What a layer asks of attention, rotation done."""
 
-    layer: int
+    number: int  # of the calls of a step, from 0: what is cached for it
+    layer: int  # which may make several
     query: Tensor  # [1, H, T, D]
     key: Tensor  # [1, G, T, D]
-    value: Tensor  # [1, G, T, D]
+    value: Tensor  # [1, G, T, V]
     scale: float  # multiplies q·k
     window: int  # 0: none, or not said by the layer
 
 
 Attend = Callable[[AttentionCall], Tensor]
-"""Answers with [1, T, H, D]. Given to a model as its keyword argument ``stepgraph_attend``."""
+"""Answers with [1, T, H, V]."""
+
+
+class Relay:
+    """What the modules of one model hold to reach whoever answers its calls of attention. Keyword arguments would not do: not all
+    classes pass them on."""
+
+    _NAME = "stepgraph_relay"
+
+    def __init__(self, base: nn.Module) -> None:
+        """Args:
+        base: whose modules will hold it.
+        """
+        self._attend: Attend | None = None
+        self._numbers = count()
+        for module in base.modules():
+            setattr(module, self._NAME, self)
+
+    @classmethod
+    def of(cls, module: nn.Module) -> Relay:
+        """The one that a module holds."""
+        relay = getattr(module, cls._NAME)
+        assert isinstance(relay, cls), relay
+        return relay
+
+    @contextmanager
+    def answered_by(self, attend: Attend) -> Iterator[None]:
+        """While the layers run once."""
+        self._attend, self._numbers = attend, count()
+        try:
+            yield
+        finally:
+            self._attend = None
+
+    def call(
+        self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *, scale: float, window: int = 0
+    ) -> Tensor:
+        """What a module gets, see `AttentionCall`. One that does not know the number of its layer makes one call in each."""
+        assert self._attend is not None, "the layers do not run"
+        number = next(self._numbers)
+        layer = getattr(module, "layer_idx", None)
+        return self._attend(AttentionCall(number, number if layer is None else layer, query, key, value, scale, window))
 
 
 class RefusalError(ModelError):
@@ -79,25 +122,21 @@ def _attention(
     scaling: float | None = None,
     sliding_window: int | None = None,
     is_causal: bool | None = None,
-    stepgraph_attend: Attend | None = None,
     **others: Any,
 ) -> tuple[Tensor, None]:
-    """An attention function of transformers: takes [1, heads, T, D] each, gives [1, T, H, D] and no weights.
+    """An attention function of transformers: takes [1, heads, T, D] each, gives [1, T, H, V] and no weights.
 
     Raises:
         ModelError: the layer asks for something else than causal attention within its own sequence.
     """
     who = type(module).__name__
-    if stepgraph_attend is None:
-        refuse(f"{who} does not get the keyword arguments of its model, which carry the step")
     if is_causal is False or not getattr(module, "is_causal", True) or attention_mask is not None:
         refuse(f"{who} lets tokens see later ones, or masks them in its own way", CAUSAL_ONLY)
     for name, argument in others.items():
         if name not in _HARMLESS and argument is not None and argument is not False:
             refuse(_UNSUPPORTED.get(name, f"{who} asks attention for {name}, which is not known here"))
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    layer: Any = module.layer_idx
-    return stepgraph_attend(AttentionCall(layer, query, key, value, scale, sliding_window or 0)), None
+    return Relay.of(module).call(module, query, key, value, scale=scale, window=sliding_window or 0), None
 
 
 def _experts(module: Any, hidden_TE: Tensor, expert_TK: Tensor, routing_TK: Tensor) -> Tensor:

@@ -15,26 +15,22 @@ from __future__ import annotations
 
 import copy
 import logging
-import math
-import re
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from transformers.utils import logging as transformers_logging
+from torch.nn import functional as F
 
 from stepgraph import ops
 from stepgraph.errors import CaptureError, ModelError
 from stepgraph.graph.cpu import CpuBackend
 from stepgraph.layers.cache import PagedCache, PagedSpec
 from stepgraph.layers.inputs import AttentionSpec, StepInputs
-from stepgraph.models.config import architecture_of, as_token_ids
-from stepgraph.models.mtp_tensors import mtp_names
-from stepgraph.models.safetensors import read_safetensors
+from stepgraph.models.config import architecture_of, as_token_ids, check_attention
 from stepgraph.models.text_part import end_token_ids, media_token_ids, text_config
 from stepgraph.models.transformers_checks import check_class, check_fields, check_last, explain, without_dynamic_rope
 from stepgraph.models.transformers_config import TransformersConfig
@@ -46,6 +42,7 @@ from stepgraph.models.transformers_interfaces import (
     RefusalError,
     refuse,
 )
+from stepgraph.models.transformers_loading import read_checkpoint
 from stepgraph.models.transformers_parts import ShapesOnly, keep_part, refuse_to_share
 from stepgraph.parallel.group import Group
 from stepgraph.parallel.shard import WHOLE
@@ -88,31 +85,27 @@ def judge_part(config: TransformersConfig, group: Group) -> ModelPart:
         _check_layers(config.hf_config, calls)
     except RefusalError as error:
         refuse_to_share(config, f"cut by transformers' plan, {error.what}")
-    heads = calls[0].query.shape[1], calls[0].key.shape[1]
+    heads = [(call.query.shape[1], call.key.shape[1]) for call in calls]
     whole = config.attention_specs
     ways = tuple(spec.sharded(group.shard) for spec in whole), whole  # some plans cut what is around attention only
-    specs = next((specs for specs in ways if heads == (specs[0].num_heads, specs[0].num_kv_heads)), None)
+    specs = next((way for way in ways if heads == [(spec.num_heads, spec.num_kv_heads) for spec in way]), None)
     if specs is None:
-        refuse_to_share(config, f"cut by transformers' plan, {heads[0]} queries would attend to {heads[1]} keys")
+        refuse_to_share(config, f"cut by transformers' plan, {heads[0][0]} queries would attend to {heads[0][1]} keys")
     return ModelPart(group, specs, num_parameters)
 
 
 def _judge(hf_config: Any) -> TransformersConfig:
     check_class(hf_config, _runs)
+    check_attention(text_config(hf_config))
     check_fields(text_config(hf_config))
     calls, hidden_size, vocab_size, num_parameters = _probe(hf_config)
     _check_layers(hf_config, calls)
     check_last(hf_config)
-    num_heads, head_dim = calls[0].query.shape[1], calls[0].query.shape[3]
     return TransformersConfig(
         architecture=architecture_of(hf_config),
         vocab_size=vocab_size,
         hidden_size=hidden_size,
-        num_layers=len(calls),
-        num_heads=num_heads,
-        num_kv_heads=calls[0].key.shape[1],
-        head_dim=head_dim,
-        windows=tuple(_window(hf_config, call) for call in calls),
+        attention_specs=tuple(_spec(hf_config, call) for call in calls),
         max_position_embeddings=text_config(hf_config).max_position_embeddings,
         eos_token_ids=as_token_ids(end_token_ids(hf_config)),
         media_token_ids=media_token_ids(hf_config),
@@ -182,7 +175,7 @@ class TransformersModel(nn.Module):
         part: ModelPart | None = None,
         progress: bool,
     ) -> TransformersModel:
-        """Load a checkpoint the way transformers does, which renames and merges tensors where its class asks for it.
+        """Load a checkpoint the way transformers does, see `read_checkpoint`.
 
         Args:
             config: read from the folder.
@@ -195,40 +188,7 @@ class TransformersModel(nn.Module):
         Raises:
             ModelError: the checkpoint's tensors are not those of the model, or a file is damaged.
         """
-        stored = sum(math.prod(tensor.shape) for tensor in read_safetensors(folder))
-        if config.num_parameters > 2 * stored:  # else transformers says which are missing, having taken memory for them
-            raise ModelError(
-                f"The {config.architecture} that the config in {folder} describes has {config.num_parameters:,} parameters, and "
-                f"its weight files hold {stored:,}; config and weights are not of one model, or a file is missing."
-            )
-        with _progress_bars(progress), _report_untold() as untold:
-            try:
-                hf_model, report = class_of(config.hf_config)[0].from_pretrained(
-                    folder,
-                    config=copy.deepcopy(config.hf_config),
-                    dtype=dtype,
-                    use_safetensors=True,
-                    trust_remote_code=False,
-                    local_files_only=True,
-                    output_loading_info=True,
-                    ignore_mismatched_sizes=True,  # they are in the report, by name
-                    **IMPLEMENTATIONS,
-                )
-            except Exception as error:  # transformers raises many types here
-                apart = sorted(set(re.findall(r"^(\S+) *\|[^|]*CONVERSION", "\n".join(untold), re.MULTILINE)))
-                why = (
-                    f"what becomes {', '.join(apart[:3])} is missing in part, or of unequal sizes." if apart else error
-                )
-                raise ModelError(
-                    f"transformers cannot load the checkpoint in {folder}: {why} A file may be truncated, or of another "
-                    "model than config.json; download it again."
-                ) from error
-        report["unexpected_keys"] = set(report["unexpected_keys"]) - mtp_names(report["unexpected_keys"])
-        if odd := [f"{kind}: {_some(sorted(map(str, names)))}" for kind, names in report.items() if names]:
-            raise ModelError(
-                f"The checkpoint in {folder} does not fit the {config.architecture} that its config describes "
-                f"({'; '.join(odd)}); config and weights are not of one model."
-            )
+        hf_model = read_checkpoint(config, folder, dtype=dtype, progress=progress)
         if part is not None:
             keep_part(hf_model, config, part.group)
         return cls(config, hf_model, part, device=device)
@@ -255,7 +215,7 @@ class TransformersModel(nn.Module):
 
         def hidden(token_ids: list[int], positions_T: Tensor | None) -> Tensor:
             token_ids_T = torch.tensor(token_ids, dtype=torch.int32, device=device) % self.config.vocab_size
-            attend = lambda call: call.query.transpose(1, 2).contiguous()  # noqa: E731
+            attend = lambda call: _filled(call.query, call.value.shape[-1]).transpose(1, 2).contiguous()  # noqa: E731
             return run_layers(self.base, token_ids_T, positions_T, attend)[1].float()
 
         positions_T = torch.arange(3, dtype=torch.int32, device=device)
@@ -291,13 +251,15 @@ class TransformersModel(nn.Module):
         tokens = inputs.tokens
 
         def attend(call: AttentionCall) -> Tensor:
-            cache: PagedCache = inputs.caches[call.layer]
-            spec = self.attention_specs[call.layer]
+            cache: PagedCache = inputs.caches[call.number]
+            spec = self.attention_specs[call.number]
             work = inputs.attention[spec]
-            q_THD, k_TGD, v_TGD = (x.squeeze(0).transpose(0, 1) for x in (call.query, call.key, call.value))
+            q_THD, k_TGD, v_TGD = (
+                _filled(x, spec.head_dim).squeeze(0).transpose(0, 1) for x in (call.query, call.key, call.value)
+            )
             k_TGD, v_TGD = (x if x.stride(-1) == 1 else x.contiguous() for x in (k_TGD, v_TGD))
             ops.write_kv(k_TGD, v_TGD, tokens.kv_slots, *cache)
-            inputs.wrote(call.layer)
+            inputs.wrote(call.number)
             attended_TF = ops.paged_attention(
                 q_THD.contiguous(),
                 *cache,
@@ -310,7 +272,7 @@ class TransformersModel(nn.Module):
                 call.scale,
                 spec.window,
             )
-            return attended_TF.view(1, *q_THD.shape)
+            return attended_TF.view(1, *q_THD.shape)[..., : call.value.shape[-1]]
 
         return run_layers(self.base, tokens.token_ids, tokens.positions, attend)
 
@@ -322,6 +284,11 @@ class TransformersModel(nn.Module):
     def logits(self, hidden_RE: Tensor, out: Tensor) -> Tensor:
         """See `LanguageModel.logits`."""
         return out.copy_(run_head(self.head, hidden_RE))
+
+
+def _filled(x: Tensor, size: int) -> Tensor:
+    """With zeros behind the values of a head, or without its last values."""
+    return x if x.shape[-1] == size else F.pad(x, (0, size - x.shape[-1]))
 
 
 class _Probed(NamedTuple):
@@ -377,7 +344,6 @@ def _probe(
     except Exception as error:  # code of some hundred models, not written for this
         logger.debug("%s cannot be probed", architecture_of(hf_config), exc_info=error)
         raise explain(error) from error
-    calls.sort(key=lambda call: call.layer)
     return calls, probed[0].hidden.shape[-1], probed[0].logits.shape[-1], num_parameters
 
 
@@ -389,19 +355,22 @@ def _check_layers(hf_config: Any, calls: list[AttentionCall]) -> None:
             "its layers do not call transformers' AttentionInterface: they have attention of their own, or none, as recurrent "
             "layers do",
         )
-    if [call.layer for call in calls] != list(range(num_layers)):
-        refuse(
-            f"{len(calls)} calls of attention came from its {num_layers} layers, where each must make one and know its number",
-        )
-    heads = {(call.query.shape, call.key.shape, call.value.shape) for call in calls}
-    if len(heads) > 1:
-        refuse("its layers differ in the number or size of their heads", "What runs are layers with heads alike.")
-    q_shape, k_shape, v_shape = heads.pop()
-    if k_shape != v_shape or q_shape[-1] != k_shape[-1]:
-        refuse(
-            f"its heads are of different sizes: queries {q_shape[-1]}, keys {k_shape[-1]}, values {v_shape[-1]}",
-            "What runs is multi-head and grouped-query attention, not multi-head latent attention.",
-        )
+    if len(calls) < num_layers or [call.number for call in calls] != list(range(len(calls))):
+        refuse(f"{len(calls)} calls of attention came from its {num_layers} layers, where each must make one at least")
+    for call in calls:
+        (_, H, T, D), (_, G, _, _) = call.query.shape, call.key.shape
+        if H % G or call.key.shape != (1, G, T, D) or call.value.shape[:3] != (1, G, T):
+            refuse(
+                f"a layer's queries, keys and values of {T} tokens are of shapes {tuple(call.query.shape)}, "
+                f"{tuple(call.key.shape)} and {tuple(call.value.shape)}",
+                "What runs is multi-head and grouped-query attention of tokens to themselves and earlier ones.",
+            )
+
+
+def _spec(hf_config: Any, call: AttentionCall) -> AttentionSpec:
+    """Of a call. Where keys and values differ in size, the smaller are filled up with zeros."""
+    size = max(call.query.shape[-1], call.value.shape[-1])
+    return AttentionSpec(call.query.shape[1], call.key.shape[1], size, size, _window(hf_config, call))
 
 
 def _window(hf_config: Any, call: AttentionCall) -> int:
@@ -420,36 +389,3 @@ def _window(hf_config: Any, call: AttentionCall) -> int:
             "Correct sliding_window or layer_types in config.json.",
         )
     return configured
-
-
-def _some(names: list[str]) -> str:
-    return f"{len(names)} ({', '.join(names[:3])}{', …' if len(names) > 3 else ''})"
-
-
-@contextmanager
-def _progress_bars(shown: bool) -> Iterator[None]:
-    """Have transformers show progress bars, or none."""
-    before = transformers_logging.is_progress_bar_enabled()
-    try:
-        (transformers_logging.enable_progress_bar if shown else transformers_logging.disable_progress_bar)()
-        yield
-    finally:
-        (transformers_logging.enable_progress_bar if before else transformers_logging.disable_progress_bar)()
-
-
-@contextmanager
-def _report_untold() -> Iterator[list[str]]:
-    """Have transformers log no report of tensors that do not fit, of which an error tells; gives what it would have said."""
-    reports: list[str] = []
-
-    def keep(record: logging.LogRecord) -> bool:
-        if is_report := "LOAD REPORT" in record.getMessage():
-            reports.append(record.getMessage())
-        return not is_report
-
-    logger = logging.getLogger("transformers.modeling_utils")
-    logger.addFilter(keep)
-    try:
-        yield reports
-    finally:
-        logger.removeFilter(keep)

@@ -164,6 +164,8 @@ def keep_part(hf_model: Any, config: TransformersConfig, group: Group) -> None:
     Raises:
         ModelError: transformers has no plan for the class, or one that cannot be followed, or so many ranks cannot share it.
     """
+    if len({spec.num_kv_heads for spec in config.attention_specs}) > 1:
+        refuse_to_share(config, "its layers differ in the number of their key/value heads")
     cuts = list(_cuts(hf_model, config))
     if all(_is_head(path) for path, _ in cuts):
         refuse_to_share(config, "transformers' plan for it (base_model_tp_plan) cuts none of its layers")
@@ -214,12 +216,14 @@ def _check_sizes(hf_model: Any, config: TransformersConfig, shard: Shard, cuts: 
             )
         if not _is_head(path) and (kind.gathers or not _is_of_keys(path)):
             widths[width] = None
-    sizes = sizes_that_divide(config.num_heads, config.num_kv_heads, *widths)
+    num_heads, *others = sorted({spec.num_heads for spec in config.attention_specs})
+    num_kv_heads = config.attention_specs[0].num_kv_heads
+    sizes = sizes_that_divide(num_heads, num_kv_heads, *others, *widths)
     if shard.size not in sizes:
         raise ModelError(
-            f"{shard.size} devices cannot share this {config.architecture} evenly: it has {config.num_heads} query heads, "
-            f"{config.num_kv_heads} key/value heads, which may be repeated, and layers of {', '.join(map(str, widths))} values. "
-            f"Numbers that can: {', '.join(map(str, sizes))}."
+            f"{shard.size} devices cannot share this {config.architecture} evenly: it has "
+            f"{' or '.join(map(str, (num_heads, *others)))} query heads, {num_kv_heads} key/value heads, which may be repeated, "
+            f"and layers of {', '.join(map(str, widths))} values. Numbers that can: {', '.join(map(str, sizes))}."
         )
 
 
@@ -232,8 +236,8 @@ def _part(path: str, linear: nn.Linear, kind: _Kind, config: TransformersConfig,
         begin = width * shard.rank
         return Part((Cut(linear.out_features, begin, min(width, linear.out_features - begin)),), inputs)
     if _is_of_keys(path) and not kind.gathers:
-        heads = shard.heads(config.num_kv_heads)
-        return Part((heads.times(linear.out_features // config.num_kv_heads),), inputs)
+        num_kv_heads = config.attention_specs[0].num_kv_heads
+        return Part((shard.heads(num_kv_heads).times(linear.out_features // num_kv_heads),), inputs)
     return Part((shard.cut(linear.out_features),), inputs)
 
 

@@ -44,6 +44,8 @@ GPT2_SIZES = {
 }
 MOE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
 ODD_SIZES = SIZES | {"pad_token_id": 0}
+LATENT = {"num_key_value_heads": 4, "kv_lora_rank": 16, "q_lora_rank": 16}
+LATENT |= {"qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 12}
 
 SUPPORTED = {
     "llama": lambda: transformers.LlamaConfig(**SIZES),
@@ -82,6 +84,33 @@ SUPPORTED = {
         n_shared_experts=1,
         moe_intermediate_size=32,
         first_k_dense_replace=1,
+    ),
+    "laguna: query heads per layer": lambda: transformers.LagunaConfig(
+        **SIZES | MOE,
+        head_dim=16,
+        layer_types=["full_attention", "sliding_attention"],
+        sliding_window=20,
+        num_attention_heads_per_layer=[4, 8],
+    ),
+    "deepseek_v3: latents made keys and values, which differ in size": lambda: transformers.DeepseekV3Config(
+        **SIZES | LATENT,
+        n_routed_experts=4,
+        num_experts_per_tok=2,
+        n_group=1,
+        topk_group=1,
+        first_k_dense_replace=1,
+        moe_intermediate_size=32,
+    ),
+    "stablelm: attention that is given no keyword arguments": lambda: transformers.StableLmConfig(**SIZES),
+    "diffllama: two calls of attention in a layer": lambda: transformers.DiffLlamaConfig(**SIZES),
+    "hrm_text: layers that run several times": lambda: transformers.HrmTextConfig(
+        **SIZES | {"num_hidden_layers": 8},
+        num_layers_per_stack=1,
+        H_cycles=2,
+        L_cycles=3,
+    ),
+    "opt: a decoder in its base model, positions from 2": lambda: transformers.OPTConfig(
+        **SIZES, ffn_dim=96, word_embed_proj_dim=32
     ),
 }
 """What runs, and what is particular about it."""
@@ -195,14 +224,10 @@ def refused_config(config, **changes):
 
 LONG = {"rope_type": "longrope", "rope_theta": 10000.0, "factor": 2.0, "original_max_position_embeddings": 64}
 LONG |= {"short_factor": [1.0] * 8, "long_factor": [2.0] * 8}
-LATENT = {"kv_lora_rank": 16, "q_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8}
+RWKV_SIZES = {"vocab_size": 96, "hidden_size": 64, "num_hidden_layers": 2, "context_length": 256}
 REFUSED = {
     "capped scores": (lambda: transformers.Gemma2Config(**SIZES), "caps attention scores"),
     "sinks": (lambda: transformers.GptOssConfig(**SIZES, num_local_experts=4), "attention sinks"),
-    "heads of different sizes": (
-        lambda: transformers.DeepseekV3Config(**SIZES, **LATENT),
-        "queries 16, keys 16, values 8",
-    ),
     "recurrent layers": (
         lambda: transformers.MambaConfig(vocab_size=96, hidden_size=64, num_hidden_layers=2),
         "Mamba|layers of type",
@@ -220,10 +245,6 @@ REFUSED = {
             vocab_size=96, hidden_size=64, n_layer=2, n_head=4, max_position_embeddings=64
         ),
         "BloomForCausalLM cannot run.*do not call transformers' AttentionInterface",
-    ),
-    "arguments not passed on": (
-        lambda: transformers.StableLmConfig(**SIZES),
-        "StableLmAttention does not get the keyword arguments",
     ),
     "routing on the host": (
         lambda: transformers.JetMoeConfig(**SIZES, kv_channels=16, num_local_experts=4),
@@ -297,11 +318,8 @@ def test_a_class_that_writes_no_text_is_refused_with_what_it_is(config_class, ar
     ("config", "message"),
     [
         (lambda: transformers.FalconConfig(**SIZES, alibi=False), "from a list of their own"),
-        (
-            lambda: transformers.OPTConfig(**SIZES, ffn_dim=96, word_embed_proj_dim=64),
-            "more than the last hidden states",
-        ),
-        (lambda: transformers.DeepseekV2Config(**SIZES, **LATENT), "a field may be missing or empty"),
+        (lambda: transformers.RwkvConfig(**RWKV_SIZES), "more than the last hidden states"),
+        (lambda: transformers.DeepseekV2Config(**SIZES | LATENT), "a field may be missing or empty"),
     ],
 )
 def test_names_from_inside_stay_inside(config, message) -> None:
