@@ -12,11 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from stepgraph.layers.cache import PagedCache, PagedSpec
+from stepgraph.layers.formats import Target
+from stepgraph.layers.formats.target import Sharded
 from stepgraph.layers.inputs import AttentionSpec, StepInputs
 from stepgraph.layers.linear import Linear, MergedLinear
 from stepgraph.layers.norm import RMSNorm
 from stepgraph.ops import rope_attention, rope_cache, sigmoid_gate
-from stepgraph.parallel.shard import Axis, Shard
+from stepgraph.parallel.shard import Axis, Part, Shard
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,7 @@ class Attention(nn.Module):
 
     q_norm: RMSNorm | None
     k_norm: RMSNorm | None
+    sinks: nn.Parameter | None
 
     def __init__(
         self,
@@ -59,7 +62,7 @@ class Attention(nn.Module):
     ) -> None:
         """Args:
         hidden_size: E.
-        spec: H, G, D and window, of the whole; values are as wide as keys.
+        spec: H, G, D, window, cap and sinks, of the whole; values are as wide as keys.
         qkv_bias, output_bias: of the projections.
         qk_norm: normalise every query and key head.
         output_gate: what attention gives is multiplied by sigmoids of a projection of the hidden state, one for each entry of
@@ -97,10 +100,20 @@ class Attention(nn.Module):
         norm = partial(RMSNorm, head_dim, eps, weight_offset=norm_weight_offset, dtype=dtype, device=device)
         self.q_norm = norm() if qk_norm else None
         self.k_norm = norm() if qk_norm else None
+        self._part_of_sinks = Part((heads,), None)
+        self.sinks = (
+            nn.Parameter(torch.empty(heads.length, dtype=torch.float32, device=device), False) if spec.sinks else None
+        )
 
     def cache_spec(self, dtype: torch.dtype) -> PagedSpec:
         """What the layer keeps in `dtype`."""
         return PagedSpec.of(self.spec, dtype, self.kv_heads)
+
+    def targets(self) -> dict[str, Target]:
+        """What a loader fills, beside what the modules below ask for."""
+        if self.sinks is None:
+            return {}
+        return {"sinks": self.sinks if self._part_of_sinks.is_whole else Sharded(self.sinks, self._part_of_sinks)}
 
     def forward(
         self,
@@ -143,6 +156,8 @@ class Attention(nn.Module):
             eps=self.eps,
             scale=self.scale,
             window=self.spec.window,
+            sinks=self.sinks,
+            softcap=self.spec.softcap,
         )
         return attended_TF if gate_TF is None else sigmoid_gate(attended_TF, gate_TF)
 

@@ -21,12 +21,19 @@ class AttentionSpec:
     head_dim: int  # of queries and keys
     value_dim: int
     window: int = 0  # last keys a token sees, its own included; 0: all
+    softcap: float = 0.0  # scores s become softcap · tanh(s / softcap); 0: they stay
+    sinks: bool = False  # each head has a score beside those of keys
     latent: bool = False  # values are the first part of keys, and cached with them: one entry for all heads
 
     @property
     def cached_numbers(self) -> int:
         """Of one token, in the cache."""
         return self.num_kv_heads * (self.head_dim if self.latent else self.head_dim + self.value_dim)
+
+    @property
+    def has_plain_scores(self) -> bool:
+        """Whether the softmax is that of products of queries and keys, as they are."""
+        return not (self.softcap or self.sinks)
 
     def sharded(self, shard: Shard) -> AttentionSpec:
         """Of the heads that a rank keeps."""

@@ -342,7 +342,7 @@ def named_targets(root: nn.Module, config: DecoderConfig, layers: Mapping[str, i
             tensors = {name: with_offset(tensor, module.weight_offset) for name, tensor in tensors.items()}
         elif isinstance(module, MergedLinear) and not config.merged_projections:
             path, tensors = path.rpartition(".")[0], module.part_targets()
-        elif isinstance(module, Matrix | Convolution | GatedDelta):
+        elif isinstance(module, Matrix | Attention | Convolution | GatedDelta):
             tensors = module.targets()
         targets |= {f"{path}.{name}": tensor for name, tensor in tensors.items()}
     for path, index in layers.items():

@@ -25,6 +25,12 @@ struct Cache {
   int64_t block_size, kv_heads, dim;
 };
 
+// What becomes of products of queries and keys.
+struct Scoring {
+  float scale, softcap;  // 0: scores stay as they are
+  const float* sinks;    // of each query head; null: there are none
+};
+
 struct Tile {
   const int32_t* blocks;  // of the row
   int64_t first_query;    // of query tokens · group, within the row
@@ -59,10 +65,10 @@ void accumulate(const float* weights, const float* const* values, int64_t count,
 }
 
 // scratch: [2 · dim][LANES]
-void attend(const Tile& tile, const Cache& cache, int64_t group, float scale, int64_t window, float* scratch) {
+void attend(const Tile& tile, const Cache& cache, int64_t group, const Scoring& scoring, int64_t window, float* scratch) {
   const int64_t dim = cache.dim, heads = group * cache.kv_heads;
   float *q = scratch, *sums = scratch + dim * LANES;
-  alignas(64) float position[LANES];
+  alignas(64) float position[LANES], sink[LANES];
   std::fill(q, q + 2 * dim * LANES, 0.0f);
   const auto place = [&](int64_t lane) {  // of a query in [T, H, D]
     const int64_t query = tile.first_query + lane;
@@ -71,6 +77,7 @@ void attend(const Tile& tile, const Cache& cache, int64_t group, float scale, in
   for (int64_t lane = 0; lane < LANES; lane++) {
     const int64_t query = tile.first_query + std::min(lane, tile.num_queries - 1);
     position[lane] = static_cast<float>(tile.context_len + query / group);
+    sink[lane] = scoring.sinks ? scoring.sinks[tile.head * group + query % group] : -1e30f;
     if (lane < tile.num_queries)
       for (int64_t d = 0; d < dim; d++) q[d * LANES + lane] = tile.q[place(lane) + d];
   }
@@ -78,7 +85,7 @@ void attend(const Tile& tile, const Cache& cache, int64_t group, float scale, in
   const int64_t first_position = static_cast<int64_t>(position[0]);
   const int64_t end = static_cast<int64_t>(position[LANES - 1]) + 1;
   const int64_t start = window ? std::max<int64_t>(0, first_position - window + 1) : 0;
-  Lanes highest = all(-1e30f), total = zero();
+  Lanes highest = load(sink), total = scoring.sinks ? all(1.0f) : zero();  // a sink is a key without a value
   for (int64_t base = start / KEYS * KEYS; base < end; base += KEYS) {
     const int64_t from = std::max(base, start), count = std::min(base + KEYS, end) - from;
     const float *keys[KEYS], *values[KEYS];
@@ -90,12 +97,16 @@ void attend(const Tile& tile, const Cache& cache, int64_t group, float scale, in
       values[k] = cache.values + entry * dim;
     }
     int64_t k = 0;
-    for (; k + 8 <= count; k += 8) score<8>(q, keys + k, dim, all(scale), weights + k * LANES);
-    for (; k < count; k++) score<1>(q, keys + k, dim, all(scale), weights + k * LANES);
+    for (; k + 8 <= count; k += 8) score<8>(q, keys + k, dim, all(scoring.scale), weights + k * LANES);
+    for (; k < count; k++) score<1>(q, keys + k, dim, all(scoring.scale), weights + k * LANES);
     const bool masked = from + count > first_position + 1 || window;
     Lanes peak = highest;
     for (k = 0; k < count; k++) {
       Lanes s = load(weights + k * LANES);
+      if (scoring.softcap != 0) {
+        s = tanh(s / all(scoring.softcap)) * all(scoring.softcap);
+        store(weights + k * LANES, s);
+      }
       if (masked) {
         const Lanes key = all(static_cast<float>(from + k));
         s = where_less(positions, key, unseen, s);
@@ -120,7 +131,7 @@ void attend(const Tile& tile, const Cache& cache, int64_t group, float scale, in
 }
 
 // paged_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor block_table, Tensor row_slot, Tensor query_start,
-//                 Tensor kv_len, float scale, int window) -> Tensor
+//                 Tensor kv_len, float scale, int window, Tensor? sinks, float softcap) -> Tensor
 void paged_attention(StableIValue* stack_values, uint64_t, uint64_t) {
   Stack stack(stack_values);
   const Tensor q_THD = stack.tensor(), k_cache = stack.tensor(), v_cache = stack.tensor();
@@ -128,6 +139,8 @@ void paged_attention(StableIValue* stack_values, uint64_t, uint64_t) {
   const Tensor kv_len = stack.tensor();
   const float scale = stack.real();
   const int64_t window = stack.integer();
+  const std::optional<Tensor> sinks = stack.optional();
+  const Scoring scoring{scale, stack.real(), sinks ? sinks->data<float>() : nullptr};
   const int64_t tokens = q_THD.size(0), heads = q_THD.size(1), dim = q_THD.size(2);
   const Cache cache{k_cache.data<float>(), v_cache.data<float>(), k_cache.size(1), k_cache.size(2), dim};
   const int64_t group = heads / cache.kv_heads;
@@ -149,7 +162,7 @@ void paged_attention(StableIValue* stack_values, uint64_t, uint64_t) {
   parallel(threads, 1, [&](int64_t begin, int64_t end) {
     const Buffer<float> scratch(2 * dim * LANES);
     for (int64_t thread = begin; thread < end; thread++)
-      for (size_t i = thread; i < tiles.size(); i += threads) attend(tiles[i], cache, group, scale, window, scratch.get());
+      for (size_t i = thread; i < tiles.size(); i += threads) attend(tiles[i], cache, group, scoring, window, scratch.get());
   });
   // A trial of a graph on nothing may have rows of less than nothing.
   const int64_t real = std::clamp<int64_t>(starts[row_slot.size(0)], 0, tokens);

@@ -104,6 +104,9 @@ inline Lanes exp(Lanes x) {
   return series * power_of_two(n);
 }
 
+// 1 - 2 / (1 + e^2x)
+inline Lanes tanh(Lanes x) { return all(1.0f) - all(2.0f) / (all(1.0f) + exp(x + x)); }
+
 // x / (1 + e^-x)
 inline Lanes silu(Lanes x) { return x / (all(1.0f) + exp(zero() - x)); }
 

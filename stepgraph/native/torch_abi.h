@@ -8,6 +8,7 @@
 #include <cstdint>
 #include <cstring>
 #include <initializer_list>
+#include <optional>
 #include <stdexcept>
 #include <type_traits>
 #include <utility>
@@ -97,6 +98,15 @@ class Stack {
   Tensor strided() {
     AtenTensorHandle handle;
     std::memcpy(&handle, values_ + next_++, sizeof handle);
+    return Tensor(handle);
+  }
+  std::optional<Tensor> optional() {  // torch wraps what is there once more
+    StableIValue* inner;
+    std::memcpy(&inner, values_ + next_++, sizeof inner);
+    if (inner == nullptr) return std::nullopt;
+    AtenTensorHandle handle;
+    std::memcpy(&handle, inner, sizeof handle);
+    delete inner;
     return Tensor(handle);
   }
   int64_t integer() {

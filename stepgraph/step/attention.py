@@ -37,13 +37,21 @@ class AttentionSizes:
         """
         self._platform, self._deterministic = platform, deterministic
         self._specs = sorted(set(specs))
-        windows = defaultdict(set)
+        alike = defaultdict(list)
         for spec in self._specs:
             if not spec.latent:
-                windows[_heads(spec)].add(spec.window)
+                alike[_heads(spec)].append(spec)
         self._tall_tiles = {
-            heads: ops.tall_tile(platform.tuning, dtype, cache_dtype, heads[2], block_size, windows[heads])
-            for heads in windows
+            heads: ops.tall_tile(
+                platform.tuning,
+                dtype,
+                cache_dtype,
+                heads[2],
+                block_size,
+                windows=[spec.window for spec in specs],
+                plain_scores=all(spec.has_plain_scores for spec in specs),
+            )
+            for heads, specs in alike.items()
         }
 
     def of(self, shape: StepShape) -> dict[AttentionSpec, ops.AttentionGeometry]:

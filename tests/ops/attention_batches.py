@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import pytest
 import torch
@@ -31,6 +32,8 @@ class Batch:
     query_start: Tensor
     kv_len: Tensor
     window: int = 0
+    sinks: Tensor | None = None
+    softcap: float = 0.0
 
     @property
     def num_real_tokens(self) -> int:
@@ -46,12 +49,14 @@ class Batch:
         )  # fmt: skip
 
     def to(self, device: str) -> Batch:
-        return Batch(*(tensor.to(device) for tensor in self.inputs()), self.window)
+        sinks = None if self.sinks is None else self.sinks.to(device)
+        return Batch(*(tensor.to(device) for tensor in self.inputs()), self.window, sinks, self.softcap)
 
     def expected(self) -> Tensor:
         """The reference in float64, real tokens only."""
         q, k_cache, v_cache, *rows = self.to("cpu").inputs()
-        out = reference.paged_attention(q.double(), k_cache.double(), v_cache.double(), *rows, self.scale, self.window)
+        exact, scoring = (q.double(), k_cache.double(), v_cache.double()), (self.sinks, self.softcap)
+        out = reference.paged_attention(*exact, *rows, self.scale, self.window, *scoring)
         return out[: self.num_real_tokens]
 
 
@@ -66,6 +71,8 @@ def make_batch(
     dtype: torch.dtype = torch.float32,
     cache_dtype: torch.dtype | None = None,
     window: int = 0,
+    sinks: bool = False,
+    softcap: float = 0.0,
     poisoned: bool = False,
     seed: int = 0,
 ) -> Batch:
@@ -104,6 +111,8 @@ def make_batch(
         query_start=query_start.int(),
         kv_len=torch.tensor(kv_len, dtype=torch.int32),
         window=window,
+        sinks=torch.randn(num_kv_heads * group, generator=generator) if sinks else None,
+        softcap=softcap,
     )
 
 
@@ -138,8 +147,9 @@ def plan_of(batch: Batch, geometry: AttentionGeometry) -> AttentionPlan:
     )
 
 
-def settings_of(batch: Batch, geometry: AttentionGeometry) -> tuple[float, int, int, int, bool]:
-    return batch.scale, geometry.tile, geometry.num_programs, batch.window, geometry.deterministic
+def settings_of(batch: Batch, geometry: AttentionGeometry) -> tuple[Any, ...]:
+    sizes = geometry.tile, geometry.num_programs, batch.window, geometry.deterministic
+    return batch.scale, *sizes, batch.sinks, batch.softcap
 
 
 def attend(batch: Batch, plan: AttentionPlan, geometry: AttentionGeometry) -> Tensor:
@@ -168,8 +178,8 @@ def attend_on_cpu(batch: Batch, geometry: AttentionGeometry) -> Tensor:
 
 def attend_with_torch(batch: Batch, *, deterministic: bool) -> Tensor:
     """What the CPU gives without kernels of our own, real tokens only."""
-    scale, *_, window, _ = settings_of(batch, geometry_of(batch))
-    out = cpu.torch_attention(*batch.inputs(), scale, window, deterministic=deterministic)
+    scoring = {"sinks": batch.sinks, "softcap": batch.softcap}
+    out = cpu.torch_attention(*batch.inputs(), batch.scale, batch.window, deterministic=deterministic, **scoring)
     return out[: batch.num_real_tokens]
 
 

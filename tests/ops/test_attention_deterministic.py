@@ -35,6 +35,8 @@ class World:
     block_table: Tensor  # [1 + S, BLOCKS] int32
     cache_dtype: torch.dtype
     window: int
+    sinks: Tensor | None  # [H]
+    softcap: float
 
     def caches(self, held: Tensor, garbage: float) -> list[Tensor]:
         """Keys and values, with `garbage` in all entries but those of `held`, [blocks, B] bool."""
@@ -53,7 +55,8 @@ class World:
         return held
 
 
-def make_world(group: int, dtype: torch.dtype, cache_dtype: torch.dtype, window: int) -> World:
+def make_world(group: int, dtype: torch.dtype, cache_dtype: torch.dtype, window: int, *, softcap: float = 0.0) -> World:
+    """Where scores are capped, there are sinks too."""
     generator = torch.Generator().manual_seed(group)
     block_table = torch.zeros(1 + S, BLOCKS, dtype=torch.int32)
     block_table[1:] = 1 + torch.randperm(S * BLOCKS, generator=generator).view(S, BLOCKS)
@@ -64,6 +67,8 @@ def make_world(group: int, dtype: torch.dtype, cache_dtype: torch.dtype, window:
         block_table=block_table,
         cache_dtype=cache_dtype,
         window=window,
+        sinks=torch.randn(G * group, generator=generator) if softcap else None,
+        softcap=softcap,
     )
 
 
@@ -100,8 +105,9 @@ def run_step(world: World, rows: list[Chunk], rng: Random, device: str, *, deter
         geometry.max_partials, world.window,
     )  # fmt: skip
     out = module.paged_attention(
-        *arrays, *plan, SCALE, geometry.tile, geometry.num_programs, world.window, geometry.deterministic
-    )
+        *arrays, *plan, SCALE, geometry.tile, geometry.num_programs, world.window, geometry.deterministic,
+        None if world.sinks is None else world.sinks.to(device or "cpu"), world.softcap,
+    )  # fmt: skip
     return out[:T].cpu()
 
 
@@ -139,7 +145,7 @@ def outputs(world: World, device: str, *, deterministic: bool) -> dict[tuple[int
     return found
 
 
-KINDS = {  # group, dtype, dtype of the cache, window
+KINDS: dict[str, tuple[int, torch.dtype, torch.dtype, int]] = {  # group, dtype, dtype of the cache, window
     "float32": (2, torch.float32, torch.float32, 0),
     "float32 in a window": (3, torch.float32, torch.float32, 37),
     "float16": (3, torch.float16, torch.float16, 0),
@@ -150,9 +156,13 @@ KINDS = {  # group, dtype, dtype of the cache, window
 
 
 @pytest.mark.parametrize("kernel", ["cpu", "triton"])
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_token_has_the_same_bits_in_every_step_that_holds_it(kind: str, kernel: str, device: str) -> None:
-    world = make_world(*KINDS[kind])
+@pytest.mark.parametrize(
+    ("kind", "softcap"), [*((kind, 0.0) for kind in KINDS), ("float32 in a window", 1.5), ("float16", 1.5)]
+)
+def test_a_token_has_the_same_bits_in_every_step_that_holds_it(
+    kind: str, softcap: float, kernel: str, device: str
+) -> None:
+    world = make_world(*KINDS[kind], softcap=softcap)
     if kernel == "triton" and world.q.dtype == torch.bfloat16 and device == "cpu":
         pytest.skip("Triton's interpreter keeps bfloat16 as integers, which its dot multiplies as such")
     found = outputs(world, device if kernel == "triton" else "", deterministic=True)
@@ -164,7 +174,8 @@ def test_a_token_has_the_same_bits_in_every_step_that_holds_it(kind: str, kernel
 
     arrays = (tensor.double() for tensor in (world.q[0], *world.caches(torch.tensor(True), 0.0)))
     rows = (torch.tensor([1]), torch.tensor([0, LENGTH]), torch.tensor([LENGTH]))
-    expected = reference.paged_attention(*arrays, world.block_table, *rows, SCALE, world.window)
+    scoring = world.window, world.sinks, world.softcap
+    expected = reference.paged_attention(*arrays, world.block_table, *rows, SCALE, *scoring)
     out = torch.stack([found[0, position][0] for position in range(LENGTH)]).double()
     tolerance = 16 * torch.finfo(world.q.dtype).eps
     torch.testing.assert_close(out, expected, atol=tolerance, rtol=tolerance)

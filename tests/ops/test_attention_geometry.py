@@ -141,6 +141,7 @@ SERVED: dict[str, Any] = {
     "head_dim": 128,
     "block_size": 16,
     "windows": (0, 0),
+    "plain_scores": True,
 }
 
 
@@ -161,6 +162,7 @@ SERVED: dict[str, Any] = {
         ((9, 0), {"head_dim": 96}, TALL_TILE),
         ((9, 0), {"block_size": 4}, TALL_TILE),
         ((9, 0), {"windows": (0, 512)}, TALL_TILE),
+        ((9, 0), {"plain_scores": False}, TALL_TILE),
     ],
 )
 def test_tiles_are_as_tall_as_the_kernel_for_them_serves(

@@ -45,31 +45,33 @@ def geometry_of(T, G, group, multiprocessors=24):
     return replace(attention_geometry(T, 1, G * group, G, multiprocessors), min_split_keys=KV_BLOCK)
 
 
-def run_kernel(inputs, geometry, group, device):
+def run_kernel(inputs, geometry, group, device, sinks=None, softcap=0.0):
     inputs = [None if t is None else t.to(device) for t in inputs]
     (G, D), (row_slot, query_start, kv_len) = inputs[5].shape[2:], inputs[-3:]
     sizes = (geometry.tile, geometry.min_split_keys, geometry.split_target, geometry.max_items, geometry.max_partials)
     plan = AttentionPlan(*plan_triton.attention_plan(row_slot, query_start, kv_len, G * group, G, D, *sizes, 0))
-    out = kernels.rope_attention(*inputs, *plan, G * group, EPS, D**-0.5)
+    out = kernels.rope_attention(
+        *inputs, *plan, G * group, EPS, D**-0.5, None if sinks is None else sinks.to(device), softcap
+    )
     assert not plan.counters.any()
     return out.cpu(), [cache.cpu() for cache in inputs[5:7]], plan
 
 
-def expected(inputs, group):
+def expected(inputs, group, sinks=None, softcap=0.0):
     exact = [t.double() if isinstance(t, Tensor) and t.is_floating_point() else t for t in inputs]
     G, D = exact[5].shape[2:]
     nothing = [torch.empty(0)] * 4
     caches = [cache.nan_to_num() for cache in exact[5:7]]
-    out = reference.rope_attention(*exact[:5], *caches, *exact[7:], *nothing, G * group, EPS, D**-0.5)
+    out = reference.rope_attention(*exact[:5], *caches, *exact[7:], *nothing, G * group, EPS, D**-0.5, sinks, softcap)
     return out, caches
 
 
-def assert_matches(inputs, group, device, *, splits):
+def assert_matches(inputs, group, device, *, splits, **scoring):
     tokens, geometry = int(inputs[-2][1]), geometry_of(inputs[0].shape[0], inputs[5].shape[2], group)
     assert geometry.is_one_row
-    out, caches, plan = run_kernel(inputs, geometry, group, device)
+    out, caches, plan = run_kernel(inputs, geometry, group, device, **scoring)
     assert int(plan.header[0]) == splits
-    out_expected, caches_expected = expected(inputs, group)
+    out_expected, caches_expected = expected(inputs, group, **scoring)
     tolerance = TOLERANCE[inputs[0].dtype]
     torch.testing.assert_close(out[:tokens].double(), out_expected[:tokens], rtol=tolerance, atol=tolerance)
     new = inputs[1][:tokens].long()
@@ -112,6 +114,14 @@ def test_iterations_over_a_long_split_match(tokens, blocks, device):
     out, _, plan = run_kernel(inputs, geometry, 2, device)
     assert plan.header.tolist() == [-(-902 // (blocks * KV_BLOCK)), blocks * KV_BLOCK]
     torch.testing.assert_close(out.double(), expected(inputs, 2)[0], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(("tokens", "context", "splits"), [(1, 0, 1), (3, 60, 1), (5, 62, 2), (4, 200, 4)])
+@pytest.mark.parametrize("softcap", [0.0, 1.5])
+@pytest.mark.parametrize("with_sinks", [False, True])
+def test_sinks_and_caps_match_and_sinks_count_once(tokens, context, splits, softcap, with_sinks, device):
+    sinks = torch.linspace(-3.0, 6.0, 4) if with_sinks else None
+    assert_matches(arguments(tokens, context), 2, device, splits=splits, sinks=sinks, softcap=softcap)
 
 
 def test_a_step_without_tokens_writes_nothing(device):

@@ -108,7 +108,7 @@ def attention_plan(
 _paged_attention = register(
     "paged_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor block_table, Tensor row_slot, Tensor query_start, "
     "Tensor kv_len, Tensor items, Tensor header, Tensor(a!) partials, Tensor(b!) counters, float scale, int tile, "
-    "int num_programs, int window, bool deterministic) -> Tensor",
+    "int num_programs, int window, bool deterministic, Tensor? sinks=None, float softcap=0.0) -> Tensor",
     {
         "cpu": Inlined(cpu.paged_attention, recorded=cpu.recorded_attention),
         "cuda": "stepgraph.ops.attention.triton:paged_attention",
@@ -128,6 +128,8 @@ def paged_attention(
     geometry: AttentionGeometry,
     scale: float,
     window: int = 0,
+    sinks: Tensor | None = None,
+    softcap: float = 0.0,
 ) -> Tensor:
     """Causal attention of every row's queries over its cached keys. Runs inside the graph.
 
@@ -152,6 +154,10 @@ def paged_attention(
         geometry: as given to `attention_plan`.
         scale: multiplies q·k.
         window: a token sees its last `window` keys, its own included; 0: all.
+        sinks: [H] float32, a score of each head that every softmax has beside those of keys, and that no value belongs to;
+            None: there are none. Source: OpenAI, "gpt-oss-120b & gpt-oss-20b Model Card" (2025).
+        softcap: scores s become ``softcap · tanh(s / softcap)`` before keys are masked; 0: they stay. Source: Gemma Team, "Gemma
+            2" (2024).
 
     Returns:
         [T, H·D], dtype of `q`. Padding tokens get unspecified values.
@@ -173,4 +179,6 @@ def paged_attention(
         geometry.num_programs,
         window,
         geometry.deterministic,
+        sinks,
+        softcap,
     )

@@ -29,7 +29,7 @@ TILE_TOKENS = 16
 
 _paged_attention = native.declare(
     "paged_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor block_table, Tensor row_slot, Tensor query_start, "
-    "Tensor kv_len, float scale, int window) -> Tensor"
+    "Tensor kv_len, float scale, int window, Tensor? sinks=None, float softcap=0.0) -> Tensor"
 )
 
 
@@ -66,6 +66,38 @@ class _Piece(NamedTuple):
         return self.kv_len - self.query_len
 
 
+class _Scoring(NamedTuple):
+    """What becomes of products of queries and keys."""
+
+    scale: float
+    softcap: float
+    sinks: Tensor | None  # [G, g] float32
+
+    @property
+    def is_plain(self) -> bool:
+        return self.sinks is None and not self.softcap
+
+    def attend(self, q_nGMD: Tensor, k_nGLD: Tensor, v_nGLD: Tensor, mask: Tensor | None) -> Tensor:
+        """[n, G, M, D], the M of all query heads of a group one after the other; `mask` is true where a query sees a key. By
+        torch's flash attention or, as that knows neither sinks nor caps, head by head in float32."""
+        if self.is_plain:
+            return F.scaled_dot_product_attention(q_nGMD, k_nGLD, v_nGLD, attn_mask=mask, scale=self.scale)
+        out_nGMD = torch.empty_like(q_nGMD)
+        for head in range(q_nGMD.shape[1]):
+            score_nML = q_nGMD[:, head].float() @ k_nGLD[:, head].float().mT * self.scale
+            if self.softcap:
+                score_nML = self.softcap * torch.tanh(score_nML / self.softcap)
+            if mask is not None:
+                score_nML.masked_fill_(~(mask[:, 0] if mask.ndim == 4 else mask), -torch.inf)
+            value_nLD = v_nGLD[:, head].float()
+            if self.sinks is not None:  # a key without a value
+                sink_M1 = self.sinks[head].repeat_interleave(score_nML.shape[1] // self.sinks.shape[1]).unsqueeze(1)
+                score_nML = torch.cat((score_nML, sink_M1.expand(len(score_nML), -1, 1)), 2)
+                value_nLD = F.pad(value_nLD, (0, 0, 0, 1))
+            out_nGMD[:, head] = score_nML.softmax(-1) @ value_nLD
+        return out_nGMD
+
+
 def paged_attention(
     q: Tensor,
     k_cache: Tensor,
@@ -83,13 +115,14 @@ def paged_attention(
     num_programs: int,
     window: int,
     deterministic: bool,
+    sinks: Tensor | None = None,
+    softcap: float = 0.0,
 ) -> Tensor:
     """See `stepgraph.ops.attention.paged_attention`."""
+    operands = q, k_cache, v_cache, block_table, row_slot, query_start, kv_len, scale, window
     if _has_native_kernel(q, k_cache):
-        return _paged_attention(q, k_cache, v_cache, block_table, row_slot, query_start, kv_len, scale, window)
-    return torch_attention(
-        q, k_cache, v_cache, block_table, row_slot, query_start, kv_len, scale, window, deterministic=deterministic
-    )
+        return _paged_attention(*operands, sinks, softcap)
+    return torch_attention(*operands, deterministic=deterministic, sinks=sinks, softcap=softcap)
 
 
 def torch_attention(
@@ -104,18 +137,21 @@ def torch_attention(
     window: int,
     *,
     deterministic: bool,
+    sinks: Tensor | None = None,
+    softcap: float = 0.0,
 ) -> Tensor:
     """`paged_attention` by torch's kernels, for any dtype; `v_cache` may be `k_cache`, which is read once then. Reads tensor
     values: opaque to a recording."""
     T, H, D = q.shape
     block_size = k_cache.shape[1]
+    scoring = _Scoring(scale, softcap, None if sinks is None else sinks.view(k_cache.shape[2], -1))
     out = q.new_zeros(T, H * D)
     rows = zip(row_slot.tolist(), query_start.tolist(), query_start[1:].tolist(), kv_len.tolist(), strict=False)
     pieces = [piece for row in rows for piece in _pieces(*row, window, deterministic)]
     if deterministic:
         for piece in pieces:
             span = slice(piece.token, piece.token + piece.query_len)
-            out[span] = _attend_tile(q[span], piece, k_cache, v_cache, block_table[piece.slot], scale, window)
+            out[span] = _attend_tile(q[span], piece, k_cache, v_cache, block_table[piece.slot], scoring, window)
         return out
     batches: defaultdict[tuple[int, int], list[_Piece]] = defaultdict(list)
     for piece in pieces:
@@ -125,9 +161,9 @@ def torch_attention(
         tokens = [token for piece in batch for token in range(piece.token, piece.token + piece.query_len)]
         if tokens[-1] - tokens[0] + 1 == len(tokens):  # contiguous
             span = slice(tokens[0], tokens[-1] + 1)
-            out[span] = _attend_batch(q[span], batch, k_cache, v_cache, block_table, scale, window)
+            out[span] = _attend_batch(q[span], batch, k_cache, v_cache, block_table, scoring, window)
         else:
-            out[tokens] = _attend_batch(q[tokens], batch, k_cache, v_cache, block_table, scale, window)
+            out[tokens] = _attend_batch(q[tokens], batch, k_cache, v_cache, block_table, scoring, window)
     return out
 
 
@@ -161,7 +197,7 @@ def _attend_batch(
     k_cache: Tensor,
     v_cache: Tensor,
     block_table: Tensor,
-    scale: float,
+    scoring: _Scoring,
     window: int,
 ) -> Tensor:
     """Attention of pieces of equal query length: [n · q, H · D]."""
@@ -187,11 +223,13 @@ def _attend_batch(
 
     k_nLGD = entries(k_cache)
     v_nLGD = k_nLGD if v_cache is k_cache else entries(v_cache)
-    if len(pieces) == 1 and query_len == longest > 1 and (not window or window >= query_len):
+    if scoring.is_plain and len(pieces) == 1 and query_len == longest > 1 and (not window or window >= query_len):
         # a whole prompt: half of the scores need not be computed
         q_nHqD = q_n.view(1, query_len, H, D).transpose(1, 2)
         k_nGLD, v_nGLD = k_nLGD.transpose(1, 2), v_nLGD.transpose(1, 2)
-        attended = F.scaled_dot_product_attention(q_nHqD, k_nGLD, v_nGLD, is_causal=True, scale=scale, enable_gqa=True)
+        attended = F.scaled_dot_product_attention(
+            q_nHqD, k_nGLD, v_nGLD, is_causal=True, scale=scoring.scale, enable_gqa=True
+        )
         return attended.transpose(1, 2).reshape(query_len, H * D)
     mask = None
     if len(pieces) > 1 or query_len > 1:
@@ -210,18 +248,17 @@ def _attend_batch(
         k_nLGD.masked_fill_(outside_nL[:, :, None, None], 0)
         v_nLGD.masked_fill_(outside_nL[:, :, None, None], 0)
     q_nqGgD = q_n.view(len(pieces), query_len, G, H // G, D)
-    attended = F.scaled_dot_product_attention(
+    attended = scoring.attend(
         q_nqGgD.permute(0, 2, 3, 1, 4).reshape(len(pieces), G, -1, D),
         k_nLGD.transpose(1, 2),
         v_nLGD.transpose(1, 2),
-        attn_mask=mask,
-        scale=scale,
+        mask,
     )
     return attended.view(len(pieces), G, H // G, query_len, D).permute(0, 3, 1, 2, 4).reshape(-1, H * D)
 
 
 def _attend_tile(
-    q_q: Tensor, piece: _Piece, k_cache: Tensor, v_cache: Tensor, table: Tensor, scale: float, window: int
+    q_q: Tensor, piece: _Piece, k_cache: Tensor, v_cache: Tensor, table: Tensor, scoring: _Scoring, window: int
 ) -> Tensor:
     """Attention of one deterministic tile, whose queries that this step lacks are zeros: [q, H · D]."""
     (query_len, H, D), (block_size, G) = q_q.shape, k_cache.shape[1:3]
@@ -246,12 +283,11 @@ def _attend_tile(
     v_GLD = k_GLD if v_cache is k_cache else entries(v_cache)
     q_MGgD = q_q.new_zeros(TILE_TOKENS, G, H // G, D)
     q_MGgD[offset : offset + query_len] = q_q.view(query_len, G, H // G, D)
-    attended = F.scaled_dot_product_attention(
+    attended = scoring.attend(
         q_MGgD.permute(1, 2, 0, 3).reshape(1, G, -1, D),
         k_GLD.unsqueeze(0),
         v_GLD.unsqueeze(0),
-        attn_mask=seen_ML.repeat(H // G, 1),
-        scale=scale,
+        seen_ML.repeat(H // G, 1),
     )
     attended = attended.view(G, H // G, TILE_TOKENS, D)[:, :, offset : offset + query_len]
     return attended.permute(2, 0, 1, 3).reshape(query_len, H * D)

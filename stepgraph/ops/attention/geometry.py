@@ -110,12 +110,13 @@ def tall_tile(
     head_dim: int,
     block_size: int,
     windows: Iterable[int],
+    plain_scores: bool,
 ) -> int:
     """Rows of the tiles of longer queries: HOPPER_TILE where the kernel for them serves, else TALL_TILE.
 
     That is a Hopper GPU, under a Triton that has its Gluon; activations of 16 bits and a cache of the same; heads of 64 or
-    128; blocks of 8 tokens at least, which is what shared memory is arranged by; and no sliding window, for one geometry
-    serves all layers.
+    128; blocks of 8 tokens at least, which is what shared memory is arranged by; and no sliding window, sink or cap, for one
+    geometry serves all layers.
 
     Args:
         tuning: of the platform.
@@ -124,6 +125,7 @@ def tall_tile(
         head_dim: numbers of a head.
         block_size: tokens per KV block.
         windows: of the layers; 0: full attention.
+        plain_scores: all layers take the softmax of products, neither capped nor beside sinks.
     """
     serves = (
         tuning.hopper_attention
@@ -132,6 +134,7 @@ def tall_tile(
         and head_dim in (64, 128)
         and block_size % 8 == 0
         and not any(windows)
+        and plain_scores
     )
     if not serves:
         return TALL_TILE

@@ -94,6 +94,7 @@ def _attend(
     BLOCK_SIZE: tl.constexpr,
     KEYS: tl.constexpr,
     WINDOW: tl.constexpr,
+    CAP: tl.constexpr,
     EARLY_VALUES: tl.constexpr,  # load values beside the keys: an iteration waits once, and holds more
     MASKED: tl.constexpr,  # some keys are unseen by some queries, or `end - begin` is no multiple of KEYS
 ):
@@ -109,6 +110,8 @@ def _attend(
         if EARLY_VALUES:
             v_KD = _load_keys(v_head_ptr, slot_K, key_K, first_key, end, LINE, D, BLOCK_D, WINDOW, MASKED)
         score_MK = tl.dot(q_MD, tl.trans(k_KD.to(q_MD.dtype)), input_precision="ieee")
+        if CAP > 0:
+            score_MK = capped(score_MK, CAP)
         if MASKED:
             seen_MK = (key_K[None, :] <= position_M[:, None]) & (key_K < end)[None, :]
             if WINDOW > 0:
@@ -127,6 +130,20 @@ def _attend(
         )
         max_M = new_max_M
     return acc_MD, max_M, sum_M
+
+
+@triton.jit
+def capped(product, CAP: tl.constexpr):
+    """CAP · tanh(product / CAP); an exponential that overflows gives CAP."""
+    return CAP - 2 * CAP / (tl.exp2(product * (2.8853900817779268 / CAP)) + 1.0)
+
+
+@triton.jit
+def load_sinks(sinks_ptr, pair, kv_head, is_first, GROUP: tl.constexpr):
+    """Sinks of (token, query head of the group) pairs, in units of log 2. Of all splits of their keys, the first one has them;
+    others get -inf."""
+    sink = tl.load(sinks_ptr + kv_head * GROUP + pair % GROUP)
+    return tl.where(is_first, sink * 1.4426950408889634, float("-inf"))
 
 
 @triton.jit
@@ -228,6 +245,7 @@ def _attention_kernel(
     header_ptr,
     partials_ptr,
     counters_ptr,
+    sinks_ptr,  # None: there are none
     out_ptr,
     table_width,
     scale_log2,
@@ -240,6 +258,7 @@ def _attention_kernel(
     KEYS: tl.constexpr,  # of one inner iteration
     KV_BLOCK: tl.constexpr,  # as in `_plan_kernel`
     WINDOW: tl.constexpr,  # 0: full attention
+    CAP: tl.constexpr,  # of products of queries and keys, before they are scaled; 0: none
     ITEM: tl.constexpr,  # numbers per item
     PAIRS: tl.constexpr,  # of a tile, combined at once
     SPLITS: tl.constexpr,  # likewise
@@ -282,6 +301,9 @@ def _attention_kernel(
             acc_MD = tl.zeros([TILE, BLOCK_D], tl.float32)
             max_M = tl.full([TILE], float("-inf"), tl.float32)
             sum_M = tl.zeros([TILE], tl.float32)
+            if sinks_ptr is not None:  # a key without a value, seen before all others
+                max_M = load_sinks(sinks_ptr, first_pair + pair_M, kv_head, split == 0, GROUP)
+                sum_M += tl.where(split == 0, 1.0, 0.0)
             masked_from = begin
             if (
                 TILE > 16
@@ -293,17 +315,17 @@ def _attention_kernel(
                     unmasked_from = tl.minimum(unmasked_from, end)
                     acc_MD, max_M, sum_M = _attend(
                         q_MD, acc_MD, max_M, sum_M, position_M, first_key, begin, unmasked_from, table_ptr, k_head_ptr,
-                        v_head_ptr, scale_log2, G * D, D, BLOCK_D, BLOCK_SIZE, KEYS, WINDOW, TILE == 16, MASKED=True,
+                        v_head_ptr, scale_log2, G * D, D, BLOCK_D, BLOCK_SIZE, KEYS, WINDOW, CAP, TILE == 16, MASKED=True,
                     )  # fmt: skip
                 seen_by_all = tl.maximum(tl.minimum(end, context_len + first_token + 1), unmasked_from)
                 masked_from = unmasked_from + (seen_by_all - unmasked_from) // KEYS * KEYS
                 acc_MD, max_M, sum_M = _attend(
                     q_MD, acc_MD, max_M, sum_M, position_M, first_key, unmasked_from, masked_from, table_ptr, k_head_ptr,
-                    v_head_ptr, scale_log2, G * D, D, BLOCK_D, BLOCK_SIZE, KEYS, WINDOW, TILE == 16, MASKED=False,
+                    v_head_ptr, scale_log2, G * D, D, BLOCK_D, BLOCK_SIZE, KEYS, WINDOW, CAP, TILE == 16, MASKED=False,
                 )  # fmt: skip
             acc_MD, max_M, sum_M = _attend(
                 q_MD, acc_MD, max_M, sum_M, position_M, first_key, masked_from, end, table_ptr, k_head_ptr,
-                v_head_ptr, scale_log2, G * D, D, BLOCK_D, BLOCK_SIZE, KEYS, WINDOW, TILE == 16, MASKED=True,
+                v_head_ptr, scale_log2, G * D, D, BLOCK_D, BLOCK_SIZE, KEYS, WINDOW, CAP, TILE == 16, MASKED=True,
             )  # fmt: skip
 
             num_parts = tl.cdiv(visible - tile_begin, keys_per_split)
@@ -350,9 +372,13 @@ def paged_attention(
     num_programs: int,
     window: int,
     deterministic: bool,
+    sinks: Tensor | None = None,
+    softcap: float = 0.0,
 ) -> Tensor:
     """See `stepgraph.ops.attention.paged_attention`."""
     if tile == HOPPER_TILE:
+        assert sinks is None, "`tall_tile` chooses such tiles for neither"
+        assert not softcap, "`tall_tile` chooses such tiles for neither"
         from stepgraph.ops.attention import hopper
 
         return hopper.paged_attention(
@@ -374,6 +400,7 @@ def paged_attention(
         header,
         partials,
         counters,
+        sinks,
         out,
         block_table.stride(0),
         scale * LOG2_E,
@@ -386,6 +413,7 @@ def paged_attention(
         KEYS=launch.keys,
         KV_BLOCK=KV_BLOCK,
         WINDOW=window,
+        CAP=softcap / scale,
         ITEM=ITEM_SIZE,
         PAIRS=pairs,
         SPLITS=max(1, 64 // pairs),

@@ -16,7 +16,8 @@ from stepgraph.ops.rope_cache import rope_cache
 _rope_attention = register(
     "rope_attention(Tensor qkv, Tensor kv_slots, Tensor cos_sin, Tensor? q_norm, Tensor? k_norm, Tensor(a!) k_cache, "
     "Tensor(b!) v_cache, Tensor block_table, Tensor row_slot, Tensor query_start, Tensor kv_len, Tensor items, Tensor header, "
-    "Tensor(c!) partials, Tensor(d!) counters, int num_heads, float eps, float scale) -> Tensor",
+    "Tensor(c!) partials, Tensor(d!) counters, int num_heads, float eps, float scale, Tensor? sinks=None, "
+    "float softcap=0.0) -> Tensor",
     {"cpu": reference.rope_attention, "cuda": "stepgraph.ops.rope_attention.triton:rope_attention"},
 )
 
@@ -45,6 +46,8 @@ def rope_attention(
     eps: float,
     scale: float,
     window: int,
+    sinks: Tensor | None = None,
+    softcap: float = 0.0,
 ) -> Tensor:
     """Normalise and rotate heads, cache keys and values, and attend. Runs inside the graph.
 
@@ -57,11 +60,12 @@ def rope_attention(
     if has_kernel(qkv, k_cache.shape[-1], geometry, window):
         return _rope_attention(
             qkv, tokens.kv_slots, cos_sin, q_norm, k_norm, k_cache, v_cache, block_table, tokens.row_slot, tokens.query_start,
-            tokens.kv_len, *plan, num_heads, eps, scale,
+            tokens.kv_len, *plan, num_heads, eps, scale, sinks, softcap,
         )  # fmt: skip
     q_THD = rope_cache(
         qkv, tokens.positions, tokens.kv_slots, cos_sin, q_norm, k_norm, k_cache, v_cache, num_heads, eps
     )
     return paged_attention(
-        q_THD, k_cache, v_cache, block_table, tokens.row_slot, tokens.query_start, tokens.kv_len, plan, geometry, scale, window
+        q_THD, k_cache, v_cache, block_table, tokens.row_slot, tokens.query_start, tokens.kv_len, plan, geometry, scale, window,
+        sinks, softcap,
     )  # fmt: skip

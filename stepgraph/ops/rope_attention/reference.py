@@ -26,10 +26,13 @@ def rope_attention(
     num_heads: int,
     eps: float,
     scale: float,
+    sinks: Tensor | None = None,
+    softcap: float = 0.0,
 ) -> Tensor:
     """See `stepgraph.ops.rope_attention.rope_attention`."""
     tokens = qkv.shape[0]
     context_len = kv_len[0] - query_start[1]
     positions = (context_len + torch.arange(tokens, device=qkv.device)).clamp(max=cos_sin.shape[0] - 1)
     q_THD = rope_cache(qkv, positions, kv_slots, cos_sin, q_norm, k_norm, k_cache, v_cache, num_heads, eps)
-    return attention.paged_attention(q_THD, k_cache, v_cache, block_table, row_slot, query_start, kv_len, scale)
+    rows = row_slot, query_start, kv_len
+    return attention.paged_attention(q_THD, k_cache, v_cache, block_table, *rows, scale, 0, sinks, softcap)

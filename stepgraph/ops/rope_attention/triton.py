@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from stepgraph.ops.attention.geometry import ITEM_SIZE
-from stepgraph.ops.attention.triton import LOG2_E, combine, line_of, load_item
+from stepgraph.ops.attention.triton import LOG2_E, capped, combine, line_of, load_item, load_sinks
 from stepgraph.ops.dependent_launch import LAUNCH, wait_for_previous
 from stepgraph.ops.launched import launched
 from stepgraph.ops.rope_cache.triton import load_norm, normalise_rotate
@@ -51,11 +51,13 @@ def _load_cached(
 
 
 @triton.jit
-def _scores(q_low_MH, q_high_MH, k_low_KH, k_high_KH, seen_MK, scale_log2):
+def _scores(q_low_MH, q_high_MH, k_low_KH, k_high_KH, seen_MK, scale_log2, CAP: tl.constexpr):
     """Scores in units of log 2, -inf where a query does not see a key."""
     dtype = q_low_MH.dtype
     score_MK = tl.dot(q_low_MH, tl.trans(k_low_KH.to(dtype)), input_precision="ieee")
     score_MK = tl.dot(q_high_MH, tl.trans(k_high_KH.to(dtype)), score_MK, input_precision="ieee")
+    if CAP > 0:
+        score_MK = capped(score_MK, CAP)
     return tl.where(seen_MK, score_MK * scale_log2, float("-inf"))
 
 
@@ -74,6 +76,7 @@ def _rope_attention_kernel(
     header_ptr,
     partials_ptr,
     counters_ptr,
+    sinks_ptr,  # None: there are none
     out_ptr,
     table_width,
     eps,
@@ -82,6 +85,7 @@ def _rope_attention_kernel(
     GROUP: tl.constexpr,
     D: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
+    CAP: tl.constexpr,  # as of `paged_attention`
     TILE: tl.constexpr,
     KEYS: tl.constexpr,
     ITEM: tl.constexpr,  # numbers per item
@@ -152,12 +156,17 @@ def _rope_attention_kernel(
 
         key_K = begin + tl.arange(0, KEYS)
         seen_MN = (new_N[None, :] <= token_M[:, None]) & inside_N[None, :]
-        score_MN = _scores(q_low_MH, q_high_MH, new_low_NH, new_high_NH, seen_MN, scale_log2)
-        score_MK = _scores(q_low_MH, q_high_MH, k_low_KH, k_high_KH, (key_K < end)[None, :], scale_log2)
+        score_MN = _scores(q_low_MH, q_high_MH, new_low_NH, new_high_NH, seen_MN, scale_log2, CAP)
+        score_MK = _scores(q_low_MH, q_high_MH, k_low_KH, k_high_KH, (key_K < end)[None, :], scale_log2, CAP)
         max_M = tl.maximum(tl.max(score_MN, axis=1), tl.max(score_MK, axis=1))
+        if sinks_ptr is not None:
+            sink_M = load_sinks(sinks_ptr, pair_M, kv_head, split == 0, GROUP)
+            max_M = tl.maximum(max_M, sink_M)
         reference_M1 = tl.where(max_M == float("-inf"), 0.0, max_M)[:, None]  # of a query that sees no key here
         weight_MN, weight_MK = tl.exp2(score_MN - reference_M1), tl.exp2(score_MK - reference_M1)
         sum_M = tl.sum(weight_MN, axis=1) + tl.sum(weight_MK, axis=1)
+        if sinks_ptr is not None:
+            sum_M += tl.reshape(tl.exp2(sink_M[:, None] - reference_M1), [TILE])
         acc_MD = tl.dot(weight_MN.to(dtype), new_v_ND.to(dtype), input_precision="ieee")
         acc_MD = tl.dot(weight_MK.to(dtype), v_KD.to(dtype), acc_MD, input_precision="ieee")
         for start in range(begin + KEYS, end, KEYS):
@@ -166,7 +175,7 @@ def _rope_attention_kernel(
                 k_head_ptr, v_head_ptr, table_ptr, start + KEYS, end, G * D, D, BLOCK_SIZE, KEYS
             )
             key_K = start + tl.arange(0, KEYS)
-            score_MK = _scores(q_low_MH, q_high_MH, k_low_KH, k_high_KH, (key_K < end)[None, :], scale_log2)
+            score_MK = _scores(q_low_MH, q_high_MH, k_low_KH, k_high_KH, (key_K < end)[None, :], scale_log2, CAP)
             new_max_M = tl.maximum(max_M, tl.max(score_MK, axis=1))
             reference_M1 = tl.where(new_max_M == float("-inf"), 0.0, new_max_M)[:, None]
             weight_MK = tl.exp2(score_MK - reference_M1)
@@ -216,6 +225,8 @@ def rope_attention(
     num_heads: int,
     eps: float,
     scale: float,
+    sinks: Tensor | None = None,
+    softcap: float = 0.0,
 ) -> Tensor:
     """See `stepgraph.ops.rope_attention.rope_attention`."""
     block_size, num_kv_heads, head_dim = k_cache.shape[1:]
@@ -236,6 +247,7 @@ def rope_attention(
         header,
         partials,
         counters,
+        sinks,
         out,
         block_table.stride(0),
         eps,
@@ -244,6 +256,7 @@ def rope_attention(
         GROUP=group,
         D=head_dim,
         BLOCK_SIZE=block_size,
+        CAP=softcap / scale,
         TILE=TILE,
         KEYS=keys,
         ITEM=ITEM_SIZE,

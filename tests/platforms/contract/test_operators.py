@@ -51,11 +51,12 @@ def test_a_token_depends_on_its_own_rows_alone(platform, name) -> None:
     torch.testing.assert_close(found, args[case.rows[-1]] if expected is None else expected, **TOLERANCE)
 
 
+@pytest.mark.parametrize("scores", [{}, {"sinks": True, "softcap": 1.5}], ids=["plain", "sinks and cap"])
 @pytest.mark.parametrize("window", [0, 5])
 @pytest.mark.parametrize("rows", ROWS.values(), ids=ROWS)
-def test_attention_reads_its_rows_keys_and_no_others(platform, rows, window) -> None:
+def test_attention_reads_its_rows_keys_and_no_others(platform, rows, window, scores) -> None:
     """Keys and values of nobody are NaN, and so are those before a window."""
-    batch = make_batch(rows, num_tokens=48, head_dim=32, window=window, poisoned=True)
+    batch = make_batch(rows, num_tokens=48, head_dim=32, window=window, poisoned=True, **scores)
     there = batch.to(str(platform.device))
     num_heads, num_kv_heads, head_dim = batch.q.shape[1], *batch.k_cache.shape[2:]
     geometry = attention_geometry(
@@ -65,8 +66,9 @@ def test_attention_reads_its_rows_keys_and_no_others(platform, rows, window) -> 
     plan = ops.attention_plan(*step, num_heads, num_kv_heads, head_dim, geometry, window)
     for _ in range(2):  # scratch is left as it was found
         found = ops.paged_attention(
-            there.q, there.k_cache, there.v_cache, there.block_table, *step, plan, geometry, batch.scale, window
-        )
+            there.q, there.k_cache, there.v_cache, there.block_table, *step, plan, geometry, batch.scale, window,
+            there.sinks, there.softcap,
+        )  # fmt: skip
         torch.testing.assert_close(
             found[: batch.num_real_tokens].cpu().view(-1), batch.expected().float().view(-1), **TOLERANCE
         )
