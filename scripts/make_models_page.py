@@ -107,6 +107,8 @@ MORE: dict[str, dict[str, Any]] = {
     "youtu": _LATENT,
     "codegen": {"rotary_dim": 8},
     "gptj": {"rotary_dim": 8},
+    "bamba": {"attn_layer_indices": [1]},
+    "granitemoehybrid": {"layer_types": ["linear_attention", "full_attention"]},
     "lfm2": {"layer_types": ["conv", "full_attention"]},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
     "mamba2": {"num_heads": 8},

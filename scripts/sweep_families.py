@@ -1,7 +1,7 @@
 """Tries families of native models in random tiny sizes against transformers in float32: every one with experts (1 to 64, of which
 a token takes 1 to 8; groups, scales and biases of routers; dense layers among the others; shared experts), every one with
 latent attention (4 to 40 heads, odd ranks and head sizes, with and without a latent of queries, biases, YaRN with its scales,
-LongRoPE), and every one whose layers carry states (gated delta rules, short convolutions).
+LongRoPE), and every one whose layers carry states (gated delta rules, short convolutions, Mamba-2).
 
 Each must give transformers' most likely tokens and log-probabilities: several requests at once, prompts in chunks, with prefixes
 that are found in the cache; and the same tokens alone, with looked-up proposals, and with those of a draft module like its last
@@ -202,6 +202,73 @@ def _lfm2_moe(rng: random.Random) -> Any:
     )
 
 
+def _mamba(rng: random.Random) -> dict[str, Any]:
+    groups = rng.choice((1, 2, 4))
+    heads = groups * rng.choice((1, 2, 4))
+    return {
+        "mamba_n_heads": heads,
+        "mamba_n_groups": groups,
+        "mamba_d_state": rng.choice((8, 16, 24, 40)),
+        "mamba_d_conv": rng.choice((2, 3, 4, 4)),
+        "mamba_conv_bias": rng.random() < 0.7,
+        "mamba_proj_bias": rng.random() < 0.3,
+        "time_step_limit": rng.choice(((0.0, float("inf")), (0.0, float("inf")), (0.3, 1.5))),
+    }
+
+
+def _bamba(rng: random.Random) -> Any:
+    return transformers.BambaConfig(
+        **SIZES,
+        **_mamba(rng),
+        attn_layer_indices=rng.choice(([2], [0, 2], [1, 2])),
+        attention_bias=rng.random() < 0.3,
+        mlp_bias=rng.random() < 0.3,
+    )
+
+
+def _granitemoehybrid(rng: random.Random) -> Any:
+    experts, top = _counts(rng)
+    return transformers.GraniteMoeHybridConfig(
+        **SIZES,
+        **_mamba(rng),
+        num_local_experts=experts,
+        num_experts_per_tok=top,
+        shared_intermediate_size=rng.choice((32, 48)),
+        layer_types=[*rng.choices(("linear_attention", "linear_attention", "full_attention"), k=2), "full_attention"],
+        position_embedding_type=rng.choice((None, "rope")),
+        embedding_multiplier=rng.choice((1.0, 12.0)),
+        residual_multiplier=rng.choice((1.0, 0.22)),
+        attention_multiplier=rng.choice((0.25, 0.1)),
+        logits_scaling=rng.choice((1.0, 6.0)),
+    )
+
+
+def _falcon_h1(rng: random.Random) -> Any:
+    sizes = _mamba(rng)
+    bias = sizes["mamba_proj_bias"]
+
+    def factor() -> float:
+        return rng.choice((1.0, 0.3, 0.7, 1.8))
+
+    return transformers.FalconH1Config(
+        **SIZES,
+        **sizes,
+        projectors_bias=bias,
+        mamba_d_ssm=rng.choice((None, sizes["mamba_n_heads"] * 8, sizes["mamba_n_heads"] * 12)),
+        mamba_rms_norm=rng.random() < 0.5,
+        mamba_norm_before_gate=rng.random() < 0.5,
+        lm_head_multiplier=factor(),
+        embedding_multiplier=factor(),
+        mlp_multipliers=[factor(), factor()],
+        key_multiplier=factor(),
+        attention_in_multiplier=factor(),
+        attention_out_multiplier=factor(),
+        ssm_multipliers=[factor() for _ in range(5)],
+        ssm_in_multiplier=1.0 if bias else factor(),
+        ssm_out_multiplier=factor(),
+    )
+
+
 def _ernie4_5_moe(rng: random.Random) -> Any:
     experts, top = _counts(rng)
     return transformers.Ernie4_5_MoeConfig(
@@ -311,6 +378,9 @@ FAMILIES: dict[str, Callable[[random.Random], Any]] = {
     "qwen3_5_moe_text": _qwen3_5_moe_text,
     "lfm2": _lfm2,
     "lfm2_moe": _lfm2_moe,
+    "bamba": _bamba,
+    "granitemoehybrid": _granitemoehybrid,
+    "falcon_h1": _falcon_h1,
     "ernie4_5_moe": _ernie4_5_moe,
     "glm4_moe": _glm4_moe,
     "dots1": _dots1,
@@ -340,6 +410,7 @@ def write_model(config: Any, folder: Path) -> Any:
     module = {name: torch.randn(shape) * 0.15 + (len(shape) == 1) for name, shape in _module_shapes(E).items()}
     last = f"model.layers.{L - 1}."
     module |= {name.removeprefix(last): tensor.clone() for name, tensor in stored.items() if name.startswith(last)}
+    module = {name: tensor for name, tensor in module.items() if not name.startswith("mamba.")}
     save_file(stored | {f"model.layers.{L}.{name}": t for name, t in module.items()}, path, metadata={"format": "pt"})
     return model
 

@@ -19,6 +19,7 @@ from stepgraph.layers.formats import Packed
 from stepgraph.layers.gated_delta import GatedDelta
 from stepgraph.layers.inputs import AttentionSpec
 from stepgraph.layers.latent_attention import LatentSizes
+from stepgraph.layers.mamba2 import Mamba2
 from stepgraph.layers.matrix import Matrix
 from stepgraph.layers.short_conv import ShortConv
 from stepgraph.models.decoder import Decoder
@@ -113,10 +114,9 @@ def step_cost(
     kv_per_token = sum(spec.cached_numbers for spec in specs)
     cached = next(model.parameters()).element_size() * kv_per_token * sum(kv_len + n for n, kv_len in rows)
     attention = sum(attention_flops(spec, rows, latent_sizes(model)) for spec in specs)
-    deltas = [module for module in model.modules() if isinstance(module, GatedDelta)]
-    recurrent = [module for module in model.modules() if isinstance(module, GatedDelta | ShortConv)]
+    recurrent = [module for module in model.modules() if isinstance(module, GatedDelta | ShortConv | Mamba2)]
     states = sum(2 * item.num_bytes for module in recurrent for item in module.cache_spec(model.dtype).state)
-    delta_flops = sum(_delta_flops(delta) for delta in deltas)
+    state_flops = sum(_state_flops(module) for module in recurrent)
     mixtures = mixtures_of(model)
     loads = [_expected(mixture, num_tokens) for mixture in mixtures] if loads is None else loads
     experts = [_experts_cost(mixture.experts, load, num_tokens) for mixture, load in zip(mixtures, loads, strict=True)]
@@ -125,15 +125,19 @@ def step_cost(
         2 * num_tokens * (weights - head)
         + 2 * len(rows) * head
         + attention
-        + num_tokens * delta_flops
+        + num_tokens * state_flops
         + sum(cost.flops for cost in experts),
     )
 
 
-def _delta_flops(delta: GatedDelta) -> int:
-    """Of a token: three products of a head's state with a vector, or of two vectors."""
-    sizes = delta.sizes
-    return 6 * sizes.num_value_heads * sizes.key_dim * sizes.value_dim
+def _state_flops(layer: GatedDelta | ShortConv | Mamba2) -> int:
+    """Of a token, with the states of heads: products with a vector, or of two vectors, of which gated delta rules have three and
+    Mamba-2 two. Those of convolutions are not counted."""
+    if isinstance(layer, GatedDelta):
+        return 6 * layer.sizes.num_value_heads * layer.sizes.key_dim * layer.sizes.value_dim
+    if isinstance(layer, Mamba2):
+        return 4 * layer.sizes.width * layer.sizes.state_size
+    return 0
 
 
 def latent_sizes(model: LanguageModel) -> LatentSizes | None:

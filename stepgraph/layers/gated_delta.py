@@ -154,4 +154,4 @@ class GatedDelta(nn.Module):
         read_UF = gated_delta(
             qkv_UC, ba_UH, self.A_log, self.dt_bias, state, *rows.operands, deterministic=deterministic
         )
-        return gated_norm(rows.own(read_UF), z_TF, self.norm.weight, self.eps)
+        return gated_norm(rows.own(read_UF), z_TF, self.norm.weight, self.eps, size=self.sizes.value_dim)

@@ -12,6 +12,7 @@ from stepgraph.layers.inputs import StepInputs
 from stepgraph.layers.linear import Linear, MergedLinear
 from stepgraph.layers.norm import RMSNorm
 from stepgraph.layers.residual import ResidualStream
+from stepgraph.ops import geglu, swiglu
 from stepgraph.parallel.shard import Axis, Shard
 
 Activation = Literal["silu", "gelu_tanh"]
@@ -30,6 +31,7 @@ class MLP(nn.Module):
         *,
         activation: Activation,
         bias: bool,
+        gate_multiplier: float = 1.0,
         shard: Shard,
         dtype: torch.dtype,
         device: torch.device,
@@ -38,6 +40,7 @@ class MLP(nn.Module):
         hidden_size, intermediate_size: E and M, of the whole.
         activation: of the gate.
         bias: of all projections.
+        gate_multiplier: of what the activation takes.
         shard: the part of this rank: some of the M.
         dtype, device: of the parameters.
         """
@@ -52,6 +55,7 @@ class MLP(nn.Module):
         self.down_proj = Linear(
             intermediate_size, hidden_size, bias=bias, axis=Axis.IN, shard=shard, dtype=dtype, device=device
         )
+        self._gate_multiplier, self._width = gate_multiplier, shard.cut(intermediate_size).length
         self._end = End.GEGLU if activation == "gelu_tanh" else End.SWIGLU
 
     def add_to(
@@ -78,4 +82,8 @@ class MLP(nn.Module):
     def hidden(self, norm: RMSNorm | None, x_TE: Tensor) -> Tensor:
         """Return `activation(gate(norm(x))) · up(norm(x))`: [T, M], dtype of `x_TE`. What is left is `down_proj`. Without a norm,
         `x_TE` is normalised."""
-        return self.gate_up_proj.product(x_TE, norm=norm, end=self._end)
+        if self._gate_multiplier == 1.0:
+            return self.gate_up_proj.product(x_TE, norm=norm, end=self._end)
+        both_TM = self.gate_up_proj.product(x_TE, norm=norm)
+        both_TM[:, : self._width] *= self._gate_multiplier
+        return (geglu if self._end is End.GEGLU else swiglu)(both_TM)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NoReturn
@@ -14,18 +15,23 @@ from stepgraph.layers.experts import ExpertShard, ExpertsSpec
 from stepgraph.layers.gated_delta import DeltaSizes
 from stepgraph.layers.inputs import AttentionSpec
 from stepgraph.layers.latent_attention import LatentSizes
+from stepgraph.layers.mamba2 import MambaSizes
 from stepgraph.layers.mlp import Activation
 from stepgraph.layers.rotary import RotaryFrequencies, rotary_frequencies
 from stepgraph.layers.short_conv import ConvSizes
 from stepgraph.models.fp8_checkpoint import READABLE, refusal
 from stepgraph.parallel.shard import Shard, sizes_that_divide
 
-_FULL, _SLIDING, _LINEAR, _CONV = "full_attention", "sliding_attention", "linear_attention", "conv"
+FULL, LINEAR = "full_attention", "linear_attention"
+"""Types of layers, in transformers' words."""
+_SLIDING, _CONV = "sliding_attention", "conv"
 _WITH_STATES = {
-    **dict.fromkeys(("Qwen3NextForCausalLM", "Qwen3_5ForCausalLM", "Qwen3_5MoeForCausalLM"), _LINEAR),
+    **dict.fromkeys(("Qwen3NextForCausalLM", "Qwen3_5ForCausalLM", "Qwen3_5MoeForCausalLM"), LINEAR),
     **dict.fromkeys(("Lfm2ForCausalLM", "Lfm2MoeForCausalLM"), _CONV),
 }
 """Classes whose layers that carry a state are native, and the type of these: gated delta rules or short convolutions."""
+_LISTING_KINDS = frozenset(("BambaForCausalLM", "FalconH1ForCausalLM", "GraniteMoeHybridForCausalLM"))
+"""Classes that check the types of their layers themselves."""
 _LATENT = frozenset(
     (
         "DeepseekV2ForCausalLM",
@@ -55,6 +61,7 @@ _WITH_EXPERTS = frozenset(
         "Glm4MoeForCausalLM",
         "Glm4MoeLiteForCausalLM",
         "GraniteMoeForCausalLM",
+        "GraniteMoeHybridForCausalLM",
         "Lfm2MoeForCausalLM",
         "MixtralForCausalLM",
         "Qwen2MoeForCausalLM",
@@ -65,6 +72,16 @@ _WITH_EXPERTS = frozenset(
 )
 """Classes whose mixtures of experts are native."""
 _ACTIVATIONS: dict[str, Activation] = {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
+
+
+@dataclass(frozen=True)
+class PartMultipliers:
+    """Of what parts of a layer add to the residual stream, beside that of all of them, and of what gates of feed-forward take."""
+
+    attention: float = 1.0
+    state: float = 1.0
+    mlp: float = 1.0
+    mlp_gate: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -107,7 +124,11 @@ class DecoderConfig:
     output_gate: bool = False  # what attention gives is gated, see `Attention`
     delta: DeltaSizes | None = None  # of layers with gated delta rules in place of attention
     short_conv: ConvSizes | None = None  # of layers with short convolutions in place of attention
-    is_recurrent: tuple[bool, ...] = ()  # per layer: whether it has one of both; empty: none has
+    mamba: MambaSizes | None = None  # of layers with Mamba-2 in place of attention, or beside it
+    is_recurrent: tuple[bool, ...] = ()  # per layer: whether it has one of these three; empty: none has
+    attends: tuple[bool, ...] = ()  # per layer: whether it has attention; empty: those that are not recurrent have
+    feeds_forward: tuple[bool, ...] = ()  # per layer: whether it has a feed-forward layer; empty: all have
+    part_multipliers: PartMultipliers = PartMultipliers()
     latent: LatentSizes | None = None  # of multi-head latent attention, instead of grouped-query attention
     num_mtp_modules: int = (
         0  # modules for speculative decoding that the model was trained with, see `stepgraph.spec.mtp`
@@ -117,12 +138,12 @@ class DecoderConfig:
     @property
     def kinds_of_mlp(self) -> set[ExpertsSpec | None]:
         """Mixtures of the layers; None among them if there are layers that all tokens take."""
-        return {self.mixture(layer) for layer in range(self.num_layers)}
+        return {self.mixture(layer) for layer in range(self.num_layers) if self.has_mlp(layer)}
 
     @property
     def attention_specs(self) -> tuple[AttentionSpec, ...]:
         """Of every layer that has attention."""
-        return tuple(self.attention_spec(layer) for layer in range(self.num_layers) if not self.has_state(layer))
+        return tuple(self.attention_spec(layer) for layer in range(self.num_layers) if self.has_attention(layer))
 
     def attention_spec(self, layer: int) -> AttentionSpec:
         """Of a layer that has attention."""
@@ -131,13 +152,21 @@ class DecoderConfig:
         return AttentionSpec(self.num_heads, self.num_kv_heads, self.head_dim, self.head_dim, self.windows[layer])
 
     def has_state(self, layer: int) -> bool:
-        """Whether a layer carries a state in place of attention: of a gated delta rule, or of short convolutions."""
+        """Whether a layer carries a state: of a gated delta rule, of short convolutions, or of Mamba-2."""
         return bool(self.is_recurrent) and self.is_recurrent[layer]
+
+    def has_attention(self, layer: int) -> bool:
+        """Whether a layer has attention."""
+        return self.attends[layer] if self.attends else not self.has_state(layer)
+
+    def has_mlp(self, layer: int) -> bool:
+        """Whether a layer has a feed-forward layer, of experts or not."""
+        return not self.feeds_forward or self.feeds_forward[layer]
 
     @property
     def last_attention(self) -> int | None:
         """The last layer that has attention, which draft modules are like; None: none has."""
-        return next((layer for layer in reversed(range(self.num_layers)) if not self.has_state(layer)), None)
+        return next((layer for layer in reversed(range(self.num_layers)) if self.has_attention(layer)), None)
 
     def mixture(self, layer: int) -> ExpertsSpec | None:
         """The experts of a layer; None of one that all tokens take."""
@@ -152,6 +181,7 @@ class DecoderConfig:
         output_bias: bool,
         qk_norm: bool = False,
         partial_rope: bool = False,
+        layer_types: Sequence[str] | None = None,
     ) -> DecoderConfig:
         """Read a transformers (>= 5.10) config object that passed `check_supported`.
 
@@ -160,12 +190,13 @@ class DecoderConfig:
             qkv_bias, output_bias, qk_norm: what follows from the model's class and not from fields of its config. Options
                 that have a default are set by `dataclasses.replace`.
             partial_rope: whether the model's class rotates a part of each head where its config asks for it.
+            layer_types: of the layers, in transformers' words; None: as the config says.
 
         Raises:
             ModelError: the rope settings are unsupported.
         """
         head_dim = getattr(hf_config, "head_dim", None) or hf_config.hidden_size // hf_config.num_attention_heads
-        layer_types = _layer_types_of(hf_config)
+        layer_types = _layer_types_of(hf_config) if layer_types is None else layer_types
         one_rope = "rope_theta" in hf_config.rope_parameters  # else one for each type of layer
         ropes = {kind: rotary_frequencies(hf_config, head_dim, None if one_rope else kind) for kind in set(layer_types)}
         if not partial_rope and any(2 * len(rope.inv_freq) != head_dim for rope in ropes.values()):
@@ -194,7 +225,7 @@ class DecoderConfig:
             mlp_bias=getattr(hf_config, "mlp_bias", False),
             qk_norm=qk_norm,
             windows=tuple(window if kind == _SLIDING else 0 for kind in layer_types),
-            is_recurrent=states if any(states := tuple(kind in (_LINEAR, _CONV) for kind in layer_types)) else (),
+            is_recurrent=states if any(states := tuple(kind in (LINEAR, _CONV) for kind in layer_types)) else (),
             eos_token_ids=as_token_ids(hf_config.eos_token_id),
             bos_token_id=hf_config.bos_token_id,
             dtype=_as_dtype(getattr(hf_config, "dtype", None)),
@@ -274,17 +305,19 @@ def check_supported(hf_config: Any) -> None:
     if field("is_encoder_decoder") or field("use_bidirectional_attention") or field("is_causal") is False:
         refuse("its attention is not causal", "Decoder-only causal models are supported.")
     recurrent = _WITH_STATES.get(architecture_of(hf_config))
-    known = {_FULL, recurrent or _SLIDING}
-    if odd := sorted(set(field("layer_types") or ()) - known):
+    known, listed = {FULL, recurrent or _SLIDING}, set(field("layer_types") or ())
+    if architecture_of(hf_config) in _LISTING_KINDS:
+        listed = set()
+    if odd := sorted(listed - known):
         refuse(
             f"it has layers of type {', '.join(odd)}", f"Layers of type {' and '.join(sorted(known))} are supported."
         )
-    if set(field("layer_types") or ()) == {recurrent}:
+    if listed == {recurrent}:
         refuse(
-            f"all its layers are of type {recurrent}, and at least one must be {_FULL}",
+            f"all its layers are of type {recurrent}, and at least one must be {FULL}",
             "Correct config.json, or download it again.",
         )
-    if _SLIDING in (field("layer_types") or ()) and not field("sliding_window"):
+    if _SLIDING in listed and not field("sliding_window"):
         refuse(
             f"it has layers of type {_SLIDING}, but its sliding_window is {field('sliding_window')}",
             'Give "sliding_window" a number of tokens in config.json, or make all layers full_attention.',
@@ -311,7 +344,7 @@ def shard_experts(config: DecoderConfig, shard: Shard, *, expert_parallel: bool)
         ConfigError: there are no experts that ranks could keep.
         ModelError: so many ranks cannot share the model evenly; names numbers that can.
     """
-    if expert_parallel and config.kinds_of_mlp == {None}:
+    if expert_parallel and not config.kinds_of_mlp - {None}:
         raise no_experts(config.architecture, "which has none")
     check_shard(config, shard, expert_parallel=expert_parallel)
     return ExpertShard(experts=shard) if expert_parallel else ExpertShard(inner=shard)
@@ -330,6 +363,8 @@ def check_shard(config: DecoderConfig, shard: Shard, *, expert_parallel: bool) -
             heads += f", {config.delta.num_key_heads} key heads of gated delta rules"
         if config.short_conv is not None:
             heads += f", convolutions of {config.hidden_size} channels"
+        if config.mamba is not None:
+            heads += f", {config.mamba.num_groups} groups of heads of Mamba-2"
         raise ModelError(
             f"{shard.size} devices cannot share this {config.architecture} evenly: it has {heads}, {_widths(config)} and "
             f"{config.vocab_size} entries in its vocabulary. Numbers that can: {', '.join(map(str, sizes))}."
@@ -407,6 +442,7 @@ def possible_sizes(config: DecoderConfig, *, expert_parallel: bool) -> list[int]
         widths += [mixture.shared_intermediate_size]  # every number divides none
     widths += [config.delta.num_key_heads] if config.delta is not None else []
     widths += [config.hidden_size] if config.short_conv is not None else []
+    widths += [config.mamba.num_groups] if config.mamba is not None else []
     sizes = sizes_that_divide(config.num_heads, config.num_kv_heads, *widths)
     return [size for size in sizes if size**2 <= config.vocab_size]  # see `Shard.span`
 
@@ -434,7 +470,7 @@ def _layer_types_of(hf_config: Any) -> list[str]:
 
     Where the config does not list it, all layers are alike: windowed if there is a window (Mistral, Phi-3).
     """
-    kind = _SLIDING if getattr(hf_config, "sliding_window", None) else _FULL
+    kind = _SLIDING if getattr(hf_config, "sliding_window", None) else FULL
     return getattr(hf_config, "layer_types", None) or [kind] * hf_config.num_hidden_layers
 
 

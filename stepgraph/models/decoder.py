@@ -6,8 +6,9 @@ Shapes: T tokens, R rows, E hidden size, V vocabulary, D head size.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterable, Mapping
+from itertools import islice
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +23,7 @@ from stepgraph.layers.head import HeadPart
 from stepgraph.layers.inputs import StepInputs
 from stepgraph.layers.latent_attention import LatentAttention
 from stepgraph.layers.linear import Linear, MergedLinear
+from stepgraph.layers.mamba2 import ChannelNorm, Mamba2
 from stepgraph.layers.matrix import Matrix
 from stepgraph.layers.mlp import MLP
 from stepgraph.layers.norm import RMSNorm
@@ -38,8 +40,14 @@ _LATENT_EPS = 1e-6
 """Of the norms of latents, whatever the config says of the others'."""
 
 
+Mixer = Attention | LatentAttention | GatedDelta | ShortConv | Mamba2
+
+
 class DecoderLayer(nn.Module):
     """Attention and feed-forward, each normalised before and added to the residual stream after.
+
+    In place of attention, or beside it, over the same normalised stream, there may be a recurrence or a convolution. Layers of
+    some models have one of the parts alone, whose norm is `input_layernorm`.
 
     Where `DecoderConfig.output_norms` asks for it, what they add is normalised too. As in the checkpoints,
     `post_attention_layernorm` is then the norm of what attention adds, and `pre_feedforward_layernorm` has its usual place.
@@ -48,6 +56,9 @@ class DecoderLayer(nn.Module):
     self_attn: Attention | LatentAttention | None
     linear_attn: GatedDelta | None
     conv: ShortConv | None
+    mamba: Mamba2 | None
+    post_attention_layernorm: RMSNorm | None
+    mlp: MLP | MixtureMLP | None
     pre_feedforward_layernorm: RMSNorm | None
     post_feedforward_layernorm: RMSNorm | None
 
@@ -69,45 +80,37 @@ class DecoderLayer(nn.Module):
         dtype, device: of the parameters.
         """
         super().__init__()
-        self.residual_multiplier = config.residual_multiplier
+        eps = config.rms_norm_eps
+        self.residual_multiplier, self.multipliers = config.residual_multiplier, config.part_multipliers
         self.input_layernorm = _norm(config, config.hidden_size, dtype, device)
-        self.self_attn = self.linear_attn = self.conv = None
-        if not config.has_state(index):
+        self.self_attn = self.linear_attn = self.conv = self.mamba = None
+        if config.has_attention(index):
             self.self_attn = _attention(config, index, shard, dtype, device)
-        elif config.short_conv is not None:
-            self.conv = ShortConv(config.hidden_size, config.short_conv, shard=shard, dtype=dtype, device=device)
-        else:
-            assert config.delta is not None
-            self.linear_attn = GatedDelta(
-                config.hidden_size, config.delta, eps=config.rms_norm_eps, shard=shard, dtype=dtype, device=device
-            )
-        self.post_attention_layernorm = _norm(config, config.hidden_size, dtype, device)
-        mixture = config.mixture(index)
-        self.mlp: MLP | MixtureMLP
-        if mixture is None:
-            self.mlp = MLP(
-                config.hidden_size,
-                config.intermediate_size,
-                activation=config.activation,
-                bias=config.mlp_bias,
-                shard=shard,
-                dtype=dtype,
-                device=device,
-            )
-        else:
-            self.mlp = MixtureMLP(
-                mixture,
-                config.hidden_size,
-                activation=config.activation,
-                shard=shard,
-                expert_shard=expert_shard,
-                dtype=dtype,
-                device=device,
-            )
+        if config.has_state(index):
+            if config.short_conv is not None:
+                self.conv = ShortConv(config.hidden_size, config.short_conv, shard=shard, dtype=dtype, device=device)
+            elif config.mamba is not None:
+                self.mamba = Mamba2(config.hidden_size, config.mamba, eps=eps, shard=shard, dtype=dtype, device=device)
+            else:
+                assert config.delta is not None
+                self.linear_attn = GatedDelta(
+                    config.hidden_size, config.delta, eps=eps, shard=shard, dtype=dtype, device=device
+                )
+        self.post_attention_layernorm = self.mlp = None
+        if config.has_mlp(index):
+            if self.mixers:
+                self.post_attention_layernorm = _norm(config, config.hidden_size, dtype, device)
+            self.mlp = _mlp(config, index, shard, expert_shard, dtype, device)
         self.pre_feedforward_layernorm = self.post_feedforward_layernorm = None
         if config.output_norms:
             self.pre_feedforward_layernorm = _norm(config, config.hidden_size, dtype, device)
             self.post_feedforward_layernorm = _norm(config, config.hidden_size, dtype, device)
+
+    @property
+    def mixers(self) -> tuple[Mixer, ...]:
+        """What takes tokens to each other, of which each has a cache."""
+        of_tokens = self.self_attn, self.linear_attn, self.conv, self.mamba
+        return tuple(mixer for mixer in of_tokens if mixer is not None)
 
     @property
     def attention(self) -> Attention | LatentAttention:
@@ -119,7 +122,7 @@ class DecoderLayer(nn.Module):
         self,
         stream: ResidualStream,
         cos_sin: Tensor,
-        cache: Any,
+        caches: tuple[Any, ...],
         inputs: StepInputs,
         next_norm: RMSNorm,
         query_scale_T: Tensor | None = None,
@@ -130,7 +133,7 @@ class DecoderLayer(nn.Module):
         Args:
             stream: [T, E], updated.
             cos_sin: [max positions, D] float32.
-            cache: this layer's, of the kind of its `cache_spec`.
+            caches: this layer's, one for each of `mixers`, of the kind of its `cache_spec`.
             inputs: of the step.
             next_norm: after which the stream is read next: the next layer's first norm, or the final one.
             query_scale_T: [T] float32, of models that have `DecoderConfig.query_scaling` and reach so far.
@@ -139,30 +142,58 @@ class DecoderLayer(nn.Module):
         after_attention, before_mlp = None, self.post_attention_layernorm
         if self.pre_feedforward_layernorm is not None:
             after_attention, before_mlp = self.post_attention_layernorm, self.pre_feedforward_layernorm
-        if self.self_attn is not None:
-            out_proj = self.self_attn.o_proj
-            scaling = () if query_scale_T is None else (query_scale_T,)
-            attended_TF = self.self_attn(*stream.inputs(self.input_layernorm), cos_sin, cache, inputs, *scaling)
-        else:
-            recurrent = self.linear_attn if self.conv is None else self.conv
-            assert recurrent is not None
-            out_proj = recurrent.out_proj
-            attended_TF = recurrent(*stream.inputs(self.input_layernorm), cache, rows)
-        stream.add(
-            out_proj,
-            attended_TF,
-            multiplier=self.residual_multiplier,
-            post_norm=after_attention,
-            next_norm=before_mlp,
+        before_mlp = before_mlp or self.input_layernorm
+        read, mixed = stream.inputs(self.input_layernorm), []
+        for mixer, cache in zip(self.mixers, caches, strict=True):
+            if isinstance(mixer, Attention | LatentAttention):
+                scaling = () if query_scale_T is None else (query_scale_T,)
+                mixed_TF = mixer(*read, cos_sin, cache, inputs, *scaling)
+                mixed.append((mixer.o_proj, mixed_TF, self.multipliers.attention))
+            else:
+                mixed.append((mixer.out_proj, mixer(*read, cache, rows), self.multipliers.state))
+        for out_proj, mixed_TF, multiplier in mixed:
+            stream.add(
+                out_proj,
+                mixed_TF,
+                multiplier=multiplier * self.residual_multiplier,
+                post_norm=after_attention,
+                next_norm=next_norm if self.mlp is None else before_mlp,
+            )
+        if self.mlp is not None:
+            self.mlp.add_to(
+                stream,
+                before_mlp,
+                inputs,
+                multiplier=self.multipliers.mlp * self.residual_multiplier,
+                post_norm=self.post_feedforward_layernorm,
+                next_norm=next_norm,
+            )
+
+
+def _mlp(
+    config: DecoderConfig, index: int, shard: Shard, expert_shard: ExpertShard, dtype: torch.dtype, device: torch.device
+) -> MLP | MixtureMLP:
+    mixture = config.mixture(index)
+    if mixture is None:
+        return MLP(
+            config.hidden_size,
+            config.intermediate_size,
+            activation=config.activation,
+            bias=config.mlp_bias,
+            gate_multiplier=config.part_multipliers.mlp_gate,
+            shard=shard,
+            dtype=dtype,
+            device=device,
         )
-        self.mlp.add_to(
-            stream,
-            before_mlp,
-            inputs,
-            multiplier=self.residual_multiplier,
-            post_norm=self.post_feedforward_layernorm,
-            next_norm=next_norm,
-        )
+    return MixtureMLP(
+        mixture,
+        config.hidden_size,
+        activation=config.activation,
+        shard=shard,
+        expert_shard=expert_shard,
+        dtype=dtype,
+        device=device,
+    )
 
 
 def _attention(
@@ -274,11 +305,16 @@ class Decoder(nn.Module, ABC):
     def config_from_hf(cls, hf_config: Any) -> DecoderConfig:
         """Read a transformers config of this architecture; ModelError if its rope settings are unsupported."""
 
+    @property
+    def decoder_layers(self) -> Iterable[DecoderLayer]:
+        """`layers`, as what they are."""
+        return cast(Iterable[DecoderLayer], self.layers)
+
     def cache_specs(self, dtype: torch.dtype) -> tuple[CacheSpec, ...]:
         """See `LanguageModel.cache_specs`."""
-        mixers = [m for m in self.modules() if isinstance(m, Attention | LatentAttention | GatedDelta | ShortConv)]
+        mixers = [mixer for layer in self.decoder_layers for mixer in layer.mixers]
         # A state holds activations, whatever keys and values are kept in.
-        return tuple(m.cache_spec(self.dtype if isinstance(m, GatedDelta | ShortConv) else dtype) for m in mixers)
+        return tuple(m.cache_spec(dtype if isinstance(m, Attention | LatentAttention) else self.dtype) for m in mixers)
 
     def forward(self, inputs: StepInputs) -> Tensor:
         """Run the layers over a step's tokens, writing their keys and values. Runs inside the graph.
@@ -294,10 +330,12 @@ class Decoder(nn.Module, ABC):
         rows = next((cache.rows(inputs) for cache in states), None)
         next_norms = [*(layer.input_layernorm for layer in self.layers), self.norm][1:]
         scale_T = None if self.query_scale is None else self.query_scale[inputs.tokens.positions]
-        parts = zip(self.layers, self._table_names, inputs.caches, next_norms, strict=True)
-        for index, (layer, table, cache, norm) in enumerate(parts):
-            layer(stream, self.get_buffer(table), cache, inputs, norm, scale_T, rows)
-            inputs.wrote(index)
+        caches = enumerate(inputs.caches)
+        for layer, table, norm in zip(self.decoder_layers, self._table_names, next_norms, strict=True):
+            own = dict(islice(caches, len(layer.mixers)))
+            layer(stream, self.get_buffer(table), tuple(own.values()), inputs, norm, scale_T, rows)
+            for index in own:
+                inputs.wrote(index)
         return stream.normalised(self.norm)
 
     def embed(self, token_ids_T: Tensor) -> Tensor:
@@ -324,7 +362,11 @@ class Decoder(nn.Module, ABC):
         converted as it is filled."""
         layers = {f"layers.{index}": index for index in range(self.config.num_layers)}
         targets = named_targets(self, self.config, layers)
-        return {name if name.startswith("lm_head.") else f"model.{name}": target for name, target in targets.items()}
+        return {self.checkpoint_name(name): target for name, target in targets.items()}
+
+    def checkpoint_name(self, name: str) -> str:
+        """What a checkpoint calls the tensor of a parameter, by the path of its module; see `tensor_names.native_name`."""
+        return name if name.startswith("lm_head.") else f"model.{name}"
 
 
 def named_targets(root: nn.Module, config: DecoderConfig, layers: Mapping[str, int]) -> dict[str, Target]:
@@ -342,7 +384,7 @@ def named_targets(root: nn.Module, config: DecoderConfig, layers: Mapping[str, i
             tensors = {name: with_offset(tensor, module.weight_offset) for name, tensor in tensors.items()}
         elif isinstance(module, MergedLinear) and not config.merged_projections:
             path, tensors = path.rpartition(".")[0], module.part_targets()
-        elif isinstance(module, Matrix | Attention | Convolution | GatedDelta):
+        elif isinstance(module, Matrix | Attention | Convolution | GatedDelta | Mamba2 | ChannelNorm):
             tensors = module.targets()
         targets |= {f"{path}.{name}": tensor for name, tensor in tensors.items()}
     for path, index in layers.items():
@@ -350,7 +392,7 @@ def named_targets(root: nn.Module, config: DecoderConfig, layers: Mapping[str, i
         assert isinstance(layer, DecoderLayer)
         if layer.self_attn is not None:
             _reorder_heads(targets, f"{path}.self_attn", layer.self_attn, config, index)
-        elif layer.linear_attn is not None and (sizes := layer.linear_attn.sizes).merged:
+        if layer.linear_attn is not None and (sizes := layer.linear_attn.sizes).merged:
             for part, rows in (("qkvz", sizes.qkvz_rows), ("ba", sizes.ba_rows)):
                 name = f"{path}.linear_attn.in_proj_{part}.weight"
                 targets[name] = with_row_order(targets[name], rows)

@@ -20,6 +20,7 @@ from stepgraph.parallel.shard import Cut, Part
 
 _MERGED = re.compile(r"(.+\.mlp\.experts)\.(gate_up_proj|down_proj)")
 _PARTS = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
+_SHARED = re.compile(r"(.+\.mlp\.shared_experts)\.input_linear\.(\w+)")
 _BIAS = ".mlp.gate.bias"
 
 
@@ -28,7 +29,7 @@ class _Piece(CheckpointTensor):
 
     def __init__(self, stored: CheckpointTensor, name: str, shape: tuple[int, ...], part: Part | None) -> None:
         self.name, self.shape = name, shape
-        self._stored, self._part = stored, part
+        self._stored, self._part, self.is_e4m3 = stored, part, stored.is_e4m3 and len(stored.shape) == len(shape)
 
     def load(self, dtype: torch.dtype, device: torch.device, part: Part | None = None) -> Tensor:
         """See `CheckpointTensor.load`."""
@@ -41,7 +42,8 @@ class _Piece(CheckpointTensor):
 
 def split_experts(tensors: Iterable[CheckpointTensor]) -> Iterator[CheckpointTensor]:
     """A checkpoint's tensors, by their names in native models: one tensor of all experts of a layer ([N, 2M, E] or [N, E, M]) as
-    those of each, and a router's bias, which ERNIE stores as [1, N], as one row.
+    those of each; the gate and up of what all tokens take likewise, which Granite stores as one matrix; and a router's bias,
+    which ERNIE stores as [1, N], as one row.
 
     Raises:
         ModelError: the tensor of all experts' gates and ups cannot be halved.
@@ -50,6 +52,8 @@ def split_experts(tensors: Iterable[CheckpointTensor]) -> Iterator[CheckpointTen
         match = _MERGED.fullmatch(tensor.name)
         if match is not None and len(tensor.shape) == 3:
             yield from _of_each(tensor, match[1], _PARTS[match[2]])
+        elif match := _SHARED.fullmatch(tensor.name):
+            yield from _halves(tensor, match[1], match[2])
         elif tensor.name.endswith(_BIAS) and len(tensor.shape) == 2 and tensor.shape[0] == 1:
             yield _Piece(tensor, tensor.name, tensor.shape[1:], None)
         else:
@@ -68,3 +72,15 @@ def _of_each(tensor: CheckpointTensor, path: str, parts: tuple[str, ...]) -> Ite
         for index, part in enumerate(parts):
             piece = Part((Cut(num_experts, expert, 1),), Cut(outputs, index * rows, rows))
             yield _Piece(tensor, f"{path}.{expert}.{part}.weight", (rows, inputs), piece)
+
+
+def _halves(tensor: CheckpointTensor, path: str, kind: str) -> Iterator[CheckpointTensor]:
+    """Gate and up, of a matrix that has the rows of both, or of its scales: one for all of it is that of either."""
+    rows, *rest = tensor.shape or (1,)
+    for index, part in enumerate(_PARTS["gate_up_proj"]):
+        name = f"{path}.{part}.{kind}"
+        if rows % 2:
+            yield _Piece(tensor, name, tuple(tensor.shape), None)
+        else:
+            piece = Part((Cut(rows, index * (rows // 2), rows // 2),), Cut.whole(rest[0]) if rest else None)
+            yield _Piece(tensor, name, (rows // 2, *rest), piece)

@@ -21,13 +21,18 @@ class Granite(Decoder):
     def config_from_hf(cls, hf_config: Any) -> DecoderConfig:
         """See `Decoder.config_from_hf`."""
         bias = hf_config.attention_bias
-        return replace(
-            DecoderConfig.from_hf(hf_config, qkv_bias=bias, output_bias=bias),
-            attention_scale=hf_config.attention_multiplier,
-            embedding_multiplier=hf_config.embedding_multiplier,
-            residual_multiplier=hf_config.residual_multiplier,
-            logits_divisor=hf_config.logits_scaling,
-        )
+        return with_factors(DecoderConfig.from_hf(hf_config, qkv_bias=bias, output_bias=bias), hf_config)
+
+
+def with_factors(config: DecoderConfig, hf_config: Any) -> DecoderConfig:
+    """A config with the factors of Granite's."""
+    return replace(
+        config,
+        attention_scale=hf_config.attention_multiplier,
+        embedding_multiplier=hf_config.embedding_multiplier,
+        residual_multiplier=hf_config.residual_multiplier,
+        logits_divisor=hf_config.logits_scaling,
+    )
 
 
 class GraniteMoe(Granite):

@@ -48,7 +48,9 @@ def choose_formats(
             continue
         options = FormatOptions(path.startswith("layers."), deterministic, packed, exact_tokens)
         names = _tensor_names(path, module, merged=model.config.merged_projections)
-        kept = _keeping(module, [encodings.get(_in_checkpoint(name)) for name in names], options) if keep else None
+        kept = (
+            _keeping(module, [encodings.get(model.checkpoint_name(name)) for name in names], options) if keep else None
+        )
         rounded = (
             FP8(deterministic=deterministic) if to_fp8 and options.in_layers and isinstance(module, Linear) else None
         )
@@ -129,7 +131,7 @@ def names_of_numbers(model: Decoder) -> set[str]:
     merged = model.config.merged_projections
     matrices = {path: module for path, module in model.named_modules() if isinstance(module, Matrix)}
     needing = (_tensor_names(path, m, merged=merged) for path, m in matrices.items() if m.needs_numbers)
-    return {_in_checkpoint(name) for names in needing for name in names}
+    return {model.checkpoint_name(name) for names in needing for name in names}
 
 
 def _tensor_names(path: str, module: Matrix, *, merged: bool) -> list[str]:
@@ -138,10 +140,6 @@ def _tensor_names(path: str, module: Matrix, *, merged: bool) -> list[str]:
         parent = path.rpartition(".")[0]
         return [f"{parent}.{part}.weight" for part in module.parts]
     return [f"{path}.weight"]
-
-
-def _in_checkpoint(name: str) -> str:
-    return name if name.startswith("lm_head") else f"model.{name}"
 
 
 def materialise(model: nn.Module, device: torch.device) -> None:

@@ -12,6 +12,7 @@ from stepgraph.layers.experts import Router
 from stepgraph.layers.formats import Target
 from stepgraph.layers.formats.target import values_part_of
 from stepgraph.layers.gated_delta import GatedDelta
+from stepgraph.layers.mamba2 import Mamba2
 from stepgraph.layers.matrix import Matrix
 from stepgraph.layers.norm import RMSNorm
 from stepgraph.layers.short_conv import Convolution
@@ -40,9 +41,11 @@ def fill_randomly(model: nn.Module, device: torch.device) -> None:
     for module in model.modules():
         if isinstance(module, RMSNorm):
             module.weight.fill_(1.0)
-        if isinstance(module, GatedDelta):
+        if isinstance(module, GatedDelta | Mamba2):
             module.A_log.fill_(0.0)
             module.dt_bias.fill_(1.0)
+        if isinstance(module, Mamba2):
+            module.D.fill_(1.0)
         if isinstance(module, Convolution):
             module.weight.fill_(1.0 / module.weight.shape[-1])
             if module.bias is not None:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from stepgraph.errors import ModelError
+from stepgraph.models.bamba import Bamba
 from stepgraph.models.config import (
     ConfigFileError,
     DecoderConfig,
@@ -24,10 +25,12 @@ from stepgraph.models.deepseek import DeepseekV2, DeepseekV3
 from stepgraph.models.dots1 import Dots1
 from stepgraph.models.ernie4_5 import Ernie45
 from stepgraph.models.ernie4_5_moe import Ernie45Moe
+from stepgraph.models.falcon_h1 import FalconH1
 from stepgraph.models.gemma3 import Gemma3
 from stepgraph.models.glm4_moe import Glm4Moe
 from stepgraph.models.glm4_moe_lite import Glm4MoeLite
 from stepgraph.models.granite import Granite, GraniteMoe
+from stepgraph.models.granite_hybrid import GraniteHybrid
 from stepgraph.models.hf_config import hf_config_from_json
 from stepgraph.models.language_model import LanguageModelConfig
 from stepgraph.models.lfm2 import Lfm2, Lfm2Moe
@@ -73,16 +76,19 @@ ARCHITECTURES: dict[str, type[Decoder]] = {
     "MiMoForCausalLM": Qwen2,
     "MixtralForCausalLM": Mixtral,
     "Qwen2MoeForCausalLM": Qwen2Moe,
+    "BambaForCausalLM": Bamba,
     "DeepseekV2ForCausalLM": DeepseekV2,
     "DeepseekV3ForCausalLM": DeepseekV3,
     "Dots1ForCausalLM": Dots1,
     "Ernie4_5ForCausalLM": Ernie45,
     "Ernie4_5_MoeForCausalLM": Ernie45Moe,
+    "FalconH1ForCausalLM": FalconH1,
     "Gemma3ForCausalLM": Gemma3,
     "Glm4MoeForCausalLM": Glm4Moe,
     "Glm4MoeLiteForCausalLM": Glm4MoeLite,
     "GraniteForCausalLM": Granite,
     "GraniteMoeForCausalLM": GraniteMoe,
+    "GraniteMoeHybridForCausalLM": GraniteHybrid,
     "Lfm2ForCausalLM": Lfm2,
     "Lfm2MoeForCausalLM": Lfm2Moe,
     "MiniCPMForCausalLM": MiniCPM,

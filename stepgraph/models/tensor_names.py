@@ -32,6 +32,15 @@ _OF_LFM2 = (
     (re.compile(r"\.feed_forward\.w3\."), ".mlp.up_proj."),
     (re.compile(r"\.feed_forward\."), ".mlp."),
 )
+_OF_MAMBA = (
+    # Bamba's, which Falcon-H1 has too
+    (re.compile(r"^model\.final_layernorm\."), "model.norm."),
+    (re.compile(r"\.pre_ff_layernorm\."), ".post_attention_layernorm."),
+    (re.compile(r"\.feed_forward\.(?=(?:gate|up|down)_proj\.)"), ".mlp."),
+    # Granite's, beside experts or not
+    (re.compile(r"\.shared_mlp\.output_linear\."), ".mlp.shared_experts.down_proj."),
+    (re.compile(r"\.shared_mlp\."), ".mlp.shared_experts."),
+)
 _OF_EXPERTS = (
     # Mixtral's; Granite's has all experts in one tensor
     (re.compile(r"\.block_sparse_moe\."), ".mlp."),
@@ -61,7 +70,7 @@ def native_name(name: str) -> str:
     name = in_decoder(name)
     match = _NAME.fullmatch(name)
     if match is None or match["part"] not in _EXAONE:
-        for pattern, native in (*_OF_LFM2, *_OF_EXPERTS):
+        for pattern, native in (*_OF_LFM2, *_OF_MAMBA, *_OF_EXPERTS):
             name = pattern.sub(native, name)
         return name
     layer = "" if match["layer"] is None else f"layers.{match['layer']}."

@@ -49,6 +49,7 @@ from stepgraph.ops.linear import gated_linear, linear, linear_add, linear_by_row
 from stepgraph.ops.logprobs import logprobs
 from stepgraph.ops.lookup import lookup
 from stepgraph.ops.lora import lora
+from stepgraph.ops.mamba2 import mamba2
 from stepgraph.ops.mla_attention import mla_attention, mla_context_attention, mla_geometry
 from stepgraph.ops.packed import packed_linear, packed_linear_add, packed_norm_linear, packed_norm_swiglu, packed_rows
 from stepgraph.ops.packed.experts import packed_gated_experts, packed_sum_experts
@@ -111,6 +112,7 @@ __all__ = [
     "logprobs",
     "lookup",
     "lora",
+    "mamba2",
     "mixture",
     "mla_attention",
     "mla_context_attention",

@@ -83,7 +83,9 @@ class MTPLayer(nn.Module):
         super().__init__()
         E, last = config.hidden_size, config.last_attention
         assert last is not None, config
-        self.config, self.options = config, options
+        # Of attention and feed-forward, whatever else the model's layers have.
+        config = replace(config, is_recurrent=(), attends=(), feeds_forward=())
+        self.config, self.options, self._like = config, options, last
         self.group, self.expert_group = group, expert_group
         self.attention_spec = config.attention_spec(last).sharded(shard)
         self.embedding_norm, self.hidden_norm, self.norm = (
@@ -105,8 +107,7 @@ class MTPLayer(nn.Module):
 
     def checkpoint_tensors(self) -> dict[str, Target]:
         """Where each tensor of a checkpoint goes, by the names of this class; the shared final norm is none of them."""
-        assert self.config.last_attention is not None
-        targets = named_targets(self, self.config, {"block": self.config.last_attention})
+        targets = named_targets(self, self.config, {"block": self._like})
         if self.options.shares_final_norm:
             del targets["norm.weight"]
         return targets
@@ -131,7 +132,7 @@ class MTPLayer(nn.Module):
             [T, E] for the output head, and [T, E] for the next proposal.
         """
         stream = ResidualStream(self._combine(embedding_TE, hidden_TE), self.group, self.expert_group)
-        self.block(stream, self.cos_sin, cache, inputs, self.norm)
+        self.block(stream, self.cos_sin, (cache,), inputs, self.norm)
         normalised_TE = stream.normalised(self.norm)
         return normalised_TE, normalised_TE if self.options.hands_over_normalised else stream.residual_TE
 

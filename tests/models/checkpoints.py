@@ -5,17 +5,20 @@ import torch
 import transformers
 from transformers import (
     AutoModelForCausalLM,
+    BambaConfig,
     CwmConfig,
     DeepseekV2Config,
     DeepseekV3Config,
     Dots1Config,
     Ernie4_5_MoeConfig,
     Ernie4_5Config,
+    FalconH1Config,
     Gemma3TextConfig,
     Glm4MoeConfig,
     Glm4MoeLiteConfig,
     GraniteConfig,
     GraniteMoeConfig,
+    GraniteMoeHybridConfig,
     Lfm2Config,
     Lfm2MoeConfig,
     LlamaConfig,
@@ -98,6 +101,30 @@ DELTA = SIZES | {
     "layer_types": ["linear_attention", "full_attention"],
 }
 CONVOLUTIONS = SIZES | {"num_hidden_layers": 3, "layer_types": ["conv", "full_attention", "conv"]}
+MAMBA = SIZES | {
+    "num_hidden_layers": 3,
+    "mamba_n_heads": 8,
+    "mamba_n_groups": 2,
+    "mamba_d_state": 24,
+    "time_step_limit": (0.05, 2.0),
+}
+FALCON_FACTORS = {
+    "lm_head_multiplier": 0.3,
+    "embedding_multiplier": 5.0,
+    "mlp_multipliers": [0.7, 0.4],
+    "key_multiplier": 0.6,
+    "attention_out_multiplier": 0.9,
+    "ssm_multipliers": [0.7, 0.5, 0.4, 1.2, 0.9],
+    "ssm_out_multiplier": 0.6,
+}
+GRANITE_HYBRID = MAMBA | {
+    "layer_types": ["mamba", "attention", "mamba"],
+    "shared_intermediate_size": 48,
+    "embedding_multiplier": 12.0,
+    "residual_multiplier": 0.22,
+    "attention_multiplier": 0.1,
+    "logits_scaling": 6.0,
+}
 GROUPS = EXPERTS | {"n_routed_experts": 12, "n_group": 4, "topk_group": 2}
 
 HF_CONFIGS = {
@@ -135,6 +162,41 @@ HF_CONFIGS = {
     ),
     "lfm2 moe": lambda: Lfm2MoeConfig(
         **CONVOLUTIONS | EXPERTS, num_experts=8, num_dense_layers=1, routed_scaling_factor=1.5
+    ),
+    "bamba": lambda: BambaConfig(**MAMBA, attn_layer_indices=[1]),
+    "bamba with biases": lambda: BambaConfig(
+        **MAMBA | {"mamba_n_groups": 1, "time_step_limit": (0.0, float("inf"))},
+        attn_layer_indices=[0, 2],
+        attention_bias=True,
+        mamba_proj_bias=True,
+        mamba_conv_bias=False,
+        mamba_d_conv=3,
+        mlp_bias=True,
+    ),
+    "falcon h1": lambda: FalconH1Config(
+        **MAMBA | FALCON_FACTORS, mamba_d_ssm=96, attention_in_multiplier=1.5, ssm_in_multiplier=0.8, head_dim=32
+    ),
+    "falcon h1 with norms and biases": lambda: FalconH1Config(
+        **MAMBA | FALCON_FACTORS,
+        mamba_d_ssm=None,
+        mamba_rms_norm=True,
+        mamba_norm_before_gate=True,
+        attention_bias=True,
+        mamba_proj_bias=True,
+        projectors_bias=True,
+        mlp_bias=True,
+    ),
+    "falcon h1 with gates before norms": lambda: FalconH1Config(
+        **MAMBA, mamba_d_ssm=64, mamba_rms_norm=True, mamba_norm_before_gate=False, tie_word_embeddings=True
+    ),
+    "granite 4.0-h": lambda: GraniteMoeHybridConfig(
+        **GRANITE_HYBRID, num_local_experts=8, num_experts_per_tok=3, tie_word_embeddings=True
+    ),
+    "granite 4.0-h dense": lambda: GraniteMoeHybridConfig(
+        **GRANITE_HYBRID, num_local_experts=0, position_embedding_type="rope"
+    ),
+    "granite 4.0 without mamba": lambda: GraniteMoeHybridConfig(
+        **GRANITE_HYBRID | {"layer_types": ["attention"] * 3}, num_local_experts=0, position_embedding_type="rope"
     ),
     "qwen3.5": lambda: Qwen3_5TextConfig(**DELTA, tie_word_embeddings=True),
     "qwen3.5 with biases": lambda: Qwen3_5TextConfig(

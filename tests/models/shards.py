@@ -47,7 +47,7 @@ def rows_of(path, config, rank, size):
     return span(0, rank * part, part) + span(M, rank * part, part)
 
 
-STATEFUL = re.compile(r"\.(linear_attn|conv)\.(?P<name>\w+)(\.weight|\.bias|\.scale|)$")
+STATEFUL = re.compile(r"\.(linear_attn|conv|mamba)\.(?P<name>\w+)(\.weight|\.bias|\.scale|)$")
 
 
 def rows_of_states(name, config):
@@ -55,6 +55,10 @@ def rows_of_states(name, config):
     None: it is not cut along its rows."""
     if config.short_conv is not None:
         return {"in_proj": [config.hidden_size] * 3, "conv": [config.hidden_size]}.get(name)
+    if config.mamba is not None:
+        projected, (H,) = config.mamba.projected, config.mamba.projected[4:]
+        by_name = {"in_proj": projected, "conv1d": projected[1:4], "norm": projected[:1]}
+        return [H] if name in ("A_log", "dt_bias", "D") else by_name.get(name)
     sizes = config.delta
     H, keys, values = (
         sizes.num_value_heads,

@@ -1,5 +1,5 @@
-"""Models with gated delta rules or short convolutions in an engine: states per slot, keys and values beside them, against
-transformers in float32."""
+"""Models with gated delta rules, short convolutions or Mamba-2 in an engine: states per slot, keys and values beside them,
+against transformers in float32."""
 
 import json
 import random
@@ -30,7 +30,7 @@ TOKENS = 160
 LENGTHS = (1, 16, 17, 63, 64, 65, 128, 129, 190)
 """Of prompts: around what runs token by token, chunks, and steps."""
 NUM_TOKENS = 8
-NAMES = ("qwen3 next", "qwen3.5", "lfm2 with biases", "lfm2 moe")
+NAMES = ("qwen3 next", "qwen3.5", "lfm2 with biases", "lfm2 moe", "granite 4.0-h", "falcon h1")
 
 
 @pytest.fixture(scope="module", params=NAMES)
@@ -135,7 +135,7 @@ def test_graphs_are_verified(checkpoint, device) -> None:
     assert [report.mismatches for report in reports] == [[]] * len(reports)
 
 
-@pytest.mark.parametrize("name", ["qwen3.5", "lfm2"])
+@pytest.mark.parametrize("name", ["qwen3.5", "lfm2", "bamba"])
 def test_deterministic_answers_do_not_depend_on_the_steps(name, tmp_path, device) -> None:
     random_hf_model(HF_CONFIGS[name]()).save_pretrained(tmp_path)
     prompts = [[3 + (7 * place + number) % 90 for place in range(30 * number)] for number in (1, 2, 3)]

@@ -1,15 +1,24 @@
-"""Shards of models whose layers carry states: gated delta rules are cut by heads of keys, short convolutions by channels."""
+"""Shards of models whose layers carry states: gated delta rules are cut by heads of keys, short convolutions by channels,
+Mamba-2 by groups of heads."""
 
 import pytest
 import torch
-from checkpoints import CONVOLUTIONS, DELTA, EXPERTS, HF_CONFIGS, random_hf_model
+from checkpoints import CONVOLUTIONS, DELTA, EXPERTS, FALCON_FACTORS, GRANITE_HYBRID, HF_CONFIGS, MAMBA, random_hf_model
 from fp8_folders import write_fp8
 from shards import assert_is_shard
 from stepping import Stepper
 from test_adapters import matrices, save_adapter
 from test_shards import TOKENS, assert_adds_up, assert_shards, load, save
 from thread_group import run_ranks
-from transformers import Lfm2Config, Qwen3_5MoeTextConfig, Qwen3_5TextConfig, Qwen3NextConfig
+from transformers import (
+    BambaConfig,
+    FalconH1Config,
+    GraniteMoeHybridConfig,
+    Lfm2Config,
+    Qwen3_5MoeTextConfig,
+    Qwen3_5TextConfig,
+    Qwen3NextConfig,
+)
 
 from stepgraph.config.lora import LoRAConfig
 from stepgraph.errors import ModelError
@@ -22,6 +31,7 @@ from stepgraph.parallel.shard import Shard
 
 HEADS = DELTA | {"linear_num_key_heads": 4, "linear_num_value_heads": 12}
 MIXTURE = EXPERTS | {"num_experts": 8, "shared_expert_intermediate_size": 48}
+FOUR = {"mamba_n_groups": 4}
 MODELS = {
     "qwen3 next": lambda: Qwen3NextConfig(**HEADS | MIXTURE),
     "qwen3.5": lambda: Qwen3_5TextConfig(**HEADS, tie_word_embeddings=True),
@@ -30,6 +40,11 @@ MODELS = {
     "lfm2": HF_CONFIGS["lfm2"],
     "lfm2 with biases": HF_CONFIGS["lfm2 with biases"],
     "lfm2 moe": HF_CONFIGS["lfm2 moe"],
+    "bamba with biases": lambda: BambaConfig(
+        **MAMBA | FOUR, attn_layer_indices=[1], attention_bias=True, mamba_proj_bias=True, mlp_bias=True
+    ),
+    "granite 4.0-h": lambda: GraniteMoeHybridConfig(**GRANITE_HYBRID | FOUR, num_local_experts=8),
+    "falcon h1": lambda: FalconH1Config(**MAMBA | FALCON_FACTORS | FOUR, mamba_d_ssm=64, mamba_rms_norm=True),
 }
 """Which four ranks can share, of whom two keep the same key/value head of layers with attention."""
 GROUPED = {"linear_key_head_dim": 32, "linear_value_head_dim": 128, "hidden_size": 256, "intermediate_size": 512}

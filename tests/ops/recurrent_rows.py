@@ -73,3 +73,22 @@ def random_state(generator: torch.Generator, rows: Rows, *shape: int) -> Tensor:
 def with_padding(x_U: Tensor) -> Tensor:
     """More tokens, of NaN."""
     return torch.cat((x_U, x_U.new_full((PADDING, *x_U.shape[1:]), torch.nan)))
+
+
+def seeds(kernels: str) -> tuple[int, ...]:
+    return (1,) if kernels == "interpreter" else (0, 1, 2, 3)
+
+
+def on(kernels: str, *tensors) -> list:
+    return [x.clone().to("cpu" if kernels == "interpreter" else kernels) for x in tensors]
+
+
+def assert_same_rows(rows: Rows, before, found, expected, tolerance: float) -> None:
+    """Outputs and states are as expected, and all other lines as they were."""
+    (out, state), (expected_out, expected_state) = found, expected
+    out, state = out.cpu(), state.cpu()
+    close = {"rtol": tolerance, "atol": tolerance}
+    torch.testing.assert_close(rows.without_padding(out), rows.without_padding(expected_out), **close)
+    running, others = rows.lines_that_are(written=True), rows.lines_that_are(written=False)
+    torch.testing.assert_close(state[running], expected_state[running], **close)
+    torch.testing.assert_close(state[others], before[others], rtol=0, atol=0, equal_nan=True)

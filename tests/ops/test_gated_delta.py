@@ -2,14 +2,13 @@
 
 import pytest
 import torch
-from recurrent_rows import NUM_LINES, Rows, random_rows, random_state, with_padding
+from recurrent_rows import NUM_LINES, Rows, assert_same_rows, on, random_rows, random_state, seeds, with_padding
 from triton_operators import triton_operators
 
 from stepgraph import ops
 from stepgraph.ops.causal_conv import reference as conv_reference
 from stepgraph.ops.gated_delta import chunks, reference
 from stepgraph.ops.gated_delta.triton import most_chunks
-from stepgraph.ops.gated_norm import reference as norm_reference
 
 SIZES = {"small": (1, 2, 16, 16), "odd": (2, 4, 24, 40), "equal heads": (3, 3, 32, 16)}
 """Heads of keys and of values, and their sizes."""
@@ -39,30 +38,11 @@ def delta_inputs(generator: torch.Generator, rows: Rows, G: int, H: int, N: int,
     return [with_padding(qkv), with_padding(ba), a_log, dt_bias, random_state(generator, rows, H, N, D)]
 
 
-def seeds(kernels: str) -> tuple[int, ...]:
-    return (1,) if kernels == "interpreter" else (0, 1, 2, 3)
-
-
-def on(kernels: str, *tensors) -> list:
-    return [x.clone().to("cpu" if kernels == "interpreter" else kernels) for x in tensors]
-
-
 def by_reference(inputs, rows: Rows):
     """In float64."""
     inputs = [x.double() for x in inputs]
     out = reference.gated_delta(*inputs, *rows, False)
     return out.float(), inputs[-1].float()
-
-
-def assert_same_rows(rows: Rows, before, found, expected, tolerance: float) -> None:
-    """Outputs and states are as expected, and all other lines as they were."""
-    (out, state), (expected_out, expected_state) = found, expected
-    out, state = out.cpu(), state.cpu()
-    close = {"rtol": tolerance, "atol": tolerance}
-    torch.testing.assert_close(rows.without_padding(out), rows.without_padding(expected_out), **close)
-    running, others = rows.lines_that_are(written=True), rows.lines_that_are(written=False)
-    torch.testing.assert_close(state[running], expected_state[running], **close)
-    torch.testing.assert_close(state[others], before[others], rtol=0, atol=0, equal_nan=True)
 
 
 def test_the_reference_is_the_rule(device) -> None:
@@ -167,18 +147,26 @@ def by_loop(x, weight, bias, before, rows: Rows, *, silu: bool):
     return out, state
 
 
-@pytest.mark.parametrize(("heads", "size"), [(3, 24), (2, 128), (40, 32)])
-def test_gated_norm_is_the_formula(kernels, heads: int, size: int) -> None:
+@pytest.mark.parametrize(("heads", "size"), [(3, 24), (2, 128), (40, 32), (1, 2500)])
+@pytest.mark.parametrize("form", ["gate behind", "gate first", "gate alone"])
+def test_gated_norm_is_the_formula(kernels, heads: int, size: int, form: str) -> None:
+    """With a weight for all heads where the gate is behind, and one of each where it is first, as models have it, or none."""
     generator = torch.Generator().manual_seed(0)
     x, wide = (torch.randn(4, n, generator=generator) for n in (heads * size, heads * size + 9))
-    weight = torch.randn(size, generator=generator)
+    first = form == "gate first"
+    weight = torch.randn(heads * size if first else size, generator=generator)
     gate = wide[:, 3 : 3 + heads * size]
-    normalised = torch.nn.functional.rms_norm(x.view(4, heads, size).double(), (size,), weight.double(), 1e-6)
-    expected = (normalised.flatten(1) * torch.nn.functional.silu(gate.double())).float()
-    moved = on(kernels, x, wide, weight)
-    found = ops.gated_norm(moved[0], moved[1][:, 3 : 3 + heads * size], moved[2], 1e-6)
-    torch.testing.assert_close(found.cpu(), expected, rtol=1e-5, atol=1e-5)
-    assert norm_reference.gated_norm(x, gate, weight, 1e-6).dtype == x.dtype
+    silu = torch.nn.functional.silu(gate.double())
+    given = (x * silu if first else x).double().view(4, heads, size)
+    scaled = torch.nn.functional.rms_norm(given, (size,), None, 1e-6) * weight.view(-1, size).double()
+    expected = scaled.flatten(1) if first else scaled.flatten(1) * silu
+    if form == "gate alone":
+        expected, weight = x * silu, None
+    moved, moved_wide, *weights = on(kernels, x, wide, *([] if weight is None else [weight]))
+    moved_gate, options = moved_wide[:, 3 : 3 + heads * size], {"size": size, "gate_first": first}
+    found = ops.gated_norm(moved, moved_gate, weights[0] if weights else None, 1e-6, **options)
+    torch.testing.assert_close(found.cpu(), expected.float(), rtol=1e-5, atol=1e-5)
+    assert ops.gated_norm(x.bfloat16(), gate.bfloat16(), weight, 1e-6, **options).dtype == torch.bfloat16
 
 
 def test_all_is_computed_in_float32_and_rounded_once() -> None:

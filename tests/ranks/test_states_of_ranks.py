@@ -23,6 +23,7 @@ MODELS = {
     "qwen3.5": {},
     "lfm2 with biases": {},
     "lfm2 moe": {},
+    "falcon h1": {},
 }
 """By name, how two ranks share it."""
 ADAPTED = re.compile(r".*\.(in_proj\w*|out_proj|q_proj)\.weight")

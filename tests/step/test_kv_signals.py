@@ -88,9 +88,9 @@ def test_what_a_signal_speaks_of_is_in_the_cache(create, monkeypatch, method, ba
 def test_mutant_a_signal_before_the_write_is_caught(create, monkeypatch) -> None:
     forward = DecoderLayer.forward
 
-    def signals_first(self, stream, cos_sin, cache, inputs, *others) -> None:
-        inputs.signals.wrote(next(i for i, other in enumerate(inputs.caches) if other is cache))
-        forward(self, stream, cos_sin, cache, inputs, *others)
+    def signals_first(self, stream, cos_sin, caches, inputs, *others) -> None:
+        inputs.signals.wrote(next(i for i, other in enumerate(inputs.caches) if other is caches[0]))
+        forward(self, stream, cos_sin, caches, inputs, *others)
 
     monkeypatch.setattr(DecoderLayer, "forward", signals_first)
     monkeypatch.setattr(StepInputs, "wrote", lambda self, layer: None)

@@ -25,11 +25,14 @@ def heads_of(qkv: Tensor, ba: Tensor, a_log: Tensor, dt_bias: Tensor, state: Ten
     q, k = (x * torch.rsqrt(x.square().sum(-1, keepdim=True) + 1e-6) for x in (q, k))
     q, k = (x.repeat_interleave(H // x.shape[1], dim=1) for x in (q * N**-0.5, k))
     b, a = ba.to(dtype).chunk(2, dim=1)
-    # Torch's logarithm rounds otherwise where scalar code takes over from vectors, and so do its softplus and sigmoid, which are
-    # not used; what is rounded from float64 is the same.
-    step = torch.log1p(torch.exp((a + dt_bias).double().clamp(max=20))).to(dtype)
-    step = torch.where(a + dt_bias > 20, a + dt_bias, step)
+    step = softplus(a + dt_bias)
     return Heads(q, k, v.unflatten(1, (H, D)), -a_log.exp() * step, 1 / (1 + torch.exp(-b)))
+
+
+def softplus(x: Tensor) -> Tensor:
+    """log(1 + exp(x)), the same bits wherever an entry lies: torch's logarithm rounds otherwise where scalar code takes over from
+    vectors, and so do its softplus and sigmoid; what is rounded from float64 is the same."""
+    return torch.where(x > 20, x, torch.log1p(torch.exp(x.double().clamp(max=20))).to(x.dtype))
 
 
 def advance(state: Tensor, heads: Heads, out: Tensor) -> Tensor:

@@ -21,12 +21,12 @@ _VALUES = 32
 """Of a head, in a program of the scan."""
 _BLOCK = 16
 """Rows of a chunk's system that are solved one by one; blocks of them then follow from each other."""
-_ANY = 1 << 30
+ANY_LENGTH = 1 << 30
 """More tokens than a row has."""
 
 
 @triton.jit
-def _softplus(x):
+def softplus(x):
     return tl.where(x > 20.0, x, tl.log(1.0 + tl.exp(tl.minimum(x, 20.0))))
 
 
@@ -35,7 +35,7 @@ def _gates(ba_ptr, a_log, dt_bias, head, mask, HEADS: tl.constexpr):
     """Logarithms of decays, and rates, of tokens whose rows of `ba` begin at `ba_ptr`; zero where masked."""
     b = tl.load(ba_ptr + head, mask=mask, other=0.0).to(tl.float32)
     a = tl.load(ba_ptr + HEADS + head, mask=mask, other=0.0).to(tl.float32)
-    log_decay = -tl.exp(a_log) * _softplus(a + dt_bias)
+    log_decay = -tl.exp(a_log) * softplus(a + dt_bias)
     return tl.where(mask, log_decay, 0.0), tl.where(mask, 1.0 / (1.0 + tl.exp(-b)), 0.0)
 
 
@@ -45,7 +45,7 @@ def _normalised(x_CN, scale):
 
 
 @triton.jit
-def _decays(total_C, STRICT: tl.constexpr, CHUNK: tl.constexpr):
+def decays(total_C, STRICT: tl.constexpr, CHUNK: tl.constexpr):
     """exp(c_i - c_j) for j ≤ i, or j < i."""
     row_C, column_C = tl.arange(0, CHUNK)[:, None], tl.arange(0, CHUNK)[None, :]
     seen_CC = row_C > column_C if STRICT else row_C >= column_C
@@ -130,7 +130,7 @@ def _prepare_kernel(
         k_CN = _normalised(k_CN.to(tl.float32), 1.0)
         operand_CN = k_CN.to(qkv_ptr.dtype.element_ty)
         product_CC = tl.dot(operand_CN, tl.trans(operand_CN), input_precision=PRECISION)
-        system_CC = product_CC * rate_C[:, None] * _decays(total_C, True, CHUNK)
+        system_CC = product_CC * rate_C[:, None] * decays(total_C, True, CHUNK)
         inverse_CC = _inverse(system_CC, CHUNK, BLOCK, PRECISION).to(qkv_ptr.dtype.element_ty)
 
         scaled_CN = (k_CN * (rate_C * tl.exp(total_C))[:, None]).to(qkv_ptr.dtype.element_ty)
@@ -236,7 +236,7 @@ def _run_chunks(
         )
         operand_ND = state_ND.to(qkv_ptr.dtype.element_ty)
         new_CD = values_CD.to(tl.float32) - tl.dot(keys_CN, operand_ND, input_precision=PRECISION)
-        read_CC = tl.dot(q_CN, tl.trans(k_CN), input_precision=PRECISION) * _decays(total_C, False, CHUNK)
+        read_CC = tl.dot(q_CN, tl.trans(k_CN), input_precision=PRECISION) * decays(total_C, False, CHUNK)
         out_CD = tl.dot(q_CN, operand_ND, input_precision=PRECISION) * tl.exp(total_C)[:, None]
         element = qkv_ptr.dtype.element_ty
         out_CD = tl.dot(read_CC.to(element), new_CD.to(element), out_CD, input_precision=PRECISION)
@@ -378,7 +378,7 @@ def gated_delta(
     rows = read_line, write_line, query_start, start, num_stored, ba.stride(0)
     if deterministic or num_tokens <= FEW:
         _scan_kernel[grid](
-            *inputs, out, out, state, out, *rows, **sizes, BLOCK_D=block_d, CHUNKED=False, LEAST=1, MOST=_ANY
+            *inputs, out, out, state, out, *rows, **sizes, BLOCK_D=block_d, CHUNKED=False, LEAST=1, MOST=ANY_LENGTH
         )  # fmt: skip
         return out
     keys, values = qkv.new_empty(num_tokens, heads, N), qkv.new_empty(num_tokens, heads, E)
@@ -387,7 +387,7 @@ def gated_delta(
         BLOCK=_BLOCK, BLOCK_D=block_d, FEW=FEW,
     )  # fmt: skip
     # Apart, so that rows of few tokens, which wait for their states, share a multiprocessor with many: chunks take its memory.
-    for chunked, least, most in ((True, FEW + 1, _ANY), (False, 1, FEW)):
+    for chunked, least, most in ((True, FEW + 1, ANY_LENGTH), (False, 1, FEW)):
         _scan_kernel[grid](
             *inputs, keys, values, state, out, *rows, **sizes, BLOCK_D=block_d, CHUNKED=chunked, LEAST=least, MOST=most
         )  # fmt: skip

@@ -7,7 +7,7 @@ from torch import Tensor
 from stepgraph.ops.launched import launched
 
 _NUMBERS = 1024
-"""Of a program."""
+"""Of a program, if heads are not larger."""
 
 
 @launched
@@ -21,6 +21,9 @@ def _gated_norm_kernel(
     eps,
     HEADS: tl.constexpr,
     D: tl.constexpr,
+    NORMALISES: tl.constexpr,
+    OF_HEADS: tl.constexpr,  # whether each has weights of its own
+    GATE_FIRST: tl.constexpr,
     BLOCK_H: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
@@ -31,31 +34,41 @@ def _gated_norm_kernel(
     place_HD = head_H[:, None] * D + entry_D[None, :]
     x_HD = tl.load(x_ptr + token * (HEADS * D) + place_HD, mask=mask_HD, other=0.0).to(tl.float32)
     gate_HD = tl.load(gate_ptr + token * gate_stride + place_HD, mask=mask_HD, other=0.0).to(tl.float32)
-    weight_D = tl.load(weight_ptr + entry_D, mask=entry_D < D, other=0.0).to(tl.float32)
-    scale_H = tl.rsqrt(tl.sum(x_HD * x_HD, axis=1) / D + eps)
-    out_HD = x_HD * scale_H[:, None] * weight_D[None, :] * (gate_HD / (1.0 + tl.exp(-gate_HD)))
-    tl.store(out_ptr + token * (HEADS * D) + place_HD, out_HD.to(out_ptr.dtype.element_ty), mask=mask_HD)
+    silu_HD = gate_HD / (1.0 + tl.exp(-gate_HD))
+    if GATE_FIRST or not NORMALISES:
+        x_HD *= silu_HD
+    if NORMALISES:
+        weight_HD = weight_ptr + place_HD if OF_HEADS else weight_ptr + entry_D[None, :] + head_H[:, None] * 0
+        weight_HD = tl.load(weight_HD, mask=mask_HD, other=0.0).to(tl.float32)
+        scale_H = tl.rsqrt(tl.sum(x_HD * x_HD, axis=1) / D + eps)
+        x_HD = x_HD * scale_H[:, None] * weight_HD
+        if not GATE_FIRST:
+            x_HD *= silu_HD
+    tl.store(out_ptr + token * (HEADS * D) + place_HD, x_HD.to(out_ptr.dtype.element_ty), mask=mask_HD)
 
 
-def gated_norm(x: Tensor, gate: Tensor, weight: Tensor, eps: float) -> Tensor:
+def gated_norm(x: Tensor, gate: Tensor, weight: Tensor | None, eps: float, size: int, gate_first: bool) -> Tensor:
     """See `stepgraph.ops.gated_norm.gated_norm`."""
-    (num_tokens, width), head_dim = x.shape, weight.shape[0]
+    num_tokens, width = x.shape
     assert x.is_contiguous()
     assert gate.stride(1) == 1
     out = x.new_empty(num_tokens, width)
-    heads, block_d = width // head_dim, triton.next_power_of_2(head_dim)
+    heads, block_d = width // size, triton.next_power_of_2(size)
     block_h = max(1, min(triton.next_power_of_2(heads), _NUMBERS // block_d))
     _gated_norm_kernel[(num_tokens, triton.cdiv(heads, block_h))](
         x,
         gate,
-        weight,
+        x if weight is None else weight,
         out,
         gate.stride(0),
         eps,
         HEADS=heads,
-        D=head_dim,
+        D=size,
+        NORMALISES=weight is not None,
+        OF_HEADS=weight is not None and weight.shape[0] > size,
+        GATE_FIRST=gate_first,
         BLOCK_H=block_h,
         BLOCK_D=block_d,
-        num_warps=4,
+        num_warps=4 if block_d <= 2 * _NUMBERS else 8,
     )
     return out

@@ -25,6 +25,7 @@ from stepgraph.ops.kv_signal.reference import kv_signal
 from stepgraph.ops.latent_queries.reference import latent_queries
 from stepgraph.ops.linear.reference import linear
 from stepgraph.ops.logprobs.reference import logprobs
+from stepgraph.ops.mamba2.reference import mamba2
 from stepgraph.ops.rms_norm.reference import rms_norm
 from stepgraph.ops.rope_cache.reference import rope_cache
 from stepgraph.ops.route.reference import route
@@ -209,6 +210,16 @@ def remembered(g: torch.Generator, *, deterministic: bool) -> tuple[Any, ...]:
     return random(g, 25, 4 * D + H * K), *gates, random(g, 6, H, D, K), *stateful_rows(), deterministic
 
 
+def gated_heads(g: torch.Generator, weight: Tensor | None, *, gate_first: bool) -> tuple[Any, ...]:
+    return random(g, T, H * D), random(g, T, H * D + 5)[:, : H * D], weight, EPS, D, gate_first
+
+
+def scanned(g: torch.Generator, *, deterministic: bool) -> tuple[Any, ...]:
+    """Four heads in two groups."""
+    of_heads = random(g, 25, H + 3)[:, :H], random(g, H), random(g, H), random(g, H)
+    return random(g, 25, H * K + 4 * D), *of_heads, random(g, 6, H, D, K), *stateful_rows(), 0.2, 1.5, deterministic
+
+
 CASES = {
     "swiglu": Case("swiglu", swiglu, lambda g: (3 * random(g, T, 2 * K),), rows=(0,)),
     "geglu": Case("geglu", geglu, lambda g: (3 * random(g, T, 2 * K),), rows=(0,)),
@@ -268,11 +279,14 @@ CASES = {
     "causal_conv with a bias": Case("causal_conv", causal_conv, lambda g: convolved(g, silu=False)),
     "gated_delta": Case("gated_delta", gated_delta, lambda g: remembered(g, deterministic=False)),
     "gated_delta by token": Case("gated_delta", gated_delta, lambda g: remembered(g, deterministic=True)),
-    "gated_norm": Case(
-        "gated_norm",
-        gated_norm,
-        lambda g: (random(g, T, H * D), random(g, T, H * D + 5)[:, : H * D], random(g, D), EPS),
-        rows=(0, 1),
+    "mamba2": Case("mamba2", mamba2, lambda g: scanned(g, deterministic=False)),
+    "mamba2 by token": Case("mamba2", mamba2, lambda g: scanned(g, deterministic=True)),
+    "gated_norm": Case("gated_norm", gated_norm, lambda g: gated_heads(g, random(g, D), gate_first=False), rows=(0, 1)),
+    "gated_norm of groups, gate first": Case(
+        "gated_norm", gated_norm, lambda g: gated_heads(g, random(g, H * D), gate_first=True), rows=(0, 1)
+    ),
+    "gated_norm without norm": Case(
+        "gated_norm", gated_norm, lambda g: gated_heads(g, None, gate_first=False), rows=(0, 1)
     ),
     "sigmoid_gate": Case(
         "sigmoid_gate", sigmoid_gate, lambda g: (random(g, T, K), random(g, T, K + 5)[:, :K]), rows=(0, 1)

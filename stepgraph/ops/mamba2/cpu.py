@@ -1,0 +1,72 @@
+"""CPU kernel of `mamba2`: rows of one token all at once, short ones token by token, longer ones by chunks. Where results must be
+deterministic, all go the second way.
+
+An opaque operator, as it may be on a CPU: it reads the rows' lengths.
+"""
+
+import torch
+from torch import Tensor
+
+from stepgraph.ops.mamba2.chunks import FEW, advance_by_chunks
+from stepgraph.ops.mamba2.reference import Heads, advance, heads_of
+
+
+def mamba2(
+    xbc: Tensor,
+    dt: Tensor,
+    a_log: Tensor,
+    dt_bias: Tensor,
+    skip: Tensor,
+    state: Tensor,
+    read_line: Tensor,
+    write_line: Tensor,
+    query_start: Tensor,
+    start: Tensor,
+    num_stored: Tensor,
+    least_step: float,
+    most_step: float,
+    deterministic: bool,
+) -> Tensor:
+    """See `stepgraph.ops.mamba2.mamba2`."""
+    H, D = state.shape[1], state.shape[3]
+    borders = query_start.tolist()
+    num_tokens = borders[-1]
+    heads = heads_of(xbc[:num_tokens], dt[:num_tokens], a_log, dt_bias, state, least_step, most_step)
+    out_UHD = xbc.new_zeros(xbc.shape[0], H, D, dtype=heads.x.dtype)
+    if not deterministic:
+        _run_single_tokens(heads, state, read_line, write_line, query_start, start, out_UHD)
+    lines = zip(read_line.tolist(), write_line.tolist(), strict=True)
+    rows = zip(lines, borders, borders[1:], start.tolist(), num_stored.tolist(), strict=False)
+    for (read, write), begin, end, position, stored in rows:
+        if end - begin < (1 if deterministic else 2):
+            continue
+        run = advance if deterministic or end - begin <= FEW else advance_by_chunks
+        middle = begin + stored
+        row_state = state[read] if position else torch.zeros_like(state[read])
+        row_state = run(row_state, Heads(*(x[begin:middle] for x in heads)), out_UHD[begin:middle])
+        state[write] = row_state
+        run(row_state, Heads(*(x[middle:end] for x in heads)), out_UHD[middle:end])
+    out_UHD[:num_tokens] += skip.unsqueeze(1) * heads.x
+    return out_UHD.flatten(1).to(xbc.dtype)
+
+
+def _run_single_tokens(
+    heads: Heads,
+    state: Tensor,
+    read_line: Tensor,
+    write_line: Tensor,
+    query_start: Tensor,
+    start: Tensor,
+    out_UHD: Tensor,
+) -> None:
+    """All rows of one token."""
+    row_S = (query_start.diff() == 1).nonzero().flatten()
+    if not len(row_S):
+        return
+    read_S, write_S, token_S = (x[row_S].long() for x in (read_line, write_line, query_start))
+    x_SHD, b_SHN, c_SHN, step_SH, log_decay_SH = (x[token_S] for x in heads)
+    has_state_S111 = (start[row_S] > 0).view(-1, 1, 1, 1)
+    state_SHND = torch.where(has_state_S111, state[read_S], 0).mul_(log_decay_SH.exp()[..., None, None])
+    state_SHND += b_SHN.unsqueeze(3) * (x_SHD * step_SH.unsqueeze(2)).unsqueeze(2)
+    out_UHD[token_S] = torch.einsum("shnd,shn->shd", state_SHND, c_SHN)
+    state[write_S] = state_SHND

@@ -1,0 +1,79 @@
+"""Plain torch definition of `mamba2`: token by token. Shapes: U tokens, H heads, D their size, N size of B and C."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from stepgraph.ops.gated_delta.reference import softplus
+
+
+class Heads(NamedTuple):
+    """What the scan takes of tokens, in float32."""
+
+    x: Tensor  # [U, H, D]
+    b: Tensor  # [U, H, N]
+    c: Tensor  # [U, H, N]
+    step: Tensor  # [U, H]: Δ
+    log_decay: Tensor  # [U, H]
+
+
+def heads_of(
+    xbc: Tensor, dt: Tensor, a_log: Tensor, dt_bias: Tensor, state: Tensor, least_step: float, most_step: float
+) -> Heads:
+    """Taken apart, with B and C for each head. Float64 stays so."""
+    H, N, D = state.shape[1:]
+    dtype = torch.promote_types(xbc.dtype, torch.float32)
+    x_UF, bc_UF = xbc.to(dtype).tensor_split((H * D,), dim=1)
+    b_UGN, c_UGN = (x.unflatten(1, (-1, N)) for x in bc_UF.chunk(2, dim=1))
+    b_UHN, c_UHN = (x.repeat_interleave(H // x.shape[1], dim=1) for x in (b_UGN, c_UGN))
+    step_UH = softplus(dt.to(dtype) + dt_bias).clamp(least_step, most_step)
+    return Heads(x_UF.unflatten(1, (H, D)), b_UHN, c_UHN, step_UH, -a_log.exp() * step_UH)
+
+
+def advance(state: Tensor, heads: Heads, out: Tensor) -> Tensor:
+    """The state after some tokens, one after the other; what they read goes to `out`.
+
+    Args:
+        state: [H, N, D], before them.
+        heads: of the tokens.
+        out: [tokens, H, D].
+    """
+    for index, (x_HD, b_HN, c_HN, step_H, log_decay_H) in enumerate(zip(*heads, strict=True)):
+        brought_HD = x_HD * step_H.unsqueeze(1)
+        state = state * log_decay_H.exp().view(-1, 1, 1) + b_HN.unsqueeze(2) * brought_HD.unsqueeze(1)
+        out[index] = (state * c_HN.unsqueeze(2)).sum(1)
+    return state
+
+
+def mamba2(
+    xbc: Tensor,
+    dt: Tensor,
+    a_log: Tensor,
+    dt_bias: Tensor,
+    skip: Tensor,
+    state: Tensor,
+    read_line: Tensor,
+    write_line: Tensor,
+    query_start: Tensor,
+    start: Tensor,
+    num_stored: Tensor,
+    least_step: float,
+    most_step: float,
+    deterministic: bool,
+) -> Tensor:
+    """See `stepgraph.ops.mamba2.mamba2`."""
+    heads = heads_of(xbc, dt, a_log, dt_bias, state, least_step, most_step)
+    out_UHD = torch.zeros_like(heads.x)
+    borders = query_start.tolist()
+    lines = zip(read_line.tolist(), write_line.tolist(), strict=True)
+    rows = zip(lines, borders, borders[1:], start.tolist(), num_stored.tolist(), strict=False)
+    for (read, write), begin, end, position, stored in rows:
+        if begin == end:
+            continue
+        row_state = state[read] if position else torch.zeros_like(state[read])
+        middle = begin + stored
+        row_state = advance(row_state, Heads(*(x[begin:middle] for x in heads)), out_UHD[begin:middle])
+        state[write] = row_state
+        advance(row_state, Heads(*(x[middle:end] for x in heads)), out_UHD[middle:end])
+    return (out_UHD + skip.unsqueeze(1) * heads.x).flatten(1).to(xbc.dtype)
