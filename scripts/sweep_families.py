@@ -1,7 +1,8 @@
 """Tries families of native models in random tiny sizes against transformers in float32: every one with experts (1 to 64, of which
 a token takes 1 to 8; groups, scales and biases of routers; dense layers among the others; shared experts), every one with
 latent attention (4 to 40 heads, odd ranks and head sizes, with and without a latent of queries, biases, YaRN with its scales,
-LongRoPE), and every one whose layers carry states (gated delta rules, short convolutions, Mamba-2).
+LongRoPE), every one whose layers carry states (gated delta rules, short convolutions, Mamba-2), and every one whose attention
+has sinks or caps its scores.
 
 Each must give transformers' most likely tokens and log-probabilities: several requests at once, prompts in chunks, with prefixes
 that are found in the cache; and the same tokens alone, with looked-up proposals, and with those of a draft module like its last
@@ -369,6 +370,53 @@ def _youtu(rng: random.Random) -> Any:
     return transformers.YoutuConfig(**_latent(rng), rope_interleave=rng.random() < 0.5)
 
 
+_WINDOWS = {"sliding_window": 20}
+
+
+def _gpt_oss(rng: random.Random) -> Any:
+    return transformers.GptOssConfig(
+        **SIZES,
+        **_of_few_fields(rng),
+        **_WINDOWS,
+        head_dim=rng.choice((16, 32)),
+        attention_bias=rng.random() < 0.8,
+        swiglu_limit=rng.choice((0.5, 7.0)),
+        rope_parameters=_YARN | {"truncate": rng.random() < 0.3, "beta_fast": 32.0, "beta_slow": 1.0},
+    )
+
+
+def _gemma2(rng: random.Random, config: Any = transformers.Gemma2Config) -> Any:
+    return config(
+        **SIZES,
+        **_WINDOWS,
+        head_dim=rng.choice((16, 32)),
+        query_pre_attn_scalar=rng.choice((16, 24)),
+        attn_logit_softcapping=rng.choice((None, 2.0, 50.0)),
+        final_logit_softcapping=rng.choice((None, 4.0, 30.0)),
+    )
+
+
+def _vaultgemma(rng: random.Random) -> Any:
+    return _gemma2(rng, transformers.VaultGemmaConfig)
+
+
+def _granite_swa(rng: random.Random, config: Any = None, **fields: Any) -> Any:
+    factors = {
+        "residual_multiplier": 0.3,
+        "logits_scaling": 4.0,
+        "embedding_multiplier": 6.0,
+        "attention_multiplier": 0.2,
+    }
+    thetas = rng.choice((None, [10000.0, 0, 500.0]))
+    kind = config or transformers.GraniteSWAConfig
+    return kind(**SIZES, **_WINDOWS, **factors, **fields, layer_rope_theta=thetas)
+
+
+def _granitemoe_swa(rng: random.Random) -> Any:
+    shared = {"shared_intermediate_size": rng.choice((0, 32))}
+    return _granite_swa(rng, transformers.GraniteMoeSWAConfig, **shared, **_of_few_fields(rng))
+
+
 FAMILIES: dict[str, Callable[[random.Random], Any]] = {
     "mixtral": _mixtral,
     "qwen2_moe": _qwen2_moe,
@@ -390,6 +438,11 @@ FAMILIES: dict[str, Callable[[random.Random], Any]] = {
     "glm4_moe_lite": _glm4_moe_lite,
     "minicpm3": _minicpm3,
     "youtu": _youtu,
+    "gpt_oss": _gpt_oss,
+    "gemma2": _gemma2,
+    "vaultgemma": _vaultgemma,
+    "granite_swa": _granite_swa,
+    "granitemoe_swa": _granitemoe_swa,
 }
 """By model type: a random config."""
 

@@ -6,6 +6,7 @@ Shapes: T tokens, E hidden size, N experts, K of them for a token, M width of an
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +21,7 @@ from stepgraph.layers.mlp import MLP, Activation
 from stepgraph.layers.norm import RMSNorm
 from stepgraph.layers.residual import ResidualStream
 from stepgraph.ops.route import Routing
+from stepgraph.ops.swiglu import Clamp
 from stepgraph.parallel.shard import WHOLE, Axis, Cut, Shard
 
 _PLAIN = Plain()
@@ -35,6 +37,12 @@ class ExpertsSpec:
     routing: Routing
     has_bias: bool = False
     """Whether experts are chosen by scores with a bias that was learned."""
+    has_logit_bias: bool = False
+    """Whether the router's logits have a bias."""
+    has_expert_biases: bool = False
+    """Whether the projections of experts have biases."""
+    clamp: Clamp | None = None
+    """Of the experts' activation."""
     shared_intermediate_size: int = 0
     """Of a feed-forward layer beside the experts that all tokens take; 0: there is none."""
     has_shared_gate: bool = False
@@ -74,15 +82,15 @@ class Router(nn.Module):
         self.routing = spec.routing
         size = spec.num_experts, hidden_size
         self.weight = nn.Parameter(torch.empty(size, dtype=torch.float32, device=device), False)
-        self.bias = (
-            nn.Parameter(torch.empty(size[0], dtype=torch.float32, device=device), False) if spec.has_bias else None
-        )
+        bias = partial(torch.empty, size[0], dtype=torch.float32, device=device)
+        self.bias = nn.Parameter(bias(), False) if spec.has_bias else None
+        self.logit_bias = nn.Parameter(bias(), False) if spec.has_logit_bias else None
         device = torch.device("cpu") if device.type == "meta" else device  # buffers have values from the start
         self.register_buffer("totals", torch.zeros(size[0], dtype=torch.int64, device=device), persistent=False)
 
     def forward(self, x_TE: Tensor, counts_B: Tensor) -> ops.Chosen:
         """Choose; see `ops.route`. May run inside a graph."""
-        return ops.route(x_TE, self.weight, self.bias, counts_B, self.totals, self.routing)
+        return ops.route(x_TE, self.weight, self.bias, counts_B, self.totals, self.routing, self.logit_bias)
 
     def mixture(
         self,
@@ -92,6 +100,7 @@ class Router(nn.Module):
         weights: ops.ExpertWeights,
         *,
         gelu: bool,
+        clamp: Clamp | None,
         add_to: Tensor | None,
         multiplier: float,
     ) -> tuple[Tensor, Tensor]:
@@ -114,6 +123,8 @@ class Router(nn.Module):
             gelu=gelu,
             add=add_to is not None,
             multiplier=multiplier,
+            logit_bias=self.logit_bias,
+            clamp=clamp,
         )
         return x_TE, out_TE
 
@@ -130,6 +141,7 @@ class ExpertLinear(MergedLinear):
         experts: Cut,
         *,
         axis: Axis,
+        bias: bool,
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
@@ -139,6 +151,7 @@ class ExpertLinear(MergedLinear):
         num_experts: of the layer.
         experts: those that the rank keeps.
         axis: along which ranks share each expert, if they do.
+        bias: whether each expert has one.
         dtype, device: as of `Matrix`.
         """
         kept = range(experts.begin, experts.begin + experts.length)
@@ -152,11 +165,12 @@ class ExpertLinear(MergedLinear):
             inputs,
             [cut for (cut,) in parts.values()],
             axis=axis,
-            bias=False,
+            bias=bias,
             format=_PLAIN,
             dtype=dtype,
             device=device,
         )
+        self.has_biases = bias
         self.parts = parts
         self.num_kept = experts.length
 
@@ -165,8 +179,9 @@ class ExpertLinear(MergedLinear):
         targets = super().part_targets()
         for name, (cut,) in self.parts.items():
             if cut.length == 0:
-                shape = torch.Size((cut.size, self.inputs.size))
-                targets |= {f"{name}.weight": Skipped(shape, self.dtype, self.weight.device)}
+                shapes = {"weight": (cut.size, self.inputs.size)} | ({"bias": (cut.size,)} if self.has_biases else {})
+                for kind, shape in shapes.items():
+                    targets[f"{name}.{kind}"] = Skipped(torch.Size(shape), self.dtype, self.weight.device)
         return targets
 
     @property
@@ -207,6 +222,7 @@ class Experts(nn.Module):
             spec.num_experts,
             experts,
             axis=Axis.OUT,
+            bias=spec.has_expert_biases,
             dtype=dtype,
             device=device,
         )
@@ -216,16 +232,21 @@ class Experts(nn.Module):
             spec.num_experts,
             experts,
             axis=Axis.IN,
+            bias=spec.has_expert_biases,
             dtype=dtype,
             device=device,
         )
         self._end = End.GEGLU if activation == "gelu_tanh" else End.SWIGLU
+        self.clamp = spec.clamp
 
     @property
     def operands(self) -> ops.ExpertWeights | None:
         """For `ops.mixture`; None if that does not take weights of these formats."""
         gate_up, down = (proj.format.mixture_operands(proj.stacked) for proj in (self.gate_up_proj, self.down_proj))
-        return None if gate_up is None or down is None else ops.ExpertWeights(*gate_up, *down, self.first)
+        if gate_up is None or down is None:
+            return None
+        biases = (proj.stacked.get("bias") for proj in (self.gate_up_proj, self.down_proj))
+        return ops.ExpertWeights(*gate_up, *down, self.first, *biases)
 
     @property
     def is_gelu(self) -> bool:
@@ -255,7 +276,7 @@ class Experts(nn.Module):
         """
         work = ops.expert_work(chosen, self.first, self.count, dispatch)
         gate_up, down = self.gate_up_proj, self.down_proj
-        hidden_PM = gate_up.format.gated_experts(gate_up.stacked, x_TE, work, self._end)
+        hidden_PM = gate_up.format.gated_experts(gate_up.stacked, x_TE, work, self._end, self.clamp)
         return down.format.sum_experts(down.stacked, hidden_PM, work, x_TE.shape, add_to, multiplier)
 
 
@@ -400,7 +421,14 @@ class MixtureMLP(nn.Module):
         operands = self.experts.operands if dispatch is ops.ExpertDispatch.PAIRS else None
         if operands is not None and not self.gate.is_watched:
             return self.gate.mixture(
-                norm, x_TE, counts_B, operands, gelu=self.experts.is_gelu, add_to=add_to, multiplier=multiplier
+                norm,
+                x_TE,
+                counts_B,
+                operands,
+                gelu=self.experts.is_gelu,
+                clamp=self.experts.clamp,
+                add_to=add_to,
+                multiplier=multiplier,
             )
         normed_TE: Tensor = x_TE if norm is None else norm(x_TE)
         chosen = self.gate(normed_TE, counts_B)

@@ -60,8 +60,10 @@ _WITH_EXPERTS = frozenset(
         "Ernie4_5_MoeForCausalLM",
         "Glm4MoeForCausalLM",
         "Glm4MoeLiteForCausalLM",
+        "GptOssForCausalLM",
         "GraniteMoeForCausalLM",
         "GraniteMoeHybridForCausalLM",
+        "GraniteMoeSWAForCausalLM",
         "Lfm2MoeForCausalLM",
         "MixtralForCausalLM",
         "Qwen2MoeForCausalLM",
@@ -71,6 +73,8 @@ _WITH_EXPERTS = frozenset(
     )
 )
 """Classes whose mixtures of experts are native."""
+_CAPPING = ("Gemma2ForCausalLM", "VaultGemmaForCausalLM")
+"""Classes that cap attention scores and logits."""
 _ACTIVATIONS: dict[str, Activation] = {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
 
 
@@ -111,11 +115,16 @@ class DecoderConfig:
     activation: Activation = "silu"  # of the feed-forward gate
     attention_scale: float | None = None  # multiplies q·k; None: head_dim ** -0.5
     query_scaling: QueryScaling | None = None  # by position
+    attention_softcap: float = 0.0  # of attention's scores, see `AttentionSpec`
+    attention_sinks: bool = False  # see `AttentionSpec`
     norm_weight_offset: float = 0.0  # what the weights of norms lack in the checkpoint; see `RMSNorm`
     output_norms: bool = False  # RMS norm of what attention and feed-forward add to the residual stream
+    mlp_norm: str = "post_attention_layernorm"
+    """Without `output_norms`, what checkpoints call the norm before feed-forward."""
     embedding_multiplier: float = 1.0
     residual_multiplier: float = 1.0  # of what attention and feed-forward add to the residual stream
     logits_divisor: float = 1.0
+    logits_softcap: float = 0.0  # logits x become softcap · tanh(x / softcap); 0: they stay
     interleaved_rope: bool = False  # the checkpoint rotates adjacent dimensions; see `rotary_order`
     merged_projections: bool = False  # the checkpoint stores qkv_proj and gate_up_proj as one matrix each
     mixtures: tuple[
@@ -149,7 +158,15 @@ class DecoderConfig:
         """Of a layer that has attention."""
         if self.latent is not None:
             return self.latent.spec(self.num_heads)
-        return AttentionSpec(self.num_heads, self.num_kv_heads, self.head_dim, self.head_dim, self.windows[layer])
+        return AttentionSpec(
+            self.num_heads,
+            self.num_kv_heads,
+            self.head_dim,
+            self.head_dim,
+            self.windows[layer],
+            self.attention_softcap,
+            self.attention_sinks,
+        )
 
     def has_state(self, layer: int) -> bool:
         """Whether a layer carries a state: of a gated delta rule, of short convolutions, or of Mamba-2."""
@@ -323,8 +340,11 @@ def check_supported(hf_config: Any) -> None:
             'Give "sliding_window" a number of tokens in config.json, or make all layers full_attention.',
         )
     for name in ("attn_logit_softcapping", "final_logit_softcapping"):
-        if field(name):
-            refuse(f"it caps logits ({name} = {field(name)})", "Models without soft-capping are supported.")
+        if field(name) and architecture_of(hf_config) not in _CAPPING:
+            refuse(
+                f"it caps logits ({name} = {field(name)})",
+                f"Models without soft-capping are supported, and {' and '.join(_CAPPING)}.",
+            )
     if _activation_of(hf_config) not in _ACTIVATIONS:
         refuse(
             f'its feed-forward activation is "{_activation_of(hf_config)}"',

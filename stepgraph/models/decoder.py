@@ -353,9 +353,12 @@ class Decoder(nn.Module, ABC):
         if self.config.logits_divisor != 1.0:
             hidden_RE = hidden_RE / self.config.logits_divisor
         if self.head_part is None:
-            return self.head.product(hidden_RE, out=out)
-        logits_RV: Tensor = self.head_part(self.head, hidden_RE, out)
-        return logits_RV
+            self.head.product(hidden_RE, out=out)
+        else:
+            self.head_part(self.head, hidden_RE, out)
+        if cap := self.config.logits_softcap:
+            out.div_(cap).tanh_().mul_(cap)
+        return out
 
     def checkpoint_tensors(self) -> dict[str, Target]:
         """Where each tensor of a checkpoint goes: checkpoint name → parameter, view into a merged one, or one that is
@@ -390,6 +393,9 @@ def named_targets(root: nn.Module, config: DecoderConfig, layers: Mapping[str, i
     for path, index in layers.items():
         layer = root.get_submodule(path)
         assert isinstance(layer, DecoderLayer)
+        before_mlp = f"{path}.post_attention_layernorm.weight"
+        if before_mlp in targets:
+            targets[f"{path}.{config.mlp_norm}.weight"] = targets.pop(before_mlp)
         if layer.self_attn is not None:
             _reorder_heads(targets, f"{path}.self_attn", layer.self_attn, config, index)
         if layer.linear_attn is not None and (sizes := layer.linear_attn.sizes).merged:

@@ -1,7 +1,7 @@
 """A mixture's tensors as native models take them: a matrix for each projection of each expert.
 
 Most published checkpoints hold them so. transformers keeps those of all experts of a layer in one tensor while it runs a model,
-and Granite's checkpoints do too.
+and Granite's checkpoints do too, those of gpt-oss in another order (`stepgraph.models.interleaved_experts`).
 
 Shapes: N experts, M width of an expert, E hidden size.
 """
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from stepgraph.errors import ModelError
 from stepgraph.models.checkpoint import CheckpointTensor, take
+from stepgraph.models.interleaved_experts import split_interleaved
 from stepgraph.parallel.shard import Cut, Part
 
 _MERGED = re.compile(r"(.+\.mlp\.experts)\.(gate_up_proj|down_proj)")
@@ -46,9 +47,14 @@ def split_experts(tensors: Iterable[CheckpointTensor]) -> Iterator[CheckpointTen
     which ERNIE stores as [1, N], as one row.
 
     Raises:
-        ModelError: the tensor of all experts' gates and ups cannot be halved.
+        ModelError: a tensor of gates and ups cannot be halved, or blocks lack their scales.
     """
-    for tensor in tensors:
+    by_name = {tensor.name: tensor for tensor in tensors}
+    interleaved, pieces = split_interleaved(by_name)
+    yield from pieces
+    for name, tensor in by_name.items():
+        if name in interleaved:
+            continue
         match = _MERGED.fullmatch(tensor.name)
         if match is not None and len(tensor.shape) == 3:
             yield from _of_each(tensor, match[1], _PARTS[match[2]])

@@ -32,9 +32,9 @@ _MODELOPT = ("FP8", "FP8_PER_CHANNEL_PER_TOKEN", "FP8_PB_WO")
 """Of modelopt's formats, those whose weights are of 8 bits and whose scales are read."""
 READABLE = (
     "Quantised weights that run: those of 8-bit floating point in native models (compressed-tensors, fp8, modelopt and "
-    f"fbgemm_fp8, with a scale per matrix, per output, or per block of {GROUP_SIZE} × {GROUP_SIZE}) and GGUF files of "
-    "architecture llama, qwen2, qwen2moe, qwen3, qwen3moe, deepseek2 or minicpm3. Use such a checkpoint of the model, or the "
-    "unquantised one, which --quantization fp8 rounds to 8 bits as it is read."
+    f"fbgemm_fp8, with a scale per matrix, per output, or per block of {GROUP_SIZE} × {GROUP_SIZE}), gpt-oss's experts in "
+    "MXFP4, and GGUF files of architecture llama, qwen2, qwen2moe, qwen3, qwen3moe, deepseek2 or minicpm3. Use such a "
+    "checkpoint of the model, or the unquantised one, which --quantization fp8 rounds to 8 bits as it is read."
 )
 """What to do about a checkpoint that is refused."""
 
@@ -50,7 +50,7 @@ def refusal(quantization: Any) -> str | None:
         if quantization.get("fmt", "e4m3") != "e4m3":
             return f"{described} in the format {quantization['fmt']}, and e4m3 is read"
         return None if block is None or list(block) == [GROUP_SIZE, GROUP_SIZE] else _blocks(described, block)
-    if method == "fbgemm_fp8":
+    if method in ("fbgemm_fp8", "mxfp4"):
         return None
     if method == "modelopt":
         nested = quantization.get("quantization")

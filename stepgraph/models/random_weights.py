@@ -7,6 +7,7 @@ import math
 import torch
 from torch import Tensor, nn
 
+from stepgraph.layers.attention import Attention
 from stepgraph.layers.embedding import Embedding
 from stepgraph.layers.experts import Router
 from stepgraph.layers.formats import Target
@@ -53,6 +54,9 @@ def fill_randomly(model: nn.Module, device: torch.device) -> None:
         if isinstance(module, Router):
             for parameter in module.parameters(recurse=False):
                 _draw(parameter, generator)
+        if isinstance(module, Attention):
+            for target in module.targets().values():
+                _draw(target, generator)
         if isinstance(module, Matrix):
             spreads = has_experts and isinstance(module, Embedding)
             for target in module.targets().values():

@@ -26,10 +26,12 @@ from stepgraph.models.dots1 import Dots1
 from stepgraph.models.ernie4_5 import Ernie45
 from stepgraph.models.ernie4_5_moe import Ernie45Moe
 from stepgraph.models.falcon_h1 import FalconH1
+from stepgraph.models.gemma2 import Gemma2, VaultGemma
 from stepgraph.models.gemma3 import Gemma3
 from stepgraph.models.glm4_moe import Glm4Moe
 from stepgraph.models.glm4_moe_lite import Glm4MoeLite
-from stepgraph.models.granite import Granite, GraniteMoe
+from stepgraph.models.gpt_oss import GptOss
+from stepgraph.models.granite import Granite, GraniteMoe, GraniteMoeSWA, GraniteSWA
 from stepgraph.models.granite_hybrid import GraniteHybrid
 from stepgraph.models.hf_config import hf_config_from_json
 from stepgraph.models.language_model import LanguageModelConfig
@@ -83,12 +85,17 @@ ARCHITECTURES: dict[str, type[Decoder]] = {
     "Ernie4_5ForCausalLM": Ernie45,
     "Ernie4_5_MoeForCausalLM": Ernie45Moe,
     "FalconH1ForCausalLM": FalconH1,
+    "Gemma2ForCausalLM": Gemma2,
+    "VaultGemmaForCausalLM": VaultGemma,
     "Gemma3ForCausalLM": Gemma3,
     "Glm4MoeForCausalLM": Glm4Moe,
     "Glm4MoeLiteForCausalLM": Glm4MoeLite,
+    "GptOssForCausalLM": GptOss,
     "GraniteForCausalLM": Granite,
     "GraniteMoeForCausalLM": GraniteMoe,
     "GraniteMoeHybridForCausalLM": GraniteHybrid,
+    "GraniteSWAForCausalLM": GraniteSWA,
+    "GraniteMoeSWAForCausalLM": GraniteMoeSWA,
     "Lfm2ForCausalLM": Lfm2,
     "Lfm2MoeForCausalLM": Lfm2Moe,
     "MiniCPMForCausalLM": MiniCPM,

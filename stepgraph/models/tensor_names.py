@@ -50,6 +50,7 @@ _OF_EXPERTS = (
     (re.compile(r"\.mlp\.input_linear\.weight$"), ".mlp.experts.gate_up_proj"),
     (re.compile(r"\.mlp\.output_linear\.weight$"), ".mlp.experts.down_proj"),
     (re.compile(r"\.mlp\.router\.(?:layer\.)?weight$"), ".mlp.gate.weight"),
+    (re.compile(r"\.mlp\.router\.bias$"), ".mlp.gate.logit_bias"),
     # Qwen2's
     (re.compile(r"\.mlp\.shared_expert\."), ".mlp.shared_experts."),
     # ERNIE's, in checkpoints and in memory; DeepSeek's, which GLM has too

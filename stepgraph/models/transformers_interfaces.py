@@ -31,8 +31,6 @@ REQUIREMENTS = (
 CAUSAL_ONLY = "What runs are causal models: decoders, whose tokens see themselves and earlier ones."
 _HARMLESS = {"dropout", "position_ids", "use_cache", "cache_position"}
 _UNSUPPORTED = {
-    "softcap": "it caps attention scores",
-    "s_aux": "it has attention sinks",
     "position_bias": "it adds a bias to attention scores",
 }
 
@@ -48,6 +46,8 @@ class AttentionCall:
     value: Tensor  # [1, G, T, V]
     scale: float  # multiplies q·k
     window: int  # 0: none, or not said by the layer
+    sinks: Tensor | None  # of each query head; None: there are none
+    softcap: float  # of scores; 0: none
 
 
 Attend = Callable[[AttentionCall], Tensor]
@@ -86,13 +86,23 @@ class Relay:
             self._attend = None
 
     def call(
-        self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *, scale: float, window: int = 0
+        self,
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *,
+        scale: float,
+        window: int = 0,
+        sinks: Tensor | None = None,
+        softcap: float = 0.0,
     ) -> Tensor:
         """What a module gets, see `AttentionCall`. One that does not know the number of its layer makes one call in each."""
         assert self._attend is not None, "the layers do not run"
         number = next(self._numbers)
         layer = getattr(module, "layer_idx", None)
-        return self._attend(AttentionCall(number, number if layer is None else layer, query, key, value, scale, window))
+        layer = number if layer is None else layer
+        return self._attend(AttentionCall(number, layer, query, key, value, scale, window, sinks, softcap))
 
 
 class RefusalError(ModelError):
@@ -122,6 +132,8 @@ def _attention(
     scaling: float | None = None,
     sliding_window: int | None = None,
     is_causal: bool | None = None,
+    s_aux: Tensor | None = None,
+    softcap: float | None = None,
     **others: Any,
 ) -> tuple[Tensor, None]:
     """An attention function of transformers: takes [1, heads, T, D] each, gives [1, T, H, V] and no weights.
@@ -136,7 +148,10 @@ def _attention(
         if name not in _HARMLESS and argument is not None and argument is not False:
             refuse(_UNSUPPORTED.get(name, f"{who} asks attention for {name}, which is not known here"))
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    return Relay.of(module).call(module, query, key, value, scale=scale, window=sliding_window or 0), None
+    attended = Relay.of(module).call(
+        module, query, key, value, scale=scale, window=sliding_window or 0, sinks=s_aux, softcap=softcap or 0.0
+    )
+    return attended, None
 
 
 def _experts(module: Any, hidden_TE: Tensor, expert_TK: Tensor, routing_TK: Tensor) -> Tensor:

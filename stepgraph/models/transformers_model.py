@@ -271,6 +271,8 @@ class TransformersModel(nn.Module):
                 work.geometry,
                 call.scale,
                 spec.window,
+                None if call.sinks is None else call.sinks.float(),
+                call.softcap,
             )
             return attended_TF.view(1, *q_THD.shape)[..., : call.value.shape[-1]]
 
@@ -365,12 +367,15 @@ def _check_layers(hf_config: Any, calls: list[AttentionCall]) -> None:
                 f"{tuple(call.key.shape)} and {tuple(call.value.shape)}",
                 "What runs is multi-head and grouped-query attention of tokens to themselves and earlier ones.",
             )
+        if call.sinks is not None and call.sinks.shape != (H,):
+            refuse(f"sinks of shape {tuple(call.sinks.shape)} are those of {H} query heads")
 
 
 def _spec(hf_config: Any, call: AttentionCall) -> AttentionSpec:
     """Of a call. Where keys and values differ in size, the smaller are filled up with zeros."""
     size = max(call.query.shape[-1], call.value.shape[-1])
-    return AttentionSpec(call.query.shape[1], call.key.shape[1], size, size, _window(hf_config, call))
+    heads, window = (call.query.shape[1], call.key.shape[1]), _window(hf_config, call)
+    return AttentionSpec(*heads, size, size, window, call.softcap, call.sinks is not None)
 
 
 def _window(hf_config: Any, call: AttentionCall) -> int:

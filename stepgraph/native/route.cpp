@@ -56,7 +56,8 @@ void keep_groups(float* ranked, int64_t count, const Routing& r, std::vector<int
 }
 
 // route(Tensor x, Tensor weight, Tensor bias, Tensor counts, int top, int sigmoid, int normalise, float least_sum, float scale,
-//       int groups, int kept_groups, int group_top, Tensor(a!) totals, Tensor(b!) expert, Tensor(c!) pair_weight) -> ()
+//       int groups, int kept_groups, int group_top, Tensor(a!) totals, Tensor(b!) expert, Tensor(c!) pair_weight,
+//       Tensor? logit_bias) -> ()
 void route(StableIValue* values, uint64_t, uint64_t) {
   Stack stack(values);
   const Tensor x_TE = stack.tensor(), weight_NE = stack.tensor(), bias_N = stack.tensor(), counts_B = stack.tensor();
@@ -65,6 +66,7 @@ void route(StableIValue* values, uint64_t, uint64_t) {
   r.least_sum = stack.real(), r.scale = stack.real();
   r.groups = stack.integer(), r.kept_groups = stack.integer(), r.group_top = stack.integer();
   const Tensor totals_N = stack.tensor(), expert_TK = stack.tensor(), weight_TK = stack.tensor();
+  const std::optional<Tensor> logit_bias_N = stack.optional();
   const int64_t tokens = x_TE.size(0), inputs = x_TE.size(1), experts = weight_NE.size(0);
   const int64_t length = tokens / counts_B.size(0);
   if (r.top > experts || r.kept_groups > r.groups || (r.groups > 1 && r.group_top > experts / r.groups))
@@ -74,6 +76,7 @@ void route(StableIValue* values, uint64_t, uint64_t) {
   // Of padding too, whose logits nobody reads.
   product({x_TE.data<float>(), codes, tokens, inputs, experts, F32::BYTES, std::numeric_limits<int64_t>::max()}, {scores.get()});
   const float* bias = bias_N.size(0) ? bias_N.data<float>() : nullptr;
+  const float* logit_bias = logit_bias_N ? logit_bias_N->data<float>() : nullptr;
   const int32_t* counts = counts_B.data<int32_t>();
   int32_t* expert = expert_TK.data<int32_t>();
   float* pair_weight = weight_TK.data<float>();
@@ -89,6 +92,8 @@ void route(StableIValue* values, uint64_t, uint64_t) {
         continue;
       }
       float* score = scores.get() + t * experts;
+      if (logit_bias)
+        for (int64_t n = 0; n < experts; n++) score[n] += logit_bias[n];
       to_scores(score, experts, r.sigmoid);
       for (int64_t n = 0; n < experts; n++) {
         const float value = bias ? score[n] + bias[n] : score[n];

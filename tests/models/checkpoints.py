@@ -13,9 +13,11 @@ from transformers import (
     Ernie4_5_MoeConfig,
     Ernie4_5Config,
     FalconH1Config,
+    Gemma2Config,
     Gemma3TextConfig,
     Glm4MoeConfig,
     Glm4MoeLiteConfig,
+    GptOssConfig,
     GraniteConfig,
     GraniteMoeConfig,
     GraniteMoeHybridConfig,
@@ -123,6 +125,22 @@ GRANITE_HYBRID = MAMBA | {
     "embedding_multiplier": 12.0,
     "residual_multiplier": 0.22,
     "attention_multiplier": 0.1,
+    "logits_scaling": 6.0,
+}
+CAPPED = SIZES | {
+    "head_dim": 32,
+    "query_pre_attn_scalar": 24,
+    "sliding_window": WINDOW,
+    "attn_logit_softcapping": 2.0,
+    "final_logit_softcapping": 4.0,
+}
+SINKS = SIZES | {
+    "num_hidden_layers": 3,
+    "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+    "sliding_window": WINDOW,
+    "layer_rope_theta": [10000.0, 0, 500.0],
+    "residual_multiplier": 0.22,
+    "attention_multiplier": 0.2,
     "logits_scaling": 6.0,
 }
 GROUPS = EXPERTS | {"n_routed_experts": 12, "n_group": 4, "topk_group": 2}
@@ -291,6 +309,20 @@ HF_CONFIGS = {
         q_lora_rank=24,
         dim_model_base=32,
         rope_parameters=LATENT_LONG_ROPE,
+    ),
+    "gpt oss": lambda: GptOssConfig(
+        **SIZES,
+        num_local_experts=8,
+        num_experts_per_tok=3,
+        head_dim=16,
+        sliding_window=WINDOW,
+        rope_parameters=YARN_ROPE | {"beta_fast": 32.0, "beta_slow": 1.0, "truncate": False},
+    ),
+    "gemma 2": lambda: Gemma2Config(**CAPPED),
+    "vault gemma": lambda: hf_config("VaultGemmaConfig", **CAPPED),
+    "granite swa": lambda: hf_config("GraniteSWAConfig", **SINKS),
+    "granite moe swa": lambda: hf_config(
+        "GraniteMoeSWAConfig", **SINKS, num_local_experts=8, num_experts_per_tok=3, shared_intermediate_size=48
     ),
     "youtu": lambda: YoutuConfig(**LATENT, q_lora_rank=None, tie_word_embeddings=True),
     "qwen3 moe": lambda: Qwen3MoeConfig(

@@ -101,6 +101,8 @@ def expected_parameters(model, rank, size, *, expert_parallel=False):
         grouped = isinstance(module, Matrix) and isinstance(module.format, FP8) and module.format.grouped
         cuts_inputs = kind == "weight" or (grouped and kind == "scale")
         if isinstance(module, ExpertLinear):
+            if kind == "bias" and path.endswith("down_proj") and rank > 0 and not expert_parallel:
+                continue
             of = {"cuts_inputs": cuts_inputs, "expert_parallel": expert_parallel}
             parameter = part_of_experts(path, parameter, module.num_kept, rank, size, **of)
         elif (match := STATEFUL.search(name)) and (parts := rows_of_states(match["name"], model.config)):
@@ -112,6 +114,8 @@ def expected_parameters(model, rank, size, *, expert_parallel=False):
                 continue
             if cuts_inputs:
                 parameter = parameter.chunk(size, 1)[rank]
+        elif kind == "sinks":
+            parameter = parameter.chunk(size)[rank]
         elif path == "lm_head":
             parameter = parameter[rows_of_head(len(parameter), rank, size)]
         expected[name] = parameter

@@ -26,7 +26,8 @@ from stepgraph.parallel.shard import Shard
 
 EXPERTS = {"num_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 36, "norm_topk_prob": True}
 MODELS = {
-    name: HF_CONFIGS[name] for name in ("qwen2 moe", "ernie 4.5 moe", "glm 4.5", "granite moe", "deepseek v3")
+    name: HF_CONFIGS[name]
+    for name in ("qwen2 moe", "ernie 4.5 moe", "glm 4.5", "granite moe", "deepseek v3", "gpt oss")
 } | {
     "qwen3": lambda: Qwen3MoeConfig(**SIZES | EXPERTS),
 }

@@ -8,7 +8,7 @@ from checkpoints import HF_CONFIGS, SIZES, random_hf_model
 from fp8_folders import LAYOUTS, compressed_tensors, write_fp8
 from safetensors.torch import load_file, save_file
 from stepping import Stepper
-from transformers import GptOssConfig, LlamaConfig
+from transformers import Lfm2Config, LlamaConfig
 
 from stepgraph.errors import ConfigError, ModelError
 from stepgraph.layers.formats import FP8
@@ -132,7 +132,6 @@ def test_new_weights_are_rounded_and_those_in_8_bits_are_not(folder, tmp_path) -
         ({"quant_method": "gptq", "bits": 4}, 'method "gptq" of 4 bits, for which there are no kernels here'),
         ({"quant_method": "awq", "w_bit": 4}, 'method "awq" of 4 bits'),
         ({"quant_method": "bitsandbytes", "load_in_4bit": True}, 'method "bitsandbytes" of 4 bits'),
-        ({"quant_method": "mxfp4"}, 'method "mxfp4", for which'),
         (compressed_tensors("group", num_bits=4, type="int"), r'"compressed-tensors" \(type int, 4 bits'),
         (compressed_tensors("block", block_structure=[64, 64]), r"scale per block of \[64, 64\], and blocks of 128"),
         ({"quant_method": "fp8", "weight_block_size": [1, 128]}, r"scale per block of \[1, 128\]"),
@@ -153,10 +152,10 @@ def test_other_quantised_checkpoints_are_refused_with_what_is_read_instead(
 
 
 def test_of_a_model_that_does_not_run_no_other_checkpoint_is_recommended(tmp_path) -> None:
-    config = GptOssConfig(**SIZES, num_local_experts=4).to_dict()
-    config |= {"architectures": ["GptOssForCausalLM"], "quantization_config": {"quant_method": "mxfp4"}}
+    config = Lfm2Config(**SIZES, layer_types=["conv"] * 2).to_dict()
+    config |= {"architectures": ["Lfm2ForCausalLM"], "quantization_config": {"quant_method": "awq"}}
     (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ModelError, match=r"GptOssForCausalLM cannot run.*attention sinks"):
+    with pytest.raises(ModelError, match="all its layers are of type conv"):
         resolve(str(tmp_path))
 
 

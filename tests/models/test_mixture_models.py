@@ -80,7 +80,15 @@ def test_padding_that_reaches_experts_is_found_out(script, glm, monkeypatch) -> 
 
 @pytest.mark.parametrize(
     "name",
-    ["mixtral with windows", "qwen2 moe", "ernie 4.5 moe", "glm 4.5", "granite moe", "deepseek v2", "deepseek v3"],
+    [
+        "mixtral with windows",
+        "qwen2 moe",
+        "ernie 4.5 moe",
+        "glm 4.5",
+        "granite moe",
+        "deepseek v2",
+        "deepseek v3",
+    ],
 )
 @pytest.mark.parametrize("form", ["as published", "as in memory"])
 def test_new_weights_come_in_the_names_of_checkpoints_or_of_transformers_models(name, form, tmp_path) -> None:

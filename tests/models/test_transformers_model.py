@@ -109,6 +109,12 @@ SUPPORTED = {
         H_cycles=2,
         L_cycles=3,
     ),
+    "gpt_oss: sinks": lambda: transformers.GptOssConfig(
+        **SIZES, num_local_experts=4, num_experts_per_tok=2, head_dim=16, sliding_window=20
+    ),
+    "gemma2: capped scores": lambda: transformers.Gemma2Config(
+        **SIZES, head_dim=16, sliding_window=20, attn_logit_softcapping=2.0, final_logit_softcapping=4.0
+    ),
     "opt: a decoder in its base model, positions from 2": lambda: transformers.OPTConfig(
         **SIZES, ffn_dim=96, word_embed_proj_dim=32
     ),
@@ -226,8 +232,6 @@ LONG = {"rope_type": "longrope", "rope_theta": 10000.0, "factor": 2.0, "original
 LONG |= {"short_factor": [1.0] * 8, "long_factor": [2.0] * 8}
 RWKV_SIZES = {"vocab_size": 96, "hidden_size": 64, "num_hidden_layers": 2, "context_length": 256}
 REFUSED = {
-    "capped scores": (lambda: transformers.Gemma2Config(**SIZES), "caps attention scores"),
-    "sinks": (lambda: transformers.GptOssConfig(**SIZES, num_local_experts=4), "attention sinks"),
     "recurrent layers": (
         lambda: transformers.MambaConfig(vocab_size=96, hidden_size=64, num_hidden_layers=2),
         "Mamba|layers of type",

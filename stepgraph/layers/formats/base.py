@@ -17,6 +17,7 @@ from torch import Tensor
 from stepgraph import ops
 from stepgraph.layers.formats.target import Target
 from stepgraph.layers.norm import RMSNorm
+from stepgraph.ops.swiglu import Clamp
 
 Weights = Mapping[str, Tensor]
 """A layer's parameters by name: those of its format, and "bias", [O], if it has one. Parts of a layer have views of them."""
@@ -147,7 +148,9 @@ class WeightFormat(ABC):
         its sums are not those of steps that it is not for."""
         return None
 
-    def gated_experts(self, weights: Weights, x_TE: Tensor, work: ops.ExpertWork, end: End) -> Tensor:
+    def gated_experts(
+        self, weights: Weights, x_TE: Tensor, work: ops.ExpertWork, end: End, clamp: Clamp | None = None
+    ) -> Tensor:
         """See `ops.gated_experts`. Only of formats that experts may have.
 
         Args:
@@ -155,6 +158,7 @@ class WeightFormat(ABC):
             x_TE: [T, E].
             work: the pairs of tokens and experts.
             end: `End.SWIGLU` or `End.GEGLU`.
+            clamp: of the activation, if it has one.
         """
         raise AssertionError(f"{self} keeps no experts")
 

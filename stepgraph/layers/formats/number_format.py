@@ -10,6 +10,7 @@ from torch import Tensor
 
 from stepgraph import ops
 from stepgraph.layers.formats.base import End, WeightFormat, Weights
+from stepgraph.ops.swiglu import Clamp
 
 
 class NumberFormat(WeightFormat):
@@ -22,10 +23,19 @@ class NumberFormat(WeightFormat):
         """See `WeightFormat.mixture_operands`."""
         return None if self.deterministic else (weights["weight"], weights.get("scale"))
 
-    def gated_experts(self, weights: Weights, x_TE: Tensor, work: ops.ExpertWork, end: End) -> Tensor:
+    def gated_experts(
+        self, weights: Weights, x_TE: Tensor, work: ops.ExpertWork, end: End, clamp: Clamp | None = None
+    ) -> Tensor:
         """See `WeightFormat.gated_experts`."""
         return ops.gated_experts(
-            x_TE, weights["weight"], weights.get("scale"), work, gelu=end is End.GEGLU, by_row=self.deterministic
+            x_TE,
+            weights["weight"],
+            weights.get("scale"),
+            work,
+            gelu=end is End.GEGLU,
+            by_row=self.deterministic,
+            bias=weights.get("bias"),
+            clamp=clamp,
         )
 
     def sum_experts(
@@ -48,5 +58,6 @@ class NumberFormat(WeightFormat):
             add=add_to is not None,
             multiplier=multiplier,
             by_row=self.deterministic,
+            bias=weights.get("bias"),
         )
         return out

@@ -15,6 +15,7 @@ from stepgraph.layers.formats.base import End, FormatOptions, ParameterSpec, Wei
 from stepgraph.layers.formats.target import Target
 from stepgraph.layers.norm import RMSNorm
 from stepgraph.ops.packed import BLOCK, BLOCK_BYTES
+from stepgraph.ops.swiglu import Clamp
 
 
 @dataclass(frozen=True)
@@ -77,8 +78,12 @@ class Packed(WeightFormat):
             out_TO.add_(bias)
         return out_TO
 
-    def gated_experts(self, weights: Weights, x_TE: Tensor, work: ops.ExpertWork, end: End) -> Tensor:
+    def gated_experts(
+        self, weights: Weights, x_TE: Tensor, work: ops.ExpertWork, end: End, clamp: Clamp | None = None
+    ) -> Tensor:
         """See `WeightFormat.gated_experts`."""
+        assert clamp is None, "no file has blocks of such experts"
+        assert "bias" not in weights
         return ops.packed_gated_experts(
             x_TE, weights["weight"], work, gelu=end is End.GEGLU, exact_tokens=self.rounds_above
         )

@@ -18,6 +18,7 @@ from torch import Tensor
 from stepgraph.ops.experts import cpu, reference
 from stepgraph.ops.registry import Inlined, register
 from stepgraph.ops.route import Chosen, Routing
+from stepgraph.ops.swiglu import Clamp
 
 __all__ = [
     "ExpertDispatch",
@@ -35,7 +36,7 @@ _sort_pairs = register(
 )
 _gated_experts = register(
     "gated_experts(Tensor x, Tensor weight, Tensor? scale, Tensor expert, int first, Tensor? order, Tensor? ends, bool gelu, "
-    "bool by_row) -> Tensor",
+    "bool by_row, Tensor? bias=None, float limit=0.0, float alpha=1.0) -> Tensor",
     {
         "cpu": Inlined(cpu.gated_experts, cpu.gated_experts_natively),
         "cuda": "stepgraph.ops.experts.triton:gated_experts",
@@ -43,7 +44,7 @@ _gated_experts = register(
 )
 _sum_experts = register(
     "sum_experts(Tensor hidden, Tensor weight, Tensor? scale, Tensor expert, Tensor pair_weight, int first, Tensor? order, "
-    "Tensor? ends, Tensor(a!) out, bool add, float multiplier, bool by_row) -> ()",
+    "Tensor? ends, Tensor(a!) out, bool add, float multiplier, bool by_row, Tensor? bias=None) -> ()",
     {
         "cpu": Inlined(cpu.sum_experts, cpu.sum_experts_natively),
         "cuda": "stepgraph.ops.experts.triton:sum_experts",
@@ -52,8 +53,8 @@ _sum_experts = register(
 _mixture = register(
     "mixture(Tensor x, Tensor? norm_weight, float eps, Tensor router, Tensor? bias, Tensor counts, Tensor(a!) totals, int top, "
     "bool sigmoid, bool normalise, float least_sum, float scale, int groups, int kept_groups, int group_top, Tensor gate_up, "
-    "Tensor? gate_up_scale, Tensor down, Tensor? down_scale, int first, bool gelu, Tensor(b!) out, bool add, float multiplier) "
-    "-> Tensor",
+    "Tensor? gate_up_scale, Tensor down, Tensor? down_scale, int first, bool gelu, Tensor(b!) out, bool add, float multiplier, "
+    "Tensor? logit_bias=None, Tensor? gate_up_bias=None, Tensor? down_bias=None, float limit=0.0, float alpha=1.0) -> Tensor",
     {"cpu": Inlined(reference.mixture), "cuda": "stepgraph.ops.experts.pairs:mixture"},
 )
 
@@ -95,7 +96,15 @@ def expert_work(chosen: Chosen, first: int, count: int, dispatch: ExpertDispatch
 
 
 def gated_experts(
-    x: Tensor, weight: Tensor, scale: Tensor | None, work: ExpertWork, *, gelu: bool, by_row: bool = False
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor | None,
+    work: ExpertWork,
+    *,
+    gelu: bool,
+    by_row: bool = False,
+    bias: Tensor | None = None,
+    clamp: Clamp | None = None,
 ) -> Tensor:
     """``activation(gate(x)) · up(x)`` of each pair, accumulated in float32. May run inside a graph.
 
@@ -106,12 +115,15 @@ def gated_experts(
         work: the pairs.
         gelu: whether the activation is GELU (by tanh), not SiLU.
         by_row: a pair's result depends, bit for bit, on its token and the weights only.
+        bias: [N, 2M], dtype of `x`, added to gates and ups; None: nothing is.
+        clamp: of the activation; None: it is as it says above.
 
     Returns:
         [P, M], dtype of `x`: in the order of `work.order`, or else of the pairs. Rows of pairs whose experts are not here are
         unspecified.
     """
-    return _gated_experts(x, weight, scale, work.expert, work.first, work.order, work.ends, gelu, by_row)
+    pairs = work.expert, work.first, work.order, work.ends
+    return _gated_experts(x, weight, scale, *pairs, gelu, by_row, bias, *(clamp or ()))
 
 
 def sum_experts(
@@ -124,6 +136,7 @@ def sum_experts(
     add: bool = False,
     multiplier: float = 1.0,
     by_row: bool = False,
+    bias: Tensor | None = None,
 ) -> None:
     """Each token's sum over its experts of ``weight · down(hidden)``, accumulated in float32, in an order that is always the
     same; products may be rounded before. May run inside a graph.
@@ -137,10 +150,12 @@ def sum_experts(
         add: whether it is added, rounded once; tokens without an expert here leave `out` as it is.
         multiplier: of the sum.
         by_row: a token's result depends, bit for bit, on the token and the weights only.
+        bias: [N, E], dtype of `hidden`, added to ``down(hidden)``; None: nothing is.
     """
     _sum_experts(
-        hidden, weight, scale, work.expert, work.weight, work.first, work.order, work.ends, out, add, multiplier, by_row
-    )
+        hidden, weight, scale, work.expert, work.weight, work.first, work.order, work.ends, out, add, multiplier, by_row,
+        bias,
+    )  # fmt: skip
 
 
 class ExpertWeights(NamedTuple):
@@ -151,6 +166,8 @@ class ExpertWeights(NamedTuple):
     down: Tensor  # [N, E, M], see `sum_experts`
     down_scale: Tensor | None  # [N, E, G]
     first: int  # number of the first expert
+    gate_up_bias: Tensor | None = None  # [N, 2M]
+    down_bias: Tensor | None = None  # [N, E]
 
 
 def mixture(
@@ -167,6 +184,8 @@ def mixture(
     gelu: bool,
     add: bool = False,
     multiplier: float = 1.0,
+    logit_bias: Tensor | None = None,
+    clamp: Clamp | None = None,
 ) -> Tensor:
     """All of a mixture at once, for few tokens: `rms_norm`, `route`, `gated_experts` and `sum_experts` by pairs, up to the last
     bits. May run inside a graph.
@@ -177,13 +196,16 @@ def mixture(
         router, bias, counts, totals, routing: as `weight` and so on of `route`.
         weights: of the experts.
         out, add, multiplier: as of `sum_experts`; `out` may be `x` if there is a norm.
-        gelu: as of `gated_experts`.
+        gelu, clamp: as of `gated_experts`.
+        logit_bias: as of `route`.
 
     Returns:
         `x` normalised.
     """
     norm_weight, eps = norm or (None, 0.0)
+    *operands, gate_up_bias, down_bias = weights
     normed = _mixture(
-        x, norm_weight, eps, router, bias, counts, totals, *astuple(routing), *weights, gelu, out, add, multiplier
-    )
+        x, norm_weight, eps, router, bias, counts, totals, *astuple(routing), *operands, gelu, out, add, multiplier,
+        logit_bias, gate_up_bias, down_bias, *(clamp or ()),
+    )  # fmt: skip
     return x if norm is None else normed

@@ -23,7 +23,7 @@ from stepgraph.ops.experts import reference
 from stepgraph.ops.fp8_linear.reference import dequantize
 from stepgraph.ops.linear.cpu import linear, linear_by_row
 from stepgraph.ops.packed import BLOCK
-from stepgraph.ops.swiglu.reference import geglu, swiglu
+from stepgraph.ops.swiglu.reference import clamped_swiglu, geglu, swiglu
 
 Product = Callable[[Tensor, int], Tensor]
 """Of rows [rows, I] with the weight of an expert, by its number among those that are kept: [rows, O]."""
@@ -95,12 +95,15 @@ def gated_experts(
     ends: Tensor | None,
     gelu: bool,
     by_row: bool,
+    bias: Tensor | None = None,
+    limit: float = 0.0,
+    alpha: float = 1.0,
 ) -> Tensor:
     """See `stepgraph.ops.experts.gated_experts`."""
     pairs = expert, first, order, ends
-    hidden_PM: Tensor = gated_experts_natively(x, weight, scale, *pairs, gelu, by_row)
+    hidden_PM: Tensor = gated_experts_natively(x, weight, scale, *pairs, gelu, by_row, bias, limit, alpha)
     if hidden_PM is NotImplemented:
-        return gated_experts_by_library(x, weight, scale, *pairs, gelu, by_row)
+        return gated_experts_by_library(x, weight, scale, *pairs, gelu, by_row, bias, limit, alpha)
     return hidden_PM
 
 
@@ -114,13 +117,17 @@ def gated_experts_by_library(
     ends: Tensor | None,
     gelu: bool,
     by_row: bool,
+    bias: Tensor | None = None,
+    limit: float = 0.0,
+    alpha: float = 1.0,
 ) -> Tensor:
     """`gated_experts` by the library; opaque to a recording, which would hold the experts of one step."""
     found = _groups(expert, first, weight.shape[0], order, ends)
     hidden_PM = x.new_empty(expert.numel(), weight.shape[1] // 2)
     if found.numbers:
         x_JE = x.index_select(0, found.pair // expert.shape[1])
-        gated_JM = (geglu if gelu else swiglu)(found.products(x_JE, _product(weight, scale, by_row)))
+        product_JM = found.products(x_JE, _product(weight, scale, by_row, bias))
+        gated_JM = clamped_swiglu(product_JM, limit, alpha) if limit else (geglu if gelu else swiglu)(product_JM)
         hidden_PM[found.pair if order is None else slice(len(gated_JM))] = gated_JM
     return hidden_PM
 
@@ -135,11 +142,26 @@ def gated_experts_natively(
     ends: Tensor | None,
     gelu: bool,
     by_row: bool,
+    bias: Tensor | None = None,
+    limit: float = 0.0,
+    alpha: float = 1.0,
 ) -> Any:
     """`gated_experts` by our own kernels, as a recording may hold it; NotImplemented where they do not take the weights."""
     if (codes := _codes(weight, scale)) is None:
         return NotImplemented
-    return kernels.gated_experts(x.float(), codes, expert, first, order, ends, gelu=gelu, exact_tokens=None).to(x.dtype)
+    hidden_PM = kernels.gated_experts(
+        x.float(),
+        codes,
+        expert,
+        first,
+        order,
+        ends,
+        gelu=gelu,
+        exact_tokens=None,
+        bias=bias,
+        clamp=(limit, alpha) if limit else None,
+    )
+    return hidden_PM.to(x.dtype)
 
 
 def sum_experts(
@@ -155,11 +177,13 @@ def sum_experts(
     add: bool,
     multiplier: float,
     by_row: bool,
+    bias: Tensor | None = None,
 ) -> None:
     """See `stepgraph.ops.experts.sum_experts`."""
     operands = hidden, weight, scale, expert, pair_weight, first, order, ends
-    if sum_experts_natively(*operands, out, add, multiplier, by_row) is NotImplemented:
-        sum_experts_by_library(*operands, out, add, multiplier, by_row)
+    ends_with = out, add, multiplier, by_row, bias
+    if sum_experts_natively(*operands, *ends_with) is NotImplemented:
+        sum_experts_by_library(*operands, *ends_with)
 
 
 def sum_experts_by_library(
@@ -175,10 +199,11 @@ def sum_experts_by_library(
     add: bool,
     multiplier: float,
     by_row: bool,
+    bias: Tensor | None = None,
 ) -> None:
     """`sum_experts` likewise."""
     found = _groups(expert, first, weight.shape[0], order, ends)
-    product = _product(weight, scale, by_row)
+    product = _product(weight, scale, by_row, bias)
     sum_TE = _weighted(hidden, found, product, pair_weight, out.shape[1], sorted=order is not None)
     if multiplier != 1.0:
         sum_TE *= multiplier
@@ -199,6 +224,7 @@ def sum_experts_natively(
     add: bool,
     multiplier: float,
     by_row: bool,
+    bias: Tensor | None = None,
 ) -> Any:
     """`sum_experts` likewise."""
     if (codes := _codes(weight, scale)) is None:
@@ -216,6 +242,7 @@ def sum_experts_natively(
         add=add and sum_TE is out,
         multiplier=multiplier,
         exact_tokens=None,
+        bias=bias,
     )
     if sum_TE is not out:
         out.add_(sum_TE) if add else out.copy_(sum_TE)
@@ -228,7 +255,7 @@ def _codes(weight: Tensor, scale: Tensor | None) -> Tensor | None:
     return weight.view(torch.uint8) if taken and native.available() else None
 
 
-def _product(weight: Tensor, scale: Tensor | None, by_row: bool) -> Product:
+def _product(weight: Tensor, scale: Tensor | None, by_row: bool, bias: Tensor | None) -> Product:
     """By the library."""
 
     def product(x_JI: Tensor, number: int) -> Tensor:
@@ -236,10 +263,11 @@ def _product(weight: Tensor, scale: Tensor | None, by_row: bool) -> Product:
         if scale is not None:  # widened at every call, as in `stepgraph.ops.fp8_linear.cpu`
             weight_OI = dequantize(weight_OI, scale[number])
         given_JI = x_JI.to(weight_OI.dtype)
+        bias_O = None if bias is None else bias[number].to(weight_OI.dtype)
         if not by_row:
-            return linear(given_JI, weight_OI, None).to(x_JI.dtype)
+            return linear(given_JI, weight_OI, bias_O).to(x_JI.dtype)
         out_JO = given_JI.new_empty(len(given_JI), len(weight_OI))
-        linear_by_row(given_JI, weight_OI, None, out_JO)
+        linear_by_row(given_JI, weight_OI, bias_O, out_JO)
         return out_JO.to(x_JI.dtype)
 
     return product

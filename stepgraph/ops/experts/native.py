@@ -12,7 +12,7 @@ from torch import Tensor
 
 from stepgraph import native
 from stepgraph.ops.packed import bfloat16_from
-from stepgraph.ops.swiglu.reference import geglu, swiglu
+from stepgraph.ops.swiglu.reference import clamped_swiglu, geglu, swiglu
 
 _sort_pairs = native.declare("sort_pairs(Tensor expert, int first, Tensor(a!) order, Tensor(b!) ends) -> ()")
 _gated_experts = native.declare(
@@ -42,6 +42,8 @@ def gated_experts(
     *,
     gelu: bool,
     exact_tokens: int | None,
+    bias: Tensor | None = None,
+    clamp: tuple[float, float] | None = None,
 ) -> Tensor:
     """See `stepgraph.ops.experts.gated_experts`.
 
@@ -50,13 +52,23 @@ def gated_experts(
         codes: [N, 2M, B] uint8: blocks, or the bytes of plain weights; I is a multiple of 32.
         expert, first, order, ends, gelu: as there.
         exact_tokens: of an expert with more rows, operands may be rounded to bfloat16; None: of none.
+        bias: as there.
+        clamp: limit and alpha, as there.
     """
     top, is_sorted, least = expert.shape[1], order is not None, bfloat16_from(exact_tokens)
     if order is None or ends is None:
         order, ends = sort_pairs(expert, first, codes.shape[0])
-    if not gelu and codes.shape[1] % (2 * native.LANES) == 0:
+    is_plain = bias is None and clamp is None
+    if is_plain and not gelu and codes.shape[1] % (2 * native.LANES) == 0:
         return _gated_experts(x, codes, order, ends, top, is_sorted, True, least)
     product = _gated_experts(x, codes, order, ends, top, is_sorted, False, least)
+    if bias is not None:
+        local_P = expert.flatten() - first
+        if is_sorted:  # places of pairs whose experts are not here hold anything
+            local_P = local_P.index_select(0, order.clamp(0, len(local_P) - 1))
+        product += bias.index_select(0, local_P.clamp(0, len(bias) - 1)).float()
+    if clamp is not None:
+        return clamped_swiglu(product, *clamp)
     return (geglu if gelu else swiglu)(product)
 
 
@@ -73,13 +85,14 @@ def sum_experts(
     add: bool,
     multiplier: float,
     exact_tokens: int | None,
+    bias: Tensor | None = None,
 ) -> None:
     """See `stepgraph.ops.experts.sum_experts`.
 
     Args:
         hidden: [P, I] float32.
         codes: [N, O, B] uint8, as of `gated_experts`.
-        expert, pair_weight, first, order, ends, add, multiplier: as there.
+        expert, pair_weight, first, order, ends, add, multiplier, bias: as there.
         out: [T, O] float32.
         exact_tokens: as of `gated_experts`.
     """
@@ -87,3 +100,9 @@ def sum_experts(
     if order is None or ends is None:
         order, ends = sort_pairs(expert, first, codes.shape[0])
     _sum_experts(hidden, codes, order, ends, pair_weight, is_sorted, out, add, multiplier, least)
+    if bias is not None:
+        local_TK = expert - first
+        here_TK = (local_TK >= 0) & (local_TK < len(bias))
+        weight_TK = torch.where(here_TK, pair_weight * multiplier, 0.0)
+        for k in range(expert.shape[1]):
+            out += bias.index_select(0, local_TK[:, k].clamp(0, len(bias) - 1)).float() * weight_TK[:, k, None]

@@ -7,75 +7,24 @@ choose, which takes less than a kernel of its own; the last one does so, and has
 ends.
 
 Shapes: T tokens, K experts of a token, P = T·K pairs, N experts of the layer, E hidden size, M width of an expert, I inputs of a
-block, R rows of a choice, one for each warp and all the same, so that no warp waits for another.
+block.
 """
-
-from dataclasses import dataclass
 
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from stepgraph.ops.dependent_launch import LAUNCH, wait_for_previous
+from stepgraph.ops.experts.choice import Choice, chosen
 from stepgraph.ops.fp8_linear.reference import GROUP_SIZE
 from stepgraph.ops.launched import launched
 from stepgraph.ops.route import Routing
-from stepgraph.ops.route.triton import choose, is_token, load_logits, write_logits
+from stepgraph.ops.route.triton import write_logits
 from stepgraph.ops.swiglu.triton import gated
 from stepgraph.platforms.kernels import kernel_tuning
 from stepgraph.platforms.tuning import PairTile
 
 TUNING = kernel_tuning()
-
-
-@triton.jit
-def _chosen(
-    logits_ptr,
-    bias_ptr,
-    counts_ptr,
-    token,
-    T,
-    blocks,
-    rounds,
-    least_sum,
-    scale,
-    N: tl.constexpr,
-    SLICES: tl.constexpr,
-    TOP: tl.constexpr,
-    TOP_BLOCK: tl.constexpr,
-    SIGMOID: tl.constexpr,
-    NORMALISE: tl.constexpr,
-    GROUPS: tl.constexpr,
-    KEPT_GROUPS: tl.constexpr,
-    GROUP_TOP: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    ROWS: tl.constexpr,
-):
-    """`choose` for one token: experts and weights [TOP_BLOCK], and the last round's expert. A padding token's are N."""
-    number_N = tl.arange(0, BLOCK_N)
-    token_R = token + tl.zeros([ROWS], tl.int32)
-    inside_RN = (token_R < T)[:, None] & (number_N < N)[None, :]
-    counts = is_token(counts_ptr, token, T, blocks)
-    # Every warp loads the logits: with one load for all, whose parts are added up between warps, a layer took 3 us more.
-    logit_RN = tl.where(counts, load_logits(logits_ptr, token_R, inside_RN, number_N, T, N, SLICES), 0.0)
-    expert_RK, weight_RK, last_R = choose(
-        logit_RN,
-        number_N,
-        bias_ptr,
-        rounds,
-        N,
-        TOP,
-        TOP_BLOCK,
-        SIGMOID,
-        NORMALISE,
-        least_sum,
-        scale,
-        GROUPS,
-        KEPT_GROUPS,
-        GROUP_TOP,
-    )
-    expert_K, weight_K = tl.max(expert_RK, axis=0), tl.max(weight_RK, axis=0)
-    return tl.where(counts, expert_K, N), weight_K, tl.where(counts, tl.max(last_R, axis=0), N)
 
 
 @launched
@@ -84,6 +33,7 @@ def _gated_kernel(
     x_ptr,
     weight_ptr,
     scale_ptr,
+    own_bias_ptr,  # of experts; None: they have none
     expert_ptr,  # None: those that the logits choose
     logits_ptr,
     bias_ptr,
@@ -98,6 +48,8 @@ def _gated_kernel(
     M: tl.constexpr,
     GROUPS_I: tl.constexpr,  # scales of an output; 0: none
     GELU: tl.constexpr,
+    LIMIT: tl.constexpr,  # of `gated`
+    ALPHA: tl.constexpr,
     N: tl.constexpr,
     SLICES: tl.constexpr,
     TOP: tl.constexpr,
@@ -121,7 +73,7 @@ def _gated_kernel(
     if expert_ptr is not None:
         expert = tl.load(expert_ptr + pair)
     else:
-        _expert_K, _weight_K, expert = _chosen(
+        _expert_K, _weight_K, expert = chosen(
             logits_ptr,
             bias_ptr,
             counts_ptr,
@@ -172,8 +124,12 @@ def _gated_kernel(
         if GROUPS_I == 1:
             gate_M *= tl.load(scale_M, mask=inside_M, other=0.0)
             up_M *= tl.load(scale_M + M, mask=inside_M, other=0.0)
+        if own_bias_ptr is not None:
+            own_bias_M = own_bias_ptr + place.to(tl.int64) * (2 * M) + place_M
+            gate_M += tl.load(own_bias_M, mask=inside_M, other=0.0).to(tl.float32)
+            up_M += tl.load(own_bias_M + M, mask=inside_M, other=0.0).to(tl.float32)
         out_M = out_ptr + pair.to(tl.int64) * M + place_M
-        tl.store(out_M, gated(gate_M, up_M, GELU).to(out_ptr.dtype.element_ty), mask=inside_M)
+        tl.store(out_M, gated(gate_M, up_M, GELU, LIMIT, ALPHA).to(out_ptr.dtype.element_ty), mask=inside_M)
 
 
 @launched
@@ -182,6 +138,7 @@ def _sum_kernel(
     hidden_ptr,
     weight_ptr,
     scale_ptr,
+    own_bias_ptr,  # of experts; None: they have none
     expert_ptr,  # None: those that the logits choose
     pair_weight_ptr,
     logits_ptr,
@@ -224,7 +181,7 @@ def _sum_kernel(
         expert_K = tl.load(expert_ptr + token * TOP + place_K, mask=place_K < TOP, other=-1)
         weight_K = tl.load(pair_weight_ptr + token * TOP + place_K, mask=place_K < TOP, other=0.0)
     else:
-        expert_K, weight_K, _last = _chosen(
+        expert_K, weight_K, _last = chosen(
             logits_ptr,
             bias_ptr,
             counts_ptr,
@@ -284,44 +241,10 @@ def _sum_kernel(
     sum_EK = tl.sum(sum_EKI, axis=2)
     if GROUPS_I == 1:
         sum_EK *= tl.load(scale_ptr + row_EK, mask=here_EK, other=0.0)
+    if own_bias_ptr is not None:
+        sum_EK += tl.load(own_bias_ptr + row_EK, mask=here_EK, other=0.0).to(tl.float32)
     sum_E = tl.sum(sum_EK * tl.where(here_K, weight_K, 0.0)[None, :], axis=1) * multiplier
     tl.store(out_E, (before_E.to(tl.float32) + sum_E).to(out_ptr.dtype.element_ty), mask=inside_E)
-
-
-ONE = Routing(1)
-
-
-@dataclass(frozen=True)
-class Choice:
-    """What the experts of tokens are, or come from."""
-
-    expert: Tensor | None = None  # [T, K] int32
-    weight: Tensor | None = None  # [T, K] float32
-    logits: Tensor | None = None  # [S, T, N] float32, where there is no `expert`
-    bias: Tensor | None = None
-    counts: Tensor | None = None
-    totals: Tensor | None = None
-    routing: Routing = ONE
-
-    def options(self, num_warps: int) -> dict[str, int | bool]:
-        """Compile-time arguments of kernels that choose."""
-        slices, num_experts = (1, 1) if self.logits is None else (self.logits.shape[0], self.logits.shape[2])
-        return {
-            "N": num_experts,
-            "SLICES": slices,
-            "TOP": self.routing.top,
-            "SIGMOID": self.routing.sigmoid,
-            "GROUPS": self.routing.groups,
-            "KEPT_GROUPS": self.routing.kept_groups,
-            "GROUP_TOP": self.routing.group_top,
-            "BLOCK_N": triton.next_power_of_2(num_experts),
-            "ROWS": num_warps,
-        }
-
-    @property
-    def blocks(self) -> int:
-        """Of tokens, with a count each."""
-        return 1 if self.counts is None else self.counts.shape[0]
 
 
 def launch_gated(
@@ -332,6 +255,9 @@ def launch_gated(
     first: int,
     gelu: bool,
     tile: PairTile,
+    bias: Tensor | None = None,
+    limit: float = 0.0,
+    alpha: float = 1.0,
 ) -> Tensor:
     """`gated_experts` in such tiles."""
     T, (count, rows, inputs) = x.shape[0], weight.shape
@@ -343,6 +269,7 @@ def launch_gated(
         x,
         weight,
         scale,
+        bias,
         choice.expert,
         choice.logits,
         choice.bias,
@@ -357,6 +284,8 @@ def launch_gated(
         M=width,
         GROUPS_I=groups,
         GELU=gelu,
+        LIMIT=limit,
+        ALPHA=alpha,
         BLOCK_M=tile.outputs,
         BLOCK_I=block,
         CHUNK=block * _loads(triton.cdiv(inputs, block), tile.loads),
@@ -377,6 +306,7 @@ def launch_sum(
     add: bool,
     multiplier: float,
     tile: PairTile,
+    bias: Tensor | None = None,
 ) -> None:
     """`sum_experts` in such tiles."""
     T, (count, outputs, inputs) = out.shape[0], weight.shape
@@ -386,6 +316,7 @@ def launch_sum(
         hidden,
         weight,
         scale,
+        bias,
         choice.expert,
         choice.weight,
         choice.logits,
@@ -429,10 +360,20 @@ def _sum_tile(scale: Tensor | None) -> PairTile:
     return TUNING.summed_pairs if scale is None else TUNING.summed_pairs_fp8
 
 
-def gated_experts(x: Tensor, weight: Tensor, scale: Tensor | None, expert: Tensor, first: int, gelu: bool) -> Tensor:
+def gated_experts(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor | None,
+    expert: Tensor,
+    first: int,
+    gelu: bool,
+    bias: Tensor | None,
+    limit: float,
+    alpha: float,
+) -> Tensor:
     """See `stepgraph.ops.experts.gated_experts`; pairs are not sorted."""
     choice, tile = Choice(expert, routing=Routing(expert.shape[1])), _gated_tile(x.shape[0], weight)
-    return launch_gated(x, weight, scale, choice, first, gelu, tile)
+    return launch_gated(x, weight, scale, choice, first, gelu, tile, bias, limit, alpha)
 
 
 def sum_experts(
@@ -445,10 +386,11 @@ def sum_experts(
     out: Tensor,
     add: bool,
     multiplier: float,
+    bias: Tensor | None,
 ) -> None:
     """See `stepgraph.ops.experts.sum_experts`; pairs are not sorted."""
     choice = Choice(expert, pair_weight, routing=Routing(expert.shape[1]))
-    launch_sum(hidden, weight, scale, choice, first, out, add, multiplier, _sum_tile(scale))
+    launch_sum(hidden, weight, scale, choice, first, out, add, multiplier, _sum_tile(scale), bias)
 
 
 def mixture(
@@ -476,11 +418,18 @@ def mixture(
     out: Tensor,
     add: bool,
     multiplier: float,
+    logit_bias: Tensor | None = None,
+    gate_up_bias: Tensor | None = None,
+    down_bias: Tensor | None = None,
+    limit: float = 0.0,
+    alpha: float = 1.0,
 ) -> Tensor:
     """See `stepgraph.ops.experts.mixture`."""
     routing = Routing(top, sigmoid, normalise, least_sum, scale, groups, kept_groups, group_top)
-    logits, normed = write_logits(x, router, None if norm_weight is None else (norm_weight, eps))
+    norm = None if norm_weight is None else (norm_weight, eps)
+    logits, normed = write_logits(x, router, norm, bias=logit_bias)
     choice = Choice(logits=logits, bias=bias, counts=counts, totals=totals, routing=routing)
-    hidden = launch_gated(normed, gate_up, gate_up_scale, choice, first, gelu, _gated_tile(x.shape[0], gate_up))
-    launch_sum(hidden, down, down_scale, choice, first, out, add, multiplier, _sum_tile(down_scale))
+    tile, scoring = _gated_tile(x.shape[0], gate_up), (gate_up_bias, limit, alpha)
+    hidden = launch_gated(normed, gate_up, gate_up_scale, choice, first, gelu, tile, *scoring)
+    launch_sum(hidden, down, down_scale, choice, first, out, add, multiplier, _sum_tile(down_scale), down_bias)
     return normed if norm_weight is not None else x.new_empty(0)

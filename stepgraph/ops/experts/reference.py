@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from stepgraph.ops.fp8_linear.reference import dequantize
+from stepgraph.ops.swiglu.reference import clamped_swiglu
 
 
 def sort_pairs(expert: Tensor, first: int, count: int) -> tuple[Tensor, Tensor]:
@@ -29,14 +30,21 @@ def gated_experts(
     ends: Tensor | None,
     gelu: bool,
     by_row: bool,
+    bias: Tensor | None = None,
+    limit: float = 0.0,
+    alpha: float = 1.0,
 ) -> Tensor:
     """See `stepgraph.ops.experts.gated_experts`. Opaque to a recording: it reads which experts there are."""
     num_experts, top = weight.shape[0], expert.shape[1]
     hidden_PM = x.new_zeros(expert.numel(), weight.shape[1] // 2)
     for number, row_J, pair_J in _each_expert(expert, first, num_experts, order, ends):
-        product = F.linear(x[pair_J // top].float(), _values(weight, scale, number))
+        product = F.linear(x[pair_J // top].float(), _values(weight, scale, number), _of(bias, number))
         gate, up = product.chunk(2, 1)
-        hidden_PM[row_J] = ((F.gelu(gate, approximate="tanh") if gelu else F.silu(gate)) * up).to(x.dtype)
+        if limit:
+            gated = clamped_swiglu(product, limit, alpha)
+        else:
+            gated = (F.gelu(gate, approximate="tanh") if gelu else F.silu(gate)) * up
+        hidden_PM[row_J] = gated.to(x.dtype)
     return hidden_PM
 
 
@@ -53,12 +61,13 @@ def sum_experts(
     add: bool,
     multiplier: float,
     by_row: bool,
+    bias: Tensor | None = None,
 ) -> None:
     """See `stepgraph.ops.experts.sum_experts`. Opaque to a recording."""
     num_experts, top = weight.shape[0], expert.shape[1]
     down_PE = torch.zeros(expert.numel(), weight.shape[1])
     for number, row_J, pair_J in _each_expert(expert, first, num_experts, order, ends):
-        down_PE[pair_J] = F.linear(hidden[row_J].float(), _values(weight, scale, number))
+        down_PE[pair_J] = F.linear(hidden[row_J].float(), _values(weight, scale, number), _of(bias, number))
     here_TK = (expert >= first) & (expert < first + num_experts)
     sum_TE = torch.zeros(out.shape)
     for k in range(top):
@@ -95,14 +104,22 @@ def mixture(
     out: Tensor,
     add: bool,
     multiplier: float,
+    logit_bias: Tensor | None = None,
+    gate_up_bias: Tensor | None = None,
+    down_bias: Tensor | None = None,
+    limit: float = 0.0,
+    alpha: float = 1.0,
 ) -> Tensor:
     """See `stepgraph.ops.experts.mixture`: the operators that it joins, one after the other."""
     op = torch.ops.stepgraph
     normed = x if norm_weight is None else op.rms_norm(x, norm_weight, eps)
     routing = top, sigmoid, normalise, least_sum, scale, groups, kept_groups, group_top
-    expert, pair_weight = op.route(normed, router, bias, counts, totals, *routing)
-    hidden = op.gated_experts(normed, gate_up, gate_up_scale, expert, first, None, None, gelu, False)
-    op.sum_experts(hidden, down, down_scale, expert, pair_weight, first, None, None, out, add, multiplier, False)
+    expert, pair_weight = op.route(normed, router, bias, counts, totals, *routing, logit_bias)
+    hidden = op.gated_experts(
+        normed, gate_up, gate_up_scale, expert, first, None, None, gelu, False, gate_up_bias, limit, alpha
+    )
+    pairs = expert, pair_weight, first, None, None
+    op.sum_experts(hidden, down, down_scale, *pairs, out, add, multiplier, False, down_bias)
     return normed if norm_weight is not None else x.new_empty(0)
 
 
@@ -128,3 +145,7 @@ def _each_expert(
 
 def _values(weight: Tensor, scale: Tensor | None, number: int) -> Tensor:
     return weight[number].float() if scale is None else dequantize(weight[number], scale[number])
+
+
+def _of(bias: Tensor | None, number: int) -> Tensor | None:
+    return None if bias is None else bias[number].float()

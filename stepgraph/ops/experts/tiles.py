@@ -81,6 +81,7 @@ def _compute_tile(
     x_ptr,
     weight,
     scale_ptr,
+    bias_ptr,
     order_ptr,
     out_ptr,
     expert,
@@ -97,6 +98,8 @@ def _compute_tile(
     BLOCK_S: tl.constexpr,
     BLOCK_J: tl.constexpr,
     STAGES: tl.constexpr,
+    LIMIT: tl.constexpr,
+    ALPHA: tl.constexpr,
 ):
     """The products of some pairs with BLOCK_W rows of their expert's weight, of which half are partners of gates.
 
@@ -146,6 +149,10 @@ def _compute_tile(
         sum_DS *= tl.load(scale_D, mask=inside_D, other=0.0)[:, None]
         if GATED and not FLAT:
             up_DS *= tl.load(scale_D + O, mask=inside_D, other=0.0)[:, None]
+    if bias_ptr is not None:
+        sum_DS += tl.load(bias_ptr + row_D, mask=inside_D, other=0.0).to(tl.float32)[:, None]
+        if GATED and not FLAT:
+            up_DS += tl.load(bias_ptr + row_D + O, mask=inside_D, other=0.0).to(tl.float32)[:, None]
     if FLAT:
         sum_DS, up_DS = tl.split(tl.permute(tl.reshape(sum_DS, [2, BLOCK_B, BLOCK_S]), 1, 2, 0))
     column_B = column + tl.arange(0, BLOCK_B)
@@ -153,7 +160,7 @@ def _compute_tile(
     out_BS = out_ptr + row_S.to(tl.int64)[None, :] * O + column_B[:, None]
     inside_BS = (column_B < O)[:, None] & inside_S[None, :]
     if GATED:
-        sum_DS = gated(sum_DS, up_DS, END == "geglu")
+        sum_DS = gated(sum_DS, up_DS, END == "geglu", LIMIT, ALPHA)
     tl.store(out_BS, sum_DS.to(out_ptr.dtype.element_ty), mask=inside_BS)
 
 
@@ -163,6 +170,7 @@ def _product_kernel(
     x_ptr,  # [T, I], or, of pairs that are sorted, [P, I]
     weight,  # [matrices, O, I]: of each expert one, or the gates' and that of their partners; its pointer, or its descriptor
     scale_ptr,
+    bias_ptr,  # [matrices, O]; None: there is none
     order_ptr,
     ends_ptr,
     out_ptr,
@@ -179,6 +187,8 @@ def _product_kernel(
     BLOCK_J: tl.constexpr,
     STAGES: tl.constexpr,
     TILES: tl.constexpr,
+    LIMIT: tl.constexpr,  # of `gated`
+    ALPHA: tl.constexpr,
 ):
     """One program per tile of pairs and block of outputs. With an activation at the end, rows of `x` are tokens' and outputs lie
     as `order` has the pairs; without, rows of `x` lie so, and outputs by the pairs' numbers. Of the last pairs of an expert, half
@@ -194,6 +204,7 @@ def _product_kernel(
                 x_ptr,
                 weight,
                 scale_ptr,
+                bias_ptr,
                 order_ptr,
                 out_ptr,
                 expert,
@@ -210,12 +221,15 @@ def _product_kernel(
                 HALF,
                 BLOCK_J,
                 STAGES,
+                LIMIT,
+                ALPHA,
             )
         else:
             _compute_tile(
                 x_ptr,
                 weight,
                 scale_ptr,
+                bias_ptr,
                 order_ptr,
                 out_ptr,
                 expert,
@@ -232,6 +246,8 @@ def _product_kernel(
                 BLOCK_S,
                 BLOCK_J,
                 STAGES,
+                LIMIT,
+                ALPHA,
             )
 
 
@@ -279,6 +295,9 @@ def gated_experts(
     order: Tensor,
     ends: Tensor,
     gelu: bool,
+    bias: Tensor | None = None,
+    limit: float = 0.0,
+    alpha: float = 1.0,
     *,
     by_row: bool = False,
     tile: ExpertTile | None = None,
@@ -286,7 +305,8 @@ def gated_experts(
     """See `stepgraph.ops.experts.gated_experts`, of pairs that are sorted.
 
     Args:
-        x, weight, scale, gelu: as there.
+        x, weight, scale, gelu, bias: as there.
+        limit, alpha: of a clamped activation; 0: it is not.
         order, ends: as of `stepgraph.ops.experts.ExpertWork`.
         by_row: what a token becomes depends, bit for bit, on that token alone.
         tile: of each program; None: `choose_tile`.
@@ -295,7 +315,8 @@ def gated_experts(
     tile = tile or choose_tile(weight, x.dtype, num_pairs, by_row=by_row, is_gated=True)
     out = x.new_empty(num_pairs, rows // 2)
     matrices = weight.view(2 * num_experts, rows // 2, inputs)
-    _multiply(x, matrices, scale, order, ends, out, tile, GEGLU if gelu else SWIGLU)
+    end = GEGLU if gelu else SWIGLU
+    _multiply(x, matrices, scale, bias, order, ends, out, tile, end, limit=limit, alpha=alpha)
     return out
 
 
@@ -311,17 +332,18 @@ def sum_experts(
     out: Tensor,
     add: bool,
     multiplier: float,
+    bias: Tensor | None = None,
     *,
     by_row: bool = False,
 ) -> None:
     """See `stepgraph.ops.experts.sum_experts`, of pairs that are sorted. A pair's product is rounded before they are added up.
 
     Args:
-        hidden, weight, scale, out, add, multiplier: as there.
+        hidden, weight, scale, out, add, multiplier, bias: as there.
         expert, pair_weight, first, order, ends: as of `stepgraph.ops.experts.ExpertWork`.
         by_row: as of `gated_experts`.
     """
-    down = down_experts(hidden, weight, scale, order, ends, by_row=by_row)
+    down = down_experts(hidden, weight, scale, order, ends, bias, by_row=by_row)
     combine(down, expert, pair_weight, first, weight.shape[0], out, add, multiplier)
 
 
@@ -331,6 +353,7 @@ def down_experts(
     scale: Tensor | None,
     order: Tensor,
     ends: Tensor,
+    bias: Tensor | None = None,
     *,
     by_row: bool = False,
     tile: ExpertTile | None = None,
@@ -338,7 +361,7 @@ def down_experts(
     """Each pair's product with the down projection of its expert.
 
     Args:
-        hidden, weight, scale, order, ends: as of `sum_experts`.
+        hidden, weight, scale, order, ends, bias: as of `sum_experts`.
         by_row, tile: as of `gated_experts`.
 
     Returns:
@@ -347,7 +370,7 @@ def down_experts(
     num_pairs = order.shape[0]
     tile = tile or choose_tile(weight, hidden.dtype, num_pairs, by_row=by_row)
     down = hidden.new_empty(num_pairs, weight.shape[1])
-    _multiply(hidden, weight, scale, order, ends, down, tile, STORE)
+    _multiply(hidden, weight, scale, bias, order, ends, down, tile, STORE)
     return down
 
 
@@ -404,11 +427,15 @@ def _multiply(
     x: Tensor,
     weight: Tensor,
     scale: Tensor | None,
+    bias: Tensor | None,
     order: Tensor,
     ends: Tensor,
     out: Tensor,
     tile: ExpertTile,
     end: str,
+    *,
+    limit: float = 0.0,
+    alpha: float = 1.0,
 ) -> None:
     """Write pairs' products into `out`; see `_product_kernel`."""
     (_, outputs, inputs), num_experts, num_pairs = weight.shape, ends.shape[0], order.shape[0]
@@ -422,6 +449,7 @@ def _multiply(
         x,
         operand,
         scale,
+        bias,
         order,
         ends,
         out,
@@ -438,6 +466,8 @@ def _multiply(
         BLOCK_J=tile.inputs,
         STAGES=tile.num_stages,
         TILES=tile.group,
+        LIMIT=limit,
+        ALPHA=alpha,
         num_warps=tile.num_warps,
         **LAUNCH,
     )

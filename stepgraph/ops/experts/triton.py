@@ -15,11 +15,14 @@ def gated_experts(
     ends: Tensor | None,
     gelu: bool,
     by_row: bool,
+    bias: Tensor | None = None,
+    limit: float = 0.0,
+    alpha: float = 1.0,
 ) -> Tensor:
     """See `stepgraph.ops.experts.gated_experts`. Each pair has its own program where they are not sorted, `by_row` or not."""
     if order is None or ends is None:
-        return pairs.gated_experts(x, weight, scale, expert, first, gelu)
-    return tiles.gated_experts(x, weight, scale, order, ends, gelu, by_row=by_row)
+        return pairs.gated_experts(x, weight, scale, expert, first, gelu, bias, limit, alpha)
+    return tiles.gated_experts(x, weight, scale, order, ends, gelu, bias, limit, alpha, by_row=by_row)
 
 
 def sum_experts(
@@ -35,11 +38,12 @@ def sum_experts(
     add: bool,
     multiplier: float,
     by_row: bool,
+    bias: Tensor | None = None,
 ) -> None:
     """See `stepgraph.ops.experts.sum_experts`; likewise."""
     if order is None or ends is None:
-        pairs.sum_experts(hidden, weight, scale, expert, pair_weight, first, out, add, multiplier)
+        pairs.sum_experts(hidden, weight, scale, expert, pair_weight, first, out, add, multiplier, bias)
     else:
         tiles.sum_experts(
-            hidden, weight, scale, expert, pair_weight, first, order, ends, out, add, multiplier, by_row=by_row
+            hidden, weight, scale, expert, pair_weight, first, order, ends, out, add, multiplier, bias, by_row=by_row
         )

@@ -12,7 +12,7 @@ from stepgraph.ops.route import cpu
 
 _route = register(
     "route(Tensor x, Tensor weight, Tensor? bias, Tensor counts, Tensor(a!) totals, int top, bool sigmoid, bool normalise, "
-    "float least_sum, float scale, int groups, int kept_groups, int group_top) -> (Tensor, Tensor)",
+    "float least_sum, float scale, int groups, int kept_groups, int group_top, Tensor? logit_bias=None) -> (Tensor, Tensor)",
     {"cpu": Inlined(cpu.route, cpu.route_natively), "cuda": "stepgraph.ops.route.triton:route"},
 )
 
@@ -51,7 +51,15 @@ class Chosen(NamedTuple):
     """[T, K] float32; of padding tokens 0."""
 
 
-def route(x: Tensor, weight: Tensor, bias: Tensor | None, counts: Tensor, totals: Tensor, routing: Routing) -> Chosen:
+def route(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    counts: Tensor,
+    totals: Tensor,
+    routing: Routing,
+    logit_bias: Tensor | None = None,
+) -> Chosen:
     """Choose each token's experts. Logits, scores and weights are of float32. Of equal scores, the expert with the lower number
     is chosen. A token's result depends, bit for bit, on the token alone. May run inside a graph.
 
@@ -64,9 +72,10 @@ def route(x: Tensor, weight: Tensor, bias: Tensor | None, counts: Tensor, totals
         counts: [B] int32: so many tokens of each block, the first ones, are tokens; the others are padding.
         totals: [N] int64; the number of tokens that chose each expert is added.
         routing: how.
+        logit_bias: [N] float32, added to logits; None: nothing is.
 
     Source: Shazeer et al., "Outrageously Large Neural Networks" (2017); groups and bias: DeepSeek-AI, "DeepSeek-V3 Technical
     Report" (2024).
     """
-    expert_TK, weight_TK = _route(x, weight, bias, counts, totals, *astuple(routing))
+    expert_TK, weight_TK = _route(x, weight, bias, counts, totals, *astuple(routing), logit_bias)
     return Chosen(expert_TK, weight_TK)

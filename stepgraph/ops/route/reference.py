@@ -21,6 +21,7 @@ def route(
     groups: int,
     kept_groups: int,
     group_top: int,
+    logit_bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """See `stepgraph.ops.route.route`. Opaque to a recording: it reads `counts`."""
     (T, _), N = x.shape, weight.shape[0]
@@ -31,7 +32,7 @@ def route(
     if len(token_T) == 0:
         return expert_TK, weight_TK
     # By token: the last elements of a tensor are rounded otherwise by some of PyTorch's functions.
-    logits = [F.linear(x[token].float(), weight) for token in token_T.tolist()]
+    logits = [F.linear(x[token].float(), weight, logit_bias) for token in token_T.tolist()]
     scores_TN = torch.stack([logits_N.sigmoid() if sigmoid else logits_N.softmax(0) for logits_N in logits])
     ranked_TN = scores_TN if bias is None else scores_TN + bias
     if groups > 1:

@@ -76,6 +76,7 @@ def _few_logits_kernel(
     norm_ptr,  # None: x as it is
     normed_ptr,  # where x is stored normalised, if it is
     weight_ptr,
+    bias_ptr,  # None: none
     logits_ptr,  # [slices, T, N] float32
     eps,
     T,
@@ -122,7 +123,10 @@ def _few_logits_kernel(
             tl.store(normed_TK, x, mask=inside_TK & (tl.program_id(0) % blocks_N == 0))
         high_NT, low_NT = _add_products(block_NK, x, high_NT, low_NT)
     logits_NT = logits_ptr + (slice * T + token_T).to(tl.int64)[None, :] * N + expert_N[:, None]
-    tl.store(logits_NT, high_NT + low_NT, mask=inside_N[:, None] & inside_T[None, :])
+    logit_NT = high_NT + low_NT
+    if bias_ptr is not None:  # the first slice has it
+        logit_NT += tl.load(bias_ptr + expert_N, mask=inside_N & (slice == 0), other=0.0)[:, None]
+    tl.store(logits_NT, logit_NT, mask=inside_N[:, None] & inside_T[None, :])
 
 
 @launched
@@ -130,6 +134,7 @@ def _few_logits_kernel(
 def _many_logits_kernel(
     x_ptr,
     weight_ptr,
+    bias_ptr,  # None: none
     logits_ptr,  # [T, N] float32
     T,
     N: tl.constexpr,
@@ -148,6 +153,8 @@ def _many_logits_kernel(
     x_TK = x_ptr + token_T.to(tl.int64)[:, None] * E + input_K[None, :]
     wait_for_previous()
     sum_NT = tl.zeros([BLOCK_N, BLOCK_T], tl.float32)
+    if bias_ptr is not None:
+        sum_NT += tl.load(bias_ptr + expert_N, mask=inside_N, other=0.0)[:, None]
     high_NT = tl.zeros([BLOCK_N, BLOCK_T], tl.float32)
     low_NT = tl.zeros([BLOCK_N, BLOCK_T], tl.float32)
     for start in tl.range(0, E, BLOCK_K):
@@ -339,7 +346,12 @@ def _choose_kernel(
 
 
 def write_logits(
-    x: Tensor, weight: Tensor, norm: tuple[Tensor, float] | None = None, *, tile: LogitsTile | None = None
+    x: Tensor,
+    weight: Tensor,
+    norm: tuple[Tensor, float] | None = None,
+    *,
+    bias: Tensor | None = None,
+    tile: LogitsTile | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Logits and the tokens that they are of. May run inside a graph.
 
@@ -347,6 +359,7 @@ def write_logits(
         x: [T, E], contiguous.
         weight: [N, E] float32, contiguous.
         norm: weight and eps of an RMS norm of `x`; None: no norm.
+        bias: [N] float32, added to logits; None: nothing is.
         tile: of programs that have all inputs of their tokens, which then have no norm; None: they have a slice.
 
     Returns:
@@ -359,6 +372,7 @@ def write_logits(
         _many_logits_kernel[(triton.cdiv(N, tile.experts), triton.cdiv(T, tile.tokens))](
             x,
             weight,
+            bias,
             logits,
             T,
             N=N,
@@ -382,6 +396,7 @@ def write_logits(
         norm_weight,
         normed,
         weight,
+        bias,
         logits,
         eps,
         T,
@@ -420,10 +435,11 @@ def route(
     groups: int,
     kept_groups: int,
     group_top: int,
+    logit_bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """See `stepgraph.ops.route.route`."""
     (T, _), N = x.shape, weight.shape[0]
-    logits, _ = write_logits(x, weight, tile=choose_tile(T))
+    logits, _ = write_logits(x, weight, bias=logit_bias, tile=choose_tile(T))
     expert = x.new_empty(T, top, dtype=torch.int32)
     pair_weight = x.new_empty(T, top, dtype=torch.float32)
     _choose_kernel[(triton.cdiv(T, CHOSEN_TOKENS),)](

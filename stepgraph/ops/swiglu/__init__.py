@@ -4,6 +4,8 @@ Source: Shazeer, "GLU Variants Improve Transformer" (2020); the tanh form of gel
 Error Linear Units" (2016).
 """
 
+from typing import NamedTuple
+
 from torch import Tensor
 
 from stepgraph.ops.registry import Inlined, register
@@ -17,6 +19,16 @@ _geglu = register(
     "geglu(Tensor gate_up) -> Tensor",
     {"cpu": Inlined(reference.geglu), "cuda": "stepgraph.ops.swiglu.triton:geglu"},
 )
+
+
+class Clamp(NamedTuple):
+    """Of a SwiGLU: ``(up + 1) · gate · sigmoid(alpha · gate)`` of gates of at most `limit`, and ups of at most that size.
+
+    Source: OpenAI, "gpt-oss-120b & gpt-oss-20b Model Card" (2025).
+    """
+
+    limit: float
+    alpha: float
 
 
 def swiglu(gate_up: Tensor) -> Tensor:

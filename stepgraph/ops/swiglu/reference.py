@@ -17,6 +17,13 @@ def swiglu(gate_up: Tensor) -> Tensor:
     return (gate32 / (1 + torch.exp(-gate32))).to(gate.dtype) * up
 
 
+def clamped_swiglu(gate_up: Tensor, limit: float, alpha: float) -> Tensor:
+    """See `stepgraph.ops.swiglu.Clamp`; the gate is in the first half, and all is in float32 up to the product."""
+    gate, up = gate_up.float().chunk(2, dim=-1)
+    gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
+    return ((up + 1) * (gate / (1 + torch.exp(-alpha * gate)))).to(gate_up.dtype)
+
+
 def geglu(gate_up: Tensor) -> Tensor:
     """See `stepgraph.ops.swiglu.geglu`."""
     gate, up = gate_up.chunk(2, dim=-1)

@@ -12,9 +12,13 @@ BLOCK = 1024
 
 
 @triton.jit
-def gated(gate, up, GELU: tl.constexpr):
-    """activation(gate) · up, in their dtype."""
+def gated(gate, up, GELU: tl.constexpr, LIMIT: tl.constexpr = 0.0, ALPHA: tl.constexpr = 1.0):
+    """activation(gate) · up, in their dtype; with a limit, see `stepgraph.ops.swiglu.Clamp`."""
     gate32 = gate.to(tl.float32)
+    if LIMIT > 0:
+        gate32 = tl.minimum(gate32, LIMIT)
+        up32 = tl.maximum(tl.minimum(up.to(tl.float32), LIMIT), -LIMIT)
+        return ((up32 + 1.0) * (gate32 / (1.0 + tl.exp(-ALPHA * gate32)))).to(gate.dtype)
     slope = gate32
     if GELU:  # (1 + tanh(u)) / 2 is the sigmoid of 2u; the factor is 2 · sqrt(2 / pi)
         slope = 1.5957691216057308 * (gate32 + 0.044715 * gate32 * gate32 * gate32)

@@ -38,6 +38,8 @@ EPS = 1e-5
 T, K, N, H, G, D, B, V = 5, 96, 40, 4, 2, 32, 8, 97
 NUM_BLOCKS = 4
 EXPERTS, TOP = 8, 3
+CLAMP = 1.2, 1.702
+"""Limit and alpha of a gated activation: many of the products are beyond the one."""
 
 
 class Case(NamedTuple):
@@ -75,23 +77,31 @@ def chosen(generator: torch.Generator) -> Tensor:
     return torch.stack([torch.randperm(EXPERTS, generator=generator)[:TOP] for _ in range(T)]).int()
 
 
-def gated(generator: torch.Generator, *, is_sorted: bool) -> tuple[Any, ...]:
+def gated(generator: torch.Generator, *, is_sorted: bool, clamped: bool = False) -> tuple[Any, ...]:
     expert = chosen(generator)
     order = sort_pairs(expert, 0, EXPERTS) if is_sorted else (None, None)
-    return random(generator, T, K), random(generator, EXPERTS, 2 * N, K) / 4, None, expert, 0, *order, False, False
+    product = random(generator, T, K), random(generator, EXPERTS, 2 * N, K) / 4, None
+    end = (random(generator, EXPERTS, 2 * N), *CLAMP) if clamped else ()
+    return *product, expert, 0, *order, False, False, *end
 
 
-def summed(generator: torch.Generator, *, is_sorted: bool) -> tuple[Any, ...]:
+def summed(generator: torch.Generator, *, is_sorted: bool, biased: bool = False) -> tuple[Any, ...]:
     expert = chosen(generator)
     order = sort_pairs(expert, 0, EXPERTS) if is_sorted else (None, None)
     down = random(generator, T * TOP, N), random(generator, EXPERTS, K, N), None
-    return *down, expert, random(generator, T, TOP), 0, *order, random(generator, T, K), True, 0.5, False
+    end = (random(generator, EXPERTS, K),) if biased else ()
+    return *down, expert, random(generator, T, TOP), 0, *order, random(generator, T, K), True, 0.5, False, *end
 
 
 def mixed(generator: torch.Generator) -> tuple[Any, ...]:
     x, *router = routed(generator)
     experts = random(generator, EXPERTS, 2 * N, K) / 4, None, random(generator, EXPERTS, K, N), None
     return x, random(generator, K), EPS, *router, *experts, 0, False, random(generator, T, K), True, 0.5
+
+
+def mixed_with_biases(generator: torch.Generator) -> tuple[Any, ...]:
+    biases = [random(generator, *size) for size in ((EXPERTS,), (EXPERTS, 2 * N), (EXPERTS, K))]
+    return *mixed(generator), *biases, *CLAMP
 
 
 def linear_add(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor, multiplier: float) -> None:
@@ -252,11 +262,25 @@ CASES = {
         "grouped_linear", grouped_linear, lambda g: (random(g, 7, K), random(g, 3, N, K), int32(2, 2, 7))
     ),
     "route": Case("route", route, routed),
+    "route with a bias of logits": Case("route", route, lambda g: (*routed(g), 3 * random(g, EXPERTS))),
     "sort_pairs": Case("sort_pairs", sort_pairs, lambda g: (chosen(g), 0, EXPERTS)),
     "gated_experts by pairs": Case("gated_experts", gated_experts, lambda g: gated(g, is_sorted=False)),
     "gated_experts by tiles": Case("gated_experts", gated_experts, lambda g: gated(g, is_sorted=True)),
     "sum_experts by pairs": Case("sum_experts", sum_experts, lambda g: summed(g, is_sorted=False)),
     "sum_experts by tiles": Case("sum_experts", sum_experts, lambda g: summed(g, is_sorted=True)),
+    "clamped gated_experts by pairs": Case(
+        "gated_experts", gated_experts, lambda g: gated(g, is_sorted=False, clamped=True)
+    ),
+    "clamped gated_experts by tiles": Case(
+        "gated_experts", gated_experts, lambda g: gated(g, is_sorted=True, clamped=True)
+    ),
+    "sum_experts with biases by pairs": Case(
+        "sum_experts", sum_experts, lambda g: summed(g, is_sorted=False, biased=True)
+    ),
+    "sum_experts with biases by tiles": Case(
+        "sum_experts", sum_experts, lambda g: summed(g, is_sorted=True, biased=True)
+    ),
+    "mixture with biases": Case("mixture", mixture, mixed_with_biases),
     "mixture": Case("mixture", mixture, mixed),
     "rope_cache": Case("rope_cache", rope_cache, lambda g: rotated(g, None, None)),
     "rope_cache with norms": Case("rope_cache", rope_cache, lambda g: rotated(g, random(g, D), random(g, D))),
