@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from hashlib import sha256
 from typing import Any, TypeAlias
 
-from stepgraph.engine.chat_probes import CallForm, TemplateFacts
+from stepgraph.engine.chat_probes import REASONING_NAMES, CallForm, TemplateFacts
 from stepgraph.errors import RequestError
 
 Message: TypeAlias = Mapping[str, Any]
@@ -32,6 +32,7 @@ def plain_message(message: Message, where: str) -> dict[str, Any]:
         raise RequestError(f"{where} must be a message, {{role, content}}, not {message!r:.80}", param=where)
     plain = {name: value for name, value in message.items() if value is not None}
     plain["content"] = _content_of(plain.get("content"), f"{where}.content")
+    _settle_reasoning(plain)
     if (
         call := plain.pop("function_call", None)
     ) is not None and "tool_calls" not in plain:  # as it was before tool_calls
@@ -46,6 +47,13 @@ def plain_message(message: Message, where: str) -> dict[str, Any]:
         if not calls:
             del plain["tool_calls"]
     return plain
+
+
+def _settle_reasoning(message: dict[str, Any]) -> None:
+    """Leave a message its reasoning in one field."""
+    found = [message.pop(name) for name in REASONING_NAMES if isinstance(message.get(name), str)]
+    if reasoning := next(filter(None, found), None):
+        message[REASONING_NAMES[0]] = reasoning
 
 
 def _plain_call(call: Any, where: str) -> dict[str, Any]:
@@ -123,7 +131,9 @@ def arranged(
         turns = _merged(turns, "user")
     if not facts.repeats_assistant:
         turns = _merged(turns, "assistant")
-    return turns if facts.call_form is None else _calls_in_form(turns, facts.call_form)
+    if facts.call_form is None:
+        return turns
+    return [_thought_in_place(turn, facts) for turn in _calls_in_form(turns, facts.call_form)]
 
 
 def _check_roles(messages: Sequence[Message], knows: Callable[[str], bool]) -> None:
@@ -222,6 +232,16 @@ def _calls_in_form(turns: list[dict[str, Any]], form: CallForm) -> list[dict[str
     if form.one_per_message:
         turns = _one_call_each(turns)
     return [_in_form(turn, form) if turn["role"] == "tool" or "tool_calls" in turn else turn for turn in turns]
+
+
+def _thought_in_place(turn: dict[str, Any], facts: TemplateFacts) -> dict[str, Any]:
+    """A turn with its reasoning where the template looks for it, with what it says behind it, if that would be left out."""
+    if turn["role"] != "assistant" or (reasoning := turn.get(REASONING_NAMES[0])) is None:
+        return turn
+    others = {name: value for name, value in turn.items() if name != REASONING_NAMES[0]}
+    if "tool_calls" in turn and not facts.has_reasoning_beside_content:
+        return others | {"content": "", facts.reasoning_name: _joined([reasoning, turn["content"]])}
+    return others | {facts.reasoning_name: reasoning}
 
 
 def _in_form(turn: dict[str, Any], form: CallForm) -> dict[str, Any]:

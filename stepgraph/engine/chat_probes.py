@@ -31,6 +31,8 @@ _TOOL = {
 _DOCUMENT = {"title": "probetitle", "text": "probedocument", "doc_id": "1"}
 _ARGUMENTS = {"probekey": "probevalue"}
 _CUT_ARGUMENTS = '{"probekey": "probevalue'
+REASONING_NAMES = ("reasoning_content", "reasoning", "thinking")
+"""Fields of a message that hold its reasoning, as clients and templates have it. The first is used here."""
 _LONG_ID, _SHORT_ID = "call-0123456789abcdef", "abcdefghi"
 
 
@@ -77,6 +79,10 @@ class TemplateFacts:
     shows_tools: bool = True
     """It tells the model which functions there are."""
     shows_documents: bool = True
+    reasoning_name: str = REASONING_NAMES[0]
+    """The field of a message with calls in which it looks for their reasoning."""
+    has_reasoning_beside_content: bool = True
+    """It shows both of them."""
     call_form: CallForm | None = CallForm()
     """None: it does not show calls."""
     shows_results: bool = True
@@ -97,10 +103,16 @@ class TemplateFacts:
         if not probes.shows([_user(1)]):  # nothing can be told of it
             return cls()
         has_system = probes.has_system([], [_user(1)])
+        # one that shows it only in place of the system's takes both for the same
+        has_developer = probes.shows([_said("system", 1), _said("developer", 1), _user(1)])
+        has_developer = has_developer and knows("developer", render)
         first, turns = _said("system", 1), [_user(1), _assistant(1)]
         shows_tools = probes.shows([_user(1)], _TOOL_NAME, tools=[_TOOL])
         # where tools are described as text, calls are asked for as text, and what was called must look the same
         call_form = probes.call_form() if shows_tools else None
+        reasoning_name, is_beside_content = REASONING_NAMES[0], True
+        if call_form is not None and (found := probes.reasoning_name(call_form)) is not None:
+            reasoning_name, is_beside_content = found, probes.shows_reasoning(call_form, found, "probesaid")
         return cls(
             has_system=has_system,
             has_system_alone=has_system and probes.has_system([], []),
@@ -110,9 +122,11 @@ class TemplateFacts:
             repeats_assistant=probes.shows([*turns, _assistant(2), _user(2)]),
             shows_tools=shows_tools,
             shows_documents=probes.shows([_user(1)], _DOCUMENT["text"], documents=[_DOCUMENT]),
+            reasoning_name=reasoning_name,
+            has_reasoning_beside_content=is_beside_content,
             call_form=call_form,
             shows_results=call_form is not None and probes.shows_results(call_form),
-            has_developer=knows("developer", render),
+            has_developer=has_developer,
             has_function=knows("function", render),
         )  # fmt: skip
 
@@ -182,9 +196,19 @@ class _Probes:
         names = [f"probecall{number}" for number in range(count)]
         return rendered is not None and all(text in rendered for text in (*names, "probevalue"))
 
+    def reasoning_name(self, form: CallForm) -> str | None:
+        """The first field that it looks for reasoning in; None if it shows none."""
+        return next((name for name in REASONING_NAMES if self.shows_reasoning(form, name)), None)
+
+    def shows_reasoning(self, form: CallForm, name: str, content: str = "") -> bool:
+        """Whether it shows reasoning in a field of a message with a call, and its content."""
+        result = {"role": "tool", "content": "probe", "tool_call_id": _id_of(form), "name": "probecall0"}
+        called = {**_called(form), "content": content, name: "probethought"}
+        return self.shows([_user(1), called, result], "probethought", content, tools=[_TOOL])
+
     def shows_results(self, form: CallForm) -> bool:
         """Whether it shows what functions returned; if only under the name of the role, its model was trained on that."""
-        fields = {"tool_call_id": _SHORT_ID if form.short_ids else _LONG_ID, "name": "probecall0"}
+        fields = {"tool_call_id": _id_of(form), "name": "probecall0"}
         standing = self.standing_between("tool", [_user(1), _called(form)], [], fields, tools=[_TOOL])
         return standing is not Standing.UNKNOWN
 
@@ -201,9 +225,13 @@ def _assistant(number: int) -> Message:
     return _said("assistant", number)
 
 
+def _id_of(form: CallForm) -> str:
+    return _SHORT_ID if form.short_ids else _LONG_ID
+
+
 def _called(form: CallForm, arguments: str | None = None, *, count: int = 1) -> Message:
     """Calls in a form; `arguments`: other ones than the probe's."""
-    id = _SHORT_ID if form.short_ids else _LONG_ID
+    id = _id_of(form)
     given = arguments or (json.dumps(_ARGUMENTS) if form.arguments_are_text else _ARGUMENTS)
     calls = [
         {

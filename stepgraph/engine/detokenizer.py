@@ -3,13 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 _REPLACEMENT = "\ufffd"
 _MAX_HELD_BACK = 64  # tokens; a character has four bytes at most
+
+
+class SpecialToken(NamedTuple):
+    """A special token that a text leaves out, and where it stands."""
+
+    token_id: int
+    text_end: int
+    """Characters of the text before it."""
+    num_tokens: int
+    """Tokens up to it, itself included."""
 
 
 class Detokenizer:
@@ -25,6 +35,9 @@ class Detokenizer:
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast, *, skip_special_tokens: bool):
         self.text = ""
+        self.specials: list[SpecialToken] = []
+        """Those that the text leaves out. One that comes amid a character stands before that."""
+        self._num_tokens = 0
         self._backend = tokenizer.backend_tokenizer
         self._skip_special_tokens = skip_special_tokens
         self._window: list[int] = []
@@ -33,7 +46,9 @@ class Detokenizer:
 
     def append(self, token_ids: Iterable[int]) -> str:
         """Take in tokens; returns the text they add, which may be empty."""
-        added = "".join([self._take(token_id) for token_id in token_ids])
+        added = ""
+        for token_id in token_ids:
+            added += self._take(token_id, len(self.text) + len(added))
         self.text += added
         return added
 
@@ -43,14 +58,18 @@ class Detokenizer:
         self.text += added
         return added
 
-    def _take(self, token_id: int) -> str:
+    def _take(self, token_id: int, length: int) -> str:
+        """The text that a token adds to one of this length."""
+        self._num_tokens += 1
         self._window.append(token_id)
         text = self._decode(self._window)
-        if text == self._shown and self._has_no_text(token_id):
+        is_unfinished = text.endswith(_REPLACEMENT)
+        if (text == self._shown or is_unfinished) and self._has_no_text(token_id):
             self._window.pop()
+            self.specials.append(SpecialToken(token_id, length, self._num_tokens))
             return ""
         held_back = len(self._window) - self._num_context
-        return self._show(text, complete=not text.endswith(_REPLACEMENT) or held_back > _MAX_HELD_BACK)
+        return self._show(text, complete=not is_unfinished or held_back > _MAX_HELD_BACK)
 
     def _show(self, text: str, *, complete: bool) -> str:
         """Show what is certain of the window's text: all of it, or all but the bytes at its end."""

@@ -14,7 +14,7 @@ import importlib.util
 import json
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -23,6 +23,7 @@ from stepgraph.abi.slot_line import MASK_BITS
 from stepgraph.engine.guided_schema import SchemaConverter
 from stepgraph.engine.guided_tags import TagConverter
 from stepgraph.engine.guided_text import Limits, Regex, check_grammar, check_text, grammar_of_choices
+from stepgraph.engine.harmony import HarmonyTokens
 from stepgraph.errors import ConfigError, RequestError
 
 # Shapes: V logits of the model, W = ceil(V / MASK_BITS) words of a token mask.
@@ -38,6 +39,9 @@ XGRAMMAR_SERIES = "0.2."
 """Releases whose behaviour the rewriting of schemas, tags and expressions was found by; pyproject.toml asks for the same."""
 MAX_WHITESPACE = 20
 """Characters of white space between two parts of a JSON text: enough to indent it, and no place for a model to stay."""
+_NO_TEXT = b"\xff"
+"""With which no text begins, nor goes on: a token of these bytes is where a grammar names it by its id, and nowhere else.
+xgrammar takes one of no bytes for a token that is never allowed."""
 _THREADS = max(1, min(8, (os.cpu_count() or 1) // 2))
 """Of one compilation."""
 
@@ -51,6 +55,8 @@ class Vocabulary(NamedTuple):
     """V, which may exceed the tokenizer's vocabulary; tokens that the tokenizer lacks are never allowed."""
     stop_token_ids: tuple[int, ...]
     """Allowed where the grammar is complete only."""
+    structure_token_ids: tuple[int, ...] = ()
+    """Special tokens that set an answer in parts, and that structural tags may name."""
 
 
 class CompiledGuide(NamedTuple):
@@ -96,7 +102,8 @@ def read_vocabulary(tokenizer: PreTrainedTokenizerFast, vocab_size: int, stop_to
     """
     require_xgrammar()
     stops = stop_tokens(stop_token_ids, vocab_size)
-    return Vocabulary(_token_bytes(tokenizer, vocab_size, stops), vocab_size, stops)
+    structure = [id for id in HarmonyTokens.of(tokenizer) or () if id < vocab_size and id not in stops]
+    return Vocabulary(_token_bytes(tokenizer, vocab_size, stops), vocab_size, stops, tuple(structure))
 
 
 class GuidanceCompiler:
@@ -105,13 +112,22 @@ class GuidanceCompiler:
     def __init__(self, vocabulary: Vocabulary) -> None:
         import xgrammar
 
+        def info(tokens: list[bytes]) -> xgrammar.TokenizerInfo:
+            return xgrammar.TokenizerInfo(
+                tokens,
+                xgrammar.VocabType.RAW,
+                vocab_size=vocabulary.vocab_size,
+                stop_token_ids=list(vocabulary.stop_token_ids),
+            )
+
         self._vocab_size = vocabulary.vocab_size
-        self._info = xgrammar.TokenizerInfo(
-            vocabulary.tokens,
-            xgrammar.VocabType.RAW,
-            vocab_size=vocabulary.vocab_size,
-            stop_token_ids=list(vocabulary.stop_token_ids),
-        )
+        self._structure_token_ids = frozenset(vocabulary.structure_token_ids)
+        self._info = self._structure_info = info(vocabulary.tokens)
+        if self._structure_token_ids:
+            tokens = list(vocabulary.tokens)
+            for id in self._structure_token_ids:
+                tokens[id] = _NO_TEXT + str(id).encode()
+            self._structure_info = info(tokens)
 
     def compile(self, spec: StructuredOutputs) -> CompiledGuide:
         """Compile what a request asks for.
@@ -141,7 +157,11 @@ class GuidanceCompiler:
             elif isinstance(spec.structural_tag, Mapping):
                 name = "structural_tag"
                 max_whitespace = 1 if spec.disable_any_whitespace else MAX_WHITESPACE
-                converted = TagConverter(spec.structural_tag, max_whitespace=max_whitespace).convert()
+                converter = TagConverter(spec.structural_tag, max_whitespace=max_whitespace)
+                converted = converter.convert()
+                if converter.token_ids:
+                    self._check_structure(converter.token_ids)
+                    compiler = xgrammar.GrammarCompiler(self._structure_info, max_threads=_THREADS)
                 grammar = compiler.compile_structural_tag(json.dumps(converted))
             else:
                 name = "grammar"
@@ -160,6 +180,15 @@ class GuidanceCompiler:
                 param=f"structured_outputs.{name}",
             )
         return compiled
+
+    def _check_structure(self, token_ids: Collection[int]) -> None:
+        if unknown := sorted(set(token_ids) - self._structure_token_ids):
+            known = ", ".join(map(str, sorted(self._structure_token_ids))) or "none"
+            raise RequestError(
+                f"structured_outputs.structural_tag names the token {unknown[0]}, which does not set answers of this model in "
+                f"parts; those that do: {known}",
+                param="structured_outputs.structural_tag",
+            )
 
 
 def _compile_schema(

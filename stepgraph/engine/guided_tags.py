@@ -35,9 +35,10 @@ _FORMATS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "tags_with_separator": (("tags", "separator"), ("at_least_one", "stop_after_first")),
     "triggered_tags": (("triggers", "tags"), ("at_least_one", "stop_after_first", "excludes")),
     "dispatch": (("rules",), ("loop", "excludes")),
+    "token": (("token",), ()),
 }
-"""Fields that each format in a structural tag must have, and those that it may have. Formats of single tokens are not here: what
-a special token adds is no part of an answer's text."""
+"""Fields that each format in a structural tag must have, and those that it may have. Of the formats of tokens there is that of a
+special one by its id, for models whose answers such tokens set in parts."""
 _ONLY_VALUES: dict[tuple[str, str], Any] = {
     ("json_schema", "style"): "json",
     ("json_schema", "any_order"): False,
@@ -68,6 +69,10 @@ class TagConverter:
             raise RequestError(f"{self._limits.where} is not JSON: {error}", param=self._limits.param) from error
         check_text(text, self._limits.param)
         self._is_older = "format" not in tag
+        self.token_ids: set[int] = set()
+        """Special tokens that the converted tag names."""
+        self.newer: dict[str, Any] = {}
+        """Its `format` once it is converted, of the older form as the newer one would have it."""
 
     def convert(self) -> dict[str, Any]:
         """The structural tag for xgrammar."""
@@ -76,6 +81,7 @@ class TagConverter:
             raise self._refuse("type", f"is {tag.get('type')!r:.80}; it must be structural_tag")
         if not self._is_older:
             self._check_fields(tag, "", ("type", "format"), ())
+            self.newer = tag["format"]
             return {"type": "structural_tag", "format": self._format(tag["format"], "format")}
         self._check_fields(tag, "", ("type", "structures", "triggers"), ())
         tags = []
@@ -84,6 +90,7 @@ class TagConverter:
             content = {"type": "json_schema", "json_schema": structure["schema"]}
             tags.append({"type": "tag", "begin": structure["begin"], "content": content, "end": structure["end"]})
         triggered = {"type": "triggered_tags", "triggers": tag["triggers"], "tags": tags}
+        self.newer = triggered
         return {"type": "structural_tag", "format": self._format(triggered, "format")}
 
     def _place(self, path: str) -> str:
@@ -172,6 +179,11 @@ class TagConverter:
                 return value
             case "json_schema":
                 return self._schema(value, path)
+            case "token":
+                if isinstance(value, bool) or not isinstance(value, int):
+                    raise self._refuse(path, f"is {value!r:.80}; it must be the id of a special token")
+                self.token_ids.add(value)
+                return value
         text = self._text(value, path, least=1)
         self._limits.read(self._place(path))
         if name == "pattern":

@@ -6,7 +6,7 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, NamedTuple
 
-from stepgraph.engine.detokenizer import Detokenizer
+from stepgraph.engine.detokenizer import Detokenizer, SpecialToken
 from stepgraph.engine.outputs import CompletionOutput, Logprob, RequestOutput, TokenProbabilities
 from stepgraph.engine.prompts import TokenizedPrompt
 from stepgraph.engine.request import AnsweredRequest, FinishReason, TokenLogprobs
@@ -35,6 +35,26 @@ class AnswerDelta:
     logprobs: list[TokenProbabilities] | None  # one per new token, if asked for
     finish_reason: str | None  # as in `CompletionOutput`
     stop_reason: int | str | None
+    specials: tuple[SpecialToken, ...] = ()
+    """Special tokens among `token_ids`, which `text` leaves out; counted from the delta's beginning."""
+
+    def parts(self) -> list[AnswerDelta]:
+        """The same in parts, each with no special token but at its end."""
+        parts = []
+        text_start = token_start = 0
+        for token_id, text_end, token_end in self.specials:
+            special = SpecialToken(token_id, text_end - text_start, token_end - token_start)
+            part = self._part(slice(text_start, text_end), slice(token_start, token_end))
+            parts.append(replace(part, finish_reason=None, stop_reason=None, specials=(special,)))
+            text_start, token_start = text_end, token_end
+        rest = self._part(slice(text_start, None), slice(token_start, None))
+        if not parts or rest.text or rest.token_ids or rest.finish_reason is not None:
+            parts.append(rest)
+        return parts
+
+    def _part(self, text: slice, tokens: slice) -> AnswerDelta:
+        logprobs = None if self.logprobs is None else self.logprobs[tokens]
+        return replace(self, text=self.text[text], token_ids=self.token_ids[tokens], logprobs=logprobs, specials=())
 
 
 class Session:
@@ -191,6 +211,7 @@ class _Given(NamedTuple):
     text_end: int
     num_tokens: int
     finished: bool
+    num_specials: int
 
 
 class Answer:
@@ -216,7 +237,7 @@ class Answer:
         )
         self._stop_strings = StopStrings(params.stop) if params.stop else None
         self._output: CompletionOutput | None = None
-        self._given = _Given(0, 0, False)
+        self._given = _Given(0, 0, False, 0)
 
     @property
     def finished(self) -> bool:
@@ -267,9 +288,11 @@ class Answer:
     def delta(self) -> AnswerDelta | None:
         """What the answer has gained since the last call, its end included; None if nothing."""
         given, text_end = self._given, self._shown_end()
-        if (text_end, len(self.token_ids), self.finished) == given:
+        specials = self._specials_between(given, text_end)
+        now = _Given(text_end, len(self.token_ids), self.finished, given.num_specials + len(specials))
+        if now == given:
             return None
-        self._given = _Given(text_end, len(self.token_ids), self.finished)
+        self._given = now
         return AnswerDelta(
             index=self._index,
             text="" if self._detokenizer is None else self._detokenizer.text[given.text_end : text_end],
@@ -277,6 +300,17 @@ class Answer:
             logprobs=None if self._logprobs is None else self._logprobs[given.num_tokens :],
             finish_reason=None if self._finish_reason is None else str(self._finish_reason),
             stop_reason=self._stop_reason(),
+            specials=specials,
+        )
+
+    def _specials_between(self, given: _Given, text_end: int) -> tuple[SpecialToken, ...]:
+        """Special tokens that deltas have not told, as far as the text is shown; counted from where the deltas are."""
+        if self._detokenizer is None or len(self._detokenizer.specials) == given.num_specials:
+            return ()
+        return tuple(
+            SpecialToken(token_id, end - given.text_end, max(0, num_tokens - given.num_tokens))
+            for token_id, end, num_tokens in self._detokenizer.specials[given.num_specials :]
+            if end <= text_end
         )
 
     def _hides_last(self, finish_reason: FinishReason | None) -> bool:

@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Any, Generic, TypeAlias, TypeVar
 
-from stepgraph.server.conversation import Piece
+from stepgraph.server.pieces import Piece
 from stepgraph.server.tool_calls import ToolCallDelta
 
 Event: TypeAlias = dict[str, Any]
@@ -66,6 +66,8 @@ class AnswerItems(Generic[I]):
         it."""
         num_before = next((n for n, call in enumerate(piece.calls) if call.name is not None), len(piece.calls))
         events = self._take_calls(piece.calls[:num_before])
+        if piece.begins_message:
+            self._is_open_for = None
         if piece.reasoning:
             events += self._turn_to(self._reasoning)
             events += self._items[-1].add(piece.reasoning)

@@ -115,7 +115,7 @@ class PromptFields(RequestPart):
         return super().ignored() + unknown
 
     def _spellings(self) -> dict[str, str]:
-        names = super()._spellings() | {"prompt": "messages"}
+        names = super()._spellings() | {"prompt": "messages", "reasoning_effort": "output_config.effort"}
         in_config = self.output_config is not None and self.output_config.format is not None
         if in_config or self.output_format is not None:
             form = "output_config.format" if in_config else "output_format"

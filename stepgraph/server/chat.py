@@ -11,15 +11,18 @@ from typing import Any, NamedTuple
 
 from msgspec import UNSET, UnsetType
 
+from stepgraph.engine.harmony import known_effort
 from stepgraph.engine.outputs import Logprob, TokenProbabilities
 from stepgraph.engine.prompts import TokenizedPrompt
 from stepgraph.engine.sampling_params import SamplingParams
 from stepgraph.engine.session import AnswerDelta
 from stepgraph.errors import RequestError
 from stepgraph.server.completions import describe_prompt_logprobs
-from stepgraph.server.conversation import AnswerParser, Piece, ToolUse, plain_messages
+from stepgraph.server.conversation import AnswerParser, ToolUse, plain_messages
 from stepgraph.server.errors import APIError
 from stepgraph.server.generation import Generation
+from stepgraph.server.harmony import HarmonyParser
+from stepgraph.server.pieces import Paragraphs, Piece
 from stepgraph.server.protocol import ChatRequest, sampling_params, structured_outputs
 from stepgraph.server.replies import (
     ChatChoice,
@@ -66,7 +69,9 @@ class ChatCall:
         tools: what was asked for about them.
     """
 
-    def __init__(self, generation: Generation, parsers: Sequence[AnswerParser], tally: Tally, tools: ToolUse):
+    def __init__(
+        self, generation: Generation, parsers: Sequence[AnswerParser | HarmonyParser], tally: Tally, tools: ToolUse
+    ):
         self.generation = generation
         self.tally = tally
         self.tools = tools
@@ -94,10 +99,8 @@ class ChatCall:
         service.check_queue()  # before the work of preparing it
         request, tools, prompt, params = await service.in_thread(lambda: _prepared(read(), service))
         [generation] = await service.start(id, [prompt], params, context, request=request, adapter=adapter)
-        parsers = [
-            AnswerParser(form, tools, prompt=prompt.text, guided=params.structured_outputs is not None)
-            for _ in range(params.n)
-        ]
+        guided = params.structured_outputs is not None
+        parsers = [form.parser(tools, prompt=prompt.text, guided=guided) for _ in range(params.n)]
         tally = Tally([generation], thinks=form.thinks, speculates=service.speculates)
         return cls(generation, parsers, tally, tools)
 
@@ -106,9 +109,10 @@ class ChatCall:
         async with aclosing(merged([self.generation])) as found:
             async for _, deltas in found:
                 self.tally.add(deltas)
-                for delta in deltas:
+                for delta in (part for whole in deltas for part in whole.parts()):
                     parser = self._parsers[delta.index]
-                    piece = parser.feed(delta.text, finish_reason=delta.finish_reason)
+                    special = delta.specials[0].token_id if delta.specials else None
+                    piece = parser.feed(delta.text, special=special, finish_reason=delta.finish_reason)
                     self.tally.num_reasoning += num_reasoning(delta, piece)
                     reason = delta.finish_reason
                     if (
@@ -132,7 +136,9 @@ def prompt_of(conversation: Conversation, service: Service) -> TokenizedPrompt:
     service.check_turns(messages)
     rendering = request.rendering()
     if request.reasoning_effort is not None:
-        rendering["variables"].setdefault("reasoning_effort", request.reasoning_effort)
+        form = service.chat_form
+        effort = request.reasoning_effort if form.harmony is None else known_effort(request.reasoning_effort)
+        rendering["variables"].setdefault("reasoning_effort", effort)
     text = service.chat_form.template.render(messages, tools.shown, **rendering)
     return service.encode(text, add_special_tokens=False)
 
@@ -150,11 +156,12 @@ def _prepared(
         raise RequestError("top_logprobs needs logprobs; set it to true", param="top_logprobs")
     if request.logprobs:
         others["logprobs"] = request.top_logprobs or 0
-    if tools.must_call:  # a form that is asked for beside is that of text answers, of which there will be none
-        others["structured_outputs"] = {"json": tools.schema(), "disable_any_whitespace": True}
-    elif request.response_format is not None and (spec := structured_outputs(request)) is not None:
-        others["structured_outputs"] = form.with_calls(spec, tools)
-    if tools.shown and form.marks_calls_by_special_tokens:
+    others["structured_outputs"] = form.answer_form(
+        structured_outputs(request), tools, prompt.text or "", is_whole=request.response_format is None
+    )
+    if form.harmony is not None:
+        others["skip_special_tokens"] = True  # they are structure
+    elif tools.shown and form.marks_calls_by_special_tokens:
         others["skip_special_tokens"] = False
     params = sampling_params(request, service.model.sampling_defaults, **others)
     return request, tools, prompt, params
@@ -202,10 +209,12 @@ class ChatReply:
         ]
         texts: list[tuple[list[str], list[str]]] = [([], []) for _ in choices]
         arguments: list[list[list[str]]] = [[] for _ in choices]
+        paragraphs = [Paragraphs() for _ in choices]
         async with aclosing(self._call.gains()) as gains:
             async for gain in gains:
                 index = gain.delta.index
                 choice = choices[index]
+                gain = gain._replace(piece=paragraphs[index].join(gain.piece))
                 texts[index][0].append(gain.piece.reasoning)
                 texts[index][1].append(gain.piece.content)
                 for call in gain.piece.calls:
@@ -245,9 +254,11 @@ class ChatReply:
         first = ChatMessage(None if self._call.tools.must_call else "", "assistant")
         for index in range(self._n):
             yield chunk([ChatChunkChoice(index, first)], usage.of_chunk())
+        paragraphs = [Paragraphs() for _ in range(self._n)]
         async with aclosing(self._call.gains()) as gains:
             async for gain in gains:
-                choice = self._chunk_of(gain)
+                piece = paragraphs[gain.delta.index].join(gain.piece)
+                choice = self._chunk_of(gain._replace(piece=piece))
                 if choice is not None:
                     yield chunk([choice], usage.of_chunk())
         if usage.at_end:

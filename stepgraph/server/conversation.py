@@ -5,14 +5,18 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from stepgraph.engine.chat_messages import plain_message
 from stepgraph.engine.chat_template import ChatTemplate
-from stepgraph.errors import RequestError
+from stepgraph.engine.harmony import SPELLINGS, HarmonyTokens, Place
+from stepgraph.errors import ConfigError, RequestError
 from stepgraph.server import reasoning
 from stepgraph.server.bodies import check_values
-from stepgraph.server.forced_calls import forced_call_schema, form_or_calls
+from stepgraph.server.forced_calls import followed_schemas, forced_call_schema, form_or_calls
+from stepgraph.server.harmony import HarmonyParser
+from stepgraph.server.harmony_forms import forced_schemas, harmony_form
+from stepgraph.server.pieces import Piece
 from stepgraph.server.protocol import ChatMessageField, NamedToolChoice, Tool
 from stepgraph.server.reasoning import ReasoningParser
 from stepgraph.server.tool_calls import (
@@ -23,6 +27,20 @@ from stepgraph.server.tool_calls import (
     detect_format,
 )
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+HARMONY = "harmony"
+"""Value of the settings tool_call_parser and reasoning_parser."""
+
+
+class Harmony(NamedTuple):
+    """That a model writes harmony."""
+
+    tokens: HarmonyTokens
+    reads_calls: bool
+    """Else they are content, unless they are forced."""
+
 
 @dataclass(frozen=True)
 class ChatForm:
@@ -32,16 +50,32 @@ class ChatForm:
         template: the model's, or what replaces it.
         tool_format: how the model writes tool calls; None leaves them in the text.
         thinks: whether its answers may begin with reasoning.
+        harmony: the format that sets both apart; None: the model writes in another one.
     """
 
     template: ChatTemplate
     tool_format: ToolCallFormat | None
     thinks: bool
+    harmony: Harmony | None = None
 
     @classmethod
-    def of(cls, template: ChatTemplate, *, tool_call_parser: str, reasoning_parser: str) -> ChatForm:
-        """Find out how a template does things; see the settings of these names."""
+    def of(
+        cls,
+        template: ChatTemplate,
+        tokenizer: PreTrainedTokenizerFast | None = None,
+        *,
+        tool_call_parser: str,
+        reasoning_parser: str,
+    ) -> ChatForm:
+        """Find out how a template does things; see the settings of these names.
+
+        Raises:
+            ConfigError: they ask for a format that the tokenizer has no tokens for.
+        """
         tool_format: ToolCallFormat | None = None
+        harmony = _harmony_of(template, tokenizer, tool_call_parser, reasoning_parser)
+        if harmony is not None:
+            return cls(template, None, reasoning_parser != "none", Harmony(harmony, tool_call_parser != "none"))
         if tool_call_parser != "none":
             tool_format = (
                 detect_format(template.text) if tool_call_parser == "auto" else ToolCallFormat(tool_call_parser)
@@ -55,10 +89,74 @@ class ChatForm:
             return spec
         return form_or_calls(spec, tools.shown, self.tool_format, parallel=not tools.at_most_one)
 
+    def answer_form(
+        self, spec: dict[str, Any] | None, tools: ToolUse, prompt: str, *, is_whole: bool
+    ) -> dict[str, Any] | None:
+        """What an answer must be, as SamplingParams takes it; None: anything.
+
+        Args:
+            spec: the form that is asked for. It is that of a text, of which there is none beside forced calls.
+            tools: what the request says about them.
+            prompt: as rendered.
+            is_whole: `spec` says what the whole answer is: it has no calls beside.
+
+        Raises:
+            RequestError: the form, or that of a call that is forced, cannot be followed.
+        """
+        if self.harmony is not None:
+            if tools.must_call:
+                calls = forced_schemas(tools.shown, tools.forced)
+                return harmony_form(None, calls, self.harmony.tokens, Place.behind(prompt))
+            has_calls = self.harmony.reads_calls and not is_whole
+            calls = followed_schemas(tools.shown) if has_calls else {}
+            return None if spec is None else harmony_form(spec, calls, self.harmony.tokens, Place.behind(prompt))
+        if tools.must_call:
+            return {"json": tools.schema(), "disable_any_whitespace": True}
+        return spec if spec is None or is_whole else self.with_calls(spec, tools)
+
+    def parser(self, tools: ToolUse, *, prompt: str | None, guided: bool) -> AnswerParser | HarmonyParser:
+        """For one answer. See `AnswerParser`."""
+        if self.harmony is None:
+            return AnswerParser(self, tools, prompt=prompt, guided=guided)
+        return HarmonyParser(
+            self.harmony.tokens,
+            tools.names if self.harmony.reads_calls or tools.must_call else [],
+            prompt=prompt or "",
+            at_most_one=tools.at_most_one,
+            sets_reasoning_apart=self.thinks,
+        )
+
     @property
     def marks_calls_by_special_tokens(self) -> bool:
         """Whether an answer's text shows its calls only with special tokens in it."""
         return self.tool_format is ToolCallFormat.MISTRAL
+
+
+def _harmony_of(
+    template: ChatTemplate, tokenizer: PreTrainedTokenizerFast | None, tool_call_parser: str, reasoning_parser: str
+) -> HarmonyTokens | None:
+    """The format's tokens, if settings ask for it, or leave it open and the model's own template writes it."""
+    named = {tool_call_parser, reasoning_parser}
+    if others := named - {"auto", "none", HARMONY}:
+        if HARMONY in named:
+            raise ConfigError(
+                f"tool_call_parser={tool_call_parser!r} and reasoning_parser={reasoning_parser!r} are two formats, and "
+                f"{HARMONY} is one of both calls and reasoning; leave {others.pop()} out",
+                param="tool_call_parser",
+            )
+        return None
+    tokens = HarmonyTokens.of(tokenizer)
+    if HARMONY in named and tokens is None:
+        raise ConfigError(
+            f"{HARMONY} is a format of special tokens ({', '.join(SPELLINGS)}), of which the model's tokenizer lacks some; "
+            "choose another parser",
+            param="tool_call_parser" if tool_call_parser == HARMONY else "reasoning_parser",
+        )
+    is_left_open = named == {"auto"} or named == {"auto", "none"}
+    return tokens if HARMONY in named or (is_left_open and _MARK in template.text) else None
+
+
+_MARK = "<|channel|>"
 
 
 class ToolUse(NamedTuple):
@@ -120,14 +218,6 @@ class ToolUse(NamedTuple):
         return forced_call_schema(self.shown, self.forced, parallel=not self.at_most_one)
 
 
-class Piece(NamedTuple):
-    """What an answer gains."""
-
-    reasoning: str
-    content: str
-    calls: list[ToolCallDelta]
-
-
 class AnswerParser:
     """Sorts the text of one answer, however it is cut into pieces, into reasoning, content and tool calls."""
 
@@ -145,8 +235,8 @@ class AnswerParser:
             self._calls = ToolCallParser(form.tool_format, tools.names)
         self.num_calls = 0
 
-    def feed(self, text: str, *, finish_reason: str | None = None) -> Piece:
-        """Sort more text; the last of it comes with the reason why it is."""
+    def feed(self, text: str, *, special: int | None = None, finish_reason: str | None = None) -> Piece:
+        """Sort more text; the last of it comes with the reason why it is. A special token behind it means nothing."""
         finished = finish_reason is not None
         thought, content = ("", text) if self._reasoning is None else self._reasoning.feed(text)
         if finished and self._reasoning is not None:

@@ -38,10 +38,10 @@ def forced_call_schema(
             param="tool_choice",
         )
     if name is not None:
-        return _object_schema(functions[name])
+        return object_schema(functions[name])
     calls, definitions = [], {}
     for i, (function, parameters) in enumerate(functions.items()):
-        arguments = {key: value for key, value in _object_schema(parameters).items() if key != "$id"}
+        arguments = {key: value for key, value in object_schema(parameters).items() if key != "$id"}
         place = f"tools.{i}.parameters"  # errors name it; a function's name may hold what references cannot
         try:
             definition = _moved(arguments, f"#/$defs/{place}")
@@ -63,7 +63,7 @@ def forced_call_schema(
     return schema if parallel else schema | {"maxItems": 1}
 
 
-def _object_schema(parameters: Mapping[str, Any]) -> dict[str, Any]:
+def object_schema(parameters: Mapping[str, Any]) -> dict[str, Any]:
     """A schema of objects, which arguments are also where the schema of parameters does not say so."""
     says_more = parameters.keys() & {"$ref", "anyOf", "oneOf", "allOf"}
     return dict(parameters) if says_more else {"type": "object"} | dict(parameters)
@@ -108,7 +108,8 @@ _SPELLINGS = {
     ToolCallFormat.LLAMA: _Spelling('{"name": ', ', "parameters": ', "}", "; ", True),
     ToolCallFormat.MISTRAL: _Spelling("[TOOL_CALLS]", "[ARGS]", "", "", False),
 }
-_ANY_OBJECT = {"type": "object"}
+ANY_OBJECT = {"type": "object"}
+"""A schema."""
 FORM_BESIDE_CALLS = "structural_tag.format.elements[0].json_schema"
 """Where `form_or_calls` puts the schema of a text answer."""
 
@@ -130,18 +131,23 @@ def form_or_calls(
     """
     if "structural_tag" in spec:
         return dict(spec)
-    form = {"type": "json_schema", "json_schema": spec.get("json", _ANY_OBJECT)}
-    schemas = {tool["function"]["name"]: _object_schema(tool["function"].get("parameters") or {}) for tool in tools}
-    schemas = {
-        name: schema if _can_be_followed({"type": "json_schema", "json_schema": schema}) else _ANY_OBJECT
-        for name, schema in schemas.items()
-    }
+    form = {"type": "json_schema", "json_schema": spec.get("json", ANY_OBJECT)}
+    schemas = followed_schemas(tools)
     either = {"type": "or", "elements": [form, _calls(schemas, format, parallel=parallel)]}
-    if not _can_be_followed(
+    if not can_be_followed(
         either
     ):  # together they are too much, or the form is to blame, which is said where it is compiled
-        either["elements"] = [form, _calls(dict.fromkeys(schemas, _ANY_OBJECT), format, parallel=parallel)]
+        either["elements"] = [form, _calls(dict.fromkeys(schemas, ANY_OBJECT), format, parallel=parallel)]
     return {"structural_tag": {"type": "structural_tag", "format": either}}
+
+
+def followed_schemas(tools: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The schemas of functions' arguments by their names; any object where one cannot be followed exactly."""
+    schemas = {tool["function"]["name"]: object_schema(tool["function"].get("parameters") or {}) for tool in tools}
+    return {
+        name: schema if can_be_followed({"type": "json_schema", "json_schema": schema}) else ANY_OBJECT
+        for name, schema in schemas.items()
+    }
 
 
 def _calls(schemas: Mapping[str, Any], format: ToolCallFormat, *, parallel: bool) -> dict[str, Any]:
@@ -166,7 +172,8 @@ def _calls(schemas: Mapping[str, Any], format: ToolCallFormat, *, parallel: bool
     }
 
 
-def _can_be_followed(form: Mapping[str, Any]) -> bool:
+def can_be_followed(form: Mapping[str, Any]) -> bool:
+    """Whether a `format` of a structural tag holds nothing that is refused. Takes milliseconds."""
     try:
         TagConverter({"type": "structural_tag", "format": form}).convert()
     except RequestError:

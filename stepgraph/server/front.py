@@ -369,6 +369,7 @@ def _served_model(front: Front) -> ServedModel:
         tokenizer=tokenizer,
         chat_form=ChatForm.of(
             template,
+            tokenizer,
             tool_call_parser=config.tool_call_parser,
             reasoning_parser=config.reasoning_parser,
         ),

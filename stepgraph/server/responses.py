@@ -117,6 +117,7 @@ class ResponsesRequest(SamplingFields):
             "messages": "input",
             "max_tokens": "max_output_tokens",
             "logprobs": "top_logprobs",
+            "reasoning_effort": "reasoning.effort",
         }
         if self.text is not None and self.text.format is not None:
             schema = "text.format.schema"

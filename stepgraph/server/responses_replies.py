@@ -10,7 +10,7 @@ import msgspec
 from msgspec import UNSET, UnsetType
 
 from stepgraph.server.answer_items import AnswerItems, Event, Item
-from stepgraph.server.conversation import Piece
+from stepgraph.server.pieces import Piece
 from stepgraph.server.replies import TokenLogprob
 from stepgraph.server.service import new_id
 

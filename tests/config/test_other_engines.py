@@ -222,6 +222,10 @@ def test_files_and_keyword_arguments_know_them_too(tmp_path, caplog):
             "--enable-auto-tool-choice --tool-call-parser llama3_json --reasoning-parser deepseek_r1",
             {"tool_call_parser": "llama", "reasoning_parser": "think"},
         ),
+        (
+            "--tool-call-parser openai --reasoning-parser openai_gptoss",
+            {"tool_call_parser": "harmony", "reasoning_parser": "harmony"},
+        ),
         ("--api_key one --allowed-origins '[\"*\"]'", {"api_key": ("one",), "cors_allow_origins": ("*",)}),
         (
             "m --cudagraph-capture-sizes 1 2 4 --served_model_name a b",
@@ -248,8 +252,8 @@ def test_command_lines_may_be_spelled_as_there(parse, line, settings):
         ),
         ("--tool-call-parser qwen3_coder", "tool_call_parser='qwen3_coder' is not supported: calls in other forms"),
         (
-            "--reasoning-parser=openai_gptoss",
-            "reasoning_parser='openai_gptoss' is not supported: reasoning in other forms",
+            "--reasoning-parser=seed_oss",
+            "reasoning_parser='seed_oss' is not supported: reasoning in other forms",
         ),
         ("-sc.method eagle3 -sc.num_speculative_tokens 3", "method='eagle3' is not supported: there are no drafters"),
         (
@@ -262,7 +266,10 @@ def test_command_lines_may_be_spelled_as_there(parse, line, settings):
         ("--num-gpu-blocks-override 5 --num-kv-blocks 6", "asks for num_kv_blocks="),
         ("--device cuda:0", "device='cuda:0' is not known; choose one of: auto, cpu, cuda. "),
         ("--num-gpu-blocks-override many", "num_kv_blocks='many' must be a whole number"),
-        ("--reasoning-parser qwen-3", "reasoning_parser='qwen-3' is not known; choose one of: auto, none, think\n"),
+        (
+            "--reasoning-parser qwen-3",
+            "reasoning_parser='qwen-3' is not known; choose one of: auto, none, think, harmony\n",
+        ),
         ("--enforce-eager -O 0 --graph-backend cpu", "asks for graph_backend='eager', and graph_backend for 'cpu'"),
     ],
 )

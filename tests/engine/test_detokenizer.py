@@ -145,3 +145,22 @@ def test_tokens_that_never_make_a_character_are_not_kept_for_ever() -> None:
         assert len(detokenizer._window) < 200
     detokenizer.append(BYTES.encode("hello"))
     assert detokenizer.text.endswith("hello")
+
+
+@pytest.mark.parametrize("size", [1, 2, 100])
+def test_special_tokens_that_are_left_out_are_told_with_their_places(size) -> None:
+    tokenizer = create_byte_tokenizer()
+    tokens = [0, *tokenizer.encode("aé"), 0, 0, *tokenizer.encode("b"), 0]
+    detokenizer = Detokenizer(tokenizer, skip_special_tokens=True)
+    for start in range(0, len(tokens), size):
+        detokenizer.append(tokens[start : start + size])
+    assert detokenizer.text == "aéb"
+    assert detokenizer.specials == [(0, 0, 1), (0, 2, 5), (0, 2, 6), (0, 3, 8)]
+
+
+def test_a_special_token_amid_a_character_stands_before_it() -> None:
+    tokenizer = create_byte_tokenizer()
+    a, first, second = tokenizer.encode("aé")
+    detokenizer = Detokenizer(tokenizer, skip_special_tokens=True)
+    assert detokenizer.append([a, first, 0, second]) == "aé"
+    assert detokenizer.specials == [(0, 1, 3)]

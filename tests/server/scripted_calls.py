@@ -10,7 +10,7 @@ from msgspec import UNSET
 
 from stepgraph.engine.session import AnswerDelta
 from stepgraph.server.chat import Gain
-from stepgraph.server.conversation import Piece
+from stepgraph.server.pieces import Piece
 from stepgraph.server.replies import CompletionTokensDetails, PromptTokensDetails, Usage
 from stepgraph.server.sse import EventStream
 from stepgraph.server.tool_calls import ToolCallDelta

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from stepgraph.engine.session import AnswerDelta
 from stepgraph.server.chat import num_reasoning
-from stepgraph.server.conversation import Piece
+from stepgraph.server.pieces import Piece
 from stepgraph.server.reasoning import ReasoningParser, starts_inside, thinks
 
 ANSWERS = st.lists(
