@@ -89,6 +89,10 @@ _LATENT = {
 MORE: dict[str, dict[str, Any]] = {
     "axk1": _LATENT,
     "bert-generation": {"is_decoder": True},
+    "dbrx": {
+        "attn_config": {"kv_n_heads": 2, "rope_theta": 1e4, "clip_qkv": 2.0},
+        "ffn_config": {"hidden_size": 64, "ffn_hidden_size": 96, "moe_num_experts": 4, "moe_top_k": 2},
+    },
     "deepseek_v2": _LATENT,
     "deepseek_v3": _LATENT,
     "dory": {
@@ -100,7 +104,22 @@ MORE: dict[str, dict[str, Any]] = {
         "n_output_layers": 2,
     },
     "gemma4_text": {"vocab_size_per_layer_input": 200},
+    "bloom": {"seq_length": 256},
+    "gpt_neo": {
+        "attention_layers": ["global", "local"],
+        "attention_types": [[["global", "local"], 1]],
+        "window_size": 20,
+        "intermediate_size": 96,
+    },
     "glm4_moe_lite": _LATENT,
+    "llama4_text": {
+        "attention_chunk_size": 128,
+        "attn_temperature_tuning": True,
+        "floor_scale": 8,
+        "layer_types": ["chunked_attention", "full_attention"],
+        "moe_layers": [1],
+        "no_rope_layers": [1, 0],
+    },
     "longcat_flash": _LATENT | {"qk_head_dim": 24, "zero_expert_num": 2},
     "minicpm3": _LATENT,
     "sarvam_mla": _LATENT,
@@ -152,12 +171,12 @@ def is_other(model_type: str) -> bool:
 def tiny_decoder(model_type: str) -> Any:
     """A config with each size it knows made small."""
     config_class = CONFIG_MAPPING[model_type]
-    more = {"pad_token_id": 0} | MORE.get(model_type, {})
     try:
         fields = tiny(config_class).to_dict()
     except Exception:  # what is in `MORE` is missing
         fields = {name: SIZES.get(name, value) for name, value in config_class().to_dict().items()}
-    return config_class.from_dict(fields | {name: value for name, value in more.items() if name in fields})
+    padding = {"pad_token_id": 0} if "pad_token_id" in fields else {}
+    return config_class.from_dict(fields | padding | MORE.get(model_type, {}))
 
 
 def everything() -> Iterator[tuple[str, str, str, int, Callable[[], Any] | None]]:

@@ -58,7 +58,7 @@ def test_the_page_is_what_the_script_makes_of_its_rows(script, rows) -> None:
     assert sum(row.recipes for row in rows if row.section == "published") == 68
 
 
-@pytest.mark.parametrize("name", ["TranslateGemma", "Glyph", "bloom"])
+@pytest.mark.parametrize("name", ["TranslateGemma", "Glyph", "xlnet"])
 def test_a_row_is_what_becomes_of_its_model(name, script, rows) -> None:
     (cells,) = [row.cells for row in rows if row.name == name]
     ((section, class_name, make),) = [(s, c, m) for s, n, c, _, m in script.everything() if n == name]

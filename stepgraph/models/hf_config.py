@@ -89,8 +89,10 @@ _OPTIONAL_WIDTHS = (
     "v_head_dim",
 )
 _OPTIONAL = (*_OPTIONAL_WIDTHS, *_EXPERTS)
-_MOST_OF = dict.fromkeys((*_COUNTS, *_EXPERTS, "decoder_sparse_step", "moe_layer_interval"), 2**12) | dict.fromkeys(
-    (*_WIDTHS, *_OPTIONAL_WIDTHS), 2**24
+_MOST_OF = (
+    dict.fromkeys((*_COUNTS, "decoder_sparse_step", "moe_layer_interval"), 2**12)
+    | dict.fromkeys(_EXPERTS, 2**14)
+    | dict.fromkeys((*_WIDTHS, *_OPTIONAL_WIDTHS), 2**24)
 )
 """By the names that a config may give to the sizes of a model: more than any model has. Lists are made and loops run by them, in
 transformers' classes too, before a weight is read that might say otherwise."""

@@ -29,6 +29,8 @@ _KINDS = {
     "MODEL_FOR_OBJECT_DETECTION_MAPPING_NAMES": "a model of images",
 }
 """By transformers' lists of model types: what models of these types are."""
+_CHUNKED = "chunked_attention"
+_LAYERS = {"full_attention", "sliding_attention", _CHUNKED}
 _OTHERS = (
     "See docs/models.md for those; one that does what its text alone would may be added, see docs/adding-a-model.md."
 )
@@ -89,15 +91,18 @@ def check_fields(hf_config: Any) -> None:
         refuse("it is of an encoder and a decoder (is_encoder_decoder in its config)", CAUSAL_ONLY)
     if value("use_bidirectional_attention") or value("is_causal") is False:
         refuse("its attention is not causal", CAUSAL_ONLY)
-    if odd := sorted(set(value("layer_types") or ()) - {"full_attention", "sliding_attention"}):
-        refuse(
-            f"it has layers of type {', '.join(odd)}", "What runs are layers of full_attention and sliding_attention."
-        )
+    if odd := sorted(set(value("layer_types") or ()) - _LAYERS):
+        refuse(f"it has layers of type {', '.join(odd)}", f"What runs are layers of type {', '.join(sorted(_LAYERS))}.")
     if value("kv_lora_rank") and any(rope.get("llama_4_scaling_beta") for rope in _ropes(hf_config)):
         refuse(
             "its queries are multiplied by a function of their position (llama_4_scaling_beta), which few classes with latent "
             "attention do",
             "Models that do not scale them are supported.",
+        )
+    if value("recurrent_kv_cache_mode") == "last_loop":
+        refuse(
+            'tokens of later steps see other keys than those of the same step (recurrent_kv_cache_mode "last_loop")',
+            'With "per_loop" it runs.',
         )
     if any(rope.get("rope_type") == "longrope" for rope in _ropes(hf_config)):
         refuse(
@@ -108,7 +113,7 @@ def check_fields(hf_config: Any) -> None:
 
 def check_last(hf_config: Any) -> None:
     """Refuse what keeps a model of a class that runs from doing so: what is said here helps."""
-    if not getattr(text_config(hf_config), "max_position_embeddings", None):
+    if not longest_sequence(text_config(hf_config)):
         refuse(
             "its config does not say how long a sequence may be",
             'Add "max_position_embeddings", the longest sequence in tokens, to config.json.',
@@ -118,6 +123,15 @@ def check_last(hf_config: Any) -> None:
             f'its weights are quantised with method "{method_of(quantization)}"',
             "Of the models that run through transformers, unquantised checkpoints are read; use one.",
         )
+
+
+def longest_sequence(hf_config: Any) -> int:
+    """How many tokens a sequence may have by the config of a decoder, under one of several names; 0 if it does not say."""
+    names = "max_position_embeddings", "max_seq_len", "seq_length"
+    longest = int(next((size for name in names if (size := getattr(hf_config, name, None))), 0))
+    if _CHUNKED in (getattr(hf_config, "layer_types", None) or ()):
+        return min(longest, hf_config.attention_chunk_size)  # within the first chunk, tokens see all tokens before them
+    return longest
 
 
 def without_dynamic_rope(hf_config: Any) -> Any:

@@ -17,6 +17,8 @@ class TransformersConfig:
     hidden_size: int
     attention_specs: tuple[AttentionSpec, ...]
     """Of every call of attention, in the order in which they are made."""
+    has_biased_keys: bool
+    """Whether cached keys hold what is added to their scores."""
     max_position_embeddings: int
     eos_token_ids: tuple[int, ...]
     media_token_ids: tuple[int, ...]

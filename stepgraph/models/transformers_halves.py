@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 import transformers
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
@@ -18,10 +19,12 @@ from transformers.utils import ModelOutput
 from stepgraph.models.config import architecture_of
 from stepgraph.models.text_part import is_multimodal
 from stepgraph.models.transformers_interfaces import Attend, Relay
+from stepgraph.models.transformers_own_attention import adapt, register
 
 
 def class_of(hf_config: Any) -> tuple[Any, str]:
     """The class that runs a config's model, and the name of its method that builds one from a config."""
+    register(str(hf_config.model_type))
     if is_multimodal(hf_config):
         return getattr(transformers, architecture_of(hf_config)), "_from_config"
     return AutoModelForCausalLM, "from_config"
@@ -30,17 +33,20 @@ def class_of(hf_config: Any) -> tuple[Any, str]:
 def decoder_path(hf_model: Any) -> str:
     """Where a model has its layers, e.g. ``model`` or ``model.language_model``."""
     if not is_multimodal(hf_model.config):
-        return str(hf_model.base_model_prefix)
+        prefix = str(hf_model.base_model_prefix)
+        return prefix if hasattr(hf_model, prefix) else "model"  # the former is that of a class around it, in Llama 4's
     decoder = hf_model.get_decoder()
     return next(path for path, module in hf_model.named_modules() if module is decoder)
 
 
 def take_apart(hf_model: Any) -> tuple[nn.Module, nn.Module]:
     """The layers, and the class without them: hidden states in, logits out, scaled and capped as the class does."""
-    base = hf_model.get_submodule(decoder_path(hf_model))
+    path = decoder_path(hf_model)
+    base = hf_model.get_submodule(path)
     base.warn_if_padding_and_no_attention_mask = _no_warning  # which looks for padding in the tokens, on the host
-    setattr(hf_model, hf_model.base_model_prefix, _PassThrough())
+    setattr(hf_model, path.partition(".")[0], _PassThrough())
     Relay(base)
+    adapt(base)
     return base, hf_model
 
 
@@ -53,7 +59,8 @@ def run_layers(base: nn.Module, token_ids_T: Tensor, positions_T: Tensor | None,
         positions_T: of each; None: the class counts them itself.
         attend: answers the layers' calls of attention.
     """
-    with Relay.of(base).answered_by(attend):
+    counted_T = torch.arange(len(token_ids_T), dtype=torch.int32, device=token_ids_T.device)
+    with Relay.of(base).answered_by(attend, counted_T if positions_T is None else positions_T):
         output = base(
             input_ids=token_ids_T.unsqueeze(0),
             position_ids=None if positions_T is None else positions_T.unsqueeze(0),

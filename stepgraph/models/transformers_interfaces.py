@@ -15,6 +15,7 @@ from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from transformers import AttentionInterface
 from transformers.integrations.moe import ExpertsInterface
 
@@ -29,6 +30,7 @@ REQUIREMENTS = (
     "What runs are native models and those classes of transformers whose layers all call its AttentionInterface."
 )
 CAUSAL_ONLY = "What runs are causal models: decoders, whose tokens see themselves and earlier ones."
+_BIAS_PARTS = 3
 _HARMLESS = {"dropout", "position_ids", "use_cache", "cache_position"}
 _UNSUPPORTED = {
     "position_bias": "it adds a bias to attention scores",
@@ -48,6 +50,7 @@ class AttentionCall:
     window: int  # 0: none, or not said by the layer
     sinks: Tensor | None  # of each query head; None: there are none
     softcap: float  # of scores; 0: none
+    is_biased: bool  # keys hold what is added to their scores, in more digits than 8 bits have
 
 
 Attend = Callable[[AttentionCall], Tensor]
@@ -66,6 +69,8 @@ class Relay:
         """
         self._attend: Attend | None = None
         self._numbers = count()
+        self._positions: Tensor | None = None
+        self._shared: dict[str, Tensor] = {}
         for module in base.modules():
             setattr(module, self._NAME, self)
 
@@ -77,13 +82,25 @@ class Relay:
         return relay
 
     @contextmanager
-    def answered_by(self, attend: Attend) -> Iterator[None]:
-        """While the layers run once."""
-        self._attend, self._numbers = attend, count()
+    def answered_by(self, attend: Attend, positions_T: Tensor) -> Iterator[None]:
+        """While the layers run once, over tokens at these positions."""
+        self._attend, self._numbers, self._positions, self._shared = attend, count(), positions_T, {}
         try:
             yield
         finally:
-            self._attend = None
+            self._attend, self._positions, self._shared = None, None, {}
+
+    @property
+    def positions(self) -> Tensor:
+        """Of the tokens: [T] int32."""
+        assert self._positions is not None, "the layers do not run"
+        return self._positions
+
+    def once(self, name: str, make: Callable[[], Tensor]) -> Tensor:
+        """What is the same for all layers of a run, made by the first that asks."""
+        if name not in self._shared:
+            self._shared[name] = make()
+        return self._shared[name]
 
     def call(
         self,
@@ -96,13 +113,42 @@ class Relay:
         window: int = 0,
         sinks: Tensor | None = None,
         softcap: float = 0.0,
+        key_bias: Tensor | None = None,
     ) -> Tensor:
-        """What a module gets, see `AttentionCall`. One that does not know the number of its layer makes one call in each."""
+        """What a module gets, see `AttentionCall`. One that does not know the number of its layer makes one call in each.
+
+        Args:
+            module: that asks.
+            query, key, value, scale, window, sinks, softcap: as in `AttentionCall`.
+            key_bias: [H or G, T], added to the scores of keys. With the former, each query head gets keys and values of its own.
+        """
         assert self._attend is not None, "the layers do not run"
+        if key_bias is not None:
+            query, key, value = with_bias(query * scale, key, value, key_bias)
+            scale = 1.0
         number = next(self._numbers)
         layer = getattr(module, "layer_idx", None)
         layer = number if layer is None else layer
-        return self._attend(AttentionCall(number, layer, query, key, value, scale, window, sinks, softcap))
+        is_biased = key_bias is not None
+        return self._attend(AttentionCall(number, layer, query, key, value, scale, window, sinks, softcap, is_biased))
+
+
+def with_bias(query: Tensor, key: Tensor, value: Tensor, bias: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries, keys and values whose scores are biased by key: to each key its bias is appended, as a sum of three numbers so
+    that 16 bits round nothing off, and to each query ones; then zeros up to a multiple of eight, for loads of 16 bytes."""
+    repeats = bias.shape[0] // key.shape[1]
+    key, value = (x.repeat_interleave(repeats, 1) if repeats > 1 else x for x in (key, value))
+    rest, parts = bias.float(), []
+    for _ in range(_BIAS_PARTS):
+        parts.append(rest.to(key.dtype))
+        rest = rest - parts[-1].float()
+    empty = -(key.shape[-1] + _BIAS_PARTS) % 8
+    ones = query.new_ones(*query.shape[:-1], _BIAS_PARTS)
+    return (
+        F.pad(torch.cat((query, ones), -1), (0, empty)),
+        F.pad(torch.cat((key, torch.stack(parts, -1).unsqueeze(0)), -1), (0, empty)),
+        value,
+    )
 
 
 class RefusalError(ModelError):
@@ -155,8 +201,7 @@ def _attention(
 
 
 def _experts(module: Any, hidden_TE: Tensor, expert_TK: Tensor, routing_TK: Tensor) -> Tensor:
-    """An experts function of transformers, of fixed shapes: a token's rows, one per expert, are sorted by expert, and each
-    expert's weights are read once.
+    """An experts function of transformers.
 
     Args:
         module: with the weights of all experts, and attributes that transformers' `use_experts_implementation` sets.
@@ -169,19 +214,45 @@ def _experts(module: Any, hidden_TE: Tensor, expert_TK: Tensor, routing_TK: Tens
     """
     if getattr(module, "has_post_expert_norm", False):
         refuse("its experts have norms of their own", "Experts of two or three matrices are supported.")
+
+    def run(x_SE: Tensor, expert_S: Tensor, ends_N: Tensor) -> Tensor:
+        def project(x: Tensor, name: str) -> Tensor:
+            weight = getattr(module, name)
+            y = grouped_linear(x, weight.transpose(1, 2) if module.is_transposed else weight, ends_N)
+            return y + getattr(module, f"{name}_bias")[expert_S] if module.has_bias else y
+
+        gated = module.has_gate
+        x_SM = module._apply_gate(project(x_SE, "gate_up_proj")) if gated else module.act_fn(project(x_SE, "up_proj"))
+        return project(x_SM, "down_proj")
+
+    return by_expert(hidden_TE, expert_TK, routing_TK, module.num_experts, run)
+
+
+def by_expert(
+    hidden_TE: Tensor,
+    expert_TK: Tensor,
+    routing_TK: Tensor,
+    num_experts: int,
+    run: Callable[[Tensor, Tensor, Tensor], Tensor],
+) -> Tensor:
+    """What experts make of tokens, in fixed shapes: a token's rows, one per expert, are sorted by expert, and each expert's
+    weights are read once. May run inside a graph.
+
+    Args:
+        hidden_TE: input.
+        expert_TK: chosen experts.
+        routing_TK: their weights.
+        num_experts: that can be chosen.
+        run: takes [S, E] rows sorted by expert, [S] their experts, [N] int32 where those of each end; gives [S, E].
+
+    Returns:
+        [T, E]
+    """
     expert_S, order_S = expert_TK.reshape(-1).sort()
-    numbers_N = torch.arange(module.num_experts, dtype=expert_S.dtype, device=expert_S.device)
+    numbers_N = torch.arange(num_experts, dtype=expert_S.dtype, device=expert_S.device)
     ends_N = torch.searchsorted(expert_S, numbers_N, right=True, out_int32=True)
-
-    def project(x: Tensor, name: str) -> Tensor:
-        weight = getattr(module, name)
-        y = grouped_linear(x, weight.transpose(1, 2) if module.is_transposed else weight, ends_N)
-        return y + getattr(module, f"{name}_bias")[expert_S] if module.has_bias else y
-
-    x_SE = hidden_TE[order_S // expert_TK.shape[1]]
-    gated = module.has_gate
-    x_SM = module._apply_gate(project(x_SE, "gate_up_proj")) if gated else module.act_fn(project(x_SE, "up_proj"))
-    y_SE = project(x_SM, "down_proj") * routing_TK.reshape(-1)[order_S].unsqueeze(-1)
+    y_SE = run(hidden_TE[order_S // expert_TK.shape[1]], expert_S, ends_N)
+    y_SE = y_SE * routing_TK.reshape(-1)[order_S].unsqueeze(-1)
     y_TKE = torch.empty_like(y_SE).index_copy_(0, order_S, y_SE).view(*expert_TK.shape, -1)
     return y_TKE.sum(1).to(hidden_TE.dtype)
 

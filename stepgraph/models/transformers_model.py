@@ -32,7 +32,14 @@ from stepgraph.layers.cache import PagedCache, PagedSpec
 from stepgraph.layers.inputs import AttentionSpec, StepInputs
 from stepgraph.models.config import architecture_of, as_token_ids, check_attention
 from stepgraph.models.text_part import end_token_ids, media_token_ids, text_config
-from stepgraph.models.transformers_checks import check_class, check_fields, check_last, explain, without_dynamic_rope
+from stepgraph.models.transformers_checks import (
+    check_class,
+    check_fields,
+    check_last,
+    explain,
+    longest_sequence,
+    without_dynamic_rope,
+)
 from stepgraph.models.transformers_config import TransformersConfig
 from stepgraph.models.transformers_halves import class_of, run_head, run_layers, take_apart
 from stepgraph.models.transformers_interfaces import (
@@ -106,7 +113,8 @@ def _judge(hf_config: Any) -> TransformersConfig:
         vocab_size=vocab_size,
         hidden_size=hidden_size,
         attention_specs=tuple(_spec(hf_config, call) for call in calls),
-        max_position_embeddings=text_config(hf_config).max_position_embeddings,
+        has_biased_keys=any(call.is_biased for call in calls),
+        max_position_embeddings=longest_sequence(text_config(hf_config)),
         eos_token_ids=as_token_ids(end_token_ids(hf_config)),
         media_token_ids=media_token_ids(hf_config),
         num_parameters=num_parameters,
@@ -238,7 +246,12 @@ class TransformersModel(nn.Module):
                 raise RefusalError(what, instead).of(self.config.architecture)
 
     def cache_specs(self, dtype: torch.dtype) -> tuple[PagedSpec, ...]:
-        """See `LanguageModel.cache_specs`."""
+        """See `LanguageModel.cache_specs`. ModelError if keys would lose what `dtype` cannot hold."""
+        if self.config.has_biased_keys and dtype.itemsize < 2:
+            raise ModelError(
+                f"{self.config.architecture} cannot keep its keys in 8 bits, as they hold what is added to their scores; leave "
+                "kv_cache_dtype at auto."
+            )
         whole, part = self.config.attention_specs, self.part
         shard = WHOLE if part is None or self.attention_specs == whole else part.group.shard
         return tuple(
@@ -385,8 +398,10 @@ def _window(hf_config: Any, call: AttentionCall) -> int:
     configured = getattr(hf_config, "sliding_window", None) or 0
     if layer_types and layer_types[call.layer] != "sliding_attention":
         configured = 0
+    if not hasattr(hf_config, "sliding_window"):  # its name is another one, or its layers have none
+        configured = call.window
     declared, configured = (
-        window if window < hf_config.max_position_embeddings else 0 for window in (call.window, configured)
+        window if window < longest_sequence(hf_config) else 0 for window in (call.window, configured)
     )
     if declared != configured and (declared or not layer_types):  # some layers leave their window to the mask
         refuse(
