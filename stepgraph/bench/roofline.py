@@ -111,8 +111,8 @@ def step_cost(
     weights -= unread
     weight_bytes -= tables[0].nbytes * unread // table
     specs = model.attention_specs
-    kv_per_token = sum(spec.cached_numbers for spec in specs)
-    cached = next(model.parameters()).element_size() * kv_per_token * sum(kv_len + n for n, kv_len in rows)
+    numbers = sum(spec.cached_numbers * (_keys_read(rows, spec.window) + num_tokens) for spec in specs)
+    cached = next(model.parameters()).element_size() * numbers
     attention = sum(attention_flops(spec, rows, latent_sizes(model)) for spec in specs)
     recurrent = [module for module in model.modules() if isinstance(module, GatedDelta | ShortConv | Mamba2)]
     states = sum(2 * item.num_bytes for module in recurrent for item in module.cache_spec(model.dtype).state)
@@ -160,7 +160,7 @@ def attention_flops(spec: AttentionSpec, rows: Sequence[tuple[int, int]], latent
         latent: the sizes, if it is latent.
     """
     if latent is None:
-        return 2 * spec.num_heads * (spec.head_dim + spec.value_dim) * _keys_seen(rows)
+        return 2 * spec.num_heads * (spec.head_dim + spec.value_dim) * _keys_seen(rows, spec.window)
     absorbed, expanded = spec.head_dim + spec.value_dim, latent.key_dim + latent.rotated_dim + latent.value_dim
     product = (latent.key_dim + latent.value_dim) * latent.kv_rank
     numbers = 0
@@ -279,9 +279,19 @@ def operator_cost(
     return StepCost(bytes_, flops)
 
 
-def _keys_seen(rows: Sequence[tuple[int, int]]) -> int:
-    """Over all queries: one at distance d from its row's end sees kv_len - d keys."""
-    return sum(n * kv_len - n * (n - 1) // 2 for n, kv_len in rows)
+def _keys_seen(rows: Sequence[tuple[int, int]], window: int = 0) -> int:
+    """Over all queries: one at distance d from its row's end sees kv_len - d keys, or the last `window` of them."""
+    numbers = 0
+    for n, kv_len in rows:
+        cut = min(n, max(0, kv_len - window)) if window else 0  # queries, the last ones, that see `window`
+        whole = n - cut
+        numbers += whole * (kv_len - cut) - whole * (whole - 1) // 2 + cut * window
+    return numbers
+
+
+def _keys_read(rows: Sequence[tuple[int, int]], window: int) -> int:
+    """That some query of their row sees."""
+    return sum(min(kv_len, window + n - 1) if window else kv_len for n, kv_len in rows)
 
 
 def _packed_away(model: LanguageModel | Experts) -> int:

@@ -102,11 +102,11 @@ class _OfExpert(CheckpointTensor):
         part = part or Part.whole(self.shape)
         if len(part.rows) > 1:
             return take(self.load(dtype, device), part)
-        return self._values(part.rows[0], part.columns, device).to(dtype)
+        return self._values(part.rows[0], part.columns, dtype, device).to(dtype)
 
     @abstractmethod
-    def _values(self, rows: Cut, columns: Cut | None, device: torch.device) -> Tensor:
-        """A part of the tensor, as it is stored or as float32."""
+    def _values(self, rows: Cut, columns: Cut | None, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """A part of the tensor, as it is stored or in what holds it exactly, for `dtype`."""
 
     def _read(self, stored: CheckpointTensor, rows: Cut) -> Tensor:
         """Some outputs of a tensor in which they follow the experts."""
@@ -120,7 +120,7 @@ class _Bias(_OfExpert):
         super().__init__(name, stored, stored.shape[1], expert, first, step)
         self.shape = (stored.shape[1] // step,)
 
-    def _values(self, rows: Cut, columns: Cut | None, device: torch.device) -> Tensor:
+    def _values(self, rows: Cut, columns: Cut | None, dtype: torch.dtype, device: torch.device) -> Tensor:
         return self._read(self._stored, rows).to(device)
 
 
@@ -132,7 +132,7 @@ class _Transposed(_OfExpert):
         super().__init__(name, stored, outputs, expert, first, step)
         self.shape = outputs // step, inputs
 
-    def _values(self, rows: Cut, columns: Cut | None, device: torch.device) -> Tensor:
+    def _values(self, rows: Cut, columns: Cut | None, dtype: torch.dtype, device: torch.device) -> Tensor:
         assert columns is not None
         values_IO = self._stored.stored(Part((Cut(self._stored.shape[0], self._expert, 1),), columns))[0]
         begin = rows.begin * self._step + self._first
@@ -153,7 +153,7 @@ class _Blocks(_OfExpert):
         self._scales = scales
         self.nbytes = math.prod(self.shape) * 17 // 32
 
-    def _values(self, rows: Cut, columns: Cut | None, device: torch.device) -> Tensor:
+    def _values(self, rows: Cut, columns: Cut | None, dtype: torch.dtype, device: torch.device) -> Tensor:
         assert columns is not None
         wide = columns.widened(mxfp4.BLOCK)
         blocks = slice(wide.begin // mxfp4.BLOCK, (wide.begin + wide.length) // mxfp4.BLOCK)
@@ -161,4 +161,4 @@ class _Blocks(_OfExpert):
             self._read(stored, rows)[:, blocks].to(device) for stored in (self._stored, self._scales)
         )
         begin = columns.begin - wide.begin
-        return mxfp4.dequantize(codes_OB16, scale_OB)[:, begin : begin + columns.length]
+        return mxfp4.dequantize(codes_OB16, scale_OB, dtype)[:, begin : begin + columns.length]

@@ -77,9 +77,11 @@ def load(folder, **settings):
 def test_blocks_stand_for_the_specifications_numbers() -> None:
     codes = torch.tensor([[[0x10 * (2 * i + 1) + 2 * i for i in range(8)] * 2]], dtype=torch.uint8)
     expected = torch.cat((VALUES, -VALUES)).repeat(2)
-    for scale in (126, 127, 130):
-        found = mxfp4.dequantize(codes, torch.full((1, 1), scale, dtype=torch.uint8))
-        assert torch.equal(found, expected[None] * 2.0 ** (scale - 127))
+    for scale in (1, 126, 127, 130, 251):
+        for dtype in (torch.float32, torch.bfloat16):
+            found = mxfp4.dequantize(codes, torch.full((1, 1), scale, dtype=torch.uint8), dtype)
+            assert found.dtype == dtype
+            assert torch.equal(found.float(), expected[None] * 2.0 ** (scale - 127))
 
 
 def test_logits_are_those_of_transformers_dequantised_model(folder, hf_model) -> None:

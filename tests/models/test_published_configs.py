@@ -107,3 +107,22 @@ def test_minicpm_3_lengthens_no_context_and_divides_its_angles(config_of) -> Non
     assert [1e4 ** (-i / 16) / f for i, f in enumerate(rope.inv_freq)] == pytest.approx(MINICPM3_FACTORS)
     assert (config.latent.value_dim, config.tie_word_embeddings, config.logits_divisor) == (64, True, 10.0)
     assert not config.interleaved_rope
+
+
+def test_gpt_oss_has_windows_in_every_other_layer_and_slow_pairs_that_are_32_times_slower(config_of) -> None:
+    config = config_of("openai/gpt-oss-20b")
+    assert config.windows == (128, 0) * 12
+    assert {spec.sinks for spec in config.attention_specs} == {True}
+    (rope,) = set(config.ropes)
+    assert rope.scale == pytest.approx(0.1 * math.log(32) + 1)
+    assert rope.inv_freq[0] == 1.0
+    assert rope.inv_freq[-1] == pytest.approx(150000 ** (-62 / 64) / 32)
+    (mixture,) = config.kinds_of_mlp
+    assert mixture.clamp == (7.0, 1.702)
+
+
+def test_gemma_2_caps_scores_and_logits(config_of) -> None:
+    config = config_of("google/gemma-2-2b-it")
+    assert {spec.softcap for spec in config.attention_specs} == {50.0}
+    assert (config.logits_softcap, config.attention_scale) == (30.0, 1 / 16)
+    assert config.windows == (4096, 0) * 13

@@ -107,6 +107,7 @@ PUBLISHED_PARAMETERS = {
     "deepseek-v2-lite": 15_706_484_224,
     "deepseek-v3-4-layers": 671_026_419_200 - 57 * 11_507_286_272,  # three dense layers, and one of 58 with experts
     "glm-4.7-flash": 29_943_393_920,
+    "gpt-oss-20b": 20_914_757_184,
     "llama-3.1-8b": 8_030_261_248,
     "llama-3.2-1b": 1_235_814_400,
     "qwen2.5-0.5b": 494_032_768,
