@@ -14,7 +14,8 @@ from stepgraph.spec.drafter import Drafts, DraftStep
 class ScriptedDrafter:
     """Proposes what `answers` hold, each token right with a chance of about 3 in 4, and of uneven number.
 
-    Requests are told apart by their first token: give each prompt its own. See `stepgraph.spec.drafter.Drafter`.
+    Requests are told apart by one of their first tokens, that at `place`: give each prompt its own there. See
+    `stepgraph.spec.drafter.Drafter`.
     """
 
     attention_specs = ()
@@ -28,13 +29,14 @@ class ScriptedDrafter:
         max_model_len: int,
         vocab_size: int,
         device: str,
+        place: int = 0,
     ):
-        self._vocab_size = vocab_size
+        self._vocab_size, self._place = vocab_size, place
         texts = torch.zeros(vocab_size, max_model_len + slot_line.MAX_DRAFTS, dtype=torch.int32)
         for prompt, answer in answers:
             text = [*prompt, *answer]
-            assert not texts[prompt[0]].any(), "two prompts begin alike"
-            texts[prompt[0], : len(text)] = torch.tensor(text, dtype=torch.int32)
+            assert not texts[prompt[place]].any(), "two prompts are told apart by the same"
+            texts[prompt[place], : len(text)] = torch.tensor(text, dtype=torch.int32)
         self._texts = texts.to(device)
 
     def cache_specs(self, dtype: torch.dtype) -> tuple[()]:
@@ -48,7 +50,7 @@ class ScriptedDrafter:
         length_R = step.lines.index_select(0, slot_R)[:, slot_line.LENGTH]
         place_K = torch.arange(step.num_drafts, dtype=torch.int32, device=slot_R.device)
         position_RK = length_R.unsqueeze(1) + place_K
-        first_R = step.tokens.index_select(0, slot_R)[:, 0]
+        first_R = step.tokens.index_select(0, slot_R)[:, self._place]
         right_RK = self._texts[first_R.unsqueeze(1), position_RK.clamp(max=self._texts.shape[1] - 1)]
         chance_RK = (position_RK * 7919 + first_R.unsqueeze(1) * 104729) % 97
         wrong_RK = (right_RK + 1) % self._vocab_size

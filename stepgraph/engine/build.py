@@ -91,10 +91,12 @@ def build_engine(
         num_kv_blocks=specs.num_kv_blocks,
         block_size=specs.block_size,
         token_sizes=specs.token_sizes,
-        prefix_caching=config.cache.enable_prefix_caching and specs.reuses_prefixes,
+        prefix_caching=config.cache.enable_prefix_caching and (specs.reuses_prefixes or specs.num_checkpoints > 0),
         pure_steps=config.graph.cudagraph_only_prefill and config.scheduler.insertion_policy == "gather",
         lookahead=specs.lookahead,
         reach=specs.reach,
+        num_checkpoints=specs.num_checkpoints,
+        table_width=-(-specs.max_model_len // specs.block_size),
         clock=clock,
     )
     scheduler = (
@@ -133,12 +135,11 @@ def build_engine(
     if specs.num_ranks > 1:
         what = "the model; sums are exchanged" if specs.data_parallel_size == 1 else "its experts; tokens are exchanged"
         logger.info("%d ranks share %s by %s", specs.num_ranks, what, specs.collectives)
-    if config.cache.enable_prefix_caching and not specs.reuses_prefixes:
-        logger.info(
-            "prefix caching is off: layers of this model carry a state from token to token, which blocks do not hold"
+    if config.cache.enable_prefix_caching and not specs.reuses_prefixes and not specs.num_checkpoints:
+        logger.warning(
+            "prefix caching is off: layers of this model carry a state from token to token, and no memory is left to keep "
+            f"states of prefixes; lower max_num_seqs={config.scheduler.max_num_seqs} or max_model_len={specs.max_model_len}"
         )
-        if publishers:
-            logger.warning("enable_kv_cache_events has nothing to tell: prefix caching is off for this model")
     if config.speculative.max_drafts:
         logger.info("speculative decoding: %s", config.speculative)
     return Engine(
@@ -230,13 +231,19 @@ def _start_publishers(
     """Have them told, from now on, what enters and leaves the caches."""
     if not publishers:
         return
+    if not specs.reuses_prefixes:
+        logger.warning(
+            "enable_kv_cache_events has nothing to tell: layers of this model carry a state from token to token, and where "
+            "prefixes can be found does not follow from blocks"
+        )
     from stepgraph.engine.kv_event_wire import Wording
 
     wording = Wording(specs.block_size, specs.reach, config.kv_events.kv_events_salts == "plain")
     ranks = scheduler.ranks if isinstance(scheduler, LockstepScheduler) else (scheduler,)
     for publisher, rank in zip(publishers, ranks, strict=True):
         events = KVEvents(config.kv_events.kv_events_max_queue_size)
-        rank.prefixes.tell(events)
+        if specs.reuses_prefixes:
+            rank.prefixes.tell(events)
         if exchange.sink is not None and exchange.sink.tier is not None:
             exchange.sink.tier.events = events
         publisher.start(events, wording)

@@ -419,9 +419,8 @@ class Engine:
             self._observe(step.ticket, results, seconds)
         reading = self._clock() - collected
         self.host_time.seconds += reading
-        self.on_step(
-            StepReport(step.ticket.record, seconds, step.host_seconds + reading, results, plan.num_prefill_rows)
-        )
+        report = StepReport(step.ticket.record, seconds, step.host_seconds + reading, results, plan.num_prefill_rows)
+        self.on_step(report)
         self._collected_at = collected
         return [*ended, *updates] if ended else updates
 
@@ -481,6 +480,7 @@ class Engine:
                     sampling=request.sampling,
                     blocks=request.blocks[: request.num_found],
                     computed=request.num_found * self.executor.specs.block_size,
+                    lines=request.start_lines,
                 )
             )
             if request.sampling.masked:

@@ -6,7 +6,7 @@ what may lie in them, or when the request leaves: most are never asked for while
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import groupby
 
 from stepgraph.abi.slot_line import NULL_BLOCK
@@ -27,10 +27,19 @@ class PrefixCache:
         window: tokens that one sees, its own included; 0: all before it.
         lookahead: tokens after a block that its content depends on.
         enabled: off, nothing is ever found.
+        can_start: whether a request that has a block, by its key, and those before it can start behind it.
     """
 
     def __init__(
-        self, blocks: BlockPool, table: RequestTable, block_size: int, *, window: int, lookahead: int, enabled: bool
+        self,
+        blocks: BlockPool,
+        table: RequestTable,
+        block_size: int,
+        *,
+        window: int,
+        lookahead: int,
+        enabled: bool,
+        can_start: Callable[[bytes], bool] = lambda key: True,
     ):
         self._blocks, self._table, self.block_size, self._lookahead, self._enabled = (
             blocks,
@@ -40,6 +49,7 @@ class PrefixCache:
             enabled,
         )
         self._window = window
+        self._can_start = can_start
         self._ends: dict[bytes, dict[Request, None]] = {}
         """Requests that run, by the key of the last block of theirs that can be found."""
         self._events: KVEvents | None = None
@@ -63,10 +73,17 @@ class PrefixCache:
                     break
                 first_of_run, block = index + 1, NULL_BLOCK
             found.append(block)
-            if first_of_run <= self._num_unseen(index + 1):
+            if first_of_run <= self._num_unseen(index + 1) and self._can_start(request.block_keys[index]):
                 num_usable = index + 1
         num_unseen = self._num_unseen(num_usable)
         return [NULL_BLOCK] * num_unseen + found[num_unseen:num_usable]
+
+    def num_shared(self, request: Request) -> int:
+        """Blocks of a request, from the first on, that are cached, whether it can start behind them or not."""
+        if not self._enabled:
+            return 0
+        num_full = self._num_full(request)
+        return next((index for index in range(num_full) if self._find(request, index) is None), num_full)
 
     def _find(self, request: Request, index: int) -> int | None:
         """The cached block for the place of a request's block `index`."""

@@ -120,6 +120,14 @@ class Request(AnsweredRequest):
     """KV blocks granted, in order."""
     num_unseen: int = 0
     """Of these, the first so many are null: no further token sees anything of them."""
+    line: int = 0
+    """Where the last step planned leaves its state; 0: layers have none, or it does not run."""
+    read_line: int = 0
+    """The checkpoint that its next row reads; 0: it reads `line`."""
+    start_lines: tuple[int, ...] = ()
+    """The lines that its first row in its slot reads and writes; none: those that come with its slot."""
+    borders: list[int] = field(default_factory=list)
+    """Positions in its prompt where a row is to end so that its state there can be kept, ascending."""
     arrival: int = 0
     """Its number in the order of arrivals."""
     overtaken: int = 0

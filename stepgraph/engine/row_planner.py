@@ -134,8 +134,10 @@ class RowPlanner:
             self.publish_pending()
 
     def _extend(self, chunk: Chunk, num_tokens: int, draft: StepDraft) -> None:
-        """Add tokens to a chunk, as far as blocks can be had for it."""
+        """Add tokens to a chunk, as far as blocks can be had for it, and up to where its request's state is to be kept."""
         table, slot = self._table, chunk.slot
+        if chunk.request.borders:
+            num_tokens = min(num_tokens, chunk.request.borders[0] - table.planned[slot])
         while num_tokens:
             num_written = self._num_written(slot, num_tokens, draft)
             if self._grant(chunk.request, chunk.start, num_written, chunk.deltas, draft):

@@ -29,6 +29,7 @@ from stepgraph.engine.request_table import RequestTable
 from stepgraph.engine.row_planner import RowPlanner
 from stepgraph.engine.row_results import read_rows
 from stepgraph.engine.speculation import SpeculationStatistics
+from stepgraph.engine.state_lines import StateLines
 from stepgraph.engine.steady import SteadyDecode
 from stepgraph.engine.step_draft import ScheduledStep, StepDraft
 from stepgraph.engine.waiting import WaitingLine, rank
@@ -70,6 +71,8 @@ class Scheduler:
         choose_drafts: how many proposals the step should make for each row, given how many rows decode in it.
         lookahead: tokens after a block that its content depends on.
         reach: last positions, that of a row's first token included, whose blocks the row reads; 0: all.
+        num_checkpoints: most states that are kept for others; 0: there are none, or they are not reused.
+        table_width: see `StateLines`.
         first_slot: slots are numbered from `first_slot` + 1 on; those before are others'.
         clock: seconds, monotonic.
     """
@@ -87,6 +90,8 @@ class Scheduler:
         choose_drafts: Callable[[int], int] = lambda num_decodes: 0,
         lookahead: int = 0,
         reach: int = 0,
+        num_checkpoints: int = 0,
+        table_width: int = 0,
         first_slot: int = 0,
         clock: Callable[[], float] = time.monotonic,
     ):
@@ -103,8 +108,15 @@ class Scheduler:
         last_slot = first_slot + config.max_num_seqs
         self.table = RequestTable(last_slot)
         """How far those that run have come."""
+        self._lines = StateLines(config.max_num_seqs, num_checkpoints, block_size, table_width, lookahead)
         self.prefixes = PrefixCache(
-            self.blocks, self.table, block_size, window=reach, lookahead=lookahead, enabled=prefix_caching
+            self.blocks,
+            self.table,
+            block_size,
+            window=reach,
+            lookahead=lookahead,
+            enabled=prefix_caching,
+            can_start=self._lines.can_start,
         )
         self._grants = RequestBlocks(self.blocks, self.table, self.prefixes, block_size, reach)
         self.watermark = int(self.blocks.num_usable * WATERMARK)
@@ -224,10 +236,13 @@ class Scheduler:
         self._steady = None
         while self._running:
             self._preempt(self._running[-1])
+        self._lines.begin_step()
+        self._lines.forget()
         self.blocks.forget()
 
     def forget_free(self) -> int:
-        """Forget the cached content that no running request holds; returns how many blocks can still be found."""
+        """Forget the cached content that no running request holds, and all states; returns how many blocks can still be found."""
+        self._lines.forget()
         return self.blocks.forget_free()
 
     def schedule(self) -> ScheduledStep | None:
@@ -237,6 +252,7 @@ class Scheduler:
         if step is not None:
             return step
         self.blocks.reclaim()
+        self._lines.begin_step()
         if self._pure_steps:
             decodes_first = self._prefilled_last
             draft = self._draft(decodes=decodes_first, prompts=not decodes_first)
@@ -355,11 +371,13 @@ class Scheduler:
             self._admit(request, hits, draft)
             self._rows.plan_chunk(request, share if partial_left > 0 else draft.budget, draft)
             if self.is_prefilling(request):
-                num_partial += 1
+                num_partial += not self._is_cut_for_state(request)
                 num_long += self._is_long(request)
 
     def _complete(self, draft: StepDraft) -> ScheduledStep:
         for chunk in draft.chunks:
+            end = chunk.start + chunk.num_tokens
+            chunk.deltas += self._lines.plan_row(chunk.request, end, self.prefixes.keys)
             if not self.table.is_prefilling(chunk.slot):
                 self.table.expect(chunk.slot, draft.num_drafts)
                 self._rows.expect_masks(chunk.request, draft)
@@ -401,6 +419,11 @@ class Scheduler:
         """Whether a request runs, and a part of its prompt is not planned."""
         return request.slot is not None and self.table.is_prefilling(request.slot)
 
+    def _is_cut_for_state(self, request: Request) -> bool:
+        """Whether what is planned of its prompt ends where its state is to be kept, and not for lack of room."""
+        assert request.slot is not None
+        return self.table.planned[request.slot] in request.borders
+
     def _is_long(self, request: Request) -> bool:
         return 0 < self._config.long_prefill_token_threshold < request.prompt_len
 
@@ -422,6 +445,7 @@ class Scheduler:
         )
         self._grants.enter(request, hits)
         request.num_found = request.num_published = len(hits)
+        self._lines.enter(request, self.prefixes.num_shared)
         if not request.num_preemptions:
             request.num_cached_tokens = num_cached
             self.statistics.prompt_tokens += request.prompt_len
@@ -465,6 +489,7 @@ class Scheduler:
         del self._by_slot[request.slot]
         self._free_slots.append(request.slot)
         self._grants.leave(request)
+        self._lines.leave(request)
         request.slot, request.num_published, request.draft_token_ids = None, 0, ()
 
 

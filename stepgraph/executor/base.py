@@ -71,7 +71,9 @@ class ExecutorSpecs:
     lookahead: int = 0
     """Tokens after a KV block that its content depends on."""
     reuses_prefixes: bool = True
-    """Whether requests can start from KV blocks that others have filled."""
+    """Whether requests can start from KV blocks that others have filled, and nothing else."""
+    num_checkpoints: int = 0
+    """Where they cannot: lines for states from which they can, beside a line for each slot."""
     reach: int = 0
     """The last positions, the first of a step's own included, whose KV blocks the step may read; 0: all."""
     drafts_cost_when_idle: bool = True

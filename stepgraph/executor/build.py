@@ -159,6 +159,7 @@ def _specs(
         dispatch=dispatch,
         lookahead=0 if drafter is None else drafter.lookahead,
         reuses_prefixes=runner.layout.reuses_prefixes,
+        num_checkpoints=runner.num_checkpoints,
         reach=runner.layout.reach,
         drafts_cost_when_idle=drafter is None or drafter.costs_when_idle,
         max_adapters=config.lora.max_loras if config.lora.enable_lora else 0,

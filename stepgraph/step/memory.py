@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -136,7 +136,16 @@ def kv_cache_dtype(config: CacheConfig, platform: Platform, dtype: torch.dtype) 
     return torch.float8_e4m3fn
 
 
-def choose_num_blocks(
+class CacheSizes(NamedTuple):
+    """What there is room for."""
+
+    num_blocks: int
+    """The null block included."""
+    num_checkpoints: int
+    """Lines beside those of the layout, for states that are kept for others."""
+
+
+def choose_sizes(
     layout: CacheLayout,
     config: EngineConfig,
     platform: Platform,
@@ -145,14 +154,16 @@ def choose_num_blocks(
     activation_bytes: int,
     later_bytes: int,
     num_ranks: int = 1,
-) -> int:
-    """KV blocks of the engine, the null block included: as configured, or as many as memory and use allow.
+) -> CacheSizes:
+    """KV blocks of the engine, as configured, or as many as memory and use allow; and checkpoints of its requests' states.
 
     On a GPU that is ``gpu_memory_utilization`` of the device, less what is in use (the weights are loaded), less the activations
-    of the largest step twice (run eagerly and in the graphs' memory pool), less what comes later, less the slots' lines.
+    of the largest step twice (run eagerly and in the graphs' memory pool), less what comes later, less the slots' lines. Where
+    layers have states and prefixes are reused, there is a checkpoint for each slot, if all of them take no more memory than is
+    left to blocks, and leave enough for a request of `max_model_len`; else there are as many as do.
 
     Args:
-        layout: of the caches.
+        layout: of the caches, with a line for each slot.
         config: `num_kv_blocks` decides if it is set.
         platform: asked for its memory.
         max_model_len: tokens of the longest request.
@@ -165,12 +176,16 @@ def choose_num_blocks(
         ConfigError: the blocks do not fit into free memory, or there is room for none.
     """
     block_bytes, line_bytes = layout.block_bytes, layout.line_bytes
+    state_bytes = line_bytes // layout.num_lines
     blocks_per_request = -(-max_model_len // layout.block_size)
     num_blocks = config.cache.num_kv_blocks
     free = platform.free_memory_bytes()
+    reuses_states = state_bytes > 0 and config.cache.enable_prefix_caching
+    num_checkpoints = config.scheduler.max_num_seqs * reuses_states
     if num_blocks is None:
         if platform.shares_host_memory:
-            wanted = max(_CPU_CACHE_BYTES // num_ranks, (blocks_per_request + 1) * block_bytes + line_bytes)
+            needed = (blocks_per_request + 1) * block_bytes + line_bytes + num_checkpoints * state_bytes
+            wanted = max(_CPU_CACHE_BYTES // num_ranks, needed)
             budget = min(wanted, int(free * _CPU_SHARE / num_ranks))
             sum_of_parts = f"{_gib(free)} are free, of which the cache may take {_CPU_SHARE / num_ranks:.0%}"
         else:
@@ -183,13 +198,21 @@ def choose_num_blocks(
                 "graphs"
             )
         most = config.scheduler.max_num_seqs * blocks_per_request + 1
-        num_blocks = min((budget - line_bytes) // block_bytes, most) if block_bytes else most
+        left = budget - line_bytes
+        if reuses_states:
+            spare = min(left // 2, left - min(most, blocks_per_request + 1) * block_bytes)
+            num_checkpoints = max(0, min(num_checkpoints, spare // state_bytes))
+        num_blocks = min((left - num_checkpoints * state_bytes) // block_bytes, most) if block_bytes else most
         if num_blocks < 2:
             raise ConfigError(
                 f"no memory is left for the KV cache: {sum_of_parts}; free memory, raise gpu_memory_utilization, lower "
                 f"max_num_batched_tokens, or set num_kv_blocks{_or_states(line_bytes, config)}"
             )
-    needed = num_blocks * block_bytes + line_bytes
+    elif reuses_states:
+        of_blocks = num_blocks * block_bytes
+        spare = min(of_blocks or free, free - of_blocks - line_bytes)
+        num_checkpoints = max(0, min(num_checkpoints, spare // state_bytes))
+    needed = num_blocks * block_bytes + line_bytes + num_checkpoints * state_bytes
     if needed > free:
         raise ConfigError(
             f"the KV cache needs {_gib(needed)} and {_gib(free)} are free; lower num_kv_blocks, max_model_len or "
@@ -203,13 +226,15 @@ def choose_num_blocks(
         _gib(needed),
         num_tokens,
     )
+    if state_bytes:
+        logger.info("states: %s for each request; %d more of prefixes are kept", _gib(state_bytes), num_checkpoints)
     if num_blocks <= blocks_per_request:
         logger.warning(
             "the KV cache holds %d tokens, less than one request of max_model_len=%d; longer requests will be refused",
             num_tokens,
             max_model_len,
         )
-    return num_blocks
+    return CacheSizes(num_blocks, num_checkpoints)
 
 
 def _or_states(line_bytes: int, config: EngineConfig) -> str:

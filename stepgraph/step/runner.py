@@ -31,7 +31,7 @@ from stepgraph.step.expert_counts import ExpertCounts
 from stepgraph.step.graphs import StepGraphs
 from stepgraph.step.loaded_plan import LoadedPlan
 from stepgraph.step.logits import LogitMemory
-from stepgraph.step.memory import CacheLayout, OperatorCount, choose_num_blocks, kv_cache_dtype
+from stepgraph.step.memory import CacheLayout, OperatorCount, choose_sizes, kv_cache_dtype
 from stepgraph.step.output_rings import RING_DEPTH, OutputReader
 from stepgraph.step.plan import StepPlan
 from stepgraph.step.program import StepOutput, StepProgram
@@ -156,7 +156,7 @@ class StepRunner:
             exchange=exchange,
         )
         self.graphs = StepGraphs(graph, self.policy, store, lazy=lazy)
-        num_kv_blocks = choose_num_blocks(
+        num_kv_blocks, num_checkpoints = choose_sizes(
             layout,
             config,
             platform,
@@ -166,6 +166,9 @@ class StepRunner:
             num_ranks=1 if group is None else group.shard.size,
         )
         self.num_kv_blocks = least(exchange, num_kv_blocks)
+        self.num_checkpoints = least(exchange, num_checkpoints)
+        """Lines for states of prefixes, beside those of slots."""
+        self.layout = layout = replace(layout, num_lines=layout.num_lines + self.num_checkpoints)
         make = partial(platform.memory, layout.sizes(self.num_kv_blocks), sleepable=config.cache.enable_sleep_mode)
         self.kv_memory = make(shared=True) if config.transfer.signals_layers else make()
         self.caches = layout.allocate(self.num_kv_blocks, self.kv_memory)

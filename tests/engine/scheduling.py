@@ -6,6 +6,8 @@ entry they read is the right one.
 
 It proposes too: random numbers of tokens, some of them right. Where the scheduler looks ahead, a draft model's entries are kept
 like those of a layer, that of a position being made of all tokens up to `lookahead` after it.
+
+Where there are checkpoints, it has lines for states, too: a line holds all tokens that its state is made of.
 """
 
 import random
@@ -101,9 +103,11 @@ class Device:
         lookahead: int = 0,
         accuracy: float = 0.7,
         window: int = 0,
+        table_width: int | None = None,
     ):
         """A token sees the last `window` ones of each layer; 0: all. `accuracy` is the chance that a proposal is right; if all
-        are, there are as many as a request takes."""
+        are, there are as many as a request takes. `table_width`: of blocks; behind it are a slot's
+        lines. None: there are none."""
         self.slots = [Slot() for _ in range(num_slots + 1)]
         self.block_table: dict[tuple[int, int], int] = {}
         self.num_blocks, self.block_size = num_blocks, block_size
@@ -111,16 +115,23 @@ class Device:
         """Positions that a slot may write; set before each step."""
         self._lookahead, self._accuracy, self._window = lookahead, accuracy, window
         self._random = random.Random(0)
+        self._table_width = table_width
+        self._lines = [
+            [0, 0, 0] for _ in self.slots
+        ]  # that the next step reads and writes, and that the one after writes
         self.forget()
 
     def forget(self) -> None:
         """Lose the KV cache's content."""
         self.kv: list[dict[tuple[int, int], object]] = [{}, {}]
         self.draft_kv: dict[tuple[int, int], object] = {}
+        self.states: dict[int, list[int]] = {}
 
     def admit(self, admission: Admission) -> None:
         """What `SlotState.admit` does with what the engine gives it."""
-        slot, tokens, prompt_len, generation, max_length, sampling, blocks, computed, _ = admission
+        slot, tokens, prompt_len, generation, max_length, sampling, blocks, computed, lines = admission
+        if self._table_width is not None:
+            self._lines[slot] = [*lines, lines[1]]
         for index, block in enumerate(blocks):
             self.block_table[slot, index] = block
         prompt = tuple(tokens[:prompt_len])
@@ -133,8 +144,11 @@ class Device:
 
     def run(self, plan: StepPlan) -> StepResults:
         for slot, index, block in plan.deltas:
-            assert 0 < block < self.num_blocks
-            self.block_table[slot, index] = block
+            if self._table_width is not None and index >= self._table_width:
+                self._lines[slot][index - self._table_width] = block
+            else:
+                assert 0 < block < self.num_blocks
+                self.block_table[slot, index] = block
         spans = [self._span(index, bound) for index, bound in plan.rows]
         known = [[*self.slots[i].tokens, *self.slots[i].drafts] for i, _ in plan.rows]
         values = [list(enumerate(tokens))[a:b] for tokens, (a, b) in zip(known, spans, strict=True)]
@@ -149,7 +163,11 @@ class Device:
                     hash(tuple(context[_first_seen(position, self._window) - first : position + 1 - first]))
                     for position in range(start, end)
                 ]
+        if self._table_width is not None:
+            self._read_states(plan)
         results = [self._commit(index, span) for (index, _), span in zip(plan.rows, spans, strict=True)]
+        if self._table_width is not None:
+            self._write_states(plan)
         if self._lookahead:
             for (index, _), span in zip(plan.rows, spans, strict=True):
                 self._follow(index, span)
@@ -159,6 +177,23 @@ class Device:
                 for result, (index, _) in zip(results, plan.rows, strict=True)
             ]
         )
+
+    def _read_states(self, plan: StepPlan) -> None:
+        read, written = ([self._lines[slot][which] for slot, _ in plan.rows] for which in (0, 1))
+        assert 0 not in (*read, *written)
+        assert len(set(written)) == len(written)
+        for (slot, _), line, own in zip(plan.rows, read, written, strict=True):
+            assert line == own or line not in written
+            state = self.slots[slot]
+            assert (
+                not state.active or self.states.get(line if state.computed else 0, []) == state.tokens[: state.computed]
+            )
+
+    def _write_states(self, plan: StepPlan) -> None:
+        for slot, _ in plan.rows:
+            _, own, following = self._lines[slot]
+            self.states[own] = self.slots[slot].tokens[: self.slots[slot].computed]
+            self._lines[slot] = [own, following, following]
 
     def _span(self, index: int, bound: int) -> tuple[int, int]:
         slot = self.slots[index]
@@ -262,14 +297,22 @@ class Loop:
         transfers: Transfers | None = None,
         transfer: TransferConfig | None = None,
         kv_events: KVEventsConfig | None = None,
+        num_checkpoints: int = 0,
         **limits,
     ):
         self.config = SchedulerConfig(max_num_seqs=max_num_seqs, max_num_batched_tokens=max_tokens, **limits)
         self.block_size, self.num_kv_blocks = block_size, num_kv_blocks
         self.clock, self.step_seconds = FakeClock(), step_seconds
         self.window, self.lookahead = window, lookahead
+        max_model_len, self.num_checkpoints = 1 << 20, num_checkpoints
         self.device = Device(
-            max_num_seqs, num_kv_blocks, block_size, lookahead=lookahead, accuracy=accuracy, window=window
+            max_num_seqs,
+            num_kv_blocks,
+            block_size,
+            lookahead=lookahead,
+            accuracy=accuracy,
+            window=window,
+            table_width=max_model_len // block_size if num_checkpoints else None,
         )
         self.in_flight: deque = deque()
         self.held_elsewhere: set[int] = set()
@@ -285,7 +328,7 @@ class Loop:
             fake_specs(
                 policy,
                 vocab_size=128,
-                max_model_len=1 << 20,
+                max_model_len=max_model_len,
                 num_kv_blocks=num_kv_blocks,
                 block_size=block_size,
                 run_ahead=run_ahead,
@@ -294,6 +337,8 @@ class Loop:
             draft_levels=policy.draft_levels,
             lookahead=lookahead,
             reach=window + max(0, lookahead - 1) if window else 0,
+            reuses_prefixes=not num_checkpoints,
+            num_checkpoints=num_checkpoints,
         )
         turns = cycle(num_drafts)
 
@@ -387,6 +432,8 @@ class Loop:
         scheduler = self.scheduler
         assert (scheduler.num_running, scheduler.num_waiting) == (0, 0)
         assert scheduler.num_free_blocks == self.num_kv_blocks - 1
+        scheduler.preempt_all()
+        assert len(set(scheduler._lines._free)) == self.config.max_num_seqs + self.num_checkpoints
         everything = self.add("all blocks", 1, (self.num_kv_blocks - 1) * self.block_size)
         self.drain()
         assert everything.output_token_ids == answer_alone(everything, self.window)

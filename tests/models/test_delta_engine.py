@@ -16,6 +16,7 @@ from scripted import ScriptedDrafter, watch_drafts
 from tiny import TINY_SETTINGS, drain
 
 from stepgraph.config import EngineConfig
+from stepgraph.engine import state_lines
 from stepgraph.engine.build import build_engine
 from stepgraph.engine.engine import Engine
 from stepgraph.engine.sampling_params import SamplingParams
@@ -100,9 +101,7 @@ def test_alone(engine, checkpoint) -> None:
 def test_side_by_side_in_mixed_steps(engine, checkpoint) -> None:
     """Prompts are cut where a step is full, and slots are used by one request after the other."""
     _, prompts, answers = checkpoint
-    requests = generate(engine, prompts, together=True)
-    assert_as_transformers(requests, answers)
-    assert all(request.num_cached_tokens == 0 for request in requests)
+    assert_as_transformers(generate(engine, prompts, together=True), answers)
 
 
 def test_started_anew_on_their_way(engine, checkpoint) -> None:
@@ -127,6 +126,23 @@ def test_proposals_are_taken_back(checkpoint, device) -> None:
     drafts = watch_drafts(engine)
     assert_as_transformers(generate(engine, prompts, together=True, preemption=0.1), answers)
     assert {stood < num for num, stood in drafts} == {True, False}
+
+
+@pytest.mark.parametrize("settings", [{}, {"speculative_config": {"method": "ngram", "num_speculative_tokens": 3}}])
+def test_prompts_start_from_states_that_were_kept(checkpoint, device, monkeypatch, settings) -> None:
+    """Each prompt again, and each as the beginning of another, which transformers had as well."""
+    folder, prompts, answers = checkpoint
+    monkeypatch.setattr(state_lines, "PROMPT_TOKENS", 32)
+    engine = create(folder, device, max_num_seqs=len(prompts), **settings)
+    known = [prompt + tokens[:-1] for prompt, (tokens, _) in zip(prompts, answers, strict=True)]
+    generate(engine, prompts, together=True)
+    again = generate(engine, prompts, together=True)
+    assert_as_transformers(again, answers)
+    assert [request.num_cached_tokens for request in again] == [0, 0, 0, 48, 48, 48, 112, 112, 176]
+    for request, (tokens, logprobs) in zip(generate(engine, known, together=True), answers, strict=True):
+        assert request.output_token_ids[0] == tokens[-1]
+        assert request.output_logprobs[0].logprob == pytest.approx(logprobs[-1], abs=2e-4)
+        assert request.num_cached_tokens >= (len(request.prompt_token_ids) > 70) * 48
 
 
 def test_graphs_are_verified(checkpoint, device) -> None:

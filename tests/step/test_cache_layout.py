@@ -12,7 +12,7 @@ from stepgraph.layers.inputs import AttentionSpec
 from stepgraph.layers.recurrent import RecurrentSpec
 from stepgraph.platforms import create_platform
 from stepgraph.step.attention import AttentionSizes
-from stepgraph.step.memory import CacheLayout, choose_num_blocks
+from stepgraph.step.memory import CacheLayout, CacheSizes, choose_sizes
 from stepgraph.step.shape import StepShape
 
 FULL = PagedSpec(2, 16, torch.bfloat16)
@@ -92,7 +92,7 @@ def test_a_kind_of_cache_of_its_own_needs_nothing_but_its_spec() -> None:
 
 @dataclass
 class Machine:
-    """What `choose_num_blocks` asks of a platform."""
+    """What `choose_sizes` asks of a platform."""
 
     free: int
     shares_host_memory: bool = False
@@ -104,10 +104,16 @@ class Machine:
         return 1 << 20
 
 
-def num_blocks(*specs, free: int, shares_host_memory: bool = False, **settings) -> int:
-    config = EngineConfig.from_settings(max_num_seqs=4, gpu_memory_utilization=1.0, **settings)
+def sizes(*specs, free: int, shares_host_memory: bool = False, max_model_len: int = 400, **settings) -> CacheSizes:
+    config = EngineConfig.from_settings(**{"max_num_seqs": 4, "gpu_memory_utilization": 1.0} | settings)
     machine = Machine(free, shares_host_memory)
-    return choose_num_blocks(layout(*specs), config, machine, max_model_len=400, activation_bytes=1000, later_bytes=500)
+    return choose_sizes(
+        layout(*specs), config, machine, max_model_len=max_model_len, activation_bytes=1000, later_bytes=500
+    )
+
+
+def num_blocks(*specs, **settings) -> int:
+    return sizes(*specs, enable_prefix_caching=False, **settings).num_blocks
 
 
 def test_blocks_get_what_lines_and_the_rest_leave() -> None:
@@ -131,6 +137,28 @@ def test_lines_that_leave_no_room_are_refused() -> None:
         num_blocks(FULL, STATE, free=2500 + layout(FULL, STATE).line_bytes)
     with pytest.raises(ConfigError, match="the KV cache needs"):
         num_blocks(FULL, STATE, free=20 * layout(FULL).block_bytes, num_kv_blocks=20)
+
+
+def test_there_is_a_checkpoint_for_each_slot_as_far_as_memory_allows() -> None:
+    block_bytes, line_bytes = layout(FULL, STATE).block_bytes, layout(FULL, STATE).line_bytes
+    state_bytes = line_bytes // 5
+    free = 50_000
+    left = free - 2500 - line_bytes
+    assert sizes(FULL, STATE, free=free, max_model_len=100) == ((left - 4 * state_bytes) // block_bytes, 4)
+    # Not what a request of max_model_len needs,
+    assert sizes(FULL, STATE, free=2500 + line_bytes + 11 * block_bytes + 2 * state_bytes, max_model_len=40) == (11, 2)
+    assert sizes(FULL, STATE, free=2500 + line_bytes + 11 * block_bytes, max_model_len=40) == (11, 0)
+    # nor more than blocks get,
+    half = sizes(FULL, STATE, free=2500 + line_bytes + 5 * block_bytes, max_model_len=4, max_num_seqs=16)
+    assert half == (2, 5 * block_bytes // 2 // state_bytes)
+    few = sizes(FULL, STATE, free=free, num_kv_blocks=2, max_num_seqs=16)
+    assert few == (2, 2 * block_bytes // state_bytes)
+    assert sizes(FULL, STATE, free=free, num_kv_blocks=20) == (20, 4)
+    # and none where prefixes are not reused, or blocks are all there is.
+    assert sizes(FULL, STATE, free=free, enable_prefix_caching=False).num_checkpoints == 0
+    assert sizes(FULL, free=free).num_checkpoints == 0
+    on_host = sizes(FULL, STATE, free=1 << 20, shares_host_memory=True, max_model_len=40)
+    assert on_host == (4 * 10 + 1, 4)
 
 
 def test_attention_of_other_heads_has_sizes_of_its_own() -> None:

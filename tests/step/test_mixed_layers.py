@@ -17,7 +17,8 @@ from stepgraph.engine.engine import Engine
 from stepgraph.engine.sampling_params import SamplingParams
 from stepgraph.errors import ConfigError
 from stepgraph.executor.local import runner_of
-from stepgraph.layers.recurrent import RecurrentCache, RecurrentSpec
+from stepgraph.layers.recurrent import RecurrentCache
+from stepgraph.step import runner
 from stepgraph.verify.graphs import verify_graphs
 
 NUM_DRAFTS = 3
@@ -240,14 +241,23 @@ def test_nothing_is_kept_where_nothing_is_proposed(create_recurrent) -> None:
     assert attention.line_tensors == ()
 
 
-def test_prompts_that_start_alike_share_no_blocks_where_layers_carry_state(create, layers, caplog) -> None:
-    with caplog.at_level(logging.INFO, logger="stepgraph"):
-        engine = create(graph_backend="eager")
-    said = [record.message for record in caplog.records if "prefix caching is off" in record.message]
+def test_a_short_prompt_again_shares_blocks_where_they_hold_all_there_is(create, layers) -> None:
+    engine = create(graph_backend="eager")
     prompt = list(range(100, 150))
     first, second = (generate(engine, prompt, 4) for _ in range(2))
     assert first.output_token_ids == second.output_token_ids
-    assert (len(said), second.num_cached_tokens) == ((1, 0) if layers is RECURRENT else (0, 48))
+    assert second.num_cached_tokens == (0 if layers is RECURRENT else 48)
+
+
+def test_where_no_memory_is_left_for_states_of_prefixes_it_is_said(create_recurrent, caplog, monkeypatch) -> None:
+    choose = runner.choose_sizes
+    monkeypatch.setattr(runner, "choose_sizes", lambda *a, **k: choose(*a, **k)._replace(num_checkpoints=0))
+    with caplog.at_level(logging.WARNING, logger="stepgraph"):
+        engine = create_recurrent(graph_backend="eager")
+        create_recurrent(graph_backend="eager", enable_prefix_caching=False)
+    assert [generate(engine, list(range(200)), 4).num_cached_tokens for _ in range(3)] == [0, 0, 0]
+    (said,) = [record.message for record in caplog.records if "prefix caching is off" in record.message]
+    assert "lower max_num_seqs=8 or max_model_len=512" in said
 
 
 @pytest.mark.parametrize("role", ["prefill", "decode"])
@@ -256,15 +266,6 @@ def test_engines_whose_layers_carry_state_take_and_give_no_blocks(create_recurre
         ConfigError, match=r"layers that carry a state from token to token.*leave splitwise_role at mixed"
     ):
         create_recurrent(graph_backend="eager", splitwise_role=role)
-
-
-def test_mutant_a_prefix_found_in_blocks_is_caught(create_recurrent, monkeypatch) -> None:
-    monkeypatch.setattr(RecurrentSpec, "starts_from_blocks", True)
-    engine = create_recurrent(graph_backend="eager")
-    prompt = list(range(100, 150))
-    first, second = (generate(engine, prompt, 8) for _ in range(2))
-    assert second.num_cached_tokens == 48
-    assert first.output_token_ids != second.output_token_ids
 
 
 rows, replayed = RecurrentCache.rows, RecurrentCache.replayed
