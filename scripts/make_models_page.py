@@ -32,14 +32,15 @@ from transformers.utils import logging as transformers_logging
 
 from stepgraph.errors import ModelError
 from stepgraph.models import DecoderConfig, resolve
-from stepgraph.models.config import possible_sizes
 from stepgraph.models.gguf import _ARCHITECTURES as OF_GGUF
 from stepgraph.models.registry import ARCHITECTURES
+from stepgraph.models.sharing import possible_sizes
 from stepgraph.models.text_part import _CLASSES as OF_TEXT_PARTS
 from stepgraph.models.transformers_config import TransformersConfig
 from stepgraph.models.transformers_model import judge_part
 from stepgraph.models.transformers_parts import ShapesOnly
 from stepgraph.parallel.shard import Shard
+from stepgraph.spec.mtp_checkpoint import may_draft
 
 PAGE = Path(__file__).parents[1] / "docs" / "models.md"
 HEAD = """\
@@ -203,9 +204,16 @@ def everything() -> Iterator[tuple[str, str, str, int, Callable[[], Any] | None]
         yield "foreign", "", class_name, 1, None
 
 
-def _native(class_name: str, *, spread: str = "yes") -> tuple[str, ...]:
+def _native(class_name: str, *, spread: str = "yes", modules: bool = True) -> tuple[str, ...]:
     gguf = any(architecture.class_name == class_name for architecture in OF_GGUF.values())
-    return ("native", "yes", "suffix, ngram, mtp", spread, "yes", "safetensors, FP8" + ", GGUF" * gguf)
+    return (
+        "native",
+        "yes",
+        "suffix, ngram" + ", mtp" * modules,
+        spread,
+        "yes",
+        "safetensors, FP8" + ", GGUF" * gguf,
+    )
 
 
 def refused(sentence: str) -> tuple[str, ...]:
@@ -242,7 +250,7 @@ def try_row(section: str, class_name: str, make: Callable[[], Any] | None) -> tu
         found = resolve(str(folder)).config
         if isinstance(found, DecoderConfig):
             spread = "yes" if len(possible_sizes(found, expert_parallel=False)) > 1 else "no"
-            return _native(class_name, spread=spread)
+            return _native(class_name, spread=spread, modules=may_draft(found))
         assert isinstance(found, TransformersConfig), found
         try:
             judge_part(found, ShapesOnly(Shard(0, 2)))

@@ -102,9 +102,10 @@ def _qwen3_5(names: str, recipes: int, *, experts: bool) -> Published:
     )  # fmt: skip
 
 
-def _gemma4(names: str, recipes: int, **text: Any) -> Published:
+def _gemma4(names: str, recipes: int, kind: str = "", **text: Any) -> Published:
     common = {"head_dim": 16, "global_head_dim": 32, "sliding_window": 24, "layer_types": FIVE_TO_ONE}
-    return _with_images(names, recipes, "Gemma4Config", "Gemma4ForConditionalGeneration", common | text)
+    classes = f"Gemma4{kind}Config", f"Gemma4{kind}ForConditionalGeneration"
+    return _with_images(names, recipes, *classes, common | {"final_logit_softcapping": 30.0} | text)
 
 
 def _glm4v(names: str, recipes: int, config: str, class_name: str) -> Published:
@@ -184,9 +185,11 @@ PUBLISHED = (
     _glm4v("Glyph", 1, "Glm4vConfig", "Glm4vForConditionalGeneration"),
     _gemma4(
         "Gemma 4 E2B and E4B", 2, hidden_size_per_layer_input=16, vocab_size_per_layer_input=200, num_kv_shared_layers=2,
+        use_double_wide_mlp=True,
         layer_types=["sliding_attention", "full_attention"] * 2,
     ),
-    _gemma4("Gemma 4 12B and 31B", 2, hidden_size_per_layer_input=0, num_global_key_value_heads=1, attention_k_eq_v=True),
+    _gemma4("Gemma 4 12B", 1, "Unified", num_global_key_value_heads=1, attention_k_eq_v=True),
+    _gemma4("Gemma 4 31B", 1, hidden_size_per_layer_input=0, num_global_key_value_heads=1, attention_k_eq_v=True),
     _gemma4(
         "Gemma 4 26B-A4B", 1, hidden_size_per_layer_input=0, num_global_key_value_heads=1, attention_k_eq_v=True,
         enable_moe_block=True, num_experts=8, top_k_experts=2, moe_intermediate_size=32,

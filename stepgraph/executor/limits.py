@@ -9,7 +9,8 @@ import torch
 from stepgraph.config import EngineConfig, ParallelConfig
 from stepgraph.devices import AUTO, BUILT_IN
 from stepgraph.errors import ConfigError
-from stepgraph.models.config import DecoderConfig, no_experts, shard_experts, spread_experts
+from stepgraph.models.config import DecoderConfig
+from stepgraph.models.sharing import no_experts, shard_experts, spread_experts
 from stepgraph.models.source import ModelSource
 from stepgraph.parallel.shard import Shard
 

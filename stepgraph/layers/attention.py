@@ -5,7 +5,7 @@ Shapes: T tokens, E hidden size, H query heads, G key/value heads, D head size, 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -34,6 +34,27 @@ class QueryScaling:
         return 1 + self.beta * torch.log(1 + torch.floor(positions / self.length))
 
 
+@dataclass(frozen=True)
+class KeysAndValues:
+    """Where a layer's keys and values come from."""
+
+    shares: int | None = None
+    """An earlier layer whose keys and values these are; None: the layer has its own."""
+    are_one: bool = False
+    """Whether values are what the projection of keys gives, before a norm and rotation."""
+    value_norm: bool = False
+    """Whether each value head is normalised, without a weight."""
+
+    @property
+    def projections(self) -> tuple[str, ...]:
+        """Those that the layer has, by their names in checkpoints."""
+        return () if self.shares is not None else ("k_proj",) if self.are_one else ("k_proj", "v_proj")
+
+
+OWN_KEYS_AND_VALUES = KeysAndValues()
+"""A projection for each, and a norm of keys where queries have one."""
+
+
 class Attention(nn.Module):
     """Normalise, project, rotate, cache, attend; `o_proj` is the caller's to apply. May run inside a graph.
 
@@ -56,6 +77,8 @@ class Attention(nn.Module):
         output_gate: bool,
         scale: float | None,
         eps: float,
+        keys_and_values: KeysAndValues = OWN_KEYS_AND_VALUES,
+        norms_round_once: bool = False,
         shard: Shard,
         dtype: torch.dtype,
         device: torch.device,
@@ -69,20 +92,20 @@ class Attention(nn.Module):
             each query head; checkpoints keep it in `q_proj`, behind each head's query.
         scale: multiplies q·k; None: D^-1/2.
         eps: of the RMS norms.
+        keys_and_values: where they come from.
+        norms_round_once: see `RMSNorm`.
         shard: the part of this rank: some of the heads.
         dtype, device: of the parameters.
         """
         super().__init__()
         head_dim, heads, kv_heads = spec.head_dim, shard.cut(spec.num_heads), shard.heads(spec.num_kv_heads)
         self.spec, self.eps, self.kv_heads, self.output_gate = spec.sharded(shard), eps, kv_heads, output_gate
+        self.keys_and_values = keys_and_values
         self.scale = head_dim**-0.5 if scale is None else scale
         self.qkv_proj = MergedLinear(
             hidden_size,
-            {
-                "q_proj": [heads.times(head_dim)] * (2 if output_gate else 1),
-                "k_proj": [kv_heads.times(head_dim)],
-                "v_proj": [kv_heads.times(head_dim)],
-            },
+            {"q_proj": [heads.times(head_dim)] * (2 if output_gate else 1)}
+            | {name: [kv_heads.times(head_dim)] for name in keys_and_values.projections},
             by_heads=["q_proj"],
             bias=qkv_bias,
             dtype=dtype,
@@ -97,9 +120,17 @@ class Attention(nn.Module):
             dtype=dtype,
             device=device,
         )
-        norm = partial(RMSNorm, head_dim, eps, weight_offset=norm_weight_offset, dtype=dtype, device=device)
+        norm = partial(
+            RMSNorm,
+            head_dim,
+            eps,
+            weight_offset=norm_weight_offset,
+            rounds_once=norms_round_once,
+            dtype=dtype,
+            device=device,
+        )
         self.q_norm = norm() if qk_norm else None
-        self.k_norm = norm() if qk_norm else None
+        self.k_norm = norm() if qk_norm and keys_and_values.projections else None
         self._part_of_sinks = Part((heads,), None)
         self.sinks = (
             nn.Parameter(torch.empty(heads.length, dtype=torch.float32, device=device), False) if spec.sinks else None
@@ -107,7 +138,7 @@ class Attention(nn.Module):
 
     def cache_spec(self, dtype: torch.dtype) -> PagedSpec:
         """What the layer keeps in `dtype`."""
-        return PagedSpec.of(self.spec, dtype, self.kv_heads)
+        return replace(PagedSpec.of(self.spec, dtype, self.kv_heads), shares=self.keys_and_values.shares)
 
     def targets(self) -> dict[str, Target]:
         """What a loader fills, beside what the modules below ask for."""
@@ -158,11 +189,13 @@ class Attention(nn.Module):
             window=self.spec.window,
             sinks=self.sinks,
             softcap=self.spec.softcap,
+            value_norm=self.keys_and_values.value_norm,
         )
         return attended_TF if gate_TF is None else sigmoid_gate(attended_TF, gate_TF)
 
     def _projected(self, norm: RMSNorm | None, x_TE: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Queries, keys and values, [T, (H + 2G)·D], and gates, [T, H·D], if there are any."""
+        """Queries and what the layer projects of keys and values, [T, (H + 2G)·D] if both, and gates, [T, H·D], if there are
+        any."""
         product_TF = self.qkv_proj.product(x_TE, norm=norm)
         if not self.output_gate:
             return product_TF, None
@@ -185,4 +218,5 @@ class Attention(nn.Module):
             *cache,
             self.spec.num_heads,
             self.eps,
+            value_norm=self.keys_and_values.value_norm,
         )

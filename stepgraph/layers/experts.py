@@ -47,6 +47,8 @@ class ExpertsSpec:
     """Of a feed-forward layer beside the experts that all tokens take; 0: there is none."""
     has_shared_gate: bool = False
     """Whether what it adds is multiplied by the sigmoid of a product with a vector."""
+    is_beside_dense: bool = False
+    """Whether the layer has a dense feed-forward layer of its own too, see `stepgraph.layers.normed_experts`."""
 
 
 @dataclass(frozen=True)
@@ -309,7 +311,7 @@ class MixtureMLP(nn.Module):
         dtype, device: of the parameters.
         """
         super().__init__()
-        self.gate = Router(spec, hidden_size, device=device)
+        self.gate = self._router(spec, hidden_size, device)
         self.experts = Experts(spec, hidden_size, activation=activation, shard=expert_shard, dtype=dtype, device=device)
         self.shared_experts = self.shared_expert_gate = None
         if spec.shared_intermediate_size:
@@ -332,6 +334,9 @@ class MixtureMLP(nn.Module):
                     dtype=dtype,
                     device=device,
                 )
+
+    def _router(self, spec: ExpertsSpec, hidden_size: int, device: torch.device) -> Router:
+        return Router(spec, hidden_size, device=device)
 
     def add_to(
         self,

@@ -17,21 +17,26 @@ class RMSNorm(nn.Module):
         eps: float,
         *,
         weight_offset: float = 0.0,
+        weight_factor: float = 1.0,
+        rounds_once: bool = False,
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
         """Args:
         width: E.
         eps: added to the mean square.
-        weight_offset: what the checkpoint's weights lack (1 in Gemma). `weight` holds the sum, then in float32, where it
+        weight_offset: what the checkpoint's weights lack (1 in Gemma 3). `weight` holds the sum, then in float32, where it
             loses nothing; so the result is rounded once, as Gemma does.
+        weight_factor: what they are multiplied by, if they lack nothing.
+        rounds_once: `weight` is in float32 whatever it lacks.
         dtype: of the activations.
         device: of the weight.
         """
         super().__init__()
-        weight = torch.empty(width, dtype=torch.float32 if weight_offset else dtype, device=device)
+        in_float32 = rounds_once or weight_offset != 0.0
+        weight = torch.empty(width, dtype=torch.float32 if in_float32 else dtype, device=device)
         self.weight = nn.Parameter(weight, False)
-        self.eps, self.weight_offset = eps, weight_offset
+        self.eps, self.weight_offset, self.weight_factor = eps, weight_offset, weight_factor
 
     def forward(self, x_TE: Tensor) -> Tensor:
         """Return [T, E] normalised, dtype of `x_TE`."""

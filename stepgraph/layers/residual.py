@@ -5,6 +5,7 @@ Shapes: T tokens, A tokens of all ranks, N ranks, E hidden size, I inputs.
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from stepgraph.layers.formats import End
@@ -89,10 +90,50 @@ class ResidualStream:
             self.residual_TE.add_(post_norm(part_TE))
         self._norm = None
 
-    def gather_tokens(self, norm: RMSNorm, count_1: Tensor) -> GatheredTokens:
-        """The streams of the ranks of `expert_group` after `norm`; see `Group.gather_tokens`."""
+    def add_whole(self, x_TE: Tensor) -> None:
+        """Add what all ranks have alike: [T, E]."""
+        self.residual_TE.add_(x_TE)
+        self._norm = None
+
+    def scale(self, factor_1: Tensor) -> None:
+        """Multiply the stream by [1]."""
+        self.residual_TE.mul_(factor_1)
+        self._norm = None
+
+    def add_beside(
+        self,
+        dense: tuple[Tensor, RMSNorm],
+        routed: tuple[Tensor, RMSNorm],
+        *,
+        counts_N: Tensor | None,
+        post_norm: RMSNorm,
+    ) -> None:
+        """Add what a dense layer and experts beside it have computed: each normalised, and then their sum.
+
+        Args:
+            dense: [T, E], contiguous, and its norm; where ranks share the model, what is normalised is the sum of theirs.
+            routed: likewise of the experts; where ranks share only these, [A, E] of the tokens of all.
+            counts_N: as of `scatter_sum`, where ranks share only experts; else None.
+            post_norm: of the sum of both.
+        """
+        (dense_TE, dense_norm), (routed_TE, routed_norm) = dense, routed
+        first, last = _norm(routed_norm), _norm(post_norm)
+        if counts_N is not None:
+            assert self.expert_group is not None
+            sum_TE = dense_norm(dense_TE)
+            sum_TE = self.expert_group.scatter_sum(routed_TE, counts_N, sum_TE, post_norm=first, norm=last)
+        elif self._group is not None:
+            sum_TE = torch.zeros_like(dense_TE)
+            self._group.add_sum(dense_TE, sum_TE, post_norm=_norm(dense_norm))
+            sum_TE = self._group.add_sum(routed_TE, sum_TE, post_norm=first, norm=last)
+        else:
+            sum_TE = post_norm(dense_norm(dense_TE).add_(routed_norm(routed_TE)))
+        self.add_whole(sum_TE)
+
+    def gather_tokens(self, norm: RMSNorm | None, count_1: Tensor) -> GatheredTokens:
+        """The streams of the ranks of `expert_group`, after `norm` if there is one; see `Group.gather_tokens`."""
         assert self.expert_group is not None
-        left, x_TE = self.inputs(norm)
+        left, x_TE = (None, self.residual_TE) if norm is None else self.inputs(norm)
         return self.expert_group.gather_tokens(x_TE, count_1, norm=None if left is None else _norm(left))
 
     def scatter_sum(

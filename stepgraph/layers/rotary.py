@@ -19,6 +19,8 @@ logger = logging.getLogger(__name__)
 
 _SCALED = ("linear", "llama3", "yarn", "longrope")
 """Rope types whose frequencies are constants of the model, or of the model and the longest sequence."""
+_PROPORTIONAL = "proportional"
+"""Rope type of Gemma 4: the first pairs of a head rotate, by the frequencies that they have where all rotate."""
 _PLAIN = ("default", "dynamic")
 """Rope types without scaling: "dynamic" scales where a sequence is longer than max_position_embeddings, which none is."""
 
@@ -62,6 +64,11 @@ def rotary_frequencies(hf_config: Any, head_dim: int, layer_type: str | None = N
 def _evaluate(hf_config: Any, head_dim: int, layer_type: str | None) -> RotaryFrequencies:
     rope = hf_config.rope_parameters if layer_type is None else hf_config.rope_parameters[layer_type]
     rope_type = rope.get("rope_type", "default")
+    if rope_type == _PROPORTIONAL and head_dim % 2 == 0:
+        pairs = int(rope.get("partial_rotary_factor", 1.0) * head_dim // 2)
+        exponent = torch.arange(0, 2 * pairs, 2, dtype=torch.float32) / head_dim
+        rotated = 1.0 / rope["rope_theta"] ** exponent / rope.get("factor", 1.0)
+        return RotaryFrequencies((*rotated.tolist(), *[0.0] * (head_dim // 2 - pairs)))
     num_rotated = int(head_dim * rope.get("partial_rotary_factor", 1.0))
     if num_rotated % 2 or head_dim % 2:
         raise ModelError(
@@ -74,7 +81,8 @@ def _evaluate(hf_config: Any, head_dim: int, layer_type: str | None) -> RotaryFr
     if rope_type not in _SCALED:
         raise ModelError(
             f'The rope type is "{rope_type}"{" with alpha" if "alpha" in rope else ""}, and native models know '
-            f"{', '.join((*_PLAIN, *_SCALED))}. Correct rope_parameters in config.json, or add the type: docs/adding-a-model.md."
+            f"{', '.join((*_PLAIN, *_SCALED, _PROPORTIONAL))}. Correct rope_parameters in config.json, or add the type: "
+            "docs/adding-a-model.md."
         )
 
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS

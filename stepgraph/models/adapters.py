@@ -57,7 +57,7 @@ _HEADER_BYTES = 16 * 2**20
 """More than the names and settings of any adapter take."""
 _WIDEST = 8
 """Bytes of a number at most."""
-_OF_EXPERTS = re.compile(r"\.mlp\.(?P<part>experts\b|gate$|shared_expert_gate$)")
+_OF_EXPERTS = re.compile(r"\.(?:mlp|moe)\.(?P<part>experts\b|gate$|shared_expert_gate$)")
 _OF_LATENTS = re.compile(r"\.self_attn\.(kv_b_proj)$")
 _INITIALISATIONS = (True, False, "gaussian", "eva", "orthogonal")
 """Those that leave the base weights as they are."""

@@ -2,25 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NoReturn
 
 import torch
 
-from stepgraph.errors import ConfigError, ModelError
-from stepgraph.layers.attention import QueryScaling
-from stepgraph.layers.experts import ExpertShard, ExpertsSpec
+from stepgraph.errors import ModelError
+from stepgraph.layers.attention import OWN_KEYS_AND_VALUES, KeysAndValues, QueryScaling
+from stepgraph.layers.experts import ExpertsSpec
 from stepgraph.layers.gated_delta import DeltaSizes
 from stepgraph.layers.inputs import AttentionSpec
 from stepgraph.layers.latent_attention import LatentSizes
 from stepgraph.layers.mamba2 import MambaSizes
 from stepgraph.layers.mlp import Activation
+from stepgraph.layers.per_layer_inputs import PerLayerSizes
 from stepgraph.layers.rotary import RotaryFrequencies, rotary_frequencies
 from stepgraph.layers.short_conv import ConvSizes
 from stepgraph.models.fp8_checkpoint import READABLE, refusal
-from stepgraph.parallel.shard import Shard, sizes_that_divide
 
 FULL, LINEAR = "full_attention", "linear_attention"
 """Types of layers, in transformers' words."""
@@ -58,6 +58,7 @@ _WITH_EXPERTS = frozenset(
         "DeepseekV3ForCausalLM",
         "Dots1ForCausalLM",
         "Ernie4_5_MoeForCausalLM",
+        "Gemma4ForCausalLM",
         "Glm4MoeForCausalLM",
         "Glm4MoeLiteForCausalLM",
         "GptOssForCausalLM",
@@ -75,6 +76,8 @@ _WITH_EXPERTS = frozenset(
 """Classes whose mixtures of experts are native."""
 _CAPPING = ("Gemma2ForCausalLM", "VaultGemmaForCausalLM")
 """Classes that cap attention scores and logits."""
+_GEMMA4 = ("Gemma4ForCausalLM", "Gemma4UnifiedForCausalLM")
+"""Classes of which final logits may be capped, and whose configs say "vision" where images' tokens alone see later ones."""
 _ACTIVATIONS: dict[str, Activation] = {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
 
 
@@ -86,6 +89,16 @@ class PartMultipliers:
     state: float = 1.0
     mlp: float = 1.0
     mlp_gate: float = 1.0
+
+
+@dataclass(frozen=True)
+class LayerSizes:
+    """What may differ from layer to layer."""
+
+    num_kv_heads: int
+    head_dim: int
+    intermediate_size: int  # of what all tokens take
+    keys_and_values: KeysAndValues = OWN_KEYS_AND_VALUES
 
 
 @dataclass(frozen=True)
@@ -118,6 +131,7 @@ class DecoderConfig:
     attention_softcap: float = 0.0  # of attention's scores, see `AttentionSpec`
     attention_sinks: bool = False  # see `AttentionSpec`
     norm_weight_offset: float = 0.0  # what the weights of norms lack in the checkpoint; see `RMSNorm`
+    norms_round_once: bool = False  # see `RMSNorm`
     output_norms: bool = False  # RMS norm of what attention and feed-forward add to the residual stream
     mlp_norm: str = "post_attention_layernorm"
     """Without `output_norms`, what checkpoints call the norm before feed-forward."""
@@ -125,6 +139,9 @@ class DecoderConfig:
     residual_multiplier: float = 1.0  # of what attention and feed-forward add to the residual stream
     logits_divisor: float = 1.0
     logits_softcap: float = 0.0  # logits x become softcap · tanh(x / softcap); 0: they stay
+    layers: tuple[LayerSizes, ...] = ()  # per layer, where they differ; empty: they do not
+    layer_scalars: bool = False  # the residual stream is multiplied by a number of each layer, after it
+    per_layer_inputs: PerLayerSizes | None = None  # what each layer takes beside the residual stream
     interleaved_rope: bool = False  # the checkpoint rotates adjacent dimensions; see `rotary_order`
     merged_projections: bool = False  # the checkpoint stores qkv_proj and gate_up_proj as one matrix each
     mixtures: tuple[
@@ -158,15 +175,22 @@ class DecoderConfig:
         """Of a layer that has attention."""
         if self.latent is not None:
             return self.latent.spec(self.num_heads)
+        sizes = self.sizes(layer)
         return AttentionSpec(
             self.num_heads,
-            self.num_kv_heads,
-            self.head_dim,
-            self.head_dim,
+            sizes.num_kv_heads,
+            sizes.head_dim,
+            sizes.head_dim,
             self.windows[layer],
             self.attention_softcap,
             self.attention_sinks,
         )
+
+    def sizes(self, layer: int) -> LayerSizes:
+        """Of a layer."""
+        if self.layers:
+            return self.layers[layer]
+        return LayerSizes(self.num_kv_heads, self.head_dim, self.intermediate_size)
 
     def has_state(self, layer: int) -> bool:
         """Whether a layer carries a state: of a gated delta rule, of short convolutions, or of Mamba-2."""
@@ -199,6 +223,7 @@ class DecoderConfig:
         qk_norm: bool = False,
         partial_rope: bool = False,
         layer_types: Sequence[str] | None = None,
+        head_dims: Mapping[str, int] | None = None,
     ) -> DecoderConfig:
         """Read a transformers (>= 5.10) config object that passed `check_supported`.
 
@@ -208,6 +233,7 @@ class DecoderConfig:
                 that have a default are set by `dataclasses.replace`.
             partial_rope: whether the model's class rotates a part of each head where its config asks for it.
             layer_types: of the layers, in transformers' words; None: as the config says.
+            head_dims: by type of layer, where heads differ in size.
 
         Raises:
             ModelError: the rope settings are unsupported.
@@ -215,8 +241,9 @@ class DecoderConfig:
         head_dim = getattr(hf_config, "head_dim", None) or hf_config.hidden_size // hf_config.num_attention_heads
         layer_types = _layer_types_of(hf_config) if layer_types is None else layer_types
         one_rope = "rope_theta" in hf_config.rope_parameters  # else one for each type of layer
-        ropes = {kind: rotary_frequencies(hf_config, head_dim, None if one_rope else kind) for kind in set(layer_types)}
-        if not partial_rope and any(2 * len(rope.inv_freq) != head_dim for rope in ropes.values()):
+        dims = dict.fromkeys(layer_types, head_dim) if head_dims is None else head_dims
+        ropes = {kind: rotary_frequencies(hf_config, D, None if one_rope else kind) for kind, D in dims.items()}
+        if not partial_rope and any(2 * len(rope.inv_freq) != dims[kind] for kind, rope in ropes.items()):
             raise ModelError(
                 f"The config asks to rotate only a part of each head (partial_rotary_factor in {hf_config.rope_parameters}); "
                 f"a {architecture_of(hf_config)} rotates whole heads. Remove partial_rotary_factor from config.json."
@@ -319,7 +346,10 @@ def check_supported(hf_config: Any) -> None:
                 "whose experts native models have",
                 f"Dense decoders are supported, and {', '.join(sorted(_WITH_EXPERTS))}.",
             )
-    if field("is_encoder_decoder") or field("use_bidirectional_attention") or field("is_causal") is False:
+    sees_ahead = field("use_bidirectional_attention")
+    if architecture_of(hf_config) in _GEMMA4 and sees_ahead == "vision":
+        sees_ahead = None
+    if field("is_encoder_decoder") or sees_ahead or field("is_causal") is False:
         refuse("its attention is not causal", "Decoder-only causal models are supported.")
     recurrent = _WITH_STATES.get(architecture_of(hf_config))
     known, listed = {FULL, recurrent or _SLIDING}, set(field("layer_types") or ())
@@ -340,87 +370,17 @@ def check_supported(hf_config: Any) -> None:
             'Give "sliding_window" a number of tokens in config.json, or make all layers full_attention.',
         )
     for name in ("attn_logit_softcapping", "final_logit_softcapping"):
-        if field(name) and architecture_of(hf_config) not in _CAPPING:
+        capping = _CAPPING if name == "attn_logit_softcapping" else _CAPPING + _GEMMA4
+        if field(name) and architecture_of(hf_config) not in capping:
             refuse(
                 f"it caps logits ({name} = {field(name)})",
-                f"Models without soft-capping are supported, and {' and '.join(_CAPPING)}.",
+                f"Models without soft-capping are supported, and {' and '.join(capping)}.",
             )
     if _activation_of(hf_config) not in _ACTIVATIONS:
         refuse(
             f'its feed-forward activation is "{_activation_of(hf_config)}"',
             f"{' and '.join(_ACTIVATIONS)} are supported.",
         )
-
-
-def shard_experts(config: DecoderConfig, shard: Shard, *, expert_parallel: bool) -> ExpertShard:
-    """The part of the experts that a rank keeps.
-
-    Args:
-        config: of the model.
-        shard: its part of the rest.
-        expert_parallel: it keeps whole experts; else a part of every one.
-
-    Raises:
-        ConfigError: there are no experts that ranks could keep.
-        ModelError: so many ranks cannot share the model evenly; names numbers that can.
-    """
-    if expert_parallel and not config.kinds_of_mlp - {None}:
-        raise no_experts(config.architecture, "which has none")
-    check_shard(config, shard, expert_parallel=expert_parallel)
-    return ExpertShard(experts=shard) if expert_parallel else ExpertShard(inner=shard)
-
-
-def check_shard(config: DecoderConfig, shard: Shard, *, expert_parallel: bool) -> None:
-    """Raise ModelError, naming those that do, if so many ranks cannot share a model evenly; arguments as of `shard_experts`."""
-    sizes = possible_sizes(config, expert_parallel=expert_parallel)
-    if shard.size not in sizes:
-        other_way = "without" if expert_parallel else "with"
-        others = possible_sizes(config, expert_parallel=not expert_parallel)
-        heads = f"{config.num_heads} query heads, {config.num_kv_heads} key/value heads, which may be repeated"
-        if config.latent is not None:
-            heads = f"{config.num_heads} heads, whose latents are whole on each"
-        if config.delta is not None:
-            heads += f", {config.delta.num_key_heads} key heads of gated delta rules"
-        if config.short_conv is not None:
-            heads += f", convolutions of {config.hidden_size} channels"
-        if config.mamba is not None:
-            heads += f", {config.mamba.num_groups} groups of heads of Mamba-2"
-        raise ModelError(
-            f"{shard.size} devices cannot share this {config.architecture} evenly: it has {heads}, {_widths(config)} and "
-            f"{config.vocab_size} entries in its vocabulary. Numbers that can: {', '.join(map(str, sizes))}."
-            + (f" {other_way.capitalize()} enable_expert_parallel, {shard.size} can." if shard.size in others else "")
-        )
-
-
-def spread_experts(config: DecoderConfig, shard: Shard) -> ExpertShard:
-    """The part of the experts that a rank keeps which has all of the rest.
-
-    Args:
-        config: of the model.
-        shard: which of the ranks it is.
-
-    Raises:
-        ConfigError: there are no experts that ranks could keep.
-        ModelError: so many ranks cannot share them evenly; names numbers that can.
-    """
-    numbers = {mixture.num_experts for mixture in config.kinds_of_mlp if mixture is not None}
-    if not numbers:
-        raise no_experts(config.architecture, "which has none")
-    sizes = [size for size in range(1, min(numbers) + 1) if all(number % size == 0 for number in numbers)]
-    if shard.size not in sizes:
-        raise ModelError(
-            f"{shard.size} devices cannot share the {' and '.join(map(str, sorted(numbers)))} experts of this "
-            f"{config.architecture} evenly. Numbers that can: {', '.join(map(str, sizes))}."
-        )
-    return ExpertShard(experts=shard)
-
-
-def no_experts(architecture: str, why: str) -> ConfigError:
-    """That a setting asks for what only models with experts can do."""
-    return ConfigError(
-        f"enable_expert_parallel=True needs a native model with experts, and this is a {architecture}, {why}; leave it off",
-        param="enable_expert_parallel",
-    )
 
 
 def check_mixtures(config: DecoderConfig) -> None:
@@ -450,32 +410,6 @@ def check_mixtures(config: DecoderConfig) -> None:
                 f"The {spec.num_experts} experts of this {config.architecture} cannot be split into {routing.groups} groups: "
                 f"groups must be equal, of at least {routing.group_top}. Correct config.json, or download it again."
             )
-
-
-def possible_sizes(config: DecoderConfig, *, expert_parallel: bool) -> list[int]:
-    """Numbers of ranks that can share a model, if its format lets them; arguments as of `shard_experts`."""
-    mixtures = config.kinds_of_mlp - {None}
-    widths = [config.intermediate_size] if None in config.kinds_of_mlp else []
-    for mixture in mixtures:
-        assert mixture is not None
-        widths += [mixture.num_experts if expert_parallel else mixture.intermediate_size]
-        widths += [mixture.shared_intermediate_size]  # every number divides none
-    widths += [config.delta.num_key_heads] if config.delta is not None else []
-    widths += [config.hidden_size] if config.short_conv is not None else []
-    widths += [config.mamba.num_groups] if config.mamba is not None else []
-    sizes = sizes_that_divide(config.num_heads, config.num_kv_heads, *widths)
-    return [size for size in sizes if size**2 <= config.vocab_size]  # see `Shard.span`
-
-
-def _widths(config: DecoderConfig) -> str:
-    """What ranks share of the feed-forward layers."""
-    texts = [f"{config.intermediate_size} intermediate values"] if None in config.kinds_of_mlp else []
-    for mixture in sorted(config.kinds_of_mlp - {None}, key=str):
-        assert mixture is not None
-        texts.append(f"{mixture.num_experts} experts of {mixture.intermediate_size} intermediate values")
-        if mixture.shared_intermediate_size:
-            texts.append(f"{mixture.shared_intermediate_size} of a shared expert")
-    return ", ".join(texts)
 
 
 def check_quantization(hf_config: Any) -> None:

@@ -30,6 +30,11 @@ def with_offset(target: Target, offset: float) -> Target:
     return Converted(target, lambda values: values + offset)
 
 
+def with_factor(target: Target, factor: float) -> Target:
+    """A target that holds the checkpoint's values times `factor`."""
+    return Converted(target, lambda values: values * factor)
+
+
 def with_row_order(target: Target, rows: Tensor) -> Target:
     """A target that holds, row by row, those of the checkpoint's rows, or of the part of them that the rank keeps."""
     return Converted(target, lambda values: values[rows.to(values.device)])

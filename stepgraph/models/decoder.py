@@ -6,8 +6,8 @@ Shapes: T tokens, R rows, E hidden size, V vocabulary, D head size.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
-from itertools import islice
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import islice, repeat
 from typing import Any, cast
 
 import torch
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from stepgraph.layers.attention import Attention
 from stepgraph.layers.cache import CacheSpec
 from stepgraph.layers.embedding import Embedding
-from stepgraph.layers.experts import ALL_EXPERTS, ExpertShard, MixtureMLP
+from stepgraph.layers.experts import ALL_EXPERTS, ExpertShard
 from stepgraph.layers.formats import Target
 from stepgraph.layers.gated_delta import GatedDelta
 from stepgraph.layers.head import HeadPart
@@ -25,215 +25,17 @@ from stepgraph.layers.latent_attention import LatentAttention
 from stepgraph.layers.linear import Linear, MergedLinear
 from stepgraph.layers.mamba2 import ChannelNorm, Mamba2
 from stepgraph.layers.matrix import Matrix
-from stepgraph.layers.mlp import MLP
 from stepgraph.layers.norm import RMSNorm
-from stepgraph.layers.recurrent import RecurrentCache, RecurrentRows
+from stepgraph.layers.per_layer_inputs import PerLayerInputs
+from stepgraph.layers.recurrent import RecurrentCache
 from stepgraph.layers.residual import ResidualStream
 from stepgraph.layers.rotary import cos_sin_table, rotary_order
-from stepgraph.layers.short_conv import Convolution, ShortConv
+from stepgraph.layers.short_conv import Convolution
 from stepgraph.models.config import DecoderConfig
-from stepgraph.models.conversion import with_head_order, with_offset, with_row_order
+from stepgraph.models.conversion import with_factor, with_head_order, with_offset, with_row_order
+from stepgraph.models.decoder_layer import DecoderLayer, norm_of
 from stepgraph.parallel.group import Group
 from stepgraph.parallel.shard import WHOLE, Axis, Shard
-
-_LATENT_EPS = 1e-6
-"""Of the norms of latents, whatever the config says of the others'."""
-
-
-Mixer = Attention | LatentAttention | GatedDelta | ShortConv | Mamba2
-
-
-class DecoderLayer(nn.Module):
-    """Attention and feed-forward, each normalised before and added to the residual stream after.
-
-    In place of attention, or beside it, over the same normalised stream, there may be a recurrence or a convolution. Layers of
-    some models have one of the parts alone, whose norm is `input_layernorm`.
-
-    Where `DecoderConfig.output_norms` asks for it, what they add is normalised too. As in the checkpoints,
-    `post_attention_layernorm` is then the norm of what attention adds, and `pre_feedforward_layernorm` has its usual place.
-    """
-
-    self_attn: Attention | LatentAttention | None
-    linear_attn: GatedDelta | None
-    conv: ShortConv | None
-    mamba: Mamba2 | None
-    post_attention_layernorm: RMSNorm | None
-    mlp: MLP | MixtureMLP | None
-    pre_feedforward_layernorm: RMSNorm | None
-    post_feedforward_layernorm: RMSNorm | None
-
-    def __init__(
-        self,
-        config: DecoderConfig,
-        index: int,
-        *,
-        shard: Shard,
-        expert_shard: ExpertShard,
-        dtype: torch.dtype,
-        device: torch.device,
-    ) -> None:
-        """Args:
-        config: of the model.
-        index: of the layer.
-        shard: the part of this rank.
-        expert_shard: its part of the experts.
-        dtype, device: of the parameters.
-        """
-        super().__init__()
-        eps = config.rms_norm_eps
-        self.residual_multiplier, self.multipliers = config.residual_multiplier, config.part_multipliers
-        self.input_layernorm = _norm(config, config.hidden_size, dtype, device)
-        self.self_attn = self.linear_attn = self.conv = self.mamba = None
-        if config.has_attention(index):
-            self.self_attn = _attention(config, index, shard, dtype, device)
-        if config.has_state(index):
-            if config.short_conv is not None:
-                self.conv = ShortConv(config.hidden_size, config.short_conv, shard=shard, dtype=dtype, device=device)
-            elif config.mamba is not None:
-                self.mamba = Mamba2(config.hidden_size, config.mamba, eps=eps, shard=shard, dtype=dtype, device=device)
-            else:
-                assert config.delta is not None
-                self.linear_attn = GatedDelta(
-                    config.hidden_size, config.delta, eps=eps, shard=shard, dtype=dtype, device=device
-                )
-        self.post_attention_layernorm = self.mlp = None
-        if config.has_mlp(index):
-            if self.mixers:
-                self.post_attention_layernorm = _norm(config, config.hidden_size, dtype, device)
-            self.mlp = _mlp(config, index, shard, expert_shard, dtype, device)
-        self.pre_feedforward_layernorm = self.post_feedforward_layernorm = None
-        if config.output_norms:
-            self.pre_feedforward_layernorm = _norm(config, config.hidden_size, dtype, device)
-            self.post_feedforward_layernorm = _norm(config, config.hidden_size, dtype, device)
-
-    @property
-    def mixers(self) -> tuple[Mixer, ...]:
-        """What takes tokens to each other, of which each has a cache."""
-        of_tokens = self.self_attn, self.linear_attn, self.conv, self.mamba
-        return tuple(mixer for mixer in of_tokens if mixer is not None)
-
-    @property
-    def attention(self) -> Attention | LatentAttention:
-        """Of a layer that has it."""
-        assert self.self_attn is not None
-        return self.self_attn
-
-    def forward(
-        self,
-        stream: ResidualStream,
-        cos_sin: Tensor,
-        caches: tuple[Any, ...],
-        inputs: StepInputs,
-        next_norm: RMSNorm,
-        query_scale_T: Tensor | None = None,
-        rows: RecurrentRows | None = None,
-    ) -> None:
-        """Add to the residual stream what attention and feed-forward make of it.
-
-        Args:
-            stream: [T, E], updated.
-            cos_sin: [max positions, D] float32.
-            caches: this layer's, one for each of `mixers`, of the kind of its `cache_spec`.
-            inputs: of the step.
-            next_norm: after which the stream is read next: the next layer's first norm, or the final one.
-            query_scale_T: [T] float32, of models that have `DecoderConfig.query_scaling` and reach so far.
-            rows: what layers with a state run; None: there are none.
-        """
-        after_attention, before_mlp = None, self.post_attention_layernorm
-        if self.pre_feedforward_layernorm is not None:
-            after_attention, before_mlp = self.post_attention_layernorm, self.pre_feedforward_layernorm
-        before_mlp = before_mlp or self.input_layernorm
-        read, mixed = stream.inputs(self.input_layernorm), []
-        for mixer, cache in zip(self.mixers, caches, strict=True):
-            if isinstance(mixer, Attention | LatentAttention):
-                scaling = () if query_scale_T is None else (query_scale_T,)
-                mixed_TF = mixer(*read, cos_sin, cache, inputs, *scaling)
-                mixed.append((mixer.o_proj, mixed_TF, self.multipliers.attention))
-            else:
-                mixed.append((mixer.out_proj, mixer(*read, cache, rows), self.multipliers.state))
-        for out_proj, mixed_TF, multiplier in mixed:
-            stream.add(
-                out_proj,
-                mixed_TF,
-                multiplier=multiplier * self.residual_multiplier,
-                post_norm=after_attention,
-                next_norm=next_norm if self.mlp is None else before_mlp,
-            )
-        if self.mlp is not None:
-            self.mlp.add_to(
-                stream,
-                before_mlp,
-                inputs,
-                multiplier=self.multipliers.mlp * self.residual_multiplier,
-                post_norm=self.post_feedforward_layernorm,
-                next_norm=next_norm,
-            )
-
-
-def _mlp(
-    config: DecoderConfig, index: int, shard: Shard, expert_shard: ExpertShard, dtype: torch.dtype, device: torch.device
-) -> MLP | MixtureMLP:
-    mixture = config.mixture(index)
-    if mixture is None:
-        return MLP(
-            config.hidden_size,
-            config.intermediate_size,
-            activation=config.activation,
-            bias=config.mlp_bias,
-            gate_multiplier=config.part_multipliers.mlp_gate,
-            shard=shard,
-            dtype=dtype,
-            device=device,
-        )
-    return MixtureMLP(
-        mixture,
-        config.hidden_size,
-        activation=config.activation,
-        shard=shard,
-        expert_shard=expert_shard,
-        dtype=dtype,
-        device=device,
-    )
-
-
-def _attention(
-    config: DecoderConfig, index: int, shard: Shard, dtype: torch.dtype, device: torch.device
-) -> Attention | LatentAttention:
-    if config.latent is not None:
-        return LatentAttention(
-            config.hidden_size,
-            config.num_heads,
-            config.latent,
-            bias=config.qkv_bias,
-            eps=_LATENT_EPS,
-            shard=shard,
-            dtype=dtype,
-            device=device,
-        )
-    return Attention(
-        config.hidden_size,
-        config.attention_spec(index),
-        qkv_bias=config.qkv_bias,
-        output_bias=config.output_bias,
-        qk_norm=config.qk_norm,
-        norm_weight_offset=config.norm_weight_offset,
-        output_gate=config.output_gate,
-        scale=config.attention_scale,
-        eps=config.rms_norm_eps,
-        shard=shard,
-        dtype=dtype,
-        device=device,
-    )
-
-
-def _norm(config: DecoderConfig, width: int, dtype: torch.dtype, device: torch.device) -> RMSNorm:
-    return RMSNorm(
-        width,
-        config.rms_norm_eps,
-        weight_offset=config.norm_weight_offset,
-        dtype=dtype,
-        device=device,
-    )
 
 
 class Decoder(nn.Module, ABC):
@@ -244,6 +46,7 @@ class Decoder(nn.Module, ABC):
     """
 
     lm_head: Linear | None
+    per_layer_inputs: PerLayerInputs | None
     query_scale: Tensor | None
     head_part: HeadPart | None
 
@@ -282,20 +85,31 @@ class Decoder(nn.Module, ABC):
             DecoderLayer(config, index, shard=shard, expert_shard=expert_shard, dtype=dtype, device=device)
             for index in range(config.num_layers)
         )
-        self.norm = _norm(config, config.hidden_size, dtype, device)
+        self.norm = norm_of(config, config.hidden_size, dtype, device)
         self.lm_head = (
             None
             if config.tie_word_embeddings
             else Linear(config.hidden_size, config.vocab_size, axis=Axis.OUT, shard=shard, dtype=dtype, device=device)
         )
+        self.per_layer_inputs = None
+        if config.per_layer_inputs is not None:
+            self.per_layer_inputs = PerLayerInputs(
+                config.per_layer_inputs,
+                config.num_layers,
+                config.hidden_size,
+                eps=config.rms_norm_eps,
+                dtype=dtype,
+                device=device,
+            )
         # Tables have values from the start, which a model on the meta device keeps in host memory.
         device = torch.device("cpu") if device.type == "meta" else device
         self.head_part = None if group is None else HeadPart(config.vocab_size, group, dtype=dtype, device=device)
-        ropes = list(dict.fromkeys(config.ropes))
-        for i, rope in enumerate(ropes):
-            table = cos_sin_table(rope, config.head_dim, max_model_len, device)
+        rotations = [(rope, config.sizes(layer).head_dim) for layer, rope in enumerate(config.ropes)]
+        tables = list(dict.fromkeys(rotations))
+        for i, (rope, head_dim) in enumerate(tables):
+            table = cos_sin_table(rope, head_dim, max_model_len, device)
             self.register_buffer(f"cos_sin_{i}", table, persistent=False)
-        self._table_names = [f"cos_sin_{ropes.index(rope)}" for rope in config.ropes]
+        self._table_names = [f"cos_sin_{tables.index(rotation)}" for rotation in rotations]
         scaling = config.query_scaling
         scales = None if scaling is None or max_model_len <= scaling.length else scaling.table(max_model_len).to(device)
         self.register_buffer("query_scale", scales, persistent=False)
@@ -325,7 +139,11 @@ class Decoder(nn.Module, ABC):
         Returns:
             [T, E] hidden states after the final norm. Those of padding tokens are unspecified.
         """
-        stream = ResidualStream(self.embed(inputs.tokens.token_ids), self.group, self.expert_group)
+        x_TE = self.embed(inputs.tokens.token_ids)
+        inputs_LTP: Iterator[Tensor | None] = repeat(None)
+        if self.per_layer_inputs is not None:
+            inputs_LTP = iter(self.per_layer_inputs(inputs.tokens.token_ids, x_TE))
+        stream = ResidualStream(x_TE, self.group, self.expert_group)
         states = (cache for cache in inputs.caches if isinstance(cache, RecurrentCache))
         rows = next((cache.rows(inputs) for cache in states), None)
         next_norms = [*(layer.input_layernorm for layer in self.layers), self.norm][1:]
@@ -333,7 +151,8 @@ class Decoder(nn.Module, ABC):
         caches = enumerate(inputs.caches)
         for layer, table, norm in zip(self.decoder_layers, self._table_names, next_norms, strict=True):
             own = dict(islice(caches, len(layer.mixers)))
-            layer(stream, self.get_buffer(table), tuple(own.values()), inputs, norm, scale_T, rows)
+            input_TP = next(inputs_LTP)
+            layer(stream, self.get_buffer(table), tuple(own.values()), inputs, norm, scale_T, rows, input_TP)
             for index in own:
                 inputs.wrote(index)
         return stream.normalised(self.norm)
@@ -360,6 +179,10 @@ class Decoder(nn.Module, ABC):
             out.div_(cap).tanh_().mul_(cap)
         return out
 
+    def reads(self, name: str) -> bool:
+        """Whether a checkpoint's tensor may be of this model; others, of which it makes no use, are passed over."""
+        return True
+
     def checkpoint_tensors(self) -> dict[str, Target]:
         """Where each tensor of a checkpoint goes: checkpoint name → parameter, view into a merged one, or one that is
         converted as it is filled."""
@@ -385,6 +208,8 @@ def named_targets(root: nn.Module, config: DecoderConfig, layers: Mapping[str, i
         tensors: dict[str, Target] = dict(module.named_parameters(recurse=False))
         if isinstance(module, RMSNorm) and module.weight_offset:
             tensors = {name: with_offset(tensor, module.weight_offset) for name, tensor in tensors.items()}
+        elif isinstance(module, RMSNorm) and module.weight_factor != 1.0:
+            tensors = {name: with_factor(tensor, module.weight_factor) for name, tensor in tensors.items()}
         elif isinstance(module, MergedLinear) and not config.merged_projections:
             path, tensors = path.rpartition(".")[0], module.part_targets()
         elif isinstance(module, Matrix | Attention | Convolution | GatedDelta | Mamba2 | ChannelNorm):
@@ -409,14 +234,15 @@ def _reorder_heads(
     targets: dict[str, Target], path: str, attention: Attention | LatentAttention, config: DecoderConfig, index: int
 ) -> None:
     """Have the attention at `path` filled so that the dimensions its checkpoint rotates together meet; see `rotary_order`."""
-    order_D = rotary_order(config.ropes[index], config.head_dim, interleaved=config.interleaved_rope)
+    head_dim = config.sizes(index).head_dim
+    order_D = rotary_order(config.ropes[index], head_dim, interleaved=config.interleaved_rope)
     if isinstance(attention, Attention) and attention.output_gate:
-        first_H1 = torch.arange(attention.spec.num_heads).unsqueeze(1) * 2 * config.head_dim
-        gate_D = torch.arange(config.head_dim, 2 * config.head_dim)
+        first_H1 = torch.arange(attention.spec.num_heads).unsqueeze(1) * 2 * head_dim
+        gate_D = torch.arange(head_dim, 2 * head_dim)
         rows = torch.cat(((first_H1 + order_D).flatten(), (first_H1 + gate_D).flatten()))
         for name in {f"{path}.q_proj.{kind}" for kind in ("weight", "bias")} & targets.keys():
             targets[name] = with_row_order(targets[name], rows)
-    if torch.equal(order_D, torch.arange(config.head_dim)):
+    if torch.equal(order_D, torch.arange(head_dim)):
         return
     num_heads = attention.spec.num_heads
     if isinstance(attention, LatentAttention):

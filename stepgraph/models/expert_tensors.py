@@ -19,7 +19,7 @@ from stepgraph.models.checkpoint import CheckpointTensor, take
 from stepgraph.models.interleaved_experts import split_interleaved
 from stepgraph.parallel.shard import Cut, Part
 
-_MERGED = re.compile(r"(.+\.mlp\.experts)\.(gate_up_proj|down_proj)")
+_MERGED = re.compile(r"(.+\.(?:mlp|moe)\.experts)\.(gate_up_proj|down_proj)")
 _PARTS = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
 _SHARED = re.compile(r"(.+\.mlp\.shared_experts)\.input_linear\.(\w+)")
 _BIAS = ".mlp.gate.bias"

@@ -14,7 +14,7 @@ from stepgraph.layers.experts import ALL_EXPERTS
 from stepgraph.layers.formats import FP8, Target
 from stepgraph.layers.matrix import Matrix
 from stepgraph.models.checkpoint import CheckpointTensor
-from stepgraph.models.config import DecoderConfig, no_experts, shard_experts, spread_experts
+from stepgraph.models.config import DecoderConfig
 from stepgraph.models.decoder import Decoder
 from stepgraph.models.language_model import LanguageModel
 from stepgraph.models.memory import check_fits, tell_of_dequantised
@@ -23,6 +23,7 @@ from stepgraph.models.output_head import fit_head, has_own_head
 from stepgraph.models.quantization import choose_formats, materialise, names_of_numbers
 from stepgraph.models.random_weights import fill_randomly
 from stepgraph.models.registry import ARCHITECTURES
+from stepgraph.models.sharing import no_experts, shard_experts, spread_experts
 from stepgraph.models.source import ModelSource
 from stepgraph.models.transformers_config import TransformersConfig
 from stepgraph.models.update import match_tensors, write_each
@@ -218,6 +219,7 @@ def _match(
 ) -> list[tuple[Target, CheckpointTensor]]:
     """Where each of a checkpoint's tensors goes in a model made for them; ModelError if they are not those of the model."""
     tied, in_model = model.config.tie_word_embeddings, model.lm_head is not None
+    tensors = [tensor for tensor in tensors if model.reads(tensor.name)]
     fitting = fit_head(tensors, tied=tied, in_model=in_model, description=source.description)
     return match_tensors(model.checkpoint_tensors(), fitting, source.description)
 

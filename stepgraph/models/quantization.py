@@ -13,8 +13,8 @@ from stepgraph.layers.formats import FORMATS, FP8, FormatOptions, Packed, Plain,
 from stepgraph.layers.linear import Linear, MergedLinear
 from stepgraph.layers.matrix import Matrix
 from stepgraph.models.checkpoint import CheckpointTensor
-from stepgraph.models.config import possible_sizes
 from stepgraph.models.decoder import Decoder
+from stepgraph.models.sharing import possible_sizes
 from stepgraph.ops.packed import BLOCK
 from stepgraph.parallel.shard import WHOLE
 

@@ -16,8 +16,10 @@ from stepgraph.layers.gated_delta import GatedDelta
 from stepgraph.layers.mamba2 import Mamba2
 from stepgraph.layers.matrix import Matrix
 from stepgraph.layers.norm import RMSNorm
+from stepgraph.layers.normed_experts import ScaledRouter
 from stepgraph.layers.short_conv import Convolution
 from stepgraph.models.checkpoint import keep_rows
+from stepgraph.models.decoder_layer import DecoderLayer
 from stepgraph.parallel.shard import Part
 
 _DEVIATION = 0.02
@@ -57,6 +59,10 @@ def fill_randomly(model: nn.Module, device: torch.device) -> None:
         if isinstance(module, Attention):
             for target in module.targets().values():
                 _draw(target, generator)
+        if isinstance(module, ScaledRouter):
+            module.expert_scale.fill_(1.0)
+        if isinstance(module, DecoderLayer) and module.layer_scalar is not None:
+            module.layer_scalar.fill_(1.0)
         if isinstance(module, Matrix):
             spreads = has_experts and isinstance(module, Embedding)
             for target in module.targets().values():

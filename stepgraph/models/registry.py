@@ -28,6 +28,7 @@ from stepgraph.models.ernie4_5_moe import Ernie45Moe
 from stepgraph.models.falcon_h1 import FalconH1
 from stepgraph.models.gemma2 import Gemma2, VaultGemma
 from stepgraph.models.gemma3 import Gemma3
+from stepgraph.models.gemma4 import Gemma4
 from stepgraph.models.glm4_moe import Glm4Moe
 from stepgraph.models.glm4_moe_lite import Glm4MoeLite
 from stepgraph.models.gpt_oss import GptOss
@@ -88,6 +89,8 @@ ARCHITECTURES: dict[str, type[Decoder]] = {
     "Gemma2ForCausalLM": Gemma2,
     "VaultGemmaForCausalLM": VaultGemma,
     "Gemma3ForCausalLM": Gemma3,
+    "Gemma4ForCausalLM": Gemma4,
+    "Gemma4UnifiedForCausalLM": Gemma4,
     "Glm4MoeForCausalLM": Glm4Moe,
     "Glm4MoeLiteForCausalLM": Glm4MoeLite,
     "GptOssForCausalLM": GptOss,

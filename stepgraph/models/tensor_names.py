@@ -41,6 +41,21 @@ _OF_MAMBA = (
     (re.compile(r"\.shared_mlp\.output_linear\."), ".mlp.shared_experts.down_proj."),
     (re.compile(r"\.shared_mlp\."), ".mlp.shared_experts."),
 )
+_OF_GEMMA4 = (
+    (re.compile(r"^model\.embed_tokens_per_layer\."), "model.per_layer_inputs.embedding."),
+    (re.compile(r"^model\.per_layer_model_projection\."), "model.per_layer_inputs.projection."),
+    (re.compile(r"^model\.per_layer_projection_norm\."), "model.per_layer_inputs.norm."),
+    (re.compile(r"\.per_layer_input_gate\."), ".per_layer.gate."),
+    (re.compile(r"\.per_layer_projection\."), ".per_layer.projection."),
+    (re.compile(r"\.post_per_layer_input_norm\."), ".per_layer.post_norm."),
+    (re.compile(r"(\.layers\.\d+)\.router\.proj\."), r"\1.moe.gate."),
+    (re.compile(r"(\.layers\.\d+)\.router\.scale$"), r"\1.moe.router_norm.weight"),
+    (re.compile(r"(\.layers\.\d+)\.router\.per_expert_scale$"), r"\1.moe.gate.expert_scale"),
+    (re.compile(r"(\.layers\.\d+)\.(?:moe\.)?experts\."), r"\1.moe.experts."),
+    (re.compile(r"\.pre_feedforward_layernorm_2\."), ".moe.norm."),
+    (re.compile(r"\.post_feedforward_layernorm_1\."), ".moe.dense_post_norm."),
+    (re.compile(r"\.post_feedforward_layernorm_2\."), ".moe.post_norm."),
+)
 _OF_EXPERTS = (
     # Mixtral's; Granite's has all experts in one tensor
     (re.compile(r"\.block_sparse_moe\."), ".mlp."),
@@ -67,11 +82,13 @@ def native_name(name: str) -> str:
     'model.layers.3.mlp.experts.7.down_proj.weight'
     >>> native_name("model.layers.3.feed_forward.experts.7.w2.weight")
     'model.layers.3.mlp.experts.7.down_proj.weight'
+    >>> native_name("model.language_model.layers.3.experts.down_proj")
+    'model.layers.3.moe.experts.down_proj'
     """
     name = in_decoder(name)
     match = _NAME.fullmatch(name)
     if match is None or match["part"] not in _EXAONE:
-        for pattern, native in (*_OF_LFM2, *_OF_MAMBA, *_OF_EXPERTS):
+        for pattern, native in (*_OF_LFM2, *_OF_MAMBA, *_OF_GEMMA4, *_OF_EXPERTS):
             name = pattern.sub(native, name)
         return name
     layer = "" if match["layer"] is None else f"layers.{match['layer']}."

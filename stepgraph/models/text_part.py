@@ -15,6 +15,7 @@ _CLASSES = frozenset(
         "Ernie4_5_VLMoeForConditionalGeneration",
         "Gemma3ForConditionalGeneration",
         "Gemma4ForConditionalGeneration",
+        "Gemma4UnifiedForConditionalGeneration",
         "Glm46VForConditionalGeneration",
         "Glm4vForConditionalGeneration",
         "InternVLForConditionalGeneration",

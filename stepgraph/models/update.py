@@ -74,6 +74,7 @@ def plan_update(model: LanguageModel, source: ModelSource | Iterable[tuple[str, 
             )
     tensors = without_mtp(tensors)
     if isinstance(model, Decoder):
+        tensors = [tensor for tensor in tensors if model.reads(tensor.name)]
         in_model = model.lm_head is not None
         if not in_model and has_own_head(tensors, tied=tied):
             raise ModelError(

@@ -34,7 +34,8 @@ from stepgraph.layers.norm import RMSNorm
 from stepgraph.layers.residual import ResidualStream
 from stepgraph.layers.rotary import cos_sin_table
 from stepgraph.models.config import DecoderConfig
-from stepgraph.models.decoder import DecoderLayer, named_targets
+from stepgraph.models.decoder import named_targets
+from stepgraph.models.decoder_layer import DecoderLayer
 from stepgraph.models.language_model import LanguageModel
 from stepgraph.parallel.group import Group
 from stepgraph.parallel.shard import WHOLE, Shard
@@ -93,6 +94,7 @@ class MTPLayer(nn.Module):
                 E,
                 config.rms_norm_eps,
                 weight_offset=config.norm_weight_offset,
+                rounds_once=config.norms_round_once,
                 dtype=dtype,
                 device=device,
             )
@@ -102,7 +104,7 @@ class MTPLayer(nn.Module):
         self.block = DecoderLayer(config, last, shard=shard, expert_shard=expert_shard, dtype=dtype, device=device)
         # It has values from the start, which a module on the meta device keeps in host memory.
         device = torch.device("cpu") if device.type == "meta" else device
-        table = cos_sin_table(config.ropes[last], config.head_dim, max_model_len, device)
+        table = cos_sin_table(config.ropes[last], config.sizes(last).head_dim, max_model_len, device)
         self.register_buffer("cos_sin", table, persistent=False)
 
     def checkpoint_tensors(self) -> dict[str, Target]:

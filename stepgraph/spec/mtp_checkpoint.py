@@ -19,7 +19,7 @@ from stepgraph.layers.experts import ExpertShard
 from stepgraph.layers.formats import Packed, Plain, Target, WeightFormat
 from stepgraph.layers.linear import Linear
 from stepgraph.models.checkpoint import CheckpointTensor, take
-from stepgraph.models.config import DecoderConfig, check_shard
+from stepgraph.models.config import DecoderConfig
 from stepgraph.models.decoder import Decoder
 from stepgraph.models.language_model import LanguageModel
 from stepgraph.models.mtp_tensors import mtp_names
@@ -27,6 +27,7 @@ from stepgraph.models.quantization import keep_fp8, materialise, pack_rounded
 from stepgraph.models.random_weights import fill_randomly
 from stepgraph.models.registry import ARCHITECTURES
 from stepgraph.models.safetensors import read_safetensors
+from stepgraph.models.sharing import check_shard
 from stepgraph.models.source import PACKAGED, FolderSource, ModelSource, hub_folder
 from stepgraph.models.transformers_config import TransformersConfig
 from stepgraph.models.update import match_tensors, write
@@ -336,14 +337,25 @@ def _token_ids(found: _Found, num_ids: int, vocab_size: int) -> Tensor:
     return ids_N
 
 
+def may_draft(config: DecoderConfig) -> bool:
+    """Whether layers like the model's last can be modules: of what they take, all are hidden states, and keys and values of their
+    own."""
+    last = config.last_attention
+    return last is not None and not config.per_layer_inputs and config.sizes(last).keys_and_values.shares is None
+
+
 def _layer_config(model: LanguageModel) -> DecoderConfig:
     """What the decoder layer of a module is like: the model's own last layer."""
     config = model.config
+    if isinstance(config, TransformersConfig) and config.architecture in ARCHITECTURES:
+        config = ARCHITECTURES[config.architecture].config_from_hf(config.hf_config)
     if isinstance(config, DecoderConfig):
-        return config
-    assert isinstance(config, TransformersConfig), config
-    if config.architecture in ARCHITECTURES:
-        return ARCHITECTURES[config.architecture].config_from_hf(config.hf_config)
+        if may_draft(config):
+            return config
+        raise ConfigError(
+            f'speculative_config: the method "mtp" knows no modules for this {config.architecture}, whose layers take more than '
+            'hidden states: of the tokens, or of other layers. Choose the method "suffix" or "ngram".'
+        )
     raise ConfigError(
         f'speculative_config: the method "mtp" knows no modules for {config.architecture}, which runs through transformers. It '
         'knows those of native models; elsewhere, choose the method "suffix" or "ngram".'
@@ -353,7 +365,7 @@ def _layer_config(model: LanguageModel) -> DecoderConfig:
 def _with_mixture(config: DecoderConfig, found: _Found) -> DecoderConfig:
     """With layers that have experts if the module in a checkpoint has any, and are dense else: beside models with experts,
     there are modules of either kind."""
-    experts = sorted(tensor.name for tensor in found.tensors if ".mlp.experts." in tensor.name)
+    experts = sorted(tensor.name for tensor in found.tensors if re.search(r"\.(?:mlp|moe)\.experts\.", tensor.name))
     mixture = next((mixture for mixture in reversed(config.mixtures) if mixture is not None), None)
     if experts and mixture is None:
         raise ConfigError(

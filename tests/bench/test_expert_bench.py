@@ -24,8 +24,8 @@ from stepgraph.executor.local import runner_of
 from stepgraph.graph.eager import EagerGraph
 from stepgraph.layers.experts import ExpertShard
 from stepgraph.layers.inputs import DispatchTable
-from stepgraph.models.config import shard_experts
 from stepgraph.models.loader import create_model
+from stepgraph.models.sharing import shard_experts
 from stepgraph.models.source import resolve
 from stepgraph.parallel.shard import Shard
 from stepgraph.step.dispatch import mixtures_of

@@ -102,6 +102,25 @@ DELTA = SIZES | {
     "linear_value_head_dim": 16,
     "layer_types": ["linear_attention", "full_attention"],
 }
+GEMMA4 = SIZES | {
+    "num_hidden_layers": 4,
+    "layer_types": ["sliding_attention", "sliding_attention", "full_attention", "full_attention"],
+    "sliding_window": WINDOW,
+    "head_dim": 16,
+    "global_head_dim": 32,
+    "attention_k_eq_v": True,
+    "num_global_key_value_heads": 1,
+    "final_logit_softcapping": 4.0,
+    "rms_norm_eps": 1e-3,  # of heads too, which may be small
+}
+GEMMA4_SHARED = GEMMA4 | {
+    "layer_types": ["sliding_attention", "full_attention"] * 2,
+    "attention_k_eq_v": False,
+    "num_kv_shared_layers": 2,
+    "use_double_wide_mlp": True,
+    "hidden_size_per_layer_input": 16,
+    "vocab_size_per_layer_input": 96,
+}
 CONVOLUTIONS = SIZES | {"num_hidden_layers": 3, "layer_types": ["conv", "full_attention", "conv"]}
 MAMBA = SIZES | {
     "num_hidden_layers": 3,
@@ -237,6 +256,17 @@ HF_CONFIGS = {
         sliding_window=WINDOW,
         rope_parameters=GEMMA3_ROPE,
     ),
+    "gemma 4 e4b": lambda: hf_config("Gemma4TextConfig", **GEMMA4_SHARED),
+    "gemma 4 26b": lambda: hf_config(
+        "Gemma4TextConfig",
+        **GEMMA4,
+        hidden_size_per_layer_input=0,
+        enable_moe_block=True,
+        num_experts=8,
+        top_k_experts=3,
+        moe_intermediate_size=32,
+    ),
+    "gemma 4 12b": lambda: hf_config("Gemma4UnifiedTextConfig", **GEMMA4),
     "granite": lambda: GraniteConfig(
         **SIZES, embedding_multiplier=12.0, residual_multiplier=0.22, attention_multiplier=0.1, logits_scaling=6.0
     ),
@@ -344,8 +374,10 @@ def random_hf_model(hf_config):
     model = AutoModelForCausalLM.from_config(hf_config, dtype=torch.float32).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            parameter.normal_(1.0 if "norm" in name else 0.0, 0.2)
+            parameter.normal_(1.0 if "norm" in name or name.endswith("scale") else 0.0, 0.2)
         for name, buffer in model.named_buffers():
             if name.endswith(("e_score_correction_bias", "expert_bias")):
                 buffer.normal_(0.0, 0.2)
+            if name.endswith("layer_scalar"):
+                buffer.uniform_(0.5, 1.5)
     return model

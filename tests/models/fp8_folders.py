@@ -73,6 +73,7 @@ LAYOUTS = {
     ),
 }
 """Whose scale a scale is, the end of its name, and the `quantization_config`."""
+_LINEAR = ("proj", "proj_with_mqa", "w1", "w2", "w3", "per_layer_input_gate", "per_layer_projection")
 EXTRA = {
     "fp8 with static activations": ("input_scale",),
     "fp8 as Mistral writes it": ("activation_scale",),
@@ -116,7 +117,7 @@ def write_fp8(source, folder, layout, *, ignored=()):
     for name, tensor in load_file(source / "model.safetensors").items():
         if (
             ".layers." in name
-            and name.endswith(("proj.weight", "proj_with_mqa.weight", "w1.weight", "w2.weight", "w3.weight"))
+            and name.endswith(tuple(f"{kind}.weight" for kind in _LINEAR))
             and not any(part in name for part in ignored)
         ):
             tensors[name], scale, values[name] = encode(tensor.float(), per)

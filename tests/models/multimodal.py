@@ -2,7 +2,7 @@
 
 import torch
 import transformers
-from checkpoints import GEMMA3_ROPE, MIXED_LAYERS, SIZES, WINDOW
+from checkpoints import GEMMA3_ROPE, GEMMA4, GEMMA4_SHARED, MIXED_LAYERS, SIZES, WINDOW
 
 IMAGE_TOKEN = 95
 IDS = {"image_token_id": IMAGE_TOKEN, "video_token_id": 94, "vision_start_token_id": 93, "vision_end_token_id": 92}
@@ -28,6 +28,20 @@ def _gemma3():
     text["rope_parameters"] = GEMMA3_ROPE
     vision = VIT | {"image_size": 32, "patch_size": 16}
     return transformers.Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=4, **INDEX)
+
+
+def _gemma4(kind, text):
+    """With towers for images and sound."""
+    head = {"num_key_value_heads": 2, "head_dim": 8}
+    parts = {
+        "": {
+            "vision_config": VIT | head | {"patch_size": 2, "position_embedding_size": 16, "use_clipped_linears": True},
+            "audio_config": VIT | {"subsampling_conv_channels": [4, 4], "output_proj_dims": 16},
+        },
+        "Unified": {},
+    }[kind]
+    media = {"image_token_id": IMAGE_TOKEN, "video_token_id": 94, "audio_token_id": 93}
+    return getattr(transformers, f"Gemma4{kind}Config")(text_config=text, **media, **parts)
 
 
 def _mistral3(text):
@@ -59,14 +73,22 @@ MULTIMODAL = {
     "qwen3-vl": ("Qwen3VLForConditionalGeneration", _qwen3_vl),
 }
 """Names of classes, and their configs."""
+NATIVE = {
+    "gemma 4 e4b": ("Gemma4ForConditionalGeneration", lambda: _gemma4("", GEMMA4_SHARED)),
+    "gemma 4 12b": ("Gemma4UnifiedForConditionalGeneration", lambda: _gemma4("Unified", GEMMA4)),
+}
+"""Likewise; transformers' code of these does not run."""
 
 
 def random_multimodal_model(name):
     """A model with every parameter random, those of its vision tower included."""
-    class_name, config = MULTIMODAL[name]
+    class_name, config = (MULTIMODAL | NATIVE)[name]
     torch.manual_seed(0)
     model = getattr(transformers, class_name)(config()).eval()
     with torch.no_grad():
         for path, parameter in model.named_parameters():
             parameter.normal_(1.0 if "norm" in path else 0.0, 0.2)
+        for path, buffer in model.named_buffers():
+            if path.endswith("layer_scalar"):
+                buffer.uniform_(0.5, 1.5)
     return model

@@ -18,13 +18,19 @@ class Stepper:
     def __init__(self, model: Decoder, max_len: int) -> None:
         num_blocks = -(-max_len // BLOCK_SIZE)
         self.model = model
-        self.caches = tuple(
-            spec.cache(
-                [torch.zeros(num_blocks + 1, *item.shape, dtype=item.dtype) for item in spec.per_block(BLOCK_SIZE)],
-                [torch.zeros(2, *item.shape, dtype=item.dtype) for item in spec.per_line(num_drafts=0)],
+        caches = []
+        for spec in model.cache_specs(model.dtype):
+            if spec.shares is not None:
+                caches.append(caches[spec.shares])
+                continue
+            blocks, lines = spec.per_block(BLOCK_SIZE), spec.per_line(num_drafts=0)
+            caches.append(
+                spec.cache(
+                    [torch.zeros(num_blocks + 1, *item.shape, dtype=item.dtype) for item in blocks],
+                    [torch.zeros(2, *item.shape, dtype=item.dtype) for item in lines],
+                )
             )
-            for spec in model.cache_specs(model.dtype)
-        )
+        self.caches = tuple(caches)
         self.block_table = torch.zeros(2, num_blocks, dtype=torch.int32)
         self.block_table[1] = torch.arange(1, num_blocks + 1)
         self.computed = 0

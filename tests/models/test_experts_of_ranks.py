@@ -18,8 +18,8 @@ from stepgraph import native
 from stepgraph.errors import ConfigError, DeviceMemoryError, ModelError
 from stepgraph.layers.experts import ExpertLinear, ExpertShard
 from stepgraph.models import load_model, random_weights, resolve, safetensors
-from stepgraph.models.config import check_shard, shard_experts
 from stepgraph.models.loader import create_model
+from stepgraph.models.sharing import check_shard, shard_experts
 from stepgraph.models.tensor_stream import Arriving, announce, buckets
 from stepgraph.models.update import plan_update, write
 from stepgraph.parallel.shard import Shard

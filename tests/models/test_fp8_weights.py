@@ -60,7 +60,7 @@ def test_a_checkpoint_in_8_bits_keeps_its_codes_and_scales(layout, folder, tmp_p
     "name",
     [
         *("ernie 4.5", "phi 4 with long rope", "qwen3", "llama with every bias"),
-        *("mixtral with windows", "qwen2 moe", "glm 4.5"),
+        *("mixtral with windows", "qwen2 moe", "glm 4.5", "gemma 4 e4b"),
     ],
 )
 def test_every_kind_of_model_runs_in_8_bits(name, layout, tmp_path) -> None:

@@ -2,6 +2,7 @@
 `scripts/sweep_families.py` tries as many random ones as one likes."""
 
 import copy
+import importlib
 import importlib.util
 import json
 import random
@@ -18,7 +19,7 @@ from stepping import Stepper
 
 from stepgraph.errors import ModelError
 from stepgraph.layers.latent_attention import expanded_attention
-from stepgraph.models import decoder, load_model, resolve
+from stepgraph.models import decoder_layer, load_model, resolve
 from stepgraph.platforms.cpu import CpuPlatform
 from stepgraph.platforms.tuning import DEFAULT
 
@@ -31,7 +32,9 @@ FAMILIES = {"deepseek_v2": 3, "deepseek_v3": 6, "glm4_moe_lite": 2, "minicpm3": 
 def script():
     spec = importlib.util.spec_from_file_location("sweep_families", SCRIPT)
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(SCRIPT.parent)
+        spec.loader.exec_module(module)
     return module
 
 
@@ -65,8 +68,9 @@ TOKENS = [(7 * i + 3) % 96 for i in range(40)]
 def v3(script, tmp_path_factory):
     """A folder, and what transformers loads from it: queries have a latent, adjacent dimensions rotate, YaRN scales scores."""
     folder = tmp_path_factory.mktemp("v3")
-    fields = script._groups(random.Random(1)) | script._latent(random.Random(1))
-    yarn = script._YARN | {"mscale": 1.0, "mscale_all_dim": 0.7}
+    families = importlib.import_module("random_families")  # which the script has imported
+    fields = families.groups(random.Random(1)) | families.latent(random.Random(1))
+    yarn = families.YARN | {"mscale": 1.0, "mscale_all_dim": 0.7}
     fields |= {"q_lora_rank": 24, "rope_parameters": yarn, "rope_interleave": True, "rms_norm_eps": 0.1}
     return folder, script.write_model(transformers.DeepseekV3Config(**fields | {"attention_bias": True}), folder)
 
@@ -122,7 +126,7 @@ def test_a_latent_whose_norm_is_forgotten_is_found_out(v3, norm, tmp_path) -> No
 
 def test_latents_that_are_normalised_with_the_other_norms_epsilon_are_found_out(v3, monkeypatch) -> None:
     folder, hf_model = v3
-    monkeypatch.setattr(decoder, "_LATENT_EPS", hf_model.config.rms_norm_eps)
+    monkeypatch.setattr(decoder_layer, "_LATENT_EPS", hf_model.config.rms_norm_eps)
     assert off(folder, hf_model) > 1e-2
 
 

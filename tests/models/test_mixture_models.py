@@ -34,7 +34,9 @@ FAMILIES = {"ernie4_5_moe": 7, "qwen2_moe": 4}
 def script():
     spec = importlib.util.spec_from_file_location("sweep_families", SCRIPT)
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(SCRIPT.parent)
+        spec.loader.exec_module(module)
     return module
 
 

@@ -25,7 +25,7 @@ from stepgraph.errors import ModelError
 from stepgraph.layers.cache import Item
 from stepgraph.models import random_weights, resolve
 from stepgraph.models.adapters import AdapterStore
-from stepgraph.models.config import possible_sizes
+from stepgraph.models.sharing import possible_sizes
 from stepgraph.models.update import plan_update, write
 from stepgraph.parallel.shard import Shard
 

@@ -2,11 +2,12 @@
 
 import copy
 import json
+from itertools import product
 
 import pytest
 import torch
 from fp8_folders import write_fp8
-from multimodal import IMAGE_TOKEN, MULTIMODAL, random_multimodal_model
+from multimodal import IMAGE_TOKEN, MULTIMODAL, NATIVE, random_multimodal_model
 from safetensors.torch import load_file, save_file
 from stepping import Stepper
 from thread_group import run_ranks
@@ -61,8 +62,10 @@ def logits_of(hf_model, token_ids):
         return hf_model(input_ids=torch.tensor([token_ids])).logits[0]
 
 
-@pytest.mark.parametrize("model_impl", ["native", "transformers"])
-@pytest.mark.parametrize("name", MULTIMODAL)
+@pytest.mark.parametrize(
+    ("name", "model_impl"),
+    [*product(MULTIMODAL, ("native", "transformers")), *product(NATIVE, ("native",))],
+)
 def test_tokens_and_logprobs_are_those_of_the_whole_model(name, model_impl, saved) -> None:
     hf_model, folder = saved(name)
     engine = engine_of(folder, model_impl)

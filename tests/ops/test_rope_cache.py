@@ -29,6 +29,8 @@ class Inputs:
     k_cache: Tensor
     v_cache: Tensor
     num_heads: int
+    eps: float = EPS
+    value_norm: bool = False
 
     def to(self, device: str) -> Inputs:
         """A copy on `device`, caches included."""
@@ -37,7 +39,7 @@ class Inputs:
 
     def run(self, rope_cache) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, and the caches after the call."""
-        q = rope_cache(*vars(self).values(), EPS)
+        q = rope_cache(*vars(self).values())
         return q, self.k_cache, self.v_cache
 
 
@@ -111,6 +113,54 @@ def test_triton_matches_the_reference_and_writes_nowhere_else(
     assert torch.equal(v_cache, expected[2])
     for cache in (k_cache, v_cache):
         assert (cache.view(24, -1)[~written] == UNTOUCHED).all()
+
+
+def projected(inputs: Inputs, which: str) -> Inputs:
+    """With a projection of keys for values too, or of queries alone."""
+    kv_heads, D = inputs.k_cache.shape[2:]
+    width = (inputs.num_heads + (kv_heads if which == "keys" else 0)) * D
+    return replace(
+        inputs,
+        qkv=inputs.qkv[:, :width].contiguous(),
+        k_norm=inputs.k_norm if which == "keys" else None,
+        value_norm=True,
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize(("num_heads", "num_kv_heads", "head_dim"), [(4, 2, 16), (8, 8, 64), (8, 1, 512), (6, 2, 512)])
+def test_values_are_normalised_and_may_be_the_keys(
+    num_heads: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype, device: str
+) -> None:
+    """Before they are normalised and rotated; whole, they are what values of their own would be."""
+    inputs = make_inputs(3, num_heads, num_kv_heads, head_dim, norm=True, dtype=dtype)
+    shared = projected(inputs, "keys")
+    k = shared.qkv[:, num_heads * head_dim :]
+    doubled = replace(shared, qkv=torch.cat((shared.qkv, k), dim=1))
+    v = k.view(3, num_kv_heads, head_dim).double()
+    normed = v / (v.square().mean(-1, keepdim=True) + EPS).sqrt()
+    slots, unit = inputs.kv_slots.long(), torch.finfo(dtype).eps
+    expected = doubled.to("cpu").run(reference.rope_cache)
+    for kernel, where in ((reference.rope_cache, "cpu"), (kernels.rope_cache, device)):
+        for given in (shared, doubled):
+            q, k_cache, v_cache = (out.cpu() for out in given.to(where).run(kernel))
+            torch.testing.assert_close(q, expected[0], rtol=4 * unit, atol=4 * unit)
+            torch.testing.assert_close(k_cache, expected[1], rtol=4 * unit, atol=4 * unit)
+            found = v_cache.flatten(0, 1)[slots].double()
+            torch.testing.assert_close(found, normed, rtol=4 * unit, atol=unit)
+
+
+@pytest.mark.parametrize(("num_heads", "num_kv_heads", "head_dim"), [(4, 2, 16), (3, 3, 10), (8, 1, 512)])
+def test_queries_alone_are_what_they_are_beside_keys_and_write_nothing(
+    num_heads: int, num_kv_heads: int, head_dim: int, device: str
+) -> None:
+    inputs = make_inputs(3, num_heads, num_kv_heads, head_dim, norm=True)
+    alone = projected(inputs, "queries")
+    expected, _, _ = inputs.to("cpu").run(reference.rope_cache)
+    for kernel, where in ((reference.rope_cache, "cpu"), (kernels.rope_cache, device)):
+        q, *caches = (out.cpu() for out in alone.to(where).run(kernel))
+        torch.testing.assert_close(q, expected, rtol=1e-5, atol=1e-6)
+        assert all((cache == UNTOUCHED).all() for cache in caches)
 
 
 def test_padding_tokens_write_only_the_null_block(device: str) -> None:

@@ -12,7 +12,7 @@ from triton_operators import triton_operators
 from stepgraph.engine.engine import Engine
 from stepgraph.engine.sampling_params import SamplingParams
 from stepgraph.layers.inputs import StepInputs
-from stepgraph.models.decoder import DecoderLayer
+from stepgraph.models.decoder_layer import DecoderLayer
 from stepgraph.ops.kv_signal import reference
 from stepgraph.step.signals import KVSignals
 from stepgraph.verify.graphs import verify_graphs

@@ -39,7 +39,7 @@ def launch_of(tile: int, block_dim: int, itemsize: int, occupancy: Occupancy) ->
         return Launch(_keys(128, block_dim, itemsize), num_warps=4, num_stages=1)
     if occupancy is Occupancy.MEDIUM:
         return Launch(_keys(64, block_dim, itemsize), num_warps=4, num_stages=3)
-    return Launch(_keys(32, block_dim, itemsize), num_warps=2, num_stages=3)
+    return Launch(_keys(32, block_dim, itemsize), num_warps=4 if block_dim > 256 else 2, num_stages=3)
 
 
 def _keys(most: int, block_dim: int, itemsize: int) -> int:
@@ -163,7 +163,7 @@ def combine(
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
     PAIRS: tl.constexpr,
-    SPLITS: tl.constexpr,
+    SPLITS: tl.constexpr,  # so many that PAIRS · SPLITS · BLOCK_D numbers fit in registers
 ):
     """Write the normalised output of a tile from its partial results, in split order whatever order they were made in: BLOCK_D
     of its D dimensions, from `first_dim` on, and, unless `lse_ptr` is None, the log-sum-exp, in units of log 2.
@@ -416,7 +416,7 @@ def paged_attention(
         CAP=softcap / scale,
         ITEM=ITEM_SIZE,
         PAIRS=pairs,
-        SPLITS=max(1, 64 // pairs),
+        SPLITS=max(1, 64 * 128 // (pairs * max(128, block_dim))),
         num_warps=launch.num_warps,
         num_stages=launch.num_stages,
         **LAUNCH,

@@ -24,7 +24,7 @@ _rope_attention = register(
 
 def has_kernel(qkv: Tensor, head_dim: int, geometry: AttentionGeometry, window: int) -> bool:
     """Whether one kernel can do it all: tensor cores take halves of heads, of powers of two."""
-    halves_fit = head_dim >= 32 and head_dim & (head_dim - 1) == 0
+    halves_fit = 32 <= head_dim <= 256 and head_dim & (head_dim - 1) == 0
     if not (geometry.is_one_row and not window and halves_fit) or qkv.is_cpu:
         return False
     return brings_kernel("rope_attention", qkv.device)
@@ -48,6 +48,7 @@ def rope_attention(
     window: int,
     sinks: Tensor | None = None,
     softcap: float = 0.0,
+    value_norm: bool = False,
 ) -> Tensor:
     """Normalise and rotate heads, cache keys and values, and attend. Runs inside the graph.
 
@@ -57,14 +58,17 @@ def rope_attention(
     Returns:
         [T, H·D], dtype of `qkv`. Padding tokens get unspecified values.
     """
-    if has_kernel(qkv, k_cache.shape[-1], geometry, window):
+    num_kv_heads, head_dim = k_cache.shape[-2:]
+    is_plain = qkv.shape[1] == (num_heads + 2 * num_kv_heads) * head_dim and not value_norm
+    if is_plain and has_kernel(qkv, head_dim, geometry, window):
         return _rope_attention(
             qkv, tokens.kv_slots, cos_sin, q_norm, k_norm, k_cache, v_cache, block_table, tokens.row_slot, tokens.query_start,
             tokens.kv_len, *plan, num_heads, eps, scale, sinks, softcap,
         )  # fmt: skip
     q_THD = rope_cache(
-        qkv, tokens.positions, tokens.kv_slots, cos_sin, q_norm, k_norm, k_cache, v_cache, num_heads, eps
-    )
+        qkv, tokens.positions, tokens.kv_slots, cos_sin, q_norm, k_norm, k_cache, v_cache, num_heads, eps,
+        value_norm=value_norm,
+    )  # fmt: skip
     return paged_attention(
         q_THD, k_cache, v_cache, block_table, tokens.row_slot, tokens.query_start, tokens.kv_len, plan, geometry, scale, window,
         sinks, softcap,

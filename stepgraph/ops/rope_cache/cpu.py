@@ -1,4 +1,4 @@
-"""`rope_cache` on the CPU: our own kernel for float32 without head norms, else the reference."""
+"""`rope_cache` on the CPU: our own kernel for float32 of whole projections without head norms, else the reference."""
 
 import torch
 from torch import Tensor
@@ -23,9 +23,14 @@ def rope_cache(
     v_cache: Tensor,
     num_heads: int,
     eps: float,
+    value_norm: bool = False,
 ) -> Tensor:
     """See `stepgraph.ops.rope_cache.rope_cache`."""
-    plain = q_norm is None and qkv.dtype == k_cache.dtype == torch.float32
-    if plain and k_cache.shape[-1] % (2 * native.LANES) == 0 and native.available():
+    G, D = k_cache.shape[-2:]
+    plain = q_norm is None and not value_norm and qkv.shape[1] == (num_heads + 2 * G) * D
+    is_float32 = qkv.dtype == k_cache.dtype == torch.float32
+    if plain and is_float32 and D % (2 * native.LANES) == 0 and native.available():
         return _rope_cache(qkv, positions, kv_slots, cos_sin, k_cache, v_cache, num_heads)
-    return reference.rope_cache(qkv, positions, kv_slots, cos_sin, q_norm, k_norm, k_cache, v_cache, num_heads, eps)
+    return reference.rope_cache(
+        qkv, positions, kv_slots, cos_sin, q_norm, k_norm, k_cache, v_cache, num_heads, eps, value_norm
+    )

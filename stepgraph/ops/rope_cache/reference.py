@@ -1,6 +1,6 @@
 """Plain torch definition of `rope_cache`; also its CPU kernel.
 
-Shapes: T tokens, H query heads, G key/value heads, N = H + G, D head size.
+Shapes: T tokens, H query heads, G key/value heads, N = H + G (or H: queries alone), D head size.
 """
 
 import torch
@@ -21,16 +21,26 @@ def rope_cache(
     v_cache: Tensor,
     num_heads: int,
     eps: float,
+    value_norm: bool = False,
 ) -> Tensor:
     """See `stepgraph.ops.rope_cache.rope_cache`."""
     T = qkv.shape[0]
     G, D = k_cache.shape[-2:]
-    qk_TND, v_TGD = qkv.view(T, num_heads + 2 * G, D).split([num_heads + G, G], dim=1)
-    if q_norm is not None and k_norm is not None:
-        q_THD, k_TGD = qk_TND.split([num_heads, G], dim=1)
-        qk_TND = torch.cat((rms_norm(q_THD, q_norm, eps), rms_norm(k_TGD, k_norm, eps)), dim=1)
-    rotated_TND = rotate(qk_TND.float(), *cos_sin.index_select(0, positions).unsqueeze(1).chunk(2, dim=-1))
-    q_THD, k_TGD = rotated_TND.to(qkv.dtype).split([num_heads, G], dim=1)
+    heads_TND = qkv.view(T, -1, D)
+    cos_sin_T1D = cos_sin.index_select(0, positions).unsqueeze(1)
+    has_keys = heads_TND.shape[1] > num_heads
+    qk_TND, v_TGD = heads_TND[:, : num_heads + G], heads_TND[:, -G:]  # which may be the keys
+    if q_norm is not None:
+        q_THD, k_TGD = qk_TND.tensor_split([num_heads], dim=1)
+        qk_TND = rms_norm(q_THD, q_norm, eps)
+        if k_norm is not None:
+            qk_TND = torch.cat((qk_TND, rms_norm(k_TGD, k_norm, eps)), dim=1)
+    rotated_TND = rotate(qk_TND.float(), *cos_sin_T1D.chunk(2, dim=-1)).to(qkv.dtype)
+    if not has_keys:
+        return rotated_TND
+    q_THD, k_TGD = rotated_TND.split([num_heads, G], dim=1)
+    if value_norm:
+        v_TGD = rms_norm(v_TGD, torch.ones(D, device=qkv.device), eps)
     write_kv(k_TGD, v_TGD, kv_slots, k_cache, v_cache)
     return q_THD.contiguous()
 

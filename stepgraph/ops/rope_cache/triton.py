@@ -32,6 +32,13 @@ def load_norm(norm_ptr, half_H, HALF: tl.constexpr):
 
 
 @triton.jit
+def inverse_rms(low32_NH, high32_NH, eps, HALF: tl.constexpr):
+    """Of each head, by which it is multiplied: [heads, 1]."""
+    square_N = tl.sum(low32_NH * low32_NH + high32_NH * high32_NH, axis=1)
+    return tl.rsqrt(square_N / (2 * HALF) + eps)[:, None]
+
+
+@triton.jit
 def normalise_rotate(
     low_NH, high_NH, norm_low_H, norm_high_H, cos_NH, sin_NH, eps, NORM: tl.constexpr, HALF: tl.constexpr
 ):
@@ -39,8 +46,7 @@ def normalise_rotate(
     each."""
     low32_NH, high32_NH = low_NH.to(tl.float32), high_NH.to(tl.float32)
     if NORM:
-        square_N = tl.sum(low32_NH * low32_NH + high32_NH * high32_NH, axis=1)
-        inverse_rms_N1 = tl.rsqrt(square_N / (2 * HALF) + eps)[:, None]
+        inverse_rms_N1 = inverse_rms(low32_NH, high32_NH, eps, HALF)
         low32_NH = scale_rounded(low32_NH, inverse_rms_N1, norm_low_H[None, :]).to(low_NH.dtype).to(tl.float32)
         high32_NH = scale_rounded(high32_NH, inverse_rms_N1, norm_high_H[None, :]).to(low_NH.dtype).to(tl.float32)
     return (
@@ -64,6 +70,8 @@ def _rope_cache_kernel(
     eps,
     H: tl.constexpr,
     G: tl.constexpr,
+    PROJECTED: tl.constexpr,  # of keys and values: 2: both, 1: keys, which are the values too; 0: neither
+    VALUE_NORM: tl.constexpr,
     HALF: tl.constexpr,
     HEADS: tl.constexpr,  # heads per program; divides H and G
     BLOCK_HALF: tl.constexpr,
@@ -85,7 +93,10 @@ def _rope_cache_kernel(
     has_norm: tl.constexpr = q_norm_ptr is not None
     wait_for_previous()  # where tokens lie is older
 
-    source_NH = qkv_ptr + (token * (H + 2 * G) + head) * D + offset_NH
+    source = head
+    if PROJECTED == 1:
+        source = tl.where(head < H + G, head, head - G)
+    source_NH = qkv_ptr + (token * (H + PROJECTED * G) + source) * D + offset_NH
     low_NH = tl.load(source_NH, mask=inside_NH, other=0.0)
     high_NH = tl.load(source_NH + HALF, mask=inside_NH, other=0.0)
 
@@ -105,6 +116,11 @@ def _rope_cache_kernel(
         tl.store(k_NH, round_to(low_NH, k_cache_ptr.dtype.element_ty), mask=inside_NH)
         tl.store(k_NH + HALF, round_to(high_NH, k_cache_ptr.dtype.element_ty), mask=inside_NH)
     else:
+        if VALUE_NORM:
+            low32_NH, high32_NH = low_NH.to(tl.float32), high_NH.to(tl.float32)
+            inverse_rms_N1 = inverse_rms(low32_NH, high32_NH, eps, HALF)
+            low_NH = (low32_NH * inverse_rms_N1).to(out_ptr.dtype.element_ty)
+            high_NH = (high32_NH * inverse_rms_N1).to(out_ptr.dtype.element_ty)
         v_NH = v_cache_ptr + (cache_line + head - H - G) * D + offset_NH
         tl.store(v_NH, round_to(low_NH, v_cache_ptr.dtype.element_ty), mask=inside_NH)
         tl.store(v_NH + HALF, round_to(high_NH, v_cache_ptr.dtype.element_ty), mask=inside_NH)
@@ -121,13 +137,16 @@ def rope_cache(
     v_cache: Tensor,
     num_heads: int,
     eps: float,
+    value_norm: bool = False,
 ) -> Tensor:
     """See `stepgraph.ops.rope_cache.rope_cache`."""
     num_tokens = qkv.shape[0]
     num_kv_heads, head_dim = k_cache.shape[-2:]
-    heads = math.gcd(num_heads, num_kv_heads, MAX_HEADS_PER_PROGRAM)
+    projected = (qkv.shape[1] // head_dim - num_heads) // num_kv_heads
+    written = 2 * num_kv_heads if projected else 0
+    heads = math.gcd(num_heads, written // 2, MAX_HEADS_PER_PROGRAM // max(1, head_dim // 256))
     out = qkv.new_empty(num_tokens, num_heads, head_dim)
-    _rope_cache_kernel[(num_tokens, (num_heads + 2 * num_kv_heads) // heads)](
+    _rope_cache_kernel[(num_tokens, (num_heads + written) // heads)](
         qkv,
         positions,
         kv_slots,
@@ -140,10 +159,12 @@ def rope_cache(
         eps,
         H=num_heads,
         G=num_kv_heads,
+        PROJECTED=projected,
+        VALUE_NORM=value_norm,
         HALF=head_dim // 2,
         HEADS=heads,
         BLOCK_HALF=triton.next_power_of_2(head_dim // 2),
-        num_warps=1,
+        num_warps=max(1, head_dim // 256),
         **LAUNCH,
     )
     return out

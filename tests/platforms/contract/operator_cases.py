@@ -139,6 +139,12 @@ def rotated(g: torch.Generator, *norms: Tensor | None) -> tuple[Any, ...]:
     return qkv, int32(3, 4, 5, 60, 0), int32(11, 12, 13, 30, 9), cos_sin, *norms, *caches(g), H, EPS
 
 
+def shared(g: torch.Generator, kv_heads: int) -> tuple[Any, ...]:
+    """With a projection of keys that are the values too, or of queries alone, and normalised values."""
+    qkv, *rest = rotated(g, random(g, D), random(g, D) if kv_heads else None)
+    return qkv[:, : (H + kv_heads) * D].contiguous(), *rest, True
+
+
 def absorbed(g: torch.Generator, *, deterministic: bool) -> tuple[Any, ...]:
     """Queries and latents are rows of one product; the keys' part of a head's weight lies before its values'."""
     angle, latent = random(g, 64, D // 4), 2 * D
@@ -284,6 +290,8 @@ CASES = {
     "mixture": Case("mixture", mixture, mixed),
     "rope_cache": Case("rope_cache", rope_cache, lambda g: rotated(g, None, None)),
     "rope_cache with norms": Case("rope_cache", rope_cache, lambda g: rotated(g, random(g, D), random(g, D))),
+    "rope_cache of keys that are values": Case("rope_cache", rope_cache, lambda g: shared(g, G)),
+    "rope_cache of queries alone": Case("rope_cache", rope_cache, lambda g: shared(g, 0)),
     "write_kv": Case(
         "write_kv", write_kv, lambda g: (random(g, T, G, D), random(g, T, G, D), int32(9, 8, 31, 16, 17), *caches(g))
     ),
