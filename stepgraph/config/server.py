@@ -85,7 +85,7 @@ class ServerConfig:
     tool_call_parser: str = setting(
         "auto",
         "the form in which the model calls tools; auto goes by its chat template, none leaves calls in the text",
-        choices=("auto", "none", "hermes", "llama", "mistral", "harmony"),
+        choices=("auto", "none", "hermes", "llama", "mistral", "qwen3_coder", "harmony"),
     )
     reasoning_parser: str = setting(
         "auto",

@@ -19,13 +19,8 @@ from stepgraph.server.harmony_forms import forced_schemas, harmony_form
 from stepgraph.server.pieces import Piece
 from stepgraph.server.protocol import ChatMessageField, NamedToolChoice, Tool
 from stepgraph.server.reasoning import ReasoningParser
-from stepgraph.server.tool_calls import (
-    ForcedCallParser,
-    ToolCallDelta,
-    ToolCallFormat,
-    ToolCallParser,
-    detect_format,
-)
+from stepgraph.server.tool_calls import ForcedCallParser, ToolCallDelta, ToolCallParser
+from stepgraph.server.tool_formats import ToolCallFormat, detect_format
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -211,6 +206,11 @@ class ToolUse(NamedTuple):
         """Of the functions that can be called."""
         return [tool["function"]["name"] for tool in self.shown]
 
+    @property
+    def parameters(self) -> dict[str, dict[str, Any]]:
+        """The schemas of their arguments, by their names."""
+        return {tool["function"]["name"]: tool["function"].get("parameters") or {} for tool in self.shown}
+
     def schema(self) -> dict[str, Any] | None:
         """What the whole answer must be, if the model must call."""
         if not self.must_call:
@@ -232,7 +232,7 @@ class AnswerParser:
         if tools.must_call:
             self._calls = ForcedCallParser(tools.forced)
         elif tools.shown and form.tool_format is not None:
-            self._calls = ToolCallParser(form.tool_format, tools.names)
+            self._calls = ToolCallParser(form.tool_format, tools.names, tools.parameters)
         self.num_calls = 0
 
     def feed(self, text: str, *, special: int | None = None, finish_reason: str | None = None) -> Piece:

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from stepgraph.engine.guided_tags import TagConverter
 from stepgraph.errors import RequestError
-from stepgraph.server.tool_calls import ToolCallFormat
+from stepgraph.server.tool_formats import ToolCallFormat
 
 
 def forced_call_schema(
@@ -101,12 +101,17 @@ class _Spelling(NamedTuple):
     separator: str
     quote: bool
     """The name is JSON text."""
+    is_json: bool = True
+    """So are the arguments; else they are any text."""
 
 
 _SPELLINGS = {
     ToolCallFormat.HERMES: _Spelling('<tool_call>\n{"name": ', ', "arguments": ', "}\n</tool_call>", "\n", True),
     ToolCallFormat.LLAMA: _Spelling('{"name": ', ', "parameters": ', "}", "; ", True),
     ToolCallFormat.MISTRAL: _Spelling("[TOOL_CALLS]", "[ARGS]", "", "", False),
+    ToolCallFormat.QWEN3_CODER: _Spelling(
+        "<tool_call>\n<function=", ">\n", "</function>\n</tool_call>", "\n", False, False
+    ),
 }
 ANY_OBJECT = {"type": "object"}
 """A schema."""
@@ -158,7 +163,7 @@ def _calls(schemas: Mapping[str, Any], format: ToolCallFormat, *, parallel: bool
             "begin": spelling.before
             + (json.dumps(name, ensure_ascii=False) if spelling.quote else name)
             + spelling.between,
-            "content": {"type": "json_schema", "json_schema": schema},
+            "content": {"type": "json_schema", "json_schema": schema} if spelling.is_json else {"type": "any_text"},
             "end": spelling.after,
         }
         for name, schema in schemas.items()

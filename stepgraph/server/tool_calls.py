@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Callable, Collection, Generator
+from collections.abc import Callable, Collection, Generator, Mapping
 from dataclasses import dataclass, field
-from enum import StrEnum
-from typing import TypeAlias, TypeVar
+from typing import Any, TypeAlias, TypeVar
+
+from stepgraph.server.tagged_arguments import TaggedArguments
+from stepgraph.server.tool_formats import FUNCTION, MARKS, ToolCallFormat
 
 _T = TypeVar("_T")
 _Reading: TypeAlias = Generator[None, str, _T]
@@ -21,44 +23,6 @@ _BEFORE_NAME = frozenset({"type", "id"})
 """Further keys that models put before a call's name. Others show that an object is no call, and need not be held back."""
 _SCALAR = frozenset("+-.0123456789eEtrufalsn")
 """Characters of JSON's numbers, true, false and null."""
-
-
-class ToolCallFormat(StrEnum):
-    """How a family of models writes calls. There may be whitespace between all parts.
-
-    An object holds a call's `name` and its `arguments` or `parameters`, in any order. Arguments that are a string are the JSON
-    text that it holds; those that are missing or null are `{}`.
-    """
-
-    HERMES = "hermes"
-    """`<tool_call>{"name": "f", "arguments": {...}}</tool_call>`: Hermes, Qwen2.5, Qwen3, SmolLM3 and many others."""
-    LLAMA = "llama"
-    """`{"name": "f", "parameters": {...}}`, several of them separated by `;`, or a list, at the start of the answer or after
-    `<|python_tag|>`: Llama 3.1 and later."""
-    MISTRAL = "mistral"
-    """`[TOOL_CALLS][{"name": "f", "arguments": {...}}, ...]` or `[TOOL_CALLS]f[ARGS]{...}`, where `[CALL_ID]` and an id may
-    follow the name. The marks are special tokens, which the text must not leave out."""
-
-
-_MARKS: dict[ToolCallFormat | None, tuple[str, ...]] = {
-    ToolCallFormat.HERMES: ("<tool_call>", "</tool_call>"),
-    ToolCallFormat.LLAMA: ("<|python_tag|>",),
-    ToolCallFormat.MISTRAL: ("[TOOL_CALLS]",),
-    None: (),
-}
-"""What stands before calls, and after them. Each begins with a character that it has nowhere else."""
-
-
-def detect_format(chat_template: str | None) -> ToolCallFormat:
-    """The format that a chat template shows its model; HERMES if it shows none."""
-    template = chat_template or ""
-    if "<tool_call>" in template:
-        return ToolCallFormat.HERMES
-    if "[TOOL_CALLS]" in template:
-        return ToolCallFormat.MISTRAL
-    if "<|python_tag|>" in template or "ipython" in template:
-        return ToolCallFormat.LLAMA
-    return ToolCallFormat.HERMES
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,10 +64,16 @@ class _CallReader:
     follows it stays, so that the texts around a call do not run together.
     """
 
-    def __init__(self, format: ToolCallFormat | None, names: Collection[str] | None):
-        """`names`: of the functions that may be called; None: any."""
+    def __init__(
+        self,
+        format: ToolCallFormat | None,
+        names: Collection[str] | None,
+        parameters: Mapping[str, Mapping[str, Any]] | None = None,
+    ):
+        """`names`: of the functions that may be called; None: any. `parameters`: their schemas, by their names."""
         self._format = format
-        self._marks = _MARKS[format]
+        self._parameters = parameters or {}
+        self._marks = MARKS[format]
         self._names = None if names is None else frozenset(names)
         self._character: str | None = None  # the next one, if it is there
         self._held: list[str] = []
@@ -221,9 +191,13 @@ class _CallReader:
                 if not character.isspace():
                     self._give()
                 continue
-            mark = yield from self._word(self._marks[: 2 if self._has_call else 1])
-            if mark == self._marks[0]:
+            begin, end, function = self._marks[:1], self._marks[1:2], self._marks[2:]
+            mark = yield from self._word(begin + function + (end if self._has_call else ()))
+            if mark in begin:
                 yield from self._calls()
+            elif mark in function:
+                self._has_call = False
+                yield from self._is_call(self._rest_of_function())
             elif mark:
                 self._held.clear()
                 self._has_call, self._is_after_call = False, True
@@ -252,6 +226,8 @@ class _CallReader:
             sign = yield from self._next_sign()
             if sign == "{":
                 call = self._object()
+            elif sign == "<" and self._format is ToolCallFormat.QWEN3_CODER and not self._has_call:
+                call = self._function()
             elif sign == "[" and not in_list and not self._has_call:
                 in_list = True
                 self._hold()
@@ -322,6 +298,30 @@ class _CallReader:
             if not (yield from self._word(("[ARGS]",))):
                 raise _NoCallError
         yield from self._value(self._argue)
+
+    def _function(self) -> _Reading[None]:
+        """Read `<function=name>...</function>`."""
+        if not (yield from self._word((FUNCTION,))):
+            raise _NoCallError
+        yield from self._rest_of_function()
+
+    def _rest_of_function(self) -> _Reading[None]:
+        name = ""
+        while (character := (yield from self._next())) != ">":
+            if character == _END:
+                raise _NoCallError
+            name += character
+            self._hold()
+        self._hold()
+        self._announce(name.strip())
+        arguments = TaggedArguments(self._parameters.get(name.strip(), {}))
+        while not arguments.is_complete:
+            is_cut = (character := (yield from self._next())) == _END
+            if text := arguments.cut_off() if is_cut else arguments.feed(character):
+                self._argue(text)
+            if is_cut:
+                raise _NoCallError
+            self._hold()
 
     # JSON, read only as closely as finding its ends takes: whether arguments are valid is for the client to check.
 
@@ -425,10 +425,16 @@ class ToolCallParser(_CallReader):
     Args:
         format: how the model writes calls.
         names: of the functions that it was offered. What calls another one is content.
+        parameters: the schemas of their arguments by their names, for formats that write values as text.
     """
 
-    def __init__(self, format: ToolCallFormat, names: Collection[str]):
-        super().__init__(format, names)
+    def __init__(
+        self,
+        format: ToolCallFormat,
+        names: Collection[str],
+        parameters: Mapping[str, Mapping[str, Any]] | None = None,
+    ):
+        super().__init__(format, names, parameters)
 
     def _answer(self) -> _Reading[None]:
         if self._format is ToolCallFormat.LLAMA:

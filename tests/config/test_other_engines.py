@@ -222,6 +222,8 @@ def test_files_and_keyword_arguments_know_them_too(tmp_path, caplog):
             "--enable-auto-tool-choice --tool-call-parser llama3_json --reasoning-parser deepseek_r1",
             {"tool_call_parser": "llama", "reasoning_parser": "think"},
         ),
+        ("--tool-call-parser qwen3_xml", {"tool_call_parser": "qwen3_coder"}),
+        ("--tool-call-parser qwen3_coder", {"tool_call_parser": "qwen3_coder"}),
         (
             "--tool-call-parser openai --reasoning-parser openai_gptoss",
             {"tool_call_parser": "harmony", "reasoning_parser": "harmony"},
@@ -250,7 +252,7 @@ def test_command_lines_may_be_spelled_as_there(parse, line, settings):
             "-pp 2",
             "pipeline_parallel_size=2 is not supported: tensor_parallel_size is how devices share a model",
         ),
-        ("--tool-call-parser qwen3_coder", "tool_call_parser='qwen3_coder' is not supported: calls in other forms"),
+        ("--tool-call-parser glm45", "tool_call_parser='glm45' is not supported: calls in other forms"),
         (
             "--reasoning-parser=seed_oss",
             "reasoning_parser='seed_oss' is not supported: reasoning in other forms",

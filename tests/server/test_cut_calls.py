@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from stepgraph.engine.chat_template import ChatTemplate
 from stepgraph.server.conversation import AnswerParser, ChatForm, ToolUse
 from stepgraph.server.protocol import NamedToolChoice, Tool
-from stepgraph.server.tool_calls import ToolCallFormat
+from stepgraph.server.tool_formats import ToolCallFormat
 
 HERMES, LLAMA, MISTRAL = ToolCallFormat.HERMES, ToolCallFormat.LLAMA, ToolCallFormat.MISTRAL
 A, B = ("get", '{"a": "é\\n{"}'), ("f", '{"b": [1, {}]}')

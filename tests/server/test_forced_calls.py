@@ -8,7 +8,8 @@ from stepgraph.engine.guided_schema import SchemaConverter
 from stepgraph.engine.guided_tags import TagConverter
 from stepgraph.errors import RequestError
 from stepgraph.server.forced_calls import forced_call_schema, form_or_calls
-from stepgraph.server.tool_calls import ToolCallFormat, ToolCallParser
+from stepgraph.server.tool_calls import ToolCallParser
+from stepgraph.server.tool_formats import ToolCallFormat
 
 HERMES, LLAMA, MISTRAL = ToolCallFormat.HERMES, ToolCallFormat.LLAMA, ToolCallFormat.MISTRAL
 

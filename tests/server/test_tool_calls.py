@@ -8,13 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from stepgraph.engine.chat_messages import tools_prompt
-from stepgraph.server.tool_calls import (
-    ForcedCallParser,
-    ToolCallDelta,
-    ToolCallFormat,
-    ToolCallParser,
-    detect_format,
-)
+from stepgraph.server.tool_calls import ForcedCallParser, ToolCallDelta, ToolCallParser
+from stepgraph.server.tool_formats import ToolCallFormat, detect_format
 
 HERMES, LLAMA, MISTRAL = ToolCallFormat.HERMES, ToolCallFormat.LLAMA, ToolCallFormat.MISTRAL
 NAMES = ("f", "get_weather", "get")
