@@ -28,6 +28,7 @@ _TOOL = {
         "parameters": {"type": "object", "properties": {"probekey": {"type": "string", "description": "probe"}}},
     },
 }
+_BARE_TOOL = {"type": "function", "function": {"name": _TOOL_NAME}}
 _DOCUMENT = {"title": "probetitle", "text": "probedocument", "doc_id": "1"}
 _ARGUMENTS = {"probekey": "probevalue"}
 _CUT_ARGUMENTS = '{"probekey": "probevalue'
@@ -78,6 +79,8 @@ class TemplateFacts:
     repeats_assistant: bool = True
     shows_tools: bool = True
     """It tells the model which functions there are."""
+    shows_bare_tools: bool = True
+    """Also if they have a name only."""
     shows_documents: bool = True
     reasoning_name: str = REASONING_NAMES[0]
     """The field of a message with calls in which it looks for their reasoning."""
@@ -121,6 +124,7 @@ class TemplateFacts:
             repeats_user=probes.shows([_user(1), _user(2)]),
             repeats_assistant=probes.shows([*turns, _assistant(2), _user(2)]),
             shows_tools=shows_tools,
+            shows_bare_tools=shows_tools and probes.shows([_user(1)], _TOOL_NAME, tools=[_BARE_TOOL]),
             shows_documents=probes.shows([_user(1)], _DOCUMENT["text"], documents=[_DOCUMENT]),
             reasoning_name=reasoning_name,
             has_reasoning_beside_content=is_beside_content,

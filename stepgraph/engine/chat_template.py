@@ -106,6 +106,8 @@ class ChatTemplate:
                 param="documents",
             )
         turns = arranged(messages, tools, self.facts, lambda role: knows(role, self._try))
+        if tools and self.facts.shows_tools and not self.facts.shows_bare_tools:
+            tools = [_described(tool) for tool in tools]
         try:
             return self._apply(
                 turns,
@@ -191,6 +193,12 @@ def _in_parts(message: Message) -> Message:
     """The same message, its text as the one part of its content."""
     content = message.get("content")
     return {**message, "content": [{"type": "text", "text": content}]} if isinstance(content, str) else message
+
+
+def _described(tool: Mapping[str, Any]) -> dict[str, Any]:
+    """The same tool, with what it may lack empty."""
+    missing = {"description": "", "parameters": {"type": "object", "properties": {}}}
+    return {**tool, "function": {**missing, **tool["function"]}}
 
 
 def _settled() -> frozenset[str]:

@@ -16,7 +16,7 @@ HARMONY_TEMPLATE = (
     "{% set rules, turns = messages[0].content, messages[1:] %}{% endif %}"
     "{{ said('system', 'It is ' ~ strftime_now('%Y') ~ '. Reasoning: ' ~ (reasoning_effort or 'medium')) }}"
     "{% if rules or tools %}<|start|>developer<|message|>{{ rules }}{% for tool in tools or () %}"
-    "\n{{ tool.function | tojson }}{% endfor %}<|end|>{% endif %}"
+    "\n{{ '// ' + tool.function.description + ' ' + tool.function.name }}{% endfor %}<|end|>{% endif %}"
     "{% set ns = namespace(called=none) %}{% for m in turns %}"
     "{% if m.role == 'user' %}{{ said('user', m.content) }}"
     # of a call: one only, its reasoning until the turn has its final answer, in one of two fields

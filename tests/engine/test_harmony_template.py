@@ -83,6 +83,13 @@ def test_what_the_template_would_drop_of_the_developers_words_is_said_elsewhere(
     assert "<|start|>developer<|message|>s1" in prompt
 
 
+def test_tools_without_a_description_are_shown_where_the_template_takes_that_for_granted() -> None:
+    for more in ({}, {"description": "Of a city."}):
+        tool = {"type": "function", "function": {"name": "weather", **more}}
+        shown = f"// {more.get('description', '')} weather<|end|>"
+        assert shown in TEMPLATE.render([ASK], [tool])
+
+
 def test_effort_is_the_templates_variable() -> None:
     for variables, shown in (({}, "medium"), ({"reasoning_effort": "low"}, "low")):
         assert f"Reasoning: {shown}<|end|>" in TEMPLATE.render([ASK], [], variables=variables)
