@@ -90,6 +90,11 @@ _LATENT = {
 MORE: dict[str, dict[str, Any]] = {
     "axk1": _LATENT,
     "bert-generation": {"is_decoder": True},
+    "cohere_compass_text": {
+        "layer_types": ["sliding_attention", "full_attention"],
+        "rope_parameters": {"sliding_attention": {"rope_type": "default", "rope_theta": 1e4}, "full_attention": None},
+        "sliding_window": 20,
+    },
     "dbrx": {
         "attn_config": {"kv_n_heads": 2, "rope_theta": 1e4, "clip_qkv": 2.0},
         "ffn_config": {"hidden_size": 64, "ffn_hidden_size": 96, "moe_num_experts": 4, "moe_top_k": 2},
@@ -189,6 +194,7 @@ def everything() -> Iterator[tuple[str, str, str, int, Callable[[], Any] | None]
     for model_type, name in modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.items():
         known.setdefault(name, model_type)
     names = modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    known |= {name: model_type for model_type, name in names.items() if name in OF_TEXT_PARTS}
     classes = {t: name if isinstance(name, str) else name[0] for t, name in names.items()} | PUBLISHED_AS
     for model_type, class_name in sorted(classes.items(), key=lambda item: (item[1], item[0])):
         if model_type in {known[name] for name in OF_TEXT_PARTS}:  # listed below

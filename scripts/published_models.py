@@ -237,7 +237,15 @@ PUBLISHED = (
         layer_types=["full_attention", *["sliding_attention"] * 3], num_attention_heads_per_layer=[4, 8, 8, 8],
     ),
     Published("PLaMo", 2, "Plamo2ForCausalLM", None, {}),
-    _text("Phi-4-multimodal", 1, "Phi4MultimodalConfig", "Phi4MultimodalForCausalLM"),
+    _text(
+        "Phi-4-multimodal", 1, "Phi4MultimodalConfig", "Phi4MultimodalForCausalLM", tie_word_embeddings=True,
+        rope_parameters=LONG, original_max_position_embeddings=64, sliding_window=256,
+        vision_config=SQUARE | {"crop_size": 32, "image_token_id": MEDIA},
+        audio_config={
+            "hidden_size": 16, "intermediate_size": 16, "num_blocks": 1, "num_attention_heads": 2, "ext_pw_out_channel": 16,
+            "depthwise_separable_out_channel": 16, "nemo_conv_channels": 16, "audio_token_id": 198,
+        },
+    ),
 )  # fmt: skip
 
 

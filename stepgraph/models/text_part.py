@@ -12,6 +12,8 @@ from typing import Any
 
 _CLASSES = frozenset(
     (
+        "AriaForConditionalGeneration",
+        "Cohere2VisionForConditionalGeneration",
         "Ernie4_5_VLMoeForConditionalGeneration",
         "Gemma3ForConditionalGeneration",
         "Gemma4ForConditionalGeneration",
@@ -23,9 +25,11 @@ _CLASSES = frozenset(
         "MiniCPMV4_6ForConditionalGeneration",
         "Mistral3ForConditionalGeneration",
         "MuseGlimmerForConditionalGeneration",
+        "Phi4MultimodalForCausalLM",
         "Qwen2VLForConditionalGeneration",
         "Qwen2_5_VLForConditionalGeneration",
         "Qwen3VLForConditionalGeneration",
+        "Qwen3VLMoeForConditionalGeneration",
         "Qwen3_5ForConditionalGeneration",
         "Qwen3_5MoeForConditionalGeneration",
     )
@@ -33,15 +37,19 @@ _CLASSES = frozenset(
 """Classes of transformers that pass embeddings of text to their decoder as they are, and mask nothing of it."""
 _NATIVE = {
     "ministral3": "Ministral3ForCausalLM",
+    "phi4_multimodal": "Phi3ForCausalLM",
     "qwen2_5_vl_text": "Qwen2ForCausalLM",
     "qwen2_vl_text": "Qwen2ForCausalLM",
     "qwen3_vl_text": "Qwen3ForCausalLM",
 }
 """By the type of a decoder for which transformers has no class that writes text: the class that computes the same. Positions of
 text are one number, however many sections of a head rotate by positions of their own."""
+_PARTS = {"vision_config", "audio_config"}
+"""Of a config that has them beside its decoder's fields, and not these in a part of their own."""
 _OF_MEDIA = re.compile(r"(?:image|video|audio)_token_(?:id|index)")
 _MEDIA_TENSOR = re.compile(
-    r"(?:model\.)?(?:visual|vision_tower|vision_model|audio_tower|multi_modal_projector|embed_vision|embed_audio|connector|merger)\."
+    r"(?:model\.)?(?:visual|vision_tower|vision_model|audio_tower|multi_modal_projector|embed_vision|embed_audio|connector|merger"
+    r"|embed_tokens_extend)\."
     r"|(?:model\.)?image_newline"
 )
 _PREFIX = re.compile(r"(?:model\.language_model|language_model\.model|model\.text_model)\.")
@@ -84,6 +92,8 @@ def alone(hf_config: Any) -> Any:
     config = copy.deepcopy(text_config(hf_config))
     class_name = _NATIVE.get(config.model_type) or MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type)
     config.architectures = class_name and [class_name]
+    for name in _PARTS & vars(config).keys():
+        setattr(config, name, None)
     for name in ("tie_word_embeddings", "quantization_config", "dtype"):
         if getattr(hf_config, name, None) is not None:
             setattr(config, name, getattr(hf_config, name))
@@ -103,4 +113,6 @@ def media_token_ids(hf_config: Any) -> tuple[int, ...]:
     if not is_multimodal(hf_config):
         return ()
     fields = hf_config.to_dict()
-    return tuple(sorted({v for name, v in fields.items() if _OF_MEDIA.fullmatch(name) and type(v) is int and v >= 0}))
+    places = (fields, *(fields[name] for name in _PARTS & fields.keys() if isinstance(fields[name], dict)))
+    found = {v for place in places for name, v in place.items() if _OF_MEDIA.fullmatch(name)}
+    return tuple(sorted(v for v in found if type(v) is int and v >= 0))

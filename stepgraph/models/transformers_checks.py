@@ -89,7 +89,8 @@ def check_fields(hf_config: Any) -> None:
         refuse("it is multimodal, and its decoder is none of those that run by themselves", _OTHERS)
     if value("is_encoder_decoder"):
         refuse("it is of an encoder and a decoder (is_encoder_decoder in its config)", CAUSAL_ONLY)
-    if value("use_bidirectional_attention") or value("is_causal") is False:
+    bidirectional = value("use_bidirectional_attention")  # "vision": of tokens of images alone, which do not come here
+    if (bidirectional and bidirectional != "vision") or value("is_causal") is False:
         refuse("its attention is not causal", CAUSAL_ONLY)
     if odd := sorted(set(value("layer_types") or ()) - _LAYERS):
         refuse(f"it has layers of type {', '.join(odd)}", f"What runs are layers of type {', '.join(sorted(_LAYERS))}.")

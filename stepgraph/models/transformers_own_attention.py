@@ -12,6 +12,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable
 from functools import partial
+from statistics import NormalDist
 from typing import Any
 
 import torch
@@ -222,12 +223,31 @@ def _llama4(module: Any) -> None:
     module.forward = forward
 
 
+def _gemma3n(module: Any) -> None:
+    """Its feed-forward keeps what lies so many standard deviations above the mean: a constant, which it computes anew each time
+    with code that looks at values on the host."""
+    if not module.activation_sparsity:
+        return
+    deviations = NormalDist().inv_cdf(module.activation_sparsity)
+    rounded = {
+        dtype: float(torch.tensor(deviations, dtype=dtype, device="cpu"))
+        for dtype in (torch.float32, torch.bfloat16, torch.float16)
+    }
+
+    def keep(inputs: Tensor) -> Tensor:
+        mean, deviation = inputs.mean(-1, keepdim=True), inputs.std(-1, keepdim=True, unbiased=False)
+        return F.relu(inputs - (mean + deviation * rounded[inputs.dtype]))
+
+    module._gaussian_topk = keep
+
+
 _ADAPTERS: dict[str, Callable[[Any], None]] = {
     "Attention": _openai_gpt,
     "BloomAttention": _bloom,
     "DbrxExperts": adapt_dbrx,
     "DogeAttention": _doge,
     "FalconAttention": _falcon,
+    "Gemma3nTextMLP": _gemma3n,
     "GPTNeoSelfAttention": _gpt_neo,
     "GPTNeoXJapaneseAttention": _gpt_neox_japanese,
     "JetMoeParallelExperts": adapt_jetmoe_experts,

@@ -59,6 +59,20 @@ def _qwen3_vl():
     return transformers.Qwen3VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=True, **IDS)
 
 
+def _phi4_multimodal():
+    """Whose decoder's fields are beside its parts, and not in one."""
+    vision = VIT | {"image_size": 32, "patch_size": 16, "crop_size": 32, "image_token_id": IMAGE_TOKEN}
+    audio = {
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_blocks": 1,
+        "num_attention_heads": 2,
+        "audio_token_id": 94,
+    }
+    audio |= dict.fromkeys(("ext_pw_out_channel", "depthwise_separable_out_channel", "nemo_conv_channels"), 16)
+    return transformers.Phi4MultimodalConfig(**TEXT, vision_config=vision, audio_config=audio, tie_word_embeddings=True)
+
+
 MULTIMODAL = {
     "gemma 3": ("Gemma3ForConditionalGeneration", _gemma3),
     "mistral small 3": (
@@ -76,6 +90,7 @@ MULTIMODAL = {
 NATIVE = {
     "gemma 4 e4b": ("Gemma4ForConditionalGeneration", lambda: _gemma4("", GEMMA4_SHARED)),
     "gemma 4 12b": ("Gemma4UnifiedForConditionalGeneration", lambda: _gemma4("Unified", GEMMA4)),
+    "phi 4 multimodal": ("Phi4MultimodalForCausalLM", _phi4_multimodal),
 }
 """Likewise; transformers' code of these does not run."""
 

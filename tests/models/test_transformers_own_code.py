@@ -46,6 +46,17 @@ OWN_CODE = {
     ),
     "falcon: ALiBi in bfloat16": lambda: transformers.FalconConfig(**SIZES, alibi=True, multi_query=False),
     "falcon: ALiBi with one key head": lambda: transformers.FalconConfig(**SIZES, alibi=True, multi_query=True),
+    "gemma3n: activations above a bound": lambda: transformers.Gemma3nTextConfig(
+        **SIZES,
+        head_dim=16,
+        layer_types=["sliding_attention", "full_attention"],
+        activation_sparsity_pattern=[0.9, 0.0],
+        num_kv_shared_layers=0,
+        hidden_size_per_layer_input=16,
+        vocab_size_per_layer_input=96,
+        laurel_rank=8,
+        sliding_window=20,
+    ),
     "gpt_neo: scores as they are, a local layer": lambda: transformers.GPTNeoConfig(
         vocab_size=96,
         hidden_size=64,
