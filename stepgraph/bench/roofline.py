@@ -14,6 +14,7 @@ from typing import Literal
 
 import torch
 
+from stepgraph.layers.attention import Attention
 from stepgraph.layers.experts import Experts, MixtureMLP
 from stepgraph.layers.formats import Packed
 from stepgraph.layers.gated_delta import GatedDelta
@@ -21,6 +22,7 @@ from stepgraph.layers.inputs import AttentionSpec
 from stepgraph.layers.latent_attention import LatentSizes
 from stepgraph.layers.mamba2 import Mamba2
 from stepgraph.layers.matrix import Matrix
+from stepgraph.layers.per_layer_inputs import PerLayerInputs
 from stepgraph.layers.short_conv import ShortConv
 from stepgraph.models.decoder import Decoder
 from stepgraph.models.language_model import LanguageModel
@@ -105,13 +107,19 @@ def step_cost(
     weight_bytes = sum(p.nbytes for p in model.parameters())  # layers may have fewer bits than the rest
     head_rows = shard.span(config.vocab_size).length
     table, head = config.vocab_size * config.hidden_size, head_rows * config.hidden_size
-    tables = [p for p in model.parameters() if p.shape[0] in (config.vocab_size, head_rows)]
+    of_layers = [m.embedding.weight for m in model.modules() if isinstance(m, PerLayerInputs)]  # only looked up
+    weights -= sum(p.numel() for p in of_layers)
+    weight_bytes -= sum(p.nbytes for p in of_layers)
+    others = (p for p in model.parameters() if all(p is not table for table in of_layers))
+    tables = [p for p in others if p.shape[0] in (config.vocab_size, head_rows)]
     # The embedding is only looked up. A tied one is also the head, of which the rank reads its part.
     unread = table if len(tables) > 1 else table - head
     weights -= unread
     weight_bytes -= tables[0].nbytes * unread // table
     specs = model.attention_specs
     numbers = sum(spec.cached_numbers * (_keys_read(rows, spec.window) + num_tokens) for spec in specs)
+    sharing = [m for m in model.modules() if isinstance(m, Attention) and m.keys_and_values.shares is not None]
+    numbers -= num_tokens * sum(layer.spec.cached_numbers for layer in sharing)  # which write none
     cached = next(model.parameters()).element_size() * numbers
     attention = sum(attention_flops(spec, rows, latent_sizes(model)) for spec in specs)
     recurrent = [module for module in model.modules() if isinstance(module, GatedDelta | ShortConv | Mamba2)]

@@ -106,6 +106,8 @@ def test_the_checkpoint_dtype_is_known(tmp_path) -> None:
 PUBLISHED_PARAMETERS = {
     "deepseek-v2-lite": 15_706_484_224,
     "deepseek-v3-4-layers": 671_026_419_200 - 57 * 11_507_286_272,  # three dense layers, and one of 58 with experts
+    "gemma4-26b-a4b": 25_233_141_760 + 30,  # and a number of each layer
+    "gemma4-e4b": 7_463_013_376 + 42,
     "glm-4.7-flash": 29_943_393_920,
     "gpt-oss-20b": 20_914_757_184,
     "llama-3.1-8b": 8_030_261_248,
