@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from checkpoints import SIZES, random_hf_model
+from checkpoints import GEMMA4, SIZES, hf_config, random_hf_model
 from stepping import BLOCK_SIZE, Stepper
 from thread_group import ThreadGroup, run_ranks
 from torch import Tensor
@@ -30,6 +30,15 @@ MODELS = {
     ),
     "groups, bias and a shared expert": lambda: Glm4MoeConfig(
         **SIZES | EXPERTS, n_routed_experts=12, n_group=4, topk_group=2, n_shared_experts=1, first_k_dense_replace=1
+    ),
+    "experts beside a dense part": lambda: hf_config(
+        "Gemma4TextConfig",
+        **GEMMA4,
+        hidden_size_per_layer_input=0,
+        enable_moe_block=True,
+        num_experts=12,
+        top_k_experts=3,
+        moe_intermediate_size=36,
     ),
 }
 STEPS = [(8, (5, 0, 8, 1)), (8, (0, 0, 3, 8)), (1, (1, 0, 0, 0)), (2, (0, 0, 0, 0)), (30, (29, 1, 0, 30))]
@@ -73,7 +82,7 @@ def run_steps(model, rank: int, *, padded: bool) -> tuple[Tensor, list[int]]:
         now, tokens = tokens[: counts[rank]], tokens[counts[rank] :]
         if now or padded:
             found.append(stepper.step(now, num_rows if padded else None))
-    gates = [layer.mlp.gate for layer in model.layers if isinstance(layer.mlp, MixtureMLP)]
+    gates = [module.gate for module in model.modules() if isinstance(module, MixtureMLP)]
     return torch.cat(found), torch.stack([gate.totals for gate in gates]).flatten().tolist()
 
 

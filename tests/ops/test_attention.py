@@ -81,6 +81,7 @@ def test_mixed_rows_match_at_every_block_size(rows: list[tuple[int, int]], block
 def test_head_sizes_match_whether_or_not_a_power_of_two(head_dim: int, query_len: int, device: str) -> None:
     batch = make_batch([(query_len, 70)], num_tokens=query_len, head_dim=head_dim, poisoned=True)
     assert_triton_matches(batch, device)
+    assert_cpu_matches(batch)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
