@@ -68,6 +68,15 @@ GDN = {
     "rope_parameters": SECTIONS
     | {"mrope_section": [1, 1, 0], "mrope_interleaved": True, "partial_rotary_factor": 0.25},
 }
+MAMBA = {
+    "head_dim": 16,
+    "mamba_num_heads": 8,
+    "mamba_head_dim": 8,
+    "n_groups": 2,
+    "ssm_state_size": 16,
+    "time_step_min": 1e-9,  # published as 0.001: the least step in transformers' code, of prompts alone, and in no other
+}
+GATELESS = {"n_routed_experts": 8, "moe_intermediate_size": 32, "moe_shared_expert_intermediate_size": 32}
 EXPERTS = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
 
 
@@ -217,11 +226,11 @@ PUBLISHED = (
     ),
     _text(
         "Nemotron 3 Nano 4B, Nemotron Nano 9B v2", 2, "NemotronHConfig", "NemotronHForCausalLM",
-        layers_block_type=["mamba", "mlp", "attention", "mlp"],
+        **MAMBA, layers_block_type=["mamba", "mlp", "attention", "mlp"],
     ),
     _text(
         "Nemotron 3 Nano 30B-A3B, Nemotron 3.5 Lightning", 2, "NemotronHConfig", "NemotronHForCausalLM",
-        layers_block_type=["mamba", "moe", "attention", "moe"],
+        **MAMBA, **GATELESS, layers_block_type=["mamba", "moe", "attention", "moe"],
     ),
     Published("Nemotron VL", 1, "NemotronH_Nano_VL_V2", None, {}),
     _with_images(

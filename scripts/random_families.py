@@ -190,6 +190,39 @@ def _granitemoehybrid(rng: random.Random) -> Any:
     )
 
 
+def _nemotron_h(rng: random.Random) -> Any:
+    """Of parts in any order; some layers have attention."""
+    experts, top = _counts(rng)
+    groups = rng.choice((1, 2, 4))
+    of_experts = groups if experts % groups == 0 and experts // groups >= 2 else 1
+    bias, kinds = rng.random() < 0.3, ["full_attention", *rng.choices(("linear_attention", "moe", "mlp"), k=4)]
+    rng.shuffle(kinds)
+    return transformers.NemotronHConfig(
+        **SIZES,
+        layers_block_type=kinds,
+        head_dim=rng.choice((16, 32)),
+        mamba_num_heads=groups * rng.choice((1, 2, 4)),
+        mamba_head_dim=rng.choice((8, 16, 24)),
+        n_groups=groups,
+        ssm_state_size=rng.choice((8, 16, 40)),
+        conv_kernel=rng.choice((2, 4)),
+        use_conv_bias=rng.random() < 0.7,
+        use_bias=bias,
+        mamba_proj_bias=bias,
+        mlp_bias="moe" not in kinds and rng.random() < 0.5,
+        n_routed_experts=experts,
+        num_experts_per_tok=1 if of_experts > 1 else top,
+        n_group=of_experts,
+        topk_group=1,
+        moe_intermediate_size=rng.choice((24, 32)),
+        moe_shared_expert_intermediate_size=rng.choice((32, 48)),
+        moe_latent_size=rng.choice((None, 24)),
+        norm_topk_prob=rng.random() < 0.5,
+        routed_scaling_factor=rng.choice((1.0, 2.5)),
+        time_step_min=1e-9,  # the least step, of prompts alone, in transformers' code
+    )
+
+
 def _falcon_h1(rng: random.Random) -> Any:
     sizes = _mamba(rng)
     bias = sizes["mamba_proj_bias"]
@@ -405,6 +438,7 @@ FAMILIES: dict[str, Callable[[random.Random], Any]] = {
     "bamba": _bamba,
     "granitemoehybrid": _granitemoehybrid,
     "falcon_h1": _falcon_h1,
+    "nemotron_h": _nemotron_h,
     "gemma4_text": _gemma4_text,
     "ernie4_5_moe": _ernie4_5_moe,
     "glm4_moe": _glm4_moe,

@@ -85,8 +85,22 @@ def write_model(config: Any, folder: Path) -> Any:
     last = f"model.layers.{L - 1}."
     module |= {name.removeprefix(last): tensor.clone() for name, tensor in stored.items() if name.startswith(last)}
     module = {name: tensor for name, tensor in module.items() if not name.startswith("mamba.")}
+    if config.model_type == "nemotron_h":  # whose layers have one part each
+        shapes = _layer_shapes(config)
+        module |= {name: torch.randn(shape) * 0.15 + ("norm" in name) for name, shape in shapes.items()}
     save_file(stored | {f"model.layers.{L}.{name}": t for name, t in module.items()}, path, metadata={"format": "pt"})
     return model
+
+
+def _layer_shapes(config: Any) -> dict[str, tuple[int, ...]]:
+    """Of attention and feed-forward without gates."""
+    E, M, D = config.hidden_size, config.intermediate_size, config.head_dim
+    heads, kv_heads = config.num_attention_heads * D, config.num_key_value_heads * D
+    shapes = {"q_proj": (heads, E), "k_proj": (kv_heads, E), "v_proj": (kv_heads, E), "o_proj": (E, heads)}
+    parts: dict[str, tuple[int, ...]] = {f"self_attn.{name}.weight": shape for name, shape in shapes.items()}
+    parts |= {"mlp.up_proj.weight": (M, E), "mlp.down_proj.weight": (E, M)}
+    parts |= {"mlp.up_proj.bias": (M,), "mlp.down_proj.bias": (E,)} if config.mlp_bias else {}
+    return parts | {"input_layernorm.weight": (E,), "post_attention_layernorm.weight": (E,)}
 
 
 def _module_shapes(hidden_size: int) -> dict[str, tuple[int, ...]]:

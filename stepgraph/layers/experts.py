@@ -15,9 +15,9 @@ from stepgraph import ops
 from stepgraph.layers.formats import End, Plain, Target
 from stepgraph.layers.formats.target import Skipped
 from stepgraph.layers.inputs import DispatchTable, StepInputs
-from stepgraph.layers.linear import MergedLinear
+from stepgraph.layers.linear import Linear, MergedLinear
 from stepgraph.layers.matrix import Matrix
-from stepgraph.layers.mlp import MLP, Activation
+from stepgraph.layers.mlp import ENDS, MLP, Activation, first_parts
 from stepgraph.layers.norm import RMSNorm
 from stepgraph.layers.residual import ResidualStream
 from stepgraph.ops.route import Routing
@@ -49,6 +49,8 @@ class ExpertsSpec:
     """Whether what it adds is multiplied by the sigmoid of a product with a vector."""
     is_beside_dense: bool = False
     """Whether the layer has a dense feed-forward layer of its own too, see `stepgraph.layers.normed_experts`."""
+    latent_size: int = 0
+    """Of what experts take and give, between two projections of the layer; 0: there are none."""
 
 
 @dataclass(frozen=True)
@@ -103,6 +105,7 @@ class Router(nn.Module):
         *,
         gelu: bool,
         clamp: Clamp | None,
+        gated: bool,
         add_to: Tensor | None,
         multiplier: float,
     ) -> tuple[Tensor, Tensor]:
@@ -127,6 +130,7 @@ class Router(nn.Module):
             multiplier=multiplier,
             logit_bias=self.logit_bias,
             clamp=clamp,
+            gated=gated,
         )
         return x_TE, out_TE
 
@@ -211,16 +215,17 @@ class Experts(nn.Module):
         """Args:
         spec: of the mixture.
         hidden_size: E.
-        activation: of the gates.
+        activation: of the gates, or of experts without them.
         shard: what this rank keeps.
         dtype, device: of the parameters.
         """
         super().__init__()
         experts, inner = shard.experts.cut(spec.num_experts), shard.inner.cut(spec.intermediate_size)
         self.first, self.count = experts.begin, experts.length
+        width = spec.latent_size or hidden_size
         self.gate_up_proj = ExpertLinear(
-            Cut.whole(hidden_size),
-            dict.fromkeys(("gate_proj", "up_proj"), inner),
+            Cut.whole(width),
+            dict.fromkeys(first_parts(activation), inner),
             spec.num_experts,
             experts,
             axis=Axis.OUT,
@@ -230,7 +235,7 @@ class Experts(nn.Module):
         )
         self.down_proj = ExpertLinear(
             inner,
-            {"down_proj": Cut.whole(hidden_size)},
+            {"down_proj": Cut.whole(width)},
             spec.num_experts,
             experts,
             axis=Axis.IN,
@@ -238,7 +243,7 @@ class Experts(nn.Module):
             dtype=dtype,
             device=device,
         )
-        self._end = End.GEGLU if activation == "gelu_tanh" else End.SWIGLU
+        self._end = ENDS[activation]
         self.clamp = spec.clamp
 
     @property
@@ -254,6 +259,11 @@ class Experts(nn.Module):
     def is_gelu(self) -> bool:
         """Whether gates have GELU, not SiLU."""
         return self._end is End.GEGLU
+
+    @property
+    def is_gated(self) -> bool:
+        """Whether experts have gates."""
+        return self._end is not End.RELU2
 
     def forward(
         self,
@@ -290,6 +300,8 @@ class MixtureMLP(nn.Module):
 
     shared_experts: MLP | None
     shared_expert_gate: Matrix | None
+    fc1_latent_proj: Linear | None
+    fc2_latent_proj: Linear | None
 
     def __init__(
         self,
@@ -313,6 +325,10 @@ class MixtureMLP(nn.Module):
         super().__init__()
         self.gate = self._router(spec, hidden_size, device)
         self.experts = Experts(spec, hidden_size, activation=activation, shard=expert_shard, dtype=dtype, device=device)
+        self.fc1_latent_proj = self.fc2_latent_proj = None
+        if spec.latent_size:
+            self.fc1_latent_proj = Linear(hidden_size, spec.latent_size, dtype=dtype, device=device)
+            self.fc2_latent_proj = Linear(spec.latent_size, hidden_size, dtype=dtype, device=device)
         self.shared_experts = self.shared_expert_gate = None
         if spec.shared_intermediate_size:
             self.shared_experts = MLP(
@@ -422,8 +438,9 @@ class MixtureMLP(nn.Module):
         Returns:
             `x_TE` after `norm`, and what its experts make of it: `add_to` or a new tensor.
         """
-        dispatch = table.of(x_TE.shape[0])
-        operands = self.experts.operands if dispatch is ops.ExpertDispatch.PAIRS else None
+        dispatch, to_latent, from_latent = table.of(x_TE.shape[0]), self.fc1_latent_proj, self.fc2_latent_proj
+        joins = dispatch is ops.ExpertDispatch.PAIRS and to_latent is None
+        operands = self.experts.operands if joins else None
         if operands is not None and not self.gate.is_watched:
             return self.gate.mixture(
                 norm,
@@ -432,11 +449,16 @@ class MixtureMLP(nn.Module):
                 operands,
                 gelu=self.experts.is_gelu,
                 clamp=self.experts.clamp,
+                gated=self.experts.is_gated,
                 add_to=add_to,
                 multiplier=multiplier,
             )
         normed_TE: Tensor = x_TE if norm is None else norm(x_TE)
         chosen = self.gate(normed_TE, counts_B)
+        if to_latent is not None and from_latent is not None:
+            sum_TL = self.experts(to_latent(normed_TE), chosen, dispatch)
+            end = End.STORE if add_to is None else End.ADD
+            return normed_TE, from_latent.product(sum_TL, end=end, out=add_to, multiplier=multiplier)
         return normed_TE, self.experts(normed_TE, chosen, dispatch, add_to=add_to, multiplier=multiplier)
 
     def _shared_hidden(self, x_TE: Tensor) -> Tensor:

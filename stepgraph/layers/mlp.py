@@ -1,4 +1,4 @@
-"""Gated feed-forward layer. Shapes: T tokens, E hidden size, M intermediate size."""
+"""Feed-forward layer, gated or of squared ReLU. Shapes: T tokens, E hidden size, M intermediate size."""
 
 from __future__ import annotations
 
@@ -15,11 +15,19 @@ from stepgraph.layers.residual import ResidualStream
 from stepgraph.ops import geglu, swiglu
 from stepgraph.parallel.shard import Axis, Shard
 
-Activation = Literal["silu", "gelu_tanh"]
+Activation = Literal["silu", "gelu_tanh", "relu2"]
+"""Of gates; layers of "relu2" have none."""
+ENDS: dict[Activation, End] = {"silu": End.SWIGLU, "gelu_tanh": End.GEGLU, "relu2": End.RELU2}
+"""What becomes of the product with the first matrix."""
+
+
+def first_parts(activation: Activation) -> tuple[str, ...]:
+    """The projections that the first matrix is made of, by their checkpoint names."""
+    return ("up_proj",) if activation == "relu2" else ("gate_proj", "up_proj")
 
 
 class MLP(nn.Module):
-    """`down(activation(gate(x)) · up(x))`. May run inside a graph.
+    """`down(activation(gate(x)) · up(x))`, or `down(max(up(x), 0)²)`. May run inside a graph.
 
     Source: Shazeer, "GLU Variants Improve Transformer" (2020).
     """
@@ -38,7 +46,7 @@ class MLP(nn.Module):
     ) -> None:
         """Args:
         hidden_size, intermediate_size: E and M, of the whole.
-        activation: of the gate.
+        activation: of the gate, or of a layer without one.
         bias: of all projections.
         gate_multiplier: of what the activation takes.
         shard: the part of this rank: some of the M.
@@ -47,7 +55,7 @@ class MLP(nn.Module):
         super().__init__()
         self.gate_up_proj = MergedLinear(
             hidden_size,
-            dict.fromkeys(("gate_proj", "up_proj"), (shard.cut(intermediate_size),)),
+            dict.fromkeys(first_parts(activation), (shard.cut(intermediate_size),)),
             bias=bias,
             dtype=dtype,
             device=device,
@@ -56,7 +64,7 @@ class MLP(nn.Module):
             intermediate_size, hidden_size, bias=bias, axis=Axis.IN, shard=shard, dtype=dtype, device=device
         )
         self._gate_multiplier, self._width = gate_multiplier, shard.cut(intermediate_size).length
-        self._end = End.GEGLU if activation == "gelu_tanh" else End.SWIGLU
+        self._end = ENDS[activation]
 
     def add_to(
         self,
@@ -80,8 +88,8 @@ class MLP(nn.Module):
         stream.add(self.down_proj, hidden_TM, multiplier=multiplier, post_norm=post_norm, next_norm=next_norm)
 
     def hidden(self, norm: RMSNorm | None, x_TE: Tensor) -> Tensor:
-        """Return `activation(gate(norm(x))) · up(norm(x))`: [T, M], dtype of `x_TE`. What is left is `down_proj`. Without a norm,
-        `x_TE` is normalised."""
+        """Return what `down_proj` takes, `activation(gate(norm(x))) · up(norm(x))` or `max(up(norm(x)), 0)²`: [T, M], dtype of
+        `x_TE`. Without a norm, `x_TE` is normalised."""
         if self._gate_multiplier == 1.0:
             return self.gate_up_proj.product(x_TE, norm=norm, end=self._end)
         both_TM = self.gate_up_proj.product(x_TE, norm=norm)

@@ -30,7 +30,9 @@ _WITH_STATES = {
     **dict.fromkeys(("Lfm2ForCausalLM", "Lfm2MoeForCausalLM"), _CONV),
 }
 """Classes whose layers that carry a state are native, and the type of these: gated delta rules or short convolutions."""
-_LISTING_KINDS = frozenset(("BambaForCausalLM", "FalconH1ForCausalLM", "GraniteMoeHybridForCausalLM"))
+_LISTING_KINDS = frozenset(
+    ("BambaForCausalLM", "FalconH1ForCausalLM", "GraniteMoeHybridForCausalLM", "NemotronHForCausalLM")
+)
 """Classes that check the types of their layers themselves."""
 _LATENT = frozenset(
     (
@@ -67,6 +69,7 @@ _WITH_EXPERTS = frozenset(
         "GraniteMoeSWAForCausalLM",
         "Lfm2MoeForCausalLM",
         "MixtralForCausalLM",
+        "NemotronHForCausalLM",
         "Qwen2MoeForCausalLM",
         "Qwen3MoeForCausalLM",
         "Qwen3NextForCausalLM",
@@ -397,6 +400,7 @@ def check_mixtures(config: DecoderConfig) -> None:
                 spec.num_experts if routing.groups == 1 else size * routing.kept_groups,
             ),
             "the width of an expert": (spec.intermediate_size, 1, None),
+            "the width of what experts take": (spec.latent_size, 0, None),
             "the width of the experts that all tokens take": (spec.shared_intermediate_size, 0, None),
         }
         for what, (number, least, most) in limits.items():

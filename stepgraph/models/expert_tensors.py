@@ -19,8 +19,8 @@ from stepgraph.models.checkpoint import CheckpointTensor, take
 from stepgraph.models.interleaved_experts import split_interleaved
 from stepgraph.parallel.shard import Cut, Part
 
-_MERGED = re.compile(r"(.+\.(?:mlp|moe)\.experts)\.(gate_up_proj|down_proj)")
-_PARTS = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
+_MERGED = re.compile(r"(.+\.(?:mlp|moe)\.experts)\.(gate_up_proj|up_proj|down_proj)")
+_PARTS = {"gate_up_proj": ("gate_proj", "up_proj"), "up_proj": ("up_proj",), "down_proj": ("down_proj",)}
 _SHARED = re.compile(r"(.+\.mlp\.shared_experts)\.input_linear\.(\w+)")
 _BIAS = ".mlp.gate.bias"
 
@@ -42,9 +42,9 @@ class _Piece(CheckpointTensor):
 
 
 def split_experts(tensors: Iterable[CheckpointTensor]) -> Iterator[CheckpointTensor]:
-    """A checkpoint's tensors, by their names in native models: one tensor of all experts of a layer ([N, 2M, E] or [N, E, M]) as
-    those of each; the gate and up of what all tokens take likewise, which Granite stores as one matrix; and a router's bias,
-    which ERNIE stores as [1, N], as one row.
+    """A checkpoint's tensors, by their names in native models: one tensor of all experts of a layer ([N, 2M, E], [N, M, E] or
+    [N, E, M]) as those of each; the gate and up of what all tokens take likewise, which Granite stores as one matrix; and a
+    router's bias, which ERNIE stores as [1, N], as one row.
 
     Raises:
         ModelError: a tensor of gates and ups cannot be halved, or blocks lack their scales.

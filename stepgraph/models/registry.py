@@ -42,6 +42,7 @@ from stepgraph.models.minicpm import MiniCPM
 from stepgraph.models.minicpm3 import MiniCPM3
 from stepgraph.models.ministral3 import Ministral3
 from stepgraph.models.mixtral import Mixtral
+from stepgraph.models.nemotron_h import NemotronH
 from stepgraph.models.phi3 import Phi3
 from stepgraph.models.qwen2 import Qwen2
 from stepgraph.models.qwen2_moe import Qwen2Moe
@@ -103,6 +104,7 @@ ARCHITECTURES: dict[str, type[Decoder]] = {
     "Lfm2MoeForCausalLM": Lfm2Moe,
     "MiniCPMForCausalLM": MiniCPM,
     "MiniCPM3ForCausalLM": MiniCPM3,
+    "NemotronHForCausalLM": NemotronH,
     "Phi3ForCausalLM": Phi3,
     "SeedOssForCausalLM": SeedOss,
     "SmolLM3ForCausalLM": SmolLM3,

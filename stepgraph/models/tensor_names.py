@@ -37,6 +37,14 @@ _OF_MAMBA = (
     (re.compile(r"^model\.final_layernorm\."), "model.norm."),
     (re.compile(r"\.pre_ff_layernorm\."), ".post_attention_layernorm."),
     (re.compile(r"\.feed_forward\.(?=(?:gate|up|down)_proj\.)"), ".mlp."),
+    # Nemotron-H's, whose layers have one part each
+    (re.compile(r"^backbone\."), "model."),
+    (re.compile(r"^model\.embeddings\."), "model.embed_tokens."),
+    (re.compile(r"^model\.norm_f\."), "model.norm."),
+    (re.compile(r"^(model\.layers\.\d+)\.norm\."), r"\1.input_layernorm."),
+    (re.compile(r"\.mixer\.(?=[qkvo]_proj\.)"), ".self_attn."),
+    (re.compile(r"\.mixer\.(?=(?:in_proj|conv1d|norm|out_proj)\.|(?:A_log|dt_bias|D)$)"), ".mamba."),
+    (re.compile(r"\.mixer\."), ".mlp."),
     # Granite's, beside experts or not
     (re.compile(r"\.shared_mlp\.output_linear\."), ".mlp.shared_experts.down_proj."),
     (re.compile(r"\.shared_mlp\."), ".mlp.shared_experts."),

@@ -55,6 +55,7 @@ from stepgraph.ops.packed import packed_linear, packed_linear_add, packed_norm_l
 from stepgraph.ops.packed.experts import packed_gated_experts, packed_sum_experts
 from stepgraph.ops.process_logits import process_logits
 from stepgraph.ops.registry import register_kernels
+from stepgraph.ops.relu2 import relu2
 from stepgraph.ops.remember import remember
 from stepgraph.ops.rms_norm import rms_norm
 from stepgraph.ops.rope_attention import rope_attention
@@ -131,6 +132,7 @@ __all__ = [
     "propose",
     "reduce_gathered",
     "register_kernels",
+    "relu2",
     "remember",
     "rms_norm",
     "rope_attention",

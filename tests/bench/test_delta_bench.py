@@ -1,8 +1,8 @@
-"""What a step of a model with gated delta rules costs at least."""
+"""What a step of a model with gated delta rules, or with Mamba-2, costs at least."""
 
 import torch
 
-from stepgraph.bench.roofline import step_cost
+from stepgraph.bench.roofline import ExpertLoad, step_cost
 from stepgraph.models import resolve
 from stepgraph.models.registry import ARCHITECTURES
 
@@ -17,3 +17,13 @@ def test_states_are_read_and_written_once_per_row() -> None:
     one, longer, two = (step_cost(model, rows) for rows in ([(1, 30)], [(64, 93)], [(1, 30), (1, 50)]))
     assert two.bytes - one.bytes == 2 * state + key_values * 51
     assert longer.bytes - one.bytes == key_values * (63 + 63)
+
+
+def test_states_of_mamba_are_too() -> None:
+    config = resolve("nemotron-3-nano-30b-a3b").config
+    model = ARCHITECTURES[config.architecture](
+        config, max_model_len=64, dtype=torch.bfloat16, device=torch.device("meta")
+    )
+    state = 23 * (64 * 128 * 64 * 4 + 3 * 6144 * 2)
+    one, two = (step_cost(model, [(1, 30)] * number, loads=[ExpertLoad(6, 6)] * 23) for number in (1, 2))
+    assert two.bytes - one.bytes == 2 * state + 6 * 2 * 2 * 128 * 2 * 31

@@ -28,6 +28,7 @@ from transformers import (
     MinistralConfig,
     MistralConfig,
     MixtralConfig,
+    NemotronHConfig,
     Phi3Config,
     Qwen2Config,
     Qwen2MoeConfig,
@@ -162,6 +163,24 @@ SINKS = SIZES | {
     "attention_multiplier": 0.2,
     "logits_scaling": 6.0,
 }
+ONE_PART = SIZES | {
+    "layers_block_type": ["mamba", "moe", "attention", "mlp", "mamba"],
+    "head_dim": 32,
+    "mamba_num_heads": 8,
+    "mamba_head_dim": 16,
+    "n_groups": 2,
+    "ssm_state_size": 24,
+    "time_step_min": 1e-9,  # the least step, of prompts alone, in transformers' code
+}
+MIXTURES = {
+    "n_routed_experts": 12,
+    "n_group": 4,
+    "topk_group": 2,
+    "num_experts_per_tok": 3,
+    "moe_intermediate_size": 32,
+    "moe_shared_expert_intermediate_size": 48,
+    "routed_scaling_factor": 2.5,
+}
 GROUPS = EXPERTS | {"n_routed_experts": 12, "n_group": 4, "topk_group": 2}
 
 HF_CONFIGS = {
@@ -234,6 +253,21 @@ HF_CONFIGS = {
     ),
     "granite 4.0 without mamba": lambda: GraniteMoeHybridConfig(
         **GRANITE_HYBRID | {"layer_types": ["attention"] * 3}, num_local_experts=0, position_embedding_type="rope"
+    ),
+    "nemotron h": lambda: NemotronHConfig(**ONE_PART | MIXTURES),
+    "nemotron h with latent experts": lambda: NemotronHConfig(
+        **ONE_PART | MIXTURES | {"layers_block_type": ["moe", "attention", "mamba", "moe"]},
+        moe_latent_size=24,
+        norm_topk_prob=False,
+        tie_word_embeddings=True,
+    ),
+    "nemotron h dense with biases": lambda: NemotronHConfig(
+        **ONE_PART | {"layers_block_type": ["mlp", "mamba", "mamba", "attention"]},
+        use_bias=True,
+        mamba_proj_bias=True,
+        mlp_bias=True,
+        use_conv_bias=False,
+        conv_kernel=3,
     ),
     "qwen3.5": lambda: Qwen3_5TextConfig(**DELTA, tie_word_embeddings=True),
     "qwen3.5 with biases": lambda: Qwen3_5TextConfig(

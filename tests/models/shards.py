@@ -44,7 +44,8 @@ def rows_of(path, config, rank, size):
     shared = next((spec.shared_intermediate_size for spec in config.kinds_of_mlp if spec is not None), None)
     M = shared if "shared" in path else config.intermediate_size
     part = M // size
-    return span(0, rank * part, part) + span(M, rank * part, part)
+    gates = [] if config.activation == "relu2" else span(M, rank * part, part)
+    return span(0, rank * part, part) + gates
 
 
 STATEFUL = re.compile(r"\.(linear_attn|conv|mamba)\.(?P<name>\w+)(\.weight|\.bias|\.scale|)$")
@@ -82,13 +83,13 @@ def rows_of_head(vocab_size, rank, size):
     return slice(rank * width, (rank + 1) * width)
 
 
-def part_of_experts(path, parameter, num_experts, rank, size, *, cuts_inputs, expert_parallel):
+def part_of_experts(path, parameter, num_experts, rank, size, *, parts, cuts_inputs, expert_parallel):
     """Of the stacked matrices of a layer's experts: some of them, or of each the gates and what they multiply, or inputs."""
     experts = parameter.unflatten(0, (num_experts, -1))
     if expert_parallel:
         return experts.chunk(size)[rank].flatten(0, 1)
     if path.endswith("gate_up_proj"):
-        return experts.unflatten(1, (2, -1)).chunk(size, 2)[rank].flatten(0, 2)
+        return experts.unflatten(1, (parts, -1)).chunk(size, 2)[rank].flatten(0, 2)
     return parameter.chunk(size, 1)[rank] if cuts_inputs else parameter
 
 
@@ -104,6 +105,7 @@ def expected_parameters(model, rank, size, *, expert_parallel=False):
             if kind == "bias" and path.endswith("down_proj") and rank > 0 and not expert_parallel:
                 continue
             of = {"cuts_inputs": cuts_inputs, "expert_parallel": expert_parallel}
+            of["parts"] = len(module.parts) // module.num_kept
             parameter = part_of_experts(path, parameter, module.num_kept, rank, size, **of)
         elif (match := STATEFUL.search(name)) and (parts := rows_of_states(match["name"], model.config)):
             parameter = torch.cat([rows.chunk(size)[rank] for rows in parameter.split(parts)])

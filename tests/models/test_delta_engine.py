@@ -31,7 +31,7 @@ TOKENS = 160
 LENGTHS = (1, 16, 17, 63, 64, 65, 128, 129, 190)
 """Of prompts: around what runs token by token, chunks, and steps."""
 NUM_TOKENS = 8
-NAMES = ("qwen3 next", "qwen3.5", "lfm2 with biases", "lfm2 moe", "granite 4.0-h", "falcon h1")
+NAMES = ("qwen3 next", "qwen3.5", "lfm2 with biases", "lfm2 moe", "granite 4.0-h", "falcon h1", "nemotron h")
 
 
 @pytest.fixture(scope="module", params=NAMES)

@@ -12,6 +12,7 @@ CLASSES = {
     "bamba": "BambaForCausalLM",
     "falcon h1": "FalconH1ForCausalLM",
     "granite 4.0-h": "GraniteMoeHybridForCausalLM",
+    "nemotron h": "NemotronHForCausalLM",
 }
 
 
@@ -27,6 +28,14 @@ CLASSES = {
         ("granite 4.0-h", {"layer_types": ["mamba"] * 3}, "No layer .* is of type full_attention"),
         ("granite 4.0-h", {"layer_types": ["mamba", "attention", "conv"]}, "layers of type conv"),
         ("granite 4.0-h", {"num_experts_per_tok": 9}, "number of experts per token is 9"),
+        ("nemotron h", {"layers_block_type": ["mamba", "mlp"]}, "No layer .* is of type full_attention"),
+        ("nemotron h", {"mlp_hidden_act": "silu"}, "whose layers run with relu2"),
+        ("nemotron h", {"mamba_hidden_act": "gelu"}, "whose layers run with silu"),
+        ("nemotron h", {"attention_bias": True}, "attention_bias is True .* have no biases here"),
+        ("nemotron h", {"mlp_bias": True}, "mlp_bias is True .* have no biases here"),
+        ("nemotron h", {"mamba_proj_bias": True}, "mamba_proj_bias is True .* where use_bias says so"),
+        ("nemotron h", {"topk_group": 5}, "number of groups that a token's experts are of is 5"),
+        ("nemotron h", {"moe_latent_size": -1}, "width of what experts take is -1"),
         ("falcon h1", {"lm_head_multiplier": 0.0}, "must have 5, 2 and one that is not 0"),
         ("falcon h1", {"ssm_multipliers": [1.0] * 4}, "has 4 ssm_multipliers"),
         ("falcon h1", {"attention_bias": True}, r"a bias \(attention_bias\) behind a factor"),

@@ -112,6 +112,7 @@ PUBLISHED_PARAMETERS = {
     "gpt-oss-20b": 20_914_757_184,
     "llama-3.1-8b": 8_030_261_248,
     "llama-3.2-1b": 1_235_814_400,
+    "nemotron-3-nano-30b-a3b": 31_577_937_344 + 23 * 128,  # and biases of routers, which elsewhere are buffers
     "qwen2.5-0.5b": 494_032_768,
     "qwen2.5-7b": 7_615_616_512,
     "qwen3-0.6b": 596_049_920,

@@ -3,7 +3,18 @@ Mamba-2 by groups of heads."""
 
 import pytest
 import torch
-from checkpoints import CONVOLUTIONS, DELTA, EXPERTS, FALCON_FACTORS, GRANITE_HYBRID, HF_CONFIGS, MAMBA, random_hf_model
+from checkpoints import (
+    CONVOLUTIONS,
+    DELTA,
+    EXPERTS,
+    FALCON_FACTORS,
+    GRANITE_HYBRID,
+    HF_CONFIGS,
+    MAMBA,
+    MIXTURES,
+    ONE_PART,
+    random_hf_model,
+)
 from fp8_folders import write_fp8
 from shards import assert_is_shard
 from stepping import Stepper
@@ -15,6 +26,7 @@ from transformers import (
     FalconH1Config,
     GraniteMoeHybridConfig,
     Lfm2Config,
+    NemotronHConfig,
     Qwen3_5MoeTextConfig,
     Qwen3_5TextConfig,
     Qwen3NextConfig,
@@ -44,13 +56,18 @@ MODELS = {
         **MAMBA | FOUR, attn_layer_indices=[1], attention_bias=True, mamba_proj_bias=True, mlp_bias=True
     ),
     "granite 4.0-h": lambda: GraniteMoeHybridConfig(**GRANITE_HYBRID | FOUR, num_local_experts=8),
+    "nemotron h": lambda: NemotronHConfig(**ONE_PART | MIXTURES | {"n_groups": 4}, moe_latent_size=24),
     "falcon h1": lambda: FalconH1Config(**MAMBA | FALCON_FACTORS | FOUR, mamba_d_ssm=64, mamba_rms_norm=True),
 }
 """Which four ranks can share, of whom two keep the same key/value head of layers with attention."""
 GROUPED = {"linear_key_head_dim": 32, "linear_value_head_dim": 128, "hidden_size": 256, "intermediate_size": 512}
+ROUND = {"hidden_size": 256, "intermediate_size": 512, "head_dim": 128}
 WIDE = {
     "qwen3 next": lambda: Qwen3NextConfig(**HEADS | EXPERTS | GROUPED | {"head_dim": 128, "mlp_only_layers": [0, 1]}),
     "qwen3.5": lambda: Qwen3_5TextConfig(**HEADS | GROUPED | {"head_dim": 128}),
+    "nemotron h": lambda: NemotronHConfig(
+        **ONE_PART | {"layers_block_type": ["mlp", "mamba", "attention"], "n_groups": 4, "mamba_head_dim": 64} | ROUND
+    ),
     "lfm2": lambda: Lfm2Config(**CONVOLUTIONS | {"hidden_size": 512, "intermediate_size": 512}, block_multiple_of=512),
 }
 """Of which every rank of four has whole groups of inputs; outputs are cut within them."""
@@ -79,7 +96,7 @@ def test_random_weights_of_ranks_are_parts_of_the_wholes(name, tmp_path, monkeyp
     assert_shards(tmp_path, load_format="dummy", quantization="fp8")
 
 
-@pytest.mark.parametrize("name", ["qwen3 next", "qwen3.5", "lfm2 with biases"])
+@pytest.mark.parametrize("name", ["qwen3 next", "qwen3.5", "lfm2 with biases", "granite 4.0-h", "nemotron h"])
 def test_new_weights_are_cut_too(name, tmp_path) -> None:
     hf_model = random_hf_model(MODELS[name]())
     hf_model.save_pretrained(tmp_path / "first")
@@ -92,7 +109,7 @@ def test_new_weights_are_cut_too(name, tmp_path) -> None:
     assert_is_shard(shard, load(tmp_path / "second"), 1, 4)
 
 
-@pytest.mark.parametrize("name", ["qwen3 next", "qwen3.5", "lfm2 with biases"])
+@pytest.mark.parametrize("name", ["qwen3 next", "qwen3.5", "lfm2 with biases", "nemotron h"])
 def test_adapters_add_up_over_shards(name, tmp_path) -> None:
     hf_model = random_hf_model(MODELS[name]())
     hf_model.save_pretrained(tmp_path / "model")

@@ -32,6 +32,8 @@ class End(Enum):
     SWIGLU = "swiglu"
     """The product with the weight's first half is the gate of that with its second; likewise GEGLU."""
     GEGLU = "geglu"
+    RELU2 = "relu2"
+    """Squared ReLU of the product."""
 
 
 class ParameterSpec(NamedTuple):
@@ -131,6 +133,8 @@ class WeightFormat(ABC):
             assert out is not None
             # `alpha` of 16 bits rounds by position.
             return out.add_(product_TO if multiplier == 1.0 else product_TO.float() * multiplier)
+        if end is End.RELU2:
+            return ops.relu2(product_TO)
         return (ops.geglu if end is End.GEGLU else ops.swiglu)(product_TO)
 
     @abstractmethod
@@ -154,10 +158,10 @@ class WeightFormat(ABC):
         """See `ops.gated_experts`. Only of formats that experts may have.
 
         Args:
-            weights: with a dimension for the experts, [N, 2M, E].
+            weights: with a dimension for the experts, [N, 2M, E]; without gates [N, M, E].
             x_TE: [T, E].
             work: the pairs of tokens and experts.
-            end: `End.SWIGLU` or `End.GEGLU`.
+            end: `End.SWIGLU` or `End.GEGLU`; without gates `End.RELU2`.
             clamp: of the activation, if it has one.
         """
         raise AssertionError(f"{self} keeps no experts")

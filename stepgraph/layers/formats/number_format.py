@@ -36,6 +36,7 @@ class NumberFormat(WeightFormat):
             by_row=self.deterministic,
             bias=weights.get("bias"),
             clamp=clamp,
+            gated=end is not End.RELU2,
         )
 
     def sum_experts(

@@ -36,7 +36,7 @@ _sort_pairs = register(
 )
 _gated_experts = register(
     "gated_experts(Tensor x, Tensor weight, Tensor? scale, Tensor expert, int first, Tensor? order, Tensor? ends, bool gelu, "
-    "bool by_row, Tensor? bias=None, float limit=0.0, float alpha=1.0) -> Tensor",
+    "bool by_row, Tensor? bias=None, float limit=0.0, float alpha=1.0, bool gated=True) -> Tensor",
     {
         "cpu": Inlined(cpu.gated_experts, cpu.gated_experts_natively),
         "cuda": "stepgraph.ops.experts.triton:gated_experts",
@@ -54,7 +54,8 @@ _mixture = register(
     "mixture(Tensor x, Tensor? norm_weight, float eps, Tensor router, Tensor? bias, Tensor counts, Tensor(a!) totals, int top, "
     "bool sigmoid, bool normalise, float least_sum, float scale, int groups, int kept_groups, int group_top, Tensor gate_up, "
     "Tensor? gate_up_scale, Tensor down, Tensor? down_scale, int first, bool gelu, Tensor(b!) out, bool add, float multiplier, "
-    "Tensor? logit_bias=None, Tensor? gate_up_bias=None, Tensor? down_bias=None, float limit=0.0, float alpha=1.0) -> Tensor",
+    "Tensor? logit_bias=None, Tensor? gate_up_bias=None, Tensor? down_bias=None, float limit=0.0, float alpha=1.0, "
+    "bool gated=True) -> Tensor",
     {"cpu": Inlined(reference.mixture), "cuda": "stepgraph.ops.experts.pairs:mixture"},
 )
 
@@ -105,25 +106,29 @@ def gated_experts(
     by_row: bool = False,
     bias: Tensor | None = None,
     clamp: Clamp | None = None,
+    gated: bool = True,
 ) -> Tensor:
-    """``activation(gate(x)) · up(x)`` of each pair, accumulated in float32. May run inside a graph.
+    """``activation(gate(x)) · up(x)`` of each pair, accumulated in float32; of experts without gates, the square of ReLU of
+    ``up(x)``. May run inside a graph.
 
     Args:
         x: [T, E] bfloat16, float16 or float32, contiguous.
-        weight: [N, 2M, E], dtype of `x`, or float8_e4m3fn with a scale; contiguous. Of each expert, the gate comes first.
-        scale: [N, 2M, G] float32; None of weights of the dtype of `x`.
+        weight: [N, 2M, E], dtype of `x`, or float8_e4m3fn with a scale; contiguous. Of each expert, the gate comes first;
+            without gates [N, M, E].
+        scale: [N, 2M, G], or [N, M, G], float32; None of weights of the dtype of `x`.
         work: the pairs.
         gelu: whether the activation is GELU (by tanh), not SiLU.
         by_row: a pair's result depends, bit for bit, on its token and the weights only.
         bias: [N, 2M], dtype of `x`, added to gates and ups; None: nothing is.
         clamp: of the activation; None: it is as it says above.
+        gated: whether experts have gates.
 
     Returns:
         [P, M], dtype of `x`: in the order of `work.order`, or else of the pairs. Rows of pairs whose experts are not here are
         unspecified.
     """
     pairs = work.expert, work.first, work.order, work.ends
-    return _gated_experts(x, weight, scale, *pairs, gelu, by_row, bias, *(clamp or ()))
+    return _gated_experts(x, weight, scale, *pairs, gelu, by_row, bias, *(clamp or (0.0, 1.0)), gated)
 
 
 def sum_experts(
@@ -161,8 +166,8 @@ def sum_experts(
 class ExpertWeights(NamedTuple):
     """Those that are kept here, as operators take them."""
 
-    gate_up: Tensor  # [N, 2M, E], see `gated_experts`
-    gate_up_scale: Tensor | None  # [N, 2M, G]
+    gate_up: Tensor  # [N, 2M, E], or [N, M, E], see `gated_experts`
+    gate_up_scale: Tensor | None  # [N, 2M, G], or [N, M, G]
     down: Tensor  # [N, E, M], see `sum_experts`
     down_scale: Tensor | None  # [N, E, G]
     first: int  # number of the first expert
@@ -186,6 +191,7 @@ def mixture(
     multiplier: float = 1.0,
     logit_bias: Tensor | None = None,
     clamp: Clamp | None = None,
+    gated: bool = True,
 ) -> Tensor:
     """All of a mixture at once, for few tokens: `rms_norm`, `route`, `gated_experts` and `sum_experts` by pairs, up to the last
     bits. May run inside a graph.
@@ -196,7 +202,7 @@ def mixture(
         router, bias, counts, totals, routing: as `weight` and so on of `route`.
         weights: of the experts.
         out, add, multiplier: as of `sum_experts`; `out` may be `x` if there is a norm.
-        gelu, clamp: as of `gated_experts`.
+        gelu, clamp, gated: as of `gated_experts`.
         logit_bias: as of `route`.
 
     Returns:
@@ -206,6 +212,6 @@ def mixture(
     *operands, gate_up_bias, down_bias = weights
     normed = _mixture(
         x, norm_weight, eps, router, bias, counts, totals, *astuple(routing), *operands, gelu, out, add, multiplier,
-        logit_bias, gate_up_bias, down_bias, *(clamp or ()),
+        logit_bias, gate_up_bias, down_bias, *(clamp or (0.0, 1.0)), gated,
     )  # fmt: skip
     return x if norm is None else normed

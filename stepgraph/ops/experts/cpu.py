@@ -23,6 +23,7 @@ from stepgraph.ops.experts import reference
 from stepgraph.ops.fp8_linear.reference import dequantize
 from stepgraph.ops.linear.cpu import linear, linear_by_row
 from stepgraph.ops.packed import BLOCK
+from stepgraph.ops.relu2.reference import relu2
 from stepgraph.ops.swiglu.reference import clamped_swiglu, geglu, swiglu
 
 Product = Callable[[Tensor, int], Tensor]
@@ -98,12 +99,13 @@ def gated_experts(
     bias: Tensor | None = None,
     limit: float = 0.0,
     alpha: float = 1.0,
+    gated: bool = True,
 ) -> Tensor:
     """See `stepgraph.ops.experts.gated_experts`."""
     pairs = expert, first, order, ends
-    hidden_PM: Tensor = gated_experts_natively(x, weight, scale, *pairs, gelu, by_row, bias, limit, alpha)
+    hidden_PM: Tensor = gated_experts_natively(x, weight, scale, *pairs, gelu, by_row, bias, limit, alpha, gated)
     if hidden_PM is NotImplemented:
-        return gated_experts_by_library(x, weight, scale, *pairs, gelu, by_row, bias, limit, alpha)
+        return gated_experts_by_library(x, weight, scale, *pairs, gelu, by_row, bias, limit, alpha, gated)
     return hidden_PM
 
 
@@ -120,15 +122,19 @@ def gated_experts_by_library(
     bias: Tensor | None = None,
     limit: float = 0.0,
     alpha: float = 1.0,
+    gated: bool = True,
 ) -> Tensor:
     """`gated_experts` by the library; opaque to a recording, which would hold the experts of one step."""
     found = _groups(expert, first, weight.shape[0], order, ends)
-    hidden_PM = x.new_empty(expert.numel(), weight.shape[1] // 2)
+    hidden_PM = x.new_empty(expert.numel(), weight.shape[1] // 2 if gated else weight.shape[1])
     if found.numbers:
         x_JE = x.index_select(0, found.pair // expert.shape[1])
         product_JM = found.products(x_JE, _product(weight, scale, by_row, bias))
-        gated_JM = clamped_swiglu(product_JM, limit, alpha) if limit else (geglu if gelu else swiglu)(product_JM)
-        hidden_PM[found.pair if order is None else slice(len(gated_JM))] = gated_JM
+        if not gated:
+            hidden_JM = relu2(product_JM)
+        else:
+            hidden_JM = clamped_swiglu(product_JM, limit, alpha) if limit else (geglu if gelu else swiglu)(product_JM)
+        hidden_PM[found.pair if order is None else slice(len(hidden_JM))] = hidden_JM
     return hidden_PM
 
 
@@ -145,6 +151,7 @@ def gated_experts_natively(
     bias: Tensor | None = None,
     limit: float = 0.0,
     alpha: float = 1.0,
+    gated: bool = True,
 ) -> Any:
     """`gated_experts` by our own kernels, as a recording may hold it; NotImplemented where they do not take the weights."""
     if (codes := _codes(weight, scale)) is None:
@@ -160,6 +167,7 @@ def gated_experts_natively(
         exact_tokens=None,
         bias=bias,
         clamp=(limit, alpha) if limit else None,
+        gated=gated,
     )
     return hidden_PM.to(x.dtype)
 

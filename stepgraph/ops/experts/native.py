@@ -12,6 +12,7 @@ from torch import Tensor
 
 from stepgraph import native
 from stepgraph.ops.packed import bfloat16_from
+from stepgraph.ops.relu2.reference import relu2
 from stepgraph.ops.swiglu.reference import clamped_swiglu, geglu, swiglu
 
 _sort_pairs = native.declare("sort_pairs(Tensor expert, int first, Tensor(a!) order, Tensor(b!) ends) -> ()")
@@ -44,13 +45,14 @@ def gated_experts(
     exact_tokens: int | None,
     bias: Tensor | None = None,
     clamp: tuple[float, float] | None = None,
+    gated: bool = True,
 ) -> Tensor:
     """See `stepgraph.ops.experts.gated_experts`.
 
     Args:
         x: [T, I] float32.
-        codes: [N, 2M, B] uint8: blocks, or the bytes of plain weights; I is a multiple of 32.
-        expert, first, order, ends, gelu: as there.
+        codes: [N, 2M, B], or [N, M, B], uint8: blocks, or the bytes of plain weights; I is a multiple of 32.
+        expert, first, order, ends, gelu, gated: as there.
         exact_tokens: of an expert with more rows, operands may be rounded to bfloat16; None: of none.
         bias: as there.
         clamp: limit and alpha, as there.
@@ -58,7 +60,7 @@ def gated_experts(
     top, is_sorted, least = expert.shape[1], order is not None, bfloat16_from(exact_tokens)
     if order is None or ends is None:
         order, ends = sort_pairs(expert, first, codes.shape[0])
-    is_plain = bias is None and clamp is None
+    is_plain = bias is None and clamp is None and gated
     if is_plain and not gelu and codes.shape[1] % (2 * native.LANES) == 0:
         return _gated_experts(x, codes, order, ends, top, is_sorted, True, least)
     product = _gated_experts(x, codes, order, ends, top, is_sorted, False, least)
@@ -67,6 +69,8 @@ def gated_experts(
         if is_sorted:  # places of pairs whose experts are not here hold anything
             local_P = local_P.index_select(0, order.clamp(0, len(local_P) - 1))
         product += bias.index_select(0, local_P.clamp(0, len(bias) - 1)).float()
+    if not gated:
+        return relu2(product)
     if clamp is not None:
         return clamped_swiglu(product, *clamp)
     return (geglu if gelu else swiglu)(product)

@@ -18,6 +18,7 @@ from stepgraph.ops.dependent_launch import LAUNCH, wait_for_previous
 from stepgraph.ops.experts.choice import Choice, chosen
 from stepgraph.ops.fp8_linear.reference import GROUP_SIZE
 from stepgraph.ops.launched import launched
+from stepgraph.ops.relu2.triton import squared_relu
 from stepgraph.ops.route import Routing
 from stepgraph.ops.route.triton import write_logits
 from stepgraph.ops.swiglu.triton import gated
@@ -48,6 +49,7 @@ def _gated_kernel(
     M: tl.constexpr,
     GROUPS_I: tl.constexpr,  # scales of an output; 0: none
     GELU: tl.constexpr,
+    GATED: tl.constexpr,
     LIMIT: tl.constexpr,  # of `gated`
     ALPHA: tl.constexpr,
     N: tl.constexpr,
@@ -98,13 +100,14 @@ def _gated_kernel(
         tl.atomic_add(totals_ptr + expert, 1, mask=(tl.program_id(1) == 0) & (expert < N), sem="relaxed")
     place = expert - first
     if (place >= 0) & (place < COUNT):
-        gate_MI = weight_ptr + place.to(tl.int64) * (2 * M * E) + place_M[:, None] * E + input_I[None, :]
+        ROWS_M: tl.constexpr = 2 * M if GATED else M
+        gate_MI = weight_ptr + place.to(tl.int64) * (ROWS_M * E) + place_M[:, None] * E + input_I[None, :]
         # Every warp loads the inputs that it takes, from cache: sharing one load would have all wait for each other.
         x_MI = x_ptr + token.to(tl.int64) * E + input_I[None, :] + tl.zeros([BLOCK_M, 1], tl.int32)
         gate_sum_MI = tl.zeros([BLOCK_M, BLOCK_I], tl.float32)
         up_sum_MI = tl.zeros([BLOCK_M, BLOCK_I], tl.float32)
         if GROUPS_I > 0:
-            scale_M = scale_ptr + place.to(tl.int64) * (2 * M * GROUPS_I) + place_M * GROUPS_I
+            scale_M = scale_ptr + place.to(tl.int64) * (ROWS_M * GROUPS_I) + place_M * GROUPS_I
         for chunk in range(0, E, CHUNK):
             for step in tl.static_range(0, CHUNK, BLOCK_I):
                 start = chunk + step
@@ -112,24 +115,30 @@ def _gated_kernel(
                 inside_MI = inside_M[:, None] & inside_I[None, :]
                 x = tl.load(x_MI + start, mask=inside_MI, other=0.0).to(tl.float32)
                 product_MI = tl.load(gate_MI + start, mask=inside_MI, other=0.0).to(tl.float32) * x
-                up_MI = tl.load(gate_MI + M * E + start, mask=inside_MI, other=0.0).to(tl.float32) * x
+                if GATED:
+                    up_MI = tl.load(gate_MI + M * E + start, mask=inside_MI, other=0.0).to(tl.float32) * x
                 if GROUPS_I > 1:
                     group = start // BLOCK_I
                     inside = inside_M & (group < GROUPS_I)
                     product_MI *= tl.load(scale_M + group, mask=inside, other=0.0)[:, None]
-                    up_MI *= tl.load(scale_M + M * GROUPS_I + group, mask=inside, other=0.0)[:, None]
+                    if GATED:
+                        up_MI *= tl.load(scale_M + M * GROUPS_I + group, mask=inside, other=0.0)[:, None]
                 gate_sum_MI += product_MI
-                up_sum_MI += up_MI
+                if GATED:
+                    up_sum_MI += up_MI
         gate_M, up_M = tl.sum(gate_sum_MI, axis=1), tl.sum(up_sum_MI, axis=1)
         if GROUPS_I == 1:
             gate_M *= tl.load(scale_M, mask=inside_M, other=0.0)
-            up_M *= tl.load(scale_M + M, mask=inside_M, other=0.0)
+            if GATED:
+                up_M *= tl.load(scale_M + M, mask=inside_M, other=0.0)
         if own_bias_ptr is not None:
-            own_bias_M = own_bias_ptr + place.to(tl.int64) * (2 * M) + place_M
+            own_bias_M = own_bias_ptr + place.to(tl.int64) * ROWS_M + place_M
             gate_M += tl.load(own_bias_M, mask=inside_M, other=0.0).to(tl.float32)
-            up_M += tl.load(own_bias_M + M, mask=inside_M, other=0.0).to(tl.float32)
+            if GATED:
+                up_M += tl.load(own_bias_M + M, mask=inside_M, other=0.0).to(tl.float32)
         out_M = out_ptr + pair.to(tl.int64) * M + place_M
-        tl.store(out_M, gated(gate_M, up_M, GELU, LIMIT, ALPHA).to(out_ptr.dtype.element_ty), mask=inside_M)
+        hidden_M = gated(gate_M, up_M, GELU, LIMIT, ALPHA) if GATED else squared_relu(gate_M)
+        tl.store(out_M, hidden_M.to(out_ptr.dtype.element_ty), mask=inside_M)
 
 
 @launched
@@ -258,10 +267,11 @@ def launch_gated(
     bias: Tensor | None = None,
     limit: float = 0.0,
     alpha: float = 1.0,
+    gated: bool = True,
 ) -> Tensor:
     """`gated_experts` in such tiles."""
     T, (count, rows, inputs) = x.shape[0], weight.shape
-    pairs, width = T * choice.routing.top, rows // 2
+    pairs, width = T * choice.routing.top, rows // 2 if gated else rows
     out = x.new_empty(pairs, width)
     groups = 0 if scale is None else scale.shape[2]
     block = GROUP_SIZE if groups > 1 else min(tile.inputs, max(16, triton.next_power_of_2(inputs)))
@@ -284,6 +294,7 @@ def launch_gated(
         M=width,
         GROUPS_I=groups,
         GELU=gelu,
+        GATED=gated,
         LIMIT=limit,
         ALPHA=alpha,
         BLOCK_M=tile.outputs,
@@ -370,10 +381,11 @@ def gated_experts(
     bias: Tensor | None,
     limit: float,
     alpha: float,
+    gated: bool,
 ) -> Tensor:
     """See `stepgraph.ops.experts.gated_experts`; pairs are not sorted."""
     choice, tile = Choice(expert, routing=Routing(expert.shape[1])), _gated_tile(x.shape[0], weight)
-    return launch_gated(x, weight, scale, choice, first, gelu, tile, bias, limit, alpha)
+    return launch_gated(x, weight, scale, choice, first, gelu, tile, bias, limit, alpha, gated)
 
 
 def sum_experts(
@@ -423,13 +435,14 @@ def mixture(
     down_bias: Tensor | None = None,
     limit: float = 0.0,
     alpha: float = 1.0,
+    gated: bool = True,
 ) -> Tensor:
     """See `stepgraph.ops.experts.mixture`."""
     routing = Routing(top, sigmoid, normalise, least_sum, scale, groups, kept_groups, group_top)
     norm = None if norm_weight is None else (norm_weight, eps)
     logits, normed = write_logits(x, router, norm, bias=logit_bias)
     choice = Choice(logits=logits, bias=bias, counts=counts, totals=totals, routing=routing)
-    tile, scoring = _gated_tile(x.shape[0], gate_up), (gate_up_bias, limit, alpha)
+    tile, scoring = _gated_tile(x.shape[0], gate_up), (gate_up_bias, limit, alpha, gated)
     hidden = launch_gated(normed, gate_up, gate_up_scale, choice, first, gelu, tile, *scoring)
     launch_sum(hidden, down, down_scale, choice, first, out, add, multiplier, _sum_tile(down_scale), down_bias)
     return normed if norm_weight is not None else x.new_empty(0)

@@ -33,18 +33,21 @@ def gated_experts(
     bias: Tensor | None = None,
     limit: float = 0.0,
     alpha: float = 1.0,
+    gated: bool = True,
 ) -> Tensor:
     """See `stepgraph.ops.experts.gated_experts`. Opaque to a recording: it reads which experts there are."""
     num_experts, top = weight.shape[0], expert.shape[1]
-    hidden_PM = x.new_zeros(expert.numel(), weight.shape[1] // 2)
+    hidden_PM = x.new_zeros(expert.numel(), weight.shape[1] // 2 if gated else weight.shape[1])
     for number, row_J, pair_J in _each_expert(expert, first, num_experts, order, ends):
         product = F.linear(x[pair_J // top].float(), _values(weight, scale, number), _of(bias, number))
         gate, up = product.chunk(2, 1)
-        if limit:
-            gated = clamped_swiglu(product, limit, alpha)
+        if not gated:
+            hidden = F.relu(product).square()
+        elif limit:
+            hidden = clamped_swiglu(product, limit, alpha)
         else:
-            gated = (F.gelu(gate, approximate="tanh") if gelu else F.silu(gate)) * up
-        hidden_PM[row_J] = gated.to(x.dtype)
+            hidden = (F.gelu(gate, approximate="tanh") if gelu else F.silu(gate)) * up
+        hidden_PM[row_J] = hidden.to(x.dtype)
     return hidden_PM
 
 
@@ -109,6 +112,7 @@ def mixture(
     down_bias: Tensor | None = None,
     limit: float = 0.0,
     alpha: float = 1.0,
+    gated: bool = True,
 ) -> Tensor:
     """See `stepgraph.ops.experts.mixture`: the operators that it joins, one after the other."""
     op = torch.ops.stepgraph
@@ -116,7 +120,7 @@ def mixture(
     routing = top, sigmoid, normalise, least_sum, scale, groups, kept_groups, group_top
     expert, pair_weight = op.route(normed, router, bias, counts, totals, *routing, logit_bias)
     hidden = op.gated_experts(
-        normed, gate_up, gate_up_scale, expert, first, None, None, gelu, False, gate_up_bias, limit, alpha
+        normed, gate_up, gate_up_scale, expert, first, None, None, gelu, False, gate_up_bias, limit, alpha, gated
     )
     pairs = expert, pair_weight, first, None, None
     op.sum_experts(hidden, down, down_scale, *pairs, out, add, multiplier, False, down_bias)

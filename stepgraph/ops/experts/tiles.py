@@ -26,7 +26,8 @@ from stepgraph.ops.capacity import max_tiles
 from stepgraph.ops.dependent_launch import LAUNCH, wait_for_previous
 from stepgraph.ops.fp8_linear.reference import GROUP_SIZE
 from stepgraph.ops.launched import launched
-from stepgraph.ops.linear.ends import GEGLU, STORE, SWIGLU
+from stepgraph.ops.linear.ends import GEGLU, RELU2, STORE, SWIGLU
+from stepgraph.ops.relu2.triton import squared_relu
 from stepgraph.ops.swiglu.triton import gated
 from stepgraph.platforms.kernels import kernel_tuning
 from stepgraph.platforms.tuning import ExpertTile
@@ -101,7 +102,7 @@ def _compute_tile(
     LIMIT: tl.constexpr,
     ALPHA: tl.constexpr,
 ):
-    """The products of some pairs with BLOCK_W rows of their expert's weight, of which half are partners of gates.
+    """The products of some pairs with BLOCK_W rows of their expert's weight, of which half are partners of gates, if it has them.
 
     Args:
         weight: its descriptor if COPIED, or else its pointer.
@@ -109,14 +110,15 @@ def _compute_tile(
         column: the first of the outputs.
         others: see `_product_kernel`.
     """
-    GATED: tl.constexpr = END != "store"
+    FIRST: tl.constexpr = END != "store"  # of an expert's two products
+    GATED: tl.constexpr = END == "swiglu" or END == "geglu"
     FLAT: tl.constexpr = GATED and BLOCK_W == 64 and not COPIED  # one product, as half would not fill an instruction
     BLOCK_B: tl.constexpr = BLOCK_W // 2 if GATED else BLOCK_W
     BLOCK_D: tl.constexpr = BLOCK_W if FLAT else BLOCK_B
     place_S = begin + tl.arange(0, BLOCK_S)
     inside_S = place_S < end
     pair_S = tl.load(order_ptr + place_S, mask=inside_S, other=0)
-    row_S = pair_S // K if GATED else place_S
+    row_S = pair_S // K if FIRST else place_S
     matrix = expert * 2 if GATED else expert
     place_D, input_J = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_J)
     column_D = column + place_D % BLOCK_B
@@ -156,11 +158,13 @@ def _compute_tile(
     if FLAT:
         sum_DS, up_DS = tl.split(tl.permute(tl.reshape(sum_DS, [2, BLOCK_B, BLOCK_S]), 1, 2, 0))
     column_B = column + tl.arange(0, BLOCK_B)
-    row_S = place_S if GATED else pair_S
+    row_S = place_S if FIRST else pair_S
     out_BS = out_ptr + row_S.to(tl.int64)[None, :] * O + column_B[:, None]
     inside_BS = (column_B < O)[:, None] & inside_S[None, :]
     if GATED:
         sum_DS = gated(sum_DS, up_DS, END == "geglu", LIMIT, ALPHA)
+    elif FIRST:
+        sum_DS = squared_relu(sum_DS)
     tl.store(out_BS, sum_DS.to(out_ptr.dtype.element_ty), mask=inside_BS)
 
 
@@ -193,7 +197,7 @@ def _product_kernel(
     """One program per tile of pairs and block of outputs. With an activation at the end, rows of `x` are tokens' and outputs lie
     as `order` has the pairs; without, rows of `x` lie so, and outputs by the pairs' numbers. Of the last pairs of an expert, half
     a tile does if it holds them."""
-    BLOCK_B: tl.constexpr = BLOCK_W if END == "store" else BLOCK_W // 2
+    BLOCK_B: tl.constexpr = BLOCK_W if END == "store" or END == "relu2" else BLOCK_W // 2
     HALF: tl.constexpr = BLOCK_S // 2
     wait_for_previous()
     expert, begin, end, block = _find_tile(ends_ptr, tl.program_id(0), N, tl.cdiv(O, BLOCK_B), BLOCK_N, BLOCK_S, TILES)
@@ -298,6 +302,7 @@ def gated_experts(
     bias: Tensor | None = None,
     limit: float = 0.0,
     alpha: float = 1.0,
+    gated: bool = True,
     *,
     by_row: bool = False,
     tile: ExpertTile | None = None,
@@ -305,17 +310,18 @@ def gated_experts(
     """See `stepgraph.ops.experts.gated_experts`, of pairs that are sorted.
 
     Args:
-        x, weight, scale, gelu, bias: as there.
+        x, weight, scale, gelu, bias, gated: as there.
         limit, alpha: of a clamped activation; 0: it is not.
         order, ends: as of `stepgraph.ops.experts.ExpertWork`.
         by_row: what a token becomes depends, bit for bit, on that token alone.
         tile: of each program; None: `choose_tile`.
     """
-    num_pairs, (num_experts, rows, inputs) = order.shape[0], weight.shape
-    tile = tile or choose_tile(weight, x.dtype, num_pairs, by_row=by_row, is_gated=True)
-    out = x.new_empty(num_pairs, rows // 2)
-    matrices = weight.view(2 * num_experts, rows // 2, inputs)
-    end = GEGLU if gelu else SWIGLU
+    num_pairs, (_, rows, inputs) = order.shape[0], weight.shape
+    tile = tile or choose_tile(weight, x.dtype, num_pairs, by_row=by_row, is_gated=gated)
+    width = rows // 2 if gated else rows
+    out = x.new_empty(num_pairs, width)
+    matrices = weight.view(-1, width, inputs)
+    end = RELU2 if not gated else GEGLU if gelu else SWIGLU
     _multiply(x, matrices, scale, bias, order, ends, out, tile, end, limit=limit, alpha=alpha)
     return out
 

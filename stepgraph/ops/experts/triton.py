@@ -18,11 +18,12 @@ def gated_experts(
     bias: Tensor | None = None,
     limit: float = 0.0,
     alpha: float = 1.0,
+    gated: bool = True,
 ) -> Tensor:
     """See `stepgraph.ops.experts.gated_experts`. Each pair has its own program where they are not sorted, `by_row` or not."""
     if order is None or ends is None:
-        return pairs.gated_experts(x, weight, scale, expert, first, gelu, bias, limit, alpha)
-    return tiles.gated_experts(x, weight, scale, order, ends, gelu, bias, limit, alpha, by_row=by_row)
+        return pairs.gated_experts(x, weight, scale, expert, first, gelu, bias, limit, alpha, gated)
+    return tiles.gated_experts(x, weight, scale, order, ends, gelu, bias, limit, alpha, gated, by_row=by_row)
 
 
 def sum_experts(

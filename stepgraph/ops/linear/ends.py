@@ -11,6 +11,8 @@ ADD = "add"
 SWIGLU = "swiglu"
 """The product with the weight's first half is the gate of that with its second; likewise GEGLU."""
 GEGLU = "geglu"
+RELU2 = "relu2"
+"""Squared ReLU of the product, of experts without gates."""
 
 
 @triton.jit

@@ -26,6 +26,7 @@ from stepgraph.ops.latent_queries.reference import latent_queries
 from stepgraph.ops.linear.reference import linear
 from stepgraph.ops.logprobs.reference import logprobs
 from stepgraph.ops.mamba2.reference import mamba2
+from stepgraph.ops.relu2.reference import relu2
 from stepgraph.ops.rms_norm.reference import rms_norm
 from stepgraph.ops.rope_cache.reference import rope_cache
 from stepgraph.ops.route.reference import route
@@ -85,6 +86,10 @@ def gated(generator: torch.Generator, *, is_sorted: bool, clamped: bool = False)
     return *product, expert, 0, *order, False, False, *end
 
 
+def ungated(generator: torch.Generator, *, is_sorted: bool) -> tuple[Any, ...]:
+    return *gated(generator, is_sorted=is_sorted), None, 0.0, 1.0, False
+
+
 def summed(generator: torch.Generator, *, is_sorted: bool, biased: bool = False) -> tuple[Any, ...]:
     expert = chosen(generator)
     order = sort_pairs(expert, 0, EXPERTS) if is_sorted else (None, None)
@@ -93,10 +98,11 @@ def summed(generator: torch.Generator, *, is_sorted: bool, biased: bool = False)
     return *down, expert, random(generator, T, TOP), 0, *order, random(generator, T, K), True, 0.5, False, *end
 
 
-def mixed(generator: torch.Generator) -> tuple[Any, ...]:
+def mixed(generator: torch.Generator, *, gated: bool = True) -> tuple[Any, ...]:
     x, *router = routed(generator)
-    experts = random(generator, EXPERTS, 2 * N, K) / 4, None, random(generator, EXPERTS, K, N), None
-    return x, random(generator, K), EPS, *router, *experts, 0, False, random(generator, T, K), True, 0.5
+    experts = random(generator, EXPERTS, 2 * N if gated else N, K) / 4, None, random(generator, EXPERTS, K, N), None
+    end = () if gated else (None, None, None, 0.0, 1.0, False)
+    return x, random(generator, K), EPS, *router, *experts, 0, False, random(generator, T, K), True, 0.5, *end
 
 
 def mixed_with_biases(generator: torch.Generator) -> tuple[Any, ...]:
@@ -270,6 +276,10 @@ CASES = {
     "route": Case("route", route, routed),
     "route with a bias of logits": Case("route", route, lambda g: (*routed(g), 3 * random(g, EXPERTS))),
     "sort_pairs": Case("sort_pairs", sort_pairs, lambda g: (chosen(g), 0, EXPERTS)),
+    "gated_experts without gates by pairs": Case("gated_experts", gated_experts, lambda g: ungated(g, is_sorted=False)),
+    "gated_experts without gates by tiles": Case("gated_experts", gated_experts, lambda g: ungated(g, is_sorted=True)),
+    "mixture without gates": Case("mixture", mixture, lambda g: mixed(g, gated=False)),
+    "relu2": Case("relu2", relu2, lambda g: (random(g, T, K),), rows=(0,)),
     "gated_experts by pairs": Case("gated_experts", gated_experts, lambda g: gated(g, is_sorted=False)),
     "gated_experts by tiles": Case("gated_experts", gated_experts, lambda g: gated(g, is_sorted=True)),
     "sum_experts by pairs": Case("sum_experts", sum_experts, lambda g: summed(g, is_sorted=False)),
