@@ -85,13 +85,13 @@ class ServerConfig:
     tool_call_parser: str = setting(
         "auto",
         "the form in which the model calls tools; auto goes by its chat template, none leaves calls in the text",
-        choices=("auto", "none", "hermes", "llama", "mistral", "qwen3_coder", "harmony"),
+        choices=("auto", "none", "hermes", "llama", "mistral", "qwen3_coder", "gemma4", "harmony"),
     )
     reasoning_parser: str = setting(
         "auto",
-        "what sets reasoning apart from the answer; auto: harmony's channels, if the model writes it, or think tags, if the "
-        "chat template has them",
-        choices=("auto", "none", "think", "harmony"),
+        "what sets reasoning apart from the answer; auto: harmony's channels, if the model writes it, or the tags that "
+        "the chat template has",
+        choices=("auto", "none", "think", "gemma4", "harmony"),
     )
     api_key: tuple[str, ...] | None = setting(
         None,

@@ -161,7 +161,7 @@ def _prepared(
     )
     if form.harmony is not None:
         others["skip_special_tokens"] = True  # they are structure
-    elif tools.shown and form.marks_calls_by_special_tokens:
+    elif form.needs_special_tokens(tools):
         others["skip_special_tokens"] = False
     params = sampling_params(request, service.model.sampling_defaults, **others)
     return request, tools, prompt, params

@@ -18,7 +18,7 @@ from stepgraph.server.harmony import HarmonyParser
 from stepgraph.server.harmony_forms import forced_schemas, harmony_form
 from stepgraph.server.pieces import Piece
 from stepgraph.server.protocol import ChatMessageField, NamedToolChoice, Tool
-from stepgraph.server.reasoning import ReasoningParser
+from stepgraph.server.reasoning import ReasoningParser, Tags
 from stepgraph.server.tool_calls import ForcedCallParser, ToolCallDelta, ToolCallParser
 from stepgraph.server.tool_formats import ToolCallFormat, detect_format
 
@@ -52,6 +52,8 @@ class ChatForm:
     tool_format: ToolCallFormat | None
     thinks: bool
     harmony: Harmony | None = None
+    tags: Tags = reasoning.THINK
+    """Around reasoning, if it thinks and writes no harmony."""
 
     @classmethod
     def of(
@@ -75,8 +77,8 @@ class ChatForm:
             tool_format = (
                 detect_format(template.text) if tool_call_parser == "auto" else ToolCallFormat(tool_call_parser)
             )
-        thinks = reasoning_parser == "think" or (reasoning_parser == "auto" and reasoning.thinks(template.text))
-        return cls(template, tool_format, thinks)
+        tags = _TAGS.get(reasoning_parser, reasoning.tags_of(template.text) if reasoning_parser == "auto" else None)
+        return cls(template, tool_format, tags is not None, tags=tags or reasoning.THINK)
 
     def with_calls(self, spec: dict[str, Any], tools: ToolUse) -> dict[str, Any]:
         """The form of a text answer, as SamplingParams takes it, and beside it calls of the tools, if the model may call some."""
@@ -121,10 +123,10 @@ class ChatForm:
             sets_reasoning_apart=self.thinks,
         )
 
-    @property
-    def marks_calls_by_special_tokens(self) -> bool:
-        """Whether an answer's text shows its calls only with special tokens in it."""
-        return self.tool_format is ToolCallFormat.MISTRAL
+    def needs_special_tokens(self, tools: ToolUse) -> bool:
+        """Whether an answer's text shows its reasoning, or its calls, only with special tokens in it."""
+        has_calls = bool(tools.shown) and self.tool_format is not None and self.tool_format.has_special_tokens
+        return has_calls or (self.thinks and self.tags is reasoning.GEMMA4)
 
 
 def _harmony_of(
@@ -152,6 +154,7 @@ def _harmony_of(
 
 
 _MARK = "<|channel|>"
+_TAGS = {"think": reasoning.THINK, "gemma4": reasoning.GEMMA4}
 
 
 class ToolUse(NamedTuple):
@@ -227,7 +230,8 @@ class AnswerParser:
         self._at_most_one = tools.at_most_one
         self._reasoning: ReasoningParser | None = None
         if form.thinks and not guided:
-            self._reasoning = ReasoningParser(starts_inside=reasoning.starts_inside(prompt or ""))
+            is_inside = reasoning.starts_inside(prompt or "", form.tags)
+            self._reasoning = ReasoningParser(starts_inside=is_inside, tags=form.tags)
         self._calls: ToolCallParser | ForcedCallParser | None = None
         if tools.must_call:
             self._calls = ForcedCallParser(tools.forced)

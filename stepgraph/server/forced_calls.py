@@ -112,6 +112,7 @@ _SPELLINGS = {
     ToolCallFormat.QWEN3_CODER: _Spelling(
         "<tool_call>\n<function=", ">\n", "</function>\n</tool_call>", "\n", False, False
     ),
+    ToolCallFormat.GEMMA4: _Spelling("<|tool_call>call:", "{", "}<tool_call|>", "", False, False),
 }
 ANY_OBJECT = {"type": "object"}
 """A schema."""

@@ -3,9 +3,19 @@
 from __future__ import annotations
 
 from enum import Enum, auto
+from typing import NamedTuple
 
-_BEGIN = "<think>"
-_END = "</think>"
+
+class Tags(NamedTuple):
+    """What stands before reasoning and behind it."""
+
+    begin: str
+    end: str
+
+
+THINK = Tags("<think>", "</think>")
+GEMMA4 = Tags("<|channel>thought", "<channel|>")
+"""Special tokens, which the text must not leave out."""
 
 
 class _Place(Enum):
@@ -26,8 +36,9 @@ class ReasoningParser:
     without reasoning is content as it stands.
     """
 
-    def __init__(self, *, starts_inside: bool):
-        """`starts_inside`: the prompt ended with `<think>`. An answer may repeat it."""
+    def __init__(self, *, starts_inside: bool, tags: Tags = THINK):
+        """`starts_inside`: the prompt ended with `<think>`. An answer may repeat it. `tags`: other ones in place of these."""
+        self._begin, self._end = tags
         self._starts_inside = starts_inside
         self._place = _Place.START
         self._has_reasoning = False
@@ -58,17 +69,17 @@ class ReasoningParser:
 
     def _start(self) -> None:
         first = self._held.lstrip()
-        if first.startswith(_BEGIN):
-            self._held = first.removeprefix(_BEGIN)
+        if first.startswith(self._begin):
+            self._held = first.removeprefix(self._begin)
             self._place = _Place.REASONING
-        elif not _BEGIN.startswith(first):
+        elif not self._begin.startswith(first):
             self._place = _Place.REASONING if self._starts_inside else _Place.CONTENT
 
     def _reasoning(self) -> str:
         """What is held, up to `</think>` or what may become it, and up to whitespace that may stand before that."""
-        before, end, after = self._held.partition(_END)
+        before, end, after = self._held.partition(self._end)
         if not end:
-            beginnings = (_END[:n] for n in range(1, len(_END)))
+            beginnings = (self._end[:n] for n in range(1, len(self._end)))
             before = before.removesuffix(next((tag for tag in beginnings if before.endswith(tag)), ""))
         reasoning = before.rstrip()
         if end:
@@ -82,14 +93,17 @@ class ReasoningParser:
         return reasoning
 
 
-def thinks(chat_template: str | None) -> bool:
-    """Whether a chat template has `<think>` tags, as those of models that think before they answer do."""
-    return chat_template is not None and (_BEGIN in chat_template or _END in chat_template)
+def tags_of(chat_template: str | None) -> Tags | None:
+    """The tags that a chat template has, as those of models that think before they answer do."""
+    template = chat_template or ""
+    if GEMMA4.end in template and "<|channel>" in template:
+        return GEMMA4
+    return THINK if THINK.begin in template or THINK.end in template else None
 
 
-def starts_inside(prompt: str) -> bool:
-    """Whether a rendered prompt ends with `<think>`, so that the answer begins with reasoning.
+def starts_inside(prompt: str, tags: Tags = THINK) -> bool:
+    """Whether a rendered prompt ends with the tag before reasoning, so that the answer begins with it.
 
     One that stands earlier does not count: it may be part of what a user wrote.
     """
-    return prompt.rstrip().endswith(_BEGIN)
+    return prompt.rstrip().endswith(tags.begin)

@@ -8,6 +8,7 @@ from collections.abc import Callable, Collection, Generator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias, TypeVar
 
+from stepgraph.server.bare_arguments import BareArguments
 from stepgraph.server.tagged_arguments import TaggedArguments
 from stepgraph.server.tool_formats import FUNCTION, MARKS, ToolCallFormat
 
@@ -241,6 +242,8 @@ class _CallReader:
                 break
             elif self._format is ToolCallFormat.MISTRAL:
                 call = self._named_arguments()
+            elif self._format is ToolCallFormat.GEMMA4 and sign == "c":
+                call = self._bare_call()
             else:
                 break
             if not (yield from self._is_call(call)):
@@ -306,15 +309,30 @@ class _CallReader:
         yield from self._rest_of_function()
 
     def _rest_of_function(self) -> _Reading[None]:
+        name = yield from self._name_before(">")
+        self._hold()
+        self._announce(name)
+        yield from self._converted(TaggedArguments(self._parameters.get(name, {})))
+
+    def _bare_call(self) -> _Reading[None]:
+        """Read `call:name{...}`."""
+        if not (yield from self._word(("call:",))):
+            raise _NoCallError
+        self._announce((yield from self._name_before("{")))
+        yield from self._converted(BareArguments())
+
+    def _name_before(self, end: str) -> _Reading[str]:
+        """Read a function's name, up to a sign that follows it."""
         name = ""
-        while (character := (yield from self._next())) != ">":
+        while (character := (yield from self._next())) != end:
             if character == _END:
                 raise _NoCallError
             name += character
             self._hold()
-        self._hold()
-        self._announce(name.strip())
-        arguments = TaggedArguments(self._parameters.get(name.strip(), {}))
+        return name.strip()
+
+    def _converted(self, arguments: TaggedArguments | BareArguments) -> _Reading[None]:
+        """Read arguments that are no JSON."""
         while not arguments.is_complete:
             is_cut = (character := (yield from self._next())) == _END
             if text := arguments.cut_off() if is_cut else arguments.feed(character):

@@ -25,6 +25,13 @@ class ToolCallFormat(StrEnum):
     QWEN3_CODER = "qwen3_coder"
     """`<tool_call><function=f><parameter=a>text</parameter></function></tool_call>`: Qwen3-Coder, Qwen3.5 and 3.6, Nemotron 3.
     The outer tags may be missing."""
+    GEMMA4 = "gemma4"
+    """`<|tool_call>call:f{name:<|"|>text<|"|>,other:1}<tool_call|>`: Gemma 4. The marks are special tokens too."""
+
+    @property
+    def has_special_tokens(self) -> bool:
+        """Whether an answer's text shows its calls only with special tokens in it."""
+        return self in (ToolCallFormat.MISTRAL, ToolCallFormat.GEMMA4)
 
 
 MARKS: dict[ToolCallFormat | None, tuple[str, ...]] = {
@@ -32,6 +39,7 @@ MARKS: dict[ToolCallFormat | None, tuple[str, ...]] = {
     ToolCallFormat.LLAMA: ("<|python_tag|>",),
     ToolCallFormat.MISTRAL: ("[TOOL_CALLS]",),
     ToolCallFormat.QWEN3_CODER: ("<tool_call>", "</tool_call>", FUNCTION),
+    ToolCallFormat.GEMMA4: ("<|tool_call>", "<tool_call|>"),
     None: (),
 }
 """What stands before calls, after them, and at the beginning of one. Each begins with a character that it has nowhere else."""
@@ -40,6 +48,8 @@ MARKS: dict[ToolCallFormat | None, tuple[str, ...]] = {
 def detect_format(chat_template: str | None) -> ToolCallFormat:
     """The format that a chat template shows its model; HERMES if it shows none."""
     template = chat_template or ""
+    if "<|tool_call>" in template and "<tool_call|>" in template:
+        return ToolCallFormat.GEMMA4
     if FUNCTION in template and "<parameter=" in template:
         return ToolCallFormat.QWEN3_CODER
     if "<tool_call>" in template:

@@ -225,6 +225,10 @@ def test_files_and_keyword_arguments_know_them_too(tmp_path, caplog):
         ("--tool-call-parser qwen3_xml", {"tool_call_parser": "qwen3_coder"}),
         ("--tool-call-parser qwen3_coder", {"tool_call_parser": "qwen3_coder"}),
         (
+            "--tool-call-parser gemma4 --reasoning-parser gemma4",
+            {"tool_call_parser": "gemma4", "reasoning_parser": "gemma4"},
+        ),
+        (
             "--tool-call-parser openai --reasoning-parser openai_gptoss",
             {"tool_call_parser": "harmony", "reasoning_parser": "harmony"},
         ),
@@ -270,7 +274,7 @@ def test_command_lines_may_be_spelled_as_there(parse, line, settings):
         ("--num-gpu-blocks-override many", "num_kv_blocks='many' must be a whole number"),
         (
             "--reasoning-parser qwen-3",
-            "reasoning_parser='qwen-3' is not known; choose one of: auto, none, think, harmony\n",
+            "reasoning_parser='qwen-3' is not known; choose one of: auto, none, think, gemma4, harmony\n",
         ),
         ("--enforce-eager -O 0 --graph-backend cpu", "asks for graph_backend='eager', and graph_backend for 'cpu'"),
     ],

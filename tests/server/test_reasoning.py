@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from stepgraph.engine.session import AnswerDelta
 from stepgraph.server.chat import num_reasoning
 from stepgraph.server.pieces import Piece
-from stepgraph.server.reasoning import ReasoningParser, starts_inside, thinks
+from stepgraph.server.reasoning import GEMMA4, THINK, ReasoningParser, starts_inside, tags_of
 
 ANSWERS = st.lists(
     st.sampled_from(["<think>", "</think>", "<", "/", "think", ">", "\n", " ", "a", "é"]), max_size=14
@@ -93,10 +93,11 @@ def test_an_answer_starts_inside_if_its_prompt_ends_with_the_tag(prompt, inside)
 
 
 def test_a_model_thinks_if_its_chat_template_has_the_tags() -> None:
-    assert thinks("{% if enable_thinking %}<think>\n{% endif %}")
-    assert thinks("{{ content.split('</think>')[-1] }}")
-    assert not thinks("{{ content }}")
-    assert not thinks(None)
+    assert tags_of("{% if enable_thinking %}<think>\n{% endif %}") == THINK
+    assert tags_of("{{ content.split('</think>')[-1] }}") == THINK
+    assert tags_of("{{ content.split('<channel|>')[-1] }}<|channel>thought") == GEMMA4
+    assert tags_of("<|channel|>{{ content }}") is None
+    assert tags_of(None) is None
 
 
 @pytest.mark.parametrize(
