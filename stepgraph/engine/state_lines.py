@@ -9,7 +9,7 @@ chunk goes on.
 A chunk ends at a border only for that, so borders are chosen for what they may save:
 
 - where a prompt is found to go on otherwise than another, `SHARED_TOKENS` or more behind where it can start: what two requests
-  begin with, a third may;
+  begin with, a third may. Of several that arrive together, one does it;
 - the last border of a prompt, `PROMPT_TOKENS` or more behind where it starts: the next turn of its conversation begins with it.
 
 There are never more checkpoints than `num_checkpoints`. Another one takes the line of the one that was used least recently, of
@@ -54,6 +54,7 @@ class StateLines:
         """Of all checkpoints, the least recently used first; None: it cannot be found any more, and somebody reads it."""
         self._lines: dict[bytes, int] = {}  # those that can be found
         self._readers: Counter[int] = Counter()  # rows to come that read a checkpoint
+        self._cut: dict[Request, None] = {}  # that run, and have borders before them
         self._read: list[int] = []  # by rows of the step that is being planned, or was planned last
 
     def can_start(self, key: bytes) -> bool:
@@ -82,6 +83,8 @@ class StateLines:
             self._keys.move_to_end(request.read_line)
         request.start_lines = request.read_line or request.line, request.line
         request.borders = self._borders(request, count_shared(request))
+        if request.borders:
+            self._cut[request] = None
 
     def _borders(self, request: Request, num_shared: int) -> list[int]:
         """Where chunks of a prompt are to end."""
@@ -89,10 +92,18 @@ class StateLines:
         start, last = request.num_found * size, (request.num_known - self._least_rest) // size * size
         shared = min(num_shared * size, last)
         if shared - start >= SHARED_TOKENS:
-            borders.append(start := shared)
+            start = shared
+            if not self._is_awaited(request, shared):
+                borders.append(shared)
         if last - start >= PROMPT_TOKENS:
             borders.append(last)
         return borders
+
+    def _is_awaited(self, request: Request, border: int) -> bool:
+        """Whether another request with the same tokens up to `border` is to leave its state there."""
+        count = border // self._block_size
+        key = request.block_keys[count - 1 : count]
+        return any(border in other.borders and other.block_keys[count - 1 : count] == key for other in self._cut)
 
     def plan_row(
         self, request: Request, end: int, name: Callable[[Request, int], Sequence[bytes]]
@@ -114,6 +125,8 @@ class StateLines:
         if not request.borders or end < request.borders[0]:
             return []
         del request.borders[0]
+        if not request.borders:
+            del self._cut[request]
         key = name(request, end // self._block_size)[-1]
         if (known := self._lines.get(key)) is not None:
             self._keys.move_to_end(known)
@@ -132,6 +145,7 @@ class StateLines:
         """A request gives its line up, and its slot. It has no row in the step that is being planned."""
         if request.line:
             self._free.append(request.line)
+            self._cut.pop(request, None)
             if request.read_line:
                 self._let_go(request.read_line)
             request.line, request.read_line, request.start_lines, request.borders = 0, 0, (), []

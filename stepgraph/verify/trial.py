@@ -136,8 +136,9 @@ def _run(
 
     free_blocks = (torch.randperm(runner.num_kv_blocks - 1, generator=generator) + 1).tolist()
     settings = random.Random(composition.seed)
-    free_lines = settings.sample(range(1, runner.layout.num_lines), runner.layout.num_lines - 1)
-    num_spare = len(free_lines) - len(composition.rows)  # lines
+    choice = random.Random(~composition.seed)  # of lines
+    free_lines = choice.sample(range(1, runner.layout.num_lines), runner.layout.num_lines - 1)
+    num_spare = len(free_lines) - len(composition.rows)
     most = min(runner.max_model_len, len(free_blocks) * block_size + 1)  # tokens of the longest sequence
     placed: list[_Placed] = []
     deltas: list[tuple[int, int, int]] = []
@@ -149,7 +150,7 @@ def _run(
         blocks = [free_blocks.pop() for _ in range(-(-num_granted // block_size))]
         known = -(-row.computed // block_size)
         read = line = free_lines.pop()
-        if num_spare and settings.random() < 0.5:
+        if num_spare and choice.random() < 0.5:
             read, num_spare = free_lines.pop(), num_spare - 1
         state.admit(
             Admission(

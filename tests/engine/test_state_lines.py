@@ -61,7 +61,28 @@ def test_the_same_prompt_again_at_once_waits_for_no_state() -> None:
     requests = [loop.add(f"{n}", prompt((0, 15)), 3) for n in range(3)]
     loop.drain()
     assert [request.num_cached_tokens for request in requests] == [0, 0, 0]
+    assert rows_of_prompts(loop) == [15, 12, 15, 3]  # one of them leaves it for later ones
     assert run(loop, "later", prompt((0, 15))).num_cached_tokens == 12
+
+
+def test_of_long_prompts_that_are_alike_one_leaves_its_last_state() -> None:
+    loop = Loop(num_kv_blocks=100, num_checkpoints=4, max_tokens=128)
+    requests = [loop.add(f"{n}", prompt((0, 33)), 3) for n in range(3)]
+    loop.step()
+    loop.engine.abort("0")  # before its state can be read by itself
+    loop.drain()
+    assert [len(request.output_token_ids) for request in requests] == [0, 3, 3]
+    assert rows_of_prompts(loop) == [28, 33, 33]
+    assert run(loop, "later", prompt((0, 33))).num_cached_tokens == 28
+
+
+def test_what_another_was_to_keep_and_did_not_is_kept_by_the_next() -> None:
+    loop = Loop(num_kv_blocks=100, num_checkpoints=4, max_tokens=16)
+    loop.add("first", prompt((0, 37)), 3)
+    loop.step()
+    loop.engine.abort("first")
+    assert run(loop, "second", prompt((0, 37))).num_cached_tokens == 0
+    assert run(loop, "third", prompt((0, 37))).num_cached_tokens == 32
 
 
 def test_salts_keep_states_apart() -> None:

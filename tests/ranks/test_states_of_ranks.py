@@ -12,6 +12,7 @@ from scripted import watch_drafts
 from tiny import TINY_SETTINGS
 
 from stepgraph.config import EngineConfig
+from stepgraph.engine import state_lines
 from stepgraph.engine.sampling_params import SamplingParams
 from stepgraph.verify.graphs import verify_graphs
 
@@ -61,17 +62,22 @@ def answers(engine, adapter, *, preemption: float):
     return requests
 
 
-def test_two_ranks_answer_as_one(checkpoint, create_ranked) -> None:
+def test_two_ranks_answer_as_one(checkpoint, create_ranked, monkeypatch) -> None:
+    """From states that were kept, too."""
+    monkeypatch.setattr(state_lines, "PROMPT_TOKENS", 32)
     folder, adapter, way = checkpoint
     settings = SETTINGS | {"model": folder, "enable_lora": True, "max_lora_rank": RANK}
     one = create_ranked(EngineConfig.from_settings(**settings))
     expected = answers(one, adapter, preemption=0.0)
     two = create_ranked(EngineConfig.from_settings(**settings, **PROPOSING, **way, tensor_parallel_size=2))
     drafts = watch_drafts(two)
-    for request, right in zip(answers(two, adapter, preemption=0.1), expected, strict=True):
+    found = answers(two, adapter, preemption=0.1) + answers(two, adapter, preemption=0.0)
+    again = answers(two, adapter, preemption=0.0)
+    assert sum(request.num_cached_tokens > 0 for request in again) >= 2
+    for request, right in zip(found + again, 3 * expected, strict=True):
         assert request.output_token_ids == right.output_token_ids
-        found, exact = ([entry.logprob for entry in r.output_logprobs] for r in (request, right))
-        assert found == pytest.approx(exact, abs=2e-4)
+        logprobs, exact = ([entry.logprob for entry in r.output_logprobs] for r in (request, right))
+        assert logprobs == pytest.approx(exact, abs=2e-4)
     assert {stood < num for num, stood in drafts} == {True, False}
 
 
