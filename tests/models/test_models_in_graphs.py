@@ -16,6 +16,8 @@ MODELS = [
     "ernie 4.5 with every bias",
     "gemma 3",
     "granite",
+    "gpt oss",
+    "gemma 2",
     "phi 3 with windows",
     "phi 4 with long rope",
     "smollm 3 with windows",
