@@ -59,7 +59,7 @@ compared with transformers' own.
 - **TP**: whether devices can share the model ([tensor parallelism](tensor-parallel.md)).
 - **LoRA**: whether adapters can be loaded.
 - **Formats**: safetensors in 16 or 32 bits; FP8: checkpoints in 8 bits, and `--quantization fp8`
-  ([quantization](quantization.md)); GGUF.
+  ([quantization](quantization.md)); MXFP4: checkpoints in 4 bits, which become numbers; GGUF.
 - **refused**: at start, before weights are read, with a sentence like this one.
 
 """
@@ -225,7 +225,7 @@ def _native(class_name: str, *, spread: str = "yes", modules: bool = True) -> tu
         "suffix, ngram" + ", mtp" * modules,
         spread,
         "yes",
-        "safetensors, FP8" + ", GGUF" * gguf,
+        "safetensors, FP8" + ", MXFP4" * (class_name == "GptOssForCausalLM") + ", GGUF" * gguf,
     )
 
 
