@@ -126,3 +126,31 @@ def test_gemma_2_caps_scores_and_logits(config_of) -> None:
     assert {spec.softcap for spec in config.attention_specs} == {50.0}
     assert (config.logits_softcap, config.attention_scale) == (30.0, 1 / 16)
     assert config.windows == (4096, 0) * 13
+
+
+def test_nemotron_has_one_part_in_each_layer_and_steps_of_any_size(config_of) -> None:
+    config = config_of("nvidia/NVIDIA-Nemotron-Nano-9B-v2")
+    layers = range(config.num_layers)
+    parts = [(config.has_attention(i), config.has_state(i), config.has_mlp(i)) for i in layers]
+    assert {sum(of_layer) for of_layer in parts} == {1}
+    assert [i for i in layers if config.has_attention(i)] == [14, 21, 30, 39]
+    assert (config.activation, config.mamba.steps, config.mamba.num_groups) == ("relu2", (0.0, math.inf), 8)
+    assert {len(rope.inv_freq) for rope in config.ropes} == {0}
+
+
+def test_granite_4_attends_in_every_tenth_layer_without_rotating(config_of) -> None:
+    config = config_of("ibm-granite/granite-4.0-h-small")
+    assert [i for i in range(config.num_layers) if config.has_attention(i)] == [5, 15, 25, 35]
+    assert {len(rope.inv_freq) for rope in config.ropes} == {0}
+    (mixture,) = config.kinds_of_mlp
+    assert (mixture.num_experts, mixture.routing.top, mixture.shared_intermediate_size) == (72, 10, 1536)
+    assert (config.mamba.width, config.mamba.gate_first, config.logits_divisor) == (8192, True, 16)
+
+
+def test_falcon_h1_has_both_in_each_layer_and_only_gates_what_is_read(config_of) -> None:
+    config = config_of("tiiuae/Falcon-H1-0.5B-Instruct")
+    assert all(config.has_attention(i) and config.has_state(i) and config.has_mlp(i) for i in range(config.num_layers))
+    assert (config.mamba.width, config.mamba.has_norm) == (1536, False)
+    assert config.mamba.multipliers[1] == pytest.approx(1.25 * 0.25)
+    assert config.attention_scale == pytest.approx(0.390625 / 8)
+    assert (config.part_multipliers.attention, config.part_multipliers.mlp) == (0.9375, 0.5859375)

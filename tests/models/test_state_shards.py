@@ -68,6 +68,9 @@ WIDE = {
     "nemotron h": lambda: NemotronHConfig(
         **ONE_PART | {"layers_block_type": ["mlp", "mamba", "attention"], "n_groups": 4, "mamba_head_dim": 64} | ROUND
     ),
+    "granite 4.0-h": lambda: GraniteMoeHybridConfig(
+        **GRANITE_HYBRID | FOUR | {"shared_intermediate_size": 512} | ROUND, num_local_experts=0
+    ),
     "lfm2": lambda: Lfm2Config(**CONVOLUTIONS | {"hidden_size": 512, "intermediate_size": 512}, block_multiple_of=512),
 }
 """Of which every rank of four has whole groups of inputs; outputs are cut within them."""

@@ -25,6 +25,7 @@ MODELS = {
     "lfm2 with biases": {},
     "lfm2 moe": {},
     "falcon h1": {},
+    "nemotron h": {"enable_expert_parallel": True},
 }
 """By name, how two ranks share it."""
 ADAPTED = re.compile(r".*\.(in_proj\w*|out_proj|q_proj)\.weight")
