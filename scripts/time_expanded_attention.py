@@ -26,7 +26,7 @@ from triton.runtime.errors import OutOfResources
 
 from stepgraph import ops
 from stepgraph.layers.cache import LatentCache
-from stepgraph.layers.inputs import AttentionWork, StepInputs
+from stepgraph.layers.inputs import AttentionWork, GroupInputs, StepInputs
 from stepgraph.layers.latent_attention import LatentAttention, LatentSizes
 from stepgraph.layers.norm import RMSNorm
 from stepgraph.ops.expanded_attention import triton as kernels
@@ -83,7 +83,7 @@ def step_of(rows: list[tuple[int, int]], num_heads: int, device: torch.device, *
     geometry = replace(ops.mla_geometry(*sizes), own=own)
     spec = SIZES.spec(num_heads)
     work = {spec: AttentionWork.of(spec, tokens, geometry)}
-    return StepInputs(tokens, work, table.to(device), BLOCK_SIZE, caches=())
+    return StepInputs(tokens, work, (GroupInputs(table.to(device), tokens),), BLOCK_SIZE, caches=())
 
 
 def create_layer(num_heads: int, device: torch.device) -> LatentAttention:

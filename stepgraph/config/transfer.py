@@ -98,6 +98,11 @@ class TransferConfig:
         )
 
     @property
+    def moves_blocks(self) -> bool:
+        """Whether KV blocks leave the device's memory, or come from elsewhere: a block then holds all layers."""
+        return self.is_connected or self.kv_host_cache_gib > 0
+
+    @property
     def gives(self) -> bool:
         """Whether others may take keys and values over from here."""
         return self.is_connected and self.splitwise_role != "decode"

@@ -11,6 +11,8 @@ from typing import Protocol
 from stepgraph.abi import slot_line
 from stepgraph.engine.kv_events import KVEvents
 
+_KEY_BYTES = 32
+
 
 def block_key(parent: bytes, tokens: bytes) -> bytes:
     """Name of a full block's content: its tokens, those after it that its content depends on, and everything before.
@@ -20,6 +22,11 @@ def block_key(parent: bytes, tokens: bytes) -> bytes:
         tokens: the block's token ids as int32, and as many more as a drafter looks ahead.
     """
     return hashlib.sha256(parent + tokens).digest()
+
+
+def key_in_group(key: bytes, group: int) -> bytes:
+    """By what a block is found whose content has that name in a block group."""
+    return key + bytes((group,)) if group else key
 
 
 def root_key(salt: str | None, adapter: bytes | None = None) -> bytes:
@@ -125,7 +132,7 @@ class BlockPool:
         keys = [key for block in blocks if (key := self._forget_key(block)) is not None]
         for block in blocks:
             self._holders[block] = 1
-        if self.events is not None:
+        if self.events is not None and keys:
             self.events.removed(keys)
         return blocks
 
@@ -227,8 +234,9 @@ class BlockPool:
         return len(self._blocks_by_key)
 
     def _forget_key(self, block: int) -> bytes | None:
-        """Let a block be found no more; returns by what it could."""
+        """Let a block be found no more; returns by what it could, if it is of the first block group: others hear of those."""
         key, self._keys[block] = self._keys[block], None
-        if key is not None:
-            del self._blocks_by_key[key]
-        return key
+        if key is None:
+            return None
+        del self._blocks_by_key[key]
+        return key if len(key) == _KEY_BYTES else None

@@ -94,7 +94,7 @@ def build_engine(
         prefix_caching=config.cache.enable_prefix_caching and (specs.reuses_prefixes or specs.num_checkpoints > 0),
         pure_steps=config.graph.cudagraph_only_prefill and config.scheduler.insertion_policy == "gather",
         lookahead=specs.lookahead,
-        reach=specs.reach,
+        groups=specs.groups,
         num_checkpoints=specs.num_checkpoints,
         table_width=-(-specs.max_model_len // specs.block_size),
         clock=clock,
@@ -238,7 +238,8 @@ def _start_publishers(
         )
     from stepgraph.engine.kv_event_wire import Wording
 
-    wording = Wording(specs.block_size, specs.reach, config.kv_events.kv_events_salts == "plain")
+    window = 0 if specs.groups.num_full else specs.groups.window  # of the first group, the one that others hear of
+    wording = Wording(specs.block_size, window, config.kv_events.kv_events_salts == "plain")
     ranks = scheduler.ranks if isinstance(scheduler, LockstepScheduler) else (scheduler,)
     for publisher, rank in zip(publishers, ranks, strict=True):
         events = KVEvents(config.kv_events.kv_events_max_queue_size)

@@ -478,7 +478,7 @@ class Engine:
                     generation=request.generation,
                     max_length=request.max_length,
                     sampling=request.sampling,
-                    blocks=request.blocks[: request.num_found],
+                    blocks=request.blocks[: request.num_found * self.executor.specs.groups.size],
                     computed=request.num_found * self.executor.specs.block_size,
                     lines=request.start_lines,
                 )

@@ -7,10 +7,11 @@ what may lie in them, or when the request leaves: most are never asked for while
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from itertools import groupby
+from itertools import groupby, islice
 
+from stepgraph.abi.block_groups import BlockGroups
 from stepgraph.abi.slot_line import NULL_BLOCK
-from stepgraph.engine.blocks import BlockPool, block_key, num_unseen, root_key
+from stepgraph.engine.blocks import BlockPool, block_key, key_in_group, num_unseen, root_key
 from stepgraph.engine.kv_events import KVEvents
 from stepgraph.engine.request import Request
 from stepgraph.engine.request_table import RequestTable
@@ -24,7 +25,7 @@ class PrefixCache:
         blocks: all KV blocks.
         table: the counts of the requests that run.
         block_size: tokens per block.
-        window: tokens that one sees, its own included; 0: all before it.
+        groups: that a request has blocks of for each place.
         lookahead: tokens after a block that its content depends on.
         enabled: off, nothing is ever found.
         can_start: whether a request that has a block, by its key, and those before it can start behind it.
@@ -35,8 +36,8 @@ class PrefixCache:
         blocks: BlockPool,
         table: RequestTable,
         block_size: int,
+        groups: BlockGroups,
         *,
-        window: int,
         lookahead: int,
         enabled: bool,
         can_start: Callable[[bytes], bool] = lambda key: True,
@@ -48,7 +49,7 @@ class PrefixCache:
             lookahead,
             enabled,
         )
-        self._window = window
+        self._groups, self._size = groups, groups.size
         self._can_start = can_start
         self._ends: dict[bytes, dict[Request, None]] = {}
         """Requests that run, by the key of the last block of theirs that can be found."""
@@ -59,43 +60,74 @@ class PrefixCache:
         self._events = self._blocks.events = events
 
     def find(self, request: Request) -> list[int]:
-        """Cached blocks that a request can start from. Its last known token is computed in any case, for its logits. Under a
-        window, it can start behind any block if those are there of which the next token sees something; the null block is in the
-        place of the others."""
+        """Cached blocks that a request can start from, those of all groups place by place. Its last known token is computed in
+        any case, for its logits. It can start behind any place up to which the blocks of full groups are there, if those of
+        windowed ones are of which the next token sees something; the null block is in the place of the others."""
         if not self._enabled or request.variant is Variant.PROMPT_LOGPROBS:
             return []
-        found: list[int] = []
-        num_usable = first_of_run = 0
-        for index in range(self._num_full(request)):
-            block = self._find(request, index)
+        num_places = self._num_full(request)
+        columns: list[list[int]] = []
+        for group in range(self._size):
+            columns.append(self._find_all(request, group, num_places))
+            num_places = len(columns[-1])
+        border = self._border(request, columns[self._groups.num_full :], num_places)
+        if len(columns) == 1:
+            return columns[0][:border]
+        return [block for blocks in islice(zip(*columns, strict=False), border) for block in blocks]
+
+    def _find_all(self, request: Request, group: int, num_places: int) -> list[int]:
+        """The cached blocks of a group for the first places of a request. Where there is none: the null block of a windowed
+        group; others end there."""
+        blocks = []
+        for index in range(num_places):
+            block = self._find(request, index, group)
             if block is None:
-                if not self._window:
+                if group < self._groups.num_full:
                     break
-                first_of_run, block = index + 1, NULL_BLOCK
-            found.append(block)
-            if first_of_run <= self._num_unseen(index + 1) and self._can_start(request.block_keys[index]):
-                num_usable = index + 1
-        num_unseen = self._num_unseen(num_usable)
-        return [NULL_BLOCK] * num_unseen + found[num_unseen:num_usable]
+                block = NULL_BLOCK
+            blocks.append(block)
+        return blocks
+
+    def _border(self, request: Request, windowed: Sequence[list[int]], num_places: int) -> int:
+        """Behind how many of its first places a request can start, of which the blocks of full groups are cached. Of those of
+        windowed groups, what is not seen from there is replaced by the null block."""
+        keys = request.block_keys
+        if not windowed:
+            return next((end for end in range(num_places, 0, -1) if self._can_start(keys[end - 1])), 0)
+        border = first_of_run = 0
+        for end, blocks in enumerate(zip(*windowed, strict=True), start=1):
+            if NULL_BLOCK in blocks:
+                first_of_run = end
+            if first_of_run <= self._num_unseen(end) and self._can_start(keys[end - 1]):
+                border = end
+        unseen = self._num_unseen(border)
+        for column in windowed:
+            column[:unseen] = [NULL_BLOCK] * unseen
+        return border
 
     def num_shared(self, request: Request) -> int:
-        """Blocks of a request, from the first on, that are cached, whether it can start behind them or not."""
+        """Places of a request, from the first on, whose blocks are cached, whether it can start behind them or not."""
         if not self._enabled:
             return 0
         num_full = self._num_full(request)
-        return next((index for index in range(num_full) if self._find(request, index) is None), num_full)
+        return next((index for index in range(num_full) if self._find(request, index, 0) is None), num_full)
 
-    def _find(self, request: Request, index: int) -> int | None:
-        """The cached block for the place of a request's block `index`."""
+    def _find(self, request: Request, index: int, group: int) -> int | None:
+        """The cached block of a group for a place of a request."""
         self._extend_keys(request, index + 1)  # one by one: most prompts share little with others
+        name = key_in_group(request.block_keys[index], group)
         while True:
-            block = self._blocks.find(request.block_keys[index])
+            block = self._blocks.find(name)
             if block is not None or not self._publish_next(_key_before(request, index)):
                 return block
 
-    def _num_unseen(self, num_blocks: int) -> int:
-        """Of so many blocks, those of which no token behind them sees anything."""
-        return num_unseen(num_blocks * self.block_size, self._window, self.block_size)
+    def _names(self, keys: Sequence[bytes]) -> Sequence[bytes]:
+        """By what the blocks of some places are found."""
+        return keys if self._size == 1 else [key_in_group(key, group) for key in keys for group in range(self._size)]
+
+    def _num_unseen(self, num_places: int) -> int:
+        """Of so many places, those of whose windowed blocks no token behind them sees anything."""
+        return num_unseen(num_places * self.block_size, self._groups.window, self.block_size)
 
     def enter(self, request: Request) -> None:
         """The request got a slot; so many of its blocks as `num_published` says were found."""
@@ -171,20 +203,22 @@ class PrefixCache:
         if self._enabled and num_blocks > request.num_published:
             self._forget_end(request)
             self._extend_keys(request, num_blocks)
-            self._let_find(request, request.num_published, request.blocks[request.num_published : num_blocks])
+            start, end = request.num_published * self._size, num_blocks * self._size
+            self._let_find(request, request.num_published, request.blocks[start:end])
             request.num_published = num_blocks
             self.enter(request)
 
     def _let_find(self, request: Request, first: int, blocks: Sequence[int]) -> None:
-        """Let `blocks` be found as a request's from `first` on, whose keys are known."""
-        keys = request.block_keys[first : first + len(blocks)]
-        are_new = list(map(self._blocks.publish, blocks, keys))
+        """Let `blocks` be found as a request's from place `first` on, whose keys are known."""
+        keys = request.block_keys[first : first + len(blocks) // self._size]
+        # Others hear of the first group's: which ones of a windowed group a hit takes depends on where it ends.
+        are_new = list(map(self._blocks.publish, blocks, self._names(keys)))[:: self._size]
         if self._events is None:
             return
         if all(are_new):
-            self._tell_stored(request, first, first + len(blocks))
+            self._tell_stored(request, first, first + len(keys))
             return
-        for is_new, places in groupby(range(first, first + len(blocks)), lambda place: are_new[place - first]):
+        for is_new, places in groupby(range(first, first + len(keys)), lambda place: are_new[place - first]):
             if is_new:
                 start, *rest = places
                 self._tell_stored(request, start, start + 1 + len(rest))

@@ -117,9 +117,9 @@ class Request(AnsweredRequest):
     draft_token_ids: Sequence[int] = ()
     """Proposals that wait for its next step, if it follows a grammar."""
     blocks: list[int] = field(default_factory=list)
-    """KV blocks granted, in order."""
+    """KV blocks granted, in order: those of a place (see `stepgraph.abi.block_groups`) one behind the other."""
     num_unseen: int = 0
-    """Of these, the first so many are null: no further token sees anything of them."""
+    """Places, from the first on, whose windowed blocks are null: no further token sees anything of them."""
     line: int = 0
     """Where the last step planned leaves its state; 0: layers have none, or it does not run."""
     read_line: int = 0
@@ -136,9 +136,9 @@ class Request(AnsweredRequest):
     block_keys: list[bytes] = field(default_factory=list)
     """Prefix-cache keys of its full blocks, as far as computed."""
     num_found: int = 0
-    """Of its granted blocks, the first so many were found in the prefix cache when it got its slot."""
+    """Places, from the first on, whose blocks were found in the prefix cache when it got its slot."""
     num_published: int = 0
-    """Of its granted blocks, the first so many can be found in the prefix cache."""
+    """Places, from the first on, whose blocks can be found in the prefix cache."""
     awaits_host: bool = False
     """It cannot run another token before the host has done something: compiled its grammar, prepared its token mask."""
     awaits_blocks: bool = False

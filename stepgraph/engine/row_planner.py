@@ -83,7 +83,7 @@ class RowPlanner:
         for chunk in draft.chunks:
             left = table.prefill_len[chunk.slot] - table.planned[chunk.slot]
             if draft.budget and left > 0:
-                free = self._blocks.pool.num_free * self._blocks.block_size
+                free = self._blocks.num_grantable * self._blocks.block_size
                 room = table.room[chunk.slot] + free - table.planned[chunk.slot] - max(0, draft.num_drafts - 1)
                 self._extend(chunk, max(0, min(left, draft.budget, room)), draft)
 
@@ -111,7 +111,7 @@ class RowPlanner:
             self._table.plan_prompt(chunk.slot, -cut)
             chunk.num_tokens -= cut
             draft.budget += cut
-            surplus = len(request.blocks) - self._blocks.count(self._num_written(chunk.slot, 0, draft))
+            surplus = self._blocks.num_beyond(request, self._num_written(chunk.slot, 0, draft))
             if surplus:
                 self._blocks.take_back(request, surplus)
                 del chunk.deltas[-surplus:]
@@ -168,11 +168,11 @@ class RowPlanner:
         if not lacking:
             return True
         self._blocks.release_unseen(request, start)
-        while self._blocks.pool.num_free < lacking:
+        while self._blocks.num_grantable < lacking:
             draft.short_of_blocks = True
             if not self._preempt_for(request):
                 break
-        count = min(lacking, self._blocks.pool.num_free)
+        count = min(lacking, self._blocks.num_grantable)
         deltas += self._blocks.grant(request, count)
         return count == lacking
 

@@ -19,6 +19,7 @@ from bisect import insort
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from stepgraph.abi.block_groups import BlockGroups
 from stepgraph.config import SchedulerConfig
 from stepgraph.engine.blocks import BlockPool
 from stepgraph.engine.logprobs import read_prompt_logprobs
@@ -63,14 +64,14 @@ class Scheduler:
     Args:
         config: limits and the insertion policy.
         max_tokens: tokens of one step; at least `config.max_num_seqs`.
-        num_kv_blocks: the null block included.
+        num_kv_blocks: of which each has a block of every block group; the null block included.
         block_size: tokens per KV block.
         token_sizes: captured token counts, ascending.
         prefix_caching: reuse blocks of equal prefixes.
         pure_steps: a step either computes prompts or decodes; prompts and decodes take turns.
         choose_drafts: how many proposals the step should make for each row, given how many rows decode in it.
         lookahead: tokens after a block that its content depends on.
-        reach: last positions, that of a row's first token included, whose blocks the row reads; 0: all.
+        groups: of the layers that keep KV blocks.
         num_checkpoints: most states that are kept for others; 0: there are none, or they are not reused.
         table_width: see `StateLines`.
         first_slot: slots are numbered from `first_slot` + 1 on; those before are others'.
@@ -89,7 +90,7 @@ class Scheduler:
         pure_steps: bool = False,
         choose_drafts: Callable[[int], int] = lambda num_decodes: 0,
         lookahead: int = 0,
-        reach: int = 0,
+        groups: BlockGroups = BlockGroups(),  # noqa: B008  # frozen
         num_checkpoints: int = 0,
         table_width: int = 0,
         first_slot: int = 0,
@@ -103,7 +104,7 @@ class Scheduler:
         self._block_size = block_size
         self._pure_steps = pure_steps
         self._choose_drafts = choose_drafts
-        self.blocks = BlockPool(num_kv_blocks)
+        self.blocks = BlockPool(groups.num_blocks(num_kv_blocks))
         """All KV blocks; those who move their content elsewhere hold them meanwhile."""
         last_slot = first_slot + config.max_num_seqs
         self.table = RequestTable(last_slot)
@@ -113,12 +114,12 @@ class Scheduler:
             self.blocks,
             self.table,
             block_size,
-            window=reach,
+            groups,
             lookahead=lookahead,
             enabled=prefix_caching,
             can_start=self._lines.can_start,
         )
-        self._grants = RequestBlocks(self.blocks, self.table, self.prefixes, block_size, reach)
+        self._grants = RequestBlocks(self.blocks, self.table, self.prefixes, block_size, groups)
         self.watermark = int(self.blocks.num_usable * WATERMARK)
         self._free_slots = list(range(last_slot, first_slot, -1))
         self._generations = [0] * (last_slot + 1)
@@ -198,7 +199,7 @@ class Scheduler:
 
     def num_cached(self, request: Request) -> int:
         """Tokens of a request that waits nowhere yet, or here, which would be found in the prefix cache."""
-        return len(self.prefixes.find(request)) * self._block_size
+        return self._grants.num_tokens(self.prefixes.find(request))
 
     def can_take(self, request: Request) -> bool:
         """Whether a request that waits elsewhere could get a slot here, and all blocks for what is known of it, at once."""
@@ -206,7 +207,8 @@ class Scheduler:
 
     def is_short_for(self, request: Request) -> bool:
         """Whether there is no free slot, or not enough blocks for what is known of a request."""
-        return not self._free_slots or self._grants.count(request.num_known) > self.blocks.num_free - self.watermark
+        free = self.blocks.num_free - self.watermark if self._free_slots else 0
+        return self._grants.most_held(request.num_known, self._max_tokens) > free
 
     def first_in_line(self) -> Request | None:
         """The first request that waits for nothing but room, if it has never run."""
@@ -355,7 +357,7 @@ class Scheduler:
                 continue
             self._rows.publish_pending()
             hits = self.prefixes.find(request)
-            num_cached = len(hits) * self._block_size
+            num_cached = self._grants.num_tokens(hits)
             needed = self._grants.needed(
                 hits,
                 draft.with_proposals(request.num_known, request.sampling.max_num_drafts, request.max_length - 1),
@@ -368,7 +370,7 @@ class Scheduler:
             share = -(-draft.budget // max(1, min(partial_left, len(self._waiting))))
             if rest > draft.budget and partial_left <= 0:
                 return
-            self._admit(request, hits, draft)
+            self._admit(request, hits, num_cached, draft)
             self._rows.plan_chunk(request, share if partial_left > 0 else draft.budget, draft)
             if self.is_prefilling(request):
                 num_partial += not self._is_cut_for_state(request)
@@ -429,13 +431,12 @@ class Scheduler:
 
     # Slots
 
-    def _admit(self, request: Request, hits: list[int], draft: StepDraft) -> None:
+    def _admit(self, request: Request, hits: list[int], num_cached: int, draft: StepDraft) -> None:
         """Give a request a slot, and the cached blocks of its prefix."""
         self._waiting.enter(request)
         slot = self._free_slots.pop()
         self._generations[slot] += 1
         request.slot, request.generation = slot, self._generations[slot]
-        num_cached = len(hits) * self._block_size
         self.table.enter(
             slot,
             planned=num_cached,
@@ -444,7 +445,7 @@ class Scheduler:
             max_drafts=request.sampling.max_num_drafts,
         )
         self._grants.enter(request, hits)
-        request.num_found = request.num_published = len(hits)
+        request.num_found = request.num_published = num_cached // self._block_size
         self._lines.enter(request, self.prefixes.num_shared)
         if not request.num_preemptions:
             request.num_cached_tokens = num_cached

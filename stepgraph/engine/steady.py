@@ -128,7 +128,7 @@ class SteadyDecode:
                 if min(table.room[self._slots[row]], self._ends[row]) - spare > self._ends[row]:
                     return None
                 counts.append(-(spare // self._blocks.block_size))
-            if sum(counts) > self._blocks.pool.num_free:
+            if sum(counts) > self._blocks.num_grantable:
                 return None
             for row, count in zip(short, counts, strict=True):
                 slot, end, request = self._slots[row], self._ends[row], self._requests[row]

@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
+from stepgraph.abi.block_groups import BlockGroups
 from stepgraph.errors import DeviceMemoryError
 from stepgraph.layers.inputs import DispatchTable
 from stepgraph.models.adapters import AdapterFile
@@ -48,7 +49,7 @@ class ExecutorSpecs:
     max_model_len: int
     """Most tokens of a prompt and its answer."""
     num_kv_blocks: int
-    """The null block included."""
+    """Of which each has a block of every block group; the null block included."""
     block_size: int
     """Tokens of a KV block."""
     max_tokens: int
@@ -74,8 +75,8 @@ class ExecutorSpecs:
     """Whether requests can start from KV blocks that others have filled, and nothing else."""
     num_checkpoints: int = 0
     """Where they cannot: lines for states from which they can, beside a line for each slot."""
-    reach: int = 0
-    """The last positions, the first of a step's own included, whose KV blocks the step may read; 0: all."""
+    groups: BlockGroups = BlockGroups()  # noqa: RUF009  # frozen
+    """Of the layers that keep KV blocks."""
     drafts_cost_when_idle: bool = True
     """A step with room for proposals is slower also where there are none."""
     max_adapters: int = 0

@@ -160,7 +160,7 @@ def _specs(
         lookahead=0 if drafter is None else drafter.lookahead,
         reuses_prefixes=runner.layout.reuses_prefixes,
         num_checkpoints=runner.num_checkpoints,
-        reach=runner.layout.reach,
+        groups=runner.layout.groups,
         drafts_cost_when_idle=drafter is None or drafter.costs_when_idle,
         max_adapters=config.lora.max_loras if config.lora.enable_lora else 0,
         can_sleep=weights.releasable,

@@ -123,7 +123,8 @@ class FakeExecutor:
         """See `Executor.admit`."""
         self._check_awake()
         assert admission.computed < len(admission.tokens), admission
-        assert len(admission.blocks) * self.specs.block_size == admission.computed, admission
+        num_blocks = self.specs.groups.size * admission.computed / self.specs.block_size
+        assert len(admission.blocks) == num_blocks, admission
         self._device.admit(admission)
 
     def set_masks(self, slot: int, masks: npt.NDArray[np.int32]) -> None:

@@ -126,7 +126,7 @@ class Follower:
         )
         if self._num_own > 1:
             words = part_of(words, self._rank, self._num_own)
-        end = shape.plan_length(runner.block_size)
+        end = shape.plan_length(runner.block_size, runner.layout.groups.size)
         part = slice(end - len(words), end)
         runner.staged(part)[:] = words
         runner.put(part)

@@ -168,7 +168,7 @@ class Attention(nn.Module):
         Returns:
             [T, H·D], dtype of `x_TE`. What is left is `o_proj`.
         """
-        work = inputs.attention[self.spec]
+        work, group = inputs.attention[self.spec], inputs.groups[cache.group]
         qkv_TF, gate_TF = self._projected(norm, x_TE)
         if query_scale_T is not None:
             assert self.q_norm is None
@@ -178,9 +178,10 @@ class Attention(nn.Module):
             cos_sin,
             self.q_norm.weight if self.q_norm is not None else None,
             self.k_norm.weight if self.k_norm is not None else None,
-            *cache,
-            inputs.block_table,
-            inputs.tokens,
+            cache.keys,
+            cache.values,
+            group.block_table,
+            group.tokens,
             work.plan,
             work.geometry,
             num_heads=self.spec.num_heads,
@@ -207,7 +208,7 @@ class Attention(nn.Module):
         self, norm: RMSNorm | None, x_TE: Tensor, cos_sin: Tensor, cache: PagedCache, inputs: StepInputs
     ) -> None:
         """Write this step's keys and values; arguments as of `forward`."""
-        tokens = inputs.tokens
+        tokens = inputs.groups[cache.group].tokens
         rope_cache(
             self._projected(norm, x_TE)[0],
             tokens.positions,
@@ -215,7 +216,8 @@ class Attention(nn.Module):
             cos_sin,
             self.q_norm.weight if self.q_norm is not None else None,
             self.k_norm.weight if self.k_norm is not None else None,
-            *cache,
+            cache.keys,
+            cache.values,
             self.spec.num_heads,
             self.eps,
             value_norm=self.keys_and_values.value_norm,

@@ -5,7 +5,8 @@ layer its cache, without looking inside: only a layer and the operators of its k
 
 Memory comes in two forms. *Blocks* are granted to requests as they grow, and hold an entry for each of `block_size` tokens.
 A *line* holds what a layer knows of a request as a whole: each that runs writes one, and goes on to another where the one it had
-is kept for others (`LineRows`). Block 0 and line 0 are null: padding reads and writes there.
+is kept for others (`LineRows`). Block 0 and line 0 are null: padding reads and writes there. Layers with and without a window may
+be in block groups of their own, which share that memory: a block is of one group at a time (see `stepgraph.abi.block_groups`).
 """
 
 from __future__ import annotations
@@ -115,7 +116,8 @@ class PagedSpec(CacheSpec):
 
     def cache(self, block_tensors: Sequence[Tensor], line_tensors: Sequence[Tensor]) -> PagedCache:
         """See `CacheSpec.cache`."""
-        return PagedCache(*block_tensors)
+        keys, values = block_tensors
+        return PagedCache(keys, values)
 
 
 class PagedCache(NamedTuple):
@@ -123,11 +125,12 @@ class PagedCache(NamedTuple):
 
     keys: Tensor  # [blocks, block_size, G, D]
     values: Tensor  # likewise
+    group: int = 0  # its block group: whose table says where its blocks are
 
     @property
     def block_tensors(self) -> tuple[Tensor, ...]:
         """See `LayerCache.block_tensors`."""
-        return self
+        return self.keys, self.values
 
     @property
     def line_tensors(self) -> tuple[Tensor, ...]:
@@ -165,18 +168,20 @@ class LatentSpec(CacheSpec):
 
     def cache(self, block_tensors: Sequence[Tensor], line_tensors: Sequence[Tensor]) -> LatentCache:
         """See `CacheSpec.cache`."""
-        return LatentCache(*block_tensors)
+        (entries,) = block_tensors
+        return LatentCache(entries)
 
 
 class LatentCache(NamedTuple):
     """Of a `LatentSpec`. Entry i of block b belongs to token i of those that b holds."""
 
     entries: Tensor  # [blocks, block_size, L]
+    group: int = 0  # likewise
 
     @property
     def block_tensors(self) -> tuple[Tensor, ...]:
         """See `LayerCache.block_tensors`."""
-        return self
+        return (self.entries,)
 
     @property
     def line_tensors(self) -> tuple[Tensor, ...]:

@@ -113,13 +113,21 @@ class WriteSignals(NamedTuple):
         ops.kv_signal(*self, layer)
 
 
+class GroupInputs(NamedTuple):
+    """The step as the layers of one block group see it."""
+
+    block_table: Tensor  # [slots, max blocks] int32
+    tokens: ops.StepTokens  # the step's, with the group's `kv_slots`
+
+
 @dataclass(frozen=True)
 class StepInputs:
     """One step's tensors, built on the device inside the graph."""
 
     tokens: ops.StepTokens
     attention: Mapping[AttentionSpec, AttentionWork]
-    block_table: Tensor  # [slots, max blocks] int32
+    groups: tuple[GroupInputs, ...]
+    """By block groups, which caches name; those of `tokens` are the first's."""
     block_size: int
     caches: tuple[Any, ...]  # one per layer, of the kind of its `CacheSpec`
     dispatch: DispatchTable = DispatchTable()  # of layers with experts

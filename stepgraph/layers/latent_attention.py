@@ -110,7 +110,7 @@ class LatentAttention(nn.Module):
         Returns:
             [T, H·V], dtype of `x_TE`. What is left is `o_proj`.
         """
-        tokens, work = inputs.tokens, inputs.attention[self.spec]
+        (block_table, tokens), work = inputs.groups[cache.group], inputs.attention[self.spec]
         deterministic = work.geometry.deterministic
         q_TF, absorbed_THL = self._queries(norm, x_TE, cos_sin, cache, inputs, deterministic)
         if work.own is not None:
@@ -118,7 +118,7 @@ class LatentAttention(nn.Module):
         latent_THR = mla_attention(
             absorbed_THL,
             cache.entries,
-            inputs.block_table,
+            block_table,
             tokens.row_slot,
             tokens.query_start,
             tokens.kv_len,
@@ -137,7 +137,8 @@ class LatentAttention(nn.Module):
 
     def _expanded(self, q_TF: Tensor, absorbed_THL: Tensor, cache: LatentCache, inputs: StepInputs) -> Tensor:
         """What `forward` returns, by keys and values of this step's tokens, and absorbed queries for older ones."""
-        tokens, (plan, geometry, own), sizes = inputs.tokens, inputs.attention[self.spec], self.sizes
+        (block_table, tokens), sizes = inputs.groups[cache.group], self.sizes
+        plan, geometry, own = inputs.attention[self.spec]
         assert own is not None
         assert geometry.own is not None
         latent_TR, key_TP = (
@@ -147,7 +148,7 @@ class LatentAttention(nn.Module):
         latent_THR, lse_TH = mla_context_attention(
             absorbed_THL,
             cache.entries,
-            inputs.block_table,
+            block_table,
             tokens.row_slot,
             tokens.query_start,
             own.context_len,
@@ -190,15 +191,15 @@ class LatentAttention(nn.Module):
         deterministic: bool,
     ) -> tuple[Tensor, Tensor]:
         """Queries, [T, H · (N + P)], and absorbed ones, [T, H, R + P]; writes the latents."""
-        sizes = self.sizes
+        sizes, tokens = self.sizes, inputs.groups[cache.group].tokens
         q_TF, latent_TL = self.qkv_proj.product(x_TE, norm=norm).tensor_split((-sizes.entry_size,), dim=1)
         if self.q_a_layernorm is not None:
             q_TF = self.q_proj.product(q_TF, norm=self.q_a_layernorm)
         absorbed_THL = latent_queries(
             q_TF,
             latent_TL,
-            inputs.tokens.positions,
-            inputs.tokens.kv_slots,
+            tokens.positions,
+            tokens.kv_slots,
             cos_sin,
             self.kv_a_layernorm.weight,
             self._head_weights[:, : sizes.key_dim],

@@ -266,17 +266,18 @@ class TransformersModel(nn.Module):
         def attend(call: AttentionCall) -> Tensor:
             cache: PagedCache = inputs.caches[call.number]
             spec = self.attention_specs[call.number]
-            work = inputs.attention[spec]
+            work, group = inputs.attention[spec], inputs.groups[cache.group]
             q_THD, k_TGD, v_TGD = (
                 _filled(x, spec.head_dim).squeeze(0).transpose(0, 1) for x in (call.query, call.key, call.value)
             )
             k_TGD, v_TGD = (x if x.stride(-1) == 1 else x.contiguous() for x in (k_TGD, v_TGD))
-            ops.write_kv(k_TGD, v_TGD, tokens.kv_slots, *cache)
+            ops.write_kv(k_TGD, v_TGD, group.tokens.kv_slots, cache.keys, cache.values)
             inputs.wrote(call.number)
             attended_TF = ops.paged_attention(
                 q_THD.contiguous(),
-                *cache,
-                inputs.block_table,
+                cache.keys,
+                cache.values,
+                group.block_table,
                 tokens.row_slot,
                 tokens.query_start,
                 tokens.kv_len,

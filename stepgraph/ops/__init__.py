@@ -41,6 +41,7 @@ from stepgraph.ops.fp8_linear import (
 )
 from stepgraph.ops.gated_delta import gated_delta
 from stepgraph.ops.gated_norm import gated_norm
+from stepgraph.ops.group_slots import group_slots
 from stepgraph.ops.grouped_linear import grouped_linear
 from stepgraph.ops.head_linear import head_linear
 from stepgraph.ops.kv_signal import kv_signal
@@ -103,6 +104,7 @@ __all__ = [
     "gated_norm",
     "gather_tokens",
     "geglu",
+    "group_slots",
     "grouped_linear",
     "head_linear",
     "kv_signal",

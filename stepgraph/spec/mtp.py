@@ -241,7 +241,7 @@ class MTPDrafter:
         geometry = self._geometry(last, slot_R.shape[0], slot_R.shape[0], decode_tokens=1)
         for place in range(D, step.num_drafts):
             tokens = ops.draft_row_tokens(
-                step.lines, step.inputs.block_table, slot_R, drafts[-1], place - D + 1, step.inputs.block_size
+                step.lines, _block_table(step), slot_R, drafts[-1], place - D + 1, step.inputs.block_size
             )
             inputs = self._inputs(step, last, tokens, geometry)
             normalised_RE, hidden_RE = last(self._model.embed(drafts[-1]), hidden_RE, cache, inputs)
@@ -298,7 +298,7 @@ class MTPDrafter:
             k,
             step.lines,
             step.tokens,
-            step.inputs.block_table,
+            _block_table(step),
             hidden_TE,
             carried_SE,
             step.inputs.block_size,
@@ -333,7 +333,8 @@ class MTPDrafter:
     ) -> StepInputs:
         """What a module sees of tokens that are not laid out as the step's are."""
         work = AttentionWork.of(layer.attention_spec, tokens, geometry)
-        return replace(step.inputs, tokens=tokens, attention={layer.attention_spec: work})
+        groups = tuple(group._replace(tokens=tokens) for group in step.inputs.groups)
+        return replace(step.inputs, tokens=tokens, attention={layer.attention_spec: work}, groups=groups)
 
     def _choose(self, normalised_RE: Tensor, slot_R: Tensor, place: int, lines: Tensor) -> Tensor:
         """The proposal for the place after `place` others: [R] int32."""
@@ -343,3 +344,9 @@ class MTPDrafter:
             logits_RV = self._head(normalised_RE)
         # Rows that do not draft may get NO_TOKEN, which has no embedding.
         return ops.sample(logits_RV, slot_R, torch.full_like(slot_R, place), lines).clamp_(min=0)
+
+
+def _block_table(step: DraftStep) -> Tensor:
+    """Where the modules' blocks are, which are all of one group: [slots, max blocks] int32."""
+    block_table: Tensor = step.inputs.groups[step.caches[0].group].block_table
+    return block_table

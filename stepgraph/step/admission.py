@@ -24,7 +24,7 @@ class Admission(NamedTuple):
     sampling: SlotSampling
     """How its tokens are chosen."""
     blocks: Sequence[int] = ()
-    """KV blocks of the first `computed` tokens."""
+    """KV blocks of the first `computed` tokens, those of a place one behind the other; see `stepgraph.abi.block_groups`."""
     computed: int = 0
     """Tokens whose keys and values are cached; fewer than `tokens`."""
     lines: Sequence[int] = ()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from stepgraph.step.plan import StepPlan
+from stepgraph.step.plan import BlockTables, StepPlan
 from stepgraph.step.shape import StepShape
 
 NOTHING = slice(0, 0)
@@ -15,12 +15,12 @@ class LoadedPlan:
     """Knows which plan was packed last, so that what repeats is not sent again.
 
     Args:
-        block_size: tokens per KV block.
+        tables: what the deltas of plans are for.
         first_slot: what the device calls slot n is `first_slot` + n in plans.
     """
 
-    def __init__(self, block_size: int, first_slot: int = 0) -> None:
-        self._block_size, self._first_slot = block_size, first_slot
+    def __init__(self, tables: BlockTables, first_slot: int = 0) -> None:
+        self._tables, self._first_slot = tables, first_slot
         self._last: tuple[int | None, StepShape] | None = None
 
     def pack(self, plan: StepPlan, shape: StepShape, out: npt.NDArray[np.int32]) -> slice:
@@ -39,8 +39,9 @@ class LoadedPlan:
         has_rows = plan.epoch is not None and self._last == (plan.epoch, shape)
         if has_rows and not plan.deltas:
             return NOTHING
-        start, end = shape.deltas_start if has_rows else 0, shape.plan_length(self._block_size)
-        plan.pack(shape, self._block_size, out[:end], start, self._first_slot)
+        tables = self._tables
+        start, end = shape.deltas_start if has_rows else 0, shape.plan_length(tables.block_size, tables.num_groups)
+        plan.pack(shape, tables, out[:end], start, self._first_slot)
         self._last = (plan.epoch, shape)
         return slice(start, end)
 

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from stepgraph.abi.block_groups import BlockGroups
 from stepgraph.config import CacheConfig, EngineConfig
 from stepgraph.errors import ConfigError
-from stepgraph.layers.cache import CacheSpec, Item, LayerCache
+from stepgraph.layers.cache import CacheSpec, Item, LayerCache, PagedCache
 from stepgraph.platforms import DeviceMemory, Platform
+from stepgraph.step.groups import Arrangement, arrange
 
 logger = logging.getLogger(__name__)
 
@@ -33,6 +36,9 @@ class CacheLayout:
     num_lines: int  # the null line included
     num_drafts: int  # most proposals of a row
     lookahead: int = 0  # of the drafter
+    apart_for: int = (
+        0  # tokens of the longest request, if layers with a window may be in block groups of their own; else 0
+    )
 
     def __post_init__(self) -> None:
         for index, spec in enumerate(self.specs):
@@ -44,36 +50,52 @@ class CacheLayout:
         return self.model_specs + self.draft_specs
 
     @property
+    def groups(self) -> BlockGroups:
+        """Which share block tables."""
+        return self._arrangement.groups
+
+    @property
     def block_bytes(self) -> int:
-        """Of a block, in all layers together."""
-        return sum(item.num_bytes for spec in self._owners for item in spec.per_block(self.block_size))
+        """Of a block of all groups each."""
+        parts = {self._arrangement.homes[index].part: spec for index, spec in self._owners}
+        items = (item for spec in parts.values() for item in spec.per_block(self.block_size))
+        return self.groups.size * sum(item.num_bytes for item in items)
 
     @property
     def line_bytes(self) -> int:
         """Of all lines, in all layers together."""
-        return self.num_lines * sum(item.num_bytes for spec in self._owners for item in spec.per_line(self.num_drafts))
+        return self.num_lines * sum(
+            item.num_bytes for _, spec in self._owners for item in spec.per_line(self.num_drafts)
+        )
 
-    def sizes(self, num_blocks: int) -> list[int]:
+    def sizes(self, num_kv_blocks: int) -> list[int]:
         """Bytes of each of the tensors that `allocate` makes."""
         return [
             count * item.num_bytes
-            for spec in self._owners
-            for count, items in self._items(spec, num_blocks)
+            for index, spec in self._owners
+            for count, items in self._items(index, spec, num_kv_blocks)
             for item in items
         ]
 
-    def allocate(self, num_blocks: int, memory: DeviceMemory) -> tuple[LayerCache, ...]:
-        """The cache of each layer, zero, block 0 being the null block and line 0 the null line."""
+    def allocate(self, num_kv_blocks: int, memory: DeviceMemory) -> tuple[LayerCache, ...]:
+        """The cache of each layer, zero, block 0 being the null block and line 0 the null line. There are as many blocks as
+        `BlockGroups.num_blocks` says."""
         caches: list[LayerCache] = []
-        for spec in self.specs:
+        parts: dict[int, list[Tensor]] = {}
+        for index, spec in enumerate(self.specs):
             if spec.shares is not None:
                 caches.append(caches[spec.shares])
                 continue
             block_tensors, line_tensors = (
                 [memory.zeros((count, *item.shape), item.dtype) for item in items]
-                for count, items in self._items(spec, num_blocks)
+                for count, items in self._items(index, spec, num_kv_blocks)
             )
-            caches.append(spec.cache(block_tensors, line_tensors))
+            home = self._arrangement.homes[index]
+            cache = spec.cache(parts.setdefault(home.part, block_tensors), line_tensors)
+            if home.group:
+                assert isinstance(cache, PagedCache), cache
+                cache = cache._replace(group=home.group)
+            caches.append(cache)
         return tuple(caches)
 
     @property
@@ -86,20 +108,21 @@ class CacheLayout:
         """Whether requests can start from blocks that others have filled."""
         return all(spec.starts_from_blocks for spec in self.specs)
 
-    @property
-    def reach(self) -> int:
-        """The last positions, the first of a step's own included, whose blocks the step may read; 0: all."""
-        reaches = [spec.reach for spec in self.specs if spec.reach is not None]
-        # Of several draft modules, the k-th runs from k - 1 positions before the step's own on.
-        return max(reaches) + max(0, self.lookahead - 1) if all(reaches) and reaches else 0
-
-    def _items(self, spec: CacheSpec, num_blocks: int) -> tuple[tuple[int, tuple[Item, ...]], ...]:
-        """How many blocks, and how many lines, a layer's cache has, each with what one of them has in each tensor."""
-        return (num_blocks, spec.per_block(self.block_size)), (self.num_lines, spec.per_line(self.num_drafts))
+    def _items(self, index: int, spec: CacheSpec, num_kv_blocks: int) -> tuple[tuple[int, tuple[Item, ...]], ...]:
+        """How many blocks, and how many lines, are made for a layer, each with what one of them has in each tensor. The first of
+        those that share a part of blocks is the one it is made for."""
+        homes = self._arrangement.homes
+        is_first = all(homes[other].part != homes[index].part for other, _ in self._owners if other < index)
+        of_blocks = spec.per_block(self.block_size) if is_first else ()
+        return (self.groups.num_blocks(num_kv_blocks), of_blocks), (self.num_lines, spec.per_line(self.num_drafts))
 
     @property
-    def _owners(self) -> list[CacheSpec]:
-        return [spec for spec in self.specs if spec.shares is None]
+    def _owners(self) -> list[tuple[int, CacheSpec]]:
+        return [(index, spec) for index, spec in enumerate(self.specs) if spec.shares is None]
+
+    @cached_property
+    def _arrangement(self) -> Arrangement:
+        return arrange(self.specs, len(self.model_specs), self.lookahead, self.block_size, self.apart_for)
 
 
 class OperatorCount(TorchDispatchMode):
@@ -218,17 +241,21 @@ def choose_sizes(
             f"the KV cache needs {_gib(needed)} and {_gib(free)} are free; lower num_kv_blocks, max_model_len or "
             f"gpu_memory_utilization{_or_states(line_bytes, config)}"
         )
-    num_tokens = (num_blocks - 1) * layout.block_size
+    num_tokens, groups = (num_blocks - 1) * layout.block_size, layout.groups
     logger.info(
-        "KV cache: %d blocks of %d tokens, %s; %d tokens in all",
+        "KV cache: %d blocks of %d tokens, %s; %d tokens in all%s",
         num_blocks,
         layout.block_size,
         _gib(needed),
         num_tokens,
+        f", {num_tokens * groups.size // groups.num_full} of long prompts, of which {groups.num_windowed} of "
+        f"{groups.size} groups of layers keep {groups.window}"
+        if groups.num_full and groups.num_windowed
+        else "",
     )
     if state_bytes:
         logger.info("states: %s for each request; %d more of prefixes are kept", _gib(state_bytes), num_checkpoints)
-    if num_blocks <= blocks_per_request:
+    if groups.most_held(max_model_len, 1, layout.block_size) >= groups.num_blocks(num_blocks):
         logger.warning(
             "the KV cache holds %d tokens, less than one request of max_model_len=%d; longer requests will be refused",
             num_tokens,

@@ -7,11 +7,23 @@ from dataclasses import dataclass
 from enum import StrEnum
 from functools import cached_property
 from itertools import chain
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
+from stepgraph.abi import slot_line
 from stepgraph.step.shape import StepShape, Variant
+
+
+class BlockTables(NamedTuple):
+    """Where the device keeps which blocks requests have: a table for each block group, one behind the other."""
+
+    block_size: int
+    """Tokens per block."""
+    num_groups: int = 1
+    num_slots: int = 0
+    """Lines of a table; of no interest where there is one."""
 
 
 class StepKind(StrEnum):
@@ -29,7 +41,7 @@ class StepPlan:
     rows: tuple[tuple[int, int], ...]
     """(slot, query length bound); a slot appears once."""
     deltas: tuple[tuple[int, int, int], ...]
-    """Block-table entries to set before the step: (slot, index, block)."""
+    """Blocks granted before the step: (slot, index in the request's list, block); see `stepgraph.abi.block_groups`."""
     num_prefill_rows: int
     """Rows that compute prompt tokens."""
     variant: Variant = Variant.PLAIN
@@ -88,24 +100,30 @@ class StepPlan:
         return StepKind.PREFILL if self.num_prefill_rows == len(self.rows) else StepKind.MIXED
 
     def pack(
-        self, shape: StepShape, block_size: int, out: npt.NDArray[np.int32], start: int = 0, first_slot: int = 0
+        self, shape: StepShape, tables: BlockTables, out: npt.NDArray[np.int32], start: int = 0, first_slot: int = 0
     ) -> None:
         """Write the plan for the device: rows, then deltas, each padded with zeros (null slot, null block).
 
         Args:
             shape: captured sizes the plan fits into.
-            block_size: tokens per KV block.
+            tables: that the deltas are for.
             out: [plan_length] int32, overwritten from `start` on.
             start: `shape.deltas_start` where the rows lie on the device already, else 0.
             first_slot: what the device calls slot n is `first_slot` + n here.
         """
-        assert len(self.deltas) <= shape.num_deltas(block_size), (len(self.deltas), shape)
+        num_groups = tables.num_groups
+        assert len(self.deltas) <= shape.num_deltas(tables.block_size, num_groups), (len(self.deltas), shape)
         out[start:] = 0
         if start == 0:
             assert self.num_tokens <= shape.num_tokens, (self.num_tokens, shape)
             assert len(self.rows) <= shape.num_rows, (len(self.rows), shape)
             _put(self.rows, out, first_slot)
         _put(self.deltas, out[shape.deltas_start :], first_slot)
+        if num_groups > 1 and self.deltas:
+            deltas = out[shape.deltas_start :][: slot_line.DELTA_WIDTH * len(self.deltas)]
+            place, group = np.divmod(deltas[1 :: slot_line.DELTA_WIDTH], num_groups)
+            deltas[:: slot_line.DELTA_WIDTH] += group * tables.num_slots
+            deltas[1 :: slot_line.DELTA_WIDTH] = place
 
 
 IDLE_EPOCH = -1

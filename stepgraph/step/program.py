@@ -22,7 +22,15 @@ from torch import Tensor
 from stepgraph import ops
 from stepgraph.abi import slot_line
 from stepgraph.layers.cache import LayerCache
-from stepgraph.layers.inputs import AttentionSpec, AttentionWork, DispatchTable, LineRows, StepInputs, WriteSignals
+from stepgraph.layers.inputs import (
+    AttentionSpec,
+    AttentionWork,
+    DispatchTable,
+    GroupInputs,
+    LineRows,
+    StepInputs,
+    WriteSignals,
+)
 from stepgraph.models.adapters import AdapterStore
 from stepgraph.models.language_model import LanguageModel
 from stepgraph.ops.rows import row_of
@@ -78,7 +86,7 @@ class StepProgram:
             T,
             R,
             self.shape.num_samples,
-            self.shape.num_deltas(self.block_size),
+            self.shape.num_deltas(self.block_size, len(state.block_tables)),
             self.block_size,
         )
         attention = {spec: AttentionWork.of(spec, tokens, geometry) for spec, geometry in self.attention.items()}
@@ -88,7 +96,7 @@ class StepProgram:
         inputs = StepInputs(
             tokens,
             attention,
-            state.block_table,
+            self._groups(tokens),
             self.block_size,
             self.caches,
             self.dispatch,
@@ -135,6 +143,25 @@ class StepProgram:
         if self.signals is not None:
             self.signals.wrote(len(self.caches))
         return StepOutput(logits_CV, sampled_S)
+
+    def _groups(self, tokens: ops.StepTokens) -> tuple[GroupInputs, ...]:
+        """What the layers of each block group see."""
+        first, *others = self.state.block_tables
+        groups = [GroupInputs(first, tokens)]
+        if others:
+            kv_slots = ops.group_slots(
+                self.state.tables,
+                tokens.row_slot,
+                tokens.query_start,
+                tokens.positions,
+                1 + len(others),
+                self.block_size,
+            )
+            groups += (
+                GroupInputs(table, tokens._replace(kv_slots=kv_slots_T))
+                for table, kv_slots_T in zip(others, kv_slots.unbind(), strict=True)
+            )
+        return tuple(groups)
 
     def _sample(self, samples: ops.StepSamples, hidden_TE: Tensor) -> tuple[Tensor, Tensor]:
         """The last chunk's logits, and all that was sampled."""

@@ -33,7 +33,7 @@ from stepgraph.step.loaded_plan import LoadedPlan
 from stepgraph.step.logits import LogitMemory
 from stepgraph.step.memory import CacheLayout, OperatorCount, choose_sizes, kv_cache_dtype
 from stepgraph.step.output_rings import RING_DEPTH, OutputReader
-from stepgraph.step.plan import StepPlan
+from stepgraph.step.plan import BlockTables, StepPlan
 from stepgraph.step.program import StepOutput, StepProgram
 from stepgraph.step.results import StepResults, Ticket
 from stepgraph.step.shape import StepShape, Variant
@@ -90,8 +90,29 @@ class StepRunner:
             assert group is not None
             self.shared_rings = SharedRings(self.policy.max_shape, group.shard, exchange, platform.device)
         self._is_read_elsewhere = group is not None and num_own > 1 and group.shard.rank > 0
-        self.loaded = [LoadedPlan(self.block_size, rank * scheduler.max_num_seqs) for rank in range(num_own)]
+        cache_dtype = kv_cache_dtype(config.cache, platform, model.dtype)
+        self.layout = layout = CacheLayout(
+            model.cache_specs(cache_dtype),
+            drafter.cache_specs(cache_dtype) if drafter else (),
+            self.block_size,
+            scheduler.max_num_seqs + 1,
+            self.policy.max_shape.num_drafts,
+            drafter.lookahead if drafter else 0,
+            0 if config.transfer.moves_blocks else max_model_len,
+        )
+        tables = BlockTables(self.block_size, layout.groups.size, scheduler.max_num_seqs + 1)
+        self.loaded = [LoadedPlan(tables, rank * scheduler.max_num_seqs) for rank in range(num_own)]
         """What lies where this rank's graphs read it and, on rank 0, where others' do that have requests of their own."""
+        self.state = SlotState(
+            max_num_seqs=scheduler.max_num_seqs,
+            max_model_len=max_model_len,
+            tables=tables,
+            vocab_size=self.vocab_size,
+            max_shape=self.policy.max_shape,
+            platform=platform,
+            rings=None if self.shared_rings is None or group is None else self.shared_rings.of_ranks[group.shard.rank],
+            has_lines=layout.has_lines,
+        )
         dtype = model.dtype
         self.logits = LogitMemory(
             max_samples=self.policy.max_shape.num_samples,
@@ -104,25 +125,6 @@ class StepRunner:
         """Called when the KV cache no longer holds what was put there; whoever counts on its content sets it."""
         self.num_launched = 0
         """Steps so far."""
-        cache_dtype = kv_cache_dtype(config.cache, platform, dtype)
-        self.layout = layout = CacheLayout(
-            model.cache_specs(cache_dtype),
-            drafter.cache_specs(cache_dtype) if drafter else (),
-            self.block_size,
-            scheduler.max_num_seqs + 1,
-            self.policy.max_shape.num_drafts,
-            drafter.lookahead if drafter else 0,
-        )
-        self.state = SlotState(
-            max_num_seqs=scheduler.max_num_seqs,
-            max_model_len=max_model_len,
-            block_size=self.block_size,
-            vocab_size=self.vocab_size,
-            max_shape=self.policy.max_shape,
-            platform=platform,
-            rings=None if self.shared_rings is None or group is None else self.shared_rings.of_ranks[group.shard.rank],
-            has_lines=layout.has_lines,
-        )
         self.signals = KVSignals(len(layout.model_specs), platform) if config.transfer.signals_layers else None
         """Where steps say, layer by layer, that their keys and values are in the cache; None: they do not."""
         self._attention = AttentionSizes(

@@ -17,6 +17,7 @@ from stepgraph.abi import slot_line
 from stepgraph.platforms import Platform
 from stepgraph.step.admission import Admission
 from stepgraph.step.output_rings import OutputRings
+from stepgraph.step.plan import BlockTables
 from stepgraph.step.shape import StepShape
 from stepgraph.step.slot_sampling import SlotSampling
 
@@ -37,35 +38,43 @@ class SlotState:
         *,
         max_num_seqs: int,
         max_model_len: int,
-        block_size: int,
+        tables: BlockTables,
         vocab_size: int,
         max_shape: StepShape,
         platform: Platform,
         rings: OutputRings | None = None,
         has_lines: bool = False,
     ):
-        slots = max_num_seqs + 1
+        slots, num_groups = max_num_seqs + 1, tables.num_groups
 
         def zeros(*size: int) -> Tensor:
             return torch.zeros(*size, dtype=torch.int32, device=platform.device)
 
         self.lines = zeros(slots, slot_line.LINE_WIDTH)  # see stepgraph.abi.slot_line
         self.tokens = zeros(slots, max_model_len)  # token history
-        self._max_blocks, self._has_lines = -(-max_model_len // block_size), has_lines
-        self.tables = zeros(slots, self._max_blocks + has_lines * slot_line.NUM_LINES)  # what deltas change
+        self._max_blocks, self._num_groups, self._has_lines = (
+            -(-max_model_len // tables.block_size),
+            num_groups,
+            has_lines,
+        )
+        assert num_groups == 1 or not has_lines, tables
+        # What deltas change: of all block groups, one behind the other.
+        self.tables = zeros(num_groups * slots, self._max_blocks + has_lines * slot_line.NUM_LINES)
         self.biases = zeros(slots, slot_line.MAX_BIASES, 2)
         self.bad_words = zeros(slots, slot_line.MAX_BAD_WORDS, slot_line.BAD_WORD_WIDTH)
         self.masks = zeros(slots, 1 + max_shape.num_drafts, -(-vocab_size // slot_line.MASK_BITS))
-        self.plan = zeros(max_shape.plan_length(block_size))
+        self.plan = zeros(max_shape.plan_length(tables.block_size, num_groups))
         self.counter = zeros(1)  # steps committed, modulo RING_DEPTH
         self.rings = OutputRings.create(max_shape, platform.host_buffer) if rings is None else rings
         self.ring, self.logprob_ring, self.prompt_logprob_ring, _ = self.rings
         self._platform = platform
 
     @property
-    def block_table(self) -> Tensor:
-        """The KV blocks of slots: [slots, max blocks]. May be asked for inside a graph."""
-        return self.tables[:, : self._max_blocks] if self._has_lines else self.tables
+    def block_tables(self) -> tuple[Tensor, ...]:
+        """The KV blocks of slots, for each block group: [slots, max blocks]. May be asked for inside a graph."""
+        if self._num_groups > 1:
+            return self.tables.chunk(self._num_groups)
+        return (self.tables[:, : self._max_blocks] if self._has_lines else self.tables,)
 
     @property
     def line_table(self) -> Tensor | None:
@@ -80,7 +89,11 @@ class SlotState:
         line = _line(sampling)
         copies: list[_Copy] = [(line, self.lines[slot]), (array("i", tokens), self.tokens[slot])]
         if blocks:
-            copies.append((array("i", blocks), self.block_table[slot]))
+            block_tables = self.block_tables
+            copies += (
+                (array("i", blocks[group :: len(block_tables)]), table[slot])
+                for group, table in enumerate(block_tables)
+            )
         if self.line_table is not None:
             read, write = lines or (slot, slot)
             copies.append((array("i", (read, write, write)), self.line_table[slot]))

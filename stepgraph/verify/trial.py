@@ -9,9 +9,10 @@ read another line than they write.
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -109,7 +110,22 @@ class _Placed:
     row: Row
     slot: int
     line: int  # that it writes
-    entries: list[int]  # of the KV cache, of every position that blocks were granted for
+    entries: list[list[int]]  # of the KV cache: for each block group, of every position that blocks were granted for
+
+
+class _Paged(NamedTuple):
+    """A tensor of blocks as one layer's cache has it."""
+
+    flat: Tensor  # [entries, width]
+    group: int
+
+
+class _Shared(NamedTuple):
+    """A tensor of blocks, and the groups whose layers have it: all that may be written in it."""
+
+    flat: Tensor
+    model_groups: set[int]
+    draft_groups: set[int]
 
 
 def _run(
@@ -122,9 +138,10 @@ def _run(
     poison: float,
 ) -> Result:
     state, block_size, vocab = runner.state, runner.block_size, runner.vocab_size
+    groups = runner.layout.groups
     generator = torch.Generator().manual_seed(composition.seed)
     state.lines.zero_()
-    state.block_table.zero_()
+    state.tables.zero_()
     state.tokens.copy_(torch.randint(vocab, state.tokens.shape, generator=generator, dtype=torch.int32))
     for ring in (state.ring, state.logprob_ring, state.prompt_logprob_ring):
         ring.zero_()
@@ -134,21 +151,21 @@ def _run(
         for tensor in (*cache.block_tensors, *cache.line_tensors):
             _fill(tensor, poison)
 
-    free_blocks = (torch.randperm(runner.num_kv_blocks - 1, generator=generator) + 1).tolist()
+    free_blocks = (torch.randperm(groups.num_blocks(runner.num_kv_blocks) - 1, generator=generator) + 1).tolist()
     settings = random.Random(composition.seed)
     choice = random.Random(~composition.seed)  # of lines
     free_lines = choice.sample(range(1, runner.layout.num_lines), runner.layout.num_lines - 1)
     num_spare = len(free_lines) - len(composition.rows)
-    most = min(runner.max_model_len, len(free_blocks) * block_size + 1)  # tokens of the longest sequence
+    most = min(runner.max_model_len, len(free_blocks) // groups.size * block_size + 1)  # tokens of the longest sequence
     placed: list[_Placed] = []
     deltas: list[tuple[int, int, int]] = []
-    prefix_slots: list[int] = []
+    prefix: list[list[int]] = [[] for _ in range(groups.size)]  # entries that are there before the step, by group
     for slot, row in enumerate(composition.rows, start=1):
         sampling = random_sampling(settings, shape.variant, vocab)
         max_length = min(row.length + row.num_drafts + settings.choice((1, 2, 5, 100)), most)
         num_granted = max(row.end, min(row.end + shape.num_drafts - 1, max_length - 1))
-        blocks = [free_blocks.pop() for _ in range(-(-num_granted // block_size))]
-        known = -(-row.computed // block_size)
+        blocks = [free_blocks.pop() for _ in range(groups.size * -(-num_granted // block_size))]
+        known = groups.size * -(-row.computed // block_size)
         read = line = free_lines.pop()
         if num_spare and choice.random() < 0.5:
             read, num_spare = free_lines.pop(), num_spare - 1
@@ -174,18 +191,22 @@ def _run(
         if row.computed:
             for cache in (*model_caches, *draft_caches):
                 cache.lay_out(read, row.computed, generator)
-        entries = [blocks[p // block_size] * block_size + p % block_size for p in range(num_granted)]
-        prefix_slots.extend(entries[: row.computed])
+        entries = [
+            [blocks[p // block_size * groups.size + group] * block_size + p % block_size for p in range(num_granted)]
+            for group in range(groups.size)
+        ]
+        for group in range(groups.size):
+            prefix[group] += entries[group][: row.computed]
         if only is None or slot - 1 == only:
             placed.append(_Placed(row, slot, line, entries))
             deltas.extend((slot, i, blocks[i]) for i in range(known, len(blocks)))
 
-    prefix = torch.tensor(prefix_slots, device=runner.platform.device, dtype=torch.long)
     model_entries, draft_entries = _by_entry(model_caches), _by_entry(draft_caches)
-    before = []
-    for flat in (*model_entries, *draft_entries):
-        flat[prefix] = torch.randn(len(prefix_slots), flat.shape[1], generator=generator).to(flat)
-        before.append(flat[prefix])
+    for flat, group in (*model_entries, *draft_entries):
+        flat[prefix[group]] = torch.randn(len(prefix[group]), flat.shape[1], generator=generator).to(flat)
+    tensors = _by_tensor(model_entries, draft_entries)
+    prefixes = [_of(tensor.model_groups | tensor.draft_groups, prefix, tensor.flat.device) for tensor in tensors]
+    before = [tensor.flat[known] for tensor, known in zip(tensors, prefixes, strict=True)]
     line_tensors = [tensor for cache in (*model_caches, *draft_caches) for tensor in cache.line_tensors]
     lines_before = [tensor.clone() for tensor in line_tensors]
 
@@ -196,9 +217,21 @@ def _run(
     runner.platform.synchronize()
 
     ran = [item for item in placed if item.row.active]
-    own = [entry for p in ran for entry in p.entries[p.row.computed : p.row.end]]
-    drafted = [entry for p in ran for entry in _drafted_entries(p, state.lines, shape.num_drafts)]
-    changed = [_changed(flat, prefix, old) for flat, old in zip((*model_entries, *draft_entries), before, strict=True)]
+    own = [
+        [entry for p in ran for entry in p.entries[group][p.row.computed : p.row.end]] for group in range(groups.size)
+    ]
+    drafted = [
+        own[group] + [entry for p in ran for entry in _drafted_entries(p, group, state.lines, shape.num_drafts)]
+        for group in range(groups.size)
+    ]
+    num_strays = sum(
+        _count_strays(
+            _changed(tensor.flat, known, old),
+            torch.cat([_of(tensor.model_groups, own, known.device), _of(tensor.draft_groups, drafted, known.device)]),
+            block_size,
+        )
+        for tensor, known, old in zip(tensors, prefixes, before, strict=True)
+    )
     states = [
         tensor
         for cache in (*model_caches, *draft_caches)
@@ -216,11 +249,10 @@ def _run(
         ring=[_specified(line) for line in state.ring[0, : len(placed)].tolist()],
         lines=state.lines.clone(),
         tokens=state.tokens.clone(),
-        written=_as_one([flat[own] for flat in model_entries]),
-        draft_written=_as_one([flat[own + drafted] for flat in draft_entries]),
+        written=_as_one([flat[own[group]] for flat, group in model_entries]),
+        draft_written=_as_one([flat[drafted[group]] for flat, group in draft_entries]),
         states=_as_one(states),
-        strays=_count_strays(changed[: len(model_entries)], own, block_size)
-        + _count_strays(changed[len(model_entries) :], own + drafted, block_size)
+        strays=num_strays
         + _count_stray_lines(line_tensors, lines_before, [slot_line.NULL_LINE, *(item.line for item in ran)]),
         logprobs=torch.cat((state.logprob_ring[0], state.prompt_logprob_ring[0])),
         hidden=hidden[0][:num_hidden].float() if hidden else torch.empty(0),
@@ -241,8 +273,9 @@ def _inputs_of_head(model: LanguageModel) -> Iterator[list[Tensor]]:
             hook.remove()
 
 
-def _drafted_entries(item: _Placed, lines: Tensor, num_drafts: int) -> list[int]:
-    """Cache entries of the proposals that a draft model computed for a row, beyond the row's own: all proposals but the last."""
+def _drafted_entries(item: _Placed, group: int, lines: Tensor, num_drafts: int) -> list[int]:
+    """Cache entries, in a group, of the proposals that a draft model computed for a row, beyond the row's own: all proposals but
+    the last."""
     length, computed, active, max_length, most = lines[
         item.slot,
         [
@@ -254,7 +287,7 @@ def _drafted_entries(item: _Placed, lines: Tensor, num_drafts: int) -> list[int]
         ],
     ].tolist()
     room = min(num_drafts, most, max_length - length - 1) if active and computed == length - 1 else 0
-    return item.entries[max(item.row.end, computed) : computed + room - 1]
+    return item.entries[group][max(item.row.end, computed) : computed + room - 1]
 
 
 def _distinct(caches: Sequence[LayerCache]) -> list[LayerCache]:
@@ -262,9 +295,28 @@ def _distinct(caches: Sequence[LayerCache]) -> list[LayerCache]:
     return list({id(cache): cache for cache in caches}.values())
 
 
-def _by_entry(caches: Sequence[LayerCache]) -> list[Tensor]:
-    """The tensors of blocks as [entries, width]."""
-    return [tensor.flatten(0, 1).flatten(1) for cache in caches for tensor in cache.block_tensors]
+def _by_entry(caches: Sequence[LayerCache]) -> list[_Paged]:
+    """The tensors of blocks, layer by layer."""
+    return [
+        _Paged(tensor.flatten(0, 1).flatten(1), getattr(cache, "group", 0))
+        for cache in caches
+        for tensor in cache.block_tensors
+    ]
+
+
+def _by_tensor(model: Sequence[_Paged], draft: Sequence[_Paged]) -> list[_Shared]:
+    """Each tensor of blocks once."""
+    shared: dict[int, _Shared] = {}
+    for flat, group in model:
+        shared.setdefault(flat.data_ptr(), _Shared(flat, set(), set())).model_groups.add(group)
+    for flat, group in draft:
+        shared.setdefault(flat.data_ptr(), _Shared(flat, set(), set())).draft_groups.add(group)
+    return list(shared.values())
+
+
+def _of(groups: Iterable[int], entries: Sequence[Sequence[int]], device: torch.device) -> Tensor:
+    """The entries of some groups, as an index."""
+    return torch.tensor([entry for group in groups for entry in entries[group]], device=device, dtype=torch.long)
 
 
 def _as_one(tensors: Sequence[Tensor]) -> Tensor:
@@ -279,14 +331,11 @@ def _changed(flat: Tensor, prefix: Tensor, before: Tensor) -> Tensor:
     return changed
 
 
-def _count_strays(changed: list[Tensor], allowed: list[int], block_size: int) -> int:
-    """Entries that changed in any of the caches, and may not."""
-    if not changed:
-        return 0
-    strays = torch.stack(changed).any(0)
-    strays[torch.tensor(allowed, device=strays.device, dtype=torch.long)] = False
-    strays[: block_size * (slot_line.NULL_BLOCK + 1)] = False
-    return int(strays.sum())
+def _count_strays(changed: Tensor, allowed: Tensor, block_size: int) -> int:
+    """Entries of a tensor that changed, and may not."""
+    changed[allowed] = False
+    changed[: block_size * (slot_line.NULL_BLOCK + 1)] = False
+    return int(changed.sum())
 
 
 def _count_stray_lines(tensors: Sequence[Tensor], before: Sequence[Tensor], allowed: list[int]) -> int:

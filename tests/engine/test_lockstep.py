@@ -6,7 +6,7 @@ from itertools import cycle, pairwise
 
 import numpy as np
 import pytest
-from scheduling import VOCAB, Device, answer_alone
+from exact_device import VOCAB, Device, answer_alone
 
 from stepgraph.abi import slot_line
 from stepgraph.config import EngineConfig, GraphConfig, ParallelConfig, SchedulerConfig

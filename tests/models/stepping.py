@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from stepgraph.layers.inputs import AttentionWork, LineRows, StepInputs
+from stepgraph.layers.inputs import AttentionWork, GroupInputs, LineRows, StepInputs
 from stepgraph.models import Decoder
 from stepgraph.ops import StepTokens, attention_geometry
 
@@ -64,8 +64,8 @@ class Stepper:
             )
             for spec in self.model.attention_specs
         }
-        lines = LineRows(tokens.row_slot, tokens.row_slot)
-        return StepInputs(tokens, attention, self.block_table, BLOCK_SIZE, self.caches, lines=lines)
+        lines, groups = LineRows(tokens.row_slot, tokens.row_slot), (GroupInputs(self.block_table, tokens),)
+        return StepInputs(tokens, attention, groups, BLOCK_SIZE, self.caches, lines=lines)
 
     def step(self, token_ids: list[int]) -> Tensor:
         """Feed the sequence's next tokens; return the logits at each of them."""

@@ -12,7 +12,7 @@ from transformers import Glm4MoeConfig, LlamaConfig, Qwen2MoeConfig, Qwen3MoeCon
 
 from stepgraph.errors import ConfigError, ModelError
 from stepgraph.layers.experts import ExpertShard, ExpertsSpec, MixtureMLP
-from stepgraph.layers.inputs import StepInputs
+from stepgraph.layers.inputs import GroupInputs, StepInputs
 from stepgraph.layers.norm import RMSNorm
 from stepgraph.layers.residual import ResidualStream
 from stepgraph.models import load_model, resolve
@@ -181,7 +181,7 @@ def inputs_of(count: int) -> StepInputs:
     query_start = torch.tensor([0, count], dtype=torch.int32)
     none = torch.zeros(0, dtype=torch.int32)
     tokens = StepTokens(none, none, none, none, query_start, none)
-    return StepInputs(tokens, {}, none, BLOCK_SIZE, ())
+    return StepInputs(tokens, {}, (GroupInputs(none, tokens),), BLOCK_SIZE, ())
 
 
 @pytest.mark.parametrize("post", [False, True])

@@ -144,8 +144,9 @@ def logits_in_steps(runner, sequences, steps) -> dict[tuple[int, int], torch.Ten
     with runner.workbench():
         for i, tokens in enumerate(sequences):
             blocks = -(-len(tokens) // runner.block_size)
-            state.block_table[i + 1, :blocks] = torch.arange(next_block, next_block + blocks)
-            next_block += blocks
+            for block_table in state.block_tables:
+                block_table[i + 1, :blocks] = torch.arange(next_block, next_block + blocks)
+                next_block += blocks
         done = [0] * len(sequences)
         for step in steps:
             rows = [(i, n) for i, n in enumerate(step) if n]

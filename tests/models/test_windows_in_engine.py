@@ -5,6 +5,7 @@ import torch
 from checkpoints import HF_CONFIGS, WINDOW, random_hf_model
 from tiny import TINY_SETTINGS, drain, set_run_ahead
 
+from stepgraph.abi.block_groups import BlockGroups
 from stepgraph.config import EngineConfig
 from stepgraph.engine.build import build_engine
 from stepgraph.engine.engine import Engine
@@ -29,7 +30,7 @@ def create(folder: str, device: str, create_scheduler=Scheduler, **options) -> E
 
 
 def keeping_all(*arguments, **options) -> Scheduler:
-    return Scheduler(*arguments, **options | {"reach": 0})
+    return Scheduler(*arguments, **options | {"groups": BlockGroups()})
 
 
 def poison_free_blocks(engine: Engine) -> None:
@@ -66,7 +67,7 @@ def test_answers_are_those_of_an_engine_that_keeps_all_blocks(folder, device, ru
     kept = create(folder, device, keeping_all, num_kv_blocks=80)
     expected = answers(kept)
     engine = create(folder, device, num_kv_blocks=80, enable_prefix_caching=False, **speculation)
-    assert engine.executor.specs.reach == WINDOW
+    assert engine.executor.specs.groups == BlockGroups.one(WINDOW)
     set_run_ahead(engine, run_ahead)
     assert answers(engine, poisoned=run_ahead == 0) == expected
     assert engine.scheduler.num_free_blocks == 79

@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from triton_operators import triton_operators
 
 from stepgraph.layers.cache import LatentCache
-from stepgraph.layers.inputs import AttentionSpec, AttentionWork, StepInputs
+from stepgraph.layers.inputs import AttentionSpec, AttentionWork, GroupInputs, StepInputs
 from stepgraph.layers.latent_attention import LatentAttention, LatentSizes
 from stepgraph.layers.norm import RMSNorm
 from stepgraph.ops import AttentionGeometry, StepTokens, expanded_geometry, mla_geometry
@@ -64,7 +64,7 @@ def inputs_of(rows: list[tuple[int, int]], geometry: AttentionGeometry, device: 
     )
     spec = SIZES.spec(H)
     work = {spec: AttentionWork.of(spec, tokens, geometry)}
-    return StepInputs(tokens, work, batch.block_table.to(device), B, ()), entries.to(device)
+    return StepInputs(tokens, work, (GroupInputs(batch.block_table.to(device), tokens),), B, ()), entries.to(device)
 
 
 @pytest.mark.parametrize("cache_dtype", [torch.float32, torch.float8_e4m3fn], ids=["whole", "fp8"])

@@ -342,7 +342,7 @@ def state_digest(executor: LocalExecutor) -> str:
     state = executor.runner.state
     executor.runner.platform.synchronize()
     digest = hashlib.sha256()
-    alike = (state.lines, state.tokens, state.block_table, state.ring, state.counter, state.masks, executor.kept_hidden)
+    alike = (state.lines, state.tokens, state.tables, state.ring, state.counter, state.masks, executor.kept_hidden)
     for tensor in alike:
         digest.update(tensor.cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()

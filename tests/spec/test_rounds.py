@@ -28,7 +28,7 @@ def generate(engine: Engine, prompt: list[int], max_tokens: int) -> list[int]:
 def cached(engine: Engine, slot: int, num_tokens: int) -> list[torch.Tensor]:
     """Keys and values of a slot's first tokens, of every layer: [num_tokens, G, D]."""
     position = torch.arange(num_tokens, device=engine.executor.runner.platform.device)
-    block = engine.executor.runner.state.block_table[slot, position // engine.executor.runner.block_size].long()
+    block = engine.executor.runner.state.block_tables[0][slot, position // engine.executor.runner.block_size].long()
     entry = block * engine.executor.runner.block_size + position % engine.executor.runner.block_size
     return [cache.flatten(0, 1)[entry] for caches in engine.executor.runner.caches for cache in caches.block_tensors]
 

@@ -84,14 +84,16 @@ class AttentionLayer(nn.Module):
         return replace(PagedSpec.of(self.spec, dtype), shares=self.kind.shares)
 
     def forward(self, x_TE: Tensor, cache: PagedCache, inputs: StepInputs) -> Tensor:
-        spec, tokens, work = self.spec, inputs.tokens, inputs.attention[self.spec]
+        spec, work = self.spec, inputs.attention[self.spec]
+        block_table, tokens = inputs.groups[cache.group]
         if self.kind.shares is None:
             k_TGD, v_TGD = ((x_TE @ w).unflatten(1, (spec.num_kv_heads, spec.head_dim)) for w in (self.k, self.v))
-            ops.write_kv(k_TGD, v_TGD, tokens.kv_slots, *cache)
+            ops.write_kv(k_TGD, v_TGD, tokens.kv_slots, cache.keys, cache.values)
         attended_TF = ops.paged_attention(
             (x_TE @ self.q).unflatten(1, (spec.num_heads, spec.head_dim)),
-            *cache,
-            inputs.block_table,
+            cache.keys,
+            cache.values,
+            block_table,
             tokens.row_slot,
             tokens.query_start,
             tokens.kv_len,

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 
+from stepgraph.abi.block_groups import BlockGroups
 from stepgraph.config import EngineConfig
 from stepgraph.errors import ConfigError
 from stepgraph.layers.cache import CacheSpec, Item, PagedSpec
@@ -53,7 +54,7 @@ def test_a_layout_counts_every_byte_that_it_allocates() -> None:
     ],
 )
 def test_a_step_reaches_as_far_back_as_the_widest_window(specs, lookahead, reach) -> None:
-    assert layout(*specs, lookahead=lookahead).reach == reach
+    assert layout(*specs, lookahead=lookahead).groups == BlockGroups.one(reach)
 
 
 def test_prefixes_are_reused_where_blocks_hold_all_there_is() -> None:
@@ -85,7 +86,7 @@ class LatentSpec(CacheSpec):
 def test_a_kind_of_cache_of_its_own_needs_nothing_but_its_spec() -> None:
     found = layout(LatentSpec(576), WINDOWED)
     assert found.block_bytes == 4 * 576 * 2 + 2 * 4 * 8
-    assert (found.reach, found.reuses_prefixes) == (0, True)
+    assert (found.groups, found.reuses_prefixes) == (BlockGroups(), True)
     latent, paged = found.allocate(7, create_platform("cpu").memory([], sleepable=False))
     assert (tuple(latent.shape), tuple(paged.keys.shape)) == ((7, 4, 576), (7, 4, 1, 8))
 

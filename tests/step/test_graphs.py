@@ -375,7 +375,7 @@ def test_capture_and_the_trial_at_the_largest_context_leave_no_trace(create_engi
         caches = [
             cache[1:] for caches in runner.caches for cache in caches.block_tensors
         ]  # of the null block nobody reads
-        return [t.clone() for t in (state.lines, state.tokens, state.block_table, state.counter, state.ring, *caches)]
+        return [t.clone() for t in (state.lines, state.tokens, state.tables, state.counter, state.ring, *caches)]
 
     before = snapshot()
     assert before[0][1:, 0].any()

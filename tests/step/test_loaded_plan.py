@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from stepgraph.step.loaded_plan import LoadedPlan
-from stepgraph.step.plan import StepPlan, idle_plan
+from stepgraph.step.plan import BlockTables, StepPlan, idle_plan
 from stepgraph.step.shape import StepShape
 
 BLOCK_SIZE = 16
@@ -38,13 +38,13 @@ IDLE = idle_plan(0)
 def test_a_graph_finds_the_plan_of_its_step_wherever_the_one_before_left_another(steps) -> None:
     """Of rows that repeat, what was set in the block table need not be there again."""
     device, out = np.full((2, LARGE.plan_length(BLOCK_SIZE)), 77, dtype=np.int32)
-    loaded = LoadedPlan(BLOCK_SIZE, first_slot=3)
+    loaded = LoadedPlan(BlockTables(BLOCK_SIZE), first_slot=3)
     for plan, shape in steps:
         part = loaded.pack(plan, shape, out)
         device[part] = out[part]
         end, rows = shape.plan_length(BLOCK_SIZE), shape.deltas_start
         expected = np.zeros(end, dtype=np.int32)
-        plan.pack(shape, BLOCK_SIZE, expected, first_slot=3)
+        plan.pack(shape, BlockTables(BLOCK_SIZE), expected, first_slot=3)
         assert device[:rows].tolist() == expected[:rows].tolist(), (plan, shape)
         if plan.deltas or part.start == 0 < part.stop:
             assert device[rows:end].tolist() == expected[rows:].tolist(), (plan, shape)
@@ -52,7 +52,7 @@ def test_a_graph_finds_the_plan_of_its_step_wherever_the_one_before_left_another
 
 def test_what_repeats_is_not_packed_until_it_is_forgotten() -> None:
     out = np.zeros(LARGE.plan_length(BLOCK_SIZE), dtype=np.int32)
-    loaded = LoadedPlan(BLOCK_SIZE, first_slot=3)
+    loaded = LoadedPlan(BlockTables(BLOCK_SIZE), first_slot=3)
     whole, deltas, nothing = slice(0, SMALL.plan_length(BLOCK_SIZE)), slice(SMALL.deltas_start, None), slice(0, 0)
     assert loaded.pack(DECODE, SMALL, out) == whole
     assert loaded.pack(DECODE, SMALL, out) == nothing

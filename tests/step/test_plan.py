@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from stepgraph.step.plan import StepKind, StepPlan, idle_plan
+from stepgraph.step.plan import BlockTables, StepKind, StepPlan, idle_plan
 from stepgraph.step.shape import StepShape, Variant
 
 BLOCK_SIZE = 16
@@ -11,7 +11,7 @@ BLOCK_SIZE = 16
 
 def packed(plan: StepPlan, shape: StepShape) -> list[int]:
     out = np.full(shape.plan_length(BLOCK_SIZE), 99, dtype=np.int32)
-    plan.pack(shape, BLOCK_SIZE, out)
+    plan.pack(shape, BlockTables(BLOCK_SIZE), out)
     return out.tolist()
 
 

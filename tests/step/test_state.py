@@ -11,6 +11,7 @@ from stepgraph.layers.inputs import LineRows
 from stepgraph.platforms import create_platform
 from stepgraph.step.admission import Admission
 from stepgraph.step.output_rings import RING_DEPTH
+from stepgraph.step.plan import BlockTables
 from stepgraph.step.shape import StepShape
 from stepgraph.step.slot_sampling import SlotSampling
 from stepgraph.step.state import SlotState
@@ -50,7 +51,7 @@ def create_state(device):
         SlotState,
         max_num_seqs=4,
         max_model_len=50,
-        block_size=16,
+        tables=BlockTables(16),
         vocab_size=VOCAB_SIZE,
         max_shape=SHAPE,
         platform=create_platform(device),
@@ -64,13 +65,13 @@ def state(create_state) -> SlotState:
 
 def buffers(state) -> tuple[torch.Tensor, ...]:
     """Those with a line per slot."""
-    return state.lines, state.tokens, state.block_table, state.biases, state.bad_words, state.masks
+    return state.lines, state.tokens, state.block_tables[0], state.biases, state.bad_words, state.masks
 
 
 def test_every_buffer_is_there_at_birth_and_zero(state) -> None:
     assert state.lines.shape == (5, slot_line.LINE_WIDTH)
     assert state.tokens.shape == (5, 50)
-    assert state.block_table.shape == (5, 4)
+    assert state.block_tables[0].shape == (5, 4)
     assert state.masks.shape == (5, 3, 3)
     assert state.plan.shape == (SHAPE.plan_length(16),)
     assert state.ring.shape == (RING_DEPTH, 4, slot_line.OUTPUT_WIDTH)
@@ -125,16 +126,23 @@ def test_admit_writes_the_requests_line_and_tokens(state) -> None:
 def test_admit_starts_a_request_after_the_blocks_that_are_cached(state) -> None:
     state.admit(Admission(3, **REQUEST | {"tokens": range(40), "blocks": [8, 5], "computed": 32}))
     assert state.lines[3, slot_line.COMPUTED] == 32
-    assert state.block_table[3].tolist() == [8, 5, 0, 0]
+    assert state.block_tables[0][3].tolist() == [8, 5, 0, 0]
+
+
+def test_admit_gives_each_block_group_its_own(create_state) -> None:
+    state = create_state(tables=BlockTables(16, 2, 5))
+    state.admit(Admission(3, **REQUEST | {"tokens": range(40), "blocks": [8, 0, 5, 9], "computed": 32}))
+    assert state.plan.shape == (SHAPE.plan_length(16, 2),)
+    assert [table[3].tolist() for table in state.block_tables] == [[8, 5, 0, 0], [0, 9, 0, 0]]
 
 
 def test_admit_says_which_lines_the_first_step_reads_and_writes(create_state, device) -> None:
     state = create_state(has_lines=True)
     for admission in (Admission(3, **REQUEST | {"lines": (7, 2)}), Admission(4, **REQUEST)):
         state.admit(admission)
-    assert (state.block_table.shape, state.line_table.shape) == ((5, 4), (5, 3))
+    assert (state.block_tables[0].shape, state.line_table.shape) == ((5, 4), (5, 3))
     assert state.line_table.tolist() == [[0, 0, 0]] * 3 + [[7, 2, 2], [4, 4, 4]]
-    assert not state.block_table.any()
+    assert not state.block_tables[0].any()
     for expected in ([7, 2, 9], [2, 9, 9], [9, 9, 9]):
         state.line_table[3, slot_line.NEXT_LINE] = 9
         lines = LineRows.take(state.line_table, torch.tensor([4, 3, 0, 0], dtype=torch.int32, device=device))

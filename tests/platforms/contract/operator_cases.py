@@ -19,6 +19,7 @@ from stepgraph.ops.copy_blocks.reference import copy_blocks
 from stepgraph.ops.experts.reference import gated_experts, mixture, sort_pairs, sum_experts
 from stepgraph.ops.gated_delta.reference import gated_delta
 from stepgraph.ops.gated_norm.reference import gated_norm
+from stepgraph.ops.group_slots.reference import group_slots
 from stepgraph.ops.grouped_linear.reference import grouped_linear
 from stepgraph.ops.head_linear.reference import head_linear
 from stepgraph.ops.kv_signal.reference import kv_signal
@@ -179,6 +180,14 @@ def planned(_: torch.Generator) -> tuple[Any, ...]:
     return plan, lines, tokens, table, 16, 4, 4, 2, B
 
 
+def placed(_: torch.Generator) -> tuple[Any, ...]:
+    """A decode, a prompt, a row that has ended, and padding, in the tables of three groups of four slots."""
+    table = torch.arange(3 * 4 * 8, dtype=torch.int32).mul(5).remainder(23).view(12, 8)
+    table[::4] = 0  # the null slot's
+    positions = torch.cat((int32(8), torch.arange(12, dtype=torch.int32), torch.zeros(3, dtype=torch.int32)))
+    return table, int32(1, 2, 3, 0), int32(0, 1, 13, 13, 13), positions, 3, B
+
+
 def sampled(g: torch.Generator) -> tuple[Any, ...]:
     """What `planned` ran, two tokens sampled, one of which ends its request."""
     lines = slot_lines(
@@ -337,6 +346,7 @@ CASES = {
         "sigmoid_gate", sigmoid_gate, lambda g: (random(g, T, K), random(g, T, 1)), rows=(0, 1)
     ),
     "build_step": Case("build_step", build_step, planned),
+    "group_slots": Case("group_slots", group_slots, placed),
     "commit": Case("commit", commit, sampled),
     "sample": Case("sample", sample, drawn),
     "kv_signal": Case("kv_signal", kv_signal, lambda g: (torch.tensor([1, 7, 9, 5]), torch.tensor([7, 9, 5]), 1)),

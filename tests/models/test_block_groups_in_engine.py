@@ -1,0 +1,122 @@
+"""Gemma 3, of whose layers some have a sliding window, in an engine that keeps keys and values by groups of layers."""
+
+import pytest
+import torch
+from checkpoints import HF_CONFIGS, WINDOW, random_hf_model
+from tiny import TINY_SETTINGS, drain, set_run_ahead
+
+from stepgraph.abi.block_groups import BlockGroups
+from stepgraph.config import EngineConfig
+from stepgraph.engine.build import build_engine
+from stepgraph.engine.engine import Engine
+from stepgraph.engine.request import Request
+from stepgraph.engine.sampling_params import SamplingParams
+from stepgraph.step import groups
+
+BLOCK_SIZE = 16
+GROUPED = BlockGroups(1, 2, WINDOW)
+"""A layer that sees all tokens, two with a window."""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> str:
+    path = tmp_path_factory.mktemp("grouped")
+    random_hf_model(HF_CONFIGS["gemma 3"]()).save_pretrained(path)
+    return str(path)
+
+
+def create(folder: str, device: str, **options) -> Engine:
+    settings = TINY_SETTINGS | {"dtype": "float32", "block_size": BLOCK_SIZE, "num_kv_blocks": 80} | options
+    return build_engine(EngineConfig.from_settings(model=folder, device=device, **settings))
+
+
+def in_one_group(folder: str, device: str, **options) -> Engine:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(groups, "MAX_GROUPS", 1)
+        engine = create(folder, device, **options)
+    assert engine.executor.specs.groups == BlockGroups()
+    return engine
+
+
+def watch(engine: Engine) -> list[int]:
+    """Before each step, all is NaN that nobody holds, the null block included. Returns how many blocks were held at each."""
+    launch, counts = engine.executor.launch, []
+    tensors = {t.data_ptr(): t for cache in engine.executor.runner.caches for t in cache.block_tensors}.values()
+
+    def launch_over_poison(plan):
+        held = {block for request in engine.scheduler.running() for block in request.blocks if block}
+        counts.append(len(held))
+        for tensor in tensors:
+            tensor[[block for block in range(tensor.shape[0]) if block not in held]] = torch.nan
+        return launch(plan)
+
+    engine.executor.launch = launch_over_poison
+    return counts
+
+
+def add_all(engine: Engine) -> list[Request]:
+    requests = []
+    for index, (prompt_len, max_tokens, temperature) in enumerate([(70, 90, 0.0), (9, 120, 0.0), (40, 60, 1.0)]):
+        prompt = [(7 * i * (index + 1)) % 90 + 3 for i in range(prompt_len)]
+        params = SamplingParams(temperature=temperature, max_tokens=max_tokens, seed=5, ignore_eos=True, logprobs=2)
+        requests.append(engine.add_request(f"r{index}", prompt, params))
+    drain(engine)
+    return requests
+
+
+def assert_alike(requests: list[Request], expected: list[Request]) -> None:
+    for request, other in zip(requests, expected, strict=True):
+        assert request.output_token_ids == other.output_token_ids
+        for position, as_expected in zip(request.output_logprobs, other.output_logprobs, strict=True):
+            assert position.logprob == pytest.approx(as_expected.logprob, abs=1e-4)
+
+
+@pytest.fixture(scope="module")
+def expected(folder, device) -> list[Request]:
+    return add_all(in_one_group(folder, device))
+
+
+@pytest.mark.parametrize(
+    ("run_ahead", "options"),
+    [
+        (0, {}),
+        (1, {}),
+        (0, {"speculative_method": "ngram", "num_speculative_tokens": 3}),
+        (0, {"max_num_batched_tokens": 16, "capture_sizes": None}),
+    ],
+)
+def test_answers_are_those_of_one_group(folder, device, expected, run_ahead, options) -> None:
+    engine = create(folder, device, enable_prefix_caching=False, **options)
+    assert engine.executor.specs.groups == GROUPED
+    set_run_ahead(engine, run_ahead)
+    if run_ahead == 0:
+        watch(engine)
+    assert_alike(add_all(engine), expected)
+    assert engine.scheduler.num_free_blocks == 3 * 79
+
+
+def test_answers_under_pressure_and_from_the_prefix_cache_are_those_of_one_group(folder, device, expected) -> None:
+    engine = create(folder, device, num_kv_blocks=12)  # of 33 blocks, two of the requests take 20 of the full layers
+    first = add_all(engine)
+    assert engine.scheduler.statistics.preemptions
+    assert_alike(first, expected)
+    again = add_all(create_again := create(folder, device))
+    before = create_again.scheduler.statistics.cached_prompt_tokens
+    assert_alike(again, expected)
+    assert_alike(add_all(create_again), expected)
+    assert create_again.scheduler.statistics.cached_prompt_tokens - before >= 64 + 32
+
+
+def test_a_long_context_holds_blocks_of_the_full_layer_and_of_windows(folder, device) -> None:
+    engine = create(folder, device, max_num_batched_tokens=32, capture_sizes=None, enable_prefix_caching=False)
+    counts = watch(engine)
+    request = engine.add_request(
+        "long", [i % 90 + 3 for i in range(150)], SamplingParams(max_tokens=90, ignore_eos=True)
+    )
+    drain(engine)
+    assert len(request.output_token_ids) == 90
+    assert max(counts) == counts[-1] <= 15 + 2 * (-(-(WINDOW + 1) // BLOCK_SIZE) + 1) < 3 * 15
+
+
+def test_engines_whose_blocks_travel_keep_all_layers_in_one(folder, device) -> None:
+    assert create(folder, device, kv_host_cache_gib=0.01).executor.specs.groups == BlockGroups()
