@@ -13,6 +13,7 @@ import sys
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
+from stepgraph.chat.printed_answer import PrintedAnswer
 from stepgraph.config import EngineConfig, settings_from_flags
 from stepgraph.errors import ConfigError, ModelError, RequestError, StepgraphError
 
@@ -31,7 +32,7 @@ def generate(arguments: argparse.Namespace) -> int:
     if sys.stderr.isatty() and llm.tokenizer is not None and llm.tokenizer.chat_template:
         print("A chat model: its text is continued; `stepgraph chat --message` has it answer.", file=sys.stderr)
     if len(prompts) == 1 and not arguments.no_stream:
-        _print_stream(llm.stream(prompts[0], params))
+        _print_stream(llm.stream(prompts[0], params), PrintedAnswer())
         _log_steps(llm)
         return 0
     outputs = llm.generate(prompts, params, use_tqdm=sys.stderr.isatty())
@@ -54,7 +55,8 @@ def chat(arguments: argparse.Namespace) -> int:
 
     conversation = Conversation(arguments.system, (), params)
     if arguments.message is not None:
-        _print_stream(llm.stream_chat([*conversation.messages, said("user", arguments.message)], params))
+        asked = [*conversation.messages, said("user", arguments.message)]
+        _print_stream(llm.stream_chat(asked, params), PrintedAnswer.of_chat(llm))
         return 0
     if sys.stdin.isatty():
         from stepgraph.chat.history import History, history_file
@@ -70,7 +72,8 @@ def chat(arguments: argparse.Namespace) -> int:
             history = conversation.messages
         elif text:
             history.append(said("user", text))
-            history.append(said("assistant", _print_stream(llm.stream_chat(history, params))))
+            answer = _print_stream(llm.stream_chat(history, params), PrintedAnswer.of_chat(llm))
+            history.append(said("assistant", answer))
     return 0
 
 
@@ -127,11 +130,8 @@ def _misplaced_text(arguments: argparse.Namespace) -> str:
     return f"MODEL is {given!r:.80}, which names no model here; if it is what the model shall read, write: stepgraph {command}"
 
 
-def _print_stream(outputs: Iterable[RequestOutput]) -> str:
+def _print_stream(outputs: Iterable[RequestOutput], answer: PrintedAnswer) -> str:
     """Print an answer as it grows; returns the whole."""
-    from stepgraph.chat.printed_answer import PrintedAnswer
-
-    answer = PrintedAnswer()
     for output in outputs:
         answer.show(output)
         if output.finished:

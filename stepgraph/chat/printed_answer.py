@@ -8,15 +8,25 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from stepgraph.engine.outputs import RequestOutput
+    from stepgraph.api import LLM
+    from stepgraph.engine.harmony import HarmonyTokens
+    from stepgraph.engine.outputs import CompletionOutput, RequestOutput
+    from stepgraph.server.harmony import HarmonyParser
+    from stepgraph.server.pieces import Paragraphs
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass
 class PrintedAnswer:
-    """An answer as it is printed."""
+    """An answer as it is printed.
 
+    Args:
+        harmony: the tokens of this format, if the answer is in it. Its text is then what the model says; what it thinks is
+            printed before that between tags, as other models write it.
+    """
+
+    harmony: HarmonyTokens | None = None
     text: str = ""
     finish_reason: str | None = None
     error: str | None = None
@@ -24,6 +34,15 @@ class PrintedAnswer:
     _output: RequestOutput | None = None
     _started_at: float = 0.0
     _first_at: float = 0.0
+    _messages: _Messages | None = None
+
+    @classmethod
+    def of_chat(cls, llm: LLM) -> PrintedAnswer:
+        """In a conversation with this model."""
+        from stepgraph.engine.chat_template import ChatTemplate
+        from stepgraph.engine.harmony import HarmonyTokens
+
+        return cls(HarmonyTokens.written(llm.tokenizer, ChatTemplate(llm.tokenizer).text))
 
     def __post_init__(self) -> None:
         self._started_at = time.perf_counter()
@@ -33,8 +52,14 @@ class PrintedAnswer:
         if self._output is None:
             self._first_at = time.perf_counter()
         [answer] = output.outputs
-        print(answer.text[len(self.text) :], end="", flush=True)
-        self.text, self.finish_reason, self.error = answer.text, answer.finish_reason, answer.error
+        if self.harmony is None:
+            printed, self.text = answer.text[len(self.text) :], answer.text
+        else:
+            self._messages = self._messages or _Messages.of(self.harmony, output.prompt or "")
+            printed, said = self._messages.take(answer)
+            self.text += said
+        print(printed, end="", flush=True)
+        self.finish_reason, self.error = answer.finish_reason, answer.error
         self.num_tokens, self._output = len(answer.token_ids), output
 
     def end_line(self) -> None:
@@ -56,3 +81,44 @@ class PrintedAnswer:
             first_s,
             f", the others at {(self.num_tokens - 1) / rest_s:.1f} tokens/s" if self.num_tokens > 1 and rest_s else "",
         )
+
+
+@dataclass
+class _Messages:
+    """An answer in harmony, as it is printed and as it is said."""
+
+    parser: HarmonyParser
+    paragraphs: Paragraphs
+    num_read: int = 0
+    num_specials: int = 0
+    is_thinking: bool = False
+
+    @classmethod
+    def of(cls, tokens: HarmonyTokens, prompt: str) -> _Messages:
+        from stepgraph.server.harmony import HarmonyParser
+        from stepgraph.server.pieces import Paragraphs
+
+        return cls(HarmonyParser(tokens, (), prompt=prompt), Paragraphs())
+
+    def take(self, answer: CompletionOutput) -> tuple[str, str]:
+        """What there is to print since the last call, and the part of it that the model says."""
+        printed = said = ""
+        ends = [(special.text_end, special.token_id) for special in answer.specials[self.num_specials :]]
+        for end, special in [*ends, (len(answer.text), None)]:
+            reason = answer.finish_reason if special is None else None
+            text, self.num_read = answer.text[self.num_read : end], end
+            piece = self.paragraphs.join(self.parser.feed(text, special=special, finish_reason=reason))
+            printed += self._turned(bool(piece.reasoning), bool(piece.content)) + piece.reasoning + piece.content
+            said += piece.content
+        self.num_specials += len(ends)
+        return printed, said
+
+    def _turned(self, is_thinking: bool, is_saying: bool) -> str:
+        """The tag between what it thinks and what it says."""
+        if is_thinking and not self.is_thinking:
+            self.is_thinking = True
+            return "<think>\n"
+        if is_saying and self.is_thinking:
+            self.is_thinking = False
+            return "\n</think>\n\n"
+        return ""

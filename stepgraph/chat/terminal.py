@@ -134,7 +134,7 @@ class Chat:
         """
         turns = (*before, said("user", question))
         asked = replace(self._conversation, turns=turns)
-        answer = PrintedAnswer()
+        answer = PrintedAnswer.of_chat(self._llm)
         with _stopped_by_interrupt() as was_stopped:
             try:
                 with closing(self._llm.stream_chat(asked.messages, asked.params)) as outputs:

@@ -38,10 +38,10 @@ class HarmonyTokens(NamedTuple):
         found = [special.get(spelling) for spelling in SPELLINGS]
         return None if None in found else cls(*(id for id in found if id is not None))
 
-    @property
-    def spelled(self) -> dict[str, int]:
-        """The ids by how a text spells the tokens."""
-        return dict(zip(SPELLINGS, self, strict=True))
+    @classmethod
+    def written(cls, tokenizer: PreTrainedTokenizerFast | None, template: str) -> HarmonyTokens | None:
+        """As `of`, if a chat template writes the format."""
+        return cls.of(tokenizer) if _CHANNEL in template else None
 
 
 SPELLINGS = ("<|start|>", "<|channel|>", "<|constrain|>", "<|message|>", "<|end|>", "<|return|>", "<|call|>")

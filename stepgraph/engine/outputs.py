@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
+
+if TYPE_CHECKING:
+    from stepgraph.engine.detokenizer import SpecialToken
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +37,7 @@ class CompletionOutput:
     error: str | None = None  # what went wrong, with finish_reason "error"
     num_draft_tokens: int = 0  # proposals of speculative decoding that were verified for it
     num_accepted_tokens: int = 0  # of these, those that are among `token_ids`
+    specials: tuple[SpecialToken, ...] = ()  # tokens that `text` leaves out, and where in it they stand
 
     @property
     def finished(self) -> bool:

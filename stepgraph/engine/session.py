@@ -282,6 +282,7 @@ class Answer:
             error=None if fault is None or self._finish_reason is not FinishReason.ERROR else fault.message,
             num_draft_tokens=self.request.num_draft_tokens,
             num_accepted_tokens=self.request.num_accepted(len(self.token_ids)),
+            specials=self._specials_between(_Given(0, 0, False, 0), self._shown_end()),
         )
         return self._output
 

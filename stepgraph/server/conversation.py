@@ -142,18 +142,18 @@ def _harmony_of(
                 param="tool_call_parser",
             )
         return None
+    if HARMONY not in named:
+        return None if named == {"none"} else HarmonyTokens.written(tokenizer, template.text)
     tokens = HarmonyTokens.of(tokenizer)
-    if HARMONY in named and tokens is None:
+    if tokens is None:
         raise ConfigError(
             f"{HARMONY} is a format of special tokens ({', '.join(SPELLINGS)}), of which the model's tokenizer lacks some; "
             "choose another parser",
             param="tool_call_parser" if tool_call_parser == HARMONY else "reasoning_parser",
         )
-    is_left_open = named == {"auto"} or named == {"auto", "none"}
-    return tokens if HARMONY in named or (is_left_open and _MARK in template.text) else None
+    return tokens
 
 
-_MARK = "<|channel|>"
 _TAGS = {"think": reasoning.THINK, "gemma4": reasoning.GEMMA4}
 
 

@@ -1,8 +1,8 @@
 """Answers in harmony whose tokens are known, as the server makes text and events of them."""
 
 import asyncio
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
 
 from harmony_model import create_harmony_tokenizer, tokens_of
 
@@ -10,7 +10,7 @@ from stepgraph.engine.chat_template import ChatTemplate
 from stepgraph.engine.prompts import TokenizedPrompt
 from stepgraph.engine.request import AnsweredRequest, FinishReason
 from stepgraph.engine.sampling_params import SamplingParams
-from stepgraph.engine.session import AnswerDelta, Session
+from stepgraph.engine.session import Session
 from stepgraph.server.chat import ChatCall
 from stepgraph.server.conversation import ChatForm, ToolUse
 from stepgraph.server.generation import Generation, Origin
@@ -40,7 +40,12 @@ def spelled_out(text: str) -> list[int]:
     return [token for character in text for token in encoded(character)]
 
 
-def deltas_of(batches: Sequence[Sequence[int]], reason: FinishReason, **params) -> list[AnswerDelta]:
+def deltas_of(
+    batches: Sequence[Sequence[int]],
+    reason: FinishReason,
+    look: Callable[[Session], Iterable[Any]] = Session.deltas,
+    **params,
+) -> list[Any]:
     """What a reader finds who looks after each batch of tokens."""
     request = AnsweredRequest("r", [], SamplingParams(**params))
     if reason is FinishReason.STOP and batches and batches[-1][-1:] in ([TOKENS.return_], [TOKENS.call]):
@@ -50,7 +55,7 @@ def deltas_of(batches: Sequence[Sequence[int]], reason: FinishReason, **params) 
     for number, batch in enumerate(batches, 1):
         request.output_token_ids += batch
         session.update("r", batch, reason if number == len(batches) else None)
-        found += session.deltas()
+        found += look(session)
     return found
 
 
