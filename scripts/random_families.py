@@ -114,6 +114,16 @@ def _qwen3_5_moe_text(rng: random.Random) -> Any:
     )
 
 
+def _olmo_hybrid(rng: random.Random) -> Any:
+    fields = _delta(rng)
+    rotated = rng.random() < 0.5
+    fields["rope_parameters"] = {"rope_type": "default", "rope_theta": 10000.0 if rotated else None}
+    del fields["head_dim"]
+    if "linear_attention" not in fields["layer_types"]:  # which transformers refuses
+        fields["layer_types"][0] = "linear_attention"
+    return transformers.OlmoHybridConfig(**SIZES, **fields, linear_allow_neg_eigval=rng.random() < 0.7, pad_token_id=0)
+
+
 def _convolutions(rng: random.Random) -> dict[str, Any]:
     """Short convolutions below attention, which a draft module is like."""
     return {
@@ -433,6 +443,7 @@ FAMILIES: dict[str, Callable[[random.Random], Any]] = {
     "qwen3_next": _qwen3_next,
     "qwen3_5_text": _qwen3_5_text,
     "qwen3_5_moe_text": _qwen3_5_moe_text,
+    "olmo_hybrid": _olmo_hybrid,
     "lfm2": _lfm2,
     "lfm2_moe": _lfm2_moe,
     "bamba": _bamba,

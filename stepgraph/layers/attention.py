@@ -18,7 +18,7 @@ from stepgraph.layers.inputs import AttentionSpec, StepInputs
 from stepgraph.layers.linear import Linear, MergedLinear
 from stepgraph.layers.norm import RMSNorm
 from stepgraph.ops import rope_attention, rope_cache, sigmoid_gate
-from stepgraph.parallel.shard import Axis, Part, Shard
+from stepgraph.parallel.shard import Axis, Cut, Part, Shard
 
 
 @dataclass(frozen=True)
@@ -73,6 +73,7 @@ class Attention(nn.Module):
         qkv_bias: bool,
         output_bias: bool,
         qk_norm: bool,
+        joint_qk_norm: bool,
         norm_weight_offset: float,
         output_gate: bool,
         scale: float | None,
@@ -87,7 +88,8 @@ class Attention(nn.Module):
         hidden_size: E.
         spec: H, G, D, window, cap and sinks, of the whole; values are as wide as keys.
         qkv_bias, output_bias: of the projections.
-        qk_norm: normalise every query and key head.
+        qk_norm: normalise every query and key head, or, with `joint_qk_norm`, all queries together, and all keys, which all ranks
+            compute for that.
         output_gate: what attention gives is multiplied by sigmoids of a projection of the hidden state, one for each entry of
             each query head; checkpoints keep it in `q_proj`, behind each head's query.
         scale: multiplies q·k; None: D^-1/2.
@@ -101,11 +103,17 @@ class Attention(nn.Module):
         head_dim, heads, kv_heads = spec.head_dim, shard.cut(spec.num_heads), shard.heads(spec.num_kv_heads)
         self.spec, self.eps, self.kv_heads, self.output_gate = spec.sharded(shard), eps, kv_heads, output_gate
         self.keys_and_values = keys_and_values
+        queries, keys = heads.times(head_dim), kv_heads.times(head_dim)
+        self.jointly_normed = (queries, keys) if joint_qk_norm else None
+        if joint_qk_norm:
+            assert keys_and_values == OWN_KEYS_AND_VALUES
+            assert not output_gate
+            queries, keys = Cut.whole(queries.size), Cut.whole(keys.size)
         self.scale = head_dim**-0.5 if scale is None else scale
         self.qkv_proj = MergedLinear(
             hidden_size,
-            {"q_proj": [heads.times(head_dim)] * (2 if output_gate else 1)}
-            | {name: [kv_heads.times(head_dim)] for name in keys_and_values.projections},
+            {"q_proj": [queries] * (2 if output_gate else 1)}
+            | {name: [keys if name == "k_proj" else kv_heads.times(head_dim)] for name in keys_and_values.projections},
             by_heads=["q_proj"],
             bias=qkv_bias,
             dtype=dtype,
@@ -120,21 +128,23 @@ class Attention(nn.Module):
             dtype=dtype,
             device=device,
         )
+        self._part_of_sinks = Part((heads,), None)
+        self.sinks = (
+            nn.Parameter(torch.empty(heads.length, dtype=torch.float32, device=device), False) if spec.sinks else None
+        )
         norm = partial(
             RMSNorm,
-            head_dim,
-            eps,
+            eps=eps,
             weight_offset=norm_weight_offset,
             rounds_once=norms_round_once,
             dtype=dtype,
             device=device,
         )
-        self.q_norm = norm() if qk_norm else None
-        self.k_norm = norm() if qk_norm and keys_and_values.projections else None
-        self._part_of_sinks = Part((heads,), None)
-        self.sinks = (
-            nn.Parameter(torch.empty(heads.length, dtype=torch.float32, device=device), False) if spec.sinks else None
-        )
+        self.q_norm = self.k_norm = None
+        if joint_qk_norm:
+            self.q_norm, self.k_norm = norm(queries.size), norm(keys.size)
+        elif qk_norm:
+            self.q_norm, self.k_norm = norm(head_dim), norm(head_dim) if keys_and_values.projections else None
 
     def cache_spec(self, dtype: torch.dtype) -> PagedSpec:
         """What the layer keeps in `dtype`."""
@@ -176,8 +186,7 @@ class Attention(nn.Module):
         attended_TF = rope_attention(
             qkv_TF,
             cos_sin,
-            self.q_norm.weight if self.q_norm is not None else None,
-            self.k_norm.weight if self.k_norm is not None else None,
+            *self._head_norms,
             cache.keys,
             cache.values,
             group.block_table,
@@ -198,11 +207,28 @@ class Attention(nn.Module):
         """Queries and what the layer projects of keys and values, [T, (H + 2G)·D] if both, and gates, [T, H·D], if there are
         any."""
         product_TF = self.qkv_proj.product(x_TE, norm=norm)
+        if self.jointly_normed is not None:
+            return self._normed_jointly(product_TF, *self.jointly_normed), None
         if not self.output_gate:
             return product_TF, None
         width = self.spec.num_heads * self.spec.head_dim
         q_TF, gate_TF, kv_TF = product_TF.tensor_split((width, 2 * width), dim=1)
         return torch.cat((q_TF, kv_TF), dim=1), gate_TF
+
+    def _normed_jointly(self, product_TF: Tensor, queries: Cut, keys: Cut) -> Tensor:
+        """Of the queries and keys of all ranks, normalised together, those of this one, and its values."""
+        assert self.q_norm is not None
+        assert self.k_norm is not None
+        q_TF, k_TF, v_TF = product_TF.tensor_split((queries.size, queries.size + keys.size), dim=1)
+        q_TF = self.q_norm(q_TF).narrow(1, queries.begin, queries.length)
+        return torch.cat((q_TF, self.k_norm(k_TF).narrow(1, keys.begin, keys.length), v_TF), dim=1)
+
+    @property
+    def _head_norms(self) -> tuple[Tensor | None, Tensor | None]:
+        """Weights of the norms of a head's query and of its key."""
+        norms = (None, None) if self.jointly_normed is not None else (self.q_norm, self.k_norm)
+        query, key = (None if norm is None else norm.weight for norm in norms)
+        return query, key
 
     def cache_only(
         self, norm: RMSNorm | None, x_TE: Tensor, cos_sin: Tensor, cache: PagedCache, inputs: StepInputs
@@ -214,8 +240,7 @@ class Attention(nn.Module):
             tokens.positions,
             tokens.kv_slots,
             cos_sin,
-            self.q_norm.weight if self.q_norm is not None else None,
-            self.k_norm.weight if self.k_norm is not None else None,
+            *self._head_norms,
             cache.keys,
             cache.values,
             self.spec.num_heads,

@@ -357,12 +357,12 @@ class MixtureMLP(nn.Module):
     def add_to(
         self,
         stream: ResidualStream,
-        norm: RMSNorm,
+        norm: RMSNorm | None,
         inputs: StepInputs,
         *,
         multiplier: float,
         post_norm: RMSNorm | None,
-        next_norm: RMSNorm,
+        next_norm: RMSNorm | None,
     ) -> None:
         """See `stepgraph.layers.mlp.MLP.add_to`."""
         if stream.expert_group is not None:
@@ -392,12 +392,12 @@ class MixtureMLP(nn.Module):
     def _add_exchanged(
         self,
         stream: ResidualStream,
-        norm: RMSNorm,
+        norm: RMSNorm | None,
         inputs: StepInputs,
         *,
         multiplier: float,
         post_norm: RMSNorm | None,
-        next_norm: RMSNorm,
+        next_norm: RMSNorm | None,
     ) -> None:
         """As `add_to`, where ranks have tokens of their own: those of all come to the experts here, and what they make of them
         goes back. All ranks choose experts for all tokens, as that takes less than to send what was chosen.

@@ -7,6 +7,7 @@ keys, N their size, H heads of values, D their size, C = 2·G·N + H·D channels
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from enum import Enum
 
 import torch
 from torch import Tensor, nn
@@ -22,18 +23,30 @@ from stepgraph.ops import gated_delta, gated_norm
 from stepgraph.parallel.shard import WHOLE, Axis, Part, Shard
 
 
+class DeltaLayout(Enum):
+    """How checkpoints keep projections."""
+
+    BY_HEADS = "by heads"
+    """Queries, keys, values and output gates are one matrix, and rates and decays another, by heads of keys: of each its query,
+    its key, and of all heads of values that go with it the values, then the gates."""
+    STACKED = "stacked"
+    """Queries, keys and values are one matrix; gates, rates and decays have one each."""
+    APART = "apart"
+    """Each has a matrix of its own."""
+
+
 @dataclass(frozen=True)
 class DeltaSizes:
-    """Sizes of a layer, and how checkpoints keep its projections."""
+    """Sizes of a layer, and what else is of it alone."""
 
     num_key_heads: int  # G
     num_value_heads: int  # H
     key_dim: int  # N
     value_dim: int  # D
     conv_width: int  # W
-    merged: bool
-    """Whether queries, keys, values and output gates are one matrix, and rates and decays another, by heads of keys: of each its
-    query, its key, and of all heads of values that go with it the values, then the gates. Else there are four matrices."""
+    layout: DeltaLayout
+    eps: float  # of the norm of heads
+    max_rate: float = 1.0  # see `stepgraph.ops.gated_delta`
 
     @property
     def channels(self) -> int:
@@ -85,7 +98,6 @@ class GatedDelta(nn.Module):
         hidden_size: int,
         sizes: DeltaSizes,
         *,
-        eps: float,
         shard: Shard = WHOLE,
         dtype: torch.dtype,
         device: torch.device,
@@ -93,20 +105,20 @@ class GatedDelta(nn.Module):
         """Args:
         hidden_size: E.
         sizes: of the whole layer.
-        eps: of the norm of heads.
         shard: the part of this rank: some of the heads of keys, and the heads of values that go with them.
         dtype, device: of the parameters; those that decide the decay are float32.
         """
         super().__init__()
-        self.sizes, self.eps = sizes.sharded(shard), eps
+        self.sizes = sizes.sharded(shard)
         heads = shard.cut(sizes.num_value_heads)
         keys, values = shard.cut(sizes.num_key_heads).times(sizes.key_dim), heads.times(sizes.value_dim)
         qkv = [keys, keys, values]
-        if sizes.merged:
+        qkvz_parts = {"in_proj_qkv": qkv, "in_proj_z": [values]}
+        ba_parts = {"in_proj_b": [heads], "in_proj_a": [heads]}
+        if sizes.layout is DeltaLayout.BY_HEADS:
             qkvz_parts, ba_parts = {"in_proj_qkvz": [*qkv, values]}, {"in_proj_ba": [heads, heads]}
-        else:
-            qkvz_parts = {"in_proj_qkv": qkv, "in_proj_z": [values]}
-            ba_parts = {"in_proj_b": [heads], "in_proj_a": [heads]}
+        elif sizes.layout is DeltaLayout.APART:
+            qkvz_parts = {"q_proj": [keys], "k_proj": [keys], "v_proj": [values], "in_proj_z": [values]}
         by_heads = ("in_proj_qkvz", "in_proj_ba")
         self.qkvz_proj = MergedLinear(hidden_size, qkvz_parts, by_heads=by_heads, dtype=dtype, device=device)
         self.ba_proj = MergedLinear(hidden_size, ba_parts, by_heads=by_heads, dtype=dtype, device=device)
@@ -114,7 +126,7 @@ class GatedDelta(nn.Module):
         self.heads = Part((heads,), None)
         self.A_log = nn.Parameter(torch.empty(heads.length, dtype=torch.float32, device=device), False)
         self.dt_bias = nn.Parameter(torch.empty(heads.length, dtype=torch.float32, device=device), False)
-        self.norm = RMSNorm(sizes.value_dim, eps, dtype=dtype, device=device)
+        self.norm = RMSNorm(sizes.value_dim, sizes.eps, dtype=dtype, device=device)
         self.out_proj = Linear(sizes.width, hidden_size, axis=Axis.IN, shard=shard, dtype=dtype, device=device)
 
     def targets(self) -> dict[str, Target]:
@@ -152,6 +164,13 @@ class GatedDelta(nn.Module):
         qkv_UC = self.conv1d(qkv_UC, conv_state, rows, silu=True)
         deterministic = self.qkvz_proj.format.deterministic
         read_UF = gated_delta(
-            qkv_UC, ba_UH, self.A_log, self.dt_bias, state, *rows.operands, deterministic=deterministic
+            qkv_UC,
+            ba_UH,
+            self.A_log,
+            self.dt_bias,
+            state,
+            *rows.operands,
+            max_rate=self.sizes.max_rate,
+            deterministic=deterministic,
         )
-        return gated_norm(rows.own(read_UF), z_TF, self.norm.weight, self.eps, size=self.sizes.value_dim)
+        return gated_norm(rows.own(read_UF), z_TF, self.norm.weight, self.sizes.eps, size=self.sizes.value_dim)

@@ -69,18 +69,18 @@ class MLP(nn.Module):
     def add_to(
         self,
         stream: ResidualStream,
-        norm: RMSNorm,
+        norm: RMSNorm | None,
         inputs: StepInputs,
         *,
         multiplier: float,
         post_norm: RMSNorm | None,
-        next_norm: RMSNorm,
+        next_norm: RMSNorm | None,
     ) -> None:
         """Add the layer's product to the residual stream.
 
         Args:
             stream: [T, E], updated.
-            norm: of the stream, before the layer.
+            norm: of the stream, before the layer; None: the layer takes it as it is.
             inputs: of the step.
             multiplier, post_norm, next_norm: as of `ResidualStream.add`.
         """

@@ -36,9 +36,10 @@ class ResidualStream:
         self._norm: RMSNorm | None = None  # of
         self._normalised_TE = residual_TE
 
-    def inputs(self, norm: RMSNorm) -> tuple[RMSNorm | None, Tensor]:
-        """What a product of the stream after `norm` is to take: the norm that is still to come, if it is, and [T, E]."""
-        return (None, self._normalised_TE) if norm is self._norm else (norm, self.residual_TE)
+    def inputs(self, norm: RMSNorm | None) -> tuple[RMSNorm | None, Tensor]:
+        """What a product of the stream after `norm` is to take: the norm that is still to come, if it is, and [T, E]. Without a
+        norm, that is the stream as it is."""
+        return (None, self._normalised_TE) if norm is self._norm is not None else (norm, self.residual_TE)
 
     def normalised(self, norm: RMSNorm) -> Tensor:
         """The stream after `norm`: [T, E]."""
@@ -51,7 +52,7 @@ class ResidualStream:
         return self._group is None
 
     def add(
-        self, matrix: Matrix, x_TI: Tensor, *, multiplier: float, post_norm: RMSNorm | None, next_norm: RMSNorm
+        self, matrix: Matrix, x_TI: Tensor, *, multiplier: float, post_norm: RMSNorm | None, next_norm: RMSNorm | None
     ) -> None:
         """Add a layer's product to the stream.
 
@@ -60,7 +61,7 @@ class ResidualStream:
             x_TI: [T, I], the inputs that this rank has.
             multiplier: of the product, if there is no `post_norm`.
             post_norm: of the product.
-            next_norm: after which the stream is read next.
+            next_norm: after which the stream is read next; None: as it is.
         """
         if self.takes_products and post_norm is None:
             matrix.product(x_TI, end=End.ADD, out=self.residual_TE, multiplier=multiplier)
@@ -68,7 +69,9 @@ class ResidualStream:
         else:
             self.add_part(matrix.product(x_TI), multiplier=multiplier, post_norm=post_norm, next_norm=next_norm)
 
-    def add_part(self, part_TE: Tensor, *, multiplier: float, post_norm: RMSNorm | None, next_norm: RMSNorm) -> None:
+    def add_part(
+        self, part_TE: Tensor, *, multiplier: float, post_norm: RMSNorm | None, next_norm: RMSNorm | None
+    ) -> None:
         """Add what a layer has computed; arguments as of `add`.
 
         Args:
@@ -79,7 +82,7 @@ class ResidualStream:
                 part_TE,
                 self.residual_TE,
                 multiplier=multiplier if post_norm is None else 1.0,
-                post_norm=None if post_norm is None else _norm(post_norm),
+                post_norm=_norm(post_norm),
                 norm=_norm(next_norm),
             )
             self._norm = next_norm
@@ -133,8 +136,8 @@ class ResidualStream:
     def gather_tokens(self, norm: RMSNorm | None, count_1: Tensor) -> GatheredTokens:
         """The streams of the ranks of `expert_group`, after `norm` if there is one; see `Group.gather_tokens`."""
         assert self.expert_group is not None
-        left, x_TE = (None, self.residual_TE) if norm is None else self.inputs(norm)
-        return self.expert_group.gather_tokens(x_TE, count_1, norm=None if left is None else _norm(left))
+        left, x_TE = self.inputs(norm)
+        return self.expert_group.gather_tokens(x_TE, count_1, norm=_norm(left))
 
     def scatter_sum(
         self,
@@ -143,7 +146,7 @@ class ResidualStream:
         *,
         multiplier: float,
         post_norm: RMSNorm | None,
-        next_norm: RMSNorm,
+        next_norm: RMSNorm | None,
     ) -> None:
         """Add the sum of what the ranks of `expert_group` have computed for this one; arguments as of `add`.
 
@@ -157,11 +160,11 @@ class ResidualStream:
             counts_N,
             self.residual_TE,
             multiplier=multiplier if post_norm is None else 1.0,
-            post_norm=None if post_norm is None else _norm(post_norm),
+            post_norm=_norm(post_norm),
             norm=_norm(next_norm),
         )
         self._norm = next_norm
 
 
-def _norm(norm: RMSNorm) -> Norm:
-    return Norm(norm.weight, norm.eps)
+def _norm(norm: RMSNorm | None) -> Norm | None:
+    return None if norm is None else Norm(norm.weight, norm.eps)

@@ -25,6 +25,14 @@ def _minicpm(fields: dict[str, Any]) -> dict[str, Any]:
     return {"tie_word_embeddings": True} | fields
 
 
+def _olmo_hybrid(fields: dict[str, Any]) -> dict[str, Any]:
+    """Its first configs have no rope settings, as it rotates nothing, which transformers takes for a default."""
+    rope = fields.get("rope_parameters", {})
+    if fields.get("rope_theta") is None and rope in (None, {"rope_type": None}):
+        fields["rope_parameters"] = {"rope_type": "default", "rope_theta": None}
+    return fields
+
+
 @dataclass(frozen=True)
 class _Alike:
     model_type: str  # of transformers, whose config has the same fields
@@ -37,10 +45,11 @@ _ALIKE = {
     "kimi_k2": _Alike("deepseek_v3"),
     "mimo": _Alike("qwen2"),
     "minicpm": _Alike("llama", _minicpm),
+    "olmo_hybrid": _Alike("olmo_hybrid", _olmo_hybrid),
     "telechat3": _Alike("llama"),
     "xverse": _Alike("llama"),
 }
-"""By model type, of those that transformers does not know."""
+"""By model type, of those that transformers does not know, or whose configs it reads otherwise than they are meant."""
 
 DIFFERENCES = {
     "BaiChuanForCausalLM": "it keeps queries, keys and values in one matrix of its own layout",
@@ -60,7 +69,7 @@ DIFFERENCES = {
 
 
 def in_known_fields(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields of a config.json, those of an unknown model type as transformers names them in a type that it knows."""
+    """The fields of a config.json, those of `_ALIKE` as transformers names them in a type that it knows."""
     alike = _ALIKE.get(str(fields.get("model_type")))
     if alike is None:
         return dict(fields)

@@ -26,7 +26,9 @@ FULL, LINEAR = "full_attention", "linear_attention"
 """Types of layers, in transformers' words."""
 _SLIDING, _CONV = "sliding_attention", "conv"
 _WITH_STATES = {
-    **dict.fromkeys(("Qwen3NextForCausalLM", "Qwen3_5ForCausalLM", "Qwen3_5MoeForCausalLM"), LINEAR),
+    **dict.fromkeys(
+        ("OlmoHybridForCausalLM", "Qwen3NextForCausalLM", "Qwen3_5ForCausalLM", "Qwen3_5MoeForCausalLM"), LINEAR
+    ),
     **dict.fromkeys(("Lfm2ForCausalLM", "Lfm2MoeForCausalLM"), _CONV),
 }
 """Classes whose layers that carry a state are native, and the type of these: gated delta rules or short convolutions."""
@@ -138,6 +140,7 @@ class DecoderConfig:
     output_norms: bool = False  # RMS norm of what attention and feed-forward add to the residual stream
     mlp_norm: str = "post_attention_layernorm"
     """Without `output_norms`, what checkpoints call the norm before feed-forward."""
+    only_output_norms: bool = False  # in layers with attention, in place of norms of what they read
     embedding_multiplier: float = 1.0
     residual_multiplier: float = 1.0  # of what attention and feed-forward add to the residual stream
     logits_divisor: float = 1.0
@@ -150,6 +153,7 @@ class DecoderConfig:
     mixtures: tuple[
         ExpertsSpec | None, ...
     ] = ()  # per layer: of its experts, None if it has none; empty: no layer has any
+    joint_qk_norm: bool = False  # RMS norm of all queries together, and of all keys
     output_gate: bool = False  # what attention gives is gated, see `Attention`
     delta: DeltaSizes | None = None  # of layers with gated delta rules in place of attention
     short_conv: ConvSizes | None = None  # of layers with short convolutions in place of attention
@@ -211,6 +215,12 @@ class DecoderConfig:
     def last_attention(self) -> int | None:
         """The last layer that has attention, which draft modules are like; None: none has."""
         return next((layer for layer in reversed(range(self.num_layers)) if self.has_attention(layer)), None)
+
+    def norms(self, layer: int) -> tuple[bool, bool]:
+        """Whether a layer normalises what its parts read, and what they add."""
+        if self.only_output_norms and not self.has_state(layer):
+            return False, True
+        return True, self.output_norms
 
     def mixture(self, layer: int) -> ExpertsSpec | None:
         """The experts of a layer; None of one that all tokens take."""

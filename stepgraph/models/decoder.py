@@ -18,7 +18,7 @@ from stepgraph.layers.cache import CacheSpec
 from stepgraph.layers.embedding import Embedding
 from stepgraph.layers.experts import ALL_EXPERTS, ExpertShard
 from stepgraph.layers.formats import Target
-from stepgraph.layers.gated_delta import GatedDelta
+from stepgraph.layers.gated_delta import DeltaLayout, GatedDelta
 from stepgraph.layers.head import HeadPart
 from stepgraph.layers.inputs import StepInputs
 from stepgraph.layers.latent_attention import LatentAttention
@@ -223,7 +223,7 @@ def named_targets(root: nn.Module, config: DecoderConfig, layers: Mapping[str, i
             targets[f"{path}.{config.mlp_norm}.weight"] = targets.pop(before_mlp)
         if layer.self_attn is not None:
             _reorder_heads(targets, f"{path}.self_attn", layer.self_attn, config, index)
-        if layer.linear_attn is not None and (sizes := layer.linear_attn.sizes).merged:
+        if layer.linear_attn is not None and (sizes := layer.linear_attn.sizes).layout is DeltaLayout.BY_HEADS:
             for part, rows in (("qkvz", sizes.qkvz_rows), ("ba", sizes.ba_rows)):
                 name = f"{path}.linear_attn.in_proj_{part}.weight"
                 targets[name] = with_row_order(targets[name], rows)

@@ -40,13 +40,15 @@ class DecoderLayer(nn.Module):
     some models have one of the parts alone, whose norm is `input_layernorm`.
 
     Where `DecoderConfig.output_norms` asks for it, what they add is normalised too. As in the checkpoints,
-    `post_attention_layernorm` is then the norm of what attention adds, and `pre_feedforward_layernorm` has its usual place.
+    `post_attention_layernorm` is then the norm of what attention adds, and `pre_feedforward_layernorm` has its usual place. OLMo
+    has these norms alone; see `DecoderConfig.norms`.
     """
 
     self_attn: Attention | LatentAttention | None
     linear_attn: GatedDelta | None
     conv: ShortConv | None
     mamba: Mamba2 | None
+    input_layernorm: RMSNorm | None
     post_attention_layernorm: RMSNorm | None
     mlp: MLP | MixtureMLP | None
     pre_feedforward_layernorm: RMSNorm | None
@@ -75,7 +77,8 @@ class DecoderLayer(nn.Module):
         super().__init__()
         eps = config.rms_norm_eps
         self.residual_multiplier, self.multipliers = config.residual_multiplier, config.part_multipliers
-        self.input_layernorm = norm_of(config, config.hidden_size, dtype, device)
+        norms_inputs, norms_outputs = config.norms(index)
+        self.input_layernorm = norm_of(config, config.hidden_size, dtype, device) if norms_inputs else None
         self.self_attn = self.linear_attn = self.conv = self.mamba = None
         if config.has_attention(index):
             self.self_attn = _attention(config, index, shard, dtype, device)
@@ -86,9 +89,7 @@ class DecoderLayer(nn.Module):
                 self.mamba = Mamba2(config.hidden_size, config.mamba, eps=eps, shard=shard, dtype=dtype, device=device)
             else:
                 assert config.delta is not None
-                self.linear_attn = GatedDelta(
-                    config.hidden_size, config.delta, eps=eps, shard=shard, dtype=dtype, device=device
-                )
+                self.linear_attn = GatedDelta(config.hidden_size, config.delta, shard=shard, dtype=dtype, device=device)
         self.post_attention_layernorm = self.mlp = None
         if config.has_mlp(index):
             if self.mixers:
@@ -96,8 +97,9 @@ class DecoderLayer(nn.Module):
             self.mlp = _mlp(config, index, shard, expert_shard, dtype, device)
         self.moe = self.per_layer = self.layer_scalar = None
         self.pre_feedforward_layernorm = self.post_feedforward_layernorm = None
-        if config.output_norms:
-            self.pre_feedforward_layernorm = norm_of(config, config.hidden_size, dtype, device)
+        if norms_outputs:
+            if norms_inputs:
+                self.pre_feedforward_layernorm = norm_of(config, config.hidden_size, dtype, device)
             self.post_feedforward_layernorm = norm_of(config, config.hidden_size, dtype, device)
         mixture = config.mixture(index)
         if mixture is not None and mixture.is_beside_dense:
@@ -141,7 +143,7 @@ class DecoderLayer(nn.Module):
         cos_sin: Tensor,
         caches: tuple[Any, ...],
         inputs: StepInputs,
-        next_norm: RMSNorm,
+        next_norm: RMSNorm | None,
         query_scale_T: Tensor | None = None,
         rows: RecurrentRows | None = None,
         input_TP: Tensor | None = None,
@@ -158,8 +160,9 @@ class DecoderLayer(nn.Module):
             rows: what layers with a state run; None: there are none.
             input_TP: [T, P], what this layer takes beside the stream, if `DecoderConfig.per_layer_inputs` says so.
         """
-        after_attention, before_mlp = None, self.post_attention_layernorm
-        if self.pre_feedforward_layernorm is not None:
+        after_attention: RMSNorm | None = None
+        before_mlp: RMSNorm | None = self.post_attention_layernorm
+        if self.post_feedforward_layernorm is not None:
             after_attention, before_mlp = self.post_attention_layernorm, self.pre_feedforward_layernorm
         before_mlp = before_mlp or self.input_layernorm
         read, mixed = stream.inputs(self.input_layernorm), []
@@ -181,6 +184,7 @@ class DecoderLayer(nn.Module):
         if self.moe is not None:
             assert isinstance(self.mlp, MLP)
             assert self.post_feedforward_layernorm is not None
+            assert before_mlp is not None
             self.moe.add_beside(self.mlp, stream, before_mlp, inputs, post_norm=self.post_feedforward_layernorm)
         elif self.mlp is not None:
             self.mlp.add_to(
@@ -244,6 +248,7 @@ def _attention(
         qkv_bias=config.qkv_bias,
         output_bias=config.output_bias,
         qk_norm=config.qk_norm,
+        joint_qk_norm=config.joint_qk_norm,
         norm_weight_offset=config.norm_weight_offset,
         output_gate=config.output_gate,
         scale=config.attention_scale,

@@ -152,7 +152,7 @@ def _read(path: Path, fields: Mapping[str, Any], *, for_transformers: bool) -> A
         named = fields.get("architectures")
         architecture = str(named[0]) if isinstance(named, list) and named else "the model"
         raise ModelError(foreign_code(architecture, model_type, has_code="auto_map" in fields))
-    if model_type != fields["model_type"]:
+    if known != fields:
         return CONFIG_MAPPING[model_type].from_dict(known)
     return AutoConfig.from_pretrained(path, trust_remote_code=False)
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from stepgraph.errors import ModelError
 from stepgraph.layers.experts import ExpertsSpec
-from stepgraph.layers.gated_delta import DeltaSizes
+from stepgraph.layers.gated_delta import DeltaLayout, DeltaSizes
 from stepgraph.models.config import ConfigFileError, DecoderConfig
 from stepgraph.models.decoder import Decoder
 from stepgraph.models.qwen2_moe import with_sparse_layers
@@ -21,8 +21,7 @@ from stepgraph.ops import Routing
 class Qwen35(Decoder):
     """The shared decoder with Qwen3.5's layers, dense."""
 
-    merged_delta = False
-    """See `DeltaSizes.merged`."""
+    delta_layout = DeltaLayout.STACKED
 
     @classmethod
     def config_from_hf(cls, hf_config: Any) -> DecoderConfig:
@@ -35,13 +34,14 @@ class Qwen35(Decoder):
             key_dim=hf_config.linear_key_head_dim,
             value_dim=hf_config.linear_value_head_dim,
             conv_width=hf_config.linear_conv_kernel_dim,
-            merged=cls.merged_delta,
+            layout=cls.delta_layout,
+            eps=config.rms_norm_eps,
         )
-        _check(config, sizes)
+        check_delta(config, sizes)
         return replace(config, norm_weight_offset=1.0, output_gate=True, delta=sizes)
 
 
-def _check(config: DecoderConfig, sizes: DeltaSizes) -> None:
+def check_delta(config: DecoderConfig, sizes: DeltaSizes) -> None:
     """Raise ModelError if layers cannot be of these sizes."""
     if config.activation != "silu":
         raise ModelError(
@@ -78,7 +78,7 @@ class Qwen35Moe(Qwen35):
 class Qwen3Next(Qwen35):
     """With experts in all layers or some, and projections merged by heads of keys."""
 
-    merged_delta = True
+    delta_layout = DeltaLayout.BY_HEADS
 
     @classmethod
     def config_from_hf(cls, hf_config: Any) -> DecoderConfig:

@@ -43,6 +43,7 @@ from stepgraph.models.minicpm3 import MiniCPM3
 from stepgraph.models.ministral3 import Ministral3
 from stepgraph.models.mixtral import Mixtral
 from stepgraph.models.nemotron_h import NemotronH
+from stepgraph.models.olmo_hybrid import OlmoHybrid
 from stepgraph.models.phi3 import Phi3
 from stepgraph.models.qwen2 import Qwen2
 from stepgraph.models.qwen2_moe import Qwen2Moe
@@ -105,6 +106,7 @@ ARCHITECTURES: dict[str, type[Decoder]] = {
     "MiniCPMForCausalLM": MiniCPM,
     "MiniCPM3ForCausalLM": MiniCPM3,
     "NemotronHForCausalLM": NemotronH,
+    "OlmoHybridForCausalLM": OlmoHybrid,
     "Phi3ForCausalLM": Phi3,
     "SeedOssForCausalLM": SeedOss,
     "SmolLM3ForCausalLM": SmolLM3,

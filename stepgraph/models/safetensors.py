@@ -14,6 +14,7 @@ from stepgraph.errors import ModelError
 from stepgraph.models.checkpoint import CheckpointTensor, take
 from stepgraph.models.expert_tensors import split_experts
 from stepgraph.models.fp8_checkpoint import join_scales
+from stepgraph.models.joined_tensors import join_convolutions
 from stepgraph.models.json_file import read_json
 from stepgraph.models.tensor_names import native_name
 from stepgraph.models.text_part import is_of_media
@@ -61,7 +62,7 @@ def read_safetensors(folder: Path) -> Iterator[CheckpointTensor]:
     Raises:
         ModelError: a file is missing, truncated or not a safetensors file, or scales do not fit their weight.
     """
-    yield from join_scales(split_experts(_stored(folder)))
+    yield from join_scales(join_convolutions(split_experts(_stored(folder))))
 
 
 def _stored(folder: Path) -> Iterator[CheckpointTensor]:

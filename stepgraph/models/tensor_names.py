@@ -64,6 +64,14 @@ _OF_GEMMA4 = (
     (re.compile(r"\.post_feedforward_layernorm_1\."), ".moe.dense_post_norm."),
     (re.compile(r"\.post_feedforward_layernorm_2\."), ".moe.post_norm."),
 )
+_OF_OLMO = (
+    (re.compile(r"\.attention_layer_norm\."), ".input_layernorm."),
+    (re.compile(r"\.feedforward_layer_norm\."), ".post_attention_layernorm."),
+    (re.compile(r"\.linear_attn\.([ab])_proj\."), r".linear_attn.in_proj_\1."),
+    (re.compile(r"\.linear_attn\.g_proj\."), ".linear_attn.in_proj_z."),
+    (re.compile(r"\.linear_attn\.o_proj\."), ".linear_attn.out_proj."),
+    (re.compile(r"\.linear_attn\.o_norm\."), ".linear_attn.norm."),
+)
 _OF_EXPERTS = (
     # Mixtral's; Granite's has all experts in one tensor
     (re.compile(r"\.block_sparse_moe\."), ".mlp."),
@@ -96,7 +104,7 @@ def native_name(name: str) -> str:
     name = in_decoder(name)
     match = _NAME.fullmatch(name)
     if match is None or match["part"] not in _EXAONE:
-        for pattern, native in (*_OF_LFM2, *_OF_MAMBA, *_OF_GEMMA4, *_OF_EXPERTS):
+        for pattern, native in (*_OF_LFM2, *_OF_MAMBA, *_OF_OLMO, *_OF_GEMMA4, *_OF_EXPERTS):
             name = pattern.sub(native, name)
         return name
     layer = "" if match["layer"] is None else f"layers.{match['layer']}."

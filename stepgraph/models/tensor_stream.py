@@ -110,7 +110,9 @@ class Arriving:
             is_kept = not isinstance(target, Skipped)
             part = values_part_of(target) or Part.whole(tensor.shape)
             if is_kept and self._kept is None:
-                self._kept = torch.empty(part.kept_shape, dtype=piece.rows.dtype)
+                # A convolution has a dimension more than parts tell of.
+                shape = *part.kept_shape, *tensor.shape[len(part.shape) :]
+                self._kept = torch.empty(shape, dtype=piece.rows.dtype)
             if self._kept is not None:
                 keep_rows(piece.rows, piece.begin, part, self._kept)
             self._arrived += len(piece.rows)

@@ -14,6 +14,7 @@ from stepgraph.models.checkpoint import CheckpointTensor, take
 from stepgraph.models.config import DecoderConfig
 from stepgraph.models.decoder import Decoder
 from stepgraph.models.expert_tensors import split_experts
+from stepgraph.models.joined_tensors import join_convolutions
 from stepgraph.models.language_model import LanguageModel, LanguageModelConfig
 from stepgraph.models.mtp_tensors import without_mtp
 from stepgraph.models.output_head import fit_head, has_own_head
@@ -66,7 +67,8 @@ def plan_update(model: LanguageModel, source: ModelSource | Iterable[tuple[str, 
     else:
         description = "given as tensors"
         own = ((name, values) for name, values in source if not is_of_media(name))
-        tensors = split_experts(TensorInMemory(native_name(name), values) for name, values in own)
+        given = (TensorInMemory(native_name(name), values) for name, values in own)
+        tensors = join_convolutions(split_experts(given))
         if not isinstance(model, Decoder):
             raise ModelError(
                 f"{model.config.architecture} runs through transformers, which renames and merges tensors as it reads a "

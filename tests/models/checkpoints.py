@@ -122,6 +122,11 @@ GEMMA4_SHARED = GEMMA4 | {
     "hidden_size_per_layer_input": 16,
     "vocab_size_per_layer_input": 96,
 }
+HYBRID = {name: value for name, value in DELTA.items() if name != "head_dim"} | {
+    "num_hidden_layers": 3,
+    "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+    "pad_token_id": 0,
+}
 CONVOLUTIONS = SIZES | {"num_hidden_layers": 3, "layer_types": ["conv", "full_attention", "conv"]}
 MAMBA = SIZES | {
     "num_hidden_layers": 3,
@@ -268,6 +273,13 @@ HF_CONFIGS = {
         mlp_bias=True,
         use_conv_bias=False,
         conv_kernel=3,
+    ),
+    "olmo hybrid": lambda: hf_config("OlmoHybridConfig", **HYBRID, rope_parameters={"rope_theta": None}),
+    "olmo hybrid with rope": lambda: hf_config(
+        "OlmoHybridConfig",
+        **HYBRID | {"layer_types": ["full_attention", "full_attention", "linear_attention"]},
+        linear_allow_neg_eigval=False,
+        attention_bias=True,
     ),
     "qwen3.5": lambda: Qwen3_5TextConfig(**DELTA, tie_word_embeddings=True),
     "qwen3.5 with biases": lambda: Qwen3_5TextConfig(

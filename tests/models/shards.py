@@ -37,6 +37,8 @@ def rows_of(path, config, rank, size):
         D, H, G = config.head_dim, config.num_heads, config.num_kv_heads
         first, count = kv_head_of(config, rank, size)
         queries = span(0, rank * H // size * D, H // size * D)
+        if config.joint_qk_norm:
+            return span(0, 0, (H + G) * D) + span((H + G) * D, first * D, count * D)
         if config.output_gate:
             queries += span(H * D, rank * H // size * D, H // size * D)
             H *= 2

@@ -23,6 +23,7 @@ from stepgraph.engine.sampling_params import SamplingParams
 from stepgraph.errors import ConfigError, ModelError
 from stepgraph.executor.build import build_local_executor
 from stepgraph.executor.local import runner_of
+from stepgraph.layers.rotary import UNROTATED
 from stepgraph.models import resolve
 from stepgraph.spec.drafter import Drafter
 from stepgraph.verify.graphs import verify_graphs
@@ -31,7 +32,16 @@ TOKENS = 160
 LENGTHS = (1, 16, 17, 63, 64, 65, 128, 129, 190)
 """Of prompts: around what runs token by token, chunks, and steps."""
 NUM_TOKENS = 8
-NAMES = ("qwen3 next", "qwen3.5", "lfm2 with biases", "lfm2 moe", "granite 4.0-h", "falcon h1", "nemotron h")
+NAMES = (
+    "qwen3 next",
+    "qwen3.5",
+    "olmo hybrid",
+    "lfm2 with biases",
+    "lfm2 moe",
+    "granite 4.0-h",
+    "falcon h1",
+    "nemotron h",
+)
 
 
 @pytest.fixture(scope="module", params=NAMES)
@@ -180,7 +190,7 @@ def test_an_adapter_is_what_merged_weights_are(checkpoint, device, tmp_path) -> 
     folder, prompts, _ = checkpoint
     tensors, pairs = load_file(f"{folder}/model.safetensors"), {}
     generator = torch.Generator().manual_seed(0)
-    adapted = re.compile(r".*\.(in_proj\w*|out_proj|q_proj)\.weight")
+    adapted = re.compile(r".*\.([abg]_proj|in_proj\w*|o(ut)?_proj|q_proj)\.weight")
     for name in filter(adapted.fullmatch, list(tensors)):
         outputs, inputs = tensors[name].shape
         a = torch.randn(RANK, inputs, generator=generator) / inputs**0.5
@@ -198,6 +208,22 @@ def test_an_adapter_is_what_merged_weights_are(checkpoint, device, tmp_path) -> 
 
 
 @pytest.mark.parametrize(
+    ("rope", "rotates"),
+    [
+        ({"rope_parameters": None}, False),
+        ({"rope_parameters": {"rope_type": None}}, False),
+        ({"rope_parameters": {"rope_theta": None, "rope_type": "default"}}, False),
+        ({"rope_parameters": {"rope_theta": 5e5, "rope_type": "default"}}, True),
+        ({"rope_parameters": None, "rope_theta": 5e5}, True),
+    ],
+)
+def test_olmo_hybrid_rotates_only_by_a_base_that_its_config_has(tmp_path, rope, rotates) -> None:
+    config = HF_CONFIGS["olmo hybrid"]().to_dict() | {"architectures": ["OlmoHybridForCausalLM"]} | rope
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert {rope != UNROTATED for rope in resolve(str(tmp_path)).config.ropes} == {rotates}
+
+
+@pytest.mark.parametrize(
     ("name", "changes", "said"),
     [
         ("qwen3.5", {"hidden_act": "gelu_pytorch_tanh"}, "run with silu"),
@@ -206,6 +232,7 @@ def test_an_adapter_is_what_merged_weights_are(checkpoint, device, tmp_path) -> 
         ("qwen3.5", {"layer_types": ["linear_attention"] * 2}, "at least one must be full_attention"),
         ("qwen3.5", {"layer_types": ["linear_attention", "sliding_attention"]}, "layers of type sliding_attention"),
         ("qwen3.5", {"layer_types": ["conv", "full_attention"]}, "layers of type conv"),
+        ("olmo hybrid", {"linear_num_value_heads": 5}, "must be a multiple of key heads"),
         ("lfm2", {"conv_L_cache": 1}, r"of 1 tokens \(conv_L_cache\), and must be of at least 2"),
         ("lfm2", {"layer_types": ["conv"] * 3}, "at least one must be full_attention"),
         ("lfm2", {"block_multiple_of": 0}, r"feed-forward layers of -?\d+ values, in multiples of 0"),
@@ -220,7 +247,12 @@ def test_an_adapter_is_what_merged_weights_are(checkpoint, device, tmp_path) -> 
     ],
 )
 def test_configs_of_other_layers_are_refused(tmp_path, name, changes, said) -> None:
-    class_name = {"qwen3.5": "Qwen3_5ForCausalLM", "lfm2": "Lfm2ForCausalLM", "lfm2 moe": "Lfm2MoeForCausalLM"}[name]
+    class_name = {
+        "qwen3.5": "Qwen3_5ForCausalLM",
+        "lfm2": "Lfm2ForCausalLM",
+        "lfm2 moe": "Lfm2MoeForCausalLM",
+        "olmo hybrid": "OlmoHybridForCausalLM",
+    }[name]
     config = HF_CONFIGS[name]().to_dict() | {"architectures": [class_name]} | changes
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(ModelError, match=said):

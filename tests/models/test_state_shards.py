@@ -10,12 +10,15 @@ from checkpoints import (
     FALCON_FACTORS,
     GRANITE_HYBRID,
     HF_CONFIGS,
+    HYBRID,
     MAMBA,
     MIXTURES,
     ONE_PART,
+    hf_config,
     random_hf_model,
 )
 from fp8_folders import write_fp8
+from safetensors.torch import load_file
 from shards import assert_is_shard
 from stepping import Stepper
 from test_adapters import matrices, save_adapter
@@ -38,6 +41,7 @@ from stepgraph.layers.cache import Item
 from stepgraph.models import random_weights, resolve
 from stepgraph.models.adapters import AdapterStore
 from stepgraph.models.sharing import possible_sizes
+from stepgraph.models.tensor_stream import Arriving, announce, buckets
 from stepgraph.models.update import plan_update, write
 from stepgraph.parallel.shard import Shard
 
@@ -49,6 +53,9 @@ MODELS = {
     "qwen3.5": lambda: Qwen3_5TextConfig(**HEADS, tie_word_embeddings=True),
     "qwen3.5 with biases": lambda: Qwen3_5TextConfig(**HEADS | {"linear_num_value_heads": 4}, attention_bias=True),
     "qwen3.5 moe": lambda: Qwen3_5MoeTextConfig(**HEADS | MIXTURE),
+    "olmo hybrid": lambda: hf_config(
+        "OlmoHybridConfig", **HYBRID | {"linear_num_key_heads": 4, "linear_num_value_heads": 12}
+    ),
     "lfm2": HF_CONFIGS["lfm2"],
     "lfm2 with biases": HF_CONFIGS["lfm2 with biases"],
     "lfm2 moe": HF_CONFIGS["lfm2 moe"],
@@ -99,7 +106,9 @@ def test_random_weights_of_ranks_are_parts_of_the_wholes(name, tmp_path, monkeyp
     assert_shards(tmp_path, load_format="dummy", quantization="fp8")
 
 
-@pytest.mark.parametrize("name", ["qwen3 next", "qwen3.5", "lfm2 with biases", "granite 4.0-h", "nemotron h"])
+@pytest.mark.parametrize(
+    "name", ["qwen3 next", "qwen3.5", "olmo hybrid", "lfm2 with biases", "granite 4.0-h", "nemotron h"]
+)
 def test_new_weights_are_cut_too(name, tmp_path) -> None:
     hf_model = random_hf_model(MODELS[name]())
     hf_model.save_pretrained(tmp_path / "first")
@@ -108,18 +117,29 @@ def test_new_weights_are_cut_too(name, tmp_path) -> None:
             parameter.mul_(0.5)
     hf_model.save_pretrained(tmp_path / "second")
     shard = load(tmp_path / "first", shard=Shard(1, 4))
-    write(plan_update(shard, hf_model.state_dict().items()))
-    assert_is_shard(shard, load(tmp_path / "second"), 1, 4)
+    second = load(tmp_path / "second")
+    tensors = load_file(tmp_path / "second" / "model.safetensors")
+    write(plan_update(shard, tensors.items()))
+    assert_is_shard(shard, second, 1, 4)
+    for model, shape in ((load(tmp_path / "first", shard=Shard(3, 4)), (3, 4)), (load(tmp_path / "first"), (0, 1))):
+        update = plan_update(model, tensors.items())
+        arriving = Arriving(model, announce(update))
+        for bucket in buckets(update, 3000):
+            arriving.take(bucket)
+        arriving.finish()
+        assert_is_shard(model, second, *shape)
 
 
-@pytest.mark.parametrize("name", ["qwen3 next", "qwen3.5", "lfm2 with biases", "nemotron h"])
+@pytest.mark.parametrize("name", ["qwen3 next", "qwen3.5", "olmo hybrid", "lfm2 with biases", "nemotron h"])
 def test_adapters_add_up_over_shards(name, tmp_path) -> None:
     hf_model = random_hf_model(MODELS[name]())
     hf_model.save_pretrained(tmp_path / "model")
     of_states = {
         module: pair
         for module, pair in matrices(hf_model, rank=5).items()
-        if module.endswith(("in_proj", "out_proj", "_qkvz", "_ba", "_qkv", "_z", "_a", "_b", "q_proj"))
+        if module.endswith(
+            ("in_proj", "out_proj", "_qkvz", "_ba", "_qkv", "_z", "_a", "_b", "q_proj", "g_proj", "o_proj")
+        )
     }
     adapter = save_adapter(tmp_path / "adapter", of_states)
 

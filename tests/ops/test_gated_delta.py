@@ -38,10 +38,10 @@ def delta_inputs(generator: torch.Generator, rows: Rows, G: int, H: int, N: int,
     return [with_padding(qkv), with_padding(ba), a_log, dt_bias, random_state(generator, rows, H, N, D)]
 
 
-def by_reference(inputs, rows: Rows):
+def by_reference(inputs, rows: Rows, max_rate: float):
     """In float64."""
     inputs = [x.double() for x in inputs]
-    out = reference.gated_delta(*inputs, *rows, False)
+    out = reference.gated_delta(*inputs, *rows, max_rate, False)
     return out.float(), inputs[-1].float()
 
 
@@ -50,14 +50,14 @@ def test_the_reference_is_the_rule(device) -> None:
     rows = Rows(*(torch.tensor(x, dtype=torch.int32) for x in ([3], [2], [0, 7], [5], [4])))
     qkv, ba, a_log, dt_bias, state = (x.double() for x in delta_inputs(generator, rows, 1, 2, 16, 8))
     before = state[3].clone()
-    out = reference.gated_delta(qkv, ba, a_log, dt_bias, state, *rows, False)
+    out = reference.gated_delta(qkv, ba, a_log, dt_bias, state, *rows, 1.5, False)
     for head in range(2):
         s = before[head]
         for token in range(7):
             q, k = (x / (x.square().sum() + 1e-6).sqrt() for x in (qkv[token, :16], qkv[token, 16:32]))
             v = qkv[token, 32 + 8 * head : 40 + 8 * head]
             alpha = torch.exp(-torch.exp(a_log[head]) * torch.log1p(torch.exp(ba[token, 2 + head] + dt_bias[head])))
-            beta = 1 / (1 + torch.exp(-ba[token, head]))
+            beta = 1.5 / (1 + torch.exp(-ba[token, head]))
             s = alpha * (s - beta * torch.outer(k, s.T @ k)) + beta * torch.outer(k, v)
             torch.testing.assert_close(out[token, 8 * head : 8 * head + 8], s.T @ q / 4)
             if token == 3:
@@ -75,9 +75,10 @@ def test_any_partition_into_rows(kernels, size: str, num_drafts: int) -> None:
         generator = torch.Generator().manual_seed(seed)
         rows = random_rows(generator, (1, 4, 5, 8)[seed], num_drafts)
         inputs = delta_inputs(generator, rows, *SIZES[size], repeats=seed == 1)
-        expected = by_reference(inputs, rows)
+        max_rate = 2.0 if seed % 2 else 1.0
+        expected = by_reference(inputs, rows, max_rate)
         moved = on(kernels, *inputs)
-        out = ops.gated_delta(*moved, *on(kernels, *rows), deterministic=False)
+        out = ops.gated_delta(*moved, *on(kernels, *rows), max_rate=max_rate, deterministic=False)
         assert_same_rows(rows, inputs[-1], (out, moved[-1]), expected, 2e-4)
 
 
@@ -174,8 +175,8 @@ def test_all_is_computed_in_float32_and_rounded_once() -> None:
     rows = random_rows(generator, 3, 0)
     qkv, ba, *rest = delta_inputs(generator, rows, *SIZES["small"])
     state = rest[-1].clone()
-    exact = reference.gated_delta(qkv.bfloat16().float(), ba.bfloat16().float(), *rest, *rows, False)
-    rounded = reference.gated_delta(qkv.bfloat16(), ba.bfloat16(), *rest[:-1], state, *rows, False)
+    exact = reference.gated_delta(qkv.bfloat16().float(), ba.bfloat16().float(), *rest, *rows, 1.0, False)
+    rounded = reference.gated_delta(qkv.bfloat16(), ba.bfloat16(), *rest[:-1], state, *rows, 1.0, False)
     assert torch.equal(rows.without_padding(rounded), rows.without_padding(exact).bfloat16())
     x, weight = torch.randn(rows.num_tokens, 8, generator=generator).bfloat16(), torch.randn(8, 4).bfloat16()
     state = torch.zeros(NUM_LINES, 3, 8)

@@ -20,7 +20,7 @@ for tokens, rows in ((8, 8), (2048, 64)):
     qkvz = torch.empty(tokens, C + H * D, dtype=torch.bfloat16)
     ba, of_heads = torch.empty(tokens, 2 * H, dtype=torch.bfloat16), torch.empty(H)
     qkv = conv.causal_conv(qkvz[:, :C], torch.empty(C, 4, dtype=torch.bfloat16), None, state[1], *operands, True)
-    out = delta.gated_delta(qkv, ba, of_heads, of_heads, state[0], *operands, False)
+    out = delta.gated_delta(qkv, ba, of_heads, of_heads, state[0], *operands, 2.0, False)
     norm.gated_norm(out, qkvz[:, C:], torch.empty(D, dtype=torch.bfloat16), 1e-6, D, False)
 taps, bias = torch.empty(C, 3, dtype=torch.bfloat16), torch.empty(C, dtype=torch.bfloat16)
 conv.causal_conv(qkvz[:, :C], taps, bias, state[1][:, :2].contiguous(), *operands, False)

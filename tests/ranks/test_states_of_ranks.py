@@ -22,13 +22,14 @@ NUM_TOKENS = 16
 MODELS = {
     "qwen3 next": {"enable_expert_parallel": True},
     "qwen3.5": {},
+    "olmo hybrid": {},
     "lfm2 with biases": {},
     "lfm2 moe": {},
     "falcon h1": {},
     "nemotron h": {"enable_expert_parallel": True},
 }
 """By name, how two ranks share it."""
-ADAPTED = re.compile(r".*\.(in_proj\w*|out_proj|q_proj)\.weight")
+ADAPTED = re.compile(r".*\.([abg]_proj|in_proj\w*|o(ut)?_proj|q_proj)\.weight")
 
 
 @pytest.fixture(scope="module", params=MODELS)

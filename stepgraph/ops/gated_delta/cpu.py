@@ -22,13 +22,14 @@ def gated_delta(
     query_start: Tensor,
     start: Tensor,
     num_stored: Tensor,
+    max_rate: float,
     deterministic: bool,
 ) -> Tensor:
     """See `stepgraph.ops.gated_delta.gated_delta`."""
     H, D = state.shape[1], state.shape[3]
     borders = query_start.tolist()
     num_tokens = borders[-1]
-    heads = heads_of(qkv[:num_tokens], ba[:num_tokens], a_log, dt_bias, state)
+    heads = heads_of(qkv[:num_tokens], ba[:num_tokens], a_log, dt_bias, state, max_rate)
     out_UHD = qkv.new_zeros(qkv.shape[0], H, D, dtype=heads.v.dtype)
     if not deterministic:
         _run_single_tokens(heads, state, read_line, write_line, query_start, start, out_UHD)

@@ -16,7 +16,7 @@ class Heads(NamedTuple):
     rate: Tensor  # [U, H]
 
 
-def heads_of(qkv: Tensor, ba: Tensor, a_log: Tensor, dt_bias: Tensor, state: Tensor) -> Heads:
+def heads_of(qkv: Tensor, ba: Tensor, a_log: Tensor, dt_bias: Tensor, state: Tensor, max_rate: float) -> Heads:
     """Taken apart, normalised, and with queries and keys for each head of the values. Float64 stays so."""
     H, N, D = state.shape[1:]
     dtype = torch.promote_types(qkv.dtype, torch.float32)
@@ -26,7 +26,7 @@ def heads_of(qkv: Tensor, ba: Tensor, a_log: Tensor, dt_bias: Tensor, state: Ten
     q, k = (x.repeat_interleave(H // x.shape[1], dim=1) for x in (q * N**-0.5, k))
     b, a = ba.to(dtype).chunk(2, dim=1)
     step = softplus(a + dt_bias)
-    return Heads(q, k, v.unflatten(1, (H, D)), -a_log.exp() * step, 1 / (1 + torch.exp(-b)))
+    return Heads(q, k, v.unflatten(1, (H, D)), -a_log.exp() * step, max_rate / (1 + torch.exp(-b)))
 
 
 def softplus(x: Tensor) -> Tensor:
@@ -62,10 +62,11 @@ def gated_delta(
     query_start: Tensor,
     start: Tensor,
     num_stored: Tensor,
+    max_rate: float,
     deterministic: bool,
 ) -> Tensor:
     """See `stepgraph.ops.gated_delta.gated_delta`."""
-    heads = heads_of(qkv, ba, a_log, dt_bias, state)
+    heads = heads_of(qkv, ba, a_log, dt_bias, state, max_rate)
     out_UHD = torch.zeros_like(heads.v)
     borders = query_start.tolist()
     lines = zip(read_line.tolist(), write_line.tolist(), strict=True)

@@ -31,12 +31,12 @@ def softplus(x):
 
 
 @triton.jit
-def _gates(ba_ptr, a_log, dt_bias, head, mask, HEADS: tl.constexpr):
+def _gates(ba_ptr, a_log, dt_bias, head, mask, HEADS: tl.constexpr, MAX_RATE: tl.constexpr):
     """Logarithms of decays, and rates, of tokens whose rows of `ba` begin at `ba_ptr`; zero where masked."""
     b = tl.load(ba_ptr + head, mask=mask, other=0.0).to(tl.float32)
     a = tl.load(ba_ptr + HEADS + head, mask=mask, other=0.0).to(tl.float32)
     log_decay = -tl.exp(a_log) * softplus(a + dt_bias)
-    return tl.where(mask, log_decay, 0.0), tl.where(mask, 1.0 / (1.0 + tl.exp(-b)), 0.0)
+    return tl.where(mask, log_decay, 0.0), tl.where(mask, MAX_RATE / (1.0 + tl.exp(-b)), 0.0)
 
 
 @triton.jit
@@ -96,6 +96,7 @@ def _prepare_kernel(
     BLOCK_D: tl.constexpr,
     FEW: tl.constexpr,
     PRECISION: tl.constexpr,
+    MAX_RATE: tl.constexpr,
 ):
     """One program per chunk and head of the values."""
     WIDTH: tl.constexpr = 2 * KEY_HEADS * N + HEADS * E
@@ -121,7 +122,7 @@ def _prepare_kernel(
         token_C = (begin + offset + token_C).to(tl.int64)
 
         a_log, dt_bias = tl.load(a_log_ptr + head), tl.load(dt_bias_ptr + head)
-        log_decay_C, rate_C = _gates(ba_ptr + token_C * ba_stride, a_log, dt_bias, head, real_C, HEADS)
+        log_decay_C, rate_C = _gates(ba_ptr + token_C * ba_stride, a_log, dt_bias, head, real_C, HEADS, MAX_RATE)
         total_C = tl.cumsum(log_decay_C, axis=0)
         entry_N = tl.arange(0, BLOCK_N)
         mask_CN = real_C[:, None] & (entry_N < N)[None, :]
@@ -166,6 +167,7 @@ def _run_tokens(
     N: tl.constexpr,
     E: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    MAX_RATE: tl.constexpr,
 ):
     """The state after `count` tokens from `first` on, one by one."""
     WIDTH: tl.constexpr = 2 * KEY_HEADS * N + HEADS * E
@@ -178,7 +180,7 @@ def _run_tokens(
         q_N = tl.load(row_ptr + key_head * N + entry_N, mask=inside_N, other=0.0).to(tl.float32)
         k_N = tl.load(row_ptr + (KEY_HEADS + key_head) * N + entry_N, mask=inside_N, other=0.0).to(tl.float32)
         v_D = tl.load(row_ptr + 2 * KEY_HEADS * N + head * E + entry_D, mask=inside_D, other=0.0).to(tl.float32)
-        log_decay, rate = _gates(ba_ptr + token * ba_stride, a_log, dt_bias, head, index < count, HEADS)
+        log_decay, rate = _gates(ba_ptr + token * ba_stride, a_log, dt_bias, head, index < count, HEADS, MAX_RATE)
         q_N = q_N * (tl.rsqrt(tl.sum(q_N * q_N, axis=0) + 1e-6) * N**-0.5)
         k_N = k_N * tl.rsqrt(tl.sum(k_N * k_N, axis=0) + 1e-6)
         state_ND = state_ND * tl.exp(log_decay)
@@ -211,6 +213,7 @@ def _run_chunks(
     CHUNK: tl.constexpr,
     BLOCK_N: tl.constexpr,
     PRECISION: tl.constexpr,
+    MAX_RATE: tl.constexpr,
 ):
     """The state after `count` tokens from `first` on, a chunk at a time."""
     WIDTH: tl.constexpr = 2 * KEY_HEADS * N + HEADS * E
@@ -220,7 +223,7 @@ def _run_chunks(
         place_C = offset + tl.arange(0, CHUNK)
         real_C = place_C < count
         token_C = (first + place_C).to(tl.int64)
-        log_decay_C, _ = _gates(ba_ptr + token_C * ba_stride, a_log, dt_bias, head, real_C, HEADS)
+        log_decay_C, _ = _gates(ba_ptr + token_C * ba_stride, a_log, dt_bias, head, real_C, HEADS, MAX_RATE)
         total_C = tl.cumsum(log_decay_C, axis=0)
         total = tl.sum(log_decay_C, axis=0)
         mask_CN = real_C[:, None] & (entry_N < N)[None, :]
@@ -270,17 +273,18 @@ def _run(
     BLOCK_N: tl.constexpr,
     CHUNKED: tl.constexpr,
     PRECISION: tl.constexpr,
+    MAX_RATE: tl.constexpr,
 ):
     """The state after `count` tokens from `first` on."""
     if CHUNKED:
         state_ND = _run_chunks(
             state_ND, first, count, qkv_ptr, ba_ptr, keys_ptr, values_ptr, out_ptr, a_log, dt_bias, ba_stride, head, entry_D,
-            HEADS, KEY_HEADS, N, E, CHUNK, BLOCK_N, PRECISION,
+            HEADS, KEY_HEADS, N, E, CHUNK, BLOCK_N, PRECISION, MAX_RATE,
         )  # fmt: skip
     else:
         state_ND = _run_tokens(
             state_ND, first, count, qkv_ptr, ba_ptr, out_ptr, a_log, dt_bias, ba_stride, head, entry_D, HEADS, KEY_HEADS, N, E,
-            BLOCK_N,
+            BLOCK_N, MAX_RATE,
         )  # fmt: skip
     return state_ND
 
@@ -310,6 +314,7 @@ def _scan_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
     PRECISION: tl.constexpr,
+    MAX_RATE: tl.constexpr,
     CHUNKED: tl.constexpr,  # else token by token
     LEAST: tl.constexpr,
     MOST: tl.constexpr,
@@ -332,13 +337,13 @@ def _scan_kernel(
         )
         state_ND = _run(
             state_ND, first, stored, qkv_ptr, ba_ptr, keys_ptr, values_ptr, out_ptr, a_log, dt_bias, ba_stride, head,
-            entry_D, HEADS, KEY_HEADS, N, E, CHUNK, BLOCK_N, CHUNKED, PRECISION,
+            entry_D, HEADS, KEY_HEADS, N, E, CHUNK, BLOCK_N, CHUNKED, PRECISION, MAX_RATE,
         )  # fmt: skip
         tl.store(state_ptr + (write * HEADS + head) * (N * E) + place_ND, state_ND, mask=inside_ND)
         if stored < length:
             _run(
                 state_ND, first + stored, length - stored, qkv_ptr, ba_ptr, keys_ptr, values_ptr, out_ptr, a_log,
-                dt_bias, ba_stride, head, entry_D, HEADS, KEY_HEADS, N, E, CHUNK, BLOCK_N, CHUNKED, PRECISION,
+                dt_bias, ba_stride, head, entry_D, HEADS, KEY_HEADS, N, E, CHUNK, BLOCK_N, CHUNKED, PRECISION, MAX_RATE,
             )  # fmt: skip
 
 
@@ -359,6 +364,7 @@ def gated_delta(
     query_start: Tensor,
     start: Tensor,
     num_stored: Tensor,
+    max_rate: float,
     deterministic: bool,
 ) -> Tensor:
     """See `stepgraph.ops.gated_delta.gated_delta`."""
@@ -370,7 +376,7 @@ def gated_delta(
     # Products of float32 keep all bits; what is of 16 bits is no more exact than three products of TF32.
     precision = "ieee" if qkv.dtype == torch.float32 else "tf32x3"
     sizes = {"HEADS": heads, "KEY_HEADS": key_heads, "N": N, "E": E, "CHUNK": CHUNK, "PRECISION": precision}
-    sizes |= {"BLOCK_N": max(16, triton.next_power_of_2(N)), "num_warps": 4}
+    sizes |= {"MAX_RATE": max_rate, "BLOCK_N": max(16, triton.next_power_of_2(N)), "num_warps": 4}
     block_d = max(16, min(_VALUES, triton.next_power_of_2(E)))
     out = qkv.new_empty(num_tokens, heads * E)
     grid = triton.cdiv(E, block_d), heads, num_rows

@@ -235,10 +235,10 @@ def convolved(g: torch.Generator, *, silu: bool) -> tuple[Any, ...]:
     return random(g, 25, K + 8)[:, :K], random(g, K, 4), bias, random(g, 6, 3, K), *stateful_rows(), silu
 
 
-def remembered(g: torch.Generator, *, deterministic: bool) -> tuple[Any, ...]:
+def remembered(g: torch.Generator, *, max_rate: float, deterministic: bool) -> tuple[Any, ...]:
     """Two heads of keys, four of values."""
     gates = random(g, 25, 2 * H + 3)[:, : 2 * H], random(g, H), random(g, H)
-    return random(g, 25, 4 * D + H * K), *gates, random(g, 6, H, D, K), *stateful_rows(), deterministic
+    return random(g, 25, 4 * D + H * K), *gates, random(g, 6, H, D, K), *stateful_rows(), max_rate, deterministic
 
 
 def gated_heads(g: torch.Generator, weight: Tensor | None, *, gate_first: bool) -> tuple[Any, ...]:
@@ -328,8 +328,8 @@ CASES = {
     "head_linear by token": Case("head_linear", head_linear, lambda g: of_heads(g, deterministic=True), rows=(0,)),
     "causal_conv": Case("causal_conv", causal_conv, lambda g: convolved(g, silu=True)),
     "causal_conv with a bias": Case("causal_conv", causal_conv, lambda g: convolved(g, silu=False)),
-    "gated_delta": Case("gated_delta", gated_delta, lambda g: remembered(g, deterministic=False)),
-    "gated_delta by token": Case("gated_delta", gated_delta, lambda g: remembered(g, deterministic=True)),
+    "gated_delta": Case("gated_delta", gated_delta, lambda g: remembered(g, max_rate=2.0, deterministic=False)),
+    "gated_delta by token": Case("gated_delta", gated_delta, lambda g: remembered(g, max_rate=1.0, deterministic=True)),
     "mamba2": Case("mamba2", mamba2, lambda g: scanned(g, deterministic=False)),
     "mamba2 by token": Case("mamba2", mamba2, lambda g: scanned(g, deterministic=True)),
     "gated_norm": Case("gated_norm", gated_norm, lambda g: gated_heads(g, random(g, D), gate_first=False), rows=(0, 1)),
