@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from stepgraph.ops import rms_norm
+from stepgraph.ops import rms_norm, rms_norm_add
 
 
 class RMSNorm(nn.Module):
@@ -41,3 +41,7 @@ class RMSNorm(nn.Module):
     def forward(self, x_TE: Tensor) -> Tensor:
         """Return [T, E] normalised, dtype of `x_TE`."""
         return rms_norm(x_TE, self.weight, self.eps)
+
+    def add_to(self, residual_TE: Tensor, x_TE: Tensor) -> None:
+        """Add `x_TE`, [T, E], normalised, to the residual stream of its dtype, which is updated."""
+        rms_norm_add(x_TE, self.weight, self.eps, residual_TE)

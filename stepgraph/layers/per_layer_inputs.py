@@ -98,4 +98,4 @@ class PerLayerGate(nn.Module):
     def add_to(self, stream: ResidualStream, input_TP: Tensor) -> None:
         """Add it to the residual stream, the same on every rank. May run inside a graph."""
         gated_TP = self._gated(torch.cat((self.gate(stream.residual_TE), input_TP), dim=1))
-        stream.add_whole(self.post_norm(self.projection(gated_TP)))
+        stream.add_whole(self.projection(gated_TP), self.post_norm)

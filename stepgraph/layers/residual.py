@@ -90,12 +90,15 @@ class ResidualStream:
         if post_norm is None:
             self.residual_TE.add_(part_TE if multiplier == 1.0 else part_TE.float() * multiplier)
         else:
-            self.residual_TE.add_(post_norm(part_TE))
+            post_norm.add_to(self.residual_TE, part_TE)
         self._norm = None
 
-    def add_whole(self, x_TE: Tensor) -> None:
-        """Add what all ranks have alike: [T, E]."""
-        self.residual_TE.add_(x_TE)
+    def add_whole(self, x_TE: Tensor, norm: RMSNorm | None = None) -> None:
+        """Add what all ranks have alike, [T, E], after a norm if there is one."""
+        if norm is None:
+            self.residual_TE.add_(x_TE)
+        else:
+            norm.add_to(self.residual_TE, x_TE)
         self._norm = None
 
     def scale(self, factor_1: Tensor) -> None:
@@ -130,7 +133,10 @@ class ResidualStream:
             self._group.add_sum(dense_TE, sum_TE, post_norm=_norm(dense_norm))
             sum_TE = self._group.add_sum(routed_TE, sum_TE, post_norm=first, norm=last)
         else:
-            sum_TE = post_norm(dense_norm(dense_TE).add_(routed_norm(routed_TE)))
+            sum_TE = dense_norm(dense_TE)
+            routed_norm.add_to(sum_TE, routed_TE)
+            self.add_whole(sum_TE, post_norm)
+            return
         self.add_whole(sum_TE)
 
     def gather_tokens(self, norm: RMSNorm | None, count_1: Tensor) -> GatheredTokens:

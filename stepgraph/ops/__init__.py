@@ -58,7 +58,7 @@ from stepgraph.ops.process_logits import process_logits
 from stepgraph.ops.registry import register_kernels
 from stepgraph.ops.relu2 import relu2
 from stepgraph.ops.remember import remember
-from stepgraph.ops.rms_norm import rms_norm
+from stepgraph.ops.rms_norm import rms_norm, rms_norm_add
 from stepgraph.ops.rope_attention import rope_attention
 from stepgraph.ops.rope_cache import rope_cache
 from stepgraph.ops.route import Chosen, Routing, route
@@ -137,6 +137,7 @@ __all__ = [
     "relu2",
     "remember",
     "rms_norm",
+    "rms_norm_add",
     "rope_attention",
     "rope_cache",
     "route",

@@ -71,3 +71,27 @@ def test_triton_rounds_as_the_reference_does(dtype: torch.dtype, device: str) ->
     expected = reference.rms_norm(x, weight, EPS)
     torch.testing.assert_close(out.cpu(), expected, rtol=torch.finfo(dtype).eps, atol=0)
     assert (out.cpu() == expected).float().mean() > 0.95  # one unit only where the float32 sums differ
+
+
+@pytest.mark.parametrize(("rows", "width"), SIZES)
+def test_what_is_normalised_is_added_to_a_residual(rows: int, width: int, device: str) -> None:
+    x, weight = make(rows, width)
+    residual = torch.randn(rows, width, generator=torch.Generator().manual_seed(width))
+    expected = residual.double() + formula(x, weight)
+    for norm, where in ((reference, "cpu"), (cpu, "cpu"), (kernels, device)):
+        found = residual.to(where, copy=True)
+        norm.rms_norm_add(x.to(where), weight.to(where), EPS, found)
+        torch.testing.assert_close(found.cpu().double(), expected, rtol=2e-6, atol=2e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_sum_is_rounded_after_what_is_added_is(dtype: torch.dtype, device: str) -> None:
+    if dtype == torch.bfloat16 and device == "cpu":
+        pytest.skip("Triton's interpreter truncates to bfloat16 instead of rounding")
+    x, weight = make(4, 200, dtype)
+    residual = torch.randn(4, 200, generator=torch.Generator().manual_seed(0)).to(dtype)
+    found = residual.to(device, copy=True)
+    kernels.rms_norm_add(x.to(device), weight.float().to(device), EPS, found)
+    expected = residual + reference.rms_norm(x, weight.float(), EPS)
+    torch.testing.assert_close(found.cpu(), expected, rtol=2 * torch.finfo(dtype).eps, atol=torch.finfo(dtype).eps)
+    assert (found.cpu() == expected).float().mean() > 0.95

@@ -15,6 +15,11 @@ _rms_norm = register(
     {"cpu": Inlined(cpu.rms_norm), "cuda": "stepgraph.ops.rms_norm.triton:rms_norm"},
 )
 
+_rms_norm_add = register(
+    "rms_norm_add(Tensor x, Tensor weight, float eps, Tensor(a!) residual) -> ()",
+    {"cpu": Inlined(cpu.rms_norm_add), "cuda": "stepgraph.ops.rms_norm.triton:rms_norm_add"},
+)
+
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """Normalise each row of `x`. May run inside a graph.
@@ -28,3 +33,13 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
         [rows, width] contiguous, dtype of `x`.
     """
     return _rms_norm(x, weight, eps)
+
+
+def rms_norm_add(x: Tensor, weight: Tensor, eps: float, residual: Tensor) -> None:
+    """Add each row of `x`, normalised and rounded, to that of `residual`. May run inside a graph.
+
+    Args:
+        x, weight, eps: as of `rms_norm`.
+        residual: [rows, width], dtype of `x`, contiguous; updated.
+    """
+    _rms_norm_add(x, weight, eps, residual)

@@ -15,3 +15,8 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     if x.dtype == weight.dtype == torch.float32 and x.shape[1] % native.LANES == 0 and native.available():
         return _rms_norm(x, weight, eps)
     return reference.rms_norm(x, weight, eps)
+
+
+def rms_norm_add(x: Tensor, weight: Tensor, eps: float, residual: Tensor) -> None:
+    """See `stepgraph.ops.rms_norm.rms_norm_add`."""
+    residual.add_(rms_norm(x, weight, eps))

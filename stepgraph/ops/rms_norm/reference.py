@@ -1,4 +1,4 @@
-"""Plain torch definition of `rms_norm`; also its CPU kernel."""
+"""Plain torch definition of `rms_norm`, also its CPU kernel, and of `rms_norm_add`."""
 
 import torch
 from torch import Tensor
@@ -11,3 +11,8 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     x32 = x.float()
     normed = x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + eps)
     return (normed.to(weight.dtype) * weight).to(x.dtype)
+
+
+def rms_norm_add(x: Tensor, weight: Tensor, eps: float, residual: Tensor) -> None:
+    """See `stepgraph.ops.rms_norm.rms_norm_add`."""
+    residual.add_(rms_norm(x, weight, eps))

@@ -1,4 +1,4 @@
-"""Triton kernel of `rms_norm`: one program per row, the whole row in registers.
+"""Triton kernel of `rms_norm` and `rms_norm_add`: one program per row, the whole row in registers.
 
 Arithmetic is in float32 whatever the dtype; a product of two 16-bit numbers is exact there, so rounding it once more to
 the dtype gives what the reference's 16-bit product gives.
@@ -27,21 +27,39 @@ def normalise(x, weight, eps, WIDTH: tl.constexpr):
 
 @launched
 @triton.jit
-def _norm_kernel(x_ptr, weight_ptr, out_ptr, row_stride, eps, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+def _norm_kernel(
+    x_ptr, weight_ptr, out_ptr, row_stride, eps, WIDTH: tl.constexpr, BLOCK: tl.constexpr, ADD: tl.constexpr
+):
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
     inside = column < WIDTH
     weight = tl.load(weight_ptr + column, mask=inside, other=0.0)
     wait_for_previous()
     x = tl.load(x_ptr + row * row_stride + column, mask=inside, other=0.0).to(tl.float32)
-    tl.store(out_ptr + row * WIDTH + column, normalise(x, weight, eps, WIDTH).to(out_ptr.dtype.element_ty), mask=inside)
+    out_column = out_ptr + row * WIDTH + column
+    normed = normalise(x, weight, eps, WIDTH).to(out_ptr.dtype.element_ty)
+    if ADD:
+        residual = tl.load(out_column, mask=inside, other=0.0)
+        normed = (residual.to(tl.float32) + normed.to(tl.float32)).to(out_ptr.dtype.element_ty)
+    tl.store(out_column, normed, mask=inside)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """See `stepgraph.ops.rms_norm.rms_norm`."""
+    out = x.new_empty(x.shape)
+    _launch(x, weight, eps, out, add=False)
+    return out
+
+
+def rms_norm_add(x: Tensor, weight: Tensor, eps: float, residual: Tensor) -> None:
+    """See `stepgraph.ops.rms_norm.rms_norm_add`."""
+    _launch(x, weight, eps, residual, add=True)
+
+
+def _launch(x: Tensor, weight: Tensor, eps: float, out: Tensor, *, add: bool) -> None:
     rows, width = x.shape
-    out = x.new_empty(rows, width)
     block = triton.next_power_of_2(width)
     num_warps = min(max(block // 256, 1), 16)
-    _norm_kernel[(rows,)](x, weight, out, x.stride(0), eps, WIDTH=width, BLOCK=block, num_warps=num_warps, **LAUNCH)
-    return out
+    _norm_kernel[(rows,)](
+        x, weight, out, x.stride(0), eps, WIDTH=width, BLOCK=block, ADD=add, num_warps=num_warps, **LAUNCH
+    )

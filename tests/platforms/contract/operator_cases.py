@@ -28,7 +28,7 @@ from stepgraph.ops.linear.reference import linear
 from stepgraph.ops.logprobs.reference import logprobs
 from stepgraph.ops.mamba2.reference import mamba2
 from stepgraph.ops.relu2.reference import relu2
-from stepgraph.ops.rms_norm.reference import rms_norm
+from stepgraph.ops.rms_norm.reference import rms_norm, rms_norm_add
 from stepgraph.ops.rope_cache.reference import rope_cache
 from stepgraph.ops.route.reference import route
 from stepgraph.ops.sample.reference import sample
@@ -255,6 +255,12 @@ CASES = {
     "swiglu": Case("swiglu", swiglu, lambda g: (3 * random(g, T, 2 * K),), rows=(0,)),
     "geglu": Case("geglu", geglu, lambda g: (3 * random(g, T, 2 * K),), rows=(0,)),
     "rms_norm": Case("rms_norm", rms_norm, lambda g: (random(g, T, K), random(g, K), EPS), rows=(0,)),
+    "rms_norm_add": Case(
+        "rms_norm_add",
+        rms_norm_add,
+        lambda g: (random(g, T, K + N)[:, :K], random(g, K), EPS, random(g, T, K)),
+        rows=(0, 3),
+    ),
     "rms_norm of rows apart": Case("rms_norm", rms_norm, lambda g: (random(g, T, K + N)[:, :K], random(g, K), EPS)),
     "linear": Case("linear", linear, lambda g: (random(g, T, K), random(g, N, K), random(g, N)), rows=(0,)),
     "linear of one token": Case("linear", linear, lambda g: (random(g, 1, K), random(g, N, K), None)),
