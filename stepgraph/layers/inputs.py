@@ -86,8 +86,8 @@ class LineRows(NamedTuple):
     """The lines of a step's rows, in caches that have lines. What a row writes, no other row reads or writes, but for the null
     line. What rows only read is as it was before the step."""
 
-    read: Tensor  # [R] int32, what earlier steps have left of the row's first tokens
-    write: Tensor  # [R] int32, where the step leaves that of all; mostly the same
+    read: Tensor  # [R] int32, contiguous, what earlier steps have left of the row's first tokens
+    write: Tensor  # [R] int32, contiguous, where the step leaves that of all; mostly the same
 
     @classmethod
     def take(cls, table: Tensor, row_slot: Tensor) -> LineRows:
@@ -97,9 +97,9 @@ class LineRows(NamedTuple):
             table: [slots, 3] int32, of each slot what `slot_line` calls READ_LINE, WRITE_LINE and NEXT_LINE. Updated.
             row_slot: [R] int32.
         """
-        lines_R3 = table.index_select(0, row_slot)
-        table[:, :2].index_put_((row_slot,), lines_R3[:, 1:])
-        return cls(lines_R3[:, 0], lines_R3[:, 1])
+        lines_3R = table.index_select(0, row_slot).t().contiguous()
+        table[:, :2].index_put_((row_slot,), lines_3R[1:].t())
+        return cls(lines_3R[0], lines_3R[1])
 
 
 class WriteSignals(NamedTuple):

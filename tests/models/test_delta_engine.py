@@ -4,6 +4,7 @@ against transformers in float32."""
 import json
 import random
 import re
+from contextlib import nullcontext
 from math import isfinite
 from shutil import copytree
 
@@ -14,6 +15,7 @@ from lora_folders import ALPHA, RANK, save_adapter
 from safetensors.torch import load_file, save_file
 from scripted import ScriptedDrafter, watch_drafts
 from tiny import TINY_SETTINGS, drain
+from triton_operators import triton_operators
 
 from stepgraph.config import EngineConfig
 from stepgraph.engine import state_lines
@@ -81,10 +83,18 @@ def engine(checkpoint, device):
     return create(checkpoint[0], device)
 
 
-def generate(engine: Engine, prompts, *, together: bool, preemption: float = 0.0, adapter: str | None = None):
+def generate(
+    engine: Engine,
+    prompts,
+    *,
+    together: bool,
+    preemption: float = 0.0,
+    adapter: str | None = None,
+    max_tokens=NUM_TOKENS,
+):
     """What each prompt is answered; with a chance of `preemption` at each step, all that run start anew."""
     rng, requests = random.Random(1), []
-    params = SamplingParams(temperature=0, max_tokens=NUM_TOKENS, ignore_eos=True, logprobs=0)
+    params = SamplingParams(temperature=0, max_tokens=max_tokens, ignore_eos=True, logprobs=0)
     for number, prompt in enumerate(prompts):
         requests.append(engine.add_request(f"{number}", prompt, params, adapter=adapter))
         if not together:
@@ -153,6 +163,23 @@ def test_prompts_start_from_states_that_were_kept(checkpoint, device, monkeypatc
         assert request.output_token_ids[0] == tokens[-1]
         assert request.output_logprobs[0].logprob == pytest.approx(logprobs[-1], abs=2e-4)
         assert request.num_cached_tokens >= (len(request.prompt_token_ids) > 70) * 48
+
+
+@pytest.mark.parametrize("name", ["qwen3.5", "falcon h1"])
+def test_triton_kernels_read_and_write_the_lines_of_rows(name, tmp_path, device, monkeypatch) -> None:
+    """Prompts side by side, in chunks, of which one starts from a state that another has left."""
+    monkeypatch.setattr(state_lines, "PROMPT_TOKENS", 16)
+    random_hf_model(HF_CONFIGS[name]()).save_pretrained(tmp_path)
+    settings = {"method": "ngram", "num_speculative_tokens": 2}
+    prompts, found = [list(range(3, 24)), list(range(40, 47))], []
+    for operators in ((), ("causal_conv", "gated_delta", "mamba2")):
+        with triton_operators(*operators) if operators else nullcontext():
+            engine = create(str(tmp_path), device, graph_backend="eager", speculative_config=settings)
+            requests = generate(engine, prompts, together=True, max_tokens=3)
+            requests += generate(engine, prompts[:1], together=True, max_tokens=2)
+        assert [request.num_cached_tokens for request in requests] == [0, 0, 16]
+        found.append([entry.logprob for request in requests for entry in request.output_logprobs])
+    assert found[0] == pytest.approx(found[1], abs=2e-4)
 
 
 def test_graphs_are_verified(checkpoint, device) -> None:

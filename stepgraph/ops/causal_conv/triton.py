@@ -125,6 +125,8 @@ def causal_conv(
     assert x.stride(1) == 1
     assert weight.is_contiguous()
     assert state.is_contiguous()
+    assert read_line.is_contiguous()
+    assert write_line.is_contiguous()
     out = x.new_empty(num_tokens, channels)
     grid = triton.cdiv(channels, _CHANNELS), num_rows + triton.cdiv(num_tokens, _TOKENS)
     _causal_conv_kernel[grid](

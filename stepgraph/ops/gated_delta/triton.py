@@ -371,6 +371,8 @@ def gated_delta(
     (num_tokens, width), num_rows, (heads, N, E) = qkv.shape, read_line.shape[0], state.shape[1:]
     assert qkv.is_contiguous()
     assert state.is_contiguous()
+    assert read_line.is_contiguous()
+    assert write_line.is_contiguous()
     assert ba.stride(1) == 1
     key_heads = (width - heads * E) // (2 * N)
     # Products of float32 keep all bits; what is of 16 bits is no more exact than three products of TF32.

@@ -235,6 +235,8 @@ def mamba2(
     (num_tokens, width), num_rows, (heads, N, E) = xbc.shape, read_line.shape[0], state.shape[1:]
     assert xbc.is_contiguous()
     assert state.is_contiguous()
+    assert read_line.is_contiguous()
+    assert write_line.is_contiguous()
     assert dt.stride(1) == 1
     # Products of float32 keep all bits; what is of 16 bits is no more exact than three products of TF32.
     precision = "ieee" if xbc.dtype == torch.float32 else "tf32x3"
