@@ -305,7 +305,8 @@ def hub_folder(model: str, *, weights: bool) -> Path:
     except (OSError, ValueError, ModelError):
         pass  # absent, incomplete, or not a hub id, which the next call says better
     try:
-        return Path(snapshot_download(model, allow_patterns=wanted))
+        # Of weights, those beside the config are read: gpt-oss has all of them again below, for its makers' code.
+        return Path(snapshot_download(model, allow_patterns=wanted, ignore_patterns=["*/*.safetensors"]))
     except (OSError, ValueError) as error:
         names = [*PACKAGED, *shape_names()]
         meant = "".join(f" Did you mean {name}?" for name in difflib.get_close_matches(model, names, n=1))

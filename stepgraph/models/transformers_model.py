@@ -382,7 +382,7 @@ def _check_layers(hf_config: Any, calls: list[AttentionCall]) -> None:
                 "What runs is multi-head and grouped-query attention of tokens to themselves and earlier ones.",
             )
         if call.sinks is not None and call.sinks.shape != (H,):
-            refuse(f"sinks of shape {tuple(call.sinks.shape)} are those of {H} query heads")
+            refuse(f"its sinks, of shape {tuple(call.sinks.shape)}, are not one for each of {H} query heads")
 
 
 def _spec(hf_config: Any, call: AttentionCall) -> AttentionSpec:

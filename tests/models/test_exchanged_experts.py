@@ -8,7 +8,7 @@ from checkpoints import GEMMA4, SIZES, hf_config, random_hf_model
 from stepping import BLOCK_SIZE, Stepper
 from thread_group import ThreadGroup, run_ranks
 from torch import Tensor
-from transformers import Glm4MoeConfig, LlamaConfig, Qwen2MoeConfig, Qwen3MoeConfig
+from transformers import Glm4MoeConfig, GptOssConfig, LlamaConfig, Qwen2MoeConfig, Qwen3MoeConfig
 
 from stepgraph.errors import ConfigError, ModelError
 from stepgraph.layers.experts import ExpertShard, ExpertsSpec, MixtureMLP
@@ -30,6 +30,9 @@ MODELS = {
     ),
     "groups, bias and a shared expert": lambda: Glm4MoeConfig(
         **SIZES | EXPERTS, n_routed_experts=12, n_group=4, topk_group=2, n_shared_experts=1, first_k_dense_replace=1
+    ),
+    "biases of experts and of logits": lambda: GptOssConfig(
+        **SIZES, num_local_experts=12, num_experts_per_tok=3, head_dim=16, sliding_window=24
     ),
     "experts beside a dense part": lambda: hf_config(
         "Gemma4TextConfig",

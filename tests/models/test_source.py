@@ -199,6 +199,14 @@ def test_an_unreachable_hub_says_what_was_tried(offline) -> None:
     assert [kwargs.get("local_files_only", False) for _, kwargs in offline] == [True, False]
 
 
+def test_of_weights_no_others_are_downloaded_than_those_beside_the_config(offline) -> None:
+    with pytest.raises(ModelError):
+        resolve("openai/gpt-oss-20b")
+    patterns = {name: offline[-1][1][name] for name in ("allow_patterns", "ignore_patterns")}
+    files = ["config.json", "model-00000-of-00002.safetensors", "original/model.safetensors", "metal/model.bin"]
+    assert list(huggingface_hub.utils.filter_repo_objects(files, **patterns)) == files[:2]
+
+
 def test_a_complete_cached_model_needs_no_connection(tmp_path, monkeypatch) -> None:
     write_config(tmp_path)
     (tmp_path / "model.safetensors").touch()
