@@ -109,6 +109,12 @@ MORE: dict[str, dict[str, Any]] = {
         "n_recurrent_layers": 2,
         "n_output_layers": 2,
     },
+    "dots3_note_text": _LATENT
+    | {
+        "layer_types": ["indexed_attention"] * 2,
+        "mlp_layer_types": ["dense", "sparse"],
+        "per_layer_config": {},
+    },
     "gemma4_text": {"vocab_size_per_layer_input": 200},
     "bloom": {"seq_length": 256},
     "gpt_neo": {
@@ -130,6 +136,9 @@ MORE: dict[str, dict[str, Any]] = {
     "minicpm3": _LATENT,
     "sarvam_mla": _LATENT,
     "youtu": _LATENT,
+    "zamba": {"layer_types": ["linear_attention", "hybrid"]},
+    "zamba2": {"layer_types": ["linear_attention", "hybrid"]},
+    "zaya": {"num_experts_per_tok": 1, "layer_types": ["hybrid"] * 2},
     "codegen": {"rotary_dim": 8},
     "gptj": {"rotary_dim": 8},
     "bamba": {"attn_layer_indices": [1]},

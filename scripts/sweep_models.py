@@ -61,6 +61,7 @@ SIZES = {
     "eos_token_id": 2,
     "hidden_size_per_layer_input": 16,
     "vocab_size_per_layer_input": 96,
+    **dict.fromkeys(("n_input_layers", "n_output_layers"), 0),
     "first_k_dense_replace": 1,
     "n_shared_experts": 1,
     "num_kv_shared_layers": 0,

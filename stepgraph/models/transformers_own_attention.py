@@ -163,7 +163,7 @@ def _mpt(module: Any) -> None:
 
 def _mpt_model(module: Any) -> None:
     """It takes for granted that there is a mask; any is passed on as it is, and no layer looks at it."""
-    module.forward = partial(module.forward, attention_mask=torch.ones(1, 1, 1, 1))
+    module.forward = partial(module.forward, attention_mask=torch.ones(1, 1, 1, 1, dtype=torch.bool))
 
 
 def _xglm(module: Any) -> None:

@@ -75,6 +75,8 @@ def _phi4_multimodal():
 
 MULTIMODAL = {
     "gemma 3": ("Gemma3ForConditionalGeneration", _gemma3),
+    "gemma 4 e4b": ("Gemma4ForConditionalGeneration", lambda: _gemma4("", GEMMA4_SHARED)),
+    "gemma 4 12b": ("Gemma4UnifiedForConditionalGeneration", lambda: _gemma4("Unified", GEMMA4)),
     "mistral small 3": (
         "Mistral3ForConditionalGeneration",
         lambda: _mistral3(transformers.MistralConfig(**TEXT, head_dim=32, sliding_window=None)),
@@ -88,11 +90,9 @@ MULTIMODAL = {
 }
 """Names of classes, and their configs."""
 NATIVE = {
-    "gemma 4 e4b": ("Gemma4ForConditionalGeneration", lambda: _gemma4("", GEMMA4_SHARED)),
-    "gemma 4 12b": ("Gemma4UnifiedForConditionalGeneration", lambda: _gemma4("Unified", GEMMA4)),
     "phi 4 multimodal": ("Phi4MultimodalForCausalLM", _phi4_multimodal),
 }
-"""Likewise; transformers' code of these does not run."""
+"""Likewise; what transformers has of these is not taken apart."""
 
 
 def random_multimodal_model(name):
