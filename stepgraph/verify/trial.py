@@ -224,14 +224,14 @@ def _run(
         own[group] + [entry for p in ran for entry in _drafted_entries(p, group, state.lines, shape.num_drafts)]
         for group in range(groups.size)
     ]
-    num_strays = sum(
-        _count_strays(
+    strays = [
+        _strays(
             _changed(tensor.flat, known, old),
             torch.cat([_of(tensor.model_groups, own, known.device), _of(tensor.draft_groups, drafted, known.device)]),
             block_size,
         )
         for tensor, known, old in zip(tensors, prefixes, before, strict=True)
-    )
+    ]
     states = [
         tensor
         for cache in (*model_caches, *draft_caches)
@@ -252,7 +252,7 @@ def _run(
         written=_as_one([flat[own[group]] for flat, group in model_entries]),
         draft_written=_as_one([flat[drafted[group]] for flat, group in draft_entries]),
         states=_as_one(states),
-        strays=num_strays
+        strays=int(torch.stack(strays).any(0).sum() if strays else 0)
         + _count_stray_lines(line_tensors, lines_before, [slot_line.NULL_LINE, *(item.line for item in ran)]),
         logprobs=torch.cat((state.logprob_ring[0], state.prompt_logprob_ring[0])),
         hidden=hidden[0][:num_hidden].float() if hidden else torch.empty(0),
@@ -331,11 +331,11 @@ def _changed(flat: Tensor, prefix: Tensor, before: Tensor) -> Tensor:
     return changed
 
 
-def _count_strays(changed: Tensor, allowed: Tensor, block_size: int) -> int:
-    """Entries of a tensor that changed, and may not."""
+def _strays(changed: Tensor, allowed: Tensor, block_size: int) -> Tensor:
+    """[entries] bool: those of a tensor that changed, and may not."""
     changed[allowed] = False
     changed[: block_size * (slot_line.NULL_BLOCK + 1)] = False
-    return int(changed.sum())
+    return changed
 
 
 def _count_stray_lines(tensors: Sequence[Tensor], before: Sequence[Tensor], allowed: list[int]) -> int:
