@@ -136,7 +136,7 @@ class AdapterStore:
         self._loras: list[LoRA] = []
         self._places: dict[str, _Place] = {}
         targets = model.checkpoint_tensors()
-        for path, module in model.layers.named_modules(prefix="model.layers"):
+        for path, module in model.layers.named_modules(prefix="layers"):
             if not isinstance(module, Linear) or isinstance(module, ExpertLinear) or module.needs_numbers:
                 continue
             parts = module.lengths
@@ -149,11 +149,14 @@ class AdapterStore:
             )
             module.use(Adapted(module.format.base, lora))
             self._loras.append(lora)
-            if f"{path}.weight" in targets:
-                self._places[path] = _Place(lora, 0, len(parts), targets[f"{path}.weight"])
+            stored = model.checkpoint_name(path)
+            if f"{stored}.weight" in targets:
+                self._places[stored] = _Place(lora, 0, len(parts), targets[f"{stored}.weight"])
+            elif (merged := model.merged_name(stored)) is not None:
+                self._places[merged] = _Place(lora, 0, len(parts), module.targets()["weight"])
             elif isinstance(module, MergedLinear):
                 for i, part in enumerate(module.parts):
-                    name = f"{path.rpartition('.')[0]}.{part}"
+                    name = f"{stored.rpartition('.')[0]}.{part}"
                     self._places[name] = _Place(lora, i, 1, targets[f"{name}.weight"])
 
     @property

@@ -194,6 +194,11 @@ class Decoder(nn.Module, ABC):
         """What a checkpoint calls the tensor of a parameter, by the path of its module; see `tensor_names.native_name`."""
         return name if name.startswith("lm_head.") else f"model.{name}"
 
+    def merged_name(self, name: str) -> str | None:
+        """What adapters call a layer of several projections, of the name `checkpoint_name`, if the class has it as one matrix
+        though they are read one by one; None: by its projections."""
+        return None
+
 
 def named_targets(root: nn.Module, config: DecoderConfig, layers: Mapping[str, int]) -> dict[str, Target]:
     """Where each tensor of a checkpoint goes, by the paths of the modules below `root`.

@@ -43,3 +43,7 @@ class GraniteHybrid(Decoder):
         """See `Decoder.checkpoint_name`. What all tokens take has the same name where there are no experts beside it."""
         name = super().checkpoint_name(name)
         return name if self.config.mixtures else name.replace(".mlp.", ".mlp.shared_experts.")
+
+    def merged_name(self, name: str) -> str | None:
+        """See `Decoder.merged_name`."""
+        return name.replace("gate_up_proj", "input_linear") if name.endswith(".shared_experts.gate_up_proj") else None

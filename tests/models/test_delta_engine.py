@@ -217,7 +217,7 @@ def test_an_adapter_is_what_merged_weights_are(checkpoint, device, tmp_path) -> 
     folder, prompts, _ = checkpoint
     tensors, pairs = load_file(f"{folder}/model.safetensors"), {}
     generator = torch.Generator().manual_seed(0)
-    adapted = re.compile(r".*\.([abg]_proj|in_proj\w*|o(ut)?_proj|q_proj)\.weight")
+    adapted = re.compile(r".*\.([abg]_proj|in_proj\w*|o(ut)?_proj|q_proj|shared_mlp\.input_linear)\.weight")
     for name in filter(adapted.fullmatch, list(tensors)):
         outputs, inputs = tensors[name].shape
         a = torch.randn(RANK, inputs, generator=generator) / inputs**0.5

@@ -4,11 +4,11 @@ import copy
 
 import pytest
 import torch
-from checkpoints import GEMMA4, SIZES, hf_config, random_hf_model
+from checkpoints import GEMMA4, MIXTURES, ONE_PART, SIZES, hf_config, random_hf_model
 from stepping import BLOCK_SIZE, Stepper
 from thread_group import ThreadGroup, run_ranks
 from torch import Tensor
-from transformers import Glm4MoeConfig, GptOssConfig, LlamaConfig, Qwen2MoeConfig, Qwen3MoeConfig
+from transformers import Glm4MoeConfig, GptOssConfig, LlamaConfig, NemotronHConfig, Qwen2MoeConfig, Qwen3MoeConfig
 
 from stepgraph.errors import ConfigError, ModelError
 from stepgraph.layers.experts import ExpertShard, ExpertsSpec, MixtureMLP
@@ -34,6 +34,7 @@ MODELS = {
     "biases of experts and of logits": lambda: GptOssConfig(
         **SIZES, num_local_experts=12, num_experts_per_tok=3, head_dim=16, sliding_window=24
     ),
+    "no gates, between projections, with states": lambda: NemotronHConfig(**ONE_PART | MIXTURES, moe_latent_size=24),
     "experts beside a dense part": lambda: hf_config(
         "Gemma4TextConfig",
         **GEMMA4,

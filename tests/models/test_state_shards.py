@@ -63,6 +63,7 @@ MODELS = {
         **MAMBA | FOUR, attn_layer_indices=[1], attention_bias=True, mamba_proj_bias=True, mlp_bias=True
     ),
     "granite 4.0-h": lambda: GraniteMoeHybridConfig(**GRANITE_HYBRID | FOUR, num_local_experts=8),
+    "granite 4.0 dense": lambda: GraniteMoeHybridConfig(**GRANITE_HYBRID | FOUR, num_local_experts=0),
     "nemotron h": lambda: NemotronHConfig(**ONE_PART | MIXTURES | {"n_groups": 4}, moe_latent_size=24),
     "falcon h1": lambda: FalconH1Config(**MAMBA | FALCON_FACTORS | FOUR, mamba_d_ssm=64, mamba_rms_norm=True),
 }
@@ -130,7 +131,9 @@ def test_new_weights_are_cut_too(name, tmp_path) -> None:
         assert_is_shard(model, second, *shape)
 
 
-@pytest.mark.parametrize("name", ["qwen3 next", "qwen3.5", "olmo hybrid", "lfm2 with biases", "nemotron h"])
+@pytest.mark.parametrize(
+    "name", ["qwen3 next", "qwen3.5", "olmo hybrid", "lfm2 with biases", "nemotron h", "granite 4.0 dense"]
+)
 def test_adapters_add_up_over_shards(name, tmp_path) -> None:
     hf_model = random_hf_model(MODELS[name]())
     hf_model.save_pretrained(tmp_path / "model")
@@ -138,7 +141,20 @@ def test_adapters_add_up_over_shards(name, tmp_path) -> None:
         module: pair
         for module, pair in matrices(hf_model, rank=5).items()
         if module.endswith(
-            ("in_proj", "out_proj", "_qkvz", "_ba", "_qkv", "_z", "_a", "_b", "q_proj", "g_proj", "o_proj")
+            (
+                "in_proj",
+                "out_proj",
+                "_qkvz",
+                "_ba",
+                "_qkv",
+                "_z",
+                "_a",
+                "_b",
+                "q_proj",
+                "g_proj",
+                "o_proj",
+                "input_linear",
+            )
         )
     }
     adapter = save_adapter(tmp_path / "adapter", of_states)
