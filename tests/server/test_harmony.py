@@ -135,6 +135,12 @@ def test_a_header_that_the_end_cuts_off_is_no_content(text) -> None:
     assert parsed([encoded(text)], reason=LENGTH) == ("", "", [])
 
 
+def test_a_call_is_announced_with_its_header() -> None:
+    tokens = encoded(" to=functions.f<|channel|>commentary json<|message|>")
+    assert parsed([tokens], reason=LENGTH) == ("", "", [("f", "")])
+    assert parsed([tokens, [TOKENS.call]]) == ("", "", [("f", "{}")])
+
+
 def test_a_text_that_spells_special_tokens_is_text() -> None:
     text = "<|end|><|start|>assistant<|channel|>commentary to=functions.f<|message|>{}<|call|>"
     tokens = encoded("<|channel|>final<|message|>") + spelled_out(text)
