@@ -35,6 +35,7 @@ from stepgraph.models import DecoderConfig, resolve
 from stepgraph.models.gguf import _ARCHITECTURES as OF_GGUF
 from stepgraph.models.registry import ARCHITECTURES
 from stepgraph.models.sharing import possible_sizes
+from stepgraph.models.text_part import _APART as APART
 from stepgraph.models.text_part import _CLASSES as OF_TEXT_PARTS
 from stepgraph.models.transformers_config import TransformersConfig
 from stepgraph.models.transformers_model import judge_part
@@ -221,6 +222,8 @@ def everything() -> Iterator[tuple[str, str, str, int, Callable[[], Any] | None]
     for class_name in sorted(OF_TEXT_PARTS):
         model_type, recipe = known[class_name], recipes.get(class_name)
         build_it = partial(tiny_multimodal, model_type) if recipe is None else partial(build, recipe)
+        if class_name in APART:  # as a class of transformers that runs here without more packages
+            build_it = partial(tiny_decoder, f"{model_type}_text")
         yield "text parts", model_type, class_name, 1, build_it
     for class_name in sorted(ARCHITECTURES.keys() - set(classes.values())):
         yield "foreign", "", class_name, 1, None
@@ -249,6 +252,8 @@ def try_row(section: str, class_name: str, make: Callable[[], Any] | None) -> tu
     """The cells of a row, after trying it."""
     if make is None:
         return _native(class_name) if class_name in ARCHITECTURES else refused("its code is no part of transformers")
+    if class_name in APART:
+        class_name = class_name.replace("ConditionalGeneration", "CausalLM")
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         try:

@@ -16,6 +16,7 @@ _CLASSES = frozenset(
         "Cohere2VisionForConditionalGeneration",
         "Ernie4_5_VLMoeForConditionalGeneration",
         "Gemma3ForConditionalGeneration",
+        "Gemma3nForConditionalGeneration",
         "Gemma4ForConditionalGeneration",
         "Gemma4UnifiedForConditionalGeneration",
         "Glm46VForConditionalGeneration",
@@ -44,6 +45,8 @@ _NATIVE = {
 }
 """By the type of a decoder for which transformers has no class that writes text: the class that computes the same. Positions of
 text are one number, however many sections of a head rotate by positions of their own."""
+_APART = {"Gemma3nForConditionalGeneration"}
+"""Classes that need packages for embeddings of images: transformers' class of the decoder alone is built in their place."""
 _PARTS = {"vision_config", "audio_config"}
 """Of a config that has them beside its decoder's fields, and not these in a part of their own."""
 _OF_MEDIA = re.compile(r"(?:image|video|audio)_token_(?:id|index)")
@@ -78,6 +81,11 @@ def in_decoder(name: str) -> str:
 def is_multimodal(hf_config: Any) -> bool:
     """Whether a config is of a class whose text part runs."""
     return bool(hf_config.architectures) and str(hf_config.architectures[0]) in _CLASSES
+
+
+def is_run_apart(hf_config: Any) -> bool:
+    """Whether transformers' code of a multimodal model's decoder alone runs, and not that of the whole class."""
+    return is_multimodal(hf_config) and str(hf_config.architectures[0]) in _APART
 
 
 def text_config(hf_config: Any) -> Any:

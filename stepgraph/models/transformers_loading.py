@@ -17,6 +17,7 @@ from transformers.utils import logging as transformers_logging
 from stepgraph.errors import ModelError
 from stepgraph.models.mtp_tensors import mtp_names
 from stepgraph.models.safetensors import read_safetensors
+from stepgraph.models.text_part import is_of_media
 from stepgraph.models.transformers_config import TransformersConfig
 from stepgraph.models.transformers_halves import class_of
 from stepgraph.models.transformers_interfaces import IMPLEMENTATIONS
@@ -60,7 +61,8 @@ def read_checkpoint(config: TransformersConfig, folder: Path, *, dtype: torch.dt
                 f"transformers cannot load the checkpoint in {folder}: {why} A file may be truncated, or of another "
                 "model than config.json; download it again."
             ) from error
-    report["unexpected_keys"] = set(report["unexpected_keys"]) - mtp_names(report["unexpected_keys"])
+    left_over = set(report["unexpected_keys"]) - mtp_names(report["unexpected_keys"])
+    report["unexpected_keys"] = {name for name in left_over if not (config.media_token_ids and is_of_media(name))}
     if odd := [f"{kind}: {_some(sorted(map(str, names)))}" for kind, names in report.items() if names]:
         raise ModelError(
             f"The checkpoint in {folder} does not fit the {config.architecture} that its config describes "

@@ -17,7 +17,7 @@ import copy
 import logging
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -31,7 +31,7 @@ from stepgraph.graph.cpu import CpuBackend
 from stepgraph.layers.cache import PagedCache, PagedSpec
 from stepgraph.layers.inputs import AttentionSpec, StepInputs
 from stepgraph.models.config import architecture_of, as_token_ids, check_attention
-from stepgraph.models.text_part import end_token_ids, media_token_ids, text_config
+from stepgraph.models.text_part import alone, end_token_ids, is_run_apart, media_token_ids, text_config
 from stepgraph.models.transformers_checks import (
     check_class,
     check_fields,
@@ -65,6 +65,8 @@ def judge(hf_config: Any) -> TransformersConfig:
     Raises:
         ModelError: transformers has no class for it, or the class cannot run here; says what, why and what works.
     """
+    if is_run_apart(hf_config):
+        return replace(judge(alone(hf_config)), media_token_ids=media_token_ids(hf_config))
     try:
         return _judge(without_dynamic_rope(hf_config))
     except RefusalError as error:

@@ -6,6 +6,8 @@ from itertools import product
 
 import pytest
 import torch
+import transformers
+from checkpoints import SIZES, random_hf_model
 from fp8_folders import write_fp8
 from multimodal import IMAGE_TOKEN, MULTIMODAL, NATIVE, random_multimodal_model
 from safetensors.torch import load_file, save_file
@@ -139,6 +141,33 @@ def test_both_layouts_that_transformers_has_written_are_read(name, rename, saved
     hf_model, folder = saved(name)
     model = load_model(rewritten(folder, tmp_path, rename), **CPU)
     torch.testing.assert_close(all_logits(model), logits_of(hf_model, PROMPTS[0]), atol=1e-4, rtol=1e-4)
+
+
+def test_gemma_3n_is_run_as_its_decoder_which_needs_no_package_for_images(tmp_path) -> None:
+    text = transformers.Gemma3nTextConfig(
+        **SIZES, head_dim=16, layer_types=["sliding_attention", "full_attention"], sliding_window=20, num_kv_shared_layers=0,
+        activation_sparsity_pattern=[0.9, 0.0], hidden_size_per_layer_input=16, vocab_size_per_layer_input=96, laurel_rank=8,
+    )  # fmt: skip
+    hf_model = random_hf_model(copy.deepcopy(text))
+    hf_model.save_pretrained(tmp_path)
+    tensors = {
+        name.replace("model.", "model.language_model.", 1): values
+        for name, values in load_file(tmp_path / "model.safetensors").items()
+    }
+    tensors |= {f"model.{part}.weight": torch.zeros(2) for part in ("vision_tower.a", "audio_tower.b", "embed_audio")}
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    config = transformers.Gemma3nConfig(
+        text_config=text,
+        image_token_id=IMAGE_TOKEN,
+        audio_token_id=94,
+        architectures=["Gemma3nForConditionalGeneration"],
+    )
+    (tmp_path / "config.json").write_text(json.dumps(config.to_diff_dict()))
+    source = resolve(str(tmp_path))
+    assert source.config.media_token_ids == (94, IMAGE_TOKEN)
+    torch.testing.assert_close(
+        all_logits(load_model(source, **CPU)), logits_of(hf_model, PROMPTS[0]), atol=1e-4, rtol=1e-4
+    )
 
 
 def test_a_tensor_that_is_of_no_known_part_is_an_error(saved, tmp_path) -> None:
