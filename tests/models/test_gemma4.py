@@ -4,10 +4,11 @@ against transformers in float32."""
 import json
 import random
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
-from checkpoints import GEMMA4_SHARED, HF_CONFIGS, random_hf_model
+from checkpoints import GEMMA4, GEMMA4_SHARED, HF_CONFIGS, hf_config, random_hf_model
 from safetensors.torch import load_file, save_file
 from scripted import watch_drafts
 from stepping import Stepper
@@ -20,6 +21,7 @@ from stepgraph.engine.sampling_params import SamplingParams
 from stepgraph.errors import ConfigError, ModelError
 from stepgraph.executor.local import runner_of
 from stepgraph.models import load_model, resolve
+from stepgraph.models.registry import read_config
 from stepgraph.models.update import plan_update, write
 from stepgraph.verify.graphs import verify_graphs
 
@@ -213,6 +215,15 @@ def test_what_only_images_see_ahead_of_is_no_matter_to_text(tmp_path) -> None:
         (tmp_path / "config.json").write_text(json.dumps(config | {"use_bidirectional_attention": seen}))
         read.append(resolve(str(tmp_path)).config)
     assert read[0] == read[1]
+
+
+@pytest.mark.parametrize("fields", [GEMMA4, GEMMA4_SHARED])
+def test_configs_of_transformers_before_it_had_sizes_of_each_layer_are_read_alike(fields, tmp_path) -> None:
+    made = hf_config("Gemma4TextConfig", **{"hidden_size_per_layer_input": 0} | fields)
+    (tmp_path / "config.json").write_text(json.dumps(made.to_dict() | {"architectures": ["Gemma4ForCausalLM"]}))
+    without = {name: value for name, value in made.to_dict().items() if name != "per_layer_config"}
+    older = {"num_global_key_value_heads": None} | without | fields | {"architectures": ["Gemma4ForCausalLM"]}
+    assert replace(read_config(SimpleNamespace(**older)), dtype=torch.float32) == resolve(str(tmp_path)).config
 
 
 def test_draft_modules_are_refused_beside_embeddings_of_layers(tmp_path, device) -> None:
