@@ -106,13 +106,15 @@ class _OfExpert(CheckpointTensor):
 
     @abstractmethod
     def _values(self, rows: Cut, columns: Cut | None, dtype: torch.dtype, device: torch.device) -> Tensor:
-        """A part of the tensor, as it is stored or in what holds it exactly, for `dtype`."""
+        """A part of the tensor, in `dtype` or in what holds it exactly."""
 
-    def _read(self, stored: CheckpointTensor, rows: Cut) -> Tensor:
-        """Some outputs of a tensor in which they follow the experts."""
-        span = Cut(self._outputs, rows.begin * self._step, rows.length * self._step)
-        values = stored.stored(Part((Cut(stored.shape[0], self._expert, 1),), span))[0]
-        return values[self._first :: self._step]
+    def _part(self, columns: Cut) -> Part:
+        """Of the stored tensor, whose second dimension is cut."""
+        return Part((Cut(self._stored.shape[0], self._expert, 1),), columns)
+
+    def _span(self, rows: Cut) -> Cut:
+        """Of the outputs there, those among which some of this tensor's are."""
+        return Cut(self._outputs, rows.begin * self._step, rows.length * self._step)
 
 
 class _Bias(_OfExpert):
@@ -121,7 +123,7 @@ class _Bias(_OfExpert):
         self.shape = (stored.shape[1] // step,)
 
     def _values(self, rows: Cut, columns: Cut | None, dtype: torch.dtype, device: torch.device) -> Tensor:
-        return self._read(self._stored, rows).to(device)
+        return self._stored.load(dtype, device, self._part(self._span(rows)))[0, self._first :: self._step]
 
 
 class _Transposed(_OfExpert):
@@ -134,9 +136,8 @@ class _Transposed(_OfExpert):
 
     def _values(self, rows: Cut, columns: Cut | None, dtype: torch.dtype, device: torch.device) -> Tensor:
         assert columns is not None
-        values_IO = self._stored.stored(Part((Cut(self._stored.shape[0], self._expert, 1),), columns))[0]
-        begin = rows.begin * self._step + self._first
-        return values_IO[:, begin : begin + rows.length * self._step : self._step].to(device).mT
+        values_IO, span = self._stored.load(dtype, device, self._part(columns))[0], self._span(rows)
+        return values_IO[:, span.begin : span.begin + span.length][:, self._first :: self._step].mT
 
 
 class _Blocks(_OfExpert):
@@ -158,7 +159,13 @@ class _Blocks(_OfExpert):
         wide = columns.widened(mxfp4.BLOCK)
         blocks = slice(wide.begin // mxfp4.BLOCK, (wide.begin + wide.length) // mxfp4.BLOCK)
         codes_OB16, scale_OB = (
-            self._read(stored, rows)[:, blocks].to(device) for stored in (self._stored, self._scales)
+            self._bytes(stored, rows)[:, blocks].to(device) for stored in (self._stored, self._scales)
         )
         begin = columns.begin - wide.begin
         return mxfp4.dequantize(codes_OB16, scale_OB, dtype)[:, begin : begin + columns.length]
+
+    def _bytes(self, stored: CheckpointTensor, rows: Cut) -> Tensor:
+        values = stored.stored(self._part(self._span(rows)))
+        if values.dtype != torch.uint8:
+            raise ModelError(f"{stored.name} holds {values.dtype}, and MXFP4 is bytes; download the checkpoint again.")
+        return values[0, self._first :: self._step]

@@ -91,9 +91,12 @@ def test_logits_are_those_of_transformers_dequantised_model(folder, hf_model) ->
     torch.testing.assert_close(found.log_softmax(-1), expected.log_softmax(-1), atol=1e-4, rtol=0)
 
 
-def test_answers_are_transformers_batched_in_chunks_and_with_prefixes_from_the_cache(folder, hf_model) -> None:
+def test_answers_are_transformers_batched_in_chunks_and_with_prefixes_from_the_cache(
+    folder, hf_model, monkeypatch
+) -> None:
     spec = importlib.util.spec_from_file_location("sweep_families", SCRIPT)
     script = importlib.util.module_from_spec(spec)
+    monkeypatch.syspath_prepend(SCRIPT.parent)
     spec.loader.exec_module(script)
     script.TOLERANCE = 1e-4
     engine, requests = script.answer(folder, script.PROMPTS)
@@ -145,6 +148,10 @@ def test_experts_of_8_bits_are_made_of_those_of_4(folder) -> None:
     assert torch.equal(codes.bias, down.bias)
 
 
+def of_dtype(name, dtype):
+    return lambda tensors: tensors.update({name: tensors[name].to(dtype)})
+
+
 @pytest.mark.parametrize(
     ("change", "told"),
     [
@@ -158,6 +165,14 @@ def test_experts_of_8_bits_are_made_of_those_of_4(folder) -> None:
         ),
         (lambda t: t.pop("model.layers.0.mlp.experts.gate_up_proj_bias"), "missing"),
         (lambda t: t.pop("model.layers.0.self_attn.sinks"), "self_attn.sinks. missing"),
+        (
+            of_dtype("model.layers.0.mlp.experts.down_proj_scales", torch.float32),
+            "down_proj_scales holds torch.float32, and MXFP4",
+        ),
+        (
+            of_dtype("model.layers.0.mlp.experts.down_proj_bias", torch.int32),
+            "down_proj_bias as torch.int32, which is no weight",
+        ),
     ],
 )
 def test_what_is_missing_or_misshapen_is_named(change, told, folder, tmp_path) -> None:
