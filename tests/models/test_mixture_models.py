@@ -150,15 +150,15 @@ def test_more_experts_than_any_model_has_are_refused_before_a_list_of_them_is_ma
         (Qwen2MoeConfig(**SIZES, num_experts=2**20), "num_experts"),
     ):
         config.save_pretrained(tmp_path)
-        with pytest.raises(ModelError, match=f"{field} is 1048576, and must be between 0 and 4096"):
+        with pytest.raises(ModelError, match=f"{field} is 1048576, and must be between 0 and 16384"):
             resolve(str(tmp_path))
 
 
 @pytest.mark.parametrize(
     ("field", "value", "told"),
     [
-        ("num_local_experts", "8", "num_local_experts is '8', and must be a whole number between 0 and 4096"),
-        ("num_local_experts", 8.5, "num_local_experts is 8.5, and must be a whole number between 0 and 4096"),
+        ("num_local_experts", "8", "num_local_experts is '8', and must be a whole number between 0 and 16384"),
+        ("num_local_experts", 8.5, "num_local_experts is 8.5, and must be a whole number between 0 and 16384"),
         ("decoder_sparse_step", 0, "decoder_sparse_step is 0, and must be between 1 and 4096"),
     ],
 )
