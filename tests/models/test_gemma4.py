@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from checkpoints import GEMMA4, GEMMA4_SHARED, HF_CONFIGS, hf_config, random_hf_model
+from fp8_folders import write_fp8
 from safetensors.torch import load_file, save_file
 from scripted import watch_drafts
 from stepping import Stepper
@@ -20,6 +21,7 @@ from stepgraph.engine.build import build_engine
 from stepgraph.engine.sampling_params import SamplingParams
 from stepgraph.errors import ConfigError, ModelError
 from stepgraph.executor.local import runner_of
+from stepgraph.layers.formats import FP8
 from stepgraph.models import load_model, resolve
 from stepgraph.models.registry import read_config
 from stepgraph.models.update import plan_update, write
@@ -152,6 +154,27 @@ def test_ranks_keep_whole_experts(tmp_path) -> None:
     settings = CPU | {"expert_parallel": True}
     for found in run_ranks(2, lambda group: all_logits(load_model(source, **settings, group=group))):
         torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+
+
+def test_experts_in_8_bits_are_read_by_the_names_of_each(tmp_path) -> None:
+    """As tools write them that quantise linear layers alone."""
+    random_hf_model(HF_CONFIGS["gemma 4 26b"]()).save_pretrained(tmp_path / "source")
+    path = tmp_path / "source" / "model.safetensors"
+    tensors = {}
+    for name, values in load_file(path).items():
+        stem, _, part = name.rpartition(".")
+        if part not in ("gate_up_proj", "down_proj"):
+            tensors[name] = values
+            continue
+        parts = ("gate_proj", "up_proj") if part == "gate_up_proj" else (part,)
+        for expert, of_expert in enumerate(values):
+            for piece, matrix in zip(parts, of_expert.chunk(len(parts)), strict=True):
+                tensors[f"{stem}.{expert}.{piece}.weight"] = matrix.contiguous()
+    save_file(tensors, path, metadata={"format": "pt"})
+    plain = write_fp8(tmp_path / "source", tmp_path / "fp8", "a scale per output", ignored=("router",))
+    model, expected = (load_model(resolve(str(folder)), **CPU) for folder in (tmp_path / "fp8", plain))
+    assert all(isinstance(layer.moe.experts.down_proj.format, FP8) for layer in model.layers)
+    torch.testing.assert_close(all_logits(model), all_logits(expected), atol=1e-4, rtol=1e-4)
 
 
 def test_random_weights_are_finite_and_scale_nothing(checkpoint, device) -> None:
