@@ -1,9 +1,12 @@
 """Gemma 3, of whose layers some have a sliding window, in an engine that keeps keys and values by groups of layers."""
 
+import json
+from pathlib import Path
+
 import pytest
 import torch
 from checkpoints import HF_CONFIGS, WINDOW, random_hf_model
-from tiny import TINY_SETTINGS, drain, set_run_ahead
+from tiny import TINY_SETTINGS, drain, save_tiny_model, set_run_ahead
 
 from stepgraph.abi.block_groups import BlockGroups
 from stepgraph.config import EngineConfig
@@ -12,6 +15,9 @@ from stepgraph.engine.engine import Engine
 from stepgraph.engine.request import Request
 from stepgraph.engine.sampling_params import SamplingParams
 from stepgraph.step import groups
+from stepgraph.step.shape import StepShape
+from stepgraph.verify.compositions import Composition, Row
+from stepgraph.verify.graphs import verify_shape
 
 BLOCK_SIZE = 16
 GROUPED = BlockGroups(1, 2, WINDOW)
@@ -120,3 +126,32 @@ def test_a_long_context_holds_blocks_of_the_full_layer_and_of_windows(folder, de
 
 def test_engines_whose_blocks_travel_keep_all_layers_in_one(folder, device) -> None:
     assert create(folder, device, kv_host_cache_gib=0.01).executor.specs.groups == BlockGroups()
+
+
+def save_with_modules(folder: Path, num_modules: int) -> str:
+    """A model of two layers of each sort, and draft modules with a window."""
+    save_tiny_model(folder, num_layers=4, num_mtp_modules=num_modules)
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"model_type": "ministral", "architectures": ["MinistralForCausalLM"], "sliding_window": WINDOW}
+    config |= {"layer_types": ["full_attention", "sliding_attention"] * 2}
+    (folder / "config.json").write_text(json.dumps(config))
+    return str(folder)
+
+
+@pytest.mark.parametrize(
+    ("num_modules", "expected"), [(1, BlockGroups(2, 3, WINDOW)), (2, BlockGroups(1, 2, WINDOW + 1))]
+)
+def test_draft_modules_find_their_entries_in_a_group_of_their_own(tmp_path, device, num_modules, expected) -> None:
+    folder = save_with_modules(tmp_path, num_modules)
+    engine = create(folder, device, speculative_method="mtp", num_speculative_tokens=3)
+    assert engine.executor.specs.groups == expected
+    watch(engine)
+    assert_alike(add_all(engine), add_all(in_one_group(folder, device)))
+
+
+def test_graphs_of_groups_are_as_their_eager_twins(tmp_path, device) -> None:
+    engine = create(save_with_modules(tmp_path, 1), device, speculative_method="mtp", num_speculative_tokens=3)
+    rows = (Row(20, 1, 21), Row(0, 17, 17), Row(33, 4, 34, num_drafts=3), Row(7, 1, 8, active=False), Row(0, 3, 3))
+    shape = StepShape(48, 8, num_drafts=3)
+    found = verify_shape(engine.executor.runner, shape, [Composition(rows, seed=1)], alone_rows=8)
+    assert found.mismatches == []
