@@ -219,14 +219,15 @@ class TransformersModel(nn.Module):
     @torch.no_grad()
     def _check_tokens_apart(self) -> None:
         """Refuse a model whose convolution, recurrence or token shift would mix the requests of a step, and miss what earlier
-        steps saw: with attention out of the way, a token's hidden state must not change with its neighbours. And one that counts
-        positions otherwise than from 0: where it counts by itself, it must come to the same."""
+        steps saw: with attention out of the way, a token's hidden state must not change with its neighbours. One that counts
+        positions itself, whatever it is given: at the same position, it must not change with its place in the step either. And
+        one that counts them otherwise than from 0: where it counts by itself, it must come to the same."""
         device = next(self.parameters()).device
 
-        def hidden(token_ids: list[int], positions_T: Tensor | None) -> Tensor:
+        def hidden(token_ids: list[int], positions_T: Tensor | None, place: int = 1) -> Tensor:
             token_ids_T = torch.tensor(token_ids, dtype=torch.int32, device=device) % self.config.vocab_size
             attend = lambda call: _filled(call.query, call.value.shape[-1]).transpose(1, 2).contiguous()  # noqa: E731
-            return run_layers(self.base, token_ids_T, positions_T, attend)[1].float()
+            return run_layers(self.base, token_ids_T, positions_T, attend)[place].float()
 
         positions_T = torch.arange(3, dtype=torch.int32, device=device)
         hidden_E = hidden([1, 2, 3], positions_T)
@@ -236,6 +237,12 @@ class TransformersModel(nn.Module):
                 1e-2,
                 "its tokens meet outside attention, as in a convolution or a recurrence",
                 "What runs are layers of attention and feed-forward.",
+            ),
+            (
+                hidden([2, 4, 5], positions_T + 1, place=0),
+                1e-2,
+                "it counts positions by itself, from the first token of a step",
+                "What runs are classes that take them as they are given.",
             ),
             (
                 hidden([1, 2, 3], None),

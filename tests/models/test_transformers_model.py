@@ -357,6 +357,16 @@ def test_a_model_whose_tokens_meet_outside_attention_is_refused() -> None:
         TransformersModel(config, hf_model)
 
 
+def test_a_model_that_counts_positions_by_itself_is_refused() -> None:
+    config = judge(refused_config(transformers.GPT2Config(**GPT2_SIZES)))
+    hf_model = random_hf_model(copy.deepcopy(config.hf_config))
+    hf_model.set_attn_implementation(IMPLEMENTATIONS["attn_implementation"])
+    table = hf_model.transformer.wpe
+    table.register_forward_pre_hook(lambda module, args: torch.arange(args[0].shape[-1]).unsqueeze(0))
+    with pytest.raises(ModelError, match=r"GPT2LMHeadModel cannot run.*counts positions by itself, from the first"):
+        TransformersModel(config, hf_model)
+
+
 def test_a_model_that_counts_positions_from_elsewhere_is_refused() -> None:
     config = transformers.RobertaConfig(**SIZES, is_decoder=True, pad_token_id=0)
     with pytest.raises(ModelError, match=r"RobertaForCausalLM cannot run.*does not count positions from 0"):
