@@ -13,7 +13,8 @@ A chunk ends at a border only for that, so borders are chosen for what they may 
 - the last border of a prompt, `PROMPT_TOKENS` or more behind where it starts: the next turn of its conversation begins with it.
 
 There are never more checkpoints than `num_checkpoints`. Another one takes the line of the one that was used least recently, of
-those that nobody reads; if all are read, it is not made.
+those that nobody reads; if all are read, it is not made. One that a single request has started from gives way before all others
+once that request has left another further on: it was a conversation's, which will go on from there.
 """
 
 from __future__ import annotations
@@ -53,6 +54,7 @@ class StateLines:
         self._keys: OrderedDict[int, bytes | None] = OrderedDict()
         """Of all checkpoints, the least recently used first; None: it cannot be found any more, and somebody reads it."""
         self._lines: dict[bytes, int] = {}  # those that can be found
+        self._num_starts: Counter[int] = Counter()  # requests that have started from a checkpoint
         self._readers: Counter[int] = Counter()  # rows to come that read a checkpoint
         self._cut: dict[Request, None] = {}  # that run, and have borders before them
         self._read: list[int] = []  # by rows of the step that is being planned, or was planned last
@@ -80,6 +82,7 @@ class StateLines:
         if request.num_found:
             request.read_line = self._lines[request.block_keys[request.num_found - 1]]
             self._readers[request.read_line] += 1
+            self._num_starts[request.read_line] += 1
             self._keys.move_to_end(request.read_line)
         request.start_lines = request.read_line or request.line, request.line
         request.borders = self._borders(request, count_shared(request))
@@ -138,6 +141,10 @@ class StateLines:
         self._lines[key] = kept
         request.read_line = kept
         self._readers[kept] += 1
+        if request.num_found:
+            start = self._lines.get(request.block_keys[request.num_found - 1])
+            if start is not None and self._num_starts[start] == 1:
+                self._keys.move_to_end(start, last=False)
         assert request.slot is not None
         return [(request.slot, self._next_line, request.line)]
 
@@ -178,5 +185,5 @@ class StateLines:
         key = self._keys.pop(line)
         if key is not None:
             del self._lines[key]
-        del self._readers[line]
+        del self._readers[line], self._num_starts[line]
         self._free.append(line)

@@ -99,6 +99,18 @@ def test_the_checkpoint_that_was_used_least_recently_gives_way() -> None:
     loop.check_nothing_is_held()
 
 
+def test_what_a_conversation_has_left_behind_gives_way_first() -> None:
+    loop = Loop(num_kv_blocks=200, num_checkpoints=3, max_tokens=64)
+    other = run(loop, "other", prompt((1, 21)))
+    first = run(loop, "first", prompt((0, 21)))
+    second = run(loop, "second", [*first.tokens(0, first.num_known), *prompt((2, 12))])
+    run(loop, "one more", prompt((3, 21)))
+    third = run(loop, "third", [*second.tokens(0, second.num_known), *prompt((4, 5))])
+    again = run(loop, "again", prompt((1, 21)))
+    assert [r.num_cached_tokens for r in (other, first, second, third, again)] == [0, 0, 16, 32, 16]
+    assert run(loop, "first again", prompt((0, 21))).num_cached_tokens == 0
+
+
 def test_a_reset_forgets_states() -> None:
     loop = Loop(num_kv_blocks=100, num_checkpoints=4, max_tokens=64)
     run(loop, "first", prompt((0, 21)))

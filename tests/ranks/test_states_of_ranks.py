@@ -95,3 +95,15 @@ def test_graphs_of_two_ranks_are_verified_and_each_has_half_of_a_state(checkpoin
     assert two.executor.on_all(bytes_of_states) == [bytes_of_states(one.executor) / 2] * 2
     reports = verify_graphs(two.executor, rounds=2, seed=0)
     assert [report.mismatches for report in reports] == [[]] * len(reports)
+
+
+def test_ranks_with_requests_of_their_own_keep_states_of_their_own(tmp_path, create_ranked, monkeypatch) -> None:
+    monkeypatch.setattr(state_lines, "PROMPT_TOKENS", 32)
+    random_hf_model(HF_CONFIGS["qwen3 next"]()).save_pretrained(tmp_path)
+    settings = SETTINGS | {"model": str(tmp_path), "max_num_seqs": 3}
+    expected = answers(create_ranked(EngineConfig.from_settings(**settings)), None, preemption=0.0)
+    two = create_ranked(EngineConfig.from_settings(**settings, data_parallel_size=2, enable_expert_parallel=True))
+    found = [answers(two, None, preemption=0.0) for _ in range(3)]
+    for requests in found:
+        assert [r.output_token_ids for r in requests] == [r.output_token_ids for r in expected]
+    assert sum(request.num_cached_tokens > 0 for request in found[2]) >= 2
