@@ -10,6 +10,7 @@ by which their classes give them.
 from __future__ import annotations
 
 import importlib
+import inspect
 from collections.abc import Callable
 from functools import partial
 from statistics import NormalDist
@@ -216,9 +217,10 @@ class _Behind:
 def _llama4(module: Any) -> None:
     """It counts positions by itself for the temperature of layers without rotation."""
     inner = module.forward
+    (name,) = {"cache", "past_key_values"} & inspect.signature(inner).parameters.keys()  # transformers has renamed it
 
     def forward(*args: Any, **kwargs: Any) -> Any:
-        return inner(*args, **kwargs | {"cache": _Behind(Relay.of(module))})
+        return inner(*args, **kwargs | {name: _Behind(Relay.of(module))})
 
     module.forward = forward
 
