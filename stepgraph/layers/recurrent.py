@@ -23,7 +23,7 @@ A request that starts at c = 0 has zero as the state before, whatever its line h
 and to a request that starts anew after a preemption. Nothing is cleared when a request is admitted.
 
 All of it runs inside the graph. What a step runs is the same for all layers, so that it is found once (`RecurrentCache.rows`).
-States are read and written by operators (`stepgraph.ops.causal_conv`, `stepgraph.ops.gated_delta`). Rows that run no token,
+States are read and written by operators (`stepgraph.ops.causal_conv`, `gated_delta`, `mamba2`). Rows that run no token,
 padding rows too, write to the null line.
 
 Shapes: T tokens of the step, R rows, U tokens to run: T, and R·K more where tokens are kept; those behind the last row are
