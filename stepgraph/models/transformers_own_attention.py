@@ -41,8 +41,8 @@ def register(model_type: str) -> None:
     if model_type in _LISTS:
         name, built = _LISTS[model_type]
         module = importlib.import_module(f"transformers.models.{model_type}.modeling_{model_type}")
-        classes = getattr(module, name)
-        classes[IMPLEMENTATIONS["attn_implementation"]] = classes[built]
+        if classes := getattr(module, name, None):  # a later version may have no list
+            classes[IMPLEMENTATIONS["attn_implementation"]] = classes[built]
 
 
 def adapt(base: nn.Module) -> None:

@@ -86,7 +86,8 @@ SUPPORTED = {
         moe_intermediate_size=32,
         first_k_dense_replace=1,
     ),
-    "laguna: query heads per layer": lambda: transformers.LagunaConfig(
+    "laguna: query heads per layer": lambda: hf_config(
+        "LagunaConfig",
         **SIZES | MOE,
         head_dim=16,
         layer_types=["full_attention", "sliding_attention"],
@@ -104,7 +105,8 @@ SUPPORTED = {
     ),
     "stablelm: attention that is given no keyword arguments": lambda: transformers.StableLmConfig(**SIZES),
     "diffllama: two calls of attention in a layer": lambda: transformers.DiffLlamaConfig(**SIZES),
-    "hrm_text: layers that run several times": lambda: transformers.HrmTextConfig(
+    "hrm_text: layers that run several times": lambda: hf_config(
+        "HrmTextConfig",
         **SIZES | {"num_hidden_layers": 8},
         num_layers_per_stack=1,
         H_cycles=2,

@@ -4,7 +4,7 @@ chunks and decodes side by side, and what is refused of them."""
 import pytest
 import torch
 import transformers
-from checkpoints import SIZES, random_hf_model
+from checkpoints import SIZES, hf_config, random_hf_model
 from test_transformers_model import (
     GPT2_SIZES,
     MAX_MODEL_LEN,
@@ -131,8 +131,8 @@ REFUSED = {
         r"chosen by the scores of other tokens, too \(is_moe\)",
     ),
     "keys of the last loop": (
-        lambda: transformers.DoryConfig(
-            **SIZES, head_dim=16, n_input_layers=1, n_output_layers=0, recurrent_kv_cache_mode="last_loop"
+        lambda: hf_config(
+            "DoryConfig", **SIZES, head_dim=16, n_input_layers=1, n_output_layers=0, recurrent_kv_cache_mode="last_loop"
         ),
         '"last_loop".*With "per_loop" it runs',
     ),
