@@ -238,7 +238,6 @@ class Scheduler:
         self._steady = None
         while self._running:
             self._preempt(self._running[-1])
-        self._lines.begin_step()
         self._lines.forget()
         self.blocks.forget()
 
@@ -254,7 +253,6 @@ class Scheduler:
         if step is not None:
             return step
         self.blocks.reclaim()
-        self._lines.begin_step()
         if self._pure_steps:
             decodes_first = self._prefilled_last
             draft = self._draft(decodes=decodes_first, prompts=not decodes_first)

@@ -57,17 +57,10 @@ class StateLines:
         self._num_starts: Counter[int] = Counter()  # requests that have started from a checkpoint
         self._readers: Counter[int] = Counter()  # rows to come that read a checkpoint
         self._cut: dict[Request, None] = {}  # that run, and have borders before them
-        self._read: list[int] = []  # by rows of the step that is being planned, or was planned last
 
     def can_start(self, key: bytes) -> bool:
         """Whether there is a checkpoint behind the block of a key; where none are needed, there is."""
         return not self._num_checkpoints or key in self._lines
-
-    def begin_step(self) -> None:
-        """The step planned last is on its way: what only it reads may be written by the next."""
-        for line in self._read:
-            self._let_go(line)
-        self._read.clear()
 
     def enter(self, request: Request, count_shared: Callable[[Request], int]) -> None:
         """A request that gets a slot gets a line.
@@ -112,7 +105,8 @@ class StateLines:
         self, request: Request, end: int, name: Callable[[Request, int], Sequence[bytes]]
     ) -> list[tuple[int, int, int]]:
         """A row of a request is in the step that is being planned, and ends before position `end`. If its state there is wanted,
-        and not kept already, it is kept if there is room, and can be found for the next step.
+        and not kept already, it is kept if there is room, and can be found for the next step. To be called when nobody gets a
+        slot in the step any more: what a row of it reads may be written by the next one.
 
         Args:
             request: runs.
@@ -123,7 +117,7 @@ class StateLines:
             What changes in the block table.
         """
         if request.read_line:
-            self._read.append(request.read_line)
+            self._let_go(request.read_line)
             request.read_line = 0
         if not request.borders or end < request.borders[0]:
             return []
