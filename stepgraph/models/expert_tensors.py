@@ -49,11 +49,11 @@ def split_experts(tensors: Iterable[CheckpointTensor]) -> Iterator[CheckpointTen
     Raises:
         ModelError: a tensor of gates and ups cannot be halved, or blocks lack their scales.
     """
-    by_name = {tensor.name: tensor for tensor in tensors}
-    interleaved, pieces = split_interleaved(by_name)
+    tensors = list(tensors)  # some perhaps twice, which is for others to refuse
+    interleaved, pieces = split_interleaved({tensor.name: tensor for tensor in tensors})
     yield from pieces
-    for name, tensor in by_name.items():
-        if name in interleaved:
+    for tensor in tensors:
+        if tensor.name in interleaved:
             continue
         match = _MERGED.fullmatch(tensor.name)
         if match is not None and len(tensor.shape) == 3:
