@@ -18,17 +18,15 @@ from stepgraph.verify.graphs import verify_graphs
 
 SETTINGS = TINY_SETTINGS | {"device": "cpu", "max_num_seqs": 4, "capture_sizes": (8, 48), "num_kv_blocks": 129}
 PROPOSING = {"speculative_config": {"method": "ngram", "num_speculative_tokens": 3, "adaptive": False}}
-NUM_TOKENS = 16
+NUM_TOKENS = 12
 MODELS = {
     "qwen3 next": {"enable_expert_parallel": True},
-    "qwen3.5": {},
     "olmo hybrid": {},
     "lfm2 with biases": {},
-    "lfm2 moe": {},
     "falcon h1": {},
     "nemotron h": {"enable_expert_parallel": True},
 }
-"""By name, how two ranks share it."""
+"""By name, how two ranks share it. `test_state_shards` has more of them, by parts."""
 ADAPTED = re.compile(r".*\.([abg]_proj|in_proj\w*|o(ut)?_proj|q_proj)\.weight")
 
 
@@ -65,7 +63,7 @@ def answers(engine, adapter, *, preemption: float):
 
 
 def test_two_ranks_answer_as_one(checkpoint, create_ranked, monkeypatch) -> None:
-    """From states that were kept, too."""
+    """At first from the first token, then from states that were kept, and from the first token again."""
     monkeypatch.setattr(state_lines, "PROMPT_TOKENS", 32)
     folder, adapter, way = checkpoint
     settings = SETTINGS | {"model": folder, "enable_lora": True, "max_lora_rank": RANK}
@@ -73,10 +71,9 @@ def test_two_ranks_answer_as_one(checkpoint, create_ranked, monkeypatch) -> None
     expected = answers(one, adapter, preemption=0.0)
     two = create_ranked(EngineConfig.from_settings(**settings, **PROPOSING, **way, tensor_parallel_size=2))
     drafts = watch_drafts(two)
-    found = answers(two, adapter, preemption=0.1) + answers(two, adapter, preemption=0.0)
-    again = answers(two, adapter, preemption=0.0)
-    assert sum(request.num_cached_tokens > 0 for request in again) >= 2
-    for request, right in zip(found + again, 3 * expected, strict=True):
+    first, again = answers(two, adapter, preemption=0.0), answers(two, adapter, preemption=0.1)
+    assert any(request.num_cached_tokens for request in again)
+    for request, right in zip(first + again, 2 * expected, strict=True):
         assert request.output_token_ids == right.output_token_ids
         logprobs, exact = ([entry.logprob for entry in r.output_logprobs] for r in (request, right))
         assert logprobs == pytest.approx(exact, abs=2e-4)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from stepgraph.ops.gated_delta.chunks import FEW, advance_by_chunks
 from stepgraph.ops.gated_delta.reference import Heads, advance, heads_of
+from stepgraph.ops.rows import advance_rows
 
 
 def gated_delta(
@@ -27,23 +28,18 @@ def gated_delta(
 ) -> Tensor:
     """See `stepgraph.ops.gated_delta.gated_delta`."""
     H, D = state.shape[1], state.shape[3]
-    borders = query_start.tolist()
-    num_tokens = borders[-1]
+    num_tokens = int(query_start[-1])
     heads = heads_of(qkv[:num_tokens], ba[:num_tokens], a_log, dt_bias, state, max_rate)
     out_UHD = qkv.new_zeros(qkv.shape[0], H, D, dtype=heads.v.dtype)
     if not deterministic:
         _run_single_tokens(heads, state, read_line, write_line, query_start, start, out_UHD)
-    lines = zip(read_line.tolist(), write_line.tolist(), strict=True)
-    rows = zip(lines, borders, borders[1:], start.tolist(), num_stored.tolist(), strict=False)
-    for (read, write), begin, end, position, stored in rows:
-        if end - begin < (1 if deterministic else 2):
-            continue
-        run = advance if deterministic or end - begin <= FEW else advance_by_chunks
-        middle = begin + stored
-        row_state = state[read] if position else torch.zeros_like(state[read])
-        row_state = run(row_state, Heads(*(x[begin:middle] for x in heads)), out_UHD[begin:middle])
-        state[write] = row_state
-        run(row_state, Heads(*(x[middle:end] for x in heads)), out_UHD[middle:end])
+
+    def advanced(state: Tensor, tokens: slice, length: int) -> Tensor:
+        way = advance if deterministic or length <= FEW else advance_by_chunks
+        return way(state, Heads(*(x[tokens] for x in heads)), out_UHD[tokens])
+
+    least = 1 if deterministic else 2
+    advance_rows(advanced, state, read_line, write_line, query_start, start, num_stored, least=least)
     return out_UHD.flatten(1).to(qkv.dtype)
 
 

@@ -5,6 +5,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from stepgraph.ops.rows import advance_rows
+
 
 class Heads(NamedTuple):
     """What the rule takes of tokens, in float32."""
@@ -68,15 +70,9 @@ def gated_delta(
     """See `stepgraph.ops.gated_delta.gated_delta`."""
     heads = heads_of(qkv, ba, a_log, dt_bias, state, max_rate)
     out_UHD = torch.zeros_like(heads.v)
-    borders = query_start.tolist()
-    lines = zip(read_line.tolist(), write_line.tolist(), strict=True)
-    rows = zip(lines, borders, borders[1:], start.tolist(), num_stored.tolist(), strict=False)
-    for (read, write), begin, end, position, stored in rows:
-        if begin == end:
-            continue
-        row_state = state[read] if position else torch.zeros_like(state[read])
-        middle = begin + stored
-        row_state = advance(row_state, Heads(*(x[begin:middle] for x in heads)), out_UHD[begin:middle])
-        state[write] = row_state
-        advance(row_state, Heads(*(x[middle:end] for x in heads)), out_UHD[middle:end])
+
+    def advanced(state: Tensor, tokens: slice, _: int) -> Tensor:
+        return advance(state, Heads(*(x[tokens] for x in heads)), out_UHD[tokens])
+
+    advance_rows(advanced, state, read_line, write_line, query_start, start, num_stored)
     return out_UHD.flatten(1).to(qkv.dtype)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from stepgraph.ops.gated_delta.reference import softplus
+from stepgraph.ops.rows import advance_rows
 
 
 class Heads(NamedTuple):
@@ -65,15 +66,9 @@ def mamba2(
     """See `stepgraph.ops.mamba2.mamba2`."""
     heads = heads_of(xbc, dt, a_log, dt_bias, state, least_step, most_step)
     out_UHD = torch.zeros_like(heads.x)
-    borders = query_start.tolist()
-    lines = zip(read_line.tolist(), write_line.tolist(), strict=True)
-    rows = zip(lines, borders, borders[1:], start.tolist(), num_stored.tolist(), strict=False)
-    for (read, write), begin, end, position, stored in rows:
-        if begin == end:
-            continue
-        row_state = state[read] if position else torch.zeros_like(state[read])
-        middle = begin + stored
-        row_state = advance(row_state, Heads(*(x[begin:middle] for x in heads)), out_UHD[begin:middle])
-        state[write] = row_state
-        advance(row_state, Heads(*(x[middle:end] for x in heads)), out_UHD[middle:end])
+
+    def advanced(state: Tensor, tokens: slice, _: int) -> Tensor:
+        return advance(state, Heads(*(x[tokens] for x in heads)), out_UHD[tokens])
+
+    advance_rows(advanced, state, read_line, write_line, query_start, start, num_stored)
     return (out_UHD + skip.unsqueeze(1) * heads.x).flatten(1).to(xbc.dtype)
