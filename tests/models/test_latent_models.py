@@ -177,6 +177,7 @@ RUN_BY_TRANSFORMERS = {
     ("DeepseekV2", "mlp_bias"),
     ("DeepseekV3", "attention_bias", "q_lora_rank"),
     ("Glm4MoeLite", "mlp_layer_types"),
+    ("LongcatFlash",),
 }
 """Models, and what is unusual in them."""
 
