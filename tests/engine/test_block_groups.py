@@ -58,7 +58,7 @@ def test_a_request_keeps_all_blocks_of_full_groups_and_those_of_its_window(windo
     prefix_caching=st.booleans(),
     aborts=st.sets(st.integers(1, 40), max_size=2),
 )
-@settings(max_examples=150)
+@settings(max_examples=80)
 def test_answers_under_pressure_are_those_of_requests_alone(
     window, groups, requests, num_drafts, lookahead, run_ahead, num_kv_blocks, prefix_caching, aborts
 ) -> None:

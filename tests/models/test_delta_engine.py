@@ -2,7 +2,6 @@
 against transformers in float32."""
 
 import json
-import random
 import re
 from contextlib import nullcontext
 from math import isfinite
@@ -10,18 +9,18 @@ from shutil import copytree
 
 import pytest
 import torch
+from answers import assert_as_transformers, continued, generate, prompts_of
 from checkpoints import HF_CONFIGS, random_hf_model
 from lora_folders import ALPHA, RANK, save_adapter
 from safetensors.torch import load_file, save_file
 from scripted import ScriptedDrafter, watch_drafts
-from tiny import TINY_SETTINGS, drain
+from tiny import TINY_SETTINGS
 from triton_operators import triton_operators
 
 from stepgraph.config import EngineConfig
 from stepgraph.engine import state_lines
 from stepgraph.engine.build import build_engine
 from stepgraph.engine.engine import Engine
-from stepgraph.engine.sampling_params import SamplingParams
 from stepgraph.errors import ConfigError, ModelError
 from stepgraph.executor.build import build_local_executor
 from stepgraph.executor.local import runner_of
@@ -33,7 +32,6 @@ from stepgraph.verify.graphs import verify_graphs
 TOKENS = 160
 LENGTHS = (1, 16, 17, 63, 64, 65, 128, 129, 190)
 """Of prompts: around what runs token by token, chunks, and steps."""
-NUM_TOKENS = 8
 NAMES = (
     "qwen3 next",
     "qwen3.5",
@@ -54,20 +52,8 @@ def checkpoint(request, tmp_path_factory):
     with torch.no_grad():
         hf_model.lm_head.weight.mul_(0.5)
     hf_model.save_pretrained(folder)
-    rng = random.Random(0)
-    prompts = [[3 + n, *(rng.randrange(3, 96) for _ in range(length - 1))] for n, length in enumerate(LENGTHS)]
+    prompts = prompts_of(LENGTHS)
     return str(folder), prompts, [continued(hf_model, prompt) for prompt in prompts]
-
-
-def continued(hf_model, prompt: list[int]) -> tuple[list[int], list[float]]:
-    """Greedily, without a cache."""
-    tokens, logprobs = [], []
-    for _ in range(NUM_TOKENS):
-        with torch.no_grad():
-            row = hf_model(torch.tensor([prompt + tokens])).logits[0, -1].log_softmax(-1)
-        tokens.append(int(row.argmax()))
-        logprobs.append(float(row.max()))
-    return tokens, logprobs
 
 
 def create(folder: str, device: str, *, drafter: Drafter | None = None, **settings) -> Engine:
@@ -81,36 +67,6 @@ def create(folder: str, device: str, *, drafter: Drafter | None = None, **settin
 @pytest.fixture(scope="module")
 def engine(checkpoint, device):
     return create(checkpoint[0], device)
-
-
-def generate(
-    engine: Engine,
-    prompts,
-    *,
-    together: bool,
-    preemption: float = 0.0,
-    adapter: str | None = None,
-    max_tokens=NUM_TOKENS,
-):
-    """What each prompt is answered; with a chance of `preemption` at each step, all that run start anew."""
-    rng, requests = random.Random(1), []
-    params = SamplingParams(temperature=0, max_tokens=max_tokens, ignore_eos=True, logprobs=0)
-    for number, prompt in enumerate(prompts):
-        requests.append(engine.add_request(f"{number}", prompt, params, adapter=adapter))
-        if not together:
-            drain(engine)
-    while engine.has_work:
-        if rng.random() < preemption:
-            engine.reset_prefix_cache(preempt=True)
-        engine.step()
-    return requests
-
-
-def assert_as_transformers(requests, answers) -> None:
-    for request, (tokens, logprobs) in zip(requests, answers, strict=True):
-        assert request.output_token_ids == tokens
-        found = [entry.logprob for entry in request.output_logprobs]
-        assert found == pytest.approx(logprobs, abs=2e-4)
 
 
 def test_alone(engine, checkpoint) -> None:

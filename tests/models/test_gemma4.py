@@ -2,23 +2,22 @@
 against transformers in float32."""
 
 import json
-import random
 from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
+from answers import assert_as_transformers, continued, generate, prompts_of
 from checkpoints import GEMMA4, GEMMA4_SHARED, HF_CONFIGS, hf_config, random_hf_model
 from fp8_folders import write_fp8
 from safetensors.torch import load_file, save_file
 from scripted import watch_drafts
 from stepping import Stepper
 from thread_group import run_ranks
-from tiny import TINY_SETTINGS, drain
+from tiny import TINY_SETTINGS
 
 from stepgraph.config import EngineConfig
 from stepgraph.engine.build import build_engine
-from stepgraph.engine.sampling_params import SamplingParams
 from stepgraph.errors import ConfigError, ModelError
 from stepgraph.executor.local import runner_of
 from stepgraph.layers.formats import FP8
@@ -29,20 +28,7 @@ from stepgraph.verify.graphs import verify_graphs
 
 NAMES = ("gemma 4 e4b", "gemma 4 26b", "gemma 4 12b")
 LENGTHS = (1, 17, 33, 64, 90)
-NUM_TOKENS = 8
 CPU = {"dtype": torch.float32, "device": torch.device("cpu"), "max_model_len": 128}
-PARAMS = SamplingParams(temperature=0, max_tokens=NUM_TOKENS, ignore_eos=True, logprobs=0)
-
-
-def continued(hf_model, prompt):
-    """Greedily, without a cache: tokens and their log-probabilities."""
-    tokens, logprobs = [], []
-    for _ in range(NUM_TOKENS):
-        with torch.no_grad():
-            row = hf_model(torch.tensor([prompt + tokens])).logits[0, -1].log_softmax(-1)
-        tokens.append(int(row.argmax()))
-        logprobs.append(float(row.max()))
-    return tokens, logprobs
 
 
 @pytest.fixture(scope="module", params=NAMES)
@@ -51,8 +37,7 @@ def checkpoint(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp("checkpoint")
     hf_model = random_hf_model(HF_CONFIGS[request.param]())
     hf_model.save_pretrained(folder)
-    rng = random.Random(0)
-    prompts = [[3 + n, *(rng.randrange(3, 96) for _ in range(length - 1))] for n, length in enumerate(LENGTHS)]
+    prompts = prompts_of(LENGTHS)
     return str(folder), prompts, [continued(hf_model, prompt) for prompt in prompts]
 
 
@@ -66,38 +51,24 @@ def engine(checkpoint, device):
     return create(checkpoint[0], device)
 
 
-def assert_as_transformers(engine, checkpoint, *, together=True, preemption=0.0):
-    """What each prompt is answered; with a chance of `preemption` at each step, all that run start anew."""
-    rng, requests = random.Random(1), []
-    for number, prompt in enumerate(checkpoint[1]):
-        requests.append(engine.add_request(f"{number}", prompt, PARAMS))
-        if not together:
-            drain(engine)
-    while engine.has_work:
-        if rng.random() < preemption:
-            engine.reset_prefix_cache(preempt=True)
-        engine.step()
-    for request, (tokens, logprobs) in zip(requests, checkpoint[2], strict=True):
-        assert request.output_token_ids == tokens
-        assert [entry.logprob for entry in request.output_logprobs] == pytest.approx(logprobs, abs=1e-4)
-    return requests
-
-
 def test_alone_side_by_side_and_from_the_prefix_cache(engine, checkpoint) -> None:
-    assert_as_transformers(engine, checkpoint, together=False)
-    requests = assert_as_transformers(engine, checkpoint)
+    _, prompts, expected = checkpoint
+    assert_as_transformers(generate(engine, prompts, together=False), expected)
+    requests = generate(engine, prompts, together=True)
+    assert_as_transformers(requests, expected)
     assert any(request.num_cached_tokens for request in requests)
 
 
 def test_started_anew_on_their_way(engine, checkpoint) -> None:
-    assert_as_transformers(engine, checkpoint, preemption=0.3)
+    _, prompts, expected = checkpoint
+    assert_as_transformers(generate(engine, prompts, together=True, preemption=0.3), expected)
 
 
 def test_with_looked_up_proposals(checkpoint, device) -> None:
     engine = create(checkpoint[0], device, speculative_config={"method": "suffix", "num_speculative_tokens": 3})
     drafts = watch_drafts(engine)
     for _ in range(2):  # the second time, answers are known
-        assert_as_transformers(engine, checkpoint)
+        assert_as_transformers(generate(engine, checkpoint[1], together=True), checkpoint[2])
     assert any(stood for _, stood in drafts)
 
 
