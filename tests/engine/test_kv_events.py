@@ -238,6 +238,8 @@ def test_an_engine_that_is_started_again_begins_with_nothing(told) -> None:
     rng = random.Random(2)
     while not subscriber.receive(0.02):  # until it is connected: replays alone would not bring the last word
         traffic(first, rng, 60)
+    first.add("last", 40)  # whatever the traffic ended with
+    first.drain()
     subscriber.follow(lambda: knows(subscriber, first) and subscriber.content["GPU"])
     first.engine.shutdown()
     while subscriber.content["GPU"]:  # it says so itself if it ends by itself
