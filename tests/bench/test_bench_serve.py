@@ -6,17 +6,17 @@ import os
 import signal
 import subprocess
 import sys
-import threading
 from collections import Counter
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Iterator
 
 import pytest
 from aiohttp import web
+from fake_server import FakeServer, answer_in_full, chunks, send_events
 
 from stepgraph import bench
 from stepgraph.bench import report as bench_report
 from stepgraph.bench import serve, serve_client, serve_processes
-from stepgraph.errors import ConfigError, StepgraphError
+from stepgraph.errors import StepgraphError
 
 VLLM_FIELDS = {
     *("date", "endpoint_type", "backend", "model_id", "tokenizer_id", "num_prompts", "request_rate", "burstiness"),
@@ -30,60 +30,6 @@ VLLM_FIELDS = {
     ),
 }
 DETAILS = {"input_lens", "output_lens", "ttfts", "itls", "start_times", "errors"}
-
-
-class FakeServer:
-    """Answers by a script, in a thread of its own, and remembers what it was asked."""
-
-    def __init__(self) -> None:
-        self.answer: Callable[[int, web.Request, dict], Awaitable[web.StreamResponse]] = answer_in_full
-        self.bodies: list[dict] = []
-        self.headers: list[dict[str, str]] = []
-        self.paths: list[str] = []
-        self.active = self.most_active = 0
-        self.url = ""
-        self._loop = asyncio.new_event_loop()
-        self._ready, self._ended = threading.Event(), asyncio.Event()
-        self._thread = threading.Thread(target=self._loop.run_until_complete, args=(self._serve(),))
-
-    def start(self) -> None:
-        self._thread.start()
-        assert self._ready.wait(60)
-
-    def stop(self) -> None:
-        self._loop.call_soon_threadsafe(self._ended.set)
-        self._thread.join(60)
-        self._loop.close()
-
-    async def _serve(self) -> None:
-        app = web.Application()
-        app.router.add_get("/v1/models", self._models)
-        app.router.add_post("/v1/{endpoint:.*}", self._completions)
-        # Whoever hangs up must not leave a handler behind that waits for ever.
-        runner = web.AppRunner(app, handler_cancellation=True, shutdown_timeout=0)
-        await runner.setup()
-        site = web.TCPSite(runner, "127.0.0.1", 0)
-        await site.start()
-        self.url = f"http://127.0.0.1:{runner.addresses[0][1]}"
-        self._ready.set()
-        await self._ended.wait()
-        await runner.cleanup()
-
-    async def _models(self, request: web.Request) -> web.Response:
-        return web.json_response({"object": "list", "data": [{"id": "first/model"}, {"id": "other"}]})
-
-    async def _completions(self, request: web.Request) -> web.StreamResponse:
-        number = len(self.bodies)
-        body = await request.json()
-        self.bodies.append(body)
-        self.headers.append(dict(request.headers))
-        self.paths.append(request.path)
-        self.active += 1
-        self.most_active = max(self.most_active, self.active)
-        try:
-            return await self.answer(number, request, body)
-        finally:
-            self.active -= 1
 
 
 @pytest.fixture
@@ -109,30 +55,6 @@ def measure(server, tmp_path, monkeypatch):
         return json.loads(file.read_text())
 
     return measure
-
-
-async def send_events(request: web.Request, events: list[dict | str]) -> web.StreamResponse:
-    response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
-    await response.prepare(request)
-    for event in events:
-        text = event if isinstance(event, str) else json.dumps(event)
-        await response.write(f"data: {text}\n\n".encode())
-    return response
-
-
-def chunks(count: int) -> list[dict | str]:
-    return [{"choices": [{"index": 0, "text": " word"}], "usage": None}] * count
-
-
-def usage(body: dict, num_output_tokens: int) -> dict:
-    prompt = body.get("prompt") or body["messages"]
-    return {"choices": [], "usage": {"prompt_tokens": len(prompt), "completion_tokens": num_output_tokens}}
-
-
-async def answer_in_full(number: int, request: web.Request, body: dict) -> web.StreamResponse:
-    """As many tokens as were asked for, two to a chunk."""
-    length = body.get("max_tokens") or body["max_completion_tokens"]
-    return await send_events(request, [*chunks(-(-length // 2)), usage(body, length), "[DONE]"])
 
 
 def test_every_request_is_answered_and_counted_as_the_server_counts(server, measure) -> None:
@@ -208,13 +130,6 @@ def test_the_api_key_is_sent_but_not_written(server, measure, monkeypatch, by_fl
     assert server.headers[0]["Authorization"] == f"Bearer {'sk-flag' if by_flag else 'sk-environment'}"
     assert "sk-" not in json.dumps(result)
     assert result["command"].endswith("--header *** *** --plot")
-
-
-def test_secrets_after_an_equals_sign_are_not_written_either() -> None:
-    words = ["serve", "--api-key=sk", "--model=m", "--header", "A=1", "--seed", "3"]
-    assert bench_report._without_secrets(words) == [
-        *("serve", "--api-key=***", "--model=m", "--header", "***", "--seed", "3")
-    ]
 
 
 def test_failures_are_counted_by_kind_and_end_nothing(server, measure, capsys) -> None:
@@ -504,17 +419,6 @@ def test_processes_are_as_many_as_requests_under_way_and_cores_allow(
     assert asked == [processes]
 
 
-def test_a_server_that_cannot_be_reached_is_refused_with_the_fix() -> None:
-    with pytest.raises(ConfigError, match=r"127\.0\.0\.1:1/v1/models .*start the server, correct --base-url, or name"):
-        bench.main(["serve", "--base-url", "http://127.0.0.1:1"])
-
-
-def test_aiohttp_is_asked_for_before_anything_is_sent(monkeypatch) -> None:
-    monkeypatch.setitem(sys.modules, "aiohttp", None)
-    with pytest.raises(ConfigError, match=r"aiohttp.*pip install 'stepgraph\[bench\]'"):
-        bench.main(["serve"])
-
-
 def test_help_needs_neither_aiohttp_nor_torch_and_a_run_no_torch(server) -> None:
     script = """
 import sys
@@ -537,64 +441,3 @@ sys.exit(bench.main({flags}))
             [sys.executable, "-m", "stepgraph.bench", "serve", "--help"], capture_output=True, text=True, timeout=120
         ).stdout
     )
-
-
-@pytest.mark.parametrize(
-    ("flags", "complaint"),
-    [
-        ("--num-prompts 0", "--num-prompts=0 is too small; the smallest value is 1"),
-        ("--max-concurrency 0", "--max-concurrency=0 is too small"),
-        ("--client-processes 0", "--client-processes=0 is too small"),
-        ("--client-processes 3 --num-prompts 2", "more than --num-prompts=2.*lower it to 2 or less"),
-        ("--client-processes 3 --max-concurrency 2", "more than --max-concurrency=2.*lower it to 2"),
-        ("--request-rate 0", "--request-rate=0.0 must be above 0"),
-        ("--burstiness nan", "--burstiness=nan must be above 0"),
-        ("--random-range-ratio 1", "--random-range-ratio=1.0 must be at least 0 and below 1"),
-        ("--random-input-range 5 4", "--random-input-range.*no less than the first"),
-        ("--random-output-range 0 4", "--random-output-range.*at least 1"),
-        ("--random-input-range 4 5 --random-input-len 4", "contradict each other"),
-        (
-            "--dataset sharegpt --random-input-len 4",
-            "--random-input-len has no effect on dataset 'sharegpt'; use random",
-        ),
-        ("--prefix-len 4", "--prefix-len has no effect on dataset 'random'; use prefix_repetition"),
-        ("--dataset-path x", "--dataset-path has no effect on dataset 'random'; use sharegpt or file"),
-        ("--dataset file", "no file; name one with --dataset-path"),
-        ("--result-filename x", "--result-filename has no effect without --save-result"),
-        ("--save-detailed", "--save-detailed has no effect without"),
-        ("--endpoint embeddings", "--endpoint=embeddings is not known; choose one of: completions, chat"),
-        ("--percentile-metrics ttft,speed", "'speed' is not known; choose from ttft,tpot,itl,e2el"),
-        ("--metric-percentiles 50,101", "--metric-percentiles=50,101 must be numbers from 0 to 100"),
-        ("--metric-percentiles fifty", "--metric-percentiles=fifty must be numbers"),
-        ("--goodput itl:4", "--goodput itl:4 must be one of ttft, tpot, e2el"),
-        ("--goodput ttft", "--goodput ttft must be one of"),
-        ("--goodput ttft:-1", "--goodput ttft:-1 must be one of"),
-        ("--header nothing", "--header nothing must be KEY=VALUE"),
-        ("--extra-body [1]", "must be a JSON object"),
-        ("--extra-body {", "is not JSON"),
-    ],
-)
-def test_flags_that_cannot_be_used_are_refused_before_anything_is_sent(flags, complaint) -> None:
-    with pytest.raises(ConfigError, match=complaint):
-        bench.main(["serve", "--base-url", "http://127.0.0.1:1", *flags.split()])
-
-
-@pytest.mark.parametrize(
-    ("flags", "inputs", "outputs"),
-    [
-        ("", (1024, 1024), (128, 128)),
-        ("--input-len 10 --output-len 5", (10, 10), (5, 5)),
-        ("--random-input-len 10 --random-range-ratio 0.25", (7, 13), (96, 160)),
-        ("--random-input-len 1 --random-output-len 1 --random-range-ratio 0.9", (1, 2), (1, 2)),
-        ("--random-input-range 4 80 --random-output-range 1 9", (4, 80), (1, 9)),
-        ("--dataset prefix_repetition --prefix-repetition-prefix-len 9", (1024, 1024), None),
-        ("--dataset sharegpt --output-len 5", (1024, 1024), (5, 5)),
-    ],
-)
-def test_lengths_come_from_the_flags_as_in_vllm(monkeypatch, flags, inputs, outputs) -> None:
-    asked = []
-    monkeypatch.setattr(serve, "make_prompts", lambda options, count: asked.append(options) or 1 / 0)
-    with pytest.raises(ZeroDivisionError):
-        bench.main(["serve", *flags.split()])
-    assert (asked[0].input_range, asked[0].output_range) == (inputs, outputs)
-    assert asked[0].prefix_len == (9 if "prefix" in flags else 256)
