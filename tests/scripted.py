@@ -19,6 +19,7 @@ class ScriptedDrafter:
     """
 
     attention_specs = ()
+    carried = ()
     lookahead = 0
     costs_when_idle = False
 

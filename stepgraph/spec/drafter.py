@@ -45,6 +45,11 @@ class Drafter(Protocol):
     """A step with room for proposals is slower also where there are none."""
 
     @property
+    def carried(self) -> tuple[Tensor, ...]:
+        """What it hands on from a request's step to the next beside its caches, each [slots, …], the null slot included. For
+        checks."""
+
+    @property
     def attention_specs(self) -> tuple[AttentionSpec, ...]:
         """Of its layers that take the step's own list of work."""
 

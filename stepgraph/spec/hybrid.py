@@ -27,6 +27,7 @@ class HybridDrafter:
         min_match: in tokens.
         """
         self.attention_specs, self.lookahead = model.attention_specs, model.lookahead
+        self.carried = model.carried
         self._lookup, self._model, self._min_match = lookup, model, min_match
 
     def cache_specs(self, dtype: torch.dtype) -> tuple[CacheSpec, ...]:

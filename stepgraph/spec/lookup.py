@@ -26,6 +26,7 @@ class LookupDrafter:
     """
 
     attention_specs = ()
+    carried = ()
     lookahead = 0
     costs_when_idle = False
 

@@ -215,7 +215,7 @@ class MTPDrafter:
         self._logits_RV = torch.empty(max_rows, width, dtype=model.dtype, device=weight.device)
         # Of each module but the last, for each slot, the null slot included; see `stepgraph.spec.mtp_levels`.
         size = 1 + max_rows, weight.shape[0]
-        self._carried = [torch.zeros(size, dtype=model.dtype, device=weight.device) for _ in self.layers[1:]]
+        self.carried = tuple(torch.zeros(size, dtype=model.dtype, device=weight.device) for _ in self.layers[1:])
 
     @property
     def attention_specs(self) -> tuple[AttentionSpec, ...]:
@@ -291,7 +291,7 @@ class MTPDrafter:
 
     def _next_level(self, step: DraftStep, level: Level, k: int, hidden_TE: Tensor) -> tuple[Level, Tensor]:
         """The tokens of module k ≥ 2 and the hidden states it takes, from those of module k - 1."""
-        carried_SE = self._carried[k - 2]
+        carried_SE = self.carried[k - 2]
         following = next_level(
             level,
             step.inputs.tokens,

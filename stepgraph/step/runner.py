@@ -73,7 +73,7 @@ class StepRunner:
         self.block_size = config.cache.block_size
         self.vocab_size = model.config.vocab_size
         self.model = model
-        self._adapters, self._drafter, self._group = adapters, drafter, group
+        self._adapters, self.drafter, self._group = adapters, drafter, group
         self._acceptance = config.speculative.speculative_acceptance
         self.deterministic = config.model.deterministic
         self.dispatch = dispatch
@@ -250,8 +250,8 @@ class StepRunner:
             self.platform.synchronize()
             self.state.lines.zero_()
             self._set_counter()
-            if self._drafter is not None:
-                self._drafter.forget()
+            if self.drafter is not None:
+                self.drafter.forget()
             self._forget_plans()
             self.cache_lost()
 
@@ -268,7 +268,7 @@ class StepRunner:
             self.block_size,
             self.dispatch,
             self._adapters,
-            self._drafter,
+            self.drafter,
             self._acceptance,
             None if self._group is None else self._group.fault_flag,
             None if self.signals is None else self.signals.tensors,

@@ -2,14 +2,14 @@
 
 All a step must not read is NaN: every KV entry outside the rows' contexts, the null block's included, and all lines but those
 that rows read behind their requests' first tokens. And it must write to its own tokens' entries, its own rows' lines, the null
-block and the null line only; a draft model also to the entries of the proposals it makes. Where there are lines enough, some rows
-read another line than they write.
+block and the null line only; the modules of a draft model to some entries before and behind those too. Where there are lines
+enough, some rows read another line than they write; and some requests began before the step.
 """
 
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -47,8 +47,8 @@ class Result:
     tokens: Tensor
     written: Tensor  # cache entries this step wrote, all layers
     draft_written: Tensor  # those of the draft model
-    states: Tensor  # what the rows' lines say after it, all layers
-    strays: int  # cache entries and lines that changed beside those and the null ones
+    states: Tensor  # what the rows' lines say after it, all layers, and what the draft model carries on for them
+    strays: int  # cache entries, lines and states carried on that changed beside those and the null ones
     logprobs: Tensor  # what the step reported, bits
     hidden: (
         Tensor  # of a rank that ran without a graph, what its part of the first logits was computed from; else empty
@@ -110,7 +110,39 @@ class _Placed:
     row: Row
     slot: int
     line: int  # that it writes
+    start: int  # token that its request began at: those before may be others' too
     entries: list[list[int]]  # of the KV cache: for each block group, of every position that blocks were granted for
+
+    @property
+    def own(self) -> range:
+        """Positions of its tokens in the step."""
+        return range(self.row.computed, self.row.end if self.row.active else self.row.computed)
+
+    def rewritten(self, module: int) -> range:
+        """Positions before its own at which a draft model's module, counted from 0, knew proposals only and now knows tokens,
+        see `stepgraph.spec.mtp_levels`."""
+        first = max(self.start, self.row.computed - module) if self.row.active else self.row.computed
+        return range(first, self.row.computed)
+
+    def drafted(self, module: int, num_modules: int, lines: Tensor, num_drafts: int) -> range:
+        """Positions that a module has written after the step. The first runs over the step's tokens, the others over those that
+        stand; the last also over the proposals it starts from, which are those that modules have made, but the last."""
+        if not self.row.active:
+            return self.own
+        length, computed, active, max_length, most = lines[
+            self.slot,
+            [
+                slot_line.LENGTH,
+                slot_line.COMPUTED,
+                slot_line.ACTIVE,
+                slot_line.MAX_LENGTH,
+                slot_line.MAX_NUM_DRAFTS,
+            ],
+        ].tolist()
+        end = computed if module else self.row.end
+        if module == num_modules - 1 and active and computed == length - 1:
+            end = max(end, computed + min(num_drafts - num_modules, min(most, max_length - length - 1) - 1))
+        return range(self.rewritten(module).start, end)
 
 
 class _Paged(NamedTuple):
@@ -118,14 +150,7 @@ class _Paged(NamedTuple):
 
     flat: Tensor  # [entries, width]
     group: int
-
-
-class _Shared(NamedTuple):
-    """A tensor of blocks, and the groups whose layers have it: all that may be written in it."""
-
-    flat: Tensor
-    model_groups: set[int]
-    draft_groups: set[int]
+    module: int | None = None  # of the draft model, counted from 0
 
 
 def _run(
@@ -150,16 +175,20 @@ def _run(
     for cache in (*model_caches, *draft_caches):
         for tensor in (*cache.block_tensors, *cache.line_tensors):
             _fill(tensor, poison)
+    carried_on = runner.drafter.carried if runner.drafter is not None else ()
+    for carried in carried_on:
+        _fill(carried, poison)
 
     free_blocks = (torch.randperm(groups.num_blocks(runner.num_kv_blocks) - 1, generator=generator) + 1).tolist()
     settings = random.Random(composition.seed)
     choice = random.Random(~composition.seed)  # of lines
+    beginning = random.Random(composition.seed ^ 1)  # of requests
     free_lines = choice.sample(range(1, runner.layout.num_lines), runner.layout.num_lines - 1)
     num_spare = len(free_lines) - len(composition.rows)
     most = min(runner.max_model_len, len(free_blocks) // groups.size * block_size + 1)  # tokens of the longest sequence
     placed: list[_Placed] = []
     deltas: list[tuple[int, int, int]] = []
-    prefix: list[list[int]] = [[] for _ in range(groups.size)]  # entries that are there before the step, by group
+    prefix: list[list[int]] = [[] for _ in range(groups.size)]  # entries that earlier steps have left, by group
     for slot, row in enumerate(composition.rows, start=1):
         sampling = random_sampling(settings, shape.variant, vocab)
         max_length = min(row.length + row.num_drafts + settings.choice((1, 2, 5, 100)), most)
@@ -184,6 +213,8 @@ def _run(
         )
         if sampling.masked:
             state.set_masks(slot, np.stack([_random_mask(settings, vocab) for _ in range(state.masks.shape[1])]))
+        start = max(0, row.computed - beginning.choice((0, 1, row.computed)))
+        state.lines[slot, slot_line.START] = start
         state.lines[slot, slot_line.ACTIVE] = int(row.active)
         state.lines[slot, slot_line.NUM_DRAFTS] = row.num_drafts
         proposed = torch.tensor(proposals[slot - 1][: row.num_drafts], dtype=torch.int32)
@@ -191,6 +222,9 @@ def _run(
         if row.computed:
             for cache in (*model_caches, *draft_caches):
                 cache.lay_out(read, row.computed, generator)
+        if start < row.computed:
+            for carried in carried_on:
+                carried[slot] = torch.randn(carried.shape[1:], generator=generator).to(carried)
         entries = [
             [blocks[p // block_size * groups.size + group] * block_size + p % block_size for p in range(num_granted)]
             for group in range(groups.size)
@@ -198,17 +232,19 @@ def _run(
         for group in range(groups.size):
             prefix[group] += entries[group][: row.computed]
         if only is None or slot - 1 == only:
-            placed.append(_Placed(row, slot, line, entries))
+            placed.append(_Placed(row, slot, line, start, entries))
             deltas.extend((slot, i, blocks[i]) for i in range(known, len(blocks)))
 
-    model_entries, draft_entries = _by_entry(model_caches), _by_entry(draft_caches)
-    for flat, group in (*model_entries, *draft_entries):
-        flat[prefix[group]] = torch.randn(len(prefix[group]), flat.shape[1], generator=generator).to(flat)
-    tensors = _by_tensor(model_entries, draft_entries)
-    prefixes = [_of(tensor.model_groups | tensor.draft_groups, prefix, tensor.flat.device) for tensor in tensors]
-    before = [tensor.flat[known] for tensor, known in zip(tensors, prefixes, strict=True)]
+    paged = [*_by_entry(model_caches), *_by_entry(draft_caches, of_drafter=True)]
+    laid_out = [_left(prefix[part.group], part, placed) for part in paged]
+    for part, index in zip(paged, laid_out, strict=True):
+        part.flat[index] = torch.randn(len(index), part.flat.shape[1], generator=generator).to(part.flat)
+    shared = _by_tensor(paged)
+    prefixes = [torch.cat([laid_out[i] for i in parts]) for parts in shared]
+    before = [paged[parts[0]].flat[known] for parts, known in zip(shared, prefixes, strict=True)]
     line_tensors = [tensor for cache in (*model_caches, *draft_caches) for tensor in cache.line_tensors]
     lines_before = [tensor.clone() for tensor in line_tensors]
+    carried_before = [tensor.clone() for tensor in carried_on]
 
     rows = tuple((item.slot, item.row.query_len) for item in placed)
     runner.load(StepPlan(rows, tuple(deltas), 0, shape.variant, shape.num_drafts), shape)
@@ -217,20 +253,14 @@ def _run(
     runner.platform.synchronize()
 
     ran = [item for item in placed if item.row.active]
-    own = [
-        [entry for p in ran for entry in p.entries[group][p.row.computed : p.row.end]] for group in range(groups.size)
-    ]
-    drafted = [
-        own[group] + [entry for p in ran for entry in _drafted_entries(p, group, state.lines, shape.num_drafts)]
-        for group in range(groups.size)
-    ]
+    written = [_written(part, ran, len(draft_caches), state.lines, shape.num_drafts) for part in paged]
     strays = [
         _strays(
-            _changed(tensor.flat, known, old),
-            torch.cat([_of(tensor.model_groups, own, known.device), _of(tensor.draft_groups, drafted, known.device)]),
+            _changed(paged[parts[0]].flat, known, old),
+            torch.cat([written[i] for i in parts]),
             block_size,
         )
-        for tensor, known, old in zip(tensors, prefixes, before, strict=True)
+        for parts, known, old in zip(shared, prefixes, before, strict=True)
     ]
     states = [
         tensor
@@ -238,6 +268,7 @@ def _run(
         for item in ran
         for tensor in cache.line_content(item.line, item.row.end)
     ]
+    states += [carried[item.slot] for carried in carried_on for item in ran]
     num_samples = sum(item.row.num_samples for item in placed)
     prompts_first = shape.variant >= Variant.PROMPT_LOGPROBS  # logits of all tokens come before those of samples
     num_hidden = sum(item.row.query_len for item in ran) if prompts_first else num_samples
@@ -249,11 +280,12 @@ def _run(
         ring=[_specified(line) for line in state.ring[0, : len(placed)].tolist()],
         lines=state.lines.clone(),
         tokens=state.tokens.clone(),
-        written=_as_one([flat[own[group]] for flat, group in model_entries]),
-        draft_written=_as_one([flat[drafted[group]] for flat, group in draft_entries]),
+        written=_as_one([p.flat[index] for p, index in zip(paged, written, strict=True) if p.module is None]),
+        draft_written=_as_one([p.flat[index] for p, index in zip(paged, written, strict=True) if p.module is not None]),
         states=_as_one(states),
         strays=int(torch.stack(strays).any(0).sum() if strays else 0)
-        + _count_stray_lines(line_tensors, lines_before, [slot_line.NULL_LINE, *(item.line for item in ran)]),
+        + _count_stray_lines(line_tensors, lines_before, [slot_line.NULL_LINE, *(item.line for item in ran)])
+        + _count_stray_lines(carried_on, carried_before, [slot_line.NULL_SLOT, *(item.slot for item in ran)]),
         logprobs=torch.cat((state.logprob_ring[0], state.prompt_logprob_ring[0])),
         hidden=hidden[0][:num_hidden].float() if hidden else torch.empty(0),
     )
@@ -273,50 +305,49 @@ def _inputs_of_head(model: LanguageModel) -> Iterator[list[Tensor]]:
             hook.remove()
 
 
-def _drafted_entries(item: _Placed, group: int, lines: Tensor, num_drafts: int) -> list[int]:
-    """Cache entries, in a group, of the proposals that a draft model computed for a row, beyond the row's own: all proposals but
-    the last."""
-    length, computed, active, max_length, most = lines[
-        item.slot,
-        [
-            slot_line.LENGTH,
-            slot_line.COMPUTED,
-            slot_line.ACTIVE,
-            slot_line.MAX_LENGTH,
-            slot_line.MAX_NUM_DRAFTS,
-        ],
-    ].tolist()
-    room = min(num_drafts, most, max_length - length - 1) if active and computed == length - 1 else 0
-    return item.entries[group][max(item.row.end, computed) : computed + room - 1]
-
-
 def _distinct(caches: Sequence[LayerCache]) -> list[LayerCache]:
     """Each once, of layers that share one too."""
     return list({id(cache): cache for cache in caches}.values())
 
 
-def _by_entry(caches: Sequence[LayerCache]) -> list[_Paged]:
+def _by_entry(caches: Sequence[LayerCache], *, of_drafter: bool = False) -> list[_Paged]:
     """The tensors of blocks, layer by layer."""
     return [
-        _Paged(tensor.flatten(0, 1).flatten(1), getattr(cache, "group", 0))
-        for cache in caches
+        _Paged(tensor.flatten(0, 1).flatten(1), getattr(cache, "group", 0), index if of_drafter else None)
+        for index, cache in enumerate(caches)
         for tensor in cache.block_tensors
     ]
 
 
-def _by_tensor(model: Sequence[_Paged], draft: Sequence[_Paged]) -> list[_Shared]:
-    """Each tensor of blocks once."""
-    shared: dict[int, _Shared] = {}
-    for flat, group in model:
-        shared.setdefault(flat.data_ptr(), _Shared(flat, set(), set())).model_groups.add(group)
-    for flat, group in draft:
-        shared.setdefault(flat.data_ptr(), _Shared(flat, set(), set())).draft_groups.add(group)
+def _by_tensor(paged: Sequence[_Paged]) -> list[list[int]]:
+    """Indices of those that are the same tensor, of layers in different groups."""
+    shared: dict[int, list[int]] = {}
+    for index, part in enumerate(paged):
+        shared.setdefault(part.flat.data_ptr(), []).append(index)
     return list(shared.values())
 
 
-def _of(groups: Iterable[int], entries: Sequence[Sequence[int]], device: torch.device) -> Tensor:
-    """The entries of some groups, as an index."""
-    return torch.tensor([entry for group in groups for entry in entries[group]], device=device, dtype=torch.long)
+def _left(prefix: Sequence[int], part: _Paged, placed: Sequence[_Placed]) -> Tensor:
+    """Entries of the prefix that a step may read: not those it is to write anew, which are poison until it does."""
+    if part.module:
+        anew = {item.entries[part.group][p] for item in placed for p in item.rewritten(part.module)}
+        prefix = [entry for entry in prefix if entry not in anew]
+    return _as_index(prefix, part)
+
+
+def _written(part: _Paged, ran: Sequence[_Placed], num_modules: int, lines: Tensor, num_drafts: int) -> Tensor:
+    """Entries that a step is to write."""
+
+    def positions(item: _Placed) -> range:
+        if part.module is None:
+            return item.own
+        return item.drafted(part.module, num_modules, lines, num_drafts)
+
+    return _as_index([item.entries[part.group][p] for item in ran for p in positions(item)], part)
+
+
+def _as_index(entries: Sequence[int], part: _Paged) -> Tensor:
+    return torch.tensor(entries, device=part.flat.device, dtype=torch.long)
 
 
 def _as_one(tensors: Sequence[Tensor]) -> Tensor:

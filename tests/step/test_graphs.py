@@ -396,7 +396,7 @@ def test_the_trial_is_no_answer_that_a_drafter_remembers(create_engine) -> None:
         if settings["capture"] == "lazy":
             engine.add_request("0", [1, 2, 3], SamplingParams(max_tokens=5, ignore_eos=True))
             drain(engine)
-        return int(engine.executor.runner._drafter._cursor)
+        return int(engine.executor.runner.drafter._cursor)
 
     assert remembered(capture="lazy") == 5 + 1
     assert remembered(capture="all") == 0
