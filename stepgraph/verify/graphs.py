@@ -230,7 +230,7 @@ def _disagreement(found: Result, expected: Result) -> str | None:
     for name, title in names.items():
         if not torch.equal(getattr(found, name), getattr(expected, name)):
             if bool(getattr(expected, name).isnan().any()):
-                return f"{name}, which hold NaN: something read a poisoned entry, or left one to be"
+                return f"{name}, which hold NaN: something read a poisoned entry, or did not write one"
             return title
     return None
 

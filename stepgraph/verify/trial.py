@@ -116,19 +116,16 @@ class _Placed:
     @property
     def own(self) -> range:
         """Positions of its tokens in the step."""
-        return range(self.row.computed, self.row.end if self.row.active else self.row.computed)
+        return range(self.row.computed, self.row.end)
 
     def rewritten(self, module: int) -> range:
         """Positions before its own at which a draft model's module, counted from 0, knew proposals only and now knows tokens,
         see `stepgraph.spec.mtp_levels`."""
-        first = max(self.start, self.row.computed - module) if self.row.active else self.row.computed
-        return range(first, self.row.computed)
+        return range(max(self.start, self.row.computed - module), self.row.computed)
 
     def drafted(self, module: int, num_modules: int, lines: Tensor, num_drafts: int) -> range:
         """Positions that a module has written after the step. The first runs over the step's tokens, the others over those that
         stand; the last also over the proposals it starts from, which are those that modules have made, but the last."""
-        if not self.row.active:
-            return self.own
         length, computed, active, max_length, most = lines[
             self.slot,
             [
@@ -235,8 +232,9 @@ def _run(
             placed.append(_Placed(row, slot, line, start, entries))
             deltas.extend((slot, i, blocks[i]) for i in range(known, len(blocks)))
 
+    ran = [item for item in placed if item.row.active]
     paged = [*_by_entry(model_caches), *_by_entry(draft_caches, of_drafter=True)]
-    laid_out = [_left(prefix[part.group], part, placed) for part in paged]
+    laid_out = [_left(prefix[part.group], part, ran) for part in paged]
     for part, index in zip(paged, laid_out, strict=True):
         part.flat[index] = torch.randn(len(index), part.flat.shape[1], generator=generator).to(part.flat)
     shared = _by_tensor(paged)
@@ -252,7 +250,6 @@ def _run(
         output = graph.replay()
     runner.platform.synchronize()
 
-    ran = [item for item in placed if item.row.active]
     written = [_written(part, ran, len(draft_caches), state.lines, shape.num_drafts) for part in paged]
     strays = [
         _strays(
@@ -327,10 +324,10 @@ def _by_tensor(paged: Sequence[_Paged]) -> list[list[int]]:
     return list(shared.values())
 
 
-def _left(prefix: Sequence[int], part: _Paged, placed: Sequence[_Placed]) -> Tensor:
+def _left(prefix: Sequence[int], part: _Paged, ran: Sequence[_Placed]) -> Tensor:
     """Entries of the prefix that a step may read: not those it is to write anew, which are poison until it does."""
     if part.module:
-        anew = {item.entries[part.group][p] for item in placed for p in item.rewritten(part.module)}
+        anew = {item.entries[part.group][p] for item in ran for p in item.rewritten(part.module)}
         prefix = [entry for entry in prefix if entry not in anew]
     return _as_index(prefix, part)
 

@@ -58,7 +58,7 @@ def test_mutant_module_that_leaves_the_positions_before_as_they_were_is_caught(e
         return next_level(previous, step, k, lines, *rest)
 
     monkeypatch.setattr(mtp, "next_level", mutant)
-    assert any("or left one" in mismatch for mismatch in check(executor))
+    assert any("or did not write one" in mismatch for mismatch in check(executor))
 
 
 def test_mutant_module_that_rewrites_what_others_may_share_is_caught(executor, monkeypatch) -> None:
