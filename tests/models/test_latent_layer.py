@@ -39,8 +39,10 @@ def cached(q_rank: int, num_tokens: int) -> tuple[list[str], torch.Tensor]:
     for parameter in (*layer.parameters(), *norm.parameters()):
         parameter.normal_()
     place = torch.arange(num_tokens, dtype=torch.int32)
+    tokens = SimpleNamespace(positions=place, kv_slots=FIRST + place)
     inputs = SimpleNamespace(
-        tokens=SimpleNamespace(positions=place, kv_slots=FIRST + place),
+        tokens=tokens,
+        groups=(SimpleNamespace(tokens=tokens),),
         attention={layer.spec: SimpleNamespace(geometry=SimpleNamespace(deterministic=False))},
     )
     [item] = layer.cache_spec(DTYPE).per_block(8)
