@@ -94,11 +94,11 @@ class Tap:
                 for one in () if message is None else change(message):
                     if isinstance(one, bytes):
                         target.send_bytes(one)
+                        # Closed with something unread, the socket would take back what was sent, too.
+                        target._stream.shutdown(socket.SHUT_WR)
                         return
                     target.send(one)
-        except (LinkError, ProtocolError):
-            pass
-        finally:
+        except (LinkError, ProtocolError, OSError):
             origin.close()
             target.close()
 
