@@ -45,7 +45,7 @@ def test_whatever_differs_shows_in_the_digest() -> None:
         replace(base, model_specs=(replace(paged, head_dim=32), *base.model_specs[1:])),
     ]
     assert len({BlockLayout.of(layout).digest for layout in others}) == len(others)
-    unlike = replace(base, num_slots=70, num_drafts=1)  # of which blocks know nothing
+    unlike = replace(base, num_lines=70, num_drafts=1)  # of which blocks know nothing
     assert BlockLayout.of(unlike).digest == BlockLayout.of(base).digest
 
 
