@@ -49,3 +49,27 @@ def advance_rows(
         after = advance(before, slice(begin, begin + stored), end - begin)
         state[write] = after
         advance(after, slice(begin + stored, end), end - begin)
+
+
+def advance_single_tokens(
+    advance: Callable[[Tensor, Tensor], Tensor],
+    state: Tensor,
+    read_line: Tensor,
+    write_line: Tensor,
+    query_start: Tensor,
+    start: Tensor,
+) -> None:
+    """`advance_rows` of the rows of one token, all at once.
+
+    Args:
+        advance: given states, [S, H, N, D], and of each the token to take it through, [S] int64; returns those after them. It may
+            change what it is given.
+        state: [lines, H, N, D].
+        read_line, write_line, query_start, start: as of `advance_rows`.
+    """
+    row_S = (query_start.diff() == 1).nonzero().flatten()
+    if not len(row_S):
+        return
+    read_S, write_S, token_S = (x[row_S].long() for x in (read_line, write_line, query_start))
+    before_SHND = torch.where((start[row_S] > 0).view(-1, 1, 1, 1), state[read_S], 0)
+    state[write_S] = advance(before_SHND, token_S)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from stepgraph.ops.gated_delta.chunks import FEW, advance_by_chunks
 from stepgraph.ops.gated_delta.reference import Heads, advance, heads_of
-from stepgraph.ops.rows import advance_rows
+from stepgraph.ops.rows import advance_rows, advance_single_tokens
 
 
 def gated_delta(
@@ -32,7 +32,16 @@ def gated_delta(
     heads = heads_of(qkv[:num_tokens], ba[:num_tokens], a_log, dt_bias, state, max_rate)
     out_UHD = qkv.new_zeros(qkv.shape[0], H, D, dtype=heads.v.dtype)
     if not deterministic:
-        _run_single_tokens(heads, state, read_line, write_line, query_start, start, out_UHD)
+
+        def advanced_once(state_SHND: Tensor, token_S: Tensor) -> Tensor:
+            q_SHN, k_SHN, v_SHD, log_decay_SH, rate_SH = (x[token_S] for x in heads)
+            state_SHND.mul_(log_decay_SH.exp()[..., None, None])
+            known_SHD = torch.einsum("shnd,shn->shd", state_SHND, k_SHN)
+            state_SHND += k_SHN.unsqueeze(3) * ((v_SHD - known_SHD) * rate_SH.unsqueeze(2)).unsqueeze(2)
+            out_UHD[token_S] = torch.einsum("shnd,shn->shd", state_SHND, q_SHN)
+            return state_SHND
+
+        advance_single_tokens(advanced_once, state, read_line, write_line, query_start, start)
 
     def advanced(state: Tensor, tokens: slice, length: int) -> Tensor:
         way = advance if deterministic or length <= FEW else advance_by_chunks
@@ -41,26 +50,3 @@ def gated_delta(
     least = 1 if deterministic else 2
     advance_rows(advanced, state, read_line, write_line, query_start, start, num_stored, least=least)
     return out_UHD.flatten(1).to(qkv.dtype)
-
-
-def _run_single_tokens(
-    heads: Heads,
-    state: Tensor,
-    read_line: Tensor,
-    write_line: Tensor,
-    query_start: Tensor,
-    start: Tensor,
-    out_UHD: Tensor,
-) -> None:
-    """All rows of one token."""
-    row_S = (query_start.diff() == 1).nonzero().flatten()
-    if not len(row_S):
-        return
-    read_S, write_S, token_S = (x[row_S].long() for x in (read_line, write_line, query_start))
-    q_SHN, k_SHN, v_SHD, log_decay_SH, rate_SH = (x[token_S] for x in heads)
-    decay_SH = torch.where((start[row_S] > 0).unsqueeze(1), log_decay_SH.exp(), 0)
-    state_SHND = torch.where((start[row_S] > 0).view(-1, 1, 1, 1), state[read_S], 0).mul_(decay_SH[..., None, None])
-    known_SHD = torch.einsum("shnd,shn->shd", state_SHND, k_SHN)
-    state_SHND += k_SHN.unsqueeze(3) * ((v_SHD - known_SHD) * rate_SH.unsqueeze(2)).unsqueeze(2)
-    out_UHD[token_S] = torch.einsum("shnd,shn->shd", state_SHND, q_SHN)
-    state[write_S] = state_SHND

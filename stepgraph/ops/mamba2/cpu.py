@@ -9,7 +9,7 @@ from torch import Tensor
 
 from stepgraph.ops.mamba2.chunks import FEW, advance_by_chunks
 from stepgraph.ops.mamba2.reference import Heads, advance, heads_of
-from stepgraph.ops.rows import advance_rows
+from stepgraph.ops.rows import advance_rows, advance_single_tokens
 
 
 def mamba2(
@@ -34,7 +34,15 @@ def mamba2(
     heads = heads_of(xbc[:num_tokens], dt[:num_tokens], a_log, dt_bias, state, least_step, most_step)
     out_UHD = xbc.new_zeros(xbc.shape[0], H, D, dtype=heads.x.dtype)
     if not deterministic:
-        _run_single_tokens(heads, state, read_line, write_line, query_start, start, out_UHD)
+
+        def advanced_once(state_SHND: Tensor, token_S: Tensor) -> Tensor:
+            x_SHD, b_SHN, c_SHN, step_SH, log_decay_SH = (x[token_S] for x in heads)
+            state_SHND.mul_(log_decay_SH.exp()[..., None, None])
+            state_SHND += b_SHN.unsqueeze(3) * (x_SHD * step_SH.unsqueeze(2)).unsqueeze(2)
+            out_UHD[token_S] = torch.einsum("shnd,shn->shd", state_SHND, c_SHN)
+            return state_SHND
+
+        advance_single_tokens(advanced_once, state, read_line, write_line, query_start, start)
 
     def advanced(state: Tensor, tokens: slice, length: int) -> Tensor:
         way = advance if deterministic or length <= FEW else advance_by_chunks
@@ -44,25 +52,3 @@ def mamba2(
     advance_rows(advanced, state, read_line, write_line, query_start, start, num_stored, least=least)
     out_UHD[:num_tokens] += skip.unsqueeze(1) * heads.x
     return out_UHD.flatten(1).to(xbc.dtype)
-
-
-def _run_single_tokens(
-    heads: Heads,
-    state: Tensor,
-    read_line: Tensor,
-    write_line: Tensor,
-    query_start: Tensor,
-    start: Tensor,
-    out_UHD: Tensor,
-) -> None:
-    """All rows of one token."""
-    row_S = (query_start.diff() == 1).nonzero().flatten()
-    if not len(row_S):
-        return
-    read_S, write_S, token_S = (x[row_S].long() for x in (read_line, write_line, query_start))
-    x_SHD, b_SHN, c_SHN, step_SH, log_decay_SH = (x[token_S] for x in heads)
-    has_state_S111 = (start[row_S] > 0).view(-1, 1, 1, 1)
-    state_SHND = torch.where(has_state_S111, state[read_S], 0).mul_(log_decay_SH.exp()[..., None, None])
-    state_SHND += b_SHN.unsqueeze(3) * (x_SHD * step_SH.unsqueeze(2)).unsqueeze(2)
-    out_UHD[token_S] = torch.einsum("shnd,shn->shd", state_SHND, c_SHN)
-    state[write_S] = state_SHND
