@@ -9,6 +9,7 @@ row's window (see `stepgraph.ops.paged_attention`), and a plan has no room for a
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from itertools import islice
 
 from stepgraph.abi.block_groups import BlockGroups
 from stepgraph.abi.slot_line import NULL_BLOCK
@@ -89,6 +90,28 @@ class RequestBlocks:
         assert request.slot is not None
         deltas = self.pool.extend(request.blocks, count * self._size, request.slot)
         self._set_room(request)
+        return deltas
+
+    def grant_each(self, requests: Sequence[Request]) -> list[tuple[int, int, int]]:
+        """Give requests that decode the blocks of one more place; one that is named twice gets two. There must be so many free
+        ones.
+
+        Returns:
+            What is new in their lists, as `grant` does.
+        """
+        if self.window:
+            for request in requests:
+                assert request.slot is not None
+                self.release_unseen(request, self._table.planned[request.slot])
+        deltas: list[tuple[int, int, int]] = []
+        taken, room = iter(self.pool.take(len(requests) * self._size)), self._table.room
+        for request in requests:
+            slot, blocks = request.slot, request.blocks
+            assert slot is not None
+            for block in islice(taken, self._size):
+                deltas.append((slot, len(blocks), block))
+                blocks.append(block)
+            room[slot] += self.block_size
         return deltas
 
     def release_unseen(self, request: Request, start: int) -> None:

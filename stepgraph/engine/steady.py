@@ -49,11 +49,10 @@ class SteadyDecode:
             self._advance_2S = np.ones((2, len(table.planned_S)), dtype=np.int64)
             self._advance_2S[1, self._slots_R] = bound_R - 1
             self._outcome_2S = -self._advance_2S  # see `RequestTable.read_all`; what stood is written for each step
-        self._slots: list[int] = self._slots_R.tolist()
-        self._ends: list[int] = table.end_S[self._slots_R].tolist()
-        # How many tokens may be planned, proposals under way counted, while the next step needs no block.
-        self._limit_R = np.minimum(table.room_S[self._slots_R], table.end_S[self._slots_R]) - written_R
-        self._limit: memoryview[int] = memoryview(self._limit_R)
+        # How many tokens may be planned, proposals under way counted, while the next step is within a row's answer; and while it
+        # needs no block.
+        self._last_R = table.end_S[self._slots_R] - written_R
+        self._limit_R = np.minimum(table.room_S[self._slots_R] - written_R, self._last_R)
         self._num_sure = 0  # steps to come in which nobody needs a block
         # What the results of each row begin with, and how many proposals they end with.
         expected = [(request.slot, request.generation, slot_line.RUNNING, 1) for request in requests]
@@ -115,30 +114,24 @@ class SteadyDecode:
 
     def _grow(self) -> tuple[tuple[int, int, int], ...] | None:
         """Grant the blocks that the next step needs; None if it cannot be as those before it."""
-        table = self._table
-        spare_R = self._limit_R - table.planned_S.take(self._slots_R)
+        table, blocks = self._table, self._blocks
+        planned_R = table.planned_S.take(self._slots_R)
         if self._advance_2S is not None:
-            spare_R -= table.unread_drafts_S.take(self._slots_R)
+            planned_R += table.unread_drafts_S.take(self._slots_R)
+        spare_R = self._limit_R - planned_R
         deltas: list[tuple[int, int, int]] = []
-        short = (spare_R < 0).nonzero()[0].tolist()
-        if short:
-            counts = []
-            for row in short:
-                spare = int(spare_R[row])
-                if min(table.room[self._slots[row]], self._ends[row]) - spare > self._ends[row]:
-                    return None
-                counts.append(-(spare // self._blocks.block_size))
-            if sum(counts) > self._blocks.num_grantable:
+        rows_N = (spare_R < 0).nonzero()[0]
+        if rows_N.size:
+            if (planned_R > self._last_R).any():
                 return None
-            for row, count in zip(short, counts, strict=True):
-                slot, end, request = self._slots[row], self._ends[row], self._requests[row]
-                before = min(table.room[slot], end)
-                if self._blocks.window:
-                    self._blocks.release_unseen(request, table.planned[slot])
-                deltas += self._blocks.grant(request, count)
-                gained = min(table.room[slot], end) - before
-                self._limit[row] += gained
-                spare_R[row] += gained
+            counts_N = -(spare_R[rows_N] // blocks.block_size)
+            requests = [self._requests[row] for row in rows_N.repeat(counts_N).tolist()]
+            if len(requests) > blocks.num_grantable:
+                return None
+            deltas = blocks.grant_each(requests)
+            self._limit_R[rows_N] += counts_N * blocks.block_size
+            np.minimum(self._limit_R, self._last_R, out=self._limit_R)
+            spare_R = self._limit_R - planned_R
         self._num_sure = int(spare_R.min()) // self._most  # more, once the results tell of proposals that fell
         return tuple(deltas)
 
