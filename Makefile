@@ -2,6 +2,7 @@
 # make test   set up .venv with the development tools and run all tests
 # make dist   build what is released into dist/, and check it
 # make image   build the container image, docs/container.md; TARGET=cuda for GPUs
+# make docs    build the site of docs/ into build/site, and open every page of it
 # make test-ranks   of these, the tests of models that several processes share
 #
 # Tests run in two processes with a thread each; choose another number with make test JOBS=4.
@@ -16,14 +17,16 @@ VENV := .venv
 BIN := $(VENV)/bin
 PYTEST := PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadfile --no-loadscope-reorder
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+MKDOCS := NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs
 
 CREATED := $(VENV)/.created
 RUNTIME := $(VENV)/.runtime-installed
 DEV := $(VENV)/.dev-installed
+DOCS := $(VENV)/.docs-installed
 MODEL := $(VENV)/.model-installed
 RANK_TESTS := tests/ranks tests/parallel tests/executor
 
-.PHONY: help demo test test-ranks lint format typecheck dist image clean
+.PHONY: help demo test test-ranks lint format typecheck dist docs docs-serve image clean
 .NOTPARALLEL:  # two installations into one environment would get in each other's way
 
 help:
@@ -34,6 +37,8 @@ help:
 	@echo "make format     ruff: fix style and format"
 	@echo "make typecheck  mypy"
 	@echo "make dist       build archive and wheel into dist/ and check them, as they are released (see CONTRIBUTING.md)"
+	@echo "make docs       build the site of docs/ into build/site, without a warning, and open every page and link of it"
+	@echo "make docs-serve serve it at http://127.0.0.1:8001, and again whenever a page changes"
 	@echo "make image      build the container image stepgraph:cpu, or with TARGET=cuda the one for GPUs"
 	@echo "make clean      remove everything that was set up or built"
 
@@ -61,6 +66,13 @@ dist: $(DEV) $(MODEL)
 	@$(INSTALL) --editable '.[release]'
 	@OMP_NUM_THREADS=1 $(BIN)/python scripts/check_release.py $(RELEASE_FLAGS)
 
+docs: $(DOCS)
+	@$(MKDOCS) build --quiet
+	@$(BIN)/python scripts/check_site.py
+
+docs-serve: $(DOCS)
+	@$(MKDOCS) serve --dev-addr 127.0.0.1:8001
+
 image:
 	version="$$(sed -n 's/^VERSION = "\(.*\)"/\1/p' stepgraph/version.py)" && \
 	$(BUILDER) build --target $(TARGET) --tag stepgraph:$(TARGET) --tag "stepgraph:$$version-$(TARGET)" \
@@ -87,6 +99,11 @@ $(RUNTIME): pyproject.toml constraints.txt | $(CREATED)
 $(DEV): $(RUNTIME)
 	@echo "Installing the development tools"
 	@$(INSTALL) --editable '.[dev]'
+	@touch $@
+
+$(DOCS): $(RUNTIME)
+	@echo "Installing what builds the site"
+	@$(INSTALL) --editable '.[docs]'
 	@touch $@
 
 $(MODEL): | $(RUNTIME)

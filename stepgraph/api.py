@@ -47,7 +47,7 @@ class LLM:
         ModelError: the model cannot be found, read or run, or not be cut for so many devices.
         EngineDeadError: the process of another device ended while it built its part.
 
-    Example:
+    Examples:
         >>> llm = LLM("smollm2")
         >>> greedy = SamplingParams(temperature=0, max_tokens=64)
         >>> [output] = llm.chat([{"role": "user", "content": "What is the capital of France?"}], greedy)

@@ -1,4 +1,4 @@
-"""What the pages say is there: commands, flags, imports, files, links. scripts/tour.py runs the commands and the code."""
+"""What the pages say is there: commands, flags, imports, files. scripts/tour.py runs the commands and the code."""
 
 import ast
 import importlib
@@ -164,28 +164,6 @@ def test_files_of_settings_and_bodies_of_requests_are_read(tmp_path) -> None:
             serve_config(read_settings(str(tmp_path / "settings.yaml")))
     for block in blocks_of("json"):
         json.loads(block.text)
-
-
-@pytest.mark.parametrize("page", PAGES, ids=name_of)
-def test_links_lead_somewhere(page) -> None:
-    for target in re.findall(r"\]\(([^)\s]+)\)", without_blocks(page)):
-        if re.match(r"https?:", target):
-            continue
-        path, _, anchor = target.partition("#")
-        linked = (page.parent / path).resolve() if path else page
-        assert linked.exists(), f"{name_of(page)}: {target}"
-        if anchor:
-            assert anchor in anchors(without_blocks(linked)), f"{name_of(page)}: {target}"
-
-
-def anchors(text: str) -> set[str]:
-    """Of the headings of a page, as GitHub makes them."""
-    found: list[str] = []
-    for heading in re.findall(r"^#+ (.+)$", text, re.MULTILINE):
-        slug = re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
-        again = sum(re.fullmatch(rf"{re.escape(slug)}(-\d+)?", other) is not None for other in found)
-        found.append(f"{slug}-{again}" if again else slug)
-    return set(found)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)

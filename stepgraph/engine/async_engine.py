@@ -76,7 +76,7 @@ class AsyncEngine:
     The engine runs in its own thread, which sleeps while there is nothing to do. If it fails, every pending and later
     call raises EngineDeadError.
 
-    Example:
+    Examples:
         >>> engine = AsyncEngine(EngineConfig.from_settings(model="smollm2"))
         >>> async for output in engine.generate("Once upon a time", SamplingParams(max_tokens=32)):
         ...     print(output.outputs[0].text)

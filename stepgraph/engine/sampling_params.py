@@ -34,9 +34,13 @@ class StructuredOutputs:
     json: Any = None
     """JSON schema: text, a dict, or a pydantic model class. Kept as a dict."""
     regex: str | None = None
-    choice: Sequence[str] | None = None  # one of these texts
-    grammar: str | None = None  # EBNF
-    json_object: bool = False  # any JSON object
+    """A regular expression for the whole answer."""
+    choice: Sequence[str] | None = None
+    """One of these texts."""
+    grammar: str | None = None
+    """A grammar in EBNF, of which `root` is the whole answer."""
+    json_object: bool = False
+    """Any JSON object."""
     structural_tag: str | Mapping[str, Any] | None = None
     """Free text with structures that begin where a trigger appears: JSON text or a dict, as `response_format` of type
     structural_tag has it, with `format`, or `structures` and `triggers`. Kept as a dict."""
@@ -87,33 +91,57 @@ class SamplingParams:
         RequestError: a value outside its range.
     """
 
-    temperature: float = 1.0  # 0 is greedy
-    top_p: float = 1.0  # keep the smallest set of tokens with this probability
-    top_k: int = 0  # keep the k most likely tokens; 0 or -1 keeps all
-    max_tokens: int | None = 16  # None: as many as fit the context
-    seed: int | None = (
-        None  # None: chosen by the engine from its own seed; below 0: kept as the 64 bits it has, seed + 2**64
-    )
-    stop_token_ids: tuple[int, ...] = ()  # the answer ends after one of these
-    ignore_eos: bool = False  # do not end at the model's end token
+    temperature: float = 1.0
+    """Divides the logits; 0 is greedy: the most likely token, always."""
+    top_p: float = 1.0
+    """Keep the smallest set of tokens with this probability."""
+    top_k: int = 0
+    """Keep the k most likely tokens; 0 or -1 keeps all."""
+    max_tokens: int | None = 16
+    """Of an answer; None: as many as fit the context."""
+    seed: int | None = None
+    """Of the random numbers that tokens are drawn with. None: chosen by the engine from its own seed; below 0: kept as the 64
+    bits it has, seed + 2**64."""
+    stop_token_ids: tuple[int, ...] = ()
+    """The answer ends after one of these."""
+    ignore_eos: bool = False
+    """Do not end at the model's end token."""
     detokenize: bool = True
+    """Make the text, not only the tokens."""
     skip_special_tokens: bool = True
-    n: int = 1  # answers to one prompt; with a seed, answer i draws from seed + i
-    min_p: float = 0.0  # keep tokens at least this share of the most likely one's probability
-    presence_penalty: float = 0.0  # taken from the logits of tokens that the answer holds
-    frequency_penalty: float = 0.0  # likewise, once for each time it holds them
-    repetition_penalty: float = 1.0  # divides positive logits of tokens that prompt or answer hold, multiplies negative
-    min_tokens: int = 0  # no stop token or stop string ends the answer before it has this many tokens
-    stop: Sequence[str] = ()  # one string or several; the answer ends before the first that appears in its text
-    include_stop_str_in_output: bool = False  # it ends after that string instead
-    logit_bias: Mapping[int, float] | None = None  # added to the logits of these tokens
-    bad_words: Sequence[str] = ()  # texts that cannot be completed, see `bad_word_token_ids`
-    allowed_token_ids: Sequence[int] | None = None  # no other token can be sampled
-    logprobs: int | None = None  # report the log-probability of each token and of this many most likely ones
-    prompt_logprobs: int | None = None  # likewise for the prompt's tokens
-    structured_outputs: StructuredOutputs | None = None  # also accepted as a dict
-    speculative: Mapping[str, int] | None = None  # {"num_speculative_tokens": n}: at most n proposals; 0: none
-    guided_decoding: None = None  # an older name that is refused
+    """Leave special tokens out of the text."""
+    n: int = 1
+    """Answers to one prompt; with a seed, answer i draws from seed + i."""
+    min_p: float = 0.0
+    """Keep tokens that have at least this share of the most likely one's probability."""
+    presence_penalty: float = 0.0
+    """Taken from the logits of tokens that the answer holds."""
+    frequency_penalty: float = 0.0
+    """Taken from the logits of tokens that the answer holds, once for each time it holds them."""
+    repetition_penalty: float = 1.0
+    """Divides positive logits of tokens that prompt or answer hold, multiplies negative."""
+    min_tokens: int = 0
+    """No stop token or stop string ends the answer before it has this many tokens."""
+    stop: Sequence[str] = ()
+    """One string or several; the answer ends before the first that appears in its text."""
+    include_stop_str_in_output: bool = False
+    """The answer ends after the string of `stop` instead."""
+    logit_bias: Mapping[int, float] | None = None
+    """Added to the logits of these tokens."""
+    bad_words: Sequence[str] = ()
+    """Texts that cannot be completed: a word is banned where it starts a text and where it follows a space."""
+    allowed_token_ids: Sequence[int] | None = None
+    """No other token can be sampled; None: all can."""
+    logprobs: int | None = None
+    """Report the log-probability of each token and of this many most likely ones."""
+    prompt_logprobs: int | None = None
+    """Report the log-probability of each of the prompt's tokens and of this many most likely ones."""
+    structured_outputs: StructuredOutputs | None = None
+    """The form that the answer must have; also accepted as a dict."""
+    speculative: Mapping[str, int] | None = None
+    """`{"num_speculative_tokens": n}`: at most n proposals of speculative decoding for a step; 0: none."""
+    guided_decoding: None = None
+    """An older name that is refused."""
 
     def __post_init__(self) -> None:
         if self.guided_decoding is not None:
