@@ -83,7 +83,7 @@ def step_of(rows: list[tuple[int, int]], num_heads: int, device: torch.device, *
     geometry = replace(ops.mla_geometry(*sizes), own=own)
     spec = SIZES.spec(num_heads)
     work = {spec: AttentionWork.of(spec, tokens, geometry)}
-    return StepInputs(tokens, work, (GroupInputs(table.to(device), tokens),), BLOCK_SIZE, caches=())
+    return StepInputs(tokens, work, (GroupInputs(table.to(device), tokens, BLOCK_SIZE),), caches=())
 
 
 def create_layer(num_heads: int, device: torch.device) -> LatentAttention:

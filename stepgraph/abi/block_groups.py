@@ -1,8 +1,9 @@
 """How layers that keep blocks of tokens are grouped, as host and device count blocks.
 
 Layers of a group share a block table. A block is of one group at a time, and one of any group takes the same memory, so all come
-from one pool. A *place* is a run of `block_size` positions of a request, for which each group has a block of its own: block g of
-place p is number ``p · size + g`` of a request's list.
+from one pool. A *place* is a run of `block_size` positions of a request, for which each group has a block of its own, or several
+that share the positions evenly, if its layers keep more bytes of a token than those of others. Block b of place p is number
+``p · size + b`` of a request's list; those of a group follow each other.
 """
 
 from __future__ import annotations
@@ -12,12 +13,12 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class BlockGroups:
-    """The groups of a model and its drafter, in their order: first those whose blocks a request keeps."""
+    """The blocks of a place, in the order of the groups of a model and its drafter: first those that a request keeps."""
 
     num_full: int = 1
-    """Groups with layers that see all tokens."""
+    """Blocks of groups with layers that see all tokens."""
     num_windowed: int = 0
-    """Groups all of whose layers see a window of tokens."""
+    """Blocks of groups all of whose layers see a window of tokens."""
     window: int = 0
     """Of these, the last positions, the first of a step's own included, whose blocks the step may read; 0 without such groups."""
 
@@ -32,7 +33,7 @@ class BlockGroups:
 
     @property
     def size(self) -> int:
-        """How many there are: blocks of a place."""
+        """Blocks of a place."""
         return self.num_full + self.num_windowed
 
     def num_blocks(self, num_kv_blocks: int) -> int:

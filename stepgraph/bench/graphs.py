@@ -234,7 +234,7 @@ def lay_out(runner: StepRunner, rows: Sequence[tuple[int, int]], sampling: SlotS
     next_block = 1
     runner.state.lines.zero_()
     for slot, (query_len, kv_len) in enumerate(rows, start=1):
-        num_blocks = -(-kv_len // runner.block_size)
+        num_blocks = runner.layout.groups.size * -(-kv_len // runner.block_size)
         runner.state.admit(
             Admission(
                 slot,

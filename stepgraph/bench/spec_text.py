@@ -227,8 +227,10 @@ def check_rows(config: EngineConfig, rows: int) -> None:
 
 def _check_memory(engine: Engine, count: int) -> None:
     runner = runner_of(engine.executor)
-    tensors = [*runner.model.parameters(), *(x for cache in runner.caches for x in cache.block_tensors)]
-    needed = (count - 1) * sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+    caches = {
+        tensor.data_ptr(): tensor for cache in runner.caches for tensor in cache.block_tensors
+    }  # layers share them
+    needed = (count - 1) * sum(tensor.nbytes for tensor in (*runner.model.parameters(), *caches.values()))
     free = runner.platform.free_memory_bytes()
     if needed > free:
         raise ConfigError(

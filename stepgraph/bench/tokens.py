@@ -193,7 +193,7 @@ def _next_log_probs(runner: StepRunner, prompt: Sequence[int]) -> Tensor:
                 1,
                 tokens=prompt,
                 prompt_len=len(prompt),
-                blocks=range(1, -(-len(prompt) // runner.block_size) + 1),
+                blocks=range(1, runner.layout.groups.size * -(-len(prompt) // runner.block_size) + 1),
                 generation=1,
                 max_length=runner.max_model_len,
                 sampling=SlotSampling(seed=0),

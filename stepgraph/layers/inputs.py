@@ -118,6 +118,7 @@ class GroupInputs(NamedTuple):
 
     block_table: Tensor  # [slots, max blocks] int32
     tokens: ops.StepTokens  # the step's, with the group's `kv_slots`
+    block_size: int  # tokens per block
 
 
 @dataclass(frozen=True)
@@ -128,7 +129,6 @@ class StepInputs:
     attention: Mapping[AttentionSpec, AttentionWork]
     groups: tuple[GroupInputs, ...]
     """By block groups, which caches name; those of `tokens` are the first's."""
-    block_size: int
     caches: tuple[Any, ...]  # one per layer, of the kind of its `CacheSpec`
     dispatch: DispatchTable = DispatchTable()  # of layers with experts
     signals: WriteSignals | None = None  # None: nobody watches

@@ -110,7 +110,7 @@ class LatentAttention(nn.Module):
         Returns:
             [T, H·V], dtype of `x_TE`. What is left is `o_proj`.
         """
-        (block_table, tokens), work = inputs.groups[cache.group], inputs.attention[self.spec]
+        (block_table, tokens, _), work = inputs.groups[cache.group], inputs.attention[self.spec]
         deterministic = work.geometry.deterministic
         q_TF, absorbed_THL = self._queries(norm, x_TE, cos_sin, cache, inputs, deterministic)
         if work.own is not None:
@@ -137,7 +137,7 @@ class LatentAttention(nn.Module):
 
     def _expanded(self, q_TF: Tensor, absorbed_THL: Tensor, cache: LatentCache, inputs: StepInputs) -> Tensor:
         """What `forward` returns, by keys and values of this step's tokens, and absorbed queries for older ones."""
-        (block_table, tokens), sizes = inputs.groups[cache.group], self.sizes
+        (block_table, tokens, _), sizes = inputs.groups[cache.group], self.sizes
         plan, geometry, own = inputs.attention[self.spec]
         assert own is not None
         assert geometry.own is not None

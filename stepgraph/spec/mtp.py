@@ -28,7 +28,7 @@ from stepgraph.abi import slot_line
 from stepgraph.layers.cache import CacheSpec
 from stepgraph.layers.experts import ALL_EXPERTS, ExpertShard
 from stepgraph.layers.formats import Target, WeightFormat
-from stepgraph.layers.inputs import AttentionSpec, AttentionWork, StepInputs
+from stepgraph.layers.inputs import AttentionSpec, AttentionWork, GroupInputs, StepInputs
 from stepgraph.layers.linear import Linear
 from stepgraph.layers.norm import RMSNorm
 from stepgraph.layers.residual import ResidualStream
@@ -240,8 +240,9 @@ class MTPDrafter:
         hidden_RE = hidden_TE.index_select(0, index_R)
         geometry = self._geometry(last, slot_R.shape[0], slot_R.shape[0], decode_tokens=1)
         for place in range(D, step.num_drafts):
+            group = _group(step)
             tokens = ops.draft_row_tokens(
-                step.lines, _block_table(step), slot_R, drafts[-1], place - D + 1, step.inputs.block_size
+                step.lines, group.block_table, slot_R, drafts[-1], place - D + 1, group.block_size
             )
             inputs = self._inputs(step, last, tokens, geometry)
             normalised_RE, hidden_RE = last(self._model.embed(drafts[-1]), hidden_RE, cache, inputs)
@@ -291,17 +292,17 @@ class MTPDrafter:
 
     def _next_level(self, step: DraftStep, level: Level, k: int, hidden_TE: Tensor) -> tuple[Level, Tensor]:
         """The tokens of module k ≥ 2 and the hidden states it takes, from those of module k - 1."""
-        carried_SE = self.carried[k - 2]
+        carried_SE, group = self.carried[k - 2], _group(step)
         following = next_level(
             level,
             step.inputs.tokens,
             k,
             step.lines,
             step.tokens,
-            _block_table(step),
+            group.block_table,
             hidden_TE,
             carried_SE,
-            step.inputs.block_size,
+            group.block_size,
         )
         carry(level, k - 1, step.lines, hidden_TE, carried_SE)
         return following
@@ -346,7 +347,7 @@ class MTPDrafter:
         return ops.sample(logits_RV, slot_R, torch.full_like(slot_R, place), lines).clamp_(min=0)
 
 
-def _block_table(step: DraftStep) -> Tensor:
-    """Where the modules' blocks are, which are all of one group: [slots, max blocks] int32."""
-    block_table: Tensor = step.inputs.groups[step.caches[0].group].block_table
-    return block_table
+def _group(step: DraftStep) -> GroupInputs:
+    """That of the modules' blocks, which are all of one."""
+    group: GroupInputs = step.inputs.groups[step.caches[0].group]
+    return group

@@ -32,7 +32,7 @@ class AttentionSizes:
         platform: that runs them.
         dtype: of the activations.
         cache_dtype: of keys and values.
-        block_size: tokens per KV block.
+        block_size: tokens per KV block, the fewest of any layer's.
         deterministic: a token's result must not depend on the batch.
         """
         self._platform, self._deterministic = platform, deterministic

@@ -40,7 +40,7 @@ class LoadedPlan:
         if has_rows and not plan.deltas:
             return NOTHING
         tables = self._tables
-        start, end = shape.deltas_start if has_rows else 0, shape.plan_length(tables.block_size, tables.num_groups)
+        start, end = shape.deltas_start if has_rows else 0, shape.plan_length(tables.block_size, tables.per_place)
         plan.pack(shape, tables, out[:end], start, self._first_slot)
         self._last = (plan.epoch, shape)
         return slice(start, end)

@@ -55,11 +55,15 @@ class CacheLayout:
         return self._arrangement.groups
 
     @property
+    def splits(self) -> tuple[int, ...]:
+        """Of each block group, the blocks of a place."""
+        return self._arrangement.splits
+
+    @property
     def block_bytes(self) -> int:
-        """Of a block of all groups each."""
-        parts = {self._arrangement.homes[index].part: spec for index, spec in self._owners}
-        items = (item for spec in parts.values() for item in spec.per_block(self.block_size))
-        return self.groups.size * sum(item.num_bytes for item in items)
+        """Of the blocks of a place."""
+        parts = {self._arrangement.homes[index].part: self._of_block(index) for index, _ in self._owners}
+        return self.groups.size * sum(item.num_bytes for items in parts.values() for item in items)
 
     @property
     def line_bytes(self) -> int:
@@ -91,7 +95,9 @@ class CacheLayout:
                 for count, items in self._items(index, spec, num_kv_blocks)
             )
             home = self._arrangement.homes[index]
-            cache = spec.cache(parts.setdefault(home.part, block_tensors), line_tensors)
+            made = parts.setdefault(home.part, block_tensors)
+            views = [tensor.view(-1, *item.shape) for tensor, item in zip(made, self._of_block(index), strict=True)]
+            cache = spec.cache(views, line_tensors)
             if home.group:
                 assert isinstance(cache, PagedCache), cache
                 cache = cache._replace(group=home.group)
@@ -113,8 +119,12 @@ class CacheLayout:
         those that share a part of blocks is the one it is made for."""
         homes = self._arrangement.homes
         is_first = all(homes[other].part != homes[index].part for other, _ in self._owners if other < index)
-        of_blocks = spec.per_block(self.block_size) if is_first else ()
+        of_blocks = self._of_block(index) if is_first else ()
         return (self.groups.num_blocks(num_kv_blocks), of_blocks), (self.num_lines, spec.per_line(self.num_drafts))
+
+    def _of_block(self, index: int) -> tuple[Item, ...]:
+        """What a block has of a layer that owns it."""
+        return self.specs[index].per_block(self.block_size // self.splits[self._arrangement.homes[index].group])
 
     @property
     def _owners(self) -> list[tuple[int, CacheSpec]]:
@@ -248,8 +258,8 @@ def choose_sizes(
         layout.block_size,
         _gib(needed),
         num_tokens,
-        f", {num_tokens * groups.size // groups.num_full} of long prompts, of which {groups.num_windowed} of "
-        f"{groups.size} groups of layers keep {groups.window}"
+        f", {num_tokens * groups.size // groups.num_full} of long prompts, of which layers with a window keep "
+        f"{groups.window}"
         if groups.num_full and groups.num_windowed
         else "",
     )

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from functools import cached_property
-from itertools import chain
-from typing import NamedTuple
+from itertools import accumulate, chain
 
 import numpy as np
 import numpy.typing as npt
@@ -16,14 +15,45 @@ from stepgraph.abi import slot_line
 from stepgraph.step.shape import StepShape, Variant
 
 
-class BlockTables(NamedTuple):
+@dataclass(frozen=True)
+class BlockTables:
     """Where the device keeps which blocks requests have: a table for each block group, one behind the other."""
 
     block_size: int
-    """Tokens per block."""
-    num_groups: int = 1
+    """Tokens of a place; see `stepgraph.abi.block_groups`."""
+    splits: tuple[int, ...] = (1,)
+    """Of each group, the blocks of a place."""
     num_slots: int = 0
     """Lines of a table; of no interest where there is one."""
+
+    @property
+    def per_place(self) -> int:
+        """Blocks of a place, of all groups."""
+        return sum(self.splits)
+
+    @property
+    def block_sizes(self) -> tuple[int, ...]:
+        """Tokens per block of each group."""
+        return tuple(self.block_size // split for split in self.splits)
+
+    def by_group(self, blocks: Sequence[int]) -> Iterator[npt.NDArray[np.int32]]:
+        """The blocks of whole places, as a request's list has them, group by group as their tables do."""
+        of_places = np.array(blocks, dtype=np.int32).reshape(-1, self.per_place)
+        for split, end in zip(self.splits, accumulate(self.splits), strict=True):
+            yield of_places[:, end - split : end].ravel()
+
+    def entries(self, blocks: npt.NDArray[np.int32]) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int32]]:
+        """Where blocks belong, given by their numbers in a request's list: (group, index in the line of its table)."""
+        place, number = np.divmod(blocks, self.per_place)
+        group, split, first = self._by_number[:, number]
+        return group, place * split + number - first
+
+    @cached_property
+    def _by_number(self) -> npt.NDArray[np.int32]:
+        """[3, per_place]: of each block of a place its group, the group's blocks of a place, and the first one's number."""
+        firsts = np.cumsum(self.splits) - self.splits
+        of_groups = np.array((range(len(self.splits)), self.splits, firsts), dtype=np.int32)
+        return of_groups.repeat(self.splits, axis=1)
 
 
 class StepKind(StrEnum):
@@ -111,19 +141,18 @@ class StepPlan:
             start: `shape.deltas_start` where the rows lie on the device already, else 0.
             first_slot: what the device calls slot n is `first_slot` + n here.
         """
-        num_groups = tables.num_groups
-        assert len(self.deltas) <= shape.num_deltas(tables.block_size, num_groups), (len(self.deltas), shape)
+        assert len(self.deltas) <= shape.num_deltas(tables.block_size, tables.per_place), (len(self.deltas), shape)
         out[start:] = 0
         if start == 0:
             assert self.num_tokens <= shape.num_tokens, (self.num_tokens, shape)
             assert len(self.rows) <= shape.num_rows, (len(self.rows), shape)
             _put(self.rows, out, first_slot)
         _put(self.deltas, out[shape.deltas_start :], first_slot)
-        if num_groups > 1 and self.deltas:
+        if tables.per_place > 1 and self.deltas:
             deltas = out[shape.deltas_start :][: slot_line.DELTA_WIDTH * len(self.deltas)]
-            place, group = np.divmod(deltas[1 :: slot_line.DELTA_WIDTH], num_groups)
+            group, index = tables.entries(deltas[1 :: slot_line.DELTA_WIDTH])
             deltas[:: slot_line.DELTA_WIDTH] += group * tables.num_slots
-            deltas[1 :: slot_line.DELTA_WIDTH] = place
+            deltas[1 :: slot_line.DELTA_WIDTH] = index
 
 
 IDLE_EPOCH = -1

@@ -36,6 +36,7 @@ from stepgraph.models.language_model import LanguageModel
 from stepgraph.ops.rows import row_of
 from stepgraph.spec.drafter import Drafter, DraftStep
 from stepgraph.step.logits import LogitBuffers
+from stepgraph.step.plan import BlockTables
 from stepgraph.step.shape import StepShape, Variant
 from stepgraph.step.state import SlotState
 
@@ -61,7 +62,7 @@ class StepProgram:
     buffers: LogitBuffers
     shape: StepShape
     attention: Mapping[AttentionSpec, ops.AttentionGeometry]  # of all layers
-    block_size: int
+    tables: BlockTables
     dispatch: DispatchTable  # of layers with experts
     adapters: AdapterStore | None = None
     drafter: Drafter | None = None
@@ -86,8 +87,8 @@ class StepProgram:
             T,
             R,
             self.shape.num_samples,
-            self.shape.num_deltas(self.block_size, len(state.block_tables)),
-            self.block_size,
+            self.shape.num_deltas(self.tables.block_size, self.tables.per_place),
+            self.tables.block_sizes[0],
         )
         attention = {spec: AttentionWork.of(spec, tokens, geometry) for spec, geometry in self.attention.items()}
         # 2 forward: layers over T tokens, their caches written in place
@@ -97,7 +98,6 @@ class StepProgram:
             tokens,
             attention,
             self._groups(tokens),
-            self.block_size,
             self.caches,
             self.dispatch,
             self.signals,
@@ -146,20 +146,13 @@ class StepProgram:
 
     def _groups(self, tokens: ops.StepTokens) -> tuple[GroupInputs, ...]:
         """What the layers of each block group see."""
-        first, *others = self.state.block_tables
-        groups = [GroupInputs(first, tokens)]
-        if others:
-            kv_slots = ops.group_slots(
-                self.state.tables,
-                tokens.row_slot,
-                tokens.query_start,
-                tokens.positions,
-                1 + len(others),
-                self.block_size,
-            )
+        sizes, tables = self.tables.block_sizes, self.state.block_tables
+        groups = [GroupInputs(tables[0], tokens, sizes[0])]
+        if len(tables) > 1:
+            kv_slots = ops.group_slots(self.state.tables, tokens.row_slot, tokens.query_start, tokens.positions, sizes)
             groups += (
-                GroupInputs(table, tokens._replace(kv_slots=kv_slots_T))
-                for table, kv_slots_T in zip(others, kv_slots.unbind(), strict=True)
+                GroupInputs(table, tokens._replace(kv_slots=kv_slots_T), size)
+                for table, kv_slots_T, size in zip(tables[1:], kv_slots.unbind(), sizes[1:], strict=True)
             )
         return tuple(groups)
 

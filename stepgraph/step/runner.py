@@ -100,7 +100,7 @@ class StepRunner:
             drafter.lookahead if drafter else 0,
             0 if config.transfer.moves_blocks else max_model_len,
         )
-        tables = BlockTables(self.block_size, layout.groups.size, scheduler.max_num_seqs + 1)
+        self.tables = tables = BlockTables(self.block_size, layout.splits, scheduler.max_num_seqs + 1)
         self.loaded = [LoadedPlan(tables, rank * scheduler.max_num_seqs) for rank in range(num_own)]
         """What lies where this rank's graphs read it and, on rank 0, where others' do that have requests of their own."""
         self.state = SlotState(
@@ -132,7 +132,7 @@ class StepRunner:
             platform,
             dtype=dtype,
             cache_dtype=cache_dtype,
-            block_size=self.block_size,
+            block_size=min(tables.block_sizes),
             deterministic=self.deterministic,
         )
         null = replace(layout, num_lines=1)  # a dry run touches no more than the null block and the null line
@@ -265,7 +265,7 @@ class StepRunner:
             self.logits.buffers(shape.variant),
             shape,
             self._attention.of(shape),
-            self.block_size,
+            self.tables,
             self.dispatch,
             self._adapters,
             self.drafter,

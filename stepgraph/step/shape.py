@@ -36,23 +36,23 @@ class StepShape:
         """Most tokens the step can sample."""
         return min(self.num_tokens, self.num_rows * (1 + self.num_drafts))
 
-    def num_deltas(self, block_size: int, num_groups: int = 1) -> int:
-        """Most KV blocks a step of this shape can newly need, where each of `num_groups` block groups has blocks of its own.
+    def num_deltas(self, block_size: int, per_place: int = 1) -> int:
+        """Most KV blocks a step of this shape can newly need, of which there are `per_place` for every `block_size` tokens.
 
-        A row of n tokens crosses at most ``n // block_size + 1`` block borders, summed over the rows. While drafting it may write
-        as many tokens more as it makes proposals, less one.
+        A row of n tokens crosses at most ``n // block_size + 1`` borders of them, summed over the rows. While drafting it may
+        write as many tokens more as it makes proposals, less one.
         """
         num_drafted = self.num_rows * max(0, self.num_drafts - 1)
-        return num_groups * ((self.num_tokens + num_drafted) // block_size + self.num_rows)
+        return per_place * ((self.num_tokens + num_drafted) // block_size + self.num_rows)
 
     @property
     def deltas_start(self) -> int:
         """Where the deltas begin in the packed plan, behind the rows; in int32."""
         return slot_line.ROW_WIDTH * self.num_rows
 
-    def plan_length(self, block_size: int, num_groups: int = 1) -> int:
-        """Length of the packed plan, in int32."""
-        return self.deltas_start + slot_line.DELTA_WIDTH * self.num_deltas(block_size, num_groups)
+    def plan_length(self, block_size: int, per_place: int = 1) -> int:
+        """Length of the packed plan, in int32; arguments as of `num_deltas`."""
+        return self.deltas_start + slot_line.DELTA_WIDTH * self.num_deltas(block_size, per_place)
 
     def holds(self, other: StepShape) -> bool:
         """Whether a graph of this shape can run whatever one of `other` can. How many proposals it makes is part of the graph."""

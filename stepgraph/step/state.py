@@ -45,25 +45,22 @@ class SlotState:
         rings: OutputRings | None = None,
         has_lines: bool = False,
     ):
-        slots, num_groups = max_num_seqs + 1, tables.num_groups
+        slots, num_groups = max_num_seqs + 1, len(tables.splits)
 
         def zeros(*size: int) -> Tensor:
             return torch.zeros(*size, dtype=torch.int32, device=platform.device)
 
         self.lines = zeros(slots, slot_line.LINE_WIDTH)  # see stepgraph.abi.slot_line
         self.tokens = zeros(slots, max_model_len)  # token history
-        self._max_blocks, self._num_groups, self._has_lines = (
-            -(-max_model_len // tables.block_size),
-            num_groups,
-            has_lines,
-        )
+        self._tables, self._has_lines = tables, has_lines
+        self._max_blocks = -(-max_model_len // tables.block_size) * max(tables.splits)
         assert num_groups == 1 or not has_lines, tables
         # What deltas change: of all block groups, one behind the other.
         self.tables = zeros(num_groups * slots, self._max_blocks + has_lines * slot_line.NUM_LINES)
         self.biases = zeros(slots, slot_line.MAX_BIASES, 2)
         self.bad_words = zeros(slots, slot_line.MAX_BAD_WORDS, slot_line.BAD_WORD_WIDTH)
         self.masks = zeros(slots, 1 + max_shape.num_drafts, -(-vocab_size // slot_line.MASK_BITS))
-        self.plan = zeros(max_shape.plan_length(tables.block_size, num_groups))
+        self.plan = zeros(max_shape.plan_length(tables.block_size, tables.per_place))
         self.counter = zeros(1)  # steps committed, modulo RING_DEPTH
         self.rings = OutputRings.create(max_shape, platform.host_buffer) if rings is None else rings
         self.ring, self.logprob_ring, self.prompt_logprob_ring, _ = self.rings
@@ -72,8 +69,8 @@ class SlotState:
     @property
     def block_tables(self) -> tuple[Tensor, ...]:
         """The KV blocks of slots, for each block group: [slots, max blocks]. May be asked for inside a graph."""
-        if self._num_groups > 1:
-            return self.tables.chunk(self._num_groups)
+        if len(self._tables.splits) > 1:
+            return self.tables.chunk(len(self._tables.splits))
         return (self.tables[:, : self._max_blocks] if self._has_lines else self.tables,)
 
     @property
@@ -89,11 +86,8 @@ class SlotState:
         line = _line(sampling)
         copies: list[_Copy] = [(line, self.lines[slot]), (array("i", tokens), self.tokens[slot])]
         if blocks:
-            block_tables = self.block_tables
-            copies += (
-                (array("i", blocks[group :: len(block_tables)]), table[slot])
-                for group, table in enumerate(block_tables)
-            )
+            of_groups = zip(self._tables.by_group(blocks), self.block_tables, strict=True)
+            copies += ((of_group, table[slot]) for of_group, table in of_groups)
         if self.line_table is not None:
             read, write = lines or (slot, slot)
             copies.append((array("i", (read, write, write)), self.line_table[slot]))

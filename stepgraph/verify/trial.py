@@ -145,7 +145,11 @@ class _Placed:
 class _Paged(NamedTuple):
     """A tensor of blocks as one layer's cache has it."""
 
-    flat: Tensor  # [entries, width]
+    flat: Tensor  # [rows, width]
+    entry_rows: (
+        int  # rows of an entry: more than one where layers of other groups have narrower entries in the same memory
+    )
+    block_rows: int
     group: int
     module: int | None = None  # of the draft model, counted from 0
 
@@ -185,7 +189,8 @@ def _run(
     most = min(runner.max_model_len, len(free_blocks) // groups.size * block_size + 1)  # tokens of the longest sequence
     placed: list[_Placed] = []
     deltas: list[tuple[int, int, int]] = []
-    prefix: list[list[int]] = [[] for _ in range(groups.size)]  # entries that earlier steps have left, by group
+    sizes = runner.tables.block_sizes
+    prefix: list[list[int]] = [[] for _ in sizes]  # entries that earlier steps have left, by group
     for slot, row in enumerate(composition.rows, start=1):
         sampling = random_sampling(settings, shape.variant, vocab)
         max_length = min(row.length + row.num_drafts + settings.choice((1, 2, 5, 100)), most)
@@ -222,18 +227,17 @@ def _run(
         if start < row.computed:
             for carried in carried_on:
                 carried[slot] = torch.randn(carried.shape[1:], generator=generator).to(carried)
-        entries = [
-            [blocks[p // block_size * groups.size + group] * block_size + p % block_size for p in range(num_granted)]
-            for group in range(groups.size)
-        ]
-        for group in range(groups.size):
-            prefix[group] += entries[group][: row.computed]
+        entries = []
+        for size, blocks_of_group in zip(sizes, runner.tables.by_group(blocks), strict=True):
+            entries.append([int(blocks_of_group[p // size]) * size + p % size for p in range(num_granted)])
+        for of_group, known_entries in zip(prefix, entries, strict=True):
+            of_group += known_entries[: row.computed]
         if only is None or slot - 1 == only:
             placed.append(_Placed(row, slot, line, start, entries))
             deltas.extend((slot, i, blocks[i]) for i in range(known, len(blocks)))
 
     ran = [item for item in placed if item.row.active]
-    paged = [*_by_entry(model_caches), *_by_entry(draft_caches, of_drafter=True)]
+    paged = _by_entry(model_caches, draft_caches)
     laid_out = [_left(prefix[part.group], part, ran) for part in paged]
     for part, index in zip(paged, laid_out, strict=True):
         part.flat[index] = torch.randn(len(index), part.flat.shape[1], generator=generator).to(part.flat)
@@ -255,7 +259,7 @@ def _run(
         _strays(
             _changed(paged[parts[0]].flat, known, old),
             torch.cat([written[i] for i in parts]),
-            block_size,
+            paged[parts[0]].block_rows,
         )
         for parts, known, old in zip(shared, prefixes, before, strict=True)
     ]
@@ -307,13 +311,25 @@ def _distinct(caches: Sequence[LayerCache]) -> list[LayerCache]:
     return list({id(cache): cache for cache in caches}.values())
 
 
-def _by_entry(caches: Sequence[LayerCache], *, of_drafter: bool = False) -> list[_Paged]:
+def _by_entry(model_caches: Sequence[LayerCache], draft_caches: Sequence[LayerCache]) -> list[_Paged]:
     """The tensors of blocks, layer by layer."""
-    return [
-        _Paged(tensor.flatten(0, 1).flatten(1), getattr(cache, "group", 0), index if of_drafter else None)
+    tensors = [
+        (tensor, getattr(cache, "group", 0), module)
+        for caches, of_drafter in ((model_caches, False), (draft_caches, True))
         for index, cache in enumerate(caches)
+        for module in (index if of_drafter else None,)
         for tensor in cache.block_tensors
     ]
+    widths: dict[int, int] = {}  # of the narrowest entries at an address
+    for tensor, _, _ in tensors:
+        width = tensor[0, 0].numel()
+        widths[tensor.data_ptr()] = min(width, widths.get(tensor.data_ptr(), width))
+    paged = []
+    for tensor, group, module in tensors:
+        flat = tensor.view(-1, widths[tensor.data_ptr()])
+        block_rows = flat.shape[0] // tensor.shape[0]
+        paged.append(_Paged(flat, block_rows // tensor.shape[1], block_rows, group, module))
+    return paged
 
 
 def _by_tensor(paged: Sequence[_Paged]) -> list[list[int]]:
@@ -344,7 +360,8 @@ def _written(part: _Paged, ran: Sequence[_Placed], num_modules: int, lines: Tens
 
 
 def _as_index(entries: Sequence[int], part: _Paged) -> Tensor:
-    return torch.tensor(entries, device=part.flat.device, dtype=torch.long)
+    row = torch.tensor(entries, device=part.flat.device, dtype=torch.long) * part.entry_rows
+    return (row[:, None] + torch.arange(part.entry_rows, device=row.device)).flatten()
 
 
 def _as_one(tensors: Sequence[Tensor]) -> Tensor:
@@ -353,16 +370,16 @@ def _as_one(tensors: Sequence[Tensor]) -> Tensor:
 
 
 def _changed(flat: Tensor, prefix: Tensor, before: Tensor) -> Tensor:
-    """[entries] bool: those that are not as they were laid out."""
+    """[rows] bool: those that are not as they were laid out."""
     changed = flat.isnan().sum(1) < flat.shape[1]  # `all` takes four times as long
     changed[prefix] = (flat[prefix] != before).any(1)
     return changed
 
 
-def _strays(changed: Tensor, allowed: Tensor, block_size: int) -> Tensor:
-    """[entries] bool: those of a tensor that changed, and may not."""
+def _strays(changed: Tensor, allowed: Tensor, block_rows: int) -> Tensor:
+    """[rows] bool: those of a tensor that changed, and may not."""
     changed[allowed] = False
-    changed[: block_size * (slot_line.NULL_BLOCK + 1)] = False
+    changed[: block_rows * (slot_line.NULL_BLOCK + 1)] = False
     return changed
 
 

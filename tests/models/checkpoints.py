@@ -107,6 +107,7 @@ GEMMA4 = SIZES | {
     "num_hidden_layers": 4,
     "layer_types": ["sliding_attention", "sliding_attention", "full_attention", "full_attention"],
     "sliding_window": WINDOW,
+    "num_key_value_heads": 4,  # twice the bytes of layers that see all tokens, as in 26B-A4B and 31B
     "head_dim": 16,
     "global_head_dim": 32,
     "attention_k_eq_v": True,
@@ -116,6 +117,7 @@ GEMMA4 = SIZES | {
 }
 GEMMA4_SHARED = GEMMA4 | {
     "layer_types": ["sliding_attention", "full_attention"] * 2,
+    "num_key_value_heads": 2,
     "attention_k_eq_v": False,
     "num_kv_shared_layers": 2,
     "use_double_wide_mlp": True,
@@ -312,7 +314,9 @@ HF_CONFIGS = {
         top_k_experts=3,
         moe_intermediate_size=32,
     ),
-    "gemma 4 12b": lambda: hf_config("Gemma4UnifiedTextConfig", **GEMMA4),
+    "gemma 4 12b": lambda: hf_config(
+        "Gemma4UnifiedTextConfig", **GEMMA4 | {"num_attention_heads": 8, "num_key_value_heads": 8}
+    ),
     "granite": lambda: GraniteConfig(
         **SIZES, embedding_multiplier=12.0, residual_multiplier=0.22, attention_multiplier=0.1, logits_scaling=6.0
     ),

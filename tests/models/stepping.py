@@ -64,8 +64,8 @@ class Stepper:
             )
             for spec in self.model.attention_specs
         }
-        lines, groups = LineRows(tokens.row_slot, tokens.row_slot), (GroupInputs(self.block_table, tokens),)
-        return StepInputs(tokens, attention, groups, BLOCK_SIZE, self.caches, lines=lines)
+        lines, groups = LineRows(tokens.row_slot, tokens.row_slot), (GroupInputs(self.block_table, tokens, BLOCK_SIZE),)
+        return StepInputs(tokens, attention, groups, self.caches, lines=lines)
 
     def step(self, token_ids: list[int]) -> Tensor:
         """Feed the sequence's next tokens; return the logits at each of them."""

@@ -185,7 +185,7 @@ def inputs_of(count: int) -> StepInputs:
     query_start = torch.tensor([0, count], dtype=torch.int32)
     none = torch.zeros(0, dtype=torch.int32)
     tokens = StepTokens(none, none, none, none, query_start, none)
-    return StepInputs(tokens, {}, (GroupInputs(none, tokens),), BLOCK_SIZE, ())
+    return StepInputs(tokens, {}, (GroupInputs(none, tokens, BLOCK_SIZE),), ())
 
 
 @pytest.mark.parametrize("post", [False, True])

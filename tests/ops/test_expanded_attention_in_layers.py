@@ -64,7 +64,7 @@ def inputs_of(rows: list[tuple[int, int]], geometry: AttentionGeometry, device: 
     )
     spec = SIZES.spec(H)
     work = {spec: AttentionWork.of(spec, tokens, geometry)}
-    return StepInputs(tokens, work, (GroupInputs(batch.block_table.to(device), tokens),), B, ()), entries.to(device)
+    return StepInputs(tokens, work, (GroupInputs(batch.block_table.to(device), tokens, B),), ()), entries.to(device)
 
 
 @pytest.mark.parametrize("cache_dtype", [torch.float32, torch.float8_e4m3fn], ids=["whole", "fp8"])

@@ -5,13 +5,19 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
+from stepgraph import ops
 from stepgraph.abi.block_groups import BlockGroups
 from stepgraph.layers.cache import LatentSpec, PagedSpec
 from stepgraph.platforms import create_platform
+from stepgraph.step.admission import Admission
 from stepgraph.step.memory import CacheLayout
 from stepgraph.step.plan import BlockTables, StepPlan
 from stepgraph.step.shape import StepShape
+from stepgraph.step.slot_sampling import SlotSampling
+from stepgraph.step.state import SlotState
 
 BLOCK_SIZE = 16
 
@@ -53,6 +59,39 @@ def test_a_long_context_takes_what_the_layers_keep_that_see_all_tokens(specs, gr
     assert share <= taken / (num_tokens // BLOCK_SIZE * alone.block_bytes) <= share + 0.04
 
 
+def gemma_4(num_layers: int, every: int, window: int, *, heads: tuple[int, int], shared: int = 0) -> list[PagedSpec]:
+    """As `repeated`, with so many heads of 256 in layers with a window and of 512 in the others. The last `shared` layers use the
+    caches of earlier ones."""
+    bf16 = torch.bfloat16
+    specs = [
+        PagedSpec(heads[1], 512, bf16) if index % every == every - 1 else PagedSpec(heads[0], 256, bf16, window)
+        for index in range(num_layers)
+    ]
+    own = num_layers - shared
+    last = {spec.window: index for index, spec in enumerate(specs[:own])}
+    return specs[:own] + [replace(spec, shares=last[spec.window]) for spec in specs[own:]]
+
+
+@pytest.mark.parametrize(
+    ("specs", "groups", "splits", "mib", "mib_alone"),
+    [
+        (gemma_4(35, 5, 512, heads=(1, 1), shared=20), BlockGroups(2, 4, 512), (2, 1, 1, 1, 1), 198, 576),  # E2B
+        (gemma_4(42, 6, 512, heads=(2, 2), shared=18), BlockGroups(2, 5, 512), (2, *[1] * 5), 533, 1792),  # E4B
+        (gemma_4(48, 6, 1024, heads=(8, 1)), BlockGroups(1, 20, 1024), (1, *[4] * 5), 842, 10752),  # 12B
+        (gemma_4(60, 6, 1024, heads=(16, 4)), BlockGroups(1, 10, 1024), (1, *[2] * 5), 3385, 28160),  # 31B
+        (gemma_4(30, 6, 1024, heads=(8, 2)), BlockGroups(1, 10, 1024), (1, *[2] * 5), 846, 7040),  # 26B-A4B
+        (gemma_4(30, 6, 1024, heads=(2, 1)), BlockGroups(1, 5, 1024), (1,) * 6, 372, 1920),  # a rank of four
+    ],
+)
+def test_layers_with_more_bytes_of_a_token_have_blocks_of_fewer(specs, groups, splits, mib, mib_alone) -> None:
+    """Gemma 4, and what a prompt of 32,768 tokens takes, to a MiB, apart and in one group."""
+    found, alone = layout(*specs), layout(*specs, apart_for=0)
+    assert (found.groups, found.splits, alone.groups, alone.splits) == (groups, splits, BlockGroups(), (1,))
+    assert found.block_bytes == alone.block_bytes  # short prompts take no more
+    taken = groups.most_held(32768, 1, BLOCK_SIZE) * found.block_bytes // groups.size
+    assert (round(taken / 2**20), 2048 * alone.block_bytes // 2**20) == (mib, mib_alone)
+
+
 def test_gemma_3_27b_takes_a_fifth_at_32k_tokens() -> None:
     specs = repeated(62, 6, 1024)
     found = layout(*specs)
@@ -68,7 +107,14 @@ def test_gemma_3_27b_takes_a_fifth_at_32k_tokens() -> None:
         ((paged(24), paged(40), paged()), {}, BlockGroups(1, 2, 40)),
         ((paged(24), paged()), {"apart_for": 24}, BlockGroups()),  # no request is longer than the window
         ((paged(24), paged()), {"apart_for": 25}, BlockGroups(1, 1, 24)),
-        ((paged(24), PagedSpec(2, 128, torch.bfloat16)), {}, BlockGroups()),  # of other sizes
+        ((paged(24), PagedSpec(3, 128, torch.bfloat16)), {}, BlockGroups()),  # no number of blocks makes them equal
+        ((paged(24), PagedSpec(32, 128, torch.bfloat16)), {}, BlockGroups()),  # eight would
+        ((paged(24), PagedSpec(8, 128, torch.float8_e4m3fn)), {}, BlockGroups()),  # of another dtype
+        ((paged(24), PagedSpec(2, 128, torch.bfloat16)), {}, BlockGroups(1, 2, 24)),
+        ((paged(24), PagedSpec(2, 256, torch.bfloat16)), {}, BlockGroups(1, 1, 24)),
+        ((paged(24), paged(24), PagedSpec(16, 128, torch.bfloat16)), {}, BlockGroups(4, 2, 24)),
+        ((paged(24), PagedSpec(2, 128, torch.bfloat16), PagedSpec(8, 128, torch.bfloat16)), {}, BlockGroups(5, 2, 24)),
+        ((paged(24), PagedSpec(2, 256, torch.bfloat16)), {"draft": (paged(24),)}, BlockGroups(1, 2, 24)),
         ((paged(24), LatentSpec(1024, torch.bfloat16)), {}, BlockGroups()),
         ((paged(), *[paged()] * 9, paged(24)), {}, BlockGroups()),  # hardly anything to gain
         ((paged(24), paged(), paged(40, shares=0)), {}, BlockGroups(1, 1, 40)),
@@ -98,9 +144,57 @@ def test_layers_of_different_groups_share_tensors_and_those_of_one_group_do_not(
     assert replace(found, num_lines=1).groups == found.groups
 
 
+def test_parts_of_a_block_are_as_the_layer_sees_them() -> None:
+    """The narrow layer's block of 16 tokens is the wide one's of 4."""
+    specs = (PagedSpec(4, 64, torch.bfloat16, 32), PagedSpec(1, 64, torch.bfloat16))
+    found = layout(*specs)
+    assert (found.groups, found.splits) == (BlockGroups(1, 4, 32), (1, 4))
+    memory = create_platform("cpu").memory([], sleepable=False)
+    wide, narrow = found.allocate(7, memory)
+    assert (wide.group, narrow.group) == (1, 0)
+    assert (wide.keys.shape, narrow.keys.shape) == ((31, 4, 4, 64), (31, 16, 1, 64))
+    assert wide.keys.data_ptr() == narrow.keys.data_ptr() != wide.values.data_ptr() == narrow.values.data_ptr()
+    narrow.keys[5] = 1
+    assert wide.keys[5].eq(1).all()
+    assert wide.keys.sum() == narrow.keys[5].numel()
+    assert sum(found.sizes(7)) == 31 * 2 * wide.keys[0].nbytes == 30 * found.block_bytes // 5 + 2 * wide.keys[0].nbytes
+
+
+@given(
+    splits=st.lists(st.sampled_from([1, 2, 4]), min_size=1, max_size=4).map(tuple),
+    num_places=st.integers(1, 4),
+    num_known=st.integers(0, 4),
+)
+@settings(max_examples=40, deadline=None)
+def test_every_position_is_in_the_block_of_its_place_and_group(splits, num_places, num_known) -> None:
+    """By what a request is admitted with, and by what it is granted later."""
+    num_known, slot = min(num_known, num_places), 2
+    tables, shape = BlockTables(BLOCK_SIZE, splits, 3), StepShape(64, 2)
+    platform = create_platform("cpu")
+    state = SlotState(max_num_seqs=2, max_model_len=80, tables=tables, vocab_size=9, max_shape=shape, platform=platform)
+    blocks = [7 + 3 * number for number in range(num_places * tables.per_place)]
+    known = num_known * tables.per_place
+    computed = num_known * BLOCK_SIZE
+    admission = Admission(
+        slot, range(computed + 1), 1, 1, 80, SlotSampling(seed=0), blocks=blocks[:known], computed=computed
+    )
+    state.admit(admission)
+    deltas = tuple((slot, number, blocks[number]) for number in range(known, len(blocks)))
+    StepPlan(((slot, 1),), deltas, 0).pack(shape, tables, state.plan.numpy())
+    num_deltas = shape.num_deltas(BLOCK_SIZE, tables.per_place)
+    ops.build_step(state.plan, state.lines, state.tokens, state.tables, 64, 2, 2, num_deltas, tables.block_sizes[0])
+    first = 0
+    for split, size, table in zip(splits, tables.block_sizes, state.block_tables, strict=True):
+        for position in range(num_places * BLOCK_SIZE):
+            place, within = divmod(position, BLOCK_SIZE)
+            assert table[slot, position // size] == blocks[place * tables.per_place + first + within // size]
+        assert not table[[0, 1]].any()
+        first += split
+
+
 def test_deltas_go_to_the_tables_of_their_groups() -> None:
     """In a table of each of 3 groups, of 5 slots."""
-    shape, tables = StepShape(16, 2), BlockTables(BLOCK_SIZE, 3, 5)
+    shape, tables = StepShape(16, 2), BlockTables(BLOCK_SIZE, (1, 1, 1), 5)
     plan = StepPlan(((6, 16),), tuple((6, index, 10 + index) for index in range(3, 9)), 1)
     out = np.zeros(shape.plan_length(BLOCK_SIZE, 3), dtype=np.int32)
     plan.pack(shape, tables, out, first_slot=4)

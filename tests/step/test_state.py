@@ -130,7 +130,7 @@ def test_admit_starts_a_request_after_the_blocks_that_are_cached(state) -> None:
 
 
 def test_admit_gives_each_block_group_its_own(create_state) -> None:
-    state = create_state(tables=BlockTables(16, 2, 5))
+    state = create_state(tables=BlockTables(16, (1, 1), 5))
     state.admit(Admission(3, **REQUEST | {"tokens": range(40), "blocks": [8, 0, 5, 9], "computed": 32}))
     assert state.plan.shape == (SHAPE.plan_length(16, 2),)
     assert [table[3].tolist() for table in state.block_tables] == [[8, 5, 0, 0], [0, 9, 0, 0]]

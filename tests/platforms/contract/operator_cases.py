@@ -181,11 +181,12 @@ def planned(_: torch.Generator) -> tuple[Any, ...]:
 
 
 def placed(_: torch.Generator) -> tuple[Any, ...]:
-    """A decode, a prompt, a row that has ended, and padding, in the tables of three groups of four slots."""
-    table = torch.arange(3 * 4 * 8, dtype=torch.int32).mul(5).remainder(23).view(12, 8)
+    """A decode, a prompt, a row that has ended, and padding, in the tables of four groups of four slots, of which one has
+    smaller blocks."""
+    table = torch.arange(4 * 4 * 8, dtype=torch.int32).mul(5).remainder(23).view(16, 8)
     table[::4] = 0  # the null slot's
     positions = torch.cat((int32(8), torch.arange(12, dtype=torch.int32), torch.zeros(3, dtype=torch.int32)))
-    return table, int32(1, 2, 3, 0), int32(0, 1, 13, 13, 13), positions, 3, B
+    return table, int32(1, 2, 3, 0), int32(0, 1, 13, 13, 13), positions, (B, B, B, B // 2)
 
 
 def sampled(g: torch.Generator) -> tuple[Any, ...]:
