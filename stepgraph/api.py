@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import sys
 import time
-from collections.abc import Generator, Iterable, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from itertools import count
 from pathlib import Path
 from types import TracebackType
@@ -17,14 +19,17 @@ from stepgraph.config import EngineConfig
 from stepgraph.engine.build import build_engine
 from stepgraph.engine.chat_messages import Message
 from stepgraph.engine.chat_template import ChatTemplate
+from stepgraph.engine.chrome_trace import chrome_trace
 from stepgraph.engine.interrupts import interrupts_held
 from stepgraph.engine.outputs import RequestOutput
 from stepgraph.engine.prompts import Prompt, tokenize
 from stepgraph.engine.request import RequestUpdate
 from stepgraph.engine.sampling_params import SamplingParams
 from stepgraph.engine.session import Session
+from stepgraph.engine.step_watch import StepWatch
 from stepgraph.errors import RequestError
 from stepgraph.models.source import ModelSource
+from stepgraph.version import VERSION
 
 T = TypeVar("T")
 
@@ -205,6 +210,21 @@ class LLM:
     def reset_prefix_cache(self, *, preempt: bool = False) -> int:
         """Forget the prefixes of earlier requests. See `Engine.reset_prefix_cache`."""
         return self.engine.reset_prefix_cache(preempt=preempt)
+
+    @contextmanager
+    def trace(self, file: str | Path) -> Iterator[None]:
+        """Write the steps that run meanwhile, and what became of the requests in them, to a file that Perfetto and Chrome open.
+        Of more than 10,000 steps, the last ones. See docs/page.md."""
+        watch = StepWatch(self.engine, count(1))
+        try:
+            yield
+        finally:
+            watch.end()
+            steps, requests, dropped = watch.take()
+            about = {"model": self.engine.config.model.model, "version": VERSION, "dropped_steps": dropped}
+            numbered = [{"n": n, "engine": 0} | step._asdict() for n, step in enumerate(steps, start=dropped)]
+            trace = chrome_trace(numbered, [{"engine": 0} | request._asdict() for request in requests], (), about)
+            Path(file).write_text(json.dumps(trace), encoding="utf-8")
 
     def shutdown(self) -> None:
         """Free the engine's memory and end its threads; every later call raises EngineDeadError. Leaving a ``with`` block does

@@ -198,6 +198,12 @@ def _graphs_warm(arguments: argparse.Namespace) -> int:
     return main_warm(config, progress=_progress())
 
 
+def _trace(arguments: argparse.Namespace) -> int:
+    from stepgraph.trace_command import trace
+
+    return trace(arguments)
+
+
 def _demo(arguments: argparse.Namespace) -> int:
     from stepgraph import demo
 
@@ -318,6 +324,23 @@ def _parser() -> argparse.ArgumentParser:
         _demo,
         "answer three prompts and show which graph ran every step, and at what gain",
         flags=True,
+    )
+    trace = _add(
+        commands,
+        "trace",
+        _trace,
+        "write what a server's steps do to a file that Perfetto (ui.perfetto.dev) and Chrome open",
+    )
+    trace.add_argument("--url", default="http://127.0.0.1:8000", help="of the server (default: http://127.0.0.1:8000)")
+    trace.add_argument(
+        "--seconds",
+        type=float,
+        default=5.0,
+        metavar="N",
+        help="look for so long, 50 at most; 0: what it has kept of when somebody looked (default: 5)",
+    )
+    trace.add_argument(
+        "-o", "--output", type=Path, default=Path("trace.json"), metavar="FILE", help="default: trace.json"
     )
     env = _add(commands, "env", _env, "show versions and the machine, to paste into a report of a problem")
     env.add_argument("--json", action="store_true", help="print JSON")

@@ -160,6 +160,11 @@ class ServerConfig:
         "serve the endpoints that change what is served: /sleep, /wake_up, /pause, /resume, /reset_prefix_cache and those that "
         "load weights and LoRA adapters; they need the API key, if there is one",
     )
+    ui: bool = setting(
+        True,
+        "a page for browsers at /, to chat and to look at the engine's steps; it asks for the API key, if there is one, before "
+        "it shows anything",
+    )
     access_log: bool = setting(False, "log method, path and status of every HTTP request")
     log_requests: bool = setting(False, "log prompt and settings of every request; prompts may be private")
     otlp_traces_endpoint: str | None = setting(

@@ -8,7 +8,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 
@@ -20,7 +20,7 @@ from stepgraph.engine.intake import RequestIntake
 from stepgraph.engine.lifecycle import Lifecycle
 from stepgraph.engine.lockstep import LockstepScheduler
 from stepgraph.engine.masks import TokenMasks
-from stepgraph.engine.reports import HostTime, StepReport
+from stepgraph.engine.reports import HostTime, LaunchedStep, StepReport
 from stepgraph.engine.request import FinishReason, Request, RequestUpdate
 from stepgraph.engine.sampling_params import SamplingParams
 from stepgraph.engine.scheduler import Scheduler
@@ -46,15 +46,6 @@ logger = logging.getLogger(__name__)
 
 _WAIT_SECONDS = 0.002
 """How long a step waits for a grammar where nothing else is to be done."""
-
-
-class _InFlight(NamedTuple):
-    """A step that was launched and whose results have not been read."""
-
-    scheduled: ScheduledStep
-    ticket: Ticket
-    launched_at: float
-    host_seconds: float
 
 
 class Engine:
@@ -105,7 +96,7 @@ class Engine:
         self._clock = clock
         self._life = Lifecycle(executor, self._drain, exchange, config.model.model_impl)
         executor.watch_cache(self._lose_cache)
-        self._in_flight: deque[_InFlight] = deque()
+        self._in_flight: deque[LaunchedStep] = deque()
         self._collected_at = 0.0  # when the results of the last step had been read
         self._undelivered: list[RequestUpdate] = []
 
@@ -352,7 +343,7 @@ class Engine:
             else:
                 # where nothing runs ahead, launching a step is computing it
                 planned = launching if self.executor.specs.run_ahead == 0 else self._clock()
-                self._in_flight.append(_InFlight(scheduled, ticket, launching, planned - started))
+                self._in_flight.append(LaunchedStep(scheduled, ticket, started, launching, planned - started))
                 if self.exchange.is_active:
                     self.exchange.launched(ticket.step)
                 self.host_time.steps += 1
@@ -419,8 +410,10 @@ class Engine:
             self._observe(step.ticket, results, seconds)
         reading = self._clock() - collected
         self.host_time.seconds += reading
-        report = StepReport(step.ticket.record, seconds, step.host_seconds + reading, results, plan.num_prefill_rows)
-        self.on_step(report)
+        host_seconds = step.host_seconds + reading
+        self.on_step(
+            StepReport(step.ticket.record, seconds, host_seconds, results, plan.num_prefill_rows, step, collected)
+        )
         self._collected_at = collected
         return [*ended, *updates] if ended else updates
 

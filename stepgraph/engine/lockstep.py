@@ -144,6 +144,7 @@ class LockstepScheduler:
             admitted=tuple(chain.from_iterable(step.admitted for step in busy)),
             follows_grammar=any(step.follows_grammar for step in busy),
             ranks=steps,
+            chunks=tuple(chain.from_iterable(step.chunks for step in busy)),
         )
 
     def _even_out(self) -> None:

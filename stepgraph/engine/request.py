@@ -130,6 +130,8 @@ class Request(AnsweredRequest):
     """Positions in its prompt where a row is to end so that its state there can be kept, ascending."""
     arrival: int = 0
     """Its number in the order of arrivals."""
+    arrived_at: float | None = None
+    """When it was queued first, in seconds of the engine's clock."""
     overtaken: int = 0
     """Later arrivals that got a slot while it waited, or its blocks while it ran."""
     num_preemptions: int = 0

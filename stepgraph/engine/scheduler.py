@@ -385,7 +385,7 @@ class Scheduler:
         if plan.epoch == self._last_plan.epoch and SteadyDecode.may_begin(self._running, plan, self.table):
             self._steady = SteadyDecode(self._running, plan, self.table, self._grants)
         self._last_plan = plan
-        return ScheduledStep(plan, tuple(draft.admitted), spans, draft.follows_grammar)
+        return ScheduledStep(plan, tuple(draft.admitted), spans, draft.follows_grammar, chunks=draft.chunks)
 
     def _next_steady(self) -> ScheduledStep | None:
         """The next step of those that decode steadily, if nobody else may run and there is nothing else to decide."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -9,6 +10,17 @@ from stepgraph.engine.logprobs import PromptSpan
 from stepgraph.engine.request import Request
 from stepgraph.step.plan import StepPlan
 from stepgraph.step.shape import Variant
+
+
+@dataclass(slots=True)
+class Chunk:
+    """A row of prompt tokens."""
+
+    request: Request
+    slot: int
+    start: int  # position of its first token
+    num_tokens: int = 0
+    deltas: list[tuple[int, int, int]] = field(default_factory=list)
 
 
 class ScheduledStep(NamedTuple):
@@ -22,17 +34,8 @@ class ScheduledStep(NamedTuple):
     """Whether it samples for a request that does."""
     ranks: tuple[ScheduledStep | None, ...] = ()
     """Where ranks have requests of their own: what was scheduled for each of them, None if nothing."""
-
-
-@dataclass(slots=True)
-class Chunk:
-    """A row of prompt tokens."""
-
-    request: Request
-    slot: int
-    start: int  # position of its first token
-    num_tokens: int = 0
-    deltas: list[tuple[int, int, int]] = field(default_factory=list)
+    chunks: Sequence[Chunk] = ()
+    """Its rows of prompt tokens: a request's first row in a slot is one."""
 
 
 @dataclass(slots=True)

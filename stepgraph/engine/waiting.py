@@ -52,6 +52,8 @@ class WaitingLine:
         self._num_arrived += 1
         request.arrival = self._num_arrived
         self._last_arrival = self._clock()
+        if request.arrived_at is None:  # else another line has handed it over
+            request.arrived_at = self._last_arrival
         self._num_gathering += 1
         self.come_back(request)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import logging
 import subprocess
 import time
@@ -40,6 +41,8 @@ class EngineReplica:
         prepared = prepare(of_engines, config)
         self._processes: list[subprocess.Popen[bytes]] = [spawn_engine(place) for place in prepared.places]
         launches = launches_of(prepared, config, self._processes, progress=False, takes_fronts=False)
+        # a request of Serve's goes to any replica, and what a page looks at is one
+        config = dataclasses.replace(config, ui=False)
         front = Front(
             prepared.config,
             config,

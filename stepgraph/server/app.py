@@ -27,6 +27,7 @@ from stepgraph.server.directory import endpoints, methods_of, not_allowed, not_f
 from stepgraph.server.errors import APIError, api_error, report, timed_out
 from stepgraph.server.middleware import RequestMiddleware
 from stepgraph.server.operations import add_health, add_operations
+from stepgraph.server.page import Page, add_page
 from stepgraph.server.protocol import ChatRequest, CompletionRequest
 from stepgraph.server.replies import ModelCard, ModelList, ignored_fields, json_response
 from stepgraph.server.responses import ResponsesReply, ResponsesRequest
@@ -87,7 +88,10 @@ def create_app(service: Service, *, api_keys: Sequence[str]) -> ASGIApp:
     _add_generation(app, service)
     add_tokenizer(app, service)
     _add_models(app, service)
-    add_operations(app, service)
+    page = Page() if config.ui else None
+    add_operations(app, service, page)
+    if page is not None:
+        add_page(app, service, page)
     if config.enable_admin_endpoints:
         add_administration(app, service)
     middleware = RequestMiddleware(
@@ -95,6 +99,7 @@ def create_app(service: Service, *, api_keys: Sequence[str]) -> ASGIApp:
         api_keys=tuple(api_keys),
         bodies=service.bodies,
         on_response=service.counts.on_response,
+        open_paths=frozenset() if page is None else page.paths,
     )
     if not config.cors_allow_origins:
         return middleware

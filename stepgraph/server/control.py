@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 
@@ -27,3 +28,9 @@ class Control(Protocol):
         Raises:
             EngineDeadError: no engine can tell.
         """
+
+    async def look(self, cursor: Sequence[int] | None) -> dict[str, Any]:
+        """What there is to see of the engines; see `Watched.look`."""
+
+    async def trace(self, seconds: float) -> bytes:
+        """A trace as JSON, see `chrome_trace`: of what comes in so many seconds, or with 0 of what is kept."""

@@ -58,10 +58,12 @@ from stepgraph.server.messages import (
     Stop,
     ToEngine,
     TokenUpdate,
+    Watch,
     decode_start,
     encode,
 )
 from stepgraph.server.peers import SUPERVISOR, Peers
+from stepgraph.server.step_reporter import StepReporter
 from stepgraph.server.transfer_report import TransferReport
 
 logger = logging.getLogger(__name__)
@@ -86,6 +88,7 @@ class EngineProcess:
         self._awaiting: list[tuple[bytes, Add | LoadAdapter, Future[AdapterFile]]] = []  # until their adapter is read
         self._control = EngineControl(engine, self._send)
         self._transfers = TransferReport(engine.exchange)
+        self._reporter = StepReporter(engine, self._send)
         engine.on_step = self._on_step
         engine.executor.watch_captures(lambda: self._send(Beat(captures=True)))
 
@@ -150,6 +153,8 @@ class EngineProcess:
         elif isinstance(message, ForgetAdapter):
             with contextlib.suppress(RequestError):  # there is none to forget
                 self._engine.forget_adapter(message.folder)
+        elif isinstance(message, Watch):
+            self._reporter.go_on(message)
         elif isinstance(message, Question):
             self._answer(message)
 
@@ -259,6 +264,8 @@ class EngineProcess:
             by_peer.setdefault(self._owners[update.request.id], []).append(self._update(update))
         steps, self._steps = self._steps, []
         self._peers.tell(by_peer, steps, self._load(), at_once=not self._engine.has_work)
+        if self._reporter.is_on:
+            self._reporter.tell(at_once=not self._engine.has_work)
 
     def _load(self) -> Load:
         awaited = {message.adapter for _, message, _ in self._awaiting if isinstance(message, Add) and message.requests}

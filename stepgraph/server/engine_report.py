@@ -139,6 +139,7 @@ def ready_of(engine: Engine) -> Ready:
         role=engine.config.transfer.splitwise_role,
         door=None if transfers is None else Door(transfers.engine_id, transfers.host, transfers.port),
         max_adapters=specs.max_adapters,
+        max_tokens=specs.max_tokens * specs.data_parallel_size,
     )
 
 

@@ -7,6 +7,7 @@ import logging
 import socket
 import sys
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import zmq
@@ -154,6 +155,16 @@ class SupervisorLink:
         """See `Control`."""
         graphs: list[dict[str, Any]] = await self._call("graphs", _ANSWER_S)
         return graphs
+
+    async def look(self, cursor: Sequence[int] | None) -> dict[str, Any]:
+        """See `Control`."""
+        looked: dict[str, Any] = await self._call("look", _ANSWER_S, cursor=cursor)
+        return looked
+
+    async def trace(self, seconds: float) -> bytes:
+        """See `Control`."""
+        content: bytes = await self._call("trace", seconds + _ANSWER_S, seconds=seconds)
+        return content
 
     async def _call(self, method: str, timeout_s: float | None, **arguments: Any) -> Any:
         return await self._questions.ask(lambda number: Call(number, method, arguments), timeout_s)

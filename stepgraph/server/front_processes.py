@@ -30,7 +30,7 @@ _SHARE_S = 5.0
 """What a front may take to hear of something; one that takes longer hears of it later."""
 _COUNT_S = 1.0
 """What a front may take to say what it has counted; of one that takes longer, what it said last counts."""
-_METHODS = frozenset({"administer", "metrics", "load", "graphs"})
+_METHODS = frozenset({"administer", "metrics", "load", "graphs", "look", "trace"})
 """What fronts may call."""
 
 

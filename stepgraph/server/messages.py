@@ -15,6 +15,7 @@ import msgspec
 from stepgraph.engine.guided_text import MAX_TEXT_BYTES, check_text
 from stepgraph.engine.request import TokenLogprobs
 from stepgraph.engine.sampling_params import SamplingParams, StructuredOutputs
+from stepgraph.engine.step_watch import SeenRequest, SeenStep
 from stepgraph.errors import Fault, RequestError
 from stepgraph.transfer.reference import Offer, Reference
 
@@ -142,12 +143,22 @@ class AbortAll(msgspec.Struct, tag=True):
     """End all requests, which are told so; see `FinishReason.ABORT`. There is no answer."""
 
 
+class Watch(msgspec.Struct, tag=True):
+    """Tell what steps ran and who took part in them: somebody looks. There is no answer but `Seen`, now and then."""
+
+    until: float
+    """When nobody looks any more, unless it is said anew."""
+    first: int
+    stride: int
+    """These two: how the process is to number requests; said anew, they change nothing."""
+
+
 class Stop(msgspec.Struct, tag=True):
     """End the process; what runs gets no answer."""
 
 
 Question = AskGraphs | AskRanks | Pause | Resume | Sleep | WakeUp | UpdateWeights | ResetPrefixCache | LoadAdapter
-ToEngine = Add | Abort | Hello | FrontGone | Question | ForgetAdapter | AbortAll | Stop
+ToEngine = Add | Abort | Hello | FrontGone | Question | ForgetAdapter | AbortAll | Watch | Stop
 
 
 # From the engine to the supervisor and the fronts.
@@ -186,6 +197,8 @@ class Ready(msgspec.Struct, tag=True):
     """Where other engines ask for the blocks that it has; None if it has to do with none."""
     max_adapters: int = 0
     """LoRA adapters that the device's memory holds at once; 0 if it takes none."""
+    max_tokens: int = 0
+    """Most tokens of a step."""
 
 
 class Beat(msgspec.Struct, tag=True):
@@ -366,6 +379,15 @@ class Progress(msgspec.Struct, tag=True):
     load: Load
 
 
+class Seen(msgspec.Struct, tag=True):
+    """What somebody who looks sees; see `StepWatch.take`."""
+
+    steps: list[SeenStep]
+    requests: list[SeenRequest]
+    begins: bool
+    """Nothing was noted before: requests have new numbers."""
+
+
 class Answer(msgspec.Struct, tag=True):
     """To the question of this number."""
 
@@ -380,7 +402,7 @@ class Declined(msgspec.Struct, tag=True):
     error: Fault
 
 
-FromEngine = Ready | Beat | Failed | Accepted | Refused | Progress | Answer | Declined
+FromEngine = Ready | Beat | Failed | Accepted | Refused | Progress | Seen | Answer | Declined
 
 encode = msgspec.msgpack.Encoder().encode
 decode_start = msgspec.json.Decoder(Start).decode

@@ -31,14 +31,22 @@ class RequestMiddleware:
         api_keys: each opens it; none: it is open.
         bodies: those of all requests; one that is too much is refused while it arrives.
         on_response: counts replies, by path as the routes spell it ("other" for what no route takes) and status.
+        open_paths: that need no key, beside `OPEN_PATHS`.
     """
 
     def __init__(
-        self, app: ASGIApp, *, api_keys: tuple[str, ...], bodies: Bodies, on_response: Callable[[str, int], None]
+        self,
+        app: ASGIApp,
+        *,
+        api_keys: tuple[str, ...],
+        bodies: Bodies,
+        on_response: Callable[[str, int], None],
+        open_paths: frozenset[str] = frozenset(),
     ):
         self._app = app
         self._api_keys = tuple(key.encode() for key in api_keys)
         self._bodies = bodies
+        self._open_paths = OPEN_PATHS | open_paths
         self._on_response = on_response
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -86,7 +94,7 @@ class RequestMiddleware:
             self._on_response(getattr(route, "path", "other"), status or _CLIENT_LEFT)
 
     def _check_key(self, path: str, headers: Headers) -> None:
-        if not self._api_keys or path in OPEN_PATHS:
+        if not self._api_keys or path in self._open_paths:
             return
         kind, _, key = headers.get("authorization", "").partition(" ")
         given = [key if kind.lower() == "bearer" else "", headers.get("x-api-key", "")]

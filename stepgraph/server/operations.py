@@ -10,16 +10,17 @@ from starlette.responses import Response
 
 import stepgraph
 from stepgraph.server.directory import endpoints
+from stepgraph.server.page import Page
 from stepgraph.server.pages import index_page, reference_page
 from stepgraph.server.replies import encode_json, json_response
 from stepgraph.server.service import Service
 from stepgraph.version import commit
 
 
-def add_operations(app: FastAPI, service: Service) -> None:
-    """Those of the API's port."""
+def add_operations(app: FastAPI, service: Service, page: Page | None) -> None:
+    """Those of the API's port. `page`: what a browser is shown at the server's address; None: a list of the endpoints."""
     add_health(app, service)
-    _add_pages(app, service)
+    _add_pages(app, service, page)
 
     @app.get("/ready", summary="Whether a request sent now would be served", tags=["operations"])
     async def ready() -> Response:
@@ -56,12 +57,12 @@ def add_health(app: FastAPI, service: Service) -> None:
         return Response(content, media_type=media_type)
 
 
-def _add_pages(app: FastAPI, service: Service) -> None:
-    @app.get("/", summary="What there is", tags=["operations"])
+def _add_pages(app: FastAPI, service: Service, page: Page | None) -> None:
+    @app.get("/", summary="What there is; in a browser, a page to look at", tags=["operations"])
     async def index(http: Request) -> Response:
         found = endpoints(app.routes)
         if "text/html" in http.headers.get("accept", ""):
-            return index_page(stepgraph.__version__, found, app.root_path)
+            return page.index(http) if page is not None else index_page(stepgraph.__version__, found, app.root_path)
         listed = [{"methods": each.methods, "path": each.path, "summary": each.summary} for each in found]
         return json_response({"name": "stepgraph", "version": stepgraph.__version__, "endpoints": listed})
 

@@ -13,11 +13,12 @@ from stepgraph.server.administrator import ACTIONS, Administrator, Fronts
 from stepgraph.server.counts import EngineCounts, FrontCounts
 from stepgraph.server.engine_life import EngineLife, Launch
 from stepgraph.server.engine_observer import EngineStatus, RestartCause
-from stepgraph.server.messages import AskGraphs, AskRanks, FromEngine, Load, Progress, RankInfo
+from stepgraph.server.messages import AskGraphs, AskRanks, FromEngine, Load, Progress, RankInfo, Seen
 from stepgraph.server.metrics import Metrics
 from stepgraph.server.replicas import Replicas
 from stepgraph.server.rest import Rest
 from stepgraph.server.socket_folder import remove_abandoned
+from stepgraph.server.watched import Watched
 
 _LOOK_S = 0.5
 """What it may take where a scraper waits."""
@@ -59,6 +60,7 @@ class Supervisor:
         self._counts = [EngineCounts() for _ in launches]
         self._looked_at = [-_RANKS_S for _ in launches]
         self._metrics = Metrics(model_name, self._counts, self.rest, adapters)
+        self._watched = Watched(self.engines, self._counts, model_name)
         self._fronts: FrontSide | None = None
         self._administrator: Administrator | None = None
 
@@ -122,6 +124,14 @@ class Supervisor:
             raise found[0]
         return [{"error": str(each)} if isinstance(each, EngineDeadError) else each for each in found]
 
+    async def look(self, cursor: Sequence[int] | None) -> dict[str, Any]:
+        """See `Control`."""
+        return self._watched.look(cursor)
+
+    async def trace(self, seconds: float) -> bytes:
+        """See `Control`."""
+        return await self._watched.trace(seconds)
+
     async def _look_at_ranks(self, engine: EngineLife) -> None:
         """Ask for its ranks' reports, which a step waits for. An engine that does something else, or is not there, leaves those
         from before, and so do scrapers that come more often than is of use."""
@@ -138,6 +148,9 @@ class Supervisor:
     def on_message(self, replica: int, message: FromEngine) -> None:
         """See `EngineListener`."""
         assert self._fronts is not None
+        if isinstance(message, Seen):
+            self._watched.take(replica, message)
+            return
         if isinstance(message, Progress):
             self._counts[replica].on_progress(message)
         self._fronts.on_message(replica, message)
@@ -155,6 +168,7 @@ class Supervisor:
     def on_end(self, replica: int, reason: str) -> None:
         """See `EngineListener`."""
         assert self._fronts is not None
+        self._watched.lose(replica)
         self._fronts.on_end(replica, reason)
 
 

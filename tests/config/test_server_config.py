@@ -51,6 +51,7 @@ NON_DEFAULT = {
     "request_timeout": 120.5,
     "shutdown_timeout": 0.0,
     "enable_admin_endpoints": True,
+    "ui": False,
     "access_log": True,
     "log_requests": True,
     "otlp_traces_endpoint": "http://127.0.0.1:4318/v1/traces",

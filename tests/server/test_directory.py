@@ -15,15 +15,15 @@ BROWSER = {"Accept": "text/html,application/xhtml+xml,*/*;q=0.8"}
 
 @pytest.fixture(scope="module", params=["", "/llm"], ids=["plain", "behind a proxy"])
 def web(request):
-    """The application without an engine, and the path that comes before all others."""
-    app = create_app(service(ServerConfig(root_path=request.param or None)), api_keys=())
+    """The application without an engine and without the page to look at, and the path that comes before all others."""
+    app = create_app(service(ServerConfig(root_path=request.param or None, ui=False)), api_keys=())
     client = TestClient(app, base_url="http://here")
     return client, request.param
 
 
 @pytest.fixture(scope="module")
 def app():
-    return TestClient(create_app(service(), api_keys=()))
+    return TestClient(create_app(service(ServerConfig(ui=False)), api_keys=()))
 
 
 class References(HTMLParser):
