@@ -26,7 +26,7 @@ from stepgraph.engine.prompts import Prompt, tokenize
 from stepgraph.engine.request import RequestUpdate
 from stepgraph.engine.sampling_params import SamplingParams
 from stepgraph.engine.session import Session
-from stepgraph.engine.step_watch import StepWatch
+from stepgraph.engine.step_recorder import StepRecorder
 from stepgraph.errors import RequestError
 from stepgraph.models.source import ModelSource
 from stepgraph.version import VERSION
@@ -215,12 +215,12 @@ class LLM:
     def trace(self, file: str | Path) -> Iterator[None]:
         """Write the steps that run meanwhile, and what became of the requests in them, to a file that Perfetto and Chrome open.
         Of more than 10,000 steps, the last ones. See docs/page.md."""
-        watch = StepWatch(self.engine, count(1))
+        recorder = StepRecorder(self.engine, count(1))
         try:
             yield
         finally:
-            watch.end()
-            steps, requests, dropped = watch.take()
+            recorder.end()
+            steps, requests, dropped = recorder.take()
             about = {"model": self.engine.config.model.model, "version": VERSION, "dropped_steps": dropped}
             numbered = [{"n": n, "engine": 0} | step._asdict() for n, step in enumerate(steps, start=dropped)]
             trace = chrome_trace(numbered, [{"engine": 0} | request._asdict() for request in requests], (), about)

@@ -15,7 +15,7 @@ import msgspec
 from stepgraph.engine.guided_text import MAX_TEXT_BYTES, check_text
 from stepgraph.engine.request import TokenLogprobs
 from stepgraph.engine.sampling_params import SamplingParams, StructuredOutputs
-from stepgraph.engine.step_watch import SeenRequest, SeenStep
+from stepgraph.engine.step_recorder import SeenRequest, SeenStep
 from stepgraph.errors import Fault, RequestError
 from stepgraph.transfer.reference import Offer, Reference
 
@@ -380,7 +380,7 @@ class Progress(msgspec.Struct, tag=True):
 
 
 class Seen(msgspec.Struct, tag=True):
-    """What somebody who looks sees; see `StepWatch.take`."""
+    """What somebody who looks sees; see `StepRecorder.take`."""
 
     steps: list[SeenStep]
     requests: list[SeenRequest]

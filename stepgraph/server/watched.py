@@ -17,7 +17,7 @@ import msgspec
 
 import stepgraph
 from stepgraph.engine.chrome_trace import chrome_trace
-from stepgraph.engine.step_watch import MAX_STEPS, SeenRequest, SeenStep
+from stepgraph.engine.step_recorder import MAX_STEPS, SeenRequest, SeenStep
 from stepgraph.server.counts import EngineCounts
 from stepgraph.server.engine_life import EngineLife
 from stepgraph.server.messages import Seen, Watch

@@ -18,7 +18,7 @@ from starlette.testclient import TestClient
 
 from stepgraph.cli import main
 from stepgraph.config.server import ServerConfig
-from stepgraph.engine.step_watch import SeenRequest, SeenStep
+from stepgraph.engine.step_recorder import SeenRequest, SeenStep
 from stepgraph.server import page as page_module
 from stepgraph.server import step_reporter
 from stepgraph.server import watched as watched_module

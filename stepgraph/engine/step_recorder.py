@@ -1,6 +1,6 @@
 """What somebody who watches an engine sees: its steps, who took part in them, and what became of these requests.
 
-An engine that nobody watches does nothing for it: `StepWatch` puts itself behind `Engine.on_step` when it begins.
+An engine that nobody watches does nothing for it: `StepRecorder` puts itself behind `Engine.on_step` when it begins.
 """
 
 from __future__ import annotations
@@ -113,7 +113,7 @@ class _Life:
         )
 
 
-class StepWatch:
+class StepRecorder:
     """Notes the steps that are launched from now on, until `end`. Belongs to the engine's thread.
 
     Args:

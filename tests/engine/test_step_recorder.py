@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scheduling import Loop
 
-from stepgraph.engine.step_watch import SeenRequest, SeenStep, StepWatch
+from stepgraph.engine.step_recorder import SeenRequest, SeenStep, StepRecorder
 
 
 def last_news(news: list[SeenRequest]) -> dict[str, SeenRequest]:
@@ -16,8 +16,8 @@ def last_news(news: list[SeenRequest]) -> dict[str, SeenRequest]:
     return {request.name: request for request in news}
 
 
-def watching(loop: Loop, **options) -> StepWatch:
-    return StepWatch(loop.engine, count(1), clock=loop.clock, **options)
+def recording(loop: Loop, **options) -> StepRecorder:
+    return StepRecorder(loop.engine, count(1), clock=loop.clock, **options)
 
 
 @given(
@@ -45,7 +45,7 @@ def test_each_token_of_each_request_is_seen_in_one_step(
     ]
     for _ in range(begin):
         loop.step()
-    watch = watching(loop)
+    recorder = recording(loop)
     under_way = len(loop.in_flight)  # launched before: nobody sees them
     before = {request.id: len(request.output_token_ids) for request in requests}
     known = [request for request in requests if request.finish_reason is None]
@@ -59,9 +59,9 @@ def test_each_token_of_each_request_is_seen_in_one_step(
             loop.scheduler.abort("late")
         loop.step()
         if number % every == 0:
-            taken = watch.take()
+            taken = recorder.take()
             steps, news = steps + taken[0], news + taken[1]
-    steps_left, news_left, dropped = watch.take()
+    steps_left, news_left, dropped = recorder.take()
     steps, news = steps + steps_left, news + news_left
     assert not loop.in_flight
     assert len(steps) == len(loop.plans) - num_plans
@@ -92,11 +92,11 @@ def test_what_is_seen_is_what_the_engine_reports() -> None:
     loop, reports = Loop(max_tokens=24, num_drafts=(3,), run_ahead=1), []
     note = loop.engine.on_step
     loop.engine.on_step = lambda report: (note(report), reports.append(report))
-    watch = watching(loop)
+    recorder = recording(loop)
     for index, length in enumerate((3, 30, 9)):
         loop.add(f"r{index}", length, 8)
     loop.drain()
-    steps, _, _ = watch.take()
+    steps, _, _ = recorder.take()
     assert len(steps) == len(reports) > 4
     assert {step.kind for step in steps} > {"decode"}
     for step, report in zip(steps, reports, strict=True):
@@ -113,24 +113,24 @@ def test_what_is_seen_is_what_the_engine_reports() -> None:
 
 def test_steps_that_nobody_takes_make_way_and_are_counted() -> None:
     loop = Loop()
-    watch = watching(loop, max_steps=5)
+    recorder = recording(loop, max_steps=5)
     loop.add("a", 3, 30)
     loop.drain()
-    steps, _, dropped = watch.take()
+    steps, _, dropped = recorder.take()
     assert (len(steps), dropped) == (5, len(loop.plans) - 5)
-    assert watch.take() == ([], [], 0)
+    assert recorder.take() == ([], [], 0)
 
 
 def test_an_engine_that_is_watched_no_longer_is_as_before() -> None:
     loop = Loop()
     before = loop.engine.on_step
-    watch = watching(loop)
+    recorder = recording(loop)
     loop.add("a", 3, 30)
     for _ in range(5):
         loop.step()
     assert loop.engine.on_step != before
-    watch.end()
+    recorder.end()
     assert loop.engine.on_step == before
-    seen = len(watch.take()[0])
+    seen = len(recorder.take()[0])
     loop.drain()
-    assert (seen, watch.take()[0]) == (5, [])
+    assert (seen, recorder.take()[0]) == (5, [])
