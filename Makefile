@@ -67,7 +67,7 @@ dist: $(DEV) $(MODEL)
 	@OMP_NUM_THREADS=1 $(BIN)/python scripts/check_release.py $(RELEASE_FLAGS)
 
 docs: $(DOCS)
-	@$(MKDOCS) build --quiet
+	@$(MKDOCS) build
 	@$(BIN)/python scripts/check_site.py
 
 docs-serve: $(DOCS)

@@ -21,7 +21,9 @@ HEAD = """\
 
 # Coming from vLLM or FastDeploy
 
-Bring your command line:
+Every flag and key of both. What changes in commands, code and requests, and what is missing, is in the guides for users of
+[vLLM](from-vllm.md), [FastDeploy](from-fastdeploy.md), [SGLang](from-sglang.md) and [llama.cpp](from-llama-cpp.md). Bring your
+command line:
 
 | Theirs | Ours |
 | --- | --- |

@@ -141,7 +141,8 @@ class LLM:
         Args:
             messages: turns as the OpenAI API has them; `ChatTemplate` tells what becomes of those the template does not know.
             sampling_params: as in `generate`, but the default allows answers as long as the context.
-            use_tqdm, adapter: as in `generate`.
+            use_tqdm: as in `generate`.
+            adapter: as in `generate`.
             tools: functions the model may call, as the OpenAI API describes them; calls stand in the answer's text.
             add_generation_prompt: begin the assistant's turn.
             continue_final_message: leave the last turn open instead, to go on with it.

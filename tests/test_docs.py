@@ -172,6 +172,17 @@ def test_files_that_are_named_are_there(page) -> None:
     assert [name for name in named if not (ROOT / name).exists()] == []
 
 
+@pytest.mark.parametrize("page", ["from-sglang.md", "from-llama-cpp.md"])
+def test_flags_that_stand_for_those_of_other_engines_are_there(page, parsers) -> None:
+    known = commands_of(parsers[""])["serve"]._option_string_actions
+    rows = re.findall(
+        r"^\| `-[^|]+\| ([^|]+) \| [^|]*\|$", (ROOT / "docs" / page).read_text(encoding="utf-8"), re.MULTILINE
+    )
+    flags = [flag for row in rows for flag in re.findall(r"--[\w-]+", row)]
+    assert len(flags) > 15
+    assert [flag for flag in flags if flag not in known] == []
+
+
 def test_the_table_of_commands_is_whole(parsers) -> None:
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     listed = {tuple(shlex.split(row)[:2]) for row in re.findall(r"^\| `stepgraph ([^`]+)`", readme, re.MULTILINE)}

@@ -119,7 +119,7 @@ def test_a_site_without_faults_has_none(tmp_path) -> None:
     importlib.util.find_spec("mkdocs") is None, reason="needs the extra docs, which `make docs` installs"
 )
 def test_the_site_is_built_without_a_warning_and_every_page_opens(tmp_path) -> None:
-    command = (sys.executable, "-m", "mkdocs", "build", "--quiet", "--site-dir", tmp_path / "site")
+    command = (sys.executable, "-m", "mkdocs", "build", "--site-dir", tmp_path / "site")
     quiet = os.environ | {"NO_MKDOCS_2_WARNING": "1"}
     built = subprocess.run(command, cwd=ROOT, env=quiet, capture_output=True, text=True, check=False)
     assert built.returncode == 0, built.stderr
