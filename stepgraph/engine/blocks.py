@@ -24,9 +24,9 @@ def block_key(parent: bytes, tokens: bytes) -> bytes:
     return hashlib.sha256(parent + tokens).digest()
 
 
-def key_in_group(key: bytes, group: int) -> bytes:
-    """By what a block is found whose content has that name in a block group."""
-    return key + bytes((group,)) if group else key
+def numbered_key(key: bytes, number: int) -> bytes:
+    """By what a block is found that has that number among those of a place, whose content has that name."""
+    return key + bytes((number,)) if number else key
 
 
 def root_key(salt: str | None, adapter: bytes | None = None) -> bytes:
@@ -234,7 +234,7 @@ class BlockPool:
         return len(self._blocks_by_key)
 
     def _forget_key(self, block: int) -> bytes | None:
-        """Let a block be found no more; returns by what it could, if it is of the first block group: others hear of those."""
+        """Let a block be found no more; returns by what it could, if it is the first of a place: others hear of those."""
         key, self._keys[block] = self._keys[block], None
         if key is None:
             return None

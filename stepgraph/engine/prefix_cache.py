@@ -11,7 +11,7 @@ from itertools import groupby, islice
 
 from stepgraph.abi.block_groups import BlockGroups
 from stepgraph.abi.slot_line import NULL_BLOCK
-from stepgraph.engine.blocks import BlockPool, block_key, key_in_group, num_unseen, root_key
+from stepgraph.engine.blocks import BlockPool, block_key, num_unseen, numbered_key, root_key
 from stepgraph.engine.kv_events import KVEvents
 from stepgraph.engine.request import Request
 from stepgraph.engine.request_table import RequestTable
@@ -25,7 +25,7 @@ class PrefixCache:
         blocks: all KV blocks.
         table: the counts of the requests that run.
         block_size: tokens per block.
-        groups: that a request has blocks of for each place.
+        groups: what blocks a request has for each place.
         lookahead: tokens after a block that its content depends on.
         enabled: off, nothing is ever found.
         can_start: whether a request that has a block, by its key, and those before it can start behind it.
@@ -65,44 +65,48 @@ class PrefixCache:
         windowed ones are of which the next token sees something; the null block is in the place of the others."""
         if not self._enabled or request.variant is Variant.PROMPT_LOGPROBS:
             return []
-        num_places = self._num_full(request)
+        num_places, num_full = max(0, self._num_full(request)), self._groups.num_full
         columns: list[list[int]] = []
-        for group in range(self._size):
-            columns.append(self._find_all(request, group, num_places))
+        for number in range(num_full):
+            columns.append(self._find_first(request, number, num_places))
             num_places = len(columns[-1])
-        border = self._border(request, columns[self._groups.num_full :], num_places)
-        if len(columns) == 1:
+        if not num_full:  # what answers have filled is named from the front
+            for index in range(num_places):
+                self._find(request, index, 0)
+        border = self._border(request, num_places)
+        if self._size == num_full == 1:
             return columns[0][:border]
+        unseen = self._num_unseen(border)
+        for number in range(num_full, self._size):
+            seen = [self._find(request, index, number) for index in range(unseen, border)]
+            columns.append([NULL_BLOCK] * unseen + [block for block in seen if block is not None])
         return [block for blocks in islice(zip(*columns, strict=False), border) for block in blocks]
 
-    def _find_all(self, request: Request, group: int, num_places: int) -> list[int]:
-        """The cached blocks of a group for the first places of a request. Where there is none: the null block of a windowed
-        group; others end there."""
+    def _find_first(self, request: Request, number: int, num_places: int) -> list[int]:
+        """Of so many first places of a request, the cached blocks of that number, up to the first that is not there."""
         blocks = []
         for index in range(num_places):
-            block = self._find(request, index, group)
+            block = self._find(request, index, number)
             if block is None:
-                if group < self._groups.num_full:
-                    break
-                block = NULL_BLOCK
+                break
             blocks.append(block)
         return blocks
 
-    def _border(self, request: Request, windowed: Sequence[list[int]], num_places: int) -> int:
-        """Behind how many of its first places a request can start, of which the blocks of full groups are cached. Of those of
-        windowed groups, what is not seen from there is replaced by the null block."""
-        keys = request.block_keys
-        if not windowed:
-            return next((end for end in range(num_places, 0, -1) if self._can_start(keys[end - 1])), 0)
-        border = first_of_run = 0
-        for end, blocks in enumerate(zip(*windowed, strict=True), start=1):
-            if NULL_BLOCK in blocks:
-                first_of_run = end
-            if first_of_run <= self._num_unseen(end) and self._can_start(keys[end - 1]):
-                border = end
-        unseen = self._num_unseen(border)
-        for column in windowed:
-            column[:unseen] = [NULL_BLOCK] * unseen
+    def _border(self, request: Request, num_places: int) -> int:
+        """Behind how many of its first places a request can start, of which the blocks of full groups are cached. From the last
+        one backwards: of windowed groups, what is far before it does not matter."""
+        border = first = num_places  # from `first` on, the blocks of windowed groups are there
+        while border:
+            if first > self._num_unseen(border):
+                first -= 1
+                windowed = range(self._groups.num_full, self._size)
+                if any(self._find(request, first, number) is None for number in windowed):
+                    border = first
+            elif self._can_start(request.block_keys[border - 1]):
+                break
+            else:
+                border -= 1
+                first = min(first, border)
         return border
 
     def num_shared(self, request: Request) -> int:
@@ -112,10 +116,10 @@ class PrefixCache:
         num_full = self._num_full(request)
         return next((index for index in range(num_full) if self._find(request, index, 0) is None), num_full)
 
-    def _find(self, request: Request, index: int, group: int) -> int | None:
-        """The cached block of a group for a place of a request."""
+    def _find(self, request: Request, index: int, number: int) -> int | None:
+        """The cached block of that number of a place of a request."""
         self._extend_keys(request, index + 1)  # one by one: most prompts share little with others
-        name = key_in_group(request.block_keys[index], group)
+        name = numbered_key(request.block_keys[index], number)
         while True:
             block = self._blocks.find(name)
             if block is not None or not self._publish_next(_key_before(request, index)):
@@ -123,7 +127,7 @@ class PrefixCache:
 
     def _names(self, keys: Sequence[bytes]) -> Sequence[bytes]:
         """By what the blocks of some places are found."""
-        return keys if self._size == 1 else [key_in_group(key, group) for key in keys for group in range(self._size)]
+        return keys if self._size == 1 else [numbered_key(key, number) for key in keys for number in range(self._size)]
 
     def _num_unseen(self, num_places: int) -> int:
         """Of so many places, those of whose windowed blocks no token behind them sees anything."""
@@ -211,7 +215,7 @@ class PrefixCache:
     def _let_find(self, request: Request, first: int, blocks: Sequence[int]) -> None:
         """Let `blocks` be found as a request's from place `first` on, whose keys are known."""
         keys = request.block_keys[first : first + len(blocks) // self._size]
-        # Others hear of the first group's: which ones of a windowed group a hit takes depends on where it ends.
+        # Others hear of each place's first: which ones of a windowed group a hit takes depends on where it ends.
         are_new = list(map(self._blocks.publish, blocks, self._names(keys)))[:: self._size]
         if self._events is None:
             return

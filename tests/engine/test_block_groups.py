@@ -10,7 +10,7 @@ from test_windows import guide_all
 
 from stepgraph.abi.block_groups import BlockGroups
 from stepgraph.config.kv_events import KVEventsConfig
-from stepgraph.engine.blocks import key_in_group
+from stepgraph.engine.blocks import numbered_key
 from stepgraph.engine.kv_events import KVEvents
 from stepgraph.engine.request import Request
 from stepgraph.errors import RequestError
@@ -45,7 +45,7 @@ def test_a_request_keeps_all_blocks_of_full_groups_and_those_of_its_window(windo
 
 @given(
     window=st.integers(1, 14),
-    groups=st.sampled_from([(1, 1), (1, 2), (2, 1)]),
+    groups=st.sampled_from([(1, 1), (1, 2), (2, 1), (1, 4), (2, 2)]),
     requests=st.lists(
         st.tuples(st.integers(1, 40), st.integers(1, 30), st.booleans(), st.sampled_from([0, 2, 8])),
         min_size=1,
@@ -137,7 +137,7 @@ def test_a_prefix_ends_where_every_group_has_what_the_next_token_sees(gone, num_
     loop.drain()
     pool = loop.scheduler.blocks
     for place, group in gone:
-        block = pool.find(key_in_group(first.block_keys[place], group))
+        block = pool.find(numbered_key(first.block_keys[place], group))
         assert block is not None
         pool._cached.move_to_end(block, last=False)
         assert pool._evict(1) == [block]
@@ -145,6 +145,18 @@ def test_a_prefix_ends_where_every_group_has_what_the_next_token_sees(gone, num_
     while again.slot is None:
         loop.scheduler.schedule()
     assert again.num_cached_tokens == num_cached
+
+
+def test_what_is_far_before_the_window_is_not_looked_for() -> None:
+    loop = create(9, num_kv_blocks=120, num_windowed=8, max_tokens=64)
+    first = loop.add("first", 200, 1, max_num_drafts=0)
+    loop.drain()
+    pool, looked_for = loop.scheduler.blocks, []
+    find = pool.find
+    pool.find = lambda key: looked_for.append(key) or find(key)
+    again = loop.add("again", [*first.prompt_token_ids, 3], 1, max_num_drafts=0)
+    assert len(loop.scheduler.prefixes.find(again)) == 50 * 9
+    assert len(looked_for) == 50 + 2 * 2 * 8  # two places are in the window of the next token
 
 
 def test_steady_steps_release_what_steps_row_by_row_do() -> None:
