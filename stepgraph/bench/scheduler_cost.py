@@ -6,7 +6,7 @@ CPU time of the thread, which other work on the machine changes less than the ti
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from statistics import mean, median
 from typing import Any, TypeVar
@@ -16,7 +16,7 @@ import numpy as np
 from stepgraph.bench.counting_device import BLOCK_SIZE, CountingDevice, engine_over
 from stepgraph.bench.workloads import VOCAB_SIZE
 from stepgraph.config import GraphConfig, SchedulerConfig
-from stepgraph.engine.request import Request, RequestUpdate
+from stepgraph.engine.request import Request, StepUpdates
 from stepgraph.engine.sampling_params import SamplingParams
 from stepgraph.engine.scheduler import Scheduler
 from stepgraph.engine.step_draft import ScheduledStep
@@ -79,7 +79,7 @@ class _TimedScheduler(Scheduler):
         scheduled, self.schedule_us = _timed(super().schedule)
         return scheduled
 
-    def reconcile(self, step: ScheduledStep, results: StepResults) -> Sequence[RequestUpdate]:
+    def reconcile(self, step: ScheduledStep, results: StepResults) -> StepUpdates:
         reconcile = super().reconcile
         updates, self.reconcile_us = _timed(lambda: reconcile(step, results))
         return updates

@@ -247,7 +247,7 @@ class Engine:
             priority=priority,
             cache_salt=cache_salt,
             adapter=adapter,
-            adapters_in_use=self._adapters_in_use(),
+            adapters_in_use=self._adapters_in_use,
             bad_words=bad_words,
             transfer=transfer,
         )
@@ -400,7 +400,7 @@ class Engine:
         ended = self._wait(step.ticket)
         collected = self._clock()
         results = self.executor.collect(step.ticket)
-        updates = self.scheduler.reconcile(step.scheduled, results)
+        updates: Sequence[RequestUpdate] = self.scheduler.reconcile(step.scheduled, results)
         if step.scheduled.follows_grammar:
             updates = self._masks.follow(updates, partial(self.scheduler.end, reason=FinishReason.STOP))
         if self.exchange.is_active:

@@ -66,11 +66,11 @@ class RequestIntake:
         priority: int,
         cache_salt: str | None,
         adapter: str | AdapterFile | None,
-        adapters_in_use: Collection[Adapter],
+        adapters_in_use: Callable[[], Collection[Adapter]],
         bad_words: Sequence[Sequence[int]] | None,
         transfer: Offer | Reference | None,
     ) -> Request:
-        """A request; see `Engine.add_request`. `adapters_in_use` are those of unfinished requests."""
+        """A request; see `Engine.add_request`. `adapters_in_use` gives those of unfinished requests."""
         assert params.n == 1, params.n
         packed = self._pack("prompt", prompt_token_ids)
         prompt = packed.tolist()  # whatever kind of integers they were
@@ -98,7 +98,7 @@ class RequestIntake:
             bad_words = bad_word_token_ids(params.bad_words, self._read_tokenizer())
         sampling, loaded, memory_salt = self._sampling_of(params, bad_words or ()), None, cache_salt
         if adapter is not None:
-            loaded = self.adapters_for(adapter).load(adapter, adapters_in_use)
+            loaded = self.adapters_for(adapter).load(adapter, adapters_in_use())
             sampling = replace(sampling, adapter=loaded.number)
             memory_salt = f"{loaded.key} {cache_salt or ''}"  # its answers are not those of the model alone
         if memory_salt is not None:

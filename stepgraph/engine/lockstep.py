@@ -8,11 +8,11 @@ what it needs is cached there.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from itertools import chain
 
-from stepgraph.engine.request import FinishReason, Request, RequestUpdate, SteadyUpdates
+from stepgraph.engine.request import FinishReason, Request, RequestUpdate, StepUpdates
 from stepgraph.engine.scheduler import Scheduler
 from stepgraph.engine.step_draft import ScheduledStep
 from stepgraph.errors import RequestError
@@ -117,14 +117,10 @@ class LockstepScheduler:
         self._last = self._join(steps)
         return self._last
 
-    def reconcile(self, step: ScheduledStep, results: StepResults) -> Sequence[RequestUpdate]:
+    def reconcile(self, step: ScheduledStep, results: StepResults) -> StepUpdates:
         """See `Scheduler.reconcile`."""
-        parts = []
-        for rank, own, part in zip(self.ranks, step.ranks, results.ranks, strict=True):
-            if own is not None and (updates := rank.reconcile(own, part)):
-                parts.append(updates)
-        steady = [part for part in parts if isinstance(part, SteadyUpdates)]
-        return SteadyUpdates.joined(steady) if len(steady) == len(parts) else list(chain.from_iterable(parts))
+        parts = zip(self.ranks, step.ranks, results.ranks, strict=True)
+        return StepUpdates.joined([rank.reconcile(own, part) for rank, own, part in parts if own is not None])
 
     def _join(self, steps: tuple[ScheduledStep | None, ...]) -> ScheduledStep:
         """What all ranks run. It is of the last joined plan's epoch if each rank's is of its own last one's."""

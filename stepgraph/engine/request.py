@@ -184,31 +184,36 @@ class RequestUpdate(NamedTuple):
     finish_reason: FinishReason | None
 
 
-class SteadyUpdates(Sequence[RequestUpdate]):
-    """Updates of requests that gained tokens and go on: made when first looked at, as many callers wait for the end only.
+class StepUpdates(Sequence[RequestUpdate]):
+    """What requests gained in a step. Updates of those that gained tokens and go on are made when first looked at, as many
+    callers wait for the end only.
 
     Args:
-        requests: R of them.
+        requests: R that go on.
         tokens: R times, what each has gained.
+        others: updates of other requests.
     """
 
-    def __init__(self, requests: Sequence[Request], tokens: Iterable[tuple[int, ...]]):
-        self._requests, self._tokens = requests, tokens
+    def __init__(
+        self, requests: Sequence[Request], tokens: Iterable[tuple[int, ...]], others: Sequence[RequestUpdate] = ()
+    ):
+        self._requests, self._tokens, self.others = requests, tokens, others
 
     @classmethod
-    def joined(cls, parts: Sequence[SteadyUpdates]) -> SteadyUpdates:
-        """Those of all, in their order."""
-        requests = chain.from_iterable(part._requests for part in parts)
-        return cls(tuple(requests), chain.from_iterable(part._tokens for part in parts))
+    def joined(cls, parts: Sequence[StepUpdates]) -> StepUpdates:
+        """Those of all."""
+        requests = tuple(chain.from_iterable(part._requests for part in parts))
+        others = tuple(chain.from_iterable(part.others for part in parts))
+        return cls(requests, chain.from_iterable(part._tokens for part in parts), others)
 
     @cached_property
     def _updates(self) -> list[RequestUpdate]:
         # RequestUpdate._make, without a call into Python for each
         make = cast(Callable[[Any], RequestUpdate], partial(tuple.__new__, RequestUpdate))
-        return list(map(make, zip(self._requests, self._tokens, repeat(None))))
+        return [*map(make, zip(self._requests, self._tokens, repeat(None))), *self.others]
 
     def __len__(self) -> int:
-        return len(self._requests)
+        return len(self._requests) + len(self.others)
 
     def __iter__(self) -> Iterator[RequestUpdate]:
         return iter(self._updates)

@@ -11,6 +11,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from itertools import islice
 
+import numpy as np
+import numpy.typing as npt
+
 from stepgraph.abi.block_groups import BlockGroups
 from stepgraph.abi.slot_line import NULL_BLOCK
 from stepgraph.engine.blocks import BlockPool, num_unseen
@@ -92,13 +95,19 @@ class RequestBlocks:
         self._set_room(request)
         return deltas
 
-    def grant_each(self, requests: Sequence[Request]) -> list[tuple[int, int, int]]:
-        """Give requests that decode the blocks of one more place; one that is named twice gets two. There must be so many free
-        ones.
+    def grant_lacking(
+        self, requests: Sequence[Request], num_lacking_R: npt.NDArray[np.int64]
+    ) -> list[tuple[int, int, int]] | None:
+        """Give R requests that decode the blocks for so many tokens more; a number below 1 is none.
 
         Returns:
-            What is new in their lists, as `grant` does.
+            What is new in their lists, as `grant` does. None if there are not enough free blocks; nothing has changed then.
         """
+        rows_N = (num_lacking_R > 0).nonzero()[0]
+        num_places_N = -(-num_lacking_R[rows_N] // self.block_size)
+        requests = [requests[row] for row in rows_N.repeat(num_places_N).tolist()]  # each as often as it gets a place
+        if len(requests) > self.num_grantable:
+            return None
         if self.window:
             for request in requests:
                 assert request.slot is not None

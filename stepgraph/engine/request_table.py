@@ -1,16 +1,20 @@
 """What the scheduler counts of the requests that run: one column per count, one line per slot.
 
-Columns that steady steps change or read are arrays, so that such a step costs the host the same at any number of requests. One
-entry at a time is read through a memoryview of the same memory, which takes a quarter of the time that an array takes for it. The
-other columns are lists, which are faster still at that.
+Columns that are read or changed for many requests together are arrays, so that a step costs the host about the same at any number
+of requests. One entry at a time is read through a memoryview of the same memory, which takes a quarter of the time that an array
+takes for it. The other columns are lists, which are faster still at that.
 
 Shapes: S slots, the null slot included; R rows, all of a step.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import numpy.typing as npt
+
+from stepgraph.engine.request import Request
 
 _ONE = np.array(1)  # as an array of no dimension it spares each operation a conversion
 
@@ -25,38 +29,55 @@ class RequestTable:
     """
 
     def __init__(self, num_slots: int):
-        columns: npt.NDArray[np.int64] = np.zeros((4, num_slots + 1), dtype=np.int64)
+        columns: npt.NDArray[np.int64] = np.zeros((8, num_slots + 1), dtype=np.int64)
         self._counts_2S = columns[:2]
-        self.planned_S, self.unread_drafts_S, self.room_S, self.end_S = columns
+        self.planned_S, self.unread_drafts_S, self.room_S, self.end_S, self.drafts_S, self.prefill_len_S = columns[:6]
+        self.generation_S, self.variant_S = columns[6:]
+        """Of the request that has the slot, 0 if none has; and what it needs of its steps, a `Variant`."""
         views: list[memoryview[int]] = [memoryview(column) for column in columns]
         self.planned = views[0]
         """Tokens whose computation is planned: the device has computed these, or will before anything planned later. Of the
         proposals under way as if none stood."""
         self.unread_drafts = views[1]
         """Proposals in steps under way: if all stand, so many tokens more are computed than `planned`."""
-        self.drafts = [0] * (num_slots + 1)
-        """Proposals that wait for its next step; with steps under way, the most that may."""
         self.room = views[2]
         """Tokens that its KV blocks hold."""
         self.end = views[3]
         """Tokens that it computes at most: the last one that it may sample never is."""
+        self.drafts = views[4]
+        """Proposals that wait for its next step; with steps under way, the most that may."""
+        self.prefill_len = views[5]
+        """Tokens known when it got its slot: the prompt, and after a preemption the answer so far."""
         self.max_drafts = [0] * (num_slots + 1)
         """Proposals that it takes at once, at most."""
-        self.prefill_len = [0] * (num_slots + 1)
-        """Tokens known when it got its slot: the prompt, and after a preemption the answer so far."""
         self._was_drafted = [True] * (num_slots + 1)
         """Whether its last known step made proposals. Those of the step under way are expected to be like that."""
 
-    def enter(self, slot: int, *, planned: int, prefill_len: int, end: int, max_drafts: int) -> None:
-        """A request gets the slot, without any room yet."""
-        self.planned[slot], self.prefill_len[slot] = planned, prefill_len
-        self.end[slot], self.max_drafts[slot] = end, max_drafts
+    def enter(self, request: Request, *, planned: int) -> None:
+        """A request got its slot, without any room yet."""
+        slot = request.slot
+        assert slot is not None
+        self.generation_S[slot], self.variant_S[slot] = request.generation, request.variant
+        self.planned[slot], self.prefill_len[slot], self.end[slot] = planned, request.num_known, request.max_length - 1
         self.unread_drafts[slot] = self.drafts[slot] = self.room[slot] = 0
-        self._was_drafted[slot] = True
+        self.max_drafts[slot], self._was_drafted[slot] = request.sampling.max_num_drafts, True
+
+    def leave(self, slot: int) -> None:
+        """The request of a slot gives it up."""
+        self.generation_S[slot] = 0
+
+    def slots(self, requests: Sequence[Request]) -> npt.NDArray[np.int64]:
+        """Of requests that run."""
+        return np.array([request.slot for request in requests], dtype=np.int64)
 
     def is_prefilling(self, slot: int) -> bool:
         """Whether a part of its prompt is not planned."""
         return self.planned[slot] < self.prefill_len[slot]
+
+    def prefilling_slots(self) -> list[int]:
+        """Those of requests of whose prompts a part is not planned."""
+        slots: list[int] = ((self.generation_S > 0) & (self.planned_S < self.prefill_len_S)).nonzero()[0].tolist()
+        return slots
 
     def set_room(self, slot: int, num_tokens: int) -> None:
         self.room[slot] = num_tokens
@@ -90,6 +111,11 @@ class RequestTable:
         self._was_drafted[slot] = num_drafts > 0
         if is_last:
             self.drafts[slot] = num_drafts
+
+    def plan_decodes(self, slots_R: npt.NDArray[np.int64]) -> None:
+        """`plan_decode` for some requests, in a step that makes no proposals and verifies none."""
+        self.planned_S[slots_R] += 1
+        self.drafts_S[slots_R] = 0
 
     def plan_all(self, advance_2S: npt.NDArray[np.int64] | None) -> None:
         """`plan_decode` for every request that runs, each expecting as many proposals as before. `advance_2S`: 1, and the

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Sequence
+from itertools import repeat
+
+import numpy as np
 
 from stepgraph.engine.prefix_cache import PrefixCache
 from stepgraph.engine.request import Request
@@ -41,6 +44,31 @@ class RowPlanner:
         self._unpublished: Chunk | None = None
         """The last chunk planned. The row may still be cut, and naming its blocks takes time: they become findable when the next
         prompt is looked at, or once the step is on its way."""
+
+    def plan_decodes(self, requests: Sequence[Request], num_behind: int, draft: StepDraft) -> None:
+        """Plan the decodes of requests that follow each other in rank, with those of `num_behind` others still to come."""
+        if draft.num_drafts or not self._plan_all(requests, draft):
+            for index, request in enumerate(requests):
+                if request.slot is not None:  # else it was preempted for one before
+                    num_left = len(requests) - 1 - index + num_behind
+                    self.plan_decode(request, draft.budget - num_left, draft)
+
+    def _plan_all(self, requests: Sequence[Request], draft: StepDraft) -> bool:
+        """Plan a row of one token for each request, if there are blocks for all; False if not."""
+        table = self._table
+        slots_R = table.slots(requests)
+        written_R = np.minimum(table.planned_S[slots_R] + table.unread_drafts_S[slots_R] + 1, table.end_S[slots_R])
+        deltas = self._blocks.grant_lacking(requests, written_R - table.room_S[slots_R])
+        if deltas is None:
+            return False
+        table.plan_decodes(slots_R)
+        draft.decode_deltas += deltas
+        draft.decodes += zip(slots_R.tolist(), repeat(1), strict=False)
+        draft.budget -= len(requests)
+        for row in table.variant_S[slots_R].nonzero()[0].tolist():
+            draft.variant = Variant.EXTENDED
+            self.expect_masks(requests[row], draft)
+        return True
 
     def plan_decode(self, request: Request, limit: int, draft: StepDraft) -> None:
         """Plan a row of one token and its proposals, up to `limit` in all, if there are blocks for it."""
@@ -100,8 +128,8 @@ class RowPlanner:
         down = bisect_right(self._token_sizes, num_tokens) - 1
         if down < 0 or not 0 < (cut := num_tokens - self._token_sizes[down]) < chunk.num_tokens:
             return
-        next_decodes = sum(n for _, n in draft.decodes) + sum(
-            not self._table.is_prefilling(other.slot) for other in draft.chunks
+        next_decodes = num_tokens + sum(
+            (not self._table.is_prefilling(other.slot)) - other.num_tokens for other in draft.chunks
         )
         whole = self._round_up(num_tokens) + self._round_up(next_decodes)
         snapped = self._token_sizes[down] + self._round_up(next_decodes - 1 + cut)

@@ -1,16 +1,23 @@
-"""Taking in a step's results row by row."""
+"""Taking in a step's results: rows that gained a token and go on together, others row by row.
+
+Shapes: R rows, all of a step; N of them that gained a token and go on.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 
+import numpy as np
+import numpy.typing as npt
+
 from stepgraph.abi import slot_line
 from stepgraph.engine.logprobs import add_logprobs
-from stepgraph.engine.request import FinishReason, Request, RequestUpdate
+from stepgraph.engine.request import FinishReason, Request, RequestUpdate, StepUpdates
 from stepgraph.engine.request_table import RequestTable
 from stepgraph.errors import Fault
 from stepgraph.step.plan import StepPlan
 from stepgraph.step.results import StepResults
+from stepgraph.step.shape import Variant
 
 _FINISH_REASONS = {
     slot_line.RUNNING: None,
@@ -22,7 +29,7 @@ _FINISH_REASONS = {
 
 def read_rows(
     plan: StepPlan, results: StepResults, by_slot: Mapping[int, Request], table: RequestTable
-) -> tuple[list[RequestUpdate], list[tuple[int, int, int]]]:
+) -> tuple[StepUpdates, list[tuple[int, int, int]]]:
     """Take in the new tokens of the oldest step under way. Rows of requests that have left their slot since are dropped.
 
     Args:
@@ -35,8 +42,14 @@ def read_rows(
         What each request gained, and of each decode that gained anything, if the step made proposals: new tokens, proposals
         verified, proposals that stood.
     """
+    is_plain_R = _are_plain(plan, results, table)
+    plain_N = results.table[is_plain_R]
+    going_on = [by_slot[slot] for slot in plain_N[:, slot_line.OUT_SLOT].tolist()]
+    new_N = plain_N[:, slot_line.OUT_TOKENS].tolist()
+    for one, token in zip(going_on, new_N, strict=True):
+        one.output_token_ids.append(token)
     updates, outcomes = [], []
-    for index, line in enumerate(results.table.tolist()):
+    for index, line in zip((~is_plain_R).nonzero()[0].tolist(), results.table[~is_plain_R].tolist(), strict=True):
         slot, generation, finish, num_tokens, num_verified, num_accepted, first_sample, num_drafts, *new = line
         request = by_slot.get(slot)
         if request is None or request.generation != generation:
@@ -66,4 +79,19 @@ def read_rows(
         elif reason is FinishReason.ERROR:
             request.error = Fault("no token could be sampled: every logit was NaN or ruled out", is_users=False)
         updates.append(RequestUpdate(request, tokens, reason))
-    return updates, outcomes
+    return StepUpdates(going_on, zip(new_N, strict=True), updates), outcomes
+
+
+def _are_plain(plan: StepPlan, results: StepResults, table: RequestTable) -> npt.NDArray[np.bool_]:
+    """[R]: which rows gained just a token, of requests that go on and want nothing else."""
+    if plan.num_drafts:
+        return np.zeros(len(plan.rows), dtype=np.bool_)
+    lines = results.table
+    slots_R = lines[:, slot_line.OUT_SLOT]
+    is_plain_R: npt.NDArray[np.bool_] = (
+        (lines[:, slot_line.OUT_GENERATION] == table.generation_S[slots_R])
+        & (lines[:, slot_line.OUT_FINISH] == slot_line.RUNNING)
+        & (lines[:, slot_line.OUT_NUM_TOKENS] == 1)
+        & (table.variant_S[slots_R] == Variant.PLAIN)
+    )
+    return is_plain_R

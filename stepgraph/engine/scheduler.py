@@ -18,13 +18,16 @@ import time
 from bisect import insort
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import groupby
+
+import numpy as np
 
 from stepgraph.abi.block_groups import BlockGroups
 from stepgraph.config import SchedulerConfig
 from stepgraph.engine.blocks import BlockPool
 from stepgraph.engine.logprobs import read_prompt_logprobs
 from stepgraph.engine.prefix_cache import PrefixCache
-from stepgraph.engine.request import FinishReason, Request, RequestUpdate
+from stepgraph.engine.request import FinishReason, Request, RequestUpdate, StepUpdates
 from stepgraph.engine.request_blocks import RequestBlocks
 from stepgraph.engine.request_table import RequestTable
 from stepgraph.engine.row_planner import RowPlanner
@@ -265,7 +268,7 @@ class Scheduler:
         self._prefilled_last = bool(draft.chunks)
         return self._complete(draft)
 
-    def reconcile(self, step: ScheduledStep, results: StepResults) -> Sequence[RequestUpdate]:
+    def reconcile(self, step: ScheduledStep, results: StepResults) -> StepUpdates:
         """Take in the results of a step; rows of requests that have left their slot since it was planned are dropped."""
         if self._steady is not None:
             updates = self._steady.read(results) if step.plan.epoch == self._steady.plan.epoch else None
@@ -281,7 +284,7 @@ class Scheduler:
         updates, outcomes = read_rows(step.plan, results, self._by_slot, self.table)
         if step.plan.num_drafts:
             self.speculation.add(outcomes)
-        for update in updates:
+        for update in updates.others:
             if update.finish_reason is not None:
                 self._finish(update)
         return updates
@@ -304,15 +307,14 @@ class Scheduler:
 
     def _stages(self) -> list[int]:
         """What each running request would do in a step."""
-        planned, prefill_len, end = self.table.planned, self.table.prefill_len, self.table.end
-        stages = []
-        for request in self._running:
-            slot: int = request.slot  # type: ignore[assignment]  # those that run have one
-            position = planned[slot]
-            if position < prefill_len[slot]:
-                stages.append(_PREFILL)
-            else:
-                stages.append(_DECODE if position < end[slot] and not request.awaits_host else _WAIT)
+        table, slots_R = self.table, self.table.slots(self._running)
+        planned_R = table.planned_S[slots_R]
+        stages_R = np.where(planned_R < table.end_S[slots_R], _DECODE, _WAIT)
+        for row, request in enumerate(self._running):
+            if request.awaits_host:
+                stages_R[row] = _WAIT
+        stages_R[planned_R < table.prefill_len_S[slots_R]] = _PREFILL
+        stages: list[int] = stages_R.tolist()
         return stages
 
     def _plan_running(self, draft: StepDraft, stages: Sequence[int], decodes_left: int, *, prompts: bool) -> None:
@@ -323,27 +325,27 @@ class Scheduler:
         decodes = decodes_left > 0
         prefills_left = stages.count(_PREFILL)
         newcomers = min(self._config.max_num_partial_prefills - prefills_left, self._num_admissible(prefills_left))
-        for index, stage in enumerate(stages):
-            if index == len(self._running):
-                return  # the others were preempted
-            request = self._running[index]
-            if stage == _DECODE:
-                if decodes:
-                    decodes_left -= 1
-                    self._rows.plan_decode(request, draft.budget - decodes_left, draft)
+        end = 0
+        for stage, alike in groupby(stages):
+            start, end = end, end + sum(1 for _ in alike)
+            requests = self._running[start:end]  # fewer if the others were preempted
+            if stage == _DECODE and decodes:
+                decodes_left -= len(requests)
+                self._rows.plan_decodes(requests, decodes_left, draft)
             elif stage == _PREFILL:
-                if prompts:
-                    share = -(-(draft.budget - decodes_left) // (prefills_left + max(0, newcomers)))
-                    self._rows.plan_chunk(request, share, draft)
-                prefills_left -= 1
+                for request in requests:
+                    if prompts and request.slot is not None:
+                        share = -(-(draft.budget - decodes_left) // (prefills_left + max(0, newcomers)))
+                        self._rows.plan_chunk(request, share, draft)
+                    prefills_left -= 1
 
     def _admit_waiting(self, draft: StepDraft) -> None:
         """Give waiting requests slots and chunks of their prompts, highest rank first, while both and blocks are there."""
         if not self._free_slots:
             return
         limits = self._config
-        num_partial = sum(self.is_prefilling(request) for request in self._running)
-        num_long = self._num_long_prefilling()
+        prefilling = self._prefilling()
+        num_partial, num_long = len(prefilling), sum(map(self._is_long, prefilling))
         for request in tuple(self._waiting):
             if not self._free_slots or not draft.budget:
                 return
@@ -407,13 +409,13 @@ class Scheduler:
         """Waiting requests that the limit on long prompts lets in, as far as a step's shares need to know."""
         if not num_prefilling or not self._config.long_prefill_token_threshold:
             return len(self._waiting)
-        num_long = self._num_long_prefilling()
-        room = self._config.max_long_partial_prefills - num_long
+        room = self._config.max_long_partial_prefills - sum(map(self._is_long, self._prefilling()))
         longs = sum(map(self._is_long, self._waiting))
         return len(self._waiting) - longs + min(longs, max(0, room))
 
-    def _num_long_prefilling(self) -> int:
-        return sum(self.is_prefilling(request) and self._is_long(request) for request in self._running)
+    def _prefilling(self) -> list[Request]:
+        """Requests that run, and a part of whose prompts is not planned."""
+        return [self._by_slot[slot] for slot in self.table.prefilling_slots()]
 
     def is_prefilling(self, request: Request) -> bool:
         """Whether a request runs, and a part of its prompt is not planned."""
@@ -435,13 +437,7 @@ class Scheduler:
         slot = self._free_slots.pop()
         self._generations[slot] += 1
         request.slot, request.generation = slot, self._generations[slot]
-        self.table.enter(
-            slot,
-            planned=num_cached,
-            prefill_len=request.num_known,
-            end=request.max_length - 1,
-            max_drafts=request.sampling.max_num_drafts,
-        )
+        self.table.enter(request, planned=num_cached)
         self._grants.enter(request, hits)
         request.num_found = request.num_published = num_cached // self._block_size
         self._lines.enter(request, self.prefixes.num_shared)
@@ -489,6 +485,7 @@ class Scheduler:
         self._free_slots.append(request.slot)
         self._grants.leave(request)
         self._lines.leave(request)
+        self.table.leave(request.slot)
         request.slot, request.num_published, request.draft_token_ids = None, 0, ()
 
 

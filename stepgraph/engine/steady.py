@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from stepgraph.abi import slot_line
 from stepgraph.engine.logprobs import add_logprobs
-from stepgraph.engine.request import Request, RequestUpdate, SteadyUpdates
+from stepgraph.engine.request import Request, StepUpdates
 from stepgraph.engine.request_blocks import RequestBlocks
 from stepgraph.engine.request_table import RequestTable
 from stepgraph.engine.step_draft import ScheduledStep
@@ -39,7 +39,7 @@ class SteadyDecode:
         self._step = ScheduledStep(self.plan)
         self._requests = tuple(requests)
         self._table, self._blocks = table, blocks
-        self._slots_R, bound_R = np.array(plan.rows).T.copy()
+        self._slots_R, bound_R = plan.row_array
         self._most = int(bound_R.max())  # tokens that a step gives a row
         # Beyond the tokens planned: those of a step, and what a draft model computes of the proposals after it.
         num_drafts_R = np.minimum(plan.num_drafts, [table.max_drafts[slot] for slot, _ in plan.rows])
@@ -49,15 +49,17 @@ class SteadyDecode:
             self._advance_2S = np.ones((2, len(table.planned_S)), dtype=np.int64)
             self._advance_2S[1, self._slots_R] = bound_R - 1
             self._outcome_2S = -self._advance_2S  # see `RequestTable.read_all`; what stood is written for each step
+        self._written_R = written_R
         # How many tokens may be planned, proposals under way counted, while the next step is within a row's answer; and while it
         # needs no block.
         self._last_R = table.end_S[self._slots_R] - written_R
-        self._limit_R = np.minimum(table.room_S[self._slots_R] - written_R, self._last_R)
+        self._limit_R = self._limits()
         self._num_sure = 0  # steps to come in which nobody needs a block
         # What the results of each row begin with, and how many proposals they end with.
-        expected = [(request.slot, request.generation, slot_line.RUNNING, 1) for request in requests]
         self._num_expected = 3 if plan.num_drafts else 4
-        self._expected = np.array(expected, dtype=np.int32)[:, : self._num_expected].tobytes()
+        expected_R4 = np.full((len(requests), 4), (0, 0, slot_line.RUNNING, 1), dtype=np.int32)
+        expected_R4[:, 0], expected_R4[:, 1] = self._slots_R, table.generation_S[self._slots_R]
+        self._expected = expected_R4[:, : self._num_expected].tobytes()
         self._drafts = (bound_R - 1).astype(np.int32).tobytes()
         self._appends = [request.output_token_ids.append for request in requests]
         self._reporting = [row for row, request in enumerate(requests) if request.sampling.num_logprobs]
@@ -67,12 +69,12 @@ class SteadyDecode:
         """Whether `plan` gives each of `requests` a decode, as the plans of all steps under way do, and can be repeated."""
         if len(plan.rows) != len(requests) or any(request.guide is not None for request in requests):
             return False
-        slots_R, bound_R = np.array(plan.rows).T.copy()
+        slots_R, bound_R = plan.row_array
         unread_R = table.planned_S[slots_R] + 1 - np.array([request.num_known for request in requests])
         return bool(
             (unread_R == unread_R[0]).all()
             and (table.unread_drafts_S[slots_R] == unread_R * (bound_R - 1)).all()
-            and all(table.drafts[slot] == bound - 1 for slot, bound in plan.rows)
+            and (table.drafts_S[slots_R] == bound_R - 1).all()
         )
 
     def next_step(self) -> ScheduledStep | None:
@@ -89,7 +91,7 @@ class SteadyDecode:
         self._table.plan_all(self._advance_2S)
         return step
 
-    def read(self, results: StepResults) -> Sequence[RequestUpdate] | None:
+    def read(self, results: StepResults) -> StepUpdates | None:
         """Take in the results of the oldest step under way. None if a row ended or does not go on as it did; nothing has changed
         then."""
         table = results.table
@@ -110,30 +112,32 @@ class SteadyDecode:
             for row in self._reporting:
                 first_line = int(table[row, slot_line.OUT_FIRST_SAMPLE])
                 add_logprobs(self._requests[row], tokens_R[row], results.logprobs, first_line)
-        return SteadyUpdates(self._requests, tokens_R)
+        return StepUpdates(self._requests, tokens_R)
 
     def _grow(self) -> tuple[tuple[int, int, int], ...] | None:
         """Grant the blocks that the next step needs; None if it cannot be as those before it."""
-        table, blocks = self._table, self._blocks
+        table = self._table
         planned_R = table.planned_S.take(self._slots_R)
         if self._advance_2S is not None:
             planned_R += table.unread_drafts_S.take(self._slots_R)
         spare_R = self._limit_R - planned_R
+        least = int(spare_R.min())
         deltas: list[tuple[int, int, int]] = []
-        rows_N = (spare_R < 0).nonzero()[0]
-        if rows_N.size:
+        if least < 0:
             if (planned_R > self._last_R).any():
                 return None
-            counts_N = -(spare_R[rows_N] // blocks.block_size)
-            requests = [self._requests[row] for row in rows_N.repeat(counts_N).tolist()]
-            if len(requests) > blocks.num_grantable:
+            granted = self._blocks.grant_lacking(self._requests, -spare_R)
+            if granted is None:
                 return None
-            deltas = blocks.grant_each(requests)
-            self._limit_R[rows_N] += counts_N * blocks.block_size
-            np.minimum(self._limit_R, self._last_R, out=self._limit_R)
-            spare_R = self._limit_R - planned_R
-        self._num_sure = int(spare_R.min()) // self._most  # more, once the results tell of proposals that fell
+            deltas = granted
+            self._limit_R = self._limits()
+            least = int((self._limit_R - planned_R).min())
+        self._num_sure = least // self._most  # more, once the results tell of proposals that fell
         return tuple(deltas)
+
+    def _limits(self) -> npt.NDArray[np.int64]:
+        """See `_limit_R`."""
+        return np.minimum(self._table.room_S.take(self._slots_R) - self._written_R, self._last_R)
 
     def _repeats_drafts(self, drafts_R: npt.NDArray[np.int32]) -> bool:
         """Whether the next rows will verify as many proposals, at most, as these did. With other steps under way, that there are

@@ -106,7 +106,13 @@ class StepPlan:
     @cached_property
     def num_tokens(self) -> int:
         """Upper bound of the tokens the step runs."""
-        return sum(query_len for _, query_len in self.rows)
+        return int(self.row_array[1].sum())
+
+    @cached_property
+    def row_array(self) -> npt.NDArray[np.int64]:
+        """[2, rows]: the slots of `rows`, and their query length bounds."""
+        flat = np.fromiter(chain.from_iterable(self.rows), dtype=np.int64, count=2 * len(self.rows))
+        return np.ascontiguousarray(flat.reshape(-1, 2).T)
 
     @property
     def num_ranks(self) -> int:
@@ -146,7 +152,9 @@ class StepPlan:
         if start == 0:
             assert self.num_tokens <= shape.num_tokens, (self.num_tokens, shape)
             assert len(self.rows) <= shape.num_rows, (len(self.rows), shape)
-            _put(self.rows, out, first_slot)
+            rows_2R = out[: slot_line.ROW_WIDTH * len(self.rows)].reshape(-1, slot_line.ROW_WIDTH).T
+            rows_2R[:] = self.row_array
+            rows_2R[0] -= first_slot
         _put(self.deltas, out[shape.deltas_start :], first_slot)
         if tables.per_place > 1 and self.deltas:
             deltas = out[shape.deltas_start :][: slot_line.DELTA_WIDTH * len(self.deltas)]

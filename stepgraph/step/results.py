@@ -67,7 +67,7 @@ class StepResults(NamedTuple):
     @classmethod
     def of(cls, rows: Sequence[RowResult], logprobs: npt.NDArray[np.int32] | None = None) -> StepResults:
         """Results of a step that ran somewhere else than on a device."""
-        width = slot_line.OUT_TOKENS + max((len(row.tokens) for row in rows), default=0)
+        width = slot_line.OUT_TOKENS + max((1, *(len(row.tokens) for row in rows)))
         table = np.zeros((len(rows), width), dtype=np.int32)
         for line, row in zip(table, rows, strict=True):
             line[: slot_line.OUT_TOKENS + len(row.tokens)] = (*row[: slot_line.OUT_TOKENS], *row.tokens)
