@@ -7,8 +7,11 @@ from checkpoints import GEMMA4, HF_CONFIGS, WINDOW, hf_config, random_hf_model
 from test_block_groups_in_engine import add_all, assert_alike, create, in_one_group, watch
 
 from stepgraph.abi.block_groups import BlockGroups
+from stepgraph.bench.graphs import lay_out
+from stepgraph.bench.tokens import _next_log_probs
 from stepgraph.executor.local import runner_of
 from stepgraph.step.shape import StepShape
+from stepgraph.step.slot_sampling import SlotSampling
 from stepgraph.verify.compositions import Composition, Row
 from stepgraph.verify.graphs import verify_shape
 
@@ -71,6 +74,21 @@ def test_from_the_prefix_cache_and_started_anew_for_lack_of_blocks(checkpoint, d
     requests = generate(whole, prompts, together=True)
     assert_as_transformers(requests, expected)
     assert [request.num_cached_tokens for request in requests] == [0, 32, 80, 144]
+
+
+def test_benches_give_requests_blocks_of_all_groups(checkpoint, device) -> None:
+    folder, splits, prompts, expected = checkpoint
+    runner = runner_of(create(folder, device, max_num_batched_tokens=160, capture_sizes=None).executor)
+    for prompt, ((token, *_), (logprob, *_)) in zip(prompts, expected, strict=True):
+        log_probs = _next_log_probs(runner, prompt)
+        assert (int(log_probs.argmax()), float(log_probs.max())) == (token, pytest.approx(logprob, abs=1e-4))
+    with runner.workbench():
+        lay_out(runner, [(1, 50), (3, 3), (9, 33)], SlotSampling(seed=0))
+        granted = []
+        for size, table in zip(runner.tables.block_sizes, runner.state.block_tables, strict=True):
+            for slot, places in enumerate((4, 1, 3), start=1):
+                granted += table[slot, : places * BLOCK_SIZE // size].tolist()
+        assert sorted(granted) == list(range(1, 8 * sum(splits) + 1))
 
 
 def watch_cached(engine) -> None:
