@@ -26,7 +26,7 @@ from stepgraph.engine.prompts import Prompt, tokenize
 from stepgraph.engine.request import RequestUpdate
 from stepgraph.engine.sampling_params import SamplingParams
 from stepgraph.engine.session import Session
-from stepgraph.engine.step_recorder import StepRecorder
+from stepgraph.engine.step_recorder import StepRecorder, step_entry
 from stepgraph.errors import RequestError
 from stepgraph.models.source import ModelSource
 from stepgraph.version import VERSION
@@ -223,8 +223,8 @@ class LLM:
             recorder.end()
             steps, requests, dropped = recorder.take()
             about = {"model": self.engine.config.model.model, "version": VERSION, "dropped_steps": dropped}
-            numbered = [{"n": n, "engine": 0} | step._asdict() for n, step in enumerate(steps, start=dropped)]
-            trace = chrome_trace(numbered, [{"engine": 0} | request._asdict() for request in requests], (), about)
+            entries = [step_entry(step, number) for number, step in enumerate(steps, start=dropped)]
+            trace = chrome_trace(entries, [{"engine": 0} | request._asdict() for request in requests], (), about)
             Path(file).write_text(json.dumps(trace), encoding="utf-8")
 
     def shutdown(self) -> None:

@@ -27,7 +27,7 @@ def chrome_trace(
     """The trace, ready to be written as JSON.
 
     Args:
-        steps: with the fields of `SeenStep`, and `n` and `engine`; ascending.
+        steps: of `step_entry`, ascending.
         requests: with the fields of `SeenRequest`, and `engine`.
         gauges: `time`, `engine`, and the numbers `running`, `waiting`, `kv_used`, `kv_total`.
         about: what is to be said of the whole.

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from stepgraph.abi import slot_line
+from stepgraph.engine.request import FinishReason
 
 if TYPE_CHECKING:
     from stepgraph.engine.engine import Engine
@@ -19,6 +20,10 @@ if TYPE_CHECKING:
 
 MAX_STEPS = 10_000
 """Steps that are kept for whoever reads them; older ones make way."""
+_BATCH = 64
+"""Steps are looked at so many at a time, or when they are taken: one by one, each would find the processor's caches cold."""
+_REFRESH_S = 1.0
+"""A request of which nothing but the number of its tokens has changed is told so often."""
 
 
 class SeenStep(NamedTuple):
@@ -50,15 +55,17 @@ class SeenStep(NamedTuple):
     """Of the host, behind that: taking in the results."""
     prompts: int
     """The first so many rows are chunks of prompts."""
-    requests: list[tuple[int, int]]
-    """Of each row, the request's number, and tokens: of a chunk those that it computed, of others those that they gained."""
+    ids: list[int]
+    """Of each row, the request's number; 0 for none that is known."""
+    gained: list[int]
+    """Of each row, tokens: of a chunk those that it computed, of others those that the request gained."""
 
 
 class SeenRequest(NamedTuple):
     """A request as it is now. Times are seconds of `time.monotonic()`, None if it has not come so far or that was not seen."""
 
     id: int
-    """Its number in `SeenStep.requests`."""
+    """Its number in `SeenStep.ids`."""
     name: str
     arrived: float | None
     scheduled: float | None
@@ -74,41 +81,55 @@ class SeenRequest(NamedTuple):
     finish_reason: str | None
 
 
+def step_entry(step: SeenStep, number: int, engine: int = 0) -> dict[str, Any]:
+    """A step as JSON has it: with its number and its engine's, rows in pairs, and without digits that no clock has."""
+    fields = step._asdict()
+    for name in ("plan_start", "start"):
+        fields[name] = round(fields[name], 7)
+    for name in ("plan_us", "device_us", "read_us"):
+        fields[name] = round(fields[name], 1)
+    pairs = list(zip(fields.pop("ids"), fields.pop("gained"), strict=True))
+    return {
+        "n": number,
+        "engine": engine,
+        **fields,
+        "host_us": round(step.plan_us + step.read_us, 1),
+        "requests": pairs,
+    }
+
+
 class _Life:
     """A request since it was first seen."""
 
-    __slots__ = ("ended_at", "first_token_at", "knows_first", "number", "request", "told")
+    __slots__ = ("ended_at", "first_token_at", "knows_first", "number", "request", "state", "told_at")
 
-    def __init__(self, number: int, request: Request):
+    def __init__(self, number: int, request: Request, *, knows_first: bool):
         self.number, self.request = number, request
         self.first_token_at: float | None = None
-        self.knows_first = not request.output_token_ids
+        self.knows_first = knows_first
         """False: its first token came before."""
         self.ended_at: float | None = None
-        self.told: tuple[object, ...] | None = None
+        self.state, self.told_at = "", 0.0
+        """What was told last, and when."""
 
-    def news(self, now: float) -> SeenRequest | None:
-        """What is to be told of it; None if it is as it was."""
+    def news(self, now: float) -> SeenRequest:
+        """What is to be told of it."""
         request = self.request
         reason = request.finish_reason
-        is_running = request.slot is not None
-        now_is = (is_running, len(request.output_token_ids), request.num_preemptions, reason)
-        if now_is == self.told:
-            return None
-        self.told = now_is
-        finished = None if reason is None else now if self.ended_at is None else self.ended_at
+        self.state = _FINISHED if reason is not None else _RUNNING if request.slot is not None else _WAITING
+        self.told_at = now
         return SeenRequest(
             self.number,
             request.id,
             request.arrived_at,
             request.admitted_at,
             self.first_token_at,
-            finished,
+            None if reason is None else now if self.ended_at is None else self.ended_at,
             request.prompt_len,
             request.num_cached_tokens,
             len(request.output_token_ids),
             request.num_preemptions,
-            "finished" if reason is not None else "running" if is_running else "waiting",
+            self.state,
             None if reason is None else str(reason),
         )
 
@@ -134,19 +155,21 @@ class StepRecorder:
         self._engine = engine
         self._numbers = numbers
         self._clock = clock
+        self._reports: list[StepReport] = []  # that have not been looked at
         self._steps: deque[SeenStep] = deque(maxlen=max_steps)
         self._num_dropped = 0
-        self._lives: dict[Request, _Life] = {}  # of those whose end has not been told
-        self._by_slot: dict[int, _Life] = {}  # of each slot, the last one
-        self._rows: list[_Life | None] = []  # of the steps of an epoch
-        self._ids: list[int] = []
+        self._lives: dict[Request, _Life] = {}  # of those that a step may still name
+        self._changed: dict[_Life, None] = {}  # since they were told
+        self._ended: deque[_Life] = deque()  # as is told
+        self._by_slot: dict[int, int] = {}  # number of the request that had a slot last
         self._epoch: int | None = None
+        self._ids: list[int] = []  # of its steps' rows
         self._speculates = max(engine.executor.specs.draft_levels) > 0
-        self._began_at = clock()
-        self._find()
-        for request, life in self._lives.items():
+        self._began_at = self._refreshed_at = self._last_start = clock()
+        for request in engine.scheduler.requests:
+            life = self._meet(request, knows_first=not request.output_token_ids)
             if request.slot is not None:
-                self._by_slot[request.slot] = life
+                self._by_slot[request.slot] = life.number
         self._before, engine.on_step = engine.on_step, self._on_step
 
     def end(self) -> None:
@@ -155,76 +178,107 @@ class StepRecorder:
 
     def take(self) -> tuple[list[SeenStep], list[SeenRequest], int]:
         """The steps since the last call, the requests that are not as they were then, and how many steps made way."""
+        self._read()
         steps, dropped = list(self._steps), self._num_dropped
         self._steps.clear()
         self._num_dropped = 0
-        self._find()
-        now = self._clock()
-        news = [found for life in self._lives.values() if (found := life.news(now)) is not None]
-        self._lives = {request: life for request, life in self._lives.items() if request.finish_reason is None}
+        lives, changed, now = self._lives, self._changed, self._clock()
+        for request in self._engine.scheduler.requests:
+            if request not in lives:
+                self._meet(request)
+        if now - self._refreshed_at >= _REFRESH_S:
+            self._refreshed_at = now
+            changed |= {
+                life: None for life in lives.values() if life.request.slot is not None or life.state == _RUNNING
+            }
+        news = [life.news(now) for life in changed]
+        self._ended += [life for life in changed if life.state == _FINISHED]
+        changed.clear()
+        # no step that is still to come has a row of those that ended before the last one was planned
+        while self._ended and self._ended[0].told_at < self._last_start:
+            del lives[self._ended.popleft().request]
         return steps, news, dropped
 
-    def _find(self) -> None:
-        """Get to know the requests that are there."""
-        for request in self._engine.scheduler.requests:
-            if request not in self._lives:
-                self._lives[request] = _Life(next(self._numbers), request)
-
-    def _life(self, request: Request) -> _Life:
+    def _meet(self, request: Request, *, knows_first: bool = True) -> _Life:
         life = self._lives.get(request)
         if life is None:
-            life = self._lives[request] = _Life(next(self._numbers), request)
-            life.knows_first = True  # it came with this step, whose token it may have already
+            life = self._lives[request] = _Life(next(self._numbers), request, knows_first=knows_first)
+            self._changed[life] = None
         return life
 
     def _on_step(self, report: StepReport) -> None:
         self._before(report)
-        launched = report.launched
-        if launched.started_at < self._began_at:  # who had its rows is not known
-            return
-        record, plan, table = report.record, launched.ticket.plan, report.results.table
-        for chunk in launched.scheduled.chunks:
-            self._by_slot[chunk.slot] = self._life(chunk.request)
-        if plan.epoch is None or plan.epoch != self._epoch:
-            self._rows = [self._by_slot.get(slot) for slot, _ in plan.rows]
-            self._ids = [0 if life is None else life.number for life in self._rows]
-            self._epoch = plan.epoch
-        collected, num_prompts = report.collected_at, plan.num_prefill_rows
+        self._reports.append(report)
+        if len(self._reports) == _BATCH:
+            self._read()
+
+    def _read(self) -> None:
+        """Look at the steps that came since the last look."""
+        reports, self._reports = self._reports, []
+        # those launched before are left out: who had their rows is not known
+        steps = [self._seen(report) for report in reports if report.launched.started_at >= self._began_at]
+        if reports:
+            self._last_start = reports[-1].launched.started_at
+        for life in self._lives.values():
+            reason = life.request.finish_reason
+            if reason is not None and life.state != _FINISHED:
+                if life.ended_at is None and reason in _OF_STEPS:
+                    life.ended_at = _last_gain(life.number, steps)
+                self._changed[life] = None
+        self._num_dropped += max(0, len(self._steps) + len(steps) - (self._steps.maxlen or 0))
+        self._steps += steps
+
+    def _seen(self, report: StepReport) -> SeenStep:
+        launched, record, table = report.launched, report.record, report.results.table
+        plan, chunks = launched.ticket.plan, launched.scheduled.chunks
+        num_prompts = len(chunks)
         gained: list[int] = table[:, slot_line.OUT_NUM_TOKENS].tolist()
-        if table[:, slot_line.OUT_FINISH].any():
-            for life, code in zip(self._rows, table[:, slot_line.OUT_FINISH].tolist(), strict=True):
-                if code and life is not None and life.ended_at is None:
-                    life.ended_at = collected
-        for row in range(num_prompts):
-            life = self._rows[row]
-            if gained[row] and life is not None and life.knows_first and life.first_token_at is None:
-                life.first_token_at = collected
-            gained[row] = plan.rows[row][1]
+        for row, chunk in enumerate(chunks):
+            life = self._meet(chunk.request)
+            self._by_slot[chunk.slot] = life.number
+            if gained[row] and life.knows_first and life.first_token_at is None:
+                life.first_token_at = report.collected_at
+            if life.state != _FINISHED and (gained[row] or life.state != _RUNNING):
+                self._changed[life] = None
+            gained[row] = chunk.num_tokens
+        if plan.epoch is None or plan.epoch != self._epoch:
+            by_slot = self._by_slot
+            self._epoch, self._ids = plan.epoch, [by_slot.get(slot, 0) for slot, _ in plan.rows]
         proposed = accepted = 0
         if self._speculates:
             proposed = int(table[num_prompts:, slot_line.OUT_NUM_VERIFIED].sum())
             accepted = int(table[num_prompts:, slot_line.OUT_NUM_ACCEPTED].sum())
-        if len(self._steps) == self._steps.maxlen:
-            self._num_dropped += 1
         reason = record.eager_reason
-        self._steps.append(
-            SeenStep(
-                str(record.kind),
-                str(record.shape) if reason is None else None,
-                None if reason is None else str(reason),
-                record.captured,
-                record.num_tokens,
-                record.num_rows,
-                record.padding_tokens,
-                record.num_ranks,
-                proposed,
-                accepted,
-                launched.started_at,
-                1e6 * launched.host_seconds,
-                collected - report.seconds,
-                1e6 * report.seconds,
-                1e6 * (report.host_seconds - launched.host_seconds),
-                num_prompts,
-                list(zip(self._ids, gained, strict=True)),
-            )
+        return SeenStep(
+            record.kind.value,
+            str(record.shape) if reason is None else None,
+            None if reason is None else str(reason),
+            record.captured,
+            record.num_tokens,
+            record.num_rows,
+            record.padding_tokens,
+            record.num_ranks,
+            proposed,
+            accepted,
+            launched.started_at,
+            1e6 * launched.host_seconds,
+            report.collected_at - report.seconds,
+            1e6 * report.seconds,
+            1e6 * (report.host_seconds - launched.host_seconds),
+            num_prompts,
+            self._ids,
+            gained,
         )
+
+
+_WAITING, _RUNNING, _FINISHED = "waiting", "running", "finished"
+_OF_STEPS = (FinishReason.STOP, FinishReason.LENGTH)
+"""Ends that a step brings."""
+
+
+def _last_gain(number: int, steps: Sequence[SeenStep]) -> float | None:
+    """When a request got its last token, if one of the steps brought it."""
+    for step in reversed(steps):
+        if number in step.ids and step.gained[step.ids.index(number)]:
+            return step.start + step.device_us / 1e6
+    return None

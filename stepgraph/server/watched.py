@@ -17,7 +17,7 @@ import msgspec
 
 import stepgraph
 from stepgraph.engine.chrome_trace import chrome_trace
-from stepgraph.engine.step_recorder import MAX_STEPS, SeenRequest, SeenStep
+from stepgraph.engine.step_recorder import MAX_STEPS, SeenRequest, step_entry
 from stepgraph.server.counts import EngineCounts
 from stepgraph.server.engine_life import EngineLife
 from stepgraph.server.messages import Seen, Watch
@@ -82,7 +82,7 @@ class Watched:
             self.lose(replica)
         for step in message.steps:
             number = self._first + len(self._steps)
-            entry = _encode({"n": number, "engine": replica, **_rounded(step)})
+            entry = _encode(step_entry(step, number, replica))
             self._steps.append(entry)
             self._num_bytes += len(entry)
         while len(self._steps) > self._max_steps or self._num_bytes > self._max_bytes:
@@ -119,7 +119,7 @@ class Watched:
             messages.append(b'{"type":"steps","steps":[' + b",".join(steps) + b'],"dropped":%d}' % dropped)
         changed = self._changed_since(change)
         if changed:
-            entries = [each.seen._asdict() | {"engine": each.engine} for each in changed]
+            entries = [{"engine": each.engine, **each.seen._asdict()} for each in changed]
             messages.append(_encode({"type": "requests", "requests": entries}))
             change = changed[-1].change
         number = start + len(steps)
@@ -155,7 +155,7 @@ class Watched:
         """What `_trace` takes: the steps from number `first` on and what happened since then."""
         steps = list(islice(self._steps, max(0, first - self._first), None))
         requests = [
-            each.seen._asdict() | {"engine": each.engine}
+            {"engine": each.engine, **each.seen._asdict()}
             for each in sorted(self._requests.values(), key=lambda each: each.seen.id)
             if not since or _runs(each.seen) or (each.seen.finished or 0.0) >= since
         ]
@@ -242,14 +242,3 @@ def _trace(steps: Sequence[bytes], *others: Any) -> bytes:
 
 def _runs(request: SeenRequest) -> bool:
     return request.state in ("waiting", "running")
-
-
-def _rounded(step: SeenStep) -> dict[str, Any]:
-    """Its fields, without digits that no clock has."""
-    fields = step._asdict()
-    for name in ("plan_start", "start"):
-        fields[name] = round(fields[name], 7)
-    for name in ("plan_us", "device_us", "read_us"):
-        fields[name] = round(fields[name], 1)
-    fields["host_us"] = round(step.plan_us + step.read_us, 1)
-    return fields

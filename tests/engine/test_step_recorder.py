@@ -71,8 +71,8 @@ def test_each_token_of_each_request_is_seen_in_one_step(
     assert len({request.id for request in news}) == len(told), "one number for each"
     chunks, gained = Counter(), Counter()
     for step in steps:
-        assert len(step.requests) == step.rows
-        for row, (number, tokens) in enumerate(step.requests):
+        assert len(step.ids) == step.rows
+        for row, (number, tokens) in enumerate(zip(step.ids, step.gained, strict=True)):
             (chunks if row < step.prompts else gained)[number] += tokens
     for request in (*known, late):
         seen = told[request.id]

@@ -30,7 +30,7 @@ from stepgraph.server.watched import Watched
 BROWSER = {"Accept": "text/html,application/xhtml+xml,*/*;q=0.8"}
 KEY = {"Authorization": "Bearer secret"}
 ANSWER = {"model": "tiny", "prompt": "abc" * 20, "max_tokens": 8, "temperature": 0, "ignore_eos": True}
-STEP = SeenStep("decode", "8x8", None, False, 2, 2, 6, 1, 0, 0, 1.0, 20.0, 1.1, 500.0, 10.0, 0, [(1, 1), (2, 1)])
+STEP = SeenStep("decode", "8x8", None, False, 2, 2, 6, 1, 0, 0, 1.0, 20.0, 1.1, 500.0, 10.0, 0, [1, 2], [1, 1])
 REQUEST = SeenRequest(1, "cmpl-a", 1.0, 1.1, 1.2, None, 5, 0, 2, 0, "running", None)
 
 
@@ -134,7 +134,7 @@ def test_memory_is_bounded_and_a_reader_that_is_slow_hears_how_much_it_missed() 
 
 def test_steps_of_many_rows_take_no_more_memory_than_others() -> None:
     kept = watched(max_bytes=100_000)
-    wide = STEP._replace(requests=[(number, 1) for number in range(1024)])
+    wide = STEP._replace(ids=list(range(1024)), gained=[1] * 1024)
     kept.take(0, Seen([wide] * 50, [], False))
     reader = Reader(kept)
     reader.look()
