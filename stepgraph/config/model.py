@@ -8,7 +8,7 @@ from stepgraph.config.fields import check, setting
 from stepgraph.devices import check_device
 from stepgraph.errors import ConfigError
 
-_QUANTIZATIONS = ("auto", "fp8", "none", None)
+_QUANTIZATIONS = ("auto", "fp8", "int4", "none", None)
 
 
 @dataclass(frozen=True)
@@ -23,9 +23,9 @@ class ModelConfig:
     )
     quantization: str | None = setting(
         "auto",
-        "the layers' matrices: as the checkpoint has them (auto; a GGUF's blocks on CPUs with kernels for them), with 8 bits "
-        "a weight, made as they are read (fp8), or with 16 or 32 bits, as dtype says, whatever the checkpoint has (none)",
-        metavar="auto|fp8|none",
+        "the layers' matrices: as the checkpoint has them (auto; a GGUF's blocks where there are kernels for them), with 8 bits "
+        "a weight (fp8) or 4 (int4), made as they are read, or with 16 or 32, as dtype says, whatever the checkpoint has (none)",
+        metavar="auto|fp8|int4|none",
     )
     load_format: str = setting("auto", "dummy gives random weights, for benchmarks", choices=("auto", "dummy"))
     model_impl: str = setting(
@@ -54,6 +54,7 @@ class ModelConfig:
             object.__setattr__(self, "seed", self.seed + 2**64)
         if self.quantization not in _QUANTIZATIONS:
             raise ConfigError(
-                f"quantization={self.quantization!r} is not supported: there are no kernels for it here. Use fp8 to quantise a "
-                "checkpoint of 16 or 32 bits as it is read, or leave it at auto and give an FP8 checkpoint or a GGUF file"
+                f"quantization={self.quantization!r} is not supported: there are no kernels for it here. Use fp8 or int4 to "
+                "quantise a checkpoint of 16 or 32 bits as it is read, or leave it at auto and give a quantised checkpoint or a "
+                "GGUF file"
             )

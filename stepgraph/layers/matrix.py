@@ -89,7 +89,7 @@ class Matrix(nn.Module):
             weights: views of the parameters.
             outputs: which of the checkpoint's they hold.
         """
-        targets, part = self.format.targets(weights), Part(tuple(outputs), self.inputs)
+        targets, part = self.format.targets(weights, self.in_features), Part(tuple(outputs), self.inputs)
         if not part.is_whole:
             parts = {name: part if len(target.shape) == 2 else part.along_rows() for name, target in targets.items()}
             targets = {name: sharded(target, parts[name]) for name, target in targets.items()}
@@ -99,7 +99,7 @@ class Matrix(nn.Module):
 
     def values(self) -> Tensor:
         """The weight as numbers, [O, I]: the parameter itself, or a new tensor of what it stands for."""
-        return self.format.values(self.parameters_by_name)
+        return self.format.values(self.parameters_by_name, self.in_features)
 
     def product(
         self,

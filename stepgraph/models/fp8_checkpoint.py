@@ -19,6 +19,7 @@ from torch import Tensor
 from stepgraph.errors import ModelError
 from stepgraph.layers.formats.fp8 import FP8, pack
 from stepgraph.models.checkpoint import CheckpointTensor, take
+from stepgraph.models.four_bit_checkpoint import four_bit_refusal, packed_refusal
 from stepgraph.ops.fp8_linear import GROUP_SIZE, dequantize, num_groups
 from stepgraph.parallel.shard import Cut, Part
 
@@ -28,13 +29,14 @@ _UNUSED = (".input_scale", ".activation_scale", ".output_scale", ".k_scale", ".v
 """Scales for activations and for the KV cache: activations are not quantised here, and the cache has none."""
 
 
-_MODELOPT = ("FP8", "FP8_PER_CHANNEL_PER_TOKEN", "FP8_PB_WO")
-"""Of modelopt's formats, those whose weights are of 8 bits and whose scales are read."""
+_MODELOPT = ("FP8", "FP8_PER_CHANNEL_PER_TOKEN", "FP8_PB_WO", "NVFP4")
+"""Of modelopt's formats, those that are read."""
 READABLE = (
     "Quantised weights that run: those of 8-bit floating point in native models (compressed-tensors, fp8, modelopt and "
-    f"fbgemm_fp8, with a scale per matrix, per output, or per block of {GROUP_SIZE} × {GROUP_SIZE}), gpt-oss's experts in "
-    "MXFP4, and GGUF files of architecture llama, qwen2, qwen2moe, qwen3, qwen3moe, deepseek2 or minicpm3. Use such a "
-    "checkpoint of the model, or the unquantised one, which --quantization fp8 rounds to 8 bits as it is read."
+    f"fbgemm_fp8, with a scale per matrix, per output, or per block of {GROUP_SIZE} × {GROUP_SIZE}) or of 4 bits (awq, gptq, "
+    "auto-round, compressed-tensors, NVFP4 and MXFP4), gpt-oss's experts in MXFP4, and GGUF files of architecture llama, qwen2, "
+    "qwen2moe, qwen3, qwen3moe, deepseek2 or minicpm3. Use such a checkpoint of the model, or the unquantised one, which "
+    "--quantization fp8 rounds to 8 bits as it is read."
 )
 """What to do about a checkpoint that is refused."""
 
@@ -57,10 +59,20 @@ def refusal(quantization: Any) -> str | None:
         algorithm = str((nested if isinstance(nested, dict) else quantization).get("quant_algo", "unknown"))
         readable = algorithm.upper() in _MODELOPT
         return None if readable else f"{described} in the format {algorithm}, and {', '.join(_MODELOPT)} are read"
+    if method in ("awq", "gptq", "auto-round"):
+        reason = four_bit_refusal(method, quantization)
+        return reason and described + reason
     if method != "compressed-tensors":
         return f"{described}, for which there are no kernels here"
+    transforms = quantization.get("transform_config") or {}
+    if transforms.get("config_groups"):
+        return f"{described} after rotations (transform_config) that a model would have to apply as it runs"
     for group in quantization.get("config_groups", {}).values():
         weights = group.get("weights") or {}
+        if weights.get("num_bits") == 4:
+            if reason := packed_refusal(weights, str(group.get("format") or quantization.get("format"))):
+                return described + reason
+            continue
         type_, bits, strategy = (weights.get(key) for key in ("type", "num_bits", "strategy"))
         if (type_, bits) != ("float", 8) or strategy not in ("tensor", "channel", "block"):
             return (

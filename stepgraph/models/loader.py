@@ -10,8 +10,8 @@ import torch
 from tqdm import tqdm
 
 from stepgraph.errors import ConfigError
-from stepgraph.layers.experts import ALL_EXPERTS
-from stepgraph.layers.formats import FP8, Target
+from stepgraph.layers.experts import ALL_EXPERTS, ExpertLinear
+from stepgraph.layers.formats import FP8, FourBit, Target, WeightFormat
 from stepgraph.layers.matrix import Matrix
 from stepgraph.models.checkpoint import CheckpointTensor
 from stepgraph.models.config import DecoderConfig
@@ -117,8 +117,8 @@ def create_model(
         DeviceMemoryError: the weights take more than that.
         ModelError: a model that transformers loads does not fit its checkpoint, or a file is damaged; or so many ranks cannot
             share the model.
-        ConfigError: `deterministic`, `expert_parallel` or quantization "fp8" of a model that only transformers runs, weights of
-            8 bits on a device that has none, or `expert_parallel` of a model without experts.
+        ConfigError: `deterministic`, `expert_parallel` or quantization "fp8" or "int4" of a model that only transformers runs,
+            weights of 8 bits on a device that has none, or `expert_parallel` of a model without experts.
     """
     assert load_format in ("auto", "dummy"), load_format
     shard = shard if group is None else group.shard
@@ -129,10 +129,10 @@ def create_model(
                 f"deterministic=True needs a native model, and {config.architecture} would run through transformers, whose "
                 "matrix products depend on the batch; choose a native model, or leave deterministic off"
             )
-        if quantization == "fp8":
+        if quantization in ("fp8", "int4"):
             raise ConfigError(
-                f"quantization='fp8' needs a native model, and {config.architecture} would run through transformers, whose "
-                "layers keep their weights; choose a native model, or leave quantization at auto"
+                f"quantization={quantization!r} needs a native model, and {config.architecture} would run through transformers, "
+                "whose layers keep their weights; choose a native model, or leave quantization at auto"
             )
         if expert_parallel or expert_group is not None:
             raise no_experts(config.architecture, "which would run through transformers")
@@ -175,15 +175,26 @@ def create_model(
         model,
         tensors,
         keep=quantization not in ("none", None),
-        to_fp8=quantization == "fp8",
+        round_to=quantization if quantization in ("fp8", "int4") else None,
         packed=packed,
+        repacked=quantization == "auto" and device.type != "cpu",
         deterministic=deterministic,
         exact_tokens=exact_tokens,
     )
-    if not supports_fp8 and any(isinstance(matrix.format, FP8) for matrix in _matrices(model)):
+    if quantization == "int4":
+        if any(isinstance(matrix, ExpertLinear) for matrix in _matrices(model)):
+            raise ConfigError(
+                f"quantization='int4' has no kernels for experts, which {config.architecture} has; use fp8, which has"
+            )
+        logger.warning(
+            "%s: weights are rounded to 4 bits as they are read (quantization int4), with nothing to make up for it, which costs "
+            "accuracy; a checkpoint that was quantised with calibration (AWQ, GPTQ) costs less.",
+            source.description,
+        )
+    if not supports_fp8 and any(_has_e4m3(matrix.format) for matrix in _matrices(model)):
         raise ConfigError(
-            f"weights of 8 bits ({source.description}, quantization={quantization!r}) need a GPU of compute capability 8.9 "
-            "or later; use quantization='none', which keeps them in 16 bits"
+            f"weights or scales of 8 bits ({source.description}, quantization={quantization!r}) need a GPU of compute capability "
+            "8.9 or later; use quantization='none', which keeps them in 16 bits"
         )
     if load_format != "dummy":
         matches = _match(model, tensors, source)  # before memory is taken for sizes that may be damaged
@@ -233,6 +244,10 @@ def fills_in_place(model: LanguageModel, load_format: str = "auto") -> bool:
     if load_format == "dummy" and (model.shard, model.expert_shard) != (WHOLE, ALL_EXPERTS):
         return False
     return all(matrix.format.base.fills_in_place for matrix in _matrices(model))
+
+
+def _has_e4m3(format: WeightFormat) -> bool:
+    return isinstance(format, FP8) or (isinstance(format, FourBit) and format.scale_dtype == torch.float8_e4m3fn)
 
 
 def _matrices(model: Decoder) -> Iterator[Matrix]:

@@ -9,7 +9,7 @@ from torch import nn
 
 from stepgraph.errors import ModelError
 from stepgraph.layers.experts import ExpertLinear
-from stepgraph.layers.formats import FORMATS, FP8, FormatOptions, Packed, Plain, WeightFormat
+from stepgraph.layers.formats import FORMATS, FP8, FormatOptions, FourBit, Packed, Plain, WeightFormat
 from stepgraph.layers.linear import Linear, MergedLinear
 from stepgraph.layers.matrix import Matrix
 from stepgraph.models.checkpoint import CheckpointTensor
@@ -18,14 +18,18 @@ from stepgraph.models.sharing import possible_sizes
 from stepgraph.ops.packed import BLOCK
 from stepgraph.parallel.shard import WHOLE
 
+GROUP_SIZE = 128
+"""Inputs that share a scale where weights are rounded to 4 bits."""
+
 
 def choose_formats(
     model: Decoder,
     tensors: Iterable[CheckpointTensor],
     *,
     keep: bool,
-    to_fp8: bool,
+    round_to: str | None,
     packed: bool,
+    repacked: bool,
     deterministic: bool,
     exact_tokens: int | None,
 ) -> None:
@@ -35,25 +39,29 @@ def choose_formats(
         model: unfilled; on the meta device, so that its layers take memory only in the format that they get.
         tensors: of the checkpoint; nothing is read.
         keep: quantised weights stay so; else they become numbers, as those do of layers that need numbers.
-        to_fp8: the other linear layers' weights are rounded to 8 bits as they are read, with one scale per output, of all its
-            inputs whichever the rank keeps. Embedding, norms, output head, and layers that need numbers, stay.
-        packed, deterministic, exact_tokens: see `FormatOptions`.
+        round_to: "fp8" or "int4": the other linear layers' weights are rounded to 8 bits as they are read, with one scale per
+            output, of all its inputs whichever the rank keeps, or to 4 bits, with one for every `GROUP_SIZE` inputs. Embedding,
+            norms, output head, and layers that need numbers, stay. None: they all do.
+        packed, repacked, deterministic, exact_tokens: see `FormatOptions`.
 
     Raises:
         ModelError: ranks would share a layer's inputs where its format keeps some together.
     """
     encodings = {tensor.name: tensor.quantization for tensor in tensors}
+    formats: dict[str, WeightFormat] = {
+        "fp8": FP8(deterministic=deterministic),
+        "int4": FourBit(GROUP_SIZE, deterministic=deterministic),
+    }
+    to = None if round_to is None else formats[round_to]
     for path, module in model.named_modules():
         if not isinstance(module, Matrix):
             continue
-        options = FormatOptions(path.startswith("layers."), deterministic, packed, exact_tokens)
+        options = FormatOptions(path.startswith("layers."), deterministic, packed, repacked, exact_tokens)
         names = _tensor_names(path, module, merged=model.config.merged_projections)
         kept = (
             _keeping(module, [encodings.get(model.checkpoint_name(name)) for name in names], options) if keep else None
         )
-        rounded = (
-            FP8(deterministic=deterministic) if to_fp8 and options.in_layers and isinstance(module, Linear) else None
-        )
+        rounded = to if options.in_layers and isinstance(module, Linear) else None
         plain = Plain(deterministic)
         module.use(plain if module.needs_numbers else kept or rounded or plain)
     _check_inputs(model)
@@ -71,7 +79,7 @@ def keep_fp8(
         merged: whether the checkpoint merges projections, see `DecoderConfig`.
     """
     encodings = {tensor.name: tensor.quantization for tensor in tensors}
-    options = FormatOptions(in_layers=True, deterministic=False, packed=False, exact_tokens=None)
+    options = FormatOptions(in_layers=True, deterministic=False, packed=False, repacked=False, exact_tokens=None)
     for path, layer in module.named_modules():
         if isinstance(layer, Linear) and not layer.needs_numbers:
             names = _tensor_names(path, layer, merged=merged)
@@ -85,7 +93,8 @@ def _keeping(layer: Matrix, encodings: Sequence[str | None], options: FormatOpti
     if len(set(encodings)) > 1 or (encoding := encodings[0]) is None:
         return None
     candidates = (format.keeping(encoding, layer.inputs.size, options) for format in FORMATS)
-    return next((format for format in candidates if format is not None), None)
+    keeps = (format for format in candidates if format is not None)
+    return next((format for format in keeps if format.keeps_experts or not isinstance(layer, ExpertLinear)), None)
 
 
 def _check_inputs(model: Decoder) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from torch import Tensor
 from stepgraph.errors import ModelError
 from stepgraph.models.checkpoint import CheckpointTensor, take
 from stepgraph.models.expert_tensors import split_experts
+from stepgraph.models.four_bit_checkpoint import join_codes
 from stepgraph.models.fp8_checkpoint import join_scales
 from stepgraph.models.joined_tensors import join_convolutions
 from stepgraph.models.json_file import read_json
@@ -56,13 +57,24 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def read_safetensors(folder: Path) -> Iterator[CheckpointTensor]:
-    """Yield every tensor of the checkpoint in `folder` by its name in native models, weights in 8 bits joined with their scales,
-    but for those of what makes embeddings of images, sound or video.
+    """Yield every tensor of the checkpoint in `folder` by its name in native models, weights in 8 or 4 bits joined with their
+    scales, but for those of what makes embeddings of images, sound or video.
 
     Raises:
         ModelError: a file is missing, truncated or not a safetensors file, or scales do not fit their weight.
     """
-    yield from join_scales(join_convolutions(split_experts(_stored(folder))))
+    tensors = join_codes(join_convolutions(split_experts(_stored(folder))), lambda: _quantization(folder))
+    yield from join_scales(tensors)
+
+
+def _quantization(folder: Path) -> Mapping[str, Any]:
+    """The `quantization_config` of a checkpoint, or of its text part; empty if there is none."""
+    config = read_json(folder / "config.json")
+    text = config.get("text_config")
+    described = config.get("quantization_config") or (
+        text.get("quantization_config") if isinstance(text, dict) else None
+    )
+    return described if isinstance(described, dict) else {}
 
 
 def _stored(folder: Path) -> Iterator[CheckpointTensor]:

@@ -32,6 +32,11 @@ from stepgraph.ops.experts import (
     sum_experts,
 )
 from stepgraph.ops.force_acceptance import force_acceptance
+from stepgraph.ops.four_bit_linear import (
+    four_bit_gated_linear,
+    four_bit_linear,
+    four_bit_linear_add,
+)
 from stepgraph.ops.fp8_linear import (
     fp8_gated_linear,
     fp8_linear,
@@ -93,6 +98,9 @@ __all__ = [
     "expanded_geometry",
     "expert_work",
     "force_acceptance",
+    "four_bit_gated_linear",
+    "four_bit_linear",
+    "four_bit_linear_add",
     "fp8_gated_linear",
     "fp8_linear",
     "fp8_linear_add",

@@ -189,6 +189,8 @@ class KernelTuning:
     """Of weight under way per program."""
     streamed_fp8_bytes: int = 8 * 1024
     """Likewise, of a weight of 8 bits."""
+    streamed_4bit_bytes: int = 16 * 1024
+    """Likewise, of a weight of 4 bits."""
     min_large_tiles: int = 128
     """Large tiles of a product that is the same for every row pay from so many on: about one per multiprocessor."""
     min_fp8_programs: int = 96
@@ -239,6 +241,11 @@ class KernelTuning:
         TileRange(range(33, 65), range(4097), SlicedTile(outputs=16, inputs=64, slices=4, num_stages=4)),
     )
     """Products of weights of 8 bits; others go in tiles of many tokens."""
+    few_tokens_4bit: tuple[TileRange, ...] = (
+        TileRange(range(33), range(1 << 62), SlicedTile(outputs=16, inputs=128, slices=4, num_stages=5)),
+        TileRange(range(33, 65), range(1 << 62), SlicedTile(outputs=16, inputs=128, slices=4, num_stages=4)),
+    )
+    """Likewise of 4 bits."""
 
     expert_tiles: tuple[ExpertTiles, ...] = EXPERTS
     """Products of experts' weights of 16 bits, in ascending order."""

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from checkpoints import SIZES, random_hf_model
+from four_bit_folders import write_four_bits
 from test_adapters import matrices, save_adapter
 from test_shards import write_blocks
 from tiny import drain
@@ -76,17 +77,24 @@ def assert_same(one, two, **options):
     return expected
 
 
-@pytest.mark.parametrize("kind", ["rounded to 8 bits", "dummy", "blocks"])
+@pytest.mark.parametrize("kind", ["rounded to 8 bits", "rounded to 4 bits", "4 bits", "dummy", "blocks"])
 def test_ranks_give_the_log_probabilities_of_one(kind, engines, tmp_path) -> None:
     config = LlamaConfig(**WIDE, attention_bias=True)
-    settings = {"rounded to 8 bits": {"quantization": "fp8"}, "dummy": {"load_format": "dummy"}}.get(kind, {})
+    settings = {
+        "rounded to 8 bits": {"quantization": "fp8"},
+        "rounded to 4 bits": {"quantization": "int4"},
+        "dummy": {"load_format": "dummy"},
+    }.get(kind, {})
     folder = tmp_path / "model"
     if kind == "blocks":
         if not native.available():
             pytest.skip(f"no kernels: {native.missing()}")
         folder = write_blocks(LlamaConfig(**WIDE), tmp_path / "model.gguf")
     else:
-        random_hf_model(config).save_pretrained(folder)
+        sizes = {"intermediate_size": 256, "hidden_size": 128, "head_dim": 64} if "4 bits" in kind else {}
+        random_hf_model(LlamaConfig(**config.to_dict() | sizes)).save_pretrained(folder)
+    if kind == "4 bits":
+        write_four_bits(folder, folder := tmp_path / "packed", "gptq with zeros")
     assert_same(*engines(folder, **settings))
 
 

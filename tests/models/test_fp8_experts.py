@@ -127,7 +127,7 @@ def test_deterministic_experts_in_8_bits_give_a_prompt_its_bits_however_it_is_cu
 
 def test_other_quantised_experts_are_refused_with_what_is_read_instead(folder, tmp_path) -> None:
     config = json.loads((folder / "config.json").read_text())
-    config["quantization_config"] = {"quant_method": "gptq", "bits": 4}
+    config["quantization_config"] = {"quant_method": "gptq", "bits": 8}
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(ModelError, match=r"Qwen3MoeForCausalLM cannot be read.*gptq.*qwen3moe"):
         resolve(str(tmp_path))

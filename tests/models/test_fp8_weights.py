@@ -129,14 +129,14 @@ def test_new_weights_are_rounded_and_those_in_8_bits_are_not(folder, tmp_path) -
 @pytest.mark.parametrize(
     ("quantization", "message"),
     [
-        ({"quant_method": "gptq", "bits": 4}, 'method "gptq" of 4 bits, for which there are no kernels here'),
-        ({"quant_method": "awq", "w_bit": 4}, 'method "awq" of 4 bits'),
+        ({"quant_method": "hqq", "bits": 4}, 'method "hqq" of 4 bits, for which there are no kernels here'),
+        ({"quant_method": "quark", "w_bit": 4}, 'method "quark" of 4 bits'),
         ({"quant_method": "bitsandbytes", "load_in_4bit": True}, 'method "bitsandbytes" of 4 bits'),
         (compressed_tensors("group", num_bits=4, type="int"), r'"compressed-tensors" \(type int, 4 bits'),
         (compressed_tensors("block", block_structure=[64, 64]), r"scale per block of \[64, 64\], and blocks of 128"),
         ({"quant_method": "fp8", "weight_block_size": [1, 128]}, r"scale per block of \[1, 128\]"),
         ({"quant_method": "fp8", "fmt": "e5m2"}, "in the format e5m2, and e4m3 is read"),
-        ({"quant_method": "modelopt", "quant_algo": "NVFP4"}, "in the format NVFP4, and FP8, FP8_PER_CHANNEL"),
+        ({"quant_method": "modelopt", "quant_algo": "W4A8_AWQ"}, "in the format W4A8_AWQ, and FP8, FP8_PER_CHANNEL"),
     ],
 )
 def test_other_quantised_checkpoints_are_refused_with_what_is_read_instead(
@@ -165,8 +165,8 @@ def test_what_modelopt_writes_beside_the_config_counts_as_if_it_were_in_it(folde
     beside = tmp_path / "fp8" / "hf_quant_config.json"
     beside.write_text(json.dumps({"producer": {"name": "modelopt"}, "quantization": {"quant_algo": "FP8"}}))
     torch.testing.assert_close(logits(load(tmp_path / "fp8")), logits(plain))
-    beside.write_text(json.dumps({"quantization": {"quant_algo": "NVFP4"}}))
-    with pytest.raises(ModelError, match="in the format NVFP4"):
+    beside.write_text(json.dumps({"quantization": {"quant_algo": "W4A8_AWQ"}}))
+    with pytest.raises(ModelError, match="in the format W4A8_AWQ"):
         resolve(str(tmp_path / "fp8"))
 
 

@@ -195,12 +195,12 @@ def test_ministral_3_is_read_in_the_8_bits_in_which_it_is_published(saved, tmp_p
 def test_what_the_whole_config_says_of_the_decoder_holds(saved, tmp_path) -> None:
     config = json.loads((saved("gemma 3")[1] / "config.json").read_text())
     del config["text_config"]["eos_token_id"]
-    quantization = {"quant_method": "awq", "bits": 4}
+    quantization = {"quant_method": "awq", "bits": 3}
     (tmp_path / "config.json").write_text(json.dumps(config | {"eos_token_id": [7, 8], "dtype": "bfloat16"}))
     read = resolve(str(tmp_path)).config
     assert (read.eos_token_ids, read.dtype, read.media_token_ids) == ((7, 8), torch.bfloat16, (IMAGE_TOKEN,))
     (tmp_path / "config.json").write_text(json.dumps(config | {"quantization_config": quantization}))
-    with pytest.raises(ModelError, match='quantised with method "awq" of 4 bits'):
+    with pytest.raises(ModelError, match='quantised with method "awq" of 3 bits'):
         resolve(str(tmp_path))
 
 

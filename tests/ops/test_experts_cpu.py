@@ -50,8 +50,8 @@ def make_weight(name, outputs, inputs, seed):
         weights["weight"] = torch.from_numpy(gguf.quants.quantize(values.numpy(), kind))
         values = torch.from_numpy(gguf.quants.dequantize(weights["weight"].numpy(), kind))
     else:
-        form.targets(weights)["weight"].copy_(values)
-        values = form.values(weights)
+        form.targets(weights, values.shape[-1])["weight"].copy_(values)
+        values = form.values(weights, inputs)
     stacked = {key: weight.view(NUM_EXPERTS, outputs, -1) for key, weight in weights.items()}
     return stacked, values.double().view(NUM_EXPERTS, outputs, inputs)
 

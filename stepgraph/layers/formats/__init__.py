@@ -5,6 +5,7 @@ A format is one file here, a `WeightFormat`, beside the kernels of `stepgraph.op
 
 from stepgraph.layers.formats.adapted import Adapted
 from stepgraph.layers.formats.base import End, FormatOptions, ParameterSpec, WeightFormat, Weights
+from stepgraph.layers.formats.four_bit import FourBit
 from stepgraph.layers.formats.fp8 import FP8
 from stepgraph.layers.formats.packed import Packed
 from stepgraph.layers.formats.plain import Plain
@@ -16,6 +17,7 @@ __all__ = [
     "Adapted",
     "End",
     "FormatOptions",
+    "FourBit",
     "Packed",
     "ParameterSpec",
     "Plain",
@@ -24,7 +26,7 @@ __all__ = [
     "Weights",
 ]
 
-FORMATS: tuple[type[WeightFormat], ...] = (FP8, Packed)
+FORMATS: tuple[type[WeightFormat], ...] = (FP8, Packed, FourBit)
 """Those that keep a quantised checkpoint's tensors as they are stored, each asked in turn (`WeightFormat.keeping`). To add one,
 write its file and its kernels, and name it here; its reader joins a checkpoint's codes and scales into one tensor of the same
 `quantization`, as `stepgraph.models.fp8_checkpoint` does."""

@@ -44,9 +44,9 @@ class Adapted(WeightFormat):
         """See `WeightFormat.parameters`."""
         return self.wrapped.parameters(outputs, inputs, dtype)
 
-    def targets(self, weights: Weights) -> dict[str, Target]:
+    def targets(self, weights: Weights, inputs: int) -> dict[str, Target]:
         """See `WeightFormat.targets`."""
-        return self.wrapped.targets(weights)
+        return self.wrapped.targets(weights, inputs)
 
     def plain_product(self, weights: Weights, x_TI: Tensor, out: Tensor | None) -> Tensor:
         """See `WeightFormat.plain_product`."""
@@ -54,6 +54,6 @@ class Adapted(WeightFormat):
         self.lora.update(x_TI, out_TO, deterministic=self.deterministic)
         return out_TO
 
-    def values(self, weights: Weights) -> Tensor:
+    def values(self, weights: Weights, inputs: int) -> Tensor:
         """See `WeightFormat.values`; of the weight alone."""
-        return self.wrapped.values(weights)
+        return self.wrapped.values(weights, inputs)

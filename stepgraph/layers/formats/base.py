@@ -50,6 +50,7 @@ class FormatOptions:
     in_layers: bool  # of the decoder, and not at its ends: embedding table and output head
     deterministic: bool  # see `WeightFormat`
     packed: bool  # blocks of quantised checkpoints are kept where there are kernels for them
+    repacked: bool  # those of 4 bits become `stepgraph.layers.formats.four_bit.FourBit`
     exact_tokens: int | None  # see `stepgraph.layers.formats.packed.Packed`
 
 
@@ -62,6 +63,8 @@ class WeightFormat(ABC):
 
     deterministic: bool
     """Whether a token's product may not depend, bit for bit, on the tokens beside it."""
+    keeps_experts: ClassVar[bool] = True
+    """Whether experts may have it."""
     fills_in_place: ClassVar[bool] = True
     """Whether filling a parameter takes no memory on the device, and launches no kernels of Triton there."""
 
@@ -104,8 +107,13 @@ class WeightFormat(ABC):
             dtype: of the activations.
         """
 
-    def targets(self, weights: Weights) -> dict[str, Target]:
-        """What a loader fills, by the names of the tensors in a checkpoint: each parameter once, alone or with others."""
+    def targets(self, weights: Weights, inputs: int) -> dict[str, Target]:
+        """What a loader fills, by the names of the tensors in a checkpoint: each parameter once, alone or with others.
+
+        Args:
+            weights: the parameters, or views of their rows.
+            inputs: I.
+        """
         return {**weights}
 
     def product(
@@ -195,5 +203,5 @@ class WeightFormat(ABC):
         raise AssertionError(f"{self} keeps no embedding table")
 
     @abstractmethod
-    def values(self, weights: Weights) -> Tensor:
+    def values(self, weights: Weights, inputs: int) -> Tensor:
         """The weight as numbers, [O, I]: the parameter itself, or a new tensor of what it stands for."""

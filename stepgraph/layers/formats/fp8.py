@@ -53,7 +53,7 @@ class FP8(NumberFormat):
             "scale": ParameterSpec((outputs, groups), torch.float32),
         }
 
-    def targets(self, weights: Weights) -> dict[str, Target]:
+    def targets(self, weights: Weights, inputs: int) -> dict[str, Target]:
         """See `WeightFormat.targets`."""
         others = {name: tensor for name, tensor in weights.items() if name not in ("weight", "scale")}
         target = FP8Target if self.grouped else FP8RowTarget
@@ -82,7 +82,7 @@ class FP8(NumberFormat):
         assert out is None, "output heads, which have one, are not of 8 bits"
         return ops.fp8_linear(x_TI, weights["weight"], weights["scale"], weights.get("bias"), by_row=self.deterministic)
 
-    def values(self, weights: Weights) -> Tensor:
+    def values(self, weights: Weights, inputs: int) -> Tensor:
         """See `WeightFormat.values`; float32."""
         return dequantize(weights["weight"], weights["scale"])
 

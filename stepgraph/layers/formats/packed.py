@@ -51,9 +51,9 @@ class Packed(WeightFormat):
         """See `WeightFormat.parameters`."""
         return {"weight": ParameterSpec((outputs, inputs // BLOCK * BLOCK_BYTES[self.blocks]), torch.uint8)}
 
-    def targets(self, weights: Weights) -> dict[str, Target]:
+    def targets(self, weights: Weights, inputs: int) -> dict[str, Target]:
         """See `WeightFormat.targets`."""
-        return {**weights, "weight": PackedTarget(weights["weight"], self._inputs(weights), self)}
+        return {**weights, "weight": PackedTarget(weights["weight"], inputs, self)}
 
     def fused_product(
         self, weights: Weights, x_TI: Tensor, norm: RMSNorm | None, end: End, out: Tensor | None, multiplier: float
@@ -114,7 +114,7 @@ class Packed(WeightFormat):
         """See `WeightFormat.rows`."""
         return ops.packed_rows(weights["weight"], index_T, self._inputs(weights))
 
-    def values(self, weights: Weights) -> Tensor:
+    def values(self, weights: Weights, inputs: int) -> Tensor:
         """See `WeightFormat.values`; float32."""
         return self.rows(weights, torch.arange(len(weights["weight"]), dtype=torch.int32))
 

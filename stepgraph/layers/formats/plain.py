@@ -54,6 +54,6 @@ class Plain(NumberFormat):
         """See `WeightFormat.rows`."""
         return F.embedding(index_T, weights["weight"])
 
-    def values(self, weights: Weights) -> Tensor:
+    def values(self, weights: Weights, inputs: int) -> Tensor:
         """See `WeightFormat.values`."""
         return weights["weight"]

@@ -17,6 +17,7 @@ from stepgraph.ops.collectives.reference import reduce_gathered
 from stepgraph.ops.commit.reference import commit
 from stepgraph.ops.copy_blocks.reference import copy_blocks
 from stepgraph.ops.experts.reference import gated_experts, mixture, sort_pairs, sum_experts
+from stepgraph.ops.four_bit_linear import FourBitWeight, dequantize
 from stepgraph.ops.gated_delta.reference import gated_delta
 from stepgraph.ops.gated_norm.reference import gated_norm
 from stepgraph.ops.group_slots.reference import group_slots
@@ -125,6 +126,29 @@ def gated_linear(x: Tensor, weight: Tensor, gelu: bool) -> Tensor:
 
 def norm_gated_linear(x: Tensor, norm: Tensor, eps: float, weight: Tensor, gelu: bool) -> Tensor:
     return gated_linear(rms_norm(x, norm, eps), weight, gelu)
+
+
+def four_bits(g: torch.Generator) -> tuple[Any, ...]:
+    """A weight of integers, with zeros."""
+    codes = torch.randint(0, 256, (N, K // 2), generator=g, dtype=torch.uint8)
+    zero = torch.randint(0, 17, (N, K // 32), generator=g, dtype=torch.uint8)
+    return codes, torch.rand(N, K // 32, generator=g) / 8, zero, None, 32, False
+
+
+def four_bit_linear(x: Tensor, norm: Tensor | None, eps: float, *args: Any) -> Tensor:
+    *weight, bias, _ = args
+    normed = x if norm is None else rms_norm(x, norm, eps)
+    return linear(normed, dequantize(FourBitWeight(*weight), x.shape[1]), bias)
+
+
+def four_bit_linear_add(x: Tensor, *args: Any) -> None:
+    *weight, bias, residual, multiplier = args
+    residual.add_(multiplier * linear(x, dequantize(FourBitWeight(*weight), x.shape[1]), bias))
+
+
+def four_bit_gated_linear(x: Tensor, norm: Tensor, eps: float, *args: Any) -> Tensor:
+    *weight, gelu = args
+    return norm_gated_linear(x, norm, eps, dequantize(FourBitWeight(*weight), x.shape[1]), gelu)
 
 
 def linear_out(x: Tensor, weight: Tensor, out: Tensor) -> None:
@@ -264,6 +288,24 @@ CASES = {
     ),
     "rms_norm of rows apart": Case("rms_norm", rms_norm, lambda g: (random(g, T, K + N)[:, :K], random(g, K), EPS)),
     "linear": Case("linear", linear, lambda g: (random(g, T, K), random(g, N, K), random(g, N)), rows=(0,)),
+    "four_bit_linear": Case(
+        "four_bit_linear",
+        four_bit_linear,
+        lambda g: (random(g, T, K), None, EPS, *four_bits(g), random(g, N), False),
+        rows=(0,),
+    ),
+    "four_bit_linear_add": Case(
+        "four_bit_linear_add",
+        four_bit_linear_add,
+        lambda g: (random(g, T, K), *four_bits(g), None, random(g, T, N), 0.5),
+        rows=(0, 8),
+    ),
+    "four_bit_gated_linear": Case(
+        "four_bit_gated_linear",
+        four_bit_gated_linear,
+        lambda g: (random(g, T, K), random(g, K), EPS, *four_bits(g), False),
+        rows=(0,),
+    ),
     "linear of one token": Case("linear", linear, lambda g: (random(g, 1, K), random(g, N, K), None)),
     "linear_out": Case(
         "linear_out", linear_out, lambda g: (random(g, T, K), random(g, N, K), random(g, T, N)), rows=(0, 2)
@@ -373,6 +415,9 @@ OF_SETTINGS = {
     "fp8_norm_linear",
     "fp8_gated_linear",
     "fp8_norm_gated_linear",
+    "four_bit_linear",
+    "four_bit_linear_add",
+    "four_bit_gated_linear",
     "lora",
     "lookup",
     "remember",
@@ -382,7 +427,7 @@ OF_SETTINGS = {
     "gather_tokens",
     "scatter_sum",
 }
-"""Operators of settings that a platform need not serve: of FP8 weights, LoRA, drafting by lookup, and several devices."""
+"""Operators of settings that a platform need not serve: of quantised weights, LoRA, drafting by lookup, and several devices."""
 
 TOLERANCE = {"rtol": 1e-4, "atol": 1e-4}
 
