@@ -265,7 +265,7 @@ kernel.four_bit_linear(x[:64], None, 0.0, *zeros, None, False)
 kernel.four_bit_linear(x[:8], None, 0.0, *nvfp4, None, False)
 kernel.four_bit_gated_linear(x[:1], norm, 1e-6, *integers, False)
 kernel.four_bit_linear_add(x[:8], *integers, None, x[:8].clone(), 1.0)
-for launched in (kernel._streamed_kernel, kernel._sliced_kernel, kernel._block_kernel):
+for launched in (kernel.streamed_kernel, kernel.sliced_kernel, kernel.block_kernel):
     for compiled in launched.device_caches[0][0].values():
         ptx = compiled.asm["ptx"]
         products = "wgmma" if "wgmma.mma_async" in ptx else "mma" if "mma.sync" in ptx else "none"
@@ -275,6 +275,6 @@ for launched in (kernel._streamed_kernel, kernel._sliced_kernel, kernel._block_k
 
 def test_kernels_compile_for_hopper_and_run_on_tensor_cores():
     found = [line.split() for line in lines_of(COMPILED)]
-    assert {name for name, *_ in found} == {"_streamed_kernel", "_sliced_kernel", "_block_kernel"}
-    assert all((products == "none") == (name == "_streamed_kernel") for name, products, _ in found)
+    assert {name for name, *_ in found} == {"streamed_kernel", "sliced_kernel", "block_kernel"}
+    assert all((products == "none") == (name == "streamed_kernel") for name, products, _ in found)
     assert all(int(shared) <= 227 << 10 for *_, shared in found)
