@@ -162,7 +162,7 @@ def test_in_16_bits_norms_and_embeddings_round_where_transformers_does(tmp_path)
     tokens = torch.arange(32)
     x = model.embed_tokens(tokens)
     assert torch.equal(x, hf_model.model.embed_tokens(tokens))
-    per_layer = hf_model.model.get_per_layer_inputs(tokens[None])[0].flatten(1)
+    per_layer = hf_model.model.get_per_layer_inputs(tokens[None], None)[0].flatten(1)
     assert torch.equal(model.per_layer_inputs.embedding(tokens), per_layer)
     same = model.layers[0].input_layernorm(x) == hf_model.model.layers[0].input_layernorm(x)
     assert same.float().mean() > 0.99  # float32 sums differ in their last bit, which may decide a rounding

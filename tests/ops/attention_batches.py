@@ -54,8 +54,9 @@ class Batch:
 
     def expected(self) -> Tensor:
         """The reference in float64, real tokens only."""
-        q, k_cache, v_cache, *rows = self.to("cpu").inputs()
-        exact, scoring = (q.double(), k_cache.double(), v_cache.double()), (self.sinks, self.softcap)
+        batch = self.to("cpu")
+        q, k_cache, v_cache, *rows = batch.inputs()
+        exact, scoring = (q.double(), k_cache.double(), v_cache.double()), (batch.sinks, batch.softcap)
         out = reference.paged_attention(*exact, *rows, self.scale, self.window, *scoring)
         return out[: self.num_real_tokens]
 

@@ -116,8 +116,14 @@ def test_tokens_are_the_same_where_proposals_stand_and_fall(
     engine = create(drafter=knowing(answers[layers], device), **SPECULATIVE, **settings)
     set_run_ahead(engine, run_ahead)
     drafts = watch_drafts(engine)
-    assert run(engine) == answers[layers]
-    assert {(num, stood) for num in range(1, 1 + NUM_DRAFTS) for stood in range(num + 1)} == set(drafts)
+    all_outcomes = {(num, stood) for num in range(1, 1 + NUM_DRAFTS) for stood in range(num + 1)}
+    for seed in range(
+        4
+    ):  # how many proposals a row has follows from which rows meet: one order may leave one outcome out
+        assert run(engine, seed) == answers[layers]
+        if all_outcomes == set(drafts):
+            return
+    assert all_outcomes == set(drafts)
 
 
 def test_tokens_are_the_same_after_preemptions(create, layers, answers, device) -> None:
