@@ -16,18 +16,38 @@ from stepgraph.ops.dependent_launch import LAUNCH, wait_for_previous
 from stepgraph.ops.launched import launched
 from stepgraph.ops.linear import few_tokens
 from stepgraph.ops.linear.ends import ADD, GEGLU, STORE, SWIGLU, before_add, finish
-from stepgraph.ops.rms_norm.triton import normalise, rms_norm
+from stepgraph.ops.rms_norm.triton import rms_norm, scale_rounded
 from stepgraph.ops.swiglu.triton import geglu, swiglu
 from stepgraph.platforms.kernels import kernel_tuning
 
 TUNING = kernel_tuning()
 
 
+@triton.jit
+def _load_rows(weight, start, input_K, inside_N, K: tl.constexpr, IS_WHOLE: tl.constexpr):
+    """Inputs start + `input_K` of rows of a weight that begin at `weight`; of whole pieces no input is beyond K."""
+    inside_NK = inside_N[:, None] if IS_WHOLE else inside_N[:, None] & (start + input_K < K)[None, :]
+    return tl.load(weight + start + input_K[None, :], mask=inside_NK, other=0.0)
+
+
+@triton.jit
+def _add_piece(sum_NT, block_NK, x_ptr, norm_K, scale, start, input_K, K: tl.constexpr, HAS_NORM: tl.constexpr):
+    """`sum_NT` and what the inputs start + `input_K` of each token add to it; normalised first if there is a norm."""
+    token_T = tl.arange(0, sum_NT.shape[1])
+    for token in tl.static_range(sum_NT.shape[1]):
+        x_K = tl.load(x_ptr + token * K + start + input_K, mask=start + input_K < K, other=0.0)
+        if HAS_NORM:
+            x_K = scale_rounded(x_K.to(tl.float32), scale, norm_K).to(x_K.dtype)
+        sum_N = tl.sum(block_NK.to(tl.float32) * x_K.to(tl.float32)[None, :], axis=1)
+        sum_NT += tl.where(token_T[None, :] == token, sum_N[:, None], 0.0)
+    return sum_NT
+
+
 @launched
 @triton.jit(do_not_specialize=["N"])
 def _stream_kernel(
     x_ptr,
-    norm_ptr,  # None: x as it is; else K ≤ BLOCK_K
+    norm_ptr,  # None: x as it is; else K < 2 · BLOCK_K
     weight_ptr,
     bias_ptr,
     out_ptr,
@@ -38,44 +58,55 @@ def _stream_kernel(
     TOKENS: tl.constexpr,
     K: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
+    BLOCK_K: tl.constexpr,  # at most K
+    REST: tl.constexpr,  # a power of two that K % BLOCK_K fits in; 0: K is a multiple of BLOCK_K
 ):
-    """One program per BLOCK_N outputs. Loops are unrolled, so that all of its loads are under way at once; those of the first
-    weights are before the previous kernel ends."""
+    """One program per BLOCK_N outputs. It reads whole pieces of BLOCK_K inputs and one of the rest, all at once, since loops are
+    unrolled; the first piece and the rest before the previous kernel ends."""
     is_gated: tl.constexpr = END == "swiglu" or END == "geglu"
+    HAS_NORM: tl.constexpr = norm_ptr is not None
+    WHOLE: tl.constexpr = K // BLOCK_K * BLOCK_K
     output_N = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     inside_N = output_N < N
-    input_K = tl.arange(0, BLOCK_K)
+    input_K, rest_J = tl.arange(0, BLOCK_K), tl.arange(0, max(REST, 1))
     token_T = tl.arange(0, TOKENS)
-    weight_NK = weight_ptr + output_N.to(tl.int64)[:, None] * K + input_K[None, :]
-    up_NK = weight_NK + tl.cast(N, tl.int64) * K
-    first_inside_NK = inside_N[:, None] & (input_K < K)[None, :]
-    first_NK = tl.load(weight_NK, mask=first_inside_NK, other=0.0)
+    row_N1 = weight_ptr + output_N.to(tl.int64)[:, None] * K
+    up_row_N1 = row_N1 + tl.cast(N, tl.int64) * K
+    first_NK = _load_rows(row_N1, 0, input_K, inside_N, K, True)
     if is_gated:
-        first_up_NK = tl.load(up_NK, mask=first_inside_NK, other=0.0)
-    if norm_ptr is not None:
-        norm_K = tl.load(norm_ptr + input_K, mask=input_K < K, other=0.0)
+        first_up_NK = _load_rows(up_row_N1, 0, input_K, inside_N, K, True)
+    if REST > 0:
+        rest_NJ = _load_rows(row_N1, WHOLE, rest_J, inside_N, K, False)
+        if is_gated:
+            rest_up_NJ = _load_rows(up_row_N1, WHOLE, rest_J, inside_N, K, False)
+    norm_K, norm_J = input_K, rest_J  # of nothing, unless there is a norm
+    if HAS_NORM:
+        norm_K = tl.load(norm_ptr + input_K)
+        norm_J = tl.load(norm_ptr + WHOLE + rest_J, mask=WHOLE + rest_J < K, other=0.0)
     out_NT = out_ptr + token_T[None, :] * N + output_N[:, None]
     wait_for_previous()
     before_NT = before_add(out_NT, inside_N[:, None], END)
+    scale = 1.0
+    if HAS_NORM:
+        x_K = tl.load(x_ptr + input_K).to(tl.float32)
+        squares = tl.sum(x_K * x_K, axis=0)
+        if REST > 0:
+            x_J = tl.load(x_ptr + WHOLE + rest_J, mask=WHOLE + rest_J < K, other=0.0).to(tl.float32)
+            squares += tl.sum(x_J * x_J, axis=0)
+        scale = tl.rsqrt(squares / K + eps)
     sum_NT = tl.zeros([BLOCK_N, TOKENS], tl.float32)
     up_NT = tl.zeros([BLOCK_N, TOKENS], tl.float32)
-    for start in tl.static_range(0, K, BLOCK_K):
-        inside_K = start + input_K < K
-        inside_NK = inside_N[:, None] & inside_K[None, :]
-        block_NK = first_NK if start == 0 else tl.load(weight_NK + start, mask=inside_NK, other=0.0)
+    for start in tl.static_range(0, WHOLE, BLOCK_K):
+        block_NK = first_NK if start == 0 else _load_rows(row_N1, start, input_K, inside_N, K, True)
         if is_gated:
-            up_block_NK = first_up_NK if start == 0 else tl.load(up_NK + start, mask=inside_NK, other=0.0)
-        for token in tl.static_range(TOKENS):
-            x_K = tl.load(x_ptr + token * K + start + input_K, mask=inside_K, other=0.0)
-            if norm_ptr is not None:
-                x_K = normalise(x_K.to(tl.float32), norm_K, eps, K).to(x_K.dtype)
-            x_K = x_K.to(tl.float32)
-            sum_N = tl.sum(block_NK.to(tl.float32) * x_K[None, :], axis=1)
-            sum_NT += tl.where(token_T[None, :] == token, sum_N[:, None], 0.0)
-            if is_gated:
-                up_N = tl.sum(up_block_NK.to(tl.float32) * x_K[None, :], axis=1)
-                up_NT += tl.where(token_T[None, :] == token, up_N[:, None], 0.0)
+            up_NK = first_up_NK if start == 0 else _load_rows(up_row_N1, start, input_K, inside_N, K, True)
+        sum_NT = _add_piece(sum_NT, block_NK, x_ptr, norm_K, scale, start, input_K, K, HAS_NORM)
+        if is_gated:
+            up_NT = _add_piece(up_NT, up_NK, x_ptr, norm_K, scale, start, input_K, K, HAS_NORM)
+    if REST > 0:
+        sum_NT = _add_piece(sum_NT, rest_NJ, x_ptr, norm_J, scale, WHOLE, rest_J, K, HAS_NORM)
+        if is_gated:
+            up_NT = _add_piece(up_NT, rest_up_NJ, x_ptr, norm_J, scale, WHOLE, rest_J, K, HAS_NORM)
     if bias_ptr is not None:
         sum_NT += tl.load(bias_ptr + output_N, mask=inside_N, other=0.0).to(tl.float32)[:, None]
     finish(out_NT, sum_NT, up_NT, before_NT, multiplier, inside_N[:, None], END)
@@ -96,8 +127,11 @@ def stream(
         norm: weight and eps of an RMS norm of `x`, of at most `KernelTuning.streamed_inputs` inputs; None: no norm.
     """
     (tokens, inputs), outputs = x.shape, out.shape[1]
-    block_inputs = min(TUNING.streamed_inputs, triton.next_power_of_2(inputs))
-    block_outputs = max(1, TUNING.streamed_bytes // (block_inputs * x.itemsize))
+    block_inputs = min(TUNING.streamed_inputs, 1 << (inputs.bit_length() - 1))
+    rest = inputs % block_inputs
+    at_once = min(TUNING.streamed_inputs, inputs) * x.itemsize
+    under_way = TUNING.streamed_bytes if norm is None or end != STORE else TUNING.streamed_normed_bytes
+    block_outputs = triton.next_power_of_2(triton.cdiv(under_way, at_once))
     norm_weight, eps = norm or (None, 0.0)
     _stream_kernel[(triton.cdiv(outputs, block_outputs),)](
         x,
@@ -113,6 +147,7 @@ def stream(
         K=inputs,
         BLOCK_N=block_outputs,
         BLOCK_K=block_inputs,
+        REST=triton.next_power_of_2(rest) if rest else 0,
         num_warps=8,
         **LAUNCH,
     )
