@@ -325,6 +325,7 @@ class MTPDrafter:
             spec.num_heads,
             spec.num_kv_heads,
             self._platform.multiprocessors,
+            head_dim=spec.head_dim,
             decode_tokens=decode_tokens,
             tuning=self._platform.tuning,
         )

@@ -73,6 +73,7 @@ class AttentionSizes:
             spec.num_heads,
             spec.num_kv_heads,
             self._platform.multiprocessors,
+            head_dim=spec.head_dim,
             decode_tokens=1 + shape.num_drafts,
             deterministic=self._deterministic,
             tall_tile=self._tall_tiles[_heads(spec)],

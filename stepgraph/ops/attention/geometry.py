@@ -152,6 +152,7 @@ def attention_geometry(
     num_kv_heads: int,
     multiprocessors: int,
     *,
+    head_dim: int = 128,
     decode_tokens: int = 1,
     deterministic: bool = False,
     tall_tile: int = TALL_TILE,
@@ -160,7 +161,7 @@ def attention_geometry(
     """Choose the sizes for a step of `num_tokens` tokens in `num_rows` rows.
 
     A row that decodes has up to `decode_tokens` tokens. `tall_tile` is what the function of that name says, for steps whose rows
-    have more than a few queries. `multiprocessors` and `tuning` are the platform's.
+    have more than a few queries. `head_dim` is the numbers of a head; `multiprocessors` and `tuning` are the platform's.
 
     Splitting adds at most ``target`` items to the tiles, and at most ``2 · target`` of all items belong to a split tile
     (see `attention_plan`), which bounds the item list and the partial results whatever the batch.
@@ -186,6 +187,8 @@ def attention_geometry(
     target = max(1, resident // num_kv_heads - is_one_row)
     max_items = max_tiles(num_tokens, num_rows, group, tile) + (0 if deterministic else target)
     min_split_keys = tuning.min_split_keys if tile == 16 else tuning.min_split_keys_tall
+    if tile == 16 and busy is Occupancy.LOW:
+        min_split_keys = min(min_split_keys, KV_BLOCK * max(1, 256 // head_dim))
     return AttentionGeometry(
         tile=tile,
         min_split_keys=UNSPLIT if deterministic else min_split_keys,

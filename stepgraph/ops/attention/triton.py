@@ -36,7 +36,7 @@ def launch_of(tile: int, block_dim: int, itemsize: int, occupancy: Occupancy) ->
         wide = block_dim > 128 or itemsize == 4
         return Launch(_keys(64, block_dim, itemsize), num_warps=8 if wide else 4, num_stages=3)
     if occupancy is Occupancy.LOW:
-        return Launch(_keys(128, block_dim, itemsize), num_warps=4, num_stages=1)
+        return Launch(_keys(128, block_dim, itemsize), num_warps=8 if block_dim == 128 else 4, num_stages=1)
     if occupancy is Occupancy.MEDIUM:
         return Launch(_keys(64, block_dim, itemsize), num_warps=4, num_stages=3)
     return Launch(_keys(32, block_dim, itemsize), num_warps=4 if block_dim > 256 else 2, num_stages=3)
