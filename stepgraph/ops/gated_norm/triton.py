@@ -4,6 +4,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from stepgraph.ops.dependent_launch import LAUNCH, wait_for_previous
 from stepgraph.ops.launched import launched
 
 _NUMBERS = 1024
@@ -32,14 +33,16 @@ def _gated_norm_kernel(
     entry_D = tl.arange(0, BLOCK_D)
     mask_HD = (head_H < HEADS)[:, None] & (entry_D < D)[None, :]
     place_HD = head_H[:, None] * D + entry_D[None, :]
+    if NORMALISES:
+        weight_HD = weight_ptr + place_HD if OF_HEADS else weight_ptr + entry_D[None, :] + head_H[:, None] * 0
+        weight_HD = tl.load(weight_HD, mask=mask_HD, other=0.0).to(tl.float32)
+    wait_for_previous()
     x_HD = tl.load(x_ptr + token * (HEADS * D) + place_HD, mask=mask_HD, other=0.0).to(tl.float32)
     gate_HD = tl.load(gate_ptr + token * gate_stride + place_HD, mask=mask_HD, other=0.0).to(tl.float32)
     silu_HD = gate_HD / (1.0 + tl.exp(-gate_HD))
     if GATE_FIRST or not NORMALISES:
         x_HD *= silu_HD
     if NORMALISES:
-        weight_HD = weight_ptr + place_HD if OF_HEADS else weight_ptr + entry_D[None, :] + head_H[:, None] * 0
-        weight_HD = tl.load(weight_HD, mask=mask_HD, other=0.0).to(tl.float32)
         scale_H = tl.rsqrt(tl.sum(x_HD * x_HD, axis=1) / D + eps)
         x_HD = x_HD * scale_H[:, None] * weight_HD
         if not GATE_FIRST:
@@ -70,5 +73,6 @@ def gated_norm(x: Tensor, gate: Tensor, weight: Tensor | None, eps: float, size:
         BLOCK_H=block_h,
         BLOCK_D=block_d,
         num_warps=4 if block_d <= 2 * _NUMBERS else 8,
+        **LAUNCH,
     )
     return out

@@ -4,6 +4,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from stepgraph.ops.dependent_launch import LAUNCH, wait_for_previous
 from stepgraph.ops.launched import launched
 
 BLOCK = 1024
@@ -18,6 +19,7 @@ def _sigmoid_gate_kernel(
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = column < WIDTH
+    wait_for_previous()
     x = tl.load(x_ptr + row * WIDTH + column, mask=inside, other=0.0)
     gate = tl.load(gate_ptr + row * gate_stride + column * PER_ENTRY, mask=inside, other=0.0)
     opened = (1.0 / (1.0 + tl.exp(-gate.to(tl.float32)))).to(x.dtype)
@@ -32,6 +34,14 @@ def sigmoid_gate(x: Tensor, gate: Tensor) -> Tensor:
     out = x.new_empty(rows, width)
     grid = (rows, triton.cdiv(width, BLOCK))
     _sigmoid_gate_kernel[grid](
-        x, gate, out, gate.stride(0), PER_ENTRY=int(gate.shape[1] == width), WIDTH=width, BLOCK=BLOCK, num_warps=4
+        x,
+        gate,
+        out,
+        gate.stride(0),
+        PER_ENTRY=int(gate.shape[1] == width),
+        WIDTH=width,
+        BLOCK=BLOCK,
+        num_warps=4,
+        **LAUNCH,
     )
     return out
