@@ -223,6 +223,8 @@ class Operand:
         return self.is_float and len(self.shape) <= 3
 
 
+_OF_STATES = ("causal_conv", "gated_delta", "mamba2")
+"""What they write in place is a line of state for each request, of which rows read one and write one."""
 _LOOKUPS = ("embedding", "index_select", "index", "gather")
 
 
@@ -238,6 +240,7 @@ def operator_cost(
 
     Weights are read once, activations once, and written once. An operator named attention reads the keys and values of `rows`,
     one that attends to older latents alone those from before the step; any other that is given them writes those of its tokens.
+    Rows read their states once and write them once.
     Integers (token ids, block tables, state) are not counted, nor is scratch memory. A matrix costs two FLOPs per entry and
     token. Stacked matrices of experts are read, and multiplied, as far as tokens have chosen them.
 
@@ -249,10 +252,12 @@ def operator_cost(
         num_heads: query heads.
         load: of the experts whose matrices the operator was given; None: it was given none.
     """
-    activations = [x for x in operands if x.kind == "other" and x.is_activation]
+    states = [x for x in operands if name in _OF_STATES and x.is_written]
+    activations = [x for x in operands if x.kind == "other" and x.is_activation and x not in states]
     num_tokens = activations[0].shape[0] if activations else 0
     written = sum(x.bytes for x in results if x.is_activation)
     bytes_ = written + sum(x.bytes * (1 + (x.is_written and not x.is_output)) for x in activations)
+    bytes_ += sum(2 * len(rows) * prod(x.shape[1:]) * x.element_size for x in states)
     flops = 0
     for weight in (x for x in operands if x.kind == "weight"):
         if name in _LOOKUPS:

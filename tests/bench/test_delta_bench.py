@@ -1,8 +1,10 @@
 """What a step of a model with gated delta rules, or with Mamba-2, costs at least."""
 
+from math import prod
+
 import torch
 
-from stepgraph.bench.roofline import ExpertLoad, step_cost
+from stepgraph.bench.roofline import ExpertLoad, Operand, operator_cost, step_cost
 from stepgraph.models import resolve
 from stepgraph.models.registry import ARCHITECTURES
 
@@ -27,3 +29,12 @@ def test_states_of_mamba_are_too() -> None:
     state = 23 * (64 * 128 * 64 * 4 + 3 * 6144 * 2)
     one, two = (step_cost(model, [(1, 30)] * number, loads=[ExpertLoad(6, 6)] * 23) for number in (1, 2))
     assert two.bytes - one.bytes == 2 * state + 6 * 2 * 2 * 128 * 2 * 31
+
+
+def test_an_operator_reads_and_writes_the_states_of_its_rows_not_of_all_lines() -> None:
+    x = Operand("other", (2, 8), 2, True, False)
+    for name, line in (("causal_conv", (3, 8)), ("gated_delta", (4, 16, 16)), ("mamba2", (4, 16, 16))):
+        states = [Operand("other", (lines, *line), 4, True, True) for lines in (9, 99)]
+        few, many = (operator_cost(name, [x, state], [x], [(1, 30), (1, 50)], 4) for state in states)
+        assert few == many
+        assert few.bytes == 2 * x.bytes + 2 * 2 * prod(line) * 4
