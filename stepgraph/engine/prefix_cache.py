@@ -95,7 +95,8 @@ class PrefixCache:
     def _border(self, request: Request, num_places: int) -> int:
         """Behind how many of its first places a request can start, of which the blocks of full groups are cached. From the last
         one backwards: of windowed groups, what is far before it does not matter."""
-        border = first = num_places  # from `first` on, the blocks of windowed groups are there
+        border = num_places
+        first = num_places if self._groups.num_windowed else 0  # from there on, the blocks of windowed groups are there
         while border:
             if first > self._num_unseen(border):
                 first -= 1
@@ -118,7 +119,8 @@ class PrefixCache:
 
     def _find(self, request: Request, index: int, number: int) -> int | None:
         """The cached block of that number of a place of a request."""
-        self._extend_keys(request, index + 1)  # one by one: most prompts share little with others
+        if index >= len(request.block_keys):  # twice as many each time: most prompts share little with others, some all
+            self._extend_keys(request, min(2 * index + 1, self._num_full(request)))
         name = numbered_key(request.block_keys[index], number)
         while True:
             block = self._blocks.find(name)
@@ -249,10 +251,11 @@ class PrefixCache:
         keys, size = request.block_keys, self.block_size
         if len(keys) >= num_blocks:
             return
-        start, end = len(keys) * size, num_blocks * size + self._lookahead
-        tokens = request.tokens(start, end)
-        for first in range(0, end - start - self._lookahead, size):
-            key = block_key(_key_before(request, len(keys)), tokens[first : first + size + self._lookahead].tobytes())
+        tokens = request.tokens(len(keys) * size, num_blocks * size + self._lookahead)
+        content, width = tokens.tobytes(), (size + self._lookahead) * tokens.itemsize
+        key = _key_before(request, len(keys))
+        for first in range(0, (num_blocks - len(keys)) * size * tokens.itemsize, size * tokens.itemsize):
+            key = block_key(key, content[first : first + width])
             keys.append(key)
 
 
