@@ -105,10 +105,13 @@ class LLM:
         sessions = self._start(several, params, priorities, _one_each("adapter", None, adapter, len(several)))
         owners = {request.id: session for session in sessions for request in session.requests}
         num_running = len(sessions)
+        may_stop_early = any(session.may_stop_early for session in sessions)
         try:
             with tqdm(total=num_running, desc="answers", disable=not use_tqdm, file=sys.stderr, leave=False) as bar:
                 while num_running:
                     for update in self._step():
+                        if update.finish_reason is None and not may_stop_early:
+                            continue
                         session = owners.get(update.request.id)
                         if session is None or session.finished:
                             continue

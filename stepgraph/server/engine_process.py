@@ -277,8 +277,9 @@ class EngineProcess:
         num_known = num_sent + len(update.new_token_ids)
         logprobs = None if request.params.logprobs is None else request.output_logprobs[num_sent:num_known]
         message = TokenUpdate(request.id, update.new_token_ids, logprobs=logprobs)
-        message.num_draft_tokens = request.num_draft_tokens
-        message.num_accepted = request.num_accepted(num_known) - request.num_accepted(num_sent)
+        if request.num_draft_tokens:
+            message.num_draft_tokens = request.num_draft_tokens
+            message.num_accepted = request.num_accepted(num_known) - request.num_accepted(num_sent)
         if num_sent == 0:
             message.first = first_token(request)
         if update.finish_reason is None:

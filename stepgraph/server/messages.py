@@ -231,7 +231,7 @@ class Refused(msgspec.Struct, tag=True):
     error: Fault
 
 
-class TokenUpdate(msgspec.Struct, array_like=True):
+class TokenUpdate(msgspec.Struct, array_like=True, gc=False):  # never part of a cycle, and there are many
     """New tokens of a request, or its end."""
 
     id: str
