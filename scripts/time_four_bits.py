@@ -43,17 +43,18 @@ def tiles(tokens: int, inputs: int) -> list[Tile]:
             SlicedTile(outputs=outputs, inputs=128, slices=slices, num_stages=stages)
             for outputs, slices, stages in (
                 *((16, 4, 3), (16, 4, 4), (16, 4, 6), (16, 8, 3), (16, 8, 4)),
-                *((16, 2, 5), (32, 4, 3), (32, 4, 4), (32, 2, 4)),
+                *((16, 2, 5), (32, 4, 3), (32, 4, 4), (32, 2, 5), (32, 8, 3), (64, 4, 3), (64, 2, 4)),
             )
         ]
-    if tokens > 32:
+    if tokens > 8:
         found += [
             BlockTile(tokens=size, outputs=outputs, code_bytes=code_bytes, num_warps=warps, num_stages=stages)
             for size, outputs, code_bytes, warps, stages in (
-                *((64, 64, 64, 4, 3), (64, 64, 64, 4, 4), (64, 128, 64, 8, 3)),
+                *((16, 64, 64, 4, 4), (32, 64, 64, 4, 3), (32, 64, 64, 4, 5), (32, 128, 64, 8, 3)),
+                *((64, 64, 64, 4, 3), (64, 64, 64, 4, 4), (64, 64, 64, 4, 5), (64, 128, 64, 8, 3), (64, 128, 64, 4, 3)),
                 *((128, 64, 64, 4, 3), (128, 128, 64, 8, 3), (256, 128, 32, 8, 4), (256, 128, 32, 8, 3)),
             )
-            if size <= max(64, 2 * tokens)
+            if tokens <= 4 * size and size < 4 * tokens
         ]
     return found
 

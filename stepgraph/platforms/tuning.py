@@ -248,10 +248,10 @@ class KernelTuning:
     )
     """Products of weights of 8 bits; others go in tiles of many tokens."""
     few_tokens_4bit: tuple[TileRange, ...] = (
-        TileRange(range(33), range(1 << 62), SlicedTile(outputs=16, inputs=128, slices=4, num_stages=5)),
-        TileRange(range(33, 65), range(1 << 62), SlicedTile(outputs=16, inputs=128, slices=4, num_stages=4)),
+        TileRange(range(17), range(1 << 62), SlicedTile(outputs=32, inputs=128, slices=4, num_stages=5)),
     )
-    """Likewise of 4 bits."""
+    """Likewise of 4 bits. A program reads all tokens, of which each is four times the bytes of an output's codes, so it pays to
+    have more outputs than with wider weights."""
 
     expert_tiles: tuple[ExpertTiles, ...] = EXPERTS
     """Products of experts' weights of 16 bits, in ascending order."""

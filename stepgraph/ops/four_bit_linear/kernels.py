@@ -10,8 +10,10 @@ Shapes: T tokens, N outputs, K inputs, G groups of inputs, P bytes of codes, Q p
 
 import triton
 import triton.language as tl
+from triton import knobs
 
 from stepgraph.ops.dependent_launch import wait_for_previous
+from stepgraph.ops.four_bit_linear import ptx
 from stepgraph.ops.four_bit_linear.reference import CHUNK
 from stepgraph.ops.launched import launched
 from stepgraph.ops.linear.ends import before_add, finish
@@ -24,15 +26,52 @@ _CENTRE = tl.constexpr(24)
 """What an integer's code becomes that stands for zero: 16 and 8."""
 _E2M1_FACTOR = tl.constexpr(2.0**126)
 """Between E2M1's numbers, and float32 with their bits in its exponent and mantissa."""
+_COMPILED = tl.constexpr(not knobs.runtime.interpret)
+"""Whether PTX can be used, which takes four bytes or two numbers of 16 bits at once."""
+_LOW_BITS, _HIGH_BITS = (tl.constexpr(ptx.float32_bits(first)) for first in (0, 4))
+_LOW_BFLOAT16, _HIGH_BFLOAT16 = (tl.constexpr(ptx.integers("bf16", first)) for first in (0, 4))
+_LOW_FLOAT16, _HIGH_FLOAT16 = (tl.constexpr(ptx.integers("f16", first)) for first in (0, 4))
+_LOW_E2M1_BFLOAT16, _HIGH_E2M1_BFLOAT16 = (tl.constexpr(ptx.e2m1("bf16", first)) for first in (0, 4))
+_LOW_E2M1_FLOAT16, _HIGH_E2M1_FLOAT16 = (tl.constexpr(ptx.e2m1("f16", first)) for first in (0, 4))
 
 
 @triton.jit
-def _numbers(half, IS_E2M1: tl.constexpr):
-    """What codes, in the lower four bits of int32, stand for, as float32: E2M1's numbers, or the integers and 16."""
+def _numbers(codes, HIGH: tl.constexpr, IS_E2M1: tl.constexpr):
+    """What the codes in the lower or upper halves of bytes stand for, as float32: E2M1's numbers, or the integers and 16."""
     if IS_E2M1:
+        half = codes.to(tl.int32) >> 4 if HIGH else codes.to(tl.int32) & 15
         bits = ((half & 8) << 28) | ((half & 7) << 22)
-        return bits.to(tl.float32, bitcast=True) * _E2M1_FACTOR
-    return ((half << 19) | _SIXTEEN).to(tl.float32, bitcast=True)
+        number = bits.to(tl.float32, bitcast=True) * _E2M1_FACTOR
+    elif _COMPILED:
+        bits = tl.inline_asm_elementwise(
+            _HIGH_BITS if HIGH else _LOW_BITS, "=r,=r,=r,=r,r", [codes], dtype=tl.int32, is_pure=True, pack=4
+        )
+        number = bits.to(tl.float32, bitcast=True)
+    else:
+        half = codes.to(tl.int32) >> 4 if HIGH else codes.to(tl.int32) & 15
+        number = ((half << 19) | _SIXTEEN).to(tl.float32, bitcast=True)
+    return number
+
+
+@triton.jit
+def _centred_numbers(codes, dtype: tl.constexpr, HIGH: tl.constexpr, IS_E2M1: tl.constexpr):
+    """Likewise in 16 bits, which hold all of them, integers as they are."""
+    if not _COMPILED:
+        number = _numbers(codes, HIGH, IS_E2M1)
+        number = (number if IS_E2M1 else number - _CENTRE).to(dtype)
+    elif dtype == tl.bfloat16:
+        low: tl.constexpr = _LOW_E2M1_BFLOAT16 if IS_E2M1 else _LOW_BFLOAT16
+        high: tl.constexpr = _HIGH_E2M1_BFLOAT16 if IS_E2M1 else _HIGH_BFLOAT16
+        number = tl.inline_asm_elementwise(
+            high if HIGH else low, "=r,=r,r", [codes], dtype=tl.bfloat16, is_pure=True, pack=4
+        )
+    else:
+        low: tl.constexpr = _LOW_E2M1_FLOAT16 if IS_E2M1 else _LOW_FLOAT16
+        high: tl.constexpr = _HIGH_E2M1_FLOAT16 if IS_E2M1 else _HIGH_FLOAT16
+        number = tl.inline_asm_elementwise(
+            high if HIGH else low, "=r,=r,r", [codes], dtype=tl.float16, is_pure=True, pack=4
+        )
+    return number
 
 
 @triton.jit
@@ -69,8 +108,8 @@ def _input_of(place):
 @triton.jit
 def _sum_inputs(codes_NP, low_P, high_P, scale_NQ, offset_NQ, sum_Q, IS_E2M1: tl.constexpr, PIECE: tl.constexpr):
     """A token's sums over a block of inputs, [N] float32."""
-    codes_NP = codes_NP.to(tl.int32)
-    product_NP = _numbers(codes_NP & 15, IS_E2M1) * low_P[None, :] + _numbers(codes_NP >> 4, IS_E2M1) * high_P[None, :]
+    product_NP = _numbers(codes_NP, False, IS_E2M1) * low_P[None, :]
+    product_NP += _numbers(codes_NP, True, IS_E2M1) * high_P[None, :]
     N: tl.constexpr = codes_NP.shape[0]
     P: tl.constexpr = codes_NP.shape[1]
     part_NQ = tl.sum(tl.reshape(product_NP, [N, P // PIECE, PIECE]), axis=2) * scale_NQ
@@ -107,6 +146,7 @@ def streamed_kernel(
     is_gated: tl.constexpr = END == "swiglu" or END == "geglu"
     PIECE: tl.constexpr = 16 if GROUP > 16 else GROUP  # what a thread loads at once
     GROUPS: tl.constexpr = (P + GROUP - 1) // GROUP
+    IS_EVEN: tl.constexpr = P % BLOCK_P == 0 and K == 2 * P
     output_N = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     inside_N = output_N < N
     place_P = tl.arange(0, BLOCK_P)
@@ -115,7 +155,7 @@ def streamed_kernel(
     low_P, high_P = _input_of(place_P), _input_of(place_P) + _HALF_CHUNK
     codes_NP = codes_ptr + output_N.to(tl.int64)[:, None] * P + place_P[None, :]
     up_NP = codes_NP + tl.cast(N, tl.int64) * P
-    first_inside_NP = inside_N[:, None] & (place_P < P)[None, :]
+    first_inside_NP = inside_N[:, None] & ((place_P < P) | IS_EVEN)[None, :]
     first_NP = tl.load(codes_NP, mask=first_inside_NP, other=0)
     if is_gated:
         first_up_NP = tl.load(up_NP, mask=first_inside_NP, other=0)
@@ -128,9 +168,9 @@ def streamed_kernel(
     sum_NT = tl.zeros([BLOCK_N, TOKENS], tl.float32)
     up_NT = tl.zeros([BLOCK_N, TOKENS], tl.float32)
     for start in tl.static_range(0, P, BLOCK_P):
-        inside_NP = inside_N[:, None] & (start + place_P < P)[None, :]
+        inside_NP = inside_N[:, None] & ((start + place_P < P) | IS_EVEN)[None, :]
         group_Q = (start + place_Q) // GROUP
-        inside_NQ = inside_N[:, None] & (start + place_Q < P)[None, :]
+        inside_NQ = inside_N[:, None] & ((start + place_Q < P) | IS_EVEN)[None, :]
         scale_place_NQ = output_N[:, None] * GROUPS + group_Q[None, :]
         block_NP = first_NP if start == 0 else tl.load(codes_NP + start, mask=inside_NP, other=0)
         scale_NQ, offset_NQ = _scales(scale_ptr, zero_ptr, scale_place_NQ, inside_NQ, IS_E2M1)
@@ -140,8 +180,8 @@ def streamed_kernel(
             up_scale_NQ, up_offset_NQ = _scales(scale_ptr, zero_ptr, up_place_NQ, inside_NQ, IS_E2M1)
         for token in tl.static_range(TOKENS):
             x_low_P = x_ptr + token * K + 2 * start + low_P
-            low_x_P = tl.load(x_low_P, mask=2 * start + low_P < K, other=0.0)
-            high_x_P = tl.load(x_low_P + _HALF_CHUNK, mask=2 * start + high_P < K, other=0.0)
+            low_x_P = tl.load(x_low_P, mask=(2 * start + low_P < K) | IS_EVEN, other=0.0)
+            high_x_P = tl.load(x_low_P + _HALF_CHUNK, mask=(2 * start + high_P < K) | IS_EVEN, other=0.0)
             if norm_ptr is not None:
                 low_x_P, high_x_P = low_x_P.to(tl.float32), high_x_P.to(tl.float32)
                 squares = tl.sum(low_x_P * low_x_P + high_x_P * high_x_P, axis=0)
@@ -167,12 +207,10 @@ def streamed_kernel(
 @triton.jit
 def _group_products(codes, low_x, high_x, scale_SN, offset_SN, sum_ST, HAS_ZERO: tl.constexpr, IS_E2M1: tl.constexpr):
     """Products of slices within groups, [S, N, T] float32."""
-    codes = codes.to(tl.int32)
-    low, high = _numbers(codes & 15, IS_E2M1), _numbers(codes >> 4, IS_E2M1)
-    if not IS_E2M1:
-        low, high = low - _CENTRE, high - _CENTRE
-    part_SNT = tl.dot(low.to(low_x.dtype), low_x, out_dtype=tl.float32)
-    part_SNT = tl.dot(high.to(low_x.dtype), high_x, part_SNT) * scale_SN[:, :, None]
+    low = _centred_numbers(codes, low_x.dtype, False, IS_E2M1)
+    part_SNT = tl.dot(low, low_x, out_dtype=tl.float32)
+    high = _centred_numbers(codes, low_x.dtype, True, IS_E2M1)
+    part_SNT = tl.dot(high, high_x, part_SNT) * scale_SN[:, :, None]
     if HAS_ZERO:
         part_SNT += (offset_SN + _CENTRE * scale_SN)[:, :, None] * sum_ST[:, None, :]
     return part_SNT
@@ -199,6 +237,7 @@ def sliced_kernel(
     BLOCK_T: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_P: tl.constexpr,
+    IS_EVEN: tl.constexpr,  # K is a multiple of what slices take at once
     SLICES: tl.constexpr,  # the number of warps: Triton gives each a batch entry of the product
     STAGES: tl.constexpr,
 ):
@@ -221,9 +260,10 @@ def sliced_kernel(
     wait_for_previous()
     before_NT = before_add(out_NT, inside_NT, END)
     for start in tl.range(0, P, SLICES * BLOCK_P, num_stages=STAGES):
-        inside_SP = start + place_SP < P
+        inside_SP = (start + place_SP < P) | IS_EVEN
         inside_SNP = inside_N[None, :, None] & inside_SP[:, None, :]
-        low_SP, high_SP = 2 * start + input_SP < K, 2 * start + input_SP + _HALF_CHUNK < K
+        low_SP = (2 * start + input_SP < K) | IS_EVEN
+        high_SP = (2 * start + input_SP + _HALF_CHUNK < K) | IS_EVEN
         low_x_SPT = tl.load(x_SPT + 2 * start, mask=low_SP[:, :, None] & inside_T[None, None, :], other=0.0)
         high_x_SPT = tl.load(
             x_SPT + 2 * start + _HALF_CHUNK, mask=high_SP[:, :, None] & inside_T[None, None, :], other=0.0
@@ -231,7 +271,7 @@ def sliced_kernel(
         sum_ST = tl.sum(low_x_SPT.to(tl.float32) + high_x_SPT.to(tl.float32), axis=1) if has_zero else 0.0
         place_S1 = (start + slice_S)[:, None]
         place_SN = output_N[None, :] * groups + place_S1 // GROUP
-        inside_SN = inside_N[None, :] & (place_S1 < P)
+        inside_SN = inside_N[None, :] & ((place_S1 < P) | IS_EVEN)
         scale_SN, offset_SN = _scales(scale_ptr, zero_ptr, place_SN, inside_SN, IS_E2M1)
         codes = tl.load(codes_SNP + start, mask=inside_SNP, other=0)
         sum_SNT += _group_products(codes, low_x_SPT, high_x_SPT, scale_SN, offset_SN, sum_ST, has_zero, IS_E2M1)
@@ -250,12 +290,12 @@ def sliced_kernel(
 
 
 @triton.jit
-def _weights(half_NP, scale_NQ, offset_NQ, dtype: tl.constexpr, IS_E2M1: tl.constexpr):
-    """Dequantised weights, rounded once, of codes in the lower four bits of int32."""
-    N: tl.constexpr = half_NP.shape[0]
-    P: tl.constexpr = half_NP.shape[1]
+def _weights(codes_NP, scale_NQ, offset_NQ, dtype: tl.constexpr, HIGH: tl.constexpr, IS_E2M1: tl.constexpr):
+    """Dequantised weights, rounded once, of the codes in the lower or upper halves of bytes."""
+    N: tl.constexpr = codes_NP.shape[0]
+    P: tl.constexpr = codes_NP.shape[1]
     Q: tl.constexpr = scale_NQ.shape[1]
-    number_NP = _numbers(half_NP, IS_E2M1)
+    number_NP = _numbers(codes_NP, HIGH, IS_E2M1)
     if Q == 1:
         weight_NP = number_NP * scale_NQ + offset_NQ
     else:
@@ -309,10 +349,9 @@ def block_kernel(
         place_NQ = output_N[:, None] * groups + ((start + place_Q) // GROUP)[None, :]
         inside_NQ = inside_N[:, None] & (start + place_Q < P)[None, :]
         scale_NQ, offset_NQ = _scales(scale_ptr, zero_ptr, place_NQ, inside_NQ, IS_E2M1)
-        codes = codes.to(tl.int32)
-        low_NP = _weights(codes & 15, scale_NQ, offset_NQ, dtype, IS_E2M1)
+        low_NP = _weights(codes, scale_NQ, offset_NQ, dtype, False, IS_E2M1)
         sum_NT = tl.dot(low_NP, low_x_PT, sum_NT, input_precision="ieee")
-        high_NP = _weights(codes >> 4, scale_NQ, offset_NQ, dtype, IS_E2M1)
+        high_NP = _weights(codes, scale_NQ, offset_NQ, dtype, True, IS_E2M1)
         sum_NT = tl.dot(high_NP, high_x_PT, sum_NT, input_precision="ieee")
     if factor_ptr is not None:
         sum_NT *= _factors(factor_ptr, output_N, inside_N)[:, None]

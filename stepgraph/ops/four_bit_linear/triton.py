@@ -152,7 +152,8 @@ def choose_tile(x: Tensor, weight: FourBitWeight, *, by_row: bool = False) -> Ti
         programs = triton.cdiv(tokens, tile.tokens) * triton.cdiv(outputs, tile.outputs)
         if 2 * tokens > tile.tokens and programs >= TUNING.min_fp8_programs:
             return tile
-    return BlockTile(tokens=64 if tokens > 16 else 16, outputs=64, code_bytes=64, num_warps=4, num_stages=3)
+    rows = min(64, max(16, triton.next_power_of_2(tokens)))
+    return BlockTile(tokens=rows, outputs=64, code_bytes=64, num_warps=4, num_stages=3)
 
 
 @functools.cache
@@ -210,6 +211,7 @@ def multiply(
                 **LAUNCH,
             )
         case SlicedTile():
+            block_bytes = min(tile.inputs // 2, group_bytes)
             sliced_kernel[(triton.cdiv(outputs, tile.outputs),)](
                 x,
                 *parts,
@@ -225,7 +227,8 @@ def multiply(
                 IS_E2M1=weight.is_e2m1,
                 BLOCK_T=max(8, triton.next_power_of_2(tokens)),
                 BLOCK_N=tile.outputs,
-                BLOCK_P=min(tile.inputs // 2, group_bytes),
+                BLOCK_P=block_bytes,
+                IS_EVEN=inputs % (2 * block_bytes * tile.slices) == 0,
                 SLICES=tile.slices,
                 STAGES=tile.num_stages,
                 num_warps=tile.slices,
