@@ -16,7 +16,7 @@ export function palette() {
   return Object.fromEntries(COLOURS.map((name) => [name, style.getPropertyValue(`--${name}`).trim()]));
 }
 
-export const colourOf = (colours, kind) => (["prefill", "decode", "mixed"].includes(kind) ? colours[kind] : colours.other);
+export const colourOf = (colours, kind) => colours[kind] ?? colours.other;
 
 export class Plot {
   /** `canvas` fills the width of its parent and is `height` pixels high, which may be set anew before a drawing. */
@@ -26,7 +26,8 @@ export class Plot {
     this.context = canvas.getContext("2d");
   }
 
-  /** Begin a drawing of a window of time: an empty canvas with grid and times. `clockOffset` makes Unix time of the engine's. */
+  /** Begin a drawing of a window of time: an empty canvas with grid and times. `clockOffset` makes Unix time of the
+   * engine's; without it there are no times. */
   begin(window_, clockOffset, colours) {
     this.measure(window_);
     const ratio = window.devicePixelRatio || 1;
@@ -97,16 +98,21 @@ export class Plot {
   /** Words in the middle where there is nothing to draw. */
   note(text) {
     const g = this.context;
-    g.fillStyle = this.colours.quiet;
     g.textAlign = "center";
     g.font = "13px system-ui, sans-serif";
-    g.fillText(text, GUTTER + this.inner / 2, (this.height - AXIS) / 2);
+    const [x, y] = [GUTTER + this.inner / 2, (this.height - AXIS) / 2];
+    const width = g.measureText(text).width + 16;
+    g.fillStyle = this.colours.panel;
+    g.fillRect(x - width / 2, y - 10, width, 20);
+    g.fillStyle = this.colours.quiet;
+    g.fillText(text, x, y);
   }
 
   #axis(clockOffset) {
     const g = this.context;
     const bottom = this.height - AXIS;
     this.rule(bottom);
+    if (clockOffset === null) return;
     const step = stepOf(this.span / Math.max(2, Math.floor(this.inner / 110)));
     const fraction = step >= 1 ? 0 : Math.min(4, Math.ceil(-Math.log10(step)));
     const first = Math.ceil((this.from + clockOffset) / step);

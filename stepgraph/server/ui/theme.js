@@ -5,7 +5,7 @@ const THEMES = ["auto", "dark", "light"];
 const SAID = { auto: "as the system", dark: "dark", light: "light" };
 
 export class Theme {
-  #theme = THEMES.includes(localStorage.getItem(KEY)) ? localStorage.getItem(KEY) : "auto";
+  #theme = THEMES.find((theme) => theme === localStorage.getItem(KEY)) ?? "auto";
 
   /** `onChange()` is called whenever colours are others. */
   constructor(button, onChange) {

@@ -21,8 +21,8 @@ export class Waterfall {
     this.note = note;
   }
 
-  /** Draw the requests of the window. `mine(name)`: was it this page's chat that sent it? */
-  draw({ store, window, filter, clockOffset, colours, mine }) {
+  /** Draw the requests of the window. `isMine(name)`: was it this page's chat that sent it? */
+  draw({ store, window, filter, clockOffset, colours, isMine }) {
     const found = filter.requests(inView(store, window)).sort((a, b) => a.arrived - b.arrived);
     const { plot } = this;
     plot.measure(window);
@@ -39,7 +39,7 @@ export class Waterfall {
       g.textAlign = "left";
       for (const { request, row, right, room } of this.#bars) {
         if (room < g.measureText(words.get(request)).width) continue;
-        g.fillStyle = mine(request.name) ? colours.accent : colours.quiet;
+        g.fillStyle = isMine(request.name) ? colours.accent : colours.quiet;
         g.fillText(words.get(request), right + 6, TOP + row * ROW + ROW / 2);
       }
     });
