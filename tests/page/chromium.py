@@ -216,6 +216,10 @@ class Tab:
         """Wait until an element shows some text."""
         self.wait(f"document.querySelector({json.dumps(selector)})?.innerText.includes({json.dumps(part)})")
 
+    def wait_frame(self) -> None:
+        """Wait until what the page has to draw now is drawn."""
+        self.value("new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(done)))")
+
     def click(self, selector: str, x: float | None = None, y: float | None = None) -> None:
         """A press of the mouse on an element: in its middle, or at a place in it."""
         box = self.value(

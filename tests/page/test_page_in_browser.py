@@ -390,6 +390,13 @@ def test_the_keyboard_reaches_everything_but_not_out_of_fields(fake, tab):
     assert tab.value("document.querySelector('#pause').getAttribute('aria-pressed')") == "false"
 
 
+def test_the_keys_of_the_help_are_those_of_the_documentation(tab):
+    documented = re.findall(r"^\| `(\S+)` \| (.+) \|$", (UI.parents[2] / "docs" / "page.md").read_text(), re.MULTILINE)
+    tab.press("?")
+    tab.wait("document.querySelector('#help').open")
+    assert list(zip(tab.texts("#keys dt"), tab.texts("#keys dd"), strict=True)) == documented
+
+
 def test_everything_that_can_be_used_has_a_name(fake, tab):
     fake.say(told(step(0)), {"type": "requests", "requests": [request(1)]})
     tab.wait(f"{SHOWN} === 1")

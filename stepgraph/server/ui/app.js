@@ -131,7 +131,7 @@ class Page {
       ["-", "more time in view", () => this.steps.window.zoom(2)],
       ["[", "earlier", () => this.steps.window.pan(-0.25)],
       ["]", "later", () => this.steps.window.pan(0.25)],
-      ["ArrowLeft", "the step before, from anywhere outside fields", () => this.steps.choose(this.steps.neighbour(-1), true)],
+      ["ArrowLeft", "the step before", () => this.steps.choose(this.steps.neighbour(-1), true)],
       ["ArrowRight", "the step after", () => this.steps.choose(this.steps.neighbour(1), true)],
       ["/", "filter", () => $("filter").focus()],
       ["x", "no filter", () => this.steps.filterBy("")],

@@ -99,7 +99,7 @@ export class Graphs {
     const eager = Object.entries(one.eager_reasons ?? {}).map(([reason, number]) => `${reason} ${count(number)}`);
     this.note.textContent = one.error
       ? one.error
-      : `${count(this.#graphs.length)} captured, ${bytes(one.bytes)} · ${count(one.steps)} steps since the start, ` +
+      : `${count(this.#graphs.length)} captured${one.bytes ? `, ${bytes(one.bytes)}` : ""} · ${count(one.steps)} steps since the start, ` +
         `${count(one.eager_steps)} of them eager${eager.length ? ` (${eager.join(", ")})` : ""} · ` +
         `${percent(one.padding_tokens, one.real_tokens + one.padding_tokens)} padding`;
     this.#draw();

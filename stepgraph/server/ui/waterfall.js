@@ -37,11 +37,7 @@ export class Waterfall {
       for (const bar of this.#bars) this.#drawBar(g, bar, store.latest);
       marks = this.#drawMarks(g, store, window);
       g.textAlign = "left";
-      for (const { request, row, right, room } of this.#bars) {
-        if (room < g.measureText(words.get(request)).width) continue;
-        g.fillStyle = isMine(request.name) ? colours.accent : colours.quiet;
-        g.fillText(words.get(request), right + 6, TOP + row * ROW + ROW / 2);
-      }
+      for (const bar of this.#bars) this.#drawWords(g, bar, words.get(bar.request), isMine(bar.request.name));
     });
     if (!found.length) plot.note(store.requests.size ? "No requests in view" : "No requests yet");
     const hidden = found.length - this.#bars.length;
@@ -111,6 +107,24 @@ export class Waterfall {
     part(arrived, scheduled ?? finished, plot.colours.queued, 0.8);
     part(scheduled, first ?? finished, plot.colours.prefill, 0.35);
     part(first, finished, plot.colours.decode, 0.35);
+  }
+
+  /** Name a request behind its bar or, if there is no room, in its end. */
+  #drawWords(g, { row, left, right, room }, text, isMine) {
+    const { colours } = this.plot;
+    const width = g.measureText(text).width;
+    const isBehind = width <= room;
+    const end = Math.min(right, this.plot.width - 14);
+    if (!isBehind && end - Math.max(left, GUTTER) < 2 * width) return;
+    const [x, y] = [isBehind ? right + 6 : end - width - 6, TOP + row * ROW + ROW / 2];
+    if (!isBehind) {
+      g.fillStyle = colours.panel;
+      g.globalAlpha = 0.85;
+      g.fillRect(x - 4, y - BAR / 2 + 1.5, width + 8, BAR - 3); // the bar goes on around it
+      g.globalAlpha = 1;
+    }
+    g.fillStyle = isMine ? colours.accent : colours.quiet;
+    g.fillText(text, x, y);
   }
 
   /** What each step did for each request; returns how many marks there are in the window, which may be too many to draw. */
