@@ -44,7 +44,8 @@ class Block:
     """Why the tour leaves it out, if the page says so."""
 
     def __str__(self) -> str:
-        return f"{self.page.relative_to(ROOT)}:{self.line}"
+        page = self.page.relative_to(ROOT) if self.page.is_relative_to(ROOT) else self.page
+        return f"{page}:{self.line}"
 
     @property
     def commands(self) -> list[Command]:

@@ -49,7 +49,7 @@ _IMPORTED = {
     "stepgraph.server.engine_process": _OF_SERVERS,
     "stepgraph.server.front_process": _OF_SERVERS,
 }
-"""By what is run, what it imports; not what is run itself."""
+"""By what is run, what it imports; not what is run itself. Anything else may be a user's, with whatever it needs."""
 
 
 class _Request(NamedTuple):
@@ -168,7 +168,7 @@ def _serve(channel: socket.socket) -> _Request:
         if not message:
             os._exit(0)
         request = _Request(*pickle.loads(message))
-        missing = [module for module in _IMPORTED[request.command[0]] if module not in sys.modules]
+        missing = [module for module in _IMPORTED.get(request.command[0], _OF_SERVERS) if module not in sys.modules]
         for module in missing:
             importlib.import_module(module)
         if missing:

@@ -1,4 +1,4 @@
-"""What the pages say is there: commands, flags, imports, files. scripts/tour.py runs the commands and the code."""
+"""What the pages say is there: commands, flags, imports, files. tests/test_tour.py runs the commands and the code."""
 
 import ast
 import importlib
