@@ -96,13 +96,23 @@ def add_page(app: FastAPI, service: Service, page: Page) -> None:
 
     @app.get("/ui/trace", summary="Steps and requests as a trace for Perfetto or Chrome", tags=["operations"])
     async def trace(
-        seconds: float = Query(0.0, ge=0, le=MAX_TRACE_S, description="what comes in so many seconds; 0: what is kept"),
+        seconds: str = Query("0", description=f"what comes in so many, at most {MAX_TRACE_S}; 0: what is kept"),
     ) -> Response:
-        return Response(await service.control.trace(seconds), media_type="application/json")
+        return Response(await service.control.trace(_seconds(seconds)), media_type="application/json")
 
     @app.get("/ui/{name}", include_in_schema=False)
     async def file(name: str, http: Request) -> Response:
         return page.file(name, http)
+
+
+def _seconds(given: str) -> float:
+    try:
+        seconds = float(given)
+    except ValueError:
+        seconds = -1.0
+    if not 0 <= seconds <= MAX_TRACE_S:
+        raise APIError(400, f"seconds={given!r:.50} must be a number from 0 to {MAX_TRACE_S}", param="seconds")
+    return seconds
 
 
 async def _events(service: Service, looked: dict[str, Any]) -> AsyncGenerator[bytes]:

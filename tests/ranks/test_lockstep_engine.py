@@ -3,9 +3,10 @@
 import os
 import signal
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from itertools import pairwise
+from itertools import count, pairwise
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ from stepgraph.engine.build import build_engine
 from stepgraph.engine.engine import Engine
 from stepgraph.engine.request import FinishReason
 from stepgraph.engine.sampling_params import SamplingParams
+from stepgraph.engine.step_recorder import StepRecorder
 from stepgraph.errors import ConfigError, EngineDeadError, ModelError
 from stepgraph.executor.ranked import build_ranked_executor
 from stepgraph.models.source import resolve
@@ -104,6 +106,7 @@ def test_a_step_like_the_one_before_costs_16_bytes(model, create_ranked) -> None
 def test_reports_are_of_all_ranks_together_and_of_each(model, create_ranked) -> None:
     two, infos = create_ranked(config_of(model, **TWO)), []
     two.on_step = lambda report: infos.append(step_info(report))
+    recorder = StepRecorder(two, count(1))
     for i in range(5):
         two.add_request(str(i), [3 + i] * (1 + i), GREEDY)
     two.step()
@@ -118,6 +121,15 @@ def test_reports_are_of_all_ranks_together_and_of_each(model, create_ranked) -> 
     assert sum(info.num_ranks * info.num_tokens - info.num_real_tokens for info in infos) == statistics.padding_tokens
     assert sum(info.num_real_tokens for info in infos) == statistics.real_tokens > 5 * 12
     assert load_of(two).kv_usage == 0
+    steps, requests, _ = recorder.take()
+    assert [(step.ranks, step.tokens) for step in steps] == [(info.num_ranks, info.num_real_tokens) for info in infos]
+    computed, gained = Counter(), Counter()
+    for step in steps:
+        for row, (number, tokens) in enumerate(zip(step.ids, step.gained, strict=True)):
+            (computed if row < step.prompts else gained)[number] += tokens
+    names = {request.id: int(request.name) for request in requests}
+    assert {names[number]: tokens for number, tokens in computed.items()} == {i: 1 + i for i in range(5)}
+    assert gained == dict.fromkeys(names, 11)  # and one with the prompt
 
 
 def test_graphs_are_right_on_all_ranks(model, create_ranked) -> None:

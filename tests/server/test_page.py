@@ -81,6 +81,16 @@ def test_programs_get_the_list_of_endpoints_and_without_the_page_browsers_do() -
     assert "/ui/trace" not in {each["path"] for each in off.get("/").json()["endpoints"]}
 
 
+def test_what_cannot_be_looked_at_is_said_as_everywhere(web, monkeypatch) -> None:
+    for given in ("abc", "-1", "51", "nan", "inf"):
+        reply = web.get(f"/ui/trace?seconds={given}", headers=KEY)
+        assert (reply.status_code, reply.json()["error"]["param"]) == (400, "seconds"), given
+        assert f"seconds='{given}' must be a number from 0 to 50" in reply.json()["error"]["message"]
+    monkeypatch.setattr(page_module, "MAX_READERS", 0)
+    reply = web.get("/ui/events", headers=KEY)
+    assert (reply.status_code, reply.headers["retry-after"]) == (429, "5")
+
+
 # What is kept
 
 
