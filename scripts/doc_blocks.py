@@ -18,7 +18,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 LANGUAGES = ("console", "python", "yaml", "json", "")
-_BLOCK = re.compile(
+FENCED = re.compile(
     r"(?:^<!-- not run: (?P<reason>[^\n]+) -->\n)?^```(?P<language>\w*)\n(?P<text>.*?)^```$", re.MULTILINE | re.DOTALL
 )
 
@@ -77,13 +77,13 @@ def blocks(page: Path) -> list[Block]:
     text = page.read_text(encoding="utf-8")
     return [
         Block(page, text[: found.start("text")].count("\n"), found["language"], found["text"], found["reason"])
-        for found in _BLOCK.finditer(text)
+        for found in FENCED.finditer(text)
     ]
 
 
 def without_blocks(page: Path) -> str:
     """The page's prose."""
-    return _BLOCK.sub("", page.read_text(encoding="utf-8"))
+    return FENCED.sub("", page.read_text(encoding="utf-8"))
 
 
 def words(command: str) -> list[str]:

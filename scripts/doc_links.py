@@ -11,11 +11,14 @@ import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from doc_blocks import _BLOCK, ROOT, without_blocks
+from doc_blocks import FENCED, ROOT, without_blocks
 
 SHOWN = (".py", ".yaml", ".toml", "Dockerfile", "LICENSE")
 """Ends of names of files that become a page."""
 _LINK = re.compile(r"(?<=\]\()(?!https?:|mailto:)(?P<path>[^)\s#]*)(?P<anchor>#[^)\s]*)?(?=\))")
+
+_NAMED = re.compile(r"(?<=\[)[\w./-]+\.md(?=\]\((?!https?:)(?P<path>[^)\s#]+\.md)(?:#[^)\s]*)?\))")
+"""A link that shows the name of the file that it leads to."""
 
 
 def slug(heading: str, separator: str = "-") -> str:
@@ -46,19 +49,32 @@ def place(path: str) -> str:
 
 
 def with_links(page: str, text: str, to: Callable[[str], str] = place) -> str:
-    """A page's text with its links as the site has them; `page` is its path from the repository's root."""
+    """A page's text with its links as the site has them: they show titles in place of names of files.
 
-    def replaced(found: re.Match[str]) -> str:
+    Args:
+        page: its path from the repository's root.
+        text: what it holds.
+        to: where a file is on the site.
+    """
+
+    def linked(found: re.Match[str]) -> str:
+        return posixpath.normpath(posixpath.join(posixpath.dirname(page), found["path"]))
+
+    def titled(found: re.Match[str]) -> str:
+        title = re.search(r"^# (.+)$", without_blocks(ROOT / linked(found)), re.MULTILINE)
+        return title[1] if title else found[0]
+
+    def placed(found: re.Match[str]) -> str:
         if not found["path"]:
             return found[0]
-        linked = posixpath.normpath(posixpath.join(posixpath.dirname(page), found["path"]))
-        return posixpath.relpath(to(linked), posixpath.dirname(to(page)) or ".") + (found["anchor"] or "")
+        return posixpath.relpath(to(linked(found)), posixpath.dirname(to(page)) or ".") + (found["anchor"] or "")
 
     parts, end = [], 0
-    for block in _BLOCK.finditer(text):
-        parts += [_LINK.sub(replaced, text[end : block.start()]), block[0]]
-        end = block.end()
-    return "".join([*parts, _LINK.sub(replaced, text[end:])])
+    for block in [*FENCED.finditer(text), None]:
+        prose = text[end : block.start() if block else None]
+        parts += [_LINK.sub(placed, _NAMED.sub(titled, prose)), block[0] if block else ""]
+        end = block.end() if block else end
+    return "".join(parts)
 
 
 def beyond(pages: list[Path]) -> list[str]:

@@ -77,6 +77,12 @@ def test_links_keep_what_they_mean_on_the_site(page, link, on_site) -> None:
     assert with_links(page, text) == f"[x]({on_site}), ![y]({on_site})\n\n```python\na[0]({link})\n```\n"
 
 
+def test_a_link_that_shows_the_name_of_a_file_shows_its_title_on_the_site() -> None:
+    text = "[docs/cpu.md](docs/cpu.md#threads), [the file](docs/cpu.md), [cpu.md](https://a.example/cpu.md)"
+    shown = "[On a CPU](cpu.md#threads), [the file](cpu.md), [cpu.md](https://a.example/cpu.md)"
+    assert with_links("CONTRIBUTING.md", text) == shown
+
+
 def test_no_two_files_have_one_place() -> None:
     files = [*PAGES, *beyond([ROOT / page for page in PAGES])]
     places = {place(path): path for path in files}
