@@ -162,6 +162,8 @@ class GuidanceCompiler:
                 if converter.token_ids:
                     self._check_structure(converter.token_ids)
                     compiler = xgrammar.GrammarCompiler(self._structure_info, max_threads=_THREADS)
+                for text in converter.grammars:  # which may come to their turn when much has been said
+                    self._require_answer(compiler.compile_grammar(text), f"{name} holds a grammar that")
                 grammar = compiler.compile_structural_tag(json.dumps(converted))
             else:
                 name = "grammar"
@@ -171,13 +173,17 @@ class GuidanceCompiler:
         except (RuntimeError, UnicodeDecodeError) as error:  # what xgrammar raises for all it refuses
             where = f"structured_outputs.{name}"
             raise RequestError(f"{where} cannot be used: {_reason(error)}", param=where) from error
+        return self._require_answer(grammar, name)
+
+    def _require_answer(self, grammar: xgrammar.CompiledGrammar, what: str) -> CompiledGuide:
+        """RequestError if a grammar allows nothing. `what` it is begins with a field of StructuredOutputs."""
         compiled = CompiledGuide(grammar, self._vocab_size)
         mask_W = np.zeros(-(-self._vocab_size // MASK_BITS), np.int32)
         Guide(compiled).fill(mask_W)
         if not mask_W.any():
             raise RequestError(
-                f"structured_outputs.{name} allows no answer: no token can be the first; make it matchable",
-                param=f"structured_outputs.{name}",
+                f"structured_outputs.{what} allows no answer: no token can be the first; make it matchable",
+                param=f"structured_outputs.{what.split(' ')[0]}",
             )
         return compiled
 
@@ -238,7 +244,9 @@ class Guide:
         num_accepted = 0
         self.fill(masks_JW[0])
         for place, token in enumerate(drafts, 1):
-            if self.finished or not self._matcher.accept_token(token):
+            # Of a special token that may not stand there, the matcher would write to the process's stderr.
+            may_stand = token < self._vocab_size and masks_JW[place - 1, token // MASK_BITS] >> token % MASK_BITS & 1
+            if self.finished or not may_stand or not self._matcher.accept_token(token):
                 break
             num_accepted += 1
             if self._matcher.is_terminated():

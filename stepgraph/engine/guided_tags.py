@@ -71,6 +71,8 @@ class TagConverter:
         self._is_older = "format" not in tag
         self.token_ids: set[int] = set()
         """Special tokens that the converted tag names."""
+        self.grammars: list[str] = []
+        """Grammars in it."""
         self.newer: dict[str, Any] = {}
         """Its `format` once it is converted, of the older form as the newer one would have it."""
 
@@ -190,6 +192,7 @@ class TagConverter:
             return Regex(text, self._limits).rewritten
         assert name == "grammar", name
         check_grammar(text, self._limits)
+        self.grammars.append(text)
         return text
 
     def _schema(self, value: Any, path: str) -> Any:

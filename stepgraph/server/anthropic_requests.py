@@ -119,7 +119,8 @@ class PromptFields(RequestPart):
         in_config = self.output_config is not None and self.output_config.format is not None
         if in_config or self.output_format is not None:
             form = "output_config.format" if in_config else "output_format"
-            names |= {"structured_outputs": form, "structured_outputs.json": f"{form}.schema"}
+            names |= {"structured_outputs": form, "structured_outputs.structural_tag": form}
+            names |= {"structured_outputs.json": f"{form}.schema"}
             names |= {f"structured_outputs.{FORM_BESIDE_CALLS}": f"{form}.schema"}
         tools = self.tools or ()
         names |= {f"tools[{index}].function": f"tools[{index}]" for index in range(len(tools))}

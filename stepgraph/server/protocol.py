@@ -416,15 +416,18 @@ _GUIDED = ("json", "regex", "choice", "grammar", "json_object")
 
 def _form_spellings(request: SamplingFields) -> dict[str, str]:
     """How the field is spelled in which a request asks for the form of its answer."""
+    # Where forms are put together with what a model's format has around them, the engine knows them as a structural tag.
+    tag = "structured_outputs.structural_tag"
     for name in _GUIDED:
         if getattr(request, f"guided_{name}") not in (None, False):
-            return {"structured_outputs": f"guided_{name}", f"structured_outputs.{name}": f"guided_{name}"}
+            return dict.fromkeys(("structured_outputs", f"structured_outputs.{name}", tag), f"guided_{name}")
     if request.response_format is None:
-        return {}
+        named = next((name for name in request.structured_outputs or () if name in _GUIDED), None)
+        return {} if named is None else {tag: f"structured_outputs.{named}"}
     return {
         "structured_outputs": "response_format",
         "structured_outputs.json": "response_format.json_schema.schema",
-        "structured_outputs.structural_tag": "response_format",
+        tag: "response_format",
         f"structured_outputs.{FORM_BESIDE_CALLS}": "response_format.json_schema.schema",
     }
 
@@ -444,7 +447,7 @@ def call_spellings(
     place = "tools"
     if not isinstance(choice, str) and choice.name in names:
         place += f"[{names.index(choice.name)}]{parameters}"
-    return {"structured_outputs": place, "structured_outputs.json": place}
+    return dict.fromkeys(("structured_outputs", "structured_outputs.json", "structured_outputs.structural_tag"), place)
 
 
 def _of_response_format(given: dict[str, Any]) -> dict[str, Any] | None:

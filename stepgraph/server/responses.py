@@ -121,7 +121,8 @@ class ResponsesRequest(SamplingFields):
         }
         if self.text is not None and self.text.format is not None:
             schema = "text.format.schema"
-            names |= {"structured_outputs": "text.format", "structured_outputs.json": schema}
+            names |= {"structured_outputs": "text.format", "structured_outputs.structural_tag": "text.format"}
+            names |= {"structured_outputs.json": schema}
             names |= {f"structured_outputs.{FORM_BESIDE_CALLS}": schema}
         return names | call_spellings(self.tool_choice, [tool.name for tool in self.tools or ()], ".parameters")
 

@@ -12,6 +12,7 @@ from stepgraph.abi.block_groups import BlockGroups
 from stepgraph.config import EngineConfig
 from stepgraph.engine.build import build_engine
 from stepgraph.engine.engine import Engine
+from stepgraph.engine.kv_events import Cleared, KVEvents, Removed
 from stepgraph.engine.request import Request
 from stepgraph.engine.sampling_params import SamplingParams
 from stepgraph.step import groups
@@ -111,6 +112,36 @@ def test_answers_under_pressure_and_from_the_prefix_cache_are_those_of_one_group
     assert_alike(again, expected)
     assert_alike(add_all(create_again), expected)
     assert create_again.scheduler.statistics.cached_prompt_tokens - before >= 64 + 32
+
+
+def test_at_each_step_others_know_what_the_first_group_has(folder, device) -> None:
+    """With preemptions, new weights and a cache that is forgotten."""
+    engine = create(folder, device, num_kv_blocks=12, graph_backend="eager")
+    engine.scheduler.prefixes.tell(events := KVEvents(10_000))
+    known, kinds, step = set(), set(), engine.step
+
+    def step_and_listen():
+        updates = step()
+        while not events._queue.empty():
+            event = events._queue.get_nowait()
+            kinds.add(type(event))
+            if isinstance(event, Cleared):
+                known.clear()
+                continue
+            keys = set(event.keys)
+            assert keys.isdisjoint(known) != isinstance(event, Removed)
+            known.symmetric_difference_update(keys)
+        assert known == {key for key in engine.scheduler.blocks._blocks_by_key if len(key) == 32}
+        return updates
+
+    engine.step = step_and_listen
+    add_all(engine)
+    assert engine.scheduler.statistics.preemptions
+    for lose in (lambda: engine.update_weights(folder), engine.reset_prefix_cache):
+        assert known
+        lose()
+        add_all(engine)
+    assert len(kinds) == 3
 
 
 def test_a_long_context_holds_blocks_of_the_full_layer_and_of_windows(folder, device) -> None:

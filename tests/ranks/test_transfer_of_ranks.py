@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
+from checkpoints import HF_CONFIGS, random_hf_model
 from random_models import save_model
 from test_latents_of_ranks import MODEL as LATENT_MODEL
 from tiny import TINY_SETTINGS, VOCAB_SIZE, drain, save_tiny_model
@@ -96,7 +97,26 @@ def is_at_rest(engine: Engine) -> bool:
     [("heads", 1, 2), ("heads", 2, 1), ("heads", 2, 4), ("latents", 1, 2), ("latents", 2, 1)],
 )
 def test_engines_of_other_numbers_of_ranks_go_on_with_a_prompt(create, model, num_sources, num_sinks) -> None:
-    source, sink = create(model, num_sources, "prefill"), create(model, num_sinks, "decode")
+    check_that_one_goes_on(create(model, num_sources, "prefill"), create(model, num_sinks, "decode"))
+
+
+@pytest.mark.parametrize(("num_sources", "num_sinks"), [(1, 2), (2, 1)])
+def test_layers_that_differ_in_their_heads_are_cut_each_by_its_own(create_ranked, tmp_path, num_sources, num_sinks):
+    """Of Gemma 4: two key/value heads of 16, which ranks share, and one of 32, which both have."""
+    config = HF_CONFIGS["gemma 4 12b"]()
+    config.vocab_size = VOCAB_SIZE
+    random_hf_model(config).save_pretrained(tmp_path)
+    settings = TINY_SETTINGS | {"model": str(tmp_path), "device": "cpu", "num_kv_blocks": 65, "graph_backend": "eager"}
+    ranks = {"prefill": num_sources, "decode": num_sinks}
+    engines = [
+        create_ranked(EngineConfig.from_settings(**settings, splitwise_role=role, tensor_parallel_size=number))
+        for role, number in ranks.items()
+    ]
+    check_that_one_goes_on(*engines)
+
+
+def check_that_one_goes_on(source: Engine, sink: Engine) -> None:
+    """With a prompt that the other has computed, and has the same keys and values."""
     offered, request = add(source, sink)
     run_until(lambda: has_ended(source, sink), source, sink)
     assert request.num_cached_tokens == 96  # all full blocks of the prompt

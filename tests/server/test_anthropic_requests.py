@@ -229,6 +229,7 @@ FORM = {"type": "json_schema", "schema": {}}
         ),
         ({"tools": [WEATHER], "tool_choice": {"type": "any"}}, "structured_outputs.json", "tools"),
         ({"output_config": {"format": FORM}}, "structured_outputs.json", "output_config.format.schema"),
+        ({"output_config": {"format": FORM}}, "structured_outputs.structural_tag", "output_config.format"),
         ({"output_format": FORM}, "structured_outputs.json.type", "output_format.schema.type"),
         ({"structured_outputs": {"json": {}}}, "structured_outputs.json.type", "structured_outputs.json.type"),
         ({"tool_choice": {"type": "tool"}}, "tool_choice.name", "tool_choice.name"),

@@ -9,12 +9,15 @@ from stepgraph.engine.harmony import Place
 from stepgraph.engine.sampling_params import StructuredOutputs
 from stepgraph.errors import RequestError
 from stepgraph.server.conversation import ToolUse
+from stepgraph.server.errors import api_error
 from stepgraph.server.harmony_forms import harmony_form
-from stepgraph.server.protocol import NamedToolChoice, Tool
+from stepgraph.server.protocol import ChatRequest, NamedToolChoice, Tool
+from stepgraph.server.responses import ResponsesRequest
 
 pytest.importorskip("xgrammar", reason="guided generation needs the extra `guidance`")
 
 V = len(TOKENIZER)
+ASK = [{"role": "user", "content": "Hi"}]
 STOPS = [TOKENS.return_, TOKENS.call]
 FORM = {"json": {"type": "object", "properties": {"n": {"type": "integer"}}, "required": ["n"]}}
 CITY = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}
@@ -183,6 +186,51 @@ def test_no_other_grammar_allows_them(compiler) -> None:
     assert all(num_followed(compiler, spec, [token]) == 0 for token in TOKENS[:-2])
     for spec in ({"regex": ".*"}, {"json": {}}):
         assert all(num_followed(compiler, spec, [token]) == 0 for token in TOKENS[:-2])
+
+
+@pytest.mark.parametrize(("spec", "begin"), [(asked(FORM), TOKENS.channel), (FORM, encoded("{")[0])])
+def test_a_proposal_that_may_not_stand_is_no_matter_for_the_log(compiler, spec, begin, capfd) -> None:
+    """Behind the first of three there is a token that sets answers in parts, which may not follow it."""
+    guide = Guide(compiler.compile(StructuredOutputs(**spec)))
+    masks_JW = np.zeros((3, -(-V // 32)), np.int32)
+    guide.fill_along(masks_JW, [begin, TOKENS.end])
+    assert masks_JW.any(axis=1).tolist() == [True, True, False]
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("grammar", ['root ::= root "a"', 'root ::= a\na ::= b "x"\nb ::= a "y"'])
+def test_a_grammar_that_allows_no_answer_is_refused_before_there_is_any_reasoning(compiler, grammar) -> None:
+    with pytest.raises(RequestError, match="holds a grammar that allows no answer: no token can be the first"):
+        compiler.compile(StructuredOutputs(**asked({"grammar": grammar})))
+
+
+EMPTY = {"type": "array", "minItems": 3, "maxItems": 2}
+
+
+@pytest.mark.parametrize(
+    ("request_", "spec", "own"),
+    [
+        (ChatRequest(messages=ASK, structured_outputs={"json": EMPTY}), {"json": EMPTY}, "structured_outputs.json"),
+        (ChatRequest(messages=ASK, guided_grammar="root ::= ("), {"grammar": "root ::= ("}, "guided_grammar"),
+        (ChatRequest(messages=ASK, response_format={"type": "json_schema"}), {"json": EMPTY}, "response_format"),
+        (ResponsesRequest(input="Hi", text={"format": {"type": "json_schema"}}), {"json": EMPTY}, "text.format"),
+    ],
+)
+def test_what_only_the_compiler_refuses_is_told_by_the_requests_own_field(compiler, request_, spec, own) -> None:
+    with pytest.raises(RequestError) as refusal:
+        compiler.compile(StructuredOutputs(**asked(spec)))
+    assert api_error(refusal.value, request_id="r", spelled=request_.spelled).message.startswith(
+        f"{own} cannot be used"
+    )
+
+
+def test_what_only_the_compiler_refuses_of_a_forced_calls_arguments_is_told_by_its_tool(compiler) -> None:
+    broken = {"name": "g", "parameters": {"type": "object", "properties": {"n": EMPTY}, "required": ["n"]}}
+    choice = NamedToolChoice(function={"name": "g"})
+    request = ChatRequest(messages=ASK, tools=[Tool(function=broken)], tool_choice=choice)
+    with pytest.raises(RequestError) as refusal:
+        compiler.compile(StructuredOutputs(**asked(None, request.tools, choice)))
+    assert request.spelled(refusal.value.param) == "tools[0].function.parameters"
 
 
 def test_many_tools_are_not_too_much(compiler) -> None:
