@@ -103,6 +103,7 @@ class FakeServer:
         api_key: what opens it, if anything does.
         answer: what it streams for a chat; after the last chunk it goes on if `ends`, else it waits until the client leaves.
         chats: the bodies of the chats that it was sent.
+        num_engines: whose steps it tells of.
         left: has something in it for each client that left before its answer ended.
     """
 
@@ -113,6 +114,7 @@ class FakeServer:
         self.chats: list[dict[str, Any]] = []
         self.left: Queue[bool] = Queue()
         self.said: list[dict[str, Any]] = []
+        self.num_engines = 1
         self._readers: list[Queue[bytes | None]] = []
         self._lock = threading.Lock()
         self._http = ThreadingHTTPServer(("127.0.0.1", port), type("Handler", (_Handler,), {"fake": self}))
@@ -137,7 +139,10 @@ class FakeServer:
         """The stream of one reader."""
         queue: Queue[bytes | None] = Queue()
         with self._lock:
-            for message in ({"type": "hello", "clock": 1.8e9, "engine": ENGINE, "engines": [ENGINE]}, *self.said):
+            for message in (
+                {"type": "hello", "clock": 1.8e9, "engine": ENGINE, "engines": [ENGINE] * self.num_engines},
+                *self.said,
+            ):
                 queue.put(_event(message))
             self._readers.append(queue)
         while (content := queue.get()) is not None:
@@ -175,7 +180,8 @@ class _Handler(BaseHTTPRequestHandler):
         elif path == "/v1/models":
             self._send_json({"data": [{"id": "fake"}]})
         elif path == "/graphs":
-            self._send_json(GRAPHS)
+            each = [GRAPHS | {"graphs": GRAPHS["graphs"][:number]} for number in range(self.fake.num_engines)]
+            self._send_json(GRAPHS | ({"engines": each} if len(each) > 1 else {}))
         elif path == "/ui/trace":
             self._send_json({"traceEvents": [{"name": "step", "ph": "X", "ts": 0, "dur": 1, "pid": 1, "tid": 1}]})
         else:

@@ -2,45 +2,11 @@
 
 import json
 import re
-from collections.abc import Iterator
 
 import pytest
 from chromium import REQUIRED, Tab, need_chromium, opened_tab
-from page_server import ENGINE, UI, FakeServer, chunks, request, running_fake, step
-
-SHOWN = "Number(document.querySelector('#timeline').dataset.shown)"
-CHOSEN = "document.querySelector('#step-details').innerText"
-
-
-@pytest.fixture
-def fake() -> Iterator[FakeServer]:
-    with running_fake() as server:
-        yield server
-
-
-@pytest.fixture
-def tab(browser, fake, tmp_path) -> Iterator[Tab]:
-    """The page, open and connected. Whatever a test does, it asks nobody but its server, and nothing in it goes wrong."""
-    with opened_tab(browser, downloads=tmp_path) as opened:
-        opened.open(fake.url)
-        opened.wait_text("#connection", "Live")
-        yield opened
-        assert [url for url in opened.requests if not url.startswith((fake.url, f"blob:{fake.url}"))] == []
-        assert opened.complaints == []
-
-
-def told(*steps: dict) -> dict:
-    return {"type": "steps", "steps": list(steps), "dropped": 0}
-
-
-def ask(tab: Tab, text: str) -> None:
-    tab.click("#message")
-    tab.type(text)
-    tab.press("Enter")
-
-
-def open_table(tab: Tab, name: str) -> None:
-    tab.value(f"void (document.querySelector('#{name}-table-box').open = true)")
+from page_server import ENGINE, UI, request, running_fake, step
+from page_use import CHOSEN, SHOWN, ask, open_table, told, wait_for_file
 
 
 def test_its_files_hold_nothing_that_its_policy_forbids():
@@ -76,96 +42,6 @@ def test_an_idle_server_is_named_and_what_is_missing_said(tab):
     assert "memory_budget 1" in tab.text("#graphs-note")
     tab.click('[data-sort="size"]')
     assert tab.texts("#graphs-table tbody td:first-child") == ["256×4", "8×8", "1×1"]
-
-
-def test_a_chat_sends_settings_and_history_and_shows_the_answer(fake, tab):
-    call = {"index": 0, "function": {"name": "look_up", "arguments": '{"city": "Paris"}'}}
-    fake.answer = chunks(
-        {"reasoning_content": "They greet me."},
-        {"content": "Hello **you**, `x` is\n\n```py"},
-        {"content": "thon\nprint(1)\n```\n"},
-        {"content": "# Done"},
-        {"tool_calls": [call]},
-    )
-    tab.click("#chat-settings summary")
-    tab.click("#system")
-    tab.type("Be brief.")
-    tab.click("#temperature")
-    tab.type("0.5")
-    ask(tab, "Hi")
-    tab.wait_text("article.assistant .foot", "12 prompt tokens · 5 tokens")
-    assert tab.texts("article.assistant .text strong, article.assistant .text p code") == ["you", "x"]
-    assert tab.texts("article.assistant pre, article.assistant .heading") == ["print(1)", "Done"]
-    assert tab.text("article.assistant .call") == 'Tool call\n\nlook_up {"city": "Paris"}'
-    assert tab.value("document.querySelector('.reasoning').open") is False
-    assert tab.value("document.querySelector('.reasoning div').textContent") == "They greet me."
-    ask(tab, "And now?")
-    tab.wait("document.querySelectorAll('article.assistant .foot button').length === 2")
-    first, second = fake.chats
-    assert first == {
-        "model": "fake",
-        "messages": [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}],
-        "temperature": 0.5,
-        "max_tokens": 512,
-        "stream": True,
-        "stream_options": {"include_usage": True},
-    }
-    assert [each["role"] for each in second["messages"]] == ["system", "user", "assistant", "user"]
-    assert second["messages"][2]["content"].startswith("Hello **you**")
-
-
-def test_stop_leaves_the_answer_and_keeps_what_came(fake, tab):
-    fake.answer, fake.ends = chunks({"content": "One two"})[:1], False
-    ask(tab, "Count")
-    tab.wait_text("article.assistant", "One two")
-    tab.click("#stop")
-    assert fake.left.get(timeout=60)
-    tab.wait_text("article.assistant .foot", "stopped")
-    tab.wait("!document.querySelector('#send').hidden && document.querySelector('#stop').hidden")
-    ask(tab, "Again")
-    tab.wait_text("article.assistant:last-child", "One two")
-    tab.press("Escape")
-    assert fake.left.get(timeout=60)
-    assert fake.chats[1]["messages"][1] == {"role": "assistant", "content": "One two"}
-
-
-def test_an_answer_that_breaks_off_says_why_and_gives_the_question_back(fake, tab):
-    fake.answer = [{"error": {"message": "the engine <b>ended</b>"}}]
-    ask(tab, "Hi")
-    tab.wait_text("article.assistant .error", "the engine <b>ended</b>")
-    assert tab.value("document.querySelector('#message').value") == "Hi"
-
-
-def test_hostile_output_is_text_and_does_not_freeze_the_page(fake, tab):
-    hostile = (
-        "<img src=x onerror=\"document.title='owned'\"><script>document.title='owned'</script>\n"
-        "[a](javascript:document.title='owned') \x1b[31mred\x1b]0;owned\x07 \u202etxet"
-        "\n```\n</code></pre><svg onload=\"document.title='owned'\">\n```\n"
-    )
-    fake.answer = chunks(
-        {"content": hostile},
-        {"reasoning_content": "<iframe src='http://example.org'></iframe>"},
-        {"tool_calls": [{"index": 0, "function": {"name": "<b>", "arguments": "<script>1</script>"}}]},
-        {"content": "`" * 5000 + "*" * 5000},
-        *[{"content": "w" * 50_000}] * 60,
-        {"content": "\n" * 1000 + "the end"},
-    )
-    fake.say(told(step(1, graph="<img src=x>", kind="<b>odd</b>", reason="<script>1</script>", requests=[[1, 1]])))
-    fake.say({"type": "requests", "requests": [request(1, name="<svg onload=alert(1)>", finish_reason="<i>")]})
-    open_table(tab, "steps")
-    open_table(tab, "requests")
-    ask(tab, "<b>me</b>")
-    tab.wait_text("article.assistant", "more characters are not shown")
-    tab.wait_text("article.assistant .foot", "tokens")
-    shown = tab.value("document.querySelector('article.assistant').textContent")
-    assert "<script>document.title='owned'</script>" in shown
-    assert "␛[31mred␛]0;owned␇ ⟨U+202E⟩txet" in shown
-    assert len(shown) < 210_000
-    made = "article :is(img, script, svg, iframe, a, b, i), #steps :is(img, script, svg, b, i)"
-    assert tab.value(f"document.querySelectorAll({json.dumps(made)}).length") == 0
-    assert tab.value("document.title") == "fake – stepgraph"
-    assert max(tab.value("[...document.querySelectorAll('article p')].map((each) => each.textContent.length)")) <= 2000
-    assert tab.texts("article.user .text") == ["<b>me</b>"]
 
 
 def test_steps_show_with_all_that_is_known_of_them(fake, tab):
@@ -239,6 +115,74 @@ def test_paused_nothing_moves_and_nothing_is_lost(fake, tab):
     assert tab.text("#steps-note") == "3 kept"
 
 
+def test_a_view_that_is_paused_outlives_its_connection(browser):
+    with opened_tab(browser) as tab:
+        with running_fake() as fake:
+            fake.say(told(step(0), step(1)))
+            tab.open(fake.url)
+            tab.wait(f"{SHOWN} === 2")
+            tab.press("p")
+            port = fake.port
+        tab.wait_text("#connection", "The server is gone")
+        with running_fake(port) as fake:
+            tab.click("#connection-retry")
+            tab.wait_text("#connection", "Live")
+            fake.say(told(step(0)))
+            fake.say({"type": "steps", "steps": [step(5)], "dropped": 3})
+            tab.wait_text("#steps-note", "paused, 1 new · 2 kept · 3 missed")
+            assert tab.value(SHOWN) == 2
+            tab.press("p")
+            tab.wait_text("#steps-note", "2 kept · 3 missed")
+
+
+def test_the_span_of_time_is_moved_by_keys_buttons_and_mouse(fake, tab):
+    fake.say(told(*(step(n) for n in range(100))))
+    tab.wait(f"{SHOWN} === 100")
+    tab.press("a")
+    tab.press("+")
+    tab.wait(f"{SHOWN} < 60")
+    tab.click("#zoom-in")
+    tab.wait(f"{SHOWN} < 30")
+    tab.press("ArrowRight")
+    first = tab.value(CHOSEN)
+    for key in ("[", "f"):  # earlier, and no step is chosen any more
+        tab.press(key)
+    tab.press("+")
+    tab.wait("document.querySelector('#follow').getAttribute('aria-pressed') === 'true'")
+    assert tab.value(CHOSEN).startswith("Point at")
+    assert first.startswith("Step ")
+    box = tab.value("(({left, top}) => [left, top])(document.querySelector('#timeline').getBoundingClientRect())")
+    drag = [("mousePressed", 300), ("mouseMoved", 320), ("mouseMoved", 500), ("mouseReleased", 500)]
+    for kind, x in drag:
+        place = {"x": box[0] + x, "y": box[1] + 60, "button": "left", "buttons": 1, "clickCount": 1}
+        tab.call("Input.dispatchMouseEvent", type=kind, **place)
+    tab.wait("document.querySelector('#follow').getAttribute('aria-pressed') === 'false'")
+    assert tab.value(CHOSEN).startswith("Point at"), "a drag is no click"
+
+
+def test_an_idle_server_shows_what_it_did_last(fake, tab):
+    fake.say(told(step(0), step(1)))
+    fake.say({"type": "gauges", "time": 5000.0, "running": 0, "waiting": 0, "kv_used": 0, "kv_total": 100})
+    tab.wait_text("#gauges-now", "0 of 100 KV blocks")
+    tab.wait(f"{SHOWN} === 2")
+
+
+def test_of_several_engines_one_is_looked_at(browser, fake):
+    fake.num_engines = 3
+    fake.say(
+        told(step(0), step(1, engine=2), step(2, engine=2)), {"type": "requests", "requests": [request(1, engine=2)]}
+    )
+    with opened_tab(browser) as tab:
+        tab.open(fake.url)
+        tab.wait(f"{SHOWN} === 1")
+        tab.value(
+            "const s = document.querySelector('#engine-select'); s.value = '2'; s.dispatchEvent(new Event('change'))"
+        )
+        tab.wait(f"{SHOWN} === 2")
+        tab.wait("document.querySelector('#graphs-table tbody').rows.length === 2")
+        assert tab.complaints == []
+
+
 def test_the_trace_is_saved_as_the_server_gives_it(tab, tmp_path):
     tab.click("#export")
     tab.wait_text("#step-details", "Saved")
@@ -246,15 +190,6 @@ def test_the_trace_is_saved_as_the_server_gives_it(tab, tmp_path):
     tab.wait("document.querySelector('#export').disabled === false")
     wait_for_file(tab, saved)
     assert json.loads(saved.read_text())["traceEvents"][0]["name"] == "step"
-
-
-def wait_for_file(tab: Tab, path) -> None:
-    """Wait for a download, which a browser names when it is whole."""
-    for _ in range(2000):
-        if path.exists():
-            return
-        tab.value("new Promise((done) => setTimeout(done, 30))")
-    raise AssertionError(f"{path} never came: {list(path.parent.iterdir())}")
 
 
 def test_many_steps_are_kept_bounded_and_drawn_by_the_pixel(fake, tab):
@@ -310,7 +245,8 @@ def test_a_server_that_goes_away_is_missed_and_found_again(browser):
             tab.open(fake.url)
             tab.wait(f"{SHOWN} === 1")
             port, url = fake.port, fake.url
-        tab.wait_text("#connection", "The server is gone; trying again in")
+        tab.wait_text("#connection", "The server is gone")
+        tab.wait_text("#connection-wait", "trying again in")
         assert tab.value(SHOWN) == 1
         with running_fake(port) as fake:
             tab.click("#connection-retry")

@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 from chromium import Tab, opened_tab
 from live import TINY_FLAGS, LiveServer, running_server
+from page_use import SHOWN
 
 KEY = {"Authorization": "Bearer s3cret"}
 FLAGS = [
@@ -14,7 +15,6 @@ FLAGS = [
     *("--max-num-batched-tokens", "256", "--capture-sizes", "8", "256", "--served-model-name", "tiny"),
     *("--api-key", "s3cret", "--enable-admin-endpoints"),
 ]
-SHOWN = "Number(document.querySelector('#timeline').dataset.shown)"
 
 
 @pytest.fixture(scope="module")

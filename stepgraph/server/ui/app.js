@@ -24,7 +24,7 @@ class Page {
     this.steps = new StepsView((name) => this.chat.sent(name));
     this.theme = new Theme($("theme"), () => this.steps.recolour());
     this.graphs = new Graphs($("graphs-table"), $("graphs-note"), (name) => this.steps.filterBy(name));
-    this.feed = new Feed(this.server, (message) => this.#hear(message), (state, text) => this.#tell(state, text));
+    this.feed = new Feed(this.server, (message) => this.#hear(message), (...state) => this.#tell(...state));
     this.keyboard = new Keyboard(this.#keys());
     $("export").addEventListener("click", () => this.#export());
     $("connection-retry").addEventListener("click", () => this.feed.retry());
@@ -75,15 +75,17 @@ class Page {
   }
 
   #look(engine) {
+    if (engine !== this.#engine) this.steps.setPaused(false); // but a connection that comes back leaves a paused view alone
     this.#engine = engine;
     this.#graphsAt = null;
     this.steps.look(this.#stores[engine], this.#clockOffset);
     this.#askGraphs();
   }
 
-  #tell(state, text) {
+  #tell(state, text, wait = "") {
     $("connection").dataset.state = state;
-    $("connection-text").textContent = text;
+    if ($("connection-text").textContent !== text) $("connection-text").textContent = text; // it is read out, the seconds are not
+    $("connection-wait").textContent = wait;
     $("connection-retry").hidden = state !== "lost" && state !== "key";
     $("connection-retry").textContent = state === "key" ? "Enter the key" : "Try now";
   }

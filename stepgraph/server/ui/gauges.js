@@ -37,7 +37,7 @@ export class Gauges {
         this.#line(g, store, first, end, (each) => y(each.running / most), colours.running);
       });
     } else {
-      plot.note("Nothing heard yet");
+      plot.note(gauges.length ? "Nothing is known of this time" : "Nothing heard yet");
     }
     const last = gauges.length ? gauges.at(-1) : null;
     this.now.textContent = last

@@ -80,7 +80,7 @@ export async function* eventsOf(response) {
 
 /** What the engine does, message by message, for as long as the page is open.
  *
- * `onMessage(message)`; `onState(state, text)`: "connecting", "live", "lost" or "key".
+ * `onMessage(message)`; `onState(state, text, wait)`: "connecting", "live", "lost" or "key", and what is waited for.
  */
 export class Feed {
   #wake = () => {};
@@ -107,7 +107,7 @@ export class Feed {
       }
       waited = Math.min(LONGEST_WAIT_S, Math.max(1, 2 * waited));
       for (let left = waited; left > 0; left--) {
-        this.onState("lost", `${trouble}; trying again in ${left} s`);
+        this.onState("lost", trouble, `trying again in ${left} s`);
         if (await this.#sleep(1000)) break;
       }
     }

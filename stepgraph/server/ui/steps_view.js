@@ -51,9 +51,11 @@ export class StepsView {
     this.#live = store;
     this.#clockOffset = clockOffset;
     this.#missed = 0;
-    this.#chosen = null;
-    this.describe(null);
-    this.setPaused(false);
+    if (!this.#frozen) {
+      this.#chosen = null;
+      this.describe(null);
+    }
+    this.heard();
   }
 
   /** The server left out so many steps, as the page did not keep up. */

@@ -79,13 +79,14 @@ export class Store {
     }
   }
 
-  /** Gauges that say the same as the last ones are not kept: an idle engine is one line, however long. */
+  /** Gauges that say the same as the last ones are not kept: an idle engine is one line, however long. Nor is it something that
+   * happened when they are heard of for the first time. */
   addGauges(gauges) {
     const last = this.gauges.length ? this.gauges.at(-1) : null;
     const same = (name) => last[name] === gauges[name];
     if (last && ["running", "waiting", "kv_used", "kv_total"].every(same)) return false;
     this.gauges.push(gauges);
-    this.latest = Math.max(this.latest, gauges.time ?? 0);
+    if (last) this.latest = Math.max(this.latest, gauges.time ?? 0);
     return true;
   }
 

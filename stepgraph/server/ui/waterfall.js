@@ -119,9 +119,7 @@ export class Waterfall {
     const [x, y] = [isBehind ? right + 6 : end - width - 6, TOP + row * ROW + ROW / 2];
     if (!isBehind) {
       g.fillStyle = colours.panel;
-      g.globalAlpha = 0.85;
-      g.fillRect(x - 4, y - BAR / 2 + 1.5, width + 8, BAR - 3); // the bar goes on around it
-      g.globalAlpha = 1;
+      g.fillRect(x - 4, y - BAR / 2 + 1, width + 8, BAR - 2); // the bar goes on around it
     }
     g.fillStyle = isMine ? colours.accent : colours.quiet;
     g.fillText(text, x, y);
