@@ -62,10 +62,9 @@ def test_blocks_behind_the_window_are_freed_and_answers_are_transformers(checkpo
     assert engine.scheduler.num_free_blocks == 79 * groups.size
 
 
-def test_from_the_prefix_cache_and_started_anew_for_lack_of_blocks(checkpoint, device) -> None:
-    folder, splits, prompts, expected = checkpoint
-    engine = create(folder, device, num_kv_blocks=13)
-    assert engine.executor.specs.groups == BlockGroups(*splits, WINDOW)
+def test_from_the_prefix_cache_and_started_anew(checkpoint, device) -> None:
+    folder, _, prompts, expected = checkpoint
+    engine = create(folder, device, num_kv_blocks=13)  # prompts wait for each other
     watch_cached(engine)
     assert_as_transformers(generate(engine, prompts, together=True), expected)
     assert_as_transformers(generate(engine, prompts, together=True, preemption=0.1), expected)
@@ -74,6 +73,16 @@ def test_from_the_prefix_cache_and_started_anew_for_lack_of_blocks(checkpoint, d
     requests = generate(whole, prompts, together=True)
     assert_as_transformers(requests, expected)
     assert [request.num_cached_tokens for request in requests] == [0, 32, 80, 144]
+
+
+def test_long_answers_that_take_blocks_from_each_other_are_those_of_one_group(checkpoint, device) -> None:
+    folder, splits, *_ = checkpoint
+    engine = create(folder, device, num_kv_blocks=11)
+    assert engine.executor.specs.groups == BlockGroups(*splits, WINDOW)
+    watch_cached(engine)
+    found = add_all(engine)
+    assert engine.scheduler.statistics.preemptions
+    assert_alike(found, add_all(in_one_group(folder, device)))
 
 
 def test_benches_give_requests_blocks_of_all_groups(checkpoint, device) -> None:
