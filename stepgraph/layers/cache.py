@@ -6,8 +6,8 @@ layer its cache, without looking inside: only a layer and the operators of its k
 Memory comes in two forms. *Blocks* are granted to requests as they grow, and hold an entry for each of `block_size` tokens.
 A *line* holds what a layer knows of a request as a whole: each that runs writes one, and goes on to another where the one it had
 is kept for others (`LineRows`). Block 0 and line 0 are null: padding reads and writes there. Layers with and without a window may
-be in block groups of their own, which share that memory: a block is of one group at a time, and of fewer tokens in layers that keep
-more of each (see `stepgraph.abi.block_groups`).
+be in block groups of their own, which share that memory: a block is of one group at a time, and of fewer tokens in layers that
+keep more of each (see `stepgraph.abi.block_groups`).
 """
 
 from __future__ import annotations

@@ -115,12 +115,16 @@ def watch_cached(engine) -> None:
     engine.executor.launch = launch_over_poison
 
 
-@pytest.mark.parametrize("name", ["gemma 4 26b", "gemma 4 12b"])
-def test_draft_modules_find_their_entries_and_graphs_are_as_their_eager_twins(name, tmp_path, device) -> None:
-    random_hf_model(HF_CONFIGS[name]()).save_pretrained(tmp_path)
+@pytest.mark.parametrize(("num_heads", "splits"), [(1, (2, 1)), (8, (1, 4))])
+def test_draft_modules_find_their_entries_and_graphs_are_as_their_eager_twins(
+    num_heads, splits, tmp_path, device
+) -> None:
+    """Modules are as the last layer, which sees all tokens."""
+    sizes = GEMMA4 | {"num_attention_heads": 8, "num_key_value_heads": num_heads, "hidden_size_per_layer_input": 0}
+    random_hf_model(hf_config("Gemma4TextConfig", **sizes)).save_pretrained(tmp_path)
     options = {"speculative_method": "mtp", "num_speculative_tokens": 3, "load_format": "dummy"}
     engine = create(str(tmp_path), device, **options)
-    assert engine.executor.specs.groups.num_windowed > 1
+    assert set(runner_of(engine.executor).layout.splits) == set(splits)
     found = add_all(engine)
     assert_alike(found, add_all(in_one_group(str(tmp_path), device, **options)))
     rows = (Row(20, 1, 21), Row(0, 17, 17), Row(33, 4, 34, num_drafts=3), Row(7, 1, 8, active=False), Row(0, 3, 3))
