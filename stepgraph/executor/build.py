@@ -89,9 +89,17 @@ def build_local_executor(
     max_model_len = context_len(config, source)
     dtype = platform.default_dtype if config.model.dtype == "auto" else getattr(torch, config.model.dtype)
     group = None if shard.size == 1 else _create_group(config, source, platform, dtype, ranks)
-    fills_late = False
+    fills_late, is_empty = False, model is None
     if model is None:
         model = _create_model(config, source, platform, dtype, max_model_len, group, progress=progress)
+    if config.transfer.moves_blocks and not all(spec.starts_from_blocks for spec in model.cache_specs(dtype)):
+        raise ConfigError(
+            f"{model.config.architecture} has layers that carry a state from token to token, which neither another engine nor "
+            "host memory can give back: leave splitwise_role at mixed, and kv_host_cache_gib and what begins with kv_transfer "
+            "out",
+            param="splitwise_role" if config.transfer.is_connected else "kv_host_cache_gib",
+        )
+    if is_empty:
         in_place = fills_in_place(model, config.model.load_format)
         fills_late = platform.captures_addresses and in_place and not _drafts_with_the_model(config)
         if not fills_late:

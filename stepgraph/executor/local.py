@@ -14,7 +14,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from stepgraph.errors import ConfigError, DeviceMemoryError
+from stepgraph.errors import DeviceMemoryError
 from stepgraph.executor.base import Executor, ExecutorSpecs, GraphCounts, R, RankReport
 from stepgraph.executor.rank_movers import MoverService
 from stepgraph.models.adapters import AdapterFile, AdapterStore
@@ -203,13 +203,7 @@ class LocalExecutor:
 
     def _rank_cache(self) -> RankCache:
         runner, shard = self.runner, WHOLE if self.group is None else self.group.shard
-        if not runner.layout.reuses_prefixes:
-            raise ConfigError(
-                f"{runner.model.config.architecture} has layers that carry a state from token to token, which neither "
-                "another engine nor host memory can give back: leave splitwise_role at mixed, and kv_host_cache_gib and what "
-                "begins with kv_transfer out",
-                param="splitwise_role",
-            )
+        assert runner.layout.reuses_prefixes, runner.layout
         layout = BlockLayout.of(runner.layout)
         for spec in runner.layout.specs:
             assert spec.heads is None or spec.heads == shard.heads(spec.heads.size), (spec, shard)

@@ -12,7 +12,8 @@ from transformers import LlamaConfig
 from stepgraph import native
 from stepgraph.config import EngineConfig
 from stepgraph.engine.build import build_engine
-from stepgraph.errors import DeviceMemoryError
+from stepgraph.errors import ConfigError, DeviceMemoryError
+from stepgraph.executor import build
 from stepgraph.models import load_model, resolve
 from stepgraph.models.loader import create_model
 from stepgraph.platforms.cpu import CpuPlatform
@@ -97,3 +98,15 @@ def test_an_engine_asks_its_machine_before_it_reads_weights(tmp_path, monkeypatc
     monkeypatch.setattr(CpuPlatform, "free_memory_bytes", lambda _: 1000)
     with pytest.raises(DeviceMemoryError, match=r"the weights of .* and 0\.0 MiB are free"):
         build_engine(EngineConfig.from_settings(model=str(tmp_path), device="cpu"))
+
+
+@pytest.mark.parametrize("option", [{"splitwise_role": "decode"}, {"kv_host_cache_gib": 0.01}])
+def test_blocks_that_are_not_all_of_a_prefix_are_not_moved_and_no_weights_read_before_that_is_said(
+    option, tmp_path, monkeypatch
+) -> None:
+    random_hf_model(HF_CONFIGS["lfm2"]()).save_pretrained(tmp_path)
+    monkeypatch.setattr(build, "_filling", None)
+    config = EngineConfig.from_settings(model=str(tmp_path), device="cpu", **option)
+    with pytest.raises(ConfigError, match="layers that carry a state") as refusal:
+        build_engine(config)
+    assert [refusal.value.param] == [*option]
