@@ -53,6 +53,7 @@ def test_another_number_of_proposals_is_refused(count) -> None:
         ("glm4_moe_mtp", "mtp"),
         ("mimo_mtp", "mtp"),
         ("qwen3_next_mtp", "mtp"),
+        ("qwen3_5_mtp", "mtp"),
         ("ngram_match", "ngram"),
     ],
 )
