@@ -36,6 +36,17 @@ def test_a_look_names_no_more_blocks_than_it_finds_and_one() -> None:
     assert len(first.block_keys) == 4  # two of the prompt, one that is found, and the next
 
 
+def test_a_look_names_no_block_before_its_tokens_are_known() -> None:
+    loop = Loop(num_kv_blocks=100)
+    first = loop.add("first", 41, 1)
+    loop.drain()
+    fork = loop.add("fork", [*known(first)[:24], 3, 3, 3], 9)  # the look ends in the block that the answer fills
+    loop.drain()
+    again = loop.add("again", [*known(fork), 3], 1)
+    loop.drain()
+    assert (fork.num_cached_tokens, again.num_cached_tokens) == (24, 32)
+
+
 def test_a_prompt_unlike_others_names_one_block_before_its_step_and_the_rest_with_the_next() -> None:
     loop = Loop(num_kv_blocks=100, max_tokens=48)
     first = loop.add("first", 33, 5)
