@@ -16,6 +16,9 @@ import numpy.typing as npt
 
 from stepgraph.engine.request import Request
 
+MANY_ROWS = 16
+"""From so many on, operations on arrays cost the host less than going through rows one by one."""
+
 _ONE = np.array(1)  # as an array of no dimension it spares each operation a conversion
 
 

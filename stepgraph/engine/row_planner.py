@@ -11,7 +11,7 @@ import numpy as np
 from stepgraph.engine.prefix_cache import PrefixCache
 from stepgraph.engine.request import Request
 from stepgraph.engine.request_blocks import RequestBlocks
-from stepgraph.engine.request_table import RequestTable
+from stepgraph.engine.request_table import MANY_ROWS, RequestTable
 from stepgraph.engine.step_draft import Chunk, StepDraft
 from stepgraph.step.shape import Variant
 
@@ -47,7 +47,7 @@ class RowPlanner:
 
     def plan_decodes(self, requests: Sequence[Request], num_behind: int, draft: StepDraft) -> None:
         """Plan the decodes of requests that follow each other in rank, with those of `num_behind` others still to come."""
-        if draft.num_drafts or not self._plan_all(requests, draft):
+        if draft.num_drafts or len(requests) < MANY_ROWS or not self._plan_all(requests, draft):
             for index, request in enumerate(requests):
                 if request.slot is not None:  # else it was preempted for one before
                     num_left = len(requests) - 1 - index + num_behind

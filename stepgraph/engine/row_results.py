@@ -13,7 +13,7 @@ import numpy.typing as npt
 from stepgraph.abi import slot_line
 from stepgraph.engine.logprobs import add_logprobs
 from stepgraph.engine.request import FinishReason, Request, RequestUpdate, StepUpdates
-from stepgraph.engine.request_table import RequestTable
+from stepgraph.engine.request_table import MANY_ROWS, RequestTable
 from stepgraph.errors import Fault
 from stepgraph.step.plan import StepPlan
 from stepgraph.step.results import StepResults
@@ -84,7 +84,7 @@ def read_rows(
 
 def _are_plain(plan: StepPlan, results: StepResults, table: RequestTable) -> npt.NDArray[np.bool_]:
     """[R]: which rows gained just a token, of requests that go on and want nothing else."""
-    if plan.num_drafts:
+    if plan.num_drafts or len(plan.rows) < MANY_ROWS:
         return np.zeros(len(plan.rows), dtype=np.bool_)
     lines = results.table
     slots_R = lines[:, slot_line.OUT_SLOT]

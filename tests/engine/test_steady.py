@@ -10,9 +10,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from scheduling import Loop, answer_alone
 
-from stepgraph.engine import row_results
+from stepgraph.engine import row_planner, row_results
 from stepgraph.engine.request import Request, RequestUpdate, StepUpdates
-from stepgraph.engine.row_planner import RowPlanner
 from stepgraph.engine.sampling_params import SamplingParams
 from stepgraph.engine.steady import SteadyDecode
 from stepgraph.step.plan import StepPlan
@@ -90,12 +89,10 @@ def test_the_same_steps_are_planned_and_the_same_updates_come_as_row_by_row(
         )
         held, told = [], []
         with ExitStack() as stack:
+            for module in (row_planner, row_results):
+                stack.enter_context(mock.patch.object(module, "MANY_ROWS", 1 if together else 1000))
             if not steadily:
                 stack.enter_context(mock.patch.object(SteadyDecode, "may_begin", return_value=False))
-            if not together:
-                stack.enter_context(mock.patch.object(RowPlanner, "_plan_all", return_value=False))
-                none = mock.patch.object(row_results, "_are_plain", lambda plan, *args: np.zeros(len(plan.rows), bool))
-                stack.enter_context(none)
             for index, (prompt_len, max_tokens, stop, most, variant) in enumerate(requests):
                 loop.add(f"r{index}", prompt_len, max_tokens, stop=stop, max_num_drafts=most).variant = variant
             for step in range(120):
