@@ -82,18 +82,18 @@ class SeenRequest(NamedTuple):
 
 
 def step_entry(step: SeenStep, number: int, engine: int = 0) -> dict[str, Any]:
-    """A step as JSON has it: with its number and its engine's, rows in pairs, and without digits that no clock has."""
+    """A step as JSON has it: with its number and its engine's, rows in pairs, and to the nanosecond."""
     fields = step._asdict()
     for name in ("plan_start", "start"):
-        fields[name] = round(fields[name], 7)
+        fields[name] = round(fields[name], 9)
     for name in ("plan_us", "device_us", "read_us"):
-        fields[name] = round(fields[name], 1)
+        fields[name] = round(fields[name], 3)
     pairs = list(zip(fields.pop("ids"), fields.pop("gained"), strict=True))
     return {
         "n": number,
         "engine": engine,
         **fields,
-        "host_us": round(step.plan_us + step.read_us, 1),
+        "host_us": round(step.plan_us + step.read_us, 3),
         "requests": pairs,
     }
 

@@ -134,3 +134,18 @@ def test_an_engine_that_is_watched_no_longer_is_as_before() -> None:
     seen = len(recorder.take()[0])
     loop.drain()
     assert (seen, recorder.take()[0]) == (5, [])
+
+
+def test_a_request_that_is_aborted_while_a_step_of_it_is_under_way_keeps_its_number() -> None:
+    loop = Loop(run_ahead=1)
+    recorder = recording(loop)
+    loop.add("a", 3, 30)
+    loop.step()
+    assert [request.state for request in recorder.take()[1]] == ["running"]
+    loop.scheduler.abort("a")
+    [told] = recorder.take()[1]
+    assert (told.state, told.finish_reason) == ("finished", "abort")
+    loop.drain()
+    steps, news, _ = recorder.take()
+    assert [step.ids for step in steps] == [[told.id]]
+    assert news == []

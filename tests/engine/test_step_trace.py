@@ -9,6 +9,7 @@ from tiny import TINY_SETTINGS
 
 from stepgraph import LLM, SamplingParams
 from stepgraph.engine.chrome_trace import chrome_trace
+from stepgraph.engine.step_recorder import SeenStep, step_entry
 from stepgraph.errors import RequestError
 
 GREEDY = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True)
@@ -130,3 +131,42 @@ def test_a_failure_while_it_is_written_down_leaves_what_there_was(llm, tmp_path)
 
 def test_nothing_seen_is_a_trace_of_nothing() -> None:
     assert check(chrome_trace([], [])) == {}
+
+
+def test_a_request_lies_within_what_was_seen_of_it() -> None:
+    launched = LaunchedAt(10.0)
+    steps = [launched.step(number, prompts=1, ids=[1, 2, 3], gained=[16, 1, 1]) for number in range(3)]
+    of_all = {"engine": 0, "prompt_tokens": 48, "cached_tokens": 0, "output_tokens": 0, "preemptions": 0}
+    seen = {"arrived": 9.9, "scheduled": 10.0, "first_token": None, "finished": None, "finish_reason": None} | of_all
+    requests = [
+        seen | {"id": 1, "name": "aborted", "state": "finished", "finished": 10.0015, "finish_reason": "abort"},
+        seen | {"id": 2, "name": "lost", "state": "lost", "arrived": None, "first_token": 10.001},
+        seen | {"id": 3, "name": "runs", "state": "running", "first_token": 10.0},
+        seen | {"id": 4, "name": "waits", "state": "waiting", "scheduled": None},
+        seen | {"id": 5, "name": "nothing", "state": "lost", "arrived": None, "scheduled": None},
+    ]
+    gauge = {"engine": 0, "time": 10.001, "running": 3, "waiting": 1, "kv_used": 5, "kv_total": 8}
+    tracks = check(chrome_trace(steps, requests, [gauge]))
+    names = {slices[0]["name"]: [each["name"] for each in slices[1:]] for (pid, _), slices in tracks.items() if pid > 1}
+    assert names == {
+        "aborted": ["queued", "prefill", "prefill"],
+        "lost": [],
+        "runs": ["queued", "decode"],
+        "waits": ["queued"],
+    }
+    ends = {slices[0]["name"]: slices[0]["ts"] + slices[0]["dur"] for (pid, _), slices in tracks.items() if pid > 1}
+    assert ends == pytest.approx({"aborted": 101_500, "lost": 101_000, "runs": 103_010, "waits": 103_010})
+
+
+class LaunchedAt:
+    """Steps of a millisecond, one after the other from then on."""
+
+    def __init__(self, start: float):
+        self._start = start
+
+    def step(self, number: int, **fields) -> dict:
+        start = self._start + number / 1000
+        seen = SeenStep(
+            "mixed", "48x8", None, False, 18, 3, 30, 1, 0, 0, start - 2e-5, 20.0, start, 1000.0, 10.0, 0, [], []
+        )
+        return step_entry(seen._replace(**fields), number)
