@@ -74,7 +74,7 @@ def test_hostile_output_is_text_and_does_not_freeze_the_page(fake, tab):
         {"content": hostile},
         {"reasoning_content": "<iframe src='http://example.org'></iframe>"},
         {"tool_calls": [{"index": 0, "function": {"name": "<b>", "arguments": "<script>1</script>"}}]},
-        {"content": "`" * 5000 + "*" * 5000},
+        {"content": "odd: " + "`" * 5000 + "*" * 5000},
         *[{"content": "w" * 50_000}] * 60,
         {"content": "\n" * 1000 + "the end"},
     )
