@@ -16,7 +16,7 @@ from stepgraph.ops.four_bit_linear import FourBitWeight
 from stepgraph.ops.four_bit_linear import triton as kernel
 from stepgraph.ops.four_bit_linear.triton import BlockTile, StreamedTile, Tile
 from stepgraph.ops.linear.ends import ADD, STORE, SWIGLU
-from stepgraph.platforms.tuning import SlicedTile
+from stepgraph.platforms.tuning import FlatTile
 
 SHAPES = {
     "qkv": (6144, 4096, STORE),
@@ -40,10 +40,10 @@ def tiles(tokens: int, inputs: int) -> list[Tile]:
         ]
     if tokens <= 64:
         found += [
-            SlicedTile(outputs=outputs, inputs=128, slices=slices, num_stages=stages)
-            for outputs, slices, stages in (
-                *((16, 4, 3), (16, 4, 4), (16, 4, 6), (16, 8, 3), (16, 8, 4)),
-                *((16, 2, 5), (32, 4, 3), (32, 4, 4), (32, 2, 5), (32, 8, 3), (64, 4, 3), (64, 2, 4)),
+            FlatTile(outputs, inputs_at_once, stages, warps)
+            for outputs, inputs_at_once, stages, warps in (
+                *((16, 512, 3, 1), (16, 512, 4, 1), (16, 512, 6, 1), (16, 256, 5, 1), (16, 1024, 3, 1)),
+                *((32, 512, 3, 2), (32, 512, 4, 2), (64, 512, 3, 4), (64, 256, 2, 4), (64, 256, 3, 4), (64, 256, 4, 4)),
             )
         ]
     if tokens > 8:

@@ -10,7 +10,7 @@ import torch
 from tqdm import tqdm
 
 from stepgraph.errors import ConfigError
-from stepgraph.layers.experts import ALL_EXPERTS, ExpertLinear
+from stepgraph.layers.experts import ALL_EXPERTS
 from stepgraph.layers.formats import FP8, FourBit, Target, WeightFormat
 from stepgraph.layers.matrix import Matrix
 from stepgraph.models.checkpoint import CheckpointTensor
@@ -182,10 +182,6 @@ def create_model(
         exact_tokens=exact_tokens,
     )
     if quantization == "int4":
-        if any(isinstance(matrix, ExpertLinear) for matrix in _matrices(model)):
-            raise ConfigError(
-                f"quantization='int4' has no kernels for experts, which {config.architecture} has; use fp8, which has"
-            )
         logger.warning(
             "%s: weights are rounded to 4 bits as they are read (quantization int4), with nothing to make up for it, which costs "
             "accuracy; a checkpoint that was quantised with calibration (AWQ, GPTQ) costs less.",

@@ -93,8 +93,7 @@ def _keeping(layer: Matrix, encodings: Sequence[str | None], options: FormatOpti
     if len(set(encodings)) > 1 or (encoding := encodings[0]) is None:
         return None
     candidates = (format.keeping(encoding, layer.inputs.size, options) for format in FORMATS)
-    keeps = (format for format in candidates if format is not None)
-    return next((format for format in keeps if format.keeps_experts or not isinstance(layer, ExpertLinear)), None)
+    return next((format for format in candidates if format is not None), None)
 
 
 def _check_inputs(model: Decoder) -> None:

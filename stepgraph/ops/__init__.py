@@ -32,6 +32,7 @@ from stepgraph.ops.experts import (
     sum_experts,
 )
 from stepgraph.ops.force_acceptance import force_acceptance
+from stepgraph.ops.four_bit_experts import four_bit_gated_experts, four_bit_sum_experts
 from stepgraph.ops.four_bit_linear import (
     four_bit_gated_linear,
     four_bit_linear,
@@ -98,9 +99,11 @@ __all__ = [
     "expanded_geometry",
     "expert_work",
     "force_acceptance",
+    "four_bit_gated_experts",
     "four_bit_gated_linear",
     "four_bit_linear",
     "four_bit_linear_add",
+    "four_bit_sum_experts",
     "fp8_gated_linear",
     "fp8_linear",
     "fp8_linear_add",

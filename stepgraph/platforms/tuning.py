@@ -248,10 +248,13 @@ class KernelTuning:
     )
     """Products of weights of 8 bits; others go in tiles of many tokens."""
     few_tokens_4bit: tuple[TileRange, ...] = (
-        TileRange(range(17), range(1 << 62), SlicedTile(outputs=32, inputs=128, slices=4, num_stages=5)),
+        TileRange(range(3, 17), range(8192), FlatTile(outputs=16, inputs=512, num_stages=4, num_warps=1)),
+        TileRange(range(3, 17), range(8192, 1 << 62), FlatTile(outputs=32, inputs=512, num_stages=4, num_warps=2)),
+        TileRange(range(3), range(16384, 1 << 62), FlatTile(outputs=32, inputs=512, num_stages=4, num_warps=2)),
+        TileRange(range(17, 65), range(1 << 62), FlatTile(outputs=64, inputs=256, num_stages=3)),
     )
-    """Likewise of 4 bits. A program reads all tokens, of which each is four times the bytes of an output's codes, so it pays to
-    have more outputs than with wider weights."""
+    """Likewise of 4 bits. Chosen by counting instructions and shared memory, not by timing yet: one or two tokens are streamed
+    where outputs are few, which keeps more warps busy, though it takes twice the instructions."""
 
     expert_tiles: tuple[ExpertTiles, ...] = EXPERTS
     """Products of experts' weights of 16 bits, in ascending order."""

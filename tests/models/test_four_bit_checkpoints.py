@@ -7,7 +7,7 @@ import gguf
 import numpy as np
 import pytest
 import torch
-from checkpoints import SIZES, random_hf_model
+from checkpoints import HF_CONFIGS, SIZES, random_hf_model
 from four_bit_folders import LAYOUTS, awq, compressed_tensors, gptq, write_four_bits
 from safetensors.torch import load_file, save_file
 from stepping import Stepper
@@ -58,6 +58,25 @@ def test_a_checkpoint_in_4_bits_keeps_its_codes_and_scales(layout, folder, tmp_p
         assert layer.weight.numel() == layer.in_features * layer.out_features // 2
         torch.testing.assert_close(layer.values(), expected[name].weight, rtol=1e-6, atol=1e-9)
     torch.testing.assert_close(logits(model), logits(plain), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("layout", ["awq, groups of 16", "modelopt nvfp4"])
+@pytest.mark.parametrize("name", ["qwen2 moe", "phi 4 with long rope", "glm 4.5"])
+def test_models_with_experts_and_merged_projections_run_in_4_bits(name, layout, tmp_path) -> None:
+    random_hf_model(HF_CONFIGS[name]()).save_pretrained(tmp_path / "source")
+    plain = load(write_four_bits(tmp_path / "source", tmp_path / "packed", layout))
+    model = load(tmp_path / "packed")
+    assert all(isinstance(layer.format, FourBit) for layer in layers_of(model).values())
+    torch.testing.assert_close(logits(model), logits(plain), rtol=1e-4, atol=1e-4)
+
+
+def test_experts_are_rounded_to_4_bits_too(tmp_path) -> None:
+    random_hf_model(HF_CONFIGS["qwen2 moe"]()).save_pretrained(tmp_path)
+    model, exact = load(tmp_path, quantization="int4"), layers_of(load(tmp_path))
+    for name, layer in layers_of(model).items():
+        assert isinstance(layer.format, FourBit)
+        assert (layer.values() - exact[name].weight).abs().mean() < 0.15 * exact[name].weight.abs().mean()
+    assert logits(model).isfinite().all()
 
 
 @pytest.mark.parametrize("layout", ["awq", "gptq with zeros", "compressed-tensors with zeros", "modelopt nvfp4"])

@@ -10,7 +10,7 @@ from stepgraph.ops.four_bit_linear import triton as kernel
 from stepgraph.ops.four_bit_linear.reference import codes_of
 
 STREAMED = kernel.StreamedTile(outputs=4, code_bytes=64, num_warps=4)
-SLICED = kernel.SlicedTile(outputs=16, inputs=128, slices=2, num_stages=3)
+FLAT = kernel.FlatTile(outputs=16, inputs=128, num_stages=3, num_warps=1)
 BLOCK = kernel.BlockTile(tokens=16, outputs=32, code_bytes=64, num_warps=4, num_stages=2)
 SIZES = [(5, 16), (37, 101), (24, 700)]
 NAMES = ["few", "unaligned", "several groups"]
@@ -123,15 +123,15 @@ def test_codes_of_neighbours_are_in_neighbouring_bytes():
     [
         (STREAMED, 1, torch.float32),
         (STREAMED, 2, torch.float16),
-        (SLICED, 3, torch.float16),
-        (SLICED, 17, torch.float16),
+        (FLAT, 3, torch.float16),
+        (FLAT, 17, torch.float16),
         (BLOCK, 33, torch.float16),
         (kernel.FLOAT32_TILE, 33, torch.float32),
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, kernel.Tile) else str(value),
 )
 def test_kernels_match_float64(tile, tokens, dtype, group_size, kind, device):
-    if isinstance(tile, kernel.SlicedTile) and group_size == CHUNK:
+    if isinstance(tile, kernel.FlatTile) and group_size == CHUNK:
         return  # which goes in blocks
     outputs, inputs = SIZES[group_size // 32 % 3]
     weight, codes = random_weight(outputs, inputs, group_size=group_size, kind=kind)
@@ -140,7 +140,7 @@ def test_kernels_match_float64(tile, tokens, dtype, group_size, kind, device):
 
 
 @pytest.mark.parametrize("kind", ["integers and zeros", "E2M1, 8-bit scales"])
-@pytest.mark.parametrize("tile", [STREAMED, SLICED, BLOCK], ids=lambda tile: type(tile).__name__)
+@pytest.mark.parametrize("tile", [STREAMED, FLAT, BLOCK], ids=lambda tile: type(tile).__name__)
 @pytest.mark.parametrize(("outputs", "inputs"), SIZES, ids=NAMES)
 def test_kernels_match_float64_in_every_size(tile, outputs, inputs, kind, device):
     weight, codes = random_weight(outputs, inputs, kind=kind)
@@ -265,7 +265,7 @@ kernel.four_bit_linear(x[:64], None, 0.0, *zeros, None, False)
 kernel.four_bit_linear(x[:8], None, 0.0, *nvfp4, None, False)
 kernel.four_bit_gated_linear(x[:1], norm, 1e-6, *integers, False)
 kernel.four_bit_linear_add(x[:8], *integers, None, x[:8].clone(), 1.0)
-for launched in (kernel.streamed_kernel, kernel.sliced_kernel, kernel.block_kernel):
+for launched in (kernel.streamed_kernel, kernel.flat_kernel, kernel.block_kernel):
     for compiled in launched.device_caches[0][0].values():
         ptx = compiled.asm["ptx"]
         products = "wgmma" if "wgmma.mma_async" in ptx else "mma" if "mma.sync" in ptx else "none"
@@ -275,6 +275,6 @@ for launched in (kernel.streamed_kernel, kernel.sliced_kernel, kernel.block_kern
 
 def test_kernels_compile_for_hopper_and_run_on_tensor_cores():
     found = [line.split() for line in lines_of(COMPILED)]
-    assert {name for name, *_ in found} == {"streamed_kernel", "sliced_kernel", "block_kernel"}
+    assert {name for name, *_ in found} == {"streamed_kernel", "flat_kernel", "block_kernel"}
     assert all((products == "none") == (name == "streamed_kernel") for name, products, _ in found)
     assert all(int(shared) <= 227 << 10 for *_, shared in found)

@@ -63,8 +63,6 @@ class WeightFormat(ABC):
 
     deterministic: bool
     """Whether a token's product may not depend, bit for bit, on the tokens beside it."""
-    keeps_experts: ClassVar[bool] = True
-    """Whether experts may have it."""
     fills_in_place: ClassVar[bool] = True
     """Whether filling a parameter takes no memory on the device, and launches no kernels of Triton there."""
 

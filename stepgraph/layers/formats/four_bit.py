@@ -19,6 +19,7 @@ from stepgraph.layers.formats.gguf_blocks import BLOCK_INPUTS, GROUP_SIZE, weigh
 from stepgraph.layers.formats.target import Target
 from stepgraph.layers.norm import RMSNorm
 from stepgraph.ops.four_bit_linear import CHUNK, FourBitWeight, dequantize, quantize
+from stepgraph.ops.swiglu import Clamp
 
 _ENCODING = re.compile(r"(INT4|E2M1) in groups of (\d+), scales (\w+)(?:, zeros (\w+))?(, factors)?")
 _NAMES = ("weight", "scale", "zero", "factor")
@@ -36,7 +37,6 @@ class FourBit(WeightFormat):
     blocks: str | None = None
     """Type of the GGUF file's blocks that it is made of, of `BLOCK_INPUTS`."""
     deterministic: bool = False
-    keeps_experts: ClassVar[bool] = False
     fills_in_place: ClassVar[bool] = False
 
     @classmethod
@@ -121,6 +121,44 @@ class FourBit(WeightFormat):
         """See `WeightFormat.plain_product`."""
         assert out is None, "output heads, which have one, are not of 4 bits"
         return ops.four_bit_linear(x_TI, self.weight(weights), weights.get("bias"), by_row=self.deterministic)
+
+    def gated_experts(
+        self, weights: Weights, x_TE: Tensor, work: ops.ExpertWork, end: End, clamp: Clamp | None = None
+    ) -> Tensor:
+        """See `WeightFormat.gated_experts`."""
+        return ops.four_bit_gated_experts(
+            x_TE,
+            self.weight(weights),
+            work,
+            gelu=end is End.GEGLU,
+            by_row=self.deterministic,
+            bias=weights.get("bias"),
+            clamp=clamp,
+            gated=end is not End.RELU2,
+        )
+
+    def sum_experts(
+        self,
+        weights: Weights,
+        hidden_PM: Tensor,
+        work: ops.ExpertWork,
+        shape: torch.Size,
+        add_to: Tensor | None,
+        multiplier: float,
+    ) -> Tensor:
+        """See `WeightFormat.sum_experts`."""
+        out = hidden_PM.new_empty(shape) if add_to is None else add_to
+        ops.four_bit_sum_experts(
+            hidden_PM,
+            self.weight(weights),
+            work,
+            out,
+            add=add_to is not None,
+            multiplier=multiplier,
+            by_row=self.deterministic,
+            bias=weights.get("bias"),
+        )
+        return out
 
     def values(self, weights: Weights, inputs: int) -> Tensor:
         """See `WeightFormat.values`; float32."""

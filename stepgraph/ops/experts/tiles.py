@@ -44,7 +44,7 @@ TUNING = kernel_tuning()
 
 
 @triton.jit
-def _find_tile(ends_ptr, program, N, BLOCKS, BLOCK_N: tl.constexpr, BLOCK_S: tl.constexpr, TILES: tl.constexpr):
+def find_tile(ends_ptr, program, N, BLOCKS, BLOCK_N: tl.constexpr, BLOCK_S: tl.constexpr, TILES: tl.constexpr):
     """Which part of the work is a program's: its expert, the first of its pairs, the end of the expert's pairs, and its block of
     the weight. The end is 0 for programs behind the last tile.
 
@@ -200,7 +200,7 @@ def _product_kernel(
     BLOCK_B: tl.constexpr = BLOCK_W if END == "store" or END == "relu2" else BLOCK_W // 2
     HALF: tl.constexpr = BLOCK_S // 2
     wait_for_previous()
-    expert, begin, end, block = _find_tile(ends_ptr, tl.program_id(0), N, tl.cdiv(O, BLOCK_B), BLOCK_N, BLOCK_S, TILES)
+    expert, begin, end, block = find_tile(ends_ptr, tl.program_id(0), N, tl.cdiv(O, BLOCK_B), BLOCK_N, BLOCK_S, TILES)
     column = block * BLOCK_B
     if end > 0:
         if BLOCK_S >= 128 and end - begin <= HALF:

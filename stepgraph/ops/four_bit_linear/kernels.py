@@ -19,13 +19,16 @@ from stepgraph.ops.launched import launched
 from stepgraph.ops.linear.ends import before_add, finish
 from stepgraph.ops.rms_norm.triton import scale_rounded
 
-_HALF_CHUNK = tl.constexpr(CHUNK // 2)
+HALF_CHUNK = tl.constexpr(CHUNK // 2)
 _SIXTEEN = tl.constexpr(0x41800000)
 """16 as float32. The four uppermost bits that integers add to its mantissa count from 0 to 15."""
 _CENTRE = tl.constexpr(24)
 """What an integer's code becomes that stands for zero: 16 and 8."""
 _E2M1_FACTOR = tl.constexpr(2.0**126)
 """Between E2M1's numbers, and float32 with their bits in its exponent and mantissa."""
+BLOCKS = 4
+"""Of an iteration of `flat_kernel`. What it needs of the last iteration is nothing older, or Triton would not load ahead."""
+_BLOCKS = tl.constexpr(BLOCKS)
 _COMPILED = tl.constexpr(not knobs.runtime.interpret)
 """Whether PTX can be used, which takes four bytes or two numbers of 16 bits at once."""
 _LOW_BITS, _HIGH_BITS = (tl.constexpr(ptx.float32_bits(first)) for first in (0, 4))
@@ -75,7 +78,7 @@ def _centred_numbers(codes, dtype: tl.constexpr, HIGH: tl.constexpr, IS_E2M1: tl
 
 
 @triton.jit
-def _scales(scale_ptr, zero_ptr, place, inside, IS_E2M1: tl.constexpr):
+def scales(scale_ptr, zero_ptr, place, inside, IS_E2M1: tl.constexpr):
     """Scale and offset, float32, so that a weight is ``number · scale + offset``; zeros outside."""
     if scale_ptr.dtype.element_ty == tl.uint8:
         exponent = tl.load(scale_ptr + place, mask=inside, other=0).to(tl.int32)
@@ -100,9 +103,9 @@ def _factors(factor_ptr, output, inside):
 
 
 @triton.jit
-def _input_of(place):
+def input_of(place):
     """The input whose code is in the lower half of a byte; that of the upper half is half a chunk further on."""
-    return place // _HALF_CHUNK * (2 * _HALF_CHUNK) + place % _HALF_CHUNK
+    return place // HALF_CHUNK * (2 * HALF_CHUNK) + place % HALF_CHUNK
 
 
 @triton.jit
@@ -152,7 +155,7 @@ def streamed_kernel(
     place_P = tl.arange(0, BLOCK_P)
     place_Q = tl.arange(0, BLOCK_P // PIECE) * PIECE
     token_T = tl.arange(0, TOKENS)
-    low_P, high_P = _input_of(place_P), _input_of(place_P) + _HALF_CHUNK
+    low_P, high_P = input_of(place_P), input_of(place_P) + HALF_CHUNK
     codes_NP = codes_ptr + output_N.to(tl.int64)[:, None] * P + place_P[None, :]
     up_NP = codes_NP + tl.cast(N, tl.int64) * P
     first_inside_NP = inside_N[:, None] & ((place_P < P) | IS_EVEN)[None, :]
@@ -173,15 +176,15 @@ def streamed_kernel(
         inside_NQ = inside_N[:, None] & ((start + place_Q < P) | IS_EVEN)[None, :]
         scale_place_NQ = output_N[:, None] * GROUPS + group_Q[None, :]
         block_NP = first_NP if start == 0 else tl.load(codes_NP + start, mask=inside_NP, other=0)
-        scale_NQ, offset_NQ = _scales(scale_ptr, zero_ptr, scale_place_NQ, inside_NQ, IS_E2M1)
+        scale_NQ, offset_NQ = scales(scale_ptr, zero_ptr, scale_place_NQ, inside_NQ, IS_E2M1)
         if is_gated:
             up_block_NP = first_up_NP if start == 0 else tl.load(up_NP + start, mask=inside_NP, other=0)
             up_place_NQ = scale_place_NQ + N * GROUPS
-            up_scale_NQ, up_offset_NQ = _scales(scale_ptr, zero_ptr, up_place_NQ, inside_NQ, IS_E2M1)
+            up_scale_NQ, up_offset_NQ = scales(scale_ptr, zero_ptr, up_place_NQ, inside_NQ, IS_E2M1)
         for token in tl.static_range(TOKENS):
             x_low_P = x_ptr + token * K + 2 * start + low_P
             low_x_P = tl.load(x_low_P, mask=(2 * start + low_P < K) | IS_EVEN, other=0.0)
-            high_x_P = tl.load(x_low_P + _HALF_CHUNK, mask=(2 * start + high_P < K) | IS_EVEN, other=0.0)
+            high_x_P = tl.load(x_low_P + HALF_CHUNK, mask=(2 * start + high_P < K) | IS_EVEN, other=0.0)
             if norm_ptr is not None:
                 low_x_P, high_x_P = low_x_P.to(tl.float32), high_x_P.to(tl.float32)
                 squares = tl.sum(low_x_P * low_x_P + high_x_P * high_x_P, axis=0)
@@ -205,20 +208,26 @@ def streamed_kernel(
 
 
 @triton.jit
-def _group_products(codes, low_x, high_x, scale_SN, offset_SN, sum_ST, HAS_ZERO: tl.constexpr, IS_E2M1: tl.constexpr):
-    """Products of slices within groups, [S, N, T] float32."""
-    low = _centred_numbers(codes, low_x.dtype, False, IS_E2M1)
-    part_SNT = tl.dot(low, low_x, out_dtype=tl.float32)
-    high = _centred_numbers(codes, low_x.dtype, True, IS_E2M1)
-    part_SNT = tl.dot(high, high_x, part_SNT) * scale_SN[:, :, None]
+def _add_group(sum_NT, codes, low_x_PT, high_x_PT, scale_N, offset_N, HAS_ZERO: tl.constexpr, IS_E2M1: tl.constexpr):
+    """Add the products within a part of a group, [N, T] float32."""
+    part_NT = tl.dot(_centred_numbers(codes, low_x_PT.dtype, False, IS_E2M1), low_x_PT, out_dtype=tl.float32)
+    part_NT = tl.dot(_centred_numbers(codes, low_x_PT.dtype, True, IS_E2M1), high_x_PT, part_NT)
+    sum_NT += part_NT * scale_N[:, None]
     if HAS_ZERO:
-        part_SNT += (offset_SN + _CENTRE * scale_SN)[:, :, None] * sum_ST[:, None, :]
-    return part_SNT
+        x_T = tl.sum(low_x_PT.to(tl.float32) + high_x_PT.to(tl.float32), axis=0)
+        sum_NT += (offset_N + _CENTRE * scale_N)[:, None] * x_T[None, :]
+    return sum_NT
+
+
+@triton.jit
+def _scales_of(scale_ptr, zero_ptr, place_N, inside_N, start, P, GROUP: tl.constexpr, IS_E2M1: tl.constexpr):
+    """`scales` of the group of the bytes from `start` on; zeros behind the last."""
+    return scales(scale_ptr, zero_ptr, place_N + start // GROUP, inside_N & (start < P), IS_E2M1)
 
 
 @launched
 @triton.jit(do_not_specialize=["T", "N"])
-def sliced_kernel(
+def flat_kernel(
     x_ptr,
     codes_ptr,
     scale_ptr,
@@ -237,49 +246,63 @@ def sliced_kernel(
     BLOCK_T: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_P: tl.constexpr,
-    IS_EVEN: tl.constexpr,  # K is a multiple of what slices take at once
-    SLICES: tl.constexpr,  # the number of warps: Triton gives each a batch entry of the product
+    IS_EVEN: tl.constexpr,  # K is a multiple of the inputs of an iteration
     STAGES: tl.constexpr,
 ):
-    """One program per BLOCK_N outputs; see `stepgraph.ops.linear.few_tokens`, from which it differs by codes and scales."""
+    """One program per BLOCK_N outputs, of which a warp has 16: what is between loads is little, so warps wait for none but
+    themselves, and several blocks are loaded for each iteration."""
     is_gated: tl.constexpr = END == "swiglu" or END == "geglu"
     has_zero: tl.constexpr = zero_ptr is not None
     groups = tl.cdiv(P, GROUP)
     output_N = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     token_T = tl.arange(0, BLOCK_T)
     inside_N, inside_T = output_N < N, token_T < T
-    slice_S = tl.arange(0, SLICES) * BLOCK_P
-    place_SP = slice_S[:, None] + tl.arange(0, BLOCK_P)[None, :]
-    input_SP = _input_of(place_SP)
-    codes_SNP = codes_ptr + output_N.to(tl.int64)[None, :, None] * P + place_SP[:, None, :]
-    up_SNP = codes_SNP + tl.cast(N, tl.int64) * P
-    x_SPT = x_ptr + token_T[None, None, :] * K + input_SP[:, :, None]
-    sum_SNT = tl.zeros([SLICES, BLOCK_N, BLOCK_T], tl.float32)
-    up_SNT = tl.zeros([SLICES, BLOCK_N, BLOCK_T], tl.float32)
+    place_P = tl.arange(0, BLOCK_P)
+    input_P = input_of(place_P)
+    codes_NP = codes_ptr + output_N.to(tl.int64)[:, None] * P + place_P[None, :]
+    up_NP = codes_NP + tl.cast(N, tl.int64) * P
+    x_PT = x_ptr + token_T[None, :] * K + input_P[:, None]
+    sum_NT = tl.zeros([BLOCK_N, BLOCK_T], tl.float32)
+    up_NT = tl.zeros([BLOCK_N, BLOCK_T], tl.float32)
     out_NT, inside_NT = out_ptr + token_T[None, :] * N + output_N[:, None], inside_N[:, None] & inside_T[None, :]
+    place_N = output_N * groups
+    # Scales are too small to be copied asynchronously: they are loaded four blocks before they are used.
+    scale_0, offset_0 = scales(scale_ptr, zero_ptr, place_N, inside_N, IS_E2M1)
+    scale_1, offset_1 = _scales_of(scale_ptr, zero_ptr, place_N, inside_N, BLOCK_P, P, GROUP, IS_E2M1)
+    scale_2, offset_2 = _scales_of(scale_ptr, zero_ptr, place_N, inside_N, 2 * BLOCK_P, P, GROUP, IS_E2M1)
+    scale_3, offset_3 = _scales_of(scale_ptr, zero_ptr, place_N, inside_N, 3 * BLOCK_P, P, GROUP, IS_E2M1)
+    up_place_N = N * groups + place_N
+    inside_up_N = inside_N & is_gated
+    up_scale_0, up_offset_0 = scales(scale_ptr, zero_ptr, up_place_N, inside_up_N, IS_E2M1)
+    up_scale_1, up_offset_1 = _scales_of(scale_ptr, zero_ptr, up_place_N, inside_up_N, BLOCK_P, P, GROUP, IS_E2M1)
+    up_scale_2, up_offset_2 = _scales_of(scale_ptr, zero_ptr, up_place_N, inside_up_N, 2 * BLOCK_P, P, GROUP, IS_E2M1)
+    up_scale_3, up_offset_3 = _scales_of(scale_ptr, zero_ptr, up_place_N, inside_up_N, 3 * BLOCK_P, P, GROUP, IS_E2M1)
     wait_for_previous()
     before_NT = before_add(out_NT, inside_NT, END)
-    for start in tl.range(0, P, SLICES * BLOCK_P, num_stages=STAGES):
-        inside_SP = (start + place_SP < P) | IS_EVEN
-        inside_SNP = inside_N[None, :, None] & inside_SP[:, None, :]
-        low_SP = (2 * start + input_SP < K) | IS_EVEN
-        high_SP = (2 * start + input_SP + _HALF_CHUNK < K) | IS_EVEN
-        low_x_SPT = tl.load(x_SPT + 2 * start, mask=low_SP[:, :, None] & inside_T[None, None, :], other=0.0)
-        high_x_SPT = tl.load(
-            x_SPT + 2 * start + _HALF_CHUNK, mask=high_SP[:, :, None] & inside_T[None, None, :], other=0.0
-        )
-        sum_ST = tl.sum(low_x_SPT.to(tl.float32) + high_x_SPT.to(tl.float32), axis=1) if has_zero else 0.0
-        place_S1 = (start + slice_S)[:, None]
-        place_SN = output_N[None, :] * groups + place_S1 // GROUP
-        inside_SN = inside_N[None, :] & ((place_S1 < P) | IS_EVEN)
-        scale_SN, offset_SN = _scales(scale_ptr, zero_ptr, place_SN, inside_SN, IS_E2M1)
-        codes = tl.load(codes_SNP + start, mask=inside_SNP, other=0)
-        sum_SNT += _group_products(codes, low_x_SPT, high_x_SPT, scale_SN, offset_SN, sum_ST, has_zero, IS_E2M1)
-        if is_gated:
-            scale_SN, offset_SN = _scales(scale_ptr, zero_ptr, N * groups + place_SN, inside_SN, IS_E2M1)
-            codes = tl.load(up_SNP + start, mask=inside_SNP, other=0)
-            up_SNT += _group_products(codes, low_x_SPT, high_x_SPT, scale_SN, offset_SN, sum_ST, has_zero, IS_E2M1)
-    sum_NT, up_NT = tl.sum(sum_SNT, axis=0), tl.sum(up_SNT, axis=0)
+    for first in tl.range(0, P, _BLOCKS * BLOCK_P, num_stages=STAGES):
+        for block in tl.static_range(_BLOCKS):
+            start = first + block * BLOCK_P
+            inside_NP = inside_N[:, None] & ((start + place_P < P) | IS_EVEN)[None, :]
+            low_P = (2 * start + input_P < K) | IS_EVEN
+            high_P = (2 * start + input_P + HALF_CHUNK < K) | IS_EVEN
+            codes = tl.load(codes_NP + start, mask=inside_NP, other=0)
+            low_x_PT = tl.load(x_PT + 2 * start, mask=low_P[:, None] & inside_T[None, :], other=0.0)
+            high_x_PT = tl.load(x_PT + 2 * start + HALF_CHUNK, mask=high_P[:, None] & inside_T[None, :], other=0.0)
+            later = start + _BLOCKS * BLOCK_P
+            sum_NT = _add_group(sum_NT, codes, low_x_PT, high_x_PT, scale_0, offset_0, has_zero, IS_E2M1)
+            scale_0, scale_1, scale_2, offset_0, offset_1, offset_2 = (
+                scale_1, scale_2, scale_3, offset_1, offset_2, offset_3,
+            )  # fmt: skip
+            scale_3, offset_3 = _scales_of(scale_ptr, zero_ptr, place_N, inside_N, later, P, GROUP, IS_E2M1)
+            if is_gated:
+                codes = tl.load(up_NP + start, mask=inside_NP, other=0)
+                up_NT = _add_group(up_NT, codes, low_x_PT, high_x_PT, up_scale_0, up_offset_0, has_zero, IS_E2M1)
+                up_scale_0, up_scale_1, up_scale_2, up_offset_0, up_offset_1, up_offset_2 = (
+                    up_scale_1, up_scale_2, up_scale_3, up_offset_1, up_offset_2, up_offset_3,
+                )  # fmt: skip
+                up_scale_3, up_offset_3 = _scales_of(
+                    scale_ptr, zero_ptr, up_place_N, inside_N, later, P, GROUP, IS_E2M1
+                )
     if factor_ptr is not None:
         sum_NT *= _factors(factor_ptr, output_N, inside_N)[:, None]
         if is_gated:
@@ -290,7 +313,7 @@ def sliced_kernel(
 
 
 @triton.jit
-def _weights(codes_NP, scale_NQ, offset_NQ, dtype: tl.constexpr, HIGH: tl.constexpr, IS_E2M1: tl.constexpr):
+def weights(codes_NP, scale_NQ, offset_NQ, dtype: tl.constexpr, HIGH: tl.constexpr, IS_E2M1: tl.constexpr):
     """Dequantised weights, rounded once, of the codes in the lower or upper halves of bytes."""
     N: tl.constexpr = codes_NP.shape[0]
     P: tl.constexpr = codes_NP.shape[1]
@@ -336,22 +359,22 @@ def block_kernel(
     inside_T, inside_N = token_T < T, output_N < N
     place_P = tl.arange(0, BLOCK_P)
     place_Q = tl.arange(0, BLOCK_P // PIECE) * PIECE
-    input_P = _input_of(place_P)
+    input_P = input_of(place_P)
     x_PT = x_ptr + token_T.to(tl.int64)[None, :] * K + input_P[:, None]
     codes_NP = codes_ptr + output_N.to(tl.int64)[:, None] * P + place_P[None, :]
     sum_NT = tl.zeros([BLOCK_N, BLOCK_T], tl.float32)
     wait_for_previous()
     for start in range(0, P, BLOCK_P):
         codes = tl.load(codes_NP + start, mask=inside_N[:, None] & (start + place_P < P)[None, :], other=0)
-        low_P, high_P = 2 * start + input_P < K, 2 * start + input_P + _HALF_CHUNK < K
+        low_P, high_P = 2 * start + input_P < K, 2 * start + input_P + HALF_CHUNK < K
         low_x_PT = tl.load(x_PT + 2 * start, mask=low_P[:, None] & inside_T[None, :], other=0.0)
-        high_x_PT = tl.load(x_PT + 2 * start + _HALF_CHUNK, mask=high_P[:, None] & inside_T[None, :], other=0.0)
+        high_x_PT = tl.load(x_PT + 2 * start + HALF_CHUNK, mask=high_P[:, None] & inside_T[None, :], other=0.0)
         place_NQ = output_N[:, None] * groups + ((start + place_Q) // GROUP)[None, :]
         inside_NQ = inside_N[:, None] & (start + place_Q < P)[None, :]
-        scale_NQ, offset_NQ = _scales(scale_ptr, zero_ptr, place_NQ, inside_NQ, IS_E2M1)
-        low_NP = _weights(codes, scale_NQ, offset_NQ, dtype, False, IS_E2M1)
+        scale_NQ, offset_NQ = scales(scale_ptr, zero_ptr, place_NQ, inside_NQ, IS_E2M1)
+        low_NP = weights(codes, scale_NQ, offset_NQ, dtype, False, IS_E2M1)
         sum_NT = tl.dot(low_NP, low_x_PT, sum_NT, input_precision="ieee")
-        high_NP = _weights(codes, scale_NQ, offset_NQ, dtype, True, IS_E2M1)
+        high_NP = weights(codes, scale_NQ, offset_NQ, dtype, True, IS_E2M1)
         sum_NT = tl.dot(high_NP, high_x_PT, sum_NT, input_precision="ieee")
     if factor_ptr is not None:
         sum_NT *= _factors(factor_ptr, output_N, inside_N)[:, None]

@@ -12,14 +12,14 @@ import triton
 from torch import Tensor
 
 from stepgraph.ops.dependent_launch import LAUNCH
-from stepgraph.ops.four_bit_linear.kernels import block_kernel, sliced_kernel, streamed_kernel
+from stepgraph.ops.four_bit_linear.kernels import BLOCKS, block_kernel, flat_kernel, streamed_kernel
 from stepgraph.ops.four_bit_linear.reference import CHUNK, FourBitWeight
 from stepgraph.ops.linear.ends import ADD, GEGLU, STORE, SWIGLU
 from stepgraph.ops.linear.triton import streams_at_once
 from stepgraph.ops.rms_norm.triton import rms_norm
 from stepgraph.ops.swiglu.triton import geglu, swiglu
 from stepgraph.platforms.kernels import kernel_tuning
-from stepgraph.platforms.tuning import SlicedTile, tile_for
+from stepgraph.platforms.tuning import FlatTile, tile_for
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class BlockTile:
     num_stages: int
 
 
-Tile = StreamedTile | SlicedTile | BlockTile
+Tile = StreamedTile | FlatTile | BlockTile
 
 MAX_GATED_TOKENS = 32
 """All tokens are in one tile: of more, with both halves, registers overflow."""
@@ -68,9 +68,10 @@ def four_bit_linear(
 ) -> Tensor:
     """See `stepgraph.ops.four_bit_linear.four_bit_linear`."""
     weight = FourBitWeight(codes, scale, zero, factor, group_size, is_e2m1)
-    x, norm = _normed(x, norm_weight, eps)
+    tile = choose_tile(x, weight, by_row=by_row)
+    x, norm = _normed(x, norm_weight, eps, tile)
     out = x.new_empty(x.shape[0], codes.shape[0])
-    multiply(x, weight, bias, out, choose_tile(x, weight, by_row=by_row), norm=norm)
+    multiply(x, weight, bias, out, tile, norm=norm)
     return out
 
 
@@ -105,8 +106,8 @@ def four_bit_gated_linear(
 ) -> Tensor:
     """See `stepgraph.ops.four_bit_linear.four_bit_gated_linear`."""
     weight = FourBitWeight(codes, scale, zero, factor, group_size, is_e2m1)
-    x, norm = _normed(x, norm_weight, eps)
     tile = choose_tile(x, weight)
+    x, norm = _normed(x, norm_weight, eps, tile)
     if isinstance(tile, BlockTile) or x.shape[0] > MAX_GATED_TOKENS:
         product = x.new_empty(x.shape[0], codes.shape[0])
         multiply(x, weight, None, product, tile, norm=norm)
@@ -123,11 +124,13 @@ class Norm(NamedTuple):
     eps: float
 
 
-def _normed(x: Tensor, norm_weight: Tensor | None, eps: float) -> tuple[Tensor, Norm | None]:
+def _normed(x: Tensor, norm_weight: Tensor | None, eps: float, tile: Tile) -> tuple[Tensor, Norm | None]:
     """Tokens, and the norm of them that is left to a `StreamedTile`."""
     if norm_weight is None:
         return x, None
-    return (x, Norm(norm_weight, eps)) if streams_at_once(x) else (rms_norm(x, norm_weight, eps), None)
+    if isinstance(tile, StreamedTile) and streams_at_once(x):
+        return x, Norm(norm_weight, eps)
+    return rms_norm(x, norm_weight, eps), None
 
 
 def choose_tile(x: Tensor, weight: FourBitWeight, *, by_row: bool = False) -> Tile:
@@ -136,15 +139,16 @@ def choose_tile(x: Tensor, weight: FourBitWeight, *, by_row: bool = False) -> Ti
     outputs = weight.codes.shape[0]
     if by_row:
         return FLOAT32_TILE if x.dtype == torch.float32 else BY_ROW_TILE
+    # A product of tensor cores takes 16 inputs at once, of which a group of 16 has 8 in lower halves.
+    takes_flat = x.dtype != torch.float32 and weight.group_size > CHUNK
+    if takes_flat and (few := _choose_flat(tokens, outputs)) is not None:
+        return few
     if tokens <= TUNING.streamed_tokens:
         at_once = min(TUNING.streamed_inputs, max(2 * CHUNK, triton.next_power_of_2(inputs))) // 2
         rows = max(1, TUNING.streamed_4bit_bytes // max(at_once, TUNING.streamed_4bit_bytes // 16))
         return StreamedTile(outputs=rows, code_bytes=at_once, num_warps=8)
     if x.dtype == torch.float32:
         return FLOAT32_TILE
-    # A product of tensor cores takes 16 inputs at once, of which a group of 16 has 8 in lower halves.
-    if weight.group_size > CHUNK and (few := _choose_sliced(tokens, outputs)) is not None:
-        return few
     for tile in (
         BlockTile(tokens=256, outputs=128, code_bytes=32, num_warps=8, num_stages=4),
         BlockTile(tokens=128, outputs=64, code_bytes=64, num_warps=4, num_stages=3),
@@ -157,9 +161,9 @@ def choose_tile(x: Tensor, weight: FourBitWeight, *, by_row: bool = False) -> Ti
 
 
 @functools.cache
-def _choose_sliced(tokens: int, outputs: int) -> SlicedTile | None:
+def _choose_flat(tokens: int, outputs: int) -> FlatTile | None:
     tile = tile_for(TUNING.few_tokens_4bit, tokens, outputs)
-    assert tile is None or isinstance(tile, SlicedTile)
+    assert tile is None or isinstance(tile, FlatTile)
     return tile
 
 
@@ -178,7 +182,7 @@ def multiply(
     Args:
         x, weight, bias: as of `four_bit_linear`; a weight of twice the outputs, and no bias, if `end` is an activation.
         out: [T, N], dtype of `x`, contiguous; overwritten, or added to.
-        tile: a `StreamedTile` takes up to two tokens, a `SlicedTile` those of 16 bits and groups of more than `CHUNK` inputs, up
+        tile: a `StreamedTile` takes up to two tokens, a `FlatTile` those of 16 bits and groups of more than `CHUNK` inputs, up
             to `KernelTuning.few_tokens_4bit`, a `BlockTile` has no activations.
         end: see `stepgraph.ops.linear.ends`.
         multiplier: of what is added.
@@ -210,9 +214,9 @@ def multiply(
                 num_warps=tile.num_warps,
                 **LAUNCH,
             )
-        case SlicedTile():
-            block_bytes = min(tile.inputs // 2, group_bytes)
-            sliced_kernel[(triton.cdiv(outputs, tile.outputs),)](
+        case FlatTile():
+            block_bytes = min(tile.inputs // (2 * BLOCKS), group_bytes)
+            flat_kernel[(triton.cdiv(outputs, tile.outputs),)](
                 x,
                 *parts,
                 bias,
@@ -228,10 +232,9 @@ def multiply(
                 BLOCK_T=max(8, triton.next_power_of_2(tokens)),
                 BLOCK_N=tile.outputs,
                 BLOCK_P=block_bytes,
-                IS_EVEN=inputs % (2 * block_bytes * tile.slices) == 0,
-                SLICES=tile.slices,
+                IS_EVEN=inputs % (2 * block_bytes * BLOCKS) == 0,
                 STAGES=tile.num_stages,
-                num_warps=tile.slices,
+                num_warps=tile.num_warps,
                 **LAUNCH,
             )
         case BlockTile():

@@ -3,7 +3,7 @@
 Shapes: T tokens, K inputs, N outputs, H query heads, G key/value heads, D head size, B tokens per block, V vocabulary entries.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -17,6 +17,7 @@ from stepgraph.ops.collectives.reference import reduce_gathered
 from stepgraph.ops.commit.reference import commit
 from stepgraph.ops.copy_blocks.reference import copy_blocks
 from stepgraph.ops.experts.reference import gated_experts, mixture, sort_pairs, sum_experts
+from stepgraph.ops.four_bit_experts import cpu as experts_cpu
 from stepgraph.ops.four_bit_linear import FourBitWeight, dequantize
 from stepgraph.ops.gated_delta.reference import gated_delta
 from stepgraph.ops.gated_norm.reference import gated_norm
@@ -149,6 +150,26 @@ def four_bit_linear_add(x: Tensor, *args: Any) -> None:
 def four_bit_gated_linear(x: Tensor, norm: Tensor, eps: float, *args: Any) -> Tensor:
     *weight, gelu = args
     return norm_gated_linear(x, norm, eps, dequantize(FourBitWeight(*weight), x.shape[1]), gelu)
+
+
+def expert_values(x: Tensor, weight: Sequence[Any]) -> Tensor:
+    return experts_cpu.values(FourBitWeight(*weight), x)
+
+
+def expert_codes(g: torch.Generator, outputs: int, inputs: int) -> tuple[Any, ...]:
+    size = EXPERTS, outputs, -(-inputs // 32)
+    codes = torch.randint(0, 256, (EXPERTS, outputs, -(-inputs // 16) * 8), generator=g, dtype=torch.uint8)
+    return codes, torch.rand(size, generator=g) / 8, None, None, 32, False
+
+
+def four_bit_gated(g: torch.Generator) -> tuple[Any, ...]:
+    x, _, _, *pairs, gelu, by_row = gated(g, is_sorted=True)
+    return x, *expert_codes(g, 2 * N, K), *pairs, gelu, by_row, None, 0.0, 1.0, True
+
+
+def four_bit_summed(g: torch.Generator) -> tuple[Any, ...]:
+    hidden, _, _, *rest = summed(g, is_sorted=False)
+    return hidden, *expert_codes(g, K, N), *rest, None
 
 
 def linear_out(x: Tensor, weight: Tensor, out: Tensor) -> None:
@@ -306,6 +327,16 @@ CASES = {
         lambda g: (random(g, T, K), random(g, K), EPS, *four_bits(g), False),
         rows=(0,),
     ),
+    "four_bit_gated_experts": Case(
+        "four_bit_gated_experts",
+        lambda x, *args: gated_experts(x, expert_values(x, args[:6]), None, *args[6:]),
+        four_bit_gated,
+    ),
+    "four_bit_sum_experts": Case(
+        "four_bit_sum_experts",
+        lambda x, *args: sum_experts(x, expert_values(x, args[:6]), None, *args[6:]),
+        four_bit_summed,
+    ),
     "linear of one token": Case("linear", linear, lambda g: (random(g, 1, K), random(g, N, K), None)),
     "linear_out": Case(
         "linear_out", linear_out, lambda g: (random(g, T, K), random(g, N, K), random(g, T, N)), rows=(0, 2)
@@ -418,6 +449,8 @@ OF_SETTINGS = {
     "four_bit_linear",
     "four_bit_linear_add",
     "four_bit_gated_linear",
+    "four_bit_gated_experts",
+    "four_bit_sum_experts",
     "lora",
     "lookup",
     "remember",
