@@ -54,7 +54,6 @@ class ModelConfig:
             object.__setattr__(self, "seed", self.seed + 2**64)
         if self.quantization not in _QUANTIZATIONS:
             raise ConfigError(
-                f"quantization={self.quantization!r} is not supported: there are no kernels for it here. Use fp8 or int4 to "
-                "quantise a checkpoint of 16 or 32 bits as it is read, or leave it at auto and give a quantised checkpoint or a "
-                "GGUF file"
+                f"quantization={self.quantization!r} is none of auto, fp8, int4 and none. How a checkpoint is quantised (AWQ, "
+                "GPTQ, …) is read from it: leave it at auto. fp8 and int4 quantise one of 16 or 32 bits as it is read"
             )

@@ -102,7 +102,7 @@ def test_a_setting_given_twice_must_be_the_same_twice() -> None:
         ({"seed": -(2**63) - 1}, "seed=-9223372036854775809 is too small; the smallest value is -9223372036854775808"),
         ({"capture": "some"}, "capture='some' is not known; choose one of: auto, lazy, all"),
         ({"model": 7}, "model=7 must be text"),
-        ({"quantization": "awq"}, "quantization='awq' is not supported: there are no kernels.*fp8.*auto"),
+        ({"quantization": "awq"}, "quantization='awq' is none of auto.*AWQ.*leave it at auto"),
     ],
 )
 def test_a_bad_value_is_refused_with_the_value_and_the_limit(settings, message) -> None:
