@@ -59,8 +59,8 @@ compared with transformers' own.
   modules that a checkpoint brings, or from [trained ones](training-mtp.md).
 - **TP**: whether devices can share the model ([tensor parallelism](tensor-parallel.md)).
 - **LoRA**: whether adapters can be loaded.
-- **Formats**: safetensors in 16 or 32 bits; FP8: checkpoints in 8 bits, and `--quantization fp8`
-  ([quantization](quantization.md)); MXFP4: checkpoints in 4 bits, which become numbers; GGUF.
+- **Formats**: safetensors in 16 or 32 bits; FP8: checkpoints in 8 or 4 bits, and `--quantization fp8`
+  and `int4` ([quantization](quantization.md)); MXFP4: gpt-oss's checkpoints in 4 bits, which become numbers; GGUF.
 - **refused**: at start, before weights are read, with a sentence like this one.
 
 """
