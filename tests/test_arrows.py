@@ -42,6 +42,7 @@ ORDER = (
         "collect_env",
         "bench",
         "ray",
+        "trace_command",
         "verify",
         "__init__",
         "__main__",
