@@ -363,10 +363,12 @@ class MixtureMLP(nn.Module):
         multiplier: float,
         post_norm: RMSNorm | None,
         next_norm: RMSNorm | None,
+        scale_1: Tensor | None = None,
     ) -> None:
         """See `stepgraph.layers.mlp.MLP.add_to`."""
         if stream.expert_group is not None:
             self._add_exchanged(stream, norm, inputs, multiplier=multiplier, post_norm=post_norm, next_norm=next_norm)
+            stream.scale(scale_1)
             return
         counts_1 = inputs.tokens.query_start[-1:]
         left, x_TE = stream.inputs(norm)
@@ -383,11 +385,12 @@ class MixtureMLP(nn.Module):
                     post_norm=None,
                     next_norm=next_norm,
                 )
+            stream.scale(scale_1)
             return
         x_TE, part_TE = self.routed(left, x_TE, counts_1, inputs.dispatch)
         if self.shared_experts is not None:
             self.shared_experts.down_proj.product(self._shared_hidden(x_TE), end=End.ADD, out=part_TE)
-        stream.add_part(part_TE, multiplier=multiplier, post_norm=post_norm, next_norm=next_norm)
+        stream.add_part(part_TE, multiplier=multiplier, post_norm=post_norm, next_norm=next_norm, scale_1=scale_1)
 
     def _add_exchanged(
         self,

@@ -75,6 +75,7 @@ class MLP(nn.Module):
         multiplier: float,
         post_norm: RMSNorm | None,
         next_norm: RMSNorm | None,
+        scale_1: Tensor | None = None,
     ) -> None:
         """Add the layer's product to the residual stream.
 
@@ -82,10 +83,17 @@ class MLP(nn.Module):
             stream: [T, E], updated.
             norm: of the stream, before the layer; None: the layer takes it as it is.
             inputs: of the step.
-            multiplier, post_norm, next_norm: as of `ResidualStream.add`.
+            multiplier, post_norm, next_norm, scale_1: as of `ResidualStream.add`.
         """
         hidden_TM = self.hidden(*stream.inputs(norm))
-        stream.add(self.down_proj, hidden_TM, multiplier=multiplier, post_norm=post_norm, next_norm=next_norm)
+        stream.add(
+            self.down_proj,
+            hidden_TM,
+            multiplier=multiplier,
+            post_norm=post_norm,
+            next_norm=next_norm,
+            scale_1=scale_1,
+        )
 
     def hidden(self, norm: RMSNorm | None, x_TE: Tensor) -> Tensor:
         """Return what `down_proj` takes, `activation(gate(norm(x))) · up(norm(x))` or `max(up(norm(x)), 0)²`: [T, M], dtype of

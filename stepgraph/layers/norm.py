@@ -42,6 +42,7 @@ class RMSNorm(nn.Module):
         """Return [T, E] normalised, dtype of `x_TE`."""
         return rms_norm(x_TE, self.weight, self.eps)
 
-    def add_to(self, residual_TE: Tensor, x_TE: Tensor) -> None:
-        """Add `x_TE`, [T, E], normalised, to the residual stream of its dtype, which is updated."""
-        rms_norm_add(x_TE, self.weight, self.eps, residual_TE)
+    def add_to(self, residual_TE: Tensor, x_TE: Tensor, scale_1: Tensor | None = None) -> None:
+        """Add `x_TE`, [T, E], normalised, to the residual stream of its dtype, which is updated, and then multiplied by [1] if
+        there is a scale."""
+        rms_norm_add(x_TE, self.weight, self.eps, residual_TE, scale_1)

@@ -79,7 +79,14 @@ class NormedExperts(MixtureMLP):
         return ScaledRouter(spec, hidden_size, device=device)
 
     def add_beside(
-        self, dense: MLP, stream: ResidualStream, norm: RMSNorm, inputs: StepInputs, *, post_norm: RMSNorm
+        self,
+        dense: MLP,
+        stream: ResidualStream,
+        norm: RMSNorm,
+        inputs: StepInputs,
+        *,
+        post_norm: RMSNorm,
+        scale_1: Tensor | None = None,
     ) -> None:
         """Add both layers' products to the residual stream.
 
@@ -89,6 +96,7 @@ class NormedExperts(MixtureMLP):
             norm: of the stream, before the dense layer.
             inputs: of the step.
             post_norm: of what is added.
+            scale_1: as of `ResidualStream.add`.
         """
         dense_TE = dense.down_proj.product(dense.hidden(*stream.inputs(norm)))
         x_TE, counts_B, counts_N = stream.residual_TE, inputs.tokens.query_start[-1:], None
@@ -97,7 +105,11 @@ class NormedExperts(MixtureMLP):
             counts_B = counts_N
         _, routed_TE = self.routed(None, x_TE, counts_B, inputs.dispatch)
         stream.add_beside(
-            (dense_TE, self.dense_post_norm), (routed_TE, self.post_norm), counts_N=counts_N, post_norm=post_norm
+            (dense_TE, self.dense_post_norm),
+            (routed_TE, self.post_norm),
+            counts_N=counts_N,
+            post_norm=post_norm,
+            scale_1=scale_1,
         )
 
     def routed(

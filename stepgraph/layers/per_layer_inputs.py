@@ -95,7 +95,7 @@ class PerLayerGate(nn.Module):
         self.post_norm = RMSNorm(hidden_size, eps, rounds_once=True, dtype=dtype, device=device)
         self._gated = ops.geglu if activation == "gelu_tanh" else ops.swiglu
 
-    def add_to(self, stream: ResidualStream, input_TP: Tensor) -> None:
-        """Add it to the residual stream, the same on every rank. May run inside a graph."""
+    def add_to(self, stream: ResidualStream, input_TP: Tensor, scale_1: Tensor | None = None) -> None:
+        """Add it to the residual stream, the same on every rank; `scale_1` as of `ResidualStream.add`. May run inside a graph."""
         gated_TP = self._gated(torch.cat((self.gate(stream.residual_TE), input_TP), dim=1))
-        stream.add_whole(self.projection(gated_TP), self.post_norm)
+        stream.add_whole(self.projection(gated_TP), self.post_norm, scale_1)

@@ -52,7 +52,14 @@ class ResidualStream:
         return self._group is None
 
     def add(
-        self, matrix: Matrix, x_TI: Tensor, *, multiplier: float, post_norm: RMSNorm | None, next_norm: RMSNorm | None
+        self,
+        matrix: Matrix,
+        x_TI: Tensor,
+        *,
+        multiplier: float,
+        post_norm: RMSNorm | None,
+        next_norm: RMSNorm | None,
+        scale_1: Tensor | None = None,
     ) -> None:
         """Add a layer's product to the stream.
 
@@ -62,15 +69,29 @@ class ResidualStream:
             multiplier: of the product, if there is no `post_norm`.
             post_norm: of the product.
             next_norm: after which the stream is read next; None: as it is.
+            scale_1: [1], what the stream is multiplied by after that; None: nothing.
         """
         if self.takes_products and post_norm is None:
             matrix.product(x_TI, end=End.ADD, out=self.residual_TE, multiplier=multiplier)
             self._norm = None
+            self.scale(scale_1)
         else:
-            self.add_part(matrix.product(x_TI), multiplier=multiplier, post_norm=post_norm, next_norm=next_norm)
+            self.add_part(
+                matrix.product(x_TI),
+                multiplier=multiplier,
+                post_norm=post_norm,
+                next_norm=next_norm,
+                scale_1=scale_1,
+            )
 
     def add_part(
-        self, part_TE: Tensor, *, multiplier: float, post_norm: RMSNorm | None, next_norm: RMSNorm | None
+        self,
+        part_TE: Tensor,
+        *,
+        multiplier: float,
+        post_norm: RMSNorm | None,
+        next_norm: RMSNorm | None,
+        scale_1: Tensor | None = None,
     ) -> None:
         """Add what a layer has computed; arguments as of `add`.
 
@@ -86,25 +107,28 @@ class ResidualStream:
                 norm=_norm(next_norm),
             )
             self._norm = next_norm
-            return
-        if post_norm is None:
+            self.scale(scale_1)
+        elif post_norm is None:
             self.residual_TE.add_(part_TE if multiplier == 1.0 else part_TE.float() * multiplier)
+            self._norm = None
+            self.scale(scale_1)
         else:
-            post_norm.add_to(self.residual_TE, part_TE)
-        self._norm = None
+            self.add_whole(part_TE, post_norm, scale_1)
 
-    def add_whole(self, x_TE: Tensor, norm: RMSNorm | None = None) -> None:
-        """Add what all ranks have alike, [T, E], after a norm if there is one."""
-        if norm is None:
+    def add_whole(self, x_TE: Tensor, norm: RMSNorm | None = None, scale_1: Tensor | None = None) -> None:
+        """Add what all ranks have alike, [T, E], after a norm if there is one; `scale_1` as of `add`."""
+        self._norm = None
+        if norm is not None:
+            norm.add_to(self.residual_TE, x_TE, scale_1)
+        else:
             self.residual_TE.add_(x_TE)
-        else:
-            norm.add_to(self.residual_TE, x_TE)
-        self._norm = None
+            self.scale(scale_1)
 
-    def scale(self, factor_1: Tensor) -> None:
-        """Multiply the stream by [1]."""
-        self.residual_TE.mul_(factor_1)
-        self._norm = None
+    def scale(self, factor_1: Tensor | None) -> None:
+        """Multiply the stream by [1], if there is a factor: where what was added last was no norm that takes it."""
+        if factor_1 is not None:
+            self.residual_TE.mul_(factor_1)
+            self._norm = None
 
     def add_beside(
         self,
@@ -113,6 +137,7 @@ class ResidualStream:
         *,
         counts_N: Tensor | None,
         post_norm: RMSNorm,
+        scale_1: Tensor | None = None,
     ) -> None:
         """Add what a dense layer and experts beside it have computed: each normalised, and then their sum.
 
@@ -121,6 +146,7 @@ class ResidualStream:
             routed: likewise of the experts; where ranks share only these, [A, E] of the tokens of all.
             counts_N: as of `scatter_sum`, where ranks share only experts; else None.
             post_norm: of the sum of both.
+            scale_1: as of `add`.
         """
         (dense_TE, dense_norm), (routed_TE, routed_norm) = dense, routed
         first, last = _norm(routed_norm), _norm(post_norm)
@@ -135,9 +161,9 @@ class ResidualStream:
         else:
             sum_TE = dense_norm(dense_TE)
             routed_norm.add_to(sum_TE, routed_TE)
-            self.add_whole(sum_TE, post_norm)
+            self.add_whole(sum_TE, post_norm, scale_1)
             return
-        self.add_whole(sum_TE)
+        self.add_whole(sum_TE, None, scale_1)
 
     def gather_tokens(self, norm: RMSNorm | None, count_1: Tensor) -> GatheredTokens:
         """The streams of the ranks of `expert_group`, after `norm` if there is one; see `Group.gather_tokens`."""

@@ -181,11 +181,20 @@ class DecoderLayer(nn.Module):
                 post_norm=after_attention,
                 next_norm=next_norm if self.mlp is None else before_mlp,
             )
+        # The layer's last addition takes the factor.
+        mlp_scale_1 = self.layer_scalar if self.per_layer is None else None
         if self.moe is not None:
             assert isinstance(self.mlp, MLP)
             assert self.post_feedforward_layernorm is not None
             assert before_mlp is not None
-            self.moe.add_beside(self.mlp, stream, before_mlp, inputs, post_norm=self.post_feedforward_layernorm)
+            self.moe.add_beside(
+                self.mlp,
+                stream,
+                before_mlp,
+                inputs,
+                post_norm=self.post_feedforward_layernorm,
+                scale_1=mlp_scale_1,
+            )
         elif self.mlp is not None:
             self.mlp.add_to(
                 stream,
@@ -194,12 +203,11 @@ class DecoderLayer(nn.Module):
                 multiplier=self.multipliers.mlp * self.residual_multiplier,
                 post_norm=self.post_feedforward_layernorm,
                 next_norm=next_norm,
+                scale_1=mlp_scale_1,
             )
         if self.per_layer is not None:
             assert input_TP is not None
-            self.per_layer.add_to(stream, input_TP)
-        if self.layer_scalar is not None:
-            stream.scale(self.layer_scalar)
+            self.per_layer.add_to(stream, input_TP, self.layer_scalar)
 
 
 def _mlp(

@@ -190,7 +190,8 @@ def inputs_of(count: int) -> StepInputs:
 
 @pytest.mark.parametrize("post", [False, True])
 def test_what_comes_after_the_sum_is_as_on_one_device(post) -> None:
-    """The multiplier, a norm of what is added, and the norm of the next reader; the stream was read before, and added to."""
+    """The multiplier, a norm of what is added, a scale, and the norm of the next reader; the stream was read before, and added
+    to."""
     counts, rows = (3, 0, 7), 7
     norms = [RMSNorm(WIDTH, 1e-6, dtype=torch.float32, device=torch.device("cpu")) for _ in range(3)]
     with torch.no_grad():
@@ -200,8 +201,9 @@ def test_what_comes_after_the_sum_is_as_on_one_device(post) -> None:
     before, after, post_norm = norms[0], norms[1], norms[2] if post else None
 
     def run(layer: MixtureMLP, stream: ResidualStream, count: int) -> tuple[Tensor, Tensor]:
-        for _ in range(2):
-            layer.add_to(stream, before, inputs_of(count), multiplier=0.5, post_norm=post_norm, next_norm=after)
+        norms = {"post_norm": post_norm, "next_norm": after}
+        for scale_1 in (None, torch.tensor([0.7])):
+            layer.add_to(stream, before, inputs_of(count), multiplier=0.5, **norms, scale_1=scale_1)
             stream.add_part(torch.ones(rows, WIDTH), multiplier=1.0, post_norm=None, next_norm=after)
         changed = stream.normalised(after)[:count]
         layer.add_to(stream, after, inputs_of(count), multiplier=0.5, post_norm=post_norm, next_norm=before)

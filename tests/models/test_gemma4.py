@@ -2,6 +2,7 @@
 against transformers in float32."""
 
 import json
+from collections import Counter
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -15,6 +16,7 @@ from scripted import watch_drafts
 from stepping import Stepper
 from thread_group import run_ranks
 from tiny import TINY_SETTINGS
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from stepgraph.config import EngineConfig
 from stepgraph.engine.build import build_engine
@@ -146,6 +148,27 @@ def test_experts_in_8_bits_are_read_by_the_names_of_each(tmp_path) -> None:
     model, expected = (load_model(resolve(str(folder)), **CPU) for folder in (tmp_path / "fp8", plain))
     assert all(isinstance(layer.moe.experts.down_proj.format, FP8) for layer in model.layers)
     torch.testing.assert_close(all_logits(model), all_logits(expected), atol=1e-4, rtol=1e-4)
+
+
+class Launches(TorchDispatchMode):
+    """Writes down the operators that are called, each with how many arguments."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: Counter[tuple[str, int]] = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.found[func._opname, sum(arg is not None for arg in args)] += 1
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_last_addition_of_a_layer_scales_the_stream(name, tmp_path) -> None:
+    random_hf_model(HF_CONFIGS[name]()).save_pretrained(tmp_path)
+    model = load_model(resolve(str(tmp_path)), **CPU)
+    with Launches() as launches:
+        all_logits(model)
+    assert launches.found["rms_norm_add", 5] == len(model.layers)
 
 
 def test_random_weights_are_finite_and_scale_nothing(checkpoint, device) -> None:

@@ -77,11 +77,13 @@ def test_triton_rounds_as_the_reference_does(dtype: torch.dtype, device: str) ->
 def test_what_is_normalised_is_added_to_a_residual(rows: int, width: int, device: str) -> None:
     x, weight = make(rows, width)
     residual = torch.randn(rows, width, generator=torch.Generator().manual_seed(width))
-    expected = residual.double() + formula(x, weight)
+    expected, scale = residual.double() + formula(x, weight), torch.tensor([0.7])
     for norm, where in ((reference, "cpu"), (cpu, "cpu"), (kernels, device)):
-        found = residual.to(where, copy=True)
+        found, scaled = residual.to(where, copy=True), residual.to(where, copy=True)
         norm.rms_norm_add(x.to(where), weight.to(where), EPS, found)
         torch.testing.assert_close(found.cpu().double(), expected, rtol=2e-6, atol=2e-6)
+        norm.rms_norm_add(x.to(where), weight.to(where), EPS, scaled, scale.to(where))
+        assert torch.equal(scaled, found * scale.to(where))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -95,3 +97,6 @@ def test_a_sum_is_rounded_after_what_is_added_is(dtype: torch.dtype, device: str
     expected = residual + reference.rms_norm(x, weight.float(), EPS)
     torch.testing.assert_close(found.cpu(), expected, rtol=2 * torch.finfo(dtype).eps, atol=torch.finfo(dtype).eps)
     assert (found.cpu() == expected).float().mean() > 0.95
+    scaled, scale = residual.to(device, copy=True), torch.tensor([1 / 3], dtype=dtype, device=device)
+    kernels.rms_norm_add(x.to(device), weight.float().to(device), EPS, scaled, scale)
+    assert torch.equal(scaled, found * scale)  # of the rounded sum

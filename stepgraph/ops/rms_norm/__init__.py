@@ -16,7 +16,7 @@ _rms_norm = register(
 )
 
 _rms_norm_add = register(
-    "rms_norm_add(Tensor x, Tensor weight, float eps, Tensor(a!) residual) -> ()",
+    "rms_norm_add(Tensor x, Tensor weight, float eps, Tensor(a!) residual, Tensor? scale=None) -> ()",
     {"cpu": Inlined(cpu.rms_norm_add), "cuda": "stepgraph.ops.rms_norm.triton:rms_norm_add"},
 )
 
@@ -35,11 +35,12 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return _rms_norm(x, weight, eps)
 
 
-def rms_norm_add(x: Tensor, weight: Tensor, eps: float, residual: Tensor) -> None:
-    """Add each row of `x`, normalised and rounded, to that of `residual`. May run inside a graph.
+def rms_norm_add(x: Tensor, weight: Tensor, eps: float, residual: Tensor, scale: Tensor | None = None) -> None:
+    """Add each row of `x`, normalised and rounded, to that of `residual`, and scale the sum. May run inside a graph.
 
     Args:
         x, weight, eps: as of `rms_norm`.
         residual: [rows, width], dtype of `x`, contiguous; updated.
+        scale: [1], dtype of `x`: what the sum, once rounded, is multiplied by, which rounds again; None: nothing.
     """
-    _rms_norm_add(x, weight, eps, residual)
+    _rms_norm_add(x, weight, eps, residual, scale)

@@ -13,6 +13,8 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return (normed.to(weight.dtype) * weight).to(x.dtype)
 
 
-def rms_norm_add(x: Tensor, weight: Tensor, eps: float, residual: Tensor) -> None:
+def rms_norm_add(x: Tensor, weight: Tensor, eps: float, residual: Tensor, scale: Tensor | None = None) -> None:
     """See `stepgraph.ops.rms_norm.rms_norm_add`."""
     residual.add_(rms_norm(x, weight, eps))
+    if scale is not None:
+        residual.mul_(scale)

@@ -28,12 +28,22 @@ def normalise(x, weight, eps, WIDTH: tl.constexpr):
 @launched
 @triton.jit
 def _norm_kernel(
-    x_ptr, weight_ptr, out_ptr, row_stride, eps, WIDTH: tl.constexpr, BLOCK: tl.constexpr, ADD: tl.constexpr
+    x_ptr,
+    weight_ptr,
+    scale_ptr,  # None: the sum as it is
+    out_ptr,
+    row_stride,
+    eps,
+    WIDTH: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ADD: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
     inside = column < WIDTH
     weight = tl.load(weight_ptr + column, mask=inside, other=0.0)
+    if scale_ptr is not None:
+        scale = tl.load(scale_ptr).to(tl.float32)
     wait_for_previous()
     x = tl.load(x_ptr + row * row_stride + column, mask=inside, other=0.0).to(tl.float32)
     out_column = out_ptr + row * WIDTH + column
@@ -41,25 +51,27 @@ def _norm_kernel(
     if ADD:
         residual = tl.load(out_column, mask=inside, other=0.0)
         normed = (residual.to(tl.float32) + normed.to(tl.float32)).to(out_ptr.dtype.element_ty)
+        if scale_ptr is not None:
+            normed = (normed.to(tl.float32) * scale).to(out_ptr.dtype.element_ty)
     tl.store(out_column, normed, mask=inside)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """See `stepgraph.ops.rms_norm.rms_norm`."""
     out = x.new_empty(x.shape)
-    _launch(x, weight, eps, out, add=False)
+    _launch(x, weight, eps, out, None, add=False)
     return out
 
 
-def rms_norm_add(x: Tensor, weight: Tensor, eps: float, residual: Tensor) -> None:
+def rms_norm_add(x: Tensor, weight: Tensor, eps: float, residual: Tensor, scale: Tensor | None = None) -> None:
     """See `stepgraph.ops.rms_norm.rms_norm_add`."""
-    _launch(x, weight, eps, residual, add=True)
+    _launch(x, weight, eps, residual, scale, add=True)
 
 
-def _launch(x: Tensor, weight: Tensor, eps: float, out: Tensor, *, add: bool) -> None:
+def _launch(x: Tensor, weight: Tensor, eps: float, out: Tensor, scale: Tensor | None, *, add: bool) -> None:
     rows, width = x.shape
     block = triton.next_power_of_2(width)
     num_warps = min(max(block // 256, 1), 16)
     _norm_kernel[(rows,)](
-        x, weight, out, x.stride(0), eps, WIDTH=width, BLOCK=block, ADD=add, num_warps=num_warps, **LAUNCH
+        x, weight, scale, out, x.stride(0), eps, WIDTH=width, BLOCK=block, ADD=add, num_warps=num_warps, **LAUNCH
     )

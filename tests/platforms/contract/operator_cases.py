@@ -7,6 +7,23 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
+from case_arguments import (
+    EPS,
+    B,
+    D,
+    G,
+    H,
+    K,
+    N,
+    T,
+    V,
+    convolved,
+    gated_heads,
+    int32,
+    random,
+    remembered,
+    scanned,
+)
 from slot_fixtures import slot_line, slot_lines
 from torch import Tensor
 
@@ -38,8 +55,6 @@ from stepgraph.ops.sigmoid_gate.reference import sigmoid_gate
 from stepgraph.ops.swiglu.reference import geglu, swiglu
 from stepgraph.ops.write_kv.reference import write_kv
 
-EPS = 1e-5
-T, K, N, H, G, D, B, V = 5, 96, 40, 4, 2, 32, 8, 97
 NUM_BLOCKS = 4
 EXPERTS, TOP = 8, 3
 CLAMP = 1.2, 1.702
@@ -56,14 +71,6 @@ class Case(NamedTuple):
     rows: tuple[int, ...] = ()
     """Which arguments have a row per token, where a token's result depends on its own rows alone: a row of what is returned, or
     else of the last of these arguments."""
-
-
-def random(generator: torch.Generator, *size: int) -> Tensor:
-    return torch.randn(size, generator=generator)
-
-
-def int32(*values: int) -> Tensor:
-    return torch.tensor(values, dtype=torch.int32)
 
 
 def routing() -> tuple[Any, ...]:
@@ -111,6 +118,11 @@ def mixed(generator: torch.Generator, *, gated: bool = True) -> tuple[Any, ...]:
 def mixed_with_biases(generator: torch.Generator) -> tuple[Any, ...]:
     biases = [random(generator, *size) for size in ((EXPERTS,), (EXPERTS, 2 * N), (EXPERTS, K))]
     return *mixed(generator), *biases, *CLAMP
+
+
+def added(generator: torch.Generator, *scale: Tensor) -> tuple[Any, ...]:
+    """To a residual, once normalised; rows lie apart."""
+    return random(generator, T, K + N)[:, :K], random(generator, K), EPS, random(generator, T, K), *scale
 
 
 def linear_add(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor, multiplier: float) -> None:
@@ -270,43 +282,12 @@ def gathered(g: torch.Generator) -> tuple[Any, ...]:
     return random(g, 3, T, K), random(g, T, K), torch.zeros(T, K), 0.5, random(g, K), EPS, random(g, K), EPS
 
 
-def stateful_rows() -> tuple[Tensor, ...]:
-    """A new request's prompt, a token of another, tokens of which the last two may be taken back, and an empty row. Two read one
-    line, and write others."""
-    return int32(2, 3, 3, 5), int32(2, 1, 4, 5), int32(0, 20, 21, 25, 25), int32(0, 7, 30, 9), int32(20, 1, 2, 0)
-
-
-def convolved(g: torch.Generator, *, silu: bool) -> tuple[Any, ...]:
-    bias = None if silu else random(g, K)
-    return random(g, 25, K + 8)[:, :K], random(g, K, 4), bias, random(g, 6, 3, K), *stateful_rows(), silu
-
-
-def remembered(g: torch.Generator, *, max_rate: float, deterministic: bool) -> tuple[Any, ...]:
-    """Two heads of keys, four of values."""
-    gates = random(g, 25, 2 * H + 3)[:, : 2 * H], random(g, H), random(g, H)
-    return random(g, 25, 4 * D + H * K), *gates, random(g, 6, H, D, K), *stateful_rows(), max_rate, deterministic
-
-
-def gated_heads(g: torch.Generator, weight: Tensor | None, *, gate_first: bool) -> tuple[Any, ...]:
-    return random(g, T, H * D), random(g, T, H * D + 5)[:, : H * D], weight, EPS, D, gate_first
-
-
-def scanned(g: torch.Generator, *, deterministic: bool) -> tuple[Any, ...]:
-    """Four heads in two groups."""
-    of_heads = random(g, 25, H + 3)[:, :H], random(g, H), random(g, H), random(g, H)
-    return random(g, 25, H * K + 4 * D), *of_heads, random(g, 6, H, D, K), *stateful_rows(), 0.2, 1.5, deterministic
-
-
 CASES = {
     "swiglu": Case("swiglu", swiglu, lambda g: (3 * random(g, T, 2 * K),), rows=(0,)),
     "geglu": Case("geglu", geglu, lambda g: (3 * random(g, T, 2 * K),), rows=(0,)),
     "rms_norm": Case("rms_norm", rms_norm, lambda g: (random(g, T, K), random(g, K), EPS), rows=(0,)),
-    "rms_norm_add": Case(
-        "rms_norm_add",
-        rms_norm_add,
-        lambda g: (random(g, T, K + N)[:, :K], random(g, K), EPS, random(g, T, K)),
-        rows=(0, 3),
-    ),
+    "rms_norm_add": Case("rms_norm_add", rms_norm_add, added, rows=(0, 3)),
+    "rms_norm_add and scale": Case("rms_norm_add", rms_norm_add, lambda g: added(g, random(g, 1)), rows=(0, 3)),
     "rms_norm of rows apart": Case("rms_norm", rms_norm, lambda g: (random(g, T, K + N)[:, :K], random(g, K), EPS)),
     "linear": Case("linear", linear, lambda g: (random(g, T, K), random(g, N, K), random(g, N)), rows=(0,)),
     "four_bit_linear": Case(
