@@ -53,7 +53,7 @@ TINY = "path/to/model"
 MAX_MODEL_LEN = 8192
 """Of the tiny checkpoint: the most that pages ask for. All keys and values of so many tokens are allocated."""
 DEFAULT_PORT = "8000"
-RUNS_A_MODEL = ("chat", "generate", "graphs", "serve")
+RUNS_A_MODEL = ("chat", "eval", "generate", "graphs", "serve")
 """Commands that take a model, and smollm2 if none is named."""
 LIMIT_S = 300
 TYPED = "Hello.\n"

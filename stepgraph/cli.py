@@ -198,6 +198,23 @@ def _graphs_warm(arguments: argparse.Namespace) -> int:
     return main_warm(config, progress=_progress())
 
 
+def _eval(arguments: argparse.Namespace) -> int:
+    settings = settings_from_flags(arguments)
+    from stepgraph.bench.report import check_outputs
+    from stepgraph.verify.evaluate import evaluate
+
+    check_outputs(arguments)
+    return evaluate(
+        settings,
+        num_tokens=arguments.tokens,
+        window=arguments.window,
+        stride=arguments.stride,
+        text_file=arguments.text,
+        progress=_progress(),
+        json_file=arguments.json,
+    )
+
+
 def _trace(arguments: argparse.Namespace) -> int:
     from stepgraph.trace_command import trace
 
@@ -325,6 +342,35 @@ def _parser() -> argparse.ArgumentParser:
         "answer three prompts and show which graph ran every step, and at what gain",
         flags=True,
     )
+    evaluation = _add(
+        commands,
+        "eval",
+        _eval,
+        "show what these settings cost in accuracy: perplexity and divergence beside the same model in float32",
+        flags=True,
+    )
+    evaluation.add_argument(
+        "--text",
+        type=Path,
+        metavar="FILE",
+        help="text to predict, UTF-8; default: the topics of Python's own documentation",
+    )
+    evaluation.add_argument(
+        "--tokens", type=int, default=4096, metavar="N", help="predictions to count, at most (default: 4096)"
+    )
+    evaluation.add_argument(
+        "--window",
+        type=int,
+        metavar="N",
+        help="tokens that are run together, as a prompt; default: 512, or the context, if that is shorter",
+    )
+    evaluation.add_argument(
+        "--stride",
+        type=int,
+        metavar="N",
+        help="tokens from one window's start to the next one's; those that both hold count once; default: half a window",
+    )
+    evaluation.add_argument("--json", type=Path, metavar="FILE", help="write the result as JSON")
     trace = _add(
         commands,
         "trace",

@@ -20,7 +20,7 @@ from stepgraph.config import EngineConfig, ServerConfig
 
 COMMANDS = (
     *(["generate"], ["chat"], ["serve"], ["pull"]),
-    *(["graphs"], ["graphs", "list"], ["graphs", "verify"], ["graphs", "warm"], ["demo"]),
+    *(["graphs"], ["graphs", "list"], ["graphs", "verify"], ["graphs", "warm"], ["demo"], ["eval"]),
 )
 CHAT_TEMPLATE = "{% for m in messages %}[{{ m['role'] }}]{{ m['content'] }}{% endfor %}[assistant]"
 
