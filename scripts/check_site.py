@@ -14,6 +14,8 @@ import http.client
 import re
 import sys
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from html.parser import HTMLParser
@@ -140,17 +142,24 @@ class _Quiet(SimpleHTTPRequestHandler):
         """Of `BaseHTTPRequestHandler`: every request a line on stderr."""
 
 
-def check(folder: Path) -> Site:
-    """Look at the site in `folder`."""
+@contextmanager
+def serving(folder: Path) -> Iterator[str]:
+    """The address at which `folder` can be read during the block."""
     with ThreadingHTTPServer(("127.0.0.1", 0), partial(_Quiet, directory=str(folder))) as server:
         thread = threading.Thread(target=server.serve_forever)
         thread.start()
         try:
-            site = Site(f"http://127.0.0.1:{server.server_address[1]}")
-            site.look(*["/", *([UNLINKED] if (folder / UNLINKED[1:]).exists() else [])])
+            yield f"http://127.0.0.1:{server.server_address[1]}"
         finally:
             server.shutdown()
             thread.join()
+
+
+def check(folder: Path) -> Site:
+    """Look at the site in `folder`."""
+    with serving(folder) as address:
+        site = Site(address)
+        site.look(*["/", *([UNLINKED] if (folder / UNLINKED[1:]).exists() else [])])
     there = {f"/{path.relative_to(folder).as_posix()}".removesuffix("index.html") for path in folder.rglob("*.html")}
     site.problems += [f"{path} is linked nowhere" for path in sorted(there - site.pages.keys())]
     return site
