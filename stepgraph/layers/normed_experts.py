@@ -29,10 +29,8 @@ class ScaledRouter(Router):
 
     def forward(self, x_TE: Tensor, counts_B: Tensor) -> ops.Chosen:
         """Choose; see `ops.route`. May run inside a graph."""
-        chosen = super().forward(x_TE, counts_B)
-        # Padding tokens, which have no expert, keep a weight of 0.
-        scale_TK = self.expert_scale[chosen.expert.clamp(max=len(self.expert_scale) - 1)]
-        return ops.Chosen(chosen.expert, chosen.weight * scale_TK)
+        choice = self.weight, self.bias, counts_B, self.totals, self.routing, self.logit_bias
+        return ops.route(x_TE, *choice, expert_scale=self.expert_scale)
 
 
 class NormedExperts(MixtureMLP):

@@ -38,9 +38,10 @@ def route(request, monkeypatch, device):
     monkeypatch.setattr(kernel, "choose_tile", lambda num_tokens: TILES[request.param])
 
     def call(x, weight, bias, counts, totals, *routing):
-        on_device = [t if t is None else t.to(device) for t in (x, weight, bias, counts, totals)]
-        found = kernel.route(*on_device, *routing)
-        totals.copy_(on_device[-1])
+        arguments = x, weight, bias, counts, totals, *routing
+        on_device = [t.to(device) if isinstance(t, torch.Tensor) else t for t in arguments]
+        found = kernel.route(*on_device)
+        totals.copy_(on_device[4])
         return [t.cpu() for t in found]
 
     return call
@@ -90,6 +91,24 @@ def test_experts_and_weights_are_those_of_float64_and_padding_has_none(kind, rou
         torch.testing.assert_close(pair_weight[token].double(), weights, rtol=1e-5, atol=1e-7)
     counted = torch.bincount(expert[tokens].flatten(), minlength=num_experts)
     assert torch.equal(totals, torch.arange(num_experts) + counted)
+
+
+@pytest.mark.parametrize("kind", ["softmax", "groups", "many"])
+def test_weights_are_multiplied_by_what_their_experts_have(kind, route):
+    """Bit for bit as in a multiplication afterwards; the last token is padding."""
+    num_experts, routing, with_bias = ROUTINGS[kind]
+    x, weight, bias = operands(6, num_experts, 160, dtype=torch.bfloat16, with_bias=with_bias)
+    x[5] = torch.nan
+    counts, scale = torch.tensor([5], dtype=torch.int32), torch.rand(num_experts, generator=torch.Generator()) + 0.5
+    arguments = counts, torch.zeros(num_experts, dtype=torch.int64), *astuple(routing), None
+    expert, plain = route(x, weight, bias, *arguments)
+    same, scaled = route(x, weight, bias, *arguments, scale)
+    assert torch.equal(same, expert)
+    assert torch.equal(scaled[:5], plain[:5] * scale[expert[:5]])
+    assert (scaled[5] == 0).all()
+    for token in range(5):
+        experts, weights = exact(x[token], weight, bias, routing)
+        torch.testing.assert_close(scaled[token].double(), weights * scale[experts], rtol=1e-5, atol=1e-7)
 
 
 def test_without_tokens_nothing_is_chosen(route):

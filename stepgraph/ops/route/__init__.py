@@ -12,7 +12,8 @@ from stepgraph.ops.route import cpu
 
 _route = register(
     "route(Tensor x, Tensor weight, Tensor? bias, Tensor counts, Tensor(a!) totals, int top, bool sigmoid, bool normalise, "
-    "float least_sum, float scale, int groups, int kept_groups, int group_top, Tensor? logit_bias=None) -> (Tensor, Tensor)",
+    "float least_sum, float scale, int groups, int kept_groups, int group_top, Tensor? logit_bias=None, "
+    "Tensor? expert_scale=None) -> (Tensor, Tensor)",
     {"cpu": Inlined(cpu.route, cpu.route_natively), "cuda": "stepgraph.ops.route.triton:route"},
 )
 
@@ -59,6 +60,7 @@ def route(
     totals: Tensor,
     routing: Routing,
     logit_bias: Tensor | None = None,
+    expert_scale: Tensor | None = None,
 ) -> Chosen:
     """Choose each token's experts. Logits, scores and weights are of float32. Of equal scores, the expert with the lower number
     is chosen. A token's result depends, bit for bit, on the token alone. May run inside a graph.
@@ -73,9 +75,10 @@ def route(
         totals: [N] int64; the number of tokens that chose each expert is added.
         routing: how.
         logit_bias: [N] float32, added to logits; None: nothing is.
+        expert_scale: [N] float32, what the weight of each expert is multiplied by at the very end; None: nothing.
 
     Source: Shazeer et al., "Outrageously Large Neural Networks" (2017); groups and bias: DeepSeek-AI, "DeepSeek-V3 Technical
     Report" (2024).
     """
-    expert_TK, weight_TK = _route(x, weight, bias, counts, totals, *astuple(routing), logit_bias)
+    expert_TK, weight_TK = _route(x, weight, bias, counts, totals, *astuple(routing), logit_bias, expert_scale)
     return Chosen(expert_TK, weight_TK)

@@ -41,6 +41,7 @@ def route_natively(
     kept_groups: int,
     group_top: int,
     logit_bias: Tensor | None = None,
+    expert_scale: Tensor | None = None,
 ) -> Any:
     """`route` by our own kernel, as a recording may hold it; NotImplemented where it does not take the weight."""
     if x.shape[1] % BLOCK or not native.available():
@@ -50,4 +51,4 @@ def route_natively(
     bias_N = torch.empty(0) if bias is None else bias
     routing = top, sigmoid, normalise, least_sum, scale, groups, kept_groups, group_top
     _route(x.float(), weight, bias_N, counts, *routing, totals, expert_TK, weight_TK, logit_bias)
-    return expert_TK, weight_TK
+    return expert_TK, reference.scaled(weight_TK, expert_TK, expert_scale)

@@ -22,6 +22,7 @@ def route(
     kept_groups: int,
     group_top: int,
     logit_bias: Tensor | None = None,
+    expert_scale: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """See `stepgraph.ops.route.route`. Opaque to a recording: it reads `counts`."""
     (T, _), N = x.shape, weight.shape[0]
@@ -48,4 +49,11 @@ def route(
     expert_TK[token_T] = chosen_TK.to(torch.int32)
     weight_TK[token_T] = chosen_weight_TK * scale
     totals += torch.bincount(chosen_TK.flatten(), minlength=N)
-    return expert_TK, weight_TK
+    return expert_TK, scaled(weight_TK, expert_TK, expert_scale)
+
+
+def scaled(weight_TK: Tensor, expert_TK: Tensor, expert_scale_N: Tensor | None) -> Tensor:
+    """Weights times what their experts have, if these have a scale. Those of padding, which has no expert, stay 0."""
+    if expert_scale_N is None:
+        return weight_TK
+    return weight_TK * expert_scale_N[expert_TK.clamp(max=len(expert_scale_N) - 1)]

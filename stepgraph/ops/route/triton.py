@@ -295,6 +295,7 @@ def is_token(counts_ptr, token, T, blocks):
 def _choose_kernel(
     logits_ptr,
     bias_ptr,
+    expert_scale_ptr,  # None: none
     counts_ptr,
     totals_ptr,
     expert_ptr,
@@ -340,6 +341,8 @@ def _choose_kernel(
     )
     place_RK = token_R.to(tl.int64)[:, None] * TOP + place_K[None, :]
     inside_RK = (token_R < T)[:, None] & (place_K < TOP)[None, :]
+    if expert_scale_ptr is not None:
+        weight_RK *= tl.load(expert_scale_ptr + expert_RK, mask=inside_RK & is_token_R[:, None], other=0.0)
     tl.store(expert_ptr + place_RK, tl.where(is_token_R[:, None], expert_RK, N), mask=inside_RK)
     tl.store(weight_ptr + place_RK, tl.where(is_token_R[:, None], weight_RK, 0.0), mask=inside_RK)
     tl.atomic_add(totals_ptr + expert_RK, 1, mask=inside_RK & is_token_R[:, None], sem="relaxed")
@@ -436,6 +439,7 @@ def route(
     kept_groups: int,
     group_top: int,
     logit_bias: Tensor | None = None,
+    expert_scale: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """See `stepgraph.ops.route.route`."""
     (T, _), N = x.shape, weight.shape[0]
@@ -445,6 +449,7 @@ def route(
     _choose_kernel[(triton.cdiv(T, CHOSEN_TOKENS),)](
         logits,
         bias,
+        expert_scale,
         counts,
         totals,
         expert,

@@ -344,6 +344,7 @@ CASES = {
         "grouped_linear", grouped_linear, lambda g: (random(g, 7, K), random(g, 3, N, K), int32(2, 2, 7))
     ),
     "route": Case("route", route, routed),
+    "route with scales of experts": Case("route", route, lambda g: (*routed(g), None, random(g, EXPERTS))),
     "route with a bias of logits": Case("route", route, lambda g: (*routed(g), 3 * random(g, EXPERTS))),
     "sort_pairs": Case("sort_pairs", sort_pairs, lambda g: (chosen(g), 0, EXPERTS)),
     "gated_experts without gates by pairs": Case("gated_experts", gated_experts, lambda g: ungated(g, is_sorted=False)),

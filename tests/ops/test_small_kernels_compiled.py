@@ -1,4 +1,4 @@
-"""Norms compiled for a Hopper GPU on any machine: the interpreter takes what the compiler would not."""
+"""Small kernels compiled for a Hopper GPU on any machine: the interpreter takes what the compiler would not."""
 
 import sys
 
@@ -6,7 +6,10 @@ import pytest
 from compiled_for_hopper import lines_of
 
 COMPILED = """
+from dataclasses import astuple
 from stepgraph.ops.rms_norm import triton as norm
+from stepgraph.ops.route import Routing
+from stepgraph.ops.route import triton as route
 
 x, scale = torch.empty(2, 2560, dtype=torch.bfloat16), torch.empty(1, dtype=torch.bfloat16)
 for weight in (torch.empty(2560), torch.empty(2560, dtype=torch.bfloat16)):
@@ -17,10 +20,16 @@ for weight in (torch.empty(2560), torch.empty(2560, dtype=torch.bfloat16)):
         ptx = compiled.asm["ptx"]
         first_wait = ptx.index("griddepcontrol.wait")
         print(len(scales), len(re.findall(r"ld\\.global\\.b16", ptx[:first_wait])))
+
+totals, counts, scales = torch.zeros(128, dtype=torch.int64), torch.ones(1, dtype=torch.int32), torch.empty(128)
+for some in ((), (None, scales)):
+    route.route(x, torch.empty(128, 2560), None, counts, totals, *astuple(Routing(top=8)), *some)
+print(len(route._choose_kernel.device_caches[0][0]))
 """
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="Triton is there on Linux only")
-def test_a_scale_is_read_before_the_previous_kernel_ends() -> None:
-    found = [tuple(map(int, line.split())) for line in lines_of(COMPILED)]
-    assert found == [(0, 0), (1, 1)] * 2
+def test_they_compile_with_a_scale_and_without_and_read_one_of_all_early() -> None:
+    *norms, choices = lines_of(COMPILED)
+    assert norms == ["0 0", "1 1"] * 2  # loads before the previous kernel ends
+    assert choices == "2"
