@@ -25,7 +25,7 @@ _WINDOW = 512
 _CHARACTERS = 16
 """Of the text per token that is wanted, before all of it is tokenised."""
 _REFERENCE = {"dtype": "float32", "quantization": "none", "kv_cache_dtype": "auto"}
-_PLAIN = {"speculative_method": "none", "graph_backend": "eager", "enable_prefix_caching": False}
+_PLAIN = {"speculative_method": "none", "graph_backend": "eager", "capture": "lazy", "enable_prefix_caching": False}
 """What changes no distribution, and would take memory or time."""
 
 
