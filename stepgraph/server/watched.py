@@ -75,6 +75,8 @@ class Watched:
         self._gauged_at = 0.0
         self._asked_at = -LEASE_S
         self._next_ids = list(range(1, len(engines) + 1))
+        self._about_engines: list[dict[str, Any]] = []
+        self._num_abouts = 0
 
     def take(self, replica: int, message: Seen) -> None:
         """Keep what an engine says."""
@@ -108,10 +110,16 @@ class Watched:
             ``{"messages": [JSON, …], "cursor": …, "more": …}``; `more`: there is more already.
         """
         self.ask()
+        engines = [self._engine(engine) for engine in self._engines]
+        if engines != self._about_engines:
+            self._about_engines = engines
+            self._num_abouts += 1
         if cursor is None:
-            return {"messages": [self._hello()], "cursor": [self._first, 0], "more": True}
-        number, change = cursor
+            return {"messages": [self._hello()], "cursor": [self._first, 0, self._num_abouts], "more": True}
+        number, change, about = cursor
         messages = []
+        if about != self._num_abouts:
+            messages.append(_encode({"type": "engines", "engines": engines}))
         dropped = max(0, self._first - number)
         start = max(number, self._first)
         steps = list(islice(self._steps, start - self._first, start - self._first + _PIECE))
@@ -126,7 +134,7 @@ class Watched:
         more = number < self._first + len(self._steps) or change < self._num_changes
         if not more:
             messages += [_encode({"type": "gauges", **gauge}) for gauge in self._gauges_now()]
-        return {"messages": messages, "cursor": [number, change], "more": more}
+        return {"messages": messages, "cursor": [number, change, self._num_abouts], "more": more}
 
     def ask(self) -> None:
         """Have the engines note their steps for the next seconds."""
@@ -179,12 +187,11 @@ class Watched:
         return found[::-1][:_PIECE]
 
     def _hello(self) -> bytes:
-        engines = [self._engine(engine) for engine in self._engines]
         hello = {
             "type": "hello",
             **self._about(),
-            "engine": engines[0],
-            "engines": engines,
+            "engine": self._about_engines[0],
+            "engines": self._about_engines,
             "capacity": self._max_steps,
         }
         return _encode({**hello, "steps": [], "requests": []})
@@ -198,6 +205,7 @@ class Watched:
             "model": self._model_name,
             "version": stepgraph.__version__,
             "state": str(engine.status.state),
+            "trouble": engine.status.trouble,
         }
         ready = engine.status.ready
         if ready is not None:

@@ -44,6 +44,17 @@ def test_an_idle_server_is_named_and_what_is_missing_said(tab):
     assert tab.texts("#graphs-table tbody td:first-child") == ["256×4", "8×8", "1×1"]
 
 
+def test_an_engine_that_is_not_there_is_said_until_it_is(fake, tab):
+    loading = {"model": "fake", "state": "loading", "trouble": "the model is being loaded"}
+    fake.say({"type": "engines", "engines": [loading]})
+    tab.wait_text("#connection", "The model is being loaded")
+    assert tab.text("#engine") == "fake"
+    assert tab.value("document.querySelector('#connection-retry').hidden")
+    fake.say({"type": "engines", "engines": [ENGINE | {"state": "ready", "trouble": None}]})
+    tab.wait_text("#connection", "Live")
+    assert "up to 8 requests" in tab.text("#engine")
+
+
 def test_steps_show_with_all_that_is_known_of_them(fake, tab):
     mixed = step(
         5,

@@ -23,6 +23,7 @@ from stepgraph.server import page as page_module
 from stepgraph.server import step_reporter
 from stepgraph.server import watched as watched_module
 from stepgraph.server.app import create_app
+from stepgraph.server.engine_observer import EngineState
 from stepgraph.server.messages import Seen, Watch
 from stepgraph.server.step_reporter import StepReporter
 from stepgraph.server.watched import Watched
@@ -357,6 +358,26 @@ def test_a_client_that_takes_nothing_holds_up_nobody() -> None:
             await anext(events)
 
     asyncio.run(read())
+
+
+def test_whoever_looks_hears_once_when_an_engine_is_not_there_and_when_it_is() -> None:
+    kept = watched()
+    engine = kept._engines[0]
+
+    def told(cursor) -> tuple[list, list]:
+        looked = kept.look(cursor)
+        messages = [json.loads(content) for content in looked["messages"]]
+        return [m["engines"][0] for m in messages if m["type"] in ("hello", "engines")], looked["cursor"]
+
+    engine.status.state, ready, engine.status.ready = EngineState.LOADING, engine.status.ready, None
+    [about], cursor = told(None)
+    assert (about["state"], about["trouble"]) == ("loading", "the model is being loaded")
+    assert "max_num_seqs" not in about
+    assert told(cursor) == ([], cursor)
+    engine.status.state, engine.status.ready = EngineState.READY, ready
+    [about], cursor = told(cursor)
+    assert (about["state"], about["trouble"], about["max_num_seqs"]) == ("ready", None, ready.max_num_seqs)
+    assert told(cursor) == ([], cursor)
 
 
 def test_what_a_front_is_told_can_be_a_message() -> None:

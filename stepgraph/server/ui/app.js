@@ -14,6 +14,7 @@ const GRAPHS_EVERY_MS = 3000;
 
 class Page {
   #stores = [new Store()]; // one for each engine
+  #engines = []; // what is known of each
   #engine = 0;
   #clockOffset = 0;
   #graphsAt = null; // the number of the last step when the graphs were asked for
@@ -29,7 +30,7 @@ class Page {
     $("export").addEventListener("click", () => this.#export());
     $("connection-retry").addEventListener("click", () => this.feed.retry());
     $("help-open").addEventListener("click", () => $("help").showModal());
-    $("engine-select").addEventListener("change", () => this.#look(Number($("engine-select").value)));
+    $("engine-select").addEventListener("change", () => this.#choose(Number($("engine-select").value)));
     $("graphs-box").addEventListener("toggle", () => this.#askGraphs());
     document.addEventListener("visibilitychange", () => this.#askGraphs());
     setInterval(() => this.#askGraphs(), GRAPHS_EVERY_MS);
@@ -38,6 +39,7 @@ class Page {
 
   #hear(message) {
     if (message.type === "hello") return this.#begin(message);
+    if (message.type === "engines") return this.#introduce(message.engines);
     if (message.type === "error") throw new ServerError(0, message.error?.message ?? "the stream broke off");
     if (message.type === "steps") {
       this.steps.miss(message.dropped ?? 0);
@@ -53,8 +55,17 @@ class Page {
   #begin({ engine = {}, engines = [engine], clock = 0 }) {
     this.#stores = engines.map(() => new Store());
     this.#clockOffset = clock;
+    this.#introduce(engines);
     this.#look(Math.min(this.#engine, engines.length - 1));
-    const { model, device, backend, version, max_num_seqs: seqs, max_num_batched_tokens: tokens } = engine;
+    $("engine-choice").hidden = engines.length < 2;
+    $("engine-select").replaceChildren(...engines.map((_, index) => new Option(index, index, false, index === this.#engine)));
+  }
+
+  /** Say what serves, or why nothing does: an engine that loads does not know how much it will take. */
+  #introduce(engines) {
+    this.#engines = engines;
+    this.#graphsAt = null; // a new process has graphs of its own
+    const { model, device, backend, version, max_num_seqs: seqs, max_num_batched_tokens: tokens } = engines[0];
     $("engine").textContent = [
       model,
       device && backend && backend !== device ? `${device}, ${backend}` : device,
@@ -62,9 +73,13 @@ class Page {
       version,
     ].filter(Boolean).join(" · ");
     document.title = model ? `${model} – stepgraph` : "stepgraph";
-    $("engine-choice").hidden = engines.length < 2;
-    $("engine-select").replaceChildren(...engines.map((_, index) => new Option(index, index, false, index === this.#engine)));
     this.chat.learnModels().catch(() => {}); // it works without: the server has one model, or says what is wrong
+    this.#tellOfEngine();
+  }
+
+  #tellOfEngine() {
+    const { state, trouble } = this.#engines[this.#engine] ?? this.#engines[0];
+    this.#tell(trouble ? state : "live", trouble ? trouble[0].toUpperCase() + trouble.slice(1) : "Live");
   }
 
   #sorted(things, add) {
@@ -72,6 +87,11 @@ class Page {
       const own = things.filter((thing) => (thing.engine ?? 0) === index);
       if (own.length) add(store, own);
     }
+  }
+
+  #choose(engine) {
+    this.#look(engine);
+    if (!["connecting", "lost", "key"].includes($("connection").dataset.state)) this.#tellOfEngine();
   }
 
   #look(engine) {

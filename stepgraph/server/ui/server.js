@@ -80,7 +80,7 @@ export async function* eventsOf(response) {
 
 /** What the engine does, message by message, for as long as the page is open.
  *
- * `onMessage(message)`; `onState(state, text, wait)`: "connecting", "live", "lost" or "key", and what is waited for.
+ * `onMessage(message)`; `onState(state, text, wait)`: "connecting", "lost" or "key", and what is waited for. A message means that it is connected.
  */
 export class Feed {
   #wake = () => {};
@@ -127,10 +127,7 @@ export class Feed {
         clearTimeout(timer);
         timer = setTimeout(() => silence.abort(), SILENCE_MS);
         const message = JSON.parse(data);
-        if (message.type === "hello") {
-          onFirst();
-          this.onState("live", "Live");
-        }
+        if (message.type === "hello") onFirst();
         this.onMessage(message);
       }
     } finally {
