@@ -97,5 +97,5 @@ class PerLayerGate(nn.Module):
 
     def add_to(self, stream: ResidualStream, input_TP: Tensor, scale_1: Tensor | None = None) -> None:
         """Add it to the residual stream, the same on every rank; `scale_1` as of `ResidualStream.add`. May run inside a graph."""
-        gated_TP = self._gated(torch.cat((self.gate(stream.residual_TE), input_TP), dim=1))
+        gated_TP = self._gated(self.gate(stream.residual_TE), input_TP)
         stream.add_whole(self.projection(gated_TP), self.post_norm, scale_1)

@@ -163,13 +163,14 @@ class Launches(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_what_scales_the_stream_and_experts_is_part_of_operators(name, tmp_path) -> None:
+def test_scales_and_the_gates_of_layers_inputs_are_no_kernels_of_their_own(name, tmp_path) -> None:
     random_hf_model(HF_CONFIGS[name]()).save_pretrained(tmp_path)
     model = load_model(resolve(str(tmp_path)), **CPU)
     with Launches() as launches:
         all_logits(model)
     assert launches.found["rms_norm_add", 5] == len(model.layers)
     assert launches.found["route", 13] == (len(model.layers) if name == "gemma 4 26b" else 0)  # 12 without a scale
+    assert launches.found["geglu", 2] == (len(model.layers) if name == "gemma 4 e4b" else 0)
 
 
 def test_random_weights_are_finite_and_scale_nothing(checkpoint, device) -> None:

@@ -27,7 +27,7 @@ def gated(request, device):
     return (
         ACTIVATIONS[request.param],
         getattr(reference, request.param),
-        lambda gate_up: kernel(gate_up.to(device)).cpu(),
+        lambda *operands: kernel(*(operand.to(device) for operand in operands)).cpu(),
     )
 
 
@@ -38,6 +38,19 @@ def test_both_match_the_formula_at_any_width(gated, rows: int, width: int) -> No
     gate, up = gate_up.double().chunk(2, dim=-1)
     for gated_product in implementations:
         torch.testing.assert_close(gated_product(gate_up).double(), activation(gate) * up, rtol=1e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_of_two_tensors_whose_rows_lie_apart_the_bits_are_those_of_one(gated, dtype: torch.dtype) -> None:
+    activation, *implementations = gated
+    generator = torch.Generator().manual_seed(1)
+    gates, ups = (torch.randn(3, 130, generator=generator).to(dtype) for _ in range(2))
+    gate, up = gates[:, :100], ups[:, 30:]
+    for gated_product in implementations:
+        found = gated_product(gate, up)
+        assert torch.equal(found, gated_product(torch.cat((gate, up), dim=1)))
+        expected = activation(gate.double()) * up.double()
+        torch.testing.assert_close(found.double(), expected, rtol=2 * torch.finfo(dtype).eps + 1e-5, atol=1e-5)
 
 
 def test_extreme_gates_stay_finite(gated) -> None:

@@ -12,11 +12,11 @@ from stepgraph.ops.registry import Inlined, register
 from stepgraph.ops.swiglu import reference
 
 _swiglu = register(
-    "swiglu(Tensor gate_up) -> Tensor",
+    "swiglu(Tensor gate, Tensor? up=None) -> Tensor",
     {"cpu": Inlined(reference.swiglu), "cuda": "stepgraph.ops.swiglu.triton:swiglu"},
 )
 _geglu = register(
-    "geglu(Tensor gate_up) -> Tensor",
+    "geglu(Tensor gate, Tensor? up=None) -> Tensor",
     {"cpu": Inlined(reference.geglu), "cuda": "stepgraph.ops.swiglu.triton:geglu"},
 )
 
@@ -31,19 +31,20 @@ class Clamp(NamedTuple):
     alpha: float
 
 
-def swiglu(gate_up: Tensor) -> Tensor:
-    """Return silu(gate) · up for a merged projection. May run inside a graph.
+def swiglu(gate: Tensor, up: Tensor | None = None) -> Tensor:
+    """Return silu(gate) · up, of a merged projection or of two tensors. May run inside a graph.
 
     Args:
-        gate_up: [rows, 2 · width] with the gate in the first half; contiguous. silu is taken in float32 and rounded to
-            the dtype before the product, as transformers does.
+        gate: [rows, width], or without `up` [rows, 2 · width], of which the first half is the gate and the second `up`. Rows may
+            lie apart. silu is taken in float32 and rounded to the dtype before the product, as transformers does.
+        up: [rows, width], dtype of `gate`. Rows may lie apart.
 
     Returns:
-        [rows, width], dtype of `gate_up`.
+        [rows, width] contiguous, dtype of `gate`.
     """
-    return _swiglu(gate_up)
+    return _swiglu(gate, up)
 
 
-def geglu(gate_up: Tensor) -> Tensor:
+def geglu(gate: Tensor, up: Tensor | None = None) -> Tensor:
     """Return gelu(gate) · up with gelu in its tanh form; arguments, rounding and result as in `swiglu`."""
-    return _geglu(gate_up)
+    return _geglu(gate, up)

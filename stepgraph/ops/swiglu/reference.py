@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 
-def swiglu(gate_up: Tensor) -> Tensor:
+def swiglu(gate: Tensor, up: Tensor | None = None) -> Tensor:
     """See `stepgraph.ops.swiglu.swiglu`."""
-    gate, up = gate_up.chunk(2, dim=-1)
+    gate, up = gate.chunk(2, dim=-1) if up is None else (gate, up)
     gate32 = gate.float()
     return (gate32 / (1 + torch.exp(-gate32))).to(gate.dtype) * up
 
@@ -24,9 +24,9 @@ def clamped_swiglu(gate_up: Tensor, limit: float, alpha: float) -> Tensor:
     return ((up + 1) * (gate / (1 + torch.exp(-alpha * gate)))).to(gate_up.dtype)
 
 
-def geglu(gate_up: Tensor) -> Tensor:
+def geglu(gate: Tensor, up: Tensor | None = None) -> Tensor:
     """See `stepgraph.ops.swiglu.geglu`."""
-    gate, up = gate_up.chunk(2, dim=-1)
+    gate, up = gate.chunk(2, dim=-1) if up is None else (gate, up)
     gate32 = gate.float()
     inner = math.sqrt(2 / math.pi) * (gate32 + 0.044715 * gate32**3)
     return (0.5 * gate32 * (1 + torch.tanh(inner))).to(gate.dtype) * up

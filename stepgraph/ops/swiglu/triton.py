@@ -28,30 +28,41 @@ def gated(gate, up, GELU: tl.constexpr, LIMIT: tl.constexpr = 0.0, ALPHA: tl.con
 
 @launched
 @triton.jit
-def _gated_kernel(gate_up_ptr, out_ptr, GELU: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+def _gated_kernel(
+    gate_ptr,
+    up_ptr,  # None: behind the gate, in its rows
+    out_ptr,
+    gate_stride,
+    up_stride,
+    GELU: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = column < WIDTH
-    gate_ptr = gate_up_ptr + row * (2 * WIDTH) + column
+    gate_column = gate_ptr + row * gate_stride + column
+    up_column = gate_column + WIDTH if up_ptr is None else up_ptr + row * up_stride + column
     wait_for_previous()
-    gate = tl.load(gate_ptr, mask=inside, other=0.0)
-    up = tl.load(gate_ptr + WIDTH, mask=inside, other=0.0)
+    gate = tl.load(gate_column, mask=inside, other=0.0)
+    up = tl.load(up_column, mask=inside, other=0.0)
     tl.store(out_ptr + row * WIDTH + column, gated(gate, up, GELU), mask=inside)
 
 
-def _launch(gate_up: Tensor, gelu: bool) -> Tensor:
-    rows, width = gate_up.shape[0], gate_up.shape[1] // 2
-    out = gate_up.new_empty(rows, width)
+def _launch(gate: Tensor, up: Tensor | None, gelu: bool) -> Tensor:
+    rows, width = gate.shape[0], gate.shape[1] // 2 if up is None else up.shape[1]
+    out = gate.new_empty(rows, width)
+    strides = gate.stride(0), 0 if up is None else up.stride(0)
     grid = (rows, triton.cdiv(width, BLOCK))
-    _gated_kernel[grid](gate_up, out, GELU=gelu, WIDTH=width, BLOCK=BLOCK, num_warps=4, **LAUNCH)
+    _gated_kernel[grid](gate, up, out, *strides, GELU=gelu, WIDTH=width, BLOCK=BLOCK, num_warps=4, **LAUNCH)
     return out
 
 
-def swiglu(gate_up: Tensor) -> Tensor:
+def swiglu(gate: Tensor, up: Tensor | None = None) -> Tensor:
     """See `stepgraph.ops.swiglu.swiglu`."""
-    return _launch(gate_up, gelu=False)
+    return _launch(gate, up, gelu=False)
 
 
-def geglu(gate_up: Tensor) -> Tensor:
+def geglu(gate: Tensor, up: Tensor | None = None) -> Tensor:
     """See `stepgraph.ops.swiglu.geglu`."""
-    return _launch(gate_up, gelu=True)
+    return _launch(gate, up, gelu=True)

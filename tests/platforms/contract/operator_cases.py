@@ -285,6 +285,8 @@ def gathered(g: torch.Generator) -> tuple[Any, ...]:
 CASES = {
     "swiglu": Case("swiglu", swiglu, lambda g: (3 * random(g, T, 2 * K),), rows=(0,)),
     "geglu": Case("geglu", geglu, lambda g: (3 * random(g, T, 2 * K),), rows=(0,)),
+    "swiglu of two": Case("swiglu", swiglu, lambda g: (3 * random(g, T, K), random(g, T, K + N)[:, N:]), rows=(0, 1)),
+    "geglu of two": Case("geglu", geglu, lambda g: (3 * random(g, T, K), random(g, T, K + N)[:, N:]), rows=(0, 1)),
     "rms_norm": Case("rms_norm", rms_norm, lambda g: (random(g, T, K), random(g, K), EPS), rows=(0,)),
     "rms_norm_add": Case("rms_norm_add", rms_norm_add, added, rows=(0, 3)),
     "rms_norm_add and scale": Case("rms_norm_add", rms_norm_add, lambda g: added(g, random(g, 1)), rows=(0, 3)),
