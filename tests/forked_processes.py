@@ -32,6 +32,7 @@ _OF_ENGINES = (
     "transformers.dynamic_module_utils",
     "transformers.modeling_rope_utils",
     "transformers.models.auto.configuration_auto",
+    "transformers.models.llama.configuration_llama",  # with all that the first configuration of any model imports
 )
 _OF_SERVERS = (
     *_OF_ENGINES,
