@@ -206,7 +206,7 @@ def test_products_fused_with_what_is_around_them_match_float64(form, on_device, 
     def check(found, expected):
         torch.testing.assert_close(found.cpu().double(), expected, **tolerance)
 
-    residual = torch.randn(tokens + 1, 38).to(dtype)
+    residual = torch.randn(tokens + 1, 38, generator=generator).to(dtype)
     updated = residual.to(place, copy=True)
     form.four_bit_linear_add(x_, *there, bias_, updated[:tokens], 0.22)
     check(updated[:tokens], residual[:tokens].double() + 0.22 * (x.double() @ values.T + bias.double()))
