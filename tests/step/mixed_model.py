@@ -85,7 +85,7 @@ class AttentionLayer(nn.Module):
 
     def forward(self, x_TE: Tensor, cache: PagedCache, inputs: StepInputs) -> Tensor:
         spec, work = self.spec, inputs.attention[self.spec]
-        block_table, tokens = inputs.groups[cache.group]
+        block_table, tokens, _ = inputs.groups[cache.group]
         if self.kind.shares is None:
             k_TGD, v_TGD = ((x_TE @ w).unflatten(1, (spec.num_kv_heads, spec.head_dim)) for w in (self.k, self.v))
             ops.write_kv(k_TGD, v_TGD, tokens.kv_slots, cache.keys, cache.values)
