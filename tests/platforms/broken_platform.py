@@ -40,9 +40,9 @@ class MovingMemory(MappedMemory):
             tensor.data = tensor.clone()
 
 
-def greedy_swiglu(gate_up):
+def greedy_swiglu(gate, up=None):
     """May read the last row for all of them, though it makes nothing of it."""
-    out = swiglu(gate_up)
+    out = swiglu(gate, up)
     return out + 0 * out[-1:] if fault() == "read past its rows" else out
 
 

@@ -19,10 +19,11 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return (normed.to(weight.dtype) * weight).to(x.dtype)
 
 
-def swiglu(gate_up: Tensor) -> Tensor:
+def swiglu(gate: Tensor, up: Tensor | None = None) -> Tensor:
     """See `stepgraph.ops.swiglu`."""
-    gate, up = gate_up.chunk(2, dim=-1)
-    return torch.nn.functional.silu(gate.float()).to(gate_up.dtype) * up
+    if up is None:
+        gate, up = gate.chunk(2, dim=-1)
+    return torch.nn.functional.silu(gate.float()).to(gate.dtype) * up
 
 
 def build_step_in_turn(*args: Any) -> Any:
