@@ -27,6 +27,7 @@ REQUIRED = "STEPGRAPH_TESTS_NEED_CHROMIUM"
 _FLAGS = (
     "--headless=new",
     "--remote-debugging-pipe",
+    "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1, EXCLUDE localhost",  # no network but this host's own
     "--no-first-run",
     "--no-default-browser-check",
     "--disable-background-networking",
