@@ -7,36 +7,18 @@ import gguf
 import numpy as np
 import pytest
 import torch
-from checkpoints import HF_CONFIGS, SIZES, random_hf_model
+from checkpoints import HF_CONFIGS, random_hf_model
 from four_bit_folders import LAYOUTS, awq, compressed_tensors, gptq, write_four_bits
+from quantised import WIDE, layers_of, load, logits
 from safetensors.torch import load_file, save_file
-from stepping import Stepper
 from transformers import LlamaConfig
 
 from stepgraph.errors import ConfigError, ModelError
 from stepgraph.layers.formats import FormatOptions, FourBit
 from stepgraph.layers.formats.gguf_blocks import weight_of
-from stepgraph.layers.linear import Linear
-from stepgraph.models import load_model, resolve
+from stepgraph.models import resolve
 from stepgraph.models.update import plan_update, write
 from stepgraph.ops.four_bit_linear import dequantize
-
-TOKENS = [(7 * i) % 96 for i in range(20)]
-WIDE = SIZES | {"hidden_size": 192, "intermediate_size": 320, "head_dim": 32}
-"""Several groups of inputs, the last ones incomplete where groups are of 128."""
-
-
-def load(folder, dtype=torch.float32, **kwargs):
-    return load_model(resolve(str(folder)), dtype=dtype, device=torch.device("cpu"), max_model_len=32, **kwargs)
-
-
-def logits(model):
-    return Stepper(model, 32).step(TOKENS)
-
-
-def layers_of(model):
-    """The linear layers but the output head, by name."""
-    return {name: module for name, module in model.layers.named_modules() if isinstance(module, Linear)}
 
 
 @pytest.fixture(scope="module")

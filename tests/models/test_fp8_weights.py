@@ -6,34 +6,16 @@ import pytest
 import torch
 from checkpoints import HF_CONFIGS, SIZES, random_hf_model
 from fp8_folders import LAYOUTS, compressed_tensors, write_fp8
+from quantised import WIDE, layers_of, load, logits
 from safetensors.torch import load_file, save_file
-from stepping import Stepper
 from transformers import Lfm2Config, LlamaConfig
 
 from stepgraph.errors import ConfigError, ModelError
 from stepgraph.layers.formats import FP8
-from stepgraph.layers.linear import Linear
 from stepgraph.models import load_model, resolve
 from stepgraph.models.fp8_checkpoint import READABLE
 from stepgraph.models.update import plan_update, write
 from stepgraph.ops.fp8_linear import dequantize
-
-TOKENS = [(7 * i) % 96 for i in range(20)]
-WIDE = SIZES | {"hidden_size": 192, "intermediate_size": 320, "head_dim": 32}
-"""Several groups of inputs, the last ones incomplete, and merged parts that end inside a block of outputs."""
-
-
-def load(folder, dtype=torch.float32, **kwargs):
-    return load_model(resolve(str(folder)), dtype=dtype, device=torch.device("cpu"), max_model_len=32, **kwargs)
-
-
-def logits(model):
-    return Stepper(model, 32).step(TOKENS)
-
-
-def layers_of(model):
-    """The linear layers but the output head, by name."""
-    return {name: module for name, module in model.layers.named_modules() if isinstance(module, Linear)}
 
 
 @pytest.fixture(scope="module")
